@@ -1,0 +1,362 @@
+//! The event stream: what a running `outlive` says about itself, one JSON object a line.
+//!
+//! `outlive run --events FILE` and `outlive standby --events FILE` write it, `outlive demo`, tests and monitors
+//! read it. Every line carries `"event"`, the sender's `pid` and `t_us`, the time on `CLOCK_MONOTONIC` in
+//! microseconds: lines of several processes of one host can therefore be put in one order.
+//!
+//! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hdrhistogram::Histogram;
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+/// Which of the two commands wrote a [`Event::Started`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// `outlive run`: it boots the VM.
+    Primary,
+    /// `outlive standby`: it waits for a VM to protect.
+    Standby,
+}
+
+/// One thing that happened. Times are microseconds unless the name says otherwise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The process is set up. A standby does not know the VM yet, so it leaves its parts out.
+    Started {
+        /// Which command this is.
+        role: Role,
+        /// Name of the VM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+        /// Number of virtual CPUs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vcpus: Option<u32>,
+        /// Guest memory in bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<u64>,
+        /// Name of the dirty tracker's back end, for example `ring`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tracker: Option<String>,
+    },
+    /// A standby accepts connections at `addr` (with the real port where port 0 was asked for).
+    Listening {
+        /// `HOST:PORT`.
+        addr: String,
+    },
+    /// A primary has connected to a standby and both agreed to work together.
+    StandbyAttached {
+        /// The standby's `HOST:PORT`.
+        addr: String,
+    },
+    /// How far the base checkpoint has come.
+    BaseProgress {
+        /// Pre-copy round, from 1.
+        round: u32,
+        /// Pages sent in all rounds so far.
+        sent_pages: u64,
+        /// Pages of the VM.
+        total_pages: u64,
+    },
+    /// The base checkpoint is committed: from here on the VM survives the loss of this host.
+    Protected {
+        /// The generation that runs the VM.
+        generation: u64,
+        /// Number of the committed base checkpoint.
+        checkpoint: u64,
+        /// How long the base took, in milliseconds.
+        base_ms: u64,
+    },
+    /// Totals since this process became the active side; sent every 200 ms and at the end.
+    Stats(Stats),
+    /// The peer is considered dead.
+    LinkLost {
+        /// Why, for a person.
+        reason: String,
+    },
+    /// This side tries to win `generation`.
+    Arbitrating {
+        /// The generation asked for.
+        generation: u64,
+    },
+    /// The arbiter cannot be asked at the moment; this side waits and asks again.
+    ArbiterUnreachable {
+        /// Why, for a person.
+        why: String,
+    },
+    /// This side won `generation` and may run the VM.
+    Won {
+        /// The generation won.
+        generation: u64,
+    },
+    /// The other side won `generation`: this one stops its VM and drops its held output.
+    Lost {
+        /// The generation lost.
+        generation: u64,
+        /// Who has it, as the arbiter says.
+        owner: String,
+    },
+    /// The VM runs, but nothing would take over if this host died.
+    Unprotected {
+        /// Why, for a person.
+        why: String,
+    },
+    /// A standby resumed the VM from the last committed checkpoint.
+    Takeover {
+        /// The generation that runs the VM from now on.
+        generation: u64,
+        /// The checkpoint it was resumed from.
+        checkpoint: u64,
+        /// From the last byte heard of the primary until the link was declared dead.
+        detect_us: u64,
+        /// From then until the generation was won.
+        arbitrate_us: u64,
+        /// From then until the vCPUs ran.
+        restore_us: u64,
+        /// From the declaration until the VM's first frame left, where it is known already.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        first_packet_us: Option<u64>,
+        /// Sum of detection, arbitration and restore.
+        total_us: u64,
+    },
+    /// The resumed VM sent its first frame.
+    FirstPacket {
+        /// Time since the link was declared dead.
+        after_us: u64,
+    },
+    /// Last line of a process that ends in order.
+    Ended {
+        /// Why, for a person.
+        reason: String,
+        /// The exit code.
+        code: i32,
+    },
+    /// An event of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+/// The counters of [`Event::Stats`], all since the process became the active side.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// The generation that runs the VM.
+    pub generation: u64,
+    /// Checkpoints committed.
+    pub checkpoints: u64,
+    /// Pauses in microseconds, as `[value, count]` pairs ([`pairs`]).
+    pub pause_us: Vec<(u64, u64)>,
+    /// Dirty pages of a checkpoint, as `[value, count]` pairs ([`pairs`]).
+    pub dirty_pages: Vec<(u64, u64)>,
+    /// Checkpoints per second lately.
+    pub rate_hz: f64,
+    /// Bytes sent to the standby.
+    pub bytes: u64,
+    /// Frames that wait for their checkpoint's commit right now.
+    pub held_frames: u64,
+}
+
+/// One line of the stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+    /// When: `CLOCK_MONOTONIC` in microseconds.
+    pub t_us: u64,
+    /// Who says so.
+    pub pid: u32,
+}
+
+/// `CLOCK_MONOTONIC` in microseconds, the clock of [`Record::t_us`].
+pub fn now_us() -> u64 {
+    // The call can only fail for a clock that does not exist.
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("CLOCK_MONOTONIC exists");
+    now.tv_sec() as u64 * 1_000_000 + now.tv_nsec() as u64 / 1_000
+}
+
+/// Largest value that [`histogram`] tells apart; a larger one counts as this.
+pub const HISTOGRAM_MAX: u64 = 1 << 30;
+
+/// A histogram as the stream uses it: values to [`HISTOGRAM_MAX`] within 1 %. It never grows, so
+/// `saturating_record` does not allocate and may be called while the VM is paused.
+pub fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, HISTOGRAM_MAX, 2).expect("constant bounds are valid")
+}
+
+/// The non-empty buckets of a histogram, as the stream carries them.
+pub fn pairs(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
+    histogram.iter_recorded().map(|v| (v.value_iterated_to(), v.count_at_value())).collect()
+}
+
+/// Adds what [`pairs`] gave to another histogram.
+pub fn add_pairs(histogram: &mut Histogram<u64>, pairs: &[(u64, u64)]) {
+    for &(value, count) in pairs {
+        histogram.saturating_record_n(value, count);
+    }
+}
+
+/// Writes the event stream; cheap to clone, may be used by any thread.
+///
+/// A line is put together outside the lock and handed to the kernel in one `write`, so the lines of several
+/// threads or processes that append to one file never mix. A reader that stops reading a pipe stops the
+/// threads that report to it: give a program that must not wait a file. The first failed write is logged and
+/// ends the stream; it never ends the VM.
+#[derive(Clone, Debug, Default)]
+pub struct EventWriter {
+    sink: Option<Arc<Mutex<Option<File>>>>,
+}
+
+impl EventWriter {
+    /// A writer that throws everything away.
+    pub fn disabled() -> Self {
+        Self::default()
+    }
+
+    /// Opens what `--events` names: `-` is standard output, everything else a file that is appended to.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be created or opened, or standard output is closed.
+    pub fn open(target: &Path) -> io::Result<Self> {
+        let file = if target.as_os_str() == "-" {
+            File::from(io::stdout().as_fd().try_clone_to_owned()?)
+        } else {
+            OpenOptions::new().create(true).append(true).open(target)?
+        };
+        Ok(Self { sink: Some(Arc::new(Mutex::new(Some(file)))) })
+    }
+
+    /// Writes one event, stamped with this moment and this process.
+    pub fn emit(&self, event: Event) {
+        self.emit_at(now_us(), event);
+    }
+
+    /// Writes one event that happened at `t_us` (see [`now_us`]).
+    pub fn emit_at(&self, t_us: u64, event: Event) {
+        let Some(sink) = &self.sink else { return };
+        let record = Record { event, t_us, pid: std::process::id() };
+        // Numbers, strings and lists only: this cannot fail.
+        let mut line = serde_json::to_vec(&record).expect("an event is plain data");
+        line.push(b'\n');
+        // A panic elsewhere leaves the file as good as it was.
+        let mut file = sink.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(open) = file.as_mut() else { return };
+        if let Err(error) = open.write_all(&line) {
+            *file = None;
+            tracing::warn!(%error, "the event stream cannot be written; it ends here");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every_event() -> Vec<Event> {
+        vec![
+            Event::Started {
+                role: Role::Primary,
+                vm: Some("demo".into()),
+                vcpus: Some(2),
+                memory: Some(1 << 28),
+                tracker: Some("ring".into()),
+            },
+            Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
+            Event::Listening { addr: "127.0.0.1:7000".into() },
+            Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
+            Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536 },
+            Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
+            Event::Stats(Stats { pause_us: vec![(100, 3), (200, 1)], rate_hz: 812.5, ..Stats::default() }),
+            Event::LinkLost { reason: "nothing heard for 500 ms".into() },
+            Event::Arbitrating { generation: 2 },
+            Event::ArbiterUnreachable { why: "no such directory".into() },
+            Event::Won { generation: 2 },
+            Event::Lost { generation: 2, owner: "b".into() },
+            Event::Unprotected { why: "no standby".into() },
+            Event::Takeover {
+                generation: 2,
+                checkpoint: 99,
+                detect_us: 500_000,
+                arbitrate_us: 200,
+                restore_us: 3_000,
+                first_packet_us: None,
+                total_us: 503_200,
+            },
+            Event::FirstPacket { after_us: 4_000 },
+            Event::Ended { reason: "guest powered off".into(), code: 0 },
+        ]
+    }
+
+    #[test]
+    fn every_event_survives_the_way_through_a_file() {
+        let path = std::env::temp_dir().join(format!("outlive-events-{}", std::process::id()));
+        let writer = EventWriter::open(&path).unwrap();
+        let before = now_us();
+        for event in every_event() {
+            writer.emit(event);
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let records: Vec<Record> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(records.iter().map(|r| r.event.clone()).collect::<Vec<_>>(), every_event());
+        assert!(records.iter().all(|r| r.t_us >= before && r.pid == std::process::id()));
+    }
+
+    #[test]
+    fn the_line_looks_as_documented() {
+        let record = Record { event: Event::Won { generation: 2 }, t_us: 5, pid: 7 };
+        assert_eq!(
+            serde_json::to_string(&record).unwrap(),
+            r#"{"event":"won","generation":2,"t_us":5,"pid":7}"#
+        );
+    }
+
+    #[test]
+    fn newer_fields_and_events_are_skipped() {
+        let line = r#"{"t_us":5,"event":"won","pid":7,"generation":2,"colour":"red"}"#;
+        assert_eq!(serde_json::from_str::<Record>(line).unwrap().event, Event::Won { generation: 2 });
+        let line = r#"{"event":"moon_landing","where":[1,2],"t_us":5,"pid":7}"#;
+        assert_eq!(serde_json::from_str::<Record>(line).unwrap().event, Event::Unknown);
+    }
+
+    #[test]
+    fn histograms_survive_as_pairs_and_add_up() {
+        let (mut one, mut two, mut all) = (histogram(), histogram(), histogram());
+        for value in 0..2_000 {
+            if value % 3 == 0 { &mut one } else { &mut two }.saturating_record(value);
+            all.saturating_record(value);
+        }
+        two.saturating_record(u64::MAX);
+        all.saturating_record(u64::MAX);
+        let mut merged = histogram();
+        add_pairs(&mut merged, &pairs(&one));
+        add_pairs(&mut merged, &pairs(&two));
+        assert_eq!(merged.len(), 2_001);
+        for quantile in [0.0, 0.5, 0.99, 1.0] {
+            assert_eq!(merged.value_at_quantile(quantile), all.value_at_quantile(quantile));
+        }
+    }
+
+    #[test]
+    fn threads_never_mix_their_lines() {
+        let path = std::env::temp_dir().join(format!("outlive-events-mixed-{}", std::process::id()));
+        let writer = EventWriter::open(&path).unwrap();
+        std::thread::scope(|scope| {
+            for generation in 0..4 {
+                let writer = writer.clone();
+                scope.spawn(move || (0..200).for_each(|_| writer.emit(Event::Won { generation })));
+            }
+        });
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(text.lines().filter(|l| serde_json::from_str::<Record>(l).is_ok()).count(), 800);
+    }
+}
