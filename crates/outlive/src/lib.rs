@@ -1,1 +1,4 @@
 //! placeholder
+
+pub mod arbiter;
+pub mod network;

@@ -1,0 +1,134 @@
+//! Claims on a thread of their own.
+
+use std::fmt;
+use std::io;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Arbiter, Claim, VmId};
+
+/// The answer to one submitted claim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClaimResult {
+    /// The generation that was claimed.
+    pub generation: u64,
+    /// The arbiter's answer.
+    pub claim: Claim,
+    /// How long the arbiter took.
+    pub took: Duration,
+}
+
+/// An earlier claim has not been answered yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the claim for generation {generation} has not been answered yet")]
+pub struct Busy {
+    /// The generation of the earlier claim.
+    pub generation: u64,
+}
+
+/// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
+///
+/// Dropping it does not wait: a claim under way goes on and may even be won, but its result is still delivered, so
+/// `deliver` must cope with a receiver that is gone.
+pub struct ClaimWorker {
+    requests: Sender<u64>,
+    under_way: Arc<Mutex<Option<u64>>>,
+}
+
+impl ClaimWorker {
+    /// Starts the thread. Every result goes to `deliver`, on that thread; it may send into a channel, write to an
+    /// eventfd, or both. A new claim may be submitted as soon as it is called.
+    pub fn start(
+        mut arbiter: Box<dyn Arbiter>,
+        vm: VmId,
+        owner: String,
+        mut deliver: impl FnMut(ClaimResult) + Send + 'static,
+    ) -> io::Result<ClaimWorker> {
+        let (requests, inbox) = channel();
+        let under_way = Arc::new(Mutex::new(None));
+        let shared = Arc::clone(&under_way);
+        thread::Builder::new().name("arbiter".to_string()).spawn(move || {
+            for generation in inbox {
+                let start = Instant::now();
+                let claim = arbiter.claim(&vm, generation, &owner);
+                *lock(&shared) = None;
+                deliver(ClaimResult { generation, claim, took: start.elapsed() });
+            }
+        })?;
+        Ok(ClaimWorker { requests, under_way })
+    }
+
+    /// Claims a generation; never blocks.
+    pub fn submit(&self, generation: u64) -> Result<(), Busy> {
+        let mut under_way = lock(&self.under_way);
+        if let Some(generation) = *under_way {
+            return Err(Busy { generation });
+        }
+        *under_way = Some(generation);
+        // It only fails if the thread died of a panic. Then it stays busy, which is the safe side: nobody goes on.
+        let _ = self.requests.send(generation);
+        Ok(())
+    }
+
+    /// The generation whose claim is under way.
+    pub fn under_way(&self) -> Option<u64> {
+        *lock(&self.under_way)
+    }
+}
+
+impl fmt::Debug for ClaimWorker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClaimWorker").field("under_way", &self.under_way()).finish()
+    }
+}
+
+fn lock(under_way: &Mutex<Option<u64>>) -> MutexGuard<'_, Option<u64>> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::Receiver;
+
+    /// An arbiter that answers when the test says so.
+    struct Slow(Receiver<Claim>);
+
+    impl Arbiter for Slow {
+        fn claim(&mut self, _: &VmId, _: u64, _: &str) -> Claim {
+            self.0.recv().unwrap()
+        }
+        fn highest(&mut self, _: &VmId) -> Result<Option<u64>, String> {
+            Ok(None)
+        }
+        fn identity(&self) -> &str {
+            "slow"
+        }
+    }
+
+    #[test]
+    fn one_claim_at_a_time_and_a_hung_one_blocks_nobody() {
+        let (answer, answers) = channel();
+        let (results, received) = channel();
+        let deliver = move |result| results.send(result).unwrap();
+        let worker =
+            ClaimWorker::start(Box::new(Slow(answers)), VmId([1; 16]), "test".into(), deliver).unwrap();
+        worker.submit(7).unwrap();
+        assert_eq!(worker.submit(8), Err(Busy { generation: 7 }));
+        assert_eq!(worker.under_way(), Some(7));
+        assert!(received.try_recv().is_err());
+        answer.send(Claim::Unreachable { why: "hung".into() }).unwrap();
+        let result = received.recv().unwrap();
+        assert_eq!((result.generation, result.claim), (7, Claim::Unreachable { why: "hung".into() }));
+        // The receiver of a result may claim again at once.
+        worker.submit(7).unwrap();
+        answer.send(Claim::Won).unwrap();
+        assert_eq!(received.recv().unwrap().claim, Claim::Won);
+        worker.submit(8).unwrap();
+        // Dropped with a claim under way: no waiting.
+        drop(worker);
+        drop(answer);
+    }
+}
