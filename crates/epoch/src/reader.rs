@@ -1,0 +1,113 @@
+//! Reads sections from a stream with one buffer that never grows.
+
+use std::io::{ErrorKind, Read};
+
+use crate::error::{ReadError, WireError};
+use crate::section::{HEADER_LEN, MAX_PAYLOAD, Peer, Section, SectionHeader};
+use crate::version::{PREFACE_LEN, Preface, ProtocolVersion};
+
+/// How far one read may run ahead of the section that is being collected: many small sections then cost one system call.
+const READ_AHEAD: usize = 256 * 1024;
+const BUFFER: usize = HEADER_LEN + MAX_PAYLOAD + READ_AHEAD;
+
+/// The receiving half of a connection.
+///
+/// It works on blocking sockets, on sockets with a timeout and on non-blocking ones: after an error for which
+/// [`ReadError::is_retry`] holds, the same call goes on where it stopped. After any other error the reader is spent.
+#[derive(Debug)]
+pub struct SectionReader {
+    buffer: Box<[u8]>,
+    /// The bytes not yet consumed are `buffer[start..end]`.
+    start: usize,
+    end: usize,
+    peer: Peer,
+    next_sequence: u64,
+    received: u64,
+}
+
+impl SectionReader {
+    /// A reader of what `peer` sends. Allocates its buffer (1.3 MiB), the only allocation it ever makes.
+    pub fn new(peer: Peer) -> Self {
+        Self {
+            buffer: vec![0; BUFFER].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            peer,
+            next_sequence: 0,
+            received: 0,
+        }
+    }
+
+    /// Bytes received on this connection so far. It grows while a long section arrives, so it tells a slow link from a
+    /// dead one.
+    pub fn bytes_received(&self) -> u64 {
+        self.received
+    }
+
+    /// Whether bytes have arrived that no call has returned yet.
+    pub fn has_buffered(&self) -> bool {
+        self.start < self.end
+    }
+
+    /// Reads the preface. To be called once, first.
+    ///
+    /// # Errors
+    /// See [`ReadError`]; a peer of another protocol or version is a [`ReadError::Wire`].
+    pub fn read_preface(&mut self, stream: &mut impl Read) -> Result<ProtocolVersion, ReadError> {
+        self.fill(stream, PREFACE_LEN)?;
+        let mut bytes = [0; PREFACE_LEN];
+        bytes.copy_from_slice(&self.buffer[self.start..self.start + PREFACE_LEN]);
+        self.start += PREFACE_LEN;
+        Ok(Preface::parse(&bytes)?.version)
+    }
+
+    /// Reads the next section and checks it as far as it can be checked without looking into the payload.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub fn read_section(&mut self, stream: &mut impl Read) -> Result<Section<'_>, ReadError> {
+        self.fill(stream, HEADER_LEN)?;
+        let mut bytes = [0; HEADER_LEN];
+        bytes.copy_from_slice(&self.buffer[self.start..self.start + HEADER_LEN]);
+        // Parsed again if a short read made the caller come back: 28 bytes of checksum, and no state to keep.
+        let header = SectionHeader::parse(&bytes)?;
+        if !header.kind.may_come_from(self.peer) {
+            return Err(WireError::WrongSender { kind: header.kind, peer: self.peer }.into());
+        }
+        if header.sequence != self.next_sequence {
+            return Err(WireError::Sequence { expected: self.next_sequence, found: header.sequence }.into());
+        }
+        let length = HEADER_LEN + header.length as usize;
+        self.fill(stream, length)?;
+        self.next_sequence += 1;
+        let payload = self.start + HEADER_LEN..self.start + length;
+        self.start += length;
+        Ok(Section::new(header, &self.buffer[payload])?)
+    }
+
+    /// Makes at least `wanted` bytes available at `start`. `wanted` has been checked against the limits, so it fits.
+    fn fill(&mut self, stream: &mut impl Read, wanted: usize) -> Result<(), ReadError> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+        if self.start + wanted > self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        while self.end - self.start < wanted {
+            match stream.read(&mut self.buffer[self.end..]) {
+                Ok(0) if self.start == self.end => return Err(ReadError::Closed),
+                Ok(0) => return Err(ReadError::Truncated { missing: wanted - (self.end - self.start) }),
+                Ok(count) => {
+                    self.end += count;
+                    self.received += count as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(ReadError::Io(error)),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,83 @@
+//! The connection preface and the versions of the protocol.
+
+use crate::error::WireError;
+
+/// Length of the preface in bytes.
+pub const PREFACE_LEN: usize = 16;
+
+const MAGIC: [u8; 8] = *b"OUTLIVE\0";
+
+/// Versions of the stream, with one line of history each.
+///
+/// The policy:
+///
+/// * Frozen for ever, in every version: the preface, the section header, the numbers of the section kinds, and the
+///   payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why they do not fit.
+/// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever changes one
+///   payload raises the version of that kind in [`Kind::version`](crate::Kind::version) and keeps the parser of the
+///   old one while the last release that wrote it is supported.
+/// * A standby accepts the versions in this enum; a primary writes [`CURRENT`](Self::CURRENT). To upgrade a pair, upgrade
+///   the standby first (it understands the older primary), take over, upgrade the other host.
+/// * Unknown is refused, never skipped: a skipped section could be a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum ProtocolVersion {
+    /// 1: the first: base pages, checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly end.
+    V1 = 1,
+}
+
+impl ProtocolVersion {
+    /// The version that this release writes.
+    pub const CURRENT: Self = Self::V1;
+
+    /// The version with this number, if this release understands it.
+    pub fn from_wire(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::V1),
+            _ => None,
+        }
+    }
+}
+
+/// The first 16 bytes that each side sends: magic (8), protocol version (4), CRC-32 of those 12 bytes (4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Preface {
+    /// The version of all sections that follow from this side.
+    pub version: ProtocolVersion,
+}
+
+impl Preface {
+    /// The preface of this release.
+    pub const CURRENT: Self = Self { version: ProtocolVersion::CURRENT };
+
+    /// The bytes to send.
+    pub fn encode(self) -> [u8; PREFACE_LEN] {
+        let mut bytes = [0; PREFACE_LEN];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&(self.version as u32).to_le_bytes());
+        let crc = crc32fast::hash(&bytes[..12]);
+        bytes[12..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Checks the 16 bytes of the other side.
+    ///
+    /// # Errors
+    /// [`WireError::NotOutlive`], [`WireError::PrefaceChecksum`] or [`WireError::UnknownProtocol`].
+    pub fn parse(bytes: &[u8; PREFACE_LEN]) -> Result<Self, WireError> {
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        if bytes[..8] != MAGIC {
+            let mut found = [0; 8];
+            found.copy_from_slice(&bytes[..8]);
+            return Err(WireError::NotOutlive { found });
+        }
+        let computed = crc32fast::hash(&bytes[..12]);
+        if word(12) != computed {
+            return Err(WireError::PrefaceChecksum { stored: word(12), computed });
+        }
+        let found = word(8);
+        let version = ProtocolVersion::from_wire(found)
+            .ok_or(WireError::UnknownProtocol { found, newest: ProtocolVersion::CURRENT as u32 })?;
+        Ok(Self { version })
+    }
+}
