@@ -1,1 +1,202 @@
-//! placeholder
+//! Every decision of two hosts that keep one VM alive, as two pure state machines: [`Primary`] and [`Standby`].
+//!
+//! The machines do no I/O, have no clock and start no thread. They are fed with events and the time, and answer with
+//! actions, which the program carries out. So a seeded simulator (in this crate's tests) can drive thousands of
+//! schedules of delay, partition, freeze and crash through the very code that runs in production.
+//!
+//! # How to drive them
+//!
+//! * `now` is the time since any fixed start, from a clock that does not stop while the process is stopped
+//!   (`CLOCK_MONOTONIC`). Read it *after* the event happened: after the read from the socket, not before it.
+//! * Carry out the actions of one event in their order, before the next event is handed in. With several threads: hold
+//!   one lock over `handle` and the actions (the actions themselves only queue work for other threads).
+//! * Call `handle` with a `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as you like besides.
+//! * Every event that comes over a connection names the connection ([`Link`]); events of a connection that the machine has
+//!   given up are ignored.
+//!
+//! # The course of things
+//!
+//! ```mermaid
+//! sequenceDiagram
+//!     participant G as guest output
+//!     participant P as primary
+//!     participant S as standby
+//!     participant A as arbiter
+//!     P->>S: Hello, Accept, base pages (the guest runs, output passes through)
+//!     Note over P: pause: capture base-final N, hold output from here on
+//!     P->>S: checkpoint N (base_final)
+//!     S->>P: Ack(N): protected
+//!     loop every epoch
+//!         Note over P: pause: capture N+1
+//!         P->>S: checkpoint N+1
+//!         Note over S: staged whole
+//!         S->>P: Ack(N+1)
+//!         Note over S: apply N+1
+//!         P->>G: release output up to N+1
+//!     end
+//!     Note over P: dies
+//!     Note over S: link dead
+//!     S->>A: claim generation g+1
+//!     A->>S: won
+//!     Note over S: finish applying, drop what is partial, run as primary of g+1
+//! ```
+//!
+//! ```mermaid
+//! stateDiagram-v2
+//!     state Primary {
+//!         [*] --> Alone
+//!         Alone --> Dialling: redial time
+//!         Dialling --> Greeting: connected
+//!         Greeting --> BaseSync: accepted
+//!         Dialling --> Alone: failed
+//!         Greeting --> Alone: refused, lost
+//!         BaseSync --> Alone: link lost (nobody else can run the VM)
+//!         BaseSync --> Guarding: base-final captured, output held
+//!         Guarding --> Arbitrating: link lost, standby left
+//!         Arbitrating --> Alone: won g+1, output released
+//!         Arbitrating --> Fenced: lost
+//!         Guarding --> Over: last checkpoint acknowledged
+//!     }
+//!     state Standby {
+//!         [*] --> Listening
+//!         Listening --> Base: Hello accepted
+//!         Base --> Listening: link lost (nothing committed)
+//!         Base --> Committed: base-final staged, acknowledged
+//!         Committed --> Claiming: link lost
+//!         Claiming --> TakenOver: won g+1
+//!         Claiming --> Ended: lost
+//!         Committed --> Ended: orderly end
+//!     }
+//! ```
+//!
+//! # Where each invariant lives
+//!
+//! | invariant (ARCHITECTURE.md) | here |
+//! |---|---|
+//! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture; [`PrimaryAction::ReleaseAll`] only follows a won claim |
+//! | 2 whole checkpoints | [`StandbyAction::Apply`] only for a checkpoint staged whole, in sequence, acknowledged, and after the one before it was applied; base pages are refused once a checkpoint is committed |
+//! | 3 one active side | whoever may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
+//! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause |
+//! | 7 protection fails, the VM goes on | every loss before the base-final capture leads to Alone at once, every later one after a won claim; a stream that a standby refuses makes it *leave*, not take over |
+//! | 8 orderly is not dead | the end of the VM is a flag of its last checkpoint; a standby that has committed it never claims |
+//!
+//! # Time
+//!
+//! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules about time keep
+//! even a process that was stopped and continued (SIGSTOP, a live migration of its own host) silent:
+//!
+//! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only then at the
+//!   event. An old Ack that waited in the socket while the process was stopped meets a link that is already declared lost.
+//! * **The primary's lease.** Silence at the primary is not measured from the last byte heard, but from the newest *stamp*
+//!   (the primary's own clock, sent with heartbeats and checkpoints) that the standby has returned. The standby
+//!   heard that stamp after it was sent and restarts its own patience then. The primary's patience is 70 % of the agreed
+//!   silence, the standby's 100 %; so as long as the two clocks run at rates within 30 % of each other, the primary has
+//!   stopped releasing output before a silent link lets the standby ask the arbiter - however long anything was under way.
+//!
+//! An end of the connection (EOF, reset) counts at once on both sides, without waiting out any patience: after SIGKILL
+//! the kernel closes the socket when all threads of the process are gone, so nobody is left who could let a frame out, and
+//! every millisecond of waiting would be a millisecond of outage. If a third party resets a connection whose two ends
+//! live, both ask the arbiter and one of them stops; the loser can, for as long as the reset takes to reach it, still
+//! release output that the winner's VM has produced too - never output that the winner's VM does not know (invariant 1).
+
+#![forbid(unsafe_code)]
+
+mod claim;
+mod planted;
+mod primary;
+mod standby;
+
+use std::fmt;
+use std::time::Duration;
+
+use outlive_epoch::LeaveReason;
+
+pub use primary::{
+    ExitReason, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus,
+    Wanted,
+};
+pub use standby::{
+    Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
+    StandbyStatus,
+};
+
+/// One connection. The primary's machine numbers those it dials; the standby's driver numbers those it accepts, and never
+/// uses a number twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Link(pub u64);
+
+/// What the arbiter answered to a claim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClaimResult {
+    /// The generation belongs to the claimer. Claiming again what one owns is won again.
+    Won,
+    /// The generation belongs to somebody else, for ever.
+    Lost {
+        /// Whom.
+        owner: String,
+    },
+    /// Nobody knows. The claim may or may not have taken effect; it is repeated.
+    Unreachable {
+        /// Why, in words.
+        why: String,
+    },
+}
+
+/// Why a link is of no further use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LossReason {
+    /// The other side closed it.
+    Closed,
+    /// The network reported an error.
+    Error(String),
+    /// Nothing was heard in time.
+    Silent(Duration),
+    /// The standby left in order.
+    Left(LeaveReason),
+    /// The other side broke the protocol.
+    Protocol(String),
+    /// Something failed at this side (tracking of dirty pages, encoding): protection must start anew.
+    Local(String),
+}
+
+impl fmt::Display for LossReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the other side closed the link"),
+            Self::Error(why) => write!(f, "the link failed: {why}"),
+            Self::Silent(time) => write!(f, "nothing heard for {} ms", time.as_millis()),
+            Self::Left(reason) => reason.fmt(f),
+            Self::Protocol(why) => write!(f, "the other side broke the protocol: {why}"),
+            Self::Local(why) => write!(f, "protection failed at this side: {why}"),
+        }
+    }
+}
+
+/// The times of both machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Silence after which the other side is taken for dead. The two sides agree on the larger of their two values.
+    pub dead_after: Duration,
+    /// Pause between two attempts to reach a standby, and between two claims while the arbiter is out of reach.
+    pub retry: Duration,
+}
+
+impl Timing {
+    /// The usual pause between attempts.
+    pub const RETRY: Duration = Duration::from_millis(200);
+
+    /// Timing with the usual pause between attempts.
+    pub fn new(dead_after: Duration) -> Self {
+        Self { dead_after, retry: Self::RETRY }
+    }
+
+    /// The primary's patience: shorter than the standby's, so that it falls silent first.
+    pub fn primary_patience(&self) -> Duration {
+        self.dead_after * 7 / 10
+    }
+
+    /// The time between two heartbeats.
+    pub fn heartbeat(&self) -> Duration {
+        self.dead_after / 8
+    }
+}

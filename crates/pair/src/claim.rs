@@ -1,0 +1,96 @@
+//! The wait for the arbiter, the same on both sides.
+
+use std::time::Duration;
+
+use crate::ClaimResult;
+use crate::planted::{Planted, planted};
+
+/// An arbiter that gives no answer at all for this long is reported as out of reach.
+const SLOW_ANSWER: Duration = Duration::from_secs(1);
+
+/// A claim under way: asked, answered with "unreachable", asked again, until it is won or lost. Only one question is open
+/// at a time, and there is no time-out: whoever stops waiting without an answer breaks invariant 3.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    pub(crate) generation: u64,
+    retry: Duration,
+    asked: Option<Duration>,
+    ask_at: Duration,
+    reported: Option<String>,
+}
+
+/// What is to be done about a claim now.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Nothing,
+    Ask,
+    /// Say why the arbiter does not answer; said once per reason.
+    Report(String),
+}
+
+/// An answer that ends the wait.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Won,
+    Lost { owner: String },
+}
+
+impl Claim {
+    pub(crate) fn new(generation: u64, now: Duration, retry: Duration) -> Self {
+        Self { generation, retry, asked: None, ask_at: now, reported: None }
+    }
+
+    /// To be called after every event; the answer is carried out and this called again until it is `Nothing`.
+    pub(crate) fn step(&mut self, now: Duration) -> Step {
+        match self.asked {
+            None if now >= self.ask_at => {
+                self.asked = Some(now);
+                Step::Ask
+            }
+            Some(asked) if now.saturating_sub(asked) >= SLOW_ANSWER => {
+                self.report(format!("no answer for {} s", SLOW_ANSWER.as_secs()))
+            }
+            _ => Step::Nothing,
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        match self.asked {
+            None => Some(self.ask_at),
+            Some(_) if self.reported.is_some() => None,
+            Some(asked) => Some(asked + SLOW_ANSWER),
+        }
+    }
+
+    /// Takes an answer; those to a question that is not open are ignored.
+    pub(crate) fn answer(
+        &mut self,
+        now: Duration,
+        generation: u64,
+        result: ClaimResult,
+        bug: Planted,
+    ) -> Result<Verdict, Step> {
+        if generation != self.generation || self.asked.is_none() {
+            return Err(Step::Nothing);
+        }
+        match result {
+            ClaimResult::Won => Ok(Verdict::Won),
+            ClaimResult::Lost { owner } => Ok(Verdict::Lost { owner }),
+            ClaimResult::Unreachable { why } => {
+                if !planted!(bug, ClaimNeverRepeated) {
+                    self.asked = None;
+                    self.ask_at = now + self.retry;
+                }
+                Err(self.report(why))
+            }
+        }
+    }
+
+    fn report(&mut self, why: String) -> Step {
+        if self.reported.as_ref() == Some(&why) {
+            return Step::Nothing;
+        }
+        self.reported = Some(why.clone());
+        Step::Report(why)
+    }
+}

@@ -1,0 +1,43 @@
+//! Mistakes that the simulator plants to prove that it would find them. Outside of tests none exists.
+
+/// A mistake, named after what the machine then does.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bug {
+    ReleaseBeforeAck,
+    NoHoldAtBaseFinal,
+    SkipArbitration,
+    LoserGoesOn,
+    StaleAckReleases,
+    SilenceByLastByte,
+    BaseLossClaimsNothingAfterCapture,
+    EndWithoutArbitration,
+    AckWhilePartial,
+    TakeOverWithoutWin,
+    TakeOverBeforeApplied,
+    TakeOverFromUnacknowledged,
+    TakeOverAfterEnd,
+    BaseAfterCommit,
+    ClaimAfterLeave,
+    ClaimNeverRepeated,
+}
+
+/// The mistake planted in one machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Planted(#[cfg(test)] pub(crate) Option<Bug>);
+
+/// Whether a mistake is planted; always `false` outside of tests.
+macro_rules! planted {
+    ($planted:expr, $bug:ident) => {{
+        #[cfg(test)]
+        {
+            $planted.0 == Some(crate::planted::Bug::$bug)
+        }
+        #[cfg(not(test))]
+        {
+            let _ = $planted;
+            false
+        }
+    }};
+}
+pub(crate) use planted;

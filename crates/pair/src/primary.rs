@@ -1,0 +1,492 @@
+//! The host where the VM runs.
+
+mod types;
+
+use std::time::Duration;
+
+use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode};
+
+use crate::claim::{Claim, Step, Verdict};
+use crate::planted::{Planted, planted};
+use crate::{ClaimResult, Link, LossReason, Timing};
+
+pub use types::{
+    ExitReason, OutputMode, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus, Wanted,
+};
+
+use PrimaryAction as Action;
+use PrimaryEvent as Event;
+use PrimaryNote as Note;
+
+/// A link that carries base pages or checkpoints.
+#[derive(Debug)]
+struct Attached {
+    link: Link,
+    /// When the next heartbeat is due.
+    beat_at: Duration,
+    /// When any byte was last heard. Counts while nothing is held: the peer may be slow, it only must live.
+    heard: Duration,
+}
+
+/// What is known about checkpoints from the base-final capture on.
+#[derive(Debug)]
+struct Guard {
+    base: u64,
+    shipped: u64,
+    acked: u64,
+    /// The newest time of this host's clock that the standby is known to have heard of: the start of the lease.
+    contact: Duration,
+    /// The last checkpoint has been captured.
+    last: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Output passes through, no standby.
+    Alone { dial_at: Duration },
+    /// Waits for a connection.
+    Dialling { link: Link },
+    /// Waits for the answer to Hello.
+    Greeting { link: Link, until: Duration },
+    /// Base pages go out, output passes through.
+    BaseSync(Attached),
+    /// The base-final checkpoint is captured, so the standby may become able to take over: output is held.
+    Guarding(Attached, Guard),
+    /// The link is gone and the standby may be able to take over: output is held until the arbiter has spoken.
+    Arbitrating(Claim),
+    /// Nothing happens any more.
+    Over { fenced: bool },
+}
+
+/// The state machine of the primary. See the crate's documentation for how to drive it.
+#[derive(Debug)]
+pub struct Primary {
+    config: PrimaryConfig,
+    /// What the two sides agreed on; the configured one while there is no standby.
+    timing: Timing,
+    generation: u64,
+    /// Number of the last checkpoint captured, over all standbys.
+    checkpoint: u64,
+    state: State,
+    /// The VM shall end, or has ended.
+    end: Option<EndReason>,
+    next_link: u64,
+    next_standby: usize,
+    /// The last thing said about dialling, so that it is said once and not five times a second.
+    said: Option<Note>,
+    now: Duration,
+    pub(crate) bug: Planted,
+}
+
+impl Primary {
+    /// A primary that runs alone and looks for a standby at once, if it has an address. After a takeover, `generation` and
+    /// `checkpoint` are those of [`StandbyAction::TakeOver`](crate::StandbyAction::TakeOver).
+    pub fn new(config: PrimaryConfig, now: Duration) -> Self {
+        Self {
+            timing: config.timing,
+            generation: config.generation,
+            checkpoint: config.checkpoint,
+            state: State::Alone { dial_at: now },
+            end: None,
+            next_link: 0,
+            next_standby: 0,
+            said: None,
+            now,
+            bug: Planted::default(),
+            config,
+        }
+    }
+
+    /// The generation in which the VM runs.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The number of the epoch that is running: frames produced now belong to the checkpoint of this number.
+    pub fn epoch(&self) -> u64 {
+        self.checkpoint + 1
+    }
+
+    /// What the machine is doing.
+    pub fn status(&self) -> PrimaryStatus {
+        match &self.state {
+            State::Alone { .. } => PrimaryStatus::Alone,
+            State::Dialling { .. } | State::Greeting { .. } => PrimaryStatus::Dialling,
+            State::BaseSync(_) => PrimaryStatus::BaseSync,
+            State::Guarding(_, guard) if guard.last => PrimaryStatus::Ending,
+            State::Guarding(_, guard) if guard.acked < guard.base => PrimaryStatus::BaseCommit,
+            State::Guarding(..) => PrimaryStatus::Protected,
+            State::Arbitrating(_) => PrimaryStatus::Arbitrating,
+            State::Over { .. } => PrimaryStatus::Over,
+        }
+    }
+
+    /// Whether a frame that the guest sends now may leave at once or must wait.
+    pub fn output(&self) -> OutputMode {
+        match &self.state {
+            State::Guarding(..) | State::Arbitrating(_) => OutputMode::Hold,
+            State::Over { fenced: true } => OutputMode::Discard,
+            _ => OutputMode::PassThrough,
+        }
+    }
+
+    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right before it is
+    /// written, with a fresh `now`: between the decision and the write this process may have been stopped for an hour.
+    pub fn may_release(&self, now: Duration) -> bool {
+        match &self.state {
+            State::Guarding(_, guard) => now < guard.contact + self.timing.primary_patience(),
+            State::Arbitrating(_) | State::Over { fenced: true } => planted!(self.bug, StaleAckReleases),
+            _ => true,
+        }
+    }
+
+    /// What checkpoint the driver shall capture next. To be asked before every pause; while it is
+    /// [`Wanted::Nothing`], the guest runs on (or, if it has ended, waits).
+    pub fn wanted_capture(&self) -> Wanted {
+        match &self.state {
+            State::BaseSync(attached) => Wanted::Base { link: attached.link },
+            State::Guarding(_, guard) if guard.last || guard.shipped - guard.acked >= self.config.slots => {
+                Wanted::Nothing
+            }
+            State::Guarding(..) => self.end.map_or(Wanted::Epoch, Wanted::Last),
+            _ => Wanted::Nothing,
+        }
+    }
+
+    /// When the next `Tick` is due, if no other event comes before.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        match &self.state {
+            State::Alone { dial_at } => (self.config.standbys > 0).then_some(*dial_at),
+            State::Greeting { until, .. } => Some(*until),
+            State::BaseSync(attached) => {
+                Some(attached.beat_at.min(attached.heard + self.timing.primary_patience()))
+            }
+            State::Guarding(attached, guard) => {
+                Some(attached.beat_at.min(guard.contact + self.timing.primary_patience()))
+            }
+            State::Arbitrating(claim) => claim.deadline(),
+            State::Dialling { .. } | State::Over { .. } => None,
+        }
+    }
+
+    /// Takes one event and appends what must be done to `out`.
+    pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
+        // Events of two threads may come with their times crossed by a hair; time never goes back here.
+        self.now = self.now.max(now);
+        if !planted!(self.bug, StaleAckReleases) || matches!(event, Event::Tick) {
+            self.look_at_clock(out);
+        }
+        match event {
+            Event::Tick => {}
+            Event::End { reason } => self.end = self.end.or(Some(reason)),
+            Event::Captured { end } => self.captured(end, out),
+            Event::Claimed { generation, result } => self.claimed(generation, result, out),
+            Event::Connected { link } => self.connected(link, out),
+            Event::DialFailed { link, why } => self.dial_failed(link, why, out),
+            Event::Accepted { link, dead_after } => self.accepted(link, dead_after, out),
+            Event::Refused { link, code, text } => self.refused(link, code, text, out),
+            Event::Heard { link } => self.heard(link),
+            Event::Heartbeat { link, stamp } => drop(self.contact(link, stamp, out)),
+            Event::Ack { link, generation, checkpoint, stamp } => {
+                self.ack(link, generation, checkpoint, stamp, out)
+            }
+            Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
+            Event::LinkLost { link, why } => self.link_lost(link, why, out),
+        }
+        self.go_on(out);
+    }
+
+    /// The clock comes before the event: see the crate's documentation.
+    fn look_at_clock(&mut self, out: &mut Vec<Action>) {
+        let patience = self.timing.primary_patience();
+        let silent = match &self.state {
+            State::Greeting { link, until } if self.now >= *until => Some((*link, patience)),
+            State::BaseSync(attached) if self.now >= attached.heard + patience => {
+                Some((attached.link, self.now - attached.heard))
+            }
+            State::Guarding(attached, guard) if self.now >= guard.contact + patience => {
+                Some((attached.link, self.now - guard.contact))
+            }
+            _ => None,
+        };
+        if let Some((link, time)) = silent {
+            self.link_lost(link, LossReason::Silent(time), out);
+        }
+    }
+
+    /// What is due in the state reached.
+    fn go_on(&mut self, out: &mut Vec<Action>) {
+        if let Some(reason) = self.end {
+            self.end_if_possible(reason, out);
+        }
+        match &mut self.state {
+            State::Alone { dial_at } if self.config.standbys > 0 && self.now >= *dial_at => {
+                let link = Link(self.next_link);
+                self.next_link += 1;
+                let address = self.next_standby % self.config.standbys;
+                self.next_standby = address + 1;
+                self.state = State::Dialling { link };
+                out.push(Action::Dial { link, address });
+            }
+            State::BaseSync(attached) | State::Guarding(attached, _) if self.now >= attached.beat_at => {
+                attached.beat_at = self.now + self.timing.heartbeat();
+                out.push(Action::SendHeartbeat { link: attached.link });
+            }
+            State::Arbitrating(claim) => loop {
+                match claim.step(self.now) {
+                    Step::Nothing => break,
+                    Step::Ask => out.push(Action::Claim { generation: claim.generation }),
+                    Step::Report(why) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
+                }
+            },
+            _ => {}
+        }
+    }
+
+    /// The VM has ended or shall end: at once where nobody else can run it, else after the last checkpoint is committed or
+    /// the arbiter has spoken.
+    fn end_if_possible(&mut self, reason: EndReason, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Alone { .. } => {}
+            State::Dialling { link } | State::Greeting { link, .. } => {
+                out.push(Action::Hangup { link: *link })
+            }
+            State::BaseSync(attached) => self.say_end(attached.link, reason, out),
+            State::Guarding(attached, guard) if guard.last && guard.acked == guard.shipped => {
+                self.say_end(attached.link, reason, out);
+            }
+            State::Arbitrating(_) if planted!(self.bug, EndWithoutArbitration) => {
+                out.push(Action::ReleaseAll)
+            }
+            State::Guarding(..) | State::Arbitrating(_) | State::Over { .. } => return,
+        }
+        self.state = State::Over { fenced: false };
+        out.push(Action::Exit { code: ExitReason::Ended(reason).code(), reason: ExitReason::Ended(reason) });
+    }
+
+    fn say_end(&self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
+        out.push(Action::SendEnd { link, reason });
+        out.push(Action::Hangup { link });
+    }
+
+    fn connected(&mut self, link: Link, out: &mut Vec<Action>) {
+        if matches!(self.state, State::Dialling { link: dialled } if dialled == link) {
+            self.state = State::Greeting { link, until: self.now + self.config.timing.dead_after };
+            out.push(Action::SendHello { link, generation: self.generation });
+        } else {
+            out.push(Action::Hangup { link });
+        }
+    }
+
+    fn dial_failed(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+        if matches!(self.state, State::Dialling { link: dialled } if dialled == link) {
+            self.dial_later();
+            self.say(Note::DialFailed { why }, out);
+        }
+    }
+
+    fn accepted(&mut self, link: Link, dead_after: Duration, out: &mut Vec<Action>) {
+        if !matches!(self.state, State::Greeting { link: greeted, .. } if greeted == link) {
+            return;
+        }
+        self.timing.dead_after = self.config.timing.dead_after.max(dead_after);
+        self.said = None;
+        let attached = Attached { link, beat_at: self.now, heard: self.now };
+        self.state = State::BaseSync(attached);
+        out.push(Action::StartBase { link });
+        out.push(Action::Note(Note::Attached { link }));
+    }
+
+    fn refused(&mut self, link: Link, code: Result<RefuseCode, u16>, text: String, out: &mut Vec<Action>) {
+        if matches!(self.state, State::Greeting { link: greeted, .. } if greeted == link) {
+            self.dial_later();
+            out.push(Action::Hangup { link });
+            self.say(Note::Refused { code, text }, out);
+        }
+    }
+
+    fn dial_later(&mut self) {
+        self.state = State::Alone { dial_at: self.now + self.timing.retry };
+    }
+
+    /// Says something about dialling if it is not what was said last.
+    fn say(&mut self, note: Note, out: &mut Vec<Action>) {
+        if self.said.as_ref() != Some(&note) {
+            self.said = Some(note.clone());
+            out.push(Action::Note(note));
+        }
+    }
+
+    fn heard(&mut self, link: Link) {
+        match &mut self.state {
+            State::BaseSync(attached) | State::Guarding(attached, _) if attached.link == link => {
+                attached.heard = self.now;
+                if let (true, State::Guarding(_, guard)) =
+                    (planted!(self.bug, SilenceByLastByte), &mut self.state)
+                {
+                    guard.contact = self.now;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The standby has returned a stamp. Returns whether the link is still good.
+    fn contact(&mut self, link: Link, stamp: Duration, out: &mut Vec<Action>) -> bool {
+        self.heard(link);
+        if stamp > self.now {
+            self.link_lost(link, LossReason::Protocol("it returned a stamp from the future".into()), out);
+            return false;
+        }
+        match &mut self.state {
+            State::BaseSync(attached) => attached.link == link,
+            State::Guarding(attached, guard) if attached.link == link => {
+                guard.contact = guard.contact.max(stamp);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame after it.
+    fn captured(&mut self, end: Option<EndReason>, out: &mut Vec<Action>) {
+        let number = self.checkpoint + 1;
+        let (link, base_final) = match &mut self.state {
+            State::BaseSync(attached) => {
+                // The standby can only take over after it has heard of this capture: the lease starts now.
+                let guard = Guard {
+                    base: number,
+                    shipped: number,
+                    acked: number - 1,
+                    contact: self.now,
+                    last: end.is_some(),
+                };
+                let attached =
+                    Attached { link: attached.link, beat_at: attached.beat_at, heard: attached.heard };
+                let link = attached.link;
+                self.state = State::Guarding(attached, guard);
+                if !planted!(self.bug, NoHoldAtBaseFinal) {
+                    out.push(Action::HoldOutput);
+                }
+                (link, true)
+            }
+            State::Guarding(attached, guard)
+                if guard.shipped - guard.acked >= self.config.slots || guard.last =>
+            {
+                // The pages of this epoch have been harvested and cannot be harvested again, so this standby can never
+                // be told of them.
+                let link = attached.link;
+                self.link_lost(
+                    link,
+                    LossReason::Local("a checkpoint was captured without a free slot".into()),
+                    out,
+                );
+                out.push(Action::DropCapture);
+                return;
+            }
+            State::Guarding(attached, guard) => {
+                guard.shipped = number;
+                guard.last = end.is_some();
+                (attached.link, false)
+            }
+            _ => {
+                out.push(Action::DropCapture);
+                return;
+            }
+        };
+        self.checkpoint = number;
+        self.end = self.end.or(end);
+        out.push(Action::Ship { link, checkpoint: number, flags: CheckpointFlags { base_final, end } });
+        if planted!(self.bug, ReleaseBeforeAck) {
+            out.push(Action::Release { through: number });
+        }
+    }
+
+    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration, out: &mut Vec<Action>) {
+        if planted!(self.bug, StaleAckReleases) {
+            out.push(Action::Release { through: checkpoint });
+        }
+        if !self.contact(link, stamp, out) {
+            return;
+        }
+        let State::Guarding(_, guard) = &mut self.state else {
+            let why = format!("it acknowledged checkpoint {checkpoint} before there was one");
+            return self.link_lost(link, LossReason::Protocol(why), out);
+        };
+        if generation != self.generation || checkpoint > guard.shipped || checkpoint <= guard.acked {
+            let why = format!(
+                "it acknowledged checkpoint {checkpoint} of generation {generation}; {}..={} of generation {} are due",
+                guard.acked + 1,
+                guard.shipped,
+                self.generation
+            );
+            return self.link_lost(link, LossReason::Protocol(why), out);
+        }
+        let first = guard.acked < guard.base;
+        guard.acked = checkpoint;
+        out.push(Action::Release { through: checkpoint });
+        if first {
+            out.push(Action::Note(Note::Protected { generation, checkpoint }));
+        }
+    }
+
+    fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Dialling { link: dialled } if *dialled == link => {
+                self.dial_later();
+                out.push(Action::Hangup { link });
+            }
+            State::Greeting { link: greeted, .. } if *greeted == link => {
+                self.dial_later();
+                out.push(Action::Hangup { link });
+                self.say(Note::DialFailed { why: why.to_string() }, out);
+            }
+            State::BaseSync(attached) if attached.link == link => {
+                // Nothing that this standby has is a whole VM, so it cannot take over and there is nothing to decide.
+                self.dial_later();
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: false }));
+            }
+            State::Guarding(attached, guard) if attached.link == link => {
+                let committed = guard.acked >= guard.base;
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: true }));
+                if planted!(self.bug, SkipArbitration)
+                    || planted!(self.bug, BaseLossClaimsNothingAfterCapture) && !committed
+                {
+                    return self.go_on_alone(self.generation + 1, out);
+                }
+                let claim = Claim::new(self.generation + 1, self.now, self.timing.retry);
+                out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
+                self.state = State::Arbitrating(claim);
+            }
+            _ => {}
+        }
+    }
+
+    fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
+        let State::Arbitrating(claim) = &mut self.state else { return };
+        match claim.answer(self.now, generation, result, self.bug) {
+            Err(Step::Report(why)) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
+            Err(_) => {}
+            Ok(Verdict::Won) => {
+                out.push(Action::Note(Note::Won { generation }));
+                self.go_on_alone(generation, out);
+            }
+            Ok(Verdict::Lost { .. }) if planted!(self.bug, LoserGoesOn) => self.go_on_alone(generation, out),
+            Ok(Verdict::Lost { owner }) => {
+                self.state = State::Over { fenced: true };
+                out.push(Action::Fence { generation, owner: owner.clone() });
+                let reason = ExitReason::Fenced { generation, owner };
+                out.push(Action::Exit { code: reason.code(), reason });
+            }
+        }
+    }
+
+    fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {
+        self.generation = generation;
+        self.timing = self.config.timing;
+        self.state = State::Alone { dial_at: self.now };
+        out.push(Action::ReleaseAll);
+    }
+}
