@@ -1,0 +1,361 @@
+//! The two hosts of the demo: processes of this same program, their files, and nothing left of them.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::mem;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::unistd::mkdtemp;
+
+use super::events::{Tail, Tenure};
+use crate::events::Record;
+
+/// One of the two places where the VM can run. On real ones these would be two machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Host {
+    A,
+    B,
+}
+
+impl Host {
+    pub(super) const BOTH: [Host; 2] = [Host::A, Host::B];
+
+    /// The other one.
+    pub(super) fn other(self) -> Host {
+        match self {
+            Host::A => Host::B,
+            Host::B => Host::A,
+        }
+    }
+
+    /// Where a standby on this host listens. The ports are free: the network namespace is our own.
+    fn addr(self) -> &'static str {
+        match self {
+            Host::A => "127.0.0.1:7001",
+            Host::B => "127.0.0.1:7002",
+        }
+    }
+
+    fn tap(self) -> &'static str {
+        match self {
+            Host::A => "tap-a",
+            Host::B => "tap-b",
+        }
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Host::A => "a",
+            Host::B => "b",
+        })
+    }
+}
+
+/// What all processes of the cluster have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    /// The program to start.
+    pub(super) program: PathBuf,
+    /// The bridge that joins the VM's taps with the clients.
+    pub(super) bridge: String,
+    /// The VM's address with its prefix length.
+    pub(super) vm_ip: String,
+    pub(super) vcpus: u32,
+    pub(super) memory: String,
+    pub(super) interval: String,
+    pub(super) seed: u64,
+}
+
+/// A directory of its own under the system's temporary one; removed with everything in it when dropped.
+#[derive(Debug)]
+pub(super) struct WorkDir {
+    path: PathBuf,
+}
+
+impl WorkDir {
+    pub(super) fn create() -> io::Result<Self> {
+        let path = mkdtemp(&std::env::temp_dir().join("outlive-demo-XXXXXX")).map_err(io::Error::from)?;
+        let dir = Self { path };
+        fs::create_dir(dir.arbiter())?;
+        Ok(dir)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn arbiter(&self) -> PathBuf {
+        self.path.join("arbiter")
+    }
+
+    /// Leaves the directory where it is.
+    pub(super) fn keep(mut self) -> PathBuf {
+        mem::take(&mut self.path)
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if !self.path.as_os_str().is_empty() {
+            // Nothing better can be done about it now.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// A child process that never outlives its owner.
+///
+/// Dropping it kills and reaps it. It has a process group of its own, so Ctrl-C at the terminal does not reach
+/// it past us, and it ends by itself when its standard input does, so even a SIGKILL of the demo leaves nothing.
+#[derive(Debug)]
+pub(super) struct Guard {
+    child: Child,
+}
+
+impl Guard {
+    pub(super) fn spawn(command: &mut Command) -> io::Result<Self> {
+        use std::os::unix::process::CommandExt;
+        command.stdin(Stdio::piped()).process_group(0).spawn().map(|child| Self { child })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The exit status, if it has ended.
+    fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.child.try_wait()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Both fail only for a child that was reaped already. SIGKILL cannot be refused, so the wait is short.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A process of the cluster, alive or not, with what it has said.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) host: Host,
+    guard: Option<Guard>,
+    pid: u32,
+    tail: Tail,
+    /// It is dead and all it said was read.
+    silent: bool,
+    log: PathBuf,
+    /// The time in which it ran the VM.
+    pub(super) tenure: Tenure,
+}
+
+impl Node {
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The last lines of its log, each indented.
+    pub(super) fn last_words(&self, lines: usize) -> String {
+        let text = fs::read(&self.log).map(|t| String::from_utf8_lossy(&t).into_owned()).unwrap_or_default();
+        let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+        all[all.len().saturating_sub(lines)..].iter().map(|line| format!("\n    {line}")).collect()
+    }
+}
+
+/// All processes that were ever started; at most one is alive on each host.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    shape: Shape,
+    /// Dropped after the processes: fields are dropped in this order.
+    nodes: Vec<Node>,
+    dir: WorkDir,
+}
+
+impl Cluster {
+    pub(super) fn new(shape: Shape, dir: WorkDir) -> Self {
+        Self { shape, nodes: Vec::new(), dir }
+    }
+
+    /// Starts the process that boots the VM.
+    pub(super) fn start_primary(&mut self, host: Host) -> io::Result<()> {
+        let shape = &self.shape;
+        let mut command = Command::new(&shape.program);
+        command.args([
+            "run",
+            "--name",
+            "demo",
+            "--vcpus",
+            &shape.vcpus.to_string(),
+            "--memory",
+            &shape.memory,
+        ]);
+        command.args(["--ip", &shape.vm_ip, "--seed", &shape.seed.to_string()]);
+        self.start(host, command)
+    }
+
+    /// Starts a process that waits for a VM to protect.
+    pub(super) fn start_standby(&mut self, host: Host) -> io::Result<()> {
+        let mut command = Command::new(&self.shape.program);
+        command.args(["standby", "--listen", host.addr()]);
+        self.start(host, command)
+    }
+
+    /// Adds what both kinds are told: the other host is where a standby is looked for, now or after a takeover.
+    fn start(&mut self, host: Host, mut command: Command) -> io::Result<()> {
+        let name = format!("{}-{host}", self.nodes.len());
+        let events = self.dir.path().join(format!("{name}.events"));
+        let log = self.dir.path().join(format!("{name}.log"));
+        let tail = Tail::create(&events)?;
+        let mut arbiter = OsString::from("file:");
+        arbiter.push(self.dir.arbiter());
+        command
+            .args(["--standby", host.other().addr(), "--interval", &self.shape.interval])
+            .args(["--net", &format!("tap={},bridge={}", host.tap(), self.shape.bridge)])
+            .arg("--arbiter")
+            .arg(arbiter)
+            .arg("--events")
+            .arg(&events)
+            .arg("--exit-with-stdin")
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?);
+        let guard = Guard::spawn(&mut command)?;
+        let pid = guard.pid();
+        self.nodes.push(Node {
+            host,
+            guard: Some(guard),
+            pid,
+            tail,
+            silent: false,
+            log,
+            tenure: Tenure::default(),
+        });
+        Ok(())
+    }
+
+    /// The latest process on a host, alive or not.
+    pub(super) fn node(&self, host: Host) -> Option<&Node> {
+        self.nodes.iter().rev().find(|n| n.host == host)
+    }
+
+    /// Whether a process is alive on a host (as far as [`Cluster::reap`] has seen).
+    pub(super) fn alive(&self, host: Host) -> bool {
+        self.node(host).is_some_and(|n| n.guard.is_some())
+    }
+
+    /// All processes that ever were.
+    pub(super) fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// SIGKILL to the process on a host, as a power cut would end it.
+    pub(super) fn kill(&mut self, host: Host) {
+        if let Some(node) = self.nodes.iter_mut().rev().find(|n| n.host == host) {
+            node.guard = None;
+        }
+    }
+
+    /// New events of all processes, in the order of their time.
+    pub(super) fn poll(&mut self) -> io::Result<Vec<(Host, Record)>> {
+        let mut news = Vec::new();
+        for node in self.nodes.iter_mut().filter(|n| !n.silent) {
+            // Asked before reading: what is read after its death is all there is.
+            node.silent = node.guard.is_none();
+            for record in node.tail.poll()? {
+                node.tenure.note(&record);
+                news.push((node.host, record));
+            }
+        }
+        news.sort_by_key(|(_, record)| record.t_us);
+        Ok(news)
+    }
+
+    /// Processes that ended by themselves since the last call.
+    pub(super) fn reap(&mut self) -> io::Result<Vec<(Host, ExitStatus)>> {
+        let mut ended = Vec::new();
+        for node in &mut self.nodes {
+            let Some(guard) = &mut node.guard else { continue };
+            if let Some(status) = guard.ended()? {
+                node.guard = None;
+                ended.push((node.host, status));
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Where the logs and event files are.
+    #[cfg(test)]
+    pub(super) fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Ends everything but leaves the directory with logs and events, and says where that is.
+    pub(super) fn end_and_keep(self) -> PathBuf {
+        let Self { nodes, dir, .. } = self;
+        drop(nodes);
+        dir.keep()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn exists(pid: u32) -> bool {
+        Path::new(&format!("/proc/{pid}")).exists()
+    }
+
+    #[test]
+    fn a_dropped_guard_leaves_no_process_not_even_a_zombie() {
+        let guard = Guard::spawn(Command::new("sleep").arg("1000")).unwrap();
+        let pid = guard.pid();
+        assert!(exists(pid));
+        drop(guard);
+        assert!(!exists(pid));
+    }
+
+    #[test]
+    fn a_panic_leaves_no_process() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let panicked = std::thread::spawn(move || {
+            let guard = Guard::spawn(Command::new("sleep").arg("1000")).unwrap();
+            sender.send(guard.pid()).unwrap();
+            panic!("on purpose");
+        });
+        let pid = receiver.recv().unwrap();
+        panicked.join().unwrap_err();
+        assert!(!exists(pid));
+    }
+
+    #[test]
+    fn the_end_of_the_owner_ends_the_childs_input() {
+        // What a SIGKILL of the demo looks like to a child that watches its standard input.
+        let mut guard = Guard::spawn(Command::new("cat").stdout(Stdio::null())).unwrap();
+        assert!(guard.ended().unwrap().is_none());
+        drop(guard.child.stdin.take());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while guard.ended().unwrap().is_none() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn the_directory_goes_unless_it_is_kept() {
+        let dir = WorkDir::create().unwrap();
+        let path = dir.path().to_owned();
+        assert!(path.join("arbiter").is_dir());
+        drop(dir);
+        assert!(!path.exists());
+        let path = WorkDir::create().unwrap().keep();
+        assert!(path.is_dir());
+        fs::remove_dir_all(path).unwrap();
+    }
+}

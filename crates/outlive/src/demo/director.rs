@@ -1,0 +1,427 @@
+//! The play: start, kill, wait for the takeover, attach a new standby, again and again, and judge at the end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::cluster::{Cluster, Host};
+use super::events::Totals;
+use super::load::{Load, Report};
+use super::status::{Status, grouped, time};
+use super::summary::{Summary, TakeoverTimes};
+use super::verify;
+use crate::events::{Event, Record, now_us};
+use crate::exit;
+
+/// How often the event files are looked at. Nothing measured depends on it: events carry their own time.
+const TICK: Duration = Duration::from_millis(5);
+/// How long a process may take to be ready, a base checkpoint to be committed, a standby to take over.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+const PROTECTED_LIMIT: Duration = Duration::from_secs(180);
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
+/// How long an old primary may live on after another side has taken over: it must find out and stop.
+const SUPERSEDED_LIMIT: Duration = Duration::from_secs(10);
+/// Processes that may end without being killed before the demo gives up.
+const ACCIDENTS: u32 = 5;
+/// The patience with the clients' last requests and with the read-back: normally, and when it must be quick.
+const FINISH_PATIENCE: Duration = Duration::from_secs(30);
+const HURRIED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the demo is to do.
+#[derive(Clone, Debug)]
+pub(super) struct Play {
+    pub(super) vm: SocketAddr,
+    pub(super) time: Duration,
+    pub(super) kills: u32,
+    pub(super) clients: u32,
+    pub(super) rate: u32,
+    pub(super) seed: u64,
+}
+
+/// Why the play does not go on.
+#[derive(Debug, Error)]
+pub(super) enum Stop {
+    /// Ctrl-C or SIGTERM.
+    #[error("interrupted")]
+    Interrupted,
+    /// Something that should survive did not, or a process did what it must not.
+    #[error("{0}")]
+    Failed(String),
+    /// A process refused to start in this environment and said why.
+    #[error("{0}")]
+    Environment(String),
+    /// The demo itself could not work.
+    #[error("the demo could not go on: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// One kill.
+#[derive(Clone, Copy, Debug)]
+struct Kill {
+    at_us: u64,
+    /// When the VM was protected again.
+    over_us: Option<u64>,
+}
+
+/// An old primary that has to stop, and until when.
+type Superseded = (Host, Instant);
+
+/// Directs the cluster and the clients.
+pub(super) struct Director {
+    play: Play,
+    cluster: Cluster,
+    status: Status,
+    interrupt: Arc<AtomicBool>,
+    load: Option<Load>,
+    /// Where the VM runs.
+    active: Host,
+    /// The primary was started: from now on a missing standby is replaced.
+    booted: bool,
+    listening: bool,
+    protected: bool,
+    superseded: Option<Superseded>,
+    /// Since when nobody runs the VM.
+    orphaned: Option<Instant>,
+    accidents: u32,
+    kills: Vec<Kill>,
+    takeovers: Vec<TakeoverTimes>,
+    trackers: Vec<String>,
+    base: (u64, u64),
+}
+
+impl Director {
+    pub(super) fn new(play: Play, cluster: Cluster, interrupt: Arc<AtomicBool>) -> Self {
+        Self {
+            play,
+            cluster,
+            status: Status::new(),
+            interrupt,
+            load: None,
+            active: Host::A,
+            booted: false,
+            listening: false,
+            protected: false,
+            superseded: None,
+            orphaned: None,
+            accidents: 0,
+            kills: Vec::new(),
+            takeovers: Vec::new(),
+            trackers: Vec::new(),
+            base: (0, 0),
+        }
+    }
+
+    /// Carries the play out and judges it. [`Stop::Environment`] and [`Stop::Io`] come back as errors, with
+    /// everything gone; every other end has a summary, and the cluster with it.
+    pub(super) fn run(mut self) -> Result<(Summary, Cluster), Stop> {
+        match self.perform() {
+            Err(stop @ (Stop::Environment(_) | Stop::Io(_))) => Err(stop),
+            other => Ok(self.judge(other.err())),
+        }
+    }
+
+    fn perform(&mut self) -> Result<(), Stop> {
+        self.cluster.start_standby(Host::B)?;
+        self.wait_until("the first standby to listen", READY_LIMIT, |d| d.listening)?;
+        self.cluster.start_primary(Host::A)?;
+        self.booted = true;
+        self.wait_until("the VM to be protected", PROTECTED_LIMIT, |d| d.protected)?;
+        self.load = Some(Load::start(self.play.vm, self.play.clients, self.play.rate)?);
+        let begin = Instant::now();
+        for moment in moments(&self.play) {
+            self.play_until(begin + moment)?;
+            self.kill_the_primary()?;
+        }
+        self.play_until(begin + self.play.time)
+    }
+
+    fn kill_the_primary(&mut self) -> Result<(), Stop> {
+        self.wait_until("the VM to be protected", PROTECTED_LIMIT, |d| d.protected)?;
+        let victim = self.active;
+        let pid = self.cluster.node(victim).map_or(0, |n| n.pid());
+        self.kills.push(Kill { at_us: now_us(), over_us: None });
+        self.cluster.kill(victim);
+        self.protected = false;
+        self.status.say(&format!("killed host {victim} (process {pid}) with SIGKILL"));
+        self.wait_until("a takeover", TAKEOVER_LIMIT, |d| d.active != victim)?;
+        self.wait_until("the VM to be protected again", PROTECTED_LIMIT, |d| d.protected)
+    }
+
+    fn play_until(&mut self, end: Instant) -> Result<(), Stop> {
+        while Instant::now() < end {
+            self.tick()?;
+        }
+        Ok(())
+    }
+
+    fn wait_until(&mut self, what: &str, limit: Duration, done: impl Fn(&Self) -> bool) -> Result<(), Stop> {
+        let deadline = Instant::now() + limit;
+        while !done(self) {
+            if Instant::now() > deadline {
+                return Err(Stop::Failed(format!(
+                    "waited {} s for {what}{}",
+                    limit.as_secs(),
+                    self.last_words_of_all()
+                )));
+            }
+            self.tick()?;
+        }
+        Ok(())
+    }
+
+    /// One look at everything.
+    fn tick(&mut self) -> Result<(), Stop> {
+        thread::sleep(TICK);
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Stop::Interrupted);
+        }
+        // Deaths before events: what a process said before it died is then always known here.
+        let ended = self.cluster.reap()?;
+        for (host, record) in self.cluster.poll()? {
+            self.note(host, &record);
+        }
+        for (host, status) in ended {
+            self.note_end(host, status)?;
+        }
+        self.heal()?;
+        if self.load.as_ref().is_some_and(Load::all_gone) {
+            return Err(Stop::Failed("every client's connection broke".into()));
+        }
+        if self.status.due() {
+            let line = self.line();
+            self.status.show(&line);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, host: Host, record: &Record) {
+        match &record.event {
+            Event::Started { tracker: Some(tracker), .. } if !self.trackers.contains(tracker) => {
+                self.trackers.push(tracker.clone());
+            }
+            Event::Listening { .. } => self.listening = true,
+            &Event::BaseProgress { sent_pages, total_pages, .. } => self.base = (sent_pages, total_pages),
+            &Event::Protected { base_ms, .. } if host == self.active => {
+                self.note_protected(record.t_us, base_ms)
+            }
+            Event::Unprotected { why } if host == self.active => {
+                self.protected = false;
+                self.status.say(&format!("host {host} runs the VM unprotected: {why}"));
+            }
+            Event::LinkLost { .. } if host == self.active => self.protected = false,
+            Event::ArbiterUnreachable { why } => {
+                self.status.say(&format!("host {host} waits for the arbiter: {why}"))
+            }
+            Event::Takeover { .. } if host != self.active => self.note_takeover(host, &record.event),
+            &Event::FirstPacket { after_us } if host == self.active => {
+                if let Some(takeover) = self.takeovers.last_mut() {
+                    takeover.first_packet_us.get_or_insert(after_us);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn note_protected(&mut self, t_us: u64, base_ms: u64) {
+        self.protected = true;
+        if let Some(kill) = self.kills.last_mut() {
+            kill.over_us.get_or_insert(t_us);
+        }
+        let (runs, waits) = (self.active, self.active.other());
+        self.status.say(&format!(
+            "protected: the VM runs on host {runs}, host {waits} has all of it (base checkpoint {base_ms} ms)"
+        ));
+    }
+
+    fn note_takeover(&mut self, host: Host, event: &Event) {
+        let &Event::Takeover { detect_us, arbitrate_us, restore_us, first_packet_us, total_us, .. } = event
+        else {
+            return;
+        };
+        let old = self.active;
+        self.active = host;
+        self.protected = false;
+        self.orphaned = None;
+        if self.cluster.alive(old) {
+            self.superseded = Some((old, Instant::now() + SUPERSEDED_LIMIT));
+            self.status.say(&format!("host {host} took host {old} for dead"));
+        }
+        self.takeovers.push(TakeoverTimes { detect_us, arbitrate_us, restore_us, first_packet_us, total_us });
+        self.status.say(&format!(
+            "host {host} took over in {} (detection {}, arbitration {}, restore {})",
+            time(total_us),
+            time(detect_us),
+            time(arbitrate_us),
+            time(restore_us)
+        ));
+    }
+
+    /// A process ended without being killed by us.
+    fn note_end(&mut self, host: Host, status: ExitStatus) -> Result<(), Stop> {
+        let words = self.cluster.node(host).map(|n| n.last_words(3)).unwrap_or_default();
+        if status.code() == Some(exit::USAGE.into()) && self.load.is_none() {
+            return Err(Stop::Environment(words.trim().to_owned()));
+        }
+        if status.success() && host == self.active {
+            return Err(Stop::Failed(format!("the VM on host {host} ended by itself{words}")));
+        }
+        let fenced =
+            if status.code() == Some(exit::FENCED.into()) { ", it lost the arbitration" } else { "" };
+        self.status.say(&format!("the process on host {host} ended ({status}{fenced}){words}"));
+        self.accidents += 1;
+        if self.accidents > ACCIDENTS {
+            return Err(Stop::Failed("processes end again and again without being killed".into()));
+        }
+        Ok(())
+    }
+
+    /// Sees to it that there is a standby, and that somebody runs the VM.
+    fn heal(&mut self) -> Result<(), Stop> {
+        if !self.booted {
+            return Ok(());
+        }
+        let (runs, waits) = (self.active, self.active.other());
+        match (self.cluster.alive(runs), self.cluster.alive(waits)) {
+            (true, true) => self.check_superseded(),
+            (true, false) => {
+                self.superseded = None;
+                self.base = (0, 0);
+                Ok(self.cluster.start_standby(waits)?)
+            }
+            (false, true) => {
+                let since = *self.orphaned.get_or_insert_with(Instant::now);
+                if since.elapsed() < TAKEOVER_LIMIT {
+                    return Ok(());
+                }
+                Err(Stop::Failed(format!("host {waits} did not take over{}", self.last_words_of_all())))
+            }
+            (false, false) => Err(Stop::Failed(format!("both hosts are dead{}", self.last_words_of_all()))),
+        }
+    }
+
+    fn check_superseded(&self) -> Result<(), Stop> {
+        match self.superseded {
+            Some((host, until)) if Instant::now() > until => Err(Stop::Failed(format!(
+                "host {} took over, but the old primary on host {host} did not stop{}",
+                host.other(),
+                self.last_words_of_all()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn last_words_of_all(&self) -> String {
+        let words = |host| {
+            let node = self.cluster.node(host)?;
+            Some(format!("\n  host {host} (process {}) said last:{}", node.pid(), node.last_words(5)))
+        };
+        Host::BOTH.into_iter().filter_map(words).collect()
+    }
+
+    /// The line that is always current.
+    fn line(&self) -> String {
+        let (runs, waits) = (self.active, self.active.other());
+        let Some(load) = &self.load else {
+            let (sent, total) = self.base;
+            return format!("copying the VM to host {waits}: {} of {} pages", grouped(sent), grouped(total));
+        };
+        let node = self.cluster.nodes().iter().rev().find(|n| n.host == runs);
+        let rate = node.map_or(0.0, |n| n.tenure.latest().rate_hz);
+        let state = match (self.cluster.alive(runs), self.protected) {
+            (false, _) => format!("host {runs} is dead, host {waits} takes over"),
+            (true, true) => format!("{runs} → {waits}, {rate:.0} checkpoints/s"),
+            (true, false) => format!("{runs}, unprotected"),
+        };
+        let survived = self.survived();
+        let (acked, broken) = (&load.counters().acked, &load.counters().broken);
+        format!(
+            "{state} · {} writes acknowledged · {survived} of {} kills survived · {} connections broken",
+            grouped(acked.load(Ordering::Relaxed)),
+            self.play.kills,
+            broken.load(Ordering::Relaxed)
+        )
+    }
+
+    fn survived(&self) -> u32 {
+        // There are at most 10 000 kills.
+        self.kills.iter().filter(|k| k.over_us.is_some()).count() as u32
+    }
+
+    /// Ends the clients, reads everything back and puts the result together.
+    fn judge(mut self, stop: Option<Stop>) -> (Summary, Cluster) {
+        let patience = if stop.is_some() { HURRIED_PATIENCE } else { FINISH_PATIENCE };
+        let connections = self.load.as_ref().map_or(0, |l| l.counters().connections.load(Ordering::Relaxed));
+        let mut reports = self.load.take().map(|load| load.stop(patience)).unwrap_or_default();
+        let verdict = if reports.is_empty() {
+            verify::Verdict::default()
+        } else {
+            self.status.say("reading everything back");
+            verify::verify(self.play.vm, &mut reports, patience)
+        };
+        // The last statistics. Should they be unreadable, those before them count.
+        for (host, record) in self.cluster.poll().unwrap_or_default() {
+            self.note(host, &record);
+        }
+        let summary = self.summary(stop, verdict, &reports, connections);
+        (summary, self.cluster)
+    }
+
+    fn summary(
+        &self,
+        stop: Option<Stop>,
+        verdict: verify::Verdict,
+        reports: &[Report],
+        connections: u64,
+    ) -> Summary {
+        let end = now_us();
+        let gap = |kill: &Kill| {
+            let until = kill.over_us.unwrap_or(end);
+            reports.iter().map(|r| r.gaps.longest_within(kill.at_us, until)).max().unwrap_or(0)
+        };
+        let interrupted = matches!(stop, Some(Stop::Interrupted));
+        Summary {
+            failure: stop.filter(|_| !interrupted).map(|s| s.to_string()),
+            interrupted,
+            kills_planned: self.play.kills,
+            kills: self.kills.len() as u32,
+            survived: self.survived(),
+            verdict,
+            broken: reports.iter().filter_map(|r| r.failure.clone()).collect(),
+            takeovers: self.takeovers.clone(),
+            gaps_us: self.kills.iter().map(gap).collect(),
+            longest_gap_us: reports.iter().map(|r| r.gaps.longest_us()).max().unwrap_or(0),
+            longest_connect_us: reports.iter().map(|r| r.longest_connect_us).max().unwrap_or(0),
+            clients: self.play.clients,
+            connections,
+            totals: Totals::of(self.cluster.nodes().iter().map(|n| &n.tenure)),
+            tracker: if self.trackers.is_empty() { "unknown".into() } else { self.trackers.join("+") },
+        }
+    }
+}
+
+/// The moments of the kills: evenly spread, each moved at random by up to a quarter of the distance.
+fn moments(play: &Play) -> Vec<Duration> {
+    let distance = play.time / (play.kills + 1);
+    let mut random = play.seed;
+    (1..=play.kills)
+        .map(|n| {
+            let fraction = (split_mix(&mut random) >> 11) as f64 / (1u64 << 53) as f64;
+            distance.mul_f64(f64::from(n) + (fraction - 0.5) / 2.0)
+        })
+        .collect()
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014): the next number of a seeded sequence.
+fn split_mix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

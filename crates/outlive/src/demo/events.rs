@@ -1,0 +1,186 @@
+//! Reading the event streams of the processes while they are written, and adding their statistics up.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use hdrhistogram::Histogram;
+
+use crate::events::{Event, Record, Stats, add_pairs, histogram};
+
+/// Follows one process' event file.
+#[derive(Debug)]
+pub(super) struct Tail {
+    file: File,
+    /// The start of a line whose end is not written yet (or never will be: its writer was killed).
+    rest: Vec<u8>,
+}
+
+impl Tail {
+    /// Makes the file, so that it is there before its writer is.
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create_new(true).open(path)?;
+        Ok(Self { file, rest: Vec::new() })
+    }
+
+    /// What was added since the last call. A line that is no event is an error: the processes are our own.
+    pub(super) fn poll(&mut self) -> io::Result<Vec<Record>> {
+        self.file.read_to_end(&mut self.rest)?;
+        let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') else { return Ok(Vec::new()) };
+        let lines: Vec<u8> = self.rest.drain(..=end).collect();
+        lines
+            .split(|&byte| byte == b'\n')
+            .filter(|line| !line.is_empty())
+            .map(|line| serde_json::from_slice(line).map_err(io::Error::from))
+            .collect()
+    }
+}
+
+/// What one process has told about the time in which it ran the VM.
+#[derive(Debug, Default)]
+pub(super) struct Tenure {
+    latest: Stats,
+    /// Time the VM was protected, in spans that are over.
+    protected_us: u64,
+    protected_since: Option<u64>,
+    latest_t_us: u64,
+}
+
+impl Tenure {
+    /// Takes note of one event of the process.
+    pub(super) fn note(&mut self, record: &Record) {
+        match &record.event {
+            Event::Stats(stats) => {
+                self.latest = stats.clone();
+                self.latest_t_us = record.t_us;
+            }
+            // From here on it is this process that runs the VM.
+            Event::Takeover { .. } => *self = Self::default(),
+            Event::Protected { .. } => self.protected_since = Some(record.t_us),
+            Event::LinkLost { .. } | Event::Unprotected { .. } => self.protection_ended(record.t_us),
+            _ => {}
+        }
+    }
+
+    /// Its latest statistics.
+    pub(super) fn latest(&self) -> &Stats {
+        &self.latest
+    }
+
+    fn protection_ended(&mut self, t_us: u64) {
+        if let Some(since) = self.protected_since.take() {
+            self.protected_us += t_us.saturating_sub(since);
+        }
+    }
+
+    /// Protected time up to the latest statistics, so that time and checkpoints belong together.
+    fn counted_us(&self) -> u64 {
+        let current = self.protected_since.map_or(0, |since| self.latest_t_us.saturating_sub(since));
+        self.protected_us + current
+    }
+}
+
+/// The checkpoints of all processes that ran the VM, taken together.
+#[derive(Clone, Debug)]
+pub(super) struct Totals {
+    /// Checkpoints committed.
+    pub(super) checkpoints: u64,
+    /// Checkpoints per second of protected time.
+    pub(super) rate_hz: f64,
+    /// All pauses.
+    pub(super) pause_us: Histogram<u64>,
+    /// Dirty pages of all checkpoints.
+    pub(super) dirty_pages: Histogram<u64>,
+}
+
+impl Totals {
+    pub(super) fn of<'a>(tenures: impl IntoIterator<Item = &'a Tenure>) -> Self {
+        let mut totals =
+            Self { checkpoints: 0, rate_hz: 0.0, pause_us: histogram(), dirty_pages: histogram() };
+        let mut protected_us = 0;
+        for tenure in tenures {
+            totals.checkpoints += tenure.latest.checkpoints;
+            protected_us += tenure.counted_us();
+            add_pairs(&mut totals.pause_us, &tenure.latest.pause_us);
+            add_pairs(&mut totals.dirty_pages, &tenure.latest.dirty_pages);
+        }
+        if protected_us > 0 {
+            totals.rate_hz = totals.checkpoints as f64 * 1e6 / protected_us as f64;
+        }
+        totals
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn at(t_us: u64, event: Event) -> Record {
+        Record { event, t_us, pid: 1 }
+    }
+
+    #[test]
+    fn a_tail_waits_for_the_end_of_a_line() {
+        let path = std::env::temp_dir().join(format!("outlive-tail-{}", std::process::id()));
+        let mut tail = Tail::create(&path).unwrap();
+        let mut writer = File::options().append(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(tail.poll().unwrap().is_empty());
+        let line = serde_json::to_string(&at(5, Event::Won { generation: 2 })).unwrap();
+        let (start, end) = line.split_at(9);
+        writer.write_all(format!("{line}\n{line}\n{start}").as_bytes()).unwrap();
+        assert_eq!(tail.poll().unwrap().len(), 2);
+        assert!(tail.poll().unwrap().is_empty());
+        writer.write_all(format!("{end}\n").as_bytes()).unwrap();
+        assert_eq!(tail.poll().unwrap(), [at(5, Event::Won { generation: 2 })]);
+        writer.write_all(b"no event\n").unwrap();
+        tail.poll().unwrap_err();
+    }
+
+    #[test]
+    fn tenures_add_up() {
+        let stats = |checkpoints, pause| {
+            Event::Stats(Stats {
+                checkpoints,
+                pause_us: vec![(pause, checkpoints)],
+                dirty_pages: vec![(10, checkpoints)],
+                ..Stats::default()
+            })
+        };
+        let protected = || Event::Protected { generation: 1, checkpoint: 1, base_ms: 9 };
+        let mut first = Tenure::default();
+        // Totals replace the ones before; time after the last of them (killed here) is not counted.
+        for record in [at(0, protected()), at(500_000, stats(500, 100)), at(1_000_000, stats(900, 100))] {
+            first.note(&record);
+        }
+        let takeover = Event::Takeover {
+            generation: 2,
+            checkpoint: 900,
+            detect_us: 1,
+            arbitrate_us: 1,
+            restore_us: 1,
+            first_packet_us: None,
+            total_us: 3,
+        };
+        let mut second = Tenure::default();
+        for record in [
+            at(500_000, protected()),
+            at(1_100_000, takeover),
+            at(2_000_000, protected()),
+            at(2_500_000, Event::Unprotected { why: "standby gone".into() }),
+            at(9_000_000, protected()),
+            at(9_500_000, stats(100, 2_000)),
+        ] {
+            second.note(&record);
+        }
+        let totals = Totals::of([&first, &second]);
+        assert_eq!((totals.checkpoints, totals.rate_hz), (1_000, 500.0));
+        assert_eq!((totals.pause_us.len(), totals.dirty_pages.len()), (1_000, 1_000));
+        let near =
+            |quantile, value: u64| totals.pause_us.value_at_quantile(quantile).abs_diff(value) <= value / 50;
+        assert!(near(0.5, 100) && near(0.99, 2_000));
+        assert_eq!(Totals::of([&Tenure::default()]).rate_hz, 0.0);
+    }
+}

@@ -1,0 +1,215 @@
+//! `outlive demo`: the main job on one machine, from nothing to a verdict.
+//!
+//! Two processes of this same program stand for two hosts. They live in a network namespace of the demo's own,
+//! where a bridge joins the VM with the clients. The host that runs the VM is killed with SIGKILL several times;
+//! each time the other one takes over and a new process takes the dead one's place. Meanwhile clients write over
+//! TCP, and at the end everything that was acknowledged is read back.
+//!
+//! * [`options`]: the command line;
+//! * `director`: the play, `cluster`: the processes, `events`: what they say;
+//! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
+//! * `status` and `summary`: what a person sees.
+
+mod client;
+mod cluster;
+mod director;
+mod events;
+#[cfg(test)]
+mod fake;
+mod gaps;
+mod ledger;
+mod load;
+pub mod options;
+mod status;
+mod summary;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use thiserror::Error;
+
+use self::cluster::{Cluster, Shape, WorkDir};
+use self::director::{Director, Play, Stop};
+pub use self::options::DemoOptions;
+use self::summary::Summary;
+use crate::exit;
+use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
+
+const BRIDGE: &str = "br0";
+/// The clients' address on the bridge, the VM's address, and the length of their common prefix.
+const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+const VM: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+const PREFIX: u8 = 24;
+/// Where the payload serves the Redis protocol.
+const PORT: u16 = 6379;
+
+/// Why there was no demo, or none to its end. Each says in one line what to do about it.
+#[derive(Debug, Error)]
+pub enum DemoError {
+    /// A device file is missing or may not be used.
+    #[error("cannot use {path}: {source}; {remedy}")]
+    Device {
+        /// The device.
+        path: &'static str,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The network namespace could not be made.
+    #[error(transparent)]
+    Namespace(#[from] EnterError),
+    /// The bridge could not be made.
+    #[error(transparent)]
+    Network(#[from] NetlinkError),
+    /// A process of the demo refused to start in this environment; this is what it said.
+    #[error("{0}")]
+    Refused(String),
+    /// The file for the JSON result cannot be written.
+    #[error("cannot write {path}: {source}; choose another place with --json")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Something the demo itself needs failed while it ran.
+    #[error("the demo could not go on: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl DemoError {
+    /// 2 for an environment that does not allow it, 1 for a failure on the way.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Io(_) => exit::FAILED,
+            _ => exit::USAGE,
+        }
+    }
+}
+
+/// The command: [`run`], with an error told in one line. Returns the exit code.
+pub fn command(options: &DemoOptions) -> u8 {
+    run(options).unwrap_or_else(|error| {
+        eprintln!("outlive: {error}");
+        error.exit_code()
+    })
+}
+
+/// Runs the demo and prints the summary to standard output; returns the exit code (0, 1 or 130).
+///
+/// Call it before any thread is started: it enters a network namespace of its own.
+///
+/// # Errors
+///
+/// The machine or the options do not allow it. Nothing is left behind then.
+pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
+    check_device(
+        "/dev/kvm",
+        "switch virtualisation on in the firmware, load kvm_intel or kvm_amd, or join the group kvm",
+    )?;
+    check_device("/dev/net/tun", "load the module tun")?;
+    check_json(options)?;
+    let interrupt = watch_signals()?;
+    enter_own_namespace()?;
+    build_network()?;
+    let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed"));
+    let plural = if options.kills == 1 { "" } else { "s" };
+    eprintln!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds);
+    let cluster = Cluster::new(shape(options, seed)?, WorkDir::create()?);
+    let (summary, cluster) = match Director::new(play(options, seed), cluster, interrupt).run() {
+        Ok(end) => end,
+        Err(Stop::Environment(words)) => return Err(DemoError::Refused(words)),
+        Err(Stop::Io(error)) => return Err(error.into()),
+        Err(other) => return Err(io::Error::other(other).into()),
+    };
+    finish(options, &summary, cluster)
+}
+
+/// Ends everything, then says how it went.
+fn finish(options: &DemoOptions, summary: &Summary, cluster: Cluster) -> Result<u8, DemoError> {
+    let kept = if summary.ok() {
+        drop(cluster);
+        None
+    } else {
+        Some(cluster.end_and_keep())
+    };
+    println!("{summary}");
+    if let Some(kept) = kept {
+        println!("  Logs and event streams of all processes were kept in {}", kept.display());
+    }
+    if let Some(path) = &options.json {
+        fs::write(path, summary.to_json() + "\n")
+            .map_err(|source| DemoError::Json { path: path.clone(), source })?;
+    }
+    Ok(summary.exit_code())
+}
+
+fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {
+    Ok(Shape {
+        program: std::env::current_exe()?,
+        bridge: BRIDGE.into(),
+        vm_ip: format!("{VM}/{PREFIX}"),
+        vcpus: options.vcpus,
+        memory: options.memory.clone(),
+        interval: options.interval.clone(),
+        seed,
+    })
+}
+
+fn play(options: &DemoOptions, seed: u64) -> Play {
+    Play {
+        vm: SocketAddr::from((VM, PORT)),
+        time: Duration::from_secs(options.seconds),
+        kills: options.kills,
+        clients: options.clients,
+        rate: options.rate,
+        seed,
+    }
+}
+
+fn check_device(path: &'static str, remedy: &'static str) -> Result<(), DemoError> {
+    match File::options().read(true).write(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(DemoError::Device { path, source, remedy }),
+    }
+}
+
+/// A result that cannot be written should be known before the run, not after it.
+fn check_json(options: &DemoOptions) -> Result<(), DemoError> {
+    let Some(path) = &options.json else { return Ok(()) };
+    let error = |source| DemoError::Json { path: path.clone(), source };
+    if path.exists() {
+        File::options().append(true).open(path).map(drop).map_err(error)
+    } else {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let metadata = fs::metadata(folder).map_err(error)?;
+        if metadata.is_dir() { Ok(()) } else { Err(error(io::ErrorKind::NotADirectory.into())) }
+    }
+}
+
+/// Signals that end the demo in order.
+fn watch_signals() -> io::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, flag.clone())?;
+    }
+    Ok(flag)
+}
+
+fn build_network() -> Result<(), NetlinkError> {
+    let mut netlink = Netlink::open()?;
+    netlink.create_bridge(BRIDGE)?;
+    netlink.add_address(BRIDGE, CLIENTS, PREFIX)?;
+    netlink.set_up(BRIDGE)
+}

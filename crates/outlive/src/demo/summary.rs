@@ -1,0 +1,371 @@
+//! The result of a demo, for people and as JSON.
+
+use std::fmt::{self, Write as _};
+
+use serde::Serialize;
+
+use super::events::Totals;
+use super::status::{grouped, time};
+use super::verify::Verdict;
+use crate::exit;
+
+/// Exit code after Ctrl-C, as a shell gives it.
+const INTERRUPTED: u8 = 130;
+
+/// One takeover, as the side that took over measured it. Microseconds.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TakeoverTimes {
+    /// The last byte heard of the old primary until the link was declared dead.
+    pub(super) detect_us: u64,
+    /// From there until the generation was won.
+    pub(super) arbitrate_us: u64,
+    /// From there until the vCPUs ran.
+    pub(super) restore_us: u64,
+    /// The declaration until the VM's first frame.
+    pub(super) first_packet_us: Option<u64>,
+    /// Detection, arbitration and restore.
+    pub(super) total_us: u64,
+}
+
+/// One of the times, where it is known.
+type Part = fn(&TakeoverTimes) -> Option<u64>;
+
+/// Everything there is to say at the end.
+#[derive(Clone, Debug)]
+pub(super) struct Summary {
+    /// Why the run was not carried out to its end, if it was not.
+    pub(super) failure: Option<String>,
+    /// Ctrl-C or SIGTERM ended it early.
+    pub(super) interrupted: bool,
+    /// Kills asked for, carried out, and survived.
+    pub(super) kills_planned: u32,
+    pub(super) kills: u32,
+    pub(super) survived: u32,
+    /// The judgement on the data.
+    pub(super) verdict: Verdict,
+    /// What broke connections, one entry each.
+    pub(super) broken: Vec<String>,
+    /// Takeovers in their order; more than kills if a live primary was taken for dead.
+    pub(super) takeovers: Vec<TakeoverTimes>,
+    /// For each kill the longest wait of any client, in microseconds.
+    pub(super) gaps_us: Vec<u64>,
+    /// The longest wait for a reply in the whole run.
+    pub(super) longest_gap_us: u64,
+    /// The longest wait for a new connection.
+    pub(super) longest_connect_us: u64,
+    /// Lasting clients, and connections made by the other kind.
+    pub(super) clients: u32,
+    pub(super) connections: u64,
+    /// The checkpoints.
+    pub(super) totals: Totals,
+    /// Name of the dirty tracker.
+    pub(super) tracker: String,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    result: &'a str,
+    kills: u32,
+    acked: u64,
+    lost: u64,
+    duplicated: u64,
+    broken_connections: usize,
+    takeover_ms: Spread,
+    client_gap_ms: Spread,
+    checkpoints: u64,
+    rate_hz: f64,
+    pause_us: Pauses,
+    dirty_pages: DirtyPages,
+    tracker: &'a str,
+}
+
+/// `null` where nothing was measured.
+#[derive(Serialize)]
+struct Spread {
+    p50: Option<f64>,
+    max: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Pauses {
+    p50: u64,
+    p99: u64,
+    max: u64,
+}
+
+#[derive(Serialize)]
+struct DirtyPages {
+    p50: u64,
+    p99: u64,
+}
+
+impl Summary {
+    /// Whether the demo shows what it is there to show, as far as it was let.
+    pub(super) fn ok(&self) -> bool {
+        let Verdict { damage, unreadable, .. } = &self.verdict;
+        let complete = self.interrupted || self.survived == self.kills_planned;
+        let faithful = damage.lost == 0 && damage.duplicated == 0 && unreadable.is_none();
+        self.failure.is_none() && complete && faithful && self.broken.is_empty()
+    }
+
+    /// 0, 1 or 130.
+    pub(super) fn exit_code(&self) -> u8 {
+        match (self.interrupted, self.ok()) {
+            (true, _) => INTERRUPTED,
+            (false, true) => exit::OK,
+            (false, false) => exit::FAILED,
+        }
+    }
+
+    /// The result as one line of JSON.
+    pub(super) fn to_json(&self) -> String {
+        let quantile = |q: f64| self.totals.pause_us.value_at_quantile(q);
+        let pages = |q: f64| self.totals.dirty_pages.value_at_quantile(q);
+        let json = Json {
+            result: if self.ok() { "ok" } else { "failed" },
+            kills: self.kills,
+            acked: self.verdict.acked,
+            lost: self.verdict.damage.lost,
+            duplicated: self.verdict.damage.duplicated,
+            broken_connections: self.broken.len(),
+            takeover_ms: spread(self.takeovers.iter().map(|t| t.total_us).collect()),
+            client_gap_ms: spread(self.gaps_us.clone()),
+            checkpoints: self.totals.checkpoints,
+            rate_hz: (self.totals.rate_hz * 10.0).round() / 10.0,
+            pause_us: Pauses { p50: quantile(0.5), p99: quantile(0.99), max: self.totals.pause_us.max() },
+            dirty_pages: DirtyPages { p50: pages(0.5), p99: pages(0.99) },
+            tracker: &self.tracker,
+        };
+        serde_json::to_string(&json).expect("numbers and strings only")
+    }
+}
+
+fn spread(values_us: Vec<u64>) -> Spread {
+    let ms = |us: u64| us as f64 / 1e3;
+    Spread { p50: median(&values_us).map(ms), max: values_us.iter().max().copied().map(ms) }
+}
+
+/// The middle value; of two the larger.
+fn median(values: &[u64]) -> Option<u64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied()
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.headline())?;
+        writeln!(f)?;
+        let damage = &self.verdict.damage;
+        writeln!(f, "  acknowledged writes  {}", grouped(self.verdict.acked))?;
+        writeln!(
+            f,
+            "  lost {}, duplicated {}, broken connections {}",
+            grouped(damage.lost),
+            grouped(damage.duplicated),
+            self.broken.len()
+        )?;
+        writeln!(
+            f,
+            "  connections          {} that lasted all the time, {} short ones",
+            self.clients,
+            grouped(self.connections)
+        )?;
+        self.write_kills(f)?;
+        self.write_checkpoints(f)?;
+        for finding in damage.findings.iter().chain(&self.broken) {
+            writeln!(f, "  ! {finding}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Summary {
+    fn headline(&self) -> String {
+        let kills = format!("{} of {} kills survived", self.survived, self.kills_planned);
+        let verdict = &self.verdict;
+        let mut line = match (&self.failure, self.ok()) {
+            (Some(failure), _) => format!("FAILED: {failure} ({kills})"),
+            (None, true) if self.interrupted => format!("Ended early: {kills}; nothing was lost so far."),
+            (None, true) => format!("{kills}. Nothing was lost, duplicated or broken."),
+            (None, false) => format!("FAILED ({kills})"),
+        };
+        if let Some(why) = &verdict.unreadable {
+            let _ = write!(line, "\nThe data could not be read back, so all of it counts as lost: {why}");
+        }
+        line
+    }
+
+    fn write_kills(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let (Some(p50), Some(max)) = (median(&self.gaps_us), self.gaps_us.iter().max()) {
+            writeln!(
+                f,
+                "  gap at a kill        p50 {}, max {} (longest wait for a reply)",
+                time(p50),
+                time(*max)
+            )?;
+        }
+        writeln!(
+            f,
+            "  longest wait         {} for a reply, {} for a new connection",
+            time(self.longest_gap_us),
+            time(self.longest_connect_us)
+        )?;
+        let of = |part: Part| {
+            let values: Vec<u64> = self.takeovers.iter().filter_map(part).collect();
+            (median(&values).map_or("-".into(), time), values.iter().max().copied().map_or("-".into(), time))
+        };
+        if self.takeovers.is_empty() {
+            return Ok(());
+        }
+        let (p50, max) = of(|t| Some(t.total_us));
+        writeln!(f, "  takeover             p50 {p50}, max {max}")?;
+        let parts: [(&str, Part); 4] = [
+            ("detection", |t| Some(t.detect_us)),
+            ("arbitration", |t| Some(t.arbitrate_us)),
+            ("restore", |t| Some(t.restore_us)),
+            ("first packet", |t| t.first_packet_us),
+        ];
+        for (name, part) in parts {
+            let (p50, max) = of(part);
+            writeln!(f, "    {name:<18} p50 {p50}, max {max}")?;
+        }
+        Ok(())
+    }
+
+    fn write_checkpoints(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Totals { checkpoints, rate_hz, pause_us, dirty_pages } = &self.totals;
+        writeln!(
+            f,
+            "  checkpoints          {}, {:.0} a second while protected",
+            grouped(*checkpoints),
+            rate_hz
+        )?;
+        writeln!(
+            f,
+            "  pause                p50 {}, p99 {}, max {}",
+            time(pause_us.value_at_quantile(0.5)),
+            time(pause_us.value_at_quantile(0.99)),
+            time(pause_us.max())
+        )?;
+        writeln!(
+            f,
+            "  dirty pages          p50 {}, p99 {} a checkpoint (tracker: {})",
+            dirty_pages.value_at_quantile(0.5),
+            dirty_pages.value_at_quantile(0.99),
+            self.tracker
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::ledger::Damage;
+    use super::*;
+
+    fn good() -> Summary {
+        let mut totals = Totals::of([]);
+        totals.checkpoints = 16_000;
+        totals.rate_hz = 812.34;
+        for value in 1..=100 {
+            totals.pause_us.saturating_record(value);
+            totals.dirty_pages.saturating_record(value / 2);
+        }
+        let takeover = |total_us| TakeoverTimes { total_us, first_packet_us: Some(7), ..Default::default() };
+        Summary {
+            failure: None,
+            interrupted: false,
+            kills_planned: 3,
+            kills: 3,
+            survived: 3,
+            verdict: Verdict { acked: 12_345, ..Verdict::default() },
+            broken: Vec::new(),
+            takeovers: [5_000, 9_000, 7_000].map(takeover).to_vec(),
+            gaps_us: vec![300_000, 250_500, 400_000],
+            longest_gap_us: 400_000,
+            longest_connect_us: 1_020_000,
+            clients: 4,
+            connections: 700,
+            totals,
+            tracker: "ring".into(),
+        }
+    }
+
+    #[test]
+    fn the_json_has_exactly_the_documented_fields() {
+        let json: Value = serde_json::from_str(&good().to_json()).unwrap();
+        assert_eq!(
+            json,
+            json!({
+                "result": "ok", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
+                "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
+                "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
+                "dirty_pages": {"p50": 25, "p99": 49}, "tracker": "ring",
+            })
+        );
+    }
+
+    #[test]
+    fn nothing_measured_is_null() {
+        let summary = Summary {
+            takeovers: Vec::new(),
+            gaps_us: Vec::new(),
+            kills_planned: 0,
+            kills: 0,
+            survived: 0,
+            ..good()
+        };
+        let json: Value = serde_json::from_str(&summary.to_json()).unwrap();
+        assert_eq!(
+            (&json["takeover_ms"]["p50"], &json["client_gap_ms"]["max"]),
+            (&Value::Null, &Value::Null)
+        );
+        assert!(summary.ok());
+    }
+
+    #[test]
+    fn any_damage_makes_it_fail() {
+        let damaged = |damage| Summary { verdict: Verdict { damage, ..Verdict::default() }, ..good() };
+        let bad = [
+            damaged(Damage { lost: 1, ..Damage::default() }),
+            damaged(Damage { duplicated: 1, ..Damage::default() }),
+            Summary { broken: vec!["client 1: reset".into()], ..good() },
+            Summary { survived: 2, ..good() },
+            Summary { failure: Some("no takeover".into()), ..good() },
+            Summary {
+                verdict: Verdict { unreadable: Some("refused".into()), ..Verdict::default() },
+                ..good()
+            },
+        ];
+        assert_eq!((good().ok(), good().exit_code()), (true, 0));
+        for summary in bad {
+            assert_eq!((summary.ok(), summary.exit_code()), (false, 1), "{summary:?}");
+            assert!(summary.to_string().starts_with("FAILED"), "{summary}");
+            assert!(summary.to_json().contains(r#""result":"failed""#));
+        }
+    }
+
+    #[test]
+    fn an_interrupted_run_is_judged_by_what_was_done() {
+        let summary = Summary { interrupted: true, survived: 1, kills: 1, ..good() };
+        assert_eq!((summary.ok(), summary.exit_code()), (true, 130));
+        assert!(summary.to_string().starts_with("Ended early: 1 of 3 kills survived"));
+    }
+
+    #[test]
+    fn the_text_names_every_number() {
+        let text = good().to_string();
+        for part in [
+            "3 of 3 kills",
+            "12 345",
+            "p50 300 ms, max 400 ms",
+            "p50 7.0 ms, max 9.0 ms",
+            "812 a second",
+            "ring",
+        ] {
+            assert!(text.contains(part), "{part} is missing in:\n{text}");
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The whole play with actors: a shell script instead of `outlive run` and `outlive standby`, a server in this
+//! process instead of the VM. What is real: the director, the processes and their ends, the clients, the judge.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use super::cluster::{Cluster, Shape, WorkDir};
+use super::director::{Director, Play, Stop};
+use super::fake::{FakeServer, Fault};
+use super::summary::Summary;
+
+/// An actor. The file `active` beside the arbiter's directory holds the process that runs the VM.
+const ACTOR: &str = r#"#!/bin/sh
+mode=$1
+while [ $# -gt 0 ]; do
+    case $1 in
+        --events) events=$2 ;;
+        --arbiter) dir=${2#file:} ;;
+    esac
+    shift
+done
+t=5000000
+say() { t=$((t + 1000)); echo "{$1,\"t_us\":$t,\"pid\":$$}" >>"$events"; }
+active() { cat "$dir/active" 2>/dev/null; }
+on_stage() { echo $1 >"$dir/active.$$"; mv "$dir/active.$$" "$dir/active"; }
+live() {
+    on_stage $$
+    say '"event":"protected","generation":1,"checkpoint":1,"base_ms":5'
+    n=0
+    while :; do
+        sleep 0.05
+        n=$((n + 40))
+        say "\"event\":\"stats\",\"generation\":1,\"checkpoints\":$n,\"pause_us\":[[200,$n]],\"dirty_pages\":[[30,$n]],\"rate_hz\":800.0,\"bytes\":1,\"held_frames\":0"
+        @EXTRA@
+    done
+}
+exec 3<&0
+{ cat <&3 >/dev/null; kill -9 $$; } 2>/dev/null &
+echo "actor $mode is here" >&2
+@FIRST@
+say "\"event\":\"started\",\"role\":\"$([ $mode = run ] && echo primary || echo standby)\",\"tracker\":\"fake\""
+[ $mode = run ] && live
+say '"event":"listening","addr":"x"'
+while ! active >/dev/null; do sleep 0.01; done
+while kill -0 "$(active)" 2>/dev/null; do sleep 0.01; done
+@TAKEOVER@
+on_stage $$
+say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"arbitrate_us":200,"restore_us":3000,"total_us":3300'
+say '"event":"first_packet","after_us":4000'
+live
+"#;
+
+/// Holds the script, and the processes' list for the check at the end.
+struct Stage {
+    folder: PathBuf,
+}
+
+impl Stage {
+    fn new(name: &str, parts: &[(&str, &str)]) -> Self {
+        let folder = std::env::temp_dir().join(format!("outlive-stage-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let mut script = ACTOR.to_owned();
+        for (part, text) in parts {
+            script = script.replace(part, text);
+        }
+        for part in ["@EXTRA@", "@FIRST@", "@TAKEOVER@"] {
+            script = script.replace(part, "");
+        }
+        let stage = Self { folder };
+        fs::write(stage.program(), script).unwrap();
+        fs::set_permissions(stage.program(), fs::Permissions::from_mode(0o755)).unwrap();
+        stage
+    }
+
+    fn program(&self) -> PathBuf {
+        self.folder.join("actor")
+    }
+
+    fn play(
+        &self,
+        server: &FakeServer,
+        kills: u32,
+        interrupt: &Arc<AtomicBool>,
+    ) -> Result<(Summary, Cluster), Stop> {
+        let shape = Shape {
+            program: self.program(),
+            bridge: "none".into(),
+            vm_ip: "10.77.0.2/24".into(),
+            vcpus: 1,
+            memory: "256M".into(),
+            interval: "1ms".into(),
+            seed: 7,
+        };
+        let time = Duration::from_secs(2);
+        let play = Play { vm: server.addr(), time, kills, clients: 2, rate: 2_000, seed: 7 };
+        Director::new(play, Cluster::new(shape, WorkDir::create().unwrap()), interrupt.clone()).run()
+    }
+
+    /// Processes of this stage that are still there.
+    fn left(&self) -> Vec<String> {
+        let name = self.program().display().to_string();
+        let line = |p: PathBuf| fs::read_to_string(p.join("cmdline")).ok();
+        let processes = fs::read_dir("/proc").unwrap().filter_map(|e| line(e.ok()?.path()));
+        processes.filter(|line| line.contains(&name)).collect()
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn calm() -> Arc<AtomicBool> {
+    Arc::new(AtomicBool::new(false))
+}
+
+/// Children of the killed actors (their `cat` and `sleep`) need a moment to end.
+fn nothing_left(stage: &Stage, folder: &Path) {
+    for _ in 0..200 {
+        if stage.left().is_empty() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(stage.left(), [""; 0]);
+    assert!(!folder.exists(), "{folder:?}");
+}
+
+#[test]
+fn kills_are_survived_and_nothing_is_left() {
+    let stage = Stage::new("good", &[]);
+    let (summary, cluster) = stage.play(&FakeServer::start(Fault::None), 2, &calm()).unwrap();
+    assert!(summary.ok(), "{summary}");
+    assert_eq!((summary.kills, summary.survived, summary.takeovers.len()), (2, 2, 2));
+    assert_eq!(summary.takeovers[0].first_packet_us, Some(4_000));
+    assert_eq!((summary.tracker.as_str(), summary.totals.pause_us.value_at_quantile(0.5)), ("fake", 200));
+    assert!(summary.totals.checkpoints > 400, "{summary}");
+    assert!(summary.verdict.acked > 500, "{summary}");
+    let folder = cluster.folder().to_owned();
+    assert!(folder.is_dir());
+    drop(cluster);
+    nothing_left(&stage, &folder);
+}
+
+#[test]
+fn a_server_that_forgets_an_increment_fails_the_demo() {
+    let stage = Stage::new("forget", &[]);
+    let (summary, _cluster) = stage.play(&FakeServer::start(Fault::LoseIncrement(40)), 1, &calm()).unwrap();
+    assert_eq!((summary.ok(), summary.exit_code(), summary.verdict.damage.lost), (false, 1, 1), "{summary}");
+    assert_eq!((summary.survived, summary.broken.len()), (1, 0));
+}
+
+#[test]
+fn a_broken_connection_fails_the_demo() {
+    let stage = Stage::new("break", &[]);
+    let (summary, _cluster) = stage.play(&FakeServer::start(Fault::HangUpAfter(300)), 1, &calm()).unwrap();
+    assert!(!summary.ok() && !summary.broken.is_empty(), "{summary}");
+}
+
+#[test]
+fn a_standby_that_dies_instead_of_taking_over_fails_the_demo_and_is_quoted() {
+    let stage = Stage::new("coward", &[("@TAKEOVER@", "echo 'no courage' >&2; exit 1")]);
+    let (summary, cluster) = stage.play(&FakeServer::start(Fault::None), 1, &calm()).unwrap();
+    let failure = summary.failure.as_deref().unwrap_or_default();
+    assert!(failure.contains("both hosts are dead") && failure.contains("no courage"), "{failure}");
+    assert_eq!((summary.kills, summary.survived, summary.exit_code()), (1, 0, 1));
+    let folder = cluster.end_and_keep();
+    assert!(fs::read_dir(&folder).unwrap().count() >= 5, "logs and events of both processes");
+    fs::remove_dir_all(&folder).unwrap();
+    nothing_left(&stage, &folder);
+}
+
+#[test]
+fn a_refusal_to_start_is_passed_on() {
+    let refusal = "[ $mode = run ] && { echo 'not that much memory; use --memory 1G' >&2; exit 2; }";
+    let stage = Stage::new("refuse", &[("@FIRST@", refusal)]);
+    match stage.play(&FakeServer::start(Fault::None), 1, &calm()) {
+        Err(Stop::Environment(words)) => {
+            assert!(words.ends_with("not that much memory; use --memory 1G"), "{words}")
+        }
+        other => panic!("{:?}", other.map(|(summary, _)| summary)),
+    }
+    assert!(stage.left().iter().all(|l| !l.contains("standby")));
+}
+
+#[test]
+fn a_live_primary_taken_for_dead_stops_and_is_replaced() {
+    // After a second the first primary gives the stage away and ends as a fenced one does.
+    let fenced = r#"[ $mode = run ] && [ $n -ge 400 ] && { on_stage 999999999; sleep 0.3; exit 3; }"#;
+    let stage = Stage::new("fenced", &[("@EXTRA@", fenced)]);
+    let (summary, _cluster) = stage.play(&FakeServer::start(Fault::None), 0, &calm()).unwrap();
+    assert!(summary.ok(), "{summary}");
+    assert_eq!((summary.kills, summary.takeovers.len()), (0, 1), "{summary}");
+}
+
+#[test]
+fn an_interrupt_ends_it_early_and_in_order() {
+    let stage = Stage::new("interrupt", &[]);
+    let interrupt = calm();
+    let press = interrupt.clone();
+    thread::spawn(move || {
+        thread::sleep(Duration::from_millis(700));
+        press.store(true, Ordering::Relaxed);
+    });
+    let (summary, cluster) = stage.play(&FakeServer::start(Fault::None), 0, &interrupt).unwrap();
+    assert!(summary.interrupted && summary.ok() && summary.verdict.acked > 0, "{summary}");
+    assert_eq!(summary.exit_code(), 130);
+    let folder = cluster.folder().to_owned();
+    drop(cluster);
+    nothing_left(&stage, &folder);
+}
