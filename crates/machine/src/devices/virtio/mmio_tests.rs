@@ -1,0 +1,1 @@
+//! The transport register by register.
