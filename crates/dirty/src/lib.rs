@@ -1,1 +1,95 @@
-//! placeholder
+//! Dense lists of the guest pages that changed, epoch by epoch, over the KVM of a stock Linux kernel.
+//!
+//! A VMM that checkpoints, replicates or migrates a virtual machine needs to know *which pages changed since
+//! the last time it asked*. The usual answer is a bitmap over all of memory, fetched, cleared and searched for
+//! every epoch: a cost that grows with the VM. This crate answers with one contiguous, de-duplicated slice of
+//! guest frame numbers, at a cost that grows with the number of dirty pages only.
+//!
+//! # The life of a tracker
+//!
+//! ```text
+//! Backend::probe ── before the first vCPU ──► Tracker::new ──► enable
+//!                                                                │
+//!    ┌────────────── guest runs; pending(), should_stop() ◄──────┤
+//!    ▼                                                           │
+//!  vCPUs stop, read their state, harvest_vcpu(i)                 │
+//!    ▼                                                           │
+//!  stopped() ─► state_saved() ─► harvest() ─► rearm() ─► pages(), copied() ─► run()
+//! ```
+//!
+//! The order of the last line is a typestate ([`Epoch`]): reading the pages before they are re-armed, or
+//! re-arming what was not harvested, does not compile. An epoch that is dropped half way loses nothing; its
+//! pages are part of the next one.
+//!
+//! # Verbs
+//!
+//! The design goes back to a memory tracking interface proposed for KVM in 2016 by Lei Cao. Its verbs are here:
+//!
+//! | 2016 | here |
+//! |---|---|
+//! | `KVM_INIT_MT` | [`Backend::probe`], [`Tracker::new`]; dropping the tracker is the clean-up |
+//! | `KVM_ENABLE_MT` | [`Tracker::enable`], [`Tracker::disable`]: the only places that allocate or free memory |
+//! | `KVM_PREPARE_MT_CP` | [`Epoch::run`]: forgets the last epoch in O(its dirty pages) |
+//! | `KVM_MT_SUBLIST_FETCH` | [`Tracker::harvest_vcpu`] in each vCPU thread, [`Epoch::harvest`], [`Epoch::pages`], [`Tracker::part`] |
+//! | `KVM_RESET_DIRTY_PAGES`, `MT_FETCH_REARM` | [`Epoch::rearm`] |
+//! | `KVM_MT_DIRTY_TRIGGER` | [`Config::trigger`], [`Tracker::should_stop`], [`Tracker::pending`]: no system call |
+//! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, checked by [`Tracker::ring_full`] |
+//! | the global list | [`GlobalLog`], [`RegionLog`] |
+//!
+//! # Limits and what happens at them
+//!
+//! Everything has a fixed capacity, and reaching it never loses a page:
+//!
+//! | full | then |
+//! |---|---|
+//! | list of a vCPU | its further pages go to the global list |
+//! | global list | a flag makes the next harvest scan the global bitmap: slow, but right |
+//! | epoch list, beyond `max_dirty_pages` | continues into address space reserved for every page of the VM |
+//! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); end the epoch |
+//! | KVM ring overrun (emulated guest code can) | [`HarvestError::Overrun`]: tracking is over, synchronise in full |
+//!
+//! # What KVM does not see
+//!
+//! Writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device are in no KVM log. Give
+//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that goes
+//! through a raw pointer or is written by the kernel.
+
+// Under loom only the lock-free parts are compiled; their models are in `models.rs`.
+#[cfg(not(all(test, loom)))]
+mod backend;
+mod bits;
+#[cfg(not(all(test, loom)))]
+mod epoch;
+#[cfg(not(all(test, loom)))]
+mod flat;
+mod global;
+#[cfg(not(all(test, loom)))]
+mod kvm;
+mod lane;
+mod layout;
+#[cfg(not(all(test, loom)))]
+mod memory;
+#[cfg(not(all(test, loom)))]
+mod ring;
+#[cfg(not(all(test, loom)))]
+mod source;
+mod sync;
+#[cfg(not(all(test, loom)))]
+mod tracker;
+mod words;
+
+#[cfg(all(test, loom))]
+mod models;
+
+#[cfg(not(all(test, loom)))]
+pub use backend::{Backend, Choice, Kind, ProbeError};
+#[cfg(not(all(test, loom)))]
+pub use epoch::{Copied, Epoch, Harvested, Part, Rearmed, StateSaved, Stopped};
+pub use global::GlobalLog;
+pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};
+#[cfg(not(all(test, loom)))]
+pub use memory::{LogSlice, RegionLog};
+#[cfg(not(all(test, loom)))]
+pub use source::{HarvestError, RearmError};
+#[cfg(not(all(test, loom)))]
+pub use tracker::{Config, DisableError, EnableError, NewError, Stats, Tracker};

@@ -1,0 +1,104 @@
+//! One bit a page: the de-duplication bitmap, so that a page takes one place in an epoch.
+
+use std::io;
+
+use crate::layout::Gfn;
+use crate::sync::Ordering;
+use crate::words::Words;
+
+/// A bitmap over frame numbers that many threads set at once.
+pub(crate) struct Bits {
+    words: Words,
+    pages: u64,
+}
+
+fn place(gfn: Gfn) -> (usize, u64) {
+    ((gfn.0 / 64) as usize, 1 << (gfn.0 % 64))
+}
+
+impl Bits {
+    pub(crate) fn reserve(pages: u64) -> io::Result<Bits> {
+        Ok(Bits { words: Words::reserve(pages.div_ceil(64) as usize)?, pages })
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Sets the bit; true for the one caller that found it clear.
+    ///
+    /// A page beyond the bitmap is never claimed.
+    pub(crate) fn claim(&self, gfn: Gfn) -> bool {
+        let (index, bit) = place(gfn);
+        self.words.get(index).is_some_and(|word| word.fetch_or(bit, Ordering::AcqRel) & bit == 0)
+    }
+
+    /// Whether the bit is set, ordered against [`Bits::release`] of the same page: who finds it set has all his
+    /// earlier stores seen by whoever clears it. A plain load would not do: it could be overtaken by the stores.
+    pub(crate) fn is_claimed(&self, gfn: Gfn) -> bool {
+        let (index, bit) = place(gfn);
+        self.words.get(index).is_some_and(|word| word.fetch_or(0, Ordering::AcqRel) & bit != 0)
+    }
+
+    /// Whether the bit is set, without any ordering.
+    pub(crate) fn peek(&self, gfn: Gfn) -> bool {
+        let (index, bit) = place(gfn);
+        self.words.get(index).is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0)
+    }
+
+    /// Clears the bit; true if it was set.
+    pub(crate) fn release(&self, gfn: Gfn) -> bool {
+        let (index, bit) = place(gfn);
+        self.words.get(index).is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
+    }
+
+    /// Clears the bits of the page and of up to 63 neighbours that share its word. For a caller who clears all.
+    pub(crate) fn release_word(&self, gfn: Gfn) {
+        if let Some(word) = self.words.get(place(gfn).0) {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Clears every bit and hands out the pages that were set: O(pages of the VM / 64).
+    pub(crate) fn release_all(&self, mut sink: impl FnMut(Gfn)) {
+        for (index, word) in self.words.iter().enumerate() {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = word.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                sink(Gfn(index as u64 * 64 + u64::from(bits.trailing_zeros())));
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// Takes the memory of the bitmap, so that it is not taken in an epoch.
+    pub(crate) fn populate(&self) {
+        self.words.populate(0..self.words.len());
+    }
+
+    /// Forgets everything and gives the memory back.
+    pub(crate) fn clear_all(&self) {
+        self.words.clear_all();
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_once_and_scans_what_is_set() {
+        let bits = Bits::reserve(200).unwrap();
+        assert!(bits.claim(Gfn(199)) && !bits.claim(Gfn(199)));
+        assert!(bits.claim(Gfn(0)) && bits.claim(Gfn(64)) && bits.claim(Gfn(63)));
+        assert!(!bits.claim(Gfn(1 << 40)) && !bits.release(Gfn(1 << 40)));
+        assert!(bits.is_claimed(Gfn(63)) && bits.peek(Gfn(63)) && !bits.is_claimed(Gfn(62)));
+        assert!(bits.release(Gfn(63)) && !bits.release(Gfn(63)));
+        let mut seen = Vec::new();
+        bits.release_all(|gfn| seen.push(gfn.0));
+        assert_eq!(seen, [0, 64, 199]);
+        bits.release_all(|gfn| panic!("{gfn} is set"));
+    }
+}

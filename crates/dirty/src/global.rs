@@ -1,0 +1,268 @@
+//! The global list: pages dirtied by anyone but a vCPU.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::bits::Bits;
+use crate::layout::{Gfn, PAGE_SIZE};
+use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::words::Words;
+
+/// Pages that were written outside any vCPU: by device models, by `io_uring` and other kernel writes, and what
+/// did not fit in the list of a vCPU.
+///
+/// Marking is lock-free, from any thread, and records only while a [`crate::Tracker`] is enabled; otherwise it
+/// is one load. **Mark after the write**, not before it: then a mark that has returned is in the next harvest
+/// together with the bytes it stands for, even if the harvest runs on another thread at the same time.
+///
+/// # How it works
+///
+/// A bitmap holds the truth, one bit a page; the list holds hints where bits are set, so that a harvest need not
+/// search. A harvest believes a hint only if its bit is still set. Every set bit has a hint, or the list was full
+/// (`overflow`), or its marker is still at work (`in_flight`); in the two latter cases the harvest searches the
+/// whole bitmap. So the list may lose and repeat hints at its limits, but never a page.
+pub struct GlobalLog {
+    enabled: AtomicBool,
+    bits: Bits,
+    /// Frame number + 1, or 0 for an empty place.
+    hints: Words,
+    capacity: usize,
+    /// Places handed out since the last harvest; goes beyond the capacity.
+    tail: AtomicUsize,
+    in_flight: AtomicUsize,
+    overflow: AtomicBool,
+    /// A tracker harvests this log.
+    taken: AtomicBool,
+    beyond: AtomicU64,
+    scans: AtomicU64,
+}
+
+impl GlobalLog {
+    /// A log over frame numbers below `pages_of_gfn_space` ([`crate::Layout::gfn_space`]) that lists up to
+    /// `capacity` pages an epoch; more of them cost time in the harvest, no loss.
+    ///
+    /// # Panics
+    /// If the address space for the bitmap (one bit a page) cannot be reserved.
+    pub fn new(pages_of_gfn_space: u64, capacity: usize) -> Arc<GlobalLog> {
+        Arc::new(Self::build(pages_of_gfn_space, capacity))
+    }
+
+    pub(crate) fn build(pages: u64, capacity: usize) -> GlobalLog {
+        GlobalLog {
+            enabled: AtomicBool::new(false),
+            bits: Bits::reserve(pages).expect("address space for the bitmap of the global dirty list"),
+            hints: Words::reserve(capacity).expect("address space for the global dirty list"),
+            capacity,
+            tail: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            overflow: AtomicBool::new(false),
+            taken: AtomicBool::new(false),
+            beyond: AtomicU64::new(0),
+            scans: AtomicU64::new(0),
+        }
+    }
+
+    /// Records that a page has been written.
+    pub fn mark(&self, gfn: Gfn) {
+        if self.enabled.load(Ordering::Acquire) {
+            self.record(gfn);
+        }
+    }
+
+    /// Records that `len` bytes from guest physical address `gpa` have been written: the one function for writes
+    /// through raw pointers and by the kernel (`io_uring`, `readv`), after they are complete.
+    pub fn mark_range(&self, gpa: u64, len: u64) {
+        if len == 0 || !self.enabled.load(Ordering::Acquire) {
+            return;
+        }
+        let last = gpa.saturating_add(len - 1) / PAGE_SIZE;
+        let end = self.bits.pages();
+        for gfn in gpa / PAGE_SIZE..=last.min(end.saturating_sub(1)) {
+            self.record(Gfn(gfn));
+        }
+        if last >= end {
+            self.beyond.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the page is marked and not yet harvested.
+    pub fn is_marked(&self, gfn: Gfn) -> bool {
+        self.bits.peek(gfn)
+    }
+
+    /// Whether marks are recorded, that is, a tracker is enabled.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
+    }
+
+    /// Frame numbers that the log covers.
+    pub fn gfn_space(&self) -> u64 {
+        self.bits.pages()
+    }
+
+    /// Marks beyond the frame numbers of the log. They are ignored; a VMM that has any has a bug.
+    pub fn ignored(&self) -> u64 {
+        self.beyond.load(Ordering::Relaxed)
+    }
+
+    /// Pages marked since the last harvest.
+    pub(crate) fn pending(&self) -> usize {
+        self.tail.load(Ordering::Relaxed)
+    }
+
+    /// Harvests that had to search the bitmap.
+    pub(crate) fn scans(&self) -> u64 {
+        self.scans.load(Ordering::Relaxed)
+    }
+
+    /// Records a page whether or not the log is enabled.
+    pub(crate) fn record(&self, gfn: Gfn) {
+        if gfn.0 >= self.bits.pages() {
+            self.beyond.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        if self.bits.is_claimed(gfn) {
+            return;
+        }
+        // Said before the bit is set: who then finds the bit set and returns leaves the harvest a hint, this one.
+        self.in_flight.fetch_add(1, Ordering::AcqRel);
+        if self.bits.claim(gfn) {
+            let place = self.tail.fetch_add(1, Ordering::AcqRel);
+            // A hint found in our place is of a marker that a harvest overtook, or we are that marker.
+            let lost_hint =
+                place >= self.capacity || self.hints[place].swap(gfn.0 + 1, Ordering::AcqRel) != 0;
+            if lost_hint {
+                self.overflow.store(true, Ordering::Release);
+            }
+        }
+        self.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Takes every page whose mark had returned when this began, each once. One thread at a time.
+    pub(crate) fn drain(&self, mut sink: impl FnMut(Gfn)) {
+        let mut search = self.in_flight.load(Ordering::Acquire) != 0;
+        let handed_out = self.tail.swap(0, Ordering::AcqRel);
+        for hint in &self.hints[..handed_out.min(self.capacity)] {
+            match hint.swap(0, Ordering::AcqRel).checked_sub(1).map(Gfn) {
+                Some(gfn) if self.bits.release(gfn) => sink(gfn),
+                Some(_) => (),
+                // Its marker has set the bit and not come round to the hint, which would come where no harvest
+                // looks any more.
+                None => search = true,
+            }
+        }
+        search |= self.overflow.swap(false, Ordering::AcqRel) || handed_out > self.capacity;
+        if search {
+            self.scans.fetch_add(1, Ordering::Relaxed);
+            self.bits.release_all(sink);
+        }
+    }
+
+    /// Becomes the log of a tracker; false if it is that of another one.
+    pub(crate) fn take(&self) -> bool {
+        !self.taken.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn give_back(&self) {
+        self.taken.store(false, Ordering::Release);
+    }
+
+    /// Takes memory and begins to record, with nothing marked.
+    pub(crate) fn enable(&self) {
+        self.drain(|_| ());
+        self.bits.clear_all();
+        self.bits.populate();
+        self.hints.populate(0..self.capacity);
+        self.enabled.store(true, Ordering::Release);
+    }
+
+    /// Stops recording, forgets all marks and gives the memory back.
+    pub(crate) fn disable(&self) {
+        self.enabled.store(false, Ordering::Release);
+        self.drain(|_| ());
+        self.hints.clear_all();
+        self.bits.clear_all();
+    }
+}
+
+impl fmt::Debug for GlobalLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GlobalLog")
+            .field("gfn_space", &self.bits.pages())
+            .field("capacity", &self.capacity)
+            .field("enabled", &self.is_enabled())
+            .field("pending", &self.pending())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn drained(log: &GlobalLog) -> Vec<u64> {
+        let mut pages = Vec::new();
+        log.drain(|gfn| pages.push(gfn.0));
+        pages
+    }
+
+    #[test]
+    fn records_only_while_enabled_and_each_page_once() {
+        let log = GlobalLog::new(100, 8);
+        log.mark(Gfn(5));
+        log.mark_range(0, 4096);
+        assert!(drained(&log).is_empty());
+        log.enable();
+        log.mark_range(0xfff, 2);
+        log.mark(Gfn(1));
+        log.mark_range(0x5000, 0);
+        assert_eq!(log.pending(), 2);
+        assert!(log.is_marked(Gfn(0)) && !log.is_marked(Gfn(5)));
+        assert_eq!(drained(&log), [0, 1]);
+        assert!(drained(&log).is_empty());
+        log.mark(Gfn(1));
+        assert_eq!(drained(&log), [1]);
+        log.mark(Gfn(1));
+        log.disable();
+        log.enable();
+        assert!(drained(&log).is_empty());
+        assert_eq!(log.scans(), 0);
+    }
+
+    #[test]
+    fn beyond_its_pages_it_counts_and_ignores() {
+        let log = GlobalLog::new(100, 8);
+        log.enable();
+        log.mark(Gfn(100));
+        log.mark_range(99 * 4096, u64::MAX);
+        log.mark_range(u64::MAX - 10, 100);
+        assert_eq!(drained(&log), [99]);
+        assert_eq!(log.ignored(), 3);
+    }
+
+    #[test]
+    fn a_full_list_loses_no_page() {
+        let log = GlobalLog::new(1000, 2);
+        log.enable();
+        for round in 1..4 {
+            (0..100).rev().for_each(|gfn| log.mark(Gfn(gfn * 10)));
+            assert_eq!(log.pending(), 100);
+            let mut pages = drained(&log);
+            pages.sort_unstable();
+            assert_eq!(pages, (0..100).map(|gfn| gfn * 10).collect::<Vec<_>>());
+            assert_eq!(log.scans(), round);
+        }
+        log.mark(Gfn(3));
+        assert_eq!(drained(&log), [3]);
+        assert_eq!(log.scans(), 3);
+    }
+
+    #[test]
+    fn no_capacity_at_all_is_a_bitmap() {
+        let log = GlobalLog::new(64, 0);
+        log.enable();
+        log.mark(Gfn(63));
+        assert_eq!(drained(&log), [63]);
+        assert!(drained(&log).is_empty());
+    }
+}

@@ -1,0 +1,123 @@
+//! The system calls of dirty logging, on the raw descriptors of any VMM.
+// UNSAFETY: ioctls take untyped arguments; each call here pairs a request with the structure that
+// Documentation/virt/kvm/api.rst gives for it.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
+
+use crate::layout::{PAGE_SIZE, Slot};
+use crate::words::Words;
+
+ioctl_io_nr!(KVM_CHECK_EXTENSION, KVMIO, 0x03);
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
+ioctl_iow_nr!(KVM_SET_USER_MEMORY_REGION, KVMIO, 0x46, kvm_userspace_memory_region);
+ioctl_iow_nr!(KVM_ENABLE_CAP, KVMIO, 0xa3, kvm_enable_cap);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+
+/// What dirty logging asks of the kernel for a VM. A trait so that tests can put a naive kernel behind it.
+pub(crate) trait Kernel: Send + Sync {
+    /// Turns the dirty log of a slot on or off. On write-protects every page of the slot.
+    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()>;
+
+    /// Copies the dirty bitmap of the slot to the front of `buffer`, clears it and write-protects its pages.
+    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()>;
+
+    /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
+    fn reset_dirty_rings(&self) -> io::Result<u64>;
+}
+
+/// A VM of the running kernel.
+pub(crate) struct Vm(OwnedFd);
+
+impl Vm {
+    pub(crate) fn new(vm: BorrowedFd<'_>) -> io::Result<Vm> {
+        Ok(Vm(vm.try_clone_to_owned()?))
+    }
+}
+
+fn checked(result: i32) -> io::Result<u64> {
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+impl Kernel for Vm {
+    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.id,
+            flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: slot.base.gpa(),
+            memory_size: slot.pages * PAGE_SIZE,
+            userspace_addr: slot.host_addr,
+        };
+        // SAFETY: the structure of the request, read only. A change of flags alone maps no other memory into the
+        // guest: address and size are those that the caller vouched for as the slot's.
+        checked(unsafe { ioctl_with_ref(&self.0, KVM_SET_USER_MEMORY_REGION(), &region) }).map(drop)
+    }
+
+    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()> {
+        // KVM writes one bit a page, in whole words.
+        if (buffer.len() as u64) < slot.pages.div_ceil(64) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bitmap = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: buffer.as_ptr().cast_mut().cast() };
+        let request = kvm_dirty_log { slot: slot.id, padding1: 0, __bindgen_anon_1: bitmap };
+        // SAFETY: the structure of the request; the bitmap it points to is writable (atomic words) and large
+        // enough, as just checked.
+        checked(unsafe { ioctl_with_ref(&self.0, KVM_GET_DIRTY_LOG(), &request) }).map(drop)
+    }
+
+    fn reset_dirty_rings(&self) -> io::Result<u64> {
+        // SAFETY: takes no argument; it changes entries of the rings that user space gave back, which nobody
+        // reads before KVM sets them again.
+        checked(unsafe { ioctl_with_val(&self.0, KVM_RESET_DIRTY_RINGS(), 0) })
+    }
+}
+
+/// The value of a capability, 0 if absent.
+pub(crate) fn check_extension(fd: BorrowedFd<'_>, capability: u32) -> u64 {
+    // SAFETY: the argument is a number.
+    checked(unsafe { ioctl_with_val(&fd, KVM_CHECK_EXTENSION(), capability.into()) }).unwrap_or(0)
+}
+
+/// Gives every vCPU made from now on a dirty ring of `bytes`.
+pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io::Result<()> {
+    let request = kvm_enable_cap { cap: capability, args: [bytes, 0, 0, 0], ..Default::default() };
+    // SAFETY: the structure of the request, read only.
+    checked(unsafe { ioctl_with_ref(&vm.as_fd(), KVM_ENABLE_CAP(), &request) }).map(drop)
+}
+
+/// While it lives, no signal is delivered to this thread.
+///
+/// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to 64
+/// pages it had gathered is then freed without being write-protected: its next writes are lost.
+pub(crate) struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    pub(crate) fn now() -> SignalsBlocked {
+        let mut all = MaybeUninit::uninit();
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: sigfillset initialises `all`; pthread_sigmask with a valid `how` cannot fail and stores the
+        // old mask in `before`.
+        unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+            SignalsBlocked(before.assume_init())
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: the mask that was in force in this thread (the type is not Send: sigset_t is, but the value
+        // never leaves the function that made it).
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
+}

@@ -1,0 +1,208 @@
+//! Guest frame numbers and the memory slots they live in.
+
+use std::fmt;
+
+/// Bytes in a guest page. Dirty logging is by 4 KiB pages whatever backs the slot.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest frame number: guest physical address / 4096.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gfn(pub u64);
+
+impl Gfn {
+    /// The guest physical address of the first byte of the page.
+    pub const fn gpa(self) -> u64 {
+        self.0 * PAGE_SIZE
+    }
+
+    /// The page that holds a guest physical address.
+    pub const fn of(gpa: u64) -> Gfn {
+        Gfn(gpa / PAGE_SIZE)
+    }
+}
+
+impl fmt::Display for Gfn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// A KVM memory slot of address space 0, as given to `KVM_SET_USER_MEMORY_REGION`.
+///
+/// Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no other flag, so a
+/// read-only slot (which no guest write reaches) or one backed by guest_memfd must be left out of the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// The slot number given to KVM.
+    pub id: u32,
+    /// First page of the slot.
+    pub base: Gfn,
+    /// Pages in the slot.
+    pub pages: u64,
+    /// Address of the slot's memory in this process, a multiple of the page size.
+    pub host_addr: u64,
+}
+
+impl Slot {
+    /// First page after the slot.
+    pub(crate) fn end(&self) -> u64 {
+        self.base.0 + self.pages
+    }
+}
+
+/// The memory slots of a VM, checked and ordered by guest address.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    slots: Vec<Slot>,
+    /// Slot number -> index in `slots` + 1; 0 for a number that is not ours.
+    by_id: Vec<u32>,
+    pages: u64,
+}
+
+/// Why a list of slots is no layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// There is no slot at all.
+    #[error("a layout needs at least one memory slot")]
+    NoSlots,
+    /// A slot has no pages.
+    #[error("memory slot {0} is empty")]
+    Empty(u32),
+    /// The number is not one KVM gives to user space (`KVM_USER_MEM_SLOTS`).
+    #[error("memory slot number {0} is not below {MAX_SLOTS}")]
+    Number(u32),
+    /// Two slots have the same number.
+    #[error("memory slot number {0} is used twice")]
+    DuplicateNumber(u32),
+    /// The slot ends above the largest guest physical address (52 bits).
+    #[error("memory slot {0} ends above the 52-bit guest physical address space")]
+    TooHigh(u32),
+    /// Two slots share pages.
+    #[error("memory slots {0} and {1} overlap")]
+    Overlap(u32, u32),
+    /// KVM wants page-aligned memory.
+    #[error("the host address of memory slot {0} is not a multiple of the page size")]
+    Unaligned(u32),
+}
+
+/// `KVM_USER_MEM_SLOTS` of x86: 32767 less 3 private slots (arch/x86/include/asm/kvm_host.h).
+const MAX_SLOTS: u32 = 32764;
+/// First frame number that no 52-bit guest physical address has.
+const MAX_GFN: u64 = 1 << 40;
+
+impl Layout {
+    /// Checks the slots: at least one, none empty, numbers unique, no overlap.
+    pub fn new(mut slots: Vec<Slot>) -> Result<Layout, LayoutError> {
+        if slots.is_empty() {
+            return Err(LayoutError::NoSlots);
+        }
+        for slot in &slots {
+            if slot.id >= MAX_SLOTS {
+                return Err(LayoutError::Number(slot.id));
+            }
+            if slot.pages == 0 {
+                return Err(LayoutError::Empty(slot.id));
+            }
+            if slot.base.0.checked_add(slot.pages).is_none_or(|end| end > MAX_GFN) {
+                return Err(LayoutError::TooHigh(slot.id));
+            }
+            if slot.host_addr % PAGE_SIZE != 0 {
+                return Err(LayoutError::Unaligned(slot.id));
+            }
+        }
+        slots.sort_by_key(|slot| slot.base);
+        if let Some(pair) = slots.windows(2).find(|pair| pair[0].end() > pair[1].base.0) {
+            return Err(LayoutError::Overlap(pair[0].id, pair[1].id));
+        }
+        let largest = slots.iter().map(|slot| slot.id).max().unwrap_or(0);
+        let mut by_id = vec![0; largest as usize + 1];
+        for (index, slot) in slots.iter().enumerate() {
+            let entry = &mut by_id[slot.id as usize];
+            if *entry != 0 {
+                return Err(LayoutError::DuplicateNumber(slot.id));
+            }
+            *entry = index as u32 + 1;
+        }
+        let pages = slots.iter().map(|slot| slot.pages).sum();
+        Ok(Layout { slots, by_id, pages })
+    }
+
+    /// The slots in order of guest address.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Pages in all slots together.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The highest page of the VM.
+    pub fn max_gfn(&self) -> Gfn {
+        Gfn(self.gfn_space() - 1)
+    }
+
+    /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`] wants.
+    pub fn gfn_space(&self) -> u64 {
+        self.slots.last().map_or(0, Slot::end)
+    }
+
+    /// Whether the page belongs to a slot.
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        let after = self.slots.partition_point(|slot| slot.base <= gfn);
+        after > 0 && gfn.0 < self.slots[after - 1].end()
+    }
+
+    /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page in the slot.
+    ///
+    /// None for another address space (system management mode), a slot that is not in the layout (it may have
+    /// gone since the entry was written) or an offset behind its end.
+    pub(crate) fn resolve(&self, slot: u32, offset: u64) -> Option<Gfn> {
+        let index = *self.by_id.get(slot as usize)?;
+        let slot = self.slots.get((index as usize).checked_sub(1)?)?;
+        (offset < slot.pages).then(|| Gfn(slot.base.0 + offset))
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn slot(id: u32, base: u64, pages: u64) -> Slot {
+        Slot { id, base: Gfn(base), pages, host_addr: 0x10_0000 }
+    }
+
+    #[test]
+    fn refuses_what_is_no_layout() {
+        assert_eq!(Layout::new(vec![]).unwrap_err(), LayoutError::NoSlots);
+        assert_eq!(Layout::new(vec![slot(1, 0, 0)]).unwrap_err(), LayoutError::Empty(1));
+        assert_eq!(Layout::new(vec![slot(32764, 0, 1)]).unwrap_err(), LayoutError::Number(32764));
+        assert_eq!(Layout::new(vec![slot(0, 0, 9), slot(1, 8, 1)]).unwrap_err(), LayoutError::Overlap(0, 1));
+        assert_eq!(
+            Layout::new(vec![slot(2, 0, 1), slot(2, 8, 1)]).unwrap_err(),
+            LayoutError::DuplicateNumber(2)
+        );
+        assert_eq!(Layout::new(vec![slot(3, u64::MAX, 2)]).unwrap_err(), LayoutError::TooHigh(3));
+        assert_eq!(Layout::new(vec![slot(3, MAX_GFN, 1)]).unwrap_err(), LayoutError::TooHigh(3));
+        let unaligned = Slot { host_addr: 12, ..slot(0, 0, 1) };
+        assert_eq!(Layout::new(vec![unaligned]).unwrap_err(), LayoutError::Unaligned(0));
+    }
+
+    #[test]
+    fn resolves_entries_of_its_own_slots_only() {
+        let layout = Layout::new(vec![slot(7, 0x10_0000, 16), slot(2, 0, 8)]).unwrap();
+        assert_eq!(layout.max_gfn(), Gfn(0x10_000f));
+        assert_eq!(layout.gfn_space(), 0x10_0010);
+        assert_eq!(layout.pages(), 24);
+        assert_eq!(layout.resolve(2, 7), Some(Gfn(7)));
+        assert_eq!(layout.resolve(7, 15), Some(Gfn(0x10_000f)));
+        assert_eq!(layout.resolve(2, 8), None);
+        assert_eq!(layout.resolve(3, 0), None);
+        assert_eq!(layout.resolve(0xffff, 0), None);
+        assert_eq!(layout.resolve(1 << 16 | 2, 0), None);
+        assert_eq!(layout.resolve(2, u64::MAX), None);
+        assert!(layout.contains(Gfn(7)) && !layout.contains(Gfn(8)));
+        assert!(layout.contains(Gfn(0x10_0000)) && !layout.contains(Gfn(0x10_0010)));
+    }
+}

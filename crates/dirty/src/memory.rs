@@ -1,0 +1,136 @@
+//! VMM writes through `vm-memory` mark themselves.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+
+use crate::global::GlobalLog;
+use crate::layout::{Gfn, PAGE_SIZE};
+
+/// The bitmap type of a guest memory region whose writes go to a [`GlobalLog`]: with
+/// `GuestMemoryMmap<RegionLog>`, every `write_obj`, `write_slice`, `read_volatile_from` and so on marks the pages
+/// it wrote. What goes through `get_host_address` or a raw pointer does not; see [`GlobalLog::mark_range`].
+///
+/// Build the region with `MmapRegionBuilder::new_with_bitmap(size, RegionLog::new(log, base_gfn))`, which wants
+/// `with_mmap_prot` and `with_mmap_flags` too, and join the regions by `GuestMemoryMmap::from_regions`.
+#[derive(Clone, Debug, Default)]
+pub struct RegionLog {
+    log: Option<Arc<GlobalLog>>,
+    base: u64,
+}
+
+impl RegionLog {
+    /// The log of the region that begins at page `base`.
+    pub fn new(log: Arc<GlobalLog>, base: Gfn) -> RegionLog {
+        RegionLog { log: Some(log), base: base.gpa() }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for RegionLog {
+    type S = LogSlice<'a>;
+}
+
+impl Bitmap for RegionLog {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.slice_at(offset).mark_dirty(0, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.slice_at(offset).dirty_at(0)
+    }
+
+    fn slice_at(&self, offset: usize) -> LogSlice<'_> {
+        LogSlice { log: self.log.as_deref(), base: self.base.saturating_add(offset as u64) }
+    }
+}
+
+/// What `vm-memory` asks of a bitmap that it creates itself (`GuestMemoryMmap::from_ranges`): such a region has
+/// no log, so **its writes are not recorded**. Only for memory that no tracker watches.
+impl NewBitmap for RegionLog {
+    fn with_len(_len: usize) -> RegionLog {
+        RegionLog::default()
+    }
+}
+
+/// A [`RegionLog`] seen from an offset in the region.
+#[derive(Clone, Copy, Debug)]
+pub struct LogSlice<'a> {
+    log: Option<&'a GlobalLog>,
+    base: u64,
+}
+
+impl WithBitmapSlice<'_> for LogSlice<'_> {
+    type S = Self;
+}
+
+impl BitmapSlice for LogSlice<'_> {}
+
+impl Bitmap for LogSlice<'_> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if let Some(log) = self.log {
+            log.mark_range(self.base.saturating_add(offset as u64), len as u64);
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let gpa = self.base.saturating_add(offset as u64);
+        self.log.is_some_and(|log| log.is_marked(Gfn(gpa / PAGE_SIZE)))
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        LogSlice { log: self.log, base: self.base.saturating_add(offset as u64) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{
+        Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, VolatileMemory,
+    };
+
+    fn memory(log: &Arc<GlobalLog>) -> GuestMemoryMmap<RegionLog> {
+        let region = |base: u64| {
+            let bitmap = RegionLog::new(log.clone(), Gfn::of(base));
+            let mapping = MmapRegionBuilder::new_with_bitmap(0x1_0000, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+                .build()
+                .unwrap();
+            GuestRegionMmap::new(mapping, GuestAddress(base)).unwrap()
+        };
+        GuestMemoryMmap::from_regions(vec![region(0), region(0x10_0000)]).unwrap()
+    }
+
+    fn drained(log: &GlobalLog) -> Vec<u64> {
+        let mut pages = Vec::new();
+        log.drain(|gfn| pages.push(gfn.0));
+        pages
+    }
+
+    #[test]
+    fn writes_mark_the_pages_they_touch() {
+        let log = GlobalLog::new(0x200, 64);
+        let memory = memory(&log);
+        log.enable();
+        memory.write_obj(7u64, GuestAddress(0x1fff)).unwrap();
+        memory.write_slice(&[1; 0x2001], GuestAddress(0x10_3000)).unwrap();
+        let slice = memory.get_slice(GuestAddress(0x10_8ff0), 0x20).unwrap();
+        slice.subslice(0x10, 8).unwrap().copy_from(&[1u8; 8]);
+        slice.get_ref::<u8>(0).unwrap().store(1);
+        assert!(memory.read_obj::<u64>(GuestAddress(0x1fff)).unwrap() == 7);
+        assert_eq!(drained(&log), [1, 2, 0x103, 0x104, 0x105, 0x109, 0x108]);
+        memory.read_obj::<u64>(GuestAddress(0x5000)).unwrap();
+        assert!(drained(&log).is_empty());
+    }
+
+    #[test]
+    fn a_region_without_a_log_records_nothing() {
+        let memory = GuestMemoryMmap::<RegionLog>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        memory.write_obj(7u64, GuestAddress(0x1000)).unwrap();
+        let bitmap = RegionLog::with_len(0x4000);
+        bitmap.mark_dirty(0, 1);
+        assert!(!bitmap.dirty_at(0));
+    }
+}

@@ -1,0 +1,142 @@
+//! Arrays of atomic words that cost address space when reserved and memory only where they are used.
+// UNSAFETY: the array is an anonymous mapping, made, viewed and unmapped here. It is a mapping and not a `Vec`
+// because a limit of "every page of the VM" must cost nothing until it is needed, and because memory must be
+// allocated and freed by `enable` and `disable` while other threads hold references to the tracker.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ops::{Deref, Range};
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// Words of 8 bytes in a page of the host.
+const WORDS_PER_PAGE: usize = 512;
+
+/// A fixed number of atomic words, zero at first.
+pub(crate) struct Words {
+    #[cfg(not(all(test, loom)))]
+    base: std::ptr::NonNull<AtomicU64>,
+    #[cfg(not(all(test, loom)))]
+    len: usize,
+    #[cfg(all(test, loom))]
+    words: Box<[AtomicU64]>,
+}
+
+#[cfg(not(all(test, loom)))]
+impl Words {
+    /// Reserves address space for `len` words.
+    pub(crate) fn reserve(len: usize) -> io::Result<Words> {
+        let len = len.max(1);
+        let bytes = len.checked_mul(8).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // A reservation is touched in few places: huge pages would fill it. Failure costs memory only.
+        // SAFETY: exactly the mapping made above.
+        unsafe { libc::madvise(base, bytes, libc::MADV_NOHUGEPAGE) };
+        let base = std::ptr::NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Words { base, len })
+    }
+
+    /// Gives the memory back; every word reads as zero again.
+    pub(crate) fn clear_all(&self) {
+        // SAFETY: exactly our private anonymous mapping; a reader sees the old or a zero word, as with stores.
+        let failed =
+            unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, libc::MADV_DONTNEED) } != 0;
+        if failed {
+            // Locked memory (mlockall) cannot be given back.
+            self.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+    }
+
+    /// The words as plain numbers.
+    ///
+    /// # Safety
+    /// For the life of the slice nobody stores to these words.
+    pub(crate) unsafe fn plain(&self, range: Range<usize>) -> &[u64] {
+        let words = &self[range];
+        // SAFETY: AtomicU64 has the layout of u64, and by the contract nothing is stored meanwhile.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
+    }
+}
+
+#[cfg(not(all(test, loom)))]
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `reserve`; no reference outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len * 8) };
+    }
+}
+
+// SAFETY: the mapping belongs to the value alone and is only reached as atomic words.
+#[cfg(not(all(test, loom)))]
+unsafe impl Send for Words {}
+// SAFETY: as above; shared access is atomic.
+#[cfg(not(all(test, loom)))]
+unsafe impl Sync for Words {}
+
+#[cfg(not(all(test, loom)))]
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: `len` words of zeroed memory, valid as AtomicU64, mapped until `self` is dropped.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(all(test, loom))]
+impl Words {
+    pub(crate) fn reserve(len: usize) -> io::Result<Words> {
+        Ok(Words { words: (0..len.max(1)).map(|_| AtomicU64::new(0)).collect() })
+    }
+
+    pub(crate) fn clear_all(&self) {
+        self.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+}
+
+#[cfg(all(test, loom))]
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        &self.words
+    }
+}
+
+impl Words {
+    /// Touches every page of the range, so that using it later takes no page fault.
+    pub(crate) fn populate(&self, range: Range<usize>) {
+        let end = range.end.min(self.len());
+        for word in self[range.start.min(end)..end].iter().step_by(WORDS_PER_PAGE) {
+            word.fetch_or(0, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserves_far_more_than_memory_and_clears() {
+        let words = Words::reserve(1 << 37).unwrap();
+        words[1 << 36].store(7, Ordering::Relaxed);
+        words.populate(0..4096);
+        assert_eq!(words[1 << 36].load(Ordering::Relaxed), 7);
+        words.clear_all();
+        assert_eq!(words[1 << 36].load(Ordering::Relaxed), 0);
+    }
+}
