@@ -1,1 +1,46 @@
-//! placeholder
+//! The virtual machine: KVM, vCPUs, memory, boot, devices, pause and capture, restore.
+//!
+//! ```text
+//! Machine ─┬─ VcpuSet ── a thread per vCPU: runs, stops, saves, harvests, copies     (vcpu/)
+//!          ├─ Ram ────── guest memory, its writes by devices logged                  (memory/)
+//!          ├─ Net ────── virtio-net on a tap, output held until commit               (devices/)
+//!          └─ Tracker ── which pages changed                                         (outlive-dirty)
+//! ```
+//!
+//! The way of a checkpoint is [`Machine::checkpoint`] in `capture.rs`; the way back is
+//! [`Machine::restore`] in `restore.rs`. Saved state is plain data in versioned sections
+//! ([`state`]), apart from the run-time types.
+//!
+//! The crate knows nothing of hosts, links and protocols: it stops, captures, resumes and restores
+//! one VM on one machine.
+
+pub mod bus;
+pub mod devices;
+
+mod boot;
+mod capture;
+mod futex;
+mod kvm;
+mod machine;
+mod memory;
+mod net;
+mod restore;
+mod signals;
+mod staging;
+pub mod state;
+mod tsc;
+mod vcpu;
+mod vm_state;
+
+pub use boot::{BootError, PayloadOptions};
+pub use capture::{After, CaptureError, CaptureReport, InPause};
+pub use kvm::{Host, HostError, MAX_VCPUS};
+pub use machine::{CreateError, Machine, Options, StartError};
+pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, Range, is_zero_page, ranges};
+pub use net::{MacAddr, Net, NetError, NetOptions, OutputLimits, OutputMode};
+pub use restore::RestoreError;
+pub use signals::{block_all as block_all_signals, precise_timers};
+pub use staging::{Staging, StagingError};
+pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
+pub use vcpu::{EventSink, MachineEvent, PowerRequest, VcpuError};
+pub use vm_state::{Item as VmItem, ORDER as VM_STATE_ORDER, VmStateError};

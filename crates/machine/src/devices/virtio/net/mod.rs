@@ -26,6 +26,9 @@ pub mod stats;
 pub mod tap;
 mod worker;
 
+#[cfg(test)]
+mod tests;
+
 pub use device::{Net, NetConfig, NetDevice, NetError, NetHost};
 pub use mac::MacAddr;
 pub use output::{

@@ -144,7 +144,7 @@ fn request(name: &str) -> Result<libc::ifreq, TapError> {
     Ok(libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags } })
 }
 
-fn open_error(name: &str, error: io::Error) -> TapError {
+pub(super) fn open_error(name: &str, error: io::Error) -> TapError {
     match error.raw_os_error() {
         // ENODEV and ENXIO: the node is there, the driver is not.
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoDriver,
@@ -153,7 +153,7 @@ fn open_error(name: &str, error: io::Error) -> TapError {
     }
 }
 
-fn attach_error(name: &str, error: io::Error) -> TapError {
+pub(super) fn attach_error(name: &str, error: io::Error) -> TapError {
     let name = name.to_owned();
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => TapError::NotAllowed { name },

@@ -1,0 +1,230 @@
+//! One checkpoint of a machine: stop, capture, rearm, resume.
+
+// UNSAFETY: hands the staging buffer to the vCPU threads for the time of the copy.
+#![allow(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use outlive_dirty::{EnableError, Gfn, HarvestError, RearmError};
+
+use crate::machine::{Machine, Tracking};
+use crate::staging::Staging;
+use crate::state::Kind;
+use crate::vcpu::VcpuError;
+use crate::vm_state::{self, VmStateError};
+
+/// From this many pages on it pays to wake the vCPU threads for the copy: two wakes cost about as
+/// much as copying these pages alone (20 µs against 0.35 µs a page).
+const PARALLEL_COPY: usize = 96;
+
+/// What one checkpoint took.
+#[derive(Clone, Copy, Debug)]
+pub struct CaptureReport {
+    /// For how long no vCPU could run.
+    pub pause: Duration,
+    /// Of it: until all vCPUs stood still with their state saved and their rings harvested.
+    pub stop: Duration,
+    /// Of it: taking the rest of the dirty pages and re-arming the traps.
+    pub rearm: Duration,
+    /// Of it: copying pages (and, when they did not fit into staging, sending the first of them).
+    pub copy: Duration,
+    /// Dirty pages, all parts together.
+    pub pages: usize,
+}
+
+/// Why a checkpoint failed. The VM stands still when one of these is returned.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// A vCPU's state or ring.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The VM's state.
+    #[error(transparent)]
+    Vm(#[from] VmStateError),
+    /// Dirty pages could not be taken.
+    #[error("dirty tracking: {0}")]
+    Harvest(#[from] HarvestError),
+    /// The traps could not be re-armed.
+    #[error("dirty tracking: {0}")]
+    Rearm(#[from] RearmError),
+    /// The part that did not fit into staging could not be sent.
+    #[error("the checkpoint is larger than staging and its first part could not be sent: {0}")]
+    Spill(String),
+    /// Protection has not been started.
+    #[error("dirty tracking is off")]
+    NotTracking,
+}
+
+impl CaptureError {
+    /// KVM's dirty ring was overrun: writes were lost and its vCPU can never run again. Only the last
+    /// committed checkpoint is still a whole VM (facts/dirty-tracking.md §5.6).
+    pub fn is_overrun(&self) -> bool {
+        matches!(
+            self,
+            Self::Harvest(HarvestError::Overrun { .. })
+                | Self::Vcpu(VcpuError::Harvest { source: HarvestError::Overrun { .. }, .. })
+        )
+    }
+}
+
+/// What the caller does inside the pause.
+pub trait InPause {
+    /// The dirty pages are counted and the gate is closed: the moment at which held output changes
+    /// its epoch. Must not block.
+    fn counted(&mut self, pages: usize);
+
+    /// Staging is full and more pages follow: send it, pages and state, and come back when it (or
+    /// another one put in its place) can be filled again. The VM stands still until then.
+    ///
+    /// # Errors
+    /// A text, when the link is gone.
+    fn spill(&mut self, staging: &mut Staging) -> Result<(), String>;
+}
+
+/// What happens to the VM after a capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The guest goes on.
+    Resume,
+    /// It stays stopped: the last checkpoint.
+    Stay,
+}
+
+impl Machine {
+    /// Starts dirty tracking. The VM stands still for a moment if it runs.
+    ///
+    /// # Errors
+    /// [`EnableError`]; the VM then runs on without tracking.
+    pub fn enable_tracking(&mut self) -> Result<(), EnableError> {
+        let running = self.quiesce();
+        let result = self.tracker.enable();
+        self.tracking = if result.is_ok() { Tracking::On } else { Tracking::Off };
+        self.release(running);
+        result
+    }
+
+    /// Ends dirty tracking and frees its lists.
+    pub fn disable_tracking(&mut self) {
+        if self.tracking == Tracking::Off {
+            return;
+        }
+        let running = self.quiesce();
+        if let Err(error) = self.tracker.disable() {
+            tracing::warn!(%error, "dirty logging stays on in KVM");
+        }
+        self.tracking = Tracking::Off;
+        self.release(running);
+    }
+
+    /// One round of base synchronisation: stops the VM just long enough to take and re-arm the dirty
+    /// pages, and appends them to `gfns`. Their contents are read later, while the guest runs: a page
+    /// that changes after this comes again in the next round.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the VM stands still then.
+    pub fn take_dirty(&mut self, gfns: &mut Vec<Gfn>) -> Result<(), CaptureError> {
+        let begun = self.begin()?;
+        // The pages are read only after the rearm, which the types of `outlive_dirty` make sure of.
+        let epoch = self.tracker.stopped().state_saved().harvest()?.rearm()?;
+        gfns.extend_from_slice(epoch.pages());
+        epoch.copied().run();
+        self.release(begun.was_running);
+        Ok(())
+    }
+
+    /// Takes a checkpoint: state and dirty pages since the last one, into `staging`.
+    ///
+    /// The order inside the pause, and why (DESIGN §5, facts/dirty-tracking.md §0.7):
+    /// 1. vCPUs stop with their I/O completed, save their state, then harvest their rings: state
+    ///    first, because vCPU ioctls can dirty guest pages.
+    /// 2. The gate closes, so that devices are between two requests.
+    /// 3. VM and device state, after the vCPUs, whose last exits may have raised interrupts.
+    /// 4. The rest of the dirty pages, after every possible writer is still; then rearm.
+    /// 5. `in_pause.counted`: output of the guest from here on belongs to the next epoch.
+    /// 6. Copy. 7. Resume.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the VM stands still then and nothing is lost: pages of a failed capture come
+    /// again in the next.
+    pub fn checkpoint(
+        &mut self,
+        staging: &mut Staging,
+        after: After,
+        in_pause: &mut dyn InPause,
+    ) -> Result<CaptureReport, CaptureError> {
+        let began = Instant::now();
+        let begun = self.begin()?;
+        self.save_shared_state(staging)?;
+        let stopped = Instant::now();
+        let tracker = self.tracker.clone();
+        let epoch = tracker.stopped().state_saved().harvest()?;
+        let epoch = epoch.rearm()?;
+        let rearmed = Instant::now();
+        let pages = epoch.pages();
+        in_pause.counted(pages.len());
+        let mut rest = pages;
+        while rest.len() > staging.capacity() {
+            let (first, more) = rest.split_at(staging.capacity());
+            self.copy_pages(first, staging);
+            in_pause.spill(staging).map_err(CaptureError::Spill)?;
+            staging.clear_state();
+            rest = more;
+        }
+        self.copy_pages(rest, staging);
+        let count = pages.len();
+        let copied = Instant::now();
+        epoch.copied().run();
+        if after == After::Resume {
+            self.release(begun.was_running);
+        }
+        Ok(CaptureReport {
+            pause: began.elapsed(),
+            stop: stopped - began,
+            rearm: rearmed - stopped,
+            copy: copied - rearmed,
+            pages: count,
+        })
+    }
+
+    fn begin(&mut self) -> Result<Begun, CaptureError> {
+        if self.tracking == Tracking::Off {
+            return Err(CaptureError::NotTracking);
+        }
+        let was_running = std::mem::replace(&mut self.running, false);
+        self.vcpus.begin_capture();
+        self.gate.close();
+        self.vcpus.captured()?;
+        Ok(Begun { was_running })
+    }
+
+    fn save_shared_state(&mut self, staging: &mut Staging) -> Result<(), CaptureError> {
+        staging.clear_state();
+        if !std::mem::replace(&mut self.constants_sent, true) {
+            for (index, bytes) in self.constants.iter().enumerate() {
+                staging.push_section(Kind::VcpuConstant, index as u16, bytes);
+            }
+        }
+        for index in 0..self.vcpus.len() {
+            self.vcpus.with_saved(index, |bytes| staging.push_section(Kind::Vcpu, index as u16, bytes));
+        }
+        vm_state::save(&self.vm, &mut self.scratch)?;
+        staging.push_section(Kind::Vm, 0, &self.scratch);
+        if let Some(net) = &self.net {
+            net.save(&mut self.scratch);
+            staging.push_section(Kind::Device, 0, &self.scratch);
+        }
+        Ok(())
+    }
+
+    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Staging) {
+        let parallel = gfns.len() >= PARALLEL_COPY;
+        staging.fill(gfns, |gfns, to| {
+            // SAFETY: `fill` lends room for all of `gfns`, page-aligned, and waits for this closure.
+            unsafe { self.vcpus.copy(gfns, to, parallel) }
+        });
+    }
+}
+
+struct Begun {
+    was_running: bool,
+}

@@ -1,0 +1,218 @@
+//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset it works.
+
+use proptest::prelude::*;
+use vm_memory::GuestMemory;
+
+use super::*;
+use crate::devices::virtio::net::queues::{Queues, bounce};
+use crate::devices::virtio::net::stats::Counters;
+use crate::devices::virtio::{InterruptLine, wants_interrupt};
+
+const INDIRECT: u16 = 4;
+const OUTSIDE: u64 = MEMORY as u64;
+
+/// Has the device meet a bad chain in the transmit (or receive) queue, then resets it and checks that it works.
+fn meets(receive: bool, lay: impl Fn(&Memory, &MockSplitQueue<'_, Memory>)) {
+    let memory = memory();
+    let rig = Rig::usual(&memory);
+    let driver = rig.boot(FEATURES);
+    rig.device.go_live(false);
+    lay(&memory, if receive { &driver.rx } else { &driver.tx });
+    rig.kick_rx();
+    rig.kick_tx();
+    if receive {
+        rig.wire.send(&frame(1, 60)).unwrap();
+    }
+    wait_for("the device to stop", || rig.needs_reset());
+    assert_eq!(rig.read(0x60) & 2, 2, "the driver is told");
+    assert_eq!((driver.rx_used(), driver.tx_used(), rig.sink.count()), (0, 0, 0));
+    // It stays stopped.
+    rig.kick_tx();
+    settle();
+    assert!(rig.needs_reset());
+
+    let driver = rig.boot(FEATURES);
+    driver.give_buffer(0, 1526);
+    rig.kick_rx();
+    driver.send(0, &frame(2, 60));
+    rig.kick_tx();
+    wait_for("a frame out", || rig.sink.count() == 1);
+    rig.wire.send(&frame(3, 60)).unwrap();
+    wait_for("a frame in", || driver.rx_used() == 1);
+    assert_eq!(driver.received(0), frame(3, 60));
+}
+
+fn one(receive: bool, descriptor: Descriptor) {
+    meets(receive, |_, queue| {
+        put(queue, 0, descriptor);
+        offer(queue, 0);
+    });
+}
+
+#[test]
+fn buffers_outside_of_memory() {
+    for at in [OUTSIDE, OUTSIDE - 30, u64::MAX - 5, 1 << 60] {
+        one(false, Descriptor::new(at, 72, 0, 0));
+    }
+    for at in [OUTSIDE, OUTSIDE - 30, u64::MAX - 5, 1 << 60] {
+        one(true, Descriptor::new(at, 1526, WRITE, 0));
+    }
+}
+
+#[test]
+fn absurd_sizes() {
+    for len in [0, 1, 11, 12 + 1519, 65536, u32::MAX] {
+        one(false, Descriptor::new(TX_BUFFERS, len, 0, 0));
+    }
+    for len in [0, 1, 12, 72, 1525] {
+        one(true, Descriptor::new(RX_BUFFERS, len, WRITE, 0));
+    }
+}
+
+#[test]
+fn wrong_direction() {
+    one(false, Descriptor::new(TX_BUFFERS, 72, WRITE, 0));
+    one(true, Descriptor::new(RX_BUFFERS, 1526, 0, 0));
+}
+
+#[test]
+fn chains_that_loop_or_lead_nowhere() {
+    for receive in [false, true] {
+        let flags = if receive { WRITE | NEXT } else { NEXT };
+        // To itself, with and without bytes; to a descriptor the table does not have.
+        for (len, next) in [(0, 0), (1, 0), (100, QUEUE), (100, u16::MAX)] {
+            one(receive, Descriptor::new(TX_BUFFERS, len, flags, next));
+        }
+        // A ring of two.
+        meets(receive, |_, queue| {
+            put(queue, 0, Descriptor::new(TX_BUFFERS, 1, flags, 1));
+            put(queue, 1, Descriptor::new(TX_BUFFERS, 1, flags, 0));
+            offer(queue, 0);
+        });
+        // More than 4 GiB together.
+        meets(receive, |_, queue| {
+            put(queue, 0, Descriptor::new(TX_BUFFERS, 2000, flags, 1));
+            put(queue, 1, Descriptor::new(TX_BUFFERS, u32::MAX, flags & !NEXT, 0));
+            offer(queue, 0);
+        });
+    }
+}
+
+#[test]
+fn heads_and_indexes_out_of_range() {
+    for receive in [false, true] {
+        meets(receive, |_, queue| offer(queue, QUEUE));
+        meets(receive, |_, queue| offer(queue, u16::MAX));
+        meets(receive, |_, queue| queue.avail().idx().store(QUEUE + 1));
+        meets(receive, |_, queue| queue.avail().idx().store(u16::MAX));
+    }
+}
+
+#[test]
+fn indirect_tables_that_are_none() {
+    for receive in [false, true] {
+        let table = TX_BUFFERS + 0x8000;
+        for (at, len) in [(table, 0), (table, 8), (table, 17), (OUTSIDE, 16), (u64::MAX - 7, 16), (table, !15u32)] {
+            one(receive, Descriptor::new(at, len, INDIRECT, 0));
+        }
+        // A table within a table, and a table longer than the queue.
+        meets(receive, |memory, queue| {
+            let inner = RawDescriptor::from(Descriptor::new(table, 16, INDIRECT, 0));
+            memory.write_obj(inner, GuestAddress(table)).unwrap();
+            put(queue, 0, Descriptor::new(table, 16, INDIRECT, 0));
+            offer(queue, 0);
+        });
+        meets(receive, |memory, queue| {
+            let flags = if receive { WRITE | NEXT } else { NEXT };
+            for n in 0..QUEUE + 1 {
+                let descriptor = RawDescriptor::from(Descriptor::new(TX_BUFFERS, 1, flags, n + 1));
+                memory.write_obj(descriptor, GuestAddress(table + u64::from(n) * 16)).unwrap();
+            }
+            put(queue, 0, Descriptor::new(table, u32::from(QUEUE + 1) * 16, INDIRECT, 0));
+            offer(queue, 0);
+        });
+    }
+}
+
+/// The wire of the property test: always one more frame.
+struct Endless;
+
+impl FrameSink for Endless {
+    fn send(&self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl FramePort for Endless {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = buffer.len().min(1514);
+        buffer[..len].fill(0x55);
+        Ok(len)
+    }
+}
+
+impl AsRawFd for Endless {
+    fn as_raw_fd(&self) -> RawFd {
+        unreachable!("no one waits for this port")
+    }
+}
+
+/// A descriptor that is not far from a good one, or any at all.
+fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
+    let at = prop_oneof![4 => 0u64..OUTSIDE + 4096, 1 => any::<u64>()];
+    let len = prop_oneof![2 => 0u32..2000, 2 => Just(1526), 2 => Just(64), 1 => any::<u32>()];
+    let flags = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
+    let next = prop_oneof![8 => 0u16..QUEUE, 1 => any::<u16>()];
+    (at, len, flags, next)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Any contents of rings and tables, over which the device itself writes frames: it neither panics nor works for ever,
+    /// and uses no more buffers than were offered.
+    #[test]
+    fn any_rings(
+        table in prop::collection::vec(descriptor(), usize::from(QUEUE)),
+        ring in prop::collection::vec(prop_oneof![8 => 0u16..QUEUE, 1 => any::<u16>()], usize::from(QUEUE)),
+        index in prop_oneof![8 => 0u16..=QUEUE, 1 => any::<u16>()],
+        event_idx in any::<bool>(),
+    ) {
+        let memory = memory();
+        let line = Arc::new(InterruptLine::new(Arc::new(Count::default())));
+        let queues = [RX_RINGS, TX_RINGS].map(|at| {
+            let mock = MockSplitQueue::create(&*memory, GuestAddress(at), QUEUE);
+            for (slot, &(at, len, flags, next)) in table.iter().enumerate() {
+                put(&mock, slot as u16, Descriptor::new(at, len, flags, next));
+            }
+            for (slot, &head) in ring.iter().enumerate() {
+                mock.avail().ring().ref_at(slot).unwrap().store(head);
+            }
+            mock.avail().idx().store(index);
+            let mut queue: virtio_queue::Queue = mock.create_queue().unwrap();
+            virtio_queue::QueueT::set_event_idx(&mut queue, event_idx);
+            assert!(virtio_queue::QueueT::is_valid(&queue, &*memory));
+            queue
+        });
+        let [rx, tx] = queues;
+        let mut queues = Queues::new(memory.clone(), line, rx, tx);
+        let output = Output::new(Arc::new(Endless), OutputLimits { frames: 8, bytes: 8000 }, OutputMode::PassThrough).unwrap();
+        let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
+        let pass = gate.enter();
+        for _ in 0..4 {
+            let _ = queues.transmit(&output, &mut buffer, &counters, &pass);
+            let _ = queues.receive(&Endless, &mut buffer, &counters, &pass);
+        }
+        prop_assert!(memory.check_range(GuestAddress(0), MEMORY, vm_memory::Permissions::ReadWrite));
+    }
+}
+
+#[test]
+fn without_event_index_the_flag_decides_about_interrupts() {
+    let memory = memory();
+    let mock = MockSplitQueue::create(&*memory, GuestAddress(0), QUEUE);
+    let mut queue: virtio_queue::Queue = mock.create_queue().unwrap();
+    assert!(wants_interrupt(&mut queue, &*memory).unwrap());
+    memory.write_obj(1u16, mock.avail_addr()).unwrap();
+    assert!(!wants_interrupt(&mut queue, &*memory).unwrap());
+}

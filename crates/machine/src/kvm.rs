@@ -1,0 +1,151 @@
+//! The host's KVM: opening it, what it must offer, and what a VM is made of.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+/// Time-stamp counter.
+pub(crate) const MSR_IA32_TSC: u32 = 0x10;
+/// Deadline of the local APIC's timer, counted in the TSC.
+pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Where KVM on Intel keeps a TSS and an identity page table; three pages and one, inside the
+/// device window, never touched by a guest.
+const TSS_ADDRESS: usize = 0xFFFB_D000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
+/// Most vCPUs of a VM in this version.
+pub const MAX_VCPUS: u8 = 8;
+
+/// Why KVM cannot be used. The texts name the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// No KVM on this machine.
+    #[error(
+        "/dev/kvm does not exist: load the module (modprobe kvm_intel or kvm_amd) or enable virtualisation in the firmware"
+    )]
+    Missing,
+    /// Not allowed to use it.
+    #[error(
+        "no permission to open /dev/kvm: run as root or join its group (usermod -aG kvm $USER, then log in again)"
+    )]
+    Permission,
+    /// Any other error on opening.
+    #[error("cannot open /dev/kvm: {0}")]
+    Open(io::Error),
+    /// The API is not version 12, which it has been since 2007.
+    #[error("KVM API version {0} is not 12: this is not a KVM that Outlive knows")]
+    ApiVersion(i32),
+    /// Something that every KVM since Linux 5.10 has is missing.
+    #[error("this kernel's KVM lacks {0}: use Linux 5.10 or newer")]
+    Capability(&'static str),
+    /// Too many or too few vCPUs.
+    #[error("a VM has 1 to {MAX_VCPUS} vCPUs, not {0}")]
+    Vcpus(u8),
+    /// An ioctl failed.
+    #[error("{what}: {source}")]
+    Ioctl {
+        /// The ioctl.
+        what: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+}
+
+fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HostError {
+    move |source| HostError::Ioctl { what, source }
+}
+
+/// KVM on this machine, checked.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    cpuid: CpuId,
+    xsave_bytes: usize,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and checks what Outlive needs of it.
+    ///
+    /// # Errors
+    /// [`HostError`], each with its remedy.
+    pub fn open() -> Result<Self, HostError> {
+        let kvm = Kvm::new().map_err(|e| match e.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::Missing,
+            libc::EACCES | libc::EPERM => HostError::Permission,
+            errno => HostError::Open(io::Error::from_raw_os_error(errno)),
+        })?;
+        if kvm.get_api_version() != 12 {
+            return Err(HostError::ApiVersion(kvm.get_api_version()));
+        }
+        for (cap, name) in NEEDED {
+            if !kvm.check_extension(cap) {
+                return Err(HostError::Capability(name));
+            }
+        }
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+        let xsave2 = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        Ok(Self { kvm, cpuid, xsave_bytes: xsave2.max(size_of::<kvm_bindings::kvm_xsave>()) })
+    }
+
+    /// The system file descriptor.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// Bytes of a vCPU's XSAVE state (KVM_CAP_XSAVE2, at least 4096).
+    pub fn xsave_bytes(&self) -> usize {
+        self.xsave_bytes
+    }
+
+    /// A new VM with interrupt chips and PIT, no memory and no vCPU.
+    pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
+        let vm = self.kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
+        let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+        Ok(vm)
+    }
+
+    /// A new vCPU with this host's CPUID. Its MSRs can be listed only after this.
+    pub(crate) fn create_vcpu(&self, vm: &VmFd, index: u8, vcpus: u8) -> Result<VcpuFd, HostError> {
+        let vcpu = vm.create_vcpu(u64::from(index)).map_err(ioctl("KVM_CREATE_VCPU"))?;
+        let mut cpuid = self.cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            match entry.function {
+                1 => {
+                    entry.ebx = entry.ebx & 0x0000_ffff | u32::from(index) << 24 | u32::from(vcpus) << 16;
+                    entry.ecx |= 1 << 31; // a hypervisor is present
+                }
+                0xb | 0x1f => entry.edx = u32::from(index),
+                _ => {}
+            }
+        }
+        vcpu.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+        Ok(vcpu)
+    }
+
+    /// The MSRs of KVM's list that this vCPU can read.
+    pub(crate) fn readable_msrs(&self, vcpu: &VcpuFd) -> Result<Vec<u32>, HostError> {
+        let list = self.kvm.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+        let readable = |index: &u32| {
+            let entry = kvm_bindings::kvm_msr_entry { index: *index, ..Default::default() };
+            kvm_bindings::Msrs::from_entries(&[entry])
+                .is_ok_and(|mut msrs| vcpu.get_msrs(&mut msrs).is_ok_and(|got| got == 1))
+        };
+        Ok(list.as_slice().iter().copied().filter(readable).collect())
+    }
+}
+
+const NEEDED: [(Cap, &str); 8] = [
+    (Cap::Irqchip, "an in-kernel interrupt chip (KVM_CAP_IRQCHIP)"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+];

@@ -1,0 +1,300 @@
+//! The machine: memory, vCPUs, devices and their life from creation to the end.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
+
+use crate::boot::{self, BootError, PayloadOptions};
+use crate::bus::Bus;
+use crate::devices::gate::DeviceGate;
+use crate::kvm::{Host, HostError, MAX_VCPUS};
+use crate::memory::{MemoryError, Ram};
+use crate::net::{Net, NetError, NetOptions};
+use crate::vcpu::platform::{EventSink, Platform};
+use crate::vcpu::set::{Parts, VcpuSet};
+use crate::vcpu::{VcpuError, state};
+use crate::vm_state;
+
+/// What a machine is made of.
+#[derive(Clone)]
+pub struct Options {
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in bytes, a multiple of 1 MiB.
+    pub memory: u64,
+    /// The network card, if any.
+    pub net: Option<NetOptions>,
+    /// Which back end tracks dirty pages.
+    pub tracker: Choice,
+    /// Dirty pages at which a checkpoint should be taken early.
+    pub trigger: usize,
+    /// Dirty pages that lists and staging are made for.
+    pub max_dirty: usize,
+    /// Told what happens to the guest.
+    pub events: EventSink,
+}
+
+/// Why a machine could not be created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// KVM.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The network card.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// No back end for dirty tracking.
+    #[error("dirty tracking: {0}")]
+    Probe(#[from] outlive_dirty::ProbeError),
+    /// The tracker.
+    #[error("dirty tracking: {0}")]
+    Tracker(#[from] outlive_dirty::NewError),
+    /// The memory slots.
+    #[error("dirty tracking: {0}")]
+    Layout(#[from] outlive_dirty::LayoutError),
+    /// A memory slot was refused.
+    #[error("KVM_SET_USER_MEMORY_REGION: {0}")]
+    Slot(kvm_ioctls::Error),
+    /// A thread could not be started.
+    #[error("cannot start a vCPU thread: {0}")]
+    Thread(std::io::Error),
+    /// A vCPU's constant state could not be read.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// Why a guest could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The program.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The registers.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tracking {
+    Off,
+    On,
+}
+
+/// A virtual machine. Its threads exist from creation on; the guest runs after [`resume`](Self::resume).
+///
+/// Fields are dropped in order: threads before what they use.
+pub struct Machine {
+    pub(crate) vcpus: VcpuSet,
+    pub(crate) net: Option<Net>,
+    pub(crate) gate: Arc<DeviceGate>,
+    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) tracking: Tracking,
+    pub(crate) running: bool,
+    pub(crate) constants: Vec<Vec<u8>>,
+    pub(crate) constants_sent: bool,
+    pub(crate) scratch: Vec<u8>,
+    pub(crate) host: Arc<Host>,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) ram: Arc<Ram>,
+    tsc_khz: u32,
+}
+
+impl Machine {
+    /// Creates the machine with all its memory, devices and threads. Nothing runs yet.
+    ///
+    /// # Errors
+    /// [`CreateError`]; nothing is left behind then.
+    pub fn new(host: Arc<Host>, options: &Options) -> Result<Self, CreateError> {
+        if options.vcpus == 0 || options.vcpus > MAX_VCPUS {
+            return Err(HostError::Vcpus(options.vcpus).into());
+        }
+        let count = usize::from(options.vcpus);
+        let ram = Arc::new(Ram::new(options.memory, options.max_dirty)?);
+        let vm = Arc::new(host.create_vm()?);
+        // Before the first vCPU: the ring cannot be switched on later.
+        let backend = Backend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;
+        set_slots(&vm, &ram)?;
+        let mut fds = Vec::new();
+        for index in 0..options.vcpus {
+            fds.push(host.create_vcpu(&vm, index, options.vcpus)?);
+        }
+        let config = Config { vcpus: count, max_dirty_pages: options.max_dirty, trigger: options.trigger };
+        let vcpu_fds: Vec<_> = fds.iter().map(fd_of).collect();
+        let layout = Layout::new(ram.slots())?;
+        let tracker =
+            Arc::new(Tracker::new(layout, config, backend, ram.log().clone(), fd_of(&*vm), &vcpu_fds)?);
+        drop(vcpu_fds);
+        let msrs = host.readable_msrs(&fds[0])?;
+        let tsc_khz = fds[0]
+            .get_tsc_khz()
+            .map_err(|source| HostError::Ioctl { what: "KVM_GET_TSC_KHZ", source })?;
+        let platform = Arc::new(Platform::new(count));
+        let gate = Arc::new(DeviceGate::new());
+        let mut mmio = Bus::new();
+        let net = match &options.net {
+            Some(net) => Some(Net::new(net, &vm, &ram, &gate, &platform, &mut mmio)?),
+            None => None,
+        };
+        let parts = Parts {
+            platform,
+            pio: Arc::new(Bus::new()),
+            mmio: Arc::new(mmio),
+            events: options.events.clone(),
+            ram: ram.clone(),
+        };
+        let vcpus =
+            VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
+        vcpus.set_tracker(tracker.clone());
+        let mut machine = Self {
+            vcpus,
+            net,
+            gate,
+            tracker,
+            tracking: Tracking::Off,
+            running: false,
+            constants: Vec::new(),
+            constants_sent: false,
+            scratch: Vec::with_capacity(vm_state::CAPACITY),
+            host,
+            vm,
+            ram,
+            tsc_khz,
+        };
+        machine.read_constants()?;
+        Ok(machine)
+    }
+
+    /// Loads the payload guest and sets all vCPUs to its entry. [`resume`](Self::resume) starts it.
+    ///
+    /// # Errors
+    /// [`StartError`] when the program does not fit the machine.
+    pub fn boot_payload(&mut self, elf: &[u8], options: &PayloadOptions) -> Result<(), StartError> {
+        let vcpus = self.vcpus.len() as u8;
+        let entry = boot::load(&self.ram, elf, vcpus, self.tsc_khz, self.net.is_some(), options)?;
+        self.vcpus.on_each(|index| {
+            Box::new(move |fd| {
+                let ioctl = |item| move |source| state::VcpuStateError::Ioctl { item, source };
+                let fresh = fd.get_sregs().map_err(ioctl(state::Item::Sregs))?;
+                let (sregs, regs) = boot::start_registers(fresh, entry, index as u32);
+                fd.set_sregs(&sregs).map_err(ioctl(state::Item::Sregs))?;
+                fd.set_regs(&regs).map_err(ioctl(state::Item::Regs))?;
+                state::make_runnable(fd)
+            })
+        })?;
+        Ok(())
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&mut self) {
+        self.release(true);
+    }
+
+    /// Stops the guest at a point where all its I/O is completed. Devices rest too.
+    pub fn pause(&mut self) {
+        self.quiesce();
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
+    /// The dirty tracker.
+    pub fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
+    }
+
+    /// The network card.
+    pub fn net(&self) -> Option<&Net> {
+        self.net.as_ref()
+    }
+
+    /// The next checkpoint is a base: it carries the constant state too.
+    pub fn begin_base(&mut self) {
+        self.constants_sent = false;
+    }
+
+    /// Stops vCPUs and devices. Returns whether they ran.
+    pub(crate) fn quiesce(&mut self) -> bool {
+        let was_running = std::mem::replace(&mut self.running, false);
+        self.vcpus.stop();
+        self.gate.close();
+        was_running
+    }
+
+    /// Undoes [`quiesce`](Self::quiesce) when the VM ran before it.
+    pub(crate) fn release(&mut self, run: bool) {
+        if run && !self.running {
+            self.running = true;
+            self.gate.open();
+            self.vcpus.run();
+        }
+    }
+
+    fn read_constants(&mut self) -> Result<(), VcpuError> {
+        let (tx, rx) = std::sync::mpsc::channel();
+        self.vcpus.on_each(|index| {
+            let tx = tx.clone();
+            Box::new(move |fd| {
+                let mut bytes = Vec::new();
+                state::save_constant(fd, &mut bytes)?;
+                // The receiver outlives the task.
+                tx.send((index, bytes)).ok();
+                Ok(())
+            })
+        })?;
+        drop(tx);
+        let mut constants: Vec<_> = rx.into_iter().collect();
+        constants.sort();
+        self.constants = constants.into_iter().map(|(_, bytes)| bytes).collect();
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .field("ram", &self.ram)
+            .field("tracking", &self.tracking)
+            .field("running", &self.running)
+            .finish_non_exhaustive()
+    }
+}
+
+mod raw {
+    // UNSAFETY: KVM maps our memory by address; kvm-ioctls lends its descriptors as numbers only.
+    #![allow(unsafe_code)]
+
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use super::{CreateError, Ram, VmFd};
+    use crate::memory::PAGE_SIZE;
+    use kvm_bindings::kvm_userspace_memory_region;
+
+    /// The descriptor of a KVM object, for as long as the object is borrowed.
+    pub(super) fn fd_of<T: AsRawFd>(object: &T) -> BorrowedFd<'_> {
+        // SAFETY: the object owns the descriptor and outlives the borrow.
+        unsafe { BorrowedFd::borrow_raw(object.as_raw_fd()) }
+    }
+
+    pub(super) fn set_slots(vm: &VmFd, ram: &Ram) -> Result<(), CreateError> {
+        for slot in ram.slots() {
+            let region = kvm_userspace_memory_region {
+                slot: slot.id,
+                flags: 0,
+                guest_phys_addr: slot.base.0 * PAGE_SIZE as u64,
+                memory_size: slot.pages * PAGE_SIZE as u64,
+                userspace_addr: slot.host_addr,
+            };
+            // SAFETY: the range is a mapping of `ram`, which `Machine` drops after the VM's threads.
+            unsafe { vm.set_user_memory_region(region) }.map_err(CreateError::Slot)?;
+        }
+        Ok(())
+    }
+}
+use raw::{fd_of, set_slots};

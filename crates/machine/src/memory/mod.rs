@@ -1,0 +1,282 @@
+//! Guest memory: its layout, its mapping, and the only code that touches it by raw pointers.
+//!
+//! x86 reserves the gigabyte below 4 GiB for devices, so memory of more than 3 GiB is split: the
+//! part below [`HOLE_START`] and the rest from [`HOLE_END`] on.
+
+// UNSAFETY: pages are copied between guest memory and staging by raw pointers with
+// non-temporal stores, and `mmap` regions are handed to KVM by address.
+#![allow(unsafe_code)]
+
+mod copy;
+
+use std::sync::Arc;
+
+use outlive_dirty::{Gfn, GlobalLog, RegionLog, Slot};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+pub(crate) use copy::copy_page;
+pub use copy::is_zero_page;
+
+/// Bytes in a page, on the guest's side and on the wire.
+pub const PAGE_SIZE: usize = 4096;
+/// First byte of the device window below 4 GiB.
+pub(crate) const HOLE_START: u64 = 0xC000_0000;
+/// First byte after the device window: 4 GiB.
+pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
+/// Least guest memory that the payload guest boots with, in bytes.
+pub const MIN_MEMORY: u64 = 32 << 20;
+
+/// Guest memory whose writes by device models are logged for the next checkpoint (invariant 4).
+pub type GuestMemory = GuestMemoryMmap<RegionLog>;
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is not one that a guest can have.
+    #[error(
+        "guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at least 32 MiB"
+    )]
+    Size(u64),
+    /// `mmap` refused.
+    #[error("cannot reserve {bytes} bytes of guest memory: {source}; give the VM less with --memory")]
+    Map {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the kernel said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not form a memory.
+    #[error("guest memory regions do not fit together: {0}")]
+    Regions(String),
+}
+
+/// One contiguous range of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First guest physical address, in bytes.
+    pub base: u64,
+    /// Length in bytes, a multiple of the page size.
+    pub len: u64,
+}
+
+/// The ranges of a guest with `bytes` of memory.
+///
+/// # Errors
+/// [`MemoryError::Size`] when `bytes` is below [`MIN_MEMORY`] or no multiple of 1 MiB.
+pub fn ranges(bytes: u64) -> Result<Vec<Range>, MemoryError> {
+    if bytes < MIN_MEMORY || bytes % (1 << 20) != 0 || bytes > 1 << 46 {
+        return Err(MemoryError::Size(bytes));
+    }
+    let low = bytes.min(HOLE_START);
+    let mut ranges = vec![Range { base: 0, len: low }];
+    if bytes > low {
+        ranges.push(Range { base: HOLE_END, len: bytes - low });
+    }
+    Ok(ranges)
+}
+
+#[derive(Clone, Copy)]
+struct Mapped {
+    base: u64,
+    pages: u64,
+    host: *mut u8,
+}
+
+/// The memory of one VM, in both of its views: `vm-memory` for device models and boot code, raw
+/// pages for checkpoint and restore.
+pub struct Ram {
+    memory: GuestMemory,
+    log: Arc<GlobalLog>,
+    mapped: Vec<Mapped>,
+    bytes: u64,
+}
+
+// SAFETY: `mapped` points into the regions that `memory` owns and keeps mapped for as long as the
+// `Ram` lives; every access through the pointers is a copy whose races the callers exclude (see
+// `read_page` and `write_page`).
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
+
+impl Ram {
+    /// Reserves `bytes` of guest memory, not yet populated. Up to `log_capacity` pages written by
+    /// device models in one epoch are listed; more are still found, only more slowly.
+    ///
+    /// # Errors
+    /// [`MemoryError`] for impossible sizes and when the address space is refused.
+    pub fn new(bytes: u64, log_capacity: usize) -> Result<Self, MemoryError> {
+        let ranges = ranges(bytes)?;
+        let end = ranges.last().map_or(0, |r| r.base + r.len);
+        let log = GlobalLog::new(end / PAGE_SIZE as u64, log_capacity);
+        let mut regions = Vec::new();
+        let mut mapped = Vec::new();
+        for range in &ranges {
+            let bitmap = RegionLog::new(log.clone(), Gfn(range.base / PAGE_SIZE as u64));
+            let region = MmapRegionBuilder::new_with_bitmap(range.len as usize, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|source| MemoryError::Map { bytes: range.len, source })?;
+            mapped.push(Mapped {
+                base: range.base / PAGE_SIZE as u64,
+                pages: range.len / PAGE_SIZE as u64,
+                host: region.as_ptr(),
+            });
+            let region = GuestRegionMmap::new(region, GuestAddress(range.base))
+                .ok_or_else(|| MemoryError::Regions("address overflow".into()))?;
+            regions.push(region);
+        }
+        let memory =
+            GuestMemory::from_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))?;
+        Ok(Self { memory, log, mapped, bytes })
+    }
+
+    /// The `vm-memory` view; writes through it are logged.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The log of writes made outside vCPUs.
+    pub fn log(&self) -> &Arc<GlobalLog> {
+        &self.log
+    }
+
+    /// Size of the guest's memory in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Number of pages of the guest.
+    pub fn pages(&self) -> u64 {
+        self.bytes / PAGE_SIZE as u64
+    }
+
+    /// The KVM memory slots, one a range, with host addresses.
+    pub fn slots(&self) -> Vec<Slot> {
+        let slot = |(id, m): (usize, &Mapped)| Slot {
+            id: id as u32,
+            base: Gfn(m.base),
+            pages: m.pages,
+            host_addr: m.host as u64,
+        };
+        self.mapped.iter().enumerate().map(slot).collect()
+    }
+
+    /// Every GFN of the guest in ascending order.
+    pub fn gfns(&self) -> impl Iterator<Item = Gfn> + '_ {
+        self.mapped.iter().flat_map(|m| (m.base..m.base + m.pages).map(Gfn))
+    }
+
+    /// Whether the guest has this page.
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.host(gfn).is_some()
+    }
+
+    fn host(&self, gfn: Gfn) -> Option<*mut u8> {
+        let m = self.mapped.iter().find(|m| gfn.0 >= m.base && gfn.0 - m.base < m.pages)?;
+        // SAFETY: the page lies inside the mapping, checked by the line above.
+        Some(unsafe { m.host.add((gfn.0 - m.base) as usize * PAGE_SIZE) })
+    }
+
+    /// Copies a page of the guest into `to`. Returns false when the guest has no such page.
+    ///
+    /// While vCPUs run the copy may mix old and new bytes. That is right in base synchronisation
+    /// alone, where every page written after its rearm is sent again.
+    pub fn read_page(&self, gfn: Gfn, to: &mut [u8; PAGE_SIZE]) -> bool {
+        let Some(host) = self.host(gfn) else { return false };
+        // SAFETY: `host` is a whole mapped page and `to` a whole page of ours.
+        unsafe { copy_page(host, to.as_mut_ptr()) };
+        true
+    }
+
+    /// Copies a page of the guest to `to`, which need not be initialised. Returns false when the
+    /// guest has no such page.
+    ///
+    /// # Safety
+    /// `to` must be valid for writes of a page, 32-byte aligned, and no one else may touch it.
+    pub(crate) unsafe fn read_page_to(&self, gfn: Gfn, to: *mut u8) -> bool {
+        let Some(host) = self.host(gfn) else { return false };
+        // SAFETY: `host` is a whole mapped page; the caller vouches for `to`.
+        unsafe { copy_page(host, to) };
+        true
+    }
+
+    /// Overwrites a page of a VM that is not running (a standby, or a VM being restored). The write
+    /// is not logged. Returns false when the guest has no such page.
+    pub fn write_page(&self, gfn: Gfn, from: &[u8; PAGE_SIZE]) -> bool {
+        let Some(host) = self.host(gfn) else { return false };
+        // SAFETY: `host` is a whole mapped page. No vCPU runs, so only the standby's applier writes.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), host, PAGE_SIZE) };
+        true
+    }
+
+    /// Fills a page of a VM that is not running with zeros, without populating it if it is already
+    /// zero. Returns false when the guest has no such page.
+    pub fn zero_page(&self, gfn: Gfn) -> bool {
+        let Some(host) = self.host(gfn) else { return false };
+        // SAFETY: `host` is a whole mapped page that no one writes at this time.
+        unsafe {
+            if !is_zero_page(&*host.cast::<[u8; PAGE_SIZE]>()) {
+                std::ptr::write_bytes(host, 0, PAGE_SIZE);
+            }
+        }
+        true
+    }
+
+    /// Gives every page back to the host; the guest then reads zeros. For a VM that is not running.
+    pub fn discard_all(&self) {
+        for m in &self.mapped {
+            // SAFETY: the range is exactly one of our anonymous private mappings.
+            unsafe {
+                libc::madvise(m.host.cast(), m.pages as usize * PAGE_SIZE, libc::MADV_DONTNEED)
+            };
+        }
+    }
+}
+
+impl std::fmt::Debug for Ram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ram").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_above_three_gib_is_split_by_the_hole() {
+        assert_eq!(ranges(256 << 20).unwrap(), [Range { base: 0, len: 256 << 20 }]);
+        assert_eq!(
+            ranges(4 << 30).unwrap(),
+            [Range { base: 0, len: HOLE_START }, Range { base: HOLE_END, len: 1 << 30 }]
+        );
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for bytes in [0, 4096, MIN_MEMORY - 1, MIN_MEMORY + 4096, u64::MAX] {
+            assert!(matches!(ranges(bytes), Err(MemoryError::Size(_))), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn pages_on_both_sides_of_the_hole_are_reached() {
+        let ram = Ram::new(HOLE_START + (64 << 20), 64).unwrap();
+        let mut page = [0u8; PAGE_SIZE];
+        for gpa in [0, HOLE_START - 4096, HOLE_END, HOLE_END + (64 << 20) - 4096] {
+            let gfn = Gfn(gpa / 4096);
+            assert!(ram.write_page(gfn, &[7; PAGE_SIZE]));
+            assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(gpa + 4095)).unwrap(), 7);
+            assert!(ram.read_page(gfn, &mut page));
+            assert_eq!(page, [7; PAGE_SIZE]);
+            assert!(ram.zero_page(gfn));
+        }
+        for gpa in [HOLE_START, HOLE_END - 4096, HOLE_END + (64 << 20)] {
+            assert!(!ram.contains(Gfn(gpa / 4096)), "{gpa:x}");
+        }
+        assert!(!ram.contains(Gfn(u64::MAX)));
+    }
+}

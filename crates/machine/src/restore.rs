@@ -1,0 +1,116 @@
+//! Bringing a machine to a saved state: the heart of a takeover.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::machine::Machine;
+use crate::net::NetError;
+use crate::state::{Kind, SECTION_VERSION, Section, StateError};
+use crate::tsc;
+use crate::vcpu::{VcpuError, state};
+use crate::vm_state::{self, VmStateError};
+
+/// Why a machine could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The sections do not fit this machine. Nothing was changed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Clock, PIT or interrupt chips.
+    #[error(transparent)]
+    Vm(#[from] VmStateError),
+    /// A device.
+    #[error(transparent)]
+    Net(#[from] NetError),
+}
+
+impl Machine {
+    /// Checks that sections can be restored into this machine: known versions, and exactly one
+    /// section for everything that the machine has. `constants` are those of the base checkpoint.
+    ///
+    /// # Errors
+    /// [`StateError`] naming the section.
+    pub fn check_sections(&self, constants: &[Vec<u8>], sections: &[Section<'_>]) -> Result<(), StateError> {
+        for section in sections {
+            if section.version != SECTION_VERSION {
+                return Err(StateError::Version { kind: section.kind, version: section.version });
+            }
+        }
+        let vcpus = self.vcpus.len();
+        if constants.len() != vcpus {
+            return Err(StateError::Section { kind: Kind::VcpuConstant, index: constants.len() as u16 });
+        }
+        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, usize::from(self.net.is_some()))];
+        for (kind, count) in expected {
+            for index in 0..count as u16 {
+                find(sections, kind, index)?;
+            }
+            if sections.iter().filter(|s| s.kind == kind).count() != count {
+                return Err(StateError::Section { kind, index: count as u16 });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets a machine that has never run to a checkpoint's state. Memory must already be that of the
+    /// checkpoint. The order, and why:
+    /// 1. vCPUs (each on its own thread, all at once): the LAPICs must exist before the I/O APIC
+    ///    delivers to them.
+    /// 2. One TSC offset for all: they were restored some microseconds apart.
+    /// 3. Clock, PIT, chips: before any vCPU runs.
+    /// 4. Devices: an interrupt that they raise would be overwritten by the chips' state.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. The machine must not be run then.
+    pub fn restore(&mut self, constants: &[Vec<u8>], sections: &[Section<'_>]) -> Result<(), RestoreError> {
+        self.check_sections(constants, sections)?;
+        let vcpus = self.vcpus.len();
+        let mut saved = Vec::with_capacity(vcpus);
+        for index in 0..vcpus {
+            saved.push(Arc::new(find(sections, Kind::Vcpu, index as u16)?.bytes.to_vec()));
+        }
+        let first_offset = Arc::new(AtomicU64::new(0));
+        self.vcpus.on_each(|index| {
+            let (host, saved, constant) = (self.host.clone(), saved[index].clone(), constants[index].clone());
+            let first_offset = first_offset.clone();
+            Box::new(move |fd| {
+                state::restore_constant(fd, &constant)?;
+                state::restore(fd, &saved, &host)?;
+                if index == 0
+                    && let Some(offset) = tsc::offset(fd)
+                {
+                    first_offset.store(offset, Ordering::Release);
+                }
+                Ok(())
+            })
+        })?;
+        self.vcpus.on_each(|index| {
+            let offset = first_offset.load(Ordering::Acquire);
+            Box::new(move |fd| {
+                if index > 0 && !tsc::set_offset(fd, offset) {
+                    tracing::debug!(vcpu = index, "this kernel cannot set a TSC offset");
+                }
+                // Tells the guest's watchdog that it stood still. Guests without kvmclock: EINVAL.
+                fd.kvmclock_ctrl().ok();
+                Ok(())
+            })
+        })?;
+        vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes)?;
+        if let Some(net) = &self.net {
+            net.restore(find(sections, Kind::Device, 0)?.bytes)?;
+        }
+        self.constants = constants.to_vec();
+        Ok(())
+    }
+}
+
+fn find<'a>(sections: &[Section<'a>], kind: Kind, index: u16) -> Result<Section<'a>, StateError> {
+    sections
+        .iter()
+        .find(|s| s.kind == kind && s.index == index)
+        .copied()
+        .ok_or(StateError::Section { kind, index })
+}

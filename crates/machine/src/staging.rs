@@ -1,0 +1,144 @@
+//! Where a checkpoint stands between the guest and the link.
+
+// UNSAFETY: the page buffer is a mapping of our own, filled by several threads through its address.
+#![allow(unsafe_code)]
+
+use outlive_dirty::Gfn;
+
+use crate::memory::PAGE_SIZE;
+use crate::state::{Kind, SECTION_VERSION, Section};
+
+/// State bytes that staging has room for before it must grow: 8 vCPUs, the VM, a few devices.
+const STATE_CAPACITY: usize = 512 << 10;
+
+/// Why staging could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot reserve {bytes} bytes of staging: {source}; lower --max-dirty")]
+pub struct StagingError {
+    bytes: usize,
+    source: std::io::Error,
+}
+
+struct Entry {
+    kind: Kind,
+    index: u16,
+    start: usize,
+    len: usize,
+}
+
+/// The pages and the state of one checkpoint, or of a part of it when it has more pages than fit.
+///
+/// Everything is allocated and populated when protection starts; filling it allocates nothing
+/// (invariant 5).
+pub struct Staging {
+    pages: *mut u8,
+    capacity: usize,
+    gfns: Vec<Gfn>,
+    state: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+// SAFETY: the mapping belongs to this object alone; `&Staging` only reads it.
+unsafe impl Send for Staging {}
+// SAFETY: as above.
+unsafe impl Sync for Staging {}
+
+impl Staging {
+    /// Allocates and populates room for `capacity` pages.
+    ///
+    /// # Errors
+    /// [`StagingError`] when the host has not that much memory.
+    pub fn new(capacity: usize) -> Result<Self, StagingError> {
+        let capacity = capacity.max(1);
+        let bytes = capacity * PAGE_SIZE;
+        // SAFETY: a new anonymous mapping; populated now, so that no page fault falls into a pause.
+        let pages = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
+                -1,
+                0,
+            )
+        };
+        if pages == libc::MAP_FAILED {
+            return Err(StagingError { bytes, source: std::io::Error::last_os_error() });
+        }
+        Ok(Self {
+            pages: pages.cast(),
+            capacity,
+            gfns: Vec::with_capacity(capacity),
+            state: Vec::with_capacity(STATE_CAPACITY),
+            entries: Vec::with_capacity(64),
+        })
+    }
+
+    /// Pages that fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The frame numbers of the pages in [`page_bytes`](Self::page_bytes), in the same order.
+    pub fn gfns(&self) -> &[Gfn] {
+        &self.gfns
+    }
+
+    /// The pages, 4096 bytes each, one after the other.
+    pub fn page_bytes(&self) -> &[u8] {
+        // SAFETY: `fill` wrote gfns.len() <= capacity pages; the mapping lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.pages, self.gfns.len() * PAGE_SIZE) }
+    }
+
+    /// The state sections; empty for a part that only carries pages.
+    pub fn sections(&self) -> impl Iterator<Item = Section<'_>> {
+        self.entries.iter().map(|e| Section {
+            kind: e.kind,
+            version: SECTION_VERSION,
+            index: e.index,
+            bytes: &self.state[e.start..e.start + e.len],
+        })
+    }
+
+    /// Total length of the state sections in bytes.
+    pub fn state_bytes(&self) -> usize {
+        self.state.len()
+    }
+
+    pub(crate) fn clear_state(&mut self) {
+        self.state.clear();
+        self.entries.clear();
+    }
+
+    pub(crate) fn push_section(&mut self, kind: Kind, index: u16, bytes: &[u8]) {
+        let start = self.state.len();
+        self.state.extend_from_slice(bytes);
+        self.entries.push(Entry { kind, index, start, len: bytes.len() });
+    }
+
+    /// Sets the pages to `gfns` (at most [`capacity`](Self::capacity)) and lets `copy` write them.
+    pub(crate) fn fill(&mut self, gfns: &[Gfn], copy: impl FnOnce(&[Gfn], *mut u8)) {
+        assert!(gfns.len() <= self.capacity, "more pages than staging has room for");
+        // `copy` must have written every page before they can be seen, so the list comes after it.
+        self.gfns.clear();
+        copy(gfns, self.pages);
+        self.gfns.extend_from_slice(gfns);
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `new`.
+        unsafe { libc::munmap(self.pages.cast(), self.capacity * PAGE_SIZE) };
+    }
+}
+
+impl std::fmt::Debug for Staging {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Staging")
+            .field("capacity", &self.capacity)
+            .field("pages", &self.gfns.len())
+            .field("state_bytes", &self.state.len())
+            .finish()
+    }
+}

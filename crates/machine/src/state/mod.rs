@@ -1,0 +1,176 @@
+//! Saved state: plain data in versioned sections, apart from the run-time types.
+//!
+//! A checkpoint's state is a row of sections {kind, version, index, bytes}. Inside a section stand
+//! fields {id u16, length u32, bytes}, so that a later version can add one; a field that is missing,
+//! too short or too long is refused before anything is changed.
+
+mod plain;
+
+pub(crate) use plain::{Plain, bytes_of, bytes_of_slice};
+
+/// What a section of state belongs to. The numbers are part of the wire format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u16)]
+pub enum Kind {
+    /// Constant after boot: CPUID and TSC frequency of one vCPU. Sent with the base checkpoint only.
+    VcpuConstant = 1,
+    /// Registers and the rest of one vCPU.
+    Vcpu = 2,
+    /// Clock, PIT and interrupt chips.
+    Vm = 3,
+    /// One device behind the virtio-mmio transport.
+    Device = 4,
+}
+
+impl Kind {
+    /// The kind with this number on the wire.
+    pub fn from_wire(number: u16) -> Option<Self> {
+        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device].into_iter().find(|k| *k as u16 == number)
+    }
+}
+
+/// Version of every section that this build writes; the only one that it reads.
+pub const SECTION_VERSION: u16 = 1;
+
+/// One section as it is read back.
+#[derive(Clone, Copy, Debug)]
+pub struct Section<'a> {
+    /// What it belongs to.
+    pub kind: Kind,
+    /// Layout version of `bytes`.
+    pub version: u16,
+    /// Which vCPU or device.
+    pub index: u16,
+    /// The fields.
+    pub bytes: &'a [u8],
+}
+
+/// Why saved state was refused. Nothing was changed when one of these is returned before the VM ran.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum StateError {
+    /// A section of a version that this build does not know.
+    #[error("state section {kind:?} has version {version}, this build reads {SECTION_VERSION}; run the same Outlive on both hosts")]
+    Version {
+        /// The section.
+        kind: Kind,
+        /// Its version.
+        version: u16,
+    },
+    /// A section for a vCPU or device that this VM lacks, or one that is missing.
+    #[error("state section {kind:?} {index} is missing or does not belong to this VM")]
+    Section {
+        /// The section.
+        kind: Kind,
+        /// Its index.
+        index: u16,
+    },
+    /// A field that is cut short, of a wrong length or missing.
+    #[error("state field {field} is missing or has a wrong length")]
+    Field {
+        /// Field number.
+        field: u16,
+    },
+}
+
+/// Writes fields into a buffer that was allocated before the pause.
+pub(crate) struct FieldWriter<'a> {
+    to: &'a mut Vec<u8>,
+}
+
+impl<'a> FieldWriter<'a> {
+    pub(crate) fn new(to: &'a mut Vec<u8>) -> Self {
+        to.clear();
+        Self { to }
+    }
+
+    pub(crate) fn put(&mut self, field: u16, bytes: &[u8]) {
+        self.to.extend_from_slice(&field.to_le_bytes());
+        self.to.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.to.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn put_plain<T: Plain>(&mut self, field: u16, value: &T) {
+        self.put(field, bytes_of(value));
+    }
+}
+
+/// Finds fields in a section's bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct FieldReader<'a> {
+    from: &'a [u8],
+}
+
+impl<'a> FieldReader<'a> {
+    /// # Errors
+    /// [`StateError::Field`] when the bytes are not a row of whole fields.
+    pub(crate) fn new(from: &'a [u8]) -> Result<Self, StateError> {
+        let mut rest = from;
+        while !rest.is_empty() {
+            let (_, _, after) = split(rest)?;
+            rest = after;
+        }
+        Ok(Self { from })
+    }
+
+    pub(crate) fn get(&self, field: u16) -> Result<&'a [u8], StateError> {
+        let mut rest = self.from;
+        while !rest.is_empty() {
+            let (id, bytes, after) = split(rest)?;
+            if id == field {
+                return Ok(bytes);
+            }
+            rest = after;
+        }
+        Err(StateError::Field { field })
+    }
+
+    pub(crate) fn get_plain<T: Plain>(&self, field: u16) -> Result<T, StateError> {
+        plain::from_bytes(self.get(field)?).ok_or(StateError::Field { field })
+    }
+
+    /// A field that is an array of plain values.
+    pub(crate) fn get_array<T: Plain>(&self, field: u16) -> Result<Vec<T>, StateError> {
+        let bytes = self.get(field)?;
+        let size = size_of::<T>();
+        if !bytes.len().is_multiple_of(size) {
+            return Err(StateError::Field { field });
+        }
+        Ok(bytes.chunks_exact(size).filter_map(plain::from_bytes).collect())
+    }
+}
+
+fn split(from: &[u8]) -> Result<(u16, &[u8], &[u8]), StateError> {
+    let (head, rest) = from.split_at_checked(6).ok_or(StateError::Field { field: 0 })?;
+    let field = u16::from_le_bytes([head[0], head[1]]);
+    let len = u32::from_le_bytes([head[2], head[3], head[4], head[5]]) as usize;
+    let (bytes, rest) = rest.split_at_checked(len).ok_or(StateError::Field { field })?;
+    Ok((field, bytes, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_come_back() {
+        let mut buffer = Vec::new();
+        let mut w = FieldWriter::new(&mut buffer);
+        w.put_plain(3, &7u64);
+        w.put(9, b"abc");
+        let r = FieldReader::new(&buffer).unwrap();
+        assert_eq!(r.get_plain::<u64>(3), Ok(7));
+        assert_eq!(r.get(9), Ok(&b"abc"[..]));
+        assert_eq!(r.get(4), Err(StateError::Field { field: 4 }));
+        assert_eq!(r.get_plain::<u32>(3), Err(StateError::Field { field: 3 }));
+        assert_eq!(r.get_array::<u32>(3), Ok(vec![7, 0]));
+    }
+
+    #[test]
+    fn cut_fields_are_refused_at_every_length() {
+        let mut buffer = Vec::new();
+        FieldWriter::new(&mut buffer).put(1, &[5; 20]);
+        for len in 1..buffer.len() {
+            assert!(FieldReader::new(&buffer[..len]).is_err(), "{len}");
+        }
+    }
+}

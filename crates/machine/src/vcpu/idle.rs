@@ -1,0 +1,114 @@
+//! A vCPU that has nothing to do, and what wakes it.
+//!
+//! The payload guest cannot use HLT (it runs at CPL3 without interrupts), so it asks to be idled by
+//! a port write. A wake that comes while the guest is still on its way to the port is kept: the next
+//! idle returns at once, so no wake is ever missed.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use crate::futex;
+
+const WOKEN: u32 = 1;
+const STOP: u32 = 2;
+
+/// How an idle period ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Idle {
+    /// Somebody woke the vCPU, or the time was up: the guest goes on.
+    Over,
+    /// The controller wants the thread; afterwards the vCPU may go on idling.
+    Interrupted,
+}
+
+/// The idle state of one vCPU.
+#[derive(Debug, Default)]
+pub(crate) struct IdleState {
+    word: AtomicU32,
+}
+
+impl IdleState {
+    /// Ends the idle period, or the next one when there is none.
+    pub(crate) fn wake(&self) {
+        if self.word.fetch_or(WOKEN, Ordering::AcqRel) & WOKEN == 0 {
+            futex::wake_all(&self.word);
+        }
+    }
+
+    /// Takes the thread out of its idle period until [`resume`](Self::resume).
+    pub(crate) fn interrupt(&self) {
+        self.word.fetch_or(STOP, Ordering::AcqRel);
+        futex::wake_all(&self.word);
+    }
+
+    /// Allows idle periods again.
+    pub(crate) fn resume(&self) {
+        self.word.fetch_and(!STOP, Ordering::AcqRel);
+    }
+
+    /// Idles until woken, interrupted or `deadline`.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Idle {
+        loop {
+            let word = self.word.load(Ordering::Acquire);
+            if word & WOKEN != 0 {
+                self.word.fetch_and(!WOKEN, Ordering::AcqRel);
+                return Idle::Over;
+            }
+            if word & STOP != 0 {
+                return Idle::Interrupted;
+            }
+            let timeout = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            if timeout.is_some_and(|t| t.is_zero()) {
+                return Idle::Over;
+            }
+            futex::wait(&self.word, word, timeout);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_wake_before_the_wait_is_not_lost() {
+        let idle = IdleState::default();
+        idle.wake();
+        assert_eq!(idle.wait(None), Idle::Over);
+        assert_eq!(idle.wait(Some(Instant::now())), Idle::Over);
+    }
+
+    #[test]
+    fn an_interrupt_leaves_the_wake_in_place() {
+        let idle = IdleState::default();
+        idle.interrupt();
+        assert_eq!(idle.wait(None), Idle::Interrupted);
+        idle.wake();
+        idle.resume();
+        assert_eq!(idle.wait(None), Idle::Over);
+    }
+
+    #[test]
+    fn a_thousand_wakes_from_another_thread_are_all_seen() {
+        let idle = Arc::new(IdleState::default());
+        let seen = Arc::new(AtomicU32::new(0));
+        let sleeper = {
+            let (idle, seen) = (idle.clone(), seen.clone());
+            std::thread::spawn(move || {
+                for _ in 0..1000 {
+                    assert_eq!(idle.wait(Some(Instant::now() + Duration::from_secs(20))), Idle::Over);
+                    seen.fetch_add(1, Ordering::Release);
+                }
+            })
+        };
+        for i in 0..1000 {
+            idle.wake();
+            while seen.load(Ordering::Acquire) <= i {
+                std::hint::spin_loop();
+            }
+        }
+        sleeper.join().unwrap();
+    }
+}

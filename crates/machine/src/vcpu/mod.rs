@@ -1,0 +1,23 @@
+//! vCPU threads: they run the guest, stop without losing an I/O, save their own state, harvest their
+//! own dirty ring and copy their share of the pages.
+//!
+//! Ordering rules of a stop, each with its reason:
+//! 1. `immediate_exit` is set before the kick signal is sent: a signal that arrives between the
+//!    thread's last look at its order and `KVM_RUN` is otherwise lost.
+//! 2. The thread never clears `immediate_exit`; the controller does, before it publishes
+//!    [`Command::Run`], when every thread is parked. Otherwise a thread could wipe the next stop.
+//! 3. After the last exit there is one more `KVM_RUN` with `immediate_exit` set: only that completes
+//!    a pending port or MMIO access, so that the saved state is after it, not in its middle.
+//! 4. State is read before the ring is harvested: vCPU ioctls can write guest memory
+//!    (facts/dirty-tracking.md §1.4).
+
+mod copying;
+pub(crate) mod idle;
+pub(crate) mod platform;
+mod rendezvous;
+mod run;
+pub(crate) mod set;
+pub(crate) mod state;
+
+pub use platform::{EventSink, MachineEvent, PowerRequest};
+pub use run::VcpuError;

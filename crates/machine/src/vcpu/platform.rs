@@ -1,0 +1,143 @@
+//! The paravirtual ports: idle, wake, power and the debug console.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use outlive_guest::abi;
+
+use super::idle::IdleState;
+
+/// How the guest ended itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// It has shut down in order.
+    Off,
+    /// It asks for a reset.
+    Reset,
+    /// Its kernel panicked.
+    Panic,
+}
+
+/// What a running machine tells its controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest used its power port. The vCPU stays stopped.
+    Power(PowerRequest),
+    /// A vCPU cannot go on: triple fault, failed entry, internal error. It stays stopped.
+    Crashed {
+        /// Which vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        why: String,
+    },
+    /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
+    DirtyLogFull,
+}
+
+/// Receives the events of a machine; called on vCPU threads, so it must not block for long.
+pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
+
+/// What a vCPU does after it wrote to a platform port.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum AfterPort {
+    /// Go on.
+    Continue,
+    /// Idle until the deadline (none: until woken).
+    Idle(Option<Instant>),
+    /// The guest has ended itself.
+    Power(PowerRequest),
+    /// Not a platform port.
+    NotOurs,
+}
+
+const CONSOLE_LINE: usize = 1024;
+
+/// State behind the ports that all vCPUs share.
+pub(crate) struct Platform {
+    idle: Vec<Arc<IdleState>>,
+    console: Mutex<Vec<u8>>,
+}
+
+impl Platform {
+    pub(crate) fn new(vcpus: usize) -> Self {
+        Self {
+            idle: (0..vcpus).map(|_| Arc::default()).collect(),
+            console: Mutex::new(Vec::with_capacity(CONSOLE_LINE)),
+        }
+    }
+
+    pub(crate) fn idle(&self, vcpu: usize) -> &Arc<IdleState> {
+        &self.idle[vcpu]
+    }
+
+    pub(super) fn write(&self, port: u16, data: &[u8]) -> AfterPort {
+        match (port, data) {
+            (abi::PORT_IDLE, &[a, b, c, d]) => AfterPort::Idle(deadline(u32::from_le_bytes([a, b, c, d]))),
+            (abi::PORT_WAKE, &[a, b, c, d]) => {
+                let mask = u32::from_le_bytes([a, b, c, d]);
+                let chosen = |(i, idle): (usize, &Arc<IdleState>)| {
+                    if i < 32 && mask >> i & 1 == 1 {
+                        idle.wake();
+                    }
+                };
+                self.idle.iter().enumerate().for_each(chosen);
+                AfterPort::Continue
+            }
+            (abi::PORT_POWER, &[a, b, c, d]) => match u32::from_le_bytes([a, b, c, d]) {
+                abi::POWER_OFF => AfterPort::Power(PowerRequest::Off),
+                abi::POWER_RESET => AfterPort::Power(PowerRequest::Reset),
+                abi::POWER_PANIC => AfterPort::Power(PowerRequest::Panic),
+                other => {
+                    tracing::warn!(value = other, "the guest wrote an unknown value to its power port");
+                    AfterPort::Continue
+                }
+            },
+            (abi::PORT_DEBUG, &[byte]) => {
+                self.print(byte);
+                AfterPort::Continue
+            }
+            _ => AfterPort::NotOurs,
+        }
+    }
+
+    fn print(&self, byte: u8) {
+        let mut line = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        if byte != b'\n' && line.len() < CONSOLE_LINE {
+            line.push(byte);
+        }
+        if byte == b'\n' || line.len() == CONSOLE_LINE {
+            tracing::info!(target: "guest", "{}", String::from_utf8_lossy(&line).escape_debug());
+            line.clear();
+        }
+    }
+}
+
+fn deadline(timeout_us: u32) -> Option<Instant> {
+    (timeout_us != abi::IDLE_FOREVER).then(|| Instant::now() + Duration::from_micros(timeout_us.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::idle::Idle;
+    use super::*;
+
+    #[test]
+    fn a_wake_reaches_the_vcpus_of_its_mask_alone() {
+        let platform = Platform::new(3);
+        assert_eq!(platform.write(abi::PORT_WAKE, &0b1101u32.to_le_bytes()), AfterPort::Continue);
+        let now = Some(Instant::now());
+        assert_eq!(platform.idle(0).wait(None), Idle::Over);
+        platform.idle(1).interrupt();
+        assert_eq!(platform.idle(1).wait(None), Idle::Interrupted);
+        assert_eq!(platform.idle(2).wait(now), Idle::Over);
+    }
+
+    #[test]
+    fn writes_of_odd_size_or_value_do_nothing() {
+        let platform = Platform::new(1);
+        assert_eq!(platform.write(abi::PORT_POWER, &[1]), AfterPort::NotOurs);
+        assert_eq!(platform.write(abi::PORT_POWER, &99u32.to_le_bytes()), AfterPort::Continue);
+        assert_eq!(platform.write(abi::PORT_IDLE, &abi::IDLE_FOREVER.to_le_bytes()), AfterPort::Idle(None));
+        assert_eq!(platform.write(0x80, &[0]), AfterPort::NotOurs);
+    }
+}

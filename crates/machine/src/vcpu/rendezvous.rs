@@ -1,0 +1,150 @@
+//! How one controller makes all vCPU threads do the same step and learns that they did.
+//!
+//! The controller writes a *command* (a sequence number and what to do) into one word, the threads
+//! count themselves into another. Both are futexes, so nobody polls and nobody sleeps; there is no
+//! lock that two vCPUs could contend on (invariant 5).
+//!
+//! Order that makes it right: `arrived` is set to 0 *before* the command is published, and a thread
+//! counts itself in *after* its work, with release; the controller reads the count with acquire, so
+//! it sees everything that the threads wrote.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::futex;
+
+/// What every vCPU thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Command {
+    /// Stay out of the guest; the start.
+    Stay = 0,
+    /// Run the guest until the next command.
+    Run = 1,
+    /// Leave the guest with all I/O completed.
+    Stop = 2,
+    /// As `Stop`, then save the state and harvest the dirty pages.
+    Capture = 3,
+    /// Copy the share of the dirty pages.
+    Copy = 4,
+    /// Do the task that lies in the thread's slot.
+    Task = 5,
+    /// End the thread.
+    Quit = 6,
+}
+
+const COMMANDS: [Command; 7] = [
+    Command::Stay,
+    Command::Run,
+    Command::Stop,
+    Command::Capture,
+    Command::Copy,
+    Command::Task,
+    Command::Quit,
+];
+
+/// A command together with its sequence number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Order(u32);
+
+impl Order {
+    pub(super) const FIRST: Self = Self(Command::Stay as u32);
+
+    pub(super) fn command(self) -> Command {
+        COMMANDS[(self.0 & 7) as usize % COMMANDS.len()]
+    }
+}
+
+/// The meeting point of one VM's vCPU threads.
+#[derive(Debug)]
+pub(super) struct Rendezvous {
+    order: AtomicU32,
+    arrived: AtomicU32,
+    threads: u32,
+}
+
+impl Rendezvous {
+    pub(super) fn new(threads: u32) -> Self {
+        Self { order: AtomicU32::new(Order::FIRST.0), arrived: AtomicU32::new(0), threads }
+    }
+
+    /// The order that is in force.
+    pub(super) fn current(&self) -> Order {
+        Order(self.order.load(Ordering::Acquire))
+    }
+
+    /// Controller: publishes the next command. Threads that run the guest must be kicked by the
+    /// caller *after* this returns, so that a kicked thread finds the new order.
+    pub(super) fn publish(&self, command: Command) {
+        self.arrived.store(0, Ordering::Relaxed);
+        let sequence = (self.order.load(Ordering::Relaxed) >> 3).wrapping_add(1);
+        self.order.store(sequence << 3 | command as u32, Ordering::SeqCst);
+        futex::wake_all(&self.order);
+    }
+
+    /// Controller: waits until every thread has carried out the last command.
+    pub(super) fn wait_all(&self) {
+        loop {
+            let arrived = self.arrived.load(Ordering::Acquire);
+            if arrived == self.threads {
+                return;
+            }
+            futex::wait(&self.arrived, arrived, None);
+        }
+    }
+
+    /// Thread: waits for an order other than `last`.
+    pub(super) fn next(&self, last: Order) -> Order {
+        loop {
+            let order = self.current();
+            if order != last {
+                return order;
+            }
+            futex::wait(&self.order, last.0, None);
+        }
+    }
+
+    /// Thread: says that the last command is carried out.
+    pub(super) fn arrive(&self) {
+        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
+            futex::wake_all(&self.arrived);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
+    #[test]
+    fn every_thread_carries_out_every_command_once() {
+        let meeting = Arc::new(Rendezvous::new(3));
+        let done = Arc::new(AtomicU64::new(0));
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let (meeting, done) = (meeting.clone(), done.clone());
+                std::thread::spawn(move || {
+                    let mut last = Order::FIRST;
+                    loop {
+                        last = meeting.next(last);
+                        match last.command() {
+                            Command::Quit => return meeting.arrive(),
+                            Command::Copy => done.fetch_add(1, Ordering::Relaxed),
+                            _ => 0,
+                        };
+                        meeting.arrive();
+                    }
+                })
+            })
+            .collect();
+        for round in 1..=5_000 {
+            meeting.publish(Command::Copy);
+            meeting.wait_all();
+            assert_eq!(done.load(Ordering::Relaxed), 3 * round);
+        }
+        meeting.publish(Command::Quit);
+        meeting.wait_all();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+}

@@ -1,0 +1,281 @@
+//! The life of one vCPU thread.
+
+// UNSAFETY: `immediate_exit` of the shared kvm_run page is written by the controller's thread.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
+use outlive_dirty::HarvestError;
+
+use super::idle::{Idle, IdleState};
+use super::platform::{AfterPort, MachineEvent};
+use super::rendezvous::{Command, Order};
+use super::set::Shared;
+use super::state::{Saver, VcpuStateError};
+use crate::signals;
+
+/// KVM_EXIT_DIRTY_RING_FULL, which kvm-ioctls does not name (include/uapi/linux/kvm.h).
+const EXIT_DIRTY_RING_FULL: u32 = 31;
+
+/// Why a vCPU could not be captured.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// Its state could not be read.
+    #[error("vCPU {vcpu}: {source}")]
+    State {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Why.
+        source: VcpuStateError,
+    },
+    /// Its dirty pages could not be harvested.
+    #[error("vCPU {vcpu}: {source}")]
+    Harvest {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Why.
+        source: HarvestError,
+    },
+}
+
+/// The `immediate_exit` byte of a vCPU's kvm_run page.
+#[derive(Clone, Copy)]
+pub(super) struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the byte lies in the kvm_run mapping, which the `VcpuFd` in the vCPU's thread keeps mapped
+// until the thread has ended; `VcpuSet` uses it only before it joins the thread. Access is atomic.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn of(fd: &mut VcpuFd) -> Self {
+        Self(std::ptr::from_mut(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>())
+    }
+
+    pub(super) fn set(self, value: u8) {
+        // SAFETY: see the Send impl. KVM reads the byte with READ_ONCE.
+        unsafe { &*self.0 }.store(value, Ordering::SeqCst);
+    }
+}
+
+/// Work that is done on a vCPU's own thread, outside the checkpoint cycle.
+pub(super) type Task = Box<dyn FnOnce(&VcpuFd) -> Result<(), VcpuStateError> + Send>;
+
+/// What the controller shares with one vCPU's thread.
+pub(super) struct VcpuSlot {
+    pub(super) saved: Mutex<Vec<u8>>,
+    pub(super) task: Mutex<Option<Task>>,
+    pub(super) error: Mutex<Option<VcpuError>>,
+    pub(super) immediate_exit: ImmediateExit,
+}
+
+/// A vCPU in its thread.
+pub(super) struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    saver: Saver,
+    slot: Arc<VcpuSlot>,
+    shared: Arc<Shared>,
+    idle: Arc<IdleState>,
+    /// Set while the guest has asked to be idled: until when, if at all.
+    idling: Option<Option<Instant>>,
+    /// The guest ended itself or crashed; the vCPU is not entered again.
+    ended: bool,
+}
+
+impl Vcpu {
+    /// Prepares the vCPU; the slot is the controller's half.
+    pub(super) fn new(
+        index: u8,
+        mut fd: VcpuFd,
+        saver: Saver,
+        shared: Arc<Shared>,
+    ) -> (Self, Arc<VcpuSlot>) {
+        for reg in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            fd.set_sync_valid_reg(reg);
+        }
+        let slot = Arc::new(VcpuSlot {
+            saved: Mutex::new(Vec::with_capacity(saver.capacity())),
+            task: Mutex::new(None),
+            error: Mutex::new(None),
+            immediate_exit: ImmediateExit::of(&mut fd),
+        });
+        let idle = shared.platform.idle(usize::from(index)).clone();
+        let vcpu = Self {
+            index,
+            fd,
+            saver,
+            slot: slot.clone(),
+            shared,
+            idle,
+            idling: None,
+            ended: false,
+        };
+        (vcpu, slot)
+    }
+
+    /// Serves orders until [`Command::Quit`].
+    pub(super) fn serve(mut self) {
+        signals::block_all(true);
+        signals::precise_timers();
+        let shared = self.shared.clone();
+        let mut order = Order::FIRST;
+        loop {
+            order = shared.meeting.next(order);
+            match order.command() {
+                Command::Stay => {}
+                Command::Run => {
+                    self.run_guest(order);
+                    continue;
+                }
+                Command::Stop => self.complete_io(),
+                Command::Capture => self.capture(),
+                Command::Copy => shared.copy.work(&shared.ram),
+                Command::Task => self.do_task(),
+                Command::Quit => {
+                    // The kvm_run mapping goes with `self`, so the controller must not touch
+                    // `immediate_exit` after this arrival; it only joins.
+                    return shared.meeting.arrive();
+                }
+            }
+            shared.meeting.arrive();
+        }
+    }
+
+    fn run_guest(&mut self, order: Order) {
+        let shared = self.shared.clone();
+        while shared.meeting.current() == order {
+            if self.ended {
+                shared.meeting.next(order);
+                return;
+            }
+            if let Some(deadline) = self.idling {
+                match self.idle.wait(deadline) {
+                    Idle::Over => self.idling = None,
+                    Idle::Interrupted => continue,
+                }
+            }
+            if self.enter() == Entered::LogFull {
+                if let Some(tracker) = shared.tracker.get() {
+                    // An overrun is noted in the tracker; the next harvest reports it.
+                    tracker.ring_full(usize::from(self.index)).ok();
+                }
+                (shared.events)(MachineEvent::DirtyLogFull);
+                shared.meeting.next(order);
+                return;
+            }
+        }
+    }
+
+    /// One `KVM_RUN` and what its exit asks for.
+    fn enter(&mut self) -> Entered {
+        let Self { fd, shared, index, .. } = self;
+        let crash = match fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let after = shared.platform.write(port, data);
+                if after == AfterPort::NotOurs {
+                    shared.pio.write(u64::from(port), data);
+                }
+                return self.after_port(after);
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                shared.pio.read(u64::from(port), data);
+                return Entered::Again;
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                shared.mmio.read(address, data);
+                return Entered::Again;
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                shared.mmio.write(address, data);
+                return Entered::Again;
+            }
+            Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => return Entered::LogFull,
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Entered::Again,
+            Ok(VcpuExit::Shutdown) => "triple fault (KVM_EXIT_SHUTDOWN)".to_owned(),
+            Ok(other) => format!("{other:?}"),
+            Err(error) => match error.errno() {
+                libc::EINTR => return Entered::Interrupted,
+                libc::EAGAIN => return Entered::Again,
+                _ => format!("KVM_RUN: {error}"),
+            },
+        };
+        let vcpu = *index;
+        self.ended = true;
+        (self.shared.events)(MachineEvent::Crashed { vcpu, why: crash });
+        Entered::Interrupted
+    }
+
+    fn after_port(&mut self, after: AfterPort) -> Entered {
+        match after {
+            AfterPort::Idle(deadline) => self.idling = Some(deadline),
+            AfterPort::Power(request) => {
+                self.ended = true;
+                (self.shared.events)(MachineEvent::Power(request));
+            }
+            AfterPort::Continue | AfterPort::NotOurs => {}
+        }
+        Entered::Again
+    }
+
+    /// Rule 3 above: enters with `immediate_exit` set until KVM says EINTR. An access that is split
+    /// in parts comes back with the next part, which is served like any other. SYNC_REGS are filled
+    /// by that last exit.
+    fn complete_io(&mut self) {
+        self.slot.immediate_exit.set(1);
+        // KVM completes at most one access of 8 fragments; the bound is against a kernel that
+        // ignores immediate_exit, which would otherwise hang the stop.
+        for _ in 0..1024 {
+            match self.enter() {
+                Entered::Interrupted => return,
+                Entered::LogFull | Entered::Again => {}
+            }
+        }
+        tracing::error!(vcpu = self.index, "KVM_RUN does not honour immediate_exit");
+    }
+
+    fn do_task(&mut self) {
+        let Some(task) = lock(&self.slot.task).take() else { return };
+        if let Err(source) = task(&self.fd) {
+            *lock(&self.slot.error) = Some(VcpuError::State { vcpu: self.index, source });
+        }
+    }
+
+    fn capture(&mut self) {
+        self.complete_io();
+        if let Err(error) = self.try_capture() {
+            *lock(&self.slot.error) = Some(error);
+        }
+    }
+
+    fn try_capture(&mut self) -> Result<(), VcpuError> {
+        let vcpu = self.index;
+        let mut saved = lock(&self.slot.saved);
+        self.saver.save(&mut self.fd, &mut saved).map_err(|source| VcpuError::State { vcpu, source })?;
+        if let Some(tracker) = self.shared.tracker.get() {
+            // Rule 4 above: after the state.
+            tracker
+                .harvest_vcpu(usize::from(vcpu))
+                .map_err(|source| VcpuError::Harvest { vcpu, source })?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entered {
+    /// Served; enter again.
+    Again,
+    /// A kick, or the vCPU has ended.
+    Interrupted,
+    /// KVM's dirty ring is full.
+    LogFull,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,204 @@
+//! All vCPUs of a VM, seen by the controller.
+
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::VcpuFd;
+use outlive_dirty::{Gfn, Tracker};
+use vmm_sys_util::signal::Killable;
+
+use super::copying::CopyJob;
+use super::platform::{EventSink, Platform};
+use super::rendezvous::{Command, Rendezvous};
+use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
+use super::state::Saver;
+use crate::bus::Bus;
+use crate::memory::Ram;
+use crate::signals;
+
+/// What all vCPU threads of one machine share.
+pub(crate) struct Shared {
+    pub(super) meeting: Rendezvous,
+    pub(super) platform: Arc<Platform>,
+    pub(super) pio: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) events: EventSink,
+    pub(super) copy: CopyJob,
+    pub(super) ram: Arc<Ram>,
+    /// Set once, after the vCPUs exist, because the tracker maps their rings.
+    pub(super) tracker: OnceLock<Arc<Tracker>>,
+}
+
+/// The parts that the vCPU threads work on.
+pub(crate) struct Parts {
+    pub(crate) platform: Arc<Platform>,
+    pub(crate) pio: Arc<Bus>,
+    pub(crate) mmio: Arc<Bus>,
+    pub(crate) events: EventSink,
+    pub(crate) ram: Arc<Ram>,
+}
+
+/// The vCPU threads of one machine. They end when this is dropped.
+pub(crate) struct VcpuSet {
+    shared: Arc<Shared>,
+    slots: Vec<Arc<VcpuSlot>>,
+    threads: Vec<JoinHandle<()>>,
+    running: bool,
+}
+
+impl VcpuSet {
+    /// Starts a thread for each vCPU; all wait outside the guest.
+    ///
+    /// # Errors
+    /// The operating system's error when a thread cannot be started.
+    pub(crate) fn spawn(
+        fds: Vec<VcpuFd>,
+        msrs: &[u32],
+        xsave_bytes: usize,
+        parts: Parts,
+    ) -> std::io::Result<Self> {
+        signals::install_kick();
+        let shared = Arc::new(Shared {
+            meeting: Rendezvous::new(fds.len() as u32),
+            platform: parts.platform,
+            pio: parts.pio,
+            mmio: parts.mmio,
+            events: parts.events,
+            copy: CopyJob::default(),
+            ram: parts.ram,
+            tracker: OnceLock::new(),
+        });
+        let mut set = Self { shared, slots: Vec::new(), threads: Vec::new(), running: false };
+        let mut vcpus = Vec::new();
+        for (index, fd) in fds.into_iter().enumerate() {
+            let saver = Saver::new(msrs, xsave_bytes);
+            let (vcpu, slot) = Vcpu::new(index as u8, fd, saver, set.shared.clone());
+            set.slots.push(slot);
+            vcpus.push(vcpu);
+        }
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let thread =
+                std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.serve())?;
+            set.threads.push(thread);
+        }
+        Ok(set)
+    }
+
+    /// From now on a capture harvests the dirty pages too.
+    pub(crate) fn set_tracker(&self, tracker: Arc<Tracker>) {
+        if self.shared.tracker.set(tracker).is_err() {
+            tracing::error!("the tracker of a machine is set once");
+        }
+    }
+
+    /// Lets the guest run.
+    pub(crate) fn run(&mut self) {
+        // Rule 2 of the module: every thread is parked, so nobody else writes immediate_exit.
+        for (index, slot) in self.slots.iter().enumerate() {
+            slot.immediate_exit.set(0);
+            self.shared.platform.idle(index).resume();
+        }
+        self.shared.meeting.publish(Command::Run);
+        self.running = true;
+    }
+
+    /// Takes all vCPUs out of the guest, every I/O completed, and waits until they are.
+    pub(crate) fn stop(&mut self) {
+        self.order(Command::Stop);
+        self.shared.meeting.wait_all();
+    }
+
+    /// Begins a stop with capture; other work can be done until [`captured`](Self::captured).
+    pub(crate) fn begin_capture(&mut self) {
+        self.order(Command::Capture);
+    }
+
+    /// Waits until every vCPU has stopped, saved its state and harvested its ring.
+    ///
+    /// # Errors
+    /// The first error of a vCPU. All have stopped all the same.
+    pub(crate) fn captured(&self) -> Result<(), VcpuError> {
+        self.shared.meeting.wait_all();
+        self.first_error()
+    }
+
+    /// Reads the saved state of vCPU `index`; valid after [`captured`](Self::captured).
+    pub(crate) fn with_saved<T>(&self, index: usize, read: impl FnOnce(&[u8]) -> T) -> T {
+        read(&lock(&self.slots[index].saved))
+    }
+
+    /// Copies pages of the stopped VM, with all vCPU threads when `parallel`.
+    ///
+    /// # Safety
+    /// As [`CopyJob::run`].
+    #[allow(unsafe_code)] // UNSAFETY: passes the caller's promise on.
+    pub(crate) unsafe fn copy(&self, gfns: &[Gfn], to: *mut u8, parallel: bool) {
+        let shared = &self.shared;
+        let helpers = parallel.then_some(|| {
+            shared.meeting.publish(Command::Copy);
+            shared.copy.work(&shared.ram);
+            shared.meeting.wait_all();
+        });
+        // SAFETY: the caller's promise; `helpers` waits for all threads.
+        unsafe { shared.copy.run(&shared.ram, gfns, to, helpers) };
+    }
+
+    /// Runs a task on every vCPU's thread. The VM must be stopped.
+    ///
+    /// # Errors
+    /// The first error of a task.
+    pub(crate) fn on_each(&mut self, task: impl Fn(usize) -> Task) -> Result<(), VcpuError> {
+        for (index, slot) in self.slots.iter().enumerate() {
+            *lock(&slot.task) = Some(task(index));
+        }
+        self.shared.meeting.publish(Command::Task);
+        self.shared.meeting.wait_all();
+        self.first_error()
+    }
+
+    /// Number of vCPUs.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn first_error(&self) -> Result<(), VcpuError> {
+        let mut first = Ok(());
+        for slot in &self.slots {
+            if let Some(error) = lock(&slot.error).take()
+                && first.is_ok()
+            {
+                first = Err(error);
+            }
+        }
+        first
+    }
+
+    /// Publishes a command and, when the guest runs, makes every vCPU leave it.
+    fn order(&mut self, command: Command) {
+        // Rule 1 of the module: immediate_exit, then the order, then the signal.
+        if self.running {
+            self.slots.iter().for_each(|slot| slot.immediate_exit.set(1));
+        }
+        self.shared.meeting.publish(command);
+        if self.running {
+            for (index, thread) in self.threads.iter().enumerate() {
+                self.shared.platform.idle(index).interrupt();
+                if let Err(error) = thread.kill(signals::kick()) {
+                    tracing::error!(vcpu = index, %error, "a vCPU cannot be kicked");
+                }
+            }
+            self.running = false;
+        }
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        self.order(Command::Quit);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}

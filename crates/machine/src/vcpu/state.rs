@@ -1,0 +1,325 @@
+//! Save and restore of one vCPU, in the order that KVM requires.
+
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_RUNNABLE, Msrs, Xsave, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs,
+};
+use kvm_ioctls::VcpuFd;
+
+use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
+
+/// One part of a vCPU's state. The numbers are field numbers of a [`Kind::Vcpu`] section.
+///
+/// [`Kind::Vcpu`]: crate::state::Kind::Vcpu
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Item {
+    /// Whether the vCPU runs, halts or waits for INIT.
+    MpState = 1,
+    /// General registers.
+    Regs = 2,
+    /// Segment and control registers.
+    Sregs = 3,
+    /// FPU and vector state.
+    Xsave = 4,
+    /// XCR0.
+    Xcrs = 5,
+    /// Debug registers.
+    DebugRegs = 6,
+    /// The local APIC.
+    Lapic = 7,
+    /// Model-specific registers.
+    Msrs = 8,
+    /// The TSC deadline, after every other MSR.
+    TscDeadline = 9,
+    /// Pending exceptions, interrupts and NMIs.
+    Events = 10,
+}
+
+/// The order in which the parts are read, and why.
+pub const SAVE_ORDER: [(Item, &str); 9] = [
+    (Item::MpState, "first: the ioctl runs kvm_apic_accept_events, which may change the others"),
+    (Item::Regs, "taken from kvm_run (KVM_CAP_SYNC_REGS) at the stop exit, saves an ioctl"),
+    (Item::Sregs, "from kvm_run, as above"),
+    (Item::Xsave, "any place"),
+    (Item::Xcrs, "any place"),
+    (Item::DebugRegs, "any place"),
+    (Item::Lapic, "before the MSRs: a timer that fires in between is then pending in both or in none"),
+    (Item::Msrs, "after CPUID was set at creation: since Linux 6.13 MSRs that CPUID hides read 0"),
+    (Item::Events, "last: only then can no other read turn one event into another"),
+];
+
+/// The order in which the parts are written back, and why.
+pub const RESTORE_ORDER: [(Item, &str); 10] = [
+    (Item::MpState, "after CPUID, before everything that depends on the vCPU being runnable"),
+    (Item::Regs, "before Events: KVM_SET_REGS clears pending exceptions"),
+    (Item::Sregs, "before Lapic: it carries the APIC base; before Events: it carries a pending interrupt"),
+    (Item::Xcrs, "before Xsave: XCR0 says which components are valid"),
+    (Item::Xsave, "after Xcrs"),
+    (Item::DebugRegs, "any place"),
+    (Item::Lapic, "before the MSRs: the TSC deadline needs the LVT timer's mode"),
+    (Item::Msrs, "TSC among them, before the deadline that is counted in it"),
+    (Item::TscDeadline, "last of the MSRs: set before the TSC it would be lost (Firecracker #4099)"),
+    (Item::Events, "last: SET_REGS and SET_SREGS overwrite pending events"),
+];
+
+/// Why a vCPU's state could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    /// An ioctl failed.
+    #[error("vCPU state {item:?}: {source}")]
+    Ioctl {
+        /// The part.
+        item: Item,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM took or gave fewer MSRs than asked.
+    #[error("MSR {index:#x} cannot be {verb}")]
+    Msr {
+        /// Number of the first MSR that failed.
+        index: u32,
+        /// "read" or "written".
+        verb: &'static str,
+    },
+    /// CPUID or TSC frequency.
+    #[error("{what}: {source}")]
+    Constant {
+        /// Which of them.
+        what: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// The other host's TSC runs at another speed and this one cannot scale.
+    #[error(
+        "the VM's TSC runs at {wanted} kHz, this host's at {here} kHz and it cannot scale: use hosts of the same model"
+    )]
+    TscKhz {
+        /// The VM's.
+        wanted: u32,
+        /// This host's.
+        here: u32,
+    },
+    /// The saved bytes are not a vCPU's state.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+fn ioctl<T>(item: Item, result: Result<T, kvm_ioctls::Error>) -> Result<T, VcpuStateError> {
+    result.map_err(|source| VcpuStateError::Ioctl { item, source })
+}
+
+/// Buffers for one vCPU's state, allocated once, so that saving allocates nothing (invariant 5).
+pub(super) struct Saver {
+    msrs: Msrs,
+    xsave: Xsave,
+    xsave_bytes: usize,
+}
+
+impl Saver {
+    /// Allocates the buffers; `indices` are the MSRs to save, `xsave_bytes` the size from
+    /// KVM_CAP_XSAVE2.
+    pub(super) fn new(indices: &[u32], xsave_bytes: usize) -> Self {
+        let entries: Vec<_> =
+            indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let extra = xsave_bytes.saturating_sub(size_of::<kvm_bindings::kvm_xsave>()).div_ceil(4);
+        Self {
+            // PANIC: KVM's own index list is shorter than KVM_MAX_MSR_ENTRIES.
+            msrs: Msrs::from_entries(&entries).unwrap_or_else(|_| Msrs::new(0).expect("empty list")),
+            xsave: Xsave::new(extra).unwrap_or_else(|_| Xsave::new(0).expect("empty tail")),
+            xsave_bytes,
+        }
+    }
+
+    /// Bytes that one saved vCPU takes at most.
+    pub(super) fn capacity(&self) -> usize {
+        16 * 1024 + self.xsave_bytes + self.msrs.as_slice().len() * size_of::<kvm_msr_entry>()
+    }
+
+    /// Reads the state of a stopped vCPU whose last `KVM_RUN` filled `kvm_run.s.regs`.
+    pub(super) fn save(&mut self, fd: &mut VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuStateError> {
+        let mut fields = FieldWriter::new(to);
+        let sync = fd.sync_regs();
+        for (item, _reason) in SAVE_ORDER {
+            self.save_item(fd, item, &sync, &mut fields)?;
+        }
+        Ok(())
+    }
+
+    fn save_item(
+        &mut self,
+        fd: &VcpuFd,
+        item: Item,
+        sync: &kvm_bindings::kvm_sync_regs,
+        fields: &mut FieldWriter<'_>,
+    ) -> Result<(), VcpuStateError> {
+        let field = item as u16;
+        match item {
+            Item::MpState => fields.put_plain(field, &ioctl(item, fd.get_mp_state())?),
+            Item::Regs => fields.put_plain::<kvm_regs>(field, &sync.regs),
+            Item::Sregs => fields.put_plain::<kvm_sregs>(field, &sync.sregs),
+            Item::Xsave => self.save_xsave(fd, fields)?,
+            Item::Xcrs => fields.put_plain(field, &ioctl(item, fd.get_xcrs())?),
+            Item::DebugRegs => fields.put_plain(field, &ioctl(item, fd.get_debug_regs())?),
+            Item::Lapic => fields.put_plain(field, &ioctl(item, fd.get_lapic())?),
+            Item::Msrs => self.save_msrs(fd, fields)?,
+            Item::TscDeadline => {}
+            Item::Events => fields.put_plain(field, &ioctl(item, fd.get_vcpu_events())?),
+        }
+        Ok(())
+    }
+
+    fn save_msrs(&mut self, fd: &VcpuFd, fields: &mut FieldWriter<'_>) -> Result<(), VcpuStateError> {
+        let got = ioctl(Item::Msrs, fd.get_msrs(&mut self.msrs))?;
+        let entries = self.msrs.as_mut_slice();
+        if got < entries.len() {
+            return Err(VcpuStateError::Msr { index: entries[got].index, verb: "read" });
+        }
+        fix_deadline(entries);
+        fields.put(Item::Msrs as u16, bytes_of_slice(entries));
+        Ok(())
+    }
+}
+
+/// KVM reads the deadline as 0 while its interrupt is on the way (Firecracker #4618): a deadline of
+/// "now" makes it fire again, a 0 would lose it. A guest that has no timer armed sees one early,
+/// masked by its own LVT.
+fn fix_deadline(entries: &mut [kvm_msr_entry]) {
+    let tsc = entries.iter().find(|e| e.index == MSR_IA32_TSC).map_or(0, |e| e.data);
+    if let Some(deadline) = entries.iter_mut().find(|e| e.index == MSR_IA32_TSC_DEADLINE)
+        && deadline.data == 0
+    {
+        deadline.data = tsc;
+    }
+}
+
+mod xsave {
+    // UNSAFETY: KVM_GET_XSAVE2 writes as many bytes as KVM_CAP_XSAVE2 says into a buffer of ours.
+    #![allow(unsafe_code)]
+
+    use super::{FieldReader, FieldWriter, Item, Saver, VcpuFd, VcpuStateError, Xsave, ioctl};
+    use crate::state::StateError;
+
+    impl Saver {
+        pub(super) fn save_xsave(
+            &mut self,
+            fd: &VcpuFd,
+            fields: &mut FieldWriter<'_>,
+        ) -> Result<(), VcpuStateError> {
+            // SAFETY: `self.xsave` was allocated with at least the size that KVM_CAP_XSAVE2 gave,
+            // and no dynamic XSTATE feature is enabled by this process afterwards.
+            ioctl(Item::Xsave, unsafe { fd.get_xsave2(&mut self.xsave) })?;
+            let head = std::ptr::from_ref(self.xsave.as_fam_struct_ref()).cast::<u8>();
+            // SAFETY: the FAM structure is one allocation of header and tail, together at least
+            // `xsave_bytes` long, and all of it was zeroed at creation.
+            let bytes = unsafe { std::slice::from_raw_parts(head, self.xsave_bytes) };
+            fields.put(Item::Xsave as u16, bytes);
+            Ok(())
+        }
+    }
+
+    pub(super) fn restore(
+        fd: &VcpuFd,
+        fields: &FieldReader<'_>,
+        xsave_bytes: usize,
+    ) -> Result<(), VcpuStateError> {
+        let item = Item::Xsave;
+        let saved = fields.get(item as u16)?;
+        if saved.len() > xsave_bytes || saved.len() < size_of::<kvm_bindings::kvm_xsave>() {
+            return Err(StateError::Field { field: item as u16 }.into());
+        }
+        let extra = xsave_bytes.saturating_sub(size_of::<kvm_bindings::kvm_xsave>()).div_ceil(4);
+        let mut xsave =
+            Xsave::new(extra).map_err(|_| StateError::Field { field: item as u16 })?;
+        // SAFETY: only bytes of the XSAVE area are written, the FAM length stays.
+        let head = std::ptr::from_mut(unsafe { xsave.as_mut_fam_struct() }).cast::<u8>();
+        // SAFETY: `head` starts an allocation of at least `xsave_bytes`, checked to hold `saved`.
+        unsafe { std::ptr::copy_nonoverlapping(saved.as_ptr(), head, saved.len()) };
+        // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave.
+        ioctl(item, unsafe { fd.set_xsave2(&xsave) })
+    }
+}
+
+/// Writes a saved state into a vCPU that has never run or is stopped.
+pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host) -> Result<(), VcpuStateError> {
+    let fields = FieldReader::new(bytes)?;
+    for (item, _reason) in RESTORE_ORDER {
+        let field = item as u16;
+        match item {
+            Item::MpState => ioctl(item, fd.set_mp_state(fields.get_plain::<kvm_mp_state>(field)?))?,
+            Item::Regs => ioctl(item, fd.set_regs(&fields.get_plain(field)?))?,
+            Item::Sregs => ioctl(item, fd.set_sregs(&fields.get_plain(field)?))?,
+            Item::Xsave => xsave::restore(fd, &fields, host.xsave_bytes())?,
+            Item::Xcrs => ioctl(item, fd.set_xcrs(&fields.get_plain(field)?))?,
+            Item::DebugRegs => ioctl(item, fd.set_debug_regs(&fields.get_plain(field)?))?,
+            Item::Lapic => ioctl(item, fd.set_lapic(&fields.get_plain::<kvm_lapic_state>(field)?))?,
+            Item::Msrs => restore_msrs(fd, &fields, |index| index != MSR_IA32_TSC_DEADLINE)?,
+            Item::TscDeadline => restore_msrs(fd, &fields, |index| index == MSR_IA32_TSC_DEADLINE)?,
+            Item::Events => ioctl(item, fd.set_vcpu_events(&fields.get_plain(field)?))?,
+        }
+    }
+    Ok(())
+}
+
+fn restore_msrs(
+    fd: &VcpuFd,
+    fields: &FieldReader<'_>,
+    chosen: impl Fn(u32) -> bool,
+) -> Result<(), VcpuStateError> {
+    let field = Item::Msrs as u16;
+    let mut entries: Vec<kvm_msr_entry> = fields.get_array(field)?;
+    entries.retain(|e| chosen(e.index));
+    let mut rest = &entries[..];
+    while !rest.is_empty() {
+        let chunk = &rest[..rest.len().min(kvm_bindings::KVM_MAX_MSR_ENTRIES)];
+        let msrs = Msrs::from_entries(chunk).map_err(|_| StateError::Field { field })?;
+        let written = ioctl(Item::Msrs, fd.set_msrs(&msrs))?;
+        if written == 0 {
+            // Some listed MSRs are read-only unless a feature is on. Their value is the host's own;
+            // one that differs would be a different machine, which the CPUID check refuses earlier.
+            tracing::debug!(msr = format!("{:#x}", rest[0].index), "MSR not writable, left as it is");
+            rest = &rest[1..];
+        } else {
+            rest = &rest[written..];
+        }
+    }
+    Ok(())
+}
+
+/// Fields of a [`Kind::VcpuConstant`](crate::state::Kind::VcpuConstant) section.
+const FIELD_CPUID: u16 = 1;
+const FIELD_TSC_KHZ: u16 = 2;
+
+/// Reads what never changes after boot: CPUID and TSC frequency.
+pub(crate) fn save_constant(fd: &VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuStateError> {
+    let constant = |what| move |source| VcpuStateError::Constant { what, source };
+    let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(constant("KVM_GET_CPUID2"))?;
+    let khz = fd.get_tsc_khz().map_err(constant("KVM_GET_TSC_KHZ"))?;
+    let mut fields = FieldWriter::new(to);
+    fields.put(FIELD_CPUID, bytes_of_slice(cpuid.as_slice()));
+    fields.put_plain(FIELD_TSC_KHZ, &khz);
+    Ok(())
+}
+
+/// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues.
+pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<(), VcpuStateError> {
+    let constant = |what| move |source| VcpuStateError::Constant { what, source };
+    let fields = FieldReader::new(bytes)?;
+    let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
+    let cpuid =
+        CpuId::from_entries(&entries).map_err(|_| StateError::Field { field: FIELD_CPUID })?;
+    fd.set_cpuid2(&cpuid).map_err(constant("KVM_SET_CPUID2"))?;
+    let wanted: u32 = fields.get_plain(FIELD_TSC_KHZ)?;
+    let here = fd.get_tsc_khz().map_err(constant("KVM_GET_TSC_KHZ"))?;
+    // 250 ppm is what an NTP-disciplined guest corrects by itself.
+    if u64::from(wanted.abs_diff(here)) * 4000 > u64::from(wanted) && fd.set_tsc_khz(wanted).is_err() {
+        return Err(VcpuStateError::TscKhz { wanted, here });
+    }
+    Ok(())
+}
+
+/// Makes a secondary vCPU runnable without INIT/SIPI, for guests that are started by registers.
+pub(crate) fn make_runnable(fd: &VcpuFd) -> Result<(), VcpuStateError> {
+    ioctl(Item::MpState, fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }))
+}

@@ -1,0 +1,108 @@
+//! Save and restore of what belongs to the VM and to no vCPU: clock, PIT, interrupt chips.
+
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip};
+use kvm_ioctls::VmFd;
+
+use crate::state::{FieldReader, FieldWriter, StateError};
+
+/// One part of the VM's state; the numbers are field numbers of a `Kind::Vm` section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Item {
+    /// The programmable interval timer.
+    Pit = 1,
+    /// kvmclock.
+    Clock = 2,
+    /// First 8259.
+    PicMaster = 3,
+    /// Second 8259.
+    PicSlave = 4,
+    /// The I/O APIC.
+    IoApic = 5,
+}
+
+/// The order of save and of restore, and why. Both come after the vCPUs' part at save (an event that
+/// a vCPU's exit raises is then in the chips) and after it at restore (the LAPICs must exist before
+/// the I/O APIC delivers to them).
+pub const ORDER: [(Item, &str); 5] = [
+    (Item::Pit, "before the chips: its tick goes through them"),
+    (Item::Clock, "before any vCPU runs: a clock set later makes guests hang (Cloud Hypervisor #7930)"),
+    (Item::PicMaster, "before the slave, which is cascaded through it"),
+    (Item::PicSlave, "after the master"),
+    (Item::IoApic, "last: setting it delivers what is pending"),
+];
+
+/// Why the VM's state could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum VmStateError {
+    /// An ioctl failed.
+    #[error("VM state {item:?}: {source}")]
+    Ioctl {
+        /// The part.
+        item: Item,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// The saved bytes are not a VM's state.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+fn ioctl<T>(item: Item, result: Result<T, kvm_ioctls::Error>) -> Result<T, VmStateError> {
+    result.map_err(|source| VmStateError::Ioctl { item, source })
+}
+
+fn chip(item: Item) -> Option<u32> {
+    match item {
+        Item::PicMaster => Some(KVM_IRQCHIP_PIC_MASTER),
+        Item::PicSlave => Some(KVM_IRQCHIP_PIC_SLAVE),
+        Item::IoApic => Some(KVM_IRQCHIP_IOAPIC),
+        Item::Pit | Item::Clock => None,
+    }
+}
+
+/// Reads the state of a stopped VM into a buffer that must have [`CAPACITY`] to spare.
+pub(crate) fn save(vm: &VmFd, to: &mut Vec<u8>) -> Result<(), VmStateError> {
+    let mut fields = FieldWriter::new(to);
+    for (item, _reason) in ORDER {
+        let field = item as u16;
+        match (item, chip(item)) {
+            (_, Some(chip_id)) => {
+                let mut state = kvm_irqchip { chip_id, ..Default::default() };
+                ioctl(item, vm.get_irqchip(&mut state))?;
+                fields.put_plain(field, &state);
+            }
+            (Item::Clock, None) => fields.put_plain(field, &ioctl(item, vm.get_clock())?),
+            (_, None) => fields.put_plain(field, &ioctl(item, vm.get_pit2())?),
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that [`save`] writes at most.
+pub(crate) const CAPACITY: usize = 4096;
+
+/// Writes a saved state into a VM whose vCPUs do not run.
+pub(crate) fn restore(vm: &VmFd, bytes: &[u8]) -> Result<(), VmStateError> {
+    let fields = FieldReader::new(bytes)?;
+    for (item, _reason) in ORDER {
+        let field = item as u16;
+        match (item, chip(item)) {
+            (_, Some(chip_id)) => {
+                let state: kvm_irqchip = fields.get_plain(field)?;
+                if state.chip_id != chip_id {
+                    return Err(StateError::Field { field }.into());
+                }
+                ioctl(item, vm.set_irqchip(&state))?;
+            }
+            (Item::Clock, None) => {
+                // Flags 0: the guest's monotonic clock goes on from where the checkpoint left it.
+                let saved: kvm_clock_data = fields.get_plain(field)?;
+                let clock = kvm_clock_data { clock: saved.clock, flags: 0, ..Default::default() };
+                ioctl(item, vm.set_clock(&clock))?;
+            }
+            (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
+        }
+    }
+    Ok(())
+}
