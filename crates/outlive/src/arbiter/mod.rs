@@ -11,27 +11,11 @@
 mod file;
 mod worker;
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use file::FileArbiter;
+pub use outlive_epoch::VmId;
 pub use worker::{Busy, ClaimResult, ClaimWorker};
-
-/// The identity of a VM, the same on both hosts and over all generations. Shown as 32 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct VmId(pub [u8; 16]);
-
-impl fmt::Display for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VmId({self})")
-    }
-}
 
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,12 +120,5 @@ mod tests {
     #[test]
     fn a_directory_that_cannot_hold_claims_is_refused_at_the_start() {
         assert!(refusal("file:/proc").contains("cannot use arbiter directory /proc"));
-    }
-
-    #[test]
-    fn vm_ids_are_shown_as_32_digits() {
-        let mut bytes = [0; 16];
-        bytes[15] = 0xab;
-        assert_eq!(VmId(bytes).to_string(), format!("{}ab", "0".repeat(30)));
     }
 }

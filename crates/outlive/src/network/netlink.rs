@@ -39,6 +39,8 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
 
 /// Why a change of the network was not made.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +94,14 @@ pub enum NetlinkError {
         /// `bridge` or `veth`.
         kind: &'static str,
     },
+    /// Something else was named where a bridge is needed.
+    #[error("cannot {what}: {name} is no bridge")]
+    NotBridge {
+        /// What was being done.
+        what: String,
+        /// The name that was given for the bridge.
+        name: String,
+    },
     /// The kernel refused for another reason.
     #[error("cannot {what}: {source}{}", detail(.message))]
     Refused {
@@ -129,6 +139,8 @@ pub struct Link {
     pub up: bool,
     /// Number of the bridge that it is attached to.
     pub bridge: Option<u32>,
+    /// What it is: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
+    pub kind: Option<String>,
 }
 
 /// A connection to the kernel's network configuration.
@@ -212,10 +224,15 @@ impl Netlink {
         })
     }
 
-    /// Makes an interface a port of a bridge.
+    /// Makes an interface a port of a bridge. It leaves the bridge that it was in.
     pub fn attach(&mut self, name: &str, bridge: &str) -> Result<(), NetlinkError> {
         let what = format!("attach {name} to bridge {bridge}");
-        let port = LinkAttribute::Controller(self.index_for(bridge, &what)?);
+        let target = self.find(bridge, &what)?;
+        // The kernel would first take the interface out of its present bridge and then refuse.
+        if target.kind.as_deref() != Some("bridge") {
+            return Err(NetlinkError::NotBridge { what, name: bridge.to_string() });
+        }
+        let port = LinkAttribute::Controller(target.index);
         self.set_link(name, what, |link| link.attributes.push(port))
     }
 
@@ -460,12 +477,16 @@ fn parse_link(bytes: &[u8], what: &str) -> Result<Link, NetlinkError> {
     let flags = u32_at(bytes, 8).ok_or_else(|| bad("an interface without flags"))?;
     let attributes = bytes.get(IFINFOMSG..).ok_or_else(|| bad("an interface without attributes"))?;
     let up = LinkFlags::from_bits_retain(flags).contains(LinkFlags::Up);
-    let mut link = Link { name: String::new(), index, mac: None, up, bridge: None };
+    let mut link = Link { name: String::new(), index, mac: None, up, bridge: None, kind: None };
     for attribute in NlasIterator::new(attributes).filter_map(Result::ok) {
         match attribute.kind() {
             IFLA_IFNAME => link.name = text(attribute.value()),
             IFLA_ADDRESS => link.mac = attribute.value().try_into().ok(),
             IFLA_MASTER => link.bridge = u32_at(attribute.value(), 0),
+            IFLA_LINKINFO => {
+                let mut info = NlasIterator::new(attribute.value()).filter_map(Result::ok);
+                link.kind = info.find(|it| it.kind() == IFLA_INFO_KIND).map(|it| text(it.value()));
+            }
             _ => {}
         }
     }

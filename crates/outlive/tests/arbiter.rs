@@ -1,0 +1,379 @@
+//! The file arbiter under races of threads and processes, crashes, damage and missing directories.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Barrier;
+use std::thread::{scope, sleep};
+use std::time::{Duration, SystemTime};
+
+use outlive::arbiter::{Arbiter, Claim, FileArbiter, VmId};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+const VM: VmId = VmId([0x5e; 16]);
+const OTHER_VM: VmId = VmId([0x5f; 16]);
+const ROUNDS: u64 = 1000;
+
+/// A directory in memory if there is such a place: the races need many rounds, not a disk.
+fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("outlive-arbiter-").tempdir_in(memory_or_temp()).unwrap()
+}
+
+fn memory_or_temp() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    if tempfile::tempfile_in(memory).is_ok() { memory.to_path_buf() } else { std::env::temp_dir() }
+}
+
+fn open(directory: &Path) -> FileArbiter {
+    FileArbiter::open(directory).unwrap()
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn why(claim: Claim) -> String {
+    match claim {
+        Claim::Unreachable { why } => why,
+        other => panic!("expected Unreachable, got {other:?}"),
+    }
+}
+
+fn loser(claim: Claim) -> String {
+    match claim {
+        Claim::Lost { owner } => owner,
+        other => panic!("expected Lost, got {other:?}"),
+    }
+}
+
+#[test]
+fn of_many_threads_exactly_one_wins_and_the_others_know_who() {
+    const THREADS: usize = 8;
+    let directory = directory();
+    let barrier = Barrier::new(THREADS);
+    let results: Vec<Vec<Claim>> = scope(|threads| {
+        let racer = |number: usize| {
+            let (barrier, path) = (&barrier, directory.path());
+            move || {
+                // The directory itself is opened in a race too: all must agree which arbiter it is.
+                barrier.wait();
+                let mut arbiter = open(path);
+                let owner = format!("thread {number}");
+                let claim = |generation| {
+                    barrier.wait();
+                    arbiter.claim(&VM, generation, &owner)
+                };
+                (1..=ROUNDS).map(claim).collect()
+            }
+        };
+        let racers: Vec<_> = (0..THREADS).map(|number| threads.spawn(racer(number))).collect();
+        racers.into_iter().map(|racer| racer.join().unwrap()).collect()
+    });
+    for round in 0..ROUNDS as usize {
+        let claims: Vec<&Claim> = results.iter().map(|claims| &claims[round]).collect();
+        let winners: Vec<usize> = (0..THREADS).filter(|&thread| *claims[thread] == Claim::Won).collect();
+        let [winner] = winners[..] else { panic!("round {round}: winners {winners:?}") };
+        let lost = Claim::Lost { owner: format!("thread {winner}") };
+        assert!(
+            claims.iter().enumerate().all(|(thread, claim)| thread == winner || **claim == lost),
+            "{claims:?}"
+        );
+    }
+    assert_eq!(open(directory.path()).highest(&VM), Ok(Some(ROUNDS)));
+    assert_eq!(names(directory.path()).len(), ROUNDS as usize + 1, "the marker and one file a generation");
+}
+
+const RACER_DIRECTORY: &str = "OUTLIVE_TEST_RACER";
+
+/// Not a test by itself: what the racing processes run. Claims one generation after the other and says which it
+/// won.
+#[test]
+fn racer() {
+    let Ok(directory) = std::env::var(RACER_DIRECTORY) else { return };
+    let mut arbiter = open(Path::new(&directory));
+    // All racers use one name on purpose: only the process tells them apart.
+    println!("\nready");
+    while !Path::new(&directory).join("go").exists() {
+        std::hint::spin_loop();
+    }
+    for generation in 1..=ROUNDS {
+        match arbiter.claim(&VM, generation, "racer") {
+            Claim::Won => println!("\nwon {generation}"),
+            Claim::Lost { .. } => {}
+            Claim::Unreachable { why } => panic!("{why}"),
+        }
+    }
+}
+
+fn start_racer(directory: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["racer", "--exact", "--nocapture"])
+        .env(RACER_DIRECTORY, directory)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// The generations that a racer says it won. Reads until the racer ends.
+fn wins(racer: &mut Child) -> Vec<u64> {
+    let lines = BufReader::new(racer.stdout.take().unwrap()).lines().map_while(Result::ok);
+    lines.filter_map(|line| line.strip_prefix("won ")?.parse().ok()).collect()
+}
+
+#[test]
+fn of_many_processes_exactly_one_wins() {
+    let directory = directory();
+    let mut racers: Vec<Child> = (0..6).map(|_| start_racer(directory.path())).collect();
+    sleep(Duration::from_millis(300));
+    fs::write(directory.path().join("go"), "").unwrap();
+    let mut winners = BTreeMap::new();
+    for (number, racer) in racers.iter_mut().enumerate() {
+        for generation in wins(racer) {
+            let earlier = winners.insert(generation, number);
+            assert_eq!(earlier, None, "generation {generation} was won twice");
+        }
+        assert!(racer.wait().unwrap().success());
+    }
+    assert!(winners.keys().copied().eq(1..=ROUNDS), "every generation was won by somebody");
+}
+
+/// Whatever a killed process had won stays won; whatever it was doing harms nobody.
+#[test]
+fn a_claimant_killed_at_any_moment_leaves_no_second_winner() {
+    for round in 0..12_u64 {
+        let directory = directory();
+        fs::write(directory.path().join("go"), "").unwrap();
+        let mut racers = [start_racer(directory.path()), start_racer(directory.path())];
+        sleep(Duration::from_millis(20 + 7 * round));
+        racers.iter_mut().for_each(|racer| racer.kill().unwrap());
+        let won: Vec<u64> = racers.iter_mut().flat_map(wins).collect();
+        for racer in &mut racers {
+            racer.wait().unwrap();
+        }
+
+        let mut successor = open(directory.path());
+        let highest = successor.highest(&VM).unwrap().unwrap_or(0);
+        for generation in won {
+            assert_eq!(loser(successor.claim(&VM, generation, "racer")), "racer", "generation {generation}");
+        }
+        assert_eq!(successor.claim(&VM, highest + 1, "racer"), Claim::Won);
+    }
+}
+
+#[test]
+fn a_repeated_claim_is_won_again_but_not_by_another() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.highest(&VM), Ok(None));
+    for _ in 0..3 {
+        assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    }
+    // The same process may have opened it twice.
+    assert_eq!(open(directory.path()).claim(&VM, 1, "primary"), Claim::Won);
+    assert_eq!(loser(arbiter.claim(&VM, 1, "standby")), "primary");
+    // Another VM is another matter.
+    assert_eq!(arbiter.claim(&OTHER_VM, 1, "standby"), Claim::Won);
+    assert_eq!(arbiter.claim(&OTHER_VM, 12, "standby"), Claim::Won);
+    assert_eq!(arbiter.highest(&VM), Ok(Some(1)));
+    assert_eq!(arbiter.highest(&OTHER_VM), Ok(Some(12)));
+    assert_eq!(names(directory.path()).len(), 4, "nothing but the marker and the claims");
+}
+
+/// A host that was stopped for long must not win an old generation whose file was tidied away.
+#[test]
+fn a_generation_below_the_highest_cannot_be_won() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 5, "standby"), Claim::Won);
+    assert!(loser(arbiter.claim(&VM, 4, "primary")).contains("generation 5, which is newer"));
+    assert_eq!(arbiter.claim(&VM, 6, "primary"), Claim::Won);
+    // The winner of an old one is still its winner.
+    assert_eq!(arbiter.claim(&VM, 5, "standby"), Claim::Won);
+}
+
+#[test]
+fn an_unreachable_directory_is_said_to_be_and_works_when_it_is_back() {
+    let parent = directory();
+    let (path, away) = (parent.path().join("arbiter"), parent.path().join("away"));
+    fs::create_dir(&path).unwrap();
+    let mut arbiter = open(&path);
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+
+    fs::rename(&path, &away).unwrap();
+    for _ in 0..2 {
+        let why = why(arbiter.claim(&VM, 2, "primary"));
+        assert!(why.contains(path.to_str().unwrap()) && why.contains("put it back"), "{why}");
+    }
+    assert!(arbiter.highest(&VM).is_err());
+    assert!(!path.exists(), "the directory must not be created");
+    fs::write(&path, "a file").unwrap();
+    assert!(why(arbiter.claim(&VM, 2, "primary")).contains("Not a directory"));
+    fs::remove_file(&path).unwrap();
+    fs::rename(&away, &path).unwrap();
+    assert_eq!(loser(arbiter.claim(&VM, 1, "standby")), "primary");
+    assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
+}
+
+#[test]
+fn a_directory_made_anew_in_its_place_works_and_is_the_same_arbiter() {
+    let parent = directory();
+    let path = parent.path().join("arbiter");
+    fs::create_dir(&path).unwrap();
+    let (mut here, mut there) = (open(&path), open(&path));
+    assert_eq!(here.identity(), there.identity());
+    fs::remove_dir_all(&path).unwrap();
+    assert!(why(here.claim(&VM, 1, "here")).contains("put it back"));
+    fs::create_dir(&path).unwrap();
+    assert_eq!(here.claim(&VM, 1, "here"), Claim::Won);
+    assert_eq!(loser(there.claim(&VM, 1, "there")), "here");
+    assert_eq!(open(&path).identity(), here.identity());
+}
+
+/// A mount point without its mount is an empty directory: a win there would be a win on this host only.
+#[test]
+fn a_directory_that_is_not_the_one_of_the_start_is_no_arbiter() {
+    let parent = directory();
+    let (shared, other, path) =
+        (parent.path().join("shared"), parent.path().join("other"), parent.path().join("mount"));
+    fs::create_dir(&shared).unwrap();
+    fs::create_dir(&other).unwrap();
+    symlink(&shared, &path).unwrap();
+    let mut arbiter = open(&path);
+    let mut redirect = |to: &Path| {
+        fs::remove_file(&path).unwrap();
+        symlink(to, &path).unwrap();
+        arbiter.claim(&VM, 1, "primary")
+    };
+    assert_ne!(open(&other).identity(), open(&shared).identity());
+    let reason = why(redirect(&other));
+    assert!(reason.contains("another arbiter now"), "{reason}");
+    assert_eq!(redirect(&shared), Claim::Won);
+}
+
+#[test]
+fn a_mount_point_without_its_mount_is_no_arbiter() {
+    let (shared, bare) = (directory(), tempfile::tempdir().unwrap());
+    if device(bare.path()) == device(shared.path()) {
+        println!("skipped: there is only one file system");
+        return;
+    }
+    let links = directory();
+    let path = links.path().join("mount");
+    symlink(shared.path(), &path).unwrap();
+    let mut arbiter = open(&path);
+    fs::remove_file(&path).unwrap();
+    symlink(bare.path(), &path).unwrap();
+    let reason = why(arbiter.claim(&VM, 1, "primary"));
+    assert!(reason.contains("another file system"), "{reason}");
+    assert!(names(bare.path()).is_empty(), "nothing may be written there");
+}
+
+fn device(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::dev(&fs::metadata(path).unwrap())
+}
+
+#[test]
+fn damage_is_never_a_win() {
+    let directory = directory();
+    let claim_file = |generation: u64| directory.path().join(format!("{VM}.{generation}"));
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    let good = fs::read(claim_file(1)).unwrap();
+
+    let mut lost = |generation: u64| {
+        let owner = loser(arbiter.claim(&VM, generation, "primary"));
+        assert!(owner.contains("damaged"), "{owner}");
+    };
+    let contents: [&[u8]; 5] = [b"", b"\n", b"garbage", &[0xff; 300], &[b'x'; 100_000]];
+    for (generation, content) in (10..).zip(contents) {
+        fs::write(claim_file(generation), content).unwrap();
+        lost(generation);
+    }
+    fs::create_dir(claim_file(20)).unwrap();
+    lost(20);
+    symlink("/no/such/file", claim_file(21)).unwrap();
+    lost(21);
+    // Opening a pipe without a writer would block for ever.
+    assert!(Command::new("mkfifo").arg(claim_file(22)).status().unwrap().success());
+    lost(22);
+    for length in 0..good.len() {
+        fs::write(claim_file(1), &good[..length]).unwrap();
+        lost(1);
+    }
+    fs::write(claim_file(1), &good).unwrap();
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+}
+
+#[test]
+fn a_flipped_bit_is_never_a_win() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    let path = directory.path().join(format!("{VM}.1"));
+    let good = fs::read(&path).unwrap();
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(at in 0..good.len(), bit in 0..8_u8)| {
+        let mut bad = good.clone();
+        bad[at] ^= 1_u8 << bit;
+        fs::write(&path, &bad).unwrap();
+        let claim = open(directory.path()).claim(&VM, 1, "primary");
+        prop_assert!(matches!(claim, Claim::Lost { .. }), "{:?}", claim);
+    });
+}
+
+#[test]
+fn an_owner_of_any_characters_is_kept_in_one_line() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    let owners = ["", "a\nowner b", "\0", &"x".repeat(5000), "zweiter \u{1f980}"];
+    for (generation, owner) in (1..).zip(owners) {
+        assert_eq!(arbiter.claim(&VM, generation, owner), Claim::Won);
+        assert_eq!(arbiter.claim(&VM, generation, owner), Claim::Won);
+        let shown = loser(arbiter.claim(&VM, generation, "somebody else"));
+        assert!(!shown.contains('\n') && shown.chars().count() <= 200, "{shown}");
+        assert!(!shown.contains("damaged"), "{shown}");
+    }
+}
+
+#[test]
+fn leftovers_of_crashes_are_removed_and_nothing_else() {
+    let directory = directory();
+    let put = |name: &str, age: u64| {
+        let file = File::create(directory.path().join(name)).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+    };
+    put(".outlive-old-0.tmp", 3600);
+    put(".outlive-young-0.tmp", 5);
+    put(".somebody-elses.tmp", 3600);
+    put("notes", 3600);
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    let claim = format!("{VM}.1");
+    let mut expected =
+        vec![".outlive-young-0.tmp", ".somebody-elses.tmp", "notes", "outlive-arbiter", &claim];
+    expected.sort_unstable();
+    assert_eq!(names(directory.path()), expected);
+}
+
+#[test]
+fn a_damaged_marker_stops_claims_until_it_is_repaired() {
+    let directory = directory();
+    let marker = directory.path().join("outlive-arbiter");
+    let mut arbiter = open(directory.path());
+    let good = fs::read(&marker).unwrap();
+    fs::write(&marker, &good[..good.len() - 1]).unwrap();
+    assert!(why(arbiter.claim(&VM, 1, "primary")).contains("outlive-arbiter is damaged"));
+    let refusal = FileArbiter::open(directory.path()).map(drop).unwrap_err().to_string();
+    assert!(refusal.contains("restore it, or delete it"), "{refusal}");
+    fs::write(&marker, &good).unwrap();
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+}
