@@ -1,2 +1,85 @@
-//! placeholder
-fn main() {}
+//! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`.
+//!
+//! # Tests that cannot run
+//!
+//! A test that cannot run on this machine (no `/dev/kvm`, no right to make network namespaces, a program missing)
+//! prints exactly one line `skipped: <what is missing>` to standard output and returns. The harness counts it as
+//! passed and hides what passed tests print, so `cargo xtask test` runs the tests with `--show-output`, finds these
+//! lines, and takes those tests out of the passed ones. Nothing is skipped silently: the summary names each with
+//! its reason. Under plain `cargo test` such a test shows as passed.
+
+#![forbid(unsafe_code)]
+
+mod lint;
+mod models;
+mod packages;
+mod run;
+mod summary;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use run::{StepError, Workspace};
+
+/// Developer commands of Outlive
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask test                     all tests
+  cargo xtask test --filter arbiter    the tests with 'arbiter' in their name
+  cargo xtask ci                       what CI runs: format, clippy, docs, tests
+  cargo xtask docs --open              the documentation, in the browser";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run all tests: fetches missing Debian packages, then the workspace, then the loom models
+    #[command(after_help = TEST_EXAMPLES)]
+    Test(test::TestOptions),
+    /// Check format, clippy and documentation, without changing anything
+    Lint,
+    /// Run what CI runs: lint, then test
+    Ci,
+    /// Build the documentation of all crates; warnings are errors
+    Docs {
+        /// Open it in the browser
+        #[arg(long)]
+        open: bool,
+    },
+}
+
+const TEST_EXAMPLES: &str = "\
+Examples:
+  cargo xtask test
+  cargo xtask test --filter takeover
+  cargo xtask test --no-fetch          does not fetch missing packages; tests that need them are skipped
+
+The last line is 'N passed, N failed, N skipped'. The exit code is 0 if nothing failed.";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let workspace = Workspace::find();
+    let result = match cli.command {
+        Command::Test(options) => test::run(&workspace, &options),
+        Command::Lint => lint::run(&workspace),
+        Command::Ci => {
+            lint::run(&workspace).and_then(|()| test::run(&workspace, &test::TestOptions::default()))
+        }
+        Command::Docs { open } => lint::docs(&workspace, open),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(StepError::TestsFailed) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Debian packages that tests use as clients of the VM. They are not needed to build or run Outlive.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::run::{StepError, Workspace, output, step};
+
+struct Package {
+    name: &'static str,
+    /// It is there if all these are.
+    programs: &'static [&'static str],
+    used_for: &'static str,
+}
+
+const NEEDED: [Package; 1] = [Package {
+    name: "redis-tools",
+    programs: &["redis-cli", "redis-benchmark"],
+    used_for: "real Redis clients for the guest's server",
+}];
+
+/// Where packages are unpacked when they cannot be installed.
+struct Unpacked {
+    debs: PathBuf,
+    root: PathBuf,
+}
+
+impl Unpacked {
+    fn of(workspace: &Workspace) -> Unpacked {
+        let debs = workspace.target.join("debs");
+        Unpacked { root: debs.join("root"), debs }
+    }
+
+    /// PATH and LD_LIBRARY_PATH with the unpacked packages in front.
+    fn environment(&self) -> Vec<(&'static str, OsString)> {
+        if !self.root.exists() {
+            return Vec::new();
+        }
+        let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"];
+        vec![
+            ("PATH", in_front(["usr/bin"].map(|it| self.root.join(it)).to_vec(), "PATH")),
+            ("LD_LIBRARY_PATH", in_front(libraries.map(|it| self.root.join(it)).to_vec(), "LD_LIBRARY_PATH")),
+        ]
+    }
+}
+
+fn in_front(mut directories: Vec<PathBuf>, variable: &str) -> OsString {
+    let present = std::env::var_os(variable).unwrap_or_default();
+    directories.extend(std::env::split_paths(&present).filter(|it| !it.as_os_str().is_empty()));
+    std::env::join_paths(directories).unwrap_or(present)
+}
+
+/// Makes sure that the programs are there, and returns the environment in which they are found.
+///
+/// A package that cannot be fetched is no error: it says how to get it, and the tests that need it say that they
+/// are skipped.
+pub(crate) fn prepare(workspace: &Workspace, fetch: bool) -> Vec<(&'static str, OsString)> {
+    let unpacked = Unpacked::of(workspace);
+    let missing: Vec<&Package> = NEEDED.iter().filter(|package| !is_there(package, &unpacked)).collect();
+    if missing.is_empty() || !fetch {
+        return unpacked.environment();
+    }
+    for package in &missing {
+        eprintln!("==> fetching the Debian package {} ({})", package.name, package.used_for);
+    }
+    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    let result = if is_root() { install(&names) } else { unpack(&names, &unpacked) };
+    if let Err(error) = result {
+        eprintln!("xtask: {error}");
+        eprintln!(
+            "xtask: tests that need {} are skipped; to get it: apt-get install {}",
+            names.join(", "),
+            names.join(" ")
+        );
+    }
+    unpacked.environment()
+}
+
+fn is_there(package: &Package, unpacked: &Unpacked) -> bool {
+    let path = in_front(vec![unpacked.root.join("usr/bin")], "PATH");
+    let found =
+        |program: &&str| std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
+    package.programs.iter().all(|program| found(program))
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
+}
+
+fn apt_get(arguments: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+fn install(names: &[&str]) -> Result<(), StepError> {
+    let mut arguments = vec!["install", "--yes", "--quiet", "--no-install-recommends"];
+    arguments.extend(names);
+    // A fresh system has no package lists, or lists of packages that are gone.
+    step(&mut apt_get(&arguments)).or_else(|_| {
+        step(&mut apt_get(&["update", "--quiet"]))?;
+        step(&mut apt_get(&arguments))
+    })
+}
+
+/// Without root: downloads the packages with what they depend on and unpacks them below the target directory.
+fn unpack(names: &[&str], unpacked: &Unpacked) -> Result<(), StepError> {
+    make_directory(&unpacked.root)?;
+    let mut simulate = vec!["--simulate", "install", "--no-install-recommends"];
+    simulate.extend(names);
+    let plan = output(&mut apt_get(&simulate))
+        .ok_or_else(|| StepError::Failed(format!("apt-get {}", simulate.join(" "))))?;
+    let wanted = to_install(&plan);
+    let mut download = apt_get(&["download"]);
+    step(download.args(&wanted).current_dir(&unpacked.debs))?;
+    for deb in debs(&unpacked.debs)? {
+        step(Command::new("dpkg").arg("-x").arg(deb).arg(&unpacked.root))?;
+    }
+    Ok(())
+}
+
+fn make_directory(path: &Path) -> Result<(), StepError> {
+    fs::create_dir_all(path).map_err(|source| StepError::File { path: path.to_path_buf(), source })
+}
+
+/// The package names of `apt-get --simulate install`: lines such as `Inst liblua5.1-0 (5.1.5-9 Debian [amd64])`.
+fn to_install(plan: &str) -> Vec<&str> {
+    plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next()).collect()
+}
+
+fn debs(directory: &Path) -> Result<Vec<PathBuf>, StepError> {
+    let list =
+        || -> io::Result<Vec<PathBuf>> { fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect() };
+    let paths = list().map_err(|source| StepError::File { path: directory.to_path_buf(), source })?;
+    Ok(paths.into_iter().filter(|path| path.extension().is_some_and(|it| it == "deb")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packages_of_a_plan_are_found() {
+        let plan = "Reading package lists...\nThe following NEW packages will be installed:\n  libjemalloc2\n\
+                    Inst libjemalloc2 (5.3.0-1 Debian:12 [amd64])\nInst redis-tools (7.0.15 Debian:12 [amd64])\n\
+                    Conf libjemalloc2 (5.3.0-1 Debian:12 [amd64])\n";
+        assert_eq!(to_install(plan), ["libjemalloc2", "redis-tools"]);
+    }
+
+    #[test]
+    fn unpacked_packages_come_first_and_only_if_they_exist() {
+        let nowhere = Unpacked { debs: "/no/such".into(), root: "/no/such/root".into() };
+        assert!(nowhere.environment().is_empty());
+        let path = in_front(vec!["/first".into()], "PATH");
+        let directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
+        assert_eq!(directories[0], Path::new("/first"));
+        assert!(directories.iter().all(|directory| !directory.as_os_str().is_empty()));
+        assert_eq!(in_front(vec!["/only".into()], "OUTLIVE_NO_SUCH_VARIABLE"), "/only");
+    }
+}

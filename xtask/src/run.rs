@@ -1,0 +1,167 @@
+//! Running the programs that do the work.
+
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader, PipeReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+/// After this silence it is looked whether the command has ended; if it has, and this passes again, its output is
+/// taken to be complete.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why a command of xtask failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StepError {
+    /// A program could not be started.
+    #[error("cannot start {program}: {source}")]
+    Start {
+        /// The program.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A program ran and failed; it has said why.
+    #[error("failed: {0}")]
+    Failed(String),
+    /// A file or directory could not be used.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Tests failed; the summary has been printed.
+    #[error("tests failed")]
+    TestsFailed,
+}
+
+/// Where the sources and the build results are.
+pub(crate) struct Workspace {
+    pub(crate) root: PathBuf,
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    pub(crate) fn find() -> Workspace {
+        // Where xtask was compiled is where it is used: cargo compiles it again in a checkout that was moved.
+        let root =
+            Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace").to_path_buf();
+        let target = match std::env::var_os("CARGO_TARGET_DIR") {
+            Some(directory) => root.join(directory),
+            None => root.join("target"),
+        };
+        Workspace { root, target }
+    }
+
+    /// The cargo that runs xtask, in the workspace.
+    pub(crate) fn cargo<I: IntoIterator<Item: AsRef<OsStr>>>(&self, arguments: I) -> Command {
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.args(arguments).current_dir(&self.root);
+        command
+    }
+}
+
+/// The command as a line for people, without the environment.
+pub(crate) fn describe(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words = std::iter::once(program).chain(command.get_args());
+    words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
+}
+
+fn start_error(command: &Command, source: io::Error) -> StepError {
+    StepError::Start { program: command.get_program().to_string_lossy().into_owned(), source }
+}
+
+/// Runs a command that must succeed; its output goes to ours.
+pub(crate) fn step(command: &mut Command) -> Result<(), StepError> {
+    eprintln!("==> {}", describe(command));
+    let status = command.stdin(Stdio::null()).status().map_err(|source| start_error(command, source))?;
+    if status.success() { Ok(()) } else { Err(StepError::Failed(describe(command))) }
+}
+
+/// Runs a command and gives every line of its output to `line`, after printing it.
+///
+/// Standard output and standard error come through one pipe, so that what cargo says of a test program stands
+/// before what the program says.
+pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
+    eprintln!("==> {}", describe(command));
+    let (output, input) = io::pipe().map_err(|source| start_error(command, source))?;
+    let errors = input.try_clone().map_err(|source| start_error(command, source))?;
+    let started = command.stdin(Stdio::null()).stdout(input).stderr(errors).spawn();
+    // Our ends of the pipe are in the command; without them the reader would never see the end.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = started.map_err(|source| start_error(command, source))?;
+    let (sender, received) = channel();
+    thread::spawn(move || send_lines(output, &sender));
+    let mut ended = None;
+    loop {
+        match received.recv_timeout(PATIENCE) {
+            Ok(text) => {
+                println!("{text}");
+                line(&text);
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if ended.is_some() => {
+                eprintln!(
+                    "xtask: a process that a test left behind still holds its output; going on without it"
+                );
+                break;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                ended = child.try_wait().map_err(|source| start_error(command, source))?;
+            }
+        }
+    }
+    child.wait().map_err(|source| start_error(command, source))
+}
+
+/// Lines are bytes until here, because tests may print anything.
+fn send_lines(output: PipeReader, sender: &Sender<String>) {
+    let mut output = BufReader::new(output);
+    let mut bytes = Vec::new();
+    while output.read_until(b'\n', &mut bytes).is_ok_and(|length| length > 0) {
+        let text = String::from_utf8_lossy(&bytes).trim_end_matches(['\n', '\r']).to_string();
+        if sender.send(text).is_err() {
+            return;
+        }
+        bytes.clear();
+    }
+}
+
+/// Runs a command for its standard output. `None` if it could not be started or failed.
+pub(crate) fn output(command: &mut Command) -> Option<String> {
+    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> (Vec<String>, ExitStatus) {
+        let mut seen = Vec::new();
+        let status =
+            lines(Command::new("sh").args(["-c", script]), |line| seen.push(line.to_string())).unwrap();
+        (seen, status)
+    }
+
+    #[test]
+    fn both_outputs_come_in_order_with_the_exit_status() {
+        let (seen, status) = shell("echo one; echo two >&2; printf 'th\\377ree\\r\\n'; printf four; exit 3");
+        assert_eq!(seen, ["one", "two", "th\u{fffd}ree", "four"]);
+        assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn a_process_left_behind_does_not_hold_us() {
+        let start = std::time::Instant::now();
+        let (seen, status) = shell("sleep 60 & echo pid $!; exit 0");
+        assert!(status.success() && start.elapsed() < Duration::from_secs(30));
+        let pid = seen[0].strip_prefix("pid ").unwrap();
+        assert!(Command::new("kill").arg(pid).status().unwrap().success(), "our own sleep was still there");
+    }
+}

@@ -1,0 +1,209 @@
+//! What the tests said, taken from the output of `cargo test -- --show-output`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Counts and names over all test programs of a run.
+#[derive(Debug, Default)]
+pub(crate) struct Summary {
+    passed: usize,
+    failed: Vec<String>,
+    /// Test and reason.
+    skipped: BTreeMap<String, String>,
+    ignored: usize,
+    /// What the summary adds to failures that have no test's name.
+    broken: Vec<String>,
+    /// The test program that is running, for names that are unique over the programs.
+    program: String,
+    /// The next line may be the name of a failed test.
+    listing: bool,
+    /// The test whose output is being read.
+    test: Option<String>,
+}
+
+impl Summary {
+    /// Reads one line of output.
+    pub(crate) fn line(&mut self, line: &str) {
+        let listed = std::mem::take(&mut self.listing);
+        if let Some(reason) = line.strip_prefix("skipped: ") {
+            let name = self.test.clone().unwrap_or_else(|| format!("#{}", self.skipped.len() + 1));
+            self.skipped.entry(self.full_name(&name)).or_insert_with(|| reason.to_string());
+        } else if let Some(program) = program(line) {
+            self.program = program;
+            self.test = None;
+        } else if let Some(name) = output_header(line) {
+            self.test = Some(name.to_string());
+        } else if let Some(counts) = line.strip_prefix("test result: ") {
+            self.passed += count(counts, "passed");
+            self.ignored += count(counts, "ignored");
+            self.test = None;
+        } else if line == "successes:" || line == "failures:" {
+            self.test = None;
+            // The harness writes it twice, once before the output and once before the names.
+            self.listing = line == "failures:";
+        } else if let Some(name) = line.strip_prefix("    ").filter(|_| listed) {
+            self.failed.push(self.full_name(name));
+            self.listing = true;
+        }
+    }
+
+    /// Notes that a test program or cargo itself ended badly although no test failed by name.
+    pub(crate) fn ended_badly(&mut self, what: &str) {
+        self.broken.push(what.to_string());
+    }
+
+    /// Tests that failed by name so far.
+    pub(crate) fn failures(&self) -> usize {
+        self.failed.len()
+    }
+
+    pub(crate) fn is_good(&self) -> bool {
+        self.failed.is_empty() && self.broken.is_empty()
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.program.is_empty() { name.to_string() } else { format!("{}: {name}", self.program) }
+    }
+}
+
+/// The test program that cargo starts, by the name of its file without the hash:
+/// `     Running tests/network.rs (target/release/deps/network-0123456789abcdef)` gives `network`.
+fn program(line: &str) -> Option<String> {
+    let line = line.trim_start();
+    if let Some(package) = line.strip_prefix("Doc-tests ") {
+        return Some(format!("{package} (documentation)"));
+    }
+    let file = line.strip_prefix("Running ")?.strip_suffix(')')?.rsplit_once("/deps/")?.1;
+    Some(file.rsplit_once('-')?.0.to_string())
+}
+
+/// The test's name in the line before its output, `---- NAME stdout ----`.
+fn output_header(line: &str) -> Option<&str> {
+    line.strip_prefix("---- ")?.strip_suffix(" stdout ----")
+}
+
+/// The number before a word: `12 passed; 0 failed` and `passed` give 12.
+fn count(counts: &str, word: &str) -> usize {
+    let words: Vec<&str> = counts.split([' ', ';', '.']).filter(|it| !it.is_empty()).collect();
+    words.windows(2).find(|pair| pair[1] == word).and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, reason) in &self.skipped {
+            writeln!(f, "skipped  {name}: {reason}")?;
+        }
+        for name in self.failed.iter().chain(&self.broken) {
+            writeln!(f, "failed   {name}")?;
+        }
+        // A skipped test has passed for the harness.
+        let passed = self.passed.saturating_sub(self.skipped.len());
+        let (failed, skipped) = (self.failed.len() + self.broken.len(), self.skipped.len() + self.ignored);
+        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(program: &str, text: &str) -> Summary {
+        let mut summary = Summary::default();
+        summary.line(&running(program));
+        text.lines().for_each(|line| summary.line(line));
+        summary
+    }
+
+    fn running(program: &str) -> String {
+        format!("     Running tests/x.rs (/some/where/release/deps/{program}-0123456789abcdef)")
+    }
+
+    const GOOD: &str = "
+running 4 tests
+test a ... ok
+test b ... ok
+test c ... ignored, takes an hour
+test d ... ok
+
+successes:
+
+---- a stdout ----
+skipped: no /dev/kvm
+skipped: said twice
+
+---- d stdout ----
+seed 17
+this line says that nothing was skipped: right
+
+
+successes:
+    a
+    b
+    d
+
+test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+
+    #[test]
+    fn a_skipped_test_is_counted_once_and_not_as_passed() {
+        let summary = read("network", GOOD);
+        assert!(summary.is_good());
+        assert_eq!(summary.to_string(), "skipped  network: a: no /dev/kvm\n2 passed, 0 failed, 2 skipped");
+    }
+
+    #[test]
+    fn failures_are_named() {
+        let text = "
+running 2 tests
+test good ... ok
+test module::bad ... FAILED
+
+failures:
+
+---- module::bad stdout ----
+
+thread 'module::bad' panicked at src/lib.rs:1:1:
+
+failures:
+    module::bad
+
+test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+";
+        let summary = read("outlive-pair", text);
+        assert!(!summary.is_good());
+        assert_eq!(summary.to_string(), "failed   outlive-pair: module::bad\n1 passed, 1 failed, 0 skipped");
+    }
+
+    #[test]
+    fn a_program_that_crashed_is_a_failure() {
+        let mut summary = read("x", "running 1 test\n");
+        summary.ended_badly("cargo test");
+        assert_eq!(summary.to_string(), "failed   cargo test\n0 passed, 1 failed, 0 skipped");
+        assert!(!summary.is_good());
+    }
+
+    #[test]
+    fn programs_are_known_by_the_names_of_their_files() {
+        assert_eq!(program(&running("my-tests")).as_deref(), Some("my-tests"));
+        assert_eq!(program("   Doc-tests outlive_dirty").as_deref(), Some("outlive_dirty (documentation)"));
+        assert_eq!(program("Running fast"), None);
+    }
+
+    #[test]
+    fn programs_add_up_and_equal_names_do_not_collide() {
+        let mut summary = read("one", GOOD);
+        summary.line(&running("two"));
+        GOOD.lines().for_each(|line| summary.line(line));
+        assert!(summary.to_string().ends_with("4 passed, 0 failed, 4 skipped"));
+    }
+
+    #[test]
+    fn a_harness_of_its_own_counts_too() {
+        let text = "skipped: with_rights needs root\ntest with_rights ... ok\ntest other ... ok\n
+test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        assert_eq!(
+            read("enter", text).to_string(),
+            "skipped  enter: #1: with_rights needs root\n1 passed, 0 failed, 1 skipped"
+        );
+    }
+}

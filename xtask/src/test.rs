@@ -1,0 +1,54 @@
+//! `cargo xtask test`.
+
+use std::ffi::OsString;
+use std::process::Command;
+use std::time::Instant;
+
+use crate::run::{StepError, Workspace, describe, lines, step};
+use crate::summary::Summary;
+use crate::{models, packages};
+
+#[derive(clap::Args, Default)]
+pub(crate) struct TestOptions {
+    /// Run only tests whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// Do not fetch missing Debian packages; tests that need them are skipped
+    #[arg(long)]
+    no_fetch: bool,
+}
+
+/// Runs everything, prints the summary, and fails if a test failed.
+pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), StepError> {
+    let start = Instant::now();
+    let environment = packages::prepare(workspace, !options.no_fetch);
+    // First only the build: an error in it is not a test that failed.
+    step(&mut workspace.cargo(["test", "--release", "--workspace", "--no-run"]))?;
+    let mut commands = vec![workspace.cargo(["test", "--release", "--workspace"])];
+    commands.extend(models::commands(workspace)?);
+    let mut summary = Summary::default();
+    for command in &mut commands {
+        test(command, &environment, options, &mut summary)?;
+    }
+    let seconds = start.elapsed().as_secs();
+    println!("\ntests took {} min {} s, build included", seconds / 60, seconds % 60);
+    println!("{summary}");
+    if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+}
+
+fn test(
+    command: &mut Command,
+    environment: &[(&'static str, OsString)],
+    options: &TestOptions,
+    summary: &mut Summary,
+) -> Result<(), StepError> {
+    // All programs run even if one fails; what passed tests print is shown, see the crate's documentation.
+    command.arg("--no-fail-fast").envs(environment.iter().cloned()).arg("--").arg("--show-output");
+    command.args(&options.filter);
+    let before = summary.failures();
+    let status = lines(command, |line| summary.line(line))?;
+    if !status.success() && summary.failures() == before {
+        summary.ended_badly(&format!("{} ({status})", describe(command)));
+    }
+    Ok(())
+}
