@@ -104,6 +104,8 @@
 mod claim;
 mod planted;
 mod primary;
+#[cfg(test)]
+mod sim;
 mod standby;
 
 use std::fmt;
@@ -179,15 +181,20 @@ pub struct Timing {
     pub dead_after: Duration,
     /// Pause between two attempts to reach a standby, and between two claims while the arbiter is out of reach.
     pub retry: Duration,
+    /// How long a primary waits for the answer to its Hello: the standby first finds memory for the whole VM.
+    pub greeting: Duration,
 }
 
 impl Timing {
     /// The usual pause between attempts.
     pub const RETRY: Duration = Duration::from_millis(200);
 
-    /// Timing with the usual pause between attempts.
+    /// The usual wait for the answer to Hello.
+    pub const GREETING: Duration = Duration::from_secs(5);
+
+    /// Timing with the usual pauses between attempts.
     pub fn new(dead_after: Duration) -> Self {
-        Self { dead_after, retry: Self::RETRY }
+        Self { dead_after, retry: Self::RETRY, greeting: Self::GREETING.max(dead_after) }
     }
 
     /// The primary's patience: shorter than the standby's, so that it falls silent first.

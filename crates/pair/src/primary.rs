@@ -134,8 +134,9 @@ impl Primary {
     /// written, with a fresh `now`: between the decision and the write this process may have been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
         match &self.state {
+            _ if planted!(self.bug, StaleAckReleases) => true,
             State::Guarding(_, guard) => now < guard.contact + self.timing.primary_patience(),
-            State::Arbitrating(_) | State::Over { fenced: true } => planted!(self.bug, StaleAckReleases),
+            State::Arbitrating(_) | State::Over { fenced: true } => false,
             _ => true,
         }
     }
@@ -200,7 +201,9 @@ impl Primary {
     fn look_at_clock(&mut self, out: &mut Vec<Action>) {
         let patience = self.timing.primary_patience();
         let silent = match &self.state {
-            State::Greeting { link, until } if self.now >= *until => Some((*link, patience)),
+            State::Greeting { link, until } if self.now >= *until => {
+                Some((*link, self.config.timing.greeting))
+            }
             State::BaseSync(attached) if self.now >= attached.heard + patience => {
                 Some((attached.link, self.now - attached.heard))
             }
@@ -271,7 +274,7 @@ impl Primary {
 
     fn connected(&mut self, link: Link, out: &mut Vec<Action>) {
         if matches!(self.state, State::Dialling { link: dialled } if dialled == link) {
-            self.state = State::Greeting { link, until: self.now + self.config.timing.dead_after };
+            self.state = State::Greeting { link, until: self.now + self.config.timing.greeting };
             out.push(Action::SendHello { link, generation: self.generation });
         } else {
             out.push(Action::Hangup { link });

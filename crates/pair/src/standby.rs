@@ -105,6 +105,12 @@ impl Standby {
         }
     }
 
+    /// Whether the driver may go on reading checkpoints. `false` while one that is staged whole waits for the one before it
+    /// to be applied: both buffers are taken, and the link's own flow control must slow the primary down.
+    pub fn may_read(&self) -> bool {
+        !matches!(self.state, State::Committed { next: Some(_), .. })
+    }
+
     /// Whether a Hello would be accepted now.
     ///
     /// # Errors

@@ -177,7 +177,8 @@ pub enum StandbyAction {
     },
     /// Throw the checkpoint away that is not acknowledged, whole or partial. Memory keeps the committed one.
     DiscardStaged,
-    /// Throw everything away: staging, memory, state.
+    /// Throw everything away: staging, memory, state. If an `Apply` is still running, wait for its end first (the memory
+    /// may soon belong to another VM); it need not be reported any more.
     DiscardAll,
     /// Ask the arbiter for a generation; the answer comes back as [`StandbyEvent::Claimed`].
     Claim {

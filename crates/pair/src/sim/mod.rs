@@ -1,0 +1,135 @@
+//! A seeded simulator of several hosts that run the two machines against delay, partition, freeze and crash.
+//!
+//! One seed is one schedule, so a failure can be repeated: every assertion prints its seed, and
+//! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair` runs it alone. `OUTLIVE_SIM_SEEDS=n` sets how many are run.
+//!
+//! The VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the drivers of the machines
+//! ([`hosts`]) obey the actions and nothing else; the clocks of the hosts differ in offset and by up to 4 % in rate.
+
+mod hosts;
+mod run;
+mod truth;
+mod world;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::Timing;
+use crate::planted::Bug;
+use run::Faults;
+use world::Stats;
+
+const DEAD_AFTER: Duration = Duration::from_millis(100);
+const RETRY: Duration = Duration::from_millis(20);
+/// Length of an epoch in µs.
+const INTERVAL: u64 = 15_000;
+/// Time between two steps of the VM in µs, on average.
+const STEP: u64 = 6_000;
+const SLOTS: u64 = 2;
+
+fn timing() -> Timing {
+    Timing { dead_after: DEAD_AFTER, retry: RETRY, greeting: DEAD_AFTER }
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs schedules until one violates an invariant; returns that seed and what it found.
+fn search(seeds: Range<u64>, faults: Faults, bug: Option<Bug>) -> (Stats, Option<(u64, String)>) {
+    let next = AtomicU64::new(seeds.start);
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(4));
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let run = || {
+            let mut stats = Stats::default();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= seeds.end {
+                    return (stats, None);
+                }
+                match run::schedule(seed, faults, bug) {
+                    Ok(one) => stats.add(&one),
+                    Err(what) => {
+                        next.store(seeds.end, Ordering::Relaxed);
+                        return (stats, Some((seed, what)));
+                    }
+                }
+            }
+        };
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a schedule panicked")).collect()
+    });
+    let mut stats = Stats::default();
+    results.iter().for_each(|(one, _)| stats.add(one));
+    (stats, results.into_iter().filter_map(|(_, found)| found).min())
+}
+
+#[test]
+fn the_invariants_hold_in_every_schedule() {
+    let seeds = match from_environment("OUTLIVE_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..from_environment("OUTLIVE_SIM_SEEDS").unwrap_or(20_000),
+    };
+    let count = seeds.end - seeds.start;
+    let (stats, found) = search(seeds, Faults::Many, None);
+    if let Some((seed, what)) = found {
+        panic!("seed {seed}: {what}\nrepeat with OUTLIVE_SIM_SEED={seed}");
+    }
+    println!("{count} schedules: {stats:?}");
+    if count >= 1000 {
+        // A simulator that does not get anywhere proves nothing.
+        assert!(stats.takeovers > count / 4, "{stats:?}");
+        assert!(
+            stats.alone > count / 4 && stats.fenced > count / 20 && stats.standby_lost > count / 20,
+            "{stats:?}"
+        );
+        assert!(
+            stats.unreachable > count / 20 && stats.late_frames > 0 && stats.left > count / 50,
+            "{stats:?}"
+        );
+        assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
+        assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
+        assert!(stats.vm_lost < count / 4, "{stats:?}");
+    }
+}
+
+/// What the whole is for: whatever strikes once, the VM lives on, or has ended in order.
+#[test]
+fn one_fault_never_costs_the_vm() {
+    let (stats, found) = search(0..5_000, Faults::One, None);
+    assert_eq!(found, None);
+    assert_eq!(stats.vm_lost, 0, "{stats:?}");
+    assert!(stats.takeovers > 500 && stats.alone > 500, "{stats:?}");
+}
+
+/// Each of these mistakes in the machines (or in a driver) must be found, or the simulator is blind there.
+#[test]
+fn every_planted_mistake_is_found() {
+    let bugs = [
+        Bug::ReleaseBeforeAck,
+        Bug::NoHoldAtBaseFinal,
+        Bug::SkipArbitration,
+        Bug::LoserGoesOn,
+        Bug::StaleAckReleases,
+        Bug::SilenceByLastByte,
+        Bug::BaseLossClaimsNothingAfterCapture,
+        Bug::EndWithoutArbitration,
+        Bug::AckWhilePartial,
+        Bug::TakeOverWithoutWin,
+        Bug::TakeOverBeforeApplied,
+        Bug::TakeOverFromUnacknowledged,
+        Bug::TakeOverAfterEnd,
+        Bug::BaseAfterCommit,
+        Bug::ClaimAfterLeave,
+        Bug::ClaimNeverRepeated,
+    ];
+    let mut blind = Vec::new();
+    for bug in bugs {
+        match search(0..20_000, Faults::Many, Some(bug)).1 {
+            Some((seed, what)) => println!("{bug:?}: seed {seed}: {what}"),
+            None => blind.push(bug),
+        }
+    }
+    assert!(blind.is_empty(), "not found: {blind:?}");
+}

@@ -1,0 +1,335 @@
+//! One schedule: what happens, which faults strike, and what must be true at the end.
+
+use outlive_epoch::EndReason;
+
+use super::hosts::Process;
+use super::truth::Life;
+use super::world::{Happening, Msg, Stats, World};
+use crate::planted::Bug;
+use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
+
+const FAULTS_FROM: u64 = 100_000;
+const FAULTS_UNTIL: u64 = 1_800_000;
+const CHECK_FROM: u64 = 3_300_000;
+const END: u64 = 3_700_000;
+
+/// How many faults strike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Faults {
+    One,
+    Many,
+}
+
+/// Runs one schedule.
+pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<Stats, String> {
+    let mut world = World::new(seed, 3, bug);
+    world.hosts[0].life = 1;
+    world.start_primary(0, 1, 0, 0);
+    for host in 1..3 {
+        world.start_standby(host);
+    }
+    world.company = faults == Faults::Many;
+    let count = if faults == Faults::One { 1 } else { world.rng.range(1, 7) };
+    for _ in 0..count {
+        let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
+        world.at(time, Happening::Fault);
+    }
+    world.at(FAULTS_UNTIL, Happening::Heal);
+    world.run_until(CHECK_FROM);
+    let tip = world.truth.tip;
+    world.run_until(END);
+    if world.truth.violation.is_none() {
+        world.check_liveness(tip);
+    }
+    match world.truth.violation.take() {
+        Some(what) => Err(what),
+        None => Ok(world.stats),
+    }
+}
+
+impl World {
+    fn run_until(&mut self, time: u64) {
+        while self.truth.violation.is_none()
+            && let Some(happening) = self.pop(time)
+        {
+            self.happen(happening);
+        }
+    }
+
+    /// Somebody makes progress and is protected again, unless the VM has ended or was lost to a second fault.
+    fn check_liveness(&mut self, tip: usize) {
+        if self.truth.ended {
+            return;
+        }
+        let (newest, owner) = self.truth.newest();
+        if !self.alive(owner) {
+            // The owner died. That may only be the end of the VM if nobody holds a committed checkpoint of it.
+            let holds =
+                |process: &Process| matches!(process, Process::Standby(s) if s.machine.committed().is_some());
+            match self.hosts.iter().position(|host| holds(&host.process)) {
+                Some(host) => self
+                    .truth
+                    .fail(format!("host {host} holds the VM of generation {newest} and does not run it")),
+                None => self.stats.vm_lost += 1,
+            }
+            return;
+        }
+        let status = match &self.hosts[owner.0].process {
+            Process::Primary(p) => p.machine.status(),
+            _ => {
+                return self
+                    .truth
+                    .fail(format!("{owner:?} owns generation {newest} and does not run the VM"));
+            }
+        };
+        if self.truth.tip == tip {
+            self.truth
+                .fail(format!("{owner:?} owns generation {newest}, is {status:?} and lets nothing out"));
+        }
+        if status != PrimaryStatus::Protected {
+            self.truth.fail(format!("{owner:?} found no new standby; it is {status:?}"));
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        self.stats.events += 1;
+        let life = match &happening {
+            Happening::Tick(life)
+            | Happening::VmStep(life)
+            | Happening::Capture(life)
+            | Happening::Dialled { life, .. }
+            | Happening::BaseRound { life, .. }
+            | Happening::ClaimAnswered { life, .. }
+            | Happening::Applied { life, .. } => Some(*life),
+            Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
+            _ => None,
+        };
+        if let Some(life) = life {
+            if !self.alive(life) {
+                return;
+            }
+            let frozen = self.frozen(life);
+            if frozen > self.now {
+                // It waits in a queue of the kernel; after SIGCONT things happen in any order.
+                let at = frozen + self.rng.range(0, 300);
+                return self.at(at, happening);
+            }
+        }
+        match happening {
+            Happening::Deliver { conn, side } => self.deliver(conn, side),
+            Happening::Reset { conn, side } => self.reset(conn, side),
+            Happening::Tick(life) => self.tick(life),
+            Happening::Dialled { life, link, target } => self.dialled(life, link, target),
+            Happening::VmStep(life) => self.vm_step(life),
+            Happening::Capture(life) => self.capture(life),
+            Happening::BaseRound { life, link, left } => self.base_round(life, link, left),
+            Happening::ClaimArrives { life, generation } => self.claim_arrives(life, generation),
+            Happening::ClaimAnswered { life, generation, result } => match &self.hosts[life.0].process {
+                Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
+                _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
+            },
+            Happening::Applied { life, number } => self.applied(life, number),
+            Happening::Restart { host } => {
+                if matches!(self.hosts[host].process, Process::Down) && !self.truth.ended {
+                    self.start_standby(host);
+                }
+            }
+            Happening::Fault => self.fault(),
+            Happening::Cut { from, to } => {
+                if !self.healed {
+                    self.cut[from][to] = self.now + 300_000;
+                }
+            }
+            Happening::Heal => self.heal(),
+        }
+    }
+
+    fn tick(&mut self, life: Life) {
+        self.hosts[life.0].tick_at = None;
+        match &self.hosts[life.0].process {
+            Process::Primary(_) => self.primary(life, PrimaryEvent::Tick),
+            Process::Standby(_) => self.standby(life, StandbyEvent::Tick),
+            Process::Down => {}
+        }
+    }
+
+    fn deliver(&mut self, conn: usize, side: usize) {
+        if let Some(until) = self.held_up(conn, side) {
+            let at = until + self.rng.range(0, 300);
+            return self.at(at, Happening::Deliver { conn, side });
+        }
+        let life = self.conns[conn].ends[side];
+        let hears = self.alive(life) && self.conns[conn].open[side];
+        if hears && side == 0 && !self.standby_reads(life) {
+            return self.after(500, Happening::Deliver { conn, side });
+        }
+        let Some(msg) = self.conns[conn].queues[side].pop_front() else { return };
+        match side {
+            _ if !hears => {}
+            0 => self.standby_hears(life, conn, msg),
+            _ => self.primary_hears(life, conn, msg),
+        }
+    }
+
+    fn reset(&mut self, conn: usize, side: usize) {
+        let life = self.conns[conn].ends[side];
+        if !self.conns[conn].open[side] {
+            return;
+        }
+        let why = LossReason::Error("connection reset by peer".into());
+        if side == 0 {
+            self.standby(life, StandbyEvent::LinkLost { link: Link(conn as u64), why });
+        } else {
+            let link = self.conns[conn].primary_link;
+            self.primary(life, PrimaryEvent::LinkLost { link, why });
+        }
+    }
+
+    /// A claim reaches the arbiter, or does not, or does and its answer is lost. It may come from a process that has died.
+    fn claim_arrives(&mut self, life: Life, generation: u64) {
+        let cut = self.hosts[life.0].arbiter_cut_until > self.now;
+        let base = match &self.hosts[life.0].process {
+            _ if self.hosts[life.0].life != life.1 => return,
+            Process::Primary(p) => (p.node(), p.excused),
+            Process::Standby(s) => (s.claims_from(), s.excused),
+            Process::Down => return,
+        };
+        let mut result = ClaimResult::Unreachable { why: "no route".into() };
+        if !cut || self.rng.one_in(3) {
+            let verdict = self.truth.claim(generation, life, base.0, base.1);
+            if !cut {
+                result = match verdict {
+                    Ok(()) => ClaimResult::Won,
+                    Err(owner) => ClaimResult::Lost { owner: format!("{owner:?}") },
+                };
+            }
+        }
+        let delay = self.arbiter_delay();
+        self.after(delay, Happening::ClaimAnswered { life, generation, result });
+    }
+
+    fn fault(&mut self) {
+        if self.healed {
+            return;
+        }
+        let host = self.rng.range(0, 3) as usize;
+        let other = (host + self.rng.range(1, 3) as usize) % 3;
+        let until = self.now + self.rng.range(5_000, 400_000);
+        match self.rng.range(0, 17) {
+            0 | 1 => self.crash(host),
+            2 => {
+                let (_, owner) = self.truth.newest();
+                self.crash(owner.0);
+            }
+            3 | 4 => self.freeze(host, until),
+            5 => {
+                let (_, owner) = self.truth.newest();
+                self.freeze(owner.0, until);
+            }
+            6 => self.cut[host][other] = until,
+            7 => {
+                self.cut[host][other] = until;
+                self.cut[other][host] = until;
+            }
+            8 => (0..3).for_each(|other| {
+                self.cut[host][other] = until;
+                self.cut[other][host] = until;
+            }),
+            9 => self.hosts[host].arbiter_cut_until = until,
+            10 => self.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = until),
+            11 => self.arbiter_slow_until = until,
+            12 => {
+                (self.slow_from, self.slow_until, self.slow_by) =
+                    (self.now, until, self.rng.range(100, 250_000))
+            }
+            16 => self.swell_and_cut(),
+            13 => self.strike_link(),
+            14 if self.frozen(self.life(host)) > self.now => {}
+            14 => match &self.hosts[host].process {
+                Process::Standby(_) => self.standby(self.life(host), StandbyEvent::Stop),
+                Process::Primary(_) if self.rng.one_in(2) => {
+                    self.primary(self.life(host), PrimaryEvent::End { reason: EndReason::Stopped });
+                }
+                _ => {}
+            },
+            _ => {
+                let (_, owner) = self.truth.newest();
+                if let Process::Primary(p) = &self.hosts[owner.0].process {
+                    let depth = self.truth.depth(p.node());
+                    self.guest_end = depth + self.rng.range(1, 60) as u32;
+                }
+            }
+        }
+        // Faults like company.
+        if self.company && self.rng.one_in(3) {
+            let delay = self.rng.range(0, 30_000);
+            self.after(delay, Happening::Fault);
+        }
+    }
+
+    fn life(&self, host: usize) -> Life {
+        (host, self.hosts[host].life)
+    }
+
+    fn crash(&mut self, host: usize) {
+        if !matches!(self.hosts[host].process, Process::Down) {
+            let told = !self.rng.one_in(3);
+            self.stop_process(host, told);
+        }
+    }
+
+    fn freeze(&mut self, host: usize, until: u64) {
+        if !matches!(self.hosts[host].process, Process::Down) {
+            self.hosts[host].frozen_until = until;
+            self.hosts[host].stale = self.rng.one_in(2).then_some(self.now);
+        }
+    }
+
+    /// Queues on the way swell, and then only the way to the standby is cut: old acknowledgements go on arriving at a
+    /// primary whose standby has long stopped hearing it.
+    fn swell_and_cut(&mut self) {
+        let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
+        let [standby, primary] = self.conns[conn].ends;
+        let start = self.rng.range(50_000, 400_000);
+        (self.slow_from, self.slow_until, self.slow_by) = (self.now, self.now + start + 300_000, 250_000);
+        self.after(start, Happening::Cut { from: primary.0, to: standby.0 });
+    }
+
+    /// Trouble on one of the newest connections: a reset by a third party, damage, stray base pages, or trouble at the
+    /// primary itself.
+    fn strike_link(&mut self) {
+        let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
+        match self.rng.range(0, 4) {
+            0 => {
+                self.conns[conn].broken = true;
+                for side in 0..2 {
+                    if !self.rng.one_in(5) {
+                        let delay = self.rng.range(0, 60_000);
+                        self.after(delay, Happening::Reset { conn, side });
+                    }
+                }
+            }
+            1 => self.send(conn, 0, Msg::Bad),
+            2 => self.send(conn, 0, Msg::Base),
+            _ => {
+                let life = self.conns[conn].ends[1];
+                if self.alive(life) && self.frozen(life) <= self.now {
+                    let link = self.conns[conn].primary_link;
+                    let why = LossReason::Local("the tracker lost a page".into());
+                    self.primary(life, PrimaryEvent::LinkLost { link, why });
+                }
+            }
+        }
+    }
+
+    fn heal(&mut self) {
+        let now = self.now;
+        self.healed = true;
+        self.cut.iter_mut().flatten().for_each(|until| *until = (*until).min(now));
+        for host in &mut self.hosts {
+            host.arbiter_cut_until = now.min(host.arbiter_cut_until);
+        }
+        self.slow_until = now;
+        self.arbiter_slow_until = now;
+    }
+}

@@ -1,0 +1,124 @@
+//! What an all-knowing observer sees, and the invariants it checks after every step.
+
+use std::collections::BTreeMap;
+
+/// A state of the VM: everything it has done so far, as a node in the tree of all histories. Two hosts that ran the VM
+/// from the same checkpoint have different nodes with one common ancestor.
+pub(super) type Node = usize;
+
+/// One life of a process on a host.
+pub(super) type Life = (usize, u32);
+
+struct Step {
+    parent: Node,
+    depth: u32,
+}
+
+pub(super) struct Truth {
+    steps: Vec<Step>,
+    /// The newest state whose output the world has seen.
+    pub(super) tip: Node,
+    /// Who won which generation, and from which state the VM goes on in it.
+    won: BTreeMap<u64, (Life, Node)>,
+    /// The newest generation was won although its loser could not know: a third party reset the connection.
+    excused: bool,
+    /// The VM has ended in order.
+    pub(super) ended: bool,
+    pub(super) violation: Option<String>,
+}
+
+impl Truth {
+    pub(super) fn new(first: Life) -> Self {
+        let root = Step { parent: 0, depth: 0 };
+        let won = BTreeMap::from([(1, (first, 0))]);
+        Self { steps: vec![root], tip: 0, won, excused: false, ended: false, violation: None }
+    }
+
+    pub(super) fn fail(&mut self, what: String) {
+        self.violation.get_or_insert(what);
+    }
+
+    pub(super) fn depth(&self, node: Node) -> u32 {
+        self.steps[node].depth
+    }
+
+    /// The VM does something new.
+    pub(super) fn step(&mut self, from: Node) -> Node {
+        self.steps.push(Step { parent: from, depth: self.steps[from].depth + 1 });
+        self.steps.len() - 1
+    }
+
+    fn is_past_of(&self, past: Node, mut node: Node) -> bool {
+        while self.steps[node].depth > self.steps[past].depth {
+            node = self.steps[node].parent;
+        }
+        node == past
+    }
+
+    pub(super) fn newest(&self) -> (u64, Life) {
+        self.won.last_key_value().map_or((0, (0, 0)), |(generation, (life, _))| (*generation, *life))
+    }
+
+    /// The arbiter's test-and-set. `base` is the state from which the claimer would go on.
+    pub(super) fn claim(
+        &mut self,
+        generation: u64,
+        life: Life,
+        base: Node,
+        excused: bool,
+    ) -> Result<(), Life> {
+        if let Some((owner, _)) = self.won.get(&generation) {
+            return if *owner == life { Ok(()) } else { Err(*owner) };
+        }
+        if self.newest().0 + 1 != generation {
+            self.fail(format!("{life:?} claims generation {generation}, the newest is {}", self.newest().0));
+        }
+        if !self.is_past_of(self.tip, base) {
+            self.fail(format!(
+                "invariant 1: {life:?} wins {generation} without a state whose output was released"
+            ));
+        }
+        self.won.insert(generation, (life, base));
+        self.excused = excused;
+        Ok(())
+    }
+
+    /// A side goes live, or lets its output through again.
+    pub(super) fn goes_on(&mut self, generation: u64, life: Life) {
+        if self.won.get(&generation).map(|(owner, _)| *owner) != Some(life) {
+            self.fail(format!("invariant 3: {life:?} goes on in generation {generation} without owning it"));
+        }
+    }
+
+    /// A frame leaves a host and reaches the world.
+    pub(super) fn output(&mut self, node: Node, generation: u64, life: Life) {
+        let (newest, owner) = self.newest();
+        if self.won.get(&generation).map(|(owner, _)| *owner) != Some(life) {
+            self.fail(format!(
+                "invariant 3: {life:?} lets output out in generation {generation} without owning it"
+            ));
+        }
+        if owner != life {
+            let base = self.won[&newest].1;
+            if !self.is_past_of(node, base) {
+                self.fail(format!(
+                    "invariant 1: {life:?} releases what {owner:?}, owner of {newest}, does not know"
+                ));
+            }
+            if !self.excused {
+                self.fail(format!("two sides: {life:?} releases although {owner:?} has won {newest}"));
+            }
+        } else if self.is_past_of(self.tip, node) {
+            self.tip = node;
+        } else if !self.is_past_of(node, self.tip) {
+            self.fail(format!("invariant 1: {life:?} releases output of a second history"));
+        }
+    }
+
+    pub(super) fn ends(&mut self, life: Life) {
+        if self.newest().1 != life {
+            self.fail(format!("{life:?} ends the VM in order although it does not own it"));
+        }
+        self.ended = true;
+    }
+}

@@ -1,0 +1,335 @@
+//! Hosts, clocks, links and the arbiter of the simulation, and the queue of what happens next.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
+
+use super::hosts::Process;
+use super::truth::{Life, Node, Truth};
+use crate::planted::Bug;
+use crate::{ClaimResult, Introduction, Link};
+
+/// A small generator of random numbers with a good name for its state: the seed of the schedule.
+pub(super) struct Rng(pub(super) u64);
+
+impl Rng {
+    /// SplitMix64.
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number in `from..to`.
+    pub(super) fn range(&mut self, from: u64, to: u64) -> u64 {
+        from + self.next() % (to - from)
+    }
+
+    pub(super) fn one_in(&mut self, n: u64) -> bool {
+        self.next().is_multiple_of(n)
+    }
+}
+
+/// What crosses a link.
+#[derive(Debug, Clone)]
+pub(super) enum Msg {
+    Hello(Introduction),
+    Base,
+    Begin {
+        number: u64,
+        node: Node,
+        flags: CheckpointFlags,
+    },
+    Part,
+    End {
+        stamp: Duration,
+    },
+    Beat {
+        stamp: Duration,
+    },
+    VmEnd(EndReason),
+    /// Damage on the way, or a primary with an error.
+    Bad,
+    Accept {
+        dead_after: Duration,
+    },
+    Refuse(RefuseCode, String),
+    Ack {
+        generation: u64,
+        number: u64,
+        stamp: Duration,
+    },
+    Leave(LeaveReason),
+    /// The sender has closed the connection, or the kernel has done it for a dead process.
+    Closed,
+}
+
+/// What happens at one moment.
+#[derive(Debug, Clone)]
+pub(super) enum Happening {
+    /// The oldest message of a direction arrives. 0: to the standby, 1: to the primary.
+    Deliver {
+        conn: usize,
+        side: usize,
+    },
+    /// A third party has reset the connection, and this side learns of it.
+    Reset {
+        conn: usize,
+        side: usize,
+    },
+    Tick(Life),
+    Dialled {
+        life: Life,
+        link: Link,
+        target: usize,
+    },
+    VmStep(Life),
+    Capture(Life),
+    BaseRound {
+        life: Life,
+        link: Link,
+        left: u32,
+    },
+    ClaimArrives {
+        life: Life,
+        generation: u64,
+    },
+    ClaimAnswered {
+        life: Life,
+        generation: u64,
+        result: ClaimResult,
+    },
+    Applied {
+        life: Life,
+        number: u64,
+    },
+    Restart {
+        host: usize,
+    },
+    Fault,
+    Cut {
+        from: usize,
+        to: usize,
+    },
+    Heal,
+}
+
+pub(super) struct Conn {
+    /// The two ends: 0 is the standby, 1 the primary.
+    pub(super) ends: [Life; 2],
+    pub(super) primary_link: Link,
+    /// Messages under way to end 0 and to end 1.
+    pub(super) queues: [VecDeque<Msg>; 2],
+    /// When the last message under way arrives: nothing overtakes.
+    arrival: [u64; 2],
+    /// Whether an end still wants to hear.
+    pub(super) open: [bool; 2],
+    /// A third party has reset it.
+    pub(super) broken: bool,
+}
+
+pub(super) struct Host {
+    pub(super) process: Process,
+    /// Counts the lives of processes on this host.
+    pub(super) life: u32,
+    pub(super) frozen_until: u64,
+    /// The next event is handled with this time: it was read just before the process was stopped.
+    pub(super) stale: Option<u64>,
+    pub(super) arbiter_cut_until: u64,
+    /// Its clock: offset in µs and rate in parts per thousand.
+    offset: u64,
+    rate: u64,
+    pub(super) tick_at: Option<u64>,
+}
+
+pub(super) struct World {
+    pub(super) now: u64,
+    pub(super) rng: Rng,
+    pub(super) hosts: Vec<Host>,
+    pub(super) conns: Vec<Conn>,
+    pub(super) truth: Truth,
+    pub(super) bug: Option<Bug>,
+    /// `cut[a][b]`: nothing gets from a to b before this time.
+    pub(super) cut: Vec<Vec<u64>>,
+    /// Between these times messages are slow, and the longer the slower: queues on the way swell.
+    pub(super) slow_from: u64,
+    pub(super) slow_until: u64,
+    pub(super) slow_by: u64,
+    pub(super) arbiter_slow_until: u64,
+    pub(super) healed: bool,
+    /// A fault may bring further ones.
+    pub(super) company: bool,
+    /// The guest powers itself off when it has come this far.
+    pub(super) guest_end: u32,
+    pub(super) stats: Stats,
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    happenings: Vec<Option<Happening>>,
+    free: Vec<usize>,
+    sequence: u64,
+}
+
+/// What the schedules have reached; a simulator that never reaches a takeover proves nothing.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Stats {
+    pub(super) events: u64,
+    pub(super) takeovers: u64,
+    pub(super) alone: u64,
+    pub(super) fenced: u64,
+    pub(super) standby_lost: u64,
+    pub(super) protected: u64,
+    pub(super) released: u64,
+    pub(super) late_frames: u64,
+    pub(super) unreachable: u64,
+    pub(super) ended: u64,
+    pub(super) followed: u64,
+    pub(super) left: u64,
+    pub(super) vm_lost: u64,
+}
+
+impl Stats {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.takeovers += other.takeovers;
+        self.alone += other.alone;
+        self.fenced += other.fenced;
+        self.standby_lost += other.standby_lost;
+        self.protected += other.protected;
+        self.released += other.released;
+        self.late_frames += other.late_frames;
+        self.unreachable += other.unreachable;
+        self.ended += other.ended;
+        self.followed += other.followed;
+        self.left += other.left;
+        self.vm_lost += other.vm_lost;
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64, hosts: usize, bug: Option<Bug>) -> Self {
+        let mut rng = Rng(seed);
+        let hosts: Vec<Host> = (0..hosts)
+            .map(|_| Host {
+                process: Process::Down,
+                life: 0,
+                frozen_until: 0,
+                stale: None,
+                arbiter_cut_until: 0,
+                offset: rng.range(0, 1_000_000_000),
+                rate: rng.range(960, 1041),
+                tick_at: None,
+            })
+            .collect();
+        let count = hosts.len();
+        Self {
+            now: 0,
+            rng,
+            hosts,
+            conns: Vec::new(),
+            truth: Truth::new((0, 1)),
+            bug,
+            cut: vec![vec![0; count]; count],
+            slow_from: 0,
+            slow_until: 0,
+            slow_by: 0,
+            arbiter_slow_until: 0,
+            healed: false,
+            company: true,
+            guest_end: u32::MAX,
+            stats: Stats::default(),
+            queue: BinaryHeap::new(),
+            happenings: Vec::new(),
+            free: Vec::new(),
+            sequence: 0,
+        }
+    }
+
+    pub(super) fn at(&mut self, time: u64, happening: Happening) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.happenings.push(None);
+            self.happenings.len() - 1
+        });
+        self.happenings[slot] = Some(happening);
+        self.sequence += 1;
+        self.queue.push(Reverse((time.max(self.now), self.sequence, slot)));
+    }
+
+    pub(super) fn after(&mut self, delay: u64, happening: Happening) {
+        self.at(self.now + delay, happening);
+    }
+
+    /// The next thing to happen, not later than `until`.
+    pub(super) fn pop(&mut self, until: u64) -> Option<Happening> {
+        let Reverse((time, _, slot)) = *self.queue.peek()?;
+        if time > until {
+            return None;
+        }
+        self.queue.pop();
+        self.now = time;
+        self.free.push(slot);
+        self.happenings[slot].take()
+    }
+
+    pub(super) fn alive(&self, life: Life) -> bool {
+        let host = &self.hosts[life.0];
+        host.life == life.1 && !matches!(host.process, Process::Down)
+    }
+
+    /// The time on a host's own clock.
+    pub(super) fn clock(&self, host: usize) -> Duration {
+        self.clock_at(host, self.now)
+    }
+
+    pub(super) fn clock_at(&self, host: usize, time: u64) -> Duration {
+        let Host { offset, rate, .. } = self.hosts[host];
+        Duration::from_micros(offset + time * rate / 1000)
+    }
+
+    /// The first moment at which a host's clock shows at least this time.
+    pub(super) fn when(&self, host: usize, clock: Duration) -> u64 {
+        let Host { offset, rate, .. } = self.hosts[host];
+        let time = (clock.as_nanos().div_ceil(1000) as u64).saturating_sub(offset);
+        (time * 1000).div_ceil(rate)
+    }
+
+    pub(super) fn connect(&mut self, primary: Life, primary_link: Link, standby: Life) -> usize {
+        self.conns.push(Conn {
+            ends: [standby, primary],
+            primary_link,
+            queues: Default::default(),
+            arrival: [0; 2],
+            open: [true; 2],
+            broken: false,
+        });
+        self.conns.len() - 1
+    }
+
+    /// Puts a message on its way to one end of a connection.
+    pub(super) fn send(&mut self, conn: usize, side: usize, msg: Msg) {
+        let slow =
+            if self.now < self.slow_until { self.slow_by.min((self.now - self.slow_from) / 2) } else { 0 };
+        let delay = self.rng.range(20, 300) + slow;
+        let now = self.now;
+        let c = &mut self.conns[conn];
+        c.arrival[side] = c.arrival[side].max(now + delay);
+        c.queues[side].push_back(msg);
+        let arrival = c.arrival[side];
+        self.at(arrival, Happening::Deliver { conn, side });
+    }
+
+    /// Until when nothing reaches this end, because the network is cut or its host is stopped.
+    pub(super) fn held_up(&self, conn: usize, side: usize) -> Option<u64> {
+        let ends = self.conns[conn].ends;
+        let cut = self.cut[ends[1 - side].0][ends[side].0];
+        let until = cut.max(self.frozen(ends[side]));
+        (until > self.now).then_some(until)
+    }
+
+    /// Until when the process is stopped, if it is.
+    pub(super) fn frozen(&self, life: Life) -> u64 {
+        if self.alive(life) { self.hosts[life.0].frozen_until } else { 0 }
+    }
+}
