@@ -268,6 +268,9 @@ impl Director {
         if status.code() == Some(exit::USAGE.into()) && self.load.is_none() {
             return Err(Stop::Environment(words.trim().to_owned()));
         }
+        if self.load.is_none() {
+            return Err(Stop::Failed(format!("the process on host {host} ended at once ({status}){words}")));
+        }
         if status.success() && host == self.active {
             return Err(Stop::Failed(format!("the VM on host {host} ended by itself{words}")));
         }

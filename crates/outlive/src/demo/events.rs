@@ -167,6 +167,7 @@ mod tests {
         let mut second = Tenure::default();
         for record in [
             at(500_000, protected()),
+            at(1_050_000, Event::LinkLost { reason: "reset".into() }),
             at(1_100_000, takeover),
             at(2_000_000, protected()),
             at(2_500_000, Event::Unprotected { why: "standby gone".into() }),

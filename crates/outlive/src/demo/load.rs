@@ -48,7 +48,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    fn new(client: u32) -> Self {
+    pub(super) fn new(client: u32) -> Self {
         Self { ledger: Ledger::new(client), gaps: Gaps::default(), longest_connect_us: 0, failure: None }
     }
 }

@@ -28,7 +28,7 @@ mod verify;
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -123,7 +123,7 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     let interrupt = watch_signals()?;
     enter_own_namespace()?;
     build_network()?;
-    let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed"));
+    let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed") % 1_000_000);
     let plural = if options.kills == 1 { "" } else { "s" };
     eprintln!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds);
     let cluster = Cluster::new(shape(options, seed)?, WorkDir::create()?);
@@ -144,10 +144,12 @@ fn finish(options: &DemoOptions, summary: &Summary, cluster: Cluster) -> Result<
     } else {
         Some(cluster.end_and_keep())
     };
-    println!("{summary}");
+    let mut text = format!("{summary}\n");
     if let Some(kept) = kept {
-        println!("  Logs and event streams of all processes were kept in {}", kept.display());
+        text += &format!("  Logs and event streams of all processes were kept in {}\n", kept.display());
     }
+    // A reader that left early (a pipe into head) changes nothing about the result.
+    let _ = io::stdout().write_all(text.as_bytes());
     if let Some(path) = &options.json {
         fs::write(path, summary.to_json() + "\n")
             .map_err(|source| DemoError::Json { path: path.clone(), source })?;

@@ -155,6 +155,10 @@ fn median(values: &[u64]) -> Option<u64> {
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.headline())?;
+        if self.verdict.acked == 0 && self.failure.is_some() {
+            // It did not come far enough to have numbers.
+            return Ok(());
+        }
         writeln!(f)?;
         let damage = &self.verdict.damage;
         writeln!(f, "  acknowledged writes  {}", grouped(self.verdict.acked))?;
@@ -220,6 +224,13 @@ impl Summary {
         }
         let (p50, max) = of(|t| Some(t.total_us));
         writeln!(f, "  takeover             p50 {p50}, max {max}")?;
+        if self.takeovers.len() > self.kills as usize {
+            writeln!(
+                f,
+                "    {} of them without a kill: a live host was taken for dead",
+                self.takeovers.len() - self.kills as usize
+            )?;
+        }
         let parts: [(&str, Part); 4] = [
             ("detection", |t| Some(t.detect_us)),
             ("arbitration", |t| Some(t.arbitrate_us)),

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -121,7 +121,7 @@ fn calm() -> Arc<AtomicBool> {
 }
 
 /// Children of the killed actors (their `cat` and `sleep`) need a moment to end.
-fn nothing_left(stage: &Stage, folder: &Path) {
+fn nothing_left(stage: &Stage) {
     for _ in 0..200 {
         if stage.left().is_empty() {
             break;
@@ -129,7 +129,6 @@ fn nothing_left(stage: &Stage, folder: &Path) {
         thread::sleep(Duration::from_millis(10));
     }
     assert_eq!(stage.left(), [""; 0]);
-    assert!(!folder.exists(), "{folder:?}");
 }
 
 #[test]
@@ -145,15 +144,20 @@ fn kills_are_survived_and_nothing_is_left() {
     let folder = cluster.folder().to_owned();
     assert!(folder.is_dir());
     drop(cluster);
-    nothing_left(&stage, &folder);
+    assert!(!folder.exists(), "{folder:?}");
+    nothing_left(&stage);
 }
 
 #[test]
 fn a_server_that_forgets_an_increment_fails_the_demo() {
     let stage = Stage::new("forget", &[]);
-    let (summary, _cluster) = stage.play(&FakeServer::start(Fault::LoseIncrement(40)), 1, &calm()).unwrap();
+    let (summary, cluster) = stage.play(&FakeServer::start(Fault::LoseIncrement(40)), 1, &calm()).unwrap();
     assert_eq!((summary.ok(), summary.exit_code(), summary.verdict.damage.lost), (false, 1, 1), "{summary}");
     assert_eq!((summary.survived, summary.broken.len()), (1, 0));
+    let folder = cluster.end_and_keep();
+    nothing_left(&stage);
+    assert!(folder.join("0-b.log").is_file() && folder.join("1-a.events").is_file());
+    fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]
@@ -173,7 +177,8 @@ fn a_standby_that_dies_instead_of_taking_over_fails_the_demo_and_is_quoted() {
     let folder = cluster.end_and_keep();
     assert!(fs::read_dir(&folder).unwrap().count() >= 5, "logs and events of both processes");
     fs::remove_dir_all(&folder).unwrap();
-    nothing_left(&stage, &folder);
+    assert!(!folder.exists(), "{folder:?}");
+    nothing_left(&stage);
 }
 
 #[test]
@@ -186,7 +191,7 @@ fn a_refusal_to_start_is_passed_on() {
         }
         other => panic!("{:?}", other.map(|(summary, _)| summary)),
     }
-    assert!(stage.left().iter().all(|l| !l.contains("standby")));
+    nothing_left(&stage);
 }
 
 #[test]
@@ -213,5 +218,6 @@ fn an_interrupt_ends_it_early_and_in_order() {
     assert_eq!(summary.exit_code(), 130);
     let folder = cluster.folder().to_owned();
     drop(cluster);
-    nothing_left(&stage, &folder);
+    assert!(!folder.exists(), "{folder:?}");
+    nothing_left(&stage);
 }

@@ -107,15 +107,16 @@ mod tests {
     fn the_last_increment_is_judged_by_the_read_back_alone() {
         for (fault, damage) in [(Fault::LoseIncrement(5), (1, 0)), (Fault::RepeatIncrement(5), (0, 1))] {
             let server = FakeServer::start(fault);
-            let mut ledger = Ledger::new(0);
+            let mut report = Report::new(0);
+            let ledger = &mut report.ledger;
             let mut connection = Connection::open(server.addr(), SOON, SOON).unwrap();
             for _ in 0..5 {
                 ledger.increment_sent();
                 ledger.increment_acked(connection.increment(&ledger.counter_key()).unwrap());
             }
             assert_eq!(ledger.damage, Damage::default(), "the replies looked right");
-            read_client(&mut connection, &mut ledger).unwrap();
-            assert_eq!((ledger.damage.lost, ledger.damage.duplicated), damage, "{fault:?}");
+            let verdict = verify(server.addr(), &mut [report], SOON);
+            assert_eq!((verdict.damage.lost, verdict.damage.duplicated), damage, "{fault:?}");
         }
     }
 
