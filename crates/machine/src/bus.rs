@@ -12,8 +12,8 @@ use thiserror::Error;
 
 /// A device that answers at a range of addresses.
 ///
-/// `offset` is relative to the start of the range and `offset + data.len()` never exceeds its length. `data` is as
-/// long as the access of the guest (1, 2, 4 or 8 bytes; string I/O comes element by element).
+/// `offset` is relative to the start of the range and `offset + data.len()` never exceeds its length. `data`
+/// is as long as the access of the guest (1, 2, 4 or 8 bytes; string I/O comes element by element).
 pub trait BusDevice: Send {
     /// Answers a read by filling all of `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -136,7 +136,8 @@ impl Bus {
         }
     }
 
-    /// The device all of `address..address + len` belongs to. An access over the edge of a device belongs to none.
+    /// The device all of `address..address + len` belongs to. An access over the edge of a device belongs to
+    /// none.
     fn find(&self, address: u64, len: usize) -> Option<(&Entry, u64)> {
         let last = address.checked_add((len as u64).checked_sub(1)?)?;
         let at = self.entries.partition_point(|e| e.base <= address);

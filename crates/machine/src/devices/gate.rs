@@ -1,10 +1,11 @@
 //! The gate device threads work behind.
 //!
-//! A device thread takes a [`Pass`] for one batch of requests; the coordinator closes the gate for a checkpoint and
-//! opens it afterwards. Closing waits until no thread is inside; from then on newcomers park until it opens.
+//! A device thread takes a [`Pass`] for one batch of requests; the coordinator closes the gate for a
+//! checkpoint and opens it afterwards. Closing waits until no thread is inside; from then on newcomers park
+//! until it opens.
 //!
-//! An open gate costs one compare-and-swap to enter and one subtraction to leave. Nothing here allocates, sleeps or
-//! polls: whoever has to wait does so on a condition variable (a futex).
+//! An open gate costs one compare-and-swap to enter and one subtraction to leave. Nothing here allocates,
+//! sleeps or polls: whoever has to wait does so on a condition variable (a futex).
 //!
 //! How long [`DeviceGate::close`] waits is the rest of the longest batch inside. A batch therefore asks
 //! [`Pass::must_leave`] after each request and ends early, so that the wait is one request, not one batch.
@@ -16,13 +17,13 @@ const CLOSED: u32 = 1 << 31;
 
 /// Keeps the coordinator and any number of device threads apart.
 ///
-/// One coordinator at a time may use [`close`](Self::close) and [`open`](Self::open). A thread must not enter twice:
-/// a close between the two would wait for the first pass while the second entry waits for the opening.
+/// One coordinator at a time may use [`close`](Self::close) and [`open`](Self::open). A thread must not enter
+/// twice: a close between the two would wait for the first pass while the second entry waits for the opening.
 #[derive(Debug)]
 pub struct DeviceGate {
     state: AtomicU32,
-    /// How many threads wait for the gate to open. State changes that end a wait are made *before* this lock is
-    /// taken to notify, and waiters look at the state while they hold it, so no wake-up is lost.
+    /// How many threads wait for the gate to open. State changes that end a wait are made *before* this lock
+    /// is taken to notify, and waiters look at the state while they hold it, so no wake-up is lost.
     parked: Mutex<u32>,
     opened: Condvar,
     emptied: Condvar,
@@ -62,8 +63,8 @@ impl DeviceGate {
         }
     }
 
-    /// Enters the gate unless `quit` is set; parks while it is closed. To call a parked thread off, set `quit` and
-    /// then call [`recheck`](Self::recheck).
+    /// Enters the gate unless `quit` is set; parks while it is closed. To call a parked thread off, set
+    /// `quit` and then call [`recheck`](Self::recheck).
     pub fn enter_unless(&self, quit: &AtomicBool) -> Option<Pass<'_>> {
         while !quit.load(Ordering::Acquire) {
             if let Some(pass) = self.try_enter() {
@@ -87,8 +88,8 @@ impl DeviceGate {
         None
     }
 
-    /// Closes the gate and waits until no thread is inside. What they did there is visible afterwards. Closing a
-    /// closed gate only waits.
+    /// Closes the gate and waits until no thread is inside. What they did there is visible afterwards.
+    /// Closing a closed gate only waits.
     pub fn close(&self) {
         if self.state.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0 {
             return;

@@ -1,7 +1,7 @@
 //! Device models: what the guest sees beside memory and vCPUs.
 //!
-//! Device threads do their work in short batches inside a [`gate::DeviceGate`]. A checkpoint closes the gate, so
-//! between two batches every device is at rest: nothing half done in guest memory, no lock held.
+//! Device threads do their work in short batches inside a [`gate::DeviceGate`]. A checkpoint closes the gate,
+//! so between two batches every device is at rest: nothing half done in guest memory, no lock held.
 
 pub mod gate;
 pub mod virtio;

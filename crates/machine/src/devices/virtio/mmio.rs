@@ -1,13 +1,13 @@
 //! The virtio-mmio transport, register layout version 2 (virtio 1.2, section 4.2).
 //!
 //! ```text
-//! reset ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► DRIVER_OK        DEVICE_NEEDS_RESET, FAILED: wait for a reset
+//! reset ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► DRIVER_OK      DEVICE_NEEDS_RESET, FAILED: wait for reset
 //!                         features    queues         the device runs
 //! ```
 //!
-//! A register is accepted only in the phase named under the arrow it belongs to; a write out of phase is ignored with
-//! a log line, so a confused driver cannot change queues under a running device. The driver may only add status bits;
-//! writing 0 resets.
+//! A register is accepted only in the phase named under the arrow it belongs to; a write out of phase is
+//! ignored with a log line, so a confused driver cannot change queues under a running device. The driver may
+//! only add status bits; writing 0 resets.
 
 use std::sync::Arc;
 
@@ -193,11 +193,12 @@ where
         }
     }
 
-    /// Takes over a saved state; guest memory must be in place already. Refused as a whole if any part of it is
-    /// impossible, and the device is then as after a reset.
+    /// Takes over a saved state; guest memory must be in place already. Refused as a whole if any part of it
+    /// is impossible, and the device is then as after a reset.
     ///
-    /// What the state cannot hold is made up for by whoever lets the device go live: kick every queue (a notification
-    /// under way when the state was saved is lost) and raise the interrupt once (so is one of those).
+    /// What the state cannot hold is made up for by whoever lets the device go live: kick every queue (a
+    /// notification under way when the state was saved is lost) and raise the interrupt once (so is one of
+    /// those).
     pub fn restore(&mut self, state: &TransportState) -> Result<(), TransportRestoreError> {
         self.reset();
         self.check(state)?;

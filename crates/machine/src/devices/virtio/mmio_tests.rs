@@ -83,8 +83,7 @@ impl VirtioDevice<Memory> for Fake {
             return Err(ActivateError::QueueNotReady(0));
         }
         let queue = activation.queues[0].as_ref().unwrap();
-        self.progress =
-            Some(QueueProgress { next_avail: queue.next_avail(), next_used: queue.next_used() });
+        self.progress = Some(QueueProgress { next_avail: queue.next_avail(), next_used: queue.next_used() });
         log.line = Some(activation.line);
         Ok(())
     }
@@ -476,8 +475,8 @@ fn cut_or_senseless_bytes_are_no_state() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever a driver writes wherever: no panic, the rules of the status register hold, and the state it leads to can
-    /// be saved and restored.
+    /// Whatever a driver writes wherever: no panic, the rules of the status register hold, and the state it
+    /// leads to can be saved and restored.
     #[test]
     fn any_writes_lead_to_a_valid_state(writes in prop::collection::vec(
         (prop_oneof![Just(STATUS), Just(QUEUE_READY), Just(QUEUE_SEL), (0u64..0x44).prop_map(|r| r * 4)],

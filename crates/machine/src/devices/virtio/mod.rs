@@ -1,12 +1,12 @@
 //! virtio devices: what they have in common.
 //!
-//! A device is three things: the *transport* ([`mmio::MmioTransport`], registers the guest reads and writes), the
-//! *device model* (a [`VirtioDevice`]) and the *interrupt line* between them ([`InterruptLine`]). The transport owns
-//! the queues until the driver is ready; then it hands them to the device and asks for their positions when the
-//! state is saved.
+//! A device is three things: the *transport* ([`mmio::MmioTransport`], registers the guest reads and writes),
+//! the *device model* (a [`VirtioDevice`]) and the *interrupt line* between them ([`InterruptLine`]). The
+//! transport owns the queues until the driver is ready; then it hands them to the device and asks for their
+//! positions when the state is saved.
 //!
-//! Saving and restoring is done by the coordinator with all vCPUs stopped and the device gate closed, so that no one
-//! else is in any of these objects.
+//! Saving and restoring is done by the coordinator with all vCPUs stopped and the device gate closed, so that
+//! no one else is in any of these objects.
 
 pub mod mmio;
 pub mod net;
@@ -79,8 +79,8 @@ pub struct QueueProgress {
 
 /// A device model behind a transport.
 ///
-/// All methods but those of its own threads are called with the transport's lock held: by vCPU threads (registers) or
-/// by the coordinator (save, restore) while the vCPUs are stopped.
+/// All methods but those of its own threads are called with the transport's lock held: by vCPU threads
+/// (registers) or by the coordinator (save, restore) while the vCPUs are stopped.
 pub trait VirtioDevice<M>: Send {
     /// The virtio device ID.
     fn device_type(&self) -> u32;
@@ -88,8 +88,8 @@ pub trait VirtioDevice<M>: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue; at most [`MAX_QUEUES`] of them, each a power of two.
     fn queue_sizes(&self) -> &[u16];
-    /// One eventfd for each queue, written when the driver notifies the queue. They stay the same for the life of the
-    /// device, so KVM may write them directly (ioeventfd).
+    /// One eventfd for each queue, written when the driver notifies the queue. They stay the same for the
+    /// life of the device, so KVM may write them directly (ioeventfd).
     fn kicks(&self) -> &[EventFd];
     /// Reads the configuration space; bytes outside of it read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
@@ -168,8 +168,9 @@ impl std::fmt::Debug for InterruptLine {
     }
 }
 
-/// Whether the driver wants an interrupt for the buffers used since the last call. `Queue::needs_notification` knows
-/// only the event index; without it the driver's flag in the available ring counts.
+/// Whether the driver wants an interrupt for the buffers used since the last call.
+/// `Queue::needs_notification` knows only the event index; without it the driver's flag in the available ring
+/// counts.
 pub(crate) fn wants_interrupt<M: GuestMemory>(
     queue: &mut Queue,
     memory: &M,

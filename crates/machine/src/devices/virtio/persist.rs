@@ -1,7 +1,7 @@
 //! The saved state of a virtio-mmio transport: plain data and its bytes.
 //!
-//! The types here are apart from the ones at work even where they look alike: they change only together with the
-//! version of the device state that contains them. All numbers are little-endian.
+//! The types here are apart from the ones at work even where they look alike: they change only together with
+//! the version of the device state that contains them. All numbers are little-endian.
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueState};
@@ -140,8 +140,8 @@ impl TransportState {
         }
     }
 
-    /// Takes a state from the front of `bytes`. Only its form is checked here; whether it fits the device and the
-    /// guest's memory is checked by the transport that takes it over.
+    /// Takes a state from the front of `bytes`. Only its form is checked here; whether it fits the device and
+    /// the guest's memory is checked by the transport that takes it over.
     pub fn decode(bytes: &mut Fields<'_>) -> Result<Self, DecodeError> {
         let mut state = Self {
             device_type: bytes.u32()?,

@@ -1,7 +1,9 @@
-//! Announcing where the guest is: after a takeover the switches of the network still send its frames to the old host.
+//! Announcing where the guest is: after a takeover the switches of the network still send its frames to the
+//! old host.
 //!
-//! A RARP request (RFC 903) from the guest's address makes every switch on the way learn the new port. It says nothing
-//! about the guest's IP address and no host answers it, so it may leave although the VM's output is held.
+//! A RARP request (RFC 903) from the guest's address makes every switch on the way learn the new port. It
+//! says nothing about the guest's IP address and no host answers it, so it may leave although the VM's output
+//! is held.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +12,15 @@ use super::mac::MacAddr;
 /// Length of an announcement: the shortest Ethernet frame without its checksum.
 pub const FRAME: usize = 60;
 
-/// When announcements go out after a machine has gone live. More than one because a switch port may come up late.
+/// When announcements go out after a machine has gone live. More than one because a switch port may come up
+/// late.
 const SCHEDULE_MS: [u64; 5] = [0, 50, 150, 250, 350];
 
 /// The frame that announces `mac`.
 pub fn rarp(mac: MacAddr) -> [u8; FRAME] {
     const BROADCAST: [u8; 6] = [0xff; 6];
-    /// EtherType of RARP; then hardware Ethernet, protocol IPv4, their address lengths, operation "request reverse".
+    /// EtherType of RARP; then hardware Ethernet, protocol IPv4, their address lengths, operation "request
+    /// reverse".
     const HEADER: [u8; 10] = [0x80, 0x35, 0, 1, 0x08, 0x00, 6, 4, 0, 3];
     let mut frame = [0; FRAME];
     frame[..6].copy_from_slice(&BROADCAST);

@@ -105,8 +105,9 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         self.transport.clone()
     }
 
-    /// The eventfds of the receive and the transmit queue, for KVM to write when the driver writes the queue's number to
-    /// [`QUEUE_NOTIFY`](crate::devices::virtio::mmio::QUEUE_NOTIFY). Without that the registers do it.
+    /// The eventfds of the receive and the transmit queue, for KVM to write when the driver writes the
+    /// queue's number to [`QUEUE_NOTIFY`](crate::devices::virtio::mmio::QUEUE_NOTIFY). Without that the
+    /// registers do it.
     pub fn kicks(&self) -> &[EventFd] {
         &self.shared.kicks
     }
@@ -131,17 +132,17 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         self.shared.is_live()
     }
 
-    /// The machine begins to run here: throws away the frames that have waited in the tap, has both queues looked at and
-    /// interrupt and waker called once (after a restore both kinds of notification may have been lost), and lets frames
-    /// move. With `announce`, tells the network at once where the guest is, and four times more within 350 ms; not while
-    /// the output discards. The gate may be closed or open.
+    /// The machine begins to run here: throws away the frames that have waited in the tap, has both queues
+    /// looked at and interrupt and waker called once (after a restore both kinds of notification may have
+    /// been lost), and lets frames move. With `announce`, tells the network at once where the guest is, and
+    /// four times more within 350 ms; not while the output discards. The gate may be closed or open.
     pub fn go_live(&self, announce: bool) {
         let mac = announce.then(|| self.mac());
         self.shared.go_live(mac);
     }
 
-    /// Appends the state to `out`. Needs stopped vCPUs and a closed gate; does not allocate if `out` has room for
-    /// [`NetState::BYTES`] more.
+    /// Appends the state to `out`. Needs stopped vCPUs and a closed gate; does not allocate if `out` has room
+    /// for [`NetState::BYTES`] more.
     pub fn save(&self, out: &mut Vec<u8>) {
         self.state().encode(out);
     }
@@ -152,8 +153,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         NetState { mac: transport.device().mac, transport: transport.save() }
     }
 
-    /// Takes over a saved state. Guest memory must be in place, the vCPUs stopped and the gate closed (or the device not
-    /// live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
+    /// Takes over a saved state. Guest memory must be in place, the vCPUs stopped and the gate closed (or the
+    /// device not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
         let state = NetState::decode(bytes)?;
         let mut transport = self.transport();

@@ -11,10 +11,11 @@
 //! - `worker`: the thread, its events and its batches inside the gate; `queues`: moving frames.
 //! - [`persist`]: what a resumed guest finds again. [`announce`]: telling the network where the guest went.
 //!
-//! Input is never held and never saved: a frame reaches the guest in some epoch or is lost, as on any network.
+//! Input is never held and never saved: a frame reaches the guest in some epoch or is lost, as on any
+//! network.
 //!
-//! The device offers no offloads and no merged buffers: every frame is at most 1514 bytes (1518 with a VLAN tag), has a
-//! 12-byte header in guest memory that says nothing, and the guest checks its own sums.
+//! The device offers no offloads and no merged buffers: every frame is at most 1514 bytes (1518 with a VLAN
+//! tag), has a 12-byte header in guest memory that says nothing, and the guest checks its own sums.
 
 pub mod announce;
 pub mod device;

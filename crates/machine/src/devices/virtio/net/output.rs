@@ -1,8 +1,8 @@
 //! Held output: **nothing produced in epoch N leaves the host before checkpoint N is committed.**
 //!
-//! Every frame the guest sends goes through one [`Output`]. While the VM is protected the output is in mode *hold*:
-//! a frame is stored with the number of the epoch that produced it, and leaves only when the coordinator releases
-//! that epoch, in the order in which the guest sent it.
+//! Every frame the guest sends goes through one [`Output`]. While the VM is protected the output is in mode
+//! *hold*: a frame is stored with the number of the epoch that produced it, and leaves only when the
+//! coordinator releases that epoch, in the order in which the guest sent it.
 //!
 //! ```text
 //!             push (device thread, inside the gate)
@@ -19,13 +19,13 @@
 //! | device thread, inside the gate | [`push`](Output::push), [`announce`](Output::announce) |
 //! | coordinator, in a pause (gate closed) | [`hold`](Output::hold), [`set_epoch`](Output::set_epoch) |
 //! | receiver of commits | [`release`](Output::release) |
-//! | whoever won or lost the arbitration | [`pass_through`](Output::pass_through), [`discard`](Output::discard) |
+//! | winner, loser of the arbitration | [`pass_through`](Output::pass_through), [`discard`](Output::discard) |
 //!
-//! Two locks, always in this order: `writer` is held by the one thread that empties the ring, over its writes to the
-//! sink; `ring` is held for moments only, so a push never waits for a release to finish.
+//! Two locks, always in this order: `writer` is held by the one thread that empties the ring, over its writes
+//! to the sink; `ring` is held for moments only, so a push never waits for a release to finish.
 //!
-//! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with the
-//! guest; [`Output::space`] is written when there is room again.
+//! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with
+//! the guest; [`Output::space`] is written when there is room again.
 
 use std::collections::VecDeque;
 use std::io;
@@ -39,7 +39,8 @@ pub const MAX_FRAME: usize = 1518;
 
 /// Where frames go: the tap, or a test that writes them down.
 pub trait FrameSink: Send + Sync {
-    /// Sends one frame. Must not block; an error means that the frame is gone, as on a wire that is unplugged.
+    /// Sends one frame. Must not block; an error means that the frame is gone, as on a wire that is
+    /// unplugged.
     fn send(&self, frame: &[u8]) -> io::Result<()>;
 }
 
@@ -160,7 +161,8 @@ impl Output {
         })
     }
 
-    /// Takes a frame from the guest. Called by the device thread inside the gate, before it gives the descriptor back.
+    /// Takes a frame from the guest. Called by the device thread inside the gate, before it gives the
+    /// descriptor back.
     ///
     /// # Panics
     ///
@@ -184,8 +186,8 @@ impl Output {
         Pushed::Taken
     }
 
-    /// Sends a frame that carries nothing of the guest's state (an announcement of its address), held by no epoch.
-    /// Returns whether the output was allowed to speak.
+    /// Sends a frame that carries nothing of the guest's state (an announcement of its address), held by no
+    /// epoch. Returns whether the output was allowed to speak.
     pub fn announce(&self, frame: &[u8]) -> bool {
         let ring = self.ring();
         let may = ring.mode != OutputMode::Discard;
@@ -196,7 +198,8 @@ impl Output {
         may
     }
 
-    /// From now on frames are held and belong to `epoch`. Called in a pause with the gate closed. Ends *discard*.
+    /// From now on frames are held and belong to `epoch`. Called in a pause with the gate closed. Ends
+    /// *discard*.
     ///
     /// # Errors
     ///
@@ -210,7 +213,8 @@ impl Output {
         Ok(())
     }
 
-    /// From now on frames belong to `epoch`. Called in each pause with the gate closed. Does not change the mode.
+    /// From now on frames belong to `epoch`. Called in each pause with the gate closed. Does not change the
+    /// mode.
     ///
     /// # Errors
     ///
@@ -221,9 +225,9 @@ impl Output {
 
     /// Lets out, in order, the held frames of all epochs up to `through`, whose checkpoints are committed.
     ///
-    /// `may` is asked before *each* frame: the moment it says no, this and every later release lets nothing out, and
-    /// the frames stay, until [`hold`](Self::hold) or [`pass_through`](Self::pass_through) begins anew. It must not
-    /// call this output.
+    /// `may` is asked before *each* frame: the moment it says no, this and every later release lets nothing
+    /// out, and the frames stay, until [`hold`](Self::hold) or [`pass_through`](Self::pass_through) begins
+    /// anew. It must not call this output.
     ///
     /// The epoch that still runs cannot be committed: its frames stay whatever `through` says.
     pub fn release(&self, through: u64, mut may: impl FnMut() -> bool) -> Released {
@@ -247,9 +251,9 @@ impl Output {
         released
     }
 
-    /// Lets out everything held, in order, and from then on every frame at once. For a VM that goes on alone (its
-    /// generation is won) or is not protected. Ends *discard*. A [`discard`](Self::discard) or [`hold`](Self::hold)
-    /// that comes while this runs wins; the answer is then not `complete`.
+    /// Lets out everything held, in order, and from then on every frame at once. For a VM that goes on alone
+    /// (its generation is won) or is not protected. Ends *discard*. A [`discard`](Self::discard) or
+    /// [`hold`](Self::hold) that comes while this runs wins; the answer is then not `complete`.
     pub fn pass_through(&self) -> Released {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let (order, mut left) = {
@@ -299,8 +303,8 @@ impl Output {
         self.tell_space();
     }
 
-    /// Calls `then` once, right after the next frame of the guest that leaves: the end of a takeover as the clients
-    /// see it. Runs on the thread that sent the frame; must be short.
+    /// Calls `then` once, right after the next frame of the guest that leaves: the end of a takeover as the
+    /// clients see it. Runs on the thread that sent the frame; must be short.
     pub fn on_first_frame(&self, then: impl FnOnce() + Send + 'static) {
         self.ring().first_frame = Some(Box::new(then));
     }
@@ -453,7 +457,8 @@ impl Ring {
             return Next::Forbidden;
         }
         let Some(slot) = self.slots.front() else { return Next::Nothing };
-        // A commit of an epoch that has not ended cannot be; such a call is a mistake and must not leak a frame.
+        // A commit of an epoch that has not ended cannot be; such a call is a mistake and must not leak a
+        // frame.
         if through.is_some_and(|through| slot.epoch > through || slot.epoch >= self.epoch) {
             return Next::Nothing;
         }

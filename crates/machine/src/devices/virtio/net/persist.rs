@@ -1,7 +1,8 @@
 //! The saved state of a network device.
 //!
-//! Beside the transport there is only the MAC address: the tap has no state of ours, and frames that wait in the tap
-//! or in the held output do not belong to a checkpoint (a network may lose them; TCP sends them again).
+//! Beside the transport there is only the MAC address: the tap has no state of ours, and frames that wait in
+//! the tap or in the held output do not belong to a checkpoint (a network may lose them; TCP sends them
+//! again).
 
 use thiserror::Error;
 

@@ -1,8 +1,8 @@
 //! Moving frames between the two queues of the guest and the outside, a batch at a time.
 //!
-//! Everything the driver put into memory is taken for hostile: a chain is walked once, with bounds on descriptors and
-//! bytes, through a bounce buffer. Guest memory is written with vm-memory's methods only, so its bitmap has every page
-//! this device dirties.
+//! Everything the driver put into memory is taken for hostile: a chain is walked once, with bounds on
+//! descriptors and bytes, through a bounce buffer. Guest memory is written with vm-memory's methods only, so
+//! its bitmap has every page this device dirties.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -93,7 +93,8 @@ impl<M: GuestMemory> Queues<M> {
         Some(QueueProgress { next_avail: queue.next_avail(), next_used: queue.next_used() })
     }
 
-    /// Takes frames from the guest and pushes them to the output until there are no more or the output is full.
+    /// Takes frames from the guest and pushes them to the output until there are no more or the output is
+    /// full.
     pub(super) fn transmit(
         &mut self,
         output: &Output,
@@ -129,8 +130,8 @@ impl<M: GuestMemory> Queues<M> {
         Ok(turn)
     }
 
-    /// Delivers frames from the port to the guest until there are no more frames or no more buffers. Frames that find
-    /// no buffer stay in the port. Says how many were delivered.
+    /// Delivers frames from the port to the guest until there are no more frames or no more buffers. Frames
+    /// that find no buffer stay in the port. Says how many were delivered.
     pub(super) fn receive(
         &mut self,
         port: &dyn FramePort,
@@ -174,8 +175,8 @@ impl<M: GuestMemory> Queues<M> {
 /// A queue and whether the driver has been asked to notify it.
 struct Notified {
     queue: Queue,
-    /// The driver notifies about new buffers. True at first: nobody has told it otherwise, or it is not known because
-    /// the queue comes from a saved state.
+    /// The driver notifies about new buffers. True at first: nobody has told it otherwise, or it is not known
+    /// because the queue comes from a saved state.
     asked: bool,
 }
 
@@ -209,7 +210,8 @@ impl Notified {
         }
     }
 
-    /// Puts the frame of `len` bytes in `buffer` into the next receive buffer. `false` if it does not fit there.
+    /// Puts the frame of `len` bytes in `buffer` into the next receive buffer. `false` if it does not fit
+    /// there.
     fn deliver<M: GuestMemory>(
         &mut self,
         memory: &M,
@@ -277,8 +279,9 @@ fn scatter<M: GuestMemory>(
     if room < MIN_RX_BUFFER { Err(Broken::SmallBuffer(room)) } else { Ok(room) }
 }
 
-/// Visits the descriptors of a chain. The iterator simply stops where a chain is broken (an index or an indirect table
-/// out of range, a loop, 4 GiB); it can be told by the last descriptor, which then still points to a next one.
+/// Visits the descriptors of a chain. The iterator simply stops where a chain is broken (an index or an
+/// indirect table out of range, a loop, 4 GiB); it can be told by the last descriptor, which then still
+/// points to a next one.
 fn walk<M: GuestMemory>(
     chain: DescriptorChain<&M>,
     limit: u16,

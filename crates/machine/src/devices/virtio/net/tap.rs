@@ -23,7 +23,8 @@ const DEVICE: &str = "/dev/net/tun";
 ///
 /// The descriptor becomes readable (edge-triggered is enough) when frames wait.
 pub trait FramePort: FrameSink + AsRawFd {
-    /// Takes the next frame; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than `buffer` is cut.
+    /// Takes the next frame; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than `buffer` is
+    /// cut.
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize>;
 }
 
@@ -32,8 +33,8 @@ pub trait FramePort: FrameSink + AsRawFd {
 pub enum TapError {
     /// The kernel would not take the name for an interface, or would take it for a pattern.
     #[error(
-        "\"{0}\" cannot be the name of a tap interface: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', and not \
-         only dots"
+        "\"{0}\" cannot be the name of a tap interface: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', \
+         and not only dots"
     )]
     Name(String),
     /// There is no tun driver.
@@ -47,8 +48,8 @@ pub enum TapError {
     NoPermission,
     /// Creating or attaching to the interface is not permitted.
     #[error(
-        "no permission to create the tap interface {name}: run as root or with CAP_NET_ADMIN, or have root create it \
-         for this user with `ip tuntap add dev {name} mode tap user USER`"
+        "no permission to create the tap interface {name}: run as root or with CAP_NET_ADMIN, or have root \
+         create it for this user with `ip tuntap add dev {name} mode tap user USER`"
     )]
     NotAllowed {
         /// Name of the interface.
@@ -86,8 +87,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Creates the tap interface `name`, or attaches to it if it exists and no one else is attached. The interface is
-    /// left as it is otherwise: whoever calls brings it up and connects it.
+    /// Creates the tap interface `name`, or attaches to it if it exists and no one else is attached. The
+    /// interface is left as it is otherwise: whoever calls brings it up and connects it.
     pub fn open(name: &str) -> Result<Self, TapError> {
         let mut request = request(name)?;
         let file = OpenOptions::new()

@@ -1,8 +1,8 @@
 //! The thread of the network device.
 //!
-//! It sleeps in `epoll` on the tap, the notifications of the two queues, the output (room again) and a control event,
-//! all edge-triggered, so nothing has to be read to quiet them and a tap whose frames no one wants does not spin. What
-//! it learns becomes a flag; work is done only inside the gate, a batch at a time.
+//! It sleeps in `epoll` on the tap, the notifications of the two queues, the output (room again) and a
+//! control event, all edge-triggered, so nothing has to be read to quiet them and a tap whose frames no one
+//! wants does not spin. What it learns becomes a flag; work is done only inside the gate, a batch at a time.
 //!
 //! The flags are not part of a checkpoint: a device that goes live sets them all.
 
@@ -47,8 +47,8 @@ pub(super) struct Shared<M> {
     announcing: Mutex<Option<(Schedule, [u8; super::announce::FRAME])>>,
 }
 
-/// What is worked on inside the gate: by the thread in its batches, by the coordinator while the gate is closed, and
-/// by a vCPU thread when the driver resets or starts the device.
+/// What is worked on inside the gate: by the thread in its batches, by the coordinator while the gate is
+/// closed, and by a vCPU thread when the driver resets or starts the device.
 struct Core<M> {
     queues: Option<Queues<M>>,
     live: bool,
@@ -310,7 +310,8 @@ impl<M> Core<M> {
     }
 }
 
-/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay open.
+/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay
+/// open.
 fn block_signals() {
     const FAULTS: [i32; 6] =
         [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];

@@ -12,8 +12,14 @@ use crate::devices::virtio::persist::DecodeError;
 fn mac_addresses_as_text() {
     assert_eq!("52:54:00:ab:CD:ef".parse(), Ok(MAC));
     assert_eq!(MAC.to_string(), "52:54:00:ab:cd:ef");
-    for text in ["", "52:54:00:ab:cd", "52:54:00:ab:cd:ef:01", "52-54-00-ab-cd-ef", "+2:54:00:ab:cd:ef", "g2:54:00:ab:cd:ef"]
-    {
+    for text in [
+        "",
+        "52:54:00:ab:cd",
+        "52:54:00:ab:cd:ef:01",
+        "52-54-00-ab-cd-ef",
+        "+2:54:00:ab:cd:ef",
+        "g2:54:00:ab:cd:ef",
+    ] {
         assert_eq!(text.parse::<MacAddr>(), Err(MacError::Form(text.to_owned())));
     }
     for text in ["01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00"] {

@@ -1,6 +1,8 @@
-//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset it works.
+//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset
+//! it works.
 
 use proptest::prelude::*;
+use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use super::*;
@@ -11,13 +13,14 @@ use crate::devices::virtio::{InterruptLine, wants_interrupt};
 const INDIRECT: u16 = 4;
 const OUTSIDE: u64 = MEMORY as u64;
 
-/// Has the device meet a bad chain in the transmit (or receive) queue, then resets it and checks that it works.
-fn meets(receive: bool, lay: impl Fn(&Memory, &MockSplitQueue<'_, Memory>)) {
+/// Has the device meet a bad chain in the transmit (or receive) queue, then resets it and checks that it
+/// works.
+fn meets(receive: bool, lay: impl Fn(&Memory, Ring<'_>)) {
     let memory = memory();
     let rig = Rig::usual(&memory);
     let driver = rig.boot(FEATURES);
     rig.device.go_live(false);
-    lay(&memory, if receive { &driver.rx } else { &driver.tx });
+    lay(&memory, if receive { driver.rx } else { driver.tx });
     rig.kick_rx();
     rig.kick_tx();
     if receive {
@@ -44,8 +47,8 @@ fn meets(receive: bool, lay: impl Fn(&Memory, &MockSplitQueue<'_, Memory>)) {
 
 fn one(receive: bool, descriptor: Descriptor) {
     meets(receive, |_, queue| {
-        put(queue, 0, descriptor);
-        offer(queue, 0);
+        queue.put(0, descriptor);
+        queue.offer(0);
     });
 }
 
@@ -85,15 +88,15 @@ fn chains_that_loop_or_lead_nowhere() {
         }
         // A ring of two.
         meets(receive, |_, queue| {
-            put(queue, 0, Descriptor::new(TX_BUFFERS, 1, flags, 1));
-            put(queue, 1, Descriptor::new(TX_BUFFERS, 1, flags, 0));
-            offer(queue, 0);
+            queue.put(0, Descriptor::new(TX_BUFFERS, 1, flags, 1));
+            queue.put(1, Descriptor::new(TX_BUFFERS, 1, flags, 0));
+            queue.offer(0);
         });
         // More than 4 GiB together.
         meets(receive, |_, queue| {
-            put(queue, 0, Descriptor::new(TX_BUFFERS, 2000, flags, 1));
-            put(queue, 1, Descriptor::new(TX_BUFFERS, u32::MAX, flags & !NEXT, 0));
-            offer(queue, 0);
+            queue.put(0, Descriptor::new(TX_BUFFERS, 2000, flags, 1));
+            queue.put(1, Descriptor::new(TX_BUFFERS, u32::MAX, flags & !NEXT, 0));
+            queue.offer(0);
         });
     }
 }
@@ -101,10 +104,10 @@ fn chains_that_loop_or_lead_nowhere() {
 #[test]
 fn heads_and_indexes_out_of_range() {
     for receive in [false, true] {
-        meets(receive, |_, queue| offer(queue, QUEUE));
-        meets(receive, |_, queue| offer(queue, u16::MAX));
-        meets(receive, |_, queue| queue.avail().idx().store(QUEUE + 1));
-        meets(receive, |_, queue| queue.avail().idx().store(u16::MAX));
+        meets(receive, |_, queue| queue.offer(QUEUE));
+        meets(receive, |_, queue| queue.offer(u16::MAX));
+        meets(receive, |_, queue| queue.set_index(QUEUE + 1));
+        meets(receive, |_, queue| queue.set_index(u16::MAX));
     }
 }
 
@@ -112,24 +115,24 @@ fn heads_and_indexes_out_of_range() {
 fn indirect_tables_that_are_none() {
     for receive in [false, true] {
         let table = TX_BUFFERS + 0x8000;
-        for (at, len) in [(table, 0), (table, 8), (table, 17), (OUTSIDE, 16), (u64::MAX - 7, 16), (table, !15u32)] {
+        for (at, len) in
+            [(table, 0), (table, 8), (table, 17), (OUTSIDE, 16), (u64::MAX - 7, 16), (table, !15u32)]
+        {
             one(receive, Descriptor::new(at, len, INDIRECT, 0));
         }
         // A table within a table, and a table longer than the queue.
         meets(receive, |memory, queue| {
-            let inner = RawDescriptor::from(Descriptor::new(table, 16, INDIRECT, 0));
-            memory.write_obj(inner, GuestAddress(table)).unwrap();
-            put(queue, 0, Descriptor::new(table, 16, INDIRECT, 0));
-            offer(queue, 0);
+            rings::put(memory, table, 0, Descriptor::new(table, 16, INDIRECT, 0));
+            queue.put(0, Descriptor::new(table, 16, INDIRECT, 0));
+            queue.offer(0);
         });
         meets(receive, |memory, queue| {
             let flags = if receive { WRITE | NEXT } else { NEXT };
             for n in 0..QUEUE + 1 {
-                let descriptor = RawDescriptor::from(Descriptor::new(TX_BUFFERS, 1, flags, n + 1));
-                memory.write_obj(descriptor, GuestAddress(table + u64::from(n) * 16)).unwrap();
+                rings::put(memory, table, n, Descriptor::new(TX_BUFFERS, 1, flags, n + 1));
             }
-            put(queue, 0, Descriptor::new(table, u32::from(QUEUE + 1) * 16, INDIRECT, 0));
-            offer(queue, 0);
+            queue.put(0, Descriptor::new(table, u32::from(QUEUE + 1) * 16, INDIRECT, 0));
+            queue.offer(0);
         });
     }
 }
@@ -169,8 +172,8 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Any contents of rings and tables, over which the device itself writes frames: it neither panics nor works for ever,
-    /// and uses no more buffers than were offered.
+    /// Any contents of rings and tables, over which the device itself writes frames: it neither panics nor
+    /// works for ever, and uses no more buffers than were offered.
     #[test]
     fn any_rings(
         table in prop::collection::vec(descriptor(), usize::from(QUEUE)),
@@ -181,22 +184,22 @@ proptest! {
         let memory = memory();
         let line = Arc::new(InterruptLine::new(Arc::new(Count::default())));
         let queues = [RX_RINGS, TX_RINGS].map(|at| {
-            let mock = MockSplitQueue::create(&*memory, GuestAddress(at), QUEUE);
+            let driver = Ring::fresh(&memory, at);
             for (slot, &(at, len, flags, next)) in table.iter().enumerate() {
-                put(&mock, slot as u16, Descriptor::new(at, len, flags, next));
+                driver.put(slot as u16, Descriptor::new(at, len, flags, next));
             }
             for (slot, &head) in ring.iter().enumerate() {
-                mock.avail().ring().ref_at(slot).unwrap().store(head);
+                driver.set_entry(slot as u16, head);
             }
-            mock.avail().idx().store(index);
-            let mut queue: virtio_queue::Queue = mock.create_queue().unwrap();
-            virtio_queue::QueueT::set_event_idx(&mut queue, event_idx);
-            assert!(virtio_queue::QueueT::is_valid(&queue, &*memory));
+            driver.set_index(index);
+            let mut queue = driver.device();
+            queue.set_event_idx(event_idx);
             queue
         });
         let [rx, tx] = queues;
         let mut queues = Queues::new(memory.clone(), line, rx, tx);
-        let output = Output::new(Arc::new(Endless), OutputLimits { frames: 8, bytes: 8000 }, OutputMode::PassThrough).unwrap();
+        let limits = OutputLimits { frames: 8, bytes: 8000 };
+        let output = Output::new(Arc::new(Endless), limits, OutputMode::PassThrough).unwrap();
         let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
         let pass = gate.enter();
         for _ in 0..4 {
@@ -210,9 +213,9 @@ proptest! {
 #[test]
 fn without_event_index_the_flag_decides_about_interrupts() {
     let memory = memory();
-    let mock = MockSplitQueue::create(&*memory, GuestAddress(0), QUEUE);
-    let mut queue: virtio_queue::Queue = mock.create_queue().unwrap();
+    let driver = Ring::fresh(&memory, RX_RINGS);
+    let mut queue = driver.device();
     assert!(wants_interrupt(&mut queue, &*memory).unwrap());
-    memory.write_obj(1u16, mock.avail_addr()).unwrap();
+    driver.set_flags(1);
     assert!(!wants_interrupt(&mut queue, &*memory).unwrap());
 }

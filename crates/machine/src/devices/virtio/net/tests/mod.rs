@@ -4,6 +4,7 @@ mod formats;
 mod hostile;
 mod lifecycle;
 mod output;
+mod rings;
 mod tap;
 mod traffic;
 
@@ -14,41 +15,40 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::mock::MockSplitQueue;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use self::rings::Ring;
 use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode};
 use super::{FramePort, MacAddr, NetDevice, NetHost};
 use crate::bus::SharedDevice;
 use crate::devices::gate::DeviceGate;
 use crate::devices::virtio::{COMMON_FEATURES, Interrupt, Waker};
 
-pub(super) type Memory = GuestMemoryMmap<AtomicBitmap>;
+type Memory = GuestMemoryMmap<AtomicBitmap>;
 
-pub(super) const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0xab, 0xcd, 0xef]);
-pub(super) const FEATURES: u64 = COMMON_FEATURES | 1 << 5 | 1 << 16;
-pub(super) const EVENT_IDX: u64 = 1 << 29;
-pub(super) const QUEUE: u16 = 32;
+const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0xab, 0xcd, 0xef]);
+const FEATURES: u64 = COMMON_FEATURES | 1 << 5 | 1 << 16;
+const EVENT_IDX: u64 = 1 << 29;
+const QUEUE: u16 = 32;
 
 const MEMORY: usize = 4 << 20;
 const RX_RINGS: u64 = 0x1_0000;
 const TX_RINGS: u64 = 0x2_0000;
 /// Receive buffer `i` is at `RX_BUFFERS + i * 4096`, transmit buffer `i` at `TX_BUFFERS + i * 4096`.
-pub(super) const RX_BUFFERS: u64 = 0x10_0000;
-pub(super) const TX_BUFFERS: u64 = 0x20_0000;
+const RX_BUFFERS: u64 = 0x10_0000;
+const TX_BUFFERS: u64 = 0x20_0000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
-pub(super) fn memory() -> Arc<Memory> {
+fn memory() -> Arc<Memory> {
     Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap())
 }
 
 /// A frame with a number in it.
-pub(super) fn frame(number: u32, len: usize) -> Vec<u8> {
+fn frame(number: u32, len: usize) -> Vec<u8> {
     let mut frame = vec![number as u8; len];
     frame[..6].copy_from_slice(&[0xff; 6]);
     frame[12..14].copy_from_slice(&[0x88, 0xb5]);
@@ -58,7 +58,7 @@ pub(super) fn frame(number: u32, len: usize) -> Vec<u8> {
     frame
 }
 
-pub(super) fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
+fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !until() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
@@ -67,15 +67,15 @@ pub(super) fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
 }
 
 /// Gives the device thread time to do what it must not do.
-pub(super) fn settle() {
+fn settle() {
     std::thread::sleep(Duration::from_millis(20));
 }
 
 #[derive(Default)]
-pub(super) struct Count(AtomicUsize);
+struct Count(AtomicUsize);
 
 impl Count {
-    pub(super) fn get(&self) -> usize {
+    fn get(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -94,14 +94,14 @@ impl Waker for Count {
 
 /// Writes down the frames that left.
 #[derive(Default)]
-pub(super) struct Recorder(pub(super) Mutex<Vec<Vec<u8>>>);
+struct Recorder(pub(super) Mutex<Vec<Vec<u8>>>);
 
 impl Recorder {
-    pub(super) fn frames(&self) -> Vec<Vec<u8>> {
+    fn frames(&self) -> Vec<Vec<u8>> {
         self.0.lock().unwrap().clone()
     }
 
-    pub(super) fn count(&self) -> usize {
+    fn count(&self) -> usize {
         self.0.lock().unwrap().len()
     }
 }
@@ -114,7 +114,7 @@ impl FrameSink for Recorder {
 }
 
 /// The device's end of a wire made of a socket pair.
-pub(super) struct Socket(UnixDatagram);
+struct Socket(UnixDatagram);
 
 impl FrameSink for Socket {
     fn send(&self, frame: &[u8]) -> io::Result<()> {
@@ -135,20 +135,20 @@ impl AsRawFd for Socket {
 }
 
 /// A machine around one network device.
-pub(super) struct Rig<'m> {
-    pub(super) memory: &'m Arc<Memory>,
-    pub(super) device: NetDevice<Memory>,
+struct Rig<'m> {
+    memory: &'m Arc<Memory>,
+    device: NetDevice<Memory>,
     registers: SharedDevice,
-    pub(super) wire: UnixDatagram,
-    pub(super) sink: Arc<Recorder>,
-    pub(super) output: Arc<Output>,
-    pub(super) gate: Arc<DeviceGate>,
-    pub(super) interrupts: Arc<Count>,
-    pub(super) wakes: Arc<Count>,
+    wire: UnixDatagram,
+    sink: Arc<Recorder>,
+    output: Arc<Output>,
+    gate: Arc<DeviceGate>,
+    interrupts: Arc<Count>,
+    wakes: Arc<Count>,
 }
 
 impl<'m> Rig<'m> {
-    pub(super) fn new(memory: &'m Arc<Memory>, limits: OutputLimits, mode: OutputMode) -> Self {
+    fn new(memory: &'m Arc<Memory>, limits: OutputLimits, mode: OutputMode) -> Self {
         let (inside, wire) = UnixDatagram::pair().unwrap();
         inside.set_nonblocking(true).unwrap();
         let sink = Arc::new(Recorder::default());
@@ -167,36 +167,36 @@ impl<'m> Rig<'m> {
     }
 
     /// A rig with everything at its usual.
-    pub(super) fn usual(memory: &'m Arc<Memory>) -> Self {
+    fn usual(memory: &'m Arc<Memory>) -> Self {
         Self::new(memory, OutputLimits::default(), OutputMode::PassThrough)
     }
 
     /// Puts another device in the place of the one with the socket.
-    pub(super) fn replace(&mut self, device: NetDevice<Memory>) {
+    fn replace(&mut self, device: NetDevice<Memory>) {
         self.registers = device.registers();
         self.device = device;
     }
 
-    pub(super) fn write(&self, register: u64, value: u32) {
+    fn write(&self, register: u64, value: u32) {
         self.registers.lock().unwrap().write(register, &value.to_le_bytes());
     }
 
-    pub(super) fn read(&self, register: u64) -> u32 {
+    fn read(&self, register: u64) -> u32 {
         let mut word = [0; 4];
         self.registers.lock().unwrap().read(register, &mut word);
         u32::from_le_bytes(word)
     }
 
-    pub(super) fn needs_reset(&self) -> bool {
+    fn needs_reset(&self) -> bool {
         self.read(0x70) & 64 != 0
     }
 
     /// Has the driver set up the device with fresh rings.
-    pub(super) fn boot(&self, features: u64) -> Driver<'m> {
+    fn boot(&self, features: u64) -> Driver<'m> {
         let driver = Driver {
             memory: self.memory,
-            rx: MockSplitQueue::create(&**self.memory, GuestAddress(RX_RINGS), QUEUE),
-            tx: MockSplitQueue::create(&**self.memory, GuestAddress(TX_RINGS), QUEUE),
+            rx: Ring::fresh(self.memory, RX_RINGS),
+            tx: Ring::fresh(self.memory, TX_RINGS),
         };
         self.write(0x70, 0);
         self.write(0x70, 3);
@@ -208,9 +208,9 @@ impl<'m> Rig<'m> {
         for (index, queue) in [&driver.rx, &driver.tx].into_iter().enumerate() {
             self.write(0x30, index as u32);
             self.write(0x38, u32::from(QUEUE));
-            self.write(0x80, queue.desc_table_addr().0 as u32);
-            self.write(0x90, queue.avail_addr().0 as u32);
-            self.write(0xa0, queue.used_addr().0 as u32);
+            self.write(0x80, queue.table() as u32);
+            self.write(0x90, queue.available() as u32);
+            self.write(0xa0, queue.used() as u32);
             self.write(0x44, 1);
         }
         self.write(0x70, 15);
@@ -218,96 +218,61 @@ impl<'m> Rig<'m> {
         driver
     }
 
-    pub(super) fn kick_rx(&self) {
+    fn kick_rx(&self) {
         self.write(0x50, 0);
     }
 
-    pub(super) fn kick_tx(&self) {
+    fn kick_tx(&self) {
         self.write(0x50, 1);
     }
 }
 
 /// The guest's driver: what it does to its rings.
-pub(super) struct Driver<'m> {
+struct Driver<'m> {
     memory: &'m Memory,
-    pub(super) rx: MockSplitQueue<'m, Memory>,
-    pub(super) tx: MockSplitQueue<'m, Memory>,
+    rx: Ring<'m>,
+    tx: Ring<'m>,
 }
 
 impl<'m> Driver<'m> {
     /// The driver of a guest that was restored into `memory`, in the middle of its work.
-    pub(super) fn resumed(memory: &'m Memory) -> Self {
-        // Making the accessors clears the rings' heads, which here is the saved state: put it back.
-        let heads = [RX_RINGS, TX_RINGS].map(|at| {
-            let mut page = vec![0; 0x2000];
-            memory.read_slice(&mut page, GuestAddress(at)).unwrap();
-            (at, page)
-        });
-        let rx = MockSplitQueue::create(memory, GuestAddress(RX_RINGS), QUEUE);
-        let tx = MockSplitQueue::create(memory, GuestAddress(TX_RINGS), QUEUE);
-        for (at, page) in heads {
-            memory.write_slice(&page, GuestAddress(at)).unwrap();
-        }
-        Self { memory, rx, tx }
+    fn resumed(memory: &'m Memory) -> Self {
+        Self { memory, rx: Ring::at(memory, RX_RINGS), tx: Ring::at(memory, TX_RINGS) }
     }
 
     /// Makes receive buffer `slot` of `len` bytes available.
-    pub(super) fn give_buffer(&self, slot: u16, len: u32) {
+    fn give_buffer(&self, slot: u16, len: u32) {
         let at = RX_BUFFERS + u64::from(slot) * 4096;
-        put(&self.rx, slot, Descriptor::new(at, len, WRITE, 0));
-        offer(&self.rx, slot);
+        self.rx.put(slot, Descriptor::new(at, len, WRITE, 0));
+        self.rx.offer(slot);
     }
 
     /// Makes `frame` available for sending, in one buffer with its header.
-    pub(super) fn send(&self, slot: u16, frame: &[u8]) {
+    fn send(&self, slot: u16, frame: &[u8]) {
         let at = TX_BUFFERS + u64::from(slot) * 4096;
         self.memory.write_slice(&[0; 12], GuestAddress(at)).unwrap();
         self.memory.write_slice(frame, GuestAddress(at + 12)).unwrap();
-        put(&self.tx, slot, Descriptor::new(at, 12 + frame.len() as u32, 0, 0));
-        offer(&self.tx, slot);
+        self.tx.put(slot, Descriptor::new(at, 12 + frame.len() as u32, 0, 0));
+        self.tx.offer(slot);
     }
 
-    pub(super) fn rx_used(&self) -> u16 {
-        self.rx.used().idx().load()
+    fn rx_used(&self) -> u16 {
+        self.rx.used_index()
     }
 
-    pub(super) fn tx_used(&self) -> u16 {
-        self.tx.used().idx().load()
+    fn tx_used(&self) -> u16 {
+        self.tx.used_index()
     }
 
     /// The frame that was delivered as number `index`, without its header, which is checked.
-    pub(super) fn received(&self, index: u16) -> Vec<u8> {
-        let element = self.rx.used().ring().ref_at(usize::from(index % QUEUE)).unwrap().load();
-        let mut packet = vec![0; element.len() as usize];
-        let at = RX_BUFFERS + u64::from(element.id()) * 4096;
+    fn received(&self, index: u16) -> Vec<u8> {
+        let (head, len) = self.rx.used_entry(index);
+        let mut packet = vec![0; len as usize];
+        let at = RX_BUFFERS + u64::from(head) * 4096;
         self.memory.read_slice(&mut packet, GuestAddress(at)).unwrap();
         assert_eq!(packet[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "header with num_buffers 1");
         packet.split_off(12)
     }
-
-    /// Sets the flags of the receive (or transmit) available ring: 1 is "no interrupt".
-    pub(super) fn set_flags(&self, queue: &MockSplitQueue<'_, Memory>, flags: u16) {
-        self.memory.write_obj(flags, queue.avail_addr()).unwrap();
-    }
-
-    pub(super) fn avail_event(&self, queue: &MockSplitQueue<'_, Memory>) -> u16 {
-        self.memory.read_obj(GuestAddress(queue.used_addr().0 + 4 + 8 * u64::from(QUEUE))).unwrap()
-    }
-
-    pub(super) fn used_flags(&self, queue: &MockSplitQueue<'_, Memory>) -> u16 {
-        self.memory.read_obj(queue.used_addr()).unwrap()
-    }
-}
-
-pub(super) fn put(queue: &MockSplitQueue<'_, Memory>, slot: u16, descriptor: Descriptor) {
-    queue.desc_table().store(slot, RawDescriptor::from(descriptor)).unwrap();
-}
-
-/// Makes the chain that begins at `head` available.
-pub(super) fn offer(queue: &MockSplitQueue<'_, Memory>, head: u16) {
-    let index = queue.avail().idx().load();
-    queue.avail().ring().ref_at(usize::from(index % QUEUE)).unwrap().store(head);
-    queue.avail().idx().store(index.wrapping_add(1));
 }
 
 const _: () = assert!(MAX_FRAME + 12 < 4096, "a buffer of the driver holds any frame");

@@ -18,7 +18,8 @@ const ETHERTYPE: u16 = 0x88b5;
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = thread::spawn(move || {
         // SAFETY: changes the namespace of this thread only; no pointers are involved.
-        if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 || !std::path::Path::new("/dev/net/tun").exists() {
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 || !std::path::Path::new("/dev/net/tun").exists()
+        {
             eprintln!("skipped: needs root and /dev/net/tun");
             return;
         }
@@ -57,7 +58,8 @@ fn index_of(name: &str) -> u32 {
 /// A socket that sees and sends whole frames on the interface, from the kernel's side.
 fn packet_socket(name: &str) -> File {
     let protocol = ETHERTYPE.to_be();
-    // SAFETY: plain system calls with an address that outlives them; the descriptor is new and owned by no one else.
+    // SAFETY: plain system calls with an address that outlives them; the descriptor is new and owned by no
+    // one else.
     unsafe {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         let socket = libc::socket(libc::AF_PACKET, kind, i32::from(protocol));
@@ -81,7 +83,8 @@ fn frames_pass_between_guest_and_kernel() {
         assert_eq!(tap.name(), "outlive0");
         set_up("outlive0", true);
         let mut host = packet_socket("outlive0");
-        let output = Arc::new(Output::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough).unwrap());
+        let output =
+            Arc::new(Output::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough).unwrap());
         let mut rig = Rig::usual(&memory);
         let net = NetHost {
             memory: memory.clone(),
@@ -98,10 +101,12 @@ fn frames_pass_between_guest_and_kernel() {
             driver.send(n, &frame(n.into(), 60 + usize::from(n) * 70));
             rig.kick_tx();
             let mut got = 0;
-            wait_for("a frame at the host", || host.read(&mut buffer).is_ok_and(|len| {
-                got = len;
-                true
-            }));
+            wait_for("a frame at the host", || {
+                host.read(&mut buffer).is_ok_and(|len| {
+                    got = len;
+                    true
+                })
+            });
             assert_eq!(buffer[..got], frame(n.into(), 60 + usize::from(n) * 70));
         }
         for slot in 0..QUEUE {

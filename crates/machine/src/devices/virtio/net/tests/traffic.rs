@@ -76,8 +76,8 @@ fn a_delivery_wakes_a_guest_that_wants_no_interrupts() {
     let memory = memory();
     let rig = Rig::usual(&memory);
     let driver = rig.boot(MODERN);
-    driver.set_flags(&driver.rx, 1);
-    driver.set_flags(&driver.tx, 1);
+    driver.rx.set_flags(1);
+    driver.tx.set_flags(1);
     rig.device.go_live(false);
     let (interrupts, wakes) = (rig.interrupts.get(), rig.wakes.get());
     assert_eq!((interrupts, wakes), (1, 1), "going live raises both once");
@@ -91,7 +91,7 @@ fn a_delivery_wakes_a_guest_that_wants_no_interrupts() {
     rig.wire.send(&frame(1, 60)).unwrap();
     wait_for("the wake", || rig.wakes.get() == 2);
     assert_eq!(rig.interrupts.get(), 1);
-    driver.set_flags(&driver.rx, 0);
+    driver.rx.set_flags(0);
     driver.give_buffer(1, 1526);
     rig.kick_rx();
     rig.wire.send(&frame(2, 60)).unwrap();
@@ -104,9 +104,7 @@ fn completions_interrupt_where_the_driver_asked() {
     let memory = memory();
     let rig = Rig::usual(&memory);
     let driver = rig.boot(FEATURES);
-    // used_event: an interrupt once the third buffer (index 2) is used.
-    let used_event = GuestAddress(driver.tx.avail_addr().0 + 4 + 2 * u64::from(QUEUE));
-    memory.write_obj(2u16, used_event).unwrap();
+    driver.tx.set_used_event(2);
     rig.device.go_live(false);
     let before = rig.interrupts.get();
     for n in 0..4 {
@@ -132,9 +130,9 @@ fn frames_wait_in_the_tap_until_the_guest_has_buffers() {
         settle();
         assert_eq!(rig.device.stats().rx_frames, 0);
         if features & EVENT_IDX == 0 {
-            assert_eq!(driver.used_flags(&driver.rx), 0, "the driver is asked to notify");
+            assert_eq!(driver.rx.used_flags(), 0, "the driver is asked to notify");
         } else {
-            assert_eq!(driver.avail_event(&driver.rx), 0);
+            assert_eq!(driver.rx.avail_event(), 0);
         }
         for slot in 0..3 {
             driver.give_buffer(slot, 1526);
@@ -144,7 +142,7 @@ fn frames_wait_in_the_tap_until_the_guest_has_buffers() {
         settle();
         assert_eq!(driver.rx_used(), 3);
         if features & EVENT_IDX != 0 {
-            assert_eq!(driver.avail_event(&driver.rx), 3);
+            assert_eq!(driver.rx.avail_event(), 3);
         }
         driver.give_buffer(3, 1526);
         rig.kick_rx();
@@ -167,18 +165,17 @@ fn chains_of_several_buffers_and_indirect_ones_work() {
     let pieces = [(TX_BUFFERS, 5), (TX_BUFFERS + 5, 7), (TX_BUFFERS + 0x1000, 30), (TX_BUFFERS + 0x2000, 70)];
     for (slot, (at, len)) in pieces.into_iter().enumerate() {
         let next = if slot < 3 { NEXT } else { 0 };
-        put(&driver.tx, slot as u16, Descriptor::new(at, len, next, slot as u16 + 1));
+        driver.tx.put(slot as u16, Descriptor::new(at, len, next, slot as u16 + 1));
     }
-    offer(&driver.tx, 0);
+    driver.tx.offer(0);
     // And the same again by an indirect table.
     let table = TX_BUFFERS + 0x8000;
     for (slot, (at, len)) in pieces.into_iter().enumerate() {
         let next = if slot < 3 { NEXT } else { 0 };
-        let descriptor = RawDescriptor::from(Descriptor::new(at, len, next, slot as u16 + 1));
-        memory.write_obj(descriptor, GuestAddress(table + slot as u64 * 16)).unwrap();
+        rings::put(&memory, table, slot as u16, Descriptor::new(at, len, next, slot as u16 + 1));
     }
-    put(&driver.tx, 7, Descriptor::new(table, 64, 4, 0));
-    offer(&driver.tx, 7);
+    driver.tx.put(7, Descriptor::new(table, 64, 4, 0));
+    driver.tx.offer(7);
     rig.kick_tx();
     wait_for("both", || driver.tx_used() == 2);
     assert_eq!(rig.sink.frames(), [sent.clone(), sent]);
@@ -187,9 +184,9 @@ fn chains_of_several_buffers_and_indirect_ones_work() {
     let parts = [(RX_BUFFERS, 12), (RX_BUFFERS + 0x1000, 20), (RX_BUFFERS + 0x2000, 1500)];
     for (slot, (at, len)) in parts.into_iter().enumerate() {
         let flags = if slot < 2 { WRITE | NEXT } else { WRITE };
-        put(&driver.rx, slot as u16, Descriptor::new(at, len, flags, slot as u16 + 1));
+        driver.rx.put(slot as u16, Descriptor::new(at, len, flags, slot as u16 + 1));
     }
-    offer(&driver.rx, 0);
+    driver.rx.offer(0);
     rig.kick_rx();
     let came = frame(2, 90);
     rig.wire.send(&came).unwrap();
@@ -198,7 +195,7 @@ fn chains_of_several_buffers_and_indirect_ones_work() {
     memory.read_slice(&mut got[..20], GuestAddress(RX_BUFFERS + 0x1000)).unwrap();
     memory.read_slice(&mut got[20..], GuestAddress(RX_BUFFERS + 0x2000)).unwrap();
     assert_eq!(got[..], came);
-    assert_eq!(driver.rx.used().ring().ref_at(0).unwrap().load().len(), 102);
+    assert_eq!(driver.rx.used_entry(0), (0, 102));
 }
 
 #[test]
