@@ -181,7 +181,7 @@ impl Encoder {
             out.extend_from_slice(&[0; 4]);
         });
         let mut chain = crc32fast::Hasher::new();
-        chain.update(&header);
+        chain.update(&header.chained());
         self.open = Some(Open { begin: *begin, pages: 0, state_bytes: 0, chain });
         Ok(())
     }
@@ -202,7 +202,7 @@ impl Encoder {
         open.pages = open.pages.saturating_add(entries.len() as u32);
         let number = open.begin.number;
         let header = self.section(out, Kind::Pages, data, |out| put_entries(out, number, entries, data));
-        open.chain.update(&header);
+        open.chain.update(&header.chained());
         self.open = Some(open);
         Ok(())
     }
@@ -222,7 +222,7 @@ impl Encoder {
                 out.extend_from_slice(&half.to_le_bytes());
             }
         });
-        open.chain.update(&header);
+        open.chain.update(&header.chained());
         self.open = Some(open);
         Ok(())
     }
@@ -294,7 +294,7 @@ impl Encoder {
         kind: Kind,
         data: &[u8],
         fixed: impl FnOnce(&mut Vec<u8>),
-    ) -> [u8; HEADER_LEN] {
+    ) -> SectionHeader {
         let start = out.len();
         out.extend_from_slice(&[0; HEADER_LEN]);
         fixed(out);
@@ -303,14 +303,9 @@ impl Encoder {
         crc.update(data);
         let length = out.len() - start - HEADER_LEN + data.len();
         debug_assert!(length <= kind.limit() as usize);
-        let header = SectionHeader {
-            kind,
-            length: length as u32,
-            payload_crc: crc.finalize(),
-            sequence: self.sequence,
-        }
-        .encode();
-        out[start..start + HEADER_LEN].copy_from_slice(&header);
+        let payload_crc = crc.finalize();
+        let header = SectionHeader { kind, length: length as u32, payload_crc, sequence: self.sequence };
+        out[start..start + HEADER_LEN].copy_from_slice(&header.encode());
         self.sequence += 1;
         header
     }

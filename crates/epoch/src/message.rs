@@ -361,7 +361,8 @@ pub struct CheckpointEnd {
     pub pages: u32,
     /// Bytes of state that were sent.
     pub state_bytes: u32,
-    /// CRC-32 over the headers of all sections of the checkpoint before this one, heartbeats left out.
+    /// CRC-32 over the headers (each without its own checksum) of all sections of the checkpoint before this one,
+    /// heartbeats left out.
     pub chain: u32,
 }
 

@@ -272,7 +272,7 @@ impl Staging {
             }
             _ => return Err(StagingError::Order { kind: section.kind(), place: "inside a checkpoint" }),
         }
-        self.chain.update(&section.header().encode());
+        self.chain.update(&section.header().chained());
         Ok(false)
     }
 

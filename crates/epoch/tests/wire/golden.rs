@@ -1,0 +1,49 @@
+//! The bytes of the format, committed: whoever changes them changes the format, and must say so in its version.
+//!
+//! `OUTLIVE_WRITE_GOLDEN=1 cargo test -p outlive-epoch --test wire golden` writes the files anew.
+
+use std::path::PathBuf;
+
+use outlive_epoch::{Accept, Ack, Encoder, LeaveReason, Message, Peer, Preface, RefuseCode, SectionReader};
+
+fn check(name: &str, bytes: &[u8]) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("OUTLIVE_WRITE_GOLDEN").is_some() {
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let golden = std::fs::read(&path).unwrap();
+    let first = golden.iter().zip(bytes).position(|(a, b)| a != b);
+    assert_eq!(first, None, "{name}: first difference; if it is meant, raise the version of the format");
+    assert_eq!(golden.len(), bytes.len(), "{name}: length");
+}
+
+#[test]
+fn the_primarys_stream_is_the_committed_one() {
+    let (stream, contents) = crate::common::small_stream();
+    check("primary-v1.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v1.bin")).unwrap();
+    assert_eq!(crate::common::receive(&golden), (contents, None));
+}
+
+#[test]
+fn the_standbys_stream_is_the_committed_one() {
+    let mut out = Preface::CURRENT.encode().to_vec();
+    let mut encoder = Encoder::new();
+    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into() };
+    let ack = Ack { generation: 3, number: 40, stamp_us: 123_456 };
+    encoder.accept(&mut out, &accept).unwrap();
+    encoder.ack(&mut out, &ack);
+    encoder.heartbeat(&mut out, 123_456);
+    encoder.leave(&mut out, LeaveReason::Stopped);
+    encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
+    check("standby-v1.bin", &out);
+
+    let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Standby));
+    reader.read_preface(&mut source).unwrap();
+    let mut next = || format!("{:?}", Message::parse(&reader.read_section(&mut source).unwrap()).unwrap());
+    assert_eq!(next(), format!("{:?}", Message::Accept(accept)));
+    assert_eq!(next(), format!("{:?}", Message::Ack(ack)));
+    assert_eq!(next(), "Heartbeat { stamp_us: 123456 }");
+    assert_eq!(next(), "Leave(Stopped)");
+    assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);
+}

@@ -1,0 +1,307 @@
+//! Every refusal has its own words, and leaves the sides able to go on.
+
+use std::io::{self, Read};
+
+use crate::common::{Content, GENERATION, LIMITS, hello, layout};
+use outlive_epoch::{
+    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, Expect, HEADER_LEN, Kind, Message, PAGE_SIZE,
+    PageEntry, Peer, Preface, ReadError, Section, SectionHeader, SectionReader, Staging, StagingError,
+    StateRef, WireError,
+};
+
+const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+
+fn begin(number: u64, pages: u32, state_bytes: u32, flags: CheckpointFlags) -> CheckpointBegin {
+    CheckpointBegin { generation: GENERATION, number, pages, state_bytes, flags }
+}
+
+/// Pushes all sections of `stream` (without preface) and returns the first error.
+fn stage(staging: &mut Staging, stream: &[u8]) -> Result<bool, StagingError> {
+    let (mut source, mut reader) = (stream, SectionReader::new(Peer::Primary));
+    let mut complete = false;
+    while let Ok(section) = reader.read_section(&mut source) {
+        let message = Message::parse(&section).unwrap();
+        if !matches!(message, Message::Heartbeat { .. }) {
+            complete = staging.push(&section, &message)?;
+        }
+    }
+    Ok(complete)
+}
+
+fn staged(write: impl FnOnce(&mut Encoder, &mut Vec<u8>)) -> Result<bool, StagingError> {
+    let mut out = Vec::new();
+    write(&mut Encoder::new(), &mut out);
+    stage(&mut Staging::new(LIMITS, layout(), GENERATION).unwrap(), &out)
+}
+
+fn raw(out: &mut Vec<u8>, encoder: &mut Encoder, gfns: &[u64]) {
+    let data = vec![1; gfns.len() * PAGE_SIZE];
+    encoder.pages_head(out, gfns.iter().map(|gfn| PageEntry::raw(*gfn)), &data).unwrap();
+    out.extend_from_slice(&data);
+}
+
+#[test]
+fn limits_are_named_when_they_are_reached() {
+    let error = staged(|encoder, out| encoder.checkpoint_begin(out, &begin(1, 601, 0, BASE)).unwrap());
+    assert_eq!(error.unwrap_err().to_string(), "checkpoint 1 has 601 pages; the limit max_pages is 600");
+    let error = staged(|encoder, out| encoder.checkpoint_begin(out, &begin(1, 0, 4097, BASE)).unwrap());
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "checkpoint 1 has 4097 bytes of state; the limit max_state_bytes is 4096"
+    );
+    let error = staged(|encoder, out| {
+        encoder.checkpoint_begin(out, &begin(1, 0, 9, BASE)).unwrap();
+        for index in 0..9 {
+            encoder.state_head(out, &StateRef { kind: 1, version: 1, index, bytes: &[0] }).unwrap();
+            out.push(0);
+        }
+    });
+    assert_eq!(error, Err(StagingError::TooManySections { number: 1, limit: 8 }));
+}
+
+#[test]
+fn a_checkpoint_that_is_not_due_is_refused() {
+    let error = staged(|encoder, out| encoder.checkpoint_begin(out, &begin(1, 0, 0, PLAIN)).unwrap());
+    assert_eq!(error, Err(StagingError::BaseFinal { number: 1, found: false }));
+    let other = CheckpointBegin { generation: GENERATION + 1, ..begin(1, 0, 0, BASE) };
+    let error = staged(|encoder, out| encoder.checkpoint_begin(out, &other).unwrap());
+    assert_eq!(error, Err(StagingError::Generation { expected: GENERATION, found: GENERATION + 1 }));
+
+    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    for (number, flags, expected) in [
+        (6, PLAIN, StagingError::Number { expected: 5, found: 6 }),
+        (4, PLAIN, StagingError::Number { expected: 5, found: 4 }),
+        (5, BASE, StagingError::BaseFinal { number: 5, found: true }),
+    ] {
+        staging.reset(Expect::Number(5));
+        let mut out = Vec::new();
+        Content::new(number, flags, &[1]).encode(&mut Encoder::new(), &mut out, 9);
+        assert_eq!(stage(&mut staging, &out), Err(expected));
+        assert!(staging.checkpoint().is_none());
+    }
+}
+
+#[test]
+fn pages_outside_the_layout_or_twice_are_refused() {
+    let error = staged(|encoder, out| {
+        encoder.checkpoint_begin(out, &begin(1, 2, 0, BASE)).unwrap();
+        raw(out, encoder, &[999, 1000]);
+    });
+    assert_eq!(error, Err(StagingError::OutsideLayout { gfn: 1000 }));
+    let error = staged(|encoder, out| {
+        encoder.checkpoint_begin(out, &begin(1, 2, 0, BASE)).unwrap();
+        raw(out, encoder, &[70]);
+        raw(out, encoder, &[70]);
+    });
+    assert_eq!(error, Err(StagingError::DuplicatePage { gfn: 70, number: 1 }));
+    let error = staged(|encoder, out| {
+        encoder.checkpoint_begin(out, &begin(1, 0, 2, BASE)).unwrap();
+        for _ in 0..2 {
+            encoder.state_head(out, &StateRef { kind: 4, version: 1, index: 2, bytes: &[0] }).unwrap();
+            out.push(0);
+        }
+    });
+    assert_eq!(error, Err(StagingError::DuplicateState { kind: 4, index: 2, number: 1 }));
+}
+
+#[test]
+fn more_pages_than_announced_are_refused_before_they_are_kept() {
+    let error = staged(|encoder, out| {
+        encoder.checkpoint_begin(out, &begin(1, 1, 0, BASE)).unwrap();
+        raw(out, encoder, &[1, 2]);
+    });
+    assert_eq!(error, Err(StagingError::Totals { number: 1, what: "pages", expected: 1, found: 2 }));
+}
+
+#[test]
+fn sections_out_of_place_are_refused() {
+    let mut out = Vec::new();
+    Content::new(1, BASE, &[1, 2]).encode(&mut Encoder::new(), &mut out, 9);
+    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    assert_eq!(stage(&mut staging, &out), Ok(true));
+    // The buffer is full until it is reset.
+    let error = stage(&mut staging, &out).unwrap_err();
+    assert!(matches!(error, StagingError::Order { kind: Kind::CheckpointBegin, .. }));
+    staging.reset(Expect::Base);
+    let mut base = Vec::new();
+    Encoder::new().base_pages_head(&mut base, 1, [PageEntry::zero(1)].into_iter(), &[]).unwrap();
+    let error = stage(&mut staging, &base).unwrap_err();
+    assert_eq!(error.to_string(), "section BasePages came outside a checkpoint");
+}
+
+/// A reset must forget which pages it has seen, or the next checkpoint with the same page is refused.
+#[test]
+fn a_staging_buffer_serves_one_checkpoint_after_another() {
+    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    let mut encoder = Encoder::new();
+    for number in 10..30 {
+        let flags = if number == 10 { BASE } else { PLAIN };
+        let content = Content::new(number, flags, &[63, 64, 65, 0x10_0000 + number]);
+        let mut out = Vec::new();
+        content.encode(&mut encoder, &mut out, 3);
+        let mut fresh = Vec::new();
+        content.encode(&mut Encoder::new(), &mut fresh, 3);
+        assert_eq!(stage(&mut staging, &fresh), Ok(true), "checkpoint {number}");
+        assert_eq!(Content::of(&staging), Some(content));
+        staging.reset(Expect::Number(number + 1));
+    }
+}
+
+fn header(kind: Kind, payload: &[u8], sequence: u64) -> Vec<u8> {
+    let header =
+        SectionHeader { kind, length: payload.len() as u32, payload_crc: crc32fast::hash(payload), sequence };
+    [&header.encode()[..], payload].concat()
+}
+
+fn read(peer: Peer, stream: &[u8]) -> WireError {
+    let mut source = stream;
+    match SectionReader::new(peer).read_section(&mut source) {
+        Err(ReadError::Wire(error)) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_section_of_the_wrong_side_kind_version_or_length_is_refused() {
+    let ack = header(Kind::Ack, &[0; 24], 0);
+    assert_eq!(read(Peer::Primary, &ack), WireError::WrongSender { kind: Kind::Ack, peer: Peer::Primary });
+    let late = header(Kind::Heartbeat, &[0; 8], 1);
+    assert_eq!(read(Peer::Primary, &late), WireError::Sequence { expected: 0, found: 1 });
+    let resum = |mut bytes: Vec<u8>, at: usize, value: &[u8]| {
+        bytes[at..at + value.len()].copy_from_slice(value);
+        let crc = crc32fast::hash(&bytes[..28]);
+        bytes[28..32].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    };
+    let beat = header(Kind::Heartbeat, &[0; 8], 0);
+    let unknown = resum(beat.clone(), 4, &999u16.to_le_bytes());
+    assert_eq!(read(Peer::Primary, &unknown), WireError::UnknownKind { kind: 999 });
+    let newer = resum(beat.clone(), 6, &2u16.to_le_bytes());
+    let error = read(Peer::Primary, &newer);
+    assert_eq!(error, WireError::UnknownVersion { kind: Kind::Heartbeat, version: 2, known: 1 });
+    let long = resum(beat, 8, &u32::MAX.to_le_bytes());
+    let error = read(Peer::Primary, &long);
+    assert_eq!(error, WireError::TooLong { kind: Kind::Heartbeat, length: u32::MAX, limit: 8 });
+}
+
+#[test]
+fn another_protocol_or_version_is_named() {
+    let mut reader = SectionReader::new(Peer::Primary);
+    let error = reader.read_preface(&mut &b"GET / HTTP/1.1\r\n\r\n"[..]).unwrap_err();
+    assert!(error.to_string().starts_with("the peer does not speak the Outlive protocol"), "{error}");
+    let mut newer = Preface::CURRENT.encode();
+    newer[8] = 9;
+    let crc = crc32fast::hash(&newer[..12]);
+    newer[12..].copy_from_slice(&crc.to_le_bytes());
+    let error = SectionReader::new(Peer::Primary).read_preface(&mut &newer[..]).unwrap_err();
+    assert!(error.to_string().contains("protocol version 9; this release knows versions up to 1"), "{error}");
+}
+
+/// A stream that comes in single bytes, with a time-out after each.
+struct Trickle<'a>(&'a [u8], bool);
+
+impl Read for Trickle<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.1 = !self.1;
+        if self.1 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.0.read(&mut buffer[..1])
+    }
+}
+
+#[test]
+fn a_time_out_loses_no_byte() {
+    let (stream, _) = crate::common::small_stream();
+    let mut source = Trickle(&stream, false);
+    let mut reader = SectionReader::new(Peer::Primary);
+    while let Err(error) = reader.read_preface(&mut source) {
+        assert!(error.is_retry());
+    }
+    let mut sections = 0;
+    loop {
+        match reader.read_section(&mut source) {
+            Ok(section) => {
+                assert!(Message::parse(&section).is_ok());
+                sections += 1;
+            }
+            Err(ReadError::Closed) => break,
+            Err(error) => assert!(error.is_retry(), "{error}"),
+        }
+    }
+    assert_eq!((sections, reader.bytes_received()), (18, stream.len() as u64));
+}
+
+#[test]
+fn the_encoder_refuses_what_no_reader_would_take() {
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    let mut long = hello();
+    long.name = "x".repeat(65);
+    assert_eq!(
+        encoder.hello(&mut out, &long),
+        Err(EncodeError::TooLong { field: "the VM's name", length: 65, limit: 64 })
+    );
+    let pages = (0..257).map(PageEntry::zero).collect::<Vec<_>>();
+    assert_eq!(
+        encoder.base_pages_head(&mut out, 1, pages.into_iter(), &[]),
+        Err(EncodeError::TooManyPages(257))
+    );
+    let entries = [PageEntry::raw(1)].into_iter();
+    let error = encoder.base_pages_head(&mut out, 1, entries, &[0; 4095]);
+    assert_eq!(error, Err(EncodeError::DataLength { expected: 4096, found: 4095 }));
+    assert!(matches!(encoder.checkpoint_end(&mut out, 0), Err(EncodeError::Order(_))));
+    assert!(out.is_empty(), "a refused call appends nothing");
+
+    encoder.checkpoint_begin(&mut out, &begin(1, 1, 0, BASE)).unwrap();
+    assert!(matches!(encoder.checkpoint_begin(&mut out, &begin(2, 0, 0, PLAIN)), Err(EncodeError::Order(_))));
+    let error = encoder.checkpoint_end(&mut out, 0);
+    assert_eq!(error, Err(EncodeError::Totals { number: 1, what: "pages", announced: 1, sent: 0 }));
+    assert!(encoder.is_open());
+    raw(&mut out, &mut encoder, &[3]);
+    encoder.checkpoint_end(&mut out, 0).unwrap();
+}
+
+/// The largest sections there can be fit their limits and the reader's buffer.
+#[test]
+fn the_largest_sections_pass() {
+    let gfns: Vec<u64> = (0..256).collect();
+    let mut big = hello();
+    for text in [&mut big.name, &mut big.host, &mut big.tracker, &mut big.vendor] {
+        *text = "x".repeat(64);
+    }
+    let ranges = (0..8).map(|n| outlive_epoch::GfnRange { start: n * 10, pages: 5 }).collect();
+    big.layout = outlive_epoch::Layout::new(ranges).unwrap();
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    encoder.hello(&mut out, &big).unwrap();
+    encoder.checkpoint_begin(&mut out, &begin(1, 256, 256 * 1024, BASE)).unwrap();
+    raw(&mut out, &mut encoder, &gfns);
+    let state = vec![7; 256 * 1024];
+    encoder.state_head(&mut out, &StateRef { kind: 1, version: 1, index: 0, bytes: &state }).unwrap();
+    out.extend_from_slice(&state);
+    encoder.checkpoint_end(&mut out, 0).unwrap();
+    let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Primary));
+    let mut kinds = Vec::new();
+    while let Ok(section) = reader.read_section(&mut source) {
+        if let Message::Hello(received) = Message::parse(&section).unwrap() {
+            assert_eq!(received, big);
+        }
+        kinds.push(section.kind());
+    }
+    assert_eq!(kinds, [Kind::Hello, Kind::CheckpointBegin, Kind::Pages, Kind::State, Kind::CheckpointEnd]);
+}
+
+/// The text of a refusal is cut at a character, not inside one.
+#[test]
+fn a_long_refusal_is_cut_at_a_character() {
+    let mut out = Vec::new();
+    Encoder::new().refuse(&mut out, outlive_epoch::RefuseCode::Resources, &"ä".repeat(200));
+    let header = SectionHeader::parse(out.first_chunk::<HEADER_LEN>().unwrap()).unwrap();
+    let section = Section::new(header, &out[HEADER_LEN..]).unwrap();
+    match Message::parse(&section).unwrap() {
+        Message::Refuse(refuse) => assert_eq!(refuse.text, "ä".repeat(128)),
+        other => panic!("{other:?}"),
+    }
+}
