@@ -305,3 +305,16 @@ fn a_long_refusal_is_cut_at_a_character() {
         other => panic!("{other:?}"),
     }
 }
+
+/// Invariant 5: what runs in every epoch allocates nothing.
+#[test]
+fn a_full_section_of_pages_fits_the_promised_capacity() {
+    let mut out = Vec::with_capacity(64 + 8 * 256);
+    let (place, capacity) = (out.as_ptr(), out.capacity());
+    let mut encoder = Encoder::new();
+    let mut begun = Vec::new();
+    encoder.checkpoint_begin(&mut begun, &begin(1, 256, 0, BASE)).unwrap();
+    let (gfns, data): (Vec<u64>, _) = ((0..256).collect(), vec![0; 256 * PAGE_SIZE]);
+    encoder.pages_head(&mut out, gfns.iter().map(|gfn| PageEntry::raw(*gfn)), &data).unwrap();
+    assert_eq!((out.as_ptr(), out.capacity()), (place, capacity));
+}

@@ -1,0 +1,366 @@
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
+use outlive_pair::PrimaryAction::{self, *};
+use outlive_pair::PrimaryEvent::{self, *};
+use outlive_pair::{
+    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryConfig, PrimaryNote,
+    PrimaryStatus, Wanted,
+};
+
+use super::{ms, timing};
+
+/// A primary and the time.
+struct Host {
+    machine: Primary,
+    now: u64,
+}
+
+impl Host {
+    fn new(standbys: usize) -> Self {
+        let config = PrimaryConfig { generation: 4, checkpoint: 10, standbys, slots: 2, timing: timing() };
+        Self { machine: Primary::new(config, ms(0)), now: 0 }
+    }
+
+    /// Hands in an event; returns all actions.
+    fn on(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
+        let mut out = Vec::new();
+        self.machine.handle(ms(self.now), event, &mut out);
+        out
+    }
+
+    /// Hands in an event; returns what is not a note and not a heartbeat.
+    fn acts(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
+        let mut actions = self.on(event);
+        actions.retain(|action| !matches!(action, Note(_) | SendHeartbeat { .. }));
+        actions
+    }
+
+    /// Up to the base synchronisation on link 0.
+    fn attached() -> Self {
+        let mut host = Self::new(1);
+        assert_eq!(host.acts(Tick), [Dial { link: LINK, address: 0 }]);
+        assert_eq!(host.acts(Connected { link: LINK }), [SendHello { link: LINK, generation: 4 }]);
+        assert_eq!(host.acts(Accepted { link: LINK, dead_after: ms(500) }), [StartBase { link: LINK }]);
+        host
+    }
+
+    /// Up to "protected"; checkpoint 11 is the base.
+    fn protected() -> Self {
+        let mut host = Self::attached();
+        let base = CheckpointFlags { base_final: true, end: None };
+        assert_eq!(
+            host.acts(Captured { end: None }),
+            [HoldOutput, Ship { link: LINK, checkpoint: 11, flags: base }]
+        );
+        host.now += 1;
+        assert_eq!(host.acts(ack(11, host.now)), [Release { through: 11 }]);
+        assert_eq!(host.machine.status(), PrimaryStatus::Protected);
+        host
+    }
+
+    fn claimed(&mut self, result: ClaimResult) -> Vec<PrimaryAction> {
+        self.acts(Claimed { generation: 5, result })
+    }
+}
+
+const LINK: Link = Link(0);
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+
+fn ack(checkpoint: u64, stamp: u64) -> PrimaryEvent {
+    Ack { link: LINK, generation: 4, checkpoint, stamp: ms(stamp) }
+}
+
+fn ship(checkpoint: u64) -> PrimaryAction {
+    Ship { link: LINK, checkpoint, flags: PLAIN }
+}
+
+fn lost() -> PrimaryEvent {
+    LinkLost { link: LINK, why: LossReason::Closed }
+}
+
+#[test]
+fn output_passes_until_the_base_is_captured_and_waits_from_then_on() {
+    let mut host = Host::attached();
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    assert_eq!(host.machine.wanted_capture(), Wanted::Base { link: LINK });
+    host.acts(Captured { end: None });
+    assert_eq!(host.machine.output(), OutputMode::Hold);
+    assert_eq!(host.machine.status(), PrimaryStatus::BaseCommit);
+    assert_eq!(host.machine.epoch(), 12, "frames after the pause belong to the next checkpoint");
+    let actions = host.on(ack(11, 0));
+    assert_eq!(actions[0], Release { through: 11 });
+    assert_eq!(actions[1], Note(PrimaryNote::Protected { generation: 4, checkpoint: 11 }));
+}
+
+#[test]
+fn each_ack_releases_up_to_itself() {
+    let mut host = Host::protected();
+    assert_eq!(host.acts(Captured { end: None }), [ship(12)]);
+    assert_eq!(host.acts(Captured { end: None }), [ship(13)]);
+    assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
+    assert_eq!(host.acts(ack(13, 1)), [Release { through: 13 }]);
+}
+
+#[test]
+fn captures_stop_when_all_slots_are_taken() {
+    let mut host = Host::protected();
+    host.acts(Captured { end: None });
+    assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
+    host.acts(Captured { end: None });
+    assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
+    host.acts(ack(12, 1));
+    assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
+    host.acts(Captured { end: None });
+    // A driver that does not ask loses its protection, and nothing worse.
+    assert_eq!(
+        host.acts(Captured { end: None }),
+        [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]
+    );
+}
+
+/// SIGSTOP, takeover, SIGCONT: the first thing this process sees is an Ack that waited in its socket.
+#[test]
+fn an_ack_found_after_a_long_stop_releases_nothing() {
+    let mut host = Host::protected();
+    host.acts(Captured { end: None });
+    host.now += 700;
+    assert!(!host.machine.may_release(ms(host.now)), "not even what was decided before the stop");
+    assert_eq!(host.acts(ack(12, 1)), [Hangup { link: LINK }, Claim { generation: 5 }]);
+    assert!(!host.machine.may_release(ms(host.now)));
+    let owner = || "host-b".to_owned();
+    let reason = ExitReason::Fenced { generation: 5, owner: owner() };
+    assert_eq!(
+        reason.to_string(),
+        "generation 5 of this VM belongs to host-b: the VM runs there, this copy is stopped"
+    );
+    assert_eq!(
+        host.claimed(ClaimResult::Lost { owner: owner() }),
+        [Fence { generation: 5, owner: owner() }, Exit { code: 3, reason }]
+    );
+    assert_eq!(host.machine.output(), OutputMode::Discard);
+    assert!(!host.machine.may_release(ms(host.now)));
+}
+
+/// The lease is measured by stamps that came back, not by bytes that came in.
+#[test]
+fn old_stamps_do_not_extend_the_lease() {
+    let mut host = Host::protected();
+    let stamp = ms(host.now);
+    for _ in 0..6 {
+        host.now += 100;
+        assert_eq!(host.acts(Heartbeat { link: LINK, stamp }), []);
+        assert!(host.machine.may_release(ms(host.now)));
+    }
+    assert_eq!(host.machine.next_deadline(), Some(ms(701)), "the end of the lease");
+    host.now += 100;
+    assert_eq!(host.acts(Heartbeat { link: LINK, stamp }), [Hangup { link: LINK }, Claim { generation: 5 }]);
+}
+
+#[test]
+fn a_stamp_from_the_future_is_a_broken_protocol() {
+    let mut host = Host::protected();
+    let stamp = ms(host.now + 1);
+    assert_eq!(host.acts(Heartbeat { link: LINK, stamp }), [Hangup { link: LINK }, Claim { generation: 5 }]);
+}
+
+#[test]
+fn a_standby_lost_before_the_base_is_captured_costs_nothing() {
+    for event in [lost(), Leave { link: LINK, reason: LeaveReason::Stopped }] {
+        let mut host = Host::attached();
+        assert_eq!(host.acts(event), [Hangup { link: LINK }]);
+        assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
+        assert_eq!(host.acts(Captured { end: None }), [DropCapture], "one that was under way");
+        host.now += 200;
+        assert_eq!(host.acts(Tick), [Dial { link: Link(1), address: 0 }]);
+    }
+}
+
+#[test]
+fn a_standby_lost_after_it_must_be_won_against() {
+    for event in [
+        lost(),
+        Leave { link: LINK, reason: LeaveReason::BadStream },
+        LinkLost { link: LINK, why: LossReason::Local("ring full".into()) },
+    ] {
+        let mut host = Host::protected();
+        assert_eq!(host.acts(event), [Hangup { link: LINK }, Claim { generation: 5 }]);
+        assert_eq!(host.machine.output(), OutputMode::Hold);
+        let next = Dial { link: Link(1), address: 0 };
+        assert_eq!(
+            host.claimed(ClaimResult::Won),
+            [ReleaseAll, next],
+            "and a new standby is looked for at once"
+        );
+        assert_eq!((host.machine.output(), host.machine.generation()), (OutputMode::PassThrough, 5));
+    }
+}
+
+#[test]
+fn an_arbiter_out_of_reach_is_asked_again_and_reported_once() {
+    let mut host = Host::protected();
+    host.acts(lost());
+    let why = || "no route".to_owned();
+    for round in 0..20 {
+        let actions = host.on(Claimed { generation: 5, result: ClaimResult::Unreachable { why: why() } });
+        let note = Note(PrimaryNote::ArbiterUnreachable { why: why() });
+        assert_eq!(actions.contains(&note), round == 0);
+        assert_eq!(host.acts(Tick), []);
+        assert_eq!(host.machine.next_deadline(), Some(ms(host.now + 200)));
+        host.now += 200;
+        assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+        assert_eq!(host.machine.output(), OutputMode::Hold);
+    }
+    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll);
+}
+
+#[test]
+fn an_arbiter_that_does_not_answer_is_reported() {
+    let mut host = Host::protected();
+    host.acts(lost());
+    assert_eq!(host.machine.next_deadline(), Some(ms(host.now + 1000)));
+    host.now += 1000;
+    let note = Note(PrimaryNote::ArbiterUnreachable { why: "no answer for 1 s".into() });
+    assert_eq!(host.on(Tick), [note], "and not asked a second time");
+    assert_eq!(host.machine.next_deadline(), None);
+    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll);
+}
+
+#[test]
+fn answers_to_other_questions_are_ignored() {
+    let mut host = Host::protected();
+    assert_eq!(host.claimed(ClaimResult::Won), []);
+    host.acts(lost());
+    assert_eq!(host.acts(Claimed { generation: 4, result: ClaimResult::Won }), []);
+    assert_eq!(host.machine.status(), PrimaryStatus::Arbitrating);
+}
+
+#[test]
+fn events_of_an_old_link_are_ignored() {
+    let mut host = Host::attached();
+    host.acts(lost());
+    host.now += 200;
+    host.acts(Tick);
+    host.acts(Connected { link: Link(1) });
+    host.acts(Accepted { link: Link(1), dead_after: ms(0) });
+    for event in [lost(), ack(11, 0), Leave { link: LINK, reason: LeaveReason::Failed }] {
+        assert_eq!(host.acts(event), []);
+    }
+    assert_eq!(host.machine.status(), PrimaryStatus::BaseSync);
+    assert_eq!(host.acts(Connected { link: LINK }), [Hangup { link: LINK }], "a dial that came too late");
+}
+
+#[test]
+fn acks_that_are_not_due_break_the_link() {
+    for (checkpoint, generation) in [(12, 4), (10, 4), (11, 3)] {
+        let mut host = Host::attached();
+        host.acts(Captured { end: None });
+        let event = Ack { link: LINK, generation, checkpoint, stamp: ms(0) };
+        assert_eq!(host.acts(event), [Hangup { link: LINK }, Claim { generation: 5 }]);
+    }
+    let mut host = Host::attached();
+    assert_eq!(host.acts(ack(11, 0)), [Hangup { link: LINK }], "before anything was captured");
+}
+
+#[test]
+fn standbys_are_tried_in_turn_and_their_reasons_said_once() {
+    let mut host = Host::new(2);
+    let refused = |link| Refused { link, code: Ok(RefuseCode::Busy), text: "taken".into() };
+    let mut said = 0;
+    for round in 0..6 {
+        let link = Link(round);
+        assert!(host.on(Tick).contains(&Dial { link, address: round as usize % 2 }));
+        host.on(Connected { link });
+        let actions = host.on(refused(link));
+        assert!(actions.contains(&Hangup { link }));
+        said += actions.iter().filter(|action| matches!(action, Note(_))).count();
+        assert_eq!(host.acts(Tick), []);
+        host.now += 200;
+    }
+    assert_eq!(said, 1);
+    assert_eq!(Host::new(0).acts(Tick), [], "no address, nobody to dial");
+}
+
+#[test]
+fn a_standby_that_never_answers_hello_is_given_up() {
+    let mut host = Host::new(1);
+    host.acts(Tick);
+    host.acts(Connected { link: LINK });
+    host.now = 4999;
+    assert_eq!(host.acts(Tick), []);
+    host.now = 5000;
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }]);
+}
+
+#[test]
+fn the_end_of_the_vm_is_committed_before_it_is_carried_out() {
+    for (reason, code) in
+        [(EndReason::PowerOff, 0), (EndReason::Reset, 0), (EndReason::Stopped, 0), (EndReason::Crash, 1)]
+    {
+        let mut host = Host::protected();
+        host.acts(Captured { end: None });
+        assert_eq!(host.acts(End { reason }), []);
+        assert_eq!(host.machine.wanted_capture(), Wanted::Last(reason));
+        let flags = CheckpointFlags { base_final: false, end: Some(reason) };
+        let last = Ship { link: LINK, checkpoint: 13, flags };
+        assert_eq!(host.acts(Captured { end: Some(reason) }), [last]);
+        assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
+        assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
+        let exit = Exit { code, reason: ExitReason::Ended(reason) };
+        assert_eq!(
+            host.acts(ack(13, 1)),
+            [Release { through: 13 }, SendEnd { link: LINK, reason }, Hangup { link: LINK }, exit]
+        );
+        assert_eq!(host.acts(Tick), []);
+    }
+}
+
+#[test]
+fn without_protection_the_vm_ends_at_once() {
+    let reason = EndReason::PowerOff;
+    let exit = || Exit { code: 0, reason: ExitReason::Ended(reason) };
+    assert_eq!(Host::new(0).acts(End { reason }), [exit()]);
+    let mut dialling = Host::new(1);
+    dialling.acts(Tick);
+    assert_eq!(dialling.acts(End { reason }), [Hangup { link: LINK }, exit()]);
+    assert_eq!(
+        Host::attached().acts(End { reason }),
+        [SendEnd { link: LINK, reason }, Hangup { link: LINK }, exit()]
+    );
+}
+
+#[test]
+fn an_end_whose_link_is_lost_waits_for_the_arbiter() {
+    let reason = EndReason::PowerOff;
+    let ending = || {
+        let mut host = Host::protected();
+        host.acts(End { reason });
+        host.acts(Captured { end: Some(reason) });
+        assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Claim { generation: 5 }]);
+        host
+    };
+    let exit = Exit { code: 0, reason: ExitReason::Ended(reason) };
+    assert_eq!(ending().claimed(ClaimResult::Won), [ReleaseAll, exit]);
+    let fenced = ending().claimed(ClaimResult::Lost { owner: "b".into() });
+    assert!(matches!(fenced[..], [Fence { .. }, Exit { code: 3, .. }]));
+}
+
+#[test]
+fn heartbeats_go_eight_times_in_the_agreed_silence() {
+    let mut host = Host::new(1);
+    host.acts(Tick);
+    host.acts(Connected { link: LINK });
+    // The standby asks for more patience than is configured here.
+    let mut beats = 0;
+    let mut count = |actions: Vec<PrimaryAction>| {
+        beats += actions.iter().filter(|action| matches!(action, SendHeartbeat { .. })).count();
+    };
+    count(host.on(Accepted { link: LINK, dead_after: ms(2000) }));
+    while host.now < 2000 {
+        host.now += 10;
+        count(host.on(Heard { link: LINK }));
+    }
+    assert_eq!(beats, 1 + 2000 / 250);
+    host.now += 1399;
+    assert_eq!(host.acts(Tick), []);
+    host.now += 1;
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }]);
+}

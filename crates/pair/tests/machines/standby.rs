@@ -1,0 +1,293 @@
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
+use outlive_pair::StandbyAction::{self, *};
+use outlive_pair::StandbyEvent::{self, *};
+use outlive_pair::{
+    ClaimResult, Introduction, Link, LossReason, Standby, StandbyConfig, StandbyExit, StandbyNote,
+    StandbyStatus,
+};
+
+use super::{ms, timing};
+
+const LINK: Link = Link(1);
+const VM: VmId = VmId([1; 16]);
+const OTHER: VmId = VmId([2; 16]);
+const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
+const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
+
+struct Host {
+    machine: Standby,
+    now: u64,
+}
+
+fn hello_of(link: Link, vm: VmId, generation: u64) -> StandbyEvent {
+    Hello { link, hello: Introduction { vm, generation, dead_after: ms(400) } }
+}
+
+fn staged(checkpoint: u64, flags: CheckpointFlags) -> StandbyEvent {
+    Staged { link: LINK, checkpoint, flags, stamp: ms(77) }
+}
+
+fn ack(checkpoint: u64) -> StandbyAction {
+    Ack { link: LINK, generation: 4, checkpoint, stamp: ms(77) }
+}
+
+fn lost() -> StandbyEvent {
+    LinkLost { link: LINK, why: LossReason::Closed }
+}
+
+impl Host {
+    fn new(vm: Option<VmId>) -> Self {
+        Self { machine: Standby::new(StandbyConfig { vm, timing: timing() }, ms(0)), now: 0 }
+    }
+
+    fn on(&mut self, event: StandbyEvent) -> Vec<StandbyAction> {
+        let mut out = Vec::new();
+        self.machine.handle(ms(self.now), event, &mut out);
+        out
+    }
+
+    fn acts(&mut self, event: StandbyEvent) -> Vec<StandbyAction> {
+        let mut actions = self.on(event);
+        actions.retain(|action| !matches!(action, Note(_) | SendHeartbeat { .. }));
+        actions
+    }
+
+    fn attached() -> Self {
+        let mut host = Self::new(None);
+        let accept = Accept { link: LINK, generation: 4, dead_after: ms(1000) };
+        assert_eq!(host.acts(hello_of(LINK, VM, 4)), [accept], "the longer patience of the two");
+        assert_eq!(host.acts(BasePages { link: LINK }), [ApplyBase { link: LINK }]);
+        host
+    }
+
+    /// Checkpoint 11, the base, is committed and applied.
+    fn protected() -> Self {
+        let mut host = Self::attached();
+        assert_eq!(host.acts(staged(11, BASE)), [ack(11), Apply { checkpoint: 11 }]);
+        assert_eq!(host.acts(Applied { checkpoint: 11 }), []);
+        assert_eq!((host.machine.status(), host.machine.committed()), (StandbyStatus::Protected, Some(11)));
+        host
+    }
+
+    fn claimed(&mut self, result: ClaimResult) -> Vec<StandbyAction> {
+        self.acts(Claimed { generation: 5, result })
+    }
+
+    fn refusal(&mut self, link: Link, vm: VmId, generation: u64) -> RefuseCode {
+        match &self.acts(hello_of(link, vm, generation))[..] {
+            [Refuse { link: refused, code, .. }] if *refused == link => *code,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn primaries_that_do_not_fit_are_refused() {
+    assert_eq!(Host::new(Some(VM)).refusal(LINK, OTHER, 4), RefuseCode::WrongVm);
+    let mut host = Host::protected();
+    for link in [Link(2), Link(3)] {
+        assert_eq!(host.refusal(link, VM, 4), RefuseCode::Busy);
+        assert_eq!(host.refusal(link, OTHER, 9), RefuseCode::Busy);
+    }
+    // The attached primary has noticed nothing.
+    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), Apply { checkpoint: 12 }]);
+    host.acts(lost());
+    assert_eq!(host.refusal(Link(4), VM, 4), RefuseCode::Busy, "while it decides");
+    host.claimed(ClaimResult::Lost { owner: "a".into() });
+    assert_eq!(host.refusal(Link(5), VM, 5), RefuseCode::Leaving);
+}
+
+#[test]
+fn an_older_generation_of_the_same_vm_is_refused() {
+    let mut host = Host::attached();
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardAll]);
+    assert_eq!(host.refusal(Link(2), VM, 3), RefuseCode::StaleGeneration);
+    assert!(matches!(host.acts(hello_of(Link(3), VM, 4))[..], [Accept { .. }]));
+    host.acts(LinkLost { link: Link(3), why: LossReason::Closed });
+    assert!(
+        matches!(host.acts(hello_of(Link(4), OTHER, 1))[..], [Accept { .. }]),
+        "another VM counts for itself"
+    );
+}
+
+#[test]
+fn a_checkpoint_is_acknowledged_applied_and_only_then_the_next() {
+    let mut host = Host::protected();
+    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), Apply { checkpoint: 12 }]);
+    assert_eq!(host.acts(staged(13, PLAIN)), [], "it waits for 12 to be applied");
+    assert!(!host.machine.may_read());
+    assert_eq!(host.machine.committed(), Some(12));
+    assert_eq!(host.acts(Applied { checkpoint: 12 }), [ack(13), Apply { checkpoint: 13 }]);
+    assert!(host.machine.may_read());
+}
+
+#[test]
+fn the_newest_stamp_goes_back() {
+    let mut host = Host::protected();
+    host.on(Heartbeat { link: LINK, stamp: ms(90) });
+    host.on(Heartbeat { link: LINK, stamp: ms(80) });
+    host.now += 125;
+    assert_eq!(host.on(Tick), [SendHeartbeat { link: LINK, stamp: ms(90) }]);
+    assert_eq!(host.machine.next_deadline(), Some(ms(host.now + 125)));
+}
+
+#[test]
+fn nothing_committed_nothing_claimed() {
+    let mut host = Host::attached();
+    host.now += 1000;
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }, DiscardAll]);
+    assert_eq!(host.machine.status(), StandbyStatus::Listening);
+    assert_eq!(host.machine.next_deadline(), None);
+}
+
+#[test]
+fn a_dead_primary_is_succeeded() {
+    let mut host = Host::protected();
+    host.now += 999;
+    assert_eq!(host.acts(Tick), []);
+    host.now += 1;
+    let actions = host.on(Tick);
+    let why = LossReason::Silent(ms(1000));
+    let note = StandbyNote::LinkLost { why, silent: ms(1000), committed: true };
+    let arbitrating = StandbyNote::Arbitrating { generation: 5 };
+    assert_eq!(
+        actions,
+        [Hangup { link: LINK }, Note(note), DiscardStaged, Note(arbitrating), Claim { generation: 5 }]
+    );
+    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: false }]);
+}
+
+/// SIGKILL closes the socket; every millisecond of waiting would be one of outage.
+#[test]
+fn a_closed_link_is_decided_at_once() {
+    assert_eq!(
+        Host::protected().acts(lost()),
+        [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]
+    );
+}
+
+#[test]
+fn what_is_staged_but_not_acknowledged_is_dropped() {
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    host.acts(staged(13, PLAIN));
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]);
+    assert_eq!(host.claimed(ClaimResult::Won), [], "12 is still being applied");
+    assert_eq!(host.machine.status(), StandbyStatus::Applying);
+    assert_eq!(
+        host.acts(Applied { checkpoint: 12 }),
+        [TakeOver { checkpoint: 12, generation: 5, stop: false }]
+    );
+}
+
+#[test]
+fn the_time_of_an_apply_is_not_the_primarys_silence() {
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    host.now += 5000;
+    assert_eq!(host.acts(Tick), []);
+    assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+    host.now += 999;
+    assert_eq!(host.acts(Tick), []);
+    host.now += 1;
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]);
+}
+
+#[test]
+fn the_loser_drops_its_copy_and_says_to_whom() {
+    let mut host = Host::protected();
+    host.acts(lost());
+    let reason = StandbyExit::Lost { generation: 5, owner: "host-a".into() };
+    assert_eq!(
+        reason.to_string(),
+        "generation 5 of this VM belongs to host-a: the VM runs there, this copy is dropped"
+    );
+    assert_eq!(
+        host.claimed(ClaimResult::Lost { owner: "host-a".into() }),
+        [DiscardAll, Exit { code: 3, reason }]
+    );
+}
+
+#[test]
+fn nothing_is_taken_from_the_link_while_the_arbiter_is_asked() {
+    let mut host = Host::protected();
+    host.acts(lost());
+    assert_eq!(host.acts(staged(12, PLAIN)), []);
+    assert_eq!(host.acts(End { link: LINK, reason: EndReason::PowerOff }), []);
+    host.claimed(ClaimResult::Unreachable { why: "mount point is gone".into() });
+    host.now += 200;
+    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+    assert_eq!(host.machine.committed(), Some(11));
+}
+
+/// The primary lives; only what it sends is damaged. Its VM must not be disturbed.
+#[test]
+fn a_bad_stream_makes_the_standby_leave_not_take_over() {
+    let bad = || BadStream { link: LINK, why: "checksum".into() };
+    for mut host in [Host::attached(), Host::protected()] {
+        assert_eq!(
+            host.acts(bad()),
+            [SendLeave { link: LINK, reason: LeaveReason::BadStream }, Hangup { link: LINK }, DiscardAll]
+        );
+        assert_eq!(host.machine.status(), StandbyStatus::Listening);
+        assert_eq!(host.acts(lost()), []);
+        host.now += 10_000;
+        assert_eq!(host.acts(Tick), [], "it has promised not to claim");
+    }
+    // A stranger's rubbish is the stranger's.
+    let stranger = BadStream { link: Link(9), why: "HTTP".into() };
+    assert_eq!(Host::protected().acts(stranger), [Hangup { link: Link(9) }]);
+}
+
+#[test]
+fn what_is_not_due_is_a_bad_stream() {
+    for event in [staged(11, PLAIN), staged(13, PLAIN), staged(12, BASE), BasePages { link: LINK }] {
+        let actions = Host::protected().acts(event.clone());
+        assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "{event:?}");
+    }
+    let actions = Host::attached().acts(staged(12, PLAIN));
+    assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "no base yet");
+}
+
+#[test]
+fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
+    let reason = EndReason::PowerOff;
+    let exit = || Exit { code: 0, reason: StandbyExit::Followed(reason) };
+    let ended = || {
+        let mut host = Host::protected();
+        host.acts(staged(12, CheckpointFlags { base_final: false, end: Some(reason) }));
+        host
+    };
+    let leave = || SendLeave { link: LINK, reason: LeaveReason::Followed };
+    let told = End { link: LINK, reason };
+    assert_eq!(ended().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(Host::attached().acts(told), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(ended().acts(lost()), [Hangup { link: LINK }, exit()]);
+    let mut silent = ended();
+    silent.acts(Applied { checkpoint: 12 });
+    silent.now += 1000;
+    assert_eq!(silent.acts(Tick), [Hangup { link: LINK }, exit()]);
+}
+
+#[test]
+fn a_stop_leaves_in_order() {
+    let exit = || Exit { code: 0, reason: StandbyExit::Stopped };
+    let leave = || SendLeave { link: LINK, reason: LeaveReason::Stopped };
+    assert_eq!(Host::new(None).acts(Stop), [exit()]);
+    assert_eq!(Host::attached().acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
+    let mut host = Host::protected();
+    assert_eq!(host.acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(host.acts(lost()), []);
+    let failed = Host::protected().acts(Failed { why: "memory".into() });
+    assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { code: 1, .. }]));
+}
+
+/// Whoever has asked the arbiter may already own the VM; walking away would leave it to nobody.
+#[test]
+fn a_stop_during_arbitration_waits_for_the_answer() {
+    let mut host = Host::protected();
+    host.acts(lost());
+    assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
+    assert_eq!(host.on(Stop), [], "said once");
+    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: true }]);
+}
