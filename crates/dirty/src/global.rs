@@ -140,6 +140,7 @@ impl GlobalLog {
 
     /// Takes every page whose mark had returned when this began, each once. One thread at a time.
     pub(crate) fn drain(&self, mut sink: impl FnMut(Gfn)) {
+        // A marker on the way may have set a bit that made another one return, and have no hint yet.
         let mut search = self.in_flight.load(Ordering::Acquire) != 0;
         let handed_out = self.tail.swap(0, Ordering::AcqRel);
         for hint in &self.hints[..handed_out.min(self.capacity)] {
@@ -151,6 +152,9 @@ impl GlobalLog {
                 None => search = true,
             }
         }
+        // Asked again: a marker that came meanwhile may have put its hint over one not read yet. Either it is seen
+        // in flight here, or its word of the overflow below.
+        search |= self.in_flight.load(Ordering::Acquire) != 0;
         search |= self.overflow.swap(false, Ordering::AcqRel) || handed_out > self.capacity;
         if search {
             self.scans.fetch_add(1, Ordering::Relaxed);

@@ -54,6 +54,9 @@
 //! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that goes
 //! through a raw pointer or is written by the kernel.
 
+// The models use a part of what they are compiled with.
+#![cfg_attr(all(test, loom), allow(dead_code))]
+
 // Under loom only the lock-free parts are compiled; their models are in `models.rs`.
 #[cfg(not(all(test, loom)))]
 mod backend;
@@ -62,6 +65,7 @@ mod bits;
 mod epoch;
 #[cfg(not(all(test, loom)))]
 mod flat;
+mod gate;
 mod global;
 #[cfg(not(all(test, loom)))]
 mod kvm;

@@ -4,12 +4,13 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::backend::{Backend, Kind};
 use crate::bits::Bits;
 use crate::epoch::{Epoch, Part, Stopped};
 use crate::flat::Flat;
+use crate::gate::Gate;
 use crate::global::GlobalLog;
 use crate::kvm::{Kernel, Vm};
 use crate::lane::{Lane, Owner};
@@ -168,18 +169,6 @@ fn add(counter: &AtomicU64, amount: u64) {
     }
 }
 
-/// What may be done at the moment; see `Tracker::phase`.
-mod phase {
-    /// Not enabled.
-    pub(super) const OFF: u8 = 0;
-    /// vCPU threads may harvest.
-    pub(super) const OPEN: u8 = 1;
-    /// The epoch is harvested: what is logged now is of the next one and stays where it is.
-    pub(super) const CLOSED: u8 = 2;
-    /// As closed, and the pages may be read.
-    pub(super) const READABLE: u8 = 3;
-}
-
 /// Knows which pages of a VM changed in an epoch. Share it in an `Arc`.
 ///
 /// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the life
@@ -196,11 +185,9 @@ pub struct Tracker {
     /// Pages that are in a lane or in `flat`.
     seen: Bits,
     flat: Flat,
-    phase: AtomicU8,
+    gate: Gate,
     /// Somebody holds an epoch, or is in enable or disable.
     epoch_open: AtomicBool,
-    /// Threads that read a part of the pages.
-    readers: AtomicUsize,
     all: AtomicBool,
     /// 0, or 1 + the vCPU whose ring was overrun, or `WRONG_RESET`.
     failed: AtomicUsize,
@@ -283,9 +270,8 @@ impl Tracker {
             global,
             seen,
             flat,
-            phase: AtomicU8::new(phase::OFF),
+            gate: Gate::new(),
             epoch_open: AtomicBool::new(false),
-            readers: AtomicUsize::new(0),
             all: AtomicBool::new(false),
             failed: AtomicUsize::new(0),
             counters: Counters::default(),
@@ -316,7 +302,7 @@ impl Tracker {
 
     /// Whether pages are being tracked.
     pub fn is_enabled(&self) -> bool {
-        self.phase() != phase::OFF
+        !self.gate.is_off()
     }
 
     /// Counters since the tracker was made.
@@ -344,7 +330,7 @@ impl Tracker {
     /// memory now must be copied by other means (the base copy), which may go on while the guest runs.
     pub fn enable(&self) -> Result<(), EnableError> {
         let _token = Token::take(self).ok_or(EnableError::EpochOpen)?;
-        if self.phase() != phase::OFF {
+        if !self.gate.is_off() {
             return Err(EnableError::Already);
         }
         if self.failed.load(Ordering::Acquire) != 0 {
@@ -361,7 +347,7 @@ impl Tracker {
             return Err(error);
         }
         self.all.store(false, Ordering::Relaxed);
-        self.set_phase(phase::OPEN);
+        self.gate.open();
         Ok(())
     }
 
@@ -373,12 +359,12 @@ impl Tracker {
     /// Stops tracking and frees the memory of the lists. The VM is stopped. Pages not yet reported are forgotten.
     pub fn disable(&self) -> Result<(), DisableError> {
         let _token = Token::take(self).ok_or(DisableError::EpochOpen)?;
-        if self.phase() == phase::OFF {
+        if self.gate.is_off() {
             return Ok(());
         }
-        self.set_phase(phase::OFF);
+        self.gate.turn_off();
         if let Err(vcpu) = self.release_memory() {
-            self.set_phase(phase::OPEN);
+            self.gate.open();
             return Err(DisableError::Busy(vcpu));
         }
         // A ring left full would keep its vCPU from running for ever. A failed ring is past help.
@@ -451,8 +437,7 @@ impl Tracker {
     /// If there is no such vCPU.
     pub fn harvest_vcpu(&self, vcpu: usize) -> Result<usize, HarvestError> {
         let owner = self.lanes[vcpu].own().ok_or(HarvestError::Busy { vcpu })?;
-        // After owning: an epoch that closes now finds the list owned, or has closed and is seen here.
-        if self.phase() != phase::OPEN {
+        if !self.gate.is_open() {
             return Ok(0);
         }
         self.check()?;
@@ -497,17 +482,14 @@ impl Tracker {
     /// None unless the epoch is between `rearm` and `copied`; those two wait for nobody, so tell the threads
     /// after the one and hear from them before the other. A part still held makes `copied` wait.
     pub fn part(&self, index: usize, of: usize) -> Option<Part<'_>> {
-        self.readers.fetch_add(1, Ordering::SeqCst);
-        if self.phase.load(Ordering::SeqCst) == phase::READABLE && index < of {
+        (index < of && self.gate.read()).then(|| {
             let len = self.flat.len();
-            return Some(Part { tracker: self, range: len * index / of..len * (index + 1) / of });
-        }
-        self.part_done();
-        None
+            Part { tracker: self, range: len * index / of..len * (index + 1) / of }
+        })
     }
 
     pub(crate) fn part_done(&self) {
-        self.readers.fetch_sub(1, Ordering::SeqCst);
+        self.gate.read_done();
     }
 
     /// The list of the epoch; for [`Epoch`] and [`Part`].
@@ -518,11 +500,11 @@ impl Tracker {
     /// Takes all that is dirty into one list. On an error, and if the epoch is dropped, that list stays and the
     /// next harvest goes on from there.
     pub(crate) fn harvest(&self) -> Result<(), HarvestError> {
-        if self.phase() == phase::OFF {
+        if self.gate.is_off() {
             return Err(HarvestError::NotEnabled);
         }
         self.check()?;
-        self.set_phase(phase::CLOSED);
+        self.gate.close();
         for (vcpu, lane) in self.lanes.iter().enumerate() {
             let owner = lane.own().ok_or(HarvestError::Busy { vcpu })?;
             let taken = self.take_vcpu(vcpu, &owner);
@@ -586,18 +568,13 @@ impl Tracker {
             self.failed.store(WRONG_RESET, Ordering::Release);
         }
         add(&self.counters.full_rearms, rearmed?.into());
-        self.phase.store(phase::READABLE, Ordering::SeqCst);
+        self.gate.let_read();
         Ok(())
     }
 
     /// Nobody reads the pages after this.
     pub(crate) fn close(&self) {
-        if self.phase() == phase::READABLE {
-            self.phase.store(phase::CLOSED, Ordering::SeqCst);
-            while self.readers.load(Ordering::SeqCst) != 0 {
-                std::hint::spin_loop();
-            }
-        }
+        self.gate.end_reading();
     }
 
     /// Forgets the pages of the epoch, in O(their number), and begins the next one.
@@ -614,8 +591,8 @@ impl Tracker {
 
     /// Lets vCPU threads harvest again, after `begin` or when an epoch was dropped on the way.
     pub(crate) fn reopen(&self) {
-        if self.phase() != phase::OFF {
-            self.set_phase(phase::OPEN);
+        if !self.gate.is_off() {
+            self.gate.open();
         }
     }
 
@@ -626,14 +603,6 @@ impl Tracker {
             self.counters.warned.store(ignored, Ordering::Relaxed);
             tracing::warn!(ignored, "dirty log entries that are no page of the memory layout");
         }
-    }
-
-    fn phase(&self) -> u8 {
-        self.phase.load(Ordering::Acquire)
-    }
-
-    fn set_phase(&self, phase: u8) {
-        self.phase.store(phase, Ordering::Release);
     }
 
     /// Fails for ever once pages were lost.

@@ -98,6 +98,7 @@ impl Deref for Words {
 
 #[cfg(all(test, loom))]
 impl Words {
+    /// As above, in ordinary memory.
     pub(crate) fn reserve(len: usize) -> io::Result<Words> {
         Ok(Words { words: (0..len.max(1)).map(|_| AtomicU64::new(0)).collect() })
     }
