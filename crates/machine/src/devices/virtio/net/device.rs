@@ -48,7 +48,8 @@ pub struct NetHost<M> {
     pub gate: Arc<DeviceGate>,
     /// Raises the device's interrupt.
     pub interrupt: Arc<dyn Interrupt>,
-    /// Wakes a guest that polls; called for every delivery, whether the driver wants an interrupt or not.
+    /// Wakes a guest that polls, whether its driver wants an interrupt or not: for every delivery, and when
+    /// frames that had found the output full have been taken.
     pub waker: Arc<dyn Waker>,
 }
 

@@ -62,6 +62,8 @@ pub(super) enum Turn {
     More,
     /// Nothing more to do until the other side says so.
     Idle,
+    /// The output is full: nothing more to do until it says so.
+    Full,
 }
 
 /// Room for one frame with its header on its way through; one more byte shows a frame that is too long.
@@ -94,14 +96,14 @@ impl<M: GuestMemory> Queues<M> {
     }
 
     /// Takes frames from the guest and pushes them to the output until there are no more or the output is
-    /// full.
+    /// full. Says how many were taken.
     pub(super) fn transmit(
         &mut self,
         output: &Output,
         buffer: &mut Bounce,
         counters: &Counters,
         pass: &Pass<'_>,
-    ) -> Result<Turn, Broken> {
+    ) -> Result<(Turn, usize), Broken> {
         let memory = &*self.memory;
         let mut done = 0;
         let turn = loop {
@@ -117,7 +119,7 @@ impl<M: GuestMemory> Queues<M> {
             } else if output.push(frame) == Pushed::Full {
                 // The frame stays with the guest; the output tells when there is room.
                 self.tx.queue.go_to_previous_position();
-                break Turn::Idle;
+                break Turn::Full;
             } else {
                 counters.tx(frame.len());
             }
@@ -127,7 +129,7 @@ impl<M: GuestMemory> Queues<M> {
         if done > 0 && wants_interrupt(&mut self.tx.queue, memory)? {
             self.line.signal_used();
         }
-        Ok(turn)
+        Ok((turn, done))
     }
 
     /// Delivers frames from the port to the guest until there are no more frames or no more buffers. Frames

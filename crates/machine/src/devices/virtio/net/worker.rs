@@ -54,6 +54,8 @@ struct Core<M> {
     live: bool,
     rx_pending: bool,
     tx_pending: bool,
+    /// The output was full when frames were last taken from the guest.
+    tx_stalled: bool,
     rx_buffer: Bounce,
     tx_buffer: Bounce,
 }
@@ -79,6 +81,7 @@ impl<M: GuestMemory> Shared<M> {
                 live: false,
                 rx_pending: false,
                 tx_pending: false,
+                tx_stalled: false,
                 rx_buffer: bounce(),
                 tx_buffer: bounce(),
             }),
@@ -172,8 +175,14 @@ impl<M: GuestMemory> Core<M> {
         };
         let mut run = || -> Result<(), Broken> {
             if self.tx_pending {
-                let turn = queues.transmit(&shared.output, &mut self.tx_buffer, &shared.counters, pass)?;
+                let (turn, taken) =
+                    queues.transmit(&shared.output, &mut self.tx_buffer, &shared.counters, pass)?;
                 self.tx_pending = turn == Turn::More;
+                // A guest whose frames had to stay with it may have gone idle for want of room to send.
+                if taken > 0 && self.tx_stalled {
+                    shared.waker.wake();
+                }
+                self.tx_stalled = turn == Turn::Full || self.tx_stalled && taken == 0;
             }
             if self.rx_pending {
                 let (turn, delivered) =

@@ -246,6 +246,7 @@ fn held_frames_fill_the_ring_and_then_stay_with_the_guest() {
     settle();
     assert_eq!((driver.tx_used(), rig.sink.count()), (4, 0));
     for (epoch, left) in [(2, 4), (3, 8), (4, 10)] {
+        let wakes = rig.wakes.get();
         rig.gate.close();
         rig.output.set_epoch(epoch).unwrap();
         rig.gate.open();
@@ -253,6 +254,8 @@ fn held_frames_fill_the_ring_and_then_stay_with_the_guest() {
         assert_eq!(rig.sink.count(), left);
         let next = 10.min(left + 4) as u16;
         wait_for("the next ones", || driver.tx_used() == next);
+        settle();
+        assert_eq!(rig.wakes.get() - wakes, usize::from(left < 10), "a guest that waits for room is woken");
     }
     assert_eq!(rig.sink.frames(), (0..10).map(|n| frame(n, 60)).collect::<Vec<_>>());
 }
