@@ -1,0 +1,187 @@
+//! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing.
+//!
+//! Nothing is changed and nothing stays. The most telling part is [`trial`]: it runs a real VM for a moment and
+//! compares the pages that dirty tracking found with those that the guest wrote.
+
+mod kvm;
+mod memory;
+mod network;
+mod system;
+mod trial;
+
+use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
+
+use serde::Serialize;
+
+pub use memory::available_memory_bytes;
+
+use crate::exit;
+
+/// Options of `outlive check`.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct CheckOptions {
+    /// Write the findings as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  outlive check             a table for people
+  outlive check --json      the same for programs
+
+Exit codes: 0 VMs can run here; 2 something essential is missing.";
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// As it should be.
+    Ok,
+    /// VMs run, but slower, with less comfort, or with a risk that the text names.
+    Warning,
+    /// VMs cannot run.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at, in one or two words.
+    pub name: &'static str,
+    /// How bad it is.
+    pub state: State,
+    /// What was found.
+    pub found: String,
+    /// What to do; empty if nothing.
+    pub remedy: String,
+}
+
+impl Finding {
+    fn ok(name: &'static str, found: impl Into<String>) -> Finding {
+        Finding { name, state: State::Ok, found: found.into(), remedy: String::new() }
+    }
+
+    fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Finding {
+        Finding { name, state: State::Warning, found: found.into(), remedy: remedy.into() }
+    }
+
+    fn missing(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Finding {
+        Finding { name, state: State::Missing, found: found.into(), remedy: remedy.into() }
+    }
+}
+
+/// All findings, in the order in which they should be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The worst state of all findings.
+    pub result: State,
+    /// The findings.
+    pub findings: Vec<Finding>,
+}
+
+impl Report {
+    fn new(findings: Vec<Finding>) -> Report {
+        let result = findings.iter().map(|finding| finding.state).max().unwrap_or(State::Ok);
+        Report { result, findings }
+    }
+
+    /// 0 if VMs can run here, 2 if something essential is missing.
+    pub fn exit_code(&self) -> u8 {
+        if self.result == State::Missing { exit::USAGE } else { exit::OK }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.findings.iter().map(|finding| finding.name.len()).max().unwrap_or(0);
+        for Finding { name, state, found, remedy } in &self.findings {
+            let state = match state {
+                State::Ok => "ok",
+                State::Warning => "warning",
+                State::Missing => "MISSING",
+            };
+            writeln!(f, "{state:<7}  {name:<width$}  {found}")?;
+            if !remedy.is_empty() {
+                writeln!(f, "{:<7}  {:<width$}  -> {remedy}", "", "")?;
+            }
+        }
+        f.write_char('\n')?;
+        f.write_str(match self.result {
+            State::Ok => "VMs can run on this machine.",
+            State::Warning => "VMs can run on this machine; see the warnings.",
+            State::Missing => "VMs cannot run on this machine before what is MISSING is there.",
+        })
+    }
+}
+
+/// Looks at this machine.
+pub fn run() -> Report {
+    let mut findings = kvm::findings();
+    if findings.iter().all(|finding| finding.state != State::Missing) {
+        findings.push(trial::finding());
+    }
+    findings.extend(network::findings());
+    findings.push(memory::finding());
+    findings.extend(system::findings());
+    Report::new(findings)
+}
+
+/// The command: looks, prints to standard output, and returns the exit code.
+pub fn command(options: &CheckOptions) -> u8 {
+    let report = run();
+    let text = if options.json { to_json(&report) } else { report.to_string() };
+    // A reader that left early (a pipe into head) changes nothing about the result.
+    let _ = writeln!(io::stdout(), "{text}");
+    report.exit_code()
+}
+
+fn to_json(report: &Report) -> String {
+    serde_json::to_string_pretty(report).expect("names and texts are always JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_finding_decides() {
+        let ok = Finding::ok("a", "fine");
+        let warning = Finding::warning("long name", "slow", "buy");
+        let missing = Finding::missing("b", "gone", "look for it");
+        let report = |findings: &[&Finding]| Report::new(findings.iter().copied().cloned().collect());
+        assert_eq!(report(&[]).exit_code(), 0);
+        assert_eq!(report(&[&ok, &warning]).exit_code(), 0);
+        assert_eq!(report(&[&missing, &ok]).exit_code(), 2);
+        let text = report(&[&ok, &warning, &missing]).to_string();
+        let expected = "\
+ok       a          fine
+warning  long name  slow
+                    -> buy
+MISSING  b          gone
+                    -> look for it
+
+VMs cannot run on this machine before what is MISSING is there.";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn json_has_a_result_and_every_finding() {
+        let report = Report::new(vec![Finding::ok("a", "fine"), Finding::warning("b", "\"slow\"", "buy")]);
+        let value: serde_json::Value = serde_json::from_str(&to_json(&report)).unwrap();
+        assert_eq!(value["result"], "warning");
+        assert_eq!(value["findings"][1]["found"], "\"slow\"");
+        assert_eq!(value["findings"][0]["remedy"], "");
+    }
+
+    /// Whatever this machine is, every problem comes with what to do, in one line.
+    #[test]
+    fn everything_that_is_not_ok_has_a_remedy() {
+        for Finding { name, state, found, remedy } in run().findings {
+            assert_eq!(state == State::Ok, remedy.is_empty(), "{name}: {found} {remedy}");
+            assert!(!found.is_empty() && !found.contains('\n') && !remedy.contains('\n'), "{name}");
+        }
+    }
+}
