@@ -48,7 +48,7 @@ pub const LOW_RAM_END: u64 = 0xC000_0000;
 pub const HIGH_RAM_ADDR: u64 = 0x1_0000_0000;
 
 /// The smallest memory the payload starts with, in bytes.
-pub const MIN_MEMORY: u64 = 16 << 20;
+pub const MIN_MEMORY: u64 = 32 << 20;
 
 /// Register window of the virtio-mmio (version 2) net device.
 pub const NET_MMIO_ADDR: u64 = 0xD000_0000;
@@ -171,7 +171,7 @@ impl BootInfo {
 
     /// The block as it lies in guest memory.
     #[must_use]
-    pub fn to_bytes(&self) -> [u8; BOOT_INFO_LEN] {
+    pub fn to_bytes(self) -> [u8; BOOT_INFO_LEN] {
         let mut out = [0; BOOT_INFO_LEN];
         let mut at = 0;
         let mut put = |bytes: &[u8]| {

@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn the_tables_stacks_and_image_do_not_overlap() {
         assert!(abi::BOOT_INFO_ADDR + abi::BOOT_INFO_LEN as u64 <= abi::GDT_ADDR);
-        assert!(abi::PAGE_TABLES_END <= abi::STACKS_ADDR);
+        const { assert!(abi::PAGE_TABLES_END <= abi::STACKS_ADDR) };
         assert!(abi::initial_rsp(abi::MAX_VCPUS - 1) < abi::IMAGE_ADDR);
         assert_eq!(abi::initial_rsp(0) % 16, 8);
     }

@@ -124,7 +124,9 @@ pub unsafe fn serve(info: &BootInfo, pool: Pool, mut net: Net, mut server: Serve
             spin(&net, &mut clock, quiet_since + SPIN_US);
             continue;
         }
-        let due = [server.next_due(now), work_due, full].into_iter().flatten().min();
+        // Nothing was sent although a timer says "now" (a closed window, say): do not turn in circles on it.
+        let net_due = server.next_due(now).map(|due| due.max(now + SPIN_US));
+        let due = [net_due, work_due, full].into_iter().flatten().min();
         let timeout = due.map_or(u64::from(MAX_SLEEP_US), |due| due.saturating_sub(now));
         if timeout > 0 {
             host.facts.idles += 1;

@@ -113,7 +113,7 @@ pub(super) fn mget(cx: &mut Context<'_>) -> Outcome {
 
 pub(super) fn mset(cx: &mut Context<'_>) -> Outcome {
     let args = cx.args;
-    if args.len() % 2 == 0 {
+    if args.len().is_multiple_of(2) {
         return cx.fail("wrong number of arguments for 'mset' command");
     }
     let pairs = || (1..args.len()).step_by(2).map(|index| (args.get(index), args.get(index + 1)));

@@ -31,6 +31,10 @@ impl Reply {
             if self.data.capacity() > KEEP {
                 self.data = Vec::new();
             }
+        } else if self.sent > KEEP && self.sent > self.data.len() / 2 {
+            // A client that never takes all of it must not make it grow: drop what is sent.
+            self.data.drain(..self.sent);
+            self.sent = 0;
         }
     }
 

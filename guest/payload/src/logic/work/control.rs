@@ -1,6 +1,7 @@
 //! How vCPU 0 tells the workers what to do, and what they tell it. Atomics only: the vCPUs share nothing else.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+use core::sync::atomic::Ordering::{Release, SeqCst};
+use core::sync::atomic::{AtomicU32, AtomicU64};
 
 use super::MAX_WORKERS;
 
@@ -40,6 +41,19 @@ struct Board {
     verified: AtomicU32,
 }
 
+impl Board {
+    const fn new() -> Self {
+        Self {
+            writes: AtomicU64::new(0),
+            checked: AtomicU64::new(0),
+            stale: AtomicU64::new(0),
+            torn: AtomicU64::new(0),
+            setting_seen: AtomicU32::new(0),
+            verified: AtomicU32::new(0),
+        }
+    }
+}
+
 /// The board on the wall.
 #[derive(Debug, Default)]
 pub struct Control {
@@ -55,21 +69,13 @@ pub struct Control {
 impl Control {
     /// An empty board: no work.
     pub const fn new() -> Self {
-        const BOARD: Board = Board {
-            writes: AtomicU64::new(0),
-            checked: AtomicU64::new(0),
-            stale: AtomicU64::new(0),
-            torn: AtomicU64::new(0),
-            setting_seen: AtomicU32::new(0),
-            verified: AtomicU32::new(0),
-        };
         Self {
             sequence: AtomicU32::new(0),
             pages: AtomicU64::new(0),
             hot_percent: AtomicU32::new(0),
             rate: AtomicU64::new(0),
             verification: AtomicU32::new(0),
-            boards: [BOARD; MAX_WORKERS],
+            boards: [const { Board::new() }; MAX_WORKERS],
         }
     }
 
@@ -134,11 +140,11 @@ impl Control {
     pub(super) fn report(&self, worker: usize, stat: Stat, setting_seen: u32, verified: u32) {
         let board = &self.boards[worker];
         // Plain stores but for the last: x86 keeps their order, and the last publishes the others.
-        board.writes.store(stat.writes, core::sync::atomic::Ordering::Release);
-        board.checked.store(stat.checked, core::sync::atomic::Ordering::Release);
-        board.stale.store(stat.stale, core::sync::atomic::Ordering::Release);
-        board.torn.store(stat.torn, core::sync::atomic::Ordering::Release);
-        board.setting_seen.store(setting_seen, core::sync::atomic::Ordering::Release);
-        board.verified.store(verified, core::sync::atomic::Ordering::Release);
+        board.writes.store(stat.writes, Release);
+        board.checked.store(stat.checked, Release);
+        board.stale.store(stat.stale, Release);
+        board.torn.store(stat.torn, Release);
+        board.setting_seen.store(setting_seen, Release);
+        board.verified.store(verified, Release);
     }
 }
