@@ -23,7 +23,7 @@ impl Lane {
     /// Becomes the one writer, or None while another thread is: nobody ever waits here.
     pub(crate) fn own(&self) -> Option<Owner<'_>> {
         let owned = self.owned.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
-        owned.is_ok().then_some(Owner { lane: self })
+        owned.is_ok().then(|| Owner { lane: self })
     }
 
     /// Takes the memory of the list.
@@ -80,6 +80,7 @@ mod tests {
         let lane = Lane::reserve(2).unwrap();
         let owner = lane.own().unwrap();
         assert!(lane.own().is_none());
+        assert!(lane.own().is_none(), "a failed try must not set the list free");
         owner.push(Gfn(9));
         assert!(!owner.is_full());
         owner.push(Gfn(3));

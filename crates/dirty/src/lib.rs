@@ -84,6 +84,8 @@ mod words;
 
 #[cfg(all(test, loom))]
 mod models;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 #[cfg(not(all(test, loom)))]
 pub use backend::{Backend, Choice, Kind, ProbeError};

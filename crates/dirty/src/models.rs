@@ -130,6 +130,31 @@ fn a_page_is_claimed_by_one_thread() {
     });
 }
 
+/// Three threads want to append to a list; those who may do so one after the other.
+#[test]
+fn a_list_has_one_writer_at_a_time() {
+    loom::model(|| {
+        let lane = Arc::new(Lane::reserve(3).unwrap());
+        let append = |gfn| {
+            let lane = lane.clone();
+            thread::spawn(move || lane.own().map(|owner| owner.push(Gfn(gfn))).is_some())
+        };
+        let threads = [append(1), append(2)];
+        let mine = lane.own().map(|owner| owner.push(Gfn(3))).is_some();
+        let mut expected: Vec<u64> = if mine { vec![3] } else { vec![] };
+        for (gfn, thread) in (1..).zip(threads) {
+            if thread.join().unwrap() {
+                expected.push(gfn);
+            }
+        }
+        let mut list = Vec::new();
+        lane.own().unwrap().drain(|gfn| list.push(gfn.0));
+        list.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(list, expected);
+    });
+}
+
 /// `harvest_vcpu` against the thread that ends the epoch: what a vCPU adds is in the epoch or stays in the ring,
 /// and nothing gets into its list after that was taken.
 #[test]

@@ -662,7 +662,7 @@ pub(crate) struct Token<'t> {
 impl<'t> Token<'t> {
     fn take(tracker: &'t Tracker) -> Option<Token<'t>> {
         let taken = tracker.epoch_open.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
-        taken.is_ok().then_some(Token { tracker })
+        taken.is_ok().then(|| Token { tracker })
     }
 }
 

@@ -1,0 +1,74 @@
+//! No allocation in the cycle: counted by the allocator of the test program, thread by thread.
+// UNSAFETY: an allocator; passes everything on to the system's.
+#![allow(unsafe_code)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use super::guest::{self, Job, Stop};
+use crate::{Choice, Config, Gfn};
+
+struct Counting;
+
+thread_local! {
+    static COUNT: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        COUNT.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's contract.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations(work: impl FnOnce()) -> u64 {
+    let before = COUNT.get();
+    work();
+    COUNT.get() - before
+}
+
+#[test]
+fn the_count_works() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 2);
+}
+
+#[test]
+fn an_epoch_allocates_nothing() {
+    for choice in [Choice::Ring, Choice::Bitmap] {
+        // So small that lists overflow, too.
+        let config = Config { vcpus: 1, max_dirty_pages: 20, trigger: 10 };
+        let Some(mut guest) = guest::start(choice, 1, config) else { return };
+        let tracker = guest.tracker.clone();
+        let mut vcpu = guest.vcpus.remove(0);
+        tracker.enable().unwrap();
+        let (mut count, mut pages) = (0, 0);
+        for stamp in 1..=1000 {
+            vcpu.set_job(Job { stamp, writes: stamp % 60 + 1, area: 1 });
+            while vcpu.run() != Stop::Done {}
+            vcpu.save();
+            count += allocations(|| {
+                (0..stamp % 90).for_each(|page| guest.global.mark(Gfn(page)));
+                tracker.should_stop();
+                tracker.harvest_vcpu(0).unwrap();
+                let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+                pages += epoch.pages().len();
+                drop(tracker.part(0, 1));
+                epoch.copied().run();
+            });
+        }
+        println!("{choice:?}: {pages} pages {:?}", tracker.stats());
+        assert_eq!(count, 0);
+        assert!(pages > 10_000);
+    }
+}

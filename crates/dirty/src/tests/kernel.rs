@@ -1,0 +1,185 @@
+//! A naive kernel: dirty logging as the KVM documentation tells it, with sets instead of page tables.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::global::GlobalLog;
+use crate::kvm::Kernel;
+use crate::layout::{Gfn, Layout, Slot};
+use crate::ring::{DIRTY, Mapping, RESET, Ring};
+use crate::source::{Bitmap, Rings, Source};
+use crate::tracker::{Config, Tracker};
+use crate::words::Words;
+use crate::{Kind, NewError};
+
+/// Entries that KVM keeps free behind the soft limit.
+pub(super) const RESERVED: u64 = 16;
+
+struct FakeRing {
+    entries: Arc<Mapping>,
+    size: u64,
+    dirty: u64,
+    reset: u64,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    rings: Vec<FakeRing>,
+    /// Slot numbers that are logged.
+    logged: BTreeSet<u32>,
+    /// Pages whose next write traps.
+    armed: BTreeSet<u64>,
+    /// KVM's bitmap.
+    bitmap: BTreeSet<u64>,
+    /// The next reset is interrupted after so many entries, and loses the batch it gathered.
+    pub(super) interrupt_after: Option<u64>,
+    /// So many KVM_GET_DIRTY_LOG succeed before one fails.
+    pub(super) fail_log_after: Option<u32>,
+    /// Resets until now.
+    pub(super) resets: u64,
+}
+
+#[derive(Clone)]
+pub(super) struct FakeKernel {
+    layout: Layout,
+    kind: Kind,
+    state: Arc<Mutex<State>>,
+}
+
+impl FakeKernel {
+    /// A tracker over a naive kernel.
+    pub(super) fn tracker(
+        layout: Layout,
+        config: Config,
+        kind: Kind,
+        ring_entries: u32,
+        global: Arc<GlobalLog>,
+    ) -> Result<(FakeKernel, Tracker), NewError> {
+        let mappings: Vec<_> =
+            (0..config.vcpus).map(|_| Arc::new(Mapping::anonymous(ring_entries).unwrap())).collect();
+        let source: Box<dyn Source> = match kind {
+            Kind::Ring => Box::new(Rings::new(mappings.iter().cloned().map(Ring::new).collect())),
+            Kind::Bitmap => Box::new(Bitmap::reserve(&layout).unwrap()),
+        };
+        let ring = |entries| FakeRing { entries, size: ring_entries.into(), dirty: 0, reset: 0 };
+        let state = State { rings: mappings.into_iter().map(ring).collect(), ..State::default() };
+        let kernel = FakeKernel { layout: layout.clone(), kind, state: Arc::new(Mutex::new(state)) };
+        let tracker = Tracker::with(layout, config, kind, Box::new(kernel.clone()), source, global)?;
+        Ok((kernel, tracker))
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn slot_of(&self, gfn: Gfn) -> &Slot {
+        self.layout.slots().iter().find(|slot| slot.base <= gfn && gfn.0 < slot.end()).unwrap()
+    }
+
+    /// Whether KVM would let the vCPU run.
+    pub(super) fn can_run(&self, vcpu: usize) -> bool {
+        let ring = &self.state().rings[vcpu];
+        ring.dirty - ring.reset < ring.size - RESERVED
+    }
+
+    /// A vCPU writes a page; `again` logs it even if nothing trapped, as emulated stores do.
+    pub(super) fn write(&self, vcpu: usize, gfn: Gfn, again: bool) {
+        let slot = *self.slot_of(gfn);
+        let mut state = self.state();
+        if !state.logged.contains(&slot.id) || !(state.armed.remove(&gfn.0) || again) {
+            return;
+        }
+        match self.kind {
+            Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
+            Kind::Bitmap => drop(state.bitmap.insert(gfn.0)),
+        }
+    }
+
+    /// An entry that means no page of the layout.
+    pub(super) fn write_nonsense(&self, vcpu: usize, slot: u32, offset: u64) {
+        if self.kind == Kind::Ring {
+            push(&mut self.state().rings[vcpu], slot, offset);
+        }
+    }
+}
+
+/// As KVM: without a look at what it writes over.
+fn push(ring: &mut FakeRing, slot: u32, offset: u64) {
+    let entry = ring.entries.entry(ring.dirty);
+    entry.slot.store(slot, Ordering::Relaxed);
+    entry.offset.store(offset, Ordering::Relaxed);
+    entry.flags.store(DIRTY, Ordering::Release);
+    ring.dirty += 1;
+}
+
+impl Kernel for FakeKernel {
+    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()> {
+        let mut state = self.state();
+        if on {
+            state.logged.insert(slot.id);
+            state.armed.extend(slot.base.0..slot.end());
+        } else {
+            state.logged.remove(&slot.id);
+            state.bitmap.retain(|gfn| !(slot.base.0..slot.end()).contains(gfn));
+        }
+        Ok(())
+    }
+
+    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()> {
+        let mut state = self.state();
+        match &mut state.fail_log_after {
+            Some(0) => {
+                state.fail_log_after = None;
+                return Err(io::ErrorKind::Other.into());
+            }
+            Some(left) => *left -= 1,
+            None => (),
+        }
+        let words = slot.pages.div_ceil(64) as usize;
+        buffer[..words].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        let dirty: Vec<_> = state.bitmap.range(slot.base.0..slot.end()).copied().collect();
+        for gfn in dirty {
+            let offset = gfn - slot.base.0;
+            buffer[offset as usize / 64].fetch_or(1 << (offset % 64), Ordering::Relaxed);
+            state.bitmap.remove(&gfn);
+            state.armed.insert(gfn);
+        }
+        Ok(())
+    }
+
+    fn reset_dirty_rings(&self) -> io::Result<u64> {
+        let mut state = self.state();
+        state.resets += 1;
+        let mut left = state.interrupt_after.take();
+        let (mut count, mut batch) = (0, Vec::new());
+        for index in 0..state.rings.len() {
+            loop {
+                let ring = &mut state.rings[index];
+                let entry = ring.entries.entry(ring.reset);
+                if entry.flags.load(Ordering::Acquire) & RESET == 0 {
+                    break;
+                }
+                if left == Some(0) {
+                    return Ok(count);
+                }
+                left = left.map(|left| left - 1);
+                batch.extend(
+                    self.layout
+                        .resolve(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed)),
+                );
+                entry.flags.store(0, Ordering::Release);
+                ring.reset += 1;
+                count += 1;
+                // Overtaking what KVM wrote would wedge the vCPU.
+                assert!(ring.reset <= ring.dirty, "an entry was given back that KVM had not written");
+                if batch.len() == 64 {
+                    state.armed.extend(batch.drain(..).map(|gfn: Gfn| gfn.0));
+                }
+            }
+        }
+        state.armed.extend(batch.into_iter().map(|gfn| gfn.0));
+        Ok(count)
+    }
+}

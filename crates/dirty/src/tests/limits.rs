@@ -1,0 +1,200 @@
+//! What happens at each limit and at each trap of the kernel, one by one.
+
+use std::sync::Arc;
+
+use super::kernel::{FakeKernel, RESERVED};
+use crate::{
+    Config, EnableError, Gfn, GlobalLog, HarvestError, Kind, Layout, NewError, Slot, Stats, Tracker,
+};
+
+const PAGES: u64 = 1000;
+
+fn layout() -> Layout {
+    Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
+}
+
+fn tracker(kind: Kind, config: Config, global: usize) -> (FakeKernel, Tracker) {
+    let global = GlobalLog::new(PAGES, global);
+    let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, 256, global).unwrap();
+    tracker.enable().unwrap();
+    (kernel, tracker)
+}
+
+fn config(vcpus: usize, max_dirty_pages: usize) -> Config {
+    Config { vcpus, max_dirty_pages, trigger: max_dirty_pages }
+}
+
+fn pages(tracker: &Tracker) -> Vec<u64> {
+    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+    let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
+    pages.sort_unstable();
+    epoch.copied().run();
+    pages
+}
+
+#[test]
+fn the_trigger_counts_all_vcpus_and_the_global_list() {
+    let (kernel, tracker) = tracker(Kind::Ring, Config { trigger: 6, ..config(2, 10) }, 10);
+    (0..2).for_each(|page| kernel.write(0, Gfn(page), false));
+    (10..12).for_each(|page| kernel.write(1, Gfn(page), false));
+    tracker.global().mark(Gfn(20));
+    assert_eq!((tracker.pending(), tracker.should_stop()), (5, false));
+    tracker.harvest_vcpu(0).unwrap();
+    kernel.write(0, Gfn(3), false);
+    assert_eq!((tracker.pending(), tracker.should_stop()), (6, true));
+    assert_eq!(pages(&tracker), [0, 1, 3, 10, 11, 20]);
+    assert!(!tracker.should_stop());
+}
+
+#[test]
+fn two_vcpus_report_the_same_pages_once() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(2, 100), 10);
+    for vcpu in 0..2 {
+        (0..100).for_each(|page| kernel.write(vcpu, Gfn(page), true));
+        assert_eq!(tracker.harvest_vcpu(vcpu).unwrap(), 100);
+    }
+    assert_eq!(pages(&tracker), (0..100).collect::<Vec<_>>());
+    assert_eq!(tracker.stats().duplicates, 100);
+}
+
+#[test]
+fn full_lists_pass_pages_on() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10), 20);
+    for round in 1..=3 {
+        (0..100).for_each(|page| kernel.write(0, Gfn(page * 10), false));
+        tracker.harvest_vcpu(0).unwrap();
+        tracker.global().mark(Gfn(0));
+        tracker.global().mark(Gfn(5));
+        assert_eq!(pages(&tracker).len(), 101);
+        let Stats { spilled, oversized, searches, duplicates, .. } = tracker.stats();
+        assert_eq!([spilled, oversized, searches, duplicates], [90 * round, round, round, round]);
+    }
+}
+
+#[test]
+fn an_interrupted_reset_write_protects_everything() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 200), 20);
+    (0..100).for_each(|page| kernel.write(0, Gfn(page), false));
+    kernel.state().interrupt_after = Some(80);
+    assert_eq!(pages(&tracker).len(), 100);
+    assert_eq!((tracker.stats().full_rearms, kernel.state().resets), (1, 2));
+    (0..200).for_each(|page| kernel.write(0, Gfn(page), false));
+    assert_eq!(pages(&tracker).len(), 200);
+    assert_eq!(tracker.stats().full_rearms, 1);
+}
+
+#[test]
+fn nothing_dirty_costs_no_system_call() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10), 10);
+    let before = kernel.state().resets;
+    assert!(pages(&tracker).is_empty());
+    assert_eq!(kernel.state().resets, before);
+}
+
+#[test]
+fn an_overrun_is_fatal() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(2, 100), 10);
+    (0..256 + 20).for_each(|page| kernel.write(1, Gfn(page), false));
+    assert!(matches!(tracker.harvest_vcpu(1), Err(HarvestError::Overrun { vcpu: 1 })));
+    for _ in 0..2 {
+        assert!(matches!(tracker.harvest_vcpu(0), Err(HarvestError::Overrun { vcpu: 1 })));
+        let harvest = tracker.stopped().state_saved().harvest();
+        assert!(matches!(harvest, Err(HarvestError::Overrun { vcpu: 1 })));
+    }
+    tracker.disable().unwrap();
+    assert!(matches!(tracker.enable(), Err(EnableError::Failed)));
+}
+
+#[test]
+fn entries_behind_the_soft_limit_are_no_overrun() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 300), 10);
+    (0..256 - RESERVED + 5).for_each(|page| kernel.write(0, Gfn(page), false));
+    assert!(!kernel.can_run(0));
+    tracker.ring_full(0).unwrap();
+    assert_eq!(pages(&tracker).len() as u64, 256 - RESERVED + 5);
+    assert!(kernel.can_run(0));
+}
+
+#[test]
+fn a_full_ring_with_nothing_in_it_is_an_overrun() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    kernel.write(0, Gfn(1), false);
+    tracker.ring_full(0).unwrap();
+    tracker.harvest_vcpu(0).unwrap();
+    tracker.ring_full(0).unwrap();
+    pages(&tracker);
+    assert!(matches!(tracker.ring_full(0), Err(HarvestError::Overrun { vcpu: 0 })));
+    assert!(matches!(tracker.harvest_vcpu(0), Err(HarvestError::Overrun { vcpu: 0 })));
+}
+
+#[test]
+fn disabling_empties_full_rings() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    (0..256 - RESERVED).for_each(|page| kernel.write(0, Gfn(page), false));
+    assert!(!kernel.can_run(0));
+    tracker.disable().unwrap();
+    assert!(kernel.can_run(0));
+    kernel.write(0, Gfn(7), false);
+    tracker.enable().unwrap();
+    assert!(pages(&tracker).is_empty());
+    kernel.write(0, Gfn(7), false);
+    assert_eq!(pages(&tracker), [7]);
+}
+
+#[test]
+fn all_dirty_means_all() {
+    for kind in [Kind::Ring, Kind::Bitmap] {
+        let (kernel, tracker) = tracker(kind, config(1, 10), 10);
+        kernel.write(0, Gfn(3), false);
+        tracker.all_dirty();
+        assert_eq!(pages(&tracker), (0..PAGES).collect::<Vec<_>>());
+        assert!(pages(&tracker).is_empty());
+    }
+}
+
+#[test]
+fn a_part_holds_the_epoch_back() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    (0..10).for_each(|page| kernel.write(0, Gfn(page), false));
+    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+    let part = tracker.part(1, 2).unwrap();
+    assert!(tracker.part(2, 2).is_none());
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| epoch.copied().run());
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert!(!ending.is_finished());
+        assert_eq!(part.iter().map(|gfn| gfn.0).collect::<Vec<_>>(), [5, 6, 7, 8, 9]);
+        drop(part);
+    });
+    assert!(tracker.part(0, 1).is_none());
+}
+
+#[test]
+fn disable_and_enable_wait_for_the_epoch() {
+    let (_kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let epoch = tracker.stopped();
+    assert!(tracker.disable().is_err());
+    assert!(matches!(tracker.enable(), Err(EnableError::EpochOpen)));
+    drop(epoch);
+    assert!(matches!(tracker.enable(), Err(EnableError::Already)));
+    tracker.disable().unwrap();
+    let epoch = tracker.stopped().state_saved().harvest();
+    assert!(matches!(epoch, Err(HarvestError::NotEnabled)));
+}
+
+#[test]
+fn limits_that_make_no_sense_are_refused() {
+    let build = |config, global: &Arc<GlobalLog>| {
+        FakeKernel::tracker(layout(), config, Kind::Bitmap, 256, global.clone()).map(|(_, tracker)| tracker)
+    };
+    let global = GlobalLog::new(PAGES, 1);
+    assert!(matches!(build(config(0, 1), &global), Err(NewError::NoVcpus)));
+    assert!(matches!(build(config(1, 0), &global), Err(NewError::Trigger { .. })));
+    let trigger = Config { trigger: 11, ..config(1, 10) };
+    assert!(matches!(build(trigger, &global), Err(NewError::Trigger { .. })));
+    assert!(matches!(build(config(1, 1), &GlobalLog::new(10, 1)), Err(NewError::GlobalLogSize { .. })));
+    let first = build(config(1, 1), &global).unwrap();
+    assert!(matches!(build(config(1, 1), &global), Err(NewError::GlobalLogTaken)));
+    drop(first);
+    build(config(1, 1), &global).unwrap();
+}

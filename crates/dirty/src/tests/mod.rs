@@ -1,0 +1,8 @@
+//! Tests of the whole tracker: against a naive kernel of our own, and against the kernel that runs here.
+
+mod alloc;
+mod guest;
+mod kernel;
+mod limits;
+mod properties;
+mod stamps;

@@ -1,0 +1,253 @@
+//! Random schedules over a naive kernel: the tracker reports exactly the pages that were written.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use super::kernel::FakeKernel;
+use crate::{Config, Gfn, GlobalLog, HarvestError, Kind, Layout, Slot, Tracker};
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// A vCPU writes pages from this one on.
+    Write {
+        vcpu: Index,
+        page: Index,
+        pages: u64,
+        again: bool,
+    },
+    /// A device does.
+    Mark {
+        page: Index,
+        pages: u64,
+    },
+    HarvestVcpu(Index),
+    /// KVM logs what is no page of the layout.
+    Nonsense {
+        vcpu: Index,
+        slot: u32,
+        offset: u64,
+    },
+    AllDirty,
+    /// Ends the epoch; with a number, drops it after so many steps.
+    Epoch {
+        drop_after: Option<u8>,
+        interrupt_after: Option<u64>,
+        fail_log_after: Option<u32>,
+    },
+    OffAndOn,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let index = any::<Index>;
+    let step = prop_oneof![
+        12 => (index(), index(), 1..40u64, any::<bool>())
+            .prop_map(|(vcpu, page, pages, again)| Step::Write { vcpu, page, pages, again }),
+        4 => (index(), 1..12u64).prop_map(|(page, pages)| Step::Mark { page, pages }),
+        4 => index().prop_map(Step::HarvestVcpu),
+        1 => (index(), prop_oneof![Just(0), Just(77), Just(0xffff), Just(1 << 16)], 1u64 << 20..)
+            .prop_map(|(vcpu, slot, offset)| Step::Nonsense { vcpu, slot, offset }),
+        1 => Just(Step::AllDirty),
+        6 => (
+            proptest::option::weighted(0.3, 0..5u8),
+            proptest::option::weighted(0.2, 0..100u64),
+            proptest::option::weighted(0.1, 0..3u32)
+        )
+            .prop_map(|(drop_after, interrupt_after, fail_log_after)| {
+                Step::Epoch { drop_after, interrupt_after, fail_log_after }
+            }),
+        1 => Just(Step::OffAndOn),
+    ];
+    proptest::collection::vec(step, 1..60)
+}
+
+/// Up to three slots with gaps between them, numbered in some order.
+fn layouts() -> impl Strategy<Value = Layout> {
+    let slot = (0..100u64, 1..300u64);
+    (proptest::collection::vec(slot, 1..4), any::<bool>()).prop_map(|(sizes, backwards)| {
+        let mut base = 0;
+        let mut slots = Vec::new();
+        for (number, (gap, pages)) in sizes.into_iter().enumerate() {
+            base += gap;
+            let id = if backwards { 40 - number as u32 } else { number as u32 };
+            slots.push(Slot { id, base: Gfn(base), pages, host_addr: 0x10_0000 });
+            base += pages;
+        }
+        Layout::new(slots).unwrap()
+    })
+}
+
+#[derive(Clone, Debug)]
+struct Setting {
+    layout: Layout,
+    kind: Kind,
+    config: Config,
+    ring_entries: u32,
+    global_capacity: usize,
+}
+
+/// Capacities so small that every limit is hit.
+fn settings() -> impl Strategy<Value = Setting> {
+    (layouts(), any::<bool>(), 1..4usize, 1..60usize, 6..9u32, 0..20usize).prop_map(
+        |(layout, ring, vcpus, max_dirty_pages, ring_bits, global_capacity)| Setting {
+            layout,
+            kind: if ring { Kind::Ring } else { Kind::Bitmap },
+            config: Config { vcpus, max_dirty_pages, trigger: max_dirty_pages.div_ceil(2) },
+            ring_entries: 1 << ring_bits,
+            global_capacity,
+        },
+    )
+}
+
+/// The VM, the tracker, and what the tracker should say.
+struct World {
+    setting: Setting,
+    kernel: FakeKernel,
+    tracker: Tracker,
+    global: Arc<GlobalLog>,
+    written: BTreeSet<Gfn>,
+    nonsense: u64,
+}
+
+impl World {
+    fn new(setting: Setting) -> World {
+        let global = GlobalLog::new(setting.layout.gfn_space(), setting.global_capacity);
+        let Setting { layout, config, kind, ring_entries, .. } = setting.clone();
+        let (kernel, tracker) =
+            FakeKernel::tracker(layout, config, kind, ring_entries, global.clone()).unwrap();
+        tracker.enable().unwrap();
+        World { setting, kernel, tracker, global, written: BTreeSet::new(), nonsense: 0 }
+    }
+
+    fn pages_from(&self, page: Index, pages: u64) -> Vec<Gfn> {
+        let all: Vec<_> = self.all_pages().collect();
+        let first = page.index(all.len());
+        all.into_iter().skip(first).take(pages as usize).collect()
+    }
+
+    fn all_pages(&self) -> impl Iterator<Item = Gfn> {
+        self.setting.layout.slots().iter().flat_map(|slot| (slot.base.0..slot.base.0 + slot.pages).map(Gfn))
+    }
+
+    fn vcpu(&self, vcpu: Index) -> usize {
+        vcpu.index(self.setting.config.vcpus)
+    }
+
+    fn step(&mut self, step: Step) -> Result<(), TestCaseError> {
+        match step {
+            Step::Write { vcpu, page, pages, again } => {
+                let vcpu = self.vcpu(vcpu);
+                for gfn in self.pages_from(page, pages) {
+                    if self.kernel.can_run(vcpu) {
+                        self.kernel.write(vcpu, gfn, again);
+                        self.written.insert(gfn);
+                    } else {
+                        prop_assert!(self.tracker.ring_full(vcpu).is_ok());
+                    }
+                }
+            }
+            Step::Mark { page, pages } => {
+                for gfn in self.pages_from(page, pages) {
+                    self.global.mark_range(gfn.gpa() + 4095, 1);
+                    self.written.insert(gfn);
+                }
+            }
+            Step::HarvestVcpu(vcpu) => drop(self.tracker.harvest_vcpu(self.vcpu(vcpu)).unwrap()),
+            Step::Nonsense { vcpu, slot, offset } => {
+                let vcpu = self.vcpu(vcpu);
+                if self.kernel.can_run(vcpu) && self.setting.kind == Kind::Ring {
+                    self.kernel.write_nonsense(vcpu, slot, offset);
+                    self.nonsense += 1;
+                }
+            }
+            Step::AllDirty => {
+                self.tracker.all_dirty();
+                self.written = self.all_pages().collect();
+            }
+            Step::Epoch { drop_after, interrupt_after, fail_log_after } => {
+                self.kernel.state().interrupt_after = interrupt_after;
+                self.kernel.state().fail_log_after = fail_log_after;
+                self.epoch(drop_after.unwrap_or(u8::MAX))?;
+                self.kernel.state().interrupt_after = None;
+                self.kernel.state().fail_log_after = None;
+            }
+            Step::OffAndOn => {
+                self.tracker.disable().unwrap();
+                self.global.mark(Gfn(0));
+                prop_assert_eq!(self.tracker.harvest_vcpu(0).unwrap(), 0);
+                self.tracker.enable().unwrap();
+                self.written.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn epoch(&mut self, drop_after: u8) -> Result<(), TestCaseError> {
+        prop_assert!(self.setting.kind == Kind::Bitmap || self.tracker.pending() >= self.logged_at_least());
+        let epoch = self.tracker.stopped();
+        prop_assert!(self.tracker.try_stopped().is_none());
+        if drop_after == 0 {
+            return Ok(());
+        }
+        let epoch = match epoch.state_saved().harvest() {
+            Ok(epoch) => epoch,
+            Err(error) => {
+                prop_assert!(matches!(error, HarvestError::GetDirtyLog { .. }), "{}", error);
+                return Ok(());
+            }
+        };
+        prop_assert_eq!(self.tracker.harvest_vcpu(0).unwrap(), 0);
+        prop_assert!(self.tracker.part(0, 1).is_none());
+        if drop_after == 1 {
+            return Ok(());
+        }
+        let count = epoch.count();
+        let epoch = epoch.rearm().unwrap();
+        if drop_after == 2 {
+            return Ok(());
+        }
+        let pages = epoch.pages().to_vec();
+        let parts: Vec<Gfn> =
+            (0..3).flat_map(|index| self.tracker.part(index, 3).unwrap().to_vec()).collect();
+        prop_assert_eq!(&parts, &pages);
+        prop_assert_eq!(pages.len(), count);
+        let unique: BTreeSet<_> = pages.iter().copied().collect();
+        prop_assert_eq!(unique.len(), pages.len(), "a page is listed twice");
+        prop_assert_eq!(&unique, &self.written);
+        if drop_after == 3 {
+            return Ok(());
+        }
+        let epoch = epoch.copied();
+        if drop_after == 4 {
+            return Ok(());
+        }
+        epoch.run();
+        self.written.clear();
+        prop_assert_eq!(self.tracker.pending(), 0);
+        Ok(())
+    }
+
+    /// Whether anything is dirty that the tracker can see without a system call.
+    fn logged_at_least(&self) -> usize {
+        usize::from(self.global.pending() > 0)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn reports_exactly_what_was_written(setting in settings(), steps in steps()) {
+        let mut world = World::new(setting);
+        for step in steps {
+            world.step(step)?;
+        }
+        // Whatever was dropped or failed on the way is still there at the end.
+        world.epoch(u8::MAX)?;
+        world.epoch(u8::MAX)?;
+        let stats = world.tracker.stats();
+        prop_assert!(stats.ignored <= world.nonsense);
+    }
+}
