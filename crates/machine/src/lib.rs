@@ -37,7 +37,7 @@ pub use capture::{After, CaptureError, CaptureReport, InPause};
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, StartError};
 pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, Range, is_zero_page, ranges};
-pub use net::{MacAddr, Net, NetError, NetOptions, OutputLimits, OutputMode};
+pub use net::{MacAddr, Net, NetError, NetOptions, Output, OutputLimits, OutputMode, Tap};
 pub use restore::RestoreError;
 pub use signals::{block_all as block_all_signals, precise_timers};
 pub use staging::{Staging, StagingError};

@@ -9,13 +9,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::bus::{Bus, BusError};
 use crate::devices::gate::DeviceGate;
 use crate::devices::virtio::mmio::QUEUE_NOTIFY;
-use crate::devices::virtio::net::{self as virtio_net, NetConfig, NetDevice, NetHost, NetStats, Output};
+use crate::devices::virtio::net::{self as virtio_net, NetConfig, NetDevice, NetHost, NetStats};
 use crate::devices::virtio::{Interrupt, Waker};
 use crate::memory::{GuestMemory, Ram};
 use crate::vcpu::idle::IdleState;
 use crate::vcpu::platform::Platform;
 
-pub use crate::devices::virtio::net::{MacAddr, OutputLimits, OutputMode};
+pub use crate::devices::virtio::net::{MacAddr, Output, OutputLimits, OutputMode, Tap};
 
 /// The network card of a machine: see [`NetConfig`].
 pub type NetOptions = NetConfig;

@@ -1,4 +1,18 @@
-//! placeholder
+//! The program: links, arbiters, the coordinator of a primary, the standby, the demo and the machine check.
+//!
+//! `crates/machine` runs a VM, `crates/epoch` knows the wire, `crates/pair` decides; this crate carries the decisions out.
+
+#![forbid(unsafe_code)]
 
 pub mod arbiter;
+pub mod check;
+pub mod cli;
+mod clock;
+pub mod demo;
+pub mod events;
+pub mod exit;
+mod link;
 pub mod network;
+pub mod primary;
+mod process;
+pub mod standby;

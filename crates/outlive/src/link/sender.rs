@@ -1,0 +1,323 @@
+//! The thread that writes to a link. It owns socket and encoder, so the order on the wire is the order of its jobs.
+
+use std::io::{self, IoSlice, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender as Queue, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use outlive_dirty::Gfn;
+use outlive_epoch::{
+    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
+    Preface, StateRef, squeeze_zero_pages,
+};
+use outlive_machine::{PAGE_SIZE, Ram, Staging};
+
+use crate::clock::Clock;
+
+/// Page bytes written at once. Between two writes a heartbeat may go out, so this bounds how long one is delayed.
+const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
+
+/// One checkpoint, or a part of one that is larger than staging.
+pub struct CheckpointPart {
+    /// The generation in which the VM runs.
+    pub generation: u64,
+    /// The checkpoint's number.
+    pub number: u64,
+    /// Its flags.
+    pub flags: CheckpointFlags,
+    /// Present on the first part: pages and state bytes of all parts together.
+    pub totals: Option<(usize, usize)>,
+    /// Whether this is the last part.
+    pub last: bool,
+    /// Pages and state.
+    pub staging: Staging,
+}
+
+/// What the thread is to write.
+pub enum Job {
+    /// The introduction.
+    Hello(Box<Hello>),
+    /// Pages of the running guest, read when they are sent.
+    BaseRound {
+        /// The round, from 1.
+        round: u32,
+        /// Which pages.
+        gfns: Vec<Gfn>,
+        /// Where they are.
+        ram: Arc<Ram>,
+    },
+    /// A checkpoint.
+    Checkpoint(Box<CheckpointPart>),
+    /// A heartbeat with the time at which it is written.
+    Heartbeat,
+    /// The orderly end of the VM.
+    End(EndReason),
+    /// Close the link after everything before this.
+    Close,
+}
+
+/// What the thread reports.
+pub enum SenderReport {
+    /// Staging can be used again.
+    Free(Staging),
+    /// Some base pages are sent.
+    BaseProgress {
+        /// How many in this step.
+        pages: u64,
+    },
+    /// A base round is sent; the list can be used again.
+    BaseRoundDone(Vec<Gfn>),
+    /// Bytes written since the last report.
+    Sent(u64),
+    /// The link is gone. Jobs that come after this are thrown away.
+    Failed(String),
+}
+
+/// The handle of a sender thread.
+pub struct Sender {
+    jobs: Queue<Job>,
+    socket: TcpStream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sender {
+    /// Starts the thread for a connected socket. `report` is called on it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn start(
+        socket: TcpStream,
+        clock: Clock,
+        heartbeat: Duration,
+        report: impl Fn(SenderReport) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (jobs, inbox) = channel();
+        let writer = Writer {
+            socket: socket.try_clone()?,
+            encoder: Encoder::new(),
+            clock,
+            heartbeat,
+            beaten: Instant::now(),
+            heads: Vec::with_capacity(1 << 20),
+            cuts: Vec::with_capacity(64),
+            report,
+        };
+        let thread = std::thread::Builder::new().name("sender".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            writer.serve(&inbox);
+        })?;
+        Ok(Self { jobs, socket, thread: Some(thread) })
+    }
+
+    /// Queues a job. Never blocks. A job for a link that is gone is dropped.
+    pub fn send(&self, job: Job) {
+        self.jobs.send(job).ok();
+    }
+
+    /// Breaks the link at once: reads and writes on it end.
+    pub fn shutdown(&self) {
+        self.socket.shutdown(Shutdown::Both).ok();
+    }
+
+    /// Lets the thread finish its queue, but not for longer than `patience`.
+    pub fn finish(&mut self, patience: Duration) {
+        self.send(Job::Close);
+        let Some(thread) = self.thread.take() else { return };
+        let deadline = Instant::now() + patience;
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.shutdown();
+        thread.join().ok();
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.shutdown();
+        self.send(Job::Close);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum SendError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    #[error("a page outside the guest's memory was reported dirty")]
+    NoSuchPage,
+}
+
+/// Up to this byte of the heads, then these bytes of page data.
+struct Cut {
+    heads_end: usize,
+    data: std::ops::Range<usize>,
+}
+
+struct Writer<R> {
+    socket: TcpStream,
+    encoder: Encoder,
+    clock: Clock,
+    heartbeat: Duration,
+    beaten: Instant,
+    /// Everything but page data, for one write.
+    heads: Vec<u8>,
+    cuts: Vec<Cut>,
+    report: R,
+}
+
+impl<R: Fn(SenderReport)> Writer<R> {
+    fn serve(mut self, inbox: &Receiver<Job>) {
+        while let Ok(job) = inbox.recv() {
+            if matches!(job, Job::Close) {
+                break;
+            }
+            if let Err(error) = self.carry_out(job) {
+                (self.report)(SenderReport::Failed(error.to_string()));
+                break;
+            }
+        }
+        self.socket.shutdown(Shutdown::Both).ok();
+        // Staging in the queue is dropped with it: protection starts anew with new buffers.
+    }
+
+    fn carry_out(&mut self, job: Job) -> Result<(), SendError> {
+        match job {
+            Job::Hello(hello) => {
+                self.heads.extend_from_slice(&Preface::CURRENT.encode());
+                self.encoder.hello(&mut self.heads, &hello)?;
+                self.flush(&[])
+            }
+            Job::BaseRound { round, gfns, ram } => {
+                self.base_round(round, &gfns, &ram)?;
+                (self.report)(SenderReport::BaseRoundDone(gfns));
+                Ok(())
+            }
+            Job::Checkpoint(part) => {
+                self.checkpoint(&part)?;
+                (self.report)(SenderReport::Free(part.staging));
+                Ok(())
+            }
+            Job::Heartbeat => self.beat(),
+            Job::End(reason) => {
+                self.encoder.end(&mut self.heads, reason);
+                self.flush(&[])
+            }
+            Job::Close => Ok(()),
+        }
+    }
+
+    fn beat(&mut self) -> Result<(), SendError> {
+        self.beaten = Instant::now();
+        let stamp = self.stamp();
+        self.encoder.heartbeat(&mut self.heads, stamp);
+        self.flush(&[])
+    }
+
+    /// Long jobs keep the peer informed that this side lives.
+    fn beat_if_due(&mut self) -> Result<(), SendError> {
+        if self.beaten.elapsed() >= self.heartbeat { self.beat() } else { Ok(()) }
+    }
+
+    fn stamp(&self) -> u64 {
+        self.clock.now().as_micros() as u64
+    }
+
+    fn base_round(&mut self, round: u32, gfns: &[Gfn], ram: &Ram) -> Result<(), SendError> {
+        let mut data = vec![0u8; MAX_PAGES_PER_SECTION * PAGE_SIZE];
+        let mut numbers = Vec::with_capacity(MAX_PAGES_PER_SECTION);
+        let mut entries = Vec::with_capacity(MAX_PAGES_PER_SECTION);
+        for chunk in gfns.chunks(MAX_PAGES_PER_SECTION) {
+            numbers.clear();
+            entries.clear();
+            let (pages, _) = data.as_chunks_mut::<PAGE_SIZE>();
+            for (gfn, page) in chunk.iter().zip(pages) {
+                if !ram.read_page(*gfn, page) {
+                    return Err(SendError::NoSuchPage);
+                }
+                numbers.push(gfn.0);
+            }
+            let bytes = chunk.len() * PAGE_SIZE;
+            let length = squeeze_zero_pages(&numbers, &mut data[..bytes], &mut entries);
+            let entries = entries.iter().copied();
+            self.encoder.base_pages_head(&mut self.heads, u64::from(round), entries, &data[..length])?;
+            self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..length });
+            self.flush(&data)?;
+            (self.report)(SenderReport::BaseProgress { pages: chunk.len() as u64 });
+            self.beat_if_due()?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, part: &CheckpointPart) -> Result<(), SendError> {
+        let CheckpointPart { generation, number, flags, .. } = *part;
+        if let Some((pages, state_bytes)) = part.totals {
+            let (pages, state_bytes) = (pages as u32, state_bytes as u32);
+            let begin = CheckpointBegin { generation, number, pages, state_bytes, flags };
+            self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
+        }
+        let data = part.staging.page_bytes();
+        let mut batched = 0;
+        for (i, chunk) in part.staging.gfns().chunks(MAX_PAGES_PER_SECTION).enumerate() {
+            let start = i * MAX_PAGES_PER_SECTION * PAGE_SIZE;
+            let data_range = start..start + chunk.len() * PAGE_SIZE;
+            let entries = chunk.iter().map(|gfn| PageEntry::raw(gfn.0));
+            self.encoder.pages_head(&mut self.heads, entries, &data[data_range.clone()])?;
+            self.cuts.push(Cut { heads_end: self.heads.len(), data: data_range });
+            batched += chunk.len();
+            if batched >= BATCH_PAGES {
+                self.flush(data)?;
+                self.beat_if_due()?;
+                batched = 0;
+            }
+        }
+        for section in part.staging.sections() {
+            let state = StateRef {
+                kind: section.kind as u16,
+                version: section.version,
+                index: section.index,
+                bytes: section.bytes,
+            };
+            self.encoder.state_head(&mut self.heads, &state)?;
+            self.heads.extend_from_slice(section.bytes);
+        }
+        if part.last {
+            let stamp = self.stamp();
+            self.encoder.checkpoint_end(&mut self.heads, stamp)?;
+        }
+        self.flush(data)
+    }
+
+    /// Writes heads and page data in their order with as few system calls as the kernel allows.
+    fn flush(&mut self, data: &[u8]) -> Result<(), SendError> {
+        let mut slices = Vec::with_capacity(self.cuts.len() * 2 + 1);
+        let mut at = 0;
+        for cut in &self.cuts {
+            slices.push(IoSlice::new(&self.heads[at..cut.heads_end]));
+            slices.push(IoSlice::new(&data[cut.data.clone()]));
+            at = cut.heads_end;
+        }
+        slices.push(IoSlice::new(&self.heads[at..]));
+        let total: usize = slices.iter().map(|s| s.len()).sum();
+        let mut rest = &mut slices[..];
+        IoSlice::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            match self.socket.write_vectored(rest) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Ok(written) => IoSlice::advance_slices(&mut rest, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.heads.clear();
+        self.cuts.clear();
+        (self.report)(SenderReport::Sent(total as u64));
+        Ok(())
+    }
+}

@@ -1,0 +1,389 @@
+//! The coordinator: the loop of the side where the VM runs.
+//!
+//! It ends epochs (by interval or by the dirty trigger), runs base synchronisation, and follows the decisions of
+//! [`Control`]. One thread, no lock held while it waits.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use outlive_dirty::Gfn;
+use outlive_epoch::{CheckpointFlags, EndReason};
+use outlive_machine::{After, CaptureError, InPause, Machine, MachineEvent, PowerRequest, Staging};
+use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wanted};
+
+use super::base::Base;
+use super::control::{Control, Inbox};
+use super::stats::Totals;
+use crate::events::{Event, EventWriter};
+use crate::exit;
+use crate::link::{CheckpointPart, Job, SenderReport};
+
+/// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for a hiccup.
+pub const SLOTS: u64 = 4;
+/// How often the dirty pages are counted between two checkpoints, so that the trigger is seen early.
+const TRIGGER_POLL: Duration = Duration::from_micros(250);
+/// How long an ending process lets its last messages go out.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What the loop works with.
+pub struct Active {
+    /// The machine.
+    pub machine: Machine,
+    /// Decisions.
+    pub control: Arc<Control>,
+    /// Messages of all other threads.
+    pub inbox: Receiver<Inbox>,
+    /// Time between two checkpoints.
+    pub interval: Duration,
+    /// Pages that a staging buffer has room for.
+    pub staging_pages: usize,
+    /// Counters.
+    pub totals: Arc<Totals>,
+    /// Events.
+    pub events: EventWriter,
+}
+
+/// The state of the loop.
+struct Coordinator {
+    active: Active,
+    /// Messages that came while the loop waited for a certain one.
+    deferred: VecDeque<Inbox>,
+    free: Vec<Staging>,
+    base: Option<Base>,
+    next_epoch: Instant,
+    /// The guest has ended; no vCPU runs any more.
+    guest_over: bool,
+}
+
+impl Active {
+    /// Runs until the VM ends here. Returns the exit code. The machine must be resumed already.
+    pub fn run(self) -> u8 {
+        outlive_machine::precise_timers();
+        let coordinator = Coordinator {
+            active: self,
+            deferred: VecDeque::with_capacity(64),
+            free: Vec::new(),
+            base: None,
+            next_epoch: Instant::now(),
+            guest_over: false,
+        };
+        let code = coordinator.run();
+        tracing::debug!(code, "coordinator ends");
+        code
+    }
+}
+
+impl Coordinator {
+    fn run(mut self) -> u8 {
+        self.active.control.handle(PrimaryEvent::Tick);
+        loop {
+            let message = self.deferred.pop_front().or_else(|| self.wait());
+            if let Some(message) = message
+                && let Some(code) = self.take(message)
+            {
+                return code;
+            }
+            self.active.control.handle(PrimaryEvent::Tick);
+            if let Err(error) = self.capture_if_due() {
+                self.capture_failed(&error);
+            }
+        }
+    }
+
+    /// Waits for a message, but not beyond the next thing to do.
+    fn wait(&self) -> Option<Inbox> {
+        let (wanted, deadline) = self.active.control.wanted();
+        let until_tick = deadline.map(|d| d.saturating_sub(self.active.control.clock.now()));
+        let until_epoch = match wanted {
+            Wanted::Epoch if !self.free.is_empty() => {
+                let left = self.next_epoch.saturating_duration_since(Instant::now());
+                // Above the poll's length the dirty pages are looked at in between.
+                Some(left.min(TRIGGER_POLL))
+            }
+            Wanted::Last(_) if !self.free.is_empty() => Some(Duration::ZERO),
+            _ => None,
+        };
+        let timeout = [until_tick, until_epoch].into_iter().flatten().min();
+        let timeout = timeout.unwrap_or(Duration::from_millis(500));
+        if timeout.is_zero() {
+            return self.active.inbox.try_recv().ok();
+        }
+        match self.active.inbox.recv_timeout(timeout) {
+            Ok(message) => Some(message),
+            Err(RecvTimeoutError::Timeout) => None,
+            // The control keeps a sender, so this does not happen; going on is right all the same.
+            Err(RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    /// Follows one message. Returns the exit code when it was the last.
+    fn take(&mut self, message: Inbox) -> Option<u8> {
+        match message {
+            Inbox::Wake => {}
+            Inbox::Machine(event) => self.machine_event(event),
+            Inbox::Sender(link, report) => self.sender_report(link, report),
+            Inbox::StartBase(link) => self.start_base(link),
+            Inbox::Detached(link) => self.detached(link),
+            Inbox::Fence => {
+                self.guest_over = true;
+                self.active.machine.pause();
+            }
+            Inbox::Stop(why) => {
+                tracing::info!("{why}: stopping the VM");
+                self.end(EndReason::Stopped);
+            }
+            Inbox::Exit(reason) => return Some(self.exit(&reason)),
+        }
+        None
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) {
+        match event {
+            // The next checkpoint frees the log; it is due at once.
+            MachineEvent::DirtyLogFull => self.next_epoch = Instant::now(),
+            MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
+            MachineEvent::Power(PowerRequest::Reset) => self.end(EndReason::Reset),
+            MachineEvent::Power(PowerRequest::Panic) => {
+                tracing::error!("the guest panicked");
+                self.end(EndReason::Crash);
+            }
+            MachineEvent::Crashed { vcpu, why } => {
+                tracing::error!(vcpu, "the guest crashed: {why}");
+                self.end(EndReason::Crash);
+            }
+        }
+    }
+
+    fn end(&mut self, reason: EndReason) {
+        self.guest_over = true;
+        self.active.machine.pause();
+        self.active.control.handle(PrimaryEvent::End { reason });
+    }
+
+    fn sender_report(&mut self, link: Link, report: SenderReport) {
+        match report {
+            SenderReport::Free(staging) => self.put_back(link, staging),
+            SenderReport::Sent(bytes) => self.active.totals.sent(bytes),
+            SenderReport::BaseProgress { pages } => {
+                if let Some(base) = &mut self.base {
+                    base.sent(pages);
+                }
+            }
+            SenderReport::BaseRoundDone(gfns) => self.base_round_done(link, gfns),
+            SenderReport::Failed(why) => {
+                self.active.control.handle(PrimaryEvent::LinkLost { link, why: LossReason::Error(why) });
+            }
+        }
+    }
+
+    fn put_back(&mut self, link: Link, staging: Staging) {
+        // A buffer of an earlier link is dropped: its protection is over.
+        if self.active.control.link() == Some(link) {
+            self.free.push(staging);
+        }
+    }
+
+    /// Protection begins: everything that checkpoints need is allocated now (invariant 5).
+    fn start_base(&mut self, link: Link) {
+        match self.prepare_base(link) {
+            Ok(base) => self.base = Some(base),
+            Err(why) => {
+                tracing::error!("protection cannot start: {why}");
+                self.active.control.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
+            }
+        }
+    }
+
+    fn prepare_base(&mut self, link: Link) -> Result<Base, String> {
+        let active = &mut self.active;
+        self.free.clear();
+        for _ in 0..SLOTS {
+            self.free.push(Staging::new(active.staging_pages).map_err(|e| e.to_string())?);
+        }
+        active.totals.base_begins();
+        active.machine.begin_base();
+        active.machine.enable_tracking().map_err(|e| e.to_string())?;
+        let gfns: Vec<Gfn> = active.machine.ram().gfns().collect();
+        let base = Base::new(link, gfns.len() as u64, active.events.clone());
+        active.control.send(link, base.round(gfns, active.machine.ram()));
+        Ok(base)
+    }
+
+    /// A round is sent. Either the rest is small enough for the final stop, or there is another round.
+    fn base_round_done(&mut self, link: Link, mut gfns: Vec<Gfn>) {
+        let Some(base) = self.base.as_mut().filter(|b| b.link() == link) else { return };
+        let dirty = self.active.machine.tracker().pending();
+        if base.is_last(dirty, self.active.staging_pages) {
+            let (wanted, _) = self.active.control.wanted();
+            if wanted == (Wanted::Base { link })
+                && let Err(error) = self.capture(None)
+            {
+                self.capture_failed(&error);
+            }
+            if let Some(base) = self.base.take() {
+                base.finish();
+            }
+            return;
+        }
+        gfns.clear();
+        match self.active.machine.take_dirty(&mut gfns) {
+            Ok(()) => {
+                let job = base.next_round(gfns, self.active.machine.ram());
+                self.active.control.send(link, job);
+            }
+            Err(error) => self.capture_failed(&error),
+        }
+    }
+
+    fn detached(&mut self, _link: Link) {
+        self.base = None;
+        self.free.clear();
+        self.active.machine.disable_tracking();
+        if !self.guest_over {
+            self.active.machine.resume();
+        }
+    }
+
+    fn capture_if_due(&mut self) -> Result<(), CaptureError> {
+        if self.free.is_empty() {
+            return Ok(());
+        }
+        match self.active.control.wanted().0 {
+            Wanted::Epoch => {
+                let due = Instant::now() >= self.next_epoch || self.active.machine.tracker().should_stop();
+                if due { self.capture(None) } else { Ok(()) }
+            }
+            Wanted::Last(reason) => self.capture(Some(reason)),
+            Wanted::Nothing | Wanted::Base { .. } => Ok(()),
+        }
+    }
+
+    /// Takes one checkpoint and hands it to the sender.
+    fn capture(&mut self, end: Option<EndReason>) -> Result<(), CaptureError> {
+        let Some(mut staging) = self.free.pop() else { return Ok(()) };
+        let began = Instant::now();
+        let mut pause = Pause {
+            control: &self.active.control,
+            inbox: &self.active.inbox,
+            deferred: &mut self.deferred,
+            free: &mut self.free,
+            end,
+            target: None,
+            totals: (0, 0),
+            sent_parts: 0,
+        };
+        let after = if end.is_some() || self.guest_over { After::Stay } else { After::Resume };
+        let result = self.active.machine.checkpoint(&mut staging, after, &mut pause);
+        let Pause { target, totals, sent_parts, .. } = pause;
+        let report = result?;
+        self.active.totals.captured(&report);
+        match target {
+            Some(target) => {
+                let totals = (sent_parts == 0).then_some((totals.0, staging.state_bytes()));
+                ship(&self.active.control, target, totals, true, staging);
+            }
+            None => self.free.push(staging),
+        }
+        // Epochs keep their rhythm; after a long pause they begin anew.
+        let next = self.next_epoch + self.active.interval;
+        self.next_epoch = next.max(began + self.active.interval / 2);
+        Ok(())
+    }
+
+    /// The VM stands still with a checkpoint half taken. Protection starts anew; the VM goes on once the state machine
+    /// allows it (invariant 7).
+    fn capture_failed(&mut self, error: &CaptureError) {
+        tracing::error!("checkpoint failed: {error}");
+        if let Some(link) = self.active.control.link() {
+            let why = LossReason::Local(error.to_string());
+            self.active.control.handle(PrimaryEvent::LinkLost { link, why });
+        }
+        self.base = None;
+        self.free.clear();
+        self.active.machine.disable_tracking();
+        if !self.guest_over {
+            self.active.machine.resume();
+        }
+    }
+
+    fn exit(&mut self, reason: &ExitReason) -> u8 {
+        self.active.machine.pause();
+        self.active.control.finish(FAREWELL);
+        let code = reason.code();
+        match reason {
+            ExitReason::Ended(EndReason::Crash) => tracing::error!("{reason}"),
+            ExitReason::Ended(_) => tracing::info!("{reason}"),
+            ExitReason::Fenced { .. } => eprintln!("outlive: {reason}"),
+        }
+        self.active.events.emit(Event::Ended { reason: reason.to_string(), code });
+        u8::try_from(code).unwrap_or(exit::FAILED)
+    }
+}
+
+/// Generation, number and flags of the checkpoint being captured.
+type Target = (u64, u64, CheckpointFlags);
+
+fn ship(control: &Control, target: Target, totals: Option<(usize, usize)>, last: bool, staging: Staging) {
+    let (generation, number, flags) = target;
+    if let Some(link) = control.link() {
+        let part = CheckpointPart { generation, number, flags, totals, last, staging };
+        control.send(link, Job::Checkpoint(Box::new(part)));
+    }
+}
+
+/// What is done while the VM stands still.
+struct Pause<'a> {
+    control: &'a Arc<Control>,
+    inbox: &'a Receiver<Inbox>,
+    deferred: &'a mut VecDeque<Inbox>,
+    free: &'a mut Vec<Staging>,
+    end: Option<EndReason>,
+    target: Option<Target>,
+    /// Pages and state bytes of all parts.
+    totals: (usize, usize),
+    sent_parts: usize,
+}
+
+impl InPause for Pause<'_> {
+    fn counted(&mut self, pages: usize) {
+        self.totals.0 = pages;
+        self.target = self.control.captured(self.end);
+    }
+
+    fn spill(&mut self, staging: &mut Staging) -> Result<(), String> {
+        let Some(target) = self.target else { return Ok(()) };
+        let mut next = self.wait_for_staging()?;
+        std::mem::swap(staging, &mut next);
+        if self.sent_parts == 0 {
+            self.totals.1 = next.state_bytes();
+        }
+        let totals = (self.sent_parts == 0).then_some(self.totals);
+        self.sent_parts += 1;
+        ship(self.control, target, totals, false, next);
+        Ok(())
+    }
+}
+
+impl Pause<'_> {
+    /// The next free buffer. Only an oversized checkpoint comes here; the VM waits for the link.
+    fn wait_for_staging(&mut self) -> Result<Staging, String> {
+        loop {
+            if let Some(staging) = self.free.pop() {
+                return Ok(staging);
+            }
+            if !matches!(
+                self.control.status(),
+                PrimaryStatus::Protected | PrimaryStatus::BaseCommit | PrimaryStatus::Ending
+            ) {
+                return Err("the standby was lost".into());
+            }
+            match self.inbox.recv_timeout(Duration::from_millis(20)) {
+                Ok(Inbox::Sender(_, SenderReport::Free(staging))) => return Ok(staging),
+                Ok(other) => self.deferred.push_back(other),
+                Err(_) => self.control.handle(PrimaryEvent::Tick),
+            }
+        }
+    }
+}

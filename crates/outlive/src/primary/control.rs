@@ -1,0 +1,373 @@
+//! Decisions of the primary, carried out.
+//!
+//! One lock covers the state machine and its actions, so they are carried out in the order decided, whichever thread
+//! brought the event. No action blocks: the slow ones queue work for other threads. Above all, a committed epoch's output
+//! is released by the very thread that read the acknowledgement.
+
+use std::net::TcpStream;
+use std::sync::mpsc::Sender as Queue;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use outlive_epoch::{CheckpointFlags, Hello};
+use outlive_machine::Output;
+use outlive_pair::{
+    ClaimResult, ExitReason, Link, OutputMode, Primary, PrimaryAction as Action, PrimaryEvent as Event,
+    PrimaryNote as Note, PrimaryStatus, Wanted,
+};
+
+use crate::arbiter::{Claim, ClaimWorker};
+use crate::clock::Clock;
+use crate::events::{self, EventWriter};
+use crate::link::{self, Job, Sender, SenderReport};
+use crate::primary::stats::Totals;
+
+/// What the coordinator is told.
+pub enum Inbox {
+    /// The guest did something.
+    Machine(outlive_machine::MachineEvent),
+    /// The sender thread of a link did something.
+    Sender(Link, SenderReport),
+    /// Begin base synchronisation for this link.
+    StartBase(Link),
+    /// The link is of no further use: stop tracking.
+    Detached(Link),
+    /// Look again: something that the coordinator waits for may have come.
+    Wake,
+    /// Stop the vCPUs for good.
+    Fence,
+    /// End the process.
+    Exit(ExitReason),
+    /// The operator wants the VM stopped.
+    Stop(&'static str),
+}
+
+/// What a primary introduces itself with; the generation is filled in when it dials.
+pub type Introduction = Hello;
+
+/// Fixed facts about this primary.
+pub struct Facts {
+    /// Addresses of its standbys.
+    pub standbys: Vec<String>,
+    /// The introduction, apart from the generation.
+    pub hello: Introduction,
+    /// Time between two heartbeats of the sender's own.
+    pub heartbeat: Duration,
+}
+
+struct Connection {
+    link: Link,
+    sender: Sender,
+    address: String,
+    /// The orderly end has been queued: what is queued must still go out when the link is closed.
+    ending: bool,
+}
+
+struct State {
+    pair: Primary,
+    actions: Vec<Action>,
+    connection: Option<Connection>,
+    claims: Option<ClaimWorker>,
+    ship: Option<(Link, u64, CheckpointFlags)>,
+}
+
+/// The shared half of the coordinator: see the module.
+pub struct Control {
+    state: Mutex<State>,
+    /// The time that the state machine is fed with.
+    pub clock: Clock,
+    facts: Facts,
+    output: Option<Arc<Output>>,
+    inbox: Queue<Inbox>,
+    events: EventWriter,
+    totals: Arc<Totals>,
+}
+
+impl Control {
+    /// A control for a machine that owns its generation.
+    pub fn new(
+        pair: Primary,
+        clock: Clock,
+        facts: Facts,
+        output: Option<Arc<Output>>,
+        inbox: Queue<Inbox>,
+        events: EventWriter,
+        totals: Arc<Totals>,
+    ) -> Arc<Self> {
+        totals.set_generation(pair.generation());
+        let state = State {
+            pair,
+            actions: Vec::with_capacity(16),
+            connection: None,
+            claims: None,
+            ship: None,
+        };
+        Arc::new(Self { state: Mutex::new(state), clock, facts, output, inbox, events, totals })
+    }
+
+    /// Gives the control the thread that asks the arbiter.
+    pub fn set_claims(&self, claims: ClaimWorker) {
+        self.lock().claims = Some(claims);
+    }
+
+    /// Takes an event and carries out what follows from it.
+    pub fn handle(self: &Arc<Self>, event: Event) {
+        let mut state = self.lock();
+        self.step(&mut state, event);
+    }
+
+    /// The arbiter has answered.
+    pub fn claimed(self: &Arc<Self>, generation: u64, claim: Claim) {
+        let result = match claim {
+            Claim::Won => ClaimResult::Won,
+            Claim::Lost { owner } => {
+                self.events.emit(events::Event::Lost { generation, owner: owner.clone() });
+                ClaimResult::Lost { owner }
+            }
+            Claim::Unreachable { why } => ClaimResult::Unreachable { why },
+        };
+        self.handle(Event::Claimed { generation, result });
+    }
+
+    /// A checkpoint is captured; called inside the pause. Returns where it goes, or `None` when it is of no use.
+    pub fn captured(
+        self: &Arc<Self>,
+        end: Option<outlive_epoch::EndReason>,
+    ) -> Option<(u64, u64, CheckpointFlags)> {
+        let mut state = self.lock();
+        state.ship = None;
+        self.step(&mut state, Event::Captured { end });
+        if let Some(output) = &self.output
+            && state.pair.output() == OutputMode::Hold
+        {
+            // Frames from here on belong to the epoch that begins.
+            let epoch = state.pair.epoch();
+            if let Err(error) = output.set_epoch(epoch) {
+                tracing::error!(%error, "output epoch");
+            }
+        }
+        let generation = state.pair.generation();
+        state.ship.take().map(|(_, number, flags)| (generation, number, flags))
+    }
+
+    /// What checkpoint is wanted next, and when the state machine wants to be asked again at the latest.
+    pub fn wanted(&self) -> (Wanted, Option<Duration>) {
+        let state = self.lock();
+        (state.pair.wanted_capture(), state.pair.next_deadline())
+    }
+
+    /// What the primary is doing.
+    pub fn status(&self) -> PrimaryStatus {
+        self.lock().pair.status()
+    }
+
+    /// Queues a job for the link, if it is still the one in use.
+    pub fn send(&self, link: Link, job: Job) {
+        if let Some(connection) = &self.lock().connection
+            && connection.link == link
+        {
+            connection.sender.send(job);
+        }
+    }
+
+    /// The link in use.
+    pub fn link(&self) -> Option<Link> {
+        self.lock().connection.as_ref().map(|c| c.link)
+    }
+
+    /// Lets what is queued go out and closes the link.
+    pub fn finish(&self, patience: Duration) {
+        let connection = self.lock().connection.take();
+        if let Some(mut connection) = connection {
+            connection.sender.finish(patience);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn step(self: &Arc<Self>, state: &mut State, event: Event) {
+        let mut actions = std::mem::take(&mut state.actions);
+        state.pair.handle(self.clock.now(), event, &mut actions);
+        for action in actions.drain(..) {
+            self.carry_out(state, action);
+        }
+        state.actions = actions;
+    }
+
+    fn carry_out(self: &Arc<Self>, state: &mut State, action: Action) {
+        match action {
+            Action::Dial { link, address } => self.dial(link, address),
+            Action::SendHello { link, generation } => {
+                let hello = Hello { generation, ..self.facts.hello.clone() };
+                on_link(state, link, |c| c.sender.send(Job::Hello(Box::new(hello))));
+            }
+            Action::StartBase { link } => self.tell(Inbox::StartBase(link)),
+            Action::HoldOutput => self.hold(&state.pair),
+            Action::Ship { link, checkpoint, flags } => state.ship = Some((link, checkpoint, flags)),
+            Action::DropCapture => state.ship = None,
+            Action::Release { through } => self.release(&state.pair, through),
+            Action::SendHeartbeat { link } => on_link(state, link, |c| c.sender.send(Job::Heartbeat)),
+            Action::SendEnd { link, reason } => on_link(state, link, |c| {
+                c.ending = true;
+                c.sender.send(Job::End(reason));
+            }),
+            Action::Hangup { link } => self.hang_up(state, link),
+            Action::Claim { generation } => self.claim(state, generation),
+            Action::ReleaseAll => self.release_all(&state.pair),
+            Action::Fence { generation, owner } => {
+                if let Some(output) = &self.output {
+                    output.discard();
+                }
+                tracing::error!(generation, %owner, "another host runs this VM: stopping this copy");
+                self.tell(Inbox::Fence);
+            }
+            Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
+            Action::Note(note) => self.note(state, note),
+        }
+    }
+
+    fn tell(&self, message: Inbox) {
+        // The coordinator outlives everything that talks to it, but for threads that end later than it.
+        self.inbox.send(message).ok();
+    }
+
+    fn dial(self: &Arc<Self>, link: Link, address: usize) {
+        let control = self.clone();
+        let dialled = std::thread::Builder::new().name("dial".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            let address = control.facts.standbys[address].clone();
+            match link::dial(&address) {
+                Ok(stream) => control.connected(link, stream, address),
+                Err(error) => {
+                    let why = format!("{address}: {error}");
+                    control.handle(Event::DialFailed { link, why });
+                }
+            }
+        });
+        if let Err(error) = dialled {
+            // Told from another thread's stack would need one; the next tick dials again after the time-out.
+            tracing::error!(%error, "cannot start a thread to dial");
+            let (inbox, why) = (self.inbox.clone(), format!("cannot start a thread: {error}"));
+            inbox.send(Inbox::Sender(link, SenderReport::Failed(why))).ok();
+        }
+    }
+
+    /// The dial thread becomes the link's receiver.
+    fn connected(self: &Arc<Self>, link: Link, mut stream: TcpStream, address: String) {
+        let inbox = self.inbox.clone();
+        let report = move |report| {
+            inbox.send(Inbox::Sender(link, report)).ok();
+        };
+        let sender = stream
+            .try_clone()
+            .and_then(|socket| Sender::start(socket, self.clock, self.facts.heartbeat, report));
+        match sender {
+            Ok(sender) => {
+                let mut state = self.lock();
+                state.connection = Some(Connection { link, sender, address, ending: false });
+                self.step(&mut state, Event::Connected { link });
+            }
+            Err(error) => {
+                return self.handle(Event::DialFailed { link, why: format!("{address}: {error}") });
+            }
+        }
+        let control = self.clone();
+        link::receive(&mut stream, link, |event| control.handle(event));
+    }
+
+    fn hold(&self, pair: &Primary) {
+        if let Some(output) = &self.output
+            && let Err(error) = output.hold(pair.epoch())
+        {
+            tracing::error!(%error, "output cannot be held");
+        }
+    }
+
+    fn release(&self, pair: &Primary, through: u64) {
+        self.totals.committed(through);
+        if let Some(output) = &self.output {
+            // Invariant 1: asked before every single frame, with a fresh clock, because this process may be stopped for an
+            // hour between two of them.
+            output.release(through, || pair.may_release(self.clock.now()));
+        }
+        self.tell(Inbox::Wake);
+    }
+
+    fn release_all(&self, pair: &Primary) {
+        self.totals.set_generation(pair.generation());
+        if let Some(output) = &self.output {
+            output.pass_through();
+        }
+    }
+
+    fn hang_up(&self, state: &mut State, link: Link) {
+        let Some(connection) = state.connection.take_if(|c| c.link == link) else { return };
+        self.tell(Inbox::Detached(link));
+        if connection.ending {
+            // `finish` at the end of the process lets the queue run empty.
+            state.connection = Some(connection);
+        } else {
+            connection.sender.shutdown();
+            // Joining the sender here could wait for a write; its thread ends by itself after the shutdown.
+            std::thread::spawn(move || drop(connection));
+        }
+    }
+
+    fn claim(&self, state: &State, generation: u64) {
+        match &state.claims {
+            // Busy: the answer to the earlier claim is still to come, and the machine asks again after it.
+            Some(claims) => drop(claims.submit(generation)),
+            None => tracing::error!("no arbiter: a protected VM always has one"),
+        }
+    }
+
+    fn note(&self, state: &State, note: Note) {
+        let emit = |event| self.events.emit(event);
+        match note {
+            Note::DialFailed { why } => tracing::warn!("standby not reachable: {why}"),
+            Note::Refused { code, text } => tracing::warn!(?code, "standby refused: {text}"),
+            Note::Attached { link } => {
+                let addr = state.connection.as_ref().filter(|c| c.link == link).map(|c| c.address.clone());
+                let addr = addr.unwrap_or_default();
+                tracing::info!(standby = %addr, "standby attached, base synchronisation begins");
+                emit(events::Event::StandbyAttached { addr });
+            }
+            Note::Protected { generation, checkpoint } => {
+                let base_ms = self.totals.base_ms();
+                self.totals.protected(true);
+                tracing::info!(generation, checkpoint, base_ms, "protected");
+                emit(events::Event::Protected { generation, checkpoint, base_ms });
+            }
+            Note::LinkLost { why, held } => {
+                self.totals.protected(false);
+                let why = why.to_string();
+                tracing::warn!(held_output = held, "standby lost: {why}");
+                emit(events::Event::LinkLost { reason: why.clone() });
+                emit(events::Event::Unprotected { why });
+            }
+            Note::Arbitrating { generation } => {
+                tracing::info!(generation, "asking the arbiter; output is held until it answers");
+                emit(events::Event::Arbitrating { generation });
+            }
+            Note::ArbiterUnreachable { why } => {
+                tracing::error!("arbiter not reachable, output stays held: {why}");
+                emit(events::Event::ArbiterUnreachable { why });
+            }
+            Note::Won { generation } => {
+                tracing::warn!(generation, "won: the VM goes on here, UNPROTECTED");
+                emit(events::Event::Won { generation });
+            }
+        }
+    }
+}
+
+
+fn on_link(state: &mut State, link: Link, act: impl FnOnce(&mut Connection)) {
+    if let Some(connection) = &mut state.connection
+        && connection.link == link
+    {
+        act(connection);
+    }
+}

@@ -1,0 +1,169 @@
+//! The host where the VM runs: `outlive run`, and a standby after its takeover.
+
+mod active;
+mod base;
+mod control;
+mod launch;
+mod stats;
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use outlive_epoch::VmId;
+use outlive_guest::PAYLOAD;
+use outlive_machine::{Host, MacAddr, Machine, NetOptions, Options, OutputLimits, OutputMode, PayloadOptions};
+
+use crate::arbiter::{self, Arbiter, Claim};
+use crate::cli::{NetSpec, RunOptions};
+use crate::events::{Event, EventWriter, Role};
+use crate::network::Netlink;
+use crate::{check, exit, process};
+
+pub use active::SLOTS;
+pub use control::Inbox;
+pub use launch::{Identity, Launch, launch};
+
+/// Frames and bytes of output that may be held for uncommitted epochs.
+const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
+
+/// `outlive run`: returns the exit code.
+pub fn command(options: &RunOptions) -> u8 {
+    match prepare(options) {
+        Ok(launching) => launch(launching),
+        Err(line) => exit::usage(line),
+    }
+}
+
+/// Everything that can be wrong with options or machine is found here, before the guest runs. The error is one line that
+/// names the remedy; everything made so far goes away with it.
+fn prepare(options: &RunOptions) -> Result<Launch, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let active = &options.active;
+    check_memory(options.memory)?;
+    let events = open_events(active.events.as_deref())?;
+    let vm = VmId(process::random().map_err(|e| format!("no random numbers: {e}"))?);
+    let arbiter = match &options.arbiter {
+        Some(spec) => Some(first_generation(spec, vm)?),
+        None => None,
+    };
+    let host = Arc::new(Host::open().map_err(|e| text(&e))?);
+    let (queue, inbox) = channel();
+    let mac = mac_of(options.net.as_ref(), vm);
+    let machine_events = queue.clone();
+    let machine_options = Options {
+        vcpus: options.vcpus,
+        memory: options.memory,
+        net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
+        tracker: active.tracker.into(),
+        trigger: active.max_dirty,
+        max_dirty: active.max_dirty * 2,
+        events: Arc::new(move |event| drop(machine_events.send(Inbox::Machine(event)))),
+    };
+    let mut machine = Machine::new(host, &machine_options).map_err(|e| text(&e))?;
+    join_bridge(options.net.as_ref())?;
+    let seed = match options.seed {
+        Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
+        None => process::random().map_err(|e| format!("no random numbers: {e}"))?,
+    };
+    let payload = PayloadOptions {
+        ipv4: options.ip.address.octets(),
+        prefix: options.ip.prefix,
+        gateway: options.gateway.map_or([0; 4], |g| g.octets()),
+        random_seed: seed,
+    };
+    machine.boot_payload(PAYLOAD, &payload).map_err(|e| text(&e))?;
+    events.emit(Event::Started {
+        role: Role::Primary,
+        vm: Some(options.name.clone()),
+        vcpus: Some(options.vcpus.into()),
+        memory: Some(options.memory),
+        tracker: Some(machine.tracker().kind().to_string()),
+    });
+    if let Some(net) = machine.net() {
+        net.go_live(false);
+    }
+    machine.resume();
+    tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, "VM started, unprotected");
+    let stop = queue.clone();
+    process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
+        .map_err(|e| format!("cannot watch signals: {e}"))?;
+    Ok(Launch {
+        machine,
+        queue,
+        inbox,
+        identity: Identity {
+            vm,
+            name: options.name.clone(),
+            vcpus: options.vcpus,
+            mac: options.net.as_ref().map(|_| mac),
+            generation: 1,
+            checkpoint: 0,
+        },
+        arbiter,
+        options: active.clone(),
+        events,
+        stop: None,
+    })
+}
+
+/// Refuses a VM that this host has no memory for.
+///
+/// # Errors
+/// One line with the remedy.
+pub fn check_memory(bytes: u64) -> Result<(), String> {
+    outlive_machine::ranges(bytes).map_err(|e| e.to_string())?;
+    match check::available_memory_bytes() {
+        Some(available) if bytes > available => Err(format!(
+            "a VM with {} MiB of memory does not fit: this host has {} MiB available; give it less with --memory",
+            bytes >> 20,
+            available >> 20
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Opens the event stream of an option.
+///
+/// # Errors
+/// One line with the remedy.
+pub fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter, String> {
+    match path {
+        None => Ok(EventWriter::disabled()),
+        Some(path) => EventWriter::open(path)
+            .map_err(|e| format!("cannot write events to {}: {e}; give --events another file", path.display())),
+    }
+}
+
+/// A network card's options.
+pub fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetOptions {
+    NetOptions { tap: net.tap.clone(), mac, limits: OUTPUT_LIMITS, output }
+}
+
+/// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).
+pub fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
+    let [a, b, c, d, e, ..] = vm.0;
+    MacAddr(net.and_then(|n| n.mac).unwrap_or([0x02, a, b, c, d, e]))
+}
+
+/// Sets the tap up and puts it on its bridge.
+///
+/// # Errors
+/// One line with the remedy.
+pub fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
+    let Some(net) = net else { return Ok(()) };
+    let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
+    if let Some(bridge) = &net.bridge {
+        netlink.attach(&net.tap, bridge).map_err(|e| e.to_string())?;
+    }
+    netlink.set_up(&net.tap).map_err(|e| e.to_string())
+}
+
+/// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts the VM.
+fn first_generation(spec: &str, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
+    let mut arbiter = arbiter::parse(spec).map_err(|e| e.to_string())?;
+    match arbiter.claim(&arbiter::VmId(vm.0), 1, &arbiter::owner("primary")) {
+        Claim::Won => Ok(arbiter),
+        Claim::Lost { owner } => Err(format!("the arbiter says that this new VM belongs to {owner}: start again")),
+        Claim::Unreachable { why } => Err(format!("the arbiter {spec} cannot be used: {why}")),
+    }
+}

@@ -1,0 +1,61 @@
+//! What a long-running command needs of its process: signals, the death of its starter, names and random bytes.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// Calls `stop` once for each SIGINT or SIGTERM, and, when `with_stdin`, when standard input is closed. Runs on threads
+/// of its own, which live as long as the process.
+///
+/// # Errors
+/// The operating system's, when handlers or threads are refused.
+pub fn on_stop(with_stdin: bool, stop: impl Fn(&'static str) + Send + Clone + 'static) -> io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let on_signal = stop.clone();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            on_signal(if signal == SIGINT { "interrupted" } else { "told to stop" });
+        }
+    })?;
+    if with_stdin {
+        std::thread::Builder::new().name("stdin".into()).spawn(move || {
+            let mut sink = [0u8; 64];
+            while io::stdin().read(&mut sink).is_ok_and(|n| n > 0) {}
+            stop("standard input was closed");
+        })?;
+    }
+    Ok(())
+}
+
+/// Fresh random bytes.
+///
+/// # Errors
+/// The operating system's, when it has no random numbers.
+pub fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0u8; N];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The name of this host, for people; at most 64 bytes.
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name: String = name.trim().chars().filter(char::is_ascii_graphic).take(64).collect();
+    if name.is_empty() { "unknown".into() } else { name }
+}
+
+/// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: state of one vendor does not load on another.
+pub fn vendor() -> String {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let vendor = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("vendor_id")?.split_once(':'))
+        .map_or("unknown", |(_, value)| value.trim());
+    let module = ["kvm_intel", "kvm_amd", "kvm_pvm"]
+        .into_iter()
+        .find(|module| std::path::Path::new("/sys/module").join(module).exists())
+        .unwrap_or("kvm");
+    format!("{vendor} {module}").chars().take(64).collect()
+}

@@ -1,0 +1,351 @@
+//! Decisions of the standby, carried out. As on the primary, one lock covers the state machine and its actions. The one
+//! action that takes time, applying a checkpoint, is left to the session thread that staged it.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::Sender as Queue;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{Accept, Ack, Encoder, Preface, RefuseCode, VmId};
+use outlive_machine::Host;
+use outlive_pair::{
+    ClaimResult, Introduction, Link, Standby, StandbyAction as Action, StandbyEvent as Event, StandbyExit,
+    StandbyNote as Note,
+};
+
+use super::copy::VmCopy;
+use crate::arbiter::{self, Claim, ClaimWorker};
+use crate::cli::StandbyOptions;
+use crate::clock::Clock;
+use crate::events::{self, EventWriter};
+use crate::process;
+
+/// How long a few bytes to the primary may take to leave; a primary that reads nothing for so long is as good as gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What the main thread is told.
+pub(super) enum Inbox {
+    /// Look at the deadlines again.
+    Wake,
+    /// The operator wants the standby stopped.
+    Stop(&'static str),
+    /// Run the VM.
+    TakeOver(TakeOverOrder),
+    /// End the process.
+    Exit(StandbyExit),
+}
+
+/// A won takeover.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TakeOverOrder {
+    pub(super) checkpoint: u64,
+    pub(super) generation: u64,
+    pub(super) stop: bool,
+    pub(super) times: Times,
+}
+
+/// When what happened on the way to a takeover.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// From the last byte heard to the declaration.
+    pub(super) detect: Duration,
+    /// The link was declared dead.
+    pub(super) declared: Instant,
+    /// The generation was won.
+    pub(super) won: Instant,
+}
+
+/// The writing half of a connection.
+struct Peer {
+    link: Link,
+    socket: TcpStream,
+    encoder: Encoder,
+    greeted: bool,
+}
+
+impl Peer {
+    fn write(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<u8>)) {
+        let mut bytes = Vec::with_capacity(512);
+        if !std::mem::replace(&mut self.greeted, true) {
+            bytes.extend_from_slice(&Preface::CURRENT.encode());
+        }
+        encode(&mut self.encoder, &mut bytes);
+        if self.socket.write_all(&bytes).is_err() {
+            // The reader of this socket notices and reports the loss.
+            self.socket.shutdown(Shutdown::Both).ok();
+        }
+    }
+}
+
+struct State {
+    pair: Standby,
+    actions: Vec<Action>,
+    /// The accepted primary and those that are being answered.
+    peers: Vec<Peer>,
+    copy: Option<VmCopy>,
+    claims: Option<ClaimWorker>,
+    times: Option<Times>,
+    taken_over: bool,
+}
+
+/// What the caller of [`Control::handle`] must do itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Left {
+    /// Write the base pages at hand to memory.
+    pub(super) apply_base: bool,
+    /// Apply the staged checkpoint of this number.
+    pub(super) apply: Option<u64>,
+}
+
+/// The shared half of all threads of the standby.
+pub(super) struct Control {
+    state: Mutex<State>,
+    pub(super) clock: Clock,
+    pub(super) host: Arc<Host>,
+    pub(super) options: StandbyOptions,
+    inbox: Queue<Inbox>,
+    events: EventWriter,
+}
+
+impl Control {
+    pub(super) fn new(
+        pair: Standby,
+        clock: Clock,
+        host: Arc<Host>,
+        options: StandbyOptions,
+        inbox: Queue<Inbox>,
+        events: EventWriter,
+    ) -> Arc<Self> {
+        let state = State {
+            pair,
+            actions: Vec::with_capacity(16),
+            peers: Vec::new(),
+            copy: None,
+            claims: None,
+            times: None,
+            taken_over: false,
+        };
+        Arc::new(Self { state: Mutex::new(state), clock, host, options, inbox, events })
+    }
+
+    /// Takes an event and carries out what follows, apart from what the caller must do.
+    pub(super) fn handle(self: &Arc<Self>, event: Event) -> Left {
+        let mut state = self.lock();
+        self.step(&mut state, event)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Duration> {
+        self.lock().pair.next_deadline()
+    }
+
+    /// Whether this introduction would be accepted now.
+    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+        let state = self.lock();
+        if state.taken_over {
+            let text = "this standby has taken a VM over and protects no other".to_owned();
+            return Err((RefuseCode::Busy, text));
+        }
+        state.pair.would_accept(hello)
+    }
+
+    /// Registers the writing half of a new connection.
+    pub(super) fn connect(&self, link: Link, socket: TcpStream) -> std::io::Result<()> {
+        socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        let peer = Peer { link, socket, encoder: Encoder::new(), greeted: false };
+        self.lock().peers.push(peer);
+        Ok(())
+    }
+
+    /// Refuses a connection.
+    pub(super) fn refuse(&self, link: Link, code: RefuseCode, text: &str) {
+        self.refuse_locked(&mut self.lock(), link, code, text);
+    }
+
+    /// A primary's introduction, with the copy that was made for its VM. The machine may have decided otherwise since
+    /// `would_accept`; then the copy is dropped.
+    pub(super) fn hello(
+        self: &Arc<Self>,
+        link: Link,
+        hello: Introduction,
+        copy: VmCopy,
+        claims: ClaimWorker,
+    ) -> bool {
+        let mut state = self.lock();
+        if state.pair.would_accept(&hello).is_ok() && !state.taken_over {
+            state.copy = Some(copy);
+            state.claims = Some(claims);
+            self.step(&mut state, Event::Hello { link, hello });
+            true
+        } else {
+            self.step(&mut state, Event::Hello { link, hello });
+            false
+        }
+    }
+
+    /// A thread that asks the arbiter for generations of `vm` and reports here.
+    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, String> {
+        let arbiter = arbiter::parse(&self.options.arbiter).map_err(|e| e.to_string())?;
+        let control = self.clone();
+        ClaimWorker::start(arbiter, arbiter::VmId(vm.0), arbiter::owner("standby"), move |answer| {
+            let generation = answer.generation;
+            let result = match answer.claim {
+                Claim::Won => ClaimResult::Won,
+                Claim::Lost { owner } => {
+                    control.events.emit(events::Event::Lost { generation, owner: owner.clone() });
+                    ClaimResult::Lost { owner }
+                }
+                Claim::Unreachable { why } => ClaimResult::Unreachable { why },
+            };
+            control.handle(Event::Claimed { generation, result });
+        })
+        .map_err(|e| format!("cannot start a thread: {e}"))
+    }
+
+    /// Works on the copy. `None` when there is none (any more).
+    pub(super) fn with_copy<T>(&self, work: impl FnOnce(&mut VmCopy) -> T) -> Option<T> {
+        self.lock().copy.as_mut().map(work)
+    }
+
+    /// Takes the copy out, for the takeover.
+    pub(super) fn take_copy(&self) -> Option<VmCopy> {
+        self.lock().copy.take()
+    }
+
+    /// Closes every connection; what was written still goes out.
+    pub(super) fn finish(&self) {
+        for peer in self.lock().peers.drain(..) {
+            peer.socket.shutdown(Shutdown::Write).ok();
+        }
+    }
+
+    /// Forgets a connection whose thread ends.
+    pub(super) fn disconnect(&self, link: Link) {
+        self.lock().peers.retain(|p| p.link != link);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn step(self: &Arc<Self>, state: &mut State, event: Event) -> Left {
+        let mut left = Left::default();
+        let mut actions = std::mem::take(&mut state.actions);
+        state.pair.handle(self.clock.now(), event, &mut actions);
+        for action in actions.drain(..) {
+            self.carry_out(state, action, &mut left);
+        }
+        state.actions = actions;
+        left
+    }
+
+    fn carry_out(&self, state: &mut State, action: Action, left: &mut Left) {
+        match action {
+            Action::Accept { link, generation, dead_after } => {
+                let accept = Accept {
+                    generation,
+                    dead_after_us: dead_after.as_micros() as u64,
+                    host: process::host_name(),
+                };
+                // The host's name is cut to what the format allows.
+                on_peer(state, link, |p| p.write(|encoder, out| drop(encoder.accept(out, &accept))));
+                // From here on there are deadlines, which the main thread does not know yet.
+                self.tell(Inbox::Wake);
+            }
+            Action::Refuse { link, code, text } => self.refuse_locked(state, link, code, &text),
+            Action::ApplyBase { .. } => left.apply_base = true,
+            Action::Ack { link, generation, checkpoint, stamp } => {
+                let ack = Ack { generation, number: checkpoint, stamp_us: stamp.as_micros() as u64 };
+                on_peer(state, link, |p| p.write(|encoder, out| encoder.ack(out, &ack)));
+            }
+            Action::Apply { checkpoint } => left.apply = Some(checkpoint),
+            Action::SendHeartbeat { link, stamp } => {
+                let stamp = stamp.as_micros() as u64;
+                on_peer(state, link, |p| p.write(|encoder, out| encoder.heartbeat(out, stamp)));
+            }
+            Action::SendLeave { link, reason } => {
+                on_peer(state, link, |p| p.write(|encoder, out| encoder.leave(out, reason)));
+            }
+            Action::Hangup { link } => {
+                on_peer(state, link, |p| drop(p.socket.shutdown(Shutdown::Both)));
+                state.peers.retain(|p| p.link != link);
+            }
+            // The session thread owns the staging buffer; it ends with its link.
+            Action::DiscardStaged => {}
+            Action::DiscardAll => state.copy = None,
+            Action::Claim { generation } => {
+                if let Some(claims) = &state.claims {
+                    // Busy: the answer to the earlier claim is still to come.
+                    drop(claims.submit(generation));
+                }
+                self.tell(Inbox::Wake);
+            }
+            Action::TakeOver { checkpoint, generation, stop } => {
+                state.taken_over = true;
+                let now = Instant::now();
+                let times =
+                    state.times.unwrap_or(Times { detect: Duration::ZERO, declared: now, won: now });
+                self.tell(Inbox::TakeOver(TakeOverOrder { checkpoint, generation, stop, times }));
+            }
+            Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
+            Action::Note(note) => self.note(state, note),
+        }
+    }
+
+    fn tell(&self, message: Inbox) {
+        // After a takeover nobody listens any more; nothing is lost then.
+        self.inbox.send(message).ok();
+    }
+
+    fn refuse_locked(&self, state: &mut State, link: Link, code: RefuseCode, text: &str) {
+        tracing::warn!(?code, "a primary is refused: {text}");
+        on_peer(state, link, |p| {
+            p.write(|encoder, out| encoder.refuse(out, code, text));
+            p.socket.shutdown(Shutdown::Write).ok();
+        });
+        state.peers.retain(|p| p.link != link);
+    }
+
+    fn note(&self, state: &mut State, note: Note) {
+        let emit = |event| self.events.emit(event);
+        match note {
+            Note::Attached { link } => {
+                let addr = state.peers.iter().find(|p| p.link == link).map(|p| crate::link::peer(&p.socket));
+                tracing::info!(primary = addr.unwrap_or_default(), "primary attached");
+            }
+            Note::Protected { generation, checkpoint } => {
+                tracing::info!(generation, checkpoint, "base committed: this standby can take over");
+            }
+            Note::LinkLost { why, silent, committed } => {
+                let now = Instant::now();
+                state.times = Some(Times { detect: silent, declared: now, won: now });
+                tracing::warn!(can_take_over = committed, "primary lost: {why}");
+                emit(events::Event::LinkLost { reason: why.to_string() });
+            }
+            Note::Arbitrating { generation } => {
+                tracing::info!(generation, "asking the arbiter");
+                emit(events::Event::Arbitrating { generation });
+            }
+            Note::ArbiterUnreachable { why } => {
+                tracing::error!("arbiter not reachable, this standby waits: {why}");
+                emit(events::Event::ArbiterUnreachable { why });
+            }
+            Note::Won { generation } => {
+                if let Some(times) = &mut state.times {
+                    times.won = Instant::now();
+                }
+                emit(events::Event::Won { generation });
+            }
+            Note::StopWaits => tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM"),
+            Note::StreamRefused { why } => {
+                tracing::error!("what the primary sent is refused, it is told so and goes on: {why}");
+            }
+        }
+    }
+}
+
+fn on_peer(state: &mut State, link: Link, act: impl FnOnce(&mut Peer)) {
+    if let Some(peer) = state.peers.iter_mut().find(|p| p.link == link) {
+        act(peer);
+    }
+}

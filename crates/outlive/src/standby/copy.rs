@@ -1,0 +1,229 @@
+//! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint, and that
+//! checkpoint's state.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use outlive_dirty::Gfn;
+use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
+use outlive_machine::state::{Kind, Section};
+use outlive_machine::{Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
+
+use crate::cli::{NetSpec, StandbyOptions};
+use crate::primary::{self, Identity, Inbox};
+use crate::process;
+
+/// One kept state section.
+struct Kept {
+    kind: Kind,
+    version: u16,
+    index: u16,
+    start: usize,
+    len: usize,
+}
+
+/// See the module.
+pub(super) struct VmCopy {
+    machine: Machine,
+    ram: Arc<Ram>,
+    hello: Hello,
+    /// CPUID and TSC frequency, from the base checkpoint.
+    constants: Vec<Vec<u8>>,
+    state: Vec<u8>,
+    kept: Vec<Kept>,
+    queue: Sender<Inbox>,
+    inbox: Receiver<Inbox>,
+}
+
+/// A copy taken apart for the takeover.
+pub(super) struct CopyParts {
+    pub(super) machine: Machine,
+    pub(super) queue: Sender<Inbox>,
+    pub(super) inbox: Receiver<Inbox>,
+    pub(super) identity: Identity,
+}
+
+/// Checks at start that the card can be made, so that a wrong name is told at once and not at the first primary.
+pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
+    let tap = Tap::open(&net.tap).map_err(|e| e.to_string())?;
+    primary::join_bridge(Some(net))?;
+    drop(tap);
+    Ok(())
+}
+
+impl VmCopy {
+    /// Makes the machine for the VM that a primary introduced.
+    ///
+    /// # Errors
+    /// The refusal for the primary.
+    pub(super) fn new(
+        hello: &Hello,
+        host: &Arc<Host>,
+        options: &StandbyOptions,
+    ) -> Result<Self, (RefuseCode, String)> {
+        let refuse = |text: String| (RefuseCode::Resources, text);
+        check(hello, options).map_err(refuse)?;
+        let (queue, inbox) = channel();
+        let events = queue.clone();
+        let mac = MacAddr(hello.mac.unwrap_or_default());
+        let card = |net: &NetSpec| primary::card(net, mac, OutputMode::Discard);
+        let machine_options = Options {
+            vcpus: hello.vcpus as u8,
+            memory: hello.memory_bytes,
+            net: hello.mac.and(options.net.as_ref()).map(card),
+            tracker: options.active.tracker.into(),
+            trigger: options.active.max_dirty,
+            max_dirty: options.active.max_dirty * 2,
+            events: Arc::new(move |event| drop(events.send(Inbox::Machine(event)))),
+        };
+        let machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
+        if hello.mac.is_some() {
+            primary::join_bridge(options.net.as_ref()).map_err(refuse)?;
+        }
+        let ram = machine.ram().clone();
+        let same_layout = ram
+            .slots()
+            .iter()
+            .map(|s| (s.base.0, s.pages))
+            .eq(hello.layout.ranges().iter().map(|r| (r.start, r.pages)));
+        if !same_layout {
+            return Err(refuse("this release lays guest memory out differently: run the same release on both hosts".into()));
+        }
+        Ok(Self {
+            machine,
+            ram,
+            hello: hello.clone(),
+            constants: Vec::new(),
+            state: Vec::with_capacity(hello.limits.max_state_bytes as usize),
+            kept: Vec::with_capacity(64),
+            queue,
+            inbox,
+        })
+    }
+
+    /// The memory, for the session thread.
+    pub(super) fn ram(&self) -> Arc<Ram> {
+        self.ram.clone()
+    }
+
+    /// Checks that a checkpoint's state could be resumed here. To be asked before it is acknowledged: an acknowledged
+    /// checkpoint must be one that this side can run.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub(super) fn check_state(&self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
+        let (sections, constants) = split(checkpoint)?;
+        let known = if constants.is_empty() { &self.constants } else { &constants };
+        self.machine.check_sections(known, &sections).map_err(|e| e.to_string())
+    }
+
+    /// Keeps the state of a committed checkpoint. Its pages are applied with [`apply_pages`].
+    pub(super) fn keep_state(&mut self, checkpoint: &Checkpoint<'_>) {
+        self.state.clear();
+        self.kept.clear();
+        let mut constants = Vec::new();
+        for state in checkpoint.state() {
+            let Some(kind) = Kind::from_wire(state.kind) else { continue };
+            if kind == Kind::VcpuConstant {
+                constants.push(state.bytes.to_vec());
+                continue;
+            }
+            let (start, len) = (self.state.len(), state.bytes.len());
+            self.state.extend_from_slice(state.bytes);
+            self.kept.push(Kept { kind, version: state.version, index: state.index, start, len });
+        }
+        if !constants.is_empty() {
+            self.constants = constants;
+        }
+    }
+
+    /// Puts the machine into the kept state.
+    ///
+    /// # Errors
+    /// What failed.
+    pub(super) fn restore(&mut self) -> Result<(), String> {
+        let sections: Vec<_> = self
+            .kept
+            .iter()
+            .map(|k| Section {
+                kind: k.kind,
+                version: k.version,
+                index: k.index,
+                bytes: &self.state[k.start..k.start + k.len],
+            })
+            .collect();
+        self.machine.restore(&self.constants, &sections).map_err(|e| e.to_string())
+    }
+
+    /// The machine.
+    pub(super) fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    /// Takes the copy apart.
+    pub(super) fn into_parts(self, generation: u64, checkpoint: u64) -> CopyParts {
+        let identity = Identity {
+            vm: self.hello.vm,
+            name: self.hello.name,
+            vcpus: self.hello.vcpus as u8,
+            mac: self.hello.mac.map(MacAddr),
+            generation,
+            checkpoint,
+        };
+        CopyParts { machine: self.machine, queue: self.queue, inbox: self.inbox, identity }
+    }
+}
+
+/// State sections of a checkpoint, and its constants if it carries any.
+type Split<'a> = (Vec<Section<'a>>, Vec<Vec<u8>>);
+
+fn split<'a>(checkpoint: &Checkpoint<'a>) -> Result<Split<'a>, String> {
+    let (mut sections, mut constants) = (Vec::new(), Vec::new());
+    for state in checkpoint.state() {
+        let kind = Kind::from_wire(state.kind).ok_or_else(|| format!("unknown state kind {}", state.kind))?;
+        if kind == Kind::VcpuConstant {
+            constants.push(state.bytes.to_vec());
+        } else {
+            sections.push(Section { kind, version: state.version, index: state.index, bytes: state.bytes });
+        }
+    }
+    Ok((sections, constants))
+}
+
+/// Whether this host can run the VM.
+fn check(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
+    if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
+        return Err(format!("a VM with {} vCPUs cannot run here", hello.vcpus));
+    }
+    primary::check_memory(hello.memory_bytes)?;
+    let vendor = process::vendor();
+    if vendor != hello.vendor {
+        return Err(format!(
+            "the VM runs on {}, this host is {vendor}: the state of one does not load on the other",
+            hello.vendor
+        ));
+    }
+    if hello.mac.is_some() && options.net.is_none() {
+        return Err("the VM has a network card, this standby has none: give it --net tap=NAME".into());
+    }
+    Ok(())
+}
+
+/// Writes the pages of a committed checkpoint, or of base synchronisation, to memory.
+pub(super) fn apply_pages<'a>(ram: &Ram, pages: impl Iterator<Item = (u64, PageData<'a>)>) -> Result<(), u64> {
+    for (gfn, page) in pages {
+        let written = match page {
+            PageData::Zero => ram.zero_page(Gfn(gfn)),
+            PageData::Raw(bytes) => ram.write_page(Gfn(gfn), bytes),
+        };
+        if !written {
+            return Err(gfn);
+        }
+    }
+    Ok(())
+}
+
+/// As [`apply_pages`], for a section of base pages.
+pub(super) fn apply_base(ram: &Ram, pages: &Pages<'_>) -> Result<(), u64> {
+    apply_pages(ram, pages.iter())
+}

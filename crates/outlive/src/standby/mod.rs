@@ -1,0 +1,141 @@
+//! The host that can take over: `outlive standby`.
+//!
+//! ```text
+//! listen.rs    accepts connections, hears their introduction, refuses what does not belong here
+//! session.rs   one accepted primary: stages, acknowledges, applies
+//! copy.rs      the VM's copy: machine, memory, the state of the last committed checkpoint
+//! control.rs   decisions, carried out
+//! takeover.rs  from the copy to the running VM
+//! ```
+
+mod control;
+mod copy;
+mod listen;
+mod session;
+mod takeover;
+
+use std::net::TcpListener;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use outlive_machine::Host;
+use outlive_pair::{Standby, StandbyConfig, StandbyEvent, StandbyExit, Timing};
+
+use crate::arbiter;
+use crate::cli::StandbyOptions;
+use crate::clock::Clock;
+use crate::events::{Event, EventWriter, Role};
+use crate::primary::{self, Launch};
+use crate::{exit, process};
+use control::{Control, Inbox};
+
+/// `outlive standby`: returns the exit code.
+pub fn command(options: &StandbyOptions) -> u8 {
+    match prepare(options) {
+        Ok(waiting) => waiting.run(),
+        Err(line) => exit::usage(line),
+    }
+}
+
+struct Waiting {
+    options: StandbyOptions,
+    control: Arc<Control>,
+    inbox: Receiver<Inbox>,
+    events: EventWriter,
+    stop_to: StopTo,
+}
+
+/// Where the operator's stop goes: to the standby, or, after a takeover, to the primary that it became.
+type StopTo = Arc<Mutex<StopTarget>>;
+
+enum StopTarget {
+    Standby(Sender<Inbox>),
+    Primary(Sender<primary::Inbox>),
+}
+
+fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
+    let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
+    drop(arbiter);
+    let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+    if let Some(net) = &options.net {
+        copy::try_card(net)?;
+    }
+    let events = primary::open_events(options.active.events.as_deref())?;
+    let listener = TcpListener::bind(&options.listen).map_err(|e| {
+        format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
+    })?;
+    let (queue, inbox) = channel();
+    let timing = Timing::new(options.active.dead_after);
+    let clock = Clock::start();
+    let pair = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
+    let control = Control::new(pair, clock, host, options.clone(), queue.clone(), events.clone());
+    events.emit(Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None });
+    let addr = listener.local_addr().map_or_else(|_| options.listen.clone(), |a| a.to_string());
+    listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
+    tracing::info!(%addr, "standby waits for a primary");
+    events.emit(Event::Listening { addr });
+    let stop_to: StopTo = Arc::new(Mutex::new(StopTarget::Standby(queue)));
+    let target = stop_to.clone();
+    process::on_stop(options.active.exit_with_stdin, move |why| {
+        match &*target.lock().unwrap_or_else(PoisonError::into_inner) {
+            StopTarget::Standby(queue) => drop(queue.send(Inbox::Stop(why))),
+            StopTarget::Primary(queue) => drop(queue.send(primary::Inbox::Stop(why))),
+        }
+    })
+    .map_err(|e| format!("cannot watch signals: {e}"))?;
+    Ok(Waiting { options: options.clone(), control, inbox, events, stop_to })
+}
+
+impl Waiting {
+    fn run(self) -> u8 {
+        loop {
+            let deadline = self.control.next_deadline();
+            let timeout = deadline.map(|d| d.saturating_sub(self.control.clock.now()));
+            match self.inbox.recv_timeout(timeout.unwrap_or(Duration::from_secs(1))) {
+                Ok(Inbox::Wake) => {}
+                Ok(Inbox::Stop(why)) => {
+                    tracing::info!("{why}: this standby leaves");
+                    self.control.handle(StandbyEvent::Stop);
+                }
+                Ok(Inbox::TakeOver(order)) => return self.take_over(order),
+                Ok(Inbox::Exit(reason)) => return self.exit(&reason),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return exit::FAILED,
+            }
+            self.control.handle(StandbyEvent::Tick);
+        }
+    }
+
+    fn take_over(self, order: control::TakeOverOrder) -> u8 {
+        match takeover::take_over(&self.control, order, &self.options, &self.events) {
+            Ok(launching) => {
+                let mut target = self.stop_to.lock().unwrap_or_else(PoisonError::into_inner);
+                *target = StopTarget::Primary(launching.queue.clone());
+                drop(target);
+                self.run_primary(launching)
+            }
+            Err(why) => {
+                // The generation is won and cannot be given back: nobody else may run this VM now, so say so loudly.
+                tracing::error!("takeover failed, the VM runs nowhere: {why}");
+                self.events.emit(Event::Ended { reason: why, code: exit::FAILED.into() });
+                exit::FAILED
+            }
+        }
+    }
+
+    fn run_primary(self, launching: Launch) -> u8 {
+        primary::launch(launching)
+    }
+
+    fn exit(&self, reason: &StandbyExit) -> u8 {
+        self.control.finish();
+        let code = reason.code();
+        match reason {
+            StandbyExit::Followed(_) | StandbyExit::Stopped => tracing::info!("{reason}"),
+            StandbyExit::Lost { .. } | StandbyExit::Failed(_) => eprintln!("outlive: {reason}"),
+        }
+        self.events.emit(Event::Ended { reason: reason.to_string(), code });
+        u8::try_from(code).unwrap_or(exit::FAILED)
+    }
+}

@@ -1,0 +1,131 @@
+//! One accepted primary: its pages and checkpoints are staged, acknowledged and applied on this thread, in this order.
+//!
+//! Order, and why: a checkpoint is acknowledged when it is whole and could be resumed, *before* it is applied, because the
+//! acknowledgement is on the guest's way to its clients and the commit does not depend on where in this host's memory the
+//! checkpoint stands. It is applied completely before the next section is read, whatever happens to the link meanwhile, so
+//! memory only ever moves from one committed checkpoint to the next (invariant 2).
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use outlive_epoch::{Expect, Message, ReadError, SectionReader, Staging};
+use outlive_machine::Ram;
+use outlive_pair::{Link, LossReason, StandbyEvent as Event};
+
+use super::control::Control;
+use super::copy;
+
+pub(super) struct Session {
+    control: Arc<Control>,
+    link: Link,
+    stream: TcpStream,
+    reader: SectionReader,
+    staging: Staging,
+    ram: Arc<Ram>,
+}
+
+/// Why a session ends.
+enum End {
+    /// The state machine has been told or knows.
+    Known,
+    /// The link is gone.
+    Lost(LossReason),
+    /// Something came that this side refuses.
+    Bad(String),
+}
+
+impl Session {
+    pub(super) fn new(
+        control: Arc<Control>,
+        link: Link,
+        stream: TcpStream,
+        reader: SectionReader,
+        staging: Staging,
+        ram: Arc<Ram>,
+    ) -> Self {
+        Self { control, link, stream, reader, staging, ram }
+    }
+
+    /// Serves the link until it ends.
+    pub(super) fn run(mut self) {
+        let end = loop {
+            if let Err(end) = self.next() {
+                break end;
+            }
+        };
+        let link = self.link;
+        match end {
+            End::Known => {}
+            End::Lost(why) => drop(self.control.handle(Event::LinkLost { link, why })),
+            End::Bad(why) => drop(self.control.handle(Event::BadStream { link, why })),
+        }
+    }
+
+    fn next(&mut self) -> Result<(), End> {
+        let link = self.link;
+        let section = self.reader.read_section(&mut self.stream).map_err(|error| match error {
+            ReadError::Closed | ReadError::Truncated { .. } => End::Lost(LossReason::Closed),
+            ReadError::Io(error) => End::Lost(LossReason::Error(error.to_string())),
+            ReadError::Wire(error) => End::Bad(error.to_string()),
+        })?;
+        let message = Message::parse(&section).map_err(|error| End::Bad(error.to_string()))?;
+        match &message {
+            Message::BasePages(pages) => {
+                if !self.control.handle(Event::BasePages { link }).apply_base {
+                    return Err(End::Known);
+                }
+                copy::apply_base(&self.ram, pages)
+                    .map_err(|gfn| End::Bad(format!("GFN {gfn:#x} is outside the VM's memory")))
+            }
+            Message::Heartbeat { stamp_us } => {
+                let stamp = Duration::from_micros(*stamp_us);
+                self.control.handle(Event::Heartbeat { link, stamp });
+                Ok(())
+            }
+            Message::End(reason) => {
+                self.control.handle(Event::End { link, reason: *reason });
+                Err(End::Known)
+            }
+            Message::CheckpointBegin(_)
+            | Message::Pages(_)
+            | Message::State { .. }
+            | Message::CheckpointEnd(_) => match self.staging.push(&section, &message) {
+                Ok(false) => {
+                    self.control.handle(Event::Heard { link });
+                    Ok(())
+                }
+                Ok(true) => self.commit(),
+                Err(error) => Err(End::Bad(error.to_string())),
+            },
+            other => Err(End::Bad(format!("a {:?} section inside a session", other.kind()))),
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), End> {
+        let link = self.link;
+        // `push` said that it is whole.
+        let Some(checkpoint) = self.staging.checkpoint() else { return Err(End::Known) };
+        let number = checkpoint.number();
+        self.control.with_copy(|copy| copy.check_state(&checkpoint)).ok_or(End::Known)?.map_err(End::Bad)?;
+        let left = self.control.handle(Event::Staged {
+            link,
+            checkpoint: number,
+            flags: checkpoint.flags(),
+            stamp: Duration::from_micros(checkpoint.stamp_us()),
+        });
+        if left.apply != Some(number) {
+            return Err(End::Known);
+        }
+        if let Err(gfn) = copy::apply_pages(&self.ram, checkpoint.pages()) {
+            // Staging has checked every GFN against the layout, so this is an error of this program's own.
+            let why = format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written");
+            self.control.handle(Event::Failed { why });
+            return Err(End::Known);
+        }
+        self.control.with_copy(|copy| copy.keep_state(&checkpoint));
+        self.control.handle(Event::Applied { checkpoint: number });
+        self.staging.reset(Expect::Number(number + 1));
+        Ok(())
+    }
+}

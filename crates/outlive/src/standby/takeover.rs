@@ -1,0 +1,80 @@
+//! From the copy to the running VM.
+//!
+//! Order, and why: the generation is won before anything here runs (invariant 3). State is restored and devices are wired
+//! while the guest stands still; output is opened before the vCPUs run, so that the first frame is not dropped; queues are
+//! kicked and the network is told where the VM went before the vCPUs run, because a notification that was under way when the
+//! primary died is in no checkpoint.
+
+use std::time::Instant;
+
+use outlive_epoch::EndReason;
+
+use super::control::{Control, TakeOverOrder};
+use crate::arbiter;
+use crate::cli::StandbyOptions;
+use crate::events::{Event, EventWriter};
+use crate::primary::Launch;
+
+/// Restores and resumes the VM.
+///
+/// # Errors
+/// Why the VM cannot run here.
+pub(super) fn take_over(
+    control: &Control,
+    order: TakeOverOrder,
+    options: &StandbyOptions,
+    events: &EventWriter,
+) -> Result<Launch, String> {
+    let TakeOverOrder { checkpoint, generation, stop, times } = order;
+    let mut copy = control.take_copy().ok_or("there is no copy of the VM")?;
+    copy.restore()?;
+    let machine = copy.machine();
+    if let Some(net) = machine.net() {
+        let told = events.clone();
+        net.output().on_first_frame(move || {
+            let after_us = times.declared.elapsed().as_micros() as u64;
+            told.emit(Event::FirstPacket { after_us });
+        });
+        net.output().pass_through();
+        net.go_live(true);
+    }
+    machine.resume();
+    let running = Instant::now();
+    let micros = |later: Instant, earlier: Instant| later.saturating_duration_since(earlier).as_micros() as u64;
+    let detect_us = times.detect.as_micros() as u64;
+    let arbitrate_us = micros(times.won, times.declared);
+    let restore_us = micros(running, times.won);
+    let total_us = detect_us + arbitrate_us + restore_us;
+    events.emit(Event::Takeover {
+        generation,
+        checkpoint,
+        detect_us,
+        arbitrate_us,
+        restore_us,
+        first_packet_us: None,
+        total_us,
+    });
+    tracing::warn!(
+        generation,
+        checkpoint,
+        detect_us,
+        arbitrate_us,
+        restore_us,
+        "TAKEN OVER: the VM runs here, unprotected"
+    );
+    let parts = copy.into_parts(generation, checkpoint);
+    let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string());
+    if let Err(why) = &arbiter {
+        tracing::error!("the arbiter is not reachable, so the VM cannot be protected again: {why}");
+    }
+    Ok(Launch {
+        machine: parts.machine,
+        queue: parts.queue,
+        inbox: parts.inbox,
+        identity: parts.identity,
+        arbiter: arbiter.ok(),
+        options: options.active.clone(),
+        events: events.clone(),
+        stop: stop.then_some(EndReason::Stopped),
+    })
+}
