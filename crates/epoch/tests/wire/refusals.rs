@@ -318,3 +318,48 @@ fn a_full_section_of_pages_fits_the_promised_capacity() {
     encoder.pages_head(&mut out, gfns.iter().map(|gfn| PageEntry::raw(*gfn)), &data).unwrap();
     assert_eq!((out.as_ptr(), out.capacity()), (place, capacity));
 }
+
+/// A peer whose announcement and end agree, with the right chain, but which left a page out.
+#[test]
+fn fewer_pages_than_announced_are_refused() {
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    encoder.checkpoint_begin(&mut out, &begin(1, 2, 0, BASE)).unwrap();
+    encoder.pages_head(&mut out, [PageEntry::zero(4)].into_iter(), &[]).unwrap();
+    let mut chain = crc32fast::Hasher::new();
+    chain.update(&out[..28]);
+    let second = HEADER_LEN + 32;
+    chain.update(&out[second..second + 28]);
+    let mut end = [0; 32];
+    end[0] = 1;
+    end[16] = 2;
+    end[24..28].copy_from_slice(&chain.finalize().to_le_bytes());
+    out.extend_from_slice(&header(Kind::CheckpointEnd, &end, 2));
+    let error = stage(&mut Staging::new(LIMITS, layout(), GENERATION).unwrap(), &out);
+    assert_eq!(error, Err(StagingError::Totals { number: 1, what: "pages", expected: 2, found: 1 }));
+}
+
+#[test]
+fn entries_that_do_not_add_up_to_the_data_are_refused() {
+    let pages = |count: u32, data_len: u32, words: &[u64], data: usize| {
+        let mut payload = 1u64.to_le_bytes().to_vec();
+        payload.extend_from_slice(&count.to_le_bytes());
+        payload.extend_from_slice(&data_len.to_le_bytes());
+        words.iter().for_each(|word| payload.extend_from_slice(&word.to_le_bytes()));
+        payload.resize(payload.len() + data, 0);
+        Message::parse_payload(Kind::Pages, &payload).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let zero = 1 << 52;
+    assert_eq!(pages(2, 4096, &[3, zero | 4], 4096), Ok(()));
+    for (count, data_len, words, data, why) in [
+        (1, 4095, &[3][..], 4096, "the entries do not add up to the data's length (0xfff)"),
+        (1, 4096, &[3], 4095, "the payload ends early, bytes missing (0x1)"),
+        (1, 4096, &[3], 4097, "bytes are left over (0x1)"),
+        (2, 4096, &[3], 4096, "the entries do not add up to the data's length (0x1000)"),
+        (1, 0, &[2 << 52], 0, "a page has an unknown codec, entry (0x20000000000000)"),
+        (257, 0, &[], 0, "more pages than a section may have (0x101)"),
+        (u32::MAX, 0, &[], 0, "more pages than a section may have (0xffffffff)"),
+    ] {
+        assert_eq!(pages(count, data_len, words, data), Err(format!("section Pages: {why}")));
+    }
+}
