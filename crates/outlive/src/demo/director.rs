@@ -90,7 +90,9 @@ pub(super) struct Director {
     orphaned: Option<Instant>,
     accidents: u32,
     kills: Vec<Kill>,
-    takeovers: Vec<TakeoverTimes>,
+    /// Takeovers and first packets, with the process that reported them.
+    takeovers: Vec<(u32, TakeoverTimes)>,
+    first_packets: Vec<(u32, u64)>,
     trackers: Vec<String>,
     base: (u64, u64),
 }
@@ -112,6 +114,7 @@ impl Director {
             accidents: 0,
             kills: Vec::new(),
             takeovers: Vec::new(),
+            first_packets: Vec::new(),
             trackers: Vec::new(),
             base: (0, 0),
         }
@@ -218,12 +221,9 @@ impl Director {
             Event::ArbiterUnreachable { why } => {
                 self.status.say(&format!("host {host} waits for the arbiter: {why}"))
             }
-            Event::Takeover { .. } if host != self.active => self.note_takeover(host, &record.event),
-            &Event::FirstPacket { after_us } if host == self.active => {
-                if let Some(takeover) = self.takeovers.last_mut() {
-                    takeover.first_packet_us.get_or_insert(after_us);
-                }
-            }
+            Event::Takeover { .. } if host != self.active => self.note_takeover(host, record),
+            // It may leave before the takeover is reported: the vCPUs run while the report is written.
+            &Event::FirstPacket { after_us } => self.first_packets.push((record.pid, after_us)),
             _ => {}
         }
     }
@@ -239,8 +239,9 @@ impl Director {
         ));
     }
 
-    fn note_takeover(&mut self, host: Host, event: &Event) {
-        let &Event::Takeover { detect_us, arbitrate_us, restore_us, first_packet_us, total_us, .. } = event
+    fn note_takeover(&mut self, host: Host, record: &Record) {
+        let Event::Takeover { detect_us, arbitrate_us, restore_us, first_packet_us, total_us, .. } =
+            record.event
         else {
             return;
         };
@@ -252,7 +253,8 @@ impl Director {
             self.superseded = Some((old, Instant::now() + SUPERSEDED_LIMIT));
             self.status.say(&format!("host {host} took host {old} for dead"));
         }
-        self.takeovers.push(TakeoverTimes { detect_us, arbitrate_us, restore_us, first_packet_us, total_us });
+        let times = TakeoverTimes { detect_us, arbitrate_us, restore_us, first_packet_us, total_us };
+        self.takeovers.push((record.pid, times));
         self.status.say(&format!(
             "host {host} took over in {} (detection {}, arbitration {}, restore {})",
             time(total_us),
@@ -266,7 +268,9 @@ impl Director {
     fn note_end(&mut self, host: Host, status: ExitStatus) -> Result<(), Stop> {
         let words = self.cluster.node(host).map(|n| n.last_words(3)).unwrap_or_default();
         if status.code() == Some(exit::USAGE.into()) && self.load.is_none() {
-            return Err(Stop::Environment(words.trim().to_owned()));
+            // Its one line, as it would have said it to a person.
+            let line = words.lines().last().unwrap_or_default().trim();
+            return Err(Stop::Environment(line.strip_prefix("outlive: ").unwrap_or(line).to_owned()));
         }
         if self.load.is_none() {
             return Err(Stop::Failed(format!("the process on host {host} ended at once ({status}){words}")));
@@ -332,6 +336,9 @@ impl Director {
         let (runs, waits) = (self.active, self.active.other());
         let Some(load) = &self.load else {
             let (sent, total) = self.base;
+            if total == 0 {
+                return "starting both hosts".into();
+            }
             return format!("copying the VM to host {waits}: {} of {} pages", grouped(sent), grouped(total));
         };
         let node = self.cluster.nodes().iter().rev().find(|n| n.host == runs);
@@ -387,6 +394,10 @@ impl Director {
             let until = kill.over_us.unwrap_or(end);
             reports.iter().map(|r| r.gaps.longest_within(kill.at_us, until)).max().unwrap_or(0)
         };
+        let takeover = |(pid, times): &(u32, TakeoverTimes)| {
+            let reported = self.first_packets.iter().find(|(of, _)| of == pid).map(|&(_, after_us)| after_us);
+            TakeoverTimes { first_packet_us: times.first_packet_us.or(reported), ..times.clone() }
+        };
         let interrupted = matches!(stop, Some(Stop::Interrupted));
         Summary {
             failure: stop.filter(|_| !interrupted).map(|s| s.to_string()),
@@ -396,7 +407,7 @@ impl Director {
             survived: self.survived(),
             verdict,
             broken: reports.iter().filter_map(|r| r.failure.clone()).collect(),
-            takeovers: self.takeovers.clone(),
+            takeovers: self.takeovers.iter().map(takeover).collect(),
             gaps_us: self.kills.iter().map(gap).collect(),
             longest_gap_us: reports.iter().map(|r| r.gaps.longest_us()).max().unwrap_or(0),
             longest_connect_us: reports.iter().map(|r| r.longest_connect_us).max().unwrap_or(0),

@@ -50,8 +50,8 @@ while ! active >/dev/null; do sleep 0.01; done
 while kill -0 "$(active)" 2>/dev/null; do sleep 0.01; done
 @TAKEOVER@
 on_stage $$
-say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"arbitrate_us":200,"restore_us":3000,"total_us":3300'
 say '"event":"first_packet","after_us":4000'
+say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"arbitrate_us":200,"restore_us":3000,"total_us":3300'
 live
 "#;
 
@@ -183,11 +183,11 @@ fn a_standby_that_dies_instead_of_taking_over_fails_the_demo_and_is_quoted() {
 
 #[test]
 fn a_refusal_to_start_is_passed_on() {
-    let refusal = "[ $mode = run ] && { echo 'not that much memory; use --memory 1G' >&2; exit 2; }";
+    let refusal = "[ $mode = run ] && { echo 'outlive: not that much memory; use --memory 1G' >&2; exit 2; }";
     let stage = Stage::new("refuse", &[("@FIRST@", refusal)]);
     match stage.play(&FakeServer::start(Fault::None), 1, &calm()) {
         Err(Stop::Environment(words)) => {
-            assert!(words.ends_with("not that much memory; use --memory 1G"), "{words}")
+            assert_eq!(words, "not that much memory; use --memory 1G")
         }
         other => panic!("{:?}", other.map(|(summary, _)| summary)),
     }
