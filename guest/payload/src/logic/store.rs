@@ -21,7 +21,7 @@ const ALLOCATION_COST: usize = 16;
 /// What a key costs beside the bytes of key and value.
 pub const KEY_COST: usize = mem::size_of::<Entry>() + ALLOCATION_COST;
 /// The budget of bytes for which one bucket is made.
-const BYTES_PER_BUCKET: usize = 128;
+const BYTES_PER_BUCKET: usize = 256;
 
 /// Why a write was refused. The store is as it was before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,8 +148,12 @@ impl Store {
 
     /// Removes everything.
     pub fn clear(&mut self) {
-        self.groups = Vec::new();
-        self.buckets.fill(NONE);
+        let groups = mem::take(&mut self.groups);
+        // Only the buckets in use: to write all of them would dirty megabytes for a handful of keys.
+        for entry in groups.iter().flatten() {
+            let bucket = self.bucket(entry.hash);
+            self.buckets[bucket] = NONE;
+        }
         (self.free, self.keys, self.used) = (NONE, 0, 0);
     }
 
