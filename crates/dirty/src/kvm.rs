@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -98,7 +99,11 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io
 ///
 /// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to 64
 /// pages it had gathered is then freed without being write-protected: its next writes are lost.
-pub(crate) struct SignalsBlocked(libc::sigset_t);
+pub(crate) struct SignalsBlocked {
+    before: libc::sigset_t,
+    /// Not Send: the mask is this thread's.
+    _thread: PhantomData<*const ()>,
+}
 
 impl SignalsBlocked {
     pub(crate) fn now() -> SignalsBlocked {
@@ -109,15 +114,14 @@ impl SignalsBlocked {
         unsafe {
             libc::sigfillset(all.as_mut_ptr());
             libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
-            SignalsBlocked(before.assume_init())
+            SignalsBlocked { before: before.assume_init(), _thread: PhantomData }
         }
     }
 }
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // SAFETY: the mask that was in force in this thread (the type is not Send: sigset_t is, but the value
-        // never leaves the function that made it).
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+        // SAFETY: the mask that was in force in this same thread.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
     }
 }

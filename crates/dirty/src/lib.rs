@@ -57,6 +57,10 @@
 // The models use a part of what they are compiled with.
 #![cfg_attr(all(test, loom), allow(dead_code))]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 // Under loom only the lock-free parts are compiled; their models are in `models.rs`.
 #[cfg(not(all(test, loom)))]
 mod backend;
