@@ -129,9 +129,8 @@ impl Machine {
             Arc::new(Tracker::new(layout, config, backend, ram.log().clone(), fd_of(&*vm), &vcpu_fds)?);
         drop(vcpu_fds);
         let msrs = host.readable_msrs(&fds[0])?;
-        let tsc_khz = fds[0]
-            .get_tsc_khz()
-            .map_err(|source| HostError::Ioctl { what: "KVM_GET_TSC_KHZ", source })?;
+        let tsc_khz =
+            fds[0].get_tsc_khz().map_err(|source| HostError::Ioctl { what: "KVM_GET_TSC_KHZ", source })?;
         let platform = Arc::new(Platform::new(count));
         let gate = Arc::new(DeviceGate::new());
         let mut mmio = Bus::new();
@@ -146,8 +145,7 @@ impl Machine {
             events: options.events.clone(),
             ram: ram.clone(),
         };
-        let vcpus =
-            VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
+        let vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
         vcpus.set_tracker(tracker.clone());
         let mut machine = Self {
             vcpus,

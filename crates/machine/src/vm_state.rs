@@ -1,6 +1,8 @@
 //! Save and restore of what belongs to the VM and to no vCPU: clock, PIT, interrupt chips.
 
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+};
 use kvm_ioctls::VmFd;
 
 use crate::state::{FieldReader, FieldWriter, StateError};

@@ -60,7 +60,7 @@ pub struct ActiveOptions {
     pub interval: Duration,
 
     /// Dirty pages at which a checkpoint is taken early; staging has room for twice as many
-    #[arg(long, default_value_t = 4096, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
+    #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
     /// Silence after which the peer counts as dead
@@ -218,7 +218,11 @@ fn interface_name(name: &str) -> Result<String, String> {
         && name.bytes().all(|b| b.is_ascii_graphic() && !b"/:%".contains(&b))
         && name != "."
         && name != "..";
-    if good { Ok(name.into()) } else { Err(format!("'{name}' is not an interface name of 1 to 15 characters")) }
+    if good {
+        Ok(name.into())
+    } else {
+        Err(format!("'{name}' is not an interface name of 1 to 15 characters"))
+    }
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {
@@ -345,10 +349,18 @@ mod tests {
         let spec: NetSpec = "tap=t0,bridge=br0,mac=02:00:00:00:00:09".parse().unwrap();
         assert_eq!((spec.tap.as_str(), spec.bridge.as_deref()), ("t0", Some("br0")));
         assert_eq!(spec.mac, Some([2, 0, 0, 0, 0, 9]));
-        for bad in ["", "bridge=br0", "tap=", "tap=sixteen-letters-", "tap=a/b", "tap=t,mac=1", "tap=t,colour=red"] {
+        for bad in
+            ["", "bridge=br0", "tap=", "tap=sixteen-letters-", "tap=a/b", "tap=t,mac=1", "tap=t,colour=red"]
+        {
             assert!(bad.parse::<NetSpec>().is_err(), "{bad}");
         }
-        for bad in ["01:00:00:00:00:00", "00:00:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "+2:00:00:00:00:00"] {
+        for bad in [
+            "01:00:00:00:00:00",
+            "00:00:00:00:00:00",
+            "02:00:00:00:00:00:00",
+            "2:0:0:0:0:0",
+            "+2:00:00:00:00:00",
+        ] {
             assert!(parse_mac(bad).is_err(), "{bad}");
         }
     }

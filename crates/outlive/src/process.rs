@@ -11,7 +11,10 @@ use signal_hook::iterator::Signals;
 ///
 /// # Errors
 /// The operating system's, when handlers or threads are refused.
-pub fn on_stop(with_stdin: bool, stop: impl Fn(&'static str) + Send + Clone + 'static) -> io::Result<()> {
+pub(crate) fn on_stop(
+    with_stdin: bool,
+    stop: impl Fn(&'static str) + Send + Clone + 'static,
+) -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let on_signal = stop.clone();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
@@ -33,21 +36,21 @@ pub fn on_stop(with_stdin: bool, stop: impl Fn(&'static str) + Send + Clone + 's
 ///
 /// # Errors
 /// The operating system's, when it has no random numbers.
-pub fn random<const N: usize>() -> io::Result<[u8; N]> {
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0u8; N];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
 }
 
 /// The name of this host, for people; at most 64 bytes.
-pub fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name: String = name.trim().chars().filter(char::is_ascii_graphic).take(64).collect();
     if name.is_empty() { "unknown".into() } else { name }
 }
 
 /// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: state of one vendor does not load on another.
-pub fn vendor() -> String {
+pub(crate) fn vendor() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let vendor = cpu
         .lines()

@@ -109,10 +109,7 @@ fn load_elf(ram: &Ram, elf: &[u8]) -> Result<u64, BootError> {
 
 /// Identity tables of 2 MiB pages over the low gigabytes (memory and device window) and the memory
 /// above 4 GiB: one top table, one second-level table, and one third-level table a gigabyte.
-fn put_page_tables(
-    bytes: u64,
-    put: impl Fn(u64, &[u8]) -> Result<(), BootError>,
-) -> Result<(), BootError> {
+fn put_page_tables(bytes: u64, put: impl Fn(u64, &[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
     let end = if bytes > HOLE_START { HOLE_END + (bytes - HOLE_START) } else { HOLE_END };
     let gigabytes = end.div_ceil(GIB);
     let second = abi::PAGE_TABLES_ADDR + 4096;
@@ -134,13 +131,8 @@ fn put_page_tables(
 }
 
 /// Null, kernel code and data (unused), user data, user code: 64-bit, flat.
-const DESCRIPTORS: [u64; 5] = [
-    0,
-    0x00af_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x00cf_f300_0000_ffff,
-    0x00af_fb00_0000_ffff,
-];
+const DESCRIPTORS: [u64; 5] =
+    [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
 const USER_DATA: u16 = 3 << 3 | 3;
 const USER_CODE: u16 = 4 << 3 | 3;
 
@@ -216,7 +208,7 @@ mod tests {
     #[test]
     fn the_payload_fits_its_place() {
         let entry = load_elf(&ram(), outlive_guest::PAYLOAD).unwrap();
-        assert!(entry >= abi::IMAGE_ADDR && entry < 32 << 20, "{entry:#x}");
+        assert!((abi::IMAGE_ADDR..32 << 20).contains(&entry), "{entry:#x}");
     }
 
     #[test]

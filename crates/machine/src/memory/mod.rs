@@ -34,9 +34,7 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error(
-        "guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at least 32 MiB"
-    )]
+    #[error("guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at least 32 MiB")]
     Size(u64),
     /// `mmap` refused.
     #[error("cannot reserve {bytes} bytes of guest memory: {source}; give the VM less with --memory")]
@@ -65,7 +63,7 @@ pub struct Range {
 /// # Errors
 /// [`MemoryError::Size`] when `bytes` is below [`MIN_MEMORY`] or no multiple of 1 MiB.
 pub fn ranges(bytes: u64) -> Result<Vec<Range>, MemoryError> {
-    if bytes < MIN_MEMORY || bytes % (1 << 20) != 0 || bytes > 1 << 46 {
+    if bytes < MIN_MEMORY || !bytes.is_multiple_of(1 << 20) || bytes > 1 << 46 {
         return Err(MemoryError::Size(bytes));
     }
     let low = bytes.min(HOLE_START);
@@ -127,8 +125,7 @@ impl Ram {
                 .ok_or_else(|| MemoryError::Regions("address overflow".into()))?;
             regions.push(region);
         }
-        let memory =
-            GuestMemory::from_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))?;
+        let memory = GuestMemory::from_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))?;
         Ok(Self { memory, log, mapped, bytes })
     }
 
@@ -228,9 +225,7 @@ impl Ram {
     pub fn discard_all(&self) {
         for m in &self.mapped {
             // SAFETY: the range is exactly one of our anonymous private mappings.
-            unsafe {
-                libc::madvise(m.host.cast(), m.pages as usize * PAGE_SIZE, libc::MADV_DONTNEED)
-            };
+            unsafe { libc::madvise(m.host.cast(), m.pages as usize * PAGE_SIZE, libc::MADV_DONTNEED) };
         }
     }
 }

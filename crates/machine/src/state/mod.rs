@@ -49,7 +49,9 @@ pub struct Section<'a> {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
     /// A section of a version that this build does not know.
-    #[error("state section {kind:?} has version {version}, this build reads {SECTION_VERSION}; run the same Outlive on both hosts")]
+    #[error(
+        "state section {kind:?} has version {version}, this build reads {SECTION_VERSION}; run the same Outlive on both hosts"
+    )]
     Version {
         /// The section.
         kind: Kind,

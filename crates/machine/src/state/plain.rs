@@ -23,8 +23,21 @@ macro_rules! plain {
     )* };
 }
 plain!(
-    u8, u32, u64, kvm_regs, kvm_sregs, kvm_xcrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_vcpu_events, kvm_msr_entry, kvm_cpuid_entry2, kvm_clock_data, kvm_pit_state2, kvm_irqchip
+    u8,
+    u32,
+    u64,
+    kvm_regs,
+    kvm_sregs,
+    kvm_xcrs,
+    kvm_debugregs,
+    kvm_lapic_state,
+    kvm_mp_state,
+    kvm_vcpu_events,
+    kvm_msr_entry,
+    kvm_cpuid_entry2,
+    kvm_clock_data,
+    kvm_pit_state2,
+    kvm_irqchip
 );
 
 /// The bytes of `value`.

@@ -89,12 +89,7 @@ pub(super) struct Vcpu {
 
 impl Vcpu {
     /// Prepares the vCPU; the slot is the controller's half.
-    pub(super) fn new(
-        index: u8,
-        mut fd: VcpuFd,
-        saver: Saver,
-        shared: Arc<Shared>,
-    ) -> (Self, Arc<VcpuSlot>) {
+    pub(super) fn new(index: u8, mut fd: VcpuFd, saver: Saver, shared: Arc<Shared>) -> (Self, Arc<VcpuSlot>) {
         for reg in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
             fd.set_sync_valid_reg(reg);
         }
@@ -105,16 +100,7 @@ impl Vcpu {
             immediate_exit: ImmediateExit::of(&mut fd),
         });
         let idle = shared.platform.idle(usize::from(index)).clone();
-        let vcpu = Self {
-            index,
-            fd,
-            saver,
-            slot: slot.clone(),
-            shared,
-            idle,
-            idling: None,
-            ended: false,
-        };
+        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None, ended: false };
         (vcpu, slot)
     }
 
@@ -258,9 +244,7 @@ impl Vcpu {
         self.saver.save(&mut self.fd, &mut saved).map_err(|source| VcpuError::State { vcpu, source })?;
         if let Some(tracker) = self.shared.tracker.get() {
             // Rule 4 above: after the state.
-            tracker
-                .harvest_vcpu(usize::from(vcpu))
-                .map_err(|source| VcpuError::Harvest { vcpu, source })?;
+            tracker.harvest_vcpu(usize::from(vcpu)).map_err(|source| VcpuError::Harvest { vcpu, source })?;
         }
         Ok(())
     }

@@ -134,7 +134,7 @@ impl Saver {
 
     /// Bytes that one saved vCPU takes at most.
     pub(super) fn capacity(&self) -> usize {
-        16 * 1024 + self.xsave_bytes + self.msrs.as_slice().len() * size_of::<kvm_msr_entry>()
+        16 * 1024 + self.xsave_bytes + size_of_val(self.msrs.as_slice())
     }
 
     /// Reads the state of a stopped vCPU whose last `KVM_RUN` filled `kvm_run.s.regs`.
@@ -230,8 +230,7 @@ mod xsave {
             return Err(StateError::Field { field: item as u16 }.into());
         }
         let extra = xsave_bytes.saturating_sub(size_of::<kvm_bindings::kvm_xsave>()).div_ceil(4);
-        let mut xsave =
-            Xsave::new(extra).map_err(|_| StateError::Field { field: item as u16 })?;
+        let mut xsave = Xsave::new(extra).map_err(|_| StateError::Field { field: item as u16 })?;
         // SAFETY: only bytes of the XSAVE area are written, the FAM length stays.
         let head = std::ptr::from_mut(unsafe { xsave.as_mut_fam_struct() }).cast::<u8>();
         // SAFETY: `head` starts an allocation of at least `xsave_bytes`, checked to hold `saved`.
@@ -307,8 +306,7 @@ pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<(), VcpuStat
     let constant = |what| move |source| VcpuStateError::Constant { what, source };
     let fields = FieldReader::new(bytes)?;
     let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
-    let cpuid =
-        CpuId::from_entries(&entries).map_err(|_| StateError::Field { field: FIELD_CPUID })?;
+    let cpuid = CpuId::from_entries(&entries).map_err(|_| StateError::Field { field: FIELD_CPUID })?;
     fd.set_cpuid2(&cpuid).map_err(constant("KVM_SET_CPUID2"))?;
     let wanted: u32 = fields.get_plain(FIELD_TSC_KHZ)?;
     let here = fd.get_tsc_khz().map_err(constant("KVM_GET_TSC_KHZ"))?;

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-pub use receiver::receive;
-pub use sender::{CheckpointPart, Job, Sender, SenderReport};
+pub(crate) use receiver::receive;
+pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport};
 
 /// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender rarely waits.
 const SOCKET_BUFFER: usize = 4 << 20;
@@ -29,7 +29,7 @@ const CONNECT: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// The error of the last address, or of the name.
-pub fn dial(address: &str) -> io::Result<TcpStream> {
+pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, CONNECT) {
@@ -47,7 +47,7 @@ pub fn dial(address: &str) -> io::Result<TcpStream> {
 ///
 /// # Errors
 /// The operating system's.
-pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     // The kernel takes what its limits allow.
@@ -56,6 +56,6 @@ pub fn prepare(stream: &TcpStream) -> io::Result<()> {
 }
 
 /// The peer's address for logs.
-pub fn peer(stream: &TcpStream) -> String {
+pub(crate) fn peer(stream: &TcpStream) -> String {
     stream.peer_addr().map_or_else(|_| "unknown peer".into(), |a: SocketAddr| a.to_string())
 }

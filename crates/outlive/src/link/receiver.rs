@@ -8,7 +8,7 @@ use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 /// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is called on it
 /// after the message has arrived, so that the time that it reads is later than the arrival.
-pub fn receive(stream: &mut TcpStream, link: Link, tell: impl Fn(PrimaryEvent)) {
+pub(crate) fn receive(stream: &mut TcpStream, link: Link, tell: impl Fn(PrimaryEvent)) {
     let mut reader = SectionReader::new(Peer::Standby);
     let result = reader.read_preface(stream);
     let mut error = result.err();

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
-    Preface, StateRef, squeeze_zero_pages,
+    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION,
+    PageEntry, Preface, StateRef, squeeze_zero_pages,
 };
 use outlive_machine::{PAGE_SIZE, Ram, Staging};
 
@@ -20,23 +20,23 @@ use crate::clock::Clock;
 const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
 
 /// One checkpoint, or a part of one that is larger than staging.
-pub struct CheckpointPart {
+pub(crate) struct CheckpointPart {
     /// The generation in which the VM runs.
-    pub generation: u64,
+    pub(crate) generation: u64,
     /// The checkpoint's number.
-    pub number: u64,
+    pub(crate) number: u64,
     /// Its flags.
-    pub flags: CheckpointFlags,
+    pub(crate) flags: CheckpointFlags,
     /// Present on the first part: pages and state bytes of all parts together.
-    pub totals: Option<(usize, usize)>,
+    pub(crate) totals: Option<(usize, usize)>,
     /// Whether this is the last part.
-    pub last: bool,
+    pub(crate) last: bool,
     /// Pages and state.
-    pub staging: Staging,
+    pub(crate) staging: Staging,
 }
 
 /// What the thread is to write.
-pub enum Job {
+pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
     /// Pages of the running guest, read when they are sent.
@@ -59,7 +59,7 @@ pub enum Job {
 }
 
 /// What the thread reports.
-pub enum SenderReport {
+pub(crate) enum SenderReport {
     /// Staging can be used again.
     Free(Staging),
     /// Some base pages are sent.
@@ -76,7 +76,7 @@ pub enum SenderReport {
 }
 
 /// The handle of a sender thread.
-pub struct Sender {
+pub(crate) struct Sender {
     jobs: Queue<Job>,
     socket: TcpStream,
     thread: Option<JoinHandle<()>>,
@@ -87,7 +87,7 @@ impl Sender {
     ///
     /// # Errors
     /// The operating system's.
-    pub fn start(
+    pub(crate) fn start(
         socket: TcpStream,
         clock: Clock,
         heartbeat: Duration,
@@ -112,17 +112,17 @@ impl Sender {
     }
 
     /// Queues a job. Never blocks. A job for a link that is gone is dropped.
-    pub fn send(&self, job: Job) {
+    pub(crate) fn send(&self, job: Job) {
         self.jobs.send(job).ok();
     }
 
     /// Breaks the link at once: reads and writes on it end.
-    pub fn shutdown(&self) {
+    pub(crate) fn shutdown(&self) {
         self.socket.shutdown(Shutdown::Both).ok();
     }
 
     /// Lets the thread finish its queue, but not for longer than `patience`.
-    pub fn finish(&mut self, patience: Duration) {
+    pub(crate) fn finish(&mut self, patience: Duration) {
         self.send(Job::Close);
         let Some(thread) = self.thread.take() else { return };
         let deadline = Instant::now() + patience;

@@ -21,28 +21,28 @@ use crate::exit;
 use crate::link::{CheckpointPart, Job, SenderReport};
 
 /// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for a hiccup.
-pub const SLOTS: u64 = 4;
+pub(crate) const SLOTS: u64 = 4;
 /// How often the dirty pages are counted between two checkpoints, so that the trigger is seen early.
 const TRIGGER_POLL: Duration = Duration::from_micros(250);
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What the loop works with.
-pub struct Active {
+pub(crate) struct Active {
     /// The machine.
-    pub machine: Machine,
+    pub(crate) machine: Machine,
     /// Decisions.
-    pub control: Arc<Control>,
+    pub(crate) control: Arc<Control>,
     /// Messages of all other threads.
-    pub inbox: Receiver<Inbox>,
+    pub(crate) inbox: Receiver<Inbox>,
     /// Time between two checkpoints.
-    pub interval: Duration,
+    pub(crate) interval: Duration,
     /// Pages that a staging buffer has room for.
-    pub staging_pages: usize,
+    pub(crate) staging_pages: usize,
     /// Counters.
-    pub totals: Arc<Totals>,
+    pub(crate) totals: Arc<Totals>,
     /// Events.
-    pub events: EventWriter,
+    pub(crate) events: EventWriter,
 }
 
 /// The state of the loop.
@@ -55,11 +55,13 @@ struct Coordinator {
     next_epoch: Instant,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
+    /// The VM cannot run here any more, but the standby has a whole one.
+    wedged: bool,
 }
 
 impl Active {
     /// Runs until the VM ends here. Returns the exit code. The machine must be resumed already.
-    pub fn run(self) -> u8 {
+    pub(crate) fn run(self) -> u8 {
         outlive_machine::precise_timers();
         let coordinator = Coordinator {
             active: self,
@@ -68,6 +70,7 @@ impl Active {
             base: None,
             next_epoch: Instant::now(),
             guest_over: false,
+            wedged: false,
         };
         let code = coordinator.run();
         tracing::debug!(code, "coordinator ends");
@@ -88,6 +91,9 @@ impl Coordinator {
             self.active.control.handle(PrimaryEvent::Tick);
             if let Err(error) = self.capture_if_due() {
                 self.capture_failed(&error);
+            }
+            if self.wedged {
+                return self.give_up();
             }
         }
     }
@@ -165,7 +171,8 @@ impl Coordinator {
     fn sender_report(&mut self, link: Link, report: SenderReport) {
         match report {
             SenderReport::Free(staging) => self.put_back(link, staging),
-            SenderReport::Sent(bytes) => self.active.totals.sent(bytes),
+            // Counted where it was reported.
+            SenderReport::Sent(_) => {}
             SenderReport::BaseProgress { pages } => {
                 if let Some(base) = &mut self.base {
                     base.sent(pages);
@@ -296,6 +303,10 @@ impl Coordinator {
     /// allows it (invariant 7).
     fn capture_failed(&mut self, error: &CaptureError) {
         tracing::error!("checkpoint failed: {error}");
+        if error.is_overrun() && self.active.control.status() == PrimaryStatus::Protected {
+            self.wedged = true;
+            return;
+        }
         if let Some(link) = self.active.control.link() {
             let why = LossReason::Local(error.to_string());
             self.active.control.handle(PrimaryEvent::LinkLost { link, why });
@@ -306,6 +317,18 @@ impl Coordinator {
         if !self.guest_over {
             self.active.machine.resume();
         }
+    }
+
+    /// KVM has lost writes of this VM and will not run it again; the last committed checkpoint is whole. This process ends
+    /// without a word on the link, so the standby takes over from there. Held output goes with it.
+    fn give_up(&mut self) -> u8 {
+        let reason = "dirty tracking was overrun: leaving the VM to its standby".to_owned();
+        tracing::error!("{reason}");
+        if let Some(net) = self.active.machine.net() {
+            net.output().discard();
+        }
+        self.active.events.emit(Event::Ended { reason, code: exit::FAILED.into() });
+        exit::FAILED
     }
 
     fn exit(&mut self, reason: &ExitReason) -> u8 {

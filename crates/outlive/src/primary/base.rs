@@ -18,7 +18,7 @@ const MAX_ROUNDS: u32 = 6;
 const REPORT: Duration = Duration::from_millis(100);
 
 /// One base synchronisation.
-pub struct Base {
+pub(crate) struct Base {
     link: Link,
     round: u32,
     sent_pages: u64,
@@ -30,7 +30,7 @@ pub struct Base {
 
 impl Base {
     /// Begins with the first round, which is all memory.
-    pub fn new(link: Link, total_pages: u64, events: EventWriter) -> Self {
+    pub(crate) fn new(link: Link, total_pages: u64, events: EventWriter) -> Self {
         // Draws on a terminal only.
         let bar = ProgressBar::new(total_pages);
         if let Ok(style) = ProgressStyle::with_template(
@@ -43,17 +43,17 @@ impl Base {
     }
 
     /// The link that it goes over.
-    pub fn link(&self) -> Link {
+    pub(crate) fn link(&self) -> Link {
         self.link
     }
 
     /// The job for the current round.
-    pub fn round(&self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+    pub(crate) fn round(&self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
         Job::BaseRound { round: self.round, gfns, ram: ram.clone() }
     }
 
     /// Goes on to the next round with the pages that became dirty during the last.
-    pub fn next_round(&mut self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+    pub(crate) fn next_round(&mut self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
         self.round += 1;
         self.bar.set_message(self.round.to_string());
         self.bar.inc_length(gfns.len() as u64);
@@ -61,13 +61,13 @@ impl Base {
     }
 
     /// Whether the rest is to be sent with the VM stopped: it fits half of a staging buffer, or there were rounds enough.
-    pub fn is_last(&self, dirty: usize, staging_pages: usize) -> bool {
+    pub(crate) fn is_last(&self, dirty: usize, staging_pages: usize) -> bool {
         // In bitmap mode `dirty` counts the device models' pages alone, so at least two rounds are made.
         self.round >= MAX_ROUNDS || self.round >= 2 && dirty <= staging_pages / 2
     }
 
     /// So many pages more are sent.
-    pub fn sent(&mut self, pages: u64) {
+    pub(crate) fn sent(&mut self, pages: u64) {
         self.sent_pages += pages;
         self.bar.inc(pages);
         if self.reported.elapsed() >= REPORT {
@@ -76,7 +76,7 @@ impl Base {
     }
 
     /// The base is captured.
-    pub fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         self.report();
         self.bar.finish_and_clear();
     }

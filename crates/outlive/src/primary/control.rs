@@ -23,7 +23,7 @@ use crate::link::{self, Job, Sender, SenderReport};
 use crate::primary::stats::Totals;
 
 /// What the coordinator is told.
-pub enum Inbox {
+pub(crate) enum Inbox {
     /// The guest did something.
     Machine(outlive_machine::MachineEvent),
     /// The sender thread of a link did something.
@@ -43,16 +43,16 @@ pub enum Inbox {
 }
 
 /// What a primary introduces itself with; the generation is filled in when it dials.
-pub type Introduction = Hello;
+pub(crate) type Introduction = Hello;
 
 /// Fixed facts about this primary.
-pub struct Facts {
+pub(crate) struct Facts {
     /// Addresses of its standbys.
-    pub standbys: Vec<String>,
+    pub(crate) standbys: Vec<String>,
     /// The introduction, apart from the generation.
-    pub hello: Introduction,
+    pub(crate) hello: Introduction,
     /// Time between two heartbeats of the sender's own.
-    pub heartbeat: Duration,
+    pub(crate) heartbeat: Duration,
 }
 
 struct Connection {
@@ -69,13 +69,15 @@ struct State {
     connection: Option<Connection>,
     claims: Option<ClaimWorker>,
     ship: Option<(Link, u64, CheckpointFlags)>,
+    /// The coordinator waits for an acknowledgement before it may capture again.
+    starved: bool,
 }
 
 /// The shared half of the coordinator: see the module.
-pub struct Control {
+pub(crate) struct Control {
     state: Mutex<State>,
     /// The time that the state machine is fed with.
-    pub clock: Clock,
+    pub(crate) clock: Clock,
     facts: Facts,
     output: Option<Arc<Output>>,
     inbox: Queue<Inbox>,
@@ -85,7 +87,7 @@ pub struct Control {
 
 impl Control {
     /// A control for a machine that owns its generation.
-    pub fn new(
+    pub(crate) fn new(
         pair: Primary,
         clock: Clock,
         facts: Facts,
@@ -101,23 +103,24 @@ impl Control {
             connection: None,
             claims: None,
             ship: None,
+            starved: false,
         };
         Arc::new(Self { state: Mutex::new(state), clock, facts, output, inbox, events, totals })
     }
 
     /// Gives the control the thread that asks the arbiter.
-    pub fn set_claims(&self, claims: ClaimWorker) {
+    pub(crate) fn set_claims(&self, claims: ClaimWorker) {
         self.lock().claims = Some(claims);
     }
 
     /// Takes an event and carries out what follows from it.
-    pub fn handle(self: &Arc<Self>, event: Event) {
+    pub(crate) fn handle(self: &Arc<Self>, event: Event) {
         let mut state = self.lock();
         self.step(&mut state, event);
     }
 
     /// The arbiter has answered.
-    pub fn claimed(self: &Arc<Self>, generation: u64, claim: Claim) {
+    pub(crate) fn claimed(self: &Arc<Self>, generation: u64, claim: Claim) {
         let result = match claim {
             Claim::Won => ClaimResult::Won,
             Claim::Lost { owner } => {
@@ -130,7 +133,7 @@ impl Control {
     }
 
     /// A checkpoint is captured; called inside the pause. Returns where it goes, or `None` when it is of no use.
-    pub fn captured(
+    pub(crate) fn captured(
         self: &Arc<Self>,
         end: Option<outlive_epoch::EndReason>,
     ) -> Option<(u64, u64, CheckpointFlags)> {
@@ -151,18 +154,21 @@ impl Control {
     }
 
     /// What checkpoint is wanted next, and when the state machine wants to be asked again at the latest.
-    pub fn wanted(&self) -> (Wanted, Option<Duration>) {
-        let state = self.lock();
-        (state.pair.wanted_capture(), state.pair.next_deadline())
+    pub(crate) fn wanted(&self) -> (Wanted, Option<Duration>) {
+        let mut state = self.lock();
+        let wanted = state.pair.wanted_capture();
+        // Under the same lock as the answer: an acknowledgement that comes now wakes the coordinator.
+        state.starved = wanted == Wanted::Nothing;
+        (wanted, state.pair.next_deadline())
     }
 
     /// What the primary is doing.
-    pub fn status(&self) -> PrimaryStatus {
+    pub(crate) fn status(&self) -> PrimaryStatus {
         self.lock().pair.status()
     }
 
     /// Queues a job for the link, if it is still the one in use.
-    pub fn send(&self, link: Link, job: Job) {
+    pub(crate) fn send(&self, link: Link, job: Job) {
         if let Some(connection) = &self.lock().connection
             && connection.link == link
         {
@@ -171,12 +177,12 @@ impl Control {
     }
 
     /// The link in use.
-    pub fn link(&self) -> Option<Link> {
+    pub(crate) fn link(&self) -> Option<Link> {
         self.lock().connection.as_ref().map(|c| c.link)
     }
 
     /// Lets what is queued go out and closes the link.
-    pub fn finish(&self, patience: Duration) {
+    pub(crate) fn finish(&self, patience: Duration) {
         let connection = self.lock().connection.take();
         if let Some(mut connection) = connection {
             connection.sender.finish(patience);
@@ -207,7 +213,7 @@ impl Control {
             Action::HoldOutput => self.hold(&state.pair),
             Action::Ship { link, checkpoint, flags } => state.ship = Some((link, checkpoint, flags)),
             Action::DropCapture => state.ship = None,
-            Action::Release { through } => self.release(&state.pair, through),
+            Action::Release { through } => self.release(state, through),
             Action::SendHeartbeat { link } => on_link(state, link, |c| c.sender.send(Job::Heartbeat)),
             Action::SendEnd { link, reason } => on_link(state, link, |c| {
                 c.ending = true;
@@ -256,9 +262,10 @@ impl Control {
 
     /// The dial thread becomes the link's receiver.
     fn connected(self: &Arc<Self>, link: Link, mut stream: TcpStream, address: String) {
-        let inbox = self.inbox.clone();
-        let report = move |report| {
-            inbox.send(Inbox::Sender(link, report)).ok();
+        let (inbox, totals) = (self.inbox.clone(), self.totals.clone());
+        let report = move |report| match report {
+            SenderReport::Sent(bytes) => totals.sent(bytes),
+            other => drop(inbox.send(Inbox::Sender(link, other))),
         };
         let sender = stream
             .try_clone()
@@ -285,14 +292,16 @@ impl Control {
         }
     }
 
-    fn release(&self, pair: &Primary, through: u64) {
+    fn release(&self, state: &mut State, through: u64) {
         self.totals.committed(through);
         if let Some(output) = &self.output {
             // Invariant 1: asked before every single frame, with a fresh clock, because this process may be stopped for an
             // hour between two of them.
-            output.release(through, || pair.may_release(self.clock.now()));
+            output.release(through, || state.pair.may_release(self.clock.now()));
         }
-        self.tell(Inbox::Wake);
+        if std::mem::take(&mut state.starved) {
+            self.tell(Inbox::Wake);
+        }
     }
 
     fn release_all(&self, pair: &Primary) {
@@ -318,7 +327,9 @@ impl Control {
     fn claim(&self, state: &State, generation: u64) {
         match &state.claims {
             // Busy: the answer to the earlier claim is still to come, and the machine asks again after it.
-            Some(claims) => drop(claims.submit(generation)),
+            Some(claims) => {
+                let _ = claims.submit(generation);
+            }
             None => tracing::error!("no arbiter: a protected VM always has one"),
         }
     }
@@ -362,7 +373,6 @@ impl Control {
         }
     }
 }
-
 
 fn on_link(state: &mut State, link: Link, act: impl FnOnce(&mut Connection)) {
     if let Some(connection) = &mut state.connection

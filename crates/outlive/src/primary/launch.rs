@@ -19,43 +19,43 @@ use crate::{exit, process};
 const MAX_STATE_BYTES: u32 = 1 << 20;
 
 /// Who the VM is, and how far it has come.
-pub struct Identity {
+pub(crate) struct Identity {
     /// Its identity over all hosts and generations.
-    pub vm: VmId,
+    pub(crate) vm: VmId,
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// Its vCPUs.
-    pub vcpus: u8,
+    pub(crate) vcpus: u8,
     /// Its network card's address.
-    pub mac: Option<MacAddr>,
+    pub(crate) mac: Option<MacAddr>,
     /// The generation that this host has won.
-    pub generation: u64,
+    pub(crate) generation: u64,
     /// The checkpoint that it was resumed from; 0 for a new VM.
-    pub checkpoint: u64,
+    pub(crate) checkpoint: u64,
 }
 
 /// A running machine and all that its coordinator needs.
-pub struct Launch {
+pub(crate) struct Launch {
     /// The machine, resumed.
-    pub machine: Machine,
+    pub(crate) machine: Machine,
     /// Where every other thread sends to.
-    pub queue: Sender<Inbox>,
+    pub(crate) queue: Sender<Inbox>,
     /// The other end.
-    pub inbox: Receiver<Inbox>,
+    pub(crate) inbox: Receiver<Inbox>,
     /// Who it is.
-    pub identity: Identity,
+    pub(crate) identity: Identity,
     /// Where generations are won.
-    pub arbiter: Option<Box<dyn Arbiter>>,
+    pub(crate) arbiter: Option<Box<dyn Arbiter>>,
     /// Options.
-    pub options: ActiveOptions,
+    pub(crate) options: ActiveOptions,
     /// Events.
-    pub events: EventWriter,
+    pub(crate) events: EventWriter,
     /// The VM is to end at once.
-    pub stop: Option<EndReason>,
+    pub(crate) stop: Option<EndReason>,
 }
 
 /// Runs the VM until it ends here. Returns the exit code.
-pub fn launch(launch: Launch) -> u8 {
+pub(crate) fn launch(launch: Launch) -> u8 {
     let Launch { machine, queue, inbox, identity, arbiter, options, events, stop } = launch;
     let clock = Clock::start();
     let timing = Timing::new(options.dead_after);
@@ -73,16 +73,11 @@ pub fn launch(launch: Launch) -> u8 {
             return exit::FAILED;
         }
     };
-    let facts = Facts {
-        standbys: options.standbys.clone(),
-        hello,
-        heartbeat: timing.heartbeat(),
-    };
+    let facts = Facts { standbys: options.standbys.clone(), hello, heartbeat: timing.heartbeat() };
     let output = machine.net().map(|net| net.output().clone());
     let totals = Totals::new(identity.checkpoint);
     let pair = Primary::new(config, clock.now());
-    let control =
-        Control::new(pair, clock, facts, output.clone(), queue, events.clone(), totals.clone());
+    let control = Control::new(pair, clock, facts, output.clone(), queue, events.clone(), totals.clone());
     if let Some(arbiter) = arbiter {
         let told = control.clone();
         let owner = arbiter::owner("primary");

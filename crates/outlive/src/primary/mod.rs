@@ -11,7 +11,9 @@ use std::sync::mpsc::channel;
 
 use outlive_epoch::VmId;
 use outlive_guest::PAYLOAD;
-use outlive_machine::{Host, MacAddr, Machine, NetOptions, Options, OutputLimits, OutputMode, PayloadOptions};
+use outlive_machine::{
+    Host, MacAddr, Machine, NetOptions, Options, OutputLimits, OutputMode, PayloadOptions,
+};
 
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::cli::{NetSpec, RunOptions};
@@ -19,9 +21,8 @@ use crate::events::{Event, EventWriter, Role};
 use crate::network::Netlink;
 use crate::{check, exit, process};
 
-pub use active::SLOTS;
-pub use control::Inbox;
-pub use launch::{Identity, Launch, launch};
+pub(crate) use control::Inbox;
+pub(crate) use launch::{Identity, Launch, launch};
 
 /// Frames and bytes of output that may be held for uncommitted epochs.
 const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
@@ -110,7 +111,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
 ///
 /// # Errors
 /// One line with the remedy.
-pub fn check_memory(bytes: u64) -> Result<(), String> {
+pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     outlive_machine::ranges(bytes).map_err(|e| e.to_string())?;
     match check::available_memory_bytes() {
         Some(available) if bytes > available => Err(format!(
@@ -126,21 +127,22 @@ pub fn check_memory(bytes: u64) -> Result<(), String> {
 ///
 /// # Errors
 /// One line with the remedy.
-pub fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter, String> {
+pub(crate) fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter, String> {
     match path {
         None => Ok(EventWriter::disabled()),
-        Some(path) => EventWriter::open(path)
-            .map_err(|e| format!("cannot write events to {}: {e}; give --events another file", path.display())),
+        Some(path) => EventWriter::open(path).map_err(|e| {
+            format!("cannot write events to {}: {e}; give --events another file", path.display())
+        }),
     }
 }
 
 /// A network card's options.
-pub fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetOptions {
+pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetOptions {
     NetOptions { tap: net.tap.clone(), mac, limits: OUTPUT_LIMITS, output }
 }
 
 /// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).
-pub fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
+pub(crate) fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
     let [a, b, c, d, e, ..] = vm.0;
     MacAddr(net.and_then(|n| n.mac).unwrap_or([0x02, a, b, c, d, e]))
 }
@@ -149,7 +151,7 @@ pub fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
 ///
 /// # Errors
 /// One line with the remedy.
-pub fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
+pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
     let Some(net) = net else { return Ok(()) };
     let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
     if let Some(bridge) = &net.bridge {
@@ -163,7 +165,9 @@ fn first_generation(spec: &str, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
     let mut arbiter = arbiter::parse(spec).map_err(|e| e.to_string())?;
     match arbiter.claim(&arbiter::VmId(vm.0), 1, &arbiter::owner("primary")) {
         Claim::Won => Ok(arbiter),
-        Claim::Lost { owner } => Err(format!("the arbiter says that this new VM belongs to {owner}: start again")),
+        Claim::Lost { owner } => {
+            Err(format!("the arbiter says that this new VM belongs to {owner}: start again"))
+        }
         Claim::Unreachable { why } => Err(format!("the arbiter {spec} cannot be used: {why}")),
     }
 }

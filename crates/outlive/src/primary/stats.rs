@@ -19,7 +19,7 @@ struct Histograms {
 }
 
 /// Counters since this process became the active side. Recording allocates nothing.
-pub struct Totals {
+pub(crate) struct Totals {
     generation: AtomicU64,
     committed: AtomicU64,
     last_committed: AtomicU64,
@@ -31,7 +31,7 @@ pub struct Totals {
 
 impl Totals {
     /// All zero; `checkpoint` is the last one before this process became active.
-    pub fn new(checkpoint: u64) -> Arc<Self> {
+    pub(crate) fn new(checkpoint: u64) -> Arc<Self> {
         Arc::new(Self {
             generation: AtomicU64::new(0),
             committed: AtomicU64::new(0),
@@ -44,39 +44,39 @@ impl Totals {
     }
 
     /// The generation that runs the VM from now on.
-    pub fn set_generation(&self, generation: u64) {
+    pub(crate) fn set_generation(&self, generation: u64) {
         self.generation.store(generation, Ordering::Relaxed);
     }
 
     /// Everything up to this checkpoint is committed.
-    pub fn committed(&self, through: u64) {
+    pub(crate) fn committed(&self, through: u64) {
         let before = self.last_committed.swap(through, Ordering::Relaxed);
         self.committed.fetch_add(through.saturating_sub(before), Ordering::Relaxed);
     }
 
     /// So many bytes went out.
-    pub fn sent(&self, bytes: u64) {
+    pub(crate) fn sent(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Base synchronisation begins.
-    pub fn base_begins(&self) {
+    pub(crate) fn base_begins(&self) {
         *self.base_began.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// Time since base synchronisation began, in milliseconds.
-    pub fn base_ms(&self) -> u64 {
+    pub(crate) fn base_ms(&self) -> u64 {
         let began = *self.base_began.lock().unwrap_or_else(PoisonError::into_inner);
         began.map_or(0, |b| b.elapsed().as_millis() as u64)
     }
 
     /// Whether the VM is protected.
-    pub fn protected(&self, is: bool) {
+    pub(crate) fn protected(&self, is: bool) {
         self.protected.store(is, Ordering::Relaxed);
     }
 
     /// A checkpoint was captured.
-    pub fn captured(&self, report: &CaptureReport) {
+    pub(crate) fn captured(&self, report: &CaptureReport) {
         let mut histograms = self.histograms.lock().unwrap_or_else(PoisonError::into_inner);
         histograms.pause_us.saturating_record(report.pause.as_micros() as u64);
         histograms.dirty_pages.saturating_record(report.pages as u64);
@@ -100,7 +100,7 @@ impl Totals {
 }
 
 /// Writes [`Stats`] to the event stream every 200 ms, and once more when it is dropped.
-pub struct Reporter {
+pub(crate) struct Reporter {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -110,7 +110,11 @@ impl Reporter {
     ///
     /// # Errors
     /// The operating system's.
-    pub fn start(totals: Arc<Totals>, output: Option<Arc<Output>>, events: EventWriter) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        totals: Arc<Totals>,
+        output: Option<Arc<Output>>,
+        events: EventWriter,
+    ) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::Builder::new().name("stats".into()).spawn(move || {

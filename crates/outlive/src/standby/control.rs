@@ -276,15 +276,14 @@ impl Control {
             Action::Claim { generation } => {
                 if let Some(claims) = &state.claims {
                     // Busy: the answer to the earlier claim is still to come.
-                    drop(claims.submit(generation));
+                    let _ = claims.submit(generation);
                 }
                 self.tell(Inbox::Wake);
             }
             Action::TakeOver { checkpoint, generation, stop } => {
                 state.taken_over = true;
                 let now = Instant::now();
-                let times =
-                    state.times.unwrap_or(Times { detect: Duration::ZERO, declared: now, won: now });
+                let times = state.times.unwrap_or(Times { detect: Duration::ZERO, declared: now, won: now });
                 self.tell(Inbox::TakeOver(TakeOverOrder { checkpoint, generation, stop, times }));
             }
             Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
@@ -336,7 +335,9 @@ impl Control {
                 }
                 emit(events::Event::Won { generation });
             }
-            Note::StopWaits => tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM"),
+            Note::StopWaits => {
+                tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM")
+            }
             Note::StreamRefused { why } => {
                 tracing::error!("what the primary sent is refused, it is told so and goes on: {why}");
             }

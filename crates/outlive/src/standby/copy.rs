@@ -81,13 +81,15 @@ impl VmCopy {
             primary::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
         let ram = machine.ram().clone();
-        let same_layout = ram
-            .slots()
+        let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
+            .layout
+            .ranges()
             .iter()
-            .map(|s| (s.base.0, s.pages))
-            .eq(hello.layout.ranges().iter().map(|r| (r.start, r.pages)));
+            .map(|r| (r.start, r.pages)));
         if !same_layout {
-            return Err(refuse("this release lays guest memory out differently: run the same release on both hosts".into()));
+            return Err(refuse(
+                "this release lays guest memory out differently: run the same release on both hosts".into(),
+            ));
         }
         Ok(Self {
             machine,
@@ -210,7 +212,10 @@ fn check(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
 }
 
 /// Writes the pages of a committed checkpoint, or of base synchronisation, to memory.
-pub(super) fn apply_pages<'a>(ram: &Ram, pages: impl Iterator<Item = (u64, PageData<'a>)>) -> Result<(), u64> {
+pub(super) fn apply_pages<'a>(
+    ram: &Ram,
+    pages: impl Iterator<Item = (u64, PageData<'a>)>,
+) -> Result<(), u64> {
     for (gfn, page) in pages {
         let written = match page {
             PageData::Zero => ram.zero_page(Gfn(gfn)),

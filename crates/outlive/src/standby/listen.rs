@@ -115,7 +115,12 @@ fn introduction(reader: &mut SectionReader, stream: &mut TcpStream) -> Result<He
     let kind = section.kind();
     match Message::parse(&section)? {
         Message::Hello(hello) => Ok(hello),
-        _ => Err(WireError::Malformed { kind, what: "a connection begins with Hello, not with this", value: 0 }.into()),
+        _ => Err(WireError::Malformed {
+            kind,
+            what: "a connection begins with Hello, not with this",
+            value: 0,
+        }
+        .into()),
     }
 }
 
@@ -142,7 +147,8 @@ fn admit(
         max_state_bytes: hello.limits.max_state_bytes.min(MAX_STATE_BYTES),
         max_state_sections: MAX_STATE_SECTIONS,
     };
-    let staging = Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;
+    let staging =
+        Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;
     let claims = control.claim_worker(hello.vm).map_err(refuse)?;
     if !control.hello(link, introduction, copy, claims) {
         // Another primary was faster; the refusal has been sent.

@@ -40,7 +40,8 @@ pub(super) fn take_over(
     }
     machine.resume();
     let running = Instant::now();
-    let micros = |later: Instant, earlier: Instant| later.saturating_duration_since(earlier).as_micros() as u64;
+    let micros =
+        |later: Instant, earlier: Instant| later.saturating_duration_since(earlier).as_micros() as u64;
     let detect_us = times.detect.as_micros() as u64;
     let arbitrate_us = micros(times.won, times.declared);
     let restore_us = micros(running, times.won);

@@ -127,9 +127,11 @@ fn indirect_tables_that_are_none() {
             queue.offer(0);
         });
         meets(receive, |memory, queue| {
-            let flags = if receive { WRITE | NEXT } else { NEXT };
+            // Right in everything but its number of descriptors.
             for n in 0..QUEUE + 1 {
-                rings::put(memory, table, n, Descriptor::new(TX_BUFFERS, 1, flags, n + 1));
+                let more = if n < QUEUE { NEXT } else { 0 };
+                let (len, flags) = if receive { (50, WRITE | more) } else { (3, more) };
+                rings::put(memory, table, n, Descriptor::new(TX_BUFFERS, len, flags, n + 1));
             }
             queue.put(0, Descriptor::new(table, u32::from(QUEUE + 1) * 16, INDIRECT, 0));
             queue.offer(0);

@@ -421,26 +421,46 @@ fn three_threads_keep_the_order() {
 }
 
 /// A sink that lets the test act while a frame is on its way.
+#[derive(Default)]
 struct Slow {
     entered: AtomicU64,
     go: AtomicU64,
     sent: AtomicU64,
+    log: Recorder,
 }
 
 impl FrameSink for Slow {
-    fn send(&self, _: &[u8]) -> io::Result<()> {
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
         self.entered.fetch_add(1, Ordering::SeqCst);
         wait_for("leave to go on", || self.go.load(Ordering::SeqCst) > 0);
         self.sent.fetch_add(1, Ordering::SeqCst);
-        Ok(())
+        self.log.send(frame)
     }
+}
+
+#[test]
+fn a_frame_sent_during_a_flush_leaves_with_it_and_before_later_ones() {
+    let sink = Arc::new(Slow::default());
+    let output = Arc::new(Output::new(sink.clone(), SMALL, OutputMode::Hold).unwrap());
+    output.hold(1).unwrap();
+    push(&output, 0);
+    let flush = {
+        let output = output.clone();
+        thread::spawn(move || output.pass_through())
+    };
+    wait_for("the first frame", || sink.entered.load(Ordering::SeqCst) == 1);
+    push(&output, 1);
+    push(&output, 2);
+    sink.go.store(1, Ordering::SeqCst);
+    assert_eq!(flush.join().unwrap(), Released { frames: 3, bytes: 180, complete: true });
+    push(&output, 3);
+    assert_eq!(numbers(&sink.log), [0, 1, 2, 3]);
 }
 
 #[test]
 fn discard_and_hold_win_over_a_flush_under_way() {
     for discard in [true, false] {
-        let sink =
-            Arc::new(Slow { entered: AtomicU64::new(0), go: AtomicU64::new(0), sent: AtomicU64::new(0) });
+        let sink = Arc::new(Slow::default());
         let output = Arc::new(Output::new(sink.clone(), SMALL, OutputMode::Hold).unwrap());
         output.hold(1).unwrap();
         for number in 0..3 {

@@ -1,0 +1,110 @@
+//! Guests of a few instructions, and the machines that run them.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use outlive_dirty::Choice;
+use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, PayloadOptions};
+
+/// Where the guests are linked.
+pub const IMAGE: u64 = 0x20_0000;
+/// First counter of a guest.
+pub const A: u64 = 0x40_0000;
+/// Second counter of a guest.
+pub const B: u64 = 0x50_0000;
+/// Guest memory in bytes.
+pub const MEMORY: u64 = 32 << 20;
+
+/// Adds 1 to rcx, writes it to A + 4096 * vCPU, then to B + 4096 * vCPU, for ever.
+pub const TWO_COUNTERS: &[u8] = &[
+    0x48, 0xc1, 0xe6, 0x0c, // shl rsi, 12
+    0x48, 0xc7, 0xc0, 0, 0, 0x40, 0, // mov rax, A
+    0x48, 0xc7, 0xc3, 0, 0, 0x50, 0, // mov rbx, B
+    0x48, 0x01, 0xf0, 0x48, 0x01, 0xf3, // add rax, rsi; add rbx, rsi
+    0x48, 0xff, 0xc1, // inc rcx
+    0x48, 0x89, 0x08, 0x48, 0x89, 0x0b, // mov [rax], rcx; mov [rbx], rcx
+    0xeb, 0xf5, // jmp -11
+];
+
+/// Reads port 0x80, which no device answers, and panics unless it reads 0xff; counts in A.
+pub const PORT_READER: &[u8] = &[
+    0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // mov rbx, A
+    0x31, 0xc0, 0xe4, 0x80, 0x3c, 0xff, // xor eax, eax; in al, 0x80; cmp al, 0xff
+    0x75, 0x05, 0x48, 0xff, 0x03, 0xeb, 0xf3, // jne panic; inc [rbx]; jmp -13
+    0xb8, 3, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe, // panic: out 0x508, 3; jmp $
+];
+
+/// Counts in A, then idles until woken, for ever.
+pub const IDLER: &[u8] = &[
+    0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // mov rbx, A
+    0x48, 0xff, 0x03, // inc [rbx]
+    0xb8, 0xff, 0xff, 0xff, 0xff, 0x66, 0xba, 0x00, 0x05, 0xef, // out 0x500, u32::MAX
+    0xeb, 0xf1, // jmp -15
+];
+
+/// Powers the machine off.
+pub const POWER_OFF: &[u8] = &[0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe];
+
+/// An undefined instruction without an interrupt table: a triple fault.
+pub const CRASH: &[u8] = &[0x0f, 0x0b];
+
+/// A static ELF program of this code.
+pub fn elf(code: &[u8]) -> Vec<u8> {
+    let mut elf = vec![0u8; 120];
+    elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+    elf[16..18].copy_from_slice(&2u16.to_le_bytes());
+    elf[18..20].copy_from_slice(&62u16.to_le_bytes());
+    elf[24..32].copy_from_slice(&IMAGE.to_le_bytes());
+    elf[32..40].copy_from_slice(&64u64.to_le_bytes());
+    elf[54..56].copy_from_slice(&56u16.to_le_bytes());
+    elf[56..58].copy_from_slice(&1u16.to_le_bytes());
+    let header = &mut elf[64..];
+    header[..4].copy_from_slice(&1u32.to_le_bytes());
+    header[8..16].copy_from_slice(&120u64.to_le_bytes());
+    header[24..32].copy_from_slice(&IMAGE.to_le_bytes());
+    for at in [32, 40] {
+        header[at..at + 8].copy_from_slice(&(code.len() as u64).to_le_bytes());
+    }
+    elf.extend_from_slice(code);
+    elf
+}
+
+/// The host's KVM, or a skip that is counted.
+pub fn host() -> Option<Arc<Host>> {
+    match Host::open() {
+        Ok(host) => Some(Arc::new(host)),
+        Err(HostError::Missing) => {
+            println!("skipped: no /dev/kvm");
+            None
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// A machine without a guest.
+pub fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
+    let (tx, rx) = channel();
+    let options = Options {
+        vcpus,
+        memory: MEMORY,
+        net: None,
+        tracker,
+        trigger: 1024,
+        max_dirty: 2048,
+        events: Arc::new(move |event| drop(tx.send(event))),
+    };
+    (Machine::new(host.clone(), &options).unwrap(), rx)
+}
+
+/// A machine whose vCPUs stand at the first instruction of `code`.
+pub fn booted(
+    host: &Arc<Host>,
+    vcpus: u8,
+    tracker: Choice,
+    code: &[u8],
+) -> (Machine, Receiver<MachineEvent>) {
+    let (mut machine, events) = machine(host, vcpus, tracker);
+    let options = PayloadOptions { ipv4: [10, 0, 0, 2], prefix: 24, gateway: [0; 4], random_seed: [0; 32] };
+    machine.boot_payload(&elf(code), &options).unwrap();
+    (machine, events)
+}
