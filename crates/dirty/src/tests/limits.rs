@@ -170,6 +170,24 @@ fn a_part_holds_the_epoch_back() {
 }
 
 #[test]
+fn what_is_written_after_the_harvest_is_of_the_next_epoch() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    kernel.write(0, Gfn(1), false);
+    tracker.global().mark(Gfn(2));
+    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+    assert_eq!(epoch.pages(), [Gfn(1), Gfn(2)]);
+    // Both have been copied; a vCPU ioctl and a late device write them again.
+    let epoch = epoch.copied();
+    kernel.write(0, Gfn(1), false);
+    tracker.global().mark(Gfn(2));
+    assert_eq!(tracker.harvest_vcpu(0).unwrap(), 0);
+    epoch.run();
+    assert_eq!(tracker.pending(), 2);
+    assert_eq!(pages(&tracker), [1, 2]);
+    assert!(pages(&tracker).is_empty());
+}
+
+#[test]
 fn disable_and_enable_wait_for_the_epoch() {
     let (_kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
     let epoch = tracker.stopped();
