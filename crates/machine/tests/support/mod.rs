@@ -7,16 +7,16 @@ use outlive_dirty::Choice;
 use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, PayloadOptions};
 
 /// Where the guests are linked.
-pub const IMAGE: u64 = 0x20_0000;
+pub(crate) const IMAGE: u64 = 0x20_0000;
 /// First counter of a guest.
-pub const A: u64 = 0x40_0000;
+pub(crate) const A: u64 = 0x40_0000;
 /// Second counter of a guest.
-pub const B: u64 = 0x50_0000;
+pub(crate) const B: u64 = 0x50_0000;
 /// Guest memory in bytes.
-pub const MEMORY: u64 = 32 << 20;
+pub(crate) const MEMORY: u64 = 32 << 20;
 
 /// Adds 1 to rcx, writes it to A + 4096 * vCPU, then to B + 4096 * vCPU, for ever.
-pub const TWO_COUNTERS: &[u8] = &[
+pub(crate) const TWO_COUNTERS: &[u8] = &[
     0x48, 0xc1, 0xe6, 0x0c, // shl rsi, 12
     0x48, 0xc7, 0xc0, 0, 0, 0x40, 0, // mov rax, A
     0x48, 0xc7, 0xc3, 0, 0, 0x50, 0, // mov rbx, B
@@ -27,7 +27,7 @@ pub const TWO_COUNTERS: &[u8] = &[
 ];
 
 /// Reads port 0x80, which no device answers, and panics unless it reads 0xff; counts in A.
-pub const PORT_READER: &[u8] = &[
+pub(crate) const PORT_READER: &[u8] = &[
     0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // mov rbx, A
     0x31, 0xc0, 0xe4, 0x80, 0x3c, 0xff, // xor eax, eax; in al, 0x80; cmp al, 0xff
     0x75, 0x05, 0x48, 0xff, 0x03, 0xeb, 0xf3, // jne panic; inc [rbx]; jmp -13
@@ -35,7 +35,7 @@ pub const PORT_READER: &[u8] = &[
 ];
 
 /// Counts in A, then idles until woken, for ever.
-pub const IDLER: &[u8] = &[
+pub(crate) const IDLER: &[u8] = &[
     0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // mov rbx, A
     0x48, 0xff, 0x03, // inc [rbx]
     0xb8, 0xff, 0xff, 0xff, 0xff, 0x66, 0xba, 0x00, 0x05, 0xef, // out 0x500, u32::MAX
@@ -43,13 +43,13 @@ pub const IDLER: &[u8] = &[
 ];
 
 /// Powers the machine off.
-pub const POWER_OFF: &[u8] = &[0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe];
+pub(crate) const POWER_OFF: &[u8] = &[0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe];
 
 /// An undefined instruction without an interrupt table: a triple fault.
-pub const CRASH: &[u8] = &[0x0f, 0x0b];
+pub(crate) const CRASH: &[u8] = &[0x0f, 0x0b];
 
 /// A static ELF program of this code.
-pub fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; 120];
     elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
     elf[16..18].copy_from_slice(&2u16.to_le_bytes());
@@ -70,7 +70,7 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
 }
 
 /// The host's KVM, or a skip that is counted.
-pub fn host() -> Option<Arc<Host>> {
+pub(crate) fn host() -> Option<Arc<Host>> {
     match Host::open() {
         Ok(host) => Some(Arc::new(host)),
         Err(HostError::Missing) => {
@@ -82,7 +82,7 @@ pub fn host() -> Option<Arc<Host>> {
 }
 
 /// A machine without a guest.
-pub fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
+pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
     let (tx, rx) = channel();
     let options = Options {
         vcpus,
@@ -97,7 +97,7 @@ pub fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiv
 }
 
 /// A machine whose vCPUs stand at the first instruction of `code`.
-pub fn booted(
+pub(crate) fn booted(
     host: &Arc<Host>,
     vcpus: u8,
     tracker: Choice,

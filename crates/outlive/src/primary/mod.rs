@@ -7,7 +7,7 @@ mod launch;
 mod stats;
 
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 
 use outlive_epoch::VmId;
 use outlive_guest::PAYLOAD;
@@ -36,43 +36,22 @@ pub fn command(options: &RunOptions) -> u8 {
 }
 
 /// Everything that can be wrong with options or machine is found here, before the guest runs. The error is one line that
-/// names the remedy; everything made so far goes away with it.
+/// names the remedy; everything made so far goes away with it. The arbiter is written to last, because a generation that
+/// was won stays won.
 fn prepare(options: &RunOptions) -> Result<Launch, String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
     let active = &options.active;
     check_memory(options.memory)?;
-    let events = open_events(active.events.as_deref())?;
-    let vm = VmId(process::random().map_err(|e| format!("no random numbers: {e}"))?);
-    let arbiter = match &options.arbiter {
-        Some(spec) => Some(first_generation(spec, vm)?),
-        None => None,
-    };
-    let host = Arc::new(Host::open().map_err(|e| text(&e))?);
+    let arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
+    let vm = VmId(process::random().map_err(no_random)?);
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
-    let machine_events = queue.clone();
-    let machine_options = Options {
-        vcpus: options.vcpus,
-        memory: options.memory,
-        net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
-        tracker: active.tracker.into(),
-        trigger: active.max_dirty,
-        max_dirty: active.max_dirty * 2,
-        events: Arc::new(move |event| drop(machine_events.send(Inbox::Machine(event)))),
-    };
-    let mut machine = Machine::new(host, &machine_options).map_err(|e| text(&e))?;
-    join_bridge(options.net.as_ref())?;
-    let seed = match options.seed {
-        Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
-        None => process::random().map_err(|e| format!("no random numbers: {e}"))?,
-    };
-    let payload = PayloadOptions {
-        ipv4: options.ip.address.octets(),
-        prefix: options.ip.prefix,
-        gateway: options.gateway.map_or([0; 4], |g| g.octets()),
-        random_seed: seed,
-    };
-    machine.boot_payload(PAYLOAD, &payload).map_err(|e| text(&e))?;
+    let mut machine = make_machine(options, mac, queue.clone())?;
+    machine.boot_payload(PAYLOAD, &payload_options(options)?).map_err(|e| e.to_string())?;
+    let events = open_events(active.events.as_deref())?;
+    let stop = queue.clone();
+    process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
+        .map_err(|e| format!("cannot watch signals: {e}"))?;
+    let arbiter = arbiter.map(|arbiter| first_generation(arbiter, vm)).transpose()?;
     events.emit(Event::Started {
         role: Role::Primary,
         vm: Some(options.name.clone()),
@@ -85,26 +64,50 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     }
     machine.resume();
     tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, "VM started, unprotected");
-    let stop = queue.clone();
-    process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
-        .map_err(|e| format!("cannot watch signals: {e}"))?;
-    Ok(Launch {
-        machine,
-        queue,
-        inbox,
-        identity: Identity {
-            vm,
-            name: options.name.clone(),
-            vcpus: options.vcpus,
-            mac: options.net.as_ref().map(|_| mac),
-            generation: 1,
-            checkpoint: 0,
-        },
-        arbiter,
-        options: active.clone(),
-        events,
-        stop: None,
+    let identity = Identity {
+        vm,
+        name: options.name.clone(),
+        vcpus: options.vcpus,
+        mac: options.net.as_ref().map(|_| mac),
+        generation: 1,
+        checkpoint: 0,
+    };
+    let options = active.clone();
+    Ok(Launch { machine, queue, inbox, identity, arbiter, options, events, stop: None })
+}
+
+/// The machine with its card on its bridge.
+fn make_machine(options: &RunOptions, mac: MacAddr, queue: Sender<Inbox>) -> Result<Machine, String> {
+    let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+    let machine_options = Options {
+        vcpus: options.vcpus,
+        memory: options.memory,
+        net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
+        tracker: options.active.tracker.into(),
+        trigger: options.active.max_dirty,
+        max_dirty: options.active.max_dirty * 2,
+        events: Arc::new(move |event| drop(queue.send(Inbox::Machine(event)))),
+    };
+    let machine = Machine::new(host, &machine_options).map_err(|e| e.to_string())?;
+    join_bridge(options.net.as_ref())?;
+    Ok(machine)
+}
+
+fn payload_options(options: &RunOptions) -> Result<PayloadOptions, String> {
+    let random_seed = match options.seed {
+        Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
+        None => process::random().map_err(no_random)?,
+    };
+    Ok(PayloadOptions {
+        ipv4: options.ip.address.octets(),
+        prefix: options.ip.prefix,
+        gateway: options.gateway.map_or([0; 4], |g| g.octets()),
+        random_seed,
     })
+}
+
+fn no_random(error: std::io::Error) -> String {
+    format!("this host has no random numbers (/dev/urandom): {error}")
 }
 
 /// Refuses a VM that this host has no memory for.
@@ -161,13 +164,12 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
 }
 
 /// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts the VM.
-fn first_generation(spec: &str, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
-    let mut arbiter = arbiter::parse(spec).map_err(|e| e.to_string())?;
+fn first_generation(mut arbiter: Box<dyn Arbiter>, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
     match arbiter.claim(&arbiter::VmId(vm.0), 1, &arbiter::owner("primary")) {
         Claim::Won => Ok(arbiter),
         Claim::Lost { owner } => {
             Err(format!("the arbiter says that this new VM belongs to {owner}: start again"))
         }
-        Claim::Unreachable { why } => Err(format!("the arbiter {spec} cannot be used: {why}")),
+        Claim::Unreachable { why } => Err(format!("the arbiter cannot be used: {why}")),
     }
 }

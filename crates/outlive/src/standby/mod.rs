@@ -61,10 +61,10 @@ fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     if let Some(net) = &options.net {
         copy::try_card(net)?;
     }
-    let events = primary::open_events(options.active.events.as_deref())?;
     let listener = TcpListener::bind(&options.listen).map_err(|e| {
         format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
     })?;
+    let events = primary::open_events(options.active.events.as_deref())?;
     let (queue, inbox) = channel();
     let timing = Timing::new(options.active.dead_after);
     let clock = Clock::start();
