@@ -2,11 +2,11 @@
 //!
 //! # Tests that cannot run
 //!
-//! A test that cannot run on this machine (no `/dev/kvm`, no right to make network namespaces, a program missing)
-//! prints exactly one line `skipped: <what is missing>` to standard output and returns. The harness counts it as
-//! passed and hides what passed tests print, so `cargo xtask test` runs the tests with `--show-output`, finds these
-//! lines, and takes those tests out of the passed ones. Nothing is skipped silently: the summary names each with
-//! its reason. Under plain `cargo test` such a test shows as passed.
+//! A test that cannot run on this machine (no `/dev/kvm`, no right to make network namespaces, a program
+//! missing) prints exactly one line `skipped: <what is missing>` to standard output and returns. The harness
+//! counts it as passed and hides what passed tests print, so `cargo xtask test` runs the tests with
+//! `--show-output`, finds these lines, and takes those tests out of the passed ones. Nothing is skipped
+//! silently: the summary names each with its reason. Under plain `cargo test` such a test shows as passed.
 
 #![forbid(unsafe_code)]
 

@@ -55,8 +55,8 @@ fn in_front(mut directories: Vec<PathBuf>, variable: &str) -> OsString {
 
 /// Makes sure that the programs are there, and returns the environment in which they are found.
 ///
-/// A package that cannot be fetched is no error: it says how to get it, and the tests that need it say that they
-/// are skipped.
+/// A package that cannot be fetched is no error: it says how to get it, and the tests that need it say that
+/// they are skipped.
 pub(crate) fn prepare(workspace: &Workspace, fetch: bool) -> Vec<(&'static str, OsString)> {
     let unpacked = Unpacked::of(workspace);
     let missing: Vec<&Package> = NEEDED.iter().filter(|package| !is_there(package, &unpacked)).collect();
@@ -83,7 +83,7 @@ fn is_there(package: &Package, unpacked: &Unpacked) -> bool {
     let path = in_front(vec![unpacked.root.join("usr/bin")], "PATH");
     let found =
         |program: &&str| std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
-    package.programs.iter().all(|program| found(program))
+    package.programs.iter().all(found)
 }
 
 fn is_root() -> bool {
@@ -126,7 +126,8 @@ fn make_directory(path: &Path) -> Result<(), StepError> {
     fs::create_dir_all(path).map_err(|source| StepError::File { path: path.to_path_buf(), source })
 }
 
-/// The package names of `apt-get --simulate install`: lines such as `Inst liblua5.1-0 (5.1.5-9 Debian [amd64])`.
+/// The package names of `apt-get --simulate install`: lines such as `Inst liblua5.1-0 (5.1.5-9 Debian
+/// [amd64])`.
 fn to_install(plan: &str) -> Vec<&str> {
     plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next()).collect()
 }

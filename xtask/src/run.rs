@@ -8,8 +8,8 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-/// After this silence it is looked whether the command has ended; if it has, and this passes again, its output is
-/// taken to be complete.
+/// After this silence it is looked whether the command has ended; if it has, and this passes again, its
+/// output is taken to be complete.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a command of xtask failed.

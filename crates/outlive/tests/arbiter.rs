@@ -94,8 +94,8 @@ fn of_many_threads_exactly_one_wins_and_the_others_know_who() {
 
 const RACER_DIRECTORY: &str = "OUTLIVE_TEST_RACER";
 
-/// Not a test by itself: what the racing processes run. Claims one generation after the other and says which it
-/// won.
+/// Not a test by itself: what the racing processes run. Claims one generation after the other and says which
+/// it won.
 #[test]
 fn racer() {
     let Ok(directory) = std::env::var(RACER_DIRECTORY) else { return };

@@ -1,5 +1,5 @@
-//! The network plumbing against the real kernel. Every test has network namespaces of its own, made on threads,
-//! so the tests run side by side and leave nothing behind.
+//! The network plumbing against the real kernel. Every test has network namespaces of its own, made on
+//! threads, so the tests run side by side and leave nothing behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, Read, Write};
@@ -249,7 +249,8 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// What should be there: for each name whether it is a bridge, its other end, its bridge, and whether it is up.
+/// What should be there: for each name whether it is a bridge, its other end, its bridge, and whether it is
+/// up.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Expected(BTreeMap<u8, Interface>);
 

@@ -6,16 +6,17 @@
 //! DIR/.outlive-*.tmp           a claim that is being written
 //! ```
 //!
-//! A claim is written to a file of its own, flushed to the disk, and then given its final name with `link(2)`,
-//! which fails if the name exists. That is the one test-and-set that is atomic on local file systems and on every
-//! version of NFS. So the final name never shows a half-written claim, and there is never more than one.
+//! A claim is written to a file of its own, flushed to the disk, and then given its final name with
+//! `link(2)`, which fails if the name exists. That is the one test-and-set that is atomic on local file
+//! systems and on every version of NFS. So the final name never shows a half-written claim, and there is
+//! never more than one.
 //!
-//! What decides is the *content* behind the final name, not the answer of `link`: over a network an answer can be
-//! lost after the deed was done. Each process has a random token, and finding it there means that the claim was
-//! ours.
+//! What decides is the *content* behind the final name, not the answer of `link`: over a network an answer
+//! can be lost after the deed was done. Each process has a random token, and finding it there means that the
+//! claim was ours.
 //!
-//! Claims are never deleted by the program. Of the old ones of a VM only the highest matters (a claim below it is
-//! lost), so an operator may delete the others.
+//! Claims are never deleted by the program. Of the old ones of a VM only the highest matters (a claim below
+//! it is lost), so an operator may delete the others.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -28,6 +29,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use super::{Arbiter, ArbiterSpecError, Claim, VmId};
+use crate::process;
 
 /// Name of the file that says which arbiter a directory is.
 const MARKER: &str = "outlive-arbiter";
@@ -114,8 +116,8 @@ impl FileArbiter {
 
     /// Makes sure that this still is the directory that was opened.
     ///
-    /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host would
-    /// win there alone.
+    /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
+    /// would win there alone.
     fn check_directory(&self) -> Result<(), String> {
         let metadata = fs::metadata(&self.directory).map_err(|error| explain(&error))?;
         match self.read_marker()? {
@@ -198,8 +200,8 @@ impl FileArbiter {
         })
     }
 
-    /// Puts a whole file under a final name unless the name exists. Which of the two happened is to be read from
-    /// the file.
+    /// Puts a whole file under a final name unless the name exists. Which of the two happened is to be read
+    /// from the file.
     fn publish(&self, name: &str, text: &str) -> io::Result<()> {
         let temp = self.directory.join(temp_name(self.token));
         let result = self.write_temp(&temp, text).and_then(|()| {
@@ -223,7 +225,8 @@ impl FileArbiter {
         Ok(())
     }
 
-    /// Removes what crashed claimants left. Without it nothing would be wrong, only untidy, so errors are ignored.
+    /// Removes what crashed claimants left. Without it nothing would be wrong, only untidy, so errors are
+    /// ignored.
     fn remove_leftovers(&self, now: SystemTime) {
         let Ok(entries) = fs::read_dir(&self.directory) else { return };
         for entry in entries.flatten() {
@@ -328,9 +331,7 @@ fn process_token() -> io::Result<&'static str> {
 }
 
 fn random_hex() -> io::Result<String> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(process::random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn os_error(error: &io::Error) -> Errno {

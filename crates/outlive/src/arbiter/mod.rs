@@ -2,11 +2,11 @@
 //!
 //! When the two hosts of a VM lose each other, each must suppose that the other one lives. Before the standby
 //! goes live, and before the primary goes on alone, it wins the next *generation* here, by one atomic
-//! test-and-set. Who loses stops its VM. As long as the arbiter cannot be reached nobody goes on. No clock and no
-//! lease takes part, so a host that was stopped for an hour and continues cannot do harm.
+//! test-and-set. Who loses stops its VM. As long as the arbiter cannot be reached nobody goes on. No clock
+//! and no lease takes part, so a host that was stopped for an hour and continues cannot do harm.
 //!
-//! [`FileArbiter`] is the built-in kind: a directory that both hosts see. [`ClaimWorker`] makes claims on a thread
-//! of its own, because a claim can block for as long as a dead file server pleases.
+//! [`FileArbiter`] is the built-in kind: a directory that both hosts see. [`ClaimWorker`] makes claims on a
+//! thread of its own, because a claim can block for as long as a dead file server pleases.
 
 mod file;
 mod worker;
@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 pub use file::FileArbiter;
 pub use outlive_epoch::VmId;
 pub use worker::{Busy, ClaimResult, ClaimWorker};
+
+use crate::process;
 
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,17 +40,17 @@ pub enum Claim {
 pub trait Arbiter: Send {
     /// Claims a generation. May block for long.
     ///
-    /// `owner` names the claimant to people. A claimant is the pair of this process and `owner`: a claim repeated
-    /// by it is answered with `Won` again (the first answer may have been lost), while a restarted process is a
-    /// stranger to its earlier life and loses.
+    /// `owner` names the claimant to people. A claimant is the pair of this process and `owner`: a claim
+    /// repeated by it is answered with `Won` again (the first answer may have been lost), while a restarted
+    /// process is a stranger to its earlier life and loses.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
 
-    /// The highest generation of this VM that was ever won, `None` before the first. The error says what is wrong
-    /// and what helps.
+    /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
+    /// wrong and what helps.
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String>;
 
-    /// A name for the arbiter itself that two hosts compare, before they rely on it, to know that they were given
-    /// the same one.
+    /// A name for the arbiter itself that two hosts compare, before they rely on it, to know that they were
+    /// given the same one.
     fn identity(&self) -> &str;
 }
 
@@ -90,8 +92,7 @@ pub fn parse(text: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
 
 /// A name for this process as an owner, for people: role, host and process number.
 pub fn owner(role: &str) -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "unknown".to_string());
-    format!("{role} on {} (process {})", host.trim(), std::process::id())
+    format!("{role} on {} (process {})", process::host_name(), std::process::id())
 }
 
 #[cfg(test)]

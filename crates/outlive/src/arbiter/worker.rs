@@ -30,16 +30,16 @@ pub struct Busy {
 
 /// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
 ///
-/// Dropping it does not wait: a claim under way goes on and may even be won, but its result is still delivered, so
-/// `deliver` must cope with a receiver that is gone.
+/// Dropping it does not wait: a claim under way goes on and may even be won, but its result is still
+/// delivered, so `deliver` must cope with a receiver that is gone.
 pub struct ClaimWorker {
     requests: Sender<u64>,
     under_way: Arc<Mutex<Option<u64>>>,
 }
 
 impl ClaimWorker {
-    /// Starts the thread. Every result goes to `deliver`, on that thread; it may send into a channel, write to an
-    /// eventfd, or both. A new claim may be submitted as soon as it is called.
+    /// Starts the thread. Every result goes to `deliver`, on that thread; it may send into a channel, write
+    /// to an eventfd, or both. A new claim may be submitted as soon as it is called.
     pub fn start(
         mut arbiter: Box<dyn Arbiter>,
         vm: VmId,
@@ -67,7 +67,8 @@ impl ClaimWorker {
             return Err(Busy { generation });
         }
         *under_way = Some(generation);
-        // It only fails if the thread died of a panic. Then it stays busy, which is the safe side: nobody goes on.
+        // It only fails if the thread died of a panic. Then it stays busy, which is the safe side: nobody
+        // goes on.
         let _ = self.requests.send(generation);
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! How much memory a VM can get: the least of what the kernel, the control groups and the process limits leave.
+//! How much memory a VM can get: the least of what the kernel, the control groups and the process limits
+//! leave.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -69,8 +70,8 @@ fn room_of_system(meminfo: &str, strict: bool) -> Option<Room> {
     }
 }
 
-/// What the control groups of this process leave, `groups` being `/proc/self/cgroup`: the tightest of its group and
-/// all groups above. Memory that only caches files counts as free.
+/// What the control groups of this process leave, `groups` being `/proc/self/cgroup`: the tightest of its
+/// group and all groups above. Memory that only caches files counts as free.
 fn room_of_groups(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<Room> {
     let number = |path: PathBuf| read(&path).and_then(|text| first_number(&text));
     let of_group = |directory: &Path, limit: &str, usage: &str, cache: &str| {

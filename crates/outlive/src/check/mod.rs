@@ -1,7 +1,7 @@
 //! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing.
 //!
-//! Nothing is changed and nothing stays. The most telling part is [`trial`]: it runs a real VM for a moment and
-//! compares the pages that dirty tracking found with those that the guest wrote.
+//! Nothing is changed and nothing stays. The most telling part is the trial: it runs a real VM for a moment
+//! and compares the pages that dirty tracking found with those that the guest wrote.
 
 mod kvm;
 mod memory;

@@ -38,7 +38,8 @@ const PROGRAM: [u8; 37] = [
 type Wrong = String;
 
 pub(super) fn finding() -> Finding {
-    // The machine logs what it chooses; here that belongs into the finding and not between the lines of the table.
+    // The machine logs what it chooses; here that belongs into the finding and not between the lines of the
+    // table.
     match with_default(NoSubscriber::default(), trial) {
         Ok((Kind::Ring, took)) => Finding::ok(NAME, format!("{} with the dirty ring", verdict(took))),
         Ok((Kind::Bitmap, took)) => Finding::warning(

@@ -1,7 +1,7 @@
 //! Network namespaces without a name: nothing to clean up, whatever way the program ends.
 //!
-//! A namespace lives as long as a process, a thread or an open descriptor is in it or refers to it. So the kernel
-//! removes it, with every interface in it, when the last of them is gone - also after SIGKILL.
+//! A namespace lives as long as a process, a thread or an open descriptor is in it or refers to it. So the
+//! kernel removes it, with every interface in it, when the last of them is gone - also after SIGKILL.
 
 use std::fs::{self, File};
 use std::io;
@@ -54,8 +54,9 @@ pub enum EnterError {
 
 /// Puts this process into a network namespace of its own, with the loopback interface up and nothing else.
 ///
-/// With the right to do so (root) only the network changes. Without it the process first becomes root of a new
-/// user namespace: its files still belong to the user, and supplementary groups such as `kvm` still count.
+/// With the right to do so (root) only the network changes. Without it the process first becomes root of a
+/// new user namespace: its files still belong to the user, and supplementary groups such as `kvm` still
+/// count.
 ///
 /// Call it before any thread starts. Every process started later is in the namespace too.
 pub fn enter_own_namespace() -> Result<(), EnterError> {
@@ -100,8 +101,8 @@ fn user_namespaces_off(error: Errno) -> EnterError {
 
 /// What a fresh namespace needs before it is used.
 fn prepare() -> Result<(), EnterError> {
-    // Without this every interface that goes up sends router solicitations and duplicate address probes. Only a
-    // matter of quiet, and absent on kernels without IPv6.
+    // Without this every interface that goes up sends router solicitations and duplicate address probes. Only
+    // a matter of quiet, and absent on kernels without IPv6.
     for scope in ["all", "default"] {
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1");
     }
@@ -113,7 +114,8 @@ fn refused(what: &'static str, error: Errno) -> EnterError {
     EnterError::Refused { what, source: error.into() }
 }
 
-/// A network namespace beside the one of the process. It goes when the handle and all processes in it are gone.
+/// A network namespace beside the one of the process. It goes when the handle and all processes in it are
+/// gone.
 ///
 /// The handle is a file descriptor; code runs in the namespace on threads that enter it. Needs CAP_SYS_ADMIN
 /// (root, or a process that went through [`enter_own_namespace`]).

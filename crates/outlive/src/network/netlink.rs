@@ -1,11 +1,10 @@
 //! The rtnetlink client: interfaces, addresses, routes.
 //!
-//! Requests are built with `netlink-packet-route`. Of the answers only the few fields below are read, directly
-//! from the bytes: a kernel newer than the crate adds attributes, and an attribute that we do not need must
-//! never make a request fail.
+//! Requests are built with `netlink-packet-route`. Of the answers only the few fields below are read,
+//! directly from the bytes: a kernel newer than the crate adds attributes, and an attribute that we do not
+//! need must never make a request fail.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -24,6 +23,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
+
+use crate::process;
 
 /// Longest interface name, without the closing zero (kernel: `IFNAMSIZ` - 1).
 const LONGEST_NAME: usize = 15;
@@ -166,8 +167,9 @@ impl Netlink {
     /// Makes a bridge that forwards from the first moment: no spanning tree, no forward delay, no multicast
     /// snooping.
     ///
-    /// The bridge gets a hardware address of its own. Without one it takes the lowest address of its ports, which
-    /// changes as taps come and go, and every guest that uses the bridge as a gateway would talk to nobody.
+    /// The bridge gets a hardware address of its own. Without one it takes the lowest address of its ports,
+    /// which changes as taps come and go, and every guest that uses the bridge as a gateway would talk to
+    /// nobody.
     pub fn create_bridge(&mut self, name: &str) -> Result<(), NetlinkError> {
         check_name(name)?;
         let what = format!("create bridge {name}");
@@ -502,12 +504,11 @@ fn check_name(name: &str) -> Result<(), NetlinkError> {
     if usable { Ok(()) } else { Err(NetlinkError::BadName { name: name.to_string() }) }
 }
 
-/// A random address, locally administered and not multicast. Random, because the bridges of two hosts may well
-/// be in one network.
+/// A random address, locally administered and not multicast. Random, because the bridges of two hosts may
+/// well be in one network.
 fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0x02, 0x6f, 0, 0, 0, 0];
-    File::open("/dev/urandom")?.read_exact(&mut mac[2..])?;
-    Ok(mac)
+    let [a, b, c, d] = process::random::<4>()?;
+    Ok([0x02, 0x6f, a, b, c, d])
 }
 
 fn text(bytes: &[u8]) -> String {
