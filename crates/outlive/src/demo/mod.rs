@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use outlive_machine::{Host, HostError};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
@@ -42,9 +43,11 @@ use self::cluster::{Cluster, Shape, WorkDir};
 use self::director::{Director, Play, Stop};
 pub use self::options::DemoOptions;
 use self::summary::Summary;
-use crate::exit;
+use crate::cli::parse_size;
 use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
+use crate::{check, exit};
 
+const TUN: &str = "/dev/net/tun";
 const BRIDGE: &str = "br0";
 /// The clients' address on the bridge, the VM's address, and the length of their common prefix.
 const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -56,15 +59,21 @@ const PORT: u16 = 6379;
 /// Why there was no demo, or none to its end. Each says in one line what to do about it.
 #[derive(Debug, Error)]
 pub enum DemoError {
-    /// A device file is missing or may not be used.
-    #[error("cannot use {path}: {source}; {remedy}")]
-    Device {
-        /// The device.
-        path: &'static str,
-        /// What the system said.
-        source: io::Error,
-        /// What to do.
-        remedy: &'static str,
+    /// KVM is missing or may not be used.
+    #[error(transparent)]
+    Kvm(#[from] HostError),
+    /// The device of which taps are made is missing or may not be used.
+    #[error("cannot open {TUN}: {0}; load the module (modprobe tun), run as root, or chmod 666 {TUN}")]
+    Tun(#[source] io::Error),
+    /// The VM would not fit.
+    #[error(
+        "the VM's {memory} are more than the {available_mib} MiB that this machine has free; give less with --memory"
+    )]
+    Memory {
+        /// As it was given.
+        memory: String,
+        /// Free memory of this machine.
+        available_mib: u64,
     },
     /// The network namespace could not be made.
     #[error(transparent)]
@@ -114,11 +123,7 @@ pub fn command(options: &DemoOptions) -> u8 {
 ///
 /// The machine or the options do not allow it. Nothing is left behind then.
 pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
-    check_device(
-        "/dev/kvm",
-        "switch virtualisation on in the firmware, load kvm_intel or kvm_amd, or join the group kvm",
-    )?;
-    check_device("/dev/net/tun", "load the module tun")?;
+    check_machine(options)?;
     check_json(options)?;
     let interrupt = watch_signals()?;
     enter_own_namespace()?;
@@ -180,10 +185,16 @@ fn play(options: &DemoOptions, seed: u64) -> Play {
     }
 }
 
-fn check_device(path: &'static str, remedy: &'static str) -> Result<(), DemoError> {
-    match File::options().read(true).write(true).open(path) {
-        Ok(_) => Ok(()),
-        Err(source) => Err(DemoError::Device { path, source, remedy }),
+/// What is missing is said before anything is made; the processes would find it out only later.
+fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
+    Host::open()?;
+    File::options().read(true).write(true).open(TUN).map_err(DemoError::Tun)?;
+    let memory = parse_size(&options.memory).unwrap_or(u64::MAX);
+    match check::available_memory_bytes() {
+        Some(available) if memory > available => {
+            Err(DemoError::Memory { memory: options.memory.clone(), available_mib: available >> 20 })
+        }
+        _ => Ok(()),
     }
 }
 
