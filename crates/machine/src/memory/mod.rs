@@ -9,6 +9,7 @@
 
 mod copy;
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use outlive_dirty::{Gfn, GlobalLog, RegionLog, Slot};
@@ -165,6 +166,34 @@ impl Ram {
         self.mapped.iter().flat_map(|m| (m.base..m.base + m.pages).map(Gfn))
     }
 
+    /// The GFNs of pages that have ever been touched, in ascending order. All others are zero, and have been since the
+    /// machine was made. Read from `/proc/self/pagemap`, where bit 63 says present and bit 62 swapped out (Linux,
+    /// Documentation/admin-guide/mm/pagemap.rst); 8 bytes a page, so a terabyte takes 2 GiB of reading and no fault.
+    ///
+    /// # Errors
+    /// The operating system's; then take [`gfns`](Self::gfns).
+    pub fn touched(&self) -> std::io::Result<Vec<Gfn>> {
+        const KNOWN: u64 = 0b11 << 62;
+        const CHUNK: u64 = 64 << 10;
+        let pagemap = std::fs::File::open("/proc/self/pagemap")?;
+        let mut entries = vec![0u8; CHUNK as usize * 8];
+        let mut touched = Vec::new();
+        for m in &self.mapped {
+            let first = m.host as u64 / PAGE_SIZE as u64;
+            for start in (0..m.pages).step_by(CHUNK as usize) {
+                let count = (m.pages - start).min(CHUNK);
+                let bytes = &mut entries[..count as usize * 8];
+                pagemap.read_exact_at(bytes, (first + start) * 8)?;
+                let (words, _) = bytes.as_chunks::<8>();
+                let known = |(i, word): (usize, &[u8; 8])| {
+                    (u64::from_ne_bytes(*word) & KNOWN != 0).then_some(Gfn(m.base + start + i as u64))
+                };
+                touched.extend(words.iter().enumerate().filter_map(known));
+            }
+        }
+        Ok(touched)
+    }
+
     /// Whether the guest has this page.
     pub fn contains(&self, gfn: Gfn) -> bool {
         self.host(gfn).is_some()
@@ -248,6 +277,20 @@ mod tests {
             ranges(4 << 30).unwrap(),
             [Range { base: 0, len: HOLE_START }, Range { base: HOLE_END, len: 1 << 30 }]
         );
+    }
+
+    #[test]
+    fn only_touched_pages_are_listed_as_touched() {
+        let ram = Ram::new(HOLE_START + (64 << 20), 64).unwrap();
+        let written = [0, 5, 255, 70_000, HOLE_START / 4096 - 1, HOLE_END / 4096, HOLE_END / 4096 + 16_383];
+        for gfn in written {
+            assert!(ram.write_page(Gfn(gfn), &[1; PAGE_SIZE]));
+        }
+        let touched = ram.touched().unwrap();
+        assert!(written.iter().all(|gfn| touched.contains(&Gfn(*gfn))));
+        // Huge pages may bring neighbours along, but not everything.
+        assert!(touched.len() <= written.len() * 512, "{}", touched.len());
+        assert!(touched.is_sorted());
     }
 
     #[test]

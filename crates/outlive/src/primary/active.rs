@@ -15,7 +15,7 @@ use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wa
 
 use super::base::Base;
 use super::control::{Control, Inbox};
-use super::stats::Totals;
+use super::stats::{Reporter, Totals};
 use crate::events::{Event, EventWriter};
 use crate::exit;
 use crate::link::{CheckpointPart, Job, SenderReport};
@@ -43,6 +43,8 @@ pub(crate) struct Active {
     pub(crate) totals: Arc<Totals>,
     /// Events.
     pub(crate) events: EventWriter,
+    /// Reports the counters; stopped before the last event is written.
+    pub(crate) reporter: Option<Reporter>,
 }
 
 /// The state of the loop.
@@ -212,7 +214,13 @@ impl Coordinator {
         active.totals.base_begins();
         active.machine.begin_base();
         active.machine.enable_tracking().map_err(|e| e.to_string())?;
-        let gfns: Vec<Gfn> = active.machine.ram().gfns().collect();
+        // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like every page that
+        // was never touched here.
+        let ram = active.machine.ram();
+        let gfns: Vec<Gfn> = ram.touched().unwrap_or_else(|error| {
+            tracing::warn!(%error, "sending untouched memory too");
+            ram.gfns().collect()
+        });
         let base = Base::new(link, gfns.len() as u64, active.events.clone());
         active.control.send(link, base.round(gfns, active.machine.ram()));
         Ok(base)
@@ -327,6 +335,7 @@ impl Coordinator {
         if let Some(net) = self.active.machine.net() {
             net.output().discard();
         }
+        self.active.reporter.take();
         self.active.events.emit(Event::Ended { reason, code: exit::FAILED.into() });
         exit::FAILED
     }
@@ -340,6 +349,7 @@ impl Coordinator {
             ExitReason::Ended(_) => tracing::info!("{reason}"),
             ExitReason::Fenced { .. } => eprintln!("outlive: {reason}"),
         }
+        self.active.reporter.take();
         self.active.events.emit(Event::Ended { reason: reason.to_string(), code });
         u8::try_from(code).unwrap_or(exit::FAILED)
     }

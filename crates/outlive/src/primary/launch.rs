@@ -92,10 +92,9 @@ pub(crate) fn launch(launch: Launch) -> u8 {
             }
         }
     }
-    let reporter = Reporter::start(totals.clone(), output, events.clone());
-    if let Err(error) = &reporter {
-        tracing::warn!(%error, "no statistics");
-    }
+    let reporter = Reporter::start(totals.clone(), output, events.clone())
+        .inspect_err(|error| tracing::warn!(%error, "no statistics"))
+        .ok();
     if let Some(reason) = stop {
         control.handle(PrimaryEvent::End { reason });
     }
@@ -107,6 +106,7 @@ pub(crate) fn launch(launch: Launch) -> u8 {
         staging_pages: options.max_dirty * 2,
         totals,
         events,
+        reporter,
     }
     .run()
 }
