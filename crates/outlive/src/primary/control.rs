@@ -12,7 +12,7 @@ use std::time::Duration;
 use outlive_epoch::{CheckpointFlags, Hello};
 use outlive_machine::Output;
 use outlive_pair::{
-    ClaimResult, ExitReason, Link, OutputMode, Primary, PrimaryAction as Action, PrimaryEvent as Event,
+    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryAction as Action, PrimaryEvent as Event,
     PrimaryNote as Note, PrimaryStatus, Wanted,
 };
 
@@ -140,17 +140,24 @@ impl Control {
         let mut state = self.lock();
         state.ship = None;
         self.step(&mut state, Event::Captured { end });
-        if let Some(output) = &self.output
-            && state.pair.output() == OutputMode::Hold
-        {
-            // Frames from here on belong to the epoch that begins.
-            let epoch = state.pair.epoch();
-            if let Err(error) = output.set_epoch(epoch) {
-                tracing::error!(%error, "output epoch");
-            }
+        let (link, number, flags) = state.ship.take()?;
+        if let Err(why) = self.begin_epoch(&state.pair) {
+            // Frames of the next epoch would not wait for their commit: this checkpoint must not become one that the
+            // standby can take over from.
+            self.step(&mut state, Event::LinkLost { link, why: LossReason::Local(why) });
+            return None;
         }
-        let generation = state.pair.generation();
-        state.ship.take().map(|(_, number, flags)| (generation, number, flags))
+        Some((state.pair.generation(), number, flags))
+    }
+
+    /// Frames from here on belong to the epoch that begins, and wait for its commit.
+    fn begin_epoch(&self, pair: &Primary) -> Result<(), String> {
+        let Some(output) = &self.output else { return Ok(()) };
+        output.set_epoch(pair.epoch()).map_err(|e| e.to_string())?;
+        match (pair.output(), output.mode()) {
+            (OutputMode::Hold, outlive_machine::OutputMode::Hold) => Ok(()),
+            (wanted, is) => Err(format!("output is in mode {is:?} and should be in mode {wanted:?}")),
+        }
     }
 
     /// What checkpoint is wanted next, and when the state machine wants to be asked again at the latest.
