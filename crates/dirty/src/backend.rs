@@ -92,7 +92,8 @@ impl Backend {
                 Err(error) => Backend::bitmap(format!("no ring: {error}")),
             },
         };
-        tracing::info!(backend = %chosen.kind, reason = chosen.reason, "dirty tracking");
+        // Not info: it comes before everything is known to be there, and an error then is to stand alone.
+        tracing::debug!(backend = %chosen.kind, reason = chosen.reason, "dirty tracking");
         Ok(chosen)
     }
 

@@ -5,12 +5,23 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 use outlive::cli::{Cli, Command};
-use outlive::{check, demo, primary, standby};
+use outlive::{check, demo, exit, primary, standby};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are no errors, and who says nothing at all gets the help.
+        Err(answer)
+            if !answer.use_stderr()
+                || answer.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            answer.exit()
+        }
+        Err(error) => return ExitCode::from(exit::usage(one_line(&error))),
+    };
     init_logs();
     let code = match cli.command {
         Command::Run(options) => primary::command(&options),
@@ -19,6 +30,15 @@ fn main() -> ExitCode {
         Command::Check(options) => check::command(&options),
     };
     ExitCode::from(code)
+}
+
+/// What is wrong with the command line and the hints to it, without the summary of all options.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Usage:"));
+    let lines: Vec<&str> = lines.take_while(|line| !line.starts_with("For more information")).collect();
+    let said = lines.join(" ");
+    format!("{}; --help shows what is possible", said.strip_prefix("error: ").unwrap_or(&said))
 }
 
 fn init_logs() {

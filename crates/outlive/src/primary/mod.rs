@@ -41,12 +41,13 @@ pub fn command(options: &RunOptions) -> u8 {
 fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let active = &options.active;
     check_memory(options.memory)?;
-    let arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
     let vm = VmId(process::random().map_err(no_random)?);
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
     let mut machine = make_machine(options, mac, queue.clone())?;
     machine.boot_payload(PAYLOAD, &payload_options(options)?).map_err(|e| e.to_string())?;
+    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
+    let arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
     let events = open_events(active.events.as_deref())?;
     let stop = queue.clone();
     process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
@@ -63,7 +64,8 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         net.go_live(false);
     }
     machine.resume();
-    tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, "VM started, unprotected");
+    let tracker = machine.tracker().kind();
+    tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, %tracker, "VM started, unprotected");
     let identity = Identity {
         vm,
         name: options.name.clone(),

@@ -55,8 +55,6 @@ enum StopTarget {
 }
 
 fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
-    let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
-    drop(arbiter);
     let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
     if let Some(net) = &options.net {
         copy::try_card(net)?;
@@ -64,6 +62,8 @@ fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     let listener = TcpListener::bind(&options.listen).map_err(|e| {
         format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
     })?;
+    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
+    drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
     let events = primary::open_events(options.active.events.as_deref())?;
     let (queue, inbox) = channel();
     let timing = Timing::new(options.active.dead_after);

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use tracing::{error, info};
+use tracing::{debug, error};
 use vm_memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -293,7 +293,7 @@ fn run<M: GuestMemory>(shared: &Shared<M>, epoll: &Epoll) {
             continue;
         }
         let Some(pass) = shared.gate.enter_unless(&shared.quit) else {
-            info!("the network device's thread ends");
+            debug!("the network device's thread ends");
             return;
         };
         let mut core = shared.core();
