@@ -1,27 +1,49 @@
 //! Format, clippy, documentation.
 
+use std::process::Command;
+
 use crate::run::{StepError, Workspace, step};
 
 /// The payload is no member of the workspace, so cargo does not come to it by itself.
 const PAYLOAD: &str = "guest/payload/Cargo.toml";
 
-/// Checks everything that needs no tests.
+/// Checks everything that needs no tests. All checks run, so that one run shows all there is to repair.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), StepError> {
-    step(&mut workspace.cargo(["fmt", "--all", "--check"]))?;
-    if workspace.root.join(PAYLOAD).exists() {
-        step(&mut workspace.cargo(["fmt", "--manifest-path", PAYLOAD, "--check"]))?;
+    let failed: Vec<String> = checks(workspace)
+        .iter_mut()
+        .filter_map(|check| step(check).err())
+        .map(|error| error.to_string())
+        .collect();
+    match failed.len() {
+        0 => Ok(()),
+        count => Err(StepError::Checks { count, failed: failed.join("\n  ") }),
     }
-    // The release profile shares build scripts and procedural macros with the tests.
-    let clippy = ["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    step(&mut workspace.cargo(clippy))?;
-    docs(workspace, false)
+}
+
+fn checks(workspace: &Workspace) -> Vec<Command> {
+    let mut payload_clippy = workspace.cargo(["clippy", "--release", "--manifest-path", PAYLOAD]);
+    payload_clippy.arg("--target-dir").arg(workspace.target.join("payload")).args(["--", "-D", "warnings"]);
+    vec![
+        workspace.cargo(["fmt", "--all", "--check"]),
+        workspace.cargo(["fmt", "--manifest-path", PAYLOAD, "--check"]),
+        // The release profile shares build scripts and procedural macros with the tests.
+        workspace.cargo(["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+        payload_clippy,
+        documentation(workspace),
+    ]
 }
 
 /// Builds the documentation; a broken link or a missing text is an error.
 pub(crate) fn docs(workspace: &Workspace, open: bool) -> Result<(), StepError> {
-    let mut doc = workspace.cargo(["doc", "--release", "--workspace", "--no-deps"]);
+    let mut doc = documentation(workspace);
     if open {
         doc.arg("--open");
     }
-    step(doc.env("RUSTDOCFLAGS", "-D warnings"))
+    step(&mut doc)
+}
+
+fn documentation(workspace: &Workspace) -> Command {
+    let mut doc = workspace.cargo(["doc", "--release", "--workspace", "--no-deps"]);
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    doc
 }

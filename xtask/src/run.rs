@@ -24,7 +24,7 @@ pub(crate) enum StepError {
         source: io::Error,
     },
     /// A program ran and failed; it has said why.
-    #[error("failed: {0}")]
+    #[error("{0} failed")]
     Failed(String),
     /// A file or directory could not be used.
     #[error("{path}: {source}")]
@@ -33,6 +33,14 @@ pub(crate) enum StepError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// Some of several checks failed.
+    #[error("{count} checks:\n  {failed}")]
+    Checks {
+        /// How many.
+        count: usize,
+        /// Which, one a line.
+        failed: String,
     },
     /// Tests failed; the summary has been printed.
     #[error("tests failed")]
