@@ -1,0 +1,107 @@
+//! The arbiter's directory is out of reach when it is needed: nobody goes on, everybody says why, and when it is back
+//! exactly one goes on.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use outlive::events::Event;
+
+use crate::support::{Process, Side, Witnesses, World, wait_until};
+
+/// How long it is looked at that nothing happens.
+const WATCH: Duration = Duration::from_millis(1200);
+
+fn away(world: &World) -> PathBuf {
+    world.dir().join("arbiter-away")
+}
+
+fn take_arbiter_away(world: &World) {
+    fs::rename(world.arbiter(), away(world)).unwrap();
+}
+
+fn bring_arbiter_back(world: &World) {
+    fs::rename(away(world), world.arbiter()).unwrap();
+}
+
+/// Waits until a host says that it cannot reach the arbiter, and checks that it says which one and what to do.
+fn wait_unreachable(world: &World, process: &mut Process) {
+    let event = process.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterUnreachable { .. }));
+    let Event::ArbiterUnreachable { why } = event else { unreachable!("the filter above") };
+    assert!(
+        why.contains(&*world.arbiter().to_string_lossy()) && why.contains("put it back"),
+        "neither directory nor remedy: {why}"
+    );
+    assert!(process.log().contains(&why), "the log does not say it");
+}
+
+/// Nobody runs the VM for anybody to see: no frame leaves a host, no request is answered.
+fn assert_silence(world: &World, witnesses: &Witnesses) {
+    let seen = || (world.frames_out(Side::A), world.frames_out(Side::B), witnesses.acked());
+    // What left before may still be on its way to the clients.
+    world.settled_frames_out(Side::A);
+    world.settled_frames_out(Side::B);
+    let before = seen();
+    std::thread::sleep(WATCH);
+    assert_eq!(seen(), before, "frames of both hosts, answers to the clients");
+}
+
+#[test]
+fn with_the_link_cut_and_no_arbiter_nobody_goes_on() {
+    let Some(world) = World::new() else { return };
+    let (mut primary, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    take_arbiter_away(&world);
+    // Nobody needs it yet.
+    witnesses.hear_all();
+    world.cut_link();
+    wait_unreachable(&world, &mut primary);
+    wait_unreachable(&world, &mut standby);
+    assert_silence(&world, &witnesses);
+    assert!(!primary.ended() && !standby.ended() && !standby.took_over());
+    assert!(!primary.has(|e| matches!(e, Event::Won { .. })));
+
+    bring_arbiter_back(&world);
+    witnesses.hear_all();
+    wait_until("one side gives up", || primary.ended() || standby.ended());
+    let loser = if primary.ended() { &mut primary } else { &mut standby };
+    assert_eq!(loser.wait_exit(), 3);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+#[test]
+fn with_the_primary_dead_and_no_arbiter_the_standby_waits() {
+    let Some(world) = World::new() else { return };
+    let (primary, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    take_arbiter_away(&world);
+    primary.kill();
+    wait_unreachable(&world, &mut standby);
+    assert_silence(&world, &witnesses);
+    assert!(!standby.took_over());
+
+    bring_arbiter_back(&world);
+    standby.wait_takeover();
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+#[test]
+fn with_the_standby_dead_and_no_arbiter_the_primary_waits() {
+    let Some(world) = World::new() else { return };
+    let (mut primary, standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    take_arbiter_away(&world);
+    standby.kill();
+    wait_unreachable(&world, &mut primary);
+    assert_silence(&world, &witnesses);
+    assert!(!primary.has(|e| matches!(e, Event::Won { .. })));
+
+    bring_arbiter_back(&world);
+    primary.wait_for("alone", |e| matches!(e, Event::Won { .. }));
+    witnesses.hear_all();
+    let _standby = world.standby(Side::B);
+    primary.wait_protected();
+    witnesses.finish(&world);
+}

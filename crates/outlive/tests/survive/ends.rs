@@ -1,0 +1,102 @@
+//! Orderly is not dead: what ends on purpose is followed, not taken over.
+
+use nix::sys::signal::Signal;
+use outlive::events::Event;
+
+use crate::support::{Client, Process, Side, Value, Witnesses, World};
+
+/// Both processes have ended in order, for this reason, and the standby has not run the VM.
+fn assert_followed(mut primary: Process, mut standby: Process, why: &str) {
+    for process in [&mut primary, &mut standby] {
+        assert_eq!(process.wait_exit(), 0);
+        let said = process
+            .has(|e| matches!(e, Event::Ended { reason, code: 0 } if reason.to_lowercase().contains(why)));
+        assert!(said, "no event says that it ended because '{why}'");
+        assert!(
+            !process.has(|e| matches!(e, Event::Takeover { .. } | Event::Won { .. } | Event::Lost { .. }))
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_ends_both_sides() {
+    let Some(world) = World::new() else { return };
+    let (primary, standby) = world.protected(Side::A);
+    let mut client = Client::connect(&world);
+    assert_eq!(client.ask("INCR n"), Ok(Value::Integer(1)));
+    client.send(&[b"SHUTDOWN"]).unwrap();
+    assert!(client.is_closed(), "the guest closes its connections before it goes");
+    assert_followed(primary, standby, "power");
+    assert_eq!(world.frames_out(Side::B), 0);
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_unprotected_ends_too() {
+    let Some(world) = World::new() else { return };
+    let mut primary = world.run_with(Side::A, &[]);
+    let mut client = Client::connect(&world);
+    client.send(&[b"SHUTDOWN"]).unwrap();
+    assert!(client.is_closed());
+    assert_eq!(primary.wait_exit(), 0);
+}
+
+#[test]
+fn a_planned_stop_ends_both_sides() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let Some(world) = World::new() else { return };
+        let (primary, standby) = world.protected(Side::A);
+        Client::connect(&world).ask("INCR n").unwrap();
+        primary.signal(signal);
+        assert_followed(primary, standby, "stop");
+    }
+}
+
+/// The guest's own death is the same on both hosts: a takeover would only repeat it.
+#[test]
+fn a_guest_that_panics_ends_both_sides() {
+    let Some(world) = World::new() else { return };
+    let (mut primary, mut standby) = world.protected(Side::A);
+    let mut client = Client::connect(&world);
+    client.send(&[b"DEBUG", b"PANIC"]).unwrap();
+    // The primary saw a failure; the standby has followed in order.
+    for (process, code) in [(&mut primary, 1), (&mut standby, 0)] {
+        assert_eq!(process.wait_exit(), code);
+        assert!(!process.took_over(), "a dead guest was taken over");
+        let said = process.has(|e| matches!(e, Event::Ended { reason, .. } if reason.contains("crash")));
+        assert!(said, "no event says that the guest crashed");
+    }
+    assert!(primary.log().contains("panic"), "the guest's last words are in the log");
+}
+
+#[test]
+fn a_standby_that_is_stopped_leaves_and_can_be_replaced() {
+    let Some(world) = World::new() else { return };
+    let (mut primary, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    for _ in 0..3 {
+        standby.signal(Signal::SIGTERM);
+        assert_eq!(standby.wait_exit(), 0);
+        assert!(!standby.took_over());
+        primary.wait_for("unprotected", |e| matches!(e, Event::Unprotected { .. }));
+        witnesses.hear_all();
+        standby = world.standby(Side::B);
+        primary.wait_protected();
+    }
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// After a takeover the stop must reach the VM, not the standby that it ran in before.
+#[test]
+fn a_planned_stop_after_a_takeover_ends_both_sides() {
+    let Some(world) = World::new() else { return };
+    let (primary, mut active) = world.protected(Side::A);
+    primary.kill();
+    active.wait_takeover();
+    let standby = world.standby(Side::A);
+    active.wait_protected();
+    active.signal(Signal::SIGTERM);
+    for mut process in [active, standby] {
+        assert_eq!(process.wait_exit(), 0);
+    }
+}

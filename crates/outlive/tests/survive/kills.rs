@@ -1,0 +1,102 @@
+//! SIGKILL, which is to a process what a power cut is to a host.
+
+use std::time::Duration;
+
+use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World};
+
+/// Takeovers of the long run; `OUTLIVE_TAKEOVERS` sets another number.
+const TAKEOVERS: u64 = 50;
+/// A kill comes at any moment of this time after the VM is protected.
+const SPAN: Duration = Duration::from_millis(300);
+
+/// The host that the VM runs on, and the one that protects it.
+struct Pair {
+    side: Side,
+    active: Process,
+    standby: Process,
+}
+
+impl Pair {
+    fn start(world: &World, options: &[&str]) -> Pair {
+        let (active, standby) = world.protected_with(Side::A, options);
+        Pair { side: Side::A, active, standby }
+    }
+
+    /// Kills the primary; the standby must take over and be protected by a new one in the dead one's place.
+    fn kill_primary(self, world: &World) -> Pair {
+        self.active.kill();
+        let mut active = self.standby;
+        active.wait_takeover();
+        let standby = world.standby(self.side);
+        active.wait_protected();
+        Pair { side: self.side.other(), active, standby }
+    }
+
+    /// Kills the standby; the VM must go on where it is.
+    fn kill_standby(mut self, world: &World) -> Pair {
+        self.standby.kill();
+        self.standby = world.standby(self.side.other());
+        self
+    }
+}
+
+#[test]
+fn the_vm_survives_fifty_kills_of_its_host() {
+    let Some(world) = World::new() else { return };
+    let mut dice = Dice::new();
+    let takeovers = std::env::var("OUTLIVE_TAKEOVERS").map_or(TAKEOVERS, |n| n.parse().unwrap());
+    let mut pair = Pair::start(&world, &[]);
+    let load = MemoryLoad::start(&world, 2000, 3000);
+    let witnesses = Witnesses::start(&world, 2);
+    for _ in 0..takeovers {
+        dice.sleep_below(SPAN);
+        pair = pair.kill_primary(&world);
+    }
+    witnesses.hear_all();
+    witnesses.finish(&world);
+    load.finish(&world);
+}
+
+#[test]
+fn the_vm_goes_on_when_its_standby_is_killed_at_any_moment() {
+    let Some(world) = World::new() else { return };
+    let mut dice = Dice::new();
+    let mut pair = Pair::start(&world, &[]);
+    // Enough memory in use that synchronising it takes a while.
+    let load = MemoryLoad::start(&world, 6000, 10_000);
+    let witnesses = Witnesses::start(&world, 2);
+    for round in 0..16 {
+        // Every other time it is killed whatever it is doing: not yet attached, in the middle of the base, protecting.
+        dice.sleep_below(SPAN * 2);
+        pair = pair.kill_standby(&world);
+        if round % 2 == 0 {
+            pair.active.wait_protected();
+        }
+        assert!(!pair.standby.took_over(), "a new standby ran the VM");
+    }
+    pair.active.wait_protected();
+    witnesses.hear_all();
+    witnesses.finish(&world);
+    load.finish(&world);
+}
+
+#[test]
+fn the_vm_survives_kills_of_both_hosts_in_turn() {
+    let Some(world) = World::new() else { return };
+    let mut dice = Dice::new();
+    let mut pair = Pair::start(&world, &["--vcpus", "2"]);
+    let load = MemoryLoad::start(&world, 2000, 3000);
+    let witnesses = Witnesses::start(&world, 2);
+    for _ in 0..8 {
+        dice.sleep_below(SPAN);
+        pair = pair.kill_standby(&world);
+        dice.sleep_below(SPAN);
+        pair = pair.kill_standby(&world);
+        pair.active.wait_protected();
+        dice.sleep_below(SPAN);
+        pair = pair.kill_primary(&world);
+    }
+    witnesses.hear_all();
+    witnesses.finish(&world);
+    load.finish(&world);
+}

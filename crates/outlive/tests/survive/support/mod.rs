@@ -1,0 +1,317 @@
+//! Two hosts, a client network and what is done to them.
+//!
+//! ```text
+//!            lan: br0 10.77.0.1/24 (clients)
+//!           to-a │               │ to-b
+//!             up │               │ up
+//!   host a: br0 ─┘               └─ br0 :host b
+//!           vm0 (tap)         (tap) vm0
+//!           link 10.99.0.1 ─────────── link 10.99.0.2
+//! ```
+//!
+//! Each of the three is a network namespace without a name, made on a thread. Hosts are processes of the program under
+//! test that end with their standard input, so nothing outlives a test, whatever way it ends. Waits are generous: this
+//! is about what happens, not about how fast.
+
+mod client;
+mod process;
+mod proxy;
+mod witness;
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use outlive::events::Event;
+use outlive::network::{EnterError, Namespace, Netlink};
+
+pub(crate) use client::{Client, Value};
+pub(crate) use process::Process;
+pub(crate) use proxy::{Proxy, Way};
+pub(crate) use witness::{MemoryLoad, Witnesses};
+
+/// How long anything may take before a test gives up.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_outlive");
+/// Where a standby listens.
+pub(crate) const PORT: u16 = 7000;
+
+const VM: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+const REDIS: u16 = 6379;
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    /// The other one.
+    pub(crate) fn other(self) -> Side {
+        match self {
+            Side::A => Side::B,
+            Side::B => Side::A,
+        }
+    }
+
+    fn letter(self) -> char {
+        match self {
+            Side::A => 'a',
+            Side::B => 'b',
+        }
+    }
+
+    /// Its address on the link between the hosts.
+    pub(crate) fn link_ip(self) -> Ipv4Addr {
+        match self {
+            Side::A => Ipv4Addr::new(10, 99, 0, 1),
+            Side::B => Ipv4Addr::new(10, 99, 0, 2),
+        }
+    }
+
+    /// Where its standby listens.
+    pub(crate) fn addr(self) -> SocketAddr {
+        SocketAddr::from((self.link_ip(), PORT))
+    }
+}
+
+/// The two hosts and the clients' network; see the module.
+pub(crate) struct World {
+    lan: Namespace,
+    hosts: [Namespace; 2],
+    started: AtomicU32,
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    /// `None`, after saying why, where no VM can run.
+    pub(crate) fn new() -> Option<World> {
+        if !has_kvm() {
+            return None;
+        }
+        let lan = namespace()?;
+        let hosts = [namespace()?, namespace()?];
+        let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
+        let world = World { lan, hosts, started: AtomicU32::new(0), dir };
+        fs::create_dir(world.arbiter()).unwrap();
+        world.cable();
+        Some(world)
+    }
+
+    fn cable(&self) {
+        self.lan(|| {
+            let mut netlink = Netlink::open().unwrap();
+            netlink.create_bridge("br0").unwrap();
+            netlink.add_address("br0", Ipv4Addr::new(10, 77, 0, 1), 24).unwrap();
+            for side in [Side::A, Side::B] {
+                let port = format!("to-{}", side.letter());
+                netlink.create_veth(&port, "up").unwrap();
+                netlink.move_to_namespace("up", self.host(side).as_fd()).unwrap();
+                netlink.attach(&port, "br0").unwrap();
+                netlink.set_up(&port).unwrap();
+            }
+            netlink.set_up("br0").unwrap();
+        });
+        self.on(Side::A, || {
+            let mut netlink = Netlink::open().unwrap();
+            netlink.create_veth("link", "far").unwrap();
+            netlink.move_to_namespace("far", self.host(Side::B).as_fd()).unwrap();
+        });
+        for (side, link) in [(Side::A, "link"), (Side::B, "far")] {
+            self.on(side, || {
+                let mut netlink = Netlink::open().unwrap();
+                netlink.create_bridge("br0").unwrap();
+                netlink.attach("up", "br0").unwrap();
+                netlink.set_up("up").unwrap();
+                netlink.set_up("br0").unwrap();
+                netlink.add_address(link, side.link_ip(), 24).unwrap();
+                netlink.set_up(link).unwrap();
+            });
+        }
+    }
+
+    fn host(&self, side: Side) -> &Namespace {
+        match side {
+            Side::A => &self.hosts[0],
+            Side::B => &self.hosts[1],
+        }
+    }
+
+    /// Runs something in the network of a host.
+    pub(crate) fn on<R: Send>(&self, side: Side, work: impl FnOnce() -> R + Send) -> R {
+        self.host(side).run(work).unwrap()
+    }
+
+    /// Runs something in the clients' network.
+    pub(crate) fn lan<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.lan.run(work).unwrap()
+    }
+
+    /// The folder of this world, which goes with it.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The arbiter's directory.
+    pub(crate) fn arbiter(&self) -> PathBuf {
+        self.dir().join("arbiter")
+    }
+
+    /// The VM's Redis server.
+    pub(crate) fn server(&self) -> SocketAddr {
+        SocketAddr::from((VM, REDIS))
+    }
+
+    /// Cuts the link between the hosts, by the interface of host a.
+    pub(crate) fn cut_link(&self) {
+        self.on(Side::A, || Netlink::open().unwrap().set_down("link").unwrap());
+    }
+
+    /// Mends the link.
+    pub(crate) fn mend_link(&self) {
+        self.on(Side::A, || Netlink::open().unwrap().set_up("link").unwrap());
+    }
+
+    /// Frames that the VM on a host has sent into the network so far. The port of the host's bridge counts them, and
+    /// nothing else sends there: neither the tap, which goes with its process, nor a bridge without an address.
+    pub(crate) fn frames_out(&self, side: Side) -> u64 {
+        let table = self.on(side, || fs::read_to_string("/proc/thread-self/net/dev").unwrap());
+        let line = table.lines().find_map(|l| l.trim().strip_prefix("up:")).expect("the port is there");
+        // Eight columns of what was received, then bytes and frames sent.
+        line.split_whitespace().nth(9).unwrap().parse().unwrap()
+    }
+
+    /// Like [`World::frames_out`], when the number has not changed for a while.
+    pub(crate) fn settled_frames_out(&self, side: Side) -> u64 {
+        let deadline = Instant::now() + PATIENCE;
+        let mut before = self.frames_out(side);
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = self.frames_out(side);
+            if now == before {
+                return now;
+            }
+            assert!(Instant::now() < deadline, "host {side:?} does not stop sending");
+            before = now;
+        }
+    }
+
+    /// `outlive run` on a host, with the other host as its standby.
+    pub(crate) fn run(&self, side: Side) -> Process {
+        self.run_with(side, &["--standby", &side.other().addr().to_string()])
+    }
+
+    /// `outlive run` on a host with these options.
+    pub(crate) fn run_with(&self, side: Side, options: &[&str]) -> Process {
+        let ip = format!("{VM}/24");
+        self.start(side, &["run"], options, &[("--memory", "64M"), ("--ip", &ip)])
+    }
+
+    /// `outlive standby` on a host; after a takeover it looks for its own standby on the other host.
+    pub(crate) fn standby(&self, side: Side) -> Process {
+        self.standby_with(side, &["--standby", &side.other().addr().to_string()])
+    }
+
+    /// `outlive standby` on a host with these options. It listens when this returns.
+    pub(crate) fn standby_with(&self, side: Side, options: &[&str]) -> Process {
+        let mut process = self.start(side, &["standby", "--listen", &side.addr().to_string()], options, &[]);
+        process.wait_for("listening", |e| matches!(e, Event::Listening { .. }));
+        process
+    }
+
+    /// Starts a process on a host; options that are not given get their usual value.
+    fn start(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let file = |kind| self.dir().join(format!("{number}-{}.{kind}", side.letter()));
+        let (events, log) = (file("events"), file("log"));
+        let arbiter = format!("file:{}", self.arbiter().display());
+        let always = [("--net", "tap=vm0,bridge=br0"), ("--arbiter", &arbiter)];
+        let mut process = Command::new(PROGRAM);
+        process.args(command).args(options).arg("--exit-with-stdin").arg("--events").arg(&events);
+        for (option, value) in usual.iter().chain(&always).filter(|(option, _)| !options.contains(option)) {
+            process.args([option, value]);
+        }
+        process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
+        let child = self.host(side).spawn(&mut process).unwrap();
+        Process::new(child, events, log)
+    }
+
+    /// A VM on host `side`, protected by the other host: the primary and its standby.
+    pub(crate) fn protected(&self, side: Side) -> (Process, Process) {
+        self.protected_with(side, &[])
+    }
+
+    /// The same with further options for `run`.
+    pub(crate) fn protected_with(&self, side: Side, options: &[&str]) -> (Process, Process) {
+        let there = side.other().addr().to_string();
+        let standby = self.standby(side.other());
+        let mut primary = self.run_with(side, &[&["--standby", &there], options].concat());
+        primary.wait_protected();
+        (primary, standby)
+    }
+}
+
+fn namespace() -> Option<Namespace> {
+    match Namespace::new() {
+        Ok(namespace) => Some(namespace),
+        Err(EnterError::Permission) => {
+            println!("skipped: network namespaces need root");
+            None
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// Whether VMs can run here; says so if not.
+pub(crate) fn has_kvm() -> bool {
+    let there = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        println!("skipped: no /dev/kvm");
+    }
+    there
+}
+
+/// Waits until something holds.
+pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited {} s for: {what}", PATIENCE.as_secs());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Random choices that can be repeated.
+pub(crate) struct Dice(u64);
+
+impl Dice {
+    /// Takes the seed from `OUTLIVE_SEED` or makes one; says which.
+    pub(crate) fn new() -> Dice {
+        let seed = std::env::var("OUTLIVE_SEED").ok().map(|s| s.parse().expect("OUTLIVE_SEED is a number"));
+        let seed = seed.unwrap_or_else(|| {
+            use std::hash::BuildHasher;
+            std::hash::RandomState::new().hash_one("seed") % 1_000_000
+        });
+        println!("seed {seed}: OUTLIVE_SEED={seed} repeats these choices");
+        Dice(seed)
+    }
+
+    /// A number below `end` (splitmix64).
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+
+    /// Sleeps for a time below `end`, to the microsecond.
+    pub(crate) fn sleep_below(&mut self, end: Duration) {
+        std::thread::sleep(Duration::from_micros(self.below(end.as_micros() as u64)));
+    }
+}

@@ -1,0 +1,147 @@
+//! One process of the program under test.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use outlive::events::{Event, Record};
+
+use super::PATIENCE;
+
+/// Killed and reaped when dropped. When a test fails, its log and events are shown.
+pub(crate) struct Process {
+    child: Child,
+    events: PathBuf,
+    log: PathBuf,
+    read: Option<File>,
+    /// The start of a line that is not whole yet.
+    rest: Vec<u8>,
+    records: Vec<Record>,
+    /// Events before this one were waited for.
+    next: usize,
+}
+
+impl Process {
+    pub(super) fn new(child: Child, events: PathBuf, log: PathBuf) -> Process {
+        Process { child, events, log, read: None, rest: Vec::new(), records: Vec::new(), next: 0 }
+    }
+
+    /// Its number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid() as i32), signal).unwrap();
+    }
+
+    /// SIGKILL, as a power cut would end it; gone when this returns.
+    pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    /// What it wrote to standard error so far.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// All events so far.
+    pub(crate) fn events(&mut self) -> impl Iterator<Item = &Event> {
+        if self.read.is_none() {
+            self.read = File::open(&self.events).ok();
+        }
+        if let Some(file) = &mut self.read {
+            file.read_to_end(&mut self.rest).unwrap();
+        }
+        if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
+            let lines: Vec<u8> = self.rest.drain(..=end).collect();
+            for line in lines.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+                self.records.push(serde_json::from_slice(line).expect("an event"));
+            }
+        }
+        self.records.iter().map(|r| &r.event)
+    }
+
+    /// Whether an event of this kind has happened.
+    pub(crate) fn has(&mut self, wanted: impl Fn(&Event) -> bool) -> bool {
+        self.events().any(wanted)
+    }
+
+    /// Waits for an event after those that were waited for before.
+    pub(crate) fn wait_for(&mut self, what: &str, wanted: impl Fn(&Event) -> bool) -> Event {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let next = self.next;
+            let found = self.events().enumerate().skip(next).find(|(_, e)| wanted(e));
+            if let Some((at, event)) = found.map(|(at, event)| (at, event.clone())) {
+                self.next = at + 1;
+                return event;
+            }
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("process {} ended ({status}) before it was {what}", self.pid());
+            }
+            assert!(Instant::now() < deadline, "process {} is not {what}", self.pid());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until its VM is protected (again).
+    pub(crate) fn wait_protected(&mut self) {
+        self.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
+    }
+
+    /// Waits until it has taken the VM over; returns the generation.
+    pub(crate) fn wait_takeover(&mut self) -> u64 {
+        match self.wait_for("the new primary", |e| matches!(e, Event::Takeover { .. })) {
+            Event::Takeover { generation, .. } => generation,
+            _ => unreachable!("the filter above"),
+        }
+    }
+
+    /// Whether it has taken the VM over.
+    pub(crate) fn took_over(&mut self) -> bool {
+        self.has(|e| matches!(e, Event::Takeover { .. }))
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Waits for its end and returns the exit code.
+    pub(crate) fn wait_exit(&mut self) -> i32 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code().unwrap_or_else(|| panic!("process {} ended by {status}", self.pid()));
+            }
+            assert!(Instant::now() < deadline, "process {} does not end", self.pid());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn end(&mut self) {
+        // Both fail only for a child that was reaped already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+        if std::thread::panicking() {
+            let events: Vec<String> = self
+                .events()
+                .filter(|e| !matches!(e, Event::Stats(_) | Event::BaseProgress { .. }))
+                .map(|e| format!("    {e:?}\n"))
+                .collect();
+            eprintln!("process {} said:\n{}{}", self.pid(), self.log(), events.concat());
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! A bad cable: stands between a primary and its standby and damages what goes through.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use super::{Side, World, wait_until};
+
+/// A direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    ToStandby,
+    ToPrimary,
+}
+
+/// What happens to the next piece that goes one way.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// One bit of it is turned over; the number picks which.
+    Flip(u64),
+    /// Some bytes of it are left out; the number picks where.
+    Shorten(u64),
+}
+
+#[derive(Default)]
+struct Shared {
+    fault: Mutex<Option<(Way, Fault)>>,
+    stalled: Mutex<Option<Way>>,
+}
+
+/// Lives on the host of the primary, which dials [`Proxy::addr`] instead of the standby.
+pub(crate) struct Proxy {
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    /// Starts on host `side` with the other host's standby behind it.
+    pub(crate) fn start(world: &World, side: Side) -> Proxy {
+        let listener = world.on(side, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+        let proxy = Proxy { addr: listener.local_addr().unwrap(), shared: Arc::default() };
+        let (shared, standby) = (proxy.shared.clone(), side.other().addr());
+        // The thread is in the host's network. It ends with the test's process, as it holds nothing of the test.
+        world.on(side, || {
+            thread::spawn(move || {
+                for primary in listener.incoming().flatten() {
+                    let Ok(standby) = TcpStream::connect(standby) else { continue };
+                    join(&shared, &primary, &standby);
+                }
+            })
+        });
+        proxy
+    }
+
+    /// What the primary dials.
+    pub(crate) fn addr(&self) -> String {
+        self.addr.to_string()
+    }
+
+    /// Turns one bit of the next piece over, once.
+    pub(crate) fn flip(&self, way: Way, place: u64) {
+        self.damage(way, Fault::Flip(place));
+    }
+
+    /// Leaves some bytes of the next piece out, once.
+    pub(crate) fn shorten(&self, way: Way, place: u64) {
+        self.damage(way, Fault::Shorten(place));
+    }
+
+    fn damage(&self, way: Way, fault: Fault) {
+        *self.shared.fault.lock().unwrap() = Some((way, fault));
+    }
+
+    /// Waits until the damage is done.
+    pub(crate) fn wait_done(&self) {
+        wait_until("the fault is made", || self.shared.fault.lock().unwrap().is_none());
+    }
+
+    /// Lets nothing more through one way, on all connections, until [`Proxy::flow`].
+    pub(crate) fn stall(&self, way: Way) {
+        *self.shared.stalled.lock().unwrap() = Some(way);
+    }
+
+    /// Lets everything through again.
+    pub(crate) fn flow(&self) {
+        *self.shared.stalled.lock().unwrap() = None;
+    }
+}
+
+fn join(shared: &Arc<Shared>, primary: &TcpStream, standby: &TcpStream) {
+    for (way, from, to) in [(Way::ToStandby, primary, standby), (Way::ToPrimary, standby, primary)] {
+        from.set_nodelay(true).unwrap();
+        let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+        let shared = shared.clone();
+        thread::spawn(move || {
+            carry(&shared, way, &from, &to);
+            // An end is passed on one way; the other way ends by itself.
+            to.shutdown(Shutdown::Write).ok();
+            from.shutdown(Shutdown::Read).ok();
+        });
+    }
+}
+
+fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) -> Option<()> {
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        let mut length = from.read(&mut buffer).ok().filter(|length| *length > 0)?;
+        while *shared.stalled.lock().unwrap() == Some(way) {
+            thread::sleep(Duration::from_millis(2));
+        }
+        if let Some((_, fault)) = shared.fault.lock().unwrap().take_if(|(damaged, _)| *damaged == way) {
+            length = damage(&mut buffer[..length], fault);
+        }
+        to.write_all(&buffer[..length]).ok()?;
+    }
+}
+
+/// Returns what is left of the length.
+fn damage(piece: &mut [u8], fault: Fault) -> usize {
+    let at = |place: u64, end: usize| (place % end as u64) as usize;
+    match fault {
+        Fault::Flip(place) => {
+            piece[at(place, piece.len())] ^= 1 << (place >> 32 & 7);
+            piece.len()
+        }
+        Fault::Shorten(place) => {
+            let start = at(place, piece.len());
+            let gone = at(place >> 32, piece.len() - start) + 1;
+            piece.copy_within(start + gone.., start);
+            piece.len() - gone
+        }
+    }
+}

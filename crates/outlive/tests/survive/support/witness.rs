@@ -1,0 +1,211 @@
+//! Clients that talk to the VM all the time and notice everything that is lost, doubled or broken.
+//!
+//! A *lasting* witness has one connection for its whole life, a *changing* one a new connection for each command. None
+//! ever repeats a command, so every answer has exactly one right value.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::{Client, Value, World, wait_until};
+
+/// Keys that a witness writes in turn.
+const SLOTS: u64 = 50;
+/// Rest between two rounds, so that some hundred requests a second leave the machine to others.
+const REST: Duration = Duration::from_millis(2);
+
+/// All witnesses of a test.
+pub(crate) struct Witnesses {
+    threads: Vec<(Arc<Shared>, Thread)>,
+}
+
+type Thread = JoinHandle<Result<Tally, String>>;
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    acked: AtomicU64,
+    gone: AtomicBool,
+}
+
+/// What a witness knows at its end.
+struct Tally {
+    name: String,
+    /// Value of its counter.
+    count: u64,
+    /// SETs that were acknowledged.
+    sets: u64,
+    longest: Duration,
+}
+
+impl Witnesses {
+    /// Starts witnesses: so many lasting ones and one changing.
+    pub(crate) fn start(world: &World, lasting: u64) -> Witnesses {
+        let server = world.server();
+        let mut threads = Vec::new();
+        for number in 0..=lasting {
+            let shared = Arc::new(Shared::default());
+            let mut witness = Witness {
+                server,
+                shared: shared.clone(),
+                tally: Tally { name: format!("w{number}"), count: 0, sets: 0, longest: Duration::ZERO },
+            };
+            // A thread stays in the network of the thread that started it.
+            let thread = world.lan(|| {
+                std::thread::spawn(move || {
+                    let result = if number == lasting { witness.changing() } else { witness.lasting() };
+                    witness.shared.gone.store(true, Ordering::Relaxed);
+                    let name = &witness.tally.name;
+                    result.map_err(|e| format!("{name} after {} increments: {e}", witness.tally.count))?;
+                    Ok(witness.tally)
+                })
+            });
+            threads.push((shared, thread));
+        }
+        let witnesses = Witnesses { threads };
+        witnesses.hear_all();
+        witnesses
+    }
+
+    /// Commands acknowledged so far, of each witness.
+    pub(crate) fn acked(&self) -> Vec<u64> {
+        self.threads.iter().map(|(shared, _)| shared.acked.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Waits until every one has been served anew.
+    pub(crate) fn hear_all(&self) {
+        let before = self.acked();
+        wait_until("every client is served", || {
+            let gone = self.threads.iter().any(|(shared, _)| shared.gone.load(Ordering::Relaxed));
+            // What it has to say comes with `finish`.
+            gone || self.acked().iter().zip(&before).all(|(now, before)| *now >= before + 2)
+        });
+    }
+
+    /// Ends them and reads everything back over one more connection. Panics about whatever is wrong.
+    pub(crate) fn finish(self, world: &World) {
+        self.threads.iter().for_each(|(shared, _)| shared.stop.store(true, Ordering::Relaxed));
+        let ends: Vec<_> = self.threads.into_iter().map(|(_, thread)| thread.join().unwrap()).collect();
+        let broken: Vec<&String> = ends.iter().filter_map(|end| end.as_ref().err()).collect();
+        assert!(broken.is_empty(), "{broken:#?}");
+        let mut client = Client::connect(world);
+        let (mut commands, mut longest) = (0, Duration::ZERO);
+        for tally in ends.into_iter().flatten() {
+            tally.read_back(&mut client).unwrap();
+            commands += tally.count + tally.sets;
+            longest = longest.max(tally.longest);
+        }
+        println!("{commands} writes, none lost, none doubled; longest wait {} ms", longest.as_millis());
+    }
+}
+
+struct Witness {
+    server: SocketAddr,
+    shared: Arc<Shared>,
+    tally: Tally,
+}
+
+impl Witness {
+    fn lasting(&mut self) -> Result<(), String> {
+        let mut client = Client::open(self.server)?;
+        let mut round = 0;
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            round += 1;
+            self.increment(&mut client)?;
+            let (key, value) = (self.tally.key(round), self.tally.value(round));
+            let reply = self.timed(&mut client, &format!("SET {key} {value}"))?;
+            expect(reply, Value::Status("OK".into()))?;
+            self.tally.sets = round;
+            if round % 4 == 0 {
+                let back = round.saturating_sub(round * 7 % SLOTS).max(1);
+                let reply = self.timed(&mut client, &format!("GET {}", self.tally.key(back)))?;
+                expect(reply, Value::Bulk(Some(self.tally.value(back).into_bytes())))?;
+            }
+            std::thread::sleep(REST);
+        }
+        Ok(())
+    }
+
+    fn changing(&mut self) -> Result<(), String> {
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            let mut client = Client::open(self.server)?;
+            self.increment(&mut client)?;
+            client.close()?;
+            std::thread::sleep(REST * 10);
+        }
+        Ok(())
+    }
+
+    fn increment(&mut self, client: &mut Client) -> Result<(), String> {
+        let due = self.tally.count + 1;
+        let reply = self.timed(client, &format!("INCR {}", self.tally.name))?;
+        expect(reply, Value::Integer(due as i64))?;
+        self.tally.count = due;
+        Ok(())
+    }
+
+    fn timed(&mut self, client: &mut Client, line: &str) -> Result<Value, String> {
+        let began = Instant::now();
+        let reply = client.ask(line)?;
+        self.tally.longest = self.tally.longest.max(began.elapsed());
+        self.shared.acked.fetch_add(1, Ordering::Relaxed);
+        Ok(reply)
+    }
+}
+
+impl Tally {
+    fn key(&self, round: u64) -> String {
+        format!("{}:{}", self.name, round % SLOTS)
+    }
+
+    fn value(&self, round: u64) -> String {
+        format!("{}-round-{round:09}", self.name)
+    }
+
+    fn read_back(&self, client: &mut Client) -> Result<(), String> {
+        let count = client.ask(&format!("GET {}", self.name))?;
+        expect(count, Value::Bulk(Some(self.count.to_string().into_bytes())))?;
+        for round in (self.sets.saturating_sub(SLOTS) + 1)..=self.sets {
+            let reply = client.ask(&format!("GET {}", self.key(round)))?;
+            expect(reply, Value::Bulk(Some(self.value(round).into_bytes())))?;
+        }
+        Ok(())
+    }
+}
+
+/// A load inside the VM that writes its memory all over, and knows afterwards what each page must hold.
+pub(crate) struct MemoryLoad;
+
+impl MemoryLoad {
+    /// So many pages at so many writes a second, half of them to a tenth of the pages.
+    pub(crate) fn start(world: &World, pages: u64, rate: u64) -> MemoryLoad {
+        let reply = Client::connect(world).ask(&format!("WORK SET {pages} 50 {rate}"));
+        assert_eq!(reply, Ok(Value::Status("OK".into())));
+        MemoryLoad
+    }
+
+    /// Has the VM compare all its pages. Panics if one is older than it should be, or a mix of two versions.
+    pub(crate) fn finish(self, world: &World) {
+        let mut client = Client::connect(world);
+        let reply = client.ask("WORK VERIFY").unwrap();
+        assert!(!matches!(reply, Value::Error(_)), "{reply:?}");
+        let Value::Array(fields) = client.ask("WORK STAT").unwrap() else { panic!("no statistics") };
+        let number = |name: &str| {
+            let at = fields.iter().position(|f| *f == Value::Bulk(Some(name.into())));
+            match at.map(|at| &fields[at + 1]) {
+                Some(Value::Integer(number)) => *number,
+                other => panic!("{name}: {other:?}"),
+            }
+        };
+        let (writes, checked) = (number("writes"), number("verified_pages"));
+        println!("{writes} memory writes, {checked} pages compared");
+        assert!(writes > 0 && checked > 0);
+        assert_eq!((number("stale_pages"), number("torn_pages")), (0, 0), "old pages, torn pages");
+    }
+}
+
+fn expect(found: Value, due: Value) -> Result<(), String> {
+    if found == due { Ok(()) } else { Err(format!("{found:?} came, {due:?} was due")) }
+}
