@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use outlive_dirty::{Choice, Gfn};
 use outlive_machine::state::{Kind, Section, StateError};
 use outlive_machine::{
-    After, CaptureReport, Host, HostError, InPause, Machine, MachineEvent, Options, PAGE_SIZE,
-    PayloadOptions, PowerRequest, RestoreError, Staging,
+    After, CaptureReport, InPause, Machine, MachineEvent, PAGE_SIZE, PowerRequest, RestoreError, Staging,
 };
 use support::{A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, TWO_COUNTERS, booted, host, machine};
 use vm_memory::{Bytes, GuestAddress};

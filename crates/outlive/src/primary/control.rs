@@ -12,8 +12,8 @@ use std::time::Duration;
 use outlive_epoch::{CheckpointFlags, Hello};
 use outlive_machine::Output;
 use outlive_pair::{
-    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryAction as Action, PrimaryEvent as Event,
-    PrimaryNote as Note, PrimaryStatus, Wanted,
+    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryAction as Action,
+    PrimaryEvent as Event, PrimaryNote as Note, PrimaryStatus, Wanted,
 };
 
 use crate::arbiter::{Claim, ClaimWorker};
