@@ -300,8 +300,9 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
     let time = parse_time(text)?;
-    if time < Duration::from_micros(100) || time > Duration::from_secs(10) {
-        return Err(format!("an interval of '{text}' is not possible: give 100us to 10s"));
+    // Output waits for the end of its epoch; beyond a second not even an address would be resolved.
+    if time < Duration::from_micros(100) || time > Duration::from_secs(1) {
+        return Err(format!("an interval of '{text}' is not possible: give 100us to 1s"));
     }
     Ok(time)
 }

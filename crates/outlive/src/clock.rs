@@ -1,20 +1,41 @@
 //! The time that the protocol's state machines are fed with.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Time since this process began to take part. It goes on while the process is stopped (CLOCK_MONOTONIC), which is what
-/// makes a stopped primary notice that it was away.
+use nix::time::{ClockId, clock_gettime};
+
+/// Time since this process began to take part. It goes on while the process is stopped and while the host sleeps
+/// (CLOCK_BOOTTIME), which is what makes a primary notice that it was away.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Clock(Instant);
+pub(crate) struct Clock(Duration);
 
 impl Clock {
     /// A clock that begins now.
     pub(crate) fn start() -> Self {
-        Self(Instant::now())
+        Self(boot_time())
     }
 
     /// The time since the start.
     pub(crate) fn now(&self) -> Duration {
-        self.0.elapsed()
+        boot_time().saturating_sub(self.0)
+    }
+}
+
+fn boot_time() -> Duration {
+    // The call can only fail for a clock that does not exist; Linux has this one since 2.6.39.
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME exists");
+    Duration::new(now.tv_sec() as u64, now.tv_nsec() as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_goes_on() {
+        let clock = Clock::start();
+        let before = clock.now();
+        std::thread::sleep(Duration::from_millis(3));
+        assert!(clock.now() >= before + Duration::from_millis(3));
     }
 }

@@ -7,7 +7,7 @@
 //! # How to drive them
 //!
 //! * `now` is the time since any fixed start, from a clock that does not stop while the process is stopped
-//!   (`CLOCK_MONOTONIC`). Read it *after* the event happened: after the read from the socket, not before it.
+//!   (`CLOCK_BOOTTIME`). Read it *after* the event happened: after the read from the socket, not before it.
 //! * Carry out the actions of one event in their order, before the next event is handed in. With several threads: hold
 //!   one lock over `handle` and the actions (the actions themselves only queue work for other threads).
 //! * Call `handle` with a `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as you like besides.

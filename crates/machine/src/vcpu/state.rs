@@ -275,8 +275,7 @@ fn restore_msrs(
         let msrs = Msrs::from_entries(chunk).map_err(|_| StateError::Field { field })?;
         let written = ioctl(Item::Msrs, fd.set_msrs(&msrs))?;
         if written == 0 {
-            // Some listed MSRs are read-only unless a feature is on. Their value is the host's own;
-            // one that differs would be a different machine, which the CPUID check refuses earlier.
+            // Some listed MSRs are read-only unless a feature is on; their value is the host's own.
             tracing::debug!(msr = format!("{:#x}", rest[0].index), "MSR not writable, left as it is");
             rest = &rest[1..];
         } else {

@@ -57,7 +57,7 @@ struct Coordinator {
     next_epoch: Instant,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
-    /// The VM cannot run here any more, but the standby has a whole one.
+    /// The VM cannot run here any more.
     wedged: bool,
 }
 
@@ -149,8 +149,7 @@ impl Coordinator {
 
     fn machine_event(&mut self, event: MachineEvent) {
         match event {
-            // The next checkpoint frees the log; it is due at once.
-            MachineEvent::DirtyLogFull => self.next_epoch = Instant::now(),
+            MachineEvent::DirtyLogFull => self.log_full(),
             MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
             MachineEvent::Power(PowerRequest::Reset) => self.end(EndReason::Reset),
             MachineEvent::Power(PowerRequest::Panic) => {
@@ -164,7 +163,22 @@ impl Coordinator {
         }
     }
 
+    /// KVM holds a vCPU until its dirty ring is emptied.
+    fn log_full(&mut self) {
+        // In an epoch the next checkpoint does it, and is due at once.
+        self.next_epoch = Instant::now();
+        // During base synchronisation the guest must not wait for the round that is being sent.
+        if let Some(base) = &mut self.base
+            && let Err(error) = self.active.machine.take_dirty(base.early())
+        {
+            self.capture_failed(&error);
+        }
+    }
+
     fn end(&mut self, reason: EndReason) {
+        if self.active.control.status() == PrimaryStatus::Arbitrating {
+            tracing::warn!("the end waits for the arbiter: another host may have this VM too");
+        }
         self.guest_over = true;
         self.active.machine.pause();
         self.active.control.handle(PrimaryEvent::End { reason });
@@ -207,11 +221,13 @@ impl Coordinator {
 
     fn prepare_base(&mut self, link: Link) -> Result<Base, String> {
         let active = &mut self.active;
-        self.free.clear();
-        for _ in 0..SLOTS {
-            self.free.push(Staging::new(active.staging_pages).map_err(|e| e.to_string())?);
-        }
         active.totals.base_begins();
+        self.free.clear();
+        let pages = active.staging_pages.min(active.machine.ram().pages() as usize);
+        super::check_staging(pages, SLOTS)?;
+        for _ in 0..SLOTS {
+            self.free.push(Staging::new(pages).map_err(|e| e.to_string())?);
+        }
         active.machine.begin_base();
         active.machine.enable_tracking().map_err(|e| e.to_string())?;
         // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like every page that
@@ -231,6 +247,8 @@ impl Coordinator {
         let Some(base) = self.base.as_mut().filter(|b| b.link() == link) else { return };
         let dirty = self.active.machine.tracker().pending();
         if base.is_last(dirty, self.active.staging_pages) {
+            // What was taken early has not been sent since, so it is part of what the final checkpoint carries.
+            base.early().drain(..).for_each(|gfn| self.active.machine.ram().log().mark(gfn));
             let (wanted, _) = self.active.control.wanted();
             if wanted == (Wanted::Base { link })
                 && let Err(error) = self.capture(None)
@@ -311,7 +329,7 @@ impl Coordinator {
     /// allows it (invariant 7).
     fn capture_failed(&mut self, error: &CaptureError) {
         tracing::error!("checkpoint failed: {error}");
-        if error.is_overrun() && self.active.control.status() == PrimaryStatus::Protected {
+        if error.is_overrun() {
             self.wedged = true;
             return;
         }
@@ -327,10 +345,10 @@ impl Coordinator {
         }
     }
 
-    /// KVM has lost writes of this VM and will not run it again; the last committed checkpoint is whole. This process ends
-    /// without a word on the link, so the standby takes over from there. Held output goes with it.
+    /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole: this process
+    /// ends without a word on the link, so the standby takes over from there. Held output goes with it.
     fn give_up(&mut self) -> u8 {
-        let reason = "dirty tracking was overrun: leaving the VM to its standby".to_owned();
+        let reason = "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one".to_owned();
         tracing::error!("{reason}");
         if let Some(net) = self.active.machine.net() {
             net.output().discard();

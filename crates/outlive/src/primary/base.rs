@@ -26,6 +26,8 @@ pub(crate) struct Base {
     bar: ProgressBar,
     events: EventWriter,
     reported: Instant,
+    /// Taken from the tracker before their round, because a dirty ring was full.
+    early: Vec<Gfn>,
 }
 
 impl Base {
@@ -39,7 +41,16 @@ impl Base {
             bar.set_style(style);
         }
         bar.set_message("1");
-        Self { link, round: 1, sent_pages: 0, total_pages, bar, events, reported: Instant::now() }
+        Self {
+            link,
+            round: 1,
+            sent_pages: 0,
+            total_pages,
+            bar,
+            events,
+            reported: Instant::now(),
+            early: Vec::new(),
+        }
     }
 
     /// The link that it goes over.
@@ -52,8 +63,16 @@ impl Base {
         Job::BaseRound { round: self.round, gfns, ram: ram.clone() }
     }
 
+    /// Where pages go that are taken while a round is still being sent. They belong to the next one.
+    pub(crate) fn early(&mut self) -> &mut Vec<Gfn> {
+        &mut self.early
+    }
+
     /// Goes on to the next round with the pages that became dirty during the last.
-    pub(crate) fn next_round(&mut self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+    pub(crate) fn next_round(&mut self, mut gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+        gfns.append(&mut self.early);
+        gfns.sort_unstable();
+        gfns.dedup();
         self.round += 1;
         self.bar.set_message(self.round.to_string());
         self.bar.inc_length(gfns.len() as u64);
@@ -63,7 +82,7 @@ impl Base {
     /// Whether the rest is to be sent with the VM stopped: it fits half of a staging buffer, or there were rounds enough.
     pub(crate) fn is_last(&self, dirty: usize, staging_pages: usize) -> bool {
         // In bitmap mode `dirty` counts the device models' pages alone, so at least two rounds are made.
-        self.round >= MAX_ROUNDS || self.round >= 2 && dirty <= staging_pages / 2
+        self.round >= MAX_ROUNDS || self.round >= 2 && dirty + self.early.len() <= staging_pages / 2
     }
 
     /// So many pages more are sent.

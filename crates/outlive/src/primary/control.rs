@@ -327,7 +327,9 @@ impl Control {
         } else {
             connection.sender.shutdown();
             // Joining the sender here could wait for a write; its thread ends by itself after the shutdown.
-            std::thread::spawn(move || drop(connection));
+            let closing = std::thread::Builder::new().name("close".into());
+            // Without a thread the connection is dropped with the closure, here; that is right, only slower.
+            closing.spawn(move || drop(connection)).ok();
         }
     }
 

@@ -128,6 +128,20 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     }
 }
 
+/// Refuses to start protection when its buffers would take more than half of what this host has left: the VM itself must
+/// not be the victim.
+fn check_staging(pages: usize, buffers: u64) -> Result<(), String> {
+    let bytes = pages as u64 * outlive_machine::PAGE_SIZE as u64 * buffers;
+    match check::available_memory_bytes() {
+        Some(available) if bytes > available / 2 => Err(format!(
+            "protection needs {} MiB for checkpoints on their way and this host has {} MiB available; lower --max-dirty",
+            bytes >> 20,
+            available >> 20
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Opens the event stream of an option.
 ///
 /// # Errors

@@ -87,6 +87,8 @@ struct State {
     claims: Option<ClaimWorker>,
     times: Option<Times>,
     taken_over: bool,
+    /// The refusal that was logged last.
+    last_refusal: String,
 }
 
 /// What the caller of [`Control::handle`] must do itself.
@@ -125,6 +127,7 @@ impl Control {
             claims: None,
             times: None,
             taken_over: false,
+            last_refusal: String::new(),
         };
         Arc::new(Self { state: Mutex::new(state), clock, host, options, inbox, events })
     }
@@ -297,7 +300,11 @@ impl Control {
     }
 
     fn refuse_locked(&self, state: &mut State, link: Link, code: RefuseCode, text: &str) {
-        tracing::warn!(?code, "a primary is refused: {text}");
+        // A primary asks five times a second.
+        if state.last_refusal != text {
+            tracing::warn!(?code, "a primary is refused: {text}");
+            text.clone_into(&mut state.last_refusal);
+        }
         on_peer(state, link, |p| {
             p.write(|encoder, out| encoder.refuse(out, code, text));
             p.socket.shutdown(Shutdown::Write).ok();

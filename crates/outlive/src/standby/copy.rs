@@ -9,6 +9,7 @@ use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
 use outlive_machine::{Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
 
+use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::primary::{self, Identity, Inbox};
 use crate::process;
@@ -33,6 +34,9 @@ pub(super) struct VmCopy {
     kept: Vec<Kept>,
     queue: Sender<Inbox>,
     inbox: Receiver<Inbox>,
+    /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place later is
+    /// noticed.
+    arbiter: Box<dyn Arbiter>,
 }
 
 /// A copy taken apart for the takeover.
@@ -41,6 +45,7 @@ pub(super) struct CopyParts {
     pub(super) queue: Sender<Inbox>,
     pub(super) inbox: Receiver<Inbox>,
     pub(super) identity: Identity,
+    pub(super) arbiter: Box<dyn Arbiter>,
 }
 
 /// Checks at start that the card can be made, so that a wrong name is told at once and not at the first primary.
@@ -60,6 +65,7 @@ impl VmCopy {
         hello: &Hello,
         host: &Arc<Host>,
         options: &StandbyOptions,
+        arbiter: Box<dyn Arbiter>,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello, options).map_err(refuse)?;
@@ -96,10 +102,13 @@ impl VmCopy {
             ram,
             hello: hello.clone(),
             constants: Vec::new(),
-            state: Vec::with_capacity(hello.limits.max_state_bytes as usize),
+            state: Vec::with_capacity(
+                hello.limits.max_state_bytes.min(super::listen::MAX_STATE_BYTES) as usize
+            ),
             kept: Vec::with_capacity(64),
             queue,
             inbox,
+            arbiter,
         })
     }
 
@@ -117,6 +126,19 @@ impl VmCopy {
         let (sections, constants) = split(checkpoint)?;
         let known = if constants.is_empty() { &self.constants } else { &constants };
         self.machine.check_sections(known, &sections).map_err(|e| e.to_string())
+    }
+
+    /// Puts the machine into a checkpoint's state for trial, before it is acknowledged: CPUID, TSC frequency, MSRs and
+    /// devices that this host cannot give must be found while the primary still lives, not after the generation is won.
+    /// The machine does not run, and the takeover restores it again.
+    ///
+    /// # Errors
+    /// What this host cannot do.
+    pub(super) fn try_restore(&mut self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
+        let (sections, constants) = split(checkpoint)?;
+        self.machine
+            .restore(&constants, &sections)
+            .map_err(|e| format!("this host cannot resume the VM: {e}"))
     }
 
     /// Keeps the state of a committed checkpoint. Its pages are applied with [`apply_pages`].
@@ -166,13 +188,14 @@ impl VmCopy {
     pub(super) fn into_parts(self, generation: u64, checkpoint: u64) -> CopyParts {
         let identity = Identity {
             vm: self.hello.vm,
-            name: self.hello.name,
+            name: self.hello.name.clone(),
             vcpus: self.hello.vcpus as u8,
             mac: self.hello.mac.map(MacAddr),
             generation,
             checkpoint,
         };
-        CopyParts { machine: self.machine, queue: self.queue, inbox: self.inbox, identity }
+        let Self { machine, queue, inbox, arbiter, .. } = self;
+        CopyParts { machine, queue, inbox, identity, arbiter }
     }
 }
 

@@ -3,11 +3,11 @@
 //! Every connection has a thread of its own until it is accepted or refused, so that nobody who connects and says nothing
 //! keeps the primary out; their number is bounded.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use outlive_epoch::{
     Hello, Message, Peer, ReadError, RefuseCode, SectionReader, Staging, StagingLimits, WireError,
@@ -17,14 +17,15 @@ use outlive_pair::{Introduction, Link};
 use super::control::Control;
 use super::copy::VmCopy;
 use super::session::Session;
-use crate::{arbiter, link};
+use crate::arbiter::{self, Arbiter};
+use crate::link;
 
 /// Connections that may be heard at the same time. One is the primary's.
-const MAX_HEARD: usize = 16;
-/// How long a connection may take to introduce itself.
+const MAX_HEARD: usize = 64;
+/// How long a connection may take to introduce itself, from its first byte to its last.
 const INTRODUCTION: Duration = Duration::from_secs(2);
 /// State bytes of a checkpoint that a primary may ask room for.
-const MAX_STATE_BYTES: u32 = 16 << 20;
+pub(super) const MAX_STATE_BYTES: u32 = 16 << 20;
 /// State sections of a checkpoint: constants and registers of 8 vCPUs, the VM, and devices.
 const MAX_STATE_SECTIONS: u32 = 64;
 
@@ -43,6 +44,7 @@ pub(super) fn start(listener: TcpListener, control: Arc<Control>) -> io::Result<
 fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
     let heard = Arc::new(AtomicUsize::new(0));
     let numbers = AtomicU64::new(0);
+    let seldom = Arc::new(Seldom::default());
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -55,14 +57,16 @@ fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
         };
         if heard.fetch_add(1, Ordering::AcqRel) >= MAX_HEARD {
             heard.fetch_sub(1, Ordering::AcqRel);
-            tracing::warn!(from = link::peer(&stream), "too many connections, one is dropped");
+            if seldom.allows() {
+                tracing::warn!(from = link::peer(&stream), "too many connections, some are dropped");
+            }
             continue;
         }
         let number = Link(numbers.fetch_add(1, Ordering::Relaxed));
-        let (control, count) = (control.clone(), heard.clone());
+        let (control, count, seldom) = (control.clone(), heard.clone(), seldom.clone());
         let started = std::thread::Builder::new().name("session".into()).spawn(move || {
             outlive_machine::block_all_signals(false);
-            serve(&control, stream, number);
+            serve(&control, stream, number, &seldom);
             control.disconnect(number);
             count.fetch_sub(1, Ordering::AcqRel);
         });
@@ -73,10 +77,9 @@ fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
     }
 }
 
-fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link) {
+fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &Seldom) {
     let from = link::peer(&stream);
     let prepared = link::prepare(&stream)
-        .and_then(|()| stream.set_read_timeout(Some(INTRODUCTION)))
         .and_then(|()| stream.try_clone())
         .and_then(|writer| control.connect(number, writer));
     if let Err(error) = prepared {
@@ -87,7 +90,9 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link) {
     let hello = match introduction(&mut reader, &mut stream) {
         Ok(hello) => hello,
         Err(error) => {
-            tracing::warn!(from, "not a primary: {error}");
+            if seldom.allows() {
+                tracing::warn!(from, "not a primary: {error}");
+            }
             match error {
                 // To a stranger nothing is said.
                 ReadError::Wire(WireError::NotOutlive { .. }) | ReadError::Io(_) | ReadError::Closed => {}
@@ -110,8 +115,9 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link) {
 }
 
 fn introduction(reader: &mut SectionReader, stream: &mut TcpStream) -> Result<Hello, ReadError> {
-    reader.read_preface(stream)?;
-    let section = reader.read_section(stream)?;
+    let mut stream = Until { stream, deadline: Instant::now() + INTRODUCTION };
+    reader.read_preface(&mut stream)?;
+    let section = reader.read_section(&mut stream)?;
     let kind = section.kind();
     match Message::parse(&section)? {
         Message::Hello(hello) => Ok(hello),
@@ -121,6 +127,38 @@ fn introduction(reader: &mut SectionReader, stream: &mut TcpStream) -> Result<He
             value: 0,
         }
         .into()),
+    }
+}
+
+/// A stream that can be read until a moment, however slowly the bytes come.
+struct Until<'a> {
+    stream: &'a mut TcpStream,
+    deadline: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(to)
+    }
+}
+
+/// Lets a line into the log once a second: whoever connects must not be able to fill the disk.
+#[derive(Default)]
+struct Seldom(Mutex<Option<Instant>>);
+
+impl Seldom {
+    fn allows(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let allows = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
+        if allows {
+            *last = Some(Instant::now());
+        }
+        allows
     }
 }
 
@@ -138,8 +176,8 @@ fn admit(
         dead_after: Duration::from_micros(hello.dead_after_us),
     };
     control.would_accept(&introduction)?;
-    same_arbiter(control, hello)?;
-    let copy = VmCopy::new(hello, &control.host, &control.options)?;
+    let arbiter = same_arbiter(control, hello)?;
+    let copy = VmCopy::new(hello, &control.host, &control.options, arbiter)?;
     let ram = copy.ram();
     let refuse = |text: String| (RefuseCode::Resources, text);
     let limits = StagingLimits {
@@ -159,11 +197,11 @@ fn admit(
 
 /// Two hosts that were given different directories would both win every generation. The primary has won its own at the
 /// arbiter before it dialled, so this side must find it there.
-fn same_arbiter(control: &Control, hello: &Hello) -> Result<(), Refusal> {
+fn same_arbiter(control: &Control, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
     let spec = &control.options.arbiter;
     let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;
     match here.highest(&arbiter::VmId(hello.vm.0)) {
-        Ok(Some(highest)) if highest == hello.generation => Ok(()),
+        Ok(Some(highest)) if highest == hello.generation => Ok(here),
         Ok(Some(highest)) if highest > hello.generation => Err((
             RefuseCode::StaleGeneration,
             format!("generation {} is out of date: the arbiter knows generation {highest}", hello.generation),

@@ -26,7 +26,7 @@ use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter, Role};
-use crate::primary::{self, Launch};
+use crate::primary;
 use crate::{exit, process};
 use control::{Control, Inbox};
 
@@ -113,7 +113,13 @@ impl Waiting {
                 let mut target = self.stop_to.lock().unwrap_or_else(PoisonError::into_inner);
                 *target = StopTarget::Primary(launching.queue.clone());
                 drop(target);
-                self.run_primary(launching)
+                // A stop that came while the VM was being resumed.
+                for message in self.inbox.try_iter() {
+                    if let Inbox::Stop(why) = message {
+                        launching.queue.send(primary::Inbox::Stop(why)).ok();
+                    }
+                }
+                primary::launch(launching)
             }
             Err(why) => {
                 // The generation is won and cannot be given back: nobody else may run this VM now, so say so loudly.
@@ -122,10 +128,6 @@ impl Waiting {
                 exit::FAILED
             }
         }
-    }
-
-    fn run_primary(self, launching: Launch) -> u8 {
-        primary::launch(launching)
     }
 
     fn exit(&self, reason: &StandbyExit) -> u8 {

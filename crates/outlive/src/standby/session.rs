@@ -108,6 +108,10 @@ impl Session {
         let Some(checkpoint) = self.staging.checkpoint() else { return Err(End::Known) };
         let number = checkpoint.number();
         self.control.with_copy(|copy| copy.check_state(&checkpoint)).ok_or(End::Known)?.map_err(End::Bad)?;
+        if checkpoint.flags().base_final {
+            let tried = self.control.with_copy(|copy| copy.try_restore(&checkpoint));
+            tried.ok_or(End::Known)?.map_err(End::Bad)?;
+        }
         let left = self.control.handle(Event::Staged {
             link,
             checkpoint: number,

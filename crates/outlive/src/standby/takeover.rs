@@ -10,7 +10,6 @@ use std::time::Instant;
 use outlive_epoch::EndReason;
 
 use super::control::{Control, TakeOverOrder};
-use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::events::{Event, EventWriter};
 use crate::primary::Launch;
@@ -64,16 +63,12 @@ pub(super) fn take_over(
         "TAKEN OVER: the VM runs here, unprotected"
     );
     let parts = copy.into_parts(generation, checkpoint);
-    let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string());
-    if let Err(why) = &arbiter {
-        tracing::error!("the arbiter is not reachable, so the VM cannot be protected again: {why}");
-    }
     Ok(Launch {
         machine: parts.machine,
         queue: parts.queue,
         inbox: parts.inbox,
         identity: parts.identity,
-        arbiter: arbiter.ok(),
+        arbiter: Some(parts.arbiter),
         options: options.active.clone(),
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),

@@ -187,10 +187,12 @@ impl Output {
     }
 
     /// Sends a frame that carries nothing of the guest's state (an announcement of its address), held by no
-    /// epoch. Returns whether the output was allowed to speak.
+    /// epoch. Returns whether the output was allowed to speak: only while it passes frames through. A
+    /// protected VM may have lost its place without knowing it yet, and an announcement would pull its address
+    /// away from the host where it runs.
     pub fn announce(&self, frame: &[u8]) -> bool {
         let ring = self.ring();
-        let may = ring.mode != OutputMode::Discard;
+        let may = ring.mode == OutputMode::PassThrough;
         if may {
             // An announcement lost on the wire is repeated by its schedule.
             let _ = self.sink.send(frame);

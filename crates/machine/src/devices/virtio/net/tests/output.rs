@@ -161,12 +161,14 @@ fn epochs_do_not_go_back_under_held_frames() {
 }
 
 #[test]
-fn announcements_do_not_wait() {
+fn only_a_vm_that_nobody_can_replace_announces_itself() {
     let (output, sink) = holding();
     push(&output, 1);
+    assert!(!output.announce(&frame(99, 60)));
+    assert!(numbers(&sink).is_empty());
+    output.pass_through();
     assert!(output.announce(&frame(99, 60)));
-    assert_eq!(numbers(&sink), [99]);
-    assert_eq!(output.stats().released_frames, 0);
+    assert_eq!(numbers(&sink), [1, 99]);
 }
 
 #[test]
