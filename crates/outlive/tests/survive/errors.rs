@@ -105,7 +105,7 @@ fn wrong_options() {
         ("run --memory -1", &["-1"]),
         ("run --vcpus 0", &["--vcpus", "1..=8"]),
         ("run --vcpus 9", &["--vcpus", "1..=8"]),
-        ("run --interval 1us", &["--interval", "100us to 10s"]),
+        ("run --interval 1us", &["--interval", "give 100us"]),
         ("run --interval soon", &["soon", "1ms"]),
         ("run --dead-after 1ms", &["20ms to 60s"]),
         ("run --max-dirty 1", &["--max-dirty", "16..=262144"]),
@@ -209,7 +209,9 @@ fn no_kvm_and_no_tun() {
                 lose_device(device, folder.path());
                 command.output()
             });
-            // Something that is not the device that it should be.
+        }
+        // Something that is not the device that it should be.
+        for line in [run, standby] {
             stage.refuses_in(line, &[name], |command| {
                 private_mounts();
                 cover(Path::new("/dev/null"), &Path::new("/dev").join(device));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{Dice, Process, Side, Witnesses, World, wait_until};
+use crate::support::{Dice, Process, Proxy, Side, Way, Witnesses, World, wait_until};
 
 /// The one that was given up must end with code 3 and say to whom it lost.
 fn assert_fenced(loser: &mut Process, generation: u64, winner: u32) {
@@ -64,6 +64,37 @@ fn a_primary_that_was_stopped_until_the_takeover_lets_no_frame_out() {
 #[test]
 fn nor_does_one_that_was_stopped_with_much_output_held() {
     old_primaries_stay_silent("30ms", 5);
+}
+
+/// Acknowledgements come while the process cannot read them. When it goes on it finds them, together with the output that
+/// they would have released in time.
+#[test]
+fn acknowledgements_found_after_a_stop_release_nothing() {
+    let Some(world) = World::new() else { return };
+    let proxies = [Proxy::start(&world, Side::A), Proxy::start(&world, Side::B)];
+    let mut side = Side::A;
+    let mut standby = world.standby_with(Side::B, &["--standby", &proxies[1].addr()]);
+    let mut active = world.run_with(Side::A, &["--standby", &proxies[0].addr()]);
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 4);
+    for round in 0..4 {
+        let here = &proxies[round % 2];
+        here.stall(Way::ToPrimary);
+        std::thread::sleep(Duration::from_millis(30));
+        active.signal(Signal::SIGSTOP);
+        here.flow();
+        let generation = standby.wait_takeover();
+        witnesses.hear_all();
+        let before = world.settled_frames_out(side);
+        active.signal(Signal::SIGCONT);
+        assert_fenced(&mut active, generation, standby.pid());
+        assert_eq!(world.settled_frames_out(side), before, "the old primary let frames out");
+        active = standby;
+        standby = world.standby_with(side, &["--standby", &here.addr()]);
+        side = side.other();
+        active.wait_protected();
+    }
+    witnesses.finish(&world);
 }
 
 fn losses(process: &mut Process) -> usize {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World};
+use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World, wait_until};
 
 /// Takeovers of the long run; `OUTLIVE_TAKEOVERS` sets another number.
 const TAKEOVERS: u64 = 50;
@@ -20,6 +20,11 @@ impl Pair {
     fn start(world: &World, options: &[&str]) -> Pair {
         let (active, standby) = world.protected_with(Side::A, options);
         Pair { side: Side::A, active, standby }
+    }
+
+    /// Waits until the standby that is there now could take over; the primary may still speak of the one before it.
+    fn wait_protected(&self) {
+        wait_until("the standby has the base", || self.standby.log().contains("this standby can take over"));
     }
 
     /// Kills the primary; the standby must take over and be protected by a new one in the dead one's place.
@@ -70,11 +75,11 @@ fn the_vm_goes_on_when_its_standby_is_killed_at_any_moment() {
         dice.sleep_below(SPAN * 2);
         pair = pair.kill_standby(&world);
         if round % 2 == 0 {
-            pair.active.wait_protected();
+            pair.wait_protected();
         }
         assert!(!pair.standby.took_over(), "a new standby ran the VM");
     }
-    pair.active.wait_protected();
+    pair.wait_protected();
     witnesses.hear_all();
     witnesses.finish(&world);
     load.finish(&world);
@@ -92,7 +97,7 @@ fn the_vm_survives_kills_of_both_hosts_in_turn() {
         pair = pair.kill_standby(&world);
         dice.sleep_below(SPAN);
         pair = pair.kill_standby(&world);
-        pair.active.wait_protected();
+        pair.wait_protected();
         dice.sleep_below(SPAN);
         pair = pair.kill_primary(&world);
     }

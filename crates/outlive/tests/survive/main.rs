@@ -11,6 +11,7 @@ mod errors;
 mod freeze;
 mod kills;
 mod link;
+mod output;
 mod redis;
 mod refusals;
 mod support;

@@ -15,6 +15,9 @@ use crate::support::{
     Client, Dice, PATIENCE, Process, Proxy, Side, Value, Way, Witnesses, World, wait_until,
 };
 
+/// Strangers at once, more than a standby listens to.
+const CROWD: usize = 100;
+
 /// Nothing has happened to the protection of the VM.
 fn assert_undisturbed(primary: &mut Process, standby: &mut Process) {
     for process in [primary, standby] {
@@ -148,11 +151,19 @@ fn strangers_at_the_standbys_port_disturb_nobody() {
     drop(stream.write_all(&[&Preface::CURRENT.encode()[..], &noise].concat()));
     until_closed(stream);
     // More than it listens to at once, and none of them says a word.
-    let silent: Vec<TcpStream> = (0..40).map(|_| knock(&world)).collect();
+    let silent: Vec<TcpStream> = (0..CROWD).map(|_| knock(&world)).collect();
     witnesses.hear_all();
     silent.into_iter().for_each(|stream| assert!(until_closed(stream).is_empty()));
-    wait_until("the standby complains", || standby.log().matches("not a primary").count() >= 6);
-    assert!(standby.log().contains("too many connections"));
+    // Of many complaints about the same it may keep some to itself.
+    for complaint in [
+        "not a primary",
+        "does not speak the Outlive protocol",
+        "ended inside",
+        "preface checksum",
+        "section marker",
+    ] {
+        assert!(standby.log().contains(complaint), "the standby does not complain: {complaint}");
+    }
     assert_undisturbed(&mut primary, &mut standby);
     witnesses.finish(&world);
 }
@@ -161,7 +172,7 @@ fn strangers_at_the_standbys_port_disturb_nobody() {
 fn a_primary_gets_through_a_crowd_of_strangers() {
     let Some(world) = World::new() else { return };
     let _standby = world.standby(Side::B);
-    let crowd: Vec<TcpStream> = (0..40).map(|_| knock(&world)).collect();
+    let crowd: Vec<TcpStream> = (0..CROWD).map(|_| knock(&world)).collect();
     let mut primary = world.run(Side::A);
     primary.wait_protected();
     drop(crowd);

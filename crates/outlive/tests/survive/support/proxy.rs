@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -28,6 +29,8 @@ enum Fault {
 struct Shared {
     fault: Mutex<Option<(Way, Fault)>>,
     stalled: Mutex<Option<Way>>,
+    /// How often everything was cut.
+    cuts: AtomicU64,
 }
 
 /// Lives on the host of the primary, which dials [`Proxy::addr`] instead of the standby.
@@ -83,6 +86,11 @@ impl Proxy {
         *self.shared.stalled.lock().unwrap() = Some(way);
     }
 
+    /// Ends the connections that are stalled; what was held back is lost.
+    pub(crate) fn cut(&self) {
+        self.shared.cuts.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Lets everything through again.
     pub(crate) fn flow(&self) {
         *self.shared.stalled.lock().unwrap() = None;
@@ -105,10 +113,12 @@ fn join(shared: &Arc<Shared>, primary: &TcpStream, standby: &TcpStream) {
 
 fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) -> Option<()> {
     let mut buffer = vec![0; 256 << 10];
+    let cuts = shared.cuts.load(Ordering::Relaxed);
     loop {
         let mut length = from.read(&mut buffer).ok().filter(|length| *length > 0)?;
         while *shared.stalled.lock().unwrap() == Some(way) {
             thread::sleep(Duration::from_millis(2));
+            (shared.cuts.load(Ordering::Relaxed) == cuts).then_some(())?;
         }
         if let Some((_, fault)) = shared.fault.lock().unwrap().take_if(|(damaged, _)| *damaged == way) {
             length = damage(&mut buffer[..length], fault);
