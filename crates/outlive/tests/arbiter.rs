@@ -182,9 +182,9 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
     assert_eq!(loser(arbiter.claim(&VM, 1, "standby")), "primary");
     // Another VM is another matter.
     assert_eq!(arbiter.claim(&OTHER_VM, 1, "standby"), Claim::Won);
-    assert_eq!(arbiter.claim(&OTHER_VM, 12, "standby"), Claim::Won);
+    assert_eq!(arbiter.claim(&OTHER_VM, 2, "standby"), Claim::Won);
     assert_eq!(arbiter.highest(&VM), Ok(Some(1)));
-    assert_eq!(arbiter.highest(&OTHER_VM), Ok(Some(12)));
+    assert_eq!(arbiter.highest(&OTHER_VM), Ok(Some(2)));
     assert_eq!(names(directory.path()).len(), 4, "nothing but the marker and the claims");
 }
 
@@ -193,7 +193,12 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
 fn a_generation_below_the_highest_cannot_be_won() {
     let directory = directory();
     let mut arbiter = open(directory.path());
-    assert_eq!(arbiter.claim(&VM, 5, "standby"), Claim::Won);
+    for generation in 1..=5 {
+        assert_eq!(arbiter.claim(&VM, generation, "standby"), Claim::Won);
+    }
+    for generation in 1..=4 {
+        fs::remove_file(claim_path(directory.path(), generation)).unwrap();
+    }
     assert!(loser(arbiter.claim(&VM, 4, "primary")).contains("generation 5, which is newer"));
     assert_eq!(arbiter.claim(&VM, 6, "primary"), Claim::Won);
     // The winner of an old one is still its winner.
@@ -223,19 +228,102 @@ fn an_unreachable_directory_is_said_to_be_and_works_when_it_is_back() {
     assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
 }
 
+/// Those that knew the old directory cannot tell the new one from a mount point without its mount, so they wait.
+/// It is a good directory for VMs that are started from now on.
 #[test]
-fn a_directory_made_anew_in_its_place_works_and_is_the_same_arbiter() {
+fn a_directory_made_anew_in_its_place_is_no_arbiter_for_those_that_knew_the_old_one() {
     let parent = directory();
     let path = parent.path().join("arbiter");
     fs::create_dir(&path).unwrap();
     let (mut here, mut there) = (open(&path), open(&path));
     assert_eq!(here.identity(), there.identity());
-    fs::remove_dir_all(&path).unwrap();
-    assert!(why(here.claim(&VM, 1, "here")).contains("put it back"));
-    fs::create_dir(&path).unwrap();
     assert_eq!(here.claim(&VM, 1, "here"), Claim::Won);
-    assert_eq!(loser(there.claim(&VM, 1, "there")), "here");
-    assert_eq!(open(&path).identity(), here.identity());
+    fs::remove_dir_all(&path).unwrap();
+    assert!(why(here.claim(&VM, 2, "here")).contains("put it back"));
+    fs::create_dir(&path).unwrap();
+    for (arbiter, owner) in [(&mut here, "here"), (&mut there, "there")] {
+        for generation in [1, 2] {
+            assert_lost_claims(arbiter.claim(&VM, generation, owner));
+        }
+        assert!(arbiter.highest(&VM).is_err());
+    }
+    assert!(names(&path).is_empty(), "nothing may be written there");
+    let mut fresh = open(&path);
+    assert_eq!(fresh.claim(&OTHER_VM, 1, "fresh"), Claim::Won);
+    assert_lost_claims(fresh.claim(&VM, 2, "fresh"));
+    assert!(why(here.claim(&VM, 2, "here")).contains("another arbiter now"));
+}
+
+/// The primary is stopped, the standby takes over, somebody empties the directory, the primary continues.
+#[test]
+fn a_generation_cannot_be_won_again_after_the_directory_was_emptied() {
+    for keep_marker in [false, true] {
+        let directory = directory();
+        let (mut primary, mut standby) = (open(directory.path()), open(directory.path()));
+        assert_eq!(primary.claim(&VM, 1, "primary"), Claim::Won);
+        assert_eq!(standby.claim(&VM, 2, "standby"), Claim::Won);
+        for name in names(directory.path()) {
+            if !(keep_marker && name == "outlive-arbiter") {
+                fs::remove_file(directory.path().join(name)).unwrap();
+            }
+        }
+        for generation in 2..5 {
+            assert_lost_claims(primary.claim(&VM, generation, "primary"));
+            assert_lost_claims(standby.claim(&VM, generation, "standby"));
+        }
+        // Opening it writes a marker, and still no generation can be won.
+        assert_lost_claims(open(directory.path()).claim(&VM, 2, "primary"));
+        assert_eq!(names(directory.path()), ["outlive-arbiter"]);
+    }
+}
+
+/// The standby's directory was mounted from the same file system that the mount point is on, and the mount
+/// disappears: there is an empty directory with the same device number.
+#[test]
+fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
+    let parent = directory();
+    let in_parent = |name: &str| parent.path().join(name);
+    let (real, mount, bare) = (in_parent("real"), in_parent("mount"), in_parent("bare"));
+    fs::create_dir(&mount).unwrap();
+    fs::create_dir(&bare).unwrap();
+    let (mut primary, mut standby) = (open(&mount), open(&mount));
+    assert_eq!(primary.claim(&VM, 1, "primary"), Claim::Won);
+
+    fs::rename(&mount, &real).unwrap();
+    fs::rename(&bare, &mount).unwrap();
+    assert_eq!(device(&real), device(&mount));
+    assert_lost_claims(standby.claim(&VM, 2, "standby"));
+    assert!(standby.highest(&VM).is_err());
+    assert!(names(&mount).is_empty(), "nothing may be written there");
+    // Neither does it help to open it there.
+    assert_lost_claims(open(&mount).claim(&VM, 2, "standby"));
+
+    fs::rename(&mount, &bare).unwrap();
+    fs::rename(&real, &mount).unwrap();
+    assert_eq!(primary.claim(&VM, 2, "primary"), Claim::Won);
+    assert_eq!(loser(standby.claim(&VM, 2, "standby")), "primary");
+}
+
+/// A claimant can be stopped just before it writes its claim, and the directory be emptied meanwhile. It then finds
+/// its own claim there, all alone.
+#[test]
+fn a_claim_written_into_an_emptied_directory_is_not_won() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
+    fs::remove_file(claim_path(directory.path(), 1)).unwrap();
+    assert_lost_claims(open(directory.path()).claim(&VM, 2, "primary"));
+    assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won, "what was won stays won");
+}
+
+fn claim_path(directory: &Path, generation: u64) -> PathBuf {
+    directory.join(format!("{VM}.{generation}"))
+}
+
+fn assert_lost_claims(claim: Claim) {
+    let why = why(claim);
+    assert!(why.contains("has lost the claims of this VM: bring the right directory back"), "{why}");
 }
 
 /// A mount point without its mount is an empty directory: a win there would be a win on this host only.

@@ -15,9 +15,13 @@
 //! can be lost after the deed was done. Each process has a random token, and finding it there means that the
 //! claim was ours.
 //!
-//! Claims are never deleted by the program. Of the old ones of a VM only the highest matters (a claim below
-//! it is lost), so an operator may delete the others.
+//! Claims are never deleted by the program. Each generation but the first is won beside the claim before it: a
+//! directory without that claim was emptied, or is another one (a mount point without its mount), and what was
+//! won elsewhere could be won there a second time. So an operator may delete the claims of a VM only when the
+//! VM has ended, and keeps at least the newest of every other. For the same reason an old copy of the directory
+//! must not be put back while a VM runs: it lacks the claims that were won since.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -46,6 +50,8 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(600);
 const LONGEST_FILE: u64 = 4096;
 /// Longest owner name that is written, in characters.
 const LONGEST_OWNER: usize = 200;
+const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory back; nobody \
+                           goes on without it";
 
 /// An arbiter in a directory that both hosts see.
 pub struct FileArbiter {
@@ -56,6 +62,8 @@ pub struct FileArbiter {
     identity: String,
     /// The file system that the directory was on.
     device: u64,
+    /// Own claims that were answered with `Won`: the text of each.
+    won: HashSet<String>,
 }
 
 /// What is behind a name in the directory.
@@ -81,8 +89,13 @@ impl FileArbiter {
             Err(error) => return Err(unusable(explain(&error))),
         };
         let token = process_token().map_err(|error| unusable(format!("no random numbers: {error}")))?;
-        let mut arbiter =
-            FileArbiter { directory: absolute, token, identity: String::new(), device: metadata.dev() };
+        let mut arbiter = FileArbiter {
+            directory: absolute,
+            token,
+            identity: String::new(),
+            device: metadata.dev(),
+            won: HashSet::new(),
+        };
         arbiter.identity = arbiter.establish_identity().map_err(unusable)?;
         Ok(arbiter)
     }
@@ -129,19 +142,29 @@ impl FileArbiter {
             None if metadata.dev() != self.device => {
                 Err("another file system is there now: mount the one that was there at the start".to_string())
             }
-            // Emptied or made anew in its old place. The claims in it are lost, but both hosts see the same.
-            None => {
-                tracing::warn!(directory = %self.directory.display(), "the arbiter directory was emptied");
-                self.publish(MARKER, &marker_text(&self.identity)).map_err(|error| explain(&error))
-            }
+            // Emptied, made anew, or a mount point on the same file system. A marker written now would only hide
+            // that the claims are gone.
+            None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
         }
     }
 
-    fn try_claim(&self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, String> {
+    fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, String> {
         self.check_directory()?;
-        let name = claim_name(vm, generation);
         let text = claim_text(vm, generation, &printable(owner), self.token);
-        if let Some(claim) = self.judge(&name, &text)? {
+        let claim = self.find_or_publish(vm, generation, &text)?;
+        // Looked for once more, after the own claim was seen: the directory may have been emptied just before it
+        // was written, now or in an earlier attempt.
+        if claim == Claim::Won && !self.won.contains(&text) {
+            self.check_predecessor(vm, generation)?;
+            self.won.insert(text);
+        }
+        Ok(claim)
+    }
+
+    /// Who owns this generation, after an attempt to make it ours. `text` is what our claim looks like.
+    fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, String> {
+        let name = claim_name(vm, generation);
+        if let Some(claim) = self.judge(&name, text)? {
             return Ok(claim);
         }
         if let Some(higher) = self.find_highest(vm).map_err(|error| explain(&error))?
@@ -149,11 +172,24 @@ impl FileArbiter {
         {
             return Ok(Claim::Lost { owner: format!("generation {higher}, which is newer") });
         }
-        let published = self.publish(&name, &text);
-        match (self.judge(&name, &text)?, published) {
+        self.check_predecessor(vm, generation)?;
+        let published = self.publish(&name, text);
+        match (self.judge(&name, text)?, published) {
             (Some(claim), _) => Ok(claim),
             (None, Err(error)) => Err(explain(&error)),
             (None, Ok(())) => Err("a claim that was just written is not there".to_string()),
+        }
+    }
+
+    /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the place
+    /// where the generations of this VM are won. The first generation of a new VM has none before it.
+    fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), String> {
+        if generation <= 1 {
+            return Ok(());
+        }
+        match self.look(&claim_name(vm, generation - 1)).map_err(|error| explain(&error))? {
+            Found::Nothing => Err(LOST_CLAIMS.to_string()),
+            Found::Text(_) | Found::Garbage(_) => Ok(()),
         }
     }
 

@@ -43,6 +43,9 @@ pub trait Arbiter: Send {
     /// `owner` names the claimant to people. A claimant is the pair of this process and `owner`: a claim
     /// repeated by it is answered with `Won` again (the first answer may have been lost), while a restarted
     /// process is a stranger to its earlier life and loses.
+    ///
+    /// Generation 1 is that of a new VM. Any other can only be won where the generation before it was won: an
+    /// arbiter that lost its memory is unreachable, not new.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
