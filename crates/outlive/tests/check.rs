@@ -80,7 +80,10 @@ fn unknown_options_are_refused_in_one_line() {
     let output = Command::new(PROGRAM).args(["check", "--colour"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let error = String::from_utf8_lossy(&output.stderr);
-    assert!(error.contains("'--colour'") && error.contains("--help") && error.lines().count() == 1, "{error}");
+    assert!(
+        error.contains("'--colour'") && error.contains("--help") && error.lines().count() == 1,
+        "{error}"
+    );
     let help = Command::new(PROGRAM).args(["check", "--help"]).output().unwrap();
     assert!(text(&help).contains("outlive check --json"), "{}", text(&help));
 }
