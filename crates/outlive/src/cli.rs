@@ -52,7 +52,7 @@ pub enum Command {
 #[derive(Clone, Debug, Args)]
 pub struct ActiveOptions {
     /// Standby to protect the VM with (repeat for alternatives; asked in turn until one accepts)
-    #[arg(long = "standby", value_name = "HOST:PORT", requires = "arbiter")]
+    #[arg(long = "standby", value_name = "HOST:PORT", requires = "arbiter", value_parser = parse_host_port)]
     pub standbys: Vec<String>,
 
     /// Time between two checkpoints, for example 1ms or 500us
@@ -63,7 +63,8 @@ pub struct ActiveOptions {
     #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
-    /// Silence after which the peer counts as dead
+    /// Silence after which the peer counts as dead; of two hosts the longer one counts. A process that dies is
+    /// noticed at once
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
     pub dead_after: Duration,
 
@@ -71,7 +72,7 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
 
-    /// Write events as JSON lines to this file (- for standard output)
+    /// Write events as JSON lines to this file (- for standard output); it grows by some megabytes a minute
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
@@ -105,7 +106,7 @@ pub struct RunOptions {
     pub ip: IpSpec,
 
     /// Default gateway of the guest
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", requires = "net")]
     pub gateway: Option<Ipv4Addr>,
 
     /// The third place that says who may run the VM: a directory that both hosts see
@@ -124,7 +125,8 @@ pub struct RunOptions {
 const RUN_EXAMPLES: &str = "\
 Examples:
   outlive run --net tap=vm0 --ip 10.77.0.2/24
-      an unprotected VM with a Redis server on port 6379
+      an unprotected VM with a Redis server on port 6379; to reach it from this host:
+      ip addr add 10.77.0.1/24 dev vm0; redis-cli -h 10.77.0.2
   outlive run --net tap=vm0,bridge=br0 --ip 10.0.0.5/24 --standby hostb:7000 --arbiter file:/srv/arbiter
       the same VM protected by host b; /srv/arbiter is a directory that both hosts see
   outlive run --vcpus 2 --memory 1G --interval 500us --max-dirty 8192 ...
@@ -135,7 +137,7 @@ Examples:
 #[command(after_help = STANDBY_EXAMPLES)]
 pub struct StandbyOptions {
     /// Address to listen on
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
     pub listen: String,
 
     /// The third place that says who may run the VM: a directory that both hosts see
@@ -143,7 +145,7 @@ pub struct StandbyOptions {
     pub arbiter: String,
 
     /// Network card of the VM on this host: a tap interface that is created, and the bridge that it joins
-    #[arg(long, value_name = "tap=NAME[,bridge=BR]", value_parser = NetSpec::from_str)]
+    #[arg(long, value_name = "tap=NAME[,bridge=BR]", value_parser = parse_standby_card)]
     pub net: Option<NetSpec>,
 
     /// Options that matter once the VM runs here
@@ -230,7 +232,8 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     let mut mac = [0u8; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().filter(|p| p.len() == 2).ok_or_else(wrong)?;
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+        let part = part.ok_or_else(wrong)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
     }
     if parts.next().is_some() {
@@ -295,6 +298,29 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
         "ms" => Ok(Duration::from_millis(number)),
         "s" => Ok(Duration::from_secs(number)),
         _ => Err(wrong()),
+    }
+}
+
+fn parse_host_port(text: &str) -> Result<String, String> {
+    let good = text.rsplit_once(':').is_some_and(|(host, port)| {
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    if good { Ok(text.into()) } else { Err(format!("'{text}' is not HOST:PORT, for example hostb:7000")) }
+}
+
+fn parse_listen(text: &str) -> Result<String, String> {
+    let good = text
+        .rsplit_once(':')
+        .is_some_and(|(address, port)| !address.is_empty() && port.parse::<u16>().is_ok());
+    if good { Ok(text.into()) } else { Err(format!("'{text}' is not ADDR:PORT, for example 0.0.0.0:7000")) }
+}
+
+fn parse_standby_card(text: &str) -> Result<NetSpec, String> {
+    let spec: NetSpec = text.parse()?;
+    match spec.mac {
+        None => Ok(spec),
+        Some(_) => Err("mac= belongs to outlive run: a standby's card has the VM's own address".into()),
     }
 }
 
@@ -374,5 +400,15 @@ mod tests {
         assert!(parse(&["--standby", "b:7000", "--arbiter", "file:/x"]).is_ok());
         assert!(parse(&["--ip", "10.0.0.1"]).is_err());
         assert!(parse(&["--nonsense"]).is_err());
+        for bad in ["b", "b:", ":7000", "b:0", "b:70000", ""] {
+            assert!(parse(&["--standby", bad, "--arbiter", "file:/x"]).is_err(), "{bad}");
+        }
+        assert!(parse(&["--standby", "[::1]:7000", "--arbiter", "file:/x"]).is_ok());
+        let standby = |args: &[&str]| {
+            Cli::try_parse_from(["outlive", "standby", "--arbiter", "file:/x"].iter().chain(args))
+        };
+        assert!(standby(&["--listen", "0.0.0.0:7000", "--net", "tap=t"]).is_ok());
+        assert!(standby(&["--listen", "7000"]).is_err() && standby(&["--listen", ":7000"]).is_err());
+        assert!(standby(&["--listen", "0.0.0.0:7000", "--net", "tap=t,mac=02:00:00:00:00:01"]).is_err());
     }
 }

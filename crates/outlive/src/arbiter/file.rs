@@ -97,7 +97,16 @@ impl FileArbiter {
             won: HashSet::new(),
         };
         arbiter.identity = arbiter.establish_identity().map_err(unusable)?;
+        arbiter.try_writing().map_err(|error| unusable(explain(&error)))?;
         Ok(arbiter)
+    }
+
+    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby until the
+    /// moment when it has to win.
+    fn try_writing(&self) -> io::Result<()> {
+        let name = format!(".outlive-probe-{}", random_hex()?);
+        self.publish(&name, "This host can write here.\n")?;
+        fs::remove_file(self.directory.join(name))
     }
 
     /// Reads the marker, or writes it with a new id if there is none. Of several that write it one wins.

@@ -347,7 +347,7 @@ impl Control {
         let emit = |event| self.events.emit(event);
         match note {
             Note::DialFailed { why } => tracing::warn!("standby not reachable: {why}"),
-            Note::Refused { code, text } => tracing::warn!(?code, "standby refused: {text}"),
+            Note::Refused { text, .. } => tracing::warn!("standby refused: {text}"),
             Note::Attached { link } => {
                 let addr = state.connection.as_ref().filter(|c| c.link == link).map(|c| c.address.clone());
                 let addr = addr.unwrap_or_default();

@@ -18,7 +18,7 @@ use outlive_machine::{
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::cli::{NetSpec, RunOptions};
 use crate::events::{Event, EventWriter, Role};
-use crate::network::Netlink;
+use crate::network::{Netlink, NetlinkError};
 use crate::{check, exit, process};
 
 pub(crate) use control::Inbox;
@@ -64,6 +64,9 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         net.go_live(false);
     }
     machine.resume();
+    if machine.net().is_none() {
+        tracing::warn!("no --net: the VM has no network card, nobody can reach it");
+    }
     let tracker = machine.tracker().kind();
     tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, %tracker, "VM started, unprotected");
     let identity = Identity {
@@ -172,11 +175,16 @@ pub(crate) fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
 /// One line with the remedy.
 pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
     let Some(net) = net else { return Ok(()) };
-    let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
-    if let Some(bridge) = &net.bridge {
-        netlink.attach(&net.tap, bridge).map_err(|e| e.to_string())?;
+    let text = |e: NetlinkError| e.to_string();
+    let mut netlink = Netlink::open().map_err(text)?;
+    let tap = netlink.link(&net.tap).map_err(text)?;
+    // What an administrator has set up already needs no right of ours.
+    if let Some(bridge) = &net.bridge
+        && !(tap.bridge.is_some() && tap.bridge == netlink.index(bridge).ok())
+    {
+        netlink.attach(&net.tap, bridge).map_err(text)?;
     }
-    netlink.set_up(&net.tap).map_err(|e| e.to_string())
+    if tap.up { Ok(()) } else { netlink.set_up(&net.tap).map_err(text) }
 }
 
 /// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts the VM.

@@ -95,7 +95,7 @@ impl Waiting {
             match self.inbox.recv_timeout(timeout.unwrap_or(Duration::from_secs(1))) {
                 Ok(Inbox::Wake) => {}
                 Ok(Inbox::Stop(why)) => {
-                    tracing::info!("{why}: this standby leaves");
+                    tracing::info!("{why}");
                     self.control.handle(StandbyEvent::Stop);
                 }
                 Ok(Inbox::TakeOver(order)) => return self.take_over(order),
