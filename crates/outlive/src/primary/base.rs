@@ -34,7 +34,7 @@ impl Base {
     /// Begins with the first round, which is all memory.
     pub(crate) fn new(link: Link, total_pages: u64, events: EventWriter) -> Self {
         // Draws on a terminal only.
-        let bar = ProgressBar::new(total_pages);
+        let bar = ProgressBar::new(bytes(total_pages));
         if let Ok(style) = ProgressStyle::with_template(
             "base synchronisation {bar:30} {percent:>3} % {binary_bytes_per_sec:>12}, round {msg}",
         ) {
@@ -75,7 +75,7 @@ impl Base {
         gfns.dedup();
         self.round += 1;
         self.bar.set_message(self.round.to_string());
-        self.bar.inc_length(gfns.len() as u64);
+        self.bar.inc_length(bytes(gfns.len() as u64));
         self.round(gfns, ram)
     }
 
@@ -88,7 +88,7 @@ impl Base {
     /// So many pages more are sent.
     pub(crate) fn sent(&mut self, pages: u64) {
         self.sent_pages += pages;
-        self.bar.inc(pages);
+        self.bar.inc(bytes(pages));
         if self.reported.elapsed() >= REPORT {
             self.report();
         }
@@ -105,6 +105,11 @@ impl Base {
         let Self { round, sent_pages, total_pages, .. } = *self;
         self.events.emit(Event::BaseProgress { round, sent_pages, total_pages });
     }
+}
+
+/// What the progress bar counts in.
+fn bytes(pages: u64) -> u64 {
+    pages * outlive_machine::PAGE_SIZE as u64
 }
 
 impl Drop for Base {

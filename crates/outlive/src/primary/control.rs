@@ -42,15 +42,12 @@ pub(crate) enum Inbox {
     Stop(&'static str),
 }
 
-/// What a primary introduces itself with; the generation is filled in when it dials.
-pub(crate) type Introduction = Hello;
-
 /// Fixed facts about this primary.
 pub(crate) struct Facts {
     /// Addresses of its standbys.
     pub(crate) standbys: Vec<String>,
-    /// The introduction, apart from the generation.
-    pub(crate) hello: Introduction,
+    /// The introduction; the generation is filled in when it dials.
+    pub(crate) hello: Hello,
     /// Time between two heartbeats of the sender's own.
     pub(crate) heartbeat: Duration,
 }
