@@ -312,6 +312,24 @@ fn a_checkpoint_that_arrives_damaged_costs_only_the_protection() {
     witnesses.finish(&world);
 }
 
+/// Where all the rest is missing nobody can see damage, only silence: the arbiter decides.
+#[test]
+fn a_checkpoint_that_stops_half_way_leaves_one_side_running() {
+    let Some(world) = World::new() else { return };
+    let proxy = Proxy::start(&world, Side::A);
+    let mut standby = world.standby(Side::B);
+    let mut primary = world.run_with(Side::A, &["--standby", &proxy.addr()]);
+    primary.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    proxy.break_off(Way::ToStandby);
+    proxy.wait_done();
+    wait_until("one side has given up", || primary.ended() || standby.ended());
+    let loser = if primary.ended() { &mut primary } else { &mut standby };
+    assert_eq!(loser.wait_exit(), 3);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
 #[test]
 fn a_damaged_acknowledgement_is_refused_by_the_primary() {
     let Some(world) = World::new() else { return };

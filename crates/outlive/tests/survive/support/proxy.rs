@@ -23,6 +23,8 @@ enum Fault {
     Flip(u64),
     /// Some bytes of it are left out; the number picks where.
     Shorten(u64),
+    /// Its second half and all that follows are left out.
+    Break,
 }
 
 #[derive(Default)]
@@ -72,6 +74,11 @@ impl Proxy {
         self.damage(way, Fault::Shorten(place));
     }
 
+    /// Leaves half of the next piece and all after it out: the receiver waits for what never comes.
+    pub(crate) fn break_off(&self, way: Way) {
+        self.damage(way, Fault::Break);
+    }
+
     fn damage(&self, way: Way, fault: Fault) {
         *self.shared.fault.lock().unwrap() = Some((way, fault));
     }
@@ -114,6 +121,7 @@ fn join(shared: &Arc<Shared>, primary: &TcpStream, standby: &TcpStream) {
 fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) -> Option<()> {
     let mut buffer = vec![0; 256 << 10];
     let cuts = shared.cuts.load(Ordering::Relaxed);
+    let mut broken = false;
     loop {
         let mut length = from.read(&mut buffer).ok().filter(|length| *length > 0)?;
         while *shared.stalled.lock().unwrap() == Some(way) {
@@ -122,10 +130,17 @@ fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) ->
         }
         if let Some((_, fault)) = shared.fault.lock().unwrap().take_if(|(damaged, _)| *damaged == way) {
             length = damage(&mut buffer[..length], fault);
+            broken = matches!(fault, Fault::Break);
+            to.write_all(&buffer[..length]).ok()?;
+        } else if !broken {
+            to.write_all(&buffer[..length]).ok()?;
         }
-        to.write_all(&buffer[..length]).ok()?;
     }
 }
+
+/// Bytes left out at most: so few that a heartbeat fills the hole and the receiver finds a wrong checksum. Of a larger
+/// hole nobody hears until the silence is taken for death, and then the arbiter decides ([`Proxy::break_off`]).
+const LARGEST_HOLE: usize = 32;
 
 /// Returns what is left of the length.
 fn damage(piece: &mut [u8], fault: Fault) -> usize {
@@ -137,9 +152,10 @@ fn damage(piece: &mut [u8], fault: Fault) -> usize {
         }
         Fault::Shorten(place) => {
             let start = at(place, piece.len());
-            let gone = at(place >> 32, piece.len() - start) + 1;
+            let gone = at(place >> 32, (piece.len() - start).min(LARGEST_HOLE)) + 1;
             piece.copy_within(start + gone.., start);
             piece.len() - gone
         }
+        Fault::Break => piece.len() / 2,
     }
 }
