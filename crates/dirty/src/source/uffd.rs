@@ -1,0 +1,269 @@
+//! Dirty pages of any memory of this process, without KVM: userfaultfd's asynchronous write-protect finds the
+//! writes, PAGEMAP_SCAN takes and protects again (both Linux 6.7 and later).
+//!
+//! What is seen is every write *through the mappings of the layout*: stores of any thread, and the kernel's on
+//! behalf of a system call (`read`, `preadv`, `process_vm_writev`), also one that stores what was there before.
+//! The first write to a page after it was taken costs 1 to 2 us; a take costs by page of the layout, 0.3 to 1.1 ms
+//! a GiB, whether or not anything was written. In hugetlb memory a write makes the whole huge page dirty, and slots
+//! must be whole huge pages.
+//!
+//! Not seen are writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes punched
+//! in it (`MADV_REMOVE`), and transfers to pages that were pinned before they were taken (registered `io_uring`
+//! buffers, vfio); nor anything in a mapping of device memory.
+//!
+//! # Where not to use it
+//!
+//! Not on the mapping that a KVM memory slot points to while its vCPUs run: every take invalidates what KVM has
+//! mapped of it, and the guest faults its memory in anew. A guest that writes 1000 pages an epoch was measured
+//! 275 times slower (25 us to 6.9 ms). Nor does it then save anything, KVM having dirty logs of its own. It is for:
+//!
+//! - device emulation that writes guest memory through a *second* mapping of the same memfd;
+//! - emulators, sandboxes and interpreters whose "guest" is threads of this process;
+//! - live migration and incremental snapshots of a process's own memory;
+//! - an independent check, in tests, of what else claims to know all the writes.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
+use crate::source::pagemap::{Found, Region, WriteWatch, is_mapped};
+use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+
+/// Why writes to memory of this process cannot be tracked.
+#[derive(Debug, thiserror::Error)]
+pub enum UffdError {
+    /// The kernel is built without userfaultfd (`CONFIG_USERFAULTFD`).
+    #[error("this kernel has no userfaultfd")]
+    Missing,
+    /// userfaultfd is refused. What is asked of the kernel here needs no privilege, whatever
+    /// `vm.unprivileged_userfaultfd` says, so it is a filter that refuses: that of a container, as a rule.
+    #[error(
+        "userfaultfd is not permitted: allow the system call (a seccomp filter or security module forbids it), \
+         or give access to /dev/userfaultfd"
+    )]
+    Denied(#[source] io::Error),
+    /// userfaultfd failed otherwise.
+    #[error("cannot make a userfaultfd")]
+    Open(#[source] io::Error),
+    /// The kernel lacks this part.
+    #[error("this kernel cannot track writes of user space: no {0} (Linux 6.7 or later)")]
+    TooOld(&'static str),
+    /// /proc/self/pagemap cannot be opened or scanned (no /proc, no `CONFIG_PROC_PAGE_MONITOR`).
+    #[error("cannot scan /proc/self/pagemap")]
+    Pagemap(#[source] io::Error),
+    /// Two slots have addresses in common: a write would be reported in one of them only.
+    #[error("memory slots {0} and {1} have the same host addresses")]
+    Shared(u32, u32),
+}
+
+impl UffdError {
+    pub(crate) fn from_open(error: io::Error) -> UffdError {
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => UffdError::Missing,
+            Some(libc::EPERM) => UffdError::Denied(error),
+            // The flags are those of Linux 5.11.
+            Some(libc::EINVAL) => UffdError::TooOld("UFFD_FEATURE_WP_ASYNC"),
+            _ => UffdError::Open(error),
+        }
+    }
+}
+
+/// Regions that one scan returns at most; 96 KiB.
+const REGIONS: usize = 4096;
+
+/// The mappings of the layout's slots.
+pub(crate) struct Uffd {
+    watch: WriteWatch,
+    scan: Mutex<Scan>,
+    /// Pages handed out in this epoch.
+    entries: AtomicU64,
+}
+
+/// Where the scan stands.
+struct Scan {
+    /// Regions outside of `left` have no end: see [`WriteWatch::take`].
+    regions: Box<[Region]>,
+    /// Regions taken from the kernel, and so protected, that no sink has had yet. They belong to slot `index`.
+    left: Range<usize>,
+    /// Slot, as an index into the layout, and address at which the next scan begins.
+    index: usize,
+    from: u64,
+    /// Slots that are registered.
+    registered: usize,
+}
+
+fn addresses(slot: &Slot) -> Range<u64> {
+    // A range that ends beyond all addresses is the kernel's to refuse.
+    slot.host_addr..slot.host_addr.saturating_add(slot.pages.saturating_mul(PAGE_SIZE))
+}
+
+impl Uffd {
+    pub(crate) fn open(layout: &Layout) -> Result<Uffd, UffdError> {
+        let mut slots: Vec<&Slot> = layout.slots().iter().collect();
+        slots.sort_by_key(|slot| slot.host_addr);
+        if let Some(pair) = slots.windows(2).find(|pair| addresses(pair[0]).end > pair[1].host_addr) {
+            return Err(UffdError::Shared(pair[0].id, pair[1].id));
+        }
+        let regions = vec![Region::default(); REGIONS].into_boxed_slice();
+        let scan = Scan { regions, left: 0..0, index: 0, from: 0, registered: 0 };
+        Ok(Uffd { watch: WriteWatch::open()?, scan: Mutex::new(scan), entries: AtomicU64::new(0) })
+    }
+
+    /// A sink that panics leaves the scan in order.
+    fn scan(&self) -> MutexGuard<'_, Scan> {
+        self.scan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arm_slots(&self, layout: &Layout, scan: &mut Scan) -> Result<(), SlotError> {
+        for slot in layout.slots() {
+            let error = |source| SlotError { slot: slot.id, source };
+            self.watch.register(addresses(slot)).map_err(error)?;
+            scan.registered += 1;
+            check_mapped(slot).map_err(error)?;
+            self.watch.protect(addresses(slot)).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    fn disarm_slots(&self, layout: &Layout, scan: &mut Scan) -> Result<(), SlotError> {
+        let registered = std::mem::take(&mut scan.registered);
+        let slots = layout.slots()[..registered].iter().map(|slot| {
+            let unregistered = self.watch.unregister(addresses(slot));
+            // What is not mapped any more has nothing to disarm.
+            unregistered
+                .or_else(|error| if is_mapped(addresses(slot)) { Err(error) } else { Ok(()) })
+                .map_err(|source| SlotError { slot: slot.id, source })
+        });
+        // All of them, whichever fails.
+        slots.fold(Ok(()), Result::and)
+    }
+}
+
+fn check_mapped(slot: &Slot) -> io::Result<()> {
+    // Neither registering nor scanning finds fault with a hole.
+    if is_mapped(addresses(slot)) { Ok(()) } else { Err(io::Error::other("a part of it is not mapped")) }
+}
+
+impl Scan {
+    fn forget(&mut self) {
+        self.regions.fill(Region::default());
+        (self.left, self.index, self.from) = (0..0, 0, 0);
+    }
+
+    /// Takes all that is written, beginning where the last call ended, and once round: the pages of a slot that is
+    /// written without a pause do not keep those of the next one from a sink that has little room.
+    fn round(
+        &mut self,
+        watch: &WriteWatch,
+        layout: &Layout,
+        mut sink: impl FnMut(Gfn) -> bool,
+    ) -> Result<(), SlotError> {
+        let slots = layout.slots();
+        if !self.hand_out(slots, &mut sink) {
+            return Ok(());
+        }
+        let (first, from) = (self.index, self.from);
+        for step in 0..=slots.len() {
+            self.index = (first + step) % slots.len();
+            let slot = &slots[self.index];
+            let mut range = addresses(slot);
+            match step {
+                0 => range.start = from.clamp(range.start, range.end),
+                last if last == slots.len() => range.end = from.clamp(range.start, range.end),
+                _ => (),
+            }
+            while !range.is_empty() {
+                let Found { regions, next, error } = watch.take(range.clone(), &mut self.regions);
+                (self.left, self.from, range.start) = (0..regions, next, next);
+                let has_room = self.hand_out(slots, &mut sink);
+                if let Some(source) = error {
+                    return Err(SlotError { slot: slot.id, source });
+                }
+                if !has_room {
+                    return Ok(());
+                }
+            }
+            check_mapped(slot).map_err(|source| SlotError { slot: slot.id, source })?;
+        }
+        (self.index, self.from) = (0, 0);
+        Ok(())
+    }
+
+    /// False if the sink has no more room; the rest is kept.
+    fn hand_out(&mut self, slots: &[Slot], sink: &mut impl FnMut(Gfn) -> bool) -> bool {
+        let slot = &slots[self.index];
+        while !self.left.is_empty() {
+            let region = &mut self.regions[self.left.start];
+            if !sink(Gfn(slot.base.0 + (region.start - slot.host_addr) / PAGE_SIZE)) {
+                return false;
+            }
+            region.start += PAGE_SIZE;
+            if region.start >= region.end {
+                *region = Region::default();
+                self.left.start += 1;
+            }
+        }
+        true
+    }
+}
+
+impl Source for Uffd {
+    fn populate(&self) {
+        // Allocated as zero pages that do not exist yet.
+        self.scan().forget();
+    }
+
+    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        let mut scan = self.scan();
+        scan.forget();
+        scan.registered = 0;
+        let armed = self.arm_slots(layout, &mut scan);
+        if armed.is_err() {
+            self.disarm_slots(layout, &mut scan).ok();
+        }
+        armed
+    }
+
+    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        let mut scan = self.scan();
+        scan.forget();
+        self.disarm_slots(layout, &mut scan)
+    }
+
+    fn take_vcpu(&self, _: &Layout, _: usize, _: Sink<'_>) -> Result<usize, HarvestError> {
+        Ok(0)
+    }
+
+    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        let mut taken = 0;
+        let done = self.scan().round(&self.watch, layout, |gfn| {
+            let has_room = sink(Some(gfn));
+            taken += usize::from(has_room);
+            has_room
+        });
+        self.entries.fetch_add(taken as u64, Ordering::Relaxed);
+        match done {
+            Ok(()) => Ok(taken),
+            Err(SlotError { slot, source }) => Err(HarvestError::GetDirtyLog { slot, source }),
+        }
+    }
+
+    fn arm(&self, _: &Layout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
+        // The scan that took them has done it.
+        Ok(Armed { pages: pages.len(), ..Armed::default() })
+    }
+
+    fn arms_when_taken(&self) -> bool {
+        true
+    }
+
+    fn pending(&self) -> usize {
+        self.entries.load(Ordering::Relaxed) as usize
+    }
+
+    fn begin(&self) {
+        self.entries.store(0, Ordering::Relaxed);
+    }
+}
