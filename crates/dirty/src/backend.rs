@@ -4,9 +4,14 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+};
 
+use crate::hot::HotRule;
 use crate::kvm;
+use crate::selftest::{SelfTest, Way};
+use crate::source::ring::{RESERVED, RESERVED_FOR_PML};
 
 /// Bytes of a ring entry.
 const ENTRY: u64 = 16;
@@ -18,28 +23,39 @@ const MIN_ENTRIES: u64 = 8192;
 /// Which back end the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// The ring if the kernel has it, else the bitmap.
+    /// The ring if the kernel has it, else the clear-log, else the bitmap.
     #[default]
     Auto,
     /// The ring or an error.
     Ring,
-    /// The bitmap. Right for guests whose kernel code is emulated (kvm_pvm), which can overrun a ring.
+    /// The bitmap that is cleared page by page, or an error. Right for guests whose kernel code is emulated (kvm_pvm),
+    /// which can overrun a ring.
+    ClearLog,
+    /// The bitmap, which every KVM has.
     Bitmap,
 }
 
-/// Which back end it is. `Display` gives "ring" and "bitmap".
+/// Which back end it is. `Display` gives "ring", "clear-log", "bitmap" and "uffd".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest is by dirty page.
     Ring,
+    /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest is by page of the VM, and
+    /// hot pages can be left out.
+    ClearLog,
     /// KVM_GET_DIRTY_LOG: the cost of a harvest is by page of the VM.
     Bitmap,
+    /// userfaultfd with asynchronous write-protection, Linux 6.7 and later: memory that this process writes itself,
+    /// without KVM ([`crate::Tracker::of_memory`]). The cost of a harvest is by page of the memory.
+    Uffd,
 }
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Kind::Ring => "ring",
+            Kind::ClearLog => "clear-log",
+            Kind::Uffd => "uffd",
             Kind::Bitmap => "bitmap",
         })
     }
@@ -51,6 +67,9 @@ pub enum ProbeError {
     /// The ring was demanded and this kernel has none.
     #[error("this kernel has no KVM dirty ring (Linux 5.11 or later, KVM_CAP_DIRTY_LOG_RING)")]
     NoRing,
+    /// The clear-log was demanded and this kernel has none.
+    #[error("this kernel has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.2 or later)")]
+    NoClearLog(#[source] io::Error),
     /// The ring was demanded and KVM refused it.
     #[error(
         "KVM refuses a dirty ring of {entries} entries; the ring is enabled before the first vCPU is made"
@@ -69,6 +88,9 @@ pub struct Backend {
     kind: Kind,
     reason: String,
     ring_entries: u32,
+    self_test: Option<SelfTest>,
+    #[cfg(any(test, feature = "planted-bug"))]
+    planted: u64,
 }
 
 impl Backend {
@@ -77,7 +99,8 @@ impl Backend {
     /// Each vCPU's ring gets 65536 / `vcpus` entries, rounded up to a power of two, at least 8192 and at most what
     /// KVM allows (65536): large enough that the dirty trigger and not a full ring ends the epoch. The VM must
     /// not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: with `KVM_DIRTY_LOG_INITIALLY_SET` a ring loses the first
-    /// writes to every page, and KVM does not say so.
+    /// writes to every page, and KVM does not say so. [`crate::Tracker::enable`] turns it off for a ring, and this
+    /// sets it without `INITIALLY_SET` for the clear-log.
     pub fn probe(
         kvm: BorrowedFd<'_>,
         vm: BorrowedFd<'_>,
@@ -85,20 +108,42 @@ impl Backend {
         vcpus: usize,
     ) -> Result<Backend, ProbeError> {
         let chosen = match choice {
-            Choice::Bitmap => Backend::bitmap("the caller asked for it".into()),
+            Choice::Bitmap => Backend::bitmap(vm, "the caller asked for it".into()),
+            Choice::ClearLog => Backend::clear_log(vm, "the caller asked for it".into())?,
             Choice::Ring => Backend::ring(kvm, vm, vcpus)?,
-            Choice::Auto => match Backend::ring(kvm, vm, vcpus) {
-                Ok(ring) => ring,
-                Err(error) => Backend::bitmap(format!("no ring: {error}")),
-            },
+            Choice::Auto => Backend::ring(kvm, vm, vcpus).or_else(|no_ring| {
+                let why = format!("no ring: {no_ring}");
+                Backend::clear_log(vm, why.clone())
+                    .or_else(|_| Ok(Backend::bitmap(vm, format!("no clear-log; {why}"))))
+            })?,
         };
         // Not info: it comes before everything is known to be there, and an error then is to stand alone.
         tracing::debug!(backend = %chosen.kind, reason = chosen.reason, "dirty tracking");
         Ok(chosen)
     }
 
-    fn bitmap(reason: String) -> Backend {
-        Backend { kind: Kind::Bitmap, reason, ring_entries: 0 }
+    fn of(kind: Kind, reason: String, ring_entries: u32) -> Backend {
+        Backend {
+            kind,
+            reason,
+            ring_entries,
+            self_test: None,
+            #[cfg(any(test, feature = "planted-bug"))]
+            planted: 0,
+        }
+    }
+
+    fn bitmap(vm: BorrowedFd<'_>, reason: String) -> Backend {
+        // With manual protection KVM_GET_DIRTY_LOG would neither clear nor arm. Without the capability it fails.
+        kvm::set_manual_protect(vm, 0).ok();
+        Backend::of(Kind::Bitmap, reason, 0)
+    }
+
+    fn clear_log(vm: BorrowedFd<'_>, reason: String) -> Result<Backend, ProbeError> {
+        // Without INITIALLY_SET: with it everything is reported as dirty once.
+        kvm::set_manual_protect(vm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into())
+            .map_err(ProbeError::NoClearLog)?;
+        Ok(Backend::of(Kind::ClearLog, reason, 0))
     }
 
     fn ring(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>, vcpus: usize) -> Result<Backend, ProbeError> {
@@ -114,7 +159,7 @@ impl Backend {
         let name =
             if capability == KVM_CAP_DIRTY_LOG_RING { "DIRTY_LOG_RING" } else { "DIRTY_LOG_RING_ACQ_REL" };
         let reason = format!("KVM_CAP_{name}, {entries} entries a vCPU");
-        Ok(Backend { kind: Kind::Ring, reason, ring_entries: entries as u32 })
+        Ok(Backend::of(Kind::Ring, reason, entries as u32))
     }
 
     /// Which back end it is.
@@ -125,6 +170,67 @@ impl Backend {
     /// Why this one, in words for a log.
     pub fn reason(&self) -> &str {
         &self.reason
+    }
+
+    /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves out of
+    /// a re-arm what it is told to, and measures what a trap and a copy cost: what [`crate::Hot::Auto`] needs. A
+    /// kernel that fails gets no hot pages; the result is logged.
+    #[must_use]
+    pub fn with_self_test(mut self, kvm: BorrowedFd<'_>) -> Backend {
+        let way = match self.kind {
+            Kind::Ring => Way::Ring,
+            Kind::ClearLog => Way::ClearLog,
+            Kind::Bitmap | Kind::Uffd => return self,
+        };
+        match SelfTest::run(kvm, way) {
+            Ok(test) => {
+                tracing::debug!(%test, "self-test of selective re-arm");
+                self.self_test = Some(test);
+            }
+            Err(error) => tracing::warn!(%error, "no self-test of selective re-arm, no hot pages"),
+        }
+        self
+    }
+
+    /// What [`Backend::with_self_test`] has found.
+    pub fn self_test(&self) -> Option<&SelfTest> {
+        self.self_test.as_ref()
+    }
+
+    /// The rule that the measured costs make, or why no page can be hot.
+    pub(crate) fn hot_rule(&self, max_dirty_pages: usize) -> Result<HotRule, String> {
+        let test = self.self_test.as_ref().ok_or("there was no self-test")?;
+        test.selective.clone()?;
+        Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
+    }
+
+    /// Pages that may stay unarmed: each holds an entry of a ring, of which at least three quarters stay free.
+    pub(crate) fn most_hot_pages(&self, vcpus: usize) -> usize {
+        match self.kind {
+            Kind::Ring => self.ring_entries as usize / 4 * vcpus,
+            Kind::ClearLog => usize::MAX,
+            Kind::Bitmap | Kind::Uffd => 0,
+        }
+    }
+
+    /// Entries of a ring that KVM keeps free.
+    pub(crate) fn reserved(&self) -> u64 {
+        let pml = std::fs::read_to_string("/sys/module/kvm_intel/parameters/pml");
+        let has_pml = pml.is_ok_and(|value| value.trim() == "Y");
+        if has_pml { RESERVED + RESERVED_FOR_PML } else { RESERVED }
+    }
+
+    /// Puts a bug in: one page in so many is lost. For tests that must notice it.
+    #[cfg(any(test, feature = "planted-bug"))]
+    #[must_use]
+    pub fn with_planted_bug(mut self, every: u64) -> Backend {
+        self.planted = every;
+        self
+    }
+
+    #[cfg(any(test, feature = "planted-bug"))]
+    pub(crate) fn planted(&self) -> u64 {
+        self.planted
     }
 
     /// Entries in the ring of each vCPU, 0 for the bitmap. KVM stops a vCPU 64 entries earlier; on Intel

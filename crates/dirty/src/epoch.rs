@@ -75,6 +75,7 @@ struct Ending<'t> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.token.tracker.close();
+        self.token.tracker.take_back();
         self.token.tracker.reopen();
     }
 }
@@ -114,13 +115,16 @@ impl<'t> Epoch<'t, StateSaved> {
 }
 
 impl<'t> Epoch<'t, Harvested> {
-    /// How many pages are dirty.
+    /// How many pages are to be copied, hot ones included.
     pub fn count(&self) -> usize {
         self.tracker().flat().len()
     }
 
-    /// Makes KVM catch the next write to each of the pages. With the ring that is one KVM_RESET_DIRTY_RINGS, with
-    /// every signal blocked in this thread.
+    /// Makes the next write to each of the pages trap, but for hot ones. With the ring that is one
+    /// KVM_RESET_DIRTY_RINGS, with every signal blocked in this thread.
+    ///
+    /// # Errors
+    /// Any is the end of tracking: pages may have been written unseen. Synchronise in full by other means.
     pub fn rearm(self) -> Result<Epoch<'t, Rearmed>, RearmError> {
         self.tracker().rearm()?;
         Ok(self.becomes())
@@ -128,11 +132,31 @@ impl<'t> Epoch<'t, Harvested> {
 }
 
 impl<'t> Epoch<'t, Rearmed> {
-    /// The dirty pages, each once, in no order. For more threads than this one there is [`Tracker::part`].
+    /// The pages to copy, each once, in no order. For more threads than this one there is [`Tracker::part`].
+    ///
+    /// First [those that were written](Epoch::written), then [those that may have been](Epoch::hot).
     pub fn pages(&self) -> &[Gfn] {
         // SAFETY: only a harvest, `run`, enable and disable store to the list. All of them need this epoch or its
         // token, which the borrow of `self` keeps here.
         unsafe { self.tracker().flat().slice() }
+    }
+
+    /// The pages that a vCPU, a device or the kernel wrote in the epoch. (The first read of a page that KVM has not
+    /// mapped yet counts as a write, and so does all that was hot in an epoch that was dropped after the re-arm.)
+    pub fn written(&self) -> &[Gfn] {
+        &self.pages()[..self.tracker().written()]
+    }
+
+    /// The pages that may have been written, because they are written so often that they are not armed: copy and
+    /// compare. They are in [`Epoch::pages`], after the others.
+    pub fn hot(&self) -> &[Gfn] {
+        &self.pages()[self.tracker().written()..]
+    }
+
+    /// Says that the page at this place of [`Epoch::pages`] was compared with its last copy and is as it was. A hot
+    /// page that stays so for some epochs is armed again. Of other pages it says nothing.
+    pub fn unchanged(&self, index: usize) {
+        self.tracker().unchanged(index);
     }
 
     /// Says that the contents of the pages have been read. Waits for parts that other threads still hold.
@@ -160,6 +184,15 @@ impl<S> fmt::Debug for Epoch<'_, S> {
 pub struct Part<'t> {
     pub(crate) tracker: &'t Tracker,
     pub(crate) range: Range<usize>,
+}
+
+impl Part<'_> {
+    /// As [`Epoch::unchanged`], for a place of this part.
+    pub fn unchanged(&self, index: usize) {
+        if index < self.range.len() {
+            self.tracker.unchanged(self.range.start + index);
+        }
+    }
 }
 
 impl Deref for Part<'_> {

@@ -37,6 +37,11 @@ impl Flat {
         self.len.store(0, Ordering::Release);
     }
 
+    /// Forgets the pages from this place on.
+    pub(crate) fn truncate(&self, len: usize) {
+        self.len.store(len.min(self.len()), Ordering::Release);
+    }
+
     /// The pages.
     ///
     /// # Safety
@@ -49,8 +54,12 @@ impl Flat {
         unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len()) }
     }
 
-    pub(crate) fn for_each(&self, sink: impl Fn(Gfn)) {
-        self.pages[..self.len()].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
+    pub(crate) fn for_each(&self, sink: impl FnMut(Gfn)) {
+        self.for_first(self.len(), sink);
+    }
+
+    pub(crate) fn for_first(&self, count: usize, mut sink: impl FnMut(Gfn)) {
+        self.pages[..count.min(self.len())].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
     }
 
     pub(crate) fn populate(&self, pages: usize) {

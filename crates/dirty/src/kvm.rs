@@ -6,22 +6,26 @@
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
-use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::layout::{PAGE_SIZE, Slot};
+use crate::mint;
 use crate::words::Words;
 
 ioctl_io_nr!(KVM_CHECK_EXTENSION, KVMIO, 0x03);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iow_nr!(KVM_SET_USER_MEMORY_REGION, KVMIO, 0x46, kvm_userspace_memory_region);
 ioctl_iow_nr!(KVM_ENABLE_CAP, KVMIO, 0xa3, kvm_enable_cap);
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
 /// What dirty logging asks of the kernel for a VM. A trait so that tests can put a naive kernel behind it.
@@ -29,23 +33,40 @@ pub(crate) trait Kernel: Send + Sync {
     /// Turns the dirty log of a slot on or off. On write-protects every page of the slot.
     fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()>;
 
-    /// Copies the dirty bitmap of the slot to the front of `buffer`, clears it and write-protects its pages.
+    /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection also clears it and
+    /// write-protects its pages.
     fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()>;
+
+    /// Clears the bits of the slot's dirty bitmap that are set in these words of `mask`, and write-protects their
+    /// pages. Needs manual protection.
+    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()>;
+
+    /// Turns manual protection off, whoever has turned it on, and with it KVM_DIRTY_LOG_INITIALLY_SET.
+    fn refuse_manual_protect(&self);
+
+    /// Makes KVM write at least `entries` entries into the ring of a vCPU, all of the first page of `slot`, and
+    /// leaves that page as it was. vCPUs are stopped.
+    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()>;
 
     /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
     fn reset_dirty_rings(&self) -> io::Result<u64>;
 }
 
 /// A VM of the running kernel.
-pub(crate) struct Vm(OwnedFd);
+pub(crate) struct Vm {
+    vm: OwnedFd,
+    /// For minting; may be empty.
+    vcpus: Vec<OwnedFd>,
+}
 
 impl Vm {
-    pub(crate) fn new(vm: BorrowedFd<'_>) -> io::Result<Vm> {
-        Ok(Vm(vm.try_clone_to_owned()?))
+    pub(crate) fn new(vm: BorrowedFd<'_>, vcpus: &[BorrowedFd<'_>]) -> io::Result<Vm> {
+        let vcpus = vcpus.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+        Ok(Vm { vm: vm.try_clone_to_owned()?, vcpus })
     }
 }
 
-fn checked(result: i32) -> io::Result<u64> {
+pub(crate) fn checked(result: i32) -> io::Result<u64> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
@@ -60,7 +81,7 @@ impl Kernel for Vm {
         };
         // SAFETY: the structure of the request, read only. A change of flags alone maps no other memory into the
         // guest: address and size are those that the caller vouched for as the slot's.
-        checked(unsafe { ioctl_with_ref(&self.0, KVM_SET_USER_MEMORY_REGION(), &region) }).map(drop)
+        checked(unsafe { ioctl_with_ref(&self.vm, KVM_SET_USER_MEMORY_REGION(), &region) }).map(drop)
     }
 
     fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()> {
@@ -72,13 +93,41 @@ impl Kernel for Vm {
         let request = kvm_dirty_log { slot: slot.id, padding1: 0, __bindgen_anon_1: bitmap };
         // SAFETY: the structure of the request; the bitmap it points to is writable (atomic words) and large
         // enough, as just checked.
-        checked(unsafe { ioctl_with_ref(&self.0, KVM_GET_DIRTY_LOG(), &request) }).map(drop)
+        checked(unsafe { ioctl_with_ref(&self.vm, KVM_GET_DIRTY_LOG(), &request) }).map(drop)
+    }
+
+    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()> {
+        let first = words.start as u64 * 64;
+        let pages = (words.end as u64 * 64).min(slot.pages).checked_sub(first);
+        // The bitmap begins with the bit of the first page that is cleared.
+        let (Some(mask), Some(num_pages)) = (mask.get(words), pages) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let bitmap = kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: mask.as_ptr().cast_mut().cast() };
+        let request = kvm_clear_dirty_log {
+            slot: slot.id,
+            num_pages: u32::try_from(num_pages).map_err(|_| io::ErrorKind::InvalidInput)?,
+            first_page: first,
+            __bindgen_anon_1: bitmap,
+        };
+        // SAFETY: the structure of the request; KVM reads the words of the mask that were just cut out of it.
+        checked(unsafe { ioctl_with_ref(&self.vm, KVM_CLEAR_DIRTY_LOG(), &request) }).map(drop)
+    }
+
+    fn refuse_manual_protect(&self) {
+        // It fails where there is no manual protection.
+        set_manual_protect(self.vm.as_fd(), 0).ok();
+    }
+
+    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()> {
+        let vcpu = self.vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?;
+        mint::mint(vcpu, entries, slot)
     }
 
     fn reset_dirty_rings(&self) -> io::Result<u64> {
         // SAFETY: takes no argument; it changes entries of the rings that user space gave back, which nobody
         // reads before KVM sets them again.
-        checked(unsafe { ioctl_with_val(&self.0, KVM_RESET_DIRTY_RINGS(), 0) })
+        checked(unsafe { ioctl_with_val(&self.vm, KVM_RESET_DIRTY_RINGS(), 0) })
     }
 }
 
@@ -88,11 +137,21 @@ pub(crate) fn check_extension(fd: BorrowedFd<'_>, capability: u32) -> u64 {
     checked(unsafe { ioctl_with_val(&fd, KVM_CHECK_EXTENSION(), capability.into()) }).unwrap_or(0)
 }
 
-/// Gives every vCPU made from now on a dirty ring of `bytes`.
-pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io::Result<()> {
-    let request = kvm_enable_cap { cap: capability, args: [bytes, 0, 0, 0], ..Default::default() };
+/// Turns a capability of the VM on with one argument.
+pub(crate) fn enable_cap(vm: BorrowedFd<'_>, capability: u32, argument: u64) -> io::Result<()> {
+    let request = kvm_enable_cap { cap: capability, args: [argument, 0, 0, 0], ..Default::default() };
     // SAFETY: the structure of the request, read only.
     checked(unsafe { ioctl_with_ref(&vm.as_fd(), KVM_ENABLE_CAP(), &request) }).map(drop)
+}
+
+/// Sets how KVM_GET_DIRTY_LOG works: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE or, with 0, as it did before Linux 5.2.
+pub(crate) fn set_manual_protect(vm: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
+    enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
+}
+
+/// Gives every vCPU made from now on a dirty ring of `bytes`.
+pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io::Result<()> {
+    enable_cap(vm, capability, bytes)
 }
 
 /// While it lives, no signal is delivered to this thread.

@@ -49,6 +49,13 @@ impl Owner<'_> {
         self.lane.len.store(len + 1, Ordering::Relaxed);
     }
 
+    /// Takes the last page out.
+    pub(crate) fn pop(&self) -> Option<Gfn> {
+        let last = self.lane.len.load(Ordering::Relaxed).checked_sub(1)?;
+        self.lane.len.store(last, Ordering::Relaxed);
+        Some(Gfn(self.lane.pages[last].load(Ordering::Relaxed)))
+    }
+
     /// Hands out the pages in order and empties the list.
     pub(crate) fn drain(&self, mut sink: impl FnMut(Gfn)) {
         let len = self.lane.len.load(Ordering::Relaxed);
@@ -91,5 +98,7 @@ mod tests {
         owner.drain(|gfn| pages.push(gfn.0));
         assert_eq!(pages, [9, 3]);
         owner.drain(|gfn| panic!("{gfn} again"));
+        owner.push(Gfn(5));
+        assert_eq!((owner.pop(), owner.pop()), (Some(Gfn(5)), None));
     }
 }

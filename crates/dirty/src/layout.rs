@@ -49,6 +49,10 @@ impl Slot {
     pub(crate) fn end(&self) -> u64 {
         self.base.0 + self.pages
     }
+
+    pub(crate) fn holds(&self, gfn: Gfn) -> bool {
+        (self.base.0..self.end()).contains(&gfn.0)
+    }
 }
 
 /// The memory slots of a VM, checked and ordered by guest address.
@@ -150,8 +154,14 @@ impl Layout {
 
     /// Whether the page belongs to a slot.
     pub fn contains(&self, gfn: Gfn) -> bool {
+        self.locate(gfn).is_some()
+    }
+
+    /// The slot number and the page in the slot, as a ring entry names them.
+    pub(crate) fn locate(&self, gfn: Gfn) -> Option<(u32, u64)> {
         let after = self.slots.partition_point(|slot| slot.base <= gfn);
-        after > 0 && gfn.0 < self.slots[after - 1].end()
+        let slot = &self.slots[after.checked_sub(1)?];
+        slot.holds(gfn).then(|| (slot.id, gfn.0 - slot.base.0))
     }
 
     /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page in the slot.
@@ -197,6 +207,8 @@ mod tests {
         assert_eq!(layout.pages(), 24);
         assert_eq!(layout.resolve(2, 7), Some(Gfn(7)));
         assert_eq!(layout.resolve(7, 15), Some(Gfn(0x10_000f)));
+        assert_eq!(layout.locate(Gfn(0x10_000f)), Some((7, 15)));
+        assert_eq!((layout.locate(Gfn(7)), layout.locate(Gfn(8))), (Some((2, 7)), None));
         assert_eq!(layout.resolve(2, 8), None);
         assert_eq!(layout.resolve(3, 0), None);
         assert_eq!(layout.resolve(0xffff, 0), None);

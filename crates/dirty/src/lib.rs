@@ -63,6 +63,8 @@ struct Readme;
 
 // Under loom only the lock-free parts are compiled; their models are in `models.rs`.
 #[cfg(not(all(test, loom)))]
+mod audit;
+#[cfg(not(all(test, loom)))]
 mod backend;
 mod bits;
 #[cfg(not(all(test, loom)))]
@@ -72,13 +74,17 @@ mod flat;
 mod gate;
 mod global;
 #[cfg(not(all(test, loom)))]
+mod hot;
+#[cfg(not(all(test, loom)))]
 mod kvm;
 mod lane;
 mod layout;
 #[cfg(not(all(test, loom)))]
 mod memory;
 #[cfg(not(all(test, loom)))]
-mod ring;
+mod mint;
+#[cfg(not(all(test, loom)))]
+mod selftest;
 #[cfg(not(all(test, loom)))]
 mod source;
 mod sync;
@@ -92,14 +98,20 @@ mod models;
 mod tests;
 
 #[cfg(not(all(test, loom)))]
+pub use audit::Auditor;
+#[cfg(not(all(test, loom)))]
 pub use backend::{Backend, Choice, Kind, ProbeError};
 #[cfg(not(all(test, loom)))]
 pub use epoch::{Copied, Epoch, Harvested, Part, Rearmed, StateSaved, Stopped};
 pub use global::GlobalLog;
+#[cfg(not(all(test, loom)))]
+pub use hot::{Hot, HotRule};
 pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};
 #[cfg(not(all(test, loom)))]
 pub use memory::{LogSlice, RegionLog};
 #[cfg(not(all(test, loom)))]
-pub use source::{HarvestError, RearmError};
+pub use selftest::{SelfTest, SelfTestError};
 #[cfg(not(all(test, loom)))]
-pub use tracker::{Config, DisableError, EnableError, NewError, Stats, Tracker};
+pub use source::{HarvestError, RearmError, UffdError};
+#[cfg(not(all(test, loom)))]
+pub use tracker::{Config, DisableError, EnableError, Exit, Fetch, Fetched, NewError, Stats, Tracker};

@@ -122,7 +122,12 @@ impl Machine {
         for index in 0..options.vcpus {
             fds.push(host.create_vcpu(&vm, index, options.vcpus)?);
         }
-        let config = Config { vcpus: count, max_dirty_pages: options.max_dirty, trigger: options.trigger };
+        let config = Config {
+            vcpus: count,
+            max_dirty_pages: options.max_dirty,
+            trigger: options.trigger,
+            ..Config::default()
+        };
         let vcpu_fds: Vec<_> = fds.iter().map(fd_of).collect();
         let layout = Layout::new(ram.slots())?;
         let tracker =

@@ -169,6 +169,8 @@ pub enum TrackerChoice {
     Auto,
     /// KVM's dirty ring (Linux 5.11 and newer)
     Ring,
+    /// KVM's dirty bitmap, cleared page by page (Linux 5.2 and newer)
+    ClearLog,
     /// KVM's dirty bitmap
     Bitmap,
 }
@@ -178,6 +180,7 @@ impl From<TrackerChoice> for outlive_dirty::Choice {
         match choice {
             TrackerChoice::Auto => Self::Auto,
             TrackerChoice::Ring => Self::Ring,
+            TrackerChoice::ClearLog => Self::ClearLog,
             TrackerChoice::Bitmap => Self::Bitmap,
         }
     }

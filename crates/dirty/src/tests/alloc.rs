@@ -47,7 +47,7 @@ fn the_count_works() {
 fn an_epoch_allocates_nothing() {
     for choice in [Choice::Ring, Choice::Bitmap] {
         // So small that lists overflow, too.
-        let config = Config { vcpus: 1, max_dirty_pages: 20, trigger: 10 };
+        let config = Config { vcpus: 1, max_dirty_pages: 20, trigger: 10, ..Config::default() };
         let Some(mut guest) = guest::start(choice, 1, config) else { return };
         let tracker = guest.tracker.clone();
         let mut vcpu = guest.vcpus.remove(0);

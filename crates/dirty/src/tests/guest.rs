@@ -17,8 +17,8 @@ use vm_memory::{
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::kvm::Vm;
-use crate::ring::{Mapping, Ring};
 use crate::source::Rings;
+use crate::source::ring::{Mapping, RESERVED, Ring};
 use crate::{Backend, Choice, Config, Gfn, GlobalLog, Kind, Layout, RegionLog, Slot, Tracker};
 
 /// Where the guest may write: the base, and how many pages (a power of two).
@@ -61,11 +61,22 @@ pub(super) struct Guest {
 
 /// The VM with tracking off, or None without /dev/kvm.
 pub(super) fn start(choice: Choice, vcpus: usize, config: Config) -> Option<Guest> {
-    start_with(choice, vcpus, config, true)
+    start_with(choice, vcpus, config, true, 0)
+}
+
+/// As `start`, with a back end that loses one page in so many.
+pub(super) fn start_planted(choice: Choice, vcpus: usize, config: Config, every: u64) -> Option<Guest> {
+    start_with(choice, vcpus, config, true, every)
 }
 
 /// As `start`, and if told so leaves the signals in while rings are reset.
-pub(super) fn start_with(choice: Choice, vcpus: usize, config: Config, block_signals: bool) -> Option<Guest> {
+pub(super) fn start_with(
+    choice: Choice,
+    vcpus: usize,
+    config: Config,
+    block_signals: bool,
+    planted: u64,
+) -> Option<Guest> {
     if !std::path::Path::new("/dev/kvm").exists() {
         println!("skipped: no /dev/kvm");
         return None;
@@ -73,7 +84,7 @@ pub(super) fn start_with(choice: Choice, vcpus: usize, config: Config, block_sig
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
     let backend = match Backend::probe(fd(&kvm), fd(&vm), choice, vcpus) {
-        Ok(backend) => backend,
+        Ok(backend) => backend.with_planted_bug(planted),
         Err(error) => {
             println!("skipped: {error}");
             return None;
@@ -102,10 +113,11 @@ pub(super) fn start_with(choice: Choice, vcpus: usize, config: Config, block_sig
         Tracker::new(layout, config, backend, global.clone(), fd(&vm), &vcpu_fds)
     } else {
         let map = |vcpu: &BorrowedFd<'_>| Mapping::of_vcpu(*vcpu, backend.ring_entries()).unwrap();
-        let mut rings = Rings::new(vcpu_fds.iter().map(|vcpu| Ring::new(Arc::new(map(vcpu)))).collect());
+        let kernel = Box::new(Vm::new(fd(&vm), &[]).unwrap());
+        let ring = |vcpu| Ring::new(Arc::new(map(vcpu)), RESERVED);
+        let mut rings = Rings::new(kernel, vcpu_fds.iter().map(ring).collect());
         rings.block_signals = false;
-        let kernel = Box::new(Vm::new(fd(&vm)).unwrap());
-        Tracker::with(layout, config, Kind::Ring, kernel, Box::new(rings), global.clone())
+        Tracker::with(layout, config, Kind::Ring, Box::new(rings), None, global.clone())
     };
     Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, _vm: vm })
 }

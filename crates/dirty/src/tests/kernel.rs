@@ -2,14 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::global::GlobalLog;
+use crate::hot::{Hot, HotRule};
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, Layout, Slot};
-use crate::ring::{DIRTY, Mapping, RESET, Ring};
-use crate::source::{Bitmap, Rings, Source};
+use crate::source::ring::{DIRTY, Mapping, RESET, Ring};
+use crate::source::{Bitmap, ClearLog, Rings, Source};
 use crate::tracker::{Config, Tracker};
 use crate::words::Words;
 use crate::{Kind, NewError};
@@ -37,6 +39,8 @@ pub(super) struct State {
     pub(super) interrupt_after: Option<u64>,
     /// So many KVM_GET_DIRTY_LOG succeed before one fails.
     pub(super) fail_log_after: Option<u32>,
+    /// KVM writes no wall clock.
+    pub(super) no_mint: bool,
     /// Resets until now.
     pub(super) resets: u64,
 }
@@ -59,14 +63,23 @@ impl FakeKernel {
     ) -> Result<(FakeKernel, Tracker), NewError> {
         let mappings: Vec<_> =
             (0..config.vcpus).map(|_| Arc::new(Mapping::anonymous(ring_entries).unwrap())).collect();
-        let source: Box<dyn Source> = match kind {
-            Kind::Ring => Box::new(Rings::new(mappings.iter().cloned().map(Ring::new).collect())),
-            Kind::Bitmap => Box::new(Bitmap::reserve(&layout).unwrap()),
-        };
+        let rings = mappings.iter().map(|entries| Ring::new(entries.clone(), RESERVED)).collect();
         let ring = |entries| FakeRing { entries, size: ring_entries.into(), dirty: 0, reset: 0 };
         let state = State { rings: mappings.into_iter().map(ring).collect(), ..State::default() };
         let kernel = FakeKernel { layout: layout.clone(), kind, state: Arc::new(Mutex::new(state)) };
-        let tracker = Tracker::with(layout, config, kind, Box::new(kernel.clone()), source, global)?;
+        let this = Box::new(kernel.clone());
+        let source: Box<dyn Source> = match kind {
+            Kind::Ring => Box::new(Rings::new(this, rings)),
+            Kind::ClearLog => Box::new(ClearLog::reserve(this, &layout).unwrap()),
+            Kind::Bitmap | Kind::Uffd => Box::new(Bitmap::reserve(this, &layout).unwrap()),
+        };
+        let rule = match config.hot {
+            Hot::Rule(rule) if kind != Kind::Bitmap => {
+                Some(HotRule { max_pages: rule.max_pages.min(ring_entries as usize / 4), ..rule })
+            }
+            _ => None,
+        };
+        let tracker = Tracker::with(layout, config, kind, source, rule, global)?;
         Ok((kernel, tracker))
     }
 
@@ -93,8 +106,21 @@ impl FakeKernel {
         }
         match self.kind {
             Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
-            Kind::Bitmap => drop(state.bitmap.insert(gfn.0)),
+            _ => _ = state.bitmap.insert(gfn.0),
         }
+    }
+
+    /// Pages whose next write does not trap.
+    pub(super) fn unarmed(&self) -> BTreeSet<Gfn> {
+        let state = self.state();
+        let pages = self.layout.slots().iter().flat_map(|slot| slot.base.0..slot.end());
+        pages.filter(|gfn| !state.armed.contains(gfn)).map(Gfn).collect()
+    }
+
+    /// Entries that KVM lets this vCPU write yet.
+    pub(super) fn room(&self, vcpu: usize) -> u64 {
+        let ring = &self.state().rings[vcpu];
+        (ring.size - RESERVED).saturating_sub(ring.dirty - ring.reset)
     }
 
     /// An entry that means no page of the layout.
@@ -143,8 +169,42 @@ impl Kernel for FakeKernel {
         for gfn in dirty {
             let offset = gfn - slot.base.0;
             buffer[offset as usize / 64].fetch_or(1 << (offset % 64), Ordering::Relaxed);
-            state.bitmap.remove(&gfn);
-            state.armed.insert(gfn);
+            if self.kind != Kind::ClearLog {
+                state.bitmap.remove(&gfn);
+                state.armed.insert(gfn);
+            }
+        }
+        Ok(())
+    }
+
+    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()> {
+        assert!(
+            self.kind == Kind::ClearLog
+                && words.start < words.end
+                && words.end as u64 <= slot.pages.div_ceil(64)
+        );
+        let mut state = self.state();
+        for word in words {
+            let bits = mask[word].load(Ordering::Relaxed);
+            for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {
+                let gfn = slot.base.0 + word as u64 * 64 + bit;
+                // KVM protects what was set only.
+                if state.bitmap.remove(&gfn) {
+                    state.armed.insert(gfn);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse_manual_protect(&self) {}
+
+    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()> {
+        if self.state().no_mint {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        for _ in 0..entries.div_ceil(3) * 3 {
+            push(&mut self.state().rings[vcpu], slot.id, 0);
         }
         Ok(())
     }

@@ -4,16 +4,15 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::guest::{self, AREAS, Guest, Job, Rain, Stop, Vcpu};
-use crate::{Choice, Config, Tracker};
+use crate::{Choice, Config, Exit, Hot, Tracker};
 
-const CONFIG: Config = Config { vcpus: 0, max_dirty_pages: 600, trigger: 300 };
+const CONFIG: Config = Config { vcpus: 0, max_dirty_pages: 600, trigger: 300, exact: false, hot: Hot::Off };
 
 /// Splitmix64.
 struct Random(u64);
@@ -46,8 +45,9 @@ fn vcpu_epoch(vcpu: &mut Vcpu, index: usize, job: Job, tracker: &Tracker, random
         match vcpu.run() {
             Stop::Done => break,
             Stop::RingFull => {
-                tracker.ring_full(index).unwrap();
-                break;
+                if tracker.ring_full(index).unwrap() == Exit::DirtyLogFull {
+                    break;
+                }
             }
             Stop::Signal => {
                 interrupted += 1;
@@ -186,21 +186,35 @@ fn bitmap_two_vcpus() {
 #[test]
 fn the_test_notices_a_lost_page() {
     for choice in [Choice::Ring, Choice::Bitmap] {
-        let Some(guest) = guest::start(choice, 1, Config { vcpus: 1, ..CONFIG }) else { return };
-        guest.tracker.planted.store(1000, Ordering::Relaxed);
+        let Some(guest) = guest::start_planted(choice, 1, Config { vcpus: 1, ..CONFIG }, 1000) else {
+            return;
+        };
         let outcome = run(guest, 100, Duration::from_millis(1));
         assert!(outcome.missed > 0, "{outcome:?}");
     }
 }
 
-/// With signals left in, this kernel loses pages at resets (6.17 and later); the tracker sees the reset cut short
-/// and write-protects everything.
+/// Signals come at their densest while rings of thousands of pages are reset.
 #[test]
-fn interrupted_resets_lose_no_page() {
-    let config = Config { vcpus: 1, max_dirty_pages: 3000, trigger: 3000 };
-    let Some(guest) = guest::start_with(Choice::Ring, 1, config, false) else { return };
+fn blocked_signals_cut_no_reset_short() {
+    let config = Config { vcpus: 1, max_dirty_pages: 3000, trigger: 3000, ..CONFIG };
+    let Some(guest) = guest::start(Choice::Ring, 1, config) else { return };
     let tracker = guest.tracker.clone();
     let outcome = run(guest, 300, Duration::from_micros(20));
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
-    println!("{} resets were cut short", tracker.stats().full_rearms);
+    assert_eq!(tracker.stats().full_rearms, 0);
+}
+
+/// With signals left in, this kernel loses pages at resets (6.17 and later). The tracker sees a reset that was cut
+/// short and write-protects everything. What nobody can see is a signal between the last entry and the end of the
+/// reset, which is why they are blocked.
+#[test]
+fn a_reset_that_is_cut_short_is_noticed() {
+    let config = Config { vcpus: 1, max_dirty_pages: 3000, trigger: 3000, ..CONFIG };
+    let Some(guest) = guest::start_with(Choice::Ring, 1, config, false, 0) else { return };
+    let tracker = guest.tracker.clone();
+    let outcome = run(guest, 300, Duration::from_micros(20));
+    let cut = tracker.stats().full_rearms;
+    println!("{cut} resets were cut short, {} pages missed", outcome.missed);
+    assert!(outcome.missed as u64 <= 5 + cut / 5, "{outcome:?}");
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
-use outlive_dirty::HarvestError;
+use outlive_dirty::{Exit, HarvestError};
 
 use super::idle::{Idle, IdleState};
 use super::platform::{AfterPort, MachineEvent};
@@ -146,9 +146,10 @@ impl Vcpu {
                 }
             }
             if self.enter() == Entered::LogFull {
-                if let Some(tracker) = shared.tracker.get() {
-                    // An overrun is noted in the tracker; the next harvest reports it.
-                    tracker.ring_full(usize::from(self.index)).ok();
+                // An overrun is noted in the tracker; the next harvest reports it.
+                let exit = shared.tracker.get().map(|tracker| tracker.ring_full(usize::from(self.index)));
+                if let Some(Ok(Exit::Resume)) = exit {
+                    continue;
                 }
                 (shared.events)(MachineEvent::DirtyLogFull);
                 shared.meeting.next(order);

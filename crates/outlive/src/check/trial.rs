@@ -42,7 +42,7 @@ pub(super) fn finding() -> Finding {
     // table.
     match with_default(NoSubscriber::default(), trial) {
         Ok((Kind::Ring, took)) => Finding::ok(NAME, format!("{} with the dirty ring", verdict(took))),
-        Ok((Kind::Bitmap, took)) => Finding::warning(
+        Ok((_, took)) => Finding::warning(
             NAME,
             format!("{}, but only with the dirty bitmap", verdict(took)),
             "use Linux 5.11 or newer, which has the dirty ring: checkpoints of large VMs get cheaper",

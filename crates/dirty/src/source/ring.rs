@@ -80,11 +80,30 @@ unsafe impl Sync for Mapping {}
 #[derive(Debug)]
 pub(crate) struct Overrun;
 
+/// Entries that KVM keeps free behind the soft limit, at which it stops the vCPU (virt/kvm/dirty_ring.c,
+/// kvm_dirty_ring_get_rsvd_entries; KVM_DIRTY_RING_RSVD_ENTRIES).
+pub(crate) const RESERVED: u64 = 64;
+/// So many more with page modification logging of Intel processors (kvm_cpu_dirty_log_size).
+pub(crate) const RESERVED_FOR_PML: u64 = 512;
+
+/// A slot that no VM has (KVM_USER_MEM_SLOTS is 32764): the reset of such an entry frees it and arms no page.
+/// Never a wild offset instead: before 6.1.175, 6.12.91 and May 2026 one near 2^64 passed KVM's check
+/// (CVE-2026-52969).
+const NO_SLOT: u32 = 0xffff;
+
 /// A ring and how far it has been read. Positions count from the start of the VM and never wrap.
+///
+/// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM takes
+/// slot and offset from the entry when it resets it: whoever gives it back may write any page into it, and that page
+/// is the one that is armed.
 pub(crate) struct Ring {
     entries: std::sync::Arc<Mapping>,
+    /// Entries that KVM leaves free behind its soft limit.
+    reserved: u64,
     /// First position not handed back to KVM by a reset.
     freed: AtomicU64,
+    /// First position not marked for a reset. Equal to `freed` but between marking and reset.
+    marked: AtomicU64,
     /// First position not taken.
     taken: AtomicU64,
     /// First position not seen by `pending`.
@@ -94,9 +113,17 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    pub(crate) fn new(entries: std::sync::Arc<Mapping>) -> Ring {
+    pub(crate) fn new(entries: std::sync::Arc<Mapping>, reserved: u64) -> Ring {
         let at_start = || AtomicU64::new(0);
-        Ring { entries, freed: at_start(), taken: at_start(), peeked: at_start(), began: at_start() }
+        Ring {
+            entries,
+            reserved,
+            freed: at_start(),
+            marked: at_start(),
+            taken: at_start(),
+            peeked: at_start(),
+            began: at_start(),
+        }
     }
 
     fn is_dirty(&self, position: u64) -> bool {
@@ -108,19 +135,27 @@ impl Ring {
         self.freed.load(Ordering::Acquire) + u64::from(self.entries.entries)
     }
 
-    /// Hands out (slot, offset) of every new entry, in order, and marks it for reset. One thread at a time.
+    /// Unread entries at which KVM stops the vCPU, if none are held.
+    pub(crate) fn soft_limit(&self) -> u64 {
+        u64::from(self.entries.entries).saturating_sub(self.reserved)
+    }
+
+    /// Hands out (slot, offset) of every new entry, in order, until the sink says no: that entry stays. One thread
+    /// at a time.
     ///
     /// An overrun shows as a ring without any entry that is free or marked for reset: KVM stops the vCPU at the
     /// soft limit, at least 64 entries earlier, so a full ring is no accident. The pages are handed out even so.
-    pub(crate) fn take(&self, mut sink: impl FnMut(u32, u64)) -> Result<usize, Overrun> {
+    pub(crate) fn take(&self, mut sink: impl FnMut(u32, u64) -> bool) -> Result<usize, Overrun> {
         let (start, limit) = (self.taken.load(Ordering::Relaxed), self.limit());
         let mut position = start;
         while position < limit && self.is_dirty(position) {
             let entry = self.entries.entry(position);
-            sink(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
-            entry.flags.store(RESET, Ordering::Release);
+            if !sink(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed)) {
+                break;
+            }
             position += 1;
         }
+        // Release: who gives entries back, on another thread, has them read.
         self.taken.store(position, Ordering::Release);
         if position == limit { Err(Overrun) } else { Ok((position - start) as usize) }
     }
@@ -139,20 +174,48 @@ impl Ring {
         position.saturating_sub(self.began.load(Ordering::Relaxed)) as usize
     }
 
-    /// Whether the ring holds nothing at all, so that KVM has no reason to call it full.
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether KVM has reason to call the ring full. The soft limit is not known exactly everywhere, so this is
+    /// generous: what it is to tell apart is a ring that KVM calls full although it is empty.
+    pub(crate) fn can_be_full(&self) -> bool {
         let taken = self.taken.load(Ordering::Acquire);
-        taken == self.freed.load(Ordering::Acquire) && !self.is_dirty(taken)
+        let mut end = taken.max(self.peeked.load(Ordering::Relaxed));
+        let limit = self.limit();
+        while end < limit && self.is_dirty(end) {
+            end += 1;
+        }
+        let used = end - self.freed.load(Ordering::Acquire);
+        used > 0 && used + RESERVED + RESERVED_FOR_PML >= self.entries.entries.into()
     }
 
-    /// Entries taken and not freed.
-    pub(crate) fn unfreed(&self) -> u64 {
-        self.taken.load(Ordering::Acquire) - self.freed.load(Ordering::Acquire)
+    /// Entries taken and not given back.
+    pub(crate) fn held(&self) -> u64 {
+        self.taken.load(Ordering::Acquire) - self.marked.load(Ordering::Relaxed)
     }
 
-    /// KVM has freed every entry that was taken.
+    /// Marks the `count` oldest held entries for the next reset, each rewritten to the (slot, offset) it is given,
+    /// or to no page. One thread at a time; [`Ring::all_freed`] after the reset.
+    ///
+    /// In order, because KVM's reset stops at the first entry that is not marked.
+    pub(crate) fn give_back(&self, count: u64, mut page: impl FnMut() -> Option<(u32, u64)>) {
+        let start = self.marked.load(Ordering::Relaxed);
+        let end = start + count;
+        // An entry that KVM has not written must never be marked: its reset index would overtake the other and the
+        // vCPU be called full for ever.
+        assert!(end <= self.taken.load(Ordering::Acquire), "an entry is given back that was not taken");
+        for position in start..end {
+            let entry = self.entries.entry(position);
+            let (slot, offset) = page().unwrap_or((NO_SLOT, 0));
+            entry.slot.store(slot, Ordering::Relaxed);
+            entry.offset.store(offset, Ordering::Relaxed);
+            // KVM reads the flags with acquire and then the page.
+            entry.flags.store(RESET, Ordering::Release);
+        }
+        self.marked.store(end, Ordering::Relaxed);
+    }
+
+    /// KVM has freed every entry that was marked.
     pub(crate) fn all_freed(&self) {
-        self.freed.store(self.taken.load(Ordering::Acquire), Ordering::Release);
+        self.freed.store(self.marked.load(Ordering::Relaxed), Ordering::Release);
     }
 
     /// A new epoch begins.
@@ -175,44 +238,70 @@ mod tests {
 
     fn taken(ring: &Ring) -> Vec<u64> {
         let mut offsets = Vec::new();
-        ring.take(|_, offset| offsets.push(offset)).unwrap();
+        ring.take(|_, offset| {
+            offsets.push(offset);
+            true
+        })
+        .unwrap();
         offsets
     }
 
+    fn flags(mapping: &Mapping, position: u64) -> u32 {
+        mapping.entry(position).flags.load(Ordering::Relaxed)
+    }
+
     #[test]
-    fn takes_in_order_stops_at_a_gap_and_marks_for_reset() {
+    fn takes_in_order_and_stops_at_a_gap() {
         let mapping = Arc::new(Mapping::anonymous(256).unwrap());
-        let ring = Ring::new(mapping.clone());
-        assert!(ring.is_empty());
+        let ring = Ring::new(mapping.clone(), 64);
+        assert!(!ring.can_be_full());
         push(&mapping, 0, 0, 5);
         push(&mapping, 1, 0, 6);
         push(&mapping, 3, 0, 8);
-        assert!(!ring.is_empty());
         assert_eq!(ring.pending(), 2);
         assert_eq!(taken(&ring), [5, 6]);
-        assert_eq!(mapping.entry(1).flags.load(Ordering::Relaxed), RESET);
-        assert_eq!(
-            mapping.entry(3).flags.load(Ordering::Relaxed),
-            DIRTY,
-            "an unseen entry is never given back"
-        );
         push(&mapping, 2, 0, 7);
-        assert_eq!((ring.pending(), ring.unfreed()), (4, 2));
+        assert_eq!((ring.pending(), ring.held()), (4, 2));
+        assert_eq!(ring.take(|_, _| false).unwrap(), 0, "the sink has no room");
         assert_eq!(taken(&ring), [7, 8]);
-        assert!(!ring.is_empty(), "taken is not free");
-        ring.all_freed();
         ring.begin();
         assert_eq!(ring.pending(), 0);
     }
 
     #[test]
+    fn gives_the_oldest_back_with_other_pages_in_them() {
+        let mapping = Arc::new(Mapping::anonymous(256).unwrap());
+        let ring = Ring::new(mapping.clone(), 64);
+        (0..3).for_each(|position| push(&mapping, position, 1, 10 + position));
+        assert_eq!(taken(&ring).len(), 3);
+        let mut pages = [Some((4, 99)), None].into_iter();
+        ring.give_back(2, || pages.next().unwrap());
+        let entry = |position| {
+            let entry = mapping.entry(position);
+            (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed))
+        };
+        assert_eq!([entry(0), entry(1), entry(2)], [(4, 99), (NO_SLOT, 0), (1, 12)]);
+        assert_eq!([0, 1, 2, 3].map(|position| flags(&mapping, position)), [RESET, RESET, DIRTY, 0]);
+        assert_eq!(ring.held(), 1);
+        ring.all_freed();
+        assert_eq!(ring.limit(), 2 + 256);
+    }
+
+    #[test]
+    #[should_panic = "not taken"]
+    fn never_gives_back_what_it_has_not_seen() {
+        let ring = Ring::new(Arc::new(Mapping::anonymous(256).unwrap()), 64);
+        ring.give_back(1, || None);
+    }
+
+    #[test]
     fn a_full_ring_is_an_overrun() {
         let mapping = Arc::new(Mapping::anonymous(256).unwrap());
-        let ring = Ring::new(mapping.clone());
+        let ring = Ring::new(mapping.clone(), 64);
         (0..255).for_each(|position| push(&mapping, position, 0, position));
         assert_eq!(taken(&ring).len(), 255);
         push(&mapping, 255, 0, 255);
         assert_eq!(ring.pending(), 256);
-        assert!(ring.take(|_, _| ()).is_err());
+        assert!(ring.take(|_, _| true).is_err());
     }
 }

@@ -1,0 +1,344 @@
+//! Pages that are written in nearly every epoch, and are left writable because the trap costs more than the copy.
+//!
+//! Every page is either armed or in this set, so no write is missed: a page of the set is reported in every epoch, as
+//! one that may have changed.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::layout::Gfn;
+use crate::words::Words;
+
+/// When a page becomes hot, and when it is looked at again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HotRule {
+    /// Epochs from one write of a page to the next, at most, for it to be worth copying in every epoch: the cost of
+    /// a trap divided by that of a copy, less a margin. 0 makes no page hot.
+    pub max_gap: u32,
+    /// So many traps in a row, each within `max_gap` epochs of the last, make a page hot. At least 1.
+    pub traps: u32,
+    /// Epochs after which a hot page is re-armed to see whether it is still written. Doubled (up to 32 times) each
+    /// time it was. At least 1.
+    pub probe_after: u32,
+    /// Hot pages at most. Each holds back an entry of a ring.
+    pub max_pages: usize,
+}
+
+impl HotRule {
+    /// The rule for a cost of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them, and an
+    /// epoch of at most so many dirty pages.
+    pub fn for_costs(fault_ns: u32, copy_ns: u32, max_dirty_pages: usize) -> HotRule {
+        // Half of what would pay: a hot page also costs the way to the standby.
+        let max_gap = (fault_ns / copy_ns.max(1) / 2).min(1000);
+        HotRule { max_gap, traps: 3, probe_after: 64, max_pages: max_dirty_pages / 2 }
+    }
+}
+
+/// Whether pages may become hot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hot {
+    /// Every page is re-armed in every epoch.
+    #[default]
+    Off,
+    /// By the costs and the proof of [`crate::Backend::with_self_test`]; off where that was not passed or not run.
+    Auto,
+    /// By this rule. It is on the caller that the kernel leaves out what it is told to leave out.
+    Rule(HotRule),
+}
+
+/// Part of the set that is looked at in an epoch.
+const LOOK_AT: usize = 32;
+/// Doublings of `probe_after`.
+const MAX_LEVEL: u64 = 5;
+/// Places in which the history of a page can be.
+const WAYS: usize = 2;
+
+/// What is known of a page that was trapped lately, in a word: page (40 bits), epoch (16), traps in a row (4),
+/// level (4).
+#[derive(Clone, Copy)]
+struct Past {
+    gfn: u64,
+    epoch: u16,
+    traps: u64,
+    level: u64,
+}
+
+impl Past {
+    fn unpack(word: u64) -> Past {
+        Past { gfn: word >> 24, epoch: (word >> 8) as u16, traps: word >> 4 & 15, level: word & 15 }
+    }
+
+    fn pack(self) -> u64 {
+        self.gfn << 24 | u64::from(self.epoch) << 8 | self.traps << 4 | self.level
+    }
+
+    fn age(self, epoch: u64) -> u16 {
+        (epoch as u16).wrapping_sub(self.epoch)
+    }
+}
+
+/// The hot pages and the memory of pages that may become so. All is changed by the one thread that holds the epoch,
+/// but [`HotSet::unchanged`] by any.
+pub(crate) struct HotSet {
+    rule: HotRule,
+    pages: Words,
+    /// For each page: the epoch of its next probe << 8 | level.
+    due: Words,
+    /// For each page: the epoch in which it was last found unchanged << 32 | such epochs in a row.
+    idle: Words,
+    len: AtomicUsize,
+    history: Words,
+    epoch: AtomicU64,
+    cursor: AtomicUsize,
+    heated: AtomicU64,
+    cooled: AtomicU64,
+}
+
+impl HotSet {
+    pub(crate) fn reserve(rule: HotRule, max_dirty_pages: usize) -> io::Result<HotSet> {
+        let rule = HotRule { traps: rule.traps.clamp(1, 15), probe_after: rule.probe_after.max(1), ..rule };
+        let places = (4 * max_dirty_pages).next_power_of_two();
+        let counter = || AtomicU64::new(0);
+        Ok(HotSet {
+            rule,
+            pages: Words::reserve(rule.max_pages)?,
+            due: Words::reserve(rule.max_pages)?,
+            idle: Words::reserve(rule.max_pages)?,
+            len: AtomicUsize::new(0),
+            history: Words::reserve(places)?,
+            epoch: counter(),
+            cursor: AtomicUsize::new(0),
+            heated: counter(),
+            cooled: counter(),
+        })
+    }
+
+    pub(crate) fn rule(&self) -> HotRule {
+        self.rule
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Pages that became hot, and that ceased to be, since the set was made.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.heated.load(Ordering::Relaxed), self.cooled.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn populate(&self) {
+        for words in [&self.pages, &self.due, &self.idle, &self.history] {
+            words.populate(0..words.len());
+        }
+    }
+
+    /// Forgets everything and gives the memory back.
+    pub(crate) fn clear_all(&self) {
+        self.len.store(0, Ordering::Relaxed);
+        for words in [&self.pages, &self.due, &self.idle, &self.history] {
+            words.clear_all();
+        }
+    }
+
+    /// The hot pages; the index of each is what [`HotSet::unchanged`] wants, until `cool`.
+    pub(crate) fn for_each(&self, mut sink: impl FnMut(Gfn)) {
+        self.pages[..self.len()].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
+    }
+
+    /// A page was trapped. True if it is hot from now on.
+    pub(crate) fn trapped(&self, gfn: Gfn) -> bool {
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        let (place, past) = self.recall(gfn);
+        let past = past.unwrap_or(Past { gfn: gfn.0, epoch: 0, traps: 0, level: 0 });
+        let again = past.traps > 0 && u32::from(past.age(epoch)) <= self.rule.max_gap;
+        let (traps, level) = if again { ((past.traps + 1).min(15), past.level) } else { (1, 0) };
+        let now = Past { gfn: gfn.0, epoch: epoch as u16, traps, level };
+        self.history[place].store(now.pack(), Ordering::Relaxed);
+        traps >= self.rule.traps.into() && self.rule.max_gap > 0 && self.insert(gfn, level)
+    }
+
+    /// A page that could not be armed. True if there was room for it.
+    pub(crate) fn insert(&self, gfn: Gfn, level: u64) -> bool {
+        let len = self.len();
+        if len >= self.rule.max_pages {
+            return false;
+        }
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        self.pages[len].store(gfn.0, Ordering::Relaxed);
+        self.due[len].store(self.next_probe(epoch, gfn, level) << 8 | level, Ordering::Relaxed);
+        self.idle[len].store(0, Ordering::Relaxed);
+        self.len.store(len + 1, Ordering::Relaxed);
+        self.heated.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    /// Spread out, so that pages that became hot together are not probed together.
+    fn next_probe(&self, epoch: u64, gfn: Gfn, level: u64) -> u64 {
+        let after = u64::from(self.rule.probe_after) << level.min(MAX_LEVEL);
+        epoch + after + scatter(gfn) % after.div_ceil(2)
+    }
+
+    /// A hot page was compared and found as it was.
+    pub(crate) fn unchanged(&self, index: usize) {
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        let Some(idle) = self.idle.get(index) else { return };
+        let (last, streak) = (idle.load(Ordering::Relaxed) >> 32, idle.load(Ordering::Relaxed) as u32);
+        let streak = if last + 1 == epoch & 0xffff_ffff { streak.saturating_add(1) } else { 1 };
+        idle.store(epoch << 32 | u64::from(streak), Ordering::Relaxed);
+    }
+
+    /// Takes pages out of the set that are due for a probe or have been idle for long: some of it is looked at in
+    /// each epoch. They are to be armed.
+    pub(crate) fn cool(&self, mut sink: impl FnMut(Gfn)) {
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        for _ in 0..self.len().div_ceil(LOOK_AT) {
+            let len = self.len();
+            let index = self.cursor.load(Ordering::Relaxed);
+            if index >= len {
+                self.cursor.store(0, Ordering::Relaxed);
+                continue;
+            }
+            let due = self.due[index].load(Ordering::Relaxed);
+            let idle = self.idle[index].load(Ordering::Relaxed);
+            let is_idle = idle as u32 > self.rule.max_gap && (idle >> 32) + 1 >= epoch & 0xffff_ffff;
+            if is_idle || due >> 8 <= epoch {
+                let gfn = Gfn(self.pages[index].load(Ordering::Relaxed));
+                self.remove(index, len - 1);
+                // Its next trap, if it comes soon, makes it hot again at once, and for longer.
+                let level = if is_idle { 0 } else { (due & 0xff).saturating_add(1).min(MAX_LEVEL) };
+                let traps = u64::from(self.rule.traps) - 1;
+                let past = Past { gfn: gfn.0, epoch: epoch as u16, traps: traps.max(1), level };
+                self.history[self.recall(gfn).0].store(past.pack(), Ordering::Relaxed);
+                sink(gfn);
+            } else {
+                self.cursor.store(index + 1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn remove(&self, index: usize, last: usize) {
+        for words in [&self.pages, &self.due, &self.idle] {
+            words[index].store(words[last].load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.len.store(last, Ordering::Relaxed);
+        self.cooled.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Where the history of the page is, or else where it may go: the place of the page not seen for longest.
+    fn recall(&self, gfn: Gfn) -> (usize, Option<Past>) {
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        let first = scatter(gfn) as usize & (self.history.len() - 1);
+        let mut oldest = (first, 0);
+        for way in 0..WAYS {
+            let place = first ^ way;
+            let word = self.history[place].load(Ordering::Relaxed);
+            let past = Past::unpack(word);
+            if word != 0 && past.gfn == gfn.0 {
+                return (place, Some(past));
+            }
+            let age = if word == 0 { u16::MAX } else { past.age(epoch) };
+            if age >= oldest.1 {
+                oldest = (place, age);
+            }
+        }
+        (oldest.0, None)
+    }
+
+    /// A new epoch begins.
+    pub(crate) fn begin(&self) {
+        self.epoch.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Neighbours go to different places.
+fn scatter(gfn: Gfn) -> u64 {
+    gfn.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 24
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULE: HotRule = HotRule { max_gap: 4, traps: 3, probe_after: 10, max_pages: 100 };
+
+    fn set(rule: HotRule) -> HotSet {
+        let set = HotSet::reserve(rule, 100).unwrap();
+        set.begin();
+        set
+    }
+
+    fn pass(set: &HotSet, epochs: usize) -> Vec<u64> {
+        let mut cooled = Vec::new();
+        for _ in 0..epochs {
+            set.cool(|gfn| cooled.push(gfn.0));
+            set.begin();
+        }
+        cooled
+    }
+
+    #[test]
+    fn traps_close_together_make_a_page_hot() {
+        let set = set(RULE);
+        assert!(!set.trapped(Gfn(7)));
+        pass(&set, 4);
+        assert!(!set.trapped(Gfn(7)));
+        pass(&set, 5);
+        assert!(!set.trapped(Gfn(7)), "too long ago: it begins again");
+        pass(&set, 1);
+        assert!(!set.trapped(Gfn(7)));
+        pass(&set, 4);
+        assert!(set.trapped(Gfn(7)));
+        assert_eq!((set.len(), set.counts()), (1, (1, 0)));
+    }
+
+    #[test]
+    fn a_hot_page_is_probed_less_and_less_often() {
+        let set = set(HotRule { traps: 1, ..RULE });
+        assert!(set.trapped(Gfn(7)));
+        let mut waits = Vec::new();
+        for _ in 0..3 {
+            let mut wait = 0;
+            while pass(&set, 1).is_empty() {
+                wait += 1;
+                assert!(wait < 1000);
+            }
+            assert_eq!(set.len(), 0);
+            assert!(set.trapped(Gfn(7)), "still written: hot at once");
+            waits.push(wait);
+        }
+        assert!(waits[0] >= 8 && waits[1] >= 19 && waits[2] >= 39, "{waits:?}");
+    }
+
+    #[test]
+    fn a_page_that_is_not_written_any_more_cools_early() {
+        let set = set(HotRule { traps: 1, probe_after: 1_000_000, ..RULE });
+        (0..40).for_each(|gfn| assert!(set.trapped(Gfn(gfn))));
+        let mut cooled = Vec::new();
+        for _ in 0..100 {
+            let mut index = 0;
+            set.for_each(|gfn| {
+                if gfn.0 % 2 == 0 {
+                    set.unchanged(index);
+                }
+                index += 1;
+            });
+            cooled.extend(pass(&set, 1));
+        }
+        cooled.sort_unstable();
+        assert_eq!(cooled, (0..40).filter(|gfn| gfn % 2 == 0).collect::<Vec<_>>());
+        assert_eq!(set.len(), 20);
+    }
+
+    #[test]
+    fn it_has_no_more_pages_than_it_may() {
+        let set = set(HotRule { traps: 1, max_pages: 3, ..RULE });
+        assert_eq!((0..10).filter(|&gfn| set.trapped(Gfn(gfn))).count(), 3);
+        assert!(!HotSet::reserve(HotRule { max_gap: 0, traps: 1, ..RULE }, 9).unwrap().trapped(Gfn(1)));
+    }
+
+    #[test]
+    fn costs_make_the_rule() {
+        assert_eq!(HotRule::for_costs(6500, 350, 1000).max_gap, 9);
+        assert_eq!(HotRule::for_costs(300, 350, 1000).max_gap, 0);
+    }
+}

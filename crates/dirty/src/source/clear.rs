@@ -1,0 +1,134 @@
+//! KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Linux 5.2): the bitmap is fetched
+//! by one call, and pages are armed by another that names them.
+//!
+//! A bit that is not cleared stays set and its page stays writable: that is how a hot page is left out
+//! (Documentation/virt/kvm/api.rst, 4.117).
+// UNSAFETY: reads the buffer as plain words, for speed.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::kvm::Kernel;
+use crate::layout::{Gfn, Layout, Slot};
+use crate::source::scan::scan;
+use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+use crate::words::Words;
+
+/// A call of KVM_CLEAR_DIRTY_LOG costs as much as clearing so many words in a longer one does: 0.29 µs a call
+/// against 38 µs for the 32,768 words of 8 GiB.
+const WORDS_PER_CALL: usize = 256;
+
+pub(crate) struct ClearLog {
+    kernel: Box<dyn Kernel>,
+    buffer: Words,
+    /// What is to be cleared, of one slot at a time; all zero between calls.
+    mask: Words,
+    clearing: Mutex<()>,
+    entries: AtomicU64,
+}
+
+impl ClearLog {
+    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<ClearLog> {
+        Ok(ClearLog {
+            kernel,
+            buffer: super::bitmap::buffer(layout)?,
+            mask: super::bitmap::buffer(layout)?,
+            clearing: Mutex::new(()),
+            entries: AtomicU64::new(0),
+        })
+    }
+
+    fn clear_slot(&self, slot: &Slot, pages: &[Gfn]) -> io::Result<()> {
+        let offsets = || pages.iter().filter(|&&gfn| slot.holds(gfn)).map(|gfn| gfn.0 - slot.base.0);
+        let word_of = |offset: u64| (offset / 64) as usize;
+        let (mut first, mut last, mut words) = (usize::MAX, 0, 0);
+        for offset in offsets() {
+            let word = word_of(offset);
+            words += usize::from(self.mask[word].fetch_or(1 << (offset % 64), Ordering::Relaxed) == 0);
+            (first, last) = (first.min(word), last.max(word));
+        }
+        if words == 0 {
+            return Ok(());
+        }
+        let cleared = if words * WORDS_PER_CALL < last - first {
+            offsets().try_for_each(|offset| self.clear_run(slot, word_of(offset)))
+        } else {
+            self.kernel.clear_dirty_log(slot, first..last + 1, &self.mask)
+        };
+        offsets().for_each(|offset| self.mask[word_of(offset)].store(0, Ordering::Relaxed));
+        cleared
+    }
+
+    /// Clears the words from this one on that have bits in the mask, and those bits.
+    fn clear_run(&self, slot: &Slot, first: usize) -> io::Result<()> {
+        let run = self.mask[first..].iter().take_while(|word| word.load(Ordering::Relaxed) != 0).count();
+        if run == 0 {
+            return Ok(());
+        }
+        let words = first..first + run;
+        self.kernel.clear_dirty_log(slot, words.clone(), &self.mask)?;
+        self.mask[words].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        Ok(())
+    }
+}
+
+impl Source for ClearLog {
+    fn populate(&self) {
+        self.buffer.populate(0..self.buffer.len());
+        self.mask.populate(0..self.mask.len());
+    }
+
+    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        super::set_logging(&*self.kernel, layout, true)
+    }
+
+    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        super::set_logging(&*self.kernel, layout, false)
+    }
+
+    fn take_vcpu(&self, _: &Layout, _: usize, _: Sink<'_>) -> Result<usize, HarvestError> {
+        Ok(0)
+    }
+
+    /// Pages that were taken and not armed are reported again.
+    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        let mut found = 0;
+        for slot in layout.slots() {
+            self.kernel
+                .get_dirty_log(slot, &self.buffer)
+                .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
+            // SAFETY: the buffer is stored to by the kernel in get_dirty_log only, which one thread at a time calls:
+            // this one.
+            let words = unsafe { self.buffer.plain(0..slot.pages.div_ceil(64) as usize) };
+            found += scan(words, slot, sink);
+        }
+        self.entries.fetch_add(found as u64, Ordering::Relaxed);
+        Ok(found)
+    }
+
+    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+        // A panic leaves at worst bits in the mask, of pages that are cleared too early: so none may be left.
+        let _one = self.clearing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pages.is_empty() {
+            for slot in layout.slots() {
+                self.clear_slot(slot, pages).map_err(|source| RearmError::Clear { slot: slot.id, source })?;
+            }
+        }
+        debug_assert!(!plan.everything, "KVM_CLEAR_DIRTY_LOG is never in doubt");
+        Ok(Armed { pages: pages.len(), ..Armed::default() })
+    }
+
+    fn arms_when_taken(&self) -> bool {
+        false
+    }
+
+    fn pending(&self) -> usize {
+        self.entries.load(Ordering::Relaxed) as usize
+    }
+
+    fn begin(&self) {
+        self.entries.store(0, Ordering::Relaxed);
+    }
+}

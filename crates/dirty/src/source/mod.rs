@@ -1,0 +1,198 @@
+//! The back ends: where dirty pages come from. A new one implements [`Source`] and gets a `Kind` in `backend.rs`.
+
+mod bitmap;
+mod budget;
+mod clear;
+mod pagemap;
+#[cfg(any(test, feature = "planted-bug"))]
+pub(crate) mod planted;
+pub(crate) mod ring;
+mod rings;
+mod scan;
+mod uffd;
+
+use std::io;
+
+use crate::layout::{Gfn, Layout};
+
+pub(crate) use bitmap::Bitmap;
+pub(crate) use clear::ClearLog;
+pub(crate) use rings::Rings;
+pub(crate) use uffd::Uffd;
+pub use uffd::UffdError;
+
+/// Why dirty pages could not be taken. What was taken before the error comes with the next harvest.
+#[derive(Debug, thiserror::Error)]
+pub enum HarvestError {
+    /// KVM wrote over ring entries before they were read (or calls an empty ring full, which is what follows
+    /// from that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory with
+    /// other means. It cannot happen to code that runs natively; kvm_pvm does it when it emulates CPL0 code.
+    #[error("the dirty ring of vCPU {vcpu} was overrun: dirty pages are lost, synchronise in full")]
+    Overrun {
+        /// The vCPU whose ring it is.
+        vcpu: usize,
+    },
+    /// Another thread is taking the pages of this vCPU at this moment: wait for it (a barrier) and harvest again.
+    #[error("another thread is harvesting vCPU {vcpu}")]
+    Busy {
+        /// The vCPU.
+        vcpu: usize,
+    },
+    /// Tracking has failed for good in an earlier step ([`RearmError::Count`], [`RearmError::Protect`]):
+    /// synchronise in full by other means.
+    #[error("dirty tracking has failed earlier, synchronise in full")]
+    Failed,
+    /// Threads hold fetched pages that they have not re-armed: the epoch cannot end without them.
+    #[error("fetched pages are not re-armed yet")]
+    Fetching,
+    /// The tracker is not enabled.
+    #[error("dirty tracking is not enabled")]
+    NotEnabled,
+    /// KVM_GET_DIRTY_LOG (or PAGEMAP_SCAN) failed: the slot may be gone.
+    #[error("cannot get the dirty log of memory slot {slot}")]
+    GetDirtyLog {
+        /// The slot number.
+        slot: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Why the harvested pages could not be re-armed. Tracking is over: pages may be written unseen, so synchronise in
+/// full by other means.
+#[derive(Debug, thiserror::Error)]
+pub enum RearmError {
+    /// KVM_RESET_DIRTY_RINGS failed.
+    #[error("cannot reset the dirty rings")]
+    Reset(#[source] io::Error),
+    /// KVM freed another number of ring entries than were harvested: somebody else resets or marks entries of
+    /// this VM. Tracking cannot be trusted any more.
+    #[error("KVM reset {reset} dirty ring entries, not the {harvested} that were harvested")]
+    Count {
+        /// Entries that were harvested.
+        harvested: u64,
+        /// Entries that KVM freed.
+        reset: u64,
+    },
+    /// KVM_CLEAR_DIRTY_LOG failed.
+    #[error("cannot clear the dirty log of memory slot {slot}")]
+    Clear {
+        /// The slot number.
+        slot: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// After an interrupted reset all of memory must be write-protected again, and that failed.
+    #[error("cannot write-protect memory slot {slot} again")]
+    Protect {
+        /// The slot number.
+        slot: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// What failed for a memory slot.
+#[derive(Debug)]
+pub(crate) struct SlotError {
+    pub(crate) slot: u32,
+    pub(crate) source: io::Error,
+}
+
+/// Takes what a back end reports: a page, or something that is no page of the layout. False if there is no room
+/// for it now; it is then reported again by the next take.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(Option<Gfn>) -> bool;
+
+/// How to arm.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// Pages that were taken and stay unarmed, each of which must be able to be armed later.
+    pub(crate) keep: usize,
+    /// Pages that vCPUs may dirty in the coming epoch before they are stopped, where the back end can do that.
+    pub(crate) room: Option<usize>,
+    /// vCPUs run meanwhile.
+    pub(crate) running: bool,
+    /// Arms all of memory, because an earlier call was not sure of what it did.
+    pub(crate) everything: bool,
+}
+
+impl Plan {
+    /// Arms some pages while the guest runs, and changes nothing else.
+    pub(crate) const RUNNING: Plan = Plan { keep: usize::MAX, room: None, running: true, everything: false };
+}
+
+/// What was armed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Armed {
+    /// So many of the pages, from the first.
+    pub(crate) pages: usize,
+    /// All of memory was armed as well.
+    pub(crate) everything: bool,
+    /// KVM was interrupted, vCPUs ran, and the pages may not be armed after all.
+    pub(crate) doubtful: bool,
+}
+
+/// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by one
+/// thread at a time; `arm` may be called by any.
+pub(crate) trait Source: Send + Sync {
+    /// Takes memory for what epochs need.
+    fn populate(&self);
+
+    /// Makes the first write to every page trap.
+    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError>;
+
+    /// Lets all writes through.
+    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError>;
+
+    /// Takes the pages that a vCPU logged, and says how many entries there were.
+    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError>;
+
+    /// Takes the pages that are in no vCPU's log.
+    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError>;
+
+    /// Makes the next write to each of these pages trap. All of them were taken and are not armed.
+    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError>;
+
+    /// Whether taking a page arms it again at once, so that there is nothing to leave out.
+    fn arms_when_taken(&self) -> bool;
+
+    /// Entries logged since the epoch began, as far as can be seen without a system call.
+    fn pending(&self) -> usize;
+
+    /// Whether KVM's word that the ring of this vCPU is full can be true.
+    fn can_be_full(&self, _vcpu: usize) -> bool {
+        false
+    }
+
+    /// KVM says that the ring of this vCPU is full: whether it may write more after all, because the limit is on
+    /// all vCPUs together and others have left some of it.
+    fn top_up(&self, _vcpu: usize) -> Result<bool, RearmError> {
+        Ok(false)
+    }
+
+    /// Entries held back, of all vCPUs.
+    fn credits(&self) -> u64 {
+        0
+    }
+
+    /// Whether vCPUs are stopped at the number of pages that was planned.
+    fn is_exact(&self) -> bool {
+        false
+    }
+
+    /// A new epoch begins.
+    fn begin(&self);
+}
+
+/// Turns KVM's logging of every slot on, which makes the first write to every page trap, or off.
+fn set_logging(kernel: &dyn crate::kvm::Kernel, layout: &Layout, on: bool) -> Result<(), SlotError> {
+    let mut result = Ok(());
+    for slot in layout.slots() {
+        let this = kernel.set_logging(slot, on).map_err(|source| SlotError { slot: slot.id, source });
+        if on && this.is_err() {
+            return this;
+        }
+        result = result.and(this);
+    }
+    result
+}

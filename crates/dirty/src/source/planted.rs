@@ -1,0 +1,77 @@
+//! A planted bug: a back end that loses one page in so many. Tests run with it to show that they would notice.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::layout::{Gfn, Layout};
+use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+
+/// Puts the bug in, unless `every` is 0.
+pub(crate) fn wrap(source: Box<dyn Source>, every: u64) -> Box<dyn Source> {
+    if every == 0 { source } else { Box::new(Leaky { source, every, seen: AtomicU64::new(0) }) }
+}
+
+struct Leaky {
+    source: Box<dyn Source>,
+    every: u64,
+    seen: AtomicU64,
+}
+
+impl Leaky {
+    fn loses(&self, page: Option<Gfn>) -> bool {
+        page.is_some() && (self.seen.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(self.every)
+    }
+}
+
+impl Source for Leaky {
+    fn populate(&self) {
+        self.source.populate();
+    }
+
+    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        self.source.arm_all(layout)
+    }
+
+    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        self.source.disarm_all(layout)
+    }
+
+    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        self.source.take_vcpu(layout, vcpu, &mut |page| self.loses(page) || sink(page))
+    }
+
+    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        self.source.take_shared(layout, &mut |page| self.loses(page) || sink(page))
+    }
+
+    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+        self.source.arm(layout, pages, plan)
+    }
+
+    fn arms_when_taken(&self) -> bool {
+        self.source.arms_when_taken()
+    }
+
+    fn pending(&self) -> usize {
+        self.source.pending()
+    }
+
+    fn can_be_full(&self, vcpu: usize) -> bool {
+        self.source.can_be_full(vcpu)
+    }
+
+    fn top_up(&self, vcpu: usize) -> Result<bool, RearmError> {
+        self.source.top_up(vcpu)
+    }
+
+    fn credits(&self) -> u64 {
+        self.source.credits()
+    }
+
+    fn is_exact(&self) -> bool {
+        self.source.is_exact()
+    }
+
+    fn begin(&self) {
+        self.source.begin();
+    }
+}

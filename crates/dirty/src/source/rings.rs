@@ -1,0 +1,203 @@
+//! The dirty rings of all vCPUs, and what is given back to KVM at a re-arm.
+//!
+//! An entry that was taken is held until something is to be armed with it. What is held and what is unarmed go
+//! together: each page that is unarmed has cost an entry, so there is one for each (pages dirtied by two vCPUs have
+//! cost two). Pages that are left out of a re-arm, because they are hot, leave theirs behind, and it is there when they
+//! cool. Entries beyond that are given back without a page.
+//!
+//! Held entries also make a ring smaller, which is how vCPUs are stopped at an exact number of pages: see `budget.rs`.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use crate::kvm::{Kernel, SignalsBlocked};
+use crate::layout::{Gfn, Layout};
+use crate::source::budget::Budget;
+use crate::source::ring::Ring;
+use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+
+/// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still interrupt.
+const MAX_IDLE_RESETS: u32 = 10_000;
+
+/// One dirty ring a vCPU.
+pub(crate) struct Rings {
+    kernel: Box<dyn Kernel>,
+    rings: Vec<Ring>,
+    /// Who gives entries back and resets, one at a time. Nobody waits for it in a pause: vCPUs are stopped.
+    resetting: Mutex<Budget>,
+    /// Only tests leave signals in, to see what they do.
+    pub(crate) block_signals: bool,
+}
+
+impl Rings {
+    pub(crate) fn new(kernel: Box<dyn Kernel>, rings: Vec<Ring>) -> Rings {
+        let budget = Budget::new(rings.len());
+        Rings { kernel, rings, resetting: Mutex::new(budget), block_signals: true }
+    }
+
+    fn held(&self) -> u64 {
+        self.rings.iter().map(Ring::held).sum()
+    }
+
+    /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their share.
+    fn give_back(&self, layout: &Layout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
+        let mut pages = pages.iter();
+        let mut left = count;
+        for pass in 0..2 {
+            for (vcpu, ring) in self.rings.iter().enumerate() {
+                let keeps = if pass == 0 { share(vcpu) } else { 0 };
+                let now = ring.held().saturating_sub(keeps).min(left);
+                ring.give_back(now, || pages.next().and_then(|&gfn| layout.locate(gfn)));
+                left -= now;
+            }
+        }
+    }
+
+    /// Returns whether KVM was interrupted on the way.
+    fn reset(&self, marked: u64) -> Result<bool, RearmError> {
+        let _blocked = self.block_signals.then(SignalsBlocked::now);
+        let (mut reset, mut interrupted, mut idle) = (0, false, 0);
+        while reset < marked {
+            match self.kernel.reset_dirty_rings() {
+                Ok(0) => idle += 1,
+                Ok(some) => (reset, idle) = (reset + some, 0),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => idle += 1,
+                Err(error) => return Err(RearmError::Reset(error)),
+            }
+            interrupted |= reset < marked;
+            if idle > MAX_IDLE_RESETS {
+                break;
+            }
+        }
+        if reset != marked {
+            return Err(RearmError::Count { harvested: marked, reset });
+        }
+        self.rings.iter().for_each(Ring::all_freed);
+        Ok(interrupted)
+    }
+
+    /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that KVM may
+    /// have freed entries without protecting their pages. The vCPUs are stopped.
+    fn protect_all(&self, layout: &Layout) -> Result<(), RearmError> {
+        for slot in layout.slots() {
+            let toggled =
+                self.kernel.set_logging(slot, false).and_then(|()| self.kernel.set_logging(slot, true));
+            toggled.map_err(|source| RearmError::Protect { slot: slot.id, source })?;
+        }
+        Ok(())
+    }
+
+    /// Makes every ring hold its share: mints what is missing and gives back what is too much. False if KVM mints
+    /// nothing here.
+    fn settle(&self, layout: &Layout, budget: &Budget, keep: u64) -> Result<bool, RearmError> {
+        let mut surplus = 0;
+        for (vcpu, ring) in self.rings.iter().enumerate() {
+            let share = budget.share(ring.soft_limit());
+            let missing = share.saturating_sub(ring.held());
+            if missing > 0 {
+                if self.kernel.mint(vcpu, missing, &layout.slots()[0]).is_err() {
+                    return Ok(false);
+                }
+                // What was minted, and nothing else: vCPUs are stopped and their rings were taken.
+                if ring.take(|_, _| true).is_err() || ring.held() < share {
+                    return Ok(false);
+                }
+            }
+            let extra = ring.held().saturating_sub(share).min(self.held().saturating_sub(keep));
+            ring.give_back(extra, || None);
+            surplus += extra;
+        }
+        self.reset(surplus)?;
+        Ok(true)
+    }
+}
+
+impl Source for Rings {
+    fn populate(&self) {}
+
+    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first write to
+        // every page, and neither refuses the other. A ring has no use for manual protection, so it is turned off.
+        self.kernel.refuse_manual_protect();
+        super::set_logging(&*self.kernel, layout, true)
+    }
+
+    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+        super::set_logging(&*self.kernel, layout, false)
+    }
+
+    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        let taken = self.rings[vcpu].take(|slot, offset| sink(layout.resolve(slot, offset)));
+        taken.map_err(|_| HarvestError::Overrun { vcpu })
+    }
+
+    fn take_shared(&self, _: &Layout, _: Sink<'_>) -> Result<usize, HarvestError> {
+        Ok(0)
+    }
+
+    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+        let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !plan.running {
+            budget.plan(plan.room);
+        }
+        let held = self.held();
+        let armed = held.min(pages.len() as u64);
+        // Whoever arms while vCPUs run knows nothing of what others have taken.
+        let keep = if plan.running {
+            held
+        } else {
+            let shares: u64 = self.rings.iter().map(|ring| budget.share(ring.soft_limit())).sum();
+            shares.max(plan.keep as u64)
+        };
+        let count = armed.max(held.saturating_sub(keep));
+        let even = plan.keep as u64 / self.rings.len() as u64;
+        self.give_back(layout, &pages[..armed as usize], count, |vcpu| {
+            budget.share(self.rings[vcpu].soft_limit()).max(if plan.running { 0 } else { even })
+        });
+        let interrupted = self.reset(count)?;
+        let everything = !plan.running && (interrupted || plan.everything);
+        if everything {
+            self.protect_all(layout)?;
+        }
+        if !plan.running && budget.is_on() && !self.settle(layout, &budget, plan.keep as u64)? {
+            tracing::warn!("KVM writes no wall clock here: the dirty trigger is checked between exits only");
+            budget.give_up();
+        }
+        Ok(Armed { pages: armed as usize, everything, doubtful: plan.running && interrupted })
+    }
+
+    fn arms_when_taken(&self) -> bool {
+        false
+    }
+
+    fn pending(&self) -> usize {
+        self.rings.iter().map(Ring::pending).sum()
+    }
+
+    fn can_be_full(&self, vcpu: usize) -> bool {
+        self.rings[vcpu].can_be_full()
+    }
+
+    fn top_up(&self, vcpu: usize) -> Result<bool, RearmError> {
+        let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
+        let granted = budget.grant(self.rings[vcpu].held());
+        if granted == 0 {
+            return Ok(false);
+        }
+        self.rings[vcpu].give_back(granted, || None);
+        self.reset(granted)?;
+        Ok(true)
+    }
+
+    fn credits(&self) -> u64 {
+        self.held()
+    }
+
+    fn is_exact(&self) -> bool {
+        self.resetting.lock().unwrap_or_else(PoisonError::into_inner).is_on()
+    }
+
+    fn begin(&self) {
+        self.rings.iter().for_each(Ring::begin);
+    }
+}

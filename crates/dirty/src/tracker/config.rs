@@ -1,0 +1,143 @@
+//! The limits of a tracker, and what its construction and its switch can answer.
+
+use std::io;
+
+use crate::hot::Hot;
+use crate::source::{HarvestError, RearmError};
+
+/// Limits chosen by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// vCPUs of the VM; 0 for [`crate::Tracker::of_memory`].
+    pub vcpus: usize,
+    /// Dirty pages an epoch is expected to have at most: memory for their lists is taken by `enable`. An epoch
+    /// with more loses none, but takes memory and time when it is harvested.
+    pub max_dirty_pages: usize,
+    /// Dirty pages, over all vCPUs, the global list and the hot pages, at which [`crate::Tracker::should_stop`]
+    /// becomes true.
+    pub trigger: usize,
+    /// KVM itself stops the vCPUs at the trigger, with `KVM_EXIT_DIRTY_RING_FULL`: ring back end only. One vCPU stops
+    /// after exactly so many entries. Several together never exceed it, and stop before it by what the others left of
+    /// their last parts. Device writes cannot stop a vCPU: poll `should_stop` for them.
+    ///
+    /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound from
+    /// below only. Needs a ring larger than the trigger.
+    pub exact: bool,
+    /// Whether pages that are written all the time are left writable and reported in every epoch.
+    pub hot: Hot,
+}
+
+impl Default for Config {
+    /// One vCPU, 16,384 pages an epoch, a trigger at half of them that is polled, no hot pages.
+    fn default() -> Config {
+        Config { vcpus: 1, max_dirty_pages: 16_384, trigger: 8_192, exact: false, hot: Hot::Off }
+    }
+}
+
+/// Why there is no tracker.
+#[derive(Debug, thiserror::Error)]
+pub enum NewError {
+    /// userfaultfd or PAGEMAP_SCAN cannot be used.
+    #[error("memory of this process cannot be tracked")]
+    Uffd(#[source] crate::source::UffdError),
+    /// A VM has at least one vCPU.
+    #[error("a tracker needs at least one vCPU")]
+    NoVcpus,
+    /// Not as many vCPU descriptors as `Config::vcpus`.
+    #[error("{given} vCPU descriptors were given for {vcpus} vCPUs")]
+    VcpuCount {
+        /// Descriptors given.
+        given: usize,
+        /// `Config::vcpus`.
+        vcpus: usize,
+    },
+    /// The trigger must be from 1 to `max_dirty_pages`.
+    #[error("the dirty trigger of {trigger} pages is not between 1 and max_dirty_pages = {max_dirty_pages}")]
+    Trigger {
+        /// `Config::trigger`.
+        trigger: usize,
+        /// `Config::max_dirty_pages`.
+        max_dirty_pages: usize,
+    },
+    /// The global list does not cover all of memory.
+    #[error("the global list covers {covered} frame numbers, the layout has {needed}")]
+    GlobalLogSize {
+        /// What the global list was made for.
+        covered: u64,
+        /// What the layout needs: [`Layout::gfn_space`].
+        needed: u64,
+    },
+    /// The global list belongs to another tracker.
+    #[error("the global list is in use by another tracker")]
+    GlobalLogTaken,
+    /// A ring could not be mapped.
+    #[error("cannot map the dirty ring of vCPU {vcpu}")]
+    Map {
+        /// The vCPU.
+        vcpu: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The VM's descriptor could not be duplicated.
+    #[error("cannot duplicate the descriptor of the VM")]
+    Vm(#[source] io::Error),
+    /// Address space for the lists could not be reserved.
+    #[error("cannot reserve address space for the dirty lists")]
+    Reserve(#[source] io::Error),
+}
+
+/// Why tracking was not enabled. Nothing is left on.
+#[derive(Debug, thiserror::Error)]
+pub enum EnableError {
+    /// It is enabled already.
+    #[error("dirty tracking is enabled already")]
+    Already,
+    /// An epoch is open.
+    #[error("an epoch is open")]
+    EpochOpen,
+    /// A vCPU thread is harvesting: the VM is not stopped.
+    #[error("vCPU {0} is being harvested")]
+    Busy(usize),
+    /// The tracker has met a ring overrun or a wrong reset count, from which the rings of a VM do not recover.
+    #[error("dirty tracking of this VM has failed earlier and cannot be enabled again")]
+    Failed,
+    /// KVM_SET_USER_MEMORY_REGION failed.
+    #[error("cannot turn on the dirty log of memory slot {slot}")]
+    Protect {
+        /// The slot number.
+        slot: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// What KVM had logged before could not be cleared away.
+    #[error("cannot clear the dirty log")]
+    Leftovers(#[source] HarvestError),
+    /// Fetched pages are not re-armed yet.
+    #[error("fetched pages are not re-armed yet")]
+    Fetching,
+    /// The same, at its reset.
+    #[error("cannot clear the dirty log")]
+    LeftoverReset(#[source] RearmError),
+}
+
+/// Why tracking was not disabled.
+#[derive(Debug, thiserror::Error)]
+pub enum DisableError {
+    /// An epoch is open: drop it first.
+    #[error("an epoch is open")]
+    EpochOpen,
+    /// A vCPU thread is harvesting: the VM is not stopped.
+    #[error("vCPU {0} is being harvested")]
+    Busy(usize),
+    /// Fetched pages are not re-armed yet: drop them first.
+    #[error("fetched pages are not re-armed yet")]
+    Fetching,
+    /// KVM_SET_USER_MEMORY_REGION failed; the slot stays logged, all else is off.
+    #[error("cannot turn off the dirty log of memory slot {slot}")]
+    Protect {
+        /// The slot number.
+        slot: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,304 @@
+//! The cycle of an epoch: harvest, re-arm, begin the next.
+// UNSAFETY: lends the list of what is to be armed to the back end, as a slice.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::Ordering;
+
+use super::stats::add;
+use super::{Tracker, WRONG_RESET};
+use crate::flat::Flat;
+use crate::lane::Owner;
+use crate::layout::Gfn;
+use crate::source::{Armed, HarvestError, Plan, RearmError};
+
+impl Tracker {
+    /// Takes what vCPU `vcpu` has logged into its own list, and says how many entries that were.
+    ///
+    /// For the thread of that vCPU, after KVM_RUN and after it has read the vCPU's state (some vCPU ioctls write
+    /// guest memory); all vCPUs can do so at once, without a lock and without allocation. It may also be called
+    /// in the middle of an epoch. What does not fit in the list stays in the ring until the epoch ends. Before
+    /// [`crate::Epoch::run`] of an epoch already harvested, and while tracking is off, it leaves everything where
+    /// it is and returns 0.
+    ///
+    /// # Panics
+    /// If there is no such vCPU.
+    pub fn harvest_vcpu(&self, vcpu: usize) -> Result<usize, HarvestError> {
+        let owner = self.lanes[vcpu].own().ok_or(HarvestError::Busy { vcpu })?;
+        if !self.gate.is_open() {
+            return Ok(0);
+        }
+        self.check()?;
+        let mut spilled = false;
+        let taken = self.take_vcpu(vcpu, |gfn| {
+            spilled = owner.is_full();
+            !spilled && {
+                owner.push(gfn);
+                true
+            }
+        });
+        add(&self.counters.spilled, spilled.into());
+        taken
+    }
+
+    /// Takes all that is dirty into one list. On an error, and if the epoch is dropped, that list stays and the
+    /// next harvest goes on from there.
+    pub(crate) fn harvest(&self) -> Result<(), HarvestError> {
+        if self.gate.is_off() {
+            return Err(HarvestError::NotEnabled);
+        }
+        self.check()?;
+        self.gate.close();
+        if self.fetchers.load(Ordering::Acquire) != 0 {
+            return Err(HarvestError::Fetching);
+        }
+        self.flat.truncate(self.trapped_len.load(Ordering::Relaxed));
+        let taken = self.take_everything();
+        self.trapped_len.store(self.flat.len(), Ordering::Relaxed);
+        taken?;
+        self.list_marked();
+        self.written_len.store(self.flat.len(), Ordering::Relaxed);
+        if let Some(hot) = &self.hot {
+            // What leaves the set has not been armed yet: it may have changed as well.
+            hot.cool(|gfn| self.to_arm.push(gfn));
+            self.to_arm.for_each(|gfn| self.flat.push(gfn));
+            self.first_hot.store(self.flat.len(), Ordering::Relaxed);
+            hot.for_each(|gfn| self.flat.push(gfn));
+        }
+        Ok(())
+    }
+
+    /// Trapped pages go to `flat`, marked ones to `marked`.
+    fn take_everything(&self) -> Result<(), HarvestError> {
+        for (vcpu, lane) in self.lanes.iter().enumerate() {
+            let owner: Owner<'_> = lane.own().ok_or(HarvestError::Busy { vcpu })?;
+            owner.drain(|gfn| self.flat.push(gfn));
+            self.take_vcpu(vcpu, |gfn| {
+                self.flat.push(gfn);
+                true
+            })?;
+        }
+        let _owner = self.shared.own().ok_or(HarvestError::Fetching)?;
+        if self.source.arms_when_taken() {
+            self.take_armed(|gfn| self.mark(gfn))?;
+        } else {
+            self.take_shared(|gfn| {
+                self.flat.push(gfn);
+                true
+            })?;
+        }
+        let mut ignored = 0;
+        self.global.drain(|gfn| if self.layout.contains(gfn) { self.mark(gfn) } else { ignored += 1 });
+        add(&self.counters.ignored, ignored);
+        if self.all.swap(false, Ordering::AcqRel) {
+            for slot in self.layout.slots() {
+                (slot.base.0..slot.end()).for_each(|gfn| self.mark(Gfn(gfn)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists a page that is dirty and armed.
+    fn mark(&self, gfn: Gfn) {
+        if self.seen.claim(gfn) {
+            self.marked.push(gfn);
+        } else {
+            add(&self.counters.duplicates, 1);
+        }
+    }
+
+    /// Adds the marked pages to the list, but those that are there as trapped ones or will be as hot ones.
+    fn list_marked(&self) {
+        let mut repeated = 0;
+        self.marked.for_each(|gfn| {
+            if self.trapped.peek(gfn) {
+                repeated += 1;
+            } else {
+                self.flat.push(gfn);
+            }
+        });
+        add(&self.counters.duplicates, repeated);
+    }
+
+    /// Takes a vCPU's entries. `add` gets each page that is unarmed since; false leaves the entry where it is.
+    pub(super) fn take_vcpu(
+        &self,
+        vcpu: usize,
+        mut keep: impl FnMut(Gfn) -> bool,
+    ) -> Result<usize, HarvestError> {
+        let mut count = Taken::default();
+        let taken = self
+            .source
+            .take_vcpu(&self.layout, vcpu, &mut |page| count.page(self, page, &mut keep))
+            .map_err(|error| self.noted(error));
+        count.note(self);
+        taken
+    }
+
+    /// The same for the log that belongs to no vCPU, of a back end that leaves pages unarmed.
+    pub(super) fn take_shared(&self, mut keep: impl FnMut(Gfn) -> bool) -> Result<usize, HarvestError> {
+        let mut count = Taken::default();
+        let taken = self.source.take_shared(&self.layout, &mut |page| count.page(self, page, &mut keep));
+        // Pages that are left unarmed are in this log again each time: they are no duplicates.
+        count.repeated = 0;
+        count.note(self);
+        taken
+    }
+
+    /// The same of a back end that arms what it reports.
+    pub(super) fn take_armed(&self, keep: impl Fn(Gfn)) -> Result<usize, HarvestError> {
+        let mut ignored = 0;
+        let taken = self.source.take_shared(&self.layout, &mut |page| {
+            match page {
+                Some(gfn) => keep(gfn),
+                None => ignored += 1,
+            }
+            true
+        });
+        add(&self.counters.ignored, ignored);
+        taken
+    }
+
+    /// Arms what was trapped, but for hot pages, and pages that are hot no more.
+    pub(crate) fn rearm(&self) -> Result<(), RearmError> {
+        self.flat.for_first(self.trapped_len.load(Ordering::Relaxed), |gfn| {
+            if !self.hot.as_ref().is_some_and(|hot| hot.trapped(gfn)) {
+                self.to_arm.push(gfn);
+            }
+        });
+        if let Err(error) = self.arm() {
+            self.failed.store(WRONG_RESET, Ordering::Release);
+            return Err(error);
+        }
+        self.to_arm.clear();
+        self.trapped_len.store(0, Ordering::Relaxed);
+        self.rearmed.store(true, Ordering::Relaxed);
+        self.gate.let_read();
+        Ok(())
+    }
+
+    fn arm(&self) -> Result<(), RearmError> {
+        let pages = self.to_arm.len();
+        let unarmed = self.unarmed.load(Ordering::Relaxed);
+        // The bits go first: a write that is trapped after it was armed must be listed anew.
+        if unarmed == pages {
+            // Nothing else is unarmed, so whole words can go.
+            self.to_arm.for_each(|gfn| self.trapped.release_word(gfn));
+        } else {
+            self.to_arm.for_each(|gfn| _ = self.trapped.release(gfn));
+        }
+        self.unarmed.store(unarmed - pages, Ordering::Relaxed);
+        let everything = self.doubtful.swap(false, Ordering::AcqRel);
+        let plan = Plan { keep: unarmed - pages, room: self.room(), running: false, everything };
+        // SAFETY: only the holder of the epoch stores to the list, and that is this thread.
+        let pages = unsafe { self.to_arm.slice() };
+        let armed = self.source.arm(&self.layout, pages, plan)?;
+        add(&self.counters.full_rearms, armed.everything.into());
+        self.all_armed(armed, pages.len())
+    }
+
+    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not suffice,
+    /// somebody else gives them back.
+    pub(super) fn all_armed(&self, armed: Armed, pages: usize) -> Result<(), RearmError> {
+        if armed.pages == pages {
+            return Ok(());
+        }
+        self.failed.store(WRONG_RESET, Ordering::Release);
+        Err(RearmError::Count { harvested: pages as u64, reset: armed.pages as u64 })
+    }
+
+    /// Nobody reads the pages after this.
+    pub(crate) fn close(&self) {
+        self.gate.end_reading();
+    }
+
+    /// Forgets the pages of the epoch, in O(their number), and begins the next one.
+    pub(crate) fn begin(&self) {
+        let pages = self.flat.len();
+        self.marked.for_each(|gfn| self.seen.release_word(gfn));
+        self.marked.clear();
+        self.flat.clear();
+        self.rearmed.store(false, Ordering::Relaxed);
+        self.fetched.store(0, Ordering::Relaxed);
+        self.source.begin();
+        if let Some(hot) = &self.hot {
+            let idle = self.idle_pages.swap(0, Ordering::Relaxed);
+            let listed = pages - self.first_hot.load(Ordering::Relaxed).min(pages);
+            add(&self.counters.traps_avoided, listed.saturating_sub(idle) as u64);
+            hot.begin();
+        }
+        add(&self.counters.epochs, 1);
+        add(&self.counters.pages, pages as u64);
+        add(&self.counters.oversized, (pages > self.config.max_dirty_pages).into());
+        self.warn_of_ignored();
+    }
+
+    /// The epoch was dropped after its pages were armed: they are listed as marked ones, for the next harvest.
+    pub(crate) fn take_back(&self) {
+        if !self.rearmed.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        self.flat.for_each(|gfn| {
+            // A page that is hot is reported again by itself.
+            if !self.trapped.peek(gfn) && self.seen.claim(gfn) {
+                self.marked.push(gfn);
+            }
+        });
+        self.flat.clear();
+    }
+
+    /// Lets vCPU threads harvest again, after `begin` or when an epoch was dropped on the way.
+    pub(crate) fn reopen(&self) {
+        if !self.gate.is_off() {
+            self.gate.open();
+        }
+    }
+
+    /// The pages of the epoch, and how many of them were written for certain; for [`crate::Epoch`].
+    pub(crate) fn flat(&self) -> &Flat {
+        &self.flat
+    }
+
+    pub(crate) fn written(&self) -> usize {
+        self.written_len.load(Ordering::Relaxed)
+    }
+
+    /// The page at this place of the list was compared and found as it was.
+    pub(crate) fn unchanged(&self, index: usize) {
+        let Some(hot) = &self.hot else { return };
+        // The list ends with the hot pages, in the order of their set.
+        let first = self.first_hot.load(Ordering::Relaxed);
+        if (first..self.flat.len()).contains(&index) {
+            hot.unchanged(index - first);
+            self.idle_pages.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What happened to the entries of a log.
+#[derive(Default)]
+struct Taken {
+    new: usize,
+    repeated: u64,
+    ignored: u64,
+}
+
+impl Taken {
+    fn page(&mut self, tracker: &Tracker, page: Option<Gfn>, keep: &mut impl FnMut(Gfn) -> bool) -> bool {
+        match page {
+            None => self.ignored += 1,
+            Some(gfn) if !tracker.trapped.claim(gfn) => self.repeated += 1,
+            Some(gfn) if keep(gfn) => self.new += 1,
+            Some(gfn) => {
+                tracker.trapped.release(gfn);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn note(&self, tracker: &Tracker) {
+        tracker.unarmed.fetch_add(self.new, Ordering::AcqRel);
+        add(&tracker.counters.duplicates, self.repeated);
+        add(&tracker.counters.ignored, self.ignored);
+    }
+}

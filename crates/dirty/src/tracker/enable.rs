@@ -1,0 +1,120 @@
+//! Tracking on and off: the only places where memory is taken and given back.
+
+use std::sync::atomic::Ordering;
+
+use super::{DisableError, EnableError, Token, Tracker};
+use crate::lane::Lane;
+use crate::source::{Plan, SlotError};
+
+impl Tracker {
+    /// Takes the memory of the lists and makes the first write to every page trap; the first epoch begins.
+    ///
+    /// The VM is stopped and no device writes its memory. Every page counts as clean from here on: what is in
+    /// memory now must be copied by other means (the base copy), which may go on while the guest runs.
+    pub fn enable(&self) -> Result<(), EnableError> {
+        let _token = Token::take(self).ok_or(EnableError::EpochOpen)?;
+        if !self.gate.is_off() {
+            return Err(EnableError::Already);
+        }
+        if self.fetchers.load(Ordering::Acquire) != 0 {
+            return Err(EnableError::Fetching);
+        }
+        if self.failed.load(Ordering::Acquire) != 0 {
+            return Err(EnableError::Failed);
+        }
+        self.populate();
+        self.global.enable();
+        if let Err(error) = self.arm_everything() {
+            self.source.disarm_all(&self.layout).err();
+            self.release_memory().err();
+            return Err(error);
+        }
+        self.all.store(false, Ordering::Relaxed);
+        self.doubtful.store(false, Ordering::Relaxed);
+        self.gate.open();
+        Ok(())
+    }
+
+    fn populate(&self) {
+        self.trapped.populate();
+        self.seen.populate();
+        let pages = self.config.max_dirty_pages;
+        [&self.flat, &self.marked, &self.to_arm].into_iter().for_each(|list| list.populate(pages));
+        self.lanes.iter().for_each(Lane::populate);
+        if let Some(hot) = &self.hot {
+            hot.populate();
+        }
+        self.source.populate();
+    }
+
+    fn arm_everything(&self) -> Result<(), EnableError> {
+        let armed = self.source.arm_all(&self.layout);
+        armed.map_err(|SlotError { slot, source }| EnableError::Protect { slot, source })?;
+        self.discard(self.room())
+    }
+
+    /// Stops tracking and frees the memory of the lists. The VM is stopped. Pages not yet reported are forgotten.
+    pub fn disable(&self) -> Result<(), DisableError> {
+        let _token = Token::take(self).ok_or(DisableError::EpochOpen)?;
+        if self.gate.is_off() {
+            return Ok(());
+        }
+        self.gate.turn_off();
+        if self.fetchers.load(Ordering::Acquire) != 0 {
+            self.gate.open();
+            return Err(DisableError::Fetching);
+        }
+        if let Err(vcpu) = self.release_memory() {
+            self.gate.open();
+            return Err(DisableError::Busy(vcpu));
+        }
+        // A ring left full would keep its vCPU from running for ever. A failed ring is past help.
+        if let Err(error) = self.discard(None) {
+            tracing::warn!(%error, "dirty log not cleared");
+        }
+        let disarmed = self.source.disarm_all(&self.layout);
+        disarmed.map_err(|SlotError { slot, source }| DisableError::Protect { slot, source })
+    }
+
+    /// Takes what has been logged, gives all of it back, and forgets it. Everything is armed or about to be let go.
+    fn discard(&self, room: Option<usize>) -> Result<(), EnableError> {
+        for (vcpu, lane) in self.lanes.iter().enumerate() {
+            let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;
+            let taken = self.source.take_vcpu(&self.layout, vcpu, &mut |_| true);
+            taken.map_err(|error| EnableError::Leftovers(self.noted(error)))?;
+        }
+        self.source.take_shared(&self.layout, &mut |_| true).map_err(EnableError::Leftovers)?;
+        let plan = Plan { keep: 0, room, running: false, everything: false };
+        self.source.arm(&self.layout, &[], plan).map_err(EnableError::LeftoverReset)?;
+        self.unarmed.store(0, Ordering::Relaxed);
+        self.fetched.store(0, Ordering::Relaxed);
+        self.source.begin();
+        Ok(())
+    }
+
+    /// Err(vcpu) if that vCPU's thread is at work in its list.
+    fn release_memory(&self) -> Result<(), usize> {
+        for (vcpu, lane) in self.lanes.iter().enumerate() {
+            lane.own().ok_or(vcpu)?.clear_all();
+        }
+        self.global.disable();
+        self.trapped.clear_all();
+        self.seen.clear_all();
+        [&self.flat, &self.marked, &self.to_arm].into_iter().for_each(|list| list.clear_all());
+        self.trapped_len.store(0, Ordering::Relaxed);
+        self.written_len.store(0, Ordering::Relaxed);
+        if let Some(hot) = &self.hot {
+            hot.clear_all();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.disable() {
+            tracing::warn!(%error, "dirty tracking stays on");
+        }
+        self.global.give_back();
+    }
+}

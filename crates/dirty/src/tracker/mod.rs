@@ -1,0 +1,418 @@
+//! The tracker: one object for the life of a VM, shared by its vCPU threads and the thread that ends epochs.
+
+mod config;
+mod cycle;
+mod enable;
+mod fetch;
+mod stats;
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::backend::{Backend, Kind};
+use crate::bits::Bits;
+use crate::epoch::{Epoch, Part, Stopped};
+use crate::flat::Flat;
+use crate::gate::Gate;
+use crate::global::GlobalLog;
+use crate::hot::{Hot, HotRule, HotSet};
+use crate::kvm::Vm;
+use crate::lane::Lane;
+use crate::layout::Layout;
+use crate::source::ring::{Mapping, Ring};
+use crate::source::{Bitmap, ClearLog, HarvestError, Rings, Source};
+
+pub use config::{Config, DisableError, EnableError, NewError};
+pub use fetch::{Fetch, Fetched};
+pub use stats::Stats;
+
+use fetch::Bell;
+use stats::Counters;
+
+/// What KVM's word that a ring is full means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Exit {
+    /// The dirty log is full: the trigger is reached, or the ring is. End the epoch.
+    DirtyLogFull,
+    /// The vCPU had used up its part of the trigger and has been given more: run on.
+    Resume,
+}
+
+/// Knows which pages of a VM changed in an epoch. Share it in an `Arc`.
+///
+/// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the life
+/// of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only to
+/// whoever has read it from its start.
+///
+/// # How a page goes through it
+///
+/// A write is *trapped*, and its page is unarmed from then on. It is in one list (a vCPU's, or the epoch's) until the
+/// epoch re-arms it, or in the set of hot pages, which is reported in every epoch. A write that only the VMM knows of is
+/// *marked*; its page was never unarmed. So two bitmaps keep pages from being listed twice: one of the unarmed pages,
+/// one of the marked pages of the epoch.
+pub struct Tracker {
+    layout: Layout,
+    config: Config,
+    kind: Kind,
+    source: Box<dyn Source>,
+    lanes: Vec<Lane>,
+    global: Arc<GlobalLog>,
+    /// Pages that were trapped and are not armed again: each is in a lane, in `flat`, in `hot` or fetched.
+    trapped: Bits,
+    /// How many those are.
+    unarmed: AtomicUsize,
+    /// Pages in `marked`.
+    seen: Bits,
+    /// Pages of the epoch that are armed: marked by the VMM, or those of an epoch that was dropped.
+    marked: Flat,
+    /// The pages of the epoch: trapped, then marked, then hot.
+    flat: Flat,
+    trapped_len: AtomicUsize,
+    written_len: AtomicUsize,
+    /// Where the hot pages begin in `flat`.
+    first_hot: AtomicUsize,
+    /// Hot pages that were found unchanged in this epoch.
+    idle_pages: AtomicUsize,
+    /// What the next re-arm arms: from the harvest on, pages that are hot no more; in the re-arm, trapped ones.
+    to_arm: Flat,
+    hot: Option<HotSet>,
+    gate: Gate,
+    /// Somebody holds an epoch, or is in enable or disable.
+    epoch_open: AtomicBool,
+    /// The epoch that is open has been re-armed.
+    rearmed: AtomicBool,
+    all: AtomicBool,
+    /// A re-arm while the guest ran was not sure of what it did: the next one arms everything.
+    doubtful: AtomicBool,
+    /// 0, or 1 + the vCPU whose ring was overrun, or `WRONG_RESET`.
+    failed: AtomicUsize,
+    /// Threads in `fetch`, and what they have fetched and not re-armed.
+    fetchers: AtomicUsize,
+    /// Where the next fetch begins, so that threads begin at different vCPUs.
+    next_lane: AtomicUsize,
+    /// Entries of the log of this epoch that were fetched.
+    fetched: AtomicUsize,
+    /// The part of the log that belongs to no vCPU is taken by one thread at a time.
+    shared: Lane,
+    bell: Bell,
+    counters: Counters,
+}
+
+const WRONG_RESET: usize = usize::MAX;
+
+impl Tracker {
+    /// Checks the limits, maps the rings and reserves (not takes) memory for the lists.
+    ///
+    /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the vCPUs in the order of
+    /// the numbers that [`Tracker::harvest_vcpu`] is called with.
+    pub fn new(
+        layout: Layout,
+        config: Config,
+        backend: Backend,
+        global: Arc<GlobalLog>,
+        vm: BorrowedFd<'_>,
+        vcpus: &[BorrowedFd<'_>],
+    ) -> Result<Tracker, NewError> {
+        if vcpus.len() != config.vcpus {
+            return Err(NewError::VcpuCount { given: vcpus.len(), vcpus: config.vcpus });
+        }
+        let minting = if config.exact { vcpus } else { &[] };
+        let kernel = Box::new(Vm::new(vm, minting).map_err(NewError::Vm)?);
+        let source: Box<dyn Source> = match backend.kind() {
+            Kind::Ring => {
+                let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
+                    Mapping::of_vcpu(*fd, backend.ring_entries())
+                        .map(|mapping| Ring::new(Arc::new(mapping), backend.reserved()))
+                        .map_err(|source| NewError::Map { vcpu, source })
+                };
+                Box::new(Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?))
+            }
+            Kind::ClearLog => Box::new(ClearLog::reserve(kernel, &layout).map_err(NewError::Reserve)?),
+            Kind::Bitmap | Kind::Uffd => {
+                Box::new(Bitmap::reserve(kernel, &layout).map_err(NewError::Reserve)?)
+            }
+        };
+        #[cfg(any(test, feature = "planted-bug"))]
+        let source = crate::source::planted::wrap(source, backend.planted());
+        let rule = rule(&config, &backend);
+        Self::with(layout, config, backend.kind(), source, rule, global)
+    }
+
+    /// A tracker of memory that this process writes itself, without KVM: userfaultfd with asynchronous
+    /// write-protection and PAGEMAP_SCAN (Linux 6.7). The host addresses of the layout's slots are what is
+    /// tracked; the frame numbers are the caller's own.
+    ///
+    /// Not for the mapping that a running guest's memory slot uses: each scan would make KVM map all of it anew (275
+    /// times slower, measured). For a second mapping of the same memory, which device emulation writes, for user-space
+    /// emulators, and as an oracle. Writes through other mappings, `pwrite` to a memfd and pages pinned for long
+    /// (registered buffers of `io_uring`, vfio) are not seen.
+    pub fn of_memory(layout: Layout, config: Config, global: Arc<GlobalLog>) -> Result<Tracker, NewError> {
+        let source = crate::source::Uffd::open(&layout).map_err(NewError::Uffd)?;
+        Self::with(layout, Config { vcpus: 0, ..config }, Kind::Uffd, Box::new(source), None, global)
+    }
+
+    pub(crate) fn with(
+        layout: Layout,
+        config: Config,
+        kind: Kind,
+        source: Box<dyn Source>,
+        rule: Option<HotRule>,
+        global: Arc<GlobalLog>,
+    ) -> Result<Tracker, NewError> {
+        let Config { vcpus, max_dirty_pages, trigger, .. } = config;
+        if vcpus == 0 && kind != Kind::Uffd {
+            return Err(NewError::NoVcpus);
+        }
+        if trigger == 0 || trigger > max_dirty_pages {
+            return Err(NewError::Trigger { trigger, max_dirty_pages });
+        }
+        let needed = layout.gfn_space();
+        if global.gfn_space() < needed {
+            return Err(NewError::GlobalLogSize { covered: global.gfn_space(), needed });
+        }
+        let reserved = || {
+            let lanes = (0..vcpus).map(|_| Lane::reserve(max_dirty_pages)).collect::<std::io::Result<_>>()?;
+            let list = || Flat::reserve(layout.pages());
+            let hot = rule.map(|rule| HotSet::reserve(rule, max_dirty_pages)).transpose()?;
+            let bits = (Bits::reserve(needed)?, Bits::reserve(needed)?);
+            std::io::Result::Ok((lanes, bits, list()?, list()?, list()?, hot, Lane::reserve(0)?))
+        };
+        let (lanes, (trapped, seen), flat, marked, to_arm, hot, shared) =
+            reserved().map_err(NewError::Reserve)?;
+        if !global.take() {
+            return Err(NewError::GlobalLogTaken);
+        }
+        Ok(Tracker {
+            layout,
+            config,
+            kind,
+            source,
+            lanes,
+            global,
+            trapped,
+            unarmed: AtomicUsize::new(0),
+            seen,
+            marked,
+            flat,
+            trapped_len: AtomicUsize::new(0),
+            written_len: AtomicUsize::new(0),
+            first_hot: AtomicUsize::new(0),
+            idle_pages: AtomicUsize::new(0),
+            to_arm,
+            hot,
+            gate: Gate::new(),
+            epoch_open: AtomicBool::new(false),
+            rearmed: AtomicBool::new(false),
+            all: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
+            failed: AtomicUsize::new(0),
+            fetchers: AtomicUsize::new(0),
+            next_lane: AtomicUsize::new(0),
+            fetched: AtomicUsize::new(0),
+            shared,
+            bell: Bell::default(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// The back end in use.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The memory slots that are tracked.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The limits.
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// The rule by which pages become hot; None if none do.
+    pub fn hot_rule(&self) -> Option<HotRule> {
+        self.hot.as_ref().map(HotSet::rule)
+    }
+
+    /// Whether KVM stops the vCPUs at the trigger: [`Config::exact`] was asked for, and this back end and kernel can
+    /// do it. Known once tracking is enabled.
+    pub fn is_exact(&self) -> bool {
+        self.source.is_exact()
+    }
+
+    /// The global list.
+    pub fn global(&self) -> &Arc<GlobalLog> {
+        &self.global
+    }
+
+    /// Whether pages are being tracked.
+    pub fn is_enabled(&self) -> bool {
+        !self.gate.is_off()
+    }
+
+    // --- while the guest runs ---------------------------------------------------------------------------------
+
+    /// Dirty pages of this epoch as far as they can be seen without a system call; duplicates count, and hot pages
+    /// whether or not they are written. Any thread.
+    ///
+    /// With the ring that is every entry KVM has published (on Intel processors with page modification logging a
+    /// running vCPU holds back up to 512); with the other back ends it is the global list only, until the harvest or
+    /// a fetch.
+    pub fn pending(&self) -> usize {
+        let logged = self.source.pending() + self.global.pending() + self.hot_pages();
+        logged.saturating_sub(self.fetched.load(Ordering::Relaxed))
+    }
+
+    /// Whether the epoch has reached the trigger and should end. No system call. Any thread.
+    pub fn should_stop(&self) -> bool {
+        self.pending() >= self.config.trigger
+    }
+
+    fn hot_pages(&self) -> usize {
+        self.hot.as_ref().map_or(0, HotSet::len)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn hot_list(&self) -> Vec<crate::Gfn> {
+        let mut pages = Vec::new();
+        self.hot.iter().for_each(|hot| hot.for_each(|gfn| pages.push(gfn)));
+        pages
+    }
+
+    /// What vCPUs may dirty in the coming epoch, if KVM is to see to it.
+    fn room(&self) -> Option<usize> {
+        self.config.exact.then(|| self.config.trigger.saturating_sub(self.hot_pages()).max(1))
+    }
+
+    /// Checks KVM's word that a ring is full, and says what to do. Call it at once, in the thread of the vCPU, when
+    /// KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
+    ///
+    /// # Errors
+    /// [`HarvestError::Overrun`] if the ring is not full: KVM has lost its place and would say so for ever.
+    ///
+    /// # Panics
+    /// If there is no such vCPU.
+    pub fn ring_full(&self, vcpu: usize) -> Result<Exit, HarvestError> {
+        self.check()?;
+        if !self.source.can_be_full(vcpu) {
+            return Err(self.noted(HarvestError::Overrun { vcpu }));
+        }
+        let topped_up = self.gate.is_open()
+            && self.source.top_up(vcpu).map_err(|_| {
+                self.failed.store(WRONG_RESET, Ordering::Release);
+                HarvestError::Failed
+            })?;
+        if topped_up {
+            stats::add(&self.counters.grants, 1);
+            return Ok(Exit::Resume);
+        }
+        self.bell.ring();
+        Ok(Exit::DirtyLogFull)
+    }
+
+    /// Makes the next harvest return every page of the VM: full synchronisation.
+    pub fn all_dirty(&self) {
+        self.all.store(true, Ordering::Release);
+    }
+
+    // --- the end of an epoch ----------------------------------------------------------------------------------
+
+    /// Begins to end the epoch: every vCPU is out of KVM_RUN, and no device writes guest memory.
+    ///
+    /// # Panics
+    /// If an epoch is open already: there is one at a time.
+    pub fn stopped(&self) -> Epoch<'_, Stopped> {
+        self.try_stopped().expect("one epoch at a time")
+    }
+
+    /// As [`Tracker::stopped`], but None if an epoch is open or tracking is being enabled or disabled.
+    pub fn try_stopped(&self) -> Option<Epoch<'_, Stopped>> {
+        Token::take(self).map(Epoch::begin)
+    }
+
+    /// The `index`-th of `of` nearly equal parts of the pages, for threads that copy together.
+    ///
+    /// None unless the epoch is between `rearm` and `copied`; those two wait for nobody, so tell the threads
+    /// after the one and hear from them before the other. A part still held makes `copied` wait.
+    pub fn part(&self, index: usize, of: usize) -> Option<Part<'_>> {
+        (index < of && self.gate.read()).then(|| {
+            let len = self.flat.len();
+            Part { tracker: self, range: len * index / of..len * (index + 1) / of }
+        })
+    }
+
+    pub(crate) fn part_done(&self) {
+        self.gate.read_done();
+    }
+
+    /// Fails for ever once pages were lost.
+    fn check(&self) -> Result<(), HarvestError> {
+        match self.failed.load(Ordering::Acquire) {
+            0 => Ok(()),
+            WRONG_RESET => Err(HarvestError::Failed),
+            vcpu => Err(HarvestError::Overrun { vcpu: vcpu - 1 }),
+        }
+    }
+
+    fn noted(&self, error: HarvestError) -> HarvestError {
+        if let HarvestError::Overrun { vcpu } = error {
+            self.failed.store(vcpu + 1, Ordering::Release);
+        }
+        error
+    }
+}
+
+/// The rule for hot pages, or why there is none.
+fn rule(config: &Config, backend: &Backend) -> Option<HotRule> {
+    let most = backend.most_hot_pages(config.vcpus);
+    let rule = match config.hot {
+        Hot::Off => return None,
+        _ if most == 0 => {
+            tracing::info!(backend = %backend.kind(), "no hot pages: this back end arms every page it reports");
+            return None;
+        }
+        Hot::Rule(rule) => rule,
+        Hot::Auto => match backend.hot_rule(config.max_dirty_pages) {
+            Ok(rule) => rule,
+            Err(why) => {
+                tracing::info!(why, "no hot pages");
+                return None;
+            }
+        },
+    };
+    let rule = HotRule { max_pages: rule.max_pages.min(most), ..rule };
+    (rule.max_gap > 0 && rule.max_pages > 0).then_some(rule)
+}
+
+impl fmt::Debug for Tracker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tracker")
+            .field("kind", &self.kind)
+            .field("config", &self.config)
+            .field("enabled", &self.is_enabled())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The right to end the epoch, or to enable and disable; there is one.
+pub(crate) struct Token<'t> {
+    pub(crate) tracker: &'t Tracker,
+}
+
+impl<'t> Token<'t> {
+    fn take(tracker: &'t Tracker) -> Option<Token<'t>> {
+        let taken = tracker.epoch_open.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
+        taken.is_ok().then(|| Token { tracker })
+    }
+}
+
+impl Drop for Token<'_> {
+    fn drop(&mut self) {
+        self.tracker.epoch_open.store(false, Ordering::Release);
+    }
+}

@@ -1,0 +1,96 @@
+//! What a tracker has counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters since the tracker was made, but `hot` and `credits`, which are of this moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Epochs completed ([`crate::Epoch::run`]).
+    pub epochs: u64,
+    /// Pages of completed epochs, hot ones included.
+    pub pages: u64,
+    /// Ring entries and marks of pages that were in the epoch already.
+    pub duplicates: u64,
+    /// Times that a vCPU's list was full and its further entries were left in the ring until the epoch ended.
+    pub spilled: u64,
+    /// Epochs with more than `max_dirty_pages`.
+    pub oversized: u64,
+    /// Harvests that searched the global bitmap because the global list was full or a marker was at work.
+    pub searches: u64,
+    /// Ring entries and marks that are no page of the layout.
+    pub ignored: u64,
+    /// Resets that were interrupted, after which all of memory was write-protected anew.
+    pub full_rearms: u64,
+    /// Pages that threads fetched while the epoch went on.
+    pub fetched: u64,
+    /// Hot pages now.
+    pub hot: u64,
+    /// Pages that became hot.
+    pub heated: u64,
+    /// Pages that ceased to be hot, most of them to see whether they still are.
+    pub cooled: u64,
+    /// Traps that hot pages would have cost had each been written in every epoch: the most that was saved. Each that
+    /// the caller found [unchanged](crate::Epoch::unchanged) is taken off.
+    pub traps_avoided: u64,
+    /// Ring entries held back now: for pages that are hot, and for an exact trigger.
+    pub credits: u64,
+    /// Times that a vCPU at its limit was given more of the trigger.
+    pub grants: u64,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) epochs: AtomicU64,
+    pub(super) pages: AtomicU64,
+    pub(super) duplicates: AtomicU64,
+    pub(super) spilled: AtomicU64,
+    pub(super) oversized: AtomicU64,
+    pub(super) ignored: AtomicU64,
+    pub(super) full_rearms: AtomicU64,
+    pub(super) fetched: AtomicU64,
+    pub(super) traps_avoided: AtomicU64,
+    pub(super) grants: AtomicU64,
+    /// `ignored` when it was last warned of.
+    pub(super) warned: AtomicU64,
+}
+
+pub(super) fn add(counter: &AtomicU64, amount: u64) {
+    if amount != 0 {
+        counter.fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+impl super::Tracker {
+    /// What was counted.
+    pub fn stats(&self) -> Stats {
+        let counters = &self.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (heated, cooled) = self.hot.as_ref().map_or((0, 0), |hot| hot.counts());
+        Stats {
+            epochs: get(&counters.epochs),
+            pages: get(&counters.pages),
+            duplicates: get(&counters.duplicates),
+            spilled: get(&counters.spilled),
+            oversized: get(&counters.oversized),
+            searches: self.global.scans(),
+            ignored: get(&counters.ignored) + self.global.ignored(),
+            full_rearms: get(&counters.full_rearms),
+            fetched: get(&counters.fetched),
+            hot: self.hot_pages() as u64,
+            heated,
+            cooled,
+            traps_avoided: get(&counters.traps_avoided),
+            credits: self.source.credits(),
+            grants: get(&counters.grants),
+        }
+    }
+
+    pub(super) fn warn_of_ignored(&self) {
+        let ignored = self.counters.ignored.load(Ordering::Relaxed);
+        // At 1, 2, 4, 8...: a VMM whose layout is wrong should hear of it, not drown in it.
+        if ignored > 0 && ignored >= 2 * self.counters.warned.load(Ordering::Relaxed) {
+            self.counters.warned.store(ignored, Ordering::Relaxed);
+            tracing::warn!(ignored, "dirty log entries that are no page of the memory layout");
+        }
+    }
+}
