@@ -6,3 +6,4 @@ mod kernel;
 mod limits;
 mod properties;
 mod stamps;
+mod uffd;
