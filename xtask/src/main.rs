@@ -1,4 +1,5 @@
-//! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`.
+//! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
+//! `cargo xtask bench`.
 //!
 //! # Tests that cannot run
 //!
@@ -10,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod lint;
 mod models;
 mod packages;
@@ -36,7 +38,8 @@ Examples:
   cargo xtask test                     all tests
   cargo xtask test --filter arbiter    the tests with 'arbiter' in their name
   cargo xtask ci                       what CI runs: format, clippy, docs, tests
-  cargo xtask docs --open              the documentation, in the browser";
+  cargo xtask docs --open              the documentation, in the browser
+  cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs";
 
 #[derive(Subcommand)]
 enum Command {
@@ -53,6 +56,9 @@ enum Command {
         #[arg(long)]
         open: bool,
     },
+    /// Measure, print a table, and draw plots in docs/bench
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::BenchOptions),
 }
 
 const TEST_EXAMPLES: &str = "\
@@ -73,13 +79,14 @@ fn main() -> ExitCode {
             lint::run(&workspace).and_then(|()| test::run(&workspace, &test::TestOptions::default()))
         }
         Command::Docs { open } => lint::docs(&workspace, open),
+        Command::Bench(options) => bench::run(&workspace, &options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(StepError::TestsFailed) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("xtask: {error}");
-            ExitCode::FAILURE
+            ExitCode::from(error.exit_code())
         }
     }
 }

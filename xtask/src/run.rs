@@ -45,6 +45,16 @@ pub(crate) enum StepError {
     /// Tests failed; the summary has been printed.
     #[error("tests failed")]
     TestsFailed,
+    /// It cannot be done here, or not with these arguments.
+    #[error("{0}")]
+    Unusable(String),
+}
+
+impl StepError {
+    /// 2 for what the caller can change, 1 for what went wrong.
+    pub(crate) fn exit_code(&self) -> u8 {
+        if matches!(self, StepError::Unusable(_)) { 2 } else { 1 }
+    }
 }
 
 /// Where the sources and the build results are.

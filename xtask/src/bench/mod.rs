@@ -1,0 +1,178 @@
+//! `cargo xtask bench`.
+
+mod dirty;
+mod plot;
+mod rows;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::run::{StepError, Workspace, step};
+use rows::Row;
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct BenchOptions {
+    /// What to measure
+    what: Bench,
+    /// Also write every row to FILE, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fewer cases, in less than a minute; draws no plots
+    #[arg(long)]
+    quick: bool,
+    /// Leave the plots in docs/bench as they are
+    #[arg(long)]
+    no_plot: bool,
+}
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask bench dirty                      all cases, in about five minutes, and new plots in docs/bench
+  cargo xtask bench dirty --quick              a first look
+  cargo xtask bench dirty --json dirty.jsonl   the rows for a program
+
+Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
+printed as missed and is no error. The exit code is 2 if the bench cannot run here (no /dev/kvm) or FILE cannot be
+written.
+
+A row of FILE:
+  {\"bench\":\"dirty.harvest\",\"case\":{\"backend\":\"ring\",\"vm_gib\":8,\"dirty\":300,\"pattern\":\"scattered\",\"hot\":0},
+   \"value\":43.1,\"unit\":\"us\",\"peer\":\"bitmap\",\"peer_value\":165.0}     (in one line)";
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Bench {
+    /// Dirty tracking: harvest and rearm, whole epochs, fetch, each beside the bitmap
+    Dirty,
+}
+
+impl Bench {
+    fn name(self) -> &'static str {
+        match self {
+            Bench::Dirty => "dirty",
+        }
+    }
+
+    fn package(self) -> &'static str {
+        match self {
+            Bench::Dirty => "outlive-dirty",
+        }
+    }
+
+    /// File names and contents of the plots.
+    fn plots(self, rows: &[Row]) -> Vec<(&'static str, String)> {
+        match self {
+            Bench::Dirty => dirty::plots(rows),
+        }
+    }
+}
+
+/// Runs the bench, then writes what it found.
+pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), StepError> {
+    // What cannot work is said before the minutes of measuring, not after them.
+    kvm(Path::new("/dev/kvm"))?;
+    options.json.as_deref().map(writable).transpose()?;
+    let found = workspace.target.join("bench").join(format!("{}.jsonl", options.what.name()));
+    let directory = found.parent().expect("a file in a directory");
+    fs::create_dir_all(directory).map_err(|source| StepError::File { path: directory.into(), source })?;
+    step(&mut command(workspace, options, &found))?;
+
+    let text =
+        fs::read_to_string(&found).map_err(|source| StepError::File { path: found.clone(), source })?;
+    let rows = rows::parse(&text).map_err(|error| StepError::Failed(format!("the bench ({error})")))?;
+    if let Some(file) = &options.json {
+        fs::write(file, &text).map_err(|error| cannot_write(file, &error))?;
+        println!("{} rows in {}", rows.len(), file.display());
+    }
+    if !options.no_plot && !options.quick {
+        draw(&workspace.root.join("docs/bench"), options.what.plots(&rows))?;
+    }
+    Ok(())
+}
+
+fn kvm(device: &Path) -> Result<(), StepError> {
+    let opened = File::options().read(true).write(true).open(device);
+    opened.map(drop).map_err(|error| {
+        StepError::Unusable(format!("no {} here, and the bench runs VMs: {error}", device.display()))
+    })
+}
+
+/// Leaves a file that is there as it is.
+fn writable(file: &Path) -> Result<(), StepError> {
+    let opened = File::options().write(true).create(true).truncate(false).open(file);
+    opened.map(drop).map_err(|error| cannot_write(file, &error))
+}
+
+fn cannot_write(file: &Path, error: &std::io::Error) -> StepError {
+    StepError::Unusable(format!("cannot write {}: {error}", file.display()))
+}
+
+fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
+    let mut command = workspace.cargo(["bench", "--package", options.what.package(), "--bench"]);
+    // Absolute, as cargo runs a bench in the directory of its package.
+    command.args([options.what.name(), "--", "--json"]).arg(found);
+    if options.quick {
+        command.arg("--quick");
+    }
+    command
+}
+
+fn draw(directory: &Path, plots: Vec<(&'static str, String)>) -> Result<(), StepError> {
+    fs::create_dir_all(directory).map_err(|source| StepError::File { path: directory.into(), source })?;
+    for (name, text) in plots {
+        let path = directory.join(name);
+        fs::write(&path, text).map_err(|source| StepError::File { path: path.clone(), source })?;
+        println!("drawn: {}", path.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: BenchOptions,
+    }
+
+    fn parse(words: &[&str]) -> Result<BenchOptions, clap::Error> {
+        Cli::try_parse_from([&["bench"], words].concat()).map(|cli| cli.options)
+    }
+
+    #[test]
+    fn options() {
+        let options = parse(&["dirty", "--quick", "--json", "x.jsonl", "--no-plot"]).unwrap();
+        assert_eq!(
+            (options.what, options.quick, options.no_plot, options.json),
+            (Bench::Dirty, true, true, Some("x.jsonl".into()))
+        );
+        let options = parse(&["dirty"]).unwrap();
+        assert!(!options.quick && !options.no_plot && options.json.is_none());
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["nothing"]).is_err());
+        assert!(parse(&["dirty", "--json"]).is_err());
+    }
+
+    #[test]
+    fn the_bench_is_started_with_the_options() {
+        let workspace = Workspace { root: "/w".into(), target: "/w/target".into() };
+        let words =
+            |options: &BenchOptions| crate::run::describe(&command(&workspace, options, Path::new("/f")));
+        let full = words(&parse(&["dirty"]).unwrap());
+        assert!(full.ends_with(" bench --package outlive-dirty --bench dirty -- --json /f"), "{full}");
+        assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));
+    }
+
+    #[test]
+    fn what_cannot_work_is_said_in_one_line() {
+        let no_kvm = kvm(Path::new("/nowhere/kvm")).unwrap_err();
+        let no_file = writable(Path::new("/nowhere/rows")).unwrap_err();
+        for error in [no_kvm, no_file] {
+            assert_eq!(error.exit_code(), 2);
+            assert!(!error.to_string().contains('\n') && error.to_string().contains("/nowhere/"), "{error}");
+        }
+    }
+}
