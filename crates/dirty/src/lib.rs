@@ -63,7 +63,7 @@ struct Readme;
 
 // Under loom only the lock-free parts are compiled; their models are in `models.rs`.
 #[cfg(not(all(test, loom)))]
-mod audit;
+pub mod audit;
 #[cfg(not(all(test, loom)))]
 mod backend;
 mod bits;
@@ -97,8 +97,6 @@ mod models;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-#[cfg(not(all(test, loom)))]
-pub use audit::Auditor;
 #[cfg(not(all(test, loom)))]
 pub use backend::{Backend, Choice, Kind, ProbeError};
 #[cfg(not(all(test, loom)))]

@@ -95,11 +95,20 @@ impl Rings {
             let share = budget.share(ring.soft_limit());
             let missing = share.saturating_sub(ring.held());
             if missing > 0 {
-                if self.kernel.mint(vcpu, missing, &layout.slots()[0]).is_err() {
+                if let Err(error) = self.kernel.mint(vcpu, missing, &layout.slots()[0]) {
+                    eprintln!("DBG {error}");
                     return Ok(false);
                 }
                 // What was minted, and nothing else: vCPUs are stopped and their rings were taken.
-                if ring.take(|_, _| true).is_err() || ring.held() < share {
+                let minted = ring.take(|_, _| true);
+                if minted.is_err() || ring.held() < share {
+                    tracing::debug!(
+                        ?minted,
+                        missing,
+                        held = ring.held(),
+                        share,
+                        "not enough entries were minted"
+                    );
                     return Ok(false);
                 }
             }

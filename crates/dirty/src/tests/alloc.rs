@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use super::guest::{self, Job, Stop};
-use crate::{Choice, Config, Gfn};
+use crate::{Choice, Config, Fetch, Gfn, Hot, HotRule};
 
 struct Counting;
 
@@ -43,32 +43,60 @@ fn the_count_works() {
     assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 2);
 }
 
-#[test]
-fn an_epoch_allocates_nothing() {
-    for choice in [Choice::Ring, Choice::Bitmap] {
-        // So small that lists overflow, too.
-        let config = Config { vcpus: 1, max_dirty_pages: 20, trigger: 10, ..Config::default() };
-        let Some(mut guest) = guest::start(choice, 1, config) else { return };
-        let tracker = guest.tracker.clone();
-        let mut vcpu = guest.vcpus.remove(0);
-        tracker.enable().unwrap();
-        let (mut count, mut pages) = (0, 0);
-        for stamp in 1..=1000 {
-            vcpu.set_job(Job { stamp, writes: stamp % 60 + 1, area: 1 });
-            while vcpu.run() != Stop::Done {}
-            vcpu.save();
-            count += allocations(|| {
-                (0..stamp % 90).for_each(|page| guest.global.mark(Gfn(page)));
-                tracker.should_stop();
-                tracker.harvest_vcpu(0).unwrap();
-                let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
-                pages += epoch.pages().len();
-                drop(tracker.part(0, 1));
-                epoch.copied().run();
+fn ten_thousand_epochs(choice: Choice, exact: bool) {
+    // So small that lists overflow, too.
+    let hot = Hot::Rule(HotRule { max_gap: 8, traps: 2, probe_after: 8, max_pages: 200 });
+    let config = Config { vcpus: 1, max_dirty_pages: 40, trigger: 20, exact, hot };
+    let Some(mut guest) = guest::start(choice, config) else { return };
+    let tracker = guest.tracker.clone();
+    let mut vcpu = guest.vcpus.remove(0);
+    tracker.enable().unwrap();
+    let mut buffer = [Gfn(0); 8];
+    let (mut count, mut pages) = (0, 0);
+    for stamp in 1..=10_000 {
+        vcpu.set_job(Job { stamp, writes: stamp % 60 + 1, area: usize::from(stamp % 64 == 0) });
+        loop {
+            let stop = vcpu.run();
+            count += allocations(|| match stop {
+                Stop::RingFull => assert!(tracker.ring_full(0).is_ok()),
+                _ => assert!(tracker.fetch(&mut buffer, Fetch::default()).unwrap().rearm().is_ok()),
             });
+            if stop != Stop::Signal {
+                break;
+            }
         }
-        println!("{choice:?}: {pages} pages {:?}", tracker.stats());
-        assert_eq!(count, 0);
-        assert!(pages > 10_000);
+        vcpu.save();
+        count += allocations(|| {
+            (0..stamp % 90).for_each(|page| guest.global.mark(Gfn(page)));
+            tracker.should_stop();
+            tracker.harvest_vcpu(0).unwrap();
+            let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+            pages += epoch.pages().len();
+            drop(tracker.part(0, 1));
+            epoch.copied().run();
+        });
     }
+    println!("{choice:?}: {pages} pages {:?}", tracker.stats());
+    assert_eq!(count, 0);
+    assert!(pages > 300_000);
+}
+
+#[test]
+fn an_epoch_of_the_ring_allocates_nothing() {
+    ten_thousand_epochs(Choice::Ring, false);
+}
+
+#[test]
+fn an_epoch_with_an_exact_trigger_allocates_nothing() {
+    ten_thousand_epochs(Choice::Ring, true);
+}
+
+#[test]
+fn an_epoch_of_the_clear_log_allocates_nothing() {
+    ten_thousand_epochs(Choice::ClearLog, false);
+}
+
+#[test]
+fn an_epoch_of_the_bitmap_allocates_nothing() {
+    ten_thousand_epochs(Choice::Bitmap, false);
 }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -56,27 +58,36 @@ pub(super) struct Guest {
     pub(super) tracker: Arc<Tracker>,
     pub(super) global: Arc<GlobalLog>,
     pub(super) vcpus: Vec<Vcpu>,
-    _vm: VmFd,
+    vm: VmFd,
+}
+
+/// What a test wants of its VM.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    pub(super) choice: Choice,
+    pub(super) config: Config,
+    /// Whether signals are blocked while rings are reset.
+    pub(super) block_signals: bool,
+    /// The back end loses one page in so many.
+    pub(super) planted: u64,
+    /// The VMM turns manual protection on with these flags, after the probe.
+    pub(super) manual: u64,
+}
+
+impl Setup {
+    pub(super) fn of(choice: Choice, config: Config) -> Setup {
+        Setup { choice, config, block_signals: true, planted: 0, manual: 0 }
+    }
 }
 
 /// The VM with tracking off, or None without /dev/kvm.
-pub(super) fn start(choice: Choice, vcpus: usize, config: Config) -> Option<Guest> {
-    start_with(choice, vcpus, config, true, 0)
+pub(super) fn start(choice: Choice, config: Config) -> Option<Guest> {
+    start_with(Setup::of(choice, config))
 }
 
-/// As `start`, with a back end that loses one page in so many.
-pub(super) fn start_planted(choice: Choice, vcpus: usize, config: Config, every: u64) -> Option<Guest> {
-    start_with(choice, vcpus, config, true, every)
-}
-
-/// As `start`, and if told so leaves the signals in while rings are reset.
-pub(super) fn start_with(
-    choice: Choice,
-    vcpus: usize,
-    config: Config,
-    block_signals: bool,
-    planted: u64,
-) -> Option<Guest> {
+pub(super) fn start_with(setup: Setup) -> Option<Guest> {
+    let Setup { choice, config, block_signals, planted, manual } = setup;
+    let vcpus = config.vcpus;
     if !std::path::Path::new("/dev/kvm").exists() {
         println!("skipped: no /dev/kvm");
         return None;
@@ -90,6 +101,9 @@ pub(super) fn start_with(
             return None;
         }
     };
+    if manual != 0 {
+        crate::kvm::set_manual_protect(fd(&vm), manual).unwrap();
+    }
     let global = GlobalLog::new(AREAS[1].0 / 4096 + AREAS[1].1, 64);
     let memory = memory(&global);
     let slots = memory.iter().zip(SLOTS).map(|(region, (id, base, bytes))| {
@@ -119,7 +133,7 @@ pub(super) fn start_with(
         rings.block_signals = false;
         Tracker::with(layout, config, Kind::Ring, Box::new(rings), None, global.clone())
     };
-    Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, _vm: vm })
+    Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, vm })
 }
 
 fn fd(file: &impl AsRawFd) -> BorrowedFd<'_> {
@@ -213,6 +227,12 @@ impl Vcpu {
         }
     }
 
+    /// Makes KVM write guest memory on behalf of the vCPU, outside KVM_RUN.
+    pub(super) fn set_wall_clock(&self, gpa: u64) {
+        let clock = kvm_msr_entry { index: 0x4b56_4d00, data: gpa, ..Default::default() };
+        assert_eq!(self.fd.set_msrs(&Msrs::from_entries(&[clock]).unwrap()).unwrap(), 1);
+    }
+
     /// What a VMM does to capture a vCPU: lets KVM complete the port write, then reads registers.
     pub(super) fn save(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
@@ -225,6 +245,14 @@ impl Vcpu {
 }
 
 impl Guest {
+    /// Takes the slot that holds area 1 away from the guest.
+    pub(super) fn remove_slot(&self) {
+        let (slot, guest_phys_addr, _) = SLOTS[1];
+        let gone = kvm_userspace_memory_region { slot, guest_phys_addr, ..Default::default() };
+        // SAFETY: no memory is given to the guest.
+        unsafe { self.vm.set_user_memory_region(gone) }.unwrap();
+    }
+
     /// The bytes of a region. The VM is stopped.
     fn region(&self, index: usize) -> &[u8] {
         let region = self.memory.iter().nth(index).unwrap();

@@ -236,7 +236,7 @@ impl World {
             let early = self.tracker.stopped().state_saved().harvest();
             prop_assert!(matches!(early, Err(HarvestError::Fetching)));
         }
-        if !keep && !rearm {
+        if !keep {
             return Ok(());
         }
         for gfn in fetched.rearm().unwrap() {

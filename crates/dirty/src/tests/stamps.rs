@@ -4,15 +4,22 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::guest::{self, AREAS, Guest, Job, Rain, Stop, Vcpu};
-use crate::{Choice, Config, Exit, Hot, Tracker};
+use super::guest::{self, AREAS, Guest, Job, Rain, Setup, Stop, Vcpu};
+use crate::{Choice, Config, Exit, Fetch, Gfn, HarvestError, Hot, HotRule, Stats, Tracker};
 
-const CONFIG: Config = Config { vcpus: 0, max_dirty_pages: 600, trigger: 300, exact: false, hot: Hot::Off };
+/// Pages become hot after two writes, are written more often than not, and are probed often.
+const HOT: Hot = Hot::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
+
+fn config(vcpus: usize) -> Config {
+    Config { vcpus, max_dirty_pages: 600, trigger: 300, exact: false, hot: Hot::Off }
+}
 
 /// Splitmix64.
 struct Random(u64);
@@ -35,6 +42,7 @@ struct Outcome {
     listed_twice: usize,
     /// vCPU runs that a signal ended.
     interrupted: u64,
+    stats: Stats,
 }
 
 /// One epoch of a vCPU thread: run, then stop where the dice say, then save and harvest.
@@ -53,18 +61,31 @@ fn vcpu_epoch(vcpu: &mut Vcpu, index: usize, job: Job, tracker: &Tracker, random
                 interrupted += 1;
                 match random.below(8) {
                     0 => break,
-                    1 => drop(tracker.harvest_vcpu(index).unwrap()),
+                    1 => harvest(tracker, index),
                     _ => (),
                 }
             }
         }
     }
+    // KVM writes the wall clock and its version, outside KVM_RUN.
+    if random.below(8) == 0 {
+        let (base, pages) = AREAS[random.below(2) as usize];
+        vcpu.set_wall_clock(base + random.below(pages) * 4096 + 1024);
+    }
     vcpu.save();
     // Sometimes it leaves the harvest to the thread that ends the epoch.
     if random.below(4) != 0 {
-        tracker.harvest_vcpu(index).unwrap();
+        harvest(tracker, index);
     }
     interrupted
+}
+
+fn harvest(tracker: &Tracker, vcpu: usize) {
+    match tracker.harvest_vcpu(vcpu) {
+        // A fetcher is at work in the list.
+        Ok(_) | Err(HarvestError::Busy { .. }) => (),
+        Err(error) => panic!("{error}"),
+    }
 }
 
 /// What a device does while the guest runs: writes through `vm-memory`, and through a pointer.
@@ -81,46 +102,100 @@ fn device_writes(guest: &Guest, stamp: u64, random: &mut Random) {
     }
 }
 
+/// What happens beside the vCPUs.
+#[derive(Clone, Copy)]
+struct Weather {
+    epochs: u64,
+    /// Between two signals to each thread.
+    rain: Duration,
+    /// Threads that fetch pages while the guest runs.
+    fetchers: usize,
+}
+
+const STORM: Weather = Weather { epochs: 2000, rain: Duration::from_millis(1), fetchers: 0 };
+
 /// Runs epochs and compares. The vCPU threads talk by channels, so that a failed one ends the test.
-fn run(mut guest: Guest, epochs: u64, rain_period: Duration) -> Outcome {
+fn run(mut guest: Guest, weather: Weather) -> Outcome {
     let vcpus = std::mem::take(&mut guest.vcpus);
+    let count = vcpus.len();
     let tracker = guest.tracker.clone();
     let mut outcome = Outcome::default();
     tracker.enable().unwrap();
-    let mut shadow = guest.shadow();
+    let shadow = Mutex::new(guest.shadow());
+    let running = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         let (stopped, has_stopped) = channel();
-        let jobs: Vec<Sender<Job>> = vcpus
-            .into_iter()
-            .enumerate()
-            .map(|(index, vcpu)| {
-                let (send, receive) = channel();
-                let (stopped, tracker) = (stopped.clone(), &tracker);
-                scope.spawn(move || vcpu_thread(vcpu, index, receive, stopped, tracker));
-                send
-            })
-            .collect();
+        let mut jobs: Vec<Sender<Job>> = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let (send, receive) = channel();
+            let (stopped, tracker) = (stopped.clone(), &tracker);
+            scope.spawn(move || vcpu_thread(vcpu, index, receive, stopped, tracker));
+            jobs.push(send);
+        }
+        for index in 0..weather.fetchers {
+            let (send, receive) = channel();
+            let (stopped, guest, shadow, running) = (stopped.clone(), &guest, &shadow, &running);
+            scope.spawn(move || fetcher_thread(index, receive, stopped, guest, shadow, running));
+            jobs.push(send);
+        }
         drop(stopped);
         let mut threads = vec![guest::this_thread()];
         threads.extend(jobs.iter().map(|_| has_stopped.recv().unwrap().1));
-        let rain = Rain::on(threads, rain_period);
+        let rain = Rain::on(threads, weather.rain);
         let mut random = Random(7);
-        for stamp in 1..=epochs {
+        for stamp in 1..=weather.epochs {
+            running.store(count, Ordering::Relaxed);
             for job in &jobs {
                 let (writes, area) = (1 + random.below(400), random.below(2) as usize);
                 job.send(Job { stamp, writes, area }).unwrap();
             }
             device_writes(&guest, stamp, &mut random);
-            jobs.iter().for_each(|_| outcome.interrupted += has_stopped.recv().unwrap().0);
-            end_epoch(&guest, &mut shadow, &mut outcome, random.below(20) == 0);
+            for _ in 0..count {
+                outcome.interrupted += has_stopped.recv().unwrap().0;
+            }
+            // The fetchers end when the vCPUs have.
+            running.store(0, Ordering::Relaxed);
+            (0..weather.fetchers).for_each(|_| _ = has_stopped.recv().unwrap());
+            end_epoch(&guest, &mut shadow.lock().unwrap(), &mut outcome, random.below(20) == 0);
         }
         // Before the threads end.
         drop(rain);
         drop(jobs);
     });
+    outcome.stats = tracker.stats();
     tracker.disable().unwrap();
-    println!("{outcome:?} {:?}", tracker.stats());
+    println!("{outcome:?}");
     outcome
+}
+
+/// Copies pages while the guest runs: each is read after it was armed, and so its next write is caught.
+fn fetcher_thread(
+    index: usize,
+    jobs: Receiver<Job>,
+    stopped: Sender<(u64, libc::pthread_t)>,
+    guest: &Guest,
+    shadow: &Mutex<guest::Shadow>,
+    running: &AtomicUsize,
+) {
+    let mut random = Random(100 + index as u64);
+    let mut buffer = [Gfn(0); 50];
+    stopped.send((0, guest::this_thread())).unwrap();
+    for _ in jobs {
+        let began = Instant::now();
+        while running.load(Ordering::Relaxed) != 0 {
+            assert!(began.elapsed() < Duration::from_secs(20), "a vCPU thread has failed");
+            let how =
+                Fetch { wait: Some(Duration::from_micros(random.below(300))), rearm: random.below(2) == 0 };
+            let room = random.below(51) as usize;
+            let fetched = guest.tracker.fetch(&mut buffer[..room], how).unwrap();
+            // Sometimes it changes its mind.
+            if random.below(10) != 0 {
+                let pages = fetched.rearm().unwrap();
+                shadow.lock().unwrap().copy(guest, pages);
+            }
+        }
+        stopped.send((0, guest::this_thread())).unwrap();
+    }
 }
 
 fn vcpu_thread(
@@ -156,53 +231,106 @@ fn end_epoch(guest: &Guest, shadow: &mut guest::Shadow, outcome: &mut Outcome, d
     shadow.copy(guest, &missed);
 }
 
-fn no_page_is_missed(choice: Choice, vcpus: usize) {
-    let Some(guest) = guest::start(choice, vcpus, Config { vcpus, ..CONFIG }) else { return };
-    let outcome = run(guest, 400, Duration::from_millis(1));
+fn no_page_is_missed(choice: Choice, config: Config) {
+    let Some(guest) = guest::start(choice, config) else { return };
+    let outcome = run(guest, STORM);
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
-    assert!(outcome.pages > 20_000 && outcome.interrupted > 0, "the test has tested nothing");
+    assert!(outcome.pages > 100_000 && outcome.interrupted > 0, "the test has tested nothing");
+    assert!(!config.exact || outcome.stats.credits > 1000, "the trigger was not exact: {outcome:?}");
+    let hot_expected = config.hot != Hot::Off && choice != Choice::Bitmap;
+    let Stats { heated, cooled, traps_avoided, .. } = outcome.stats;
+    assert_eq!(heated > 1000 && cooled > 1000 && traps_avoided > 10_000, hot_expected, "{outcome:?}");
+}
+
+macro_rules! no_page_is_missed {
+    ($($name:ident: $choice:ident, $vcpus:literal, $hot:expr, $exact:literal;)*) => {$(
+        #[test]
+        fn $name() {
+            no_page_is_missed(Choice::$choice, Config { hot: $hot, exact: $exact, ..config($vcpus) });
+        }
+    )*};
+}
+
+no_page_is_missed! {
+    ring_one_vcpu: Ring, 1, Hot::Off, false;
+    ring_two_vcpus: Ring, 2, Hot::Off, false;
+    ring_four_vcpus: Ring, 4, Hot::Off, false;
+    ring_hot_one_vcpu: Ring, 1, HOT, false;
+    ring_hot_two_vcpus: Ring, 2, HOT, false;
+    ring_hot_four_vcpus: Ring, 4, HOT, false;
+    ring_exact_one_vcpu: Ring, 1, HOT, true;
+    ring_exact_two_vcpus: Ring, 2, Hot::Off, true;
+    ring_exact_four_vcpus: Ring, 4, HOT, true;
+    clear_log_one_vcpu: ClearLog, 1, Hot::Off, false;
+    clear_log_two_vcpus: ClearLog, 2, Hot::Off, false;
+    clear_log_four_vcpus: ClearLog, 4, Hot::Off, false;
+    clear_log_hot_one_vcpu: ClearLog, 1, HOT, false;
+    clear_log_hot_two_vcpus: ClearLog, 2, HOT, false;
+    clear_log_hot_four_vcpus: ClearLog, 4, HOT, false;
+    bitmap_one_vcpu: Bitmap, 1, Hot::Off, false;
+    bitmap_two_vcpus: Bitmap, 2, Hot::Off, false;
+    bitmap_four_vcpus: Bitmap, 4, HOT, false;
+}
+
+/// Two threads fetch while the guest runs and copy what they get.
+fn no_page_is_missed_by_fetchers(choice: Choice, config: Config) {
+    let Some(guest) = guest::start(choice, config) else { return };
+    let outcome = run(guest, Weather { epochs: 500, fetchers: 2, ..STORM });
+    assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
+    assert!(outcome.stats.fetched > 5000, "the test has tested nothing: {outcome:?}");
 }
 
 #[test]
-fn ring_one_vcpu() {
-    no_page_is_missed(Choice::Ring, 1);
+fn fetchers_miss_no_page_of_the_ring() {
+    no_page_is_missed_by_fetchers(Choice::Ring, config(2));
 }
 
 #[test]
-fn ring_two_vcpus() {
-    no_page_is_missed(Choice::Ring, 2);
+fn fetchers_miss_no_page_of_the_ring_beside_hot_ones() {
+    no_page_is_missed_by_fetchers(Choice::Ring, Config { hot: HOT, exact: true, ..config(2) });
 }
 
 #[test]
-fn bitmap_one_vcpu() {
-    no_page_is_missed(Choice::Bitmap, 1);
+fn fetchers_miss_no_page_of_the_clear_log() {
+    no_page_is_missed_by_fetchers(Choice::ClearLog, Config { hot: HOT, ..config(2) });
 }
 
 #[test]
-fn bitmap_two_vcpus() {
-    no_page_is_missed(Choice::Bitmap, 2);
+fn fetchers_miss_no_page_of_the_bitmap() {
+    no_page_is_missed_by_fetchers(Choice::Bitmap, config(2));
 }
 
+/// One page in 10,000.
 #[test]
 fn the_test_notices_a_lost_page() {
+    for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
+        let setup = Setup { planted: 10_000, ..Setup::of(choice, config(1)) };
+        let Some(guest) = guest::start_with(setup) else { return };
+        let outcome = run(guest, Weather { epochs: 500, ..STORM });
+        assert!(outcome.missed > 0, "{choice:?} {outcome:?}");
+    }
+}
+
+/// A VMM that turns manual protection on behind our back, with everything dirty at first: a ring would lose the first
+/// write to every page.
+#[test]
+fn initially_set_is_refused() {
     for choice in [Choice::Ring, Choice::Bitmap] {
-        let Some(guest) = guest::start_planted(choice, 1, Config { vcpus: 1, ..CONFIG }, 1000) else {
-            return;
-        };
-        let outcome = run(guest, 100, Duration::from_millis(1));
-        assert!(outcome.missed > 0, "{outcome:?}");
+        let setup = Setup { manual: 3, ..Setup::of(choice, config(1)) };
+        let Some(guest) = guest::start_with(setup) else { return };
+        let outcome = run(guest, Weather { epochs: 100, ..STORM });
+        assert_eq!((outcome.missed, outcome.listed_twice), (0, 0), "{choice:?}");
     }
 }
 
 /// Signals come at their densest while rings of thousands of pages are reset.
 #[test]
 fn blocked_signals_cut_no_reset_short() {
-    let config = Config { vcpus: 1, max_dirty_pages: 3000, trigger: 3000, ..CONFIG };
-    let Some(guest) = guest::start(Choice::Ring, 1, config) else { return };
-    let tracker = guest.tracker.clone();
-    let outcome = run(guest, 300, Duration::from_micros(20));
+    let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
+    let Some(guest) = guest::start(Choice::Ring, config) else { return };
+    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), fetchers: 0 });
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
-    assert_eq!(tracker.stats().full_rearms, 0);
+    assert_eq!(outcome.stats.full_rearms, 0);
 }
 
 /// With signals left in, this kernel loses pages at resets (6.17 and later). The tracker sees a reset that was cut
@@ -210,11 +338,11 @@ fn blocked_signals_cut_no_reset_short() {
 /// reset, which is why they are blocked.
 #[test]
 fn a_reset_that_is_cut_short_is_noticed() {
-    let config = Config { vcpus: 1, max_dirty_pages: 3000, trigger: 3000, ..CONFIG };
-    let Some(guest) = guest::start_with(Choice::Ring, 1, config, false, 0) else { return };
-    let tracker = guest.tracker.clone();
-    let outcome = run(guest, 300, Duration::from_micros(20));
-    let cut = tracker.stats().full_rearms;
+    let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
+    let setup = Setup { block_signals: false, ..Setup::of(Choice::Ring, config) };
+    let Some(guest) = guest::start_with(setup) else { return };
+    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), fetchers: 0 });
+    let cut = outcome.stats.full_rearms;
     println!("{cut} resets were cut short, {} pages missed", outcome.missed);
     assert!(outcome.missed as u64 <= 5 + cut / 5, "{outcome:?}");
 }

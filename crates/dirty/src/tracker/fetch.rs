@@ -227,13 +227,11 @@ impl Tracker {
 
 impl Drop for Fetched<'_, '_> {
     fn drop(&mut self) {
-        if !self.held {
-            return;
-        }
-        let len = self.len;
-        // Armed and marked: they come with the next fetch or harvest. A failure is on record and said by that.
+        // A failure is on record, and said by the next fetch or harvest.
         self.arm().ok();
-        self.buffer[..len].iter().for_each(|&gfn| self.tracker.global.record(gfn));
+        // Armed and not read: they are marked, and come with the next fetch or harvest. `rearm` has taken the buffer.
+        let unread = self.len.min(self.buffer.len());
+        self.buffer[..unread].iter().for_each(|&gfn| self.tracker.global.record(gfn));
     }
 }
 
