@@ -17,7 +17,7 @@ use kvm_bindings::{
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
-use crate::layout::{PAGE_SIZE, Slot};
+use crate::layout::{Layout, PAGE_SIZE, Slot};
 use crate::mint;
 use crate::words::Words;
 
@@ -44,9 +44,9 @@ pub(crate) trait Kernel: Send + Sync {
     /// Turns manual protection off, whoever has turned it on, and with it KVM_DIRTY_LOG_INITIALLY_SET.
     fn refuse_manual_protect(&self);
 
-    /// Makes KVM write at least `entries` entries into the ring of a vCPU, all of the first page of `slot`, and
-    /// leaves that page as it was. vCPUs are stopped.
-    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()>;
+    /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. vCPUs are
+    /// stopped.
+    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()>;
 
     /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
     fn reset_dirty_rings(&self) -> io::Result<u64>;
@@ -119,9 +119,9 @@ impl Kernel for Vm {
         set_manual_protect(self.vm.as_fd(), 0).ok();
     }
 
-    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()> {
+    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()> {
         let vcpu = self.vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?;
-        mint::mint(vcpu, entries, slot)
+        mint::mint(vcpu, entries, layout)
     }
 
     fn reset_dirty_rings(&self) -> io::Result<u64> {

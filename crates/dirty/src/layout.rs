@@ -164,6 +164,13 @@ impl Layout {
         slot.holds(gfn).then(|| (slot.id, gfn.0 - slot.base.0))
     }
 
+    /// Where a guest physical address is in this process.
+    pub(crate) fn host_addr(&self, gpa: u64) -> Option<u64> {
+        let after = self.slots.partition_point(|slot| slot.base.gpa() <= gpa);
+        let slot = &self.slots[after.checked_sub(1)?];
+        slot.holds(Gfn::of(gpa)).then(|| slot.host_addr + (gpa - slot.base.gpa()))
+    }
+
     /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page in the slot.
     ///
     /// None for another address space (system management mode), a slot that is not in the layout (it may have
@@ -207,6 +214,8 @@ mod tests {
         assert_eq!(layout.pages(), 24);
         assert_eq!(layout.resolve(2, 7), Some(Gfn(7)));
         assert_eq!(layout.resolve(7, 15), Some(Gfn(0x10_000f)));
+        assert_eq!(layout.host_addr(0x10_0001_2345), None);
+        assert_eq!(layout.host_addr(0x7fff), Some(0x10_7fff));
         assert_eq!(layout.locate(Gfn(0x10_000f)), Some((7, 15)));
         assert_eq!((layout.locate(Gfn(7)), layout.locate(Gfn(8))), (Some((2, 7)), None));
         assert_eq!(layout.resolve(2, 8), None);

@@ -10,7 +10,7 @@
 //! ```text
 //! Backend::probe ── before the first vCPU ──► Tracker::new ──► enable
 //!                                                                │
-//!    ┌────────────── guest runs; pending(), should_stop() ◄──────┤
+//!    ┌─── guest runs; fetch(), pending(), should_stop(), ring_full() ◄──┤
 //!    ▼                                                           │
 //!  vCPUs stop, read their state, harvest_vcpu(i)                 │
 //!    ▼                                                           │
@@ -30,11 +30,20 @@
 //! | `KVM_INIT_MT` | [`Backend::probe`], [`Tracker::new`]; dropping the tracker is the clean-up |
 //! | `KVM_ENABLE_MT` | [`Tracker::enable`], [`Tracker::disable`]: the only places that allocate or free memory |
 //! | `KVM_PREPARE_MT_CP` | [`Epoch::run`]: forgets the last epoch in O(its dirty pages) |
-//! | `KVM_MT_SUBLIST_FETCH` | [`Tracker::harvest_vcpu`] in each vCPU thread, [`Epoch::harvest`], [`Epoch::pages`], [`Tracker::part`] |
-//! | `KVM_RESET_DIRTY_PAGES`, `MT_FETCH_REARM` | [`Epoch::rearm`] |
-//! | `KVM_MT_DIRTY_TRIGGER` | [`Config::trigger`], [`Tracker::should_stop`], [`Tracker::pending`]: no system call |
-//! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, checked by [`Tracker::ring_full`] |
+//! | `KVM_MT_SUBLIST_FETCH` | [`Tracker::fetch`] from any thread; [`Tracker::harvest_vcpu`] in each vCPU's, [`Epoch::pages`], [`Tracker::part`] |
+//! | `MT_FETCH_WAIT`, `MT_FETCH_REARM` | [`Fetch`] |
+//! | `KVM_RESET_DIRTY_PAGES` | [`Epoch::rearm`], [`Fetched::rearm`] |
+//! | `KVM_MT_DIRTY_TRIGGER` | [`Config::trigger`], [`Config::exact`]; [`Tracker::should_stop`], [`Tracker::pending`] without a system call |
+//! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, of which [`Tracker::ring_full`] says what it means: [`Exit`] |
 //! | the global list | [`GlobalLog`], [`RegionLog`] |
+//!
+//! # Hot pages
+//!
+//! The trap at the first write of a page is what tracking costs the guest: some microseconds, against a tenth of one
+//! to harvest and re-arm it and a third to copy it. So pages that are written in nearly every epoch are not re-armed
+//! ([`Config::hot`]): they stay writable, are reported in every epoch as ones that may have changed ([`Epoch::hot`]),
+//! and are armed again now and then to see whether they are still written. Every page is either armed or reported, so
+//! no write goes unseen. [`Backend::with_self_test`] proves that the kernel plays along and measures what it is worth.
 //!
 //! # Limits and what happens at them
 //!
@@ -42,9 +51,11 @@
 //!
 //! | full | then |
 //! |---|---|
-//! | list of a vCPU | its further pages go to the global list |
+//! | list of a vCPU | further entries stay in the ring until the epoch ends |
 //! | global list | a flag makes the next harvest scan the global bitmap: slow, but right |
 //! | epoch list, beyond `max_dirty_pages` | continues into address space reserved for every page of the VM |
+//! | the trigger | [`Tracker::should_stop`]; with [`Config::exact`] KVM stops the vCPUs |
+//! | hot pages | further ones are armed in every epoch, as if they were not hot |
 //! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); end the epoch |
 //! | KVM ring overrun (emulated guest code can) | [`HarvestError::Overrun`]: tracking is over, synchronise in full |
 //!
@@ -52,7 +63,9 @@
 //!
 //! Writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device are in no KVM log. Give
 //! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that goes
-//! through a raw pointer or is written by the kernel.
+//! through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to mark.
+//!
+//! Memory that no KVM guest writes, but this process does, is tracked by [`Tracker::of_memory`].
 
 // The models use a part of what they are compiled with.
 #![cfg_attr(all(test, loom), allow(dead_code))]

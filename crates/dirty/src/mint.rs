@@ -14,7 +14,7 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::kvm::checked;
-use crate::layout::Slot;
+use crate::layout::{Layout, PAGE_SIZE};
 
 ioctl_iowr_nr!(KVM_GET_MSRS, KVMIO, 0x88, kvm_msrs);
 ioctl_iow_nr!(KVM_SET_MSRS, KVMIO, 0x89, kvm_msrs);
@@ -27,6 +27,8 @@ const ENTRIES_PER_WRITE: u64 = 3;
 const BATCH: usize = 32;
 /// `struct pvclock_wall_clock` is 12 bytes.
 const CLOCK_BYTES: usize = 16;
+/// Where in the page it is written: its end, because address 0 means no clock at all.
+const OFFSET: u64 = PAGE_SIZE - CLOCK_BYTES as u64;
 
 /// `struct kvm_msrs` with its entries.
 #[repr(C)]
@@ -56,26 +58,49 @@ impl Msrs {
     }
 }
 
-/// Makes KVM write at least `entries` entries of the first page of `slot` into the vCPU's ring. The VM is stopped.
+/// Bytes of guest memory, to be put back as they were.
+struct Saved {
+    bytes: [Option<(*mut u8, u8)>; CLOCK_BYTES],
+}
+
+impl Saved {
+    /// What lies at a guest physical address, as far as it is memory of the layout.
+    fn at(gpa: u64, layout: &Layout) -> Saved {
+        let byte = |offset: usize| {
+            let gpa = gpa.checked_add(offset as u64)?;
+            let place = layout.host_addr(gpa)? as *mut u8;
+            // SAFETY: an address in a slot, which is mapped as the layout says; the VM is stopped.
+            Some((place, unsafe { place.read_volatile() }))
+        };
+        Saved { bytes: std::array::from_fn(byte) }
+    }
+
+    fn put_back(self) {
+        for (place, byte) in self.bytes.into_iter().flatten() {
+            // SAFETY: as it was read.
+            unsafe { place.write_volatile(byte) };
+        }
+    }
+}
+
+/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout and of the one that
+/// the register names. The VM is stopped.
 ///
-/// The guest finds its memory and the register as they were. Where the guest has set the register, KVM can only be
-/// brought to know the old address by writing there once more: an entry of that page then comes as well, and the
-/// bytes, which the guest reads only after it has set the register, are of now.
-pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, slot: &Slot) -> io::Result<()> {
+/// The guest finds its memory and the register as they were. To let KVM know the register's old value again it must be
+/// set, which writes the clock there once more; those bytes are put back, too.
+pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &Layout) -> io::Result<()> {
     let before = Msrs::get(vcpu)?;
-    let bytes = slot.host_addr as *mut [u8; CLOCK_BYTES];
-    // SAFETY: the first bytes of the slot, which is mapped as its layout says; the VM is stopped.
-    let saved = unsafe { bytes.read_volatile() };
+    let place = layout.slots()[0].base.gpa() + OFFSET;
+    let saved = [Saved::at(place, layout), Saved::at(before, layout)];
     let mut left = entries.div_ceil(ENTRIES_PER_WRITE) as usize;
     let mut result = Ok(());
     while left > 0 && result.is_ok() {
         let now = left.min(BATCH);
-        result = Msrs::of(now, slot.base.gpa()).set(vcpu);
+        result = Msrs::of(now, place).set(vcpu);
         left -= now;
     }
     // Setting 0 writes nothing.
     let restored = Msrs::of(1, before).set(vcpu);
-    // SAFETY: as above.
-    unsafe { bytes.write_volatile(saved) };
+    saved.map(Saved::put_back);
     result.and(restored)
 }

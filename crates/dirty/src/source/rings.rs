@@ -95,20 +95,15 @@ impl Rings {
             let share = budget.share(ring.soft_limit());
             let missing = share.saturating_sub(ring.held());
             if missing > 0 {
-                if let Err(error) = self.kernel.mint(vcpu, missing, &layout.slots()[0]) {
-                    eprintln!("DBG {error}");
+                if let Err(error) = self.kernel.mint(vcpu, missing, layout) {
+                    tracing::debug!(%error, "no entries can be minted");
                     return Ok(false);
                 }
                 // What was minted, and nothing else: vCPUs are stopped and their rings were taken.
                 let minted = ring.take(|_, _| true);
                 if minted.is_err() || ring.held() < share {
-                    tracing::debug!(
-                        ?minted,
-                        missing,
-                        held = ring.held(),
-                        share,
-                        "not enough entries were minted"
-                    );
+                    let held = ring.held();
+                    tracing::debug!(?minted, missing, held, share, "not enough entries were minted");
                     return Ok(false);
                 }
             }

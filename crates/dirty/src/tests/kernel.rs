@@ -199,12 +199,12 @@ impl Kernel for FakeKernel {
 
     fn refuse_manual_protect(&self) {}
 
-    fn mint(&self, vcpu: usize, entries: u64, slot: &Slot) -> io::Result<()> {
+    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()> {
         if self.state().no_mint {
             return Err(io::ErrorKind::Unsupported.into());
         }
         for _ in 0..entries.div_ceil(3) * 3 {
-            push(&mut self.state().rings[vcpu], slot.id, 0);
+            push(&mut self.state().rings[vcpu], layout.slots()[0].id, 0);
         }
         Ok(())
     }

@@ -64,7 +64,7 @@ pub enum NewError {
     GlobalLogSize {
         /// What the global list was made for.
         covered: u64,
-        /// What the layout needs: [`Layout::gfn_space`].
+        /// What the layout needs: [`crate::Layout::gfn_space`].
         needed: u64,
     },
     /// The global list belongs to another tracker.
