@@ -101,6 +101,6 @@ pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &Layout) -> io::Result<
     }
     // Setting 0 writes nothing.
     let restored = Msrs::of(1, before).set(vcpu);
-    saved.map(Saved::put_back);
+    saved.into_iter().for_each(Saved::put_back);
     result.and(restored)
 }

@@ -45,6 +45,16 @@ const PROGRAM: &[u8] = &[
     0xe6, 0x10, 0xeb, 0xc9,                                     // out 0x10, al; from the start
 ];
 
+/// Where the program lies that reads: `rsi` first page, `rcx` pages.
+const READING: u64 = CODE + 0x800;
+#[rustfmt::skip]
+const READ_PROGRAM: &[u8] = &[
+    0x48, 0x8b, 0x06,                         // rax = [rsi]
+    0x48, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, // rsi += 4096
+    0x48, 0xff, 0xc9, 0x75, 0xf1,             // repeat rcx times
+    0xe6, 0x10, 0xeb, 0xfc,                   // out 0x10, al; again
+];
+
 /// What a vCPU does in an epoch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Job {
@@ -159,6 +169,7 @@ fn memory(global: &Arc<GlobalLog>) -> GuestMemoryMmap<RegionLog> {
         (0..512).for_each(|index| write(directory + index * 8, (base + (index << 21)) | LEAF));
     }
     memory.write_slice(PROGRAM, GuestAddress(CODE)).unwrap();
+    memory.write_slice(READ_PROGRAM, GuestAddress(READING)).unwrap();
     memory
 }
 
@@ -215,6 +226,14 @@ impl Vcpu {
         (regs.rax, regs.rcx) = (job.stamp, job.writes);
         (regs.rsi, regs.r9) = (AREAS[job.area].0, AREAS[job.area].1 - 1);
         self.fd.set_regs(&regs).unwrap();
+    }
+
+    /// Reads every page of an area.
+    pub(super) fn read_all(&mut self, area: usize) -> Stop {
+        let mut regs = self.fd.get_regs().unwrap();
+        (regs.rip, regs.rsi, regs.rcx) = (READING, AREAS[area].0, AREAS[area].1);
+        self.fd.set_regs(&regs).unwrap();
+        self.run()
     }
 
     pub(super) fn run(&mut self) -> Stop {

@@ -6,4 +6,5 @@ mod kernel;
 mod limits;
 mod properties;
 mod stamps;
+mod traps;
 mod uffd;
