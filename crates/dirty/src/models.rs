@@ -208,3 +208,113 @@ fn pages_do_not_change_under_a_reader() {
         assert!(!gate.read());
     });
 }
+
+/// A page as KVM keeps it: whether its next write traps, and the entries that traps have made.
+struct Page {
+    kvm: loom::sync::Mutex<(bool, u32)>,
+    value: [AtomicU64; 2],
+    trapped: Bits,
+    log: GlobalLog,
+}
+
+impl Page {
+    fn new() -> Arc<Page> {
+        Arc::new(Page {
+            // It has been written once.
+            kvm: loom::sync::Mutex::new((false, 1)),
+            value: [AtomicU64::new(1), AtomicU64::new(0)],
+            trapped: Bits::reserve(64).unwrap(),
+            log: GlobalLog::build(64, 1),
+        })
+    }
+
+    /// KVM logs first and lets the vCPU try again then, so the store may come after somebody has read the entry. It
+    /// never comes after the page was armed again: that flushes translations, and the store traps once more.
+    fn vcpu_writes(&self, value: u64) {
+        loop {
+            let mut kvm = self.kvm.lock().unwrap();
+            if !kvm.0 {
+                self.value[0].store(value, Ordering::Relaxed);
+                return;
+            }
+            *kvm = (false, kvm.1 + 1);
+        }
+    }
+
+    /// A device writes its own part of the page and marks it.
+    fn device_writes(&self, value: u64) {
+        self.value[1].store(value, Ordering::Relaxed);
+        self.log.record(Gfn(0));
+    }
+
+    /// `Tracker::fetch` with a re-arm, and the caller's copy. `release_first` is the order that is right.
+    fn fetch(&self, copy: &mut [u64; 2], release_first: bool) {
+        let entries = std::mem::take(&mut self.kvm.lock().unwrap().1);
+        let mine = entries > 0 && self.trapped.claim(Gfn(0));
+        let mut marked = false;
+        self.log.drain(|gfn| marked = !self.trapped.is_claimed(gfn));
+        if mine {
+            if release_first {
+                self.trapped.release(Gfn(0));
+            }
+            self.kvm.lock().unwrap().0 = true;
+            if !release_first {
+                self.trapped.release(Gfn(0));
+            }
+        }
+        if mine || marked {
+            *copy = [0, 1].map(|part: usize| self.value[part].load(Ordering::Relaxed));
+        }
+    }
+}
+
+fn fetches_against_writes(release_first: bool) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(move || {
+        let page = Page::new();
+        let copies = Arc::new(loom::sync::Mutex::new([0, 0]));
+        let writers = {
+            let page = page.clone();
+            thread::spawn(move || {
+                page.device_writes(2);
+                page.vcpu_writes(3);
+            })
+        };
+        let other = {
+            let (page, copies) = (page.clone(), copies.clone());
+            thread::spawn(move || {
+                let mut copy = [0, 0];
+                page.fetch(&mut copy, release_first);
+                keep(&copies, copy);
+            })
+        };
+        let mut copy = [0, 0];
+        page.fetch(&mut copy, release_first);
+        keep(&copies, copy);
+        writers.join().unwrap();
+        other.join().unwrap();
+        // The end of the epoch.
+        let mut copy = *copies.lock().unwrap();
+        page.fetch(&mut copy, release_first);
+        assert_eq!(copy, [3, 2]);
+    });
+}
+
+/// Values grow, so the newest copy of each part is the largest.
+fn keep(copies: &loom::sync::Mutex<[u64; 2]>, copy: [u64; 2]) {
+    let mut newest = copies.lock().unwrap();
+    *newest = [0, 1].map(|part: usize| newest[part].max(copy[part]));
+}
+
+#[test]
+fn no_write_is_lost_to_two_fetches() {
+    fetches_against_writes(true);
+}
+
+/// The other order loses the write that traps between the arming and the release, and the model sees it.
+#[test]
+#[should_panic]
+fn releasing_after_arming_loses_writes() {
+    fetches_against_writes(false);
+}
