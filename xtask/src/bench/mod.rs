@@ -28,7 +28,7 @@ pub(crate) struct BenchOptions {
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  cargo xtask bench dirty                      all cases, in about five minutes, and new plots in docs/bench
+  cargo xtask bench dirty                      all cases, in about four minutes, and new plots in docs/bench
   cargo xtask bench dirty --quick              a first look
   cargo xtask bench dirty --json dirty.jsonl   the rows for a program
 

@@ -38,7 +38,8 @@ fn available(host: &Host, floor: bool) -> Vec<Line> {
 pub(crate) fn harvest(host: &Host, options: &Options, report: &mut Report) -> io::Result<()> {
     report.section(
         "dirty.harvest: all that tracking takes of the pause: harvest, rearm, begin of the next epoch\n\
-         (bitmap peer: KVM_GET_DIRTY_LOG and search). Median (10 %-90 %).",
+         (bitmap peer: KVM_GET_DIRTY_LOG and search). Median (10 %-90 %), then the three steps, then the pages that\n\
+         were trapped.",
     );
     let (scale, available) = (options.scale, available(host, options.floor));
     for &gib in scale.sizes {

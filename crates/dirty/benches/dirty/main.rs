@@ -9,6 +9,7 @@ mod cases;
 mod fetch;
 mod goals;
 mod guest;
+mod here;
 mod machine;
 mod measure;
 mod options;
@@ -80,6 +81,7 @@ fn run(kvm: Kvm, options: &Options) -> io::Result<()> {
     }
     let start = Instant::now();
     let mut report = Report::new(options.json.as_deref())?;
+    println!("{}", here::describe());
     let host = Host::new(kvm);
     cases::harvest(&host, options, &mut report)?;
     cases::sizes(&host, options, &mut report)?;

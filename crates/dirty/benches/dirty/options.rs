@@ -19,7 +19,7 @@ pub(crate) struct Scale {
 }
 
 pub(crate) const FULL: Scale = Scale {
-    rounds: 7,
+    rounds: 11,
     sizes: &[1, 4, 8, 16],
     patterns: &[Pattern::Scattered, Pattern::Contiguous],
     dirty: &[0, 1, 100, 300, 1000, 3000],
