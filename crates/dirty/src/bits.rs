@@ -40,6 +40,12 @@ impl Bits {
         self.words.get(index).is_some_and(|word| word.fetch_or(0, Ordering::AcqRel) & bit != 0)
     }
 
+    /// Fetches the place of the bit into the cache.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn prefetch(&self, gfn: Gfn) {
+        self.words.prefetch(place(gfn).0);
+    }
+
     /// Whether the bit is set, without any ordering.
     pub(crate) fn peek(&self, gfn: Gfn) -> bool {
         let (index, bit) = place(gfn);
@@ -75,7 +81,7 @@ impl Bits {
 
     /// Takes the memory of the bitmap, so that it is not taken in an epoch.
     pub(crate) fn populate(&self) {
-        self.words.populate(0..self.words.len());
+        self.words.populate_all();
     }
 
     /// Forgets everything and gives the memory back.

@@ -99,7 +99,8 @@ pub(crate) struct HotSet {
 impl HotSet {
     pub(crate) fn reserve(rule: HotRule, max_dirty_pages: usize) -> io::Result<HotSet> {
         let rule = HotRule { traps: rule.traps.clamp(1, 15), probe_after: rule.probe_after.max(1), ..rule };
-        let places = (4 * max_dirty_pages).next_power_of_two();
+        // Small enough to stay in the cache of a core. A page that finds no place is hot a little later.
+        let places = max_dirty_pages.next_power_of_two().max(WAYS);
         let counter = || AtomicU64::new(0);
         Ok(HotSet {
             rule,
@@ -145,6 +146,11 @@ impl HotSet {
     /// The hot pages; the index of each is what [`HotSet::unchanged`] wants, until `cool`.
     pub(crate) fn for_each(&self, mut sink: impl FnMut(Gfn)) {
         self.pages[..self.len()].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
+    }
+
+    /// Fetches the history of the page into the cache.
+    pub(crate) fn prefetch(&self, gfn: Gfn) {
+        self.history.prefetch(scatter(gfn) as usize & (self.history.len() - 1));
     }
 
     /// A page was trapped. True if it is hot from now on.

@@ -3,6 +3,7 @@
 // Documentation/virt/kvm/api.rst gives for it.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -157,30 +158,73 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io
 /// While it lives, no signal is delivered to this thread.
 ///
 /// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to 64
-/// pages it had gathered is then freed without being write-protected: its next writes are lost.
-pub(crate) struct SignalsBlocked {
-    before: libc::sigset_t,
+/// pages it had gathered is then freed without being write-protected: its next writes are lost. So each re-arm blocks
+/// all signals. A thread that ends epochs and holds one of these for as long as it does so saves that: two system calls,
+/// 0.7 to 1 µs an epoch.
+#[derive(Debug)]
+pub struct SignalsBlocked {
+    before: Option<libc::sigset_t>,
     /// Not Send: the mask is this thread's.
     _thread: PhantomData<*const ()>,
 }
 
+thread_local! {
+    /// Whether one lives in this thread.
+    static BLOCKED: Cell<bool> = const { Cell::new(false) };
+}
+
 impl SignalsBlocked {
-    pub(crate) fn now() -> SignalsBlocked {
-        let mut all = MaybeUninit::uninit();
-        let mut before = MaybeUninit::uninit();
-        // SAFETY: sigfillset initialises `all`; pthread_sigmask with a valid `how` cannot fail and stores the
-        // old mask in `before`.
-        unsafe {
-            libc::sigfillset(all.as_mut_ptr());
-            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
-            SignalsBlocked { before: before.assume_init(), _thread: PhantomData }
-        }
+    /// Blocks all signals in this thread, until it is dropped.
+    pub fn now() -> SignalsBlocked {
+        let before = (!BLOCKED.replace(true)).then(block_all);
+        SignalsBlocked { before, _thread: PhantomData }
+    }
+}
+
+/// Returns the mask that was in force.
+fn block_all() -> libc::sigset_t {
+    let mut all = MaybeUninit::uninit();
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: sigfillset initialises `all`; pthread_sigmask with a valid `how` cannot fail and stores the old mask in
+    // `before`.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+        before.assume_init()
     }
 }
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
+        let Some(before) = &self.before else { return };
+        BLOCKED.set(false);
         // SAFETY: the mask that was in force in this same thread.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before, std::ptr::null_mut()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocked() -> bool {
+        let mut mask = MaybeUninit::uninit();
+        // SAFETY: without a new mask it stores the present one.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::null(), mask.as_mut_ptr());
+            libc::sigismember(mask.as_ptr(), libc::SIGUSR1) == 1
+        }
+    }
+
+    #[test]
+    fn signals_stay_blocked_until_the_first_guard_goes() {
+        assert!(!blocked());
+        let outer = SignalsBlocked::now();
+        drop(SignalsBlocked::now());
+        assert!(blocked());
+        drop(outer);
+        assert!(!blocked());
+        let _again = SignalsBlocked::now();
+        assert!(blocked());
     }
 }

@@ -117,6 +117,8 @@ pub use epoch::{Copied, Epoch, Harvested, Part, Rearmed, StateSaved, Stopped};
 pub use global::GlobalLog;
 #[cfg(not(all(test, loom)))]
 pub use hot::{Hot, HotRule};
+#[cfg(not(all(test, loom)))]
+pub use kvm::SignalsBlocked;
 pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};
 #[cfg(not(all(test, loom)))]
 pub use memory::{LogSlice, RegionLog};

@@ -60,6 +60,23 @@ impl Words {
         }
     }
 
+    /// Fetches a word into the cache; a word that does not exist is no harm.
+    pub(crate) fn prefetch(&self, index: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(word) = self.get(index) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: reads and writes nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).cast()) };
+        }
+    }
+
+    /// Takes the memory of all the words, in huge pages where the kernel gives them: they are used all over.
+    pub(crate) fn populate_all(&self) {
+        // SAFETY: exactly the mapping made in `reserve`. Failure costs speed only.
+        unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, libc::MADV_HUGEPAGE) };
+        self.populate(0..self.len);
+    }
+
     /// The words as plain numbers.
     ///
     /// # Safety
@@ -98,6 +115,8 @@ impl Deref for Words {
 
 #[cfg(all(test, loom))]
 impl Words {
+    pub(crate) fn populate_all(&self) {}
+
     /// As above, in ordinary memory.
     pub(crate) fn reserve(len: usize) -> io::Result<Words> {
         Ok(Words { words: (0..len.max(1)).map(|_| AtomicU64::new(0)).collect() })

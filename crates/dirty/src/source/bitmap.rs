@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, Layout};
 use crate::source::scan::scan;
-use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 use crate::words::Words;
 
 /// KVM's dirty bitmap of every slot.
@@ -43,7 +43,7 @@ impl Source for Bitmap {
         super::set_logging(&*self.kernel, layout, false)
     }
 
-    fn take_vcpu(&self, _: &Layout, _: usize, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 

@@ -103,6 +103,9 @@ pub(crate) struct SlotError {
 /// for it now; it is then reported again by the next take.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Option<Gfn>) -> bool;
 
+/// Hears of a page that will probably be reported soon, so that what belongs to it can be fetched into the cache.
+pub(crate) type Hint<'a> = &'a dyn Fn(Gfn);
+
 /// How to arm.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
@@ -145,7 +148,13 @@ pub(crate) trait Source: Send + Sync {
     fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError>;
 
     /// Takes the pages that a vCPU logged, and says how many entries there were.
-    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError>;
+    fn take_vcpu(
+        &self,
+        layout: &Layout,
+        vcpu: usize,
+        hint: Hint<'_>,
+        sink: Sink<'_>,
+    ) -> Result<usize, HarvestError>;
 
     /// Takes the pages that are in no vCPU's log.
     fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError>;

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::layout::{Gfn, Layout};
-use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// Puts the bug in, unless `every` is 0.
 pub(crate) fn wrap(source: Box<dyn Source>, every: u64) -> Box<dyn Source> {
@@ -35,8 +35,14 @@ impl Source for Leaky {
         self.source.disarm_all(layout)
     }
 
-    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError> {
-        self.source.take_vcpu(layout, vcpu, &mut |page| self.loses(page) || sink(page))
+    fn take_vcpu(
+        &self,
+        layout: &Layout,
+        vcpu: usize,
+        hint: Hint<'_>,
+        sink: Sink<'_>,
+    ) -> Result<usize, HarvestError> {
+        self.source.take_vcpu(layout, vcpu, hint, &mut |page| self.loses(page) || sink(page))
     }
 
     fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {

@@ -91,6 +91,9 @@ pub(crate) const RESERVED_FOR_PML: u64 = 512;
 /// (CVE-2026-52969).
 const NO_SLOT: u32 = 0xffff;
 
+/// Entries that a hint is ahead: so many cache misses are under way at once.
+const AHEAD: u64 = 12;
+
 /// A ring and how far it has been read. Positions count from the start of the VM and never wrap.
 ///
 /// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM takes
@@ -145,11 +148,19 @@ impl Ring {
     ///
     /// An overrun shows as a ring without any entry that is free or marked for reset: KVM stops the vCPU at the
     /// soft limit, at least 64 entries earlier, so a full ring is no accident. The pages are handed out even so.
-    pub(crate) fn take(&self, mut sink: impl FnMut(u32, u64) -> bool) -> Result<usize, Overrun> {
+    ///
+    /// The hint gets what stands in an entry some places ahead: an entry to come, or anything.
+    pub(crate) fn take(
+        &self,
+        hint: impl Fn(u32, u64),
+        mut sink: impl FnMut(u32, u64) -> bool,
+    ) -> Result<usize, Overrun> {
         let (start, limit) = (self.taken.load(Ordering::Relaxed), self.limit());
         let mut position = start;
         while position < limit && self.is_dirty(position) {
             let entry = self.entries.entry(position);
+            let ahead = self.entries.entry(position + AHEAD);
+            hint(ahead.slot.load(Ordering::Relaxed), ahead.offset.load(Ordering::Relaxed));
             if !sink(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed)) {
                 break;
             }
@@ -238,10 +249,13 @@ mod tests {
 
     fn taken(ring: &Ring) -> Vec<u64> {
         let mut offsets = Vec::new();
-        ring.take(|_, offset| {
-            offsets.push(offset);
-            true
-        })
+        ring.take(
+            |_, _| (),
+            |_, offset| {
+                offsets.push(offset);
+                true
+            },
+        )
         .unwrap();
         offsets
     }
@@ -262,7 +276,7 @@ mod tests {
         assert_eq!(taken(&ring), [5, 6]);
         push(&mapping, 2, 0, 7);
         assert_eq!((ring.pending(), ring.held()), (4, 2));
-        assert_eq!(ring.take(|_, _| false).unwrap(), 0, "the sink has no room");
+        assert_eq!(ring.take(|_, _| (), |_, _| false).unwrap(), 0, "the sink has no room");
         assert_eq!(taken(&ring), [7, 8]);
         ring.begin();
         assert_eq!(ring.pending(), 0);
@@ -302,6 +316,6 @@ mod tests {
         assert_eq!(taken(&ring).len(), 255);
         push(&mapping, 255, 0, 255);
         assert_eq!(ring.pending(), 256);
-        assert!(ring.take(|_, _| true).is_err());
+        assert!(ring.take(|_, _| (), |_, _| true).is_err());
     }
 }

@@ -14,7 +14,7 @@ use crate::kvm::{Kernel, SignalsBlocked};
 use crate::layout::{Gfn, Layout};
 use crate::source::budget::Budget;
 use crate::source::ring::Ring;
-use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still interrupt.
 const MAX_IDLE_RESETS: u32 = 10_000;
@@ -100,7 +100,7 @@ impl Rings {
                     return Ok(false);
                 }
                 // What was minted, and nothing else: vCPUs are stopped and their rings were taken.
-                let minted = ring.take(|_, _| true);
+                let minted = ring.take(|_, _| (), |_, _| true);
                 if minted.is_err() || ring.held() < share {
                     let held = ring.held();
                     tracing::debug!(?minted, missing, held, share, "not enough entries were minted");
@@ -130,8 +130,17 @@ impl Source for Rings {
         super::set_logging(&*self.kernel, layout, false)
     }
 
-    fn take_vcpu(&self, layout: &Layout, vcpu: usize, sink: Sink<'_>) -> Result<usize, HarvestError> {
-        let taken = self.rings[vcpu].take(|slot, offset| sink(layout.resolve(slot, offset)));
+    fn take_vcpu(
+        &self,
+        layout: &Layout,
+        vcpu: usize,
+        hint: Hint<'_>,
+        sink: Sink<'_>,
+    ) -> Result<usize, HarvestError> {
+        let taken = self.rings[vcpu].take(
+            |slot, offset| _ = layout.resolve(slot, offset).map(hint),
+            |slot, offset| sink(layout.resolve(slot, offset)),
+        );
         taken.map_err(|_| HarvestError::Overrun { vcpu })
     }
 

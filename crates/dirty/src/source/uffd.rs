@@ -29,7 +29,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
 use crate::source::pagemap::{Found, Region, WriteWatch, is_mapped};
-use crate::source::{Armed, HarvestError, Plan, RearmError, Sink, SlotError, Source};
+use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// Why writes to memory of this process cannot be tracked.
 #[derive(Debug, thiserror::Error)]
@@ -232,7 +232,7 @@ impl Source for Uffd {
         self.disarm_slots(layout, &mut scan)
     }
 
-    fn take_vcpu(&self, _: &Layout, _: usize, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 

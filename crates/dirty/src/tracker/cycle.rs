@@ -109,8 +109,9 @@ impl Tracker {
     /// Adds the marked pages to the list, but those that are there as trapped ones or will be as hot ones.
     fn list_marked(&self) {
         let mut repeated = 0;
+        let any_unarmed = self.unarmed.load(Ordering::Relaxed) != 0;
         self.marked.for_each(|gfn| {
-            if self.trapped.peek(gfn) {
+            if any_unarmed && self.trapped.peek(gfn) {
                 repeated += 1;
             } else {
                 self.flat.push(gfn);
@@ -128,7 +129,9 @@ impl Tracker {
         let mut count = Taken::default();
         let taken = self
             .source
-            .take_vcpu(&self.layout, vcpu, &mut |page| count.page(self, page, &mut keep))
+            .take_vcpu(&self.layout, vcpu, &|gfn| self.trapped.prefetch(gfn), &mut |page| {
+                count.page(self, page, &mut keep)
+            })
             .map_err(|error| self.noted(error));
         count.note(self);
         taken
@@ -160,11 +163,7 @@ impl Tracker {
 
     /// Arms what was trapped, but for hot pages, and pages that are hot no more.
     pub(crate) fn rearm(&self) -> Result<(), RearmError> {
-        self.flat.for_first(self.trapped_len.load(Ordering::Relaxed), |gfn| {
-            if !self.hot.as_ref().is_some_and(|hot| hot.trapped(gfn)) {
-                self.to_arm.push(gfn);
-            }
-        });
+        self.choose();
         if let Err(error) = self.arm() {
             self.failed.store(WRONG_RESET, Ordering::Release);
             return Err(error);
@@ -174,6 +173,24 @@ impl Tracker {
         self.rearmed.store(true, Ordering::Relaxed);
         self.gate.let_read();
         Ok(())
+    }
+
+    /// What was trapped and is not hot is armed.
+    fn choose(&self) {
+        // SAFETY: only the holder of the epoch stores to the list, and that is this thread.
+        let trapped = unsafe { &self.flat.slice()[..self.trapped_len.load(Ordering::Relaxed)] };
+        let Some(hot) = &self.hot else {
+            trapped.iter().for_each(|&gfn| self.to_arm.push(gfn));
+            return;
+        };
+        for (index, &gfn) in trapped.iter().enumerate() {
+            if let Some(&ahead) = trapped.get(index + AHEAD) {
+                hot.prefetch(ahead);
+            }
+            if !hot.trapped(gfn) {
+                self.to_arm.push(gfn);
+            }
+        }
     }
 
     fn arm(&self) -> Result<(), RearmError> {
@@ -273,6 +290,9 @@ impl Tracker {
         }
     }
 }
+
+/// Pages whose history is on its way into the cache.
+const AHEAD: usize = 8;
 
 /// What happened to the entries of a log.
 #[derive(Default)]

@@ -80,7 +80,7 @@ impl Tracker {
     fn discard(&self, room: Option<usize>) -> Result<(), EnableError> {
         for (vcpu, lane) in self.lanes.iter().enumerate() {
             let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;
-            let taken = self.source.take_vcpu(&self.layout, vcpu, &mut |_| true);
+            let taken = self.source.take_vcpu(&self.layout, vcpu, &|_| (), &mut |_| true);
             taken.map_err(|error| EnableError::Leftovers(self.noted(error)))?;
         }
         self.source.take_shared(&self.layout, &mut |_| true).map_err(EnableError::Leftovers)?;
