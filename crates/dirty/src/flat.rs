@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::layout::Gfn;
 use crate::words::Words;
@@ -31,6 +31,15 @@ impl Flat {
         let len = self.len.load(Ordering::Relaxed);
         self.pages[len].store(gfn.0, Ordering::Relaxed);
         self.len.store(len + 1, Ordering::Release);
+    }
+
+    /// Appends pages that are not in the list.
+    pub(crate) fn extend(&self, pages: &[AtomicU64]) {
+        let len = self.len.load(Ordering::Relaxed);
+        for (place, page) in self.pages[len..len + pages.len()].iter().zip(pages) {
+            place.store(page.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.len.store(len + pages.len(), Ordering::Release);
     }
 
     pub(crate) fn clear(&self) {

@@ -144,8 +144,13 @@ impl HotSet {
     }
 
     /// The hot pages; the index of each is what [`HotSet::unchanged`] wants, until `cool`.
+    pub(crate) fn pages(&self) -> &[AtomicU64] {
+        &self.pages[..self.len()]
+    }
+
+    #[cfg(test)]
     pub(crate) fn for_each(&self, mut sink: impl FnMut(Gfn)) {
-        self.pages[..self.len()].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
+        self.pages().iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
     }
 
     /// Fetches the history of the page into the cache.

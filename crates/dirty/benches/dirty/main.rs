@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
+use outlive_dirty::SignalsBlocked;
 
 use machine::Host;
 use options::Options;
@@ -82,6 +83,8 @@ fn run(kvm: Kvm, options: &Options) -> io::Result<()> {
     let start = Instant::now();
     let mut report = Report::new(options.json.as_deref())?;
     println!("{}", here::describe());
+    // As the thread of a VMM that ends epochs does.
+    let _quiet = SignalsBlocked::now();
     let host = Host::new(kvm);
     cases::harvest(&host, options, &mut report)?;
     cases::sizes(&host, options, &mut report)?;

@@ -62,7 +62,7 @@ impl Tracker {
             hot.cool(|gfn| self.to_arm.push(gfn));
             self.to_arm.for_each(|gfn| self.flat.push(gfn));
             self.first_hot.store(self.flat.len(), Ordering::Relaxed);
-            hot.for_each(|gfn| self.flat.push(gfn));
+            self.flat.extend(hot.pages());
         }
         Ok(())
     }
