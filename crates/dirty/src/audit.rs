@@ -249,7 +249,7 @@ mod tests {
 
     fn vm(flags: i32) -> Vm {
         let log = GlobalLog::new(0x11_0000, 64);
-        log.enable();
+        log.enable(&Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: 0x1000, host_addr: 0 }]).unwrap());
         let regions = SLOTS.map(|(_, base, pages)| {
             let bitmap = RegionLog::new(log.clone(), Gfn(base));
             let mapping = MmapRegionBuilder::new_with_bitmap((pages * PAGE_SIZE) as usize, bitmap)

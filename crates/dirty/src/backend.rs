@@ -204,10 +204,11 @@ impl Backend {
         Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
     }
 
-    /// Pages that may stay unarmed: each holds an entry of a ring, of which at least three quarters stay free.
-    pub(crate) fn most_hot_pages(&self, vcpus: usize) -> usize {
+    /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU, of which at
+    /// least three quarters stay free.
+    pub(crate) fn most_hot_pages(&self) -> usize {
         match self.kind {
-            Kind::Ring => self.ring_entries as usize / 4 * vcpus,
+            Kind::Ring => self.ring_entries as usize / 4,
             Kind::ClearLog => usize::MAX,
             Kind::Bitmap | Kind::Uffd => 0,
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::Gfn;
+use crate::layout::{Gfn, Layout};
 use crate::sync::Ordering;
 use crate::words::Words;
 
@@ -79,9 +79,11 @@ impl Bits {
         }
     }
 
-    /// Takes the memory of the bitmap, so that it is not taken in an epoch.
-    pub(crate) fn populate(&self) {
-        self.words.populate_all();
+    /// Takes the memory of the bits of the layout's pages, so that it is not taken in an epoch.
+    pub(crate) fn populate(&self, layout: &Layout) {
+        for slot in layout.slots() {
+            self.words.populate_huge(place(slot.base).0..place(Gfn(slot.end() - 1)).0 + 1);
+        }
     }
 
     /// Forgets everything and gives the memory back.

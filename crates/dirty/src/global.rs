@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::bits::Bits;
-use crate::layout::{Gfn, PAGE_SIZE};
+use crate::layout::{Gfn, Layout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
 
@@ -172,10 +172,10 @@ impl GlobalLog {
     }
 
     /// Takes memory and begins to record, with nothing marked.
-    pub(crate) fn enable(&self) {
+    pub(crate) fn enable(&self, layout: &Layout) {
         self.drain(|_| ());
         self.bits.clear_all();
-        self.bits.populate();
+        self.bits.populate(layout);
         self.hints.populate(0..self.capacity);
         self.enabled.store(true, Ordering::Release);
     }
@@ -204,6 +204,10 @@ impl fmt::Debug for GlobalLog {
 mod tests {
     use super::*;
 
+    fn layout() -> Layout {
+        Layout::new(vec![crate::Slot { id: 0, base: Gfn(0), pages: 64, host_addr: 0 }]).unwrap()
+    }
+
     fn drained(log: &GlobalLog) -> Vec<u64> {
         let mut pages = Vec::new();
         log.drain(|gfn| pages.push(gfn.0));
@@ -216,7 +220,7 @@ mod tests {
         log.mark(Gfn(5));
         log.mark_range(0, 4096);
         assert!(drained(&log).is_empty());
-        log.enable();
+        log.enable(&layout());
         log.mark_range(0xfff, 2);
         log.mark(Gfn(1));
         log.mark_range(0x5000, 0);
@@ -228,7 +232,7 @@ mod tests {
         assert_eq!(drained(&log), [1]);
         log.mark(Gfn(1));
         log.disable();
-        log.enable();
+        log.enable(&layout());
         assert!(drained(&log).is_empty());
         assert_eq!(log.scans(), 0);
     }
@@ -236,7 +240,7 @@ mod tests {
     #[test]
     fn beyond_its_pages_it_counts_and_ignores() {
         let log = GlobalLog::new(100, 8);
-        log.enable();
+        log.enable(&layout());
         log.mark(Gfn(100));
         log.mark_range(99 * 4096, u64::MAX);
         log.mark_range(u64::MAX - 10, 100);
@@ -247,7 +251,7 @@ mod tests {
     #[test]
     fn a_full_list_loses_no_page() {
         let log = GlobalLog::new(1000, 2);
-        log.enable();
+        log.enable(&layout());
         for round in 1..4 {
             (0..100).rev().for_each(|gfn| log.mark(Gfn(gfn * 10)));
             assert_eq!(log.pending(), 100);
@@ -264,7 +268,7 @@ mod tests {
     #[test]
     fn no_capacity_at_all_is_a_bitmap() {
         let log = GlobalLog::new(64, 0);
-        log.enable();
+        log.enable(&layout());
         log.mark(Gfn(63));
         assert_eq!(drained(&log), [63]);
         assert!(drained(&log).is_empty());

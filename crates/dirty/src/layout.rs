@@ -1,6 +1,8 @@
 //! Guest frame numbers and the memory slots they live in.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes in a guest page. Dirty logging is by 4 KiB pages whatever backs the slot.
 pub const PAGE_SIZE: u64 = 4096;
@@ -30,7 +32,8 @@ impl fmt::Display for Gfn {
 
 /// A KVM memory slot of address space 0, as given to `KVM_SET_USER_MEMORY_REGION`.
 ///
-/// Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no other flag, so a
+/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::slot_removed`] says
+/// otherwise. Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no other flag, so a
 /// read-only slot (which no guest write reaches) or one backed by guest_memfd must be left out of the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
@@ -59,6 +62,8 @@ impl Slot {
 #[derive(Clone, Debug)]
 pub struct Layout {
     slots: Vec<Slot>,
+    /// Slots that the VMM has taken away since, by their index; shared by all copies.
+    gone: Arc<[AtomicBool]>,
     /// Slot number -> index in `slots` + 1; 0 for a number that is not ours.
     by_id: Vec<u32>,
     pages: u64,
@@ -129,12 +134,25 @@ impl Layout {
             *entry = index as u32 + 1;
         }
         let pages = slots.iter().map(|slot| slot.pages).sum();
-        Ok(Layout { slots, by_id, pages })
+        let gone = slots.iter().map(|_| AtomicBool::new(false)).collect();
+        Ok(Layout { slots, gone, by_id, pages })
     }
 
     /// The slots in order of guest address.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// The slots that are still there.
+    pub(crate) fn live_slots(&self) -> impl Iterator<Item = &Slot> {
+        let is_there = |(_, gone): &(&Slot, &AtomicBool)| !gone.load(Ordering::Acquire);
+        self.slots.iter().zip(&*self.gone).filter(is_there).map(|(slot, _)| slot)
+    }
+
+    /// The slot is gone, in all copies of the layout. False if there is none of this number.
+    pub(crate) fn retire(&self, id: u32) -> bool {
+        let index = self.slots.iter().position(|slot| slot.id == id);
+        index.inspect(|&index| self.gone[index].store(true, Ordering::Release)).is_some()
     }
 
     /// Pages in all slots together.
@@ -176,9 +194,9 @@ impl Layout {
     /// None for another address space (system management mode), a slot that is not in the layout (it may have
     /// gone since the entry was written) or an offset behind its end.
     pub(crate) fn resolve(&self, slot: u32, offset: u64) -> Option<Gfn> {
-        let index = *self.by_id.get(slot as usize)?;
-        let slot = self.slots.get((index as usize).checked_sub(1)?)?;
-        (offset < slot.pages).then(|| Gfn(slot.base.0 + offset))
+        let index = (*self.by_id.get(slot as usize)? as usize).checked_sub(1)?;
+        let slot = self.slots.get(index)?;
+        (offset < slot.pages && !self.gone[index].load(Ordering::Relaxed)).then(|| Gfn(slot.base.0 + offset))
     }
 }
 
@@ -225,5 +243,9 @@ mod tests {
         assert_eq!(layout.resolve(2, u64::MAX), None);
         assert!(layout.contains(Gfn(7)) && !layout.contains(Gfn(8)));
         assert!(layout.contains(Gfn(0x10_0000)) && !layout.contains(Gfn(0x10_0010)));
+        let copy = layout.clone();
+        assert!(copy.retire(2) && !copy.retire(3));
+        assert_eq!((layout.resolve(2, 7), layout.resolve(7, 15)), (None, Some(Gfn(0x10_000f))));
+        assert_eq!(layout.live_slots().map(|slot| slot.id).collect::<Vec<_>>(), [7]);
     }
 }

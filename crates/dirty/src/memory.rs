@@ -85,6 +85,7 @@ impl Bitmap for LogSlice<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::{Layout, Slot};
     use vm_memory::mmap::MmapRegionBuilder;
     use vm_memory::{
         Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, VolatileMemory,
@@ -113,7 +114,7 @@ mod tests {
     fn writes_mark_the_pages_they_touch() {
         let log = GlobalLog::new(0x200, 64);
         let memory = memory(&log);
-        log.enable();
+        log.enable(&Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: 16, host_addr: 0 }]).unwrap());
         memory.write_obj(7u64, GuestAddress(0x1fff)).unwrap();
         memory.write_slice(&[1; 0x2001], GuestAddress(0x10_3000)).unwrap();
         let slice = memory.get_slice(GuestAddress(0x10_8ff0), 0x20).unwrap();

@@ -22,7 +22,7 @@ ioctl_iow_nr!(KVM_SET_MSRS, KVMIO, 0x89, kvm_msrs);
 /// MSR_KVM_WALL_CLOCK_NEW (arch/x86/include/uapi/asm/kvm_para.h).
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 /// Writes of the page for each setting of the register.
-const ENTRIES_PER_WRITE: u64 = 3;
+pub(crate) const ENTRIES_PER_WRITE: u64 = 3;
 /// Registers in a call: 96 entries in 8 µs.
 const BATCH: usize = 32;
 /// `struct pvclock_wall_clock` is 12 bytes.

@@ -70,11 +70,18 @@ impl Words {
         }
     }
 
-    /// Takes the memory of all the words, in huge pages where the kernel gives them: they are used all over.
-    pub(crate) fn populate_all(&self) {
-        // SAFETY: exactly the mapping made in `reserve`. Failure costs speed only.
-        unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, libc::MADV_HUGEPAGE) };
-        self.populate(0..self.len);
+    /// As `populate`, in huge pages where the kernel gives them: for words that are used all over.
+    pub(crate) fn populate_huge(&self, range: Range<usize>) {
+        let align = |index: usize| index / WORDS_PER_PAGE * WORDS_PER_PAGE;
+        let (start, end) = (align(range.start), range.end.min(self.len));
+        if start < end {
+            // SAFETY: whole pages of the mapping made in `reserve`. Failure costs speed only.
+            unsafe {
+                let first = self.base.as_ptr().add(start);
+                libc::madvise(first.cast(), (end - start) * 8, libc::MADV_HUGEPAGE);
+            }
+        }
+        self.populate(range);
     }
 
     /// The words as plain numbers.
@@ -115,7 +122,7 @@ impl Deref for Words {
 
 #[cfg(all(test, loom))]
 impl Words {
-    pub(crate) fn populate_all(&self) {}
+    pub(crate) fn populate_huge(&self, _: Range<usize>) {}
 
     /// As above, in ordinary memory.
     pub(crate) fn reserve(len: usize) -> io::Result<Words> {
@@ -141,7 +148,12 @@ impl Words {
     pub(crate) fn populate(&self, range: Range<usize>) {
         let end = range.end.min(self.len());
         for word in self[range.start.min(end)..end].iter().step_by(WORDS_PER_PAGE) {
-            word.fetch_or(0, Ordering::Relaxed);
+            // A number that the compiler does not know: it would drop an `or` of nothing.
+            word.fetch_or(std::hint::black_box(0), Ordering::Relaxed);
+        }
+        // The range need not begin with a page.
+        if let Some(last) = self[range.start.min(end)..end].last() {
+            last.fetch_or(std::hint::black_box(0), Ordering::Relaxed);
         }
     }
 }
@@ -149,6 +161,26 @@ impl Words {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+
+    fn faults() -> i64 {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+        // SAFETY: getrusage fills it.
+        unsafe {
+            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+            usage.assume_init().ru_minflt
+        }
+    }
+
+    #[test]
+    fn what_was_populated_takes_no_fault() {
+        let words = Words::reserve(1 << 20).unwrap();
+        words.populate(700..(1 << 20) - 700);
+        let before = faults();
+        (700..(1 << 20) - 700).for_each(|index| words[index].store(1, Ordering::Relaxed));
+        assert_eq!(faults(), before);
+        words[0].store(1, Ordering::Relaxed);
+        assert!(faults() > before, "the count works");
+    }
 
     #[test]
     fn reserves_far_more_than_memory_and_clears() {

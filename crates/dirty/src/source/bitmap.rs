@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, Layout};
@@ -15,7 +14,6 @@ use crate::words::Words;
 pub(crate) struct Bitmap {
     kernel: Box<dyn Kernel>,
     buffer: Words,
-    entries: AtomicU64,
 }
 
 /// A buffer for the bitmap of any slot of the layout.
@@ -26,7 +24,7 @@ pub(super) fn buffer(layout: &Layout) -> io::Result<Words> {
 
 impl Bitmap {
     pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<Bitmap> {
-        Ok(Bitmap { kernel, buffer: buffer(layout)?, entries: AtomicU64::new(0) })
+        Ok(Bitmap { kernel, buffer: buffer(layout)? })
     }
 }
 
@@ -49,7 +47,7 @@ impl Source for Bitmap {
 
     fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut found = 0;
-        for slot in layout.slots() {
+        for slot in layout.live_slots() {
             self.kernel
                 .get_dirty_log(slot, &self.buffer)
                 .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
@@ -63,7 +61,6 @@ impl Source for Bitmap {
                 true
             });
         }
-        self.entries.fetch_add(found as u64, Ordering::Relaxed);
         Ok(found)
     }
 
@@ -73,13 +70,5 @@ impl Source for Bitmap {
 
     fn arms_when_taken(&self) -> bool {
         true
-    }
-
-    fn pending(&self) -> usize {
-        self.entries.load(Ordering::Relaxed) as usize
-    }
-
-    fn begin(&self) {
-        self.entries.store(0, Ordering::Relaxed);
     }
 }

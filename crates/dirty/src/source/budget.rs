@@ -24,14 +24,14 @@ impl Budget {
         Budget { vcpus: vcpus as u64, part: None, pool: 0, off: false }
     }
 
-    /// Plans the next epoch: so many pages for all vCPUs.
-    pub(super) fn plan(&mut self, room: Option<usize>) {
+    /// Plans the next epoch: so many pages for all vCPUs, whose rings have room for so many.
+    pub(super) fn plan(&mut self, room: Option<usize>, most: u64) {
         let Some(room) = room.filter(|_| !self.off) else {
             self.part = None;
             return;
         };
         // A vCPU that may write nothing never comes out of KVM_RUN.
-        let room = (room as u64).max(self.vcpus);
+        let room = (room as u64).min(most).max(self.vcpus);
         let part = if self.vcpus == 1 { room } else { (room / (2 * self.vcpus)).max(1) };
         self.part = Some(part);
         self.pool = room - part * self.vcpus;
@@ -70,18 +70,18 @@ mod tests {
     fn one_vcpu_has_it_all() {
         let mut budget = Budget::new(1);
         assert_eq!((budget.share(192), budget.grant(100)), (0, 0));
-        budget.plan(Some(41));
+        budget.plan(Some(41), 192);
         assert_eq!(budget.share(192), 151);
         assert_eq!(budget.grant(100), 0);
-        budget.plan(Some(1000));
-        assert_eq!(budget.share(192), 0, "a ring is not larger than it is");
+        budget.plan(Some(1000), 150);
+        assert_eq!(budget.share(192), 42, "a ring is not larger than it is");
     }
 
     #[test]
     fn several_never_get_more_than_there_is() {
         for (vcpus, room) in [(2, 1000), (4, 300), (3, 5), (8, 8)] {
             let mut budget = Budget::new(vcpus);
-            budget.plan(Some(room));
+            budget.plan(Some(room), 10_000);
             let part = 4096 - budget.share(4096);
             let mut given = part * vcpus as u64;
             let mut grants = 0;
@@ -97,9 +97,9 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_given_up() {
         let mut budget = Budget::new(1);
-        budget.plan(Some(10));
+        budget.plan(Some(10), 100);
         budget.give_up();
-        budget.plan(Some(10));
+        budget.plan(Some(10), 100);
         assert!(!budget.is_on() && budget.share(192) == 0);
     }
 }

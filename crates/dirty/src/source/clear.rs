@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
 use crate::kvm::Kernel;
@@ -26,7 +26,6 @@ pub(crate) struct ClearLog {
     /// What is to be cleared, of one slot at a time; all zero between calls.
     mask: Words,
     clearing: Mutex<()>,
-    entries: AtomicU64,
 }
 
 impl ClearLog {
@@ -36,7 +35,6 @@ impl ClearLog {
             buffer: super::bitmap::buffer(layout)?,
             mask: super::bitmap::buffer(layout)?,
             clearing: Mutex::new(()),
-            entries: AtomicU64::new(0),
         })
     }
 
@@ -95,7 +93,7 @@ impl Source for ClearLog {
     /// Pages that were taken and not armed are reported again.
     fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut found = 0;
-        for slot in layout.slots() {
+        for slot in layout.live_slots() {
             self.kernel
                 .get_dirty_log(slot, &self.buffer)
                 .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
@@ -104,7 +102,6 @@ impl Source for ClearLog {
             let words = unsafe { self.buffer.plain(0..slot.pages.div_ceil(64) as usize) };
             found += scan(words, slot, sink);
         }
-        self.entries.fetch_add(found as u64, Ordering::Relaxed);
         Ok(found)
     }
 
@@ -112,7 +109,7 @@ impl Source for ClearLog {
         // A panic leaves at worst bits in the mask, of pages that are cleared too early: so none may be left.
         let _one = self.clearing.lock().unwrap_or_else(PoisonError::into_inner);
         if !pages.is_empty() {
-            for slot in layout.slots() {
+            for slot in layout.live_slots() {
                 self.clear_slot(slot, pages).map_err(|source| RearmError::Clear { slot: slot.id, source })?;
             }
         }
@@ -122,13 +119,5 @@ impl Source for ClearLog {
 
     fn arms_when_taken(&self) -> bool {
         false
-    }
-
-    fn pending(&self) -> usize {
-        self.entries.load(Ordering::Relaxed) as usize
-    }
-
-    fn begin(&self) {
-        self.entries.store(0, Ordering::Relaxed);
     }
 }

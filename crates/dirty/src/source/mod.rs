@@ -14,6 +14,7 @@ mod uffd;
 use std::io;
 
 use crate::layout::{Gfn, Layout};
+use ring::Fullness;
 
 pub(crate) use bitmap::Bitmap;
 pub(crate) use clear::ClearLog;
@@ -133,6 +134,8 @@ pub(crate) struct Armed {
     pub(crate) everything: bool,
     /// KVM was interrupted, vCPUs ran, and the pages may not be armed after all.
     pub(crate) doubtful: bool,
+    /// The first page of the layout was written while KVM was made to write it as well, and is armed.
+    pub(crate) first_page: bool,
 }
 
 /// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by one
@@ -166,11 +169,13 @@ pub(crate) trait Source: Send + Sync {
     fn arms_when_taken(&self) -> bool;
 
     /// Entries logged since the epoch began, as far as can be seen without a system call.
-    fn pending(&self) -> usize;
+    fn pending(&self) -> usize {
+        0
+    }
 
-    /// Whether KVM's word that the ring of this vCPU is full can be true.
-    fn can_be_full(&self, _vcpu: usize) -> bool {
-        false
+    /// What KVM's word that the ring of this vCPU is full is worth.
+    fn fullness(&self, _vcpu: usize) -> Fullness {
+        Fullness::Never
     }
 
     /// KVM says that the ring of this vCPU is full: whether it may write more after all, because the limit is on
@@ -190,13 +195,13 @@ pub(crate) trait Source: Send + Sync {
     }
 
     /// A new epoch begins.
-    fn begin(&self);
+    fn begin(&self) {}
 }
 
 /// Turns KVM's logging of every slot on, which makes the first write to every page trap, or off.
 fn set_logging(kernel: &dyn crate::kvm::Kernel, layout: &Layout, on: bool) -> Result<(), SlotError> {
     let mut result = Ok(());
-    for slot in layout.slots() {
+    for slot in layout.live_slots() {
         let this = kernel.set_logging(slot, on).map_err(|source| SlotError { slot: slot.id, source });
         if on && this.is_err() {
             return this;

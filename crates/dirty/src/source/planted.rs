@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::layout::{Gfn, Layout};
+use crate::source::ring::Fullness;
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// Puts the bug in, unless `every` is 0.
@@ -61,8 +62,8 @@ impl Source for Leaky {
         self.source.pending()
     }
 
-    fn can_be_full(&self, vcpu: usize) -> bool {
-        self.source.can_be_full(vcpu)
+    fn fullness(&self, vcpu: usize) -> Fullness {
+        self.source.fullness(vcpu)
     }
 
     fn top_up(&self, vcpu: usize) -> Result<bool, RearmError> {

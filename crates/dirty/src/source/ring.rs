@@ -64,6 +64,18 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of slot 0 alone
+    /// leaves no trace.)
+    pub(crate) fn is_used(&self) -> bool {
+        (0..4.min(self.entries.into())).any(|position| {
+            let entry = self.entry(position);
+            let (flags, slot) = (entry.flags.load(Ordering::Acquire), entry.slot.load(Ordering::Relaxed));
+            flags != 0 || slot != 0 || entry.offset.load(Ordering::Relaxed) != 0
+        })
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: exactly the mapping made in `map`; no reference outlives `self`.
@@ -94,6 +106,17 @@ const NO_SLOT: u32 = 0xffff;
 /// Entries that a hint is ahead: so many cache misses are under way at once.
 const AHEAD: u64 = 12;
 
+/// What KVM's word that a ring is full is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fullness {
+    /// It is.
+    Full,
+    /// It is not, and may have been a moment ago.
+    NotNow,
+    /// It was not when KVM said so before, and nothing has changed.
+    Never,
+}
+
 /// A ring and how far it has been read. Positions count from the start of the VM and never wrap.
 ///
 /// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM takes
@@ -113,6 +136,8 @@ pub(crate) struct Ring {
     peeked: AtomicU64,
     /// `taken` at the beginning of the epoch.
     began: AtomicU64,
+    /// 1 + `freed` when KVM last called the ring full and it was not.
+    not_full_at: AtomicU64,
 }
 
 impl Ring {
@@ -126,6 +151,7 @@ impl Ring {
             taken: at_start(),
             peeked: at_start(),
             began: at_start(),
+            not_full_at: at_start(),
         }
     }
 
@@ -133,9 +159,10 @@ impl Ring {
         self.entries.entry(position).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
     }
 
-    /// Where the ring is full: KVM must not have come this far.
+    /// Where the ring is full: KVM must not have come this far. It grows when entries are marked, before KVM frees
+    /// them, so who has read an entry that KVM wrote into a place that was freed finds it grown.
     fn limit(&self) -> u64 {
-        self.freed.load(Ordering::Acquire) + u64::from(self.entries.entries)
+        self.marked.load(Ordering::Acquire) + u64::from(self.entries.entries)
     }
 
     /// Unread entries at which KVM stops the vCPU, if none are held.
@@ -155,9 +182,15 @@ impl Ring {
         hint: impl Fn(u32, u64),
         mut sink: impl FnMut(u32, u64) -> bool,
     ) -> Result<usize, Overrun> {
-        let (start, limit) = (self.taken.load(Ordering::Relaxed), self.limit());
+        let (start, mut limit) = (self.taken.load(Ordering::Relaxed), self.limit());
         let mut position = start;
-        while position < limit && self.is_dirty(position) {
+        loop {
+            if position == limit {
+                limit = self.limit();
+            }
+            if position == limit || !self.is_dirty(position) {
+                break;
+            }
             let entry = self.entries.entry(position);
             let ahead = self.entries.entry(position + AHEAD);
             hint(ahead.slot.load(Ordering::Relaxed), ahead.offset.load(Ordering::Relaxed));
@@ -185,22 +218,36 @@ impl Ring {
         position.saturating_sub(self.began.load(Ordering::Relaxed)) as usize
     }
 
-    /// Whether KVM has reason to call the ring full. The soft limit is not known exactly everywhere, so this is
-    /// generous: what it is to tell apart is a ring that KVM calls full although it is empty.
-    pub(crate) fn can_be_full(&self) -> bool {
-        let taken = self.taken.load(Ordering::Acquire);
-        let mut end = taken.max(self.peeked.load(Ordering::Relaxed));
+    /// What KVM's word that the ring is full is worth. The soft limit is not known exactly everywhere, so this is
+    /// generous: what it is to tell apart is a ring that KVM calls full although it is empty. Once that may be: another
+    /// thread has given entries back since KVM said so.
+    pub(crate) fn fullness(&self) -> Fullness {
+        let freed = self.freed.load(Ordering::Acquire);
         let limit = self.limit();
+        let mut end = self.taken.load(Ordering::Acquire).max(self.peeked.load(Ordering::Relaxed));
         while end < limit && self.is_dirty(end) {
             end += 1;
         }
-        let used = end - self.freed.load(Ordering::Acquire);
-        used > 0 && used + RESERVED + RESERVED_FOR_PML >= self.entries.entries.into()
+        let used = end.saturating_sub(freed);
+        if used > 0 && used + RESERVED + RESERVED_FOR_PML >= self.entries.entries.into() {
+            Fullness::Full
+        } else if self.not_full_at.swap(freed + 1, Ordering::Relaxed) == freed + 1 {
+            Fullness::Never
+        } else {
+            Fullness::NotNow
+        }
+    }
+
+    /// Whether KVM has written entries that were not taken.
+    pub(crate) fn has_new(&self) -> bool {
+        self.is_dirty(self.taken.load(Ordering::Acquire))
     }
 
     /// Entries taken and not given back.
     pub(crate) fn held(&self) -> u64 {
-        self.taken.load(Ordering::Acquire) - self.marked.load(Ordering::Relaxed)
+        // In this order: what is marked later was taken later.
+        let marked = self.marked.load(Ordering::Acquire);
+        self.taken.load(Ordering::Acquire) - marked
     }
 
     /// Marks the `count` oldest held entries for the next reset, each rewritten to the (slot, offset) it is given,
@@ -221,7 +268,8 @@ impl Ring {
             // KVM reads the flags with acquire and then the page.
             entry.flags.store(RESET, Ordering::Release);
         }
-        self.marked.store(end, Ordering::Relaxed);
+        // Before the reset: see `limit`.
+        self.marked.store(end, Ordering::Release);
     }
 
     /// KVM has freed every entry that was marked.
@@ -268,7 +316,7 @@ mod tests {
     fn takes_in_order_and_stops_at_a_gap() {
         let mapping = Arc::new(Mapping::anonymous(256).unwrap());
         let ring = Ring::new(mapping.clone(), 64);
-        assert!(!ring.can_be_full());
+        assert_eq!([ring.fullness(), ring.fullness()], [Fullness::NotNow, Fullness::Never]);
         push(&mapping, 0, 0, 5);
         push(&mapping, 1, 0, 6);
         push(&mapping, 3, 0, 8);
@@ -306,6 +354,29 @@ mod tests {
     fn never_gives_back_what_it_has_not_seen() {
         let ring = Ring::new(Arc::new(Mapping::anonymous(256).unwrap()), 64);
         ring.give_back(1, || None);
+    }
+
+    /// Another thread gives entries back, KVM frees and fills them, all within one `take`.
+    #[test]
+    fn a_ring_that_is_freed_meanwhile_is_not_overrun() {
+        let mapping = Arc::new(Mapping::anonymous(256).unwrap());
+        let ring = Ring::new(mapping.clone(), 64);
+        (0..100).for_each(|position| push(&mapping, position, 0, position));
+        assert_eq!(taken(&ring).len(), 100);
+        (100..192).for_each(|position| push(&mapping, position, 0, position));
+        let mut first = true;
+        let took = ring.take(
+            |_, _| (),
+            |_, _| {
+                if std::mem::take(&mut first) {
+                    ring.give_back(100, || None);
+                    (0..100).for_each(|position| mapping.entry(position).flags.store(0, Ordering::Release));
+                    (192..292).for_each(|position| push(&mapping, position, 0, position));
+                }
+                true
+            },
+        );
+        assert_eq!(took.unwrap(), 192);
     }
 
     #[test]

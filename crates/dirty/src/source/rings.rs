@@ -12,8 +12,9 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::kvm::{Kernel, SignalsBlocked};
 use crate::layout::{Gfn, Layout};
+use crate::mint::ENTRIES_PER_WRITE;
 use crate::source::budget::Budget;
-use crate::source::ring::Ring;
+use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still interrupt.
@@ -79,7 +80,7 @@ impl Rings {
     /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that KVM may
     /// have freed entries without protecting their pages. The vCPUs are stopped.
     fn protect_all(&self, layout: &Layout) -> Result<(), RearmError> {
-        for slot in layout.slots() {
+        for slot in layout.live_slots() {
             let toggled =
                 self.kernel.set_logging(slot, false).and_then(|()| self.kernel.set_logging(slot, true));
             toggled.map_err(|source| RearmError::Protect { slot: slot.id, source })?;
@@ -87,33 +88,56 @@ impl Rings {
         Ok(())
     }
 
-    /// Makes every ring hold its share: mints what is missing and gives back what is too much. False if KVM mints
-    /// nothing here.
-    fn settle(&self, layout: &Layout, budget: &Budget, keep: u64) -> Result<bool, RearmError> {
+    /// Makes every ring hold its share: mints what is missing and gives back what is too much.
+    fn settle(&self, layout: &Layout, budget: &Budget, keep: u64) -> Result<Settled, RearmError> {
+        let mut settled = Settled::default();
         let mut surplus = 0;
         for (vcpu, ring) in self.rings.iter().enumerate() {
             let share = budget.share(ring.soft_limit());
-            let missing = share.saturating_sub(ring.held());
-            if missing > 0 {
-                if let Err(error) = self.kernel.mint(vcpu, missing, layout) {
-                    tracing::debug!(%error, "no entries can be minted");
-                    return Ok(false);
-                }
-                // What was minted, and nothing else: vCPUs are stopped and their rings were taken.
-                let minted = ring.take(|_, _| (), |_, _| true);
-                if minted.is_err() || ring.held() < share {
-                    let held = ring.held();
-                    tracing::debug!(?minted, missing, held, share, "not enough entries were minted");
-                    return Ok(false);
-                }
+            if ring.held() < share {
+                self.fill(layout, vcpu, share, &mut settled);
             }
             let extra = ring.held().saturating_sub(share).min(self.held().saturating_sub(keep));
             ring.give_back(extra, || None);
             surplus += extra;
         }
         self.reset(surplus)?;
-        Ok(true)
+        Ok(settled)
     }
+
+    /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of the next
+    /// epoch and stays; then there is less than the share this time.
+    fn fill(&self, layout: &Layout, vcpu: usize, share: u64, settled: &mut Settled) {
+        let ring = &self.rings[vcpu];
+        if ring.has_new() {
+            return;
+        }
+        let missing = share - ring.held();
+        if let Err(error) = self.kernel.mint(vcpu, missing, layout) {
+            tracing::debug!(%error, "no entries can be minted");
+            settled.failed = true;
+            return;
+        }
+        let page = layout.slots()[0].base;
+        let minted = ring.take(|_, _| (), |slot, offset| layout.resolve(slot, offset) == Some(page));
+        // More of them than were minted: KVM wrote that page for somebody else, too.
+        let expected = missing.div_ceil(ENTRIES_PER_WRITE) * ENTRIES_PER_WRITE;
+        settled.doubtful |= minted.as_ref().is_ok_and(|&minted| minted as u64 > expected);
+        if ring.held() < share && !ring.has_new() {
+            let held = ring.held();
+            tracing::debug!(?minted, missing, held, share, "not enough entries were minted");
+            settled.failed = true;
+        }
+    }
+}
+
+/// What became of a settlement.
+#[derive(Default)]
+struct Settled {
+    /// A write to the first page of the layout may have gone unnoticed.
+    doubtful: bool,
+    /// KVM mints nothing here.
+    failed: bool,
 }
 
 impl Source for Rings {
@@ -151,7 +175,9 @@ impl Source for Rings {
     fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
         if !plan.running {
-            budget.plan(plan.room);
+            // A credit for each unarmed page stays, whatever is granted.
+            let room: u64 = self.rings.iter().map(Ring::soft_limit).sum();
+            budget.plan(plan.room, room.saturating_sub(plan.keep as u64));
         }
         let held = self.held();
         let armed = held.min(pages.len() as u64);
@@ -172,11 +198,18 @@ impl Source for Rings {
         if everything {
             self.protect_all(layout)?;
         }
-        if !plan.running && budget.is_on() && !self.settle(layout, &budget, plan.keep as u64)? {
-            tracing::warn!("KVM writes no wall clock here: the dirty trigger is checked between exits only");
-            budget.give_up();
+        let mut first_page = false;
+        if !plan.running && budget.is_on() {
+            let settled = self.settle(layout, &budget, plan.keep as u64)?;
+            first_page = settled.doubtful;
+            if settled.failed {
+                tracing::warn!(
+                    "KVM writes no wall clock here: the dirty trigger is checked between exits only"
+                );
+                budget.give_up();
+            }
         }
-        Ok(Armed { pages: armed as usize, everything, doubtful: plan.running && interrupted })
+        Ok(Armed { pages: armed as usize, everything, doubtful: plan.running && interrupted, first_page })
     }
 
     fn arms_when_taken(&self) -> bool {
@@ -187,8 +220,8 @@ impl Source for Rings {
         self.rings.iter().map(Ring::pending).sum()
     }
 
-    fn can_be_full(&self, vcpu: usize) -> bool {
-        self.rings[vcpu].can_be_full()
+    fn fullness(&self, vcpu: usize) -> Fullness {
+        self.rings[vcpu].fullness()
     }
 
     fn top_up(&self, vcpu: usize) -> Result<bool, RearmError> {

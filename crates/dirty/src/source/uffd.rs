@@ -24,7 +24,6 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
@@ -77,8 +76,6 @@ const REGIONS: usize = 4096;
 pub(crate) struct Uffd {
     watch: WriteWatch,
     scan: Mutex<Scan>,
-    /// Pages handed out in this epoch.
-    entries: AtomicU64,
 }
 
 /// Where the scan stands.
@@ -108,7 +105,7 @@ impl Uffd {
         }
         let regions = vec![Region::default(); REGIONS].into_boxed_slice();
         let scan = Scan { regions, left: 0..0, index: 0, from: 0, registered: 0 };
-        Ok(Uffd { watch: WriteWatch::open()?, scan: Mutex::new(scan), entries: AtomicU64::new(0) })
+        Ok(Uffd { watch: WriteWatch::open()?, scan: Mutex::new(scan) })
     }
 
     /// A sink that panics leaves the scan in order.
@@ -243,7 +240,6 @@ impl Source for Uffd {
             taken += usize::from(has_room);
             has_room
         });
-        self.entries.fetch_add(taken as u64, Ordering::Relaxed);
         match done {
             Ok(()) => Ok(taken),
             Err(SlotError { slot, source }) => Err(HarvestError::GetDirtyLog { slot, source }),
@@ -257,13 +253,5 @@ impl Source for Uffd {
 
     fn arms_when_taken(&self) -> bool {
         true
-    }
-
-    fn pending(&self) -> usize {
-        self.entries.load(Ordering::Relaxed) as usize
-    }
-
-    fn begin(&self) {
-        self.entries.store(0, Ordering::Relaxed);
     }
 }

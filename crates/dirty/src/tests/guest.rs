@@ -69,6 +69,7 @@ pub(super) struct Guest {
     pub(super) global: Arc<GlobalLog>,
     pub(super) vcpus: Vec<Vcpu>,
     vm: VmFd,
+    backend: Backend,
 }
 
 /// What a test wants of its VM.
@@ -134,7 +135,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
     let vcpus: Vec<_> = (0..vcpus as u64).map(|index| Vcpu::new(&kvm, &vm, index)).collect();
     let vcpu_fds: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
     let tracker = if block_signals {
-        Tracker::new(layout, config, backend, global.clone(), fd(&vm), &vcpu_fds)
+        Tracker::new(layout, config, backend.clone(), global.clone(), fd(&vm), &vcpu_fds)
     } else {
         let map = |vcpu: &BorrowedFd<'_>| Mapping::of_vcpu(*vcpu, backend.ring_entries()).unwrap();
         let kernel = Box::new(Vm::new(fd(&vm), &[]).unwrap());
@@ -143,7 +144,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
         rings.block_signals = false;
         Tracker::with(layout, config, Kind::Ring, Box::new(rings), None, global.clone())
     };
-    Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, vm })
+    Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, vm, backend })
 }
 
 fn fd(file: &impl AsRawFd) -> BorrowedFd<'_> {
@@ -264,6 +265,14 @@ impl Vcpu {
 }
 
 impl Guest {
+    /// What a VMM gets that makes another tracker of the VM.
+    pub(super) fn second_tracker(&self, vcpu: &Vcpu) -> Result<Tracker, crate::NewError> {
+        let layout = self.tracker.layout().clone();
+        let global = GlobalLog::new(layout.gfn_space(), 64);
+        let (config, backend) = (self.tracker.config(), self.backend.clone());
+        Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)])
+    }
+
     /// Takes the slot that holds area 1 away from the guest.
     pub(super) fn remove_slot(&self) {
         let (slot, guest_phys_addr, _) = SLOTS[1];

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::global::GlobalLog;
@@ -108,6 +108,24 @@ impl FakeKernel {
             Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
             _ => _ = state.bitmap.insert(gfn.0),
         }
+    }
+
+    /// A write with its store, in one step as hardware does it. False if KVM does not let the vCPU run.
+    pub(super) fn store(&self, vcpu: usize, gfn: Gfn, again: bool, cell: &AtomicU64, value: u64) -> bool {
+        let slot = *self.slot_of(gfn);
+        let mut state = self.state();
+        let ring = &state.rings[vcpu];
+        if self.kind == Kind::Ring && ring.dirty - ring.reset >= ring.size - RESERVED {
+            return false;
+        }
+        if state.logged.contains(&slot.id) && (state.armed.remove(&gfn.0) || again) {
+            match self.kind {
+                Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
+                _ => _ = state.bitmap.insert(gfn.0),
+            }
+        }
+        cell.store(value, Ordering::Relaxed);
+        true
     }
 
     /// Pages whose next write does not trap.

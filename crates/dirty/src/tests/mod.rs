@@ -5,6 +5,8 @@ mod guest;
 mod kernel;
 mod limits;
 mod properties;
+mod schedules;
 mod stamps;
+mod storms;
 mod traps;
 mod uffd;

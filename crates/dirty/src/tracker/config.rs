@@ -17,8 +17,8 @@ pub struct Config {
     /// becomes true.
     pub trigger: usize,
     /// KVM itself stops the vCPUs at the trigger, with `KVM_EXIT_DIRTY_RING_FULL`: ring back end only. One vCPU stops
-    /// after exactly so many entries. Several together never exceed it, and stop before it by what the others left of
-    /// their last parts. Device writes cannot stop a vCPU: poll `should_stop` for them.
+    /// after exactly so many entries. Several together never exceed it (each may always write one page), and stop
+    /// before it by what the others left of their last parts. Device writes cannot stop a vCPU: poll `should_stop` for them.
     ///
     /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound from
     /// below only. Needs a ring larger than the trigger.
@@ -78,6 +78,12 @@ pub enum NewError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The ring of a vCPU has been read before, by another tracker, so nobody knows where KVM writes next.
+    #[error("the dirty ring of vCPU {vcpu} has been used before: make one tracker for the life of a VM")]
+    RingUsed {
+        /// The vCPU.
+        vcpu: usize,
+    },
     /// The VM's descriptor could not be duplicated.
     #[error("cannot duplicate the descriptor of the VM")]
     Vm(#[source] io::Error),
@@ -115,7 +121,7 @@ pub enum EnableError {
     /// Fetched pages are not re-armed yet.
     #[error("fetched pages are not re-armed yet")]
     Fetching,
-    /// The same, at its reset.
+    /// The same, at its reset: tracking of this VM has failed for good.
     #[error("cannot clear the dirty log")]
     LeftoverReset(#[source] RearmError),
 }

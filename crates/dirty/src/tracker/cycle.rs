@@ -48,7 +48,8 @@ impl Tracker {
         }
         self.check()?;
         self.gate.close();
-        if self.fetchers.load(Ordering::Acquire) != 0 {
+        // Threads that fetch find the gate closed; those that were faster need some microseconds.
+        if !soon(|| self.fetchers.load(Ordering::Acquire) == 0) {
             return Err(HarvestError::Fetching);
         }
         self.flat.truncate(self.trapped_len.load(Ordering::Relaxed));
@@ -70,7 +71,12 @@ impl Tracker {
     /// Trapped pages go to `flat`, marked ones to `marked`.
     fn take_everything(&self) -> Result<(), HarvestError> {
         for (vcpu, lane) in self.lanes.iter().enumerate() {
-            let owner: Owner<'_> = lane.own().ok_or(HarvestError::Busy { vcpu })?;
+            let mut owner = None;
+            soon(|| {
+                owner = lane.own();
+                owner.is_some()
+            });
+            let owner: Owner<'_> = owner.ok_or(HarvestError::Busy { vcpu })?;
             owner.drain(|gfn| self.flat.push(gfn));
             self.take_vcpu(vcpu, |gfn| {
                 self.flat.push(gfn);
@@ -144,6 +150,7 @@ impl Tracker {
         // Pages that are left unarmed are in this log again each time: they are no duplicates.
         count.repeated = 0;
         count.note(self);
+        self.found.fetch_add(count.new, Ordering::Relaxed);
         taken
     }
 
@@ -210,6 +217,9 @@ impl Tracker {
         let pages = unsafe { self.to_arm.slice() };
         let armed = self.source.arm(&self.layout, pages, plan)?;
         add(&self.counters.full_rearms, armed.everything.into());
+        if armed.first_page {
+            self.global.record(self.layout.slots()[0].base);
+        }
         self.all_armed(armed, pages.len())
     }
 
@@ -236,6 +246,7 @@ impl Tracker {
         self.flat.clear();
         self.rearmed.store(false, Ordering::Relaxed);
         self.fetched.store(0, Ordering::Relaxed);
+        self.found.store(0, Ordering::Relaxed);
         self.source.begin();
         if let Some(hot) = &self.hot {
             let idle = self.idle_pages.swap(0, Ordering::Relaxed);
@@ -289,6 +300,17 @@ impl Tracker {
             self.idle_pages.fetch_add(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether something becomes true within some 100 µs of looking: no sleep, and no wait for a thread that is not at work.
+fn soon(mut is_true: impl FnMut() -> bool) -> bool {
+    (0..10_000).any(|_| {
+        let yes = is_true();
+        if !yes {
+            std::hint::spin_loop();
+        }
+        yes
+    })
 }
 
 /// Pages whose history is on its way into the cache.

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{DisableError, EnableError, Token, Tracker};
-use crate::lane::Lane;
+use super::{DisableError, EnableError, Token, Tracker, WRONG_RESET};
+use crate::lane::{Lane, Owner};
 use crate::source::{Plan, SlotError};
 
 impl Tracker {
@@ -23,7 +23,7 @@ impl Tracker {
             return Err(EnableError::Failed);
         }
         self.populate();
-        self.global.enable();
+        self.global.enable(&self.layout);
         if let Err(error) = self.arm_everything() {
             self.source.disarm_all(&self.layout).err();
             self.release_memory().err();
@@ -36,8 +36,8 @@ impl Tracker {
     }
 
     fn populate(&self) {
-        self.trapped.populate();
-        self.seen.populate();
+        self.trapped.populate(&self.layout);
+        self.seen.populate(&self.layout);
         let pages = self.config.max_dirty_pages;
         [&self.flat, &self.marked, &self.to_arm].into_iter().for_each(|list| list.populate(pages));
         self.lanes.iter().for_each(Lane::populate);
@@ -85,18 +85,25 @@ impl Tracker {
         }
         self.source.take_shared(&self.layout, &mut |_| true).map_err(EnableError::Leftovers)?;
         let plan = Plan { keep: 0, room, running: false, everything: false };
-        self.source.arm(&self.layout, &[], plan).map_err(EnableError::LeftoverReset)?;
+        self.source.arm(&self.layout, &[], plan).map_err(|error| {
+            self.failed.store(WRONG_RESET, Ordering::Release);
+            EnableError::LeftoverReset(error)
+        })?;
         self.unarmed.store(0, Ordering::Relaxed);
         self.fetched.store(0, Ordering::Relaxed);
+        self.found.store(0, Ordering::Relaxed);
         self.source.begin();
         Ok(())
     }
 
     /// Err(vcpu) if that vCPU's thread is at work in its list.
     fn release_memory(&self) -> Result<(), usize> {
+        // All or nothing: a list that is cleared while tracking stays on is lost.
+        let mut owners = Vec::new();
         for (vcpu, lane) in self.lanes.iter().enumerate() {
-            lane.own().ok_or(vcpu)?.clear_all();
+            owners.push(lane.own().ok_or(vcpu)?);
         }
+        owners.iter().for_each(Owner::clear_all);
         self.global.disable();
         self.trapped.clear_all();
         self.seen.clear_all();

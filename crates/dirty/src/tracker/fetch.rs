@@ -115,6 +115,14 @@ impl<'b> Fetched<'_, 'b> {
     }
 
     fn take_or_nothing(&mut self) -> Result<(), HarvestError> {
+        let tracker = self.tracker;
+        tracker.check()?;
+        if tracker.gate.is_off() {
+            return Err(HarvestError::NotEnabled);
+        }
+        if !tracker.gate.is_open() {
+            return Ok(());
+        }
         // Said before a list is owned: an epoch that finds no list owned finds this.
         self.tracker.fetchers.fetch_add(1, Ordering::AcqRel);
         self.held = true;
@@ -129,9 +137,8 @@ impl<'b> Fetched<'_, 'b> {
     /// Fills the buffer: from the vCPUs' lists and rings, then from what belongs to no vCPU.
     fn take(&mut self) -> Result<(), HarvestError> {
         let tracker = self.tracker;
-        tracker.check()?;
-        if tracker.gate.is_off() {
-            return Err(HarvestError::NotEnabled);
+        if !tracker.gate.is_open() {
+            return Ok(());
         }
         let lanes = tracker.lanes.len();
         let first = tracker.next_lane.fetch_add(1, Ordering::Relaxed);
@@ -172,6 +179,7 @@ impl<'b> Fetched<'_, 'b> {
 
     fn take_marked(&mut self) {
         let tracker = self.tracker;
+        let first = self.len;
         let mut ignored = 0;
         tracker.global.drain(|gfn| {
             if !tracker.layout.contains(gfn) {
@@ -188,6 +196,12 @@ impl<'b> Fetched<'_, 'b> {
             }
         });
         add(&tracker.counters.ignored, ignored);
+        // Asked afterwards: who is in doubt says so before he marks. Such pages may be writable without a trap, and
+        // only an epoch, which arms everything, may take them.
+        if tracker.doubtful.load(Ordering::Acquire) {
+            self.buffer[first..self.len].iter().for_each(|&gfn| tracker.global.record(gfn));
+            self.len = first;
+        }
     }
 
     fn arm(&mut self) -> Result<(), RearmError> {

@@ -21,7 +21,7 @@ use crate::hot::{Hot, HotRule, HotSet};
 use crate::kvm::Vm;
 use crate::lane::Lane;
 use crate::layout::Layout;
-use crate::source::ring::{Mapping, Ring};
+use crate::source::ring::{Fullness, Mapping, Ring};
 use crate::source::{Bitmap, ClearLog, HarvestError, Rings, Source};
 
 pub use config::{Config, DisableError, EnableError, NewError};
@@ -93,7 +93,9 @@ pub struct Tracker {
     fetchers: AtomicUsize,
     /// Where the next fetch begins, so that threads begin at different vCPUs.
     next_lane: AtomicUsize,
-    /// Entries of the log of this epoch that were fetched.
+    /// Pages of this epoch that were in no vCPU's log.
+    found: AtomicUsize,
+    /// Trapped pages of this epoch that were fetched.
     fetched: AtomicUsize,
     /// The part of the log that belongs to no vCPU is taken by one thread at a time.
     shared: Lane,
@@ -124,9 +126,12 @@ impl Tracker {
         let source: Box<dyn Source> = match backend.kind() {
             Kind::Ring => {
                 let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
-                    Mapping::of_vcpu(*fd, backend.ring_entries())
-                        .map(|mapping| Ring::new(Arc::new(mapping), backend.reserved()))
-                        .map_err(|source| NewError::Map { vcpu, source })
+                    let mapping = Mapping::of_vcpu(*fd, backend.ring_entries())
+                        .map_err(|source| NewError::Map { vcpu, source })?;
+                    if mapping.is_used() {
+                        return Err(NewError::RingUsed { vcpu });
+                    }
+                    Ok(Ring::new(Arc::new(mapping), backend.reserved()))
                 };
                 Box::new(Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?))
             }
@@ -137,7 +142,7 @@ impl Tracker {
         };
         #[cfg(any(test, feature = "planted-bug"))]
         let source = crate::source::planted::wrap(source, backend.planted());
-        let rule = rule(&config, &backend);
+        let rule = rule(&config, &backend, &layout);
         Self::with(layout, config, backend.kind(), source, rule, global)
     }
 
@@ -211,6 +216,7 @@ impl Tracker {
             failed: AtomicUsize::new(0),
             fetchers: AtomicUsize::new(0),
             next_lane: AtomicUsize::new(0),
+            found: AtomicUsize::new(0),
             fetched: AtomicUsize::new(0),
             shared,
             bell: Bell::default(),
@@ -263,7 +269,8 @@ impl Tracker {
     /// running vCPU holds back up to 512); with the other back ends it is the global list only, until the harvest or
     /// a fetch.
     pub fn pending(&self) -> usize {
-        let logged = self.source.pending() + self.global.pending() + self.hot_pages();
+        let found = self.found.load(Ordering::Relaxed);
+        let logged = self.source.pending() + found + self.global.pending() + self.hot_pages();
         logged.saturating_sub(self.fetched.load(Ordering::Relaxed))
     }
 
@@ -274,6 +281,11 @@ impl Tracker {
 
     fn hot_pages(&self) -> usize {
         self.hot.as_ref().map_or(0, HotSet::len)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn own_lane(&self, vcpu: usize) -> Option<crate::lane::Owner<'_>> {
+        self.lanes[vcpu].own()
     }
 
     #[cfg(test)]
@@ -292,14 +304,18 @@ impl Tracker {
     /// KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
     ///
     /// # Errors
-    /// [`HarvestError::Overrun`] if the ring is not full: KVM has lost its place and would say so for ever.
+    /// [`HarvestError::Overrun`] if KVM says so again and again of a ring that is not full: it has lost its place and
+    /// would say so for ever.
     ///
     /// # Panics
     /// If there is no such vCPU.
     pub fn ring_full(&self, vcpu: usize) -> Result<Exit, HarvestError> {
         self.check()?;
-        if !self.source.can_be_full(vcpu) {
-            return Err(self.noted(HarvestError::Overrun { vcpu }));
+        match self.source.fullness(vcpu) {
+            Fullness::Full => (),
+            // A thread that fetches has made room since.
+            Fullness::NotNow => return Ok(Exit::Resume),
+            Fullness::Never => return Err(self.noted(HarvestError::Overrun { vcpu })),
         }
         let topped_up = self.gate.is_open()
             && self.source.top_up(vcpu).map_err(|_| {
@@ -312,6 +328,13 @@ impl Tracker {
         }
         self.bell.ring();
         Ok(Exit::DirtyLogFull)
+    }
+
+    /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or off any
+    /// more, which would bring it back. Entries of it that KVM has written are ignored, and marks in it are the VMM's.
+    /// For the life of the tracker; a slot of the same number is another one. False if the layout has none.
+    pub fn slot_removed(&self, id: u32) -> bool {
+        self.layout.retire(id)
     }
 
     /// Makes the next harvest return every page of the VM: full synchronisation.
@@ -367,11 +390,11 @@ impl Tracker {
 }
 
 /// The rule for hot pages, or why there is none.
-fn rule(config: &Config, backend: &Backend) -> Option<HotRule> {
-    let most = backend.most_hot_pages(config.vcpus);
+fn rule(config: &Config, backend: &Backend, layout: &Layout) -> Option<HotRule> {
+    let most = backend.most_hot_pages().min(config.trigger / 2).min(layout.pages() as usize);
     let rule = match config.hot {
         Hot::Off => return None,
-        _ if most == 0 => {
+        _ if backend.most_hot_pages() == 0 => {
             tracing::info!(backend = %backend.kind(), "no hot pages: this back end arms every page it reports");
             return None;
         }

@@ -1,0 +1,249 @@
+//! Schedules that are rare, one by one: each of them lost pages or ended tracking for nothing in an earlier version.
+
+use std::time::Duration;
+
+use super::guest;
+use super::kernel::{FakeKernel, RESERVED};
+use crate::{
+    Choice, Config, DisableError, Exit, Fetch, Gfn, GlobalLog, Hot, HotRule, Kind, Layout, NewError, Slot,
+    Tracker,
+};
+
+const PAGES: u64 = 20_000;
+const REARM: Fetch = Fetch { wait: None, rearm: true };
+
+fn layout() -> Layout {
+    Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
+}
+
+fn tracker(kind: Kind, config: Config, ring: u32) -> (FakeKernel, Tracker) {
+    let global = GlobalLog::new(PAGES, 100);
+    let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, ring, global).unwrap();
+    tracker.enable().unwrap();
+    (kernel, tracker)
+}
+
+fn config(vcpus: usize, max_dirty_pages: usize, trigger: usize) -> Config {
+    Config { vcpus, max_dirty_pages, trigger, ..Config::default() }
+}
+
+fn exact(vcpus: usize, trigger: usize, max_dirty_pages: usize) -> Config {
+    Config { exact: true, ..config(vcpus, max_dirty_pages, trigger) }
+}
+
+fn pages(tracker: &Tracker) -> Vec<u64> {
+    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+    let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
+    pages.sort_unstable();
+    epoch.copied().run();
+    pages
+}
+
+/// an interrupted reset in a fetch, and a second fetch.
+#[test]
+fn an_interrupted_reset_in_a_fetch_loses_nothing() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 200, 200), 256);
+    (0..100).for_each(|page| kernel.write(0, Gfn(page), false));
+    kernel.state().interrupt_after = Some(80);
+    let mut buffer = [Gfn(0); 200];
+    let got = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
+    assert_eq!(got, 100);
+    // Some are not armed now, and are marked. A second fetch takes the marks.
+    let again = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
+    assert_eq!(again, 0, "they are for the epoch, which arms everything");
+    // The guest writes one of them after the copy.
+    kernel.write(0, Gfn(70), false);
+    assert!(pages(&tracker).contains(&70), "page 70 was written after its copy and is not reported");
+}
+
+/// a fetcher empties the ring between KVM's exit and ring_full.
+#[test]
+fn a_ring_that_a_fetch_has_emptied_is_not_overrun() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10_000, 10_000), 4096);
+    (0..4096 - RESERVED).for_each(|page| kernel.write(0, Gfn(page), false));
+    assert!(!kernel.can_run(0)); // KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL here
+    let mut buffer = vec![Gfn(0); 1000];
+    std::thread::scope(|scope| {
+        let tracker = &tracker;
+        scope.spawn(move || tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len());
+    });
+    assert_eq!(tracker.ring_full(0).unwrap(), Exit::Resume);
+    assert!(kernel.can_run(0));
+}
+
+/// KVM writes guest memory between harvest and rearm.
+#[test]
+fn entries_between_harvest_and_rearm_are_of_the_next_epoch() {
+    for is_exact in [false, true] {
+        let (kernel, tracker) = tracker(Kind::Ring, Config { exact: is_exact, ..config(2, 100, 40) }, 256);
+        for page in 0..40 {
+            if !kernel.can_run(0) && tracker.ring_full(0).unwrap() == Exit::DirtyLogFull {
+                break;
+            }
+            kernel.write(0, Gfn(page), false);
+        }
+        let epoch = tracker.stopped().state_saved().harvest().unwrap();
+        // A vCPU ioctl of another thread makes KVM write page 500 on behalf of vCPU 0.
+        kernel.write(0, Gfn(500), false);
+        epoch.rearm().unwrap().copied().run();
+        assert!(pages(&tracker).contains(&500), "exact {is_exact}: page 500 is lost");
+    }
+}
+
+/// minting fails once, for the second ring.
+#[test]
+fn minting_that_fails_half_way_leaves_the_rest_in_order() {
+    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 40, 100), 256);
+    (0..10).for_each(|_| kernel.write(0, Gfn(1), true));
+    (0..10).for_each(|_| kernel.write(1, Gfn(2), true));
+    assert!(!kernel.can_run(1));
+    assert_eq!(tracker.ring_full(1).unwrap(), Exit::Resume);
+    kernel.state().no_mint = true;
+    assert_eq!(pages(&tracker), [1, 2]);
+    assert!(!tracker.is_exact());
+    kernel.write(0, Gfn(3), false);
+    assert_eq!(pages(&tracker), [3]);
+}
+
+/// disable, while a vCPU thread is (for a moment) in its list.
+#[test]
+fn a_disable_that_is_refused_loses_nothing() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(2, 100, 100), 256);
+    kernel.write(0, Gfn(7), false);
+    tracker.harvest_vcpu(0).unwrap();
+    let owner = tracker.own_lane(1).unwrap();
+    assert!(matches!(tracker.disable(), Err(DisableError::Busy(1))));
+    drop(owner);
+    assert!(tracker.is_enabled());
+    assert_eq!(pages(&tracker), [7]);
+}
+
+/// all hot pages are written by one vCPU.
+#[test]
+fn parked_credits_leave_room_in_every_ring() {
+    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000 });
+    let (kernel, tracker) = tracker(Kind::Ring, Config { hot, ..config(4, 2000, 2000) }, 256);
+    let mut stuck = 0;
+    for _ in 0..200 {
+        let mut wrote = 0;
+        for page in 0..400 {
+            if !kernel.can_run(0) {
+                assert_eq!(tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+                break;
+            }
+            kernel.write(0, Gfn(page), false);
+            wrote += 1;
+        }
+        pages(&tracker);
+        if wrote == 0 {
+            stuck += 1;
+        }
+    }
+    assert_eq!(stuck, 0, "epochs of 200 in which vCPU 0 could not run at all");
+}
+
+/// trigger beyond what the rings hold together.
+#[test]
+fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
+    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 600, 1000), 256);
+    let mut page = 0;
+    loop {
+        if !kernel.can_run(0) {
+            tracker.harvest_vcpu(0).unwrap();
+            if tracker.ring_full(0).unwrap() == Exit::DirtyLogFull {
+                break;
+            }
+        }
+        kernel.write(0, Gfn(page), false);
+        page += 1;
+    }
+    assert_eq!(pages(&tracker).len() as u64, page);
+}
+
+/// What `pending` says once pages were fetched.
+#[test]
+fn pages_that_were_fetched_do_not_count() {
+    let mut buffer = [Gfn(0); 200];
+    for kind in [Kind::Ring, Kind::ClearLog, Kind::Bitmap] {
+        let (kernel, tracker) = tracker(kind, config(1, 1000, 500), 4096);
+        (0..60).for_each(|page| kernel.write(0, Gfn(page), false));
+        assert_eq!(tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len(), 60);
+        assert_eq!(tracker.pending(), 0, "{kind}");
+    }
+    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
+    let (kernel, tracker) = tracker(Kind::ClearLog, Config { hot, ..config(1, 1000, 500) }, 4096);
+    (0..60).for_each(|page| kernel.write(0, Gfn(page), false));
+    pages(&tracker);
+    for _ in 0..10 {
+        assert!(tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().is_empty());
+    }
+    assert_eq!(tracker.pending(), 60, "hot pages count once");
+}
+
+/// Hot pages are copied in every epoch and count towards the trigger, so they may not reach it by themselves.
+#[test]
+fn hot_pages_leave_half_of_the_trigger() {
+    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 1000 });
+    let Some(guest) = guest::start(Choice::Ring, Config { hot, ..config(1, 200, 100) }) else { return };
+    assert_eq!(guest.tracker.hot_rule().unwrap().max_pages, 50);
+}
+
+/// Where KVM writes next in a ring is known only to who has read it from the start.
+#[test]
+fn a_second_tracker_of_a_vm_is_refused() {
+    let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
+    guest.tracker.enable().unwrap();
+    let mut vcpu = guest.vcpus.remove(0);
+    vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
+    assert_eq!(vcpu.run(), guest::Stop::Done);
+    guest.tracker.disable().unwrap();
+    let second = guest.second_tracker(&vcpu);
+    assert!(matches!(second, Err(NewError::RingUsed { vcpu: 0 })), "{second:?}");
+}
+
+/// A slot that the VMM has removed is not brought back by turning its log off.
+#[test]
+fn a_slot_that_is_gone_stays_gone() {
+    let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
+    let mut vcpu = guest.vcpus.remove(0);
+    guest.tracker.enable().unwrap();
+    vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
+    assert_eq!(vcpu.run(), guest::Stop::Done);
+    assert!(guest.tracker.slot_removed(3) && !guest.tracker.slot_removed(7));
+    guest.remove_slot();
+    guest.tracker.disable().unwrap();
+    guest.tracker.enable().unwrap();
+    vcpu.set_job(guest::Job { stamp: 2, writes: 100, area: 1 });
+    // The write is an exit to the VMM, or an error of the guest's: not memory.
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vcpu.run()));
+    assert!(ended.is_err(), "the guest writes memory that was taken away");
+}
+
+/// A fetcher that waits finds nothing to hold and holds nothing up.
+#[test]
+fn a_waiting_fetcher_does_not_hold_epochs_back() {
+    let (_kernel, tracker) = tracker(Kind::Ring, config(2, 1000, 1000), 256);
+    let end = std::sync::atomic::AtomicBool::new(false);
+    let mut refused = 0;
+    std::thread::scope(|scope| {
+        let (end, tracker) = (&end, &tracker);
+        scope.spawn(move || {
+            let mut buffer = [Gfn(0); 8];
+            while !end.load(std::sync::atomic::Ordering::Relaxed) {
+                drop(
+                    tracker.fetch(&mut buffer, Fetch { wait: Some(Duration::from_millis(100)), rearm: true }),
+                );
+            }
+        });
+        for _ in 0..2000 {
+            std::thread::sleep(Duration::from_micros(50));
+            match tracker.stopped().state_saved().harvest() {
+                Ok(epoch) => epoch.rearm().unwrap().copied().run(),
+                Err(_) => refused += 1,
+            }
+        }
+        end.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    // A thread that loses its core in the middle of a look may be in the way for longer than anybody waits.
+    assert!(refused <= 20, "{refused} of 2000 epochs were refused");
+}
