@@ -1,5 +1,5 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
-//! `cargo xtask bench`.
+//! `cargo xtask bench`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -14,6 +14,7 @@
 mod bench;
 mod lint;
 mod models;
+mod nested;
 mod packages;
 mod run;
 mod summary;
@@ -39,11 +40,12 @@ Examples:
   cargo xtask test --filter arbiter    the tests with 'arbiter' in their name
   cargo xtask ci                       what CI runs: format, clippy, docs, tests
   cargo xtask docs --open              the documentation, in the browser
-  cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs";
+  cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs
+  cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run all tests: fetches missing Debian packages, then the workspace, then the loom models
+    /// Run all tests: fetches missing Debian packages, then the workspace, the loom models, a nested host
     #[command(after_help = TEST_EXAMPLES)]
     Test(test::TestOptions),
     /// Check format, clippy and documentation, without changing anything
@@ -59,6 +61,8 @@ enum Command {
     /// Measure, print a table, and draw plots in docs/bench
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchOptions),
+    /// Test on hosts with other kernels, in QEMU's software emulation
+    Nested(nested::NestedOptions),
 }
 
 const TEST_EXAMPLES: &str = "\
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
         }
         Command::Docs { open } => lint::docs(&workspace, open),
         Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Nested(options) => nested::run(&workspace, &options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,5 @@
-//! Debian packages that tests use as clients of the VM. They are not needed to build or run Outlive.
+//! Debian packages that tests use: clients of the VM, and what emulates hosts. They are not needed to build or run
+//! Outlive.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,7 +10,7 @@ use std::process::Command;
 
 use crate::run::{StepError, Workspace, output, step};
 
-struct Package {
+pub(crate) struct Package {
     name: &'static str,
     /// It is there if all these are.
     programs: &'static [&'static str],
@@ -21,6 +22,12 @@ const NEEDED: [Package; 1] = [Package {
     programs: &["redis-cli", "redis-benchmark"],
     used_for: "real Redis clients for the guest's server",
 }];
+
+pub(crate) const QEMU: Package = Package {
+    name: "qemu-system-x86",
+    programs: &["qemu-system-x86_64"],
+    used_for: "nested hosts, in software emulation",
+};
 
 /// Where packages are unpacked when they cannot be installed.
 struct Unpacked {
@@ -53,13 +60,22 @@ fn in_front(mut directories: Vec<PathBuf>, variable: &str) -> OsString {
     std::env::join_paths(directories).unwrap_or(present)
 }
 
-/// Makes sure that the programs are there, and returns the environment in which they are found.
+/// Makes sure that the clients are there, and returns the environment in which they are found.
 ///
 /// A package that cannot be fetched is no error: it says how to get it, and the tests that need it say that
 /// they are skipped.
 pub(crate) fn prepare(workspace: &Workspace, fetch: bool) -> Vec<(&'static str, OsString)> {
+    provide(workspace, &NEEDED, fetch)
+}
+
+/// The same for some packages.
+pub(crate) fn provide(
+    workspace: &Workspace,
+    packages: &[Package],
+    fetch: bool,
+) -> Vec<(&'static str, OsString)> {
     let unpacked = Unpacked::of(workspace);
-    let missing: Vec<&Package> = NEEDED.iter().filter(|package| !is_there(package, &unpacked)).collect();
+    let missing: Vec<&Package> = packages.iter().filter(|package| !is_there(package, &unpacked)).collect();
     if missing.is_empty() || !fetch {
         return unpacked.environment();
     }
@@ -79,18 +95,30 @@ pub(crate) fn prepare(workspace: &Workspace, fetch: bool) -> Vec<(&'static str, 
     unpacked.environment()
 }
 
-fn is_there(package: &Package, unpacked: &Unpacked) -> bool {
+/// Where packages are unpacked that could not be installed.
+pub(crate) fn unpacked(workspace: &Workspace) -> PathBuf {
+    Unpacked::of(workspace).root
+}
+
+/// A program of an unpacked or an installed package.
+pub(crate) fn find(workspace: &Workspace, program: &str) -> Option<PathBuf> {
+    found(program, &Unpacked::of(workspace))
+}
+
+fn found(program: &str, unpacked: &Unpacked) -> Option<PathBuf> {
     let path = in_front(vec![unpacked.root.join("usr/bin")], "PATH");
-    let found =
-        |program: &&str| std::env::split_paths(&path).any(|directory| directory.join(program).is_file());
-    package.programs.iter().all(found)
+    std::env::split_paths(&path).map(|directory| directory.join(program)).find(|program| program.is_file())
+}
+
+fn is_there(package: &Package, unpacked: &Unpacked) -> bool {
+    package.programs.iter().all(|program| found(program, unpacked).is_some())
 }
 
 fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
-fn apt_get(arguments: &[&str]) -> Command {
+pub(crate) fn apt_get(arguments: &[&str]) -> Command {
     let mut command = Command::new("apt-get");
     command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
     command
@@ -128,11 +156,11 @@ fn make_directory(path: &Path) -> Result<(), StepError> {
 
 /// The package names of `apt-get --simulate install`: lines such as `Inst liblua5.1-0 (5.1.5-9 Debian
 /// [amd64])`.
-fn to_install(plan: &str) -> Vec<&str> {
+pub(crate) fn to_install(plan: &str) -> Vec<&str> {
     plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next()).collect()
 }
 
-fn debs(directory: &Path) -> Result<Vec<PathBuf>, StepError> {
+pub(crate) fn debs(directory: &Path) -> Result<Vec<PathBuf>, StepError> {
     let list =
         || -> io::Result<Vec<PathBuf>> { fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect() };
     let paths = list().map_err(|source| StepError::File { path: directory.to_path_buf(), source })?;

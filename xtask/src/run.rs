@@ -1,7 +1,7 @@
 //! Running the programs that do the work.
 
 use std::ffi::OsStr;
-use std::io::{self, BufRead, BufReader, PipeReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -138,7 +138,7 @@ pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result
 }
 
 /// Lines are bytes until here, because tests may print anything.
-fn send_lines(output: PipeReader, sender: &Sender<String>) {
+pub(crate) fn send_lines(output: impl Read, sender: &Sender<String>) {
     let mut output = BufReader::new(output);
     let mut bytes = Vec::new();
     while output.read_until(b'\n', &mut bytes).is_ok_and(|length| length > 0) {

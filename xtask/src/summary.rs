@@ -47,6 +47,19 @@ impl Summary {
         }
     }
 
+    /// The lines that follow are of this test program, which cargo has not started.
+    pub(crate) fn start_program(&mut self, name: &str) {
+        self.program = name.to_string();
+        self.test = None;
+    }
+
+    /// Passed, failed and skipped tests.
+    pub(crate) fn counts(&self) -> [usize; 3] {
+        // A skipped test has passed for the harness.
+        let passed = self.passed.saturating_sub(self.skipped.len());
+        [passed, self.failed.len() + self.broken.len(), self.skipped.len() + self.ignored]
+    }
+
     /// Notes that a test program or cargo itself ended badly although no test failed by name.
     pub(crate) fn ended_badly(&mut self, what: &str) {
         self.broken.push(what.to_string());
@@ -96,9 +109,7 @@ impl fmt::Display for Summary {
         for name in self.failed.iter().chain(&self.broken) {
             writeln!(f, "failed   {name}")?;
         }
-        // A skipped test has passed for the harness.
-        let passed = self.passed.saturating_sub(self.skipped.len());
-        let (failed, skipped) = (self.failed.len() + self.broken.len(), self.skipped.len() + self.ignored);
+        let [passed, failed, skipped] = self.counts();
         write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
     }
 }

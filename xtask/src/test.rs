@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::run::{StepError, Workspace, describe, lines, step};
 use crate::summary::Summary;
-use crate::{models, packages};
+use crate::{models, nested, packages};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct TestOptions {
@@ -29,6 +29,9 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
     let mut summary = Summary::default();
     for command in &mut commands {
         test(command, &environment, options, &mut summary)?;
+    }
+    if options.filter.is_none() {
+        nested::in_tests(workspace, !options.no_fetch, &mut summary)?;
     }
     let seconds = start.elapsed().as_secs();
     println!("\ntests took {} min {} s, build included", seconds / 60, seconds % 60);

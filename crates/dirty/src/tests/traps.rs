@@ -129,8 +129,8 @@ fn pages_of_two_vcpus_come_once() {
         });
         let pages = end(&guest).0;
         assert!(area(0).all(|gfn| pages.contains(&gfn)));
-        // And at the first read of it that of the program.
-        assert!(pages.len() as u64 <= AREAS[0].1 + 1, "{pages:?}");
+        // And at the first read of it that of the program; AMD's nested walk writes the three of the page tables.
+        assert!(pages.len() as u64 <= AREAS[0].1 + 4, "{pages:?}");
     }
     // How many depends on how the vCPUs were scheduled; `limits` has a case where it is all of them.
     println!("{} pages were in both rings", guest.tracker.stats().duplicates);

@@ -1,0 +1,368 @@
+//! A host: a machine of QEMU's software emulation that runs a Debian kernel and has `/dev/kvm`.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::initramfs::{Initramfs, InitramfsError, read};
+use super::kernel::{Kernel, KernelError};
+use crate::packages;
+use crate::run::{Workspace, send_lines};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const INIT: &[u8] = include_bytes!("init");
+/// What init says when commands may come.
+const UP: &str = "outlive host is up";
+/// It takes 5 s on two free cores.
+const BOOT: Duration = Duration::from_secs(180);
+const POWER_OFF: Duration = Duration::from_secs(20);
+/// Lines of the console in an error.
+const TAIL: usize = 30;
+/// From this version on QEMU locks the page of guest code that it translates. Before, a thread that translated while
+/// another patched the code (static keys: KVM has some) ran on with what was half patched, and the kernel stopped
+/// with "Oops: int3": 6.12 and 7.2 on QEMU 7.2 within seconds. All processors in one thread cannot race.
+const MULTITHREADED: (u32, u32) = (8, 1);
+
+/// Why a host does not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HostError {
+    /// Nothing to emulate a machine with.
+    #[error("no {PROGRAM} here; to get it: apt-get install qemu-system-x86")]
+    NoQemu,
+    /// Something could not be started.
+    #[error("cannot start {program}: {source}")]
+    Start {
+        /// What.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file could not be used.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host has stopped by itself: a panic of its kernel, or an error of QEMU.
+    #[error("the host stopped in {during}; its console ended with\n{console}")]
+    Stopped {
+        /// What it was doing.
+        during: String,
+        /// What stands on its console.
+        console: String,
+    },
+    /// It took too long.
+    #[error("{during} did not end in {} s; the host's console ends with\n{console}", limit.as_secs())]
+    TimeOut {
+        /// What.
+        during: String,
+        /// How long that may take.
+        limit: Duration,
+        /// What stands on its console.
+        console: String,
+    },
+    /// Its kernel's modules could not be put into the initramfs.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Its initramfs could not be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+}
+
+/// The QEMU of this machine, or the one unpacked below the target directory.
+pub(crate) struct Qemu {
+    program: PathBuf,
+    environment: Vec<(&'static str, OsString)>,
+    /// Where it has its firmware, if not where it was built for.
+    data: Vec<PathBuf>,
+    version: (u32, u32),
+}
+
+impl Qemu {
+    /// Finds it, and fetches it first if it is not there.
+    pub(crate) fn get(workspace: &Workspace, fetch: bool) -> Result<Qemu, HostError> {
+        let environment = packages::provide(workspace, &[packages::QEMU], fetch);
+        let program = packages::find(workspace, PROGRAM).ok_or(HostError::NoQemu)?;
+        let said = Command::new(&program)
+            .arg("--version")
+            .envs(environment.iter().cloned())
+            .output()
+            .map_err(|source| HostError::Start { program: program.display().to_string(), source })?;
+        let version = version(&String::from_utf8_lossy(&said.stdout)).unwrap_or((0, 0));
+        let root = packages::unpacked(workspace);
+        let data = if program.starts_with(&root) {
+            ["usr/share/qemu", "usr/share/seabios"].map(|it| root.join(it)).to_vec()
+        } else {
+            Vec::new()
+        };
+        Ok(Qemu { program, environment, data, version })
+    }
+
+    fn threads(&self) -> &'static str {
+        if self.version >= MULTITHREADED { "multi" } else { "single" }
+    }
+}
+
+/// `QEMU emulator version 7.2.22 (Debian ...)` is (7, 2).
+fn version(said: &str) -> Option<(u32, u32)> {
+    let mut numbers = said.split("version ").nth(1)?.split(|it: char| !it.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// What a host is made of.
+pub(crate) struct Machine<'a> {
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) cpus: u32,
+    pub(crate) memory_mib: u32,
+    /// Kernel modules that are loaded at start, with what they depend on.
+    pub(crate) modules: &'a [&'a str],
+    /// Programs of this machine, by their path in the host.
+    pub(crate) programs: &'a [(&'a str, PathBuf)],
+    /// Further arguments for QEMU: network cards, disks.
+    pub(crate) devices: &'a [String],
+}
+
+impl Machine<'_> {
+    fn initramfs(&self) -> Result<Vec<u8>, HostError> {
+        let mut archive = Initramfs::new();
+        for directory in ["/bin", "/proc", "/sys", "/tmp", "/run"] {
+            archive.directory(directory);
+        }
+        archive.script("/init", INIT)?;
+        archive.script("/bin/busybox", &read(&self.kernel.busybox)?)?;
+        self.kernel.add_modules(self.modules, &mut archive)?;
+        for (path, local) in self.programs {
+            archive.program(path, local)?;
+        }
+        Ok(archive.finish())
+    }
+}
+
+/// A host that is up. It is killed when this is dropped, and when the thread that started it ends.
+pub(crate) struct Host {
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+    commands: u32,
+    files: Files,
+}
+
+impl Host {
+    /// Starts it and waits until it takes commands.
+    pub(crate) fn start(
+        workspace: &Workspace,
+        qemu: &Qemu,
+        machine: &Machine<'_>,
+    ) -> Result<Host, HostError> {
+        let files = Files::new(&workspace.target.join("nested"))?;
+        let initramfs = files.path("initramfs");
+        fs::write(&initramfs, machine.initramfs()?).map_err(file_error(&initramfs))?;
+        let mut command = command(qemu, machine, &files);
+        let errors = files.path("errors");
+        command.stderr(File::create(&errors).map_err(file_error(&errors))?);
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = spawned.map_err(|source| HostError::Start {
+            program: command.get_program().to_string_lossy().into_owned(),
+            source,
+        })?;
+        let input = child.stdin.take().expect("it is piped");
+        let output = child.stdout.take().expect("it is piped");
+        let (sender, lines) = channel();
+        thread::spawn(move || send_lines(output, &sender));
+        let mut host = Host { child, input, lines, commands: 0, files };
+        let start = Instant::now();
+        while host.line("its start", start, BOOT)? != UP {}
+        Ok(host)
+    }
+
+    /// Runs a line of shell and gives every line of its output to `line`. Returns the exit status.
+    pub(crate) fn run(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        mut line: impl FnMut(&str),
+    ) -> Result<i32, HostError> {
+        let start = Instant::now();
+        self.commands += 1;
+        let mark = format!("outlive-{}-{}", std::process::id(), self.commands);
+        self.send(&format!("{mark} {command}\n"), command)?;
+        // Init puts an empty line before the mark, which is none if the output did not end with a line's end.
+        let mut empty = false;
+        loop {
+            let text = self.line(command, start, limit)?;
+            if let Some(status) = text.strip_prefix(&mark) {
+                return Ok(status.trim().parse().unwrap_or(-1));
+            }
+            if std::mem::replace(&mut empty, text.is_empty()) {
+                line("");
+            }
+            if !text.is_empty() {
+                line(&text);
+            }
+        }
+    }
+
+    /// Switches it off.
+    pub(crate) fn power_off(mut self) -> Result<(), HostError> {
+        self.send("off poweroff -f\n", "poweroff")?;
+        let start = Instant::now();
+        while start.elapsed() < POWER_OFF {
+            if self.has_ended()? {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Err(HostError::TimeOut { during: "poweroff".into(), limit: POWER_OFF, console: self.files.tail() })
+    }
+
+    fn has_ended(&mut self) -> Result<bool, HostError> {
+        let program = || "wait for QEMU".to_string();
+        let ended =
+            self.child.try_wait().map_err(|source| HostError::Start { program: program(), source })?;
+        Ok(ended.is_some())
+    }
+
+    fn send(&mut self, text: &str, during: &str) -> Result<(), HostError> {
+        assert_eq!(text.matches('\n').count(), 1, "a command is one line");
+        let sent = self.input.write_all(text.as_bytes()).and_then(|()| self.input.flush());
+        sent.map_err(|_| self.stopped(during))
+    }
+
+    /// The next line from the host.
+    fn line(&mut self, during: &str, start: Instant, limit: Duration) -> Result<String, HostError> {
+        match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
+            Ok(line) => Ok(line),
+            Err(RecvTimeoutError::Disconnected) => Err(self.stopped(during)),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(HostError::TimeOut { during: during.to_string(), limit, console: self.files.tail() })
+            }
+        }
+    }
+
+    fn stopped(&self, during: &str) -> HostError {
+        HostError::Stopped { during: during.to_string(), console: self.files.tail() }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
+    // So that it dies with us, however we die.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(&qemu.program).envs(qemu.environment.iter().cloned());
+    for data in &qemu.data {
+        command.arg("-L").arg(data);
+    }
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"]);
+    command.args(["-cpu", "max,+svm,+npt", "-accel", &format!("tcg,thread={}", qemu.threads())]);
+    command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
+    command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
+    // With panic=-1 a panic is a reboot at once, which ends QEMU.
+    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+    // The console, then the line that commands come over.
+    let mut console = OsString::from("file:");
+    console.push(files.path("console"));
+    command.arg("-serial").arg(console).args(["-serial", "stdio"]).args(machine.devices);
+    command
+}
+
+/// Files of a host while it runs.
+struct Files {
+    directory: PathBuf,
+}
+
+impl Files {
+    fn new(parent: &Path) -> Result<Files, HostError> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        remove_old(parent);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = parent.join(format!("run-{}-{number}", std::process::id()));
+        fs::create_dir_all(&directory).map_err(file_error(&directory))?;
+        Ok(Files { directory })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// What QEMU said, and the end of what the kernel and init said.
+    fn tail(&self) -> String {
+        let text = |name| fs::read(self.path(name)).unwrap_or_default();
+        let (errors, console) = (text("errors"), text("console"));
+        let (errors, console) = (String::from_utf8_lossy(&errors), String::from_utf8_lossy(&console));
+        let console: Vec<_> = console.lines().collect();
+        let end = console[console.len().saturating_sub(TAIL)..].iter().copied();
+        end.chain(errors.lines()).map(|line| format!("  {}", line.trim_end())).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.directory) {
+            eprintln!("xtask: {} is left: {error}", self.directory.display());
+        }
+    }
+}
+
+/// Removes what a process has left that was killed.
+fn remove_old(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn file_error(path: &Path) -> impl FnOnce(io::Error) -> HostError {
+    move |source| HostError::File { path: path.to_path_buf(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), Some((7, 2)));
+        assert_eq!(version("QEMU emulator version 10.0.2"), Some((10, 0)));
+        assert_eq!(version("something else"), None);
+        let qemu = |version| Qemu { program: "".into(), environment: vec![], data: vec![], version };
+        assert_eq!(
+            [(7, 2), (8, 0), (8, 1), (10, 0)].map(|it| qemu(it).threads()),
+            ["single", "single", "multi", "multi"]
+        );
+    }
+
+    #[test]
+    fn files_go_with_the_host_and_those_of_the_dead_with_the_next() {
+        let parent = std::env::temp_dir().join(format!("outlive-host-{}", std::process::id()));
+        let dead = parent.join("run-4999999-0");
+        fs::create_dir_all(&dead).unwrap();
+        let files = Files::new(&parent).unwrap();
+        fs::write(files.path("errors"), "an error\n").unwrap();
+        let console: String = (0..50).map(|number| format!("line {number}\r\n")).collect();
+        fs::write(files.path("console"), console).unwrap();
+        let tail = files.tail();
+        assert!(tail.starts_with("  line 20\n") && tail.ends_with("line 49\n  an error"), "{tail}");
+        assert!(files.directory.exists() && !dead.exists());
+        drop(files);
+        assert_eq!(fs::read_dir(&parent).unwrap().count(), 0);
+        fs::remove_dir(&parent).unwrap();
+    }
+}
