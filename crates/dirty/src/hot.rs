@@ -12,8 +12,9 @@ use crate::words::Words;
 /// When a page becomes hot, and when it is looked at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HotRule {
-    /// Epochs from one write of a page to the next, at most, for it to be worth copying in every epoch: the cost of
-    /// a trap divided by that of a copy, less a margin. 0 makes no page hot.
+    /// The epochs within which all these traps must come. A page that is written less often than once in so many epochs
+    /// is not worth copying in each: it is the cost of a trap divided by that of a copy, less a margin. 0 makes no page
+    /// hot.
     pub max_gap: u32,
     /// So many traps within `max_gap` epochs make a page hot. At least 1.
     pub traps: u32,

@@ -158,18 +158,20 @@ impl Words {
     }
 }
 
+/// Page faults of this thread until now.
+#[cfg(all(test, not(loom)))]
+pub(crate) fn faults() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: getrusage fills it.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_minflt
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-
-    fn faults() -> i64 {
-        let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
-        // SAFETY: getrusage fills it.
-        unsafe {
-            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-            usage.assume_init().ru_minflt
-        }
-    }
 
     #[test]
     fn what_was_populated_takes_no_fault() {
