@@ -24,11 +24,10 @@ const BOOT: Duration = Duration::from_secs(180);
 const POWER_OFF: Duration = Duration::from_secs(20);
 /// Lines of the console in an error.
 const TAIL: usize = 30;
-/// From this version on processors get threads of their own: none yet. A thread that translates guest code while
-/// another patches it (static keys: KVM has some) runs on with what is half patched, and the kernel stops with
-/// "Oops: int3": 6.12 and 7.2 on QEMU 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s. All processors in one thread
-/// cannot race.
-const MULTITHREADED: (u32, u32) = (u32::MAX, 0);
+/// All processors in one thread. With a thread each, one that translates guest code while another patches it (static
+/// keys: KVM has some) runs on with what is half patched, and the kernel stops with "Oops: int3": 6.12 and 7.2 on QEMU
+/// 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
+const EMULATION: &str = "tcg,thread=single";
 
 /// Why a host does not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +83,6 @@ pub(crate) struct Qemu {
     environment: Vec<(&'static str, OsString)>,
     /// Where it has its firmware, if not where it was built for.
     data: Vec<PathBuf>,
-    version: (u32, u32),
 }
 
 impl Qemu {
@@ -92,30 +90,14 @@ impl Qemu {
     pub(crate) fn get(workspace: &Workspace, fetch: bool) -> Result<Qemu, HostError> {
         let environment = packages::provide(workspace, &[packages::QEMU], fetch);
         let program = packages::find(workspace, PROGRAM).ok_or(HostError::NoQemu)?;
-        let said = Command::new(&program)
-            .arg("--version")
-            .envs(environment.iter().cloned())
-            .output()
-            .map_err(|source| HostError::Start { program: program.display().to_string(), source })?;
-        let version = version(&String::from_utf8_lossy(&said.stdout)).unwrap_or((0, 0));
         let root = packages::unpacked(workspace);
         let data = if program.starts_with(&root) {
             ["usr/share/qemu", "usr/share/seabios"].map(|it| root.join(it)).to_vec()
         } else {
             Vec::new()
         };
-        Ok(Qemu { program, environment, data, version })
+        Ok(Qemu { program, environment, data })
     }
-
-    fn threads(&self) -> &'static str {
-        if self.version >= MULTITHREADED { "multi" } else { "single" }
-    }
-}
-
-/// `QEMU emulator version 7.2.22 (Debian ...)` is (7, 2).
-fn version(said: &str) -> Option<(u32, u32)> {
-    let mut numbers = said.split("version ").nth(1)?.split(|it: char| !it.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// What a host is made of.
@@ -269,7 +251,7 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
         command.arg("-L").arg(data);
     }
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"]);
-    command.args(["-cpu", "max,+svm,+npt", "-accel", &format!("tcg,thread={}", qemu.threads())]);
+    command.args(["-cpu", "max,+svm,+npt", "-accel", EMULATION]);
     command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
     // With panic=-1 a panic is a reboot at once, which ends QEMU.
@@ -337,18 +319,6 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> HostError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions() {
-        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), Some((7, 2)));
-        assert_eq!(version("QEMU emulator version 10.0.2"), Some((10, 0)));
-        assert_eq!(version("something else"), None);
-        let qemu = |version| Qemu { program: "".into(), environment: vec![], data: vec![], version };
-        assert_eq!(
-            [(7, 2), (8, 0), (8, 1), (10, 0)].map(|it| qemu(it).threads()),
-            ["single", "single", "multi", "multi"]
-        );
-    }
 
     #[test]
     fn files_go_with_the_host_and_those_of_the_dead_with_the_next() {
