@@ -17,7 +17,7 @@ use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
 ///
 /// ```no_run
 /// # fn audited(tracker: &outlive_dirty::Tracker) -> Result<(), Box<dyn std::error::Error>> {
-/// use outlive_dirty::Auditor;
+/// use outlive_dirty::audit::Auditor;
 ///
 /// tracker.enable()?;
 /// // SAFETY: the slots are mapped until the end of the test, and nobody writes them now or at `check`.
