@@ -217,7 +217,9 @@ impl Backend {
     /// Entries of a ring that KVM keeps free.
     pub(crate) fn reserved(&self) -> u64 {
         let pml = std::fs::read_to_string("/sys/module/kvm_intel/parameters/pml");
-        let has_pml = pml.is_ok_and(|value| value.trim() == "Y");
+        // Without /sys (a jail) nobody can tell: then the smaller ring is the safe guess.
+        let unknown = || !std::path::Path::new("/sys/module").exists();
+        let has_pml = pml.map_or_else(|_| unknown(), |value| value.trim() == "Y");
         if has_pml { RESERVED + RESERVED_FOR_PML } else { RESERVED }
     }
 

@@ -106,6 +106,7 @@ impl<'t> Epoch<'t, StateSaved> {
     /// global list; each page once, in one contiguous list.
     ///
     /// # Errors
+    /// The epoch is dropped then; begin again with [`Tracker::stopped`], the guest need not run in between.
     /// After [`HarvestError::Overrun`] and [`HarvestError::Failed`] tracking is over. After any other the pages
     /// taken so far come with the next harvest.
     pub fn harvest(self) -> Result<Epoch<'t, Harvested>, HarvestError> {

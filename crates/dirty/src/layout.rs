@@ -170,7 +170,7 @@ impl Layout {
         self.slots.last().map_or(0, Slot::end)
     }
 
-    /// Whether the page belongs to a slot.
+    /// Whether the page belongs to a slot that is still there.
     pub fn contains(&self, gfn: Gfn) -> bool {
         self.locate(gfn).is_some()
     }
@@ -178,8 +178,10 @@ impl Layout {
     /// The slot number and the page in the slot, as a ring entry names them.
     pub(crate) fn locate(&self, gfn: Gfn) -> Option<(u32, u64)> {
         let after = self.slots.partition_point(|slot| slot.base <= gfn);
-        let slot = &self.slots[after.checked_sub(1)?];
-        slot.holds(gfn).then(|| (slot.id, gfn.0 - slot.base.0))
+        let index = after.checked_sub(1)?;
+        let slot = &self.slots[index];
+        let is_there = slot.holds(gfn) && !self.gone[index].load(Ordering::Relaxed);
+        is_there.then(|| (slot.id, gfn.0 - slot.base.0))
     }
 
     /// Where a guest physical address is in this process.
@@ -246,6 +248,7 @@ mod tests {
         let copy = layout.clone();
         assert!(copy.retire(2) && !copy.retire(3));
         assert_eq!((layout.resolve(2, 7), layout.resolve(7, 15)), (None, Some(Gfn(0x10_000f))));
+        assert!(!layout.contains(Gfn(7)) && layout.contains(Gfn(0x10_0000)));
         assert_eq!(layout.live_slots().map(|slot| slot.id).collect::<Vec<_>>(), [7]);
     }
 }

@@ -47,7 +47,7 @@
 //!
 //! # Limits and what happens at them
 //!
-//! Everything has a fixed capacity, and reaching it never loses a page:
+//! Everything has a fixed capacity, and but for the last of these reaching it never loses a page:
 //!
 //! | full | then |
 //! |---|---|
@@ -56,7 +56,7 @@
 //! | epoch list, beyond `max_dirty_pages` | continues into address space reserved for every page of the VM |
 //! | the trigger | [`Tracker::should_stop`]; with [`Config::exact`] KVM stops the vCPUs |
 //! | hot pages | further ones are armed in every epoch, as if they were not hot |
-//! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); end the epoch |
+//! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); [`Tracker::ring_full`] says whether to end the epoch |
 //! | KVM ring overrun (emulated guest code can) | [`HarvestError::Overrun`]: tracking is over, synchronise in full |
 //!
 //! # What KVM does not see
@@ -69,6 +69,9 @@
 
 // The models use a part of what they are compiled with.
 #![cfg_attr(all(test, loom), allow(dead_code))]
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("outlive-dirty is for KVM on x86-64 Linux: other architectures have other dirty logs");
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,4 +1,6 @@
 //! The machine: memory, vCPUs, devices and their life from creation to the end.
+// UNSAFETY: tells the tracker what memory the slots of the VM are.
+#![allow(unsafe_code)]
 
 use std::sync::Arc;
 
@@ -130,8 +132,11 @@ impl Machine {
         };
         let vcpu_fds: Vec<_> = fds.iter().map(fd_of).collect();
         let layout = Layout::new(ram.slots())?;
-        let tracker =
-            Arc::new(Tracker::new(layout, config, backend, ram.log().clone(), fd_of(&*vm), &vcpu_fds)?);
+        let log = ram.log().clone();
+        // SAFETY: the slots were made from `ram.slots()`, of memory that `Ram` keeps mapped; the VM and the tracker go
+        // before it.
+        let tracker = unsafe { Tracker::new(layout, config, backend, log, fd_of(&*vm), &vcpu_fds) }?;
+        let tracker = Arc::new(tracker);
         drop(vcpu_fds);
         let msrs = host.readable_msrs(&fds[0])?;
         let tsc_khz =

@@ -1,4 +1,6 @@
 //! A VM and what harvests it: one epoch, with the time of each step.
+// UNSAFETY: tells the tracker what memory the slot of the VM is.
+#![allow(unsafe_code)]
 
 use std::time::Instant;
 
@@ -242,7 +244,9 @@ impl Machine {
         let global = GlobalLog::new(layout.gfn_space(), 64);
         let vcpus: Vec<_> = self.vm.vcpus.iter().map(|vcpu| borrow(&vcpu.fd)).collect();
         let config = Config { vcpus: vcpus.len(), hot: self.hot, ..Config::default() };
-        Tracker::new(layout, config, backend, global, borrow(&self.vm.fd), &vcpus).expect("a tracker")
+        // SAFETY: the slot is as it was made, of memory that lives as long as the VM.
+        unsafe { Tracker::new(layout, config, backend, global, borrow(&self.vm.fd), &vcpus) }
+            .expect("a tracker")
     }
 
     pub(crate) fn tracker(&self) -> &Tracker {

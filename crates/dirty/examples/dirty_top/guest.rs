@@ -128,7 +128,9 @@ impl Guest {
             ..Config::default()
         };
         let fds: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
-        let tracker = Tracker::new(Layout::new(vec![slot])?, config, backend.clone(), global, fd(&vm), &fds)?;
+        let layout = Layout::new(vec![slot])?;
+        // SAFETY: the slot that was just made, of memory that lives as long as the VM.
+        let tracker = unsafe { Tracker::new(layout, config, backend.clone(), global, fd(&vm), &fds)? };
         Ok(Guest { backend, tracker, vcpus, memory, _vm: vm })
     }
 }

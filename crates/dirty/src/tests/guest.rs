@@ -135,7 +135,8 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
     let vcpus: Vec<_> = (0..vcpus as u64).map(|index| Vcpu::new(&kvm, &vm, index)).collect();
     let vcpu_fds: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
     let tracker = if block_signals {
-        Tracker::new(layout, config, backend.clone(), global.clone(), fd(&vm), &vcpu_fds)
+        // SAFETY: the slots were made so above, of memory that lives in the same structure.
+        unsafe { Tracker::new(layout, config, backend.clone(), global.clone(), fd(&vm), &vcpu_fds) }
     } else {
         let map = |vcpu: &BorrowedFd<'_>| Mapping::of_vcpu(*vcpu, backend.ring_entries()).unwrap();
         let kernel = Box::new(Vm::new(fd(&vm), &[]).unwrap());
@@ -270,7 +271,8 @@ impl Guest {
         let layout = self.tracker.layout().clone();
         let global = GlobalLog::new(layout.gfn_space(), 64);
         let (config, backend) = (self.tracker.config(), self.backend.clone());
-        Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)])
+        // SAFETY: the slots of the VM, and their memory, are those of the first one.
+        unsafe { Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)]) }
     }
 
     /// Takes the slot that holds area 1 away from the guest.

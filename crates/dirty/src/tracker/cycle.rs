@@ -96,7 +96,7 @@ impl Tracker {
         self.global.drain(|gfn| if self.layout.contains(gfn) { self.mark(gfn) } else { ignored += 1 });
         add(&self.counters.ignored, ignored);
         if self.all.swap(false, Ordering::AcqRel) {
-            for slot in self.layout.slots() {
+            for slot in self.layout.live_slots() {
                 (slot.base.0..slot.end()).for_each(|gfn| self.mark(Gfn(gfn)));
             }
         }

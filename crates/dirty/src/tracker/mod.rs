@@ -1,4 +1,6 @@
 //! The tracker: one object for the life of a VM, shared by its vCPU threads and the thread that ends epochs.
+// UNSAFETY: its construction is unsafe to call, because it is told what memory the slots of a VM are.
+#![allow(unsafe_code)]
 
 mod config;
 mod cycle;
@@ -45,7 +47,9 @@ pub enum Exit {
 ///
 /// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the life
 /// of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only to
-/// whoever has read it from its start.
+/// whoever has read it from its start. Slots and vCPUs are those it was made with: slots can be
+/// [removed](Tracker::slot_removed) but not added. It is `Send` and `Sync`: any thread may call any method, vCPU threads
+/// `harvest_vcpu` and `ring_full` of their own vCPU, and one thread at a time holds the [`Epoch`].
 ///
 /// # How a page goes through it
 ///
@@ -110,7 +114,12 @@ impl Tracker {
     ///
     /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the vCPUs in the order of
     /// the numbers that [`Tracker::harvest_vcpu`] is called with.
-    pub fn new(
+    ///
+    /// # Safety
+    /// Every slot of the layout is in this VM, with this number, base and size and with the memory at its host
+    /// address, which stays mapped, until the tracker is dropped or [`Tracker::slot_removed`] was called: turning a
+    /// slot's log on or off tells KVM all of that anew and would make a slot that is not there.
+    pub unsafe fn new(
         layout: Layout,
         config: Config,
         backend: Backend,
@@ -333,7 +342,8 @@ impl Tracker {
 
     /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or off any
     /// more, which would bring it back. Entries of it that KVM has written are ignored, and marks in it are the VMM's.
-    /// For the life of the tracker; a slot of the same number is another one. False if the layout has none.
+    /// For the life of the tracker; a slot of the same number is another one. Pages of it that were taken before, and
+    /// hot ones, may still be listed: skip them. False if the layout has no such slot.
     pub fn slot_removed(&self, id: u32) -> bool {
         self.layout.retire(id)
     }
@@ -360,8 +370,8 @@ impl Tracker {
 
     /// The `index`-th of `of` nearly equal parts of the pages, for threads that copy together.
     ///
-    /// None unless the epoch is between `rearm` and `copied`; those two wait for nobody, so tell the threads
-    /// after the one and hear from them before the other. A part still held makes `copied` wait.
+    /// None unless the epoch is between `rearm` and `copied`: tell the threads after the one and hear from them before
+    /// the other. `copied` waits for parts that are held then, and spins: never call it in a thread that holds one.
     pub fn part(&self, index: usize, of: usize) -> Option<Part<'_>> {
         (index < of && self.gate.read()).then(|| {
             let len = self.flat.len();
