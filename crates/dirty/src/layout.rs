@@ -149,6 +149,11 @@ impl Layout {
         self.slots.iter().zip(&*self.gone).filter(is_there).map(|(slot, _)| slot)
     }
 
+    /// The first page that is still there.
+    pub(crate) fn first_page(&self) -> Option<Gfn> {
+        self.live_slots().next().map(|slot| slot.base)
+    }
+
     /// The slot is gone, in all copies of the layout. False if there is none of this number.
     pub(crate) fn retire(&self, id: u32) -> bool {
         let index = self.slots.iter().position(|slot| slot.id == id);
@@ -175,20 +180,21 @@ impl Layout {
         self.locate(gfn).is_some()
     }
 
+    /// The slot of a page, if it is still there.
+    fn slot_of(&self, gfn: Gfn) -> Option<&Slot> {
+        let index = self.slots.partition_point(|slot| slot.base <= gfn).checked_sub(1)?;
+        let slot = &self.slots[index];
+        (slot.holds(gfn) && !self.gone[index].load(Ordering::Acquire)).then_some(slot)
+    }
+
     /// The slot number and the page in the slot, as a ring entry names them.
     pub(crate) fn locate(&self, gfn: Gfn) -> Option<(u32, u64)> {
-        let after = self.slots.partition_point(|slot| slot.base <= gfn);
-        let index = after.checked_sub(1)?;
-        let slot = &self.slots[index];
-        let is_there = slot.holds(gfn) && !self.gone[index].load(Ordering::Relaxed);
-        is_there.then(|| (slot.id, gfn.0 - slot.base.0))
+        self.slot_of(gfn).map(|slot| (slot.id, gfn.0 - slot.base.0))
     }
 
     /// Where a guest physical address is in this process.
     pub(crate) fn host_addr(&self, gpa: u64) -> Option<u64> {
-        let after = self.slots.partition_point(|slot| slot.base.gpa() <= gpa);
-        let slot = &self.slots[after.checked_sub(1)?];
-        slot.holds(Gfn::of(gpa)).then(|| slot.host_addr + (gpa - slot.base.gpa()))
+        self.slot_of(Gfn::of(gpa)).map(|slot| slot.host_addr + (gpa - slot.base.gpa()))
     }
 
     /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page in the slot.
@@ -246,7 +252,9 @@ mod tests {
         assert!(layout.contains(Gfn(7)) && !layout.contains(Gfn(8)));
         assert!(layout.contains(Gfn(0x10_0000)) && !layout.contains(Gfn(0x10_0010)));
         let copy = layout.clone();
+        assert_eq!(layout.first_page(), Some(Gfn(0)));
         assert!(copy.retire(2) && !copy.retire(3));
+        assert_eq!((layout.first_page(), layout.host_addr(0x7fff)), (Some(Gfn(0x10_0000)), None));
         assert_eq!((layout.resolve(2, 7), layout.resolve(7, 15)), (None, Some(Gfn(0x10_000f))));
         assert!(!layout.contains(Gfn(7)) && layout.contains(Gfn(0x10_0000)));
         assert_eq!(layout.live_slots().map(|slot| slot.id).collect::<Vec<_>>(), [7]);

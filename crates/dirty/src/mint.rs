@@ -83,14 +83,14 @@ impl Saved {
     }
 }
 
-/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout and of the one that
-/// the register names. The VM is stopped.
+/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout that is there and of
+/// the one that the register names. The VM is stopped.
 ///
 /// The guest finds its memory and the register as they were. To let KVM know the register's old value again it must be
 /// set, which writes the clock there once more; those bytes are put back, too.
 pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &Layout) -> io::Result<()> {
     let before = Msrs::get(vcpu)?;
-    let place = layout.slots()[0].base.gpa() + OFFSET;
+    let place = layout.first_page().ok_or(io::ErrorKind::NotFound)?.gpa() + OFFSET;
     let saved = [Saved::at(place, layout), Saved::at(before, layout)];
     let mut left = entries.div_ceil(ENTRIES_PER_WRITE) as usize;
     let mut result = Ok(());

@@ -3,16 +3,14 @@
 //!
 //! A bit that is not cleared stays set and its page stays writable: that is how a hot page is left out
 //! (Documentation/virt/kvm/api.rst, 4.117).
-// UNSAFETY: reads the buffer as plain words, for speed.
-#![allow(unsafe_code)]
 
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, Layout, Slot};
-use crate::source::scan::scan;
+use crate::source::log::{DirtyLog, buffer};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 use crate::words::Words;
 
@@ -21,8 +19,7 @@ use crate::words::Words;
 const WORDS_PER_CALL: usize = 1000;
 
 pub(crate) struct ClearLog {
-    kernel: Box<dyn Kernel>,
-    buffer: Words,
+    log: DirtyLog,
     /// What is to be cleared, of one slot at a time; all zero between calls.
     mask: Words,
     clearing: Mutex<()>,
@@ -31,9 +28,8 @@ pub(crate) struct ClearLog {
 impl ClearLog {
     pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<ClearLog> {
         Ok(ClearLog {
-            kernel,
-            buffer: super::bitmap::buffer(layout)?,
-            mask: super::bitmap::buffer(layout)?,
+            log: DirtyLog::reserve(kernel, layout)?,
+            mask: buffer(layout)?,
             clearing: Mutex::new(()),
         })
     }
@@ -53,7 +49,7 @@ impl ClearLog {
         let cleared = if words * WORDS_PER_CALL < last - first {
             offsets().try_for_each(|offset| self.clear_run(slot, word_of(offset)))
         } else {
-            self.kernel.clear_dirty_log(slot, first..last + 1, &self.mask)
+            self.log.kernel.clear_dirty_log(slot, first..last + 1, &self.mask)
         };
         offsets().for_each(|offset| self.mask[word_of(offset)].store(0, Ordering::Relaxed));
         cleared
@@ -66,7 +62,7 @@ impl ClearLog {
             return Ok(());
         }
         let words = first..first + run;
-        self.kernel.clear_dirty_log(slot, words.clone(), &self.mask)?;
+        self.log.kernel.clear_dirty_log(slot, words.clone(), &self.mask)?;
         self.mask[words].iter().for_each(|word| word.store(0, Ordering::Relaxed));
         Ok(())
     }
@@ -74,16 +70,16 @@ impl ClearLog {
 
 impl Source for ClearLog {
     fn populate(&self) {
-        self.buffer.populate(0..self.buffer.len());
+        self.log.populate();
         self.mask.populate(0..self.mask.len());
     }
 
     fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
-        super::set_logging(&*self.kernel, layout, true)
+        self.log.turn(layout, true)
     }
 
     fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
-        super::set_logging(&*self.kernel, layout, false)
+        self.log.turn(layout, false)
     }
 
     fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
@@ -92,22 +88,16 @@ impl Source for ClearLog {
 
     /// Pages that were taken and not armed are reported again.
     fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
-        let mut found = 0;
-        for slot in layout.live_slots() {
-            self.kernel
-                .get_dirty_log(slot, &self.buffer)
-                .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
-            // SAFETY: the buffer is stored to by the kernel in get_dirty_log only, which one thread at a time calls:
-            // this one.
-            let words = unsafe { self.buffer.plain(0..slot.pages.div_ceil(64) as usize) };
-            found += scan(words, slot, sink);
-        }
-        Ok(found)
+        self.log.read(layout, sink)
     }
 
     fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
-        // A panic leaves at worst bits in the mask, of pages that are cleared too early: so none may be left.
-        let _one = self.clearing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.clearing.lock().unwrap_or_else(|poisoned| {
+            // What a panic left in the mask would arm pages that nobody has taken.
+            self.mask.clear_all();
+            self.clearing.clear_poison();
+            poisoned.into_inner()
+        });
         if !pages.is_empty() {
             for slot in layout.live_slots() {
                 self.clear_slot(slot, pages).map_err(|source| RearmError::Clear { slot: slot.id, source })?;

@@ -3,6 +3,7 @@
 mod bitmap;
 mod budget;
 mod clear;
+mod log;
 mod pagemap;
 #[cfg(any(test, feature = "planted-bug"))]
 pub(crate) mod planted;
@@ -134,7 +135,7 @@ pub(crate) struct Armed {
     pub(crate) everything: bool,
     /// KVM was interrupted, vCPUs ran, and the pages may not be armed after all.
     pub(crate) doubtful: bool,
-    /// The first page of the layout was written while KVM was made to write it as well, and is armed.
+    /// [`Layout::first_page`] was written while KVM was made to write it as well, and is armed.
     pub(crate) first_page: bool,
 }
 

@@ -118,8 +118,8 @@ impl Rings {
             settled.failed = true;
             return;
         }
-        let page = layout.slots()[0].base;
-        let minted = ring.take(|_, _| (), |slot, offset| layout.resolve(slot, offset) == Some(page));
+        let page = layout.first_page();
+        let minted = ring.take(|_, _| (), |slot, offset| layout.resolve(slot, offset) == page);
         // More of them than were minted: KVM wrote that page for somebody else, too.
         let expected = missing.div_ceil(ENTRIES_PER_WRITE) * ENTRIES_PER_WRITE;
         settled.doubtful |= minted.as_ref().is_ok_and(|&minted| minted as u64 > expected);

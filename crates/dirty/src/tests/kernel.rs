@@ -19,6 +19,15 @@ use crate::{Kind, NewError};
 /// Entries that KVM keeps free behind the soft limit.
 pub(super) const RESERVED: u64 = 16;
 
+/// Ends the epoch, and gives its pages in order.
+pub(super) fn pages(tracker: &Tracker) -> Vec<u64> {
+    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
+    let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
+    pages.sort_unstable();
+    epoch.copied().run();
+    pages
+}
+
 struct FakeRing {
     entries: Arc<Mapping>,
     size: u64,
@@ -221,8 +230,11 @@ impl Kernel for FakeKernel {
         if self.state().no_mint {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        let page = layout.first_page().and_then(|gfn| layout.locate(gfn));
+        let (slot, offset) = page.ok_or(io::ErrorKind::NotFound)?;
+        assert!(layout.live_slots().any(|live| live.id == slot), "memory that is gone is written");
         for _ in 0..entries.div_ceil(3) * 3 {
-            push(&mut self.state().rings[vcpu], layout.slots()[0].id, 0);
+            push(&mut self.state().rings[vcpu], slot, offset);
         }
         Ok(())
     }

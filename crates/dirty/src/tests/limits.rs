@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::kernel::{FakeKernel, RESERVED};
+use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
     Config, EnableError, Exit, Gfn, GlobalLog, HarvestError, Kind, Layout, NewError, Slot, Stats, Tracker,
 };
@@ -22,14 +22,6 @@ fn tracker(kind: Kind, config: Config, global: usize) -> (FakeKernel, Tracker) {
 
 fn config(vcpus: usize, max_dirty_pages: usize) -> Config {
     Config { vcpus, max_dirty_pages, trigger: max_dirty_pages, ..Config::default() }
-}
-
-fn pages(tracker: &Tracker) -> Vec<u64> {
-    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
-    let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
-    pages.sort_unstable();
-    epoch.copied().run();
-    pages
 }
 
 #[test]

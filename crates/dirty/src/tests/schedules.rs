@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::guest;
-use super::kernel::{FakeKernel, RESERVED};
+use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
     Choice, Config, DisableError, Exit, Fetch, Gfn, GlobalLog, Hot, HotRule, Kind, Layout, NewError, Slot,
     Tracker,
@@ -31,15 +31,7 @@ fn exact(vcpus: usize, trigger: usize, max_dirty_pages: usize) -> Config {
     Config { exact: true, ..config(vcpus, max_dirty_pages, trigger) }
 }
 
-fn pages(tracker: &Tracker) -> Vec<u64> {
-    let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
-    let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
-    pages.sort_unstable();
-    epoch.copied().run();
-    pages
-}
-
-/// an interrupted reset in a fetch, and a second fetch.
+/// An interrupted reset in a fetch, and a second fetch.
 #[test]
 fn an_interrupted_reset_in_a_fetch_loses_nothing() {
     let (kernel, tracker) = tracker(Kind::Ring, config(1, 200, 200), 256);
@@ -56,7 +48,7 @@ fn an_interrupted_reset_in_a_fetch_loses_nothing() {
     assert!(pages(&tracker).contains(&70), "page 70 was written after its copy and is not reported");
 }
 
-/// a fetcher empties the ring between KVM's exit and ring_full.
+/// A fetcher empties the ring between KVM's exit and ring_full.
 #[test]
 fn a_ring_that_a_fetch_has_emptied_is_not_overrun() {
     let (kernel, tracker) = tracker(Kind::Ring, config(1, 10_000, 10_000), 4096);
@@ -90,7 +82,7 @@ fn entries_between_harvest_and_rearm_are_of_the_next_epoch() {
     }
 }
 
-/// minting fails once, for the second ring.
+/// Minting fails once, for the second ring.
 #[test]
 fn minting_that_fails_half_way_leaves_the_rest_in_order() {
     let (kernel, tracker) = tracker(Kind::Ring, exact(2, 40, 100), 256);
@@ -105,7 +97,7 @@ fn minting_that_fails_half_way_leaves_the_rest_in_order() {
     assert_eq!(pages(&tracker), [3]);
 }
 
-/// disable, while a vCPU thread is (for a moment) in its list.
+/// Disable, while a vCPU thread is (for a moment) in its list.
 #[test]
 fn a_disable_that_is_refused_loses_nothing() {
     let (kernel, tracker) = tracker(Kind::Ring, config(2, 100, 100), 256);
@@ -118,7 +110,7 @@ fn a_disable_that_is_refused_loses_nothing() {
     assert_eq!(pages(&tracker), [7]);
 }
 
-/// all hot pages are written by one vCPU.
+/// All hot pages are written by one vCPU.
 #[test]
 fn parked_credits_leave_room_in_every_ring() {
     let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000 });
@@ -142,7 +134,7 @@ fn parked_credits_leave_room_in_every_ring() {
     assert_eq!(stuck, 0, "epochs of 200 in which vCPU 0 could not run at all");
 }
 
-/// trigger beyond what the rings hold together.
+/// Trigger beyond what the rings hold together.
 #[test]
 fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
     let (kernel, tracker) = tracker(Kind::Ring, exact(2, 600, 1000), 256);
@@ -217,6 +209,29 @@ fn a_slot_that_is_gone_stays_gone() {
     // The write is an exit to the VMM, or an error of the guest's: not memory.
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vcpu.run()));
     assert!(ended.is_err(), "the guest writes memory that was taken away");
+}
+
+/// Entries are minted with the first page of the VM. It may be gone.
+#[test]
+fn rings_are_filled_with_a_page_that_is_still_there() {
+    let slot = |id, base| Slot { id, base: Gfn(base), pages: 500, host_addr: 0 };
+    let layout = Layout::new(vec![slot(0, 0), slot(1, 500)]).unwrap();
+    let global = GlobalLog::new(layout.gfn_space(), 100);
+    let (kernel, tracker) = FakeKernel::tracker(layout, exact(2, 40, 100), Kind::Ring, 256, global).unwrap();
+    tracker.enable().unwrap();
+    assert!(tracker.slot_removed(0));
+    for epoch in 0..3 {
+        // More than the first part, so that entries are given away and have to be minted again.
+        (600..615).for_each(|page| {
+            if !kernel.can_run(0) {
+                assert_eq!(tracker.ring_full(0).unwrap(), Exit::Resume);
+            }
+            kernel.write(0, Gfn(page), false);
+        });
+        assert_eq!(pages(&tracker), (600..615).collect::<Vec<_>>(), "epoch {epoch}");
+        assert!(tracker.is_exact());
+    }
+    assert!(tracker.stats().grants > 0);
 }
 
 /// What an epoch needs is taken when tracking is enabled: an epoch takes no page fault.

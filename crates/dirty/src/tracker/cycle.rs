@@ -4,10 +4,9 @@
 
 use std::sync::atomic::Ordering;
 
+use super::Tracker;
 use super::stats::add;
-use super::{Tracker, WRONG_RESET};
 use crate::flat::Flat;
-use crate::lane::Owner;
 use crate::layout::Gfn;
 use crate::source::{Armed, HarvestError, Plan, RearmError};
 
@@ -49,9 +48,8 @@ impl Tracker {
         self.check()?;
         self.gate.close();
         // Threads that fetch find the gate closed; those that were faster need some microseconds.
-        if !soon(|| self.fetchers.load(Ordering::Acquire) == 0) {
-            return Err(HarvestError::Fetching);
-        }
+        let idle = soon(|| (self.fetchers.load(Ordering::Acquire) == 0).then_some(()));
+        idle.ok_or(HarvestError::Fetching)?;
         self.flat.truncate(self.trapped_len.load(Ordering::Relaxed));
         let taken = self.take_everything();
         self.trapped_len.store(self.flat.len(), Ordering::Relaxed);
@@ -71,12 +69,7 @@ impl Tracker {
     /// Trapped pages go to `flat`, marked ones to `marked`.
     fn take_everything(&self) -> Result<(), HarvestError> {
         for (vcpu, lane) in self.lanes.iter().enumerate() {
-            let mut owner = None;
-            soon(|| {
-                owner = lane.own();
-                owner.is_some()
-            });
-            let owner: Owner<'_> = owner.ok_or(HarvestError::Busy { vcpu })?;
+            let owner = soon(|| lane.own()).ok_or(HarvestError::Busy { vcpu })?;
             owner.drain(|gfn| self.flat.push(gfn));
             self.take_vcpu(vcpu, |gfn| {
                 self.flat.push(gfn);
@@ -126,7 +119,7 @@ impl Tracker {
         add(&self.counters.duplicates, repeated);
     }
 
-    /// Takes a vCPU's entries. `add` gets each page that is unarmed since; false leaves the entry where it is.
+    /// Takes a vCPU's entries. `keep` gets each page that is unarmed since; false leaves the entry where it is.
     pub(super) fn take_vcpu(
         &self,
         vcpu: usize,
@@ -171,10 +164,7 @@ impl Tracker {
     /// Arms what was trapped, but for hot pages, and pages that are hot no more.
     pub(crate) fn rearm(&self) -> Result<(), RearmError> {
         self.choose();
-        if let Err(error) = self.arm() {
-            self.failed.store(WRONG_RESET, Ordering::Release);
-            return Err(error);
-        }
+        self.arm()?;
         self.to_arm.clear();
         self.trapped_len.store(0, Ordering::Relaxed);
         self.rearmed.store(true, Ordering::Relaxed);
@@ -215,22 +205,22 @@ impl Tracker {
         let plan = Plan { keep: unarmed - pages, room: self.room(), running: false, everything };
         // SAFETY: only the holder of the epoch stores to the list, and that is this thread.
         let pages = unsafe { self.to_arm.slice() };
-        let armed = self.source.arm(&self.layout, pages, plan)?;
+        let armed = self.arm_all_of(pages, plan)?;
         add(&self.counters.full_rearms, armed.everything.into());
         if armed.first_page {
-            self.global.record(self.layout.slots()[0].base);
+            self.layout.first_page().into_iter().for_each(|gfn| self.global.record(gfn));
         }
-        self.all_armed(armed, pages.len())
+        Ok(())
     }
 
-    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not suffice,
-    /// somebody else gives them back.
-    pub(super) fn all_armed(&self, armed: Armed, pages: usize) -> Result<(), RearmError> {
-        if armed.pages == pages {
-            return Ok(());
-        }
-        self.failed.store(WRONG_RESET, Ordering::Release);
-        Err(RearmError::Count { harvested: pages as u64, reset: armed.pages as u64 })
+    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not suffice for all
+    /// pages, somebody else gives them back.
+    pub(super) fn arm_all_of(&self, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+        let armed = self.source.arm(&self.layout, pages, plan).and_then(|armed| match armed.pages {
+            all if all == pages.len() => Ok(armed),
+            some => Err(RearmError::Count { harvested: pages.len() as u64, reset: some as u64 }),
+        });
+        armed.map_err(|error| self.rearm_failed(error))
     }
 
     /// Nobody reads the pages after this.
@@ -302,14 +292,14 @@ impl Tracker {
     }
 }
 
-/// Whether something becomes true within some 100 µs of looking: no sleep, and no wait for a thread that is not at work.
-fn soon(mut is_true: impl FnMut() -> bool) -> bool {
-    (0..10_000).any(|_| {
-        let yes = is_true();
-        if !yes {
+/// What another thread lets us have within some 100 µs of looking: no sleep, and no wait for one that is not at work.
+fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    (0..10_000).find_map(|_| {
+        let found = look();
+        if found.is_none() {
             std::hint::spin_loop();
         }
-        yes
+        found
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{DisableError, EnableError, Token, Tracker, WRONG_RESET};
+use super::{DisableError, EnableError, Token, Tracker};
 use crate::lane::{Lane, Owner};
 use crate::source::{Plan, SlotError};
 
@@ -85,10 +85,8 @@ impl Tracker {
         }
         self.source.take_shared(&self.layout, &mut |_| true).map_err(EnableError::Leftovers)?;
         let plan = Plan { keep: 0, room, running: false, everything: false };
-        self.source.arm(&self.layout, &[], plan).map_err(|error| {
-            self.failed.store(WRONG_RESET, Ordering::Release);
-            EnableError::LeftoverReset(error)
-        })?;
+        let armed = self.source.arm(&self.layout, &[], plan);
+        armed.map_err(|error| EnableError::LeftoverReset(self.rearm_failed(error)))?;
         self.unarmed.store(0, Ordering::Relaxed);
         self.fetched.store(0, Ordering::Relaxed);
         self.found.store(0, Ordering::Relaxed);

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::Tracker;
 use super::stats::add;
-use super::{Tracker, WRONG_RESET};
 use crate::layout::Gfn;
 use crate::source::{HarvestError, Plan, RearmError};
 
@@ -227,15 +227,13 @@ impl Tracker {
         if pages.is_empty() {
             return Ok(());
         }
-        let armed = self.source.arm(&self.layout, pages, Plan::RUNNING).inspect_err(|_| {
-            self.failed.store(WRONG_RESET, Ordering::Release);
-        })?;
+        let armed = self.arm_all_of(pages, Plan::RUNNING)?;
         if armed.doubtful {
             // Some of them may be writable without a trap: the epoch reports them and then arms everything.
             self.doubtful.store(true, Ordering::Release);
             pages.iter().for_each(|&gfn| self.global.record(gfn));
         }
-        self.all_armed(armed, pages.len())
+        Ok(())
     }
 }
 

@@ -24,7 +24,7 @@ use crate::kvm::Vm;
 use crate::lane::Lane;
 use crate::layout::Layout;
 use crate::source::ring::{Fullness, Mapping, Ring};
-use crate::source::{Bitmap, ClearLog, HarvestError, Rings, Source};
+use crate::source::{Bitmap, ClearLog, HarvestError, RearmError, Rings, Source};
 
 pub use config::{Config, DisableError, EnableError, NewError};
 pub use fetch::{Fetch, Fetched};
@@ -328,8 +328,8 @@ impl Tracker {
             Fullness::Never => return Err(self.noted(HarvestError::Overrun { vcpu })),
         }
         let topped_up = self.gate.is_open()
-            && self.source.top_up(vcpu).map_err(|_| {
-                self.failed.store(WRONG_RESET, Ordering::Release);
+            && self.source.top_up(vcpu).map_err(|error| {
+                self.rearm_failed(error);
                 HarvestError::Failed
             })?;
         if topped_up {
@@ -396,6 +396,14 @@ impl Tracker {
         if let HarvestError::Overrun { vcpu } = error {
             self.failed.store(vcpu + 1, Ordering::Release);
         }
+        error
+    }
+
+    /// A re-arm failed, and nobody knows what is armed: the end of tracking. Who cannot hand the error on says
+    /// [`HarvestError::Failed`], so it is logged here.
+    fn rearm_failed(&self, error: RearmError) -> RearmError {
+        self.failed.store(WRONG_RESET, Ordering::Release);
+        tracing::error!(error = &error as &dyn std::error::Error, "dirty tracking has failed for good");
         error
     }
 }

@@ -1,0 +1,53 @@
+//! KVM's dirty bitmap of every slot, as KVM_GET_DIRTY_LOG hands it out.
+// UNSAFETY: reads the buffer as plain words, for speed.
+#![allow(unsafe_code)]
+
+use std::io;
+
+use crate::kvm::Kernel;
+use crate::layout::Layout;
+use crate::source::scan::scan;
+use crate::source::{HarvestError, Sink, SlotError};
+use crate::words::Words;
+
+/// The bitmap and a buffer for it. Whether fetching it clears it is for KVM to know: see the two back ends.
+pub(super) struct DirtyLog {
+    pub(super) kernel: Box<dyn Kernel>,
+    buffer: Words,
+}
+
+impl DirtyLog {
+    pub(super) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<DirtyLog> {
+        Ok(DirtyLog { kernel, buffer: buffer(layout)? })
+    }
+
+    pub(super) fn populate(&self) {
+        self.buffer.populate(0..self.buffer.len());
+    }
+
+    /// Turns KVM's log on, which makes the first write to every page trap, or off.
+    pub(super) fn turn(&self, layout: &Layout, on: bool) -> Result<(), SlotError> {
+        super::set_logging(&*self.kernel, layout, on)
+    }
+
+    /// Hands out the pages whose bits are set, slot by slot. One thread at a time.
+    pub(super) fn read(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        let mut found = 0;
+        for slot in layout.live_slots() {
+            self.kernel
+                .get_dirty_log(slot, &self.buffer)
+                .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
+            // SAFETY: the buffer is stored to by the kernel in get_dirty_log only, which one thread at a time calls:
+            // this one.
+            let words = unsafe { self.buffer.plain(0..slot.pages.div_ceil(64) as usize) };
+            found += scan(words, slot, sink);
+        }
+        Ok(found)
+    }
+}
+
+/// Room for the bitmap of any slot of the layout.
+pub(super) fn buffer(layout: &Layout) -> io::Result<Words> {
+    let largest = layout.slots().iter().map(|slot| slot.pages).max().unwrap_or(0);
+    Words::reserve(largest.div_ceil(64) as usize)
+}
