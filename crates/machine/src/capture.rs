@@ -209,9 +209,10 @@ impl Machine {
         }
         vm_state::save(&self.vm, &mut self.scratch)?;
         staging.push_section(Kind::Vm, 0, &self.scratch);
-        if let Some(net) = &self.net {
-            net.save(&mut self.scratch);
-            staging.push_section(Kind::Device, 0, &self.scratch);
+        for (slot, device) in self.devices.iter().enumerate() {
+            self.scratch.clear();
+            device.save(&mut self.scratch);
+            staging.push_section(Kind::Device, slot as u16, &self.scratch);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! Machine ─┬─ VcpuSet ── a thread per vCPU: runs, stops, saves, harvests, copies     (vcpu/)
 //!          ├─ Ram ────── guest memory, its writes by devices logged                  (memory/)
-//!          ├─ Net ────── virtio-net on a tap, output held until commit               (devices/)
+//!          ├─ Device ─── a row of slots; of the network card output is held          (board.rs, devices/)
 //!          └─ Tracker ── which pages changed                                         (outlive-dirty)
 //! ```
 //!
@@ -17,13 +17,13 @@
 pub mod bus;
 pub mod devices;
 
+mod board;
 mod boot;
 mod capture;
 mod futex;
 mod kvm;
 mod machine;
 mod memory;
-mod net;
 mod restore;
 mod signals;
 mod staging;
@@ -32,12 +32,15 @@ mod tsc;
 mod vcpu;
 mod vm_state;
 
+pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
 pub use boot::{BootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
+pub use devices::virtio::net::{
+    MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
+};
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, StartError};
 pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, Range, is_zero_page, ranges};
-pub use net::{MacAddr, Net, NetError, NetOptions, Output, OutputLimits, OutputMode, Tap};
 pub use restore::RestoreError;
 pub use signals::{block_all as block_all_signals, precise_timers};
 pub use staging::{Staging, StagingError};

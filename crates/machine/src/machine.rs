@@ -7,12 +7,14 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
 
+use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
 use crate::bus::Bus;
+use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
+use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::kvm::{Host, HostError, MAX_VCPUS};
-use crate::memory::{MemoryError, Ram};
-use crate::net::{Net, NetError, NetOptions};
+use crate::memory::{GuestMemory, MemoryError, Ram};
 use crate::vcpu::platform::{EventSink, Platform};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
@@ -26,7 +28,7 @@ pub struct Options {
     /// Guest memory in bytes, a multiple of 1 MiB.
     pub memory: u64,
     /// The network card, if any.
-    pub net: Option<NetOptions>,
+    pub net: Option<NetConfig>,
     /// Which back end tracks dirty pages.
     pub tracker: Choice,
     /// Dirty pages at which a checkpoint should be taken early.
@@ -46,9 +48,9 @@ pub enum CreateError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The network card.
+    /// A device.
     #[error(transparent)]
-    Net(#[from] NetError),
+    Board(#[from] BoardError),
     /// No back end for dirty tracking.
     #[error("dirty tracking: {0}")]
     Probe(#[from] outlive_dirty::ProbeError),
@@ -91,7 +93,9 @@ pub(crate) enum Tracking {
 /// Fields are dropped in order: threads before what they use.
 pub struct Machine {
     pub(crate) vcpus: VcpuSet,
-    pub(crate) net: Option<Net>,
+    /// By slot.
+    pub(crate) devices: Vec<Arc<dyn Device>>,
+    pub(crate) net: Option<Arc<NetDevice<GuestMemory>>>,
     pub(crate) gate: Arc<DeviceGate>,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) tracking: Tracking,
@@ -144,10 +148,9 @@ impl Machine {
         let platform = Arc::new(Platform::new(count));
         let gate = Arc::new(DeviceGate::new());
         let mut mmio = Bus::new();
-        let net = match &options.net {
-            Some(net) => Some(Net::new(net, &vm, &ram, &gate, &platform, &mut mmio)?),
-            None => None,
-        };
+        let mut board = Board::new(&vm, &ram, &gate, &platform, &mut mmio);
+        let net = options.net.as_ref().map(|net| board.add(|host| NetDevice::new(net, host))).transpose()?;
+        let devices = board.into_devices();
         let parts = Parts {
             platform,
             pio: Arc::new(Bus::new()),
@@ -157,8 +160,10 @@ impl Machine {
         };
         let vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
         vcpus.set_tracker(tracker.clone());
+        let scratch = devices.iter().map(|it| it.state_bytes()).fold(vm_state::CAPACITY, usize::max);
         let mut machine = Self {
             vcpus,
+            devices,
             net,
             gate,
             tracker,
@@ -166,7 +171,7 @@ impl Machine {
             running: false,
             constants: Vec::new(),
             constants_sent: false,
-            scratch: Vec::with_capacity(vm_state::CAPACITY),
+            scratch: Vec::with_capacity(scratch),
             host,
             vm,
             ram,
@@ -217,8 +222,14 @@ impl Machine {
     }
 
     /// The network card.
-    pub fn net(&self) -> Option<&Net> {
+    pub fn net(&self) -> Option<&Arc<NetDevice<GuestMemory>>> {
         self.net.as_ref()
+    }
+
+    /// The VM begins to run on this host: devices work from now on, their queues are looked at, and with `announce` the
+    /// network is told where the guest went. [`resume`](Self::resume) follows.
+    pub fn go_live(&self, announce: bool) {
+        self.devices.iter().for_each(|device| device.go_live(announce));
     }
 
     /// The next checkpoint is a base: it carries the constant state too.

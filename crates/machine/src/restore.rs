@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::devices::DeviceRestoreError;
 use crate::machine::Machine;
-use crate::net::NetError;
 use crate::state::{Kind, SECTION_VERSION, Section, StateError};
 use crate::tsc;
 use crate::vcpu::{VcpuError, state};
@@ -24,7 +24,7 @@ pub enum RestoreError {
     Vm(#[from] VmStateError),
     /// A device.
     #[error(transparent)]
-    Net(#[from] NetError),
+    Device(#[from] DeviceRestoreError),
 }
 
 impl Machine {
@@ -43,7 +43,7 @@ impl Machine {
         if constants.len() != vcpus {
             return Err(StateError::Section { kind: Kind::VcpuConstant, index: constants.len() as u16 });
         }
-        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, usize::from(self.net.is_some()))];
+        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, self.devices.len())];
         for (kind, count) in expected {
             for index in 0..count as u16 {
                 find(sections, kind, index)?;
@@ -99,8 +99,8 @@ impl Machine {
             })
         })?;
         vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes)?;
-        if let Some(net) = &self.net {
-            net.restore(find(sections, Kind::Device, 0)?.bytes)?;
+        for (slot, device) in self.devices.iter().enumerate() {
+            device.restore(find(sections, Kind::Device, slot as u16)?.bytes)?;
         }
         self.constants = constants.to_vec();
         Ok(())

@@ -6,6 +6,53 @@
 pub mod gate;
 pub mod virtio;
 
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::SharedDevice;
+
+/// A device in one of the machine's slots, as the machine sees it.
+///
+/// [`save`](Self::save), [`restore`](Self::restore) and [`reset`](Self::reset) are called by the coordinator with all
+/// vCPUs stopped and the gate closed.
+pub trait Device: Send + Sync {
+    /// The register window, for the MMIO bus; [`WINDOW`](virtio::mmio::WINDOW) bytes long.
+    fn registers(&self) -> SharedDevice;
+
+    /// One eventfd for each queue, for KVM to write when the driver writes the queue's number to
+    /// [`QUEUE_NOTIFY`](virtio::mmio::QUEUE_NOTIFY). They stay the same for the life of the device.
+    fn kicks(&self) -> &[EventFd];
+
+    /// The machine begins to run here: every queue is looked at and the interrupt raised once, because wakes under way
+    /// are not state. With `announce` the device tells the outside where the guest went. The gate may be closed or open.
+    fn go_live(&self, announce: bool);
+
+    /// Most bytes that [`save`](Self::save) appends.
+    fn state_bytes(&self) -> usize;
+
+    /// Appends the state to `out`; does not allocate if there is room for [`state_bytes`](Self::state_bytes).
+    fn save(&self, out: &mut Vec<u8>);
+
+    /// Takes over a saved state; guest memory must be in place. [`go_live`](Self::go_live) must follow before the vCPUs
+    /// run.
+    ///
+    /// # Errors
+    /// When the bytes are no state of this device; it is then as after a reset.
+    fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError>;
+
+    /// Back to the state after power-on, for a reboot of the guest.
+    fn reset(&self);
+}
+
+/// Why a device could not take a saved state over.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {source}")]
+pub struct DeviceRestoreError {
+    /// What the device is called.
+    pub device: &'static str,
+    /// What is wrong with the state.
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
 /// The primitives the gate is made of. The model test puts the ones of its checker in their place.
 mod sync {
     pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -11,9 +11,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use outlive_epoch::VmId;
 use outlive_guest::PAYLOAD;
-use outlive_machine::{
-    Host, MacAddr, Machine, NetOptions, Options, OutputLimits, OutputMode, PayloadOptions,
-};
+use outlive_machine::{Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode, PayloadOptions};
 
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::cli::{NetSpec, RunOptions};
@@ -60,9 +58,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         memory: Some(options.memory),
         tracker: Some(machine.tracker().kind().to_string()),
     });
-    if let Some(net) = machine.net() {
-        net.go_live(false);
-    }
+    machine.go_live(false);
     machine.resume();
     if machine.net().is_none() {
         tracing::warn!("no --net: the VM has no network card, nobody can reach it");
@@ -159,8 +155,8 @@ pub(crate) fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter,
 }
 
 /// A network card's options.
-pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetOptions {
-    NetOptions { tap: net.tap.clone(), mac, limits: OUTPUT_LIMITS, output }
+pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
+    NetConfig { tap: net.tap.clone(), mac, limits: OUTPUT_LIMITS, output }
 }
 
 /// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).

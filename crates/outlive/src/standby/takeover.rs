@@ -35,8 +35,8 @@ pub(super) fn take_over(
             told.emit(Event::FirstPacket { after_us });
         });
         net.output().pass_through();
-        net.go_live(true);
     }
+    machine.go_live(true);
     machine.resume();
     let running = Instant::now();
     let micros =

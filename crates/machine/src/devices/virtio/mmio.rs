@@ -262,7 +262,8 @@ where
         record.build(max_size, event_idx).ok().filter(|queue| queue.is_valid(&*self.memory))
     }
 
-    fn reset(&mut self) {
+    /// Back to the state after power-on.
+    pub fn reset(&mut self) {
         self.device.reset();
         self.clear();
     }

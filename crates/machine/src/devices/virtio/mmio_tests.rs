@@ -188,7 +188,9 @@ fn a_proper_driver_gets_the_device_running() {
     let mut b = bench();
     b.start();
     assert_eq!(b.read(STATUS), ACK | DRIVER | FEATURES_OK | DRIVER_OK);
-    let expected = (FEATURES, [Some(128), Some(64), None, None]);
+    let mut sizes = [None; MAX_QUEUES];
+    sizes[..2].copy_from_slice(&[Some(128), Some(64)]);
+    let expected = (FEATURES, sizes);
     assert_eq!(b.log.lock().unwrap().activations, [expected]);
     b.write(QUEUE_SEL, 1);
     assert_eq!(b.read(QUEUE_READY), 1);
@@ -384,7 +386,7 @@ fn a_saved_transport_goes_on_elsewhere() {
 
     let mut bytes = Vec::new();
     state.encode(&mut bytes);
-    assert_eq!(bytes.len(), TransportState::BYTES);
+    assert!(bytes.len() <= TransportState::BYTES);
     let mut fields = Fields::new(&bytes);
     assert_eq!(TransportState::decode(&mut fields), Ok(state));
     assert_eq!(fields.finish(), Ok(()));
@@ -464,7 +466,7 @@ fn cut_or_senseless_bytes_are_no_state() {
     }
     let ready = 8 * 4 + 8 + 2;
     let count = ready - 2 - 4;
-    for (at, field, value) in [(ready, "queue ready", 2), (count, "queue count", 5)] {
+    for (at, field, value) in [(ready, "queue ready", 2), (count, "queue count", MAX_QUEUES as u64 + 1)] {
         let mut bytes = bytes.clone();
         bytes[at] = value as u8;
         let refused = Err(DecodeError::Value { field, value });

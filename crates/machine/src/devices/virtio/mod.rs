@@ -11,6 +11,7 @@
 pub mod mmio;
 pub mod net;
 pub mod persist;
+pub(crate) mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -25,11 +26,13 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::gate::DeviceGate;
+
 #[cfg(test)]
 mod mmio_tests;
 
-/// Most queues a device of ours may have: bounds the saved state.
-pub const MAX_QUEUES: usize = 4;
+/// Most queues a device of ours may have: bounds the saved state. A network card with eight pairs has 17.
+pub const MAX_QUEUES: usize = 18;
 
 /// The feature bits every device of ours offers: modern virtio, indirect descriptors, event index.
 pub const COMMON_FEATURES: u64 =
@@ -45,6 +48,19 @@ pub trait Interrupt: Send + Sync {
 pub trait Waker: Send + Sync {
     /// Wakes the guest, or makes its next idle call return at once. Must not block.
     fn wake(&self);
+}
+
+/// What the machine lends a device.
+#[derive(Clone)]
+pub struct DeviceHost<M> {
+    /// Guest memory.
+    pub memory: Arc<M>,
+    /// The gate the device works behind.
+    pub gate: Arc<DeviceGate>,
+    /// Raises the device's interrupt.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// Wakes a guest that polls, whether its driver wants an interrupt or not.
+    pub waker: Arc<dyn Waker>,
 }
 
 /// Why a device did not start when the driver said it was ready.

@@ -121,7 +121,7 @@ impl QueueRecord {
 }
 
 impl TransportState {
-    /// Length of the encoded state in bytes.
+    /// Length of the encoded state in bytes at most: that of a device with [`MAX_QUEUES`] queues.
     pub const BYTES: usize = 8 * 4 + 8 + MAX_QUEUES * QueueRecord::BYTES;
 
     /// Appends the state to `out`. Does not allocate if `out` has room for [`Self::BYTES`] more.
@@ -135,7 +135,7 @@ impl TransportState {
         out.extend_from_slice(&self.interrupt_status.to_le_bytes());
         out.extend_from_slice(&self.config_generation.to_le_bytes());
         out.extend_from_slice(&self.queue_count.to_le_bytes());
-        for queue in &self.queues {
+        for queue in self.queues.iter().take(self.queue_count as usize) {
             queue.encode(out);
         }
     }
@@ -155,12 +155,12 @@ impl TransportState {
             queue_count: bytes.u32()?,
             queues: Default::default(),
         };
-        for queue in &mut state.queues {
+        let count = state.queue_count as usize;
+        let value = u64::from(state.queue_count);
+        let queues =
+            state.queues.get_mut(..count).ok_or(DecodeError::Value { field: "queue count", value })?;
+        for queue in queues {
             *queue = QueueRecord::decode(bytes)?;
-        }
-        if state.queue_count as usize > MAX_QUEUES {
-            let value = u64::from(state.queue_count);
-            return Err(DecodeError::Value { field: "queue count", value });
         }
         Ok(state)
     }

@@ -15,13 +15,14 @@ use super::persist::{NetState, RestoreError};
 use super::queues::{Queues, RX, TX};
 use super::stats::NetStats;
 use super::tap::{FramePort, Tap, TapError};
-use super::worker::{Shared, Worker};
+use super::worker::Shared;
 use crate::bus::SharedDevice;
-use crate::devices::gate::DeviceGate;
 use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{
-    ActivateError, Activation, COMMON_FEATURES, Interrupt, MAX_QUEUES, QueueProgress, VirtioDevice, Waker,
+    ActivateError, Activation, COMMON_FEATURES, DeviceHost, MAX_QUEUES, QueueProgress, VirtioDevice,
 };
+use crate::devices::{Device, DeviceRestoreError};
 
 /// Largest size of the queues: 256 frames each way.
 const QUEUE_SIZES: [u16; 2] = [256; 2];
@@ -37,20 +38,6 @@ pub struct NetConfig {
     pub limits: OutputLimits,
     /// What happens to frames at first.
     pub output: OutputMode,
-}
-
-/// What the machine lends a network device.
-#[derive(Clone)]
-pub struct NetHost<M> {
-    /// Guest memory.
-    pub memory: Arc<M>,
-    /// The gate the device works behind.
-    pub gate: Arc<DeviceGate>,
-    /// Raises the device's interrupt.
-    pub interrupt: Arc<dyn Interrupt>,
-    /// Wakes a guest that polls, whether its driver wants an interrupt or not: for every delivery, and when
-    /// frames that had found the output full have been taken.
-    pub waker: Arc<dyn Waker>,
 }
 
 /// Why a network device cannot be made.
@@ -73,15 +60,15 @@ pub struct Net<M> {
 /// A network device with its registers and its thread.
 ///
 /// It begins passive: the guest may set it up, but no frame moves until [`go_live`](Self::go_live).
-pub struct NetDevice<M: GuestMemory> {
+pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
     transport: Arc<Mutex<MmioTransport<M, Net<M>>>>,
     shared: Arc<Shared<M>>,
-    _worker: Worker<M>,
+    _worker: Worker<Shared<M>>,
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// Opens the tap and puts a network device in front of it.
-    pub fn new(config: &NetConfig, host: NetHost<M>) -> Result<Self, NetError> {
+    pub fn new(config: &NetConfig, host: DeviceHost<M>) -> Result<Self, NetError> {
         let tap = Arc::new(Tap::open(&config.tap)?);
         let output = Output::new(tap.clone(), config.limits, config.output)?;
         Ok(Self::with_port(config.mac, tap, Arc::new(output), host)?)
@@ -92,25 +79,13 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         mac: MacAddr,
         port: Arc<dyn FramePort>,
         output: Arc<Output>,
-        host: NetHost<M>,
+        host: DeviceHost<M>,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::new(port, output, host.gate, host.waker)?);
         let model = Net { mac, shared: shared.clone() };
         let transport = MmioTransport::new(host.memory, model, host.interrupt);
         let worker = Worker::start(shared.clone())?;
         Ok(Self { transport: Arc::new(Mutex::new(transport)), shared, _worker: worker })
-    }
-
-    /// The register window, for the MMIO bus; [`WINDOW`](crate::devices::virtio::mmio::WINDOW) bytes long.
-    pub fn registers(&self) -> SharedDevice {
-        self.transport.clone()
-    }
-
-    /// The eventfds of the receive and the transmit queue, for KVM to write when the driver writes the
-    /// queue's number to [`QUEUE_NOTIFY`](crate::devices::virtio::mmio::QUEUE_NOTIFY). Without that the
-    /// registers do it.
-    pub fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
     }
 
     /// The guest's output.
@@ -133,30 +108,17 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         self.shared.is_live()
     }
 
-    /// The machine begins to run here: throws away the frames that have waited in the tap, has both queues
-    /// looked at and interrupt and waker called once (after a restore both kinds of notification may have
-    /// been lost), and lets frames move. With `announce`, tells the network at once where the guest is, and
-    /// four times more within 350 ms; not while the output discards. The gate may be closed or open.
-    pub fn go_live(&self, announce: bool) {
-        let mac = announce.then(|| self.mac());
-        self.shared.go_live(mac);
-    }
-
-    /// Appends the state to `out`. Needs stopped vCPUs and a closed gate; does not allocate if `out` has room
-    /// for [`NetState::BYTES`] more.
-    pub fn save(&self, out: &mut Vec<u8>) {
-        self.state().encode(out);
-    }
-
     /// The state as plain data; needs stopped vCPUs and a closed gate.
     pub fn state(&self) -> NetState {
         let transport = self.transport();
         NetState { mac: transport.device().mac, transport: transport.save() }
     }
 
-    /// Takes over a saved state. Guest memory must be in place, the vCPUs stopped and the gate closed (or the
-    /// device not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
-    pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
+    /// Takes over a saved state: see [`Device::restore`].
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the device is then as after a reset.
+    pub fn take_over(&self, bytes: &[u8]) -> Result<(), RestoreError> {
         let state = NetState::decode(bytes)?;
         let mut transport = self.transport();
         transport.restore(&state.transport)?;
@@ -166,6 +128,41 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
 
     fn transport(&self) -> MutexGuard<'_, MmioTransport<M, Net<M>>> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Device for NetDevice<M> {
+    fn registers(&self) -> SharedDevice {
+        self.transport.clone()
+    }
+
+    fn kicks(&self) -> &[EventFd] {
+        &self.shared.kicks
+    }
+
+    /// Throws away the frames that have waited in the tap, has both queues looked at and interrupt and waker called
+    /// once, and lets frames move. With `announce`, tells the network at once where the guest is, and four times more
+    /// within 350 ms; not while the output discards.
+    fn go_live(&self, announce: bool) {
+        let mac = announce.then(|| self.mac());
+        self.shared.go_live(mac);
+    }
+
+    fn state_bytes(&self) -> usize {
+        NetState::BYTES
+    }
+
+    fn save(&self, out: &mut Vec<u8>) {
+        self.state().encode(out);
+    }
+
+    fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError> {
+        self.take_over(bytes)
+            .map_err(|error| DeviceRestoreError { device: "network card", source: error.into() })
+    }
+
+    fn reset(&self) {
+        self.transport().reset();
     }
 }
 

@@ -30,7 +30,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Net, NetConfig, NetDevice, NetError, NetHost};
+pub use device::{Net, NetConfig, NetDevice, NetError};
 pub use mac::MacAddr;
 pub use output::{
     EpochError, FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode, OutputStats, Pushed, Released,

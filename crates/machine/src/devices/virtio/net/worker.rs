@@ -1,23 +1,17 @@
 //! The thread of the network device.
 //!
-//! It sleeps in `epoll` on the tap, the notifications of the two queues, the output (room again) and a
-//! control event, all edge-triggered, so nothing has to be read to quiet them and a tap whose frames no one
-//! wants does not spin. What it learns becomes a flag; work is done only inside the gate, a batch at a time.
-//!
-//! The flags are not part of a checkpoint: a device that goes live sets them all.
+//! It waits for the tap, the notifications of the two queues and the output (room again). What it learns becomes a
+//! flag; a device that goes live sets them all.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use tracing::{debug, error};
+use tracing::error;
 use vm_memory::GuestMemory;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::block_signal;
 
 use super::announce::{Schedule, rarp};
 use super::mac::MacAddr;
@@ -27,6 +21,7 @@ use super::stats::Counters;
 use super::tap::FramePort;
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::virtio::Waker;
+use crate::devices::virtio::worker::{Bell, Work, event};
 
 /// Most stale frames thrown away when the device goes live: more than a tap queues by default (1000).
 const MAX_STALE: u64 = 10_000;
@@ -40,9 +35,8 @@ pub(super) struct Shared<M> {
     pub(super) counters: Counters,
     /// Written when the driver notifies a queue.
     pub(super) kicks: [EventFd; 2],
-    /// Makes the thread look at `quit`, at the flags in `core` and at the announcements.
-    control: EventFd,
-    quit: AtomicBool,
+    /// Makes the thread look at the flags in `core` and at the announcements.
+    bell: Bell,
     core: Mutex<Core<M>>,
     announcing: Mutex<Option<(Schedule, [u8; super::announce::FRAME])>>,
 }
@@ -74,8 +68,7 @@ impl<M: GuestMemory> Shared<M> {
             waker,
             counters: Counters::default(),
             kicks: [event()?, event()?],
-            control: event()?,
-            quit: AtomicBool::new(false),
+            bell: Bell::new()?,
             core: Mutex::new(Core {
                 queues: None,
                 live: false,
@@ -95,7 +88,7 @@ impl<M: GuestMemory> Shared<M> {
         core.rx_pending = true;
         core.tx_pending = true;
         drop(core);
-        self.nudge();
+        self.bell.ring();
     }
 
     pub(super) fn uninstall(&self) {
@@ -123,7 +116,7 @@ impl<M: GuestMemory> Shared<M> {
             *self.announcing() = Some((Schedule::new(Instant::now()), rarp(mac)));
             self.announce_if_due();
         }
-        self.nudge();
+        self.bell.ring();
     }
 
     pub(super) fn is_live(&self) -> bool {
@@ -140,21 +133,6 @@ impl<M: GuestMemory> Shared<M> {
                 *announcing = None;
             }
         }
-    }
-
-    /// How long the thread may sleep, in milliseconds for `epoll_wait`; -1 is for ever.
-    fn sleep_ms(&self) -> i32 {
-        let next = self.announcing().as_ref().and_then(|(schedule, _)| schedule.next_at());
-        next.map_or(-1, |at| {
-            let wait = at.saturating_duration_since(Instant::now());
-            // Rounded up: a wait that ends too early would be a spin until the time has come.
-            i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-        })
-    }
-
-    fn nudge(&self) {
-        // Fails only if the counter is full, and then the thread is being woken anyway.
-        let _ = self.control.write(1);
     }
 
     fn core(&self) -> MutexGuard<'_, Core<M>> {
@@ -213,119 +191,57 @@ fn drain(port: &dyn FramePort, buffer: &mut Bounce) -> u64 {
     stale
 }
 
-fn event() -> io::Result<EventFd> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-}
+/// Positions of the sources.
+const TAP: usize = 0;
+const RX_KICK: usize = 1;
+const TX_KICK: usize = 2;
+const SPACE: usize = 3;
 
-/// What `epoll` says is ready.
-#[derive(Clone, Copy)]
-#[repr(u64)]
-enum Ready {
-    Control,
-    Tap,
-    RxKick,
-    TxKick,
-    Space,
-}
-
-impl Ready {
-    const ALL: [Self; 5] = [Self::Control, Self::Tap, Self::RxKick, Self::TxKick, Self::Space];
-}
-
-/// The running thread; dropping it ends the thread, also from behind a closed gate.
-pub(super) struct Worker<M: GuestMemory> {
-    shared: Arc<Shared<M>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
-    pub(super) fn start(shared: Arc<Shared<M>>) -> io::Result<Self> {
-        let epoll = Epoll::new()?;
-        for ready in Ready::ALL {
-            let fd = match ready {
-                Ready::Control => shared.control.as_raw_fd(),
-                Ready::Tap => shared.port.as_raw_fd(),
-                Ready::RxKick => shared.kicks[RX].as_raw_fd(),
-                Ready::TxKick => shared.kicks[TX].as_raw_fd(),
-                Ready::Space => shared.output.space().as_raw_fd(),
-            };
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, ready as u64))?;
-        }
-        let thread = {
-            let shared = shared.clone();
-            thread::Builder::new().name("outlive-net".into()).spawn(move || run(&shared, &epoll))?
-        };
-        Ok(Self { shared, thread: Some(thread) })
+impl<M: GuestMemory + Send + Sync + 'static> Work for Shared<M> {
+    fn name(&self) -> &'static str {
+        "outlive-net"
     }
-}
 
-impl<M: GuestMemory> Drop for Worker<M> {
-    fn drop(&mut self) {
-        self.shared.quit.store(true, Ordering::Release);
-        self.shared.gate.recheck();
-        self.shared.nudge();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            error!("the network device's thread had panicked");
-        }
+    fn gate(&self) -> &DeviceGate {
+        &self.gate
     }
-}
 
-fn run<M: GuestMemory>(shared: &Shared<M>, epoll: &Epoll) {
-    block_signals();
-    let mut events = [EpollEvent::default(); Ready::ALL.len()];
-    let mut more = false;
-    loop {
-        let sleep = if more { 0 } else { shared.sleep_ms() };
-        let count = match epoll.wait(sleep, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => {
-                // The descriptors are all ours and open: this does not happen.
-                error!(%error, "the network device cannot wait for events and ends");
-                return;
-            }
-        };
-        shared.announce_if_due();
-        if count == 0 && !more && !shared.quit.load(Ordering::Acquire) {
-            continue;
-        }
-        let Some(pass) = shared.gate.enter_unless(&shared.quit) else {
-            debug!("the network device's thread ends");
-            return;
-        };
-        let mut core = shared.core();
-        for event in &events[..count] {
-            core.note(event.data());
-        }
-        more = core.batch(shared, &pass);
+    fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    fn sources(&self) -> Vec<RawFd> {
+        let kick = |queue: usize| self.kicks[queue].as_raw_fd();
+        vec![self.port.as_raw_fd(), kick(RX), kick(TX), self.output.space().as_raw_fd()]
+    }
+
+    fn sleep_ms(&self) -> i32 {
+        let next = self.announcing().as_ref().and_then(|(schedule, _)| schedule.next_at());
+        next.map_or(-1, |at| {
+            let wait = at.saturating_duration_since(Instant::now());
+            // Rounded up: a wait that ends too early would be a spin until the time has come.
+            i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn awake(&self) {
+        self.announce_if_due();
+    }
+
+    fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool {
+        let mut core = self.core();
+        ready.iter().for_each(|&source| core.note(source));
+        core.batch(self, pass)
     }
 }
 
 impl<M> Core<M> {
-    fn note(&mut self, ready: u64) {
-        const TAP: u64 = Ready::Tap as u64;
-        const RX_KICK: u64 = Ready::RxKick as u64;
-        const TX_KICK: u64 = Ready::TxKick as u64;
-        const SPACE: u64 = Ready::Space as u64;
-        match ready {
+    fn note(&mut self, source: usize) {
+        match source {
             TAP | RX_KICK => self.rx_pending = true,
             TX_KICK | SPACE => self.tx_pending = true,
-            // Control: whoever wrote it has set the flags.
+            // The bell: whoever rang it has set the flags.
             _ => {}
         }
-    }
-}
-
-/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay
-/// open.
-fn block_signals() {
-    const FAULTS: [i32; 6] =
-        [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
-    for signal in (1..=libc::SIGRTMAX()).filter(|signal| !FAULTS.contains(signal)) {
-        // Fails for the few that cannot be blocked and the ones that are already.
-        let _ = block_signal(signal);
     }
 }

@@ -127,7 +127,7 @@ fn a_bad_state_leaves_a_reset_device() {
     rig.device.save(&mut saved);
     let status = 8 + 4;
     saved[status] = DRIVER_OK_ALONE;
-    assert!(matches!(rig.device.restore(&saved), Err(RestoreError::Transport(_))));
+    assert!(matches!(rig.device.take_over(&saved), Err(RestoreError::Transport(_))));
     assert_eq!(rig.read(0x70), 0);
     let driver = rig.boot(FEATURES);
     rig.device.go_live(false);

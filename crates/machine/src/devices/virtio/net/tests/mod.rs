@@ -21,10 +21,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::rings::Ring;
 use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode};
-use super::{FramePort, MacAddr, NetDevice, NetHost};
+use super::{FramePort, MacAddr, NetDevice};
 use crate::bus::SharedDevice;
+use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
-use crate::devices::virtio::{COMMON_FEATURES, Interrupt, Waker};
+use crate::devices::virtio::{COMMON_FEATURES, DeviceHost, Interrupt, Waker};
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
 
@@ -155,7 +156,7 @@ impl<'m> Rig<'m> {
         let output = Arc::new(Output::new(sink.clone(), limits, mode).unwrap());
         let (gate, interrupts, wakes) =
             (Arc::new(DeviceGate::new()), Arc::new(Count::default()), Arc::new(Count::default()));
-        let host = NetHost {
+        let host = DeviceHost {
             memory: memory.clone(),
             gate: gate.clone(),
             interrupt: interrupts.clone(),

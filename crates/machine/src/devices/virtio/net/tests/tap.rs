@@ -86,7 +86,7 @@ fn frames_pass_between_guest_and_kernel() {
         let output =
             Arc::new(Output::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough).unwrap());
         let mut rig = Rig::usual(&memory);
-        let net = NetHost {
+        let net = DeviceHost {
             memory: memory.clone(),
             gate: rig.gate.clone(),
             interrupt: rig.interrupts.clone(),

@@ -1,0 +1,156 @@
+//! The board: a row of slots, each with a register window, an interrupt and a device.
+//!
+//! Slot `i` answers at `NET_MMIO_ADDR + i * NET_MMIO_SIZE` and interrupts on line `FIRST_LINE + i`, an edge that an
+//! irqfd carries. Guests find them through the DSDT, the payload guest knows the first one. The devices of a machine
+//! and their order belong to its state: a standby's board has the same.
+
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use outlive_guest::abi;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::{Bus, BusError};
+use crate::devices::Device;
+use crate::devices::gate::DeviceGate;
+use crate::devices::virtio::mmio::{QUEUE_NOTIFY, WINDOW};
+use crate::devices::virtio::net::NetError;
+use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
+use crate::memory::{GuestMemory, Ram};
+use crate::vcpu::idle::IdleState;
+use crate::vcpu::platform::Platform;
+
+/// Slots of a board: the I/O APIC has lines 5 to 23 to give.
+pub const SLOTS: usize = 19;
+/// Interrupt line of the first slot.
+const FIRST_LINE: u32 = abi::NET_IRQ;
+
+const _: () = assert!(abi::NET_MMIO_SIZE == WINDOW);
+
+/// Why a device could not be made or put on the board.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// The network card or its tap.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// Its registers do not fit on the bus.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// KVM refused its interrupt or its doorbell.
+    #[error("{what}: {source}")]
+    Kvm {
+        /// The ioctl.
+        what: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// No eventfd for the interrupt.
+    #[error("cannot make the interrupt's eventfd: {0}")]
+    EventFd(std::io::Error),
+    /// More devices than slots.
+    #[error("a VM has at most {SLOTS} devices: give it fewer disks")]
+    Full,
+}
+
+/// Where the guest finds a slot's device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotAddress {
+    /// First address of the registers.
+    pub mmio: u64,
+    /// Bytes of registers.
+    pub len: u64,
+    /// Interrupt line (GSI).
+    pub line: u32,
+}
+
+/// Where the guest finds the device of slot `index`.
+pub fn slot_address(index: usize) -> SlotAddress {
+    let len = abi::NET_MMIO_SIZE;
+    SlotAddress { mmio: abi::NET_MMIO_ADDR + index as u64 * len, len, line: FIRST_LINE + index as u32 }
+}
+
+/// A device's interrupt: an edge on its line, by irqfd.
+struct Line(EventFd);
+
+impl Interrupt for Line {
+    fn trigger(&self) {
+        // Can only fail when the counter is full, and then the interrupt is pending anyway.
+        self.0.write(1).ok();
+    }
+}
+
+struct WakeVcpu(Arc<IdleState>);
+
+impl Waker for WakeVcpu {
+    fn wake(&self) {
+        self.0.wake();
+    }
+}
+
+/// The board while the machine is built.
+pub(crate) struct Board<'a> {
+    vm: &'a VmFd,
+    memory: Arc<GuestMemory>,
+    gate: Arc<DeviceGate>,
+    waker: Arc<dyn Waker>,
+    mmio: &'a mut Bus,
+    devices: Vec<Arc<dyn Device>>,
+}
+
+impl<'a> Board<'a> {
+    pub(crate) fn new(
+        vm: &'a VmFd,
+        ram: &Ram,
+        gate: &Arc<DeviceGate>,
+        platform: &Platform,
+        mmio: &'a mut Bus,
+    ) -> Self {
+        let waker = Arc::new(WakeVcpu(platform.idle(0).clone()));
+        let memory = Arc::new(ram.memory().clone());
+        Self { vm, memory, gate: gate.clone(), waker, mmio, devices: Vec::new() }
+    }
+
+    /// Puts a device into the next slot; `make` is lent what it needs.
+    pub(crate) fn add<D: Device + 'static, E>(
+        &mut self,
+        make: impl FnOnce(DeviceHost<GuestMemory>) -> Result<D, E>,
+    ) -> Result<Arc<D>, BoardError>
+    where
+        BoardError: From<E>,
+    {
+        let kvm = |what| move |source| BoardError::Kvm { what, source };
+        if self.devices.len() == SLOTS {
+            return Err(BoardError::Full);
+        }
+        let at = slot_address(self.devices.len());
+        let interrupt = self.interrupt(at.line)?;
+        let host = DeviceHost {
+            memory: self.memory.clone(),
+            gate: self.gate.clone(),
+            interrupt,
+            waker: self.waker.clone(),
+        };
+        let device = Arc::new(make(host)?);
+        self.mmio.insert(at.mmio, at.len, device.registers())?;
+        let doorbell = IoEventAddress::Mmio(at.mmio + QUEUE_NOTIFY);
+        for (queue, kick) in device.kicks().iter().enumerate() {
+            self.vm.register_ioevent(kick, &doorbell, queue as u32).map_err(kvm("KVM_IOEVENTFD"))?;
+        }
+        self.devices.push(device.clone());
+        Ok(device)
+    }
+
+    /// An interrupt that arrives on this line of the I/O APIC.
+    pub(crate) fn interrupt(&self, line: u32) -> Result<Arc<dyn Interrupt>, BoardError> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(BoardError::EventFd)?;
+        self.vm
+            .register_irqfd(&event, line)
+            .map_err(|source| BoardError::Kvm { what: "KVM_IRQFD", source })?;
+        Ok(Arc::new(Line(event)))
+    }
+
+    /// The devices by slot.
+    pub(crate) fn into_devices(self) -> Vec<Arc<dyn Device>> {
+        self.devices
+    }
+}

@@ -1,0 +1,155 @@
+//! The thread of a device: it sleeps in `epoll` until something happens and works in batches inside the gate.
+//!
+//! Every source is watched edge-triggered, so nothing has to be read to quiet it, and one that nobody wants does not
+//! spin. What a batch learns it keeps for itself; none of it is part of a checkpoint: a device that goes live looks at
+//! everything.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use tracing::{debug, error};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::block_signal;
+
+use crate::devices::gate::{DeviceGate, Pass};
+
+/// What a device's thread does.
+pub(crate) trait Work: Send + Sync + 'static {
+    /// Name of the thread, at most 15 bytes.
+    fn name(&self) -> &'static str;
+
+    /// The gate it works behind.
+    fn gate(&self) -> &DeviceGate;
+
+    /// How the thread is called.
+    fn bell(&self) -> &Bell;
+
+    /// What it waits for. [`batch`](Self::batch) is told the positions of those that are ready.
+    fn sources(&self) -> Vec<RawFd>;
+
+    /// How long it may sleep, in milliseconds for `epoll_wait`; -1 is for ever.
+    fn sleep_ms(&self) -> i32 {
+        -1
+    }
+
+    /// After each sleep, outside the gate.
+    fn awake(&self) {}
+
+    /// Work inside the gate; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at once.
+    fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
+}
+
+/// Calls a device's thread.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    control: EventFd,
+    quit: AtomicBool,
+}
+
+impl Bell {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { control: event()?, quit: AtomicBool::new(false) })
+    }
+
+    /// Makes the thread do a batch.
+    pub(crate) fn ring(&self) {
+        // Fails only if the counter is full, and then the thread is being woken anyway.
+        let _ = self.control.write(1);
+    }
+}
+
+/// An eventfd for the sources of a worker.
+pub(crate) fn event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+/// The running thread; dropping it ends the thread, also from behind a closed gate.
+pub(crate) struct Worker<W: Work> {
+    work: Arc<W>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What `epoll` says of the bell.
+const BELL: u64 = u64::MAX;
+
+impl<W: Work> Worker<W> {
+    pub(crate) fn start(work: Arc<W>) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let sources = work.sources();
+        let count = sources.len() + 1;
+        let watch = |fd, token| {
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+        };
+        watch(work.bell().control.as_raw_fd(), BELL)?;
+        for (position, fd) in sources.into_iter().enumerate() {
+            watch(fd, position as u64)?;
+        }
+        let thread = {
+            let work = work.clone();
+            thread::Builder::new().name(work.name().into()).spawn(move || run(&*work, &epoll, count))?
+        };
+        Ok(Self { work, thread: Some(thread) })
+    }
+}
+
+impl<W: Work> Drop for Worker<W> {
+    fn drop(&mut self) {
+        let bell = self.work.bell();
+        bell.quit.store(true, Ordering::Release);
+        self.work.gate().recheck();
+        bell.ring();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!(thread = self.work.name(), "a device's thread had panicked");
+        }
+    }
+}
+
+fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
+    block_signals();
+    let quit = &work.bell().quit;
+    let mut events = vec![EpollEvent::default(); sources];
+    let mut ready = Vec::with_capacity(sources);
+    let mut more = false;
+    loop {
+        let sleep = if more { 0 } else { work.sleep_ms() };
+        let count = match epoll.wait(sleep, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                // The descriptors are all ours and open: this does not happen.
+                error!(%error, thread = work.name(), "a device cannot wait for events and ends");
+                return;
+            }
+        };
+        work.awake();
+        if count == 0 && !more && !quit.load(Ordering::Acquire) {
+            continue;
+        }
+        ready.clear();
+        ready.extend(
+            events[..count].iter().map(EpollEvent::data).filter(|&it| it != BELL).map(|it| it as usize),
+        );
+        let Some(pass) = work.gate().enter_unless(quit) else {
+            debug!(thread = work.name(), "a device's thread ends");
+            return;
+        };
+        more = work.batch(&ready, &pass);
+    }
+}
+
+/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay open.
+fn block_signals() {
+    const FAULTS: [i32; 6] =
+        [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
+    for signal in (1..=libc::SIGRTMAX()).filter(|signal| !FAULTS.contains(signal)) {
+        // Fails for the few that cannot be blocked and the ones that are already.
+        let _ = block_signal(signal);
+    }
+}
