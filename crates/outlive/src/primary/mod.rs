@@ -38,7 +38,7 @@ pub fn command(options: &RunOptions) -> u8 {
 /// was won stays won.
 fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let active = &options.active;
-    check_memory(options.memory)?;
+    check_memory(options.memory_bytes())?;
     let vm = VmId(process::random().map_err(no_random)?);
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
@@ -55,7 +55,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         role: Role::Primary,
         vm: Some(options.name.clone()),
         vcpus: Some(options.vcpus.into()),
-        memory: Some(options.memory),
+        memory: Some(options.memory_bytes()),
         tracker: Some(machine.tracker().kind().to_string()),
     });
     machine.go_live(false);
@@ -82,7 +82,7 @@ fn make_machine(options: &RunOptions, mac: MacAddr, queue: Sender<Inbox>) -> Res
     let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
     let machine_options = Options {
         vcpus: options.vcpus,
-        memory: options.memory,
+        memory: options.memory_bytes(),
         net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
         tracker: options.active.tracker.into(),
         trigger: options.active.max_dirty,

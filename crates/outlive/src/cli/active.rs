@@ -1,0 +1,75 @@
+//! Options of whichever host runs the VM.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{Args, ValueEnum};
+
+use super::values::{ConsoleSpec, parse_dead_after, parse_host_port, parse_interval};
+
+/// Options that a primary and a standby share: what the VM does once it runs here.
+#[derive(Clone, Debug, Args)]
+pub struct ActiveOptions {
+    /// Standby to protect the VM with (repeat for alternatives; asked in turn until one accepts)
+    #[arg(long = "standby", value_name = "HOST:PORT", requires = "arbiter", value_parser = parse_host_port)]
+    pub standbys: Vec<String>,
+
+    /// Time between two checkpoints, for example 1ms or 500us
+    #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = parse_interval)]
+    pub interval: Duration,
+
+    /// Dirty pages at which a checkpoint is taken early; staging has room for twice as many
+    #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
+    pub max_dirty: usize,
+
+    /// Silence after which the peer counts as dead; of two hosts the longer one counts. A process that dies is
+    /// noticed at once
+    #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
+    pub dead_after: Duration,
+
+    /// How dirty pages are found
+    #[arg(long, default_value = "auto", value_name = "NAME")]
+    pub tracker: TrackerChoice,
+
+    /// Write events as JSON lines to this file (- for standard output); it grows by some megabytes a minute
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
+
+    /// Where the guest's serial port and console go: a directory for their sockets (see outlive console), or stdio
+    #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]
+    pub console: Option<ConsoleSpec>,
+
+    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still meanwhile. For tests
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
+    pub self_check: Option<u64>,
+
+    /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
+    #[arg(long, hide = true)]
+    pub exit_with_stdin: bool,
+}
+
+/// Which dirty-page tracker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TrackerChoice {
+    /// The best that this kernel has
+    Auto,
+    /// KVM's dirty ring (Linux 5.11 and newer)
+    Ring,
+    /// KVM's dirty bitmap, cleared page by page (Linux 5.2 and newer)
+    ClearLog,
+    /// KVM's dirty bitmap
+    Bitmap,
+}
+
+impl From<TrackerChoice> for outlive_dirty::Choice {
+    fn from(choice: TrackerChoice) -> Self {
+        match choice {
+            TrackerChoice::Auto => Self::Auto,
+            TrackerChoice::Ring => Self::Ring,
+            TrackerChoice::ClearLog => Self::ClearLog,
+            TrackerChoice::Bitmap => Self::Bitmap,
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! The command line.
+
+mod active;
+mod run;
+mod standby;
+mod values;
+
+#[cfg(test)]
+mod tests;
+
+use clap::{Parser, Subcommand};
+
+use crate::check::CheckOptions;
+use crate::demo::DemoOptions;
+
+pub use active::{ActiveOptions, TrackerChoice};
+pub use run::RunOptions;
+pub use standby::StandbyOptions;
+pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, parse_size, parse_time};
+
+/// A virtual machine that outlives its host.
+///
+/// Outlive checkpoints a running VM many hundred times a second to a standby host. When the primary host dies, the
+/// VM goes on elsewhere from its last checkpoint: no reboot, no lost transaction, no broken connection.
+#[derive(Debug, Parser)]
+#[command(name = "outlive", version, propagate_version = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  outlive check                      what this machine has and what it lacks
+  outlive demo                       see a VM survive three kills, on this machine alone
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
+  outlive run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0 root=/dev/vda1' --disk path=server.img
+  outlive run --standby hostb:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --ip 10.0.0.5/24
+
+Exit codes: 0 ended in order; 1 failed; 2 wrong options or something missing on this machine (one line says what to
+do); 3 the other side won the VM, this one has stopped.
+
+Log level: RUST_LOG=debug (error, warn, info, debug, trace). Logs go to standard error.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a VM on this host, protected when it has a standby
+    Run(RunOptions),
+    /// Wait for a VM to protect and take over when its host dies
+    Standby(StandbyOptions),
+    /// Kill a protected VM again and again on this machine and count what was lost
+    Demo(DemoOptions),
+    /// Say whether this machine can run VMs, and what to do about each thing that is missing
+    Check(CheckOptions),
+}

@@ -1,0 +1,89 @@
+//! `outlive run`.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use clap::builder::RangedU64ValueParser;
+
+use super::active::ActiveOptions;
+use super::values::{DiskSpec, IpSpec, NetSpec, parse_name, parse_size};
+
+/// `outlive run`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunOptions {
+    /// Name of the VM, for people
+    #[arg(long, default_value = "vm", value_parser = parse_name)]
+    pub name: String,
+
+    /// Virtual CPUs
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = RangedU64ValueParser::<u8>::new().range(1..=32))]
+    pub vcpus: u8,
+
+    /// Memory, for example 256M or 2G [default: 1G for Linux, else 256M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+
+    /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs, a Redis
+    /// server for trying Outlive out
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Its initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// Its command line
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
+    pub append: String,
+
+    /// Disk of the Linux guest: a raw image or a block device (repeat for more: vda, vdb ...)
+    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]", requires = "kernel", value_parser = DiskSpec::from_str)]
+    pub disks: Vec<DiskSpec>,
+
+    /// Network card: a tap interface that is created, and the bridge that it joins
+    #[arg(long, value_name = "tap=NAME[,bridge=BR][,mac=MAC][,queues=N]", value_parser = NetSpec::from_str)]
+    pub net: Option<NetSpec>,
+
+    /// IPv4 address of the built-in guest with its prefix length
+    #[arg(long, default_value = "10.77.0.2/24", value_name = "ADDR/LEN", conflicts_with = "kernel", value_parser = IpSpec::from_str)]
+    pub ip: IpSpec,
+
+    /// Default gateway of the built-in guest
+    #[arg(long, value_name = "ADDR", requires = "net", conflicts_with = "kernel")]
+    pub gateway: Option<Ipv4Addr>,
+
+    /// The third place that says who may run the VM: a directory that both hosts see
+    #[arg(long, value_name = "file:DIR")]
+    pub arbiter: Option<String>,
+
+    /// Seed of the guest's random numbers; fresh ones are taken without it
+    #[arg(long, value_name = "N", hide = true)]
+    pub seed: Option<u64>,
+
+    /// Options that matter while the VM runs here
+    #[command(flatten)]
+    pub active: ActiveOptions,
+}
+
+impl RunOptions {
+    /// Bytes of guest memory.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.unwrap_or(if self.kernel.is_some() { 1 << 30 } else { 256 << 20 })
+    }
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  outlive run --net tap=vm0 --ip 10.77.0.2/24
+      an unprotected VM with a Redis server on port 6379; to reach it from this host:
+      ip addr add 10.77.0.1/24 dev vm0; redis-cli -h 10.77.0.2
+  outlive run --net tap=vm0,bridge=br0 --ip 10.0.0.5/24 --standby hostb:7000 --arbiter file:/srv/arbiter
+      the same VM protected by host b; /srv/arbiter is a directory that both hosts see
+  outlive run --kernel /boot/vmlinuz-6.1.0-40-amd64 --initrd /boot/initrd.img-6.1.0-40-amd64 \\
+      --append 'console=ttyS0 root=/dev/vda1' --disk path=/srv/server.img --console stdio
+      a Linux server from its disk image, with its console on this terminal
+  outlive run --vcpus 2 --memory 1G --interval 500us --max-dirty 8192 ...
+      two checkpoints a millisecond";

@@ -1,0 +1,102 @@
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+
+use super::values::{parse_interval, parse_mac};
+use super::*;
+
+#[test]
+fn the_definition_is_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn sizes_and_times_are_read() {
+    assert_eq!(parse_size("256M"), Ok(256 << 20));
+    assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+    assert_eq!(parse_size("4096"), Ok(4096));
+    for bad in ["", "M", "-1", "1X", "99999999999T", "1.5G", "²G"] {
+        assert!(parse_size(bad).is_err(), "{bad}");
+    }
+    assert_eq!(parse_time("500us"), Ok(Duration::from_micros(500)));
+    for bad in ["", "ms", "1", "1h", "-1ms"] {
+        assert!(parse_time(bad).is_err(), "{bad}");
+    }
+    assert!(parse_interval("1us").is_err() && parse_interval("1ms").is_ok());
+}
+
+#[test]
+fn cards_are_read() {
+    let spec: NetSpec = "tap=t0,bridge=br0,mac=02:00:00:00:00:09".parse().unwrap();
+    assert_eq!((spec.tap.as_str(), spec.bridge.as_deref()), ("t0", Some("br0")));
+    assert_eq!(spec.mac, Some([2, 0, 0, 0, 0, 9]));
+    for bad in
+        ["", "bridge=br0", "tap=", "tap=sixteen-letters-", "tap=a/b", "tap=t,mac=1", "tap=t,colour=red"]
+    {
+        assert!(bad.parse::<NetSpec>().is_err(), "{bad}");
+    }
+    for bad in
+        ["01:00:00:00:00:00", "00:00:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "+2:00:00:00:00:00"]
+    {
+        assert!(parse_mac(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn protection_needs_an_arbiter() {
+    let parse = |args: &[&str]| Cli::try_parse_from(["outlive", "run"].iter().chain(args));
+    assert!(parse(&[]).is_ok());
+    assert!(parse(&["--standby", "b:7000"]).is_err());
+    assert!(parse(&["--standby", "b:7000", "--arbiter", "file:/x"]).is_ok());
+    assert!(parse(&["--ip", "10.0.0.1"]).is_err());
+    assert!(parse(&["--nonsense"]).is_err());
+    for bad in ["b", "b:", ":7000", "b:0", "b:70000", ""] {
+        assert!(parse(&["--standby", bad, "--arbiter", "file:/x"]).is_err(), "{bad}");
+    }
+    assert!(parse(&["--standby", "[::1]:7000", "--arbiter", "file:/x"]).is_ok());
+    let standby = |args: &[&str]| {
+        Cli::try_parse_from(["outlive", "standby", "--arbiter", "file:/x"].iter().chain(args))
+    };
+    assert!(standby(&["--listen", "0.0.0.0:7000", "--net", "tap=t"]).is_ok());
+    assert!(standby(&["--listen", "7000"]).is_err() && standby(&["--listen", ":7000"]).is_err());
+    assert!(standby(&["--listen", "0.0.0.0:7000", "--net", "tap=t,mac=02:00:00:00:00:01"]).is_err());
+}
+
+#[test]
+fn disks_are_read() {
+    let disk: DiskSpec = "path=/srv/a.img,readonly,serial=db-1,queues=4".parse().unwrap();
+    assert_eq!((disk.path.as_path(), disk.readonly, disk.shared), (Path::new("/srv/a.img"), true, false));
+    assert_eq!((disk.serial.as_deref(), disk.queues), (Some("db-1"), 4));
+    let disk: DiskSpec = "path=b.img,shared".parse().unwrap();
+    assert_eq!((disk.shared, disk.queues), (true, 1));
+    for bad in [
+        "",
+        "readonly",
+        "path=",
+        "path=a,size=3",
+        "path=a,queues=0",
+        "path=a,queues=17",
+        "path=a,serial=twenty-one-characters",
+        "path=a,serial=\u{e9}",
+        "path=a,shared,readonly",
+        "a.img",
+    ] {
+        assert!(bad.parse::<DiskSpec>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_linux_guest_has_its_options() {
+    let parse = |args: &[&str]| Cli::try_parse_from(["outlive", "run"].iter().chain(args));
+    assert!(parse(&["--kernel", "vmlinuz"]).is_ok());
+    assert!(parse(&["--kernel", "vmlinuz", "--initrd", "i", "--append", "a b", "--disk", "path=d"]).is_ok());
+    assert!(parse(&["--kernel", "vmlinuz", "--vcpus", "32"]).is_ok());
+    for bad in [&["--initrd", "i"][..], &["--append", "a"], &["--disk", "path=d"], &["--vcpus", "33"]] {
+        assert!(parse(bad).is_err(), "{bad:?}");
+    }
+    assert!(parse(&["--kernel", "k", "--ip", "10.0.0.1/24"]).is_err(), "Linux sets its addresses itself");
+    assert_eq!("stdio".parse(), Ok(ConsoleSpec::Stdio));
+    assert_eq!("./stdio".parse(), Ok(ConsoleSpec::Directory("./stdio".into())));
+    assert!("".parse::<ConsoleSpec>().is_err());
+}

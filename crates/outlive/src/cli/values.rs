@@ -1,0 +1,257 @@
+//! The values of options: what they look like, and one line for those that do not.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// A network card: `tap=NAME[,bridge=BR][,mac=MAC][,queues=N]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetSpec {
+    /// Name of the tap interface, 1 to 15 characters.
+    pub tap: String,
+    /// Bridge that the tap joins.
+    pub bridge: Option<String>,
+    /// The card's address; made from the VM's id without it.
+    pub mac: Option<[u8; 6]>,
+    /// Pairs of queues, 1 to 8.
+    pub queues: u8,
+}
+
+impl FromStr for NetSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut spec = Self { tap: String::new(), bridge: None, mac: None, queues: 1 };
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("tap", name)) => spec.tap = interface_name(name)?,
+                Some(("bridge", name)) => spec.bridge = Some(interface_name(name)?),
+                Some(("mac", mac)) => spec.mac = Some(parse_mac(mac)?),
+                Some(("queues", number)) => spec.queues = parse_queues(number, 8)?,
+                _ => return Err(format!("'{part}' is not tap=NAME, bridge=NAME, mac=MAC or queues=N")),
+            }
+        }
+        if spec.tap.is_empty() {
+            return Err("tap=NAME is missing".into());
+        }
+        Ok(spec)
+    }
+}
+
+fn interface_name(name: &str) -> Result<String, String> {
+    let good = !name.is_empty()
+        && name.len() <= 15
+        && name.bytes().all(|b| b.is_ascii_graphic() && !b"/:%".contains(&b))
+        && name != "."
+        && name != "..";
+    if good {
+        Ok(name.into())
+    } else {
+        Err(format!("'{name}' is not an interface name of 1 to 15 characters"))
+    }
+}
+
+pub(super) fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let wrong = || format!("'{text}' is not a MAC address like 02:00:00:00:00:01");
+    let mut mac = [0u8; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+        let part = part.ok_or_else(wrong)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+    }
+    if parts.next().is_some() {
+        return Err(wrong());
+    }
+    if mac[0] & 1 == 1 || mac == [0; 6] {
+        return Err(format!("'{text}' is a multicast or zero address, which no network card can have"));
+    }
+    Ok(mac)
+}
+
+/// An IPv4 address with its prefix length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IpSpec {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// The prefix length, 1 to 30.
+    pub prefix: u8,
+}
+
+impl FromStr for IpSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is not ADDRESS/LENGTH, for example 10.77.0.2/24");
+        let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
+        let address = address.parse().map_err(|_| wrong())?;
+        let prefix = prefix.parse().ok().filter(|p| (1..=30).contains(p)).ok_or_else(wrong)?;
+        Ok(Self { address, prefix })
+    }
+}
+
+/// A size in bytes: a number with an optional K, M, G or T (powers of 1024).
+///
+/// # Errors
+/// One line that shows a right one.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("'{text}' is not a size like 256M or 2G");
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+/// A time: a number with us, ms or s.
+///
+/// # Errors
+/// One line that shows a right one.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is not a time like 500us, 1ms or 2s");
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    match &text[digits.len()..] {
+        "us" => Ok(Duration::from_micros(number)),
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" => Ok(Duration::from_secs(number)),
+        _ => Err(wrong()),
+    }
+}
+
+pub(super) fn parse_host_port(text: &str) -> Result<String, String> {
+    let good = text.rsplit_once(':').is_some_and(|(host, port)| {
+        let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    if good { Ok(text.into()) } else { Err(format!("'{text}' is not HOST:PORT, for example hostb:7000")) }
+}
+
+pub(super) fn parse_listen(text: &str) -> Result<String, String> {
+    let good = text
+        .rsplit_once(':')
+        .is_some_and(|(address, port)| !address.is_empty() && port.parse::<u16>().is_ok());
+    if good { Ok(text.into()) } else { Err(format!("'{text}' is not ADDR:PORT, for example 0.0.0.0:7000")) }
+}
+
+pub(super) fn parse_standby_card(text: &str) -> Result<NetSpec, String> {
+    let spec: NetSpec = text.parse()?;
+    if spec.mac.is_some() || text.contains("queues=") {
+        return Err("mac= and queues= belong to outlive run: a standby's card is as the VM's".into());
+    }
+    Ok(spec)
+}
+
+pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    // Output waits for the end of its epoch; beyond a second not even an address would be resolved.
+    if time < Duration::from_micros(100) || time > Duration::from_secs(1) {
+        return Err(format!("an interval of '{text}' is not possible: give 100us to 1s"));
+    }
+    Ok(time)
+}
+
+pub(super) fn parse_dead_after(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    if time < Duration::from_millis(20) || time > Duration::from_secs(60) {
+        return Err(format!("'{text}' is not possible: give 20ms to 60s"));
+    }
+    Ok(time)
+}
+
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
+    let good = (1..=64).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic());
+    if good { Ok(text.into()) } else { Err("a name has 1 to 64 visible ASCII characters".into()) }
+}
+
+/// A disk: `path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// The guest may only read it.
+    pub readonly: bool,
+    /// Both hosts see the same disk, so that writes wait for their commit and nothing is copied.
+    pub shared: bool,
+    /// What the guest reads as the disk's serial number, up to 20 characters.
+    pub serial: Option<String>,
+    /// Request queues, 1 to 16.
+    pub queues: u8,
+}
+
+impl FromStr for DiskSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut spec = Self { path: PathBuf::new(), readonly: false, shared: false, serial: None, queues: 1 };
+        for part in text.split(',') {
+            match (part, part.split_once('=')) {
+                ("readonly", _) => spec.readonly = true,
+                ("shared", _) => spec.shared = true,
+                (_, Some(("path", path))) => spec.path = path.into(),
+                (_, Some(("serial", serial))) => spec.serial = Some(parse_serial(serial)?),
+                (_, Some(("queues", number))) => spec.queues = parse_queues(number, 16)?,
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not path=FILE, readonly, shared, serial=TEXT or queues=N"
+                    ));
+                }
+            }
+        }
+        if spec.path.as_os_str().is_empty() {
+            return Err("path=FILE is missing".into());
+        }
+        if spec.shared && spec.readonly {
+            return Err("a disk that nobody writes needs no shared: give readonly alone".into());
+        }
+        Ok(spec)
+    }
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if (1..=20).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Ok(text.into())
+    } else {
+        Err(format!("'{text}' is not a serial number of 1 to 20 visible ASCII characters"))
+    }
+}
+
+fn parse_queues(text: &str, most: u8) -> Result<u8, String> {
+    text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or(format!("'{text}' queues: give 1 to {most}"))
+}
+
+/// A standby's disk: the image alone, everything else comes from the primary.
+pub(super) fn parse_standby_disk(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("path=") {
+        Some(path) if !path.is_empty() && !path.contains(',') => Ok(path.into()),
+        _ => Err(format!("'{text}' is not path=FILE; the rest of a disk belongs to outlive run")),
+    }
+}
+
+/// Where the guest's serial port and console go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleSpec {
+    /// To this process's terminal.
+    Stdio,
+    /// To sockets in this directory.
+    Directory(PathBuf),
+}
+
+impl FromStr for ConsoleSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("give a directory, or stdio".into()),
+            "stdio" => Ok(Self::Stdio),
+            directory => Ok(Self::Directory(directory.into())),
+        }
+    }
+}
