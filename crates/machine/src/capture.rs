@@ -186,6 +186,12 @@ impl Machine {
         })
     }
 
+    /// The next checkpoint carries hashes of all memory and all disks, for the standby to compare with its own. The VM
+    /// stands still while they are made.
+    pub fn check_next(&mut self) {
+        self.check_due = true;
+    }
+
     fn begin(&mut self) -> Result<Begun, CaptureError> {
         if self.tracking == Tracking::Off {
             return Err(CaptureError::NotTracking);
@@ -213,6 +219,10 @@ impl Machine {
             self.scratch.clear();
             device.save(&mut self.scratch);
             staging.push_section(Kind::Device, slot as u16, &self.scratch);
+        }
+        if std::mem::take(&mut self.check_due) {
+            self.hashes().encode(&mut self.scratch);
+            staging.push_section(Kind::Check, 0, &self.scratch);
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ pub mod devices;
 mod board;
 mod boot;
 mod capture;
+mod check;
 mod futex;
 mod kvm;
 mod machine;
@@ -35,6 +36,7 @@ mod vm_state;
 pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
 pub use boot::{BootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
+pub use check::{CheckError, Hashes};
 pub use devices::virtio::net::{
     MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
 };

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use outlive_dirty::{Choice, Gfn};
 use outlive_machine::state::{Kind, Section, StateError};
 use outlive_machine::{
-    After, CaptureReport, InPause, Machine, MachineEvent, PAGE_SIZE, PowerRequest, RestoreError, Staging,
+    After, CaptureReport, CheckError, InPause, Machine, MachineEvent, PAGE_SIZE, PowerRequest, RestoreError,
+    Staging,
 };
 use support::{A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, TWO_COUNTERS, booted, host, machine};
 use vm_memory::{Bytes, GuestAddress};
@@ -172,6 +173,35 @@ fn a_machine_goes_on_from_any_checkpoint() {
             }
         }
     }
+}
+
+/// The self-check finds a copy of which one byte is wrong, and nothing else.
+#[test]
+fn a_copy_that_is_not_the_vm_is_found() {
+    let Some(host) = host() else { return };
+    let (mut first, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
+    first.resume();
+    let mut staging = Staging::new(2048).unwrap();
+    let mut shadow = protect(&mut first);
+    let (copy, _events) = machine(&host, 1, Choice::Auto);
+    let compare = |shadow: &Shadow| {
+        for (gfn, bytes) in &shadow.pages {
+            copy.ram().write_page(Gfn(*gfn), bytes.as_slice().try_into().unwrap());
+        }
+        let check = shadow.state.iter().find(|(kind, ..)| *kind == Kind::Check).unwrap();
+        copy.compare(&check.3)
+    };
+    for round in 0..10 {
+        std::thread::sleep(Duration::from_millis(2));
+        first.check_next();
+        shadow.checkpoint(&mut first, &mut staging);
+        assert_eq!(compare(&shadow), Ok(()), "{round}");
+    }
+    let page = shadow.pages.get_mut(&(B / 4096)).unwrap();
+    page[4095] ^= 0x10;
+    assert!(matches!(compare(&shadow), Err(CheckError::Memory { .. })));
+    shadow.checkpoint(&mut first, &mut staging);
+    assert!(shadow.state.iter().all(|(kind, ..)| *kind != Kind::Check), "only where it was asked for");
 }
 
 /// Rule 3 of vcpu/mod.rs: an `in` that is under way when the vCPU is stopped is completed before the

@@ -66,6 +66,13 @@ pub enum Event {
         /// Pages of the VM.
         total_pages: u64,
     },
+    /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
+    SelfCheck {
+        /// The checkpoint.
+        checkpoint: u64,
+        /// How the copy differs; `null` when it is the same.
+        difference: Option<String>,
+    },
     /// The base checkpoint is committed: from here on the VM survives the loss of this host.
     Protected {
         /// The generation that runs the VM.
@@ -273,6 +280,7 @@ mod tests {
             Event::Listening { addr: "127.0.0.1:7000".into() },
             Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
             Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536 },
+            Event::SelfCheck { checkpoint: 100, difference: None },
             Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
             Event::Stats(Stats { pause_us: vec![(100, 3), (200, 1)], rate_hz: 812.5, ..Stats::default() }),
             Event::LinkLost { reason: "nothing heard for 500 ms".into() },

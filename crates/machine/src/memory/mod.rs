@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 mod copy;
+mod hash;
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;

@@ -20,12 +20,16 @@ pub enum Kind {
     Vm = 3,
     /// One device behind the virtio-mmio transport.
     Device = 4,
+    /// Hashes of all memory and all disks, in a checkpoint that is to be compared. No part of the VM's state.
+    Check = 6,
 }
 
 impl Kind {
     /// The kind with this number on the wire.
     pub fn from_wire(number: u16) -> Option<Self> {
-        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device].into_iter().find(|k| *k as u16 == number)
+        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device, Self::Check]
+            .into_iter()
+            .find(|k| *k as u16 == number)
     }
 }
 

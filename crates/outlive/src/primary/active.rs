@@ -39,6 +39,8 @@ pub(crate) struct Active {
     pub(crate) interval: Duration,
     /// Pages that a staging buffer has room for.
     pub(crate) staging_pages: usize,
+    /// Every how many checkpoints both copies are compared.
+    pub(crate) self_check: Option<u64>,
     /// Counters.
     pub(crate) totals: Arc<Totals>,
     /// Events.
@@ -55,6 +57,7 @@ struct Coordinator {
     free: Vec<Staging>,
     base: Option<Base>,
     next_epoch: Instant,
+    captures: u64,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
     /// The VM cannot run here any more.
@@ -71,6 +74,7 @@ impl Active {
             free: Vec::new(),
             base: None,
             next_epoch: Instant::now(),
+            captures: 0,
             guest_over: false,
             wedged: false,
         };
@@ -296,6 +300,10 @@ impl Coordinator {
     /// Takes one checkpoint and hands it to the sender.
     fn capture(&mut self, end: Option<EndReason>) -> Result<(), CaptureError> {
         let Some(mut staging) = self.free.pop() else { return Ok(()) };
+        self.captures += 1;
+        if self.active.self_check.is_some_and(|every| self.captures.is_multiple_of(every)) {
+            self.active.machine.check_next();
+        }
         let began = Instant::now();
         let mut pause = Pause {
             control: &self.active.control,

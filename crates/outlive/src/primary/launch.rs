@@ -104,6 +104,7 @@ pub(crate) fn launch(launch: Launch) -> u8 {
         inbox,
         interval: options.interval,
         staging_pages: options.max_dirty * 2,
+        self_check: options.self_check,
         totals,
         events,
         reporter,

@@ -215,6 +215,15 @@ impl Control {
         self.lock().copy.take()
     }
 
+    /// The copy was compared with the VM.
+    pub(super) fn compared(&self, checkpoint: u64, difference: Option<&String>) {
+        match difference {
+            None => tracing::debug!(checkpoint, "self-check: the copy is the VM's"),
+            Some(why) => tracing::error!(checkpoint, "SELF-CHECK FAILED: {why}"),
+        }
+        self.events.emit(events::Event::SelfCheck { checkpoint, difference: difference.cloned() });
+    }
+
     /// Closes every connection; what was written still goes out.
     pub(super) fn finish(&self) {
         for peer in self.lock().peers.drain(..) {

@@ -150,6 +150,8 @@ impl VmCopy {
             let Some(kind) = Kind::from_wire(state.kind) else { continue };
             if kind == Kind::VcpuConstant {
                 constants.push(state.bytes.to_vec());
+            }
+            if matches!(kind, Kind::VcpuConstant | Kind::Check) {
                 continue;
             }
             let (start, len) = (self.state.len(), state.bytes.len());
@@ -177,6 +179,12 @@ impl VmCopy {
             })
             .collect();
         self.machine.restore(&self.constants, &sections).map_err(|e| e.to_string())
+    }
+
+    /// Compares the copy with what the checkpoint, applied whole, says of the VM. `None` when it says nothing.
+    pub(super) fn compare(&self, checkpoint: &Checkpoint<'_>) -> Option<Result<(), String>> {
+        let section = checkpoint.state().find(|state| Kind::from_wire(state.kind) == Some(Kind::Check))?;
+        Some(self.machine.compare(section.bytes).map_err(|e| e.to_string()))
     }
 
     /// The machine.

@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outlive_epoch::{Expect, Message, ReadError, SectionReader, Staging};
+use outlive_epoch::{Checkpoint, Expect, Message, ReadError, SectionReader, Staging};
 use outlive_machine::Ram;
 use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 
@@ -128,8 +128,20 @@ impl Session {
             return Err(End::Known);
         }
         self.control.with_copy(|copy| copy.keep_state(&checkpoint));
+        self.compare(&checkpoint)?;
         self.control.handle(Event::Applied { checkpoint: number });
         self.staging.reset(Expect::Number(number + 1));
         Ok(())
+    }
+
+    /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never run.
+    fn compare(&self, checkpoint: &Checkpoint<'_>) -> Result<(), End> {
+        let checked = self.control.with_copy(|copy| copy.compare(checkpoint));
+        let Some(result) = checked.ok_or(End::Known)? else { return Ok(()) };
+        self.control.compared(checkpoint.number(), result.as_ref().err());
+        result.map_err(|why| {
+            self.control.handle(Event::Failed { why });
+            End::Known
+        })
     }
 }

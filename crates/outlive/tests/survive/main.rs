@@ -14,4 +14,5 @@ mod link;
 mod output;
 mod redis;
 mod refusals;
+mod self_check;
 mod support;
