@@ -8,6 +8,7 @@
 //! Saving and restoring is done by the coordinator with all vCPUs stopped and the device gate closed, so that
 //! no one else is in any of these objects.
 
+pub mod blk;
 pub mod mmio;
 pub mod net;
 pub mod persist;

@@ -41,6 +41,9 @@ pub(crate) trait Work: Send + Sync + 'static {
 
     /// Work inside the gate; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at once.
     fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
+
+    /// After each batch, outside the gate: what may take longer than a checkpoint should wait.
+    fn rest(&self) {}
 }
 
 /// Calls a device's thread.
@@ -141,11 +144,13 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
             return;
         };
         more = work.batch(&ready, &pass);
+        drop(pass);
+        work.rest();
     }
 }
 
 /// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay open.
-fn block_signals() {
+pub(crate) fn block_signals() {
     const FAULTS: [i32; 6] =
         [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
     for signal in (1..=libc::SIGRTMAX()).filter(|signal| !FAULTS.contains(signal)) {

@@ -1,0 +1,86 @@
+//! The configuration space, the features and the limits the guest is told (virtio 1.2, 5.2).
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+use crate::devices::virtio::COMMON_FEATURES;
+
+/// Bytes of a sector, the unit of addresses and lengths.
+pub const SECTOR: u64 = 512;
+/// Most queues of a disk.
+pub const MAX_DISK_QUEUES: u16 = 16;
+/// Largest size of a queue.
+pub const QUEUE_SIZE: u16 = 128;
+/// Most buffers of a request beside its header and its status.
+pub const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// Largest buffer.
+pub const SEGMENT_BYTES: u32 = 32 << 10;
+/// Most bytes a request reads or writes.
+pub const MAX_DATA: usize = SEGMENTS as usize * SEGMENT_BYTES as usize;
+/// Most ranges of one discard or write-zeroes request.
+pub const MAX_RANGES: usize = 16;
+/// Most sectors of one range to discard: 1 GiB.
+pub const MAX_DISCARD: u32 = 1 << 21;
+/// Most sectors of one range of zeroes: 64 MiB, for on some file systems zeroes have to be written.
+pub const MAX_ZEROES: u32 = 1 << 17;
+
+/// Offset of the field `writeback`, the only one a driver writes.
+pub(super) const WRITEBACK: usize = 32;
+const LENGTH: usize = 60;
+
+/// What a disk offers its driver.
+pub(super) fn features(readonly: bool) -> u64 {
+    let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
+    let always =
+        [VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY];
+    let writable = [
+        VIRTIO_BLK_F_FLUSH,
+        VIRTIO_BLK_F_CONFIG_WCE,
+        VIRTIO_BLK_F_DISCARD,
+        VIRTIO_BLK_F_WRITE_ZEROES,
+    ];
+    let more = if readonly { bits(&[VIRTIO_BLK_F_RO]) } else { bits(&writable) };
+    COMMON_FEATURES | bits(&always) | 1 << VIRTIO_BLK_F_MQ | more
+}
+
+/// Whether a driver that accepted `features` and set `writeback` expects a write to be durable when it is
+/// complete, without a flush (virtio 1.2, 5.2.6.2).
+pub(super) fn writes_through(features: u64, writeback: bool) -> bool {
+    let has = |bit: u32| features & 1 << bit != 0;
+    if has(VIRTIO_BLK_F_CONFIG_WCE) { !writeback } else { !has(VIRTIO_BLK_F_FLUSH) }
+}
+
+/// Reads the configuration space of a disk; bytes outside of it are zero.
+pub(super) fn read(sectors: u64, queues: u16, writeback: bool, offset: u64, data: &mut [u8]) {
+    let config = space(sectors, queues, writeback);
+    let from = usize::try_from(offset).map_or(LENGTH, |offset| offset.min(LENGTH));
+    data.fill(0);
+    for (to, from) in data.iter_mut().zip(&config[from..]) {
+        *to = *from;
+    }
+}
+
+/// `struct virtio_blk_config`.
+fn space(sectors: u64, queues: u16, writeback: bool) -> [u8; LENGTH] {
+    let mut config = [0; LENGTH];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &sectors.to_le_bytes());
+    put(8, &SEGMENT_BYTES.to_le_bytes());
+    put(12, &SEGMENTS.to_le_bytes());
+    put(20, &(SECTOR as u32).to_le_bytes());
+    // Topology: physical blocks of 8 sectors, so that file systems are laid out for pages of the host.
+    put(24, &[3, 0]);
+    put(26, &8u16.to_le_bytes());
+    put(WRITEBACK, &[u8::from(writeback)]);
+    put(34, &queues.to_le_bytes());
+    put(36, &MAX_DISCARD.to_le_bytes());
+    put(40, &(MAX_RANGES as u32).to_le_bytes());
+    put(44, &8u32.to_le_bytes());
+    put(48, &MAX_ZEROES.to_le_bytes());
+    put(52, &(MAX_RANGES as u32).to_le_bytes());
+    put(56, &[1]);
+    config
+}

@@ -1,0 +1,108 @@
+//! How requests reach the host's disk: io_uring, or plain threads where that is missing.
+//!
+//! An engine is given single operations with the buffer they work on, and hands both back when it is done. It
+//! knows nothing of guests, queues and order.
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod manual;
+pub(super) mod threads;
+pub(super) mod uring;
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::image::Image;
+use super::pool::Buffer;
+
+/// Which engine carries requests to the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// io_uring where the kernel has it and lets this process use it, threads elsewhere.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    Uring,
+    /// Threads that read and write.
+    Threads,
+}
+
+/// One thing to do with the disk. Offsets and lengths in bytes; `from` is where in the buffer the data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Read { offset: u64, from: usize, len: usize },
+    Write { offset: u64, from: usize, len: usize },
+    /// Writes zeroes, at most [`ZEROES`] of them; needs no buffer.
+    Zeroes { offset: u64, len: usize },
+    /// Makes the range read as zeroes and gives its space back.
+    PunchHole { offset: u64, len: u64 },
+    /// Makes the range read as zeroes and keeps its space.
+    ZeroRange { offset: u64, len: u64 },
+    /// Makes what was written durable.
+    Sync,
+}
+
+/// Most bytes one operation writes from the engines' own zeroes.
+pub(super) const ZEROES: usize = 64 << 10;
+static ZERO: [u8; ZEROES] = [0; ZEROES];
+
+/// An operation to carry out. No two with the same token are under way.
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub(super) token: u16,
+    pub(super) operation: Operation,
+    pub(super) buffer: Buffer,
+}
+
+/// An operation that is done.
+#[derive(Debug)]
+pub(super) struct Completion {
+    pub(super) token: u16,
+    pub(super) buffer: Buffer,
+    /// Bytes transferred (0 where the operation transfers none), or the error number.
+    pub(super) result: Result<usize, i32>,
+}
+
+/// Carries operations out.
+pub(super) trait Engine: Send + Sync {
+    /// Begins all of them and leaves the list empty. Outside the gate: may take as long as the kernel pleases.
+    ///
+    /// An engine may tie an operation to the thread that submits it, so all but those of a shared disk come
+    /// from the device's own thread.
+    fn submit(&self, submissions: &mut Vec<Submission>);
+
+    /// Adds what is done to the list. Does not wait.
+    fn reap(&self, completions: &mut Vec<Completion>);
+
+    /// Readable when something is done.
+    fn event(&self) -> &EventFd;
+
+    /// What it is called.
+    fn name(&self) -> &'static str;
+}
+
+/// An engine for `image` with at most `depth` operations under way.
+///
+/// A shared disk gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels what
+/// a thread has submitted when that thread ends.
+pub(super) fn start(
+    kind: EngineKind,
+    image: &Arc<Image>,
+    depth: u16,
+    shared: bool,
+) -> io::Result<Box<dyn Engine>> {
+    let threads = || threads::Threads::start(image.clone()).map(|engine| Box::new(engine) as _);
+    match kind {
+        EngineKind::Threads => threads(),
+        _ if shared => threads(),
+        EngineKind::Uring => Ok(Box::new(uring::Uring::start(image.clone(), depth)?)),
+        EngineKind::Auto => match uring::Uring::start(image.clone(), depth) {
+            Ok(engine) => Ok(Box::new(engine)),
+            Err(error) => {
+                tracing::info!(%error, "no io_uring here: threads carry the requests to the disk");
+                threads()
+            }
+        },
+    }
+}

@@ -1,0 +1,150 @@
+//! Requests carried out by a few threads with plain system calls.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
+
+use super::super::image::Image;
+use super::{Completion, Engine, Operation, Submission, ZERO};
+use crate::devices::virtio::worker::{block_signals, event};
+
+/// As many operations run at the same time.
+const THREADS: usize = 4;
+
+/// The engine: a queue, the threads that empty it, and what they have done.
+pub(in super::super) struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    image: Arc<Image>,
+    queue: Mutex<Queue>,
+    filled: Condvar,
+    done: Mutex<Vec<Completion>>,
+    event: EventFd,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Submission>,
+    quit: bool,
+}
+
+impl Threads {
+    pub(in super::super) fn start(image: Arc<Image>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            image,
+            queue: Mutex::default(),
+            filled: Condvar::new(),
+            done: Mutex::default(),
+            event: event()?,
+        });
+        let mut engine = Self { shared, threads: Vec::new() };
+        for _ in 0..THREADS {
+            let shared = engine.shared.clone();
+            let run = move || {
+                block_signals();
+                shared.run();
+            };
+            // If one cannot be started, dropping the engine ends the others.
+            engine.threads.push(thread::Builder::new().name("outlive-blk-io".into()).spawn(run)?);
+        }
+        Ok(engine)
+    }
+}
+
+impl Engine for Threads {
+    fn submit(&self, submissions: &mut Vec<Submission>) {
+        if submissions.is_empty() {
+            return;
+        }
+        lock(&self.shared.queue).waiting.extend(submissions.drain(..));
+        self.shared.filled.notify_all();
+    }
+
+    fn reap(&self, completions: &mut Vec<Completion>) {
+        completions.append(&mut lock(&self.shared.done));
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.shared.event
+    }
+
+    fn name(&self) -> &'static str {
+        "threads"
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        lock(&self.shared.queue).quit = true;
+        self.shared.filled.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread that carries requests to the disk had panicked");
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Carries operations out until the engine ends; then those that are left.
+    fn run(&self) {
+        while let Some(Submission { token, operation, mut buffer }) = self.next() {
+            let result = carry_out(&self.image, operation, &mut buffer)
+                .map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
+            lock(&self.done).push(Completion { token, buffer, result });
+            // Fails only if the counter is full, and then it is readable anyway.
+            let _ = self.event.write(1);
+        }
+    }
+
+    fn next(&self) -> Option<Submission> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if let Some(submission) = queue.waiting.pop_front() {
+                return Some(submission);
+            }
+            if queue.quit {
+                return None;
+            }
+            queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Carries out one operation, waiting for the disk.
+pub(super) fn carry_out(image: &Image, operation: Operation, buffer: &mut [u8]) -> io::Result<usize> {
+    let file = image.file();
+    loop {
+        let result = match operation {
+            Operation::Read { offset, from, len } => file.read_at(&mut buffer[from..from + len], offset),
+            Operation::Write { offset, from, len } => file.write_at(&buffer[from..from + len], offset),
+            Operation::Zeroes { offset, len } => file.write_at(&ZERO[..len], offset),
+            Operation::Sync => file.sync_data().map(|()| 0),
+            Operation::PunchHole { offset, len } => change(image, FallocateMode::PunchHole, offset, len),
+            Operation::ZeroRange { offset, len } => change(image, FallocateMode::ZeroRange, offset, len),
+        };
+        match result {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn change(image: &Image, mode: FallocateMode, offset: u64, len: u64) -> io::Result<usize> {
+    match fallocate(image.file(), mode, true, offset, len) {
+        Ok(()) => Ok(0),
+        Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,176 @@
+//! Requests carried out by the kernel itself: io_uring.
+
+// UNSAFETY: the kernel reads and writes buffers by address until it says that it is done; that they live and
+// stay where they are so long is what the one unsafe block of this file answers for.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use tracing::{error, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::image::Image;
+use super::super::pool::Buffer;
+use super::{Completion, Engine, Operation, Submission, ZERO};
+use crate::devices::virtio::worker::event;
+
+/// The engine: a ring, and the buffers of the operations under way.
+pub(in super::super) struct Uring {
+    inner: Mutex<Inner>,
+    event: EventFd,
+}
+
+struct Inner {
+    ring: IoUring,
+    /// By token: the buffer the kernel works on. A `Vec` keeps its bytes in place when it is moved.
+    under_way: Vec<Option<Buffer>>,
+    count: usize,
+    image: Arc<Image>,
+}
+
+impl Uring {
+    /// A ring for at most `depth` operations at a time, with tokens below `depth`.
+    pub(in super::super) fn start(image: Arc<Image>, depth: u16) -> io::Result<Self> {
+        let ring = IoUring::new(u32::from(depth))?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed =
+            [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        if !needed.iter().all(|&code| probe.is_supported(code)) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring cannot do files"));
+        }
+        let event = event()?;
+        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        let under_way = (0..depth).map(|_| None).collect();
+        Ok(Self { inner: Mutex::new(Inner { ring, under_way, count: 0, image }), event })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine for Uring {
+    fn submit(&self, submissions: &mut Vec<Submission>) {
+        if submissions.is_empty() {
+            return;
+        }
+        let mut inner = self.inner();
+        for submission in submissions.drain(..) {
+            inner.push(submission);
+        }
+        inner.enter();
+    }
+
+    fn reap(&self, completions: &mut Vec<Completion>) {
+        self.inner().reap(completions);
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+}
+
+impl Inner {
+    fn push(&mut self, Submission { token, operation, buffer }: Submission) {
+        let slot = &mut self.under_way[usize::from(token)];
+        assert!(slot.is_none(), "a token is used once at a time");
+        let buffer = slot.insert(buffer);
+        self.count += 1;
+        let fd = types::Fd(self.image.file().as_raw_fd());
+        let entry = build(fd, operation, buffer).user_data(u64::from(token));
+        loop {
+            // SAFETY: the entry works on the image's descriptor, which `self.image` keeps open, and on a part
+            // of `buffer` (`build` slices it, so it is inside) or of the static zeroes. The buffer is in
+            // `under_way` until the completion of this token is reaped, and nobody touches it there; moving
+            // the `Vec` does not move its bytes. Dropping waits for all completions; should that fail, the
+            // buffers are leaked.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            match pushed {
+                Ok(()) => return,
+                // Not with one entry for each token: left over from a kernel that was short of memory.
+                Err(_) => self.enter(),
+            }
+        }
+    }
+
+    /// Makes the kernel take what was pushed.
+    fn enter(&mut self) {
+        let mut told = false;
+        loop {
+            match self.ring.submit() {
+                Ok(_) if self.ring.submission().is_empty() => return,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    // The kernel is short of memory for the moment; the requests stay in the ring.
+                    if !std::mem::replace(&mut told, true) {
+                        warn!(%error, "io_uring takes no requests now; trying again");
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        for entry in self.ring.completion() {
+            let token = entry.user_data() as u16;
+            let Some(buffer) = self.under_way.get_mut(usize::from(token)).and_then(Option::take) else {
+                error!(token, "io_uring completed what was not under way");
+                continue;
+            };
+            self.count -= 1;
+            let result = usize::try_from(entry.result()).map_err(|_| -entry.result());
+            completions.push(Completion { token, buffer, result });
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while self.count > 0 {
+            match self.ring.submit_and_wait(1) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    error!(%error, "cannot wait for the disk; its buffers are given up");
+                    std::mem::forget(std::mem::take(&mut self.under_way));
+                    return;
+                }
+                _ => self.reap(&mut done),
+            }
+        }
+    }
+}
+
+fn build(fd: types::Fd, operation: Operation, buffer: &mut Buffer) -> squeue::Entry {
+    match operation {
+        Operation::Read { offset, from, len } => {
+            let to = &mut buffer[from..from + len];
+            opcode::Read::new(fd, to.as_mut_ptr(), len as u32).offset(offset).build()
+        }
+        Operation::Write { offset, from, len } => {
+            let data = &buffer[from..from + len];
+            opcode::Write::new(fd, data.as_ptr(), len as u32).offset(offset).build()
+        }
+        Operation::Zeroes { offset, len } => {
+            let data = &ZERO[..len];
+            opcode::Write::new(fd, data.as_ptr(), len as u32).offset(offset).build()
+        }
+        Operation::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        Operation::PunchHole { offset, len } => fallocate(fd, libc::FALLOC_FL_PUNCH_HOLE, offset, len),
+        Operation::ZeroRange { offset, len } => fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, offset, len),
+    }
+}
+
+fn fallocate(fd: types::Fd, mode: i32, offset: u64, len: u64) -> squeue::Entry {
+    opcode::Fallocate::new(fd, len).offset(offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
+}

@@ -1,0 +1,1 @@
+//! A driver that writes whatever it likes.

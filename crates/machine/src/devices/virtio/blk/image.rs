@@ -1,0 +1,135 @@
+//! The host's end: an image file or a block device.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::config::SECTOR;
+
+/// Why an image cannot be used. Each says what to do about it.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// There is no such file.
+    #[error("the disk image {} does not exist: make one with `truncate -s 10G {}`, or correct the path", .0.display(), .0.display())]
+    Missing(PathBuf),
+    /// This user may not open it.
+    #[error("no permission to open the disk image {}: let this user read{} it", .path.display(), if *.readonly { "" } else { " and write" })]
+    NoPermission {
+        /// Path of the image.
+        path: PathBuf,
+        /// It was to be opened for reading only.
+        readonly: bool,
+    },
+    /// The file system, or the block device, cannot be written to.
+    #[error("the disk image {} cannot be written to: give it to the guest with `readonly`", .0.display())]
+    ReadOnly(PathBuf),
+    /// A directory, a pipe, a terminal.
+    #[error("{} is neither a file nor a block device: give the path of a raw disk image", .0.display())]
+    Kind(PathBuf),
+    /// Not even one sector.
+    #[error("the disk image {} has {bytes} bytes, less than a sector of 512: make it larger with `truncate -s 10G {}`", .path.display(), .path.display())]
+    TooSmall {
+        /// Path of the image.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Another VM, or a mount, has it.
+    #[error("the disk image {} is in use: stop the program that uses it, or, if it is meant to be shared, say `shared` in both", .0.display())]
+    InUse(PathBuf),
+    /// Anything else.
+    #[error("cannot open the disk image {}: {source}", .path.display())]
+    Other {
+        /// Path of the image.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// An open image. The last bytes of a file that is not a whole number of sectors long are out of reach.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    sectors: u64,
+    readonly: bool,
+}
+
+impl Image {
+    /// Opens `path`. Unless `shared`, no one else who keeps to the rules can have it open at the same time:
+    /// it is locked (`flock`), a block device is opened exclusively.
+    pub fn open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
+        let other = |source| ImageError::Other { path: path.into(), source };
+        let kind = fs::metadata(path).map_err(|error| open_error(path, readonly, error))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::Kind(path.into()));
+        }
+        let exclusive = kind.is_block_device() && !readonly && !shared;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!readonly)
+            .custom_flags(if exclusive { libc::O_EXCL } else { 0 })
+            .open(path)
+            .map_err(|error| open_error(path, readonly, error))?;
+        let locked = if readonly || shared { file.try_lock_shared() } else { file.try_lock() };
+        match locked {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.into())),
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
+                tracing::debug!(path = %path.display(), "the file system of the disk image knows no locks");
+            }
+            Err(TryLockError::Error(error)) => return Err(other(error)),
+        }
+        // The metadata of a block device do not have its length.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(other)?;
+        if bytes < SECTOR {
+            return Err(ImageError::TooSmall { path: path.into(), bytes });
+        }
+        Ok(Self { file, path: path.into(), sectors: bytes / SECTOR, readonly })
+    }
+
+    /// The open file, for whoever reads parts of it by themselves.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Length of the disk as the guest sees it.
+    pub fn bytes(&self) -> u64 {
+        self.sectors * SECTOR
+    }
+
+    /// Length of the disk in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Fills `buffer` with what is at `offset`.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+}
+
+fn open_error(path: &Path, readonly: bool, error: io::Error) -> ImageError {
+    let path = path.to_path_buf();
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => ImageError::Missing(path),
+        Some(libc::EACCES | libc::EPERM) => ImageError::NoPermission { path, readonly },
+        Some(libc::EROFS) => ImageError::ReadOnly(path),
+        Some(libc::EBUSY) => ImageError::InUse(path),
+        _ => ImageError::Other { path, source: error },
+    }
+}

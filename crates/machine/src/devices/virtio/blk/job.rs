@@ -1,0 +1,257 @@
+//! One request on its way through the disk: which operations it takes, and what it changed.
+
+use super::buffer::{DiskOp, DiskWrite};
+use super::engine::{Operation, ZEROES};
+use super::log::MAX_RECORD;
+use super::request::{Extent, Kind, Status};
+
+/// How a range is made zero. What the host's file system cannot do is tried with the next one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    PunchHole,
+    ZeroRange,
+    /// Zeroes are written.
+    Zeroes,
+}
+
+/// What a job does now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The operations of the request itself.
+    Work,
+    /// Makes durable what they did.
+    Sync,
+    /// Nothing more.
+    Finished(Status),
+}
+
+/// What a result leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// There is one more operation to do.
+    Again,
+    /// The request is done. A failure comes with the error number of the host.
+    Finished(Status, Option<i32>),
+}
+
+/// How far the changes of a job have come into the log.
+#[derive(Clone, Copy, Debug, Default)]
+struct Logged {
+    bytes: u64,
+    ranges: usize,
+    flush: bool,
+}
+
+/// A request for the disk, with its position in its work.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) kind: Kind,
+    /// All of the disk that is concerned, from the first byte to the last.
+    pub(super) span: Extent,
+    /// Bytes of data.
+    pub(super) len: usize,
+    /// The ranges of a discard or write-zeroes.
+    pub(super) ranges: Vec<Extent>,
+    /// The range in hand.
+    current: usize,
+    /// Bytes done: of all data, or of the range in hand.
+    done: u64,
+    method: Method,
+    phase: Phase,
+    /// A change must be durable before it is complete.
+    write_through: bool,
+    /// How often the host said "try again".
+    retries: u8,
+    logged: Logged,
+}
+
+/// How often an operation is tried again because the host says so.
+const MAX_RETRIES: u8 = 100;
+
+impl Job {
+    /// A job without work, to be filled by [`begin`](Self::begin).
+    pub(super) fn idle() -> Self {
+        Self {
+            kind: Kind::Flush,
+            span: Extent { offset: 0, len: 0, unmap: false },
+            len: 0,
+            ranges: Vec::new(),
+            current: 0,
+            done: 0,
+            method: Method::PunchHole,
+            phase: Phase::Finished(Status::Ok),
+            write_through: false,
+            retries: 0,
+            logged: Logged::default(),
+        }
+    }
+
+    /// Begins a request; its ranges are in `ranges` already.
+    pub(super) fn begin(&mut self, kind: Kind, span: Extent, len: usize, write_through: bool) {
+        let phase = if kind == Kind::Flush { Phase::Sync } else { Phase::Work };
+        let ranges = std::mem::take(&mut self.ranges);
+        *self = Self { kind, span, len, ranges, phase, write_through, ..Self::idle() };
+        self.choose_method();
+        self.skip_empty();
+    }
+
+    /// The operation to do now; `None` when there is none.
+    pub(super) fn operation(&self) -> Option<Operation> {
+        match self.phase {
+            Phase::Finished(_) => None,
+            Phase::Sync => Some(Operation::Sync),
+            Phase::Work => {
+                let from = self.done as usize;
+                let offset = self.span.offset + self.done;
+                Some(match self.kind {
+                    Kind::Read => Operation::Read { offset, from, len: self.len - from },
+                    Kind::Write => Operation::Write { offset, from, len: self.len - from },
+                    _ => self.zero(),
+                })
+            }
+        }
+    }
+
+    fn zero(&self) -> Operation {
+        let range = self.ranges[self.current];
+        let (offset, len) = (range.offset + self.done, range.len - self.done);
+        match self.method {
+            Method::PunchHole => Operation::PunchHole { offset, len },
+            Method::ZeroRange => Operation::ZeroRange { offset, len },
+            Method::Zeroes => Operation::Zeroes { offset, len: len.min(ZEROES as u64) as usize },
+        }
+    }
+
+    /// Takes the result of the operation in hand.
+    pub(super) fn done(&mut self, result: Result<usize, i32>) -> After {
+        match (self.phase, result) {
+            (_, Err(libc::EINTR | libc::EAGAIN)) if self.retries < MAX_RETRIES => {
+                self.retries += 1;
+                After::Again
+            }
+            (Phase::Work, Err(libc::EOPNOTSUPP)) if self.kind != Kind::Read && self.kind != Kind::Write => {
+                self.other_method()
+            }
+            (_, Err(number)) => self.finish(Status::IoError, Some(number)),
+            (Phase::Work, Ok(bytes)) => self.advance(bytes as u64),
+            (Phase::Sync | Phase::Finished(_), Ok(_)) => self.finish(Status::Ok, None),
+        }
+    }
+
+    fn advance(&mut self, bytes: u64) -> After {
+        match self.kind {
+            Kind::Read | Kind::Write => {
+                // Nothing moved: the image has become shorter.
+                if bytes == 0 {
+                    return self.finish(Status::IoError, Some(libc::EIO));
+                }
+                self.done += bytes;
+                if self.done < self.len as u64 {
+                    return After::Again;
+                }
+            }
+            _ => {
+                let range = self.ranges[self.current];
+                self.done = if self.method == Method::Zeroes { self.done + bytes } else { range.len };
+                if self.method == Method::Zeroes && bytes == 0 {
+                    return self.finish(Status::IoError, Some(libc::EIO));
+                }
+                if self.done >= range.len {
+                    self.current += 1;
+                    self.done = 0;
+                    self.choose_method();
+                    self.skip_empty();
+                }
+                if self.phase == Phase::Work {
+                    return After::Again;
+                }
+            }
+        }
+        self.work_done()
+    }
+
+    /// Passes over ranges without bytes, and ends the work behind the last range.
+    fn skip_empty(&mut self) {
+        if !matches!(self.kind, Kind::Discard | Kind::WriteZeroes) {
+            return;
+        }
+        while self.ranges.get(self.current).is_some_and(|range| range.len == 0) {
+            self.current += 1;
+            self.choose_method();
+        }
+        if self.current == self.ranges.len() {
+            self.work_done();
+        }
+    }
+
+    fn work_done(&mut self) -> After {
+        if self.write_through && self.kind.changes() {
+            self.phase = Phase::Sync;
+            return After::Again;
+        }
+        self.finish(Status::Ok, None)
+    }
+
+    fn finish(&mut self, status: Status, error: Option<i32>) -> After {
+        self.phase = Phase::Finished(status);
+        After::Finished(status, error)
+    }
+
+    fn choose_method(&mut self) {
+        let unmap = self.ranges.get(self.current).is_some_and(|range| range.unmap);
+        self.method = if unmap { Method::PunchHole } else { Method::ZeroRange };
+    }
+
+    /// The host's file system cannot do what was asked.
+    fn other_method(&mut self) -> After {
+        // A discard is a hint. What was not discarded has not changed.
+        if self.kind == Kind::Discard {
+            return self.finish(Status::Ok, None);
+        }
+        if self.method == Method::Zeroes {
+            return self.finish(Status::IoError, Some(libc::EOPNOTSUPP));
+        }
+        self.method = Method::Zeroes;
+        After::Again
+    }
+
+    /// The next thing this job has changed that is not in the log yet; `None` when all is.
+    pub(super) fn next_change<'a>(&self, disk: u16, buffer: &'a [u8]) -> Option<DiskWrite<'a>> {
+        match self.kind {
+            Kind::Write if self.logged.bytes < self.done => {
+                let from = self.logged.bytes as usize;
+                let to = (self.done as usize).min(from + MAX_RECORD);
+                let offset = self.span.offset + self.logged.bytes;
+                return Some(DiskWrite { disk, offset, op: DiskOp::Data(&buffer[from..to]) });
+            }
+            Kind::Discard | Kind::WriteZeroes => {
+                for (index, range) in self.ranges.iter().enumerate().skip(self.logged.ranges) {
+                    let len = match index.cmp(&self.current) {
+                        std::cmp::Ordering::Less => range.len,
+                        std::cmp::Ordering::Equal => self.done,
+                        std::cmp::Ordering::Greater => 0,
+                    };
+                    if len > 0 {
+                        return Some(DiskWrite { disk, offset: range.offset, op: DiskOp::Zero(len) });
+                    }
+                }
+            }
+            _ => {}
+        }
+        let synced = self.kind == Kind::Flush || self.write_through && self.kind.changes();
+        let durable = synced && self.phase == Phase::Finished(Status::Ok) && !self.logged.flush;
+        durable.then_some(DiskWrite { disk, offset: 0, op: DiskOp::Flush })
+    }
+
+    /// The change that [`next_change`](Self::next_change) told is in the log.
+    pub(super) fn logged(&mut self, write: &DiskWrite<'_>) {
+        match write.op {
+            DiskOp::Data(data) => self.logged.bytes += data.len() as u64,
+            DiskOp::Zero(_) => {
+                let at = self.ranges.iter().skip(self.logged.ranges).position(|it| it.len > 0);
+                self.logged.ranges += at.map_or(self.ranges.len(), |at| at + 1);
+            }
+            DiskOp::Flush => self.logged.flush = true,
+        }
+    }
+}

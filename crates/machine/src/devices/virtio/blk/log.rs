@@ -1,0 +1,257 @@
+//! What the guest did to its disks since the last checkpoint: one log for all disks of a machine.
+//!
+//! | mode | a completed write | for |
+//! |---|---|---|
+//! | [`Off`](LogMode::Off) | leaves no trace | a VM that is not protected |
+//! | [`Track`](LogMode::Track) | marks the chunks it touched | synchronising a standby in the background |
+//! | [`Log`](LogMode::Log) | is appended, with its data | shipping it with the checkpoint of its epoch |
+//!
+//! **A write is in the log before the guest can know that it is complete.** The device thread appends it and
+//! then fills in the used ring, inside the gate; so the log that a checkpoint takes holds every write that the
+//! guest of this checkpoint knows to be complete. It may hold more: a write whose request is still in flight
+//! in the checkpoint, or the first part of one. That is harmless, because a resumed VM issues the request
+//! again. Writes that overlap are in the log in the order in which they reached the disk.
+//!
+//! The log is bounded. When a record finds no room the requests wait, their completion unpublished, until
+//! [`swap`](WriteLog::swap) brings an empty buffer.
+//!
+//! # Taking a copy of a disk that is in use
+//!
+//! Switch to `Track`, copy all chunks; then, round by round, [`swap_chunks`](WriteLog::swap_chunks) and copy
+//! what was written meanwhile. When little is left: switch to `Log` in the pause of a checkpoint M, take the
+//! chunks for the last time, copy them while the guest runs on. A chunk read now may already hold writes of
+//! later epochs; so the copy is whole only at the first checkpoint N that is taken *after* the last chunk was
+//! read, once the logs of the epochs M+1 to N have been applied on top of the chunks. What such a chunk may
+//! hold beyond N are writes in flight at N, which the checkpoint lists.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::buffer::{DiskOp, DiskWrite, WriteBuffer};
+use super::chunks::ChunkSet;
+
+/// Most bytes of data in one record.
+pub const MAX_RECORD: usize = 64 << 10;
+
+/// What becomes of completed writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogMode {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The chunks they touch are marked.
+    Track,
+    /// They are appended to the buffer.
+    Log,
+}
+
+/// Counters of a log since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogStats {
+    /// Records appended.
+    pub records: u64,
+    /// Their bytes, headers counted.
+    pub bytes: u64,
+    /// Most bytes a buffer held when it was swapped out.
+    pub most_bytes: u64,
+    /// How often the log was full; counted once for each buffer.
+    pub full: u64,
+}
+
+/// What became of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a record that found no room must be appended again"]
+pub(super) enum Appended {
+    /// It is in the log, or the mode wants none.
+    Done,
+    /// No room: try again when the event given to [`WriteLog::attach`] is written.
+    Full,
+}
+
+type OnFull = Box<dyn Fn() + Send + Sync>;
+
+/// The log of what was done to the disks of one machine.
+pub struct WriteLog {
+    inner: Mutex<Inner>,
+    on_full: OnFull,
+}
+
+struct Inner {
+    mode: LogMode,
+    buffer: WriteBuffer,
+    /// The buffer was found full; whoever waits has to be woken by the next swap.
+    full: bool,
+    disks: Vec<Disk>,
+    stats: LogStats,
+}
+
+struct Disk {
+    index: u16,
+    chunks: ChunkSet,
+    room: EventFd,
+}
+
+impl WriteLog {
+    /// A log in mode `Off`, without a buffer. `on_full` is called when a write finds no room, once for each
+    /// buffer, on the thread of a device inside the gate: it must not block.
+    pub fn new(on_full: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        let inner = Inner {
+            mode: LogMode::Off,
+            buffer: WriteBuffer::default(),
+            full: false,
+            disks: Vec::new(),
+            stats: LogStats::default(),
+        };
+        Arc::new(Self { inner: Mutex::new(inner), on_full: Box::new(on_full) })
+    }
+
+    /// What becomes of completed writes.
+    pub fn mode(&self) -> LogMode {
+        self.inner().mode
+    }
+
+    /// From now on completed writes are treated so. In a pause (gate closed), so that every write is treated
+    /// one way or the other as a whole. Marked chunks stay marked and logged records stay in the buffer.
+    ///
+    /// Before `Log`, [`swap`](Self::swap) a buffer in: the first one has no room at all.
+    pub fn set_mode(&self, mode: LogMode) {
+        let mut inner = self.inner();
+        inner.mode = mode;
+        // Out of `Log` nothing waits for room any more.
+        inner.wake();
+    }
+
+    /// Exchanges the buffer of the log, with what was logged since the last time, for `buffer`, which must be
+    /// empty. In a pause (gate closed); takes no time that depends on what is in them.
+    ///
+    /// # Panics
+    ///
+    /// If `buffer` is not empty: writes would be shipped twice.
+    pub fn swap(&self, buffer: &mut WriteBuffer) {
+        assert!(buffer.is_empty(), "the buffer for the next epoch is empty");
+        let mut inner = self.inner();
+        std::mem::swap(&mut inner.buffer, buffer);
+        inner.stats.most_bytes = inner.stats.most_bytes.max(buffer.bytes() as u64);
+        inner.wake();
+    }
+
+    /// Bytes in the buffer now, and how many there is room for.
+    pub fn fill(&self) -> (usize, usize) {
+        let inner = self.inner();
+        (inner.buffer.bytes(), inner.buffer.capacity())
+    }
+
+    /// The empty set of chunks for a disk; `None` if the machine has no such disk, or does not replicate it.
+    pub fn empty_chunks(&self, disk: u16) -> Option<ChunkSet> {
+        let inner = self.inner();
+        let disk = inner.disks.iter().find(|known| known.index == disk)?;
+        // Sets differ in nothing but their length.
+        let bytes = disk.chunks.chunks() * super::chunks::CHUNK;
+        drop(inner);
+        Some(ChunkSet::for_disk(bytes))
+    }
+
+    /// Exchanges the set of chunks that were marked since the last time for `chunks`. At any time. Returns
+    /// `false`, and does nothing, if there is no such disk or the set is for one of another size.
+    ///
+    /// A write is marked when it completes: a chunk that is read after this is either free of it or will be
+    /// marked again.
+    pub fn swap_chunks(&self, disk: u16, chunks: &mut ChunkSet) -> bool {
+        let mut inner = self.inner();
+        match inner.disks.iter_mut().find(|known| known.index == disk) {
+            Some(known) if known.chunks.chunks() == chunks.chunks() => {
+                std::mem::swap(&mut known.chunks, chunks);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> LogStats {
+        self.inner().stats
+    }
+
+    /// Takes note of a disk; `room` is written when a full log has room again.
+    pub(super) fn attach(&self, index: u16, bytes: u64, room: &EventFd) -> io::Result<()> {
+        let disk = Disk { index, chunks: ChunkSet::for_disk(bytes), room: room.try_clone()? };
+        let mut inner = self.inner();
+        inner.disks.retain(|known| known.index != index);
+        inner.disks.push(disk);
+        Ok(())
+    }
+
+    /// Notes that something was done to a disk. By the device thread, inside the gate, before the guest can
+    /// know of it. Data is at most [`MAX_RECORD`] bytes.
+    pub(super) fn append(&self, write: DiskWrite<'_>) -> Appended {
+        let mut inner = self.inner();
+        match inner.mode {
+            LogMode::Off => return Appended::Done,
+            LogMode::Track => inner.mark(&write),
+            LogMode::Log => {
+                let before = inner.buffer.bytes();
+                if !inner.buffer.push(write) {
+                    let first = !std::mem::replace(&mut inner.full, true);
+                    inner.stats.full += u64::from(first);
+                    drop(inner);
+                    if first {
+                        (self.on_full)();
+                    }
+                    return Appended::Full;
+                }
+                inner.stats.records += 1;
+                inner.stats.bytes += (inner.buffer.bytes() - before) as u64;
+            }
+        }
+        Appended::Done
+    }
+
+    /// Notes that a write failed: nobody knows what the disk holds there. The chunks are marked in every mode
+    /// but `Off`.
+    pub(super) fn damaged(&self, disk: u16, offset: u64, len: u64) {
+        let mut inner = self.inner();
+        if inner.mode != LogMode::Off {
+            inner.mark(&DiskWrite { disk, offset, op: DiskOp::Zero(len) });
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn mark(&mut self, write: &DiskWrite<'_>) {
+        let len = match write.op {
+            DiskOp::Data(data) => data.len() as u64,
+            DiskOp::Zero(len) => len,
+            DiskOp::Flush => 0,
+        };
+        if let Some(disk) = self.disks.iter_mut().find(|disk| disk.index == write.disk) {
+            disk.chunks.insert_bytes(write.offset, len);
+        }
+    }
+
+    fn wake(&mut self) {
+        if std::mem::take(&mut self.full) {
+            for disk in &self.disks {
+                // Fails only if the counter is full, and then it is readable anyway.
+                let _ = disk.room.write(1);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for WriteLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = self.inner();
+        f.debug_struct("WriteLog")
+            .field("mode", &inner.mode)
+            .field("buffer", &inner.buffer)
+            .field("stats", &inner.stats)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,173 @@
+//! The saved state of a disk.
+//!
+//! Its contents are not in it: they are replicated, or shared. The requests in flight are: their chains lie
+//! behind the position in the available ring and are not in the used ring, so this list is the only trace of
+//! them. A restored device issues them again, oldest first, before it takes any other.
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
+
+use super::SERIAL_BYTES;
+use super::table::MAX_IN_FLIGHT;
+use crate::devices::virtio::mmio::TransportRestoreError;
+use crate::devices::virtio::persist::{DecodeError, Fields, TransportState};
+
+/// The version written.
+///
+/// - 1: sectors, shared, writeback, serial number, requests in flight, transport.
+pub const VERSION: u16 = 1;
+
+/// What a driver has been told of a disk, and has told it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskFacts {
+    /// Length of the disk.
+    pub sectors: u64,
+    /// Its writes are output.
+    pub shared: bool,
+    /// The driver flushes; otherwise every write is made durable by itself.
+    pub writeback: bool,
+    /// Its serial number.
+    pub serial: [u8; SERIAL_BYTES],
+}
+
+/// A request in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight {
+    /// The queue it came through.
+    pub queue: u16,
+    /// The descriptor it begins with.
+    pub head: u16,
+}
+
+/// Everything a resumed guest expects to find again in its disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockState {
+    /// The disk.
+    pub facts: DiskFacts,
+    /// The requests in flight, oldest first.
+    pub in_flight: Vec<InFlight>,
+    /// Registers and queue positions.
+    pub transport: TransportState,
+}
+
+/// Why a saved state cannot be taken over. The device is then as after a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RestoreError {
+    /// The bytes are not a state.
+    #[error("cannot read the state of the disk: {0}")]
+    Decode(#[from] DecodeError),
+    /// The image has another length.
+    #[error("the guest's disk has {expected} sectors, the image here has {found}: synchronise the image first")]
+    Length {
+        /// What the state says.
+        expected: u64,
+        /// What this device has.
+        found: u64,
+    },
+    /// One host shares the disk and the other does not.
+    #[error("the disk is {}shared in the state, and {}shared here: give it the same options on both hosts", if *.0 { "" } else { "not " }, if *.0 { "not " } else { "" })]
+    Shared(bool),
+    /// A request in flight cannot be one.
+    #[error("no request of queue {queue} with head {head} can be in flight, or it is listed twice")]
+    InFlight {
+        /// The queue of the request.
+        queue: u16,
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// The list of requests does not fit the positions in the rings.
+    #[error("queue {queue} has {expected} requests in flight, {listed} are listed")]
+    Count {
+        /// Which queue.
+        queue: u16,
+        /// What the positions in the rings say.
+        expected: u16,
+        /// What the list says.
+        listed: u16,
+    },
+    /// The state does not fit the device or the guest's memory.
+    #[error("cannot restore the disk: {0}")]
+    Transport(#[from] TransportRestoreError),
+}
+
+/// Appends a state to `out`. Does not allocate if `out` has room for [`BlockState::BYTES`] more.
+pub(super) fn encode(
+    facts: &DiskFacts,
+    in_flight: impl Iterator<Item = InFlight>,
+    transport: &TransportState,
+    out: &mut Vec<u8>,
+) {
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    out.extend_from_slice(&facts.sectors.to_le_bytes());
+    out.push(u8::from(facts.shared));
+    out.push(u8::from(facts.writeback));
+    out.extend_from_slice(&facts.serial);
+    let count_at = out.len();
+    out.extend_from_slice(&[0; 2]);
+    let mut count = 0u16;
+    for request in in_flight {
+        out.extend_from_slice(&request.queue.to_le_bytes());
+        out.extend_from_slice(&request.head.to_le_bytes());
+        count += 1;
+    }
+    out[count_at..count_at + 2].copy_from_slice(&count.to_le_bytes());
+    transport.encode(out);
+}
+
+impl BlockState {
+    /// Most bytes of an encoded state.
+    pub const BYTES: usize = 2 + 8 + 1 + 1 + SERIAL_BYTES + 2 + MAX_IN_FLIGHT * 4 + TransportState::BYTES;
+
+    /// Appends the state to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        encode(&self.facts, self.in_flight.iter().copied(), &self.transport, out);
+    }
+
+    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut fields = Fields::new(bytes);
+        let version = fields.u16()?;
+        if version != VERSION {
+            return Err(DecodeError::Version(version));
+        }
+        let sectors = fields.u64()?;
+        let shared = fields.flag("shared")?;
+        let writeback = fields.flag("writeback")?;
+        let serial = fields.array()?;
+        let count = fields.u16()?;
+        if usize::from(count) > MAX_IN_FLIGHT {
+            return Err(DecodeError::Value { field: "requests in flight", value: u64::from(count) });
+        }
+        let in_flight = (0..count)
+            .map(|_| Ok(InFlight { queue: fields.u16()?, head: fields.u16()? }))
+            .collect::<Result<_, DecodeError>>()?;
+        let transport = TransportState::decode(&mut fields)?;
+        fields.finish()?;
+        Ok(Self { facts: DiskFacts { sectors, shared, writeback, serial }, in_flight, transport })
+    }
+
+    /// Checks the list of requests against the queues.
+    pub(super) fn check_in_flight(&self) -> Result<(), RestoreError> {
+        let transport = &self.transport;
+        let runs = transport.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
+            && transport.status & VIRTIO_CONFIG_S_NEEDS_RESET == 0;
+        let queues = &transport.queues[..transport.queue_count as usize];
+        let mut seen = vec![Vec::new(); queues.len()];
+        for &InFlight { queue, head } in &self.in_flight {
+            let refused = RestoreError::InFlight { queue, head };
+            let record = queues.get(usize::from(queue)).ok_or(refused)?;
+            let heads = &mut seen[usize::from(queue)];
+            if !runs || !record.ready || head >= record.size || heads.contains(&head) {
+                return Err(refused);
+            }
+            heads.push(head);
+        }
+        for (queue, (record, heads)) in queues.iter().zip(seen).enumerate().filter(|_| runs) {
+            let (expected, listed) = (record.next_avail.wrapping_sub(record.next_used), heads.len() as u16);
+            if record.ready && expected != listed {
+                return Err(RestoreError::Count { queue: queue as u16, expected, listed });
+            }
+        }
+        Ok(())
+    }
+}

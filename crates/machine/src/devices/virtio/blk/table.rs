@@ -1,0 +1,189 @@
+//! The requests in flight: taken from the driver and not yet given back.
+//!
+//! They are kept in the order in which they were taken. That is the order in which a restored device issues
+//! them again, and in which those that overlap are carried out: a request that changes the disk counts the
+//! earlier ones it overlaps and that are not done yet, and starts when it has none left to wait for.
+
+use super::config::QUEUE_SIZE;
+use super::job::Job;
+use super::pool::Buffer;
+use super::request::{Segments, Status};
+use crate::devices::virtio::MAX_QUEUES;
+
+/// Most requests of a disk in flight at a time.
+pub const MAX_IN_FLIGHT: usize = 256;
+
+const _: () = assert!(QUEUE_SIZE == u128::BITS as u16, "one bit for each descriptor");
+
+/// Where a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nowhere: the slot is free.
+    Free,
+    /// So many bytes of its data have been copied from guest memory.
+    Filling(usize),
+    /// It waits for earlier ones, or to be let out.
+    Waiting,
+    /// The engine has it, or is about to get it.
+    Running,
+    /// The disk is done with it; what it changed goes to the log.
+    Logging(Status),
+    /// So many bytes of its data have been copied to guest memory.
+    Delivering(Status, usize),
+}
+
+/// A request in flight.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) stage: Stage,
+    pub(super) queue: u16,
+    pub(super) head: u16,
+    /// The driver has reset the device: nobody is told when this is done.
+    pub(super) orphan: bool,
+    /// How many earlier requests it overlaps that are not done.
+    pub(super) waits: u16,
+    /// The epoch the guest ran in when it was taken: for shared disks.
+    pub(super) epoch: u64,
+    /// It was taken, or held, while the output discards: it never starts.
+    pub(super) dropped: bool,
+    pub(super) segments: Segments,
+    pub(super) job: Job,
+    pub(super) buffer: Buffer,
+}
+
+/// All requests in flight of one disk.
+#[derive(Debug)]
+pub(super) struct Table {
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    /// Slots in use, oldest request first.
+    order: Vec<u16>,
+    /// The heads in flight of each queue.
+    heads: [u128; MAX_QUEUES],
+    /// The disk is shared: reads wait for overlapping writes, too.
+    reads_wait: bool,
+}
+
+impl Table {
+    pub(super) fn new(reads_wait: bool) -> Self {
+        let slot = || Slot {
+            stage: Stage::Free,
+            queue: 0,
+            head: 0,
+            orphan: false,
+            waits: 0,
+            epoch: 0,
+            dropped: false,
+            segments: Segments::default(),
+            job: Job::idle(),
+            buffer: Buffer::new(),
+        };
+        Self {
+            slots: (0..MAX_IN_FLIGHT).map(|_| slot()).collect(),
+            free: (0..MAX_IN_FLIGHT as u16).rev().collect(),
+            order: Vec::with_capacity(MAX_IN_FLIGHT),
+            heads: [0; MAX_QUEUES],
+            reads_wait,
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    pub(super) fn get(&self, token: u16) -> &Slot {
+        &self.slots[usize::from(token)]
+    }
+
+    pub(super) fn get_mut(&mut self, token: u16) -> &mut Slot {
+        &mut self.slots[usize::from(token)]
+    }
+
+    /// Those in flight, oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u16, &Slot)> {
+        self.order.iter().map(|&token| (token, self.get(token)))
+    }
+
+    /// The slots in use at some moment, oldest request first, to be walked while the table changes.
+    pub(super) fn token_at(&self, position: usize) -> Option<u16> {
+        self.order.get(position).copied()
+    }
+
+    /// Queue and head of each request the driver waits for, oldest first.
+    pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
+        self.iter().filter(|(_, slot)| !slot.orphan).map(|(_, slot)| (slot.queue, slot.head))
+    }
+
+    /// Whether the driver waits for this chain.
+    pub(super) fn has(&self, queue: u16, head: u16) -> bool {
+        self.heads[usize::from(queue)] & 1 << head != 0
+    }
+
+    /// The slot the next request will get, to read the request into.
+    pub(super) fn next_free(&mut self) -> Option<&mut Slot> {
+        let token = *self.free.last()?;
+        Some(self.get_mut(token))
+    }
+
+    /// Takes [`next_free`](Self::next_free) into use; its job has begun. Counts what it has to wait for.
+    pub(super) fn admit(&mut self, queue: u16, head: u16, epoch: u64, stage: Stage) -> Option<u16> {
+        let token = self.free.pop()?;
+        let job = &self.get(token).job;
+        let waits = self.iter().filter(|(_, earlier)| earlier.holds_up(job, self.reads_wait)).count() as u16;
+        self.order.push(token);
+        self.heads[usize::from(queue)] |= 1 << head;
+        let slot = self.get_mut(token);
+        (slot.stage, slot.queue, slot.head) = (stage, queue, head);
+        (slot.waits, slot.epoch) = (waits, epoch);
+        (slot.orphan, slot.dropped) = (false, false);
+        Some(token)
+    }
+
+    /// The disk is done with `token` (or will never see it): those that waited for it wait for one less.
+    /// `done` gets each that waits for nothing any more. Call while its stage is still the old one.
+    pub(super) fn finished(&mut self, token: u16, mut done: impl FnMut(u16)) {
+        let Some(position) = self.order.iter().position(|&it| it == token) else { return };
+        for &later in &self.order[position + 1..] {
+            if self.get(token).holds_up(&self.get(later).job, self.reads_wait) {
+                let slot = &mut self.slots[usize::from(later)];
+                slot.waits -= 1;
+                if slot.waits == 0 {
+                    done(later);
+                }
+            }
+        }
+    }
+
+    /// The driver no longer waits for `token`.
+    pub(super) fn orphan(&mut self, token: u16) {
+        let slot = &mut self.slots[usize::from(token)];
+        slot.orphan = true;
+        self.heads[usize::from(slot.queue)] &= !(1 << slot.head);
+    }
+
+    /// Gives the slot free. Returns its buffer.
+    pub(super) fn free(&mut self, token: u16) -> Buffer {
+        let slot = &mut self.slots[usize::from(token)];
+        if !slot.orphan {
+            self.heads[usize::from(slot.queue)] &= !(1 << slot.head);
+        }
+        slot.stage = Stage::Free;
+        let buffer = std::mem::take(&mut slot.buffer);
+        self.order.retain(|&it| it != token);
+        self.free.push(token);
+        buffer
+    }
+}
+
+impl Slot {
+    /// Whether this request, taken earlier, must be done before `later` may start.
+    fn holds_up(&self, later: &Job, reads_wait: bool) -> bool {
+        let under_way = matches!(self.stage, Stage::Filling(_) | Stage::Waiting | Stage::Running);
+        let (mine, its) = (&self.job.span, &later.span);
+        under_way
+            && self.job.kind.changes()
+            && (later.kind.changes() || reads_wait && later.kind == super::request::Kind::Read)
+            && mine.offset < its.end()
+            && its.offset < mine.end()
+    }
+}
