@@ -156,7 +156,7 @@ pub(crate) fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter,
 
 /// A network card's options.
 pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
-    NetConfig { tap: net.tap.clone(), mac, limits: OUTPUT_LIMITS, output }
+    NetConfig { tap: net.tap.clone(), mac, pairs: 1, limits: OUTPUT_LIMITS, output }
 }
 
 /// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).

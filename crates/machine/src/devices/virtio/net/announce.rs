@@ -8,9 +8,13 @@
 use std::time::{Duration, Instant};
 
 use super::mac::MacAddr;
+use super::offload::HEADER;
 
 /// Length of an announcement: the shortest Ethernet frame without its checksum.
 pub const FRAME: usize = 60;
+
+/// Length of an announcement as the output takes it.
+pub const PACKET: usize = HEADER + FRAME;
 
 /// When announcements go out after a machine has gone live. More than one because a switch port may come up
 /// late.
@@ -29,6 +33,13 @@ pub fn rarp(mac: MacAddr) -> [u8; FRAME] {
     frame[22..28].copy_from_slice(&mac.0); // sender; its IP address stays 0
     frame[32..38].copy_from_slice(&mac.0); // target; its IP address stays 0
     frame
+}
+
+/// The same behind a header that leaves nothing to do.
+pub fn packet(mac: MacAddr) -> [u8; PACKET] {
+    let mut packet = [0; PACKET];
+    packet[HEADER..].copy_from_slice(&rarp(mac));
+    packet
 }
 
 /// Which announcements of a machine are still to come.

@@ -5,14 +5,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config::config_space;
 use super::mac::MacAddr;
-use super::output::{Output, OutputLimits, OutputMode};
+use super::offload::{CTRL_VQ, MQ, effective, offered};
+use super::output::{MAX_PACKET, Output, OutputLimits, OutputMode};
 use super::persist::{NetState, RestoreError};
-use super::queues::{Queues, RX, TX};
+use super::queues::Queues;
 use super::stats::NetStats;
 use super::tap::{FramePort, Tap, TapError};
 use super::worker::Shared;
@@ -20,12 +21,18 @@ use crate::bus::SharedDevice;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{
-    ActivateError, Activation, COMMON_FEATURES, DeviceHost, MAX_QUEUES, QueueProgress, VirtioDevice,
+    ActivateError, Activation, DeviceHost, MAX_QUEUES, QueueProgress, VirtioDevice,
 };
 use crate::devices::{Device, DeviceRestoreError};
 
-/// Largest size of the queues: 256 frames each way.
-const QUEUE_SIZES: [u16; 2] = [256; 2];
+/// Largest size of the queues that carry frames: 256 each way.
+const FRAMES: u16 = 256;
+/// Largest size of the control queue.
+const COMMANDS: u16 = 64;
+
+/// Most queue pairs: with the control queue they are [`MAX_QUEUES`].
+pub const MAX_PAIRS: u16 = 8;
+const _: () = assert!(2 * MAX_PAIRS as usize + 1 <= MAX_QUEUES);
 
 /// What the user chooses about a network device.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub struct NetConfig {
     pub tap: String,
     /// Address of the guest's interface.
     pub mac: MacAddr,
+    /// How many queue pairs the guest may use: 1 to [`MAX_PAIRS`]. The same on both hosts.
+    pub pairs: u16,
     /// How much output may be held.
     pub limits: OutputLimits,
     /// What happens to frames at first.
@@ -46,6 +55,14 @@ pub enum NetError {
     /// No tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// No queue pair, or too many.
+    #[error("a network device has 1 to {MAX_PAIRS} queue pairs, not {0}")]
+    Pairs(u16),
+    /// The longest frame would never find room.
+    #[error(
+        "{0} bytes of held output are too few: allow at least {MAX_PACKET}, one frame of the largest size"
+    )]
+    Limits(usize),
     /// The kernel refuses an event, or the thread.
     #[error("cannot start the network device: {0}")]
     Start(#[from] io::Error),
@@ -53,7 +70,9 @@ pub enum NetError {
 
 /// The device model: configuration space and activation. Its queues are worked on by the thread.
 pub struct Net<M> {
+    /// The address a reset brings back.
     mac: MacAddr,
+    queue_sizes: Vec<u16>,
     shared: Arc<Shared<M>>,
 }
 
@@ -69,22 +88,33 @@ pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// Opens the tap and puts a network device in front of it.
     pub fn new(config: &NetConfig, host: DeviceHost<M>) -> Result<Self, NetError> {
-        let tap = Arc::new(Tap::open(&config.tap)?);
+        if !(1..=MAX_PAIRS).contains(&config.pairs) {
+            return Err(NetError::Pairs(config.pairs));
+        }
+        if config.limits.bytes < MAX_PACKET {
+            return Err(NetError::Limits(config.limits.bytes));
+        }
+        let tap = Arc::new(Tap::with_queues(&config.tap, config.pairs)?);
         let output = Output::new(tap.clone(), config.limits, config.output)?;
         Ok(Self::with_port(config.mac, tap, Arc::new(output), host)?)
     }
 
-    /// A network device that takes frames from `port` and gives them to `output`.
+    /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives frames to
+    /// `output`.
     pub fn with_port(
         mac: MacAddr,
         port: Arc<dyn FramePort>,
         output: Arc<Output>,
         host: DeviceHost<M>,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared::new(port, output, host.gate, host.waker)?);
-        let model = Net { mac, shared: shared.clone() };
+        let mut queue_sizes = vec![FRAMES; 2 * port.pairs()];
+        queue_sizes.push(COMMANDS);
+        let shared = Arc::new(Shared::new(mac, port, output, &host)?);
+        let model = Net { mac, queue_sizes, shared: shared.clone() };
         let transport = MmioTransport::new(host.memory, model, host.interrupt);
         let worker = Worker::start(shared.clone())?;
+        // The thread knows all queues of the port now, and tells it that none but the first are in use.
+        shared.ring();
         Ok(Self { transport: Arc::new(Mutex::new(transport)), shared, _worker: worker })
     }
 
@@ -95,7 +125,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
 
     /// Address of the guest's interface.
     pub fn mac(&self) -> MacAddr {
-        self.transport().device().mac
+        self.shared.settings().mac
     }
 
     /// The counters.
@@ -111,7 +141,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// The state as plain data; needs stopped vCPUs and a closed gate.
     pub fn state(&self) -> NetState {
         let transport = self.transport();
-        NetState { mac: transport.device().mac, transport: transport.save() }
+        let settings = self.shared.settings();
+        NetState { mac: transport.device().mac, settings, transport: transport.save() }
     }
 
     /// Takes over a saved state: see [`Device::restore`].
@@ -119,10 +150,13 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// # Errors
     /// [`RestoreError`]; the device is then as after a reset.
     pub fn take_over(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        let state = NetState::decode(bytes)?;
         let mut transport = self.transport();
+        let state = NetState::decode(bytes)
+            .and_then(|state| state.check(self.shared.port.pairs()).map(|()| state))
+            .inspect_err(|_| transport.reset())?;
         transport.restore(&state.transport)?;
         transport.device_mut().mac = state.mac;
+        self.shared.set_up(state.settings);
         Ok(())
     }
 
@@ -140,12 +174,15 @@ impl<M: GuestMemory + Send + Sync + 'static> Device for NetDevice<M> {
         &self.shared.kicks
     }
 
-    /// Throws away the frames that have waited in the tap, has both queues looked at and interrupt and waker called
+    /// Throws away the frames that have waited in the tap, has all queues looked at and interrupt and waker called
     /// once, and lets frames move. With `announce`, tells the network at once where the guest is, and four times more
-    /// within 350 ms; not while the output discards.
+    /// within 350 ms, not while the output discards; and asks the driver, if it knows how, to do so with the guest's
+    /// own addresses.
     fn go_live(&self, announce: bool) {
-        let mac = announce.then(|| self.mac());
-        self.shared.go_live(mac);
+        let mut transport = self.transport();
+        if self.shared.go_live(announce) {
+            transport.config_changed();
+        }
     }
 
     fn state_bytes(&self) -> usize {
@@ -166,27 +203,17 @@ impl<M: GuestMemory + Send + Sync + 'static> Device for NetDevice<M> {
     }
 }
 
-impl<M> Net<M> {
-    /// The configuration space: MAC address and link status (virtio 1.2, 5.1.4). The link is always up.
-    fn config(&self) -> [u8; 8] {
-        let mut config = [0; 8];
-        config[..6].copy_from_slice(&self.mac.0);
-        config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        config
-    }
-}
-
 impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Net<M> {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
     }
 
     fn features(&self) -> u64 {
-        COMMON_FEATURES | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS
+        offered(self.shared.port.pairs())
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn kicks(&self) -> &[EventFd] {
@@ -195,7 +222,7 @@ impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Net<M> {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let config = self.config();
+        let config = config_space(&self.shared.settings(), self.shared.port.pairs());
         let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
         for (to, from) in data.iter_mut().zip(&config[from..]) {
             *to = *from;
@@ -207,16 +234,28 @@ impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Net<M> {
     }
 
     fn activate(&mut self, activation: Activation<M>) -> Result<(), ActivateError> {
-        let Activation { memory, line, queues, .. } = activation;
-        let mut queues: [_; MAX_QUEUES] = queues;
-        let rx = queues[RX].take().ok_or(ActivateError::QueueNotReady(RX))?;
-        let tx = queues[TX].take().ok_or(ActivateError::QueueNotReady(TX))?;
-        self.shared.install(Queues::new(memory, line, rx, tx));
+        let Activation { memory, line, features, mut queues } = activation;
+        let features = effective(features);
+        // A driver that does not know of several pairs finds the control queue behind the first (virtio 1.2, 5.1.2).
+        let pairs = if features & MQ != 0 { self.shared.port.pairs() } else { 1 };
+        let (frames, rest) = queues.split_at_mut(2 * pairs);
+        let mut ready = Vec::with_capacity(pairs);
+        for (index, pair) in frames.chunks_exact_mut(2).enumerate() {
+            match (pair[0].take(), pair[1].take()) {
+                (Some(rx), Some(tx)) => ready.push([rx, tx]),
+                (rx, _) if index == 0 => return Err(ActivateError::QueueNotReady(rx.is_some().into())),
+                // A driver may leave out the last pairs; they cannot come into use.
+                _ => break,
+            }
+        }
+        let control =
+            if features & CTRL_VQ != 0 { rest[0].take().map(|queue| (2 * pairs, queue)) } else { None };
+        self.shared.install(Queues::new(memory, line, features, ready, control));
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.shared.uninstall();
+        self.shared.uninstall(self.mac);
     }
 
     fn progress(&self, queue: usize) -> Option<QueueProgress> {

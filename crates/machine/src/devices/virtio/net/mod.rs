@@ -7,22 +7,32 @@
 //!
 //! - [`output`]: when a frame of the guest may leave. The reason for this device to exist in this form.
 //! - [`tap`]: the host's end of the wire.
-//! - [`device`]: the machine's handle, the configuration space.
-//! - `worker`: the thread, its events and its batches inside the gate; `queues`: moving frames.
+//! - [`device`]: the machine's handle; `config`: what the driver reads.
+//! - `worker`: the thread, its events and its batches inside the gate; `queues`: moving frames, by `ring` and
+//!   `chains`.
+//! - [`offload`]: the header in front of each frame. [`control`]: what the driver sets.
 //! - [`persist`]: what a resumed guest finds again. [`announce`]: telling the network where the guest went.
 //!
 //! Input is never held and never saved: a frame reaches the guest in some epoch or is lost, as on any
 //! network.
 //!
-//! The device offers no offloads and no merged buffers: every frame is at most 1514 bytes (1518 with a VLAN
-//! tag), has a 12-byte header in guest memory that says nothing, and the guest checks its own sums.
+//! A driver that accepts no offloads has every frame cut and summed by the host's kernel: none to it is
+//! longer than its buffers. One that does accept them gets and gives frames of up to 64 KiB, which are held
+//! with their headers like any other.
 
 pub mod announce;
+mod chains;
+mod config;
+pub mod control;
 pub mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod mac;
+pub mod offload;
 pub mod output;
 pub mod persist;
 mod queues;
+mod ring;
 pub mod stats;
 pub mod tap;
 mod worker;
@@ -30,10 +40,12 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Net, NetConfig, NetDevice, NetError};
+pub use control::Settings;
+pub use device::{MAX_PAIRS, Net, NetConfig, NetDevice, NetError};
 pub use mac::MacAddr;
 pub use output::{
-    EpochError, FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode, OutputStats, Pushed, Released,
+    EpochError, FrameSink, MAX_FRAME, MAX_PACKET, Output, OutputLimits, OutputMode, OutputStats, Pushed,
+    Released,
 };
 pub use persist::{NetState, RestoreError};
 pub use stats::NetStats;

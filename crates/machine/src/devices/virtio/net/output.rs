@@ -24,6 +24,7 @@
 //! Two locks, always in this order: `writer` is held by the one thread that empties the ring, over its writes
 //! to the sink; `ring` is held for moments only, so a push never waits for a release to finish.
 //!
+//! A frame is held with the header in front of it, which tells the tap what the guest has left to the host.
 //! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with
 //! the guest; [`Output::space`] is written when there is room again.
 
@@ -34,14 +35,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Longest frame in bytes: 1500 of payload, Ethernet header, one VLAN tag; no checksum.
-pub const MAX_FRAME: usize = 1518;
+use super::offload::HEADER;
+
+/// Longest frame in bytes: the largest IP packet, Ethernet header, one VLAN tag; no checksum. A guest that
+/// leaves the cutting of TCP segments to the host sends such frames.
+pub const MAX_FRAME: usize = 14 + 4 + 65_535;
+
+/// Longest packet: a frame with its header.
+pub const MAX_PACKET: usize = HEADER + MAX_FRAME;
 
 /// Where frames go: the tap, or a test that writes them down.
 pub trait FrameSink: Send + Sync {
-    /// Sends one frame. Must not block; an error means that the frame is gone, as on a wire that is
-    /// unplugged.
-    fn send(&self, frame: &[u8]) -> io::Result<()>;
+    /// Sends one packet: a frame behind the header that says what is left to do about it. It comes from the
+    /// guest's queue pair number `pair`; the answers should come back there. Must not block; an error means
+    /// that the frame is gone, as on a wire that is unplugged.
+    fn send(&self, pair: usize, packet: &[u8]) -> io::Result<()>;
 }
 
 /// What becomes of frames.
@@ -60,12 +68,13 @@ pub enum OutputMode {
 pub struct OutputLimits {
     /// Most frames.
     pub frames: usize,
-    /// Most bytes of frames.
+    /// Most bytes of frames with their headers; at least [`MAX_PACKET`], or the longest frames could never
+    /// leave.
     pub bytes: usize,
 }
 
 impl Default for OutputLimits {
-    /// 4096 frames, 6 MiB: as many full-size frames as there is room for.
+    /// 4096 frames, 6 MiB: as many frames of 1500 bytes as there is room for.
     fn default() -> Self {
         Self { frames: 4096, bytes: 6 << 20 }
     }
@@ -129,7 +138,7 @@ pub struct OutputStats {
 pub struct Output {
     ring: Mutex<Ring>,
     /// Copy of the frame being written, so that the ring is not locked over a system call.
-    writer: Mutex<Box<[u8; MAX_FRAME]>>,
+    writer: Mutex<Box<[u8]>>,
     sink: Arc<dyn FrameSink>,
     space: EventFd,
 }
@@ -139,7 +148,7 @@ type FirstFrame = Box<dyn FnOnce() + Send>;
 /// What a release may let out next.
 enum Next {
     /// A frame, copied out.
-    Frame { len: usize, number: u64 },
+    Frame { len: usize, pair: u16, number: u64 },
     /// Nothing more that is asked for.
     Nothing,
     /// No frame may leave.
@@ -155,27 +164,28 @@ impl Output {
     pub fn new(sink: Arc<dyn FrameSink>, limits: OutputLimits, mode: OutputMode) -> io::Result<Self> {
         Ok(Self {
             ring: Mutex::new(Ring::new(limits, mode)),
-            writer: Mutex::new(Box::new([0; MAX_FRAME])),
+            writer: Mutex::new(vec![0; MAX_PACKET].into_boxed_slice()),
             sink,
             space: EventFd::new(EFD_NONBLOCK)?,
         })
     }
 
-    /// Takes a frame from the guest. Called by the device thread inside the gate, before it gives the
-    /// descriptor back.
+    /// Takes a frame, with its header, from the guest's queue pair number `pair`. Called by the device thread
+    /// inside the gate, before it gives the descriptor back. The order of the pushes is the order in which
+    /// the frames leave, whatever pairs they come from.
     ///
     /// # Panics
     ///
-    /// If the frame is longer than [`MAX_FRAME`].
-    pub fn push(&self, frame: &[u8]) -> Pushed {
-        assert!(frame.len() <= MAX_FRAME, "the device checks the length of frames");
+    /// If the packet is longer than [`MAX_PACKET`].
+    pub fn push(&self, pair: usize, packet: &[u8]) -> Pushed {
+        assert!(packet.len() <= MAX_PACKET, "the device checks the length of frames");
         let mut ring = self.ring();
         match ring.mode {
             OutputMode::Discard => ring.stats.discarded_frames += 1,
-            OutputMode::Hold => return ring.hold(frame),
+            OutputMode::Hold => return ring.hold(pair, packet),
             OutputMode::PassThrough => {
                 // Under the lock, so that no mode change and no held frame can come in between.
-                let refused = self.sink.send(frame).is_err();
+                let refused = self.sink.send(pair, packet).is_err();
                 ring.stats.passed_frames += 1;
                 ring.stats.refused_frames += u64::from(refused);
                 let first = ring.first_frame.take();
@@ -186,16 +196,16 @@ impl Output {
         Pushed::Taken
     }
 
-    /// Sends a frame that carries nothing of the guest's state (an announcement of its address), held by no
+    /// Sends a packet that carries nothing of the guest's state (an announcement of its address), held by no
     /// epoch. Returns whether the output was allowed to speak: only while it passes frames through. A
     /// protected VM may have lost its place without knowing it yet, and an announcement would pull its address
     /// away from the host where it runs.
-    pub fn announce(&self, frame: &[u8]) -> bool {
+    pub fn announce(&self, packet: &[u8]) -> bool {
         let ring = self.ring();
         let may = ring.mode == OutputMode::PassThrough;
         if may {
             // An announcement lost on the wire is repeated by its schedule.
-            let _ = self.sink.send(frame);
+            let _ = self.sink.send(0, packet);
         }
         may
     }
@@ -241,8 +251,8 @@ impl Output {
                 Next::Nothing => released.complete = true,
                 Next::Forbidden => {}
                 Next::Frame { .. } if !may() => self.ring().forbidden = true,
-                Next::Frame { len, number } => {
-                    self.send_held(&writer[..len], number, &mut released);
+                Next::Frame { len, pair, number } => {
+                    self.send_held(pair, &writer[..len], number, &mut released);
                     continue;
                 }
             }
@@ -268,16 +278,16 @@ impl Output {
         // What is held now goes out without stopping the guest; it may push more behind it meanwhile.
         while left > 0 {
             let next = self.ring().copy_next(None, &mut writer);
-            let Next::Frame { len, number } = next else { break };
-            self.send_held(&writer[..len], number, &mut released);
+            let Next::Frame { len, pair, number } = next else { break };
+            self.send_held(pair, &writer[..len], number, &mut released);
             left -= 1;
         }
         // The rest, and the change of mode, in one step, so that no frame overtakes another.
         let mut ring = self.ring();
         let mut first = None;
         if ring.orders == order {
-            while let Next::Frame { len, number } = ring.copy_next(None, &mut writer) {
-                let refused = self.sink.send(&writer[..len]).is_err();
+            while let Next::Frame { len, pair, number } = ring.copy_next(None, &mut writer) {
+                let refused = self.sink.send(pair.into(), &writer[..len]).is_err();
                 first = first.or(ring.sent(number, len, refused, &mut released));
             }
             ring.mode = OutputMode::PassThrough;
@@ -327,9 +337,9 @@ impl Output {
         OutputStats { held_frames: ring.slots.len() as u64, held_bytes: ring.held_bytes as u64, ..ring.stats }
     }
 
-    fn send_held(&self, frame: &[u8], number: u64, released: &mut Released) {
-        let refused = self.sink.send(frame).is_err();
-        let first = self.ring().sent(number, frame.len(), refused, released);
+    fn send_held(&self, pair: u16, packet: &[u8], number: u64, released: &mut Released) {
+        let refused = self.sink.send(pair.into(), packet).is_err();
+        let first = self.ring().sent(number, packet.len(), refused, released);
         report(first);
     }
 
@@ -359,10 +369,12 @@ impl std::fmt::Debug for Output {
     }
 }
 
-/// A held frame: `len` bytes of the arena from `offset`.
+/// A held frame with its header: `len` bytes of the arena from `offset`.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     epoch: u64,
+    /// The queue pair it came from.
+    pair: u16,
     /// Counts the frames ever held: tells whether the front is still the frame that was copied out.
     number: u64,
     offset: usize,
@@ -421,18 +433,24 @@ impl Ring {
         }
     }
 
-    fn hold(&mut self, frame: &[u8]) -> Pushed {
-        let room = if self.slots.len() < self.limits.frames { self.room(frame.len()) } else { None };
+    fn hold(&mut self, pair: usize, packet: &[u8]) -> Pushed {
+        let room = if self.slots.len() < self.limits.frames { self.room(packet.len()) } else { None };
         let Some(offset) = room else {
             self.someone_waits = true;
             self.stats.full += 1;
             return Pushed::Full;
         };
-        self.arena[offset..offset + frame.len()].copy_from_slice(frame);
-        self.tail = offset + frame.len();
-        self.slots.push_back(Slot { epoch: self.epoch, number: self.next_number, offset, len: frame.len() });
+        self.arena[offset..offset + packet.len()].copy_from_slice(packet);
+        self.tail = offset + packet.len();
+        self.slots.push_back(Slot {
+            epoch: self.epoch,
+            pair: pair as u16,
+            number: self.next_number,
+            offset,
+            len: packet.len(),
+        });
         self.next_number += 1;
-        self.held_bytes += frame.len();
+        self.held_bytes += packet.len();
         self.stats.most_frames = self.stats.most_frames.max(self.slots.len() as u64);
         self.stats.most_bytes = self.stats.most_bytes.max(self.held_bytes as u64);
         Pushed::Taken
@@ -454,7 +472,7 @@ impl Ring {
     }
 
     /// Copies the front frame out if it may leave: any frame, or one of the epochs up to `through`.
-    fn copy_next(&self, through: Option<u64>, copy: &mut [u8; MAX_FRAME]) -> Next {
+    fn copy_next(&self, through: Option<u64>, copy: &mut [u8]) -> Next {
         if self.mode == OutputMode::Discard || self.forbidden {
             return Next::Forbidden;
         }
@@ -465,7 +483,7 @@ impl Ring {
             return Next::Nothing;
         }
         copy[..slot.len].copy_from_slice(&self.arena[slot.offset..slot.offset + slot.len]);
-        Next::Frame { len: slot.len, number: slot.number }
+        Next::Frame { len: slot.len, pair: slot.pair, number: slot.number }
     }
 
     /// Takes the frame that has left out of the ring, unless a discard has done so meanwhile.

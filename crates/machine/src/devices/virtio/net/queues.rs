@@ -1,59 +1,28 @@
-//! Moving frames between the two queues of the guest and the outside, a batch at a time.
+//! Moving frames between the queues of the guest and the outside, a batch at a time.
 //!
-//! Everything the driver put into memory is taken for hostile: a chain is walked once, with bounds on
-//! descriptors and bytes, through a bounce buffer. Guest memory is written with vm-memory's methods only, so
-//! its bitmap has every page this device dirties.
+//! Everything the driver put into memory is taken for hostile. Guest memory is written with vm-memory's
+//! methods only, so its bitmap has every page this device dirties.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use thiserror::Error;
 use tracing::warn;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory, GuestMemoryError};
+use virtio_queue::Queue;
+use vm_memory::GuestMemory;
 
+use super::chains::{Bounce, Broken, MIN_RX_BUFFER, bounce, converse, gather, scatter};
+use super::control::{Allowed, Settings, execute};
+use super::offload::{ETHERNET, HEADER, Header, MRG_RXBUF};
 use super::output::{MAX_FRAME, Output, Pushed};
+use super::ring::{Ring, Used};
 use super::stats::Counters;
 use super::tap::FramePort;
 use crate::devices::gate::Pass;
-use crate::devices::virtio::{InterruptLine, QueueProgress, wants_interrupt};
+use crate::devices::virtio::{InterruptLine, QueueProgress};
 
-/// Index of the queue with the guest's receive buffers.
-pub(super) const RX: usize = 0;
-/// Index of the queue with the guest's frames.
-pub(super) const TX: usize = 1;
-
-/// Length of `struct virtio_net_hdr_v1`, in front of every frame in guest memory.
-const HEADER: usize = 12;
-/// Shortest frame: an Ethernet header.
-const MIN_FRAME: usize = 14;
-/// Smallest receive buffer: header and a frame of 1514 bytes (virtio 1.2, 5.1.6.3.1).
-const MIN_RX_BUFFER: usize = 1526;
 /// Most frames a batch moves in one direction, so that the other one gets its turn.
 const BATCH: usize = 64;
-
-/// How the driver broke the rules; the device stops until it is reset.
-#[derive(Debug, Error)]
-pub(super) enum Broken {
-    #[error("the queue cannot be used: {0}")]
-    Queue(#[from] virtio_queue::Error),
-    #[error("a buffer lies outside guest memory: {0}")]
-    Memory(#[from] GuestMemoryError),
-    #[error("the available ring cannot be read")]
-    Ring,
-    #[error("a descriptor chain is empty, is cut off or has more descriptors than the queue")]
-    Chain,
-    #[error("a buffer to {0} has the wrong direction")]
-    Direction(&'static str),
-    #[error("a receive buffer has {0} bytes, fewer than {MIN_RX_BUFFER}")]
-    SmallBuffer(usize),
-    #[error("a frame of {0} bytes with its header is shorter than the header")]
-    NoHeader(usize),
-    #[error("a frame is longer than {MAX_FRAME} bytes")]
-    LongFrame,
-}
 
 /// Why a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,67 +35,108 @@ pub(super) enum Turn {
     Full,
 }
 
-/// Room for one frame with its header on its way through; one more byte shows a frame that is too long.
-pub(super) type Bounce = Box<[u8; HEADER + MAX_FRAME + 1]>;
-
-pub(super) fn bounce() -> Bounce {
-    Box::new([0; HEADER + MAX_FRAME + 1])
+/// What the frames pass on their way.
+pub(super) struct Way<'a> {
+    pub(super) port: &'a dyn FramePort,
+    pub(super) output: &'a Output,
+    pub(super) counters: &'a Counters,
+    pub(super) pass: &'a Pass<'a>,
 }
 
 /// The queues of a driver that is ready.
 pub(super) struct Queues<M> {
     pub(super) memory: Arc<M>,
     pub(super) line: Arc<InterruptLine>,
-    rx: Notified,
-    tx: Notified,
+    /// The features in effect.
+    pub(super) features: u64,
+    pairs: Vec<Pair>,
+    control: Option<Control>,
+}
+
+/// A receive and a transmit queue.
+struct Pair {
+    rx: Ring,
+    tx: Ring,
+    /// A frame of so many bytes, with its header, waits in `buffer` for more receive buffers. It is not part
+    /// of a checkpoint: like the frames in the tap it may be lost.
+    waiting: Option<usize>,
+    buffer: Bounce,
+    /// The receive buffers of one frame; has room for as many as the queue has.
+    used: Vec<Used>,
+}
+
+/// The control queue, and which queue of the device it is.
+struct Control {
+    index: usize,
+    ring: Ring,
+}
+
+/// What became of a frame for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivered {
+    Yes,
+    /// The driver has given too few buffers so far.
+    NotYet,
+    /// No buffer of the driver's can hold it.
+    Never,
 }
 
 impl<M: GuestMemory> Queues<M> {
-    pub(super) fn new(memory: Arc<M>, line: Arc<InterruptLine>, rx: Queue, tx: Queue) -> Self {
-        Self { memory, line, rx: Notified::new(rx), tx: Notified::new(tx) }
+    /// Queues of which the driver has set up `pairs` (receive, transmit) and, perhaps, the control queue,
+    /// which is number `control.0` of the device.
+    pub(super) fn new(
+        memory: Arc<M>,
+        line: Arc<InterruptLine>,
+        features: u64,
+        pairs: Vec<[Queue; 2]>,
+        control: Option<(usize, Queue)>,
+    ) -> Self {
+        let pairs = pairs.into_iter().map(|[rx, tx]| Pair::new(Ring::new(rx), Ring::new(tx))).collect();
+        let control = control.map(|(index, queue)| Control { index, ring: Ring::new(queue) });
+        Self { memory, line, features, pairs, control }
     }
 
+    /// Which queue of the device is the control queue, if the driver has set one up.
+    pub(super) fn control_index(&self) -> Option<usize> {
+        self.control.as_ref().map(|control| control.index)
+    }
+
+    /// The device's position in its queue number `index`.
     pub(super) fn progress(&self, index: usize) -> Option<QueueProgress> {
-        let queue = match index {
-            RX => &self.rx.queue,
-            TX => &self.tx.queue,
-            _ => return None,
-        };
-        Some(QueueProgress { next_avail: queue.next_avail(), next_used: queue.next_used() })
+        if let Some(control) = self.control.as_ref().filter(|control| control.index == index) {
+            return Some(control.ring.progress());
+        }
+        let pair = self.pairs.get(index / 2)?;
+        Some(if index.is_multiple_of(2) { pair.rx.progress() } else { pair.tx.progress() })
     }
 
     /// Takes frames from the guest and pushes them to the output until there are no more or the output is
     /// full. Says how many were taken.
     pub(super) fn transmit(
         &mut self,
-        output: &Output,
+        index: usize,
+        way: &Way<'_>,
         buffer: &mut Bounce,
-        counters: &Counters,
-        pass: &Pass<'_>,
     ) -> Result<(Turn, usize), Broken> {
         let memory = &*self.memory;
+        let Some(pair) = self.pairs.get_mut(index) else { return Ok((Turn::Idle, 0)) };
         let mut done = 0;
         let turn = loop {
-            if done == BATCH || pass.must_leave() {
+            if done == BATCH || way.pass.must_leave() {
                 break Turn::More;
             }
-            let Some(chain) = self.tx.next(memory)? else { break Turn::Idle };
+            let Some(chain) = pair.tx.next(memory)? else { break Turn::Idle };
             let head = chain.head_index();
-            let len = gather(chain, memory, self.tx.queue.size(), buffer)?;
-            let frame = &buffer[HEADER..len];
-            if frame.len() < MIN_FRAME {
-                counters.tx_runts.fetch_add(1, Ordering::Relaxed);
-            } else if output.push(frame) == Pushed::Full {
+            let len = gather(chain, memory, pair.tx.size(), buffer)?;
+            if send(index, &mut buffer[..len], self.features, way) == Pushed::Full {
                 // The frame stays with the guest; the output tells when there is room.
-                self.tx.queue.go_to_previous_position();
+                pair.tx.rewind(1);
                 break Turn::Full;
-            } else {
-                counters.tx(frame.len());
             }
-            self.tx.queue.add_used(memory, head, 0)?;
+            pair.tx.give_back(memory, &[(head, 0)])?;
             done += 1;
         };
-        if done > 0 && wants_interrupt(&mut self.tx.queue, memory)? {
+        if done > 0 && pair.tx.wants_interrupt(memory)? {
             self.line.signal_used();
         }
         Ok((turn, done))
@@ -136,168 +146,185 @@ impl<M: GuestMemory> Queues<M> {
     /// that find no buffer stay in the port. Says how many were delivered.
     pub(super) fn receive(
         &mut self,
-        port: &dyn FramePort,
-        buffer: &mut Bounce,
-        counters: &Counters,
-        pass: &Pass<'_>,
+        index: usize,
+        way: &Way<'_>,
+        offloads: u64,
     ) -> Result<(Turn, usize), Broken> {
         let memory = &*self.memory;
+        let merge = self.features & MRG_RXBUF != 0;
+        let Some(pair) = self.pairs.get_mut(index) else { return Ok((Turn::Idle, 0)) };
+        let (mut tried, mut done) = (0, 0);
+        let turn = loop {
+            if tried == BATCH || way.pass.must_leave() {
+                break Turn::More;
+            }
+            if !pair.rx.has_next(memory)? {
+                break Turn::Idle;
+            }
+            let len = match pair.waiting.take() {
+                Some(len) => len,
+                None => match pair.fetch(index, way, offloads) {
+                    Fetched::Packet(len) => len,
+                    Fetched::Unfit => {
+                        tried += 1;
+                        continue;
+                    }
+                    Fetched::Nothing => break Turn::Idle,
+                },
+            };
+            tried += 1;
+            match pair.deliver(memory, len, merge)? {
+                Delivered::Yes => {
+                    way.counters.rx(len - HEADER);
+                    done += 1;
+                }
+                Delivered::NotYet => {
+                    pair.waiting = Some(len);
+                    break Turn::Idle;
+                }
+                Delivered::Never => way.counters.drop_received(),
+            }
+        };
+        if done > 0 && pair.rx.wants_interrupt(memory)? {
+            self.line.signal_used();
+        }
+        Ok((turn, done))
+    }
+
+    /// Does what the driver asks for on the control queue.
+    pub(super) fn obey(
+        &mut self,
+        settings: &mut Settings,
+        buffer: &mut Bounce,
+        pass: &Pass<'_>,
+    ) -> Result<Turn, Broken> {
+        let memory = &*self.memory;
+        let allowed = Allowed { features: self.features, pairs: self.pairs.len() as u16 };
+        let Some(Control { ring, .. }) = &mut self.control else { return Ok(Turn::Idle) };
         let mut done = 0;
         let turn = loop {
             if done == BATCH || pass.must_leave() {
                 break Turn::More;
             }
-            if !self.rx.has_next(memory)? {
-                break Turn::Idle;
-            }
-            let len = match port.receive(&mut buffer[HEADER..]) {
-                Ok(len) => len,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break Turn::Idle,
-                Err(error) => {
-                    warn!(%error, "cannot read from the tap");
-                    break Turn::Idle;
-                }
-            };
-            let delivered = len <= MAX_FRAME && self.rx.deliver(memory, len, buffer)?;
-            if delivered {
-                counters.rx(len);
-                done += 1;
-            } else {
-                counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
-            }
+            let Some(chain) = ring.next(memory)? else { break Turn::Idle };
+            let head = chain.head_index();
+            converse(chain, memory, ring.size(), buffer, |command| execute(command, allowed, settings))?;
+            ring.give_back(memory, &[(head, 1)])?;
+            done += 1;
         };
-        if done > 0 && wants_interrupt(&mut self.rx.queue, memory)? {
+        if done > 0 && ring.wants_interrupt(memory)? {
             self.line.signal_used();
         }
-        Ok((turn, done))
+        Ok(turn)
+    }
+
+    /// Forgets the frames that wait for buffers of the driver.
+    pub(super) fn forget_waiting(&mut self) -> u64 {
+        self.pairs.iter_mut().filter_map(|pair| pair.waiting.take()).count() as u64
     }
 }
 
-/// A queue and whether the driver has been asked to notify it.
-struct Notified {
-    queue: Queue,
-    /// The driver notifies about new buffers. True at first: nobody has told it otherwise, or it is not known
-    /// because the queue comes from a saved state.
-    asked: bool,
+/// Gives a packet of the guest to the output, with a header that says only what it may say.
+fn send(pair: usize, packet: &mut [u8], features: u64, way: &Way<'_>) -> Pushed {
+    let Some((header, frame)) = packet.split_first_chunk_mut::<HEADER>() else { return Pushed::Taken };
+    let len = frame.len();
+    if len < ETHERNET {
+        way.counters.tx_runts.fetch_add(1, Ordering::Relaxed);
+        return Pushed::Taken;
+    }
+    let Some(sent) = Header::read(header).to_send(len, features) else {
+        way.counters.tx_bad_headers.fetch_add(1, Ordering::Relaxed);
+        return Pushed::Taken;
+    };
+    *header = sent.bytes();
+    let pushed = way.output.push(pair, packet);
+    if pushed == Pushed::Taken {
+        way.counters.tx(len);
+    }
+    pushed
 }
 
-impl Notified {
-    fn new(queue: Queue) -> Self {
-        Self { queue, asked: true }
+/// What the port had.
+enum Fetched {
+    /// A packet of so many bytes, with a header for the guest.
+    Packet(usize),
+    /// A frame that this guest cannot take; it is counted.
+    Unfit,
+    Nothing,
+}
+
+impl Pair {
+    fn new(rx: Ring, tx: Ring) -> Self {
+        let used = Vec::with_capacity(rx.size().into());
+        Self { rx, tx, waiting: None, buffer: bounce(), used }
     }
 
-    /// Whether the driver has made a buffer available. If not, it will notify when it does.
-    fn has_next<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, virtio_queue::Error> {
-        let available = self.queue.avail_idx(memory, Ordering::Acquire)?.0 != self.queue.next_avail();
-        if available {
-            if self.asked {
-                self.queue.disable_notification(memory)?;
-                self.asked = false;
+    /// Takes the next frame from the port into the buffer.
+    fn fetch(&mut self, index: usize, way: &Way<'_>, offloads: u64) -> Fetched {
+        let len = loop {
+            match way.port.receive(index, &mut self.buffer[..]) {
+                Ok(len) => break len,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    if error.kind() != ErrorKind::WouldBlock {
+                        warn!(%error, "cannot read from the tap");
+                    }
+                    return Fetched::Nothing;
+                }
             }
-            return Ok(true);
-        }
-        self.asked = true;
-        // Looks again after asking: a buffer that came in between brings no notification.
-        self.queue.enable_notification(memory)
-    }
-
-    fn next<'m, M: GuestMemory>(&mut self, memory: &'m M) -> Result<Option<DescriptorChain<&'m M>>, Broken> {
-        if !self.has_next(memory)? {
-            return Ok(None);
-        }
-        match self.queue.iter(memory)?.next() {
-            Some(chain) => Ok(Some(chain)),
-            None => Err(Broken::Ring),
+        };
+        let header = self.buffer.first_chunk_mut::<HEADER>().filter(|_| len <= HEADER + MAX_FRAME);
+        let fit = header.filter(|_| len >= HEADER + ETHERNET).and_then(|header| {
+            *header = Header::read(header).to_deliver(offloads)?.bytes();
+            Some(len)
+        });
+        match fit {
+            Some(len) => Fetched::Packet(len),
+            None => {
+                way.counters.drop_received();
+                Fetched::Unfit
+            }
         }
     }
 
-    /// Puts the frame of `len` bytes in `buffer` into the next receive buffer. `false` if it does not fit
-    /// there.
-    fn deliver<M: GuestMemory>(
-        &mut self,
-        memory: &M,
-        len: usize,
-        buffer: &mut Bounce,
-    ) -> Result<bool, Broken> {
-        let chain = self.next(memory)?.ok_or(Broken::Ring)?;
-        let head = chain.head_index();
-        buffer[..HEADER].fill(0);
-        buffer[HEADER - 2] = 1; // num_buffers, little-endian
-        let packet = &buffer[..HEADER + len];
-        if scatter(chain, memory, self.queue.size(), packet)? < packet.len() {
-            self.queue.go_to_previous_position();
-            return Ok(false);
+    /// Puts the packet of `len` bytes in the buffer into receive buffers: one, or with `merge` as many as it
+    /// takes.
+    fn deliver<M: GuestMemory>(&mut self, memory: &M, len: usize, merge: bool) -> Result<Delivered, Broken> {
+        let Self { rx, buffer, used, .. } = self;
+        let packet = &mut buffer[..len];
+        used.clear();
+        let mut first = None;
+        let mut filled = 0;
+        while filled < packet.len() {
+            let chain = if used.len() < rx.size().into() { rx.next(memory)? } else { None };
+            let Some(chain) = chain else {
+                rx.rewind(used.len());
+                // All the buffers a queue can have are too few.
+                let all = used.len() >= rx.size().into();
+                return Ok(if all { Delivered::Never } else { Delivered::NotYet });
+            };
+            let head = chain.head_index();
+            first.get_or_insert_with(|| chain.clone());
+            let room = scatter(chain, memory, rx.size(), &packet[filled..])?;
+            if room < if merge { HEADER } else { MIN_RX_BUFFER } {
+                return Err(Broken::SmallBuffer(room));
+            }
+            let part = room.min(packet.len() - filled);
+            filled += part;
+            used.push((head, part as u32));
+            if !merge && filled < packet.len() {
+                rx.rewind(1);
+                return Ok(Delivered::Never);
+            }
         }
-        self.queue.add_used(memory, head, packet.len() as u32)?;
-        Ok(true)
+        if let Some(first) = first.filter(|_| used.len() > 1) {
+            // The header was written before the number of buffers was known.
+            packet[HEADER - 2..HEADER].copy_from_slice(&(used.len() as u16).to_le_bytes());
+            if scatter(first, memory, rx.size(), &packet[..HEADER])? < HEADER {
+                return Err(Broken::Chain);
+            }
+        }
+        rx.give_back(memory, used)?;
+        Ok(Delivered::Yes)
     }
-}
-
-/// Copies a chain of the driver's buffers together; says how long they are. At most header and longest frame.
-fn gather<M: GuestMemory>(
-    chain: DescriptorChain<&M>,
-    memory: &M,
-    limit: u16,
-    buffer: &mut Bounce,
-) -> Result<usize, Broken> {
-    let mut len = 0;
-    walk(chain, limit, |descriptor| {
-        if descriptor.is_write_only() {
-            return Err(Broken::Direction("send"));
-        }
-        let more = descriptor.len() as usize;
-        if more > HEADER + MAX_FRAME - len {
-            return Err(Broken::LongFrame);
-        }
-        memory.read_slice(&mut buffer[len..len + more], descriptor.addr())?;
-        len += more;
-        Ok(())
-    })?;
-    if len < HEADER { Err(Broken::NoHeader(len)) } else { Ok(len) }
-}
-
-/// Copies `packet` into a chain of buffers, as much as there is room for; says how much room there is.
-fn scatter<M: GuestMemory>(
-    chain: DescriptorChain<&M>,
-    memory: &M,
-    limit: u16,
-    packet: &[u8],
-) -> Result<usize, Broken> {
-    let mut room = 0usize;
-    walk(chain, limit, |descriptor| {
-        if !descriptor.is_write_only() {
-            return Err(Broken::Direction("receive"));
-        }
-        let rest = &packet[room.min(packet.len())..];
-        let part = rest.len().min(descriptor.len() as usize);
-        if part > 0 {
-            memory.write_slice(&rest[..part], descriptor.addr())?;
-        }
-        // The iterator ends a chain of 4 GiB or more.
-        room += descriptor.len() as usize;
-        Ok(())
-    })?;
-    if room < MIN_RX_BUFFER { Err(Broken::SmallBuffer(room)) } else { Ok(room) }
-}
-
-/// Visits the descriptors of a chain. The iterator simply stops where a chain is broken (an index or an
-/// indirect table out of range, a loop, 4 GiB); it can be told by the last descriptor, which then still
-/// points to a next one.
-fn walk<M: GuestMemory>(
-    chain: DescriptorChain<&M>,
-    limit: u16,
-    mut visit: impl FnMut(Descriptor) -> Result<(), Broken>,
-) -> Result<(), Broken> {
-    let mut count = 0;
-    let mut cut_off = true;
-    for descriptor in chain {
-        count += 1;
-        if count > limit {
-            return Err(Broken::Chain);
-        }
-        visit(descriptor)?;
-        cut_off = descriptor.has_next();
-    }
-    if cut_off { Err(Broken::Chain) } else { Ok(()) }
 }

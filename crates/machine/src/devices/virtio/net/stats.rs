@@ -9,7 +9,8 @@ pub struct NetStats {
     pub rx_frames: u64,
     /// Their bytes.
     pub rx_bytes: u64,
-    /// Frames that were too long for the guest.
+    /// Frames that the guest could not take: longer than its buffers, or with work left that its driver has
+    /// not agreed to do.
     pub rx_dropped: u64,
     /// Frames the guest sent.
     pub tx_frames: u64,
@@ -17,6 +18,8 @@ pub struct NetStats {
     pub tx_bytes: u64,
     /// Frames of the guest shorter than an Ethernet header: not sent.
     pub tx_runts: u64,
+    /// Frames of the guest whose header claims what it must not: not sent.
+    pub tx_bad_headers: u64,
     /// Frames that had waited in the tap since before the machine went live: dropped.
     pub stale: u64,
 }
@@ -26,10 +29,11 @@ pub struct NetStats {
 pub(super) struct Counters {
     rx_frames: AtomicU64,
     rx_bytes: AtomicU64,
-    pub(super) rx_dropped: AtomicU64,
+    rx_dropped: AtomicU64,
     tx_frames: AtomicU64,
     tx_bytes: AtomicU64,
     pub(super) tx_runts: AtomicU64,
+    pub(super) tx_bad_headers: AtomicU64,
     pub(super) stale: AtomicU64,
 }
 
@@ -37,6 +41,10 @@ impl Counters {
     pub(super) fn rx(&self, len: usize) {
         self.rx_frames.fetch_add(1, Ordering::Relaxed);
         self.rx_bytes.fetch_add(len as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn drop_received(&self) {
+        self.rx_dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn tx(&self, len: usize) {
@@ -53,6 +61,7 @@ impl Counters {
             tx_frames: get(&self.tx_frames),
             tx_bytes: get(&self.tx_bytes),
             tx_runts: get(&self.tx_runts),
+            tx_bad_headers: get(&self.tx_bad_headers),
             stale: get(&self.stale),
         }
     }

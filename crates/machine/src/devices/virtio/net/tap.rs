@@ -7,11 +7,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use libc::{IFF_NO_PI, IFF_TAP, IFNAMSIZ, O_NONBLOCK, TUNSETIFF};
+use libc::{
+    IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFNAMSIZ,
+    O_NONBLOCK, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUNGETFEATURES, TUNSETIFF, TUNSETOFFLOAD,
+    TUNSETQUEUE, TUNSETVNETHDRSZ,
+};
 use thiserror::Error;
-use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
+use super::offload::{GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, HEADER};
 use super::output::FrameSink;
 
 /// Longest name of an interface in bytes; the kernel's `IFNAMSIZ` counts the terminating zero.
@@ -19,13 +25,28 @@ pub const MAX_NAME: usize = IFNAMSIZ - 1;
 
 const DEVICE: &str = "/dev/net/tun";
 
-/// What a network device is connected to: a tap, or a socket of a test.
-///
-/// The descriptor becomes readable (edge-triggered is enough) when frames wait.
-pub trait FramePort: FrameSink + AsRawFd {
-    /// Takes the next frame; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than `buffer` is
-    /// cut.
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize>;
+/// What a network device is connected to: a tap, or a socket of a test. It has one queue for each queue pair of
+/// the guest; those in use share the frames that come. Every frame has a header in front of it
+/// ([`offload`](super::offload)).
+pub trait FramePort: FrameSink {
+    /// Number of queues.
+    fn pairs(&self) -> usize {
+        1
+    }
+
+    /// Becomes readable (edge-triggered is enough) when frames wait in a queue. Watched from the start on,
+    /// when all queues are in use.
+    fn fd(&self, pair: usize) -> RawFd;
+
+    /// Takes the next frame of a queue; [`io::ErrorKind::WouldBlock`] if there is none. A frame longer than
+    /// `buffer` is cut.
+    fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// From now on frames may come on which this work is left to do: feature bits of the guest. May block.
+    fn set_offloads(&self, offloads: u64) -> io::Result<()>;
+
+    /// From now on frames come only in the first queues, so many. May block.
+    fn set_pairs(&self, pairs: usize) -> io::Result<()>;
 }
 
 /// Why a tap interface cannot be had. Each says what to do about it.
@@ -69,6 +90,18 @@ pub enum TapError {
         /// Name of the interface.
         name: String,
     },
+    /// The interface was made for one queue.
+    #[error(
+        "the tap interface {name} has only one queue: have it made with `ip tuntap add dev {name} mode tap \
+         multi_queue`, or give the guest one queue"
+    )]
+    OneQueue {
+        /// Name of the interface.
+        name: String,
+    },
+    /// The kernel's taps cannot carry the headers that say what is left to do about a frame.
+    #[error("the tun driver knows no virtio headers (IFF_VNET_HDR): use a kernel of Linux 2.6.32 or later")]
+    NoHeaders,
     /// Anything else.
     #[error("cannot open the tap interface {name}: {source}")]
     Other {
@@ -82,7 +115,10 @@ pub enum TapError {
 /// An open tap interface. It vanishes when this is dropped, unless it was there before.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
+    /// One for each queue.
+    files: Vec<File>,
+    /// How many of them are in use: the first ones.
+    attached: AtomicUsize,
     name: String,
 }
 
@@ -90,19 +126,23 @@ impl Tap {
     /// Creates the tap interface `name`, or attaches to it if it exists and no one else is attached. The
     /// interface is left as it is otherwise: whoever calls brings it up and connects it.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let mut request = request(name)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(O_NONBLOCK)
-            .open(DEVICE)
-            .map_err(|error| open_error(name, error))?;
-        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is, and keeps no pointer to it.
-        let result = unsafe { ioctl_with_mut_ref(&file, TUNSETIFF, &mut request) };
-        if result < 0 {
-            return Err(attach_error(name, io::Error::last_os_error()));
+        Self::with_queues(name, 1)
+    }
+
+    /// The same with several queues, all in use at first. The kernel then does not tell whether someone else
+    /// is attached, too.
+    pub fn with_queues(name: &str, queues: u16) -> Result<Self, TapError> {
+        check_name(name)?;
+        let several = if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+        let flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | several;
+        let mut files = Vec::with_capacity(queues.into());
+        for _ in 0..queues {
+            let file = open_driver(name)?;
+            attach(&file, name, flags)?;
+            prepare(&file).map_err(|source| TapError::Other { name: name.to_owned(), source })?;
+            files.push(file);
         }
-        Ok(Self { file, name: name.to_owned() })
+        Ok(Self { files, attached: AtomicUsize::new(queues.into()), name: name.to_owned() })
     }
 
     /// Name of the interface.
@@ -112,37 +152,133 @@ impl Tap {
 }
 
 impl FrameSink for Tap {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
+    fn send(&self, pair: usize, packet: &[u8]) -> io::Result<()> {
+        // A pair may have gone out of use while its frames were held.
+        let pair = if pair < self.attached.load(Ordering::Acquire) { pair } else { 0 };
         // A tap takes a frame whole or not at all.
-        (&self.file).write(frame).map(|_| ())
+        match (&self.files[pair]).write(packet) {
+            Err(error) if pair > 0 && error.raw_os_error() == Some(libc::EBADFD) => {
+                (&self.files[0]).write(packet)
+            }
+            result => result,
+        }
+        .map(|_| ())
     }
 }
 
 impl FramePort for Tap {
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&self.file).read(buffer)
+    fn pairs(&self) -> usize {
+        self.files.len()
+    }
+
+    fn fd(&self, pair: usize) -> RawFd {
+        self.files[pair].as_raw_fd()
+    }
+
+    fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.files[pair]).read(buffer)
+    }
+
+    fn set_offloads(&self, offloads: u64) -> io::Result<()> {
+        set_offloads(&self.files[0], offloads)
+    }
+
+    fn set_pairs(&self, pairs: usize) -> io::Result<()> {
+        let pairs = pairs.clamp(1, self.files.len());
+        let before = self.attached.load(Ordering::Acquire);
+        // Out of use: first for those who send, then for the kernel.
+        self.attached.fetch_min(pairs, Ordering::AcqRel);
+        for file in &self.files[pairs.min(before)..before] {
+            set_queue(file, IFF_DETACH_QUEUE)?;
+        }
+        for (index, file) in self.files[..pairs].iter().enumerate().skip(before) {
+            set_queue(file, IFF_ATTACH_QUEUE)?;
+            self.attached.store(index + 1, Ordering::Release);
+        }
+        Ok(())
     }
 }
 
-impl AsRawFd for Tap {
-    fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
-    }
-}
-
-/// The request to attach to `name` as a tap without packet information.
-fn request(name: &str) -> Result<libc::ifreq, TapError> {
+fn check_name(name: &str) -> Result<(), TapError> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     let only_dots = name.bytes().all(|byte| byte == b'.');
     if only_dots || name.len() > MAX_NAME || !name.bytes().all(good) {
         return Err(TapError::Name(name.to_owned()));
     }
+    Ok(())
+}
+
+fn open_driver(name: &str) -> Result<File, TapError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(O_NONBLOCK);
+    let file = options.open(DEVICE).map_err(|error| open_error(name, error))?;
+    let mut features: libc::c_int = 0;
+    // SAFETY: TUNGETFEATURES writes one int, which `features` is.
+    let result = unsafe { ioctl_with_mut_ref(&file, TUNGETFEATURES, &mut features) };
+    if result < 0 || features & IFF_VNET_HDR == 0 {
+        return Err(TapError::NoHeaders);
+    }
+    Ok(file)
+}
+
+/// Makes `file` a queue of the interface.
+fn attach(file: &File, name: &str, flags: libc::c_int) -> Result<(), TapError> {
+    let Err(error) = set_interface(file, name, flags) else { return Ok(()) };
+    // The kernel says the same if it is no tap at all, and if it was made for one queue and is asked for
+    // several or the other way round.
+    if error.raw_os_error() == Some(libc::EINVAL)
+        && set_interface(file, name, flags ^ IFF_MULTI_QUEUE).is_ok()
+    {
+        let wanted_several = flags & IFF_MULTI_QUEUE != 0;
+        return if wanted_several { Err(TapError::OneQueue { name: name.to_owned() }) } else { Ok(()) };
+    }
+    Err(attach_error(name, error))
+}
+
+fn set_interface(file: &File, name: &str, flags: libc::c_int) -> io::Result<()> {
+    let mut request = request(name, flags);
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is, and keeps no pointer to it.
+    check(unsafe { ioctl_with_mut_ref(file, TUNSETIFF, &mut request) })
+}
+
+/// Headers of our length, nothing left to the guest.
+fn prepare(file: &File) -> io::Result<()> {
+    let header = HEADER as libc::c_int;
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which `header` is.
+    check(unsafe { ioctl_with_ref(file, TUNSETVNETHDRSZ, &header) })?;
+    set_offloads(file, 0)
+}
+
+fn set_offloads(file: &File, offloads: u64) -> io::Result<()> {
+    const NAMES: [(u64, libc::c_uint); 4] = [
+        (GUEST_CSUM, TUN_F_CSUM),
+        (GUEST_TSO4, TUN_F_TSO4),
+        (GUEST_TSO6, TUN_F_TSO6),
+        (GUEST_ECN, TUN_F_TSO_ECN),
+    ];
+    let bits =
+        NAMES.iter().filter(|(feature, _)| offloads & feature != 0).fold(0, |bits, (_, bit)| bits | bit);
+    // SAFETY: TUNSETOFFLOAD takes a number; no pointers are involved.
+    check(unsafe { ioctl_with_val(file, TUNSETOFFLOAD, bits.into()) })
+}
+
+/// Takes a queue into use or out of it.
+fn set_queue(file: &File, flag: libc::c_int) -> io::Result<()> {
+    let request = request("", flag);
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is, and keeps no pointer to it.
+    check(unsafe { ioctl_with_ref(file, TUNSETQUEUE, &request) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn request(name: &str, flags: libc::c_int) -> libc::ifreq {
     let mut ifr_name = [0; IFNAMSIZ];
     for (to, from) in ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    let flags = (IFF_TAP | IFF_NO_PI) as libc::c_short;
-    Ok(libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags } })
+    libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short } }
 }
 
 pub(super) fn open_error(name: &str, error: io::Error) -> TapError {

@@ -62,17 +62,21 @@ fn saved_bytes_are_checked() {
     let room = bytes.capacity();
     rig.device.save(&mut bytes);
     assert!(bytes.len() <= NetState::BYTES && bytes.capacity() == room, "saving does not allocate");
-    assert_eq!(bytes[..8], [1, 0, 0x52, 0x54, 0, 0xab, 0xcd, 0xef]);
+    assert_eq!(bytes[..8], [2, 0, 0x52, 0x54, 0, 0xab, 0xcd, 0xef]);
     assert_eq!(NetState::decode(&bytes), Ok(rig.device.state()));
 
     for len in 0..bytes.len() {
-        assert_eq!(NetState::decode(&bytes[..len]), Err(DecodeError::Short), "{len}");
+        assert_eq!(NetState::decode(&bytes[..len]), Err(DecodeError::Short.into()), "{len}");
     }
     bytes.push(0);
-    assert_eq!(NetState::decode(&bytes), Err(DecodeError::Trailing(1)));
+    assert_eq!(NetState::decode(&bytes), Err(DecodeError::Trailing(1).into()));
     bytes.pop();
     bytes[2] |= 1;
-    assert!(matches!(NetState::decode(&bytes), Err(DecodeError::Value { field: "mac", .. })));
-    bytes[0] = 2;
-    assert_eq!(rig.device.take_over(&bytes), Err(RestoreError::Decode(DecodeError::Version(2))));
+    let bad = |bytes: &[u8]| NetState::decode(bytes).unwrap_err();
+    assert!(matches!(bad(&bytes), RestoreError::Decode(DecodeError::Value { field: "mac", .. })));
+    bytes[0] = 3;
+    assert_eq!(rig.device.take_over(&bytes), Err(RestoreError::Decode(DecodeError::Version(3))));
+    bytes[0] = 1;
+    let old = rig.device.take_over(&bytes).unwrap_err();
+    assert!(old.to_string().contains("version 1, this release knows 2"), "{old}");
 }

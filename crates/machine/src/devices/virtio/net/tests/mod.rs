@@ -1,9 +1,13 @@
 //! The network device with a driver of ours on one side and a socket for a wire on the other.
 
+mod control;
 mod formats;
 mod hostile;
 mod lifecycle;
+mod merge;
+mod offload;
 mod output;
+mod pairs;
 mod rings;
 mod tap;
 mod traffic;
@@ -20,6 +24,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::rings::Ring;
+use super::offload::HEADER;
 use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode};
 use super::{FramePort, MacAddr, NetDevice};
 use crate::bus::SharedDevice;
@@ -40,6 +45,11 @@ const TX_RINGS: u64 = 0x2_0000;
 /// Receive buffer `i` is at `RX_BUFFERS + i * 4096`, transmit buffer `i` at `TX_BUFFERS + i * 4096`.
 const RX_BUFFERS: u64 = 0x10_0000;
 const TX_BUFFERS: u64 = 0x20_0000;
+
+const COMMANDS: u64 = 0x30_0000;
+const ANSWERS: u64 = 0x31_0000;
+/// Room for the longest frames.
+const LARGE: u64 = 0x38_0000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -93,13 +103,23 @@ impl Waker for Count {
     }
 }
 
-/// Writes down the frames that left.
+/// Writes down the packets that left, and the pair each came from.
 #[derive(Default)]
-struct Recorder(pub(super) Mutex<Vec<Vec<u8>>>);
+struct Recorder(Mutex<Vec<(usize, Vec<u8>)>>);
 
 impl Recorder {
+    /// Whole packets.
+    fn packets(&self) -> Vec<Vec<u8>> {
+        self.0.lock().unwrap().iter().map(|(_, packet)| packet.clone()).collect()
+    }
+
+    /// The packets without their headers.
     fn frames(&self) -> Vec<Vec<u8>> {
-        self.0.lock().unwrap().clone()
+        self.0.lock().unwrap().iter().map(|(_, packet)| packet[HEADER..].to_vec()).collect()
+    }
+
+    fn pairs(&self) -> Vec<usize> {
+        self.0.lock().unwrap().iter().map(|&(pair, _)| pair).collect()
     }
 
     fn count(&self) -> usize {
@@ -108,30 +128,66 @@ impl Recorder {
 }
 
 impl FrameSink for Recorder {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.0.lock().unwrap().push(frame.to_vec());
+    fn send(&self, pair: usize, packet: &[u8]) -> io::Result<()> {
+        self.0.lock().unwrap().push((pair, packet.to_vec()));
         Ok(())
     }
 }
 
-/// The device's end of a wire made of a socket pair.
-struct Socket(UnixDatagram);
+/// The device's end of a wire made of socket pairs, one for each queue pair; packets on it have their header.
+struct Sockets {
+    ends: Vec<UnixDatagram>,
+    /// What the device has told its port.
+    told: Mutex<Vec<Told>>,
+}
 
-impl FrameSink for Socket {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.0.send(frame).map(|_| ())
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Offloads(u64),
+    Pairs(usize),
+}
+
+impl FrameSink for Sockets {
+    fn send(&self, pair: usize, packet: &[u8]) -> io::Result<()> {
+        self.ends[pair].send(packet).map(|_| ())
     }
 }
 
-impl FramePort for Socket {
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.recv(buffer)
+impl FramePort for Sockets {
+    fn pairs(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn fd(&self, pair: usize) -> RawFd {
+        self.ends[pair].as_raw_fd()
+    }
+
+    fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize> {
+        self.ends[pair].recv(buffer)
+    }
+
+    fn set_offloads(&self, offloads: u64) -> io::Result<()> {
+        self.told.lock().unwrap().push(Told::Offloads(offloads));
+        Ok(())
+    }
+
+    fn set_pairs(&self, pairs: usize) -> io::Result<()> {
+        self.told.lock().unwrap().push(Told::Pairs(pairs));
+        Ok(())
     }
 }
 
-impl AsRawFd for Socket {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+/// The outer ends of the wire.
+struct Wire(Vec<UnixDatagram>);
+
+impl Wire {
+    /// Sends a frame on which nothing is left to do.
+    fn send(&self, frame: &[u8]) -> io::Result<usize> {
+        self.send_packet(0, [0; HEADER], frame)
+    }
+
+    fn send_packet(&self, pair: usize, header: [u8; HEADER], frame: &[u8]) -> io::Result<usize> {
+        self.0[pair].send(&[&header, frame].concat())
     }
 }
 
@@ -140,7 +196,8 @@ struct Rig<'m> {
     memory: &'m Arc<Memory>,
     device: NetDevice<Memory>,
     registers: SharedDevice,
-    wire: UnixDatagram,
+    wire: Wire,
+    port: Arc<Sockets>,
     sink: Arc<Recorder>,
     output: Arc<Output>,
     gate: Arc<DeviceGate>,
@@ -150,8 +207,13 @@ struct Rig<'m> {
 
 impl<'m> Rig<'m> {
     fn new(memory: &'m Arc<Memory>, limits: OutputLimits, mode: OutputMode) -> Self {
-        let (inside, wire) = UnixDatagram::pair().unwrap();
-        inside.set_nonblocking(true).unwrap();
+        Self::with_pairs(memory, 1, limits, mode)
+    }
+
+    fn with_pairs(memory: &'m Arc<Memory>, pairs: usize, limits: OutputLimits, mode: OutputMode) -> Self {
+        let (ends, wire) = (0..pairs).map(|_| UnixDatagram::pair().unwrap()).unzip::<_, _, Vec<_>, _>();
+        ends.iter().for_each(|end| end.set_nonblocking(true).unwrap());
+        let port = Arc::new(Sockets { ends, told: Mutex::default() });
         let sink = Arc::new(Recorder::default());
         let output = Arc::new(Output::new(sink.clone(), limits, mode).unwrap());
         let (gate, interrupts, wakes) =
@@ -162,9 +224,9 @@ impl<'m> Rig<'m> {
             interrupt: interrupts.clone(),
             waker: wakes.clone(),
         };
-        let device = NetDevice::with_port(MAC, Arc::new(Socket(inside)), output.clone(), host).unwrap();
+        let device = NetDevice::with_port(MAC, port.clone(), output.clone(), host).unwrap();
         let registers = device.registers();
-        Self { memory, device, registers, wire, sink, output, gate, interrupts, wakes }
+        Self { memory, device, registers, wire: Wire(wire), port, sink, output, gate, interrupts, wakes }
     }
 
     /// A rig with everything at its usual.
@@ -192,13 +254,22 @@ impl<'m> Rig<'m> {
         self.read(0x70) & 64 != 0
     }
 
-    /// Has the driver set up the device with fresh rings.
+    /// Has the driver set up the first pair of the device with fresh rings, and nothing else.
     fn boot(&self, features: u64) -> Driver<'m> {
         let driver = Driver {
             memory: self.memory,
             rx: Ring::fresh(self.memory, RX_RINGS),
             tx: Ring::fresh(self.memory, TX_RINGS),
         };
+        self.negotiate(features);
+        self.add_queue(0, &driver.rx);
+        self.add_queue(1, &driver.tx);
+        self.start();
+        driver
+    }
+
+    /// Resets the device and agrees on features.
+    fn negotiate(&self, features: u64) {
         self.write(0x70, 0);
         self.write(0x70, 3);
         for half in 0..2 {
@@ -206,17 +277,40 @@ impl<'m> Rig<'m> {
             self.write(0x20, (features >> (32 * half)) as u32);
         }
         self.write(0x70, 11);
-        for (index, queue) in [&driver.rx, &driver.tx].into_iter().enumerate() {
-            self.write(0x30, index as u32);
-            self.write(0x38, u32::from(QUEUE));
-            self.write(0x80, queue.table() as u32);
-            self.write(0x90, queue.available() as u32);
-            self.write(0xa0, queue.used() as u32);
-            self.write(0x44, 1);
-        }
+    }
+
+    fn add_queue(&self, index: u32, queue: &Ring<'_>) {
+        self.write(0x30, index);
+        self.write(0x38, u32::from(QUEUE));
+        self.write(0x80, queue.table() as u32);
+        self.write(0x90, queue.available() as u32);
+        self.write(0xa0, queue.used() as u32);
+        self.write(0x44, 1);
+    }
+
+    /// Has the driver set up queues of the device, those in `indexes`, with fresh rings.
+    fn boot_queues(&self, features: u64, indexes: std::ops::Range<u32>) -> Vec<Ring<'m>> {
+        self.negotiate(features);
+        let rings = indexes.map(|index| {
+            let ring = Ring::fresh(self.memory, rings_at(index));
+            self.add_queue(index, &ring);
+            ring
+        });
+        let rings = rings.collect();
+        self.start();
+        rings
+    }
+
+    /// Has the driver set up the first pair and the control queue, which is number `index`.
+    fn boot_with_control(&self, features: u64, index: u32) -> (Driver<'m>, Control<'_, 'm>) {
+        let rings = self.boot_queues(features, 0..index + 1);
+        let driver = Driver { memory: self.memory, rx: rings[0], tx: rings[1] };
+        (driver, Control { rig: self, ring: rings[index as usize], index })
+    }
+
+    fn start(&self) {
         self.write(0x70, 15);
         assert_eq!(self.read(0x70), 15, "the device starts");
-        driver
     }
 
     fn kick_rx(&self) {
@@ -225,6 +319,35 @@ impl<'m> Rig<'m> {
 
     fn kick_tx(&self) {
         self.write(0x50, 1);
+    }
+}
+
+/// Where a driver has the rings of a queue.
+fn rings_at(index: u32) -> u64 {
+    RX_RINGS + (TX_RINGS - RX_RINGS) * u64::from(index)
+}
+
+/// The driver's side of the control queue.
+struct Control<'r, 'm> {
+    rig: &'r Rig<'m>,
+    ring: Ring<'m>,
+    index: u32,
+}
+
+impl Control<'_, '_> {
+    /// Gives a command and waits for the answer.
+    fn ask(&self, class: u8, number: u8, data: &[u8]) -> u8 {
+        let command = [&[class, number], data].concat();
+        self.rig.memory.write_slice(&command, GuestAddress(COMMANDS)).unwrap();
+        self.rig.memory.write_slice(&[0xee], GuestAddress(ANSWERS)).unwrap();
+        self.ring.put(0, Descriptor::new(COMMANDS, command.len() as u32, NEXT, 1));
+        self.ring.put(1, Descriptor::new(ANSWERS, 1, WRITE, 0));
+        let before = self.ring.used_index();
+        self.ring.offer(0);
+        self.rig.write(0x50, self.index);
+        wait_for("the answer", || self.ring.used_index() != before);
+        assert_eq!(self.ring.used_entry(before), (0, 1));
+        self.rig.memory.read_obj(GuestAddress(ANSWERS)).unwrap()
     }
 }
 
@@ -250,6 +373,7 @@ impl<'m> Driver<'m> {
 
     /// Makes `frame` available for sending, in one buffer with its header.
     fn send(&self, slot: u16, frame: &[u8]) {
+        assert!(frame.len() + HEADER <= 4096);
         let at = TX_BUFFERS + u64::from(slot) * 4096;
         self.memory.write_slice(&[0; 12], GuestAddress(at)).unwrap();
         self.memory.write_slice(frame, GuestAddress(at + 12)).unwrap();
@@ -275,5 +399,3 @@ impl<'m> Driver<'m> {
         packet.split_off(12)
     }
 }
-
-const _: () = assert!(MAX_FRAME + 12 < 4096, "a buffer of the driver holds any frame");

@@ -9,6 +9,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::devices::virtio::net::{EpochError, OutputStats, Pushed, Released};
 
+/// A frame of Ethernet's usual size.
+const ETHERNET: usize = 1518;
 const SMALL: OutputLimits = OutputLimits { frames: 8, bytes: 4096 };
 
 fn output(limits: OutputLimits, mode: OutputMode) -> (Output, Arc<Recorder>) {
@@ -23,11 +25,11 @@ fn holding() -> (Output, Arc<Recorder>) {
 }
 
 fn push(output: &Output, number: u32) {
-    assert_eq!(output.push(&frame(number, 60)), Pushed::Taken);
+    assert_eq!(output.push(0, &frame(number, 60)), Pushed::Taken);
 }
 
 fn numbers(sink: &Recorder) -> Vec<u32> {
-    sink.frames().iter().map(|frame| u32::from_le_bytes(frame[14..18].try_into().unwrap())).collect()
+    sink.packets().iter().map(|frame| u32::from_le_bytes(frame[14..18].try_into().unwrap())).collect()
 }
 
 #[test]
@@ -131,7 +133,7 @@ fn a_full_ring_leaves_the_frame_with_the_guest() {
     for number in 0..8 {
         push(&output, number);
     }
-    assert_eq!(output.push(&frame(8, 60)), Pushed::Full);
+    assert_eq!(output.push(0, &frame(8, 60)), Pushed::Full);
     assert!(output.space().read().is_err());
     assert_eq!(output.release(0, || true).frames, 0);
     output.set_epoch(2).unwrap();
@@ -139,10 +141,10 @@ fn a_full_ring_leaves_the_frame_with_the_guest() {
     assert_eq!(output.space().read().unwrap(), 1, "told once there is room");
     let (output, _) = holding();
     for _ in 0..2 {
-        assert_eq!(output.push(&[0; MAX_FRAME]), Pushed::Taken);
+        assert_eq!(output.push(0, &[0; ETHERNET]), Pushed::Taken);
     }
-    assert_eq!(output.push(&[0; MAX_FRAME]), Pushed::Full, "bytes are bounded too");
-    assert_eq!(output.push(&[0; 1000]), Pushed::Taken);
+    assert_eq!(output.push(0, &[0; ETHERNET]), Pushed::Full, "bytes are bounded too");
+    assert_eq!(output.push(0, &[0; 1000]), Pushed::Taken);
     let stats = output.stats();
     assert_eq!((stats.held_frames, stats.held_bytes, stats.most_bytes, stats.full), (3, 4036, 4036, 1));
 }
@@ -199,11 +201,11 @@ fn the_first_frame_that_leaves_is_reported_once() {
 struct Flaky(Recorder, AtomicU64);
 
 impl FrameSink for Flaky {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
+    fn send(&self, pair: usize, frame: &[u8]) -> io::Result<()> {
         if self.1.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        self.0.send(frame)
+        self.0.send(pair, frame)
     }
 }
 
@@ -238,7 +240,7 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        12 => prop_oneof![18usize..=200, 18usize..=MAX_FRAME].prop_map(Op::Push),
+        12 => prop_oneof![18usize..=200, 18usize..=ETHERNET].prop_map(Op::Push),
         4 => Just(Op::NextEpoch),
         4 => (0u64..4, prop_oneof![Just(usize::MAX), 0usize..6])
             .prop_map(|(behind, may)| Op::Release(behind, may)),
@@ -289,13 +291,13 @@ proptest! {
             match op {
                 Op::Push(len) => {
                     let frame = frame(number as u32, len);
-                    let pushed = output.push(&frame);
+                    let pushed = output.push(0, &frame);
                     let bytes: usize = oracle.held.iter().map(|(_, frame)| frame.len()).sum();
                     match oracle.mode {
                         _ if pushed == Pushed::Full => {
                             prop_assert_eq!(oracle.mode, OutputMode::Hold);
                             // The free bytes may be in two pieces, one too short and one skipped.
-                            let little = SMALL.bytes - bytes < len + MAX_FRAME;
+                            let little = SMALL.bytes - bytes < len + ETHERNET;
                             prop_assert!(oracle.held.len() == SMALL.frames || little);
                         }
                         OutputMode::PassThrough => oracle.left.push(frame),
@@ -337,7 +339,7 @@ proptest! {
                     output.discard();
                 }
             }
-            prop_assert_eq!(&sink.frames(), &oracle.left);
+            prop_assert_eq!(&sink.packets(), &oracle.left);
             let OutputStats { held_frames, discarded_frames, .. } = output.stats();
             prop_assert_eq!((held_frames as usize, discarded_frames), (oracle.held.len(), oracle.discarded));
         }
@@ -351,7 +353,7 @@ struct Judge {
 }
 
 impl FrameSink for Judge {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
+    fn send(&self, _pair: usize, frame: &[u8]) -> io::Result<()> {
         let epoch = u64::from_le_bytes(frame[20..28].try_into().unwrap());
         let number = u32::from_le_bytes(frame[14..18].try_into().unwrap());
         assert!(epoch <= self.committed.load(Ordering::SeqCst), "epoch {epoch} left before its commit");
@@ -381,7 +383,7 @@ fn three_threads_keep_the_order() {
                 let pass = gate.enter();
                 let mut frame = frame(number, 60 + (number as usize * 37) % 300);
                 frame[20..28].copy_from_slice(&epoch.load(Ordering::SeqCst).to_le_bytes());
-                if output.push(&frame) == Pushed::Taken {
+                if output.push(0, &frame) == Pushed::Taken {
                     number += 1;
                 }
                 drop(pass);
@@ -432,11 +434,11 @@ struct Slow {
 }
 
 impl FrameSink for Slow {
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
+    fn send(&self, pair: usize, frame: &[u8]) -> io::Result<()> {
         self.entered.fetch_add(1, Ordering::SeqCst);
         wait_for("leave to go on", || self.go.load(Ordering::SeqCst) > 0);
         self.sent.fetch_add(1, Ordering::SeqCst);
-        self.log.send(frame)
+        self.log.send(pair, frame)
     }
 }
 

@@ -207,7 +207,7 @@ fn frames_that_do_not_fit_are_dropped_and_the_next_one_comes() {
     driver.give_buffer(0, 1526);
     driver.give_buffer(1, 1530);
     rig.kick_rx();
-    for (n, len) in [(1, 1515), (2, 1519), (3, 1514), (4, 1518)] {
+    for (n, len) in [(1, 1515), (2, 65_554), (3, 1514), (4, 1518)] {
         rig.wire.send(&frame(n, len)).unwrap();
     }
     wait_for("the ones that fit", || driver.rx_used() == 2);

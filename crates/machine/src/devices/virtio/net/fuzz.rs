@@ -1,0 +1,230 @@
+//! Any driver: bytes become features, rings, descriptors, buffers and frames, over which the device works.
+//!
+//! Called by the fuzz target and, with random bytes, by the tests. The device must neither panic nor work for
+//! ever, must not use more buffers than were offered, and must send only headers that say what they may.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::chains::bounce;
+use super::control::Settings;
+use super::mac::MacAddr;
+use super::offload::{GUEST_OFFLOADS, HEADER, Header, effective, offered};
+use super::output::{FrameSink, MAX_PACKET, Output, OutputLimits, OutputMode};
+use super::queues::{Queues, Way};
+use super::stats::Counters;
+use super::tap::FramePort;
+use crate::devices::gate::DeviceGate;
+use crate::devices::virtio::{Interrupt, InterruptLine};
+
+type Memory = GuestMemoryMmap<()>;
+
+const MEMORY: usize = 1 << 20;
+const PAIRS: usize = 2;
+const SIZE: u16 = 16;
+/// Each queue has its table, available and used ring in three pages.
+const QUEUE_BYTES: u64 = 3 * 4096;
+/// Batches of each queue.
+const ROUNDS: usize = 3;
+
+/// Runs the device over what `data` says.
+pub fn run(data: &[u8]) {
+    let mut source = Source(data);
+    let features = effective(source.number::<8>() & offered(PAIRS) | 1 << 32);
+    let limits = OutputLimits { frames: 8, bytes: MAX_PACKET };
+    let hold = source.byte() & 1 != 0;
+    let mode = if hold { OutputMode::Hold } else { OutputMode::PassThrough };
+    let memory = match Memory::from_ranges(&[(GuestAddress(0), MEMORY)]) {
+        Ok(memory) => Arc::new(memory),
+        Err(error) => panic!("no memory for the test: {error}"),
+    };
+    let port = Arc::new(Port { features, frames: frames(&mut source), next: AtomicUsize::new(0) });
+    let output = match Output::new(port.clone(), limits, mode) {
+        Ok(output) => output,
+        Err(error) => panic!("no event for the test: {error}"),
+    };
+    let pairs =
+        (0..PAIRS).map(|pair| [2 * pair, 2 * pair + 1].map(|at| queue(&memory, at, features, &mut source)));
+    let pairs: Vec<_> = pairs.collect();
+    let control = queue(&memory, 2 * PAIRS, features, &mut source);
+    buffers(&memory, &mut source);
+
+    let line = Arc::new(InterruptLine::new(Arc::new(Nowhere)));
+    let mut queues = Queues::new(memory, line, features, pairs, Some((2 * PAIRS, control)));
+    let mut settings = Settings::new(MacAddr([2, 0, 0, 0, 0, 1]));
+    let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
+    let pass = gate.enter();
+    let way = Way { port: &*port, output: &output, counters: &counters, pass: &pass };
+    for _ in 0..ROUNDS {
+        let _ = queues.obey(&mut settings, &mut buffer, &pass);
+        assert!((1..=PAIRS).contains(&settings.pairs.into()) && settings.mac.is_unicast());
+        assert_eq!(settings.offloads & !(features & GUEST_OFFLOADS), 0);
+        for pair in 0..PAIRS {
+            let _ = queues.transmit(pair, &way, &mut buffer);
+            let _ = queues.receive(pair, &way, settings.offloads);
+        }
+    }
+    let _ = output.pass_through();
+}
+
+/// A queue whose rings and table say what `source` says.
+fn queue(memory: &Memory, index: usize, features: u64, source: &mut Source<'_>) -> Queue {
+    let table = QUEUE_BYTES * index as u64;
+    let [available, used] = [table + 4096, table + 2 * 4096];
+    for slot in 0..u64::from(SIZE) {
+        put(memory, table + 16 * slot, source.descriptor());
+        let head = source.small(SIZE);
+        put(memory, available + 4 + 2 * slot, head);
+    }
+    // Mostly no more than there are.
+    let offered = source.small(SIZE + 1);
+    put(memory, available + 2, offered);
+    let Ok(mut queue) = Queue::new(SIZE) else { unreachable!("the size is a power of two") };
+    queue.set_desc_table_address(Some(table as u32), Some(0));
+    queue.set_avail_ring_address(Some(available as u32), Some(0));
+    queue.set_used_ring_address(Some(used as u32), Some(0));
+    queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+    queue.set_ready(true);
+    queue
+}
+
+/// Puts headers, commands and indirect tables where descriptors point to.
+fn buffers(memory: &Memory, source: &mut Source<'_>) {
+    while !source.0.is_empty() {
+        let at = source.address();
+        // Where there is no memory there is nothing to write.
+        let _ = if source.byte() & 1 == 0 {
+            let mut bytes = [0; 24];
+            bytes.fill_with(|| source.byte());
+            memory.write_slice(&bytes, GuestAddress(at))
+        } else {
+            memory.write_obj(source.descriptor(), GuestAddress(at))
+        };
+    }
+}
+
+/// What comes from outside: lengths and headers.
+fn frames(source: &mut Source<'_>) -> Vec<(usize, [u8; HEADER])> {
+    let count = usize::from(source.byte() % 8);
+    let mut frame = || {
+        let mut header = [0; HEADER];
+        header.fill_with(|| source.byte());
+        (source.number::<3>() as usize % (MAX_PACKET + 2), header)
+    };
+    (0..count).map(|_| frame()).collect()
+}
+
+fn put<T: vm_memory::ByteValued>(memory: &Memory, at: u64, value: T) {
+    if let Err(error) = memory.write_obj(value, GuestAddress(at)) {
+        panic!("the rings of the test lie in memory: {error}");
+    }
+}
+
+/// Takes numbers from the front of the bytes; zero when they are used up.
+struct Source<'a>(&'a [u8]);
+
+impl Source<'_> {
+    fn byte(&mut self) -> u8 {
+        self.number::<1>() as u8
+    }
+
+    fn number<const N: usize>(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        let (front, rest) = self.0.split_at(N.min(self.0.len()));
+        bytes[..front.len()].copy_from_slice(front);
+        self.0 = rest;
+        u64::from_le_bytes(bytes)
+    }
+
+    /// A number below `limit`, now and then any.
+    fn small(&mut self, limit: u16) -> u16 {
+        match self.byte() {
+            u8::MAX => self.number::<2>() as u16,
+            byte => u16::from(byte) % limit,
+        }
+    }
+
+    /// An address in memory or not far behind, now and then any. Few different ones, so that they meet.
+    fn address(&mut self) -> u64 {
+        match self.byte() {
+            u8::MAX => self.number::<8>(),
+            byte => (u64::from(byte) * 4099) % (MEMORY as u64 + 4096),
+        }
+    }
+
+    fn descriptor(&mut self) -> Descriptor {
+        let addr = self.address();
+        let len = match self.byte() {
+            0..=63 => HEADER as u32,
+            64..=127 => 1526,
+            128..=159 => u32::from(self.byte()),
+            160..=191 => 1 << 16,
+            192..=223 => 16 * u32::from(self.byte() % 8),
+            224..=250 => self.number::<2>() as u32,
+            _ => self.number::<4>() as u32,
+        };
+        let flags = self.small(8);
+        let next = self.small(SIZE);
+        Descriptor::new(addr, len, flags, next)
+    }
+}
+
+/// The outside: gives the same frames again and again, and judges what comes.
+struct Port {
+    features: u64,
+    frames: Vec<(usize, [u8; HEADER])>,
+    next: AtomicUsize,
+}
+
+impl FrameSink for Port {
+    fn send(&self, _pair: usize, packet: &[u8]) -> io::Result<()> {
+        let Some((header, frame)) = packet.split_first_chunk() else { panic!("a packet without header") };
+        let header = Header::read(header);
+        assert_eq!(header.to_send(frame.len(), self.features), Some(header));
+        Ok(())
+    }
+}
+
+impl FramePort for Port {
+    fn pairs(&self) -> usize {
+        PAIRS
+    }
+
+    fn fd(&self, _pair: usize) -> RawFd {
+        unreachable!("no one waits for this port")
+    }
+
+    fn receive(&self, _pair: usize, buffer: &mut [u8]) -> io::Result<usize> {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        match self.frames.get(next % (self.frames.len() + 1)) {
+            Some(&(len, header)) => {
+                let len = len.min(buffer.len());
+                let head = len.min(HEADER);
+                buffer[..head].copy_from_slice(&header[..head]);
+                Ok(len)
+            }
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn set_offloads(&self, _offloads: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_pairs(&self, _pairs: usize) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Nowhere;
+
+impl Interrupt for Nowhere {
+    fn trigger(&self) {}
+}
