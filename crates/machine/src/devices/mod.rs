@@ -4,6 +4,9 @@
 //! so between two batches every device is at rest: nothing half done in guest memory, no lock held.
 
 pub mod gate;
+pub mod line_log;
+pub mod port;
+pub mod serial;
 pub mod virtio;
 
 use vmm_sys_util::eventfd::EventFd;

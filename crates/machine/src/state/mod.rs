@@ -20,6 +20,8 @@ pub enum Kind {
     Vm = 3,
     /// One device behind the virtio-mmio transport.
     Device = 4,
+    /// The serial port.
+    Serial = 5,
     /// Hashes of all memory and all disks, in a checkpoint that is to be compared. No part of the VM's state.
     Check = 6,
 }
@@ -27,7 +29,7 @@ pub enum Kind {
 impl Kind {
     /// The kind with this number on the wire.
     pub fn from_wire(number: u16) -> Option<Self> {
-        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device, Self::Check]
+        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device, Self::Serial, Self::Check]
             .into_iter()
             .find(|k| *k as u16 == number)
     }

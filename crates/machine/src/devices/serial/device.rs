@@ -1,0 +1,264 @@
+//! The serial port as the guest and the machine see it.
+
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+
+use super::persist::{FIFO, RestoreError, SerialState};
+use super::stats::{Counters, SerialStats};
+use super::worker::Worker;
+use crate::bus::{BusDevice, SharedDevice};
+use crate::devices::gate::DeviceGate;
+use crate::devices::port::{PortEnd, PortInput, PortSink};
+use crate::devices::virtio::Interrupt;
+
+const DATA: u8 = 0;
+const IIR: u8 = 2;
+const MCR: u8 = 4;
+
+const IER_RECEIVED: u8 = 0x01;
+const IER_SENT: u8 = 0x02;
+const IIR_NONE: u8 = 0x01;
+const IIR_RECEIVED: u8 = 0x04;
+const MCR_LOOP: u8 = 0x10;
+
+/// What the machine lends a serial port.
+#[derive(Clone)]
+pub struct SerialHost {
+    /// The gate that input enters behind.
+    pub gate: Arc<DeviceGate>,
+    /// Raises the port's interrupt (an edge).
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A serial port with its registers and the thread that brings input.
+///
+/// It begins passive: what is typed is dropped until [`go_live`](Self::go_live).
+pub struct SerialPort {
+    uart: Arc<Mutex<Uart>>,
+    counters: Arc<Counters>,
+    input: Arc<PortInput>,
+    _worker: Worker,
+}
+
+/// The registers and what they are connected with.
+pub(super) struct Uart {
+    serial: Serial<Line, NoEvents, Out>,
+    input: Arc<PortInput>,
+    live: bool,
+    /// The state while bytes wait in the FIFO. Asking the registers for it allocates then, which must not
+    /// happen in a pause; so it is asked for after each access that leaves some there.
+    with_input: Option<SerialState>,
+}
+
+/// The interrupt as the registers see it.
+#[derive(Clone)]
+struct Line(Arc<dyn Interrupt>);
+
+impl Trigger for Line {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.trigger();
+        Ok(())
+    }
+}
+
+/// The sink as the registers see it.
+#[derive(Clone)]
+struct Out {
+    sink: Arc<dyn PortSink>,
+    counters: Arc<Counters>,
+}
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.write(bytes);
+        self.counters.tx_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl SerialPort {
+    /// A serial port after power-on.
+    ///
+    /// # Errors
+    /// The operating system's, when it refuses the thread or its events.
+    pub fn new(host: SerialHost, end: PortEnd) -> io::Result<Self> {
+        let counters = Arc::<Counters>::default();
+        let out = Out { sink: end.sink, counters: counters.clone() };
+        let input = end.input;
+        // Bytes for a machine of before are not for this one.
+        input.set_live(false);
+        let uart = Arc::new(Mutex::new(Uart {
+            serial: Serial::new(Line(host.interrupt), out),
+            input: input.clone(),
+            live: false,
+            with_input: None,
+        }));
+        let worker = Worker::start(host.gate, uart.clone(), input.clone())?;
+        Ok(Self { uart, counters, input, _worker: worker })
+    }
+
+    /// The registers, for the port bus; [`PORTS`](super::PORTS) bytes long.
+    pub fn registers(&self) -> SharedDevice {
+        self.uart.clone()
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> SerialStats {
+        self.counters.read(self.input.dropped())
+    }
+
+    /// The machine begins to run here: input is taken from now on, and an interrupt that was under way when
+    /// the state was saved is raised again. The gate may be closed or open.
+    pub fn go_live(&self) {
+        self.input.set_live(true);
+        let mut uart = self.uart();
+        uart.live = true;
+        uart.interrupt_again();
+    }
+
+    /// Most bytes that [`save`](Self::save) appends.
+    pub fn state_bytes(&self) -> usize {
+        SerialState::BYTES
+    }
+
+    /// Appends the state to `out`. Needs stopped vCPUs and a closed gate; does not allocate if `out` has room
+    /// for [`state_bytes`](Self::state_bytes) more.
+    pub fn save(&self, out: &mut Vec<u8>) {
+        self.state().encode(out);
+    }
+
+    /// The state as plain data; needs stopped vCPUs and a closed gate.
+    pub fn state(&self) -> SerialState {
+        self.uart().state()
+    }
+
+    /// Takes over a saved state; nothing changes if it is refused. The vCPUs must be stopped and the gate
+    /// closed (or the port not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
+    pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
+        let state = SerialState::decode(bytes)?;
+        self.uart().replace(state);
+        Ok(())
+    }
+
+    /// Puts the port into the state after power-on: the guest starts again. Input goes on.
+    pub fn reset(&self) {
+        let mut uart = self.uart();
+        uart.replace(SerialState::of(&vm_superio::serial::SerialState::default()));
+    }
+
+    fn uart(&self) -> MutexGuard<'_, Uart> {
+        lock(&self.uart)
+    }
+}
+
+impl Drop for SerialPort {
+    fn drop(&mut self) {
+        self.input.set_live(false);
+    }
+}
+
+impl std::fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SerialPort").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+impl Uart {
+    /// Fills the empty FIFO with what was typed. Filling it byte by byte would interrupt the guest for each.
+    pub(super) fn refill(&mut self) {
+        let looped = self.serial.read(MCR) & MCR_LOOP != 0;
+        if self.live && !looped && self.serial.fifo_capacity() == FIFO {
+            let mut bytes = [0; FIFO];
+            let count = self.input.take(&mut bytes);
+            if let Ok(put) = self.serial.enqueue_raw_bytes(&bytes[..count]) {
+                self.serial.writer().counters.rx_bytes.fetch_add(put as u64, Ordering::Relaxed);
+            }
+        }
+        self.note();
+    }
+
+    fn note(&mut self) {
+        let waits = self.serial.fifo_capacity() < FIFO;
+        self.with_input = waits.then(|| SerialState::of(&self.serial.state()));
+    }
+
+    fn state(&self) -> SerialState {
+        self.with_input.unwrap_or_else(|| SerialState::of(&self.serial.state()))
+    }
+
+    fn replace(&mut self, state: SerialState) {
+        let (line, out) = (self.serial.interrupt_evt().clone(), self.serial.writer().clone());
+        // Fails for a full FIFO or a failing interrupt: neither can be here.
+        if let Ok(serial) = Serial::from_state(&state.to_uart(), line, NoEvents, out) {
+            self.serial = serial;
+        }
+        self.note();
+    }
+
+    /// The FIFO holds bytes and the driver wants to be told.
+    fn has_news(&self) -> bool {
+        self.with_input.is_some_and(|state| state.interrupt_enable & IER_RECEIVED != 0)
+    }
+
+    /// Raises the interrupt if the driver uses interrupts at all: one that was on its way when the state was
+    /// saved is in no register.
+    fn interrupt_again(&mut self) {
+        if self.state().interrupt_enable & (IER_RECEIVED | IER_SENT) != 0 {
+            let _ = self.serial.interrupt_evt().trigger();
+        }
+    }
+
+    fn read_register(&mut self, register: u8) -> u8 {
+        let value = self.serial.read(register);
+        // A driver that leaves before it has taken all bytes is told again. The registers forget that when a
+        // byte is read.
+        let told = if register == IIR && value & IIR_NONE != 0 && self.has_news() {
+            value & !IIR_NONE | IIR_RECEIVED
+        } else {
+            value
+        };
+        if matches!(register, DATA | IIR) {
+            self.refill();
+        }
+        told
+    }
+
+    fn write_register(&mut self, register: u8, value: u8) {
+        // Neither the sink nor the interrupt fails.
+        let _ = self.serial.write(register, value);
+        // Looped back, a written byte comes into the FIFO.
+        if register != DATA || self.serial.fifo_capacity() < FIFO {
+            self.refill();
+        }
+    }
+}
+
+/// Wider accesses than a byte reach the registers one after the other, as on the bus of a PC.
+impl BusDevice for Uart {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (register, byte) in (offset as u8..).zip(data) {
+            *byte = self.read_register(register);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for (register, &byte) in (offset as u8..).zip(data) {
+            self.write_register(register, byte);
+        }
+    }
+}
+
+pub(super) fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
+    uart.lock().unwrap_or_else(PoisonError::into_inner)
+}

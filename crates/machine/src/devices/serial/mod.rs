@@ -1,0 +1,31 @@
+//! The serial port: a 16550A (COM1), the console that every kernel has a driver for.
+//!
+//! ```text
+//!  guest ── registers ──► uart ──► PortSink          on the vCPU's thread, byte by byte
+//!        ◄── registers ── uart ◄── worker ◄── PortInput     64-byte FIFO, filled when it is empty
+//! ```
+//!
+//! - [`device`]: the registers and the machine's handle. `worker`: the thread that brings input.
+//! - [`persist`]: what a resumed guest finds again. [`stats`]: the counters.
+//!
+//! The line has no speed: a byte is sent when it is written, so the transmitter is always empty and a driver
+//! never waits. FIFO resets and the modem lines do nothing.
+
+pub mod device;
+pub mod persist;
+pub mod stats;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use device::{SerialHost, SerialPort};
+pub use persist::{RestoreError, SerialState};
+pub use stats::SerialStats;
+
+/// First port of COM1.
+pub const COM1: u16 = 0x3f8;
+/// How many ports it has.
+pub const PORTS: u16 = 8;
+/// The interrupt line of COM1.
+pub const COM1_IRQ: u32 = 4;
