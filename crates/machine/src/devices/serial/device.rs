@@ -10,11 +10,12 @@ use vm_superio::serial::{NoEvents, Serial};
 
 use super::persist::{FIFO, RestoreError, SerialState};
 use super::stats::{Counters, SerialStats};
-use super::worker::Worker;
+use super::worker::Feeder;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::{PortEnd, PortInput, PortSink};
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::worker::Worker;
 
 const DATA: u8 = 0;
 const IIR: u8 = 2;
@@ -42,7 +43,7 @@ pub struct SerialPort {
     uart: Arc<Mutex<Uart>>,
     counters: Arc<Counters>,
     input: Arc<PortInput>,
-    _worker: Worker,
+    _worker: Worker<Feeder>,
 }
 
 /// The registers and what they are connected with.
@@ -104,7 +105,8 @@ impl SerialPort {
             live: false,
             with_input: None,
         }));
-        let worker = Worker::start(host.gate, uart.clone(), input.clone())?;
+        let feeder = Feeder::new(host.gate, uart.clone(), input.clone())?;
+        let worker = Worker::start(Arc::new(feeder))?;
         Ok(Self { uart, counters, input, _worker: worker })
     }
 
@@ -145,6 +147,9 @@ impl SerialPort {
 
     /// Takes over a saved state; nothing changes if it is refused. The vCPUs must be stopped and the gate
     /// closed (or the port not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
+    ///
+    /// # Errors
+    /// [`RestoreError`] when the bytes are no state of a serial port.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
         let state = SerialState::decode(bytes)?;
         self.uart().replace(state);
