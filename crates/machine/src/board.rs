@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::bus::{Bus, BusError};
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
+use crate::devices::virtio::blk::BlockError;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, WINDOW};
 use crate::devices::virtio::net::NetError;
 use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
@@ -33,6 +34,12 @@ pub enum BoardError {
     /// The network card or its tap.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A disk or its image.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The serial port's thread.
+    #[error("cannot start the serial port: {0}")]
+    Serial(std::io::Error),
     /// Its registers do not fit on the bus.
     #[error(transparent)]
     Bus(#[from] BusError),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::{EnableError, Gfn, HarvestError, RearmError};
 
+use crate::devices::virtio::blk::LogMode;
 use crate::machine::{Machine, Tracking};
 use crate::staging::Staging;
 use crate::state::Kind;
@@ -168,6 +169,7 @@ impl Machine {
             self.copy_pages(first, staging);
             in_pause.spill(staging).map_err(CaptureError::Spill)?;
             staging.clear_state();
+            staging.disk_writes_mut().clear();
             rest = more;
         }
         self.copy_pages(rest, staging);
@@ -205,6 +207,7 @@ impl Machine {
 
     fn save_shared_state(&mut self, staging: &mut Staging) -> Result<(), CaptureError> {
         staging.clear_state();
+        staging.disk_writes_mut().clear();
         if !std::mem::replace(&mut self.constants_sent, true) {
             for (index, bytes) in self.constants.iter().enumerate() {
                 staging.push_section(Kind::VcpuConstant, index as u16, bytes);
@@ -219,6 +222,15 @@ impl Machine {
             self.scratch.clear();
             device.save(&mut self.scratch);
             staging.push_section(Kind::Device, slot as u16, &self.scratch);
+        }
+        if let Some(serial) = &self.serial {
+            self.scratch.clear();
+            serial.save(&mut self.scratch);
+            staging.push_section(Kind::Serial, 0, &self.scratch);
+        }
+        if self.write_log.mode() == LogMode::Log {
+            // With the devices at rest: every write whose completion the guest of this checkpoint can see.
+            self.write_log.swap(staging.disk_writes_mut());
         }
         if std::mem::take(&mut self.check_due) {
             self.hashes().encode(&mut self.scratch);

@@ -37,6 +37,11 @@ pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
 pub use boot::{BootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
 pub use check::{CheckError, Hashes};
+pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
+pub use devices::virtio::blk::{
+    BlockDevice, BlockError, ChunkSet, DiskOp, DiskOptions, DiskWrite, Image, ImageError, LogMode,
+    WriteBuffer, WriteLog,
+};
 pub use devices::virtio::net::{
     MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
 };

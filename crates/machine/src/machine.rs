@@ -12,10 +12,13 @@ use crate::boot::{self, BootError, PayloadOptions};
 use crate::bus::Bus;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
+use crate::devices::port::PortEnd;
+use crate::devices::serial::{COM1, COM1_IRQ, PORTS, SerialHost, SerialPort};
+use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
 use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::memory::{GuestMemory, MemoryError, Ram};
-use crate::vcpu::platform::{EventSink, Platform};
+use crate::vcpu::platform::{EventSink, MachineEvent, Platform};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state;
@@ -29,6 +32,10 @@ pub struct Options {
     pub memory: u64,
     /// The network card, if any.
     pub net: Option<NetConfig>,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskOptions>,
+    /// The first serial port; without it nothing answers there.
+    pub serial: Option<PortEnd>,
     /// Which back end tracks dirty pages.
     pub tracker: Choice,
     /// Dirty pages at which a checkpoint should be taken early.
@@ -96,6 +103,9 @@ pub struct Machine {
     /// By slot.
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) net: Option<Arc<NetDevice<GuestMemory>>>,
+    pub(crate) disks: Vec<Arc<BlockDevice<GuestMemory>>>,
+    pub(crate) write_log: Arc<WriteLog>,
+    pub(crate) serial: Option<SerialPort>,
     pub(crate) gate: Arc<DeviceGate>,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) tracking: Tracking,
@@ -151,21 +161,35 @@ impl Machine {
         let mut mmio = Bus::new();
         let mut board = Board::new(&vm, &ram, &gate, &platform, &mut mmio);
         let net = options.net.as_ref().map(|net| board.add(|host| NetDevice::new(net, host))).transpose()?;
+        let full = options.events.clone();
+        let write_log = WriteLog::new(move || full(MachineEvent::DiskLogFull));
+        let mut disks = Vec::new();
+        for (index, disk) in options.disks.iter().enumerate() {
+            disks.push(board.add(|host| BlockDevice::new(disk, index as u16, write_log.clone(), host))?);
+        }
+        let mut pio = Bus::new();
+        let serial =
+            options.serial.clone().map(|end| add_serial(end, &board, &gate, &mut pio)).transpose()?;
         let devices = board.into_devices();
         let parts = Parts {
             platform,
-            pio: Arc::new(Bus::new()),
+            pio: Arc::new(pio),
             mmio: Arc::new(mmio),
             events: options.events.clone(),
             ram: ram.clone(),
         };
         let vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
         vcpus.set_tracker(tracker.clone());
-        let scratch = devices.iter().map(|it| it.state_bytes()).fold(vm_state::CAPACITY, usize::max);
+        let most =
+            devices.iter().map(|it| it.state_bytes()).chain(serial.iter().map(SerialPort::state_bytes));
+        let scratch = most.fold(vm_state::CAPACITY, usize::max);
         let mut machine = Self {
             vcpus,
             devices,
             net,
+            disks,
+            write_log,
+            serial,
             gate,
             tracker,
             tracking: Tracking::Off,
@@ -228,10 +252,21 @@ impl Machine {
         self.net.as_ref()
     }
 
+    /// The disks, in the order of [`Options::disks`].
+    pub fn disks(&self) -> &[Arc<BlockDevice<GuestMemory>>] {
+        &self.disks
+    }
+
+    /// What the guest does to its disks, for a standby's copy of them.
+    pub fn write_log(&self) -> &Arc<WriteLog> {
+        &self.write_log
+    }
+
     /// The VM begins to run on this host: devices work from now on, their queues are looked at, and with `announce` the
     /// network is told where the guest went. [`resume`](Self::resume) follows.
     pub fn go_live(&self, announce: bool) {
         self.devices.iter().for_each(|device| device.go_live(announce));
+        self.serial.iter().for_each(SerialPort::go_live);
     }
 
     /// The next checkpoint is a base: it carries the constant state too.
@@ -274,6 +309,19 @@ impl Machine {
         self.constants = constants.into_iter().map(|(_, bytes)| bytes).collect();
         Ok(())
     }
+}
+
+/// Puts COM1 on the port bus.
+fn add_serial(
+    end: PortEnd,
+    board: &Board<'_>,
+    gate: &Arc<DeviceGate>,
+    pio: &mut Bus,
+) -> Result<SerialPort, BoardError> {
+    let host = SerialHost { gate: gate.clone(), interrupt: board.interrupt(COM1_IRQ)? };
+    let serial = SerialPort::new(host, end).map_err(BoardError::Serial)?;
+    pio.insert(u64::from(COM1), u64::from(PORTS), serial.registers())?;
+    Ok(serial)
 }
 
 impl std::fmt::Debug for Machine {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::devices::DeviceRestoreError;
+use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
 use crate::state::{Kind, SECTION_VERSION, Section, StateError};
 use crate::tsc;
@@ -25,6 +25,9 @@ pub enum RestoreError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceRestoreError),
+    /// The serial port.
+    #[error("serial port: {0}")]
+    Serial(#[from] serial::RestoreError),
 }
 
 impl Machine {
@@ -43,7 +46,9 @@ impl Machine {
         if constants.len() != vcpus {
             return Err(StateError::Section { kind: Kind::VcpuConstant, index: constants.len() as u16 });
         }
-        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, self.devices.len())];
+        let serial = usize::from(self.serial.is_some());
+        let devices = self.devices.len();
+        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, devices), (Kind::Serial, serial)];
         for (kind, count) in expected {
             for index in 0..count as u16 {
                 find(sections, kind, index)?;
@@ -101,6 +106,9 @@ impl Machine {
         vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes)?;
         for (slot, device) in self.devices.iter().enumerate() {
             device.restore(find(sections, Kind::Device, slot as u16)?.bytes)?;
+        }
+        if let Some(serial) = &self.serial {
+            serial.restore(find(sections, Kind::Serial, 0)?.bytes)?;
         }
         self.constants = constants.to_vec();
         Ok(())

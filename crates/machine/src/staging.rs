@@ -5,6 +5,7 @@
 
 use outlive_dirty::Gfn;
 
+use crate::devices::virtio::blk::WriteBuffer;
 use crate::memory::PAGE_SIZE;
 use crate::state::{Kind, SECTION_VERSION, Section};
 
@@ -36,6 +37,7 @@ pub struct Staging {
     gfns: Vec<Gfn>,
     state: Vec<u8>,
     entries: Vec<Entry>,
+    disk: WriteBuffer,
 }
 
 // SAFETY: the mapping belongs to this object alone; `&Staging` only reads it.
@@ -44,11 +46,11 @@ unsafe impl Send for Staging {}
 unsafe impl Sync for Staging {}
 
 impl Staging {
-    /// Allocates and populates room for `capacity` pages.
+    /// Allocates and populates room for `capacity` pages and `disk_bytes` of writes to disks.
     ///
     /// # Errors
     /// [`StagingError`] when the host has not that much memory.
-    pub fn new(capacity: usize) -> Result<Self, StagingError> {
+    pub fn new(capacity: usize, disk_bytes: usize) -> Result<Self, StagingError> {
         let capacity = capacity.max(1);
         let bytes = capacity * PAGE_SIZE;
         // SAFETY: a new anonymous mapping; populated now, so that no page fault falls into a pause.
@@ -71,6 +73,7 @@ impl Staging {
             gfns: Vec::with_capacity(capacity),
             state: Vec::with_capacity(STATE_CAPACITY),
             entries: Vec::with_capacity(64),
+            disk: WriteBuffer::with_capacity(disk_bytes),
         })
     }
 
@@ -103,6 +106,16 @@ impl Staging {
     /// Total length of the state sections in bytes.
     pub fn state_bytes(&self) -> usize {
         self.state.len()
+    }
+
+    /// What the guest did to its disks in the epoch.
+    pub fn disk_writes(&self) -> &WriteBuffer {
+        &self.disk
+    }
+
+    /// The same, to be exchanged with the log's.
+    pub fn disk_writes_mut(&mut self) -> &mut WriteBuffer {
+        &mut self.disk
     }
 
     pub(crate) fn clear_state(&mut self) {

@@ -142,7 +142,7 @@ fn a_machine_goes_on_from_any_checkpoint() {
     for tracker in trackers() {
         let (mut first, _events) = booted(&host, 2, tracker, TWO_COUNTERS);
         first.resume();
-        let mut staging = Staging::new(2048).unwrap();
+        let mut staging = Staging::new(2048, 0).unwrap();
         let mut shadow = protect(&mut first);
         for round in 0..60 {
             for _ in 0..1 + round % 4 {
@@ -181,7 +181,7 @@ fn a_copy_that_is_not_the_vm_is_found() {
     let Some(host) = host() else { return };
     let (mut first, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
     first.resume();
-    let mut staging = Staging::new(2048).unwrap();
+    let mut staging = Staging::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
     let (copy, _events) = machine(&host, 1, Choice::Auto);
     let compare = |shadow: &Shadow| {
@@ -211,7 +211,7 @@ fn a_port_read_is_never_cut_in_two() {
     let Some(host) = host() else { return };
     let (mut first, events) = booted(&host, 1, Choice::Ring, PORT_READER);
     first.resume();
-    let mut staging = Staging::new(256).unwrap();
+    let mut staging = Staging::new(256, 0).unwrap();
     let mut shadow = protect(&mut first);
     for round in 0..120 {
         std::thread::sleep(Duration::from_micros(50 + round));
@@ -234,7 +234,7 @@ fn an_idle_guest_stays_idle_through_checkpoints() {
     let (mut machine, _events) = booted(&host, 1, Choice::Ring, IDLER);
     machine.resume();
     std::thread::sleep(Duration::from_millis(20));
-    let mut staging = Staging::new(256).unwrap();
+    let mut staging = Staging::new(256, 0).unwrap();
     let mut shadow = protect(&mut machine);
     // The first checkpoint may still find the pages of the boot.
     shadow.checkpoint(&mut machine, &mut staging);
@@ -254,7 +254,7 @@ fn a_checkpoint_larger_than_staging_comes_in_parts() {
         first.resume();
         let mut shadow = protect(&mut first);
         first.tracker().all_dirty();
-        let mut staging = Staging::new(100).unwrap();
+        let mut staging = Staging::new(100, 0).unwrap();
         let report = shadow.checkpoint(&mut first, &mut staging);
         assert_eq!(report.pages as u64, MEMORY / 4096);
         assert_eq!(shadow.pages.len() as u64, MEMORY / 4096);
@@ -273,7 +273,7 @@ fn writes_of_the_vmm_are_in_the_checkpoint() {
         let (mut machine, _events) = booted(&host, 1, tracker, IDLER);
         machine.resume();
         std::thread::sleep(Duration::from_millis(20));
-        let mut staging = Staging::new(256).unwrap();
+        let mut staging = Staging::new(256, 0).unwrap();
         let mut shadow = protect(&mut machine);
         shadow.checkpoint(&mut machine, &mut staging);
         for round in 1..50u64 {
@@ -301,7 +301,7 @@ fn the_end_of_a_guest_is_told_once() {
             assert!(matches!(event, MachineEvent::Crashed { vcpu: 0, .. }), "{event:?}");
         }
         // The last checkpoint of an ended guest can still be taken.
-        let mut staging = Staging::new(256).unwrap();
+        let mut staging = Staging::new(256, 0).unwrap();
         machine.checkpoint(&mut staging, After::Stay, &mut Parts::default()).unwrap();
         assert!(events.try_recv().is_err());
     }
@@ -312,7 +312,7 @@ fn state_that_does_not_fit_is_refused() {
     let Some(host) = host() else { return };
     let (mut first, _events) = booted(&host, 2, Choice::Auto, TWO_COUNTERS);
     first.resume();
-    let mut staging = Staging::new(2048).unwrap();
+    let mut staging = Staging::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
     shadow.checkpoint(&mut first, &mut staging);
 

@@ -65,7 +65,7 @@ fn a_pause_allocates_nothing() {
         let (mut machine, _events) = booted(&host, 2, tracker, TWO_COUNTERS);
         machine.resume();
         machine.enable_tracking().unwrap();
-        let mut staging = Staging::new(256).unwrap();
+        let mut staging = Staging::new(256, 0).unwrap();
         // The first one carries the constant state and sizes the scratch buffers.
         machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
         for round in 0..500u64 {

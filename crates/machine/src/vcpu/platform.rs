@@ -32,6 +32,8 @@ pub enum MachineEvent {
     },
     /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
     DirtyLogFull,
+    /// What the guest writes to its disks finds no more room in this epoch; the writes wait for the next checkpoint.
+    DiskLogFull,
 }
 
 /// Receives the events of a machine; called on vCPU threads, so it must not block for long.

@@ -97,6 +97,8 @@ impl Guest {
             vcpus: 1,
             memory: MIN_MEMORY,
             net: None,
+            disks: Vec::new(),
+            serial: None,
             tracker: Choice::Auto,
             trigger: 4 * PAGES as usize,
             max_dirty: 8 * PAGES as usize,

@@ -22,6 +22,8 @@ use crate::link::{CheckpointPart, Job, SenderReport};
 
 /// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for a hiccup.
 pub(crate) const SLOTS: u64 = 4;
+/// Bytes that the guest may write to its disks in one epoch; at more the epoch ends early.
+pub(crate) const DISK_BYTES: usize = 8 << 20;
 /// How often the dirty pages are counted between two checkpoints, so that the trigger is seen early.
 const TRIGGER_POLL: Duration = Duration::from_micros(250);
 /// How long an ending process lets its last messages go out.
@@ -154,6 +156,7 @@ impl Coordinator {
     fn machine_event(&mut self, event: MachineEvent) {
         match event {
             MachineEvent::DirtyLogFull => self.log_full(),
+            MachineEvent::DiskLogFull => self.next_epoch = Instant::now(),
             MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
             MachineEvent::Power(PowerRequest::Reset) => self.end(EndReason::Reset),
             MachineEvent::Power(PowerRequest::Panic) => {
@@ -228,9 +231,10 @@ impl Coordinator {
         active.totals.base_begins();
         self.free.clear();
         let pages = active.staging_pages.min(active.machine.ram().pages() as usize);
+        let disk_bytes = if active.machine.disks().is_empty() { 0 } else { DISK_BYTES };
         super::check_staging(pages, SLOTS)?;
         for _ in 0..SLOTS {
-            self.free.push(Staging::new(pages).map_err(|e| e.to_string())?);
+            self.free.push(Staging::new(pages, disk_bytes).map_err(|e| e.to_string())?);
         }
         active.machine.begin_base();
         active.machine.enable_tracking().map_err(|e| e.to_string())?;

@@ -11,10 +11,12 @@ use std::sync::mpsc::{Sender, channel};
 
 use outlive_epoch::VmId;
 use outlive_guest::PAYLOAD;
-use outlive_machine::{Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode, PayloadOptions};
+use outlive_machine::{
+    DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode, PayloadOptions,
+};
 
 use crate::arbiter::{self, Arbiter, Claim};
-use crate::cli::{NetSpec, RunOptions};
+use crate::cli::{DiskSpec, NetSpec, RunOptions};
 use crate::events::{Event, EventWriter, Role};
 use crate::network::{Netlink, NetlinkError};
 use crate::{check, exit, process};
@@ -84,6 +86,8 @@ fn make_machine(options: &RunOptions, mac: MacAddr, queue: Sender<Inbox>) -> Res
         vcpus: options.vcpus,
         memory: options.memory_bytes(),
         net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
+        disks: options.disks.iter().map(disk).collect(),
+        serial: None,
         tracker: options.active.tracker.into(),
         trigger: options.active.max_dirty,
         max_dirty: options.active.max_dirty * 2,
@@ -156,7 +160,13 @@ pub(crate) fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter,
 
 /// A network card's options.
 pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
-    NetConfig { tap: net.tap.clone(), mac, pairs: 1, limits: OUTPUT_LIMITS, output }
+    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS, output }
+}
+
+/// A disk's options.
+fn disk(spec: &DiskSpec) -> DiskOptions {
+    let DiskSpec { path, readonly, shared, serial, queues } = spec.clone();
+    DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
 }
 
 /// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).

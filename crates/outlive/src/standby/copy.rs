@@ -77,6 +77,8 @@ impl VmCopy {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
             net: hello.mac.and(options.net.as_ref()).map(card),
+            disks: Vec::new(),
+            serial: None,
             tracker: options.active.tracker.into(),
             trigger: options.active.max_dirty,
             max_dirty: options.active.max_dirty * 2,

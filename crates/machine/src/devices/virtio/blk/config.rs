@@ -34,14 +34,9 @@ const LENGTH: usize = 60;
 /// What a disk offers its driver.
 pub(super) fn features(readonly: bool) -> u64 {
     let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
-    let always =
-        [VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY];
-    let writable = [
-        VIRTIO_BLK_F_FLUSH,
-        VIRTIO_BLK_F_CONFIG_WCE,
-        VIRTIO_BLK_F_DISCARD,
-        VIRTIO_BLK_F_WRITE_ZEROES,
-    ];
+    let always = [VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY];
+    let writable =
+        [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
     let more = if readonly { bits(&[VIRTIO_BLK_F_RO]) } else { bits(&writable) };
     COMMON_FEATURES | bits(&always) | 1 << VIRTIO_BLK_F_MQ | more
 }

@@ -329,7 +329,8 @@ impl<M: GuestMemory> Core<M> {
     /// Gives a request to the engine if it waits for nothing and may leave.
     pub(super) fn start_if_possible(&mut self, parts: &Parts, token: u16) {
         let slot = self.table.get(token);
-        let held = parts.shared && slot.job.kind.changes() && (self.mode != OutputMode::PassThrough || slot.dropped);
+        let held =
+            parts.shared && slot.job.kind.changes() && (self.mode != OutputMode::PassThrough || slot.dropped);
         if slot.stage == Stage::Waiting && slot.waits == 0 && !held {
             self.start(parts, token);
         }

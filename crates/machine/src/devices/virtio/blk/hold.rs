@@ -47,8 +47,7 @@ impl<M: GuestMemory> Shared<M> {
 
     pub(super) fn set_epoch(&self, epoch: u64) -> Result<(), EpochError> {
         let mut core = self.core();
-        let newest =
-            core.table.iter().filter(|(_, slot)| is_held(slot)).map(|(_, slot)| slot.epoch).max();
+        let newest = core.table.iter().filter(|(_, slot)| is_held(slot)).map(|(_, slot)| slot.epoch).max();
         match newest {
             Some(held) if held > epoch && self.parts.shared => Err(EpochError { asked: epoch, held }),
             _ => {

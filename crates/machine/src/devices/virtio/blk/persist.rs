@@ -57,7 +57,9 @@ pub enum RestoreError {
     #[error("cannot read the state of the disk: {0}")]
     Decode(#[from] DecodeError),
     /// The image has another length.
-    #[error("the guest's disk has {expected} sectors, the image here has {found}: synchronise the image first")]
+    #[error(
+        "the guest's disk has {expected} sectors, the image here has {found}: synchronise the image first"
+    )]
     Length {
         /// What the state says.
         expected: u64,

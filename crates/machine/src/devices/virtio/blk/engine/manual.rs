@@ -27,8 +27,7 @@ struct Shared {
 #[allow(dead_code, reason = "the fuzz entry uses a part of it")]
 impl Manual {
     pub(in super::super) fn new(image: Arc<Image>) -> io::Result<Self> {
-        let shared =
-            Shared { image, waiting: Mutex::default(), done: Mutex::default(), event: event()? };
+        let shared = Shared { image, waiting: Mutex::default(), done: Mutex::default(), event: event()? };
         Ok(Self { shared: Arc::new(shared) })
     }
 

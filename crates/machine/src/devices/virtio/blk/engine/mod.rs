@@ -31,14 +31,31 @@ pub enum EngineKind {
 /// One thing to do with the disk. Offsets and lengths in bytes; `from` is where in the buffer the data is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
-    Read { offset: u64, from: usize, len: usize },
-    Write { offset: u64, from: usize, len: usize },
+    Read {
+        offset: u64,
+        from: usize,
+        len: usize,
+    },
+    Write {
+        offset: u64,
+        from: usize,
+        len: usize,
+    },
     /// Writes zeroes, at most [`ZEROES`] of them; needs no buffer.
-    Zeroes { offset: u64, len: usize },
+    Zeroes {
+        offset: u64,
+        len: usize,
+    },
     /// Makes the range read as zeroes and gives its space back.
-    PunchHole { offset: u64, len: u64 },
+    PunchHole {
+        offset: u64,
+        len: u64,
+    },
     /// Makes the range read as zeroes and keeps its space.
-    ZeroRange { offset: u64, len: u64 },
+    ZeroRange {
+        offset: u64,
+        len: u64,
+    },
     /// Makes what was written durable.
     Sync,
 }

@@ -38,8 +38,7 @@ impl Uring {
         let ring = IoUring::new(u32::from(depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed =
-            [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
         if !needed.iter().all(|&code| probe.is_supported(code)) {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring cannot do files"));
         }
