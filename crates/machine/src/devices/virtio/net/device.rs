@@ -160,6 +160,12 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         Ok(())
     }
 
+    /// The offloads and the number of pairs that the port was last told.
+    #[cfg(test)]
+    pub(super) fn told(&self) -> Option<(u64, u16)> {
+        self.shared.told()
+    }
+
     fn transport(&self) -> MutexGuard<'_, MmioTransport<M, Net<M>>> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -182,7 +182,7 @@ impl<M: GuestMemory> Shared<M> {
         let Settings { offloads, pairs, .. } = self.settings();
         let wanted = Told { offloads, pairs };
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = told.replace(wanted);
+        let before = *told;
         if before.is_none_or(|before| before.offloads != offloads)
             && let Err(error) = self.port.set_offloads(offloads)
         {
@@ -194,6 +194,13 @@ impl<M: GuestMemory> Shared<M> {
         {
             warn!(%error, pairs, "the tap does not change its number of queues");
         }
+        *told = Some(wanted);
+    }
+
+    #[cfg(test)]
+    pub(super) fn told(&self) -> Option<(u64, u16)> {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.map(|told| (told.offloads, told.pairs))
     }
 
     fn core(&self) -> MutexGuard<'_, Core<M>> {

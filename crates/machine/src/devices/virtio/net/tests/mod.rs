@@ -10,6 +10,7 @@ mod output;
 mod pairs;
 mod rings;
 mod tap;
+mod tap_offload;
 mod traffic;
 
 use std::io;
@@ -234,10 +235,16 @@ impl<'m> Rig<'m> {
         Self::new(memory, OutputLimits::default(), OutputMode::PassThrough)
     }
 
-    /// Puts another device in the place of the one with the socket.
-    fn replace(&mut self, device: NetDevice<Memory>) {
-        self.registers = device.registers();
-        self.device = device;
+    /// Puts another device in the place of the one with the sockets.
+    fn put_behind(&mut self, port: Arc<dyn FramePort>, output: Arc<Output>) {
+        let host = DeviceHost {
+            memory: self.memory.clone(),
+            gate: self.gate.clone(),
+            interrupt: self.interrupts.clone(),
+            waker: self.wakes.clone(),
+        };
+        self.device = NetDevice::with_port(MAC, port, output, host).unwrap();
+        self.registers = self.device.registers();
     }
 
     fn write(&self, register: u64, value: u32) {

@@ -15,7 +15,7 @@ use crate::devices::virtio::net::tap::{Tap, TapError, attach_error, open_error};
 const ETHERTYPE: u16 = 0x88b5;
 
 /// Runs `test` on a thread in a network namespace of its own, if the machine lets us.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = thread::spawn(move || {
         // SAFETY: changes the namespace of this thread only; no pointers are involved.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 || !std::path::Path::new("/dev/net/tun").exists()
@@ -28,7 +28,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     ran.join().unwrap();
 }
 
-fn set_up(name: &str, up: bool) {
+pub(super) fn set_up(name: &str, up: bool) {
     // SAFETY: plain system calls; the request outlives them and has room for what they write.
     unsafe {
         let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
@@ -49,15 +49,15 @@ fn set_up(name: &str, up: bool) {
     }
 }
 
-fn index_of(name: &str) -> u32 {
+pub(super) fn index_of(name: &str) -> u32 {
     let name = std::ffi::CString::new(name).unwrap();
     // SAFETY: the name is a C string that lives during the call.
     unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
 /// A socket that sees and sends whole frames on the interface, from the kernel's side.
-fn packet_socket(name: &str) -> File {
-    let protocol = ETHERTYPE.to_be();
+pub(super) fn packet_socket(name: &str, protocol: u16) -> File {
+    let protocol = protocol.to_be();
     // SAFETY: plain system calls with an address that outlives them; the descriptor is new and owned by no
     // one else.
     unsafe {
@@ -82,17 +82,11 @@ fn frames_pass_between_guest_and_kernel() {
         let tap = Arc::new(Tap::open("outlive0").unwrap());
         assert_eq!(tap.name(), "outlive0");
         set_up("outlive0", true);
-        let mut host = packet_socket("outlive0");
+        let mut host = packet_socket("outlive0", ETHERTYPE);
         let output =
             Arc::new(Output::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough).unwrap());
         let mut rig = Rig::usual(&memory);
-        let net = DeviceHost {
-            memory: memory.clone(),
-            gate: rig.gate.clone(),
-            interrupt: rig.interrupts.clone(),
-            waker: rig.wakes.clone(),
-        };
-        rig.replace(NetDevice::with_port(MAC, tap, output.clone(), net).unwrap());
+        rig.put_behind(tap, output.clone());
         let driver = rig.boot(FEATURES);
         rig.device.go_live(false);
 
@@ -147,6 +141,25 @@ fn the_interface_lives_as_long_as_the_tap_and_belongs_to_one() {
         assert_eq!(index_of("outlive1"), 0, "nothing is left behind");
         assert!(matches!(Tap::open("lo"), Err(TapError::NotATap { .. })));
         Tap::open("fifteen-letters").unwrap();
+    });
+}
+
+/// What `ip` does in the test's namespace.
+pub(super) fn ip(command: &str) {
+    let done = std::process::Command::new("ip").args(command.split(' ')).status().unwrap();
+    assert!(done.success(), "ip {command}");
+}
+
+#[test]
+fn interfaces_made_by_others_are_used_as_they_were_made() {
+    in_namespace(|| {
+        ip("tuntap add dev one mode tap");
+        assert!(matches!(Tap::with_queues("one", 2), Err(TapError::OneQueue { name }) if name == "one"));
+        drop(Tap::open("one").unwrap());
+        ip("tuntap add dev many mode tap multi_queue");
+        drop(Tap::open("many").unwrap());
+        assert_eq!(Tap::with_queues("many", 8).unwrap().pairs(), 8);
+        assert!(matches!(Tap::with_queues("lo", 2), Err(TapError::NotATap { .. })));
     });
 }
 
