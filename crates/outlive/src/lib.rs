@@ -8,6 +8,7 @@ pub mod arbiter;
 pub mod check;
 pub mod cli;
 mod clock;
+pub mod console;
 pub mod demo;
 pub mod events;
 pub mod exit;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 use outlive::cli::{Cli, Command};
-use outlive::{check, demo, exit, primary, standby};
+use outlive::{check, console, demo, exit, primary, standby};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Command::Run(options) => primary::command(&options),
         Command::Standby(options) => standby::command(&options),
+        Command::Console(options) => console::command(&options),
         Command::Demo(options) => demo::command(&options),
         Command::Check(options) => check::command(&options),
     };

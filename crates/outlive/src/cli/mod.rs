@@ -1,6 +1,7 @@
 //! The command line.
 
 mod active;
+mod console;
 mod run;
 mod standby;
 mod values;
@@ -14,6 +15,7 @@ use crate::check::CheckOptions;
 use crate::demo::DemoOptions;
 
 pub use active::{ActiveOptions, TrackerChoice};
+pub use console::ConsoleOptions;
 pub use run::RunOptions;
 pub use standby::StandbyOptions;
 pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, parse_size, parse_time};
@@ -50,6 +52,8 @@ pub enum Command {
     Run(RunOptions),
     /// Wait for a VM to protect and take over when its host dies
     Standby(StandbyOptions),
+    /// Attach a terminal to the serial port or the console of a VM on this host
+    Console(ConsoleOptions),
     /// Kill a protected VM again and again on this machine and count what was lost
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing

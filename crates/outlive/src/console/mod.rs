@@ -1,0 +1,126 @@
+//! The guest's serial port and console, for people and scripts.
+//!
+//! ```text
+//!  guest ── port ──► Hub (64 KiB) ──► log lines (target guest)
+//!                        │ ├────────► sockets DIR/serial, DIR/hvc0 ◄──► outlive console DIR
+//!                        │ └────────► standard output
+//!        ◄── port ◄── PortInput ◄──── sockets, standard input
+//! ```
+//!
+//! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`: whom.
+//! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal.
+//!
+//! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many; input that
+//! the guest does not take is not taken from whoever types. Output is shown as it is printed, before its checkpoint is
+//! committed: after a takeover the new host may show the last lines once more.
+
+mod attach;
+mod client;
+mod hub;
+mod server;
+mod socket;
+mod stdio;
+mod terminal;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use outlive_machine::devices::line_log::LineLog;
+use outlive_machine::devices::port::PortEnd;
+use signal_hook::consts::{SIGHUP, SIGQUIT};
+use signal_hook::iterator::Signals;
+
+use self::hub::Hub;
+use self::server::{Served, Server};
+use self::socket::Listener;
+use self::stdio::Stdio;
+use crate::cli::ConsoleSpec;
+
+pub use attach::command;
+
+/// A port of the guest that a person can look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Port {
+    /// COM1, `ttyS0` in Linux.
+    Serial,
+    /// The virtio console, `hvc0` in Linux.
+    Hvc0,
+}
+
+impl Port {
+    /// Every port, in the order of [`Console::ends`].
+    const ALL: [Self; 2] = [Self::Serial, Self::Hvc0];
+
+    /// Its name in the directory of sockets.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Serial => "serial",
+            Self::Hvc0 => "hvc0",
+        }
+    }
+}
+
+/// The host's ends of the guest's ports, and who looks at them. Made before the machine and dropped after it; then the
+/// sockets are gone and the terminal is as it was.
+#[derive(Debug)]
+pub(crate) struct Console {
+    ends: [PortEnd; 2],
+    _server: Server,
+}
+
+impl Console {
+    /// Makes sockets or takes the terminal, as asked. `stop` is called when a person ends the VM there.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn open(
+        spec: Option<&ConsoleSpec>,
+        stop: impl Fn(&'static str) + Send + Clone + 'static,
+    ) -> Result<Self, String> {
+        let failed = |error: io::Error| format!("cannot start the console: {error}");
+        let mut ends = Vec::new();
+        let mut ports = Vec::new();
+        for port in Port::ALL {
+            let hub = Arc::new(Hub::new().map_err(failed)?);
+            let end = PortEnd::new(hub.clone()).map_err(failed)?;
+            let listener = match spec {
+                Some(ConsoleSpec::Directory(directory)) => {
+                    Some(Listener::bind(&directory.join(port.name()))?)
+                }
+                _ => None,
+            };
+            let stdio = match (spec, port) {
+                (Some(ConsoleSpec::Stdio), Port::Serial) => {
+                    on_hangup(stop.clone()).map_err(failed)?;
+                    Some(Stdio::take(&hub, Box::new(stop.clone())).map_err(failed)?)
+                }
+                _ => None,
+            };
+            let (input, log) = (end.input.clone(), LineLog::new(port.name()));
+            ports.push(Served { hub, input, log, listener, stdio, clients: Vec::new(), logged: 0 });
+            ends.push(end);
+        }
+        let server = Server::start(ports).map_err(failed)?;
+        let ends = ends.try_into().map_err(|_| "a port is missing".to_owned())?;
+        Ok(Self { ends, _server: server })
+    }
+
+    /// The host's end of a port, to make a machine with; one machine after the other may have it.
+    pub(crate) fn end(&self, port: Port) -> PortEnd {
+        self.ends[port as usize].clone()
+    }
+}
+
+/// Signals that would end the process at once and leave the terminal raw end it in order instead.
+fn on_hangup(stop: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGQUIT])?;
+    std::thread::Builder::new().name("hangup".into()).spawn(move || {
+        for _ in signals.forever() {
+            stop("the terminal was closed");
+        }
+    })?;
+    Ok(())
+}

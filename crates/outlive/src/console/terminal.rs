@@ -1,0 +1,90 @@
+//! A person's terminal.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::sys::termios::{
+    InputFlags, LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr,
+};
+
+/// Ctrl-], which begins an order to Outlive itself, as in telnet.
+pub(crate) const ESCAPE: u8 = 0x1d;
+
+/// Most bytes that go to a terminal at once: what it takes without blocking when it says that it is writable.
+pub(crate) const TERMINAL_WRITE: usize = 256;
+
+/// A terminal whose keys come one by one and mean nothing here. It is as before again when this is dropped.
+///
+/// What is printed is still processed, so that log lines beside the guest's look as they should.
+#[derive(Debug)]
+pub(crate) struct RawTerminal {
+    terminal: OwnedFd,
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// Takes the terminal; `None` when it is none.
+    pub(crate) fn take(terminal: impl AsFd) -> io::Result<Option<Self>> {
+        let Ok(before) = tcgetattr(&terminal) else { return Ok(None) };
+        let mut raw = before.clone();
+        raw.input_flags &= !(InputFlags::IGNBRK
+            | InputFlags::BRKINT
+            | InputFlags::PARMRK
+            | InputFlags::ISTRIP
+            | InputFlags::INLCR
+            | InputFlags::IGNCR
+            | InputFlags::ICRNL
+            | InputFlags::IXON);
+        raw.local_flags &= !(LocalFlags::ECHO
+            | LocalFlags::ECHONL
+            | LocalFlags::ICANON
+            | LocalFlags::ISIG
+            | LocalFlags::IEXTEN);
+        raw.control_chars[SpecialCharacterIndices::VMIN as usize] = 1;
+        raw.control_chars[SpecialCharacterIndices::VTIME as usize] = 0;
+        let terminal = terminal.as_fd().try_clone_to_owned()?;
+        tcsetattr(&terminal, SetArg::TCSANOW, &raw)?;
+        Ok(Some(Self { terminal, before }))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // A terminal that has been closed needs nothing. Output that waits still goes out as it was meant.
+        let _ = tcsetattr(&self.terminal, SetArg::TCSANOW, &self.before);
+    }
+}
+
+/// What a key means in `--console stdio`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// It is for the guest.
+    Send(u8),
+    /// Nothing yet.
+    Nothing,
+    /// End the VM.
+    End,
+    /// Not an order: say which ones there are.
+    Help,
+}
+
+/// Tells keys for the guest from orders.
+#[derive(Debug, Default)]
+pub(crate) struct Keys {
+    escaped: bool,
+}
+
+impl Keys {
+    pub(crate) fn press(&mut self, key: u8) -> Key {
+        match (std::mem::take(&mut self.escaped), key) {
+            (false, ESCAPE) => {
+                self.escaped = true;
+                Key::Nothing
+            }
+            (false, key) => Key::Send(key),
+            (true, ESCAPE) => Key::Send(ESCAPE),
+            (true, b'x' | b'X') => Key::End,
+            (true, _) => Key::Help,
+        }
+    }
+}
