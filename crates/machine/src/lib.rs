@@ -17,6 +17,7 @@
 pub mod bus;
 pub mod devices;
 
+mod acpi;
 mod board;
 mod boot;
 mod capture;
@@ -25,6 +26,7 @@ mod futex;
 mod kvm;
 mod machine;
 mod memory;
+mod restart;
 mod restore;
 mod signals;
 mod staging;
@@ -33,8 +35,9 @@ mod tsc;
 mod vcpu;
 mod vm_state;
 
+pub use acpi::AcpiError;
 pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
-pub use boot::{BootError, PayloadOptions};
+pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
 pub use check::{CheckError, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
@@ -48,6 +51,7 @@ pub use devices::virtio::net::{
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, StartError};
 pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, Range, is_zero_page, ranges};
+pub use restart::{ResetError, StartLinuxError};
 pub use restore::RestoreError;
 pub use signals::{block_all as block_all_signals, precise_timers};
 pub use staging::{Staging, StagingError};

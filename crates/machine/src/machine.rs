@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
 
+use crate::acpi::POWER_BUTTON_LINE;
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
 use crate::bus::Bus;
@@ -14,14 +15,16 @@ use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::PortEnd;
 use crate::devices::serial::{COM1, COM1_IRQ, PORTS, SerialHost, SerialPort};
+use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
 use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::memory::{GuestMemory, MemoryError, Ram};
-use crate::vcpu::platform::{EventSink, MachineEvent, Platform};
+use crate::restart::FreshState;
+use crate::vcpu::platform::{EventSink, MachineEvent, Platform, TripleFault};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
-use crate::vm_state;
+use crate::vm_state::{self, VmStateError};
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -30,6 +33,9 @@ pub struct Options {
     pub vcpus: u8,
     /// Guest memory in bytes, a multiple of 1 MiB.
     pub memory: u64,
+    /// Bytes behind it that keep what a Linux guest boots from ([`LinuxBoot::firmware_bytes`](crate::LinuxBoot));
+    /// 0 for the payload guest.
+    pub firmware_bytes: u64,
     /// The network card, if any.
     pub net: Option<NetConfig>,
     /// Disks, in the order in which the guest finds them.
@@ -73,9 +79,12 @@ pub enum CreateError {
     /// A thread could not be started.
     #[error("cannot start a vCPU thread: {0}")]
     Thread(std::io::Error),
-    /// A vCPU's constant state could not be read.
+    /// A vCPU's state could not be read.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// The state of the VM's chips could not be read.
+    #[error(transparent)]
+    Vm(#[from] VmStateError),
 }
 
 /// Why a guest could not be started.
@@ -114,6 +123,8 @@ pub struct Machine {
     pub(crate) constants_sent: bool,
     pub(crate) scratch: Vec<u8>,
     pub(crate) check_due: bool,
+    pub(crate) fresh: FreshState,
+    pub(crate) power_button: Arc<dyn Interrupt>,
     pub(crate) host: Arc<Host>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Arc<Ram>,
@@ -130,7 +141,7 @@ impl Machine {
             return Err(HostError::Vcpus(options.vcpus).into());
         }
         let count = usize::from(options.vcpus);
-        let ram = Arc::new(Ram::new(options.memory, options.max_dirty)?);
+        let ram = Arc::new(Ram::with_firmware(options.memory, options.firmware_bytes, options.max_dirty)?);
         let vm = Arc::new(host.create_vm()?);
         // Before the first vCPU: the ring cannot be switched on later.
         let backend = Backend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;
@@ -156,7 +167,8 @@ impl Machine {
         let msrs = host.readable_msrs(&fds[0])?;
         let tsc_khz =
             fds[0].get_tsc_khz().map_err(|source| HostError::Ioctl { what: "KVM_GET_TSC_KHZ", source })?;
-        let platform = Arc::new(Platform::new(count));
+        let triple_fault = if options.firmware_bytes > 0 { TripleFault::Reset } else { TripleFault::Crash };
+        let platform = Arc::new(Platform::new(count, triple_fault));
         let gate = Arc::new(DeviceGate::new());
         let mut mmio = Bus::new();
         let mut board = Board::new(&vm, &ram, &gate, &platform, &mut mmio);
@@ -170,6 +182,7 @@ impl Machine {
         let mut pio = Bus::new();
         let serial =
             options.serial.clone().map(|end| add_serial(end, &board, &gate, &mut pio)).transpose()?;
+        let power_button = board.interrupt(POWER_BUTTON_LINE)?;
         let devices = board.into_devices();
         let parts = Parts {
             platform,
@@ -178,7 +191,9 @@ impl Machine {
             events: options.events.clone(),
             ram: ram.clone(),
         };
-        let vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
+        let mut vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
+        // Before they know the tracker, because there is nothing to harvest yet.
+        let fresh = FreshState::take(&mut vcpus, &vm)?;
         vcpus.set_tracker(tracker.clone());
         let most =
             devices.iter().map(|it| it.state_bytes()).chain(serial.iter().map(SerialPort::state_bytes));
@@ -198,6 +213,8 @@ impl Machine {
             constants_sent: false,
             scratch: Vec::with_capacity(scratch),
             check_due: false,
+            fresh,
+            power_button,
             host,
             vm,
             ram,

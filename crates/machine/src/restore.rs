@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
 use crate::state::{Kind, SECTION_VERSION, Section, StateError};
 use crate::tsc;
 use crate::vcpu::{VcpuError, state};
-use crate::vm_state::{self, VmStateError};
+use crate::vm_state::{self, Clock, VmStateError};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +62,9 @@ impl Machine {
     }
 
     /// Sets a machine that has never run to a checkpoint's state. Memory must already be that of the
-    /// checkpoint. The order, and why:
+    /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock: the guest's
+    /// time stamp counter and kvmclock go on by it, so that its time never goes back and its wall clock
+    /// stays right; no two hosts' clocks are compared. The order, and why:
     /// 1. vCPUs (each on its own thread, all at once): the LAPICs must exist before the I/O APIC
     ///    delivers to them.
     /// 2. One TSC offset for all: they were restored some microseconds apart.
@@ -70,7 +73,13 @@ impl Machine {
     ///
     /// # Errors
     /// [`RestoreError`]. The machine must not be run then.
-    pub fn restore(&mut self, constants: &[Vec<u8>], sections: &[Section<'_>]) -> Result<(), RestoreError> {
+    pub fn restore(
+        &mut self,
+        constants: &[Vec<u8>],
+        sections: &[Section<'_>],
+        elapsed: Duration,
+    ) -> Result<(), RestoreError> {
+        let from = Instant::now();
         self.check_sections(constants, sections)?;
         let vcpus = self.vcpus.len();
         let mut saved = Vec::with_capacity(vcpus);
@@ -82,8 +91,9 @@ impl Machine {
             let (host, saved, constant) = (self.host.clone(), saved[index].clone(), constants[index].clone());
             let first_offset = first_offset.clone();
             Box::new(move |fd| {
-                state::restore_constant(fd, &constant)?;
-                state::restore(fd, &saved, &host)?;
+                let khz = state::restore_constant(fd, &constant)?;
+                let ticks = tsc::ticks(elapsed + from.elapsed(), khz);
+                state::restore(fd, &saved, &host, state::Tsc::Advance(ticks))?;
                 if index == 0
                     && let Some(offset) = tsc::offset(fd)
                 {
@@ -103,7 +113,8 @@ impl Machine {
                 Ok(())
             })
         })?;
-        vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes)?;
+        let clock = Clock::Advance { elapsed, from };
+        vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes, clock)?;
         for (slot, device) in self.devices.iter().enumerate() {
             device.restore(find(sections, Kind::Device, slot as u16)?.bytes)?;
         }

@@ -3,6 +3,8 @@
 // UNSAFETY: KVM_{HAS,GET,SET}_DEVICE_ATTR take the address of a value.
 #![allow(unsafe_code)]
 
+use std::time::Duration;
+
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -37,4 +39,22 @@ pub(crate) fn set_offset(vcpu: &VcpuFd, value: u64) -> bool {
     let attr = attribute(&raw const value);
     // SAFETY: the attribute points to a u64 of ours, which KVM reads.
     unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) == 0 }
+}
+
+/// Ticks of a counter of `khz` in `time`.
+pub(crate) fn ticks(time: Duration, khz: u32) -> u64 {
+    u64::try_from(time.as_nanos() * u128::from(khz) / 1_000_000).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_of_a_time() {
+        assert_eq!(ticks(Duration::from_secs(1), 2_500_000), 2_500_000_000);
+        assert_eq!(ticks(Duration::from_micros(3), 1_000_000), 3_000);
+        assert_eq!(ticks(Duration::ZERO, u32::MAX), 0);
+        assert_eq!(ticks(Duration::MAX, u32::MAX), u64::MAX);
+    }
 }

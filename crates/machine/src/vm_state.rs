@@ -1,5 +1,7 @@
 //! Save and restore of what belongs to the VM and to no vCPU: clock, PIT, interrupt chips.
 
+use std::time::{Duration, Instant};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
 };
@@ -84,8 +86,22 @@ pub(crate) fn save(vm: &VmFd, to: &mut Vec<u8>) -> Result<(), VmStateError> {
 /// Bytes that [`save`] writes at most.
 pub(crate) const CAPACITY: usize = 4096;
 
+/// What a restore does with kvmclock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// Goes on from where it was saved, and by this much more, counted until the moment in which it is set.
+    Advance {
+        /// What had passed at `from`.
+        elapsed: Duration,
+        /// When `elapsed` was taken.
+        from: Instant,
+    },
+    /// Stays as it is: the guest is restarted, its host goes on.
+    Keep,
+}
+
 /// Writes a saved state into a VM whose vCPUs do not run.
-pub(crate) fn restore(vm: &VmFd, bytes: &[u8]) -> Result<(), VmStateError> {
+pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<(), VmStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in ORDER {
         let field = item as u16;
@@ -97,12 +113,16 @@ pub(crate) fn restore(vm: &VmFd, bytes: &[u8]) -> Result<(), VmStateError> {
                 }
                 ioctl(item, vm.set_irqchip(&state))?;
             }
-            (Item::Clock, None) => {
-                // Flags 0: the guest's monotonic clock goes on from where the checkpoint left it.
-                let saved: kvm_clock_data = fields.get_plain(field)?;
-                let clock = kvm_clock_data { clock: saved.clock, flags: 0, ..Default::default() };
-                ioctl(item, vm.set_clock(&clock))?;
-            }
+            (Item::Clock, None) => match clock {
+                Clock::Keep => {}
+                Clock::Advance { elapsed, from } => {
+                    // Flags 0: not the host's idea of the time, which may differ from the other host's.
+                    let saved: kvm_clock_data = fields.get_plain(field)?;
+                    let nanos = u64::try_from((elapsed + from.elapsed()).as_nanos()).unwrap_or(0);
+                    let clock = saved.clock.saturating_add(nanos);
+                    ioctl(item, vm.set_clock(&kvm_clock_data { clock, flags: 0, ..Default::default() }))?;
+                }
+            },
             (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
         }
     }

@@ -89,7 +89,7 @@ impl Shadow {
         for (gfn, bytes) in &self.pages {
             assert!(machine.ram().write_page(Gfn(*gfn), bytes.as_slice().try_into().unwrap()));
         }
-        machine.restore(&self.constants, &self.sections())
+        machine.restore(&self.constants, &self.sections(), std::time::Duration::ZERO)
     }
 
     fn word(&self, address: u64) -> u64 {

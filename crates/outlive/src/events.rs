@@ -66,6 +66,10 @@ pub enum Event {
         /// Pages of the VM.
         total_pages: u64,
     },
+    /// The guest's kernel panicked; what follows is its own decision.
+    GuestPanicked,
+    /// The guest restarted. It stays protected.
+    GuestRestarted,
     /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
     SelfCheck {
         /// The checkpoint.
@@ -280,6 +284,8 @@ mod tests {
             Event::Listening { addr: "127.0.0.1:7000".into() },
             Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
             Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536 },
+            Event::GuestPanicked,
+            Event::GuestRestarted,
             Event::SelfCheck { checkpoint: 100, difference: None },
             Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
             Event::Stats(Stats { pause_us: vec![(100, 3), (200, 1)], rate_hz: 812.5, ..Stats::default() }),

@@ -6,6 +6,9 @@ use std::io::{self, Read};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+/// Why a process stops whose starter is gone: at once, whatever the guest would like to do first.
+pub(crate) const ORPHANED: &str = "standard input was closed";
+
 /// Calls `stop` once for each SIGINT or SIGTERM, and, when `with_stdin`, when standard input is closed. Runs on threads
 /// of its own, which live as long as the process.
 ///
@@ -26,7 +29,7 @@ pub(crate) fn on_stop(
         std::thread::Builder::new().name("stdin".into()).spawn(move || {
             let mut sink = [0u8; 64];
             while io::stdin().read(&mut sink).is_ok_and(|n| n > 0) {}
-            stop("standard input was closed");
+            stop(ORPHANED);
         })?;
     }
     Ok(())

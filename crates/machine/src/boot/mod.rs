@@ -1,6 +1,10 @@
 //! How a guest comes to its first instruction.
 
+mod firmware;
+pub(crate) mod linux;
 mod payload;
 
+pub use firmware::{FirmwareError, LinuxBoot};
+pub use linux::{KernelError, LinuxBootError};
 pub use payload::{BootError, PayloadOptions};
 pub(crate) use payload::{load, start_registers};

@@ -29,6 +29,9 @@ pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 /// Least guest memory that the payload guest boots with, in bytes.
 pub const MIN_MEMORY: u64 = 32 << 20;
 
+/// Most bytes of a boot image.
+const FIRMWARE_MAX: u64 = 4 << 30;
+
 /// Guest memory whose writes by device models are logged for the next checkpoint (invariant 4).
 pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 
@@ -38,6 +41,9 @@ pub enum MemoryError {
     /// The size is not one that a guest can have.
     #[error("guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at least 32 MiB")]
     Size(u64),
+    /// More than any kernel and initrd need.
+    #[error("a boot image of {0} bytes is too large: 4 GiB is the most")]
+    Firmware(u64),
     /// `mmap` refused.
     #[error("cannot reserve {bytes} bytes of guest memory: {source}; give the VM less with --memory")]
     Map {
@@ -76,6 +82,16 @@ pub fn ranges(bytes: u64) -> Result<Vec<Range>, MemoryError> {
     Ok(ranges)
 }
 
+/// The region behind a guest's memory that keeps what it boots from: at a multiple of 2 MiB, and never in the device
+/// window.
+fn firmware_range(ranges: &[Range], bytes: u64) -> Option<Range> {
+    const ALIGN: u64 = 2 << 20;
+    let last = ranges.last().filter(|_| bytes > 0)?;
+    let (end, len) = ((last.base + last.len).next_multiple_of(ALIGN), bytes.next_multiple_of(ALIGN));
+    let below = end < HOLE_START && end + len <= HOLE_START;
+    Some(Range { base: if below { end } else { end.max(HOLE_END) }, len })
+}
+
 #[derive(Clone, Copy)]
 struct Mapped {
     base: u64,
@@ -90,6 +106,7 @@ pub struct Ram {
     log: Arc<GlobalLog>,
     mapped: Vec<Mapped>,
     bytes: u64,
+    firmware: Option<Range>,
 }
 
 // SAFETY: `mapped` points into the regions that `memory` owns and keeps mapped for as long as the
@@ -106,7 +123,20 @@ impl Ram {
     /// # Errors
     /// [`MemoryError`] for impossible sizes and when the address space is refused.
     pub fn new(bytes: u64, log_capacity: usize) -> Result<Self, MemoryError> {
-        let ranges = ranges(bytes)?;
+        Self::with_firmware(bytes, 0, log_capacity)
+    }
+
+    /// As [`new`](Self::new), with a region of `firmware_bytes` behind the memory that no memory map names.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_firmware(bytes: u64, firmware_bytes: u64, log_capacity: usize) -> Result<Self, MemoryError> {
+        let mut ranges = ranges(bytes)?;
+        if firmware_bytes > FIRMWARE_MAX {
+            return Err(MemoryError::Firmware(firmware_bytes));
+        }
+        let firmware = firmware_range(&ranges, firmware_bytes);
+        ranges.extend(firmware);
         let end = ranges.last().map_or(0, |r| r.base + r.len);
         let log = GlobalLog::new(end / PAGE_SIZE as u64, log_capacity);
         let mut regions = Vec::new();
@@ -128,7 +158,7 @@ impl Ram {
             regions.push(region);
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| MemoryError::Regions(e.to_string()))?;
-        Ok(Self { memory, log, mapped, bytes })
+        Ok(Self { memory, log, mapped, bytes, firmware })
     }
 
     /// The `vm-memory` view; writes through it are logged.
@@ -146,9 +176,14 @@ impl Ram {
         self.bytes
     }
 
-    /// Number of pages of the guest.
+    /// Number of pages of the VM: those of its memory, and of its boot image if it has one.
     pub fn pages(&self) -> u64 {
-        self.bytes / PAGE_SIZE as u64
+        self.mapped.iter().map(|m| m.pages).sum()
+    }
+
+    /// Where the VM keeps what it boots from.
+    pub(crate) fn firmware(&self) -> Option<Range> {
+        self.firmware
     }
 
     /// The KVM memory slots, one a range, with host addresses.
@@ -278,6 +313,24 @@ mod tests {
             ranges(4 << 30).unwrap(),
             [Range { base: 0, len: HOLE_START }, Range { base: HOLE_END, len: 1 << 30 }]
         );
+    }
+
+    #[test]
+    fn the_boot_image_is_behind_the_memory_and_beside_the_devices() {
+        const MIB: u64 = 1 << 20;
+        const GIB: u64 = 1 << 30;
+        let place = |memory| firmware_range(&ranges(memory).unwrap(), 3 * MIB).unwrap();
+        assert_eq!(place(256 * MIB), Range { base: 256 * MIB, len: 4 * MIB });
+        assert_eq!(place(257 * MIB).base, 258 * MIB);
+        assert_eq!(place(3 * GIB).base, HOLE_END);
+        assert_eq!(place(3 * GIB - MIB).base, HOLE_END);
+        assert_eq!(place(3 * GIB - 4 * MIB).base, 3 * GIB - 4 * MIB);
+        assert_eq!(place(5 * GIB).base, 6 * GIB);
+        assert_eq!(firmware_range(&ranges(GIB).unwrap(), 0), None);
+        let ram = Ram::with_firmware(64 * MIB, 3 * MIB, 64).unwrap();
+        assert_eq!((ram.bytes(), ram.pages()), (64 * MIB, 68 * 256));
+        assert!(ram.contains(Gfn(67 * 256)) && !ram.contains(Gfn(68 * 256)));
+        assert!(matches!(Ram::with_firmware(64 * MIB, u64::MAX, 64), Err(MemoryError::Firmware(_))));
     }
 
     #[test]

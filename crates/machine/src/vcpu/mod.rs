@@ -14,6 +14,7 @@
 mod copying;
 pub(crate) mod idle;
 pub(crate) mod platform;
+mod power;
 mod rendezvous;
 mod run;
 pub(crate) mod set;

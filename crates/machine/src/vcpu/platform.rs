@@ -1,11 +1,13 @@
-//! The paravirtual ports: idle, wake, power and the debug console.
+//! The platform's ports: idle, wake, power and debug console of the payload guest, and those of [`power`].
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_guest::abi;
 
 use super::idle::IdleState;
+use super::power;
 
 /// How the guest ended itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub enum MachineEvent {
     DirtyLogFull,
     /// What the guest writes to its disks finds no more room in this epoch; the writes wait for the next checkpoint.
     DiskLogFull,
+    /// The guest's kernel says that it panics (pvpanic). It goes on: it may write a dump and restart.
+    GuestPanicked,
 }
 
 /// Receives the events of a machine; called on vCPU threads, so it must not block for long.
@@ -48,6 +52,8 @@ pub(super) enum AfterPort {
     Idle(Option<Instant>),
     /// The guest has ended itself.
     Power(PowerRequest),
+    /// The guest says that it panics, and goes on.
+    Panicked,
     /// Not a platform port.
     NotOurs,
 }
@@ -58,14 +64,50 @@ const CONSOLE_LINE: usize = 1024;
 pub(crate) struct Platform {
     idle: Vec<Arc<IdleState>>,
     console: Mutex<Vec<u8>>,
+    triple_fault: TripleFault,
+    /// The guest has ended itself: of several vCPUs that do, one counts.
+    ended: AtomicBool,
+    panicked: AtomicBool,
+}
+
+/// What a triple fault means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TripleFault {
+    /// The guest is broken.
+    Crash,
+    /// As on a PC; kernels use it when no other way to restart has helped.
+    Reset,
 }
 
 impl Platform {
-    pub(crate) fn new(vcpus: usize) -> Self {
+    pub(crate) fn new(vcpus: usize, triple_fault: TripleFault) -> Self {
         Self {
             idle: (0..vcpus).map(|_| Arc::default()).collect(),
             console: Mutex::new(Vec::with_capacity(CONSOLE_LINE)),
+            triple_fault,
+            ended: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
         }
+    }
+
+    pub(super) fn triple_fault(&self) -> TripleFault {
+        self.triple_fault
+    }
+
+    /// Whether this is the first end of the guest since its start.
+    pub(super) fn first_end(&self) -> bool {
+        !self.ended.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether this is the first panic of the guest since its start.
+    pub(super) fn first_panic(&self) -> bool {
+        !self.panicked.swap(true, Ordering::AcqRel)
+    }
+
+    /// The guest starts anew. No vCPU runs.
+    pub(super) fn restart(&self) {
+        self.ended.store(false, Ordering::Release);
+        self.panicked.store(false, Ordering::Release);
     }
 
     pub(crate) fn idle(&self, vcpu: usize) -> &Arc<IdleState> {
@@ -98,8 +140,13 @@ impl Platform {
                 self.print(byte);
                 AfterPort::Continue
             }
-            _ => AfterPort::NotOurs,
+            _ => power::write(port, data),
         }
+    }
+
+    /// Answers a read from a platform port. Returns false for any other.
+    pub(super) fn read(&self, port: u16, data: &mut [u8]) -> bool {
+        power::read(port, data)
     }
 
     fn print(&self, byte: u8) {
@@ -125,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_wake_reaches_the_vcpus_of_its_mask_alone() {
-        let platform = Platform::new(3);
+        let platform = Platform::new(3, TripleFault::Crash);
         assert_eq!(platform.write(abi::PORT_WAKE, &0b1101u32.to_le_bytes()), AfterPort::Continue);
         let now = Some(Instant::now());
         assert_eq!(platform.idle(0).wait(None), Idle::Over);
@@ -135,8 +182,18 @@ mod tests {
     }
 
     #[test]
+    fn one_end_and_one_panic_count_until_the_guest_starts_anew() {
+        let platform = Platform::new(2, TripleFault::Reset);
+        for _ in 0..2 {
+            assert!(platform.first_end() && !platform.first_end());
+            assert!(platform.first_panic() && !platform.first_panic());
+            platform.restart();
+        }
+    }
+
+    #[test]
     fn writes_of_odd_size_or_value_do_nothing() {
-        let platform = Platform::new(1);
+        let platform = Platform::new(1, TripleFault::Crash);
         assert_eq!(platform.write(abi::PORT_POWER, &[1]), AfterPort::NotOurs);
         assert_eq!(platform.write(abi::PORT_POWER, &99u32.to_le_bytes()), AfterPort::Continue);
         assert_eq!(platform.write(abi::PORT_IDLE, &abi::IDLE_FOREVER.to_le_bytes()), AfterPort::Idle(None));

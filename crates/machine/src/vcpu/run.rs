@@ -3,7 +3,7 @@
 // UNSAFETY: `immediate_exit` of the shared kvm_run page is written by the controller's thread.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use outlive_dirty::{Exit, HarvestError};
 
 use super::idle::{Idle, IdleState};
-use super::platform::{AfterPort, MachineEvent};
+use super::platform::{AfterPort, MachineEvent, PowerRequest, TripleFault};
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
 use super::state::{Saver, VcpuStateError};
@@ -71,6 +71,8 @@ pub(super) struct VcpuSlot {
     pub(super) task: Mutex<Option<Task>>,
     pub(super) error: Mutex<Option<VcpuError>>,
     pub(super) immediate_exit: ImmediateExit,
+    /// The guest ended itself or crashed; the vCPU is not entered again until the guest starts anew.
+    pub(super) ended: AtomicBool,
 }
 
 /// A vCPU in its thread.
@@ -83,8 +85,6 @@ pub(super) struct Vcpu {
     idle: Arc<IdleState>,
     /// Set while the guest has asked to be idled: until when, if at all.
     idling: Option<Option<Instant>>,
-    /// The guest ended itself or crashed; the vCPU is not entered again.
-    ended: bool,
 }
 
 impl Vcpu {
@@ -98,9 +98,10 @@ impl Vcpu {
             task: Mutex::new(None),
             error: Mutex::new(None),
             immediate_exit: ImmediateExit::of(&mut fd),
+            ended: AtomicBool::new(false),
         });
         let idle = shared.platform.idle(usize::from(index)).clone();
-        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None, ended: false };
+        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None };
         (vcpu, slot)
     }
 
@@ -135,7 +136,7 @@ impl Vcpu {
     fn run_guest(&mut self, order: Order) {
         let shared = self.shared.clone();
         while shared.meeting.current() == order {
-            if self.ended {
+            if self.slot.ended.load(Ordering::Acquire) {
                 shared.meeting.next(order);
                 return;
             }
@@ -170,7 +171,9 @@ impl Vcpu {
                 return self.after_port(after);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                shared.pio.read(u64::from(port), data);
+                if !shared.platform.read(port, data) {
+                    shared.pio.read(u64::from(port), data);
+                }
                 return Entered::Again;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -183,6 +186,10 @@ impl Vcpu {
             }
             Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => return Entered::LogFull,
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Entered::Again,
+            Ok(VcpuExit::Shutdown) if shared.platform.triple_fault() == TripleFault::Reset => {
+                tracing::warn!(vcpu = *index, "the guest restarts by a triple fault");
+                return self.after_port(AfterPort::Power(PowerRequest::Reset));
+            }
             Ok(VcpuExit::Shutdown) => "triple fault (KVM_EXIT_SHUTDOWN)".to_owned(),
             Ok(other) => format!("{other:?}"),
             Err(error) => match error.errno() {
@@ -192,8 +199,10 @@ impl Vcpu {
             },
         };
         let vcpu = *index;
-        self.ended = true;
-        (self.shared.events)(MachineEvent::Crashed { vcpu, why: crash });
+        self.slot.ended.store(true, Ordering::Release);
+        if self.shared.platform.first_end() {
+            (self.shared.events)(MachineEvent::Crashed { vcpu, why: crash });
+        }
         Entered::Interrupted
     }
 
@@ -201,8 +210,15 @@ impl Vcpu {
         match after {
             AfterPort::Idle(deadline) => self.idling = Some(deadline),
             AfterPort::Power(request) => {
-                self.ended = true;
-                (self.shared.events)(MachineEvent::Power(request));
+                self.slot.ended.store(true, Ordering::Release);
+                if self.shared.platform.first_end() {
+                    (self.shared.events)(MachineEvent::Power(request));
+                }
+            }
+            AfterPort::Panicked => {
+                if self.shared.platform.first_panic() {
+                    (self.shared.events)(MachineEvent::GuestPanicked);
+                }
             }
             AfterPort::Continue | AfterPort::NotOurs => {}
         }

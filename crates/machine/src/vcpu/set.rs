@@ -1,5 +1,6 @@
 //! All vCPUs of a VM, seen by the controller.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
@@ -154,6 +155,15 @@ impl VcpuSet {
         self.shared.meeting.publish(Command::Task);
         self.shared.meeting.wait_all();
         self.first_error()
+    }
+
+    /// The guest starts anew: vCPUs that it had ended run again, and none idles. The VM must be stopped.
+    pub(crate) fn restart(&self) {
+        self.shared.platform.restart();
+        for (index, slot) in self.slots.iter().enumerate() {
+            slot.ended.store(false, Ordering::Release);
+            self.shared.platform.idle(index).wake();
+        }
     }
 
     /// Number of vCPUs.

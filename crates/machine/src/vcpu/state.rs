@@ -240,8 +240,29 @@ mod xsave {
     }
 }
 
+/// What a restore does with the vCPU's time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tsc {
+    /// Goes on from where it was saved, and by so many ticks more: the time that passed since.
+    Advance(u64),
+    /// Stays as it is: the guest is restarted, its host goes on.
+    Keep,
+}
+
+impl Tsc {
+    /// `entry` as it is to be written, if at all.
+    fn apply(self, mut entry: kvm_msr_entry) -> Option<kvm_msr_entry> {
+        match self {
+            _ if entry.index != MSR_IA32_TSC => {}
+            Self::Advance(ticks) => entry.data = entry.data.wrapping_add(ticks),
+            Self::Keep => return None,
+        }
+        Some(entry)
+    }
+}
+
 /// Writes a saved state into a vCPU that has never run or is stopped.
-pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host) -> Result<(), VcpuStateError> {
+pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Result<(), VcpuStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in RESTORE_ORDER {
         let field = item as u16;
@@ -253,8 +274,8 @@ pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host) -> Result<(), Vcpu
             Item::Xcrs => ioctl(item, fd.set_xcrs(&fields.get_plain(field)?))?,
             Item::DebugRegs => ioctl(item, fd.set_debug_regs(&fields.get_plain(field)?))?,
             Item::Lapic => ioctl(item, fd.set_lapic(&fields.get_plain::<kvm_lapic_state>(field)?))?,
-            Item::Msrs => restore_msrs(fd, &fields, |index| index != MSR_IA32_TSC_DEADLINE)?,
-            Item::TscDeadline => restore_msrs(fd, &fields, |index| index == MSR_IA32_TSC_DEADLINE)?,
+            Item::Msrs => restore_msrs(fd, &fields, |index| index != MSR_IA32_TSC_DEADLINE, tsc)?,
+            Item::TscDeadline => restore_msrs(fd, &fields, |index| index == MSR_IA32_TSC_DEADLINE, tsc)?,
             Item::Events => ioctl(item, fd.set_vcpu_events(&fields.get_plain(field)?))?,
         }
     }
@@ -265,10 +286,12 @@ fn restore_msrs(
     fd: &VcpuFd,
     fields: &FieldReader<'_>,
     chosen: impl Fn(u32) -> bool,
+    tsc: Tsc,
 ) -> Result<(), VcpuStateError> {
     let field = Item::Msrs as u16;
-    let mut entries: Vec<kvm_msr_entry> = fields.get_array(field)?;
-    entries.retain(|e| chosen(e.index));
+    let saved: Vec<kvm_msr_entry> = fields.get_array(field)?;
+    let entries: Vec<_> =
+        saved.into_iter().filter(|e| chosen(e.index)).filter_map(|e| tsc.apply(e)).collect();
     let mut rest = &entries[..];
     while !rest.is_empty() {
         let chunk = &rest[..rest.len().min(kvm_bindings::KVM_MAX_MSR_ENTRIES)];
@@ -300,8 +323,8 @@ pub(crate) fn save_constant(fd: &VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuSta
     Ok(())
 }
 
-/// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues.
-pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<(), VcpuStateError> {
+/// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues. Returns the frequency in kHz.
+pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuStateError> {
     let constant = |what| move |source| VcpuStateError::Constant { what, source };
     let fields = FieldReader::new(bytes)?;
     let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
@@ -313,10 +336,38 @@ pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<(), VcpuStat
     if u64::from(wanted.abs_diff(here)) * 4000 > u64::from(wanted) && fd.set_tsc_khz(wanted).is_err() {
         return Err(VcpuStateError::TscKhz { wanted, here });
     }
-    Ok(())
+    Ok(wanted)
 }
 
 /// Makes a secondary vCPU runnable without INIT/SIPI, for guests that are started by registers.
 pub(crate) fn make_runnable(fd: &VcpuFd) -> Result<(), VcpuStateError> {
     ioctl(Item::MpState, fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn msr(index: u32, data: u64) -> kvm_msr_entry {
+        kvm_msr_entry { index, data, ..Default::default() }
+    }
+
+    #[test]
+    fn the_time_stamp_advances_by_the_time_that_passed_and_stays_in_a_restart() {
+        let (time, other) = (msr(MSR_IA32_TSC, 1000), msr(0x277, 7));
+        assert_eq!(Tsc::Advance(5).apply(time), Some(msr(MSR_IA32_TSC, 1005)));
+        assert_eq!(Tsc::Keep.apply(time), None);
+        assert_eq!((Tsc::Advance(5).apply(other), Tsc::Keep.apply(other)), (Some(other), Some(other)));
+        assert_eq!(Tsc::Advance(2).apply(msr(MSR_IA32_TSC, u64::MAX)), Some(msr(MSR_IA32_TSC, 1)));
+    }
+
+    #[test]
+    fn a_deadline_that_is_being_delivered_is_not_lost() {
+        let mut entries = [msr(MSR_IA32_TSC, 1000), msr(MSR_IA32_TSC_DEADLINE, 0)];
+        fix_deadline(&mut entries);
+        assert_eq!(entries[1].data, 1000);
+        let mut entries = [msr(MSR_IA32_TSC, 1000), msr(MSR_IA32_TSC_DEADLINE, 1500)];
+        fix_deadline(&mut entries);
+        assert_eq!(entries[1].data, 1500);
+    }
 }

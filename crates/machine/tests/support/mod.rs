@@ -87,6 +87,7 @@ pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine,
     let options = Options {
         vcpus,
         memory: MEMORY,
+        firmware_bytes: 0,
         net: None,
         disks: Vec::new(),
         serial: None,

@@ -96,6 +96,7 @@ impl Guest {
         let options = Options {
             vcpus: 1,
             memory: MIN_MEMORY,
+            firmware_bytes: 0,
             net: None,
             disks: Vec::new(),
             serial: None,

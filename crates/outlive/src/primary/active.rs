@@ -17,8 +17,8 @@ use super::base::Base;
 use super::control::{Control, Inbox};
 use super::stats::{Reporter, Totals};
 use crate::events::{Event, EventWriter};
-use crate::exit;
 use crate::link::{CheckpointPart, Job, SenderReport};
+use crate::{exit, process};
 
 /// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for a hiccup.
 pub(crate) const SLOTS: u64 = 4;
@@ -60,6 +60,7 @@ struct Coordinator {
     base: Option<Base>,
     next_epoch: Instant,
     captures: u64,
+    asked_to_stop: bool,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
     /// The VM cannot run here any more.
@@ -77,6 +78,7 @@ impl Active {
             base: None,
             next_epoch: Instant::now(),
             captures: 0,
+            asked_to_stop: false,
             guest_over: false,
             wedged: false,
         };
@@ -144,10 +146,7 @@ impl Coordinator {
                 self.guest_over = true;
                 self.active.machine.pause();
             }
-            Inbox::Stop(why) => {
-                tracing::info!("{why}: stopping the VM");
-                self.end(EndReason::Stopped);
-            }
+            Inbox::Stop(why) => self.stop(why),
             Inbox::Exit(reason) => return Some(self.exit(&reason)),
         }
         None
@@ -158,7 +157,13 @@ impl Coordinator {
             MachineEvent::DirtyLogFull => self.log_full(),
             MachineEvent::DiskLogFull => self.next_epoch = Instant::now(),
             MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
-            MachineEvent::Power(PowerRequest::Reset) => self.end(EndReason::Reset),
+            MachineEvent::Power(PowerRequest::Reset) => self.reset(),
+            MachineEvent::GuestPanicked => {
+                tracing::error!(
+                    "the guest's kernel panicked; the VM runs on for what it does next (panic= of its command line)"
+                );
+                self.active.events.emit(Event::GuestPanicked);
+            }
             MachineEvent::Power(PowerRequest::Panic) => {
                 tracing::error!("the guest panicked");
                 self.end(EndReason::Crash);
@@ -168,6 +173,37 @@ impl Coordinator {
                 self.end(EndReason::Crash);
             }
         }
+    }
+
+    /// The guest restarts, protected as before; one that cannot ends.
+    fn reset(&mut self) {
+        if !self.active.machine.can_reset() {
+            return self.end(EndReason::Reset);
+        }
+        if self.guest_over {
+            return;
+        }
+        match self.active.machine.reset() {
+            Ok(()) => {
+                tracing::info!("the guest restarts");
+                self.active.events.emit(Event::GuestRestarted);
+            }
+            Err(error) => {
+                tracing::error!("the guest cannot restart: {error}");
+                self.end(EndReason::Crash);
+            }
+        }
+    }
+
+    /// The operator wants the VM stopped. Linux is asked first, as by its power button.
+    fn stop(&mut self, why: &'static str) {
+        let asked = std::mem::replace(&mut self.asked_to_stop, true);
+        if !asked && why != process::ORPHANED && self.active.machine.can_reset() {
+            tracing::info!("{why}: the guest is asked to shut down; once more stops it at once");
+            return self.active.machine.press_power_button();
+        }
+        tracing::info!("{why}: stopping the VM");
+        self.end(EndReason::Stopped);
     }
 
     /// KVM holds a vCPU until its dirty ring is emptied.

@@ -1,5 +1,6 @@
 //! From a machine that runs to its coordinator: the same for a first start and after a takeover.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use outlive_epoch::{EndReason, GfnRange, Hello, Layout, Limits, VmId};
@@ -12,6 +13,7 @@ use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, Arbiter, ClaimWorker};
 use crate::cli::ActiveOptions;
 use crate::clock::Clock;
+use crate::console::Console;
 use crate::events::EventWriter;
 use crate::{exit, process};
 
@@ -52,11 +54,13 @@ pub(crate) struct Launch {
     pub(crate) events: EventWriter,
     /// The VM is to end at once.
     pub(crate) stop: Option<EndReason>,
+    /// The other ends of its ports; it goes after the machine.
+    pub(crate) console: Arc<Console>,
 }
 
 /// Runs the VM until it ends here. Returns the exit code.
 pub(crate) fn launch(launch: Launch) -> u8 {
-    let Launch { machine, queue, inbox, identity, arbiter, options, events, stop } = launch;
+    let Launch { machine, queue, inbox, identity, arbiter, options, events, stop, console } = launch;
     let clock = Clock::start();
     let timing = Timing::new(options.dead_after);
     let config = PrimaryConfig {
@@ -98,7 +102,7 @@ pub(crate) fn launch(launch: Launch) -> u8 {
     if let Some(reason) = stop {
         control.handle(PrimaryEvent::End { reason });
     }
-    Active {
+    let code = Active {
         machine,
         control,
         inbox,
@@ -109,7 +113,9 @@ pub(crate) fn launch(launch: Launch) -> u8 {
         events,
         reporter,
     }
-    .run()
+    .run();
+    drop(console);
+    code
 }
 
 fn hello(machine: &Machine, identity: &Identity, options: &ActiveOptions) -> Result<Hello, String> {

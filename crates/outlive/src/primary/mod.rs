@@ -3,6 +3,7 @@
 mod active;
 mod base;
 mod control;
+mod guest;
 mod launch;
 mod stats;
 
@@ -10,18 +11,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use outlive_epoch::VmId;
-use outlive_guest::PAYLOAD;
-use outlive_machine::{
-    DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode, PayloadOptions,
-};
+use outlive_machine::{DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode};
 
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::cli::{DiskSpec, NetSpec, RunOptions};
+use crate::console::{Console, Port};
 use crate::events::{Event, EventWriter, Role};
 use crate::network::{Netlink, NetlinkError};
 use crate::{check, exit, process};
 
 pub(crate) use control::Inbox;
+use guest::Guest;
 pub(crate) use launch::{Identity, Launch, launch};
 
 /// Frames and bytes of output that may be held for uncommitted epochs.
@@ -44,8 +44,12 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let vm = VmId(process::random().map_err(no_random)?);
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
-    let mut machine = make_machine(options, mac, queue.clone())?;
-    machine.boot_payload(PAYLOAD, &payload_options(options)?).map_err(|e| e.to_string())?;
+    let guest = Guest::read(options)?;
+    let told = queue.clone();
+    let console = Console::open(active.console.as_ref(), move |why| drop(told.send(Inbox::Stop(why))))?;
+    let console = Arc::new(console);
+    let mut machine = make_machine(options, &guest, mac, &console, queue.clone())?;
+    guest.load(&mut machine)?;
     // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
     let arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
     let events = open_events(active.events.as_deref())?;
@@ -66,7 +70,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         tracing::warn!("no --net: the VM has no network card, nobody can reach it");
     }
     let tracker = machine.tracker().kind();
-    tracing::info!(vm = %vm, name = %options.name, ip = %options.ip.address, %tracker, "VM started, unprotected");
+    tracing::info!(vm = %vm, name = %options.name, %tracker, "VM started, unprotected");
     let identity = Identity {
         vm,
         name: options.name.clone(),
@@ -76,18 +80,25 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         checkpoint: 0,
     };
     let options = active.clone();
-    Ok(Launch { machine, queue, inbox, identity, arbiter, options, events, stop: None })
+    Ok(Launch { machine, queue, inbox, identity, arbiter, options, events, stop: None, console })
 }
 
 /// The machine with its card on its bridge.
-fn make_machine(options: &RunOptions, mac: MacAddr, queue: Sender<Inbox>) -> Result<Machine, String> {
+fn make_machine(
+    options: &RunOptions,
+    guest: &Guest,
+    mac: MacAddr,
+    console: &Console,
+    queue: Sender<Inbox>,
+) -> Result<Machine, String> {
     let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
     let machine_options = Options {
         vcpus: options.vcpus,
         memory: options.memory_bytes(),
+        firmware_bytes: guest.firmware_bytes(),
         net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
         disks: options.disks.iter().map(disk).collect(),
-        serial: None,
+        serial: guest.is_linux().then(|| console.end(Port::Serial)),
         tracker: options.active.tracker.into(),
         trigger: options.active.max_dirty,
         max_dirty: options.active.max_dirty * 2,
@@ -96,19 +107,6 @@ fn make_machine(options: &RunOptions, mac: MacAddr, queue: Sender<Inbox>) -> Res
     let machine = Machine::new(host, &machine_options).map_err(|e| e.to_string())?;
     join_bridge(options.net.as_ref())?;
     Ok(machine)
-}
-
-fn payload_options(options: &RunOptions) -> Result<PayloadOptions, String> {
-    let random_seed = match options.seed {
-        Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
-        None => process::random().map_err(no_random)?,
-    };
-    Ok(PayloadOptions {
-        ipv4: options.ip.address.octets(),
-        prefix: options.ip.prefix,
-        gateway: options.gateway.map_or([0; 4], |g| g.octets()),
-        random_seed,
-    })
 }
 
 fn no_random(error: std::io::Error) -> String {

@@ -18,6 +18,7 @@ use super::copy::VmCopy;
 use crate::arbiter::{self, Claim, ClaimWorker};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
+use crate::console::Console;
 use crate::events::{self, EventWriter};
 use crate::process;
 
@@ -106,6 +107,8 @@ pub(super) struct Control {
     pub(super) clock: Clock,
     pub(super) host: Arc<Host>,
     pub(super) options: StandbyOptions,
+    /// The other ends of the VM's ports.
+    pub(super) console: Arc<Console>,
     inbox: Queue<Inbox>,
     events: EventWriter,
 }
@@ -116,6 +119,7 @@ impl Control {
         clock: Clock,
         host: Arc<Host>,
         options: StandbyOptions,
+        console: Arc<Console>,
         inbox: Queue<Inbox>,
         events: EventWriter,
     ) -> Arc<Self> {
@@ -129,7 +133,7 @@ impl Control {
             taken_over: false,
             last_refusal: String::new(),
         };
-        Arc::new(Self { state: Mutex::new(state), clock, host, options, inbox, events })
+        Arc::new(Self { state: Mutex::new(state), clock, host, options, console, inbox, events })
     }
 
     /// Takes an event and carries out what follows, apart from what the caller must do.

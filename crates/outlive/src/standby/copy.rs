@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
@@ -11,6 +12,7 @@ use outlive_machine::{Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
+use crate::console::{Console, Port};
 use crate::primary::{self, Identity, Inbox};
 use crate::process;
 
@@ -32,6 +34,8 @@ pub(super) struct VmCopy {
     constants: Vec<Vec<u8>>,
     state: Vec<u8>,
     kept: Vec<Kept>,
+    /// When the kept state came, by this host's clock.
+    kept_at: Instant,
     queue: Sender<Inbox>,
     inbox: Receiver<Inbox>,
     /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place later is
@@ -65,6 +69,7 @@ impl VmCopy {
         hello: &Hello,
         host: &Arc<Host>,
         options: &StandbyOptions,
+        console: &Console,
         arbiter: Box<dyn Arbiter>,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
@@ -73,12 +78,14 @@ impl VmCopy {
         let events = queue.clone();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         let card = |net: &NetSpec| primary::card(net, mac, OutputMode::Discard);
+        let is_linux = firmware_bytes(hello) > 0;
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
+            firmware_bytes: firmware_bytes(hello),
             net: hello.mac.and(options.net.as_ref()).map(card),
             disks: Vec::new(),
-            serial: None,
+            serial: is_linux.then(|| console.end(Port::Serial)),
             tracker: options.active.tracker.into(),
             trigger: options.active.max_dirty,
             max_dirty: options.active.max_dirty * 2,
@@ -108,6 +115,7 @@ impl VmCopy {
                 hello.limits.max_state_bytes.min(super::listen::MAX_STATE_BYTES) as usize
             ),
             kept: Vec::with_capacity(64),
+            kept_at: Instant::now(),
             queue,
             inbox,
             arbiter,
@@ -139,12 +147,13 @@ impl VmCopy {
     pub(super) fn try_restore(&mut self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
         let (sections, constants) = split(checkpoint)?;
         self.machine
-            .restore(&constants, &sections)
+            .restore(&constants, &sections, Duration::ZERO)
             .map_err(|e| format!("this host cannot resume the VM: {e}"))
     }
 
     /// Keeps the state of a committed checkpoint. Its pages are applied with [`apply_pages`].
     pub(super) fn keep_state(&mut self, checkpoint: &Checkpoint<'_>) {
+        self.kept_at = Instant::now();
         self.state.clear();
         self.kept.clear();
         let mut constants = Vec::new();
@@ -165,7 +174,7 @@ impl VmCopy {
         }
     }
 
-    /// Puts the machine into the kept state.
+    /// Puts the machine into the kept state. The guest's time goes on from when it came.
     ///
     /// # Errors
     /// What failed.
@@ -180,7 +189,7 @@ impl VmCopy {
                 bytes: &self.state[k.start..k.start + k.len],
             })
             .collect();
-        self.machine.restore(&self.constants, &sections).map_err(|e| e.to_string())
+        self.machine.restore(&self.constants, &sections, self.kept_at.elapsed()).map_err(|e| e.to_string())
     }
 
     /// Compares the copy with what the checkpoint, applied whole, says of the VM. `None` when it says nothing.
@@ -223,6 +232,11 @@ fn split<'a>(checkpoint: &Checkpoint<'a>) -> Result<Split<'a>, String> {
         }
     }
     Ok((sections, constants))
+}
+
+/// What the VM has behind its memory: its boot image.
+fn firmware_bytes(hello: &Hello) -> u64 {
+    (hello.layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(hello.memory_bytes)
 }
 
 /// Whether this host can run the VM.

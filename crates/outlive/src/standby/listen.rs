@@ -177,7 +177,7 @@ fn admit(
     };
     control.would_accept(&introduction)?;
     let arbiter = same_arbiter(control, hello)?;
-    let copy = VmCopy::new(hello, &control.host, &control.options, arbiter)?;
+    let copy = VmCopy::new(hello, &control.host, &control.options, &control.console, arbiter)?;
     let ram = copy.ram();
     let refuse = |text: String| (RefuseCode::Resources, text);
     let limits = StagingLimits {

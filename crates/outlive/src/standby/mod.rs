@@ -25,6 +25,7 @@ use outlive_pair::{Standby, StandbyConfig, StandbyEvent, StandbyExit, Timing};
 use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
+use crate::console::Console;
 use crate::events::{Event, EventWriter, Role};
 use crate::primary;
 use crate::{exit, process};
@@ -54,6 +55,15 @@ enum StopTarget {
     Primary(Sender<primary::Inbox>),
 }
 
+/// Brings an operator's stop to whoever runs here at that moment.
+fn stop_by(target: &StopTo) -> impl Fn(&'static str) + Send + Clone + 'static {
+    let target = target.clone();
+    move |why| match &*target.lock().unwrap_or_else(PoisonError::into_inner) {
+        StopTarget::Standby(queue) => drop(queue.send(Inbox::Stop(why))),
+        StopTarget::Primary(queue) => drop(queue.send(primary::Inbox::Stop(why))),
+    }
+}
+
 fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
     if let Some(net) = &options.net {
@@ -66,24 +76,20 @@ fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
     let events = primary::open_events(options.active.events.as_deref())?;
     let (queue, inbox) = channel();
+    let stop_to: StopTo = Arc::new(Mutex::new(StopTarget::Standby(queue.clone())));
+    let stop = stop_by(&stop_to);
+    let console = Arc::new(Console::open(options.active.console.as_ref(), stop.clone())?);
     let timing = Timing::new(options.active.dead_after);
     let clock = Clock::start();
     let pair = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
-    let control = Control::new(pair, clock, host, options.clone(), queue.clone(), events.clone());
+    let control = Control::new(pair, clock, host, options.clone(), console, queue, events.clone());
     events.emit(Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None });
     let addr = listener.local_addr().map_or_else(|_| options.listen.clone(), |a| a.to_string());
     listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
     tracing::info!(%addr, "standby waits for a primary");
     events.emit(Event::Listening { addr });
-    let stop_to: StopTo = Arc::new(Mutex::new(StopTarget::Standby(queue)));
-    let target = stop_to.clone();
-    process::on_stop(options.active.exit_with_stdin, move |why| {
-        match &*target.lock().unwrap_or_else(PoisonError::into_inner) {
-            StopTarget::Standby(queue) => drop(queue.send(Inbox::Stop(why))),
-            StopTarget::Primary(queue) => drop(queue.send(primary::Inbox::Stop(why))),
-        }
-    })
-    .map_err(|e| format!("cannot watch signals: {e}"))?;
+    process::on_stop(options.active.exit_with_stdin, stop)
+        .map_err(|e| format!("cannot watch signals: {e}"))?;
     Ok(Waiting { options: options.clone(), control, inbox, events, stop_to })
 }
 

@@ -72,5 +72,6 @@ pub(super) fn take_over(
         options: options.active.clone(),
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),
+        console: control.console.clone(),
     })
 }

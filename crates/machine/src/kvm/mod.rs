@@ -1,20 +1,31 @@
 //! The host's KVM: opening it, what it must offer, and what a VM is made of.
 
+mod cpuid;
+
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 /// Time-stamp counter.
 pub(crate) const MSR_IA32_TSC: u32 = 0x10;
 /// Deadline of the local APIC's timer, counted in the TSC.
 pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Switches of the processor's own.
+pub(crate) const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
+/// Whether memory types are set, and which one holds where nothing else is said.
+pub(crate) const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// The rest of the memory type registers, which guests may set and KVM does not list.
+const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
 /// Where KVM on Intel keeps a TSS and an identity page table; three pages and one, inside the
 /// device window, never touched by a guest.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
 /// Most vCPUs of a VM in this version.
-pub const MAX_VCPUS: u8 = 8;
+pub const MAX_VCPUS: u8 = 32;
 
 /// Why KVM cannot be used. The texts name the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -106,23 +117,22 @@ impl Host {
         vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+        // CPUID shows no performance counters; this makes those go that AMD's processors have without saying so.
+        let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
+        if vm.enable_cap(&no_counters).is_err() {
+            tracing::debug!("this kernel cannot switch performance counters off (before Linux 5.18)");
+        }
         Ok(vm)
     }
 
     /// A new vCPU with this host's CPUID. Its MSRs can be listed only after this.
     pub(crate) fn create_vcpu(&self, vm: &VmFd, index: u8, vcpus: u8) -> Result<VcpuFd, HostError> {
         let vcpu = vm.create_vcpu(u64::from(index)).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        let mut cpuid = self.cpuid.clone();
-        for entry in cpuid.as_mut_slice() {
-            match entry.function {
-                1 => {
-                    entry.ebx = entry.ebx & 0x0000_ffff | u32::from(index) << 24 | u32::from(vcpus) << 16;
-                    entry.ecx |= 1 << 31; // a hypervisor is present
-                }
-                0xb | 0x1f => entry.edx = u32::from(index),
-                _ => {}
-            }
-        }
+        let entries =
+            cpuid::of_vcpu(&self.cpuid, index, vcpus, self.kvm.check_extension(Cap::TscDeadlineTimer));
+        // PANIC: it has at most two entries more than KVM's own, which is far from the most.
+        let cpuid = CpuId::from_entries(&entries).expect("a few dozen entries");
         vcpu.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
         Ok(vcpu)
     }
@@ -135,7 +145,10 @@ impl Host {
             kvm_bindings::Msrs::from_entries(&[entry])
                 .is_ok_and(|mut msrs| vcpu.get_msrs(&mut msrs).is_ok_and(|got| got == 1))
         };
-        Ok(list.as_slice().iter().copied().filter(readable).collect())
+        let mtrrs = MTRRS.into_iter().flatten().chain([MSR_MTRR_DEF_TYPE]);
+        let mtrrs = mtrrs.filter(|index| !list.as_slice().contains(index));
+        let all = list.as_slice().iter().copied().chain(mtrrs);
+        Ok(all.filter(readable).collect())
     }
 }
 

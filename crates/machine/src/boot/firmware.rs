@@ -1,0 +1,177 @@
+//! What a Linux guest boots from, and where the VM keeps it: kernel, initrd and command line stand in a region of
+//! guest-physical memory of their own, behind the last of the guest's memory and named in no memory map. So they are
+//! part of the VM: replicated with its base, and there for a reboot after a takeover, without the files.
+//!
+//! The guest's kernel could find the region and write to it (it is memory), so what is read back is checked like any
+//! other guest data. It hurts only itself.
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::{GuestMemory, Range};
+
+const MAGIC: u64 = u64::from_le_bytes(*b"OUTLBOOT");
+const VERSION: u64 = 1;
+/// Magic, version and three lengths; the command line follows at once.
+const HEADER: usize = 40;
+/// The region's size is a multiple of this, so that it can be mapped by large pages.
+const ALIGN: u64 = 2 << 20;
+/// Kernel and initrd begin at a page.
+const PAGE: u64 = 4096;
+/// Longest command line that is kept; kernels take less.
+const COMMAND_LINE_MAX: usize = 0xffff;
+/// Largest kernel and largest initrd: with 2 GiB the initrd would not fit below the hole.
+const FILE_MAX: usize = 1 << 30;
+
+/// A kernel with its initrd and command line.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LinuxBoot {
+    kernel: Vec<u8>,
+    initrd: Vec<u8>,
+    command_line: String,
+}
+
+/// Why there is nothing to boot from.
+#[derive(Debug, thiserror::Error)]
+pub enum FirmwareError {
+    /// The command line has bytes that no kernel takes.
+    #[error("the kernel's command line must be printable ASCII text on one line")]
+    CommandLine,
+    /// Too long a command line.
+    #[error("the kernel's command line has {0} bytes, 65535 are the most")]
+    CommandLineLong(usize),
+    /// A file is too large.
+    #[error("the {what} has {len} bytes, more than a gigabyte")]
+    File {
+        /// Kernel or initrd.
+        what: &'static str,
+        /// Its size.
+        len: usize,
+    },
+    /// The machine was made without the region, or with too small a one.
+    #[error("the VM has {has} bytes for its boot image, which needs {needs}")]
+    Room {
+        /// Bytes of the region.
+        has: u64,
+        /// Bytes that it should have.
+        needs: u64,
+    },
+    /// The region does not hold what was put into it.
+    #[error("the VM's boot image is damaged: the guest has overwritten it")]
+    Damaged,
+}
+
+impl LinuxBoot {
+    /// Checks what can be checked without a machine. An empty `initrd` is none.
+    ///
+    /// # Errors
+    /// [`FirmwareError`] for sizes and texts that no kernel takes.
+    pub fn new(kernel: Vec<u8>, initrd: Vec<u8>, command_line: String) -> Result<Self, FirmwareError> {
+        if command_line.bytes().any(|byte| !(b' '..=b'~').contains(&byte)) {
+            return Err(FirmwareError::CommandLine);
+        }
+        if command_line.len() > COMMAND_LINE_MAX {
+            return Err(FirmwareError::CommandLineLong(command_line.len()));
+        }
+        for (what, file) in [("kernel", &kernel), ("initrd", &initrd)] {
+            if file.len() > FILE_MAX {
+                return Err(FirmwareError::File { what, len: file.len() });
+            }
+        }
+        Ok(Self { kernel, initrd, command_line })
+    }
+
+    /// Bytes of the region that a machine needs for this: `Options::firmware_bytes`.
+    pub fn firmware_bytes(&self) -> u64 {
+        self.places().end.next_multiple_of(ALIGN)
+    }
+
+    /// The kernel file.
+    pub(crate) fn kernel(&self) -> &[u8] {
+        &self.kernel
+    }
+
+    /// The initrd file.
+    pub(crate) fn initrd(&self) -> &[u8] {
+        &self.initrd
+    }
+
+    /// The command line.
+    pub(crate) fn command_line(&self) -> &str {
+        &self.command_line
+    }
+
+    fn places(&self) -> Places {
+        Places::new(self.command_line.len() as u64, self.kernel.len() as u64, self.initrd.len() as u64)
+    }
+
+    /// Writes it into the region.
+    pub(crate) fn store(&self, memory: &GuestMemory, region: Range) -> Result<(), FirmwareError> {
+        let places = self.places();
+        let room = FirmwareError::Room { has: region.len, needs: self.firmware_bytes() };
+        if places.end > region.len {
+            return Err(room);
+        }
+        let lengths = [self.command_line.len(), self.kernel.len(), self.initrd.len()].map(|len| len as u64);
+        let header: Vec<u8> =
+            [MAGIC, VERSION].into_iter().chain(lengths).flat_map(|word| word.to_le_bytes()).collect();
+        let put = |at: u64, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(region.base + at));
+        put(0, &header)
+            .and_then(|()| put(HEADER as u64, self.command_line.as_bytes()))
+            .and_then(|()| put(places.kernel, &self.kernel))
+            .and_then(|()| put(places.initrd, &self.initrd))
+            .map_err(|_| room)
+    }
+
+    /// Reads it back from the region.
+    pub(crate) fn read(memory: &GuestMemory, region: Range) -> Result<Self, FirmwareError> {
+        let get = |at: u64, len: u64| {
+            let mut bytes = vec![0; len as usize];
+            let read = memory.read_slice(&mut bytes, GuestAddress(region.base + at));
+            read.map(|()| bytes).map_err(|_| FirmwareError::Damaged)
+        };
+        if region.len < HEADER as u64 {
+            return Err(FirmwareError::Damaged);
+        }
+        let header = get(0, HEADER as u64)?;
+        let (words, _) = header.as_chunks::<8>();
+        let word = |index: usize| u64::from_le_bytes(words[index]);
+        let (command_line, kernel, initrd) = (word(2), word(3), word(4));
+        let possible = command_line <= COMMAND_LINE_MAX as u64 && kernel.max(initrd) <= FILE_MAX as u64;
+        if word(0) != MAGIC || word(1) != VERSION || !possible {
+            return Err(FirmwareError::Damaged);
+        }
+        let places = Places::new(command_line, kernel, initrd);
+        if places.end > region.len {
+            return Err(FirmwareError::Damaged);
+        }
+        let text =
+            String::from_utf8(get(HEADER as u64, command_line)?).map_err(|_| FirmwareError::Damaged)?;
+        let (kernel, initrd) = (get(places.kernel, kernel)?, get(places.initrd, initrd)?);
+        Self::new(kernel, initrd, text).map_err(|_| FirmwareError::Damaged)
+    }
+}
+
+/// Where the parts are, from the start of the region.
+struct Places {
+    kernel: u64,
+    initrd: u64,
+    end: u64,
+}
+
+impl Places {
+    fn new(command_line: u64, kernel: u64, initrd: u64) -> Self {
+        let kernel_at = (HEADER as u64 + command_line).next_multiple_of(PAGE);
+        let initrd_at = (kernel_at + kernel).next_multiple_of(PAGE);
+        Self { kernel: kernel_at, initrd: initrd_at, end: initrd_at + initrd }
+    }
+}
+
+impl std::fmt::Debug for LinuxBoot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LinuxBoot")
+            .field("kernel", &self.kernel.len())
+            .field("initrd", &self.initrd.len())
+            .field("command_line", &self.command_line)
+            .finish()
+    }
+}

@@ -1,0 +1,131 @@
+//! The start of a Linux guest, and its restart.
+//!
+//! A restart takes everything back to the moment before the first start: vCPUs and chips to the state that KVM gave them
+//! when the machine was made, devices to power-on, and the kernel out of the VM's own memory
+//! ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or from another host, so a VM restarts on a standby
+//! that has taken it over as it did at home. Time alone goes on: its counters belong to the host.
+
+use std::sync::Arc;
+
+use crate::acpi::{Description, SerialPort};
+use crate::board::slot_address;
+use crate::boot::linux;
+use crate::boot::{FirmwareError, LinuxBoot, LinuxBootError};
+use crate::devices::serial;
+use crate::machine::{CreateError, Machine};
+use crate::vcpu::set::VcpuSet;
+use crate::vcpu::{VcpuError, state};
+use crate::vm_state::{self, Clock, VmStateError};
+
+/// COM1, as every kernel looks for it.
+const COM1: SerialPort = SerialPort { port: 0x3f8, line: 4 };
+
+/// The state of vCPUs and chips when the machine was made.
+pub(crate) struct FreshState {
+    vcpus: Vec<Arc<Vec<u8>>>,
+    vm: Vec<u8>,
+}
+
+impl FreshState {
+    /// Reads it from a machine that has never run.
+    pub(crate) fn take(vcpus: &mut VcpuSet, vm: &kvm_ioctls::VmFd) -> Result<Self, CreateError> {
+        vcpus.begin_capture();
+        vcpus.captured()?;
+        let saved = (0..vcpus.len()).map(|index| vcpus.with_saved(index, |bytes| Arc::new(bytes.to_vec())));
+        let saved = saved.collect();
+        let mut chips = Vec::new();
+        vm_state::save(vm, &mut chips)?;
+        Ok(Self { vcpus: saved, vm: chips })
+    }
+}
+
+/// Why a Linux guest could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartLinuxError {
+    /// What it boots from.
+    #[error(transparent)]
+    Boot(#[from] LinuxBootError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// Why a guest could not be restarted. It stands still then.
+#[derive(Debug, thiserror::Error)]
+pub enum ResetError {
+    /// The machine has no boot image: its guest is not Linux.
+    #[error("this guest has nothing to restart from")]
+    NoBootImage,
+    /// The start.
+    #[error(transparent)]
+    Start(#[from] StartLinuxError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Interrupt chips.
+    #[error(transparent)]
+    Vm(#[from] VmStateError),
+}
+
+impl Machine {
+    /// Puts a kernel into the VM and the first vCPU at its entry. [`resume`](Self::resume) starts it. The machine must
+    /// have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have run.
+    ///
+    /// # Errors
+    /// [`StartLinuxError`] when the kernel, or what comes with it, does not fit the machine.
+    pub fn boot_linux(&mut self, boot: &LinuxBoot) -> Result<(), StartLinuxError> {
+        let region = self.ram.firmware();
+        let region = region.ok_or(FirmwareError::Room { has: 0, needs: boot.firmware_bytes() });
+        let stored = region.and_then(|region| boot.store(self.ram.memory(), region));
+        stored.map_err(LinuxBootError::from)?;
+        self.start_linux(boot)
+    }
+
+    /// Whether [`reset`](Self::reset) can restart the guest.
+    pub fn can_reset(&self) -> bool {
+        self.ram.firmware().is_some()
+    }
+
+    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. It runs at once if it ran
+    /// before. Everything that is written is logged, so protection goes on.
+    ///
+    /// # Errors
+    /// [`ResetError`]; the guest stands still then.
+    pub fn reset(&mut self) -> Result<(), ResetError> {
+        let region = self.ram.firmware().ok_or(ResetError::NoBootImage)?;
+        let was_running = self.quiesce();
+        self.devices.iter().for_each(|device| device.reset());
+        self.serial.iter().for_each(serial::SerialPort::reset);
+        self.vcpus.on_each(|index| {
+            let (host, fresh) = (self.host.clone(), self.fresh.vcpus[index].clone());
+            Box::new(move |fd| state::restore(fd, &fresh, &host, state::Tsc::Keep))
+        })?;
+        vm_state::restore(&self.vm, &self.fresh.vm, Clock::Keep)?;
+        let boot = LinuxBoot::read(self.ram.memory(), region).map_err(LinuxBootError::from);
+        self.start_linux(&boot.map_err(StartLinuxError::from)?)?;
+        self.vcpus.restart();
+        self.release(was_running);
+        Ok(())
+    }
+
+    /// Presses the power button: a guest that listens shuts down in order.
+    pub fn press_power_button(&self) {
+        self.power_button.trigger();
+    }
+
+    fn start_linux(&mut self, boot: &LinuxBoot) -> Result<(), StartLinuxError> {
+        let description = Description {
+            vcpus: self.vcpus.len() as u8,
+            slots: (0..self.devices.len()).map(slot_address).collect(),
+            serial: Some(COM1),
+        };
+        let entry = linux::load(&self.ram, boot, &description)?;
+        self.vcpus.on_each(|index| {
+            Box::new(move |fd| {
+                linux::prepare_vcpu(fd);
+                if index == 0 { linux::start(fd, entry) } else { Ok(()) }
+            })
+        })?;
+        Ok(())
+    }
+}

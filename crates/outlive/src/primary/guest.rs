@@ -1,0 +1,80 @@
+//! What the VM boots: a Linux kernel of the user's, or the guest that is built in.
+
+use std::path::Path;
+
+use outlive_guest::PAYLOAD;
+use outlive_machine::{LinuxBoot, Machine, PayloadOptions};
+
+use crate::cli::RunOptions;
+use crate::process;
+
+/// vCPUs that the built-in guest has room for.
+const PAYLOAD_VCPUS: u8 = outlive_guest::abi::MAX_VCPUS as u8;
+
+pub(super) enum Guest {
+    /// The Redis server that is built in.
+    BuiltIn(PayloadOptions),
+    /// Somebody's kernel.
+    Linux(Box<LinuxBoot>),
+}
+
+impl Guest {
+    /// Reads what the options name.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(super) fn read(options: &RunOptions) -> Result<Self, String> {
+        let Some(kernel) = &options.kernel else { return Self::built_in(options) };
+        let kernel = file(kernel, "--kernel")?;
+        let initrd = options.initrd.as_deref().map(|path| file(path, "--initrd")).transpose()?;
+        let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.append.clone());
+        Ok(Self::Linux(Box::new(boot.map_err(|e| e.to_string())?)))
+    }
+
+    fn built_in(options: &RunOptions) -> Result<Self, String> {
+        if options.vcpus > PAYLOAD_VCPUS {
+            return Err(format!(
+                "the built-in guest has 1 to {PAYLOAD_VCPUS} vCPUs, not {}; a Linux guest (--kernel) may have more",
+                options.vcpus
+            ));
+        }
+        let random_seed = match options.seed {
+            Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
+            None => process::random().map_err(super::no_random)?,
+        };
+        Ok(Self::BuiltIn(PayloadOptions {
+            ipv4: options.ip.address.octets(),
+            prefix: options.ip.prefix,
+            gateway: options.gateway.map_or([0; 4], |g| g.octets()),
+            random_seed,
+        }))
+    }
+
+    pub(super) fn is_linux(&self) -> bool {
+        matches!(self, Self::Linux(_))
+    }
+
+    /// Bytes behind the guest's memory that keep what it boots from.
+    pub(super) fn firmware_bytes(&self) -> u64 {
+        match self {
+            Self::BuiltIn(_) => 0,
+            Self::Linux(boot) => boot.firmware_bytes(),
+        }
+    }
+
+    /// Puts it into the machine.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn load(&self, machine: &mut Machine) -> Result<(), String> {
+        match self {
+            Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(|e| e.to_string()),
+            Self::Linux(boot) => machine.boot_linux(boot).map_err(|e| e.to_string()),
+        }
+    }
+}
+
+fn file(path: &Path, option: &str) -> Result<Vec<u8>, String> {
+    std::fs::read(path)
+        .map_err(|e| format!("cannot read {}: {e}; give {option} another file", path.display()))
+}
