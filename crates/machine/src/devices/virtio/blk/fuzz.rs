@@ -1,1 +1,168 @@
-//! A driver that writes whatever it likes.
+//! A driver that puts whatever it likes into its memory, for fuzzers.
+
+use std::sync::Arc;
+
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vmm_sys_util::tempfile::TempFile;
+
+use super::engine::manual::Manual;
+use super::{BlockDevice, BlockState, DiskOptions, Image, LogMode, WriteBuffer, WriteLog};
+use crate::bus::SharedDevice;
+use crate::devices::Device;
+use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
+
+type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Bytes of the guest's memory.
+pub const MEMORY: usize = 64 << 10;
+/// Bytes of the input that decide what happens; what follows is the guest's memory from address 0 on.
+pub const CONTROL: usize = 8;
+/// Size of the two queues.
+pub const QUEUE: u16 = 16;
+/// Where each queue's descriptor table, available and used ring are.
+pub const RINGS: [[u64; 3]; 2] = [[0, 0x100, 0x140], [0x200, 0x300, 0x340]];
+
+const SECTORS: u64 = 64;
+
+struct Nobody;
+
+impl Interrupt for Nobody {
+    fn trigger(&self) {}
+}
+
+impl Waker for Nobody {
+    fn wake(&self) {}
+}
+
+/// Boots a driver with features and queues that depend on `control`, with `data` in its memory, and has a disk
+/// work for it. Whatever the bytes: nothing panics, the work comes to an end, the image keeps its length, and
+/// the state can be saved and restored at any time.
+///
+/// # Panics
+///
+/// If the device does something it must not do.
+pub fn fuzz(data: &[u8]) {
+    let Some((control, contents)) = data.split_first_chunk::<CONTROL>() else { return };
+    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("a little memory"));
+    let len = contents.len().min(MEMORY);
+    memory.write_slice(&contents[..len], GuestAddress(0)).expect("it fits");
+
+    let file = TempFile::new().expect("a temporary file");
+    file.as_file().set_len(SECTORS * 512).expect("a small file");
+    let shared = control[0] & 1 != 0;
+    let options = DiskOptions { shared, queues: 2, ..DiskOptions::new(file.as_path()) };
+    let open = || Arc::new(Image::open(&options.path, false, true).expect("an image"));
+    let log = WriteLog::new(|| {});
+    log.swap(&mut WriteBuffer::with_capacity(usize::from(control[1]) << 8));
+    log.set_mode(if control[0] & 2 != 0 { LogMode::Log } else { LogMode::Track });
+    let image = open();
+    let manual = Manual::new(image.clone()).expect("an event");
+    let make = |image: &Arc<Image>, manual: &Manual| {
+        let host = DeviceHost {
+            memory: memory.clone(),
+            gate: Arc::default(),
+            interrupt: Arc::new(Nobody),
+            waker: Arc::new(Nobody),
+        };
+        let engine = Box::new(manual.clone());
+        BlockDevice::with_engine(&options, 0, log.clone(), host, image.clone(), engine).expect("a disk")
+    };
+    let device = make(&image, &manual);
+    boot(&device.registers(), control[0] & 4 != 0);
+    device.go_live(false);
+    if control[0] & 8 != 0 {
+        device.hold(1).expect("nothing is held");
+    }
+    work(&device, &manual, &control[2..6]);
+
+    // Somewhere in the middle of it: another one goes on, and both come to an end.
+    let mut saved = Vec::with_capacity(BlockState::BYTES);
+    device.save(&mut saved);
+    assert!(saved.len() <= BlockState::BYTES, "a state of {} bytes", saved.len());
+    let restored = Manual::new(image.clone()).expect("an event");
+    let other = make(&image, &restored);
+    if let Err(error) = other.restore(&saved) {
+        // The guest may have overwritten what the positions in the rings are checked against: nothing else.
+        panic!("what was saved cannot be restored: {error}");
+    }
+    let mut again = Vec::new();
+    other.save(&mut again);
+    assert_eq!(again, saved, "a restored device saves what it was given");
+    other.go_live(false);
+    work(&other, &restored, &control[6..]);
+    finish(&device, &manual, &log);
+    finish(&other, &restored, &log);
+    assert_eq!(file.as_file().metadata().expect("a file").len(), SECTORS * 512, "the image keeps its length");
+    assert!(memory.check_range(GuestAddress(0), MEMORY, vm_memory::Permissions::ReadWrite));
+}
+
+/// Takes the device through its registers to the point where it runs.
+fn boot(registers: &SharedDevice, event_idx: bool) {
+    let write = |register: u64, value: u32| {
+        registers.lock().expect("nothing panics").write(register, &value.to_le_bytes());
+    };
+    let offered = {
+        let mut word = [0; 4];
+        write(0x14, 0);
+        registers.lock().expect("nothing panics").read(0x10, &mut word);
+        u32::from_le_bytes(word)
+    };
+    write(0x70, 3);
+    write(0x20, if event_idx { offered } else { offered & !(1 << 29) });
+    write(0x24, 1);
+    write(0x20, 1);
+    write(0x70, 11);
+    for (queue, [table, available, used]) in RINGS.into_iter().enumerate() {
+        write(0x30, queue as u32);
+        write(0x38, QUEUE.into());
+        write(0x80, table as u32);
+        write(0x90, available as u32);
+        write(0xa0, used as u32);
+        write(0x44, 1);
+    }
+    write(0x70, 15);
+}
+
+/// Some turns of the device and of the disk.
+fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, choices: &[u8]) {
+    for &choice in choices {
+        device.turn();
+        let waiting = manual.waiting().len();
+        if waiting > 0 {
+            let outcome = match choice % 8 {
+                0 => Some(Err(libc::EIO)),
+                1 => Some(Err(libc::EOPNOTSUPP)),
+                2 => Some(Ok(1)),
+                _ => None,
+            };
+            manual.complete(usize::from(choice / 8) % waiting, outcome);
+        }
+    }
+}
+
+/// Lets everything happen that is left. The device must come to rest.
+fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, log: &WriteLog) {
+    log.set_mode(LogMode::Off);
+    device.pass_through();
+    // The rings of both queues hold less than this many requests, unless the device overwrites them with new
+    // ones for ever, which a driver may bring about: it is only itself that it keeps busy.
+    for _ in 0..500 {
+        let more = device.turn();
+        if manual.complete_all() == 0 && !more {
+            return;
+        }
+    }
+}
+
+/// Bytes of a descriptor, for whoever composes an input.
+pub fn descriptor(at: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+    let descriptor = Descriptor::new(at, len, flags, next);
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&descriptor.addr().0.to_le_bytes());
+    bytes[8..12].copy_from_slice(&descriptor.len().to_le_bytes());
+    bytes[12..14].copy_from_slice(&descriptor.flags().to_le_bytes());
+    bytes[14..].copy_from_slice(&descriptor.next().to_le_bytes());
+    bytes
+}

@@ -314,8 +314,9 @@ impl Geometry {
                 Err(status) => return Ok(Wanted::Refused(status)),
             }
         }
-        let first = ranges.iter().map(|range| range.offset).min().unwrap_or(0);
-        let end = ranges.iter().map(Extent::end).max().unwrap_or(0);
+        let touched = || ranges.iter().filter(|range| range.len > 0);
+        let first = touched().map(|range| range.offset).min().unwrap_or(0);
+        let end = touched().map(Extent::end).max().unwrap_or(0);
         Ok(Wanted::Disk { kind, span: Extent { offset: first, len: end - first, unmap: false }, len: 0 })
     }
 
