@@ -54,7 +54,7 @@ pub(super) struct CopyParts {
 
 /// Checks at start that the card can be made, so that a wrong name is told at once and not at the first primary.
 pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
-    let tap = Tap::open(&net.tap).map_err(|e| e.to_string())?;
+    let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
     primary::join_bridge(Some(net))?;
     drop(tap);
     Ok(())

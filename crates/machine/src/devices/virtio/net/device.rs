@@ -30,9 +30,9 @@ const FRAMES: u16 = 256;
 /// Largest size of the control queue.
 const COMMANDS: u16 = 64;
 
-/// Most queue pairs: with the control queue they are [`MAX_QUEUES`].
+/// Most queue pairs: with the control queue they are at most [`MAX_QUEUES`].
 pub const MAX_PAIRS: u16 = 8;
-const _: () = assert!(2 * MAX_PAIRS as usize + 1 <= MAX_QUEUES);
+const _: () = assert!(2 * (MAX_PAIRS as usize) < MAX_QUEUES);
 
 /// What the user chooses about a network device.
 #[derive(Clone, Debug)]

@@ -19,7 +19,7 @@ use super::mac::MacAddr;
 use super::offload::{GUEST_OFFLOADS, HEADER, Header, effective, offered};
 use super::output::{FrameSink, MAX_PACKET, Output, OutputLimits, OutputMode};
 use super::queues::{Queues, Way};
-use super::stats::Counters;
+use super::stats::{Counters, NetStats};
 use super::tap::FramePort;
 use crate::devices::gate::DeviceGate;
 use crate::devices::virtio::{Interrupt, InterruptLine};
@@ -34,8 +34,19 @@ const QUEUE_BYTES: u64 = 3 * 4096;
 /// Batches of each queue.
 const ROUNDS: usize = 3;
 
+/// How far a run came: that random bytes come far enough is tested, too.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reached {
+    /// The device's counters.
+    pub stats: NetStats,
+    /// Commands that were done and changed something, at least.
+    pub obeyed: u64,
+    /// Batches that ended because the driver broke the rules.
+    pub broken: u64,
+}
+
 /// Runs the device over what `data` says.
-pub fn run(data: &[u8]) {
+pub fn run(data: &[u8]) -> Reached {
     let mut source = Source(data);
     let features = effective(source.number::<8>() & offered(PAIRS) | 1 << 32);
     let limits = OutputLimits { frames: 8, bytes: MAX_PACKET };
@@ -62,16 +73,21 @@ pub fn run(data: &[u8]) {
     let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
     let pass = gate.enter();
     let way = Way { port: &*port, output: &output, counters: &counters, pass: &pass };
+    let mut reached = Reached::default();
     for _ in 0..ROUNDS {
-        let _ = queues.obey(&mut settings, &mut buffer, &pass);
+        let before = settings;
+        let mut results = vec![queues.obey(&mut settings, &mut buffer, &pass).is_err()];
+        reached.obeyed += u64::from(settings != before);
         assert!((1..=PAIRS).contains(&settings.pairs.into()) && settings.mac.is_unicast());
         assert_eq!(settings.offloads & !(features & GUEST_OFFLOADS), 0);
         for pair in 0..PAIRS {
-            let _ = queues.transmit(pair, &way, &mut buffer);
-            let _ = queues.receive(pair, &way, settings.offloads);
+            results.push(queues.transmit(pair, &way, &mut buffer).is_err());
+            results.push(queues.receive(pair, &way, settings.offloads).is_err());
         }
+        reached.broken += results.into_iter().filter(|&broken| broken).count() as u64;
     }
     let _ = output.pass_through();
+    Reached { stats: counters.read(), ..reached }
 }
 
 /// A queue whose rings and table say what `source` says.

@@ -245,6 +245,8 @@ impl<M: GuestMemory> Core<M> {
         let result = run.all(&mut settings);
         if settings != before {
             *shared.settings_mut() = settings;
+            // What waits was meant for the settings before.
+            (0..queues.forget_waiting()).for_each(|_| shared.counters.drop_received());
             // The port has to be told, and pairs that come into use to be looked at.
             *pending = !0;
             shared.bell.ring();

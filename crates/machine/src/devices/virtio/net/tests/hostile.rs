@@ -145,6 +145,30 @@ proptest! {
     }
 }
 
+/// Random bytes reach everything that a driver can.
+#[test]
+fn any_driver_comes_far() {
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut byte = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 56) as u8
+    };
+    let mut all = fuzz::Reached::default();
+    for _ in 0..2000 {
+        let bytes: Vec<u8> = (0..1500).map(|_| byte()).collect();
+        let one = fuzz::run(&bytes);
+        all.obeyed += one.obeyed;
+        all.broken += one.broken;
+        all.stats.tx_frames += one.stats.tx_frames;
+        all.stats.tx_bad_headers += one.stats.tx_bad_headers;
+        all.stats.rx_frames += one.stats.rx_frames;
+        all.stats.rx_dropped += one.stats.rx_dropped;
+    }
+    let few = [all.obeyed, all.stats.tx_frames, all.stats.rx_frames, all.stats.rx_dropped];
+    assert!(few.iter().all(|&count| count > 20) && all.broken > 1000, "{all:?}");
+    assert!(all.stats.tx_bad_headers > 20, "{all:?}");
+}
+
 #[test]
 fn without_event_index_the_flag_decides_about_interrupts() {
     let memory = memory();
