@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -61,10 +61,12 @@ pub fn run(data: &[u8]) -> Reached {
         Ok(output) => output,
         Err(error) => panic!("no event for the test: {error}"),
     };
-    let pairs =
-        (0..PAIRS).map(|pair| [2 * pair, 2 * pair + 1].map(|at| queue(&memory, at, features, &mut source)));
+    let pairs = (0..PAIRS).map(|pair| {
+        let rx = queue(&memory, 2 * pair, Kind::Receive, features, &mut source);
+        [rx, queue(&memory, 2 * pair + 1, Kind::Send, features, &mut source)]
+    });
     let pairs: Vec<_> = pairs.collect();
-    let control = queue(&memory, 2 * PAIRS, features, &mut source);
+    let control = queue(&memory, 2 * PAIRS, Kind::Command, features, &mut source);
     buffers(&memory, &mut source);
 
     let line = Arc::new(InterruptLine::new(Arc::new(Nowhere)));
@@ -90,14 +92,23 @@ pub fn run(data: &[u8]) -> Reached {
     Reached { stats: counters.read(), ..reached }
 }
 
+/// What a queue's chains should be, and mostly are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Receive,
+    Send,
+    /// Two descriptors: the command and the answer.
+    Command,
+}
+
 /// A queue whose rings and table say what `source` says.
-fn queue(memory: &Memory, index: usize, features: u64, source: &mut Source<'_>) -> Queue {
+fn queue(memory: &Memory, index: usize, kind: Kind, features: u64, source: &mut Source<'_>) -> Queue {
     let table = QUEUE_BYTES * index as u64;
     let [available, used] = [table + 4096, table + 2 * 4096];
-    for slot in 0..u64::from(SIZE) {
-        put(memory, table + 16 * slot, source.descriptor());
+    for slot in 0..SIZE {
+        put(memory, table + 16 * u64::from(slot), source.descriptor(kind, slot));
         let head = source.small(SIZE);
-        put(memory, available + 4 + 2 * slot, head);
+        put(memory, available + 4 + 2 * u64::from(slot), head);
     }
     // Mostly no more than there are.
     let offered = source.small(SIZE + 1);
@@ -116,12 +127,18 @@ fn buffers(memory: &Memory, source: &mut Source<'_>) {
     while !source.0.is_empty() {
         let at = source.address();
         // Where there is no memory there is nothing to write.
-        let _ = if source.byte() & 1 == 0 {
-            let mut bytes = [0; 24];
-            bytes.fill_with(|| source.byte());
-            memory.write_slice(&bytes, GuestAddress(at))
-        } else {
-            memory.write_obj(source.descriptor(), GuestAddress(at))
+        let _ = match source.byte() % 4 {
+            0 => {
+                let mut bytes = [0; 24];
+                bytes.fill_with(|| source.byte());
+                memory.write_slice(&bytes, GuestAddress(at))
+            }
+            1 => memory.write_obj(source.descriptor(Kind::Send, 0), GuestAddress(at)),
+            // Classes and numbers of commands are few, and so are the values that they take.
+            _ => {
+                let command = [source.byte() % 6, source.byte() % 2, source.byte() % 4, 0, 0, 0, 0, 1];
+                memory.write_slice(&command, GuestAddress(at))
+            }
         };
     }
 }
@@ -131,7 +148,9 @@ fn frames(source: &mut Source<'_>) -> Vec<(usize, [u8; HEADER])> {
     let count = usize::from(source.byte() % 8);
     let mut frame = || {
         let mut header = [0; HEADER];
-        header.fill_with(|| source.byte());
+        if source.byte() & 1 != 0 {
+            header.fill_with(|| source.byte());
+        }
         (source.number::<3>() as usize % (MAX_PACKET + 2), header)
     };
     (0..count).map(|_| frame()).collect()
@@ -175,20 +194,31 @@ impl Source<'_> {
         }
     }
 
-    fn descriptor(&mut self) -> Descriptor {
+    fn descriptor(&mut self, kind: Kind, slot: u16) -> Descriptor {
         let addr = self.address();
-        let len = match self.byte() {
-            0..=63 => HEADER as u32,
-            64..=127 => 1526,
-            128..=159 => u32::from(self.byte()),
-            160..=191 => 1 << 16,
-            192..=223 => 16 * u32::from(self.byte() % 8),
-            224..=250 => self.number::<2>() as u32,
+        let len = match (self.byte(), kind) {
+            (0..=191, Kind::Command) => [2, 3, 4, 8, 10, 12][usize::from(self.byte() % 6)],
+            (0..=63, Kind::Send) => HEADER as u32,
+            (0..=63, _) => 1526,
+            (64..=127, _) => 1526 + u32::from(self.byte()),
+            (128..=159, _) => u32::from(self.byte()),
+            (160..=191, _) => 1 << 16,
+            (192..=223, _) => 16 * u32::from(self.byte() % 8),
+            (224..=250, _) => self.number::<2>() as u32,
             _ => self.number::<4>() as u32,
         };
-        let flags = self.small(8);
-        let next = self.small(SIZE);
-        Descriptor::new(addr, len, flags, next)
+        let next = VRING_DESC_F_NEXT as u16;
+        let write = VRING_DESC_F_WRITE as u16;
+        let flags = match (self.byte(), kind) {
+            (0..=229, Kind::Command) if slot.is_multiple_of(2) => {
+                return Descriptor::new(addr, len, next, slot + 1);
+            }
+            (0..=229, Kind::Command | Kind::Receive) => write,
+            (0..=179, Kind::Send) => 0,
+            (180..=229, Kind::Send) => next,
+            _ => self.small(8),
+        };
+        Descriptor::new(addr, len, flags, self.small(SIZE))
     }
 }
 
