@@ -29,6 +29,19 @@ pub(crate) const QEMU: Package = Package {
     used_for: "nested hosts, in software emulation",
 };
 
+pub(crate) const VIRTIOFSD: Package = Package {
+    name: "virtiofsd",
+    // It is in no directory of programs; who needs it looks for it.
+    programs: &["virtiofsd"],
+    used_for: "a directory that nested hosts share",
+};
+
+pub(crate) const IPROUTE: Package =
+    Package { name: "iproute2", programs: &["ip"], used_for: "the network of nested hosts" };
+
+pub(crate) const E2FSPROGS: Package =
+    Package { name: "e2fsprogs", programs: &["mke2fs"], used_for: "file systems on disk images" };
+
 /// Where packages are unpacked when they cannot be installed.
 struct Unpacked {
     debs: PathBuf,
@@ -48,7 +61,7 @@ impl Unpacked {
         }
         let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"];
         vec![
-            ("PATH", in_front(["usr/bin"].map(|it| self.root.join(it)).to_vec(), "PATH")),
+            ("PATH", in_front(["usr/bin", "usr/sbin"].map(|it| self.root.join(it)).to_vec(), "PATH")),
             ("LD_LIBRARY_PATH", in_front(libraries.map(|it| self.root.join(it)).to_vec(), "LD_LIBRARY_PATH")),
         ]
     }
@@ -106,7 +119,8 @@ pub(crate) fn find(workspace: &Workspace, program: &str) -> Option<PathBuf> {
 }
 
 fn found(program: &str, unpacked: &Unpacked) -> Option<PathBuf> {
-    let path = in_front(vec![unpacked.root.join("usr/bin")], "PATH");
+    let own = ["usr/bin", "usr/sbin", "bin", "sbin"].map(|it| unpacked.root.join(it)).to_vec();
+    let path = in_front(own, "PATH");
     std::env::split_paths(&path).map(|directory| directory.join(program)).find(|program| program.is_file())
 }
 

@@ -86,7 +86,7 @@ impl DirtyOptions {
 }
 
 /// A word for the shell.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
@@ -212,6 +212,7 @@ fn on_host(
         modules: &["kvm_amd"],
         programs,
         devices: &[],
+        network: None,
     };
     let mut host = Host::start(workspace, qemu, &machine)?;
     let mut backend = String::from("none");

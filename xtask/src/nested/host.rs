@@ -10,8 +10,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use super::initramfs::{Initramfs, InitramfsError, read};
 use super::kernel::{Kernel, KernelError};
+use super::network::Network;
 use crate::packages;
 use crate::run::{Workspace, send_lines};
 
@@ -72,6 +76,8 @@ pub(crate) enum HostError {
     /// Its kernel's modules could not be put into the initramfs.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Modules(#[from] super::modules::ModuleError),
     /// Its initramfs could not be made.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
@@ -111,17 +117,19 @@ pub(crate) struct Machine<'a> {
     pub(crate) programs: &'a [(&'a str, PathBuf)],
     /// Further arguments for QEMU: network cards, disks.
     pub(crate) devices: &'a [String],
+    /// Where its cables end; none: it has no network cards.
+    pub(crate) network: Option<&'a Network>,
 }
 
 impl Machine<'_> {
     fn initramfs(&self) -> Result<Vec<u8>, HostError> {
         let mut archive = Initramfs::new();
-        for directory in ["/bin", "/proc", "/sys", "/tmp", "/run"] {
+        for directory in ["/bin", "/proc", "/sys", "/tmp", "/run", "/share", "/data"] {
             archive.directory(directory);
         }
         archive.script("/init", INIT)?;
         archive.script("/bin/busybox", &read(&self.kernel.busybox)?)?;
-        self.kernel.add_modules(self.modules, &mut archive)?;
+        self.kernel.modules()?.add(self.modules, &mut archive)?;
         for (path, local) in self.programs {
             archive.program(path, local)?;
         }
@@ -129,13 +137,15 @@ impl Machine<'_> {
     }
 }
 
-/// A host that is up. It is killed when this is dropped, and when the thread that started it ends.
+/// A host. It is killed when this is dropped, and when the thread that started it ends.
 pub(crate) struct Host {
     child: Child,
     input: ChildStdin,
     lines: Receiver<String>,
     commands: u32,
     files: Files,
+    /// Dropped last: the files of a host that nobody else keeps.
+    _directory: Option<RunDirectory>,
 }
 
 impl Host {
@@ -145,25 +155,51 @@ impl Host {
         qemu: &Qemu,
         machine: &Machine<'_>,
     ) -> Result<Host, HostError> {
-        let files = Files::new(&workspace.target.join("nested"))?;
+        let directory = RunDirectory::new(&workspace.target.join("nested"))?;
+        let mut host = Host::switch_on(qemu, machine, &directory.path)?;
+        host._directory = Some(directory);
+        host.wait_until_up()?;
+        Ok(host)
+    }
+
+    /// Starts it with its files in a directory, and does not wait.
+    pub(crate) fn switch_on(qemu: &Qemu, machine: &Machine<'_>, directory: &Path) -> Result<Host, HostError> {
+        let files = Files { directory: directory.to_path_buf() };
         let initramfs = files.path("initramfs");
         fs::write(&initramfs, machine.initramfs()?).map_err(file_error(&initramfs))?;
         let mut command = command(qemu, machine, &files);
         let errors = files.path("errors");
         command.stderr(File::create(&errors).map_err(file_error(&errors))?);
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        let mut child = spawned.map_err(|source| HostError::Start {
-            program: command.get_program().to_string_lossy().into_owned(),
-            source,
-        })?;
+        let mut child =
+            spawned.map_err(|source| HostError::Start { program: PROGRAM.to_string(), source })?;
         let input = child.stdin.take().expect("it is piped");
         let output = child.stdout.take().expect("it is piped");
         let (sender, lines) = channel();
         thread::spawn(move || send_lines(output, &sender));
-        let mut host = Host { child, input, lines, commands: 0, files };
+        Ok(Host { child, input, lines, commands: 0, files, _directory: None })
+    }
+
+    /// Waits until it takes commands.
+    pub(crate) fn wait_until_up(&mut self) -> Result<(), HostError> {
         let start = Instant::now();
-        while host.line("its start", start, BOOT)? != UP {}
-        Ok(host)
+        while self.line("its start", start, BOOT)? != UP {}
+        Ok(())
+    }
+
+    /// Stops all its processors, its clocks and its network at once.
+    pub(crate) fn freeze(&self) -> Result<(), HostError> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on as if nothing had been.
+    pub(crate) fn thaw(&self) -> Result<(), HostError> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), HostError> {
+        let pid = Pid::from_raw(self.child.id().try_into().expect("a process id"));
+        kill(pid, signal).map_err(|_| self.stopped(signal.as_str()))
     }
 
     /// Runs a line of shell and gives every line of its output to `line`. Returns the exit status.
@@ -244,13 +280,23 @@ impl Drop for Host {
 }
 
 fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
-    // So that it dies with us, however we die.
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL"]).arg(&qemu.program).envs(qemu.environment.iter().cloned());
+    let mut command = match machine.network {
+        Some(network) => network.command(&qemu.program),
+        None => {
+            // So that it dies with us, however we die.
+            let mut command = Command::new("setpriv");
+            command.args(["--pdeathsig", "KILL", "--"]).arg(&qemu.program);
+            command
+        }
+    };
+    command.envs(qemu.environment.iter().cloned());
     for data in &qemu.data {
         command.arg("-L").arg(data);
     }
-    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"]);
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+    // Memory that the file server of a share can see.
+    let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib);
+    command.args(["-machine", "q35,memory-backend=memory", "-object", &memory]);
     command.args(["-cpu", "max,+svm,+npt", "-accel", EMULATION]);
     command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
@@ -263,21 +309,37 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     command
 }
 
-/// Files of a host while it runs.
+/// A directory for the files of hosts while they run. It is removed when this is dropped, and if we are killed before
+/// that, when the next one is made.
+pub(crate) struct RunDirectory {
+    pub(crate) path: PathBuf,
+}
+
+impl RunDirectory {
+    pub(crate) fn new(parent: &Path) -> Result<RunDirectory, HostError> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        remove_old(parent);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("run-{}-{number}", std::process::id()));
+        fs::create_dir_all(&path).map_err(file_error(&path))?;
+        Ok(RunDirectory { path })
+    }
+}
+
+impl Drop for RunDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("xtask: {} is left: {error}", self.path.display());
+        }
+    }
+}
+
+/// Files of one host.
 struct Files {
     directory: PathBuf,
 }
 
 impl Files {
-    fn new(parent: &Path) -> Result<Files, HostError> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        remove_old(parent);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let directory = parent.join(format!("run-{}-{number}", std::process::id()));
-        fs::create_dir_all(&directory).map_err(file_error(&directory))?;
-        Ok(Files { directory })
-    }
-
     fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
@@ -290,14 +352,6 @@ impl Files {
         let console: Vec<_> = console.lines().collect();
         let end = console[console.len().saturating_sub(TAIL)..].iter().copied();
         end.chain(errors.lines()).map(|line| format!("  {}", line.trim_end())).collect::<Vec<_>>().join("\n")
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
-            eprintln!("xtask: {} is left: {error}", self.directory.display());
-        }
     }
 }
 
@@ -325,14 +379,15 @@ mod tests {
         let parent = std::env::temp_dir().join(format!("outlive-host-{}", std::process::id()));
         let dead = parent.join("run-4999999-0");
         fs::create_dir_all(&dead).unwrap();
-        let files = Files::new(&parent).unwrap();
+        let run = RunDirectory::new(&parent).unwrap();
+        let files = Files { directory: run.path.clone() };
         fs::write(files.path("errors"), "an error\n").unwrap();
         let console: String = (0..50).map(|number| format!("line {number}\r\n")).collect();
         fs::write(files.path("console"), console).unwrap();
         let tail = files.tail();
         assert!(tail.starts_with("  line 20\n") && tail.ends_with("line 49\n  an error"), "{tail}");
-        assert!(files.directory.exists() && !dead.exists());
-        drop(files);
+        assert!(run.path.exists() && !dead.exists());
+        drop(run);
         assert_eq!(fs::read_dir(&parent).unwrap().count(), 0);
         fs::remove_dir(&parent).unwrap();
     }

@@ -1,10 +1,18 @@
 //! `cargo xtask nested`: hosts with stock Debian kernels in QEMU's software emulation, where KVM works through AMD's
 //! nested paging, so that tests see kernels and processors that this machine does not have.
 
+mod background;
+mod cluster;
+mod debian;
 mod dirty;
 mod host;
+mod image;
 mod initramfs;
 mod kernel;
+mod modules;
+mod network;
+mod share;
+mod shell;
 
 use clap::Subcommand;
 
@@ -22,6 +30,11 @@ enum What {
     /// Test dirty tracking on the kernel of each Debian release
     #[command(after_help = dirty::EXAMPLES)]
     Dirty(dirty::DirtyOptions),
+    /// Get a prompt on hosts that see each other, with everything to protect a Linux guest
+    #[command(after_help = shell::EXAMPLES)]
+    Shell(shell::ShellOptions),
+    /// Build the guest images, and say where they are
+    Images,
 }
 
 /// What `cargo xtask test` runs of it.
@@ -32,5 +45,12 @@ pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary
 pub(crate) fn run(workspace: &Workspace, options: &NestedOptions) -> Result<(), StepError> {
     match &options.what {
         What::Dirty(options) => dirty::run(workspace, options),
+        What::Shell(options) => shell::run(workspace, options),
+        What::Images => {
+            let image = image::GuestImage::get(workspace, true);
+            let image = image.map_err(|error| shell::step_error(error.into()))?;
+            println!("{}", image.path("").display());
+            Ok(())
+        }
     }
 }

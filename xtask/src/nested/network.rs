@@ -1,0 +1,211 @@
+//! The network of nested hosts: bridges in a network namespace that belongs to nobody but this process and what it
+//! starts. It is gone when the last of them is, however they end.
+
+use std::fs::File;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+
+use nix::sched::{CloneFlags, unshare};
+
+use crate::run::describe;
+
+/// Of this process's own thread, whichever runs it.
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
+
+/// Why there is no network for hosts.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    /// Only root may make network namespaces that reach /dev/net/tun.
+    #[error("nested hosts with a network need root: run it as root, for example with sudo")]
+    NotRoot,
+    /// The kernel refuses a network namespace.
+    #[error("cannot make a network namespace: {0}")]
+    Namespace(io::Error),
+    /// `ip` could not be run.
+    #[error("cannot run ip: {0}; to get it: apt-get install iproute2")]
+    NoIp(io::Error),
+    /// `ip` has refused something.
+    #[error("{command} failed: {reason}")]
+    Ip {
+        /// The command.
+        command: String,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// One of the networks that hosts are on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Net {
+    /// Between the hosts only: checkpoints and heartbeats.
+    Link,
+    /// The hosts' bridges, the guests, and clients in the harness's namespace.
+    Clients,
+}
+
+impl Net {
+    pub(crate) const ALL: [Net; 2] = [Net::Link, Net::Clients];
+    /// Of all its addresses.
+    pub(crate) const PREFIX: u8 = 24;
+
+    fn bridge(self) -> &'static str {
+        match self {
+            Net::Link => "link",
+            Net::Clients => "clients",
+        }
+    }
+
+    /// The cable to a host, at the harness's end. Hosts are counted from 1.
+    pub(crate) fn cable(self, host: usize) -> String {
+        format!("{}-{host}", self.bridge())
+    }
+
+    /// The network card of that cable in the host.
+    pub(crate) fn card(self) -> &'static str {
+        match self {
+            Net::Link => "eth0",
+            Net::Clients => "eth1",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Net::Link => 77,
+            Net::Clients => 78,
+        }
+    }
+
+    /// Address of a host.
+    pub(crate) fn host(self, host: usize) -> Ipv4Addr {
+        Ipv4Addr::new(10, self.number(), 0, last_byte(host))
+    }
+
+    /// Address of a guest.
+    pub(crate) fn guest(guest: usize) -> Ipv4Addr {
+        Ipv4Addr::new(10, Net::Clients.number(), 0, 100 + last_byte(guest))
+    }
+
+    /// Address of the harness, where clients are.
+    pub(crate) fn harness(self) -> Ipv4Addr {
+        Ipv4Addr::new(10, self.number(), 0, 254)
+    }
+
+    /// Hardware address of a host's card.
+    pub(crate) fn mac(self, host: usize) -> String {
+        format!("52:54:00:{:02x}:00:{:02x}", self.number(), last_byte(host))
+    }
+}
+
+fn last_byte(number: usize) -> u8 {
+    u8::try_from(number).ok().filter(|it| (1..=99).contains(it)).expect("from 1 to 99")
+}
+
+/// The namespace with a bridge for each network.
+pub(crate) struct Network {
+    namespace: File,
+    ip: PathBuf,
+}
+
+impl Network {
+    /// Makes it, with the harness's own addresses.
+    pub(crate) fn new(ip: PathBuf) -> Result<Network, NetworkError> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(NetworkError::NotRoot);
+        }
+        // A thread of its own goes there and ends; the open file keeps the namespace.
+        let made = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            File::open(OWN_NAMESPACE)
+        });
+        let namespace = made.join().expect("the thread does not panic").map_err(NetworkError::Namespace)?;
+        let network = Network { namespace, ip };
+        network.ip("link set lo up")?;
+        for net in Net::ALL {
+            let bridge = net.bridge();
+            network.ip(&format!("link add {bridge} type bridge"))?;
+            network.ip(&format!("address add {}/{} dev {bridge}", net.harness(), Net::PREFIX))?;
+            network.ip(&format!("link set {bridge} up"))?;
+        }
+        Ok(network)
+    }
+
+    /// Puts a cable from each network to a host.
+    pub(crate) fn add_host(&self, host: usize) -> Result<(), NetworkError> {
+        for net in Net::ALL {
+            let cable = net.cable(host);
+            self.ip(&format!("tuntap add dev {cable} mode tap"))?;
+            self.ip(&format!("link set {cable} master {} up", net.bridge()))?;
+        }
+        Ok(())
+    }
+
+    /// Cuts or mends a cable. The host does not see that it has no carrier: frames are lost in silence.
+    pub(crate) fn set_cable(&self, host: usize, net: Net, up: bool) -> Result<(), NetworkError> {
+        self.ip(&format!("link set {} {}", net.cable(host), if up { "up" } else { "down" }))
+    }
+
+    fn ip(&self, arguments: &str) -> Result<(), NetworkError> {
+        let mut command = self.command(&self.ip);
+        command.args(arguments.split(' '));
+        let output = command.output().map_err(NetworkError::NoIp)?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let reason = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        Err(NetworkError::Ip { command: describe(&command), reason })
+    }
+
+    /// A program in the namespace. It is killed when the thread that starts it ends.
+    pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        let namespace = format!("--net=/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd());
+        command.arg(namespace).args(["--", "setpriv", "--pdeathsig", "KILL", "--"]).arg(program);
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::output;
+
+    #[test]
+    fn every_cable_and_address_is_another() {
+        let mut seen = std::collections::BTreeSet::new();
+        for net in Net::ALL {
+            assert!(seen.insert(net.harness().to_string()) && seen.insert(net.card().to_string()));
+            for host in [1, 2, 99] {
+                let cable = net.cable(host);
+                assert!(cable.len() < 16, "the kernel takes no longer names: {cable}");
+                for name in [cable, net.host(host).to_string(), net.mac(host)] {
+                    assert!(seen.insert(name.clone()), "{name}");
+                }
+            }
+        }
+        assert!(seen.insert(Net::guest(1).to_string()));
+    }
+
+    #[test]
+    fn bridges_are_in_a_namespace_that_goes_with_us() {
+        let ip = PathBuf::from("ip");
+        let network = match Network::new(ip) {
+            Ok(network) => network,
+            Err(error) => {
+                println!("skipped: {error}");
+                return;
+            }
+        };
+        network.add_host(1).unwrap();
+        network.set_cable(1, Net::Link, false).unwrap();
+        let links = |command: &mut Command| output(command.args(["-brief", "link"])).unwrap();
+        let inside = links(&mut network.command("ip"));
+        assert!(inside.contains("link-1") && inside.contains("clients-1"), "{inside}");
+        assert!(!links(&mut Command::new("ip")).contains("link-1"));
+        let error = network.set_cable(2, Net::Link, false).unwrap_err();
+        assert!(error.to_string().contains("link-2"), "{error}");
+    }
+}
