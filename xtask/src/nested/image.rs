@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::debian::{
-    FetchError, KEYRING, MIRROR, Packages, Suite, beside, file_error, make_directory, remove, write,
+    FetchError, KEYRING, MIRROR, Packages, Suite, file_error, make_directory, remove, write,
 };
 use super::initramfs::{Initramfs, InitramfsError, read};
 use super::kernel::{Kernel, KernelError, Series};
