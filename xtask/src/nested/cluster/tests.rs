@@ -51,33 +51,35 @@ fn two_hosts_see_each_other_until_one_has_no_power() {
     assert!(!directory.exists());
 }
 
-/// What the arbiter needs of the share: of several that give a file its name, one does, and all see it.
+/// What the arbiter needs of the share: of several that give a file its name, one does, and all see it. Once with
+/// `link(2)` and once with O_EXCL; each time both hosts wait for each other first.
 #[test]
 fn of_two_hosts_one_makes_a_file_on_the_share() {
+    const ROUNDS: u32 = 30;
     let Some(mut cluster) = cluster(vec![Series::Bookworm, Series::Bookworm], false) else { return };
-    let race = "cd /share; mkdir -p race; n=0; while [ $n -lt 100 ]; do n=$((n + 1)); \
-                echo HOST >race/HOST.$n; ln race/HOST.$n race/claim.$n 2>/dev/null && echo $n; done; true";
-    let racers: Vec<_> = [1, 2]
-        .map(|host| {
-            let script = race.replace("HOST", &format!("host-{host}"));
-            cluster.spawn(host, "race", &format!("sh -c {}", quoted(&script))).unwrap()
-        })
-        .into();
-    let won: Vec<Vec<u32>> = racers
-        .iter()
-        .map(|racer| {
-            assert_eq!(racer.wait_for_end(Duration::from_secs(60)).unwrap(), 0, "{}", racer.log());
-            racer.log().lines().map(|line| line.parse().unwrap()).collect()
-        })
-        .collect();
-    println!("won: {} and {}", won[0].len(), won[1].len());
-    let mut all = won.concat();
-    all.sort_unstable();
-    assert_eq!(all, (1..=100).collect::<Vec<_>>());
-    for (host, won) in [1, 2].into_iter().zip(&won) {
-        for number in won {
-            let claim = fs::read_to_string(cluster.share().join(format!("race/claim.{number}"))).unwrap();
-            assert_eq!(claim, format!("host-{host}\n"));
-        }
+    let race = "cd /share; mkdir -p race; n=0; while [ $n -lt ROUNDS ]; do n=$((n + 1)); echo HOST >race/HOST.$n; \
+                until [ -e race/host-1.$n ] && [ -e race/host-2.$n ]; do :; done; \
+                ln race/HOST.$n race/link.$n 2>/dev/null && echo link.$n; \
+                (set -C; echo HOST >race/new.$n) 2>/dev/null && echo new.$n; done; true";
+    let mut racers = Vec::new();
+    for host in 1..=cluster.len() {
+        let script = race.replace("HOST", &format!("host-{host}")).replace("ROUNDS", &ROUNDS.to_string());
+        racers.push(cluster.spawn(host, "race", &format!("sh -c {}", quoted(&script))).unwrap());
     }
+    let mut all = Vec::new();
+    for racer in &racers {
+        assert_eq!(racer.wait_for_end(Duration::from_secs(120)).unwrap(), 0, "{}", racer.log());
+        let won: Vec<String> = racer.log().lines().map(str::to_string).collect();
+        println!("host {} won {} of {}", racer.host, won.len(), 2 * ROUNDS);
+        for name in &won {
+            let claim = fs::read_to_string(cluster.share().join("race").join(name)).unwrap();
+            assert_eq!(claim, format!("host-{}\n", racer.host), "{name}");
+        }
+        all.extend(won);
+    }
+    all.sort();
+    let mut expected: Vec<String> =
+        (1..=ROUNDS).flat_map(|round| [format!("link.{round}"), format!("new.{round}")]).collect();
+    expected.sort();
+    assert_eq!(all, expected);
 }
