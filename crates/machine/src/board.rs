@@ -40,6 +40,9 @@ pub enum BoardError {
     /// The serial port's thread.
     #[error("cannot start the serial port: {0}")]
     Serial(std::io::Error),
+    /// The entropy device or the console.
+    #[error("cannot start a device: {0}")]
+    Start(std::io::Error),
     /// Its registers do not fit on the bus.
     #[error(transparent)]
     Bus(#[from] BusError),

@@ -17,7 +17,9 @@ use crate::devices::port::PortEnd;
 use crate::devices::serial::{COM1, COM1_IRQ, PORTS, SerialHost, SerialPort};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
+use crate::devices::virtio::console::ConsoleDevice;
 use crate::devices::virtio::net::{NetConfig, NetDevice};
+use crate::devices::virtio::rng::RngDevice;
 use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::memory::{GuestMemory, MemoryError, Ram};
 use crate::restart::FreshState;
@@ -40,6 +42,10 @@ pub struct Options {
     pub net: Option<NetConfig>,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskOptions>,
+    /// An entropy device.
+    pub rng: bool,
+    /// A virtio console.
+    pub console: Option<PortEnd>,
     /// The first serial port; without it nothing answers there.
     pub serial: Option<PortEnd>,
     /// Which back end tracks dirty pages.
@@ -178,6 +184,12 @@ impl Machine {
         let mut disks = Vec::new();
         for (index, disk) in options.disks.iter().enumerate() {
             disks.push(board.add(|host| BlockDevice::new(disk, index as u16, write_log.clone(), host))?);
+        }
+        if options.rng {
+            board.add(|host| RngDevice::new(host).map_err(BoardError::Start))?;
+        }
+        if let Some(end) = options.console.clone() {
+            board.add(|host| ConsoleDevice::new(end, host).map_err(BoardError::Start))?;
         }
         let mut pio = Bus::new();
         let serial =

@@ -99,6 +99,8 @@ impl Guest {
             firmware_bytes: 0,
             net: None,
             disks: Vec::new(),
+            rng: false,
+            console: None,
             serial: None,
             tracker: Choice::Auto,
             trigger: 4 * PAGES as usize,

@@ -26,7 +26,7 @@ mod terminal;
 mod tests;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use outlive_machine::devices::line_log::LineLog;
 use outlive_machine::devices::port::PortEnd;
@@ -63,12 +63,12 @@ impl Port {
     }
 }
 
-/// The host's ends of the guest's ports, and who looks at them. Made before the machine and dropped after it; then the
+/// The host's ends of the guest's ports, and who looks at them. Made before the machine and closed after it; then the
 /// sockets are gone and the terminal is as it was.
 #[derive(Debug)]
 pub(crate) struct Console {
     ends: [PortEnd; 2],
-    _server: Server,
+    server: Mutex<Option<Server>>,
 }
 
 impl Console {
@@ -105,12 +105,18 @@ impl Console {
         }
         let server = Server::start(ports).map_err(failed)?;
         let ends = ends.try_into().map_err(|_| "a port is missing".to_owned())?;
-        Ok(Self { ends, _server: server })
+        Ok(Self { ends, server: Mutex::new(Some(server)) })
     }
 
     /// The host's end of a port, to make a machine with; one machine after the other may have it.
     pub(crate) fn end(&self, port: Port) -> PortEnd {
         self.ends[port as usize].clone()
+    }
+
+    /// Shows what is left to show, removes the sockets and gives the terminal back, as dropping the console does: for
+    /// a process that ends while others of its threads still hold it.
+    pub(crate) fn close(&self) {
+        drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 

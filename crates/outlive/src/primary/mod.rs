@@ -98,6 +98,8 @@ fn make_machine(
         firmware_bytes: guest.firmware_bytes(),
         net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
         disks: options.disks.iter().map(disk).collect(),
+        rng: guest.is_linux(),
+        console: guest.is_linux().then(|| console.end(Port::Hvc0)),
         serial: guest.is_linux().then(|| console.end(Port::Serial)),
         tracker: options.active.tracker.into(),
         trigger: options.active.max_dirty,

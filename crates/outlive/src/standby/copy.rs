@@ -85,6 +85,8 @@ impl VmCopy {
             firmware_bytes: firmware_bytes(hello),
             net: hello.mac.and(options.net.as_ref()).map(card),
             disks: Vec::new(),
+            rng: is_linux,
+            console: is_linux.then(|| console.end(Port::Hvc0)),
             serial: is_linux.then(|| console.end(Port::Serial)),
             tracker: options.active.tracker.into(),
             trigger: options.active.max_dirty,

@@ -9,9 +9,12 @@
 //! no one else is in any of these objects.
 
 pub mod blk;
+pub(crate) mod chains;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod persist;
+pub mod rng;
 pub(crate) mod worker;
 
 use std::sync::Arc;
@@ -31,6 +34,8 @@ use super::gate::DeviceGate;
 
 #[cfg(test)]
 mod mmio_tests;
+#[cfg(test)]
+mod test_driver;
 
 /// Most queues a device of ours may have: bounds the saved state. A network card with eight pairs has 17.
 pub const MAX_QUEUES: usize = 18;

@@ -4,13 +4,14 @@ use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 
 use super::super::attach::{End, Session};
-use super::super::terminal::{Key, Keys};
+use super::super::terminal::{Key, Keys, RawTerminal};
 use super::*;
 
 struct Attached {
     vm: UnixStream,
     signal: UnixStream,
     session: JoinHandle<std::io::Result<End>>,
+    raw: Option<RawTerminal>,
 }
 
 fn attach(keyboard: File, screen: File, is_terminal: bool, wait: Option<Duration>) -> Attached {
@@ -29,15 +30,14 @@ fn attach(keyboard: File, screen: File, is_terminal: bool, wait: Option<Duration
         shown: Vec::new(),
         ended: false,
     };
-    Attached { vm, signal, session: thread::spawn(move || session.run()) }
+    Attached { vm, signal, session: thread::spawn(move || session.run()), raw: None }
 }
 
 fn at_terminal() -> (File, Attached) {
     let (person, program) = terminal();
-    let raw = super::super::terminal::RawTerminal::take(&program).unwrap().unwrap();
-    std::mem::forget(raw);
+    let raw = RawTerminal::take(&program).unwrap();
     let attached = attach(program.try_clone().unwrap(), program, true, None);
-    (person, attached)
+    (person, Attached { raw, ..attached })
 }
 
 fn pipe() -> (File, File) {
@@ -74,7 +74,7 @@ fn detaching_works_while_the_vm_takes_nothing() {
     });
     typing.join().unwrap();
     assert_eq!(attached.session.join().unwrap().unwrap(), End::Detached);
-    drop((attached.vm, attached.signal));
+    drop((attached.vm, attached.signal, attached.raw));
     bells.join().unwrap();
 }
 

@@ -102,7 +102,7 @@ fn several_people_look_at_one_guest() {
     // What is printed last is shown before the end.
     guest.print(b"bye\n");
     drop(guest);
-    drop(console);
+    console.close();
     assert_eq!(read_to(&mut two, b"\n"), b"bye\n");
     assert_eq!(two.read(&mut [0]).unwrap(), 0);
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "the sockets are gone");

@@ -69,7 +69,7 @@ impl<M: GuestMemory> Queues<M> {
             if let Err(error) = source.fill(buffer) {
                 break Ended::Dry(error);
             }
-            let given = self.answer(buffer)?;
+            let given = answer(&mut self.ring, memory, buffer)?;
             *budget = budget.saturating_sub(given);
             counters.requests.fetch_add(1, Ordering::Relaxed);
             counters.bytes.fetch_add(given as u64, Ordering::Relaxed);
@@ -82,29 +82,27 @@ impl<M: GuestMemory> Queues<M> {
         }
         Ok((ended, done))
     }
+}
 
-    fn answer(&mut self, bytes: &[u8]) -> Result<usize, Broken> {
-        let memory = &*self.memory;
-        let chain = self.ring.next(memory)?.ok_or(Broken::Ring)?;
-        let head = chain.head_index();
-        let mut given = 0;
-        let mut room = 0usize;
-        walk(chain, self.ring.size(), |descriptor| {
-            if !descriptor.is_write_only() {
-                return Err(Broken::Direction("receive"));
-            }
-            let part = (descriptor.len() as usize).min(bytes.len() - given);
-            if part > 0 {
-                memory.write_slice(&bytes[given..given + part], descriptor.addr())?;
-            }
-            given += part;
-            room += descriptor.len() as usize;
-            Ok(())
-        })?;
-        if room == 0 {
-            return Err(Broken::Chain);
+fn answer<M: GuestMemory>(ring: &mut Ring, memory: &M, bytes: &[u8]) -> Result<usize, Broken> {
+    let chain = ring.next(memory)?.ok_or(Broken::Ring)?;
+    let head = chain.head_index();
+    let (mut given, mut room) = (0, 0usize);
+    walk(chain, ring.size(), |descriptor| {
+        if !descriptor.is_write_only() {
+            return Err(Broken::Direction("receive"));
         }
-        self.ring.used(memory, head, given as u32)?;
-        Ok(given)
+        let part = (descriptor.len() as usize).min(bytes.len() - given);
+        if part > 0 {
+            memory.write_slice(&bytes[given..given + part], descriptor.addr())?;
+        }
+        given += part;
+        room += descriptor.len() as usize;
+        Ok(())
+    })?;
+    if room == 0 {
+        return Err(Broken::Chain);
     }
+    ring.used(memory, head, given as u32)?;
+    Ok(given)
 }

@@ -112,20 +112,20 @@ impl<M: GuestMemory> Shared<M> {
 
 impl<M: GuestMemory> Core<M> {
     fn batch(&mut self, shared: &Shared<M>, pass: &Pass<'_>) -> bool {
+        let now = Instant::now();
+        // Also for a driver that has gone away: the thread sleeps only until then.
+        self.stalled = self.stalled.filter(|&until| now < until);
         let Some(queues) = self.queues.as_mut().filter(|queues| self.live && !queues.line.needs_reset())
         else {
             return false;
         };
-        let now = Instant::now();
-        if !self.pending || self.stalled.is_some_and(|until| now < until) {
+        if !self.pending || self.stalled.is_some() {
             return false;
         }
-        self.stalled = None;
         if now >= self.renewed {
             (self.budget, self.renewed) = (BUDGET, now + WINDOW);
         }
-        let given =
-            queues.give(&*shared.source, &mut self.buffer, &mut self.budget, &shared.counters, pass);
+        let given = queues.give(&*shared.source, &mut self.buffer, &mut self.budget, &shared.counters, pass);
         match given {
             Ok((ended, done)) => {
                 if done > 0 {
