@@ -1,6 +1,10 @@
 //! Writes sections. The page bytes themselves are never copied: the encoder appends what comes in front of them to the
 //! caller's buffer, and the sender hands both to one `writev`.
 
+use crate::device::{DeviceInfo, MAX_DEVICES, MAX_SERIAL};
+use crate::disk::{
+    DISK_SUM_LEN, DiskRecords, DiskSums, DiskWant, MAX_RECORD_BYTES, MAX_SUMS, MAX_ZERO_CHUNKS,
+};
 use crate::message::{
     Accept, Ack, CheckpointBegin, CheckpointEnd, EndReason, Hello, LeaveReason, MAX_REFUSE_TEXT, MAX_TEXT,
     RefuseCode, StateRef,
@@ -32,6 +36,9 @@ pub enum EncodeError {
         /// Bytes given.
         found: usize,
     },
+    /// Disk records that no reader would take.
+    #[error("disk records: {0}")]
+    Records(String),
     /// Pages, state or an end without a checkpoint, or a checkpoint inside another one.
     #[error("{0}")]
     Order(&'static str),
@@ -40,7 +47,7 @@ pub enum EncodeError {
     Totals {
         /// The checkpoint's number.
         number: u64,
-        /// Pages, or bytes of state.
+        /// Pages, bytes of state, or bytes of disk records.
         what: &'static str,
         /// In the beginning.
         announced: u32,
@@ -53,6 +60,7 @@ struct Open {
     begin: CheckpointBegin,
     pages: u32,
     state_bytes: u32,
+    disk_bytes: u32,
     chain: crc32fast::Hasher,
 }
 
@@ -91,22 +99,33 @@ impl Encoder {
         ] {
             check_length(field, text.len(), MAX_TEXT)?;
         }
+        check_length("the list of devices", hello.devices.len(), MAX_DEVICES)?;
+        for DeviceInfo { serial, .. } in &hello.devices {
+            check_length("a disk's serial number", serial.len(), MAX_SERIAL)?;
+        }
         self.section(out, Kind::Hello, &[], |out| {
             out.extend_from_slice(&hello.vm.0);
             for word in [hello.generation, hello.memory_bytes, hello.interval_us, hello.dead_after_us] {
                 out.extend_from_slice(&word.to_le_bytes());
             }
+            let limits = &hello.limits;
             for word in
-                [hello.vcpus, hello.limits.max_pages, hello.limits.max_state_bytes, hello.limits.slots]
+                [hello.vcpus, limits.max_pages, limits.max_state_bytes, limits.slots, limits.max_disk_bytes]
             {
                 out.extend_from_slice(&word.to_le_bytes());
             }
+            out.extend_from_slice(&hello.firmware_bytes.to_le_bytes());
             out.push(u8::from(hello.mac.is_some()));
             out.extend_from_slice(&hello.mac.unwrap_or_default());
             out.push(hello.layout.ranges().len() as u8);
             for range in hello.layout.ranges() {
                 out.extend_from_slice(&range.start.to_le_bytes());
                 out.extend_from_slice(&range.pages.to_le_bytes());
+            }
+            out.push(hello.devices.len() as u8);
+            for device in &hello.devices {
+                device.put(out);
+                put_text(out, &device.serial);
             }
             for text in [&hello.name, &hello.host, &hello.tracker, &hello.vendor] {
                 put_text(out, text);
@@ -178,11 +197,11 @@ impl Encoder {
             out.extend_from_slice(&begin.pages.to_le_bytes());
             out.extend_from_slice(&begin.state_bytes.to_le_bytes());
             out.extend_from_slice(&begin.flags.to_wire().to_le_bytes());
-            out.extend_from_slice(&[0; 4]);
+            out.extend_from_slice(&begin.disk_bytes.to_le_bytes());
         });
         let mut chain = crc32fast::Hasher::new();
         chain.update(&header.chained());
-        self.open = Some(Open { begin: *begin, pages: 0, state_bytes: 0, chain });
+        self.open = Some(Open { begin: *begin, pages: 0, state_bytes: 0, disk_bytes: 0, chain });
         Ok(())
     }
 
@@ -227,6 +246,86 @@ impl Encoder {
         Ok(())
     }
 
+    /// Appends the head of a `DiskWrites` section of the open checkpoint; `records` (see
+    /// [`DiskRecord::put`](crate::DiskRecord::put)) must follow it.
+    ///
+    /// # Errors
+    /// [`EncodeError::TooLong`], [`EncodeError::Records`], [`EncodeError::Order`].
+    pub fn disk_writes_head(&mut self, out: &mut Vec<u8>, records: &[u8]) -> Result<(), EncodeError> {
+        check_records(Kind::DiskWrites, records)?;
+        let mut open = self.open.take().ok_or(EncodeError::Order("disk writes outside a checkpoint"))?;
+        open.disk_bytes = open.disk_bytes.saturating_add(records.len() as u32);
+        let number = open.begin.number;
+        let header = self.section(out, Kind::DiskWrites, records, |out| {
+            out.extend_from_slice(&number.to_le_bytes());
+        });
+        open.chain.update(&header.chained());
+        self.open = Some(open);
+        Ok(())
+    }
+
+    /// Appends the head of a `DiskBlocks` section; `records` must follow it.
+    ///
+    /// # Errors
+    /// [`EncodeError::TooLong`], [`EncodeError::Records`], [`EncodeError::Order`] inside a checkpoint.
+    pub fn disk_blocks_head(
+        &mut self,
+        out: &mut Vec<u8>,
+        round: u64,
+        records: &[u8],
+    ) -> Result<(), EncodeError> {
+        if self.open.is_some() {
+            return Err(EncodeError::Order("disk blocks inside a checkpoint"));
+        }
+        check_records(Kind::DiskBlocks, records)?;
+        self.section(out, Kind::DiskBlocks, records, |out| out.extend_from_slice(&round.to_le_bytes()));
+        Ok(())
+    }
+
+    /// Appends [`DiskSums`].
+    ///
+    /// # Errors
+    /// [`EncodeError::TooLong`] for the window, [`EncodeError::DataLength`] if there is not one sum a chunk,
+    /// [`EncodeError::Order`] inside a checkpoint.
+    pub fn disk_sums(&mut self, out: &mut Vec<u8>, window: &DiskSums<'_>) -> Result<(), EncodeError> {
+        if self.open.is_some() {
+            return Err(EncodeError::Order("disk sums inside a checkpoint"));
+        }
+        let DiskSums { disk, first, count, sums } = *window;
+        let limit = if sums.is_some() { MAX_SUMS } else { MAX_ZERO_CHUNKS as usize };
+        check_length("a window of sums", count as usize, limit)?;
+        if let Some(sums) = sums
+            && sums.len() != count as usize
+        {
+            let (expected, found) = (count as usize * DISK_SUM_LEN, sums.len() * DISK_SUM_LEN);
+            return Err(EncodeError::DataLength { expected, found });
+        }
+        self.section(out, Kind::DiskSums, &[], |out| {
+            out.extend_from_slice(&disk.to_le_bytes());
+            out.extend_from_slice(&u16::from(sums.is_none()).to_le_bytes());
+            out.extend_from_slice(&count.to_le_bytes());
+            out.extend_from_slice(&first.to_le_bytes());
+            out.extend_from_slice(sums.unwrap_or_default().as_flattened());
+        });
+        Ok(())
+    }
+
+    /// Appends [`DiskWant`].
+    ///
+    /// # Errors
+    /// [`EncodeError::TooLong`].
+    pub fn disk_want(&mut self, out: &mut Vec<u8>, want: &DiskWant) -> Result<(), EncodeError> {
+        check_length("the list of wanted chunks", want.wanted.len(), MAX_SUMS)?;
+        self.section(out, Kind::DiskWant, &[], |out| {
+            out.extend_from_slice(&want.disk.to_le_bytes());
+            out.extend_from_slice(&(want.wanted.len() as u16).to_le_bytes());
+            out.extend_from_slice(&want.count.to_le_bytes());
+            out.extend_from_slice(&want.first.to_le_bytes());
+            want.wanted.iter().for_each(|at| out.extend_from_slice(&at.to_le_bytes()));
+        });
+        Ok(())
+    }
+
     /// Appends [`CheckpointEnd`]. `stamp_us` is the primary's clock now.
     ///
     /// # Errors
@@ -235,10 +334,12 @@ impl Encoder {
     pub fn checkpoint_end(&mut self, out: &mut Vec<u8>, stamp_us: u64) -> Result<(), EncodeError> {
         let open =
             self.open.take().ok_or(EncodeError::Order("the end of a checkpoint that was not begun"))?;
-        let Open { begin, pages, state_bytes, .. } = open;
-        for (what, announced, sent) in
-            [("pages", begin.pages, pages), ("bytes of state", begin.state_bytes, state_bytes)]
-        {
+        let Open { begin, pages, state_bytes, disk_bytes, .. } = open;
+        for (what, announced, sent) in [
+            ("pages", begin.pages, pages),
+            ("bytes of state", begin.state_bytes, state_bytes),
+            ("bytes of disk writes", begin.disk_bytes, disk_bytes),
+        ] {
             if announced != sent {
                 let number = begin.number;
                 self.open = Some(open);
@@ -250,6 +351,7 @@ impl Encoder {
             stamp_us,
             pages,
             state_bytes,
+            disk_bytes,
             chain: open.chain.finalize(),
         };
         self.section(out, Kind::CheckpointEnd, &[], |out| {
@@ -258,7 +360,7 @@ impl Encoder {
             out.extend_from_slice(&end.pages.to_le_bytes());
             out.extend_from_slice(&end.state_bytes.to_le_bytes());
             out.extend_from_slice(&end.chain.to_le_bytes());
-            out.extend_from_slice(&[0; 4]);
+            out.extend_from_slice(&end.disk_bytes.to_le_bytes());
         });
         Ok(())
     }
@@ -327,6 +429,11 @@ fn put_entries(out: &mut Vec<u8>, tag: u64, entries: impl ExactSizeIterator<Item
 
 fn check_length(field: &'static str, length: usize, limit: usize) -> Result<(), EncodeError> {
     if length > limit { Err(EncodeError::TooLong { field, length, limit }) } else { Ok(()) }
+}
+
+fn check_records(kind: Kind, records: &[u8]) -> Result<(), EncodeError> {
+    check_length("a section of disk records", records.len(), MAX_RECORD_BYTES)?;
+    DiskRecords::parse(kind, records).map(drop).map_err(|error| EncodeError::Records(error.to_string()))
 }
 
 fn check_pages(entries: impl ExactSizeIterator<Item = PageEntry>, data: &[u8]) -> Result<(), EncodeError> {

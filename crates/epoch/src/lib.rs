@@ -14,18 +14,23 @@
 //! sequenceDiagram
 //!     participant P as primary
 //!     participant S as standby
-//!     P->>S: preface, Hello {vm, generation, machine, limits, timing}
+//!     P->>S: preface, Hello {vm, generation, machine, devices, limits, timing}
 //!     alt refused
 //!         S->>P: preface, Refuse {code, text}
 //!     else accepted
 //!         S->>P: preface, Accept {dead-after, host}
 //!     end
-//!     loop base synchronisation, the guest runs and its output passes through
+//!     loop base synchronisation of disks, a part of a disk at a time, the guest runs
+//!         P->>S: DiskSums {sums of a part}
+//!         S->>P: DiskWant {which chunks differ}
+//!         P->>S: DiskBlocks {those chunks}
+//!     end
+//!     loop base synchronisation of memory, the guest runs and its output passes through
 //!         P->>S: BasePages {round, pages}
 //!     end
 //!     loop checkpoints; the first one has the flag base_final
 //!         P->>S: CheckpointBegin {generation, number, totals, flags}
-//!         P->>S: Pages, State ...
+//!         P->>S: Pages, State, DiskWrites ...
 //!         P->>S: CheckpointEnd {number, stamp, totals, chain}
 //!         S->>P: Ack {generation, number, stamp}
 //!     end
@@ -48,7 +53,7 @@
 //!    the wrong order is noticed even if it is whole).
 //! 4. The payload's checksum, then its fields.
 //! 5. For checkpoints, in [`Staging`]: generation, number, limits chosen at start, GFNs inside the layout and none twice,
-//!    totals, and the *chain*: a checksum over the headers of every section of the checkpoint. A header contains its
+//!    disk writes inside their disks, totals, and the *chain*: a checksum over the headers of every section of the checkpoint. A header contains its
 //!    payload's checksum, so the chain covers every byte without reading one twice.
 //!
 //! Anything wrong gives a precise error and leaves the committed state of the receiver untouched (invariants 2 and 7 of
@@ -67,6 +72,8 @@
 
 #![forbid(unsafe_code)]
 
+mod device;
+mod disk;
 mod encode;
 mod error;
 mod fields;
@@ -78,6 +85,11 @@ mod section;
 mod staging;
 mod version;
 
+pub use device::{DeviceFlags, DeviceInfo, DeviceKind, MAX_DEVICES, MAX_SERIAL};
+pub use disk::{
+    DISK_CHUNK, DISK_RECORD_LEN, DISK_SUM_LEN, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant,
+    MAX_DISK_DATA, MAX_RECORD_BYTES, MAX_SUMS, MAX_ZERO_CHUNKS, put_write,
+};
 pub use encode::{EncodeError, Encoder};
 pub use error::{ReadError, WireError};
 pub use layout::{GfnRange, Layout, LayoutError, MAX_RANGES};

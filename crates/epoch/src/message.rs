@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::device::{DeviceInfo, MAX_DEVICES};
+use crate::disk::{DiskRecords, DiskSums, DiskWant, parse_tagged};
 use crate::error::WireError;
 use crate::fields::Fields;
 use crate::layout::{GfnRange, Layout, MAX_RANGES};
@@ -114,6 +116,8 @@ pub enum RefuseCode {
     Malformed = 6,
     /// The standby is about to end.
     Leaving = 7,
+    /// The standby's devices do not fit: a disk is missing, of another size, or in use.
+    Devices = 8,
 }
 
 impl RefuseCode {
@@ -127,6 +131,7 @@ impl RefuseCode {
             Self::Resources,
             Self::Malformed,
             Self::Leaving,
+            Self::Devices,
         ]
         .into_iter()
         .find(|code| *code as u16 == number)
@@ -142,6 +147,8 @@ pub struct Limits {
     pub max_state_bytes: u32,
     /// Most checkpoints sent and not yet acknowledged.
     pub slots: u32,
+    /// Most bytes of all disk records of one checkpoint.
+    pub max_disk_bytes: u32,
 }
 
 /// The primary's introduction: who it is, what VM it brings, what the standby must have.
@@ -157,6 +164,10 @@ pub struct Hello {
     pub memory_bytes: u64,
     /// Which frames are RAM.
     pub layout: Layout,
+    /// Bytes of guest memory behind the RAM that keep what the guest boots from; 0 without.
+    pub firmware_bytes: u64,
+    /// The devices in the order of their slots, at most [`MAX_DEVICES`].
+    pub devices: Vec<DeviceInfo>,
     /// The MAC address of the network device, if there is one.
     pub mac: Option<[u8; 6]>,
     /// Limits of the checkpoints to come.
@@ -184,8 +195,13 @@ impl Hello {
         let interval_us = fields.u64()?;
         let dead_after_us = fields.u64()?;
         let vcpus = fields.u32()?;
-        let limits =
-            Limits { max_pages: fields.u32()?, max_state_bytes: fields.u32()?, slots: fields.u32()? };
+        let limits = Limits {
+            max_pages: fields.u32()?,
+            max_state_bytes: fields.u32()?,
+            slots: fields.u32()?,
+            max_disk_bytes: fields.u32()?,
+        };
+        let firmware_bytes = fields.u64()?;
         let mac = match fields.u8()? {
             0 => {
                 fields.reserved(6)?;
@@ -195,6 +211,7 @@ impl Hello {
             other => return Err(fields.malformed("the network flag is neither 0 nor 1", other.into())),
         };
         let layout = Self::parse_layout(&mut fields)?;
+        let devices = Self::parse_devices(&mut fields)?;
         let name = fields.text(MAX_TEXT)?;
         let host = fields.text(MAX_TEXT)?;
         let tracker = fields.text(MAX_TEXT)?;
@@ -206,6 +223,8 @@ impl Hello {
             vcpus,
             memory_bytes,
             layout,
+            firmware_bytes,
+            devices,
             mac,
             limits,
             interval_us,
@@ -229,6 +248,14 @@ impl Hello {
         }
         Layout::new(ranges)
             .map_err(|_| fields.malformed("the memory ranges are no layout, count", count as u64))
+    }
+
+    fn parse_devices(fields: &mut Fields<'_>) -> Result<Vec<DeviceInfo>, WireError> {
+        let count = usize::from(fields.u8()?);
+        if count > MAX_DEVICES {
+            return Err(fields.malformed("more devices than a VM has", count as u64));
+        }
+        (0..count).map(|_| DeviceInfo::parse(fields)).collect()
     }
 }
 
@@ -306,6 +333,8 @@ pub struct CheckpointBegin {
     pub pages: u32,
     /// Bytes in the `State` sections that follow, without their fixed fields.
     pub state_bytes: u32,
+    /// Bytes in the `DiskWrites` sections that follow, without their fixed fields.
+    pub disk_bytes: u32,
     /// What is special about it.
     pub flags: CheckpointFlags,
 }
@@ -318,9 +347,9 @@ impl CheckpointBegin {
         let word = fields.u32()?;
         let flags = CheckpointFlags::from_wire(word)
             .ok_or_else(|| fields.malformed("unknown checkpoint flags", word.into()))?;
-        fields.reserved(4)?;
+        let disk_bytes = fields.u32()?;
         fields.end()?;
-        Ok(Self { generation, number, pages, state_bytes, flags })
+        Ok(Self { generation, number, pages, state_bytes, disk_bytes, flags })
     }
 }
 
@@ -361,6 +390,8 @@ pub struct CheckpointEnd {
     pub pages: u32,
     /// Bytes of state that were sent.
     pub state_bytes: u32,
+    /// Bytes of disk records that were sent.
+    pub disk_bytes: u32,
     /// CRC-32 over the headers (each without its own checksum) of all sections of the checkpoint before this one,
     /// heartbeats left out.
     pub chain: u32,
@@ -371,9 +402,9 @@ impl CheckpointEnd {
         let mut fields = Fields::new(Kind::CheckpointEnd, payload);
         let (number, stamp_us) = (fields.u64()?, fields.u64()?);
         let (pages, state_bytes, chain) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        fields.reserved(4)?;
+        let disk_bytes = fields.u32()?;
         fields.end()?;
-        Ok(Self { number, stamp_us, pages, state_bytes, chain })
+        Ok(Self { number, stamp_us, pages, state_bytes, disk_bytes, chain })
     }
 }
 
@@ -419,8 +450,26 @@ pub enum Message<'a> {
         /// The section.
         state: StateRef<'a>,
     },
+    /// Writes to disks in the open checkpoint.
+    DiskWrites {
+        /// The checkpoint's number.
+        checkpoint: u64,
+        /// The writes, in their order.
+        writes: DiskRecords<'a>,
+    },
     /// See [`CheckpointEnd`].
     CheckpointEnd(CheckpointEnd),
+    /// See [`DiskSums`].
+    DiskSums(DiskSums<'a>),
+    /// See [`DiskWant`].
+    DiskWant(DiskWant),
+    /// Chunks of a disk of the base synchronisation.
+    DiskBlocks {
+        /// The round: 1 for what was wanted by its sum, more for what was written meanwhile.
+        round: u64,
+        /// The chunks as writes. No flush is among them.
+        blocks: DiskRecords<'a>,
+    },
     /// See [`Ack`].
     Ack(Ack),
     /// The sender lives. From the primary the stamp is its clock; from the standby it is the newest stamp heard.
@@ -459,7 +508,17 @@ impl<'a> Message<'a> {
                 let (checkpoint, state) = StateRef::parse(payload)?;
                 Self::State { checkpoint, state }
             }
+            Kind::DiskWrites => {
+                let (checkpoint, writes) = parse_tagged(kind, payload)?;
+                Self::DiskWrites { checkpoint, writes }
+            }
             Kind::CheckpointEnd => Self::CheckpointEnd(CheckpointEnd::parse(payload)?),
+            Kind::DiskSums => Self::DiskSums(DiskSums::parse(payload)?),
+            Kind::DiskWant => Self::DiskWant(DiskWant::parse(payload)?),
+            Kind::DiskBlocks => {
+                let (round, blocks) = parse_tagged(kind, payload)?;
+                Self::DiskBlocks { round, blocks }
+            }
             Kind::Ack => Self::Ack(Ack::parse(payload)?),
             Kind::Heartbeat => {
                 let mut fields = Fields::new(kind, payload);
@@ -482,7 +541,11 @@ impl<'a> Message<'a> {
             Self::CheckpointBegin(_) => Kind::CheckpointBegin,
             Self::Pages(_) => Kind::Pages,
             Self::State { .. } => Kind::State,
+            Self::DiskWrites { .. } => Kind::DiskWrites,
             Self::CheckpointEnd(_) => Kind::CheckpointEnd,
+            Self::DiskSums(_) => Kind::DiskSums,
+            Self::DiskWant(_) => Kind::DiskWant,
+            Self::DiskBlocks { .. } => Kind::DiskBlocks,
             Self::Ack(_) => Kind::Ack,
             Self::Heartbeat { .. } => Kind::Heartbeat,
             Self::End(_) => Kind::End,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::disk::{DISK_SUM_LEN, MAX_SUMS, WINDOW_FIXED};
 use crate::error::WireError;
 use crate::pages::{MAX_PAGES_PER_SECTION, PAGE_SIZE, PAGES_FIXED};
 
@@ -63,11 +64,19 @@ pub enum Kind {
     End = 11,
     /// The standby leaves in order and will not take over.
     Leave = 12,
+    /// Writes to disks in the open checkpoint, in their order.
+    DiskWrites = 13,
+    /// Sums of a part of a disk, for the base synchronisation.
+    DiskSums = 14,
+    /// Which chunks of that part the standby wants.
+    DiskWant = 15,
+    /// Chunks of a disk of the base synchronisation; written at once.
+    DiskBlocks = 16,
 }
 
 impl Kind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -80,6 +89,10 @@ impl Kind {
         Self::Heartbeat,
         Self::End,
         Self::Leave,
+        Self::DiskWrites,
+        Self::DiskSums,
+        Self::DiskWant,
+        Self::DiskBlocks,
     ];
 
     /// The kind with this number.
@@ -89,21 +102,27 @@ impl Kind {
 
     /// The version of the payload that this release reads and writes.
     pub fn version(self) -> u16 {
-        1
+        match self {
+            // 2: devices; totals of disk writes.
+            Self::Hello | Self::CheckpointBegin | Self::CheckpointEnd => 2,
+            _ => 1,
+        }
     }
 
     /// Most bytes of the payload.
     pub fn limit(self) -> u32 {
         let bytes = match self {
-            Self::Hello => 1024,
+            Self::Hello => 2048,
             Self::Accept => 256,
             Self::Refuse => 512,
-            Self::BasePages | Self::Pages => MAX_PAYLOAD,
+            Self::BasePages | Self::Pages | Self::DiskWrites | Self::DiskBlocks => MAX_PAYLOAD,
             Self::CheckpointBegin | Self::CheckpointEnd => 32,
             Self::State => STATE_FIXED + MAX_STATE_SECTION,
             Self::Ack => 24,
             Self::Heartbeat => 8,
             Self::End | Self::Leave => 4,
+            Self::DiskSums => WINDOW_FIXED + MAX_SUMS * DISK_SUM_LEN,
+            Self::DiskWant => WINDOW_FIXED + MAX_SUMS * 2,
         };
         bytes as u32
     }
@@ -112,13 +131,16 @@ impl Kind {
     pub fn may_come_from(self, peer: Peer) -> bool {
         match self {
             Self::Heartbeat => true,
-            Self::Accept | Self::Refuse | Self::Ack | Self::Leave => peer == Peer::Standby,
+            Self::Accept | Self::Refuse | Self::Ack | Self::Leave | Self::DiskWant => peer == Peer::Standby,
             Self::Hello
             | Self::BasePages
             | Self::CheckpointBegin
             | Self::Pages
             | Self::State
             | Self::CheckpointEnd
+            | Self::DiskWrites
+            | Self::DiskSums
+            | Self::DiskBlocks
             | Self::End => peer == Peer::Primary,
         }
     }

@@ -1,5 +1,6 @@
 //! Collects one whole checkpoint before anybody may look at it.
 
+use crate::disk::DiskRecords;
 use crate::layout::Layout;
 use crate::message::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, StateRef};
 use crate::pages::{PAGE_SIZE, PageData, PageEntry, Pages, with_data};
@@ -15,6 +16,8 @@ pub struct StagingLimits {
     pub max_state_bytes: u32,
     /// Most state sections.
     pub max_state_sections: u32,
+    /// Most bytes of all disk records together.
+    pub max_disk_bytes: u32,
 }
 
 /// Which checkpoint is due.
@@ -87,6 +90,24 @@ pub enum StagingError {
         /// The limit.
         limit: u32,
     },
+    /// More disk writes than the limit chosen at start.
+    #[error("checkpoint {number} has {found} bytes of disk writes; the limit max_disk_bytes is {limit}")]
+    TooManyDiskWrites {
+        /// The checkpoint's number.
+        number: u64,
+        /// Bytes announced.
+        found: u64,
+        /// The limit.
+        limit: u32,
+    },
+    /// A write to a disk that is not replicated, or beyond its end.
+    #[error("a write to disk {disk} at {offset:#x} is outside the VM's disks")]
+    OutsideDisk {
+        /// The disk.
+        disk: u16,
+        /// The write's offset.
+        offset: u64,
+    },
     /// More state sections than the limit chosen at start.
     #[error("checkpoint {number} has more than {limit} state sections")]
     TooManySections {
@@ -124,7 +145,7 @@ pub enum StagingError {
     Totals {
         /// The checkpoint's number.
         number: u64,
-        /// Pages, or bytes of state.
+        /// Pages, bytes of state, or bytes of disk writes.
         what: &'static str,
         /// The announced number.
         expected: u32,
@@ -182,6 +203,10 @@ pub struct Staging {
     data: Vec<u8>,
     state: Vec<u8>,
     spans: Vec<StateSpan>,
+    /// Records of disk writes.
+    writes: Vec<u8>,
+    /// Bytes of each disk; 0 for one that is not replicated.
+    disks: Vec<u64>,
     /// One bit per page of the layout: already in this checkpoint. Cleared by walking `entries`.
     seen: Vec<u64>,
 }
@@ -204,6 +229,7 @@ impl Staging {
                 number: 0,
                 pages: 0,
                 state_bytes: 0,
+                disk_bytes: 0,
                 flags: CheckpointFlags::default(),
             },
             stamp_us: 0,
@@ -212,9 +238,18 @@ impl Staging {
             data: reserve(data_len)?,
             state: reserve(limits.max_state_bytes as usize)?,
             spans: reserve(limits.max_state_sections as usize)?,
+            writes: reserve(limits.max_disk_bytes as usize)?,
+            disks: Vec::new(),
             seen: zeroed(seen_len)?,
             layout,
         })
+    }
+
+    /// Says how large the VM's disks are, in their order; 0 for one that is not replicated. Without this every disk write
+    /// is refused.
+    pub fn with_disks(mut self, sizes: Vec<u64>) -> Self {
+        self.disks = sizes;
+        self
     }
 
     /// Forgets everything collected, whole or not, and says which checkpoint is due.
@@ -228,12 +263,13 @@ impl Staging {
         self.data.clear();
         self.state.clear();
         self.spans.clear();
+        self.writes.clear();
         self.expect = expect;
         self.phase = Phase::Idle;
     }
 
     /// Takes one section of the checkpoint; `message` is what it was parsed to. Returns whether the checkpoint is whole.
-    /// `CheckpointBegin`, `Pages`, `State` and `CheckpointEnd` belong here, anything else is refused.
+    /// `CheckpointBegin`, `Pages`, `State`, `DiskWrites` and `CheckpointEnd` belong here, anything else is refused.
     ///
     /// # Errors
     /// See [`StagingError`]. The checkpoint is then lost; what was committed before is not touched.
@@ -253,7 +289,13 @@ impl Staging {
     fn take(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, StagingError> {
         let place = match (self.phase, message) {
             (Phase::Idle, Message::CheckpointBegin(_))
-            | (Phase::Open, Message::Pages(_) | Message::State { .. } | Message::CheckpointEnd(_)) => None,
+            | (
+                Phase::Open,
+                Message::Pages(_)
+                | Message::State { .. }
+                | Message::DiskWrites { .. }
+                | Message::CheckpointEnd(_),
+            ) => None,
             (Phase::Idle, _) => Some("outside a checkpoint"),
             (Phase::Open, _) => Some("inside a checkpoint"),
             (Phase::Complete, _) => Some("before the last checkpoint was taken out of its buffer"),
@@ -266,6 +308,7 @@ impl Staging {
             Message::CheckpointBegin(begin) => self.begin(begin)?,
             Message::Pages(pages) => self.pages(pages)?,
             Message::State { checkpoint, state } => self.state(*checkpoint, state)?,
+            Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, writes)?,
             Message::CheckpointEnd(end) => {
                 self.end(end)?;
                 return Ok(true);
@@ -277,7 +320,7 @@ impl Staging {
     }
 
     fn begin(&mut self, begin: &CheckpointBegin) -> Result<(), StagingError> {
-        let CheckpointBegin { generation, number, pages, state_bytes, flags } = *begin;
+        let CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags } = *begin;
         if generation != self.generation {
             return Err(StagingError::Generation { expected: self.generation, found: generation });
         }
@@ -298,6 +341,10 @@ impl Staging {
         if state_bytes > self.limits.max_state_bytes {
             let limit = self.limits.max_state_bytes;
             return Err(StagingError::TooMuchState { number, found: state_bytes.into(), limit });
+        }
+        if disk_bytes > self.limits.max_disk_bytes {
+            let limit = self.limits.max_disk_bytes;
+            return Err(StagingError::TooManyDiskWrites { number, found: disk_bytes.into(), limit });
         }
         self.begin = *begin;
         self.chain = crc32fast::Hasher::new();
@@ -351,8 +398,28 @@ impl Staging {
         Ok(())
     }
 
+    fn disk_writes(&mut self, checkpoint: u64, writes: &DiskRecords<'_>) -> Result<(), StagingError> {
+        let CheckpointBegin { number, disk_bytes: expected, .. } = self.begin;
+        if checkpoint != number {
+            return Err(StagingError::Number { expected: number, found: checkpoint });
+        }
+        let found = self.writes.len() + writes.bytes().len();
+        if found > expected as usize {
+            let found = found as u32;
+            return Err(StagingError::Totals { number, what: "bytes of disk writes", expected, found });
+        }
+        for write in writes.iter() {
+            let size = self.disks.get(usize::from(write.disk)).copied().unwrap_or(0);
+            if size == 0 || write.end() > size {
+                return Err(StagingError::OutsideDisk { disk: write.disk, offset: write.offset });
+            }
+        }
+        self.writes.extend_from_slice(writes.bytes());
+        Ok(())
+    }
+
     fn end(&mut self, end: &CheckpointEnd) -> Result<(), StagingError> {
-        let CheckpointBegin { number, pages, state_bytes, .. } = self.begin;
+        let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
         if end.number != number {
             return Err(StagingError::Number { expected: number, found: end.number });
         }
@@ -361,6 +428,8 @@ impl Staging {
             ("pages", pages, end.pages),
             ("bytes of state", state_bytes, self.state.len() as u32),
             ("bytes of state", state_bytes, end.state_bytes),
+            ("bytes of disk writes", disk_bytes, self.writes.len() as u32),
+            ("bytes of disk writes", disk_bytes, end.disk_bytes),
         ] {
             if expected != found {
                 return Err(StagingError::Totals { number, what, expected, found });
@@ -417,6 +486,12 @@ impl<'a> Checkpoint<'a> {
             index: span.index,
             bytes: &state[span.start as usize..(span.start + span.len) as usize],
         })
+    }
+
+    /// The disk writes in the order in which the guest's requests were completed. Every one lies within its disk.
+    pub fn disk_writes(&self) -> DiskRecords<'a> {
+        // Checked section by section; whole records joined are whole records.
+        DiskRecords::trusted(&self.staging.writes)
     }
 }
 

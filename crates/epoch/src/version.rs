@@ -22,18 +22,19 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum ProtocolVersion {
-    /// 1: the first: base pages, checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly end.
-    V1 = 1,
+    /// 2: devices in the introduction, disk writes in checkpoints, base synchronisation of disks. Version 1 (base pages,
+    /// checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly end) was in no release.
+    V2 = 2,
 }
 
 impl ProtocolVersion {
     /// The version that this release writes.
-    pub const CURRENT: Self = Self::V1;
+    pub const CURRENT: Self = Self::V2;
 
     /// The version with this number, if this release understands it.
     pub fn from_wire(number: u32) -> Option<Self> {
         match number {
-            1 => Some(Self::V1),
+            2 => Some(Self::V2),
             _ => None,
         }
     }

@@ -1,14 +1,43 @@
 //! Streams for the tests, made through the public interface as a sender makes them.
 
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, Encoder, Expect, GfnRange, Hello, Layout, Limits, Message, PAGE_SIZE,
-    PageData, PageEntry, Peer, Preface, ReadError, SectionReader, Staging, StagingLimits, StateRef, VmId,
+    CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums,
+    Encoder, Expect, GfnRange, Hello, Layout, Limits, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface,
+    ReadError, SectionReader, Staging, StagingLimits, StateRef, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
 
 pub(crate) const LIMITS: StagingLimits =
-    StagingLimits { max_pages: 600, max_state_bytes: 4096, max_state_sections: 8 };
+    StagingLimits { max_pages: 600, max_state_bytes: 4096, max_state_sections: 8, max_disk_bytes: 8192 };
+
+/// The first disk is not replicated.
+pub(crate) fn disks() -> Vec<u64> {
+    vec![0, 1 << 20, 100_000]
+}
+
+pub(crate) fn staging() -> Staging {
+    Staging::new(LIMITS, layout(), GENERATION).unwrap().with_disks(disks())
+}
+
+fn devices() -> Vec<DeviceInfo> {
+    let disk = |read_only, shared, size, serial: &str| DeviceInfo {
+        kind: DeviceKind::Disk,
+        flags: DeviceFlags { read_only, shared },
+        queues: 2,
+        size,
+        serial: serial.into(),
+    };
+    vec![
+        DeviceInfo::new(DeviceKind::Net, 1),
+        disk(true, false, 1 << 30, ""),
+        disk(false, false, 1 << 20, "root"),
+        disk(false, true, 100_000, "twenty-bytes-serial-"),
+        DeviceInfo::new(DeviceKind::Rng, 1),
+        DeviceInfo::new(DeviceKind::Console, 2),
+        DeviceInfo::new(DeviceKind::Serial, 0),
+    ]
+}
 
 pub(crate) fn layout() -> Layout {
     Layout::new(vec![GfnRange { start: 0, pages: 1000 }, GfnRange { start: 0x10_0000, pages: 1000 }]).unwrap()
@@ -22,7 +51,9 @@ pub(crate) fn hello() -> Hello {
         memory_bytes: 2000 * PAGE_SIZE as u64,
         layout: layout(),
         mac: Some([2, 0, 0, 0, 0, 9]),
-        limits: Limits { max_pages: 600, max_state_bytes: 4096, slots: 2 },
+        limits: Limits { max_pages: 600, max_state_bytes: 4096, slots: 2, max_disk_bytes: 8192 },
+        firmware_bytes: 4 << 20,
+        devices: devices(),
         interval_us: 1000,
         dead_after_us: 500_000,
         name: "golden".into(),
@@ -46,6 +77,23 @@ pub(crate) struct Content {
     pub(crate) pages: Vec<(u64, Option<Vec<u8>>)>,
     /// Kind, version, index, bytes.
     pub(crate) state: Vec<(u16, u16, u16, Vec<u8>)>,
+    /// Records of disk writes.
+    pub(crate) writes: Vec<u8>,
+}
+
+/// One record of each kind, on both replicated disks.
+pub(crate) fn writes() -> Vec<u8> {
+    let mut out = Vec::new();
+    let data: Vec<u8> = (0..70u8).collect();
+    for (disk, offset, op) in [
+        (1, 512, DiskOp::Data(&data)),
+        (2, 99_990, DiskOp::Zero(10)),
+        (1, 0, DiskOp::Flush),
+        (1, (1 << 20) - 70, DiskOp::Data(&data)),
+    ] {
+        DiskRecord { disk, offset, op }.put(&mut out);
+    }
+    out
 }
 
 impl Content {
@@ -55,6 +103,7 @@ impl Content {
             flags,
             pages: gfns.iter().map(|gfn| (*gfn, page(*gfn))).collect(),
             state: vec![(1, 1, 0, vec![0x5a; 40]), (1, 1, 1, vec![0xa5; 41]), (9, 2, 0, Vec::new())],
+            writes: writes(),
         }
     }
 
@@ -69,6 +118,7 @@ impl Content {
             number: self.number,
             pages: self.pages.len() as u32,
             state_bytes: self.state_bytes(),
+            disk_bytes: self.writes.len() as u32,
             flags: self.flags,
         };
         encoder.checkpoint_begin(out, &begin).unwrap();
@@ -88,6 +138,10 @@ impl Content {
             encoder.state_head(out, &state).unwrap();
             out.extend_from_slice(bytes);
         }
+        if !self.writes.is_empty() {
+            encoder.disk_writes_head(out, &self.writes).unwrap();
+            out.extend_from_slice(&self.writes);
+        }
         encoder.checkpoint_end(out, 123_456).unwrap();
     }
 
@@ -103,6 +157,7 @@ impl Content {
             flags: checkpoint.flags(),
             pages: pages.collect(),
             state: state.collect(),
+            writes: checkpoint.disk_writes().bytes().to_vec(),
         })
     }
 }
@@ -115,7 +170,7 @@ pub(crate) type Refusal = String;
 pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
     let mut source = stream;
     let mut reader = SectionReader::new(Peer::Primary);
-    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    let mut staging = staging();
     let mut done = Vec::new();
     if let Err(error) = reader.read_preface(&mut source) {
         return (done, Some(error.to_string()));
@@ -132,7 +187,12 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
         };
         if matches!(
             message,
-            Message::Hello(_) | Message::BasePages(_) | Message::Heartbeat { .. } | Message::End(_)
+            Message::Hello(_)
+                | Message::BasePages(_)
+                | Message::DiskSums(_)
+                | Message::DiskBlocks { .. }
+                | Message::Heartbeat { .. }
+                | Message::End(_)
         ) {
             continue;
         }
@@ -159,6 +219,11 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
     let mut out = Preface::CURRENT.encode().to_vec();
     let mut encoder = Encoder::new();
     encoder.hello(&mut out, &hello()).unwrap();
+    let sums = [[0; 32], [0xb3; 32]];
+    encoder.disk_sums(&mut out, &DiskSums { disk: 1, first: 14, count: 2, sums: Some(&sums) }).unwrap();
+    encoder.disk_sums(&mut out, &DiskSums { disk: 2, first: 0, count: 2, sums: None }).unwrap();
+    encoder.disk_blocks_head(&mut out, 1, &writes()[..94]).unwrap();
+    out.extend_from_slice(&writes()[..94]);
     encoder.base_pages_head(&mut out, 1, [PageEntry::zero(0), PageEntry::zero(2)].into_iter(), &[]).unwrap();
     contents.iter().for_each(|content| content.encode(&mut encoder, &mut out, 2));
     encoder.end(&mut out, outlive_epoch::EndReason::PowerOff);

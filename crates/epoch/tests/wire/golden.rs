@@ -4,7 +4,9 @@
 
 use std::path::PathBuf;
 
-use outlive_epoch::{Accept, Ack, Encoder, LeaveReason, Message, Peer, Preface, RefuseCode, SectionReader};
+use outlive_epoch::{
+    Accept, Ack, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, RefuseCode, SectionReader,
+};
 
 fn check(name: &str, bytes: &[u8]) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
@@ -20,8 +22,8 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v1.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v1.bin")).unwrap();
+    check("primary-v2.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v2.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
@@ -34,9 +36,11 @@ fn the_standbys_stream_is_the_committed_one() {
     encoder.accept(&mut out, &accept).unwrap();
     encoder.ack(&mut out, &ack);
     encoder.heartbeat(&mut out, 123_456);
+    let want = DiskWant { disk: 1, first: 14, count: 2, wanted: vec![0, 1] };
+    encoder.disk_want(&mut out, &want).unwrap();
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
-    check("standby-v1.bin", &out);
+    check("standby-v2.bin", &out);
 
     let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Standby));
     reader.read_preface(&mut source).unwrap();
@@ -44,6 +48,7 @@ fn the_standbys_stream_is_the_committed_one() {
     assert_eq!(next(), format!("{:?}", Message::Accept(accept)));
     assert_eq!(next(), format!("{:?}", Message::Ack(ack)));
     assert_eq!(next(), "Heartbeat { stamp_us: 123456 }");
+    assert_eq!(next(), format!("{:?}", Message::DiskWant(want)));
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);
 }

@@ -2,18 +2,19 @@
 
 use std::io::{self, Read};
 
-use crate::common::{Content, GENERATION, LIMITS, hello, layout};
+use crate::common::{Content, GENERATION, hello, staging, writes};
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, Expect, HEADER_LEN, Kind, Message, PAGE_SIZE,
+    CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums, DiskWant,
+    EncodeError, Encoder, Expect, HEADER_LEN, Kind, MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS, Message, PAGE_SIZE,
     PageEntry, Peer, Preface, ReadError, Section, SectionHeader, SectionReader, Staging, StagingError,
-    StateRef, WireError,
+    StateRef, WireError, put_write,
 };
 
 const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
 const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
 
 fn begin(number: u64, pages: u32, state_bytes: u32, flags: CheckpointFlags) -> CheckpointBegin {
-    CheckpointBegin { generation: GENERATION, number, pages, state_bytes, flags }
+    CheckpointBegin { generation: GENERATION, number, pages, state_bytes, disk_bytes: 0, flags }
 }
 
 /// Pushes all sections of `stream` (without preface) and returns the first error.
@@ -32,7 +33,7 @@ fn stage(staging: &mut Staging, stream: &[u8]) -> Result<bool, StagingError> {
 fn staged(write: impl FnOnce(&mut Encoder, &mut Vec<u8>)) -> Result<bool, StagingError> {
     let mut out = Vec::new();
     write(&mut Encoder::new(), &mut out);
-    stage(&mut Staging::new(LIMITS, layout(), GENERATION).unwrap(), &out)
+    stage(&mut staging(), &out)
 }
 
 fn raw(out: &mut Vec<u8>, encoder: &mut Encoder, gfns: &[u64]) {
@@ -49,6 +50,12 @@ fn limits_are_named_when_they_are_reached() {
     assert_eq!(
         error.unwrap_err().to_string(),
         "checkpoint 1 has 4097 bytes of state; the limit max_state_bytes is 4096"
+    );
+    let too_much = CheckpointBegin { disk_bytes: 8193, ..begin(1, 0, 0, BASE) };
+    let error = staged(|encoder, out| encoder.checkpoint_begin(out, &too_much).unwrap());
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "checkpoint 1 has 8193 bytes of disk writes; the limit max_disk_bytes is 8192"
     );
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 0, 9, BASE)).unwrap();
@@ -68,7 +75,7 @@ fn a_checkpoint_that_is_not_due_is_refused() {
     let error = staged(|encoder, out| encoder.checkpoint_begin(out, &other).unwrap());
     assert_eq!(error, Err(StagingError::Generation { expected: GENERATION, found: GENERATION + 1 }));
 
-    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    let mut staging = staging();
     for (number, flags, expected) in [
         (6, PLAIN, StagingError::Number { expected: 5, found: 6 }),
         (4, PLAIN, StagingError::Number { expected: 5, found: 4 }),
@@ -118,7 +125,7 @@ fn more_pages_than_announced_are_refused_before_they_are_kept() {
 fn sections_out_of_place_are_refused() {
     let mut out = Vec::new();
     Content::new(1, BASE, &[1, 2]).encode(&mut Encoder::new(), &mut out, 9);
-    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    let mut staging = staging();
     assert_eq!(stage(&mut staging, &out), Ok(true));
     // The buffer is full until it is reset.
     let error = stage(&mut staging, &out).unwrap_err();
@@ -133,7 +140,7 @@ fn sections_out_of_place_are_refused() {
 /// A reset must forget which pages it has seen, or the next checkpoint with the same page is refused.
 #[test]
 fn a_staging_buffer_serves_one_checkpoint_after_another() {
-    let mut staging = Staging::new(LIMITS, layout(), GENERATION).unwrap();
+    let mut staging = staging();
     let mut encoder = Encoder::new();
     for number in 10..30 {
         let flags = if number == 10 { BASE } else { PLAIN };
@@ -195,7 +202,7 @@ fn another_protocol_or_version_is_named() {
     let crc = crc32fast::hash(&newer[..12]);
     newer[12..].copy_from_slice(&crc.to_le_bytes());
     let error = SectionReader::new(Peer::Primary).read_preface(&mut &newer[..]).unwrap_err();
-    assert!(error.to_string().contains("protocol version 9; this release knows versions up to 1"), "{error}");
+    assert!(error.to_string().contains("protocol version 9; this release knows versions up to 2"), "{error}");
 }
 
 /// A stream that comes in single bytes, with a time-out after each.
@@ -230,7 +237,7 @@ fn a_time_out_loses_no_byte() {
             Err(error) => assert!(error.is_retry(), "{error}"),
         }
     }
-    assert_eq!((sections, reader.bytes_received()), (18, stream.len() as u64));
+    assert_eq!((sections, reader.bytes_received()), (23, stream.len() as u64));
 }
 
 #[test]
@@ -272,10 +279,18 @@ fn the_largest_sections_pass() {
         *text = "x".repeat(64);
     }
     let ranges = (0..8).map(|n| outlive_epoch::GfnRange { start: n * 10, pages: 5 }).collect();
+    let disk = DeviceInfo { serial: "x".repeat(20), ..DeviceInfo::new(DeviceKind::Disk, 16) };
+    big.devices = vec![disk; MAX_DEVICES];
     big.layout = outlive_epoch::Layout::new(ranges).unwrap();
     let mut out = Vec::new();
     let mut encoder = Encoder::new();
     encoder.hello(&mut out, &big).unwrap();
+    let mut blocks = Vec::new();
+    put_write(&mut blocks, 0, 0, &vec![5; MAX_DISK_DATA]);
+    encoder.disk_blocks_head(&mut out, 1, &blocks).unwrap();
+    out.extend_from_slice(&blocks);
+    let sums = vec![[7; 32]; MAX_SUMS];
+    encoder.disk_sums(&mut out, &DiskSums { disk: 0, first: 0, count: 256, sums: Some(&sums) }).unwrap();
     encoder.checkpoint_begin(&mut out, &begin(1, 256, 256 * 1024, BASE)).unwrap();
     raw(&mut out, &mut encoder, &gfns);
     let state = vec![7; 256 * 1024];
@@ -290,7 +305,22 @@ fn the_largest_sections_pass() {
         }
         kinds.push(section.kind());
     }
-    assert_eq!(kinds, [Kind::Hello, Kind::CheckpointBegin, Kind::Pages, Kind::State, Kind::CheckpointEnd]);
+    let expected = [
+        Kind::Hello,
+        Kind::DiskBlocks,
+        Kind::DiskSums,
+        Kind::CheckpointBegin,
+        Kind::Pages,
+        Kind::State,
+        Kind::CheckpointEnd,
+    ];
+    assert_eq!(kinds, expected);
+    let want = DiskWant { disk: 0, first: 0, count: 256, wanted: (0..256).collect() };
+    let mut out = Vec::new();
+    Encoder::new().disk_want(&mut out, &want).unwrap();
+    let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Standby));
+    let section = reader.read_section(&mut source).unwrap();
+    assert_eq!(Message::parse(&section).unwrap(), Message::DiskWant(want));
 }
 
 /// The text of a refusal is cut at a character, not inside one.
@@ -335,7 +365,7 @@ fn fewer_pages_than_announced_are_refused() {
     end[16] = 2;
     end[24..28].copy_from_slice(&chain.finalize().to_le_bytes());
     out.extend_from_slice(&header(Kind::CheckpointEnd, &end, 2));
-    let error = stage(&mut Staging::new(LIMITS, layout(), GENERATION).unwrap(), &out);
+    let error = stage(&mut staging(), &out);
     assert_eq!(error, Err(StagingError::Totals { number: 1, what: "pages", expected: 2, found: 1 }));
 }
 
@@ -361,5 +391,134 @@ fn entries_that_do_not_add_up_to_the_data_are_refused() {
         (u32::MAX, 0, &[], 0, "more pages than a section may have (0xffffffff)"),
     ] {
         assert_eq!(pages(count, data_len, words, data), Err(format!("section Pages: {why}")));
+    }
+}
+
+fn record(disk: u16, offset: u64, op: DiskOp<'_>) -> Vec<u8> {
+    let mut out = Vec::new();
+    DiskRecord { disk, offset, op }.put(&mut out);
+    out
+}
+
+#[test]
+fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
+    let stage_writes = |announced: u32, writes: &[u8]| {
+        staged(|encoder, out| {
+            let begin = CheckpointBegin { disk_bytes: announced, ..begin(1, 0, 0, BASE) };
+            encoder.checkpoint_begin(out, &begin).unwrap();
+            encoder.disk_writes_head(out, writes).unwrap();
+            out.extend_from_slice(writes);
+        })
+    };
+    assert_eq!(stage_writes(4000, &writes()), Ok(false));
+    for (disk, offset, op) in [
+        (0, 0, DiskOp::Flush),
+        (0, 0, DiskOp::Zero(1)),
+        (1, (1 << 20) - 1, DiskOp::Data(&[1, 2])),
+        (2, 100_000, DiskOp::Zero(1)),
+        (3, 0, DiskOp::Data(&[1])),
+        (u16::MAX, 0, DiskOp::Data(&[1])),
+    ] {
+        let error = stage_writes(4000, &record(disk, offset, op));
+        assert_eq!(error, Err(StagingError::OutsideDisk { disk, offset }));
+    }
+    let found = writes().len() as u32;
+    let expected = StagingError::Totals { number: 1, what: "bytes of disk writes", expected: 30, found };
+    assert_eq!(stage_writes(30, &writes()), Err(expected));
+    // Announced and left out: the encoder does not do that.
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    encoder.checkpoint_begin(&mut out, &CheckpointBegin { disk_bytes: 24, ..begin(1, 0, 0, BASE) }).unwrap();
+    let error = encoder.checkpoint_end(&mut out, 0).unwrap_err();
+    assert_eq!(error.to_string(), "checkpoint 1 was announced with 24 bytes of disk writes and has 0");
+    encoder.disk_writes_head(&mut out, &record(1, 0, DiskOp::Flush)).unwrap();
+    assert!(encoder.checkpoint_end(&mut out, 0).is_ok());
+}
+
+#[test]
+fn disk_sections_out_of_place_or_of_nonsense_are_not_encoded() {
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    assert!(matches!(encoder.disk_writes_head(&mut out, &[]), Err(EncodeError::Order(_))));
+    assert!(matches!(encoder.disk_blocks_head(&mut out, 1, &[1, 2, 3]), Err(EncodeError::Records(_))));
+    let many = vec![[0; 32]; 257];
+    let sums = DiskSums { disk: 0, first: 0, count: 257, sums: Some(&many) };
+    assert!(matches!(encoder.disk_sums(&mut out, &sums), Err(EncodeError::TooLong { .. })));
+    let sums = DiskSums { disk: 0, first: 0, count: 4, sums: Some(&many[..3]) };
+    assert_eq!(encoder.disk_sums(&mut out, &sums), Err(EncodeError::DataLength { expected: 128, found: 96 }));
+    let want = DiskWant { disk: 0, first: 0, count: 1000, wanted: (0..257).collect() };
+    assert!(matches!(encoder.disk_want(&mut out, &want), Err(EncodeError::TooLong { .. })));
+    assert!(out.is_empty(), "a refused call appends nothing");
+    encoder.checkpoint_begin(&mut out, &begin(1, 0, 0, BASE)).unwrap();
+    assert!(matches!(encoder.disk_blocks_head(&mut out, 1, &[]), Err(EncodeError::Order(_))));
+    let sums = DiskSums { disk: 0, first: 0, count: 0, sums: None };
+    assert!(matches!(encoder.disk_sums(&mut out, &sums), Err(EncodeError::Order(_))));
+}
+
+#[test]
+fn windows_that_make_no_sense_are_refused() {
+    let parse = |kind, words: [&[u8]; 5]| {
+        Message::parse_payload(kind, &words.concat()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let two = |n: u16| n.to_le_bytes();
+    let four = |n: u32| n.to_le_bytes();
+    let eight = |n: u64| n.to_le_bytes();
+    let sums = |zero, count, first, rest: &[u8]| {
+        parse(Kind::DiskSums, [&two(0), &two(zero), &four(count), &eight(first), rest])
+    };
+    assert_eq!(sums(0, 1, 9, &[1; 32]), Ok(()));
+    assert_eq!(sums(1, 16 * 1024, 9, &[]), Ok(()));
+    for (zero, count, first, rest, why) in [
+        (0, 1, 9, &[1; 31][..], "the payload ends early, bytes missing (0x1)"),
+        (0, 1, 9, &[1; 33], "bytes are left over (0x1)"),
+        (0, 257, 9, &[], "more sums than a section may have (0x101)"),
+        (0, u32::MAX, 9, &[], "a window of too many chunks (0xffffffff)"),
+        (1, 16 * 1024 + 1, 9, &[], "a window of too many chunks (0x4001)"),
+        (1, 1, 9, &[0], "bytes are left over (0x1)"),
+        (2, 1, 9, &[], "the zero flag is neither 0 nor 1 (0x2)"),
+        (1, 1, u64::MAX, &[], "a window beyond every disk, first chunk (0xffffffffffffffff)"),
+    ] {
+        assert_eq!(sums(zero, count, first, rest), Err(format!("section DiskSums: {why}")));
+    }
+    let want = |length, count, positions: &[u16]| {
+        let rest: Vec<u8> = positions.iter().flat_map(|at| at.to_le_bytes()).collect();
+        parse(Kind::DiskWant, [&two(0), &two(length), &four(count), &eight(0), &rest])
+    };
+    assert_eq!(want(3, 9, &[0, 7, 8]), Ok(()));
+    for (length, count, positions, why) in [
+        (1, 9, &[9][..], "a wanted chunk is out of order or its window (0x9)"),
+        (2, 9, &[5, 5], "a wanted chunk is out of order or its window (0x5)"),
+        (2, 9, &[6, 5], "a wanted chunk is out of order or its window (0x5)"),
+        (257, 1000, &[], "more chunks wanted than a window has (0x101)"),
+        (2, 9, &[6], "the payload ends early, bytes missing (0x2)"),
+        (1, 9, &[6, 7], "bytes are left over (0x2)"),
+    ] {
+        assert_eq!(want(length, count, positions), Err(format!("section DiskWant: {why}")));
+    }
+}
+
+#[test]
+fn devices_that_make_no_sense_are_refused() {
+    let mut out = Vec::new();
+    let mut one = hello();
+    one.devices.truncate(1);
+    Encoder::new().hello(&mut out, &one).unwrap();
+    let payload = &out[HEADER_LEN..];
+    let text_at = payload.windows(6).position(|w| w == b"golden").unwrap() - 2;
+    let device = text_at - 16;
+    assert_eq!(payload[device], DeviceKind::Net as u8);
+    for (at, byte, why) in [
+        (device - 1, 33, "more devices than a VM has (0x21)"),
+        (device, 0, "unknown kind of device (0x0)"),
+        (device, 6, "unknown kind of device (0x6)"),
+        (device + 1, 1, "a reserved field is not zero (0x1)"),
+        (device + 2, 4, "unknown device flags (0x4)"),
+        (device + 13, 0x80, "a disk larger than every disk (0x8000000000000000)"),
+        (device + 14, 21, "a text is longer than its limit (0x15)"),
+    ] {
+        let mut wrong = payload.to_vec();
+        wrong[at] = byte;
+        let error = Message::parse_payload(Kind::Hello, &wrong).map(|_| ()).map_err(|e| e.to_string());
+        assert_eq!(error, Err(format!("section Hello: {why}")), "{at}");
     }
 }
