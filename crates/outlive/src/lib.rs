@@ -10,6 +10,7 @@ pub mod cli;
 mod clock;
 pub mod console;
 pub mod demo;
+mod disk;
 pub mod events;
 pub mod exit;
 mod link;

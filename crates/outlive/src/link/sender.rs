@@ -259,7 +259,7 @@ impl<R: Fn(SenderReport)> Writer<R> {
         let CheckpointPart { generation, number, flags, .. } = *part;
         if let Some((pages, state_bytes)) = part.totals {
             let (pages, state_bytes) = (pages as u32, state_bytes as u32);
-            let begin = CheckpointBegin { generation, number, pages, state_bytes, flags };
+            let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes: 0, flags };
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
         let data = part.staging.page_bytes();

@@ -184,6 +184,7 @@ fn admit(
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
         max_state_bytes: hello.limits.max_state_bytes.min(MAX_STATE_BYTES),
         max_state_sections: MAX_STATE_SECTIONS,
+        max_disk_bytes: 0,
     };
     let staging =
         Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;

@@ -118,8 +118,14 @@ impl FakePrimary {
         self.encoder.base_pages_head(&mut bytes, 1, entries.iter().copied(), &data).unwrap();
         bytes.extend_from_slice(&data);
         let flags = CheckpointFlags { base_final: true, end: None };
-        let begin =
-            CheckpointBegin { generation: hello.generation, number: 1, pages: 1, state_bytes: 0, flags };
+        let begin = CheckpointBegin {
+            generation: hello.generation,
+            number: 1,
+            pages: 1,
+            state_bytes: 0,
+            disk_bytes: 0,
+            flags,
+        };
         self.encoder.checkpoint_begin(&mut bytes, &begin).unwrap();
         self.encoder.pages_head(&mut bytes, entries.iter().copied(), &data).unwrap();
         bytes.extend_from_slice(&data);

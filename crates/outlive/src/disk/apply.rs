@@ -1,0 +1,128 @@
+//! The way of a committed checkpoint's writes into the images: journal, made durable, images.
+
+use std::io;
+
+use outlive_epoch::{DiskOp, DiskRecords};
+
+use super::image::{self, Store};
+use super::journal::{Journal, JournalError};
+
+/// A journal that has grown to this is emptied: the images are made durable first.
+pub(crate) const JOURNAL_BYTES: u64 = 64 << 20;
+
+/// The journal and the images of one VM. See the module of the disks for the order and its reason.
+pub(crate) struct Applier<S> {
+    journal: Journal<S>,
+    /// By disk; `None` for one that is not replicated.
+    images: Vec<Option<S>>,
+    /// In the journal, perhaps not durable there, and not yet in the images.
+    pending: Vec<(u64, Vec<u8>)>,
+    pending_bytes: usize,
+    /// The newest checkpoint whose writes are in the images.
+    applied: u64,
+    /// Buffers to use again.
+    spare: Vec<Vec<u8>>,
+}
+
+impl<S: Store> Applier<S> {
+    /// The images are at `checkpoint` and durable, the journal is empty.
+    pub(crate) fn new(journal: Journal<S>, images: Vec<Option<S>>, checkpoint: u64) -> Self {
+        Self {
+            journal,
+            images,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            applied: checkpoint,
+            spare: Vec::new(),
+        }
+    }
+
+    /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
+    pub(crate) fn commit(&mut self, number: u64, records: Vec<u8>) -> io::Result<bool> {
+        if !self.journal.is_empty() && self.journal.len() + records.len() as u64 > JOURNAL_BYTES {
+            self.settle()?;
+        }
+        self.journal.append(number, &records)?;
+        let flush = DiskRecords::parse(outlive_epoch::Kind::DiskWrites, &records)
+            .map_err(io::Error::other)?
+            .iter()
+            .any(|record| record.op == DiskOp::Flush);
+        self.pending_bytes += records.len();
+        self.pending.push((number, records));
+        Ok(flush)
+    }
+
+    /// Bytes that wait for [`harden`](Self::harden).
+    pub(crate) fn pending_bytes(&self) -> usize {
+        self.pending_bytes
+    }
+
+    /// Makes the journal durable, then writes what waits into the images.
+    pub(crate) fn harden(&mut self) -> io::Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.journal.sync()?;
+        for (number, mut records) in self.pending.drain(..) {
+            apply_all(&self.images, &records)?;
+            self.applied = number;
+            records.clear();
+            if self.spare.len() < 16 {
+                self.spare.push(records);
+            }
+        }
+        self.pending_bytes = 0;
+        Ok(())
+    }
+
+    /// Brings the images to the newest checkpoint, makes them durable and empties the journal. Returns that checkpoint.
+    pub(crate) fn settle(&mut self) -> io::Result<u64> {
+        self.harden()?;
+        if !self.journal.is_empty() {
+            sync_all(&self.images)?;
+            self.journal.reset(self.applied)?;
+        }
+        Ok(self.applied)
+    }
+
+    /// Whether [`settle`](Self::settle) would have something to do.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.journal.is_empty() && self.pending.is_empty()
+    }
+
+    /// A buffer to put records into.
+    pub(crate) fn spare(&mut self) -> Vec<u8> {
+        self.spare.pop().unwrap_or_default()
+    }
+}
+
+/// Replays a journal into its images, makes them durable and empties it. Returns the checkpoint that they are at.
+pub(crate) fn recover<S: Store>(
+    mut journal: Journal<S>,
+    durable: u64,
+    images: &[Option<S>],
+) -> Result<u64, JournalError> {
+    // Killed, but not without power: what is read may still be in memory only, and must be durable before the images are
+    // written, as always.
+    journal.sync()?;
+    let last = journal.replay(|records| apply_all(images, records.bytes()))?;
+    let Some(last) = last else { return Ok(durable) };
+    sync_all(images)?;
+    journal.reset(last)?;
+    Ok(last)
+}
+
+fn apply_all<S: Store>(images: &[Option<S>], records: &[u8]) -> io::Result<()> {
+    let records = DiskRecords::parse(outlive_epoch::Kind::DiskWrites, records).map_err(io::Error::other)?;
+    for record in records.iter() {
+        // Staging has checked that the disk is replicated and long enough.
+        if let Some(Some(store)) = images.get(usize::from(record.disk)) {
+            image::apply(store, &record)?;
+        }
+    }
+    Ok(())
+}
+
+fn sync_all<S: Store>(images: &[Option<S>]) -> io::Result<()> {
+    images.iter().flatten().try_for_each(Store::sync)
+}

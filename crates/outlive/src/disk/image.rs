@@ -1,0 +1,178 @@
+//! Reading and writing images.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+use outlive_epoch::{DISK_CHUNK, DISK_SUM_LEN, DiskOp, DiskRecord, is_zero};
+
+/// The sum of a chunk.
+pub(crate) type Sum = [u8; DISK_SUM_LEN];
+/// The sum of a chunk of zeroes, whatever its length.
+pub(crate) const ZERO_SUM: Sum = [0; DISK_SUM_LEN];
+
+/// What journal and images are written through. Tests put something there that loses its power.
+pub(crate) trait Store: Send {
+    /// Fills `to` from `offset`.
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `bytes`.
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes a range zero.
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Makes everything written durable.
+    fn sync(&self) -> io::Result<()>;
+    /// Bytes in it.
+    fn bytes(&self) -> io::Result<u64>;
+    /// First byte at or behind `offset` that may not be zero; `None` if there is none.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+}
+
+impl Store for File {
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_exact_at(to, offset)
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (start, length) = (offset as i64, len as i64);
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(self, hole, start, length) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => write_zeroes(self, offset, len),
+            other => Ok(other?),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        // The metadata of a block device do not have its length. Nobody uses the position of these descriptors.
+        Ok(lseek(self, 0, Whence::SeekEnd)? as u64)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        match lseek(self, offset as i64, Whence::SeekData) {
+            Ok(at) => Ok(Some(at as u64)),
+            Err(Errno::ENXIO) => Ok(None),
+            // Not every file system and no block device knows its holes.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
+    let zeroes = [0; DISK_CHUNK];
+    let end = offset + len;
+    while offset < end {
+        let step = (end - offset).min(DISK_CHUNK as u64);
+        file.write_all_at(&zeroes[..step as usize], offset)?;
+        offset += step;
+    }
+    Ok(())
+}
+
+/// Carries a record out. A flush is the caller's.
+pub(crate) fn apply(store: &impl Store, record: &DiskRecord<'_>) -> io::Result<()> {
+    match record.op {
+        DiskOp::Data(bytes) => store.write(bytes, record.offset),
+        DiskOp::Zero(len) => store.zero(record.offset, len),
+        DiskOp::Flush => Ok(()),
+    }
+}
+
+/// Chunks that a disk of so many bytes has.
+pub(crate) fn chunks(bytes: u64) -> u64 {
+    bytes.div_ceil(DISK_CHUNK as u64)
+}
+
+/// Reads chunks of one image one after another, and asks the file system only where a hole may begin or end.
+pub(crate) struct ChunkReader<'a, S> {
+    store: &'a S,
+    bytes: u64,
+    /// Everything from `.0` to `.1` is a hole, as far as was asked.
+    hole: (u64, u64),
+}
+
+impl<'a, S: Store> ChunkReader<'a, S> {
+    /// A reader of the first `bytes` bytes.
+    pub(crate) fn new(store: &'a S, bytes: u64) -> Self {
+        Self { store, bytes, hole: (0, 0) }
+    }
+
+    /// Where a chunk is. Empty behind the end.
+    pub(crate) fn range(&self, chunk: u64) -> (u64, usize) {
+        let start = chunk.saturating_mul(DISK_CHUNK as u64).min(self.bytes);
+        (start, (self.bytes - start).min(DISK_CHUNK as u64) as usize)
+    }
+
+    /// Whether the chunk lies in a hole. A writer may fill it at any time.
+    pub(crate) fn is_hole(&mut self, chunk: u64) -> io::Result<bool> {
+        let (start, len) = self.range(chunk);
+        let end = start + len as u64;
+        if !(self.hole.0 <= start && end <= self.hole.1) {
+            self.hole = (start, self.store.next_data(start)?.unwrap_or(self.bytes));
+        }
+        Ok(end <= self.hole.1)
+    }
+
+    /// Reads a chunk into `buffer` and returns its bytes; `None` if all are zero.
+    pub(crate) fn read<'b>(&mut self, chunk: u64, buffer: &'b mut [u8]) -> io::Result<Option<&'b [u8]>> {
+        let (start, len) = self.range(chunk);
+        if len == 0 || self.is_hole(chunk)? {
+            return Ok(None);
+        }
+        let bytes = &mut buffer[..len];
+        self.store.read(bytes, start)?;
+        Ok((!is_zero(bytes)).then_some(bytes))
+    }
+
+    /// The sum of a chunk.
+    pub(crate) fn sum(&mut self, chunk: u64, buffer: &mut [u8]) -> io::Result<Sum> {
+        Ok(self.read(chunk, buffer)?.map_or(ZERO_SUM, |bytes| *blake3::hash(bytes).as_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_zero_without_being_read() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes = 10 * DISK_CHUNK as u64 + 700;
+        file.set_len(bytes).unwrap();
+        file.write_all_at(&[7; 300], 4 * DISK_CHUNK as u64 + 5).unwrap();
+        file.write_all_at(&[8; 700], 10 * DISK_CHUNK as u64).unwrap();
+        file.write_all_at(&[0; DISK_CHUNK], 6 * DISK_CHUNK as u64).unwrap();
+        let mut reader = ChunkReader::new(&file, bytes);
+        let mut buffer = vec![0xee; DISK_CHUNK];
+        let data: Vec<u64> = (0..12).filter(|c| reader.read(*c, &mut buffer).unwrap().is_some()).collect();
+        assert_eq!(data, [4, 10]);
+        assert_eq!(reader.range(10), (10 * DISK_CHUNK as u64, 700));
+        assert_eq!(reader.range(11), (bytes, 0));
+        assert_eq!(reader.range(u64::MAX).1, 0);
+        assert_eq!(reader.sum(6, &mut buffer).unwrap(), ZERO_SUM);
+        assert_eq!(reader.sum(10, &mut buffer).unwrap(), *blake3::hash(&[8; 700]).as_bytes());
+    }
+
+    #[test]
+    fn zeroing_keeps_the_length() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 300_000], 0).unwrap();
+        file.zero(100, 250_000).unwrap();
+        write_zeroes(&file, 280_000, 20_000).unwrap();
+        let mut all = vec![9; 300_000];
+        file.read(&mut all, 0).unwrap();
+        let expected = |at: usize| u8::from(at < 100 || (250_100..280_000).contains(&at));
+        assert!(all.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+        assert_eq!(file.bytes().unwrap(), 300_000);
+    }
+}

@@ -1,0 +1,3 @@
+mod journal;
+mod power;
+mod replay;
