@@ -20,21 +20,12 @@ pub(crate) struct Applier<S> {
     pending_bytes: usize,
     /// The newest checkpoint whose writes are in the images.
     applied: u64,
-    /// Buffers to use again.
-    spare: Vec<Vec<u8>>,
 }
 
 impl<S: Store> Applier<S> {
     /// The images are at `checkpoint` and durable, the journal is empty.
     pub(crate) fn new(journal: Journal<S>, images: Vec<Option<S>>, checkpoint: u64) -> Self {
-        Self {
-            journal,
-            images,
-            pending: Vec::new(),
-            pending_bytes: 0,
-            applied: checkpoint,
-            spare: Vec::new(),
-        }
+        Self { journal, images, pending: Vec::new(), pending_bytes: 0, applied: checkpoint }
     }
 
     /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
@@ -63,13 +54,9 @@ impl<S: Store> Applier<S> {
             return Ok(());
         }
         self.journal.sync()?;
-        for (number, mut records) in self.pending.drain(..) {
+        for (number, records) in self.pending.drain(..) {
             apply_all(&self.images, &records)?;
             self.applied = number;
-            records.clear();
-            if self.spare.len() < 16 {
-                self.spare.push(records);
-            }
         }
         self.pending_bytes = 0;
         Ok(())
@@ -90,9 +77,9 @@ impl<S: Store> Applier<S> {
         self.journal.is_empty() && self.pending.is_empty()
     }
 
-    /// A buffer to put records into.
-    pub(crate) fn spare(&mut self) -> Vec<u8> {
-        self.spare.pop().unwrap_or_default()
+    /// The newest checkpoint whose writes are in the images.
+    pub(crate) fn applied(&self) -> u64 {
+        self.applied
     }
 }
 

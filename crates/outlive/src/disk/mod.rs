@@ -20,8 +20,13 @@
 mod apply;
 mod image;
 mod journal;
-
+mod prepare;
+mod replica;
 mod sidecar;
-
+mod sync;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use prepare::{check_generation, for_run, for_standby, mark_primary};
+pub(crate) use replica::{Replica, ReplicaDisk, Told};
+pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

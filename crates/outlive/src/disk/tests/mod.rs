@@ -1,3 +1,5 @@
 mod journal;
+mod pair;
 mod power;
+mod prepare;
 mod replay;

@@ -1,0 +1,187 @@
+//! Before images are used: what an earlier process left in a journal is brought into them, and what cannot be used is
+//! refused.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use outlive_epoch::VmId;
+
+use super::apply::recover;
+use super::image::Store;
+use super::journal::Journal;
+use super::sidecar::{Role, Sidecar, beside};
+use crate::arbiter::{self, Arbiter};
+
+/// Checks the images that a VM shall run on, `paths` being those that it writes to and does not share, and replays their
+/// journals. To be called before the machine opens them.
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
+    let sidecars = read_sidecars(paths)?;
+    for (path, sidecar) in paths.iter().zip(&sidecars) {
+        let Some(sidecar) = sidecar else { continue };
+        let (image, file) = (path.display(), beside(path, "outlive"));
+        if !sidecar.whole {
+            return Err(format!(
+                "the disk image {image} is not whole, its synchronisation was interrupted: give it to `outlive standby` again, or restore it from a backup and delete {}",
+                file.display()
+            ));
+        }
+        if sidecar.role == Role::Replica {
+            tracing::warn!(
+                image = %image,
+                vm = %sidecar.vm,
+                generation = sidecar.generation,
+                "this is a standby's copy as of its last commit; the image of the host where the VM ran may be newer"
+            );
+        }
+    }
+    replay(paths, &sidecars)
+}
+
+/// Checks the images of a standby and replays their journals. What cannot be replayed is marked: the next primary
+/// synchronises the images anew.
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
+    for path in paths {
+        // A wrong path or an image in use is told now, not when the first primary comes.
+        drop(open(path)?);
+    }
+    let sidecars = match read_sidecars(paths) {
+        Ok(sidecars) => sidecars,
+        Err(why) => {
+            tracing::warn!("{why}; the image is synchronised anew");
+            return Ok(());
+        }
+    };
+    let Err(why) = replay(paths, &sidecars) else { return Ok(()) };
+    tracing::warn!("{why}; the images are synchronised anew");
+    for (path, sidecar) in paths.iter().zip(sidecars) {
+        let Some(sidecar) = sidecar else { continue };
+        let sidecar = Sidecar { whole: false, journal: None, ..sidecar };
+        sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
+    }
+    Ok(())
+}
+
+/// Refuses images of a VM that ran on elsewhere since: the arbiter knows the newest generation.
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Result<(), String> {
+    for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
+        let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
+        match arbiter.highest(&arbiter::VmId(vm.0)) {
+            Ok(Some(highest)) if highest > generation => {
+                return Err(format!(
+                    "the disk image {} is out of date: it is of generation {generation} and its VM ran on in generation {highest}; start from the image of the host that has that, or delete {} to use this one all the same",
+                    path.display(),
+                    beside(path, "outlive").display()
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Says in the sidecars that a VM runs on these images.
+///
+/// # Errors
+/// One line that names the file.
+pub(crate) fn mark_primary(disks: &[(u16, PathBuf)], vm: VmId, generation: u64) -> Result<(), String> {
+    for (disk, path) in disks {
+        let (role, disk) = (Role::Primary, *disk);
+        let sidecar = Sidecar { vm, generation, role, whole: true, checkpoint: 0, disk, journal: None };
+        sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
+    }
+    Ok(())
+}
+
+fn cannot_write(image: &Path, error: &io::Error) -> String {
+    format!("cannot write {}: {error}; let this user write there", beside(image, "outlive").display())
+}
+
+fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, String> {
+    paths.iter().map(|path| Sidecar::read(path).map_err(|e| e.to_string())).collect()
+}
+
+/// Replays every journal that the sidecars name.
+fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
+    let mut journals: Vec<&Path> = sidecars.iter().flatten().filter_map(|s| s.journal.as_deref()).collect();
+    journals.sort_unstable();
+    journals.dedup();
+    journals.into_iter().try_for_each(|journal| replay_one(journal, paths, sidecars))
+}
+
+fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
+    let place = path.display();
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
+        format!("the journal {place} of the disk images cannot be opened: {e}; put it back, or restore the images from a backup and delete their .outlive files")
+    })?;
+    let unreadable = |e: &dyn std::fmt::Display| {
+        format!(
+            "the journal {place} cannot be replayed: {e}; restore the images from a backup and delete their .outlive files"
+        )
+    };
+    let (journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
+    let identity = journal.identity().clone();
+    let mut images = Vec::new();
+    let mut mine = Vec::new();
+    for (index, size) in identity.sizes.iter().enumerate() {
+        if *size == 0 {
+            images.push(None);
+            continue;
+        }
+        let found = paths.iter().zip(sidecars).find_map(|(image, sidecar)| {
+            let sidecar = sidecar.as_ref()?;
+            let same = sidecar.journal.as_deref() == Some(path) && usize::from(sidecar.disk) == index;
+            (same && sidecar.vm == identity.vm).then_some((*image, sidecar))
+        });
+        let (image, sidecar) = found.ok_or_else(|| {
+            format!("the journal {place} has writes for disk {index} too: give all disks of the VM")
+        })?;
+        let file = open(image)?;
+        let bytes = file.bytes().map_err(|e| unreadable(&e))?;
+        if bytes < *size {
+            return Err(unreadable(&format!("{} has {bytes} bytes, and had {size}", image.display())));
+        }
+        images.push(Some(file));
+        mine.push((image, sidecar));
+    }
+    let checkpoint = recover(journal, durable, &images).map_err(|e| unreadable(&e))?;
+    tracing::info!(journal = %place, checkpoint, "disk images brought to their last commit");
+    for (image, sidecar) in mine {
+        let sidecar = Sidecar { checkpoint, journal: None, ..sidecar.clone() };
+        sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
+    }
+    if let Err(error) = std::fs::remove_file(path) {
+        // It is empty, and no sidecar names it.
+        tracing::warn!(journal = %place, %error, "cannot remove the journal");
+    }
+    Ok(())
+}
+
+/// Opens an image for writing, for nobody else.
+fn open(path: &Path) -> Result<File, String> {
+    let image = path.display();
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            format!("the disk image {image} does not exist: make one with `truncate -s SIZE {image}`, as large as the primary's")
+        }
+        io::ErrorKind::PermissionDenied => format!("no permission to write the disk image {image}: let this user"),
+        _ => format!("cannot open the disk image {image}: {error}"),
+    })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(format!("the disk image {image} is in use: stop the program that uses it"))
+        }
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(error)) => Err(format!("cannot lock the disk image {image}: {error}")),
+    }
+}

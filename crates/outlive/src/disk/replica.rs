@@ -1,0 +1,556 @@
+//! A standby's disks: one thread compares, writes, journals and applies, so that the session's thread never waits for a disk
+//! while the link is to be read.
+//!
+//! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what was asked for,
+//! afterwards by [`QUEUE_BYTES`]; beyond that the session waits, and with it, through the link, the primary.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecords, DiskSums, DiskWant, Kind, VmId};
+
+use super::apply::{Applier, JOURNAL_BYTES};
+use super::image::{self, ChunkReader, Store, Sum, ZERO_SUM, chunks};
+use super::journal::{Identity, Journal};
+use super::sidecar::{Role, Sidecar, beside};
+
+/// Bytes of committed writes that may wait. Enough for a disk that does not answer for a second.
+const QUEUE_BYTES: usize = 256 << 20;
+/// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends without an answer.
+const BASE_BYTES: usize = 64 << 20;
+/// Committed writes are durable in the journal after this time at the latest.
+const HARDEN: Duration = Duration::from_millis(50);
+/// So many bytes are made durable at once.
+const HARDEN_BYTES: usize = 8 << 20;
+/// After this time without a write the journal is emptied.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// One image of the standby.
+pub(crate) struct ReplicaDisk {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// The image, opened for writing unless the guest only reads it.
+    pub(crate) file: File,
+    /// Bytes of the disk.
+    pub(crate) bytes: u64,
+    /// The guest can only read it: it is compared and never written.
+    pub(crate) read_only: bool,
+}
+
+/// What the thread says.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// The answer to sums.
+    Want(DiskWant),
+    /// The disks are of no further use.
+    Failed(String),
+}
+
+enum Job {
+    Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
+    Blocks(Vec<u8>),
+    Commit { number: u64, base: bool, records: Vec<u8> },
+    Settle(Option<Sender<Result<(), String>>>),
+    BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
+    Close,
+}
+
+impl Job {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Sums { sums, .. } => 64 + sums.as_ref().map_or(0, |sums| sums.len() * size_of::<Sum>()),
+            Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
+            Self::Settle(_) | Self::BecomePrimary { .. } | Self::Close => 0,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Job>,
+    bytes: usize,
+    failed: Option<String>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    came: Condvar,
+    room: Condvar,
+    /// Bytes of chunks that were asked for and have not come.
+    wanted: AtomicU64,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, mut waiting: MutexGuard<'_, Waiting>, job: Job) {
+        waiting.bytes += job.bytes();
+        waiting.jobs.push_back(job);
+        self.came.notify_one();
+    }
+
+    /// The next job, `None` when none came until `soft`, or, however many there are, when `hard` is over.
+    fn pop(&self, soft: Option<Instant>, hard: Option<Instant>) -> Option<Job> {
+        let mut waiting = self.lock();
+        loop {
+            let now = Instant::now();
+            if hard.is_some_and(|hard| now >= hard) {
+                return None;
+            }
+            if let Some(job) = waiting.jobs.pop_front() {
+                waiting.bytes -= job.bytes();
+                self.room.notify_all();
+                return Some(job);
+            }
+            waiting = match soft.map(|soft| soft.saturating_duration_since(now)) {
+                Some(Duration::ZERO) => return None,
+                Some(time) => self.came.wait_timeout(waiting, time).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.came.wait(waiting).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+/// The standby's disks. Dropping it brings them to the last commit, durably, and ends the thread.
+pub(crate) struct Replica {
+    queue: Arc<Queue>,
+    /// Bytes by disk, and whether it is written; `None` for a shared one.
+    disks: Vec<Option<(u64, bool)>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Replica {
+    /// Starts the thread. `disks` has `None` for a disk that both hosts share.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn start(
+        disks: Vec<Option<ReplicaDisk>>,
+        vm: VmId,
+        generation: u64,
+        tell: impl Fn(Told) + Send + 'static,
+    ) -> io::Result<Self> {
+        let queue = Arc::new(Queue::default());
+        let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();
+        let worker = Worker {
+            queue: queue.clone(),
+            disks,
+            vm,
+            generation,
+            applier: None,
+            journal: None,
+            tainted: false,
+            buffer: vec![0; DISK_CHUNK],
+            pending_since: None,
+            flush: false,
+            tell,
+        };
+        let thread = std::thread::Builder::new().name("disks".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            worker.run();
+        })?;
+        Ok(Self { queue, disks: known, thread: Some(thread) })
+    }
+
+    /// Bytes of each disk that is replicated; 0 for the others.
+    pub(crate) fn sizes(&self) -> Vec<u64> {
+        self.disks
+            .iter()
+            .map(|disk| disk.filter(|(_, written)| *written).map_or(0, |(bytes, _)| bytes))
+            .collect()
+    }
+
+    /// Sums of the base synchronisation have come.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn sums(&self, window: &DiskSums<'_>) -> Result<(), String> {
+        let DiskSums { disk, first, count, sums } = *window;
+        let known = self.disks.get(usize::from(disk)).copied().flatten();
+        let (bytes, _) = known.ok_or_else(|| format!("sums of disk {disk}, which is not replicated"))?;
+        if first + u64::from(count) > chunks(bytes) {
+            return Err(format!(
+                "sums of chunks {first}+{count} of disk {disk}, which has {}",
+                chunks(bytes)
+            ));
+        }
+        self.push_base(Job::Sums { disk, first, count, sums: sums.map(<[Sum]>::to_vec) })
+    }
+
+    /// Chunks of the base synchronisation have come.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn blocks(&self, blocks: &DiskRecords<'_>) -> Result<(), String> {
+        let mut bytes = 0;
+        for block in blocks.iter() {
+            let known = self.disks.get(usize::from(block.disk)).copied().flatten();
+            let fits = known.is_some_and(|(size, written)| written && block.end() <= size);
+            if !fits || block.op == DiskOp::Flush {
+                return Err(format!("a block at {:#x} outside disk {}", block.offset, block.disk));
+            }
+            bytes += block.end() - block.offset;
+        }
+        let wanted =
+            self.queue.wanted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |w| w.checked_sub(bytes));
+        wanted.map_err(|_| "blocks that were not asked for".to_owned())?;
+        self.push_base(Job::Blocks(blocks.bytes().to_vec()))
+    }
+
+    fn push_base(&self, job: Job) -> Result<(), String> {
+        let waiting = self.queue.lock();
+        if waiting.bytes + job.bytes() > BASE_BYTES {
+            return Err("more of the disks than may be on its way".into());
+        }
+        self.queue.push(waiting, job);
+        Ok(())
+    }
+
+    /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while too much is.
+    pub(crate) fn commit(&self, number: u64, base: bool, writes: &DiskRecords<'_>) {
+        if self.sizes().iter().all(|size| *size == 0) || writes.bytes().is_empty() && !base {
+            return;
+        }
+        let records = writes.bytes().to_vec();
+        let mut waiting = self.queue.lock();
+        while waiting.bytes + records.len() > QUEUE_BYTES && waiting.failed.is_none() && waiting.bytes > 0 {
+            waiting = self.queue.room.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.queue.push(waiting, Job::Commit { number, base, records });
+    }
+
+    /// A takeover is likely: begin with what it would wait for.
+    pub(crate) fn settle_soon(&self) {
+        self.queue.push(self.queue.lock(), Job::Settle(None));
+    }
+
+    /// Brings the images to the last commit, durably.
+    ///
+    /// # Errors
+    /// What failed, now or before.
+    #[cfg(test)]
+    pub(crate) fn settle(&self) -> Result<(), String> {
+        let (done, answer) = channel();
+        self.queue.push(self.queue.lock(), Job::Settle(Some(done)));
+        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+    }
+
+    /// Brings the images to the last commit, durably, and makes them the VM's disks in a new generation. The guest may write
+    /// to them when this has returned, and not before: the journal must be empty by then, or replaying it after a loss of
+    /// power would undo what the guest wrote.
+    ///
+    /// # Errors
+    /// What failed, now or before.
+    pub(crate) fn become_primary(&self, generation: u64) -> Result<(), String> {
+        let (done, answer) = channel();
+        self.queue.push(self.queue.lock(), Job::BecomePrimary { generation, done });
+        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.queue.push(self.queue.lock(), Job::Close);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+struct Worker<T> {
+    queue: Arc<Queue>,
+    disks: Vec<Option<ReplicaDisk>>,
+    vm: VmId,
+    generation: u64,
+    /// From the base's last checkpoint on.
+    applier: Option<Applier<File>>,
+    journal: Option<PathBuf>,
+    /// The sidecars say that the images are not whole.
+    tainted: bool,
+    buffer: Vec<u8>,
+    pending_since: Option<Instant>,
+    /// The guest waits for nothing of this, but its flush shall be durable here soon.
+    flush: bool,
+    tell: T,
+}
+
+impl<T: Fn(Told)> Worker<T> {
+    fn run(mut self) {
+        loop {
+            let (soft, hard) = self.deadlines();
+            let Some(job) = self.queue.pop(soft, hard) else {
+                let result = self.harden_or_empty();
+                self.note(result);
+                continue;
+            };
+            if self.queue.lock().failed.is_some() {
+                if self.refuse(job) {
+                    return;
+                }
+                continue;
+            }
+            let result = match job {
+                Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref()),
+                Job::Blocks(records) => self.write_blocks(&records),
+                Job::Commit { number, base, records } => self.commit(number, base, records),
+                Job::Settle(done) => self.answered(done, Self::settle),
+                Job::BecomePrimary { generation, done } => {
+                    self.answered(Some(done), |worker| worker.become_primary(generation))
+                }
+                Job::Close => {
+                    let result = self.leave();
+                    return self.note(result);
+                }
+            };
+            self.note(result);
+        }
+    }
+
+    /// When there is something to do without a job.
+    fn deadlines(&self) -> (Option<Instant>, Option<Instant>) {
+        let Some(applier) = self.applier.as_ref().filter(|applier| !applier.is_settled()) else {
+            return (None, None);
+        };
+        let now = Instant::now();
+        if applier.pending_bytes() == 0 {
+            return (Some(now + IDLE), None);
+        }
+        let hard = self.pending_since.unwrap_or(now) + HARDEN;
+        (Some(if self.flush { now } else { hard }), Some(hard))
+    }
+
+    fn note(&self, result: Result<(), String>) {
+        if let Err(why) = result {
+            self.queue.lock().failed.get_or_insert_with(|| why.clone());
+            self.queue.room.notify_all();
+            (self.tell)(Told::Failed(why));
+        }
+    }
+
+    /// A job that comes after a failure. Returns whether it was the last.
+    fn refuse(&self, job: Job) -> bool {
+        let why = self.queue.lock().failed.clone().unwrap_or_default();
+        if let Job::Settle(Some(done)) | Job::BecomePrimary { done, .. } = &job {
+            done.send(Err(why)).ok();
+        }
+        matches!(job, Job::Close)
+    }
+
+    fn answered(
+        &mut self,
+        done: Option<Sender<Result<(), String>>>,
+        work: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let result = work(self);
+        if let Some(done) = done {
+            done.send(result.clone()).ok();
+        }
+        result
+    }
+
+    fn disk(&self, disk: u16) -> Result<&ReplicaDisk, String> {
+        let known = self.disks.get(usize::from(disk)).and_then(Option::as_ref);
+        known.ok_or_else(|| format!("disk {disk} is not replicated"))
+    }
+
+    /// Compares a window. What must be zero is made zero at once, everything else that differs is asked for.
+    fn compare(&mut self, disk: u16, first: u64, count: u32, sums: Option<&[Sum]>) -> Result<(), String> {
+        let mut wanted = Vec::new();
+        if count == 0 {
+            let ReplicaDisk { file, path, .. } = self.disk(disk)?;
+            file.sync().map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        for at in 0..count {
+            let theirs = sums.map_or(ZERO_SUM, |sums| sums[at as usize]);
+            let chunk = first + u64::from(at);
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let ReplicaDisk { file, path, bytes, read_only } = self.disk(disk)?;
+            let mut reader = ChunkReader::new(file, *bytes);
+            let range = reader.range(chunk);
+            let ours =
+                reader.sum(chunk, &mut buffer).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let read_only = *read_only;
+            if ours != theirs && read_only {
+                return Err(format!(
+                    "disk {disk} is read-only, so it is not synchronised, and {} differs from the primary's: copy the primary's file there",
+                    path.display()
+                ));
+            }
+            self.buffer = buffer;
+            if ours == theirs {
+                continue;
+            }
+            if theirs == ZERO_SUM {
+                self.taint()?;
+                let ReplicaDisk { file, path, .. } = self.disk(disk)?;
+                file.zero(range.0, range.1 as u64)
+                    .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            } else {
+                wanted.push(at as u16);
+                self.queue.wanted.fetch_add(range.1 as u64, Ordering::Relaxed);
+            }
+        }
+        (self.tell)(Told::Want(DiskWant { disk, first, count, wanted }));
+        Ok(())
+    }
+
+    fn write_blocks(&mut self, records: &[u8]) -> Result<(), String> {
+        self.taint()?;
+        let records = DiskRecords::parse(Kind::DiskBlocks, records).map_err(|e| e.to_string())?;
+        for record in records.iter() {
+            let ReplicaDisk { file, path, .. } = self.disk(record.disk)?;
+            image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Before an image is written outside the journal: it is between two checkpoints from now on.
+    fn taint(&mut self) -> Result<(), String> {
+        if !std::mem::replace(&mut self.tainted, true) {
+            self.write_sidecars(Role::Replica, false, 0, None)?;
+        }
+        Ok(())
+    }
+
+    fn write_sidecars(
+        &self,
+        role: Role,
+        whole: bool,
+        checkpoint: u64,
+        journal: Option<PathBuf>,
+    ) -> Result<(), String> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else { continue };
+            let (vm, generation, journal) = (self.vm, self.generation, journal.clone());
+            let sidecar = Sidecar { vm, generation, role, whole, checkpoint, disk: index as u16, journal };
+            sidecar
+                .write(&disk.path)
+                .map_err(|e| format!("cannot write {}: {e}", beside(&disk.path, "outlive").display()))?;
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, number: u64, base: bool, records: Vec<u8>) -> Result<(), String> {
+        if base {
+            self.begin_journal(number)?;
+        }
+        let journal_failed = journal_failed(&self.journal);
+        let applier = self.applier.as_mut().ok_or("a commit before the base")?;
+        let flush = applier.commit(number, records).map_err(journal_failed)?;
+        self.flush |= flush;
+        self.pending_since.get_or_insert_with(Instant::now);
+        if base {
+            self.harden()?;
+            return self.write_sidecars(Role::Replica, true, number, self.journal.clone());
+        }
+        if applier.pending_bytes() >= HARDEN_BYTES { self.harden() } else { Ok(()) }
+    }
+
+    /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
+    fn begin_journal(&mut self, number: u64) -> Result<(), String> {
+        let mut images = Vec::new();
+        let mut sizes = Vec::new();
+        let mut path = None;
+        for disk in &self.disks {
+            let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else {
+                images.push(None);
+                sizes.push(0);
+                continue;
+            };
+            let unwritten = |e: io::Error| format!("cannot write {}: {e}", disk.path.display());
+            disk.file.sync().map_err(unwritten)?;
+            path.get_or_insert_with(|| beside(&disk.path, "journal"));
+            images.push(Some(disk.file.try_clone().map_err(unwritten)?));
+            sizes.push(disk.bytes);
+        }
+        let path = path.ok_or("no disk is replicated")?;
+        let failed = |e: io::Error| format!("cannot write the journal {}: {e}", path.display());
+        let file = open_journal(&path).map_err(failed)?;
+        let identity = Identity { vm: self.vm, generation: self.generation, sizes };
+        let before = number.saturating_sub(1);
+        let journal = Journal::create(file, identity, before).map_err(failed)?;
+        self.applier = Some(Applier::new(journal, images, before));
+        self.journal = Some(path);
+        Ok(())
+    }
+
+    fn harden(&mut self) -> Result<(), String> {
+        self.flush = false;
+        self.pending_since = None;
+        let failed = journal_failed(&self.journal);
+        self.applier.as_mut().map_or(Ok(()), Applier::harden).map_err(failed)
+    }
+
+    /// What is due when no job comes.
+    fn harden_or_empty(&mut self) -> Result<(), String> {
+        match &self.applier {
+            Some(applier) if applier.pending_bytes() > 0 => self.harden(),
+            _ => self.settle(),
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        self.flush = false;
+        self.pending_since = None;
+        let failed = journal_failed(&self.journal);
+        self.applier.as_mut().map_or(Ok(()), |applier| applier.settle().map(drop)).map_err(failed)
+    }
+
+    fn become_primary(&mut self, generation: u64) -> Result<(), String> {
+        self.settle()?;
+        let checkpoint = self.applier.take().map_or(0, |applier| applier.applied());
+        self.generation = generation;
+        self.write_sidecars(Role::Primary, true, checkpoint, None)?;
+        self.remove_journal();
+        Ok(())
+    }
+
+    /// The standby is done with this VM.
+    fn leave(&mut self) -> Result<(), String> {
+        self.settle()?;
+        if let Some(applier) = self.applier.take() {
+            self.write_sidecars(Role::Replica, true, applier.applied(), None)?;
+            self.remove_journal();
+        }
+        Ok(())
+    }
+
+    fn remove_journal(&mut self) {
+        if let Some(path) = self.journal.take()
+            && let Err(error) = fs::remove_file(&path)
+        {
+            // It is empty, and no sidecar names it.
+            tracing::warn!(path = %path.display(), %error, "cannot remove the journal");
+        }
+    }
+}
+
+fn journal_failed(path: &Option<PathBuf>) -> impl Fn(io::Error) -> String + use<> {
+    let path = path.clone().unwrap_or_default();
+    move |error| format!("cannot write the disks or their journal {}: {error}", path.display())
+}
+
+/// Opens or makes a journal with room for all that it usually takes, so that a full file system is noticed now.
+pub(super) fn open_journal(path: &PathBuf) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let room = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, JOURNAL_BYTES as i64);
+    match room {
+        Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Its name must last as long as the sidecars that name it.
+    if let Some(directory) = path.parent() {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(file)
+}

@@ -1,0 +1,385 @@
+//! The primary's side of the base synchronisation of disks, on a thread of its own: reading and hashing may wait for a disk,
+//! the link's heartbeats may not.
+//!
+//! Every round is the same talk: the sums of a *window* of chunks go out, the standby answers which of them it wants, those
+//! chunks go out. The first round is the whole disk, the later ones are what the guest wrote meanwhile. The standby answers
+//! in the order of its work, after it has written the chunks of the windows before; so the windows not yet answered bound
+//! everything that is on its way, and no more are ever sent.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskWant, MAX_ZERO_CHUNKS};
+
+use super::image::{ChunkReader, Sum, chunks};
+
+/// Chunks of a window: 4 MiB.
+const WINDOW: u64 = 64;
+/// Chunks in windows that are not answered.
+const IN_FLIGHT: u64 = 2 * WINDOW;
+/// Windows that are not answered. Windows of later rounds may have a single chunk.
+const WINDOWS: usize = 64;
+/// Chunks of one section of blocks.
+const SECTION: usize = 16;
+/// Rounds before the first report at most; then, and when a round had no more than this many chunks, memory comes next.
+const ROUNDS: u64 = 8;
+const FEW: usize = 128;
+/// Time between two reports.
+const REPORT: Duration = Duration::from_millis(100);
+
+/// A disk that is synchronised.
+pub(crate) struct SourceDisk {
+    /// Its position among the VM's disks.
+    pub(crate) index: u16,
+    /// Its image.
+    pub(crate) file: File,
+    /// Its length.
+    pub(crate) bytes: u64,
+    /// The guest may write to it meanwhile. If not, the standby only compares.
+    pub(crate) written: bool,
+}
+
+/// Which chunks the guest has written to.
+pub(crate) trait Changed: Send + 'static {
+    /// Appends, ascending, the chunks written since the last call.
+    fn take(&mut self, disk: u16, chunks: &mut Vec<u64>);
+}
+
+/// A section to be sent.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum DiskSection {
+    /// Sums of a window.
+    Sums {
+        /// The disk.
+        disk: u16,
+        /// Its first chunk.
+        first: u64,
+        /// Chunks.
+        count: u32,
+        /// Their sums; `None` if all are zero.
+        sums: Option<Vec<Sum>>,
+    },
+    /// Wanted chunks.
+    Blocks {
+        /// The round.
+        round: u64,
+        /// As records.
+        records: Vec<u8>,
+    },
+}
+
+/// What the thread tells the coordinator.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum SyncReport {
+    /// How far the first round has come with a disk.
+    Progress {
+        /// The disk.
+        disk: u16,
+        /// Bytes compared.
+        done_bytes: u64,
+        /// Bytes of the disk.
+        total_bytes: u64,
+        /// Bytes of chunks sent, in all rounds.
+        sent_bytes: u64,
+    },
+    /// The standby has the disks, but for what is being written.
+    Synced,
+    /// Everything written before the order is at the standby too.
+    CaughtUp {
+        /// As ordered.
+        last: bool,
+        /// Chunks that had been written since the last time.
+        chunks: usize,
+    },
+    /// It cannot go on.
+    Failed(String),
+}
+
+enum Order {
+    Want(DiskWant),
+    CatchUp { last: bool },
+}
+
+/// The handle of a synchronisation. Dropping it ends the thread.
+pub(crate) struct DiskSync {
+    orders: Option<Sender<Order>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DiskSync {
+    /// Starts with the first round. The log must mark written chunks already.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn start(
+        disks: Vec<SourceDisk>,
+        changed: impl Changed,
+        send: impl Fn(DiskSection) + Send + 'static,
+        tell: impl Fn(SyncReport) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (orders, inbox) = channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let rounds = Rounds {
+            disks,
+            changed,
+            inbox,
+            send,
+            tell,
+            stop: stop.clone(),
+            outstanding: VecDeque::new(),
+            in_flight: 0,
+            round: 1,
+            buffer: vec![0; DISK_CHUNK],
+            sent_bytes: 0,
+            reported: Instant::now(),
+        };
+        let thread = std::thread::Builder::new().name("disk-sync".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            rounds.run();
+        })?;
+        Ok(Self { orders: Some(orders), stop, thread: Some(thread) })
+    }
+
+    /// The standby has answered.
+    pub(crate) fn want(&self, want: DiskWant) {
+        self.order(Order::Want(want));
+    }
+
+    /// Send what was written meanwhile, and report when the standby has it. With `last` the standby makes all of it durable.
+    pub(crate) fn catch_up(&self, last: bool) {
+        self.order(Order::CatchUp { last });
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // A thread that has failed has said so.
+            orders.send(order).ok();
+        }
+    }
+}
+
+impl Drop for DiskSync {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.orders = None;
+        // It looks at the flag before every chunk.
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// Why the thread stops.
+enum Stop {
+    /// Nobody wants it any more.
+    Unwanted,
+    Failed(String),
+}
+
+struct Window {
+    disk: u16,
+    first: u64,
+    count: u32,
+    /// What it takes of [`IN_FLIGHT`].
+    weight: u64,
+}
+
+struct Rounds<C, S, T> {
+    disks: Vec<SourceDisk>,
+    changed: C,
+    inbox: Receiver<Order>,
+    send: S,
+    tell: T,
+    stop: Arc<AtomicBool>,
+    outstanding: VecDeque<Window>,
+    in_flight: u64,
+    round: u64,
+    buffer: Vec<u8>,
+    sent_bytes: u64,
+    reported: Instant,
+}
+
+impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
+    fn run(mut self) {
+        if let Err(Stop::Failed(why)) = self.serve() {
+            (self.tell)(SyncReport::Failed(why));
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), Stop> {
+        for disk in 0..self.disks.len() {
+            let whole = chunks(self.disks[disk].bytes);
+            self.offer_span(disk, 0, whole)?;
+            self.report(disk, whole);
+        }
+        while self.round < ROUNDS && self.later_round()? > FEW {}
+        self.barrier()?;
+        (self.tell)(SyncReport::Synced);
+        loop {
+            match self.inbox.recv() {
+                Ok(Order::CatchUp { last }) => {
+                    let chunks = self.later_round()?;
+                    if last {
+                        self.barrier()?;
+                    }
+                    self.wait_for_all()?;
+                    (self.tell)(SyncReport::CaughtUp { last, chunks });
+                }
+                Ok(Order::Want(want)) => self.answer(&want)?,
+                Err(_) => return Err(Stop::Unwanted),
+            }
+        }
+    }
+
+    /// Offers what was written since the last round. Returns how many chunks that were.
+    fn later_round(&mut self) -> Result<usize, Stop> {
+        self.round += 1;
+        let (mut written, mut total) = (Vec::new(), 0);
+        for disk in 0..self.disks.len() {
+            if !self.disks[disk].written {
+                continue;
+            }
+            written.clear();
+            self.changed.take(self.disks[disk].index, &mut written);
+            total += written.len();
+            for run in written.chunk_by(|a, b| a + 1 == *b) {
+                self.offer_span(disk, run[0], run.len() as u64)?;
+            }
+        }
+        Ok(total)
+    }
+
+    /// Has the standby make durable what it has written, and waits until everything is answered.
+    fn barrier(&mut self) -> Result<(), Stop> {
+        for disk in 0..self.disks.len() {
+            if self.disks[disk].written {
+                let disk = self.disks[disk].index;
+                self.wait_for_room()?;
+                self.offer(Window { disk, first: 0, count: 0, weight: 1 }, Some(Vec::new()));
+            }
+        }
+        self.wait_for_all()
+    }
+
+    /// Offers chunks of one disk, window by window.
+    fn offer_span(&mut self, disk: usize, first: u64, count: u64) -> Result<(), Stop> {
+        let (mut at, end) = (first, first + count);
+        while at < end {
+            self.wait_for_room()?;
+            let index = self.disks[disk].index;
+            let (zeroes, sums) = self.look(disk, at, end).map_err(|error| match error {
+                None => Stop::Unwanted,
+                Some(error) => Stop::Failed(format!("disk {index} cannot be read: {error}")),
+            })?;
+            let count = if zeroes > 0 { zeroes } else { sums.len() as u64 };
+            let weight = if zeroes > 0 { 1 } else { count };
+            let window = Window { disk: index, first: at, count: count as u32, weight };
+            self.offer(window, (zeroes == 0).then_some(sums));
+            at += count;
+            if self.round == 1 && self.reported.elapsed() >= REPORT {
+                self.report(disk, at);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next window: a number of chunks in a hole, or else the sums of some chunks. `None`: stopped.
+    fn look(&mut self, disk: usize, first: u64, end: u64) -> Result<(u64, Vec<Sum>), Option<io::Error>> {
+        let SourceDisk { file, bytes, .. } = &self.disks[disk];
+        let mut reader = ChunkReader::new(file, *bytes);
+        let mut zeroes = 0;
+        while first + zeroes < end && zeroes < u64::from(MAX_ZERO_CHUNKS) && reader.is_hole(first + zeroes)? {
+            zeroes += 1;
+        }
+        let mut sums = Vec::new();
+        if zeroes == 0 {
+            for chunk in first..end.min(first + WINDOW) {
+                if self.stop.load(Ordering::Relaxed) {
+                    return Err(None);
+                }
+                sums.push(reader.sum(chunk, &mut self.buffer)?);
+            }
+        }
+        Ok((zeroes, sums))
+    }
+
+    fn offer(&mut self, window: Window, sums: Option<Vec<Sum>>) {
+        let Window { disk, first, count, weight } = window;
+        self.in_flight += weight;
+        self.outstanding.push_back(window);
+        (self.send)(DiskSection::Sums { disk, first, count, sums });
+    }
+
+    fn wait_for_room(&mut self) -> Result<(), Stop> {
+        // A whole window must fit.
+        while self.in_flight + WINDOW > IN_FLIGHT || self.outstanding.len() >= WINDOWS {
+            self.wait_for_answer()?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_all(&mut self) -> Result<(), Stop> {
+        while !self.outstanding.is_empty() {
+            self.wait_for_answer()?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_answer(&mut self) -> Result<(), Stop> {
+        match self.inbox.recv() {
+            Ok(Order::Want(want)) => self.answer(&want),
+            Ok(Order::CatchUp { .. }) => Err(Stop::Failed("two orders at a time".into())),
+            Err(_) => Err(Stop::Unwanted),
+        }
+    }
+
+    /// Sends what the standby wants of the oldest window.
+    fn answer(&mut self, want: &DiskWant) -> Result<(), Stop> {
+        let due = self.outstanding.pop_front();
+        let Some(window) = due.filter(|w| (w.disk, w.first, w.count) == (want.disk, want.first, want.count))
+        else {
+            return Err(Stop::Failed("the standby answered to sums that were not sent".into()));
+        };
+        self.in_flight -= window.weight;
+        let Some(SourceDisk { file, bytes, .. }) = self.disks.iter().find(|d| d.index == want.disk) else {
+            return Ok(());
+        };
+        let mut reader = ChunkReader::new(file, *bytes);
+        for section in want.wanted.chunks(SECTION) {
+            let mut records = Vec::with_capacity(section.len() * (DISK_CHUNK + 32));
+            for at in section {
+                if self.stop.load(Ordering::Relaxed) {
+                    return Err(Stop::Unwanted);
+                }
+                let chunk = want.first + u64::from(*at);
+                let (offset, len) = reader.range(chunk);
+                let data = reader
+                    .read(chunk, &mut self.buffer)
+                    .map_err(|error| Stop::Failed(format!("disk {} cannot be read: {error}", want.disk)))?;
+                let op = data.map_or(DiskOp::Zero(len as u64), DiskOp::Data);
+                DiskRecord { disk: want.disk, offset, op }.put(&mut records);
+                self.sent_bytes += len as u64;
+            }
+            (self.send)(DiskSection::Blocks { round: self.round, records });
+        }
+        Ok(())
+    }
+
+    fn report(&mut self, disk: usize, chunks: u64) {
+        self.reported = Instant::now();
+        let SourceDisk { index, bytes, .. } = self.disks[disk];
+        (self.tell)(SyncReport::Progress {
+            disk: index,
+            done_bytes: (chunks * DISK_CHUNK as u64).min(bytes),
+            total_bytes: bytes,
+            sent_bytes: self.sent_bytes,
+        });
+    }
+}

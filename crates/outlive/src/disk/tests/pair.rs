@@ -1,0 +1,343 @@
+//! A synchronisation and a replica, joined by a wire that is no wire.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant, Kind, VmId};
+
+use crate::disk::journal::Journal;
+use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::{Changed, DiskSection, DiskSync, Replica, ReplicaDisk, SourceDisk, SyncReport, Told};
+
+const CHUNK: u64 = DISK_CHUNK as u64;
+
+#[derive(Clone, Default)]
+struct Marks(Arc<Mutex<Vec<u64>>>);
+
+impl Changed for Marks {
+    fn take(&mut self, disk: u16, chunks: &mut Vec<u64>) {
+        if disk == 0 {
+            let mut marks = self.0.lock().unwrap();
+            marks.sort_unstable();
+            marks.dedup();
+            chunks.append(&mut marks);
+        }
+    }
+}
+
+struct Pair {
+    directory: tempfile::TempDir,
+    marks: Marks,
+    sync: Option<DiskSync>,
+    replica: Replica,
+    sections: Receiver<DiskSection>,
+    reports: Receiver<SyncReport>,
+    told: Receiver<Told>,
+    /// Bytes of blocks that went over, and chunks in sums.
+    blocks: u64,
+}
+
+fn open(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+}
+
+/// Two disks: one of many chunks and an odd end, one that is only read.
+fn images(directory: &Path, host: &str) -> [PathBuf; 2] {
+    [directory.join(format!("{host}-0.img")), directory.join(format!("{host}-1.img"))]
+}
+
+const SIZES: [u64; 2] = [300 * CHUNK + 1536, 3 * CHUNK];
+
+fn start_replica(directory: &Path) -> (Replica, Receiver<Told>) {
+    let (tell, told): (Sender<Told>, _) = channel();
+    let paths = images(directory, "standby");
+    let disk = |at: usize| {
+        Some(ReplicaDisk {
+            path: paths[at].clone(),
+            file: open(&paths[at]),
+            bytes: SIZES[at],
+            read_only: at == 1,
+        })
+    };
+    let disks = vec![disk(0), None, disk(1)];
+    (Replica::start(disks, VmId([5; 16]), 7, move |it| drop(tell.send(it))).unwrap(), told)
+}
+
+impl Pair {
+    fn new(fill: impl FnOnce(&[File; 2], &[File; 2])) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let [ours, theirs] = ["primary", "standby"].map(|host| {
+            let files = images(directory.path(), host).map(|path| open(&path));
+            files.iter().zip(SIZES).for_each(|(file, size)| file.set_len(size).unwrap());
+            files
+        });
+        fill(&ours, &theirs);
+        Self::over(directory)
+    }
+
+    fn over(directory: tempfile::TempDir) -> Self {
+        let (replica, told) = start_replica(directory.path());
+        let marks = Marks::default();
+        let (send, sections) = channel();
+        let (tell, reports) = channel();
+        let paths = images(directory.path(), "primary");
+        let disks = vec![
+            SourceDisk { index: 0, file: open(&paths[0]), bytes: SIZES[0], written: true },
+            SourceDisk { index: 2, file: open(&paths[1]), bytes: SIZES[1], written: false },
+        ];
+        let sync = DiskSync::start(
+            disks,
+            marks.clone(),
+            move |section| drop(send.send(section)),
+            move |report| drop(tell.send(report)),
+        );
+        let sync = Some(sync.unwrap());
+        Self { directory, marks, sync, replica, sections, reports, told, blocks: 0 }
+    }
+
+    /// Carries messages until the primary's side reports something that is not progress.
+    fn until_report(&mut self) -> SyncReport {
+        loop {
+            let mut idle = true;
+            while let Ok(section) = self.sections.try_recv() {
+                idle = false;
+                self.carry(&section).unwrap();
+            }
+            while let Ok(told) = self.told.try_recv() {
+                idle = false;
+                match told {
+                    Told::Want(want) => self.sync.as_ref().unwrap().want(want),
+                    Told::Failed(why) => return SyncReport::Failed(why),
+                }
+            }
+            while let Ok(report) = self.reports.try_recv() {
+                if !matches!(report, SyncReport::Progress { .. }) {
+                    return report;
+                }
+            }
+            if idle {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    }
+
+    fn carry(&mut self, section: &DiskSection) -> Result<(), String> {
+        match section {
+            DiskSection::Sums { disk, first, count, sums } => self.replica.sums(&DiskSums {
+                disk: *disk,
+                first: *first,
+                count: *count,
+                sums: sums.as_deref(),
+            }),
+            DiskSection::Blocks { records, .. } => {
+                self.blocks += records.len() as u64;
+                self.replica.blocks(&DiskRecords::parse(Kind::DiskBlocks, records).unwrap())
+            }
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        let file = open(&images(self.directory.path(), "primary")[0]);
+        file.write_all_at(bytes, offset).unwrap();
+        let chunks = offset / CHUNK..(offset + bytes.len() as u64).div_ceil(CHUNK);
+        self.marks.0.lock().unwrap().extend(chunks);
+    }
+
+    fn commit(&self, number: u64, base: bool, writes: &[(u64, &[u8])], flush: bool) {
+        let mut records = Vec::new();
+        for (offset, bytes) in writes {
+            DiskRecord { disk: 0, offset: *offset, op: DiskOp::Data(bytes) }.put(&mut records);
+        }
+        if flush {
+            DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }.put(&mut records);
+        }
+        self.replica.commit(number, base, &DiskRecords::parse(Kind::DiskWrites, &records).unwrap());
+    }
+
+    fn content(&self, host: &str) -> [Vec<u8>; 2] {
+        images(self.directory.path(), host).map(|path| fs::read(path).unwrap())
+    }
+
+    fn sidecar(&self) -> Option<Sidecar> {
+        Sidecar::read(&images(self.directory.path(), "standby")[0]).unwrap()
+    }
+}
+
+fn differing(ours: &[File; 2], theirs: &[File; 2]) {
+    for chunk in [0u64, 1, 63, 64, 65, 200, 299, 300] {
+        ours[0].write_all_at(&[chunk as u8 | 1; 1000], chunk * CHUNK + 100).unwrap();
+    }
+    // Data at the standby where the primary has none, and the same data on both.
+    theirs[0].write_all_at(&[9; 70_000], 150 * CHUNK + 17).unwrap();
+    theirs[0].write_all_at(&[65; 1000], 65 * CHUNK + 100).unwrap();
+    for files in [ours, theirs] {
+        files[1].write_all_at(&[4; 5000], 60_000).unwrap();
+    }
+}
+
+#[test]
+fn a_base_takes_what_differs_and_no_more() {
+    let mut pair = Pair::new(differing);
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    assert_eq!(pair.content("primary"), pair.content("standby"));
+    // Chunk 65 was the same already; chunk 300 is a short one.
+    let expected = 6 * (CHUNK + 24) + 1536 + 24;
+    assert_eq!(pair.blocks, expected);
+    let sidecar = pair.sidecar().unwrap();
+    assert!(!sidecar.whole && sidecar.role == Role::Replica);
+
+    // Written after the first round: goes with the next, whatever its kind.
+    pair.write(3 * CHUNK - 5, &[7; 10]);
+    pair.write(64 * CHUNK, &[0; 2 * DISK_CHUNK]);
+    pair.sync.as_ref().unwrap().catch_up(true);
+    assert_eq!(pair.until_report(), SyncReport::CaughtUp { last: true, chunks: 4 });
+    assert_eq!(pair.content("primary"), pair.content("standby"));
+
+    // Again with nothing to send.
+    let before = pair.blocks;
+    let mut pair = Pair { blocks: before, ..Pair::over_again(pair) };
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    assert_eq!(pair.blocks, before);
+}
+
+impl Pair {
+    /// Another connection of the same two hosts.
+    fn over_again(pair: Self) -> Self {
+        let Self { directory, sync, replica, .. } = pair;
+        drop(sync);
+        drop(replica);
+        Self::over(directory)
+    }
+}
+
+#[test]
+fn commits_go_through_the_journal_into_the_image() {
+    let mut pair = Pair::new(differing);
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    let image = images(pair.directory.path(), "standby")[0].clone();
+    let journal = beside(&image, "journal");
+    let mut expected = pair.content("primary")[0].clone();
+    for number in 50..80u64 {
+        let (offset, fill) = (number * 3000, [number as u8; 5000]);
+        let far = (SIZES[0] - 700, &fill[..700]);
+        pair.commit(number, number == 50, &[(offset, &fill), far], number % 7 == 0);
+        expected[offset as usize..offset as usize + 5000].fill(number as u8);
+        expected[far.0 as usize..].fill(number as u8);
+    }
+    pair.replica.settle().unwrap();
+    assert!(pair.content("standby")[0] == expected);
+    let sidecar = pair.sidecar().unwrap();
+    assert!(sidecar.whole && sidecar.checkpoint == 50);
+    assert_eq!((sidecar.vm, sidecar.generation), (VmId([5; 16]), 7));
+    assert_eq!(sidecar.journal.as_deref().map(fs::canonicalize).unwrap().unwrap(), journal);
+    assert_eq!(Journal::open(open(&journal)).unwrap().1, 79);
+
+    pair.commit(80, false, &[(0, b"the last")], false);
+    pair.replica.become_primary(8).unwrap();
+    expected[..8].copy_from_slice(b"the last");
+    assert!(pair.content("standby")[0] == expected);
+    let sidecar = pair.sidecar().unwrap();
+    let now = (sidecar.role, sidecar.generation, sidecar.checkpoint, sidecar.whole, sidecar.journal);
+    assert_eq!(now, (Role::Primary, 8, 80, true, None));
+    assert!(!journal.exists());
+    // Only the images that are written have a sidecar.
+    assert_eq!(Sidecar::read(&images(pair.directory.path(), "standby")[1]).unwrap(), None);
+}
+
+#[test]
+fn without_more_commits_they_are_applied_soon() {
+    let mut pair = Pair::new(|_, _| ());
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    pair.commit(1, true, &[], false);
+    pair.commit(2, false, &[(70_000, b"soon")], false);
+    let began = std::time::Instant::now();
+    while &pair.content("standby")[0][70_000..70_004] != b"soon" {
+        assert!(began.elapsed() < Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_standby_that_ends_in_order_leaves_a_whole_image() {
+    let mut pair = Pair::new(differing);
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    pair.commit(9, true, &[(5, b"base")], false);
+    pair.commit(12, false, &[(5, b"more")], false);
+    let Pair { directory, replica, .. } = pair;
+    drop(replica);
+    let image = images(directory.path(), "standby")[0].clone();
+    let sidecar = Sidecar::read(&image).unwrap().unwrap();
+    assert_eq!((sidecar.whole, sidecar.checkpoint, sidecar.journal), (true, 12, None));
+    assert_eq!(&fs::read(&image).unwrap()[5..9], b"more");
+    assert!(!beside(&image, "journal").exists());
+}
+
+#[test]
+fn a_read_only_disk_that_differs_is_named() {
+    let mut pair = Pair::new(|ours, _| ours[1].write_all_at(b"x", 100_000).unwrap());
+    let report = pair.until_report();
+    let SyncReport::Failed(why) = report else { panic!("{report:?}") };
+    assert!(why.contains("disk 2 is read-only") && why.contains("copy the primary's file"), "{why}");
+}
+
+#[test]
+fn sums_and_blocks_out_of_bounds_are_refused() {
+    let mut pair = Pair::new(|_, _| ());
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    let sums = |disk, first, count| pair.replica.sums(&DiskSums { disk, first, count, sums: None });
+    assert!(sums(0, 0, 301).is_ok());
+    for (disk, first, count) in [(0, 0, 302), (0, 301, 1), (1, 0, 1), (3, 0, 1), (2, 1, 3)] {
+        assert!(sums(disk, first, count).is_err(), "{disk} {first} {count}");
+    }
+    let block = |disk, offset, op| {
+        let mut records = Vec::new();
+        DiskRecord { disk, offset, op }.put(&mut records);
+        pair.replica.blocks(&DiskRecords::parse(Kind::DiskBlocks, &records).unwrap())
+    };
+    assert_eq!(block(0, 0, DiskOp::Data(&[1])), Err("blocks that were not asked for".into()));
+    for (disk, offset, op) in [
+        (0, SIZES[0], DiskOp::Zero(1)),
+        (1, 0, DiskOp::Zero(1)),
+        (2, 0, DiskOp::Data(&[1])),
+        (9, 0, DiskOp::Zero(1)),
+        (0, 0, DiskOp::Flush),
+    ] {
+        assert!(block(disk, offset, op).unwrap_err().contains("outside disk"), "{disk} {offset}");
+    }
+}
+
+#[test]
+fn an_answer_that_fits_no_window_ends_the_synchronisation() {
+    let pair = Pair::new(|_, _| ());
+    pair.sync.as_ref().unwrap().want(DiskWant { disk: 0, first: 5, count: 2, wanted: vec![] });
+    loop {
+        match pair.reports.recv_timeout(Duration::from_secs(5)).unwrap() {
+            SyncReport::Progress { .. } => {}
+            SyncReport::Failed(why) => {
+                assert_eq!(why, "the standby answered to sums that were not sent");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Without an answer only a bounded number of sums ever goes out, and dropping ends the thread.
+#[test]
+fn what_is_on_its_way_is_bounded() {
+    let mut pair = Pair::new(|ours, _| {
+        for chunk in 0..300 {
+            ours[0].write_all_at(&[1], chunk * CHUNK).unwrap();
+        }
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    let sections: Vec<_> = pair.sections.try_iter().collect();
+    let chunks: u32 =
+        sections.iter().map(|s| if let DiskSection::Sums { count, .. } = s { *count } else { 0 }).sum();
+    assert_eq!(chunks, 128);
+    drop(pair.sync.take());
+}

@@ -1,0 +1,103 @@
+//! What stands in an image's way, and what an earlier process left.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use outlive_epoch::{DiskOp, DiskRecord, VmId};
+
+use crate::disk::journal::{Identity, Journal};
+use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::{for_run, for_standby, mark_primary};
+
+const VM: VmId = VmId([3; 16]);
+
+fn sidecar(disk: u16, journal: Option<PathBuf>) -> Sidecar {
+    Sidecar { vm: VM, generation: 2, role: Role::Replica, whole: true, checkpoint: 10, disk, journal }
+}
+
+/// Two images with a journal that has one checkpoint for both.
+fn left_by_a_kill(directory: &Path) -> [PathBuf; 2] {
+    let images = ["a.img", "b.img"].map(|name| directory.join(name));
+    let journal = beside(&images[0], "journal");
+    for (disk, image) in images.iter().enumerate() {
+        fs::write(image, [0u8; 4096]).unwrap();
+        // Disk 1 is one that is not replicated.
+        sidecar(disk as u16 * 2, Some(journal.clone())).write(image).unwrap();
+    }
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&journal).unwrap();
+    let identity = Identity { vm: VM, generation: 2, sizes: vec![4096, 0, 4096] };
+    let mut journal = Journal::create(file, identity, 10).unwrap();
+    let mut records = Vec::new();
+    for disk in [0, 2] {
+        DiskRecord { disk, offset: 100, op: DiskOp::Data(b"replayed") }.put(&mut records);
+    }
+    journal.append(11, &records).unwrap();
+    images
+}
+
+#[test]
+fn a_journal_is_replayed_before_the_images_are_used() {
+    for run in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let images = left_by_a_kill(directory.path());
+        let paths = [images[0].as_path(), images[1].as_path()];
+        if run {
+            for_run(&paths).unwrap()
+        } else {
+            for_standby(&paths).unwrap()
+        }
+        for image in &images {
+            assert_eq!(&fs::read(image).unwrap()[100..108], b"replayed");
+            let sidecar = Sidecar::read(image).unwrap().unwrap();
+            assert_eq!((sidecar.checkpoint, sidecar.whole, sidecar.journal), (11, true, None));
+        }
+        assert!(!beside(&images[0], "journal").exists());
+        for_run(&paths).unwrap();
+    }
+}
+
+#[test]
+fn a_journal_of_two_images_wants_both() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = left_by_a_kill(directory.path());
+    let error = for_run(&[&images[0]]).unwrap_err();
+    assert!(error.contains("disk 2 too: give all disks"), "{error}");
+    // A standby's is synchronised anyway.
+    for_standby(&[&images[0]]).unwrap();
+    let error = for_run(&[&images[0]]).unwrap_err();
+    assert!(error.contains("is not whole"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_with_the_remedy() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("a.img");
+    let standby = || for_standby(&[&image]).unwrap_err();
+    assert!(standby().contains("does not exist: make one with `truncate"), "{}", standby());
+    fs::write(&image, [0; 4096]).unwrap();
+    let held = File::options().read(true).write(true).open(&image).unwrap();
+    held.lock().unwrap();
+    assert!(standby().contains("is in use: stop the program"), "{}", standby());
+    drop(held);
+    for_standby(&[&image]).unwrap();
+    for_run(&[&image]).unwrap();
+
+    Sidecar { whole: false, ..sidecar(0, None) }.write(&image).unwrap();
+    let error = for_run(&[&image]).unwrap_err();
+    assert!(
+        error.contains("is not whole") && error.contains("give it to `outlive standby` again"),
+        "{error}"
+    );
+    sidecar(0, Some(directory.path().join("gone.journal"))).write(&image).unwrap();
+    let error = for_run(&[&image]).unwrap_err();
+    assert!(error.contains("gone.journal") && error.contains("put it back"), "{error}");
+    fs::write(beside(&image, "outlive"), "vm = nonsense").unwrap();
+    let error = for_run(&[&image]).unwrap_err();
+    assert!(error.contains("makes no sense in line 1"), "{error}");
+    for_standby(&[&image]).unwrap();
+
+    mark_primary(&[(0, image.clone())], VM, 5).unwrap();
+    for_run(&[&image]).unwrap();
+    let now = Sidecar::read(&image).unwrap().unwrap();
+    assert_eq!((now.role, now.generation, now.whole), (Role::Primary, 5, true));
+}
