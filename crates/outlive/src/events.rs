@@ -77,6 +77,17 @@ pub enum Event {
         /// How the copy differs; `null` when it is the same.
         difference: Option<String>,
     },
+    /// How far the synchronisation of a disk has come.
+    DiskSync {
+        /// The disk's position among the VM's disks.
+        disk: u16,
+        /// Bytes compared by their sums.
+        done_bytes: u64,
+        /// Bytes of the disk.
+        total_bytes: u64,
+        /// Bytes sent so far, of all disks.
+        sent_bytes: u64,
+    },
     /// The base checkpoint is committed: from here on the VM survives the loss of this host.
     Protected {
         /// The generation that runs the VM.
@@ -286,6 +297,7 @@ mod tests {
             Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536 },
             Event::GuestPanicked,
             Event::GuestRestarted,
+            Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
             Event::SelfCheck { checkpoint: 100, difference: None },
             Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
             Event::Stats(Stats { pause_us: vec![(100, 3), (200, 1)], rate_hz: 812.5, ..Stats::default() }),

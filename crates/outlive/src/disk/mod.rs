@@ -27,6 +27,6 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use prepare::{check_generation, for_run, for_standby, mark_primary};
+pub(crate) use prepare::{check_generation, for_run, for_standby, has_sidecar, mark_primary};
 pub(crate) use replica::{Replica, ReplicaDisk, Told};
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

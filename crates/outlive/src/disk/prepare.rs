@@ -49,7 +49,7 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
 pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
     for path in paths {
         // A wrong path or an image in use is told now, not when the first primary comes.
-        drop(open(path)?);
+        look(path)?;
     }
     let sidecars = match read_sidecars(paths) {
         Ok(sidecars) => sidecars,
@@ -87,6 +87,11 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
         }
     }
     Ok(())
+}
+
+/// Whether an image has a sidecar.
+pub(crate) fn has_sidecar(image: &Path) -> bool {
+    beside(image, "outlive").exists()
 }
 
 /// Says in the sidecars that a VM runs on these images.
@@ -166,22 +171,47 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
     Ok(())
 }
 
-/// Opens an image for writing, for nobody else.
-fn open(path: &Path) -> Result<File, String> {
+/// Whether an image is there and no VM runs on it. How it will be used is not known before the primary comes.
+fn look(path: &Path) -> Result<(), String> {
+    let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
+    lock(path, file.try_lock_shared())
+}
+
+fn cannot_open(path: &Path, error: &io::Error) -> String {
     let image = path.display();
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| match error.kind() {
+    match error.kind() {
         io::ErrorKind::NotFound => {
-            format!("the disk image {image} does not exist: make one with `truncate -s SIZE {image}`, as large as the primary's")
+            format!(
+                "the disk image {image} does not exist: make one with `truncate -s SIZE {image}`, as large as the primary's"
+            )
         }
-        io::ErrorKind::PermissionDenied => format!("no permission to write the disk image {image}: let this user"),
+        io::ErrorKind::PermissionDenied => {
+            format!("no permission to open the disk image {image}: let this user read and write it")
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            format!("the disk image {image} is on a read-only file system: mount it for writing")
+        }
         _ => format!("cannot open the disk image {image}: {error}"),
-    })?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
+    }
+}
+
+fn lock(path: &Path, locked: Result<(), TryLockError>) -> Result<(), String> {
+    let image = path.display();
+    match locked {
+        Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => {
             Err(format!("the disk image {image} is in use: stop the program that uses it"))
         }
-        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(file),
+        // Not every file system knows locks.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         Err(TryLockError::Error(error)) => Err(format!("cannot lock the disk image {image}: {error}")),
     }
+}
+
+/// Opens an image for writing, for nobody else.
+fn open(path: &Path) -> Result<File, String> {
+    let file =
+        OpenOptions::new().read(true).write(true).open(path).map_err(|error| cannot_open(path, &error))?;
+    lock(path, file.try_lock())?;
+    Ok(file)
 }

@@ -9,6 +9,7 @@
 //! or writes it.
 
 mod receiver;
+mod records;
 mod sender;
 
 use std::io;

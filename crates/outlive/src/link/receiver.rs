@@ -3,17 +3,23 @@
 use std::net::TcpStream;
 use std::time::Duration;
 
-use outlive_epoch::{Message, Peer, ReadError, SectionReader};
+use outlive_epoch::{DiskWant, Message, Peer, ReadError, SectionReader};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 /// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is called on it
-/// after the message has arrived, so that the time that it reads is later than the arrival.
-pub(crate) fn receive(stream: &mut TcpStream, link: Link, tell: impl Fn(PrimaryEvent)) {
+/// after the message has arrived, so that the time that it reads is later than the arrival. What the standby wants of the
+/// disks is no event of the state machine, only a sign of life; `want` takes it.
+pub(crate) fn receive(
+    stream: &mut TcpStream,
+    link: Link,
+    tell: impl Fn(PrimaryEvent),
+    want: impl Fn(DiskWant),
+) {
     let mut reader = SectionReader::new(Peer::Standby);
     let result = reader.read_preface(stream);
     let mut error = result.err();
     while error.is_none() {
-        match next(&mut reader, stream, link) {
+        match next(&mut reader, stream, link, &want) {
             Ok(event) => tell(event),
             Err(stop) => error = Some(stop),
         }
@@ -27,7 +33,12 @@ pub(crate) fn receive(stream: &mut TcpStream, link: Link, tell: impl Fn(PrimaryE
     tell(PrimaryEvent::LinkLost { link, why });
 }
 
-fn next(reader: &mut SectionReader, stream: &mut TcpStream, link: Link) -> Result<PrimaryEvent, ReadError> {
+fn next(
+    reader: &mut SectionReader,
+    stream: &mut TcpStream,
+    link: Link,
+    want: &impl Fn(DiskWant),
+) -> Result<PrimaryEvent, ReadError> {
     let section = reader.read_section(stream)?;
     Ok(match Message::parse(&section)? {
         Message::Accept(accept) => {
@@ -42,6 +53,10 @@ fn next(reader: &mut SectionReader, stream: &mut TcpStream, link: Link) -> Resul
         },
         Message::Heartbeat { stamp_us } => {
             PrimaryEvent::Heartbeat { link, stamp: Duration::from_micros(stamp_us) }
+        }
+        Message::DiskWant(wanted) => {
+            want(wanted);
+            PrimaryEvent::Heard { link }
         }
         Message::Leave(reason) => PrimaryEvent::Leave { link, reason },
         // The reader refuses what a standby never sends.

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION,
-    PageEntry, Preface, StateRef, squeeze_zero_pages,
+    CheckpointBegin, CheckpointFlags, DiskSums, EncodeError, Encoder, EndReason, Hello,
+    MAX_PAGES_PER_SECTION, PageEntry, Preface, StateRef, squeeze_zero_pages,
 };
 use outlive_machine::{PAGE_SIZE, Ram, Staging};
 
+use super::records::Records;
 use crate::clock::Clock;
+use crate::disk::DiskSection;
 
 /// Page bytes written at once. Between two writes a heartbeat may go out, so this bounds how long one is delayed.
 const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
@@ -48,6 +50,8 @@ pub(crate) enum Job {
         /// Where they are.
         ram: Arc<Ram>,
     },
+    /// A part of the base synchronisation of disks.
+    Disk(DiskSection),
     /// A checkpoint.
     Checkpoint(Box<CheckpointPart>),
     /// A heartbeat with the time at which it is written.
@@ -102,6 +106,7 @@ impl Sender {
             beaten: Instant::now(),
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
+            records: Records::default(),
             report,
         };
         let thread = std::thread::Builder::new().name("sender".into()).spawn(move || {
@@ -169,6 +174,8 @@ struct Writer<R> {
     /// Everything but page data, for one write.
     heads: Vec<u8>,
     cuts: Vec<Cut>,
+    /// Writes to disks as they go over the link.
+    records: Records,
     report: R,
 }
 
@@ -199,6 +206,7 @@ impl<R: Fn(SenderReport)> Writer<R> {
                 (self.report)(SenderReport::BaseRoundDone(gfns));
                 Ok(())
             }
+            Job::Disk(section) => self.disk(&section),
             Job::Checkpoint(part) => {
                 self.checkpoint(&part)?;
                 (self.report)(SenderReport::Free(part.staging));
@@ -255,11 +263,30 @@ impl<R: Fn(SenderReport)> Writer<R> {
         Ok(())
     }
 
+    fn disk(&mut self, section: &DiskSection) -> Result<(), SendError> {
+        match section {
+            DiskSection::Sums { disk, first, count, sums } => {
+                let window = DiskSums { disk: *disk, first: *first, count: *count, sums: sums.as_deref() };
+                self.encoder.disk_sums(&mut self.heads, &window)?;
+                self.flush(&[])?;
+            }
+            DiskSection::Blocks { round, records } => {
+                self.encoder.disk_blocks_head(&mut self.heads, *round, records)?;
+                self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..records.len() });
+                self.flush(records)?;
+            }
+        }
+        self.beat_if_due()
+    }
+
     fn checkpoint(&mut self, part: &CheckpointPart) -> Result<(), SendError> {
         let CheckpointPart { generation, number, flags, .. } = *part;
+        // Like the state, the writes to disks are all in the first part.
+        self.records.fill(part.staging.disk_writes());
         if let Some((pages, state_bytes)) = part.totals {
             let (pages, state_bytes) = (pages as u32, state_bytes as u32);
-            let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes: 0, flags };
+            let disk_bytes = self.records.len() as u32;
+            let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags };
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
         let data = part.staging.page_bytes();
@@ -287,11 +314,29 @@ impl<R: Fn(SenderReport)> Writer<R> {
             self.encoder.state_head(&mut self.heads, &state)?;
             self.heads.extend_from_slice(section.bytes);
         }
+        self.disk_writes(data)?;
         if part.last {
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }
         self.flush(data)
+    }
+
+    /// The writes to disks, behind the pages and the state that wait in `data` and the heads.
+    fn disk_writes(&mut self, data: &[u8]) -> Result<(), SendError> {
+        if self.records.len() == 0 {
+            return Ok(());
+        }
+        self.flush(data)?;
+        let records = std::mem::take(&mut self.records);
+        for section in records.sections() {
+            self.encoder.disk_writes_head(&mut self.heads, section)?;
+            self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..section.len() });
+            self.flush(section)?;
+            self.beat_if_due()?;
+        }
+        self.records = records;
+        Ok(())
     }
 
     /// Writes heads and page data in their order with as few system calls as the kernel allows.

@@ -4,18 +4,21 @@
 //! [`Control`]. One thread, no lock held while it waits.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{CheckpointFlags, EndReason};
-use outlive_machine::{After, CaptureError, InPause, Machine, MachineEvent, PowerRequest, Staging};
+use outlive_epoch::{CheckpointFlags, EndReason, VmId};
+use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, PowerRequest, Staging};
 use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wanted};
 
 use super::base::Base;
 use super::control::{Control, Inbox};
+use super::disks::{DiskBase, Next, SharedDisks};
 use super::stats::{Reporter, Totals};
+use crate::disk::{self, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job, SenderReport};
 use crate::{exit, process};
@@ -41,6 +44,10 @@ pub(crate) struct Active {
     pub(crate) interval: Duration,
     /// Pages that a staging buffer has room for.
     pub(crate) staging_pages: usize,
+    /// Whose disks these are.
+    pub(crate) vm: VmId,
+    /// The replicated disks with their images.
+    pub(crate) replicated: Vec<(u16, PathBuf)>,
     /// Every how many checkpoints both copies are compared.
     pub(crate) self_check: Option<u64>,
     /// Counters.
@@ -141,6 +148,13 @@ impl Coordinator {
             Inbox::Machine(event) => self.machine_event(event),
             Inbox::Sender(link, report) => self.sender_report(link, report),
             Inbox::StartBase(link) => self.start_base(link),
+            Inbox::DiskWant(link, want) => {
+                if let Some(disks) = self.base_of(link).and_then(Base::disks) {
+                    disks.want(want);
+                }
+            }
+            Inbox::DiskSync(link, report) => self.disk_report(link, report),
+            Inbox::Won(generation) => self.mark_disks(generation),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Fence => {
                 self.guest_over = true;
@@ -255,11 +269,20 @@ impl Coordinator {
     fn start_base(&mut self, link: Link) {
         match self.prepare_base(link) {
             Ok(base) => self.base = Some(base),
-            Err(why) => {
-                tracing::error!("protection cannot start: {why}");
-                self.active.control.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
-            }
+            Err(why) => return self.base_failed(link, why),
         }
+        if self.base.as_mut().and_then(Base::disks).is_none_or(|disks| !disks.comes_first()) {
+            self.begin_memory(link);
+        }
+    }
+
+    fn base_failed(&mut self, link: Link, why: String) {
+        tracing::error!("protection cannot start: {why}");
+        self.active.control.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
+    }
+
+    fn base_of(&mut self, link: Link) -> Option<&mut Base> {
+        self.base.as_mut().filter(|base| base.link() == link)
     }
 
     fn prepare_base(&mut self, link: Link) -> Result<Base, String> {
@@ -267,13 +290,22 @@ impl Coordinator {
         active.totals.base_begins();
         self.free.clear();
         let pages = active.staging_pages.min(active.machine.ram().pages() as usize);
-        let disk_bytes = if active.machine.disks().is_empty() { 0 } else { DISK_BYTES };
-        super::check_staging(pages, SLOTS)?;
+        let disk_bytes = if active.replicated.is_empty() { 0 } else { DISK_BYTES };
+        super::check_staging(pages, disk_bytes, SLOTS)?;
         for _ in 0..SLOTS {
             self.free.push(Staging::new(pages, disk_bytes).map_err(|e| e.to_string())?);
         }
         active.machine.begin_base();
-        active.machine.enable_tracking().map_err(|e| e.to_string())?;
+        let disks = DiskBase::start(&active.machine, &active.control, link, &active.events)?;
+        Ok(Base::new(link, active.events.clone(), disks))
+    }
+
+    /// The disks are at the standby, if there are any: memory follows.
+    fn begin_memory(&mut self, link: Link) {
+        let active = &mut self.active;
+        if let Err(error) = active.machine.enable_tracking() {
+            return self.base_failed(link, error.to_string());
+        }
         // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like every page that
         // was never touched here.
         let ram = active.machine.ram();
@@ -281,29 +313,69 @@ impl Coordinator {
             tracing::warn!(%error, "sending untouched memory too");
             ram.gfns().collect()
         });
-        let base = Base::new(link, gfns.len() as u64, active.events.clone());
-        active.control.send(link, base.round(gfns, active.machine.ram()));
-        Ok(base)
+        if let Some(base) = &mut self.base {
+            active.control.send(link, base.begin_memory(gfns, active.machine.ram()));
+        }
+    }
+
+    /// The synchronisation of the disks has come to a point.
+    fn disk_report(&mut self, link: Link, report: SyncReport) {
+        let Some(base) = self.base.as_mut().filter(|b| b.link() == link) else { return };
+        let Some(disks) = base.disks() else { return };
+        match disks.report(report) {
+            Next::Wait => {}
+            Next::Memory => self.begin_memory(link),
+            Next::Final => {
+                let dirty = self.active.machine.tracker().pending();
+                match base.late_round(dirty, self.active.staging_pages) {
+                    Some(gfns) => self.next_round(link, gfns),
+                    None => self.capture_base(link),
+                }
+            }
+            Next::Fail(why) => self.base_failed(link, format!("the disks cannot be synchronised: {why}")),
+        }
+    }
+
+    /// The VM goes on here in a new generation: whoever finds the images shall know that they are the newest.
+    fn mark_disks(&self, generation: u64) {
+        let Active { replicated, vm, .. } = &self.active;
+        if let Err(why) = disk::mark_primary(replicated, *vm, generation) {
+            tracing::error!("{why}");
+        }
     }
 
     /// A round is sent. Either the rest is small enough for the final stop, or there is another round.
     fn base_round_done(&mut self, link: Link, mut gfns: Vec<Gfn>) {
         let Some(base) = self.base.as_mut().filter(|b| b.link() == link) else { return };
         let dirty = self.active.machine.tracker().pending();
-        if base.is_last(dirty, self.active.staging_pages) {
+        if !base.is_last(dirty, self.active.staging_pages) {
+            return self.next_round(link, gfns);
+        }
+        gfns.clear();
+        if base.disks_are_ready(gfns) {
+            self.capture_base(link);
+        }
+    }
+
+    /// The final stop of the base synchronisation.
+    fn capture_base(&mut self, link: Link) {
+        if let Some(base) = &mut self.base {
             // What was taken early has not been sent since, so it is part of what the final checkpoint carries.
             base.early().drain(..).for_each(|gfn| self.active.machine.ram().log().mark(gfn));
-            let (wanted, _) = self.active.control.wanted();
-            if wanted == (Wanted::Base { link })
-                && let Err(error) = self.capture(None)
-            {
-                self.capture_failed(&error);
-            }
-            if let Some(base) = self.base.take() {
-                base.finish();
-            }
-            return;
         }
+        let (wanted, _) = self.active.control.wanted();
+        if wanted == (Wanted::Base { link })
+            && let Err(error) = self.capture(None)
+        {
+            self.capture_failed(&error);
+        }
+        if let Some(base) = self.base.take() {
+            base.finish();
+        }
+    }
+
+    fn next_round(&mut self, link: Link, mut gfns: Vec<Gfn>) {
+        let Some(base) = &mut self.base else { return };
         gfns.clear();
         match self.active.machine.take_dirty(&mut gfns) {
             Ok(()) => {
@@ -315,9 +387,7 @@ impl Coordinator {
     }
 
     fn detached(&mut self, _link: Link) {
-        self.base = None;
-        self.free.clear();
-        self.active.machine.disable_tracking();
+        self.end_protection();
         if !self.guest_over {
             self.active.machine.resume();
         }
@@ -385,12 +455,17 @@ impl Coordinator {
             let why = LossReason::Local(error.to_string());
             self.active.control.handle(PrimaryEvent::LinkLost { link, why });
         }
-        self.base = None;
-        self.free.clear();
-        self.active.machine.disable_tracking();
+        self.end_protection();
         if !self.guest_over {
             self.active.machine.resume();
         }
+    }
+
+    fn end_protection(&mut self) {
+        self.base = None;
+        self.free.clear();
+        self.active.machine.disable_tracking();
+        self.active.machine.write_log().set_mode(LogMode::Off);
     }
 
     /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole: this process
@@ -401,6 +476,7 @@ impl Coordinator {
         if let Some(net) = self.active.machine.net() {
             net.output().discard();
         }
+        SharedDisks::of(&self.active.machine).discard();
         self.active.reporter.take();
         self.active.events.emit(Event::Ended { reason, code: exit::FAILED.into() });
         exit::FAILED

@@ -1,19 +1,22 @@
-//! Base synchronisation: all memory goes to the standby while the guest runs, in rounds that shrink.
+//! Base synchronisation: the disks, and then all memory, go to the standby while the guest runs, in rounds that shrink.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use outlive_dirty::Gfn;
 use outlive_machine::Ram;
 use outlive_pair::Link;
 
+use super::disks::DiskBase;
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
 
 /// After this many rounds the rest is sent with the VM stopped, however much it is: a guest that writes faster than the link
 /// carries would never get there otherwise.
 const MAX_ROUNDS: u32 = 6;
+/// As many rounds more if the disks took long at the end.
+const MAX_LATE_ROUNDS: u32 = 2;
 /// Time between two progress events.
 const REPORT: Duration = Duration::from_millis(100);
 
@@ -28,13 +31,19 @@ pub(crate) struct Base {
     reported: Instant,
     /// Taken from the tracker before their round, because a dirty ring was full.
     early: Vec<Gfn>,
+    /// The disks, if there are any to synchronise.
+    disks: Option<DiskBase>,
+    /// Kept while the disks catch up.
+    spare: Vec<Gfn>,
+    /// Rounds made since the disks were ready.
+    late_rounds: u32,
 }
 
 impl Base {
-    /// Begins with the first round, which is all memory.
-    pub(crate) fn new(link: Link, total_pages: u64, events: EventWriter) -> Self {
+    /// Begins, with the disks if there are any.
+    pub(super) fn new(link: Link, events: EventWriter, disks: Option<DiskBase>) -> Self {
         // Draws on a terminal only.
-        let bar = ProgressBar::new(bytes(total_pages));
+        let bar = ProgressBar::hidden();
         if let Ok(style) = ProgressStyle::with_template(
             "base synchronisation {bar:30} {percent:>3} % {binary_bytes_per_sec:>12}, round {msg}",
         ) {
@@ -45,11 +54,14 @@ impl Base {
             link,
             round: 1,
             sent_pages: 0,
-            total_pages,
+            total_pages: 0,
             bar,
             events,
             reported: Instant::now(),
             early: Vec::new(),
+            disks,
+            spare: Vec::new(),
+            late_rounds: 0,
         }
     }
 
@@ -58,8 +70,35 @@ impl Base {
         self.link
     }
 
+    /// The disks.
+    pub(super) fn disks(&mut self) -> Option<&mut DiskBase> {
+        self.disks.as_mut()
+    }
+
+    /// Begins with the first round of memory, which is all of it.
+    pub(crate) fn begin_memory(&mut self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+        self.total_pages = gfns.len() as u64;
+        self.bar.set_length(bytes(self.total_pages));
+        self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        self.round(gfns, ram)
+    }
+
+    /// Whether the disks are ready for the pause; if not, they have been told to get ready and a report follows.
+    pub(super) fn disks_are_ready(&mut self, gfns: Vec<Gfn>) -> bool {
+        self.spare = gfns;
+        self.disks.as_mut().is_none_or(DiskBase::is_ready)
+    }
+
+    /// The disks are ready, which took its time. Returns a list for another round of memory if so much has become dirty
+    /// meanwhile that the pause would be long.
+    pub(super) fn late_round(&mut self, dirty: usize, staging_pages: usize) -> Option<Vec<Gfn>> {
+        self.late_rounds += 1;
+        let many = dirty + self.early.len() > staging_pages / 2;
+        (many && self.late_rounds <= MAX_LATE_ROUNDS).then(|| std::mem::take(&mut self.spare))
+    }
+
     /// The job for the current round.
-    pub(crate) fn round(&self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
+    fn round(&self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
         Job::BaseRound { round: self.round, gfns, ram: ram.clone() }
     }
 

@@ -9,7 +9,7 @@ use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, Hello};
+use outlive_epoch::{CheckpointFlags, DiskWant, Hello};
 use outlive_machine::Output;
 use outlive_pair::{
     ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryAction as Action,
@@ -18,8 +18,10 @@ use outlive_pair::{
 
 use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
+use crate::disk::SyncReport;
 use crate::events::{self, EventWriter};
 use crate::link::{self, Job, Sender, SenderReport};
+use crate::primary::disks::SharedDisks;
 use crate::primary::stats::Totals;
 
 /// What the coordinator is told.
@@ -28,6 +30,12 @@ pub(crate) enum Inbox {
     Machine(outlive_machine::MachineEvent),
     /// The sender thread of a link did something.
     Sender(Link, SenderReport),
+    /// The standby wants chunks of a disk.
+    DiskWant(Link, DiskWant),
+    /// The base synchronisation of the disks has come to a point.
+    DiskSync(Link, SyncReport),
+    /// This generation is won: the VM goes on here alone.
+    Won(u64),
     /// Begin base synchronisation for this link.
     StartBase(Link),
     /// The link is of no further use: stop tracking.
@@ -77,6 +85,7 @@ pub(crate) struct Control {
     pub(crate) clock: Clock,
     facts: Facts,
     output: Option<Arc<Output>>,
+    shared_disks: SharedDisks,
     inbox: Queue<Inbox>,
     events: EventWriter,
     totals: Arc<Totals>,
@@ -88,7 +97,7 @@ impl Control {
         pair: Primary,
         clock: Clock,
         facts: Facts,
-        output: Option<Arc<Output>>,
+        (output, shared_disks): (Option<Arc<Output>>, SharedDisks),
         inbox: Queue<Inbox>,
         events: EventWriter,
         totals: Arc<Totals>,
@@ -102,7 +111,7 @@ impl Control {
             ship: None,
             starved: false,
         };
-        Arc::new(Self { state: Mutex::new(state), clock, facts, output, inbox, events, totals })
+        Arc::new(Self { state: Mutex::new(state), clock, facts, output, shared_disks, inbox, events, totals })
     }
 
     /// Gives the control the thread that asks the arbiter.
@@ -149,6 +158,7 @@ impl Control {
 
     /// Frames from here on belong to the epoch that begins, and wait for its commit.
     fn begin_epoch(&self, pair: &Primary) -> Result<(), String> {
+        self.shared_disks.set_epoch(pair.epoch())?;
         let Some(output) = &self.output else { return Ok(()) };
         output.set_epoch(pair.epoch()).map_err(|e| e.to_string())?;
         match (pair.output(), output.mode()) {
@@ -230,6 +240,7 @@ impl Control {
                 if let Some(output) = &self.output {
                     output.discard();
                 }
+                self.shared_disks.discard();
                 tracing::error!(generation, %owner, "another host runs this VM: stopping this copy");
                 self.tell(Inbox::Fence);
             }
@@ -238,7 +249,8 @@ impl Control {
         }
     }
 
-    fn tell(&self, message: Inbox) {
+    /// Tells the coordinator something. Never blocks.
+    pub(crate) fn tell(&self, message: Inbox) {
         // The coordinator outlives everything that talks to it, but for threads that end later than it.
         self.inbox.send(message).ok();
     }
@@ -285,7 +297,8 @@ impl Control {
             }
         }
         let control = self.clone();
-        link::receive(&mut stream, link, |event| control.handle(event));
+        let want = |want| control.tell(Inbox::DiskWant(link, want));
+        link::receive(&mut stream, link, |event| control.handle(event), want);
     }
 
     fn hold(&self, pair: &Primary) {
@@ -293,6 +306,9 @@ impl Control {
             && let Err(error) = output.hold(pair.epoch())
         {
             tracing::error!(%error, "output cannot be held");
+        }
+        if let Err(error) = self.shared_disks.hold(pair.epoch()) {
+            tracing::error!(%error, "writes to shared disks cannot be held");
         }
     }
 
@@ -303,6 +319,7 @@ impl Control {
             // hour between two of them.
             output.release(through, || state.pair.may_release(self.clock.now()));
         }
+        self.shared_disks.release(through, || state.pair.may_release(self.clock.now()));
         if std::mem::take(&mut state.starved) {
             self.tell(Inbox::Wake);
         }
@@ -313,6 +330,7 @@ impl Control {
         if let Some(output) = &self.output {
             output.pass_through();
         }
+        self.shared_disks.pass_through();
     }
 
     fn hang_up(&self, state: &mut State, link: Link) {
@@ -374,6 +392,7 @@ impl Control {
             }
             Note::Won { generation } => {
                 tracing::warn!(generation, "won: the VM goes on here, UNPROTECTED");
+                self.tell(Inbox::Won(generation));
                 emit(events::Event::Won { generation });
             }
         }

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
-use outlive_epoch::{EndReason, GfnRange, Hello, Layout, Limits, VmId};
+use outlive_epoch::{DeviceInfo, EndReason, GfnRange, Hello, Layout, Limits, VmId};
 use outlive_machine::{MacAddr, Machine};
 use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::active::{Active, SLOTS};
 use super::control::{Control, Facts, Inbox};
+use super::disks::{self, SharedDisks};
 use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, Arbiter, ClaimWorker};
 use crate::cli::ActiveOptions;
@@ -30,6 +31,8 @@ pub(crate) struct Identity {
     pub(crate) vcpus: u8,
     /// Its network card's address.
     pub(crate) mac: Option<MacAddr>,
+    /// Its devices, in the order of their slots.
+    pub(crate) devices: Vec<DeviceInfo>,
     /// The generation that this host has won.
     pub(crate) generation: u64,
     /// The checkpoint that it was resumed from; 0 for a new VM.
@@ -81,7 +84,8 @@ pub(crate) fn launch(launch: Launch) -> u8 {
     let output = machine.net().map(|net| net.output().clone());
     let totals = Totals::new(identity.checkpoint);
     let pair = Primary::new(config, clock.now());
-    let control = Control::new(pair, clock, facts, output.clone(), queue, events.clone(), totals.clone());
+    let outputs = (output.clone(), SharedDisks::of(&machine));
+    let control = Control::new(pair, clock, facts, outputs, queue, events.clone(), totals.clone());
     if let Some(arbiter) = arbiter {
         let told = control.clone();
         let owner = arbiter::owner("primary");
@@ -103,6 +107,8 @@ pub(crate) fn launch(launch: Launch) -> u8 {
         control.handle(PrimaryEvent::End { reason });
     }
     let code = Active {
+        vm: identity.vm,
+        replicated: disks::replicated(&machine),
         machine,
         control,
         inbox,
@@ -134,10 +140,10 @@ fn hello(machine: &Machine, identity: &Identity, options: &ActiveOptions) -> Res
             max_pages,
             max_state_bytes: MAX_STATE_BYTES,
             slots: SLOTS as u32,
-            max_disk_bytes: 0,
+            max_disk_bytes: disks::max_disk_bytes(&identity.devices),
         },
         firmware_bytes: 0,
-        devices: Vec::new(),
+        devices: identity.devices.clone(),
         interval_us: options.interval.as_micros() as u64,
         dead_after_us: options.dead_after.as_micros() as u64,
         name: identity.name.clone(),

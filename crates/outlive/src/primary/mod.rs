@@ -3,14 +3,16 @@
 mod active;
 mod base;
 mod control;
+mod disks;
 mod guest;
 mod launch;
 mod stats;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use outlive_epoch::VmId;
+use outlive_epoch::{DeviceInfo, DeviceKind, VmId};
 use outlive_machine::{DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode};
 
 use crate::arbiter::{self, Arbiter, Claim};
@@ -18,9 +20,10 @@ use crate::cli::{DiskSpec, NetSpec, RunOptions};
 use crate::console::{Console, Port};
 use crate::events::{Event, EventWriter, Role};
 use crate::network::{Netlink, NetlinkError};
-use crate::{check, exit, process};
+use crate::{check, disk, exit, process};
 
 pub(crate) use control::Inbox;
+pub(crate) use disks::device_info;
 use guest::Guest;
 pub(crate) use launch::{Identity, Launch, launch};
 
@@ -42,6 +45,9 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let active = &options.active;
     check_memory(options.memory_bytes())?;
     let vm = VmId(process::random().map_err(no_random)?);
+    let written: Vec<&Path> =
+        options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
+    disk::for_run(&written)?;
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
     let guest = Guest::read(options)?;
@@ -51,12 +57,20 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let mut machine = make_machine(options, &guest, mac, &console, queue.clone())?;
     guest.load(&mut machine)?;
     // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
-    let arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
+    let mut arbiter =
+        options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
+    if let Some(arbiter) = &mut arbiter {
+        disk::check_generation(&written, arbiter.as_mut())?;
+    }
     let events = open_events(active.events.as_deref())?;
     let stop = queue.clone();
     process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
         .map_err(|e| format!("cannot watch signals: {e}"))?;
     let arbiter = arbiter.map(|arbiter| first_generation(arbiter, vm)).transpose()?;
+    let mut marked = disks::replicated(&machine);
+    // Without an arbiter nobody asks for a generation, but what an earlier VM left would be wrong from here on.
+    marked.retain(|(_, path)| arbiter.is_some() || disk::has_sidecar(path));
+    disk::mark_primary(&marked, vm, 1)?;
     events.emit(Event::Started {
         role: Role::Primary,
         vm: Some(options.name.clone()),
@@ -76,6 +90,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         name: options.name.clone(),
         vcpus: options.vcpus,
         mac: options.net.as_ref().map(|_| mac),
+        devices: devices(options, &machine),
         generation: 1,
         checkpoint: 0,
     };
@@ -97,7 +112,7 @@ fn make_machine(
         memory: options.memory_bytes(),
         firmware_bytes: guest.firmware_bytes(),
         net: options.net.as_ref().map(|net| card(net, mac, OutputMode::PassThrough)),
-        disks: options.disks.iter().map(disk).collect(),
+        disks: options.disks.iter().map(disk_options).collect(),
         rng: guest.is_linux(),
         console: guest.is_linux().then(|| console.end(Port::Hvc0)),
         serial: guest.is_linux().then(|| console.end(Port::Serial)),
@@ -133,8 +148,10 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
 
 /// Refuses to start protection when its buffers would take more than half of what this host has left: the VM itself must
 /// not be the victim.
-fn check_staging(pages: usize, buffers: u64) -> Result<(), String> {
-    let bytes = pages as u64 * outlive_machine::PAGE_SIZE as u64 * buffers;
+fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), String> {
+    // One buffer for disk writes more: the one that is being filled.
+    let bytes =
+        pages as u64 * outlive_machine::PAGE_SIZE as u64 * buffers + disk_bytes as u64 * (buffers + 1);
     match check::available_memory_bytes() {
         Some(available) if bytes > available / 2 => Err(format!(
             "protection needs {} MiB for checkpoints on their way and this host has {} MiB available; lower --max-dirty",
@@ -163,8 +180,16 @@ pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig
     NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS, output }
 }
 
+/// The devices as a standby must have them.
+fn devices(options: &RunOptions, machine: &Machine) -> Vec<DeviceInfo> {
+    let card = options.net.as_ref().map(|net| DeviceInfo::new(DeviceKind::Net, net.queues.into()));
+    let queues: Vec<u16> = options.disks.iter().map(|d| d.queues.into()).collect();
+    let serials: Vec<String> = options.disks.iter().map(|d| d.serial.clone().unwrap_or_default()).collect();
+    card.into_iter().chain(device_info(machine, &queues, &serials)).collect()
+}
+
 /// A disk's options.
-fn disk(spec: &DiskSpec) -> DiskOptions {
+fn disk_options(spec: &DiskSpec) -> DiskOptions {
     let DiskSpec { path, readonly, shared, serial, queues } = spec.clone();
     DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Accept, Ack, Encoder, Preface, RefuseCode, VmId};
+use outlive_epoch::{Accept, Ack, DiskWant, Encoder, Preface, RefuseCode, VmId};
 use outlive_machine::Host;
 use outlive_pair::{
     ClaimResult, Introduction, Link, Standby, StandbyAction as Action, StandbyEvent as Event, StandbyExit,
@@ -19,6 +19,7 @@ use crate::arbiter::{self, Claim, ClaimWorker};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
+use crate::disk::Told;
 use crate::events::{self, EventWriter};
 use crate::process;
 
@@ -29,6 +30,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) enum Inbox {
     /// Look at the deadlines again.
     Wake,
+    /// The thread of the disks has something to say.
+    Disks(Link, Told),
     /// The operator wants the standby stopped.
     Stop(&'static str),
     /// Run the VM.
@@ -226,6 +229,18 @@ impl Control {
             Some(why) => tracing::error!(checkpoint, "SELF-CHECK FAILED: {why}"),
         }
         self.events.emit(events::Event::SelfCheck { checkpoint, difference: difference.cloned() });
+    }
+
+    /// The thread of the disks has something to say. Without a lock: that thread may be waited for under it.
+    pub(super) fn disks(&self, link: Link, told: Told) {
+        self.tell(Inbox::Disks(link, told));
+    }
+
+    /// Answers to sums.
+    pub(super) fn want(&self, link: Link, want: &DiskWant) {
+        let mut state = self.lock();
+        // A window has no more chunks than an answer may want.
+        on_peer(&mut state, link, |p| p.write(|encoder, out| drop(encoder.disk_want(out, want))));
     }
 
     /// Closes every connection; what was written still goes out.

@@ -6,13 +6,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
+use outlive_epoch::{Checkpoint, DeviceInfo, DeviceKind, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
-use outlive_machine::{Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
+use outlive_machine::{DiskOptions, Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, Port};
+use crate::disk::{Replica, ReplicaDisk, Told};
 use crate::primary::{self, Identity, Inbox};
 use crate::process;
 
@@ -36,6 +37,7 @@ pub(super) struct VmCopy {
     kept: Vec<Kept>,
     /// When the kept state came, by this host's clock.
     kept_at: Instant,
+    disks: Arc<Replica>,
     queue: Sender<Inbox>,
     inbox: Receiver<Inbox>,
     /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place later is
@@ -71,9 +73,11 @@ impl VmCopy {
         options: &StandbyOptions,
         console: &Console,
         arbiter: Box<dyn Arbiter>,
+        tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello, options).map_err(refuse)?;
+        check_devices(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
         let (queue, inbox) = channel();
         let events = queue.clone();
         let mac = MacAddr(hello.mac.unwrap_or_default());
@@ -84,7 +88,7 @@ impl VmCopy {
             memory: hello.memory_bytes,
             firmware_bytes: firmware_bytes(hello),
             net: hello.mac.and(options.net.as_ref()).map(card),
-            disks: Vec::new(),
+            disks: disk_options(hello, options),
             rng: is_linux,
             console: is_linux.then(|| console.end(Port::Hvc0)),
             serial: is_linux.then(|| console.end(Port::Serial)),
@@ -97,6 +101,9 @@ impl VmCopy {
         if hello.mac.is_some() {
             primary::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
+        let disks = replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
+        let disks = Replica::start(disks, hello.vm, hello.generation, tell)
+            .map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout
@@ -118,6 +125,7 @@ impl VmCopy {
             ),
             kept: Vec::with_capacity(64),
             kept_at: Instant::now(),
+            disks: Arc::new(disks),
             queue,
             inbox,
             arbiter,
@@ -127,6 +135,11 @@ impl VmCopy {
     /// The memory, for the session thread.
     pub(super) fn ram(&self) -> Arc<Ram> {
         self.ram.clone()
+    }
+
+    /// The disks.
+    pub(super) fn disks(&self) -> Arc<Replica> {
+        self.disks.clone()
     }
 
     /// Checks that a checkpoint's state could be resumed here. To be asked before it is acknowledged: an acknowledged
@@ -212,6 +225,7 @@ impl VmCopy {
             name: self.hello.name.clone(),
             vcpus: self.hello.vcpus as u8,
             mac: self.hello.mac.map(MacAddr),
+            devices: self.hello.devices.clone(),
             generation,
             checkpoint,
         };
@@ -258,6 +272,58 @@ fn check(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
         return Err("the VM has a network card, this standby has none: give it --net tap=NAME".into());
     }
     Ok(())
+}
+
+fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
+    hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
+}
+
+/// Whether this host has the devices that the VM needs.
+fn check_devices(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
+    let (wanted, given) = (disks_of(hello).count(), options.disks.len());
+    if wanted == given {
+        return Ok(());
+    }
+    Err(format!(
+        "the VM has {wanted} disk{}, this standby has {given}: give it --disk path=FILE for each, in the primary's order",
+        if wanted == 1 { "" } else { "s" }
+    ))
+}
+
+/// The VM's disks on this host's images.
+fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
+    let describe = |(info, path): (&DeviceInfo, &std::path::PathBuf)| DiskOptions {
+        readonly: info.flags.read_only,
+        shared: info.flags.shared,
+        serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
+        queues: info.queues,
+        ..DiskOptions::new(path)
+    };
+    disks_of(hello).zip(&options.disks).map(describe).collect()
+}
+
+/// The images as the thread of the disks needs them, if they are as large as the primary's.
+fn replica_disks(machine: &Machine, hello: &Hello) -> Result<Vec<Option<ReplicaDisk>>, String> {
+    let take = |(disk, info): (&Arc<outlive_machine::BlockDevice<_>>, &DeviceInfo)| {
+        let (image, bytes) = (disk.image(), disk.capacity_bytes());
+        let path = image.path().to_path_buf();
+        if bytes != info.size {
+            return Err(format!(
+                "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
+                disk.index(),
+                info.size,
+                path.display(),
+                info.size,
+                path.display()
+            ));
+        }
+        if info.flags.shared {
+            return Ok(None);
+        }
+        let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only }))
+    };
+    machine.disks().iter().zip(disks_of(hello)).map(take).collect()
 }
 
 /// Writes the pages of a committed checkpoint, or of base synchronisation, to memory.

@@ -16,7 +16,7 @@ use outlive_pair::{Introduction, Link};
 
 use super::control::Control;
 use super::copy::VmCopy;
-use super::session::Session;
+use super::session::{Admitted, Session};
 use crate::arbiter::{self, Arbiter};
 use crate::link;
 
@@ -26,6 +26,8 @@ const MAX_HEARD: usize = 64;
 const INTRODUCTION: Duration = Duration::from_secs(2);
 /// State bytes of a checkpoint that a primary may ask room for.
 pub(super) const MAX_STATE_BYTES: u32 = 16 << 20;
+/// Bytes of disk writes of a checkpoint that a primary may ask room for.
+const MAX_DISK_BYTES: u32 = 64 << 20;
 /// State sections of a checkpoint: constants and registers of 8 vCPUs, the VM, and devices.
 const MAX_STATE_SECTIONS: u32 = 64;
 
@@ -105,9 +107,9 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &S
         }
     };
     match admit(control, number, &hello) {
-        Ok((staging, ram)) => {
+        Ok(admitted) => {
             if stream.set_read_timeout(None).is_ok() {
-                Session::new(control.clone(), number, stream, reader, staging, ram).run();
+                Session::new(control.clone(), number, stream, reader, admitted).run();
             }
         }
         Err((code, text)) => control.refuse(number, code, &text),
@@ -165,11 +167,7 @@ impl Seldom {
 type Refusal = (RefuseCode, String);
 
 /// Checks everything that speaks against this primary, and sets memory aside for its VM.
-fn admit(
-    control: &Arc<Control>,
-    link: Link,
-    hello: &Hello,
-) -> Result<(Staging, Arc<outlive_machine::Ram>), Refusal> {
+fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, Refusal> {
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
@@ -177,23 +175,26 @@ fn admit(
     };
     control.would_accept(&introduction)?;
     let arbiter = same_arbiter(control, hello)?;
-    let copy = VmCopy::new(hello, &control.host, &control.options, &control.console, arbiter)?;
-    let ram = copy.ram();
+    let told = control.clone();
+    let tell = move |it| told.disks(link, it);
+    let copy = VmCopy::new(hello, &control.host, &control.options, &control.console, arbiter, tell)?;
+    let (ram, disks) = (copy.ram(), copy.disks());
     let refuse = |text: String| (RefuseCode::Resources, text);
     let limits = StagingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
         max_state_bytes: hello.limits.max_state_bytes.min(MAX_STATE_BYTES),
         max_state_sections: MAX_STATE_SECTIONS,
-        max_disk_bytes: 0,
+        max_disk_bytes: hello.limits.max_disk_bytes.min(MAX_DISK_BYTES),
     };
     let staging =
         Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;
+    let staging = staging.with_disks(disks.sizes());
     let claims = control.claim_worker(hello.vm).map_err(refuse)?;
     if !control.hello(link, introduction, copy, claims) {
         // Another primary was faster; the refusal has been sent.
         return Err((RefuseCode::Busy, "another primary is attached".into()));
     }
-    Ok((staging, ram))
+    Ok(Admitted { staging, ram, disks })
 }
 
 /// Two hosts that were given different directories would both win every generation. The primary has won its own at the

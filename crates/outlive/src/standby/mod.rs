@@ -15,6 +15,7 @@ mod session;
 mod takeover;
 
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,9 +27,10 @@ use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
+use crate::disk::Told;
 use crate::events::{Event, EventWriter, Role};
 use crate::primary;
-use crate::{exit, process};
+use crate::{disk, exit, process};
 use control::{Control, Inbox};
 
 /// `outlive standby`: returns the exit code.
@@ -69,6 +71,8 @@ fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     if let Some(net) = &options.net {
         copy::try_card(net)?;
     }
+    let images: Vec<&Path> = options.disks.iter().map(PathBuf::as_path).collect();
+    disk::for_standby(&images)?;
     let listener = TcpListener::bind(&options.listen).map_err(|e| {
         format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
     })?;
@@ -104,6 +108,10 @@ impl Waiting {
                     tracing::info!("{why}");
                     self.control.handle(StandbyEvent::Stop);
                 }
+                Ok(Inbox::Disks(link, Told::Want(want))) => self.control.want(link, &want),
+                Ok(Inbox::Disks(_, Told::Failed(why))) => {
+                    self.control.handle(StandbyEvent::Failed { why });
+                }
                 Ok(Inbox::TakeOver(order)) => return self.take_over(order),
                 Ok(Inbox::Exit(reason)) => return self.exit(&reason),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -138,6 +146,8 @@ impl Waiting {
 
     fn exit(&self, reason: &StandbyExit) -> u8 {
         self.control.finish();
+        // The disks are brought to the last commit before the process ends.
+        drop(self.control.take_copy());
         let code = reason.code();
         match reason {
             StandbyExit::Followed(_) | StandbyExit::Stopped => tracing::info!("{reason}"),

@@ -15,6 +15,14 @@ use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 
 use super::control::Control;
 use super::copy;
+use crate::disk::Replica;
+
+/// What a session works on.
+pub(super) struct Admitted {
+    pub(super) staging: Staging,
+    pub(super) ram: Arc<Ram>,
+    pub(super) disks: Arc<Replica>,
+}
 
 pub(super) struct Session {
     control: Arc<Control>,
@@ -23,6 +31,7 @@ pub(super) struct Session {
     reader: SectionReader,
     staging: Staging,
     ram: Arc<Ram>,
+    disks: Arc<Replica>,
 }
 
 /// Why a session ends.
@@ -41,10 +50,10 @@ impl Session {
         link: Link,
         stream: TcpStream,
         reader: SectionReader,
-        staging: Staging,
-        ram: Arc<Ram>,
+        admitted: Admitted,
     ) -> Self {
-        Self { control, link, stream, reader, staging, ram }
+        let Admitted { staging, ram, disks } = admitted;
+        Self { control, link, stream, reader, staging, ram, disks }
     }
 
     /// Serves the link until it ends.
@@ -55,6 +64,8 @@ impl Session {
             }
         };
         let link = self.link;
+        // If this side takes over, it must wait for this.
+        self.disks.settle_soon();
         match end {
             End::Known => {}
             End::Lost(why) => drop(self.control.handle(Event::LinkLost { link, why })),
@@ -78,6 +89,17 @@ impl Session {
                 copy::apply_base(&self.ram, pages)
                     .map_err(|gfn| End::Bad(format!("GFN {gfn:#x} is outside the VM's memory")))
             }
+            Message::DiskSums(_) | Message::DiskBlocks { .. } => {
+                if !self.control.handle(Event::BasePages { link }).apply_base {
+                    return Err(End::Known);
+                }
+                match &message {
+                    Message::DiskSums(window) => self.disks.sums(window),
+                    Message::DiskBlocks { blocks, .. } => self.disks.blocks(blocks),
+                    _ => Ok(()),
+                }
+                .map_err(End::Bad)
+            }
             Message::Heartbeat { stamp_us } => {
                 let stamp = Duration::from_micros(*stamp_us);
                 self.control.handle(Event::Heartbeat { link, stamp });
@@ -90,6 +112,7 @@ impl Session {
             Message::CheckpointBegin(_)
             | Message::Pages(_)
             | Message::State { .. }
+            | Message::DiskWrites { .. }
             | Message::CheckpointEnd(_) => match self.staging.push(&section, &message) {
                 Ok(false) => {
                     self.control.handle(Event::Heard { link });
@@ -128,6 +151,7 @@ impl Session {
             return Err(End::Known);
         }
         self.control.with_copy(|copy| copy.keep_state(&checkpoint));
+        self.disks.commit(number, checkpoint.flags().base_final, &checkpoint.disk_writes());
         self.compare(&checkpoint)?;
         self.control.handle(Event::Applied { checkpoint: number });
         self.staging.reset(Expect::Number(number + 1));

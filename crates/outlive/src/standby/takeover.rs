@@ -26,6 +26,8 @@ pub(super) fn take_over(
 ) -> Result<Launch, String> {
     let TakeOverOrder { checkpoint, generation, stop, times } = order;
     let mut copy = control.take_copy().ok_or("there is no copy of the VM")?;
+    // The guest may write to its disks only when nothing of the copy's is left to be written.
+    copy.disks().become_primary(generation)?;
     copy.restore()?;
     let machine = copy.machine();
     if let Some(net) = machine.net() {

@@ -1,0 +1,84 @@
+//! The writes to disks of one epoch, as they go over the link.
+
+use outlive_epoch::{DiskOp, DiskRecord, MAX_DISK_DATA, MAX_RECORD_BYTES, put_write};
+use outlive_machine::{DiskOp as LoggedOp, WriteBuffer};
+
+/// Records, cut into sections. The memory is kept from one checkpoint to the next.
+#[derive(Default)]
+pub(super) struct Records {
+    bytes: Vec<u8>,
+    /// Where each section but the last ends.
+    ends: Vec<usize>,
+}
+
+impl Records {
+    /// Replaces everything with what a log holds.
+    pub(super) fn fill(&mut self, log: &WriteBuffer) {
+        self.bytes.clear();
+        self.ends.clear();
+        let mut start = 0;
+        for write in log {
+            let before = self.bytes.len();
+            let (disk, offset) = (write.disk, write.offset);
+            match write.op {
+                LoggedOp::Data(data) => put_write(&mut self.bytes, disk, offset, data),
+                // A request of no length changes nothing, and no record says so.
+                LoggedOp::Zero(0) => {}
+                LoggedOp::Zero(len) => {
+                    DiskRecord { disk, offset, op: DiskOp::Zero(len) }.put(&mut self.bytes)
+                }
+                LoggedOp::Flush => DiskRecord { disk, offset: 0, op: DiskOp::Flush }.put(&mut self.bytes),
+            }
+            debug_assert!(self.bytes.len() - before <= 2 * MAX_DISK_DATA);
+            if self.bytes.len() - start > MAX_RECORD_BYTES {
+                self.ends.push(before);
+                start = before;
+            }
+        }
+    }
+
+    /// Bytes of all records.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The sections; at least one, which may be empty.
+    pub(super) fn sections(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let ends = self.ends.iter().copied().chain(std::iter::once(self.bytes.len()));
+        starts.zip(ends).map(|(start, end)| &self.bytes[start..end])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use outlive_epoch::{DiskRecords, Kind};
+    use outlive_machine::DiskWrite;
+
+    use super::*;
+
+    #[test]
+    fn sections_are_cut_between_records() {
+        let mut log = WriteBuffer::with_capacity(8 << 20);
+        let data = vec![7; 64 << 10];
+        for index in 0..100 {
+            assert!(log.push(DiskWrite { disk: 1, offset: index << 20, op: LoggedOp::Data(&data) }));
+            assert!(log.push(DiskWrite { disk: 0, offset: 0, op: LoggedOp::Flush }));
+            assert!(log.push(DiskWrite { disk: 0, offset: 5, op: LoggedOp::Zero(index) }));
+        }
+        let mut records = Records::default();
+        for _ in 0..2 {
+            records.fill(&log);
+            let mut found = 0;
+            for section in records.sections() {
+                assert!(section.len() <= MAX_RECORD_BYTES);
+                found += DiskRecords::parse(Kind::DiskWrites, section).unwrap().iter().count();
+            }
+            // The zeroing of nothing is left out.
+            assert_eq!(found, 299);
+            assert!(records.sections().count() > 6);
+        }
+        records.fill(&WriteBuffer::with_capacity(0));
+        assert_eq!(records.len(), 0);
+    }
+}

@@ -1,0 +1,258 @@
+//! The disks of the VM that runs here: what the coordinator does with them while a standby is synchronised, and how the
+//! writes to shared ones wait for their commit.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use outlive_epoch::{DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskWant};
+use outlive_machine::{BlockDevice, ChunkSet, GuestMemory, LogMode, Machine, WriteBuffer, WriteLog};
+use outlive_pair::Link;
+
+use super::active::DISK_BYTES;
+use super::control::{Control, Inbox};
+use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
+use crate::events::{Event, EventWriter};
+use crate::link::Job;
+
+/// Chunks that may have been written while the rounds of memory went out, for the log to begin: 8 MiB.
+const FEW: usize = 128;
+/// So many times what was written meanwhile is sent, before the log begins however much it is.
+const CATCH_UPS: u32 = 4;
+
+type Disk = Arc<BlockDevice<GuestMemory>>;
+
+/// Most bytes that the records of one full log take on the wire.
+pub(crate) fn max_disk_bytes(devices: &[DeviceInfo]) -> u32 {
+    if devices.iter().all(|device| device.replicated_bytes() == 0) {
+        return 0;
+    }
+    // Records have other heads on the wire than in the log.
+    (DISK_BYTES.div_ceil(WriteBuffer::RECORD) * DISK_RECORD_LEN) as u32
+}
+
+/// The disks of a machine, for the introduction; `serials` are what the user chose.
+pub(crate) fn device_info(machine: &Machine, queues: &[u16], serials: &[String]) -> Vec<DeviceInfo> {
+    let describe = |(index, disk): (usize, &Disk)| DeviceInfo {
+        kind: DeviceKind::Disk,
+        flags: DeviceFlags { read_only: disk.is_readonly(), shared: disk.is_shared() },
+        queues: queues.get(index).copied().unwrap_or(1),
+        size: disk.capacity_bytes(),
+        serial: serials.get(index).cloned().unwrap_or_default(),
+    };
+    machine.disks().iter().enumerate().map(describe).collect()
+}
+
+/// The disks that are replicated, with their images.
+pub(crate) fn replicated(machine: &Machine) -> Vec<(u16, PathBuf)> {
+    let written = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
+    written.map(|disk| (disk.index(), disk.image().path().to_path_buf())).collect()
+}
+
+/// Disks that both hosts use: writes to them are output (invariant 1).
+#[derive(Clone)]
+pub(crate) struct SharedDisks(Vec<Disk>);
+
+impl SharedDisks {
+    /// Those of a machine.
+    pub(crate) fn of(machine: &Machine) -> Self {
+        Self(machine.disks().iter().filter(|disk| disk.is_shared()).cloned().collect())
+    }
+
+    /// From now on writes wait for their commit.
+    pub(crate) fn hold(&self, epoch: u64) -> Result<(), String> {
+        self.0.iter().try_for_each(|disk| disk.hold(epoch).map_err(|e| e.to_string()))
+    }
+
+    /// Writes from now on belong to this epoch.
+    pub(crate) fn set_epoch(&self, epoch: u64) -> Result<(), String> {
+        self.0.iter().try_for_each(|disk| disk.set_epoch(epoch).map_err(|e| e.to_string()))
+    }
+
+    /// Lets the writes of committed epochs go, asking `may` before each.
+    pub(crate) fn release(&self, through: u64, may: impl Fn() -> bool) {
+        for disk in &self.0 {
+            disk.release(through, &may);
+        }
+    }
+
+    /// The VM goes on alone.
+    pub(crate) fn pass_through(&self) {
+        for disk in &self.0 {
+            disk.pass_through();
+        }
+    }
+
+    /// Another host has the VM.
+    pub(crate) fn discard(&self) {
+        self.0.iter().for_each(|disk| disk.discard());
+    }
+}
+
+/// The marks of the machine's log.
+struct Marks(Arc<WriteLog>);
+
+impl Changed for Marks {
+    fn take(&mut self, disk: u16, chunks: &mut Vec<u64>) {
+        if let Some(mut marked) = self.0.empty_chunks(disk)
+            && self.0.swap_chunks(disk, &mut marked)
+        {
+            chunks.extend(ChunkSet::iter(&marked));
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The first rounds: everything that differs.
+    Syncing,
+    /// The standby has the disks, and memory is on its way.
+    Synced,
+    /// What was written meanwhile is on its way.
+    CatchingUp,
+    /// The log has begun, and what was written before it is on its way.
+    Last,
+    /// Everything that is not in the log is at the standby.
+    Done,
+}
+
+/// What follows from a report of the synchronisation.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Nothing yet.
+    Wait,
+    /// The rounds of memory.
+    Memory,
+    /// The rest of memory, and the pause.
+    Final,
+    /// The protection fails.
+    Fail(String),
+}
+
+/// The disks in one base synchronisation.
+pub(super) struct DiskBase {
+    sync: DiskSync,
+    log: Arc<WriteLog>,
+    phase: Phase,
+    catch_ups: u32,
+    events: EventWriter,
+    bars: HashMap<u16, ProgressBar>,
+}
+
+impl DiskBase {
+    /// Begins, if there is a disk to synchronise.
+    pub(super) fn start(
+        machine: &Machine,
+        control: &Arc<Control>,
+        link: Link,
+        events: &EventWriter,
+    ) -> Result<Option<Self>, String> {
+        let mut disks = Vec::new();
+        for disk in machine.disks().iter().filter(|disk| !disk.is_shared()) {
+            let image = disk.image();
+            let file = image.file().try_clone().map_err(|e| e.to_string())?;
+            let (index, bytes) = (disk.index(), disk.capacity_bytes());
+            disks.push(SourceDisk { index, file, bytes, written: !disk.is_readonly() });
+        }
+        if disks.is_empty() {
+            return Ok(None);
+        }
+        let log = machine.write_log().clone();
+        // A write that completes from here on is marked; what completed before is in the image that is now read.
+        log.set_mode(LogMode::Track);
+        let (sending, telling) = (control.clone(), control.clone());
+        let sync = DiskSync::start(
+            disks,
+            Marks(log.clone()),
+            move |section| sending.send(link, Job::Disk(section)),
+            move |report| telling.tell(Inbox::DiskSync(link, report)),
+        )
+        .map_err(|e| format!("cannot start a thread: {e}"))?;
+        let (events, bars) = (events.clone(), HashMap::new());
+        Ok(Some(Self { sync, log, phase: Phase::Syncing, catch_ups: 0, events, bars }))
+    }
+
+    /// Whether memory has to wait.
+    pub(super) fn comes_first(&self) -> bool {
+        self.phase == Phase::Syncing
+    }
+
+    /// The standby's answer to sums.
+    pub(super) fn want(&self, want: DiskWant) {
+        self.sync.want(want);
+    }
+
+    /// Little memory is left. Returns whether the disks are ready for the pause; if not, a report will say so.
+    pub(super) fn is_ready(&mut self) -> bool {
+        if self.phase == Phase::Synced {
+            self.phase = Phase::CatchingUp;
+            self.catch_ups = 1;
+            self.sync.catch_up(false);
+        }
+        self.phase == Phase::Done
+    }
+
+    /// Takes a report.
+    pub(super) fn report(&mut self, report: SyncReport) -> Next {
+        match report {
+            SyncReport::Progress { disk, done_bytes, total_bytes, sent_bytes } => {
+                self.events.emit(Event::DiskSync { disk, done_bytes, total_bytes, sent_bytes });
+                let bar = self.bars.entry(disk).or_insert_with(|| bar(disk, total_bytes));
+                bar.set_position(done_bytes);
+                if done_bytes == total_bytes {
+                    bar.finish_and_clear();
+                }
+                Next::Wait
+            }
+            SyncReport::Synced => {
+                self.phase = Phase::Synced;
+                Next::Memory
+            }
+            SyncReport::CaughtUp { last: true, .. } => {
+                self.phase = Phase::Done;
+                Next::Final
+            }
+            SyncReport::CaughtUp { last: false, chunks } => {
+                if chunks <= FEW || self.catch_ups >= CATCH_UPS {
+                    self.begin_log();
+                } else {
+                    self.catch_ups += 1;
+                    self.sync.catch_up(false);
+                }
+                Next::Wait
+            }
+            SyncReport::Failed(why) => Next::Fail(why),
+        }
+    }
+
+    /// From here on writes are logged and go with the final checkpoint. A write is either marked, and in a chunk that is
+    /// read after this, or in the log, which the standby applies after the chunks; one that is cut in two by this moment is
+    /// half of each. When the log is full, writes wait for the checkpoint: a guest that writes faster than the link carries
+    /// is slowed down here.
+    fn begin_log(&mut self) {
+        self.phase = Phase::Last;
+        // What an earlier protection left in the log goes away with the buffer that comes out.
+        self.log.swap(&mut WriteBuffer::with_capacity(DISK_BYTES));
+        self.log.set_mode(LogMode::Log);
+        self.sync.catch_up(true);
+    }
+}
+
+impl Drop for DiskBase {
+    fn drop(&mut self) {
+        self.bars.values().for_each(|bar| bar.finish_and_clear());
+    }
+}
+
+fn bar(disk: u16, bytes: u64) -> ProgressBar {
+    // Draws on a terminal only.
+    let bar = ProgressBar::new(bytes);
+    if let Ok(style) = ProgressStyle::with_template(
+        "disk {msg} synchronisation {bar:30} {percent:>3} % {binary_bytes_per_sec:>12}",
+    ) {
+        bar.set_style(style);
+    }
+    bar.set_message(disk.to_string());
+    bar
+}
