@@ -39,8 +39,9 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
     pub append: String,
 
-    /// Disk of the Linux guest: a raw image or a block device (repeat for more: vda, vdb ...)
-    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]", requires = "kernel", value_parser = DiskSpec::from_str)]
+    /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest leaves its
+    /// disks alone
+    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 
     /// Network card: a tap interface that is created, and the bridge that it joins

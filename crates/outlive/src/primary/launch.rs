@@ -128,6 +128,7 @@ fn hello(machine: &Machine, identity: &Identity, options: &ActiveOptions) -> Res
     let ram = machine.ram();
     let ranges = ram.slots().iter().map(|s| GfnRange { start: s.base.0, pages: s.pages }).collect();
     let layout = Layout::new(ranges).map_err(|e| format!("guest memory has an impossible layout: {e}"))?;
+    let firmware_bytes = (layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(ram.bytes());
     let max_pages = u32::try_from(ram.pages()).map_err(|_| "the VM has too much memory to be protected")?;
     Ok(Hello {
         vm: identity.vm,
@@ -142,7 +143,8 @@ fn hello(machine: &Machine, identity: &Identity, options: &ActiveOptions) -> Res
             slots: SLOTS as u32,
             max_disk_bytes: disks::max_disk_bytes(&identity.devices),
         },
-        firmware_bytes: 0,
+        // What is not RAM of the guest's own keeps what it boots from.
+        firmware_bytes,
         devices: identity.devices.clone(),
         interval_us: options.interval.as_micros() as u64,
         dead_after_us: options.dead_after.as_micros() as u64,

@@ -82,11 +82,11 @@ impl VmCopy {
         let events = queue.clone();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         let card = |net: &NetSpec| primary::card(net, mac, OutputMode::Discard);
-        let is_linux = firmware_bytes(hello) > 0;
+        let is_linux = hello.firmware_bytes > 0;
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
-            firmware_bytes: firmware_bytes(hello),
+            firmware_bytes: hello.firmware_bytes,
             net: hello.mac.and(options.net.as_ref()).map(card),
             disks: disk_options(hello, options),
             rng: is_linux,
@@ -248,11 +248,6 @@ fn split<'a>(checkpoint: &Checkpoint<'a>) -> Result<Split<'a>, String> {
         }
     }
     Ok((sections, constants))
-}
-
-/// What the VM has behind its memory: its boot image.
-fn firmware_bytes(hello: &Hello) -> u64 {
-    (hello.layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(hello.memory_bytes)
 }
 
 /// Whether this host can run the VM.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod arbitration;
+mod disks;
 mod ends;
 mod errors;
 mod freeze;

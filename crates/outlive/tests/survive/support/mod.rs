@@ -225,6 +225,11 @@ impl World {
         process
     }
 
+    /// `outlive standby` on a host with options that it must refuse.
+    pub(crate) fn standby_with_failure(&self, side: Side, options: &[&str]) -> Process {
+        self.start(side, &["standby", "--listen", &side.addr().to_string()], options, &[])
+    }
+
     /// Starts a process on a host; options that are not given get their usual value.
     fn start(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
