@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{Checkpoint, DeviceInfo, DeviceKind, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
-use outlive_machine::{DiskOptions, Host, MacAddr, Machine, Options, OutputMode, Ram, Tap};
+use outlive_machine::{DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
@@ -81,7 +81,10 @@ impl VmCopy {
         let (queue, inbox) = channel();
         let events = queue.clone();
         let mac = MacAddr(hello.mac.unwrap_or_default());
-        let card = |net: &NetSpec| primary::card(net, mac, OutputMode::Discard);
+        // The guest has found so many queues.
+        let device = hello.devices.iter().find(|device| device.kind == DeviceKind::Net);
+        let pairs = device.map_or(1, |device| device.queues);
+        let card = |net: &NetSpec| NetConfig { pairs, ..primary::card(net, mac, OutputMode::Discard) };
         let is_linux = hello.firmware_bytes > 0;
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
