@@ -58,6 +58,7 @@ enum Job {
     Blocks(Vec<u8>),
     Commit { number: u64, base: bool, records: Vec<u8> },
     Settle(Option<Sender<Result<(), String>>>),
+    Leave(Sender<Result<(), String>>),
     BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
     Close,
 }
@@ -67,7 +68,7 @@ impl Job {
         match self {
             Self::Sums { sums, .. } => 64 + sums.as_ref().map_or(0, |sums| sums.len() * size_of::<Sum>()),
             Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
-            Self::Settle(_) | Self::BecomePrimary { .. } | Self::Close => 0,
+            Self::Settle(_) | Self::Leave(_) | Self::BecomePrimary { .. } | Self::Close => 0,
         }
     }
 }
@@ -245,6 +246,16 @@ impl Replica {
         answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
     }
 
+    /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes away.
+    ///
+    /// # Errors
+    /// What failed, now or before.
+    pub(crate) fn leave(&self) -> Result<(), String> {
+        let (done, answer) = channel();
+        self.queue.push(self.queue.lock(), Job::Leave(done));
+        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+    }
+
     /// Brings the images to the last commit, durably, and makes them the VM's disks in a new generation. The guest may write
     /// to them when this has returned, and not before: the journal must be empty by then, or replaying it after a loss of
     /// power would undo what the guest wrote.
@@ -304,6 +315,7 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Settle(done) => self.answered(done, Self::settle),
+                Job::Leave(done) => self.answered(Some(done), Self::leave),
                 Job::BecomePrimary { generation, done } => {
                     self.answered(Some(done), |worker| worker.become_primary(generation))
                 }
@@ -340,7 +352,7 @@ impl<T: Fn(Told)> Worker<T> {
     /// A job that comes after a failure. Returns whether it was the last.
     fn refuse(&self, job: Job) -> bool {
         let why = self.queue.lock().failed.clone().unwrap_or_default();
-        if let Job::Settle(Some(done)) | Job::BecomePrimary { done, .. } = &job {
+        if let Job::Settle(Some(done)) | Job::Leave(done) | Job::BecomePrimary { done, .. } = &job {
             done.send(Err(why)).ok();
         }
         matches!(job, Job::Close)

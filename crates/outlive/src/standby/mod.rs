@@ -146,8 +146,12 @@ impl Waiting {
 
     fn exit(&self, reason: &StandbyExit) -> u8 {
         self.control.finish();
-        // The disks are brought to the last commit before the process ends.
-        drop(self.control.take_copy());
+        // The disks are brought to the last commit before the process ends; a journal that stays is replayed by the next.
+        if let Some(copy) = self.control.take_copy()
+            && let Err(why) = copy.disks().leave()
+        {
+            tracing::error!("the disks: {why}");
+        }
         let code = reason.code();
         match reason {
             StandbyExit::Followed(_) | StandbyExit::Stopped => tracing::info!("{reason}"),
