@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -62,7 +63,21 @@ pub struct Image {
 impl Image {
     /// Opens `path`. Unless `shared`, no one else who keeps to the rules can have it open at the same time:
     /// it is locked (`flock`), a block device is opened exclusively.
+    ///
+    /// The kernel lets go of a file a moment after io_uring is done with it, so an image that seems to be in use
+    /// is tried again for a tenth of a second.
     pub fn open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
+        let mut tries = 10;
+        loop {
+            match Self::try_open(path, readonly, shared) {
+                Err(ImageError::InUse(_)) if tries > 0 => std::thread::sleep(Duration::from_millis(10)),
+                result => return result,
+            }
+            tries -= 1;
+        }
+    }
+
+    fn try_open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
         let other = |source| ImageError::Other { path: path.into(), source };
         let kind = fs::metadata(path).map_err(|error| open_error(path, readonly, error))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {

@@ -142,6 +142,19 @@ fn what_is_discarded_never_reaches_the_disk() {
 }
 
 #[test]
+fn what_is_discarded_does_not_follow_the_write_it_waited_for() {
+    let (images, memory) = (Images::in_memory(), memory());
+    let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);
+    driver.write(0, 0, 0, &[1; 512]);
+    driver.write(0, 1, 0, &[2; 512]);
+    rig.turn();
+    rig.device.discard();
+    rig.device.pass_through();
+    rig.run();
+    assert_eq!((driver.used(0), rig.device.in_flight(), content(&images.path("disk"))[0]), (1, 1, 1));
+}
+
+#[test]
 fn epochs_do_not_run_backwards() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);

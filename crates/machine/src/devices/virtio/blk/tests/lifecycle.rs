@@ -145,6 +145,33 @@ fn requests_in_flight_are_issued_again_in_order() {
 }
 
 #[test]
+fn what_was_offered_is_found_without_a_kick() {
+    for engine in ENGINES {
+        let (images, here) = (Images::in_memory(), memory());
+        let options = DiskOptions { engine, ..DiskOptions::new(images.sparse("disk", 1 << 20)) };
+        let rig = Rig::new(&here, &options);
+        let driver = rig.boot();
+        rig.device.go_live(false);
+        rig.gate.close();
+        driver.write(0, 0, 0, &[1; 512]);
+        rig.kick(0);
+        let saved = rig.save();
+        let there = copy(&here);
+        drop(rig);
+        let rig = Rig::new(&there, &options);
+        rig.device.restore(&saved).unwrap();
+        rig.device.go_live(false);
+        wait_for("the write", || Driver::resumed(&there).used(0) == 1);
+        // The same without a restore: a driver that is there before the machine is live.
+        let rig = Rig::new(&there, &DiskOptions::new(images.sparse("other", 1 << 20)));
+        let driver = rig.boot();
+        driver.write(0, 0, 0, &[1; 512]);
+        rig.device.go_live(false);
+        wait_for("the write", || driver.used(0) == 1);
+    }
+}
+
+#[test]
 fn an_impossible_list_of_requests_is_refused() {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);

@@ -100,6 +100,27 @@ fn a_failed_write_lets_the_next_one_go() {
 }
 
 #[test]
+fn a_failed_read_tells_nothing() {
+    let (images, memory) = (Images::in_memory(), memory());
+    let path = images.numbered("disk", 64);
+    let rig = Rig::manual(&memory, &DiskOptions::new(&path));
+    let driver = rig.boot();
+    rig.device.go_live(false);
+    // The bounce buffer has held something before.
+    driver.read(0, 0, 0, 4096);
+    rig.run();
+    driver.fill(1, &[0x55; 4096]);
+    driver.read(0, 1, 8, 4096);
+    rig.turn();
+    rig.engine().complete(0, Some(Ok(512)));
+    rig.turn();
+    rig.engine().complete(0, Some(Err(libc::EIO)));
+    rig.run();
+    assert_eq!((driver.status(1), driver.used_entry(0, 1)), (IOERR, (1, 1)));
+    assert_eq!(driver.data(1, 4096), [0x55; 4096]);
+}
+
+#[test]
 fn a_disk_that_always_says_try_again_fails_in_the_end() {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
