@@ -117,7 +117,7 @@ impl Machine {
         let description = Description {
             vcpus: self.vcpus.len() as u8,
             slots: (0..self.devices.len()).map(slot_address).collect(),
-            serial: Some(COM1),
+            serial: self.serial.is_some().then_some(COM1),
         };
         let entry = linux::load(&self.ram, boot, &description)?;
         self.vcpus.on_each(|index| {

@@ -175,3 +175,69 @@ impl std::fmt::Debug for LinuxBoot {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory::Ram;
+
+    const MEMORY: u64 = 32 << 20;
+
+    fn boot() -> LinuxBoot {
+        LinuxBoot::new(vec![7; 10_000], vec![8; 5], "console=ttyS0".into()).unwrap()
+    }
+
+    fn stored() -> Ram {
+        let ram = Ram::with_firmware(MEMORY, boot().firmware_bytes(), 64).unwrap();
+        boot().store(ram.memory(), ram.firmware().unwrap()).unwrap();
+        ram
+    }
+
+    #[test]
+    fn what_was_stored_comes_back() {
+        let ram = stored();
+        assert_eq!(LinuxBoot::read(ram.memory(), ram.firmware().unwrap()).unwrap(), boot());
+        let empty = LinuxBoot::new(vec![1], Vec::new(), String::new()).unwrap();
+        empty.store(ram.memory(), ram.firmware().unwrap()).unwrap();
+        assert_eq!(LinuxBoot::read(ram.memory(), ram.firmware().unwrap()).unwrap(), empty);
+    }
+
+    #[test]
+    fn texts_that_no_kernel_takes_are_refused() {
+        for text in ["a\nb", "a\0b", "ä"] {
+            let refused = LinuxBoot::new(Vec::new(), Vec::new(), text.into());
+            assert!(matches!(refused, Err(FirmwareError::CommandLine)), "{text:?}");
+        }
+        let long = LinuxBoot::new(Vec::new(), Vec::new(), "a".repeat(65_536));
+        assert!(matches!(long, Err(FirmwareError::CommandLineLong(65_536))));
+    }
+
+    #[test]
+    fn a_region_that_is_too_small_is_refused() {
+        let ram = Ram::with_firmware(MEMORY, 2 << 20, 64).unwrap();
+        let large = LinuxBoot::new(vec![0; 2 << 20], Vec::new(), String::new()).unwrap();
+        let refused = large.store(ram.memory(), ram.firmware().unwrap());
+        assert!(matches!(refused, Err(FirmwareError::Room { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// The guest can write whatever it likes.
+        #[test]
+        fn a_damaged_region_is_refused_or_read_within_its_bounds(
+            changes in prop::collection::vec((0u64..64, any::<u8>()), 1..12),
+        ) {
+            let ram = stored();
+            let region = ram.firmware().unwrap();
+            for (at, byte) in changes {
+                ram.memory().write_obj(byte, GuestAddress(region.base + at)).unwrap();
+            }
+            if let Ok(boot) = LinuxBoot::read(ram.memory(), region) {
+                prop_assert!(boot.firmware_bytes() <= region.len);
+            }
+        }
+    }
+}
