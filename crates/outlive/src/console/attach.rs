@@ -207,7 +207,7 @@ impl Session {
             Err(error) => return Err(error),
         }
         if self.keyboard.is_none() && self.typed.is_empty() {
-            self.socket.shutdown(Shutdown::Write).or_else(|_| Ok(()))
+            self.socket.shutdown(Shutdown::Write).or(Ok(()))
         } else {
             Ok(())
         }
@@ -280,7 +280,7 @@ impl Session {
         self.stay();
         if self.typed.is_empty() {
             // Fails when the other side has gone, which is noticed by reading.
-            self.socket.shutdown(Shutdown::Write).or_else(|_| Ok(()))
+            self.socket.shutdown(Shutdown::Write).or(Ok(()))
         } else {
             Ok(())
         }

@@ -36,7 +36,13 @@ use control::{Control, Inbox};
 /// `outlive standby`: returns the exit code.
 pub fn command(options: &StandbyOptions) -> u8 {
     match prepare(options) {
-        Ok(waiting) => waiting.run(),
+        Ok(waiting) => {
+            let control = waiting.control.clone();
+            let code = waiting.run();
+            // Threads that still wait for connections hold it too, so nothing drops it.
+            control.console.close();
+            code
+        }
         Err(line) => exit::usage(line),
     }
 }
