@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use outlive_epoch::VmId;
 
@@ -13,12 +14,19 @@ use super::journal::Journal;
 use super::sidecar::{Role, Sidecar, beside};
 use crate::arbiter::{self, Arbiter};
 
+/// How long an image may still be in use by a process that has just ended.
+const RELEASED_AFTER: Duration = Duration::from_secs(2);
+
 /// Checks the images that a VM shall run on, `paths` being those that it writes to and does not share, and replays their
 /// journals. To be called before the machine opens them.
 ///
 /// # Errors
 /// One line that names the remedy.
 pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
+    // That an image is missing is told by the machine, which knows what it is for.
+    for path in paths.iter().filter(|path| path.exists()) {
+        look(path)?;
+    }
     let sidecars = read_sidecars(paths)?;
     for (path, sidecar) in paths.iter().zip(&sidecars) {
         let Some(sidecar) = sidecar else { continue };
@@ -174,7 +182,7 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
 /// Whether an image is there and no VM runs on it. How it will be used is not known before the primary comes.
 fn look(path: &Path) -> Result<(), String> {
     let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
-    lock(path, file.try_lock_shared())
+    lock(path, || file.try_lock_shared())
 }
 
 fn cannot_open(path: &Path, error: &io::Error) -> String {
@@ -195,8 +203,15 @@ fn cannot_open(path: &Path, error: &io::Error) -> String {
     }
 }
 
-fn lock(path: &Path, locked: Result<(), TryLockError>) -> Result<(), String> {
+/// The kernel keeps what an io_uring of a killed process has open for some moments after the process is gone.
+fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), String> {
     let image = path.display();
+    let deadline = Instant::now() + RELEASED_AFTER;
+    let mut locked = attempt();
+    while matches!(locked, Err(TryLockError::WouldBlock)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+        locked = attempt();
+    }
     match locked {
         Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => {
@@ -212,6 +227,6 @@ fn lock(path: &Path, locked: Result<(), TryLockError>) -> Result<(), String> {
 fn open(path: &Path) -> Result<File, String> {
     let file =
         OpenOptions::new().read(true).write(true).open(path).map_err(|error| cannot_open(path, &error))?;
-    lock(path, file.try_lock())?;
+    lock(path, || file.try_lock())?;
     Ok(file)
 }
