@@ -41,7 +41,8 @@ Examples:
   cargo xtask ci                       what CI runs: format, clippy, docs, tests
   cargo xtask docs --open              the documentation, in the browser
   cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs
-  cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated";
+  cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated
+  cargo xtask nested shell             two emulated hosts with Linux guests to protect, and a prompt on each";
 
 #[derive(Subcommand)]
 enum Command {

@@ -1,7 +1,9 @@
 //! `cargo xtask nested`: hosts with stock Debian kernels in QEMU's software emulation, where KVM works through AMD's
 //! nested paging, so that tests see kernels and processors that this machine does not have.
 
+#[allow(dead_code, reason = "the proofs on hosts use it")]
 mod background;
+#[allow(dead_code, reason = "the proofs on hosts use it")]
 mod cluster;
 mod debian;
 mod dirty;
@@ -10,6 +12,7 @@ mod image;
 mod initramfs;
 mod kernel;
 mod modules;
+#[allow(dead_code, reason = "the proofs on hosts use it")]
 mod network;
 mod share;
 mod shell;

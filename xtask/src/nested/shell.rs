@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -51,6 +52,9 @@ pub(crate) struct ShellOptions {
     /// Take only what has been fetched and built before
     #[arg(long)]
     no_fetch: bool,
+    /// The program that hosts have as /bin/outlive [default: built from this workspace]
+    #[arg(long, value_name = "FILE")]
+    outlive: Option<PathBuf>,
 }
 
 impl ShellOptions {
@@ -61,13 +65,19 @@ impl ShellOptions {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &ShellOptions) -> Result<(), StepError> {
-    step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
+    let outlive = match &options.outlive {
+        Some(program) => program.clone(),
+        None => {
+            step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
+            workspace.target.join("release/outlive")
+        }
+    };
     let start = Instant::now();
     let options = Options {
         kernels: options.kernels(),
         cpus: options.cpus,
         memory_mib: options.memory,
-        programs: vec![("/bin/outlive", workspace.target.join("release/outlive"))],
+        programs: vec![("/bin/outlive", outlive)],
         guests: !options.no_guests,
         shell: true,
         fetch: !options.no_fetch,

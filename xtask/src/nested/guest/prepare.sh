@@ -12,7 +12,7 @@ echo force-unsafe-io >>/etc/dpkg/dpkg.cfg.d/outlive
 apt-get --quiet update
 apt-get --quiet --yes --no-install-recommends install "$@"
 apt-get clean
-rm -rf /var/lib/apt/lists/* /usr/share/doc/* /usr/share/man/* /usr/share/locale/* /var/cache/debconf/*-old
+rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /usr/share/doc/* /usr/share/man/* /usr/share/locale/* /var/cache/debconf/*-old
 rm /usr/sbin/policy-rc.d
 
 echo outlive-guest >/etc/hostname
