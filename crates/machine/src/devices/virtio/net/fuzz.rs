@@ -71,7 +71,7 @@ pub fn run(data: &[u8]) -> Reached {
 
     let line = Arc::new(InterruptLine::new(Arc::new(Nowhere)));
     let mut queues = Queues::new(memory, line, features, pairs, Some((2 * PAIRS, control)));
-    let mut settings = Settings::new(MacAddr([2, 0, 0, 0, 0, 1]));
+    let mut settings = Settings { announce: true, ..Settings::new(MacAddr([2, 0, 0, 0, 0, 1])) };
     let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
     let pass = gate.enter();
     let way = Way { port: &*port, output: &output, counters: &counters, pass: &pass };
@@ -106,7 +106,16 @@ fn queue(memory: &Memory, index: usize, kind: Kind, features: u64, source: &mut 
     let table = QUEUE_BYTES * index as u64;
     let [available, used] = [table + 4096, table + 2 * 4096];
     for slot in 0..SIZE {
-        put(memory, table + 16 * u64::from(slot), source.descriptor(kind, slot));
+        let mut descriptor = source.descriptor(kind);
+        if kind == Kind::Command && slot.is_multiple_of(2) {
+            let (command, len) = source.command();
+            if source.byte() < 192 {
+                descriptor = Descriptor::new(descriptor.addr().0, len, VRING_DESC_F_NEXT as u16, slot + 1);
+            }
+            // Where there is no memory there is nothing to write.
+            let _ = memory.write_slice(&command, descriptor.addr());
+        }
+        put(memory, table + 16 * u64::from(slot), descriptor);
         let head = source.small(SIZE);
         put(memory, available + 4 + 2 * u64::from(slot), head);
     }
@@ -133,12 +142,8 @@ fn buffers(memory: &Memory, source: &mut Source<'_>) {
                 bytes.fill_with(|| source.byte());
                 memory.write_slice(&bytes, GuestAddress(at))
             }
-            1 => memory.write_obj(source.descriptor(Kind::Send, 0), GuestAddress(at)),
-            // Classes and numbers of commands are few, and so are the values that they take.
-            _ => {
-                let command = [source.byte() % 6, source.byte() % 2, source.byte() % 4, 0, 0, 0, 0, 1];
-                memory.write_slice(&command, GuestAddress(at))
-            }
+            1 => memory.write_obj(source.descriptor(Kind::Send), GuestAddress(at)),
+            _ => memory.write_slice(&source.command().0, GuestAddress(at)),
         };
     }
 }
@@ -194,10 +199,16 @@ impl Source<'_> {
         }
     }
 
-    fn descriptor(&mut self, kind: Kind, slot: u16) -> Descriptor {
+    /// A command and the length it should have. Classes and numbers are few, and so are the values they take.
+    fn command(&mut self) -> ([u8; 10], u32) {
+        let class = self.byte() % 6;
+        let bytes = [class, self.byte() % 2, self.byte() % 4, 0, 0, 0, 0, self.byte() % 2, 0, 0];
+        (bytes, [3, 8, 4, 2, 4, 10][usize::from(class)])
+    }
+
+    fn descriptor(&mut self, kind: Kind) -> Descriptor {
         let addr = self.address();
         let len = match (self.byte(), kind) {
-            (0..=191, Kind::Command) => [2, 3, 4, 8, 10, 12][usize::from(self.byte() % 6)],
             (0..=63, Kind::Send) => HEADER as u32,
             (0..=63, _) => 1526,
             (64..=127, _) => 1526 + u32::from(self.byte()),
@@ -210,9 +221,6 @@ impl Source<'_> {
         let next = VRING_DESC_F_NEXT as u16;
         let write = VRING_DESC_F_WRITE as u16;
         let flags = match (self.byte(), kind) {
-            (0..=229, Kind::Command) if slot.is_multiple_of(2) => {
-                return Descriptor::new(addr, len, next, slot + 1);
-            }
             (0..=229, Kind::Command | Kind::Receive) => write,
             (0..=179, Kind::Send) => 0,
             (180..=229, Kind::Send) => next,
