@@ -6,7 +6,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use outlive_dirty::Choice;
-use outlive_machine::{Host, HostError, LinuxBoot, Machine, MachineEvent, Options, PowerRequest};
+use outlive_machine::{
+    Host, HostError, LinuxBoot, Machine, MachineEvent, NoSink, Options, PortEnd, PowerRequest,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Counts the starts, in memory that no boot writes.
@@ -83,9 +85,9 @@ fn booted(vcpus: u8, memory: u64, firmware_bytes: u64) -> Option<(Machine, Recei
         firmware_bytes,
         net: None,
         disks: Vec::new(),
-        rng: false,
-        console: None,
-        serial: None,
+        rng: true,
+        console: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
+        serial: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
         tracker: Choice::Auto,
         trigger: 1024,
         max_dirty: 2048,
@@ -108,6 +110,7 @@ fn a_guest_restarts_in_every_way_that_kernels_know_and_then_switches_off() {
     for (vcpus, memory) in [(1, 64 << 20), (3, 5 << 30)] {
         let Some((mut machine, events)) = booted(vcpus, memory, boot().firmware_bytes()) else { return };
         machine.boot_linux(&boot()).unwrap();
+        machine.go_live(false);
         machine.resume();
         for start in 1..=4 {
             assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset), "start {start}");

@@ -25,7 +25,7 @@ use crate::memory::GuestMemory;
 /// Where the RSDP is; kernels look for it from here to 1 MiB, and boot parameters name it.
 pub(crate) const RSDP: u64 = 0xE_0000;
 /// First byte after the room for tables.
-const END: u64 = 0x10_0000;
+const END: u64 = 0xF_0000;
 
 /// Ports of the ACPI registers.
 pub(crate) mod ports {

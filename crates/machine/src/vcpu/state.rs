@@ -2,7 +2,7 @@
 
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, Msrs, Xsave, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -271,7 +271,13 @@ pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Resul
             Item::Regs => ioctl(item, fd.set_regs(&fields.get_plain(field)?))?,
             Item::Sregs => ioctl(item, fd.set_sregs(&fields.get_plain(field)?))?,
             Item::Xsave => xsave::restore(fd, &fields, host.xsave_bytes())?,
-            Item::Xcrs => ioctl(item, fd.set_xcrs(&fields.get_plain(field)?))?,
+            Item::Xcrs => {
+                let xcrs: kvm_xcrs = fields.get_plain(field)?;
+                // A processor without XSAVE has none, and KVM_SET_XCRS takes no empty list there.
+                if xcrs.nr_xcrs > 0 {
+                    ioctl(item, fd.set_xcrs(&xcrs))?;
+                }
+            }
             Item::DebugRegs => ioctl(item, fd.set_debug_regs(&fields.get_plain(field)?))?,
             Item::Lapic => ioctl(item, fd.set_lapic(&fields.get_plain::<kvm_lapic_state>(field)?))?,
             Item::Msrs => restore_msrs(fd, &fields, |index| index != MSR_IA32_TSC_DEADLINE, tsc)?,

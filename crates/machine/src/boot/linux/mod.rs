@@ -5,6 +5,7 @@
 //! 0x500     descriptor table        0x7000     parameters ("zero page")
 //! 0x9000    page tables             0x2_0000   command line
 //! 0x9_fc00  end of low memory       0xE_0000   ACPI tables (crate::acpi)
+//!                                   0xF_FFF0   what a jump to the reset vector does
 //! 1 MiB ... kernel, at the address it prefers  ... initrd, as high as the kernel allows
 //! ```
 
@@ -29,6 +30,15 @@ const COMMAND_LINE: u64 = 0x2_0000;
 const LOW_END: u64 = 0x9_FC00;
 /// Where memory goes on: nothing of a kernel may lie below.
 const HIGH_START: u64 = 0x10_0000;
+
+/// Where a processor in real mode goes to start the machine anew. Kernels jump there when they know no better way: on
+/// hardware-reduced ACPI they try EFI, which this machine has not, and then the BIOS.
+const RESET_VECTOR: u64 = 0xF_FFF0;
+/// What they find there: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`.
+const RESET_CODE: [u8; 9] = {
+    let [low, high] = acpi::ports::RESET.to_le_bytes();
+    [0xba, low, high, 0xb0, acpi::ports::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
 
 /// Why a Linux guest could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +104,7 @@ pub(crate) fn load(ram: &Ram, boot: &LinuxBoot, description: &Description) -> Re
     for (address, bytes) in registers::tables() {
         put(address, &bytes)?;
     }
+    put(RESET_VECTOR, &RESET_CODE)?;
     acpi::write(ram.memory(), description)?;
     Ok(kernel.entry)
 }

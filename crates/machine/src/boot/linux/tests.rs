@@ -89,6 +89,14 @@ fn everything_is_where_the_boot_protocol_wants_it() {
 }
 
 #[test]
+fn a_jump_to_the_reset_vector_resets() {
+    let ram = ram();
+    load_in(&ram, &boot(bzimage(), b"", "")).unwrap();
+    // mov dx, 0x602; mov al, 1; out dx, al
+    assert_eq!(read(&ram, 0xf_fff0, 6), [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee]);
+}
+
+#[test]
 fn a_vmlinux_boots_too_and_its_memory_beyond_the_file_is_zero() {
     let ram = ram();
     ram.memory().write_slice(&[0xff; 0x3000], GuestAddress(16 * MIB)).unwrap();
