@@ -101,7 +101,7 @@ impl Topology {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0x0000_ffff | self.index << 24 | ids << 16;
-                entry.edx = entry.edx & !SEVERAL_PROCESSORS;
+                entry.edx &= !SEVERAL_PROCESSORS;
                 if self.vcpus > 1 {
                     entry.edx |= SEVERAL_PROCESSORS;
                 }

@@ -213,7 +213,7 @@ fn elf_segments(image: &[u8]) -> Result<(u64, Vec<Segment>), KernelError> {
 }
 
 fn zero(memory: &GuestMemory, from: u64, to: u64) -> Result<(), KernelError> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = from;
     while at < to {
         let len = (to - at).min(ZEROS.len() as u64);
