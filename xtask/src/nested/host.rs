@@ -36,6 +36,11 @@ const PROCESSOR: &str = "max,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma";
 /// 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
 const EMULATION: &str = "tcg,thread=single";
 
+/// With panic=-1 a panic is a reboot at once, which ends QEMU. The others are for a machine that has no time for the
+/// host: without the first its kernel stops when it counts too few timer interrupts at start, without the second it
+/// finds its clock unreliable, and KVM then has no good clock for guests.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable";
+
 /// Why a host does not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HostError {
@@ -303,8 +308,7 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     command.args(["-cpu", PROCESSOR, "-accel", EMULATION]);
     command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
-    // With panic=-1 a panic is a reboot at once, which ends QEMU.
-    command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+    command.args(["-append", KERNEL_COMMAND_LINE]);
     // The console, then the line that commands come over.
     let mut console = OsString::from("file:");
     console.push(files.path("console"));
