@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use outlive_machine::devices::gate::DeviceGate;
 use outlive_machine::devices::line_log::LineLog;
-use outlive_machine::devices::port::{INPUT_BYTES, PortEnd};
+use outlive_machine::devices::port::PortEnd;
 use outlive_machine::devices::serial::{SerialHost, SerialPort};
 use outlive_machine::devices::virtio::Interrupt;
 
@@ -255,7 +255,6 @@ fn a_guest_that_takes_nothing_does_not_keep_orders_from_being_heard() {
     put(&mut person, b"more\x1dx");
     wait_for("the order to end", || stops.load(Ordering::Relaxed) == 1);
     assert!(end.input.dropped() >= 4);
-    assert!(INPUT_BYTES > 0);
 }
 
 #[test]
