@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -386,6 +387,11 @@ impl Cluster {
     /// A program of this machine on the clients' network.
     pub(crate) fn client(&self, program: &str) -> Command {
         self.network.command(program)
+    }
+
+    /// A connection of a client on the clients' network.
+    pub(crate) fn connect(&self, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+        self.network.connect(to, limit)
     }
 
     /// A program of the guest image, a client of its servers, on the clients' network: `redis-cli`, `psql`, `pgbench`.

@@ -14,6 +14,7 @@ mod kernel;
 mod modules;
 #[allow(dead_code, reason = "the proofs on hosts use it")]
 mod network;
+mod proof;
 mod share;
 mod shell;
 
@@ -36,6 +37,9 @@ enum What {
     /// Get a prompt on hosts that see each other, with everything to protect a Linux guest
     #[command(after_help = shell::EXAMPLES)]
     Shell(shell::ShellOptions),
+    /// Cut the power of hosts that run Linux guests, and see what is lost: nothing
+    #[command(after_help = proof::EXAMPLES)]
+    Prove(proof::ProofOptions),
     /// Build the guest images, and say where they are
     Images,
 }
@@ -49,6 +53,7 @@ pub(crate) fn run(workspace: &Workspace, options: &NestedOptions) -> Result<(), 
     match &options.what {
         What::Dirty(options) => dirty::run(workspace, options),
         What::Shell(options) => shell::run(workspace, options),
+        What::Prove(options) => proof::run(workspace, options),
         What::Images => {
             let image = image::GuestImage::get(workspace, true);
             let image = image.map_err(|error| shell::step_error(error.into()))?;

@@ -3,13 +3,14 @@
 
 use std::fs::File;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::run::describe;
 
@@ -165,6 +166,16 @@ impl Network {
         let namespace = format!("--net=/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd());
         command.arg(namespace).args(["--", "setpriv", "--pdeathsig", "KILL", "--"]).arg(program);
         command
+    }
+
+    /// A connection from the namespace; it stays there, whoever uses it.
+    pub(crate) fn connect(&self, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+        let namespace = self.namespace.try_clone()?;
+        let connecting = thread::spawn(move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+            TcpStream::connect_timeout(&to, limit)
+        });
+        connecting.join().expect("the thread does not panic")
     }
 }
 

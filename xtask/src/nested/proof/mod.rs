@@ -1,0 +1,123 @@
+//! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is cut.
+
+mod redis;
+mod stage;
+
+use std::io;
+use std::time::Instant;
+
+use crate::nested::background::BackgroundError;
+use crate::nested::cluster::ClusterError;
+use crate::run::{StepError, Workspace, step};
+use crate::summary::Summary;
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask nested prove              all of them
+  cargo xtask nested prove redis        one
+  cargo xtask nested prove --list";
+
+/// Something that is claimed, and how it is tried.
+struct Proof {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&Context<'_>) -> Result<(), ProofError>,
+}
+
+/// All of them.
+const PROOFS: [Proof; 1] = [Proof {
+    name: "redis",
+    what: "connections to Redis go on after a power cut, and no acknowledged write is lost",
+    run: redis::prove,
+}];
+
+/// What a proof is run with.
+struct Context<'a> {
+    workspace: &'a Workspace,
+    fetch: bool,
+}
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct ProofOptions {
+    /// Only those whose name contains one of these
+    name: Vec<String>,
+    /// Say what there is
+    #[arg(long)]
+    list: bool,
+    /// Take only what has been fetched and built before
+    #[arg(long)]
+    no_fetch: bool,
+}
+
+/// Why something was not proved.
+#[derive(Debug, thiserror::Error)]
+enum ProofError {
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Background(#[from] BackgroundError),
+    /// The guest's agent cannot be reached.
+    #[error("the guest does not answer to '{line}': {source}")]
+    Agent { line: String, source: io::Error },
+    /// A command in the guest failed.
+    #[error("in the guest '{line}' ended with {status}:\n{output}")]
+    InGuest { line: String, status: String, output: String },
+    /// A client of the guest could not go on.
+    #[error("{what}: {source}")]
+    Client { what: String, source: io::Error },
+    /// It is not so.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+impl ProofError {
+    fn is_missing(&self) -> bool {
+        matches!(self, ProofError::Cluster(error) if error.is_missing())
+    }
+}
+
+/// Fails with a text unless it is so.
+fn ensure(is_so: bool, otherwise: impl FnOnce() -> String) -> Result<(), ProofError> {
+    if is_so { Ok(()) } else { Err(ProofError::Wrong(otherwise())) }
+}
+
+/// `cargo xtask nested prove`.
+pub(crate) fn run(workspace: &Workspace, options: &ProofOptions) -> Result<(), StepError> {
+    let wanted = |proof: &&Proof| {
+        options.name.is_empty() || options.name.iter().any(|name| proof.name.contains(name.as_str()))
+    };
+    let proofs: Vec<&Proof> = PROOFS.iter().filter(wanted).collect();
+    if options.list || proofs.is_empty() {
+        PROOFS.iter().for_each(|proof| println!("{:12}{}", proof.name, proof.what));
+        let unknown = || StepError::Unusable(format!("no proof is named {}", options.name.join(" or ")));
+        return if options.list { Ok(()) } else { Err(unknown()) };
+    }
+    step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
+    let mut summary = Summary::default();
+    let context = Context { workspace, fetch: !options.no_fetch };
+    prove(&context, proofs.into_iter(), &mut summary);
+    println!("\n{summary}");
+    if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+}
+
+fn prove<'a>(context: &Context<'_>, proofs: impl Iterator<Item = &'a Proof>, summary: &mut Summary) {
+    for proof in proofs {
+        summary.start_program("nested");
+        println!("\nproof {}: {}", proof.name, proof.what);
+        let start = Instant::now();
+        match (proof.run)(context) {
+            Ok(()) => {
+                println!("proof {}: holds, after {} s", proof.name, start.elapsed().as_secs());
+                summary.line("test result: ok. 1 passed; 0 failed");
+            }
+            Err(error) if error.is_missing() => {
+                println!("skipped: {error}");
+                summary.line(&format!("skipped: {error}"));
+            }
+            Err(error) => {
+                println!("proof {}: FAILED after {} s: {error}", proof.name, start.elapsed().as_secs());
+                summary.ended_badly(&format!("nested: {}", proof.name));
+            }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! What every proof stands on: hosts, one of which runs a Linux guest and another protects it.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::ProofError;
+use crate::nested::background::{Background, Events};
+use crate::nested::cluster::{ARBITER, BRIDGE, Cluster, DATA, Options, SHARE};
+use crate::nested::image::GuestKernel;
+use crate::nested::kernel::Series;
+use crate::nested::network::Net;
+use crate::run::Workspace;
+
+/// Port of every standby.
+const PORT: u16 = 7000;
+/// The port of the guest's agent.
+const AGENT: u16 = 7777;
+/// Of hosts that are emulated: what takes a processor a millisecond takes them some thirty.
+const INTERVAL: &str = "20ms";
+const DEAD_AFTER: &str = "5s";
+/// For a guest to come up.
+pub(super) const BOOT: Duration = Duration::from_secs(180);
+/// For a synchronisation to be whole.
+pub(super) const SYNC: Duration = Duration::from_secs(240);
+/// For a takeover.
+pub(super) const TAKEOVER: Duration = Duration::from_secs(60);
+/// For a short command in the guest.
+pub(super) const SHORT: Duration = Duration::from_secs(60);
+/// For a connection to the guest.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// What a guest is made of.
+#[derive(Clone)]
+pub(super) struct Guest {
+    pub(super) kernel: GuestKernel,
+    /// Debian's own initrd, or the small one.
+    pub(super) stock_initrd: bool,
+    pub(super) vcpus: u32,
+    pub(super) memory: &'static str,
+    /// The end of its command line.
+    pub(super) append: String,
+    /// Images on each host's disk.
+    pub(super) disks: Vec<String>,
+    /// Further options of `outlive run`.
+    pub(super) options: &'static str,
+}
+
+impl Guest {
+    /// The Debian system of the image, with services started.
+    pub(super) fn debian(kernel: GuestKernel, services: &str) -> Guest {
+        let (address, prefix) = (Net::guest(1), Net::PREFIX);
+        Guest {
+            kernel,
+            stock_initrd: false,
+            vcpus: 1,
+            memory: "384M",
+            append: format!(
+                "root=/dev/vda init=/outlive/init outlive.start={services} outlive.ip={address}/{prefix}"
+            ),
+            disks: vec!["root.img".into()],
+            options: "",
+        }
+    }
+
+    /// Only the small initrd.
+    pub(super) fn busybox(kernel: GuestKernel, append: &str) -> Guest {
+        let (address, prefix) = (Net::guest(1), Net::PREFIX);
+        Guest {
+            kernel,
+            stock_initrd: false,
+            vcpus: 1,
+            memory: "192M",
+            append: format!("outlive.stay=yes outlive.ip={address}/{prefix} {append}"),
+            disks: Vec::new(),
+            options: "",
+        }
+    }
+
+    fn disks(&self) -> String {
+        self.disks.iter().map(|image| format!(" --disk path={DATA}/{image}")).collect()
+    }
+}
+
+/// A side of the pair: a program in a host, and what it says of itself.
+pub(super) struct Side {
+    pub(super) program: Background,
+    events: Events,
+}
+
+impl Side {
+    /// Waits for an event.
+    pub(super) fn wait_for(&self, event: &str, limit: Duration) -> Result<Value, ProofError> {
+        Ok(self.program.wait(event, limit, || self.events.named(event).pop())?)
+    }
+
+    pub(super) fn all(&self, event: &str) -> Vec<Value> {
+        self.events.named(event)
+    }
+}
+
+pub(super) struct Stage {
+    pub(super) cluster: Cluster,
+    started: Instant,
+    sides: u32,
+}
+
+impl Stage {
+    pub(super) fn new(workspace: &Workspace, fetch: bool, kernels: &[Series]) -> Result<Stage, ProofError> {
+        let options = Options {
+            kernels: kernels.to_vec(),
+            cpus: 1,
+            memory_mib: 1536,
+            programs: vec![("/bin/outlive", workspace.target.join("release/outlive"))],
+            guests: true,
+            shell: false,
+            fetch,
+        };
+        let started = Instant::now();
+        let stage = Stage { cluster: Cluster::start(workspace, options)?, started, sides: 0 };
+        let names: Vec<&str> = kernels.iter().map(|it| it.name()).collect();
+        stage.say(&format!("hosts with {} are up", names.join(" and ")));
+        Ok(stage)
+    }
+
+    pub(super) fn say(&self, what: &str) {
+        println!("  {:4} s  {what}", self.started.elapsed().as_secs());
+    }
+
+    fn start(&mut self, host: usize, command: &str) -> Result<Side, ProofError> {
+        self.sides += 1;
+        let events = format!("{host}/events-{}", self.sides);
+        let program = format!(
+            "/bin/outlive {command} --arbiter file:{ARBITER} --net tap=vm0,bridge={BRIDGE} \
+             --interval {INTERVAL} --dead-after {DEAD_AFTER} --console stdio --events {SHARE}/{events}"
+        );
+        let program = self.cluster.spawn(host, "outlive", &program)?;
+        Ok(Side { program, events: Events::new(self.cluster.share().join(events)) })
+    }
+
+    /// A standby, which protects the guest with `next` after a takeover.
+    pub(super) fn standby(
+        &mut self,
+        host: usize,
+        next: Option<usize>,
+        guest: &Guest,
+    ) -> Result<Side, ProofError> {
+        let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
+        let side = self.start(host, &format!("standby --listen 0.0.0.0:{PORT}{next}{}", guest.disks()))?;
+        side.wait_for("listening", SHORT)?;
+        Ok(side)
+    }
+
+    /// The guest, protected by a standby on `next`.
+    pub(super) fn run(
+        &mut self,
+        host: usize,
+        next: Option<usize>,
+        guest: &Guest,
+    ) -> Result<Side, ProofError> {
+        let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
+        let initrd = if guest.stock_initrd { "initrd" } else { "busybox" };
+        let kernel = guest.kernel.name();
+        let (vcpus, memory, append) = (guest.vcpus, guest.memory, &guest.append);
+        let command = format!(
+            "run --kernel {DATA}/vmlinuz-{kernel} --initrd {DATA}/{initrd}-{kernel} --vcpus {vcpus} --memory {memory} \
+             --append 'console=ttyS0 {append}'{}{next} {}",
+            guest.disks(),
+            guest.options
+        );
+        self.start(host, &command)
+    }
+
+    /// Waits until the guest has started all that it was to start.
+    pub(super) fn wait_until_up(&self, side: &Side) -> Result<(), ProofError> {
+        side.program.wait_for("outlive guest is up", BOOT)?;
+        self.say("the guest is up");
+        Ok(())
+    }
+
+    /// Waits until the loss of the host does no harm.
+    pub(super) fn wait_until_protected(&self, side: &Side) -> Result<(), ProofError> {
+        let event = side.wait_for("protected", SYNC)?;
+        self.say(&format!("protected, {} s after it began", event["base_ms"].as_u64().unwrap_or(0) / 1000));
+        Ok(())
+    }
+
+    /// Cuts a host's power, and waits until the other runs the guest.
+    pub(super) fn cut(&mut self, host: usize, next: &Side) -> Result<Value, ProofError> {
+        self.say(&format!("cutting the power of host {host}"));
+        self.cluster.cut_power(host)?;
+        self.wait_for_takeover(next)
+    }
+
+    pub(super) fn wait_for_takeover(&self, next: &Side) -> Result<Value, ProofError> {
+        let event = next.wait_for("takeover", TAKEOVER)?;
+        let ms = |what: &str| event[what].as_u64().unwrap_or(0) / 1000;
+        self.say(&format!(
+            "host {} runs the guest: detection {} ms, arbitration {} ms, restore {} ms",
+            next.program.host,
+            ms("detect_us"),
+            ms("arbitrate_us"),
+            ms("restore_us")
+        ));
+        Ok(event)
+    }
+
+    pub(super) fn agent() -> SocketAddr {
+        SocketAddr::new(Net::guest(1).into(), AGENT)
+    }
+
+    /// Runs a line of shell in the guest, from outside. Returns its output.
+    pub(super) fn in_guest(&self, line: &str, limit: Duration) -> Result<String, ProofError> {
+        let (status, output) = ask(&self.cluster, line, limit)
+            .map_err(|source| ProofError::Agent { line: line.into(), source })?;
+        if status == "0" {
+            return Ok(output);
+        }
+        Err(ProofError::InGuest { line: line.into(), status, output })
+    }
+}
+
+fn ask(cluster: &Cluster, line: &str, limit: Duration) -> io::Result<(String, String)> {
+    let mut stream = cluster.connect(Stage::agent(), CONNECT)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.write_all(format!("{line}\n").as_bytes())?;
+    let mut output = String::new();
+    stream.read_to_string(&mut output)?;
+    let (output, status) = output.trim_end().rsplit_once("exit ").ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok((status.to_string(), output.trim_end().to_string()))
+}
