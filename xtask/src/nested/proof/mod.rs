@@ -1,5 +1,9 @@
 //! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is cut.
 
+mod clocks;
+mod files;
+mod kernels;
+mod postgres;
 mod redis;
 mod stage;
 
@@ -25,11 +29,33 @@ struct Proof {
 }
 
 /// All of them.
-const PROOFS: [Proof; 1] = [Proof {
-    name: "redis",
-    what: "connections to Redis go on after a power cut, and no acknowledged write is lost",
-    run: redis::prove,
-}];
+const PROOFS: [Proof; 5] = [
+    Proof {
+        name: "guests",
+        what: "Debian's kernels come up with 1 and 2 vCPUs, see their devices, restart and switch off",
+        run: kernels::prove_guests,
+    },
+    Proof {
+        name: "hosts",
+        what: "on each Debian release as the hosts, a guest goes on after a power cut",
+        run: kernels::prove_hosts,
+    },
+    Proof {
+        name: "redis",
+        what: "connections to Redis go on after a power cut, and no acknowledged write is lost",
+        run: redis::prove,
+    },
+    Proof {
+        name: "postgres",
+        what: "PostgreSQL does not notice two power cuts, no acknowledged transaction is lost, no clock goes back",
+        run: postgres::prove,
+    },
+    Proof {
+        name: "files",
+        what: "files are there after two power cuts, and fsck finds the committed images clean",
+        run: files::prove,
+    },
+];
 
 /// What a proof is run with.
 struct Context<'a> {

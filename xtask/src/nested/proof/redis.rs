@@ -23,10 +23,7 @@ const LOAD: Duration = Duration::from_secs(8);
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     let guest = Guest::debian(GuestKernel::TrixieCloud, "redis");
-    let standby = stage.standby(2, None, &guest)?;
-    let primary = stage.run(1, Some(2), &guest)?;
-    stage.wait_until_up(&primary)?;
-    stage.wait_until_protected(&primary)?;
+    let [_primary, standby] = stage.pair(&guest, "")?;
 
     let mut clients = Clients::start(&stage)?;
     thread::sleep(LOAD);

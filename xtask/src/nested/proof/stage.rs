@@ -1,7 +1,11 @@
 //! What every proof stands on: hosts, one of which runs a Linux guest and another protects it.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -18,8 +22,8 @@ use crate::run::Workspace;
 const PORT: u16 = 7000;
 /// The port of the guest's agent.
 const AGENT: u16 = 7777;
-/// Of hosts that are emulated: what takes a processor a millisecond takes them some thirty.
-const INTERVAL: &str = "20ms";
+/// Of hosts that are emulated: there a first write to a page after a checkpoint costs the better part of a millisecond.
+const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
 /// For a guest to come up.
 pub(super) const BOOT: Duration = Duration::from_secs(180);
@@ -101,8 +105,10 @@ impl Side {
     }
 }
 
+/// Hosts, and a clock. What the programs on them said stays in `target/nested/logs` until the next one.
 pub(super) struct Stage {
     pub(super) cluster: Cluster,
+    logs: PathBuf,
     started: Instant,
     sides: u32,
 }
@@ -119,7 +125,8 @@ impl Stage {
             fetch,
         };
         let started = Instant::now();
-        let stage = Stage { cluster: Cluster::start(workspace, options)?, started, sides: 0 };
+        let logs = workspace.target.join("nested/logs");
+        let stage = Stage { cluster: Cluster::start(workspace, options)?, logs, started, sides: 0 };
         let names: Vec<&str> = kernels.iter().map(|it| it.name()).collect();
         stage.say(&format!("hosts with {} are up", names.join(" and ")));
         Ok(stage)
@@ -187,6 +194,19 @@ impl Stage {
         Ok(())
     }
 
+    /// Starts the guest on host 1 and, when it is up, protects it with host 2. Not before: while a guest boots it writes to
+    /// all its memory, and emulated hosts have no time for that. Whether it could is what other proofs are about.
+    pub(super) fn pair(&mut self, guest: &Guest, prepare: &str) -> Result<[Side; 2], ProofError> {
+        let first = self.run(1, Some(2), guest)?;
+        self.wait_until_up(&first)?;
+        if !prepare.is_empty() {
+            self.in_guest(prepare, SHORT)?;
+        }
+        let second = self.standby(2, Some(1), guest)?;
+        self.wait_until_protected(&first)?;
+        Ok([first, second])
+    }
+
     /// Cuts a host's power, and waits until the other runs the guest.
     pub(super) fn cut(&mut self, host: usize, next: &Side) -> Result<Value, ProofError> {
         self.say(&format!("cutting the power of host {host}"));
@@ -222,8 +242,25 @@ impl Stage {
     }
 }
 
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.logs);
+        let mut command = Command::new("cp");
+        let _ = command.arg("-r").arg(self.cluster.share()).arg(&self.logs).status();
+    }
+}
+
 fn ask(cluster: &Cluster, line: &str, limit: Duration) -> io::Result<(String, String)> {
-    let mut stream = cluster.connect(Stage::agent(), CONNECT)?;
+    let start = Instant::now();
+    let mut stream = loop {
+        match cluster.connect(Stage::agent(), CONNECT) {
+            // It starts when the guest says that it is up.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < CONNECT => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            connected => break connected?,
+        }
+    };
     stream.set_read_timeout(Some(limit))?;
     stream.write_all(format!("{line}\n").as_bytes())?;
     let mut output = String::new();

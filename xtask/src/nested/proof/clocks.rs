@@ -1,0 +1,59 @@
+//! The guest's clocks through takeovers.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::stage::{SHORT, Stage};
+use super::{ProofError, ensure};
+
+/// Samples both clocks every 10 ms and writes down every step back. Ends with the number of samples.
+const WATCH: &str = "perl -MTime::HiRes=clock_gettime,CLOCK_MONOTONIC,CLOCK_REALTIME,usleep -e '\
+    open F, q(>), q(/run/clocks); F->autoflush; my ($m, $r, $n) = (0, 0, 0); \
+    $SIG{TERM} = sub { print F qq(samples $n\\n); exit }; \
+    while (1) { my ($a, $b) = (clock_gettime(CLOCK_MONOTONIC), clock_gettime(CLOCK_REALTIME)); \
+    print F qq(monotonic back from $m to $a\\n) if $a < $m; print F qq(realtime back from $r to $b\\n) if $b < $r; \
+    ($m, $r) = ($a, $b); $n++; usleep 10000 }' </dev/null >/dev/null 2>&1 & echo $!";
+const SOURCE: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
+/// What a kernel says when time or a processor was taken from it.
+const COMPLAINTS: &str = "dmesg | grep -i -E 'soft lockup|hard lockup|unstable|rcu.*stall|blocked for more|Call Trace|BUG:|\
+                          WARNING:|time.*backward' || true";
+/// How far the guest's clock may be from ours: two emulated machines are between.
+const TOLERANCE: Duration = Duration::from_secs(2);
+
+/// A watch on the clocks of a guest, from now on.
+pub(super) struct Clocks {
+    source: String,
+    watch: String,
+}
+
+impl Clocks {
+    pub(super) fn watch(stage: &Stage) -> Result<Clocks, ProofError> {
+        let watch = stage.in_guest(WATCH, SHORT)?;
+        Ok(Clocks { source: stage.in_guest(SOURCE, SHORT)?, watch: watch.trim().to_string() })
+    }
+
+    /// No clock went back, the wall clock is right, and the kernel has noticed nothing.
+    pub(super) fn check(&self, stage: &Stage) -> Result<(), ProofError> {
+        let before = now();
+        let date = stage.in_guest("date +%s.%N", SHORT)?;
+        let after = now();
+        let date: f64 = date.trim().parse().map_err(|_| ProofError::Wrong(format!("the date is {date}")))?;
+        let tolerance = TOLERANCE.as_secs_f64();
+        ensure((before - tolerance..=after + tolerance).contains(&date), || {
+            format!("the guest's date is {date}, and it is between {before} and {after}")
+        })?;
+        let source = stage.in_guest(SOURCE, SHORT)?;
+        ensure(source == self.source, || format!("the clocksource was {} and is {source}", self.source))?;
+        let complaints = stage.in_guest(COMPLAINTS, SHORT)?;
+        ensure(complaints.is_empty(), || format!("the guest's kernel has noticed something:\n{complaints}"))?;
+        let seen = stage.in_guest(&format!("kill {}; sleep 1; cat /run/clocks", self.watch), SHORT)?;
+        let samples: u64 = seen.trim().strip_prefix("samples ").and_then(|it| it.parse().ok()).unwrap_or(0);
+        ensure(samples > 100, || format!("clocks of the guest:\n{seen}"))?;
+        stage
+            .say(&format!("clocks: {samples} samples and none goes back, the date is right, {source} still"));
+        Ok(())
+    }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |it| it.as_secs_f64())
+}

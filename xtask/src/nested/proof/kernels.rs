@@ -1,0 +1,101 @@
+//! Kernels of guests, and kernels of hosts.
+
+use std::time::Duration;
+
+use super::stage::{Guest, SHORT, Stage};
+use super::{Context, ProofError, ensure};
+use crate::nested::cluster::DATA;
+use crate::nested::image::GuestKernel;
+use crate::nested::kernel::Series;
+use crate::nested::network::Net;
+
+const IMAGE: &str = "small.img";
+/// For two boots and a reboot.
+const CYCLE: Duration = Duration::from_secs(240);
+/// For a guest to count on.
+const COUNT: Duration = Duration::from_secs(30);
+
+/// Every kernel with one and two vCPUs: it comes up, sees its devices, restarts, finds what it had written, switches off.
+pub(super) fn prove_guests(context: &Context<'_>) -> Result<(), ProofError> {
+    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm])?;
+    for kernel in GuestKernel::ALL {
+        for vcpus in [1, 2] {
+            cycle(&mut stage, kernel, vcpus)?;
+        }
+    }
+    Ok(())
+}
+
+fn cycle(stage: &mut Stage, kernel: GuestKernel, vcpus: u32) -> Result<(), ProofError> {
+    stage.cluster.command(1, &format!("rm -f {DATA}/{IMAGE}* && truncate -s 16M {DATA}/{IMAGE}"))?;
+    let guest =
+        Guest { vcpus, disks: vec![IMAGE.into()], ..Guest::busybox(kernel, "outlive.end=cycle panic=-1") };
+    let side = stage.run(1, None, &guest)?;
+    let status = side.program.wait_for_end(CYCLE)?;
+    let (log, name) = (side.program.log(), kernel.name());
+    let wrong = |what: &str| format!("{name} with {vcpus} vCPUs: {what} ({status}); its log:\n{log}");
+    ensure(status == 0, || wrong("did not switch off in order"))?;
+    let processors = format!(", {vcpus} processors, network eth0 {}/{}", Net::guest(1), Net::PREFIX);
+    for (expected, times) in [
+        ("outlive guest is up: ", 2),
+        (processors.as_str(), 2),
+        ("disks: vda", 2),
+        ("random: virtio_rng.0", 2),
+        ("the disk says that this is the second time", 1),
+    ] {
+        let count = log.matches(expected).count();
+        ensure(count == times, || wrong(&format!("'{expected}' is there {count} times, not {times}")))?;
+    }
+    ensure(side.all("guest_restarted").len() == 1, || wrong("did not restart once"))?;
+    stage.say(&format!("{name} with {vcpus} vCPUs: up, disk, network, entropy, restarted, switched off"));
+    Ok(())
+}
+
+/// Every kernel of a host: the guest is protected with the best that the kernel has, and goes on.
+pub(super) fn prove_hosts(context: &Context<'_>) -> Result<(), ProofError> {
+    Series::ALL.into_iter().try_for_each(|series| pair(context, series))
+}
+
+fn pair(context: &Context<'_>, series: Series) -> Result<(), ProofError> {
+    let mut stage = Stage::new(context.workspace, context.fetch, &[series; 2])?;
+    for host in [1, 2] {
+        stage.cluster.command(host, &format!("truncate -s 16M {DATA}/{IMAGE}"))?;
+    }
+    let guest =
+        Guest { disks: vec![IMAGE.into()], ..Guest::busybox(GuestKernel::TrixieCloud, "outlive.end=count") };
+    let standby = stage.standby(2, None, &guest)?;
+    let primary = stage.run(1, Some(2), &guest)?;
+    let tracker = primary.wait_for("started", SHORT)?["tracker"].clone();
+    let expected = if series == Series::Bullseye { "clear-log" } else { "ring" };
+    ensure(tracker == expected, || format!("dirty pages are found with {tracker}, not {expected}"))?;
+    stage.wait_until_up(&primary)?;
+    stage.wait_until_protected(&primary)?;
+    stage.cut(1, &standby)?;
+    let before = last_count(&primary.program.log()).unwrap_or(0);
+    let counted = standby.program.wait("the count to go on", COUNT, || {
+        last_count(&standby.program.log()).filter(|&count| count > before + 2)
+    })?;
+    ensure(!standby.program.log().contains("Linux version"), || "the guest was booted again".into())?;
+    let guest = Net::guest(1).to_string();
+    let mut ping = stage.cluster.guest_client("ping");
+    let answer = ping.args(["-c", "3", "-W", "5", &guest]).output();
+    let answer = answer.map_err(|source| ProofError::Client { what: "ping".into(), source })?;
+    ensure(answer.status.success(), || format!("the guest does not answer to ping: {answer:?}"))?;
+    stage.say(&format!("{expected}: the guest had counted to {before}, and has gone on to {counted}"));
+    Ok(())
+}
+
+fn last_count(log: &str) -> Option<u64> {
+    log.lines().rev().find_map(|line| line.trim().strip_prefix("count ")?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_found_among_other_lines() {
+        assert_eq!(last_count("count 1\r\ncount 2\r\n[   3.1] random: ready\r\ncou"), Some(2));
+        assert_eq!(last_count("discount 5\n"), None);
+    }
+}
