@@ -203,7 +203,7 @@ impl Machine {
             events: options.events.clone(),
             ram: ram.clone(),
         };
-        let mut vcpus = VcpuSet::spawn(fds, &msrs, host.xsave_bytes(), parts).map_err(CreateError::Thread)?;
+        let mut vcpus = VcpuSet::spawn(fds, &msrs, host.xsave(), parts).map_err(CreateError::Thread)?;
         // Before they know the tracker, because there is nothing to harvest yet.
         let fresh = FreshState::take(&mut vcpus, &vm)?;
         vcpus.set_tracker(tracker.clone());

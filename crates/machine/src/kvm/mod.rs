@@ -24,6 +24,8 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
 /// device window, never touched by a guest.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
+/// Least bytes of an XSAVE state.
+pub(crate) const XSAVE_BYTES: usize = size_of::<kvm_bindings::kvm_xsave>();
 /// Most vCPUs of a VM in this version.
 pub const MAX_VCPUS: u8 = 32;
 
@@ -71,7 +73,26 @@ fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> HostError {
 pub struct Host {
     kvm: Kvm,
     cpuid: CpuId,
-    xsave_bytes: usize,
+    xsave: XsaveCall,
+}
+
+/// How a vCPU's XSAVE state is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum XsaveCall {
+    /// KVM_GET_XSAVE, whose 4096 bytes are all that kernels before Linux 5.17 keep.
+    Legacy,
+    /// KVM_GET_XSAVE2, with the size from KVM_CAP_XSAVE2.
+    Sized(usize),
+}
+
+impl XsaveCall {
+    /// Bytes that it gives.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::Legacy => XSAVE_BYTES,
+            Self::Sized(bytes) => bytes,
+        }
+    }
 }
 
 impl Host {
@@ -95,8 +116,11 @@ impl Host {
         }
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-        let xsave2 = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-        Ok(Self { kvm, cpuid, xsave_bytes: xsave2.max(size_of::<kvm_bindings::kvm_xsave>()) })
+        let xsave = match usize::try_from(kvm.check_extension_int(Cap::Xsave2)) {
+            Err(_) | Ok(0) => XsaveCall::Legacy,
+            Ok(bytes) => XsaveCall::Sized(bytes.max(XSAVE_BYTES)),
+        };
+        Ok(Self { kvm, cpuid, xsave })
     }
 
     /// The system file descriptor.
@@ -106,7 +130,12 @@ impl Host {
 
     /// Bytes of a vCPU's XSAVE state (KVM_CAP_XSAVE2, at least 4096).
     pub fn xsave_bytes(&self) -> usize {
-        self.xsave_bytes
+        self.xsave.bytes()
+    }
+
+    /// How a vCPU's XSAVE state is read.
+    pub(crate) fn xsave(&self) -> XsaveCall {
+        self.xsave
     }
 
     /// A new VM with interrupt chips and PIT, no memory and no vCPU.

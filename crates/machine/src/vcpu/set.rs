@@ -14,6 +14,7 @@ use super::rendezvous::{Command, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
 use super::state::Saver;
 use crate::bus::Bus;
+use crate::kvm::XsaveCall;
 use crate::memory::Ram;
 use crate::signals;
 
@@ -55,7 +56,7 @@ impl VcpuSet {
     pub(crate) fn spawn(
         fds: Vec<VcpuFd>,
         msrs: &[u32],
-        xsave_bytes: usize,
+        xsave: XsaveCall,
         parts: Parts,
     ) -> std::io::Result<Self> {
         signals::install_kick();
@@ -72,7 +73,7 @@ impl VcpuSet {
         let mut set = Self { shared, slots: Vec::new(), threads: Vec::new(), running: false };
         let mut vcpus = Vec::new();
         for (index, fd) in fds.into_iter().enumerate() {
-            let saver = Saver::new(msrs, xsave_bytes);
+            let saver = Saver::new(msrs, xsave);
             let (vcpu, slot) = Vcpu::new(index as u8, fd, saver, set.shared.clone());
             set.slots.push(slot);
             vcpus.push(vcpu);

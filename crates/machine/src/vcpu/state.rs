@@ -6,7 +6,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, XSAVE_BYTES, XsaveCall};
 use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
 
 /// One part of a vCPU's state. The numbers are field numbers of a [`Kind::Vcpu`] section.
@@ -101,6 +101,16 @@ pub enum VcpuStateError {
         /// This host's.
         here: u32,
     },
+    /// The other host's processor or kernel keeps more vector state than this one.
+    #[error(
+        "the VM's vCPUs have {wanted} bytes of vector state, this host has room for {here}: use a host of the same model with Linux 5.17 or newer"
+    )]
+    XsaveBytes {
+        /// The VM's.
+        wanted: usize,
+        /// This host's.
+        here: usize,
+    },
     /// The saved bytes are not a vCPU's state.
     #[error(transparent)]
     State(#[from] StateError),
@@ -114,27 +124,25 @@ fn ioctl<T>(item: Item, result: Result<T, kvm_ioctls::Error>) -> Result<T, VcpuS
 pub(super) struct Saver {
     msrs: Msrs,
     xsave: Xsave,
-    xsave_bytes: usize,
+    call: XsaveCall,
 }
 
 impl Saver {
-    /// Allocates the buffers; `indices` are the MSRs to save, `xsave_bytes` the size from
-    /// KVM_CAP_XSAVE2.
-    pub(super) fn new(indices: &[u32], xsave_bytes: usize) -> Self {
+    /// Allocates the buffers; `indices` are the MSRs to save, `call` is how this host gives the XSAVE state.
+    pub(super) fn new(indices: &[u32], call: XsaveCall) -> Self {
         let entries: Vec<_> =
             indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let extra = xsave_bytes.saturating_sub(size_of::<kvm_bindings::kvm_xsave>()).div_ceil(4);
         Self {
             // PANIC: KVM's own index list is shorter than KVM_MAX_MSR_ENTRIES.
             msrs: Msrs::from_entries(&entries).unwrap_or_else(|_| Msrs::new(0).expect("empty list")),
-            xsave: Xsave::new(extra).unwrap_or_else(|_| Xsave::new(0).expect("empty tail")),
-            xsave_bytes,
+            xsave: Xsave::new(tail(call.bytes())).unwrap_or_else(|_| Xsave::new(0).expect("empty tail")),
+            call,
         }
     }
 
     /// Bytes that one saved vCPU takes at most.
     pub(super) fn capacity(&self) -> usize {
-        16 * 1024 + self.xsave_bytes + size_of_val(self.msrs.as_slice())
+        16 * 1024 + self.call.bytes() + size_of_val(self.msrs.as_slice())
     }
 
     /// Reads the state of a stopped vCPU whose last `KVM_RUN` filled `kvm_run.s.regs`.
@@ -195,11 +203,14 @@ fn fix_deadline(entries: &mut [kvm_msr_entry]) {
 }
 
 mod xsave {
-    // UNSAFETY: KVM_GET_XSAVE2 writes as many bytes as KVM_CAP_XSAVE2 says into a buffer of ours.
+    // UNSAFETY: KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, as many bytes as KVM_CAP_XSAVE2 says in a buffer of ours.
     #![allow(unsafe_code)]
 
-    use super::{FieldReader, FieldWriter, Item, Saver, VcpuFd, VcpuStateError, Xsave, ioctl};
-    use crate::state::StateError;
+    use super::{
+        FieldReader, FieldWriter, Item, Saver, VcpuFd, VcpuStateError, XSAVE_BYTES, Xsave, XsaveCall, ioctl,
+        tail,
+    };
+    use crate::state::{StateError, bytes_of_slice};
 
     impl Saver {
         pub(super) fn save_xsave(
@@ -207,18 +218,30 @@ mod xsave {
             fd: &VcpuFd,
             fields: &mut FieldWriter<'_>,
         ) -> Result<(), VcpuStateError> {
+            match self.call {
+                XsaveCall::Legacy => {
+                    let xsave = ioctl(Item::Xsave, fd.get_xsave())?;
+                    fields.put(Item::Xsave as u16, bytes_of_slice(&xsave.region));
+                }
+                XsaveCall::Sized(bytes) => fields.put(Item::Xsave as u16, self.read_sized(fd, bytes)?),
+            }
+            Ok(())
+        }
+
+        fn read_sized(&mut self, fd: &VcpuFd, bytes: usize) -> Result<&[u8], VcpuStateError> {
             // SAFETY: `self.xsave` was allocated with at least the size that KVM_CAP_XSAVE2 gave,
             // and no dynamic XSTATE feature is enabled by this process afterwards.
             ioctl(Item::Xsave, unsafe { fd.get_xsave2(&mut self.xsave) })?;
-            let head = std::ptr::from_ref(self.xsave.as_fam_struct_ref()).cast::<u8>();
-            // SAFETY: the FAM structure is one allocation of header and tail, together at least
-            // `xsave_bytes` long, and all of it was zeroed at creation.
-            let bytes = unsafe { std::slice::from_raw_parts(head, self.xsave_bytes) };
-            fields.put(Item::Xsave as u16, bytes);
-            Ok(())
+            // Behind the length, with which the wrapper begins.
+            let head = std::ptr::from_ref(&self.xsave.as_fam_struct_ref().xsave).cast::<u8>();
+            // SAFETY: the area and its tail are part of one allocation, together at least `bytes`
+            // long, and all of it was zeroed at creation.
+            Ok(unsafe { std::slice::from_raw_parts(head, bytes) })
         }
     }
 
+    /// `xsave_bytes` are those of this host. What a host saved that keeps fewer ends with components that are not in
+    /// use, whose bytes are zero.
     pub(super) fn restore(
         fd: &VcpuFd,
         fields: &FieldReader<'_>,
@@ -226,18 +249,26 @@ mod xsave {
     ) -> Result<(), VcpuStateError> {
         let item = Item::Xsave;
         let saved = fields.get(item as u16)?;
-        if saved.len() > xsave_bytes || saved.len() < size_of::<kvm_bindings::kvm_xsave>() {
+        if saved.len() < XSAVE_BYTES {
             return Err(StateError::Field { field: item as u16 }.into());
         }
-        let extra = xsave_bytes.saturating_sub(size_of::<kvm_bindings::kvm_xsave>()).div_ceil(4);
-        let mut xsave = Xsave::new(extra).map_err(|_| StateError::Field { field: item as u16 })?;
+        if saved.len() > xsave_bytes {
+            return Err(VcpuStateError::XsaveBytes { wanted: saved.len(), here: xsave_bytes });
+        }
+        let mut xsave =
+            Xsave::new(tail(xsave_bytes)).map_err(|_| StateError::Field { field: item as u16 })?;
         // SAFETY: only bytes of the XSAVE area are written, the FAM length stays.
-        let head = std::ptr::from_mut(unsafe { xsave.as_mut_fam_struct() }).cast::<u8>();
-        // SAFETY: `head` starts an allocation of at least `xsave_bytes`, checked to hold `saved`.
+        let head = std::ptr::from_mut(unsafe { &mut xsave.as_mut_fam_struct().xsave }).cast::<u8>();
+        // SAFETY: the area at `head` and its tail have at least `xsave_bytes`, checked to hold `saved`.
         unsafe { std::ptr::copy_nonoverlapping(saved.as_ptr(), head, saved.len()) };
-        // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave.
+        // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave, or the 4096 bytes of kernels without it.
         ioctl(item, unsafe { fd.set_xsave2(&xsave) })
     }
+}
+
+/// Elements of the part of an [`Xsave`] that follows its first [`XSAVE_BYTES`].
+fn tail(xsave_bytes: usize) -> usize {
+    xsave_bytes.saturating_sub(XSAVE_BYTES).div_ceil(4)
 }
 
 /// What a restore does with the vCPU's time.
@@ -375,5 +406,65 @@ mod tests {
         let mut entries = [msr(MSR_IA32_TSC, 1000), msr(MSR_IA32_TSC_DEADLINE, 1500)];
         fix_deadline(&mut entries);
         assert_eq!(entries[1].data, 1500);
+    }
+
+    /// A vCPU of its own; none without KVM.
+    fn vcpu() -> Option<(Host, kvm_ioctls::VmFd, VcpuFd)> {
+        let Ok(host) = Host::open() else {
+            println!("skipped: no /dev/kvm");
+            return None;
+        };
+        let vm = host.create_vm().unwrap();
+        let fd = host.create_vcpu(&vm, 0, 1).unwrap();
+        Some((host, vm, fd))
+    }
+
+    fn saved_by(call: XsaveCall, fd: &VcpuFd) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Saver::new(&[], call).save_xsave(fd, &mut FieldWriter::new(&mut bytes)).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn vector_state_goes_from_kernels_with_a_sized_xsave_to_those_without_and_back() {
+        let Some((host, _vm, fd)) = vcpu() else { return };
+        let here = XsaveCall::Sized(host.xsave_bytes());
+        let area = |saved: &[u8]| {
+            FieldReader::new(saved).unwrap().get(Item::Xsave as u16).unwrap()[..XSAVE_BYTES].to_vec()
+        };
+        let restore = |fd: &VcpuFd, saved: &[u8], room| {
+            xsave::restore(fd, &FieldReader::new(saved).unwrap(), room).unwrap();
+        };
+        // What kernels expect: x87 control word, MXCSR, XMM3, and that they are in use.
+        let mut wanted = area(&saved_by(XsaveCall::Legacy, &fd));
+        wanted[..2].copy_from_slice(&0x027fu16.to_le_bytes());
+        wanted[24..28].copy_from_slice(&0x1fa0u32.to_le_bytes());
+        wanted[160 + 3 * 16..160 + 4 * 16].fill(0xa5);
+        wanted[512] |= 3;
+        let mut saved = Vec::new();
+        FieldWriter::new(&mut saved).put(Item::Xsave as u16, &wanted);
+        restore(&fd, &saved, XSAVE_BYTES);
+        let (old, new) = (saved_by(XsaveCall::Legacy, &fd), saved_by(here, &fd));
+        assert!(area(&old) == wanted && area(&new) == wanted, "the same layout by both");
+
+        for (saved, room) in [(&old, here.bytes()), (&old, XSAVE_BYTES), (&new, here.bytes())] {
+            let Some((_, _vm, fresh)) = vcpu() else { return };
+            assert!(area(&saved_by(here, &fresh)) != wanted);
+            restore(&fresh, saved, room);
+            assert!(area(&saved_by(XsaveCall::Legacy, &fresh)) == wanted);
+            assert!(area(&saved_by(here, &fresh)) == wanted);
+        }
+    }
+
+    #[test]
+    fn vector_state_that_does_not_fit_is_refused() {
+        let Some((_, _vm, fd)) = vcpu() else { return };
+        let mut saved = Vec::new();
+        FieldWriter::new(&mut saved).put(Item::Xsave as u16, &[0; XSAVE_BYTES + 4]);
+        let error = xsave::restore(&fd, &FieldReader::new(&saved).unwrap(), XSAVE_BYTES).unwrap_err();
+        assert!(error.to_string().contains("4100 bytes of vector state, this host has room for 4096"));
+        FieldWriter::new(&mut saved).put(Item::Xsave as u16, &[0; XSAVE_BYTES - 4]);
+        let error = xsave::restore(&fd, &FieldReader::new(&saved).unwrap(), XSAVE_BYTES).unwrap_err();
+        assert!(matches!(error, VcpuStateError::State(StateError::Field { .. })), "{error}");
     }
 }
