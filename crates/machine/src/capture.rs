@@ -188,12 +188,6 @@ impl Machine {
         })
     }
 
-    /// The next checkpoint carries hashes of all memory and all disks, for the standby to compare with its own. The VM
-    /// stands still while they are made.
-    pub fn check_next(&mut self) {
-        self.check_due = true;
-    }
-
     fn begin(&mut self) -> Result<Begun, CaptureError> {
         if self.tracking == Tracking::Off {
             return Err(CaptureError::NotTracking);
@@ -232,8 +226,8 @@ impl Machine {
             // With the devices at rest: every write whose completion the guest of this checkpoint can see.
             self.write_log.swap(staging.disk_writes_mut());
         }
-        if std::mem::take(&mut self.check_due) {
-            self.hashes().encode(&mut self.scratch);
+        if let Some(disks) = self.check_due.take() {
+            self.hashes(disks).encode(&mut self.scratch);
             staging.push_section(Kind::Check, 0, &self.scratch);
         }
         Ok(())

@@ -1,25 +1,37 @@
 //! The self-check: hashes of all that a checkpoint stands for, so that a standby can prove that its copy is the same
-//! (invariant 4). The hashes are made while the VM stands still, so this is for tests and for doubts.
+//! (invariant 4). Memory is hashed while the VM stands still, so this is for tests and for doubts. Disks are hashed before,
+//! by whoever asks for the check: they rest from then on until the checkpoint is taken.
 
 use crate::machine::Machine;
-use crate::state::{FieldReader, FieldWriter, StateError};
+use crate::memory::Ram;
+use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
 
 /// Field of a `Kind::Check` section: the hash of all memory.
 const MEMORY: u16 = 1;
+/// Field of a `Kind::Check` section: pairs of a disk and the hash of its contents.
+const DISKS: u16 = 2;
+
+/// What the contents of a disk come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskHash {
+    /// The disk's position among the VM's disks.
+    pub disk: u16,
+    /// The hash. What it is made by is the business of those who compare it.
+    pub hash: u64,
+}
 
 /// What a VM is made of, in numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hashes {
     /// All guest memory.
     pub memory: u64,
+    /// Disks.
+    pub disks: Vec<DiskHash>,
 }
 
 /// How a copy differs from the VM that it should equal.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CheckError {
-    /// The bytes are no hashes.
-    #[error(transparent)]
-    State(#[from] StateError),
     /// A page is missing or wrong.
     #[error("the memory of this copy is not that of the VM: hash {here:#018x}, should be {wanted:#018x}")]
     Memory {
@@ -33,7 +45,10 @@ pub enum CheckError {
 impl Hashes {
     /// Replaces `to` with the section's bytes.
     pub(crate) fn encode(&self, to: &mut Vec<u8>) {
-        FieldWriter::new(to).put_plain(MEMORY, &self.memory);
+        let mut fields = FieldWriter::new(to);
+        fields.put_plain(MEMORY, &self.memory);
+        let disks: Vec<u64> = self.disks.iter().flat_map(|it| [it.disk.into(), it.hash]).collect();
+        fields.put(DISKS, bytes_of_slice(&disks));
     }
 
     /// Reads a section's bytes.
@@ -42,26 +57,57 @@ impl Hashes {
     /// [`StateError`] when they are no hashes.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let fields = FieldReader::new(bytes)?;
-        Ok(Self { memory: fields.get_plain(MEMORY)? })
+        let words: Vec<u64> = fields.get_array(DISKS)?;
+        let (pairs, rest) = words.as_chunks();
+        let disk = |&[disk, hash]: &[u64; 2]| Some(DiskHash { disk: u16::try_from(disk).ok()?, hash });
+        let disks = pairs.iter().map(disk).collect::<Option<Vec<_>>>().filter(|_| rest.is_empty());
+        let disks = disks.ok_or(StateError::Field { field: DISKS })?;
+        Ok(Self { memory: fields.get_plain(MEMORY)?, disks })
+    }
+
+    /// Compares the memory of a copy, in which the checkpoint has been applied whole, with the VM's.
+    ///
+    /// # Errors
+    /// [`CheckError`].
+    pub fn compare_memory(&self, copy: &Ram) -> Result<(), CheckError> {
+        let (here, wanted) = (copy.hash(), self.memory);
+        if here == wanted { Ok(()) } else { Err(CheckError::Memory { here, wanted }) }
     }
 }
 
 impl Machine {
-    /// Hashes of a machine that stands still.
-    pub fn hashes(&self) -> Hashes {
-        Hashes { memory: self.ram.hash() }
+    /// The next checkpoint carries a hash of all memory and these hashes of disks, for the standby to compare with its own.
+    /// The VM stands still while memory is hashed. The disks must rest ([`drain`](crate::BlockDevice::drain)) from before
+    /// they were hashed until the checkpoint is taken; then the write logs up to this checkpoint hold all that is in them,
+    /// and nothing that is not.
+    pub fn check_next(&mut self, disks: Vec<DiskHash>) {
+        self.check_due = Some(disks);
     }
 
-    /// Compares this copy, in which a checkpoint has been applied whole, with what the checkpoint says of the VM.
-    ///
-    /// # Errors
-    /// [`CheckError`], naming what differs.
-    pub fn compare(&self, section: &[u8]) -> Result<(), CheckError> {
-        let wanted = Hashes::decode(section)?;
-        let here = self.hashes();
-        if here.memory != wanted.memory {
-            return Err(CheckError::Memory { here: here.memory, wanted: wanted.memory });
+    /// The hashes of a machine that stands still.
+    pub(crate) fn hashes(&self, disks: Vec<DiskHash>) -> Hashes {
+        Hashes { memory: self.ram.hash(), disks }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_come_back_and_what_is_none_is_refused() {
+        let disks = vec![DiskHash { disk: 0, hash: u64::MAX }, DiskHash { disk: 18, hash: 0 }];
+        for hashes in [Hashes { memory: 7, disks }, Hashes { memory: 0, disks: Vec::new() }] {
+            let mut bytes = Vec::new();
+            hashes.encode(&mut bytes);
+            assert_eq!(Hashes::decode(&bytes), Ok(hashes));
         }
-        Ok(())
+        for disks in [&[1u64][..], &[1 << 16, 1]] {
+            let mut bytes = Vec::new();
+            let mut fields = FieldWriter::new(&mut bytes);
+            fields.put_plain(MEMORY, &7u64);
+            fields.put(DISKS, bytes_of_slice(disks));
+            assert_eq!(Hashes::decode(&bytes), Err(StateError::Field { field: DISKS }));
+        }
     }
 }

@@ -39,7 +39,7 @@ pub use acpi::AcpiError;
 pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
 pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
-pub use check::{CheckError, Hashes};
+pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::virtio::blk::{
     BlockDevice, BlockError, ChunkSet, DiskOp, DiskOptions, DiskWrite, Image, ImageError, LogMode,

@@ -11,6 +11,7 @@ use crate::acpi::POWER_BUTTON_LINE;
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
 use crate::bus::Bus;
+use crate::check::DiskHash;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::PortEnd;
@@ -128,7 +129,7 @@ pub struct Machine {
     pub(crate) constants: Vec<Vec<u8>>,
     pub(crate) constants_sent: bool,
     pub(crate) scratch: Vec<u8>,
-    pub(crate) check_due: bool,
+    pub(crate) check_due: Option<Vec<DiskHash>>,
     pub(crate) fresh: FreshState,
     pub(crate) power_button: Arc<dyn Interrupt>,
     pub(crate) host: Arc<Host>,
@@ -224,7 +225,7 @@ impl Machine {
             constants: Vec::new(),
             constants_sent: false,
             scratch: Vec::with_capacity(scratch),
-            check_due: false,
+            check_due: None,
             fresh,
             power_button,
             host,

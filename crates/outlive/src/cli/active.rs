@@ -41,7 +41,8 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]
     pub console: Option<ConsoleSpec>,
 
-    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still meanwhile. For tests
+    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still while its memory is
+    /// hashed, and its disks rest while they are. For tests
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     pub self_check: Option<u64>,
 

@@ -18,6 +18,7 @@
 //! journal from its start; writing the same bytes twice changes nothing.
 
 mod apply;
+mod hash;
 mod image;
 mod journal;
 mod prepare;
@@ -27,6 +28,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use hash::contents as hash_contents;
 pub(crate) use prepare::{check_generation, for_run, for_standby, has_sidecar, mark_primary};
 pub(crate) use replica::{Replica, ReplicaDisk, Told};
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

@@ -15,8 +15,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecords, DiskSums, DiskWant, Kind, VmId};
+use outlive_machine::DiskHash;
 
 use super::apply::{Applier, JOURNAL_BYTES};
+use super::hash;
 use super::image::{self, ChunkReader, Store, Sum, ZERO_SUM, chunks};
 use super::journal::{Identity, Journal};
 use super::sidecar::{Role, Sidecar, beside};
@@ -49,6 +51,13 @@ pub(crate) struct ReplicaDisk {
 pub(crate) enum Told {
     /// The answer to sums.
     Want(DiskWant),
+    /// The disks were compared with the VM's.
+    Checked {
+        /// As of this checkpoint.
+        checkpoint: u64,
+        /// How they differ, if they do; `Failed` follows.
+        difference: Option<String>,
+    },
     /// The disks are of no further use.
     Failed(String),
 }
@@ -57,6 +66,7 @@ enum Job {
     Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
     Blocks(Vec<u8>),
     Commit { number: u64, base: bool, records: Vec<u8> },
+    Check { number: u64, hashes: Vec<DiskHash> },
     Settle(Option<Sender<Result<(), String>>>),
     Leave(Sender<Result<(), String>>),
     BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
@@ -68,7 +78,11 @@ impl Job {
         match self {
             Self::Sums { sums, .. } => 64 + sums.as_ref().map_or(0, |sums| sums.len() * size_of::<Sum>()),
             Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
-            Self::Settle(_) | Self::Leave(_) | Self::BecomePrimary { .. } | Self::Close => 0,
+            Self::Check { .. }
+            | Self::Settle(_)
+            | Self::Leave(_)
+            | Self::BecomePrimary { .. }
+            | Self::Close => 0,
         }
     }
 }
@@ -92,6 +106,16 @@ struct Queue {
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether something waits that must not wait for a comparison: the end of the link or of the standby, or so many
+    /// writes that the link would have to.
+    fn is_urgent(&self) -> bool {
+        let waiting = self.lock();
+        let ends = |job: &Job| {
+            matches!(job, Job::Settle(_) | Job::Leave(_) | Job::BecomePrimary { .. } | Job::Close)
+        };
+        waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(ends)
     }
 
     fn push(&self, mut waiting: MutexGuard<'_, Waiting>, job: Job) {
@@ -230,6 +254,26 @@ impl Replica {
         self.queue.push(waiting, Job::Commit { number, base, records });
     }
 
+    /// Compares the disks as of the checkpoint that was committed last with the VM's. The result is told.
+    ///
+    /// # Errors
+    /// What is wrong with the hashes.
+    pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) -> Result<(), String> {
+        let sizes = self.sizes();
+        if let Some(it) =
+            hashes.iter().find(|it| sizes.get(usize::from(it.disk)).is_none_or(|size| *size == 0))
+        {
+            return Err(format!("a hash of disk {}, which is not replicated", it.disk));
+        }
+        let waiting = self.queue.lock();
+        if waiting.jobs.iter().any(|job| matches!(job, Job::Check { .. })) {
+            tracing::debug!(checkpoint = number, "self-check: left out, the last one has not begun");
+        } else {
+            self.queue.push(waiting, Job::Check { number, hashes });
+        }
+        Ok(())
+    }
+
     /// A takeover is likely: begin with what it would wait for.
     pub(crate) fn settle_soon(&self) {
         self.queue.push(self.queue.lock(), Job::Settle(None));
@@ -314,6 +358,7 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref()),
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
+                Job::Check { number, hashes } => self.check(number, &hashes),
                 Job::Settle(done) => self.answered(done, Self::settle),
                 Job::Leave(done) => self.answered(Some(done), Self::leave),
                 Job::BecomePrimary { generation, done } => {
@@ -509,6 +554,37 @@ impl<T: Fn(Told)> Worker<T> {
             Some(applier) if applier.pending_bytes() > 0 => self.harden(),
             _ => self.settle(),
         }
+    }
+
+    /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait meanwhile, in
+    /// memory. Images that differ are of no VM any more, and marked so.
+    fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), String> {
+        self.harden()?;
+        for &DiskHash { disk, hash: wanted } in hashes {
+            let ReplicaDisk { file, path, bytes, .. } = self.disk(disk)?;
+            let here = hash::contents(file, *bytes, || !self.queue.is_urgent())
+                .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let Some(here) = here else {
+                tracing::info!(
+                    checkpoint = number,
+                    "self-check: given up, there are more urgent things to do"
+                );
+                return Ok(());
+            };
+            if here != wanted {
+                let why = format!(
+                    "disk {disk}: the image {} is not the VM's disk: hash {here:#018x}, should be {wanted:#018x}",
+                    path.display()
+                );
+                self.applier = None;
+                self.write_sidecars(Role::Replica, false, 0, None)?;
+                self.remove_journal();
+                (self.tell)(Told::Checked { checkpoint: number, difference: Some(why.clone()) });
+                return Err(why);
+            }
+        }
+        (self.tell)(Told::Checked { checkpoint: number, difference: None });
+        Ok(())
     }
 
     fn settle(&mut self) -> Result<(), String> {

@@ -17,6 +17,7 @@ use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wa
 use super::base::Base;
 use super::control::{Control, Inbox};
 use super::disks::{DiskBase, Next, SharedDisks};
+use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::disk::{self, SyncReport};
 use crate::events::{Event, EventWriter};
@@ -48,8 +49,8 @@ pub(crate) struct Active {
     pub(crate) vm: VmId,
     /// The replicated disks with their images.
     pub(crate) replicated: Vec<(u16, PathBuf)>,
-    /// Every how many checkpoints both copies are compared.
-    pub(crate) self_check: Option<u64>,
+    /// Compares both copies now and then.
+    pub(super) self_check: SelfCheck,
     /// Counters.
     pub(crate) totals: Arc<Totals>,
     /// Events.
@@ -154,6 +155,7 @@ impl Coordinator {
                 }
             }
             Inbox::DiskSync(link, report) => self.disk_report(link, report),
+            Inbox::DisksHashed(hashed) => self.active.self_check.hashed(hashed),
             Inbox::Won(generation) => self.mark_disks(generation),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Fence => {
@@ -411,8 +413,8 @@ impl Coordinator {
     fn capture(&mut self, end: Option<EndReason>) -> Result<(), CaptureError> {
         let Some(mut staging) = self.free.pop() else { return Ok(()) };
         self.captures += 1;
-        if self.active.self_check.is_some_and(|every| self.captures.is_multiple_of(every)) {
-            self.active.machine.check_next();
+        if let Some(disks) = self.active.self_check.before(self.captures) {
+            self.active.machine.check_next(disks);
         }
         let began = Instant::now();
         let mut pause = Pause {
@@ -428,6 +430,7 @@ impl Coordinator {
         let after = if end.is_some() || self.guest_over { After::Stay } else { After::Resume };
         let result = self.active.machine.checkpoint(&mut staging, after, &mut pause);
         let Pause { target, totals, sent_parts, .. } = pause;
+        self.active.self_check.after();
         let report = result?;
         self.active.totals.captured(&report);
         match target {
@@ -464,6 +467,7 @@ impl Coordinator {
     fn end_protection(&mut self) {
         self.base = None;
         self.free.clear();
+        self.active.self_check.cancel();
         self.active.machine.disable_tracking();
         self.active.machine.write_log().set_mode(LogMode::Off);
     }

@@ -22,6 +22,7 @@ use crate::disk::SyncReport;
 use crate::events::{self, EventWriter};
 use crate::link::{self, Job, Sender, SenderReport};
 use crate::primary::disks::SharedDisks;
+use crate::primary::self_check::Hashed;
 use crate::primary::stats::Totals;
 
 /// What the coordinator is told.
@@ -32,6 +33,8 @@ pub(crate) enum Inbox {
     Sender(Link, SenderReport),
     /// The standby wants chunks of a disk.
     DiskWant(Link, DiskWant),
+    /// The disks are hashed for the self-check.
+    DisksHashed(Hashed),
     /// The base synchronisation of the disks has come to a point.
     DiskSync(Link, SyncReport),
     /// This generation is won: the VM goes on here alone.

@@ -21,7 +21,7 @@ const FEW: usize = 128;
 /// So many times what was written meanwhile is sent, before the log begins however much it is.
 const CATCH_UPS: u32 = 4;
 
-type Disk = Arc<BlockDevice<GuestMemory>>;
+pub(super) type Disk = Arc<BlockDevice<GuestMemory>>;
 
 /// Most bytes that the records of one full log take on the wire.
 pub(crate) fn max_disk_bytes(devices: &[DeviceInfo]) -> u32 {

@@ -10,6 +10,7 @@ use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
 use super::active::{Active, SLOTS};
 use super::control::{Control, Facts, Inbox};
 use super::disks::{self, SharedDisks};
+use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, Arbiter, ClaimWorker};
 use crate::cli::ActiveOptions;
@@ -109,12 +110,12 @@ pub(crate) fn launch(launch: Launch) -> u8 {
     let code = Active {
         vm: identity.vm,
         replicated: disks::replicated(&machine),
+        self_check: SelfCheck::new(options.self_check, &machine, &control),
         machine,
         control,
         inbox,
         interval: options.interval,
         staging_pages: options.max_dirty * 2,
-        self_check: options.self_check,
         totals,
         events,
         reporter,

@@ -6,6 +6,7 @@ mod control;
 mod disks;
 mod guest;
 mod launch;
+mod self_check;
 mod stats;
 
 use std::path::Path;

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{Checkpoint, DeviceInfo, DeviceKind, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
-use outlive_machine::{DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap};
+use outlive_machine::{
+    DiskOptions, Hashes, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap,
+};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
@@ -210,12 +212,6 @@ impl VmCopy {
         self.machine.restore(&self.constants, &sections, self.kept_at.elapsed()).map_err(|e| e.to_string())
     }
 
-    /// Compares the copy with what the checkpoint, applied whole, says of the VM. `None` when it says nothing.
-    pub(super) fn compare(&self, checkpoint: &Checkpoint<'_>) -> Option<Result<(), String>> {
-        let section = checkpoint.state().find(|state| Kind::from_wire(state.kind) == Some(Kind::Check))?;
-        Some(self.machine.compare(section.bytes).map_err(|e| e.to_string()))
-    }
-
     /// The machine.
     pub(super) fn machine(&mut self) -> &mut Machine {
         &mut self.machine
@@ -235,6 +231,12 @@ impl VmCopy {
         let Self { machine, queue, inbox, arbiter, .. } = self;
         CopyParts { machine, queue, inbox, identity, arbiter }
     }
+}
+
+/// What the checkpoint says of the VM, for a copy to be compared with; `None` when it says nothing.
+pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
+    let section = checkpoint.state().find(|state| Kind::from_wire(state.kind) == Some(Kind::Check))?;
+    Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))
 }
 
 /// State sections of a checkpoint, and its constants if it carries any.

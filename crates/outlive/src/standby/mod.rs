@@ -115,6 +115,9 @@ impl Waiting {
                     self.control.handle(StandbyEvent::Stop);
                 }
                 Ok(Inbox::Disks(link, Told::Want(want))) => self.control.want(link, &want),
+                Ok(Inbox::Disks(_, Told::Checked { checkpoint, difference })) => {
+                    self.control.compared(checkpoint, difference.as_ref());
+                }
                 Ok(Inbox::Disks(_, Told::Failed(why))) => {
                     self.control.handle(StandbyEvent::Failed { why });
                 }

@@ -112,6 +112,7 @@ impl Pair {
                 match told {
                     Told::Want(want) => self.sync.as_ref().unwrap().want(want),
                     Told::Failed(why) => return SyncReport::Failed(why),
+                    Told::Checked { .. } => panic!("nobody asked for it"),
                 }
             }
             while let Ok(report) = self.reports.try_recv() {

@@ -17,6 +17,7 @@ mod client;
 mod process;
 mod proxy;
 mod witness;
+mod writer;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -33,6 +34,7 @@ pub(crate) use client::{Client, Value};
 pub(crate) use process::Process;
 pub(crate) use proxy::{Proxy, Way};
 pub(crate) use witness::{MemoryLoad, Witnesses};
+pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
 
 /// How long anything may take before a test gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -210,7 +212,10 @@ impl World {
     /// `outlive run` on a host with these options.
     pub(crate) fn run_with(&self, side: Side, options: &[&str]) -> Process {
         let ip = format!("{VM}/24");
-        self.start(side, &["run"], options, &[("--memory", "64M"), ("--ip", &ip)])
+        // The last is the built-in guest's.
+        let usual = [("--memory", "64M"), ("--ip", &ip)];
+        let usual = if options.contains(&"--kernel") { &usual[..1] } else { &usual };
+        self.start(side, &["run"], options, usual)
     }
 
     /// `outlive standby` on a host; after a takeover it looks for its own standby on the other host.

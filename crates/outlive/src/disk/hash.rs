@@ -1,0 +1,62 @@
+//! One number for the contents of an image, so that two hosts can compare theirs (invariant 4).
+
+use std::io;
+
+use outlive_epoch::DISK_CHUNK;
+
+use super::image::{ChunkReader, Store, ZERO_SUM, chunks};
+
+/// A hash of the first `bytes` bytes of an image that nobody writes. Chunks of zeroes count for nothing, so it is the same
+/// wherever the images have their holes. `None` as soon as `go_on` says no, which is asked before each chunk.
+pub(crate) fn contents(store: &impl Store, bytes: u64, go_on: impl Fn() -> bool) -> io::Result<Option<u64>> {
+    let mut reader = ChunkReader::new(store, bytes);
+    let mut buffer = vec![0; DISK_CHUNK];
+    let mut all = blake3::Hasher::new();
+    for chunk in 0..chunks(bytes) {
+        if !go_on() {
+            return Ok(None);
+        }
+        let sum = reader.sum(chunk, &mut buffer)?;
+        if sum != ZERO_SUM {
+            all.update(&chunk.to_le_bytes()).update(&sum);
+        }
+    }
+    let sum = all.finalize();
+    let (words, _) = sum.as_bytes().as_chunks();
+    Ok(Some(u64::from_le_bytes(words[0])))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    const BYTES: u64 = 9 * DISK_CHUNK as u64 + 1024;
+
+    fn image(data: &[(u64, &[u8])]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES).unwrap();
+        data.iter().for_each(|(at, bytes)| file.write_all_at(bytes, *at).unwrap());
+        file
+    }
+
+    fn hash(file: &File) -> u64 {
+        contents(file, BYTES, || true).unwrap().unwrap()
+    }
+
+    #[test]
+    fn images_with_the_same_contents_have_the_same_hash_and_others_do_not() {
+        let (chunk, one) = (DISK_CHUNK as u64, [1; 4096]);
+        let sparse = image(&[(2 * chunk, &one), (BYTES - 5, b"end")]);
+        // Zeroes that were written, and bytes behind the disk's end.
+        let full = image(&[(0, &[0; 9 * DISK_CHUNK]), (2 * chunk, &one), (BYTES - 5, b"end"), (BYTES, &one)]);
+        assert_eq!(hash(&sparse), hash(&full));
+        full.write_all_at(&[2], 2 * chunk + 77).unwrap();
+        assert_ne!(hash(&sparse), hash(&full), "one byte");
+        assert_ne!(hash(&sparse), hash(&image(&[(3 * chunk, &one), (BYTES - 5, b"end")])), "another place");
+        assert_ne!(hash(&sparse), hash(&image(&[(2 * chunk, &one)])), "the end");
+        assert_eq!(contents(&sparse, BYTES, || false).unwrap(), None);
+    }
+}

@@ -1,0 +1,122 @@
+//! A replica compares its images with hashes of the VM's disks.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use outlive_epoch::{DiskOp, DiskRecord, DiskRecords, Kind, VmId};
+use outlive_machine::DiskHash;
+
+use crate::disk::sidecar::{Sidecar, beside};
+use crate::disk::{Replica, ReplicaDisk, Told, hash_contents};
+
+const SIZE: u64 = 64 << 20;
+
+/// A replica of one disk with its base, and a file that is the VM's disk.
+struct Standby {
+    directory: tempfile::TempDir,
+    replica: Replica,
+    told: Receiver<Told>,
+    vm: File,
+}
+
+impl Standby {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let open = |name| {
+            let path = directory.path().join(name);
+            let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+            file.set_len(SIZE).unwrap();
+            (path, file)
+        };
+        let ((path, file), (read_only, other), (_, vm)) = (open("disk"), open("read-only"), open("vm"));
+        let disks = vec![
+            Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false }),
+            None,
+            Some(ReplicaDisk { path: read_only, file: other, bytes: SIZE, read_only: true }),
+        ];
+        let (tell, told) = channel();
+        let replica = Replica::start(disks, VmId([5; 16]), 7, move |it| drop(tell.send(it))).unwrap();
+        let standby = Self { directory, replica, told, vm };
+        standby.commit(1, true, 0, b"base");
+        standby
+    }
+
+    fn commit(&self, number: u64, base: bool, offset: u64, bytes: &[u8]) {
+        let mut records = Vec::new();
+        DiskRecord { disk: 0, offset, op: DiskOp::Data(bytes) }.put(&mut records);
+        self.replica.commit(number, base, &DiskRecords::parse(Kind::DiskWrites, &records).unwrap());
+        self.vm.write_all_at(bytes, offset).unwrap();
+    }
+
+    fn hash(&self) -> Vec<DiskHash> {
+        vec![DiskHash { disk: 0, hash: hash_contents(&self.vm, SIZE, || true).unwrap().unwrap() }]
+    }
+
+    fn told(&self) -> Told {
+        self.told.recv_timeout(Duration::from_secs(20)).unwrap()
+    }
+
+    fn image(&self) -> PathBuf {
+        self.directory.path().join("disk")
+    }
+}
+
+#[test]
+fn images_are_compared_as_of_the_commit_before_and_not_of_those_behind() {
+    let standby = Standby::new();
+    for number in 2..40 {
+        standby.commit(number, false, number * 3000, &[number as u8; 5000]);
+        if number % 8 == 0 {
+            standby.replica.check(number, standby.hash()).unwrap();
+            standby.commit(number + 1, false, 0, &[number as u8; 100]);
+            let told = standby.told();
+            assert!(
+                matches!(told, Told::Checked { checkpoint, difference: None } if checkpoint == number),
+                "{told:?}"
+            );
+        }
+    }
+    standby.replica.become_primary(8).unwrap();
+}
+
+#[test]
+fn an_image_that_differs_is_of_no_vm_any_more() {
+    let standby = Standby::new();
+    standby.commit(2, false, 9000, b"right");
+    standby.vm.write_all_at(b"l", 9000).unwrap();
+    standby.replica.check(2, standby.hash()).unwrap();
+    let Told::Checked { checkpoint: 2, difference: Some(why) } = standby.told() else {
+        panic!("no difference")
+    };
+    assert!(why.starts_with("disk 0: the image "), "{why}");
+    assert!(matches!(standby.told(), Told::Failed(failed) if failed == why));
+    assert_eq!(standby.replica.become_primary(8), Err(why.clone()));
+    assert_eq!(standby.replica.leave(), Err(why));
+    assert!(!Sidecar::read(&standby.image()).unwrap().unwrap().whole);
+    assert!(!fs::exists(beside(&standby.image(), "journal")).unwrap());
+}
+
+#[test]
+fn a_takeover_does_not_wait_for_a_comparison() {
+    let standby = Standby::new();
+    // Enough for the end to come before the difference behind it is reached.
+    let image = File::options().write(true).open(standby.image()).unwrap();
+    (0..SIZE / 65536).for_each(|chunk| image.write_all_at(&[1; 65536], chunk * 65536).unwrap());
+    let hashes = standby.hash();
+    standby.replica.check(1, hashes).unwrap();
+    standby.replica.settle_soon();
+    standby.replica.become_primary(8).unwrap();
+    assert!(standby.told.try_recv().is_err(), "it was given up");
+}
+
+#[test]
+fn hashes_of_disks_that_are_not_replicated_are_refused() {
+    let standby = Standby::new();
+    for disk in [1, 2, 3] {
+        let refused = standby.replica.check(1, vec![DiskHash { disk, hash: 0 }]);
+        assert_eq!(refused, Err(format!("a hash of disk {disk}, which is not replicated")));
+    }
+}

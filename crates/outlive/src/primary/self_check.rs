@@ -1,0 +1,139 @@
+//! The self-check of the side where the VM runs: at every N-th checkpoint the standby is told what its copy should be.
+//!
+//! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and checkpoints
+//! go on, in this order:
+//!
+//! 1. The disks are drained: what was in flight is completed and logged, and nothing new is taken.
+//! 2. Their images are hashed.
+//! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the standby has when
+//!    it has applied the logs up to this one is what was hashed.
+//! 4. The disks go on.
+//!
+//! The guest's requests wait from 1 to 4, nothing else does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use outlive_machine::{DiskHash, Machine};
+
+use super::control::{Control, Inbox};
+use super::disks::Disk;
+use crate::disk;
+
+/// How long a disk may take to complete what is in flight. A log that is full needs a checkpoint for it.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Disks that rest. They go on when this is dropped, wherever that is.
+struct Resting(Vec<Disk>);
+
+impl Drop for Resting {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|disk| disk.resume());
+    }
+}
+
+/// What the thread has found out.
+pub(crate) struct Hashed {
+    /// Whether anybody still waits for it.
+    wanted: Arc<AtomicBool>,
+    found: Option<(Resting, Vec<DiskHash>)>,
+}
+
+enum State {
+    Idle,
+    Hashing(Arc<AtomicBool>),
+    /// For the next checkpoint.
+    Ready(Resting, Vec<DiskHash>),
+    /// In the checkpoint that is being taken.
+    Taking(#[expect(dead_code, reason = "dropped when the checkpoint is taken")] Resting),
+}
+
+/// See the module.
+pub(super) struct SelfCheck {
+    every: Option<u64>,
+    disks: Vec<Disk>,
+    control: Arc<Control>,
+    state: State,
+}
+
+impl SelfCheck {
+    /// A check of the machine at every so many checkpoints.
+    pub(super) fn new(every: Option<u64>, machine: &Machine, control: &Arc<Control>) -> Self {
+        let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
+        Self { every, disks: replicated.cloned().collect(), control: control.clone(), state: State::Idle }
+    }
+
+    /// A checkpoint is about to be taken, the one of this number. Returns the hashes of the disks if it is to carry a check.
+    pub(super) fn before(&mut self, number: u64) -> Option<Vec<DiskHash>> {
+        let due = number.is_multiple_of(self.every?);
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Ready(resting, hashes) => {
+                self.state = State::Taking(resting);
+                return Some(hashes);
+            }
+            State::Idle if due && self.disks.is_empty() => return Some(Vec::new()),
+            State::Idle | State::Taking(_) if due => self.start(),
+            other => self.state = other,
+        }
+        None
+    }
+
+    /// The checkpoint is taken.
+    pub(super) fn after(&mut self) {
+        if matches!(self.state, State::Taking(_)) {
+            self.state = State::Idle;
+        }
+    }
+
+    /// The thread is done.
+    pub(super) fn hashed(&mut self, Hashed { wanted, found }: Hashed) {
+        if wanted.load(Ordering::Relaxed) {
+            self.state = found.map_or(State::Idle, |(resting, hashes)| State::Ready(resting, hashes));
+        }
+    }
+
+    /// Protection ends, and with it what the standby could be told.
+    pub(super) fn cancel(&mut self) {
+        if let State::Hashing(wanted) = &self.state {
+            wanted.store(false, Ordering::Relaxed);
+        }
+        self.state = State::Idle;
+    }
+
+    fn start(&mut self) {
+        let wanted = Arc::new(AtomicBool::new(true));
+        let (disks, control, asked) = (self.disks.clone(), self.control.clone(), wanted.clone());
+        let thread = std::thread::Builder::new().name("self-check".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            let found = hash(disks, &asked);
+            control.tell(Inbox::DisksHashed(Hashed { wanted: asked, found }));
+        });
+        match thread {
+            Ok(_) => self.state = State::Hashing(wanted),
+            Err(error) => tracing::warn!(%error, "no self-check: cannot start a thread"),
+        }
+    }
+}
+
+/// Drains and hashes. `None` if that failed or nobody wants it any more.
+fn hash(disks: Vec<Disk>, wanted: &AtomicBool) -> Option<(Resting, Vec<DiskHash>)> {
+    let mut resting = Resting(Vec::new());
+    for disk in disks {
+        if !disk.drain(DRAIN) {
+            tracing::warn!(disk = disk.index(), "no self-check: the disk does not come to rest");
+            return None;
+        }
+        resting.0.push(disk);
+    }
+    let mut hashes = Vec::new();
+    for disk in &resting.0 {
+        let (index, image) = (disk.index(), disk.image());
+        let hash = disk::hash_contents(image.file(), image.bytes(), || wanted.load(Ordering::Relaxed));
+        let hash = hash.inspect_err(|error| {
+            tracing::warn!(path = %image.path().display(), %error, "no self-check: the disk cannot be read");
+        });
+        hashes.push(DiskHash { disk: index, hash: hash.ok()?? });
+    }
+    Some((resting, hashes))
+}
