@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use outlive_epoch::{DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskWant};
+use outlive_epoch::{DISK_RECORD_LEN, DeviceInfo, DiskWant};
 use outlive_machine::{BlockDevice, ChunkSet, GuestMemory, LogMode, Machine, WriteBuffer, WriteLog};
 use outlive_pair::Link;
 
@@ -30,18 +30,6 @@ pub(crate) fn max_disk_bytes(devices: &[DeviceInfo]) -> u32 {
     }
     // Records have other heads on the wire than in the log.
     (DISK_BYTES.div_ceil(WriteBuffer::RECORD) * DISK_RECORD_LEN) as u32
-}
-
-/// The disks of a machine, for the introduction; `serials` are what the user chose.
-pub(crate) fn device_info(machine: &Machine, queues: &[u16], serials: &[String]) -> Vec<DeviceInfo> {
-    let describe = |(index, disk): (usize, &Disk)| DeviceInfo {
-        kind: DeviceKind::Disk,
-        flags: DeviceFlags { read_only: disk.is_readonly(), shared: disk.is_shared() },
-        queues: queues.get(index).copied().unwrap_or(1),
-        size: disk.capacity_bytes(),
-        serial: serials.get(index).cloned().unwrap_or_default(),
-    };
-    machine.disks().iter().enumerate().map(describe).collect()
 }
 
 /// The disks that are replicated, with their images.

@@ -3,6 +3,7 @@
 mod active;
 mod base;
 mod control;
+mod devices;
 mod disks;
 mod guest;
 mod launch;
@@ -13,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use outlive_epoch::{DeviceInfo, DeviceKind, VmId};
+use outlive_epoch::VmId;
 use outlive_machine::{DiskOptions, Host, MacAddr, Machine, NetConfig, Options, OutputLimits, OutputMode};
 
 use crate::arbiter::{self, Arbiter, Claim};
@@ -24,7 +25,7 @@ use crate::network::{Netlink, NetlinkError};
 use crate::{check, disk, exit, process};
 
 pub(crate) use control::Inbox;
-pub(crate) use disks::device_info;
+pub(crate) use devices::fixed_queues;
 use guest::Guest;
 pub(crate) use launch::{Identity, Launch, launch};
 
@@ -91,7 +92,7 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         name: options.name.clone(),
         vcpus: options.vcpus,
         mac: options.net.as_ref().map(|_| mac),
-        devices: devices(options, &machine),
+        devices: devices::of(&machine, options, guest.is_linux()),
         generation: 1,
         checkpoint: 0,
     };
@@ -179,14 +180,6 @@ pub(crate) fn open_events(path: Option<&std::path::Path>) -> Result<EventWriter,
 /// A network card's options.
 pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
     NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS, output }
-}
-
-/// The devices as a standby must have them.
-fn devices(options: &RunOptions, machine: &Machine) -> Vec<DeviceInfo> {
-    let card = options.net.as_ref().map(|net| DeviceInfo::new(DeviceKind::Net, net.queues.into()));
-    let queues: Vec<u16> = options.disks.iter().map(|d| d.queues.into()).collect();
-    let serials: Vec<String> = options.disks.iter().map(|d| d.serial.clone().unwrap_or_default()).collect();
-    card.into_iter().chain(device_info(machine, &queues, &serials)).collect()
 }
 
 /// A disk's options.

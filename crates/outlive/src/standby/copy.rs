@@ -6,16 +6,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{Checkpoint, DeviceInfo, DeviceKind, Hello, PageData, Pages, RefuseCode};
+use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
-use outlive_machine::{
-    DiskOptions, Hashes, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap,
-};
+use outlive_machine::{Hashes, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap};
 
+use super::devices;
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, Port};
-use crate::disk::{Replica, ReplicaDisk, Told};
+use crate::disk::{Replica, Told};
 use crate::primary::{self, Identity, Inbox};
 use crate::process;
 
@@ -78,35 +77,32 @@ impl VmCopy {
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
-        check(hello, options).map_err(refuse)?;
-        check_devices(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
+        check(hello).map_err(refuse)?;
+        let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
         let (queue, inbox) = channel();
         let events = queue.clone();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has found so many queues.
-        let device = hello.devices.iter().find(|device| device.kind == DeviceKind::Net);
-        let pairs = device.map_or(1, |device| device.queues);
-        let card = |net: &NetSpec| NetConfig { pairs, ..primary::card(net, mac, OutputMode::Discard) };
-        let is_linux = hello.firmware_bytes > 0;
+        let card = |(pairs, net)| NetConfig { pairs, ..primary::card(net, mac, OutputMode::Discard) };
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
             firmware_bytes: hello.firmware_bytes,
-            net: hello.mac.and(options.net.as_ref()).map(card),
-            disks: disk_options(hello, options),
-            rng: is_linux,
-            console: is_linux.then(|| console.end(Port::Hvc0)),
-            serial: is_linux.then(|| console.end(Port::Serial)),
+            net: plan.pairs.zip(options.net.as_ref()).map(card),
+            disks: devices::disk_options(hello, options),
+            rng: plan.rng,
+            console: plan.console.then(|| console.end(Port::Hvc0)),
+            serial: plan.serial.then(|| console.end(Port::Serial)),
             tracker: options.active.tracker.into(),
             trigger: options.active.max_dirty,
             max_dirty: options.active.max_dirty * 2,
             events: Arc::new(move |event| drop(events.send(Inbox::Machine(event)))),
         };
         let machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
-        if hello.mac.is_some() {
+        if plan.pairs.is_some() {
             primary::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
-        let disks = replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
+        let disks = devices::replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
         let disks = Replica::start(disks, hello.vm, hello.generation, tell)
             .map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
         let ram = machine.ram().clone();
@@ -256,7 +252,7 @@ fn split<'a>(checkpoint: &Checkpoint<'a>) -> Result<Split<'a>, String> {
 }
 
 /// Whether this host can run the VM.
-fn check(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
+fn check(hello: &Hello) -> Result<(), String> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
         return Err(format!("a VM with {} vCPUs cannot run here", hello.vcpus));
     }
@@ -268,62 +264,7 @@ fn check(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
             hello.vendor
         ));
     }
-    if hello.mac.is_some() && options.net.is_none() {
-        return Err("the VM has a network card, this standby has none: give it --net tap=NAME".into());
-    }
     Ok(())
-}
-
-fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
-    hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
-}
-
-/// Whether this host has the devices that the VM needs.
-fn check_devices(hello: &Hello, options: &StandbyOptions) -> Result<(), String> {
-    let (wanted, given) = (disks_of(hello).count(), options.disks.len());
-    if wanted == given {
-        return Ok(());
-    }
-    Err(format!(
-        "the VM has {wanted} disk{}, this standby has {given}: give it --disk path=FILE for each, in the primary's order",
-        if wanted == 1 { "" } else { "s" }
-    ))
-}
-
-/// The VM's disks on this host's images.
-fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
-    let describe = |(info, path): (&DeviceInfo, &std::path::PathBuf)| DiskOptions {
-        readonly: info.flags.read_only,
-        shared: info.flags.shared,
-        serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
-        queues: info.queues,
-        ..DiskOptions::new(path)
-    };
-    disks_of(hello).zip(&options.disks).map(describe).collect()
-}
-
-/// The images as the thread of the disks needs them, if they are as large as the primary's.
-fn replica_disks(machine: &Machine, hello: &Hello) -> Result<Vec<Option<ReplicaDisk>>, String> {
-    let take = |(disk, info): (&Arc<outlive_machine::BlockDevice<_>>, &DeviceInfo)| {
-        let (image, bytes) = (disk.image(), disk.capacity_bytes());
-        let path = image.path().to_path_buf();
-        if bytes != info.size {
-            return Err(format!(
-                "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
-                disk.index(),
-                info.size,
-                path.display(),
-                info.size,
-                path.display()
-            ));
-        }
-        if info.flags.shared {
-            return Ok(None);
-        }
-        let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only }))
-    };
-    machine.disks().iter().zip(disks_of(hello)).map(take).collect()
 }
 
 /// Writes the pages of a committed checkpoint, or of base synchronisation, to memory.

@@ -4,12 +4,14 @@
 //! listen.rs    accepts connections, hears their introduction, refuses what does not belong here
 //! session.rs   one accepted primary: stages, acknowledges, applies
 //! copy.rs      the VM's copy: machine, memory, the state of the last committed checkpoint
+//! devices.rs   what the VM's devices are here
 //! control.rs   decisions, carried out
 //! takeover.rs  from the copy to the running VM
 //! ```
 
 mod control;
 mod copy;
+mod devices;
 mod listen;
 mod session;
 mod takeover;

@@ -234,13 +234,19 @@ fn primaries_that_do_not_belong_here_are_refused() {
     FakePrimary::introduce(&world, &other).assert_refused(RefuseCode::Resources);
     for wrong in [
         Hello { generation: 2, vendor: "Other kvm".into(), ..hello.clone() },
-        Hello { generation: 2, vcpus: 9, ..hello.clone() },
+        Hello { generation: 2, vcpus: 33, ..hello.clone() },
         Hello { generation: 2, memory_bytes: 1 << 50, ..hello.clone() },
         Hello { generation: 2, memory_bytes: hello.memory_bytes * 2, ..hello.clone() },
     ] {
         FakePrimary::introduce(&world, &wrong).assert_refused(RefuseCode::Resources);
     }
-    assert!(standby.log().matches("a primary is refused").count() >= 6);
+    // A list of devices from which no machine can be built: nothing is guessed instead.
+    let mut twice = Hello { generation: 2, ..hello.clone() };
+    twice.devices.extend(twice.devices.clone());
+    FakePrimary::introduce(&world, &twice).assert_refused(RefuseCode::Devices);
+    let without = Hello { generation: 2, devices: Vec::new(), ..hello.clone() };
+    FakePrimary::introduce(&world, &without).assert_refused(RefuseCode::Devices);
+    assert!(standby.log().matches("a primary is refused").count() >= 8);
 }
 
 #[test]

@@ -1,0 +1,175 @@
+//! The devices of the VM that a primary introduced, and what this host makes of them. Its list is the only word about
+//! them: none is guessed from the kind of guest.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use outlive_epoch::{DeviceInfo, DeviceKind, Hello};
+use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
+
+use crate::cli::StandbyOptions;
+use crate::disk::ReplicaDisk;
+use crate::primary;
+
+/// Which devices a machine is to have, besides its disks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Queue pairs of the network card, if there is one.
+    pub(super) pairs: Option<u16>,
+    /// A source of random numbers.
+    pub(super) rng: bool,
+    /// A console.
+    pub(super) console: bool,
+    /// A serial port.
+    pub(super) serial: bool,
+}
+
+/// What is to be built, if this host has what it takes.
+///
+/// # Errors
+/// One line for the primary.
+pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, String> {
+    let plan = board(hello)?;
+    if plan.pairs.is_some() && options.net.is_none() {
+        return Err("the VM has a network card, this standby has none: give it --net tap=NAME".into());
+    }
+    let (wanted, given) = (disks_of(hello).count(), options.disks.len());
+    if wanted == given {
+        return Ok(plan);
+    }
+    Err(format!(
+        "the VM has {wanted} disk{}, this standby has {given}: give it --disk path=FILE for each, in the primary's order",
+        if wanted == 1 { "" } else { "s" }
+    ))
+}
+
+/// Checks that a machine of this release has such devices in such an order: a card, disks, and one of each other kind.
+fn board(hello: &Hello) -> Result<Plan, String> {
+    let mut plan = Plan::default();
+    let mut last = None;
+    for DeviceInfo { kind, queues, .. } in &hello.devices {
+        let follows =
+            last.is_none_or(|last| last < *kind as u8 || *kind == DeviceKind::Disk && last == *kind as u8);
+        let fits = primary::fixed_queues(*kind).is_none_or(|fixed| fixed == *queues);
+        if !follows || !fits {
+            return Err(unknown(hello));
+        }
+        last = Some(*kind as u8);
+        match kind {
+            DeviceKind::Net => plan.pairs = Some(*queues),
+            DeviceKind::Disk => {}
+            DeviceKind::Rng => plan.rng = true,
+            DeviceKind::Console => plan.console = true,
+            DeviceKind::Serial => plan.serial = true,
+        }
+    }
+    if plan.pairs.is_some() == hello.mac.is_some() { Ok(plan) } else { Err(unknown(hello)) }
+}
+
+fn unknown(hello: &Hello) -> String {
+    let describe = |it: &DeviceInfo| format!("{:?} with {} queues", it.kind, it.queues);
+    let list: Vec<String> = hello.devices.iter().map(describe).collect();
+    let mac = if hello.mac.is_some() { "a" } else { "no" };
+    format!(
+        "this release builds no machine with these devices ({}; {mac} network address): run the same release on both hosts",
+        list.join(", ")
+    )
+}
+
+fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
+    hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
+}
+
+/// The VM's disks on this host's images.
+pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
+    let describe = |(info, path): (&DeviceInfo, &PathBuf)| DiskOptions {
+        readonly: info.flags.read_only,
+        shared: info.flags.shared,
+        serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
+        queues: info.queues,
+        ..DiskOptions::new(path)
+    };
+    disks_of(hello).zip(&options.disks).map(describe).collect()
+}
+
+/// The images as the thread of the disks needs them, if they are as large as the primary's.
+pub(super) fn replica_disks(machine: &Machine, hello: &Hello) -> Result<Vec<Option<ReplicaDisk>>, String> {
+    let take = |(disk, info): (&Arc<BlockDevice<GuestMemory>>, &DeviceInfo)| {
+        let (image, bytes) = (disk.image(), disk.capacity_bytes());
+        let path = image.path().to_path_buf();
+        if bytes != info.size {
+            return Err(format!(
+                "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
+                disk.index(),
+                info.size,
+                path.display(),
+                info.size,
+                path.display()
+            ));
+        }
+        if info.flags.shared {
+            return Ok(None);
+        }
+        let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only }))
+    };
+    machine.disks().iter().zip(disks_of(hello)).map(take).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use outlive_epoch::{GfnRange, Layout, Limits, VmId};
+
+    use super::*;
+
+    fn board_of(kinds: &[(DeviceKind, u16)], mac: bool) -> Result<Plan, String> {
+        board(&Hello {
+            vm: VmId([1; 16]),
+            generation: 1,
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            layout: Layout::new(vec![GfnRange { start: 0, pages: 16384 }]).unwrap(),
+            mac: mac.then_some([2; 6]),
+            limits: Limits { max_pages: 1, max_state_bytes: 1, slots: 1, max_disk_bytes: 0 },
+            firmware_bytes: 0,
+            devices: kinds.iter().map(|(kind, queues)| DeviceInfo::new(*kind, *queues)).collect(),
+            interval_us: 1000,
+            dead_after_us: 500_000,
+            name: String::new(),
+            host: String::new(),
+            tracker: String::new(),
+            vendor: String::new(),
+        })
+    }
+
+    #[test]
+    fn the_list_alone_says_what_is_built() {
+        use DeviceKind::{Console, Disk, Net, Rng, Serial};
+        assert_eq!(board_of(&[], false), Ok(Plan::default()));
+        assert_eq!(board_of(&[(Net, 4)], true), Ok(Plan { pairs: Some(4), ..Plan::default() }));
+        let serial = Plan { serial: true, ..Plan::default() };
+        assert_eq!(board_of(&[(Disk, 1), (Disk, 8), (Serial, 0)], false), Ok(serial));
+        let all = [(Net, 1), (Disk, 1), (Rng, 1), (Console, 2), (Serial, 0)];
+        let plan = Plan { pairs: Some(1), rng: true, console: true, serial: true };
+        assert_eq!(board_of(&all, true), Ok(plan));
+        for (wrong, mac) in [
+            (&[(Disk, 1), (Net, 1)][..], true),
+            (&[(Net, 1), (Net, 1)], true),
+            (&[(Rng, 1), (Rng, 1)], false),
+            (&[(Serial, 0), (Console, 2)], false),
+            (&[(Rng, 2)], false),
+            (&[(Console, 1)], false),
+            (&[(Serial, 1)], false),
+            (&[(Net, 1)], false),
+            (&[], true),
+        ] {
+            let refused = board_of(wrong, mac).unwrap_err();
+            assert!(refused.contains("run the same release on both hosts"), "{refused}");
+            assert_eq!(refused.lines().count(), 1);
+        }
+        assert_eq!(
+            board_of(&[(Disk, 1), (Rng, 9)], true).unwrap_err(),
+            "this release builds no machine with these devices (Disk with 1 queues, Rng with 9 queues; a network address): run the same release on both hosts"
+        );
+    }
+}
