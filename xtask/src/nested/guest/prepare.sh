@@ -15,7 +15,7 @@ apt-get clean
 rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /usr/share/doc/* /usr/share/man/* /usr/share/locale/* /var/cache/debconf/*-old
 rm /usr/sbin/policy-rc.d
 # Large, and of no use here: the compiler for queries (jit is off), names of hardware, sources of locales.
-rm -rf /usr/lib/*/libLLVM* /usr/lib/postgresql/*/lib/bitcode /usr/lib/udev/hwdb* /usr/share/i18n
+rm -rf /usr/lib/*/libLLVM* /usr/lib/*/libz3* /usr/lib/*/gconv /usr/lib/postgresql/*/lib/bitcode /usr/lib/udev/hwdb* /usr/share/i18n
 
 echo outlive-guest >/etc/hostname
 echo '127.0.0.1 localhost outlive-guest' >/etc/hosts
@@ -50,6 +50,7 @@ cat >/etc/postgresql/15/main/conf.d/outlive.conf <<'CONF'
 listen_addresses = '*'
 shared_buffers = 32MB
 jit = off
+autovacuum = off
 CONF
 echo 'host all all 0.0.0.0/0 trust' >>/etc/postgresql/15/main/pg_hba.conf
 sed -i 's/^local\(.*\) peer$/local\1 trust/' /etc/postgresql/15/main/pg_hba.conf
@@ -60,6 +61,7 @@ mount -t tmpfs none /dev/shm
 chown postgres:postgres /run/postgresql
 pg_ctlcluster 15 main start
 su postgres -c 'pgbench --initialize --quiet postgres'
+su postgres -c 'vacuumdb --all --analyze --freeze --quiet'
 su postgres -c 'psql --quiet --command "CREATE EXTENSION amcheck" --command "CREATE TABLE acknowledged (number bigint PRIMARY KEY, text text)" postgres'
 pg_ctlcluster 15 main stop
 umount /dev/shm

@@ -63,15 +63,15 @@ fn pair(context: &Context<'_>, series: Series) -> Result<(), ProofError> {
     }
     let guest =
         Guest { disks: vec![IMAGE.into()], ..Guest::busybox(GuestKernel::TrixieCloud, "outlive.end=count") };
-    let standby = stage.standby(2, None, &guest)?;
-    let primary = stage.run(1, Some(2), &guest)?;
+    let [primary, standby] = stage.pair(&guest, "")?;
     let tracker = primary.wait_for("started", SHORT)?["tracker"].clone();
     let expected = if series == Series::Bullseye { "clear-log" } else { "ring" };
     ensure(tracker == expected, || format!("dirty pages are found with {tracker}, not {expected}"))?;
-    stage.wait_until_up(&primary)?;
-    stage.wait_until_protected(&primary)?;
+    let counting = last_count(&primary.program.log()).unwrap_or(0);
+    let before = primary.program.wait("the count to go on while protected", COUNT, || {
+        last_count(&primary.program.log()).filter(|&count| count > counting + 2)
+    })?;
     stage.cut(1, &standby)?;
-    let before = last_count(&primary.program.log()).unwrap_or(0);
     let counted = standby.program.wait("the count to go on", COUNT, || {
         last_count(&standby.program.log()).filter(|&count| count > before + 2)
     })?;

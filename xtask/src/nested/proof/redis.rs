@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::clocks::Clocks;
 use super::stage::{Guest, Stage};
 use super::{Context, ProofError, ensure};
 use crate::nested::image::GuestKernel;
@@ -25,11 +26,14 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let guest = Guest::debian(GuestKernel::TrixieCloud, "redis");
     let [_primary, standby] = stage.pair(&guest, "")?;
 
+    let clocks = Clocks::watch(&stage)?;
     let mut clients = Clients::start(&stage)?;
     thread::sleep(LOAD);
     stage.cut(1, &standby)?;
     thread::sleep(LOAD);
-    clients.check(&stage)
+    clients.check(&stage)?;
+    drop(clients);
+    clocks.check(&stage)
 }
 
 /// `redis-benchmark`, and clients that check.
