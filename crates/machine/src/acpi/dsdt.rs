@@ -15,7 +15,8 @@ use super::{Description, OEM, POWER_BUTTON_LINE, REVISION, SerialPort, TABLE, by
 const HEADER: u32 = 36;
 /// Revision 2: integers of 64 bits.
 const DSDT_REVISION: u8 = 2;
-const POWER_BUTTON: &str = "_SB_.PWRB";
+/// From the root: the notification is sent by a method below `_SB_`, where a relative path would begin.
+const POWER_BUTTON: &str = "\\_SB_.PWRB";
 /// The value of a notification that means "pressed".
 const PRESSED: u8 = 0x80;
 

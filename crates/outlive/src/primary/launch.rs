@@ -19,8 +19,8 @@ use crate::console::Console;
 use crate::events::EventWriter;
 use crate::{exit, process};
 
-/// State bytes of a checkpoint at most: 8 vCPUs with CPUID, the VM, the devices.
-const MAX_STATE_BYTES: u32 = 1 << 20;
+/// State bytes of a checkpoint at most: 32 vCPUs with CPUID and 16 KiB each, the VM, the devices.
+const MAX_STATE_BYTES: u32 = 4 << 20;
 
 /// Who the VM is, and how far it has come.
 pub(crate) struct Identity {

@@ -28,8 +28,8 @@ const INTRODUCTION: Duration = Duration::from_secs(2);
 pub(super) const MAX_STATE_BYTES: u32 = 16 << 20;
 /// Bytes of disk writes of a checkpoint that a primary may ask room for.
 const MAX_DISK_BYTES: u32 = 64 << 20;
-/// State sections of a checkpoint: constants and registers of 8 vCPUs, the VM, and devices.
-const MAX_STATE_SECTIONS: u32 = 64;
+/// State sections of a checkpoint: constants and registers of 32 vCPUs, the VM, and 32 devices, with room to spare.
+const MAX_STATE_SECTIONS: u32 = 128;
 
 /// Starts the thread that accepts connections.
 ///

@@ -30,8 +30,7 @@ const WRITER: &str = "perl -MDigest::MD5=md5_hex -MIO::Handle -e '$| = 1; for (m
     open(F, q(>), q(/files/new)) or die; print F $data; F->flush or die; F->sync or die; close F; \
     rename q(/files/new), $name or die; open(D, q(<), q(/files)) or die; D->sync or die; close D; \
     unlink glob(qq(/files/) . ($n - 200) . q(-*)) if $n >= 200; print qq($n\\n) }'";
-const VERIFY: &str =
-    "cd /files && for file in [0-9]*; do echo \"${file#*-}  $file\"; done | md5sum --check --quiet";
+const VERIFY: &str = "pkill -f '[M]D5=md5_hex'; sleep 1; cd /files && for file in [0-9]*; do echo \"${file#*-}  $file\"; done | md5sum --check --quiet";
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
@@ -40,10 +39,11 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     for host in [1, 2] {
         stage.cluster.command(host, &format!("truncate -s {SIZE} {DATA}/{IMAGE}"))?;
     }
-    let [_first, second] =
+    let [first, second] =
         stage.pair(&guest, "mkfs.ext4 -q /dev/vdb && mkdir -p /files && mount /dev/vdb /files")?;
 
     let written = Written::start(&stage)?;
+    first.program.wait("files", SHORT, || (written.last() >= 10).then_some(()))?;
     thread::sleep(LOAD);
     let before = written.last();
     stage.cut(1, &second)?;

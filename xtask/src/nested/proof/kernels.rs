@@ -85,7 +85,7 @@ fn pair(context: &Context<'_>, series: Series) -> Result<(), ProofError> {
     Ok(())
 }
 
-fn last_count(log: &str) -> Option<u64> {
+pub(super) fn last_count(log: &str) -> Option<u64> {
     log.lines().rev().find_map(|line| line.trim().strip_prefix("count ")?.parse().ok())
 }
 

@@ -1,10 +1,12 @@
 //! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is cut.
 
+mod checks;
 mod clocks;
 mod files;
 mod kernels;
 mod postgres;
 mod redis;
+mod restores;
 mod stage;
 
 use std::io;
@@ -29,7 +31,7 @@ struct Proof {
 }
 
 /// All of them.
-const PROOFS: [Proof; 5] = [
+const PROOFS: [Proof; 7] = [
     Proof {
         name: "guests",
         what: "Debian's kernels come up with 1 and 2 vCPUs, see their devices, restart and switch off",
@@ -55,12 +57,24 @@ const PROOFS: [Proof; 5] = [
         what: "files are there after two power cuts, and fsck finds the committed images clean",
         run: files::prove,
     },
+    Proof {
+        name: "restores",
+        what: "a guest that is taken over at random moments of its boot comes up",
+        run: restores::prove,
+    },
+    Proof {
+        name: "checks",
+        what: "memory and disks of both hosts are the same over a boot and a load",
+        run: checks::prove,
+    },
 ];
 
 /// What a proof is run with.
 struct Context<'a> {
     workspace: &'a Workspace,
     fetch: bool,
+    /// Takeovers of the proof `restores`.
+    restores: u32,
 }
 
 #[derive(clap::Args, Debug)]
@@ -70,6 +84,9 @@ pub(crate) struct ProofOptions {
     /// Say what there is
     #[arg(long)]
     list: bool,
+    /// Takeovers of the proof `restores`
+    #[arg(long, value_name = "NUMBER", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    restores: u32,
     /// Take only what has been fetched and built before
     #[arg(long)]
     no_fetch: bool,
@@ -120,7 +137,7 @@ pub(crate) fn run(workspace: &Workspace, options: &ProofOptions) -> Result<(), S
     }
     step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
     let mut summary = Summary::default();
-    let context = Context { workspace, fetch: !options.no_fetch };
+    let context = Context { workspace, fetch: !options.no_fetch, restores: options.restores };
     prove(&context, proofs.into_iter(), &mut summary);
     println!("\n{summary}");
     if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }

@@ -71,14 +71,14 @@ fn look_for(stage: &Stage, acknowledged: u64) -> Result<(), ProofError> {
 }
 
 /// Two clients, one that makes load and one that counts.
-struct Load {
+pub(super) struct Load {
     benchmark: Child,
     stop: Arc<AtomicBool>,
     counter: Option<JoinHandle<io::Result<(u64, Duration)>>>,
 }
 
 impl Load {
-    fn start(stage: &Stage) -> Result<Load, ProofError> {
+    pub(super) fn start(stage: &Stage) -> Result<Load, ProofError> {
         let client = |source| ProofError::Client { what: "a client of PostgreSQL".into(), source };
         let host = Net::guest(1).to_string();
         let mut benchmark = stage.cluster.guest_client("pgbench");
@@ -104,7 +104,7 @@ impl Load {
     }
 
     /// Ends both, which have had one connection each all the time. Returns how many transactions were acknowledged.
-    fn end(mut self, stage: &Stage) -> Result<u64, ProofError> {
+    pub(super) fn end(mut self, stage: &Stage) -> Result<u64, ProofError> {
         let client = |source| ProofError::Client { what: "a client of PostgreSQL".into(), source };
         let ended = self.benchmark.try_wait().map_err(client)?;
         ensure(ended.is_none(), || "pgbench has lost a connection".into())?;

@@ -33,7 +33,8 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     thread::sleep(LOAD);
     clients.check(&stage)?;
     drop(clients);
-    clocks.check(&stage)
+    clocks.check(&stage)?;
+    stage.press_power_button(&standby)
 }
 
 /// `redis-benchmark`, and clients that check.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::ProofError;
+use super::{ProofError, ensure};
 use crate::nested::background::{Background, Events};
 use crate::nested::cluster::{ARBITER, BRIDGE, Cluster, DATA, Options, SHARE};
 use crate::nested::image::GuestKernel;
@@ -20,6 +20,10 @@ use crate::run::Workspace;
 
 /// Port of every standby.
 const PORT: u16 = 7000;
+/// The guest's network card in a host.
+const TAP: &str = "vm0";
+/// What a guest says on its console when it has started all.
+pub(super) const UP: &str = "outlive guest is up";
 /// The port of the guest's agent.
 const AGENT: u16 = 7777;
 /// Of hosts that are emulated: there a first write to a page after a checkpoint costs the better part of a millisecond.
@@ -83,6 +87,16 @@ impl Guest {
         }
     }
 
+    fn command(&self) -> String {
+        let initrd = if self.stock_initrd { "initrd" } else { "busybox" };
+        let (kernel, vcpus, memory) = (self.kernel.name(), self.vcpus, self.memory);
+        format!(
+            "run --kernel {DATA}/vmlinuz-{kernel} --initrd {DATA}/{initrd}-{kernel} --vcpus {vcpus} --memory {memory} \
+             --append 'console=ttyS0 {}' {}",
+            self.append, self.options
+        )
+    }
+
     fn disks(&self) -> String {
         self.disks.iter().map(|image| format!(" --disk path={DATA}/{image}")).collect()
     }
@@ -136,11 +150,11 @@ impl Stage {
         println!("  {:4} s  {what}", self.started.elapsed().as_secs());
     }
 
-    fn start(&mut self, host: usize, command: &str) -> Result<Side, ProofError> {
+    fn start(&mut self, host: usize, tap: &str, command: &str) -> Result<Side, ProofError> {
         self.sides += 1;
         let events = format!("{host}/events-{}", self.sides);
         let program = format!(
-            "/bin/outlive {command} --arbiter file:{ARBITER} --net tap=vm0,bridge={BRIDGE} \
+            "/bin/outlive {command} --arbiter file:{ARBITER} --net tap={tap},bridge={BRIDGE} \
              --interval {INTERVAL} --dead-after {DEAD_AFTER} --console stdio --events {SHARE}/{events}"
         );
         let program = self.cluster.spawn(host, "outlive", &program)?;
@@ -155,7 +169,8 @@ impl Stage {
         guest: &Guest,
     ) -> Result<Side, ProofError> {
         let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
-        let side = self.start(host, &format!("standby --listen 0.0.0.0:{PORT}{next}{}", guest.disks()))?;
+        let side =
+            self.start(host, TAP, &format!("standby --listen 0.0.0.0:{PORT}{next}{}", guest.disks()))?;
         side.wait_for("listening", SHORT)?;
         Ok(side)
     }
@@ -168,21 +183,25 @@ impl Stage {
         guest: &Guest,
     ) -> Result<Side, ProofError> {
         let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
-        let initrd = if guest.stock_initrd { "initrd" } else { "busybox" };
-        let kernel = guest.kernel.name();
-        let (vcpus, memory, append) = (guest.vcpus, guest.memory, &guest.append);
-        let command = format!(
-            "run --kernel {DATA}/vmlinuz-{kernel} --initrd {DATA}/{initrd}-{kernel} --vcpus {vcpus} --memory {memory} \
-             --append 'console=ttyS0 {append}'{}{next} {}",
-            guest.disks(),
-            guest.options
-        );
-        self.start(host, &command)
+        self.start(host, TAP, &format!("{}{}{next}", guest.command(), guest.disks()))
+    }
+
+    /// The guest on host 1, with this image for a disk, protected by [`Stage::standby_local`] with the next number.
+    pub(super) fn run_local(&mut self, guest: &Guest, image: &str, number: u16) -> Result<Side, ProofError> {
+        let command = format!("{} --disk path={DATA}/{image}{}", guest.command(), next_local(number));
+        self.start(1, &format!("vm{number}"), &command)
+    }
+
+    /// A standby on the host that the guest runs on.
+    pub(super) fn standby_local(&mut self, image: &str, number: u16) -> Result<Side, ProofError> {
+        let listen = format!("standby --listen 127.0.0.1:{}", PORT + number);
+        let command = format!("{listen} --disk path={DATA}/{image}{}", next_local(number));
+        self.start(1, &format!("vm{number}"), &command)
     }
 
     /// Waits until the guest has started all that it was to start.
     pub(super) fn wait_until_up(&self, side: &Side) -> Result<(), ProofError> {
-        side.program.wait_for("outlive guest is up", BOOT)?;
+        side.program.wait_for(UP, BOOT)?;
         self.say("the guest is up");
         Ok(())
     }
@@ -227,6 +246,18 @@ impl Stage {
         Ok(event)
     }
 
+    /// Ends the guest in order, from the host that runs it.
+    pub(super) fn press_power_button(&mut self, side: &Side) -> Result<(), ProofError> {
+        self.cluster.signal(&side.program, "TERM")?;
+        let status = side.program.wait_for_end(SHORT)?;
+        let ended = side.wait_for("ended", SHORT)?;
+        ensure(status == 0 && ended["reason"].as_str().is_some_and(|it| it.contains("guest")), || {
+            format!("the power button was pressed, and it ended with {status}: {ended}")
+        })?;
+        self.say(&format!("the power button was pressed: {}", ended["reason"]));
+        Ok(())
+    }
+
     pub(super) fn agent() -> SocketAddr {
         SocketAddr::new(Net::guest(1).into(), AGENT)
     }
@@ -240,6 +271,10 @@ impl Stage {
         }
         Err(ProofError::InGuest { line: line.into(), status, output })
     }
+}
+
+fn next_local(number: u16) -> String {
+    format!(" --standby 127.0.0.1:{}", PORT + number + 1)
 }
 
 impl Drop for Stage {

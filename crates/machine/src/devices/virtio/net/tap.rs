@@ -215,7 +215,10 @@ fn open_driver(name: &str) -> Result<File, TapError> {
     let mut features: libc::c_int = 0;
     // SAFETY: TUNGETFEATURES writes one int, which `features` is.
     let result = unsafe { ioctl_with_mut_ref(&file, TUNGETFEATURES, &mut features) };
-    if result < 0 || features & IFF_VNET_HDR == 0 {
+    if result < 0 {
+        return Err(TapError::Other { name: name.to_owned(), source: io::Error::last_os_error() });
+    }
+    if features & IFF_VNET_HDR == 0 {
         return Err(TapError::NoHeaders);
     }
     Ok(file)

@@ -1,0 +1,58 @@
+//! The self-check: at every so many checkpoints both hosts compare all memory and all disks.
+
+use std::thread;
+use std::time::Duration;
+
+use super::postgres::Load;
+use super::stage::{Guest, Side, Stage};
+use super::{Context, ProofError, ensure};
+use crate::nested::cluster::DATA;
+use crate::nested::image::GuestKernel;
+use crate::nested::kernel::Series;
+
+const IMAGE: &str = "small.img";
+const LOAD: Duration = Duration::from_secs(60);
+/// Checkpoints between two comparisons: there are few checkpoints in emulation.
+const EVERY: &str = "--self-check 20";
+
+pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
+    over_a_boot(context)?;
+    over_a_load(context)
+}
+
+/// Protected from the first instruction on.
+fn over_a_boot(context: &Context<'_>) -> Result<(), ProofError> {
+    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
+    for host in [1, 2] {
+        stage.cluster.command(host, &format!("truncate -s 16M {DATA}/{IMAGE}"))?;
+    }
+    let guest = Guest {
+        disks: vec![IMAGE.into()],
+        options: EVERY,
+        ..Guest::busybox(GuestKernel::BookwormGeneric, "outlive.end=count")
+    };
+    let standby = stage.standby(2, None, &guest)?;
+    let primary = stage.run(1, Some(2), &guest)?;
+    stage.wait_until_protected(&primary)?;
+    stage.wait_until_up(&primary)?;
+    equal(&stage, &standby, 2)
+}
+
+fn over_a_load(context: &Context<'_>) -> Result<(), ProofError> {
+    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
+    let guest = Guest { options: EVERY, ..Guest::debian(GuestKernel::TrixieCloud, "postgres") };
+    let [_primary, standby] = stage.pair(&guest, "")?;
+    let load = Load::start(&stage)?;
+    thread::sleep(LOAD);
+    load.end(&stage)?;
+    equal(&stage, &standby, 2)
+}
+
+fn equal(stage: &Stage, standby: &Side, at_least: usize) -> Result<(), ProofError> {
+    let checks = standby.all("self_check");
+    let different = checks.iter().find(|check| !check["difference"].is_null());
+    ensure(different.is_none(), || format!("the hosts' copies differ: {different:?}"))?;
+    ensure(checks.len() >= at_least, || format!("there were only {} comparisons", checks.len()))?;
+    stage.say(&format!("{} comparisons of all memory and disks, no difference", checks.len()));
+    Ok(())
+}
