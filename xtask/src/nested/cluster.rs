@@ -97,6 +97,15 @@ pub(crate) enum ClusterError {
 }
 
 impl ClusterError {
+    /// Whether packages could not be fetched, or not be unpacked in a directory of their own.
+    pub(crate) fn is_about_packages(&self) -> bool {
+        matches!(
+            self,
+            ClusterError::Kernel(KernelError::Fetch { .. })
+                | ClusterError::Image(ImageError::Fetch(_) | ImageError::Step { .. } | ImageError::Kernel(_))
+        )
+    }
+
     /// Whether something is missing on this machine, and not broken.
     pub(crate) fn is_missing(&self) -> bool {
         matches!(

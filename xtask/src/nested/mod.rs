@@ -40,19 +40,30 @@ enum What {
     /// Cut the power of hosts that run Linux guests, and see what is lost: nothing
     #[command(after_help = proof::EXAMPLES)]
     Prove(proof::ProofOptions),
+    /// See it: a Debian guest with Redis on two emulated hosts, one of which loses its power (`outlive demo --nested`)
+    Demo,
     /// Build the guest images, and say where they are
     Images,
 }
 
 /// What `cargo xtask test` runs of it.
-pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary) -> Result<(), StepError> {
-    dirty::in_tests(workspace, fetch, summary)
+pub(crate) fn in_tests(
+    workspace: &Workspace,
+    fetch: bool,
+    all: bool,
+    summary: &mut Summary,
+) -> Result<(), StepError> {
+    if all {
+        dirty::in_tests(workspace, fetch, summary)?;
+    }
+    proof::in_tests(workspace, fetch, all, summary)
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &NestedOptions) -> Result<(), StepError> {
     match &options.what {
         What::Dirty(options) => dirty::run(workspace, options),
         What::Shell(options) => shell::run(workspace, options),
+        What::Demo => proof::demo(workspace),
         What::Prove(options) => proof::run(workspace, options),
         What::Images => {
             let image = image::GuestImage::get(workspace, true);

@@ -8,7 +8,8 @@
 //! * [`options`]: the command line;
 //! * `director`: the play, `cluster`: the processes, `events`: what they say;
 //! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
-//! * `status` and `summary`: what a person sees.
+//! * `status` and `summary`: what a person sees;
+//! * `nested`: a Linux guest and emulated hosts instead.
 
 mod client;
 mod cluster;
@@ -19,6 +20,7 @@ mod fake;
 mod gaps;
 mod ledger;
 mod load;
+mod nested;
 pub mod options;
 mod status;
 mod summary;
@@ -62,6 +64,17 @@ pub enum DemoError {
     /// KVM is missing or may not be used.
     #[error(transparent)]
     Kvm(#[from] HostError),
+    /// KVM does not exist here; emulated hosts have it.
+    #[error("{0}; or see it on two hosts that QEMU emulates: outlive demo --nested")]
+    NoKvm(#[source] HostError),
+    /// The program was moved away from where it was built.
+    #[error(
+        "emulated hosts are made from Outlive's sources, which are not in {0} any more: in a checkout run `cargo xtask nested demo`"
+    )]
+    NoSources(PathBuf),
+    /// The build tool is missing.
+    #[error("cannot run cargo: {0}; emulated hosts need Rust, see https://rustup.rs")]
+    NoCargo(#[source] io::Error),
     /// The device of which taps are made is missing or may not be used.
     #[error("cannot open {TUN}: {0}; load the module (modprobe tun), run as root, or chmod 666 {TUN}")]
     Tun(#[source] io::Error),
@@ -123,6 +136,9 @@ pub fn command(options: &DemoOptions) -> u8 {
 ///
 /// The machine or the options do not allow it. Nothing is left behind then.
 pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
+    if options.nested {
+        return Err(nested::become_it());
+    }
     check_machine(options)?;
     check_json(options)?;
     let interrupt = watch_signals()?;
@@ -187,7 +203,10 @@ fn play(options: &DemoOptions, seed: u64) -> Play {
 
 /// What is missing is said before anything is made; the processes would find it out only later.
 fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
-    Host::open()?;
+    Host::open().map_err(|error| match error {
+        HostError::Missing => DemoError::NoKvm(error),
+        other => other.into(),
+    })?;
     File::options().read(true).write(true).open(TUN).map_err(DemoError::Tun)?;
     let memory = parse_size(&options.memory).unwrap_or(u64::MAX);
     match check::available_memory_bytes() {

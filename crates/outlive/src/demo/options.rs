@@ -47,6 +47,11 @@ pub struct DemoOptions {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
+    /// Instead of all this: a Debian guest with Redis on two hosts emulated by QEMU, one of which loses its power. Needs no KVM,
+    /// but root, QEMU (fetched if it is missing) and Outlive's sources; the first time takes 10 minutes
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "interval", "seed", "json", "rate"])]
+    pub nested: bool,
+
     /// Requests per second of all clients together
     #[arg(long, default_value_t = 2_000, value_name = "N", hide = true, value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
     pub rate: u32,
@@ -57,6 +62,7 @@ Examples:
   outlive demo                                  three kills in twenty seconds
   outlive demo --kills 50 --seconds 300         a long row of takeovers
   outlive demo --memory 1G --vcpus 2 --json result.json
+  outlive demo --nested                         a Debian guest on two emulated hosts, a power cut
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

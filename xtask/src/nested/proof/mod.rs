@@ -85,7 +85,7 @@ pub(crate) struct ProofOptions {
     #[arg(long)]
     list: bool,
     /// Takeovers of the proof `restores`
-    #[arg(long, value_name = "NUMBER", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value_t = MANY, value_parser = clap::value_parser!(u32).range(1..))]
     restores: u32,
     /// Take only what has been fetched and built before
     #[arg(long)]
@@ -114,8 +114,9 @@ enum ProofError {
 }
 
 impl ProofError {
+    /// Whether this machine lacks something: a program, a right, or the way to Debian's packages.
     fn is_missing(&self) -> bool {
-        matches!(self, ProofError::Cluster(error) if error.is_missing())
+        matches!(self, ProofError::Cluster(error) if error.is_missing() || error.is_about_packages())
     }
 }
 
@@ -141,6 +142,35 @@ pub(crate) fn run(workspace: &Workspace, options: &ProofOptions) -> Result<(), S
     prove(&context, proofs.into_iter(), &mut summary);
     println!("\n{summary}");
     if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+}
+
+/// Those that every test run has time for, and takeovers of the proof `restores` there.
+const QUICK: [&str; 2] = ["redis", "restores"];
+const FEW: u32 = 4;
+const MANY: u32 = 50;
+
+/// What `cargo xtask test` runs of it.
+pub(crate) fn in_tests(
+    workspace: &Workspace,
+    fetch: bool,
+    all: bool,
+    summary: &mut Summary,
+) -> Result<(), StepError> {
+    step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
+    let context = Context { workspace, fetch, restores: if all { MANY } else { FEW } };
+    prove(&context, PROOFS.iter().filter(|proof| all || QUICK.contains(&proof.name)), summary);
+    Ok(())
+}
+
+/// `cargo xtask nested demo`.
+pub(crate) fn demo(workspace: &Workspace) -> Result<(), StepError> {
+    println!(
+        "Two hosts with Debian's kernel, emulated by QEMU, and on one of them Debian 12 with Redis, protected by the other.\n\
+         Clients write to Redis all the time; the first host's power is cut. Emulation is slow: this takes some minutes, the\n\
+         first time 10 more for fetching kernels and building the guest's disk. To play with such hosts: cargo xtask nested shell"
+    );
+    let options = ProofOptions { name: vec!["redis".into()], list: false, restores: 1, no_fetch: false };
+    run(workspace, &options)
 }
 
 fn prove<'a>(context: &Context<'_>, proofs: impl Iterator<Item = &'a Proof>, summary: &mut Summary) {

@@ -30,13 +30,13 @@ const AGENT: u16 = 7777;
 const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
 /// For a guest to come up.
-pub(super) const BOOT: Duration = Duration::from_secs(180);
+pub(super) const BOOT: Duration = Duration::from_secs(300);
 /// For a synchronisation to be whole.
-pub(super) const SYNC: Duration = Duration::from_secs(240);
+pub(super) const SYNC: Duration = Duration::from_secs(400);
 /// For a takeover.
 pub(super) const TAKEOVER: Duration = Duration::from_secs(60);
 /// For a short command in the guest.
-pub(super) const SHORT: Duration = Duration::from_secs(60);
+pub(super) const SHORT: Duration = Duration::from_secs(120);
 /// For a connection to the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
