@@ -2,95 +2,18 @@
 //! a disk image with a Debian system, Redis and PostgreSQL. Built from packages in a directory below the target
 //! directory; nothing is installed on this machine.
 
+mod build;
+
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use super::debian::{
-    FetchError, KEYRING, MIRROR, Packages, Suite, file_error, make_directory, remove, write,
-};
-use super::initramfs::{Initramfs, InitramfsError, read};
+use self::build::{Builder, HOST_DISK, key};
+use super::debian::{FetchError, file_error, make_directory, remove};
+use super::initramfs::InitramfsError;
 use super::kernel::{Kernel, KernelError, Series};
-use super::modules::{ModuleError, Modules};
-use crate::packages;
-use crate::run::{StepError, Workspace, step};
-
-/// The release of the guest's system.
-const SUITE: Suite = Suite::Stable("bookworm");
-/// What its system has beyond the packages that every system has.
-const PACKAGES: [&str; 18] = [
-    "systemd-sysv",
-    "udev",
-    "dbus",
-    "kmod",
-    "zstd",
-    "busybox",
-    "initramfs-tools",
-    "iproute2",
-    "iputils-ping",
-    "procps",
-    "e2fsprogs",
-    "perl",
-    "redis-server",
-    "redis-tools",
-    "postgresql",
-    "ca-certificates",
-    "linux-image-amd64",
-    "linux-image-cloud-amd64",
-];
-/// Files of the guest, by their names in `/outlive`.
-const FILES: [(&str, &[u8]); 4] = [
-    ("init", include_bytes!("guest/init")),
-    ("up", include_bytes!("guest/up")),
-    ("agent", include_bytes!("guest/agent")),
-    ("acpi-power", include_bytes!("guest/acpi-power")),
-];
-const PREPARE: &str = include_str!("guest/prepare.sh");
-const INITRDS: &str = include_str!("guest/initrds.sh");
-const BUSYBOX_INIT: &[u8] = include_bytes!("guest/busybox-init");
-/// Drivers in the small initrd.
-const DRIVERS: [&str; 10] = [
-    "virtio_mmio",
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtio_rng",
-    "virtio_console",
-    "ext4",
-    "button",
-    "evdev",
-    "pvpanic_mmio",
-];
-/// What ext4 asks for by another name than its own, where the kernel does not have it built in.
-const OPTIONAL: [&str; 1] = ["crc32c_generic"];
-/// The modules that are on the guest's disk, too. The others are in the initrds if Debian puts them there; a disk with all
-/// of them takes minutes to synchronise in emulation.
-const ON_DISK: [&str; 16] = [
-    "arch",
-    "crypto",
-    "drivers/acpi",
-    "drivers/block/virtio_blk",
-    "drivers/char",
-    "drivers/input",
-    "drivers/misc",
-    "drivers/net/net_failover",
-    "drivers/net/virtio_net",
-    "drivers/virtio",
-    "fs/autofs",
-    "fs/ext4",
-    "fs/jbd2",
-    "fs/mbcache",
-    "lib",
-    "net/core",
-];
-const ROOT_IMAGE: &str = "root.img";
-const HOST_DISK: &str = "host.img";
-/// A root file system of this size, as a file with holes.
-const ROOT_SIZE: &str = "1G";
-const HOST_DISK_SIZE: &str = "4G";
+use super::modules::ModuleError;
+use crate::run::{StepError, Workspace};
 
 /// Why there are no guest images.
 #[derive(Debug, thiserror::Error)]
@@ -196,7 +119,7 @@ impl GuestImage {
         let new = nested.join("guest-new");
         remove(&new)?;
         make_directory(&new)?;
-        Builder { workspace, directory: &new, log: nested.join("guest.log") }.build(&kernels)?;
+        Builder::new(workspace, &new, nested.join("guest.log")).build(&kernels)?;
         remove_others(&nested)?;
         fs::rename(&new, &directory).map_err(file_error(&directory))?;
         Ok(GuestImage { directory })
@@ -224,16 +147,6 @@ impl GuestImage {
     }
 }
 
-/// Changes with everything that goes into the images but the versions of packages. To build them again from newer
-/// packages, remove them.
-fn key(kernels: &[Kernel]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (SUITE.name(), PACKAGES, FILES, PREPARE, INITRDS).hash(&mut hasher);
-    (BUSYBOX_INIT, DRIVERS, ON_DISK, ROOT_SIZE, HOST_DISK_SIZE).hash(&mut hasher);
-    kernels.iter().for_each(|kernel| kernel.release.hash(&mut hasher));
-    hasher.finish()
-}
-
 /// Removes the images of other keys.
 fn remove_others(nested: &Path) -> Result<(), FetchError> {
     for entry in fs::read_dir(nested).map_err(file_error(nested))?.flatten() {
@@ -243,216 +156,6 @@ fn remove_others(nested: &Path) -> Result<(), FetchError> {
         }
     }
     Ok(())
-}
-
-struct Builder<'a> {
-    workspace: &'a Workspace,
-    directory: &'a Path,
-    log: PathBuf,
-}
-
-impl Builder<'_> {
-    fn build(&self, kernels: &[Kernel]) -> Result<(), ImageError> {
-        eprintln!(
-            "==> building the guest images: Debian {} with Redis and PostgreSQL, 3 to 10 minutes",
-            SUITE.name()
-        );
-        write(&self.log, "")?;
-        self.debootstrap()?;
-        self.install()?;
-        for kernel in kernels {
-            self.add_kernel(kernel)?;
-        }
-        self.chroot(INITRDS, &[])?;
-        let releases = self.collect()?;
-        for (kernel, release) in &releases {
-            self.busybox_initrd(*kernel, release, &kernels[0].busybox)?;
-        }
-        self.disks(&releases)
-    }
-
-    fn root(&self) -> PathBuf {
-        self.directory.join("root")
-    }
-
-    /// Runs a step with its output in the log.
-    fn step(&self, command: &mut Command) -> Result<(), ImageError> {
-        let failed = |source| ImageError::Step { source, log: self.log.clone() };
-        let log = || fs::OpenOptions::new().append(true).open(&self.log).map_err(file_error(&self.log));
-        command.stdout(log()?).stderr(log()?);
-        step(command).map_err(failed)
-    }
-
-    /// A program with mounts of its own, so that none is left.
-    fn alone(&self, program: &str) -> Command {
-        let mut command = Command::new("unshare");
-        command.args([
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--propagation",
-            "private",
-            "--",
-            program,
-        ]);
-        command
-    }
-
-    fn debootstrap(&self) -> Result<(), ImageError> {
-        let directory = self.workspace.target.join("nested/debootstrap");
-        let names = ["debootstrap"];
-        let packages = Packages { suite: SUITE, directory: &directory, asked: &names, wanted: &names };
-        if !packages.are_there() {
-            packages.fetch()?;
-        }
-        let root = directory.join("root/usr");
-        let mut command = self.alone("sh");
-        command.env("DEBOOTSTRAP_DIR", root.join("share/debootstrap")).arg(root.join("sbin/debootstrap"));
-        command.args(["--variant=minbase", &format!("--keyring={KEYRING}"), SUITE.name()]);
-        self.step(command.arg(self.root()).arg(MIRROR))
-    }
-
-    /// Installs and configures the guest's system, in its own directory.
-    fn install(&self) -> Result<(), ImageError> {
-        let root = self.root();
-        make_directory(&root.join("outlive"))?;
-        for (name, contents) in FILES {
-            let path = root.join("outlive").join(name);
-            write(&path, contents)?;
-            make_executable(&path)?;
-        }
-        // The keyring is in the system by now, as apt's own.
-        let sources = SUITE.sources().swap_remove(0).replace(&format!("[signed-by={KEYRING}] "), "");
-        write(&root.join("etc/apt/sources.list"), sources)?;
-        let resolver = root.join("etc/resolv.conf");
-        let _ = fs::copy("/etc/resolv.conf", &resolver);
-        let done = self.chroot(PREPARE, &PACKAGES);
-        let _ = fs::remove_file(&resolver);
-        done
-    }
-
-    /// Runs a script in the guest's system.
-    fn chroot(&self, script: &str, arguments: &[&str]) -> Result<(), ImageError> {
-        let path = self.root().join("outlive/script");
-        write(&path, script)?;
-        let mut command = self.alone("chroot");
-        command.arg(self.root()).args(["sh", "/outlive/script"]).args(arguments);
-        let done = self.step(&mut command);
-        fs::remove_file(&path).map_err(file_error(&path))?;
-        done
-    }
-
-    /// Adds a kernel of another release as if its packages were installed.
-    fn add_kernel(&self, kernel: &Kernel) -> Result<(), ImageError> {
-        let modules = self.root().join("lib/modules").join(&kernel.release);
-        let boot = |name: &str| self.root().join("boot").join(format!("{name}-{}", kernel.release));
-        self.step(Command::new("cp").arg("--archive").arg(kernel.modules_directory()).arg(&modules))?;
-        copy(&kernel.image, &boot("vmlinuz"))?;
-        // Beside the modules since 7.x, before that beside the kernel. mkinitramfs looks into it.
-        let configs =
-            [modules.join("config"), kernel.image.with_file_name(format!("config-{}", kernel.release))];
-        if let Some(config) = configs.iter().find(|path| path.is_file()) {
-            copy(config, &boot("config"))?;
-        }
-        let _ = fs::remove_file(modules.join("vmlinuz"));
-        Ok(())
-    }
-
-    /// Takes kernels and initrds out of the guest's system. Returns the release of each.
-    fn collect(&self) -> Result<Vec<(GuestKernel, String)>, ImageError> {
-        let modules = self.root().join("lib/modules");
-        let mut releases = Vec::new();
-        for entry in fs::read_dir(&modules).map_err(file_error(&modules))?.flatten() {
-            let release = entry.file_name().to_string_lossy().into_owned();
-            let Some(kernel) = GuestKernel::ALL.into_iter().find(|it| it.is(&release)) else { continue };
-            for (from, to) in [("vmlinuz", "vmlinuz"), ("initrd.img", "initrd")] {
-                let from = self.root().join("boot").join(format!("{from}-{release}"));
-                copy(&from, &self.directory.join(format!("{to}-{}", kernel.name())))?;
-            }
-            releases.push((kernel, release));
-        }
-        remove(&self.root().join("boot"))?;
-        make_directory(&self.root().join("boot"))?;
-        releases.sort();
-        Ok(releases)
-    }
-
-    fn busybox_initrd(&self, kernel: GuestKernel, release: &str, busybox: &Path) -> Result<(), ImageError> {
-        let mut archive = Initramfs::new();
-        for directory in ["/bin", "/proc", "/sys", "/tmp", "/run", "/root", "/new"] {
-            archive.directory(directory);
-        }
-        archive.script("/init", BUSYBOX_INIT)?;
-        archive.script("/bin/busybox", &read(busybox)?)?;
-        let modules = Modules::read(self.root().join("lib/modules").join(release), busybox)?;
-        let wanted: Vec<&str> = OPTIONAL.into_iter().filter(|it| modules.has(it)).chain(DRIVERS).collect();
-        modules.add(&wanted, &mut archive)?;
-        Ok(write(&self.directory.join(format!("busybox-{}", kernel.name())), archive.finish())?)
-    }
-
-    /// The guest's disk, then a disk for a host that has it and the kernels.
-    fn disks(&self, releases: &[(GuestKernel, String)]) -> Result<(), ImageError> {
-        for (_, release) in releases {
-            let modules = self.root().join("lib/modules").join(release).join("kernel");
-            keep_only(&modules, &ON_DISK.map(|part| modules.join(part)))?;
-            self.chroot(&format!("/sbin/depmod {release}\n"), &[])?;
-        }
-        self.file_system(&self.root(), ROOT_IMAGE, "outlive-guest", ROOT_SIZE)?;
-        let contents = self.directory.join("host");
-        make_directory(&contents)?;
-        let mut names = vec![ROOT_IMAGE.to_string()];
-        for (kernel, _) in releases {
-            names.extend(["vmlinuz", "initrd", "busybox"].map(|it| format!("{it}-{}", kernel.name())));
-        }
-        for name in names {
-            let (from, to) = (self.directory.join(&name), contents.join(&name));
-            fs::hard_link(&from, &to).map_err(file_error(&to))?;
-        }
-        self.file_system(&contents, HOST_DISK, "outlive-host", HOST_DISK_SIZE)?;
-        Ok(remove(&contents)?)
-    }
-
-    /// An ext4 file system with what is in a directory; nothing is mounted for it.
-    fn file_system(&self, contents: &Path, name: &str, label: &str, size: &str) -> Result<(), ImageError> {
-        packages::provide(self.workspace, &[packages::E2FSPROGS], true);
-        let program = packages::find(self.workspace, "mke2fs").unwrap_or_else(|| "mke2fs".into());
-        let mut command = Command::new(program);
-        command.args(["-q", "-t", "ext4", "-L", label, "-E", "root_owner=0:0", "-d"]).arg(contents);
-        self.step(command.stdin(Stdio::null()).arg(self.directory.join(name)).arg(size))
-    }
-}
-
-/// Removes what is in a directory and below, but for what begins with one of these paths.
-fn keep_only(directory: &Path, kept: &[PathBuf]) -> Result<(), FetchError> {
-    let begins =
-        |path: &Path, with: &Path| path.as_os_str().as_bytes().starts_with(with.as_os_str().as_bytes());
-    for entry in fs::read_dir(directory).map_err(file_error(directory))?.flatten() {
-        let path = entry.path();
-        if kept.iter().any(|kept| begins(&path, kept)) {
-            continue;
-        }
-        if path.is_dir() && kept.iter().any(|kept| kept.starts_with(&path)) {
-            keep_only(&path, kept)?;
-        } else if path.is_dir() && !path.is_symlink() {
-            remove(&path)?;
-        } else {
-            fs::remove_file(&path).map_err(file_error(&path))?;
-        }
-    }
-    Ok(())
-}
-
-fn copy(from: &Path, to: &Path) -> Result<(), ImageError> {
-    fs::copy(from, to).map_err(file_error(from))?;
-    Ok(())
-}
-
-fn make_executable(path: &Path) -> Result<(), FetchError> {
-    use std::os::unix::fs::PermissionsExt;
-    let set =
-        |path: &Path| -> io::Result<()> { fs::set_permissions(path, fs::Permissions::from_mode(0o755)) };
-    set(path).map_err(file_error(path))
 }
 
 #[cfg(test)]
@@ -473,20 +176,6 @@ mod tests {
             assert_eq!(found, [kernel]);
             assert_eq!(GuestKernel::from_str(kernel.name(), false), Ok(kernel));
         }
-    }
-
-    #[test]
-    fn of_a_directory_what_is_kept_stays() {
-        let root = std::env::temp_dir().join(format!("outlive-keep-{}", std::process::id()));
-        let files = ["fs/ext4/ext4.ko", "fs/nfs/nfs.ko", "fs/mbcache.ko.xz", "net/core/a.ko", "sound/b.ko"];
-        for file in files {
-            make_directory(root.join(file).parent().unwrap()).unwrap();
-            write(&root.join(file), "").unwrap();
-        }
-        keep_only(&root, &["fs/ext4", "fs/mbcache", "net/core"].map(|it| root.join(it))).unwrap();
-        assert_eq!(files.map(|file| root.join(file).exists()), [true, false, true, true, false]);
-        assert!(!root.join("sound").exists() && !root.join("fs/nfs").exists());
-        remove(&root).unwrap();
     }
 
     #[test]

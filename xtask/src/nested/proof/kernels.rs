@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::stage::{Guest, SHORT, Stage};
+use super::stage::{Guest, SHORT, Side, Stage};
 use super::{Context, ProofError, ensure};
 use crate::nested::cluster::DATA;
 use crate::nested::image::GuestKernel;
@@ -16,21 +16,26 @@ const CYCLE: Duration = Duration::from_secs(240);
 const COUNT: Duration = Duration::from_secs(30);
 
 /// Every kernel with one and two vCPUs: it comes up, sees its devices, restarts, finds what it had written, switches off.
+/// Each host has a guest of its own and nothing to do with the other.
 pub(super) fn prove_guests(context: &Context<'_>) -> Result<(), ProofError> {
-    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm])?;
+    let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     for kernel in GuestKernel::ALL {
-        for vcpus in [1, 2] {
-            cycle(&mut stage, kernel, vcpus)?;
+        let sides = [1, 2].map(|vcpus| start(&mut stage, vcpus as usize, kernel, vcpus));
+        for (side, vcpus) in sides.into_iter().zip([1, 2]) {
+            cycle(&stage, &side?, kernel, vcpus)?;
         }
     }
     Ok(())
 }
 
-fn cycle(stage: &mut Stage, kernel: GuestKernel, vcpus: u32) -> Result<(), ProofError> {
-    stage.cluster.command(1, &format!("rm -f {DATA}/{IMAGE}* && truncate -s 16M {DATA}/{IMAGE}"))?;
+fn start(stage: &mut Stage, host: usize, kernel: GuestKernel, vcpus: u32) -> Result<Side, ProofError> {
+    stage.cluster.command(host, &format!("rm -f {DATA}/{IMAGE}* && truncate -s 16M {DATA}/{IMAGE}"))?;
     let guest =
         Guest { vcpus, disks: vec![IMAGE.into()], ..Guest::busybox(kernel, "outlive.end=cycle panic=-1") };
-    let side = stage.run(1, None, &guest)?;
+    stage.run(host, None, &guest)
+}
+
+fn cycle(stage: &Stage, side: &Side, kernel: GuestKernel, vcpus: u32) -> Result<(), ProofError> {
     let status = side.program.wait_for_end(CYCLE)?;
     let (log, name) = (side.program.log(), kernel.name());
     let wrong = |what: &str| format!("{name} with {vcpus} vCPUs: {what} ({status}); its log:\n{log}");
