@@ -106,6 +106,8 @@ impl Machine {
 
     /// Ends dirty tracking and frees its lists.
     pub fn disable_tracking(&mut self) {
+        // Of a moment that no later checkpoint stands for.
+        self.check_due = None;
         if self.tracking == Tracking::Off {
             return;
         }
@@ -210,7 +212,7 @@ impl Machine {
         for index in 0..self.vcpus.len() {
             self.vcpus.with_saved(index, |bytes| staging.push_section(Kind::Vcpu, index as u16, bytes));
         }
-        vm_state::save(&self.vm, &mut self.scratch)?;
+        vm_state::save(&self.vm, self.vcpus.asked(), &mut self.scratch)?;
         staging.push_section(Kind::Vm, 0, &self.scratch);
         for (slot, device) in self.devices.iter().enumerate() {
             self.scratch.clear();

@@ -297,6 +297,7 @@ impl Machine {
     pub fn go_live(&self, announce: bool) {
         self.devices.iter().for_each(|device| device.go_live(announce));
         self.serial.iter().for_each(SerialPort::go_live);
+        self.vcpus.tell_asked();
     }
 
     /// The next checkpoint is a base: it carries the constant state too.

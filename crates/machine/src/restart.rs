@@ -34,7 +34,7 @@ impl FreshState {
         let saved = (0..vcpus.len()).map(|index| vcpus.with_saved(index, |bytes| Arc::new(bytes.to_vec())));
         let saved = saved.collect();
         let mut chips = Vec::new();
-        vm_state::save(vm, &mut chips)?;
+        vm_state::save(vm, None, &mut chips)?;
         Ok(Self { vcpus: saved, vm: chips })
     }
 }

@@ -114,7 +114,8 @@ impl Machine {
             })
         })?;
         let clock = Clock::Advance { elapsed, from };
-        vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes, clock)?;
+        let asked = vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes, clock)?;
+        self.vcpus.set_asked(asked);
         for (slot, device) in self.devices.iter().enumerate() {
             device.restore(find(sections, Kind::Device, slot as u16)?.bytes)?;
         }

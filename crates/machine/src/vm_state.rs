@@ -8,6 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 
 use crate::state::{FieldReader, FieldWriter, StateError};
+use crate::vcpu::platform::PowerRequest;
 
 /// One part of the VM's state; the numbers are field numbers of a `Kind::Vm` section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,9 @@ pub enum Item {
     /// The I/O APIC.
     IoApic = 5,
 }
+
+/// Field of a `Kind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
+const ASKED: u16 = 6;
 
 /// The order of save and of restore, and why. Both come after the vCPUs' part at save (an event that
 /// a vCPU's exit raises is then in the chips) and after it at restore (the LAPICs must exist before
@@ -66,8 +70,9 @@ fn chip(item: Item) -> Option<u32> {
 }
 
 /// Reads the state of a stopped VM into a buffer that must have [`CAPACITY`] to spare.
-pub(crate) fn save(vm: &VmFd, to: &mut Vec<u8>) -> Result<(), VmStateError> {
+pub(crate) fn save(vm: &VmFd, asked: Option<PowerRequest>, to: &mut Vec<u8>) -> Result<(), VmStateError> {
     let mut fields = FieldWriter::new(to);
+    fields.put_plain(ASKED, &asked.map_or(0, PowerRequest::number));
     for (item, _reason) in ORDER {
         let field = item as u16;
         match (item, chip(item)) {
@@ -100,8 +105,8 @@ pub(crate) enum Clock {
     Keep,
 }
 
-/// Writes a saved state into a VM whose vCPUs do not run.
-pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<(), VmStateError> {
+/// Writes a saved state into a VM whose vCPUs do not run. Returns what its guest had asked for.
+pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<PowerRequest>, VmStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in ORDER {
         let field = item as u16;
@@ -126,5 +131,5 @@ pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<(), VmSta
             (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
         }
     }
-    Ok(())
+    Ok(PowerRequest::from_number(fields.get_plain(ASKED)?))
 }

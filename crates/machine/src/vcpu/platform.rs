@@ -1,6 +1,6 @@
 //! The platform's ports: idle, wake, power and debug console of the payload guest, and those of [`power`].
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,24 @@ pub enum PowerRequest {
     Reset,
     /// Its kernel panicked.
     Panic,
+}
+
+impl PowerRequest {
+    /// Its number in a saved state, not 0.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            PowerRequest::Off => 1,
+            PowerRequest::Reset => 2,
+            PowerRequest::Panic => 3,
+        }
+    }
+
+    /// The request of a number; 0 and what is unknown are none.
+    pub(crate) fn from_number(number: u32) -> Option<Self> {
+        [PowerRequest::Off, PowerRequest::Reset, PowerRequest::Panic]
+            .into_iter()
+            .find(|it| it.number() == number)
+    }
 }
 
 /// What a running machine tells its controller.
@@ -67,6 +85,9 @@ pub(crate) struct Platform {
     triple_fault: TripleFault,
     /// The guest has ended itself: of several vCPUs that do, one counts.
     ended: AtomicBool,
+    /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is over and will not
+    /// come again, so a checkpoint has to carry it.
+    asked: AtomicU32,
     panicked: AtomicBool,
 }
 
@@ -86,6 +107,7 @@ impl Platform {
             console: Mutex::new(Vec::with_capacity(CONSOLE_LINE)),
             triple_fault,
             ended: AtomicBool::new(false),
+            asked: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
         }
     }
@@ -99,6 +121,16 @@ impl Platform {
         !self.ended.swap(true, Ordering::AcqRel)
     }
 
+    /// Notes what the guest asks for, or that it asks for nothing.
+    pub(super) fn ask(&self, request: Option<PowerRequest>) {
+        self.asked.store(request.map_or(0, PowerRequest::number), Ordering::Release);
+    }
+
+    /// What the guest has asked for and not been given.
+    pub(super) fn asked(&self) -> Option<PowerRequest> {
+        PowerRequest::from_number(self.asked.load(Ordering::Acquire))
+    }
+
     /// Whether this is the first panic of the guest since its start.
     pub(super) fn first_panic(&self) -> bool {
         !self.panicked.swap(true, Ordering::AcqRel)
@@ -107,6 +139,7 @@ impl Platform {
     /// The guest starts anew. No vCPU runs.
     pub(super) fn restart(&self) {
         self.ended.store(false, Ordering::Release);
+        self.ask(None);
         self.panicked.store(false, Ordering::Release);
     }
 

@@ -212,6 +212,7 @@ impl Vcpu {
             AfterPort::Power(request) => {
                 self.slot.ended.store(true, Ordering::Release);
                 if self.shared.platform.first_end() {
+                    self.shared.platform.ask(Some(request));
                     (self.shared.events)(MachineEvent::Power(request));
                 }
             }

@@ -9,7 +9,7 @@ use outlive_dirty::{Gfn, Tracker};
 use vmm_sys_util::signal::Killable;
 
 use super::copying::CopyJob;
-use super::platform::{EventSink, Platform};
+use super::platform::{EventSink, MachineEvent, Platform, PowerRequest};
 use super::rendezvous::{Command, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
 use super::state::Saver;
@@ -156,6 +156,23 @@ impl VcpuSet {
         self.shared.meeting.publish(Command::Task);
         self.shared.meeting.wait_all();
         self.first_error()
+    }
+
+    /// What the guest has asked for and not been given yet: part of a checkpoint.
+    pub(crate) fn asked(&self) -> Option<PowerRequest> {
+        self.shared.platform.asked()
+    }
+
+    /// Takes over what the guest of a checkpoint had asked for.
+    pub(crate) fn set_asked(&self, request: Option<PowerRequest>) {
+        self.shared.platform.ask(request);
+    }
+
+    /// Says again what the guest has asked for: whoever was told before is gone.
+    pub(crate) fn tell_asked(&self) {
+        if let Some(request) = self.asked() {
+            (self.shared.events)(MachineEvent::Power(request));
+        }
     }
 
     /// The guest starts anew: vCPUs that it had ended run again, and none idles. The VM must be stopped.

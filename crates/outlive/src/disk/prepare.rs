@@ -49,8 +49,9 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
     replay(paths, &sidecars)
 }
 
-/// Checks the images of a standby and replays their journals. What cannot be replayed is marked: the next primary
-/// synchronises the images anew.
+/// Checks the images of a standby and replays their journals. If that is not possible now it may be later, with all disks
+/// given or their file system mounted, and the journal may be all that is left of what was committed: it is not given up
+/// unasked.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -66,14 +67,11 @@ pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
             return Ok(());
         }
     };
-    let Err(why) = replay(paths, &sidecars) else { return Ok(()) };
-    tracing::warn!("{why}; the images are synchronised anew");
-    for (path, sidecar) in paths.iter().zip(sidecars) {
-        let Some(sidecar) = sidecar else { continue };
-        let sidecar = Sidecar { whole: false, journal: None, ..sidecar };
-        sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
-    }
-    Ok(())
+    replay(paths, &sidecars).map_err(|why| {
+        format!(
+            "{why}; if a primary has all of it, delete their .outlive files: they are then synchronised anew"
+        )
+    })
 }
 
 /// Refuses images of a VM that ran on elsewhere since: the arbiter knows the newest generation.
@@ -91,7 +89,14 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
                     beside(path, "outlive").display()
                 ));
             }
-            _ => {}
+            Ok(_) => {}
+            // Nobody knows then whether the VM ran on elsewhere.
+            Err(why) => {
+                return Err(format!(
+                    "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
+                    path.display()
+                ));
+            }
         }
     }
     Ok(())
@@ -141,6 +146,14 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
             "the journal {place} cannot be replayed: {e}; restore the images from a backup and delete their .outlive files"
         )
     };
+    let (mut journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
+    if journal.replay(|_| Ok(())).map_err(|e| unreadable(&e))?.is_none() {
+        // Emptied, and killed before the last sidecar said so: the images have all of it.
+        let named =
+            paths.iter().zip(sidecars).filter_map(|(image, sidecar)| Some((*image, sidecar.as_ref()?)));
+        return finish(path, durable, named.filter(|(_, sidecar)| sidecar.journal.as_deref() == Some(path)));
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| unreadable(&e))?;
     let (journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
     let identity = journal.identity().clone();
     let mut images = Vec::new();
@@ -168,13 +181,22 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
     }
     let checkpoint = recover(journal, durable, &images).map_err(|e| unreadable(&e))?;
     tracing::info!(journal = %place, checkpoint, "disk images brought to their last commit");
-    for (image, sidecar) in mine {
+    finish(path, checkpoint, mine.into_iter())
+}
+
+/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty.
+fn finish<'a>(
+    journal: &Path,
+    checkpoint: u64,
+    images: impl Iterator<Item = (&'a Path, &'a Sidecar)>,
+) -> Result<(), String> {
+    for (image, sidecar) in images {
         let sidecar = Sidecar { checkpoint, journal: None, ..sidecar.clone() };
         sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
     }
-    if let Err(error) = std::fs::remove_file(path) {
+    if let Err(error) = std::fs::remove_file(journal) {
         // It is empty, and no sidecar names it.
-        tracing::warn!(journal = %place, %error, "cannot remove the journal");
+        tracing::warn!(journal = %journal.display(), %error, "cannot remove the journal");
     }
     Ok(())
 }

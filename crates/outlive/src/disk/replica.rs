@@ -515,6 +515,9 @@ impl<T: Fn(Told)> Worker<T> {
 
     /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
     fn begin_journal(&mut self, number: u64) -> Result<(), String> {
+        // The base's last writes go to the images before a sidecar names this journal. Images that needed no block so far
+        // still have the sidecar of an earlier checkpoint, which would say that half of those writes are a whole image.
+        self.taint()?;
         let mut images = Vec::new();
         let mut sizes = Vec::new();
         let mut path = None;

@@ -342,3 +342,21 @@ fn what_is_on_its_way_is_bounded() {
     assert_eq!(chunks, 128);
     drop(pair.sync.take());
 }
+
+#[test]
+fn an_image_is_no_longer_whole_while_the_last_writes_of_a_base_reach_it() {
+    let mut pair = Pair::new(differing);
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    pair.commit(9, true, &[], false);
+    pair.replica.settle().unwrap();
+    let mut pair = Pair::over_again(pair);
+    assert_eq!(pair.until_report(), SyncReport::Synced);
+    let image = images(pair.directory.path(), "standby")[0].clone();
+    // Stands for the kill or the loss of power between the image and the sidecar.
+    fs::create_dir(beside(&image, "outlive.new")).unwrap();
+    pair.commit(20, true, &[(5, b"torn")], false);
+    let _ = pair.replica.settle();
+    let after = pair.sidecar().unwrap();
+    let is_written = fs::read(&image).unwrap()[5..9] == *b"torn";
+    assert!(!is_written || !after.whole || after.journal.is_some(), "{after:?}");
+}

@@ -62,10 +62,37 @@ fn a_journal_of_two_images_wants_both() {
     let images = left_by_a_kill(directory.path());
     let error = for_run(&[&images[0]]).unwrap_err();
     assert!(error.contains("disk 2 too: give all disks"), "{error}");
-    // A standby's is synchronised anyway.
-    for_standby(&[&images[0]]).unwrap();
-    let error = for_run(&[&images[0]]).unwrap_err();
-    assert!(error.contains("is not whole"), "{error}");
+    // A standby does not give up what may be all that is left, and with all disks it comes back.
+    let error = for_standby(&[&images[0]]).unwrap_err();
+    assert!(error.contains("give all disks") && error.contains("delete their .outlive files"), "{error}");
+    for_standby(&[&images[0], &images[1]]).unwrap();
+    assert_eq!(&fs::read(&images[1]).unwrap()[100..108], b"replayed");
+}
+
+/// Killed in the middle of saying that the journal is not needed any more.
+#[test]
+fn an_empty_journal_wants_no_image() {
+    for run in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let images = left_by_a_kill(directory.path());
+        let paths = [images[0].as_path(), images[1].as_path()];
+        for_run(&paths).unwrap();
+        let journal = beside(&images[0], "journal");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&journal).unwrap();
+        let identity = Identity { vm: VM, generation: 2, sizes: vec![4096, 0, 4096] };
+        Journal::create(file, identity, 11).unwrap();
+        sidecar(2, Some(journal.clone())).write(&images[1]).unwrap();
+        if run {
+            for_run(&paths).unwrap()
+        } else {
+            for_standby(&paths).unwrap()
+        }
+        for image in &images {
+            let sidecar = Sidecar::read(image).unwrap().unwrap();
+            assert_eq!((sidecar.checkpoint, sidecar.whole, sidecar.journal), (11, true, None));
+        }
+        assert!(!journal.exists());
+    }
 }
 
 #[test]
