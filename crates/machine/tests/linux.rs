@@ -6,8 +6,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use outlive_dirty::Choice;
+use outlive_machine::state::{Kind, Section};
 use outlive_machine::{
-    Host, HostError, LinuxBoot, Machine, MachineEvent, NoSink, Options, PortEnd, PowerRequest,
+    After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, PortEnd,
+    PowerRequest, Staging,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -125,6 +127,45 @@ fn a_guest_restarts_in_every_way_that_kernels_know_and_then_switches_off() {
         assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Off));
         machine.press_power_button();
     }
+}
+
+/// No checkpoint here is larger than its staging.
+struct Nothing;
+
+impl InPause for Nothing {
+    fn counted(&mut self, _pages: usize) {}
+
+    fn spill(&mut self, _staging: &mut Staging) -> Result<(), String> {
+        Err("a checkpoint in parts".into())
+    }
+}
+
+/// The access to the port is over when the checkpoint is taken, and who was told dies before it has done anything.
+#[test]
+fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
+    let Some((mut machine, events)) = booted(1, 64 << 20, boot().firmware_bytes()) else { return };
+    machine.boot_linux(&boot()).unwrap();
+    machine.go_live(false);
+    machine.resume();
+    machine.enable_tracking().unwrap();
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
+    let mut staging = Staging::new(8192, 0).unwrap();
+    machine.checkpoint(&mut staging, After::Stay, &mut Nothing).unwrap();
+
+    let Some((mut copy, events)) = booted(1, 64 << 20, boot().firmware_bytes()) else { return };
+    let mut page = vec![0; 4096];
+    for frame in 0..(64 << 20) / 4096 {
+        let address = GuestAddress(frame * 4096);
+        machine.ram().memory().read_slice(&mut page, address).unwrap();
+        copy.ram().memory().write_slice(&page, address).unwrap();
+    }
+    let constants: Vec<Vec<u8>> =
+        staging.sections().filter(|it| it.kind == Kind::VcpuConstant).map(|it| it.bytes.to_vec()).collect();
+    let sections: Vec<Section<'_>> = staging.sections().filter(|it| it.kind != Kind::VcpuConstant).collect();
+    copy.restore(&constants, &sections, Duration::ZERO).unwrap();
+    copy.go_live(true);
+    copy.resume();
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
 }
 
 #[test]

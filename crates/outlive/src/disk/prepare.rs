@@ -49,6 +49,26 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
     replay(paths, &sidecars)
 }
 
+/// Refuses images that are used as they are, read-only or shared, and are a standby's copy that is not finished.
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
+    for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
+        let (image, file) = (path.display(), beside(path, "outlive"));
+        match sidecar {
+            Some(Sidecar { whole: true, journal: None, .. }) | None => {}
+            Some(_) => {
+                return Err(format!(
+                    "the disk image {image} is a standby's copy that is not finished: give it to `outlive standby` or `outlive run` as a disk of the VM's own, or restore it from a backup and delete {}",
+                    file.display()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Checks the images of a standby and replays their journals. If that is not possible now it may be later, with all disks
 /// given or their file system mounted, and the journal may be all that is left of what was committed: it is not given up
 /// unasked.

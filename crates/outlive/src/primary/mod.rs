@@ -50,6 +50,9 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let written: Vec<&Path> =
         options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
     disk::for_run(&written)?;
+    let others: Vec<&Path> =
+        options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
+    disk::refuse_unfinished(&others)?;
     let (queue, inbox) = channel();
     let mac = mac_of(options.net.as_ref(), vm);
     let guest = Guest::read(options)?;

@@ -7,7 +7,7 @@ use outlive_epoch::{DiskOp, DiskRecord, VmId};
 
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
-use crate::disk::{for_run, for_standby, mark_primary};
+use crate::disk::{for_run, for_standby, mark_primary, refuse_unfinished};
 
 const VM: VmId = VmId([3; 16]);
 
@@ -53,6 +53,7 @@ fn a_journal_is_replayed_before_the_images_are_used() {
         }
         assert!(!beside(&images[0], "journal").exists());
         for_run(&paths).unwrap();
+        refuse_unfinished(&paths).unwrap();
     }
 }
 
@@ -60,6 +61,9 @@ fn a_journal_is_replayed_before_the_images_are_used() {
 fn a_journal_of_two_images_wants_both() {
     let directory = tempfile::tempdir().unwrap();
     let images = left_by_a_kill(directory.path());
+    // Nor is it one that is shared or only read.
+    let error = refuse_unfinished(&[&images[0]]).unwrap_err();
+    assert!(error.contains("not finished"), "{error}");
     let error = for_run(&[&images[0]]).unwrap_err();
     assert!(error.contains("disk 2 too: give all disks"), "{error}");
     // A standby does not give up what may be all that is left, and with all disks it comes back.
