@@ -29,6 +29,9 @@ pub(crate) struct TestOptions {
 pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), StepError> {
     let start = Instant::now();
     let environment = packages::prepare(workspace, !options.no_fetch);
+    if !options.no_nested {
+        nested::prepare(workspace, !options.no_fetch);
+    }
     // First only the build: an error in it is not a test that failed.
     step(&mut workspace.cargo(["test", "--release", "--workspace", "--no-run"]))?;
     let mut commands = vec![workspace.cargo(["test", "--release", "--workspace"])];

@@ -46,6 +46,13 @@ enum What {
     Images,
 }
 
+/// Fetches the kernel of the tests that start a host themselves. They say what is missing if that fails.
+pub(crate) fn prepare(workspace: &Workspace, fetch: bool) {
+    if let Err(error) = kernel::Kernel::get(workspace, kernel::Series::Bookworm, fetch) {
+        eprintln!("xtask: {error}");
+    }
+}
+
 /// What `cargo xtask test` runs of it.
 pub(crate) fn in_tests(
     workspace: &Workspace,
