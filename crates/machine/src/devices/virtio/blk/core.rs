@@ -196,13 +196,46 @@ impl<M: GuestMemory> Core<M> {
         use super::job::After;
         let slot = self.table.get_mut(token);
         slot.buffer = buffer;
+        let Some(result) = result else { return self.set_aside(parts, token) };
         match slot.job.done(result) {
+            After::Again if slot.dropped && slot.job.kind.changes() => self.set_aside(parts, token),
             After::Again => self.start(parts, token),
             After::Finished(status, error) => {
                 if let Some(number) = error {
                     self.complain(parts, token, number);
                 }
                 self.disk_done(parts, token, status);
+            }
+        }
+    }
+
+    /// A change of a shared disk, on its way or in part done, has lost its permission: it is held again. It was
+    /// let out before, so it goes with whatever is let out next.
+    fn set_aside(&mut self, parts: &Parts, token: u16) {
+        let slot = self.table.get_mut(token);
+        if !slot.orphan {
+            slot.stage = Stage::Waiting;
+            slot.epoch = 0;
+            return self.start_if_possible(parts, token);
+        }
+        // The driver that wanted it is gone.
+        let mut unblocked = std::mem::take(&mut self.unblocked);
+        self.table.finished(token, |later| unblocked.push(later));
+        self.free(token);
+        for later in unblocked.drain(..) {
+            self.start_if_possible(parts, later);
+        }
+        self.unblocked = unblocked;
+    }
+
+    /// Takes back the changes that the engine has not been given yet.
+    pub(super) fn recall(&mut self, parts: &Parts) {
+        for submission in std::mem::take(&mut self.outbox) {
+            if submission.operation.changes() {
+                let Submission { token, buffer, .. } = submission;
+                self.completed(parts, Completion { token, buffer, result: None });
+            } else {
+                self.outbox.push(submission);
             }
         }
     }

@@ -236,15 +236,25 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared.release(through, may)
     }
 
+    /// Has the threads that carry out the writes of a shared disk ask `may` while writes are held, right before
+    /// each system call that changes the disk: a write that was released may wait long for its turn. What may
+    /// not be carried out is held again, and goes with a later [`release`](Self::release) or
+    /// [`pass_through`](Self::pass_through). `may` must not call this device, nor wait for whoever does.
+    pub fn set_permission(&self, may: impl Fn() -> bool + Send + Sync + 'static) {
+        if let Some(permit) = self.shared.parts.engine.permit() {
+            permit.set(Arc::new(may));
+        }
+    }
+
     /// Lets all held writes go to the disk, and from then on every write at once. For a VM that goes on alone
     /// (its generation is won) or is not protected.
     pub fn pass_through(&self) -> ReleasedWrites {
         self.shared.pass_through()
     }
 
-    /// What is held and every later write never goes to the disk: it stays in flight for good. When this
-    /// returns nothing more is on its way to the engine. What a release handed over before was committed, and
-    /// goes on. [`hold`](Self::hold) and [`pass_through`](Self::pass_through) end it for writes that are taken
+    /// What is held and every later write never goes to the disk: it stays in flight for good. So does what was
+    /// let out and has not begun, and the rest of what takes several operations; only the system calls that are
+    /// under way when this returns end by themselves. [`hold`](Self::hold) and [`pass_through`](Self::pass_through) end it for writes that are taken
     /// after them.
     pub fn discard(&self) {
         self.shared.discard();

@@ -3,6 +3,9 @@
 //! A disk that both hosts use does not go back to a checkpoint when the VM does, so a write to it must not
 //! happen before the checkpoint of its epoch is committed: until then it stays in flight, with its data in its
 //! bounce buffer, and a read that overlaps it waits with it. A VM that goes on elsewhere issues it again.
+//!
+//! The engine asks for permission once more, right before the system call: see [`super::permit`]. A write that
+//! it may not carry out is held again.
 
 use thiserror::Error;
 use vm_memory::GuestMemory;
@@ -42,6 +45,7 @@ impl<M: GuestMemory> Shared<M> {
         let mut core = self.core();
         core.mode = OutputMode::Hold;
         core.forbidden = false;
+        self.ask(true);
         Ok(())
     }
 
@@ -98,6 +102,7 @@ impl<M: GuestMemory> Shared<M> {
         let mut core = self.core();
         core.mode = OutputMode::PassThrough;
         core.forbidden = false;
+        self.ask(false);
         let mut position = 0;
         while let Some(token) = core.table.token_at(position) {
             if is_held(core.table.get(token)) && core.table.get(token).waits == 0 {
@@ -120,14 +125,28 @@ impl<M: GuestMemory> Shared<M> {
         let mut position = 0;
         while let Some(token) = core.table.token_at(position) {
             let slot = core.table.get_mut(token);
-            if is_held(slot) {
+            let on_its_way = self.parts.shared && slot.stage == Stage::Running && slot.job.kind.changes();
+            if is_held(slot) || on_its_way {
                 slot.dropped = true;
             }
             position += 1;
         }
+        if !self.parts.shared {
+            return;
+        }
+        core.recall(&self.parts);
         drop(core);
         // A release in progress ends at its next look: wait for the write it may be handing over.
-        drop(self.sending());
+        let sending = self.sending();
+        self.parts.engine.recall();
+        drop(sending);
+    }
+
+    /// Whether the engine asks for permission before each change.
+    fn ask(&self, asked: bool) {
+        if let Some(permit) = self.parts.engine.permit() {
+            permit.ask(asked);
+        }
     }
 
     /// Writes that wait for their commit.

@@ -48,6 +48,7 @@ mod hold;
 pub mod image;
 mod job;
 pub mod log;
+mod permit;
 pub mod persist;
 mod pool;
 mod queues;

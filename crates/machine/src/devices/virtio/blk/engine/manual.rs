@@ -41,7 +41,7 @@ impl Manual {
     pub(in super::super) fn complete(&self, position: usize, outcome: Option<Result<usize, i32>>) {
         let Submission { token, operation, mut buffer } = lock(&self.shared.waiting).remove(position);
         let result = match (outcome, operation) {
-            (Some(Err(number)), _) => Err(number),
+            (Some(Err(number)), _) => Some(Err(number)),
             (Some(Ok(part)), Operation::Read { offset, from, .. }) => {
                 self.carry_out(Operation::Read { offset, from, len: part }, &mut buffer)
             }
@@ -63,9 +63,8 @@ impl Manual {
         count
     }
 
-    fn carry_out(&self, operation: Operation, buffer: &mut [u8]) -> Result<usize, i32> {
-        carry_out(&self.shared.image, operation, buffer)
-            .map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
+    fn carry_out(&self, operation: Operation, buffer: &mut [u8]) -> Option<Result<usize, i32>> {
+        carry_out(&self.shared.image, operation, buffer, || true)
     }
 }
 

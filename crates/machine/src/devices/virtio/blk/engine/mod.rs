@@ -14,6 +14,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::image::Image;
+use super::permit::Permit;
 use super::pool::Buffer;
 
 /// Which engine carries requests to the disk.
@@ -60,6 +61,13 @@ pub(super) enum Operation {
     Sync,
 }
 
+impl Operation {
+    /// Whether it changes what is on the disk.
+    pub(super) fn changes(&self) -> bool {
+        !matches!(self, Self::Read { .. } | Self::Sync)
+    }
+}
+
 /// Most bytes one operation writes from the engines' own zeroes.
 pub(super) const ZEROES: usize = 64 << 10;
 static ZERO: [u8; ZEROES] = [0; ZEROES];
@@ -72,13 +80,14 @@ pub(super) struct Submission {
     pub(super) buffer: Buffer,
 }
 
-/// An operation that is done.
+/// An operation that is done, or will not be.
 #[derive(Debug)]
 pub(super) struct Completion {
     pub(super) token: u16,
     pub(super) buffer: Buffer,
-    /// Bytes transferred (0 where the operation transfers none), or the error number.
-    pub(super) result: Result<usize, i32>,
+    /// Bytes transferred (0 where the operation transfers none), or the error number. Nothing: it was not
+    /// carried out, because the shared disk may not be changed.
+    pub(super) result: Option<Result<usize, i32>>,
 }
 
 /// Carries operations out.
@@ -95,6 +104,14 @@ pub(super) trait Engine: Send + Sync {
     /// Readable when something is done.
     fn event(&self) -> &EventFd;
 
+    /// The permission that the engine of a shared disk asks before each change.
+    fn permit(&self) -> Option<&Permit> {
+        None
+    }
+
+    /// Has what changes a shared disk and has not begun come back without being carried out.
+    fn recall(&self) {}
+
     /// What it is called.
     fn name(&self) -> &'static str;
 }
@@ -109,7 +126,7 @@ pub(super) fn start(
     depth: u16,
     shared: bool,
 ) -> io::Result<Box<dyn Engine>> {
-    let threads = || threads::Threads::start(image.clone()).map(|engine| Box::new(engine) as _);
+    let threads = || threads::Threads::start(image.clone(), shared).map(|engine| Box::new(engine) as _);
     match kind {
         EngineKind::Threads => threads(),
         _ if shared => threads(),

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::super::image::Image;
+use super::super::permit::Permit;
 use super::{Completion, Engine, Operation, Submission, ZERO};
 use crate::devices::virtio::worker::{block_signals, event};
 
@@ -24,6 +25,8 @@ pub(in super::super) struct Threads {
 
 struct Shared {
     image: Arc<Image>,
+    /// Asked before each change of a shared disk.
+    permit: Option<Permit>,
     queue: Mutex<Queue>,
     filled: Condvar,
     done: Mutex<Vec<Completion>>,
@@ -37,9 +40,10 @@ struct Queue {
 }
 
 impl Threads {
-    pub(in super::super) fn start(image: Arc<Image>) -> io::Result<Self> {
+    pub(in super::super) fn start(image: Arc<Image>, shared: bool) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             image,
+            permit: shared.then(Permit::new),
             queue: Mutex::default(),
             filled: Condvar::new(),
             done: Mutex::default(),
@@ -76,6 +80,14 @@ impl Engine for Threads {
         &self.shared.event
     }
 
+    fn permit(&self) -> Option<&Permit> {
+        self.shared.permit.as_ref()
+    }
+
+    fn recall(&self) {
+        self.shared.recall();
+    }
+
     fn name(&self) -> &'static str {
         "threads"
     }
@@ -83,6 +95,7 @@ impl Engine for Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
+        self.shared.recall();
         lock(&self.shared.queue).quit = true;
         self.shared.filled.notify_all();
         for thread in self.threads.drain(..) {
@@ -96,20 +109,43 @@ impl Drop for Threads {
 impl Shared {
     /// Carries operations out until the engine ends; then those that are left.
     fn run(&self) {
-        while let Some(Submission { token, operation, mut buffer }) = self.next() {
-            let result = carry_out(&self.image, operation, &mut buffer)
-                .map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
-            lock(&self.done).push(Completion { token, buffer, result });
-            // Fails only if the counter is full, and then it is readable anyway.
-            let _ = self.event.write(1);
+        while let Some((Submission { token, operation, mut buffer }, discards)) = self.next() {
+            let may = || {
+                let permit = self.permit.as_ref().filter(|_| operation.changes());
+                permit.is_none_or(|permit| permit.allows(discards))
+            };
+            let result = carry_out(&self.image, operation, &mut buffer, may);
+            self.finished(Completion { token, buffer, result });
         }
     }
 
-    fn next(&self) -> Option<Submission> {
+    fn finished(&self, completion: Completion) {
+        lock(&self.done).push(completion);
+        // Fails only if the counter is full, and then it is readable anyway.
+        let _ = self.event.write(1);
+    }
+
+    /// Whoever has taken an operation and not yet carried it out sees that it was discarded.
+    fn recall(&self) {
+        let Some(permit) = &self.permit else { return };
+        let mut queue = lock(&self.queue);
+        permit.discard();
+        for submission in std::mem::take(&mut queue.waiting) {
+            if submission.operation.changes() {
+                let Submission { token, buffer, .. } = submission;
+                self.finished(Completion { token, buffer, result: None });
+            } else {
+                queue.waiting.push_back(submission);
+            }
+        }
+    }
+
+    /// The next operation, and how often the disk was discarded before it was taken.
+    fn next(&self) -> Option<(Submission, u64)> {
         let mut queue = lock(&self.queue);
         loop {
             if let Some(submission) = queue.waiting.pop_front() {
-                return Some(submission);
+                return Some((submission, self.permit.as_ref().map_or(0, Permit::discards)));
             }
             if queue.quit {
                 return None;
@@ -119,10 +155,16 @@ impl Shared {
     }
 }
 
-/// Carries out one operation, waiting for the disk.
-pub(super) fn carry_out(image: &Image, operation: Operation, buffer: &mut [u8]) -> io::Result<usize> {
+/// Carries out one operation, waiting for the disk; asks before each system call whether it may. Bytes
+/// transferred or the error number; nothing if it may not.
+pub(super) fn carry_out(
+    image: &Image,
+    operation: Operation,
+    buffer: &mut [u8],
+    may: impl Fn() -> bool,
+) -> Option<Result<usize, i32>> {
     let file = image.file();
-    loop {
+    while may() {
         let result = match operation {
             Operation::Read { offset, from, len } => file.read_at(&mut buffer[from..from + len], offset),
             Operation::Write { offset, from, len } => file.write_at(&buffer[from..from + len], offset),
@@ -133,9 +175,10 @@ pub(super) fn carry_out(image: &Image, operation: Operation, buffer: &mut [u8]) 
         };
         match result {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            result => return result,
+            result => return Some(result.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))),
         }
     }
+    None
 }
 
 fn change(image: &Image, mode: FallocateMode, offset: u64, len: u64) -> io::Result<usize> {

@@ -129,7 +129,7 @@ impl Inner {
             };
             self.count -= 1;
             let result = usize::try_from(entry.result()).map_err(|_| -entry.result());
-            completions.push(Completion { token, buffer, result });
+            completions.push(Completion { token, buffer, result: Some(result) });
         }
     }
 }

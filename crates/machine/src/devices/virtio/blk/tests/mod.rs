@@ -9,6 +9,7 @@ mod images;
 mod lifecycle;
 mod logging;
 mod order;
+mod permit;
 mod takeover;
 mod units;
 
