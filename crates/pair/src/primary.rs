@@ -133,11 +133,17 @@ impl Primary {
     /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right before it is
     /// written, with a fresh `now`: between the decision and the write this process may have been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
+        self.may_release_until().is_none_or(|end| now < end)
+    }
+
+    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: for ever. For whoever
+    /// asks without access to this state machine, and is told after each event.
+    pub fn may_release_until(&self) -> Option<Duration> {
         match &self.state {
-            _ if planted!(self.bug, StaleAckReleases) => true,
-            State::Guarding(_, guard) => now < guard.contact + self.timing.primary_patience(),
-            State::Arbitrating(_) | State::Over { fenced: true } => false,
-            _ => true,
+            _ if planted!(self.bug, StaleAckReleases) => None,
+            State::Guarding(_, guard) => Some(guard.contact + self.timing.primary_patience()),
+            State::Arbitrating(_) | State::Over { fenced: true } => Some(Duration::ZERO),
+            _ => None,
         }
     }
 

@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::disk::SyncReport;
 use crate::events::{self, EventWriter};
 use crate::link::{self, Job, Sender, SenderReport};
-use crate::primary::disks::SharedDisks;
+use crate::primary::disks::{Lease, SharedDisks};
 use crate::primary::self_check::Hashed;
 use crate::primary::stats::Totals;
 
@@ -89,6 +89,8 @@ pub(crate) struct Control {
     facts: Facts,
     output: Option<Arc<Output>>,
     shared_disks: SharedDisks,
+    /// What the threads that write to shared disks ask.
+    lease: Arc<Lease>,
     inbox: Queue<Inbox>,
     events: EventWriter,
     totals: Arc<Totals>,
@@ -106,6 +108,9 @@ impl Control {
         totals: Arc<Totals>,
     ) -> Arc<Self> {
         totals.set_generation(pair.generation());
+        let lease = Lease::new(clock);
+        lease.set(pair.may_release_until());
+        shared_disks.ask(&lease);
         let state = State {
             pair,
             actions: Vec::with_capacity(16),
@@ -114,7 +119,8 @@ impl Control {
             ship: None,
             starved: false,
         };
-        Arc::new(Self { state: Mutex::new(state), clock, facts, output, shared_disks, inbox, events, totals })
+        let state = Mutex::new(state);
+        Arc::new(Self { state, clock, facts, output, shared_disks, lease, inbox, events, totals })
     }
 
     /// Gives the control the thread that asks the arbiter.
@@ -213,6 +219,7 @@ impl Control {
     fn step(self: &Arc<Self>, state: &mut State, event: Event) {
         let mut actions = std::mem::take(&mut state.actions);
         state.pair.handle(self.clock.now(), event, &mut actions);
+        self.lease.set(state.pair.may_release_until());
         for action in actions.drain(..) {
             self.carry_out(state, action);
         }

@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use outlive_epoch::{DISK_RECORD_LEN, DeviceInfo, DiskWant};
@@ -12,6 +14,7 @@ use outlive_pair::Link;
 
 use super::active::DISK_BYTES;
 use super::control::{Control, Inbox};
+use crate::clock::Clock;
 use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
@@ -48,6 +51,14 @@ impl SharedDisks {
         Self(machine.disks().iter().filter(|disk| disk.is_shared()).cloned().collect())
     }
 
+    /// Has `lease` asked before each change of the storage, by the threads that make it.
+    pub(crate) fn ask(&self, lease: &Arc<Lease>) {
+        for disk in &self.0 {
+            let lease = lease.clone();
+            disk.set_permission(move || lease.holds());
+        }
+    }
+
     /// From now on writes wait for their commit.
     pub(crate) fn hold(&self, epoch: u64) -> Result<(), String> {
         self.0.iter().try_for_each(|disk| disk.hold(epoch).map_err(|e| e.to_string()))
@@ -75,6 +86,32 @@ impl SharedDisks {
     /// Another host has the VM.
     pub(crate) fn discard(&self) {
         self.0.iter().for_each(|disk| disk.discard());
+    }
+}
+
+/// Until when output may leave, for threads that must not wait for the lock of the state machine.
+pub(crate) struct Lease {
+    clock: Clock,
+    /// In nanoseconds of the clock.
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// One that holds until it is told otherwise.
+    pub(crate) fn new(clock: Clock) -> Arc<Self> {
+        Arc::new(Self { clock, until: AtomicU64::new(u64::MAX) })
+    }
+
+    /// From now on it holds until then; `None`: for ever.
+    pub(crate) fn set(&self, until: Option<Duration>) {
+        let nanos = until.map_or(u64::MAX, |until| until.as_nanos() as u64);
+        self.until.store(nanos, Ordering::SeqCst);
+    }
+
+    fn holds(&self) -> bool {
+        // The clock last: this thread may have been stopped before.
+        let until = self.until.load(Ordering::SeqCst);
+        (self.clock.now().as_nanos() as u64) < until
     }
 }
 
