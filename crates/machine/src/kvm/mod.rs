@@ -11,6 +11,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 /// Time-stamp counter.
 pub(crate) const MSR_IA32_TSC: u32 = 0x10;
+/// MSR_KVM_WALL_CLOCK and its newer number. Nothing but an order: whoever sets one has KVM write the time of day into guest
+/// memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy that a checkpoint gave.
+const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 /// Deadline of the local APIC's timer, counted in the TSC.
 pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Switches of the processor's own.
@@ -177,7 +180,7 @@ impl Host {
         let mtrrs = MTRRS.into_iter().flatten().chain([MSR_MTRR_DEF_TYPE]);
         let mtrrs = mtrrs.filter(|index| !list.as_slice().contains(index));
         let all = list.as_slice().iter().copied().chain(mtrrs);
-        Ok(all.filter(readable).collect())
+        Ok(all.filter(|index| !WALL_CLOCK.contains(index)).filter(readable).collect())
     }
 }
 
