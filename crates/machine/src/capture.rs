@@ -97,6 +97,8 @@ impl Machine {
     /// # Errors
     /// [`EnableError`]; the VM then runs on without tracking.
     pub fn enable_tracking(&mut self) -> Result<(), EnableError> {
+        // Of a moment before the base that is to come.
+        self.check_due = None;
         let running = self.quiesce();
         let result = self.tracker.enable();
         self.tracking = if result.is_ok() { Tracking::On } else { Tracking::Off };

@@ -139,6 +139,9 @@ pub enum Event {
         checkpoint: u64,
         /// From the last byte heard of the primary until the link was declared dead.
         detect_us: u64,
+        /// From then until memory and disks were at the last committed checkpoint.
+        #[serde(default)]
+        settle_us: u64,
         /// From then until the generation was won.
         arbitrate_us: u64,
         /// From then until the vCPUs ran.
@@ -146,7 +149,7 @@ pub enum Event {
         /// From the declaration until the VM's first frame left, where it is known already.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         first_packet_us: Option<u64>,
-        /// Sum of detection, arbitration and restore.
+        /// Sum of the four times from detection to restore.
         total_us: u64,
     },
     /// The resumed VM sent its first frame.
@@ -311,10 +314,11 @@ mod tests {
                 generation: 2,
                 checkpoint: 99,
                 detect_us: 500_000,
+                settle_us: 1_000,
                 arbitrate_us: 200,
                 restore_us: 3_000,
                 first_packet_us: None,
-                total_us: 503_200,
+                total_us: 504_200,
             },
             Event::FirstPacket { after_us: 4_000 },
             Event::Ended { reason: "guest powered off".into(), code: 0 },

@@ -185,6 +185,8 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
     assert_eq!(arbiter.claim(&OTHER_VM, 2, "standby"), Claim::Won);
     assert_eq!(arbiter.highest(&VM), Ok(Some(1)));
     assert_eq!(arbiter.highest(&OTHER_VM), Ok(Some(2)));
+    assert_eq!(arbiter.owner(&OTHER_VM, 2).as_deref(), Some("standby"));
+    assert_eq!(arbiter.owner(&OTHER_VM, 3), None);
     assert_eq!(names(directory.path()).len(), 4, "nothing but the marker and the claims");
 }
 

@@ -10,7 +10,7 @@ const SLOW_ANSWER: Duration = Duration::from_secs(1);
 
 /// A claim under way: asked, answered with "unreachable", asked again, until it is won or lost. Only one question is open
 /// at a time, and there is no time-out: whoever stops waiting without an answer breaks invariant 3.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) generation: u64,
     retry: Duration,
@@ -52,6 +52,11 @@ impl Claim {
             }
             _ => Step::Nothing,
         }
+    }
+
+    /// Whether a question is open: then the claim may be won, whatever is decided here.
+    pub(crate) fn is_open(&self) -> bool {
+        self.asked.is_some()
     }
 
     pub(crate) fn deadline(&self) -> Option<Duration> {

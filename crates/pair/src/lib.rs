@@ -36,9 +36,10 @@
 //!     end
 //!     Note over P: dies
 //!     Note over S: link dead
+//!     Note over S: drop what is partial, finish applying, make the disks durable
 //!     S->>A: claim generation g+1
 //!     A->>S: won
-//!     Note over S: finish applying, drop what is partial, run as primary of g+1
+//!     Note over S: run as primary of g+1
 //! ```
 //!
 //! ```mermaid
@@ -62,10 +63,12 @@
 //!         Listening --> Base: Hello accepted
 //!         Base --> Listening: link lost (nothing committed)
 //!         Base --> Committed: base-final staged, acknowledged
-//!         Committed --> Claiming: link lost
+//!         Committed --> Settling: link lost
+//!         Settling --> Claiming: memory and disks are at the committed checkpoint
+//!         Settling --> Ended: failed (nothing was claimed)
 //!         Claiming --> TakenOver: won g+1
 //!         Claiming --> Ended: lost
-//!         Committed --> Ended: orderly end
+//!         Committed --> Ended: orderly end, stop (after the last commit is applied)
 //!     }
 //! ```
 //!
@@ -77,7 +80,7 @@
 //! | 2 whole checkpoints | [`StandbyAction::Apply`] only for a checkpoint staged whole, in sequence, acknowledged, and after the one before it was applied; base pages are refused once a checkpoint is committed |
 //! | 3 one active side | whoever may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
 //! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause |
-//! | 7 protection fails, the VM goes on | every loss before the base-final capture leads to Alone at once, every later one after a won claim; a stream that a standby refuses makes it *leave*, not take over |
+//! | 7 protection fails, the VM goes on | every loss before the base-final capture leads to Alone at once, every later one after a won claim; a standby that could not run the VM never claims; a stream that a standby refuses makes it *leave*, not take over |
 //! | 8 orderly is not dead | the end of the VM is a flag of its last checkpoint; a standby that has committed it never claims |
 //!
 //! # Time

@@ -15,6 +15,8 @@ pub(crate) enum Bug {
     AckWhilePartial,
     TakeOverWithoutWin,
     TakeOverBeforeApplied,
+    ClaimBeforeSettled,
+    ExitWhileApplying,
     TakeOverFromUnacknowledged,
     TakeOverAfterEnd,
     BaseAfterCommit,

@@ -1,14 +1,15 @@
 //! The host that can take over.
 
+mod loss;
 mod types;
 
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
+use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode, VmId};
 
-use crate::claim::{Claim, Step, Verdict};
+use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
-use crate::{ClaimResult, Link, LossReason, Timing};
+use crate::{Link, LossReason, Timing};
 
 pub use types::{
     Introduction, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote, StandbyStatus,
@@ -31,7 +32,7 @@ struct Attached {
 }
 
 /// The committed checkpoint: acknowledged, and applied or being applied.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Committed {
     checkpoint: u64,
     /// The VM ended with it.
@@ -51,17 +52,24 @@ enum State {
         committed: Committed,
         next: Option<(u64, CheckpointFlags)>,
     },
-    /// The link is gone; whoever wins the next generation runs the VM.
-    Claiming {
+    /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation is won leaves a
+    /// VM that runs nowhere, perhaps although the other side is in the best of health.
+    Settling {
         claim: Claim,
         committed: Committed,
         stop: bool,
     },
-    /// Won; memory must be finished first.
-    Won {
-        generation: u64,
-        committed: Committed,
+    /// Whoever wins the next generation runs the VM.
+    Claiming {
+        claim: Claim,
+        checkpoint: u64,
         stop: bool,
+        failed: Option<String>,
+    },
+    /// Nothing more is taken from anybody; the process ends when memory and disks are at the committed checkpoint.
+    Leaving {
+        checkpoint: u64,
+        exit: StandbyExit,
     },
     Over,
 }
@@ -89,19 +97,20 @@ impl Standby {
             State::Listening => StandbyStatus::Listening,
             State::Base(_) => StandbyStatus::BaseSync,
             State::Committed { .. } => StandbyStatus::Protected,
+            State::Settling { .. } => StandbyStatus::Settling,
             State::Claiming { .. } => StandbyStatus::Arbitrating,
-            State::Won { .. } => StandbyStatus::Applying,
-            State::Over => StandbyStatus::Over,
+            State::Leaving { .. } | State::Over => StandbyStatus::Over,
         }
     }
 
     /// The committed checkpoint, if there is one.
     pub fn committed(&self) -> Option<u64> {
         match &self.state {
-            State::Committed { committed, .. }
-            | State::Claiming { committed, .. }
-            | State::Won { committed, .. } => Some(committed.checkpoint),
-            State::Listening | State::Base(_) | State::Over => None,
+            State::Committed { committed, .. } | State::Settling { committed, .. } => {
+                Some(committed.checkpoint)
+            }
+            State::Claiming { checkpoint, .. } => Some(*checkpoint),
+            State::Listening | State::Base(_) | State::Leaving { .. } | State::Over => None,
         }
     }
 
@@ -129,13 +138,15 @@ impl Standby {
             State::Base(_) | State::Committed { .. } => {
                 return Err((RefuseCode::Busy, "another primary is attached".into()));
             }
-            State::Claiming { .. } | State::Won { .. } => {
+            State::Settling { .. } | State::Claiming { .. } => {
                 return Err((
                     RefuseCode::Busy,
                     "this standby has lost its primary and is about to take over".into(),
                 ));
             }
-            State::Over => return Err((RefuseCode::Leaving, "this standby is about to end".into())),
+            State::Leaving { .. } | State::Over => {
+                return Err((RefuseCode::Leaving, "this standby is about to end".into()));
+            }
         }
         match self.seen {
             Some((vm, seen)) if vm == hello.vm && hello.generation < seen => Err((
@@ -156,7 +167,7 @@ impl Standby {
             State::Committed { attached, committed, .. } if committed.applying => Some(attached.beat_at),
             State::Committed { attached, .. } => Some(attached.deadline()),
             State::Claiming { claim, .. } => claim.deadline(),
-            State::Listening | State::Won { .. } | State::Over => None,
+            State::Listening | State::Settling { .. } | State::Leaving { .. } | State::Over => None,
         }
     }
 
@@ -175,12 +186,13 @@ impl Standby {
                 self.staged(link, checkpoint, flags, out);
             }
             Event::Applied { checkpoint } => self.applied(checkpoint, out),
+            Event::Settled { checkpoint } => self.settled(checkpoint, out),
             Event::End { link, reason } => self.end(link, reason, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::BadStream { link, why } => self.bad_stream(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
-            Event::Stop => self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out),
-            Event::Failed { why } => self.leave(LeaveReason::Failed, StandbyExit::Failed(why), out),
+            Event::Stop => self.stop(out),
+            Event::Failed { why } => self.failed(why, out),
         }
         self.go_on(out);
     }
@@ -319,129 +331,13 @@ impl Standby {
                     self.commit(checkpoint, flags, out);
                 }
             }
-            State::Claiming { committed, .. } if committed.checkpoint == checkpoint => {
-                committed.applying = false
+            State::Settling { committed, .. } if committed.checkpoint == checkpoint => {
+                committed.applying = false;
+                out.push(Action::Settle { checkpoint });
             }
-            State::Won { generation, committed, stop } if committed.checkpoint == checkpoint => {
-                let (generation, stop) = (*generation, *stop);
-                self.state = State::Over;
-                out.push(Action::TakeOver { checkpoint, generation, stop });
-            }
+            State::Leaving { checkpoint: last, .. } if *last == checkpoint => self.exit_now(out),
             _ => {}
         }
-    }
-
-    fn end(&mut self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
-        if self.attached_mut(link).is_some() {
-            self.state = State::Over;
-            out.push(Action::SendLeave { link, reason: LeaveReason::Followed });
-            out.push(Action::Hangup { link });
-            self.exit(StandbyExit::Followed(reason), out);
-        }
-    }
-
-    fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
-        let Some(attached) = self.attached_mut(link) else { return };
-        let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
-        let silent = self.now - heard;
-        let committed = matches!(self.state, State::Committed { .. });
-        out.push(Action::Hangup { link });
-        out.push(Action::Note(Note::LinkLost { why, silent, committed }));
-        let State::Committed { mut committed, next, .. } =
-            std::mem::replace(&mut self.state, State::Listening)
-        else {
-            out.push(Action::DiscardAll);
-            return;
-        };
-        if let Some(reason) = committed.end
-            && !planted!(self.bug, TakeOverAfterEnd)
-        {
-            self.state = State::Over;
-            return self.exit(StandbyExit::Followed(reason), out);
-        }
-        if let (true, Some((checkpoint, _))) = (planted!(self.bug, TakeOverFromUnacknowledged), next) {
-            committed.checkpoint = checkpoint;
-        }
-        out.push(Action::DiscardStaged);
-        out.push(Action::Note(Note::Arbitrating { generation: generation + 1 }));
-        let claim = Claim::new(generation + 1, self.now, retry);
-        self.state = State::Claiming { claim, committed, stop: false };
-        if planted!(self.bug, TakeOverWithoutWin) {
-            self.take_over(out);
-        }
-    }
-
-    /// The stream is damaged, but the primary that sends it may be in good health: to take over from it would harm the VM.
-    /// So this side gives up its claim and starts again, and the primary, told so, does the same.
-    fn bad_stream(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
-        if self.attached_mut(link).is_none() {
-            out.push(Action::Hangup { link });
-            return;
-        }
-        out.push(Action::SendLeave { link, reason: LeaveReason::BadStream });
-        if planted!(self.bug, ClaimAfterLeave) {
-            return self.link_lost(link, LossReason::Closed, out);
-        }
-        out.push(Action::Hangup { link });
-        out.push(Action::Note(Note::StreamRefused { why }));
-        out.push(Action::DiscardAll);
-        self.state = State::Listening;
-    }
-
-    /// The operator's stop, or a failure of this side.
-    fn leave(&mut self, reason: LeaveReason, exit: StandbyExit, out: &mut Vec<Action>) {
-        match &mut self.state {
-            State::Over => return,
-            State::Claiming { stop, .. } | State::Won { stop, .. } if reason == LeaveReason::Stopped => {
-                // The claim may have been heard already. Whoever walks away from it now leaves a VM that nobody runs and
-                // that the other side can never win.
-                if !std::mem::replace(stop, true) {
-                    out.push(Action::Note(Note::StopWaits));
-                }
-                return;
-            }
-            State::Base(attached) | State::Committed { attached, .. } => {
-                out.push(Action::SendLeave { link: attached.link, reason });
-                out.push(Action::Hangup { link: attached.link });
-            }
-            State::Listening | State::Claiming { .. } | State::Won { .. } => {}
-        }
-        self.state = State::Over;
-        self.exit(exit, out);
-    }
-
-    fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
-        let State::Claiming { claim, .. } = &mut self.state else { return };
-        match claim.answer(self.now, generation, result, self.bug) {
-            Err(Step::Report(why)) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
-            Err(_) => {}
-            Ok(Verdict::Won) => {
-                out.push(Action::Note(Note::Won { generation }));
-                self.take_over(out);
-            }
-            Ok(Verdict::Lost { owner }) => {
-                self.state = State::Over;
-                out.push(Action::DiscardAll);
-                self.exit(StandbyExit::Lost { generation, owner }, out);
-            }
-        }
-    }
-
-    fn take_over(&mut self, out: &mut Vec<Action>) {
-        let State::Claiming { claim, committed, stop } = std::mem::replace(&mut self.state, State::Over)
-        else {
-            return;
-        };
-        let generation = claim.generation;
-        if committed.applying && !planted!(self.bug, TakeOverBeforeApplied) {
-            self.state = State::Won { generation, committed, stop };
-        } else {
-            out.push(Action::TakeOver { checkpoint: committed.checkpoint, generation, stop });
-        }
-    }
-
-    fn exit(&mut self, reason: StandbyExit, out: &mut Vec<Action>) {
-        out.push(Action::Exit { code: reason.code(), reason });
     }
 }
 

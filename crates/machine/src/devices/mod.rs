@@ -3,6 +3,7 @@
 //! Device threads do their work in short batches inside a [`gate::DeviceGate`]. A checkpoint closes the gate,
 //! so between two batches every device is at rest: nothing half done in guest memory, no lock held.
 
+pub(crate) mod complaints;
 pub mod gate;
 pub mod line_log;
 pub mod port;

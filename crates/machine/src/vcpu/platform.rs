@@ -8,6 +8,7 @@ use outlive_guest::abi;
 
 use super::idle::IdleState;
 use super::power;
+use crate::devices::complaints::{Complaints, complain};
 
 /// How the guest ended itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +90,7 @@ pub(crate) struct Platform {
     /// come again, so a checkpoint has to carry it.
     asked: AtomicU32,
     panicked: AtomicBool,
+    complaints: Complaints,
 }
 
 /// What a triple fault means.
@@ -109,6 +111,7 @@ impl Platform {
             ended: AtomicBool::new(false),
             asked: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
+            complaints: Complaints::default(),
         }
     }
 
@@ -165,7 +168,12 @@ impl Platform {
                 abi::POWER_RESET => AfterPort::Power(PowerRequest::Reset),
                 abi::POWER_PANIC => AfterPort::Power(PowerRequest::Panic),
                 other => {
-                    tracing::warn!(value = other, "the guest wrote an unknown value to its power port");
+                    complain!(
+                        warn,
+                        self.complaints,
+                        value = other,
+                        "the guest wrote an unknown value to its power port"
+                    );
                     AfterPort::Continue
                 }
             },

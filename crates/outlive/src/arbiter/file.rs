@@ -324,6 +324,13 @@ impl Arbiter for FileArbiter {
             .map_err(|why| self.unreachable(&why))
     }
 
+    fn owner(&mut self, vm: &VmId, generation: u64) -> Option<String> {
+        match self.look(&claim_name(vm, generation)) {
+            Ok(Found::Text(text)) => field(&text, CLAIM_TITLE, "owner").map(str::to_owned),
+            _ => None,
+        }
+    }
+
     fn identity(&self) -> &str {
         &self.identity
     }

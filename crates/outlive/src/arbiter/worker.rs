@@ -104,6 +104,9 @@ mod tests {
         fn highest(&mut self, _: &VmId) -> Result<Option<u64>, String> {
             Ok(None)
         }
+        fn owner(&mut self, _: &VmId, _: u64) -> Option<String> {
+            None
+        }
         fn identity(&self) -> &str {
             "slow"
         }

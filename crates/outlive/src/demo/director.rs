@@ -240,8 +240,9 @@ impl Director {
     }
 
     fn note_takeover(&mut self, host: Host, record: &Record) {
-        let Event::Takeover { detect_us, arbitrate_us, restore_us, first_packet_us, total_us, .. } =
-            record.event
+        let Event::Takeover {
+            detect_us, settle_us, arbitrate_us, restore_us, first_packet_us, total_us, ..
+        } = record.event
         else {
             return;
         };
@@ -253,12 +254,14 @@ impl Director {
             self.superseded = Some((old, Instant::now() + SUPERSEDED_LIMIT));
             self.status.say(&format!("host {host} took host {old} for dead"));
         }
-        let times = TakeoverTimes { detect_us, arbitrate_us, restore_us, first_packet_us, total_us };
+        let times =
+            TakeoverTimes { detect_us, settle_us, arbitrate_us, restore_us, first_packet_us, total_us };
         self.takeovers.push((record.pid, times));
         self.status.say(&format!(
-            "host {host} took over in {} (detection {}, arbitration {}, restore {})",
+            "host {host} took over in {} (detection {}, settling {}, arbitration {}, restore {})",
             time(total_us),
             time(detect_us),
+            time(settle_us),
             time(arbitrate_us),
             time(restore_us)
         ));

@@ -159,10 +159,11 @@ mod tests {
             generation: 2,
             checkpoint: 900,
             detect_us: 1,
+            settle_us: 1,
             arbitrate_us: 1,
             restore_us: 1,
             first_packet_us: None,
-            total_us: 3,
+            total_us: 4,
         };
         let mut second = Tenure::default();
         for record in [

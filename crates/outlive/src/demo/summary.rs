@@ -17,13 +17,15 @@ const INTERRUPTED: u8 = 130;
 pub(super) struct TakeoverTimes {
     /// The last byte heard of the old primary until the link was declared dead.
     pub(super) detect_us: u64,
+    /// From there until memory and disks were at the last committed checkpoint.
+    pub(super) settle_us: u64,
     /// From there until the generation was won.
     pub(super) arbitrate_us: u64,
     /// From there until the vCPUs ran.
     pub(super) restore_us: u64,
     /// The declaration until the VM's first frame.
     pub(super) first_packet_us: Option<u64>,
-    /// Detection, arbitration and restore.
+    /// From detection to restore.
     pub(super) total_us: u64,
 }
 
@@ -231,8 +233,9 @@ impl Summary {
                 self.takeovers.len() - self.kills as usize
             )?;
         }
-        let parts: [(&str, Part); 4] = [
+        let parts: [(&str, Part); 5] = [
             ("detection", |t| Some(t.detect_us)),
+            ("settling", |t| Some(t.settle_us)),
             ("arbitration", |t| Some(t.arbitrate_us)),
             ("restore", |t| Some(t.restore_us)),
             ("first packet", |t| t.first_packet_us),

@@ -51,7 +51,7 @@ while kill -0 "$(active)" 2>/dev/null; do sleep 0.01; done
 @TAKEOVER@
 on_stage $$
 say '"event":"first_packet","after_us":4000'
-say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"arbitrate_us":200,"restore_us":3000,"total_us":3300'
+say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"settle_us":50,"arbitrate_us":200,"restore_us":3000,"total_us":3350'
 live
 "#;
 

@@ -103,8 +103,11 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
         let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
         match arbiter.highest(&arbiter::VmId(vm.0)) {
             Ok(Some(highest)) if highest > generation => {
+                let owner = arbiter.owner(&arbiter::VmId(vm.0), highest);
+                let owner = owner.map_or(String::new(), |owner| format!(", won by {owner}"));
+                // If that is this host, it was stopped between the arbiter's answer and the note beside the image.
                 return Err(format!(
-                    "the disk image {} is out of date: it is of generation {generation} and its VM ran on in generation {highest}; start from the image of the host that has that, or delete {} to use this one all the same",
+                    "the disk image {} is out of date: it is of generation {generation} and its VM ran on in generation {highest}{owner}; start from the image of the host that has that, or delete {} to use this one all the same",
                     path.display(),
                     beside(path, "outlive").display()
                 ));

@@ -58,6 +58,11 @@ pub(crate) enum Told {
         /// How they differ, if they do; `Failed` follows.
         difference: Option<String>,
     },
+    /// The images are at the last commit, durably.
+    Settled {
+        /// That commit.
+        checkpoint: u64,
+    },
     /// The disks are of no further use.
     Failed(String),
 }
@@ -67,7 +72,7 @@ enum Job {
     Blocks(Vec<u8>),
     Commit { number: u64, base: bool, records: Vec<u8> },
     Check { number: u64, hashes: Vec<DiskHash> },
-    Settle(Option<Sender<Result<(), String>>>),
+    Settle { checkpoint: u64 },
     Leave(Sender<Result<(), String>>),
     BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
     Close,
@@ -79,7 +84,7 @@ impl Job {
             Self::Sums { sums, .. } => 64 + sums.as_ref().map_or(0, |sums| sums.len() * size_of::<Sum>()),
             Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
             Self::Check { .. }
-            | Self::Settle(_)
+            | Self::Settle { .. }
             | Self::Leave(_)
             | Self::BecomePrimary { .. }
             | Self::Close => 0,
@@ -113,7 +118,7 @@ impl Queue {
     fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {
-            matches!(job, Job::Settle(_) | Job::Leave(_) | Job::BecomePrimary { .. } | Job::Close)
+            matches!(job, Job::Settle { .. } | Job::Leave(_) | Job::BecomePrimary { .. } | Job::Close)
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(ends)
     }
@@ -274,20 +279,10 @@ impl Replica {
         Ok(())
     }
 
-    /// A takeover is likely: begin with what it would wait for.
-    pub(crate) fn settle_soon(&self) {
-        self.queue.push(self.queue.lock(), Job::Settle(None));
-    }
-
-    /// Brings the images to the last commit, durably.
-    ///
-    /// # Errors
-    /// What failed, now or before.
-    #[cfg(test)]
-    pub(crate) fn settle(&self) -> Result<(), String> {
-        let (done, answer) = channel();
-        self.queue.push(self.queue.lock(), Job::Settle(Some(done)));
-        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+    /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`Told::Settled`] says so, or
+    /// [`Told::Failed`] why not.
+    pub(crate) fn settle(&self, checkpoint: u64) {
+        self.queue.push(self.queue.lock(), Job::Settle { checkpoint });
     }
 
     /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes away.
@@ -359,10 +354,12 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
-                Job::Settle(done) => self.answered(done, Self::settle),
-                Job::Leave(done) => self.answered(Some(done), Self::leave),
+                Job::Settle { checkpoint } => {
+                    self.settle().map(|()| (self.tell)(Told::Settled { checkpoint }))
+                }
+                Job::Leave(done) => self.answered(&done, Self::leave),
                 Job::BecomePrimary { generation, done } => {
-                    self.answered(Some(done), |worker| worker.become_primary(generation))
+                    self.answered(&done, |worker| worker.become_primary(generation))
                 }
                 Job::Close => {
                     let result = self.leave();
@@ -397,7 +394,7 @@ impl<T: Fn(Told)> Worker<T> {
     /// A job that comes after a failure. Returns whether it was the last.
     fn refuse(&self, job: Job) -> bool {
         let why = self.queue.lock().failed.clone().unwrap_or_default();
-        if let Job::Settle(Some(done)) | Job::Leave(done) | Job::BecomePrimary { done, .. } = &job {
+        if let Job::Leave(done) | Job::BecomePrimary { done, .. } = &job {
             done.send(Err(why)).ok();
         }
         matches!(job, Job::Close)
@@ -405,13 +402,11 @@ impl<T: Fn(Told)> Worker<T> {
 
     fn answered(
         &mut self,
-        done: Option<Sender<Result<(), String>>>,
+        done: &Sender<Result<(), String>>,
         work: impl FnOnce(&mut Self) -> Result<(), String>,
     ) -> Result<(), String> {
         let result = work(self);
-        if let Some(done) = done {
-            done.send(result.clone()).ok();
-        }
+        done.send(result.clone()).ok();
         result
     }
 

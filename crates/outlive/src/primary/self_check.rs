@@ -43,6 +43,9 @@ pub(crate) struct Hashed {
 enum State {
     Idle,
     Hashing(Arc<AtomicBool>),
+    /// Nobody wants it any more, but the thread still lets the disks rest. Another one beside it would go on hashing disks
+    /// that this one has set going.
+    Abandoned,
     /// For the next checkpoint.
     Ready(Resting, Vec<DiskHash>),
     /// In the checkpoint that is being taken.
@@ -72,6 +75,7 @@ impl SelfCheck {
                 self.state = State::Taking(resting);
                 return Some(hashes);
             }
+            State::Abandoned => self.state = State::Abandoned,
             State::Idle if due && self.disks.is_empty() => return Some(Vec::new()),
             State::Idle | State::Taking(_) if due => self.start(),
             other => self.state = other,
@@ -88,17 +92,20 @@ impl SelfCheck {
 
     /// The thread is done.
     pub(super) fn hashed(&mut self, Hashed { wanted, found }: Hashed) {
-        if wanted.load(Ordering::Relaxed) {
-            self.state = found.map_or(State::Idle, |(resting, hashes)| State::Ready(resting, hashes));
-        }
+        let found = found.filter(|_| wanted.load(Ordering::Relaxed));
+        self.state = found.map_or(State::Idle, |(resting, hashes)| State::Ready(resting, hashes));
     }
 
     /// Protection ends, and with it what the standby could be told.
     pub(super) fn cancel(&mut self) {
-        if let State::Hashing(wanted) = &self.state {
-            wanted.store(false, Ordering::Relaxed);
-        }
-        self.state = State::Idle;
+        self.state = match std::mem::replace(&mut self.state, State::Idle) {
+            State::Hashing(wanted) => {
+                wanted.store(false, Ordering::Relaxed);
+                State::Abandoned
+            }
+            State::Abandoned => State::Abandoned,
+            State::Idle | State::Ready(..) | State::Taking(_) => State::Idle,
+        };
     }
 
     fn start(&mut self) {

@@ -56,8 +56,18 @@ pub(super) struct Times {
     pub(super) detect: Duration,
     /// The link was declared dead.
     pub(super) declared: Instant,
+    /// The disks were at the last commit.
+    pub(super) settled: Instant,
     /// The generation was won.
     pub(super) won: Instant,
+}
+
+impl Times {
+    /// The link was declared dead just now.
+    fn new(detect: Duration) -> Self {
+        let now = Instant::now();
+        Self { detect, declared: now, settled: now, won: now }
+    }
 }
 
 /// The writing half of a connection.
@@ -290,6 +300,11 @@ impl Control {
                 on_peer(state, link, |p| p.write(|encoder, out| encoder.ack(out, &ack)));
             }
             Action::Apply { checkpoint } => left.apply = Some(checkpoint),
+            Action::Settle { checkpoint } => {
+                if let Some(copy) = &state.copy {
+                    copy.disks().settle(checkpoint);
+                }
+            }
             Action::SendHeartbeat { link, stamp } => {
                 let stamp = stamp.as_micros() as u64;
                 on_peer(state, link, |p| p.write(|encoder, out| encoder.heartbeat(out, stamp)));
@@ -313,8 +328,7 @@ impl Control {
             }
             Action::TakeOver { checkpoint, generation, stop } => {
                 state.taken_over = true;
-                let now = Instant::now();
-                let times = state.times.unwrap_or(Times { detect: Duration::ZERO, declared: now, won: now });
+                let times = state.times.unwrap_or_else(|| Times::new(Duration::ZERO));
                 self.tell(Inbox::TakeOver(TakeOverOrder { checkpoint, generation, stop, times }));
             }
             Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
@@ -351,12 +365,14 @@ impl Control {
                 tracing::info!(generation, checkpoint, "base committed: this standby can take over");
             }
             Note::LinkLost { why, silent, committed } => {
-                let now = Instant::now();
-                state.times = Some(Times { detect: silent, declared: now, won: now });
+                state.times = Some(Times::new(silent));
                 tracing::warn!(can_take_over = committed, "primary lost: {why}");
                 emit(events::Event::LinkLost { reason: why.to_string() });
             }
             Note::Arbitrating { generation } => {
+                if let Some(times) = &mut state.times {
+                    times.settled = Instant::now();
+                }
                 tracing::info!(generation, "asking the arbiter");
                 emit(events::Event::Arbitrating { generation });
             }

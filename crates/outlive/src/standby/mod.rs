@@ -120,6 +120,9 @@ impl Waiting {
                 Ok(Inbox::Disks(_, Told::Checked { checkpoint, difference })) => {
                     self.control.compared(checkpoint, difference.as_ref());
                 }
+                Ok(Inbox::Disks(_, Told::Settled { checkpoint })) => {
+                    self.control.handle(StandbyEvent::Settled { checkpoint });
+                }
                 Ok(Inbox::Disks(_, Told::Failed(why))) => {
                     self.control.handle(StandbyEvent::Failed { why });
                 }

@@ -64,8 +64,6 @@ impl Session {
             }
         };
         let link = self.link;
-        // If this side takes over, it must wait for this.
-        self.disks.settle_soon();
         match end {
             End::Known => {}
             End::Lost(why) => drop(self.control.handle(Event::LinkLost { link, why })),

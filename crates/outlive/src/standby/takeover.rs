@@ -44,13 +44,15 @@ pub(super) fn take_over(
     let micros =
         |later: Instant, earlier: Instant| later.saturating_duration_since(earlier).as_micros() as u64;
     let detect_us = times.detect.as_micros() as u64;
-    let arbitrate_us = micros(times.won, times.declared);
+    let settle_us = micros(times.settled, times.declared);
+    let arbitrate_us = micros(times.won, times.settled);
     let restore_us = micros(running, times.won);
-    let total_us = detect_us + arbitrate_us + restore_us;
+    let total_us = detect_us + settle_us + arbitrate_us + restore_us;
     events.emit(Event::Takeover {
         generation,
         checkpoint,
         detect_us,
+        settle_us,
         arbitrate_us,
         restore_us,
         first_packet_us: None,
@@ -60,6 +62,7 @@ pub(super) fn take_over(
         generation,
         checkpoint,
         detect_us,
+        settle_us,
         arbitrate_us,
         restore_us,
         "TAKEN OVER: the VM runs here, unprotected"

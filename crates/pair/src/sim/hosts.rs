@@ -54,6 +54,12 @@ pub(super) struct StandbyProcess {
     /// The state that memory is, if it is one.
     memory: Option<Node>,
     applying: bool,
+    /// The disks are at the committed checkpoint.
+    settled: bool,
+    /// They will not get there.
+    pub(super) bad_disk: bool,
+    /// The arbiter was asked.
+    claimed: bool,
     /// Base pages were written over a committed state.
     spoiled: bool,
     pub(super) excused: bool,
@@ -85,6 +91,9 @@ impl World {
             acked: None,
             memory: None,
             applying: false,
+            settled: false,
+            bad_disk: false,
+            claimed: false,
             spoiled: false,
             excused: false,
         }));
@@ -412,11 +421,25 @@ impl World {
                 s.applying = false;
                 (s.acked, s.memory, s.spoiled, s.excused) = (None, None, false, false);
             }
-            StandbyAction::Claim { generation } => self.ask_arbiter(life, generation),
+            StandbyAction::Settle { checkpoint } => {
+                let delay = self.rng.range(10, 50_000);
+                self.after(delay, Happening::Settled { life, number: checkpoint });
+            }
+            StandbyAction::Claim { generation } => {
+                s.claimed = true;
+                self.ask_arbiter(life, generation);
+            }
             StandbyAction::TakeOver { checkpoint, generation, stop } => {
                 self.take_over(life, checkpoint, generation, stop)
             }
             StandbyAction::Exit { reason, .. } => {
+                let failed = matches!(reason, StandbyExit::Failed(_));
+                if s.applying && !failed {
+                    self.truth.fail(format!("invariant 2: {life:?} ends in the middle of a commit"));
+                }
+                if s.claimed && failed {
+                    self.truth.fail(format!("{life:?} has claimed the VM and cannot run it"));
+                }
                 match reason {
                     StandbyExit::Lost { .. } => self.stats.standby_lost += 1,
                     StandbyExit::Followed(_) => self.stats.followed += 1,
@@ -434,7 +457,8 @@ impl World {
         let Some(acked) = s.acked else {
             return self.truth.fail(format!("{life:?} takes over without a committed checkpoint"));
         };
-        if s.applying || s.spoiled || s.memory != Some(acked.node) || acked.number != checkpoint {
+        if s.applying || !s.settled || s.spoiled || s.memory != Some(acked.node) || acked.number != checkpoint
+        {
             self.truth.fail(format!(
                 "invariant 2: {life:?} takes over from memory that is not checkpoint {checkpoint}"
             ));
@@ -460,6 +484,18 @@ impl World {
             s.memory = buffer.whole.then_some(buffer.node);
         }
         self.standby(life, StandbyEvent::Applied { checkpoint: number });
+    }
+
+    pub(super) fn settled(&mut self, life: Life, number: u64) {
+        let Process::Standby(s) = &mut self.hosts[life.0].process else { return };
+        let event = if s.bad_disk {
+            self.stats.unsettled += 1;
+            StandbyEvent::Failed { why: "input/output error".into() }
+        } else {
+            s.settled = !s.applying;
+            StandbyEvent::Settled { checkpoint: number }
+        };
+        self.standby(life, event);
     }
 
     /// Whether the standby's driver reads the link just now.

@@ -88,6 +88,7 @@ fn the_invariants_hold_in_every_schedule() {
             stats.unreachable > count / 20 && stats.late_frames > 0 && stats.left > count / 50,
             "{stats:?}"
         );
+        assert!(stats.unsettled > count / 100, "{stats:?}");
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
         assert!(stats.vm_lost < count / 4, "{stats:?}");
@@ -118,6 +119,8 @@ fn every_planted_mistake_is_found() {
         Bug::AckWhilePartial,
         Bug::TakeOverWithoutWin,
         Bug::TakeOverBeforeApplied,
+        Bug::ClaimBeforeSettled,
+        Bug::ExitWhileApplying,
         Bug::TakeOverFromUnacknowledged,
         Bug::TakeOverAfterEnd,
         Bug::BaseAfterCommit,

@@ -100,7 +100,8 @@ impl World {
             | Happening::Dialled { life, .. }
             | Happening::BaseRound { life, .. }
             | Happening::ClaimAnswered { life, .. }
-            | Happening::Applied { life, .. } => Some(*life),
+            | Happening::Applied { life, .. }
+            | Happening::Settled { life, .. } => Some(*life),
             Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
             _ => None,
         };
@@ -129,6 +130,7 @@ impl World {
                 _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
             },
             Happening::Applied { life, number } => self.applied(life, number),
+            Happening::Settled { life, number } => self.settled(life, number),
             Happening::Restart { host } => {
                 if matches!(self.hosts[host].process, Process::Down) && !self.truth.ended {
                     self.start_standby(host);
@@ -215,7 +217,7 @@ impl World {
         let host = self.rng.range(0, 3) as usize;
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
-        match self.rng.range(0, 17) {
+        match self.rng.range(0, 18) {
             0 | 1 => self.crash(host),
             2 => {
                 let (_, owner) = self.truth.newest();
@@ -244,6 +246,12 @@ impl World {
             }
             16 => self.swell_and_cut(),
             13 => self.strike_link(),
+            17 => {
+                // Its disk no longer takes what it is given. Nobody notices before it must.
+                if let Process::Standby(s) = &mut self.hosts[host].process {
+                    s.bad_disk = true;
+                }
+            }
             14 if self.frozen(self.life(host)) > self.now => {}
             14 => match &self.hosts[host].process {
                 Process::Standby(_) => self.standby(self.life(host), StandbyEvent::Stop),

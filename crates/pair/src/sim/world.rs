@@ -107,6 +107,10 @@ pub(super) enum Happening {
         life: Life,
         number: u64,
     },
+    Settled {
+        life: Life,
+        number: u64,
+    },
     Restart {
         host: usize,
     },
@@ -187,6 +191,7 @@ pub(super) struct Stats {
     pub(super) ended: u64,
     pub(super) followed: u64,
     pub(super) left: u64,
+    pub(super) unsettled: u64,
     pub(super) vm_lost: u64,
 }
 
@@ -204,6 +209,7 @@ impl Stats {
         self.ended += other.ended;
         self.followed += other.followed;
         self.left += other.left;
+        self.unsettled += other.unsettled;
         self.vm_lost += other.vm_lost;
     }
 }

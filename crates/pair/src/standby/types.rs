@@ -76,6 +76,11 @@ pub enum StandbyEvent {
         /// The checkpoint's number.
         checkpoint: u64,
     },
+    /// [`StandbyAction::Settle`] is done.
+    Settled {
+        /// The checkpoint's number.
+        checkpoint: u64,
+    },
     /// The VM has ended in order.
     End {
         /// On which connection.
@@ -153,6 +158,12 @@ pub enum StandbyAction {
     /// Write the staged checkpoint to memory, all of it, whatever happens to the link meanwhile; then report
     /// [`StandbyEvent::Applied`]. A further checkpoint may be staged in a second buffer meanwhile.
     Apply {
+        /// The checkpoint's number.
+        checkpoint: u64,
+    },
+    /// Bring the disks to the committed checkpoint, durably, then report [`StandbyEvent::Settled`], or
+    /// [`StandbyEvent::Failed`] if this side could not run the VM. Nothing is claimed before.
+    Settle {
         /// The checkpoint's number.
         checkpoint: u64,
     },
@@ -308,10 +319,10 @@ pub enum StandbyStatus {
     BaseSync,
     /// Holds a committed checkpoint: can take over.
     Protected,
+    /// The link is gone; memory and disks are brought to the committed checkpoint.
+    Settling,
     /// Waits for the arbiter.
     Arbitrating,
-    /// Won; the last commit is still being applied.
-    Applying,
     /// Took over, or ended.
     Over,
 }

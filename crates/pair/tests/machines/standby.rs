@@ -35,6 +35,11 @@ fn lost() -> StandbyEvent {
     LinkLost { link: LINK, why: LossReason::Closed }
 }
 
+/// What the loss of the link brings, with this checkpoint applied.
+fn gone_at(checkpoint: u64) -> [StandbyAction; 3] {
+    [Hangup { link: LINK }, DiscardStaged, Settle { checkpoint }]
+}
+
 impl Host {
     fn new(vm: Option<VmId>) -> Self {
         Self { machine: Standby::new(StandbyConfig { vm, timing: timing() }, ms(0)), now: 0 }
@@ -69,6 +74,14 @@ impl Host {
         host
     }
 
+    /// The link is gone, and the arbiter was asked.
+    fn claiming() -> Self {
+        let mut host = Self::protected();
+        host.acts(lost());
+        assert_eq!(host.acts(Settled { checkpoint: 11 }), [Claim { generation: 5 }]);
+        host
+    }
+
     fn claimed(&mut self, result: ClaimResult) -> Vec<StandbyAction> {
         self.acts(Claimed { generation: 5, result })
     }
@@ -91,7 +104,10 @@ fn primaries_that_do_not_fit_are_refused() {
     }
     // The attached primary has noticed nothing.
     assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), Apply { checkpoint: 12 }]);
+    host.acts(Applied { checkpoint: 12 });
     host.acts(lost());
+    assert_eq!(host.refusal(Link(4), VM, 4), RefuseCode::Busy, "while it settles");
+    host.acts(Settled { checkpoint: 12 });
     assert_eq!(host.refusal(Link(4), VM, 4), RefuseCode::Busy, "while it decides");
     host.claimed(ClaimResult::Lost { owner: "a".into() });
     assert_eq!(host.refusal(Link(5), VM, 5), RefuseCode::Leaving);
@@ -150,20 +166,17 @@ fn a_dead_primary_is_succeeded() {
     let why = LossReason::Silent(ms(1000));
     let note = StandbyNote::LinkLost { why, silent: ms(1000), committed: true };
     let arbitrating = StandbyNote::Arbitrating { generation: 5 };
-    assert_eq!(
-        actions,
-        [Hangup { link: LINK }, Note(note), DiscardStaged, Note(arbitrating), Claim { generation: 5 }]
-    );
+    assert_eq!(actions, [Hangup { link: LINK }, Note(note), DiscardStaged, Settle { checkpoint: 11 }]);
+    assert_eq!(host.machine.status(), StandbyStatus::Settling);
+    assert_eq!(host.machine.next_deadline(), None, "there is nothing to do before the disks are ready");
+    assert_eq!(host.on(Settled { checkpoint: 11 }), [Note(arbitrating), Claim { generation: 5 }]);
     assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: false }]);
 }
 
 /// SIGKILL closes the socket; every millisecond of waiting would be one of outage.
 #[test]
 fn a_closed_link_is_decided_at_once() {
-    assert_eq!(
-        Host::protected().acts(lost()),
-        [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]
-    );
+    assert_eq!(Host::protected().acts(lost()), gone_at(11));
 }
 
 #[test]
@@ -171,13 +184,11 @@ fn what_is_staged_but_not_acknowledged_is_dropped() {
     let mut host = Host::protected();
     host.acts(staged(12, PLAIN));
     host.acts(staged(13, PLAIN));
-    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]);
-    assert_eq!(host.claimed(ClaimResult::Won), [], "12 is still being applied");
-    assert_eq!(host.machine.status(), StandbyStatus::Applying);
-    assert_eq!(
-        host.acts(Applied { checkpoint: 12 }),
-        [TakeOver { checkpoint: 12, generation: 5, stop: false }]
-    );
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardStaged], "12 is still being applied");
+    assert_eq!(host.acts(Settled { checkpoint: 11 }), [], "of an earlier loss");
+    assert_eq!(host.acts(Applied { checkpoint: 12 }), [Settle { checkpoint: 12 }]);
+    assert_eq!(host.acts(Settled { checkpoint: 12 }), [Claim { generation: 5 }]);
+    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 12, generation: 5, stop: false }]);
 }
 
 #[test]
@@ -190,13 +201,12 @@ fn the_time_of_an_apply_is_not_the_primarys_silence() {
     host.now += 999;
     assert_eq!(host.acts(Tick), []);
     host.now += 1;
-    assert_eq!(host.acts(Tick), [Hangup { link: LINK }, DiscardStaged, Claim { generation: 5 }]);
+    assert_eq!(host.acts(Tick), gone_at(12));
 }
 
 #[test]
 fn the_loser_drops_its_copy_and_says_to_whom() {
-    let mut host = Host::protected();
-    host.acts(lost());
+    let mut host = Host::claiming();
     let reason = StandbyExit::Lost { generation: 5, owner: "host-a".into() };
     assert_eq!(
         reason.to_string(),
@@ -210,8 +220,7 @@ fn the_loser_drops_its_copy_and_says_to_whom() {
 
 #[test]
 fn nothing_is_taken_from_the_link_while_the_arbiter_is_asked() {
-    let mut host = Host::protected();
-    host.acts(lost());
+    let mut host = Host::claiming();
     assert_eq!(host.acts(staged(12, PLAIN)), []);
     assert_eq!(host.acts(End { link: LINK, reason: EndReason::PowerOff }), []);
     host.claimed(ClaimResult::Unreachable { why: "mount point is gone".into() });
@@ -258,15 +267,32 @@ fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
         host.acts(staged(12, CheckpointFlags { base_final: false, end: Some(reason) }));
         host
     };
+    let applied = || {
+        let mut host = ended();
+        assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+        host
+    };
     let leave = || SendLeave { link: LINK, reason: LeaveReason::Followed };
     let told = End { link: LINK, reason };
-    assert_eq!(ended().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
-    assert_eq!(Host::attached().acts(told), [leave(), Hangup { link: LINK }, exit()]);
-    assert_eq!(ended().acts(lost()), [Hangup { link: LINK }, exit()]);
-    let mut silent = ended();
-    silent.acts(Applied { checkpoint: 12 });
+    assert_eq!(applied().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(Host::attached().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(applied().acts(lost()), [Hangup { link: LINK }, exit()]);
+    let mut silent = applied();
     silent.now += 1000;
     assert_eq!(silent.acts(Tick), [Hangup { link: LINK }, exit()]);
+    for (event, mut at_once) in [
+        (told, vec![leave(), Hangup { link: LINK }]),
+        (lost(), vec![Hangup { link: LINK }]),
+        (Stop, vec![SendLeave { link: LINK, reason: LeaveReason::Stopped }, Hangup { link: LINK }]),
+    ] {
+        let mut host = ended();
+        let exit = if event == Stop { Exit { code: 0, reason: StandbyExit::Stopped } } else { exit() };
+        assert_eq!(host.acts(event.clone()), at_once, "{event:?} in the middle of the last commit");
+        assert_eq!(host.acts(Stop), []);
+        assert_eq!(host.acts(lost()), []);
+        at_once = host.acts(Applied { checkpoint: 12 });
+        assert_eq!(at_once, [exit], "{event:?}");
+    }
 }
 
 #[test]
@@ -282,12 +308,60 @@ fn a_stop_leaves_in_order() {
     assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { code: 1, .. }]));
 }
 
+/// The other side may be in the best of health. What is claimed and cannot be run runs nowhere.
+#[test]
+fn a_side_that_could_not_run_the_vm_does_not_ask_for_it() {
+    let failed = || Failed { why: "input/output error".into() };
+    let mut host = Host::protected();
+    assert_eq!(host.acts(lost()), gone_at(11));
+    let reason = StandbyExit::Failed("input/output error".into());
+    assert_eq!(host.acts(failed()), [Exit { code: 1, reason: reason.clone() }]);
+    assert_eq!(host.acts(Settled { checkpoint: 11 }), []);
+
+    // In the middle of a commit, too.
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    host.acts(lost());
+    assert_eq!(host.acts(failed()), [Exit { code: 1, reason }]);
+    assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+}
+
+/// Too late to take the question back: the answer decides what must be said.
+#[test]
+fn a_failure_during_arbitration_waits_for_the_answer() {
+    let failed = || Failed { why: "input/output error".into() };
+    let said = |actions: Vec<StandbyAction>| match &actions[..] {
+        [Exit { code: 1, reason: StandbyExit::Failed(why) }] => why.clone(),
+        other => panic!("{other:?}"),
+    };
+    let mut host = Host::claiming();
+    assert_eq!(host.acts(failed()), []);
+    assert!(said(host.claimed(ClaimResult::Won)).contains("runs nowhere"));
+    let mut host = Host::claiming();
+    host.acts(failed());
+    assert!(matches!(
+        host.claimed(ClaimResult::Lost { owner: "a".into() })[..],
+        [DiscardAll, Exit { code: 3, .. }]
+    ));
+    let mut host = Host::claiming();
+    host.acts(failed());
+    let unreachable = ClaimResult::Unreachable { why: "no route".into() };
+    assert!(said(host.claimed(unreachable.clone())).contains("may have heard"));
+    let mut host = Host::claiming();
+    host.claimed(unreachable);
+    assert_eq!(said(host.acts(failed())), "input/output error", "no question is open");
+}
+
 /// Whoever has asked the arbiter may already own the VM; walking away would leave it to nobody.
 #[test]
 fn a_stop_during_arbitration_waits_for_the_answer() {
+    let mut host = Host::claiming();
+    assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
+    assert_eq!(host.on(Stop), [], "said once");
+    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: true }]);
     let mut host = Host::protected();
     host.acts(lost());
     assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
-    assert_eq!(host.on(Stop), [], "said once");
+    host.acts(Settled { checkpoint: 11 });
     assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: true }]);
 }

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use thiserror::Error;
-use tracing::{debug, warn};
+use tracing::debug;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
@@ -38,6 +38,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::persist::{QueueRecord, TransportState};
 use super::{Activation, Interrupt, InterruptLine, MAX_QUEUES, VirtioDevice};
 use crate::bus::BusDevice;
+use crate::devices::complaints::{Complaints, complain};
 
 /// Length of the register window in bytes.
 pub const WINDOW: u64 = 0x1000;
@@ -105,6 +106,7 @@ pub struct MmioTransport<M, D> {
     config_generation: u32,
     queues: [QueueRecord; MAX_QUEUES],
     queue_count: usize,
+    complaints: Complaints,
 }
 
 impl<M, D> MmioTransport<M, D>
@@ -133,6 +135,7 @@ where
             config_generation: 0,
             queues: Default::default(),
             queue_count,
+            complaints: Complaints::default(),
         };
         transport.clear();
         transport
@@ -303,7 +306,13 @@ where
         }
         let value = value & !NEEDS_RESET;
         if self.status & !value != 0 || value & !KNOWN_STATUS != 0 {
-            warn!(status = self.status(), value, "the driver may only add known status bits");
+            complain!(
+                warn,
+                self.complaints,
+                status = self.status(),
+                value,
+                "the driver may only add known status bits"
+            );
             return;
         }
         for bit in [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK, FAILED] {
@@ -322,18 +331,29 @@ where
             _ => 0,
         };
         if self.status & before != before || (bit == DRIVER_OK && self.status & FAILED != 0) {
-            warn!(status = self.status(), bit, "the driver sets a status bit too early");
+            complain!(
+                warn,
+                self.complaints,
+                status = self.status(),
+                bit,
+                "the driver sets a status bit too early"
+            );
             return false;
         }
         if bit == FEATURES_OK && !self.acceptable(self.driver_features) {
-            warn!(features = self.driver_features, "the driver accepts features that were not offered");
+            complain!(
+                warn,
+                self.complaints,
+                features = self.driver_features,
+                "the driver accepts features that were not offered"
+            );
             return false;
         }
         self.status |= bit;
         if bit == DRIVER_OK
             && let Err(error) = self.activate()
         {
-            warn!(%error, "the device cannot start");
+            complain!(warn, self.complaints, %error, "the device cannot start");
             self.line.fail();
         }
         true
@@ -341,7 +361,12 @@ where
 
     fn write_driver_features(&mut self, value: u32) {
         if self.status & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
-            warn!(status = self.status(), "the driver writes features out of order");
+            complain!(
+                warn,
+                self.complaints,
+                status = self.status(),
+                "the driver writes features out of order"
+            );
             return;
         }
         match self.driver_features_select {
@@ -357,7 +382,13 @@ where
         let may = self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK;
         let selected = self.queue_select as usize;
         if !may || selected >= self.queue_count {
-            warn!(status = self.status(), selected, "the driver sets up a queue out of order");
+            complain!(
+                warn,
+                self.complaints,
+                status = self.status(),
+                selected,
+                "the driver sets up a queue out of order"
+            );
             return None;
         }
         Some(&mut self.queues[selected])
@@ -366,8 +397,8 @@ where
     /// A queue register other than QueueReady: only while the queue is not in use.
     fn set_up_queue(&mut self, set: impl FnOnce(&mut QueueRecord)) {
         match self.queue_in_setup() {
-            Some(queue) if queue.ready => warn!("the driver changes a queue that is in use"),
-            Some(queue) => set(queue),
+            Some(queue) if !queue.ready => set(queue),
+            Some(_) => complain!(warn, self.complaints, "the driver changes a queue that is in use"),
             None => {}
         }
     }
@@ -376,7 +407,7 @@ where
         let max = self.selected_max();
         match u16::try_from(value) {
             Ok(size) if size.is_power_of_two() && size <= max => self.set_up_queue(|queue| queue.size = size),
-            _ => warn!(value, max, "the driver chooses an impossible queue size"),
+            _ => complain!(warn, self.complaints, value, max, "the driver chooses an impossible queue size"),
         }
     }
 
@@ -389,7 +420,12 @@ where
         }
         let record = QueueRecord { ready: true, ..*queue };
         if self.build(&record, max, features).is_none() {
-            warn!(?record, "the driver puts a queue outside guest memory or unaligned");
+            complain!(
+                warn,
+                self.complaints,
+                ?record,
+                "the driver puts a queue outside guest memory or unaligned"
+            );
             return;
         }
         self.queues[self.queue_select as usize].ready = true;

@@ -107,9 +107,10 @@ fn a_takeover_does_not_wait_for_a_comparison() {
     (0..SIZE / 65536).for_each(|chunk| image.write_all_at(&[1; 65536], chunk * 65536).unwrap());
     let hashes = standby.hash();
     standby.replica.check(1, hashes).unwrap();
-    standby.replica.settle_soon();
+    standby.replica.settle(1);
     standby.replica.become_primary(8).unwrap();
-    assert!(standby.told.try_recv().is_err(), "it was given up");
+    assert!(matches!(standby.told(), Told::Settled { checkpoint: 1 }), "the comparison was given up");
+    assert!(standby.told.try_recv().is_err());
 }
 
 #[test]

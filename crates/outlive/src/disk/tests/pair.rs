@@ -112,7 +112,7 @@ impl Pair {
                 match told {
                     Told::Want(want) => self.sync.as_ref().unwrap().want(want),
                     Told::Failed(why) => return SyncReport::Failed(why),
-                    Told::Checked { .. } => panic!("nobody asked for it"),
+                    Told::Checked { .. } | Told::Settled { .. } => panic!("nobody asked for it"),
                 }
             }
             while let Ok(report) = self.reports.try_recv() {
@@ -122,6 +122,18 @@ impl Pair {
             }
             if idle {
                 std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    }
+
+    /// Settles at this checkpoint; what the replica says to that.
+    fn settled(&self, checkpoint: u64) -> Result<u64, String> {
+        self.replica.settle(checkpoint);
+        loop {
+            match self.told.recv_timeout(Duration::from_secs(20)).unwrap() {
+                Told::Settled { checkpoint } => return Ok(checkpoint),
+                Told::Failed(why) => return Err(why),
+                Told::Want(_) | Told::Checked { .. } => {}
             }
         }
     }
@@ -229,7 +241,7 @@ fn commits_go_through_the_journal_into_the_image() {
         expected[offset as usize..offset as usize + 5000].fill(number as u8);
         expected[far.0 as usize..].fill(number as u8);
     }
-    pair.replica.settle().unwrap();
+    assert_eq!(pair.settled(79), Ok(79));
     assert!(pair.content("standby")[0] == expected);
     let sidecar = pair.sidecar().unwrap();
     assert!(sidecar.whole && sidecar.checkpoint == 50);
@@ -348,14 +360,14 @@ fn an_image_is_no_longer_whole_while_the_last_writes_of_a_base_reach_it() {
     let mut pair = Pair::new(differing);
     assert_eq!(pair.until_report(), SyncReport::Synced);
     pair.commit(9, true, &[], false);
-    pair.replica.settle().unwrap();
+    assert_eq!(pair.settled(9), Ok(9));
     let mut pair = Pair::over_again(pair);
     assert_eq!(pair.until_report(), SyncReport::Synced);
     let image = images(pair.directory.path(), "standby")[0].clone();
     // Stands for the kill or the loss of power between the image and the sidecar.
     fs::create_dir(beside(&image, "outlive.new")).unwrap();
     pair.commit(20, true, &[(5, b"torn")], false);
-    let _ = pair.replica.settle();
+    assert!(pair.settled(20).is_err());
     let after = pair.sidecar().unwrap();
     let is_written = fs::read(&image).unwrap()[5..9] == *b"torn";
     assert!(!is_written || !after.whole || after.journal.is_some(), "{after:?}");

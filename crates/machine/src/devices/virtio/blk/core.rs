@@ -10,9 +10,7 @@
 //! coordinator may close the gate; whatever is in the table then is in flight.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
 use vm_memory::GuestMemory;
 
 use super::SERIAL_BYTES;
@@ -25,6 +23,7 @@ use super::request::{Broken, Kind, Status, Wanted};
 use super::stats::add;
 use super::table::{MAX_IN_FLIGHT, Stage, Table};
 use super::worker::Parts;
+use crate::devices::complaints::complain;
 use crate::devices::gate::Pass;
 use crate::devices::virtio::net::OutputMode;
 
@@ -34,8 +33,6 @@ pub(super) const PIECE: usize = super::log::MAX_RECORD;
 const BATCH: usize = 64;
 /// Most bytes of bounce buffers of a disk.
 const BOUNCE_BYTES: usize = 16 << 20;
-/// Failures of the host's disk are told at most this often.
-const COMPLAIN: Duration = Duration::from_secs(1);
 
 /// What is worked on inside the gate: by the device's thread in its batches, by the coordinator while the gate
 /// is closed, and by a vCPU thread when the driver resets or starts the device.
@@ -70,8 +67,6 @@ pub(super) struct Core<M> {
     pub(super) forbidden: bool,
     pub(super) writeback: bool,
     pub(super) serial: [u8; SERIAL_BYTES],
-    told: Option<Instant>,
-    untold: u64,
 }
 
 impl<M: GuestMemory> Core<M> {
@@ -99,8 +94,6 @@ impl<M: GuestMemory> Core<M> {
             forbidden: false,
             writeback: true,
             serial,
-            told: None,
-            untold: 0,
         }
     }
 
@@ -174,7 +167,7 @@ impl<M: GuestMemory> Core<M> {
     }
 
     fn stop(&mut self, parts: &Parts, reason: &Broken) {
-        error!(disk = parts.index, %reason, "a disk stops until the driver resets it");
+        complain!(error, parts.complaints, disk = parts.index, %reason, "a disk stops until the driver resets it");
         self.abandon(parts);
         if let Some(queues) = &self.queues {
             queues.line.fail();
@@ -464,21 +457,15 @@ impl<M: GuestMemory> Core<M> {
         self.starved = false;
     }
 
-    /// The host's disk failed: one log line a second.
-    fn complain(&mut self, parts: &Parts, token: u16, number: i32) {
+    /// The host's disk failed.
+    fn complain(&self, parts: &Parts, token: u16, number: i32) {
         let job = &self.table.get(token).job;
         if job.kind.changes() && !parts.shared {
             parts.log.damaged(parts.index, job.span.offset, job.span.len);
         }
-        if self.told.is_some_and(|told| told.elapsed() < COMPLAIN) {
-            self.untold += 1;
-            return;
-        }
         let error = std::io::Error::from_raw_os_error(number);
-        let (disk, untold) = (parts.index, std::mem::take(&mut self.untold));
-        warn!(disk, offset = job.span.offset, len = job.span.len, kind = ?job.kind, %error, untold,
-            "the host's disk failed a request of the guest");
-        self.told = Some(Instant::now());
+        complain!(warn, parts.complaints, disk = parts.index, offset = job.span.offset, len = job.span.len,
+            kind = ?job.kind, %error, "the host's disk failed a request of the guest");
     }
 }
 

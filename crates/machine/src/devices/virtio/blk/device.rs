@@ -23,6 +23,7 @@ use super::stats::{BlockStats, Counters};
 use super::table::MAX_IN_FLIGHT;
 use super::worker::{Parts, Shared};
 use crate::bus::SharedDevice;
+use crate::devices::complaints::Complaints;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{
@@ -128,7 +129,8 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         tracing::debug!(index, path = %image.path().display(), engine = engine.name(), "a disk");
         let DeviceHost { memory, gate, interrupt, waker } = host;
         let (counters, shared) = (Counters::default(), options.shared);
-        let parts = Parts { index, image, geometry, shared, engine, log, waker, counters };
+        let complaints = Complaints::default();
+        let parts = Parts { index, image, geometry, shared, engine, log, waker, counters, complaints };
         let shared = Arc::new(Shared::new(parts, gate, options.queues, serial)?);
         let queue_sizes = vec![QUEUE_SIZE; usize::from(options.queues)];
         let model = Block { shared: shared.clone(), queue_sizes };

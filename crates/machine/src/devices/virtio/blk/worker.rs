@@ -21,6 +21,7 @@ use super::queues::Queues;
 use super::request::Geometry;
 use super::stats::Counters;
 use super::table::MAX_IN_FLIGHT;
+use crate::devices::complaints::Complaints;
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::virtio::Waker;
 use crate::devices::virtio::worker::{Bell, Work, event};
@@ -37,6 +38,8 @@ pub(super) struct Parts {
     pub(super) log: Arc<WriteLog>,
     pub(super) waker: Arc<dyn Waker>,
     pub(super) counters: Counters,
+    /// Of the driver's mistakes and the disk's failures.
+    pub(super) complaints: Complaints,
 }
 
 /// What the thread, the device model and the machine share.

@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tracing::error;
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queues::{PART, Queues, RX, TX};
 use super::stats::Counters;
+use crate::devices::complaints::{Complaints, complain};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::port::PortEnd;
 use crate::devices::virtio::Waker;
@@ -24,6 +24,8 @@ pub(super) struct Shared<M> {
     pub(super) counters: Counters,
     pub(super) kicks: [EventFd; 2],
     bell: Bell,
+    /// Of the driver's mistakes.
+    complaints: Complaints,
     core: Mutex<Core<M>>,
 }
 
@@ -51,6 +53,7 @@ impl<M: GuestMemory> Shared<M> {
             counters: Counters::default(),
             kicks: [event()?, event()?],
             bell: Bell::new()?,
+            complaints: Complaints::default(),
             core: Mutex::new(core),
         })
     }
@@ -115,7 +118,7 @@ impl<M: GuestMemory> Core<M> {
         };
         let result = run();
         if let Err(reason) = &result {
-            error!(%reason, "the console stops until the driver resets it");
+            complain!(error, shared.complaints, %reason, "the console stops until the driver resets it");
             queues.line.fail();
         }
         if moved > 0 || result.is_err() {

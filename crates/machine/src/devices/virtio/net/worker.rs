@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tracing::{error, warn};
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -22,6 +21,7 @@ use super::output::Output;
 use super::queues::{Queues, Turn, Way};
 use super::stats::Counters;
 use super::tap::FramePort;
+use crate::devices::complaints::{Complaints, complain};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::virtio::worker::{Bell, Work, event};
 use crate::devices::virtio::{DeviceHost, Waker};
@@ -41,6 +41,8 @@ pub(super) struct Shared<M> {
     pub(super) kicks: Vec<EventFd>,
     /// Makes the thread look at the flags in `core`, at the settings and at the announcements.
     bell: Bell,
+    /// Of the driver's mistakes.
+    complaints: Complaints,
     core: Mutex<Core<M>>,
     /// Changed only with `core` locked.
     settings: Mutex<Settings>,
@@ -85,6 +87,7 @@ impl<M: GuestMemory> Shared<M> {
             counters: Counters::default(),
             kicks: (0..queues).map(|_| event()).collect::<io::Result<_>>()?,
             bell: Bell::new()?,
+            complaints: Complaints::default(),
             core: Mutex::new(Core { queues: None, live: false, pending: 0, stalled: 0, buffer: bounce() }),
             settings: Mutex::new(Settings::new(mac)),
             told: Mutex::new(None),
@@ -187,12 +190,12 @@ impl<M: GuestMemory> Shared<M> {
             && let Err(error) = self.port.set_offloads(offloads)
         {
             // Frames then come as before, and those that the guest cannot take are dropped.
-            warn!(%error, offloads, "the tap does not take over its offloads");
+            complain!(warn, self.complaints, %error, offloads, "the tap does not take over its offloads");
         }
         if before.is_none_or(|before| before.pairs != pairs)
             && let Err(error) = self.port.set_pairs(pairs.into())
         {
-            warn!(%error, pairs, "the tap does not change its number of queues");
+            complain!(warn, self.complaints, %error, pairs, "the tap does not change its number of queues");
         }
         *told = Some(wanted);
     }
@@ -254,7 +257,7 @@ impl<M: GuestMemory> Core<M> {
         match result {
             Ok(more) => more,
             Err(reason) => {
-                error!(%reason, "the network device stops until the driver resets it");
+                complain!(error, shared.complaints, %reason, "the network device stops until the driver resets it");
                 queues.line.fail();
                 shared.waker.wake();
                 false

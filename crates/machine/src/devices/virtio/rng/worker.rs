@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
+use tracing::warn;
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queues::{Ended, Queues, REQUEST};
 use super::source::EntropySource;
 use super::stats::Counters;
+use crate::devices::complaints::{Complaints, complain};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::virtio::Waker;
 use crate::devices::virtio::chains::Turn;
@@ -33,6 +34,8 @@ pub(super) struct Shared<M> {
     pub(super) counters: Counters,
     pub(super) kicks: [EventFd; 1],
     bell: Bell,
+    /// Of the driver's mistakes.
+    complaints: Complaints,
     core: Mutex<Core<M>>,
 }
 
@@ -73,6 +76,7 @@ impl<M: GuestMemory> Shared<M> {
             counters: Counters::default(),
             kicks: [event()?],
             bell: Bell::new()?,
+            complaints: Complaints::default(),
             core: Mutex::new(core),
         })
     }
@@ -134,7 +138,7 @@ impl<M: GuestMemory> Core<M> {
                 self.after(ended, shared, now)
             }
             Err(reason) => {
-                error!(%reason, "the entropy device stops until the driver resets it");
+                complain!(error, shared.complaints, %reason, "the entropy device stops until the driver resets it");
                 queues.line.fail();
                 shared.waker.wake();
                 false

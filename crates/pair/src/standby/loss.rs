@@ -1,0 +1,178 @@
+//! From the loss of the link to the takeover, and every other way in which a standby ends.
+
+use outlive_epoch::{EndReason, LeaveReason};
+
+use super::{Action, Attached, Committed, Note, Standby, StandbyExit, State};
+use crate::claim::{Claim, Step, Verdict};
+use crate::planted::planted;
+use crate::{ClaimResult, Link, LossReason};
+
+impl Standby {
+    pub(super) fn end(&mut self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
+        if self.attached_mut(link).is_some() {
+            out.push(Action::SendLeave { link, reason: LeaveReason::Followed });
+            out.push(Action::Hangup { link });
+            self.exit(StandbyExit::Followed(reason), out);
+        }
+    }
+
+    pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
+        let Some(attached) = self.attached_mut(link) else { return };
+        let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
+        let silent = self.now - heard;
+        let State::Committed { committed, next, .. } = &mut self.state else {
+            out.push(Action::Hangup { link });
+            out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
+            out.push(Action::DiscardAll);
+            self.state = State::Listening;
+            return;
+        };
+        out.push(Action::Hangup { link });
+        out.push(Action::Note(Note::LinkLost { why, silent, committed: true }));
+        if let Some(reason) = committed.end
+            && !planted!(self.bug, TakeOverAfterEnd)
+        {
+            return self.exit(StandbyExit::Followed(reason), out);
+        }
+        if let (true, Some((checkpoint, _))) = (planted!(self.bug, TakeOverFromUnacknowledged), *next) {
+            committed.checkpoint = checkpoint;
+        }
+        let Committed { checkpoint, applying, .. } = *committed;
+        let (committed, claim) = (*committed, Claim::new(generation + 1, self.now, retry));
+        out.push(Action::DiscardStaged);
+        self.state = State::Settling { claim, committed, stop: false };
+        if !applying || planted!(self.bug, TakeOverBeforeApplied) {
+            out.push(Action::Settle { checkpoint });
+        }
+        if planted!(self.bug, ClaimBeforeSettled) {
+            self.settled(checkpoint, out);
+        }
+    }
+
+    /// This side could run the VM now, so it may ask for it.
+    pub(super) fn settled(&mut self, settled: u64, out: &mut Vec<Action>) {
+        let State::Settling { claim, committed, stop } = &mut self.state else { return };
+        let (checkpoint, stop) = (committed.checkpoint, *stop);
+        if checkpoint != settled {
+            return;
+        }
+        let claim = claim.clone();
+        out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
+        self.state = State::Claiming { claim, checkpoint, stop, failed: None };
+        if planted!(self.bug, TakeOverWithoutWin) {
+            self.take_over(out);
+        }
+    }
+
+    /// The stream is damaged, but the primary that sends it may be in good health: to take over from it would harm the VM.
+    /// So this side gives up its claim and starts again, and the primary, told so, does the same.
+    pub(super) fn bad_stream(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+        if self.attached_mut(link).is_none() {
+            out.push(Action::Hangup { link });
+            return;
+        }
+        out.push(Action::SendLeave { link, reason: LeaveReason::BadStream });
+        if planted!(self.bug, ClaimAfterLeave) {
+            return self.link_lost(link, LossReason::Closed, out);
+        }
+        out.push(Action::Hangup { link });
+        out.push(Action::Note(Note::StreamRefused { why }));
+        out.push(Action::DiscardAll);
+        self.state = State::Listening;
+    }
+
+    /// The operator's stop.
+    pub(super) fn stop(&mut self, out: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Leaving { .. } | State::Over => {}
+            State::Settling { stop, .. } | State::Claiming { stop, .. } => {
+                // This may be the only side that has the VM, and the claim may have been heard already. Whoever walks away
+                // from it then leaves a VM that nobody runs and that the other side can never win.
+                if !std::mem::replace(stop, true) {
+                    out.push(Action::Note(Note::StopWaits));
+                }
+            }
+            State::Listening | State::Base(_) | State::Committed { .. } => {
+                self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out);
+            }
+        }
+    }
+
+    /// A failure of this side.
+    pub(super) fn failed(&mut self, why: String, out: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Over => {}
+            // The answer says whether there is more to be told than that this side failed.
+            State::Claiming { claim, failed, .. } if claim.is_open() => {
+                failed.get_or_insert(why);
+            }
+            _ => self.leave(LeaveReason::Failed, StandbyExit::Failed(why), out),
+        }
+    }
+
+    pub(super) fn leave(&mut self, reason: LeaveReason, exit: StandbyExit, out: &mut Vec<Action>) {
+        if let Some(Attached { link, .. }) = self.attached() {
+            out.push(Action::SendLeave { link: *link, reason });
+            out.push(Action::Hangup { link: *link });
+        }
+        self.exit(exit, out);
+    }
+
+    pub(super) fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
+        let State::Claiming { claim, failed, .. } = &mut self.state else { return };
+        let answer = claim.answer(self.now, generation, result, self.bug);
+        match (answer, failed.take()) {
+            (Err(Step::Report(why)), None) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
+            (Err(_), None) => {}
+            (Ok(Verdict::Won), None) => {
+                out.push(Action::Note(Note::Won { generation }));
+                self.take_over(out);
+            }
+            (Ok(Verdict::Lost { owner }), _) => {
+                out.push(Action::DiscardAll);
+                self.exit(StandbyExit::Lost { generation, owner }, out);
+            }
+            (Ok(Verdict::Won), Some(why)) => {
+                let why = format!(
+                    "{why}; generation {generation} is won and cannot be given back, so the VM runs nowhere"
+                );
+                self.exit(StandbyExit::Failed(why), out);
+            }
+            (Err(_), Some(why)) => {
+                let why = format!("{why}; the arbiter may have heard the claim of generation {generation}");
+                self.exit(StandbyExit::Failed(why), out);
+            }
+        }
+    }
+
+    pub(super) fn take_over(&mut self, out: &mut Vec<Action>) {
+        let State::Claiming { claim, checkpoint, stop, .. } = std::mem::replace(&mut self.state, State::Over)
+        else {
+            return;
+        };
+        out.push(Action::TakeOver { checkpoint, generation: claim.generation, stop });
+    }
+
+    /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may be gone after that
+    /// acknowledgement, and what is left here would be older than what this side answered for.
+    pub(super) fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
+        let applying = match &self.state {
+            State::Committed { committed, .. } if committed.applying => Some(committed.checkpoint),
+            _ => None,
+        };
+        let may_wait = !matches!(exit, StandbyExit::Failed(_)) && !planted!(self.bug, ExitWhileApplying);
+        match applying.filter(|_| may_wait) {
+            Some(checkpoint) => self.state = State::Leaving { checkpoint, exit },
+            None => {
+                self.state = State::Over;
+                out.push(Action::Exit { code: exit.code(), reason: exit });
+            }
+        }
+    }
+
+    pub(super) fn exit_now(&mut self, out: &mut Vec<Action>) {
+        if let State::Leaving { exit, .. } = std::mem::replace(&mut self.state, State::Over) {
+            self.exit(exit, out);
+        }
+    }
+}
