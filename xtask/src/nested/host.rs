@@ -40,6 +40,8 @@ const EMULATION: &str = "tcg,thread=single";
 /// host: without the first its kernel stops when it counts too few timer interrupts at start, without the second it
 /// finds its clock unreliable, and KVM then has no good clock for guests.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable";
+/// For the answer of a host that gave none.
+const PROBE: Duration = Duration::from_secs(5);
 
 /// Why a host does not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -72,12 +74,14 @@ pub(crate) enum HostError {
         console: String,
     },
     /// It took too long.
-    #[error("{during} did not end in {} s; the host's console ends with\n{console}", limit.as_secs())]
+    #[error("{during} did not end in {} s; {state}; the host's console ends with\n{console}", limit.as_secs())]
     TimeOut {
         /// What.
         during: String,
         /// How long that may take.
         limit: Duration,
+        /// Whether the host still does anything.
+        state: String,
         /// What stands on its console.
         console: String,
     },
@@ -247,7 +251,7 @@ impl Host {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        Err(HostError::TimeOut { during: "poweroff".into(), limit: POWER_OFF, console: self.files.tail() })
+        Err(self.timed_out("poweroff", POWER_OFF))
     }
 
     fn has_ended(&mut self) -> Result<bool, HostError> {
@@ -268,10 +272,33 @@ impl Host {
         match self.lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
             Ok(line) => Ok(line),
             Err(RecvTimeoutError::Disconnected) => Err(self.stopped(during)),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(HostError::TimeOut { during: during.to_string(), limit, console: self.files.tail() })
-            }
+            Err(RecvTimeoutError::Timeout) => Err(self.timed_out(during, limit)),
         }
+    }
+
+    /// Finds out what there is to know of a host that gives no answer: whether its processor works, and whether it answers
+    /// to something else. The host is of no use afterwards.
+    fn timed_out(&mut self, during: &str, limit: Duration) -> HostError {
+        let before = self.processor_time();
+        let sent = self.input.write_all(b"\nprobe echo alive\n").and_then(|()| self.input.flush());
+        let answer = sent.ok().and_then(|()| self.lines.recv_timeout(PROBE).ok());
+        thread::sleep(PROBE);
+        let used = self.processor_time().saturating_sub(before);
+        let answer = answer.map_or("nothing".to_owned(), |line| format!("'{line}'"));
+        let state = format!(
+            "asked again it says {answer}, QEMU used {} ms of processor time meanwhile",
+            used.as_millis()
+        );
+        HostError::TimeOut { during: during.to_string(), limit, state, console: self.files.tail() }
+    }
+
+    /// What QEMU has used so far.
+    fn processor_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        // Its name, which may hold anything, is in brackets; user and system time are the fields 14 and 15, in ticks.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        Duration::from_millis(ticks * 10)
     }
 
     fn stopped(&self, during: &str) -> HostError {
