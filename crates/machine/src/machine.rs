@@ -382,7 +382,7 @@ mod raw {
         unsafe { BorrowedFd::borrow_raw(object.as_raw_fd()) }
     }
 
-    pub(super) fn set_slots(vm: &VmFd, ram: &Ram) -> Result<(), CreateError> {
+    pub(crate) fn set_slots(vm: &VmFd, ram: &Ram) -> Result<(), CreateError> {
         for slot in ram.slots() {
             let region = kvm_userspace_memory_region {
                 slot: slot.id,
@@ -397,4 +397,5 @@ mod raw {
         Ok(())
     }
 }
-use raw::{fd_of, set_slots};
+use raw::fd_of;
+pub(crate) use raw::set_slots;

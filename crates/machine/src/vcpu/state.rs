@@ -383,7 +383,11 @@ pub(crate) fn make_runnable(fd: &VcpuFd) -> Result<(), VcpuStateError> {
 
 #[cfg(test)]
 mod tests {
+    use outlive_dirty::Gfn;
+
     use super::*;
+    use crate::machine::set_slots;
+    use crate::memory::{PAGE_SIZE, Ram};
 
     fn msr(index: u32, data: u64) -> kvm_msr_entry {
         kvm_msr_entry { index, data, ..Default::default() }
@@ -466,5 +470,30 @@ mod tests {
         FieldWriter::new(&mut saved).put(Item::Xsave as u16, &[0; XSAVE_BYTES - 4]);
         let error = xsave::restore(&fd, &FieldReader::new(&saved).unwrap(), XSAVE_BYTES).unwrap_err();
         assert!(matches!(error, VcpuStateError::State(StateError::Field { .. })), "{error}");
+    }
+
+    /// The standby restores a state on trial and then goes on taking pages: what KVM writes into guest memory meanwhile
+    /// would make the copy another than the VM.
+    #[test]
+    fn a_restore_leaves_guest_memory_as_it_is() {
+        let Some((host, vm, fd)) = vcpu() else { return };
+        let ram = Ram::new(64 << 20, 64).unwrap();
+        set_slots(&vm, &ram).unwrap();
+        let page = || {
+            let mut page = [0; PAGE_SIZE];
+            assert!(ram.read_page(Gfn(1), &mut page));
+            page
+        };
+        // The guest's wall clock, clock and stolen time, as Linux sets them (Documentation/virt/kvm/x86/msr.rst).
+        let clocks = [msr(0x4b56_4d00, 0x1000), msr(0x4b56_4d01, 0x2001), msr(0x4b56_4d03, 0x3001)];
+        let set = fd.set_msrs(&Msrs::from_entries(&clocks).unwrap()).unwrap();
+        assert!(page() != [0; PAGE_SIZE], "KVM writes the wall clock; {set} of 3 are set");
+        (1..4).for_each(|gfn| assert!(ram.write_page(Gfn(gfn), &[0xee; PAGE_SIZE])));
+        let before = ram.hash();
+        let mut saver = Saver::new(&host.readable_msrs(&fd).unwrap(), XsaveCall::Legacy);
+        let mut saved = Vec::new();
+        saver.save_msrs(&fd, &mut FieldWriter::new(&mut saved)).unwrap();
+        restore_msrs(&fd, &FieldReader::new(&saved).unwrap(), |_| true, Tsc::Advance(0)).unwrap();
+        assert_eq!(ram.hash(), before, "the first bytes of the page: {:?}", &page()[..16]);
     }
 }
