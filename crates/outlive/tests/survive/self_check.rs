@@ -76,10 +76,10 @@ impl Writing {
         self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    fn run(&self, side: Side) -> Process {
+    fn run(&self, side: Side, more: &[&str]) -> Process {
         let (options, kernel) = (self.options(side), self.kernel.display().to_string());
         let options = options.iter().map(String::as_str).chain(["--kernel", &kernel]);
-        self.world.run_with(side, &options.collect::<Vec<_>>())
+        self.world.run_with(side, &options.chain(more.iter().copied()).collect::<Vec<_>>())
     }
 
     /// What the guest has written to, as a host has it.
@@ -99,7 +99,7 @@ impl Writing {
 fn the_standbys_disk_equals_the_vms_while_the_guest_writes_and_after_takeovers() {
     let Some(writing) = Writing::new() else { return };
     let mut standby = writing.standby(Side::B);
-    let mut primary = writing.run(Side::A);
+    let mut primary = writing.run(Side::A, &[]);
     for side in [Side::B, Side::A, Side::B] {
         primary.wait_protected();
         for _ in 0..8 {
@@ -114,11 +114,30 @@ fn the_standbys_disk_equals_the_vms_while_the_guest_writes_and_after_takeovers()
     }
 }
 
+/// As many vCPUs as there may be, and memory on both sides of the devices' hole below 4 GiB.
+#[test]
+fn the_largest_number_of_vcpus_is_taken_over() {
+    let Some(writing) = Writing::new() else { return };
+    let mut standby = writing.standby(Side::B);
+    let mut primary = writing.run(Side::A, &["--vcpus", "32", "--memory", "5G"]);
+    for side in [Side::B, Side::A] {
+        primary.wait_protected();
+        writing.wait_written(side);
+        wait_equal(&mut standby);
+        primary.kill();
+        standby.wait_takeover();
+        primary = standby;
+        standby = writing.standby(side.other());
+    }
+    primary.wait_protected();
+    assert!(!primary.has(|e| matches!(e, Event::GuestRestarted)), "{}", primary.log());
+}
+
 #[test]
 fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_more() {
     let Some(writing) = Writing::new() else { return };
     let mut standby = writing.standby(Side::B);
-    let mut primary = writing.run(Side::A);
+    let mut primary = writing.run(Side::A, &[]);
     primary.wait_protected();
     wait_equal(&mut standby);
     let image = File::options().read(true).write(true).open(writing.image(Side::B)).unwrap();
