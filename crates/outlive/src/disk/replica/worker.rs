@@ -1,0 +1,373 @@
+//! The thread of the disks.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{DISK_CHUNK, DiskRecords, DiskWant, Kind, VmId};
+use outlive_machine::DiskHash;
+
+use super::queue::{Job, Queue};
+use super::{ReplicaDisk, Told};
+use crate::disk::apply::{Applier, JOURNAL_BYTES};
+use crate::disk::hash;
+use crate::disk::image::{self, ChunkReader, Store, Sum, ZERO_SUM};
+use crate::disk::journal::{Identity, Journal};
+use crate::disk::sidecar::{Role, Sidecar, beside};
+
+/// Committed writes are durable in the journal after this time at the latest.
+const HARDEN: Duration = Duration::from_millis(50);
+/// So many bytes are made durable at once.
+const HARDEN_BYTES: usize = 8 << 20;
+/// After this time without a write the journal is emptied.
+const IDLE: Duration = Duration::from_secs(1);
+
+pub(super) struct Worker<T> {
+    queue: Arc<Queue>,
+    disks: Vec<Option<ReplicaDisk>>,
+    vm: VmId,
+    generation: u64,
+    /// From the base's last checkpoint on.
+    applier: Option<Applier<File>>,
+    journal: Option<PathBuf>,
+    /// The sidecars say that the images are not whole.
+    tainted: bool,
+    buffer: Vec<u8>,
+    pending_since: Option<Instant>,
+    /// The guest waits for nothing of this, but its flush shall be durable here soon.
+    flush: bool,
+    tell: T,
+}
+
+impl<T: Fn(Told)> Worker<T> {
+    pub(super) fn new(
+        queue: Arc<Queue>,
+        disks: Vec<Option<ReplicaDisk>>,
+        vm: VmId,
+        generation: u64,
+        tell: T,
+    ) -> Self {
+        Self {
+            queue,
+            disks,
+            vm,
+            generation,
+            applier: None,
+            journal: None,
+            tainted: false,
+            buffer: vec![0; DISK_CHUNK],
+            pending_since: None,
+            flush: false,
+            tell,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        loop {
+            let (soft, hard) = self.deadlines();
+            let Some(job) = self.queue.pop(soft, hard) else {
+                let result = self.harden_or_empty();
+                self.note(result);
+                continue;
+            };
+            if self.queue.lock().failed.is_some() {
+                if self.refuse(job) {
+                    return;
+                }
+                continue;
+            }
+            let result = match job {
+                Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref()),
+                Job::Blocks(records) => self.write_blocks(&records),
+                Job::Commit { number, base, records } => self.commit(number, base, records),
+                Job::Check { number, hashes } => self.check(number, &hashes),
+                Job::Settle { checkpoint } => {
+                    self.settle().map(|()| (self.tell)(Told::Settled { checkpoint }))
+                }
+                Job::Leave(done) => self.answered(&done, Self::leave),
+                Job::BecomePrimary { generation, done } => {
+                    self.answered(&done, |worker| worker.become_primary(generation))
+                }
+                Job::Close => {
+                    let result = self.leave();
+                    return self.note(result);
+                }
+            };
+            self.note(result);
+        }
+    }
+
+    /// When there is something to do without a job.
+    fn deadlines(&self) -> (Option<Instant>, Option<Instant>) {
+        let Some(applier) = self.applier.as_ref().filter(|applier| !applier.is_settled()) else {
+            return (None, None);
+        };
+        let now = Instant::now();
+        if applier.pending_bytes() == 0 {
+            return (Some(now + IDLE), None);
+        }
+        let hard = self.pending_since.unwrap_or(now) + HARDEN;
+        (Some(if self.flush { now } else { hard }), Some(hard))
+    }
+
+    fn note(&self, result: Result<(), String>) {
+        if let Err(why) = result {
+            self.queue.lock().failed.get_or_insert_with(|| why.clone());
+            self.queue.room.notify_all();
+            (self.tell)(Told::Failed(why));
+        }
+    }
+
+    /// A job that comes after a failure. Returns whether it was the last.
+    fn refuse(&self, job: Job) -> bool {
+        let why = self.queue.lock().failed.clone().unwrap_or_default();
+        if let Job::Leave(done) | Job::BecomePrimary { done, .. } = &job {
+            done.send(Err(why)).ok();
+        }
+        matches!(job, Job::Close)
+    }
+
+    fn answered(
+        &mut self,
+        done: &Sender<Result<(), String>>,
+        work: impl FnOnce(&mut Self) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let result = work(self);
+        done.send(result.clone()).ok();
+        result
+    }
+
+    fn disk(&self, disk: u16) -> Result<&ReplicaDisk, String> {
+        let known = self.disks.get(usize::from(disk)).and_then(Option::as_ref);
+        known.ok_or_else(|| format!("disk {disk} is not replicated"))
+    }
+
+    /// Compares a window. What must be zero is made zero at once, everything else that differs is asked for.
+    fn compare(&mut self, disk: u16, first: u64, count: u32, sums: Option<&[Sum]>) -> Result<(), String> {
+        let mut wanted = Vec::new();
+        if count == 0 {
+            let ReplicaDisk { file, path, .. } = self.disk(disk)?;
+            file.sync().map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        for at in 0..count {
+            let theirs = sums.map_or(ZERO_SUM, |sums| sums[at as usize]);
+            let chunk = first + u64::from(at);
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let ReplicaDisk { file, path, bytes, read_only } = self.disk(disk)?;
+            let mut reader = ChunkReader::new(file, *bytes);
+            let range = reader.range(chunk);
+            let ours =
+                reader.sum(chunk, &mut buffer).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let read_only = *read_only;
+            if ours != theirs && read_only {
+                return Err(format!(
+                    "disk {disk} is read-only, so it is not synchronised, and {} differs from the primary's: copy the primary's file there",
+                    path.display()
+                ));
+            }
+            self.buffer = buffer;
+            if ours == theirs {
+                continue;
+            }
+            if theirs == ZERO_SUM {
+                self.taint()?;
+                let ReplicaDisk { file, path, .. } = self.disk(disk)?;
+                file.zero(range.0, range.1 as u64)
+                    .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            } else {
+                wanted.push(at as u16);
+                self.queue.wanted.fetch_add(range.1 as u64, Ordering::Relaxed);
+            }
+        }
+        (self.tell)(Told::Want(DiskWant { disk, first, count, wanted }));
+        Ok(())
+    }
+
+    fn write_blocks(&mut self, records: &[u8]) -> Result<(), String> {
+        self.taint()?;
+        let records = DiskRecords::parse(Kind::DiskBlocks, records).map_err(|e| e.to_string())?;
+        for record in records.iter() {
+            let ReplicaDisk { file, path, .. } = self.disk(record.disk)?;
+            image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Before an image is written outside the journal: it is between two checkpoints from now on.
+    fn taint(&mut self) -> Result<(), String> {
+        if !std::mem::replace(&mut self.tainted, true) {
+            self.write_sidecars(Role::Replica, false, 0, None)?;
+        }
+        Ok(())
+    }
+
+    fn write_sidecars(
+        &self,
+        role: Role,
+        whole: bool,
+        checkpoint: u64,
+        journal: Option<PathBuf>,
+    ) -> Result<(), String> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else { continue };
+            let (vm, generation, journal) = (self.vm, self.generation, journal.clone());
+            let sidecar = Sidecar { vm, generation, role, whole, checkpoint, disk: index as u16, journal };
+            sidecar
+                .write(&disk.path)
+                .map_err(|e| format!("cannot write {}: {e}", beside(&disk.path, "outlive").display()))?;
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, number: u64, base: bool, records: Vec<u8>) -> Result<(), String> {
+        if base {
+            self.begin_journal(number)?;
+        }
+        let journal_failed = journal_failed(&self.journal);
+        let applier = self.applier.as_mut().ok_or("a commit before the base")?;
+        let flush = applier.commit(number, records).map_err(journal_failed)?;
+        self.flush |= flush;
+        self.pending_since.get_or_insert_with(Instant::now);
+        if base {
+            self.harden()?;
+            return self.write_sidecars(Role::Replica, true, number, self.journal.clone());
+        }
+        if applier.pending_bytes() >= HARDEN_BYTES { self.harden() } else { Ok(()) }
+    }
+
+    /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
+    fn begin_journal(&mut self, number: u64) -> Result<(), String> {
+        // The base's last writes go to the images before a sidecar names this journal. Images that needed no block so far
+        // still have the sidecar of an earlier checkpoint, which would say that half of those writes are a whole image.
+        self.taint()?;
+        let mut images = Vec::new();
+        let mut sizes = Vec::new();
+        let mut path = None;
+        for disk in &self.disks {
+            let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else {
+                images.push(None);
+                sizes.push(0);
+                continue;
+            };
+            let unwritten = |e: io::Error| format!("cannot write {}: {e}", disk.path.display());
+            disk.file.sync().map_err(unwritten)?;
+            path.get_or_insert_with(|| beside(&disk.path, "journal"));
+            images.push(Some(disk.file.try_clone().map_err(unwritten)?));
+            sizes.push(disk.bytes);
+        }
+        let path = path.ok_or("no disk is replicated")?;
+        let failed = |e: io::Error| format!("cannot write the journal {}: {e}", path.display());
+        let file = open_journal(&path).map_err(failed)?;
+        let identity = Identity { vm: self.vm, generation: self.generation, sizes };
+        let before = number.saturating_sub(1);
+        let journal = Journal::create(file, identity, before).map_err(failed)?;
+        self.applier = Some(Applier::new(journal, images, before));
+        self.journal = Some(path);
+        Ok(())
+    }
+
+    fn harden(&mut self) -> Result<(), String> {
+        self.flush = false;
+        self.pending_since = None;
+        let failed = journal_failed(&self.journal);
+        self.applier.as_mut().map_or(Ok(()), Applier::harden).map_err(failed)
+    }
+
+    /// What is due when no job comes.
+    fn harden_or_empty(&mut self) -> Result<(), String> {
+        match &self.applier {
+            Some(applier) if applier.pending_bytes() > 0 => self.harden(),
+            _ => self.settle(),
+        }
+    }
+
+    /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait meanwhile, in
+    /// memory. Images that differ are of no VM any more, and marked so.
+    fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), String> {
+        self.harden()?;
+        for &DiskHash { disk, hash: wanted } in hashes {
+            let ReplicaDisk { file, path, bytes, .. } = self.disk(disk)?;
+            let here = hash::contents(file, *bytes, || !self.queue.is_urgent())
+                .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let Some(here) = here else {
+                tracing::info!(
+                    checkpoint = number,
+                    "self-check: given up, there are more urgent things to do"
+                );
+                return Ok(());
+            };
+            if here != wanted {
+                let why = format!(
+                    "disk {disk}: the image {} is not the VM's disk: hash {here:#018x}, should be {wanted:#018x}",
+                    path.display()
+                );
+                self.applier = None;
+                self.write_sidecars(Role::Replica, false, 0, None)?;
+                self.remove_journal();
+                (self.tell)(Told::Checked { checkpoint: number, difference: Some(why.clone()) });
+                return Err(why);
+            }
+        }
+        (self.tell)(Told::Checked { checkpoint: number, difference: None });
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        self.flush = false;
+        self.pending_since = None;
+        let failed = journal_failed(&self.journal);
+        self.applier.as_mut().map_or(Ok(()), |applier| applier.settle().map(drop)).map_err(failed)
+    }
+
+    fn become_primary(&mut self, generation: u64) -> Result<(), String> {
+        self.settle()?;
+        let checkpoint = self.applier.take().map_or(0, |applier| applier.applied());
+        self.generation = generation;
+        self.write_sidecars(Role::Primary, true, checkpoint, None)?;
+        self.remove_journal();
+        Ok(())
+    }
+
+    /// The standby is done with this VM.
+    fn leave(&mut self) -> Result<(), String> {
+        self.settle()?;
+        if let Some(applier) = self.applier.take() {
+            self.write_sidecars(Role::Replica, true, applier.applied(), None)?;
+            self.remove_journal();
+        }
+        Ok(())
+    }
+
+    fn remove_journal(&mut self) {
+        if let Some(path) = self.journal.take()
+            && let Err(error) = fs::remove_file(&path)
+        {
+            // It is empty, and no sidecar names it.
+            tracing::warn!(path = %path.display(), %error, "cannot remove the journal");
+        }
+    }
+}
+
+fn journal_failed(path: &Option<PathBuf>) -> impl Fn(io::Error) -> String + use<> {
+    let path = path.clone().unwrap_or_default();
+    move |error| format!("cannot write the disks or their journal {}: {error}", path.display())
+}
+
+/// Opens or makes a journal with room for all that it usually takes, so that a full file system is noticed now.
+fn open_journal(path: &PathBuf) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let room = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, JOURNAL_BYTES as i64);
+    match room {
+        Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // Its name must last as long as the sidecars that name it.
+    if let Some(directory) = path.parent() {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(file)
+}
