@@ -1,6 +1,7 @@
 //! The host's KVM: opening it, what it must offer, and what a VM is made of.
 
 mod cpuid;
+pub(crate) mod features;
 
 use std::io;
 

@@ -6,6 +6,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use crate::kvm::features::{self, Missing};
 use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, XSAVE_BYTES, XsaveCall};
 use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
 
@@ -91,6 +92,11 @@ pub enum VcpuStateError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
+    /// The guest was told of features that this host's processor or kernel does not have.
+    #[error(
+        "the VM's vCPUs have features that this host lacks ({0}): use hosts of the same model with the same kernel, or start the VM on the host that has fewer"
+    )]
+    Features(Missing),
     /// The other host's TSC runs at another speed and this one cannot scale.
     #[error(
         "the VM's TSC runs at {wanted} kHz, this host's at {here} kHz and it cannot scale: use hosts of the same model"
@@ -366,6 +372,11 @@ pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuSta
     let fields = FieldReader::new(bytes)?;
     let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
     let cpuid = CpuId::from_entries(&entries).map_err(|_| StateError::Field { field: FIELD_CPUID })?;
+    // Of the VM's own the second time, when it has been given to this vCPU.
+    let here = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(constant("KVM_GET_CPUID2"))?;
+    if let Some(missing) = features::missing(&entries, here.as_slice()) {
+        return Err(VcpuStateError::Features(missing));
+    }
     fd.set_cpuid2(&cpuid).map_err(constant("KVM_SET_CPUID2"))?;
     let wanted: u32 = fields.get_plain(FIELD_TSC_KHZ)?;
     let here = fd.get_tsc_khz().map_err(constant("KVM_GET_TSC_KHZ"))?;
@@ -495,5 +506,26 @@ mod tests {
         saver.save_msrs(&fd, &mut FieldWriter::new(&mut saved)).unwrap();
         restore_msrs(&fd, &FieldReader::new(&saved).unwrap(), |_| true, Tsc::Advance(0)).unwrap();
         assert_eq!(ram.hash(), before, "the first bytes of the page: {:?}", &page()[..16]);
+    }
+
+    #[test]
+    fn a_processor_with_fewer_features_is_refused_and_the_same_is_not() {
+        let Some((host, vm, fd)) = vcpu() else { return };
+        let mut saved = Vec::new();
+        save_constant(&fd, &mut saved).unwrap();
+        let other = host.create_vcpu(&vm, 1, 2).unwrap();
+        restore_constant(&other, &saved).unwrap();
+        restore_constant(&other, &saved).unwrap();
+
+        let mut entries = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+        let first = entries.as_mut_slice().iter_mut().find(|entry| entry.function == 1).unwrap();
+        assert_eq!(first.ecx & 1 << 5, 0, "no guest has VMX");
+        first.ecx |= 1 << 5;
+        let mut fields = FieldWriter::new(&mut saved);
+        fields.put(FIELD_CPUID, bytes_of_slice(entries.as_slice()));
+        fields.put_plain(FIELD_TSC_KHZ, &fd.get_tsc_khz().unwrap());
+        let third = host.create_vcpu(&vm, 2, 3).unwrap();
+        let error = restore_constant(&third, &saved).unwrap_err().to_string();
+        assert!(error.contains("lacks (CPUID leaf 0x1.0 ECX 0x20)"), "{error}");
     }
 }
