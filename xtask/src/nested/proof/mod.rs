@@ -2,6 +2,7 @@
 
 mod checks;
 mod clocks;
+mod debian;
 mod files;
 mod kernels;
 mod postgres;
@@ -31,7 +32,7 @@ struct Proof {
 }
 
 /// All of them.
-const PROOFS: [Proof; 7] = [
+const PROOFS: [Proof; 8] = [
     Proof {
         name: "guests",
         what: "Debian's kernels come up with 1 and 2 vCPUs, see their devices, restart and switch off",
@@ -41,6 +42,11 @@ const PROOFS: [Proof; 7] = [
         name: "hosts",
         what: "on each Debian release as the hosts, a guest goes on after a power cut",
         run: kernels::prove_hosts,
+    },
+    Proof {
+        name: "debian",
+        what: "Debian with its own initrd, systemd and all services goes on after a power cut",
+        run: debian::prove,
     },
     Proof {
         name: "redis",

@@ -237,9 +237,10 @@ impl Stage {
         let event = next.wait_for("takeover", TAKEOVER)?;
         let ms = |what: &str| event[what].as_u64().unwrap_or(0) / 1000;
         self.say(&format!(
-            "host {} runs the guest: detection {} ms, arbitration {} ms, restore {} ms",
+            "host {} runs the guest: detection {} ms, settling {} ms, arbitration {} ms, restore {} ms",
             next.program.host,
             ms("detect_us"),
+            ms("settle_us"),
             ms("arbitrate_us"),
             ms("restore_us")
         ));
