@@ -125,6 +125,8 @@ pub(crate) struct Options {
     pub(crate) kernels: Vec<Series>,
     /// Processors of each.
     pub(crate) cpus: u32,
+    /// A feature that the processor of the last one lacks, by QEMU's name.
+    pub(crate) last_lacks: Option<&'static str>,
     /// Memory of each.
     pub(crate) memory_mib: u32,
     /// Programs of this machine, by their path in the host.
@@ -225,6 +227,7 @@ impl Cluster {
         let machine = Machine {
             kernel: &self.kernels[host - 1],
             cpus: self.options.cpus,
+            lacks: self.options.last_lacks.filter(|_| host == self.hosts.len()),
             memory_mib: self.options.memory_mib,
             modules: &MODULES,
             programs: &self.options.programs,

@@ -208,6 +208,7 @@ fn on_host(
     let machine = Machine {
         kernel: &kernel,
         cpus: options.cpus,
+        lacks: None,
         memory_mib: 2048,
         modules: &["kvm_amd"],
         programs,

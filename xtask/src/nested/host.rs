@@ -122,6 +122,8 @@ impl Qemu {
 pub(crate) struct Machine<'a> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) cpus: u32,
+    /// A feature that its processor lacks.
+    pub(crate) lacks: Option<&'a str>,
     pub(crate) memory_mib: u32,
     /// Kernel modules that are loaded at start, with what they depend on.
     pub(crate) modules: &'a [&'a str],
@@ -332,7 +334,8 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     // Memory that the file server of a share can see.
     let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib);
     command.args(["-machine", "q35,memory-backend=memory", "-object", &memory]);
-    command.args(["-cpu", PROCESSOR, "-accel", EMULATION]);
+    let processor = machine.lacks.map_or(PROCESSOR.to_owned(), |feature| format!("{PROCESSOR},-{feature}"));
+    command.args(["-cpu", &processor, "-accel", EMULATION]);
     command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
     command.args(["-append", KERNEL_COMMAND_LINE]);

@@ -76,6 +76,7 @@ pub(crate) fn run(workspace: &Workspace, options: &ShellOptions) -> Result<(), S
     let options = Options {
         kernels: options.kernels(),
         cpus: options.cpus,
+        last_lacks: None,
         memory_mib: options.memory,
         programs: vec![("/bin/outlive", outlive)],
         guests: !options.no_guests,

@@ -2,8 +2,16 @@ use super::*;
 
 /// Starts hosts from what has been fetched before, or says why not.
 fn cluster(kernels: Vec<Series>, guests: bool) -> Option<Cluster> {
-    let options =
-        Options { kernels, cpus: 1, memory_mib: 1024, programs: vec![], guests, shell: false, fetch: false };
+    let options = Options {
+        kernels,
+        cpus: 1,
+        last_lacks: None,
+        memory_mib: 1024,
+        programs: vec![],
+        guests,
+        shell: false,
+        fetch: false,
+    };
     match Cluster::start(&Workspace::find(), options) {
         Ok(cluster) => Some(cluster),
         Err(error) if error.is_missing() => {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::stage::{Guest, SHORT, Side, Stage};
+use super::stage::{Guest, SHORT, SYNC, Side, Stage};
 use super::{Context, ProofError, ensure};
 use crate::nested::cluster::DATA;
 use crate::nested::image::GuestKernel;
@@ -58,7 +58,25 @@ fn cycle(stage: &Stage, side: &Side, kernel: GuestKernel, vcpus: u32) -> Result<
 
 /// Every kernel of a host: the guest is protected with the best that the kernel has, and goes on.
 pub(super) fn prove_hosts(context: &Context<'_>) -> Result<(), ProofError> {
-    Series::ALL.into_iter().try_for_each(|series| pair(context, series))
+    Series::ALL.into_iter().try_for_each(|series| pair(context, series))?;
+    lesser(context)
+}
+
+/// A host whose processor has less refuses the guest, which goes on where it is.
+fn lesser(context: &Context<'_>) -> Result<(), ProofError> {
+    let mut stage = Stage::unequal(context.workspace, context.fetch, &[Series::Bookworm; 2], Some("adx"))?;
+    let guest = Guest::busybox(GuestKernel::BookwormCloud, "outlive.end=count");
+    let primary = stage.run(1, Some(2), &guest)?;
+    stage.wait_until_up(&primary)?;
+    let standby = stage.standby(2, None, &guest)?;
+    standby.program.wait_for("features that this host lacks (CPUID leaf 0x7.0 EBX 0x80000)", SYNC)?;
+    let counting = last_count(&primary.program.log()).unwrap_or(0);
+    primary.program.wait("the count to go on", COUNT, || {
+        last_count(&primary.program.log()).filter(|&count| count > counting + 2)
+    })?;
+    ensure(primary.all("protected").is_empty(), || "it is protected by a host that cannot run it".into())?;
+    stage.say("a host whose processor lacks a feature refuses, and the guest goes on");
+    Ok(())
 }
 
 fn pair(context: &Context<'_>, series: Series) -> Result<(), ProofError> {

@@ -129,9 +129,20 @@ pub(super) struct Stage {
 
 impl Stage {
     pub(super) fn new(workspace: &Workspace, fetch: bool, kernels: &[Series]) -> Result<Stage, ProofError> {
+        Stage::unequal(workspace, fetch, kernels, None)
+    }
+
+    /// Hosts of which the last has a processor that lacks a feature.
+    pub(super) fn unequal(
+        workspace: &Workspace,
+        fetch: bool,
+        kernels: &[Series],
+        last_lacks: Option<&'static str>,
+    ) -> Result<Stage, ProofError> {
         let options = Options {
             kernels: kernels.to_vec(),
             cpus: 1,
+            last_lacks,
             memory_mib: 1536,
             programs: vec![("/bin/outlive", workspace.target.join("release/outlive"))],
             guests: true,
