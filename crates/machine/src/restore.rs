@@ -86,6 +86,8 @@ impl Machine {
         for index in 0..vcpus {
             saved.push(Arc::new(find(sections, Kind::Vcpu, index as u16)?.bytes.to_vec()));
         }
+        self.vcpus
+            .on_each(|index| Box::new(move |fd| if index == 0 { state::forget_time(fd) } else { Ok(()) }))?;
         let first_offset = Arc::new(AtomicU64::new(0));
         self.vcpus.on_each(|index| {
             let (host, saved, constant) = (self.host.clone(), saved[index].clone(), constants[index].clone());

@@ -67,6 +67,11 @@ impl Rendezvous {
         Self { order: AtomicU32::new(Order::FIRST.0), arrived: AtomicU32::new(0), threads }
     }
 
+    /// How many threads meet here.
+    pub(super) fn threads(&self) -> u32 {
+        self.threads
+    }
+
     /// The order that is in force.
     pub(super) fn current(&self) -> Order {
         Order(self.order.load(Ordering::Acquire))

@@ -250,6 +250,11 @@ impl Vcpu {
     }
 
     fn capture(&mut self) {
+        // KVM_GET_MP_STATE carries out an INIT or start-up interrupt that has come (`kvm_apic_accept_events` in
+        // arch/x86/kvm/lapic.c), which changes registers. Now, so that the last exit below shows what they are then.
+        if self.shared.meeting.threads() > 1 {
+            let _ = self.fd.get_mp_state();
+        }
         self.complete_io();
         if let Err(error) = self.try_capture() {
             *lock(&self.slot.error) = Some(error);

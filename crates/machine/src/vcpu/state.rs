@@ -298,6 +298,26 @@ impl Tsc {
     }
 }
 
+/// Makes KVM take the next TSC that is written for what it is. One that is less than a second from what it expects it takes
+/// for an attempt to keep the vCPUs together, and leaves the offset as it was (`kvm_synchronize_tsc` in
+/// arch/x86/kvm/x86.c): a standby's second restore would so get the time of its first, which was on trial and came late,
+/// and the guest's TSC could go back. To be done on one vCPU before all others; they then follow the first that is restored.
+pub(crate) fn forget_time(fd: &VcpuFd) -> Result<(), VcpuStateError> {
+    const FAR_SECONDS: u64 = 3600;
+    let failed = |source| VcpuStateError::Constant { what: "KVM_GET_TSC_KHZ", source };
+    let khz = fd.get_tsc_khz().map_err(failed)?;
+    let mut now = one_msr(MSR_IA32_TSC, 0)?;
+    ioctl(Item::Msrs, fd.get_msrs(&mut now))?;
+    let here = now.as_slice().first().map_or(0, |entry| entry.data);
+    let far = here.wrapping_add(u64::from(khz) * 1000 * FAR_SECONDS);
+    ioctl(Item::Msrs, fd.set_msrs(&one_msr(MSR_IA32_TSC, far)?)).map(drop)
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs, VcpuStateError> {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    Ok(Msrs::from_entries(&[entry]).map_err(|_| StateError::Field { field: Item::Msrs as u16 })?)
+}
+
 /// Writes a saved state into a vCPU that has never run or is stopped.
 pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Result<(), VcpuStateError> {
     let fields = FieldReader::new(bytes)?;
