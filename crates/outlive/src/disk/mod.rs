@@ -30,7 +30,7 @@ mod tests;
 
 pub(crate) use hash::contents as hash_contents;
 pub(crate) use prepare::{
-    check_generation, for_run, for_standby, has_sidecar, mark_primary, refuse_unfinished,
+    check_generation, end_earlier_vms, for_run, for_standby, has_sidecar, mark_primary, refuse_unfinished,
 };
 pub(crate) use replica::{Replica, ReplicaDisk, Told};
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

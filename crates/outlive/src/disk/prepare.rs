@@ -10,9 +10,9 @@ use outlive_epoch::VmId;
 
 use super::apply::recover;
 use super::image::Store;
-use super::journal::Journal;
+use super::journal::{Identity, Journal};
 use super::sidecar::{Role, Sidecar, beside};
-use crate::arbiter::{self, Arbiter};
+use crate::arbiter::{self, Arbiter, Claim};
 
 /// How long an image may still be in use by a process that has just ended.
 const RELEASED_AFTER: Duration = Duration::from_secs(2);
@@ -125,6 +125,40 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
     Ok(())
 }
 
+/// Makes sure that nobody else goes on with the VMs whose images these were: a standby that has lost its primary may only now
+/// reach the arbiter, and the same server would run twice. Wins the generation that such a standby would ask for. To be done
+/// last, because what is won stays won, and after [`check_generation`].
+///
+/// # Errors
+/// One line that names the remedy.
+pub(crate) fn end_earlier_vms(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Result<(), String> {
+    let mut ended = Vec::new();
+    for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
+        let Some(Sidecar { vm, .. }) = sidecar else { continue };
+        if ended.contains(&vm) {
+            continue;
+        }
+        ended.push(vm);
+        let (id, image) = (arbiter::VmId(vm.0), path.display());
+        // An arbiter that does not know the VM lets no standby win either.
+        let Some(highest) = arbiter.highest(&id)? else { continue };
+        match arbiter.claim(&id, highest + 1, &arbiter::owner("primary, started anew")) {
+            Claim::Won => {}
+            Claim::Lost { owner } => {
+                return Err(format!(
+                    "the VM of the disk image {image} has just been taken over by {owner}: use the image of the host that has it"
+                ));
+            }
+            Claim::Unreachable { why } => {
+                return Err(format!(
+                    "the arbiter cannot say whether {image} is up to date: {why}; try again when it can"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Whether an image has a sidecar.
 pub(crate) fn has_sidecar(image: &Path) -> bool {
     beside(image, "outlive").exists()
@@ -174,7 +208,14 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
         // Emptied, and killed before the last sidecar said so: the images have all of it.
         let named =
             paths.iter().zip(sidecars).filter_map(|(image, sidecar)| Some((*image, sidecar.as_ref()?)));
-        return finish(path, durable, named.filter(|(_, sidecar)| sidecar.journal.as_deref() == Some(path)));
+        let named = named.filter(|(_, sidecar)| sidecar.journal.as_deref() == Some(path));
+        // The sidecar of an image that was not given may name it still.
+        let Identity { vm, sizes, .. } = journal.identity();
+        let given = sidecars.iter().flatten().filter(|sidecar| {
+            sidecar.vm == *vm && sizes.get(usize::from(sidecar.disk)).is_some_and(|size| *size > 0)
+        });
+        let all = given.count() == sizes.iter().filter(|size| **size > 0).count();
+        return finish(all.then_some(path), durable, named);
     }
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| unreadable(&e))?;
     let (journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
@@ -204,12 +245,13 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
     }
     let checkpoint = recover(journal, durable, &images).map_err(|e| unreadable(&e))?;
     tracing::info!(journal = %place, checkpoint, "disk images brought to their last commit");
-    finish(path, checkpoint, mine.into_iter())
+    finish(Some(path), checkpoint, mine.into_iter())
 }
 
-/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty.
+/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty. Removes the journal if it
+/// is named.
 fn finish<'a>(
-    journal: &Path,
+    journal: Option<&Path>,
     checkpoint: u64,
     images: impl Iterator<Item = (&'a Path, &'a Sidecar)>,
 ) -> Result<(), String> {
@@ -217,7 +259,9 @@ fn finish<'a>(
         let sidecar = Sidecar { checkpoint, journal: None, ..sidecar.clone() };
         sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
     }
-    if let Err(error) = std::fs::remove_file(journal) {
+    if let Some(journal) = journal
+        && let Err(error) = std::fs::remove_file(journal)
+    {
         // It is empty, and no sidecar names it.
         tracing::warn!(journal = %journal.display(), %error, "cannot remove the journal");
     }

@@ -154,24 +154,27 @@ impl Replica {
         self.queue.push(waiting, Job::Commit { number, base, records });
     }
 
-    /// Compares the disks as of the checkpoint that was committed last with the VM's. The result is told.
+    /// Whether these can be hashes of the disks.
     ///
     /// # Errors
-    /// What is wrong with the hashes.
-    pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) -> Result<(), String> {
+    /// What is wrong with them.
+    pub(crate) fn check_hashes(&self, hashes: &[DiskHash]) -> Result<(), String> {
         let sizes = self.sizes();
-        if let Some(it) =
-            hashes.iter().find(|it| sizes.get(usize::from(it.disk)).is_none_or(|size| *size == 0))
-        {
-            return Err(format!("a hash of disk {}, which is not replicated", it.disk));
+        match hashes.iter().find(|it| sizes.get(usize::from(it.disk)).is_none_or(|size| *size == 0)) {
+            Some(it) => Err(format!("a hash of disk {}, which is not replicated", it.disk)),
+            None => Ok(()),
         }
+    }
+
+    /// Compares the disks as of the checkpoint that was committed last with the VM's, whose hashes must have been
+    /// [checked](Self::check_hashes). The result is told.
+    pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) {
         let waiting = self.queue.lock();
         if waiting.jobs.iter().any(|job| matches!(job, Job::Check { .. })) {
             tracing::debug!(checkpoint = number, "self-check: left out, the last one has not begun");
         } else {
             self.queue.push(waiting, Job::Check { number, hashes });
         }
-        Ok(())
     }
 
     /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`Told::Settled`] says so, or

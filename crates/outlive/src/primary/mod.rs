@@ -71,7 +71,10 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let stop = queue.clone();
     process::on_stop(active.exit_with_stdin, move |why| drop(stop.send(Inbox::Stop(why))))
         .map_err(|e| format!("cannot watch signals: {e}"))?;
-    let arbiter = arbiter.map(|arbiter| first_generation(arbiter, vm)).transpose()?;
+    let mut arbiter = arbiter.map(|arbiter| first_generation(arbiter, vm)).transpose()?;
+    if let Some(arbiter) = &mut arbiter {
+        disk::end_earlier_vms(&written, arbiter.as_mut())?;
+    }
     let mut marked = disks::replicated(&machine);
     // Without an arbiter nobody asks for a generation, but what an earlier VM left would be wrong from here on.
     marked.retain(|(_, path)| arbiter.is_some() || disk::has_sidecar(path));

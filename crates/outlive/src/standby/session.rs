@@ -9,8 +9,8 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outlive_epoch::{Checkpoint, Expect, Message, ReadError, SectionReader, Staging};
-use outlive_machine::Ram;
+use outlive_epoch::{Expect, Message, ReadError, SectionReader, Staging};
+use outlive_machine::{Hashes, Ram};
 use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 
 use super::control::Control;
@@ -128,6 +128,9 @@ impl Session {
         // `push` said that it is whole.
         let Some(checkpoint) = self.staging.checkpoint() else { return Err(End::Known) };
         let number = checkpoint.number();
+        // All that may be wrong with it is found before it is acknowledged: afterwards this side answers for it.
+        let hashes = copy::hashes(&checkpoint).transpose().map_err(End::Bad)?;
+        self.disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks)).map_err(End::Bad)?;
         self.control.with_copy(|copy| copy.check_state(&checkpoint)).ok_or(End::Known)?.map_err(End::Bad)?;
         if checkpoint.flags().base_final {
             let tried = self.control.with_copy(|copy| copy.try_restore(&checkpoint));
@@ -150,7 +153,9 @@ impl Session {
         }
         self.control.with_copy(|copy| copy.keep_state(&checkpoint));
         self.disks.commit(number, checkpoint.flags().base_final, &checkpoint.disk_writes());
-        self.compare(&checkpoint)?;
+        if let Some(hashes) = hashes {
+            self.compare(number, hashes)?;
+        }
         self.control.handle(Event::Applied { checkpoint: number });
         self.staging.reset(Expect::Number(number + 1));
         Ok(())
@@ -159,10 +164,8 @@ impl Session {
     /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never run. Nobody
     /// writes to its memory until the checkpoint is said to be applied, so this needs no lock, under which the heartbeats
     /// would have to wait. The disks are compared by their own thread.
-    fn compare(&self, checkpoint: &Checkpoint<'_>) -> Result<(), End> {
-        let Some(hashes) = copy::hashes(checkpoint) else { return Ok(()) };
-        let hashes = hashes.map_err(End::Bad)?;
-        let (number, difference) = (checkpoint.number(), hashes.compare_memory(&self.ram).err());
+    fn compare(&self, number: u64, hashes: Hashes) -> Result<(), End> {
+        let difference = hashes.compare_memory(&self.ram).err();
         if let Some(why) = difference.map(|it| it.to_string()) {
             self.control.compared(number, Some(&why));
             self.control.handle(Event::Failed { why });
@@ -170,8 +173,9 @@ impl Session {
         }
         if hashes.disks.is_empty() {
             self.control.compared(number, None);
-            return Ok(());
+        } else {
+            self.disks.check(number, hashes.disks);
         }
-        self.disks.check(number, hashes.disks).map_err(End::Bad)
+        Ok(())
     }
 }

@@ -34,6 +34,8 @@ pub(super) struct Worker<T> {
     /// From the base's last checkpoint on.
     applier: Option<Applier<File>>,
     journal: Option<PathBuf>,
+    /// The last checkpoint, when there is no applier any more.
+    left_at: u64,
     /// The sidecars say that the images are not whole.
     tainted: bool,
     buffer: Vec<u8>,
@@ -58,6 +60,7 @@ impl<T: Fn(Told)> Worker<T> {
             generation,
             applier: None,
             journal: None,
+            left_at: 0,
             tainted: false,
             buffer: vec![0; DISK_CHUNK],
             pending_since: None,
@@ -85,8 +88,9 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
+                // What a takeover would have to write is written now: a generation that is won cannot be given back.
                 Job::Settle { checkpoint } => {
-                    self.settle().map(|()| (self.tell)(Told::Settled { checkpoint }))
+                    self.leave().map(|()| (self.tell)(Told::Settled { checkpoint }))
                 }
                 Job::Leave(done) => self.answered(&done, Self::leave),
                 Job::BecomePrimary { generation, done } => {
@@ -324,19 +328,17 @@ impl<T: Fn(Told)> Worker<T> {
     }
 
     fn become_primary(&mut self, generation: u64) -> Result<(), String> {
-        self.settle()?;
-        let checkpoint = self.applier.take().map_or(0, |applier| applier.applied());
+        self.leave()?;
         self.generation = generation;
-        self.write_sidecars(Role::Primary, true, checkpoint, None)?;
-        self.remove_journal();
-        Ok(())
+        self.write_sidecars(Role::Primary, true, self.left_at, None)
     }
 
-    /// The standby is done with this VM.
+    /// The standby takes no more of this VM's writes: the images are at the last commit, and say so without a journal.
     fn leave(&mut self) -> Result<(), String> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {
-            self.write_sidecars(Role::Replica, true, applier.applied(), None)?;
+            self.left_at = applier.applied();
+            self.write_sidecars(Role::Replica, true, self.left_at, None)?;
             self.remove_journal();
         }
         Ok(())

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use outlive_epoch::{DiskOp, DiskRecord, VmId};
 
+use crate::arbiter::{self, Claim};
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
-use crate::disk::{for_run, for_standby, mark_primary, refuse_unfinished};
+use crate::disk::{check_generation, end_earlier_vms, for_run, for_standby, mark_primary, refuse_unfinished};
 
 const VM: VmId = VmId([3; 16]);
 
@@ -131,4 +132,63 @@ fn what_cannot_be_used_is_refused_with_the_remedy() {
     for_run(&[&image]).unwrap();
     let now = Sidecar::read(&image).unwrap().unwrap();
     assert_eq!((now.role, now.generation, now.whole), (Role::Primary, 5, true));
+}
+
+/// Killed with an empty journal, and started with too few disks.
+#[test]
+fn an_empty_journal_stays_for_the_image_that_was_not_given() {
+    for standby in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let images = left_by_a_kill(directory.path());
+        let journal = beside(&images[0], "journal");
+        let file = File::options().read(true).write(true).truncate(true).open(&journal).unwrap();
+        Journal::create(file, Identity { vm: VM, generation: 2, sizes: vec![4096, 0, 4096] }, 11).unwrap();
+        let (one, both) = ([images[0].as_path()], [images[0].as_path(), images[1].as_path()]);
+        let start = if standby { for_standby } else { for_run };
+        start(&one).unwrap();
+        start(&both).unwrap();
+        assert!(Sidecar::read(&images[1]).unwrap().unwrap().journal.is_none());
+    }
+}
+
+/// The primary was killed, its standby cannot reach the arbiter yet, and the operator starts the server again.
+#[test]
+fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("a.img");
+    fs::write(&image, [0; 4096]).unwrap();
+    let spec = format!("file:{}", directory.path().display());
+    let open = || arbiter::parse(&spec).unwrap();
+    let (mut standby, mut run, id) = (open(), open(), arbiter::VmId(VM.0));
+    assert_eq!(open().claim(&id, 1, "primary"), Claim::Won);
+    mark_primary(&[(0, image.clone())], VM, 1).unwrap();
+    for_run(&[&image]).unwrap();
+    check_generation(&[&image], run.as_mut()).unwrap();
+    end_earlier_vms(&[&image, &image], run.as_mut()).unwrap();
+    assert!(matches!(standby.claim(&id, 2, "standby"), Claim::Lost { .. }));
+
+    // The other way round: it has won since this one looked.
+    assert_eq!(standby.claim(&id, 3, "standby"), Claim::Won);
+    mark_primary(&[(0, image.clone())], VM, 3).unwrap();
+    check_generation(&[&image], run.as_mut()).unwrap();
+    struct Late(Box<dyn arbiter::Arbiter>);
+    impl arbiter::Arbiter for Late {
+        fn claim(&mut self, vm: &arbiter::VmId, generation: u64, owner: &str) -> Claim {
+            assert_eq!(self.0.claim(vm, generation, "standby on b"), Claim::Won);
+            // A stranger, as another process would be.
+            let _ = owner;
+            Claim::Lost { owner: "standby on b".into() }
+        }
+        fn highest(&mut self, vm: &arbiter::VmId) -> Result<Option<u64>, String> {
+            self.0.highest(vm)
+        }
+        fn owner(&mut self, vm: &arbiter::VmId, generation: u64) -> Option<String> {
+            self.0.owner(vm, generation)
+        }
+        fn identity(&self) -> &str {
+            self.0.identity()
+        }
+    }
+    let error = end_earlier_vms(&[&image], &mut Late(standby)).unwrap_err();
+    assert!(error.contains("taken over by standby on b"), "{error}");
 }
