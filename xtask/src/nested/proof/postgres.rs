@@ -48,7 +48,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
 
     let acknowledged = load.end(&stage)?;
     look_for(&stage, acknowledged)?;
-    clocks.check(&stage)
+    clocks.check(&stage, 2)
 }
 
 /// All that was acknowledged is there, and the database is in order.

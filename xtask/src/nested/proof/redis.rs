@@ -33,7 +33,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     thread::sleep(LOAD);
     clients.check(&stage)?;
     drop(clients);
-    clocks.check(&stage)?;
+    clocks.check(&stage, 1)?;
     stage.press_power_button(&standby)
 }
 
