@@ -24,7 +24,7 @@ Examples:
   echo 'outlive check; poweroff' | cargo xtask nested shell --hosts 1 --no-guests
 
 Hosts are machines of QEMU's software emulation: no /dev/kvm is needed, but root for their network. The first time it
-fetches kernels and builds guest images (10 minutes, 3 GB in target/nested); then hosts are up in some 10 seconds.
+fetches kernels and builds guest images (some 5 minutes, 3 GB in target/nested); then hosts are up in some 10 seconds.
 Ctrl-] leaves a host for a menu, with which power and cables can be cut.";
 
 /// Ctrl-].

@@ -39,7 +39,9 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error("guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at least 32 MiB")]
+    #[error(
+        "guest memory of {0} bytes is not possible: give --memory a multiple of 1 MiB, from 32 MiB to 64 TiB"
+    )]
     Size(u64),
     /// More than any kernel and initrd need.
     #[error("a boot image of {0} bytes is too large: 4 GiB is the most")]

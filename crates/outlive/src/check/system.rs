@@ -12,7 +12,7 @@ const OPEN_FILES: u64 = 256;
 
 pub(super) fn findings() -> Vec<Finding> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let mut findings = kernel(read("/proc/sys/kernel/osrelease").trim());
+    let mut findings = kernel(read("/proc/sys/kernel/osrelease").trim(), &read("/proc/version"));
     findings.push(processors(available_parallelism().map_or(1, usize::from)));
     findings.push(clock(
         read("/sys/devices/system/clocksource/clocksource0/current_clocksource").trim(),
@@ -55,9 +55,12 @@ const FAULTS: [Fault; 2] = [
     },
 ];
 
-fn kernel(release: &str) -> Vec<Finding> {
+/// `banner` is that of the build: Debian's release is `6.1.0-56-amd64` whatever is in it, the banner ends with
+/// `#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-30)`.
+fn kernel(release: &str, banner: &str) -> Vec<Finding> {
     const NAME: &str = "kernel";
-    let Some(version) = parse_version(release) else {
+    let of_debian = banner.rsplit_once(" Debian ").and_then(|(_, version)| parse_version(version));
+    let Some(version) = of_debian.max(parse_version(release)) else {
         let remedy = "compare it yourself: Outlive wants Linux 6.1 or newer";
         return vec![Finding::warning(NAME, format!("Linux with the unknown version '{release}'"), remedy)];
     };
@@ -137,11 +140,19 @@ mod tests {
 
     #[test]
     fn faults_are_told_for_the_kernels_that_have_them() {
-        let faults = |release: &str| kernel(release).iter().filter(|it| it.state == State::Warning).count();
+        let faults =
+            |release: &str| kernel(release, "").iter().filter(|it| it.state == State::Warning).count();
         assert_eq!([faults("5.10.0"), faults("5.15.150"), faults("5.19.10")], [2, 1, 1]);
         assert_eq!([faults("6.1.83"), faults("6.1.84"), faults("6.2.0"), faults("6.7.12")], [1, 0, 1, 0]);
         assert_eq!([faults("6.9.0"), faults("6.18.44-fc"), faults("10.0")], [0, 0, 0]);
         assert_eq!(faults("nonsense"), 1);
+        let debian = |version: &str| {
+            let banner = format!(
+                "Linux version 6.1.0-56-amd64 (gcc-12 (Debian 12.2.0-14)) #1 SMP Debian {version} (2026-10-30)\n"
+            );
+            kernel("6.1.0-56-amd64", &banner).iter().filter(|it| it.state == State::Warning).count()
+        };
+        assert_eq!([debian("6.1.192-2"), debian("6.1.76-1")], [0, 1]);
     }
 
     #[test]

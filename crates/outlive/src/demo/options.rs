@@ -48,7 +48,7 @@ pub struct DemoOptions {
     pub json: Option<PathBuf>,
 
     /// Instead of all this: a Debian guest with Redis on two hosts emulated by QEMU, one of which loses its power. Needs no KVM,
-    /// but root, QEMU (fetched if it is missing) and Outlive's sources; the first time takes 10 minutes
+    /// but root, QEMU (fetched if it is missing) and Outlive's sources; the first time takes some 5 minutes more
     #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "interval", "seed", "json", "rate"])]
     pub nested: bool,
 

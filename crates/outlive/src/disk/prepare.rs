@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -76,9 +77,14 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
 /// # Errors
 /// One line that names the remedy.
 pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
-    for path in paths {
+    for (at, path) in paths.iter().enumerate() {
         // A wrong path or an image in use is told now, not when the first primary comes.
         look(path)?;
+        can_be_a_disk(path)?;
+        let same = |other: &&&Path| std::fs::canonicalize(other).ok() == std::fs::canonicalize(path).ok();
+        if paths[..at].iter().find(same).is_some() {
+            return Err(format!("the disk image {} is given twice: give each disk its own", path.display()));
+        }
     }
     let sidecars = match read_sidecars(paths) {
         Ok(sidecars) => sidecars,
@@ -264,6 +270,22 @@ fn finish<'a>(
     {
         // It is empty, and no sidecar names it.
         tracing::warn!(journal = %journal.display(), %error, "cannot remove the journal");
+    }
+    Ok(())
+}
+
+/// Whether this is what a disk can be kept in.
+fn can_be_a_disk(path: &Path) -> Result<(), String> {
+    let (image, about) = (path.display(), std::fs::metadata(path).map_err(|e| cannot_open(path, &e))?);
+    let kind = about.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(format!("{image} is neither a file nor a block device: give a raw disk image"));
+    }
+    if kind.is_file() && about.len() < 512 {
+        return Err(format!(
+            "the disk image {image} has {} bytes, less than one block: make it as large as the primary's with `truncate -s SIZE {image}`",
+            about.len()
+        ));
     }
     Ok(())
 }

@@ -66,7 +66,9 @@ pub enum NetlinkError {
         name: String,
     },
     /// There is no such interface in this network namespace.
-    #[error("no interface named {name}: cannot {what} (interfaces here: {present})")]
+    #[error(
+        "no interface named {name}: cannot {what} (interfaces here: {present}); make it first, or name another one"
+    )]
     NoInterface {
         /// The name that was asked for.
         name: String,
@@ -96,7 +98,7 @@ pub enum NetlinkError {
         kind: &'static str,
     },
     /// Something else was named where a bridge is needed.
-    #[error("cannot {what}: {name} is no bridge")]
+    #[error("cannot {what}: {name} is no bridge; make one (ip link add br0 type bridge) or name another one")]
     NotBridge {
         /// What was being done.
         what: String,

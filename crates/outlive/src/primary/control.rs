@@ -7,7 +7,7 @@
 use std::net::TcpStream;
 use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive_epoch::{CheckpointFlags, DiskWant, Hello};
 use outlive_machine::Output;
@@ -24,6 +24,9 @@ use crate::link::{self, Job, Sender, SenderReport};
 use crate::primary::disks::{Lease, SharedDisks};
 use crate::primary::self_check::Hashed;
 use crate::primary::stats::Totals;
+
+/// A standby that cannot be reached is told of again after this time.
+const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the coordinator is told.
 pub(crate) enum Inbox {
@@ -79,6 +82,8 @@ struct State {
     ship: Option<(Link, u64, CheckpointFlags)>,
     /// The coordinator waits for an acknowledgement before it may capture again.
     starved: bool,
+    /// When it was last said that no standby can be reached.
+    unreachable_since: Option<Instant>,
 }
 
 /// The shared half of the coordinator: see the module.
@@ -118,6 +123,7 @@ impl Control {
             claims: None,
             ship: None,
             starved: false,
+            unreachable_since: None,
         };
         let state = Mutex::new(state);
         Arc::new(Self { state, clock, facts, output, shared_disks, lease, inbox, events, totals })
@@ -368,12 +374,21 @@ impl Control {
         }
     }
 
-    fn note(&self, state: &State, note: Note) {
+    fn note(&self, state: &mut State, note: Note) {
         let emit = |event| self.events.emit(event);
         match note {
-            Note::DialFailed { why } => tracing::warn!("standby not reachable: {why}"),
+            Note::DialFailed { why } => {
+                // Asked again and again; the reason may differ each time although nothing has changed.
+                if state.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
+                    state.unreachable_since = Some(Instant::now());
+                    tracing::warn!("standby not reachable, trying on: {why}");
+                } else {
+                    tracing::debug!("standby not reachable: {why}");
+                }
+            }
             Note::Refused { text, .. } => tracing::warn!("standby refused: {text}"),
             Note::Attached { link } => {
+                state.unreachable_since = None;
                 let addr = state.connection.as_ref().filter(|c| c.link == link).map(|c| c.address.clone());
                 let addr = addr.unwrap_or_default();
                 tracing::info!(standby = %addr, "standby attached, base synchronisation begins");

@@ -25,8 +25,9 @@ impl Guest {
     /// One line with the remedy.
     pub(super) fn read(options: &RunOptions) -> Result<Self, String> {
         let Some(kernel) = &options.kernel else { return Self::built_in(options) };
-        let kernel = file(kernel, "--kernel")?;
-        let initrd = options.initrd.as_deref().map(|path| file(path, "--initrd")).transpose()?;
+        let memory = options.memory_bytes();
+        let kernel = file(kernel, "--kernel", memory)?;
+        let initrd = options.initrd.as_deref().map(|path| file(path, "--initrd", memory)).transpose()?;
         let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.append.clone());
         Ok(Self::Linux(Box::new(boot.map_err(|e| e.to_string())?)))
     }
@@ -74,7 +75,39 @@ impl Guest {
     }
 }
 
-fn file(path: &Path, option: &str) -> Result<Vec<u8>, String> {
-    std::fs::read(path)
-        .map_err(|e| format!("cannot read {}: {e}; give {option} another file", path.display()))
+/// Reads a file that the guest is to have in its memory.
+fn file(path: &Path, option: &str, memory: u64) -> Result<Vec<u8>, String> {
+    let place = path.display();
+    let unreadable = |e: std::io::Error| format!("cannot read {place}: {e}; give {option} another file");
+    let about = std::fs::metadata(path).map_err(unreadable)?;
+    // A wrong path may lead to a disk image, or to what never ends.
+    if !about.is_file() {
+        return Err(format!("{place} is not a regular file; give {option} another one"));
+    }
+    if about.len() >= memory {
+        return Err(format!(
+            "{place} has {} MiB and the guest's memory {} MiB: give {option} another file, or the guest more with --memory",
+            about.len() >> 20,
+            memory >> 20
+        ));
+    }
+    std::fs::read(path).map_err(unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_cannot_be_booted_are_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("root.img");
+        std::fs::File::create(&image).unwrap().set_len(1 << 40).unwrap();
+        let error = file(&image, "--initrd", 64 << 20).unwrap_err();
+        assert!(error.contains("has 1048576 MiB and the guest's memory 64 MiB: give --initrd"), "{error}");
+        for path in ["/dev/zero", "/tmp"] {
+            let error = file(Path::new(path), "--kernel", 64 << 20).unwrap_err();
+            assert!(error.contains("not a regular file; give --kernel"), "{error}");
+        }
+    }
 }

@@ -93,7 +93,12 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &S
         Ok(hello) => hello,
         Err(error) => {
             if seldom.allows() {
-                tracing::warn!(from, "not a primary: {error}");
+                match &error {
+                    ReadError::Io(late) if late.kind() == io::ErrorKind::WouldBlock => {
+                        tracing::warn!(from, "a connection said nothing in time; a primary would try again");
+                    }
+                    _ => tracing::warn!(from, "not a primary: {error}"),
+                }
             }
             match error {
                 // To a stranger nothing is said.

@@ -115,7 +115,7 @@ impl<'a> Builder<'a> {
 
     pub(super) fn build(&self, kernels: &[Kernel]) -> Result<(), ImageError> {
         eprintln!(
-            "==> building the guest images: Debian {} with Redis and PostgreSQL, 3 to 10 minutes",
+            "==> building the guest images: Debian {} with Redis and PostgreSQL, some 4 minutes",
             SUITE.name()
         );
         write(&self.log, "")?;

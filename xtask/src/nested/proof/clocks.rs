@@ -1,5 +1,6 @@
 //! The guest's clocks through takeovers.
 
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::stage::{SHORT, Stage};
@@ -19,11 +20,13 @@ const COMPLAINTS: &str = "dmesg | grep -i -E 'soft lockup|hard lockup|unstable|r
 /// By how much the guest's date may have moved against ours at a takeover: the time that the last checkpoint was on its way,
 /// on hosts that share two processors. Far less than the gap.
 const TOLERANCE: Duration = Duration::from_secs(2);
+/// Times that the guest is asked for its date.
+const TRIES: u32 = 4;
 
 /// A watch on the clocks of a guest, from now on.
 pub(super) struct Clocks {
-    /// Seconds. An emulated guest loses ticks while it boots, and its kernel counts them until it has found its clock.
-    ahead: f64,
+    /// An emulated guest loses ticks while it boots, and its kernel counts them until it has found its clock.
+    ahead: Ahead,
     source: String,
     watch: String,
 }
@@ -38,8 +41,8 @@ impl Clocks {
     /// No clock went back, the wall clock is where it was, and the kernel has noticed nothing.
     pub(super) fn check(&self, stage: &Stage, takeovers: u32) -> Result<(), ProofError> {
         let ahead = ahead(stage)?;
-        ensure((ahead - self.ahead).abs() < (TOLERANCE * takeovers).as_secs_f64(), || {
-            format!("the guest's date was {:.1} s ahead of ours and is {ahead:.1} s", self.ahead)
+        ensure(ahead.moved_at_least(&self.ahead) < (TOLERANCE * takeovers).as_secs_f64(), || {
+            format!("against ours, the guest's date was at {} and is at {ahead}", self.ahead)
         })?;
         let source = stage.in_guest(SOURCE, SHORT)?;
         ensure(source == self.source, || format!("the clocksource was {} and is {source}", self.source))?;
@@ -49,22 +52,64 @@ impl Clocks {
         let samples: u64 = seen.trim().strip_prefix("samples ").and_then(|it| it.parse().ok()).unwrap_or(0);
         ensure(samples > 100, || format!("clocks of the guest:\n{seen}"))?;
         stage.say(&format!(
-            "clocks: {samples} samples and none goes back, the date moved by {:.1} s, {source} still",
-            ahead - self.ahead
+            "clocks: {samples} samples and none goes back, the date moved from {} to {ahead} against ours, {source} still",
+            self.ahead
         ));
         Ok(())
     }
 }
 
-/// By how many seconds the guest's date is ahead of ours.
-fn ahead(stage: &Stage) -> Result<f64, ProofError> {
-    let before = now();
-    let date = stage.in_guest("date +%s.%N", SHORT)?;
-    let middle = f64::midpoint(before, now());
-    let date: f64 = date.trim().parse().map_err(|_| ProofError::Wrong(format!("the date is {date}")))?;
-    Ok(date - middle)
+/// Between how many seconds the guest's date is ahead of ours. An answer waits for a checkpoint and so takes seconds: the date
+/// was read at some moment in between.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ahead {
+    least: f64,
+    most: f64,
+}
+
+impl Ahead {
+    /// What both say. They contradict each other only if the date moved between them.
+    fn and(self, other: Ahead) -> Ahead {
+        Ahead { least: self.least.max(other.least), most: self.most.min(other.most) }
+    }
+
+    fn moved_at_least(&self, before: &Ahead) -> f64 {
+        (self.least - before.most).max(before.least - self.most).max(0.0)
+    }
+}
+
+impl fmt::Display for Ahead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:+.1} to {:+.1} s", self.least, self.most)
+    }
+}
+
+fn ahead(stage: &Stage) -> Result<Ahead, ProofError> {
+    let mut all = Ahead { least: f64::NEG_INFINITY, most: f64::INFINITY };
+    for _ in 0..TRIES {
+        let before = now();
+        let date = stage.in_guest("date +%s.%N", SHORT)?;
+        let after = now();
+        let date: f64 = date.trim().parse().map_err(|_| ProofError::Wrong(format!("the date is {date}")))?;
+        all = all.and(Ahead { least: date - after, most: date - before });
+    }
+    Ok(all)
 }
 
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |it| it.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_cannot_be_the_answers_time_is_a_move() {
+        let of = |least, most| Ahead { least, most };
+        assert_eq!(of(-4.0, 0.5).and(of(-1.0, 2.0)), of(-1.0, 0.5));
+        assert_eq!(of(-3.0, 0.0).moved_at_least(&of(-1.0, 1.0)), 0.0);
+        assert_eq!(of(-3.0, -2.0).moved_at_least(&of(1.0, 2.0)), 3.0);
+        assert_eq!(of(1.0, 2.0).moved_at_least(&of(-3.0, -2.0)), 3.0);
+    }
 }

@@ -173,7 +173,7 @@ pub(crate) fn demo(workspace: &Workspace) -> Result<(), StepError> {
     println!(
         "Two hosts with Debian's kernel, emulated by QEMU, and on one of them Debian 12 with Redis, protected by the other.\n\
          Clients write to Redis all the time; the first host's power is cut. Emulation is slow: this takes some minutes, the\n\
-         first time 10 more for fetching kernels and building the guest's disk. To play with such hosts: cargo xtask nested shell"
+         first time 5 more for fetching kernels and building the guest's disk. To play with such hosts: cargo xtask nested shell"
     );
     let options = ProofOptions { name: vec!["redis".into()], list: false, restores: 1, no_fetch: false };
     run(workspace, &options)

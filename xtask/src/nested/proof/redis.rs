@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,11 @@ use crate::nested::network::Net;
 const CLIENTS: usize = 3;
 /// How long clients may wait for an answer: longer than a takeover.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Load before the power cut, and after the takeover.
+/// Load before the power cut, and after the takeover: at least so long, and until each client has had so many answers.
 const LOAD: Duration = Duration::from_secs(8);
+const ENOUGH: u64 = 30;
+/// For those answers.
+const ANSWERS: Duration = Duration::from_secs(240);
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
@@ -28,9 +31,9 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
 
     let clocks = Clocks::watch(&stage)?;
     let mut clients = Clients::start(&stage)?;
-    thread::sleep(LOAD);
+    clients.load()?;
     stage.cut(1, &standby)?;
-    thread::sleep(LOAD);
+    clients.load()?;
     clients.check(&stage)?;
     drop(clients);
     clocks.check(&stage, 1)?;
@@ -42,6 +45,8 @@ struct Clients {
     benchmark: Child,
     stop: Arc<AtomicBool>,
     checkers: Vec<JoinHandle<io::Result<Checked>>>,
+    /// What each was told is written.
+    acknowledged: Vec<Arc<AtomicU64>>,
 }
 
 /// What a client saw.
@@ -56,12 +61,13 @@ impl Clients {
         let client = |source| ProofError::Client { what: "a client of Redis".into(), source };
         let address = SocketAddr::new(Net::guest(1).into(), 6379);
         let stop = Arc::new(AtomicBool::new(false));
-        let mut checkers = Vec::new();
+        let (mut checkers, mut acknowledged) = (Vec::new(), Vec::new());
         for number in 0..CLIENTS {
             let stream = stage.cluster.connect(address, PATIENCE).map_err(client)?;
             stream.set_read_timeout(Some(PATIENCE)).map_err(client)?;
-            let stop = Arc::clone(&stop);
-            checkers.push(thread::spawn(move || check(stream, number, &stop)));
+            let (stop, count) = (Arc::clone(&stop), Arc::new(AtomicU64::new(0)));
+            acknowledged.push(Arc::clone(&count));
+            checkers.push(thread::spawn(move || check(stream, number, &stop, &count)));
         }
         let mut benchmark = stage.cluster.guest_client("redis-benchmark");
         let host = Net::guest(1).to_string();
@@ -81,7 +87,23 @@ impl Clients {
             "-q",
         ]);
         let benchmark = benchmark.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        Ok(Clients { benchmark: benchmark.map_err(client)?, stop, checkers })
+        Ok(Clients { benchmark: benchmark.map_err(client)?, stop, checkers, acknowledged })
+    }
+
+    /// Lets them write for a while.
+    fn load(&self) -> Result<(), ProofError> {
+        let counts = || self.acknowledged.iter().map(|count| count.load(Ordering::Relaxed));
+        let (before, start): (Vec<u64>, _) = (counts().collect(), Instant::now());
+        let enough = || counts().zip(&before).all(|(now, before)| now >= before + ENOUGH);
+        while start.elapsed() < LOAD || !enough() {
+            // One that has failed says so at the end.
+            if self.checkers.iter().any(JoinHandle::is_finished) {
+                return Ok(());
+            }
+            ensure(start.elapsed() < ANSWERS, || "the clients of Redis get too few answers".into())?;
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
     }
 
     /// Ends the clients, each of which looks for all that it was told is written.
@@ -97,7 +119,7 @@ impl Clients {
                 longest_gap.as_secs_f64()
             ));
             ensure(lost.is_empty(), || format!("client {number}: acknowledged writes are lost: {lost:?}"))?;
-            ensure(acknowledged > 50, || format!("client {number}: too few writes to prove anything"))?;
+            ensure(acknowledged >= ENOUGH, || format!("client {number}: too few writes to prove anything"))?;
         }
         ensure(ended.is_none(), || "redis-benchmark has lost a connection".into())
     }
@@ -112,7 +134,12 @@ impl Drop for Clients {
 }
 
 /// Writes values one after the other until it is to stop, then reads them all, over the same connection.
-fn check(stream: TcpStream, number: usize, stop: &AtomicBool) -> io::Result<Checked> {
+fn check(
+    stream: TcpStream,
+    number: usize,
+    stop: &AtomicBool,
+    acknowledged: &AtomicU64,
+) -> io::Result<Checked> {
     let mut answers = BufReader::new(stream.try_clone()?);
     let mut stream = stream;
     let mut seen = Checked { acknowledged: 0, longest_gap: Duration::ZERO, lost: Vec::new() };
@@ -125,6 +152,7 @@ fn check(stream: TcpStream, number: usize, stop: &AtomicBool) -> io::Result<Chec
         }
         seen.longest_gap = seen.longest_gap.max(sent.elapsed());
         seen.acknowledged += 1;
+        acknowledged.store(seen.acknowledged, Ordering::Relaxed);
     }
     for written in 0..seen.acknowledged {
         if ask(&mut stream, &mut answers, &["GET", &key(number, written)])? != value(written) {
@@ -191,7 +219,7 @@ mod tests {
                 peer.write_all(answer.as_bytes()).unwrap();
             }
         });
-        let seen = check(stream, 0, &stop).unwrap();
+        let seen = check(stream, 0, &stop, &AtomicU64::new(0)).unwrap();
         server.join().unwrap();
         assert_eq!((seen.acknowledged, seen.lost), (5, vec![2]));
     }
