@@ -35,7 +35,7 @@ impl Standby {
             return self.exit(StandbyExit::Followed(reason), out);
         }
         if let (true, Some((checkpoint, _))) = (planted!(self.bug, TakeOverFromUnacknowledged), *next) {
-            committed.checkpoint = checkpoint;
+            (committed.checkpoint, committed.applying) = (checkpoint, false);
         }
         let Committed { checkpoint, applying, .. } = *committed;
         let (committed, claim) = (*committed, Claim::new(generation + 1, self.now, retry));
