@@ -145,7 +145,10 @@ fn errors_say_what_is_wrong_and_what_there_is() {
         let mut netlink = Netlink::open().unwrap();
         netlink.create_bridge("br0").unwrap();
         let missing = netlink.set_up("tap7").unwrap_err().to_string();
-        assert_eq!(missing, "no interface named tap7: cannot set tap7 up (interfaces here: lo, br0)");
+        assert_eq!(
+            missing,
+            "no interface named tap7: cannot set tap7 up (interfaces here: lo, br0); make it first, or name another one"
+        );
         let missing = netlink.attach("br0", "br7").unwrap_err().to_string();
         assert!(missing.starts_with("no interface named br7: cannot attach br0 to bridge br7"), "{missing}");
         assert!(matches!(netlink.create_bridge("br0"), Err(NetlinkError::Exists { .. })));
@@ -154,7 +157,10 @@ fn errors_say_what_is_wrong_and_what_there_is() {
         assert!(matches!(netlink.create_bridge("much-too-long-name"), Err(NetlinkError::BadName { .. })));
         assert!(matches!(netlink.delete("../etc"), Err(NetlinkError::BadName { .. })));
         let no_bridge = netlink.attach("br0", "lo").unwrap_err().to_string();
-        assert_eq!(no_bridge, "cannot attach br0 to bridge lo: lo is no bridge");
+        assert_eq!(
+            no_bridge,
+            "cannot attach br0 to bridge lo: lo is no bridge; make one (ip link add br0 type bridge) or name another one"
+        );
         // The kernel's own words come along: here about a bridge in a bridge.
         netlink.create_bridge("br1").unwrap();
         let refused = netlink.attach("br1", "br0").unwrap_err().to_string();
