@@ -132,23 +132,26 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
 }
 
 /// Makes sure that nobody else goes on with the VMs whose images these were: a standby that has lost its primary may only now
-/// reach the arbiter, and the same server would run twice. Wins the generation that such a standby would ask for. To be done
-/// last, because what is won stays won, and after [`check_generation`].
+/// reach the arbiter, and the same server would run twice. Wins the generation that such a standby would ask for: the one
+/// after the image's, not the one after the newest, which the standby may have won since it was looked for. To be done last,
+/// because what is won stays won.
 ///
 /// # Errors
 /// One line that names the remedy.
 pub(crate) fn end_earlier_vms(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Result<(), String> {
     let mut ended = Vec::new();
     for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
-        let Some(Sidecar { vm, .. }) = sidecar else { continue };
+        let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
         if ended.contains(&vm) {
             continue;
         }
         ended.push(vm);
         let (id, image) = (arbiter::VmId(vm.0), path.display());
         // An arbiter that does not know the VM lets no standby win either.
-        let Some(highest) = arbiter.highest(&id)? else { continue };
-        match arbiter.claim(&id, highest + 1, &arbiter::owner("primary, started anew")) {
+        if arbiter.highest(&id)?.is_none() {
+            continue;
+        }
+        match arbiter.claim(&id, generation + 1, &arbiter::owner("primary, started anew")) {
             Claim::Won => {}
             Claim::Lost { owner } => {
                 return Err(format!(
