@@ -1,8 +1,8 @@
 //! Builds the payload (a workspace of its own, for no operating system) and hands the image to the library.
 //!
-//! The inner build must not see how the outer one is built: flags such as `--cfg loom` or `-Cinstrument-coverage`, a
-//! compiler wrapper or a target directory would break it or deadlock with it. So their variables are removed, and the
-//! payload's own .cargo/config.toml says how it is built.
+//! The inner build must not see how the outer one is built: flags such as `--cfg loom` or
+//! `-Cinstrument-coverage`, a compiler wrapper or a target directory would break it or deadlock with it. So
+//! their variables are removed, and the payload's own .cargo/config.toml says how it is built.
 
 use std::env;
 use std::path::{Path, PathBuf};

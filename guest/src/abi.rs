@@ -1,13 +1,13 @@
 //! What the VMM and the payload guest agree on: addresses, ports and the boot information block.
 //!
 //! The payload includes this very file, so the two sides cannot drift apart. Everything here is plain `core`.
-//! All numbers are little endian in guest memory; all addresses are guest physical addresses (GPAs), which the
-//! identity page tables make virtual addresses too.
+//! All numbers are little endian in guest memory; all addresses are guest physical addresses (GPAs), which
+//! the identity page tables make virtual addresses too.
 //!
 //! # Start of a vCPU
 //!
-//! Every vCPU enters at `e_entry` of the payload ELF in 64-bit mode at CPL3 with IOPL 3, IF = 0, `CR4.OSFXSR` and
-//! `CR4.OSXMMEXCPT` on and no IDT, with these registers:
+//! Every vCPU enters at `e_entry` of the payload ELF in 64-bit mode at CPL3 with IOPL 3, IF = 0, `CR4.OSFXSR`
+//! and `CR4.OSXMMEXCPT` on and no IDT, with these registers:
 //!
 //! | register | value |
 //! |---|---|
@@ -41,7 +41,8 @@ pub const MAX_VCPUS: u32 = 8;
 /// Where the payload image is linked; nothing of it lies below.
 pub const IMAGE_ADDR: u64 = 0x20_0000;
 
-/// RAM below this address is `[0, min(memory, LOW_RAM_END))`; the rest of the memory starts at [`HIGH_RAM_ADDR`].
+/// RAM below this address is `[0, min(memory, LOW_RAM_END))`; the rest of the memory starts at
+/// [`HIGH_RAM_ADDR`].
 pub const LOW_RAM_END: u64 = 0xC000_0000;
 
 /// First byte of the RAM above the hole.
@@ -61,9 +62,9 @@ pub const NET_IRQ: u32 = 5;
 
 /// 32-bit OUT, "nothing to do": the value is a timeout in microseconds, [`IDLE_FOREVER`] for none.
 ///
-/// The OUT returns when the vCPU was woken (device event or [`PORT_WAKE`]), when the time is over, or for no reason.
-/// A wake that came since the previous IDLE of the same vCPU makes the next one return at once. Device wakes go to
-/// vCPU 0.
+/// The OUT returns when the vCPU was woken (device event or [`PORT_WAKE`]), when the time is over, or for no
+/// reason. A wake that came since the previous IDLE of the same vCPU makes the next one return at once.
+/// Device wakes go to vCPU 0.
 pub const PORT_IDLE: u16 = 0x500;
 
 /// Timeout value of [`PORT_IDLE`] that means "until woken".

@@ -1,7 +1,8 @@
-//! The payload guest: a small 64-bit program that runs inside the VM, serves the Redis protocol and needs no kernel.
+//! The payload guest: a small 64-bit program that runs inside the VM, serves the Redis protocol and needs no
+//! kernel.
 //!
-//! [`abi`] is the contract between the VMM and the payload, [`PAYLOAD`] the program itself. README.md in this folder
-//! describes its commands, its memory map and the load it can make.
+//! [`abi`] is the contract between the VMM and the payload, [`PAYLOAD`] the program itself. README.md in this
+//! folder describes its commands, its memory map and the load it can make.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Debian packages that tests use: clients of the VM, and what emulates hosts. They are not needed to build or run
-//! Outlive.
+//! Debian packages that tests use: clients of the VM, and what emulates hosts. They are not needed to build
+//! or run Outlive.
 
 use std::ffi::OsString;
 use std::fs;

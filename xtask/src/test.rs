@@ -16,8 +16,8 @@ pub(crate) struct TestOptions {
     /// Do not fetch missing Debian packages; tests that need them are skipped
     #[arg(long)]
     no_fetch: bool,
-    /// Of emulated hosts, try everything: dirty tracking and all proofs (an hour; see `cargo xtask nested`). Without this, two
-    /// proofs
+    /// Of emulated hosts, try everything: dirty tracking and all proofs (an hour; see `cargo xtask nested`).
+    /// Without this, two proofs
     #[arg(long)]
     nested: bool,
     /// Leave emulated hosts out (some 8 minutes less the first time, 4 later)

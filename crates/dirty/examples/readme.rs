@@ -59,7 +59,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         unsafe { memory.add(9 * 4096).write_volatile(7) };
         global.mark_range(9 * PAGE_SIZE, 1);
 
-        // The guest stands still. First its state, as reading it can make KVM write guest memory; then its pages.
+        // The guest stands still. First its state, as reading it can make KVM write guest memory; then its
+        // pages.
         let _state = vcpu.get_regs()?;
         let epoch = tracker.stopped().state_saved().harvest()?.rearm()?;
         println!("epoch {epoch_number}: {} pages", epoch.pages().len());

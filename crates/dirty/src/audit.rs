@@ -11,9 +11,9 @@ use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
 
 /// Remembers what is in guest memory, and tells which pages have changed without being reported.
 ///
-/// A VMM that writes guest memory and forgets to mark it ([`crate::GlobalLog::mark_range`]) loses that write in
-/// every checkpoint, and nothing fails until somebody resumes one. So let its tests keep an auditor beside the
-/// tracker and ask it once an epoch, while the vCPUs and the devices stand still:
+/// A VMM that writes guest memory and forgets to mark it ([`crate::GlobalLog::mark_range`]) loses that write
+/// in every checkpoint, and nothing fails until somebody resumes one. So let its tests keep an auditor beside
+/// the tracker and ask it once an epoch, while the vCPUs and the devices stand still:
 ///
 /// ```no_run
 /// # fn audited(tracker: &outlive_dirty::Tracker) -> Result<(), Box<dyn std::error::Error>> {
@@ -30,8 +30,8 @@ use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
 /// # }
 /// ```
 ///
-/// A page written with the bytes that it had is no change. The auditor needs no KVM. It reads all memory that has
-/// ever been touched, in about 0.1 s a GiB, and keeps 16 bytes a page.
+/// A page written with the bytes that it had is no change. The auditor needs no KVM. It reads all memory that
+/// has ever been touched, in about 0.1 s a GiB, and keeps 16 bytes a page.
 pub struct Auditor {
     slots: Vec<Audited>,
     pagemap: File,
@@ -40,15 +40,15 @@ pub struct Auditor {
 impl Auditor {
     /// Remembers what is in the slots now.
     ///
-    /// Pages of private anonymous memory that were never touched count as zero and are not touched either; all
-    /// other memory is read.
+    /// Pages of private anonymous memory that were never touched count as zero and are not touched either;
+    /// all other memory is read.
     ///
     /// # Errors
     /// `/proc/self/maps` or `/proc/self/pagemap` cannot be read.
     ///
     /// # Safety
-    /// As long as the auditor is used, every slot is readable memory of this process at its `host_addr`, for all
-    /// its pages, and nobody writes it during this call and during [`Auditor::check`].
+    /// As long as the auditor is used, every slot is readable memory of this process at its `host_addr`, for
+    /// all its pages, and nobody writes it during this call and during [`Auditor::check`].
     pub unsafe fn new(layout: &Layout) -> io::Result<Auditor> {
         let anonymous = anonymous_mappings()?;
         let audited = |slot: &Slot| Audited {
@@ -63,8 +63,8 @@ impl Auditor {
         Ok(auditor)
     }
 
-    /// The pages that have changed since the last call, or since [`Auditor::new`], and are not in `reported`; in
-    /// ascending order. The contents of now are those that the next call compares with.
+    /// The pages that have changed since the last call, or since [`Auditor::new`], and are not in `reported`;
+    /// in ascending order. The contents of now are those that the next call compares with.
     pub fn check(&mut self, reported: &[Gfn]) -> Vec<Gfn> {
         let mut reported = reported.to_vec();
         reported.sort_unstable();
@@ -87,8 +87,8 @@ impl Auditor {
                     0
                 } else {
                     let page = std::ptr::with_exposed_provenance::<[u64; WORDS]>(address as usize);
-                    // SAFETY: a whole page of a slot, readable and not written meanwhile by the contract of `new`;
-                    // its address is a multiple of the page size (`Layout::new`).
+                    // SAFETY: a whole page of a slot, readable and not written meanwhile by the contract of
+                    // `new`; its address is a multiple of the page size (`Layout::new`).
                     digest_of(unsafe { &*page })
                 };
                 if *digest != now {
@@ -113,7 +113,8 @@ struct Audited {
     sparse: bool,
 }
 
-// --- the digest of a page -----------------------------------------------------------------------------------------
+// --- the digest of a page
+// -----------------------------------------------------------------------------------------
 
 /// Words of 8 bytes in a page.
 const WORDS: usize = PAGE_SIZE as usize / 8;
@@ -135,10 +136,11 @@ const fn keys() -> [u64; WORDS] {
     keys
 }
 
-/// The sum of (word + key) × (next word + next key) over the pairs of words, modulo 2^128, less that of a page of zeros.
+/// The sum of (word + key) × (next word + next key) over the pairs of words, modulo 2^128, less that of a
+/// page of zeros.
 ///
-/// This is NH, the hash of UMAC (Black and others, CRYPTO 1999): two different contents, chosen without a look at the
-/// keys, have the same sum with a probability of at most 2^-64, however little they differ.
+/// This is NH, the hash of UMAC (Black and others, CRYPTO 1999): two different contents, chosen without a
+/// look at the keys, have the same sum with a probability of at most 2^-64, however little they differ.
 fn digest_of(page: &[u64; WORDS]) -> u128 {
     // Four sums, because each addition waits for the one before it.
     let mut sums = [0u128; 4];
@@ -163,10 +165,12 @@ const OF_ZEROS: u128 = {
     sum
 };
 
-// --- pages that were never touched ----------------------------------------------------------------------------------
+// --- pages that were never touched
+// ----------------------------------------------------------------------------------
 
-/// Host addresses, from and to, of the private anonymous mappings of this process. Only there does "not in the page
-/// table" mean "zero": pages of files are elsewhere, and those of shared memory may be in another mapping.
+/// Host addresses, from and to, of the private anonymous mappings of this process. Only there does "not in
+/// the page table" mean "zero": pages of files are elsewhere, and those of shared memory may be in another
+/// mapping.
 fn anonymous_mappings() -> io::Result<Vec<(u64, u64)>> {
     let mut mappings: Vec<(u64, u64)> = Vec::new();
     for (start, end) in fs::read_to_string("/proc/self/maps")?.lines().filter_map(anonymous_mapping) {
@@ -178,7 +182,8 @@ fn anonymous_mappings() -> io::Result<Vec<(u64, u64)>> {
     Ok(mappings)
 }
 
-/// The range of a line of /proc/self/maps (`start-end rwxp offset device inode name`) that is private and no file.
+/// The range of a line of /proc/self/maps (`start-end rwxp offset device inode name`) that is private and no
+/// file.
 fn anonymous_mapping(line: &str) -> Option<(u64, u64)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
@@ -203,7 +208,8 @@ struct Touched<'p> {
 
 /// Entries read at a time.
 const ENTRIES: usize = 4096;
-/// Bit 63: in memory; bit 62: swapped out, or a marker of userfaultfd (Documentation/admin-guide/mm/pagemap.rst).
+/// Bit 63: in memory; bit 62: swapped out, or a marker of userfaultfd
+/// (Documentation/admin-guide/mm/pagemap.rst).
 const KNOWN: u64 = 0b11 << 62;
 
 impl<'p> Touched<'p> {

@@ -28,8 +28,8 @@ pub enum Choice {
     Auto,
     /// The ring or an error.
     Ring,
-    /// The bitmap that is cleared page by page, or an error. Right for guests whose kernel code is emulated (kvm_pvm),
-    /// which can overrun a ring.
+    /// The bitmap that is cleared page by page, or an error. Right for guests whose kernel code is emulated
+    /// (kvm_pvm), which can overrun a ring.
     ClearLog,
     /// The bitmap, which every KVM has.
     Bitmap,
@@ -40,13 +40,13 @@ pub enum Choice {
 pub enum Kind {
     /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest is by dirty page.
     Ring,
-    /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest is by page of the VM, and
-    /// hot pages can be left out.
+    /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest is by page of
+    /// the VM, and hot pages can be left out.
     ClearLog,
     /// KVM_GET_DIRTY_LOG: the cost of a harvest is by page of the VM.
     Bitmap,
-    /// userfaultfd with asynchronous write-protection, Linux 6.7 and later: memory that this process writes itself,
-    /// without KVM ([`crate::Tracker::of_memory`]). The cost of a harvest is by page of the memory.
+    /// userfaultfd with asynchronous write-protection, Linux 6.7 and later: memory that this process writes
+    /// itself, without KVM ([`crate::Tracker::of_memory`]). The cost of a harvest is by page of the memory.
     Uffd,
 }
 
@@ -96,11 +96,11 @@ pub struct Backend {
 impl Backend {
     /// Chooses the back end and, for the ring, enables it in KVM. Call it once, **before the first vCPU**.
     ///
-    /// Each vCPU's ring gets 65536 / `vcpus` entries, rounded up to a power of two, at least 8192 and at most what
-    /// KVM allows (65536): large enough that the dirty trigger and not a full ring ends the epoch. The VM must
-    /// not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: with `KVM_DIRTY_LOG_INITIALLY_SET` a ring loses the first
-    /// writes to every page, and KVM does not say so. [`crate::Tracker::enable`] turns it off for a ring, and this
-    /// sets it without `INITIALLY_SET` for the clear-log.
+    /// Each vCPU's ring gets 65536 / `vcpus` entries, rounded up to a power of two, at least 8192 and at most
+    /// what KVM allows (65536): large enough that the dirty trigger and not a full ring ends the epoch. The
+    /// VM must not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: with `KVM_DIRTY_LOG_INITIALLY_SET` a ring loses
+    /// the first writes to every page, and KVM does not say so. [`crate::Tracker::enable`] turns it off for a
+    /// ring, and this sets it without `INITIALLY_SET` for the clear-log.
     pub fn probe(
         kvm: BorrowedFd<'_>,
         vm: BorrowedFd<'_>,
@@ -134,7 +134,8 @@ impl Backend {
     }
 
     fn bitmap(vm: BorrowedFd<'_>, reason: String) -> Backend {
-        // With manual protection KVM_GET_DIRTY_LOG would neither clear nor arm. Without the capability it fails.
+        // With manual protection KVM_GET_DIRTY_LOG would neither clear nor arm. Without the capability it
+        // fails.
         kvm::set_manual_protect(vm, 0).ok();
         Backend::of(Kind::Bitmap, reason, 0)
     }
@@ -172,9 +173,9 @@ impl Backend {
         &self.reason
     }
 
-    /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves out of
-    /// a re-arm what it is told to, and measures what a trap and a copy cost: what [`crate::Hot::Auto`] needs. A
-    /// kernel that fails gets no hot pages; the result is logged.
+    /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves
+    /// out of a re-arm what it is told to, and measures what a trap and a copy cost: what
+    /// [`crate::Hot::Auto`] needs. A kernel that fails gets no hot pages; the result is logged.
     #[must_use]
     pub fn with_self_test(mut self, kvm: BorrowedFd<'_>) -> Backend {
         let way = match self.kind {
@@ -204,8 +205,8 @@ impl Backend {
         Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
     }
 
-    /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU, of which at
-    /// least three quarters stay free.
+    /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU, of
+    /// which at least three quarters stay free.
     pub(crate) fn most_hot_pages(&self) -> usize {
         match self.kind {
             Kind::Ring => self.ring_entries as usize / 4,

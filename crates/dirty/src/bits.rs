@@ -33,8 +33,9 @@ impl Bits {
         self.words.get(index).is_some_and(|word| word.fetch_or(bit, Ordering::AcqRel) & bit == 0)
     }
 
-    /// Whether the bit is set, ordered against [`Bits::release`] of the same page: who finds it set has all his
-    /// earlier stores seen by whoever clears it. A plain load would not do: it could be overtaken by the stores.
+    /// Whether the bit is set, ordered against [`Bits::release`] of the same page: who finds it set has all
+    /// his earlier stores seen by whoever clears it. A plain load would not do: it could be overtaken by the
+    /// stores.
     pub(crate) fn is_claimed(&self, gfn: Gfn) -> bool {
         let (index, bit) = place(gfn);
         self.words.get(index).is_some_and(|word| word.fetch_or(0, Ordering::AcqRel) & bit != 0)
@@ -58,7 +59,8 @@ impl Bits {
         self.words.get(index).is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
     }
 
-    /// Clears the bits of the page and of up to 63 neighbours that share its word. For a caller who clears all.
+    /// Clears the bits of the page and of up to 63 neighbours that share its word. For a caller who clears
+    /// all.
     pub(crate) fn release_word(&self, gfn: Gfn) {
         if let Some(word) = self.words.get(place(gfn).0) {
             word.store(0, Ordering::Relaxed);

@@ -13,8 +13,8 @@ use crate::tracker::{Token, Tracker};
 /// The vCPUs are out of KVM_RUN and devices do not write memory.
 #[derive(Debug)]
 pub enum Stopped {}
-/// The state of vCPUs and devices has been read. Reading it can make KVM write guest memory, so it comes before
-/// the harvest.
+/// The state of vCPUs and devices has been read. Reading it can make KVM write guest memory, so it comes
+/// before the harvest.
 #[derive(Debug)]
 pub enum StateSaved {}
 /// The dirty pages are known.
@@ -102,13 +102,13 @@ impl<'t> Epoch<'t, Stopped> {
 }
 
 impl<'t> Epoch<'t, StateSaved> {
-    /// Takes every dirty page of the epoch: what vCPU threads have not taken of their rings, KVM's bitmap, the
-    /// global list; each page once, in one contiguous list.
+    /// Takes every dirty page of the epoch: what vCPU threads have not taken of their rings, KVM's bitmap,
+    /// the global list; each page once, in one contiguous list.
     ///
     /// # Errors
     /// The epoch is dropped then; begin again with [`Tracker::stopped`], the guest need not run in between.
-    /// After [`HarvestError::Overrun`] and [`HarvestError::Failed`] tracking is over. After any other the pages
-    /// taken so far come with the next harvest.
+    /// After [`HarvestError::Overrun`] and [`HarvestError::Failed`] tracking is over. After any other the
+    /// pages taken so far come with the next harvest.
     pub fn harvest(self) -> Result<Epoch<'t, Harvested>, HarvestError> {
         self.tracker().harvest()?;
         Ok(self.becomes())
@@ -137,25 +137,26 @@ impl<'t> Epoch<'t, Rearmed> {
     ///
     /// First [those that were written](Epoch::written), then [those that may have been](Epoch::hot).
     pub fn pages(&self) -> &[Gfn] {
-        // SAFETY: only a harvest, `run`, enable and disable store to the list. All of them need this epoch or its
-        // token, which the borrow of `self` keeps here.
+        // SAFETY: only a harvest, `run`, enable and disable store to the list. All of them need this epoch or
+        // its token, which the borrow of `self` keeps here.
         unsafe { self.tracker().flat().slice() }
     }
 
-    /// The pages that a vCPU, a device or the kernel wrote in the epoch. (The first read of a page that KVM has not
-    /// mapped yet counts as a write, and so does all that was hot in an epoch that was dropped after the re-arm.)
+    /// The pages that a vCPU, a device or the kernel wrote in the epoch. (The first read of a page that KVM
+    /// has not mapped yet counts as a write, and so does all that was hot in an epoch that was dropped after
+    /// the re-arm.)
     pub fn written(&self) -> &[Gfn] {
         &self.pages()[..self.tracker().written()]
     }
 
-    /// The pages that may have been written, because they are written so often that they are not armed: copy and
-    /// compare. They are in [`Epoch::pages`], after the others.
+    /// The pages that may have been written, because they are written so often that they are not armed: copy
+    /// and compare. They are in [`Epoch::pages`], after the others.
     pub fn hot(&self) -> &[Gfn] {
         &self.pages()[self.tracker().written()..]
     }
 
-    /// Says that the page at this place of [`Epoch::pages`] was compared with its last copy and is as it was. A hot
-    /// page that stays so for some epochs is armed again. Of other pages it says nothing.
+    /// Says that the page at this place of [`Epoch::pages`] was compared with its last copy and is as it was.
+    /// A hot page that stays so for some epochs is armed again. Of other pages it says nothing.
     pub fn unchanged(&self, index: usize) {
         self.tracker().unchanged(index);
     }
@@ -200,8 +201,8 @@ impl Deref for Part<'_> {
     type Target = [Gfn];
 
     fn deref(&self) -> &[Gfn] {
-        // SAFETY: while a part is counted as a reader, the epoch cannot get past `close`, and before that nobody
-        // stores to the list.
+        // SAFETY: while a part is counted as a reader, the epoch cannot get past `close`, and before that
+        // nobody stores to the list.
         let pages = unsafe { self.tracker.flat().slice() };
         &pages[self.range.clone()]
     }

@@ -16,8 +16,8 @@ const ONE_READER: usize = 4;
 
 /// Moved from one state to the next by the one thread that holds the epoch; asked by all.
 ///
-/// State and number of readers are one word, so that every change of the one is ordered against every change of
-/// the other.
+/// State and number of readers are one word, so that every change of the one is ordered against every change
+/// of the other.
 pub(crate) struct Gate(AtomicUsize);
 
 impl Gate {
@@ -31,7 +31,8 @@ impl Gate {
     }
 
     fn set(&self, state: usize) {
-        // Only the holder of the epoch changes the state, so the difference holds whatever readers do meanwhile.
+        // Only the holder of the epoch changes the state, so the difference holds whatever readers do
+        // meanwhile.
         self.0.fetch_add(state.wrapping_sub(self.state()), Ordering::AcqRel);
     }
 
@@ -39,8 +40,8 @@ impl Gate {
         self.state() == OFF
     }
 
-    /// Whether a vCPU thread may harvest. Asked after it owns its list: a thread that closes the gate then finds
-    /// the list owned, or has owned it before and is seen here.
+    /// Whether a vCPU thread may harvest. Asked after it owns its list: a thread that closes the gate then
+    /// finds the list owned, or has owned it before and is seen here.
     pub(crate) fn is_open(&self) -> bool {
         self.state() == OPEN
     }

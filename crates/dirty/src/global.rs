@@ -8,19 +8,20 @@ use crate::layout::{Gfn, Layout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
 
-/// Pages that were written outside any vCPU: by device models, by `io_uring` and other kernel writes, and what
-/// did not fit in the list of a vCPU.
+/// Pages that were written outside any vCPU: by device models, by `io_uring` and other kernel writes, and
+/// what did not fit in the list of a vCPU.
 ///
-/// Marking is lock-free, from any thread, and records only while a [`crate::Tracker`] is enabled; otherwise it
-/// is one load. **Mark after the write**, not before it: then a mark that has returned is in the next harvest
-/// together with the bytes it stands for, even if the harvest runs on another thread at the same time.
+/// Marking is lock-free, from any thread, and records only while a [`crate::Tracker`] is enabled; otherwise
+/// it is one load. **Mark after the write**, not before it: then a mark that has returned is in the next
+/// harvest together with the bytes it stands for, even if the harvest runs on another thread at the same
+/// time.
 ///
 /// # How it works
 ///
-/// A bitmap holds the truth, one bit a page; the list holds hints where bits are set, so that a harvest need not
-/// search. A harvest believes a hint only if its bit is still set. Every set bit has a hint, or the list was full
-/// (`overflow`), or its marker is still at work (`in_flight`); in the two latter cases the harvest searches the
-/// whole bitmap. So the list may lose and repeat hints at its limits, but never a page.
+/// A bitmap holds the truth, one bit a page; the list holds hints where bits are set, so that a harvest need
+/// not search. A harvest believes a hint only if its bit is still set. Every set bit has a hint, or the list
+/// was full (`overflow`), or its marker is still at work (`in_flight`); in the two latter cases the harvest
+/// searches the whole bitmap. So the list may lose and repeat hints at its limits, but never a page.
 pub struct GlobalLog {
     enabled: AtomicBool,
     bits: Bits,
@@ -69,8 +70,8 @@ impl GlobalLog {
         }
     }
 
-    /// Records that `len` bytes from guest physical address `gpa` have been written: the one function for writes
-    /// through raw pointers and by the kernel (`io_uring`, `readv`), after they are complete.
+    /// Records that `len` bytes from guest physical address `gpa` have been written: the one function for
+    /// writes through raw pointers and by the kernel (`io_uring`, `readv`), after they are complete.
     pub fn mark_range(&self, gpa: u64, len: u64) {
         if len == 0 || !self.enabled.load(Ordering::Acquire) {
             return;
@@ -124,7 +125,8 @@ impl GlobalLog {
         if self.bits.is_claimed(gfn) {
             return;
         }
-        // Said before the bit is set: who then finds the bit set and returns leaves the harvest a hint, this one.
+        // Said before the bit is set: who then finds the bit set and returns leaves the harvest a hint, this
+        // one.
         self.in_flight.fetch_add(1, Ordering::AcqRel);
         if self.bits.claim(gfn) {
             let place = self.tail.fetch_add(1, Ordering::AcqRel);
@@ -147,13 +149,13 @@ impl GlobalLog {
             match hint.swap(0, Ordering::AcqRel).checked_sub(1).map(Gfn) {
                 Some(gfn) if self.bits.release(gfn) => sink(gfn),
                 Some(_) => (),
-                // Its marker has set the bit and not come round to the hint, which would come where no harvest
-                // looks any more.
+                // Its marker has set the bit and not come round to the hint, which would come where no
+                // harvest looks any more.
                 None => search = true,
             }
         }
-        // Asked again: a marker that came meanwhile may have put its hint over one not read yet. Either it is seen
-        // in flight here, or its word of the overflow below.
+        // Asked again: a marker that came meanwhile may have put its hint over one not read yet. Either it is
+        // seen in flight here, or its word of the overflow below.
         search |= self.in_flight.load(Ordering::Acquire) != 0;
         search |= self.overflow.swap(false, Ordering::AcqRel) || handed_out > self.capacity;
         if search {

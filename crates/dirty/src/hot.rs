@@ -1,7 +1,8 @@
-//! Pages that are written in nearly every epoch, and are left writable because the trap costs more than the copy.
+//! Pages that are written in nearly every epoch, and are left writable because the trap costs more than the
+//! copy.
 //!
-//! Every page is either armed or in this set, so no write is missed: a page of the set is reported in every epoch, as
-//! one that may have changed.
+//! Every page is either armed or in this set, so no write is missed: a page of the set is reported in every
+//! epoch, as one that may have changed.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,22 +13,22 @@ use crate::words::Words;
 /// When a page becomes hot, and when it is looked at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HotRule {
-    /// The epochs within which all these traps must come. A page that is written less often than once in so many epochs
-    /// is not worth copying in each: it is the cost of a trap divided by that of a copy, less a margin. 0 makes no page
-    /// hot.
+    /// The epochs within which all these traps must come. A page that is written less often than once in so
+    /// many epochs is not worth copying in each: it is the cost of a trap divided by that of a copy, less a
+    /// margin. 0 makes no page hot.
     pub max_gap: u32,
     /// So many traps within `max_gap` epochs make a page hot. At least 1.
     pub traps: u32,
-    /// Epochs after which a hot page is re-armed to see whether it is still written. Doubled (up to 32 times) each
-    /// time it was. At least 1.
+    /// Epochs after which a hot page is re-armed to see whether it is still written. Doubled (up to 32 times)
+    /// each time it was. At least 1.
     pub probe_after: u32,
     /// Hot pages at most. Each holds back an entry of a ring.
     pub max_pages: usize,
 }
 
 impl HotRule {
-    /// The rule for a cost of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them, and an
-    /// epoch of at most so many dirty pages.
+    /// The rule for a cost of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them, and
+    /// an epoch of at most so many dirty pages.
     pub fn for_costs(fault_ns: u32, copy_ns: u32, max_dirty_pages: usize) -> HotRule {
         // Half of what would pay: a hot page also costs the way to the standby.
         let max_gap = (fault_ns / copy_ns.max(1) / 2).min(1000);
@@ -41,7 +42,8 @@ pub enum Hot {
     /// Every page is re-armed in every epoch.
     #[default]
     Off,
-    /// By the costs and the proof of [`crate::Backend::with_self_test`]; off where that was not passed or not run.
+    /// By the costs and the proof of [`crate::Backend::with_self_test`]; off where that was not passed or not
+    /// run.
     Auto,
     /// By this rule. It is on the caller that the kernel leaves out what it is told to leave out.
     Rule(HotRule),
@@ -56,8 +58,8 @@ const MAX_LEVEL: u64 = 5;
 /// Places in which the history of a page can be.
 const WAYS: usize = 2;
 
-/// What is known of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count began (16),
-/// traps since (4), level (4).
+/// What is known of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count
+/// began (16), traps since (4), level (4).
 #[derive(Clone, Copy)]
 struct Past {
     gfn: u64,
@@ -80,8 +82,8 @@ impl Past {
     }
 }
 
-/// The hot pages and the memory of pages that may become so. All is changed by the one thread that holds the epoch,
-/// but [`HotSet::unchanged`] by any.
+/// The hot pages and the memory of pages that may become so. All is changed by the one thread that holds the
+/// epoch, but [`HotSet::unchanged`] by any.
 pub(crate) struct HotSet {
     rule: HotRule,
     pages: Words,
@@ -203,8 +205,8 @@ impl HotSet {
         idle.store(epoch << 32 | u64::from(streak), Ordering::Relaxed);
     }
 
-    /// Takes pages out of the set that are due for a probe or have been idle for long: some of it is looked at in
-    /// each epoch. They are to be armed.
+    /// Takes pages out of the set that are due for a probe or have been idle for long: some of it is looked
+    /// at in each epoch. They are to be armed.
     pub(crate) fn cool(&self, mut sink: impl FnMut(Gfn)) {
         let epoch = self.epoch.load(Ordering::Relaxed);
         for _ in 0..self.len().div_ceil(LOOK_AT) {
@@ -220,8 +222,8 @@ impl HotSet {
             if is_idle || due >> 8 <= epoch {
                 let gfn = Gfn(self.pages[index].load(Ordering::Relaxed));
                 self.remove(index, len - 1);
-                // A probe: the next trap makes the page hot again at once and, if it comes soon, for longer. A page
-                // that was idle is as any other.
+                // A probe: the next trap makes the page hot again at once and, if it comes soon, for longer.
+                // A page that was idle is as any other.
                 let (traps, level) = if is_idle {
                     (0, 0)
                 } else {

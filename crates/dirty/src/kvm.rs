@@ -34,19 +34,19 @@ pub(crate) trait Kernel: Send + Sync {
     /// Turns the dirty log of a slot on or off. On write-protects every page of the slot.
     fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()>;
 
-    /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection also clears it and
-    /// write-protects its pages.
+    /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection also clears it
+    /// and write-protects its pages.
     fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()>;
 
-    /// Clears the bits of the slot's dirty bitmap that are set in these words of `mask`, and write-protects their
-    /// pages. Needs manual protection.
+    /// Clears the bits of the slot's dirty bitmap that are set in these words of `mask`, and write-protects
+    /// their pages. Needs manual protection.
     fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()>;
 
     /// Turns manual protection off, whoever has turned it on, and with it KVM_DIRTY_LOG_INITIALLY_SET.
     fn refuse_manual_protect(&self);
 
-    /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. vCPUs are
-    /// stopped.
+    /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. vCPUs
+    /// are stopped.
     fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()>;
 
     /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
@@ -80,8 +80,8 @@ impl Kernel for Vm {
             memory_size: slot.pages * PAGE_SIZE,
             userspace_addr: slot.host_addr,
         };
-        // SAFETY: the structure of the request, read only. A change of flags alone maps no other memory into the
-        // guest: address and size are those that the caller vouched for as the slot's.
+        // SAFETY: the structure of the request, read only. A change of flags alone maps no other memory into
+        // the guest: address and size are those that the caller vouched for as the slot's.
         checked(unsafe { ioctl_with_ref(&self.vm, KVM_SET_USER_MEMORY_REGION(), &region) }).map(drop)
     }
 
@@ -145,7 +145,8 @@ pub(crate) fn enable_cap(vm: BorrowedFd<'_>, capability: u32, argument: u64) -> 
     checked(unsafe { ioctl_with_ref(&vm.as_fd(), KVM_ENABLE_CAP(), &request) }).map(drop)
 }
 
-/// Sets how KVM_GET_DIRTY_LOG works: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE or, with 0, as it did before Linux 5.2.
+/// Sets how KVM_GET_DIRTY_LOG works: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE or, with 0, as it did before Linux
+/// 5.2.
 pub(crate) fn set_manual_protect(vm: BorrowedFd<'_>, flags: u64) -> io::Result<()> {
     enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
 }
@@ -157,10 +158,10 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io
 
 /// While it lives, no signal is delivered to this thread.
 ///
-/// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to 64
-/// pages it had gathered is then freed without being write-protected: its next writes are lost. So each re-arm blocks
-/// all signals. A thread that ends epochs and holds one of these for as long as it does so saves that: two system calls,
-/// 0.7 to 1 µs an epoch. It must not change its signal mask meanwhile.
+/// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to
+/// 64 pages it had gathered is then freed without being write-protected: its next writes are lost. So each
+/// re-arm blocks all signals. A thread that ends epochs and holds one of these for as long as it does so
+/// saves that: two system calls, 0.7 to 1 µs an epoch. It must not change its signal mask meanwhile.
 #[derive(Debug)]
 pub struct SignalsBlocked {
     before: Option<libc::sigset_t>,
@@ -185,8 +186,8 @@ impl SignalsBlocked {
 fn block_all() -> libc::sigset_t {
     let mut all = MaybeUninit::uninit();
     let mut before = MaybeUninit::uninit();
-    // SAFETY: sigfillset initialises `all`; pthread_sigmask with a valid `how` cannot fail and stores the old mask in
-    // `before`.
+    // SAFETY: sigfillset initialises `all`; pthread_sigmask with a valid `how` cannot fail and stores the old
+    // mask in `before`.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());

@@ -6,7 +6,8 @@ use crate::layout::Gfn;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use crate::words::Words;
 
-/// Pages that one vCPU dirtied, in the order of its first writes. Written by one thread at a time, without locks.
+/// Pages that one vCPU dirtied, in the order of its first writes. Written by one thread at a time, without
+/// locks.
 pub(crate) struct Lane {
     pages: Words,
     capacity: usize,

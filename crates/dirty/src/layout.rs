@@ -32,9 +32,10 @@ impl fmt::Display for Gfn {
 
 /// A KVM memory slot of address space 0, as given to `KVM_SET_USER_MEMORY_REGION`.
 ///
-/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::slot_removed`] says
-/// otherwise. Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no other flag, so a
-/// read-only slot (which no guest write reaches) or one backed by guest_memfd must be left out of the layout.
+/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::slot_removed`]
+/// says otherwise. Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no
+/// other flag, so a read-only slot (which no guest write reaches) or one backed by guest_memfd must be left
+/// out of the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// The slot number given to KVM.
@@ -170,7 +171,8 @@ impl Layout {
         Gfn(self.gfn_space() - 1)
     }
 
-    /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`] wants.
+    /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`]
+    /// wants.
     pub fn gfn_space(&self) -> u64 {
         self.slots.last().map_or(0, Slot::end)
     }

@@ -1,9 +1,9 @@
 //! Dense lists of the guest pages that changed, epoch by epoch, over the KVM of a stock Linux kernel.
 //!
 //! A VMM that checkpoints, replicates or migrates a virtual machine needs to know *which pages changed since
-//! the last time it asked*. The usual answer is a bitmap over all of memory, fetched, cleared and searched for
-//! every epoch: a cost that grows with the VM. This crate answers with one contiguous, de-duplicated slice of
-//! guest frame numbers, at a cost that grows with the number of dirty pages only.
+//! the last time it asked*. The usual answer is a bitmap over all of memory, fetched, cleared and searched
+//! for every epoch: a cost that grows with the VM. This crate answers with one contiguous, de-duplicated
+//! slice of guest frame numbers, at a cost that grows with the number of dirty pages only.
 //!
 //! # The life of a tracker
 //!
@@ -23,7 +23,8 @@
 //!
 //! # Verbs
 //!
-//! The design goes back to a memory tracking interface proposed for KVM in 2016 by Lei Cao. Its verbs are here:
+//! The design goes back to a memory tracking interface proposed for KVM in 2016 by Lei Cao. Its verbs are
+//! here:
 //!
 //! | 2016 | here |
 //! |---|---|
@@ -39,11 +40,12 @@
 //!
 //! # Hot pages
 //!
-//! The trap at the first write of a page is what tracking costs the guest: some microseconds, against a tenth of one
-//! to harvest and re-arm it and a third to copy it. So pages that are written in nearly every epoch are not re-armed
-//! ([`Config::hot`]): they stay writable, are reported in every epoch as ones that may have changed ([`Epoch::hot`]),
-//! and are armed again now and then to see whether they are still written. Every page is either armed or reported, so
-//! no write goes unseen. [`Backend::with_self_test`] proves that the kernel plays along and measures what it is worth.
+//! The trap at the first write of a page is what tracking costs the guest: some microseconds, against a tenth
+//! of one to harvest and re-arm it and a third to copy it. So pages that are written in nearly every epoch
+//! are not re-armed ([`Config::hot`]): they stay writable, are reported in every epoch as ones that may have
+//! changed ([`Epoch::hot`]), and are armed again now and then to see whether they are still written. Every
+//! page is either armed or reported, so no write goes unseen. [`Backend::with_self_test`] proves that the
+//! kernel plays along and measures what it is worth.
 //!
 //! # Limits and what happens at them
 //!
@@ -62,8 +64,9 @@
 //! # What KVM does not see
 //!
 //! Writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device are in no KVM log. Give
-//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that goes
-//! through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to mark.
+//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that
+//! goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to
+//! mark.
 //!
 //! Memory that no KVM guest writes, but this process does, is tracked by [`Tracker::of_memory`].
 

@@ -8,11 +8,12 @@ use crate::global::GlobalLog;
 use crate::layout::{Gfn, PAGE_SIZE};
 
 /// The bitmap type of a guest memory region whose writes go to a [`GlobalLog`]: with
-/// `GuestMemoryMmap<RegionLog>`, every `write_obj`, `write_slice`, `read_volatile_from` and so on marks the pages
-/// it wrote. What goes through `get_host_address` or a raw pointer does not; see [`GlobalLog::mark_range`].
+/// `GuestMemoryMmap<RegionLog>`, every `write_obj`, `write_slice`, `read_volatile_from` and so on marks the
+/// pages it wrote. What goes through `get_host_address` or a raw pointer does not; see
+/// [`GlobalLog::mark_range`].
 ///
-/// Build the region with `MmapRegionBuilder::new_with_bitmap(size, RegionLog::new(log, base_gfn))`, which wants
-/// `with_mmap_prot` and `with_mmap_flags` too, and join the regions by `GuestMemoryMmap::from_regions`.
+/// Build the region with `MmapRegionBuilder::new_with_bitmap(size, RegionLog::new(log, base_gfn))`, which
+/// wants `with_mmap_prot` and `with_mmap_flags` too, and join the regions by `GuestMemoryMmap::from_regions`.
 #[derive(Clone, Debug, Default)]
 pub struct RegionLog {
     log: Option<Arc<GlobalLog>>,
@@ -44,8 +45,8 @@ impl Bitmap for RegionLog {
     }
 }
 
-/// What `vm-memory` asks of a bitmap that it creates itself (`GuestMemoryMmap::from_ranges`): such a region has
-/// no log, so **its writes are not recorded**. Only for memory that no tracker watches.
+/// What `vm-memory` asks of a bitmap that it creates itself (`GuestMemoryMmap::from_ranges`): such a region
+/// has no log, so **its writes are not recorded**. Only for memory that no tracker watches.
 impl NewBitmap for RegionLog {
     fn with_len(_len: usize) -> RegionLog {
         RegionLog::default()

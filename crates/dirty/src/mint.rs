@@ -1,8 +1,9 @@
 //! Ring entries without a write of the guest.
 //!
-//! Holding entries back makes a ring smaller, to any size; but entries come only as the guest writes. KVM also logs
-//! what it writes itself while a vCPU is loaded: the wall clock of MSR_KVM_WALL_CLOCK_NEW, three writes of one page
-//! for each KVM_SET_MSRS of it (arch/x86/kvm/x86.c, kvm_write_wall_clock), whether the page is armed or not.
+//! Holding entries back makes a ring smaller, to any size; but entries come only as the guest writes. KVM
+//! also logs what it writes itself while a vCPU is loaded: the wall clock of MSR_KVM_WALL_CLOCK_NEW, three
+//! writes of one page for each KVM_SET_MSRS of it (arch/x86/kvm/x86.c, kvm_write_wall_clock), whether the
+//! page is armed or not.
 // UNSAFETY: ioctls with untyped arguments, and a few bytes of guest memory put back as they were.
 #![allow(unsafe_code)]
 
@@ -83,11 +84,11 @@ impl Saved {
     }
 }
 
-/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout that is there and of
-/// the one that the register names. The VM is stopped.
+/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout that is
+/// there and of the one that the register names. The VM is stopped.
 ///
-/// The guest finds its memory and the register as they were. To let KVM know the register's old value again it must be
-/// set, which writes the clock there once more; those bytes are put back, too.
+/// The guest finds its memory and the register as they were. To let KVM know the register's old value again
+/// it must be set, which writes the clock there once more; those bytes are put back, too.
 pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &Layout) -> io::Result<()> {
     let before = Msrs::get(vcpu)?;
     let place = layout.first_page().ok_or(io::ErrorKind::NotFound)?.gpa() + OFFSET;

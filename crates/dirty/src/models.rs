@@ -155,8 +155,8 @@ fn a_list_has_one_writer_at_a_time() {
     });
 }
 
-/// `harvest_vcpu` against the thread that ends the epoch: what a vCPU adds is in the epoch or stays in the ring,
-/// and nothing gets into its list after that was taken.
+/// `harvest_vcpu` against the thread that ends the epoch: what a vCPU adds is in the epoch or stays in the
+/// ring, and nothing gets into its list after that was taken.
 #[test]
 fn a_closed_epoch_takes_nothing_more() {
     loom::model(|| {
@@ -228,8 +228,9 @@ impl Page {
         })
     }
 
-    /// KVM logs first and lets the vCPU try again then, so the store may come after somebody has read the entry. It
-    /// never comes after the page was armed again: that flushes translations, and the store traps once more.
+    /// KVM logs first and lets the vCPU try again then, so the store may come after somebody has read the
+    /// entry. It never comes after the page was armed again: that flushes translations, and the store traps
+    /// once more.
     fn vcpu_writes(&self, value: u64) {
         loop {
             let mut kvm = self.kvm.lock().unwrap();

@@ -1,7 +1,7 @@
 //! Arrays of atomic words that cost address space when reserved and memory only where they are used.
-// UNSAFETY: the array is an anonymous mapping, made, viewed and unmapped here. It is a mapping and not a `Vec`
-// because a limit of "every page of the VM" must cost nothing until it is needed, and because memory must be
-// allocated and freed by `enable` and `disable` while other threads hold references to the tracker.
+// UNSAFETY: the array is an anonymous mapping, made, viewed and unmapped here. It is a mapping and not a
+// `Vec` because a limit of "every page of the VM" must cost nothing until it is needed, and because memory
+// must be allocated and freed by `enable` and `disable` while other threads hold references to the tracker.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -51,7 +51,8 @@ impl Words {
 
     /// Gives the memory back; every word reads as zero again.
     pub(crate) fn clear_all(&self) {
-        // SAFETY: exactly our private anonymous mapping; a reader sees the old or a zero word, as with stores.
+        // SAFETY: exactly our private anonymous mapping; a reader sees the old or a zero word, as with
+        // stores.
         let failed =
             unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, libc::MADV_DONTNEED) } != 0;
         if failed {

@@ -1,4 +1,5 @@
-//! The example program as its user meets it. Cargo builds examples before it runs tests, if it runs all tests.
+//! The example program as its user meets it. Cargo builds examples before it runs tests, if it runs all
+//! tests.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;

@@ -12,7 +12,8 @@ fn the_readme_shows_its_example_as_it_is() {
     assert!(shown.contains(&format!("```rust\n{program}```\n")), "copy examples/readme.rs to README.md");
 }
 
-/// Each trap of the kernel is guarded by tests, which docs/dirty-tracking.md names in the last column of its table.
+/// Each trap of the kernel is guarded by tests, which docs/dirty-tracking.md names in the last column of its
+/// table.
 #[test]
 fn the_tests_that_guard_against_traps_exist() {
     let crate_ = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,7 +1,7 @@
 //! An epoch whose steps are in the wrong order does not compile, for the reason that is meant.
 //!
-//! The messages beside the sources are those of the compiler that the workspace is written for. To write them anew:
-//! `TRYBUILD=overwrite cargo test -p outlive-dirty --test wrong_order`.
+//! The messages beside the sources are those of the compiler that the workspace is written for. To write them
+//! anew: `TRYBUILD=overwrite cargo test -p outlive-dirty --test wrong_order`.
 
 use std::process::Command;
 

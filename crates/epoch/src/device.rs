@@ -1,4 +1,5 @@
-//! The devices of a VM, as the primary introduces them: the standby must have the same ones in the same slots.
+//! The devices of a VM, as the primary introduces them: the standby must have the same ones in the same
+//! slots.
 
 use crate::error::WireError;
 use crate::fields::Fields;

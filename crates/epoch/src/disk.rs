@@ -1,7 +1,7 @@
 //! Disks on the wire: records of writes, and the sums, wishes and blocks of the base synchronisation.
 //!
-//! A *record* is one write. The same bytes stand in a `DiskWrites` section, in a `DiskBlocks` section, in the standby's
-//! memory and in its journal, so a record is checked once and never written down again:
+//! A *record* is one write. The same bytes stand in a `DiskWrites` section, in a `DiskBlocks` section, in the
+//! standby's memory and in its journal, so a record is checked once and never written down again:
 //!
 //! | bytes | field |
 //! |---|---|
@@ -101,8 +101,8 @@ pub fn put_write(out: &mut Vec<u8>, disk: u16, offset: u64, data: &[u8]) {
     }
 }
 
-/// Records one after another, checked: every one is whole and makes sense by itself. Whether its disk exists and is large
-/// enough is for the receiver to say.
+/// Records one after another, checked: every one is whole and makes sense by itself. Whether its disk exists
+/// and is large enough is for the receiver to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskRecords<'a> {
     bytes: &'a [u8],
@@ -171,11 +171,12 @@ pub(crate) fn parse_tagged(kind: Kind, payload: &[u8]) -> Result<(u64, DiskRecor
     Ok((tag, DiskRecords::parse(kind, fields.rest())?))
 }
 
-/// Sums of the chunks of a part of a disk, the *window*. An empty window asks the standby to make durable what it has
-/// written of this disk.
+/// Sums of the chunks of a part of a disk, the *window*. An empty window asks the standby to make durable
+/// what it has written of this disk.
 ///
-/// `u16` disk, `u16` 1 if all chunks are zero else 0, `u32` count, `u64` first chunk, `count` sums of 32 bytes unless all
-/// are zero. A sum of 32 zero bytes stands for a chunk of zeroes; any other is the BLAKE3 hash of the chunk.
+/// `u16` disk, `u16` 1 if all chunks are zero else 0, `u32` count, `u64` first chunk, `count` sums of 32
+/// bytes unless all are zero. A sum of 32 zero bytes stands for a chunk of zeroes; any other is the BLAKE3
+/// hash of the chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSums<'a> {
     /// The disk.
@@ -213,8 +214,8 @@ impl<'a> DiskSums<'a> {
 
 /// Which chunks of a window the standby wants, the answer to every [`DiskSums`], in their order.
 ///
-/// `u16` disk, `u16` chunks wanted, `u32` chunks of the window, `u64` first chunk of the window, and for each wanted chunk
-/// a `u16`, its position in the window, ascending.
+/// `u16` disk, `u16` chunks wanted, `u32` chunks of the window, `u64` first chunk of the window, and for each
+/// wanted chunk a `u16`, its position in the window, ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskWant {
     /// The disk.

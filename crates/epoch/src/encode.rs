@@ -1,5 +1,5 @@
-//! Writes sections. The page bytes themselves are never copied: the encoder appends what comes in front of them to the
-//! caller's buffer, and the sender hands both to one `writev`.
+//! Writes sections. The page bytes themselves are never copied: the encoder appends what comes in front of
+//! them to the caller's buffer, and the sender hands both to one `writev`.
 
 use crate::device::{DeviceInfo, MAX_DEVICES, MAX_SERIAL};
 use crate::disk::{
@@ -64,11 +64,13 @@ struct Open {
     chain: crc32fast::Hasher,
 }
 
-/// The sending half of a connection: numbers the sections and keeps the totals and the chain of the open checkpoint.
+/// The sending half of a connection: numbers the sections and keeps the totals and the chain of the open
+/// checkpoint.
 ///
-/// The bytes must reach the link in the order of the calls, so one thread owns encoder and socket. Each call appends to
-/// `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section) none allocates. Calls whose names
-/// end in `_head` append everything but the data, which the caller must send right behind.
+/// The bytes must reach the link in the order of the calls, so one thread owns encoder and socket. Each call
+/// appends to `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section) none
+/// allocates. Calls whose names end in `_head` append everything but the data, which the caller must send
+/// right behind.
 #[derive(Default)]
 pub struct Encoder {
     sequence: u64,
@@ -160,10 +162,12 @@ impl Encoder {
         });
     }
 
-    /// Appends the head of a `BasePages` section; `data` (the bytes of the raw entries, in order) must follow it.
+    /// Appends the head of a `BasePages` section; `data` (the bytes of the raw entries, in order) must follow
+    /// it.
     ///
     /// # Errors
-    /// [`EncodeError::TooManyPages`], [`EncodeError::DataLength`], [`EncodeError::Order`] inside a checkpoint.
+    /// [`EncodeError::TooManyPages`], [`EncodeError::DataLength`], [`EncodeError::Order`] inside a
+    /// checkpoint.
     pub fn base_pages_head(
         &mut self,
         out: &mut Vec<u8>,
@@ -205,8 +209,8 @@ impl Encoder {
         Ok(())
     }
 
-    /// Appends the head of a `Pages` section of the open checkpoint; `data` (the bytes of the raw entries, in order) must
-    /// follow it. For pages that are all raw: `gfns.iter().map(|gfn| PageEntry::raw(*gfn))`.
+    /// Appends the head of a `Pages` section of the open checkpoint; `data` (the bytes of the raw entries, in
+    /// order) must follow it. For pages that are all raw: `gfns.iter().map(|gfn| PageEntry::raw(*gfn))`.
     ///
     /// # Errors
     /// [`EncodeError::TooManyPages`], [`EncodeError::DataLength`], [`EncodeError::Order`].
@@ -329,8 +333,8 @@ impl Encoder {
     /// Appends [`CheckpointEnd`]. `stamp_us` is the primary's clock now.
     ///
     /// # Errors
-    /// [`EncodeError::Order`]; [`EncodeError::Totals`] if the beginning said something else (the checkpoint then stays
-    /// open, and no standby will ever take it for whole).
+    /// [`EncodeError::Order`]; [`EncodeError::Totals`] if the beginning said something else (the checkpoint
+    /// then stays open, and no standby will ever take it for whole).
     pub fn checkpoint_end(&mut self, out: &mut Vec<u8>, stamp_us: u64) -> Result<(), EncodeError> {
         let open =
             self.open.take().ok_or(EncodeError::Order("the end of a checkpoint that was not begun"))?;

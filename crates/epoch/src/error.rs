@@ -4,7 +4,8 @@ use std::io;
 
 use crate::section::{Kind, Peer};
 
-/// A byte from the other side that this release does not accept. The connection is of no further use after it.
+/// A byte from the other side that this release does not accept. The connection is of no further use after
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// The first bytes are not those of this protocol (a port scanner, a browser, another program).
@@ -112,8 +113,8 @@ pub enum WireError {
 /// Why no section could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The stream failed. After `WouldBlock` and `TimedOut` the same call may be repeated: nothing that had already
-    /// arrived is lost.
+    /// The stream failed. After `WouldBlock` and `TimedOut` the same call may be repeated: nothing that had
+    /// already arrived is lost.
     #[error("reading from the link failed: {0}")]
     Io(#[from] io::Error),
     /// The peer closed the connection between two sections.

@@ -3,7 +3,8 @@
 /// Most ranges of a layout.
 pub const MAX_RANGES: usize = 8;
 
-/// GFNs have 52 bits at most (x86-64 physical addresses have 52, less 12 of the page; the rest is room for the codec).
+/// GFNs have 52 bits at most (x86-64 physical addresses have 52, less 12 of the page; the rest is room for
+/// the codec).
 const MAX_GFN: u64 = 1 << 52;
 
 /// A run of guest frames.
@@ -73,7 +74,8 @@ impl Layout {
         self.ranges.iter().map(|range| range.pages).sum()
     }
 
-    /// The position of a frame among all RAM frames, counted from 0 without the holes; `None` if it is not RAM.
+    /// The position of a frame among all RAM frames, counted from 0 without the holes; `None` if it is not
+    /// RAM.
     pub fn index(&self, gfn: u64) -> Option<u64> {
         let mut before = 0;
         for range in &self.ranges {

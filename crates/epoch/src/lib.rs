@@ -1,14 +1,14 @@
 //! What one checkpoint consists of, and how it crosses the link.
 //!
-//! A *checkpoint* is the set of pages that an epoch dirtied, the state of vCPUs, VM and devices, and the number that
-//! orders it. This crate gives it a wire format, checks everything that comes from the wire, and collects one whole
-//! checkpoint ([`Staging`]) before anybody may look at it. It knows nothing of KVM: pages are bytes with a guest
-//! frame number, state sections are bytes with a kind and a version.
+//! A *checkpoint* is the set of pages that an epoch dirtied, the state of vCPUs, VM and devices, and the
+//! number that orders it. This crate gives it a wire format, checks everything that comes from the wire, and
+//! collects one whole checkpoint ([`Staging`]) before anybody may look at it. It knows nothing of KVM: pages
+//! are bytes with a guest frame number, state sections are bytes with a kind and a version.
 //!
 //! # The stream
 //!
-//! Each side of a connection first sends one [`Preface`] and then *sections*. A section is a header of fixed size
-//! ([`SectionHeader`]) and a payload. All numbers are little-endian.
+//! Each side of a connection first sends one [`Preface`] and then *sections*. A section is a header of fixed
+//! size ([`SectionHeader`]) and a payload. All numbers are little-endian.
 //!
 //! ```mermaid
 //! sequenceDiagram
@@ -46,25 +46,28 @@
 //!
 //! # What is checked, and in which order
 //!
-//! 1. The header's marker and its own checksum. Only then is any field of it believed, the length first of all.
-//! 2. Kind, version and length: the length against the limit of its kind ([`Kind::limit`]). No buffer is ever sized by
-//!    a number from the wire; [`SectionReader`] allocates once, when it is made.
-//! 3. The direction (a standby never sends pages) and the sequence number (a section that is lost, doubled or comes in
-//!    the wrong order is noticed even if it is whole).
+//! 1. The header's marker and its own checksum. Only then is any field of it believed, the length first of
+//!    all.
+//! 2. Kind, version and length: the length against the limit of its kind ([`Kind::limit`]). No buffer is ever
+//!    sized by a number from the wire; [`SectionReader`] allocates once, when it is made.
+//! 3. The direction (a standby never sends pages) and the sequence number (a section that is lost, doubled or
+//!    comes in the wrong order is noticed even if it is whole).
 //! 4. The payload's checksum, then its fields.
-//! 5. For checkpoints, in [`Staging`]: generation, number, limits chosen at start, GFNs inside the layout and none twice,
-//!    disk writes inside their disks, totals, and the *chain*: a checksum over the headers of every section of the checkpoint. A header contains its
-//!    payload's checksum, so the chain covers every byte without reading one twice.
+//! 5. For checkpoints, in [`Staging`]: generation, number, limits chosen at start, GFNs inside the layout and
+//!    none twice, disk writes inside their disks, totals, and the *chain*: a checksum over the headers of
+//!    every section of the checkpoint. A header contains its payload's checksum, so the chain covers every
+//!    byte without reading one twice.
 //!
-//! Anything wrong gives a precise error and leaves the committed state of the receiver untouched (invariants 2 and 7 of
-//! ARCHITECTURE.md). The checksums guard against accidents and errors of ours, not against an attacker on the link;
-//! that is the task of the link's encryption.
+//! Anything wrong gives a precise error and leaves the committed state of the receiver untouched (invariants
+//! 2 and 7 of ARCHITECTURE.md). The checksums guard against accidents and errors of ours, not against an
+//! attacker on the link; that is the task of the link's encryption.
 //!
 //! # Stamps
 //!
-//! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each checkpoint; the
-//! standby returns the newest one it has heard with every acknowledgement and heartbeat. The primary so knows how old
-//! the standby's knowledge of it is, measured by one clock alone. `outlive-pair` says what follows from it.
+//! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each
+//! checkpoint; the standby returns the newest one it has heard with every acknowledgement and heartbeat. The
+//! primary so knows how old the standby's knowledge of it is, measured by one clock alone. `outlive-pair`
+//! says what follows from it.
 //!
 //! # Versions
 //!

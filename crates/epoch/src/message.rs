@@ -1,4 +1,5 @@
-//! The messages, their payloads and their checks. Every parse function takes plain bytes and can be given anything.
+//! The messages, their payloads and their checks. Every parse function takes plain bytes and can be given
+//! anything.
 
 use std::fmt;
 
@@ -322,7 +323,8 @@ impl CheckpointFlags {
     }
 }
 
-/// A checkpoint begins. The totals are known: the whole checkpoint was captured before the first byte is sent.
+/// A checkpoint begins. The totals are known: the whole checkpoint was captured before the first byte is
+/// sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckpointBegin {
     /// The generation in which the VM runs.
@@ -392,8 +394,8 @@ pub struct CheckpointEnd {
     pub state_bytes: u32,
     /// Bytes of disk records that were sent.
     pub disk_bytes: u32,
-    /// CRC-32 over the headers (each without its own checksum) of all sections of the checkpoint before this one,
-    /// heartbeats left out.
+    /// CRC-32 over the headers (each without its own checksum) of all sections of the checkpoint before this
+    /// one, heartbeats left out.
     pub chain: u32,
 }
 
@@ -472,7 +474,8 @@ pub enum Message<'a> {
     },
     /// See [`Ack`].
     Ack(Ack),
-    /// The sender lives. From the primary the stamp is its clock; from the standby it is the newest stamp heard.
+    /// The sender lives. From the primary the stamp is its clock; from the standby it is the newest stamp
+    /// heard.
     Heartbeat {
         /// Microseconds of the primary's clock.
         stamp_us: u64,

@@ -94,8 +94,8 @@ impl PageData<'_> {
 
 /// The checked payload of a `Pages` or `BasePages` section.
 ///
-/// `u64` checkpoint number (`Pages`) or round (`BasePages`), `u32` count, `u32` bytes of data, `count` entries of `u64`,
-/// the data of the entries in their order.
+/// `u64` checkpoint number (`Pages`) or round (`BasePages`), `u32` count, `u32` bytes of data, `count`
+/// entries of `u64`, the data of the entries in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pages<'a> {
     /// The checkpoint's number, or the round of the base synchronisation.
@@ -185,8 +185,9 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         && tail.iter().all(|byte| *byte == 0)
 }
 
-/// Prepares pages that were copied out of guest memory for sending: appends one entry per GFN to `entries` and moves the
-/// pages that are not all zero together at the start of `pages`. Returns the bytes of data that remain.
+/// Prepares pages that were copied out of guest memory for sending: appends one entry per GFN to `entries`
+/// and moves the pages that are not all zero together at the start of `pages`. Returns the bytes of data that
+/// remain.
 ///
 /// `pages` has 4096 bytes per GFN, in the same order. Nothing is allocated if `entries` has the capacity.
 ///

@@ -6,14 +6,16 @@ use crate::error::{ReadError, WireError};
 use crate::section::{HEADER_LEN, MAX_PAYLOAD, Peer, Section, SectionHeader};
 use crate::version::{PREFACE_LEN, Preface, ProtocolVersion};
 
-/// How far one read may run ahead of the section that is being collected: many small sections then cost one system call.
+/// How far one read may run ahead of the section that is being collected: many small sections then cost one
+/// system call.
 const READ_AHEAD: usize = 256 * 1024;
 const BUFFER: usize = HEADER_LEN + MAX_PAYLOAD + READ_AHEAD;
 
 /// The receiving half of a connection.
 ///
 /// It works on blocking sockets, on sockets with a timeout and on non-blocking ones: after an error for which
-/// [`ReadError::is_retry`] holds, the same call goes on where it stopped. After any other error the reader is spent.
+/// [`ReadError::is_retry`] holds, the same call goes on where it stopped. After any other error the reader is
+/// spent.
 #[derive(Debug)]
 pub struct SectionReader {
     buffer: Box<[u8]>,
@@ -38,8 +40,8 @@ impl SectionReader {
         }
     }
 
-    /// Bytes received on this connection so far. It grows while a long section arrives, so it tells a slow link from a
-    /// dead one.
+    /// Bytes received on this connection so far. It grows while a long section arrives, so it tells a slow
+    /// link from a dead one.
     pub fn bytes_received(&self) -> u64 {
         self.received
     }
@@ -85,7 +87,8 @@ impl SectionReader {
         Ok(Section::new(header, &self.buffer[payload])?)
     }
 
-    /// Makes at least `wanted` bytes available at `start`. `wanted` has been checked against the limits, so it fits.
+    /// Makes at least `wanted` bytes available at `start`. `wanted` has been checked against the limits, so
+    /// it fits.
     fn fill(&mut self, stream: &mut impl Read, wanted: usize) -> Result<(), ReadError> {
         if self.start == self.end {
             self.start = 0;

@@ -185,8 +185,8 @@ impl SectionHeader {
         bytes
     }
 
-    /// What the chain of a checkpoint covers: the header without its own checksum. With it the chain would cover nothing,
-    /// since a CRC over any bytes followed by their CRC is the same for all bytes.
+    /// What the chain of a checkpoint covers: the header without its own checksum. With it the chain would
+    /// cover nothing, since a CRC over any bytes followed by their CRC is the same for all bytes.
     pub(crate) fn chained(self) -> [u8; HEADER_LEN - 4] {
         let mut bytes = [0; HEADER_LEN - 4];
         bytes.copy_from_slice(&self.encode()[..HEADER_LEN - 4]);

@@ -6,8 +6,8 @@ use crate::message::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, S
 use crate::pages::{PAGE_SIZE, PageData, PageEntry, Pages, with_data};
 use crate::section::{Kind, Section};
 
-/// Limits of a staging buffer, chosen when protection starts. Memory is reserved for all of it at once (address space;
-/// the kernel supplies the pages when they are first used).
+/// Limits of a staging buffer, chosen when protection starts. Memory is reserved for all of it at once
+/// (address space; the kernel supplies the pages when they are first used).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StagingLimits {
     /// Most pages of one checkpoint.
@@ -187,9 +187,11 @@ enum Phase {
     Broken,
 }
 
-/// Collects the sections of one checkpoint and gives access to it only when it is whole and every check has passed.
+/// Collects the sections of one checkpoint and gives access to it only when it is whole and every check has
+/// passed.
 ///
-/// Nothing is allocated after [`new`](Self::new). A standby that receives checkpoint N+1 while it applies N uses two.
+/// Nothing is allocated after [`new`](Self::new). A standby that receives checkpoint N+1 while it applies N
+/// uses two.
 pub struct Staging {
     limits: StagingLimits,
     layout: Layout,
@@ -245,8 +247,8 @@ impl Staging {
         })
     }
 
-    /// Says how large the VM's disks are, in their order; 0 for one that is not replicated. Without this every disk write
-    /// is refused.
+    /// Says how large the VM's disks are, in their order; 0 for one that is not replicated. Without this
+    /// every disk write is refused.
     pub fn with_disks(mut self, sizes: Vec<u64>) -> Self {
         self.disks = sizes;
         self
@@ -268,8 +270,9 @@ impl Staging {
         self.phase = Phase::Idle;
     }
 
-    /// Takes one section of the checkpoint; `message` is what it was parsed to. Returns whether the checkpoint is whole.
-    /// `CheckpointBegin`, `Pages`, `State`, `DiskWrites` and `CheckpointEnd` belong here, anything else is refused.
+    /// Takes one section of the checkpoint; `message` is what it was parsed to. Returns whether the
+    /// checkpoint is whole. `CheckpointBegin`, `Pages`, `State`, `DiskWrites` and `CheckpointEnd` belong
+    /// here, anything else is refused.
     ///
     /// # Errors
     /// See [`StagingError`]. The checkpoint is then lost; what was committed before is not touched.
@@ -488,7 +491,8 @@ impl<'a> Checkpoint<'a> {
         })
     }
 
-    /// The disk writes in the order in which the guest's requests were completed. Every one lies within its disk.
+    /// The disk writes in the order in which the guest's requests were completed. Every one lies within its
+    /// disk.
     pub fn disk_writes(&self) -> DiskRecords<'a> {
         // Checked section by section; whole records joined are whole records.
         DiskRecords::trusted(&self.staging.writes)

@@ -11,19 +11,21 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 ///
 /// The policy:
 ///
-/// * Frozen for ever, in every version: the preface, the section header, the numbers of the section kinds, and the
-///   payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why they do not fit.
-/// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever changes one
-///   payload raises the version of that kind in [`Kind::version`](crate::Kind::version) and keeps the parser of the
-///   old one while the last release that wrote it is supported.
-/// * A standby accepts the versions in this enum; a primary writes [`CURRENT`](Self::CURRENT). To upgrade a pair, upgrade
-///   the standby first (it understands the older primary), take over, upgrade the other host.
+/// * Frozen for ever, in every version: the preface, the section header, the numbers of the section kinds,
+///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
+///   they do not fit.
+/// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
+///   changes one payload raises the version of that kind in [`Kind::version`](crate::Kind::version) and keeps
+///   the parser of the old one while the last release that wrote it is supported.
+/// * A standby accepts the versions in this enum; a primary writes [`CURRENT`](Self::CURRENT). To upgrade a
+///   pair, upgrade the standby first (it understands the older primary), take over, upgrade the other host.
 /// * Unknown is refused, never skipped: a skipped section could be a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum ProtocolVersion {
-    /// 2: devices in the introduction, disk writes in checkpoints, base synchronisation of disks. Version 1 (base pages,
-    /// checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly end) was in no release.
+    /// 2: devices in the introduction, disk writes in checkpoints, base synchronisation of disks. Version 1
+    /// (base pages, checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly
+    /// end) was in no release.
     V2 = 2,
 }
 

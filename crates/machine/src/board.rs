@@ -1,8 +1,8 @@
 //! The board: a row of slots, each with a register window, an interrupt and a device.
 //!
-//! Slot `i` answers at `NET_MMIO_ADDR + i * NET_MMIO_SIZE` and interrupts on line `FIRST_LINE + i`, an edge that an
-//! irqfd carries. Guests find them through the DSDT, the payload guest knows the first one. The devices of a machine
-//! and their order belong to its state: a standby's board has the same.
+//! Slot `i` answers at `NET_MMIO_ADDR + i * NET_MMIO_SIZE` and interrupts on line `FIRST_LINE + i`, an edge
+//! that an irqfd carries. Guests find them through the DSDT, the payload guest knows the first one. The
+//! devices of a machine and their order belong to its state: a standby's board has the same.
 
 use std::sync::Arc;
 

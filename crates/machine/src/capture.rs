@@ -140,8 +140,9 @@ impl Machine {
     /// Takes a checkpoint: state and dirty pages since the last one, into `staging`.
     ///
     /// The order inside the pause, and why (DESIGN §5, facts/dirty-tracking.md §0.7):
-    /// 1. vCPUs stop with their I/O completed, save their state, then harvest their rings: state
-    ///    first, because vCPU ioctls can dirty guest pages.
+    /// 1. vCPUs stop with their I/O completed; when all have, so that none sends another an interrupt
+    ///    any more, they save their state, then harvest their rings: state first, because vCPU ioctls
+    ///    can dirty guest pages.
     /// 2. The gate closes, so that devices are between two requests.
     /// 3. VM and device state, after the vCPUs, whose last exits may have raised interrupts.
     /// 4. The rest of the dirty pages, after every possible writer is still; then rearm.

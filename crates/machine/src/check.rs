@@ -1,6 +1,7 @@
-//! The self-check: hashes of all that a checkpoint stands for, so that a standby can prove that its copy is the same
-//! (invariant 4). Memory is hashed while the VM stands still, so this is for tests and for doubts. Disks are hashed before,
-//! by whoever asks for the check: they rest from then on until the checkpoint is taken.
+//! The self-check: hashes of all that a checkpoint stands for, so that a standby can prove that its copy is
+//! the same (invariant 4). Memory is hashed while the VM stands still, so this is for tests and for doubts.
+//! Disks are hashed before, by whoever asks for the check: they rest from then on until the checkpoint is
+//! taken.
 
 use crate::machine::Machine;
 use crate::memory::Ram;
@@ -76,10 +77,10 @@ impl Hashes {
 }
 
 impl Machine {
-    /// The next checkpoint carries a hash of all memory and these hashes of disks, for the standby to compare with its own.
-    /// The VM stands still while memory is hashed. The disks must rest ([`drain`](crate::BlockDevice::drain)) from before
-    /// they were hashed until the checkpoint is taken; then the write logs up to this checkpoint hold all that is in them,
-    /// and nothing that is not.
+    /// The next checkpoint carries a hash of all memory and these hashes of disks, for the standby to compare
+    /// with its own. The VM stands still while memory is hashed. The disks must rest
+    /// ([`drain`](crate::BlockDevice::drain)) from before they were hashed until the checkpoint is taken;
+    /// then the write logs up to this checkpoint hold all that is in them, and nothing that is not.
     pub fn check_next(&mut self, disks: Vec<DiskHash>) {
         self.check_due = Some(disks);
     }

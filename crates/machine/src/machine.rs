@@ -36,8 +36,8 @@ pub struct Options {
     pub vcpus: u8,
     /// Guest memory in bytes, a multiple of 1 MiB.
     pub memory: u64,
-    /// Bytes behind it that keep what a Linux guest boots from ([`LinuxBoot::firmware_bytes`](crate::LinuxBoot));
-    /// 0 for the payload guest.
+    /// Bytes behind it that keep what a Linux guest boots from
+    /// ([`LinuxBoot::firmware_bytes`](crate::LinuxBoot)); 0 for the payload guest.
     pub firmware_bytes: u64,
     /// The network card, if any.
     pub net: Option<NetConfig>,
@@ -166,8 +166,8 @@ impl Machine {
         let vcpu_fds: Vec<_> = fds.iter().map(fd_of).collect();
         let layout = Layout::new(ram.slots())?;
         let log = ram.log().clone();
-        // SAFETY: the slots were made from `ram.slots()`, of memory that `Ram` keeps mapped; the VM and the tracker go
-        // before it.
+        // SAFETY: the slots were made from `ram.slots()`, of memory that `Ram` keeps mapped; the VM and the
+        // tracker go before it.
         let tracker = unsafe { Tracker::new(layout, config, backend, log, fd_of(&*vm), &vcpu_fds) }?;
         let tracker = Arc::new(tracker);
         drop(vcpu_fds);
@@ -292,8 +292,8 @@ impl Machine {
         &self.write_log
     }
 
-    /// The VM begins to run on this host: devices work from now on, their queues are looked at, and with `announce` the
-    /// network is told where the guest went. [`resume`](Self::resume) follows.
+    /// The VM begins to run on this host: devices work from now on, their queues are looked at, and with
+    /// `announce` the network is told where the guest went. [`resume`](Self::resume) follows.
     pub fn go_live(&self, announce: bool) {
         self.devices.iter().for_each(|device| device.go_live(announce));
         self.serial.iter().for_each(SerialPort::go_live);

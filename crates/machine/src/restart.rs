@@ -1,9 +1,10 @@
 //! The start of a Linux guest, and its restart.
 //!
-//! A restart takes everything back to the moment before the first start: vCPUs and chips to the state that KVM gave them
-//! when the machine was made, devices to power-on, and the kernel out of the VM's own memory
-//! ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or from another host, so a VM restarts on a standby
-//! that has taken it over as it did at home. Time alone goes on: its counters belong to the host.
+//! A restart takes everything back to the moment before the first start: vCPUs and chips to the state that
+//! KVM gave them when the machine was made, devices to power-on, and the kernel out of the VM's own memory
+//! ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or from another host, so a VM restarts
+//! on a standby that has taken it over as it did at home. Time alone goes on: its counters belong to the
+//! host.
 
 use std::sync::Arc;
 
@@ -68,8 +69,8 @@ pub enum ResetError {
 }
 
 impl Machine {
-    /// Puts a kernel into the VM and the first vCPU at its entry. [`resume`](Self::resume) starts it. The machine must
-    /// have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have run.
+    /// Puts a kernel into the VM and the first vCPU at its entry. [`resume`](Self::resume) starts it. The
+    /// machine must have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have run.
     ///
     /// # Errors
     /// [`StartLinuxError`] when the kernel, or what comes with it, does not fit the machine.
@@ -86,8 +87,8 @@ impl Machine {
         self.ram.firmware().is_some()
     }
 
-    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. It runs at once if it ran
-    /// before. Everything that is written is logged, so protection goes on.
+    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. It runs at
+    /// once if it ran before. Everything that is written is logged, so protection goes on.
     ///
     /// # Errors
     /// [`ResetError`]; the guest stands still then.

@@ -65,6 +65,7 @@ impl Machine {
     /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock: the guest's
     /// time stamp counter and kvmclock go on by it, so that its time never goes back and its wall clock
     /// stays right; no two hosts' clocks are compared. The order, and why:
+    /// 0. KVM forgets the time that it knows, so that it takes the one that is written.
     /// 1. vCPUs (each on its own thread, all at once): the LAPICs must exist before the I/O APIC
     ///    delivers to them.
     /// 2. One TSC offset for all: they were restored some microseconds apart.

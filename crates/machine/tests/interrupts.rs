@@ -27,14 +27,14 @@ const COPIES: u64 = 0x40_1040;
 /// vCPU 0 is ready; vCPU 31 may send.
 const READY: u64 = 0x40_2000;
 const GO: u64 = 0x40_2008;
-/// Checkpoints in the middle of the sending, and the time for them. Without the meeting of all vCPUs most lose an
-/// interrupt: the last of them runs on for as long as it takes to kick all others.
+/// Checkpoints in the middle of the sending, and the time for them. Without the meeting of all vCPUs most
+/// lose an interrupt: the last of them runs on for as long as it takes to kick all others.
 const ENOUGH: u32 = 12;
 const TIME: Duration = Duration::from_secs(40);
 const SOON: Duration = Duration::from_secs(5);
 
-// rsi: number of the vCPU. vCPU 31 sends vectors 0x20 to 0xff and says each time what it has sent; vCPU 0 has interrupts
-// off, so that what came stays in its local APIC; the others idle until woken.
+// rsi: number of the vCPU. vCPU 31 sends vectors 0x20 to 0xff and says each time what it has sent; vCPU 0 has
+// interrupts off, so that what came stays in its local APIC; the others idle until woken.
 std::arch::global_asm!(
     ".globl interrupts_guest, interrupts_guest_end",
     "interrupts_guest:",
@@ -150,8 +150,8 @@ impl Copy {
         copy
     }
 
-    /// What was sent as of this checkpoint, and what of it did not come in a machine that goes on from it. `None` if the
-    /// sending had not begun or was over.
+    /// What was sent as of this checkpoint, and what of it did not come in a machine that goes on from it.
+    /// `None` if the sending had not begun or was over.
     fn follow(
         &mut self,
         staging: &Staging,

@@ -1,5 +1,5 @@
-//! A guest that is booted as Linux is, on real KVM: a few instructions in the place of a kernel, which end the machine in
-//! every way that kernels know.
+//! A guest that is booted as Linux is, on real KVM: a few instructions in the place of a kernel, which end
+//! the machine in every way that kernels know.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -25,7 +25,8 @@ fn out_at(start: u8, port: u32, value: u8) -> Vec<u8> {
     vec![0x83, 0xf9, start, 0x75, 0x08, 0xba, a, b, c, d, 0xb0, value, 0xee]
 }
 
-/// The code: counts its start, looks whether the parameters are where rsi points, and ends by the way of this start.
+/// The code: counts its start, looks whether the parameters are where rsi points, and ends by the way of this
+/// start.
 fn code() -> Vec<u8> {
     let mut code = vec![
         0x48, 0xc7, 0xc3, 0x00, 0x00, 0x05, 0x00, // mov rbx, COUNTER
@@ -140,7 +141,8 @@ impl InPause for Nothing {
     }
 }
 
-/// The access to the port is over when the checkpoint is taken, and who was told dies before it has done anything.
+/// The access to the port is over when the checkpoint is taken, and who was told dies before it has done
+/// anything.
 #[test]
 fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
     let Some((mut machine, events)) = booted(1, 64 << 20, boot().firmware_bytes()) else { return };

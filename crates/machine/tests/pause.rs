@@ -53,7 +53,8 @@ impl InPause for Nothing {
     }
 }
 
-/// The only test of its process, because every thread counts: so the vCPU threads' saving, harvesting and copying is included.
+/// The only test of its process, because every thread counts: so the vCPU threads' saving, harvesting and
+/// copying is included.
 #[test]
 fn a_pause_allocates_nothing() {
     COUNTS.store(true, Ordering::Relaxed);

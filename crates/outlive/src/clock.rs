@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Time since this process began to take part. It goes on while the process is stopped and while the host sleeps
-/// (CLOCK_BOOTTIME), which is what makes a primary notice that it was away.
+/// Time since this process began to take part. It goes on while the process is stopped and while the host
+/// sleeps (CLOCK_BOOTTIME), which is what makes a primary notice that it was away.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock(Duration);
 

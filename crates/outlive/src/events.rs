@@ -1,8 +1,9 @@
 //! The event stream: what a running `outlive` says about itself, one JSON object a line.
 //!
-//! `outlive run --events FILE` and `outlive standby --events FILE` write it, `outlive demo`, tests and monitors
-//! read it. Every line carries `"event"`, the sender's `pid` and `t_us`, the time on `CLOCK_MONOTONIC` in
-//! microseconds: lines of several processes of one host can therefore be put in one order.
+//! `outlive run --events FILE` and `outlive standby --events FILE` write it, `outlive demo`, tests and
+//! monitors read it. Every line carries `"event"`, the sender's `pid` and `t_us`, the time on
+//! `CLOCK_MONOTONIC` in microseconds: lines of several processes of one host can therefore be put in one
+//! order.
 //!
 //! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
 

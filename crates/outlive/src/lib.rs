@@ -1,6 +1,7 @@
 //! The program: links, arbiters, the coordinator of a primary, the standby, the demo and the machine check.
 //!
-//! `crates/machine` runs a VM, `crates/epoch` knows the wire, `crates/pair` decides; this crate carries the decisions out.
+//! `crates/machine` runs a VM, `crates/epoch` knows the wire, `crates/pair` decides; this crate carries the
+//! decisions out.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,5 @@
-//! What a long-running command needs of its process: signals, the death of its starter, names and random bytes.
+//! What a long-running command needs of its process: signals, the death of its starter, names and random
+//! bytes.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,8 +10,8 @@ use signal_hook::iterator::Signals;
 /// Why a process stops whose starter is gone: at once, whatever the guest would like to do first.
 pub(crate) const ORPHANED: &str = "standard input was closed";
 
-/// Calls `stop` once for each SIGINT or SIGTERM, and, when `with_stdin`, when standard input is closed. Runs on threads
-/// of its own, which live as long as the process.
+/// Calls `stop` once for each SIGINT or SIGTERM, and, when `with_stdin`, when standard input is closed. Runs
+/// on threads of its own, which live as long as the process.
 ///
 /// # Errors
 /// The operating system's, when handlers or threads are refused.
@@ -52,7 +53,8 @@ pub(crate) fn host_name() -> String {
     if name.is_empty() { "unknown".into() } else { name }
 }
 
-/// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: state of one vendor does not load on another.
+/// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: state of one vendor does not load on
+/// another.
 pub(crate) fn vendor() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let vendor = cpu

@@ -230,8 +230,8 @@ fn an_unreachable_directory_is_said_to_be_and_works_when_it_is_back() {
     assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
 }
 
-/// Those that knew the old directory cannot tell the new one from a mount point without its mount, so they wait.
-/// It is a good directory for VMs that are started from now on.
+/// Those that knew the old directory cannot tell the new one from a mount point without its mount, so they
+/// wait. It is a good directory for VMs that are started from now on.
 #[test]
 fn a_directory_made_anew_in_its_place_is_no_arbiter_for_those_that_knew_the_old_one() {
     let parent = directory();
@@ -306,8 +306,8 @@ fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
     assert_eq!(loser(standby.claim(&VM, 2, "standby")), "primary");
 }
 
-/// A claimant can be stopped just before it writes its claim, and the directory be emptied meanwhile. It then finds
-/// its own claim there, all alone.
+/// A claimant can be stopped just before it writes its claim, and the directory be emptied meanwhile. It then
+/// finds its own claim there, all alone.
 #[test]
 fn a_claim_written_into_an_emptied_directory_is_not_won() {
     let directory = directory();

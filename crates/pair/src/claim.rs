@@ -8,8 +8,9 @@ use crate::planted::{Planted, planted};
 /// An arbiter that gives no answer at all for this long is reported as out of reach.
 const SLOW_ANSWER: Duration = Duration::from_secs(1);
 
-/// A claim under way: asked, answered with "unreachable", asked again, until it is won or lost. Only one question is open
-/// at a time, and there is no time-out: whoever stops waiting without an answer breaks invariant 3.
+/// A claim under way: asked, answered with "unreachable", asked again, until it is won or lost. Only one
+/// question is open at a time, and there is no time-out: whoever stops waiting without an answer breaks
+/// invariant 3.
 #[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) generation: u64,

@@ -1,18 +1,22 @@
-//! Every decision of two hosts that keep one VM alive, as two pure state machines: [`Primary`] and [`Standby`].
+//! Every decision of two hosts that keep one VM alive, as two pure state machines: [`Primary`] and
+//! [`Standby`].
 //!
-//! The machines do no I/O, have no clock and start no thread. They are fed with events and the time, and answer with
-//! actions, which the program carries out. So a seeded simulator (in this crate's tests) can drive thousands of
-//! schedules of delay, partition, freeze and crash through the very code that runs in production.
+//! The machines do no I/O, have no clock and start no thread. They are fed with events and the time, and
+//! answer with actions, which the program carries out. So a seeded simulator (in this crate's tests) can
+//! drive thousands of schedules of delay, partition, freeze and crash through the very code that runs in
+//! production.
 //!
 //! # How to drive them
 //!
 //! * `now` is the time since any fixed start, from a clock that does not stop while the process is stopped
 //!   (`CLOCK_BOOTTIME`). Read it *after* the event happened: after the read from the socket, not before it.
-//! * Carry out the actions of one event in their order, before the next event is handed in. With several threads: hold
-//!   one lock over `handle` and the actions (the actions themselves only queue work for other threads).
-//! * Call `handle` with a `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as you like besides.
-//! * Every event that comes over a connection names the connection ([`Link`]); events of a connection that the machine has
-//!   given up are ignored.
+//! * Carry out the actions of one event in their order, before the next event is handed in. With several
+//!   threads: hold one lock over `handle` and the actions (the actions themselves only queue work for other
+//!   threads).
+//! * Call `handle` with a `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as you
+//!   like besides.
+//! * Every event that comes over a connection names the connection ([`Link`]); events of a connection that
+//!   the machine has given up are ignored.
 //!
 //! # The course of things
 //!
@@ -85,22 +89,26 @@
 //!
 //! # Time
 //!
-//! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules about time keep
-//! even a process that was stopped and continued (SIGSTOP, a live migration of its own host) silent:
+//! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules
+//! about time keep even a process that was stopped and continued (SIGSTOP, a live migration of its own host)
+//! silent:
 //!
-//! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only then at the
-//!   event. An old Ack that waited in the socket while the process was stopped meets a link that is already declared lost.
-//! * **The primary's lease.** Silence at the primary is not measured from the last byte heard, but from the newest *stamp*
-//!   (the primary's own clock, sent with heartbeats and checkpoints) that the standby has returned. The standby
-//!   heard that stamp after it was sent and restarts its own patience then. The primary's patience is 70 % of the agreed
-//!   silence, the standby's 100 %; so as long as the two clocks run at rates within 30 % of each other, the primary has
-//!   stopped releasing output before a silent link lets the standby ask the arbiter - however long anything was under way.
+//! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only
+//!   then at the event. An old Ack that waited in the socket while the process was stopped meets a link that
+//!   is already declared lost.
+//! * **The primary's lease.** Silence at the primary is not measured from the last byte heard, but from the
+//!   newest *stamp* (the primary's own clock, sent with heartbeats and checkpoints) that the standby has
+//!   returned. The standby heard that stamp after it was sent and restarts its own patience then. The
+//!   primary's patience is 70 % of the agreed silence, the standby's 100 %; so as long as the two clocks run
+//!   at rates within 30 % of each other, the primary has stopped releasing output before a silent link lets
+//!   the standby ask the arbiter - however long anything was under way.
 //!
-//! An end of the connection (EOF, reset) counts at once on both sides, without waiting out any patience: after SIGKILL
-//! the kernel closes the socket when all threads of the process are gone, so nobody is left who could let a frame out, and
-//! every millisecond of waiting would be a millisecond of outage. If a third party resets a connection whose two ends
-//! live, both ask the arbiter and one of them stops; the loser can, for as long as the reset takes to reach it, still
-//! release output that the winner's VM has produced too - never output that the winner's VM does not know (invariant 1).
+//! An end of the connection (EOF, reset) counts at once on both sides, without waiting out any patience:
+//! after SIGKILL the kernel closes the socket when all threads of the process are gone, so nobody is left who
+//! could let a frame out, and every millisecond of waiting would be a millisecond of outage. If a third party
+//! resets a connection whose two ends live, both ask the arbiter and one of them stops; the loser can, for as
+//! long as the reset takes to reach it, still release output that the winner's VM has produced too - never
+//! output that the winner's VM does not know (invariant 1).
 
 #![forbid(unsafe_code)]
 
@@ -125,8 +133,8 @@ pub use standby::{
     StandbyStatus,
 };
 
-/// One connection. The primary's machine numbers those it dials; the standby's driver numbers those it accepts, and never
-/// uses a number twice.
+/// One connection. The primary's machine numbers those it dials; the standby's driver numbers those it
+/// accepts, and never uses a number twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Link(pub u64);
 
@@ -180,9 +188,11 @@ impl fmt::Display for LossReason {
 /// The times of both machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
-    /// Silence after which the other side is taken for dead. The two sides agree on the larger of their two values.
+    /// Silence after which the other side is taken for dead. The two sides agree on the larger of their two
+    /// values.
     pub dead_after: Duration,
-    /// Pause between two attempts to reach a standby, and between two claims while the arbiter is out of reach.
+    /// Pause between two attempts to reach a standby, and between two claims while the arbiter is out of
+    /// reach.
     pub retry: Duration,
     /// How long a primary waits for the answer to its Hello: the standby first finds memory for the whole VM.
     pub greeting: Duration,

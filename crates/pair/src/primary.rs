@@ -34,7 +34,8 @@ struct Guard {
     base: u64,
     shipped: u64,
     acked: u64,
-    /// The newest time of this host's clock that the standby is known to have heard of: the start of the lease.
+    /// The newest time of this host's clock that the standby is known to have heard of: the start of the
+    /// lease.
     contact: Duration,
     /// The last checkpoint has been captured.
     last: bool,
@@ -52,7 +53,8 @@ enum State {
     BaseSync(Attached),
     /// The base-final checkpoint is captured, so the standby may become able to take over: output is held.
     Guarding(Attached, Guard),
-    /// The link is gone and the standby may be able to take over: output is held until the arbiter has spoken.
+    /// The link is gone and the standby may be able to take over: output is held until the arbiter has
+    /// spoken.
     Arbitrating(Claim),
     /// Nothing happens any more.
     Over { fenced: bool },
@@ -79,8 +81,9 @@ pub struct Primary {
 }
 
 impl Primary {
-    /// A primary that runs alone and looks for a standby at once, if it has an address. After a takeover, `generation` and
-    /// `checkpoint` are those of [`StandbyAction::TakeOver`](crate::StandbyAction::TakeOver).
+    /// A primary that runs alone and looks for a standby at once, if it has an address. After a takeover,
+    /// `generation` and `checkpoint` are those of
+    /// [`StandbyAction::TakeOver`](crate::StandbyAction::TakeOver).
     pub fn new(config: PrimaryConfig, now: Duration) -> Self {
         Self {
             timing: config.timing,
@@ -130,14 +133,15 @@ impl Primary {
         }
     }
 
-    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right before it is
-    /// written, with a fresh `now`: between the decision and the write this process may have been stopped for an hour.
+    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right
+    /// before it is written, with a fresh `now`: between the decision and the write this process may have
+    /// been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
         self.may_release_until().is_none_or(|end| now < end)
     }
 
-    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: for ever. For whoever
-    /// asks without access to this state machine, and is told after each event.
+    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: for ever.
+    /// For whoever asks without access to this state machine, and is told after each event.
     pub fn may_release_until(&self) -> Option<Duration> {
         match &self.state {
             _ if planted!(self.bug, StaleAckReleases) => None,
@@ -252,8 +256,8 @@ impl Primary {
         }
     }
 
-    /// The VM has ended or shall end: at once where nobody else can run it, else after the last checkpoint is committed or
-    /// the arbiter has spoken.
+    /// The VM has ended or shall end: at once where nobody else can run it, else after the last checkpoint is
+    /// committed or the arbiter has spoken.
     fn end_if_possible(&mut self, reason: EndReason, out: &mut Vec<Action>) {
         match &self.state {
             State::Alone { .. } => {}
@@ -357,7 +361,8 @@ impl Primary {
         }
     }
 
-    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame after it.
+    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame
+    /// after it.
     fn captured(&mut self, end: Option<EndReason>, out: &mut Vec<Action>) {
         let number = self.checkpoint + 1;
         let (link, base_final) = match &mut self.state {
@@ -382,8 +387,8 @@ impl Primary {
             State::Guarding(attached, guard)
                 if guard.shipped - guard.acked >= self.config.slots || guard.last =>
             {
-                // The pages of this epoch have been harvested and cannot be harvested again, so this standby can never
-                // be told of them.
+                // The pages of this epoch have been harvested and cannot be harvested again, so this standby
+                // can never be told of them.
                 let link = attached.link;
                 self.link_lost(
                     link,
@@ -451,7 +456,8 @@ impl Primary {
                 self.say(Note::DialFailed { why: why.to_string() }, out);
             }
             State::BaseSync(attached) if attached.link == link => {
-                // Nothing that this standby has is a whole VM, so it cannot take over and there is nothing to decide.
+                // Nothing that this standby has is a whole VM, so it cannot take over and there is nothing to
+                // decide.
                 self.dial_later();
                 out.push(Action::Hangup { link });
                 out.push(Action::Note(Note::LinkLost { why, held: false }));

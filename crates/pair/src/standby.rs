@@ -44,7 +44,8 @@ struct Committed {
 #[derive(Debug)]
 enum State {
     Listening,
-    /// Base pages are written as they come: memory is not the VM of any moment, so this side cannot take over.
+    /// Base pages are written as they come: memory is not the VM of any moment, so this side cannot take
+    /// over.
     Base(Attached),
     /// `next` is staged whole and waits for the one before it to be applied.
     Committed {
@@ -52,8 +53,8 @@ enum State {
         committed: Committed,
         next: Option<(u64, CheckpointFlags)>,
     },
-    /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation is won leaves a
-    /// VM that runs nowhere, perhaps although the other side is in the best of health.
+    /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation
+    /// is won leaves a VM that runs nowhere, perhaps although the other side is in the best of health.
     Settling {
         claim: Claim,
         committed: Committed,
@@ -66,7 +67,8 @@ enum State {
         stop: bool,
         failed: Option<String>,
     },
-    /// Nothing more is taken from anybody; the process ends when memory and disks are at the committed checkpoint.
+    /// Nothing more is taken from anybody; the process ends when memory and disks are at the committed
+    /// checkpoint.
     Leaving {
         checkpoint: u64,
         exit: StandbyExit,
@@ -114,8 +116,9 @@ impl Standby {
         }
     }
 
-    /// Whether the driver may go on reading checkpoints. `false` while one that is staged whole waits for the one before it
-    /// to be applied: both buffers are taken, and the link's own flow control must slow the primary down.
+    /// Whether the driver may go on reading checkpoints. `false` while one that is staged whole waits for the
+    /// one before it to be applied: both buffers are taken, and the link's own flow control must slow the
+    /// primary down.
     pub fn may_read(&self) -> bool {
         !matches!(self.state, State::Committed { next: Some(_), .. })
     }
@@ -213,8 +216,8 @@ impl Standby {
         }
     }
 
-    /// The clock comes before the event. While a checkpoint is being applied nobody listens to the link, so the silence of
-    /// that time is this side's own and does not count.
+    /// The clock comes before the event. While a checkpoint is being applied nobody listens to the link, so
+    /// the silence of that time is this side's own and does not count.
     fn look_at_clock(&mut self, out: &mut Vec<Action>) {
         if matches!(&self.state, State::Committed { committed, .. } if committed.applying) {
             return;
@@ -303,8 +306,9 @@ impl Standby {
         }
     }
 
-    /// Acknowledges a checkpoint that is staged whole, and has it applied. The acknowledgement goes first: it is on the
-    /// guest's way to its clients, and the commit does not depend on where in this host's memory the checkpoint is.
+    /// Acknowledges a checkpoint that is staged whole, and has it applied. The acknowledgement goes first: it
+    /// is on the guest's way to its clients, and the commit does not depend on where in this host's memory
+    /// the checkpoint is.
     fn commit(&mut self, checkpoint: u64, flags: CheckpointFlags, out: &mut Vec<Action>) {
         let first = matches!(self.state, State::Base(_));
         let (State::Base(attached) | State::Committed { attached, .. }) =

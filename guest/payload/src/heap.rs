@@ -1,7 +1,7 @@
 //! The global allocator: one fixed region, given once at boot.
 //!
-//! Only vCPU 0 allocates. Every allocation whose size a client can influence goes through `try_reserve`; the rest is
-//! made at boot, so running out at run time is an error reply and never an abort.
+//! Only vCPU 0 allocates. Every allocation whose size a client can influence goes through `try_reserve`; the
+//! rest is made at boot, so running out at run time is an error reply and never an abort.
 
 use spinning_top::RawSpinlock;
 use talc::TalcLock;

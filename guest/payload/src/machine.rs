@@ -9,8 +9,8 @@ use crate::logic::work::{Control, Step, Worker};
 use crate::pool::{Pool, PoolArena};
 use crate::virtio::Net;
 
-/// vCPU 0 looks for frames this long after the last thing it did, before it pays two exits for a sleep. The cores are
-/// shared with the VMM and often with a whole second VM, so it is short.
+/// vCPU 0 looks for frames this long after the last thing it did, before it pays two exits for a sleep. The
+/// cores are shared with the VMM and often with a whole second VM, so it is short.
 const SPIN_US: u64 = 20;
 /// Writes of the load in one go: with dirty tracking each may cost a fault of 9 µs.
 const WORK_SLICE: u64 = 16;

@@ -1,7 +1,8 @@
 //! The program inside the VM: a Redis protocol server on bare (virtual) metal.
 //!
-//! It runs at CPL3 without a kernel, takes no interrupts and talks to the VMM by a virtio-mmio network card and three
-//! ports. ../README.md describes memory map, ports and commands; `abi` is the contract with the VMM.
+//! It runs at CPL3 without a kernel, takes no interrupts and talks to the VMM by a virtio-mmio network card
+//! and three ports. ../README.md describes memory map, ports and commands; `abi` is the contract with the
+//! VMM.
 #![no_std]
 #![no_main]
 

@@ -1,7 +1,7 @@
 //! The memory functions that compiled Rust code expects from a C library.
 //!
-//! String instructions: the processor moves whole cache lines with them, they need no SSE state, and the compiler
-//! cannot turn them back into calls of the very function they implement.
+//! String instructions: the processor moves whole cache lines with them, they need no SSE state, and the
+//! compiler cannot turn them back into calls of the very function they implement.
 
 use core::arch::asm;
 
@@ -9,7 +9,8 @@ use core::arch::asm;
 /// As C's `memcpy`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(dest: *mut u8, src: *const u8, len: usize) -> *mut u8 {
-    // SAFETY: the caller gives `len` readable bytes at `src` and writable ones at `dest`; DF is clear by the ABI.
+    // SAFETY: the caller gives `len` readable bytes at `src` and writable ones at `dest`; DF is clear by the
+    // ABI.
     unsafe {
         asm!("rep movsb", inout("rcx") len => _, inout("rdi") dest => _, inout("rsi") src => _,
             options(nostack, preserves_flags));
@@ -22,7 +23,8 @@ unsafe extern "C" fn memcpy(dest: *mut u8, src: *const u8, len: usize) -> *mut u
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memmove(dest: *mut u8, src: *const u8, len: usize) -> *mut u8 {
     if (dest as usize).wrapping_sub(src as usize) >= len {
-        // SAFETY: `dest` does not lie inside `[src, src + len)`, so a forward copy reads each byte before writing it.
+        // SAFETY: `dest` does not lie inside `[src, src + len)`, so a forward copy reads each byte before
+        // writing it.
         return unsafe { memcpy(dest, src, len) };
     }
     // SAFETY: as above, copied backwards from the last byte; DF is cleared again as the ABI wants it.
@@ -51,7 +53,8 @@ unsafe extern "C" fn memset(dest: *mut u8, value: i32, len: usize) -> *mut u8 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
     let mut at = 0;
-    // Words first: keys and values are compared here. `read_unaligned` compiles to a plain load, not to memcpy.
+    // Words first: keys and values are compared here. `read_unaligned` compiles to a plain load, not to
+    // memcpy.
     while at + 8 <= len {
         // SAFETY: the caller gives `len` readable bytes at `a` and `b`, and `at + 8 <= len`.
         let (x, y) =

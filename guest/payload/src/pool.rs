@@ -73,8 +73,8 @@ impl Arena for PoolArena {
     fn page(&mut self, index: u64) -> &mut Page {
         assert!(index < self.pages, "work page out of range");
         let address = self.pool.address(self.first_page + index);
-        // SAFETY: a whole aligned page of RAM (`Pool::new`), of this part alone (`Pool::arena`); `&mut self` keeps the
-        // references of one part apart. Any content is a valid `Page`.
+        // SAFETY: a whole aligned page of RAM (`Pool::new`), of this part alone (`Pool::arena`); `&mut self`
+        // keeps the references of one part apart. Any content is a valid `Page`.
         unsafe { &mut *(address as *mut Page) }
     }
 

@@ -1,5 +1,5 @@
-//! Charts as SVG that is readable on light and dark pages: it carries its own background, and its colours change
-//! with the reader's.
+//! Charts as SVG that is readable on light and dark pages: it carries its own background, and its colours
+//! change with the reader's.
 
 use std::fmt::{Display, Write};
 

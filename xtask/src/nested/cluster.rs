@@ -1,5 +1,5 @@
-//! Nested hosts that see each other: a network for checkpoints, a network for clients, a directory that all see, and a
-//! disk each. Their power is cut by killing QEMU; their cables are cut at the harness's end.
+//! Nested hosts that see each other: a network for checkpoints, a network for clients, a directory that all
+//! see, and a disk each. Their power is cut by killing QEMU; their cables are cut at the harness's end.
 
 use std::fs::{self, File};
 use std::io;
@@ -335,8 +335,8 @@ impl Cluster {
         Err(ClusterError::Command { host, command: command.to_string(), status, output })
     }
 
-    /// Starts a program with its arguments in a host and does not wait for it. What it says goes to the share, so that it
-    /// can be read after the host has lost its power.
+    /// Starts a program with its arguments in a host and does not wait for it. What it says goes to the
+    /// share, so that it can be read after the host has lost its power.
     pub(crate) fn spawn(
         &mut self,
         host: usize,
@@ -406,7 +406,8 @@ impl Cluster {
         self.network.connect(to, limit)
     }
 
-    /// A program of the guest image, a client of its servers, on the clients' network: `redis-cli`, `psql`, `pgbench`.
+    /// A program of the guest image, a client of its servers, on the clients' network: `redis-cli`, `psql`,
+    /// `pgbench`.
     ///
     /// # Panics
     ///

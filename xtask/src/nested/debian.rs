@@ -1,5 +1,5 @@
-//! Debian packages of any release, fetched and unpacked below the target directory. The machine's own package lists,
-//! settings and installed packages stay as they are.
+//! Debian packages of any release, fetched and unpacked below the target directory. The machine's own package
+//! lists, settings and installed packages stay as they are.
 
 use std::fs;
 use std::io;

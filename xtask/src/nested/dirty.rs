@@ -1,4 +1,5 @@
-//! `cargo xtask nested dirty`: the tests of outlive-dirty that need a kernel, on the kernel of each Debian release.
+//! `cargo xtask nested dirty`: the tests of outlive-dirty that need a kernel, on the kernel of each Debian
+//! release.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -28,17 +28,18 @@ const BOOT: Duration = Duration::from_secs(180);
 const POWER_OFF: Duration = Duration::from_secs(20);
 /// Lines of the console in an error.
 const TAIL: usize = 30;
-/// With nested paging, and without XSAVE and what needs it: QEMU 7.2 does not tell the host when a guest sets XCR0, so
-/// that a guest's kernel finds sizes that do not match (6.1 warns, 7.2 dies of it) and loses what it has set.
+/// With nested paging, and without XSAVE and what needs it: QEMU 7.2 does not tell the host when a guest sets
+/// XCR0, so that a guest's kernel finds sizes that do not match (6.1 warns, 7.2 dies of it) and loses what it
+/// has set.
 const PROCESSOR: &str = "max,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma";
-/// All processors in one thread. With a thread each, one that translates guest code while another patches it (static
-/// keys: KVM has some) runs on with what is half patched, and the kernel stops with "Oops: int3": 6.12 and 7.2 on QEMU
-/// 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
+/// All processors in one thread. With a thread each, one that translates guest code while another patches it
+/// (static keys: KVM has some) runs on with what is half patched, and the kernel stops with "Oops: int3":
+/// 6.12 and 7.2 on QEMU 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
 const EMULATION: &str = "tcg,thread=single";
 
-/// With panic=-1 a panic is a reboot at once, which ends QEMU. The others are for a machine that has no time for the
-/// host: without the first its kernel stops when it counts too few timer interrupts at start, without the second it
-/// finds its clock unreliable, and KVM then has no good clock for guests.
+/// With panic=-1 a panic is a reboot at once, which ends QEMU. The others are for a machine that has no time
+/// for the host: without the first its kernel stops when it counts too few timer interrupts at start, without
+/// the second it finds its clock unreliable, and KVM then has no good clock for guests.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable";
 /// For the answer of a host that gave none.
 const PROBE: Duration = Duration::from_secs(5);
@@ -278,8 +279,8 @@ impl Host {
         }
     }
 
-    /// Finds out what there is to know of a host that gives no answer: whether its processor works, and whether it answers
-    /// to something else. The host is of no use afterwards.
+    /// Finds out what there is to know of a host that gives no answer: whether its processor works, and
+    /// whether it answers to something else. The host is of no use afterwards.
     fn timed_out(&mut self, during: &str, limit: Duration) -> HostError {
         let before = self.processor_time();
         let sent = self.input.write_all(b"\nprobe echo alive\n").and_then(|()| self.input.flush());
@@ -297,7 +298,8 @@ impl Host {
     /// What QEMU has used so far.
     fn processor_time(&self) -> Duration {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // Its name, which may hold anything, is in brackets; user and system time are the fields 14 and 15, in ticks.
+        // Its name, which may hold anything, is in brackets; user and system time are the fields 14 and 15,
+        // in ticks.
         let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
         let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Duration::from_millis(ticks * 10)
@@ -346,8 +348,8 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     command
 }
 
-/// A directory for the files of hosts while they run. It is removed when this is dropped, and if we are killed before
-/// that, when the next one is made.
+/// A directory for the files of hosts while they run. It is removed when this is dropped, and if we are
+/// killed before that, when the next one is made.
 pub(crate) struct RunDirectory {
     pub(crate) path: PathBuf,
 }

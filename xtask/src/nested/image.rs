@@ -1,6 +1,6 @@
-//! What the guests of nested hosts boot: stock Debian kernels with the initrds that Debian's own tools make for them, and
-//! a disk image with a Debian system, Redis and PostgreSQL. Built from packages in a directory below the target
-//! directory; nothing is installed on this machine.
+//! What the guests of nested hosts boot: stock Debian kernels with the initrds that Debian's own tools make
+//! for them, and a disk image with a Debian system, Redis and PostgreSQL. Built from packages in a directory
+//! below the target directory; nothing is installed on this machine.
 
 mod build;
 
@@ -92,9 +92,8 @@ impl GuestKernel {
     }
 }
 
-/// The images, in a directory:
-/// `vmlinuz-KERNEL`, `initrd-KERNEL` (Debian's), `busybox-KERNEL` (a small initrd), `root.img`, and `host.img`, a disk for
-/// a host with all of them on it.
+/// The images, in a directory: `vmlinuz-KERNEL`, `initrd-KERNEL` (Debian's), `busybox-KERNEL` (a small
+/// initrd), `root.img`, and `host.img`, a disk for a host with all of them on it.
 pub(crate) struct GuestImage {
     directory: PathBuf,
 }

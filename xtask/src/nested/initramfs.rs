@@ -79,7 +79,8 @@ impl Initramfs {
         self.put(path, PROGRAM, contents)
     }
 
-    /// A program of this machine, with the libraries of this machine that it needs, which stay where they are.
+    /// A program of this machine, with the libraries of this machine that it needs, which stay where they
+    /// are.
     pub(crate) fn program(&mut self, path: &str, local: &Path) -> Result<(), InitramfsError> {
         let listed = output(Command::new("ldd").arg(local).env("LC_ALL", "C"));
         let listed = listed.ok_or_else(|| InitramfsError::Libraries(local.to_path_buf()))?;

@@ -1,5 +1,5 @@
-//! `cargo xtask nested`: hosts with stock Debian kernels in QEMU's software emulation, where KVM works through AMD's
-//! nested paging, so that tests see kernels and processors that this machine does not have.
+//! `cargo xtask nested`: hosts with stock Debian kernels in QEMU's software emulation, where KVM works
+//! through AMD's nested paging, so that tests see kernels and processors that this machine does not have.
 
 #[allow(dead_code, reason = "the proofs on hosts use it")]
 mod background;
@@ -40,7 +40,8 @@ enum What {
     /// Cut the power of hosts that run Linux guests, and see what is lost: nothing
     #[command(after_help = proof::EXAMPLES)]
     Prove(proof::ProofOptions),
-    /// See it: a Debian guest with Redis on two emulated hosts, one of which loses its power (`outlive demo --nested`)
+    /// See it: a Debian guest with Redis on two emulated hosts, one of which loses its power (`outlive demo
+    /// --nested`)
     Demo,
     /// Build the guest images, and say where they are
     Images,

@@ -1,5 +1,5 @@
-//! The network of nested hosts: bridges in a network namespace that belongs to nobody but this process and what it
-//! starts. It is gone when the last of them is, however they end.
+//! The network of nested hosts: bridges in a network namespace that belongs to nobody but this process and
+//! what it starts. It is gone when the last of them is, however they end.
 
 use std::fs::File;
 use std::io;

@@ -1,8 +1,8 @@
-//! The third place: a directory of this machine that all hosts see, as a file server would give it to them. The arbiter
-//! is there, and what programs in hosts write is there after the host has lost its power.
+//! The third place: a directory of this machine that all hosts see, as a file server would give it to them.
+//! The arbiter is there, and what programs in hosts write is there after the host has lost its power.
 //!
-//! It is virtiofs, because Debian's cloud kernels have no 9p. No host caches anything of it, so that files made with
-//! `link(2)`, O_EXCL and rename are made once and are seen by the others at once.
+//! It is virtiofs, because Debian's cloud kernels have no 9p. No host caches anything of it, so that files
+//! made with `link(2)`, O_EXCL and rename are made once and are seen by the others at once.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! `cargo xtask nested shell`: a person at nested hosts, with a prompt on each, and a hand on their power and cables.
+//! `cargo xtask nested shell`: a person at nested hosts, with a prompt on each, and a hand on their power and
+//! cables.
 
 use std::fmt;
 use std::io::{self, BufRead, IsTerminal, Read, Write};

@@ -1,5 +1,6 @@
-//! The dirty ring with nothing around it: no lists, no dedupe, no checks, signals not blocked, and hot pages known
-//! beforehand. Not a peer but the floor: what the kernel's part of a ring costs on this machine (`--floor`).
+//! The dirty ring with nothing around it: no lists, no dedupe, no checks, signals not blocked, and hot pages
+//! known beforehand. Not a peer but the floor: what the kernel's part of a ring costs on this machine
+//! (`--floor`).
 // UNSAFETY: the ring is memory shared with the kernel; ioctls.
 #![allow(unsafe_code)]
 

@@ -103,8 +103,8 @@ fn rounds(machine: &mut Machine, jobs: &[Job], cpus: &[usize], effort: Effort) -
     samples
 }
 
-/// Fetches what the vCPUs wrote, ends the epoch, and says how many microseconds the fetch took: from when the first
-/// thread began until the last had its pages. And whether a thread was disturbed.
+/// Fetches what the vCPUs wrote, ends the epoch, and says how many microseconds the fetch took: from when the
+/// first thread began until the last had its pages. And whether a thread was disturbed.
 fn fetch(
     tracker: &Tracker,
     (rearm, threads): Mode,

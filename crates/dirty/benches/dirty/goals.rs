@@ -1,4 +1,5 @@
-//! What was promised, and what came of it. A goal that is missed is said, and no more: time is no reason to fail.
+//! What was promised, and what came of it. A goal that is missed is said, and no more: time is no reason to
+//! fail.
 
 use crate::report::{Case, Row, short, size};
 

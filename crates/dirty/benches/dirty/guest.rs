@@ -1,5 +1,5 @@
-//! The VM that is measured: 64-bit code at CPL3 that writes the pages it is told to, and then says so by a port
-//! write. Its memory is reserved and not populated, so a VM of 1 TiB costs what its guest touches.
+//! The VM that is measured: 64-bit code at CPL3 that writes the pages it is told to, and then says so by a
+//! port write. Its memory is reserved and not populated, so a VM of 1 TiB costs what its guest touches.
 // UNSAFETY: maps guest memory, gives it to KVM and reads and writes it through raw pointers.
 #![allow(unsafe_code)]
 

@@ -86,8 +86,8 @@ impl Host {
     }
 }
 
-/// The rule that `Hot::Auto` makes, once for all VMs of the bench, because it is measured and differs a little each
-/// time.
+/// The rule that `Hot::Auto` makes, once for all VMs of the bench, because it is measured and differs a
+/// little each time.
 fn self_test(kvm: &Kvm) -> Result<Option<HotRule>, String> {
     let vm = kvm.create_vm().map_err(|error| error.to_string())?;
     let backend =

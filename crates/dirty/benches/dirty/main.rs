@@ -1,8 +1,9 @@
 //! What dirty tracking costs, beside what it costs others: `cargo xtask bench dirty`, or
 //! `cargo bench -p outlive-dirty --bench dirty -- [--quick] [--json FILE]`.
 //!
-//! Every number stands beside that of a peer that was measured in the same rounds, in turns, because the machine
-//! is never as fast as a minute ago. `cargo test` runs the smallest case only, to see that the bench still works.
+//! Every number stands beside that of a peer that was measured in the same rounds, in turns, because the
+//! machine is never as fast as a minute ago. `cargo test` runs the smallest case only, to see that the bench
+//! still works.
 
 mod bare;
 mod cases;

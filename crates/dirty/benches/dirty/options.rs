@@ -72,8 +72,8 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// As with other benches without the usual harness: `cargo bench` gives `--bench`, and without it the program
-    /// is run as a test, with the arguments of tests.
+    /// As with other benches without the usual harness: `cargo bench` gives `--bench`, and without it the
+    /// program is run as a test, with the arguments of tests.
     pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let (mut scale, mut json, mut filter) = (&FULL, None, None);
         let (mut floor, mut is_test, mut list) = (false, true, false);

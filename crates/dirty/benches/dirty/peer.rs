@@ -1,5 +1,5 @@
-//! What other VMMs do: KVM_GET_DIRTY_LOG, then a search of the bitmap, word by word. It does not use the library,
-//! so that no change of the library moves what it is compared with.
+//! What other VMMs do: KVM_GET_DIRTY_LOG, then a search of the bitmap, word by word. It does not use the
+//! library, so that no change of the library moves what it is compared with.
 // UNSAFETY: an ioctl with a pointer to the bitmap.
 #![allow(unsafe_code)]
 

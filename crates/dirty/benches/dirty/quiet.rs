@@ -33,7 +33,8 @@ fn affinity() -> libc::cpu_set_t {
     }
 }
 
-/// While it lives, this thread stays on one processor, so that two threads never share one while another is idle.
+/// While it lives, this thread stays on one processor, so that two threads never share one while another is
+/// idle.
 pub(crate) struct Pinned(libc::cpu_set_t);
 
 impl Pinned {

@@ -17,8 +17,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::Failure;
 use crate::options::Options;
 
-/// Guest physical addresses: page tables (one page a GiB of memory, after the two upper levels), then the pages that
-/// the guest writes.
+/// Guest physical addresses: page tables (one page a GiB of memory, after the two upper levels), then the
+/// pages that the guest writes.
 const CODE: u64 = 0x1000;
 const TOP_TABLE: u64 = 0x2000;
 const SECOND_TABLE: u64 = 0x3000;
@@ -26,7 +26,8 @@ const DIRECTORIES: u64 = 0x1_0000;
 pub(crate) const DATA: u64 = 4 << 20;
 
 // The guest. rbx: stamp to write; r12, r13, r14: address of the first hot page, distance, number of them;
-// rcx: pages to draw at random with the state r8 from the r9 pages at rsi. Says by a port write that it is done.
+// rcx: pages to draw at random with the state r8 from the r9 pages at rsi. Says by a port write that it is
+// done.
 std::arch::global_asm!(
     ".globl dirty_top_guest, dirty_top_guest_end",
     "dirty_top_guest:",
@@ -84,8 +85,8 @@ impl Guest {
         let kvm = Kvm::new().map_err(|error| format!("cannot open /dev/kvm: {error}"))?;
         let vm = kvm.create_vm()?;
 
-        // 1. The back end, before there is a vCPU: a dirty ring is a property of the VM. The self-test shows whether
-        //    this kernel can leave hot pages alone, and what that saves.
+        // 1. The back end, before there is a vCPU: a dirty ring is a property of the VM. The self-test shows
+        //    whether this kernel can leave hot pages alone, and what that saves.
         let backend =
             Backend::probe(fd(&kvm), fd(&vm), options.backend, options.vcpus)?.with_self_test(fd(&kvm));
 
@@ -140,8 +141,8 @@ fn fd(file: &impl AsRawFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) }
 }
 
-/// The code, and page tables that map all memory one to one in pages of 2 MiB for user mode. Their accessed and
-/// dirty bits are set, so that nothing is written in them and they never are dirty pages.
+/// The code, and page tables that map all memory one to one in pages of 2 MiB for user mode. Their accessed
+/// and dirty bits are set, so that nothing is written in them and they never are dirty pages.
 fn load(memory: &GuestMemoryMmap<RegionLog>, bytes: u64) -> Result<(), Failure> {
     const TABLE: u64 = 0x67; // present, writable, user, accessed, dirty
     const LEAF: u64 = TABLE | 0x80;
@@ -235,7 +236,8 @@ impl Vcpu {
         }
     }
 
-    /// Reads what a checkpoint needs of a vCPU (here the registers alone), first letting KVM finish the port write.
+    /// Reads what a checkpoint needs of a vCPU (here the registers alone), first letting KVM finish the port
+    /// write.
     pub(crate) fn save(&mut self) -> Result<kvm_regs, Failure> {
         self.fd.set_kvm_immediate_exit(1);
         let _interrupted = self.fd.run();

@@ -1,8 +1,8 @@
-//! A live table of dirty pages per vCPU, and an example of a VMM round `outlive-dirty`: `cargo run --release -p
-//! outlive-dirty --example dirty_top -- --help`.
+//! A live table of dirty pages per vCPU, and an example of a VMM round `outlive-dirty`: `cargo run --release
+//! -p outlive-dirty --example dirty_top -- --help`.
 //!
-//! `guest.rs` makes the VM and its tracker. Here are the epochs: vCPU threads that run, save their state and harvest
-//! their own pages, and one thread that ends each epoch.
+//! `guest.rs` makes the VM and its tracker. Here are the epochs: vCPU threads that run, save their state and
+//! harvest their own pages, and one thread that ends each epoch.
 
 mod guest;
 mod options;
@@ -59,8 +59,8 @@ fn run(guest: Guest, options: &Options) -> Result<(), Failure> {
     }
     let mut table = Table::new(&guest, options);
     let tracker = &guest.tracker;
-    // From here on the first write to every page is noticed. A VMM that replicates now copies all of memory once,
-    // while the guest runs; from then on it needs only what the epochs bring.
+    // From here on the first write to every page is noticed. A VMM that replicates now copies all of memory
+    // once, while the guest runs; from then on it needs only what the epochs bring.
     tracker.enable()?;
     thread::scope(|scope| {
         let (stopped, all_stopped) = channel();
@@ -85,8 +85,8 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     SIGNALLED.store(true, Ordering::Relaxed);
 }
 
-/// The thread of a vCPU: in each epoch it runs, stops, saves its state, and only then harvests, because KVM may write
-/// guest memory for a vCPU whose state is read.
+/// The thread of a vCPU: in each epoch it runs, stops, saves its state, and only then harvests, because KVM
+/// may write guest memory for a vCPU whose state is read.
 fn vcpu_thread(
     mut vcpu: Vcpu,
     index: usize,
@@ -165,8 +165,8 @@ struct Copies<'g> {
 }
 
 impl Copies<'_> {
-    /// Copies the pages of an epoch. Hot pages may have been written: who compares them with their last copy need not
-    /// send those that are the same, and the tracker learns which are not hot any more.
+    /// Copies the pages of an epoch. Hot pages may have been written: who compares them with their last copy
+    /// need not send those that are the same, and the tracker learns which are not hot any more.
     fn take(&mut self, epoch: &Epoch<'_, Rearmed>) -> Result<(), GuestMemoryError> {
         let first_hot = epoch.written().len();
         for (index, &gfn) in epoch.pages().iter().enumerate() {

@@ -134,8 +134,8 @@ impl Machine {
         &self.memory[(FIRST as usize + page) * WORDS..][..WORDS]
     }
 
-    /// What it takes to copy a page out of the guest to a buffer that is in use: over all of its memory, which
-    /// like that of a real VM is more than the nearest caches hold.
+    /// What it takes to copy a page out of the guest to a buffer that is in use: over all of its memory,
+    /// which like that of a real VM is more than the nearest caches hold.
     pub(super) fn copy_time(&self) -> Result<Duration, SelfTestError> {
         // Page-aligned: 16 bytes off, as a large Vec is, makes the processor's string move ten times slower.
         let staging = Words::reserve(self.memory.len()).map_err(SelfTestError::at("allocate memory"))?;
@@ -145,8 +145,8 @@ impl Machine {
             for first in (0..staging.len()).step_by(WORDS) {
                 let (from, to) = (&self.memory[first..][..WORDS], &staging[first..][..WORDS]);
                 let (from, to) = (black_box(from.as_ptr()), black_box(to.as_ptr().cast_mut()));
-                // SAFETY: a page each, of two mappings; nobody stores to the first (the vCPU does not run) and
-                // nobody else has the second.
+                // SAFETY: a page each, of two mappings; nobody stores to the first (the vCPU does not run)
+                // and nobody else has the second.
                 unsafe { std::ptr::copy_nonoverlapping(from, to, WORDS) };
             }
             started.elapsed() / SLOT_PAGES as u32

@@ -1,4 +1,5 @@
-//! The two logs that can leave pages out, each in the fewest lines: what they say, and giving pages back to them.
+//! The two logs that can leave pages out, each in the fewest lines: what they say, and giving pages back to
+//! them.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -12,8 +13,8 @@ use crate::layout::Slot;
 use crate::source::ring::{DIRTY, Entry, Mapping, RESET};
 use crate::words::Words;
 
-/// A slot number that KVM gives to nobody, so that it passes over the entry. The offset stays: one near 2^64 got
-/// past a bound check of kernels before 6.12.91 (CVE-2026-52969).
+/// A slot number that KVM gives to nobody, so that it passes over the entry. The offset stays: one near 2^64
+/// got past a bound check of kernels before 6.12.91 (CVE-2026-52969).
 const NO_SLOT: u32 = 0xffff;
 
 /// A set of pages.
@@ -58,8 +59,8 @@ impl Log {
         toggled.map_err(SelfTestError::at("turn dirty logging off and on"))
     }
 
-    /// The pages that are in the log: of a ring those that have come since the last call, of a bitmap all that
-    /// have not been given back.
+    /// The pages that are in the log: of a ring those that have come since the last call, of a bitmap all
+    /// that have not been given back.
     pub(super) fn dirty(&mut self) -> Result<Pages, SelfTestError> {
         let mut pages = [false; PAGES];
         match &mut self.kept {
@@ -86,8 +87,8 @@ impl Log {
         Ok(pages)
     }
 
-    /// Gives back the pages of `from`, which is all that came since the last time: in place of each the page that
-    /// `target` makes of it is to trap, or none. False if the kernel did not take back every entry.
+    /// Gives back the pages of `from`, which is all that came since the last time: in place of each the page
+    /// that `target` makes of it is to trap, or none. False if the kernel did not take back every entry.
     pub(super) fn give_back(
         &mut self,
         from: &Pages,
@@ -96,8 +97,8 @@ impl Log {
         match &mut self.kept {
             Kept::Ring { entries, taken, freed } => {
                 for entry in (*freed..*taken).map(|position| entries.entry(position)) {
-                    // An entry of another page (under some MMUs the guest's page tables count as written) goes
-                    // back as it is.
+                    // An entry of another page (under some MMUs the guest's page tables count as written)
+                    // goes back as it is.
                     match page(entry).map(&target) {
                         Some(Some(page)) => entry.offset.store(FIRST + page as u64, Ordering::Relaxed),
                         Some(None) => entry.slot.store(NO_SLOT, Ordering::Relaxed),
@@ -123,8 +124,8 @@ impl Log {
         }
     }
 
-    /// What `dirty` gives when the pages of `new` were written for the first time since they were armed, and all
-    /// but those of `armed` have been written since then.
+    /// What `dirty` gives when the pages of `new` were written for the first time since they were armed, and
+    /// all but those of `armed` have been written since then.
     pub(super) fn expected(&self, new: &Pages, armed: &Pages) -> Pages {
         match self.kept {
             Kept::Ring { .. } => *new,

@@ -1,10 +1,11 @@
-//! A test at start-up, in a throw-away VM: can pages be left out of the re-arm on this kernel, and does it pay?
+//! A test at start-up, in a throw-away VM: can pages be left out of the re-arm on this kernel, and does it
+//! pay?
 //!
-//! Leaving a bit of the bitmap set is documented (Documentation/virt/kvm/api.rst, 4.117). That a ring entry may be
-//! given back with another page in it is not: KVM takes slot and offset from the entry as user space left them
-//! (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset), and nothing promises that it always will. So it is tried out.
-//! And whether it pays is a matter of the machine: a write fault costs some 7 us under a shadow MMU and next to
-//! nothing with Intel's page modification logging.
+//! Leaving a bit of the bitmap set is documented (Documentation/virt/kvm/api.rst, 4.117). That a ring entry
+//! may be given back with another page in it is not: KVM takes slot and offset from the entry as user space
+//! left them (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset), and nothing promises that it always will. So it
+//! is tried out. And whether it pays is a matter of the machine: a write fault costs some 7 us under a shadow
+//! MMU and next to nothing with Intel's page modification logging.
 
 mod guest;
 mod log;
@@ -34,11 +35,11 @@ pub(crate) enum Way {
 /// `Display` gives a line for the log.
 #[derive(Clone, Debug)]
 pub struct SelfTest {
-    /// Whether a page that is left out of the re-arm stays writable without a fault and without being logged, and
-    /// every page that is re-armed is logged at its next write. If not, what happened instead.
+    /// Whether a page that is left out of the re-arm stays writable without a fault and without being logged,
+    /// and every page that is re-armed is logged at its next write. If not, what happened instead.
     pub selective: Result<(), String>,
-    /// What the first write to a re-armed page costs the guest, in nanoseconds: the median of passes over pages
-    /// that trap, less a pass over the same pages that do not. 0 if there was nothing to measure.
+    /// What the first write to a re-armed page costs the guest, in nanoseconds: the median of passes over
+    /// pages that trap, less a pass over the same pages that do not. 0 if there was nothing to measure.
     pub fault_ns: u32,
     /// What a copy of a page of 4 KiB from guest memory to a warm buffer costs, in nanoseconds (median).
     pub copy_ns: u32,
@@ -83,8 +84,8 @@ impl From<SelfTestError> for Failure {
 }
 
 impl SelfTest {
-    /// Makes a VM of its own with one vCPU and 2 MiB of memory, tests, and removes the VM: some 15 ms, in which
-    /// the calling thread runs the vCPU.
+    /// Makes a VM of its own with one vCPU and 2 MiB of memory, tests, and removes the VM: some 15 ms, in
+    /// which the calling thread runs the vCPU.
     ///
     /// # Errors
     /// If the VM cannot be made or run. A kernel that cannot leave pages out is no error but
@@ -111,9 +112,9 @@ impl SelfTest {
     }
 
     /// How many epochs without a write may lie between two epochs with one, so that copying a page in every
-    /// epoch still costs less than faulting each time it is written: half of fault / copy, the other half being a
-    /// margin for what an unchanged page costs beyond its copy. 0: do not leave pages out at all, because it does
-    /// not work or does not pay.
+    /// epoch still costs less than faulting each time it is written: half of fault / copy, the other half
+    /// being a margin for what an unchanged page costs beyond its copy. 0: do not leave pages out at all,
+    /// because it does not work or does not pay.
     pub fn max_gap(&self) -> u32 {
         if self.selective.is_err() { 0 } else { self.fault_ns / self.copy_ns.max(1) / 2 }
     }

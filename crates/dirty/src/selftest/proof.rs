@@ -126,9 +126,9 @@ impl<'a> Proof<'a> {
     }
 }
 
-/// Whether the pages left out were really written without a fault. A log that is a bitmap does not show it: a page
-/// may trap and be logged again without a difference. So by time, where a fault can be told from noise; noise only
-/// adds, and the shortest pass is the one to believe.
+/// Whether the pages left out were really written without a fault. A log that is a bitmap does not show it: a
+/// page may trap and be logged again without a difference. So by time, where a fault can be told from noise;
+/// noise only adds, and the shortest pass is the one to believe.
 fn quiet(passes: &[Pass], fault: Duration) -> Result<(), String> {
     let shortest = |traps| {
         passes.iter().filter(|pass| pass.traps == traps).map(|pass| pass.time).min().unwrap_or_default()

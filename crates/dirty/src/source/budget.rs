@@ -1,9 +1,10 @@
 //! How many pages each vCPU may dirty before KVM stops it.
 //!
-//! Rings have powers of two of entries; holding entries back leaves a vCPU any smaller number. For one vCPU that is
-//! the trigger. Several share it: each begins with a part, the rest is a pool, and a vCPU that has used up its part is
-//! given another one, ever smaller, until the pool is empty. So the VM never dirties more pages than the trigger, and
-//! what is left of it when the pool is empty is what the other vCPUs have not used of small parts.
+//! Rings have powers of two of entries; holding entries back leaves a vCPU any smaller number. For one vCPU
+//! that is the trigger. Several share it: each begins with a part, the rest is a pool, and a vCPU that has
+//! used up its part is given another one, ever smaller, until the pool is empty. So the VM never dirties more
+//! pages than the trigger, and what is left of it when the pool is empty is what the other vCPUs have not
+//! used of small parts.
 
 /// Parts do not get smaller than this: each costs an exit of KVM and a reset.
 const LEAST_GRANT: u64 = 16;

@@ -1,5 +1,5 @@
-//! KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Linux 5.2): the bitmap is fetched
-//! by one call, and pages are armed by another that names them.
+//! KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, Linux 5.2): the bitmap is
+//! fetched by one call, and pages are armed by another that names them.
 //!
 //! A bit that is not cleared stays set and its page stays writable: that is how a hot page is left out
 //! (Documentation/virt/kvm/api.rst, 4.117).
@@ -14,8 +14,9 @@ use crate::source::log::{DirtyLog, buffer};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 use crate::words::Words;
 
-/// A call of KVM_CLEAR_DIRTY_LOG costs as much as clearing so many words in a longer one does. Measured: 0.29 µs a call
-/// on one machine and 1.2 µs on another, against 38 µs for the 32,768 words of 8 GiB: 250 and 1000 words.
+/// A call of KVM_CLEAR_DIRTY_LOG costs as much as clearing so many words in a longer one does. Measured: 0.29
+/// µs a call on one machine and 1.2 µs on another, against 38 µs for the 32,768 words of 8 GiB: 250 and 1000
+/// words.
 const WORDS_PER_CALL: usize = 1000;
 
 pub(crate) struct ClearLog {

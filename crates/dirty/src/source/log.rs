@@ -37,8 +37,8 @@ impl DirtyLog {
             self.kernel
                 .get_dirty_log(slot, &self.buffer)
                 .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
-            // SAFETY: the buffer is stored to by the kernel in get_dirty_log only, which one thread at a time calls:
-            // this one.
+            // SAFETY: the buffer is stored to by the kernel in get_dirty_log only, which one thread at a time
+            // calls: this one.
             let words = unsafe { self.buffer.plain(0..slot.pages.div_ceil(64) as usize) };
             found += scan(words, slot, sink);
         }

@@ -1,4 +1,5 @@
-//! The back ends: where dirty pages come from. A new one implements [`Source`] and gets a `Kind` in `backend.rs`.
+//! The back ends: where dirty pages come from. A new one implements [`Source`] and gets a `Kind` in
+//! `backend.rs`.
 
 mod bitmap;
 mod budget;
@@ -27,14 +28,16 @@ pub use uffd::UffdError;
 #[derive(Debug, thiserror::Error)]
 pub enum HarvestError {
     /// KVM wrote over ring entries before they were read (or calls an empty ring full, which is what follows
-    /// from that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory with
-    /// other means. It cannot happen to code that runs natively; kvm_pvm does it when it emulates CPL0 code.
+    /// from that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory
+    /// with other means. It cannot happen to code that runs natively; kvm_pvm does it when it emulates CPL0
+    /// code.
     #[error("the dirty ring of vCPU {vcpu} was overrun: dirty pages are lost, synchronise in full")]
     Overrun {
         /// The vCPU whose ring it is.
         vcpu: usize,
     },
-    /// Another thread is taking the pages of this vCPU at this moment: wait for it (a barrier) and harvest again.
+    /// Another thread is taking the pages of this vCPU at this moment: wait for it (a barrier) and harvest
+    /// again.
     #[error("another thread is harvesting vCPU {vcpu}")]
     Busy {
         /// The vCPU.
@@ -60,8 +63,8 @@ pub enum HarvestError {
     },
 }
 
-/// Why the harvested pages could not be re-armed. Tracking is over: pages may be written unseen, so synchronise in
-/// full by other means.
+/// Why the harvested pages could not be re-armed. Tracking is over: pages may be written unseen, so
+/// synchronise in full by other means.
 #[derive(Debug, thiserror::Error)]
 pub enum RearmError {
     /// KVM_RESET_DIRTY_RINGS failed.
@@ -101,11 +104,12 @@ pub(crate) struct SlotError {
     pub(crate) source: io::Error,
 }
 
-/// Takes what a back end reports: a page, or something that is no page of the layout. False if there is no room
-/// for it now; it is then reported again by the next take.
+/// Takes what a back end reports: a page, or something that is no page of the layout. False if there is no
+/// room for it now; it is then reported again by the next take.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Option<Gfn>) -> bool;
 
-/// Hears of a page that will probably be reported soon, so that what belongs to it can be fetched into the cache.
+/// Hears of a page that will probably be reported soon, so that what belongs to it can be fetched into the
+/// cache.
 pub(crate) type Hint<'a> = &'a dyn Fn(Gfn);
 
 /// How to arm.
@@ -113,7 +117,8 @@ pub(crate) type Hint<'a> = &'a dyn Fn(Gfn);
 pub(crate) struct Plan {
     /// Pages that were taken and stay unarmed, each of which must be able to be armed later.
     pub(crate) keep: usize,
-    /// Pages that vCPUs may dirty in the coming epoch before they are stopped, where the back end can do that.
+    /// Pages that vCPUs may dirty in the coming epoch before they are stopped, where the back end can do
+    /// that.
     pub(crate) room: Option<usize>,
     /// vCPUs run meanwhile.
     pub(crate) running: bool,
@@ -139,8 +144,8 @@ pub(crate) struct Armed {
     pub(crate) first_page: bool,
 }
 
-/// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by one
-/// thread at a time; `arm` may be called by any.
+/// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by
+/// one thread at a time; `arm` may be called by any.
 pub(crate) trait Source: Send + Sync {
     /// Takes memory for what epochs need.
     fn populate(&self);
@@ -179,8 +184,8 @@ pub(crate) trait Source: Send + Sync {
         Fullness::Never
     }
 
-    /// KVM says that the ring of this vCPU is full: whether it may write more after all, because the limit is on
-    /// all vCPUs together and others have left some of it.
+    /// KVM says that the ring of this vCPU is full: whether it may write more after all, because the limit is
+    /// on all vCPUs together and others have left some of it.
     fn top_up(&self, _vcpu: usize) -> Result<bool, RearmError> {
         Ok(false)
     }

@@ -20,8 +20,9 @@ use crate::source::uffd::UffdError;
 const UFFDIO: u32 = 0xaa;
 /// `UFFD_API`.
 const UFFD_API: u64 = 0xaa;
-/// `UFFD_USER_MODE_ONLY`: the descriptor does not handle faults of the kernel, which takes no privilege. Faults
-/// on write-protected pages are not *handled* in asynchronous mode: the kernel resolves them, its own included.
+/// `UFFD_USER_MODE_ONLY`: the descriptor does not handle faults of the kernel, which takes no privilege.
+/// Faults on write-protected pages are not *handled* in asynchronous mode: the kernel resolves them, its own
+/// included.
 const USER_MODE_ONLY: libc::c_int = 1;
 /// `UFFD_FEATURE_WP_ASYNC` (Linux 6.7): the kernel lets the writer go on and remembers the write.
 const WP_ASYNC: u64 = 1 << 15;
@@ -159,8 +160,8 @@ impl WriteWatch {
 
     /// Takes the written pages of the range, in order of address, and write-protects them in the same step.
     ///
-    /// Every `end` in `regions` is 0 before: an error of the kernel hides how many regions it has written, and
-    /// their pages are protected by then.
+    /// Every `end` in `regions` is 0 before: an error of the kernel hides how many regions it has written,
+    /// and their pages are protected by then.
     pub(crate) fn take(&self, range: Range<u64>, regions: &mut [Region]) -> Found {
         let mut retries = 0;
         loop {
@@ -174,8 +175,8 @@ impl WriteWatch {
                 retries += 1;
                 continue;
             }
-            // What lies before the last region has been scanned. `walk_end` is no better: there is an old value in
-            // it when the kernel has flushed its own buffer of 512 regions on the way.
+            // What lies before the last region has been scanned. `walk_end` is no better: there is an old
+            // value in it when the kernel has flushed its own buffer of 512 regions on the way.
             let last = regions[..count].last().map_or(range.start, |region| region.end);
             let complete = scanned.is_ok() && count < regions.len();
             return Found {
@@ -200,15 +201,15 @@ impl WriteWatch {
             return_mask: WRITTEN,
             ..ScanArg::default()
         };
-        // SAFETY: the structure of the request; the kernel writes `walk_end` and at most `vec_len` regions, plain
-        // numbers, to `vec`, which is borrowed exclusively.
+        // SAFETY: the structure of the request; the kernel writes `walk_end` and at most `vec_len` regions,
+        // plain numbers, to `vec`, which is borrowed exclusively.
         let count = checked(unsafe { ioctl_with_mut_ref(&self.pagemap, PAGEMAP_SCAN(), &mut request) })?;
         Ok((count as usize).min(regions.len()))
     }
 }
 
-/// Whether every page of the range belongs to some mapping; the scan passes over those that do not. Costs by the
-/// number of mappings, not of pages.
+/// Whether every page of the range belongs to some mapping; the scan passes over those that do not. Costs by
+/// the number of mappings, not of pages.
 pub(crate) fn is_mapped(range: Range<u64>) -> bool {
     // Since Linux 2.6.19 MS_ASYNC does nothing but look for holes (mm/msync.c).
     // SAFETY: reads and changes no memory.

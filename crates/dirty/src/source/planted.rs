@@ -1,4 +1,5 @@
-//! A planted bug: a back end that loses one page in so many. Tests run with it to show that they would notice.
+//! A planted bug: a back end that loses one page in so many. Tests run with it to show that they would
+//! notice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

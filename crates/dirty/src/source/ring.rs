@@ -58,15 +58,15 @@ impl Mapping {
 
     pub(crate) fn entry(&self, position: u64) -> &Entry {
         let index = position as usize & (self.entries as usize - 1);
-        // SAFETY: the index is below `entries`, all of which are mapped until `self` is dropped; both sides use
-        // them as atomics only (KVM with smp_wmb, acquire and release).
+        // SAFETY: the index is below `entries`, all of which are mapped until `self` is dropped; both sides
+        // use them as atomics only (KVM with smp_wmb, acquire and release).
         unsafe { self.base.add(index).as_ref() }
     }
 }
 
 impl Mapping {
-    /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of slot 0 alone
-    /// leaves no trace.)
+    /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of
+    /// slot 0 alone leaves no trace.)
     pub(crate) fn is_used(&self) -> bool {
         (0..4.min(self.entries.into())).any(|position| {
             let entry = self.entry(position);
@@ -119,9 +119,9 @@ pub(crate) enum Fullness {
 
 /// A ring and how far it has been read. Positions count from the start of the VM and never wrap.
 ///
-/// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM takes
-/// slot and offset from the entry when it resets it: whoever gives it back may write any page into it, and that page
-/// is the one that is armed.
+/// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM
+/// takes slot and offset from the entry when it resets it: whoever gives it back may write any page into it,
+/// and that page is the one that is armed.
 pub(crate) struct Ring {
     entries: std::sync::Arc<Mapping>,
     /// Entries that KVM leaves free behind its soft limit.
@@ -159,8 +159,8 @@ impl Ring {
         self.entries.entry(position).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
     }
 
-    /// Where the ring is full: KVM must not have come this far. It grows when entries are marked, before KVM frees
-    /// them, so who has read an entry that KVM wrote into a place that was freed finds it grown.
+    /// Where the ring is full: KVM must not have come this far. It grows when entries are marked, before KVM
+    /// frees them, so who has read an entry that KVM wrote into a place that was freed finds it grown.
     fn limit(&self) -> u64 {
         self.marked.load(Ordering::Acquire) + u64::from(self.entries.entries)
     }
@@ -170,11 +170,12 @@ impl Ring {
         u64::from(self.entries.entries).saturating_sub(self.reserved)
     }
 
-    /// Hands out (slot, offset) of every new entry, in order, until the sink says no: that entry stays. One thread
-    /// at a time.
+    /// Hands out (slot, offset) of every new entry, in order, until the sink says no: that entry stays. One
+    /// thread at a time.
     ///
-    /// An overrun shows as a ring without any entry that is free or marked for reset: KVM stops the vCPU at the
-    /// soft limit, at least 64 entries earlier, so a full ring is no accident. The pages are handed out even so.
+    /// An overrun shows as a ring without any entry that is free or marked for reset: KVM stops the vCPU at
+    /// the soft limit, at least 64 entries earlier, so a full ring is no accident. The pages are handed out
+    /// even so.
     ///
     /// The hint gets what stands in an entry some places ahead: an entry to come, or anything.
     pub(crate) fn take(
@@ -218,9 +219,9 @@ impl Ring {
         position.saturating_sub(self.began.load(Ordering::Relaxed)) as usize
     }
 
-    /// What KVM's word that the ring is full is worth. The soft limit is not known exactly everywhere, so this is
-    /// generous: what it is to tell apart is a ring that KVM calls full although it is empty. Once that may be: another
-    /// thread has given entries back since KVM said so.
+    /// What KVM's word that the ring is full is worth. The soft limit is not known exactly everywhere, so
+    /// this is generous: what it is to tell apart is a ring that KVM calls full although it is empty. Once
+    /// that may be: another thread has given entries back since KVM said so.
     pub(crate) fn fullness(&self) -> Fullness {
         let freed = self.freed.load(Ordering::Acquire);
         let limit = self.limit();
@@ -250,15 +251,15 @@ impl Ring {
         self.taken.load(Ordering::Acquire) - marked
     }
 
-    /// Marks the `count` oldest held entries for the next reset, each rewritten to the (slot, offset) it is given,
-    /// or to no page. One thread at a time; [`Ring::all_freed`] after the reset.
+    /// Marks the `count` oldest held entries for the next reset, each rewritten to the (slot, offset) it is
+    /// given, or to no page. One thread at a time; [`Ring::all_freed`] after the reset.
     ///
     /// In order, because KVM's reset stops at the first entry that is not marked.
     pub(crate) fn give_back(&self, count: u64, mut page: impl FnMut() -> Option<(u32, u64)>) {
         let start = self.marked.load(Ordering::Relaxed);
         let end = start + count;
-        // An entry that KVM has not written must never be marked: its reset index would overtake the other and the
-        // vCPU be called full for ever.
+        // An entry that KVM has not written must never be marked: its reset index would overtake the other
+        // and the vCPU be called full for ever.
         assert!(end <= self.taken.load(Ordering::Acquire), "an entry is given back that was not taken");
         for position in start..end {
             let entry = self.entries.entry(position);

@@ -1,11 +1,12 @@
 //! The dirty rings of all vCPUs, and what is given back to KVM at a re-arm.
 //!
-//! An entry that was taken is held until something is to be armed with it. What is held and what is unarmed go
-//! together: each page that is unarmed has cost an entry, so there is one for each (pages dirtied by two vCPUs have
-//! cost two). Pages that are left out of a re-arm, because they are hot, leave theirs behind, and it is there when they
-//! cool. Entries beyond that are given back without a page.
+//! An entry that was taken is held until something is to be armed with it. What is held and what is unarmed
+//! go together: each page that is unarmed has cost an entry, so there is one for each (pages dirtied by two
+//! vCPUs have cost two). Pages that are left out of a re-arm, because they are hot, leave theirs behind, and
+//! it is there when they cool. Entries beyond that are given back without a page.
 //!
-//! Held entries also make a ring smaller, which is how vCPUs are stopped at an exact number of pages: see `budget.rs`.
+//! Held entries also make a ring smaller, which is how vCPUs are stopped at an exact number of pages: see
+//! `budget.rs`.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -17,7 +18,8 @@ use crate::source::budget::Budget;
 use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
-/// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still interrupt.
+/// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still
+/// interrupt.
 const MAX_IDLE_RESETS: u32 = 10_000;
 
 /// One dirty ring a vCPU.
@@ -40,7 +42,8 @@ impl Rings {
         self.rings.iter().map(Ring::held).sum()
     }
 
-    /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their share.
+    /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their
+    /// share.
     fn give_back(&self, layout: &Layout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
         let mut pages = pages.iter();
         let mut left = count;
@@ -77,8 +80,8 @@ impl Rings {
         Ok(interrupted)
     }
 
-    /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that KVM may
-    /// have freed entries without protecting their pages. The vCPUs are stopped.
+    /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that
+    /// KVM may have freed entries without protecting their pages. The vCPUs are stopped.
     fn protect_all(&self, layout: &Layout) -> Result<(), RearmError> {
         for slot in layout.live_slots() {
             let toggled =
@@ -105,8 +108,8 @@ impl Rings {
         Ok(settled)
     }
 
-    /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of the next
-    /// epoch and stays; then there is less than the share this time.
+    /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of
+    /// the next epoch and stays; then there is less than the share this time.
     fn fill(&self, layout: &Layout, vcpu: usize, share: u64, settled: &mut Settled) {
         let ring = &self.rings[vcpu];
         if ring.has_new() {
@@ -144,8 +147,9 @@ impl Source for Rings {
     fn populate(&self) {}
 
     fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
-        // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first write to
-        // every page, and neither refuses the other. A ring has no use for manual protection, so it is turned off.
+        // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first
+        // write to every page, and neither refuses the other. A ring has no use for manual protection, so it
+        // is turned off.
         self.kernel.refuse_manual_protect();
         super::set_logging(&*self.kernel, layout, true)
     }

@@ -2,7 +2,8 @@
 
 use crate::layout::{Gfn, Slot};
 
-/// Words looked at together: most of a bitmap is empty, and a whole block is found so by a few vector instructions.
+/// Words looked at together: most of a bitmap is empty, and a whole block is found so by a few vector
+/// instructions.
 const BLOCK: usize = 16;
 
 /// Hands out the pages whose bit is set, in order, until the sink says no. Returns how many it took.

@@ -1,21 +1,22 @@
 //! Dirty pages of any memory of this process, without KVM: userfaultfd's asynchronous write-protect finds the
 //! writes, PAGEMAP_SCAN takes and protects again (both Linux 6.7 and later).
 //!
-//! What is seen is every write *through the mappings of the layout*: stores of any thread, and the kernel's on
-//! behalf of a system call (`read`, `preadv`, `process_vm_writev`), also one that stores what was there before.
-//! The first write to a page after it was taken costs 1 to 2 us; a take costs by page of the layout, 0.3 to 1.1 ms
-//! a GiB, whether or not anything was written. In hugetlb memory a write makes the whole huge page dirty, and slots
-//! must be whole huge pages.
+//! What is seen is every write *through the mappings of the layout*: stores of any thread, and the kernel's
+//! on behalf of a system call (`read`, `preadv`, `process_vm_writev`), also one that stores what was there
+//! before. The first write to a page after it was taken costs 1 to 2 us; a take costs by page of the layout,
+//! 0.3 to 1.1 ms a GiB, whether or not anything was written. In hugetlb memory a write makes the whole huge
+//! page dirty, and slots must be whole huge pages.
 //!
-//! Not seen are writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes punched
-//! in it (`MADV_REMOVE`), and transfers to pages that were pinned before they were taken (registered `io_uring`
-//! buffers, vfio); nor anything in a mapping of device memory.
+//! Not seen are writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes
+//! punched in it (`MADV_REMOVE`), and transfers to pages that were pinned before they were taken (registered
+//! `io_uring` buffers, vfio); nor anything in a mapping of device memory.
 //!
 //! # Where not to use it
 //!
-//! Not on the mapping that a KVM memory slot points to while its vCPUs run: every take invalidates what KVM has
-//! mapped of it, and the guest faults its memory in anew. A guest that writes 1000 pages an epoch was measured
-//! 275 times slower (25 us to 6.9 ms). Nor does it then save anything, KVM having dirty logs of its own. It is for:
+//! Not on the mapping that a KVM memory slot points to while its vCPUs run: every take invalidates what KVM
+//! has mapped of it, and the guest faults its memory in anew. A guest that writes 1000 pages an epoch was
+//! measured 275 times slower (25 us to 6.9 ms). Nor does it then save anything, KVM having dirty logs of its
+//! own. It is for:
 //!
 //! - device emulation that writes guest memory through a *second* mapping of the same memfd;
 //! - emulators, sandboxes and interpreters whose "guest" is threads of this process;
@@ -82,7 +83,8 @@ pub(crate) struct Uffd {
 struct Scan {
     /// Regions outside of `left` have no end: see [`WriteWatch::take`].
     regions: Box<[Region]>,
-    /// Regions taken from the kernel, and so protected, that no sink has had yet. They belong to slot `index`.
+    /// Regions taken from the kernel, and so protected, that no sink has had yet. They belong to slot
+    /// `index`.
     left: Range<usize>,
     /// Slot, as an index into the layout, and address at which the next scan begins.
     index: usize,
@@ -149,8 +151,8 @@ impl Scan {
         (self.left, self.index, self.from) = (0..0, 0, 0);
     }
 
-    /// Takes all that is written, beginning where the last call ended, and once round: the pages of a slot that is
-    /// written without a pause do not keep those of the next one from a sink that has little room.
+    /// Takes all that is written, beginning where the last call ended, and once round: the pages of a slot
+    /// that is written without a pause do not keep those of the next one from a sink that has little room.
     fn round(
         &mut self,
         watch: &WriteWatch,

@@ -1,5 +1,5 @@
-//! A real VM with the smallest guest that dirties memory: 64-bit code at CPL3 that writes a stamp into pages that
-//! it draws at random, a given number of times, and then says so by a port write.
+//! A real VM with the smallest guest that dirties memory: 64-bit code at CPL3 that writes a stamp into pages
+//! that it draws at random, a given number of times, and then says so by a port write.
 // UNSAFETY: makes KVM memory slots and reads guest memory whole; test code.
 #![allow(unsafe_code)]
 

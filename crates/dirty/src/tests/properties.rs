@@ -166,7 +166,8 @@ impl World {
                 for gfn in self.pages_from(page, pages) {
                     if !self.kernel.can_run(vcpu) {
                         let exit = self.tracker.ring_full(vcpu);
-                        // A ring of these sizes may be smaller than its reserve: KVM's word is not to be checked.
+                        // A ring of these sizes may be smaller than its reserve: KVM's word is not to be
+                        // checked.
                         prop_assert!(exit.is_ok(), "{:?}", exit);
                         if exit.unwrap() == Exit::DirtyLogFull {
                             break;
@@ -303,8 +304,9 @@ impl World {
         self.of_epoch.clear();
         self.maybe.clear();
         prop_assert_eq!(self.tracker.pending() as u64, self.tracker.stats().hot);
-        // Each page that can be written without a trap is hot. The other way round not quite: an interrupted reset
-        // arms everything, and a page that was fetched and armed may have been in another vCPU's ring as well.
+        // Each page that can be written without a trap is hot. The other way round not quite: an interrupted
+        // reset arms everything, and a page that was fetched and armed may have been in another vCPU's ring
+        // as well.
         let (unarmed, hot) = (self.kernel.unarmed(), self.tracker.hot_list().into_iter().collect());
         prop_assert!(unarmed.is_subset(&hot), "unarmed {:?}, hot {:?}", unarmed, hot);
         let stats = self.tracker.stats();

@@ -1,4 +1,5 @@
-//! Schedules that are rare, one by one: each of them lost pages or ended tracking for nothing in an earlier version.
+//! Schedules that are rare, one by one: each of them lost pages or ended tracking for nothing in an earlier
+//! version.
 
 use std::time::Duration;
 

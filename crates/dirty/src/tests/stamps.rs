@@ -1,5 +1,5 @@
-//! The test that matters: guests write at random, and a copy made of nothing but the reported pages is compared
-//! with guest memory after every epoch.
+//! The test that matters: guests write at random, and a copy made of nothing but the reported pages is
+//! compared with guest memory after every epoch.
 // UNSAFETY: writes guest memory through a raw pointer, as kernel and device writes do.
 #![allow(unsafe_code)]
 
@@ -324,8 +324,8 @@ fn the_test_notices_a_lost_page() {
     }
 }
 
-/// A VMM that turns manual protection on behind our back, with everything dirty at first: a ring would lose the first
-/// write to every page.
+/// A VMM that turns manual protection on behind our back, with everything dirty at first: a ring would lose
+/// the first write to every page.
 #[test]
 fn initially_set_is_refused() {
     for choice in [Choice::Ring, Choice::Bitmap] {
@@ -346,9 +346,9 @@ fn blocked_signals_cut_no_reset_short() {
     assert_eq!(outcome.stats.full_rearms, 0);
 }
 
-/// With signals left in, this kernel loses pages at resets (6.17 and later). The tracker sees a reset that was cut
-/// short and write-protects everything. What nobody can see is a signal between the last entry and the end of the
-/// reset, which is why they are blocked.
+/// With signals left in, this kernel loses pages at resets (6.17 and later). The tracker sees a reset that
+/// was cut short and write-protects everything. What nobody can see is a signal between the last entry and
+/// the end of the reset, which is why they are blocked.
 #[test]
 fn a_reset_that_is_cut_short_is_noticed() {
     let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };

@@ -47,8 +47,8 @@ impl Barrier {
     }
 }
 
-/// vCPUs, a device, fetchers and the thread that ends epochs, all at once over the naive kernel; epochs are dropped at each
-/// step. A copy made of what is reported is compared after every epoch.
+/// vCPUs, a device, fetchers and the thread that ends epochs, all at once over the naive kernel; epochs are
+/// dropped at each step. A copy made of what is reported is compared after every epoch.
 fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
     const N: u64 = 600;
     let hot = if with_hot {

@@ -39,7 +39,8 @@ fn area(index: usize) -> impl Iterator<Item = Gfn> {
     (0..pages).map(move |page| Gfn(base / 4096 + page))
 }
 
-/// One vCPU stops after exactly as many pages as the trigger says, epoch after epoch, whatever the size of its ring.
+/// One vCPU stops after exactly as many pages as the trigger says, epoch after epoch, whatever the size of
+/// its ring.
 #[test]
 fn an_exact_trigger_stops_one_vcpu_at_the_page() {
     for trigger in [1, 7, 41, 177, 500] {
@@ -77,7 +78,8 @@ fn hot_pages_count_in_an_exact_trigger() {
     }
 }
 
-/// Several vCPUs share the trigger. They never exceed it, and what is left is less than the parts they were given.
+/// Several vCPUs share the trigger. They never exceed it, and what is left is less than the parts they were
+/// given.
 #[test]
 fn an_exact_trigger_is_shared_by_all_vcpus() {
     const TRIGGER: usize = 400;
@@ -129,15 +131,16 @@ fn pages_of_two_vcpus_come_once() {
         });
         let pages = end(&guest).0;
         assert!(area(0).all(|gfn| pages.contains(&gfn)));
-        // And at the first read of it that of the program; AMD's nested walk writes the three of the page tables.
+        // And at the first read of it that of the program; AMD's nested walk writes the three of the page
+        // tables.
         assert!(pages.len() as u64 <= AREAS[0].1 + 4, "{pages:?}");
     }
     // How many depends on how the vCPUs were scheduled; `limits` has a case where it is all of them.
     println!("{} pages were in both rings", guest.tracker.stats().duplicates);
 }
 
-/// The slot of hot pages goes while ring entries are parked for them: they are reset later, for a slot that is not
-/// there, and the rest of memory is tracked as before.
+/// The slot of hot pages goes while ring entries are parked for them: they are reset later, for a slot that
+/// is not there, and the rest of memory is tracked as before.
 #[test]
 fn a_slot_that_is_gone_leaves_its_entries_behind() {
     let Some(mut guest) = guest::start(Choice::Ring, Config { hot: ALL_HOT, ..config(1) }) else { return };

@@ -10,18 +10,19 @@ use crate::source::{HarvestError, RearmError};
 pub struct Config {
     /// vCPUs of the VM; 0 for [`crate::Tracker::of_memory`].
     pub vcpus: usize,
-    /// Dirty pages an epoch is expected to have at most: memory for their lists is taken by `enable`. An epoch
-    /// with more loses none, but takes memory and time when it is harvested.
+    /// Dirty pages an epoch is expected to have at most: memory for their lists is taken by `enable`. An
+    /// epoch with more loses none, but takes memory and time when it is harvested.
     pub max_dirty_pages: usize,
-    /// Dirty pages, over all vCPUs, the global list and the hot pages, at which [`crate::Tracker::should_stop`]
-    /// becomes true.
+    /// Dirty pages, over all vCPUs, the global list and the hot pages, at which
+    /// [`crate::Tracker::should_stop`] becomes true.
     pub trigger: usize,
-    /// KVM itself stops the vCPUs at the trigger, with `KVM_EXIT_DIRTY_RING_FULL`: ring back end only. One vCPU stops
-    /// after exactly so many entries. Several together never exceed it (each may always write one page), and stop
-    /// before it by what the others left of their last parts. Device writes cannot stop a vCPU: poll `should_stop` for them.
+    /// KVM itself stops the vCPUs at the trigger, with `KVM_EXIT_DIRTY_RING_FULL`: ring back end only. One
+    /// vCPU stops after exactly so many entries. Several together never exceed it (each may always write one
+    /// page), and stop before it by what the others left of their last parts. Device writes cannot stop a
+    /// vCPU: poll `should_stop` for them.
     ///
-    /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound from
-    /// below only. Needs a ring larger than the trigger.
+    /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound
+    /// from below only. Needs a ring larger than the trigger.
     pub exact: bool,
     /// Whether pages that are written all the time are left writable and reported in every epoch.
     pub hot: Hot,
@@ -104,7 +105,8 @@ pub enum EnableError {
     /// A vCPU thread is harvesting: the VM is not stopped.
     #[error("vCPU {0} is being harvested")]
     Busy(usize),
-    /// The tracker has met a ring overrun or a wrong reset count, from which the rings of a VM do not recover.
+    /// The tracker has met a ring overrun or a wrong reset count, from which the rings of a VM do not
+    /// recover.
     #[error("dirty tracking of this VM has failed earlier and cannot be enabled again")]
     Failed,
     /// KVM_SET_USER_MEMORY_REGION failed.

@@ -13,11 +13,11 @@ use crate::source::{Armed, HarvestError, Plan, RearmError};
 impl Tracker {
     /// Takes what vCPU `vcpu` has logged into its own list, and says how many entries that were.
     ///
-    /// For the thread of that vCPU, after KVM_RUN and after it has read the vCPU's state (some vCPU ioctls write
-    /// guest memory); all vCPUs can do so at once, without a lock and without allocation. It may also be called
-    /// in the middle of an epoch. What does not fit in the list stays in the ring until the epoch ends. Before
-    /// [`crate::Epoch::run`] of an epoch already harvested, and while tracking is off, it leaves everything where
-    /// it is and returns 0.
+    /// For the thread of that vCPU, after KVM_RUN and after it has read the vCPU's state (some vCPU ioctls
+    /// write guest memory); all vCPUs can do so at once, without a lock and without allocation. It may also
+    /// be called in the middle of an epoch. What does not fit in the list stays in the ring until the epoch
+    /// ends. Before [`crate::Epoch::run`] of an epoch already harvested, and while tracking is off, it leaves
+    /// everything where it is and returns 0.
     ///
     /// # Panics
     /// If there is no such vCPU.
@@ -39,8 +39,8 @@ impl Tracker {
         taken
     }
 
-    /// Takes all that is dirty into one list. On an error, and if the epoch is dropped, that list stays and the
-    /// next harvest goes on from there.
+    /// Takes all that is dirty into one list. On an error, and if the epoch is dropped, that list stays and
+    /// the next harvest goes on from there.
     pub(crate) fn harvest(&self) -> Result<(), HarvestError> {
         if self.gate.is_off() {
             return Err(HarvestError::NotEnabled);
@@ -119,7 +119,8 @@ impl Tracker {
         add(&self.counters.duplicates, repeated);
     }
 
-    /// Takes a vCPU's entries. `keep` gets each page that is unarmed since; false leaves the entry where it is.
+    /// Takes a vCPU's entries. `keep` gets each page that is unarmed since; false leaves the entry where it
+    /// is.
     pub(super) fn take_vcpu(
         &self,
         vcpu: usize,
@@ -213,8 +214,8 @@ impl Tracker {
         Ok(())
     }
 
-    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not suffice for all
-    /// pages, somebody else gives them back.
+    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not
+    /// suffice for all pages, somebody else gives them back.
     pub(super) fn arm_all_of(&self, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         let armed = self.source.arm(&self.layout, pages, plan).and_then(|armed| match armed.pages {
             all if all == pages.len() => Ok(armed),
@@ -250,7 +251,8 @@ impl Tracker {
         self.warn_of_ignored();
     }
 
-    /// The epoch was dropped after its pages were armed: they are listed as marked ones, for the next harvest.
+    /// The epoch was dropped after its pages were armed: they are listed as marked ones, for the next
+    /// harvest.
     pub(crate) fn take_back(&self) {
         if !self.rearmed.swap(false, Ordering::Relaxed) {
             return;
@@ -292,7 +294,8 @@ impl Tracker {
     }
 }
 
-/// What another thread lets us have within some 100 µs of looking: no sleep, and no wait for one that is not at work.
+/// What another thread lets us have within some 100 µs of looking: no sleep, and no wait for one that is not
+/// at work.
 fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     (0..10_000).find_map(|_| {
         let found = look();

@@ -53,7 +53,8 @@ impl Tracker {
         self.discard(self.room())
     }
 
-    /// Stops tracking and frees the memory of the lists. The VM is stopped. Pages not yet reported are forgotten.
+    /// Stops tracking and frees the memory of the lists. The VM is stopped. Pages not yet reported are
+    /// forgotten.
     pub fn disable(&self) -> Result<(), DisableError> {
         let _token = Token::take(self).ok_or(DisableError::EpochOpen)?;
         if self.gate.is_off() {
@@ -76,7 +77,8 @@ impl Tracker {
         disarmed.map_err(|SlotError { slot, source }| DisableError::Protect { slot, source })
     }
 
-    /// Takes what has been logged, gives all of it back, and forgets it. Everything is armed or about to be let go.
+    /// Takes what has been logged, gives all of it back, and forgets it. Everything is armed or about to be
+    /// let go.
     fn discard(&self, room: Option<usize>) -> Result<(), EnableError> {
         for (vcpu, lane) in self.lanes.iter().enumerate() {
             let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;

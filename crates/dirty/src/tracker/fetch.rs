@@ -1,5 +1,5 @@
-//! Pages taken while the epoch goes on, by any number of threads: live migration while the guest runs, or many
-//! threads sharing the work of a stop. KVM_MT_SUBLIST_FETCH of 2016.
+//! Pages taken while the epoch goes on, by any number of threads: live migration while the guest runs, or
+//! many threads sharing the work of a stop. KVM_MT_SUBLIST_FETCH of 2016.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,10 +14,12 @@ use crate::source::{HarvestError, Plan, RearmError};
 /// How to fetch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fetch {
-    /// Waits so long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM tells nobody of a new ring entry, so a
-    /// wait looks every 100 µs, and at once when a vCPU finds its ring full. The trigger ends it, too.
+    /// Waits so long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM tells nobody of a new ring
+    /// entry, so a wait looks every 100 µs, and at once when a vCPU finds its ring full. The trigger ends it,
+    /// too.
     pub wait: Option<Duration>,
-    /// Re-arms the pages before it returns (MT_FETCH_REARM), so that [`Fetched::rearm`] has nothing left to do.
+    /// Re-arms the pages before it returns (MT_FETCH_REARM), so that [`Fetched::rearm`] has nothing left to
+    /// do.
     pub rearm: bool,
 }
 
@@ -48,13 +50,13 @@ impl Bell {
 }
 
 impl Tracker {
-    /// Takes dirty pages of this epoch, as many as there are and the buffer holds, while the guest runs or while it
-    /// is stopped. Any number of threads at once; each page goes to one of them.
+    /// Takes dirty pages of this epoch, as many as there are and the buffer holds, while the guest runs or
+    /// while it is stopped. Any number of threads at once; each page goes to one of them.
     ///
     /// A page that was fetched is not part of the epoch any more: the caller has it and copies it after
-    /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. Hot pages are
-    /// not fetched: they come when the epoch ends. Where the back end searches a bitmap (not the ring), so does every
-    /// fetch.
+    /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. Hot
+    /// pages are not fetched: they come when the epoch ends. Where the back end searches a bitmap (not the
+    /// ring), so does every fetch.
     ///
     /// Returns nothing, after the wait, while an epoch is being ended.
     ///
@@ -80,8 +82,8 @@ impl Tracker {
     }
 }
 
-/// Pages that were fetched. They can be seen only after [`Fetched::rearm`], because a page read before it is armed may
-/// be written afterwards and nobody would know. Dropped instead, they come again.
+/// Pages that were fetched. They can be seen only after [`Fetched::rearm`], because a page read before it is
+/// armed may be written afterwards and nobody would know. Dropped instead, they come again.
 #[must_use = "pages that are not re-armed come again"]
 pub struct Fetched<'t, 'b> {
     tracker: &'t Tracker,
@@ -185,8 +187,9 @@ impl<'b> Fetched<'_, 'b> {
             if !tracker.layout.contains(gfn) {
                 ignored += 1;
             } else if tracker.trapped.is_claimed(gfn) {
-                // It is unarmed, so it is in a list, is fetched or is hot, and its copy is still to be made: after
-                // its bit is released, which comes after this look at it, and so with the write that was marked.
+                // It is unarmed, so it is in a list, is fetched or is hot, and its copy is still to be made:
+                // after its bit is released, which comes after this look at it, and so with the write that
+                // was marked.
             } else if self.len < self.buffer.len() {
                 self.buffer[self.len] = gfn;
                 self.len += 1;
@@ -196,8 +199,8 @@ impl<'b> Fetched<'_, 'b> {
             }
         });
         add(&tracker.counters.ignored, ignored);
-        // Asked afterwards: who is in doubt says so before he marks. Such pages may be writable without a trap, and
-        // only an epoch, which arms everything, may take them.
+        // Asked afterwards: who is in doubt says so before he marks. Such pages may be writable without a
+        // trap, and only an epoch, which arms everything, may take them.
         if tracker.doubtful.load(Ordering::Acquire) {
             self.buffer[first..self.len].iter().for_each(|&gfn| tracker.global.record(gfn));
             self.len = first;
@@ -241,7 +244,8 @@ impl Drop for Fetched<'_, '_> {
     fn drop(&mut self) {
         // A failure is on record, and said by the next fetch or harvest.
         self.arm().ok();
-        // Armed and not read: they are marked, and come with the next fetch or harvest. `rearm` has taken the buffer.
+        // Armed and not read: they are marked, and come with the next fetch or harvest. `rearm` has taken the
+        // buffer.
         let unread = self.len.min(self.buffer.len());
         self.buffer[..unread].iter().for_each(|&gfn| self.tracker.global.record(gfn));
     }

@@ -45,18 +45,19 @@ pub enum Exit {
 
 /// Knows which pages of a VM changed in an epoch. Share it in an `Arc`.
 ///
-/// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the life
-/// of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only to
-/// whoever has read it from its start. Slots and vCPUs are those it was made with: slots can be
-/// [removed](Tracker::slot_removed) but not added. It is `Send` and `Sync`: any thread may call any method, vCPU threads
-/// `harvest_vcpu` and `ring_full` of their own vCPU, and one thread at a time holds the [`Epoch`].
+/// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the
+/// life of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only
+/// to whoever has read it from its start. Slots and vCPUs are those it was made with: slots can be
+/// [removed](Tracker::slot_removed) but not added. It is `Send` and `Sync`: any thread may call any method,
+/// vCPU threads `harvest_vcpu` and `ring_full` of their own vCPU, and one thread at a time holds the
+/// [`Epoch`].
 ///
 /// # How a page goes through it
 ///
-/// A write is *trapped*, and its page is unarmed from then on. It is in one list (a vCPU's, or the epoch's) until the
-/// epoch re-arms it, or in the set of hot pages, which is reported in every epoch. A write that only the VMM knows of is
-/// *marked*; its page was never unarmed. So two bitmaps keep pages from being listed twice: one of the unarmed pages,
-/// one of the marked pages of the epoch.
+/// A write is *trapped*, and its page is unarmed from then on. It is in one list (a vCPU's, or the epoch's)
+/// until the epoch re-arms it, or in the set of hot pages, which is reported in every epoch. A write that
+/// only the VMM knows of is *marked*; its page was never unarmed. So two bitmaps keep pages from being listed
+/// twice: one of the unarmed pages, one of the marked pages of the epoch.
 pub struct Tracker {
     layout: Layout,
     config: Config,
@@ -80,7 +81,8 @@ pub struct Tracker {
     first_hot: AtomicUsize,
     /// Hot pages that were found unchanged in this epoch.
     idle_pages: AtomicUsize,
-    /// What the next re-arm arms: from the harvest on, pages that are hot no more; in the re-arm, trapped ones.
+    /// What the next re-arm arms: from the harvest on, pages that are hot no more; in the re-arm, trapped
+    /// ones.
     to_arm: Flat,
     hot: Option<HotSet>,
     gate: Gate,
@@ -112,13 +114,14 @@ const WRONG_RESET: usize = usize::MAX;
 impl Tracker {
     /// Checks the limits, maps the rings and reserves (not takes) memory for the lists.
     ///
-    /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the vCPUs in the order of
-    /// the numbers that [`Tracker::harvest_vcpu`] is called with.
+    /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the vCPUs in the order
+    /// of the numbers that [`Tracker::harvest_vcpu`] is called with.
     ///
     /// # Safety
-    /// Every slot of the layout is in this VM, with this number, base and size and with the memory at its host
-    /// address, which stays mapped, until the tracker is dropped or [`Tracker::slot_removed`] was called: turning a
-    /// slot's log on or off tells KVM all of that anew and would make a slot that is not there.
+    /// Every slot of the layout is in this VM, with this number, base and size and with the memory at its
+    /// host address, which stays mapped, until the tracker is dropped or [`Tracker::slot_removed`] was
+    /// called: turning a slot's log on or off tells KVM all of that anew and would make a slot that is not
+    /// there.
     pub unsafe fn new(
         layout: Layout,
         config: Config,
@@ -159,11 +162,12 @@ impl Tracker {
     /// write-protection and PAGEMAP_SCAN (Linux 6.7). The host addresses of the layout's slots are what is
     /// tracked; the frame numbers are the caller's own.
     ///
-    /// Not for the mapping that a running guest's memory slot uses: each scan would make KVM map all of it anew (275
-    /// times slower, measured). For a second mapping of the same memory, which device emulation writes, for user-space
-    /// emulators, and as an oracle. Writes through other mappings, `pwrite` to a memfd and pages pinned for long
-    /// (registered buffers of `io_uring`, vfio) are not seen, nor is a hole that MADV_REMOVE punches. On Linux 7.2 under
-    /// emulation a few writes of 100,000 were missed, for a reason not yet known; on 6.12 and 6.18 none.
+    /// Not for the mapping that a running guest's memory slot uses: each scan would make KVM map all of it
+    /// anew (275 times slower, measured). For a second mapping of the same memory, which device emulation
+    /// writes, for user-space emulators, and as an oracle. Writes through other mappings, `pwrite` to a memfd
+    /// and pages pinned for long (registered buffers of `io_uring`, vfio) are not seen, nor is a hole that
+    /// MADV_REMOVE punches. On Linux 7.2 under emulation a few writes of 100,000 were missed, for a reason
+    /// not yet known; on 6.12 and 6.18 none.
     pub fn of_memory(layout: Layout, config: Config, global: Arc<GlobalLog>) -> Result<Tracker, NewError> {
         let source = crate::source::Uffd::open(&layout).map_err(NewError::Uffd)?;
         Self::with(layout, Config { vcpus: 0, ..config }, Kind::Uffd, Box::new(source), None, global)
@@ -254,8 +258,8 @@ impl Tracker {
         self.hot.as_ref().map(HotSet::rule)
     }
 
-    /// Whether KVM stops the vCPUs at the trigger: [`Config::exact`] was asked for, and this back end and kernel can
-    /// do it. Known once tracking is enabled.
+    /// Whether KVM stops the vCPUs at the trigger: [`Config::exact`] was asked for, and this back end and
+    /// kernel can do it. Known once tracking is enabled.
     pub fn is_exact(&self) -> bool {
         self.source.is_exact()
     }
@@ -270,14 +274,15 @@ impl Tracker {
         !self.gate.is_off()
     }
 
-    // --- while the guest runs ---------------------------------------------------------------------------------
+    // --- while the guest runs
+    // ---------------------------------------------------------------------------------
 
-    /// Dirty pages of this epoch as far as they can be seen without a system call; duplicates count, and hot pages
-    /// whether or not they are written. Any thread.
+    /// Dirty pages of this epoch as far as they can be seen without a system call; duplicates count, and hot
+    /// pages whether or not they are written. Any thread.
     ///
-    /// With the ring that is every entry KVM has published (on Intel processors with page modification logging a
-    /// running vCPU holds back up to 512); with the other back ends it is the global list only, until the harvest or
-    /// a fetch.
+    /// With the ring that is every entry KVM has published (on Intel processors with page modification
+    /// logging a running vCPU holds back up to 512); with the other back ends it is the global list only,
+    /// until the harvest or a fetch.
     pub fn pending(&self) -> usize {
         let found = self.found.load(Ordering::Relaxed);
         let logged = self.source.pending() + found + self.global.pending() + self.hot_pages();
@@ -310,12 +315,12 @@ impl Tracker {
         self.config.exact.then(|| self.config.trigger.saturating_sub(self.hot_pages()).max(1))
     }
 
-    /// Checks KVM's word that a ring is full, and says what to do. Call it at once, in the thread of the vCPU, when
-    /// KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
+    /// Checks KVM's word that a ring is full, and says what to do. Call it at once, in the thread of the
+    /// vCPU, when KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
     ///
     /// # Errors
-    /// [`HarvestError::Overrun`] if KVM says so again and again of a ring that is not full: it has lost its place and
-    /// would say so for ever.
+    /// [`HarvestError::Overrun`] if KVM says so again and again of a ring that is not full: it has lost its
+    /// place and would say so for ever.
     ///
     /// # Panics
     /// If there is no such vCPU.
@@ -340,10 +345,11 @@ impl Tracker {
         Ok(Exit::DirtyLogFull)
     }
 
-    /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or off any
-    /// more, which would bring it back. Entries of it that KVM has written are ignored, and marks in it are the VMM's.
-    /// For the life of the tracker; a slot of the same number is another one. Pages of it that were taken before, and
-    /// hot ones, may still be listed: skip them. False if the layout has no such slot.
+    /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or
+    /// off any more, which would bring it back. Entries of it that KVM has written are ignored, and marks in
+    /// it are the VMM's. For the life of the tracker; a slot of the same number is another one. Pages of it
+    /// that were taken before, and hot ones, may still be listed: skip them. False if the layout has no such
+    /// slot.
     pub fn slot_removed(&self, id: u32) -> bool {
         self.layout.retire(id)
     }
@@ -353,7 +359,8 @@ impl Tracker {
         self.all.store(true, Ordering::Release);
     }
 
-    // --- the end of an epoch ----------------------------------------------------------------------------------
+    // --- the end of an epoch
+    // ----------------------------------------------------------------------------------
 
     /// Begins to end the epoch: every vCPU is out of KVM_RUN, and no device writes guest memory.
     ///
@@ -370,8 +377,9 @@ impl Tracker {
 
     /// The `index`-th of `of` nearly equal parts of the pages, for threads that copy together.
     ///
-    /// None unless the epoch is between `rearm` and `copied`: tell the threads after the one and hear from them before
-    /// the other. `copied` waits for parts that are held then, and spins: never call it in a thread that holds one.
+    /// None unless the epoch is between `rearm` and `copied`: tell the threads after the one and hear from
+    /// them before the other. `copied` waits for parts that are held then, and spins: never call it in a
+    /// thread that holds one.
     pub fn part(&self, index: usize, of: usize) -> Option<Part<'_>> {
         (index < of && self.gate.read()).then(|| {
             let len = self.flat.len();
@@ -399,8 +407,8 @@ impl Tracker {
         error
     }
 
-    /// A re-arm failed, and nobody knows what is armed: the end of tracking. Who cannot hand the error on says
-    /// [`HarvestError::Failed`], so it is logged here.
+    /// A re-arm failed, and nobody knows what is armed: the end of tracking. Who cannot hand the error on
+    /// says [`HarvestError::Failed`], so it is logged here.
     fn rearm_failed(&self, error: RearmError) -> RearmError {
         self.failed.store(WRONG_RESET, Ordering::Release);
         tracing::error!(error = &error as &dyn std::error::Error, "dirty tracking has failed for good");

@@ -29,8 +29,8 @@ pub struct Stats {
     pub heated: u64,
     /// Pages that ceased to be hot, most of them to see whether they still are.
     pub cooled: u64,
-    /// Traps that hot pages would have cost had each been written in every epoch: the most that was saved. Each that
-    /// the caller found [unchanged](crate::Epoch::unchanged) is taken off.
+    /// Traps that hot pages would have cost had each been written in every epoch: the most that was saved.
+    /// Each that the caller found [unchanged](crate::Epoch::unchanged) is taken off.
     pub traps_avoided: u64,
     /// Ring entries held back now: for pages that are hot, and for an exact trigger.
     pub credits: u64,

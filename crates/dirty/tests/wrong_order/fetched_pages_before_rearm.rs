@@ -1,4 +1,5 @@
-//! A page that was fetched while the guest runs, and read before it is armed, may be written unseen afterwards.
+//! A page that was fetched while the guest runs, and read before it is armed, may be written unseen
+//! afterwards.
 
 use outlive_dirty::{Fetch, Gfn, Tracker};
 

@@ -165,8 +165,8 @@ impl Content {
 /// Why a stream was refused, in words.
 pub(crate) type Refusal = String;
 
-/// Receives a whole stream of a primary the way a standby does, and returns the checkpoints that it would have
-/// acknowledged, and what ended the stream (`None`: a proper end between two sections).
+/// Receives a whole stream of a primary the way a standby does, and returns the checkpoints that it would
+/// have acknowledged, and what ended the stream (`None`: a proper end between two sections).
 pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
     let mut source = stream;
     let mut reader = SectionReader::new(Peer::Primary);
@@ -211,7 +211,8 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
     }
 }
 
-/// A stream of one preface, Hello, base pages, two checkpoints and the end of the VM; and the two checkpoints.
+/// A stream of one preface, Hello, base pages, two checkpoints and the end of the VM; and the two
+/// checkpoints.
 pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
     let base_final = CheckpointFlags { base_final: true, end: None };
     let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff) };

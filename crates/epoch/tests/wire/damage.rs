@@ -1,4 +1,5 @@
-//! Damage of every kind: refused, never a panic, and never a whole checkpoint that is not the one that was sent.
+//! Damage of every kind: refused, never a panic, and never a whole checkpoint that is not the one that was
+//! sent.
 
 use crate::common::{Content, receive, small_stream};
 use outlive_epoch::{CheckpointFlags, Encoder, HEADER_LEN, Kind, Message, PREFACE_LEN, SectionHeader};
@@ -33,7 +34,8 @@ fn every_truncation_ends_between_sections_or_is_refused() {
         assert!(received.len() < sent.len() || length >= boundaries(&stream)[boundaries(&stream).len() - 2]);
         proper_ends += usize::from(refusal.is_none());
     }
-    // After the preface and after each section but the last; a stream of no byte at all is "closed before the preface".
+    // After the preface and after each section but the last; a stream of no byte at all is "closed before the
+    // preface".
     assert_eq!(proper_ends, boundaries(&stream).len() - 1);
 }
 

@@ -1,4 +1,5 @@
-//! The bytes of the format, committed: whoever changes them changes the format, and must say so in its version.
+//! The bytes of the format, committed: whoever changes them changes the format, and must say so in its
+//! version.
 //!
 //! `OUTLIVE_WRITE_GOLDEN=1 cargo test -p outlive-epoch --test wire golden` writes the files anew.
 

@@ -1,4 +1,5 @@
-//! The DSDT: the devices that a kernel cannot find by itself, each with its name, its registers and its interrupt.
+//! The DSDT: the devices that a kernel cannot find by itself, each with its name, its registers and its
+//! interrupt.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{

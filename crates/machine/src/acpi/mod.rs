@@ -1,13 +1,14 @@
-//! The ACPI tables of a Linux guest: how a stock kernel finds processors, interrupts, devices and the ways to end.
+//! The ACPI tables of a Linux guest: how a stock kernel finds processors, interrupts, devices and the ways to
+//! end.
 //!
 //! ```text
 //! RSDP (0xE0000) ─► XSDT ─┬─ FADT ─► DSDT   devices by name                (dsdt.rs)
 //!                         └─ MADT           local APICs and the I/O APIC
 //! ```
 //!
-//! The platform is *hardware-reduced* (ACPI 6.5, §4.1): no SCI, no PM timer, no legacy PIC and PIT; sleep and reset
-//! are the three ports of [`ports`]. Everything lies in the kilobytes below 1 MiB that the memory map keeps from
-//! the guest, and is written anew at every boot.
+//! The platform is *hardware-reduced* (ACPI 6.5, §4.1): no SCI, no PM timer, no legacy PIC and PIT; sleep and
+//! reset are the three ports of [`ports`]. Everything lies in the kilobytes below 1 MiB that the memory map
+//! keeps from the guest, and is written anew at every boot.
 
 mod dsdt;
 

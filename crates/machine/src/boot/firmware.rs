@@ -1,9 +1,10 @@
-//! What a Linux guest boots from, and where the VM keeps it: kernel, initrd and command line stand in a region of
-//! guest-physical memory of their own, behind the last of the guest's memory and named in no memory map. So they are
-//! part of the VM: replicated with its base, and there for a reboot after a takeover, without the files.
+//! What a Linux guest boots from, and where the VM keeps it: kernel, initrd and command line stand in a
+//! region of guest-physical memory of their own, behind the last of the guest's memory and named in no memory
+//! map. So they are part of the VM: replicated with its base, and there for a reboot after a takeover,
+//! without the files.
 //!
-//! The guest's kernel could find the region and write to it (it is memory), so what is read back is checked like any
-//! other guest data. It hurts only itself.
+//! The guest's kernel could find the region and write to it (it is memory), so what is read back is checked
+//! like any other guest data. It hurts only itself.
 
 use vm_memory::{Bytes, GuestAddress};
 

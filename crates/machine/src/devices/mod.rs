@@ -16,8 +16,8 @@ use crate::bus::SharedDevice;
 
 /// A device in one of the machine's slots, as the machine sees it.
 ///
-/// [`save`](Self::save), [`restore`](Self::restore) and [`reset`](Self::reset) are called by the coordinator with all
-/// vCPUs stopped and the gate closed.
+/// [`save`](Self::save), [`restore`](Self::restore) and [`reset`](Self::reset) are called by the coordinator
+/// with all vCPUs stopped and the gate closed.
 pub trait Device: Send + Sync {
     /// The register window, for the MMIO bus; [`WINDOW`](virtio::mmio::WINDOW) bytes long.
     fn registers(&self) -> SharedDevice;
@@ -26,8 +26,9 @@ pub trait Device: Send + Sync {
     /// [`QUEUE_NOTIFY`](virtio::mmio::QUEUE_NOTIFY). They stay the same for the life of the device.
     fn kicks(&self) -> &[EventFd];
 
-    /// The machine begins to run here: every queue is looked at and the interrupt raised once, because wakes under way
-    /// are not state. With `announce` the device tells the outside where the guest went. The gate may be closed or open.
+    /// The machine begins to run here: every queue is looked at and the interrupt raised once, because wakes
+    /// under way are not state. With `announce` the device tells the outside where the guest went. The gate
+    /// may be closed or open.
     fn go_live(&self, announce: bool);
 
     /// Most bytes that [`save`](Self::save) appends.
@@ -36,8 +37,8 @@ pub trait Device: Send + Sync {
     /// Appends the state to `out`; does not allocate if there is room for [`state_bytes`](Self::state_bytes).
     fn save(&self, out: &mut Vec<u8>);
 
-    /// Takes over a saved state; guest memory must be in place. [`go_live`](Self::go_live) must follow before the vCPUs
-    /// run.
+    /// Takes over a saved state; guest memory must be in place. [`go_live`](Self::go_live) must follow before
+    /// the vCPUs run.
     ///
     /// # Errors
     /// When the bytes are no state of this device; it is then as after a reset.

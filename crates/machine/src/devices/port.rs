@@ -1,8 +1,8 @@
 //! The host's end of a character port: what the guest writes and what is typed at it.
 //!
 //! Both directions are bounded and neither waits for the other side. Output is handed to a [`PortSink`] the
-//! moment the guest writes it, on the guest's own thread; input waits in a [`PortInput`] until the guest takes
-//! it, and whoever types sees how much room there is.
+//! moment the guest writes it, on the guest's own thread; input waits in a [`PortInput`] until the guest
+//! takes it, and whoever types sees how much room there is.
 //!
 //! Neither is part of a checkpoint. Output is not held either: a person may see a line of an epoch that a
 //! takeover takes back and prints again, or never prints.

@@ -1,5 +1,5 @@
-//! What the processor says of itself: KVM's offer, with the machine's own topology and without what this VMM does not
-//! save, replicate or stand for.
+//! What the processor says of itself: KVM's offer, with the machine's own topology and without what this VMM
+//! does not save, replicate or stand for.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -27,7 +27,8 @@ const HIDDEN: [Hidden; 12] = [
     (0x0000_0007, 0, Register::Edx, 1 << 19),
     // Enclaves: memory that nobody can copy.
     (0x0000_0007, 0, Register::Ebx, 1 << 2),
-    // Shadow stacks and branch tracking: the shadow stack pointer is in no MSR that KVM lists (since Linux 6.18).
+    // Shadow stacks and branch tracking: the shadow stack pointer is in no MSR that KVM lists (since Linux
+    // 6.18).
     (0x0000_0007, 0, Register::Ecx, 1 << 7 | 1 << 30),
     (0x0000_0007, 0, Register::Edx, 1 << 20),
     (0x0000_000d, 1, Register::Ecx, 1 << 11 | 1 << 12),
@@ -35,8 +36,8 @@ const HIDDEN: [Hidden; 12] = [
     (KVM_FEATURES, 0, Register::Eax, 1 << 4 | 1 << 10 | 1 << 14),
 ];
 
-/// Leaves that say nothing: performance counters, enclaves, trace, last branches, nested virtualisation, encrypted
-/// memory, AMD's counters.
+/// Leaves that say nothing: performance counters, enclaves, trace, last branches, nested virtualisation,
+/// encrypted memory, AMD's counters.
 const SILENT: [u32; 7] = [0xa, 0x12, 0x14, 0x1c, 0x8000_000a, 0x8000_001f, 0x8000_0022];
 /// Leaves of topology that are made anew.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];

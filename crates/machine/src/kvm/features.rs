@@ -1,5 +1,5 @@
-//! What a guest was told that its processor can do, against what this host's can: a guest does not ask again after a
-//! takeover, and KVM takes any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
+//! What a guest was told that its processor can do, against what this host's can: a guest does not ask again
+//! after a takeover, and KVM takes any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
 
 use std::fmt;
 

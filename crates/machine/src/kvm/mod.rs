@@ -12,8 +12,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 /// Time-stamp counter.
 pub(crate) const MSR_IA32_TSC: u32 = 0x10;
-/// MSR_KVM_WALL_CLOCK and its newer number. Nothing but an order: whoever sets one has KVM write the time of day into guest
-/// memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy that a checkpoint gave.
+/// MSR_KVM_WALL_CLOCK and its newer number. Nothing but an order: whoever sets one has KVM write the time of
+/// day into guest memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy
+/// that a checkpoint gave.
 const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 /// Deadline of the local APIC's timer, counted in the TSC.
 pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
@@ -150,7 +151,8 @@ impl Host {
         vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-        // CPUID shows no performance counters; this makes those go that AMD's processors have without saying so.
+        // CPUID shows no performance counters; this makes those go that AMD's processors have without saying
+        // so.
         let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
         no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
         if vm.enable_cap(&no_counters).is_err() {

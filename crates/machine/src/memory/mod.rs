@@ -84,8 +84,8 @@ pub fn ranges(bytes: u64) -> Result<Vec<Range>, MemoryError> {
     Ok(ranges)
 }
 
-/// The region behind a guest's memory that keeps what it boots from: at a multiple of 2 MiB, and never in the device
-/// window.
+/// The region behind a guest's memory that keeps what it boots from: at a multiple of 2 MiB, and never in the
+/// device window.
 fn firmware_range(ranges: &[Range], bytes: u64) -> Option<Range> {
     const ALIGN: u64 = 2 << 20;
     let last = ranges.last().filter(|_| bytes > 0)?;
@@ -204,9 +204,10 @@ impl Ram {
         self.mapped.iter().flat_map(|m| (m.base..m.base + m.pages).map(Gfn))
     }
 
-    /// The GFNs of pages that have ever been touched, in ascending order. All others are zero, and have been since the
-    /// machine was made. Read from `/proc/self/pagemap`, where bit 63 says present and bit 62 swapped out (Linux,
-    /// Documentation/admin-guide/mm/pagemap.rst); 8 bytes a page, so a terabyte takes 2 GiB of reading and no fault.
+    /// The GFNs of pages that have ever been touched, in ascending order. All others are zero, and have been
+    /// since the machine was made. Read from `/proc/self/pagemap`, where bit 63 says present and bit 62
+    /// swapped out (Linux, Documentation/admin-guide/mm/pagemap.rst); 8 bytes a page, so a terabyte takes 2
+    /// GiB of reading and no fault.
     ///
     /// # Errors
     /// The operating system's; then take [`gfns`](Self::gfns).

@@ -53,7 +53,8 @@ pub enum MachineEvent {
     },
     /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
     DirtyLogFull,
-    /// What the guest writes to its disks finds no more room in this epoch; the writes wait for the next checkpoint.
+    /// What the guest writes to its disks finds no more room in this epoch; the writes wait for the next
+    /// checkpoint.
     DiskLogFull,
     /// The guest's kernel says that it panics (pvpanic). It goes on: it may write a dump and restart.
     GuestPanicked,
@@ -86,8 +87,8 @@ pub(crate) struct Platform {
     triple_fault: TripleFault,
     /// The guest has ended itself: of several vCPUs that do, one counts.
     ended: AtomicBool,
-    /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is over and will not
-    /// come again, so a checkpoint has to carry it.
+    /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is
+    /// over and will not come again, so a checkpoint has to carry it.
     asked: AtomicU32,
     panicked: AtomicBool,
     complaints: Complaints,

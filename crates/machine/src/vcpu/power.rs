@@ -1,7 +1,8 @@
-//! The ports by which a Linux guest ends, restarts or says that it panics: the ACPI registers that its FADT names, the
-//! ways of older machines that kernels fall back to, and pvpanic.
+//! The ports by which a Linux guest ends, restarts or says that it panics: the ACPI registers that its FADT
+//! names, the ways of older machines that kernels fall back to, and pvpanic.
 //!
-//! Nothing behind these ports has a state of its own. What a checkpoint carries is a request that nobody has carried out yet.
+//! Nothing behind these ports has a state of its own. What a checkpoint carries is a request that nobody has
+//! carried out yet.
 
 use super::platform::{AfterPort, PowerRequest};
 use crate::acpi::ports;

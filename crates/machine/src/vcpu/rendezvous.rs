@@ -7,6 +7,8 @@
 //! Order that makes it right: `arrived` is set to 0 *before* the command is published, and a thread
 //! counts itself in *after* its work, with release; the controller reads the count with acquire, so
 //! it sees everything that the threads wrote.
+//!
+//! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -60,16 +62,20 @@ pub(super) struct Rendezvous {
     order: AtomicU32,
     arrived: AtomicU32,
     threads: u32,
+    /// Threads that wait for the others, and how often all have met.
+    waiting: AtomicU32,
+    met: AtomicU32,
 }
 
 impl Rendezvous {
     pub(super) fn new(threads: u32) -> Self {
-        Self { order: AtomicU32::new(Order::FIRST.0), arrived: AtomicU32::new(0), threads }
-    }
-
-    /// How many threads meet here.
-    pub(super) fn threads(&self) -> u32 {
-        self.threads
+        Self {
+            order: AtomicU32::new(Order::FIRST.0),
+            arrived: AtomicU32::new(0),
+            threads,
+            waiting: AtomicU32::new(0),
+            met: AtomicU32::new(0),
+        }
     }
 
     /// The order that is in force.
@@ -106,6 +112,27 @@ impl Rendezvous {
             }
             futex::wait(&self.order, last.0, None);
         }
+    }
+
+    /// Thread: waits until all threads are here, in a command that they all carry out. What each did before
+    /// is seen by all after. Returns whether there is another.
+    pub(super) fn meet(&self) -> bool {
+        if self.threads == 1 {
+            return false;
+        }
+        // Before the count: once the last one is counted, `met` may change at any time.
+        let met = self.met.load(Ordering::Acquire);
+        if self.waiting.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
+            // Nobody comes again before `met` has changed.
+            self.waiting.store(0, Ordering::Relaxed);
+            self.met.store(met.wrapping_add(1), Ordering::Release);
+            futex::wake_all(&self.met);
+        } else {
+            while self.met.load(Ordering::Acquire) == met {
+                futex::wait(&self.met, met, None);
+            }
+        }
+        true
     }
 
     /// Thread: says that the last command is carried out.
@@ -151,5 +178,23 @@ mod tests {
         meeting.publish(Command::Quit);
         meeting.wait_all();
         threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+
+    #[test]
+    fn nobody_goes_on_before_all_have_met() {
+        const THREADS: u32 = 4;
+        let (meeting, came) = (Rendezvous::new(THREADS), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for round in 1..=5_000 {
+                        came.fetch_add(1, Ordering::Relaxed);
+                        assert!(meeting.meet());
+                        assert!(came.load(Ordering::Relaxed) >= round * u64::from(THREADS), "round {round}");
+                    }
+                });
+            }
+        });
+        assert!(!Rendezvous::new(1).meet());
     }
 }

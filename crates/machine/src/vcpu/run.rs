@@ -249,13 +249,18 @@ impl Vcpu {
         }
     }
 
+    /// No vCPU's state is read before all vCPUs are out of the guest. Otherwise one that still runs sends an
+    /// interrupt to one whose local APIC has been read already, and the checkpoint says that it was sent and
+    /// not that it came.
     fn capture(&mut self) {
-        // KVM_GET_MP_STATE carries out an INIT or start-up interrupt that has come (`kvm_apic_accept_events` in
-        // arch/x86/kvm/lapic.c), which changes registers. Now, so that the last exit below shows what they are then.
-        if self.shared.meeting.threads() > 1 {
-            let _ = self.fd.get_mp_state();
-        }
         self.complete_io();
+        if self.shared.meeting.meet() {
+            // This carries out an INIT or start-up interrupt that has come (`kvm_apic_accept_events` in
+            // arch/x86/kvm/lapic.c), which changes registers: now, so that the exit after it shows what they
+            // are then.
+            let _ = self.fd.get_mp_state();
+            self.complete_io();
+        }
         if let Err(error) = self.try_capture() {
             *lock(&self.slot.error) = Some(error);
         }

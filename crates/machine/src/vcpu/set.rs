@@ -111,12 +111,8 @@ impl VcpuSet {
     }
 
     /// Begins a stop with capture; other work can be done until [`captured`](Self::captured).
-    ///
-    /// No vCPU's state is read before all vCPUs are out of the guest. Otherwise one that still runs sends an interrupt to
-    /// one whose local APIC has been read already, and the checkpoint says that it was sent and not that it came. One
-    /// vCPU alone sends none, and saves the second meeting.
     pub(crate) fn begin_capture(&mut self) {
-        self.order(if self.slots.len() == 1 { Command::Capture } else { Command::Stop });
+        self.order(Command::Capture);
     }
 
     /// Waits until every vCPU has stopped, saved its state and harvested its ring.
@@ -125,10 +121,6 @@ impl VcpuSet {
     /// The first error of a vCPU. All have stopped all the same.
     pub(crate) fn captured(&self) -> Result<(), VcpuError> {
         self.shared.meeting.wait_all();
-        if self.slots.len() > 1 {
-            self.shared.meeting.publish(Command::Capture);
-            self.shared.meeting.wait_all();
-        }
         self.first_error()
     }
 

@@ -209,7 +209,8 @@ fn fix_deadline(entries: &mut [kvm_msr_entry]) {
 }
 
 mod xsave {
-    // UNSAFETY: KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, as many bytes as KVM_CAP_XSAVE2 says in a buffer of ours.
+    // UNSAFETY: KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, as many bytes as KVM_CAP_XSAVE2 says in a
+    // buffer of ours.
     #![allow(unsafe_code)]
 
     use super::{
@@ -246,8 +247,8 @@ mod xsave {
         }
     }
 
-    /// `xsave_bytes` are those of this host. What a host saved that keeps fewer ends with components that are not in
-    /// use, whose bytes are zero.
+    /// `xsave_bytes` are those of this host. What a host saved that keeps fewer ends with components that are
+    /// not in use, whose bytes are zero.
     pub(super) fn restore(
         fd: &VcpuFd,
         fields: &FieldReader<'_>,
@@ -298,10 +299,11 @@ impl Tsc {
     }
 }
 
-/// Makes KVM take the next TSC that is written for what it is. One that is less than a second from what it expects it takes
-/// for an attempt to keep the vCPUs together, and leaves the offset as it was (`kvm_synchronize_tsc` in
-/// arch/x86/kvm/x86.c): a standby's second restore would so get the time of its first, which was on trial and came late,
-/// and the guest's TSC could go back. To be done on one vCPU before all others; they then follow the first that is restored.
+/// Makes KVM take the next TSC that is written for what it is. One that is less than a second from what it
+/// expects it takes for an attempt to keep the vCPUs together, and leaves the offset as it was
+/// (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c): a standby's second restore would so get the time of its
+/// first, which was on trial and came late, and the guest's TSC could go back. To be done on one vCPU before
+/// all others; they then follow the first that is restored.
 pub(crate) fn forget_time(fd: &VcpuFd) -> Result<(), VcpuStateError> {
     const FAR_SECONDS: u64 = 3600;
     let failed = |source| VcpuStateError::Constant { what: "KVM_GET_TSC_KHZ", source };
@@ -386,7 +388,8 @@ pub(crate) fn save_constant(fd: &VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuSta
     Ok(())
 }
 
-/// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues. Returns the frequency in kHz.
+/// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues. Returns the
+/// frequency in kHz.
 pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuStateError> {
     let constant = |what| move |source| VcpuStateError::Constant { what, source };
     let fields = FieldReader::new(bytes)?;
@@ -503,8 +506,8 @@ mod tests {
         assert!(matches!(error, VcpuStateError::State(StateError::Field { .. })), "{error}");
     }
 
-    /// The standby restores a state on trial and then goes on taking pages: what KVM writes into guest memory meanwhile
-    /// would make the copy another than the VM.
+    /// The standby restores a state on trial and then goes on taking pages: what KVM writes into guest memory
+    /// meanwhile would make the copy another than the VM.
     #[test]
     fn a_restore_leaves_guest_memory_as_it_is() {
         let Some((host, vm, fd)) = vcpu() else { return };
@@ -515,7 +518,8 @@ mod tests {
             assert!(ram.read_page(Gfn(1), &mut page));
             page
         };
-        // The guest's wall clock, clock and stolen time, as Linux sets them (Documentation/virt/kvm/x86/msr.rst).
+        // The guest's wall clock, clock and stolen time, as Linux sets them
+        // (Documentation/virt/kvm/x86/msr.rst).
         let clocks = [msr(0x4b56_4d00, 0x1000), msr(0x4b56_4d01, 0x2001), msr(0x4b56_4d03, 0x3001)];
         let set = fd.set_msrs(&Msrs::from_entries(&clocks).unwrap()).unwrap();
         assert!(page() != [0; PAGE_SIZE], "KVM writes the wall clock; {set} of 3 are set");

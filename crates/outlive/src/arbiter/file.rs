@@ -15,11 +15,11 @@
 //! can be lost after the deed was done. Each process has a random token, and finding it there means that the
 //! claim was ours.
 //!
-//! Claims are never deleted by the program. Each generation but the first is won beside the claim before it: a
-//! directory without that claim was emptied, or is another one (a mount point without its mount), and what was
-//! won elsewhere could be won there a second time. So an operator may delete the claims of a VM only when the
-//! VM has ended, and keeps at least the newest of every other. For the same reason an old copy of the directory
-//! must not be put back while a VM runs: it lacks the claims that were won since.
+//! Claims are never deleted by the program. Each generation but the first is won beside the claim before it:
+//! a directory without that claim was emptied, or is another one (a mount point without its mount), and what
+//! was won elsewhere could be won there a second time. So an operator may delete the claims of a VM only when
+//! the VM has ended, and keeps at least the newest of every other. For the same reason an old copy of the
+//! directory must not be put back while a VM runs: it lacks the claims that were won since.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
@@ -101,8 +101,8 @@ impl FileArbiter {
         Ok(arbiter)
     }
 
-    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby until the
-    /// moment when it has to win.
+    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby
+    /// until the moment when it has to win.
     fn try_writing(&self) -> io::Result<()> {
         let name = format!(".outlive-probe-{}", random_hex()?);
         self.publish(&name, "This host can write here.\n")?;
@@ -151,8 +151,8 @@ impl FileArbiter {
             None if metadata.dev() != self.device => {
                 Err("another file system is there now: mount the one that was there at the start".to_string())
             }
-            // Emptied, made anew, or a mount point on the same file system. A marker written now would only hide
-            // that the claims are gone.
+            // Emptied, made anew, or a mount point on the same file system. A marker written now would only
+            // hide that the claims are gone.
             None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
         }
     }
@@ -161,8 +161,8 @@ impl FileArbiter {
         self.check_directory()?;
         let text = claim_text(vm, generation, &printable(owner), self.token);
         let claim = self.find_or_publish(vm, generation, &text)?;
-        // Looked for once more, after the own claim was seen: the directory may have been emptied just before it
-        // was written, now or in an earlier attempt.
+        // Looked for once more, after the own claim was seen: the directory may have been emptied just before
+        // it was written, now or in an earlier attempt.
         if claim == Claim::Won && !self.won.contains(&text) {
             self.check_predecessor(vm, generation)?;
             self.won.insert(text);
@@ -190,8 +190,8 @@ impl FileArbiter {
         }
     }
 
-    /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the place
-    /// where the generations of this VM are won. The first generation of a new VM has none before it.
+    /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the
+    /// place where the generations of this VM are won. The first generation of a new VM has none before it.
     fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), String> {
         if generation <= 1 {
             return Ok(());

@@ -52,7 +52,8 @@ pub trait Arbiter: Send {
     /// wrong and what helps.
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String>;
 
-    /// Who won this generation, for people; `None` if nobody did or it cannot be told. Nothing may depend on it.
+    /// Who won this generation, for people; `None` if nobody did or it cannot be told. Nothing may depend on
+    /// it.
     fn owner(&mut self, vm: &VmId, generation: u64) -> Option<String>;
 
     /// A name for the arbiter itself that two hosts compare, before they rely on it, to know that they were

@@ -55,8 +55,8 @@ const FAULTS: [Fault; 2] = [
     },
 ];
 
-/// `banner` is that of the build: Debian's release is `6.1.0-56-amd64` whatever is in it, the banner ends with
-/// `#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-30)`.
+/// `banner` is that of the build: Debian's release is `6.1.0-56-amd64` whatever is in it, the banner ends
+/// with `#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-30)`.
 fn kernel(release: &str, banner: &str) -> Vec<Finding> {
     const NAME: &str = "kernel";
     let of_debian = banner.rsplit_once(" Debian ").and_then(|(_, version)| parse_version(version));

@@ -24,8 +24,8 @@ pub struct ActiveOptions {
     #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
-    /// Silence after which the peer counts as dead; of two hosts the longer one counts. A process that dies is
-    /// noticed at once
+    /// Silence after which the peer counts as dead; of two hosts the longer one counts. A process that dies
+    /// is noticed at once
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
     pub dead_after: Duration,
 
@@ -37,12 +37,13 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
-    /// Where the guest's serial port and console go: a directory for their sockets (see outlive console), or stdio
+    /// Where the guest's serial port and console go: a directory for their sockets (see outlive console), or
+    /// stdio
     #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]
     pub console: Option<ConsoleSpec>,
 
-    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still while its memory is
-    /// hashed, and its disks rest while they are. For tests
+    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still while its
+    /// memory is hashed, and its disks rest while they are. For tests
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     pub self_check: Option<u64>,
 

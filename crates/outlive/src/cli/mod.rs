@@ -22,8 +22,9 @@ pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, parse_size, parse_time}
 
 /// A virtual machine that outlives its host.
 ///
-/// Outlive checkpoints a running VM many hundred times a second to a standby host. When the primary host dies, the
-/// VM goes on elsewhere from its last checkpoint: no reboot, no lost transaction, no broken connection.
+/// Outlive checkpoints a running VM many hundred times a second to a standby host. When the primary host
+/// dies, the VM goes on elsewhere from its last checkpoint: no reboot, no lost transaction, no broken
+/// connection.
 #[derive(Debug, Parser)]
 #[command(name = "outlive", version, propagate_version = true, after_help = EXAMPLES)]
 pub struct Cli {

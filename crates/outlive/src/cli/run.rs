@@ -26,8 +26,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
-    /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs, a Redis
-    /// server for trying Outlive out
+    /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs, a
+    /// Redis server for trying Outlive out
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 
@@ -39,8 +39,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
     pub append: String,
 
-    /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest leaves its
-    /// disks alone
+    /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest
+    /// leaves its disks alone
     #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 

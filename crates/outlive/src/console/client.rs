@@ -40,8 +40,8 @@ impl Outgoing {
         !self.blocked && !self.is_done(end)
     }
 
-    /// Writes on, at most `most` bytes at once, until there is no more or no room. Fails when nothing can be written
-    /// any more.
+    /// Writes on, at most `most` bytes at once, until there is no more or no room. Fails when nothing can be
+    /// written any more.
     pub(crate) fn pump(&mut self, hub: &Hub, to: &mut impl Write, most: usize) -> io::Result<()> {
         while !self.blocked {
             if self.from == self.to && !self.fill(hub) {

@@ -10,7 +10,8 @@ use outlive_machine::devices::port::PortSink;
 /// Bytes that are kept: shown to whoever attaches, and how far a reader may fall behind.
 pub(crate) const HISTORY: usize = 64 << 10;
 
-/// The last [`HISTORY`] bytes of a port. The guest never waits here: a reader that is too slow loses the oldest bytes.
+/// The last [`HISTORY`] bytes of a port. The guest never waits here: a reader that is too slow loses the
+/// oldest bytes.
 #[derive(Debug)]
 pub(crate) struct Hub {
     state: Mutex<State>,

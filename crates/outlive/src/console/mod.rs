@@ -7,12 +7,13 @@
 //!        ◄── port ◄── PortInput ◄──── sockets, standard input
 //! ```
 //!
-//! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`: whom.
+//! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`:
+//!   whom.
 //! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal.
 //!
-//! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many; input that
-//! the guest does not take is not taken from whoever types. Output is shown as it is printed, before its checkpoint is
-//! committed: after a takeover the new host may show the last lines once more.
+//! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many;
+//! input that the guest does not take is not taken from whoever types. Output is shown as it is printed,
+//! before its checkpoint is committed: after a takeover the new host may show the last lines once more.
 
 mod attach;
 mod client;
@@ -63,8 +64,8 @@ impl Port {
     }
 }
 
-/// The host's ends of the guest's ports, and who looks at them. Made before the machine and closed after it; then the
-/// sockets are gone and the terminal is as it was.
+/// The host's ends of the guest's ports, and who looks at them. Made before the machine and closed after it;
+/// then the sockets are gone and the terminal is as it was.
 #[derive(Debug)]
 pub(crate) struct Console {
     ends: [PortEnd; 2],
@@ -113,8 +114,8 @@ impl Console {
         self.ends[port as usize].clone()
     }
 
-    /// Shows what is left to show, removes the sockets and gives the terminal back, as dropping the console does: for
-    /// a process that ends while others of its threads still hold it.
+    /// Shows what is left to show, removes the sockets and gives the terminal back, as dropping the console
+    /// does: for a process that ends while others of its threads still hold it.
     pub(crate) fn close(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
     }

@@ -1,7 +1,7 @@
 //! The thread between the ports of the guest and everyone who looks at them.
 //!
-//! One `poll` loop for all. Nothing it does is waited for by the guest: output is in the hubs, and whoever does not read
-//! loses it; input is taken from people only as the guest takes it.
+//! One `poll` loop for all. Nothing it does is waited for by the guest: output is in the hubs, and whoever
+//! does not read loses it; input is taken from people only as the guest takes it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -110,8 +110,9 @@ impl Drop for WorkDir {
 
 /// A child process that never outlives its owner.
 ///
-/// Dropping it kills and reaps it. It has a process group of its own, so Ctrl-C at the terminal does not reach
-/// it past us, and it ends by itself when its standard input does, so even a SIGKILL of the demo leaves nothing.
+/// Dropping it kills and reaps it. It has a process group of its own, so Ctrl-C at the terminal does not
+/// reach it past us, and it ends by itself when its standard input does, so even a SIGKILL of the demo leaves
+/// nothing.
 #[derive(Debug)]
 pub(super) struct Guard {
     child: Child,
@@ -135,7 +136,8 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // Both fail only for a child that was reaped already. SIGKILL cannot be refused, so the wait is short.
+        // Both fail only for a child that was reaped already. SIGKILL cannot be refused, so the wait is
+        // short.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -206,7 +208,8 @@ impl Cluster {
         self.start(host, command)
     }
 
-    /// Adds what both kinds are told: the other host is where a standby is looked for, now or after a takeover.
+    /// Adds what both kinds are told: the other host is where a standby is looked for, now or after a
+    /// takeover.
     fn start(&mut self, host: Host, mut command: Command) -> io::Result<()> {
         let name = format!("{}-{host}", self.nodes.len());
         let events = self.dir.path().join(format!("{name}.events"));

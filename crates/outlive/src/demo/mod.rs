@@ -1,9 +1,9 @@
 //! `outlive demo`: the main job on one machine, from nothing to a verdict.
 //!
-//! Two processes of this same program stand for two hosts. They live in a network namespace of the demo's own,
-//! where a bridge joins the VM with the clients. The host that runs the VM is killed with SIGKILL several times;
-//! each time the other one takes over and a new process takes the dead one's place. Meanwhile clients write over
-//! TCP, and at the end everything that was acknowledged is read back.
+//! Two processes of this same program stand for two hosts. They live in a network namespace of the demo's
+//! own, where a bridge joins the VM with the clients. The host that runs the VM is killed with SIGKILL
+//! several times; each time the other one takes over and a new process takes the dead one's place. Meanwhile
+//! clients write over TCP, and at the end everything that was acknowledged is read back.
 //!
 //! * [`options`]: the command line;
 //! * `director`: the play, `cluster`: the processes, `events`: what they say;

@@ -1,5 +1,5 @@
-//! `outlive demo --nested`: the same with a Linux guest and two emulated hosts, for machines without KVM. Emulated hosts are
-//! made by this project's developer commands, from its sources.
+//! `outlive demo --nested`: the same with a Linux guest and two emulated hosts, for machines without KVM.
+//! Emulated hosts are made by this project's developer commands, from its sources.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -22,8 +22,8 @@ pub struct DemoOptions {
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(0..=10_000))]
     pub kills: u32,
 
-    /// Clients that write over one connection each, which must last to the end; one more client opens new connections
-    /// all the time
+    /// Clients that write over one connection each, which must last to the end; one more client opens new
+    /// connections all the time
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(1..=64))]
     pub clients: u32,
 
@@ -47,8 +47,9 @@ pub struct DemoOptions {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
-    /// Instead of all this: a Debian guest with Redis on two hosts emulated by QEMU, one of which loses its power. Needs no KVM,
-    /// but root, QEMU (fetched if it is missing) and Outlive's sources; the first time takes some 5 minutes more
+    /// Instead of all this: a Debian guest with Redis on two hosts emulated by QEMU, one of which loses its
+    /// power. Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first time
+    /// takes some 5 minutes more
     #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "interval", "seed", "json", "rate"])]
     pub nested: bool,
 
@@ -68,7 +69,8 @@ Examples:
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line
 says why); 130 ended by Ctrl-C.";
 
-/// Sizes and times are passed on as they were written; the processes of the demo take them as the commands do.
+/// Sizes and times are passed on as they were written; the processes of the demo take them as the commands
+/// do.
 fn size(text: &str) -> Result<String, String> {
     parse_size(text).map(|_| text.to_owned())
 }

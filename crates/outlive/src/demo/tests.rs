@@ -1,5 +1,6 @@
-//! The whole play with actors: a shell script instead of `outlive run` and `outlive standby`, a server in this
-//! process instead of the VM. What is real: the director, the processes and their ends, the clients, the judge.
+//! The whole play with actors: a shell script instead of `outlive run` and `outlive standby`, a server in
+//! this process instead of the VM. What is real: the director, the processes and their ends, the clients, the
+//! judge.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -62,7 +62,8 @@ impl<S: Store> Applier<S> {
         Ok(())
     }
 
-    /// Brings the images to the newest checkpoint, makes them durable and empties the journal. Returns that checkpoint.
+    /// Brings the images to the newest checkpoint, makes them durable and empties the journal. Returns that
+    /// checkpoint.
     pub(crate) fn settle(&mut self) -> io::Result<u64> {
         self.harden()?;
         if !self.journal.is_empty() {
@@ -83,14 +84,15 @@ impl<S: Store> Applier<S> {
     }
 }
 
-/// Replays a journal into its images, makes them durable and empties it. Returns the checkpoint that they are at.
+/// Replays a journal into its images, makes them durable and empties it. Returns the checkpoint that they are
+/// at.
 pub(crate) fn recover<S: Store>(
     mut journal: Journal<S>,
     durable: u64,
     images: &[Option<S>],
 ) -> Result<u64, JournalError> {
-    // Killed, but not without power: what is read may still be in memory only, and must be durable before the images are
-    // written, as always.
+    // Killed, but not without power: what is read may still be in memory only, and must be durable before the
+    // images are written, as always.
     journal.sync()?;
     let last = journal.replay(|records| apply_all(images, records.bytes()))?;
     let Some(last) = last else { return Ok(durable) };

@@ -7,10 +7,10 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::image::{ChunkReader, Store, chunks};
 
-/// A hash of the first `bytes` bytes of an image that nobody writes: a sum over its chunks, in which those of zeroes count
-/// for nothing, so it is the same wherever the images have their holes. The guest's writes wait for it, and nobody forges an
-/// image to deceive it, so it is a fast hash, as for memory. `None` as soon as `go_on` says no, which is asked before each
-/// chunk.
+/// A hash of the first `bytes` bytes of an image that nobody writes: a sum over its chunks, in which those of
+/// zeroes count for nothing, so it is the same wherever the images have their holes. The guest's writes wait
+/// for it, and nobody forges an image to deceive it, so it is a fast hash, as for memory. `None` as soon as
+/// `go_on` says no, which is asked before each chunk.
 pub(crate) fn contents(store: &impl Store, bytes: u64, go_on: impl Fn() -> bool) -> io::Result<Option<u64>> {
     let mut reader = ChunkReader::new(store, bytes);
     let mut buffer = vec![0; DISK_CHUNK];

@@ -53,7 +53,8 @@ impl Store for File {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        // The metadata of a block device do not have its length. Nobody uses the position of these descriptors.
+        // The metadata of a block device do not have its length. Nobody uses the position of these
+        // descriptors.
         Ok(lseek(self, 0, Whence::SeekEnd)? as u64)
     }
 

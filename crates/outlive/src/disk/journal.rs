@@ -5,10 +5,11 @@
 //! | 0..4096, 4096..8192 | two copies of the header; the one with the higher *lap* counts |
 //! | 8192.. | epochs, one behind the other |
 //!
-//! A header has the identity of the VM, the sizes of its disks, the lap, and the checkpoint up to which the images are
-//! durable. Emptying the journal writes a header with the next lap over the older of the two copies: what stands behind it
-//! has the lap of before and counts no more. An epoch counts if its header and its payload are whole, its lap is the
-//! header's and its number is higher than that of the epoch in front of it. The first that does not count ends the journal.
+//! A header has the identity of the VM, the sizes of its disks, the lap, and the checkpoint up to which the
+//! images are durable. Emptying the journal writes a header with the next lap over the older of the two
+//! copies: what stands behind it has the lap of before and counts no more. An epoch counts if its header and
+//! its payload are whole, its lap is the header's and its number is higher than that of the epoch in front of
+//! it. The first that does not count ends the journal.
 
 use std::io;
 
@@ -69,8 +70,8 @@ pub(crate) struct Journal<S> {
 }
 
 impl<S: Store> Journal<S> {
-    /// Begins an empty journal, durable at once. The images are durable up to `checkpoint`. Whatever was in the file before
-    /// counts no more.
+    /// Begins an empty journal, durable at once. The images are durable up to `checkpoint`. Whatever was in
+    /// the file before counts no more.
     pub(crate) fn create(store: S, identity: Identity, checkpoint: u64) -> io::Result<Self> {
         let lap = read_headers(&store)?.map_or(0, |header| header.lap);
         let mut journal = Self { store, identity, lap, end: START, head: Vec::with_capacity(EPOCH_HEAD) };
@@ -132,8 +133,8 @@ impl<S: Store> Journal<S> {
         Ok(())
     }
 
-    /// Calls `each` for every whole checkpoint in order, and returns the number of the last. To be called once, after
-    /// [`open`](Self::open).
+    /// Calls `each` for every whole checkpoint in order, and returns the number of the last. To be called
+    /// once, after [`open`](Self::open).
     pub(crate) fn replay(
         &mut self,
         mut each: impl FnMut(DiskRecords<'_>) -> io::Result<()>,

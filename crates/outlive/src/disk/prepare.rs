@@ -1,5 +1,5 @@
-//! Before images are used: what an earlier process left in a journal is brought into them, and what cannot be used is
-//! refused.
+//! Before images are used: what an earlier process left in a journal is brought into them, and what cannot be
+//! used is refused.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -18,8 +18,8 @@ use crate::arbiter::{self, Arbiter, Claim};
 /// How long an image may still be in use by a process that has just ended.
 const RELEASED_AFTER: Duration = Duration::from_secs(2);
 
-/// Checks the images that a VM shall run on, `paths` being those that it writes to and does not share, and replays their
-/// journals. To be called before the machine opens them.
+/// Checks the images that a VM shall run on, `paths` being those that it writes to and does not share, and
+/// replays their journals. To be called before the machine opens them.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -50,7 +50,8 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
     replay(paths, &sidecars)
 }
 
-/// Refuses images that are used as they are, read-only or shared, and are a standby's copy that is not finished.
+/// Refuses images that are used as they are, read-only or shared, and are a standby's copy that is not
+/// finished.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -70,9 +71,9 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks the images of a standby and replays their journals. If that is not possible now it may be later, with all disks
-/// given or their file system mounted, and the journal may be all that is left of what was committed: it is not given up
-/// unasked.
+/// Checks the images of a standby and replays their journals. If that is not possible now it may be later,
+/// with all disks given or their file system mounted, and the journal may be all that is left of what was
+/// committed: it is not given up unasked.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -111,7 +112,8 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
             Ok(Some(highest)) if highest > generation => {
                 let owner = arbiter.owner(&arbiter::VmId(vm.0), highest);
                 let owner = owner.map_or(String::new(), |owner| format!(", won by {owner}"));
-                // If that is this host, it was stopped between the arbiter's answer and the note beside the image.
+                // If that is this host, it was stopped between the arbiter's answer and the note beside the
+                // image.
                 return Err(format!(
                     "the disk image {} is out of date: it is of generation {generation} and its VM ran on in generation {highest}{owner}; start from the image of the host that has that, or delete {} to use this one all the same",
                     path.display(),
@@ -131,10 +133,10 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
     Ok(())
 }
 
-/// Makes sure that nobody else goes on with the VMs whose images these were: a standby that has lost its primary may only now
-/// reach the arbiter, and the same server would run twice. Wins the generation that such a standby would ask for: the one
-/// after the image's, not the one after the newest, which the standby may have won since it was looked for. To be done last,
-/// because what is won stays won.
+/// Makes sure that nobody else goes on with the VMs whose images these were: a standby that has lost its
+/// primary may only now reach the arbiter, and the same server would run twice. Wins the generation that such
+/// a standby would ask for: the one after the image's, not the one after the newest, which the standby may
+/// have won since it was looked for. To be done last, because what is won stays won.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -257,8 +259,8 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
     finish(Some(path), checkpoint, mine.into_iter())
 }
 
-/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty. Removes the journal if it
-/// is named.
+/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty. Removes the
+/// journal if it is named.
 fn finish<'a>(
     journal: Option<&Path>,
     checkpoint: u64,

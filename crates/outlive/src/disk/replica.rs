@@ -1,8 +1,9 @@
-//! A standby's disks: one thread compares, writes, journals and applies, so that the session's thread never waits for a disk
-//! while the link is to be read.
+//! A standby's disks: one thread compares, writes, journals and applies, so that the session's thread never
+//! waits for a disk while the link is to be read.
 //!
-//! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what was asked for,
-//! afterwards by [`QUEUE_BYTES`]; beyond that the session waits, and with it, through the link, the primary.
+//! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what
+//! was asked for, afterwards by [`QUEUE_BYTES`]; beyond that the session waits, and with it, through the
+//! link, the primary.
 
 mod queue;
 mod worker;
@@ -22,7 +23,8 @@ use super::image::{Sum, chunks};
 use queue::{Job, QUEUE_BYTES, Queue};
 use worker::Worker;
 
-/// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends without an answer.
+/// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends
+/// without an answer.
 const BASE_BYTES: usize = 64 << 20;
 
 /// One image of the standby.
@@ -141,7 +143,8 @@ impl Replica {
         Ok(())
     }
 
-    /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while too much is.
+    /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while
+    /// too much is.
     pub(crate) fn commit(&self, number: u64, base: bool, writes: &DiskRecords<'_>) {
         if self.sizes().iter().all(|size| *size == 0) || writes.bytes().is_empty() && !base {
             return;
@@ -166,8 +169,8 @@ impl Replica {
         }
     }
 
-    /// Compares the disks as of the checkpoint that was committed last with the VM's, whose hashes must have been
-    /// [checked](Self::check_hashes). The result is told.
+    /// Compares the disks as of the checkpoint that was committed last with the VM's, whose hashes must have
+    /// been [checked](Self::check_hashes). The result is told.
     pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) {
         let waiting = self.queue.lock();
         if waiting.jobs.iter().any(|job| matches!(job, Job::Check { .. })) {
@@ -177,13 +180,14 @@ impl Replica {
         }
     }
 
-    /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`Told::Settled`] says so, or
-    /// [`Told::Failed`] why not.
+    /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`Told::Settled`] says so,
+    /// or [`Told::Failed`] why not.
     pub(crate) fn settle(&self, checkpoint: u64) {
         self.queue.push(self.queue.lock(), Job::Settle { checkpoint });
     }
 
-    /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes away.
+    /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes
+    /// away.
     ///
     /// # Errors
     /// What failed, now or before.
@@ -193,9 +197,9 @@ impl Replica {
         answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
     }
 
-    /// Brings the images to the last commit, durably, and makes them the VM's disks in a new generation. The guest may write
-    /// to them when this has returned, and not before: the journal must be empty by then, or replaying it after a loss of
-    /// power would undo what the guest wrote.
+    /// Brings the images to the last commit, durably, and makes them the VM's disks in a new generation. The
+    /// guest may write to them when this has returned, and not before: the journal must be empty by then, or
+    /// replaying it after a loss of power would undo what the guest wrote.
     ///
     /// # Errors
     /// What failed, now or before.

@@ -83,8 +83,9 @@ fn sysfs(device: u64) -> PathBuf {
     fs::canonicalize(&number).unwrap_or_else(|_| number.into())
 }
 
-/// A name that a block device has in every life of this host: `/dev/sdb` and `/dev/dm-3` may be another one next time, and a
-/// sidecar that is not found lets a torn image start. `None` if it has none; then its name of today has to do.
+/// A name that a block device has in every life of this host: `/dev/sdb` and `/dev/dm-3` may be another one
+/// next time, and a sidecar that is not found lets a torn image start. `None` if it has none; then its name
+/// of today has to do.
 fn lasting_name(sysfs: &Path) -> Option<String> {
     let word = |file: &str| {
         let text = fs::read_to_string(sysfs.join(file)).ok()?;

@@ -1,10 +1,10 @@
-//! The primary's side of the base synchronisation of disks, on a thread of its own: reading and hashing may wait for a disk,
-//! the link's heartbeats may not.
+//! The primary's side of the base synchronisation of disks, on a thread of its own: reading and hashing may
+//! wait for a disk, the link's heartbeats may not.
 //!
-//! Every round is the same talk: the sums of a *window* of chunks go out, the standby answers which of them it wants, those
-//! chunks go out. The first round is the whole disk, the later ones are what the guest wrote meanwhile. The standby answers
-//! in the order of its work, after it has written the chunks of the windows before; so the windows not yet answered bound
-//! everything that is on its way, and no more are ever sent.
+//! Every round is the same talk: the sums of a *window* of chunks go out, the standby answers which of them
+//! it wants, those chunks go out. The first round is the whole disk, the later ones are what the guest wrote
+//! meanwhile. The standby answers in the order of its work, after it has written the chunks of the windows
+//! before; so the windows not yet answered bound everything that is on its way, and no more are ever sent.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -27,7 +27,8 @@ const IN_FLIGHT: u64 = 2 * WINDOW;
 const WINDOWS: usize = 64;
 /// Chunks of one section of blocks.
 const SECTION: usize = 16;
-/// Rounds before the first report at most; then, and when a round had no more than this many chunks, memory comes next.
+/// Rounds before the first report at most; then, and when a round had no more than this many chunks, memory
+/// comes next.
 const ROUNDS: u64 = 8;
 const FEW: usize = 128;
 /// Time between two reports.
@@ -152,7 +153,8 @@ impl DiskSync {
         self.order(Order::Want(want));
     }
 
-    /// Send what was written meanwhile, and report when the standby has it. With `last` the standby makes all of it durable.
+    /// Send what was written meanwhile, and report when the standby has it. With `last` the standby makes all
+    /// of it durable.
     pub(crate) fn catch_up(&self, last: bool) {
         self.order(Order::CatchUp { last });
     }

@@ -5,8 +5,8 @@
 //! standby   socket ──► session thread (stages, acknowledges, applies)      any thread ──► writer ──► socket
 //! ```
 //!
-//! Every socket has large kernel buffers, sends at once (no Nagle) and is closed by `shutdown`, which wakes whoever reads
-//! or writes it.
+//! Every socket has large kernel buffers, sends at once (no Nagle) and is closed by `shutdown`, which wakes
+//! whoever reads or writes it.
 
 mod receiver;
 mod records;
@@ -21,7 +21,8 @@ use socket2::SockRef;
 pub(crate) use receiver::receive;
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport};
 
-/// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender rarely waits.
+/// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender
+/// rarely waits.
 const SOCKET_BUFFER: usize = 4 << 20;
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(1);

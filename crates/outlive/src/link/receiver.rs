@@ -6,9 +6,9 @@ use std::time::Duration;
 use outlive_epoch::{DiskWant, Message, Peer, ReadError, SectionReader};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
-/// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is called on it
-/// after the message has arrived, so that the time that it reads is later than the arrival. What the standby wants of the
-/// disks is no event of the state machine, only a sign of life; `want` takes it.
+/// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is
+/// called on it after the message has arrived, so that the time that it reads is later than the arrival. What
+/// the standby wants of the disks is no event of the state machine, only a sign of life; `want` takes it.
 pub(crate) fn receive(
     stream: &mut TcpStream,
     link: Link,

@@ -1,4 +1,5 @@
-//! The thread that writes to a link. It owns socket and encoder, so the order on the wire is the order of its jobs.
+//! The thread that writes to a link. It owns socket and encoder, so the order on the wire is the order of its
+//! jobs.
 
 use std::io::{self, IoSlice, Write};
 use std::net::{Shutdown, TcpStream};
@@ -18,7 +19,8 @@ use super::records::Records;
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 
-/// Page bytes written at once. Between two writes a heartbeat may go out, so this bounds how long one is delayed.
+/// Page bytes written at once. Between two writes a heartbeat may go out, so this bounds how long one is
+/// delayed.
 const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
 
 /// One checkpoint, or a part of one that is larger than staging.

@@ -1,7 +1,7 @@
 //! The coordinator: the loop of the side where the VM runs.
 //!
-//! It ends epochs (by interval or by the dirty trigger), runs base synchronisation, and follows the decisions of
-//! [`Control`]. One thread, no lock held while it waits.
+//! It ends epochs (by interval or by the dirty trigger), runs base synchronisation, and follows the decisions
+//! of [`Control`]. One thread, no lock held while it waits.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -24,7 +24,8 @@ use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job, SenderReport};
 use crate::{exit, process};
 
-/// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for a hiccup.
+/// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for
+/// a hiccup.
 pub(crate) const SLOTS: u64 = 4;
 /// Bytes that the guest may write to its disks in one epoch; at more the epoch ends early.
 pub(crate) const DISK_BYTES: usize = 8 << 20;
@@ -308,8 +309,8 @@ impl Coordinator {
         if let Err(error) = active.machine.enable_tracking() {
             return self.base_failed(link, error.to_string());
         }
-        // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like every page that
-        // was never touched here.
+        // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like
+        // every page that was never touched here.
         let ram = active.machine.ram();
         let gfns: Vec<Gfn> = ram.touched().unwrap_or_else(|error| {
             tracing::warn!(%error, "sending untouched memory too");
@@ -362,7 +363,8 @@ impl Coordinator {
     /// The final stop of the base synchronisation.
     fn capture_base(&mut self, link: Link) {
         if let Some(base) = &mut self.base {
-            // What was taken early has not been sent since, so it is part of what the final checkpoint carries.
+            // What was taken early has not been sent since, so it is part of what the final checkpoint
+            // carries.
             base.early().drain(..).for_each(|gfn| self.active.machine.ram().log().mark(gfn));
         }
         let (wanted, _) = self.active.control.wanted();
@@ -446,8 +448,8 @@ impl Coordinator {
         Ok(())
     }
 
-    /// The VM stands still with a checkpoint half taken. Protection starts anew; the VM goes on once the state machine
-    /// allows it (invariant 7).
+    /// The VM stands still with a checkpoint half taken. Protection starts anew; the VM goes on once the
+    /// state machine allows it (invariant 7).
     fn capture_failed(&mut self, error: &CaptureError) {
         tracing::error!("checkpoint failed: {error}");
         if error.is_overrun() {
@@ -472,8 +474,9 @@ impl Coordinator {
         self.active.machine.write_log().set_mode(LogMode::Off);
     }
 
-    /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole: this process
-    /// ends without a word on the link, so the standby takes over from there. Held output goes with it.
+    /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole:
+    /// this process ends without a word on the link, so the standby takes over from there. Held output goes
+    /// with it.
     fn give_up(&mut self) -> u8 {
         let reason = "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one".to_owned();
         tracing::error!("{reason}");

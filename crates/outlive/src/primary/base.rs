@@ -1,4 +1,5 @@
-//! Base synchronisation: the disks, and then all memory, go to the standby while the guest runs, in rounds that shrink.
+//! Base synchronisation: the disks, and then all memory, go to the standby while the guest runs, in rounds
+//! that shrink.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,8 +13,8 @@ use super::disks::DiskBase;
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
 
-/// After this many rounds the rest is sent with the VM stopped, however much it is: a guest that writes faster than the link
-/// carries would never get there otherwise.
+/// After this many rounds the rest is sent with the VM stopped, however much it is: a guest that writes
+/// faster than the link carries would never get there otherwise.
 const MAX_ROUNDS: u32 = 6;
 /// As many rounds more if the disks took long at the end.
 const MAX_LATE_ROUNDS: u32 = 2;
@@ -83,14 +84,15 @@ impl Base {
         self.round(gfns, ram)
     }
 
-    /// Whether the disks are ready for the pause; if not, they have been told to get ready and a report follows.
+    /// Whether the disks are ready for the pause; if not, they have been told to get ready and a report
+    /// follows.
     pub(super) fn disks_are_ready(&mut self, gfns: Vec<Gfn>) -> bool {
         self.spare = gfns;
         self.disks.as_mut().is_none_or(DiskBase::is_ready)
     }
 
-    /// The disks are ready, which took its time. Returns a list for another round of memory if so much has become dirty
-    /// meanwhile that the pause would be long.
+    /// The disks are ready, which took its time. Returns a list for another round of memory if so much has
+    /// become dirty meanwhile that the pause would be long.
     pub(super) fn late_round(&mut self, dirty: usize, staging_pages: usize) -> Option<Vec<Gfn>> {
         self.late_rounds += 1;
         let many = dirty + self.early.len() > staging_pages / 2;
@@ -118,7 +120,8 @@ impl Base {
         self.round(gfns, ram)
     }
 
-    /// Whether the rest is to be sent with the VM stopped: it fits half of a staging buffer, or there were rounds enough.
+    /// Whether the rest is to be sent with the VM stopped: it fits half of a staging buffer, or there were
+    /// rounds enough.
     pub(crate) fn is_last(&self, dirty: usize, staging_pages: usize) -> bool {
         // In bitmap mode `dirty` counts the device models' pages alone, so at least two rounds are made.
         self.round >= MAX_ROUNDS || self.round >= 2 && dirty + self.early.len() <= staging_pages / 2

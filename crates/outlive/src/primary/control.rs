@@ -1,8 +1,8 @@
 //! Decisions of the primary, carried out.
 //!
-//! One lock covers the state machine and its actions, so they are carried out in the order decided, whichever thread
-//! brought the event. No action blocks: the slow ones queue work for other threads. Above all, a committed epoch's output
-//! is released by the very thread that read the acknowledgement.
+//! One lock covers the state machine and its actions, so they are carried out in the order decided, whichever
+//! thread brought the event. No action blocks: the slow ones queue work for other threads. Above all, a
+//! committed epoch's output is released by the very thread that read the acknowledgement.
 
 use std::net::TcpStream;
 use std::sync::mpsc::Sender as Queue;
@@ -153,7 +153,8 @@ impl Control {
         self.handle(Event::Claimed { generation, result });
     }
 
-    /// A checkpoint is captured; called inside the pause. Returns where it goes, or `None` when it is of no use.
+    /// A checkpoint is captured; called inside the pause. Returns where it goes, or `None` when it is of no
+    /// use.
     pub(crate) fn captured(
         self: &Arc<Self>,
         end: Option<outlive_epoch::EndReason>,
@@ -163,8 +164,8 @@ impl Control {
         self.step(&mut state, Event::Captured { end });
         let (link, number, flags) = state.ship.take()?;
         if let Err(why) = self.begin_epoch(&state.pair) {
-            // Frames of the next epoch would not wait for their commit: this checkpoint must not become one that the
-            // standby can take over from.
+            // Frames of the next epoch would not wait for their commit: this checkpoint must not become one
+            // that the standby can take over from.
             self.step(&mut state, Event::LinkLost { link, why: LossReason::Local(why) });
             return None;
         }
@@ -331,8 +332,8 @@ impl Control {
     fn release(&self, state: &mut State, through: u64) {
         self.totals.committed(through);
         if let Some(output) = &self.output {
-            // Invariant 1: asked before every single frame, with a fresh clock, because this process may be stopped for an
-            // hour between two of them.
+            // Invariant 1: asked before every single frame, with a fresh clock, because this process may be
+            // stopped for an hour between two of them.
             output.release(through, || state.pair.may_release(self.clock.now()));
         }
         self.shared_disks.release(through, || state.pair.may_release(self.clock.now()));

@@ -1,5 +1,5 @@
-//! The disks of the VM that runs here: what the coordinator does with them while a standby is synchronised, and how the
-//! writes to shared ones wait for their commit.
+//! The disks of the VM that runs here: what the coordinator does with them while a standby is synchronised,
+//! and how the writes to shared ones wait for their commit.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -184,7 +184,8 @@ impl DiskBase {
             return Ok(None);
         }
         let log = machine.write_log().clone();
-        // A write that completes from here on is marked; what completed before is in the image that is now read.
+        // A write that completes from here on is marked; what completed before is in the image that is now
+        // read.
         log.set_mode(LogMode::Track);
         let (sending, telling) = (control.clone(), control.clone());
         let sync = DiskSync::start(
@@ -208,7 +209,8 @@ impl DiskBase {
         self.sync.want(want);
     }
 
-    /// Little memory is left. Returns whether the disks are ready for the pause; if not, a report will say so.
+    /// Little memory is left. Returns whether the disks are ready for the pause; if not, a report will say
+    /// so.
     pub(super) fn is_ready(&mut self) -> bool {
         if self.phase == Phase::Synced {
             self.phase = Phase::CatchingUp;
@@ -251,10 +253,10 @@ impl DiskBase {
         }
     }
 
-    /// From here on writes are logged and go with the final checkpoint. A write is either marked, and in a chunk that is
-    /// read after this, or in the log, which the standby applies after the chunks; one that is cut in two by this moment is
-    /// half of each. When the log is full, writes wait for the checkpoint: a guest that writes faster than the link carries
-    /// is slowed down here.
+    /// From here on writes are logged and go with the final checkpoint. A write is either marked, and in a
+    /// chunk that is read after this, or in the log, which the standby applies after the chunks; one that is
+    /// cut in two by this moment is half of each. When the log is full, writes wait for the checkpoint: a
+    /// guest that writes faster than the link carries is slowed down here.
     fn begin_log(&mut self) {
         self.phase = Phase::Last;
         // What an earlier protection left in the log goes away with the buffer that comes out.

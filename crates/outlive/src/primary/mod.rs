@@ -40,9 +40,9 @@ pub fn command(options: &RunOptions) -> u8 {
     }
 }
 
-/// Everything that can be wrong with options or machine is found here, before the guest runs. The error is one line that
-/// names the remedy; everything made so far goes away with it. The arbiter is written to last, because a generation that
-/// was won stays won.
+/// Everything that can be wrong with options or machine is found here, before the guest runs. The error is
+/// one line that names the remedy; everything made so far goes away with it. The arbiter is written to last,
+/// because a generation that was won stays won.
 fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let active = &options.active;
     check_memory(options.memory_bytes())?;
@@ -61,7 +61,8 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
     let console = Arc::new(console);
     let mut machine = make_machine(options, &guest, mac, &console, queue.clone())?;
     guest.load(&mut machine)?;
-    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
+    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after
+    // them.
     let mut arbiter =
         options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
     if let Some(arbiter) = &mut arbiter {
@@ -76,7 +77,8 @@ fn prepare(options: &RunOptions) -> Result<Launch, String> {
         disk::end_earlier_vms(&written, arbiter.as_mut())?;
     }
     let mut marked = disks::replicated(&machine);
-    // Without an arbiter nobody asks for a generation, but what an earlier VM left would be wrong from here on.
+    // Without an arbiter nobody asks for a generation, but what an earlier VM left would be wrong from here
+    // on.
     marked.retain(|(_, path)| arbiter.is_some() || disk::has_sidecar(path));
     disk::mark_primary(&marked, vm, 1)?;
     events.emit(Event::Started {
@@ -154,8 +156,8 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     }
 }
 
-/// Refuses to start protection when its buffers would take more than half of what this host has left: the VM itself must
-/// not be the victim.
+/// Refuses to start protection when its buffers would take more than half of what this host has left: the VM
+/// itself must not be the victim.
 fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), String> {
     // One buffer for disk writes more: the one that is being filled.
     let bytes =
@@ -194,7 +196,8 @@ fn disk_options(spec: &DiskSpec) -> DiskOptions {
     DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
 }
 
-/// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides with no vendor's).
+/// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides
+/// with no vendor's).
 pub(crate) fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
     let [a, b, c, d, e, ..] = vm.0;
     MacAddr(net.and_then(|n| n.mac).unwrap_or([0x02, a, b, c, d, e]))
@@ -218,7 +221,8 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
     if tap.up { Ok(()) } else { netlink.set_up(&net.tap).map_err(text) }
 }
 
-/// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts the VM.
+/// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts
+/// the VM.
 fn first_generation(mut arbiter: Box<dyn Arbiter>, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
     match arbiter.claim(&arbiter::VmId(vm.0), 1, &arbiter::owner("primary")) {
         Claim::Won => Ok(arbiter),

@@ -1,12 +1,13 @@
-//! The self-check of the side where the VM runs: at every N-th checkpoint the standby is told what its copy should be.
+//! The self-check of the side where the VM runs: at every N-th checkpoint the standby is told what its copy
+//! should be.
 //!
-//! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and checkpoints
-//! go on, in this order:
+//! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and
+//! checkpoints go on, in this order:
 //!
 //! 1. The disks are drained: what was in flight is completed and logged, and nothing new is taken.
 //! 2. Their images are hashed.
-//! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the standby has when
-//!    it has applied the logs up to this one is what was hashed.
+//! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the
+//!    standby has when it has applied the logs up to this one is what was hashed.
 //! 4. The disks go on.
 //!
 //! The guest's requests wait from 1 to 4, nothing else does.
@@ -43,8 +44,8 @@ pub(crate) struct Hashed {
 enum State {
     Idle,
     Hashing(Arc<AtomicBool>),
-    /// Nobody wants it any more, but the thread still lets the disks rest. Another one beside it would go on hashing disks
-    /// that this one has set going.
+    /// Nobody wants it any more, but the thread still lets the disks rest. Another one beside it would go on
+    /// hashing disks that this one has set going.
     Abandoned,
     /// For the next checkpoint.
     Ready(Resting, Vec<DiskHash>),
@@ -67,7 +68,8 @@ impl SelfCheck {
         Self { every, disks: replicated.cloned().collect(), control: control.clone(), state: State::Idle }
     }
 
-    /// A checkpoint is about to be taken, the one of this number. Returns the hashes of the disks if it is to carry a check.
+    /// A checkpoint is about to be taken, the one of this number. Returns the hashes of the disks if it is to
+    /// carry a check.
     pub(super) fn before(&mut self, number: u64) -> Option<Vec<DiskHash>> {
         let due = number.is_multiple_of(self.every?);
         match std::mem::replace(&mut self.state, State::Idle) {

@@ -1,5 +1,6 @@
-//! Decisions of the standby, carried out. As on the primary, one lock covers the state machine and its actions. The one
-//! action that takes time, applying a checkpoint, is left to the session thread that staged it.
+//! Decisions of the standby, carried out. As on the primary, one lock covers the state machine and its
+//! actions. The one action that takes time, applying a checkpoint, is left to the session thread that staged
+//! it.
 
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
@@ -23,7 +24,8 @@ use crate::disk::Told;
 use crate::events::{self, EventWriter};
 use crate::process;
 
-/// How long a few bytes to the primary may take to leave; a primary that reads nothing for so long is as good as gone.
+/// How long a few bytes to the primary may take to leave; a primary that reads nothing for so long is as good
+/// as gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the main thread is told.
@@ -182,8 +184,8 @@ impl Control {
         self.refuse_locked(&mut self.lock(), link, code, text);
     }
 
-    /// A primary's introduction, with the copy that was made for its VM. The machine may have decided otherwise since
-    /// `would_accept`; then the copy is dropped.
+    /// A primary's introduction, with the copy that was made for its VM. The machine may have decided
+    /// otherwise since `would_accept`; then the copy is dropped.
     pub(super) fn hello(
         self: &Arc<Self>,
         link: Link,

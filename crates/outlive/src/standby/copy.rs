@@ -1,5 +1,5 @@
-//! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint, and that
-//! checkpoint's state.
+//! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint,
+//! and that checkpoint's state.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -41,8 +41,8 @@ pub(super) struct VmCopy {
     disks: Arc<Replica>,
     queue: Sender<Inbox>,
     inbox: Receiver<Inbox>,
-    /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place later is
-    /// noticed.
+    /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place
+    /// later is noticed.
     arbiter: Box<dyn Arbiter>,
 }
 
@@ -55,7 +55,8 @@ pub(super) struct CopyParts {
     pub(super) arbiter: Box<dyn Arbiter>,
 }
 
-/// Checks at start that the card can be made, so that a wrong name is told at once and not at the first primary.
+/// Checks at start that the card can be made, so that a wrong name is told at once and not at the first
+/// primary.
 pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
     let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
     primary::join_bridge(Some(net))?;
@@ -143,8 +144,8 @@ impl VmCopy {
         self.disks.clone()
     }
 
-    /// Checks that a checkpoint's state could be resumed here. To be asked before it is acknowledged: an acknowledged
-    /// checkpoint must be one that this side can run.
+    /// Checks that a checkpoint's state could be resumed here. To be asked before it is acknowledged: an
+    /// acknowledged checkpoint must be one that this side can run.
     ///
     /// # Errors
     /// What does not fit.
@@ -154,9 +155,9 @@ impl VmCopy {
         self.machine.check_sections(known, &sections).map_err(|e| e.to_string())
     }
 
-    /// Puts the machine into a checkpoint's state for trial, before it is acknowledged: CPUID, TSC frequency, MSRs and
-    /// devices that this host cannot give must be found while the primary still lives, not after the generation is won.
-    /// The machine does not run, and the takeover restores it again.
+    /// Puts the machine into a checkpoint's state for trial, before it is acknowledged: CPUID, TSC frequency,
+    /// MSRs and devices that this host cannot give must be found while the primary still lives, not after the
+    /// generation is won. The machine does not run, and the takeover restores it again.
     ///
     /// # Errors
     /// What this host cannot do.

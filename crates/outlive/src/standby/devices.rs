@@ -1,5 +1,5 @@
-//! The devices of the VM that a primary introduced, and what this host makes of them. Its list is the only word about
-//! them: none is guessed from the kind of guest.
+//! The devices of the VM that a primary introduced, and what this host makes of them. Its list is the only
+//! word about them: none is guessed from the kind of guest.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,7 +43,8 @@ pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, Stri
     ))
 }
 
-/// Checks that a machine of this release has such devices in such an order: a card, disks, and one of each other kind.
+/// Checks that a machine of this release has such devices in such an order: a card, disks, and one of each
+/// other kind.
 fn board(hello: &Hello) -> Result<Plan, String> {
     let mut plan = Plan::default();
     let mut last = None;

@@ -1,7 +1,7 @@
 //! The standby's port: whoever connects is heard, and refused unless it is the one primary that belongs here.
 //!
-//! Every connection has a thread of its own until it is accepted or refused, so that nobody who connects and says nothing
-//! keeps the primary out; their number is bounded.
+//! Every connection has a thread of its own until it is accepted or refused, so that nobody who connects and
+//! says nothing keeps the primary out; their number is bounded.
 
 use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
@@ -28,7 +28,8 @@ const INTRODUCTION: Duration = Duration::from_secs(2);
 pub(super) const MAX_STATE_BYTES: u32 = 16 << 20;
 /// Bytes of disk writes of a checkpoint that a primary may ask room for.
 const MAX_DISK_BYTES: u32 = 64 << 20;
-/// State sections of a checkpoint: constants and registers of 32 vCPUs, the VM, and 32 devices, with room to spare.
+/// State sections of a checkpoint: constants and registers of 32 vCPUs, the VM, and 32 devices, with room to
+/// spare.
 const MAX_STATE_SECTIONS: u32 = 128;
 
 /// Starts the thread that accepts connections.
@@ -202,8 +203,8 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
     Ok(Admitted { staging, ram, disks })
 }
 
-/// Two hosts that were given different directories would both win every generation. The primary has won its own at the
-/// arbiter before it dialled, so this side must find it there.
+/// Two hosts that were given different directories would both win every generation. The primary has won its
+/// own at the arbiter before it dialled, so this side must find it there.
 fn same_arbiter(control: &Control, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
     let spec = &control.options.arbiter;
     let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;

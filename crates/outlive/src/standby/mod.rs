@@ -84,7 +84,8 @@ fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
     let listener = TcpListener::bind(&options.listen).map_err(|e| {
         format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
     })?;
-    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after them.
+    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after
+    // them.
     drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
     let events = primary::open_events(options.active.events.as_deref())?;
     let (queue, inbox) = channel();
@@ -150,7 +151,8 @@ impl Waiting {
                 primary::launch(launching)
             }
             Err(why) => {
-                // The generation is won and cannot be given back: nobody else may run this VM now, so say so loudly.
+                // The generation is won and cannot be given back: nobody else may run this VM now, so say so
+                // loudly.
                 tracing::error!("takeover failed, the VM runs nowhere: {why}");
                 self.events.emit(Event::Ended { reason: why, code: exit::FAILED.into() });
                 exit::FAILED
@@ -160,7 +162,8 @@ impl Waiting {
 
     fn exit(&self, reason: &StandbyExit) -> u8 {
         self.control.finish();
-        // The disks are brought to the last commit before the process ends; a journal that stays is replayed by the next.
+        // The disks are brought to the last commit before the process ends; a journal that stays is replayed
+        // by the next.
         if let Some(copy) = self.control.take_copy()
             && let Err(why) = copy.disks().leave()
         {

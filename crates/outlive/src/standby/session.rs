@@ -1,9 +1,11 @@
-//! One accepted primary: its pages and checkpoints are staged, acknowledged and applied on this thread, in this order.
+//! One accepted primary: its pages and checkpoints are staged, acknowledged and applied on this thread, in
+//! this order.
 //!
-//! Order, and why: a checkpoint is acknowledged when it is whole and could be resumed, *before* it is applied, because the
-//! acknowledgement is on the guest's way to its clients and the commit does not depend on where in this host's memory the
-//! checkpoint stands. It is applied completely before the next section is read, whatever happens to the link meanwhile, so
-//! memory only ever moves from one committed checkpoint to the next (invariant 2).
+//! Order, and why: a checkpoint is acknowledged when it is whole and could be resumed, *before* it is
+//! applied, because the acknowledgement is on the guest's way to its clients and the commit does not depend
+//! on where in this host's memory the checkpoint stands. It is applied completely before the next section is
+//! read, whatever happens to the link meanwhile, so memory only ever moves from one committed checkpoint to
+//! the next (invariant 2).
 
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -128,7 +130,8 @@ impl Session {
         // `push` said that it is whole.
         let Some(checkpoint) = self.staging.checkpoint() else { return Err(End::Known) };
         let number = checkpoint.number();
-        // All that may be wrong with it is found before it is acknowledged: afterwards this side answers for it.
+        // All that may be wrong with it is found before it is acknowledged: afterwards this side answers for
+        // it.
         let hashes = copy::hashes(&checkpoint).transpose().map_err(End::Bad)?;
         self.disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks)).map_err(End::Bad)?;
         self.control.with_copy(|copy| copy.check_state(&checkpoint)).ok_or(End::Known)?.map_err(End::Bad)?;
@@ -161,9 +164,9 @@ impl Session {
         Ok(())
     }
 
-    /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never run. Nobody
-    /// writes to its memory until the checkpoint is said to be applied, so this needs no lock, under which the heartbeats
-    /// would have to wait. The disks are compared by their own thread.
+    /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never
+    /// run. Nobody writes to its memory until the checkpoint is said to be applied, so this needs no lock,
+    /// under which the heartbeats would have to wait. The disks are compared by their own thread.
     fn compare(&self, number: u64, hashes: Hashes) -> Result<(), End> {
         let difference = hashes.compare_memory(&self.ram).err();
         if let Some(why) = difference.map(|it| it.to_string()) {

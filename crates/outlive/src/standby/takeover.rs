@@ -1,9 +1,9 @@
 //! From the copy to the running VM.
 //!
-//! Order, and why: the generation is won before anything here runs (invariant 3). State is restored and devices are wired
-//! while the guest stands still; output is opened before the vCPUs run, so that the first frame is not dropped; queues are
-//! kicked and the network is told where the VM went before the vCPUs run, because a notification that was under way when the
-//! primary died is in no checkpoint.
+//! Order, and why: the generation is won before anything here runs (invariant 3). State is restored and
+//! devices are wired while the guest stands still; output is opened before the vCPUs run, so that the first
+//! frame is not dropped; queues are kicked and the network is told where the VM went before the vCPUs run,
+//! because a notification that was under way when the primary died is in no checkpoint.
 
 use std::time::Instant;
 

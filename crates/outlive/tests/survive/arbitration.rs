@@ -1,5 +1,5 @@
-//! The arbiter's directory is out of reach when it is needed: nobody goes on, everybody says why, and when it is back
-//! exactly one goes on.
+//! The arbiter's directory is out of reach when it is needed: nobody goes on, everybody says why, and when it
+//! is back exactly one goes on.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,7 +24,8 @@ fn bring_arbiter_back(world: &World) {
     fs::rename(away(world), world.arbiter()).unwrap();
 }
 
-/// Waits until a host says that it cannot reach the arbiter, and checks that it says which one and what to do.
+/// Waits until a host says that it cannot reach the arbiter, and checks that it says which one and what to
+/// do.
 fn wait_unreachable(world: &World, process: &mut Process) {
     let event = process.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterUnreachable { .. }));
     let Event::ArbiterUnreachable { why } = event else { unreachable!("the filter above") };

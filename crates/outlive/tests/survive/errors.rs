@@ -1,4 +1,5 @@
-//! What a person meets who starts it wrongly: one line that says what to do, exit code 2, and nothing left behind.
+//! What a person meets who starts it wrongly: one line that says what to do, exit code 2, and nothing left
+//! behind.
 
 use std::fs;
 use std::net::TcpListener;
@@ -47,8 +48,8 @@ impl Stage {
         command
     }
 
-    /// Runs a command that must fail at once, and checks everything that is promised for that. The line on standard
-    /// error must contain all of `words`.
+    /// Runs a command that must fail at once, and checks everything that is promised for that. The line on
+    /// standard error must contain all of `words`.
     fn refuses(&self, line: &str, words: &[&str]) {
         self.refuses_in(line, words, |command| command.output());
     }

@@ -1,4 +1,5 @@
-//! SIGSTOP and SIGCONT: a host that was dead for everybody else and comes back in the middle of what it was doing.
+//! SIGSTOP and SIGCONT: a host that was dead for everybody else and comes back in the middle of what it was
+//! doing.
 
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ fn assert_fenced(loser: &mut Process, generation: u64, winner: u32) {
     );
 }
 
-/// Stops the primary at random moments until the standby runs the VM, and lets it go on: it must not get one frame out.
+/// Stops the primary at random moments until the standby runs the VM, and lets it go on: it must not get one
+/// frame out.
 fn old_primaries_stay_silent(interval: &str, rounds: u64) {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
@@ -66,8 +68,8 @@ fn nor_does_one_that_was_stopped_with_much_output_held() {
     old_primaries_stay_silent("30ms", 5);
 }
 
-/// Acknowledgements come while the process cannot read them. When it goes on it finds them, together with the output that
-/// they would have released in time.
+/// Acknowledgements come while the process cannot read them. When it goes on it finds them, together with the
+/// output that they would have released in time.
 #[test]
 fn acknowledgements_found_after_a_stop_release_nothing() {
     let Some(world) = World::new() else { return };

@@ -22,7 +22,8 @@ impl Pair {
         Pair { side: Side::A, active, standby }
     }
 
-    /// Waits until the standby that is there now could take over; the primary may still speak of the one before it.
+    /// Waits until the standby that is there now could take over; the primary may still speak of the one
+    /// before it.
     fn wait_protected(&self) {
         wait_until("the standby has the base", || self.standby.log().contains("this standby can take over"));
     }
@@ -71,7 +72,8 @@ fn the_vm_goes_on_when_its_standby_is_killed_at_any_moment() {
     let load = MemoryLoad::start(&world, 6000, 10_000);
     let witnesses = Witnesses::start(&world, 2);
     for round in 0..16 {
-        // Every other time it is killed whatever it is doing: not yet attached, in the middle of the base, protecting.
+        // Every other time it is killed whatever it is doing: not yet attached, in the middle of the base,
+        // protecting.
         dice.sleep_below(SPAN * 2);
         pair = pair.kill_standby(&world);
         if round % 2 == 0 {

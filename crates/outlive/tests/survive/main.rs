@@ -1,7 +1,7 @@
 //! "It must survive": whole hosts, killed, frozen, cut off, lied to and shut down, while clients watch.
 //!
-//! Every test has two hosts and a client network of its own (see [`support`]). Random choices have a seed that is
-//! printed; `OUTLIVE_SEED` repeats them. Where VMs cannot run, a test says `skipped:` and why.
+//! Every test has two hosts and a client network of its own (see [`support`]). Random choices have a seed
+//! that is printed; `OUTLIVE_SEED` repeats them. Where VMs cannot run, a test says `skipped:` and why.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,5 @@
-//! What must be refused without harm: strangers, second primaries, and streams that arrive other than they were sent.
+//! What must be refused without harm: strangers, second primaries, and streams that arrive other than they
+//! were sent.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -274,7 +275,8 @@ fn damaged_bases_are_refused_and_the_standby_stays_good() {
         });
         fake.stream.shutdown(Shutdown::Write).ok();
         let answer = fake.answer();
-        // What is missing at the end looks like a primary that died; with no base there is nothing to take over.
+        // What is missing at the end looks like a primary that died; with no base there is nothing to take
+        // over.
         let ends = ["the connection was closed", "closed"].iter().any(|end| answer.contains(end));
         assert!(answer == bad_stream || round % 2 == 1 && ends, "round {round}: {answer}");
     }

@@ -32,7 +32,8 @@ pub enum PrimaryEvent {
         /// Which.
         link: Link,
     },
-    /// A connection dialled could not be made. Every [`PrimaryAction::Dial`] must be answered with this or `Connected`.
+    /// A connection dialled could not be made. Every [`PrimaryAction::Dial`] must be answered with this or
+    /// `Connected`.
     DialFailed {
         /// Which.
         link: Link,
@@ -85,15 +86,17 @@ pub enum PrimaryEvent {
         /// Why.
         reason: LeaveReason,
     },
-    /// A connection ended, or cannot be used any more (damage; trouble of this side's own with tracking or sending).
+    /// A connection ended, or cannot be used any more (damage; trouble of this side's own with tracking or
+    /// sending).
     LinkLost {
         /// Which.
         link: Link,
         /// Why.
         why: LossReason,
     },
-    /// The VM is paused and all of a checkpoint is in staging. Given inside the pause, and the answer is carried out inside
-    /// it: output is held, or belongs to the next epoch, from the first instruction after it.
+    /// The VM is paused and all of a checkpoint is in staging. Given inside the pause, and the answer is
+    /// carried out inside it: output is held, or belongs to the next epoch, from the first instruction after
+    /// it.
     Captured {
         /// The VM has ended and this is its last checkpoint ([`Wanted::Last`]).
         end: Option<EndReason>,
@@ -105,8 +108,9 @@ pub enum PrimaryEvent {
         /// The answer.
         result: ClaimResult,
     },
-    /// The guest has ended the VM, or the operator wants it stopped. The first reason counts. After it the driver keeps the
-    /// vCPUs stopped (for `Stopped`: from the last capture on) and carries on until [`PrimaryAction::Exit`].
+    /// The guest has ended the VM, or the operator wants it stopped. The first reason counts. After it the
+    /// driver keeps the vCPUs stopped (for `Stopped`: from the last capture on) and carries on until
+    /// [`PrimaryAction::Exit`].
     End {
         /// Why.
         reason: EndReason,
@@ -130,15 +134,16 @@ pub enum PrimaryAction {
         /// The VM's generation now.
         generation: u64,
     },
-    /// Start tracking dirty pages and send base pages, in rounds, while the guest runs. When few enough are left, capture
-    /// ([`Wanted::Base`]).
+    /// Start tracking dirty pages and send base pages, in rounds, while the guest runs. When few enough are
+    /// left, capture ([`Wanted::Base`]).
     StartBase {
         /// On which connection.
         link: Link,
     },
     /// From now on no frame leaves; frames are kept, each with the number of its epoch.
     HoldOutput,
-    /// Send the checkpoint just captured. All frames produced before this pause belong to it, those after it to the next.
+    /// Send the checkpoint just captured. All frames produced before this pause belong to it, those after it
+    /// to the next.
     Ship {
         /// On which connection.
         link: Link,
@@ -149,13 +154,15 @@ pub enum PrimaryAction {
     },
     /// The checkpoint just captured is of no use (the link was lost meanwhile): free its staging.
     DropCapture,
-    /// Let the frames of all epochs up to this one out, asking [`Primary::may_release`](crate::Primary::may_release)
-    /// before each; and free the staging of the checkpoints up to this one.
+    /// Let the frames of all epochs up to this one out, asking
+    /// [`Primary::may_release`](crate::Primary::may_release) before each; and free the staging of the
+    /// checkpoints up to this one.
     Release {
         /// Number of the newest committed checkpoint.
         through: u64,
     },
-    /// Send a heartbeat with the time of this clock when it is written. Also between the sections of a long checkpoint.
+    /// Send a heartbeat with the time of this clock when it is written. Also between the sections of a long
+    /// checkpoint.
     SendHeartbeat {
         /// On which connection.
         link: Link,
@@ -167,8 +174,8 @@ pub enum PrimaryAction {
         /// Why.
         reason: EndReason,
     },
-    /// Close a connection (what is queued for it may still go out), stop tracking, free the staging. Output that is held
-    /// stays held.
+    /// Close a connection (what is queued for it may still go out), stop tracking, free the staging. Output
+    /// that is held stays held.
     Hangup {
         /// Which.
         link: Link,

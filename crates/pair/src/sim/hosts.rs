@@ -1,4 +1,5 @@
-//! The drivers of the two machines in the simulation: what crates/outlive does with threads and sockets, done with a queue.
+//! The drivers of the two machines in the simulation: what crates/outlive does with threads and sockets, done
+//! with a queue.
 
 use std::collections::VecDeque;
 

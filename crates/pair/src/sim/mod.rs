@@ -1,10 +1,12 @@
 //! A seeded simulator of several hosts that run the two machines against delay, partition, freeze and crash.
 //!
 //! One seed is one schedule, so a failure can be repeated: every assertion prints its seed, and
-//! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair` runs it alone. `OUTLIVE_SIM_SEEDS=n` sets how many are run.
+//! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair` runs it alone. `OUTLIVE_SIM_SEEDS=n` sets how many are
+//! run.
 //!
-//! The VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the drivers of the machines
-//! ([`hosts`]) obey the actions and nothing else; the clocks of the hosts differ in offset and by up to 4 % in rate.
+//! The VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the drivers of the
+//! machines ([`hosts`]) obey the actions and nothing else; the clocks of the hosts differ in offset and by up
+//! to 4 % in rate.
 
 mod hosts;
 mod run;

@@ -63,7 +63,8 @@ impl World {
         }
         let (newest, owner) = self.truth.newest();
         if !self.alive(owner) {
-            // The owner died. That may only be the end of the VM if nobody holds a committed checkpoint of it.
+            // The owner died. That may only be the end of the VM if nobody holds a committed checkpoint of
+            // it.
             let holds =
                 |process: &Process| matches!(process, Process::Standby(s) if s.machine.committed().is_some());
             match self.hosts.iter().position(|host| holds(&host.process)) {
@@ -187,7 +188,8 @@ impl World {
         }
     }
 
-    /// A claim reaches the arbiter, or does not, or does and its answer is lost. It may come from a process that has died.
+    /// A claim reaches the arbiter, or does not, or does and its answer is lost. It may come from a process
+    /// that has died.
     fn claim_arrives(&mut self, life: Life, generation: u64) {
         let cut = self.hosts[life.0].arbiter_cut_until > self.now;
         let base = match &self.hosts[life.0].process {
@@ -293,8 +295,8 @@ impl World {
         }
     }
 
-    /// Queues on the way swell, and then only the way to the standby is cut: old acknowledgements go on arriving at a
-    /// primary whose standby has long stopped hearing it.
+    /// Queues on the way swell, and then only the way to the standby is cut: old acknowledgements go on
+    /// arriving at a primary whose standby has long stopped hearing it.
     fn swell_and_cut(&mut self) {
         let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
         let [standby, primary] = self.conns[conn].ends;
@@ -303,8 +305,8 @@ impl World {
         self.after(start, Happening::Cut { from: primary.0, to: standby.0 });
     }
 
-    /// Trouble on one of the newest connections: a reset by a third party, damage, stray base pages, or trouble at the
-    /// primary itself.
+    /// Trouble on one of the newest connections: a reset by a third party, damage, stray base pages, or
+    /// trouble at the primary itself.
     fn strike_link(&mut self) {
         let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
         match self.rng.range(0, 4) {

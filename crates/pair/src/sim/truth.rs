@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-/// A state of the VM: everything it has done so far, as a node in the tree of all histories. Two hosts that ran the VM
-/// from the same checkpoint have different nodes with one common ancestor.
+/// A state of the VM: everything it has done so far, as a node in the tree of all histories. Two hosts that
+/// ran the VM from the same checkpoint have different nodes with one common ancestor.
 pub(super) type Node = usize;
 
 /// One life of a process on a host.

@@ -64,8 +64,9 @@ impl Standby {
         }
     }
 
-    /// The stream is damaged, but the primary that sends it may be in good health: to take over from it would harm the VM.
-    /// So this side gives up its claim and starts again, and the primary, told so, does the same.
+    /// The stream is damaged, but the primary that sends it may be in good health: to take over from it would
+    /// harm the VM. So this side gives up its claim and starts again, and the primary, told so, does the
+    /// same.
     pub(super) fn bad_stream(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
         if self.attached_mut(link).is_none() {
             out.push(Action::Hangup { link });
@@ -86,8 +87,9 @@ impl Standby {
         match &mut self.state {
             State::Leaving { .. } | State::Over => {}
             State::Settling { stop, .. } | State::Claiming { stop, .. } => {
-                // This may be the only side that has the VM, and the claim may have been heard already. Whoever walks away
-                // from it then leaves a VM that nobody runs and that the other side can never win.
+                // This may be the only side that has the VM, and the claim may have been heard already.
+                // Whoever walks away from it then leaves a VM that nobody runs and that the other side can
+                // never win.
                 if !std::mem::replace(stop, true) {
                     out.push(Action::Note(Note::StopWaits));
                 }
@@ -153,8 +155,8 @@ impl Standby {
         out.push(Action::TakeOver { checkpoint, generation: claim.generation, stop });
     }
 
-    /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may be gone after that
-    /// acknowledgement, and what is left here would be older than what this side answered for.
+    /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may be gone
+    /// after that acknowledgement, and what is left here would be older than what this side answered for.
     pub(super) fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
         let applying = match &self.state {
             State::Committed { committed, .. } if committed.applying => Some(committed.checkpoint),

@@ -32,8 +32,9 @@ pub struct Introduction {
 pub enum StandbyEvent {
     /// Time has passed.
     Tick,
-    /// A connection brought a Hello that makes sense. The driver has asked [`Standby::would_accept`] before it set memory
-    /// aside for this VM; if there is not enough, it refuses by itself and this event is not given.
+    /// A connection brought a Hello that makes sense. The driver has asked [`Standby::would_accept`] before
+    /// it set memory aside for this VM; if there is not enough, it refuses by itself and this event is not
+    /// given.
     ///
     /// [`Standby::would_accept`]: crate::Standby::would_accept
     Hello {
@@ -60,7 +61,8 @@ pub enum StandbyEvent {
         /// On which connection.
         link: Link,
     },
-    /// A checkpoint is complete in its staging buffer and has passed every check. Nothing of it is applied yet.
+    /// A checkpoint is complete in its staging buffer and has passed every check. Nothing of it is applied
+    /// yet.
     Staged {
         /// On which connection.
         link: Link,
@@ -95,7 +97,8 @@ pub enum StandbyEvent {
         /// Why.
         why: LossReason,
     },
-    /// Something came that this side refuses: damage, wrong order, over a limit. The primary may well be alive.
+    /// Something came that this side refuses: damage, wrong order, over a limit. The primary may well be
+    /// alive.
     BadStream {
         /// On which connection.
         link: Link,
@@ -144,7 +147,8 @@ pub enum StandbyAction {
         /// From which connection.
         link: Link,
     },
-    /// Acknowledge: from this moment on this side answers for the checkpoint. Send it before the `Apply` that follows.
+    /// Acknowledge: from this moment on this side answers for the checkpoint. Send it before the `Apply` that
+    /// follows.
     Ack {
         /// On which connection.
         link: Link,
@@ -188,22 +192,23 @@ pub enum StandbyAction {
     },
     /// Throw the checkpoint away that is not acknowledged, whole or partial. Memory keeps the committed one.
     DiscardStaged,
-    /// Throw everything away: staging, memory, state. If an `Apply` is still running, wait for its end first (the memory
-    /// may soon belong to another VM); it need not be reported any more.
+    /// Throw everything away: staging, memory, state. If an `Apply` is still running, wait for its end first
+    /// (the memory may soon belong to another VM); it need not be reported any more.
     DiscardAll,
     /// Ask the arbiter for a generation; the answer comes back as [`StandbyEvent::Claimed`].
     Claim {
         /// Which.
         generation: u64,
     },
-    /// Run the VM, from what is applied. A [`Primary`](crate::Primary) with these numbers is its machine from now on; this
-    /// one is over.
+    /// Run the VM, from what is applied. A [`Primary`](crate::Primary) with these numbers is its machine from
+    /// now on; this one is over.
     TakeOver {
         /// The checkpoint that memory and state are at.
         checkpoint: u64,
         /// The generation won.
         generation: u64,
-        /// The operator asked for a stop while this side was the only one that had the VM: end it in order now.
+        /// The operator asked for a stop while this side was the only one that had the VM: end it in order
+        /// now.
         stop: bool,
     },
     /// End the process, after what is queued before this has been carried out.
@@ -256,7 +261,8 @@ pub enum StandbyNote {
         /// Which.
         generation: u64,
     },
-    /// The operator's stop waits: this may be the only host that has the VM, so the arbiter must answer first.
+    /// The operator's stop waits: this may be the only host that has the VM, so the arbiter must answer
+    /// first.
     StopWaits,
     /// What came over the link was refused; this side left and listens again.
     StreamRefused {
@@ -284,7 +290,8 @@ pub enum StandbyExit {
 }
 
 impl StandbyExit {
-    /// 0 after an orderly end (whatever became of the guest), 1 after a failure, 3 for the loser of an arbitration.
+    /// 0 after an orderly end (whatever became of the guest), 1 after a failure, 3 for the loser of an
+    /// arbitration.
     pub fn code(&self) -> i32 {
         match self {
             Self::Followed(_) | Self::Stopped => 0,

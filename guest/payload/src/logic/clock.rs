@@ -1,8 +1,8 @@
 //! Time that only goes forward, from a time stamp counter that may jump.
 //!
-//! A takeover resumes the VM on another host with another counter. The guest must neither see time run backwards nor
-//! have all its timers expire at once because the other host was booted earlier, so a step that no running guest
-//! can have made does not count at all.
+//! A takeover resumes the VM on another host with another counter. The guest must neither see time run
+//! backwards nor have all its timers expire at once because the other host was booted earlier, so a step that
+//! no running guest can have made does not count at all.
 
 /// Largest step that is believed: twice the longest time a vCPU sleeps.
 const MAX_STEP_US: u64 = 2_000_000;

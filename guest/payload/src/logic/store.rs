@@ -1,8 +1,8 @@
 //! The key-value store: a hash table that never rehashes, within a memory budget.
 //!
-//! Built for few dirty pages: the bucket array has its final size from the start, an entry never moves, and key and
-//! value share one allocation that is overwritten in place. A SET or INCR of an existing key whose value still fits
-//! writes one page (two when the value crosses a page boundary).
+//! Built for few dirty pages: the bucket array has its final size from the start, an entry never moves, and
+//! key and value share one allocation that is overwritten in place. A SET or INCR of an existing key whose
+//! value still fits writes one page (two when the value crosses a page boundary).
 
 use alloc::vec::Vec;
 use core::hash::Hasher;
@@ -55,7 +55,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// An empty store for `limit` bytes, its hash function keyed by `seed` so that nobody can aim at one bucket.
+    /// An empty store for `limit` bytes, its hash function keyed by `seed` so that nobody can aim at one
+    /// bucket.
     pub fn new(limit: usize, seed: (u64, u64)) -> Result<Self, StoreError> {
         let count = (limit / BYTES_PER_BUCKET).clamp(16, 1 << 24).next_power_of_two();
         let mut buckets = Vec::new();

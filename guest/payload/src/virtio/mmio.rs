@@ -54,7 +54,8 @@ pub mod status {
     pub const FAILED: u32 = 128;
 }
 
-/// A register window. Each access is an exit to the VMM (some 15 µs here): set-up only, but for notifications.
+/// A register window. Each access is an exit to the VMM (some 15 µs here): set-up only, but for
+/// notifications.
 pub struct Registers {
     base: u64,
 }

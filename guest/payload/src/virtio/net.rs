@@ -1,8 +1,8 @@
 //! The network card: receive and transmit rings, and the device that the TCP/IP stack sees.
 //!
-//! Memory, packed so that a quiet epoch dirties few pages: one page with everything that changes all the time (both
-//! available and used rings), one with the transmit descriptors, 256-byte transmit buffers for the frames of a
-//! request-response load, reused last-in-first-out, and 2 KiB buffers for the others.
+//! Memory, packed so that a quiet epoch dirties few pages: one page with everything that changes all the time
+//! (both available and used rings), one with the transmit descriptors, 256-byte transmit buffers for the
+//! frames of a request-response load, reused last-in-first-out, and 2 KiB buffers for the others.
 
 use alloc::alloc::{Layout, alloc_zeroed};
 use alloc::vec::Vec;
@@ -131,8 +131,8 @@ impl Transmit {
             .or_else(|| self.large_free.pop())
             .expect("a token exists only while a large buffer is free");
         let address = self.address(id);
-        // SAFETY: buffer `id` is ours (it was in a free list), lies in our block and is long enough for header and
-        // frame; the header stays all zero, which means "no offloads".
+        // SAFETY: buffer `id` is ours (it was in a free list), lies in our block and is long enough for
+        // header and frame; the header stays all zero, which means "no offloads".
         let frame = unsafe { slice::from_raw_parts_mut((address + HEADER as u64) as *mut u8, len) };
         let result = fill(frame);
         self.queue.describe(id, address, (HEADER + len) as u32, 0);
@@ -214,7 +214,8 @@ impl Net {
         self.mac
     }
 
-    /// Tells the device, where it asks for it, what was offered since the last call: at most one exit per queue.
+    /// Tells the device, where it asks for it, what was offered since the last call: at most one exit per
+    /// queue.
     pub fn flush(&mut self) {
         self.transmit.reclaim();
         for (queue, wanted) in
@@ -261,7 +262,8 @@ fn negotiate(registers: &Registers) -> Result<bool, NetError> {
     Ok(wanted & FEATURE_EVENT_IDX != 0)
 }
 
-/// Two pages: all rings and the (constant) receive descriptors in the first, the transmit descriptors in the second.
+/// Two pages: all rings and the (constant) receive descriptors in the first, the transmit descriptors in the
+/// second.
 fn ring_parts() -> Result<(Parts, Parts), NetError> {
     const RX_AVAILABLE: usize = descriptors_len(RX_SIZE);
     const RX_USED: usize = RX_AVAILABLE + available_len(RX_SIZE);

@@ -67,7 +67,8 @@ pub struct Parts {
     pub used: u64,
 }
 
-/// The driver's side of one queue of `N` (a power of two) descriptors; descriptor i always belongs to buffer i.
+/// The driver's side of one queue of `N` (a power of two) descriptors; descriptor i always belongs to buffer
+/// i.
 pub struct Queue<const N: usize> {
     parts: Parts,
     event_idx: bool,
@@ -83,7 +84,8 @@ impl<const N: usize> Queue<N> {
     /// Takes over zeroed memory and turns interrupts off.
     ///
     /// # Safety
-    /// `parts` are valid, zeroed, aligned as [`Parts`] says, and used by this queue and its device alone for ever.
+    /// `parts` are valid, zeroed, aligned as [`Parts`] says, and used by this queue and its device alone for
+    /// ever.
     pub unsafe fn new(parts: Parts, event_idx: bool) -> Self {
         const { assert!(N.is_power_of_two() && N <= 1 << 15) };
         let queue = Self { parts, event_idx, next_available: 0, last_notify: 0, next_used: 0 };
@@ -105,7 +107,8 @@ impl<const N: usize> Queue<N> {
         index.load(Ordering::Acquire)
     }
 
-    /// With EVENT_IDX the device interrupts when it passes `used_event`; keep that one lap (65,535 buffers) away.
+    /// With EVENT_IDX the device interrupts when it passes `used_event`; keep that one lap (65,535 buffers)
+    /// away.
     fn refuse_interrupts(&self) {
         if self.event_idx {
             self.available().used_event.store(self.next_used.wrapping_sub(1), Ordering::Relaxed);
@@ -116,8 +119,8 @@ impl<const N: usize> Queue<N> {
     pub fn describe(&mut self, id: u16, address: u64, len: u32, flags: u16) {
         assert!(usize::from(id) < N, "descriptor index out of range");
         let descriptor = Descriptor { address, len, flags, next: 0 };
-        // SAFETY: inside the table by the assertion; the device does not own descriptor `id` now, since buffers are
-        // offered once and described only while we own them.
+        // SAFETY: inside the table by the assertion; the device does not own descriptor `id` now, since
+        // buffers are offered once and described only while we own them.
         unsafe {
             ptr::write_volatile((self.parts.descriptors as *mut Descriptor).add(usize::from(id)), descriptor)
         }
@@ -142,7 +145,8 @@ impl<const N: usize> Queue<N> {
             return None;
         }
         let slot = usize::from(self.next_used) & (N - 1);
-        // SAFETY: inside the used ring by the mask; the device published this element before the index we acquired.
+        // SAFETY: inside the used ring by the mask; the device published this element before the index we
+        // acquired.
         let element =
             unsafe { ptr::read_volatile(&raw const (*(self.parts.used as *const Used<N>)).ring[slot]) };
         assert!((element.id as usize) < N, "the device returned an unknown buffer");
@@ -166,8 +170,8 @@ impl<const N: usize> Queue<N> {
             return false;
         }
         self.last_notify = new;
-        // The device must see the new index before we read its wish, as it publishes its wish before its last look at
-        // the index (section 2.7.13.4.1).
+        // The device must see the new index before we read its wish, as it publishes its wish before its last
+        // look at the index (section 2.7.13.4.1).
         fence(Ordering::SeqCst);
         let used = self.parts.used as *const Used<N>;
         if self.event_idx {

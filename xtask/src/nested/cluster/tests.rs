@@ -59,8 +59,8 @@ fn two_hosts_see_each_other_until_one_has_no_power() {
     assert!(!directory.exists());
 }
 
-/// What the arbiter needs of the share: of several that give a file its name, one does, and all see it. Once with
-/// `link(2)` and once with O_EXCL; each time both hosts wait for each other first.
+/// What the arbiter needs of the share: of several that give a file its name, one does, and all see it. Once
+/// with `link(2)` and once with O_EXCL; each time both hosts wait for each other first.
 #[test]
 fn of_two_hosts_one_makes_a_file_on_the_share() {
     const ROUNDS: u32 = 30;

@@ -65,8 +65,8 @@ const DRIVERS: [&str; 10] = [
 ];
 /// What ext4 asks for by another name than its own, where the kernel does not have it built in.
 const OPTIONAL: [&str; 1] = ["crc32c_generic"];
-/// The modules that are on the guest's disk, too. The others are in the initrds if Debian puts them there; a disk with all
-/// of them takes minutes to synchronise in emulation.
+/// The modules that are on the guest's disk, too. The others are in the initrds if Debian puts them there; a
+/// disk with all of them takes minutes to synchronise in emulation.
 const ON_DISK: [&str; 16] = [
     "arch",
     "crypto",
@@ -91,8 +91,8 @@ pub(super) const HOST_DISK: &str = "host.img";
 const ROOT_SIZE: &str = "1G";
 const HOST_DISK_SIZE: &str = "4G";
 
-/// Changes with everything that goes into the images but the versions of packages. To build them again from newer
-/// packages, remove them.
+/// Changes with everything that goes into the images but the versions of packages. To build them again from
+/// newer packages, remove them.
 pub(super) fn key(kernels: &[Kernel]) -> u64 {
     let mut hasher = DefaultHasher::new();
     (SUITE.name(), PACKAGES, FILES, PREPARE, INITRDS).hash(&mut hasher);

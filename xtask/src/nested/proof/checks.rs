@@ -47,8 +47,8 @@ fn over_a_boot(context: &Context<'_>) -> Result<(), ProofError> {
     equal(&stage, &standby, 2)
 }
 
-/// Protected when it was up long since: whatever the standby's own trial restore leaves in the copy's memory is not
-/// overwritten by the guest, as it would be while it boots.
+/// Protected when it was up long since: whatever the standby's own trial restore leaves in the copy's memory
+/// is not overwritten by the guest, as it would be while it boots.
 fn of_a_guest_at_rest(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     let guest = Guest { options: OFTEN, ..Guest::busybox(GuestKernel::BookwormCloud, "outlive.end=count") };

@@ -17,8 +17,8 @@ const SOURCE: &str = "cat /sys/devices/system/clocksource/clocksource0/current_c
 /// What a kernel says when time or a processor was taken from it.
 const COMPLAINTS: &str = "dmesg | grep -i -E 'soft lockup|hard lockup|unstable|rcu.*stall|blocked for more|Call Trace|BUG:|\
                           WARNING:|time.*backward' || true";
-/// By how much the guest's date may have moved against ours at a takeover: the time that the last checkpoint was on its way,
-/// on hosts that share two processors. Far less than the gap.
+/// By how much the guest's date may have moved against ours at a takeover: the time that the last checkpoint
+/// was on its way, on hosts that share two processors. Far less than the gap.
 const TOLERANCE: Duration = Duration::from_secs(2);
 /// Times that the guest is asked for its date.
 const TRIES: u32 = 4;
@@ -59,8 +59,8 @@ impl Clocks {
     }
 }
 
-/// Between how many seconds the guest's date is ahead of ours. An answer waits for a checkpoint and so takes seconds: the date
-/// was read at some moment in between.
+/// Between how many seconds the guest's date is ahead of ours. An answer waits for a checkpoint and so takes
+/// seconds: the date was read at some moment in between.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Ahead {
     least: f64,

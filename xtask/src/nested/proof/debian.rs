@@ -1,5 +1,5 @@
-//! A server as Debian makes it: its own kernel, its own initrd, systemd with all services, and nothing on the command line
-//! but `console=` and `root=` (and an address, which a server has in its files).
+//! A server as Debian makes it: its own kernel, its own initrd, systemd with all services, and nothing on the
+//! command line but `console=` and `root=` (and an address, which a server has in its files).
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! A file system in the guest: files whose names are their checksums, acknowledged after `fsync`, through takeovers.
+//! A file system in the guest: files whose names are their checksums, acknowledged after `fsync`, through
+//! takeovers.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -93,8 +94,9 @@ impl Written {
     }
 }
 
-/// Looks at the image of a host that has just taken over, while the guest stands still: with its journal replayed, the
-/// file system is clean, and all files are there that had been acknowledged before the power was cut.
+/// Looks at the image of a host that has just taken over, while the guest stands still: with its journal
+/// replayed, the file system is clean, and all files are there that had been acknowledged before the power
+/// was cut.
 fn check_image(
     workspace: &Workspace,
     stage: &mut Stage,

@@ -15,8 +15,8 @@ const CYCLE: Duration = Duration::from_secs(240);
 /// For a guest to count on.
 const COUNT: Duration = Duration::from_secs(30);
 
-/// Every kernel with one and two vCPUs: it comes up, sees its devices, restarts, finds what it had written, switches off.
-/// Each host has a guest of its own and nothing to do with the other.
+/// Every kernel with one and two vCPUs: it comes up, sees its devices, restarts, finds what it had written,
+/// switches off. Each host has a guest of its own and nothing to do with the other.
 pub(super) fn prove_guests(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     for kernel in GuestKernel::ALL {

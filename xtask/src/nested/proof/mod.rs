@@ -1,4 +1,5 @@
-//! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is cut.
+//! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is
+//! cut.
 
 mod checks;
 mod clocks;

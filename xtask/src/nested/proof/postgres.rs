@@ -1,4 +1,5 @@
-//! PostgreSQL in the guest under `pgbench`, with a client that knows which of its transactions were acknowledged.
+//! PostgreSQL in the guest under `pgbench`, with a client that knows which of its transactions were
+//! acknowledged.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Child, Stdio};
@@ -103,7 +104,8 @@ impl Load {
         Ok(Load { benchmark, stop, counter: Some(counter) })
     }
 
-    /// Ends both, which have had one connection each all the time. Returns how many transactions were acknowledged.
+    /// Ends both, which have had one connection each all the time. Returns how many transactions were
+    /// acknowledged.
     pub(super) fn end(mut self, stage: &Stage) -> Result<u64, ProofError> {
         let client = |source| ProofError::Client { what: "a client of PostgreSQL".into(), source };
         let ended = self.benchmark.try_wait().map_err(client)?;

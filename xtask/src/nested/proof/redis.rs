@@ -18,7 +18,8 @@ use crate::nested::network::Net;
 const CLIENTS: usize = 3;
 /// How long clients may wait for an answer: longer than a takeover.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Load before the power cut, and after the takeover: at least so long, and until each client has had so many answers.
+/// Load before the power cut, and after the takeover: at least so long, and until each client has had so many
+/// answers.
 const LOAD: Duration = Duration::from_secs(8);
 const ENOUGH: u64 = 30;
 /// For those answers.

@@ -1,5 +1,5 @@
-//! Takeovers at random moments of a guest's boot: every guest goes on to user space. Both sides are processes of one host,
-//! and the one that runs the guest is killed, again and again during one boot.
+//! Takeovers at random moments of a guest's boot: every guest goes on to user space. Both sides are processes
+//! of one host, and the one that runs the guest is killed, again and again during one boot.
 
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -26,7 +26,8 @@ const TAP: &str = "vm0";
 pub(super) const UP: &str = "outlive guest is up";
 /// The port of the guest's agent.
 const AGENT: u16 = 7777;
-/// Of hosts that are emulated: there a first write to a page after a checkpoint costs the better part of a millisecond.
+/// Of hosts that are emulated: there a first write to a page after a checkpoint costs the better part of a
+/// millisecond.
 const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
 /// For a guest to come up.
@@ -197,7 +198,8 @@ impl Stage {
         self.start(host, TAP, &format!("{}{}{next}", guest.command(), guest.disks()))
     }
 
-    /// The guest on host 1, with this image for a disk, protected by [`Stage::standby_local`] with the next number.
+    /// The guest on host 1, with this image for a disk, protected by [`Stage::standby_local`] with the next
+    /// number.
     pub(super) fn run_local(&mut self, guest: &Guest, image: &str, number: u16) -> Result<Side, ProofError> {
         let command = format!("{} --disk path={DATA}/{image}{}", guest.command(), next_local(number));
         self.start(1, &format!("vm{number}"), &command)
@@ -224,8 +226,9 @@ impl Stage {
         Ok(())
     }
 
-    /// Starts the guest on host 1 and, when it is up, protects it with host 2. Not before: while a guest boots it writes to
-    /// all its memory, and emulated hosts have no time for that. Whether it could is what other proofs are about.
+    /// Starts the guest on host 1 and, when it is up, protects it with host 2. Not before: while a guest
+    /// boots it writes to all its memory, and emulated hosts have no time for that. Whether it could is what
+    /// other proofs are about.
     pub(super) fn pair(&mut self, guest: &Guest, prepare: &str) -> Result<[Side; 2], ProofError> {
         let first = self.run(1, Some(2), guest)?;
         self.wait_until_up(&first)?;

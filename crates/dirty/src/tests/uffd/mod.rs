@@ -21,7 +21,8 @@ pub(super) const NONE: [u64; 0] = [];
 /// Regions that one scan of the back end returns at most.
 pub(super) const REGIONS: u64 = 4096;
 
-// --- memory to be tracked -----------------------------------------------------------------------------------------
+// --- memory to be tracked
+// -----------------------------------------------------------------------------------------
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Backing {
@@ -37,7 +38,8 @@ pub(super) struct Memory {
     pub(super) memfd: Option<File>,
 }
 
-// SAFETY: plain memory, written as atomic words or by the kernel; reads that compare come when writers are done.
+// SAFETY: plain memory, written as atomic words or by the kernel; reads that compare come when writers are
+// done.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -49,8 +51,8 @@ pub(super) fn map(at: *mut u8, pages: u64, flags: i32, fd: i32) -> io::Result<*m
     if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at.cast()) }
 }
 
-/// An address far from where the kernel puts mappings by itself: nothing of a test that runs beside this one comes
-/// into a hole that is made there, and no two mappings become one.
+/// An address far from where the kernel puts mappings by itself: nothing of a test that runs beside this one
+/// comes into a hole that is made there, and no two mappings become one.
 pub(super) fn anywhere() -> *mut u8 {
     static NEXT: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
     std::ptr::with_exposed_provenance_mut(NEXT.fetch_add(1 << 36, Ordering::Relaxed))
@@ -209,7 +211,8 @@ impl Random {
     }
 }
 
-// --- system calls that write memory -------------------------------------------------------------------------------
+// --- system calls that write memory
+// -------------------------------------------------------------------------------
 
 /// A file that reads as 64 bytes of the same.
 pub(super) fn source_of_bytes() -> File {

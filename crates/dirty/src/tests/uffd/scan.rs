@@ -72,7 +72,8 @@ fn a_slot_that_is_always_written_does_not_keep_the_next_one_out() {
         }
         assert!(calls < 20);
     }
-    // And a take with room finds all that was written by then, in front of and behind the place where it begins.
+    // And a take with room finds all that was written by then, in front of and behind the place where it
+    // begins.
     (0..512).for_each(|page| busy.store(page, 2));
     let all: BTreeSet<_> = take(&uffd, &layout).unwrap().into_iter().collect();
     assert_eq!(all, (0..512).collect());

@@ -68,7 +68,8 @@ fn pages_given_back() {
     }
 }
 
-/// The documented limits. Should a kernel report one of these some day, it is the documentation that has to change.
+/// The documented limits. Should a kernel report one of these some day, it is the documentation that has to
+/// change.
 #[test]
 fn writes_past_the_mapping_are_not_seen() {
     let memory = Memory::new(Backing::Shared, 64).unwrap();

@@ -1,5 +1,5 @@
-//! Two threads write at random, and a copy made of nothing but the reported pages is compared with memory after
-//! every epoch: of the back end alone, and of a tracker over it.
+//! Two threads write at random, and a copy made of nothing but the reported pages is compared with memory
+//! after every epoch: of the back end alone, and of a tracker over it.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,7 +1,7 @@
 //! The kernel file: a bzImage, as distributions ship it, or the ELF program inside of one (`vmlinux`).
 //!
-//! The file comes from a user, and at a reboot out of the guest's own memory: every number in it is checked before it
-//! is believed.
+//! The file comes from a user, and at a reboot out of the guest's own memory: every number in it is checked
+//! before it is believed.
 
 use std::io::Cursor;
 
@@ -148,7 +148,8 @@ fn load_elf(memory: &GuestMemory, image: &[u8], low_end: u64) -> Result<Loaded, 
     if !segments.iter().any(|it| (it.address..it.address + it.in_memory).contains(&entry)) {
         return Err(KernelError::Damaged("its entry is in none of its segments"));
     }
-    // An offset of 0 rather than none: the loader then leaves the notes alone, whose sizes nobody has checked.
+    // An offset of 0 rather than none: the loader then leaves the notes alone, whose sizes nobody has
+    // checked.
     Elf::load(memory, Some(GuestAddress(0)), &mut Cursor::new(image), None)?;
     for segment in &segments {
         let (from, to) = (segment.address + segment.in_file, segment.address + segment.in_memory);

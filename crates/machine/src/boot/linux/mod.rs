@@ -1,5 +1,6 @@
-//! Boot of Linux by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): kernel, initrd, command line and
-//! parameters are put into memory, the first vCPU starts at the kernel's 64-bit entry, the others wait for it.
+//! Boot of Linux by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): kernel, initrd, command line
+//! and parameters are put into memory, the first vCPU starts at the kernel's 64-bit entry, the others wait
+//! for it.
 //!
 //! ```text
 //! 0x500     descriptor table        0x7000     parameters ("zero page")
@@ -31,8 +32,8 @@ const LOW_END: u64 = 0x9_FC00;
 /// Where memory goes on: nothing of a kernel may lie below.
 const HIGH_START: u64 = 0x10_0000;
 
-/// Where a processor in real mode goes to start the machine anew. Kernels jump there when they know no better way: on
-/// hardware-reduced ACPI they try EFI, which this machine has not, and then the BIOS.
+/// Where a processor in real mode goes to start the machine anew. Kernels jump there when they know no better
+/// way: on hardware-reduced ACPI they try EFI, which this machine has not, and then the BIOS.
 const RESET_VECTOR: u64 = 0xF_FFF0;
 /// What they find there: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`.
 const RESET_CODE: [u8; 9] = {

@@ -50,8 +50,8 @@ impl Params {
     }
 }
 
-/// Memory of the guest as {address, length, kind}. The region behind the last of it that keeps the boot image is not
-/// named: the guest has no business there.
+/// Memory of the guest as {address, length, kind}. The region behind the last of it that keeps the boot image
+/// is not named: the guest has no business there.
 pub(super) fn memory_map(bytes: u64) -> Vec<(u64, u64, u32)> {
     let low = bytes.min(HOLE_START);
     let mut map = vec![

@@ -1,5 +1,5 @@
-//! Processors at the kernel's first instruction: the first in 64-bit mode on an identity map of the low 4 GiB, the
-//! others as after power-on, waiting for INIT and SIPI.
+//! Processors at the kernel's first instruction: the first in 64-bit mode on an identity map of the low 4
+//! GiB, the others as after power-on, waiting for INIT and SIPI.
 
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -65,7 +65,8 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// Registers of the first vCPU. `fresh` is what KVM gave it at creation: task register, LDT and APIC base stay.
+/// Registers of the first vCPU. `fresh` is what KVM gave it at creation: task register, LDT and APIC base
+/// stay.
 fn first_registers(fresh: kvm_sregs, entry: u64) -> (kvm_sregs, kvm_regs) {
     let data = segment(DATA, 3, false);
     let mut sregs = kvm_sregs {

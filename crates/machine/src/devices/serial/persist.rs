@@ -71,8 +71,8 @@ impl SerialState {
         out.extend_from_slice(&self.fifo);
     }
 
-    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else. Refuses what no port
-    /// can have saved.
+    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else. Refuses what no
+    /// port can have saved.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut fields = Fields::new(bytes);
         let version = fields.u16()?;

@@ -1,7 +1,7 @@
 //! Taking buffers from a driver that may be hostile: what the small devices have in common.
 //!
-//! A chain is walked once, with a bound on its descriptors; what is wrong with it stops the device. Guest memory is
-//! touched with vm-memory's methods only, so that its bitmap has every page a device dirties.
+//! A chain is walked once, with a bound on its descriptors; what is wrong with it stops the device. Guest
+//! memory is touched with vm-memory's methods only, so that its bitmap has every page a device dirties.
 
 use std::sync::atomic::Ordering;
 

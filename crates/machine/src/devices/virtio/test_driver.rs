@@ -1,5 +1,5 @@
-//! A driver for the tests of the small devices: the guest's side of the registers and of split queues (virtio 1.2,
-//! 2.7), byte by byte in guest memory.
+//! A driver for the tests of the small devices: the guest's side of the registers and of split queues (virtio
+//! 1.2, 2.7), byte by byte in guest memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -191,8 +191,9 @@ fn put(memory: &Memory, table: u64, slot: u16, descriptor: Descriptor) {
     memory.write_obj(descriptor, GuestAddress(table + 16 * u64::from(slot))).unwrap();
 }
 
-/// Lays one thing after the other that no driver may do into queue `queue`, has the device look, and checks that it has
-/// stopped, stays stopped and starts again with the next driver. `right` are the flags of a right buffer there.
+/// Lays one thing after the other that no driver may do into queue `queue`, has the device look, and checks
+/// that it has stopped, stays stopped and starts again with the next driver. `right` are the flags of a right
+/// buffer there.
 pub(super) fn hostile<D: Device>(rig: &Rig<D>, queues: u32, queue: u32, right: u16, works: impl Fn(&Rig<D>)) {
     let outside = MEMORY as u64;
     type Lay<'a> = Box<dyn Fn(Ring<'_>) + 'a>;
@@ -283,8 +284,9 @@ pub(super) fn any_guest() -> impl Strategy<Value = (Vec<Vec<u8>>, Vec<(u16, u32)
     (prop::collection::vec(queue, 2), prop::collection::vec((0..0x104u16, any::<u32>()), 0..8))
 }
 
-/// The entry of a fuzz target: lays `rings` into memory, lets the device at them, writes `registers`. Whatever they are,
-/// the device survives, its state can be taken over by `other`, and it works with the next driver.
+/// The entry of a fuzz target: lays `rings` into memory, lets the device at them, writes `registers`.
+/// Whatever they are, the device survives, its state can be taken over by `other`, and it works with the next
+/// driver.
 pub(super) fn fuzz<D: Device>(
     rig: &Rig<D>,
     other: impl FnOnce(&Arc<Memory>) -> Rig<D>,

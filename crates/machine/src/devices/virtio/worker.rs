@@ -1,8 +1,8 @@
 //! The thread of a device: it sleeps in `epoll` until something happens and works in batches inside the gate.
 //!
-//! Every source is watched edge-triggered, so nothing has to be read to quiet it, and one that nobody wants does not
-//! spin. What a batch learns it keeps for itself; none of it is part of a checkpoint: a device that goes live looks at
-//! everything.
+//! Every source is watched edge-triggered, so nothing has to be read to quiet it, and one that nobody wants
+//! does not spin. What a batch learns it keeps for itself; none of it is part of a checkpoint: a device that
+//! goes live looks at everything.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -39,7 +39,8 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// After each sleep, outside the gate.
     fn awake(&self) {}
 
-    /// Work inside the gate; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at once.
+    /// Work inside the gate; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at
+    /// once.
     fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
 
     /// After each batch, outside the gate: what may take longer than a checkpoint should wait.
@@ -149,7 +150,8 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
     }
 }
 
-/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay open.
+/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay
+/// open.
 pub(crate) fn block_signals() {
     const FAULTS: [i32; 6] =
         [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];

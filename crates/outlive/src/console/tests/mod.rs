@@ -1,4 +1,5 @@
-//! The console without a guest: hubs, sockets, terminals (pseudo-terminals of the kernel) and the attaching side.
+//! The console without a guest: hubs, sockets, terminals (pseudo-terminals of the kernel) and the attaching
+//! side.
 
 mod attach;
 mod hub;

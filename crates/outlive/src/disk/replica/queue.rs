@@ -59,8 +59,8 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether something waits that must not wait for a comparison: the end of the link or of the standby, or so many
-    /// writes that the link would have to.
+    /// Whether something waits that must not wait for a comparison: the end of the link or of the standby, or
+    /// so many writes that the link would have to.
     pub(super) fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {

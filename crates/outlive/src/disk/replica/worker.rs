@@ -88,7 +88,8 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
-                // What a takeover would have to write is written now: a generation that is won cannot be given back.
+                // What a takeover would have to write is written now: a generation that is won cannot be
+                // given back.
                 Job::Settle { checkpoint } => {
                     self.leave().map(|()| (self.tell)(Told::Settled { checkpoint }))
                 }
@@ -245,8 +246,9 @@ impl<T: Fn(Told)> Worker<T> {
 
     /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
     fn begin_journal(&mut self, number: u64) -> Result<(), String> {
-        // The base's last writes go to the images before a sidecar names this journal. Images that needed no block so far
-        // still have the sidecar of an earlier checkpoint, which would say that half of those writes are a whole image.
+        // The base's last writes go to the images before a sidecar names this journal. Images that needed no
+        // block so far still have the sidecar of an earlier checkpoint, which would say that half of those
+        // writes are a whole image.
         self.taint()?;
         let mut images = Vec::new();
         let mut sizes = Vec::new();
@@ -289,8 +291,8 @@ impl<T: Fn(Told)> Worker<T> {
         }
     }
 
-    /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait meanwhile, in
-    /// memory. Images that differ are of no VM any more, and marked so.
+    /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait
+    /// meanwhile, in memory. Images that differ are of no VM any more, and marked so.
     fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), String> {
         self.harden()?;
         for &DiskHash { disk, hash: wanted } in hashes {
@@ -333,7 +335,8 @@ impl<T: Fn(Told)> Worker<T> {
         self.write_sidecars(Role::Primary, true, self.left_at, None)
     }
 
-    /// The standby takes no more of this VM's writes: the images are at the last commit, and say so without a journal.
+    /// The standby takes no more of this VM's writes: the images are at the last commit, and say so without a
+    /// journal.
     fn leave(&mut self) -> Result<(), String> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {
@@ -359,7 +362,8 @@ fn journal_failed(path: &Option<PathBuf>) -> impl Fn(io::Error) -> String + use<
     move |error| format!("cannot write the disks or their journal {}: {error}", path.display())
 }
 
-/// Opens or makes a journal with room for all that it usually takes, so that a full file system is noticed now.
+/// Opens or makes a journal with room for all that it usually takes, so that a full file system is noticed
+/// now.
 fn open_journal(path: &PathBuf) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
     let room = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, JOURNAL_BYTES as i64);

@@ -59,7 +59,8 @@ impl File {
         self.content().seen.clone()
     }
 
-    /// What is there when the power is back: every sector that was not made durable has any of the contents it had since.
+    /// What is there when the power is back: every sector that was not made durable has any of the contents
+    /// it had since.
     pub(super) fn after_power_loss(&self, mut keep: impl FnMut() -> bool) -> Vec<u8> {
         let content = self.content();
         let mut bytes = content.durable.clone();

@@ -151,7 +151,8 @@ fn an_empty_journal_stays_for_the_image_that_was_not_given() {
     }
 }
 
-/// The primary was killed, its standby cannot reach the arbiter yet, and the operator starts the server again.
+/// The primary was killed, its standby cannot reach the arbiter yet, and the operator starts the server
+/// again.
 #[test]
 fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
     let directory = tempfile::tempdir().unwrap();

@@ -9,9 +9,9 @@
 //!           link 10.99.0.1 ─────────── link 10.99.0.2
 //! ```
 //!
-//! Each of the three is a network namespace without a name, made on a thread. Hosts are processes of the program under
-//! test that end with their standard input, so nothing outlives a test, whatever way it ends. Waits are generous: this
-//! is about what happens, not about how fast.
+//! Each of the three is a network namespace without a name, made on a thread. Hosts are processes of the
+//! program under test that end with their standard input, so nothing outlives a test, whatever way it ends.
+//! Waits are generous: this is about what happens, not about how fast.
 
 mod client;
 mod process;
@@ -180,8 +180,9 @@ impl World {
         self.on(Side::A, || Netlink::open().unwrap().set_up("link").unwrap());
     }
 
-    /// Frames that the VM on a host has sent into the network so far. The port of the host's bridge counts them, and
-    /// nothing else sends there: neither the tap, which goes with its process, nor a bridge without an address.
+    /// Frames that the VM on a host has sent into the network so far. The port of the host's bridge counts
+    /// them, and nothing else sends there: neither the tap, which goes with its process, nor a bridge without
+    /// an address.
     pub(crate) fn frames_out(&self, side: Side) -> u64 {
         let table = self.on(side, || fs::read_to_string("/proc/thread-self/net/dev").unwrap());
         let line = table.lines().find_map(|l| l.trim().strip_prefix("up:")).expect("the port is there");

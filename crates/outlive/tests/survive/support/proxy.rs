@@ -47,7 +47,8 @@ impl Proxy {
         let listener = world.on(side, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         let proxy = Proxy { addr: listener.local_addr().unwrap(), shared: Arc::default() };
         let (shared, standby) = (proxy.shared.clone(), side.other().addr());
-        // The thread is in the host's network. It ends with the test's process, as it holds nothing of the test.
+        // The thread is in the host's network. It ends with the test's process, as it holds nothing of the
+        // test.
         world.on(side, || {
             thread::spawn(move || {
                 for primary in listener.incoming().flatten() {
@@ -138,8 +139,9 @@ fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) ->
     }
 }
 
-/// Bytes left out at most: so few that a heartbeat fills the hole and the receiver finds a wrong checksum. Of a larger
-/// hole nobody hears until the silence is taken for death, and then the arbiter decides ([`Proxy::break_off`]).
+/// Bytes left out at most: so few that a heartbeat fills the hole and the receiver finds a wrong checksum. Of
+/// a larger hole nobody hears until the silence is taken for death, and then the arbiter decides
+/// ([`Proxy::break_off`]).
 const LARGEST_HOLE: usize = 32;
 
 /// Returns what is left of the length.

@@ -1,7 +1,7 @@
 //! Clients that talk to the VM all the time and notice everything that is lost, doubled or broken.
 //!
-//! A *lasting* witness has one connection for its whole life, a *changing* one a new connection for each command. None
-//! ever repeats a command, so every answer has exactly one right value.
+//! A *lasting* witness has one connection for its whole life, a *changing* one a new connection for each
+//! command. None ever repeats a command, so every answer has exactly one right value.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,13 +1,13 @@
-//! A guest that writes to its disk without a pause: a few instructions in the place of a kernel, because the built-in
-//! guest leaves its disks alone.
+//! A guest that writes to its disk without a pause: a few instructions in the place of a kernel, because the
+//! built-in guest leaves its disks alone.
 
 /// Where it is loaded, and begins.
 const ENTRY: u64 = 0x20_0000;
 /// It writes to the first so many bytes of its disk.
 pub(crate) const WRITTEN: u64 = 8 << 20;
 
-/// Sets up the disk in slot 1, behind the network card, with one queue, and writes blocks of 4 KiB, each when the one
-/// before it is complete, to pseudo-random places. A write that fails ends it in a crash.
+/// Sets up the disk in slot 1, behind the network card, with one queue, and writes blocks of 4 KiB, each when
+/// the one before it is complete, to pseudo-random places. A write that fails ends it in a crash.
 #[rustfmt::skip]
 const CODE: &[u8] = &[
     // start:

@@ -73,13 +73,15 @@ fn store(cx: &mut Context<'_>, reply: fn(&mut Reply)) -> Outcome {
 
 /// Sets `key` and replies with the value it had.
 fn replace(cx: &mut Context<'_>, key: &[u8], value: &[u8]) -> Outcome {
-    // The old value must be in the output before it is overwritten, and must not be when the write is refused.
+    // The old value must be in the output before it is overwritten, and must not be when the write is
+    // refused.
     let growth = value.len().saturating_sub(cx.store.get(key).map_or(0, <[u8]>::len));
     if growth > 0 && !cx.store.has_room([(key, value)].into_iter()) {
         return cx.refuse(StoreError::OutOfMemory);
     }
     cx.out.bulk_or_null(cx.store.get(key));
-    // With room in the budget this fails only when the heap is too fragmented, and then the reply is out already.
+    // With room in the budget this fails only when the heap is too fragmented, and then the reply is out
+    // already.
     if cx.store.set(key, value).is_err() { Outcome::Close } else { Outcome::Done }
 }
 

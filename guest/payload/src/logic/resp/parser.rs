@@ -328,7 +328,8 @@ impl Parser {
         Ok(piece.len() + 1)
     }
 
-    /// A header line holds a number, so 32 bytes are plenty; Redis lets it grow to [`MAX_LINE`] before it complains.
+    /// A header line holds a number, so 32 bytes are plenty; Redis lets it grow to [`MAX_LINE`] before it
+    /// complains.
     fn line_limit(&self) -> usize {
         if self.state == State::Inline { MAX_LINE } else { 32 }
     }

@@ -25,13 +25,15 @@ const PORT: u16 = 6379;
 
 /// How much faster than real time the TCP/IP stack's clock runs.
 ///
-/// smoltcp (0.13 and later) follows RFC 6298 and never retransmits in less than one second, without a way to change
-/// that. After a takeover the response that died with the primary has to be sent again well before a client's own 200 ms
-/// are over, so the stack lives 20 times as fast: its second is 50 ms, which is still above the 40 ms for which a Linux
-/// client delays an acknowledgement. All other times given to the stack are scaled too (`net_duration`).
+/// smoltcp (0.13 and later) follows RFC 6298 and never retransmits in less than one second, without a way to
+/// change that. After a takeover the response that died with the primary has to be sent again well before a
+/// client's own 200 ms are over, so the stack lives 20 times as fast: its second is 50 ms, which is still
+/// above the 40 ms for which a Linux client delays an acknowledgement. All other times given to the stack are
+/// scaled too (`net_duration`).
 const NET_TIME_FACTOR: u64 = 20;
 
-/// Sockets kept in LISTEN. One would do, since frames are taken one at a time and a used one is replaced at once.
+/// Sockets kept in LISTEN. One would do, since frames are taken one at a time and a used one is replaced at
+/// once.
 const SPARE_LISTENERS: usize = 2;
 /// Frames taken before the connections are served.
 const INGRESS_BATCH: usize = 64;
@@ -75,8 +77,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// For a heap of `heap` bytes: 1/8 for the sockets (256 of them at 128 MiB), 1/8 for requests and replies, and 5/8
-    /// for the data.
+    /// For a heap of `heap` bytes: 1/8 for the sockets (256 of them at 128 MiB), 1/8 for requests and
+    /// replies, and 5/8 for the data.
     pub fn for_heap(heap: usize) -> Self {
         let buffer = 32 << 10;
         Self {
@@ -230,8 +232,8 @@ impl Server {
         self.connections.iter().any(same)
     }
 
-    /// Hides the listening sockets from the stack, or shows them again. The stack gives a segment to the first socket that
-    /// would take it, so the repeated SYN of a connection would else open a second one.
+    /// Hides the listening sockets from the stack, or shows them again. The stack gives a segment to the
+    /// first socket that would take it, so the repeated SYN of a connection would else open a second one.
     fn set_listening(&mut self, on: bool) {
         for handle in &self.listeners {
             let socket = self.sockets.get_mut::<Socket>(*handle);
@@ -244,7 +246,8 @@ impl Server {
         }
     }
 
-    /// Makes sure that a socket listens; gives up a connection that only waits for its end when there are too many.
+    /// Makes sure that a socket listens; gives up a connection that only waits for its end when there are too
+    /// many.
     fn make_listener(&mut self) -> bool {
         if self.listeners.is_empty() {
             let ended = |connection: &Connection| {
@@ -368,7 +371,8 @@ fn new_socket(buffer: usize) -> Result<Socket<'static>, OutOfMemory> {
     };
     let mut socket = Socket::new(ring()?, ring()?);
     socket.set_nagle_enabled(false);
-    // Acknowledge when the frames of a batch are served: with the reply where there is one, at once otherwise.
+    // Acknowledge when the frames of a batch are served: with the reply where there is one, at once
+    // otherwise.
     socket.set_ack_delay(None);
     socket.set_timeout(Some(net_duration(HANDSHAKE_TIMEOUT)));
     // Fails only for port 0 or an open socket.

@@ -1,5 +1,5 @@
-//! The server against a real TCP client (the same stack in the other direction) over a wire that loses frames on
-//! request, in simulated time.
+//! The server against a real TCP client (the same stack in the other direction) over a wire that loses frames
+//! on request, in simulated time.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -503,8 +503,8 @@ fn shutdown_does_not_wait_for_a_dead_client() {
     assert!(world.server.is_finished(world.now_us));
 }
 
-/// Changes one byte behind the Ethernet addresses, cuts the frame or leaves it, then makes its checksums right again, so that
-/// the damage gets past them.
+/// Changes one byte behind the Ethernet addresses, cuts the frame or leaves it, then makes its checksums
+/// right again, so that the damage gets past them.
 fn damage(frame: &mut Vec<u8>, place: usize, value: u8, kind: u8) {
     use smoltcp::wire::{EthernetFrame, IpProtocol, Ipv4Packet, TcpPacket};
     match kind % 4 {

@@ -1,4 +1,5 @@
-//! How vCPU 0 tells the workers what to do, and what they tell it. Atomics only: the vCPUs share nothing else.
+//! How vCPU 0 tells the workers what to do, and what they tell it. Atomics only: the vCPUs share nothing
+//! else.
 
 use core::sync::atomic::Ordering::{Release, SeqCst};
 use core::sync::atomic::{AtomicU32, AtomicU64};

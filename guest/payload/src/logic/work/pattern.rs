@@ -1,5 +1,5 @@
-//! What a work page holds: 16 words spread evenly, each computed from the page's number, its write counter and the
-//! word's place. So a mix of two versions, or another page's content, is found wherever it was torn.
+//! What a work page holds: 16 words spread evenly, each computed from the page's number, its write counter
+//! and the word's place. So a mix of two versions, or another page's content, is found wherever it was torn.
 
 /// 64-bit words of a page.
 pub const PAGE_WORDS: usize = 512;

@@ -13,8 +13,8 @@ pub trait Arena {
     fn counter(&mut self, index: u64) -> &mut u32;
 }
 
-/// Writes that were due but not made for longer than this are forgotten: after a pause the load does not run after
-/// the lost time.
+/// Writes that were due but not made for longer than this are forgotten: after a pause the load does not run
+/// after the lost time.
 const MAX_BACKLOG_US: u64 = 50_000;
 /// Pages cleared or compared count as this many writes of a slice.
 const PAGES_PER_WRITE: u64 = 8;

@@ -92,7 +92,8 @@ fn looped_back_bytes_stay_inside() {
 
 #[test]
 fn an_autoconfiguring_driver_finds_a_16550a() {
-    // What Linux 8250 looks at: scratch, IER without upper bits, IIR with FIFO bits, loop-back of modem lines.
+    // What Linux 8250 looks at: scratch, IER without upper bits, IIR with FIFO bits, loop-back of modem
+    // lines.
     let rig = Rig::new();
     rig.write(SCR, 0xa5);
     assert_eq!(rig.read(SCR), 0xa5);

@@ -34,8 +34,8 @@ const BATCH: usize = 64;
 /// Most bytes of bounce buffers of a disk.
 const BOUNCE_BYTES: usize = 16 << 20;
 
-/// What is worked on inside the gate: by the device's thread in its batches, by the coordinator while the gate
-/// is closed, and by a vCPU thread when the driver resets or starts the device.
+/// What is worked on inside the gate: by the device's thread in its batches, by the coordinator while the
+/// gate is closed, and by a vCPU thread when the driver resets or starts the device.
 pub(super) struct Core<M> {
     pub(super) queues: Option<Queues<M>>,
     pub(super) table: Table,
@@ -156,7 +156,8 @@ impl<M: GuestMemory> Core<M> {
         parts.counters.set_in_flight(0);
     }
 
-    /// Whether something is under way that ends by itself: everything but held writes and what waits for them.
+    /// Whether something is under way that ends by itself: everything but held writes and what waits for
+    /// them.
     pub(super) fn is_busy(&self) -> bool {
         let waits_for_commit = |stage| stage == Stage::Waiting;
         !self.reissue.is_empty() || self.table.iter().any(|(_, slot)| !waits_for_commit(slot.stage))
@@ -202,8 +203,8 @@ impl<M: GuestMemory> Core<M> {
         }
     }
 
-    /// A change of a shared disk, on its way or in part done, has lost its permission: it is held again. It was
-    /// let out before, so it goes with whatever is let out next.
+    /// A change of a shared disk, on its way or in part done, has lost its permission: it is held again. It
+    /// was let out before, so it goes with whatever is let out next.
     fn set_aside(&mut self, parts: &Parts, token: u16) {
         let slot = self.table.get_mut(token);
         if !slot.orphan {

@@ -88,8 +88,8 @@ pub struct Block<M> {
 ///
 /// [`hold`](Self::hold), [`set_epoch`](Self::set_epoch), [`release`](Self::release),
 /// [`pass_through`](Self::pass_through) and [`discard`](Self::discard) are for disks that both hosts use; on
-/// others they do nothing that could be noticed, so that a machine can call them on all its disks. A shared disk
-/// begins with passing through.
+/// others they do nothing that could be noticed, so that a machine can call them on all its disks. A shared
+/// disk begins with passing through.
 pub struct BlockDevice<M: GuestMemory + Send + Sync + 'static> {
     transport: Arc<Mutex<MmioTransport<M, Block<M>>>>,
     shared: Arc<Shared<M>>,
@@ -192,9 +192,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared.core().in_flight()
     }
 
-    /// Takes no new requests and waits until none is in flight, but for the held writes of a shared disk. For a
-    /// checkpoint at which two copies of a disk are compared. The gate must be open meanwhile, and the write
-    /// log must not be full. `true`: nothing is in flight, and nothing is taken until
+    /// Takes no new requests and waits until none is in flight, but for the held writes of a shared disk. For
+    /// a checkpoint at which two copies of a disk are compared. The gate must be open meanwhile, and the
+    /// write log must not be full. `true`: nothing is in flight, and nothing is taken until
     /// [`resume`](Self::resume). `false`: it took longer than `limit`; the device has resumed by itself.
     #[must_use = "the device takes no requests until it is resumed"]
     pub fn drain(&self, limit: Duration) -> bool {
@@ -238,9 +238,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared.release(through, may)
     }
 
-    /// Has the threads that carry out the writes of a shared disk ask `may` while writes are held, right before
-    /// each system call that changes the disk: a write that was released may wait long for its turn. What may
-    /// not be carried out is held again, and goes with a later [`release`](Self::release) or
+    /// Has the threads that carry out the writes of a shared disk ask `may` while writes are held, right
+    /// before each system call that changes the disk: a write that was released may wait long for its turn.
+    /// What may not be carried out is held again, and goes with a later [`release`](Self::release) or
     /// [`pass_through`](Self::pass_through). `may` must not call this device, nor wait for whoever does.
     pub fn set_permission(&self, may: impl Fn() -> bool + Send + Sync + 'static) {
         if let Some(permit) = self.shared.parts.engine.permit() {
@@ -254,10 +254,10 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared.pass_through()
     }
 
-    /// What is held and every later write never goes to the disk: it stays in flight for good. So does what was
-    /// let out and has not begun, and the rest of what takes several operations; only the system calls that are
-    /// under way when this returns end by themselves. [`hold`](Self::hold) and [`pass_through`](Self::pass_through) end it for writes that are taken
-    /// after them.
+    /// What is held and every later write never goes to the disk: it stays in flight for good. So does what
+    /// was let out and has not begun, and the rest of what takes several operations; only the system calls
+    /// that are under way when this returns end by themselves. [`hold`](Self::hold) and
+    /// [`pass_through`](Self::pass_through) end it for writes that are taken after them.
     pub fn discard(&self) {
         self.shared.discard();
     }

@@ -36,9 +36,9 @@ impl Waker for Nobody {
     fn wake(&self) {}
 }
 
-/// Boots a driver with features and queues that depend on `control`, with `data` in its memory, and has a disk
-/// work for it. Whatever the bytes: nothing panics, the work comes to an end, the image keeps its length, and
-/// the state can be saved and restored at any time.
+/// Boots a driver with features and queues that depend on `control`, with `data` in its memory, and has a
+/// disk work for it. Whatever the bytes: nothing panics, the work comes to an end, the image keeps its
+/// length, and the state can be saved and restored at any time.
 ///
 /// # Panics
 ///

@@ -1,11 +1,11 @@
 //! Writes to a shared disk: they are output.
 //!
 //! A disk that both hosts use does not go back to a checkpoint when the VM does, so a write to it must not
-//! happen before the checkpoint of its epoch is committed: until then it stays in flight, with its data in its
-//! bounce buffer, and a read that overlaps it waits with it. A VM that goes on elsewhere issues it again.
+//! happen before the checkpoint of its epoch is committed: until then it stays in flight, with its data in
+//! its bounce buffer, and a read that overlaps it waits with it. A VM that goes on elsewhere issues it again.
 //!
-//! The engine asks for permission once more, right before the system call: see [`super::permit`]. A write that
-//! it may not carry out is held again.
+//! The engine asks for permission once more, right before the system call: see [`super::permit`]. A write
+//! that it may not carry out is held again.
 
 use thiserror::Error;
 use vm_memory::GuestMemory;
@@ -159,8 +159,8 @@ impl<M: GuestMemory> Shared<M> {
     }
 }
 
-/// Whether a held write may leave with the commit of `through`, while the guest runs in `epoch`: an epoch that
-/// still runs cannot be committed.
+/// Whether a held write may leave with the commit of `through`, while the guest runs in `epoch`: an epoch
+/// that still runs cannot be committed.
 fn leaves(slot: &Slot, through: u64, epoch: u64) -> bool {
     is_held(slot)
         && slot.stage == Stage::Waiting

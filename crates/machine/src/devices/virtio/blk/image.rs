@@ -64,8 +64,8 @@ impl Image {
     /// Opens `path`. Unless `shared`, no one else who keeps to the rules can have it open at the same time:
     /// it is locked (`flock`), a block device is opened exclusively.
     ///
-    /// The kernel lets go of a file a moment after io_uring is done with it, so an image that seems to be in use
-    /// is tried again for a tenth of a second.
+    /// The kernel lets go of a file a moment after io_uring is done with it, so an image that seems to be in
+    /// use is tried again for a tenth of a second.
     pub fn open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
         let mut tries = 10;
         loop {

@@ -7,10 +7,10 @@
 //! | [`Log`](LogMode::Log) | is appended, with its data | shipping it with the checkpoint of its epoch |
 //!
 //! **A write is in the log before the guest can know that it is complete.** The device thread appends it and
-//! then fills in the used ring, inside the gate; so the log that a checkpoint takes holds every write that the
-//! guest of this checkpoint knows to be complete. It may hold more: a write whose request is still in flight
-//! in the checkpoint, or the first part of one. That is harmless, because a resumed VM issues the request
-//! again. Writes that overlap are in the log in the order in which they reached the disk.
+//! then fills in the used ring, inside the gate; so the log that a checkpoint takes holds every write that
+//! the guest of this checkpoint knows to be complete. It may hold more: a write whose request is still in
+//! flight in the checkpoint, or the first part of one. That is harmless, because a resumed VM issues the
+//! request again. Writes that overlap are in the log in the order in which they reached the disk.
 //!
 //! The log is bounded. When a record finds no room the requests wait, their completion unpublished, until
 //! [`swap`](WriteLog::swap) brings an empty buffer.

@@ -17,21 +17,21 @@
 //!
 //! # Over a checkpoint
 //!
-//! A checkpoint does not wait for the disk. Requests in flight stay in flight; the checkpoint lists them, and a
-//! VM that is resumed elsewhere issues them again, in order. Reading is harmless to repeat; writing is, because
-//! the driver leaves the data alone until the request is complete, and because requests that overlap are
-//! carried out one after another, also across the repetition. What an interrupted write had done to the disk is
-//! not defined, as on any disk.
+//! A checkpoint does not wait for the disk. Requests in flight stay in flight; the checkpoint lists them, and
+//! a VM that is resumed elsewhere issues them again, in order. Reading is harmless to repeat; writing is,
+//! because the driver leaves the data alone until the request is complete, and because requests that overlap
+//! are carried out one after another, also across the repetition. What an interrupted write had done to the
+//! disk is not defined, as on any disk.
 //!
 //! # What a flush promises
 //!
 //! A guest's flush completes when the image *on the host where the VM runs* has been made durable
 //! (`fdatasync`). The standby learns of it with the checkpoint of the epoch, in order with the writes before
 //! it. The host that goes on after a failure has the disk of the last committed checkpoint, which holds every
-//! write that was complete in it; what the guest told the outside world was held until then. So no one outside
-//! can know of a flush that is missing. If all hosts lose power together, each image holds at least what the
-//! guest flushed before the last checkpoint that this host has made durable; only the host where the VM ran
-//! has all of it.
+//! write that was complete in it; what the guest told the outside world was held until then. So no one
+//! outside can know of a flush that is missing. If all hosts lose power together, each image holds at least
+//! what the guest flushed before the last checkpoint that this host has made durable; only the host where the
+//! VM ran has all of it.
 //!
 //! # Limits
 //!

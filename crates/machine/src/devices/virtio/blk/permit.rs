@@ -1,8 +1,8 @@
 //! Whether a shared disk may be changed at this very moment.
 //!
 //! A write that was let out may wait in the engine's queue for as long as slow storage pleases, or as long as
-//! this process is stopped. Meanwhile the standby may have won the VM and carried the same write out, and others
-//! over it: so permission is asked again before each system call that changes the storage.
+//! this process is stopped. Meanwhile the standby may have won the VM and carried the same write out, and
+//! others over it: so permission is asked again before each system call that changes the storage.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -12,8 +12,8 @@ type May = Arc<dyn Fn() -> bool + Send + Sync>;
 /// The permission to change a shared disk, asked by the threads of its engine.
 pub(super) struct Permit {
     may: RwLock<May>,
-    /// Writes are held until their commit, so another host may win the VM. A VM that passes writes through has
-    /// no standby that could.
+    /// Writes are held until their commit, so another host may win the VM. A VM that passes writes through
+    /// has no standby that could.
     asked: AtomicBool,
     /// How often everything on its way was discarded.
     discards: AtomicU64,

@@ -1,7 +1,7 @@
 //! Bounce buffers: the data of requests on its way between guest memory and the disk.
 //!
-//! The kernel reads and writes these while the guest runs and while checkpoints are taken; guest memory itself
-//! is touched by the device thread inside the gate only.
+//! The kernel reads and writes these while the guest runs and while checkpoints are taken; guest memory
+//! itself is touched by the device thread inside the gate only.
 
 /// Bytes of the smallest buffers.
 const SMALLEST: usize = 4096;

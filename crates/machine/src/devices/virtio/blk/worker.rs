@@ -1,8 +1,8 @@
 //! The thread of a disk, and what it shares with the device model and the machine.
 //!
-//! It waits for the notifications of the queues, for the engine and for room in the write log. Inside the gate
-//! it takes and gives back requests; what they need of the disk is submitted outside, so that the coordinator
-//! never waits for the kernel.
+//! It waits for the notifications of the queues, for the engine and for room in the write log. Inside the
+//! gate it takes and gives back requests; what they need of the disk is submitted outside, so that the
+//! coordinator never waits for the kernel.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -44,8 +44,8 @@ pub(super) struct Parts {
 
 /// What the thread, the device model and the machine share.
 ///
-/// Two locks, always in this order: `sending` is held over system calls by whoever submits; `core` is held for
-/// moments by everyone but the thread, which holds it for a batch.
+/// Two locks, always in this order: `sending` is held over system calls by whoever submits; `core` is held
+/// for moments by everyone but the thread, which holds it for a batch.
 pub(super) struct Shared<M> {
     pub(super) parts: Parts,
     pub(super) gate: Arc<DeviceGate>,

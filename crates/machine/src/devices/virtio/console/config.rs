@@ -17,8 +17,8 @@ impl Default for ScreenSize {
 }
 
 impl ScreenSize {
-    /// Reads the configuration space. Past the size there are max_nr_ports and emerg_wr, which belong to features
-    /// that are not offered and read as zero.
+    /// Reads the configuration space. Past the size there are max_nr_ports and emerg_wr, which belong to
+    /// features that are not offered and read as zero.
     pub(super) fn read(self, offset: u64, data: &mut [u8]) {
         let [a, b] = self.columns.to_le_bytes();
         let [c, d] = self.rows.to_le_bytes();

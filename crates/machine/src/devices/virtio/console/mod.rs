@@ -5,11 +5,12 @@
 //!        ◄── receive queue ─── worker ◄── PortInput
 //! ```
 //!
-//! - [`device`]: the machine's handle. [`config`]: the size of the screen. `worker`: the thread; `queues`: moving bytes.
+//! - [`device`]: the machine's handle. [`config`]: the size of the screen. `worker`: the thread; `queues`:
+//!   moving bytes.
 //! - [`persist`]: what a resumed guest finds again. [`stats`]: the counters.
 //!
-//! It moves bytes in bulk, where the serial port takes a trap for each; but a kernel has it only after it has found
-//! its devices, so early messages and panics are on the serial port.
+//! It moves bytes in bulk, where the serial port takes a trap for each; but a kernel has it only after it has
+//! found its devices, so early messages and panics are on the serial port.
 
 pub mod config;
 pub mod device;

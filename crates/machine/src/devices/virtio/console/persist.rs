@@ -1,5 +1,5 @@
-//! The saved state of a console: its transport and the size of the screen that the driver knows. Bytes that the guest
-//! has not taken yet are not part of it: whoever typed them is attached to the old host.
+//! The saved state of a console: its transport and the size of the screen that the driver knows. Bytes that
+//! the guest has not taken yet are not part of it: whoever typed them is attached to the old host.
 
 use thiserror::Error;
 

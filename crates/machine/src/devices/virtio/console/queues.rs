@@ -72,7 +72,8 @@ impl<M: GuestMemory> Queues<M> {
         Ok((turn, done))
     }
 
-    /// Gives the guest what was typed, until there is no more or it has no more buffers. Says how many were filled.
+    /// Gives the guest what was typed, until there is no more or it has no more buffers. Says how many were
+    /// filled.
     pub(super) fn receive(
         &mut self,
         input: &PortInput,

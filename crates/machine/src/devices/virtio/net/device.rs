@@ -99,8 +99,8 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         Ok(Self::with_port(config.mac, tap, Arc::new(output), host)?)
     }
 
-    /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives frames to
-    /// `output`.
+    /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives
+    /// frames to `output`.
     pub fn with_port(
         mac: MacAddr,
         port: Arc<dyn FramePort>,
@@ -180,10 +180,10 @@ impl<M: GuestMemory + Send + Sync + 'static> Device for NetDevice<M> {
         &self.shared.kicks
     }
 
-    /// Throws away the frames that have waited in the tap, has all queues looked at and interrupt and waker called
-    /// once, and lets frames move. With `announce`, tells the network at once where the guest is, and four times more
-    /// within 350 ms, not while the output discards; and asks the driver, if it knows how, to do so with the guest's
-    /// own addresses.
+    /// Throws away the frames that have waited in the tap, has all queues looked at and interrupt and waker
+    /// called once, and lets frames move. With `announce`, tells the network at once where the guest is, and
+    /// four times more within 350 ms, not while the output discards; and asks the driver, if it knows how, to
+    /// do so with the guest's own addresses.
     fn go_live(&self, announce: bool) {
         let mut transport = self.transport();
         if self.shared.go_live(announce) {
@@ -242,7 +242,8 @@ impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Net<M> {
     fn activate(&mut self, activation: Activation<M>) -> Result<(), ActivateError> {
         let Activation { memory, line, features, mut queues } = activation;
         let features = effective(features);
-        // A driver that does not know of several pairs finds the control queue behind the first (virtio 1.2, 5.1.2).
+        // A driver that does not know of several pairs finds the control queue behind the first (virtio 1.2,
+        // 5.1.2).
         let pairs = if features & MQ != 0 { self.shared.port.pairs() } else { 1 };
         let (frames, rest) = queues.split_at_mut(2 * pairs);
         let mut ready = Vec::with_capacity(pairs);

@@ -198,8 +198,8 @@ impl Output {
 
     /// Sends a packet that carries nothing of the guest's state (an announcement of its address), held by no
     /// epoch. Returns whether the output was allowed to speak: only while it passes frames through. A
-    /// protected VM may have lost its place without knowing it yet, and an announcement would pull its address
-    /// away from the host where it runs.
+    /// protected VM may have lost its place without knowing it yet, and an announcement would pull its
+    /// address away from the host where it runs.
     pub fn announce(&self, packet: &[u8]) -> bool {
         let ring = self.ring();
         let may = ring.mode == OutputMode::PassThrough;

@@ -25,8 +25,8 @@ pub const MAX_NAME: usize = IFNAMSIZ - 1;
 
 const DEVICE: &str = "/dev/net/tun";
 
-/// What a network device is connected to: a tap, or a socket of a test. It has one queue for each queue pair of
-/// the guest; those in use share the frames that come. Every frame has a header in front of it
+/// What a network device is connected to: a tap, or a socket of a test. It has one queue for each queue pair
+/// of the guest; those in use share the frames that come. Every frame has a header in front of it
 /// ([`offload`](super::offload)).
 pub trait FramePort: FrameSink {
     /// Number of queues.

@@ -1,7 +1,7 @@
 //! The thread of the network device.
 //!
-//! It waits for the tap, the notifications of the queues and the output (room again). What it learns becomes a
-//! flag; a device that goes live sets them all.
+//! It waits for the tap, the notifications of the queues and the output (room again). What it learns becomes
+//! a flag; a device that goes live sets them all.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

@@ -13,8 +13,8 @@ use crate::devices::gate::Pass;
 use crate::devices::virtio::chains::{Broken, Ring, Turn, walk};
 use crate::devices::virtio::{InterruptLine, QueueProgress};
 
-/// Most bytes that one request is given, some microseconds' worth: a checkpoint waits for the request in hand. A
-/// driver that wants more asks again; the used ring tells it how many it got.
+/// Most bytes that one request is given, some microseconds' worth: a checkpoint waits for the request in
+/// hand. A driver that wants more asks again; the used ring tells it how many it got.
 pub(super) const REQUEST: usize = 4096;
 
 /// What ended a batch.

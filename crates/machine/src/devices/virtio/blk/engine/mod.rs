@@ -92,7 +92,8 @@ pub(super) struct Completion {
 
 /// Carries operations out.
 pub(super) trait Engine: Send + Sync {
-    /// Begins all of them and leaves the list empty. Outside the gate: may take as long as the kernel pleases.
+    /// Begins all of them and leaves the list empty. Outside the gate: may take as long as the kernel
+    /// pleases.
     ///
     /// An engine may tie an operation to the thread that submits it, so all but those of a shared disk come
     /// from the device's own thread.
@@ -118,8 +119,8 @@ pub(super) trait Engine: Send + Sync {
 
 /// An engine for `image` with at most `depth` operations under way.
 ///
-/// A shared disk gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels what
-/// a thread has submitted when that thread ends.
+/// A shared disk gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels
+/// what a thread has submitted when that thread ends.
 pub(super) fn start(
     kind: EngineKind,
     image: &Arc<Image>,

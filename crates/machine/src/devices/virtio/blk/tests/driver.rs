@@ -33,8 +33,8 @@ pub(super) const T_GET_ID: u32 = 8;
 pub(super) const T_DISCARD: u32 = 11;
 pub(super) const T_WRITE_ZEROES: u32 = 13;
 
-/// The driver of a disk with some queues. A request is put together in a slot, whose number is also the number
-/// of its first descriptor.
+/// The driver of a disk with some queues. A request is put together in a slot, whose number is also the
+/// number of its first descriptor.
 pub(super) struct Driver {
     pub(super) memory: Arc<Memory>,
     /// Requests use indirect tables; otherwise the queue's own descriptors, three for each slot.

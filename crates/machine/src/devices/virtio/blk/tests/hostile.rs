@@ -1,5 +1,5 @@
-//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset it
-//! works.
+//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset
+//! it works.
 
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;

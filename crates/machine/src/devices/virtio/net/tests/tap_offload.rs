@@ -106,7 +106,8 @@ fn payload(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at % 251) as u8).collect()
 }
 
-/// Takes work from the interface, so that the kernel has to do it: 0x17 is ETHTOOL_STXCSUM, 0x1f ETHTOOL_STSO.
+/// Takes work from the interface, so that the kernel has to do it: 0x17 is ETHTOOL_STXCSUM, 0x1f
+/// ETHTOOL_STSO.
 fn without_help(name: &str) {
     for command in [0x1fu32, 0x17] {
         let mut value = [command, 0];
