@@ -1,13 +1,12 @@
 //! The board: a row of slots, each with a register window, an interrupt and a device.
 //!
-//! Slot `i` answers at `NET_MMIO_ADDR + i * NET_MMIO_SIZE` and interrupts on line `FIRST_LINE + i`, an edge
-//! that an irqfd carries. Guests find them through the DSDT, the payload guest knows the first one. The
-//! devices of a machine and their order belong to its state: a standby's board has the same.
+//! Where slots are is [`crate::map`]'s business; their interrupts are edges that irqfds carry. Guests find them
+//! through the DSDT, the payload guest knows the first one. The devices of a machine and their order belong to
+//! its state: a standby's board has the same.
 
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use outlive_guest::abi;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, BusError};
@@ -17,16 +16,12 @@ use crate::devices::virtio::blk::BlockError;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, WINDOW};
 use crate::devices::virtio::net::NetError;
 use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
+use crate::map::{SLOTS, slot_address};
 use crate::memory::{GuestMemory, Ram};
 use crate::vcpu::idle::IdleState;
 use crate::vcpu::platform::Platform;
 
-/// Slots of a board: the I/O APIC has lines 5 to 23 to give.
-pub const SLOTS: usize = 19;
-/// Interrupt line of the first slot.
-const FIRST_LINE: u32 = abi::NET_IRQ;
-
-const _: () = assert!(abi::NET_MMIO_SIZE == WINDOW);
+const _: () = assert!(slot_address(0).len == WINDOW);
 
 /// Why a device could not be made or put on the board.
 #[derive(Debug, thiserror::Error)]
@@ -60,23 +55,6 @@ pub enum BoardError {
     /// More devices than slots.
     #[error("a VM has at most {SLOTS} devices: give it fewer disks")]
     Full,
-}
-
-/// Where the guest finds a slot's device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotAddress {
-    /// First address of the registers.
-    pub mmio: u64,
-    /// Bytes of registers.
-    pub len: u64,
-    /// Interrupt line (GSI).
-    pub line: u32,
-}
-
-/// Where the guest finds the device of slot `index`.
-pub fn slot_address(index: usize) -> SlotAddress {
-    let len = abi::NET_MMIO_SIZE;
-    SlotAddress { mmio: abi::NET_MMIO_ADDR + index as u64 * len, len, line: FIRST_LINE + index as u32 }
 }
 
 /// A device's interrupt: an edge on its line, by irqfd.

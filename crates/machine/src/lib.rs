@@ -22,9 +22,11 @@ mod board;
 mod boot;
 mod capture;
 mod check;
+mod event;
 mod futex;
 mod kvm;
 mod machine;
+mod map;
 mod memory;
 mod restart;
 mod restore;
@@ -36,7 +38,7 @@ mod vcpu;
 mod vm_state;
 
 pub use acpi::AcpiError;
-pub use board::{BoardError, SLOTS, SlotAddress, slot_address};
+pub use board::BoardError;
 pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
 pub use capture::{After, CaptureError, CaptureReport, InPause};
 pub use check::{CheckError, DiskHash, Hashes};
@@ -48,13 +50,15 @@ pub use devices::virtio::blk::{
 pub use devices::virtio::net::{
     MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
 };
+pub use event::{EventSink, MachineEvent, PowerRequest};
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, StartError};
-pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, Range, is_zero_page, ranges};
+pub use map::{Range, SLOTS, SlotAddress, slot_address};
+pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, ranges};
 pub use restart::{ResetError, StartLinuxError};
 pub use restore::RestoreError;
 pub use signals::{block_all as block_all_signals, precise_timers};
 pub use staging::{Staging, StagingError};
+pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
-pub use vcpu::{EventSink, MachineEvent, PowerRequest, VcpuError};
 pub use vm_state::{Item as VmItem, ORDER as VM_STATE_ORDER, VmStateError};

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
 
-use crate::acpi::POWER_BUTTON_LINE;
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
 use crate::bus::Bus;
@@ -15,16 +14,18 @@ use crate::check::DiskHash;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::PortEnd;
-use crate::devices::serial::{COM1, COM1_IRQ, PORTS, SerialHost, SerialPort};
+use crate::devices::serial::{SerialHost, SerialPort};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
 use crate::devices::virtio::console::ConsoleDevice;
 use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::devices::virtio::rng::RngDevice;
+use crate::event::{EventSink, MachineEvent};
 use crate::kvm::{Host, HostError, MAX_VCPUS};
+use crate::map::{lines, ports};
 use crate::memory::{GuestMemory, MemoryError, Ram};
 use crate::restart::FreshState;
-use crate::vcpu::platform::{EventSink, MachineEvent, Platform, TripleFault};
+use crate::vcpu::platform::{Platform, TripleFault};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, VmStateError};
@@ -195,7 +196,7 @@ impl Machine {
         let mut pio = Bus::new();
         let serial =
             options.serial.clone().map(|end| add_serial(end, &board, &gate, &mut pio)).transpose()?;
-        let power_button = board.interrupt(POWER_BUTTON_LINE)?;
+        let power_button = board.interrupt(lines::POWER_BUTTON)?;
         let devices = board.into_devices();
         let parts = Parts {
             platform,
@@ -349,9 +350,9 @@ fn add_serial(
     gate: &Arc<DeviceGate>,
     pio: &mut Bus,
 ) -> Result<SerialPort, BoardError> {
-    let host = SerialHost { gate: gate.clone(), interrupt: board.interrupt(COM1_IRQ)? };
+    let host = SerialHost { gate: gate.clone(), interrupt: board.interrupt(lines::COM1)? };
     let serial = SerialPort::new(host, end).map_err(BoardError::Serial)?;
-    pio.insert(u64::from(COM1), u64::from(PORTS), serial.registers())?;
+    pio.insert(ports::COM1.first.into(), ports::COM1.count.into(), serial.registers())?;
     Ok(serial)
 }
 

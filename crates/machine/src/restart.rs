@@ -8,8 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::acpi::{Description, SerialPort};
-use crate::board::slot_address;
+use crate::acpi::Description;
 use crate::boot::linux;
 use crate::boot::{FirmwareError, LinuxBoot, LinuxBootError};
 use crate::devices::serial;
@@ -17,9 +16,6 @@ use crate::machine::{CreateError, Machine};
 use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
-
-/// COM1, as every kernel looks for it.
-const COM1: SerialPort = SerialPort { port: 0x3f8, line: 4 };
 
 /// The state of vCPUs and chips when the machine was made.
 pub(crate) struct FreshState {
@@ -117,8 +113,8 @@ impl Machine {
     fn start_linux(&mut self, boot: &LinuxBoot) -> Result<(), StartLinuxError> {
         let description = Description {
             vcpus: self.vcpus.len() as u8,
-            slots: (0..self.devices.len()).map(slot_address).collect(),
-            serial: self.serial.is_some().then_some(COM1),
+            devices: self.devices.len(),
+            serial: self.serial.is_some(),
         };
         let entry = linux::load(&self.ram, boot, &description)?;
         self.vcpus.on_each(|index| {

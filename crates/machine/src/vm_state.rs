@@ -7,8 +7,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use crate::event::PowerRequest;
 use crate::state::{FieldReader, FieldWriter, StateError};
-use crate::vcpu::platform::PowerRequest;
 
 /// One part of the VM's state; the numbers are field numbers of a `Kind::Vm` section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,9 +8,8 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use crate::board::SlotAddress;
-
-use super::{Description, OEM, POWER_BUTTON_LINE, REVISION, SerialPort, TABLE, bytes, ports};
+use super::{Description, OEM, REVISION, SOFT_OFF, TABLE, bytes};
+use crate::map::{SlotAddress, lines, ports, slot_address};
 
 /// Bytes of a table's header.
 const HEADER: u32 = 36;
@@ -23,11 +22,11 @@ const PRESSED: u8 = 0x80;
 
 pub(super) fn dsdt(description: &Description) -> Sdt {
     let mut devices = Vec::new();
-    if let Some(serial) = description.serial {
-        devices.extend(com1(serial));
+    if description.serial {
+        devices.extend(com1());
     }
-    for (number, &slot) in description.slots.iter().enumerate() {
-        devices.extend(virtio(number, slot));
+    for number in 0..description.devices {
+        devices.extend(virtio(number, slot_address(number)));
     }
     devices.extend(panic());
     devices.extend(power_button());
@@ -47,7 +46,8 @@ fn line(gsi: u32) -> Interrupt {
 }
 
 /// 16550A at the ports where kernels expect the first serial line.
-fn com1(serial: SerialPort) -> Vec<u8> {
+fn com1() -> Vec<u8> {
+    let (first, count) = (ports::COM1.first, ports::COM1.count as u8);
     device(
         "COM1",
         vec![
@@ -55,7 +55,7 @@ fn com1(serial: SerialPort) -> Vec<u8> {
             &Name::new("_UID".into(), &0u8),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(serial.port, serial.port, 0, 8), &line(serial.line)]),
+                &ResourceTemplate::new(vec![&IO::new(first, first, 0, count), &line(lines::COM1)]),
             ),
         ],
     )
@@ -107,12 +107,12 @@ fn power_button() -> Vec<u8> {
         "GED_",
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&line(POWER_BUTTON_LINE)])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&line(lines::POWER_BUTTON)])),
             &Method::new(
                 "_EVT".into(),
                 1,
                 true,
-                vec![&If::new(&Equal::new(&Arg(0), &POWER_BUTTON_LINE), vec![&pressed])],
+                vec![&If::new(&Equal::new(&Arg(0), &lines::POWER_BUTTON), vec![&pressed])],
             ),
         ],
     );
@@ -121,5 +121,5 @@ fn power_button() -> Vec<u8> {
 
 /// `\_S5`: which sleep type switches the machine off.
 fn soft_off() -> Vec<u8> {
-    bytes(&Name::new("_S5_".into(), &Package::new(vec![&ports::SOFT_OFF])))
+    bytes(&Name::new("_S5_".into(), &Package::new(vec![&SOFT_OFF])))
 }

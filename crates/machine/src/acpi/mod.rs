@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The platform is *hardware-reduced* (ACPI 6.5, §4.1): no SCI, no PM timer, no legacy PIC and PIT; sleep and
-//! reset are the three ports of [`ports`]. Everything lies in the kilobytes below 1 MiB that the memory map
+//! reset are three ports of [`crate::map`]. Everything lies in the kilobytes below 1 MiB that the memory map
 //! keeps from the guest, and is written anew at every boot.
 
 mod dsdt;
@@ -20,59 +20,32 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::board::SlotAddress;
+use crate::map::{self, linux, ports};
 use crate::memory::GuestMemory;
 
-/// Where the RSDP is; kernels look for it from here to 1 MiB, and boot parameters name it.
-pub(crate) const RSDP: u64 = 0xE_0000;
-/// First byte after the room for tables.
-const END: u64 = 0xF_0000;
+/// Where the RSDP is; boot parameters name it.
+const RSDP: u64 = linux::ACPI.base;
 
-/// Ports of the ACPI registers.
-pub(crate) mod ports {
-    /// SLEEP_CONTROL_REG: sleep type in bits 2-4, "now" in bit 5.
-    pub(crate) const SLEEP_CONTROL: u16 = 0x600;
-    /// SLEEP_STATUS_REG.
-    pub(crate) const SLEEP_STATUS: u16 = 0x601;
-    /// RESET_REG.
-    pub(crate) const RESET: u16 = 0x602;
-    /// What is written to [`RESET`].
-    pub(crate) const RESET_VALUE: u8 = 1;
-    /// The sleep type of "soft off", as the DSDT's `\_S5` says.
-    pub(crate) const SOFT_OFF: u8 = 5;
-    /// pvpanic: reads what it understands, takes what happened.
-    pub(crate) const PANIC: u16 = 0x510;
-}
+/// What is written to [`ports::RESET`].
+pub(crate) const RESET_VALUE: u8 = 1;
+/// The sleep type of "soft off", as the DSDT's `\_S5` says.
+pub(crate) const SOFT_OFF: u8 = 5;
 
-/// Line of the power button's event device: COM2's, which no machine of ours has.
-pub(crate) const POWER_BUTTON_LINE: u32 = 3;
-
-const LOCAL_APIC: u32 = 0xFEE0_0000;
-const IO_APIC: u32 = 0xFEC0_0000;
 const OEM: [u8; 6] = *b"OUTLIV";
 const TABLE: [u8; 8] = *b"OUTLIVE ";
 const REVISION: u32 = 1;
 /// FADT IAPC_BOOT_ARCH: no VGA, no CMOS clock; and, by their bits being 0, no legacy devices and no i8042.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 
-/// The serial port COM1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct SerialPort {
-    /// First of its eight ports.
-    pub(crate) port: u16,
-    /// Its interrupt line.
-    pub(crate) line: u32,
-}
-
 /// What the tables describe.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Description {
     /// Processors; their local APICs are numbered from 0.
     pub(crate) vcpus: u8,
-    /// virtio devices in the order in which the guest is to number them.
-    pub(crate) slots: Vec<SlotAddress>,
-    /// COM1, if there is one.
-    pub(crate) serial: Option<SerialPort>,
+    /// virtio devices, in the slots from the first on.
+    pub(crate) devices: usize,
+    /// There is a COM1.
+    pub(crate) serial: bool,
 }
 
 /// The tables do not fit below 1 MiB or the guest has no memory there.
@@ -80,10 +53,10 @@ pub(crate) struct Description {
 #[error("the ACPI tables do not fit below 1 MiB")]
 pub struct AcpiError;
 
-/// Writes all tables. The RSDP is at [`RSDP`].
+/// Writes all tables. The RSDP is the first byte of [`linux::ACPI`].
 pub(crate) fn write(memory: &GuestMemory, description: &Description) -> Result<(), AcpiError> {
     for (address, bytes) in tables(description) {
-        if address + bytes.len() as u64 > END {
+        if address + bytes.len() as u64 > linux::ACPI.end() {
             return Err(AcpiError);
         }
         memory.write_slice(&bytes, GuestAddress(address)).map_err(|_| AcpiError)?;
@@ -138,18 +111,19 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::Headless);
     table.iapc_boot_arch = BOOT_ARCH.into();
     table.reset_reg = port(ports::RESET);
-    table.reset_value = ports::RESET_VALUE;
+    table.reset_value = RESET_VALUE;
     table.sleep_control_reg = port(ports::SLEEP_CONTROL);
     table.sleep_status_reg = port(ports::SLEEP_STATUS);
     table.finalize()
 }
 
 fn madt(vcpus: u8) -> MADT {
-    let mut table = MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(LOCAL_APIC));
+    let mut table =
+        MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(map::LOCAL_APIC.base as u32));
     for index in 0..vcpus {
         table.add_structure(ProcessorLocalApic::new(index, index, EnabledStatus::Enabled));
     }
-    table.add_structure(IoApic::new(0, IO_APIC, 0));
+    table.add_structure(IoApic::new(0, map::IO_APIC.base as u32, 0));
     table
 }
 

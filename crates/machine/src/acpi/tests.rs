@@ -1,12 +1,11 @@
 use acpi_tables::aml::EISAName;
 
 use super::*;
-use crate::board::{SLOTS, slot_address};
+use crate::map::{SLOTS, slot_address};
 use crate::memory::Ram;
 
 fn description(vcpus: u8, slots: usize) -> Description {
-    let serial = Some(SerialPort { port: 0x3f8, line: 4 });
-    Description { vcpus, slots: (0..slots).map(slot_address).collect(), serial }
+    Description { vcpus, devices: slots, serial: true }
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -30,7 +29,7 @@ fn follow(description: &Description) -> [Vec<u8>; 3] {
         let len = u32::from_le_bytes(read(address + 4, 4).try_into().unwrap());
         let bytes = read(address, len as usize);
         assert_eq!((&bytes[..4], sum(&bytes)), (&signature[..], 0));
-        assert!(address >= RSDP && address + u64::from(len) <= END);
+        assert!(address >= RSDP && address + u64::from(len) <= linux::ACPI.end());
         bytes
     };
     let rsdp = read(RSDP, 36);
@@ -57,7 +56,7 @@ fn the_platform_is_hardware_reduced_and_ends_by_its_ports() {
         assert_eq!(fadt[at..at + 4], [1, 8, 0, 1], "a byte in port space");
         word(&fadt, at + 4)
     };
-    assert_eq!((port(116), fadt[128]), (u64::from(ports::RESET), ports::RESET_VALUE));
+    assert_eq!((port(116), fadt[128]), (u64::from(ports::RESET), RESET_VALUE));
     assert_eq!((port(244), port(256)), (u64::from(ports::SLEEP_CONTROL), u64::from(ports::SLEEP_STATUS)));
 }
 
@@ -102,16 +101,8 @@ fn the_other_devices_are_there() {
     assert!(contains(&dsdt, b"QEMU0001\0") && contains(&dsdt, b"ACPI0013\0"));
     // \_S5 = Package { 5 }
     assert!(contains(&dsdt, b"\x08_S5_\x12\x04\x01\x0a\x05"));
-    let [.., without] = follow(&Description { serial: None, ..description(1, 0) });
+    let [.., without] = follow(&Description { serial: false, ..description(1, 0) });
     assert!(!contains(&without, &name("PNP0501")));
-}
-
-#[test]
-fn no_line_is_given_twice() {
-    let mut lines: Vec<_> = (0..SLOTS).map(|index| slot_address(index).line).collect();
-    lines.extend([crate::devices::serial::COM1_IRQ, POWER_BUTTON_LINE]);
-    lines.sort();
-    assert!(lines.windows(2).all(|pair| pair[0] < pair[1]) && *lines.last().unwrap() < 24, "{lines:?}");
 }
 
 #[test]

@@ -8,7 +8,8 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{GuestMemory, Range};
+use crate::map::Range;
+use crate::memory::GuestMemory;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"OUTLBOOT");
 const VERSION: u64 = 1;

@@ -4,7 +4,8 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use outlive_guest::abi::{self, BootInfo};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{HOLE_END, HOLE_START, Ram};
+use crate::map::{HOLE_END, HOLE_START};
+use crate::memory::Ram;
 
 /// What the payload is told at its start.
 #[derive(Clone, Debug)]

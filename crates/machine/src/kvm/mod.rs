@@ -10,6 +10,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
+use crate::map::{KVM_IDENTITY_MAP, KVM_TSS};
+
 /// Time-stamp counter.
 pub(crate) const MSR_IA32_TSC: u32 = 0x10;
 /// MSR_KVM_WALL_CLOCK and its newer number. Nothing but an order: whoever sets one has KVM write the time of
@@ -25,10 +27,6 @@ pub(crate) const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// The rest of the memory type registers, which guests may set and KVM does not list.
 const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
     [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
-/// Where KVM on Intel keeps a TSS and an identity page table; three pages and one, inside the
-/// device window, never touched by a guest.
-const TSS_ADDRESS: usize = 0xFFFB_D000;
-const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
 /// Least bytes of an XSAVE state.
 pub(crate) const XSAVE_BYTES: usize = size_of::<kvm_bindings::kvm_xsave>();
 /// Most vCPUs of a VM in this version.
@@ -146,8 +144,8 @@ impl Host {
     /// A new VM with interrupt chips and PIT, no memory and no vCPU.
     pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
         let vm = self.kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
-        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP.base).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(KVM_TSS.base as usize).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;

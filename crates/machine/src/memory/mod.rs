@@ -17,15 +17,13 @@ use outlive_dirty::{Gfn, GlobalLog, RegionLog, Slot};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::map::{HOLE_END, HOLE_START, Range};
+
 pub(crate) use copy::copy_page;
 pub use copy::is_zero_page;
 
 /// Bytes in a page, on the guest's side and on the wire.
 pub const PAGE_SIZE: usize = 4096;
-/// First byte of the device window below 4 GiB.
-pub(crate) const HOLE_START: u64 = 0xC000_0000;
-/// First byte after the device window: 4 GiB.
-pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 /// Least guest memory that the payload guest boots with, in bytes.
 pub const MIN_MEMORY: u64 = 32 << 20;
 
@@ -59,16 +57,7 @@ pub enum MemoryError {
     Regions(String),
 }
 
-/// One contiguous range of guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    /// First guest physical address, in bytes.
-    pub base: u64,
-    /// Length in bytes, a multiple of the page size.
-    pub len: u64,
-}
-
-/// The ranges of a guest with `bytes` of memory.
+/// The ranges of a guest with `bytes` of memory, whole pages each.
 ///
 /// # Errors
 /// [`MemoryError::Size`] when `bytes` is below [`MIN_MEMORY`] or no multiple of 1 MiB.

@@ -20,5 +20,4 @@ mod run;
 pub(crate) mod set;
 pub(crate) mod state;
 
-pub use platform::{EventSink, MachineEvent, PowerRequest};
 pub use run::VcpuError;

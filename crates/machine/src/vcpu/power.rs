@@ -4,14 +4,14 @@
 //! Nothing behind these ports has a state of its own. What a checkpoint carries is a request that nobody has
 //! carried out yet.
 
-use super::platform::{AfterPort, PowerRequest};
-use crate::acpi::ports;
+use super::platform::AfterPort;
+use crate::acpi::{RESET_VALUE, SOFT_OFF};
+use crate::event::PowerRequest;
+use crate::map::ports::{self, KEYBOARD, RESET_CONTROL};
 
-/// Command and status of the keyboard controller, whose command 0xfe pulls the processor's reset line.
-const KEYBOARD: u16 = 0x64;
+/// Command of the keyboard controller: pull the processor's reset line.
 const PULL_RESET: u8 = 0xfe;
-/// Reset control of PC chip sets: bit 2 resets.
-const RESET_CONTROL: u16 = 0xcf9;
+/// Reset control: reset.
 const RESET_CPU: u8 = 1 << 2;
 /// SLEEP_CONTROL_REG: now.
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -25,10 +25,8 @@ const CRASH_LOADED: u8 = 1 << 1;
 pub(super) fn write(port: u16, data: &[u8]) -> AfterPort {
     let &[value] = data else { return AfterPort::NotOurs };
     match port {
-        ports::SLEEP_CONTROL if value == SLEEP_ENABLE | ports::SOFT_OFF << 2 => {
-            AfterPort::Power(PowerRequest::Off)
-        }
-        ports::RESET if value == ports::RESET_VALUE => AfterPort::Power(PowerRequest::Reset),
+        ports::SLEEP_CONTROL if value == SLEEP_ENABLE | SOFT_OFF << 2 => AfterPort::Power(PowerRequest::Off),
+        ports::RESET if value == RESET_VALUE => AfterPort::Power(PowerRequest::Reset),
         KEYBOARD if value == PULL_RESET => AfterPort::Power(PowerRequest::Reset),
         RESET_CONTROL if value & RESET_CPU != 0 => AfterPort::Power(PowerRequest::Reset),
         ports::PANIC if value & (PANICKED | CRASH_LOADED) != 0 => AfterPort::Panicked,

@@ -11,10 +11,11 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use outlive_dirty::{Exit, HarvestError};
 
 use super::idle::{Idle, IdleState};
-use super::platform::{AfterPort, MachineEvent, PowerRequest, TripleFault};
+use super::platform::{AfterPort, TripleFault};
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
 use super::state::{Saver, VcpuStateError};
+use crate::event::{MachineEvent, PowerRequest};
 use crate::signals;
 
 /// KVM_EXIT_DIRTY_RING_FULL, which kvm-ioctls does not name (include/uapi/linux/kvm.h).

@@ -9,11 +9,12 @@ use outlive_dirty::{Gfn, Tracker};
 use vmm_sys_util::signal::Killable;
 
 use super::copying::CopyJob;
-use super::platform::{EventSink, MachineEvent, Platform, PowerRequest};
+use super::platform::Platform;
 use super::rendezvous::{Command, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
 use super::state::Saver;
 use crate::bus::Bus;
+use crate::event::{EventSink, MachineEvent, PowerRequest};
 use crate::kvm::XsaveCall;
 use crate::memory::Ram;
 use crate::signals;

@@ -9,7 +9,7 @@ use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{self, KernelLoader, bzimage::BzImage, elf::Elf};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::HIGH_START;
+use crate::map::linux::HIGH_START;
 use crate::memory::GuestMemory;
 
 /// "HdrS" and "\x55\xaa": where the boot protocol's header has its marks, and the marks.

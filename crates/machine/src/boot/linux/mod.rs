@@ -2,13 +2,8 @@
 //! and parameters are put into memory, the first vCPU starts at the kernel's 64-bit entry, the others wait
 //! for it.
 //!
-//! ```text
-//! 0x500     descriptor table        0x7000     parameters ("zero page")
-//! 0x9000    page tables             0x2_0000   command line
-//! 0x9_fc00  end of low memory       0xE_0000   ACPI tables (crate::acpi)
-//!                                   0xF_FFF0   what a jump to the reset vector does
-//! 1 MiB ... kernel, at the address it prefers  ... initrd, as high as the kernel allows
-//! ```
+//! What lies below 1 MiB is in [`crate::map::linux`]; above it the kernel is at the address it prefers and the
+//! initrd as high as the kernel allows.
 
 mod kernel;
 mod params;
@@ -18,27 +13,19 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::firmware::{FirmwareError, LinuxBoot};
 use crate::acpi::{self, AcpiError, Description};
-use crate::memory::{HOLE_START, PAGE_SIZE, Ram};
+use crate::map::linux::{COMMAND_LINE, RESET_VECTOR, ZERO_PAGE};
+use crate::map::{HOLE_START, ports};
+use crate::memory::{PAGE_SIZE, Ram};
 
 pub use kernel::KernelError;
 pub(crate) use registers::{prepare_vcpu, start};
 
-/// Where the boot parameters are.
-const ZERO_PAGE: u64 = 0x7000;
-/// Where the command line is, with room for the longest that any kernel takes.
-const COMMAND_LINE: u64 = 0x2_0000;
-/// First byte after the low memory that the guest may use.
-const LOW_END: u64 = 0x9_FC00;
-/// Where memory goes on: nothing of a kernel may lie below.
-const HIGH_START: u64 = 0x10_0000;
-
-/// Where a processor in real mode goes to start the machine anew. Kernels jump there when they know no better
-/// way: on hardware-reduced ACPI they try EFI, which this machine has not, and then the BIOS.
-const RESET_VECTOR: u64 = 0xF_FFF0;
-/// What they find there: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`.
+/// What stands at the reset vector: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`. Kernels
+/// jump there when they know no better way to restart: on hardware-reduced ACPI they try EFI, which this
+/// machine has not, and then the BIOS.
 const RESET_CODE: [u8; 9] = {
-    let [low, high] = acpi::ports::RESET.to_le_bytes();
-    [0xba, low, high, 0xb0, acpi::ports::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+    let [low, high] = ports::RESET.to_le_bytes();
+    [0xba, low, high, 0xb0, acpi::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 };
 
 /// Why a Linux guest could not be loaded.
@@ -92,20 +79,20 @@ pub(crate) fn load(ram: &Ram, boot: &LinuxBoot, description: &Description) -> Re
     if command_line.len() > limit {
         return Err(LinuxBootError::CommandLine { len: command_line.len(), limit });
     }
-    put(COMMAND_LINE, command_line)?;
-    put(COMMAND_LINE + command_line.len() as u64, &[0])?;
+    put(COMMAND_LINE.base, command_line)?;
+    put(COMMAND_LINE.base + command_line.len() as u64, &[0])?;
     let params = params::Params {
         header: kernel.header,
-        command_line: COMMAND_LINE as u32,
+        command_line: COMMAND_LINE.base as u32,
         // Both lie below 3 GiB.
         initrd: (initrd as u32, boot.initrd().len() as u32),
         memory: ram.bytes(),
     };
-    put(ZERO_PAGE, params.bytes().as_ref())?;
+    put(ZERO_PAGE.base, params.bytes().as_ref())?;
     for (address, bytes) in registers::tables() {
         put(address, &bytes)?;
     }
-    put(RESET_VECTOR, &RESET_CODE)?;
+    put(RESET_VECTOR.base, &RESET_CODE)?;
     acpi::write(ram.memory(), description)?;
     Ok(kernel.entry)
 }

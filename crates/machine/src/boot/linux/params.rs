@@ -3,9 +3,8 @@
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
-use super::{HIGH_START, LOW_END};
-use crate::acpi;
-use crate::memory::{HOLE_END, HOLE_START};
+use crate::map::linux::{ACPI, HIGH_START, LOW_END};
+use crate::map::{HOLE_END, HOLE_START};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -36,7 +35,7 @@ impl AsRef<[u8]> for ZeroPage {
 
 impl Params {
     pub(super) fn bytes(&self) -> ZeroPage {
-        let mut page = boot_params { hdr: self.header, acpi_rsdp_addr: acpi::RSDP, ..Default::default() };
+        let mut page = boot_params { hdr: self.header, acpi_rsdp_addr: ACPI.base, ..Default::default() };
         page.hdr.type_of_loader = LOADER;
         page.hdr.loadflags |= LOADED_HIGH;
         page.hdr.cmd_line_ptr = self.command_line;

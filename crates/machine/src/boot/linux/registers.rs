@@ -4,23 +4,21 @@
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::ZERO_PAGE;
 use crate::kvm::{MSR_IA32_MISC_ENABLE, MSR_MTRR_DEF_TYPE};
+use crate::map::linux::{DESCRIPTORS as DESCRIPTORS_AT, PAGE_TABLES, ZERO_PAGE};
 use crate::vcpu::state::{Item, VcpuStateError};
 
-const DESCRIPTORS_AT: u64 = 0x500;
 /// Null, null, code (`__BOOT_CS`), data (`__BOOT_DS`): flat.
 const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 
-const PAGE_TABLES: u64 = 0x9000;
 /// Gigabytes that are mapped: all in which kernel, parameters and command line can be.
 const GIGABYTES: u64 = 4;
 const PRESENT_WRITE: u64 = 0x3;
 const LARGE: u64 = 0x80;
 /// Below the parameters; the kernel has a stack of its own at once.
-const STACK: u64 = ZERO_PAGE - 16;
+const STACK: u64 = ZERO_PAGE.base - 16;
 
 const CR0: u64 = 0x8001_0033; // PG, WP, NE, ET, MP, PE
 const CR4_PAE: u64 = 0x20;
@@ -35,12 +33,12 @@ const FAST_STRINGS: u64 = 1;
 /// Descriptors and page tables with their addresses.
 pub(super) fn tables() -> Vec<(u64, Vec<u8>)> {
     let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let second = PAGE_TABLES + 4096;
+    let second = PAGE_TABLES.base + 4096;
     let third = |gigabyte: u64| second + 4096 + gigabyte * 4096;
     let pointers: Vec<_> = (0..GIGABYTES).map(|gigabyte| third(gigabyte) | PRESENT_WRITE).collect();
     let mut tables = vec![
-        (DESCRIPTORS_AT, bytes(&DESCRIPTORS)),
-        (PAGE_TABLES, bytes(&[second | PRESENT_WRITE])),
+        (DESCRIPTORS_AT.base, bytes(&DESCRIPTORS)),
+        (PAGE_TABLES.base, bytes(&[second | PRESENT_WRITE])),
         (second, bytes(&pointers)),
     ];
     for gigabyte in 0..GIGABYTES {
@@ -77,16 +75,16 @@ fn first_registers(fresh: kvm_sregs, entry: u64) -> (kvm_sregs, kvm_regs) {
         gs: data,
         ss: data,
         cr0: CR0,
-        cr3: PAGE_TABLES,
+        cr3: PAGE_TABLES.base,
         cr4: CR4_PAE,
         efer: EFER,
         ..fresh
     };
-    sregs.gdt.base = DESCRIPTORS_AT;
+    sregs.gdt.base = DESCRIPTORS_AT.base;
     sregs.gdt.limit = (DESCRIPTORS.len() * 8 - 1) as u16;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
-    let regs = kvm_regs { rip: entry, rsi: ZERO_PAGE, rsp: STACK, rflags: RFLAGS, ..Default::default() };
+    let regs = kvm_regs { rip: entry, rsi: ZERO_PAGE.base, rsp: STACK, rflags: RFLAGS, ..Default::default() };
     (sregs, regs)
 }
 
@@ -131,7 +129,7 @@ mod tests {
             u64::from_le_bytes(bytes[(address - at) as usize..][..8].try_into().unwrap())
         };
         for address in [0, 0x7000, 0x10_0000, 0x100_0000, 0x7fff_ffff, 0xbfff_f000, 0xffff_ffff_u64] {
-            let top = word(PAGE_TABLES + (address >> 39) * 8);
+            let top = word(PAGE_TABLES.base + (address >> 39) * 8);
             let second = word((top & !0xfff) + (address >> 30 & 511) * 8);
             let third = word((second & !0xfff) + (address >> 21 & 511) * 8);
             assert_eq!((top & 3, second & 3, third & 0x83), (3, 3, 0x83));
@@ -140,21 +138,21 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_apart_from_each_other_and_from_the_parameters() {
+    fn tables_are_apart_from_each_other_and_where_the_map_says() {
         let mut used: Vec<_> =
             tables().into_iter().map(|(at, bytes)| (at, at + bytes.len() as u64)).collect();
-        used.push((ZERO_PAGE, ZERO_PAGE + 4096));
-        used.push((super::super::COMMAND_LINE, super::super::COMMAND_LINE + 0x1_0000));
         used.sort();
         assert!(used.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{used:x?}");
-        assert!(used.last().unwrap().1 <= super::super::LOW_END);
+        let places = [DESCRIPTORS_AT, PAGE_TABLES];
+        let placed = |&(from, to): &(u64, u64)| places.iter().any(|it| it.base <= from && to <= it.end());
+        assert!(used.iter().all(placed), "{used:x?}");
     }
 
     #[test]
     fn the_first_processor_starts_in_64_bit_mode_with_the_parameters_in_rsi() {
         let fresh = kvm_sregs { apic_base: 0xfee0_0900, ..Default::default() };
         let (sregs, regs) = first_registers(fresh, 0x100_0200);
-        assert_eq!((regs.rip, regs.rsi, regs.rflags & 0x200), (0x100_0200, ZERO_PAGE, 0));
+        assert_eq!((regs.rip, regs.rsi, regs.rflags & 0x200), (0x100_0200, ZERO_PAGE.base, 0));
         assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.ds.selector), (0x10, 1, 0x18));
         assert_eq!(sregs.apic_base, 0xfee0_0900);
         assert!(sregs.cr0 & 1 << 31 != 0 && sregs.efer & 1 << 10 != 0);

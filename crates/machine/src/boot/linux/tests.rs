@@ -4,7 +4,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::kernel::KernelError;
 use super::params::memory_map;
 use super::*;
-use crate::memory::HOLE_END;
+use crate::map::HOLE_END;
+use crate::map::linux::ACPI;
 
 const MIB: u64 = 1 << 20;
 const SETUP: usize = 5 * 512;
@@ -75,16 +76,16 @@ fn everything_is_where_the_boot_protocol_wants_it() {
     let entry = load_in(&ram, &boot(bzimage(), b"initrd!", "console=ttyS0")).unwrap();
     assert_eq!(entry, 16 * MIB + 0x200);
     assert_eq!(read(&ram, 16 * MIB, 24), b"the kernel's first bytes");
-    assert_eq!(read(&ram, COMMAND_LINE, 14), b"console=ttyS0\0");
-    let page = read(&ram, ZERO_PAGE, 4096);
+    assert_eq!(read(&ram, COMMAND_LINE.base, 14), b"console=ttyS0\0");
+    let page = read(&ram, ZERO_PAGE.base, 4096);
     let word = |at: usize| u32::from_le_bytes(page[at..at + 4].try_into().unwrap());
     assert_eq!((page[0x1e8], page[0x1ef], page[0x210], page[0x211] & 1), (3, 0, 0xff, 1));
-    assert_eq!((word(0x202), word(0x228)), (0x5372_6448, COMMAND_LINE as u32));
-    assert_eq!(word(0x070), acpi::RSDP as u32);
+    assert_eq!((word(0x202), word(0x228)), (0x5372_6448, COMMAND_LINE.base as u32));
+    assert_eq!(word(0x070), ACPI.base as u32);
     let initrd = u64::from(word(0x218));
     assert_eq!((initrd, word(0x21c)), (64 * MIB - 4096, 7));
     assert_eq!(read(&ram, initrd, 7), b"initrd!");
-    assert_eq!(read(&ram, acpi::RSDP, 8), b"RSD PTR ");
+    assert_eq!(read(&ram, ACPI.base, 8), b"RSD PTR ");
     assert_eq!(word(0x260), 4 << 20, "the kernel's own header");
 }
 
@@ -104,7 +105,7 @@ fn a_vmlinux_boots_too_and_its_memory_beyond_the_file_is_zero() {
     assert_eq!(entry, 16 * MIB + 0x10);
     assert_eq!(read(&ram, 16 * MIB, 7), b"vmlinux");
     assert!(read(&ram, 16 * MIB + 0x100, 0x2f00).iter().all(|&byte| byte == 0));
-    let page = read(&ram, ZERO_PAGE, 4096);
+    let page = read(&ram, ZERO_PAGE.base, 4096);
     assert_eq!(page[0x202..0x206], *b"HdrS");
     assert_eq!(page[0x218..0x220], [0; 8], "no initrd");
 }
@@ -130,7 +131,7 @@ fn an_initrd_stays_below_what_the_kernel_allows_and_off_the_kernel() {
     set(&mut kernel, 0x22c, &(32 * MIB as u32 - 1).to_le_bytes());
     let ram = ram();
     load_in(&ram, &boot(kernel.clone(), &[1; 5000], "")).unwrap();
-    let page = read(&ram, ZERO_PAGE, 4096);
+    let page = read(&ram, ZERO_PAGE.base, 4096);
     assert_eq!(u32::from_le_bytes(page[0x218..0x21c].try_into().unwrap()), 32 * MIB as u32 - 8192);
     let large = vec![1; 12 * MIB as usize + 1];
     assert!(matches!(load_in(&ram, &boot(kernel, &large, "")), Err(LinuxBootError::Initrd { .. })));

@@ -110,7 +110,7 @@ impl SerialPort {
         Ok(Self { uart, counters, input, _worker: worker })
     }
 
-    /// The registers, for the port bus; [`PORTS`](super::PORTS) bytes long.
+    /// The registers, for the port bus; 8 bytes long.
     pub fn registers(&self) -> SharedDevice {
         self.uart.clone()
     }

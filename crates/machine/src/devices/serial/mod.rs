@@ -22,10 +22,3 @@ mod tests;
 pub use device::{SerialHost, SerialPort};
 pub use persist::{RestoreError, SerialState};
 pub use stats::SerialStats;
-
-/// First port of COM1.
-pub const COM1: u16 = 0x3f8;
-/// How many ports it has.
-pub const PORTS: u16 = 8;
-/// The interrupt line of COM1.
-pub const COM1_IRQ: u32 = 4;

@@ -2,20 +2,21 @@
 
 use proptest::prelude::*;
 
+use super::super::SerialState;
 use super::super::persist::FIFO;
-use super::super::{COM1, PORTS, SerialState};
 use super::*;
 use crate::bus::Bus;
 use crate::devices::virtio::persist::DecodeError;
+use crate::map::ports::COM1;
 
 /// The entry of a fuzz target: the guest's accesses and what is typed, as bytes. Each step is a register, a
 /// kind of access and a value. Whatever they are, the port works afterwards and its state can be taken over.
 fn fuzz(steps: &[u8]) {
     let rig = Rig::live();
     let mut bus = Bus::new();
-    bus.insert(COM1.into(), PORTS.into(), rig.registers.clone()).unwrap();
+    bus.insert(COM1.first.into(), COM1.count.into(), rig.registers.clone()).unwrap();
     for step in steps.chunks_exact(3) {
-        let (address, value) = (u64::from(COM1) + u64::from(step[0] % 10), step[2]);
+        let (address, value) = (u64::from(COM1.first) + u64::from(step[0] % 10), step[2]);
         match step[1] % 8 {
             0..3 => _ = bus.write(address, &[value]),
             3..5 => _ = bus.read(address, &mut [value]),
@@ -84,7 +85,7 @@ fn states_of_no_port_are_refused_and_change_nothing() {
 fn accesses_past_the_last_register_reach_nothing() {
     let rig = Rig::live();
     let mut bus = Bus::new();
-    bus.insert(COM1.into(), PORTS.into(), rig.registers.clone()).unwrap();
+    bus.insert(COM1.first.into(), COM1.count.into(), rig.registers.clone()).unwrap();
     let mut data = [0; 4];
     assert!(!bus.read(0x3fd, &mut data));
     assert!(!bus.write(0x400, &[1]));
