@@ -11,7 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use hdrhistogram::Histogram;
 use nix::time::{ClockId, clock_gettime};
@@ -64,8 +64,11 @@ pub enum Event {
         round: u32,
         /// Pages sent in all rounds so far.
         sent_pages: u64,
-        /// Pages of the VM.
+        /// Pages of the first round: all that the VM has touched.
         total_pages: u64,
+        /// Pages of all rounds so far, sent or not.
+        #[serde(default)]
+        planned_pages: u64,
     },
     /// The guest's kernel panicked; what follows is its own decision.
     GuestPanicked,
@@ -235,9 +238,28 @@ pub fn add_pairs(histogram: &mut Histogram<u64>, pairs: &[(u64, u64)]) {
 /// threads or processes that append to one file never mix. A reader that stops reading a pipe stops the
 /// threads that report to it: give a program that must not wait a file. The first failed write is logged and
 /// ends the stream; it never ends the VM.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct EventWriter {
-    sink: Option<Arc<Mutex<Option<File>>>>,
+    shared: Arc<Shared>,
+}
+
+/// Sees every event on the thread that emits it.
+type Observer = Box<dyn Fn(&Event) + Send + Sync>;
+
+#[derive(Default)]
+struct Shared {
+    file: Option<Mutex<Option<File>>>,
+    observer: OnceLock<Observer>,
+}
+
+/// Opens the event stream of an option.
+///
+/// # Errors
+/// One line with the remedy.
+pub(crate) fn open(path: Option<&Path>) -> Result<EventWriter, String> {
+    let Some(path) = path else { return Ok(EventWriter::disabled()) };
+    EventWriter::open(path)
+        .map_err(|e| format!("cannot write events to {}: {e}; give --events another file", path.display()))
 }
 
 impl EventWriter {
@@ -257,7 +279,14 @@ impl EventWriter {
         } else {
             OpenOptions::new().create(true).append(true).open(target)?
         };
-        Ok(Self { sink: Some(Arc::new(Mutex::new(Some(file)))) })
+        let file = Some(Mutex::new(Some(file)));
+        Ok(Self { shared: Arc::new(Shared { file, observer: OnceLock::new() }) })
+    }
+
+    /// Shows every event from now on to somebody in this process too, on the thread that it happens on: this
+    /// must not wait. The first observer stays.
+    pub(crate) fn observe(&self, observer: impl Fn(&Event) + Send + Sync + 'static) {
+        self.shared.observer.set(Box::new(observer)).ok();
     }
 
     /// Writes one event, stamped with this moment and this process.
@@ -267,13 +296,16 @@ impl EventWriter {
 
     /// Writes one event that happened at `t_us` (see [`now_us`]).
     pub fn emit_at(&self, t_us: u64, event: Event) {
-        let Some(sink) = &self.sink else { return };
+        if let Some(observer) = self.shared.observer.get() {
+            observer(&event);
+        }
+        let Some(file) = &self.shared.file else { return };
         let record = Record { event, t_us, pid: std::process::id() };
         // Numbers, strings and lists only: this cannot fail.
         let mut line = serde_json::to_vec(&record).expect("an event is plain data");
         line.push(b'\n');
         // A panic elsewhere leaves the file as good as it was.
-        let mut file = sink.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(open) = file.as_mut() else { return };
         if let Err(error) = open.write_all(&line) {
             *file = None;
@@ -298,7 +330,7 @@ mod tests {
             Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
             Event::Listening { addr: "127.0.0.1:7000".into() },
             Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
-            Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536 },
+            Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
             Event::GuestPanicked,
             Event::GuestRestarted,
             Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },

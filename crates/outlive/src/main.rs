@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use outlive::cli::{Cli, Command};
-use outlive::{check, console, demo, exit, primary, standby};
+use outlive::cli::Cli;
+use outlive::exit;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -23,14 +23,7 @@ fn main() -> ExitCode {
         Err(error) => return ExitCode::from(exit::usage(one_line(&error))),
     };
     init_logs();
-    let code = match cli.command {
-        Command::Run(options) => primary::command(&options),
-        Command::Standby(options) => standby::command(&options),
-        Command::Console(options) => console::command(&options),
-        Command::Demo(options) => demo::command(&options),
-        Command::Check(options) => check::command(&options),
-    };
-    ExitCode::from(code)
+    ExitCode::from(cli.command.execute())
 }
 
 /// What is wrong with the command line and the hints to it, without the summary of all options.

@@ -2,6 +2,7 @@
 
 mod active;
 mod console;
+mod execute;
 mod run;
 mod standby;
 mod values;

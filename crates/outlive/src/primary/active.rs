@@ -22,13 +22,10 @@ use super::stats::{Reporter, Totals};
 use crate::disk::{self, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job, SenderReport};
-use crate::{exit, process};
+use crate::process;
+use crate::vm::limits::{DISK_BYTES, SLOTS};
+use crate::vm::{End, check_staging};
 
-/// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for
-/// a hiccup.
-pub(crate) const SLOTS: u64 = 4;
-/// Bytes that the guest may write to its disks in one epoch; at more the epoch ends early.
-pub(crate) const DISK_BYTES: usize = 8 << 20;
 /// How often the dirty pages are counted between two checkpoints, so that the trigger is seen early.
 const TRIGGER_POLL: Duration = Duration::from_micros(250);
 /// How long an ending process lets its last messages go out.
@@ -77,8 +74,8 @@ struct Coordinator {
 }
 
 impl Active {
-    /// Runs until the VM ends here. Returns the exit code. The machine must be resumed already.
-    pub(crate) fn run(self) -> u8 {
+    /// Runs until the VM ends here. The machine must be resumed already.
+    pub(crate) fn run(self) -> End {
         outlive_machine::precise_timers();
         let coordinator = Coordinator {
             active: self,
@@ -91,21 +88,19 @@ impl Active {
             guest_over: false,
             wedged: false,
         };
-        let code = coordinator.run();
-        tracing::debug!(code, "coordinator ends");
-        code
+        coordinator.run()
     }
 }
 
 impl Coordinator {
-    fn run(mut self) -> u8 {
+    fn run(mut self) -> End {
         self.active.control.handle(PrimaryEvent::Tick);
         loop {
             let message = self.deferred.pop_front().or_else(|| self.wait());
             if let Some(message) = message
-                && let Some(code) = self.take(message)
+                && let Some(end) = self.take(message)
             {
-                return code;
+                return end;
             }
             self.active.control.handle(PrimaryEvent::Tick);
             if let Err(error) = self.capture_if_due() {
@@ -143,8 +138,8 @@ impl Coordinator {
         }
     }
 
-    /// Follows one message. Returns the exit code when it was the last.
-    fn take(&mut self, message: Inbox) -> Option<u8> {
+    /// Follows one message. Returns the end when it was the last.
+    fn take(&mut self, message: Inbox) -> Option<End> {
         match message {
             Inbox::Wake => {}
             Inbox::Machine(event) => self.machine_event(event),
@@ -164,7 +159,7 @@ impl Coordinator {
                 self.active.machine.pause();
             }
             Inbox::Stop(why) => self.stop(why),
-            Inbox::Exit(reason) => return Some(self.exit(&reason)),
+            Inbox::Exit(reason) => return Some(self.exit(reason)),
         }
         None
     }
@@ -294,7 +289,7 @@ impl Coordinator {
         self.free.clear();
         let pages = active.staging_pages.min(active.machine.ram().pages() as usize);
         let disk_bytes = if active.replicated.is_empty() { 0 } else { DISK_BYTES };
-        super::check_staging(pages, disk_bytes, SLOTS)?;
+        check_staging(pages, disk_bytes, SLOTS)?;
         for _ in 0..SLOTS {
             self.free.push(Staging::new(pages, disk_bytes).map_err(|e| e.to_string())?);
         }
@@ -477,30 +472,24 @@ impl Coordinator {
     /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole:
     /// this process ends without a word on the link, so the standby takes over from there. Held output goes
     /// with it.
-    fn give_up(&mut self) -> u8 {
-        let reason = "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one".to_owned();
-        tracing::error!("{reason}");
+    fn give_up(&mut self) -> End {
         if let Some(net) = self.active.machine.net() {
             net.output().discard();
         }
         SharedDisks::of(&self.active.machine).discard();
         self.active.reporter.take();
-        self.active.events.emit(Event::Ended { reason, code: exit::FAILED.into() });
-        exit::FAILED
+        End::Failed(
+            "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one"
+                .into(),
+        )
     }
 
-    fn exit(&mut self, reason: &ExitReason) -> u8 {
+    fn exit(&mut self, reason: ExitReason) -> End {
         self.active.machine.pause();
         self.active.control.finish(FAREWELL);
-        let code = reason.code();
-        match reason {
-            ExitReason::Ended(EndReason::Crash) => tracing::error!("{reason}"),
-            ExitReason::Ended(_) => tracing::info!("{reason}"),
-            ExitReason::Fenced { .. } => eprintln!("outlive: {reason}"),
-        }
+        // Its last report goes before the end.
         self.active.reporter.take();
-        self.active.events.emit(Event::Ended { reason: reason.to_string(), code });
-        u8::try_from(code).unwrap_or(exit::FAILED)
+        End::Primary(reason)
     }
 }
 

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use outlive_dirty::Gfn;
 use outlive_machine::Ram;
 use outlive_pair::Link;
@@ -27,7 +26,8 @@ pub(crate) struct Base {
     round: u32,
     sent_pages: u64,
     total_pages: u64,
-    bar: ProgressBar,
+    /// Of all rounds so far.
+    planned_pages: u64,
     events: EventWriter,
     reported: Instant,
     /// Taken from the tracker before their round, because a dirty ring was full.
@@ -43,20 +43,12 @@ pub(crate) struct Base {
 impl Base {
     /// Begins, with the disks if there are any.
     pub(super) fn new(link: Link, events: EventWriter, disks: Option<DiskBase>) -> Self {
-        // Draws on a terminal only.
-        let bar = ProgressBar::hidden();
-        if let Ok(style) = ProgressStyle::with_template(
-            "base synchronisation {bar:30} {percent:>3} % {binary_bytes_per_sec:>12}, round {msg}",
-        ) {
-            bar.set_style(style);
-        }
-        bar.set_message("1");
         Self {
             link,
             round: 1,
             sent_pages: 0,
             total_pages: 0,
-            bar,
+            planned_pages: 0,
             events,
             reported: Instant::now(),
             early: Vec::new(),
@@ -79,8 +71,8 @@ impl Base {
     /// Begins with the first round of memory, which is all of it.
     pub(crate) fn begin_memory(&mut self, gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
         self.total_pages = gfns.len() as u64;
-        self.bar.set_length(bytes(self.total_pages));
-        self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        self.planned_pages = self.total_pages;
+        self.report();
         self.round(gfns, ram)
     }
 
@@ -115,8 +107,8 @@ impl Base {
         gfns.sort_unstable();
         gfns.dedup();
         self.round += 1;
-        self.bar.set_message(self.round.to_string());
-        self.bar.inc_length(bytes(gfns.len() as u64));
+        self.planned_pages += gfns.len() as u64;
+        self.report();
         self.round(gfns, ram)
     }
 
@@ -130,7 +122,6 @@ impl Base {
     /// So many pages more are sent.
     pub(crate) fn sent(&mut self, pages: u64) {
         self.sent_pages += pages;
-        self.bar.inc(bytes(pages));
         if self.reported.elapsed() >= REPORT {
             self.report();
         }
@@ -139,23 +130,11 @@ impl Base {
     /// The base is captured.
     pub(crate) fn finish(mut self) {
         self.report();
-        self.bar.finish_and_clear();
     }
 
     fn report(&mut self) {
         self.reported = Instant::now();
-        let Self { round, sent_pages, total_pages, .. } = *self;
-        self.events.emit(Event::BaseProgress { round, sent_pages, total_pages });
-    }
-}
-
-/// What the progress bar counts in.
-fn bytes(pages: u64) -> u64 {
-    pages * outlive_machine::PAGE_SIZE as u64
-}
-
-impl Drop for Base {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
+        let Self { round, sent_pages, total_pages, planned_pages, .. } = *self;
+        self.events.emit(Event::BaseProgress { round, sent_pages, total_pages, planned_pages });
     }
 }

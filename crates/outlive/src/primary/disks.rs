@@ -1,45 +1,26 @@
 //! The disks of the VM that runs here: what the coordinator does with them while a standby is synchronised,
 //! and how the writes to shared ones wait for their commit.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use outlive_epoch::{DISK_RECORD_LEN, DeviceInfo, DiskWant};
-use outlive_machine::{BlockDevice, ChunkSet, GuestMemory, LogMode, Machine, WriteBuffer, WriteLog};
+use outlive_epoch::DiskWant;
+use outlive_machine::{ChunkSet, LogMode, Machine, WriteBuffer, WriteLog};
 use outlive_pair::Link;
 
-use super::active::DISK_BYTES;
 use super::control::{Control, Inbox};
 use crate::clock::Clock;
 use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
+use crate::vm::Disk;
+use crate::vm::limits::DISK_BYTES;
 
 /// Chunks that may have been written while the rounds of memory went out, for the log to begin: 8 MiB.
 const FEW: usize = 128;
 /// So many times what was written meanwhile is sent, before the log begins however much it is.
 const CATCH_UPS: u32 = 4;
-
-pub(super) type Disk = Arc<BlockDevice<GuestMemory>>;
-
-/// Most bytes that the records of one full log take on the wire.
-pub(crate) fn max_disk_bytes(devices: &[DeviceInfo]) -> u32 {
-    if devices.iter().all(|device| device.replicated_bytes() == 0) {
-        return 0;
-    }
-    // Records have other heads on the wire than in the log.
-    (DISK_BYTES.div_ceil(WriteBuffer::RECORD) * DISK_RECORD_LEN) as u32
-}
-
-/// The disks that are replicated, with their images.
-pub(crate) fn replicated(machine: &Machine) -> Vec<(u16, PathBuf)> {
-    let written = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
-    written.map(|disk| (disk.index(), disk.image().path().to_path_buf())).collect()
-}
 
 /// Disks that both hosts use: writes to them are output (invariant 1).
 #[derive(Clone)]
@@ -162,7 +143,6 @@ pub(super) struct DiskBase {
     phase: Phase,
     catch_ups: u32,
     events: EventWriter,
-    bars: HashMap<u16, ProgressBar>,
 }
 
 impl DiskBase {
@@ -195,8 +175,7 @@ impl DiskBase {
             move |report| telling.tell(Inbox::DiskSync(link, report)),
         )
         .map_err(|e| format!("cannot start a thread: {e}"))?;
-        let (events, bars) = (events.clone(), HashMap::new());
-        Ok(Some(Self { sync, log, phase: Phase::Syncing, catch_ups: 0, events, bars }))
+        Ok(Some(Self { sync, log, phase: Phase::Syncing, catch_ups: 0, events: events.clone() }))
     }
 
     /// Whether memory has to wait.
@@ -225,11 +204,6 @@ impl DiskBase {
         match report {
             SyncReport::Progress { disk, done_bytes, total_bytes, sent_bytes } => {
                 self.events.emit(Event::DiskSync { disk, done_bytes, total_bytes, sent_bytes });
-                let bar = self.bars.entry(disk).or_insert_with(|| bar(disk, total_bytes));
-                bar.set_position(done_bytes);
-                if done_bytes == total_bytes {
-                    bar.finish_and_clear();
-                }
                 Next::Wait
             }
             SyncReport::Synced => {
@@ -264,22 +238,4 @@ impl DiskBase {
         self.log.set_mode(LogMode::Log);
         self.sync.catch_up(true);
     }
-}
-
-impl Drop for DiskBase {
-    fn drop(&mut self) {
-        self.bars.values().for_each(|bar| bar.finish_and_clear());
-    }
-}
-
-fn bar(disk: u16, bytes: u64) -> ProgressBar {
-    // Draws on a terminal only.
-    let bar = ProgressBar::new(bytes);
-    if let Ok(style) = ProgressStyle::with_template(
-        "disk {msg} synchronisation {bar:30} {percent:>3} % {binary_bytes_per_sec:>12}",
-    ) {
-        bar.set_style(style);
-    }
-    bar.set_message(disk.to_string());
-    bar
 }

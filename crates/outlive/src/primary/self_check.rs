@@ -19,8 +19,8 @@ use std::time::Duration;
 use outlive_machine::{DiskHash, Machine};
 
 use super::control::{Control, Inbox};
-use super::disks::Disk;
 use crate::disk;
+use crate::vm::Disk;
 
 /// How long a disk may take to complete what is in flight. A log that is full needs a checkpoint for it.
 const DRAIN: Duration = Duration::from_secs(5);

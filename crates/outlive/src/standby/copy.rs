@@ -2,21 +2,23 @@
 //! and that checkpoint's state.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
 use outlive_machine::state::{Kind, Section};
-use outlive_machine::{Hashes, Host, MacAddr, Machine, NetConfig, Options, OutputMode, Ram, Tap};
+use outlive_machine::{
+    Hashes, Host, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, Tap,
+};
 
 use super::devices;
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, Port};
 use crate::disk::{Replica, Told};
-use crate::primary::{self, Identity, Inbox};
 use crate::process;
+use crate::vm::limits::ACCEPTED_STATE_BYTES;
+use crate::vm::{self, Identity, Relay};
 
 /// One kept state section.
 struct Kept {
@@ -39,8 +41,8 @@ pub(super) struct VmCopy {
     /// When the kept state came, by this host's clock.
     kept_at: Instant,
     disks: Arc<Replica>,
-    queue: Sender<Inbox>,
-    inbox: Receiver<Inbox>,
+    /// The machine does not run yet, so nobody listens.
+    machine_events: Relay<MachineEvent>,
     /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place
     /// later is noticed.
     arbiter: Box<dyn Arbiter>,
@@ -49,8 +51,7 @@ pub(super) struct VmCopy {
 /// A copy taken apart for the takeover.
 pub(super) struct CopyParts {
     pub(super) machine: Machine,
-    pub(super) queue: Sender<Inbox>,
-    pub(super) inbox: Receiver<Inbox>,
+    pub(super) machine_events: Relay<MachineEvent>,
     pub(super) identity: Identity,
     pub(super) arbiter: Box<dyn Arbiter>,
 }
@@ -59,7 +60,7 @@ pub(super) struct CopyParts {
 /// primary.
 pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
     let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
-    primary::join_bridge(Some(net))?;
+    vm::join_bridge(Some(net))?;
     drop(tap);
     Ok(())
 }
@@ -80,11 +81,10 @@ impl VmCopy {
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello).map_err(refuse)?;
         let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
-        let (queue, inbox) = channel();
-        let events = queue.clone();
+        let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has found so many queues.
-        let card = |(pairs, net)| NetConfig { pairs, ..primary::card(net, mac, OutputMode::Discard) };
+        let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac, OutputMode::Discard) };
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
@@ -97,11 +97,11 @@ impl VmCopy {
             tracker: options.active.tracker.into(),
             trigger: options.active.max_dirty,
             max_dirty: options.active.max_dirty * 2,
-            events: Arc::new(move |event| drop(events.send(Inbox::Machine(event)))),
+            events: Arc::new(machine_events.sender()),
         };
         let machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
         if plan.pairs.is_some() {
-            primary::join_bridge(options.net.as_ref()).map_err(refuse)?;
+            vm::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
         let disks = devices::replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
         let disks = Replica::start(disks, hello.vm, hello.generation, tell)
@@ -122,14 +122,11 @@ impl VmCopy {
             ram,
             hello: hello.clone(),
             constants: Vec::new(),
-            state: Vec::with_capacity(
-                hello.limits.max_state_bytes.min(super::listen::MAX_STATE_BYTES) as usize
-            ),
+            state: Vec::with_capacity(hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize),
             kept: Vec::with_capacity(64),
             kept_at: Instant::now(),
             disks: Arc::new(disks),
-            queue,
-            inbox,
+            machine_events,
             arbiter,
         })
     }
@@ -225,8 +222,8 @@ impl VmCopy {
             generation,
             checkpoint,
         };
-        let Self { machine, queue, inbox, arbiter, .. } = self;
-        CopyParts { machine, queue, inbox, identity, arbiter }
+        let Self { machine, machine_events, arbiter, .. } = self;
+        CopyParts { machine, machine_events, identity, arbiter }
     }
 }
 
@@ -257,7 +254,7 @@ fn check(hello: &Hello) -> Result<(), String> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
         return Err(format!("a VM with {} vCPUs cannot run here", hello.vcpus));
     }
-    primary::check_memory(hello.memory_bytes)?;
+    vm::check_memory(hello.memory_bytes)?;
     let vendor = process::vendor();
     if vendor != hello.vendor {
         return Err(format!(

@@ -9,7 +9,7 @@ use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
 
 use crate::cli::StandbyOptions;
 use crate::disk::ReplicaDisk;
-use crate::primary;
+use crate::vm;
 
 /// Which devices a machine is to have, besides its disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,7 @@ fn board(hello: &Hello) -> Result<Plan, String> {
     for DeviceInfo { kind, queues, .. } in &hello.devices {
         let follows =
             last.is_none_or(|last| last < *kind as u8 || *kind == DeviceKind::Disk && last == *kind as u8);
-        let fits = primary::fixed_queues(*kind).is_none_or(|fixed| fixed == *queues);
+        let fits = vm::fixed_queues(*kind).is_none_or(|fixed| fixed == *queues);
         if !follows || !fits {
             return Err(unknown(hello));
         }

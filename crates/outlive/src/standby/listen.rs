@@ -19,18 +19,12 @@ use super::copy::VmCopy;
 use super::session::{Admitted, Session};
 use crate::arbiter::{self, Arbiter};
 use crate::link;
+use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// Connections that may be heard at the same time. One is the primary's.
 const MAX_HEARD: usize = 64;
 /// How long a connection may take to introduce itself, from its first byte to its last.
 const INTRODUCTION: Duration = Duration::from_secs(2);
-/// State bytes of a checkpoint that a primary may ask room for.
-pub(super) const MAX_STATE_BYTES: u32 = 16 << 20;
-/// Bytes of disk writes of a checkpoint that a primary may ask room for.
-const MAX_DISK_BYTES: u32 = 64 << 20;
-/// State sections of a checkpoint: constants and registers of 32 vCPUs, the VM, and 32 devices, with room to
-/// spare.
-const MAX_STATE_SECTIONS: u32 = 128;
 
 /// Starts the thread that accepts connections.
 ///
@@ -188,9 +182,9 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
     let refuse = |text: String| (RefuseCode::Resources, text);
     let limits = StagingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
-        max_state_bytes: hello.limits.max_state_bytes.min(MAX_STATE_BYTES),
-        max_state_sections: MAX_STATE_SECTIONS,
-        max_disk_bytes: hello.limits.max_disk_bytes.min(MAX_DISK_BYTES),
+        max_state_bytes: hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES),
+        max_state_sections: ACCEPTED_STATE_SECTIONS,
+        max_disk_bytes: hello.limits.max_disk_bytes.min(ACCEPTED_DISK_BYTES),
     };
     let staging =
         Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;

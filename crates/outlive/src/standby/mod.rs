@@ -18,8 +18,8 @@ mod takeover;
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use outlive_machine::Host;
@@ -30,84 +30,90 @@ use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
 use crate::disk::Told;
-use crate::events::{Event, EventWriter, Role};
-use crate::primary;
-use crate::{disk, exit, process};
+use crate::events::{self, Event, EventWriter, Role};
+use crate::vm::{Launch, Relay};
+use crate::{disk, process};
 use control::{Control, Inbox};
 
-/// `outlive standby`: returns the exit code.
-pub fn command(options: &StandbyOptions) -> u8 {
-    match prepare(options) {
-        Ok(waiting) => {
-            let control = waiting.control.clone();
-            let code = waiting.run();
-            // Threads that still wait for connections hold it too, so nothing drops it.
-            control.console.close();
-            code
-        }
-        Err(line) => exit::usage(line),
-    }
-}
-
-struct Waiting {
+/// A standby that listens.
+pub(crate) struct Waiting {
     options: StandbyOptions,
     control: Arc<Control>,
     inbox: Receiver<Inbox>,
     events: EventWriter,
-    stop_to: StopTo,
+    stops: Relay<&'static str>,
 }
 
-/// Where the operator's stop goes: to the standby, or, after a takeover, to the primary that it became.
-type StopTo = Arc<Mutex<StopTarget>>;
-
-enum StopTarget {
-    Standby(Sender<Inbox>),
-    Primary(Sender<primary::Inbox>),
-}
-
-/// Brings an operator's stop to whoever runs here at that moment.
-fn stop_by(target: &StopTo) -> impl Fn(&'static str) + Send + Clone + 'static {
-    let target = target.clone();
-    move |why| match &*target.lock().unwrap_or_else(PoisonError::into_inner) {
-        StopTarget::Standby(queue) => drop(queue.send(Inbox::Stop(why))),
-        StopTarget::Primary(queue) => drop(queue.send(primary::Inbox::Stop(why))),
-    }
-}
-
-fn prepare(options: &StandbyOptions) -> Result<Waiting, String> {
-    let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
-    if let Some(net) = &options.net {
-        copy::try_card(net)?;
-    }
-    let images: Vec<&Path> = options.disks.iter().map(PathBuf::as_path).collect();
-    disk::for_standby(&images)?;
-    let listener = TcpListener::bind(&options.listen).map_err(|e| {
-        format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
-    })?;
-    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after
-    // them.
-    drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
-    let events = primary::open_events(options.active.events.as_deref())?;
-    let (queue, inbox) = channel();
-    let stop_to: StopTo = Arc::new(Mutex::new(StopTarget::Standby(queue.clone())));
-    let stop = stop_by(&stop_to);
-    let console = Arc::new(Console::open(options.active.console.as_ref(), stop.clone())?);
-    let timing = Timing::new(options.active.dead_after);
-    let clock = Clock::start();
-    let pair = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
-    let control = Control::new(pair, clock, host, options.clone(), console, queue, events.clone());
-    events.emit(Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None });
-    let addr = listener.local_addr().map_or_else(|_| options.listen.clone(), |a| a.to_string());
-    listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
-    tracing::info!(%addr, "standby waits for a primary");
-    events.emit(Event::Listening { addr });
-    process::on_stop(options.active.exit_with_stdin, stop)
-        .map_err(|e| format!("cannot watch signals: {e}"))?;
-    Ok(Waiting { options: options.clone(), control, inbox, events, stop_to })
+/// What a standby's wait led to.
+pub(crate) enum Outcome {
+    /// The VM runs here and wants a coordinator.
+    TakenOver(Box<Launch>),
+    /// It ends.
+    Ended(StandbyExit),
+    /// It cannot go on. The text is for a person.
+    Failed(String),
 }
 
 impl Waiting {
-    fn run(self) -> u8 {
+    /// Checks what can be checked without a primary, and listens.
+    ///
+    /// # Errors
+    /// One line that names the remedy.
+    pub(crate) fn prepare(options: &StandbyOptions) -> Result<Self, String> {
+        let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+        if let Some(net) = &options.net {
+            copy::try_card(net)?;
+        }
+        let images: Vec<&Path> = options.disks.iter().map(PathBuf::as_path).collect();
+        disk::for_standby(&images)?;
+        let listener = TcpListener::bind(&options.listen).map_err(|e| {
+            format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
+        })?;
+        // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes
+        // after them.
+        drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
+        let events = events::open(options.active.events.as_deref())?;
+        let (queue, inbox) = channel();
+        let stops = Relay::new();
+        let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
+        let timing = Timing::new(options.active.dead_after);
+        let clock = Clock::start();
+        let pair = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
+        let control =
+            Control::new(pair, clock, host, options.clone(), console, queue.clone(), events.clone());
+        events.emit(Event::Started {
+            role: Role::Standby,
+            vm: None,
+            vcpus: None,
+            memory: None,
+            tracker: None,
+        });
+        let addr = listener.local_addr().map_or_else(|_| options.listen.clone(), |a| a.to_string());
+        listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
+        tracing::info!(%addr, "standby waits for a primary");
+        events.emit(Event::Listening { addr });
+        process::on_stop(options.active.exit_with_stdin, stops.sender())
+            .map_err(|e| format!("cannot watch signals: {e}"))?;
+        stops.connect(move |why| drop(queue.send(Inbox::Stop(why))));
+        Ok(Self { options: options.clone(), control, inbox, events, stops })
+    }
+
+    /// The event stream.
+    pub(crate) fn events(&self) -> &EventWriter {
+        &self.events
+    }
+
+    /// Waits until the VM is taken over or this standby is of no further use.
+    pub(crate) fn run(self) -> Outcome {
+        let outcome = self.wait();
+        if !matches!(outcome, Outcome::TakenOver(_)) {
+            // Threads that still wait for connections hold it too, so nothing drops it.
+            self.control.console.close();
+        }
+        outcome
+    }
+
+    fn wait(&self) -> Outcome {
         loop {
             let deadline = self.control.next_deadline();
             let timeout = deadline.map(|d| d.saturating_sub(self.control.clock.now()));
@@ -128,39 +134,33 @@ impl Waiting {
                     self.control.handle(StandbyEvent::Failed { why });
                 }
                 Ok(Inbox::TakeOver(order)) => return self.take_over(order),
-                Ok(Inbox::Exit(reason)) => return self.exit(&reason),
+                Ok(Inbox::Exit(reason)) => return Outcome::Ended(self.leave(reason)),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return exit::FAILED,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Outcome::Failed("the standby's threads have ended".into());
+                }
             }
             self.control.handle(StandbyEvent::Tick);
         }
     }
 
-    fn take_over(self, order: control::TakeOverOrder) -> u8 {
-        match takeover::take_over(&self.control, order, &self.options, &self.events) {
-            Ok(launching) => {
-                let mut target = self.stop_to.lock().unwrap_or_else(PoisonError::into_inner);
-                *target = StopTarget::Primary(launching.queue.clone());
-                drop(target);
-                // A stop that came while the VM was being resumed.
-                for message in self.inbox.try_iter() {
-                    if let Inbox::Stop(why) = message {
-                        launching.queue.send(primary::Inbox::Stop(why)).ok();
-                    }
-                }
-                primary::launch(launching)
+    fn take_over(&self, order: control::TakeOverOrder) -> Outcome {
+        // From here on a stop is for the primary that this process becomes, as is one that has just come.
+        self.stops.disconnect();
+        for message in self.inbox.try_iter() {
+            if let Inbox::Stop(why) = message {
+                self.stops.send(why);
             }
-            Err(why) => {
-                // The generation is won and cannot be given back: nobody else may run this VM now, so say so
-                // loudly.
-                tracing::error!("takeover failed, the VM runs nowhere: {why}");
-                self.events.emit(Event::Ended { reason: why, code: exit::FAILED.into() });
-                exit::FAILED
-            }
+        }
+        match takeover::take_over(&self.control, order, &self.options, &self.events, &self.stops) {
+            Ok(launch) => Outcome::TakenOver(Box::new(launch)),
+            // The generation is won and cannot be given back: nobody else may run this VM now, so say so
+            // loudly.
+            Err(why) => Outcome::Failed(format!("takeover failed, the VM runs nowhere: {why}")),
         }
     }
 
-    fn exit(&self, reason: &StandbyExit) -> u8 {
+    fn leave(&self, reason: StandbyExit) -> StandbyExit {
         self.control.finish();
         // The disks are brought to the last commit before the process ends; a journal that stays is replayed
         // by the next.
@@ -169,12 +169,6 @@ impl Waiting {
         {
             tracing::error!("the disks: {why}");
         }
-        let code = reason.code();
-        match reason {
-            StandbyExit::Followed(_) | StandbyExit::Stopped => tracing::info!("{reason}"),
-            StandbyExit::Lost { .. } | StandbyExit::Failed(_) => eprintln!("outlive: {reason}"),
-        }
-        self.events.emit(Event::Ended { reason: reason.to_string(), code });
-        u8::try_from(code).unwrap_or(exit::FAILED)
+        reason
     }
 }

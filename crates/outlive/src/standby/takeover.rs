@@ -12,7 +12,7 @@ use outlive_epoch::EndReason;
 use super::control::{Control, TakeOverOrder};
 use crate::cli::StandbyOptions;
 use crate::events::{Event, EventWriter};
-use crate::primary::Launch;
+use crate::vm::{Launch, Relay};
 
 /// Restores and resumes the VM.
 ///
@@ -23,6 +23,7 @@ pub(super) fn take_over(
     order: TakeOverOrder,
     options: &StandbyOptions,
     events: &EventWriter,
+    stops: &Relay<&'static str>,
 ) -> Result<Launch, String> {
     let TakeOverOrder { checkpoint, generation, stop, times } = order;
     let mut copy = control.take_copy().ok_or("there is no copy of the VM")?;
@@ -70,8 +71,8 @@ pub(super) fn take_over(
     let parts = copy.into_parts(generation, checkpoint);
     Ok(Launch {
         machine: parts.machine,
-        queue: parts.queue,
-        inbox: parts.inbox,
+        machine_events: parts.machine_events,
+        stops: stops.clone(),
         identity: parts.identity,
         arbiter: Some(parts.arbiter),
         options: options.active.clone(),

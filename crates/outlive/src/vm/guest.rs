@@ -5,13 +5,15 @@ use std::path::Path;
 use outlive_guest::PAYLOAD;
 use outlive_machine::{LinuxBoot, Machine, PayloadOptions};
 
+use super::no_random;
 use crate::cli::RunOptions;
 use crate::process;
 
 /// vCPUs that the built-in guest has room for.
 const PAYLOAD_VCPUS: u8 = outlive_guest::abi::MAX_VCPUS as u8;
 
-pub(super) enum Guest {
+/// What the VM boots.
+pub(crate) enum Guest {
     /// The Redis server that is built in.
     BuiltIn(PayloadOptions),
     /// Somebody's kernel.
@@ -23,7 +25,7 @@ impl Guest {
     ///
     /// # Errors
     /// One line with the remedy.
-    pub(super) fn read(options: &RunOptions) -> Result<Self, String> {
+    pub(crate) fn read(options: &RunOptions) -> Result<Self, String> {
         let Some(kernel) = &options.kernel else { return Self::built_in(options) };
         let memory = options.memory_bytes();
         let kernel = file(kernel, "--kernel", memory)?;
@@ -41,7 +43,7 @@ impl Guest {
         }
         let random_seed = match options.seed {
             Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
-            None => process::random().map_err(super::no_random)?,
+            None => process::random().map_err(no_random)?,
         };
         Ok(Self::BuiltIn(PayloadOptions {
             ipv4: options.ip.address.octets(),
@@ -51,12 +53,13 @@ impl Guest {
         }))
     }
 
-    pub(super) fn is_linux(&self) -> bool {
+    /// Whether it is a Linux kernel, which wants a console and a source of random numbers.
+    pub(crate) fn is_linux(&self) -> bool {
         matches!(self, Self::Linux(_))
     }
 
     /// Bytes behind the guest's memory that keep what it boots from.
-    pub(super) fn firmware_bytes(&self) -> u64 {
+    pub(crate) fn firmware_bytes(&self) -> u64 {
         match self {
             Self::BuiltIn(_) => 0,
             Self::Linux(boot) => boot.firmware_bytes(),
@@ -67,7 +70,7 @@ impl Guest {
     ///
     /// # Errors
     /// One line.
-    pub(super) fn load(&self, machine: &mut Machine) -> Result<(), String> {
+    pub(crate) fn load(&self, machine: &mut Machine) -> Result<(), String> {
         match self {
             Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(|e| e.to_string()),
             Self::Linux(boot) => machine.boot_linux(boot).map_err(|e| e.to_string()),

@@ -1,0 +1,6 @@
+//! What a person at a terminal sees while a VM runs. It listens to the event stream; the engine knows nothing
+//! of it.
+
+mod progress;
+
+pub(crate) use progress::show_progress;

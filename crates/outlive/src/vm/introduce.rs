@@ -1,0 +1,79 @@
+//! A VM as its primary introduces it. A standby builds its machine from this alone.
+
+use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits};
+use outlive_machine::Machine;
+
+use super::limits::{self, MAX_STATE_BYTES, SLOTS};
+use super::{Disk, Identity};
+use crate::cli::{ActiveOptions, RunOptions};
+use crate::process;
+
+/// Queues of a device that always has the same number.
+pub(crate) fn fixed_queues(kind: DeviceKind) -> Option<u16> {
+    match kind {
+        DeviceKind::Net | DeviceKind::Disk => None,
+        DeviceKind::Rng => Some(1),
+        DeviceKind::Console => Some(2),
+        // Registers alone.
+        DeviceKind::Serial => Some(0),
+    }
+}
+
+/// The devices of a machine in the order of their slots, and the serial port, which has none.
+pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -> Vec<DeviceInfo> {
+    let card = options.net.as_ref().map(|net| DeviceInfo::new(DeviceKind::Net, net.queues.into()));
+    let describe = |(index, disk): (usize, &Disk)| {
+        let spec = options.disks.get(index);
+        DeviceInfo {
+            kind: DeviceKind::Disk,
+            flags: DeviceFlags { read_only: disk.is_readonly(), shared: disk.is_shared() },
+            queues: spec.map_or(1, |spec| spec.queues.into()),
+            size: disk.capacity_bytes(),
+            serial: spec.and_then(|spec| spec.serial.clone()).unwrap_or_default(),
+        }
+    };
+    let disks = machine.disks().iter().enumerate().map(describe);
+    let linux = [DeviceKind::Rng, DeviceKind::Console, DeviceKind::Serial];
+    let linux = linux.into_iter().filter(|_| is_linux);
+    let linux = linux.map(|kind| DeviceInfo::new(kind, fixed_queues(kind).unwrap_or(1)));
+    card.into_iter().chain(disks).chain(linux).collect()
+}
+
+/// The introduction.
+///
+/// # Errors
+/// What of the VM cannot be replicated.
+pub(crate) fn hello(
+    machine: &Machine,
+    identity: &Identity,
+    options: &ActiveOptions,
+) -> Result<Hello, String> {
+    let ram = machine.ram();
+    let ranges = ram.slots().iter().map(|s| GfnRange { start: s.base.0, pages: s.pages }).collect();
+    let layout = Layout::new(ranges).map_err(|e| format!("guest memory has an impossible layout: {e}"))?;
+    let firmware_bytes = (layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(ram.bytes());
+    let max_pages = u32::try_from(ram.pages()).map_err(|_| "the VM has too much memory to be protected")?;
+    Ok(Hello {
+        vm: identity.vm,
+        generation: identity.generation,
+        vcpus: identity.vcpus.into(),
+        memory_bytes: ram.bytes(),
+        layout,
+        mac: identity.mac.map(|mac| mac.0),
+        limits: Limits {
+            max_pages,
+            max_state_bytes: MAX_STATE_BYTES,
+            slots: SLOTS as u32,
+            max_disk_bytes: limits::max_disk_bytes(&identity.devices),
+        },
+        // What is not RAM of the guest's own keeps what it boots from.
+        firmware_bytes,
+        devices: identity.devices.clone(),
+        interval_us: options.interval.as_micros() as u64,
+        dead_after_us: options.dead_after.as_micros() as u64,
+        name: identity.name.clone(),
+        host: process::host_name(),
+        tracker: machine.tracker().kind().to_string(),
+        vendor: process::vendor(),
+    })
+}

@@ -1,0 +1,64 @@
+//! A running machine on its way to its coordinator: the same from a first start and from a takeover.
+
+use std::sync::Arc;
+
+use outlive_epoch::{DeviceInfo, EndReason, VmId};
+use outlive_machine::{MacAddr, Machine, MachineEvent};
+use outlive_pair::{ExitReason, StandbyExit};
+
+use super::Relay;
+use crate::arbiter::Arbiter;
+use crate::cli::ActiveOptions;
+use crate::console::Console;
+use crate::events::EventWriter;
+
+/// Who the VM is, and how far it has come.
+pub(crate) struct Identity {
+    /// Its identity over all hosts and generations.
+    pub(crate) vm: VmId,
+    /// Its name.
+    pub(crate) name: String,
+    /// Its vCPUs.
+    pub(crate) vcpus: u8,
+    /// Its network card's address.
+    pub(crate) mac: Option<MacAddr>,
+    /// Its devices, in the order of their slots.
+    pub(crate) devices: Vec<DeviceInfo>,
+    /// The generation that this host has won.
+    pub(crate) generation: u64,
+    /// The checkpoint that it was resumed from; 0 for a new VM.
+    pub(crate) checkpoint: u64,
+}
+
+/// A running machine and all that its coordinator needs.
+pub(crate) struct Launch {
+    /// The machine, resumed.
+    pub(crate) machine: Machine,
+    /// What the machine reports.
+    pub(crate) machine_events: Relay<MachineEvent>,
+    /// The operator's wish that the VM be stopped, and why.
+    pub(crate) stops: Relay<&'static str>,
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// Where generations are won.
+    pub(crate) arbiter: Option<Box<dyn Arbiter>>,
+    /// Options.
+    pub(crate) options: ActiveOptions,
+    /// Events.
+    pub(crate) events: EventWriter,
+    /// The VM is to end at once.
+    pub(crate) stop: Option<EndReason>,
+    /// The other ends of its ports; closed after the machine is gone.
+    pub(crate) console: Arc<Console>,
+}
+
+/// How the work of a side came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The VM ended here, or another host has it.
+    Primary(ExitReason),
+    /// The standby is of no further use.
+    Standby(StandbyExit),
+    /// This host could not go on. The text is for a person.
+    Failed(String),
+}

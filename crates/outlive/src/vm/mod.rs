@@ -1,0 +1,30 @@
+//! What either side makes a VM of. `outlive run` starts one, a standby builds its copy and runs it after a
+//! takeover; neither takes anything from the other, both take it from here.
+//!
+//! ```text
+//! host.rs       whether this host has the memory; the card's place in its network
+//! guest.rs      what boots
+//! options.rs    from the command line to the machine's options
+//! introduce.rs  what a primary tells its standby of the VM
+//! disks.rs      the VM's disks by what becomes of their writes
+//! limits.rs     how much a checkpoint may carry
+//! relay.rs      what happens to a machine before somebody coordinates it
+//! launch.rs     a running machine with its identity, on its way to its coordinator
+//! ```
+
+mod disks;
+mod guest;
+mod host;
+mod introduce;
+mod launch;
+pub(crate) mod limits;
+mod options;
+mod relay;
+
+pub(crate) use disks::{Disk, replicated};
+pub(crate) use guest::Guest;
+pub(crate) use host::{check_memory, check_staging, join_bridge, no_random};
+pub(crate) use introduce::{devices, fixed_queues, hello};
+pub(crate) use launch::{End, Identity, Launch};
+pub(crate) use options::{card, disk_options, mac_of};
+pub(crate) use relay::Relay;

@@ -1,0 +1,27 @@
+//! From the command line to the machine's options.
+
+use outlive_epoch::VmId;
+use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits, OutputMode};
+
+use crate::cli::{DiskSpec, NetSpec};
+
+/// Frames and bytes of output that may be held for uncommitted epochs.
+const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
+
+/// A network card's options.
+pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
+    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS, output }
+}
+
+/// A disk's options.
+pub(crate) fn disk_options(spec: &DiskSpec) -> DiskOptions {
+    let DiskSpec { path, readonly, shared, serial, queues } = spec.clone();
+    DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
+}
+
+/// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides
+/// with no vendor's).
+pub(crate) fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
+    let [a, b, c, d, e, ..] = vm.0;
+    MacAddr(net.and_then(|n| n.mac).unwrap_or([0x02, a, b, c, d, e]))
+}

@@ -1,0 +1,115 @@
+//! The way to somebody who is not there yet, or who changes.
+//!
+//! A machine reports what happens to it, and an operator may want it stopped, from the moment it is made; the
+//! coordinator that listens to both comes later, and at a takeover it is another one than before.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What is sent while nobody is connected waits; whoever connects gets it first, in its order. Messages are
+/// few: events of a machine that does not run yet, or stops by an operator.
+pub(crate) struct Relay<T> {
+    target: Arc<Mutex<Target<T>>>,
+}
+
+enum Target<T> {
+    Waiting(VecDeque<T>),
+    Connected(Box<dyn Fn(T) + Send>),
+}
+
+impl<T: Send + 'static> Relay<T> {
+    /// One with nobody at its end.
+    pub(crate) fn new() -> Self {
+        Self { target: Arc::new(Mutex::new(Target::Waiting(VecDeque::new()))) }
+    }
+
+    /// Hands on, or keeps until somebody is connected. Blocks no longer than whoever is connected.
+    pub(crate) fn send(&self, message: T) {
+        match &mut *self.lock() {
+            Target::Waiting(waiting) => waiting.push_back(message),
+            // Under the lock, so that a message does not overtake one that waited.
+            Target::Connected(to) => to(message),
+        }
+    }
+
+    /// Hands everything to `to` from now on, and first what waits. Whoever was connected gets nothing any
+    /// more.
+    pub(crate) fn connect(&self, to: impl Fn(T) + Send + 'static) {
+        let mut target = self.lock();
+        if let Target::Waiting(waiting) = &mut *target {
+            waiting.drain(..).for_each(&to);
+        }
+        *target = Target::Connected(Box::new(to));
+    }
+
+    /// From now on messages wait for the next to connect.
+    pub(crate) fn disconnect(&self) {
+        *self.lock() = Target::Waiting(VecDeque::new());
+    }
+
+    /// [`send`](Self::send) as a function, for whoever reports.
+    pub(crate) fn sender(&self) -> impl Fn(T) + Send + Sync + Clone + use<T> {
+        let relay = self.clone();
+        move |message| relay.send(message)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Target<T>> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Clone for Relay<T> {
+    fn clone(&self) -> Self {
+        Self { target: self.target.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+
+    fn listen(relay: &Relay<u8>) -> Receiver<u8> {
+        let (to, from) = channel();
+        relay.connect(move |number| to.send(number).unwrap());
+        from
+    }
+
+    fn heard(from: &Receiver<u8>) -> Vec<u8> {
+        from.try_iter().collect()
+    }
+
+    #[test]
+    fn what_comes_early_waits_and_keeps_its_order() {
+        let relay = Relay::new();
+        relay.send(1);
+        relay.sender()(2);
+        let first = listen(&relay);
+        relay.send(3);
+        assert_eq!(heard(&first), [1, 2, 3]);
+    }
+
+    #[test]
+    fn nothing_is_lost_between_two_who_listen() {
+        let relay = Relay::new();
+        let first = listen(&relay);
+        relay.send(1);
+        relay.disconnect();
+        relay.send(2);
+        let second = listen(&relay);
+        relay.send(3);
+        assert_eq!(heard(&first), [1]);
+        assert_eq!(heard(&second), [2, 3]);
+    }
+
+    #[test]
+    fn who_connects_takes_over_from_the_one_before() {
+        let relay = Relay::new();
+        // The first one's function, and with it the other end of its channel, goes away.
+        let (first, second) = (listen(&relay), listen(&relay));
+        relay.send(7);
+        assert!(first.recv().is_err());
+        assert_eq!(heard(&second), [7]);
+    }
+}
