@@ -1,63 +1,153 @@
-//! The link between the two hosts: a TCP connection and the threads at its ends.
+//! The link between the two hosts: a connection and the threads at its ends.
 //!
 //! ```text
-//! primary   coordinator ──jobs──► sender thread ──► socket      socket ──► receiver thread ──► decisions
-//! standby   socket ──► session thread (stages, acknowledges, applies)      any thread ──► writer ──► socket
+//! primary   coordinator ──jobs──► sender thread ──► Writer      Reader ──► receiver thread ──► decisions
+//! standby   Reader ──► session thread (stages, acknowledges, applies)      any thread ──► Writer
 //! ```
 //!
-//! Every socket has large kernel buffers, sends at once (no Nagle) and is closed by `shutdown`, which wakes
-//! whoever reads or writes it.
+//! A connection is taken apart into three: a [`Reader`] and a [`Writer`], each for one thread, and a
+//! [`Closer`] for everybody, which wakes whoever reads or writes. What carries the bytes is behind one trait,
+//! [`Transport`]:
+//!
+//! - `tcp.rs` is its first kind, and the only file that knows of sockets.
+//! - `dial.rs` says how a connection is made, from either end.
+//! - `sender.rs` and `records.rs` are what a primary writes, `receiver.rs` what it reads.
 
+mod dial;
 mod receiver;
 mod records;
 mod sender;
+mod tcp;
 
-use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::io::{self, IoSlice, Read, Write};
+use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::SockRef;
-
+pub(crate) use dial::{Incoming, Listener, dial};
 pub(crate) use receiver::receive;
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport};
 
-/// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender
-/// rarely waits.
-const SOCKET_BUFFER: usize = 4 << 20;
-/// How long connecting may take.
-const CONNECT: Duration = Duration::from_secs(1);
+/// What carries the bytes of a connection. One thread reads, another one writes, any thread closes, all at
+/// the same time.
+pub(crate) trait Transport: Send + Sync {
+    /// As [`Read::read`]: waits for bytes, but not beyond the timeout.
+    ///
+    /// # Errors
+    /// The operating system's; `WouldBlock` or `TimedOut` after the timeout.
+    fn read(&self, to: &mut [u8]) -> io::Result<usize>;
 
-/// Connects to `address` (HOST:PORT); every address that the name has is tried.
-///
-/// # Errors
-/// The error of the last address, or of the name.
-pub(crate) fn dial(address: &str) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(stream) => {
-                prepare(&stream)?;
-                return Ok(stream);
-            }
-            Err(error) => last = error,
+    /// As [`Write::write_vectored`]: waits for room, but not beyond the timeout.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize>;
+
+    /// How long a read may wait; `None`: until there is something.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// How long a write may wait; `None`: until there is room.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Says that nothing more will be written; what was written still goes out.
+    fn finish(&self);
+
+    /// Breaks the connection. Reads and writes end, those that wait too.
+    fn close(&self);
+
+    /// The peer's address, for people.
+    fn peer(&self) -> String;
+}
+
+/// A connection, taken apart.
+pub(crate) struct Connection {
+    /// For the thread that reads.
+    pub(crate) reader: Reader,
+    /// For the thread that writes.
+    pub(crate) writer: Writer,
+    /// For whoever ends it.
+    pub(crate) closer: Closer,
+}
+
+impl Connection {
+    fn over(transport: impl Transport + 'static) -> Self {
+        let transport: Arc<dyn Transport> = Arc::new(transport);
+        Self {
+            reader: Reader(transport.clone()),
+            writer: Writer(transport.clone()),
+            closer: Closer(transport),
         }
     }
-    Err(last)
 }
 
-/// Sets the options that every link has.
-///
-/// # Errors
-/// The operating system's.
-pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    // The kernel takes what its limits allow.
-    socket.set_send_buffer_size(SOCKET_BUFFER)?;
-    socket.set_recv_buffer_size(SOCKET_BUFFER)
+/// The reading end.
+pub(crate) struct Reader(Arc<dyn Transport>);
+
+impl Reader {
+    /// How long a read may wait from now on; `None`: until there is something.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_read_timeout(timeout)
+    }
 }
 
-/// The peer's address for logs.
-pub(crate) fn peer(stream: &TcpStream) -> String {
-    stream.peer_addr().map_or_else(|_| "unknown peer".into(), |a: SocketAddr| a.to_string())
+impl Read for Reader {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        self.0.read(to)
+    }
+}
+
+/// The writing end. Nothing is buffered in it.
+pub(crate) struct Writer(Arc<dyn Transport>);
+
+impl Writer {
+    /// How long a write may wait from now on; `None`: until there is room.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_write_timeout(timeout)
+    }
+}
+
+impl Write for Writer {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.write(&[IoSlice::new(from)])
+    }
+
+    fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Ends a connection, from any thread.
+#[derive(Clone)]
+pub(crate) struct Closer(Arc<dyn Transport>);
+
+impl Closer {
+    /// Breaks the connection at once: whoever reads or writes comes back.
+    pub(crate) fn close(&self) {
+        self.0.close();
+    }
+
+    /// Says that nothing more will be written; what was written still goes out.
+    pub(crate) fn finish(&self) {
+        self.0.finish();
+    }
+
+    /// The peer's address, for people.
+    pub(crate) fn peer(&self) -> String {
+        self.0.peer()
+    }
 }

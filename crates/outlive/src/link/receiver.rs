@@ -1,25 +1,21 @@
 //! What a primary hears from its standby.
 
-use std::net::TcpStream;
 use std::time::Duration;
 
 use outlive_epoch::{DiskWant, Message, Peer, ReadError, SectionReader};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
+use super::Reader;
+
 /// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is
 /// called on it after the message has arrived, so that the time that it reads is later than the arrival. What
 /// the standby wants of the disks is no event of the state machine, only a sign of life; `want` takes it.
-pub(crate) fn receive(
-    stream: &mut TcpStream,
-    link: Link,
-    tell: impl Fn(PrimaryEvent),
-    want: impl Fn(DiskWant),
-) {
+pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(PrimaryEvent), want: impl Fn(DiskWant)) {
     let mut reader = SectionReader::new(Peer::Standby);
-    let result = reader.read_preface(stream);
+    let result = reader.read_preface(&mut from);
     let mut error = result.err();
     while error.is_none() {
-        match next(&mut reader, stream, link, &want) {
+        match next(&mut reader, &mut from, link, &want) {
             Ok(event) => tell(event),
             Err(stop) => error = Some(stop),
         }
@@ -35,11 +31,11 @@ pub(crate) fn receive(
 
 fn next(
     reader: &mut SectionReader,
-    stream: &mut TcpStream,
+    from: &mut Reader,
     link: Link,
     want: &impl Fn(DiskWant),
 ) -> Result<PrimaryEvent, ReadError> {
-    let section = reader.read_section(stream)?;
+    let section = reader.read_section(from)?;
     Ok(match Message::parse(&section)? {
         Message::Accept(accept) => {
             PrimaryEvent::Accepted { link, dead_after: Duration::from_micros(accept.dead_after_us) }

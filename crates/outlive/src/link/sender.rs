@@ -1,8 +1,7 @@
-//! The thread that writes to a link. It owns socket and encoder, so the order on the wire is the order of its
+//! The thread that writes to a link. It owns the writing end and the encoder, so the order on the wire is the order of its
 //! jobs.
 
 use std::io::{self, IoSlice, Write};
-use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender as Queue, channel};
 use std::thread::JoinHandle;
@@ -16,6 +15,7 @@ use outlive_epoch::{
 use outlive_machine::{PAGE_SIZE, Ram, Staging};
 
 use super::records::Records;
+use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 
@@ -84,24 +84,26 @@ pub(crate) enum SenderReport {
 /// The handle of a sender thread.
 pub(crate) struct Sender {
     jobs: Queue<Job>,
-    socket: TcpStream,
+    closer: Closer,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Sender {
-    /// Starts the thread for a connected socket. `report` is called on it.
+    /// Starts the thread for a connection. `report` is called on it.
     ///
     /// # Errors
     /// The operating system's.
     pub(crate) fn start(
-        socket: TcpStream,
+        to: Writer,
+        closer: Closer,
         clock: Clock,
         heartbeat: Duration,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> io::Result<Self> {
         let (jobs, inbox) = channel();
-        let writer = Writer {
-            socket: socket.try_clone()?,
+        let work = Work {
+            to,
+            closer: closer.clone(),
             encoder: Encoder::new(),
             clock,
             heartbeat,
@@ -113,9 +115,9 @@ impl Sender {
         };
         let thread = std::thread::Builder::new().name("sender".into()).spawn(move || {
             outlive_machine::block_all_signals(false);
-            writer.serve(&inbox);
+            work.serve(&inbox);
         })?;
-        Ok(Self { jobs, socket, thread: Some(thread) })
+        Ok(Self { jobs, closer, thread: Some(thread) })
     }
 
     /// Queues a job. Never blocks. A job for a link that is gone is dropped.
@@ -124,8 +126,8 @@ impl Sender {
     }
 
     /// Breaks the link at once: reads and writes on it end.
-    pub(crate) fn shutdown(&self) {
-        self.socket.shutdown(Shutdown::Both).ok();
+    pub(crate) fn close(&self) {
+        self.closer.close();
     }
 
     /// Lets the thread finish its queue, but not for longer than `patience`.
@@ -136,14 +138,14 @@ impl Sender {
         while !thread.is_finished() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.shutdown();
+        self.close();
         thread.join().ok();
     }
 }
 
 impl Drop for Sender {
     fn drop(&mut self) {
-        self.shutdown();
+        self.close();
         self.send(Job::Close);
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
@@ -167,8 +169,9 @@ struct Cut {
     data: std::ops::Range<usize>,
 }
 
-struct Writer<R> {
-    socket: TcpStream,
+struct Work<R> {
+    to: Writer,
+    closer: Closer,
     encoder: Encoder,
     clock: Clock,
     heartbeat: Duration,
@@ -181,7 +184,7 @@ struct Writer<R> {
     report: R,
 }
 
-impl<R: Fn(SenderReport)> Writer<R> {
+impl<R: Fn(SenderReport)> Work<R> {
     fn serve(mut self, inbox: &Receiver<Job>) {
         while let Ok(job) = inbox.recv() {
             if matches!(job, Job::Close) {
@@ -192,7 +195,7 @@ impl<R: Fn(SenderReport)> Writer<R> {
                 break;
             }
         }
-        self.socket.shutdown(Shutdown::Both).ok();
+        self.closer.close();
         // Staging in the queue is dropped with it: protection starts anew with new buffers.
     }
 
@@ -355,7 +358,7 @@ impl<R: Fn(SenderReport)> Writer<R> {
         let mut rest = &mut slices[..];
         IoSlice::advance_slices(&mut rest, 0);
         while !rest.is_empty() {
-            match self.socket.write_vectored(rest) {
+            match self.to.write_vectored(rest) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 Ok(written) => IoSlice::advance_slices(&mut rest, written),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

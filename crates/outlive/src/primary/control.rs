@@ -4,7 +4,6 @@
 //! thread brought the event. No action blocks: the slow ones queue work for other threads. Above all, a
 //! committed epoch's output is released by the very thread that read the acknowledgement.
 
-use std::net::TcpStream;
 use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -278,7 +277,7 @@ impl Control {
             outlive_machine::block_all_signals(false);
             let address = control.facts.standbys[address].clone();
             match link::dial(&address) {
-                Ok(stream) => control.connected(link, stream, address),
+                Ok(connection) => control.connected(link, connection, address),
                 Err(error) => {
                     let why = format!("{address}: {error}");
                     control.handle(Event::DialFailed { link, why });
@@ -294,16 +293,14 @@ impl Control {
     }
 
     /// The dial thread becomes the link's receiver.
-    fn connected(self: &Arc<Self>, link: Link, mut stream: TcpStream, address: String) {
+    fn connected(self: &Arc<Self>, link: Link, connection: link::Connection, address: String) {
         let (inbox, totals) = (self.inbox.clone(), self.totals.clone());
         let report = move |report| match report {
             SenderReport::Sent(bytes) => totals.sent(bytes),
             other => drop(inbox.send(Inbox::Sender(link, other))),
         };
-        let sender = stream
-            .try_clone()
-            .and_then(|socket| Sender::start(socket, self.clock, self.facts.heartbeat, report));
-        match sender {
+        let link::Connection { reader, writer, closer } = connection;
+        match Sender::start(writer, closer, self.clock, self.facts.heartbeat, report) {
             Ok(sender) => {
                 let mut state = self.lock();
                 state.connection = Some(Connection { link, sender, address, ending: false });
@@ -315,7 +312,7 @@ impl Control {
         }
         let control = self.clone();
         let want = |want| control.tell(Inbox::DiskWant(link, want));
-        link::receive(&mut stream, link, |event| control.handle(event), want);
+        link::receive(reader, link, |event| control.handle(event), want);
     }
 
     fn hold(&self, pair: &Primary) {
@@ -357,7 +354,7 @@ impl Control {
             // `finish` at the end of the process lets the queue run empty.
             state.connection = Some(connection);
         } else {
-            connection.sender.shutdown();
+            connection.sender.close();
             // Joining the sender here could wait for a write; its thread ends by itself after the shutdown.
             let closing = std::thread::Builder::new().name("close".into());
             // Without a thread the connection is dropped with the closure, here; that is right, only slower.

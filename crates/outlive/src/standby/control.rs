@@ -3,7 +3,6 @@
 //! it.
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +21,7 @@ use crate::clock::Clock;
 use crate::console::Console;
 use crate::disk::Told;
 use crate::events::{self, EventWriter};
+use crate::link::{Closer, Writer};
 use crate::process;
 
 /// How long a few bytes to the primary may take to leave; a primary that reads nothing for so long is as good
@@ -75,7 +75,8 @@ impl Times {
 /// The writing half of a connection.
 struct Peer {
     link: Link,
-    socket: TcpStream,
+    writer: Writer,
+    closer: Closer,
     encoder: Encoder,
     greeted: bool,
 }
@@ -87,9 +88,9 @@ impl Peer {
             bytes.extend_from_slice(&Preface::CURRENT.encode());
         }
         encode(&mut self.encoder, &mut bytes);
-        if self.socket.write_all(&bytes).is_err() {
-            // The reader of this socket notices and reports the loss.
-            self.socket.shutdown(Shutdown::Both).ok();
+        if self.writer.write_all(&bytes).is_err() {
+            // The reader of this connection notices and reports the loss.
+            self.closer.close();
         }
     }
 }
@@ -172,9 +173,9 @@ impl Control {
     }
 
     /// Registers the writing half of a new connection.
-    pub(super) fn connect(&self, link: Link, socket: TcpStream) -> std::io::Result<()> {
-        socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        let peer = Peer { link, socket, encoder: Encoder::new(), greeted: false };
+    pub(super) fn connect(&self, link: Link, writer: Writer, closer: Closer) -> std::io::Result<()> {
+        writer.set_timeout(Some(WRITE_TIMEOUT))?;
+        let peer = Peer { link, writer, closer, encoder: Encoder::new(), greeted: false };
         self.lock().peers.push(peer);
         Ok(())
     }
@@ -258,7 +259,7 @@ impl Control {
     /// Closes every connection; what was written still goes out.
     pub(super) fn finish(&self) {
         for peer in self.lock().peers.drain(..) {
-            peer.socket.shutdown(Shutdown::Write).ok();
+            peer.closer.finish();
         }
     }
 
@@ -315,7 +316,7 @@ impl Control {
                 on_peer(state, link, |p| p.write(|encoder, out| encoder.leave(out, reason)));
             }
             Action::Hangup { link } => {
-                on_peer(state, link, |p| drop(p.socket.shutdown(Shutdown::Both)));
+                on_peer(state, link, |p| p.closer.close());
                 state.peers.retain(|p| p.link != link);
             }
             // The session thread owns the staging buffer; it ends with its link.
@@ -351,7 +352,7 @@ impl Control {
         }
         on_peer(state, link, |p| {
             p.write(|encoder, out| encoder.refuse(out, code, text));
-            p.socket.shutdown(Shutdown::Write).ok();
+            p.closer.finish();
         });
         state.peers.retain(|p| p.link != link);
     }
@@ -360,7 +361,7 @@ impl Control {
         let emit = |event| self.events.emit(event);
         match note {
             Note::Attached { link } => {
-                let addr = state.peers.iter().find(|p| p.link == link).map(|p| crate::link::peer(&p.socket));
+                let addr = state.peers.iter().find(|p| p.link == link).map(|p| p.closer.peer());
                 tracing::info!(primary = addr.unwrap_or_default(), "primary attached");
             }
             Note::Protected { generation, checkpoint } => {

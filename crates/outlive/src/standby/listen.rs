@@ -4,7 +4,6 @@
 //! says nothing keeps the primary out; their number is bounded.
 
 use std::io::{self, Read};
-use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use super::control::Control;
 use super::copy::VmCopy;
 use super::session::{Admitted, Session};
 use crate::arbiter::{self, Arbiter};
-use crate::link;
+use crate::link::{Incoming, Listener, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// Connections that may be heard at the same time. One is the primary's.
@@ -30,7 +29,7 @@ const INTRODUCTION: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// The operating system's.
-pub(super) fn start(listener: TcpListener, control: Arc<Control>) -> io::Result<()> {
+pub(super) fn start(listener: Listener, control: Arc<Control>) -> io::Result<()> {
     std::thread::Builder::new().name("listen".into()).spawn(move || {
         outlive_machine::block_all_signals(false);
         accept_all(&listener, &control);
@@ -38,13 +37,13 @@ pub(super) fn start(listener: TcpListener, control: Arc<Control>) -> io::Result<
     Ok(())
 }
 
-fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
+fn accept_all(listener: &Listener, control: &Arc<Control>) {
     let heard = Arc::new(AtomicUsize::new(0));
     let numbers = AtomicU64::new(0);
     let seldom = Arc::new(Seldom::default());
     loop {
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+        let incoming = match listener.accept() {
+            Ok(incoming) => incoming,
             Err(error) => {
                 // Out of descriptors, most likely. A tight loop would not make that better.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -55,7 +54,7 @@ fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
         if heard.fetch_add(1, Ordering::AcqRel) >= MAX_HEARD {
             heard.fetch_sub(1, Ordering::AcqRel);
             if seldom.allows() {
-                tracing::warn!(from = link::peer(&stream), "too many connections, some are dropped");
+                tracing::warn!(from = incoming.peer(), "too many connections, some are dropped");
             }
             continue;
         }
@@ -63,7 +62,7 @@ fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
         let (control, count, seldom) = (control.clone(), heard.clone(), seldom.clone());
         let started = std::thread::Builder::new().name("session".into()).spawn(move || {
             outlive_machine::block_all_signals(false);
-            serve(&control, stream, number, &seldom);
+            serve(&control, incoming, number, &seldom);
             control.disconnect(number);
             count.fetch_sub(1, Ordering::AcqRel);
         });
@@ -74,15 +73,19 @@ fn accept_all(listener: &TcpListener, control: &Arc<Control>) {
     }
 }
 
-fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &Seldom) {
-    let from = link::peer(&stream);
-    let prepared = link::prepare(&stream)
-        .and_then(|()| stream.try_clone())
-        .and_then(|writer| control.connect(number, writer));
-    if let Err(error) = prepared {
-        tracing::warn!(from, %error, "a connection cannot be served");
-        return;
-    }
+fn serve(control: &Arc<Control>, incoming: Incoming, number: Link, seldom: &Seldom) {
+    let from = incoming.peer();
+    let opened = incoming.open().and_then(|connection| {
+        control.connect(number, connection.writer, connection.closer)?;
+        Ok(connection.reader)
+    });
+    let mut stream = match opened {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::warn!(from, %error, "a connection cannot be served");
+            return;
+        }
+    };
     let mut reader = SectionReader::new(Peer::Primary);
     let hello = match introduction(&mut reader, &mut stream) {
         Ok(hello) => hello,
@@ -108,7 +111,7 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &S
     };
     match admit(control, number, &hello) {
         Ok(admitted) => {
-            if stream.set_read_timeout(None).is_ok() {
+            if stream.set_timeout(None).is_ok() {
                 Session::new(control.clone(), number, stream, reader, admitted).run();
             }
         }
@@ -116,7 +119,7 @@ fn serve(control: &Arc<Control>, mut stream: TcpStream, number: Link, seldom: &S
     }
 }
 
-fn introduction(reader: &mut SectionReader, stream: &mut TcpStream) -> Result<Hello, ReadError> {
+fn introduction(reader: &mut SectionReader, stream: &mut Reader) -> Result<Hello, ReadError> {
     let mut stream = Until { stream, deadline: Instant::now() + INTRODUCTION };
     reader.read_preface(&mut stream)?;
     let section = reader.read_section(&mut stream)?;
@@ -134,7 +137,7 @@ fn introduction(reader: &mut SectionReader, stream: &mut TcpStream) -> Result<He
 
 /// A stream that can be read until a moment, however slowly the bytes come.
 struct Until<'a> {
-    stream: &'a mut TcpStream,
+    stream: &'a mut Reader,
     deadline: Instant,
 }
 
@@ -144,7 +147,7 @@ impl Read for Until<'_> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_timeout(Some(left))?;
         self.stream.read(to)
     }
 }

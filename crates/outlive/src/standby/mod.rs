@@ -16,7 +16,6 @@ mod listen;
 mod session;
 mod takeover;
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -31,6 +30,7 @@ use crate::clock::Clock;
 use crate::console::Console;
 use crate::disk::Told;
 use crate::events::{self, Event, EventWriter, Role};
+use crate::link::Listener;
 use crate::vm::{Launch, Relay};
 use crate::{disk, process};
 use control::{Control, Inbox};
@@ -66,7 +66,7 @@ impl Waiting {
         }
         let images: Vec<&Path> = options.disks.iter().map(PathBuf::as_path).collect();
         disk::for_standby(&images)?;
-        let listener = TcpListener::bind(&options.listen).map_err(|e| {
+        let listener = Listener::bind(&options.listen).map_err(|e| {
             format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
         })?;
         // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes
@@ -88,7 +88,7 @@ impl Waiting {
             memory: None,
             tracker: None,
         });
-        let addr = listener.local_addr().map_or_else(|_| options.listen.clone(), |a| a.to_string());
+        let addr = listener.address().map_or_else(|_| options.listen.clone(), |a| a.to_string());
         listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
         tracing::info!(%addr, "standby waits for a primary");
         events.emit(Event::Listening { addr });

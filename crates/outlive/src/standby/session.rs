@@ -7,7 +7,6 @@
 //! read, whatever happens to the link meanwhile, so memory only ever moves from one committed checkpoint to
 //! the next (invariant 2).
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 use super::control::Control;
 use super::copy;
 use crate::disk::Replica;
+use crate::link;
 
 /// What a session works on.
 pub(super) struct Admitted {
@@ -29,7 +29,7 @@ pub(super) struct Admitted {
 pub(super) struct Session {
     control: Arc<Control>,
     link: Link,
-    stream: TcpStream,
+    from: link::Reader,
     reader: SectionReader,
     staging: Staging,
     ram: Arc<Ram>,
@@ -50,12 +50,12 @@ impl Session {
     pub(super) fn new(
         control: Arc<Control>,
         link: Link,
-        stream: TcpStream,
+        from: link::Reader,
         reader: SectionReader,
         admitted: Admitted,
     ) -> Self {
         let Admitted { staging, ram, disks } = admitted;
-        Self { control, link, stream, reader, staging, ram, disks }
+        Self { control, link, from, reader, staging, ram, disks }
     }
 
     /// Serves the link until it ends.
@@ -75,7 +75,7 @@ impl Session {
 
     fn next(&mut self) -> Result<(), End> {
         let link = self.link;
-        let section = self.reader.read_section(&mut self.stream).map_err(|error| match error {
+        let section = self.reader.read_section(&mut self.from).map_err(|error| match error {
             ReadError::Closed | ReadError::Truncated { .. } => End::Lost(LossReason::Closed),
             ReadError::Io(error) => End::Lost(LossReason::Error(error.to_string())),
             ReadError::Wire(error) => End::Bad(error.to_string()),

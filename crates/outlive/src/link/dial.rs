@@ -1,0 +1,72 @@
+//! How a connection is made, from either end.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
+
+use super::{Connection, Transport, tcp};
+
+/// How long connecting may take.
+const CONNECT: Duration = Duration::from_secs(1);
+
+/// Connects to `address` (HOST:PORT); every address that the name has is tried.
+///
+/// # Errors
+/// The error of the last address, or of the name.
+pub(crate) fn dial(address: &str) -> io::Result<Connection> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in address.to_socket_addrs()? {
+        match tcp::Tcp::connect(&address, CONNECT) {
+            Ok(connected) => return Ok(Connection::over(connected.prepare()?)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Where primaries connect to.
+pub(crate) struct Listener(tcp::Listener);
+
+impl Listener {
+    /// Listens on `address` (HOST:PORT).
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn bind(address: &str) -> io::Result<Self> {
+        tcp::Listener::bind(address).map(Self)
+    }
+
+    /// The address, with the port that the system chose where port 0 was asked for.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn address(&self) -> io::Result<SocketAddr> {
+        self.0.address()
+    }
+
+    /// Waits for the next one who connects.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn accept(&self) -> io::Result<Incoming> {
+        self.0.accept().map(Incoming)
+    }
+}
+
+/// Somebody who has connected. Nothing was read from him yet, so nobody has waited for him.
+pub(crate) struct Incoming(tcp::Tcp);
+
+impl Incoming {
+    /// His address, for people.
+    pub(crate) fn peer(&self) -> String {
+        self.0.peer()
+    }
+
+    /// Makes it a connection. To be called on a thread that may wait for this peer.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn open(self) -> io::Result<Connection> {
+        self.0.prepare().map(Connection::over)
+    }
+}

@@ -1,0 +1,99 @@
+//! A connection over TCP.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use super::Transport;
+
+/// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender
+/// rarely waits.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// A connected socket.
+pub(super) struct Tcp(TcpStream);
+
+impl Tcp {
+    /// Connects, but not for longer than `patience`.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn connect(address: &SocketAddr, patience: Duration) -> io::Result<Self> {
+        TcpStream::connect_timeout(address, patience).map(Self)
+    }
+
+    /// Sets the options that every link has: it sends at once (no Nagle), and its buffers are large.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn prepare(self) -> io::Result<Self> {
+        self.0.set_nodelay(true)?;
+        let socket = SockRef::from(&self.0);
+        // The kernel takes what its limits allow.
+        socket.set_send_buffer_size(SOCKET_BUFFER)?;
+        socket.set_recv_buffer_size(SOCKET_BUFFER)?;
+        Ok(self)
+    }
+}
+
+impl Transport for Tcp {
+    fn read(&self, to: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(to)
+    }
+
+    fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&self.0).write_vectored(from)
+    }
+
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_read_timeout(timeout)
+    }
+
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_write_timeout(timeout)
+    }
+
+    fn finish(&self) {
+        // An error says that the connection is gone already, here and below.
+        self.0.shutdown(Shutdown::Write).ok();
+    }
+
+    fn close(&self) {
+        self.0.shutdown(Shutdown::Both).ok();
+    }
+
+    fn peer(&self) -> String {
+        self.0.peer_addr().map_or_else(|_| "unknown peer".into(), |address| address.to_string())
+    }
+}
+
+/// A socket that listens.
+pub(super) struct Listener(TcpListener);
+
+impl Listener {
+    /// Listens on `address` (HOST:PORT).
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn bind(address: &str) -> io::Result<Self> {
+        TcpListener::bind(address).map(Self)
+    }
+
+    /// The address, with the port that the system chose.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn accept(&self) -> io::Result<Tcp> {
+        self.0.accept().map(|(stream, _)| Tcp(stream))
+    }
+}
