@@ -77,7 +77,7 @@ impl SerialState {
         let mut fields = Fields::new(bytes);
         let version = fields.u16()?;
         if version != VERSION {
-            return Err(DecodeError::Version(version));
+            return Err(DecodeError::Version { found: version, known: VERSION });
         }
         let divisor = fields.array()?;
         let [ier, iir, lcr, lsr, mcr, msr, scratch, waiting] = fields.array()?;

@@ -10,12 +10,12 @@ use std::sync::{Arc, Mutex};
 use super::device::{Uart, lock};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::port::PortInput;
-use crate::devices::virtio::worker::{Bell, Work};
+use crate::devices::virtio::worker::{Wake, Work};
 
 /// What the thread works with.
 pub(super) struct Feeder {
     gate: Arc<DeviceGate>,
-    bell: Bell,
+    wake: Wake,
     uart: Arc<Mutex<Uart>>,
     input: Arc<PortInput>,
 }
@@ -26,7 +26,7 @@ impl Feeder {
         uart: Arc<Mutex<Uart>>,
         input: Arc<PortInput>,
     ) -> io::Result<Self> {
-        Ok(Self { gate, bell: Bell::new()?, uart, input })
+        Ok(Self { gate, wake: Wake::new()?, uart, input })
     }
 }
 
@@ -39,8 +39,8 @@ impl Work for Feeder {
         &self.gate
     }
 
-    fn bell(&self) -> &Bell {
-        &self.bell
+    fn wake(&self) -> &Wake {
+        &self.wake
     }
 
     fn sources(&self) -> Vec<RawFd> {

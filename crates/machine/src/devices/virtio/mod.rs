@@ -9,12 +9,14 @@
 //! no one else is in any of these objects.
 
 pub mod blk;
-pub(crate) mod chains;
+pub mod chain;
 pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod persist;
+pub mod ring;
 pub mod rng;
+pub mod slot;
 pub(crate) mod worker;
 
 use std::sync::Arc;

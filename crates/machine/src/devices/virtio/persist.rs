@@ -1,4 +1,8 @@
-//! The saved state of a virtio-mmio transport: plain data and its bytes.
+//! The saved state of a virtio device: plain data and its bytes.
+//!
+//! ```text
+//! version u16 | what is the device's own | transport: registers and queues
+//! ```
 //!
 //! The types here are apart from the ones at work even where they look alike: they change only together with
 //! the version of the device state that contains them. All numbers are little-endian.
@@ -52,6 +56,60 @@ pub struct TransportState {
     pub queues: [QueueRecord; MAX_QUEUES],
 }
 
+/// The part of a saved state that is a device's own.
+pub trait DeviceState: Sized {
+    /// The version that is written, and the only one read.
+    const VERSION: u16;
+    /// Most bytes of it.
+    const BYTES: usize;
+
+    /// Appends it to `out`.
+    fn encode(&self, out: &mut Vec<u8>);
+
+    /// Takes it from the front of `bytes`.
+    ///
+    /// # Errors
+    /// [`DecodeError`] when no device has saved these bytes.
+    fn decode(bytes: &mut Fields<'_>) -> Result<Self, DecodeError>;
+}
+
+/// Everything that a resumed guest expects to find again in one of its devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedState<S> {
+    /// The device's own.
+    pub device: S,
+    /// Registers and queue positions.
+    pub transport: TransportState,
+}
+
+impl<S: DeviceState> SavedState<S> {
+    /// Most bytes of it.
+    pub const BYTES: usize = 2 + S::BYTES + TransportState::BYTES;
+
+    /// Appends the state to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&S::VERSION.to_le_bytes());
+        self.device.encode(out);
+        self.transport.encode(out);
+    }
+
+    /// Reads a state that a device saved; `bytes` must hold nothing else.
+    ///
+    /// # Errors
+    /// [`DecodeError`] when they are no state of such a device.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut fields = Fields::new(bytes);
+        let (found, known) = (fields.u16()?, S::VERSION);
+        if found != known {
+            return Err(DecodeError::Version { found, known });
+        }
+        let device = S::decode(&mut fields)?;
+        let transport = TransportState::decode(&mut fields)?;
+        fields.finish()?;
+        Ok(Self { device, transport })
+    }
+}
+
 /// Why saved bytes are not a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum DecodeError {
@@ -61,9 +119,16 @@ pub enum DecodeError {
     /// More bytes than the version has fields.
     #[error("{0} unknown bytes follow the device state")]
     Trailing(usize),
-    /// Written by a version this program does not know.
-    #[error("device state version {0} is unknown")]
-    Version(u16),
+    /// Written by a version that this program does not know.
+    #[error(
+        "its state is of version {found}, this release knows {known}: run the same release on both hosts"
+    )]
+    Version {
+        /// What the state says.
+        found: u16,
+        /// What is read.
+        known: u16,
+    },
     /// A field has a value that no device saves.
     #[error("the field `{field}` of the device state cannot be {value:#x}")]
     Value {

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use tracing::{debug, error};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -25,21 +26,21 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// The gate it works behind.
     fn gate(&self) -> &DeviceGate;
 
-    /// How the thread is called.
-    fn bell(&self) -> &Bell;
+    /// Wakes the thread, and ends it.
+    fn wake(&self) -> &Wake;
 
     /// What it waits for. [`batch`](Self::batch) is told the positions of those that are ready.
     fn sources(&self) -> Vec<RawFd>;
 
-    /// How long it may sleep, in milliseconds for `epoll_wait`; -1 is for ever.
-    fn sleep_ms(&self) -> i32 {
-        -1
+    /// When it must do a batch at the latest.
+    fn deadline(&self) -> Option<Instant> {
+        None
     }
 
     /// After each sleep, outside the gate.
     fn awake(&self) {}
 
-    /// Work inside the gate; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at
+    /// Work inside the gate, also when a [`deadline`](Self::deadline) has passed; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at
     /// once.
     fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
 
@@ -47,22 +48,22 @@ pub(crate) trait Work: Send + Sync + 'static {
     fn rest(&self) {}
 }
 
-/// Calls a device's thread.
+/// Wakes a device's thread, and ends it.
 #[derive(Debug)]
-pub(crate) struct Bell {
-    control: EventFd,
+pub(crate) struct Wake {
+    event: EventFd,
     quit: AtomicBool,
 }
 
-impl Bell {
+impl Wake {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { control: event()?, quit: AtomicBool::new(false) })
+        Ok(Self { event: event()?, quit: AtomicBool::new(false) })
     }
 
     /// Makes the thread do a batch.
-    pub(crate) fn ring(&self) {
+    pub(crate) fn wake(&self) {
         // Fails only if the counter is full, and then the thread is being woken anyway.
-        let _ = self.control.write(1);
+        let _ = self.event.write(1);
     }
 }
 
@@ -77,8 +78,8 @@ pub(crate) struct Worker<W: Work> {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What `epoll` says of the bell.
-const BELL: u64 = u64::MAX;
+/// What `epoll` says of [`Wake`].
+const WAKE: u64 = u64::MAX;
 
 impl<W: Work> Worker<W> {
     pub(crate) fn start(work: Arc<W>) -> io::Result<Self> {
@@ -89,7 +90,7 @@ impl<W: Work> Worker<W> {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
         };
-        watch(work.bell().control.as_raw_fd(), BELL)?;
+        watch(work.wake().event.as_raw_fd(), WAKE)?;
         for (position, fd) in sources.into_iter().enumerate() {
             watch(fd, position as u64)?;
         }
@@ -103,10 +104,10 @@ impl<W: Work> Worker<W> {
 
 impl<W: Work> Drop for Worker<W> {
     fn drop(&mut self) {
-        let bell = self.work.bell();
-        bell.quit.store(true, Ordering::Release);
+        let wake = self.work.wake();
+        wake.quit.store(true, Ordering::Release);
         self.work.gate().recheck();
-        bell.ring();
+        wake.wake();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -117,12 +118,13 @@ impl<W: Work> Drop for Worker<W> {
 
 fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
     block_signals();
-    let quit = &work.bell().quit;
+    let quit = &work.wake().quit;
     let mut events = vec![EpollEvent::default(); sources];
     let mut ready = Vec::with_capacity(sources);
     let mut more = false;
     loop {
-        let sleep = if more { 0 } else { work.sleep_ms() };
+        let deadline = work.deadline();
+        let sleep = if more { 0 } else { deadline.map_or(-1, milliseconds) };
         let count = match epoll.wait(sleep, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -133,12 +135,13 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
             }
         };
         work.awake();
-        if count == 0 && !more && !quit.load(Ordering::Acquire) {
+        let due = deadline.is_some_and(|at| at <= Instant::now());
+        if count == 0 && !more && !due && !quit.load(Ordering::Acquire) {
             continue;
         }
         ready.clear();
         ready.extend(
-            events[..count].iter().map(EpollEvent::data).filter(|&it| it != BELL).map(|it| it as usize),
+            events[..count].iter().map(EpollEvent::data).filter(|&it| it != WAKE).map(|it| it as usize),
         );
         let Some(pass) = work.gate().enter_unless(quit) else {
             debug!(thread = work.name(), "a device's thread ends");
@@ -148,6 +151,13 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
         drop(pass);
         work.rest();
     }
+}
+
+/// From now until then, for `epoll_wait`. Rounded up: a wait that ends too early would be a spin until the time
+/// has come.
+fn milliseconds(until: Instant) -> i32 {
+    let wait = until.saturating_duration_since(Instant::now());
+    i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
 /// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay

@@ -130,7 +130,7 @@ impl BlockState {
         let mut fields = Fields::new(bytes);
         let version = fields.u16()?;
         if version != VERSION {
-            return Err(DecodeError::Version(version));
+            return Err(DecodeError::Version { found: version, known: VERSION });
         }
         let sectors = fields.u64()?;
         let shared = fields.flag("shared")?;

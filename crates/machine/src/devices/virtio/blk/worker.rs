@@ -24,7 +24,7 @@ use super::table::MAX_IN_FLIGHT;
 use crate::devices::complaints::Complaints;
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::virtio::Waker;
-use crate::devices::virtio::worker::{Bell, Work, event};
+use crate::devices::virtio::worker::{Wake, Work, event};
 
 /// What a disk is made of and does not change.
 pub(super) struct Parts {
@@ -53,7 +53,7 @@ pub(super) struct Shared<M> {
     pub(super) kicks: Vec<EventFd>,
     /// Written when a full log has room again.
     room: EventFd,
-    pub(super) bell: Bell,
+    pub(super) wake: Wake,
     core: Mutex<Core<M>>,
     /// Told after each batch while someone drains.
     calm: Condvar,
@@ -75,7 +75,7 @@ impl<M: GuestMemory> Shared<M> {
             gate,
             kicks: (0..queues).map(|_| event()).collect::<io::Result<_>>()?,
             room,
-            bell: Bell::new()?,
+            wake: Wake::new()?,
             core: Mutex::new(Core::new(parts.shared, serial)),
             calm: Condvar::new(),
             sending: Mutex::new(Vec::with_capacity(MAX_IN_FLIGHT)),
@@ -88,7 +88,7 @@ impl<M: GuestMemory> Shared<M> {
         core.queues = Some(queues);
         core.pending = self.all_queues();
         drop(core);
-        self.bell.ring();
+        self.wake.wake();
     }
 
     pub(super) fn uninstall(&self) {
@@ -111,7 +111,7 @@ impl<M: GuestMemory> Shared<M> {
         }
         drop(core);
         self.parts.waker.wake();
-        self.bell.ring();
+        self.wake.wake();
     }
 
     /// See [`super::BlockDevice::drain`].
@@ -135,7 +135,7 @@ impl<M: GuestMemory> Shared<M> {
     /// See [`super::BlockDevice::resume`].
     pub(super) fn resume(&self) {
         self.core().draining = false;
-        self.bell.ring();
+        self.wake.wake();
     }
 
     /// Gives the engine what waits for it.
@@ -188,8 +188,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Work for Shared<M> {
         &self.gate
     }
 
-    fn bell(&self) -> &Bell {
-        &self.bell
+    fn wake(&self) -> &Wake {
+        &self.wake
     }
 
     fn sources(&self) -> Vec<RawFd> {

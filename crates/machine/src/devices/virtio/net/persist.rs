@@ -75,7 +75,7 @@ impl NetState {
             return Err(RestoreError::Old { found: version });
         }
         if version > VERSION {
-            return Err(DecodeError::Version(version).into());
+            return Err(DecodeError::Version { found: version, known: VERSION }.into());
         }
         let mac = address(&mut fields)?;
         let settings = Settings::decode(&mut fields)?;

@@ -23,7 +23,7 @@ use super::stats::Counters;
 use super::tap::FramePort;
 use crate::devices::complaints::{Complaints, complain};
 use crate::devices::gate::{DeviceGate, Pass};
-use crate::devices::virtio::worker::{Bell, Work, event};
+use crate::devices::virtio::worker::{Wake, Work, event};
 use crate::devices::virtio::{DeviceHost, Waker};
 
 /// Most stale frames thrown away when the device goes live: more than a tap queues by default (1000).
@@ -40,7 +40,7 @@ pub(super) struct Shared<M> {
     /// Written when the driver notifies a queue.
     pub(super) kicks: Vec<EventFd>,
     /// Makes the thread look at the flags in `core`, at the settings and at the announcements.
-    bell: Bell,
+    wake: Wake,
     /// Of the driver's mistakes.
     complaints: Complaints,
     core: Mutex<Core<M>>,
@@ -86,7 +86,7 @@ impl<M: GuestMemory> Shared<M> {
             waker: host.waker.clone(),
             counters: Counters::default(),
             kicks: (0..queues).map(|_| event()).collect::<io::Result<_>>()?,
-            bell: Bell::new()?,
+            wake: Wake::new()?,
             complaints: Complaints::default(),
             core: Mutex::new(Core { queues: None, live: false, pending: 0, stalled: 0, buffer: bounce() }),
             settings: Mutex::new(Settings::new(mac)),
@@ -102,7 +102,7 @@ impl<M: GuestMemory> Shared<M> {
         core.queues = Some(queues);
         core.look_everywhere();
         drop(core);
-        self.bell.ring();
+        self.wake.wake();
     }
 
     /// The driver has no queues any more, and its settings are those of a card with this address.
@@ -111,7 +111,7 @@ impl<M: GuestMemory> Shared<M> {
         core.queues = None;
         *self.settings_mut() = Settings::new(mac);
         drop(core);
-        self.bell.ring();
+        self.wake.wake();
     }
 
     /// The settings of a saved driver.
@@ -119,7 +119,7 @@ impl<M: GuestMemory> Shared<M> {
         let core = self.core();
         *self.settings_mut() = settings;
         drop(core);
-        self.bell.ring();
+        self.wake.wake();
     }
 
     pub(super) fn settings(&self) -> Settings {
@@ -155,13 +155,13 @@ impl<M: GuestMemory> Shared<M> {
             *self.announcing() = Some((Schedule::new(Instant::now()), packet));
             self.announce_if_due();
         }
-        self.bell.ring();
+        self.wake.wake();
         asks
     }
 
     /// Makes the thread look at everything it is told.
     pub(super) fn ring(&self) {
-        self.bell.ring();
+        self.wake.wake();
     }
 
     pub(super) fn is_live(&self) -> bool {
@@ -252,7 +252,7 @@ impl<M: GuestMemory> Core<M> {
             (0..queues.forget_waiting()).for_each(|_| shared.counters.drop_received());
             // The port has to be told, and pairs that come into use to be looked at.
             *pending = !0;
-            shared.bell.ring();
+            shared.wake.wake();
         }
         match result {
             Ok(more) => more,
@@ -360,8 +360,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Work for Shared<M> {
         &self.gate
     }
 
-    fn bell(&self) -> &Bell {
-        &self.bell
+    fn wake(&self) -> &Wake {
+        &self.wake
     }
 
     /// The queues' notifications, then the ports, then the output.
@@ -371,13 +371,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Work for Shared<M> {
         kicks.chain(ports).chain([self.output.space().as_raw_fd()]).collect()
     }
 
-    fn sleep_ms(&self) -> i32 {
-        let next = self.announcing().as_ref().and_then(|(schedule, _)| schedule.next_at());
-        next.map_or(-1, |at| {
-            let wait = at.saturating_duration_since(Instant::now());
-            // Rounded up: a wait that ends too early would be a spin until the time has come.
-            i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-        })
+    fn deadline(&self) -> Option<Instant> {
+        self.announcing().as_ref().and_then(|(schedule, _)| schedule.next_at())
     }
 
     fn awake(&self) {

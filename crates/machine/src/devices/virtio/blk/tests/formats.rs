@@ -44,7 +44,7 @@ fn bytes_that_are_no_state_are_refused() {
         bytes[at] = value;
         BlockState::decode(&bytes)
     };
-    assert_eq!(changed(0, 2), Err(DecodeError::Version(2)));
+    assert_eq!(changed(0, 2), Err(DecodeError::Version { found: 2, known: 1 }));
     assert_eq!(changed(10, 2), Err(DecodeError::Value { field: "shared", value: 2 }));
     assert_eq!(changed(11, 7), Err(DecodeError::Value { field: "writeback", value: 7 }));
     let count = DecodeError::Value { field: "requests in flight", value: 0x102 };

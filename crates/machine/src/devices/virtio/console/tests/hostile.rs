@@ -2,9 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::super::ConsoleState;
 use super::*;
-use crate::devices::virtio::persist::DecodeError;
+use crate::devices::virtio::persist::{DecodeError, SavedState};
 
 fn works(rig: &Rig<ConsoleDevice<Memory>>) {
     print(rig, b"fine");
@@ -42,7 +41,7 @@ fn states_of_no_device_are_refused() {
     let setup = live();
     let good = setup.rig.saved();
     for len in 0..good.len() {
-        assert_eq!(ConsoleState::decode(&good[..len]), Err(DecodeError::Short));
+        assert_eq!(SavedState::<ScreenSize>::decode(&good[..len]), Err(DecodeError::Short));
     }
     assert!(setup.rig.device.restore(&[&good[..], &[0]].concat()).is_err());
     for (at, value) in [(0, 9), (6, 4)] {

@@ -75,7 +75,10 @@ fn saved_bytes_are_checked() {
     let bad = |bytes: &[u8]| NetState::decode(bytes).unwrap_err();
     assert!(matches!(bad(&bytes), RestoreError::Decode(DecodeError::Value { field: "mac", .. })));
     bytes[0] = 3;
-    assert_eq!(rig.device.take_over(&bytes), Err(RestoreError::Decode(DecodeError::Version(3))));
+    assert_eq!(
+        rig.device.take_over(&bytes),
+        Err(RestoreError::Decode(DecodeError::Version { found: 3, known: 2 }))
+    );
     bytes[0] = 1;
     let old = rig.device.take_over(&bytes).unwrap_err();
     assert!(old.to_string().contains("version 1, this release knows 2"), "{old}");

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::RngState;
 use super::*;
-use crate::devices::virtio::persist::DecodeError;
+use crate::devices::virtio::persist::{DecodeError, SavedState};
 
 #[test]
 fn broken_drivers_stop_the_device_alone() {
@@ -30,7 +30,7 @@ fn states_of_no_device_are_refused() {
     rig.boot(1);
     let good = rig.saved();
     for len in 0..good.len() {
-        assert_eq!(RngState::decode(&good[..len]), Err(DecodeError::Short));
+        assert_eq!(SavedState::<RngState>::decode(&good[..len]), Err(DecodeError::Short));
     }
     assert!(rig.device.restore(&[&good[..], &[0]].concat()).is_err());
     let mut version = good.clone();
@@ -50,7 +50,7 @@ proptest! {
         let rig = rig();
         rig.device.go_live(false);
         let other = |memory: &Arc<Memory>| {
-            Rig::on(memory.clone(), |host| RngDevice::with_source(Box::new(Counter::default()), host).unwrap())
+            Rig::on(memory.clone(), |host| RngDevice::with_source(Counter::default(), host).unwrap())
         };
         fuzz(&rig, other, 1, &rings, &registers, works);
     }
