@@ -2,7 +2,7 @@
 //!
 //! A *checkpoint* is the set of pages that an epoch dirtied, the state of vCPUs, VM and devices, and the
 //! number that orders it. This crate gives it a wire format, checks everything that comes from the wire, and
-//! collects one whole checkpoint ([`Staging`]) before anybody may look at it. It knows nothing of KVM: pages
+//! collects one whole checkpoint ([`Incoming`]) before anybody may look at it. It knows nothing of KVM: pages
 //! are bytes with a guest frame number, state sections are bytes with a kind and a version.
 //!
 //! # The stream
@@ -48,12 +48,12 @@
 //!
 //! 1. The header's marker and its own checksum. Only then is any field of it believed, the length first of
 //!    all.
-//! 2. Kind, version and length: the length against the limit of its kind ([`Kind::limit`]). No buffer is ever
+//! 2. Kind, version and length: the length against the limit of its kind ([`SectionKind::limit`]). No buffer is ever
 //!    sized by a number from the wire; [`SectionReader`] allocates once, when it is made.
 //! 3. The direction (a standby never sends pages) and the sequence number (a section that is lost, doubled or
 //!    comes in the wrong order is noticed even if it is whole).
 //! 4. The payload's checksum, then its fields.
-//! 5. For checkpoints, in [`Staging`]: generation, number, limits chosen at start, GFNs inside the layout and
+//! 5. For checkpoints, in [`Incoming`]: generation, number, limits chosen at start, GFNs inside the layout and
 //!    none twice, disk writes inside their disks, totals, and the *chain*: a checksum over the headers of
 //!    every section of the checkpoint. A header contains its payload's checksum, so the chain covers every
 //!    byte without reading one twice.
@@ -75,35 +75,22 @@
 
 #![forbid(unsafe_code)]
 
-mod device;
-mod disk;
-mod encode;
-mod error;
-mod fields;
-mod layout;
-mod message;
-mod pages;
-mod reader;
-mod section;
-mod staging;
-mod version;
+pub mod codec;
+pub mod image;
+pub mod wire;
 
-pub use device::{DeviceFlags, DeviceInfo, DeviceKind, MAX_DEVICES, MAX_SERIAL};
-pub use disk::{
-    DISK_CHUNK, DISK_RECORD_LEN, DISK_SUM_LEN, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant,
-    MAX_DISK_DATA, MAX_RECORD_BYTES, MAX_SUMS, MAX_ZERO_CHUNKS, put_write,
+mod incoming;
+
+pub use codec::{PageCodec, PageEntry, squeeze_zero_pages};
+pub use image::limits::*;
+pub use image::{
+    DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords, GfnRange, Layout,
+    LayoutError, PAGE_SIZE, PageData, RecordError, StateSection, VmId, is_zero, put_write,
 };
-pub use encode::{EncodeError, Encoder};
-pub use error::{ReadError, WireError};
-pub use layout::{GfnRange, Layout, LayoutError, MAX_RANGES};
-pub use message::{
-    Accept, Ack, CheckpointBegin, CheckpointEnd, CheckpointFlags, EndReason, Hello, LeaveReason, Limits,
-    MAX_REFUSE_TEXT, MAX_TEXT, Message, Refuse, RefuseCode, StateRef, VmId,
+pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
+pub use wire::{
+    Accept, Ack, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN, DiskSums, DiskWant,
+    EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages,
+    Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind,
+    SectionReader, WireError,
 };
-pub use pages::{
-    MAX_PAGES_PER_SECTION, PAGE_SIZE, PageCodec, PageData, PageEntry, Pages, is_zero, squeeze_zero_pages,
-};
-pub use reader::SectionReader;
-pub use section::{HEADER_LEN, Kind, MAX_PAYLOAD, MAX_STATE_SECTION, Peer, Section, SectionHeader};
-pub use staging::{Checkpoint, Expect, Staging, StagingError, StagingLimits};
-pub use version::{PREFACE_LEN, Preface, ProtocolVersion};

@@ -9,7 +9,7 @@ use outlive_dirty::{EnableError, Gfn, HarvestError, RearmError};
 
 use crate::devices::virtio::blk::LogMode;
 use crate::machine::{Machine, Tracking};
-use crate::staging::Staging;
+use crate::outgoing::Outgoing;
 use crate::state::Kind;
 use crate::vcpu::VcpuError;
 use crate::vm_state::{self, VmStateError};
@@ -74,12 +74,12 @@ pub trait InPause {
     /// its epoch. Must not block.
     fn counted(&mut self, pages: usize);
 
-    /// Staging is full and more pages follow: send it, pages and state, and come back when it (or
+    /// The buffer is full and more pages follow: send it, pages and state, and come back when it (or
     /// another one put in its place) can be filled again. The VM stands still until then.
     ///
     /// # Errors
     /// A text, when the link is gone.
-    fn spill(&mut self, staging: &mut Staging) -> Result<(), String>;
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String>;
 }
 
 /// What happens to the VM after a capture.
@@ -154,7 +154,7 @@ impl Machine {
     /// again in the next.
     pub fn checkpoint(
         &mut self,
-        staging: &mut Staging,
+        staging: &mut Outgoing,
         after: After,
         in_pause: &mut dyn InPause,
     ) -> Result<CaptureReport, CaptureError> {
@@ -204,7 +204,7 @@ impl Machine {
         Ok(Begun { was_running })
     }
 
-    fn save_shared_state(&mut self, staging: &mut Staging) -> Result<(), CaptureError> {
+    fn save_shared_state(&mut self, staging: &mut Outgoing) -> Result<(), CaptureError> {
         staging.clear_state();
         staging.disk_writes_mut().clear();
         if !std::mem::replace(&mut self.constants_sent, true) {
@@ -238,7 +238,7 @@ impl Machine {
         Ok(())
     }
 
-    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Staging) {
+    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Outgoing) {
         let parallel = gfns.len() >= PARALLEL_COPY;
         staging.fill(gfns, |gfns, to| {
             // SAFETY: `fill` lends room for all of `gfns`, page-aligned, and waits for this closure.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::{Choice, Gfn};
 use outlive_machine::state::Section;
-use outlive_machine::{After, InPause, Machine, PAGE_SIZE, Staging};
+use outlive_machine::{After, InPause, Machine, Outgoing, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
 use support::{booted, host, machine};
@@ -104,7 +104,7 @@ struct Whole;
 
 impl InPause for Whole {
     fn counted(&mut self, _: usize) {}
-    fn spill(&mut self, _: &mut Staging) -> Result<(), String> {
+    fn spill(&mut self, _: &mut Outgoing) -> Result<(), String> {
         Err("more pages than were expected".into())
     }
 }
@@ -154,7 +154,7 @@ impl Copy {
     /// `None` if the sending had not begun or was over.
     fn follow(
         &mut self,
-        staging: &Staging,
+        staging: &Outgoing,
         host: &std::sync::Arc<outlive_machine::Host>,
     ) -> Option<Vec<u64>> {
         for (gfn, bytes) in staging.gfns().iter().zip(staging.page_bytes().chunks_exact(PAGE_SIZE)) {
@@ -207,7 +207,7 @@ fn an_interrupt_that_was_sent_to_another_vcpu_is_in_the_checkpoint() {
         wait("vCPU 0 is ready", || word(&first, READY) == 1);
         first.enable_tracking().unwrap();
         let mut copy = Copy::of(&first);
-        let mut staging = Staging::new(2048, 0).unwrap();
+        let mut staging = Outgoing::new(2048, 0).unwrap();
         first.ram().memory().write_obj(1u64, GuestAddress(GO)).unwrap();
         for _ in 0..6 {
             thread::sleep(Duration::from_micros(50));

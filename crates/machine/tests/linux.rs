@@ -8,8 +8,8 @@ use std::time::Duration;
 use outlive_dirty::Choice;
 use outlive_machine::state::{Kind, Section};
 use outlive_machine::{
-    After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, PortEnd,
-    PowerRequest, Staging,
+    After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, PortEnd,
+    PowerRequest,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -136,7 +136,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _staging: &mut Staging) -> Result<(), String> {
+    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), String> {
         Err("a checkpoint in parts".into())
     }
 }
@@ -151,7 +151,7 @@ fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
     machine.resume();
     machine.enable_tracking().unwrap();
     assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
-    let mut staging = Staging::new(8192, 0).unwrap();
+    let mut staging = Outgoing::new(8192, 0).unwrap();
     machine.checkpoint(&mut staging, After::Stay, &mut Nothing).unwrap();
 
     let Some((mut copy, events)) = booted(1, 64 << 20, boot().firmware_bytes()) else { return };

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use outlive_dirty::{Choice, Gfn};
 use outlive_machine::state::{Kind, Section, StateError};
 use outlive_machine::{
-    After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, PAGE_SIZE, PowerRequest,
-    RestoreError, Staging,
+    After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, Outgoing, PAGE_SIZE,
+    PowerRequest, RestoreError,
 };
 use support::{A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, TWO_COUNTERS, booted, host, machine};
 use vm_memory::{Bytes, GuestAddress};
@@ -29,19 +29,19 @@ impl InPause for Parts {
         self.counted = pages;
     }
 
-    fn spill(&mut self, staging: &mut Staging) -> Result<(), String> {
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
         self.spilled.extend(pages(staging));
         self.state.extend(sections(staging));
         Ok(())
     }
 }
 
-fn pages(staging: &Staging) -> Vec<(Gfn, Vec<u8>)> {
+fn pages(staging: &Outgoing) -> Vec<(Gfn, Vec<u8>)> {
     let bytes = staging.page_bytes().chunks_exact(PAGE_SIZE).map(<[u8]>::to_vec);
     staging.gfns().iter().copied().zip(bytes).collect()
 }
 
-fn sections(staging: &Staging) -> Saved {
+fn sections(staging: &Outgoing) -> Saved {
     staging.sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec())).collect()
 }
 
@@ -56,7 +56,7 @@ struct Shadow {
 }
 
 impl Shadow {
-    fn checkpoint(&mut self, machine: &mut Machine, staging: &mut Staging) -> CaptureReport {
+    fn checkpoint(&mut self, machine: &mut Machine, staging: &mut Outgoing) -> CaptureReport {
         let mut parts = Parts::default();
         let report = machine.checkpoint(staging, After::Resume, &mut parts).unwrap();
         let all: Vec<_> = parts.spilled.into_iter().chain(pages(staging)).collect();
@@ -142,7 +142,7 @@ fn a_machine_goes_on_from_any_checkpoint() {
     for tracker in trackers() {
         let (mut first, _events) = booted(&host, 2, tracker, TWO_COUNTERS);
         first.resume();
-        let mut staging = Staging::new(2048, 0).unwrap();
+        let mut staging = Outgoing::new(2048, 0).unwrap();
         let mut shadow = protect(&mut first);
         for round in 0..60 {
             for _ in 0..1 + round % 4 {
@@ -181,7 +181,7 @@ fn a_copy_that_is_not_the_vm_is_found() {
     let Some(host) = host() else { return };
     let (mut first, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
     first.resume();
-    let mut staging = Staging::new(2048, 0).unwrap();
+    let mut staging = Outgoing::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
     let (copy, _events) = machine(&host, 1, Choice::Auto);
     let compare = |shadow: &Shadow| {
@@ -211,7 +211,7 @@ fn a_port_read_is_never_cut_in_two() {
     let Some(host) = host() else { return };
     let (mut first, events) = booted(&host, 1, Choice::Ring, PORT_READER);
     first.resume();
-    let mut staging = Staging::new(256, 0).unwrap();
+    let mut staging = Outgoing::new(256, 0).unwrap();
     let mut shadow = protect(&mut first);
     for round in 0..120 {
         std::thread::sleep(Duration::from_micros(50 + round));
@@ -234,7 +234,7 @@ fn an_idle_guest_stays_idle_through_checkpoints() {
     let (mut machine, _events) = booted(&host, 1, Choice::Ring, IDLER);
     machine.resume();
     std::thread::sleep(Duration::from_millis(20));
-    let mut staging = Staging::new(256, 0).unwrap();
+    let mut staging = Outgoing::new(256, 0).unwrap();
     let mut shadow = protect(&mut machine);
     // The first checkpoint may still find the pages of the boot.
     shadow.checkpoint(&mut machine, &mut staging);
@@ -254,7 +254,7 @@ fn a_checkpoint_larger_than_staging_comes_in_parts() {
         first.resume();
         let mut shadow = protect(&mut first);
         first.tracker().all_dirty();
-        let mut staging = Staging::new(100, 0).unwrap();
+        let mut staging = Outgoing::new(100, 0).unwrap();
         let report = shadow.checkpoint(&mut first, &mut staging);
         assert_eq!(report.pages as u64, MEMORY / 4096);
         assert_eq!(shadow.pages.len() as u64, MEMORY / 4096);
@@ -273,7 +273,7 @@ fn writes_of_the_vmm_are_in_the_checkpoint() {
         let (mut machine, _events) = booted(&host, 1, tracker, IDLER);
         machine.resume();
         std::thread::sleep(Duration::from_millis(20));
-        let mut staging = Staging::new(256, 0).unwrap();
+        let mut staging = Outgoing::new(256, 0).unwrap();
         let mut shadow = protect(&mut machine);
         shadow.checkpoint(&mut machine, &mut staging);
         for round in 1..50u64 {
@@ -301,7 +301,7 @@ fn the_end_of_a_guest_is_told_once() {
             assert!(matches!(event, MachineEvent::Crashed { vcpu: 0, .. }), "{event:?}");
         }
         // The last checkpoint of an ended guest can still be taken.
-        let mut staging = Staging::new(256, 0).unwrap();
+        let mut staging = Outgoing::new(256, 0).unwrap();
         machine.checkpoint(&mut staging, After::Stay, &mut Parts::default()).unwrap();
         assert!(events.try_recv().is_err());
     }
@@ -312,7 +312,7 @@ fn state_that_does_not_fit_is_refused() {
     let Some(host) = host() else { return };
     let (mut first, _events) = booted(&host, 2, Choice::Auto, TWO_COUNTERS);
     first.resume();
-    let mut staging = Staging::new(2048, 0).unwrap();
+    let mut staging = Outgoing::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
     shadow.checkpoint(&mut first, &mut staging);
 

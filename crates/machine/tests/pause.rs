@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use outlive_dirty::Choice;
-use outlive_machine::{After, InPause, Staging};
+use outlive_machine::{After, InPause, Outgoing};
 use support::{TWO_COUNTERS, booted, host};
 
 static COUNTS: AtomicBool = AtomicBool::new(false);
@@ -48,7 +48,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _staging: &mut Staging) -> Result<(), String> {
+    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), String> {
         Ok(())
     }
 }
@@ -66,7 +66,7 @@ fn a_pause_allocates_nothing() {
         let (mut machine, _events) = booted(&host, 2, tracker, TWO_COUNTERS);
         machine.resume();
         machine.enable_tracking().unwrap();
-        let mut staging = Staging::new(256, 0).unwrap();
+        let mut staging = Outgoing::new(256, 0).unwrap();
         // The first one carries the constant state and sizes the scratch buffers.
         machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
         for round in 0..500u64 {

@@ -2,22 +2,22 @@
 
 use outlive_epoch::{
     CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums,
-    Encoder, Expect, GfnRange, Hello, Layout, Limits, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface,
-    ReadError, SectionReader, Staging, StagingLimits, StateRef, VmId,
+    Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Message, PAGE_SIZE, PageData,
+    PageEntry, Peer, Preface, ReadError, SectionReader, StateSection, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
 
-pub(crate) const LIMITS: StagingLimits =
-    StagingLimits { max_pages: 600, max_state_bytes: 4096, max_state_sections: 8, max_disk_bytes: 8192 };
+pub(crate) const LIMITS: IncomingLimits =
+    IncomingLimits { max_pages: 600, max_state_bytes: 4096, max_state_sections: 8, max_disk_bytes: 8192 };
 
 /// The first disk is not replicated.
 pub(crate) fn disks() -> Vec<u64> {
     vec![0, 1 << 20, 100_000]
 }
 
-pub(crate) fn staging() -> Staging {
-    Staging::new(LIMITS, layout(), GENERATION).unwrap().with_disks(disks())
+pub(crate) fn incoming() -> Incoming {
+    Incoming::new(LIMITS, layout(), GENERATION).unwrap().with_disks(disks())
 }
 
 fn devices() -> Vec<DeviceInfo> {
@@ -75,7 +75,7 @@ pub(crate) struct Content {
     pub(crate) flags: CheckpointFlags,
     /// GFN and bytes; `None` is a page of zeroes.
     pub(crate) pages: Vec<(u64, Option<Vec<u8>>)>,
-    /// Kind, version, index, bytes.
+    /// SectionKind, version, index, bytes.
     pub(crate) state: Vec<(u16, u16, u16, Vec<u8>)>,
     /// Records of disk writes.
     pub(crate) writes: Vec<u8>,
@@ -134,7 +134,7 @@ impl Content {
         }
         encoder.heartbeat(out, 77);
         for (kind, version, index, bytes) in &self.state {
-            let state = StateRef { kind: *kind, version: *version, index: *index, bytes };
+            let state = StateSection { kind: *kind, version: *version, index: *index, bytes };
             encoder.state_head(out, &state).unwrap();
             out.extend_from_slice(bytes);
         }
@@ -145,8 +145,8 @@ impl Content {
         encoder.checkpoint_end(out, 123_456).unwrap();
     }
 
-    pub(crate) fn of(staging: &Staging) -> Option<Self> {
-        let checkpoint = staging.checkpoint()?;
+    pub(crate) fn of(incoming: &Incoming) -> Option<Self> {
+        let checkpoint = incoming.checkpoint()?;
         let pages = checkpoint.pages().map(|(gfn, data)| match data {
             PageData::Raw(bytes) => (gfn, Some(bytes.to_vec())),
             PageData::Zero => (gfn, None),
@@ -170,7 +170,7 @@ pub(crate) type Refusal = String;
 pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
     let mut source = stream;
     let mut reader = SectionReader::new(Peer::Primary);
-    let mut staging = staging();
+    let mut incoming = incoming();
     let mut done = Vec::new();
     if let Err(error) = reader.read_preface(&mut source) {
         return (done, Some(error.to_string()));
@@ -196,15 +196,15 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
         ) {
             continue;
         }
-        match staging.push(&section, &message) {
+        match incoming.push(&section, &message) {
             Ok(false) => {}
             Ok(true) => {
-                let content = Content::of(&staging).unwrap();
-                staging.reset(Expect::Number(content.number + 1));
+                let content = Content::of(&incoming).unwrap();
+                incoming.reset(Expect::Number(content.number + 1));
                 done.push(content);
             }
             Err(error) => {
-                assert!(staging.checkpoint().is_none());
+                assert!(incoming.checkpoint().is_none());
                 return (done, Some(error.to_string()));
             }
         }

@@ -2,7 +2,7 @@
 //! sent.
 
 use crate::common::{Content, receive, small_stream};
-use outlive_epoch::{CheckpointFlags, Encoder, HEADER_LEN, Kind, Message, PREFACE_LEN, SectionHeader};
+use outlive_epoch::{CheckpointFlags, Encoder, HEADER_LEN, Message, PREFACE_LEN, SectionHeader, SectionKind};
 use proptest::prelude::*;
 
 /// Whatever was accepted must be a beginning of what was sent.
@@ -118,7 +118,7 @@ proptest! {
 
     #[test]
     fn random_bytes_never_make_a_payload_panic(kind in 0usize..16, payload in proptest::collection::vec(any::<u8>(), 0..700)) {
-        let _ = Message::parse_payload(Kind::ALL[kind], &payload);
+        let _ = Message::parse_payload(SectionKind::ALL[kind], &payload);
     }
 
     #[test]

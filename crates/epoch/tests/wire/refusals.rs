@@ -2,12 +2,12 @@
 
 use std::io::{self, Read};
 
-use crate::common::{Content, GENERATION, hello, staging, writes};
+use crate::common::{Content, GENERATION, hello, incoming, writes};
 use outlive_epoch::{
     CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums, DiskWant,
-    EncodeError, Encoder, Expect, HEADER_LEN, Kind, MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS, Message, PAGE_SIZE,
-    PageEntry, Peer, Preface, ReadError, Section, SectionHeader, SectionReader, Staging, StagingError,
-    StateRef, WireError, put_write,
+    EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS,
+    Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, Section, SectionHeader, SectionKind,
+    SectionReader, StateSection, WireError, put_write,
 };
 
 const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
@@ -18,22 +18,22 @@ fn begin(number: u64, pages: u32, state_bytes: u32, flags: CheckpointFlags) -> C
 }
 
 /// Pushes all sections of `stream` (without preface) and returns the first error.
-fn stage(staging: &mut Staging, stream: &[u8]) -> Result<bool, StagingError> {
+fn stage(incoming: &mut Incoming, stream: &[u8]) -> Result<bool, IncomingError> {
     let (mut source, mut reader) = (stream, SectionReader::new(Peer::Primary));
     let mut complete = false;
     while let Ok(section) = reader.read_section(&mut source) {
         let message = Message::parse(&section).unwrap();
         if !matches!(message, Message::Heartbeat { .. }) {
-            complete = staging.push(&section, &message)?;
+            complete = incoming.push(&section, &message)?;
         }
     }
     Ok(complete)
 }
 
-fn staged(write: impl FnOnce(&mut Encoder, &mut Vec<u8>)) -> Result<bool, StagingError> {
+fn staged(write: impl FnOnce(&mut Encoder, &mut Vec<u8>)) -> Result<bool, IncomingError> {
     let mut out = Vec::new();
     write(&mut Encoder::new(), &mut out);
-    stage(&mut staging(), &out)
+    stage(&mut incoming(), &out)
 }
 
 fn raw(out: &mut Vec<u8>, encoder: &mut Encoder, gfns: &[u64]) {
@@ -60,32 +60,32 @@ fn limits_are_named_when_they_are_reached() {
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 0, 9, BASE)).unwrap();
         for index in 0..9 {
-            encoder.state_head(out, &StateRef { kind: 1, version: 1, index, bytes: &[0] }).unwrap();
+            encoder.state_head(out, &StateSection { kind: 1, version: 1, index, bytes: &[0] }).unwrap();
             out.push(0);
         }
     });
-    assert_eq!(error, Err(StagingError::TooManySections { number: 1, limit: 8 }));
+    assert_eq!(error, Err(IncomingError::TooManySections { number: 1, limit: 8 }));
 }
 
 #[test]
 fn a_checkpoint_that_is_not_due_is_refused() {
     let error = staged(|encoder, out| encoder.checkpoint_begin(out, &begin(1, 0, 0, PLAIN)).unwrap());
-    assert_eq!(error, Err(StagingError::BaseFinal { number: 1, found: false }));
+    assert_eq!(error, Err(IncomingError::BaseFinal { number: 1, found: false }));
     let other = CheckpointBegin { generation: GENERATION + 1, ..begin(1, 0, 0, BASE) };
     let error = staged(|encoder, out| encoder.checkpoint_begin(out, &other).unwrap());
-    assert_eq!(error, Err(StagingError::Generation { expected: GENERATION, found: GENERATION + 1 }));
+    assert_eq!(error, Err(IncomingError::Generation { expected: GENERATION, found: GENERATION + 1 }));
 
-    let mut staging = staging();
+    let mut incoming = incoming();
     for (number, flags, expected) in [
-        (6, PLAIN, StagingError::Number { expected: 5, found: 6 }),
-        (4, PLAIN, StagingError::Number { expected: 5, found: 4 }),
-        (5, BASE, StagingError::BaseFinal { number: 5, found: true }),
+        (6, PLAIN, IncomingError::Number { expected: 5, found: 6 }),
+        (4, PLAIN, IncomingError::Number { expected: 5, found: 4 }),
+        (5, BASE, IncomingError::BaseFinal { number: 5, found: true }),
     ] {
-        staging.reset(Expect::Number(5));
+        incoming.reset(Expect::Number(5));
         let mut out = Vec::new();
         Content::new(number, flags, &[1]).encode(&mut Encoder::new(), &mut out, 9);
-        assert_eq!(stage(&mut staging, &out), Err(expected));
-        assert!(staging.checkpoint().is_none());
+        assert_eq!(stage(&mut incoming, &out), Err(expected));
+        assert!(incoming.checkpoint().is_none());
     }
 }
 
@@ -95,21 +95,21 @@ fn pages_outside_the_layout_or_twice_are_refused() {
         encoder.checkpoint_begin(out, &begin(1, 2, 0, BASE)).unwrap();
         raw(out, encoder, &[999, 1000]);
     });
-    assert_eq!(error, Err(StagingError::OutsideLayout { gfn: 1000 }));
+    assert_eq!(error, Err(IncomingError::OutsideLayout { gfn: 1000 }));
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 2, 0, BASE)).unwrap();
         raw(out, encoder, &[70]);
         raw(out, encoder, &[70]);
     });
-    assert_eq!(error, Err(StagingError::DuplicatePage { gfn: 70, number: 1 }));
+    assert_eq!(error, Err(IncomingError::DuplicatePage { gfn: 70, number: 1 }));
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 0, 2, BASE)).unwrap();
         for _ in 0..2 {
-            encoder.state_head(out, &StateRef { kind: 4, version: 1, index: 2, bytes: &[0] }).unwrap();
+            encoder.state_head(out, &StateSection { kind: 4, version: 1, index: 2, bytes: &[0] }).unwrap();
             out.push(0);
         }
     });
-    assert_eq!(error, Err(StagingError::DuplicateState { kind: 4, index: 2, number: 1 }));
+    assert_eq!(error, Err(IncomingError::DuplicateState { kind: 4, index: 2, number: 1 }));
 }
 
 #[test]
@@ -118,29 +118,29 @@ fn more_pages_than_announced_are_refused_before_they_are_kept() {
         encoder.checkpoint_begin(out, &begin(1, 1, 0, BASE)).unwrap();
         raw(out, encoder, &[1, 2]);
     });
-    assert_eq!(error, Err(StagingError::Totals { number: 1, what: "pages", expected: 1, found: 2 }));
+    assert_eq!(error, Err(IncomingError::Totals { number: 1, what: "pages", expected: 1, found: 2 }));
 }
 
 #[test]
 fn sections_out_of_place_are_refused() {
     let mut out = Vec::new();
     Content::new(1, BASE, &[1, 2]).encode(&mut Encoder::new(), &mut out, 9);
-    let mut staging = staging();
-    assert_eq!(stage(&mut staging, &out), Ok(true));
+    let mut incoming = incoming();
+    assert_eq!(stage(&mut incoming, &out), Ok(true));
     // The buffer is full until it is reset.
-    let error = stage(&mut staging, &out).unwrap_err();
-    assert!(matches!(error, StagingError::Order { kind: Kind::CheckpointBegin, .. }));
-    staging.reset(Expect::Base);
+    let error = stage(&mut incoming, &out).unwrap_err();
+    assert!(matches!(error, IncomingError::Order { kind: SectionKind::CheckpointBegin, .. }));
+    incoming.reset(Expect::Base);
     let mut base = Vec::new();
     Encoder::new().base_pages_head(&mut base, 1, [PageEntry::zero(1)].into_iter(), &[]).unwrap();
-    let error = stage(&mut staging, &base).unwrap_err();
+    let error = stage(&mut incoming, &base).unwrap_err();
     assert_eq!(error.to_string(), "section BasePages came outside a checkpoint");
 }
 
 /// A reset must forget which pages it has seen, or the next checkpoint with the same page is refused.
 #[test]
 fn a_staging_buffer_serves_one_checkpoint_after_another() {
-    let mut staging = staging();
+    let mut incoming = incoming();
     let mut encoder = Encoder::new();
     for number in 10..30 {
         let flags = if number == 10 { BASE } else { PLAIN };
@@ -149,13 +149,13 @@ fn a_staging_buffer_serves_one_checkpoint_after_another() {
         content.encode(&mut encoder, &mut out, 3);
         let mut fresh = Vec::new();
         content.encode(&mut Encoder::new(), &mut fresh, 3);
-        assert_eq!(stage(&mut staging, &fresh), Ok(true), "checkpoint {number}");
-        assert_eq!(Content::of(&staging), Some(content));
-        staging.reset(Expect::Number(number + 1));
+        assert_eq!(stage(&mut incoming, &fresh), Ok(true), "checkpoint {number}");
+        assert_eq!(Content::of(&incoming), Some(content));
+        incoming.reset(Expect::Number(number + 1));
     }
 }
 
-fn header(kind: Kind, payload: &[u8], sequence: u64) -> Vec<u8> {
+fn header(kind: SectionKind, payload: &[u8], sequence: u64) -> Vec<u8> {
     let header =
         SectionHeader { kind, length: payload.len() as u32, payload_crc: crc32fast::hash(payload), sequence };
     [&header.encode()[..], payload].concat()
@@ -171,9 +171,12 @@ fn read(peer: Peer, stream: &[u8]) -> WireError {
 
 #[test]
 fn a_section_of_the_wrong_side_kind_version_or_length_is_refused() {
-    let ack = header(Kind::Ack, &[0; 24], 0);
-    assert_eq!(read(Peer::Primary, &ack), WireError::WrongSender { kind: Kind::Ack, peer: Peer::Primary });
-    let late = header(Kind::Heartbeat, &[0; 8], 1);
+    let ack = header(SectionKind::Ack, &[0; 24], 0);
+    assert_eq!(
+        read(Peer::Primary, &ack),
+        WireError::WrongSender { kind: SectionKind::Ack, peer: Peer::Primary }
+    );
+    let late = header(SectionKind::Heartbeat, &[0; 8], 1);
     assert_eq!(read(Peer::Primary, &late), WireError::Sequence { expected: 0, found: 1 });
     let resum = |mut bytes: Vec<u8>, at: usize, value: &[u8]| {
         bytes[at..at + value.len()].copy_from_slice(value);
@@ -181,15 +184,15 @@ fn a_section_of_the_wrong_side_kind_version_or_length_is_refused() {
         bytes[28..32].copy_from_slice(&crc.to_le_bytes());
         bytes
     };
-    let beat = header(Kind::Heartbeat, &[0; 8], 0);
+    let beat = header(SectionKind::Heartbeat, &[0; 8], 0);
     let unknown = resum(beat.clone(), 4, &999u16.to_le_bytes());
     assert_eq!(read(Peer::Primary, &unknown), WireError::UnknownKind { kind: 999 });
     let newer = resum(beat.clone(), 6, &2u16.to_le_bytes());
     let error = read(Peer::Primary, &newer);
-    assert_eq!(error, WireError::UnknownVersion { kind: Kind::Heartbeat, version: 2, known: 1 });
+    assert_eq!(error, WireError::UnknownVersion { kind: SectionKind::Heartbeat, version: 2, known: 1 });
     let long = resum(beat, 8, &u32::MAX.to_le_bytes());
     let error = read(Peer::Primary, &long);
-    assert_eq!(error, WireError::TooLong { kind: Kind::Heartbeat, length: u32::MAX, limit: 8 });
+    assert_eq!(error, WireError::TooLong { kind: SectionKind::Heartbeat, length: u32::MAX, limit: 8 });
 }
 
 #[test]
@@ -294,7 +297,7 @@ fn the_largest_sections_pass() {
     encoder.checkpoint_begin(&mut out, &begin(1, 256, 256 * 1024, BASE)).unwrap();
     raw(&mut out, &mut encoder, &gfns);
     let state = vec![7; 256 * 1024];
-    encoder.state_head(&mut out, &StateRef { kind: 1, version: 1, index: 0, bytes: &state }).unwrap();
+    encoder.state_head(&mut out, &StateSection { kind: 1, version: 1, index: 0, bytes: &state }).unwrap();
     out.extend_from_slice(&state);
     encoder.checkpoint_end(&mut out, 0).unwrap();
     let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Primary));
@@ -306,13 +309,13 @@ fn the_largest_sections_pass() {
         kinds.push(section.kind());
     }
     let expected = [
-        Kind::Hello,
-        Kind::DiskBlocks,
-        Kind::DiskSums,
-        Kind::CheckpointBegin,
-        Kind::Pages,
-        Kind::State,
-        Kind::CheckpointEnd,
+        SectionKind::Hello,
+        SectionKind::DiskBlocks,
+        SectionKind::DiskSums,
+        SectionKind::CheckpointBegin,
+        SectionKind::Pages,
+        SectionKind::State,
+        SectionKind::CheckpointEnd,
     ];
     assert_eq!(kinds, expected);
     let want = DiskWant { disk: 0, first: 0, count: 256, wanted: (0..256).collect() };
@@ -364,9 +367,9 @@ fn fewer_pages_than_announced_are_refused() {
     end[0] = 1;
     end[16] = 2;
     end[24..28].copy_from_slice(&chain.finalize().to_le_bytes());
-    out.extend_from_slice(&header(Kind::CheckpointEnd, &end, 2));
-    let error = stage(&mut staging(), &out);
-    assert_eq!(error, Err(StagingError::Totals { number: 1, what: "pages", expected: 2, found: 1 }));
+    out.extend_from_slice(&header(SectionKind::CheckpointEnd, &end, 2));
+    let error = stage(&mut incoming(), &out);
+    assert_eq!(error, Err(IncomingError::Totals { number: 1, what: "pages", expected: 2, found: 1 }));
 }
 
 #[test]
@@ -377,7 +380,7 @@ fn entries_that_do_not_add_up_to_the_data_are_refused() {
         payload.extend_from_slice(&data_len.to_le_bytes());
         words.iter().for_each(|word| payload.extend_from_slice(&word.to_le_bytes()));
         payload.resize(payload.len() + data, 0);
-        Message::parse_payload(Kind::Pages, &payload).map(|_| ()).map_err(|error| error.to_string())
+        Message::parse_payload(SectionKind::Pages, &payload).map(|_| ()).map_err(|error| error.to_string())
     };
     let zero = 1 << 52;
     assert_eq!(pages(2, 4096, &[3, zero | 4], 4096), Ok(()));
@@ -420,10 +423,10 @@ fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
         (u16::MAX, 0, DiskOp::Data(&[1])),
     ] {
         let error = stage_writes(4000, &record(disk, offset, op));
-        assert_eq!(error, Err(StagingError::OutsideDisk { disk, offset }));
+        assert_eq!(error, Err(IncomingError::OutsideDisk { disk, offset }));
     }
     let found = writes().len() as u32;
-    let expected = StagingError::Totals { number: 1, what: "bytes of disk writes", expected: 30, found };
+    let expected = IncomingError::Totals { number: 1, what: "bytes of disk writes", expected: 30, found };
     assert_eq!(stage_writes(30, &writes()), Err(expected));
     // Announced and left out: the encoder does not do that.
     let mut out = Vec::new();
@@ -464,7 +467,7 @@ fn windows_that_make_no_sense_are_refused() {
     let four = |n: u32| n.to_le_bytes();
     let eight = |n: u64| n.to_le_bytes();
     let sums = |zero, count, first, rest: &[u8]| {
-        parse(Kind::DiskSums, [&two(0), &two(zero), &four(count), &eight(first), rest])
+        parse(SectionKind::DiskSums, [&two(0), &two(zero), &four(count), &eight(first), rest])
     };
     assert_eq!(sums(0, 1, 9, &[1; 32]), Ok(()));
     assert_eq!(sums(1, 16 * 1024, 9, &[]), Ok(()));
@@ -482,7 +485,7 @@ fn windows_that_make_no_sense_are_refused() {
     }
     let want = |length, count, positions: &[u16]| {
         let rest: Vec<u8> = positions.iter().flat_map(|at| at.to_le_bytes()).collect();
-        parse(Kind::DiskWant, [&two(0), &two(length), &four(count), &eight(0), &rest])
+        parse(SectionKind::DiskWant, [&two(0), &two(length), &four(count), &eight(0), &rest])
     };
     assert_eq!(want(3, 9, &[0, 7, 8]), Ok(()));
     for (length, count, positions, why) in [
@@ -518,7 +521,7 @@ fn devices_that_make_no_sense_are_refused() {
     ] {
         let mut wrong = payload.to_vec();
         wrong[at] = byte;
-        let error = Message::parse_payload(Kind::Hello, &wrong).map(|_| ()).map_err(|e| e.to_string());
+        let error = Message::parse_payload(SectionKind::Hello, &wrong).map(|_| ()).map_err(|e| e.to_string());
         assert_eq!(error, Err(format!("section Hello: {why}")), "{at}");
     }
 }

@@ -34,7 +34,7 @@ impl<S: Store> Applier<S> {
             self.settle()?;
         }
         self.journal.append(number, &records)?;
-        let flush = DiskRecords::parse(outlive_epoch::Kind::DiskWrites, &records)
+        let flush = DiskRecords::parse(&records)
             .map_err(io::Error::other)?
             .iter()
             .any(|record| record.op == DiskOp::Flush);
@@ -102,9 +102,9 @@ pub(crate) fn recover<S: Store>(
 }
 
 fn apply_all<S: Store>(images: &[Option<S>], records: &[u8]) -> io::Result<()> {
-    let records = DiskRecords::parse(outlive_epoch::Kind::DiskWrites, records).map_err(io::Error::other)?;
+    let records = DiskRecords::parse(records).map_err(io::Error::other)?;
     for record in records.iter() {
-        // Staging has checked that the disk is replicated and long enough.
+        // `Incoming` has checked that the disk is replicated and long enough.
         if let Some(Some(store)) = images.get(usize::from(record.disk)) {
             image::apply(store, &record)?;
         }

@@ -13,7 +13,7 @@
 
 use std::io;
 
-use outlive_epoch::{DiskRecords, Kind, VmId};
+use outlive_epoch::{DiskRecords, VmId};
 
 use super::image::Store;
 
@@ -143,8 +143,7 @@ impl<S: Store> Journal<S> {
         let (mut last, mut payload) = (None, Vec::new());
         while let Some(epoch) = self.epoch(bytes, last, &mut payload)? {
             let nonsense = |why| JournalError::Nonsense { number: epoch.number, why };
-            let records =
-                DiskRecords::parse(Kind::DiskWrites, &payload).map_err(|e| nonsense(e.to_string()))?;
+            let records = DiskRecords::parse(&payload).map_err(|e| nonsense(e.to_string()))?;
             for record in records.iter() {
                 let size = self.identity.sizes.get(usize::from(record.disk)).copied().unwrap_or(0);
                 if record.end() > size || size == 0 {

@@ -52,7 +52,7 @@ impl Records {
 
 #[cfg(test)]
 mod tests {
-    use outlive_epoch::{DiskRecords, Kind};
+    use outlive_epoch::DiskRecords;
     use outlive_machine::DiskWrite;
 
     use super::*;
@@ -72,7 +72,7 @@ mod tests {
             let mut found = 0;
             for section in records.sections() {
                 assert!(section.len() <= MAX_RECORD_BYTES);
-                found += DiskRecords::parse(Kind::DiskWrites, section).unwrap().iter().count();
+                found += DiskRecords::parse(section).unwrap().iter().count();
             }
             // The zeroing of nothing is left out.
             assert_eq!(found, 299);

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{
     CheckpointBegin, CheckpointFlags, DiskSums, EncodeError, Encoder, EndReason, Hello,
-    MAX_PAGES_PER_SECTION, PageEntry, Preface, StateRef, squeeze_zero_pages,
+    MAX_PAGES_PER_SECTION, PageEntry, Preface, StateSection, squeeze_zero_pages,
 };
-use outlive_machine::{PAGE_SIZE, Ram, Staging};
+use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 
 use super::records::Records;
 use super::{Closer, Writer};
@@ -36,7 +36,7 @@ pub(crate) struct CheckpointPart {
     /// Whether this is the last part.
     pub(crate) last: bool,
     /// Pages and state.
-    pub(crate) staging: Staging,
+    pub(crate) staging: Outgoing,
 }
 
 /// What the thread is to write.
@@ -66,8 +66,8 @@ pub(crate) enum Job {
 
 /// What the thread reports.
 pub(crate) enum SenderReport {
-    /// Staging can be used again.
-    Free(Staging),
+    /// The buffer can be used again.
+    Free(Outgoing),
     /// Some base pages are sent.
     BaseProgress {
         /// How many in this step.
@@ -196,7 +196,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             }
         }
         self.closer.close();
-        // Staging in the queue is dropped with it: protection starts anew with new buffers.
+        // Buffers in the queue are dropped with it: protection starts anew with new buffers.
     }
 
     fn carry_out(&mut self, job: Job) -> Result<(), SendError> {
@@ -310,7 +310,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             }
         }
         for section in part.staging.sections() {
-            let state = StateRef {
+            let state = StateSection {
                 kind: section.kind as u16,
                 version: section.version,
                 index: section.index,

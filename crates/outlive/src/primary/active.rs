@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{CheckpointFlags, EndReason, VmId};
-use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, PowerRequest, Staging};
+use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, Outgoing, PowerRequest};
 use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wanted};
 
 use super::base::Base;
@@ -62,7 +62,7 @@ struct Coordinator {
     active: Active,
     /// Messages that came while the loop waited for a certain one.
     deferred: VecDeque<Inbox>,
-    free: Vec<Staging>,
+    free: Vec<Outgoing>,
     base: Option<Base>,
     next_epoch: Instant,
     captures: u64,
@@ -256,7 +256,7 @@ impl Coordinator {
         }
     }
 
-    fn put_back(&mut self, link: Link, staging: Staging) {
+    fn put_back(&mut self, link: Link, staging: Outgoing) {
         // A buffer of an earlier link is dropped: its protection is over.
         if self.active.control.link() == Some(link) {
             self.free.push(staging);
@@ -291,7 +291,7 @@ impl Coordinator {
         let disk_bytes = if active.replicated.is_empty() { 0 } else { DISK_BYTES };
         check_staging(pages, disk_bytes, SLOTS)?;
         for _ in 0..SLOTS {
-            self.free.push(Staging::new(pages, disk_bytes).map_err(|e| e.to_string())?);
+            self.free.push(Outgoing::new(pages, disk_bytes).map_err(|e| e.to_string())?);
         }
         active.machine.begin_base();
         let disks = DiskBase::start(&active.machine, &active.control, link, &active.events)?;
@@ -496,7 +496,7 @@ impl Coordinator {
 /// Generation, number and flags of the checkpoint being captured.
 type Target = (u64, u64, CheckpointFlags);
 
-fn ship(control: &Control, target: Target, totals: Option<(usize, usize)>, last: bool, staging: Staging) {
+fn ship(control: &Control, target: Target, totals: Option<(usize, usize)>, last: bool, staging: Outgoing) {
     let (generation, number, flags) = target;
     if let Some(link) = control.link() {
         let part = CheckpointPart { generation, number, flags, totals, last, staging };
@@ -509,7 +509,7 @@ struct Pause<'a> {
     control: &'a Arc<Control>,
     inbox: &'a Receiver<Inbox>,
     deferred: &'a mut VecDeque<Inbox>,
-    free: &'a mut Vec<Staging>,
+    free: &'a mut Vec<Outgoing>,
     end: Option<EndReason>,
     target: Option<Target>,
     /// Pages and state bytes of all parts.
@@ -523,7 +523,7 @@ impl InPause for Pause<'_> {
         self.target = self.control.captured(self.end);
     }
 
-    fn spill(&mut self, staging: &mut Staging) -> Result<(), String> {
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
         let Some(target) = self.target else { return Ok(()) };
         let mut next = self.wait_for_staging()?;
         std::mem::swap(staging, &mut next);
@@ -539,7 +539,7 @@ impl InPause for Pause<'_> {
 
 impl Pause<'_> {
     /// The next free buffer. Only an oversized checkpoint comes here; the VM waits for the link.
-    fn wait_for_staging(&mut self) -> Result<Staging, String> {
+    fn wait_for_staging(&mut self) -> Result<Outgoing, String> {
         loop {
             if let Some(staging) = self.free.pop() {
                 return Ok(staging);

@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{
-    Hello, Message, Peer, ReadError, RefuseCode, SectionReader, Staging, StagingLimits, WireError,
-};
+use outlive_epoch::{Hello, IncomingLimits, Message, Peer, ReadError, RefuseCode, SectionReader, WireError};
 use outlive_pair::{Introduction, Link};
 
 use super::control::Control;
@@ -183,14 +181,14 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
     let copy = VmCopy::new(hello, &control.host, &control.options, &control.console, arbiter, tell)?;
     let (ram, disks) = (copy.ram(), copy.disks());
     let refuse = |text: String| (RefuseCode::Resources, text);
-    let limits = StagingLimits {
+    let limits = IncomingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
         max_state_bytes: hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES),
         max_state_sections: ACCEPTED_STATE_SECTIONS,
         max_disk_bytes: hello.limits.max_disk_bytes.min(ACCEPTED_DISK_BYTES),
     };
-    let staging =
-        Staging::new(limits, hello.layout.clone(), hello.generation).map_err(|e| refuse(e.to_string()))?;
+    let staging = outlive_epoch::Incoming::new(limits, hello.layout.clone(), hello.generation)
+        .map_err(|e| refuse(e.to_string()))?;
     let staging = staging.with_disks(disks.sizes());
     let claims = control.claim_worker(hello.vm).map_err(refuse)?;
     if !control.hello(link, introduction, copy, claims) {

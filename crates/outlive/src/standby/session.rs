@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use outlive_epoch::{Expect, Message, ReadError, SectionReader, Staging};
+use outlive_epoch::{Expect, Incoming, Message, ReadError, SectionReader};
 use outlive_machine::{Hashes, Ram};
 use outlive_pair::{Link, LossReason, StandbyEvent as Event};
 
@@ -21,7 +21,7 @@ use crate::link;
 
 /// What a session works on.
 pub(super) struct Admitted {
-    pub(super) staging: Staging,
+    pub(super) staging: Incoming,
     pub(super) ram: Arc<Ram>,
     pub(super) disks: Arc<Replica>,
 }
@@ -31,7 +31,7 @@ pub(super) struct Session {
     link: Link,
     from: link::Reader,
     reader: SectionReader,
-    staging: Staging,
+    staging: Incoming,
     ram: Arc<Ram>,
     disks: Arc<Replica>,
 }
@@ -149,7 +149,7 @@ impl Session {
             return Err(End::Known);
         }
         if let Err(gfn) = copy::apply_pages(&self.ram, checkpoint.pages()) {
-            // Staging has checked every GFN against the layout, so this is an error of this program's own.
+            // `Incoming` has checked every GFN against the layout, so this is an error of this program's own.
             let why = format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written");
             self.control.handle(Event::Failed { why });
             return Err(End::Known);

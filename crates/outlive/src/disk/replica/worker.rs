@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{DISK_CHUNK, DiskRecords, DiskWant, Kind, VmId};
+use outlive_epoch::{DISK_CHUNK, DiskRecords, DiskWant, VmId};
 use outlive_machine::DiskHash;
 
 use super::queue::{Job, Queue};
@@ -194,7 +194,7 @@ impl<T: Fn(Told)> Worker<T> {
 
     fn write_blocks(&mut self, records: &[u8]) -> Result<(), String> {
         self.taint()?;
-        let records = DiskRecords::parse(Kind::DiskBlocks, records).map_err(|e| e.to_string())?;
+        let records = DiskRecords::parse(records).map_err(|e| e.to_string())?;
         for record in records.iter() {
             let ReplicaDisk { file, path, .. } = self.disk(record.disk)?;
             image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;

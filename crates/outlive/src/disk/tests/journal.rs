@@ -119,9 +119,7 @@ fn numbers_that_do_not_grow_end_it() {
 fn whole_epochs_of_nonsense_are_named() {
     let mut outside = Vec::new();
     DiskRecord { disk: 1, offset: 0, op: DiskOp::Zero(1) }.put(&mut outside);
-    for (records, why) in
-        [(outside, "a write outside disk 1"), (vec![1, 2, 3], "section DiskWrites: the payload ends early")]
-    {
+    for (records, why) in [(outside, "a write outside disk 1"), (vec![1, 2, 3], "a disk record ends early")] {
         let file = File::new(Vec::new(), &Power::steady());
         Journal::create(file.clone(), identity(), 0).unwrap().append(9, &records).unwrap();
         let error = Journal::open(file).unwrap().0.replay(|_| Ok(())).unwrap_err().to_string();

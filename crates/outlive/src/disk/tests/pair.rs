@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant, Kind, VmId};
+use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant, VmId};
 
 use crate::disk::journal::Journal;
 use crate::disk::sidecar::{Role, Sidecar, beside};
@@ -148,7 +148,7 @@ impl Pair {
             }),
             DiskSection::Blocks { records, .. } => {
                 self.blocks += records.len() as u64;
-                self.replica.blocks(&DiskRecords::parse(Kind::DiskBlocks, records).unwrap())
+                self.replica.blocks(&DiskRecords::parse(records).unwrap())
             }
         }
     }
@@ -168,7 +168,7 @@ impl Pair {
         if flush {
             DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }.put(&mut records);
         }
-        self.replica.commit(number, base, &DiskRecords::parse(Kind::DiskWrites, &records).unwrap());
+        self.replica.commit(number, base, &DiskRecords::parse(&records).unwrap());
     }
 
     fn content(&self, host: &str) -> [Vec<u8>; 2] {
@@ -317,7 +317,7 @@ fn sums_and_blocks_out_of_bounds_are_refused() {
     let block = |disk, offset, op| {
         let mut records = Vec::new();
         DiskRecord { disk, offset, op }.put(&mut records);
-        pair.replica.blocks(&DiskRecords::parse(Kind::DiskBlocks, &records).unwrap())
+        pair.replica.blocks(&DiskRecords::parse(&records).unwrap())
     };
     assert_eq!(block(0, 0, DiskOp::Data(&[1])), Err("blocks that were not asked for".into()));
     for (disk, offset, op) in [

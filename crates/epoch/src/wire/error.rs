@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::section::{Kind, Peer};
+use super::kind::{Peer, SectionKind};
 
 /// A byte from the other side that this release does not accept. The connection is of no further use after
 /// it.
@@ -56,7 +56,7 @@ pub enum WireError {
     #[error("section {kind:?} has version {version}; this release knows {known}")]
     UnknownVersion {
         /// The section's kind.
-        kind: Kind,
+        kind: SectionKind,
         /// Version found.
         version: u16,
         /// Version known.
@@ -66,7 +66,7 @@ pub enum WireError {
     #[error("section {kind:?} says it has {length} bytes; the limit is {limit}")]
     TooLong {
         /// The section's kind.
-        kind: Kind,
+        kind: SectionKind,
         /// Length in the header.
         length: u32,
         /// The limit.
@@ -84,7 +84,7 @@ pub enum WireError {
     #[error("section {kind:?}: payload checksum is {stored:#010x}, computed {computed:#010x}")]
     PayloadChecksum {
         /// The section's kind.
-        kind: Kind,
+        kind: SectionKind,
         /// Checksum in the header.
         stored: u32,
         /// Checksum of the payload received.
@@ -94,7 +94,7 @@ pub enum WireError {
     #[error("section {kind:?} is never sent by a {peer}")]
     WrongSender {
         /// The section's kind.
-        kind: Kind,
+        kind: SectionKind,
         /// Who sent it.
         peer: Peer,
     },
@@ -102,7 +102,7 @@ pub enum WireError {
     #[error("section {kind:?}: {what} ({value:#x})")]
     Malformed {
         /// The section's kind.
-        kind: Kind,
+        kind: SectionKind,
         /// What is wrong.
         what: &'static str,
         /// The value that is wrong.

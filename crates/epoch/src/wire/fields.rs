@@ -1,16 +1,18 @@
 //! Reads the fields of a payload one after another; every step is checked against the end.
 
-use crate::error::WireError;
-use crate::section::Kind;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::error::WireError;
+use super::kind::SectionKind;
 
 /// A cursor over one payload.
 pub(crate) struct Fields<'a> {
-    kind: Kind,
+    kind: SectionKind,
     rest: &'a [u8],
 }
 
 impl<'a> Fields<'a> {
-    pub(crate) fn new(kind: Kind, payload: &'a [u8]) -> Self {
+    pub(crate) fn new(kind: SectionKind, payload: &'a [u8]) -> Self {
         Self { kind, rest: payload }
     }
 
@@ -19,41 +21,40 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
-        if count > self.rest.len() {
-            return Err(
-                self.malformed("the payload ends early, bytes missing", (count - self.rest.len()) as u64)
-            );
-        }
-        let (taken, rest) = self.rest.split_at(count);
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or_else(|| self.early(count))?;
         self.rest = rest;
         Ok(taken)
     }
 
-    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.bytes(N)?);
-        Ok(array)
+    /// Fields of fixed length, as they stand there.
+    pub(crate) fn fixed<T>(&mut self) -> Result<&'a T, WireError>
+    where
+        T: FromBytes + KnownLayout + Immutable + Unaligned,
+    {
+        let (value, rest) = T::ref_from_prefix(self.rest).map_err(|_| self.early(size_of::<T>()))?;
+        self.rest = rest;
+        Ok(value)
     }
 
-    pub(crate) fn u8(&mut self) -> Result<u8, WireError> {
-        Ok(self.array::<1>()?[0])
+    /// `count` times the same fields. `count` must have been checked against its limit.
+    pub(crate) fn row<T>(&mut self, count: usize) -> Result<&'a [T], WireError>
+    where
+        T: FromBytes + KnownLayout + Immutable + Unaligned,
+    {
+        let (values, rest) = <[T]>::ref_from_prefix_with_elems(self.rest, count)
+            .map_err(|_| self.early(count * size_of::<T>()))?;
+        self.rest = rest;
+        Ok(values)
     }
 
-    pub(crate) fn u16(&mut self) -> Result<u16, WireError> {
-        Ok(u16::from_le_bytes(self.array()?))
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, WireError> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, WireError> {
-        Ok(u64::from_le_bytes(self.array()?))
+    fn early(&self, wanted: usize) -> WireError {
+        let missing = wanted.saturating_sub(self.rest.len());
+        self.malformed("the payload ends early, bytes missing", missing as u64)
     }
 
     /// A text of at most `limit` bytes with its length in front. `limit` bounds the allocation.
     pub(crate) fn text(&mut self, limit: usize) -> Result<String, WireError> {
-        let length = usize::from(self.u16()?);
+        let length = usize::from(self.fixed::<zerocopy::little_endian::U16>()?.get());
         if length > limit {
             return Err(self.malformed("a text is longer than its limit", length as u64));
         }
@@ -64,8 +65,8 @@ impl<'a> Fields<'a> {
     }
 
     /// A field that must be zero, so that a later version can give it a meaning.
-    pub(crate) fn reserved(&mut self, count: usize) -> Result<(), WireError> {
-        match self.bytes(count)?.iter().find(|byte| **byte != 0) {
+    pub(crate) fn reserved(&self, field: &[u8]) -> Result<(), WireError> {
+        match field.iter().find(|byte| **byte != 0) {
             Some(byte) => Err(self.malformed("a reserved field is not zero", u64::from(*byte))),
             None => Ok(()),
         }

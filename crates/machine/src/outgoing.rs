@@ -15,7 +15,7 @@ const STATE_CAPACITY: usize = 512 << 10;
 /// Why staging could not be made.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot reserve {bytes} bytes of staging: {source}; lower --max-dirty")]
-pub struct StagingError {
+pub struct OutgoingError {
     bytes: usize,
     source: std::io::Error,
 }
@@ -31,7 +31,7 @@ struct Entry {
 ///
 /// Everything is allocated and populated when protection starts; filling it allocates nothing
 /// (invariant 5).
-pub struct Staging {
+pub struct Outgoing {
     pages: *mut u8,
     capacity: usize,
     gfns: Vec<Gfn>,
@@ -40,17 +40,17 @@ pub struct Staging {
     disk: WriteBuffer,
 }
 
-// SAFETY: the mapping belongs to this object alone; `&Staging` only reads it.
-unsafe impl Send for Staging {}
+// SAFETY: the mapping belongs to this object alone; `&Outgoing` only reads it.
+unsafe impl Send for Outgoing {}
 // SAFETY: as above.
-unsafe impl Sync for Staging {}
+unsafe impl Sync for Outgoing {}
 
-impl Staging {
+impl Outgoing {
     /// Allocates and populates room for `capacity` pages and `disk_bytes` of writes to disks.
     ///
     /// # Errors
-    /// [`StagingError`] when the host has not that much memory.
-    pub fn new(capacity: usize, disk_bytes: usize) -> Result<Self, StagingError> {
+    /// [`OutgoingError`] when the host has not that much memory.
+    pub fn new(capacity: usize, disk_bytes: usize) -> Result<Self, OutgoingError> {
         let capacity = capacity.max(1);
         let bytes = capacity * PAGE_SIZE;
         // SAFETY: a new anonymous mapping; populated now, so that no page fault falls into a pause.
@@ -65,7 +65,7 @@ impl Staging {
             )
         };
         if pages == libc::MAP_FAILED {
-            return Err(StagingError { bytes, source: std::io::Error::last_os_error() });
+            return Err(OutgoingError { bytes, source: std::io::Error::last_os_error() });
         }
         Ok(Self {
             pages: pages.cast(),
@@ -139,16 +139,16 @@ impl Staging {
     }
 }
 
-impl Drop for Staging {
+impl Drop for Outgoing {
     fn drop(&mut self) {
         // SAFETY: exactly the mapping made in `new`.
         unsafe { libc::munmap(self.pages.cast(), self.capacity * PAGE_SIZE) };
     }
 }
 
-impl std::fmt::Debug for Staging {
+impl std::fmt::Debug for Outgoing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Staging")
+        f.debug_struct("Outgoing")
             .field("capacity", &self.capacity)
             .field("pages", &self.gfns.len())
             .field("state_bytes", &self.state.len())

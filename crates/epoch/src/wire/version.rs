@@ -1,9 +1,22 @@
 //! The connection preface and the versions of the protocol.
 
-use crate::error::WireError;
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::error::WireError;
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RawPreface {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+}
 
 /// Length of the preface in bytes.
-pub const PREFACE_LEN: usize = 16;
+pub const PREFACE_LEN: usize = size_of::<RawPreface>();
+/// Bytes of a preface in front of its checksum.
+const CHECKED_LEN: usize = PREFACE_LEN - size_of::<U32>();
 
 const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 
@@ -15,7 +28,7 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 ///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
 ///   they do not fit.
 /// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
-///   changes one payload raises the version of that kind in [`Kind::version`](crate::Kind::version) and keeps
+///   changes one payload raises the version of that kind in [`SectionKind::version`](super::SectionKind::version) and keeps
 ///   the parser of the old one while the last release that wrote it is supported.
 /// * A standby accepts the versions in this enum; a primary writes [`CURRENT`](Self::CURRENT). To upgrade a
 ///   pair, upgrade the standby first (it understands the older primary), take over, upgrade the other host.
@@ -55,12 +68,9 @@ impl Preface {
 
     /// The bytes to send.
     pub fn encode(self) -> [u8; PREFACE_LEN] {
-        let mut bytes = [0; PREFACE_LEN];
-        bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&(self.version as u32).to_le_bytes());
-        let crc = crc32fast::hash(&bytes[..12]);
-        bytes[12..].copy_from_slice(&crc.to_le_bytes());
-        bytes
+        let mut raw = RawPreface { magic: MAGIC, version: U32::new(self.version as u32), crc: U32::ZERO };
+        raw.crc = U32::new(crc32fast::hash(&raw.as_bytes()[..CHECKED_LEN]));
+        zerocopy::transmute!(raw)
     }
 
     /// Checks the 16 bytes of the other side.
@@ -68,17 +78,15 @@ impl Preface {
     /// # Errors
     /// [`WireError::NotOutlive`], [`WireError::PrefaceChecksum`] or [`WireError::UnknownProtocol`].
     pub fn parse(bytes: &[u8; PREFACE_LEN]) -> Result<Self, WireError> {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        if bytes[..8] != MAGIC {
-            let mut found = [0; 8];
-            found.copy_from_slice(&bytes[..8]);
-            return Err(WireError::NotOutlive { found });
+        let raw: RawPreface = zerocopy::transmute!(*bytes);
+        if raw.magic != MAGIC {
+            return Err(WireError::NotOutlive { found: raw.magic });
         }
-        let computed = crc32fast::hash(&bytes[..12]);
-        if word(12) != computed {
-            return Err(WireError::PrefaceChecksum { stored: word(12), computed });
+        let (stored, computed) = (raw.crc.get(), crc32fast::hash(&bytes[..CHECKED_LEN]));
+        if stored != computed {
+            return Err(WireError::PrefaceChecksum { stored, computed });
         }
-        let found = word(8);
+        let found = raw.version.get();
         let version = ProtocolVersion::from_wire(found)
             .ok_or(WireError::UnknownProtocol { found, newest: ProtocolVersion::CURRENT as u32 })?;
         Ok(Self { version })

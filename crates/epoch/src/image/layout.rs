@@ -1,7 +1,6 @@
 //! Which guest frames are RAM.
 
-/// Most ranges of a layout.
-pub const MAX_RANGES: usize = 8;
+use super::limits::MAX_RANGES;
 
 /// GFNs have 52 bits at most (x86-64 physical addresses have 52, less 12 of the page; the rest is room for
 /// the codec).

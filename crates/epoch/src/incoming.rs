@@ -1,15 +1,17 @@
 //! Collects one whole checkpoint before anybody may look at it.
 
-use crate::disk::DiskRecords;
-use crate::layout::Layout;
-use crate::message::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, StateRef};
-use crate::pages::{PAGE_SIZE, PageData, PageEntry, Pages, with_data};
-use crate::section::{Kind, Section};
+mod error;
 
-/// Limits of a staging buffer, chosen when protection starts. Memory is reserved for all of it at once
+pub use error::IncomingError;
+
+use crate::codec::{PageEntry, with_data};
+use crate::image::{DiskRecords, Layout, PAGE_SIZE, PageData, StateSection};
+use crate::wire::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section};
+
+/// Limits of a buffer, chosen when protection starts. Memory is reserved for all of it at once
 /// (address space; the kernel supplies the pages when they are first used).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StagingLimits {
+pub struct IncomingLimits {
     /// Most pages of one checkpoint.
     pub max_pages: u32,
     /// Most bytes of all state sections together.
@@ -27,143 +29,6 @@ pub enum Expect {
     Base,
     /// This number, without the flag.
     Number(u64),
-}
-
-/// Why a checkpoint is refused. The staging buffer must be [`reset`](Staging::reset) before it is used again.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StagingError {
-    /// The memory for these limits is not to be had.
-    #[error("no memory for a staging buffer of {bytes} bytes")]
-    Memory {
-        /// Bytes asked for.
-        bytes: u64,
-    },
-    /// A section that has no place in a checkpoint, or not at this point.
-    #[error("section {kind:?} came {place}")]
-    Order {
-        /// The section's kind.
-        kind: Kind,
-        /// Where in the checkpoint.
-        place: &'static str,
-    },
-    /// A checkpoint of another generation.
-    #[error("checkpoint of generation {found}; this connection is of generation {expected}")]
-    Generation {
-        /// The connection's.
-        expected: u64,
-        /// The checkpoint's.
-        found: u64,
-    },
-    /// A checkpoint was left out or came twice.
-    #[error("checkpoint {found} where checkpoint {expected} was due")]
-    Number {
-        /// The number that was due.
-        expected: u64,
-        /// The number found.
-        found: u64,
-    },
-    /// The first checkpoint without the flag base_final, or a later one with it.
-    #[error("checkpoint {number} has base_final = {found}; the opposite was due")]
-    BaseFinal {
-        /// The checkpoint's number.
-        number: u64,
-        /// The flag.
-        found: bool,
-    },
-    /// More pages than the limit chosen at start.
-    #[error("checkpoint {number} has {found} pages; the limit max_pages is {limit}")]
-    TooManyPages {
-        /// The checkpoint's number.
-        number: u64,
-        /// Pages announced or sent.
-        found: u64,
-        /// The limit.
-        limit: u32,
-    },
-    /// More state than the limit chosen at start.
-    #[error("checkpoint {number} has {found} bytes of state; the limit max_state_bytes is {limit}")]
-    TooMuchState {
-        /// The checkpoint's number.
-        number: u64,
-        /// Bytes announced or sent.
-        found: u64,
-        /// The limit.
-        limit: u32,
-    },
-    /// More disk writes than the limit chosen at start.
-    #[error("checkpoint {number} has {found} bytes of disk writes; the limit max_disk_bytes is {limit}")]
-    TooManyDiskWrites {
-        /// The checkpoint's number.
-        number: u64,
-        /// Bytes announced.
-        found: u64,
-        /// The limit.
-        limit: u32,
-    },
-    /// A write to a disk that is not replicated, or beyond its end.
-    #[error("a write to disk {disk} at {offset:#x} is outside the VM's disks")]
-    OutsideDisk {
-        /// The disk.
-        disk: u16,
-        /// The write's offset.
-        offset: u64,
-    },
-    /// More state sections than the limit chosen at start.
-    #[error("checkpoint {number} has more than {limit} state sections")]
-    TooManySections {
-        /// The checkpoint's number.
-        number: u64,
-        /// The limit.
-        limit: u32,
-    },
-    /// A page that is not RAM.
-    #[error("GFN {gfn:#x} is outside the layout of the VM")]
-    OutsideLayout {
-        /// The frame.
-        gfn: u64,
-    },
-    /// A page that came twice.
-    #[error("GFN {gfn:#x} is twice in checkpoint {number}")]
-    DuplicatePage {
-        /// The frame.
-        gfn: u64,
-        /// The checkpoint's number.
-        number: u64,
-    },
-    /// A state section that came twice.
-    #[error("state section {kind:#06x}/{index} is twice in checkpoint {number}")]
-    DuplicateState {
-        /// The section's kind.
-        kind: u16,
-        /// The section's index.
-        index: u16,
-        /// The checkpoint's number.
-        number: u64,
-    },
-    /// Beginning, content and end do not agree.
-    #[error("checkpoint {number} has {found} {what}; {expected} were due")]
-    Totals {
-        /// The checkpoint's number.
-        number: u64,
-        /// Pages, bytes of state, or bytes of disk writes.
-        what: &'static str,
-        /// The announced number.
-        expected: u32,
-        /// The number found.
-        found: u32,
-    },
-    /// Not the sections that the primary sent.
-    #[error(
-        "checkpoint {number}: the chain over its sections is {computed:#010x}, the end says {stored:#010x}"
-    )]
-    Chain {
-        /// The checkpoint's number.
-        number: u64,
-        /// In the end of the checkpoint.
-        stored: u32,
-        /// Over what was received.
-        computed: u32,
-    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -192,8 +57,8 @@ enum Phase {
 ///
 /// Nothing is allocated after [`new`](Self::new). A standby that receives checkpoint N+1 while it applies N
 /// uses two.
-pub struct Staging {
-    limits: StagingLimits,
+pub struct Incoming {
+    limits: IncomingLimits,
     layout: Layout,
     generation: u64,
     expect: Expect,
@@ -213,12 +78,12 @@ pub struct Staging {
     seen: Vec<u64>,
 }
 
-impl Staging {
+impl Incoming {
     /// Reserves the memory. The first checkpoint due is [`Expect::Base`].
     ///
     /// # Errors
-    /// [`StagingError::Memory`].
-    pub fn new(limits: StagingLimits, layout: Layout, generation: u64) -> Result<Self, StagingError> {
+    /// [`IncomingError::Memory`].
+    pub fn new(limits: IncomingLimits, layout: Layout, generation: u64) -> Result<Self, IncomingError> {
         let data_len = limits.max_pages as usize * PAGE_SIZE;
         let seen_len = layout.pages().div_ceil(64) as usize;
         Ok(Self {
@@ -275,8 +140,8 @@ impl Staging {
     /// here, anything else is refused.
     ///
     /// # Errors
-    /// See [`StagingError`]. The checkpoint is then lost; what was committed before is not touched.
-    pub fn push(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, StagingError> {
+    /// See [`IncomingError`]. The checkpoint is then lost; what was committed before is not touched.
+    pub fn push(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, IncomingError> {
         let result = self.take(section, message);
         if result.is_err() {
             self.phase = Phase::Broken;
@@ -286,10 +151,10 @@ impl Staging {
 
     /// The checkpoint, if it is whole.
     pub fn checkpoint(&self) -> Option<Checkpoint<'_>> {
-        (self.phase == Phase::Complete).then_some(Checkpoint { staging: self })
+        (self.phase == Phase::Complete).then_some(Checkpoint { incoming: self })
     }
 
-    fn take(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, StagingError> {
+    fn take(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, IncomingError> {
         let place = match (self.phase, message) {
             (Phase::Idle, Message::CheckpointBegin(_))
             | (
@@ -305,7 +170,7 @@ impl Staging {
             (Phase::Broken, _) => Some("after a refused checkpoint"),
         };
         if let Some(place) = place {
-            return Err(StagingError::Order { kind: section.kind(), place });
+            return Err(IncomingError::Order { kind: section.kind(), place });
         }
         match message {
             Message::CheckpointBegin(begin) => self.begin(begin)?,
@@ -316,38 +181,38 @@ impl Staging {
                 self.end(end)?;
                 return Ok(true);
             }
-            _ => return Err(StagingError::Order { kind: section.kind(), place: "inside a checkpoint" }),
+            _ => return Err(IncomingError::Order { kind: section.kind(), place: "inside a checkpoint" }),
         }
         self.chain.update(&section.header().chained());
         Ok(false)
     }
 
-    fn begin(&mut self, begin: &CheckpointBegin) -> Result<(), StagingError> {
+    fn begin(&mut self, begin: &CheckpointBegin) -> Result<(), IncomingError> {
         let CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags } = *begin;
         if generation != self.generation {
-            return Err(StagingError::Generation { expected: self.generation, found: generation });
+            return Err(IncomingError::Generation { expected: self.generation, found: generation });
         }
         let base_final = match self.expect {
             Expect::Base => true,
             Expect::Number(expected) if expected != number => {
-                return Err(StagingError::Number { expected, found: number });
+                return Err(IncomingError::Number { expected, found: number });
             }
             Expect::Number(_) => false,
         };
         if flags.base_final != base_final {
-            return Err(StagingError::BaseFinal { number, found: flags.base_final });
+            return Err(IncomingError::BaseFinal { number, found: flags.base_final });
         }
         if pages > self.limits.max_pages {
             let limit = self.limits.max_pages;
-            return Err(StagingError::TooManyPages { number, found: pages.into(), limit });
+            return Err(IncomingError::TooManyPages { number, found: pages.into(), limit });
         }
         if state_bytes > self.limits.max_state_bytes {
             let limit = self.limits.max_state_bytes;
-            return Err(StagingError::TooMuchState { number, found: state_bytes.into(), limit });
+            return Err(IncomingError::TooMuchState { number, found: state_bytes.into(), limit });
         }
         if disk_bytes > self.limits.max_disk_bytes {
             let limit = self.limits.max_disk_bytes;
-            return Err(StagingError::TooManyDiskWrites { number, found: disk_bytes.into(), limit });
+            return Err(IncomingError::TooManyDiskWrites { number, found: disk_bytes.into(), limit });
         }
         self.begin = *begin;
         self.chain = crc32fast::Hasher::new();
@@ -355,22 +220,22 @@ impl Staging {
         Ok(())
     }
 
-    fn pages(&mut self, pages: &Pages<'_>) -> Result<(), StagingError> {
+    fn pages(&mut self, pages: &Pages<'_>) -> Result<(), IncomingError> {
         let CheckpointBegin { number, pages: announced, .. } = self.begin;
         if pages.tag != number {
-            return Err(StagingError::Number { expected: number, found: pages.tag });
+            return Err(IncomingError::Number { expected: number, found: pages.tag });
         }
         let found = self.entries.len() + pages.len();
         if found > announced as usize {
             let found = found as u32;
-            return Err(StagingError::Totals { number, what: "pages", expected: announced, found });
+            return Err(IncomingError::Totals { number, what: "pages", expected: announced, found });
         }
         for entry in pages.entries() {
             let gfn = entry.gfn();
-            let index = self.layout.index(gfn).ok_or(StagingError::OutsideLayout { gfn })?;
+            let index = self.layout.index(gfn).ok_or(IncomingError::OutsideLayout { gfn })?;
             let (word, bit) = ((index / 64) as usize, 1 << (index % 64));
             if self.seen[word] & bit != 0 {
-                return Err(StagingError::DuplicatePage { gfn, number });
+                return Err(IncomingError::DuplicatePage { gfn, number });
             }
             self.seen[word] |= bit;
             self.entries.push(entry);
@@ -379,52 +244,52 @@ impl Staging {
         Ok(())
     }
 
-    fn state(&mut self, checkpoint: u64, state: &StateRef<'_>) -> Result<(), StagingError> {
+    fn state(&mut self, checkpoint: u64, state: &StateSection<'_>) -> Result<(), IncomingError> {
         let CheckpointBegin { number, state_bytes: announced, .. } = self.begin;
         if checkpoint != number {
-            return Err(StagingError::Number { expected: number, found: checkpoint });
+            return Err(IncomingError::Number { expected: number, found: checkpoint });
         }
-        let StateRef { kind, version, index, bytes } = *state;
+        let StateSection { kind, version, index, bytes } = *state;
         let (start, len) = (self.state.len() as u32, bytes.len() as u32);
         if u64::from(start) + u64::from(len) > u64::from(announced) {
             let found = start.saturating_add(len);
-            return Err(StagingError::Totals { number, what: "bytes of state", expected: announced, found });
+            return Err(IncomingError::Totals { number, what: "bytes of state", expected: announced, found });
         }
         if self.spans.len() >= self.limits.max_state_sections as usize {
-            return Err(StagingError::TooManySections { number, limit: self.limits.max_state_sections });
+            return Err(IncomingError::TooManySections { number, limit: self.limits.max_state_sections });
         }
         if self.spans.iter().any(|span| (span.kind, span.index) == (kind, index)) {
-            return Err(StagingError::DuplicateState { kind, index, number });
+            return Err(IncomingError::DuplicateState { kind, index, number });
         }
         self.state.extend_from_slice(bytes);
         self.spans.push(StateSpan { kind, version, index, start, len });
         Ok(())
     }
 
-    fn disk_writes(&mut self, checkpoint: u64, writes: &DiskRecords<'_>) -> Result<(), StagingError> {
+    fn disk_writes(&mut self, checkpoint: u64, writes: &DiskRecords<'_>) -> Result<(), IncomingError> {
         let CheckpointBegin { number, disk_bytes: expected, .. } = self.begin;
         if checkpoint != number {
-            return Err(StagingError::Number { expected: number, found: checkpoint });
+            return Err(IncomingError::Number { expected: number, found: checkpoint });
         }
         let found = self.writes.len() + writes.bytes().len();
         if found > expected as usize {
             let found = found as u32;
-            return Err(StagingError::Totals { number, what: "bytes of disk writes", expected, found });
+            return Err(IncomingError::Totals { number, what: "bytes of disk writes", expected, found });
         }
         for write in writes.iter() {
             let size = self.disks.get(usize::from(write.disk)).copied().unwrap_or(0);
             if size == 0 || write.end() > size {
-                return Err(StagingError::OutsideDisk { disk: write.disk, offset: write.offset });
+                return Err(IncomingError::OutsideDisk { disk: write.disk, offset: write.offset });
             }
         }
         self.writes.extend_from_slice(writes.bytes());
         Ok(())
     }
 
-    fn end(&mut self, end: &CheckpointEnd) -> Result<(), StagingError> {
+    fn end(&mut self, end: &CheckpointEnd) -> Result<(), IncomingError> {
         let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
         if end.number != number {
-            return Err(StagingError::Number { expected: number, found: end.number });
+            return Err(IncomingError::Number { expected: number, found: end.number });
         }
         for (what, expected, found) in [
             ("pages", pages, self.entries.len() as u32),
@@ -435,12 +300,12 @@ impl Staging {
             ("bytes of disk writes", disk_bytes, end.disk_bytes),
         ] {
             if expected != found {
-                return Err(StagingError::Totals { number, what, expected, found });
+                return Err(IncomingError::Totals { number, what, expected, found });
             }
         }
         let computed = self.chain.clone().finalize();
         if computed != end.chain {
-            return Err(StagingError::Chain { number, stored: end.chain, computed });
+            return Err(IncomingError::Chain { number, stored: end.chain, computed });
         }
         self.stamp_us = end.stamp_us;
         self.phase = Phase::Complete;
@@ -451,39 +316,34 @@ impl Staging {
 /// A whole checkpoint, checked. Only this can be acknowledged and applied.
 #[derive(Clone, Copy)]
 pub struct Checkpoint<'a> {
-    staging: &'a Staging,
+    incoming: &'a Incoming,
 }
 
 impl<'a> Checkpoint<'a> {
     /// Its number.
     pub fn number(&self) -> u64 {
-        self.staging.begin.number
+        self.incoming.begin.number
     }
 
     /// What is special about it.
     pub fn flags(&self) -> CheckpointFlags {
-        self.staging.begin.flags
+        self.incoming.begin.flags
     }
 
     /// The primary's clock when its end was written, in microseconds.
     pub fn stamp_us(&self) -> u64 {
-        self.staging.stamp_us
-    }
-
-    /// Number of pages.
-    pub fn page_count(&self) -> usize {
-        self.staging.entries.len()
+        self.incoming.stamp_us
     }
 
     /// Every page, in the order received. No GFN is twice, and all are RAM of the layout.
     pub fn pages(&self) -> impl Iterator<Item = (u64, PageData<'a>)> + 'a {
-        with_data(self.staging.entries.iter().copied(), &self.staging.data)
+        with_data(self.incoming.entries.iter().copied(), &self.incoming.data)
     }
 
     /// Every state section, in the order received.
-    pub fn state(&self) -> impl Iterator<Item = StateRef<'a>> + 'a {
-        let state = &self.staging.state;
-        self.staging.spans.iter().map(move |span| StateRef {
+    pub fn state(&self) -> impl Iterator<Item = StateSection<'a>> + 'a {
+        let state = &self.incoming.state;
+        self.incoming.spans.iter().map(move |span| StateSection {
             kind: span.kind,
             version: span.version,
             index: span.index,
@@ -495,18 +355,18 @@ impl<'a> Checkpoint<'a> {
     /// disk.
     pub fn disk_writes(&self) -> DiskRecords<'a> {
         // Checked section by section; whole records joined are whole records.
-        DiskRecords::trusted(&self.staging.writes)
+        DiskRecords::trusted(&self.incoming.writes)
     }
 }
 
-fn reserve<T>(count: usize) -> Result<Vec<T>, StagingError> {
+fn reserve<T>(count: usize) -> Result<Vec<T>, IncomingError> {
     let mut vec = Vec::new();
     let bytes = (count as u64).saturating_mul(size_of::<T>() as u64);
-    vec.try_reserve_exact(count).map_err(|_| StagingError::Memory { bytes })?;
+    vec.try_reserve_exact(count).map_err(|_| IncomingError::Memory { bytes })?;
     Ok(vec)
 }
 
-fn zeroed(count: usize) -> Result<Vec<u64>, StagingError> {
+fn zeroed(count: usize) -> Result<Vec<u64>, IncomingError> {
     let mut vec = reserve(count)?;
     vec.resize(count, 0);
     Ok(vec)

@@ -2,9 +2,11 @@
 
 use std::io::{ErrorKind, Read};
 
-use crate::error::{ReadError, WireError};
-use crate::section::{HEADER_LEN, MAX_PAYLOAD, Peer, Section, SectionHeader};
-use crate::version::{PREFACE_LEN, Preface, ProtocolVersion};
+use super::error::{ReadError, WireError};
+use super::kind::Peer;
+use super::section::{HEADER_LEN, Section, SectionHeader};
+use super::version::{PREFACE_LEN, Preface, ProtocolVersion};
+use crate::image::limits::MAX_PAYLOAD;
 
 /// How far one read may run ahead of the section that is being collected: many small sections then cost one
 /// system call.
@@ -44,11 +46,6 @@ impl SectionReader {
     /// link from a dead one.
     pub fn bytes_received(&self) -> u64 {
         self.received
-    }
-
-    /// Whether bytes have arrived that no call has returned yet.
-    pub fn has_buffered(&self) -> bool {
-        self.start < self.end
     }
 
     /// Reads the preface. To be called once, first.

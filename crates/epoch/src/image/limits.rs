@@ -1,0 +1,34 @@
+//! Every limit of a checkpoint and of its way over the link, once. A length that comes from a peer is checked
+//! against one of these before anything is sized by it.
+
+use super::page::PAGE_SIZE;
+
+/// Most ranges of a layout.
+pub const MAX_RANGES: usize = 8;
+/// Most devices of a VM.
+pub const MAX_DEVICES: usize = 32;
+/// Most bytes of a disk's serial number.
+pub const MAX_SERIAL: usize = 20;
+/// Most bytes of a name or another short text.
+pub const MAX_TEXT: usize = 64;
+/// Most bytes of the text of a refusal.
+pub const MAX_REFUSE_TEXT: usize = 256;
+
+/// Most pages of one `Pages` or `BasePages` section.
+pub const MAX_PAGES_PER_SECTION: usize = 256;
+/// Most bytes of one state section, without its own fixed fields.
+pub const MAX_STATE_SECTION: usize = 256 * 1024;
+
+/// Bytes of a chunk, the unit of base synchronisation of a disk. The last chunk of a disk may be shorter.
+pub const DISK_CHUNK: usize = 64 * 1024;
+/// Most data of one disk record. A longer write is put down as several.
+pub const MAX_DISK_DATA: usize = 1 << 20;
+/// Most sums of one `DiskSums` section.
+pub const MAX_SUMS: usize = 256;
+/// Most chunks that a `DiskSums` section without sums may declare to be zero.
+pub const MAX_ZERO_CHUNKS: u32 = 16 * 1024;
+
+/// Most bytes of any payload: a `Pages` section with as many raw pages as it may have.
+pub const MAX_PAYLOAD: usize = 16 + MAX_PAGES_PER_SECTION * (8 + PAGE_SIZE);
+/// Most bytes of all disk records of one section.
+pub const MAX_RECORD_BYTES: usize = MAX_PAYLOAD - 8;

@@ -1,0 +1,19 @@
+//! What a checkpoint is, wherever it stands: in the machine that captured it, on the wire, at the standby.
+//!
+//! Nothing here knows of KVM, of a link or of a codec. The machine, the link and the standby share these
+//! types, so a page, a state section or a disk record has one form from its beginning to its end.
+
+mod device;
+mod disk;
+mod layout;
+pub mod limits;
+mod page;
+mod state;
+mod vm;
+
+pub use device::{DeviceFlags, DeviceInfo, DeviceKind};
+pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordError, put_write};
+pub use layout::{GfnRange, Layout, LayoutError};
+pub use page::{PAGE_SIZE, PageData, is_zero};
+pub use state::StateSection;
+pub use vm::VmId;

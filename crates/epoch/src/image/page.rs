@@ -1,0 +1,38 @@
+//! A page, and the search for pages of zeroes.
+
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+
+/// The content of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageData<'a> {
+    /// These bytes.
+    Raw(&'a [u8; PAGE_SIZE]),
+    /// All zero.
+    Zero,
+}
+
+/// Whether all bytes are zero. Looks at 64 bytes a step and stops at the first that are not.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let (blocks, tail) = bytes.as_chunks::<64>();
+    // Without a branch inside the block, so that the compiler uses vector instructions.
+    blocks.iter().all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
+        && tail.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_byte_anywhere_makes_a_page_not_zero() {
+        let mut page = [0u8; PAGE_SIZE];
+        assert!(is_zero(&page));
+        for at in 0..PAGE_SIZE {
+            page[at] = 1;
+            assert!(!is_zero(&page), "byte {at}");
+            page[at] = 0;
+        }
+        assert!(is_zero(&[]) && is_zero(&[0; 65]) && !is_zero(&[0, 1]));
+    }
+}

@@ -1,0 +1,135 @@
+//! Writes sections. The page bytes themselves are never copied: the encoder appends what comes in front of
+//! them to the caller's buffer, and the sender hands both to one `writev`.
+//!
+//! Each message's method stands in the file of the message.
+
+use super::checkpoint::Open;
+use super::kind::SectionKind;
+use super::section::{HEADER_LEN, SectionHeader};
+use crate::image::limits::MAX_PAGES_PER_SECTION;
+
+/// A caller's mistake. Nothing was appended and the stream can go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// A text or a state section beyond its limit.
+    #[error("{field} has {length} bytes; the limit is {limit}")]
+    TooLong {
+        /// Which field.
+        field: &'static str,
+        /// Its length.
+        length: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// More pages than a section may have.
+    #[error("{0} pages in one section; the limit is {MAX_PAGES_PER_SECTION}")]
+    TooManyPages(usize),
+    /// Entries and data do not belong together.
+    #[error("the entries need {expected} bytes of data, not {found}")]
+    DataLength {
+        /// Bytes that the entries need.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// Disk records that no reader would take.
+    #[error("disk records: {0}")]
+    Records(String),
+    /// Pages, state or an end without a checkpoint, or a checkpoint inside another one.
+    #[error("{0}")]
+    Order(&'static str),
+    /// More or less was sent than the checkpoint's beginning said.
+    #[error("checkpoint {number} was announced with {announced} {what} and has {sent}")]
+    Totals {
+        /// The checkpoint's number.
+        number: u64,
+        /// Pages, bytes of state, or bytes of disk records.
+        what: &'static str,
+        /// In the beginning.
+        announced: u32,
+        /// Sent.
+        sent: u32,
+    },
+}
+
+/// The sending half of a connection: numbers the sections and keeps the totals and the chain of the open
+/// checkpoint.
+///
+/// The bytes must reach the link in the order of the calls, so one thread owns encoder and socket. Each call
+/// appends to `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section) none
+/// allocates. Calls whose names end in `_head` append everything but the data, which the caller must send
+/// right behind.
+#[derive(Default)]
+pub struct Encoder {
+    sequence: u64,
+    pub(super) open: Option<Open>,
+}
+
+impl Encoder {
+    /// The encoder of a new connection.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether a checkpoint has been begun and not ended.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// The open checkpoint; `mistake` says what has no place without one.
+    pub(super) fn open(&mut self, mistake: &'static str) -> Result<&mut Open, EncodeError> {
+        self.open.as_mut().ok_or(EncodeError::Order(mistake))
+    }
+
+    /// `mistake` says what has no place inside a checkpoint.
+    pub(super) fn outside_checkpoint(&self, mistake: &'static str) -> Result<(), EncodeError> {
+        if self.open.is_some() { Err(EncodeError::Order(mistake)) } else { Ok(()) }
+    }
+
+    /// Appends a section of the open checkpoint, as [`section`](Self::section).
+    pub(super) fn chained(
+        &mut self,
+        out: &mut Vec<u8>,
+        kind: SectionKind,
+        data: &[u8],
+        put: impl FnOnce(&mut Vec<u8>),
+    ) {
+        let header = self.section(out, kind, data, put);
+        if let Some(open) = &mut self.open {
+            open.chain.update(&header.chained());
+        }
+    }
+
+    /// Appends a section: header, what `put` appends, and (not appended, but counted and summed) `data`.
+    pub(super) fn section(
+        &mut self,
+        out: &mut Vec<u8>,
+        kind: SectionKind,
+        data: &[u8],
+        put: impl FnOnce(&mut Vec<u8>),
+    ) -> SectionHeader {
+        let start = out.len();
+        out.extend_from_slice(&[0; HEADER_LEN]);
+        put(out);
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&out[start + HEADER_LEN..]);
+        crc.update(data);
+        let length = out.len() - start - HEADER_LEN + data.len();
+        debug_assert!(length <= kind.limit() as usize);
+        let payload_crc = crc.finalize();
+        let header = SectionHeader { kind, length: length as u32, payload_crc, sequence: self.sequence };
+        out[start..start + HEADER_LEN].copy_from_slice(&header.encode());
+        self.sequence += 1;
+        header
+    }
+}
+
+/// Appends a text with its length in front. The length must have been checked.
+pub(super) fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&(text.len() as u16).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+pub(super) fn check_length(field: &'static str, length: usize, limit: usize) -> Result<(), EncodeError> {
+    if length > limit { Err(EncodeError::TooLong { field, length, limit }) } else { Ok(()) }
+}

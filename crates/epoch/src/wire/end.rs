@@ -1,0 +1,109 @@
+//! The orderly ends: of the VM, and of a standby.
+
+use std::fmt;
+
+use super::encoder::Encoder;
+use super::error::WireError;
+use super::fields::Fields;
+use super::kind::SectionKind;
+
+/// How a VM ends in order. The standby follows it and does not take over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum EndReason {
+    /// The guest powered itself off.
+    PowerOff = 1,
+    /// The guest asked for a reset.
+    Reset = 2,
+    /// The guest crashed (panic or triple fault). A takeover would only crash it again.
+    Crash = 3,
+    /// The operator stopped the VM.
+    Stopped = 4,
+}
+
+impl EndReason {
+    pub(super) fn from_wire(number: u8) -> Option<Self> {
+        [Self::PowerOff, Self::Reset, Self::Crash, Self::Stopped]
+            .into_iter()
+            .find(|reason| *reason as u8 == number)
+    }
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PowerOff => "the guest powered off",
+            Self::Reset => "the guest asked for a reset",
+            Self::Crash => "the guest crashed",
+            Self::Stopped => "the VM was stopped",
+        })
+    }
+}
+
+/// Why a standby leaves although nothing is wrong with the primary. It will not take over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LeaveReason {
+    /// The operator stopped the standby.
+    Stopped = 1,
+    /// Something came over the link that the standby refuses (damage, wrong order, over a limit).
+    BadStream = 2,
+    /// Something failed at the standby itself.
+    Failed = 3,
+    /// The standby followed the VM's orderly end.
+    Followed = 4,
+}
+
+impl LeaveReason {
+    pub(super) fn from_wire(number: u8) -> Option<Self> {
+        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed]
+            .into_iter()
+            .find(|reason| *reason as u8 == number)
+    }
+}
+
+impl fmt::Display for LeaveReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stopped => "the standby was stopped",
+            Self::BadStream => "the standby refused what came over the link",
+            Self::Failed => "the standby failed",
+            Self::Followed => "the standby followed the end of the VM",
+        })
+    }
+}
+
+/// The number of the reason, and three bytes of zero.
+type Payload = [u8; 4];
+
+pub(super) const LEN: usize = size_of::<Payload>();
+
+pub(super) fn parse<T>(
+    kind: SectionKind,
+    payload: &[u8],
+    from_wire: fn(u8) -> Option<T>,
+) -> Result<T, WireError> {
+    let mut fields = Fields::new(kind, payload);
+    let [number, zero @ ..]: &Payload = fields.fixed()?;
+    let reason = from_wire(*number).ok_or_else(|| fields.malformed("unknown reason", (*number).into()))?;
+    fields.reserved(zero)?;
+    fields.end()?;
+    Ok(reason)
+}
+
+impl Encoder {
+    /// Appends the orderly end of the VM.
+    pub fn end(&mut self, out: &mut Vec<u8>, reason: EndReason) {
+        self.reason(out, SectionKind::End, reason as u8);
+    }
+
+    /// Appends the standby's orderly leave.
+    pub fn leave(&mut self, out: &mut Vec<u8>, reason: LeaveReason) {
+        self.reason(out, SectionKind::Leave, reason as u8);
+    }
+
+    fn reason(&mut self, out: &mut Vec<u8>, kind: SectionKind, number: u8) {
+        let payload: Payload = [number, 0, 0, 0];
+        self.section(out, kind, &[], |out| out.extend_from_slice(&payload));
+    }
+}

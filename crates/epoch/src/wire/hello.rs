@@ -1,0 +1,239 @@
+//! The primary's introduction.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::encoder::{EncodeError, Encoder, check_length, put_text};
+use super::error::WireError;
+use super::fields::Fields;
+use super::kind::SectionKind;
+use crate::image::limits::{MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
+use crate::image::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, VmId};
+
+/// What the primary promises not to exceed. The standby sizes its staging by it, or refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most pages of one checkpoint.
+    pub max_pages: u32,
+    /// Most bytes of all state sections of one checkpoint.
+    pub max_state_bytes: u32,
+    /// Most checkpoints sent and not yet acknowledged.
+    pub slots: u32,
+    /// Most bytes of all disk records of one checkpoint.
+    pub max_disk_bytes: u32,
+}
+
+/// The primary's introduction: who it is, what VM it brings, what the standby must have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Identity of the VM.
+    pub vm: VmId,
+    /// The generation in which the VM runs.
+    pub generation: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Bytes of RAM, as configured.
+    pub memory_bytes: u64,
+    /// Which frames are RAM.
+    pub layout: Layout,
+    /// Bytes of guest memory behind the RAM that keep what the guest boots from; 0 without.
+    pub firmware_bytes: u64,
+    /// The devices in the order of their slots, at most [`MAX_DEVICES`].
+    pub devices: Vec<DeviceInfo>,
+    /// The MAC address of the network device, if there is one.
+    pub mac: Option<[u8; 6]>,
+    /// Limits of the checkpoints to come.
+    pub limits: Limits,
+    /// Length of an epoch in microseconds.
+    pub interval_us: u64,
+    /// Silence after which a side is taken for dead, in microseconds, as configured at the primary.
+    pub dead_after_us: u64,
+    /// The VM's name, at most [`MAX_TEXT`] bytes.
+    pub name: String,
+    /// The primary host's name, at most [`MAX_TEXT`] bytes.
+    pub host: String,
+    /// How dirty pages are tracked, at most [`MAX_TEXT`] bytes. For logs.
+    pub tracker: String,
+    /// CPU vendor and KVM module, at most [`MAX_TEXT`] bytes. State of one vendor does not load on another.
+    pub vendor: String,
+}
+
+/// The payload begins with this. Behind it stand the ranges of the layout and the devices, each with its
+/// count in a byte, and the texts, each with its length in two.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Head {
+    vm: [u8; 16],
+    generation: U64,
+    memory_bytes: U64,
+    interval_us: U64,
+    dead_after_us: U64,
+    vcpus: U32,
+    max_pages: U32,
+    max_state_bytes: U32,
+    slots: U32,
+    max_disk_bytes: U32,
+    firmware_bytes: U64,
+    has_mac: u8,
+    mac: [u8; 6],
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Range {
+    start: U64,
+    pages: U64,
+}
+
+/// A device; its serial number follows as a text.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Device {
+    kind: u8,
+    zero: u8,
+    flags: U16,
+    queues: U16,
+    size: U64,
+}
+
+impl Hello {
+    fn put(&self, out: &mut Vec<u8>) {
+        let limits = &self.limits;
+        let head = Head {
+            vm: self.vm.0,
+            generation: self.generation.into(),
+            memory_bytes: self.memory_bytes.into(),
+            interval_us: self.interval_us.into(),
+            dead_after_us: self.dead_after_us.into(),
+            vcpus: self.vcpus.into(),
+            max_pages: limits.max_pages.into(),
+            max_state_bytes: limits.max_state_bytes.into(),
+            slots: limits.slots.into(),
+            max_disk_bytes: limits.max_disk_bytes.into(),
+            firmware_bytes: self.firmware_bytes.into(),
+            has_mac: self.mac.is_some().into(),
+            mac: self.mac.unwrap_or_default(),
+        };
+        out.extend_from_slice(head.as_bytes());
+        out.push(self.layout.ranges().len() as u8);
+        for range in self.layout.ranges() {
+            let range = Range { start: range.start.into(), pages: range.pages.into() };
+            out.extend_from_slice(range.as_bytes());
+        }
+        out.push(self.devices.len() as u8);
+        for device in &self.devices {
+            put_device(out, device);
+        }
+        for text in [&self.name, &self.host, &self.tracker, &self.vendor] {
+            put_text(out, text);
+        }
+    }
+
+    pub(crate) fn parse(payload: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::new(SectionKind::Hello, payload);
+        let head: &Head = fields.fixed()?;
+        let mac = match head.has_mac {
+            0 => {
+                fields.reserved(&head.mac)?;
+                None
+            }
+            1 => Some(head.mac),
+            other => return Err(fields.malformed("the network flag is neither 0 nor 1", other.into())),
+        };
+        let layout = parse_layout(&mut fields)?;
+        let devices = parse_devices(&mut fields)?;
+        let mut text = || fields.text(MAX_TEXT);
+        let (name, host, tracker, vendor) = (text()?, text()?, text()?, text()?);
+        fields.end()?;
+        Ok(Self {
+            vm: VmId(head.vm),
+            generation: head.generation.get(),
+            vcpus: head.vcpus.get(),
+            memory_bytes: head.memory_bytes.get(),
+            layout,
+            firmware_bytes: head.firmware_bytes.get(),
+            devices,
+            mac,
+            limits: Limits {
+                max_pages: head.max_pages.get(),
+                max_state_bytes: head.max_state_bytes.get(),
+                slots: head.slots.get(),
+                max_disk_bytes: head.max_disk_bytes.get(),
+            },
+            interval_us: head.interval_us.get(),
+            dead_after_us: head.dead_after_us.get(),
+            name,
+            host,
+            tracker,
+            vendor,
+        })
+    }
+}
+
+fn parse_layout(fields: &mut Fields<'_>) -> Result<Layout, WireError> {
+    let count = usize::from(*fields.fixed::<u8>()?);
+    if count > MAX_RANGES {
+        return Err(fields.malformed("more memory ranges than a layout has", count as u64));
+    }
+    let range = |range: &Range| GfnRange { start: range.start.get(), pages: range.pages.get() };
+    let ranges = fields.row(count)?.iter().map(range).collect();
+    Layout::new(ranges).map_err(|_| fields.malformed("the memory ranges are no layout, count", count as u64))
+}
+
+fn parse_devices(fields: &mut Fields<'_>) -> Result<Vec<DeviceInfo>, WireError> {
+    let count = usize::from(*fields.fixed::<u8>()?);
+    if count > MAX_DEVICES {
+        return Err(fields.malformed("more devices than a VM has", count as u64));
+    }
+    (0..count).map(|_| parse_device(fields)).collect()
+}
+
+fn put_device(out: &mut Vec<u8>, device: &DeviceInfo) {
+    let fixed = Device {
+        kind: device.kind as u8,
+        zero: 0,
+        flags: device.flags.to_wire().into(),
+        queues: device.queues.into(),
+        size: device.size.into(),
+    };
+    out.extend_from_slice(fixed.as_bytes());
+    put_text(out, &device.serial);
+}
+
+fn parse_device(fields: &mut Fields<'_>) -> Result<DeviceInfo, WireError> {
+    let device: &Device = fields.fixed()?;
+    let kind = DeviceKind::from_wire(device.kind)
+        .ok_or_else(|| fields.malformed("unknown kind of device", device.kind.into()))?;
+    fields.reserved(&[device.zero])?;
+    let word = device.flags.get();
+    let flags =
+        DeviceFlags::from_wire(word).ok_or_else(|| fields.malformed("unknown device flags", word.into()))?;
+    let size = device.size.get();
+    if size > i64::MAX as u64 {
+        return Err(fields.malformed("a disk larger than every disk", size));
+    }
+    Ok(DeviceInfo { kind, flags, queues: device.queues.get(), size, serial: fields.text(MAX_SERIAL)? })
+}
+
+impl Encoder {
+    /// Appends [`Hello`].
+    ///
+    /// # Errors
+    /// [`EncodeError::TooLong`] for a text or the list of devices.
+    pub fn hello(&mut self, out: &mut Vec<u8>, hello: &Hello) -> Result<(), EncodeError> {
+        for (field, text) in [
+            ("the VM's name", &hello.name),
+            ("the host's name", &hello.host),
+            ("the tracker's name", &hello.tracker),
+            ("the vendor's name", &hello.vendor),
+        ] {
+            check_length(field, text.len(), MAX_TEXT)?;
+        }
+        check_length("the list of devices", hello.devices.len(), MAX_DEVICES)?;
+        for DeviceInfo { serial, .. } in &hello.devices {
+            check_length("a disk's serial number", serial.len(), MAX_SERIAL)?;
+        }
+        self.section(out, SectionKind::Hello, &[], |out| hello.put(out));
+        Ok(())
+    }
+}

@@ -1,0 +1,136 @@
+//! What sections there are, their limits, and who may send them.
+
+use std::fmt;
+
+use super::disk_sums::DISK_SUM_LEN;
+use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state};
+use crate::image::limits::{MAX_PAYLOAD, MAX_STATE_SECTION, MAX_SUMS};
+
+/// Who sent a section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// The host where the VM runs.
+    Primary,
+    /// The host that can take over.
+    Standby,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Primary => "primary",
+            Self::Standby => "standby",
+        })
+    }
+}
+
+/// What a section is. The numbers are frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum SectionKind {
+    /// The primary introduces itself and its VM.
+    Hello = 1,
+    /// The standby is ready for base pages.
+    Accept = 2,
+    /// The standby says no, and why.
+    Refuse = 3,
+    /// Pages of the base synchronisation; applied at once.
+    BasePages = 4,
+    /// A checkpoint begins.
+    CheckpointBegin = 5,
+    /// Pages of the open checkpoint.
+    Pages = 6,
+    /// One state section of the open checkpoint.
+    State = 7,
+    /// The open checkpoint is complete.
+    CheckpointEnd = 8,
+    /// The standby holds all of a checkpoint.
+    Ack = 9,
+    /// The sender lives.
+    Heartbeat = 10,
+    /// The VM has ended in order: do not take over.
+    End = 11,
+    /// The standby leaves in order and will not take over.
+    Leave = 12,
+    /// Writes to disks in the open checkpoint, in their order.
+    DiskWrites = 13,
+    /// Sums of a part of a disk, for the base synchronisation.
+    DiskSums = 14,
+    /// Which chunks of that part the standby wants.
+    DiskWant = 15,
+    /// Chunks of a disk of the base synchronisation; written at once.
+    DiskBlocks = 16,
+}
+
+impl SectionKind {
+    /// Every kind, in the order of the numbers.
+    pub const ALL: [Self; 16] = [
+        Self::Hello,
+        Self::Accept,
+        Self::Refuse,
+        Self::BasePages,
+        Self::CheckpointBegin,
+        Self::Pages,
+        Self::State,
+        Self::CheckpointEnd,
+        Self::Ack,
+        Self::Heartbeat,
+        Self::End,
+        Self::Leave,
+        Self::DiskWrites,
+        Self::DiskSums,
+        Self::DiskWant,
+        Self::DiskBlocks,
+    ];
+
+    /// The kind with this number.
+    pub fn from_wire(number: u16) -> Option<Self> {
+        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
+    }
+
+    /// The version of the payload that this release reads and writes.
+    pub fn version(self) -> u16 {
+        match self {
+            // 2: devices; totals of disk writes.
+            Self::Hello | Self::CheckpointBegin | Self::CheckpointEnd => 2,
+            _ => 1,
+        }
+    }
+
+    /// Most bytes of the payload.
+    pub fn limit(self) -> u32 {
+        let bytes = match self {
+            Self::Hello => 2048,
+            Self::Accept => 256,
+            Self::Refuse => 512,
+            Self::BasePages | Self::Pages | Self::DiskWrites | Self::DiskBlocks => MAX_PAYLOAD,
+            Self::CheckpointBegin => checkpoint::BEGIN_LEN,
+            Self::CheckpointEnd => checkpoint::END_LEN,
+            Self::State => state::HEAD_LEN + MAX_STATE_SECTION,
+            Self::Ack => ack::LEN,
+            Self::Heartbeat => heartbeat::LEN,
+            Self::End | Self::Leave => end::LEN,
+            Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
+            Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,
+        };
+        bytes as u32
+    }
+
+    /// Whether this side may send it.
+    pub fn may_come_from(self, peer: Peer) -> bool {
+        match self {
+            Self::Heartbeat => true,
+            Self::Accept | Self::Refuse | Self::Ack | Self::Leave | Self::DiskWant => peer == Peer::Standby,
+            Self::Hello
+            | Self::BasePages
+            | Self::CheckpointBegin
+            | Self::Pages
+            | Self::State
+            | Self::CheckpointEnd
+            | Self::DiskWrites
+            | Self::DiskSums
+            | Self::DiskBlocks
+            | Self::End => peer == Peer::Primary,
+        }
+    }
+}

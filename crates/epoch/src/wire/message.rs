@@ -1,0 +1,138 @@
+//! Any message. Every parse function takes plain bytes and can be given anything.
+
+use super::accept::Accept;
+use super::ack::Ack;
+use super::checkpoint::{CheckpointBegin, CheckpointEnd};
+use super::disk_sums::DiskSums;
+use super::disk_want::DiskWant;
+use super::end::{EndReason, LeaveReason};
+use super::error::WireError;
+use super::hello::Hello;
+use super::kind::SectionKind;
+use super::pages::Pages;
+use super::refuse::Refuse;
+use super::section::Section;
+use super::{disk_writes, end, heartbeat, state};
+use crate::image::{DiskRecords, StateSection};
+
+/// Any message, parsed and checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// See [`Hello`].
+    Hello(Hello),
+    /// See [`Accept`].
+    Accept(Accept),
+    /// See [`Refuse`].
+    Refuse(Refuse),
+    /// Pages of the base synchronisation; their tag is the round.
+    BasePages(Pages<'a>),
+    /// See [`CheckpointBegin`].
+    CheckpointBegin(CheckpointBegin),
+    /// Pages of the open checkpoint; their tag is its number.
+    Pages(Pages<'a>),
+    /// A state section of the open checkpoint.
+    State {
+        /// The checkpoint's number.
+        checkpoint: u64,
+        /// The section.
+        state: StateSection<'a>,
+    },
+    /// Writes to disks in the open checkpoint.
+    DiskWrites {
+        /// The checkpoint's number.
+        checkpoint: u64,
+        /// The writes, in their order.
+        writes: DiskRecords<'a>,
+    },
+    /// See [`CheckpointEnd`].
+    CheckpointEnd(CheckpointEnd),
+    /// See [`DiskSums`].
+    DiskSums(DiskSums<'a>),
+    /// See [`DiskWant`].
+    DiskWant(DiskWant),
+    /// Chunks of a disk of the base synchronisation.
+    DiskBlocks {
+        /// The round: 1 for what was wanted by its sum, more for what was written meanwhile.
+        round: u64,
+        /// The chunks as writes. No flush is among them.
+        blocks: DiskRecords<'a>,
+    },
+    /// See [`Ack`].
+    Ack(Ack),
+    /// The sender lives. From the primary the stamp is its clock; from the standby it is the newest stamp
+    /// heard.
+    Heartbeat {
+        /// Microseconds of the primary's clock.
+        stamp_us: u64,
+    },
+    /// The VM has ended in order.
+    End(EndReason),
+    /// The standby leaves and will not take over.
+    Leave(LeaveReason),
+}
+
+impl<'a> Message<'a> {
+    /// Parses the payload of a section.
+    ///
+    /// # Errors
+    /// [`WireError::Malformed`].
+    pub fn parse(section: &Section<'a>) -> Result<Self, WireError> {
+        Self::parse_payload(section.kind(), section.payload())
+    }
+
+    /// Parses a payload of a kind. Takes any bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Malformed`].
+    pub fn parse_payload(kind: SectionKind, payload: &'a [u8]) -> Result<Self, WireError> {
+        Ok(match kind {
+            SectionKind::Hello => Self::Hello(Hello::parse(payload)?),
+            SectionKind::Accept => Self::Accept(Accept::parse(payload)?),
+            SectionKind::Refuse => Self::Refuse(Refuse::parse(payload)?),
+            SectionKind::BasePages => Self::BasePages(Pages::parse(kind, payload)?),
+            SectionKind::CheckpointBegin => Self::CheckpointBegin(CheckpointBegin::parse(payload)?),
+            SectionKind::Pages => Self::Pages(Pages::parse(kind, payload)?),
+            SectionKind::State => {
+                let (checkpoint, state) = state::parse(payload)?;
+                Self::State { checkpoint, state }
+            }
+            SectionKind::DiskWrites => {
+                let (checkpoint, writes) = disk_writes::parse(kind, payload)?;
+                Self::DiskWrites { checkpoint, writes }
+            }
+            SectionKind::CheckpointEnd => Self::CheckpointEnd(CheckpointEnd::parse(payload)?),
+            SectionKind::DiskSums => Self::DiskSums(DiskSums::parse(payload)?),
+            SectionKind::DiskWant => Self::DiskWant(DiskWant::parse(payload)?),
+            SectionKind::DiskBlocks => {
+                let (round, blocks) = disk_writes::parse(kind, payload)?;
+                Self::DiskBlocks { round, blocks }
+            }
+            SectionKind::Ack => Self::Ack(Ack::parse(payload)?),
+            SectionKind::Heartbeat => Self::Heartbeat { stamp_us: heartbeat::parse(payload)? },
+            SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
+            SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
+        })
+    }
+
+    /// The kind of section that carries it.
+    pub fn kind(&self) -> SectionKind {
+        match self {
+            Self::Hello(_) => SectionKind::Hello,
+            Self::Accept(_) => SectionKind::Accept,
+            Self::Refuse(_) => SectionKind::Refuse,
+            Self::BasePages(_) => SectionKind::BasePages,
+            Self::CheckpointBegin(_) => SectionKind::CheckpointBegin,
+            Self::Pages(_) => SectionKind::Pages,
+            Self::State { .. } => SectionKind::State,
+            Self::DiskWrites { .. } => SectionKind::DiskWrites,
+            Self::CheckpointEnd(_) => SectionKind::CheckpointEnd,
+            Self::DiskSums(_) => SectionKind::DiskSums,
+            Self::DiskWant(_) => SectionKind::DiskWant,
+            Self::DiskBlocks { .. } => SectionKind::DiskBlocks,
+            Self::Ack(_) => SectionKind::Ack,
+            Self::Heartbeat { .. } => SectionKind::Heartbeat,
+            Self::End(_) => SectionKind::End,
+            Self::Leave(_) => SectionKind::Leave,
+        }
+    }
+}
