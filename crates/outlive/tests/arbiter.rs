@@ -10,7 +10,7 @@ use std::sync::Barrier;
 use std::thread::{scope, sleep};
 use std::time::{Duration, SystemTime};
 
-use outlive::arbiter::{Arbiter, Claim, FileArbiter, VmId};
+use outlive::arbiter::{self, Arbiter, Claim, FileArbiter, Initialized, VmId};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -28,17 +28,40 @@ fn memory_or_temp() -> PathBuf {
     if tempfile::tempfile_in(memory).is_ok() { memory.to_path_buf() } else { std::env::temp_dir() }
 }
 
+/// The arbiter in a directory, which is made one if it is none.
 fn open(directory: &Path) -> FileArbiter {
-    FileArbiter::open(directory).unwrap()
+    let made = || FileArbiter::init(directory).map(|(arbiter, _)| arbiter);
+    FileArbiter::open(directory).or_else(|_| made()).unwrap()
 }
 
+/// All files in a directory and in those below it, and directories without a file.
 fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(directory)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let below = directory.join(&name);
+        if fs::symlink_metadata(&below).unwrap().is_dir() {
+            let inner = self::names(&below);
+            names.extend(inner.iter().map(|inner| format!("{name}/{inner}")));
+            if inner.is_empty() {
+                names.push(format!("{name}/"));
+            }
+        } else {
+            names.push(name);
+        }
+    }
     names.sort();
     names
+}
+
+fn empty(directory: &Path, keep: &str) {
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        if entry.file_type().unwrap().is_dir() {
+            fs::remove_dir_all(entry.path()).unwrap();
+        } else if entry.file_name() != keep {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
 }
 
 fn why(claim: Claim) -> String {
@@ -151,6 +174,7 @@ fn of_many_processes_exactly_one_wins() {
 fn a_claimant_killed_at_any_moment_leaves_no_second_winner() {
     for round in 0..12_u64 {
         let directory = directory();
+        open(directory.path());
         fs::write(directory.path().join("go"), "").unwrap();
         let mut racers = [start_racer(directory.path()), start_racer(directory.path())];
         sleep(Duration::from_millis(20 + 7 * round));
@@ -185,8 +209,13 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
     assert_eq!(arbiter.claim(&OTHER_VM, 2, "standby"), Claim::Won);
     assert_eq!(arbiter.highest(&VM), Ok(Some(1)));
     assert_eq!(arbiter.highest(&OTHER_VM), Ok(Some(2)));
-    assert_eq!(arbiter.owner(&OTHER_VM, 2).as_deref(), Some("standby"));
-    assert_eq!(arbiter.owner(&OTHER_VM, 3), None);
+    let history = arbiter.history(&OTHER_VM).unwrap();
+    let owners: Vec<_> =
+        history.iter().map(|win| (win.generation, &*win.winner.as_ref().unwrap().owner)).collect();
+    assert_eq!(owners, [(1, "standby"), (2, "standby")]);
+    assert!(
+        history.iter().all(|win| win.winner.as_ref().unwrap().process == arbiter::process_token().unwrap())
+    );
     assert_eq!(names(directory.path()).len(), 4, "nothing but the marker and the claims");
 }
 
@@ -264,16 +293,12 @@ fn a_generation_cannot_be_won_again_after_the_directory_was_emptied() {
         let (mut primary, mut standby) = (open(directory.path()), open(directory.path()));
         assert_eq!(primary.claim(&VM, 1, "primary"), Claim::Won);
         assert_eq!(standby.claim(&VM, 2, "standby"), Claim::Won);
-        for name in names(directory.path()) {
-            if !(keep_marker && name == "outlive-arbiter") {
-                fs::remove_file(directory.path().join(name)).unwrap();
-            }
-        }
+        empty(directory.path(), if keep_marker { "outlive-arbiter" } else { "" });
         for generation in 2..5 {
             assert_lost_claims(primary.claim(&VM, generation, "primary"));
             assert_lost_claims(standby.claim(&VM, generation, "standby"));
         }
-        // Opening it writes a marker, and still no generation can be won.
+        // Somebody makes it an arbiter anew, and still no generation can be won.
         assert_lost_claims(open(directory.path()).claim(&VM, 2, "primary"));
         assert_eq!(names(directory.path()), ["outlive-arbiter"]);
     }
@@ -297,7 +322,7 @@ fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
     assert_lost_claims(standby.claim(&VM, 2, "standby"));
     assert!(standby.highest(&VM).is_err());
     assert!(names(&mount).is_empty(), "nothing may be written there");
-    // Neither does it help to open it there.
+    // Neither does it help to make it an arbiter.
     assert_lost_claims(open(&mount).claim(&VM, 2, "standby"));
 
     fs::rename(&mount, &bare).unwrap();
@@ -320,7 +345,7 @@ fn a_claim_written_into_an_emptied_directory_is_not_won() {
 }
 
 fn claim_path(directory: &Path, generation: u64) -> PathBuf {
-    directory.join(format!("{VM}.{generation}"))
+    directory.join(VM.to_string()).join(generation.to_string())
 }
 
 fn assert_lost_claims(claim: Claim) {
@@ -374,30 +399,31 @@ fn device(path: &Path) -> u64 {
 #[test]
 fn damage_is_never_a_win() {
     let directory = directory();
-    let claim_file = |generation: u64| directory.path().join(format!("{VM}.{generation}"));
+    let claim_file = |generation: u64| claim_path(directory.path(), generation);
     let mut arbiter = open(directory.path());
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     let good = fs::read(claim_file(1)).unwrap();
 
-    let mut lost = |generation: u64| {
-        let owner = loser(arbiter.claim(&VM, generation, "primary"));
-        assert!(owner.contains("damaged"), "{owner}");
+    // Nor is it a loss: if all sides took it for one, the VM would be gone for good.
+    let mut nobodys = |generation: u64| {
+        let why = why(arbiter.claim(&VM, generation, "primary"));
+        assert!(why.contains("is damaged") && why.contains("and delete the file"), "{why}");
     };
     let contents: [&[u8]; 5] = [b"", b"\n", b"garbage", &[0xff; 300], &[b'x'; 100_000]];
     for (generation, content) in (10..).zip(contents) {
         fs::write(claim_file(generation), content).unwrap();
-        lost(generation);
+        nobodys(generation);
     }
     fs::create_dir(claim_file(20)).unwrap();
-    lost(20);
+    nobodys(20);
     symlink("/no/such/file", claim_file(21)).unwrap();
-    lost(21);
+    nobodys(21);
     // Opening a pipe without a writer would block for ever.
     assert!(Command::new("mkfifo").arg(claim_file(22)).status().unwrap().success());
-    lost(22);
+    nobodys(22);
     for length in 0..good.len() {
         fs::write(claim_file(1), &good[..length]).unwrap();
-        lost(1);
+        nobodys(1);
     }
     fs::write(claim_file(1), &good).unwrap();
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
@@ -408,7 +434,7 @@ fn a_flipped_bit_is_never_a_win() {
     let directory = directory();
     let mut arbiter = open(directory.path());
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
-    let path = directory.path().join(format!("{VM}.1"));
+    let path = claim_path(directory.path(), 1);
     let good = fs::read(&path).unwrap();
     let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(at in 0..good.len(), bit in 0..8_u8)| {
@@ -416,7 +442,7 @@ fn a_flipped_bit_is_never_a_win() {
         bad[at] ^= 1_u8 << bit;
         fs::write(&path, &bad).unwrap();
         let claim = open(directory.path()).claim(&VM, 1, "primary");
-        prop_assert!(matches!(claim, Claim::Lost { .. }), "{:?}", claim);
+        prop_assert!(claim != Claim::Won, "{:?}", claim);
     });
 }
 
@@ -437,6 +463,7 @@ fn an_owner_of_any_characters_is_kept_in_one_line() {
 #[test]
 fn leftovers_of_crashes_are_removed_and_nothing_else() {
     let directory = directory();
+    let mut arbiter = open(directory.path());
     let put = |name: &str, age: u64| {
         let file = File::create(directory.path().join(name)).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
@@ -445,9 +472,9 @@ fn leftovers_of_crashes_are_removed_and_nothing_else() {
     put(".outlive-young-0.tmp", 5);
     put(".somebody-elses.tmp", 3600);
     put("notes", 3600);
-    let mut arbiter = open(directory.path());
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
-    let claim = format!("{VM}.1");
+    arbiter.tidy(&VM);
+    let claim = format!("{VM}/1");
     let mut expected =
         vec![".outlive-young-0.tmp", ".somebody-elses.tmp", "notes", "outlive-arbiter", &claim];
     expected.sort_unstable();
@@ -466,4 +493,150 @@ fn a_damaged_marker_stops_claims_until_it_is_repaired() {
     assert!(refusal.contains("restore it, or delete it"), "{refusal}");
     fs::write(&marker, &good).unwrap();
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+}
+
+/// The mount point of a file server that is down is an empty directory like any other.
+#[test]
+fn a_directory_becomes_an_arbiter_by_an_explicit_command_only() {
+    let directory = directory();
+    let refusal = |path: &Path| FileArbiter::open(path).map(drop).unwrap_err().to_string();
+    let said = refusal(directory.path());
+    let remedy = format!("`outlive arbiter init file:{}`", directory.path().display());
+    assert!(said.contains("is not an arbiter: mount") && said.contains(&remedy), "{said}");
+    assert!(arbiter::parse(&format!("file:{}", directory.path().display())).is_err());
+    assert!(names(directory.path()).is_empty(), "nothing may be written there");
+
+    let (made, done) = FileArbiter::init(directory.path()).unwrap();
+    assert_eq!(done, Initialized::Made);
+    let (again, done) = FileArbiter::init(directory.path()).unwrap();
+    assert_eq!((done, again.identity()), (Initialized::Already, made.identity()));
+    assert_eq!(open(directory.path()).identity(), made.identity());
+
+    // A directory with files of somebody else, and one that has claims and has lost its marker.
+    let mut arbiter = open(directory.path());
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    fs::remove_file(directory.path().join("outlive-arbiter")).unwrap();
+    let init = |path: &Path| FileArbiter::init(path).map(drop).unwrap_err().to_string();
+    let said = init(directory.path());
+    assert!(said.contains("cannot become an arbiter") && said.contains(&VM.to_string()), "{said}");
+    let strange = self::directory();
+    fs::write(strange.path().join("letter.txt"), "").unwrap();
+    assert!(init(strange.path()).contains("letter.txt"));
+    assert_eq!(names(strange.path()), ["letter.txt"]);
+}
+
+/// Of many that make a directory an arbiter at once, all get the same one.
+#[test]
+fn an_arbiter_is_made_once() {
+    for _ in 0..50 {
+        let directory = directory();
+        let barrier = Barrier::new(4);
+        let identities: Vec<String> = scope(|threads| {
+            let make = || {
+                barrier.wait();
+                FileArbiter::init(directory.path()).unwrap().0.identity().to_owned()
+            };
+            let makers: Vec<_> = (0..4).map(|_| threads.spawn(make)).collect();
+            makers.into_iter().map(|maker| maker.join().unwrap()).collect()
+        });
+        assert!(identities.iter().all(|it| *it == identities[0]), "{identities:?}");
+    }
+}
+
+const KEPT: u64 = 8;
+
+#[test]
+fn old_claims_go_and_their_generations_cannot_be_won_again() {
+    let directory = directory();
+    let mut arbiter = open(directory.path());
+    let claim_all = |arbiter: &mut FileArbiter, end: u64| {
+        (1..=end).for_each(|generation| assert_eq!(arbiter.claim(&VM, generation, "late"), Claim::Won));
+    };
+    claim_all(&mut arbiter, 20);
+    arbiter.tidy(&VM);
+    let left: Vec<u64> = arbiter.history(&VM).unwrap().iter().map(|win| win.generation).collect();
+    assert_eq!(left, (20 - KEPT + 1..=20).collect::<Vec<_>>());
+    let mut stranger = open(directory.path());
+    for generation in 1..=20 - KEPT {
+        let lost = loser(stranger.claim(&VM, generation, "stranger"));
+        assert!(lost.contains("generation 20, which is newer, late"), "{lost}");
+    }
+
+    // Claimants that were stopped between their look and their claim, while all others came and went: they find
+    // their own claims, alone in their places.
+    let elsewhere = self::directory();
+    claim_all(&mut open(elsewhere.path()), 5);
+    for generation in [4, 5] {
+        fs::copy(claim_path(elsewhere.path(), generation), claim_path(directory.path(), generation)).unwrap();
+        let lost = loser(open(directory.path()).claim(&VM, generation, "late"));
+        assert!(lost.contains("generation 20, which is newer"), "{lost}");
+    }
+    // Nor does that claim help anybody to the next generation.
+    assert!(loser(open(directory.path()).claim(&VM, 6, "late")).contains("generation 20"));
+    assert_eq!(stranger.claim(&VM, 21, "stranger"), Claim::Won);
+    assert_eq!(stranger.highest(&VM), Ok(Some(21)));
+}
+
+/// Everybody tidies up all the time.
+#[test]
+fn with_claims_going_all_the_time_exactly_one_wins() {
+    const THREADS: usize = 4;
+    let directory = directory();
+    let barrier = Barrier::new(THREADS);
+    let wins: Vec<Vec<u64>> = scope(|threads| {
+        let racer = |number: usize| {
+            let (barrier, path) = (&barrier, directory.path());
+            move || {
+                let mut arbiter = open(path);
+                let owner = format!("thread {number}");
+                let mut won = Vec::new();
+                for generation in 1..=400 {
+                    barrier.wait();
+                    match arbiter.claim(&VM, generation, &owner) {
+                        Claim::Won => won.push(generation),
+                        Claim::Lost { .. } => {}
+                        Claim::Unreachable { why } => panic!("{why}"),
+                    }
+                    arbiter.tidy(&VM);
+                }
+                won
+            }
+        };
+        let racers: Vec<_> = (0..THREADS).map(|number| threads.spawn(racer(number))).collect();
+        racers.into_iter().map(|racer| racer.join().unwrap()).collect()
+    });
+    let mut all = wins.concat();
+    all.sort_unstable();
+    assert!(all.into_iter().eq(1..=400), "every generation was won once");
+    let names = names(directory.path());
+    let is_claim = |name: &&String| !name.contains('.') && name.contains('/');
+    assert_eq!(names.iter().filter(is_claim).count() as u64, KEPT, "{names:?}");
+    assert!(names.len() as u64 <= KEPT + 3, "the claims, the marker, what was pruned: {names:?}");
+}
+
+/// An arbiter of the release before kept all claims side by side.
+#[test]
+fn an_arbiter_of_an_earlier_release_is_brought_up_to_date() {
+    let directory = directory();
+    let marker = directory.path().join("outlive-arbiter");
+    let old = |generation: u64| directory.path().join(format!("{VM}.{generation}"));
+    fs::write(&marker, "outlive arbiter directory, version 1\nid 0123456789abcdef\nend\n").unwrap();
+    for generation in 1..=3 {
+        let text = format!(
+            "outlive claim, version 1\nvm {VM}\ngeneration {generation}\nowner host {generation}\ntoken 77\nend\n"
+        );
+        fs::write(old(generation), text).unwrap();
+    }
+    let said = FileArbiter::open(directory.path()).map(drop).unwrap_err().to_string();
+    assert!(said.contains("of an earlier release") && said.contains("`outlive arbiter init file:"), "{said}");
+    // Interrupted after the first claim.
+    fs::create_dir(directory.path().join(VM.to_string())).unwrap();
+    fs::rename(old(1), claim_path(directory.path(), 1)).unwrap();
+
+    let (mut arbiter, done) = FileArbiter::init(directory.path()).unwrap();
+    assert_eq!((done, arbiter.identity()), (Initialized::Upgraded, "0123456789abcdef"));
+    assert_eq!(loser(arbiter.claim(&VM, 3, "late")), "host 3");
+    assert_eq!(arbiter.claim(&VM, 4, "next"), Claim::Won);
+    let names = names(directory.path());
+    assert!(names.iter().all(|name| !name.contains('.')), "{names:?}");
 }

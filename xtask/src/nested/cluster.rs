@@ -293,6 +293,11 @@ impl Cluster {
             format!("ip link set {} up", clients.card()),
             format!("ip link set {BRIDGE} up"),
         ];
+        // Whichever host comes first makes it; to the others it is one already.
+        if let Some((program, _)) = self.options.programs.iter().find(|(path, _)| path.ends_with("/outlive"))
+        {
+            lines.push(format!("{program} arbiter init file:{ARBITER}"));
+        }
         for other in 1..=self.hosts.len() {
             lines.push(format!("echo {} host-{other} >>/etc/hosts", link.host(other)));
         }

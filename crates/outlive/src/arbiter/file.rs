@@ -1,9 +1,11 @@
 //! The arbiter in a directory: one file for each generation that was won.
 //!
 //! ```text
-//! DIR/outlive-arbiter          which arbiter this is: a random id, written by the first that opened DIR
-//! DIR/<vm>.<generation>        a claim: who won this generation of this VM
-//! DIR/.outlive-*.tmp           a claim that is being written
+//! DIR/outlive-arbiter          which arbiter this is: a random id, written by `outlive arbiter init`
+//! DIR/<vm>/<generation>        a claim: who won this generation of this VM
+//! DIR/<vm>/pruned.<generation> claims to generations below this one count no more and are removed
+//! DIR/<vm>/ended.<generation>  the VM ended in order in this generation; for people and for pruning
+//! DIR/.outlive-*.tmp           a file that is being written
 //! ```
 //!
 //! A claim is written to a file of its own, flushed to the disk, and then given its final name with
@@ -15,179 +17,147 @@
 //! can be lost after the deed was done. Each process has a random token, and finding it there means that the
 //! claim was ours.
 //!
-//! Claims are never deleted by the program. Each generation but the first is won beside the claim before it:
-//! a directory without that claim was emptied, or is another one (a mount point without its mount), and what
-//! was won elsewhere could be won there a second time. So an operator may delete the claims of a VM only when
-//! the VM has ended, and keeps at least the newest of every other. For the same reason an old copy of the
-//! directory must not be put back while a VM runs: it lacks the claims that were won since.
+//! Each generation but the first is won beside the claim before it: a directory without that claim was
+//! emptied, or is another one (a mount point without its mount), and what was won elsewhere could be won
+//! there a second time. For the same reason an old copy of the directory must not be put back while a VM
+//! runs: it lacks the claims that were won since.
+//!
+//! Old claims are removed, and the newest [`KEPT`] of a VM never (`prune.rs`). A generation whose claim was
+//! removed cannot be won again: `pruned.N`, which is durable before the first claim goes, says that claims
+//! below N count no more. It is looked for *after* the own claim was written: its writer may have been
+//! stopped for any time just before, and everybody else's claims have come and gone meanwhile. Whoever finds
+//! the place of a removed claim free finds `pruned.N` too.
+//!
+//! A directory becomes an arbiter by `outlive arbiter init` and in no other way: the mount point of a file
+//! system that is not mounted must not look like an arbiter that knows of no VM yet.
+//!
+//! [`KEPT`]: super::prune::KEPT
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::io;
+use std::path::Path;
 
-use nix::errno::Errno;
-
-use super::{Arbiter, ArbiterSpecError, Claim, VmId};
-use crate::process;
-
-/// Name of the file that says which arbiter a directory is.
-const MARKER: &str = "outlive-arbiter";
-const MARKER_TITLE: &str = "outlive arbiter directory, version 1";
-const CLAIM_TITLE: &str = "outlive claim, version 1";
-/// Last line of both files: what is shorter was damaged.
-const END: &str = "end";
-const TEMP_PREFIX: &str = ".outlive-";
-const TEMP_SUFFIX: &str = ".tmp";
-/// A claim takes milliseconds. One that is unfinished for so long was left by a crash; should its writer live
-/// after all (a file server that hung), it sees that its file is gone and claims again.
-const LEFTOVER_AGE: Duration = Duration::from_secs(600);
-/// Claims are a few hundred bytes. Nothing longer is read.
-const LONGEST_FILE: u64 = 4096;
-/// Longest owner name that is written, in characters.
-const LONGEST_OWNER: usize = 200;
-const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory back; nobody \
-                           goes on without it";
+use super::directory::{Directory, Found, explain, unusable};
+use super::record::{self, MARKER, Marker};
+use super::{Arbiter, ArbiterSpecError, Claim, Ending, LOST_CLAIMS, VmId, Win, Winner};
+use super::{process_token, prune, random_hex};
 
 /// An arbiter in a directory that both hosts see.
 pub struct FileArbiter {
-    directory: PathBuf,
+    pub(super) directory: Directory,
     /// Tells this process from all others, those of the past included.
-    token: &'static str,
+    process: &'static str,
     /// What the marker said when the directory was opened.
     identity: String,
-    /// The file system that the directory was on.
-    device: u64,
     /// Own claims that were answered with `Won`: the text of each.
     won: HashSet<String>,
 }
 
-/// What is behind a name in the directory.
-enum Found {
-    Nothing,
-    Text(String),
-    /// It exists and is no file of ours.
-    Garbage(String),
+/// What [`FileArbiter::init`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initialized {
+    /// The directory is an arbiter from now on.
+    Made,
+    /// It was one before; nothing was changed.
+    Already,
+    /// It was one of an earlier release, with the same identity and claims.
+    Upgraded,
 }
 
 impl FileArbiter {
-    /// Opens an existing directory and puts the marker into it, if it has none.
-    pub fn open(directory: &Path) -> Result<FileArbiter, ArbiterSpecError> {
-        let unusable = |why: String| ArbiterSpecError::Unusable { directory: directory.to_path_buf(), why };
-        // Absolute, so that it stays the same directory if the process goes elsewhere.
-        let absolute = std::path::absolute(directory).map_err(|error| unusable(explain(&error)))?;
-        let metadata = match fs::metadata(&absolute) {
-            Ok(metadata) if metadata.is_dir() => metadata,
-            Ok(_) => return Err(ArbiterSpecError::NotDirectory(directory.to_path_buf())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(ArbiterSpecError::Missing(directory.to_path_buf()));
-            }
-            Err(error) => return Err(unusable(explain(&error))),
-        };
-        let token = process_token().map_err(|error| unusable(format!("no random numbers: {error}")))?;
-        let mut arbiter = FileArbiter {
-            directory: absolute,
-            token,
-            identity: String::new(),
-            device: metadata.dev(),
-            won: HashSet::new(),
-        };
-        arbiter.identity = arbiter.establish_identity().map_err(unusable)?;
-        arbiter.try_writing().map_err(|error| unusable(explain(&error)))?;
-        Ok(arbiter)
-    }
-
-    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby
-    /// until the moment when it has to win.
-    fn try_writing(&self) -> io::Result<()> {
-        let name = format!(".outlive-probe-{}", random_hex()?);
-        self.publish(&name, "This host can write here.\n")?;
-        fs::remove_file(self.directory.join(name))
-    }
-
-    /// Reads the marker, or writes it with a new id if there is none. Of several that write it one wins.
-    fn establish_identity(&self) -> Result<String, String> {
-        if let Some(identity) = self.read_marker()? {
-            return Ok(identity);
-        }
-        let fresh = random_hex().map_err(|error| format!("no random numbers: {error}"))?;
-        self.publish(MARKER, &marker_text(&fresh)).map_err(|error| explain(&error))?;
-        self.read_marker()?.ok_or_else(|| "a file that was just written is not there".to_string())
-    }
-
-    fn read_marker(&self) -> Result<Option<String>, String> {
-        let damaged = |problem: &str| {
-            format!(
-                "its file {MARKER} is damaged ({problem}): restore it, or delete it while no VM uses this arbiter"
-            )
-        };
-        match self.look(MARKER).map_err(|error| explain(&error))? {
-            Found::Nothing => Ok(None),
-            Found::Garbage(problem) => Err(damaged(&problem)),
-            Found::Text(text) => {
-                let id =
-                    field(&text, MARKER_TITLE, "id").ok_or_else(|| damaged("not what Outlive writes"))?;
-                Ok(Some(id.to_string()))
-            }
-        }
-    }
-
-    /// Makes sure that this still is the directory that was opened.
+    /// Opens the arbiter in a directory.
     ///
-    /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
-    /// would win there alone.
-    fn check_directory(&self) -> Result<(), String> {
-        let metadata = fs::metadata(&self.directory).map_err(|error| explain(&error))?;
-        match self.read_marker()? {
-            Some(identity) if identity == self.identity => Ok(()),
-            Some(other) => Err(format!(
-                "it is another arbiter now (id {other}, at the start {}): mount the right file system there",
-                self.identity
-            )),
-            None if metadata.dev() != self.device => {
-                Err("another file system is there now: mount the one that was there at the start".to_string())
+    /// # Errors
+    /// Why this is none, or none that this host can write to.
+    pub fn open(path: &Path) -> Result<FileArbiter, ArbiterSpecError> {
+        let directory = Directory::at(path)?;
+        let identity = match read_marker(&directory, path)? {
+            Some(Marker::Current(identity)) => identity,
+            Some(Marker::Old(_)) => return Err(ArbiterSpecError::Old(path.to_path_buf())),
+            None => return Err(ArbiterSpecError::NotArbiter(path.to_path_buf())),
+        };
+        directory.try_writing().map_err(|error| unusable(path, &error))?;
+        let process = process_token().map_err(|error| unusable(path, &error))?;
+        Ok(FileArbiter { directory, process, identity, won: HashSet::new() })
+    }
+
+    /// Makes an arbiter of an empty directory: the operator says that this is the place, and that it is
+    /// mounted. An arbiter stays as it is, and one of an earlier release is brought up to date; no VM may use
+    /// it meanwhile.
+    ///
+    /// # Errors
+    /// Why the directory cannot be one. Nothing was changed then.
+    pub fn init(path: &Path) -> Result<(FileArbiter, Initialized), ArbiterSpecError> {
+        let directory = Directory::at(path)?;
+        let failed = |error: io::Error| unusable(path, &error);
+        let done = match read_marker(&directory, path)? {
+            Some(Marker::Current(_)) => Initialized::Already,
+            Some(Marker::Old(identity)) => {
+                upgrade(&directory, &identity).map_err(failed)?;
+                Initialized::Upgraded
             }
-            // Emptied, made anew, or a mount point on the same file system. A marker written now would only
-            // hide that the claims are gone.
-            None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
-        }
+            None => {
+                refuse_strangers(&directory, path)?;
+                let identity = random_hex().map_err(failed)?;
+                // Of several that do this at once one wins, and all open the same arbiter.
+                directory.publish(MARKER, &Marker::text(&identity)).map_err(failed)?;
+                directory.flush(MARKER).map_err(failed)?;
+                Initialized::Made
+            }
+        };
+        Ok((FileArbiter::open(path)?, done))
     }
 
     fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, String> {
-        self.check_directory()?;
-        let text = claim_text(vm, generation, &printable(owner), self.token);
+        self.directory.check(&self.identity)?;
+        let text = record::claim_text(vm, generation, owner, self.process);
         let claim = self.find_or_publish(vm, generation, &text)?;
-        // Looked for once more, after the own claim was seen: the directory may have been emptied just before
-        // it was written, now or in an earlier attempt.
-        if claim == Claim::Won && !self.won.contains(&text) {
-            self.check_predecessor(vm, generation)?;
-            self.won.insert(text);
+        if claim != Claim::Won || self.won.contains(&text) {
+            return Ok(claim);
         }
+        // Looked for once more, after the own claim was seen: the directory may have been emptied, or the
+        // claims of this VM have gone on and this one been pruned, just before it was written, now or in an
+        // earlier attempt.
+        let floor = self.directory.names(&record::vm_name(vm)).map_err(|error| explain(&error))?;
+        let floor = floor.iter().filter_map(|name| record::parse_pruned_name(name)).max();
+        if floor.is_some_and(|floor| generation < floor)
+            && let Some(newer) = self.newer(vm, generation)?
+        {
+            return Ok(newer);
+        }
+        self.check_predecessor(vm, generation)?;
+        self.won.insert(text);
         Ok(claim)
     }
 
     /// Who owns this generation, after an attempt to make it ours. `text` is what our claim looks like.
     fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, String> {
-        let name = claim_name(vm, generation);
+        let name = record::claim_name(vm, generation);
         if let Some(claim) = self.judge(&name, text)? {
             return Ok(claim);
         }
-        if let Some(higher) = self.find_highest(vm).map_err(|error| explain(&error))?
-            && higher > generation
-        {
-            return Ok(Claim::Lost { owner: format!("generation {higher}, which is newer") });
+        if let Some(newer) = self.newer(vm, generation)? {
+            return Ok(newer);
         }
         self.check_predecessor(vm, generation)?;
-        let published = self.publish(&name, text);
+        if generation <= 1 {
+            self.directory.make(&record::vm_name(vm)).map_err(|error| explain(&error))?;
+        }
+        let published = self.directory.publish(&name, text);
         match (self.judge(&name, text)?, published) {
             (Some(claim), _) => Ok(claim),
             (None, Err(error)) => Err(explain(&error)),
             (None, Ok(())) => Err("a claim that was just written is not there".to_string()),
         }
+    }
+
+    /// A generation that is newer than this one ends every claim to it.
+    fn newer(&self, vm: &VmId, generation: u64) -> Result<Option<Claim>, String> {
+        let highest = self.find_highest(vm).map_err(|error| explain(&error))?;
+        Ok(highest.filter(|highest| *highest > generation).map(|highest| {
+            let owner = self.win(vm, highest).winner.map_or_else(String::new, |it| format!(", {}", it.owner));
+            Claim::Lost { owner: format!("generation {highest}, which is newer{owner}") }
+        }))
     }
 
     /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the
@@ -196,119 +166,69 @@ impl FileArbiter {
         if generation <= 1 {
             return Ok(());
         }
-        match self.look(&claim_name(vm, generation - 1)).map_err(|error| explain(&error))? {
+        match self.look(&record::claim_name(vm, generation - 1))? {
             Found::Nothing => Err(LOST_CLAIMS.to_string()),
             Found::Text(_) | Found::Garbage(_) => Ok(()),
         }
     }
 
     /// Who owns the claim of this name, if it exists. `text` is what our own claim looks like.
+    ///
+    /// A damaged claim belongs to nobody that can be told: if both sides took it for lost, the VM would be
+    /// gone for good. They wait for an operator.
     fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, String> {
-        let damaged = |problem: &str| Claim::Lost {
-            owner: format!("nobody knows: {} is damaged ({problem})", self.directory.join(name).display()),
+        let damaged = |problem: &str| {
+            format!(
+                "its claim {name} is damaged ({problem}): restore it; or make sure that no host runs this VM in that \
+                 generation, and delete the file"
+            )
         };
-        Ok(Some(match self.look(name).map_err(|error| explain(&error))? {
-            Found::Nothing => return Ok(None),
-            Found::Garbage(problem) => damaged(&problem),
+        match self.look(name)? {
+            Found::Nothing => Ok(None),
+            Found::Garbage(problem) => Err(damaged(&problem)),
             Found::Text(found) if found == text => {
                 // It may be there without being on the disk: a crash of the server would forget who won.
-                self.flush(name).map_err(|error| explain(&error))?;
-                Claim::Won
+                self.directory.flush(name).map_err(|error| explain(&error))?;
+                Ok(Some(Claim::Won))
             }
-            Found::Text(found) => match field(&found, CLAIM_TITLE, "owner") {
-                Some(owner) => Claim::Lost { owner: owner.to_string() },
-                None => damaged("not what Outlive writes"),
+            Found::Text(found) => match record::parse_claim(&found) {
+                Some((owner, _)) => Ok(Some(Claim::Lost { owner: owner.to_string() })),
+                None => Err(damaged("not what Outlive writes")),
             },
-        }))
+        }
     }
 
-    /// Reads a file of the directory.
-    fn look(&self, name: &str) -> io::Result<Found> {
-        let path = self.directory.join(name);
-        let metadata = match fs::symlink_metadata(&path) {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
-            Err(error) => return Err(error),
+    fn look(&self, name: &str) -> Result<Found, String> {
+        self.directory.look(name).map_err(|error| explain(&error))
+    }
+
+    /// What is known of a generation that was won.
+    fn win(&self, vm: &VmId, generation: u64) -> Win {
+        let name = record::claim_name(vm, generation);
+        let winner = match self.directory.look(&name) {
+            Ok(Found::Text(text)) => record::parse_claim(&text)
+                .map(|(owner, process)| Winner { owner: owner.to_owned(), process: process.to_owned() }),
+            _ => None,
         };
-        if !metadata.is_file() {
-            return Ok(Found::Garbage("not a file".to_string()));
-        }
-        let mut bytes = Vec::new();
-        File::open(&path)?.take(LONGEST_FILE + 1).read_to_end(&mut bytes)?;
-        let length = bytes.len();
-        if length as u64 > LONGEST_FILE {
-            return Ok(Found::Garbage(format!("more than {LONGEST_FILE} bytes")));
-        }
-        Ok(match String::from_utf8(bytes) {
-            Ok(text) => Found::Text(text),
-            Err(_) => Found::Garbage(format!("{length} bytes, not text")),
-        })
-    }
-
-    /// Puts a whole file under a final name unless the name exists. Which of the two happened is to be read
-    /// from the file.
-    fn publish(&self, name: &str, text: &str) -> io::Result<()> {
-        let temp = self.directory.join(temp_name(self.token));
-        let result = self.write_temp(&temp, text).and_then(|()| {
-            match fs::hard_link(&temp, self.directory.join(name)) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-                other => other,
-            }
-        });
-        // If this fails the file is a leftover, which somebody's later claim removes.
-        let _ = fs::remove_file(&temp);
-        result
-    }
-
-    fn write_temp(&self, temp: &Path, text: &str) -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(temp)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        // The file server's clock, by which leftovers are dated too.
-        let now = file.metadata()?.modified()?;
-        self.remove_leftovers(now);
-        Ok(())
-    }
-
-    /// Removes what crashed claimants left. Without it nothing would be wrong, only untidy, so errors are
-    /// ignored.
-    fn remove_leftovers(&self, now: SystemTime) {
-        let Ok(entries) = fs::read_dir(&self.directory) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
-            let old =
-                || entry.metadata()?.modified().map(|time| now.duration_since(time).unwrap_or_default());
-            if name.starts_with(TEMP_PREFIX)
-                && name.ends_with(TEMP_SUFFIX)
-                && old().is_ok_and(|age| age > LEFTOVER_AGE)
-            {
-                let _ = fs::remove_file(entry.path());
-            }
-        }
-    }
-
-    fn flush(&self, name: &str) -> io::Result<()> {
-        File::open(self.directory.join(name))?.sync_all()?;
-        match File::open(&self.directory)?.sync_all() {
-            // Some network file systems cannot flush a directory; theirs are written at once.
-            Err(error) if matches!(os_error(&error), Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(()),
-            other => other,
-        }
+        Win { generation, winner, at: self.directory.written(&name) }
     }
 
     fn find_highest(&self, vm: &VmId) -> io::Result<Option<u64>> {
-        let mut highest = None;
-        for entry in fs::read_dir(&self.directory)? {
-            let name = entry?.file_name();
-            highest = highest.max(name.to_str().and_then(|name| parse_claim_name(name, vm)));
-        }
-        Ok(highest)
+        let names = self.directory.names(&record::vm_name(vm))?;
+        Ok(names.iter().filter_map(|name| record::parse_claim_name(name)).max())
     }
 
     /// Adds the directory to a reason.
-    fn unreachable(&self, why: &str) -> String {
-        format!("arbiter directory {}: {why}", self.directory.display())
+    pub(super) fn unreachable(&self, why: &str) -> String {
+        format!("arbiter directory {}: {why}", self.directory.path().display())
+    }
+
+    /// Does something with the directory once it is known to be the one that was opened.
+    pub(super) fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, String> {
+        let checked = self.directory.check(&self.identity);
+        checked
+            .and_then(|()| work(self).map_err(|error| explain(&error)))
+            .map_err(|why| self.unreachable(&why))
     }
 }
 
@@ -319,16 +239,37 @@ impl Arbiter for FileArbiter {
     }
 
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String> {
-        self.check_directory()
-            .and_then(|()| self.find_highest(vm).map_err(|error| explain(&error)))
-            .map_err(|why| self.unreachable(&why))
+        self.checked(|arbiter| arbiter.find_highest(vm))
     }
 
-    fn owner(&mut self, vm: &VmId, generation: u64) -> Option<String> {
-        match self.look(&claim_name(vm, generation)) {
-            Ok(Found::Text(text)) => field(&text, CLAIM_TITLE, "owner").map(str::to_owned),
-            _ => None,
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String> {
+        self.checked(|arbiter| {
+            let names = arbiter.directory.names(&record::vm_name(vm))?;
+            let mut generations: Vec<u64> =
+                names.iter().filter_map(|name| record::parse_claim_name(name)).collect();
+            generations.sort_unstable();
+            Ok(generations.into_iter().map(|generation| arbiter.win(vm, generation)).collect())
+        })
+    }
+
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String> {
+        self.checked(|arbiter| arbiter.find_ending(vm))
+    }
+
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String> {
+        self.checked(|arbiter| {
+            let name = record::ended_name(vm, generation);
+            arbiter.directory.publish(&name, &record::ended_text(vm, generation, why))?;
+            arbiter.directory.flush(&name)
+        })
+    }
+
+    fn tidy(&mut self, vm: &VmId) {
+        let pruned = self.checked(|arbiter| prune::superseded(arbiter, vm, prune::Mode::Remove));
+        if let Err(why) = pruned {
+            tracing::debug!("old claims are not removed: {why}");
         }
+        self.directory.remove_leftovers();
     }
 
     fn identity(&self) -> &str {
@@ -336,73 +277,31 @@ impl Arbiter for FileArbiter {
     }
 }
 
-fn claim_name(vm: &VmId, generation: u64) -> String {
-    format!("{vm}.{generation}")
+fn read_marker(directory: &Directory, path: &Path) -> Result<Option<Marker>, ArbiterSpecError> {
+    let unusable = |why| ArbiterSpecError::Unusable { directory: path.to_path_buf(), why };
+    directory.read_marker().map_err(unusable)
 }
 
-/// The generation of a claim's name, if it is exactly the name that this VM's claim would have.
-fn parse_claim_name(name: &str, vm: &VmId) -> Option<u64> {
-    let generation = name.split_once('.')?.1.parse().ok()?;
-    (name == claim_name(vm, generation)).then_some(generation)
-}
-
-fn temp_name(token: &str) -> String {
-    // One number for the whole process: several arbiters in it share the token.
-    static NUMBER: AtomicU64 = AtomicU64::new(0);
-    format!("{TEMP_PREFIX}{token}-{}{TEMP_SUFFIX}", NUMBER.fetch_add(1, Ordering::Relaxed))
-}
-
-fn marker_text(id: &str) -> String {
-    format!("{MARKER_TITLE}\nid {id}\n{END}\n")
-}
-
-fn claim_text(vm: &VmId, generation: u64, owner: &str, token: &str) -> String {
-    format!("{CLAIM_TITLE}\nvm {vm}\ngeneration {generation}\nowner {owner}\ntoken {token}\n{END}\n")
-}
-
-/// A field of a whole file with this title; `None` if the file is not whole or is something else.
-fn field<'a>(text: &'a str, title: &str, name: &str) -> Option<&'a str> {
-    let body = text.strip_prefix(title)?.strip_prefix('\n')?.strip_suffix('\n')?;
-    let fields = body.strip_suffix(END)?.strip_suffix('\n')?;
-    fields.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
-}
-
-/// An owner's name in one line of reasonable length.
-fn printable(owner: &str) -> String {
-    owner.chars().take(LONGEST_OWNER).map(|c| if c.is_control() { '?' } else { c }).collect()
-}
-
-/// 16 random bytes that are the same for the whole life of this process and no other.
-fn process_token() -> io::Result<&'static str> {
-    static TOKEN: OnceLock<String> = OnceLock::new();
-    if let Some(token) = TOKEN.get() {
-        return Ok(token);
+/// A directory in use for something else is most likely a wrong one. One with claims and without a marker
+/// was an arbiter, and a new identity would hide that.
+fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), ArbiterSpecError> {
+    let names = directory.names("").map_err(|error| unusable(path, &error))?;
+    let usual = |name: &String| name.starts_with('.') || name == "lost+found" || name == MARKER;
+    match names.into_iter().find(|name| !usual(name)) {
+        Some(found) => Err(ArbiterSpecError::NotEmpty { directory: path.to_path_buf(), found }),
+        None => Ok(()),
     }
-    let fresh = random_hex()?;
-    Ok(TOKEN.get_or_init(|| fresh))
 }
 
-fn random_hex() -> io::Result<String> {
-    Ok(process::random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-fn os_error(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(0))
-}
-
-/// An error with what helps against it.
-fn explain(error: &io::Error) -> String {
-    let remedy = match os_error(error) {
-        Errno::ENOENT | Errno::ENOTDIR => "it is not there; mount it or put it back",
-        Errno::EACCES | Errno::EPERM => "let this user read and write it; it must also support hard links",
-        Errno::ENOSPC | Errno::EDQUOT => "make room there",
-        Errno::EROFS => "mount it writable",
-        Errno::ESTALE => "mount it again",
-        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EXDEV | Errno::EMLINK => {
-            "use a file system that supports hard links"
+/// Moves the claims of version 1 to their places in version 2. The marker comes last: if this is interrupted,
+/// doing it again goes on.
+fn upgrade(directory: &Directory, identity: &str) -> io::Result<()> {
+    for name in directory.names("")? {
+        if let Some((vm, generation)) = record::parse_old_claim_name(&name) {
+            directory.make(&record::vm_name(&vm))?;
+            directory.rename(&name, &record::claim_name(&vm, generation))?;
+            directory.flush(&record::claim_name(&vm, generation))?;
         }
-        Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (ulimit -n)",
-        _ => "check the file server and the network to it",
-    };
-    format!("{error}; {remedy}")
+    }
+    directory.replace(MARKER, &Marker::text(identity))
 }

@@ -5,19 +5,36 @@
 //! test-and-set. Who loses stops its VM. As long as the arbiter cannot be reached nobody goes on. No clock
 //! and no lease takes part, so a host that was stopped for an hour and continues cannot do harm.
 //!
-//! [`FileArbiter`] is the built-in kind: a directory that both hosts see. [`ClaimWorker`] makes claims on a
-//! thread of its own, because a claim can block for as long as a dead file server pleases.
+//! ```text
+//! file.rs       the built-in kind: a directory that both hosts see
+//! directory.rs  its files; record.rs what is in them; prune.rs which of them go
+//! worker.rs     claims on a thread of their own, because one can block for as long as a dead file server pleases
+//! command.rs    `outlive arbiter`
+//! ```
 
+mod command;
+mod directory;
 mod file;
+mod prune;
+mod record;
 mod worker;
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::SystemTime;
 
-pub use file::FileArbiter;
+pub use command::command;
+pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
+pub(crate) use record::parse_vm;
 pub use worker::{Busy, ClaimResult, ClaimWorker};
 
 use crate::process;
+
+/// Said of a directory where a VM's claims should be and are not.
+const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory back; nobody \
+                           goes on without it";
 
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +53,37 @@ pub enum Claim {
     },
 }
 
+/// Who won a generation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Winner {
+    /// Names the claimant to people.
+    pub owner: String,
+    /// The claimant's [`process_token`].
+    pub process: String,
+}
+
+/// A generation that was won.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Win {
+    /// Which.
+    pub generation: u64,
+    /// By whom; `None` if the claim is damaged.
+    pub winner: Option<Winner>,
+    /// When, by the arbiter's clock.
+    pub at: Option<SystemTime>,
+}
+
+/// A VM's end in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// The generation in which it ran last.
+    pub generation: u64,
+    /// Why it ended, for people.
+    pub why: String,
+    /// When, by the arbiter's clock.
+    pub at: Option<SystemTime>,
+}
+
 /// A place where each generation of a VM is won by exactly one claimant.
 pub trait Arbiter: Send {
     /// Claims a generation. May block for long.
@@ -52,12 +100,24 @@ pub trait Arbiter: Send {
     /// wrong and what helps.
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String>;
 
-    /// Who won this generation, for people; `None` if nobody did or it cannot be told. Nothing may depend on
-    /// it.
-    fn owner(&mut self, vm: &VmId, generation: u64) -> Option<String>;
+    /// The newest generations of this VM, in their order: all, or so many as are still known. The error says
+    /// what is wrong and what helps.
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String>;
 
-    /// A name for the arbiter itself that two hosts compare, before they rely on it, to know that they were
-    /// given the same one.
+    /// How the VM ended, if it did so in order and was not started again since. The error says what is wrong
+    /// and what helps.
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String>;
+
+    /// Notes that the VM has ended in order in a generation that this process has won. Only for people and
+    /// for [`prune`](crate::cli::ArbiterCommand::Prune): no decision depends on it. The error says what is
+    /// wrong and what helps.
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String>;
+
+    /// Removes what is of no use any more. To be called when nobody waits.
+    fn tidy(&mut self, vm: &VmId);
+
+    /// A name for the arbiter itself, the same for ever. Two hosts compare it, before they rely on it, to
+    /// know that they were given the same one, and images remember it.
     fn identity(&self) -> &str;
 }
 
@@ -79,6 +139,28 @@ pub enum ArbiterSpecError {
     /// The path leads to something else.
     #[error("arbiter path {0} is not a directory: give a directory that both hosts see")]
     NotDirectory(PathBuf),
+    /// Nobody has made an arbiter there.
+    #[error(
+        "directory {0} is not an arbiter: mount the file system that has it; or, if this is the place, make it one with \
+         `outlive arbiter init file:{0}`, once and on one host"
+    )]
+    NotArbiter(PathBuf),
+    /// An earlier release has.
+    #[error(
+        "arbiter directory {0} is of an earlier release: stop the VMs that use it, then bring it up to date with \
+         `outlive arbiter init file:{0}`"
+    )]
+    Old(PathBuf),
+    /// It is used for something else.
+    #[error(
+        "directory {directory} cannot become an arbiter: it has a file '{found}' already; give an empty directory"
+    )]
+    NotEmpty {
+        /// The directory.
+        directory: PathBuf,
+        /// What is in it.
+        found: String,
+    },
     /// The directory cannot be used.
     #[error("cannot use arbiter directory {directory}: {why}")]
     Unusable {
@@ -91,15 +173,37 @@ pub enum ArbiterSpecError {
 
 /// Opens the arbiter of an `--arbiter` option: `file:DIR`.
 pub fn parse(text: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
+    Ok(Box::new(FileArbiter::open(parse_place(text)?)?))
+}
+
+/// The directory of an `--arbiter` option.
+fn parse_place(text: &str) -> Result<&Path, ArbiterSpecError> {
     match text.strip_prefix("file:") {
-        Some(directory) if !directory.is_empty() => Ok(Box::new(FileArbiter::open(Path::new(directory))?)),
+        Some(directory) if !directory.is_empty() => Ok(Path::new(directory)),
         _ => Err(ArbiterSpecError::Form(text.to_string())),
     }
 }
 
 /// A name for this process as an owner, for people: role, host and process number.
 pub fn owner(role: &str) -> String {
-    format!("{role} on {} (process {})", process::host_name(), std::process::id())
+    format!("{role} on host {} (process {})", process::host_name(), std::process::id())
+}
+
+/// 16 random bytes, in hexadecimal, that are the same for the whole life of this process and no other.
+///
+/// # Errors
+/// The operating system's, when it has no random numbers.
+pub fn process_token() -> io::Result<&'static str> {
+    static TOKEN: OnceLock<String> = OnceLock::new();
+    if let Some(token) = TOKEN.get() {
+        return Ok(token);
+    }
+    let fresh = random_hex()?;
+    Ok(TOKEN.get_or_init(|| fresh))
+}
+
+fn random_hex() -> io::Result<String> {
+    Ok(process::random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[cfg(test)]
@@ -127,6 +231,8 @@ mod tests {
 
     #[test]
     fn a_directory_that_cannot_hold_claims_is_refused_at_the_start() {
-        assert!(refusal("file:/proc").contains("cannot use arbiter directory /proc"));
+        assert!(refusal("file:/proc").contains("`outlive arbiter init file:/proc`"));
+        let error = FileArbiter::init(Path::new("/proc")).map(drop).unwrap_err().to_string();
+        assert!(error.contains("/proc cannot become an arbiter: it has a file"), "{error}");
     }
 }

@@ -28,12 +28,18 @@ pub struct Busy {
     pub generation: u64,
 }
 
+/// What the thread is asked to do.
+enum Request {
+    Claim(u64),
+    NoteEnd { generation: u64, why: String, done: Sender<()> },
+}
+
 /// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
 ///
 /// Dropping it does not wait: a claim under way goes on and may even be won, but its result is still
 /// delivered, so `deliver` must cope with a receiver that is gone.
 pub struct ClaimWorker {
-    requests: Sender<u64>,
+    requests: Sender<Request>,
     under_way: Arc<Mutex<Option<u64>>>,
 }
 
@@ -50,11 +56,26 @@ impl ClaimWorker {
         let under_way = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&under_way);
         thread::Builder::new().name("arbiter".to_string()).spawn(move || {
-            for generation in inbox {
-                let start = Instant::now();
-                let claim = arbiter.claim(&vm, generation, &owner);
-                *lock(&shared) = None;
-                deliver(ClaimResult { generation, claim, took: start.elapsed() });
+            for request in inbox {
+                match request {
+                    Request::Claim(generation) => {
+                        let start = Instant::now();
+                        let claim = arbiter.claim(&vm, generation, &owner);
+                        let won = claim == Claim::Won;
+                        *lock(&shared) = None;
+                        deliver(ClaimResult { generation, claim, took: start.elapsed() });
+                        // After the answer: a VM waits for it.
+                        if won {
+                            arbiter.tidy(&vm);
+                        }
+                    }
+                    Request::NoteEnd { generation, why, done } => {
+                        if let Err(error) = arbiter.note_end(&vm, generation, &why) {
+                            tracing::warn!("the arbiter does not learn that the VM has ended: {error}");
+                        }
+                        done.send(()).ok();
+                    }
+                }
             }
         })?;
         Ok(ClaimWorker { requests, under_way })
@@ -69,8 +90,16 @@ impl ClaimWorker {
         *under_way = Some(generation);
         // It only fails if the thread died of a panic. Then it stays busy, which is the safe side: nobody
         // goes on.
-        let _ = self.requests.send(generation);
+        let _ = self.requests.send(Request::Claim(generation));
         Ok(())
+    }
+
+    /// Notes that the VM has ended in order, and waits for so long that the arbiter knows it.
+    pub fn note_end(&self, generation: u64, why: String, patience: Duration) {
+        let (done, answer) = channel();
+        if self.requests.send(Request::NoteEnd { generation, why, done }).is_ok() {
+            answer.recv_timeout(patience).ok();
+        }
     }
 
     /// The generation whose claim is under way.
@@ -91,6 +120,7 @@ fn lock(under_way: &Mutex<Option<u64>>) -> MutexGuard<'_, Option<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Ending, Win};
     use super::*;
     use std::sync::mpsc::Receiver;
 
@@ -104,9 +134,16 @@ mod tests {
         fn highest(&mut self, _: &VmId) -> Result<Option<u64>, String> {
             Ok(None)
         }
-        fn owner(&mut self, _: &VmId, _: u64) -> Option<String> {
-            None
+        fn history(&mut self, _: &VmId) -> Result<Vec<Win>, String> {
+            Ok(Vec::new())
         }
+        fn ending(&mut self, _: &VmId) -> Result<Option<Ending>, String> {
+            Ok(None)
+        }
+        fn note_end(&mut self, _: &VmId, _: u64, _: &str) -> Result<(), String> {
+            Ok(())
+        }
+        fn tidy(&mut self, _: &VmId) {}
         fn identity(&self) -> &str {
             "slow"
         }

@@ -3,7 +3,7 @@
 use super::{Command, RunOptions, StandbyOptions};
 use crate::standby::{Outcome, Waiting};
 use crate::vm::{End, Launch};
-use crate::{check, console, demo, exit, primary, ui};
+use crate::{arbiter, check, console, demo, exit, primary, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -12,6 +12,7 @@ impl Command {
             Self::Run(options) => run(options),
             Self::Standby(options) => standby(options),
             Self::Console(options) => console::command(options),
+            Self::Arbiter(options) => arbiter::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
         }

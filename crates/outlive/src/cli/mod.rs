@@ -1,6 +1,7 @@
 //! The command line.
 
 mod active;
+mod arbiter;
 mod console;
 mod execute;
 mod run;
@@ -16,6 +17,7 @@ use crate::check::CheckOptions;
 use crate::demo::DemoOptions;
 
 pub use active::{ActiveOptions, TrackerChoice};
+pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use console::ConsoleOptions;
 pub use run::RunOptions;
 pub use standby::StandbyOptions;
@@ -56,6 +58,8 @@ pub enum Command {
     Standby(StandbyOptions),
     /// Attach a terminal to the serial port or the console of a VM on this host
     Console(ConsoleOptions),
+    /// Make, list and prune arbiters: the third places that say who may run a VM
+    Arbiter(ArbiterOptions),
     /// Kill a protected VM again and again on this machine and count what was lost
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing

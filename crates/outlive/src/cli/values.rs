@@ -126,6 +126,11 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// An age: any sum of times from seconds to years.
+pub(super) fn parse_age(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| format!("'{text}' is not an age like 12h or 30days"))
+}
+
 pub(super) fn parse_host_port(text: &str) -> Result<String, String> {
     let good = text.rsplit_once(':').is_some_and(|(host, port)| {
         let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);

@@ -11,6 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use nix::unistd::mkdtemp;
 
 use super::events::{Tail, Tenure};
+use crate::arbiter::FileArbiter;
 use crate::events::Record;
 
 /// One of the two places where the VM can run. On real ones these would be two machines.
@@ -82,6 +83,7 @@ impl WorkDir {
         let path = mkdtemp(&std::env::temp_dir().join("outlive-demo-XXXXXX")).map_err(io::Error::from)?;
         let dir = Self { path };
         fs::create_dir(dir.arbiter())?;
+        FileArbiter::init(&dir.arbiter()).map_err(io::Error::other)?;
         Ok(dir)
     }
 

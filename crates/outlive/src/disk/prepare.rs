@@ -110,8 +110,9 @@ pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Re
         let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
         match arbiter.highest(&arbiter::VmId(vm.0)) {
             Ok(Some(highest)) if highest > generation => {
-                let owner = arbiter.owner(&arbiter::VmId(vm.0), highest);
-                let owner = owner.map_or(String::new(), |owner| format!(", won by {owner}"));
+                let history = arbiter.history(&arbiter::VmId(vm.0))?;
+                let winner = history.into_iter().next_back().and_then(|win| win.winner);
+                let owner = winner.map_or(String::new(), |winner| format!(", won by {}", winner.owner));
                 // If that is this host, it was stopped between the arbiter's answer and the note beside the
                 // image.
                 return Err(format!(

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{major, minor};
 use outlive_epoch::VmId;
 
+use crate::arbiter::parse_vm;
+
 /// Where the sidecars and journals of block devices are kept: beside them is no place that lasts.
 const STATE_DIR: &str = "/var/lib/outlive";
 /// Characters of a block device's name in that of its sidecar.
@@ -196,17 +198,6 @@ impl Sidecar {
             journal,
         })
     }
-}
-
-fn parse_vm(text: &str) -> Option<VmId> {
-    let mut id = [0; 16];
-    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (index, byte) in id.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(index * 2..index * 2 + 2)?, 16).ok()?;
-    }
-    Some(VmId(id))
 }
 
 #[cfg(test)]

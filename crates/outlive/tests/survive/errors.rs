@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, mknod};
+use outlive::arbiter::FileArbiter;
 use outlive::network::{EnterError, Namespace, Netlink};
 
 use crate::support::{PROGRAM, has_kvm};
@@ -32,7 +33,9 @@ impl Stage {
             Err(other) => panic!("{other}"),
         };
         let dir = tempfile::Builder::new().prefix("outlive-errors-").tempdir().unwrap();
-        fs::create_dir(dir.path().join("arbiter")).unwrap();
+        let arbiter = dir.path().join("arbiter");
+        fs::create_dir(&arbiter).unwrap();
+        FileArbiter::init(&arbiter).unwrap();
         Some(Stage { network, dir })
     }
 
@@ -135,6 +138,16 @@ fn a_machine_that_lacks_something() {
         return;
     }
     let Some(stage) = Stage::new() else { return };
+    // A directory that nobody has made an arbiter of, as the mount point of a file server that is down.
+    let bare = stage.path("bare");
+    fs::create_dir(&bare).unwrap();
+    let init = format!("outlive arbiter init file:{bare}");
+    stage.refuses(&format!("run --arbiter file:{bare}"), &["is not an arbiter", "mount", &init]);
+    stage.refuses(
+        &format!("standby --listen 127.0.0.1:0 --arbiter file:{bare}"),
+        &["is not an arbiter", &init],
+    );
+    assert!(fs::read_dir(&bare).unwrap().next().is_none(), "nothing may be written there");
     // A file where the arbiter's directory should be, and a directory that is not its own.
     fs::write(stage.path("file"), "").unwrap();
     stage.refuses(&format!("run --arbiter file:{}", stage.path("file")), &["not a directory"]);

@@ -158,7 +158,9 @@ fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("a.img");
     fs::write(&image, [0; 4096]).unwrap();
-    let spec = format!("file:{}", directory.path().display());
+    let arbiter = tempfile::tempdir().unwrap();
+    arbiter::FileArbiter::init(arbiter.path()).unwrap();
+    let spec = format!("file:{}", arbiter.path().display());
     let open = || arbiter::parse(&spec).unwrap();
     let (mut standby, mut run, id) = (open(), open(), arbiter::VmId(VM.0));
     assert_eq!(open().claim(&id, 1, "primary"), Claim::Won);

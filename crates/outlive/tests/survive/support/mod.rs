@@ -27,6 +27,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use outlive::arbiter::FileArbiter;
 use outlive::events::Event;
 use outlive::network::{EnterError, Namespace, Netlink};
 
@@ -102,6 +103,7 @@ impl World {
         let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
         let world = World { lan, hosts, started: AtomicU32::new(0), dir };
         fs::create_dir(world.arbiter()).unwrap();
+        FileArbiter::init(&world.arbiter()).unwrap();
         world.cable();
         Some(world)
     }

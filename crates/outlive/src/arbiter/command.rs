@@ -1,0 +1,329 @@
+//! `outlive arbiter`: what an operator does with an arbiter.
+
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::prune::{self, Mode};
+use super::record::vm_name;
+use super::{Arbiter, Ending, FileArbiter, Initialized, VmId, Win, parse_place};
+use crate::cli::{ArbiterCommand, ArbiterOptions};
+use crate::exit;
+
+/// `outlive arbiter`: returns the exit code.
+pub fn command(options: &ArbiterOptions) -> u8 {
+    let mut out = io::stdout().lock();
+    let done = match &options.command {
+        ArbiterCommand::Init { place } => init(place, &mut out),
+        ArbiterCommand::List { place, json } => list(place, *json, &mut out),
+        ArbiterCommand::Show { place, vm, json } => show(place, vm, *json, &mut out),
+        ArbiterCommand::Prune { place, forget_ended, dry_run, json } => {
+            let mode = if *dry_run { Mode::Name } else { Mode::Remove };
+            prune(place, *forget_ended, mode, *json, &mut out)
+        }
+    };
+    match done {
+        Ok(()) => exit::OK,
+        Err(line) => exit::usage(line),
+    }
+}
+
+fn init(place: &str, out: &mut impl Write) -> Result<(), String> {
+    let (arbiter, done) = parse_place(place).and_then(FileArbiter::init).map_err(|e| e.to_string())?;
+    let what = match done {
+        Initialized::Made => "is an arbiter from now on",
+        Initialized::Already => "is an arbiter already, nothing is changed",
+        Initialized::Upgraded => "is brought up to date, with all its claims",
+    };
+    print(out, &format!("{place} {what}: id {}", arbiter.identity()))
+}
+
+fn open(place: &str) -> Result<FileArbiter, String> {
+    parse_place(place).and_then(FileArbiter::open).map_err(|e| e.to_string())
+}
+
+/// A generation, for people and as JSON.
+#[derive(Debug, Serialize)]
+struct Generation {
+    generation: u64,
+    /// Missing if the claim is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    age_s: Option<u64>,
+}
+
+impl From<Win> for Generation {
+    fn from(win: Win) -> Self {
+        Self { generation: win.generation, owner: win.winner.map(|winner| winner.owner), age_s: age(win.at) }
+    }
+}
+
+impl Generation {
+    fn line(&self) -> String {
+        let owner = self.owner.as_deref().unwrap_or("nobody knows whom: the claim is damaged");
+        format!("generation {}, won {} by {owner}", self.generation, ago(self.age_s))
+    }
+}
+
+/// The end of a VM, for people and as JSON.
+#[derive(Debug, Serialize)]
+struct End {
+    generation: u64,
+    why: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    age_s: Option<u64>,
+}
+
+impl From<Ending> for End {
+    fn from(ending: Ending) -> Self {
+        Self { generation: ending.generation, why: ending.why, age_s: age(ending.at) }
+    }
+}
+
+/// A VM, for people and as JSON.
+#[derive(Debug, Serialize)]
+struct Vm {
+    vm: String,
+    /// The generations that are still known, the newest last.
+    generations: Vec<Generation>,
+    /// If it ended in order and was not started again since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<End>,
+}
+
+impl Vm {
+    fn read(arbiter: &mut FileArbiter, vm: &VmId) -> Result<Self, String> {
+        let generations = arbiter.history(vm)?.into_iter().map(Generation::from).collect();
+        Ok(Self { vm: vm_name(vm), generations, ended: arbiter.ending(vm)?.map(End::from) })
+    }
+
+    fn state(&self) -> String {
+        match (&self.ended, self.generations.last()) {
+            (Some(end), _) => {
+                format!("ended {} in generation {}: {}", ago(end.age_s), end.generation, end.why)
+            }
+            (None, Some(newest)) => newest.line(),
+            (None, None) => "no claim".into(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Inventory<'a> {
+    arbiter: &'a str,
+    vms: Vec<Vm>,
+}
+
+fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), String> {
+    let mut arbiter = open(place)?;
+    let vms: Vec<Vm> =
+        arbiter.vms()?.iter().map(|vm| Vm::read(&mut arbiter, vm)).collect::<Result<_, _>>()?;
+    if json {
+        return print_json(out, &Inventory { arbiter: arbiter.identity(), vms });
+    }
+    print(out, &format!("arbiter {}, {}", arbiter.identity(), counted(vms.len(), "VM")))?;
+    vms.iter().try_for_each(|vm| print(out, &format!("{}  {}", vm.vm, vm.state())))
+}
+
+fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), String> {
+    let mut arbiter = open(place)?;
+    let id = find(&arbiter, vm)?;
+    let vm = Vm::read(&mut arbiter, &id)?;
+    if json {
+        return print_json(out, &Inventory { arbiter: arbiter.identity(), vms: vec![vm] });
+    }
+    print(out, &format!("arbiter {}\nVM {}", arbiter.identity(), vm.vm))?;
+    vm.generations.iter().try_for_each(|it| print(out, &it.line()))?;
+    match &vm.ended {
+        Some(_) => print(out, &vm.state()),
+        None => Ok(()),
+    }
+}
+
+/// The one VM whose id begins so.
+fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, String> {
+    let mut vms = arbiter.vms()?;
+    vms.retain(|vm| vm_name(vm).starts_with(beginning));
+    match vms[..] {
+        [vm] => Ok(vm),
+        [] => Err(format!(
+            "the arbiter knows no VM '{beginning}': `outlive arbiter list` shows those that it knows"
+        )),
+        _ => {
+            Err(format!("the ids of {} begin with '{beginning}': give more of it", counted(vms.len(), "VM")))
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Pruned<'a> {
+    arbiter: &'a str,
+    dry_run: bool,
+    vms: Vec<PrunedVm>,
+}
+
+#[derive(Debug, Serialize)]
+struct PrunedVm {
+    vm: String,
+    /// The generations whose claims went.
+    generations: Vec<u64>,
+    /// The whole VM went.
+    forgotten: bool,
+}
+
+fn prune(
+    place: &str,
+    forget: Option<Duration>,
+    mode: Mode,
+    json: bool,
+    out: &mut impl Write,
+) -> Result<(), String> {
+    let arbiter = open(place)?;
+    let mut vms = Vec::new();
+    for vm in arbiter.vms()? {
+        let generations = arbiter.checked(|arbiter| prune::superseded(arbiter, &vm, mode))?;
+        let forgotten = match forget {
+            Some(age) => arbiter.checked(|arbiter| prune::forget(arbiter, &vm, age, mode))?,
+            None => false,
+        };
+        if forgotten || !generations.is_empty() {
+            vms.push(PrunedVm { vm: vm_name(&vm), generations, forgotten });
+        }
+    }
+    let dry_run = mode == Mode::Name;
+    if json {
+        return print_json(out, &Pruned { arbiter: arbiter.identity(), dry_run, vms });
+    }
+    let verb = if dry_run { "would be " } else { "" };
+    if vms.is_empty() {
+        return print(out, "nothing to remove");
+    }
+    vms.iter().try_for_each(|PrunedVm { vm, generations, forgotten }| {
+        match (generations[..].as_ref(), forgotten) {
+            (_, true) => print(out, &format!("{vm}  {verb}forgotten")),
+            ([first, .., last], _) => {
+                let count = counted(generations.len(), "claim");
+                print(out, &format!("{vm}  {verb}removed: {count}, generations {first} to {last}"))
+            }
+            _ => print(out, &format!("{vm}  {verb}removed: generations {generations:?}")),
+        }
+    })
+}
+
+fn age(at: Option<SystemTime>) -> Option<u64> {
+    at.map(|at| SystemTime::now().duration_since(at).unwrap_or_default().as_secs())
+}
+
+fn ago(age_s: Option<u64>) -> String {
+    match age_s {
+        // Nobody needs the seconds of a day.
+        Some(age) if age > 86_400 => {
+            format!("{} ago", humantime::format_duration(Duration::from_secs(age / 3600 * 3600)))
+        }
+        Some(age) => format!("{} ago", humantime::format_duration(Duration::from_secs(age))),
+        None => "at an unknown time".into(),
+    }
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+fn print_json(out: &mut impl Write, value: &impl Serialize) -> Result<(), String> {
+    print(out, &serde_json::to_string_pretty(value).map_err(|e| e.to_string())?)
+}
+
+fn print(out: &mut impl Write, text: &str) -> Result<(), String> {
+    writeln!(out, "{text}").map_err(|e| format!("cannot print: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::Claim;
+
+    const VM: VmId = VmId([0xab; 16]);
+    const OTHER: VmId = VmId([0xac; 16]);
+
+    /// An arbiter with a VM that has gone on often and one that has ended.
+    fn place() -> (tempfile::TempDir, String, FileArbiter) {
+        let directory = tempfile::tempdir().unwrap();
+        let place = format!("file:{}", directory.path().display());
+        let (mut arbiter, done) = FileArbiter::init(directory.path()).unwrap();
+        assert_eq!(done, Initialized::Made);
+        for generation in 1..=12 {
+            assert_eq!(arbiter.claim(&VM, generation, "primary on host a"), Claim::Won);
+        }
+        assert_eq!(arbiter.claim(&OTHER, 1, "primary on host b"), Claim::Won);
+        arbiter.note_end(&OTHER, 1, "the guest powered off").unwrap();
+        (directory, place, arbiter)
+    }
+
+    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), String>) -> String {
+        let mut out = Vec::new();
+        work(&mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn what_an_arbiter_knows_is_shown() {
+        let (_directory, place, arbiter) = place();
+        let text = printed(|out| list(&place, false, out));
+        assert!(text.starts_with(&format!("arbiter {}, 2 VMs\n", arbiter.identity())), "{text}");
+        assert!(text.contains(&format!("{VM}  generation 12, won ")), "{text}");
+        assert!(text.contains(" ago by primary on host a\n"), "{text}");
+        assert!(
+            text.contains("ended ") && text.contains(" in generation 1: the guest powered off"),
+            "{text}"
+        );
+        let text = printed(|out| show(&place, "abab", false, out));
+        assert_eq!(text.matches("generation ").count(), 12, "{text}");
+        assert!(!text.contains(&OTHER.to_string()), "{text}");
+        let json: serde_json::Value = serde_json::from_str(&printed(|out| list(&place, true, out))).unwrap();
+        assert_eq!(json["vms"][0]["generations"][11]["owner"], "primary on host a");
+        assert_eq!(json["vms"][1]["ended"]["generation"], 1);
+        for (vm, remedy) in [("77", "outlive arbiter list"), ("a", "give more of it")] {
+            let error = show(&place, vm, false, &mut Vec::new()).unwrap_err();
+            assert!(error.contains(remedy), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_of_no_use_is_removed_and_the_newest_stays() {
+        let (directory, place, mut arbiter) = place();
+        let before = printed(|out| show(&place, "abab", true, out));
+        let dry = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Name, false, out));
+        assert!(dry.contains("would be removed: 4 claims, generations 1 to 4"), "{dry}");
+        assert!(dry.contains(&format!("{OTHER}  would be forgotten")), "{dry}");
+        assert_eq!(
+            printed(|out| show(&place, "abab", true, out)).matches("owner").count(),
+            before.matches("owner").count()
+        );
+
+        // One that ended today is not as old as asked for.
+        let young = Duration::from_secs(3600);
+        let text = printed(|out| prune(&place, Some(young), Mode::Remove, false, out));
+        assert!(text.contains("removed: 4 claims") && !text.contains("forgotten"), "{text}");
+        let left: Vec<u64> = arbiter.history(&VM).unwrap().iter().map(|win| win.generation).collect();
+        assert_eq!(left, [5, 6, 7, 8, 9, 10, 11, 12]);
+        let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
+        assert!(text.contains("forgotten") && !text.contains(&VM.to_string()), "{text}");
+        assert_eq!(arbiter.vms(), Ok(vec![VM]));
+        assert!(!directory.path().join(OTHER.to_string()).exists());
+        let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
+        assert_eq!(text, "nothing to remove\n");
+    }
+
+    /// A VM that was started again since is not one that has ended.
+    #[test]
+    fn a_vm_that_runs_again_is_not_forgotten() {
+        let (_directory, place, mut arbiter) = place();
+        assert_eq!(arbiter.claim(&OTHER, 2, "primary on host b"), Claim::Won);
+        let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
+        assert!(!text.contains("forgotten"), "{text}");
+        assert_eq!(arbiter.highest(&OTHER), Ok(Some(2)));
+        assert_eq!(arbiter.ending(&OTHER), Ok(None));
+    }
+}

@@ -1,0 +1,261 @@
+//! The directory of an arbiter: files that appear whole under their final name, or not at all.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+
+use super::record::{MARKER, Marker};
+use super::{ArbiterSpecError, LOST_CLAIMS, process_token, random_hex};
+
+const TEMP_PREFIX: &str = ".outlive-";
+const TEMP_SUFFIX: &str = ".tmp";
+/// A claim takes milliseconds. One that is unfinished for so long was left by a crash; should its writer live
+/// after all (a file server that hung), it sees that its file is gone and claims again.
+const LEFTOVER_AGE: Duration = Duration::from_secs(600);
+/// The files are a few hundred bytes long. Nothing longer is read.
+const LONGEST_FILE: u64 = 4096;
+
+/// What is behind a name in the directory.
+pub(super) enum Found {
+    Nothing,
+    Text(String),
+    /// It exists and is no file of ours.
+    Garbage(String),
+}
+
+/// A directory that several hosts see.
+pub(super) struct Directory {
+    path: PathBuf,
+    /// The file system that the directory was on.
+    device: u64,
+}
+
+impl Directory {
+    /// An existing directory.
+    pub(super) fn at(path: &Path) -> Result<Self, ArbiterSpecError> {
+        // Absolute, so that it stays the same directory if the process goes elsewhere.
+        let absolute = std::path::absolute(path).map_err(|error| unusable(path, &error))?;
+        match fs::metadata(&absolute) {
+            Ok(metadata) if metadata.is_dir() => Ok(Self { path: absolute, device: metadata.dev() }),
+            Ok(_) => Err(ArbiterSpecError::NotDirectory(path.to_path_buf())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(ArbiterSpecError::Missing(path.to_path_buf()))
+            }
+            Err(error) => Err(unusable(path, &error)),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby
+    /// until the moment when it has to win.
+    pub(super) fn try_writing(&self) -> io::Result<()> {
+        let name = format!("{TEMP_PREFIX}probe-{}{TEMP_SUFFIX}", random_hex()?);
+        self.publish(&name, "This host can write here.\n")?;
+        self.remove(&name)
+    }
+
+    pub(super) fn read_marker(&self) -> Result<Option<Marker>, String> {
+        let damaged = |problem: &str| {
+            format!(
+                "its file {MARKER} is damaged ({problem}): restore it, or delete it while no VM uses this arbiter \
+                 and run `outlive arbiter init`"
+            )
+        };
+        match self.look(MARKER).map_err(|error| explain(&error))? {
+            Found::Nothing => Ok(None),
+            Found::Garbage(problem) => Err(damaged(&problem)),
+            Found::Text(text) => {
+                Marker::parse(&text).map(Some).ok_or_else(|| damaged("not what this release writes"))
+            }
+        }
+    }
+
+    /// Makes sure that this still is the directory that was opened.
+    ///
+    /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
+    /// would win there alone.
+    pub(super) fn check(&self, identity: &str) -> Result<(), String> {
+        let metadata = fs::metadata(&self.path).map_err(|error| explain(&error))?;
+        match self.read_marker()? {
+            Some(Marker::Current(found)) if found == identity => Ok(()),
+            Some(Marker::Current(other) | Marker::Old(other)) => Err(format!(
+                "it is another arbiter now (id {other}, at the start {identity}): mount the right file system there"
+            )),
+            None if metadata.dev() != self.device => {
+                Err("another file system is there now: mount the one that was there at the start".to_string())
+            }
+            // Emptied, made anew, or a mount point on the same file system. A marker written now would only
+            // hide that the claims are gone.
+            None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
+        }
+    }
+
+    /// Reads a file.
+    pub(super) fn look(&self, name: &str) -> io::Result<Found> {
+        let path = self.path.join(name);
+        let metadata = match fs::symlink_metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+            Err(error) => return Err(error),
+        };
+        if !metadata.is_file() {
+            return Ok(Found::Garbage("not a file".to_string()));
+        }
+        let mut bytes = Vec::new();
+        File::open(&path)?.take(LONGEST_FILE + 1).read_to_end(&mut bytes)?;
+        let length = bytes.len();
+        if length as u64 > LONGEST_FILE {
+            return Ok(Found::Garbage(format!("more than {LONGEST_FILE} bytes")));
+        }
+        Ok(match String::from_utf8(bytes) {
+            Ok(text) => Found::Text(text),
+            Err(_) => Found::Garbage(format!("{length} bytes, not text")),
+        })
+    }
+
+    /// When a file was written, by the file server's clock.
+    pub(super) fn written(&self, name: &str) -> Option<SystemTime> {
+        fs::symlink_metadata(self.path.join(name)).and_then(|metadata| metadata.modified()).ok()
+    }
+
+    /// The names in a directory below this one, or, with an empty name, in this one. Nothing is in a
+    /// directory that does not exist.
+    pub(super) fn names(&self, below: &str) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(self.path.join(below)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        names.filter_map(Result::transpose).collect()
+    }
+
+    /// Makes a directory below this one, durably, unless it is there.
+    pub(super) fn make(&self, name: &str) -> io::Result<()> {
+        match fs::create_dir(self.path.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other.and_then(|()| sync_directory(&self.path)),
+        }
+    }
+
+    /// Puts a whole file under a final name unless the name exists. Which of the two happened is to be read
+    /// from the file.
+    pub(super) fn publish(&self, name: &str, text: &str) -> io::Result<()> {
+        let temp = self.write_temp(text)?;
+        let result = match fs::hard_link(&temp, self.path.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        };
+        // If this fails the file is a leftover, which is removed later.
+        let _ = fs::remove_file(&temp);
+        result
+    }
+
+    /// Puts a whole file in the place of another.
+    pub(super) fn replace(&self, name: &str, text: &str) -> io::Result<()> {
+        let temp = self.write_temp(text)?;
+        fs::rename(&temp, self.path.join(name))?;
+        sync_directory(&self.path)
+    }
+
+    fn write_temp(&self, text: &str) -> io::Result<PathBuf> {
+        let temp = self.path.join(temp_name(process_token()?));
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&temp)?;
+        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+        written.inspect_err(|_| drop(fs::remove_file(&temp)))?;
+        Ok(temp)
+    }
+
+    pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path.join(from), self.path.join(to))
+    }
+
+    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.path.join(name))
+    }
+
+    pub(super) fn remove_directory(&self, name: &str) -> io::Result<()> {
+        fs::remove_dir(self.path.join(name))
+    }
+
+    /// Makes a file and its name durable.
+    pub(super) fn flush(&self, name: &str) -> io::Result<()> {
+        let path = self.path.join(name);
+        File::open(&path)?.sync_all()?;
+        sync_directory(path.parent().unwrap_or(&self.path))
+    }
+
+    /// Removes what crashed claimants left. Without it nothing would be wrong, only untidy, so errors are
+    /// ignored.
+    pub(super) fn remove_leftovers(&self) {
+        let Ok(names) = self.names("") else { return };
+        let mut leftovers =
+            names.iter().filter(|n| n.starts_with(TEMP_PREFIX) && n.ends_with(TEMP_SUFFIX)).peekable();
+        if leftovers.peek().is_none() {
+            return;
+        }
+        // The file server's clock, by which leftovers are dated too.
+        let Some(now) = self.now() else { return };
+        for name in leftovers {
+            let age = self.written(name).map(|time| now.duration_since(time).unwrap_or_default());
+            if age.is_some_and(|age| age > LEFTOVER_AGE) {
+                let _ = self.remove(name);
+            }
+        }
+    }
+
+    /// What time it is by the file server's clock.
+    fn now(&self) -> Option<SystemTime> {
+        let temp = self.write_temp("").ok()?;
+        let now = fs::metadata(&temp).and_then(|metadata| metadata.modified()).ok();
+        let _ = fs::remove_file(temp);
+        now
+    }
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    match File::open(path)?.sync_all() {
+        // Some network file systems cannot flush a directory; theirs are written at once.
+        Err(error) if matches!(os_error(&error), Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(()),
+        other => other,
+    }
+}
+
+fn temp_name(token: &str) -> String {
+    // One number for the whole process: several arbiters in it share the token.
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    format!("{TEMP_PREFIX}{token}-{}{TEMP_SUFFIX}", NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+fn os_error(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+pub(super) fn unusable(directory: &Path, error: &io::Error) -> ArbiterSpecError {
+    ArbiterSpecError::Unusable { directory: directory.to_path_buf(), why: explain(error) }
+}
+
+/// An error with what helps against it.
+pub(super) fn explain(error: &io::Error) -> String {
+    let remedy = match os_error(error) {
+        Errno::ENOENT | Errno::ENOTDIR => "it is not there; mount it or put it back",
+        Errno::EACCES | Errno::EPERM => "let this user read and write it; it must also support hard links",
+        Errno::ENOSPC | Errno::EDQUOT => "make room there",
+        Errno::EROFS => "mount it writable",
+        Errno::ESTALE => "mount it again",
+        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EXDEV | Errno::EMLINK => {
+            "use a file system that supports hard links"
+        }
+        Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (ulimit -n)",
+        _ => "check the file server and the network to it",
+    };
+    format!("{error}; {remedy}")
+}
