@@ -18,6 +18,8 @@ pub(crate) struct Applier<S> {
     /// In the journal, perhaps not durable there, and not yet in the images.
     pending: Vec<(u64, Vec<u8>)>,
     pending_bytes: usize,
+    /// Records that are in the images.
+    spent: Vec<Vec<u8>>,
     /// The newest checkpoint whose writes are in the images.
     applied: u64,
 }
@@ -25,7 +27,8 @@ pub(crate) struct Applier<S> {
 impl<S: Store> Applier<S> {
     /// The images are at `checkpoint` and durable, the journal is empty.
     pub(crate) fn new(journal: Journal<S>, images: Vec<Option<S>>, checkpoint: u64) -> Self {
-        Self { journal, images, pending: Vec::new(), pending_bytes: 0, applied: checkpoint }
+        let (pending, spent) = (Vec::new(), Vec::new());
+        Self { journal, images, pending, pending_bytes: 0, spent, applied: checkpoint }
     }
 
     /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
@@ -57,6 +60,7 @@ impl<S: Store> Applier<S> {
         for (number, records) in self.pending.drain(..) {
             apply_all(&self.images, &records)?;
             self.applied = number;
+            self.spent.push(records);
         }
         self.pending_bytes = 0;
         Ok(())
@@ -71,6 +75,11 @@ impl<S: Store> Applier<S> {
             self.journal.reset(self.applied)?;
         }
         Ok(self.applied)
+    }
+
+    /// The buffers of records that are in the images, to be used again.
+    pub(crate) fn spent(&mut self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        self.spent.drain(..)
     }
 
     /// Whether [`settle`](Self::settle) would have something to do.

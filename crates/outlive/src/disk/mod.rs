@@ -4,7 +4,7 @@
 //! ```text
 //! primary   write log of the machine ──► sender ──► link          sync.rs: what differs, found by sums, sent in the background
 //! standby   link ──► staged, acknowledged ──► replica.rs (a thread) ──► journal.rs ──► image.rs
-//! both      sidecar.rs: whose copy an image is, and whether it is whole
+//! both      sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: a thread that keeps it said
 //! ```
 //!
 //! Why an image is never between two checkpoints, not even after a loss of power (invariant 2):
@@ -25,6 +25,7 @@ mod journal;
 mod prepare;
 mod replica;
 mod sidecar;
+mod sidecars;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -33,5 +34,6 @@ pub(crate) use hash::contents as hash_contents;
 pub(crate) use prepare::{
     check_generation, end_earlier_vms, for_run, for_standby, has_sidecar, mark_primary, refuse_unfinished,
 };
-pub(crate) use replica::{Replica, ReplicaDisk, Told};
+pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk};
+pub(crate) use sidecars::{Saying, Sidecars};
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

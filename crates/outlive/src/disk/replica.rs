@@ -1,31 +1,36 @@
-//! A standby's disks: one thread compares, writes, journals and applies, so that the session's thread never
-//! waits for a disk while the link is to be read.
+//! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the VM's
+//! memory ever waits for a disk that is a little slow.
 //!
 //! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what
-//! was asked for, afterwards by [`QUEUE_BYTES`]; beyond that the session waits, and with it, through the
-//! link, the primary.
+//! was asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES); beyond that the session waits, and with
+//! it, through the link, the primary.
 
+mod claims;
 mod queue;
 mod worker;
 
 use std::fs::File;
-use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use outlive_epoch::{DiskOp, DiskRecords, DiskSums, DiskWant, VmId};
 use outlive_machine::DiskHash;
 
 use super::image::{Sum, chunks};
-use queue::{Job, QUEUE_BYTES, Queue};
+use super::sidecars::Sidecars;
+use queue::{Job, Queue};
 use worker::Worker;
 
 /// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends
 /// without an answer.
 const BASE_BYTES: usize = 64 << 20;
+/// A disk that has not done one thing in this time is taken for broken. As long as Linux gives a disk for one
+/// command.
+pub(crate) const STUCK: Duration = Duration::from_secs(30);
 
 /// One image of the standby.
 pub(crate) struct ReplicaDisk {
@@ -39,9 +44,9 @@ pub(crate) struct ReplicaDisk {
     pub(crate) read_only: bool,
 }
 
-/// What the thread says.
+/// What happens at the disks.
 #[derive(Debug)]
-pub(crate) enum Told {
+pub(crate) enum DiskEvent {
     /// The answer to sums.
     Want(DiskWant),
     /// The disks were compared with the VM's.
@@ -65,28 +70,37 @@ pub(crate) struct Replica {
     queue: Arc<Queue>,
     /// Bytes by disk, and whether it is written; `None` for a shared one.
     disks: Vec<Option<(u64, bool)>>,
+    sidecars: Arc<Sidecars>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Replica {
-    /// Starts the thread. `disks` has `None` for a disk that both hosts share.
+    /// Claims what the disks will need of their file systems and starts the thread. `disks` has `None` for a
+    /// disk that both hosts share.
     ///
     /// # Errors
-    /// The operating system's.
+    /// One line.
     pub(crate) fn start(
         disks: Vec<Option<ReplicaDisk>>,
         vm: VmId,
         generation: u64,
-        tell: impl Fn(Told) + Send + 'static,
-    ) -> io::Result<Self> {
+        tell: impl Fn(DiskEvent) + Send + 'static,
+    ) -> Result<Self, String> {
+        let claimed = claims::claim(&disks)?;
+        let no_thread = |error| format!("the standby cannot start a thread: {error}");
         let queue = Arc::new(Queue::default());
         let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();
-        let worker = Worker::new(queue.clone(), disks, vm, generation, tell);
+        let written = disks.iter().enumerate().filter_map(|(index, disk)| {
+            let disk = disk.as_ref().filter(|disk| !disk.read_only)?;
+            Some((index as u16, disk.path.clone()))
+        });
+        let sidecars = Arc::new(Sidecars::start(written.collect(), vm).map_err(no_thread)?);
+        let worker = Worker::new(queue.clone(), disks, (vm, generation), sidecars.clone(), claimed, tell);
         let thread = std::thread::Builder::new().name("disks".into()).spawn(move || {
             outlive_machine::block_all_signals(false);
             worker.run();
-        })?;
-        Ok(Self { queue, disks: known, thread: Some(thread) })
+        });
+        Ok(Self { queue, disks: known, sidecars, thread: Some(thread.map_err(no_thread)?) })
     }
 
     /// Bytes of each disk that is replicated; 0 for the others.
@@ -146,15 +160,22 @@ impl Replica {
     /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while
     /// too much is.
     pub(crate) fn commit(&self, number: u64, base: bool, writes: &DiskRecords<'_>) {
-        if self.sizes().iter().all(|size| *size == 0) || writes.bytes().is_empty() && !base {
+        let replicated = self.disks.iter().flatten().any(|(_, written)| *written);
+        if !replicated || writes.bytes().is_empty() && !base {
             return;
         }
-        let records = writes.bytes().to_vec();
+        let mut records = self.queue.buffer();
+        records.extend_from_slice(writes.bytes());
         let mut waiting = self.queue.lock();
-        while waiting.bytes + records.len() > QUEUE_BYTES && waiting.failed.is_none() && waiting.bytes > 0 {
+        while waiting.is_full(records.len()) && waiting.failed.is_none() {
             waiting = self.queue.room.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         self.queue.push(waiting, Job::Commit { number, base, records });
+    }
+
+    /// Whether the disks have not done one thing for [`STUCK`].
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.queue.working_for() >= STUCK
     }
 
     /// Whether these can be hashes of the disks.
@@ -173,28 +194,40 @@ impl Replica {
     /// been [checked](Self::check_hashes). The result is told.
     pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) {
         let waiting = self.queue.lock();
-        if waiting.jobs.iter().any(|job| matches!(job, Job::Check { .. })) {
+        if waiting.has_check() {
             tracing::debug!(checkpoint = number, "self-check: left out, the last one has not begun");
         } else {
             self.queue.push(waiting, Job::Check { number, hashes });
         }
     }
 
-    /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`Told::Settled`] says so,
-    /// or [`Told::Failed`] why not.
+    /// Brings the images to the last commit, which is `checkpoint`, durably. Then [`DiskEvent::Settled`] says
+    /// so, or [`DiskEvent::Failed`] why not.
     pub(crate) fn settle(&self, checkpoint: u64) {
         self.queue.push(self.queue.lock(), Job::Settle { checkpoint });
     }
 
     /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes
-    /// away.
+    /// away. Takes as long as that takes, unless a disk does nothing at all any more.
     ///
     /// # Errors
     /// What failed, now or before.
     pub(crate) fn leave(&self) -> Result<(), String> {
         let (done, answer) = channel();
         self.queue.push(self.queue.lock(), Job::Leave(done));
-        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+        loop {
+            match answer.recv_timeout(Duration::from_millis(100)) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if self.is_stuck() => {
+                    return Err(
+                        "they do not answer; what is committed and not in the images is in the journal"
+                            .into(),
+                    );
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err("the thread of the disks is gone".into()),
+            }
+        }
     }
 
     /// Brings the images to the last commit, durably, and makes them the VM's disks in a new generation. The
@@ -202,18 +235,25 @@ impl Replica {
     /// replaying it after a loss of power would undo what the guest wrote.
     ///
     /// # Errors
-    /// What failed, now or before.
+    /// What failed, now or before. That a sidecar cannot be written is no failure.
     pub(crate) fn become_primary(&self, generation: u64) -> Result<(), String> {
         let (done, answer) = channel();
         self.queue.push(self.queue.lock(), Job::BecomePrimary { generation, done });
         answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+    }
+
+    /// Who keeps the sidecars of the images, also when this is gone.
+    pub(crate) fn sidecars(&self) -> Arc<Sidecars> {
+        self.sidecars.clone()
     }
 }
 
 impl Drop for Replica {
     fn drop(&mut self) {
         self.queue.push(self.queue.lock(), Job::Close);
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.take()
+            && !self.is_stuck()
+        {
             thread.join().ok();
         }
     }

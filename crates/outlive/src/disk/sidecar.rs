@@ -142,6 +142,23 @@ impl Sidecar {
         File::open(directory)?.sync_all()
     }
 
+    /// Finds out whether the sidecar of an image could be written now. Changes nothing.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn probe(image: &Path) -> io::Result<()> {
+        let new = beside(image, "outlive.new");
+        if let Some(directory) = new.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let tried = File::create(&new).and_then(|mut file| {
+            // No sidecar is larger.
+            file.write_all(&[b'#'; 4096])?;
+            file.sync_all()
+        });
+        tried.and(fs::remove_file(&new))
+    }
+
     fn text(&self) -> String {
         let Self { vm, generation, role, whole, checkpoint, disk, journal } = self;
         let role = match role {

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{CheckpointFlags, EndReason, VmId};
+use outlive_epoch::{CheckpointFlags, EndReason};
 use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, Outgoing, PowerRequest};
 use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wanted};
 
@@ -19,7 +19,7 @@ use super::control::{Control, Inbox};
 use super::disks::{DiskBase, Next, SharedDisks};
 use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
-use crate::disk::{self, SyncReport};
+use crate::disk::{Saying, Sidecars, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job, SenderReport};
 use crate::process;
@@ -43,10 +43,10 @@ pub(crate) struct Active {
     pub(crate) interval: Duration,
     /// Pages that a staging buffer has room for.
     pub(crate) staging_pages: usize,
-    /// Whose disks these are.
-    pub(crate) vm: VmId,
     /// The replicated disks with their images.
     pub(crate) replicated: Vec<(u16, PathBuf)>,
+    /// What is said of them.
+    pub(crate) sidecars: Arc<Sidecars>,
     /// Compares both copies now and then.
     pub(super) self_check: SelfCheck,
     /// Counters.
@@ -152,7 +152,9 @@ impl Coordinator {
             }
             Inbox::DiskSync(link, report) => self.disk_report(link, report),
             Inbox::DisksHashed(hashed) => self.active.self_check.hashed(hashed),
-            Inbox::Won(generation) => self.mark_disks(generation),
+            // The VM goes on here in a new generation: whoever finds the images shall know that they are the
+            // newest.
+            Inbox::Won(generation) => self.active.sidecars.say(Saying::primary(generation)),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Fence => {
                 self.guest_over = true;
@@ -334,14 +336,6 @@ impl Coordinator {
         }
     }
 
-    /// The VM goes on here in a new generation: whoever finds the images shall know that they are the newest.
-    fn mark_disks(&self, generation: u64) {
-        let Active { replicated, vm, .. } = &self.active;
-        if let Err(why) = disk::mark_primary(replicated, *vm, generation) {
-            tracing::error!("{why}");
-        }
-    }
-
     /// A round is sent. Either the rest is small enough for the final stop, or there is another round.
     fn base_round_done(&mut self, link: Link, mut gfns: Vec<Gfn>) {
         let Some(base) = self.base.as_mut().filter(|b| b.link() == link) else { return };
@@ -489,6 +483,7 @@ impl Coordinator {
         self.active.control.finish(FAREWELL);
         // Its last report goes before the end.
         self.active.reporter.take();
+        self.active.sidecars.written_within(FAREWELL).ok();
         End::Primary(reason)
     }
 }

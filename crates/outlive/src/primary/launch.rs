@@ -1,5 +1,6 @@
 //! From a machine that runs to its coordinator: the same for a first start and after a takeover.
 
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
@@ -11,6 +12,7 @@ use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, ClaimWorker};
 use crate::clock::Clock;
+use crate::disk::Sidecars;
 use crate::vm::{self, End, Launch, limits};
 
 /// Runs the VM until it ends here.
@@ -23,7 +25,8 @@ pub(crate) fn run(launch: Launch) -> End {
 }
 
 fn coordinate(launch: Launch) -> Result<End, String> {
-    let Launch { machine, machine_events, stops, identity, arbiter, options, events, stop, .. } = launch;
+    let Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, .. } =
+        launch;
     let (queue, inbox) = channel();
     let to = queue.clone();
     machine_events.connect(move |event| drop(to.send(Inbox::Machine(event))));
@@ -59,9 +62,12 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     if let Some(reason) = stop {
         control.handle(PrimaryEvent::End { reason });
     }
+    let replicated = vm::replicated(&machine);
+    let sidecars =
+        sidecars.map_or_else(|| Sidecars::start(replicated.clone(), identity.vm).map(Arc::new), Ok);
     let active = Active {
-        vm: identity.vm,
-        replicated: vm::replicated(&machine),
+        sidecars: sidecars.map_err(|e| format!("cannot start a thread: {e}"))?,
+        replicated,
         self_check: SelfCheck::new(options.self_check, &machine, &control),
         machine,
         control,

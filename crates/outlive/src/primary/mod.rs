@@ -88,7 +88,8 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
         checkpoint: 0,
     };
     let options = active.clone();
-    Ok(Launch { machine, machine_events, stops, identity, arbiter, options, events, stop: None, console })
+    let (sidecars, stop) = (None, None);
+    Ok(Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, console })
 }
 
 /// The machine with its card on its bridge.

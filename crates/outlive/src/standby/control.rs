@@ -19,7 +19,7 @@ use crate::arbiter::{self, Claim, ClaimWorker};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
-use crate::disk::Told;
+use crate::disk::DiskEvent;
 use crate::events::{self, EventWriter};
 use crate::link::{Closer, Writer};
 use crate::process;
@@ -33,7 +33,7 @@ pub(super) enum Inbox {
     /// Look at the deadlines again.
     Wake,
     /// The thread of the disks has something to say.
-    Disks(Link, Told),
+    Disks(Link, DiskEvent),
     /// The operator wants the standby stopped.
     Stop(&'static str),
     /// Run the VM.
@@ -245,7 +245,7 @@ impl Control {
     }
 
     /// The thread of the disks has something to say. Without a lock: that thread may be waited for under it.
-    pub(super) fn disks(&self, link: Link, told: Told) {
+    pub(super) fn disks(&self, link: Link, told: DiskEvent) {
         self.tell(Inbox::Disks(link, told));
     }
 

@@ -15,7 +15,7 @@ use super::devices;
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, Port};
-use crate::disk::{Replica, Told};
+use crate::disk::{DiskEvent, Replica};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, Identity, Relay};
@@ -76,7 +76,7 @@ impl VmCopy {
         options: &StandbyOptions,
         console: &Console,
         arbiter: Box<dyn Arbiter>,
-        tell: impl Fn(Told) + Send + 'static,
+        tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello).map_err(refuse)?;
@@ -104,8 +104,7 @@ impl VmCopy {
             vm::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
         let disks = devices::replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
-        let disks = Replica::start(disks, hello.vm, hello.generation, tell)
-            .map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
+        let disks = Replica::start(disks, hello.vm, hello.generation, tell).map_err(refuse)?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout

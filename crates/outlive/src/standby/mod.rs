@@ -28,7 +28,7 @@ use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
-use crate::disk::Told;
+use crate::disk::DiskEvent;
 use crate::events::{self, Event, EventWriter, Role};
 use crate::link::Listener;
 use crate::vm::{Launch, Relay};
@@ -123,14 +123,14 @@ impl Waiting {
                     tracing::info!("{why}");
                     self.control.handle(StandbyEvent::Stop);
                 }
-                Ok(Inbox::Disks(link, Told::Want(want))) => self.control.want(link, &want),
-                Ok(Inbox::Disks(_, Told::Checked { checkpoint, difference })) => {
+                Ok(Inbox::Disks(link, DiskEvent::Want(want))) => self.control.want(link, &want),
+                Ok(Inbox::Disks(_, DiskEvent::Checked { checkpoint, difference })) => {
                     self.control.compared(checkpoint, difference.as_ref());
                 }
-                Ok(Inbox::Disks(_, Told::Settled { checkpoint })) => {
+                Ok(Inbox::Disks(_, DiskEvent::Settled { checkpoint })) => {
                     self.control.handle(StandbyEvent::Settled { checkpoint });
                 }
-                Ok(Inbox::Disks(_, Told::Failed(why))) => {
+                Ok(Inbox::Disks(_, DiskEvent::Failed(why))) => {
                     self.control.handle(StandbyEvent::Failed { why });
                 }
                 Ok(Inbox::TakeOver(order)) => return self.take_over(order),

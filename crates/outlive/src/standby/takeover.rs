@@ -68,6 +68,7 @@ pub(super) fn take_over(
         restore_us,
         "TAKEN OVER: the VM runs here, unprotected"
     );
+    let sidecars = Some(copy.disks().sidecars());
     let parts = copy.into_parts(generation, checkpoint);
     Ok(Launch {
         machine: parts.machine,
@@ -76,6 +77,7 @@ pub(super) fn take_over(
         identity: parts.identity,
         arbiter: Some(parts.arbiter),
         options: options.active.clone(),
+        sidecars,
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),
         console: control.console.clone(),

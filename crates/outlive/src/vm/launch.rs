@@ -10,6 +10,7 @@ use super::Relay;
 use crate::arbiter::Arbiter;
 use crate::cli::ActiveOptions;
 use crate::console::Console;
+use crate::disk::Sidecars;
 use crate::events::EventWriter;
 
 /// Who the VM is, and how far it has come.
@@ -44,6 +45,8 @@ pub(crate) struct Launch {
     pub(crate) arbiter: Option<Box<dyn Arbiter>>,
     /// Options.
     pub(crate) options: ActiveOptions,
+    /// Who keeps the sidecars of the VM's images, if somebody does already.
+    pub(crate) sidecars: Option<Arc<Sidecars>>,
     /// Events.
     pub(crate) events: EventWriter,
     /// The VM is to end at once.

@@ -10,8 +10,12 @@ use outlive_machine::DiskHash;
 
 use crate::disk::image::Sum;
 
-/// Bytes of committed writes that may wait. Enough for a disk that does not answer for a second.
+/// Bytes of committed writes that may wait.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
+/// Buffers of records that are kept to be used again.
+const SPARE_BUFFERS: usize = 64;
+/// A buffer that has become larger than this is not kept.
+const SPARE_BYTES: usize = 1 << 20;
 
 pub(super) enum Job {
     Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
@@ -40,9 +44,28 @@ impl Job {
 
 #[derive(Default)]
 pub(super) struct Waiting {
-    pub(super) jobs: VecDeque<Job>,
+    /// With the time at which they came.
+    jobs: VecDeque<(Instant, Job)>,
     pub(super) bytes: usize,
     pub(super) failed: Option<String>,
+    /// Since when the thread works on what must not take long.
+    working: Option<Instant>,
+    /// The thread compares the disks with the VM's. That takes as long as reading them, and it ends when
+    /// something urgent waits.
+    checking: bool,
+    spare: Vec<Vec<u8>>,
+}
+
+impl Waiting {
+    /// Whether so many bytes more must not come now.
+    pub(super) fn is_full(&self, bytes: usize) -> bool {
+        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES
+    }
+
+    /// Whether a comparison waits.
+    pub(super) fn has_check(&self) -> bool {
+        self.jobs.iter().any(|(_, job)| matches!(job, Job::Check { .. }))
+    }
 }
 
 #[derive(Default)]
@@ -66,33 +89,98 @@ impl Queue {
         let ends = |job: &Job| {
             matches!(job, Job::Settle { .. } | Job::Leave(_) | Job::BecomePrimary { .. } | Job::Close)
         };
-        waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(ends)
+        waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
+    }
+
+    /// For how long the thread has been at something that should be done soon.
+    pub(super) fn working_for(&self) -> Duration {
+        self.lock().working.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// An empty buffer for records, one that was used before if there is one.
+    pub(super) fn buffer(&self) -> Vec<u8> {
+        self.lock().spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a buffer of records that is not needed any more.
+    pub(super) fn give_back(&self, mut buffer: Vec<u8>) {
+        let mut waiting = self.lock();
+        if buffer.capacity() <= SPARE_BYTES && waiting.spare.len() < SPARE_BUFFERS {
+            buffer.clear();
+            waiting.spare.push(buffer);
+        }
     }
 
     pub(super) fn push(&self, mut waiting: MutexGuard<'_, Waiting>, job: Job) {
         waiting.bytes += job.bytes();
-        waiting.jobs.push_back(job);
+        waiting.jobs.push_back((Instant::now(), job));
         self.came.notify_one();
     }
 
     /// The next job, `None` when none came until `soft`, or, however many there are, when `hard` is over.
     pub(super) fn pop(&self, soft: Option<Instant>, hard: Option<Instant>) -> Option<Job> {
         let mut waiting = self.lock();
+        (waiting.working, waiting.checking) = (None, false);
         loop {
             let now = Instant::now();
             if hard.is_some_and(|hard| now >= hard) {
+                waiting.working = Some(now);
                 return None;
             }
-            if let Some(job) = waiting.jobs.pop_front() {
+            if let Some((_, job)) = waiting.jobs.pop_front() {
                 waiting.bytes -= job.bytes();
+                waiting.checking = matches!(job, Job::Check { .. });
+                waiting.working = (!waiting.checking).then_some(now);
                 self.room.notify_all();
                 return Some(job);
             }
             waiting = match soft.map(|soft| soft.saturating_duration_since(now)) {
-                Some(Duration::ZERO) => return None,
+                Some(Duration::ZERO) => {
+                    waiting.working = Some(now);
+                    return None;
+                }
                 Some(time) => self.came.wait_timeout(waiting, time).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.came.wait(waiting).unwrap_or_else(PoisonError::into_inner),
             };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn commit(bytes: usize) -> Job {
+        Job::Commit { number: 1, base: false, records: vec![0; bytes] }
+    }
+
+    #[test]
+    fn the_time_of_a_job_is_known_but_not_that_of_a_comparison() {
+        let queue = Queue::default();
+        let is_working = || queue.lock().working.is_some();
+        queue.push(queue.lock(), commit(5));
+        queue.push(queue.lock(), Job::Check { number: 1, hashes: Vec::new() });
+        assert!(!is_working());
+        queue.pop(None, None);
+        assert!(is_working());
+        queue.pop(None, None);
+        assert!(!is_working() && queue.lock().checking);
+        // What is due without a job.
+        assert!(queue.pop(Some(Instant::now()), None).is_none());
+        assert!(is_working() && !queue.lock().checking);
+        assert!(queue.pop(Some(Instant::now()), Some(Instant::now())).is_none());
+        assert!(is_working());
+    }
+
+    #[test]
+    fn buffers_are_used_again_unless_they_are_large() {
+        let queue = Queue::default();
+        let mut buffer = queue.buffer();
+        buffer.extend_from_slice(&[1; 5000]);
+        queue.give_back(buffer);
+        let again = queue.buffer();
+        assert!(again.is_empty() && again.capacity() >= 5000);
+        queue.give_back(Vec::with_capacity(SPARE_BYTES + 1));
+        assert_eq!(queue.buffer().capacity(), 0);
     }
 }

@@ -1,6 +1,6 @@
 //! The thread of the disks.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,13 +11,15 @@ use std::time::{Duration, Instant};
 use outlive_epoch::{DISK_CHUNK, DiskRecords, DiskWant, VmId};
 use outlive_machine::DiskHash;
 
+use super::claims::ClaimedJournal;
 use super::queue::{Job, Queue};
-use super::{ReplicaDisk, Told};
-use crate::disk::apply::{Applier, JOURNAL_BYTES};
+use super::{DiskEvent, ReplicaDisk, STUCK};
+use crate::disk::apply::Applier;
 use crate::disk::hash;
 use crate::disk::image::{self, ChunkReader, Store, Sum, ZERO_SUM};
 use crate::disk::journal::{Identity, Journal};
-use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::sidecar::Role;
+use crate::disk::sidecars::{Saying, Sidecars};
 
 /// Committed writes are durable in the journal after this time at the latest.
 const HARDEN: Duration = Duration::from_millis(50);
@@ -25,12 +27,17 @@ const HARDEN: Duration = Duration::from_millis(50);
 const HARDEN_BYTES: usize = 8 << 20;
 /// After this time without a write the journal is emptied.
 const IDLE: Duration = Duration::from_secs(1);
+/// How long a takeover waits for sidecars at most: the VM needs none.
+const SIDECAR_PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Worker<T> {
     queue: Arc<Queue>,
     disks: Vec<Option<ReplicaDisk>>,
     vm: VmId,
     generation: u64,
+    sidecars: Arc<Sidecars>,
+    /// Until the base's last checkpoint.
+    claimed: Option<ClaimedJournal>,
     /// From the base's last checkpoint on.
     applier: Option<Applier<File>>,
     journal: Option<PathBuf>,
@@ -45,12 +52,13 @@ pub(super) struct Worker<T> {
     tell: T,
 }
 
-impl<T: Fn(Told)> Worker<T> {
+impl<T: Fn(DiskEvent)> Worker<T> {
     pub(super) fn new(
         queue: Arc<Queue>,
         disks: Vec<Option<ReplicaDisk>>,
-        vm: VmId,
-        generation: u64,
+        (vm, generation): (VmId, u64),
+        sidecars: Arc<Sidecars>,
+        claimed: Option<ClaimedJournal>,
         tell: T,
     ) -> Self {
         Self {
@@ -58,6 +66,8 @@ impl<T: Fn(Told)> Worker<T> {
             disks,
             vm,
             generation,
+            sidecars,
+            claimed,
             applier: None,
             journal: None,
             left_at: 0,
@@ -88,10 +98,10 @@ impl<T: Fn(Told)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(&records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
-                // What a takeover would have to write is written now: a generation that is won cannot be
-                // given back.
+                // What a takeover needs of the disks is done now: a generation that is won cannot be given
+                // back.
                 Job::Settle { checkpoint } => {
-                    self.leave().map(|()| (self.tell)(Told::Settled { checkpoint }))
+                    self.leave().map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
                 }
                 Job::Leave(done) => self.answered(&done, Self::leave),
                 Job::BecomePrimary { generation, done } => {
@@ -99,7 +109,8 @@ impl<T: Fn(Told)> Worker<T> {
                 }
                 Job::Close => {
                     let result = self.leave();
-                    return self.note(result);
+                    self.note(result);
+                    return self.claimed.take().map_or((), ClaimedJournal::give_up);
                 }
             };
             self.note(result);
@@ -123,7 +134,7 @@ impl<T: Fn(Told)> Worker<T> {
         if let Err(why) = result {
             self.queue.lock().failed.get_or_insert_with(|| why.clone());
             self.queue.room.notify_all();
-            (self.tell)(Told::Failed(why));
+            (self.tell)(DiskEvent::Failed(why));
         }
     }
 
@@ -188,7 +199,7 @@ impl<T: Fn(Told)> Worker<T> {
                 self.queue.wanted.fetch_add(range.1 as u64, Ordering::Relaxed);
             }
         }
-        (self.tell)(Told::Want(DiskWant { disk, first, count, wanted }));
+        (self.tell)(DiskEvent::Want(DiskWant { disk, first, count, wanted }));
         Ok(())
     }
 
@@ -205,27 +216,34 @@ impl<T: Fn(Told)> Worker<T> {
     /// Before an image is written outside the journal: it is between two checkpoints from now on.
     fn taint(&mut self) -> Result<(), String> {
         if !std::mem::replace(&mut self.tainted, true) {
-            self.write_sidecars(Role::Replica, false, 0, None)?;
+            self.say_first(self.replica(false, 0, None))?;
         }
         Ok(())
     }
 
-    fn write_sidecars(
-        &self,
-        role: Role,
-        whole: bool,
-        checkpoint: u64,
-        journal: Option<PathBuf>,
-    ) -> Result<(), String> {
-        for (index, disk) in self.disks.iter().enumerate() {
-            let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else { continue };
-            let (vm, generation, journal) = (self.vm, self.generation, journal.clone());
-            let sidecar = Sidecar { vm, generation, role, whole, checkpoint, disk: index as u16, journal };
-            sidecar
-                .write(&disk.path)
-                .map_err(|e| format!("cannot write {}: {e}", beside(&disk.path, "outlive").display()))?;
+    /// What the sidecars of a replica of this generation are to say.
+    fn replica(&self, whole: bool, checkpoint: u64, journal: Option<PathBuf>) -> Saying {
+        Saying {
+            generation: self.generation,
+            role: Role::Replica,
+            whole,
+            checkpoint,
+            journal,
+            obsolete: None,
         }
-        Ok(())
+    }
+
+    /// Says in the sidecars what must be known before anything else happens to the images.
+    fn say_first(&self, saying: Saying) -> Result<(), String> {
+        self.sidecars.say(saying);
+        self.sidecars.written_within(STUCK)
+    }
+
+    /// Says in the sidecars what does no harm if it is not known yet.
+    fn say(&self, saying: Saying) {
+        self.sidecars.say(saying);
+        // Waited for, so that it is known early where nothing is wrong. What is, has been logged.
+        self.sidecars.written_within(SIDECAR_PATIENCE).ok();
     }
 
     fn commit(&mut self, number: u64, base: bool, records: Vec<u8>) -> Result<(), String> {
@@ -239,7 +257,9 @@ impl<T: Fn(Told)> Worker<T> {
         self.pending_since.get_or_insert_with(Instant::now);
         if base {
             self.harden()?;
-            return self.write_sidecars(Role::Replica, true, number, self.journal.clone());
+            // The checkpoint is acknowledged, and this host can run the VM without the sidecars.
+            self.say(self.replica(true, number, self.journal.clone()));
+            return Ok(());
         }
         if applier.pending_bytes() >= HARDEN_BYTES { self.harden() } else { Ok(()) }
     }
@@ -252,7 +272,6 @@ impl<T: Fn(Told)> Worker<T> {
         self.taint()?;
         let mut images = Vec::new();
         let mut sizes = Vec::new();
-        let mut path = None;
         for disk in &self.disks {
             let Some(disk) = disk.as_ref().filter(|disk| !disk.read_only) else {
                 images.push(None);
@@ -261,13 +280,11 @@ impl<T: Fn(Told)> Worker<T> {
             };
             let unwritten = |e: io::Error| format!("cannot write {}: {e}", disk.path.display());
             disk.file.sync().map_err(unwritten)?;
-            path.get_or_insert_with(|| beside(&disk.path, "journal"));
             images.push(Some(disk.file.try_clone().map_err(unwritten)?));
             sizes.push(disk.bytes);
         }
-        let path = path.ok_or("no disk is replicated")?;
+        let ClaimedJournal { path, file, .. } = self.claimed.take().ok_or("no disk is replicated")?;
         let failed = |e: io::Error| format!("cannot write the journal {}: {e}", path.display());
-        let file = open_journal(&path).map_err(failed)?;
         let identity = Identity { vm: self.vm, generation: self.generation, sizes };
         let before = number.saturating_sub(1);
         let journal = Journal::create(file, identity, before).map_err(failed)?;
@@ -280,7 +297,15 @@ impl<T: Fn(Told)> Worker<T> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
-        self.applier.as_mut().map_or(Ok(()), Applier::harden).map_err(failed)
+        let result = self.applier.as_mut().map_or(Ok(()), Applier::harden).map_err(failed);
+        self.give_back();
+        result
+    }
+
+    /// Buffers of records that are in the images are used again.
+    fn give_back(&mut self) {
+        let spent = self.applier.iter_mut().flat_map(Applier::spent);
+        spent.for_each(|buffer| self.queue.give_back(buffer));
     }
 
     /// What is due when no job comes.
@@ -312,13 +337,13 @@ impl<T: Fn(Told)> Worker<T> {
                     path.display()
                 );
                 self.applier = None;
-                self.write_sidecars(Role::Replica, false, 0, None)?;
-                self.remove_journal();
-                (self.tell)(Told::Checked { checkpoint: number, difference: Some(why.clone()) });
+                let obsolete = self.journal.take();
+                self.say_first(Saying { obsolete, ..self.replica(false, 0, None) })?;
+                (self.tell)(DiskEvent::Checked { checkpoint: number, difference: Some(why.clone()) });
                 return Err(why);
             }
         }
-        (self.tell)(Told::Checked { checkpoint: number, difference: None });
+        (self.tell)(DiskEvent::Checked { checkpoint: number, difference: None });
         Ok(())
     }
 
@@ -326,54 +351,33 @@ impl<T: Fn(Told)> Worker<T> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
-        self.applier.as_mut().map_or(Ok(()), |applier| applier.settle().map(drop)).map_err(failed)
+        let settled = self.applier.as_mut().map_or(Ok(()), |applier| applier.settle().map(drop));
+        self.give_back();
+        settled.map_err(failed)
     }
 
     fn become_primary(&mut self, generation: u64) -> Result<(), String> {
         self.leave()?;
         self.generation = generation;
-        self.write_sidecars(Role::Primary, true, self.left_at, None)
+        self.say(Saying { checkpoint: self.left_at, ..Saying::primary(generation) });
+        Ok(())
     }
 
-    /// The standby takes no more of this VM's writes: the images are at the last commit, and say so without a
-    /// journal.
+    /// The standby takes no more of this VM's writes: the images are at the last commit, durably, and say so
+    /// without a journal. If they cannot say so now, the empty journal stays, because the sidecars name it:
+    /// to replay it changes nothing.
     fn leave(&mut self) -> Result<(), String> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {
             self.left_at = applier.applied();
-            self.write_sidecars(Role::Replica, true, self.left_at, None)?;
-            self.remove_journal();
+            let obsolete = self.journal.take();
+            self.say(Saying { obsolete, ..self.replica(true, self.left_at, None) });
         }
         Ok(())
-    }
-
-    fn remove_journal(&mut self) {
-        if let Some(path) = self.journal.take()
-            && let Err(error) = fs::remove_file(&path)
-        {
-            // It is empty, and no sidecar names it.
-            tracing::warn!(path = %path.display(), %error, "cannot remove the journal");
-        }
     }
 }
 
 fn journal_failed(path: &Option<PathBuf>) -> impl Fn(io::Error) -> String + use<> {
     let path = path.clone().unwrap_or_default();
     move |error| format!("cannot write the disks or their journal {}: {error}", path.display())
-}
-
-/// Opens or makes a journal with room for all that it usually takes, so that a full file system is noticed
-/// now.
-fn open_journal(path: &PathBuf) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-    let room = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, JOURNAL_BYTES as i64);
-    match room {
-        Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => {}
-        Err(error) => return Err(error.into()),
-    }
-    // Its name must last as long as the sidecars that name it.
-    if let Some(directory) = path.parent() {
-        File::open(directory)?.sync_all()?;
-    }
-    Ok(file)
 }

@@ -10,7 +10,7 @@ use outlive_epoch::{DiskOp, DiskRecord, DiskRecords, VmId};
 use outlive_machine::DiskHash;
 
 use crate::disk::sidecar::{Sidecar, beside};
-use crate::disk::{Replica, ReplicaDisk, Told, hash_contents};
+use crate::disk::{DiskEvent, Replica, ReplicaDisk, hash_contents};
 
 const SIZE: u64 = 64 << 20;
 
@@ -18,7 +18,7 @@ const SIZE: u64 = 64 << 20;
 struct Standby {
     directory: tempfile::TempDir,
     replica: Replica,
-    told: Receiver<Told>,
+    told: Receiver<DiskEvent>,
     vm: File,
 }
 
@@ -55,7 +55,7 @@ impl Standby {
         vec![DiskHash { disk: 0, hash: hash_contents(&self.vm, SIZE, || true).unwrap().unwrap() }]
     }
 
-    fn told(&self) -> Told {
+    fn told(&self) -> DiskEvent {
         self.told.recv_timeout(Duration::from_secs(20)).unwrap()
     }
 
@@ -74,7 +74,7 @@ fn images_are_compared_as_of_the_commit_before_and_not_of_those_behind() {
             standby.commit(number + 1, false, 0, &[number as u8; 100]);
             let told = standby.told();
             assert!(
-                matches!(told, Told::Checked { checkpoint, difference: None } if checkpoint == number),
+                matches!(told, DiskEvent::Checked { checkpoint, difference: None } if checkpoint == number),
                 "{told:?}"
             );
         }
@@ -88,11 +88,11 @@ fn an_image_that_differs_is_of_no_vm_any_more() {
     standby.commit(2, false, 9000, b"right");
     standby.vm.write_all_at(b"l", 9000).unwrap();
     standby.replica.check(2, standby.hash());
-    let Told::Checked { checkpoint: 2, difference: Some(why) } = standby.told() else {
+    let DiskEvent::Checked { checkpoint: 2, difference: Some(why) } = standby.told() else {
         panic!("no difference")
     };
     assert!(why.starts_with("disk 0: the image "), "{why}");
-    assert!(matches!(standby.told(), Told::Failed(failed) if failed == why));
+    assert!(matches!(standby.told(), DiskEvent::Failed(failed) if failed == why));
     assert_eq!(standby.replica.become_primary(8), Err(why.clone()));
     assert_eq!(standby.replica.leave(), Err(why));
     assert!(!Sidecar::read(&standby.image()).unwrap().unwrap().whole);
@@ -109,7 +109,7 @@ fn a_takeover_does_not_wait_for_a_comparison() {
     standby.replica.check(1, hashes);
     standby.replica.settle(1);
     standby.replica.become_primary(8).unwrap();
-    assert!(matches!(standby.told(), Told::Settled { checkpoint: 1 }), "the comparison was given up");
+    assert!(matches!(standby.told(), DiskEvent::Settled { checkpoint: 1 }), "the comparison was given up");
     assert!(standby.told.try_recv().is_err());
 }
 

@@ -1,3 +1,4 @@
+mod bookkeeping;
 mod check;
 mod journal;
 mod pair;

@@ -11,7 +11,7 @@ use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskW
 
 use crate::disk::journal::Journal;
 use crate::disk::sidecar::{Role, Sidecar, beside};
-use crate::disk::{Changed, DiskSection, DiskSync, Replica, ReplicaDisk, SourceDisk, SyncReport, Told};
+use crate::disk::{Changed, DiskEvent, DiskSection, DiskSync, Replica, ReplicaDisk, SourceDisk, SyncReport};
 
 const CHUNK: u64 = DISK_CHUNK as u64;
 
@@ -36,7 +36,7 @@ struct Pair {
     replica: Replica,
     sections: Receiver<DiskSection>,
     reports: Receiver<SyncReport>,
-    told: Receiver<Told>,
+    told: Receiver<DiskEvent>,
     /// Bytes of blocks that went over, and chunks in sums.
     blocks: u64,
 }
@@ -52,8 +52,8 @@ fn images(directory: &Path, host: &str) -> [PathBuf; 2] {
 
 const SIZES: [u64; 2] = [300 * CHUNK + 1536, 3 * CHUNK];
 
-fn start_replica(directory: &Path) -> (Replica, Receiver<Told>) {
-    let (tell, told): (Sender<Told>, _) = channel();
+fn start_replica(directory: &Path) -> (Replica, Receiver<DiskEvent>) {
+    let (tell, told): (Sender<DiskEvent>, _) = channel();
     let paths = images(directory, "standby");
     let disk = |at: usize| {
         Some(ReplicaDisk {
@@ -110,9 +110,9 @@ impl Pair {
             while let Ok(told) = self.told.try_recv() {
                 idle = false;
                 match told {
-                    Told::Want(want) => self.sync.as_ref().unwrap().want(want),
-                    Told::Failed(why) => return SyncReport::Failed(why),
-                    Told::Checked { .. } | Told::Settled { .. } => panic!("nobody asked for it"),
+                    DiskEvent::Want(want) => self.sync.as_ref().unwrap().want(want),
+                    DiskEvent::Failed(why) => return SyncReport::Failed(why),
+                    DiskEvent::Checked { .. } | DiskEvent::Settled { .. } => panic!("nobody asked for it"),
                 }
             }
             while let Ok(report) = self.reports.try_recv() {
@@ -131,9 +131,9 @@ impl Pair {
         self.replica.settle(checkpoint);
         loop {
             match self.told.recv_timeout(Duration::from_secs(20)).unwrap() {
-                Told::Settled { checkpoint } => return Ok(checkpoint),
-                Told::Failed(why) => return Err(why),
-                Told::Want(_) | Told::Checked { .. } => {}
+                DiskEvent::Settled { checkpoint } => return Ok(checkpoint),
+                DiskEvent::Failed(why) => return Err(why),
+                DiskEvent::Want(_) | DiskEvent::Checked { .. } => {}
             }
         }
     }

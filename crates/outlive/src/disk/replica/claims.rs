@@ -1,0 +1,76 @@
+//! What a standby's disks will need of their file systems, claimed and tried before a primary hears that it is
+//! accepted: afterwards it may be protected, and a full file system would be found when it is too late.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::ReplicaDisk;
+use crate::disk::apply::JOURNAL_BYTES;
+use crate::disk::sidecar::{Sidecar, beside};
+
+/// A journal with the room that it usually takes.
+pub(super) struct ClaimedJournal {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// Whatever is in it, it is named by no sidecar, or empty.
+    pub(super) file: File,
+    /// It was not there before.
+    made: bool,
+}
+
+/// Claims a journal beside the first image that is written, if there is one, and tries to write sidecars.
+///
+/// # Errors
+/// One line that names the file.
+pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJournal>, String> {
+    let mut written = disks.iter().flatten().filter(|disk| !disk.read_only).peekable();
+    let Some(first) = written.peek() else { return Ok(None) };
+    let path = beside(&first.path, "journal");
+    let claimed = ClaimedJournal::open(&path).map_err(|error| {
+        let (place, room) = (path.display(), JOURNAL_BYTES >> 20);
+        format!("the standby cannot set {room} MiB aside for the journal {place}: {error}")
+    })?;
+    for ReplicaDisk { path, .. } in written {
+        Sidecar::probe(path).map_err(|error| {
+            format!("the standby cannot write {}: {error}", beside(path, "outlive").display())
+        })?;
+    }
+    Ok(Some(claimed))
+}
+
+impl ClaimedJournal {
+    fn open(path: &Path) -> io::Result<Self> {
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(directory)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).truncate(false);
+        let (file, made) = match options.clone().create_new(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (options.open(path)?, false),
+            other => (other?, true),
+        };
+        let claimed = Self { path: path.to_path_buf(), file, made };
+        match fallocate(&claimed.file, FallocateFlags::empty(), 0, JOURNAL_BYTES as i64) {
+            Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {}
+            Err(error) => {
+                claimed.give_up();
+                return Err(error.into());
+            }
+        }
+        // Its name must last as long as the sidecars that name it.
+        File::open(directory)?.sync_all()?;
+        Ok(claimed)
+    }
+
+    /// It was not needed. One that was there before stays: a sidecar of an image that is not here may name it.
+    pub(super) fn give_up(self) {
+        if self.made
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the journal");
+        }
+    }
+}

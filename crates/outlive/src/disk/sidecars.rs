@@ -1,0 +1,287 @@
+//! The sidecars of a VM's images, kept up to date by a thread of their own.
+//!
+//! A sidecar says whose an image is; the image is none the worse without it. So nobody who has something better
+//! to do waits for it: a takeover and the coordinator only say what the sidecars are to say, and what cannot be
+//! written now, because a file system is full or does not answer, is written later. Only who is about to spoil
+//! an image waits until that is written down.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use outlive_epoch::VmId;
+
+use super::sidecar::{Role, Sidecar, beside};
+
+/// Time between two attempts.
+const RETRY: Duration = Duration::from_secs(2);
+/// One at a time in this process: an image may soon belong to somebody else, whose word must come after one
+/// that has been on its way to a slow file system since before.
+static WRITING: Mutex<()> = Mutex::new(());
+
+/// What the sidecars of all images of a VM are to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Saying {
+    /// The generation in which the images were written last.
+    pub(crate) generation: u64,
+    /// What they are.
+    pub(crate) role: Role,
+    /// Whether they are the VM's disks at all.
+    pub(crate) whole: bool,
+    /// Which checkpoint they are at without the journal.
+    pub(crate) checkpoint: u64,
+    /// The journal that may have writes for them.
+    pub(crate) journal: Option<PathBuf>,
+    /// An empty journal, to be removed once no sidecar names it any more.
+    pub(crate) obsolete: Option<PathBuf>,
+}
+
+impl Saying {
+    /// The VM runs on the images in this generation.
+    pub(crate) fn primary(generation: u64) -> Self {
+        Self { generation, role: Role::Primary, whole: true, checkpoint: 0, journal: None, obsolete: None }
+    }
+}
+
+/// See the module. Once it is dropped, no attempt is begun any more.
+pub(crate) struct Sidecars {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The newest, until it is written.
+    due: Option<Saying>,
+    /// How many there were, and how many of them are written or out of date.
+    said: u64,
+    done: u64,
+    /// Why the last attempt failed, if it did.
+    failed: Option<String>,
+    closed: bool,
+}
+
+impl Sidecars {
+    /// Starts the thread for these images, each with its position among the VM's disks.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn start(images: Vec<(u16, PathBuf)>, vm: VmId) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let keeper = Keeper { shared: shared.clone(), images, vm };
+        std::thread::Builder::new().name("sidecars".into()).spawn(move || {
+            outlive_machine::block_all_signals(false);
+            keeper.run();
+        })?;
+        Ok(Self { shared })
+    }
+
+    /// What the sidecars are to say from now on. Returns at once.
+    pub(crate) fn say(&self, saying: Saying) {
+        let mut state = self.shared.lock();
+        // What an earlier one would have removed is still of no use.
+        let obsolete = state.due.take().and_then(|earlier| earlier.obsolete);
+        let obsolete = obsolete.filter(|path| saying.journal.as_ref() != Some(path));
+        state.due = Some(Saying { obsolete: saying.obsolete.clone().or(obsolete), ..saying });
+        state.said += 1;
+        state.failed = None;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until what was said last is durable, but not for longer than `patience`.
+    ///
+    /// # Errors
+    /// Why it is not; it is tried again.
+    pub(crate) fn written_within(&self, patience: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.shared.lock();
+        let said = state.said;
+        while state.done < said {
+            if let Some(why) = &state.failed {
+                return Err(why.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("the file system of the disk images' .outlive files does not answer".into());
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Sidecars {
+    fn drop(&mut self) {
+        // Without waiting for the thread: it may hang in a file system.
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Keeper {
+    shared: Arc<Shared>,
+    images: Vec<(u16, PathBuf)>,
+    vm: VmId,
+}
+
+impl Keeper {
+    fn run(self) {
+        let mut warned: Option<String> = None;
+        while let Some((number, saying)) = self.next() {
+            let one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+            // It may have been out of date or of no use before its turn came.
+            let stale = {
+                let state = self.shared.lock();
+                state.closed || state.said != number
+            };
+            if stale {
+                continue;
+            }
+            let result = self.write(&saying);
+            drop(one);
+            let mut state = self.shared.lock();
+            match result {
+                Ok(()) => {
+                    state.done = number;
+                    if state.said == number {
+                        state.due = None;
+                    }
+                    if warned.take().is_some() {
+                        tracing::info!("the .outlive files are up to date again");
+                    }
+                }
+                Err(why) => {
+                    if warned.as_ref() != Some(&why) {
+                        tracing::warn!("{why}; it is tried again, and the VM does not wait for it");
+                        warned = Some(why.clone());
+                    }
+                    // Somebody has said something new meanwhile: that is tried at once.
+                    if state.said == number {
+                        state.failed = Some(why);
+                    }
+                }
+            }
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Waits for something to be written; with its number. `None` when there will be no more.
+    fn next(&self) -> Option<(u64, Saying)> {
+        let mut state = self.shared.lock();
+        loop {
+            state = match &state.due {
+                _ if state.closed => return None,
+                Some(due) if state.failed.is_none() => return Some((state.said, due.clone())),
+                None => self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(_) => {
+                    let waited = self.shared.changed.wait_timeout(state, RETRY);
+                    let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+                    if waited.timed_out() {
+                        state.failed = None;
+                    }
+                    state
+                }
+            };
+        }
+    }
+
+    fn write(&self, saying: &Saying) -> Result<(), String> {
+        let Saying { generation, role, whole, checkpoint, journal, obsolete } = saying.clone();
+        for (disk, image) in &self.images {
+            let (vm, disk, journal) = (self.vm, *disk, journal.clone());
+            let sidecar = Sidecar { vm, generation, role, whole, checkpoint, disk, journal };
+            sidecar
+                .write(image)
+                .map_err(|e| format!("cannot write {}: {e}", beside(image, "outlive").display()))?;
+        }
+        if let Some(path) = obsolete
+            && let Err(error) = fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            // It is empty, and no sidecar names it.
+            tracing::warn!(path = %path.display(), %error, "cannot remove the journal");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const VM: VmId = VmId([3; 16]);
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn image(directory: &Path) -> PathBuf {
+        let image = directory.join("root.img");
+        fs::write(&image, [0; 512]).unwrap();
+        image
+    }
+
+    fn generation(image: &Path) -> Option<u64> {
+        Sidecar::read(image).unwrap().map(|sidecar| sidecar.generation)
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_written_later_and_only_the_newest() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, journal) = (image(directory.path()), directory.path().join("root.img.journal"));
+        fs::write(&journal, "empty").unwrap();
+        let sidecars = Sidecars::start(vec![(0, image.clone())], VM).unwrap();
+        // A directory where the new sidecar would be: nothing can be written, whoever asks.
+        let blocked = beside(&image, "outlive.new");
+        fs::create_dir(&blocked).unwrap();
+        sidecars.say(Saying { obsolete: Some(journal.clone()), ..Saying::primary(4) });
+        let why = sidecars.written_within(SOON).unwrap_err();
+        assert!(why.contains("cannot write") && why.contains("root.img.outlive"), "{why}");
+        sidecars.say(Saying::primary(5));
+        assert!(sidecars.written_within(SOON).is_err());
+        assert!(generation(&image).is_none() && journal.exists());
+
+        fs::remove_dir(&blocked).unwrap();
+        let began = Instant::now();
+        while sidecars.written_within(SOON).is_err() {
+            assert!(began.elapsed() < SOON);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(generation(&image), Some(5));
+        assert!(!journal.exists(), "nothing names it any more");
+    }
+
+    #[test]
+    fn nothing_is_written_once_it_is_dropped() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path());
+        let sidecars = Sidecars::start(vec![(0, image.clone())], VM).unwrap();
+        sidecars.say(Saying::primary(1));
+        sidecars.written_within(SOON).unwrap();
+        let blocked = beside(&image, "outlive.new");
+        fs::create_dir(&blocked).unwrap();
+        sidecars.say(Saying::primary(2));
+        sidecars.written_within(SOON).unwrap_err();
+        let thread = Arc::downgrade(&sidecars.shared);
+        drop(sidecars);
+        fs::remove_dir(&blocked).unwrap();
+        let began = Instant::now();
+        while thread.strong_count() > 0 {
+            assert!(began.elapsed() < SOON, "the thread does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(generation(&image), Some(1));
+    }
+}

@@ -1,0 +1,156 @@
+//! Sidecars that cannot be written, and room that is not there: a VM that can be taken over is taken over, and
+//! what would not be there later is missed before a primary counts on it.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{DiskOp, DiskRecord, DiskRecords, VmId};
+
+use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::{DiskEvent, Replica, ReplicaDisk, for_run};
+
+const VM: VmId = VmId([6; 16]);
+const SIZE: u64 = 1 << 20;
+const SOON: Duration = Duration::from_secs(20);
+
+/// A standby's image in a directory where nothing new can be written while `blocked` is there.
+struct Standby {
+    directory: tempfile::TempDir,
+}
+
+impl Standby {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let standby = Self { directory };
+        File::create(standby.image()).unwrap().set_len(SIZE).unwrap();
+        standby
+    }
+
+    fn image(&self) -> PathBuf {
+        self.directory.path().join("disk")
+    }
+
+    fn journal(&self) -> PathBuf {
+        beside(&self.image(), "journal")
+    }
+
+    fn block(&self) {
+        fs::create_dir(beside(&self.image(), "outlive.new")).unwrap();
+    }
+
+    fn unblock(&self) {
+        fs::remove_dir(beside(&self.image(), "outlive.new")).unwrap();
+    }
+
+    fn start(&self) -> Result<(Replica, Receiver<DiskEvent>), String> {
+        let path = self.image();
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let (tell, told) = channel();
+        let disks = vec![Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false })];
+        Ok((Replica::start(disks, VM, 7, move |it| drop(tell.send(it)))?, told))
+    }
+
+    fn sidecar(&self) -> Sidecar {
+        Sidecar::read(&self.image()).unwrap().unwrap()
+    }
+}
+
+fn commit(replica: &Replica, number: u64, base: bool, bytes: &[u8]) {
+    let mut records = Vec::new();
+    DiskRecord { disk: 0, offset: 512, op: DiskOp::Data(bytes) }.put(&mut records);
+    replica.commit(number, base, &DiskRecords::parse(&records).unwrap());
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < SOON, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_takeover_does_not_need_the_sidecars() {
+    let standby = Standby::new();
+    let (replica, told) = standby.start().unwrap();
+    commit(&replica, 1, true, b"base");
+    wait_until("the base is on the image", || {
+        Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
+    });
+    commit(&replica, 2, false, b"last");
+    standby.block();
+    replica.settle(2);
+    let event = told.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, DiskEvent::Settled { checkpoint: 2 }), "{event:?}");
+    replica.become_primary(8).unwrap();
+    let sidecars = replica.sidecars();
+    drop(replica);
+    // From here on the guest writes. Nobody must bring the image back to what the journal had.
+    OpenOptions::new().write(true).open(standby.image()).unwrap().write_all_at(b"more", 512).unwrap();
+    let stale = standby.sidecar();
+    assert_eq!((stale.role, stale.generation), (Role::Replica, 7));
+    assert_eq!(stale.journal.as_ref(), Some(&standby.journal()));
+
+    // As if the host had lost its power now.
+    let copy = Standby::new();
+    let journal = copy.directory.path().join("j");
+    fs::copy(standby.image(), copy.image()).unwrap();
+    fs::copy(standby.journal(), &journal).unwrap();
+    Sidecar { journal: Some(journal), ..stale }.write(&copy.image()).unwrap();
+    for_run(&[&copy.image()]).unwrap();
+    assert_eq!(&fs::read(copy.image()).unwrap()[512..516], b"more");
+
+    standby.unblock();
+    wait_until("the sidecar is written when it can be", || sidecars.written_within(SOON).is_ok());
+    assert_eq!(standby.sidecar().generation, 8);
+    assert_eq!((standby.sidecar().role, standby.sidecar().journal), (Role::Primary, None));
+    assert!(!standby.journal().exists());
+}
+
+#[test]
+fn a_standby_that_ends_in_order_keeps_the_journal_that_its_sidecar_names() {
+    let standby = Standby::new();
+    let (replica, _told) = standby.start().unwrap();
+    commit(&replica, 1, true, b"base");
+    commit(&replica, 2, false, b"last");
+    wait_until("the base is on the image", || {
+        Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
+    });
+    standby.block();
+    assert_eq!(replica.leave(), Ok(()));
+    drop(replica);
+    assert_eq!(standby.sidecar().journal, Some(standby.journal()));
+    assert!(standby.journal().exists());
+    standby.unblock();
+    for_run(&[&standby.image()]).unwrap();
+    assert_eq!(&fs::read(standby.image()).unwrap()[512..516], b"last");
+    assert_eq!((standby.sidecar().checkpoint, standby.sidecar().journal), (2, None));
+    assert!(!standby.journal().exists());
+}
+
+#[test]
+fn what_will_be_needed_is_missed_before_a_primary_is_accepted() {
+    let standby = Standby::new();
+    standby.block();
+    let why = standby.start().err().unwrap();
+    assert!(why.contains("cannot write") && why.contains("disk.outlive"), "{why}");
+    standby.unblock();
+    // A directory where the journal is to be.
+    fs::remove_file(standby.journal()).ok();
+    fs::create_dir(standby.journal()).unwrap();
+    let why = standby.start().err().unwrap();
+    assert!(why.contains("cannot set 64 MiB aside for the journal"), "{why}");
+    assert_eq!(why.lines().count(), 1);
+    fs::remove_dir(standby.journal()).unwrap();
+    assert_eq!(fs::read(standby.image()).unwrap(), vec![0; SIZE as usize]);
+    assert!(!beside(&standby.image(), "outlive").exists());
+
+    // What is not needed after all is given back.
+    let (replica, _told) = standby.start().unwrap();
+    assert!(fs::metadata(standby.journal()).unwrap().len() >= 64 << 20);
+    drop(replica);
+    assert!(!standby.journal().exists());
+}
