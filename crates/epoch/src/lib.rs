@@ -84,8 +84,9 @@ mod incoming;
 pub use codec::{PageCodec, PageEntry, squeeze_zero_pages};
 pub use image::limits::*;
 pub use image::{
-    DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords, GfnRange, Layout,
-    LayoutError, PAGE_SIZE, PageData, RecordError, StateSection, VmId, is_zero, put_write,
+    Ancestor, DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords,
+    GfnRange, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordError, StateSection, VmId, VmIdError,
+    is_zero, put_write,
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{

@@ -7,6 +7,8 @@ use super::page::PAGE_SIZE;
 pub const MAX_RANGES: usize = 8;
 /// Most devices of a VM.
 pub const MAX_DEVICES: usize = 32;
+/// Most VMs that a VM is known to descend from.
+pub const MAX_ANCESTORS: usize = 16;
 /// Most bytes of a disk's serial number.
 pub const MAX_SERIAL: usize = 20;
 /// Most bytes of a name or another short text.

@@ -7,8 +7,8 @@ use super::encoder::{EncodeError, Encoder, check_length, put_text};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
-use crate::image::limits::{MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
-use crate::image::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, VmId};
+use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
+use crate::image::{Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VmId};
 
 /// What the primary promises not to exceed. The standby sizes its staging by it, or refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,10 +56,14 @@ pub struct Hello {
     pub tracker: String,
     /// CPU vendor and KVM module, at most [`MAX_TEXT`] bytes. State of one vendor does not load on another.
     pub vendor: String,
+    /// The identity of the primary's arbiter, at most [`MAX_TEXT`] bytes: both hosts must have the same one.
+    pub arbiter: String,
+    /// The VMs that this one descends from: their images may be overwritten.
+    pub lineage: Lineage,
 }
 
 /// The payload begins with this. Behind it stand the ranges of the layout and the devices, each with its
-/// count in a byte, and the texts, each with its length in two.
+/// count in a byte, the texts, each with its length in two, and the ancestors with their count in a byte.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -83,6 +87,13 @@ struct Head {
 struct Range {
     start: U64,
     pages: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawAncestor {
+    vm: [u8; 16],
+    through: U64,
 }
 
 /// A device; its serial number follows as a text.
@@ -124,8 +135,13 @@ impl Hello {
         for device in &self.devices {
             put_device(out, device);
         }
-        for text in [&self.name, &self.host, &self.tracker, &self.vendor] {
+        for text in [&self.name, &self.host, &self.tracker, &self.vendor, &self.arbiter] {
             put_text(out, text);
+        }
+        let ancestors = self.lineage.ancestors();
+        out.push(ancestors.len() as u8);
+        for Ancestor { vm, through } in ancestors {
+            out.extend_from_slice(RawAncestor { vm: vm.0, through: (*through).into() }.as_bytes());
         }
     }
 
@@ -143,7 +159,8 @@ impl Hello {
         let layout = parse_layout(&mut fields)?;
         let devices = parse_devices(&mut fields)?;
         let mut text = || fields.text(MAX_TEXT);
-        let (name, host, tracker, vendor) = (text()?, text()?, text()?, text()?);
+        let (name, host, tracker, vendor, arbiter) = (text()?, text()?, text()?, text()?, text()?);
+        let lineage = parse_lineage(&mut fields)?;
         fields.end()?;
         Ok(Self {
             vm: VmId(head.vm),
@@ -166,8 +183,19 @@ impl Hello {
             host,
             tracker,
             vendor,
+            arbiter,
+            lineage,
         })
     }
+}
+
+fn parse_lineage(fields: &mut Fields<'_>) -> Result<Lineage, WireError> {
+    let count = usize::from(*fields.fixed::<u8>()?);
+    if count > MAX_ANCESTORS {
+        return Err(fields.malformed("more ancestors than a VM remembers", count as u64));
+    }
+    let ancestor = |raw: &RawAncestor| Ancestor { vm: VmId(raw.vm), through: raw.through.get() };
+    Ok(Lineage::new(fields.row(count)?.iter().map(ancestor)))
 }
 
 fn parse_layout(fields: &mut Fields<'_>) -> Result<Layout, WireError> {
@@ -226,6 +254,7 @@ impl Encoder {
             ("the host's name", &hello.host),
             ("the tracker's name", &hello.tracker),
             ("the vendor's name", &hello.vendor),
+            ("the arbiter's identity", &hello.arbiter),
         ] {
             check_length(field, text.len(), MAX_TEXT)?;
         }

@@ -91,8 +91,10 @@ impl SectionKind {
     /// The version of the payload that this release reads and writes.
     pub fn version(self) -> u16 {
         match self {
-            // 2: devices; totals of disk writes.
-            Self::Hello | Self::CheckpointBegin | Self::CheckpointEnd => 2,
+            // 2: devices. 3: the arbiter and the ancestors.
+            Self::Hello => 3,
+            // 2: totals of disk writes.
+            Self::CheckpointBegin | Self::CheckpointEnd => 2,
             _ => 1,
         }
     }
@@ -100,7 +102,7 @@ impl SectionKind {
     /// Most bytes of the payload.
     pub fn limit(self) -> u32 {
         let bytes = match self {
-            Self::Hello => 2048,
+            Self::Hello => 4096,
             Self::Accept => 256,
             Self::Refuse => 512,
             Self::BasePages | Self::Pages | Self::DiskWrites | Self::DiskBlocks => MAX_PAYLOAD,

@@ -19,7 +19,7 @@ use crate::image::{DiskRecords, StateSection};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message<'a> {
     /// See [`Hello`].
-    Hello(Hello),
+    Hello(Box<Hello>),
     /// See [`Accept`].
     Accept(Accept),
     /// See [`Refuse`].
@@ -86,7 +86,7 @@ impl<'a> Message<'a> {
     /// [`WireError::Malformed`].
     pub fn parse_payload(kind: SectionKind, payload: &'a [u8]) -> Result<Self, WireError> {
         Ok(match kind {
-            SectionKind::Hello => Self::Hello(Hello::parse(payload)?),
+            SectionKind::Hello => Self::Hello(Box::new(Hello::parse(payload)?)),
             SectionKind::Accept => Self::Accept(Accept::parse(payload)?),
             SectionKind::Refuse => Self::Refuse(Refuse::parse(payload)?),
             SectionKind::BasePages => Self::BasePages(Pages::parse(kind, payload)?),

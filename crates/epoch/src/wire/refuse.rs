@@ -28,6 +28,8 @@ pub enum RefuseCode {
     Leaving = 7,
     /// The standby's devices do not fit: a disk is missing, of another size, or in use.
     Devices = 8,
+    /// An image of the standby has data that this VM does not descend from, and would be overwritten.
+    Overwrite = 9,
 }
 
 impl RefuseCode {
@@ -42,6 +44,7 @@ impl RefuseCode {
             Self::Malformed,
             Self::Leaving,
             Self::Devices,
+            Self::Overwrite,
         ]
         .into_iter()
         .find(|code| *code as u16 == number)

@@ -1,9 +1,9 @@
 //! Streams for the tests, made through the public interface as a sender makes them.
 
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums,
-    Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Message, PAGE_SIZE, PageData,
-    PageEntry, Peer, Preface, ReadError, SectionReader, StateSection, VmId,
+    Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
+    DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
+    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, SectionReader, StateSection, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -60,6 +60,8 @@ pub(crate) fn hello() -> Hello {
         host: "host-a".into(),
         tracker: "ring".into(),
         vendor: "GenuineIntel kvm_pvm".into(),
+        arbiter: "0123456789abcdef0123456789abcdef".into(),
+        lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 12 }]),
     }
 }
 

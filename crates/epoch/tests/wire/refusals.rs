@@ -4,10 +4,10 @@ use std::io::{self, Read};
 
 use crate::common::{Content, GENERATION, hello, incoming, writes};
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums, DiskWant,
-    EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS,
-    Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, Section, SectionHeader, SectionKind,
-    SectionReader, StateSection, WireError, put_write,
+    Ancestor, CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums,
+    DiskWant, EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, Lineage, MAX_ANCESTORS,
+    MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS, Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, Section,
+    SectionHeader, SectionKind, SectionReader, StateSection, VmId, WireError, put_write,
 };
 
 const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
@@ -278,12 +278,14 @@ fn the_encoder_refuses_what_no_reader_would_take() {
 fn the_largest_sections_pass() {
     let gfns: Vec<u64> = (0..256).collect();
     let mut big = hello();
-    for text in [&mut big.name, &mut big.host, &mut big.tracker, &mut big.vendor] {
+    for text in [&mut big.name, &mut big.host, &mut big.tracker, &mut big.vendor, &mut big.arbiter] {
         *text = "x".repeat(64);
     }
     let ranges = (0..8).map(|n| outlive_epoch::GfnRange { start: n * 10, pages: 5 }).collect();
     let disk = DeviceInfo { serial: "x".repeat(20), ..DeviceInfo::new(DeviceKind::Disk, 16) };
     big.devices = vec![disk; MAX_DEVICES];
+    let ancestors = (0..MAX_ANCESTORS as u8).map(|n| Ancestor { vm: VmId([n; 16]), through: u64::MAX });
+    big.lineage = Lineage::new(ancestors);
     big.layout = outlive_epoch::Layout::new(ranges).unwrap();
     let mut out = Vec::new();
     let mut encoder = Encoder::new();
@@ -304,7 +306,7 @@ fn the_largest_sections_pass() {
     let mut kinds = Vec::new();
     while let Ok(section) = reader.read_section(&mut source) {
         if let Message::Hello(received) = Message::parse(&section).unwrap() {
-            assert_eq!(received, big);
+            assert_eq!(*received, big);
         }
         kinds.push(section.kind());
     }
@@ -518,6 +520,9 @@ fn devices_that_make_no_sense_are_refused() {
         (device + 2, 4, "unknown device flags (0x4)"),
         (device + 13, 0x80, "a disk larger than every disk (0x8000000000000000)"),
         (device + 14, 21, "a text is longer than its limit (0x15)"),
+        (payload.len() - 25, 17, "more ancestors than a VM remembers (0x11)"),
+        (payload.len() - 25, 2, "the payload ends early, bytes missing (0x18)"),
+        (payload.len() - 25, 0, "bytes are left over (0x18)"),
     ] {
         let mut wrong = payload.to_vec();
         wrong[at] = byte;

@@ -27,7 +27,6 @@ use std::time::SystemTime;
 pub use command::command;
 pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
-pub(crate) use record::parse_vm;
 pub use worker::{Busy, ClaimResult, ClaimWorker};
 
 use crate::process;

@@ -43,20 +43,8 @@ pub(super) fn vm_name(vm: &VmId) -> String {
 
 /// The VM whose claims are in a directory of this name.
 pub(super) fn parse_vm_name(name: &str) -> Option<VmId> {
-    let vm = parse_vm(name)?;
+    let vm = name.parse().ok()?;
     (vm_name(&vm) == name).then_some(vm)
-}
-
-/// The id that is written with these 32 hexadecimal digits.
-pub(crate) fn parse_vm(text: &str) -> Option<VmId> {
-    let mut id = [0; 16];
-    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (index, byte) in id.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(index * 2..index * 2 + 2)?, 16).ok()?;
-    }
-    Some(VmId(id))
 }
 
 pub(super) fn claim_name(vm: &VmId, generation: u64) -> String {

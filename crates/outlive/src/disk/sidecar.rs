@@ -8,8 +8,6 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{major, minor};
 use outlive_epoch::VmId;
 
-use crate::arbiter::parse_vm;
-
 /// Where the sidecars and journals of block devices are kept: beside them is no place that lasts.
 const STATE_DIR: &str = "/var/lib/outlive";
 /// Characters of a block device's name in that of its sidecar.
@@ -190,7 +188,7 @@ impl Sidecar {
             let number = || value.parse::<u64>().map_err(|_| wrong);
             match key.trim() {
                 "version" => version = Some(number()?),
-                "vm" => vm = Some(parse_vm(value).ok_or(wrong)?),
+                "vm" => vm = Some(value.parse().map_err(|_| wrong)?),
                 "disk" => disk = Some(value.parse().map_err(|_| wrong)?),
                 "role" if value == "primary" => role = Some(Role::Primary),
                 "role" if value == "replica" => role = Some(Role::Replica),

@@ -140,6 +140,8 @@ mod tests {
             host: String::new(),
             tracker: String::new(),
             vendor: String::new(),
+            arbiter: String::new(),
+            lineage: Default::default(),
         })
     }
 

@@ -123,7 +123,7 @@ fn introduction(reader: &mut SectionReader, stream: &mut Reader) -> Result<Hello
     let section = reader.read_section(&mut stream)?;
     let kind = section.kind();
     match Message::parse(&section)? {
-        Message::Hello(hello) => Ok(hello),
+        Message::Hello(hello) => Ok(*hello),
         _ => Err(WireError::Malformed {
             kind,
             what: "a connection begins with Hello, not with this",

@@ -75,5 +75,7 @@ pub(crate) fn hello(
         host: process::host_name(),
         tracker: machine.tracker().kind().to_string(),
         vendor: process::vendor(),
+        arbiter: String::new(),
+        lineage: Default::default(),
     })
 }

@@ -54,7 +54,7 @@ fn overhear(world: &World) -> (Process, Hello) {
     reader.read_preface(&mut stream).unwrap();
     let section = reader.read_section(&mut stream).unwrap();
     let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
-    (primary, hello)
+    (primary, *hello)
 }
 
 /// A primary made of nothing but its protocol.
