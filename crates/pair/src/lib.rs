@@ -1,22 +1,26 @@
-//! Every decision of two hosts that keep one VM alive, as two pure state machines: [`Primary`] and
-//! [`Standby`].
+//! Every decision of the two hosts that keep one VM alive, as two pure state machines, [`Primary`] and
+//! [`Standby`], with the drivers that carry their decisions out and the policy that ends epochs.
 //!
-//! The machines do no I/O, have no clock and start no thread. They are fed with events and the time, and
-//! answer with actions, which the program carries out. So a seeded simulator (in this crate's tests) can
-//! drive thousands of schedules of delay, partition, freeze and crash through the very code that runs in
-//! production.
+//! Nothing here does I/O, has a clock or starts a thread. The machines are fed with events and the time, and
+//! answer with actions; a driver carries the actions out through ports. The program implements the ports with
+//! sockets and threads; a seeded simulator (in this crate's tests) implements them with its world, and drives
+//! thousands of schedules of delay, partition, freeze, crash and failing actions through the very code that
+//! runs in production.
 //!
-//! # How to drive them
+//! | module | what it answers |
+//! |---|---|
+//! | [`Primary`], [`Standby`] | what is to be done |
+//! | [`driver`] | how it is carried out, and how a program owns a driver and implements its ports |
+//! | [`policy`] | when an epoch ends |
+//!
+//! # What the drivers and the machines are given
 //!
 //! * `now` is the time since any fixed start, from a clock that does not stop while the process is stopped
 //!   (`CLOCK_BOOTTIME`). Read it *after* the event happened: after the read from the socket, not before it.
-//! * Carry out the actions of one event in their order, before the next event is handed in. With several
-//!   threads: hold one lock over `handle` and the actions (the actions themselves only queue work for other
-//!   threads).
-//! * Call `handle` with a `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as you
-//!   like besides.
-//! * Every event that comes over a connection names the connection ([`Link`]); events of a connection that
-//!   the machine has given up are ignored.
+//! * The actions of one event are carried out in their order, before the next event is handed in.
+//! * A `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as one likes besides.
+//! * Every event that comes over a connection, or is about work for one, names the connection ([`Link`]);
+//!   events of a connection that the machine has given up are ignored.
 //!
 //! # The course of things
 //!
@@ -29,11 +33,12 @@
 //!     P->>S: Hello, Accept, base pages (the guest runs, output passes through)
 //!     Note over P: pause: capture base-final N, hold output from here on
 //!     P->>S: checkpoint N (base_final)
+//!     Note over S: staged whole, restored for trial
 //!     S->>P: Ack(N): protected
 //!     loop every epoch
 //!         Note over P: pause: capture N+1
 //!         P->>S: checkpoint N+1
-//!         Note over S: staged whole
+//!         Note over S: staged whole, and N is applied
 //!         S->>P: Ack(N+1)
 //!         Note over S: apply N+1
 //!         P->>G: release output up to N+1
@@ -65,8 +70,10 @@
 //!     state Standby {
 //!         [*] --> Listening
 //!         Listening --> Base: Hello accepted
-//!         Base --> Listening: link lost (nothing committed)
-//!         Base --> Committed: base-final staged, acknowledged
+//!         Base --> Discarding: link lost (nothing committed), bad stream, trial failed
+//!         Base --> Committed: base-final staged, tried, acknowledged
+//!         Committed --> Discarding: bad stream
+//!         Discarding --> Listening: the copy's memory is free
 //!         Committed --> Settling: link lost
 //!         Settling --> Claiming: memory and disks are at the committed checkpoint
 //!         Settling --> Ended: failed (nothing was claimed)
@@ -80,10 +87,10 @@
 //!
 //! | invariant (ARCHITECTURE.md) | here |
 //! |---|---|
-//! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture; [`PrimaryAction::ReleaseAll`] only follows a won claim |
+//! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture, and without it no standby gets the base; [`PrimaryAction::ReleaseAll`] only follows a won claim |
 //! | 2 whole checkpoints | [`StandbyAction::Apply`] only for a checkpoint staged whole, in sequence, acknowledged, and after the one before it was applied; base pages are refused once a checkpoint is committed |
 //! | 3 one active side | whoever may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
-//! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause |
+//! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause, and a standby refuses more |
 //! | 7 protection fails, the VM goes on | every loss before the base-final capture leads to Alone at once, every later one after a won claim; a standby that could not run the VM never claims; a stream that a standby refuses makes it *leave*, not take over |
 //! | 8 orderly is not dead | the end of the VM is a flag of its last checkpoint; a standby that has committed it never claims |
 //!
@@ -113,7 +120,9 @@
 #![forbid(unsafe_code)]
 
 mod claim;
+pub mod driver;
 mod planted;
+pub mod policy;
 mod primary;
 #[cfg(test)]
 mod sim;
@@ -124,9 +133,10 @@ use std::time::Duration;
 
 use outlive_epoch::LeaveReason;
 
+pub use driver::{After, PrimaryDriver, PrimaryPorts, StandbyDriver, StandbyPorts, TakeOver};
 pub use primary::{
     ExitReason, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus,
-    Wanted,
+    Ticket, Wanted,
 };
 pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,

@@ -22,6 +22,18 @@ pub(crate) enum Bug {
     BaseAfterCommit,
     ClaimAfterLeave,
     ClaimNeverRepeated,
+    AckUntried,
+    // Of the drivers.
+    ActionsReversed,
+    ActsOnAttachedLink,
+    FailureSwallowed,
+    ReleaseWithoutDrain,
+    DrainBeforeCommit,
+    CommitAtCapture,
+    CommitThroughEpoch,
+    TicketOnNewLink,
+    LeaseForgotten,
+    WakeForgotten,
 }
 
 /// The mistake planted in one machine.

@@ -11,7 +11,8 @@ use crate::planted::{Planted, planted};
 use crate::{ClaimResult, Link, LossReason, Timing};
 
 pub use types::{
-    ExitReason, OutputMode, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus, Wanted,
+    ExitReason, OutputMode, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus, Ticket,
+    Wanted,
 };
 
 use PrimaryAction as Action;
@@ -70,8 +71,10 @@ pub struct Primary {
     /// Number of the last checkpoint captured, over all standbys.
     checkpoint: u64,
     state: State,
-    /// The VM shall end, or has ended.
+    /// The VM shall end, or has ended: no vCPU runs any more.
     end: Option<EndReason>,
+    /// The guest was asked to shut itself down.
+    guest_asked: bool,
     next_link: u64,
     next_standby: usize,
     /// The last thing said about dialling, so that it is said once and not five times a second.
@@ -91,6 +94,7 @@ impl Primary {
             checkpoint: config.checkpoint,
             state: State::Alone { dial_at: now },
             end: None,
+            guest_asked: false,
             next_link: 0,
             next_standby: 0,
             said: None,
@@ -164,6 +168,20 @@ impl Primary {
         }
     }
 
+    /// Whether vCPUs may run, as far as this machine knows: the VM has not ended and was not lost.
+    pub fn guest_may_run(&self) -> bool {
+        self.end.is_none() && !matches!(self.state, State::Over { .. })
+    }
+
+    /// The connection in use.
+    pub fn link(&self) -> Option<Link> {
+        match &self.state {
+            State::Dialling { link } | State::Greeting { link, .. } => Some(*link),
+            State::BaseSync(attached) | State::Guarding(attached, _) => Some(attached.link),
+            State::Alone { .. } | State::Arbitrating(_) | State::Over { .. } => None,
+        }
+    }
+
     /// When the next `Tick` is due, if no other event comes before.
     pub fn next_deadline(&self) -> Option<Duration> {
         match &self.state {
@@ -187,10 +205,14 @@ impl Primary {
         if !planted!(self.bug, StaleAckReleases) || matches!(event, Event::Tick) {
             self.look_at_clock(out);
         }
+        // A pause has room for nothing that can wait, and a heartbeat can.
+        let in_pause = matches!(event, Event::Captured);
         match event {
             Event::Tick => {}
             Event::End { reason } => self.end = self.end.or(Some(reason)),
-            Event::Captured { end } => self.captured(end, out),
+            Event::Stop { ask_guest } => self.stop(ask_guest, out),
+            Event::Captured => self.captured(out),
+            Event::HoldFailed { link, why } => self.hold_failed(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Connected { link } => self.connected(link, out),
             Event::DialFailed { link, why } => self.dial_failed(link, why, out),
@@ -204,7 +226,7 @@ impl Primary {
             Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
         }
-        self.go_on(out);
+        self.go_on(in_pause, out);
     }
 
     /// The clock comes before the event: see the crate's documentation.
@@ -228,7 +250,7 @@ impl Primary {
     }
 
     /// What is due in the state reached.
-    fn go_on(&mut self, out: &mut Vec<Action>) {
+    fn go_on(&mut self, in_pause: bool, out: &mut Vec<Action>) {
         if let Some(reason) = self.end {
             self.end_if_possible(reason, out);
         }
@@ -241,7 +263,9 @@ impl Primary {
                 self.state = State::Dialling { link };
                 out.push(Action::Dial { link, address });
             }
-            State::BaseSync(attached) | State::Guarding(attached, _) if self.now >= attached.beat_at => {
+            State::BaseSync(attached) | State::Guarding(attached, _)
+                if self.now >= attached.beat_at && !in_pause =>
+            {
                 attached.beat_at = self.now + self.timing.heartbeat();
                 out.push(Action::SendHeartbeat { link: attached.link });
             }
@@ -269,12 +293,24 @@ impl Primary {
                 self.say_end(attached.link, reason, out);
             }
             State::Arbitrating(_) if planted!(self.bug, EndWithoutArbitration) => {
-                out.push(Action::ReleaseAll)
+                out.push(Action::ReleaseAll { generation: self.generation })
             }
             State::Guarding(..) | State::Arbitrating(_) | State::Over { .. } => return,
         }
         self.state = State::Over { fenced: false };
-        out.push(Action::Exit { code: ExitReason::Ended(reason).code(), reason: ExitReason::Ended(reason) });
+        out.push(Action::Exit { reason: ExitReason::Ended(reason) });
+    }
+
+    /// The operator's stop: a guest that can is asked to end by itself, once.
+    fn stop(&mut self, ask_guest: bool, out: &mut Vec<Action>) {
+        if !self.guest_may_run() {
+            return;
+        }
+        if ask_guest && !std::mem::replace(&mut self.guest_asked, true) {
+            return out.push(Action::AskGuest);
+        }
+        self.end = Some(EndReason::Stopped);
+        out.push(Action::StopGuest);
     }
 
     fn say_end(&self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
@@ -363,8 +399,8 @@ impl Primary {
 
     /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame
     /// after it.
-    fn captured(&mut self, end: Option<EndReason>, out: &mut Vec<Action>) {
-        let number = self.checkpoint + 1;
+    fn captured(&mut self, out: &mut Vec<Action>) {
+        let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);
         let (link, base_final) = match &mut self.state {
             State::BaseSync(attached) => {
                 // The standby can only take over after it has heard of this capture: the lease starts now.
@@ -380,7 +416,7 @@ impl Primary {
                 let link = attached.link;
                 self.state = State::Guarding(attached, guard);
                 if !planted!(self.bug, NoHoldAtBaseFinal) {
-                    out.push(Action::HoldOutput);
+                    out.push(Action::HoldOutput { link, epoch: number + 1 });
                 }
                 (link, true)
             }
@@ -401,6 +437,7 @@ impl Primary {
             State::Guarding(attached, guard) => {
                 guard.shipped = number;
                 guard.last = end.is_some();
+                out.push(Action::BeginEpoch { link: attached.link, epoch: number + 1 });
                 (attached.link, false)
             }
             _ => {
@@ -409,11 +446,26 @@ impl Primary {
             }
         };
         self.checkpoint = number;
-        self.end = self.end.or(end);
-        out.push(Action::Ship { link, checkpoint: number, flags: CheckpointFlags { base_final, end } });
+        let flags = CheckpointFlags { base_final, end };
+        out.push(Action::Ship(Ticket { link, generation, number, flags }));
         if planted!(self.bug, ReleaseBeforeAck) {
             out.push(Action::Release { through: number });
         }
+    }
+
+    /// The base was captured and output is not held. Its ticket was given to nobody, so no standby has the
+    /// base and there is nothing to decide: the VM goes on, unprotected.
+    fn hold_failed(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Guarding(attached, guard)
+                if attached.link == link && guard.acked < guard.base && guard.shipped == guard.base => {}
+            _ => return,
+        }
+        self.dial_later();
+        out.push(Action::Hangup { link });
+        out.push(Action::Note(Note::LinkLost { why: LossReason::Local(why), held: false }));
+        // A part of the output may be held.
+        out.push(Action::ReleaseAll { generation: self.generation });
     }
 
     fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration, out: &mut Vec<Action>) {
@@ -492,8 +544,8 @@ impl Primary {
             Ok(Verdict::Lost { owner }) => {
                 self.state = State::Over { fenced: true };
                 out.push(Action::Fence { generation, owner: owner.clone() });
-                let reason = ExitReason::Fenced { generation, owner };
-                out.push(Action::Exit { code: reason.code(), reason });
+                out.push(Action::StopGuest);
+                out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
             }
         }
     }
@@ -502,6 +554,6 @@ impl Primary {
         self.generation = generation;
         self.timing = self.config.timing;
         self.state = State::Alone { dial_at: self.now };
-        out.push(Action::ReleaseAll);
+        out.push(Action::ReleaseAll { generation });
     }
 }

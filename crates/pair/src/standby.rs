@@ -3,6 +3,7 @@
 mod loss;
 mod types;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode, VmId};
@@ -25,10 +26,19 @@ struct Attached {
     link: Link,
     generation: u64,
     timing: Timing,
+    slots: u64,
     heard: Duration,
     /// The newest stamp heard.
     stamp: Duration,
     beat_at: Duration,
+    /// Checkpoints that are staged whole and not acknowledged, the oldest first.
+    staged: VecDeque<Staged>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Staged {
+    checkpoint: u64,
+    flags: CheckpointFlags,
 }
 
 /// The committed checkpoint: acknowledged, and applied or being applied.
@@ -44,24 +54,29 @@ struct Committed {
 #[derive(Debug)]
 enum State {
     Listening,
+    /// The memory of an earlier copy is not free yet.
+    Discarding {
+        link: Link,
+    },
     /// Base pages are written as they come: memory is not the VM of any moment, so this side cannot take
-    /// over.
+    /// over. The oldest checkpoint staged, if there is one, is the base, and it is being tried.
     Base(Attached),
-    /// `next` is staged whole and waits for the one before it to be applied.
+    /// What is staged waits for the checkpoint before it to be applied.
     Committed {
         attached: Attached,
         committed: Committed,
-        next: Option<(u64, CheckpointFlags)>,
     },
     /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation
     /// is won leaves a VM that runs nowhere, perhaps although the other side is in the best of health.
     Settling {
+        link: Link,
         claim: Claim,
         committed: Committed,
         stop: bool,
     },
     /// Whoever wins the next generation runs the VM.
     Claiming {
+        link: Link,
         claim: Claim,
         checkpoint: u64,
         stop: bool,
@@ -70,9 +85,12 @@ enum State {
     /// Nothing more is taken from anybody; the process ends when memory and disks are at the committed
     /// checkpoint.
     Leaving {
+        link: Link,
         checkpoint: u64,
         exit: StandbyExit,
     },
+    /// The VM runs here, and another state machine is in charge of it.
+    TakenOver,
     Over,
 }
 
@@ -97,11 +115,12 @@ impl Standby {
     pub fn status(&self) -> StandbyStatus {
         match &self.state {
             State::Listening => StandbyStatus::Listening,
+            State::Discarding { .. } => StandbyStatus::Discarding,
             State::Base(_) => StandbyStatus::BaseSync,
             State::Committed { .. } => StandbyStatus::Protected,
             State::Settling { .. } => StandbyStatus::Settling,
             State::Claiming { .. } => StandbyStatus::Arbitrating,
-            State::Leaving { .. } | State::Over => StandbyStatus::Over,
+            State::Leaving { .. } | State::TakenOver | State::Over => StandbyStatus::Over,
         }
     }
 
@@ -112,15 +131,13 @@ impl Standby {
                 Some(committed.checkpoint)
             }
             State::Claiming { checkpoint, .. } => Some(*checkpoint),
-            State::Listening | State::Base(_) | State::Leaving { .. } | State::Over => None,
+            _ => None,
         }
     }
 
-    /// Whether the driver may go on reading checkpoints. `false` while one that is staged whole waits for the
-    /// one before it to be applied: both buffers are taken, and the link's own flow control must slow the
-    /// primary down.
-    pub fn may_read(&self) -> bool {
-        !matches!(self.state, State::Committed { next: Some(_), .. })
+    /// The connection of the attached primary.
+    pub fn link(&self) -> Option<Link> {
+        self.attached().map(|attached| attached.link)
     }
 
     /// Whether a Hello would be accepted now.
@@ -136,19 +153,26 @@ impl Standby {
                 format!("this standby is kept for VM {vm}, not for {}", hello.vm),
             ));
         }
+        let refuse = |code, text: &str| Err((code, text.to_owned()));
         match &self.state {
             State::Listening => {}
+            State::Discarding { .. } => {
+                return refuse(RefuseCode::Busy, "this standby still frees the memory of its last copy");
+            }
             State::Base(_) | State::Committed { .. } => {
-                return Err((RefuseCode::Busy, "another primary is attached".into()));
+                return refuse(RefuseCode::Busy, "another primary is attached");
             }
             State::Settling { .. } | State::Claiming { .. } => {
-                return Err((
+                return refuse(
                     RefuseCode::Busy,
-                    "this standby has lost its primary and is about to take over".into(),
-                ));
+                    "this standby has lost its primary and is about to take over",
+                );
+            }
+            State::TakenOver => {
+                return refuse(RefuseCode::Busy, "this standby has taken a VM over and protects no other");
             }
             State::Leaving { .. } | State::Over => {
-                return Err((RefuseCode::Leaving, "this standby is about to end".into()));
+                return refuse(RefuseCode::Leaving, "this standby is about to end");
             }
         }
         match self.seen {
@@ -166,11 +190,9 @@ impl Standby {
     /// When the next `Tick` is due, if no other event comes before.
     pub fn next_deadline(&self) -> Option<Duration> {
         match &self.state {
-            State::Base(attached) => Some(attached.deadline()),
-            State::Committed { attached, committed, .. } if committed.applying => Some(attached.beat_at),
-            State::Committed { attached, .. } => Some(attached.deadline()),
+            State::Base(attached) | State::Committed { attached, .. } => Some(attached.deadline()),
             State::Claiming { claim, .. } => claim.deadline(),
-            State::Listening | State::Settling { .. } | State::Leaving { .. } | State::Over => None,
+            _ => None,
         }
     }
 
@@ -186,16 +208,18 @@ impl Standby {
             Event::BasePages { link } => self.base_pages(link, out),
             Event::Staged { link, checkpoint, flags, stamp } => {
                 self.heard(link, stamp);
-                self.staged(link, checkpoint, flags, out);
+                self.staged(link, Staged { checkpoint, flags }, out);
             }
-            Event::Applied { checkpoint } => self.applied(checkpoint, out),
-            Event::Settled { checkpoint } => self.settled(checkpoint, out),
+            Event::Tried { link, checkpoint, result } => self.tried(link, checkpoint, result, out),
+            Event::Applied { link, checkpoint } => self.applied(link, checkpoint, out),
+            Event::Settled { link, checkpoint } => self.settled(link, checkpoint, out),
+            Event::Discarded { link } => self.discarded(link),
             Event::End { link, reason } => self.end(link, reason, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::BadStream { link, why } => self.bad_stream(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Stop => self.stop(out),
-            Event::Failed { why } => self.failed(why, out),
+            Event::Failed { link, why } => self.failed(link, why, out),
         }
         self.go_on(out);
     }
@@ -216,12 +240,8 @@ impl Standby {
         }
     }
 
-    /// The clock comes before the event. While a checkpoint is being applied nobody listens to the link, so
-    /// the silence of that time is this side's own and does not count.
+    /// The clock comes before the event.
     fn look_at_clock(&mut self, out: &mut Vec<Action>) {
-        if matches!(&self.state, State::Committed { committed, .. } if committed.applying) {
-            return;
-        }
         if let Some(attached) = self.attached()
             && self.now >= attached.heard + attached.timing.dead_after
         {
@@ -259,9 +279,11 @@ impl Standby {
             link,
             generation: hello.generation,
             timing: Timing { dead_after, ..self.config.timing },
+            slots: hello.slots,
             heard: self.now,
             stamp: Duration::ZERO,
             beat_at: self.now,
+            staged: VecDeque::new(),
         });
         out.push(Action::Accept { link, generation: hello.generation, dead_after });
         out.push(Action::Note(Note::Attached { link }));
@@ -278,69 +300,103 @@ impl Standby {
     fn base_pages(&mut self, link: Link, out: &mut Vec<Action>) {
         self.heard(link, Duration::ZERO);
         match &self.state {
-            State::Base(attached) if attached.link == link => out.push(Action::ApplyBase { link }),
+            State::Base(attached) if attached.link == link && attached.staged.is_empty() => {
+                out.push(Action::ApplyBase { link })
+            }
             State::Committed { .. } if planted!(self.bug, BaseAfterCommit) => {
                 out.push(Action::ApplyBase { link })
             }
-            _ => self.bad_stream(link, "base pages after the base was committed".into(), out),
+            _ => self.bad_stream(link, "base pages after the base was complete".into(), out),
         }
     }
 
-    fn staged(&mut self, link: Link, checkpoint: u64, flags: CheckpointFlags, out: &mut Vec<Action>) {
-        let due = match &self.state {
-            State::Base(attached) if attached.link == link => flags.base_final,
-            State::Committed { attached, committed, next: None } if attached.link == link => {
-                !flags.base_final && committed.end.is_none() && checkpoint == committed.checkpoint + 1
+    fn staged(&mut self, link: Link, staged: Staged, out: &mut Vec<Action>) {
+        let (due, committed) = match &self.state {
+            State::Base(attached) if attached.link == link => (attached.is_due(None, staged), None),
+            State::Committed { attached, committed } if attached.link == link => {
+                (attached.is_due(Some(committed), staged), Some(*committed))
             }
-            State::Committed { attached, .. } if attached.link == link => false,
             _ => return,
         };
         if !due {
-            return self.bad_stream(link, format!("checkpoint {checkpoint} was not due"), out);
+            let why = format!("checkpoint {} was not due", staged.checkpoint);
+            return self.bad_stream(link, why, out);
         }
-        match &mut self.state {
-            State::Committed { committed, next, .. } if committed.applying => {
-                *next = Some((checkpoint, flags))
+        let Some(attached) = self.attached_mut(link) else { return };
+        attached.staged.push_back(staged);
+        let first = attached.staged.len() == 1;
+        match committed {
+            None if first && !planted!(self.bug, AckUntried) => {
+                out.push(Action::Try { link, checkpoint: staged.checkpoint });
             }
-            _ => self.commit(checkpoint, flags, out),
+            None if !first => {}
+            Some(committed) if committed.applying => {}
+            _ => self.commit(out),
         }
     }
 
-    /// Acknowledges a checkpoint that is staged whole, and has it applied. The acknowledgement goes first: it
-    /// is on the guest's way to its clients, and the commit does not depend on where in this host's memory
-    /// the checkpoint is.
-    fn commit(&mut self, checkpoint: u64, flags: CheckpointFlags, out: &mut Vec<Action>) {
+    fn tried(&mut self, link: Link, checkpoint: u64, result: Result<(), String>, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Base(attached) if attached.link == link => match attached.staged.front() {
+                Some(base) if base.checkpoint == checkpoint => {}
+                _ => return,
+            },
+            _ => return,
+        }
+        match result {
+            Ok(()) => self.commit(out),
+            Err(why) => self.bad_stream(link, why, out),
+        }
+    }
+
+    /// Acknowledges the oldest checkpoint that is staged whole, and has it applied. The acknowledgement goes
+    /// first: it is on the guest's way to its clients, and the commit does not depend on where in this host's
+    /// memory the checkpoint is.
+    fn commit(&mut self, out: &mut Vec<Action>) {
         let first = matches!(self.state, State::Base(_));
-        let (State::Base(attached) | State::Committed { attached, .. }) =
-            std::mem::replace(&mut self.state, State::Over)
+        let Some(attached) = self.attached() else { return };
+        let (link, generation, stamp) = (attached.link, attached.generation, attached.stamp);
+        let Some(Staged { checkpoint, flags }) = self.attached_mut(link).and_then(|it| it.staged.pop_front())
         else {
             return;
         };
-        let Attached { link, generation, stamp, .. } = attached;
         out.push(Action::Ack { link, generation, checkpoint, stamp });
-        out.push(Action::Apply { checkpoint });
+        out.push(Action::Apply { link, checkpoint });
         if first {
             out.push(Action::Note(Note::Protected { generation, checkpoint }));
         }
         let committed = Committed { checkpoint, end: flags.end, applying: true };
-        self.state = State::Committed { attached, committed, next: None };
+        if let State::Base(attached) | State::Committed { attached, .. } =
+            std::mem::replace(&mut self.state, State::Over)
+        {
+            self.state = State::Committed { attached, committed };
+        }
     }
 
-    fn applied(&mut self, checkpoint: u64, out: &mut Vec<Action>) {
+    fn applied(&mut self, from: Link, checkpoint: u64, out: &mut Vec<Action>) {
         match &mut self.state {
-            State::Committed { attached, committed, next } if committed.checkpoint == checkpoint => {
+            State::Committed { attached, committed }
+                if attached.link == from && committed.checkpoint == checkpoint =>
+            {
                 committed.applying = false;
-                attached.heard = self.now;
-                if let Some((checkpoint, flags)) = next.take() {
-                    self.commit(checkpoint, flags, out);
-                }
+                self.commit(out);
             }
-            State::Settling { committed, .. } if committed.checkpoint == checkpoint => {
+            State::Settling { link, committed, .. }
+                if *link == from && committed.checkpoint == checkpoint && committed.applying =>
+            {
                 committed.applying = false;
-                out.push(Action::Settle { checkpoint });
+                out.push(Action::Settle { link: *link, checkpoint });
             }
-            State::Leaving { checkpoint: last, .. } if *last == checkpoint => self.exit_now(out),
+            State::Leaving { link, checkpoint: last, .. } if *link == from && *last == checkpoint => {
+                self.exit_now(out)
+            }
             _ => {}
+        }
+    }
+
+    fn discarded(&mut self, discarded: Link) {
+        if matches!(self.state, State::Discarding { link } if link == discarded) {
+            self.state = State::Listening;
         }
     }
 }
@@ -348,5 +404,19 @@ impl Standby {
 impl Attached {
     fn deadline(&self) -> Duration {
         self.beat_at.min(self.heard + self.timing.dead_after)
+    }
+
+    /// Whether a checkpoint may come now: the base first, then one after the other, and no more at a time
+    /// than the primary said.
+    fn is_due(&self, committed: Option<&Committed>, next: Staged) -> bool {
+        let last = self.staged.back().map(|last| (last.checkpoint, last.flags.end));
+        let last = last.or(committed.map(|last| (last.checkpoint, last.end)));
+        let follows = match last {
+            None => next.flags.base_final,
+            Some((checkpoint, end)) => {
+                !next.flags.base_final && end.is_none() && next.checkpoint == checkpoint + 1
+            }
+        };
+        follows && (self.staged.len() as u64) < self.slots
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, CheckpointFlags, DiskSums, EncodeError, Encoder, EndReason, Hello,
-    MAX_PAGES_PER_SECTION, PageEntry, Preface, StateSection, squeeze_zero_pages,
+    CheckpointBegin, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
+    Preface, StateSection, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
+use outlive_pair::Ticket;
 
 use super::records::Records;
 use super::{Closer, Writer};
@@ -25,12 +26,8 @@ const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
 
 /// One checkpoint, or a part of one that is larger than staging.
 pub(crate) struct CheckpointPart {
-    /// The generation in which the VM runs.
-    pub(crate) generation: u64,
-    /// The checkpoint's number.
-    pub(crate) number: u64,
-    /// Its flags.
-    pub(crate) flags: CheckpointFlags,
+    /// What was decided about it.
+    pub(crate) ticket: Ticket,
     /// Present on the first part: pages and state bytes of all parts together.
     pub(crate) totals: Option<(usize, usize)>,
     /// Whether this is the last part.
@@ -285,7 +282,7 @@ impl<R: Fn(SenderReport)> Work<R> {
     }
 
     fn checkpoint(&mut self, part: &CheckpointPart) -> Result<(), SendError> {
-        let CheckpointPart { generation, number, flags, .. } = *part;
+        let Ticket { generation, number, flags, .. } = part.ticket;
         // Like the state, the writes to disks are all in the first part.
         self.records.fill(part.staging.disk_writes());
         if let Some((pages, state_bytes)) = part.totals {

@@ -10,9 +10,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{CheckpointFlags, EndReason};
+use outlive_epoch::EndReason;
 use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, Outgoing, PowerRequest};
-use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Wanted};
+use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
 
 use super::base::Base;
 use super::control::{Control, Inbox};
@@ -66,7 +66,6 @@ struct Coordinator {
     base: Option<Base>,
     next_epoch: Instant,
     captures: u64,
-    asked_to_stop: bool,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
     /// The VM cannot run here any more.
@@ -84,7 +83,6 @@ impl Active {
             base: None,
             next_epoch: Instant::now(),
             captures: 0,
-            asked_to_stop: false,
             guest_over: false,
             wedged: false,
         };
@@ -156,7 +154,8 @@ impl Coordinator {
             // newest.
             Inbox::Won(generation) => self.active.sidecars.say(Saying::primary(generation)),
             Inbox::Detached(link) => self.detached(link),
-            Inbox::Fence => {
+            Inbox::AskGuest => self.ask_guest(),
+            Inbox::StopGuest => {
                 self.guest_over = true;
                 self.active.machine.pause();
             }
@@ -211,13 +210,14 @@ impl Coordinator {
 
     /// The operator wants the VM stopped. Linux is asked first, as by its power button.
     fn stop(&mut self, why: &'static str) {
-        let asked = std::mem::replace(&mut self.asked_to_stop, true);
-        if !asked && why != process::ORPHANED && self.active.machine.can_reset() {
-            tracing::info!("{why}: the guest is asked to shut down; once more stops it at once");
-            return self.active.machine.press_power_button();
-        }
-        tracing::info!("{why}: stopping the VM");
-        self.end(EndReason::Stopped);
+        tracing::info!("{why}: the VM is to stop");
+        let ask_guest = why != process::ORPHANED && self.active.machine.can_reset();
+        self.active.control.handle(PrimaryEvent::Stop { ask_guest });
+    }
+
+    fn ask_guest(&mut self) {
+        tracing::info!("the guest is asked to shut down; a second stop does not ask");
+        self.active.machine.press_power_button();
     }
 
     /// KVM holds a vCPU until its dirty ring is emptied.
@@ -413,21 +413,20 @@ impl Coordinator {
             inbox: &self.active.inbox,
             deferred: &mut self.deferred,
             free: &mut self.free,
-            end,
-            target: None,
+            ticket: None,
             totals: (0, 0),
             sent_parts: 0,
         };
         let after = if end.is_some() || self.guest_over { After::Stay } else { After::Resume };
         let result = self.active.machine.checkpoint(&mut staging, after, &mut pause);
-        let Pause { target, totals, sent_parts, .. } = pause;
+        let Pause { ticket, totals, sent_parts, .. } = pause;
         self.active.self_check.after();
         let report = result?;
         self.active.totals.captured(&report);
-        match target {
-            Some(target) => {
+        match ticket {
+            Some(ticket) => {
                 let totals = (sent_parts == 0).then_some((totals.0, staging.state_bytes()));
-                ship(&self.active.control, target, totals, true, staging);
+                ship(&self.active.control, ticket, totals, true, staging);
             }
             None => self.free.push(staging),
         }
@@ -488,15 +487,9 @@ impl Coordinator {
     }
 }
 
-/// Generation, number and flags of the checkpoint being captured.
-type Target = (u64, u64, CheckpointFlags);
-
-fn ship(control: &Control, target: Target, totals: Option<(usize, usize)>, last: bool, staging: Outgoing) {
-    let (generation, number, flags) = target;
-    if let Some(link) = control.link() {
-        let part = CheckpointPart { generation, number, flags, totals, last, staging };
-        control.send(link, Job::Checkpoint(Box::new(part)));
-    }
+fn ship(control: &Control, ticket: Ticket, totals: Option<(usize, usize)>, last: bool, staging: Outgoing) {
+    let part = CheckpointPart { ticket, totals, last, staging };
+    control.send(ticket.link, Job::Checkpoint(Box::new(part)));
 }
 
 /// What is done while the VM stands still.
@@ -505,8 +498,7 @@ struct Pause<'a> {
     inbox: &'a Receiver<Inbox>,
     deferred: &'a mut VecDeque<Inbox>,
     free: &'a mut Vec<Outgoing>,
-    end: Option<EndReason>,
-    target: Option<Target>,
+    ticket: Option<Ticket>,
     /// Pages and state bytes of all parts.
     totals: (usize, usize),
     sent_parts: usize,
@@ -515,11 +507,11 @@ struct Pause<'a> {
 impl InPause for Pause<'_> {
     fn counted(&mut self, pages: usize) {
         self.totals.0 = pages;
-        self.target = self.control.captured(self.end);
+        self.ticket = self.control.captured();
     }
 
     fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
-        let Some(target) = self.target else { return Ok(()) };
+        let Some(ticket) = self.ticket else { return Ok(()) };
         let mut next = self.wait_for_staging()?;
         std::mem::swap(staging, &mut next);
         if self.sent_parts == 0 {
@@ -527,7 +519,7 @@ impl InPause for Pause<'_> {
         }
         let totals = (self.sent_parts == 0).then_some(self.totals);
         self.sent_parts += 1;
-        ship(self.control, target, totals, false, next);
+        ship(self.control, ticket, totals, false, next);
         Ok(())
     }
 }

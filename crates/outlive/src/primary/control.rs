@@ -8,11 +8,11 @@ use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{CheckpointFlags, DiskWant, Hello};
+use outlive_epoch::{DiskWant, Hello};
 use outlive_machine::Output;
 use outlive_pair::{
-    ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryAction as Action,
-    PrimaryEvent as Event, PrimaryNote as Note, PrimaryStatus, Wanted,
+    ClaimResult, ExitReason, Link, LossReason, Primary, PrimaryAction as Action, PrimaryEvent as Event,
+    PrimaryNote as Note, PrimaryStatus, Ticket, Wanted,
 };
 
 use crate::arbiter::{Claim, ClaimWorker};
@@ -47,8 +47,10 @@ pub(crate) enum Inbox {
     Detached(Link),
     /// Look again: something that the coordinator waits for may have come.
     Wake,
+    /// Ask the guest to shut itself down.
+    AskGuest,
     /// Stop the vCPUs for good.
-    Fence,
+    StopGuest,
     /// End the process.
     Exit(ExitReason),
     /// The operator wants the VM stopped.
@@ -78,7 +80,7 @@ struct State {
     actions: Vec<Action>,
     connection: Option<Connection>,
     claims: Option<ClaimWorker>,
-    ship: Option<(Link, u64, CheckpointFlags)>,
+    ship: Option<Ticket>,
     /// The coordinator waits for an acknowledgement before it may capture again.
     starved: bool,
     /// When it was last said that no standby can be reached.
@@ -154,31 +156,21 @@ impl Control {
 
     /// A checkpoint is captured; called inside the pause. Returns where it goes, or `None` when it is of no
     /// use.
-    pub(crate) fn captured(
-        self: &Arc<Self>,
-        end: Option<outlive_epoch::EndReason>,
-    ) -> Option<(u64, u64, CheckpointFlags)> {
+    pub(crate) fn captured(self: &Arc<Self>) -> Option<Ticket> {
         let mut state = self.lock();
         state.ship = None;
-        self.step(&mut state, Event::Captured { end });
-        let (link, number, flags) = state.ship.take()?;
-        if let Err(why) = self.begin_epoch(&state.pair) {
-            // Frames of the next epoch would not wait for their commit: this checkpoint must not become one
-            // that the standby can take over from.
-            self.step(&mut state, Event::LinkLost { link, why: LossReason::Local(why) });
-            return None;
-        }
-        Some((state.pair.generation(), number, flags))
+        self.step(&mut state, Event::Captured);
+        state.ship.take()
     }
 
     /// Frames from here on belong to the epoch that begins, and wait for its commit.
-    fn begin_epoch(&self, pair: &Primary) -> Result<(), String> {
-        self.shared_disks.set_epoch(pair.epoch())?;
+    fn begin_epoch(&self, epoch: u64) -> Result<(), String> {
+        self.shared_disks.set_epoch(epoch)?;
         let Some(output) = &self.output else { return Ok(()) };
-        output.set_epoch(pair.epoch()).map_err(|e| e.to_string())?;
-        match (pair.output(), output.mode()) {
-            (OutputMode::Hold, outlive_machine::OutputMode::Hold) => Ok(()),
-            (wanted, is) => Err(format!("output is in mode {is:?} and should be in mode {wanted:?}")),
+        output.set_epoch(epoch).map_err(|e| e.to_string())?;
+        match output.mode() {
+            outlive_machine::OutputMode::Hold => Ok(()),
+            is => Err(format!("output is in mode {is:?} and should be held")),
         }
     }
 
@@ -226,13 +218,19 @@ impl Control {
         let mut actions = std::mem::take(&mut state.actions);
         state.pair.handle(self.clock.now(), event, &mut actions);
         self.lease.set(state.pair.may_release_until());
+        let mut failure = None;
         for action in actions.drain(..) {
-            self.carry_out(state, action);
+            if let Err(event) = self.carry_out(state, action) {
+                failure = Some(event);
+            }
         }
         state.actions = actions;
+        if let Some(event) = failure {
+            self.step(state, event);
+        }
     }
 
-    fn carry_out(self: &Arc<Self>, state: &mut State, action: Action) {
+    fn carry_out(self: &Arc<Self>, state: &mut State, action: Action) -> Result<(), Event> {
         match action {
             Action::Dial { link, address } => self.dial(link, address),
             Action::SendHello { link, generation } => {
@@ -240,8 +238,16 @@ impl Control {
                 on_link(state, link, |c| c.sender.send(Job::Hello(Box::new(hello))));
             }
             Action::StartBase { link } => self.tell(Inbox::StartBase(link)),
-            Action::HoldOutput => self.hold(&state.pair),
-            Action::Ship { link, checkpoint, flags } => state.ship = Some((link, checkpoint, flags)),
+            Action::HoldOutput { link, epoch } => {
+                return self.hold(epoch).map_err(|why| Event::HoldFailed { link, why });
+            }
+            Action::BeginEpoch { link, epoch } => {
+                // Frames of the next epoch would not wait for their commit: this checkpoint must not become
+                // one that the standby can take over from.
+                let lost = |why| Event::LinkLost { link, why: LossReason::Local(why) };
+                return self.begin_epoch(epoch).map_err(lost);
+            }
+            Action::Ship(ticket) => state.ship = Some(ticket),
             Action::DropCapture => state.ship = None,
             Action::Release { through } => self.release(state, through),
             Action::SendHeartbeat { link } => on_link(state, link, |c| c.sender.send(Job::Heartbeat)),
@@ -251,18 +257,20 @@ impl Control {
             }),
             Action::Hangup { link } => self.hang_up(state, link),
             Action::Claim { generation } => self.claim(state, generation),
-            Action::ReleaseAll => self.release_all(&state.pair),
+            Action::ReleaseAll { generation } => self.release_all(generation),
+            Action::AskGuest => self.tell(Inbox::AskGuest),
+            Action::StopGuest => self.tell(Inbox::StopGuest),
             Action::Fence { generation, owner } => {
                 if let Some(output) = &self.output {
                     output.discard();
                 }
                 self.shared_disks.discard();
                 tracing::error!(generation, %owner, "another host runs this VM: stopping this copy");
-                self.tell(Inbox::Fence);
             }
-            Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
+            Action::Exit { reason } => self.tell(Inbox::Exit(reason)),
             Action::Note(note) => self.note(state, note),
         }
+        Ok(())
     }
 
     /// Tells the coordinator something. Never blocks.
@@ -315,15 +323,11 @@ impl Control {
         link::receive(reader, link, |event| control.handle(event), want);
     }
 
-    fn hold(&self, pair: &Primary) {
-        if let Some(output) = &self.output
-            && let Err(error) = output.hold(pair.epoch())
-        {
-            tracing::error!(%error, "output cannot be held");
+    fn hold(&self, epoch: u64) -> Result<(), String> {
+        if let Some(output) = &self.output {
+            output.hold(epoch).map_err(|e| e.to_string())?;
         }
-        if let Err(error) = self.shared_disks.hold(pair.epoch()) {
-            tracing::error!(%error, "writes to shared disks cannot be held");
-        }
+        self.shared_disks.hold(epoch)
     }
 
     fn release(&self, state: &mut State, through: u64) {
@@ -339,8 +343,8 @@ impl Control {
         }
     }
 
-    fn release_all(&self, pair: &Primary) {
-        self.totals.set_generation(pair.generation());
+    fn release_all(&self, generation: u64) {
+        self.totals.set_generation(generation);
         if let Some(output) = &self.output {
             output.pass_through();
         }
@@ -348,6 +352,7 @@ impl Control {
     }
 
     fn hang_up(&self, state: &mut State, link: Link) {
+        state.ship.take_if(|ticket| ticket.link == link);
         let Some(connection) = state.connection.take_if(|c| c.link == link) else { return };
         self.tell(Inbox::Detached(link));
         if connection.ending {

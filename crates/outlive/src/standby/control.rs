@@ -103,7 +103,8 @@ struct State {
     copy: Option<VmCopy>,
     claims: Option<ClaimWorker>,
     times: Option<Times>,
-    taken_over: bool,
+    /// The copy of this link is gone.
+    discarded: Option<Link>,
     /// The refusal that was logged last.
     last_refusal: String,
 }
@@ -113,6 +114,8 @@ struct State {
 pub(super) struct Left {
     /// Write the base pages at hand to memory.
     pub(super) apply_base: bool,
+    /// Try the staged base of this number for a takeover.
+    pub(super) try_base: Option<u64>,
     /// Apply the staged checkpoint of this number.
     pub(super) apply: Option<u64>,
 }
@@ -146,7 +149,7 @@ impl Control {
             copy: None,
             claims: None,
             times: None,
-            taken_over: false,
+            discarded: None,
             last_refusal: String::new(),
         };
         Arc::new(Self { state: Mutex::new(state), clock, host, options, console, inbox, events })
@@ -165,10 +168,6 @@ impl Control {
     /// Whether this introduction would be accepted now.
     pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
         let state = self.lock();
-        if state.taken_over {
-            let text = "this standby has taken a VM over and protects no other".to_owned();
-            return Err((RefuseCode::Busy, text));
-        }
         state.pair.would_accept(hello)
     }
 
@@ -195,7 +194,7 @@ impl Control {
         claims: ClaimWorker,
     ) -> bool {
         let mut state = self.lock();
-        if state.pair.would_accept(&hello).is_ok() && !state.taken_over {
+        if state.pair.would_accept(&hello).is_ok() {
             state.copy = Some(copy);
             state.claims = Some(claims);
             self.step(&mut state, Event::Hello { link, hello });
@@ -280,6 +279,10 @@ impl Control {
             self.carry_out(state, action, &mut left);
         }
         state.actions = actions;
+        if let Some(link) = state.discarded.take() {
+            let rest = self.step(state, Event::Discarded { link });
+            debug_assert_eq!(rest.apply, None);
+        }
         left
     }
 
@@ -302,8 +305,9 @@ impl Control {
                 let ack = Ack { generation, number: checkpoint, stamp_us: stamp.as_micros() as u64 };
                 on_peer(state, link, |p| p.write(|encoder, out| encoder.ack(out, &ack)));
             }
-            Action::Apply { checkpoint } => left.apply = Some(checkpoint),
-            Action::Settle { checkpoint } => {
+            Action::Try { checkpoint, .. } => left.try_base = Some(checkpoint),
+            Action::Apply { checkpoint, .. } => left.apply = Some(checkpoint),
+            Action::Settle { checkpoint, .. } => {
                 if let Some(copy) = &state.copy {
                     copy.disks().settle(checkpoint);
                 }
@@ -319,9 +323,10 @@ impl Control {
                 on_peer(state, link, |p| p.closer.close());
                 state.peers.retain(|p| p.link != link);
             }
-            // The session thread owns the staging buffer; it ends with its link.
-            Action::DiscardStaged => {}
-            Action::DiscardAll => state.copy = None,
+            Action::Discard { link } => {
+                state.copy = None;
+                state.discarded = Some(link);
+            }
             Action::Claim { generation } => {
                 if let Some(claims) = &state.claims {
                     // Busy: the answer to the earlier claim is still to come.
@@ -329,12 +334,11 @@ impl Control {
                 }
                 self.tell(Inbox::Wake);
             }
-            Action::TakeOver { checkpoint, generation, stop } => {
-                state.taken_over = true;
+            Action::TakeOver { checkpoint, generation, stop, .. } => {
                 let times = state.times.unwrap_or_else(|| Times::new(Duration::ZERO));
                 self.tell(Inbox::TakeOver(TakeOverOrder { checkpoint, generation, stop, times }));
             }
-            Action::Exit { reason, .. } => self.tell(Inbox::Exit(reason)),
+            Action::Exit { reason } => self.tell(Inbox::Exit(reason)),
             Action::Note(note) => self.note(state, note),
         }
     }

@@ -172,6 +172,7 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
+        slots: hello.limits.slots.into(),
         dead_after: Duration::from_micros(hello.dead_after_us),
     };
     control.would_accept(&introduction)?;

@@ -127,11 +127,11 @@ impl Waiting {
                 Ok(Inbox::Disks(_, DiskEvent::Checked { checkpoint, difference })) => {
                     self.control.compared(checkpoint, difference.as_ref());
                 }
-                Ok(Inbox::Disks(_, DiskEvent::Settled { checkpoint })) => {
-                    self.control.handle(StandbyEvent::Settled { checkpoint });
+                Ok(Inbox::Disks(link, DiskEvent::Settled { checkpoint })) => {
+                    self.control.handle(StandbyEvent::Settled { link, checkpoint });
                 }
-                Ok(Inbox::Disks(_, DiskEvent::Failed(why))) => {
-                    self.control.handle(StandbyEvent::Failed { why });
+                Ok(Inbox::Disks(link, DiskEvent::Failed(why))) => {
+                    self.control.handle(StandbyEvent::Failed { link, why });
                 }
                 Ok(Inbox::TakeOver(order)) => return self.take_over(order),
                 Ok(Inbox::Exit(reason)) => return Outcome::Ended(self.leave(reason)),

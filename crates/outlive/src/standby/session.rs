@@ -135,23 +135,23 @@ impl Session {
         let hashes = copy::hashes(&checkpoint).transpose().map_err(End::Bad)?;
         self.disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks)).map_err(End::Bad)?;
         self.control.with_copy(|copy| copy.check_state(&checkpoint)).ok_or(End::Known)?.map_err(End::Bad)?;
-        if checkpoint.flags().base_final {
-            let tried = self.control.with_copy(|copy| copy.try_restore(&checkpoint));
-            tried.ok_or(End::Known)?.map_err(End::Bad)?;
-        }
-        let left = self.control.handle(Event::Staged {
+        let mut left = self.control.handle(Event::Staged {
             link,
             checkpoint: number,
             flags: checkpoint.flags(),
             stamp: Duration::from_micros(checkpoint.stamp_us()),
         });
+        if left.try_base == Some(number) {
+            let result = self.control.with_copy(|copy| copy.try_restore(&checkpoint)).ok_or(End::Known)?;
+            left = self.control.handle(Event::Tried { link, checkpoint: number, result });
+        }
         if left.apply != Some(number) {
             return Err(End::Known);
         }
         if let Err(gfn) = copy::apply_pages(&self.ram, checkpoint.pages()) {
             // `Incoming` has checked every GFN against the layout, so this is an error of this program's own.
             let why = format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written");
-            self.control.handle(Event::Failed { why });
+            self.control.handle(Event::Failed { link, why });
             return Err(End::Known);
         }
         self.control.with_copy(|copy| copy.keep_state(&checkpoint));
@@ -159,7 +159,7 @@ impl Session {
         if let Some(hashes) = hashes {
             self.compare(number, hashes)?;
         }
-        self.control.handle(Event::Applied { checkpoint: number });
+        self.control.handle(Event::Applied { link, checkpoint: number });
         self.staging.reset(Expect::Number(number + 1));
         Ok(())
     }
@@ -171,7 +171,7 @@ impl Session {
         let difference = hashes.compare_memory(&self.ram).err();
         if let Some(why) = difference.map(|it| it.to_string()) {
             self.control.compared(number, Some(&why));
-            self.control.handle(Event::Failed { why });
+            self.control.handle(Event::Failed { link: self.link, why });
             return Err(End::Known);
         }
         if hashes.disks.is_empty() {

@@ -96,10 +96,15 @@ pub enum PrimaryEvent {
     },
     /// The VM is paused and all of a checkpoint is in staging. Given inside the pause, and the answer is
     /// carried out inside it: output is held, or belongs to the next epoch, from the first instruction after
-    /// it.
-    Captured {
-        /// The VM has ended and this is its last checkpoint ([`Wanted::Last`]).
-        end: Option<EndReason>,
+    /// it. After an [`End`](Self::End) or a [`Stop`](Self::Stop) it is the last one.
+    Captured,
+    /// Output cannot be held. Must follow the [`PrimaryAction::HoldOutput`] before the ticket of that capture
+    /// is given to anybody: the machine counts on it that no standby has the base.
+    HoldFailed {
+        /// For which connection.
+        link: Link,
+        /// Why, in words.
+        why: String,
     },
     /// The arbiter's answer.
     Claimed {
@@ -108,13 +113,31 @@ pub enum PrimaryEvent {
         /// The answer.
         result: ClaimResult,
     },
-    /// The guest has ended the VM, or the operator wants it stopped. The first reason counts. After it the
-    /// driver keeps the vCPUs stopped (for `Stopped`: from the last capture on) and carries on until
-    /// [`PrimaryAction::Exit`].
+    /// The guest has ended the VM. The first reason counts. No vCPU runs any more, and the coordinator
+    /// carries on until [`PrimaryAction::Exit`].
     End {
         /// Why.
         reason: EndReason,
     },
+    /// The operator wants the VM stopped.
+    Stop {
+        /// The guest can be asked to shut itself down, and is, the first time.
+        ask_guest: bool,
+    },
+}
+
+/// What was decided about a checkpoint. It goes with the pages to the thread that sends them, so that nobody
+/// looks up again what may have changed since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket {
+    /// The only connection over which the checkpoint may be sent.
+    pub link: Link,
+    /// The generation in which it was captured.
+    pub generation: u64,
+    /// Its number.
+    pub number: u64,
+    /// Its flags.
+    pub flags: CheckpointFlags,
 }
 
 /// What a primary must do.
@@ -140,23 +163,28 @@ pub enum PrimaryAction {
         /// On which connection.
         link: Link,
     },
-    /// From now on no frame leaves; frames are kept, each with the number of its epoch.
-    HoldOutput,
-    /// Send the checkpoint just captured. All frames produced before this pause belong to it, those after it
-    /// to the next.
-    Ship {
-        /// On which connection.
+    /// From now on no output leaves; it is kept, with the number of its epoch. If that is impossible, report
+    /// [`PrimaryEvent::HoldFailed`].
+    HoldOutput {
+        /// The connection for whose sake.
         link: Link,
-        /// Its number.
-        checkpoint: u64,
-        /// Its flags.
-        flags: CheckpointFlags,
+        /// The epoch that begins.
+        epoch: u64,
     },
+    /// Output that is held from now on belongs to this epoch. If that is impossible, report
+    /// [`PrimaryEvent::LinkLost`].
+    BeginEpoch {
+        /// The connection for whose sake.
+        link: Link,
+        /// The epoch that begins.
+        epoch: u64,
+    },
+    /// Send the checkpoint just captured. All output produced before this pause belongs to it.
+    Ship(Ticket),
     /// The checkpoint just captured is of no use (the link was lost meanwhile): free its staging.
     DropCapture,
-    /// Let the frames of all epochs up to this one out, asking
-    /// [`Primary::may_release`](crate::Primary::may_release) before each; and free the staging of the
-    /// checkpoints up to this one.
+    /// Let the output of all epochs up to this one out, asking
+    /// [`Primary::may_release`](crate::Primary::may_release) before each piece.
     Release {
         /// Number of the newest committed checkpoint.
         through: u64,
@@ -174,7 +202,7 @@ pub enum PrimaryAction {
         /// Why.
         reason: EndReason,
     },
-    /// Close a connection (what is queued for it may still go out), stop tracking, free the staging. Output
+    /// Close a connection (what is queued for it may still go out), end the protection that used it. Output
     /// that is held stays held.
     Hangup {
         /// Which.
@@ -186,8 +214,15 @@ pub enum PrimaryAction {
         generation: u64,
     },
     /// Let everything held out, in its order; from now on output passes through.
-    ReleaseAll,
-    /// Another side owns the VM: stop the vCPUs for good and throw held output away.
+    ReleaseAll {
+        /// The generation in which the VM goes on.
+        generation: u64,
+    },
+    /// Ask the guest to shut itself down, as by its power button.
+    AskGuest,
+    /// Stop the vCPUs for good.
+    StopGuest,
+    /// Another side owns the VM: throw held output away, and all that follows.
     Fence {
         /// The generation that was lost.
         generation: u64,
@@ -196,8 +231,6 @@ pub enum PrimaryAction {
     },
     /// End the process, after what is queued before this has been carried out.
     Exit {
-        /// Exit code.
-        code: i32,
         /// Why.
         reason: ExitReason,
     },
@@ -268,17 +301,6 @@ pub enum ExitReason {
         /// Who has it.
         owner: String,
     },
-}
-
-impl ExitReason {
-    /// 0 after an orderly end, 1 after a crash of the guest, 3 for the loser of an arbitration.
-    pub fn code(&self) -> i32 {
-        match self {
-            Self::Ended(EndReason::Crash) => 1,
-            Self::Ended(_) => 0,
-            Self::Fenced { .. } => 3,
-        }
-    }
 }
 
 impl fmt::Display for ExitReason {

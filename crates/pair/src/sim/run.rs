@@ -1,14 +1,15 @@
 //! One schedule: what happens, which faults strike, and what must be true at the end.
 
-use outlive_epoch::EndReason;
-
 use super::hosts::Process;
+use super::ports::PortFault;
 use super::truth::Life;
 use super::world::{Happening, Msg, Stats, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
 const FAULTS_FROM: u64 = 100_000;
+/// By then the VM is protected, so one fault must not cost it.
+const ONE_FAULT_FROM: u64 = 250_000;
 const FAULTS_UNTIL: u64 = 1_800_000;
 const CHECK_FROM: u64 = 3_300_000;
 const END: u64 = 3_700_000;
@@ -16,6 +17,7 @@ const END: u64 = 3_700_000;
 /// How many faults strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Faults {
+    None,
     One,
     Many,
 }
@@ -29,9 +31,14 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
         world.start_standby(host);
     }
     world.company = faults == Faults::Many;
-    let count = if faults == Faults::One { 1 } else { world.rng.range(1, 7) };
+    let count = match faults {
+        Faults::None => 0,
+        Faults::One => 1,
+        Faults::Many => world.rng.range(1, 7),
+    };
+    let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
     for _ in 0..count {
-        let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
+        let time = world.rng.range(from, FAULTS_UNTIL);
         world.at(time, Happening::Fault);
     }
     world.at(FAULTS_UNTIL, Happening::Heal);
@@ -65,8 +72,7 @@ impl World {
         if !self.alive(owner) {
             // The owner died. That may only be the end of the VM if nobody holds a committed checkpoint of
             // it.
-            let holds =
-                |process: &Process| matches!(process, Process::Standby(s) if s.machine.committed().is_some());
+            let holds = |process: &Process| matches!(process, Process::Standby(s) if s.driver.machine().committed().is_some());
             match self.hosts.iter().position(|host| holds(&host.process)) {
                 Some(host) => self
                     .truth
@@ -76,7 +82,7 @@ impl World {
             return;
         }
         let status = match &self.hosts[owner.0].process {
-            Process::Primary(p) => p.machine.status(),
+            Process::Primary(p) => p.driver.machine().status(),
             _ => {
                 return self
                     .truth
@@ -95,14 +101,17 @@ impl World {
     fn happen(&mut self, happening: Happening) {
         self.stats.events += 1;
         let life = match &happening {
-            Happening::Tick(life)
+            Happening::Look(life, _)
+            | Happening::Drain(life)
             | Happening::VmStep(life)
-            | Happening::Capture(life)
+            | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
             | Happening::BaseRound { life, .. }
             | Happening::ClaimAnswered { life, .. }
+            | Happening::Tried { life, .. }
             | Happening::Applied { life, .. }
-            | Happening::Settled { life, .. } => Some(*life),
+            | Happening::Settled { life, .. }
+            | Happening::Discarded { life, .. } => Some(*life),
             Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
             _ => None,
         };
@@ -120,18 +129,26 @@ impl World {
         match happening {
             Happening::Deliver { conn, side } => self.deliver(conn, side),
             Happening::Reset { conn, side } => self.reset(conn, side),
-            Happening::Tick(life) => self.tick(life),
+            Happening::Look(life, number) => self.look(life, number),
+            Happening::Drain(life) => match &self.hosts[life.0].process {
+                Process::Primary(_) => self.drain(life),
+                _ => self.write_out(life),
+            },
             Happening::Dialled { life, link, target } => self.dialled(life, link, target),
             Happening::VmStep(life) => self.vm_step(life),
-            Happening::Capture(life) => self.capture(life),
+            Happening::ShipPart { life, ticket, node, left } => {
+                self.ship_part(life, ticket, node, false, left)
+            }
             Happening::BaseRound { life, link, left } => self.base_round(life, link, left),
             Happening::ClaimArrives { life, generation } => self.claim_arrives(life, generation),
             Happening::ClaimAnswered { life, generation, result } => match &self.hosts[life.0].process {
                 Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
                 _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
             },
-            Happening::Applied { life, number } => self.applied(life, number),
-            Happening::Settled { life, number } => self.settled(life, number),
+            Happening::Tried { life, link, number } => self.tried(life, link, number),
+            Happening::Applied { life, link, number } => self.applied(life, link, number),
+            Happening::Settled { life, link, number } => self.settled(life, link, number),
+            Happening::Discarded { life, link } => self.standby(life, StandbyEvent::Discarded { link }),
             Happening::Restart { host } => {
                 if matches!(self.hosts[host].process, Process::Down) && !self.truth.ended {
                     self.start_standby(host);
@@ -147,15 +164,6 @@ impl World {
         }
     }
 
-    fn tick(&mut self, life: Life) {
-        self.hosts[life.0].tick_at = None;
-        match &self.hosts[life.0].process {
-            Process::Primary(_) => self.primary(life, PrimaryEvent::Tick),
-            Process::Standby(_) => self.standby(life, StandbyEvent::Tick),
-            Process::Down => {}
-        }
-    }
-
     fn deliver(&mut self, conn: usize, side: usize) {
         if let Some(until) = self.held_up(conn, side) {
             let at = until + self.rng.range(0, 300);
@@ -163,9 +171,6 @@ impl World {
         }
         let life = self.conns[conn].ends[side];
         let hears = self.alive(life) && self.conns[conn].open[side];
-        if hears && side == 0 && !self.standby_reads(life) {
-            return self.after(500, Happening::Deliver { conn, side });
-        }
         let Some(msg) = self.conns[conn].queues[side].pop_front() else { return };
         match side {
             _ if !hears => {}
@@ -219,7 +224,9 @@ impl World {
         let host = self.rng.range(0, 3) as usize;
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
-        match self.rng.range(0, 18) {
+        let kind = self.rng.range(0, 21);
+        self.tell((host, 0), &format_args!("fault {kind} until {until}"));
+        match kind {
             0 | 1 => self.crash(host),
             2 => {
                 let (_, owner) = self.truth.newest();
@@ -251,17 +258,20 @@ impl World {
             17 => {
                 // Its disk no longer takes what it is given. Nobody notices before it must.
                 if let Process::Standby(s) = &mut self.hosts[host].process {
-                    s.bad_disk = true;
+                    (s.bad_disk, s.bad_host) = (true, self.company && self.rng.one_in(2));
                 }
             }
-            14 if self.frozen(self.life(host)) > self.now => {}
+            14 | 18 if self.frozen(self.life(host)) > self.now => {}
             14 => match &self.hosts[host].process {
                 Process::Standby(_) => self.standby(self.life(host), StandbyEvent::Stop),
                 Process::Primary(_) if self.rng.one_in(2) => {
-                    self.primary(self.life(host), PrimaryEvent::End { reason: EndReason::Stopped });
+                    let ask_guest = self.rng.one_in(2);
+                    self.primary(self.life(host), PrimaryEvent::Stop { ask_guest });
                 }
                 _ => {}
             },
+            18 => self.copy_fails(self.life(host)),
+            19 | 20 => self.port_fails(host),
             _ => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process {
@@ -274,6 +284,21 @@ impl World {
         if self.company && self.rng.one_in(3) {
             let delay = self.rng.range(0, 30_000);
             self.after(delay, Happening::Fault);
+        }
+    }
+
+    /// The next action of a kind fails.
+    fn port_fails(&mut self, host: usize) {
+        use PortFault::{Apply, BeginEpoch, Claim, Dial, Hold, Send, Settle, StartBase, Try};
+        let mut pick = |from: &[PortFault]| Some(from[self.rng.range(0, from.len() as u64) as usize]);
+        match &mut self.hosts[host].process {
+            Process::Primary(p) => {
+                p.driver.ports_mut().faults.next = pick(&[Dial, Send, StartBase, Hold, BeginEpoch, Claim]);
+            }
+            Process::Standby(s) => {
+                s.driver.ports_mut().faults.next = pick(&[Send, Claim, Try, Apply, Settle]);
+            }
+            Process::Down => {}
         }
     }
 
@@ -338,6 +363,9 @@ impl World {
         self.cut.iter_mut().flatten().for_each(|until| *until = (*until).min(now));
         for host in &mut self.hosts {
             host.arbiter_cut_until = now.min(host.arbiter_cut_until);
+            if let Process::Standby(s) = &mut host.process {
+                s.bad_host = false;
+            }
         }
         self.slow_until = now;
         self.arbiter_slow_until = now;

@@ -9,7 +9,7 @@ use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 use super::hosts::Process;
 use super::truth::{Life, Node, Truth};
 use crate::planted::Bug;
-use crate::{ClaimResult, Introduction, Link};
+use crate::{ClaimResult, Introduction, Link, Ticket};
 
 /// A small generator of random numbers with a good name for its state: the seed of the schedule.
 pub(super) struct Rng(pub(super) u64);
@@ -81,17 +81,26 @@ pub(super) enum Happening {
         conn: usize,
         side: usize,
     },
-    Tick(Life),
+    /// The waiting thread of a process wakes up.
+    Look(Life, u64),
+    /// A thread does what its call of the driver has left to it.
+    Drain(Life),
     Dialled {
         life: Life,
         link: Link,
         target: usize,
     },
     VmStep(Life),
-    Capture(Life),
     BaseRound {
         life: Life,
         link: Link,
+        left: u32,
+    },
+    /// The next part of a checkpoint that is larger than staging.
+    ShipPart {
+        life: Life,
+        ticket: Ticket,
+        node: Node,
         left: u32,
     },
     ClaimArrives {
@@ -103,13 +112,24 @@ pub(super) enum Happening {
         generation: u64,
         result: ClaimResult,
     },
+    Tried {
+        life: Life,
+        link: Link,
+        number: u64,
+    },
     Applied {
         life: Life,
+        link: Link,
         number: u64,
     },
     Settled {
         life: Life,
+        link: Link,
         number: u64,
+    },
+    Discarded {
+        life: Life,
+        link: Link,
     },
     Restart {
         host: usize,
@@ -147,7 +167,8 @@ pub(super) struct Host {
     /// Its clock: offset in µs and rate in parts per thousand.
     offset: u64,
     rate: u64,
-    pub(super) tick_at: Option<u64>,
+    /// When the waiting thread is to wake up, and the number of that waking.
+    pub(super) look: Option<(u64, u64)>,
 }
 
 pub(super) struct World {
@@ -165,11 +186,18 @@ pub(super) struct World {
     pub(super) slow_by: u64,
     pub(super) arbiter_slow_until: u64,
     pub(super) healed: bool,
+    /// Most checkpoints without an acknowledgement.
+    pub(super) slots: u64,
+    /// Length of an epoch in µs.
+    pub(super) interval: u64,
     /// A fault may bring further ones.
     pub(super) company: bool,
     /// The guest powers itself off when it has come this far.
     pub(super) guest_end: u32,
     pub(super) stats: Stats,
+    pub(super) looks: u64,
+    /// Print what happens.
+    pub(super) trace: bool,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     happenings: Vec<Option<Happening>>,
     free: Vec<usize>,
@@ -193,6 +221,11 @@ pub(super) struct Stats {
     pub(super) left: u64,
     pub(super) unsettled: u64,
     pub(super) vm_lost: u64,
+    /// Actions that failed.
+    pub(super) failed: u64,
+    pub(super) tried: u64,
+    pub(super) slow_applies: u64,
+    pub(super) links_lost: u64,
 }
 
 impl Stats {
@@ -211,6 +244,10 @@ impl Stats {
         self.left += other.left;
         self.unsettled += other.unsettled;
         self.vm_lost += other.vm_lost;
+        self.failed += other.failed;
+        self.tried += other.tried;
+        self.slow_applies += other.slow_applies;
+        self.links_lost += other.links_lost;
     }
 }
 
@@ -226,12 +263,15 @@ impl World {
                 arbiter_cut_until: 0,
                 offset: rng.range(0, 1_000_000_000),
                 rate: rng.range(960, 1041),
-                tick_at: None,
+                look: None,
             })
             .collect();
         let count = hosts.len();
+        let (slots, interval) = (rng.range(1, 5), rng.range(4_000, 20_000));
         Self {
             now: 0,
+            slots,
+            interval,
             rng,
             hosts,
             conns: Vec::new(),
@@ -246,6 +286,8 @@ impl World {
             company: true,
             guest_end: u32::MAX,
             stats: Stats::default(),
+            looks: 0,
+            trace: super::from_environment("OUTLIVE_SIM_SEED") == Some(seed),
             queue: BinaryHeap::new(),
             happenings: Vec::new(),
             free: Vec::new(),
@@ -261,6 +303,12 @@ impl World {
         self.happenings[slot] = Some(happening);
         self.sequence += 1;
         self.queue.push(Reverse((time.max(self.now), self.sequence, slot)));
+    }
+
+    pub(super) fn tell(&self, life: Life, what: &dyn std::fmt::Debug) {
+        if self.trace {
+            println!("{:>7} {life:?} {what:?}", self.now);
+        }
     }
 
     pub(super) fn after(&mut self, delay: u64, happening: Happening) {

@@ -19,13 +19,12 @@ impl Standby {
     pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
+        let next = attached.staged.front().map(|next| next.checkpoint);
         let silent = self.now - heard;
-        let State::Committed { committed, next, .. } = &mut self.state else {
+        let State::Committed { committed, .. } = &mut self.state else {
             out.push(Action::Hangup { link });
             out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
-            out.push(Action::DiscardAll);
-            self.state = State::Listening;
-            return;
+            return self.discard(link, out);
         };
         out.push(Action::Hangup { link });
         out.push(Action::Note(Note::LinkLost { why, silent, committed: true }));
@@ -34,31 +33,30 @@ impl Standby {
         {
             return self.exit(StandbyExit::Followed(reason), out);
         }
-        if let (true, Some((checkpoint, _))) = (planted!(self.bug, TakeOverFromUnacknowledged), *next) {
-            (committed.checkpoint, committed.applying) = (checkpoint, false);
+        if let (true, Some(next)) = (planted!(self.bug, TakeOverFromUnacknowledged), next) {
+            (committed.checkpoint, committed.applying) = (next, false);
         }
         let Committed { checkpoint, applying, .. } = *committed;
         let (committed, claim) = (*committed, Claim::new(generation + 1, self.now, retry));
-        out.push(Action::DiscardStaged);
-        self.state = State::Settling { claim, committed, stop: false };
+        self.state = State::Settling { link, claim, committed, stop: false };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
-            out.push(Action::Settle { checkpoint });
+            out.push(Action::Settle { link, checkpoint });
         }
         if planted!(self.bug, ClaimBeforeSettled) {
-            self.settled(checkpoint, out);
+            self.settled(link, checkpoint, out);
         }
     }
 
     /// This side could run the VM now, so it may ask for it.
-    pub(super) fn settled(&mut self, settled: u64, out: &mut Vec<Action>) {
-        let State::Settling { claim, committed, stop } = &mut self.state else { return };
-        let (checkpoint, stop) = (committed.checkpoint, *stop);
-        if checkpoint != settled {
+    pub(super) fn settled(&mut self, from: Link, settled: u64, out: &mut Vec<Action>) {
+        let State::Settling { link, claim, committed, stop } = &mut self.state else { return };
+        let (link, checkpoint, stop) = (*link, committed.checkpoint, *stop);
+        if link != from || checkpoint != settled {
             return;
         }
         let claim = claim.clone();
         out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
-        self.state = State::Claiming { claim, checkpoint, stop, failed: None };
+        self.state = State::Claiming { link, claim, checkpoint, stop, failed: None };
         if planted!(self.bug, TakeOverWithoutWin) {
             self.take_over(out);
         }
@@ -78,14 +76,19 @@ impl Standby {
         }
         out.push(Action::Hangup { link });
         out.push(Action::Note(Note::StreamRefused { why }));
-        out.push(Action::DiscardAll);
-        self.state = State::Listening;
+        self.discard(link, out);
+    }
+
+    /// Nothing of this VM is kept. The next one must wait until its memory is free.
+    fn discard(&mut self, link: Link, out: &mut Vec<Action>) {
+        out.push(Action::Discard { link });
+        self.state = State::Discarding { link };
     }
 
     /// The operator's stop.
     pub(super) fn stop(&mut self, out: &mut Vec<Action>) {
         match &mut self.state {
-            State::Leaving { .. } | State::Over => {}
+            State::Leaving { .. } | State::TakenOver | State::Over => {}
             State::Settling { stop, .. } | State::Claiming { stop, .. } => {
                 // This may be the only side that has the VM, and the claim may have been heard already.
                 // Whoever walks away from it then leaves a VM that nobody runs and that the other side can
@@ -94,16 +97,26 @@ impl Standby {
                     out.push(Action::Note(Note::StopWaits));
                 }
             }
-            State::Listening | State::Base(_) | State::Committed { .. } => {
+            State::Listening | State::Discarding { .. } | State::Base(_) | State::Committed { .. } => {
                 self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out);
             }
         }
     }
 
-    /// A failure of this side.
-    pub(super) fn failed(&mut self, why: String, out: &mut Vec<Action>) {
+    /// A failure of this side's copy.
+    pub(super) fn failed(&mut self, from: Link, why: String, out: &mut Vec<Action>) {
+        let (State::Base(Attached { link, .. })
+        | State::Committed { attached: Attached { link, .. }, .. }
+        | State::Settling { link, .. }
+        | State::Claiming { link, .. }
+        | State::Leaving { link, .. }) = &self.state
+        else {
+            return;
+        };
+        if *link != from {
+            return;
+        }
         match &mut self.state {
-            State::Over => {}
             // The answer says whether there is more to be told than that this side failed.
             State::Claiming { claim, failed, .. } if claim.is_open() => {
                 failed.get_or_insert(why);
@@ -121,7 +134,7 @@ impl Standby {
     }
 
     pub(super) fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
-        let State::Claiming { claim, failed, .. } = &mut self.state else { return };
+        let State::Claiming { link, claim, failed, .. } = &mut self.state else { return };
         let answer = claim.answer(self.now, generation, result, self.bug);
         match (answer, failed.take()) {
             (Err(Step::Report(why)), None) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
@@ -131,7 +144,7 @@ impl Standby {
                 self.take_over(out);
             }
             (Ok(Verdict::Lost { owner }), _) => {
-                out.push(Action::DiscardAll);
+                out.push(Action::Discard { link: *link });
                 self.exit(StandbyExit::Lost { generation, owner }, out);
             }
             (Ok(Verdict::Won), Some(why)) => {
@@ -147,27 +160,30 @@ impl Standby {
         }
     }
 
-    pub(super) fn take_over(&mut self, out: &mut Vec<Action>) {
-        let State::Claiming { claim, checkpoint, stop, .. } = std::mem::replace(&mut self.state, State::Over)
+    fn take_over(&mut self, out: &mut Vec<Action>) {
+        let State::Claiming { link, claim, checkpoint, stop, .. } =
+            std::mem::replace(&mut self.state, State::TakenOver)
         else {
             return;
         };
-        out.push(Action::TakeOver { checkpoint, generation: claim.generation, stop });
+        out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, stop });
     }
 
     /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may be gone
     /// after that acknowledgement, and what is left here would be older than what this side answered for.
-    pub(super) fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
+    fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
         let applying = match &self.state {
-            State::Committed { committed, .. } if committed.applying => Some(committed.checkpoint),
+            State::Committed { attached, committed } if committed.applying => {
+                Some((attached.link, committed.checkpoint))
+            }
             _ => None,
         };
         let may_wait = !matches!(exit, StandbyExit::Failed(_)) && !planted!(self.bug, ExitWhileApplying);
         match applying.filter(|_| may_wait) {
-            Some(checkpoint) => self.state = State::Leaving { checkpoint, exit },
+            Some((link, checkpoint)) => self.state = State::Leaving { link, checkpoint, exit },
             None => {
                 self.state = State::Over;
-                out.push(Action::Exit { code: exit.code(), reason: exit });
+                out.push(Action::Exit { reason: exit });
             }
         }
     }

@@ -23,6 +23,8 @@ pub struct Introduction {
     pub vm: VmId,
     /// The generation in which it runs.
     pub generation: u64,
+    /// Most checkpoints that it has on their way without an acknowledgement, at least 1.
+    pub slots: u64,
     /// The silence configured at the primary.
     pub dead_after: Duration,
 }
@@ -61,8 +63,8 @@ pub enum StandbyEvent {
         /// On which connection.
         link: Link,
     },
-    /// A checkpoint is complete in its staging buffer and has passed every check. Nothing of it is applied
-    /// yet.
+    /// A checkpoint is complete in its staging buffer and has passed every check that needs no trial. Nothing
+    /// of it is applied yet. It may come while an earlier one is applied or tried.
     Staged {
         /// On which connection.
         link: Link,
@@ -73,15 +75,34 @@ pub enum StandbyEvent {
         /// The primary's clock in its end.
         stamp: Duration,
     },
+    /// [`StandbyAction::Try`] is done.
+    Tried {
+        /// From which connection the checkpoint came.
+        link: Link,
+        /// The checkpoint's number.
+        checkpoint: u64,
+        /// Whether this host could resume the VM from it; if not, why, in words.
+        result: Result<(), String>,
+    },
     /// [`StandbyAction::Apply`] is done, all of it.
     Applied {
+        /// From which connection the checkpoint came.
+        link: Link,
         /// The checkpoint's number.
         checkpoint: u64,
     },
     /// [`StandbyAction::Settle`] is done.
     Settled {
+        /// From which connection the checkpoint came.
+        link: Link,
         /// The checkpoint's number.
         checkpoint: u64,
+    },
+    /// [`StandbyAction::Discard`] is done: no work for that copy is under way any more, and its memory is
+    /// free.
+    Discarded {
+        /// From which connection the copy came.
+        link: Link,
     },
     /// The VM has ended in order.
     End {
@@ -114,8 +135,10 @@ pub enum StandbyEvent {
     },
     /// The operator wants this standby stopped.
     Stop,
-    /// Something failed here that makes this copy worthless (memory, the device set).
+    /// Something failed here that makes this copy worthless (memory, the device set, a disk).
     Failed {
+        /// From which connection the copy came.
+        link: Link,
         /// What, in words.
         why: String,
     },
@@ -147,7 +170,16 @@ pub enum StandbyAction {
         /// From which connection.
         link: Link,
     },
-    /// Acknowledge: from this moment on this side answers for the checkpoint. Send it before the `Apply` that
+    /// Find out whether this host could resume the VM from the staged checkpoint, without a change to memory;
+    /// then report [`StandbyEvent::Tried`]. The base is tried before it is acknowledged, so that what this
+    /// host cannot do is found while the primary lives.
+    Try {
+        /// From which connection the checkpoint came.
+        link: Link,
+        /// Its number.
+        checkpoint: u64,
+    },
+    /// Acknowledge: from this moment on this side answers for the checkpoint. Queue it before the `Apply` that
     /// follows.
     Ack {
         /// On which connection.
@@ -160,15 +192,19 @@ pub enum StandbyAction {
         stamp: Duration,
     },
     /// Write the staged checkpoint to memory, all of it, whatever happens to the link meanwhile; then report
-    /// [`StandbyEvent::Applied`]. A further checkpoint may be staged in a second buffer meanwhile.
+    /// [`StandbyEvent::Applied`]. Further checkpoints are staged in other buffers meanwhile.
     Apply {
-        /// The checkpoint's number.
+        /// From which connection the checkpoint came.
+        link: Link,
+        /// Its number.
         checkpoint: u64,
     },
     /// Bring the disks to the committed checkpoint, durably, then report [`StandbyEvent::Settled`], or
     /// [`StandbyEvent::Failed`] if this side could not run the VM. Nothing is claimed before.
     Settle {
-        /// The checkpoint's number.
+        /// From which connection the checkpoint came.
+        link: Link,
+        /// Its number.
         checkpoint: u64,
     },
     /// Send a heartbeat.
@@ -185,16 +221,20 @@ pub enum StandbyAction {
         /// Why.
         reason: LeaveReason,
     },
-    /// Close a connection (what is queued for it may still go out) and take nothing more from it.
+    /// Close a connection (what is queued for it may still go out) and take nothing more from it. What came
+    /// over it and is neither acknowledged nor being tried is thrown away, whole or partial; memory keeps
+    /// the committed checkpoint.
     Hangup {
         /// Which.
         link: Link,
     },
-    /// Throw the checkpoint away that is not acknowledged, whole or partial. Memory keeps the committed one.
-    DiscardStaged,
-    /// Throw everything away: staging, memory, state. If an `Apply` is still running, wait for its end first
-    /// (the memory may soon belong to another VM); it need not be reported any more.
-    DiscardAll,
+    /// Throw everything away: staging, memory, state. If a `Try` or an `Apply` is still running, its end comes
+    /// first (the memory may soon belong to another VM); it need not be reported any more. Then report
+    /// [`StandbyEvent::Discarded`].
+    Discard {
+        /// From which connection the copy came.
+        link: Link,
+    },
     /// Ask the arbiter for a generation; the answer comes back as [`StandbyEvent::Claimed`].
     Claim {
         /// Which.
@@ -203,6 +243,8 @@ pub enum StandbyAction {
     /// Run the VM, from what is applied. A [`Primary`](crate::Primary) with these numbers is its machine from
     /// now on; this one is over.
     TakeOver {
+        /// From which connection the copy came.
+        link: Link,
         /// The checkpoint that memory and state are at.
         checkpoint: u64,
         /// The generation won.
@@ -213,8 +255,6 @@ pub enum StandbyAction {
     },
     /// End the process, after what is queued before this has been carried out.
     Exit {
-        /// Exit code.
-        code: i32,
         /// Why.
         reason: StandbyExit,
     },
@@ -289,18 +329,6 @@ pub enum StandbyExit {
     Failed(String),
 }
 
-impl StandbyExit {
-    /// 0 after an orderly end (whatever became of the guest), 1 after a failure, 3 for the loser of an
-    /// arbitration.
-    pub fn code(&self) -> i32 {
-        match self {
-            Self::Followed(_) | Self::Stopped => 0,
-            Self::Failed(_) => 1,
-            Self::Lost { .. } => 3,
-        }
-    }
-}
-
 impl fmt::Display for StandbyExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -322,6 +350,8 @@ impl fmt::Display for StandbyExit {
 pub enum StandbyStatus {
     /// Waits for a primary.
     Listening,
+    /// Gives the memory of an earlier copy back.
+    Discarding,
     /// Receives base pages; cannot take over.
     BaseSync,
     /// Holds a committed checkpoint: can take over.

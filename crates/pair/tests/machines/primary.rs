@@ -3,7 +3,7 @@ use outlive_pair::PrimaryAction::{self, *};
 use outlive_pair::PrimaryEvent::{self, *};
 use outlive_pair::{
     ClaimResult, ExitReason, Link, LossReason, OutputMode, Primary, PrimaryConfig, PrimaryNote,
-    PrimaryStatus, Wanted,
+    PrimaryStatus, Ticket, Wanted,
 };
 
 use super::{ms, timing};
@@ -47,10 +47,7 @@ impl Host {
     fn protected() -> Self {
         let mut host = Self::attached();
         let base = CheckpointFlags { base_final: true, end: None };
-        assert_eq!(
-            host.acts(Captured { end: None }),
-            [HoldOutput, Ship { link: LINK, checkpoint: 11, flags: base }]
-        );
+        assert_eq!(host.acts(Captured), [HoldOutput { link: LINK, epoch: 12 }, Ship(ticket(11, base))]);
         host.now += 1;
         assert_eq!(host.acts(ack(11, host.now)), [Release { through: 11 }]);
         assert_eq!(host.machine.status(), PrimaryStatus::Protected);
@@ -69,8 +66,13 @@ fn ack(checkpoint: u64, stamp: u64) -> PrimaryEvent {
     Ack { link: LINK, generation: 4, checkpoint, stamp: ms(stamp) }
 }
 
-fn ship(checkpoint: u64) -> PrimaryAction {
-    Ship { link: LINK, checkpoint, flags: PLAIN }
+fn ticket(number: u64, flags: CheckpointFlags) -> Ticket {
+    Ticket { link: LINK, generation: 4, number, flags }
+}
+
+/// What a capture brings.
+fn ships(number: u64) -> [PrimaryAction; 2] {
+    [BeginEpoch { link: LINK, epoch: number + 1 }, Ship(ticket(number, PLAIN))]
 }
 
 fn lost() -> PrimaryEvent {
@@ -82,7 +84,7 @@ fn output_passes_until_the_base_is_captured_and_waits_from_then_on() {
     let mut host = Host::attached();
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
     assert_eq!(host.machine.wanted_capture(), Wanted::Base { link: LINK });
-    host.acts(Captured { end: None });
+    host.acts(Captured);
     assert_eq!(host.machine.output(), OutputMode::Hold);
     assert_eq!(host.machine.status(), PrimaryStatus::BaseCommit);
     assert_eq!(host.machine.epoch(), 12, "frames after the pause belong to the next checkpoint");
@@ -94,8 +96,8 @@ fn output_passes_until_the_base_is_captured_and_waits_from_then_on() {
 #[test]
 fn each_ack_releases_up_to_itself() {
     let mut host = Host::protected();
-    assert_eq!(host.acts(Captured { end: None }), [ship(12)]);
-    assert_eq!(host.acts(Captured { end: None }), [ship(13)]);
+    assert_eq!(host.acts(Captured), ships(12));
+    assert_eq!(host.acts(Captured), ships(13));
     assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
     assert_eq!(host.acts(ack(13, 1)), [Release { through: 13 }]);
 }
@@ -103,25 +105,22 @@ fn each_ack_releases_up_to_itself() {
 #[test]
 fn captures_stop_when_all_slots_are_taken() {
     let mut host = Host::protected();
-    host.acts(Captured { end: None });
+    host.acts(Captured);
     assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
-    host.acts(Captured { end: None });
+    host.acts(Captured);
     assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
     host.acts(ack(12, 1));
     assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
-    host.acts(Captured { end: None });
+    host.acts(Captured);
     // A driver that does not ask loses its protection, and nothing worse.
-    assert_eq!(
-        host.acts(Captured { end: None }),
-        [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]
-    );
+    assert_eq!(host.acts(Captured), [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]);
 }
 
 /// SIGSTOP, takeover, SIGCONT: the first thing this process sees is an Ack that waited in its socket.
 #[test]
 fn an_ack_found_after_a_long_stop_releases_nothing() {
     let mut host = Host::protected();
-    host.acts(Captured { end: None });
+    host.acts(Captured);
     host.now += 700;
     assert!(!host.machine.may_release(ms(host.now)), "not even what was decided before the stop");
     assert_eq!(host.acts(ack(12, 1)), [Hangup { link: LINK }, Claim { generation: 5 }]);
@@ -134,7 +133,7 @@ fn an_ack_found_after_a_long_stop_releases_nothing() {
     );
     assert_eq!(
         host.claimed(ClaimResult::Lost { owner: owner() }),
-        [Fence { generation: 5, owner: owner() }, Exit { code: 3, reason }]
+        [Fence { generation: 5, owner: owner() }, StopGuest, Exit { reason }]
     );
     assert_eq!(host.machine.output(), OutputMode::Discard);
     assert!(!host.machine.may_release(ms(host.now)));
@@ -168,7 +167,7 @@ fn a_standby_lost_before_the_base_is_captured_costs_nothing() {
         let mut host = Host::attached();
         assert_eq!(host.acts(event), [Hangup { link: LINK }]);
         assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
-        assert_eq!(host.acts(Captured { end: None }), [DropCapture], "one that was under way");
+        assert_eq!(host.acts(Captured), [DropCapture], "one that was under way");
         host.now += 200;
         assert_eq!(host.acts(Tick), [Dial { link: Link(1), address: 0 }]);
     }
@@ -187,7 +186,7 @@ fn a_standby_lost_after_it_must_be_won_against() {
         let next = Dial { link: Link(1), address: 0 };
         assert_eq!(
             host.claimed(ClaimResult::Won),
-            [ReleaseAll, next],
+            [ReleaseAll { generation: 5 }, next],
             "and a new standby is looked for at once"
         );
         assert_eq!((host.machine.output(), host.machine.generation()), (OutputMode::PassThrough, 5));
@@ -209,7 +208,7 @@ fn an_arbiter_out_of_reach_is_asked_again_and_reported_once() {
         assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
         assert_eq!(host.machine.output(), OutputMode::Hold);
     }
-    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll);
+    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll { generation: 5 });
 }
 
 #[test]
@@ -221,7 +220,7 @@ fn an_arbiter_that_does_not_answer_is_reported() {
     let note = Note(PrimaryNote::ArbiterUnreachable { why: "no answer for 1 s".into() });
     assert_eq!(host.on(Tick), [note], "and not asked a second time");
     assert_eq!(host.machine.next_deadline(), None);
-    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll);
+    assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll { generation: 5 });
 }
 
 #[test]
@@ -252,7 +251,7 @@ fn events_of_an_old_link_are_ignored() {
 fn acks_that_are_not_due_break_the_link() {
     for (checkpoint, generation) in [(12, 4), (10, 4), (11, 3)] {
         let mut host = Host::attached();
-        host.acts(Captured { end: None });
+        host.acts(Captured);
         let event = Ack { link: LINK, generation, checkpoint, stamp: ms(0) };
         assert_eq!(host.acts(event), [Hangup { link: LINK }, Claim { generation: 5 }]);
     }
@@ -292,19 +291,17 @@ fn a_standby_that_never_answers_hello_is_given_up() {
 
 #[test]
 fn the_end_of_the_vm_is_committed_before_it_is_carried_out() {
-    for (reason, code) in
-        [(EndReason::PowerOff, 0), (EndReason::Reset, 0), (EndReason::Stopped, 0), (EndReason::Crash, 1)]
-    {
+    for reason in [EndReason::PowerOff, EndReason::Reset, EndReason::Stopped, EndReason::Crash] {
         let mut host = Host::protected();
-        host.acts(Captured { end: None });
+        host.acts(Captured);
         assert_eq!(host.acts(End { reason }), []);
         assert_eq!(host.machine.wanted_capture(), Wanted::Last(reason));
         let flags = CheckpointFlags { base_final: false, end: Some(reason) };
-        let last = Ship { link: LINK, checkpoint: 13, flags };
-        assert_eq!(host.acts(Captured { end: Some(reason) }), [last]);
+        let last = Ship(ticket(13, flags));
+        assert_eq!(host.acts(Captured), [BeginEpoch { link: LINK, epoch: 14 }, last]);
         assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
         assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
-        let exit = Exit { code, reason: ExitReason::Ended(reason) };
+        let exit = Exit { reason: ExitReason::Ended(reason) };
         assert_eq!(
             host.acts(ack(13, 1)),
             [Release { through: 13 }, SendEnd { link: LINK, reason }, Hangup { link: LINK }, exit]
@@ -316,7 +313,7 @@ fn the_end_of_the_vm_is_committed_before_it_is_carried_out() {
 #[test]
 fn without_protection_the_vm_ends_at_once() {
     let reason = EndReason::PowerOff;
-    let exit = || Exit { code: 0, reason: ExitReason::Ended(reason) };
+    let exit = || Exit { reason: ExitReason::Ended(reason) };
     assert_eq!(Host::new(0).acts(End { reason }), [exit()]);
     let mut dialling = Host::new(1);
     dialling.acts(Tick);
@@ -328,19 +325,58 @@ fn without_protection_the_vm_ends_at_once() {
 }
 
 #[test]
+fn an_operator_asks_the_guest_first() {
+    let mut host = Host::protected();
+    assert_eq!(host.acts(Stop { ask_guest: true }), [AskGuest]);
+    assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
+    assert!(host.machine.guest_may_run());
+    assert_eq!(host.acts(Stop { ask_guest: true }), [StopGuest], "asked once");
+    assert_eq!(host.machine.wanted_capture(), Wanted::Last(EndReason::Stopped));
+    assert!(!host.machine.guest_may_run());
+    assert_eq!(host.acts(Stop { ask_guest: true }), []);
+    assert_eq!(host.acts(End { reason: EndReason::PowerOff }), [], "the first reason counts");
+    assert_eq!(host.machine.wanted_capture(), Wanted::Last(EndReason::Stopped));
+
+    let exit = Exit { reason: ExitReason::Ended(EndReason::Stopped) };
+    assert_eq!(Host::new(0).acts(Stop { ask_guest: false }), [StopGuest, exit]);
+}
+
+/// The guest's frames pass through, so the base must not become one that a standby can take over from.
+#[test]
+fn a_base_whose_output_cannot_be_held_is_none() {
+    let failed = || HoldFailed { link: LINK, why: "no room".into() };
+    let mut host = Host::attached();
+    host.acts(Captured);
+    assert_eq!(host.acts(failed()), [Hangup { link: LINK }, ReleaseAll { generation: 4 }]);
+    assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    // Too late to say so.
+    assert_eq!(Host::protected().acts(failed()), []);
+}
+
+/// A heartbeat can wait until the guest runs again.
+#[test]
+fn a_pause_sends_nothing() {
+    let mut host = Host::protected();
+    host.now += 125;
+    assert_eq!(host.on(Captured), ships(12));
+    assert_eq!(host.on(Tick), [SendHeartbeat { link: LINK }]);
+}
+
+#[test]
 fn an_end_whose_link_is_lost_waits_for_the_arbiter() {
     let reason = EndReason::PowerOff;
     let ending = || {
         let mut host = Host::protected();
         host.acts(End { reason });
-        host.acts(Captured { end: Some(reason) });
+        host.acts(Captured);
         assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Claim { generation: 5 }]);
         host
     };
-    let exit = Exit { code: 0, reason: ExitReason::Ended(reason) };
-    assert_eq!(ending().claimed(ClaimResult::Won), [ReleaseAll, exit]);
+    let exit = Exit { reason: ExitReason::Ended(reason) };
+    assert_eq!(ending().claimed(ClaimResult::Won), [ReleaseAll { generation: 5 }, exit]);
     let fenced = ending().claimed(ClaimResult::Lost { owner: "b".into() });
-    assert!(matches!(fenced[..], [Fence { .. }, Exit { code: 3, .. }]));
+    assert!(matches!(fenced[..], [Fence { .. }, StopGuest, Exit { .. }]));
 }
 
 #[test]

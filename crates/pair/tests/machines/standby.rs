@@ -20,7 +20,7 @@ struct Host {
 }
 
 fn hello_of(link: Link, vm: VmId, generation: u64) -> StandbyEvent {
-    Hello { link, hello: Introduction { vm, generation, dead_after: ms(400) } }
+    Hello { link, hello: Introduction { vm, generation, slots: 2, dead_after: ms(400) } }
 }
 
 fn staged(checkpoint: u64, flags: CheckpointFlags) -> StandbyEvent {
@@ -36,8 +36,28 @@ fn lost() -> StandbyEvent {
 }
 
 /// What the loss of the link brings, with this checkpoint applied.
-fn gone_at(checkpoint: u64) -> [StandbyAction; 3] {
-    [Hangup { link: LINK }, DiscardStaged, Settle { checkpoint }]
+fn gone_at(checkpoint: u64) -> [StandbyAction; 2] {
+    [Hangup { link: LINK }, Settle { link: LINK, checkpoint }]
+}
+
+fn apply(checkpoint: u64) -> StandbyAction {
+    Apply { link: LINK, checkpoint }
+}
+
+fn applied(checkpoint: u64) -> StandbyEvent {
+    Applied { link: LINK, checkpoint }
+}
+
+fn settled(checkpoint: u64) -> StandbyEvent {
+    Settled { link: LINK, checkpoint }
+}
+
+fn tried(checkpoint: u64) -> StandbyEvent {
+    Tried { link: LINK, checkpoint, result: Ok(()) }
+}
+
+fn taken_over(checkpoint: u64, stop: bool) -> StandbyAction {
+    TakeOver { link: LINK, checkpoint, generation: 5, stop }
 }
 
 impl Host {
@@ -68,8 +88,10 @@ impl Host {
     /// Checkpoint 11, the base, is committed and applied.
     fn protected() -> Self {
         let mut host = Self::attached();
-        assert_eq!(host.acts(staged(11, BASE)), [ack(11), Apply { checkpoint: 11 }]);
-        assert_eq!(host.acts(Applied { checkpoint: 11 }), []);
+        assert_eq!(host.acts(staged(11, BASE)), [Try { link: LINK, checkpoint: 11 }]);
+        assert_eq!(host.machine.committed(), None);
+        assert_eq!(host.acts(tried(11)), [ack(11), apply(11)]);
+        assert_eq!(host.acts(applied(11)), []);
         assert_eq!((host.machine.status(), host.machine.committed()), (StandbyStatus::Protected, Some(11)));
         host
     }
@@ -78,7 +100,7 @@ impl Host {
     fn claiming() -> Self {
         let mut host = Self::protected();
         host.acts(lost());
-        assert_eq!(host.acts(Settled { checkpoint: 11 }), [Claim { generation: 5 }]);
+        assert_eq!(host.acts(settled(11)), [Claim { generation: 5 }]);
         host
     }
 
@@ -103,11 +125,11 @@ fn primaries_that_do_not_fit_are_refused() {
         assert_eq!(host.refusal(link, OTHER, 9), RefuseCode::Busy);
     }
     // The attached primary has noticed nothing.
-    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), Apply { checkpoint: 12 }]);
-    host.acts(Applied { checkpoint: 12 });
+    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), apply(12)]);
+    host.acts(applied(12));
     host.acts(lost());
     assert_eq!(host.refusal(Link(4), VM, 4), RefuseCode::Busy, "while it settles");
-    host.acts(Settled { checkpoint: 12 });
+    host.acts(settled(12));
     assert_eq!(host.refusal(Link(4), VM, 4), RefuseCode::Busy, "while it decides");
     host.claimed(ClaimResult::Lost { owner: "a".into() });
     assert_eq!(host.refusal(Link(5), VM, 5), RefuseCode::Leaving);
@@ -116,10 +138,12 @@ fn primaries_that_do_not_fit_are_refused() {
 #[test]
 fn an_older_generation_of_the_same_vm_is_refused() {
     let mut host = Host::attached();
-    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardAll]);
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Discard { link: LINK }]);
+    host.acts(Discarded { link: LINK });
     assert_eq!(host.refusal(Link(2), VM, 3), RefuseCode::StaleGeneration);
     assert!(matches!(host.acts(hello_of(Link(3), VM, 4))[..], [Accept { .. }]));
     host.acts(LinkLost { link: Link(3), why: LossReason::Closed });
+    host.acts(Discarded { link: Link(3) });
     assert!(
         matches!(host.acts(hello_of(Link(4), OTHER, 1))[..], [Accept { .. }]),
         "another VM counts for itself"
@@ -129,12 +153,74 @@ fn an_older_generation_of_the_same_vm_is_refused() {
 #[test]
 fn a_checkpoint_is_acknowledged_applied_and_only_then_the_next() {
     let mut host = Host::protected();
-    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), Apply { checkpoint: 12 }]);
+    assert_eq!(host.acts(staged(12, PLAIN)), [ack(12), apply(12)]);
     assert_eq!(host.acts(staged(13, PLAIN)), [], "it waits for 12 to be applied");
-    assert!(!host.machine.may_read());
+    assert_eq!(host.acts(staged(14, PLAIN)), [], "and 14 for 13");
     assert_eq!(host.machine.committed(), Some(12));
-    assert_eq!(host.acts(Applied { checkpoint: 12 }), [ack(13), Apply { checkpoint: 13 }]);
-    assert!(host.machine.may_read());
+    assert_eq!(host.acts(applied(11)), [], "of an earlier one");
+    assert_eq!(host.acts(applied(12)), [ack(13), apply(13)]);
+    assert_eq!(host.acts(applied(13)), [ack(14), apply(14)]);
+    assert_eq!(host.acts(applied(14)), []);
+}
+
+/// No more is on its way without an acknowledgement than the primary has said.
+#[test]
+fn what_waits_is_bounded() {
+    let mut host = Host::protected();
+    for number in [12, 13, 14] {
+        host.acts(staged(number, PLAIN));
+    }
+    let actions = host.acts(staged(15, PLAIN));
+    assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "{actions:?}");
+}
+
+/// What this host cannot do is found while the primary lives, and heartbeats go on meanwhile.
+#[test]
+fn a_base_is_tried_before_it_is_acknowledged() {
+    let mut host = Host::attached();
+    host.acts(staged(11, BASE));
+    assert_eq!(host.acts(staged(12, PLAIN)), []);
+    for _ in 0..40 {
+        host.now += 125;
+        assert_eq!(host.acts(Heartbeat { link: LINK, stamp: ms(77) }), []);
+    }
+    assert_eq!(host.acts(tried(12)), [], "that is not what was tried");
+    assert_eq!(host.acts(tried(11)), [ack(11), apply(11)]);
+    assert_eq!(host.acts(applied(11)), [ack(12), apply(12)]);
+
+    let mut host = Host::attached();
+    host.acts(staged(11, BASE));
+    let result = Err("no such CPUID leaf".to_owned());
+    let actions = host.acts(Tried { link: LINK, checkpoint: 11, result });
+    assert_eq!(
+        actions,
+        [
+            SendLeave { link: LINK, reason: LeaveReason::BadStream },
+            Hangup { link: LINK },
+            Discard { link: LINK }
+        ]
+    );
+    let mut host = Host::attached();
+    host.acts(staged(11, BASE));
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Discard { link: LINK }], "nothing was promised");
+    assert_eq!(host.acts(tried(11)), []);
+}
+
+/// The card and the memory of one copy must be free before another one is made.
+#[test]
+fn the_next_primary_waits_until_the_last_copy_is_gone() {
+    let mut host = Host::protected();
+    host.acts(BadStream { link: LINK, why: "checksum".into() });
+    assert_eq!(host.machine.status(), StandbyStatus::Discarding);
+    assert_eq!(host.refusal(Link(2), VM, 4), RefuseCode::Busy);
+    assert_eq!(host.acts(Discarded { link: Link(7) }), []);
+    assert_eq!(host.refusal(Link(3), VM, 4), RefuseCode::Busy);
+    host.acts(Discarded { link: LINK });
+    assert!(matches!(host.acts(hello_of(Link(4), VM, 4))[..], [Accept { .. }]));
+    // What the last copy's threads still had to say is not about this one.
+    for event in [applied(11), settled(11), tried(11), Failed { link: LINK, why: "late".into() }] {
+        assert_eq!(host.acts(event), []);
+    }
 }
 
 #[test]
@@ -151,9 +237,10 @@ fn the_newest_stamp_goes_back() {
 fn nothing_committed_nothing_claimed() {
     let mut host = Host::attached();
     host.now += 1000;
-    assert_eq!(host.acts(Tick), [Hangup { link: LINK }, DiscardAll]);
-    assert_eq!(host.machine.status(), StandbyStatus::Listening);
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }, Discard { link: LINK }]);
     assert_eq!(host.machine.next_deadline(), None);
+    host.acts(Discarded { link: LINK });
+    assert_eq!(host.machine.status(), StandbyStatus::Listening);
 }
 
 #[test]
@@ -166,11 +253,11 @@ fn a_dead_primary_is_succeeded() {
     let why = LossReason::Silent(ms(1000));
     let note = StandbyNote::LinkLost { why, silent: ms(1000), committed: true };
     let arbitrating = StandbyNote::Arbitrating { generation: 5 };
-    assert_eq!(actions, [Hangup { link: LINK }, Note(note), DiscardStaged, Settle { checkpoint: 11 }]);
+    assert_eq!(actions, [Hangup { link: LINK }, Note(note), Settle { link: LINK, checkpoint: 11 }]);
     assert_eq!(host.machine.status(), StandbyStatus::Settling);
     assert_eq!(host.machine.next_deadline(), None, "there is nothing to do before the disks are ready");
-    assert_eq!(host.on(Settled { checkpoint: 11 }), [Note(arbitrating), Claim { generation: 5 }]);
-    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: false }]);
+    assert_eq!(host.on(settled(11)), [Note(arbitrating), Claim { generation: 5 }]);
+    assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, false)]);
 }
 
 /// SIGKILL closes the socket; every millisecond of waiting would be one of outage.
@@ -184,24 +271,30 @@ fn what_is_staged_but_not_acknowledged_is_dropped() {
     let mut host = Host::protected();
     host.acts(staged(12, PLAIN));
     host.acts(staged(13, PLAIN));
-    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, DiscardStaged], "12 is still being applied");
-    assert_eq!(host.acts(Settled { checkpoint: 11 }), [], "of an earlier loss");
-    assert_eq!(host.acts(Applied { checkpoint: 12 }), [Settle { checkpoint: 12 }]);
-    assert_eq!(host.acts(Settled { checkpoint: 12 }), [Claim { generation: 5 }]);
-    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 12, generation: 5, stop: false }]);
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }], "12 is still being applied");
+    assert_eq!(host.acts(settled(11)), [], "of an earlier loss");
+    assert_eq!(host.acts(applied(12)), [Settle { link: LINK, checkpoint: 12 }]);
+    assert_eq!(host.acts(settled(12)), [Claim { generation: 5 }]);
+    assert_eq!(host.claimed(ClaimResult::Won), [taken_over(12, false)]);
 }
 
+/// The link is read all the while, so silence is silence.
 #[test]
-fn the_time_of_an_apply_is_not_the_primarys_silence() {
+fn a_slow_apply_is_no_silence_and_hides_none() {
     let mut host = Host::protected();
     host.acts(staged(12, PLAIN));
-    host.now += 5000;
-    assert_eq!(host.acts(Tick), []);
-    assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+    for _ in 0..40 {
+        host.now += 125;
+        assert_eq!(
+            host.on(Heartbeat { link: LINK, stamp: ms(80) })[0],
+            SendHeartbeat { link: LINK, stamp: ms(80) }
+        );
+    }
     host.now += 999;
     assert_eq!(host.acts(Tick), []);
     host.now += 1;
-    assert_eq!(host.acts(Tick), gone_at(12));
+    assert_eq!(host.acts(Tick), [Hangup { link: LINK }], "12 is still being applied");
+    assert_eq!(host.acts(applied(12)), [Settle { link: LINK, checkpoint: 12 }]);
 }
 
 #[test]
@@ -214,7 +307,7 @@ fn the_loser_drops_its_copy_and_says_to_whom() {
     );
     assert_eq!(
         host.claimed(ClaimResult::Lost { owner: "host-a".into() }),
-        [DiscardAll, Exit { code: 3, reason }]
+        [Discard { link: LINK }, Exit { reason }]
     );
 }
 
@@ -236,9 +329,13 @@ fn a_bad_stream_makes_the_standby_leave_not_take_over() {
     for mut host in [Host::attached(), Host::protected()] {
         assert_eq!(
             host.acts(bad()),
-            [SendLeave { link: LINK, reason: LeaveReason::BadStream }, Hangup { link: LINK }, DiscardAll]
+            [
+                SendLeave { link: LINK, reason: LeaveReason::BadStream },
+                Hangup { link: LINK },
+                Discard { link: LINK }
+            ]
         );
-        assert_eq!(host.machine.status(), StandbyStatus::Listening);
+        assert_eq!(host.machine.status(), StandbyStatus::Discarding);
         assert_eq!(host.acts(lost()), []);
         host.now += 10_000;
         assert_eq!(host.acts(Tick), [], "it has promised not to claim");
@@ -261,23 +358,23 @@ fn what_is_not_due_is_a_bad_stream() {
 #[test]
 fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
     let reason = EndReason::PowerOff;
-    let exit = || Exit { code: 0, reason: StandbyExit::Followed(reason) };
+    let exit = || Exit { reason: StandbyExit::Followed(reason) };
     let ended = || {
         let mut host = Host::protected();
         host.acts(staged(12, CheckpointFlags { base_final: false, end: Some(reason) }));
         host
     };
-    let applied = || {
+    let whole = || {
         let mut host = ended();
-        assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+        assert_eq!(host.acts(applied(12)), []);
         host
     };
     let leave = || SendLeave { link: LINK, reason: LeaveReason::Followed };
     let told = End { link: LINK, reason };
-    assert_eq!(applied().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
+    assert_eq!(whole().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
     assert_eq!(Host::attached().acts(told.clone()), [leave(), Hangup { link: LINK }, exit()]);
-    assert_eq!(applied().acts(lost()), [Hangup { link: LINK }, exit()]);
-    let mut silent = applied();
+    assert_eq!(whole().acts(lost()), [Hangup { link: LINK }, exit()]);
+    let mut silent = whole();
     silent.now += 1000;
     assert_eq!(silent.acts(Tick), [Hangup { link: LINK }, exit()]);
     for (event, mut at_once) in [
@@ -286,52 +383,52 @@ fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
         (Stop, vec![SendLeave { link: LINK, reason: LeaveReason::Stopped }, Hangup { link: LINK }]),
     ] {
         let mut host = ended();
-        let exit = if event == Stop { Exit { code: 0, reason: StandbyExit::Stopped } } else { exit() };
+        let exit = if event == Stop { Exit { reason: StandbyExit::Stopped } } else { exit() };
         assert_eq!(host.acts(event.clone()), at_once, "{event:?} in the middle of the last commit");
         assert_eq!(host.acts(Stop), []);
         assert_eq!(host.acts(lost()), []);
-        at_once = host.acts(Applied { checkpoint: 12 });
+        at_once = host.acts(applied(12));
         assert_eq!(at_once, [exit], "{event:?}");
     }
 }
 
 #[test]
 fn a_stop_leaves_in_order() {
-    let exit = || Exit { code: 0, reason: StandbyExit::Stopped };
+    let exit = || Exit { reason: StandbyExit::Stopped };
     let leave = || SendLeave { link: LINK, reason: LeaveReason::Stopped };
     assert_eq!(Host::new(None).acts(Stop), [exit()]);
     assert_eq!(Host::attached().acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
     let mut host = Host::protected();
     assert_eq!(host.acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
     assert_eq!(host.acts(lost()), []);
-    let failed = Host::protected().acts(Failed { why: "memory".into() });
-    assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { code: 1, .. }]));
+    let failed = Host::protected().acts(Failed { link: LINK, why: "memory".into() });
+    assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { .. }]));
 }
 
 /// The other side may be in the best of health. What is claimed and cannot be run runs nowhere.
 #[test]
 fn a_side_that_could_not_run_the_vm_does_not_ask_for_it() {
-    let failed = || Failed { why: "input/output error".into() };
+    let failed = || Failed { link: LINK, why: "input/output error".into() };
     let mut host = Host::protected();
     assert_eq!(host.acts(lost()), gone_at(11));
     let reason = StandbyExit::Failed("input/output error".into());
-    assert_eq!(host.acts(failed()), [Exit { code: 1, reason: reason.clone() }]);
-    assert_eq!(host.acts(Settled { checkpoint: 11 }), []);
+    assert_eq!(host.acts(failed()), [Exit { reason: reason.clone() }]);
+    assert_eq!(host.acts(settled(11)), []);
 
     // In the middle of a commit, too.
     let mut host = Host::protected();
     host.acts(staged(12, PLAIN));
     host.acts(lost());
-    assert_eq!(host.acts(failed()), [Exit { code: 1, reason }]);
-    assert_eq!(host.acts(Applied { checkpoint: 12 }), []);
+    assert_eq!(host.acts(failed()), [Exit { reason }]);
+    assert_eq!(host.acts(applied(12)), []);
 }
 
 /// Too late to take the question back: the answer decides what must be said.
 #[test]
 fn a_failure_during_arbitration_waits_for_the_answer() {
-    let failed = || Failed { why: "input/output error".into() };
+    let failed = || Failed { link: LINK, why: "input/output error".into() };
     let said = |actions: Vec<StandbyAction>| match &actions[..] {
-        [Exit { code: 1, reason: StandbyExit::Failed(why) }] => why.clone(),
+        [Exit { reason: StandbyExit::Failed(why) }] => why.clone(),
         other => panic!("{other:?}"),
     };
     let mut host = Host::claiming();
@@ -341,7 +438,7 @@ fn a_failure_during_arbitration_waits_for_the_answer() {
     host.acts(failed());
     assert!(matches!(
         host.claimed(ClaimResult::Lost { owner: "a".into() })[..],
-        [DiscardAll, Exit { code: 3, .. }]
+        [Discard { link: LINK }, Exit { .. }]
     ));
     let mut host = Host::claiming();
     host.acts(failed());
@@ -358,10 +455,10 @@ fn a_stop_during_arbitration_waits_for_the_answer() {
     let mut host = Host::claiming();
     assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
     assert_eq!(host.on(Stop), [], "said once");
-    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: true }]);
+    assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
     let mut host = Host::protected();
     host.acts(lost());
     assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
-    host.acts(Settled { checkpoint: 11 });
-    assert_eq!(host.claimed(ClaimResult::Won), [TakeOver { checkpoint: 11, generation: 5, stop: true }]);
+    host.acts(settled(11));
+    assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
 }

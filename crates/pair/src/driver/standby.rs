@@ -1,0 +1,269 @@
+//! The standby's driver.
+//!
+//! The threads that a program needs around it:
+//!
+//! ```text
+//! reader (per link)   reads all the time: stamps, base pages, checkpoints into staging   ──► events
+//! applier             tries, applies, discards, one after the other, in their order      ──► events
+//! disks, arbiter      settle; answer claims                                              ──► events
+//! main                waits for deadlines; takes over; ends
+//! ```
+//!
+//! * The reader never waits for the applier. A checkpoint that is staged while another one is applied waits
+//!   for its *acknowledgement*; its stamp was heard, and heartbeats are heard and answered all the while, so
+//!   a slow apply or a slow disk costs speed and not the protection. The primary has at most `slots` (of its
+//!   Hello) checkpoints unacknowledged, so `slots + 1` staging buffers are enough for the reader to go on
+//!   whatever the applier does.
+//! * Before a checkpoint's `Staged` the reader puts the full buffer into the ports, under the same lock. The
+//!   buffer is the ports' until [`apply`](StandbyPorts::apply) hands it to the applier,
+//!   [`hang_up`](StandbyPorts::hang_up) drops it, or [`discard`](StandbyPorts::discard) does.
+//! * After an `Applied` the applier gives the buffer back to the reader of that link, if there still is one.
+
+use std::time::Duration;
+
+use outlive_epoch::{LeaveReason, RefuseCode};
+
+use super::After;
+use super::core::{Core, Hands};
+use crate::planted::{Planted, planted};
+use crate::{
+    ClaimResult, Introduction, Link, LossReason, Standby, StandbyAction as Action, StandbyEvent as Event,
+    StandbyExit, StandbyNote,
+};
+
+/// A takeover that was won.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakeOver {
+    /// From which connection the copy came.
+    pub link: Link,
+    /// The checkpoint that memory and state are at.
+    pub checkpoint: u64,
+    /// The generation won.
+    pub generation: u64,
+    /// The operator wants the VM ended in order at once.
+    pub stop: bool,
+}
+
+/// What the standby's decisions reach. See [the module](super) for the rules that all methods keep.
+///
+/// Bytes for a link are queued here and written in the drain ([`After::drain`]); an error of that write is
+/// reported as [`Event::LinkLost`]. Errors are texts for people; the driver reports each to the state
+/// machine.
+pub trait StandbyPorts {
+    /// Queue preface and Accept.
+    ///
+    /// # Errors
+    /// The link takes nothing any more.
+    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String>;
+
+    /// Queue preface and Refuse, and have the link closed after it.
+    fn refuse(&mut self, link: Link, code: RefuseCode, text: String);
+
+    /// Have the base tried for a takeover, by the applier; report [`Event::Tried`]. Memory is not changed,
+    /// the machine may be.
+    ///
+    /// # Errors
+    /// Nobody is there to do it.
+    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+
+    /// Queue an acknowledgement.
+    ///
+    /// # Errors
+    /// The link takes nothing any more.
+    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String>;
+
+    /// Hand the staged checkpoint to the applier. It writes all of it to memory, keeps the state and gives
+    /// the writes to disks to their thread, whatever becomes of the link; then report [`Event::Applied`].
+    ///
+    /// # Errors
+    /// Nobody is there to do it: this copy is worthless.
+    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+
+    /// Have the disks brought to the checkpoint, durably; report [`Event::Settled`] or [`Event::Failed`].
+    ///
+    /// # Errors
+    /// Nobody is there to do it: this copy is worthless.
+    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+
+    /// Queue a heartbeat with this stamp.
+    ///
+    /// # Errors
+    /// The link takes nothing any more.
+    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String>;
+
+    /// Queue the orderly leave.
+    fn send_leave(&mut self, link: Link, reason: LeaveReason);
+
+    /// Have the link closed, after what is queued for it. Drop what is staged from it, whole or partial, but
+    /// for what the applier has.
+    fn hang_up(&mut self, link: Link);
+
+    /// Have the copy of this link thrown away by the applier, after what it does now; then report
+    /// [`Event::Discarded`]. No other primary is accepted before.
+    fn discard(&mut self, link: Link);
+
+    /// Queue the question for the arbiter; its answer is reported as [`Event::Claimed`].
+    ///
+    /// # Errors
+    /// It cannot be asked now. It is tried again as if the arbiter were out of reach.
+    fn claim(&mut self, generation: u64) -> Result<(), String>;
+
+    /// Have the VM run from what is applied. The applier is idle then.
+    fn take_over(&mut self, order: TakeOver);
+
+    /// Have the process ended, after what was queued before.
+    fn exit(&mut self, reason: StandbyExit);
+
+    /// Have something logged, not on this thread under this lock. The time of a note is when it comes here.
+    fn note(&mut self, note: StandbyNote);
+}
+
+/// The standby's state machine with its ports. See [the module](super).
+pub struct StandbyDriver<P> {
+    core: Core<Standby>,
+    ports: P,
+    /// The base pages at hand may be written.
+    base_may: bool,
+}
+
+impl<P: StandbyPorts> StandbyDriver<P> {
+    /// A driver of a standby that listens.
+    pub fn new(machine: Standby, ports: P) -> Self {
+        let bug = machine.bug;
+        Self { core: Core::new(machine, bug), ports, base_may: false }
+    }
+
+    /// The state machine, to ask it.
+    pub fn machine(&self) -> &Standby {
+        &self.core.machine
+    }
+
+    /// The ports.
+    pub fn ports(&self) -> &P {
+        &self.ports
+    }
+
+    /// The ports.
+    pub fn ports_mut(&mut self) -> &mut P {
+        &mut self.ports
+    }
+
+    /// Whether this introduction would be accepted now: to be asked before memory is set aside for its VM.
+    ///
+    /// # Errors
+    /// The code and the words for the refusal.
+    pub fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+        self.core.machine.would_accept(hello)
+    }
+
+    /// Takes an event and carries out what follows from it. For base pages see
+    /// [`base_pages`](Self::base_pages).
+    pub fn handle(&mut self, now: Duration, event: Event) -> After {
+        let mut hands = Carrying { ports: &mut self.ports, base_may: &mut self.base_may, bug: self.core.bug };
+        self.core.run(now, event, &mut hands)
+    }
+
+    /// A section of base pages (or of the base synchronisation of disks) has arrived: whether it may be
+    /// written. The link stays the reader's to write for until it reads on.
+    pub fn base_pages(&mut self, now: Duration, link: Link) -> (bool, After) {
+        self.base_may = false;
+        let after = self.handle(now, Event::BasePages { link });
+        (self.base_may, after)
+    }
+
+    /// Until when the thread that waits for deadlines may sleep. [`After::wake`] says when an earlier one has
+    /// come.
+    pub fn wait(&mut self) -> Option<Duration> {
+        self.core.wait()
+    }
+}
+
+fn lost(link: Link, why: String) -> Event {
+    Event::LinkLost { link, why: LossReason::Local(why) }
+}
+
+/// The ports while an event is carried out.
+struct Carrying<'a, P> {
+    ports: &'a mut P,
+    base_may: &'a mut bool,
+    bug: Planted,
+}
+
+impl<P: StandbyPorts> Carrying<'_, P> {
+    /// The action's link, unless a mistake is planted.
+    fn link(&self, machine: &Standby, link: Link) -> Link {
+        if planted!(self.bug, ActsOnAttachedLink) { machine.link().unwrap_or(link) } else { link }
+    }
+}
+
+impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
+    fn decided(&mut self, _: &Standby) {}
+
+    fn carry_out(&mut self, machine: &Standby, action: Action, after: &mut After) -> Result<(), Event> {
+        let wrote = !planted!(self.bug, ReleaseWithoutDrain);
+        match action {
+            Action::Accept { link, generation, dead_after } => {
+                after.drain |= wrote;
+                self.ports.accept(link, generation, dead_after).map_err(|why| lost(link, why))
+            }
+            Action::Refuse { link, code, text } => {
+                after.drain |= wrote;
+                let link = self.link(machine, link);
+                self.ports.refuse(link, code, text);
+                Ok(())
+            }
+            Action::ApplyBase { .. } => {
+                *self.base_may = true;
+                Ok(())
+            }
+            Action::Try { link, checkpoint } => {
+                self.ports.try_base(link, checkpoint).map_err(|why| Event::Failed { link, why })
+            }
+            Action::Ack { link, generation, checkpoint, stamp } => {
+                after.drain |= wrote;
+                self.ports.ack(link, generation, checkpoint, stamp).map_err(|why| lost(link, why))
+            }
+            Action::Apply { link, checkpoint } => {
+                self.ports.apply(link, checkpoint).map_err(|why| Event::Failed { link, why })
+            }
+            Action::Settle { link, checkpoint } => {
+                self.ports.settle(link, checkpoint).map_err(|why| Event::Failed { link, why })
+            }
+            Action::SendHeartbeat { link, stamp } => {
+                after.drain |= wrote;
+                self.ports.send_heartbeat(link, stamp).map_err(|why| lost(link, why))
+            }
+            Action::SendLeave { link, reason } => {
+                after.drain |= wrote;
+                self.ports.send_leave(link, reason);
+                Ok(())
+            }
+            Action::Hangup { link } => {
+                after.drain |= wrote;
+                let link = self.link(machine, link);
+                self.ports.hang_up(link);
+                Ok(())
+            }
+            Action::Discard { link } => {
+                self.ports.discard(link);
+                Ok(())
+            }
+            Action::Claim { generation } => self.ports.claim(generation).map_err(|why| {
+                let result = ClaimResult::Unreachable { why };
+                Event::Claimed { generation, result }
+            }),
+            Action::TakeOver { link, checkpoint, generation, stop } => {
+                self.ports.take_over(TakeOver { link, checkpoint, generation, stop });
+                Ok(())
+            }
+            Action::Exit { reason } => {
+                self.ports.exit(reason);
+                Ok(())
+            }
+            Action::Note(note) => {
+                self.ports.note(note);
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! When does an epoch end? The one place that answers.
+//!
+//! The coordinator collects [`Facts`], asks [`Policy::next`], and does nothing until the time in the answer
+//! or until a fact changes. It reads no clock and no counter here: the answer follows from the facts alone.
+//!
+//! A policy consists of [`Rule`]s, each in a file of its own; the one that wants the earliest end wins. Above
+//! them stands one guarantee, which no rule can break: **between two pauses the guest runs at least as long
+//! as the last pause took**, so it has half of the time however much the rules ask for. The only exception is
+//! a guest that KVM has stopped because a dirty ring is full: it has no use for run time.
+//!
+//! | rule | ends the epoch |
+//! |---|---|
+//! | [`Interval`] | a fixed time after the last one ended |
+//! | [`DirtyTrigger`] | when so many pages are dirty |
+//! | [`DiskLogFull`] | when the log of disk writes is full |
+//! | [`DirtyLogFull`] | when a dirty ring is full |
+//!
+//! A new rule is a file with a type that implements [`Rule`], and a line where the coordinator makes its
+//! policy. What it must know and is not in [`Facts`] yet is a field there.
+
+mod full;
+mod interval;
+#[cfg(test)]
+mod tests;
+mod trigger;
+
+use std::fmt;
+use std::time::Duration;
+
+pub use full::{DirtyLogFull, DiskLogFull};
+pub use interval::Interval;
+pub use trigger::DirtyTrigger;
+
+/// What is known when the question is asked. All times are of one clock, which may be any.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The time.
+    pub now: Duration,
+    /// Pages that this epoch has made dirty, as far as can be seen while the guest runs.
+    pub dirty_pages: u64,
+    /// KVM holds a vCPU because its dirty ring is full.
+    pub dirty_log_full: bool,
+    /// A disk has no room left in the log of writes; requests of the guest wait.
+    pub disk_log_full: bool,
+    /// Since when the oldest output of this epoch is held; `None`: none is.
+    pub held_since: Option<Duration>,
+    /// From the end of a checkpoint's pause to its acknowledgement, the last time.
+    pub acknowledged_in: Option<Duration>,
+}
+
+/// A pause that is over, and with it an epoch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pause {
+    /// When the guest was stopped.
+    pub began: Duration,
+    /// When it went on.
+    pub ended: Duration,
+    /// Pages of the checkpoint.
+    pub pages: u64,
+}
+
+impl Pause {
+    /// How long the guest stood still.
+    pub fn length(&self) -> Duration {
+        self.ended.saturating_sub(self.began)
+    }
+}
+
+/// When the epoch ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Now.
+    Now(Why),
+    /// Not before this time: ask again then, or when a fact changes.
+    At(Duration),
+    /// Not before a fact changes.
+    Nothing,
+}
+
+impl Next {
+    fn earlier(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Now(why), _) | (_, Self::Now(why)) => Self::Now(why),
+            (Self::At(one), Self::At(other)) => Self::At(one.min(other)),
+            (at @ Self::At(_), Self::Nothing) | (Self::Nothing, at) => at,
+        }
+    }
+}
+
+/// What ends an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// Its time is over.
+    Interval,
+    /// So many pages are dirty.
+    DirtyPages,
+    /// A dirty ring is full, and the guest stands still.
+    DirtyLogFull,
+    /// The log of disk writes is full.
+    DiskLogFull,
+}
+
+impl Why {
+    /// Whether the guest has no use for the run time that it is guaranteed.
+    fn guest_waits(self) -> bool {
+        matches!(self, Self::DirtyLogFull)
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Interval => "interval",
+            Self::DirtyPages => "dirty pages",
+            Self::DirtyLogFull => "dirty log full",
+            Self::DiskLogFull => "disk log full",
+        })
+    }
+}
+
+/// One reason to end an epoch.
+pub trait Rule: Send + fmt::Debug {
+    /// When the epoch should end, as far as this rule goes.
+    fn next(&self, facts: &Facts) -> Next;
+
+    /// An epoch has ended, for whatever reason.
+    fn ended(&mut self, pause: &Pause) {
+        let _ = pause;
+    }
+}
+
+/// The rules of one VM. See [the module](self).
+#[derive(Debug)]
+pub struct Policy {
+    rules: Vec<Box<dyn Rule>>,
+    last: Pause,
+}
+
+impl Policy {
+    /// A policy of these rules. Where two want an end at the same time, the first one's reason counts.
+    pub fn new(rules: Vec<Box<dyn Rule>>) -> Self {
+        Self { rules, last: Pause::default() }
+    }
+
+    /// When the epoch ends that runs now.
+    pub fn next(&self, facts: &Facts) -> Next {
+        let wishes = self.rules.iter().map(|rule| rule.next(facts));
+        let next = wishes.fold(Next::Nothing, |earliest, wish| match (earliest, wish) {
+            // A guest that stands still is helped at once, whoever else has a wish.
+            (Next::Now(_), Next::Now(why)) if why.guest_waits() => wish,
+            _ => earliest.earlier(wish),
+        });
+        let earliest = self.last.ended + self.last.length();
+        match next {
+            Next::Now(why) if facts.now < earliest && !why.guest_waits() => Next::At(earliest),
+            Next::At(time) => Next::At(time.max(earliest)),
+            other => other,
+        }
+    }
+
+    /// An epoch has ended. Allocates nothing.
+    pub fn ended(&mut self, pause: &Pause) {
+        self.last = *pause;
+        self.rules.iter_mut().for_each(|rule| rule.ended(pause));
+    }
+}

@@ -1,0 +1,184 @@
+//! What holds for every course of pauses and facts.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn us(time: u64) -> Duration {
+    Duration::from_micros(time)
+}
+
+fn all(interval: Duration, pages: u64) -> Policy {
+    Policy::new(vec![
+        Box::new(DirtyLogFull),
+        Box::new(DiskLogFull),
+        Box::new(DirtyTrigger::new(pages)),
+        Box::new(Interval::new(interval)),
+    ])
+}
+
+/// One epoch: what the guest does, how late the coordinator wakes up, how long the pause is.
+#[derive(Debug, Clone, Copy)]
+struct Course {
+    pages_per_us: u64,
+    log_full_after: Option<u64>,
+    disk_full_after: Option<u64>,
+    late: u64,
+    pause: u64,
+}
+
+fn course() -> impl Strategy<Value = Course> {
+    let sometimes = || prop::option::weighted(0.2, 0u64..3000);
+    (0u64..8, sometimes(), sometimes(), 0u64..200, 20u64..4000).prop_map(
+        |(pages_per_us, log_full_after, disk_full_after, late, pause)| Course {
+            pages_per_us,
+            log_full_after,
+            disk_full_after,
+            late,
+            pause,
+        },
+    )
+}
+
+/// What one epoch was like.
+#[derive(Debug)]
+struct Epoch {
+    why: Why,
+    ran: Duration,
+    looks: u32,
+}
+
+/// Does what a coordinator does: asks, sleeps until the answer or until a log is full, asks again.
+fn run(policy: &mut Policy, resumed: Duration, course: Course) -> (Epoch, Pause) {
+    let full = |after: Option<u64>, now: Duration| after.is_some_and(|after| now >= resumed + us(after));
+    let mut now = resumed;
+    let mut looks = 0;
+    let why = loop {
+        looks += 1;
+        let facts = Facts {
+            now,
+            dirty_pages: (now - resumed).as_micros() as u64 * course.pages_per_us,
+            dirty_log_full: full(course.log_full_after, now),
+            disk_log_full: full(course.disk_full_after, now),
+            ..Facts::default()
+        };
+        let until = match policy.next(&facts) {
+            Next::Now(why) => break why,
+            Next::At(at) => at,
+            Next::Nothing => panic!("an interval always comes"),
+        };
+        assert!(until > now, "it is asked again at once: {now:?} {until:?} {facts:?}");
+        let woken = [course.log_full_after, course.disk_full_after];
+        let woken = woken.into_iter().flatten().map(|after| resumed + us(after)).filter(|at| *at > now).min();
+        now = match woken {
+            Some(at) if at < until => at,
+            _ => until + us(course.late),
+        };
+    };
+    let pause = Pause { began: now, ended: now + us(course.pause), pages: 1 };
+    policy.ended(&pause);
+    (Epoch { why, ran: now - resumed, looks }, pause)
+}
+
+proptest! {
+    #[test]
+    fn the_guest_runs_as_long_as_the_pause_before(
+        interval in 50u64..3000,
+        pages in 1u64..5000,
+        courses in prop::collection::vec(course(), 1..60),
+    ) {
+        let mut policy = all(us(interval), pages);
+        let (mut resumed, mut last) = (us(1_000_000), us(0));
+        for course in courses {
+            let (epoch, pause) = run(&mut policy, resumed, course);
+            prop_assert!(
+                epoch.ran >= last || epoch.why == Why::DirtyLogFull,
+                "ran {:?} after a pause of {last:?}, ended by {}", epoch.ran, epoch.why
+            );
+            // And it is not left to run for long: the interval, or as long as the pause, and how late the
+            // coordinator is.
+            let longest = us(interval).max(last) + us(course.late) + us(interval);
+            prop_assert!(epoch.ran <= longest, "ran {:?}, {longest:?} at most", epoch.ran);
+            (resumed, last) = (pause.ended, pause.length());
+        }
+    }
+
+    #[test]
+    fn a_guest_that_its_ring_has_stopped_waits_for_nobody(
+        interval in 50u64..3000,
+        pause in 0u64..100_000,
+        stopped in 0u64..3000,
+    ) {
+        let mut policy = all(us(interval), 1);
+        policy.ended(&Pause { began: us(0), ended: us(pause), pages: 1 });
+        let facts = Facts {
+            now: us(pause + stopped),
+            dirty_pages: 9,
+            dirty_log_full: true,
+            disk_log_full: true,
+            ..Facts::default()
+        };
+        prop_assert_eq!(policy.next(&facts), Next::Now(Why::DirtyLogFull));
+    }
+
+    /// Late wake-ups do not lower the rate that was asked for.
+    #[test]
+    fn short_pauses_keep_the_rhythm(interval in 500u64..3000, late in 0u64..200, pause in 10u64..100) {
+        let mut policy = all(us(interval), u64::MAX);
+        let course =
+            Course { pages_per_us: 0, log_full_after: None, disk_full_after: None, late, pause };
+        let mut resumed = us(1_000_000);
+        for _ in 0..5 {
+            resumed = run(&mut policy, resumed, course).1.ended;
+        }
+        let began = resumed;
+        for _ in 0..100 {
+            resumed = run(&mut policy, resumed, course).1.ended;
+        }
+        let (took, wanted) = ((resumed - began).as_micros() as u64, 100 * interval);
+        prop_assert!(took.abs_diff(wanted) <= interval + 250, "{took} instead of {wanted}");
+    }
+}
+
+#[test]
+fn dirty_pages_end_an_epoch_early_and_are_counted_often() {
+    let mut policy = all(us(10_000), 500);
+    let course = Course { pages_per_us: 1, log_full_after: None, disk_full_after: None, late: 0, pause: 50 };
+    run(&mut policy, us(1_000_000), course);
+    let (epoch, _) = run(&mut policy, us(1_000_000), course);
+    assert_eq!((epoch.why, epoch.ran, epoch.looks), (Why::DirtyPages, us(500), 3));
+}
+
+#[test]
+fn a_full_disk_log_ends_an_epoch_as_soon_as_the_guest_has_had_its_time() {
+    let mut policy = all(us(10_000), u64::MAX);
+    policy.ended(&Pause { began: us(1000), ended: us(3000), pages: 1 });
+    let mut facts = Facts { now: us(3100), disk_log_full: true, ..Facts::default() };
+    assert_eq!(policy.next(&facts), Next::At(us(5000)));
+    facts.now = us(5000);
+    assert_eq!(policy.next(&facts), Next::Now(Why::DiskLogFull));
+}
+
+/// What output or latency ask for is one more file.
+#[test]
+fn a_rule_of_its_own_takes_part() {
+    #[derive(Debug)]
+    struct Output;
+    impl Rule for Output {
+        fn next(&self, facts: &Facts) -> Next {
+            facts.held_since.map_or(Next::Nothing, |since| match since + us(100) {
+                due if due <= facts.now => Next::Now(Why::Interval),
+                due => Next::At(due),
+            })
+        }
+    }
+    let policy = Policy::new(vec![Box::new(Output)]);
+    let mut facts = Facts { now: us(500), ..Facts::default() };
+    assert_eq!(policy.next(&facts), Next::Nothing);
+    facts.held_since = Some(us(450));
+    assert_eq!(policy.next(&facts), Next::At(us(550)));
+    facts.now = us(550);
+    assert!(matches!(policy.next(&facts), Next::Now(_)));
+}

@@ -1,0 +1,357 @@
+//! The primary in the simulation: the program's threads, done with a queue, around the production driver.
+
+use std::time::Duration;
+
+use outlive_epoch::EndReason;
+
+use super::hosts::{Process, VM};
+use super::ports::{PrimaryEffect as Effect, PrimarySide, SimPart};
+use super::truth::{Life, Node};
+use super::world::{Happening, Msg, World};
+use super::{STEP, timing};
+use crate::planted::Planted;
+use crate::policy::{Facts, Interval, Next, Pause, Policy};
+use crate::{
+    After, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver, PrimaryEvent,
+    PrimaryNote, Ticket, Wanted,
+};
+
+pub(super) struct PrimaryProcess {
+    pub(super) driver: PrimaryDriver<PrimarySide>,
+    /// What the VM has done.
+    node: Node,
+    /// The vCPUs are stopped for good.
+    stopped: bool,
+    /// They are stopped for a checkpoint that goes out in parts.
+    paused: bool,
+    /// Few enough dirty pages are left for the base-final checkpoint.
+    base_ready: Option<Link>,
+    policy: Policy,
+    /// Drains that are still to come.
+    drains: u32,
+    /// The link over which generation + 1 became disputed had been reset by a third party.
+    pub(super) excused: bool,
+}
+
+impl PrimaryProcess {
+    pub(super) fn node(&self) -> Node {
+        self.node
+    }
+}
+
+impl World {
+    /// Starts a primary: at the beginning, or in the process of a standby that has taken over.
+    pub(super) fn start_primary(&mut self, host: usize, generation: u64, checkpoint: u64, node: Node) {
+        let now = self.clock(host);
+        let standbys = self.hosts.len() - 1;
+        let config = PrimaryConfig { generation, checkpoint, standbys, slots: self.slots, timing: timing() };
+        let mut machine = Primary::new(config, now);
+        machine.bug = Planted(self.bug);
+        self.hosts[host].look = None;
+        self.hosts[host].process = Process::Primary(Box::new(PrimaryProcess {
+            driver: PrimaryDriver::new(machine, PrimarySide::new()),
+            node,
+            stopped: false,
+            paused: false,
+            base_ready: None,
+            policy: Policy::new(vec![Box::new(Interval::new(Duration::from_micros(self.interval)))]),
+            drains: 0,
+            excused: false,
+        }));
+        let life = (host, self.hosts[host].life);
+        self.after(1, Happening::VmStep(life));
+        self.coordinate(life);
+    }
+
+    fn primary_of(&mut self, life: Life) -> Option<&mut PrimaryProcess> {
+        match &mut self.hosts[life.0].process {
+            Process::Primary(p) => Some(p),
+            _ => None,
+        }
+    }
+
+    /// Any thread hands in an event.
+    pub(super) fn primary(&mut self, life: Life, event: PrimaryEvent) {
+        let now = self.believed(life.0);
+        if let Some(p) = self.primary_of(life) {
+            let after = p.driver.handle(now, event);
+            self.primary_after(life, after);
+        }
+    }
+
+    /// The lock is dropped: what was queued under it happens, and what was left to the caller.
+    fn primary_after(&mut self, life: Life, after: After) {
+        let (now, late) = (self.clock(life.0), self.preempted());
+        let Some(p) = self.primary_of(life) else { return };
+        p.drains += u32::from(after.drain);
+        let undrained = p.drains == 0 && p.driver.ports().valve.is_ready(now);
+        let (effects, violation, failed) = p.driver.ports_mut().taken();
+        self.stats.failed += failed;
+        if let Some(what) = violation {
+            self.truth.fail(format!("{life:?} {what}"));
+        }
+        if undrained {
+            self.truth.fail(format!("{life:?} may let output out and nobody does it"));
+        }
+        if after.drain {
+            self.after(late, Happening::Drain(life));
+        }
+        if after.wake {
+            self.look_within(life, 100);
+        }
+        for effect in effects {
+            self.primary_does(life, effect);
+        }
+    }
+
+    fn primary_does(&mut self, life: Life, effect: Effect) {
+        self.tell(life, &effect);
+        let clock = self.clock(life.0);
+        match effect {
+            Effect::Dial { link, address } => {
+                let target = (life.0 + 1 + address) % self.hosts.len();
+                let delay = self.rng.range(100, 2000);
+                self.after(delay, Happening::Dialled { life, link, target });
+            }
+            Effect::Hello { conn, generation } => {
+                let (slots, dead_after) = (self.slots, timing().dead_after);
+                self.send(conn, 0, Msg::Hello(Introduction { vm: VM, generation, slots, dead_after }));
+            }
+            Effect::StartBase { link } => {
+                let left = self.rng.range(1, 4) as u32;
+                self.after(200, Happening::BaseRound { life, link, left });
+            }
+            Effect::Ship { conn, ticket, part } => self.ship(conn, ticket, part, clock),
+            Effect::Beat { conn } => self.send(conn, 0, Msg::Beat { stamp: clock }),
+            Effect::End { conn, reason } => self.send(conn, 0, Msg::VmEnd(reason)),
+            Effect::HangUp { conn } => {
+                let broken = conn.is_some_and(|conn| self.conns[conn].broken);
+                if let Some(p) = self.primary_of(life) {
+                    p.base_ready = None;
+                    p.excused |= broken;
+                }
+                if let Some(conn) = conn {
+                    self.close(conn, 1);
+                }
+            }
+            Effect::Claim { generation } => self.ask_arbiter(life, generation),
+            Effect::Open { generation } => {
+                if let Some(p) = self.primary_of(life) {
+                    p.excused = false;
+                }
+                self.stats.alone += 1;
+                self.truth.goes_on(generation, life);
+            }
+            Effect::Fence => self.stats.fenced += 1,
+            Effect::AskGuest => {
+                if let Some(p) = self.primary_of(life) {
+                    let node = p.node;
+                    self.guest_end = self.truth.depth(node) + self.rng.range(1, 5) as u32;
+                }
+            }
+            Effect::StopGuest => {
+                if let Some(p) = self.primary_of(life) {
+                    p.stopped = true;
+                }
+            }
+            Effect::Exit(reason) => {
+                if let ExitReason::Ended(_) = reason {
+                    self.truth.ends(life);
+                    self.stats.ended += 1;
+                }
+                self.stop_process(life.0, true);
+            }
+            Effect::Note(PrimaryNote::Protected { .. }) => self.stats.protected += 1,
+            Effect::Note(PrimaryNote::LinkLost { .. }) => self.stats.links_lost += 1,
+            Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
+            Effect::Note(_) => {}
+        }
+    }
+
+    fn ship(&mut self, conn: usize, ticket: Ticket, part: SimPart, stamp: Duration) {
+        if part.first {
+            let Ticket { number, flags, .. } = ticket;
+            self.send(conn, 0, Msg::Begin { number, node: part.node, flags });
+        }
+        for _ in 0..part.sections {
+            self.send(conn, 0, Msg::Part);
+        }
+        if part.last {
+            self.send(conn, 0, Msg::End { stamp });
+        }
+    }
+
+    /// The thread that read an acknowledgement lets out what may leave, slowly at times; each piece is
+    /// checked at the true time.
+    pub(super) fn drain(&mut self, life: Life) {
+        let clock = self.clock(life.0);
+        let breaks_off = self.rng.one_in(4);
+        // Before a takeover the same process had other drains.
+        let Some(p) = self.primary_of(life).filter(|p| p.drains > 0) else { return };
+        p.drains -= 1;
+        let generation = p.driver.machine().generation();
+        let mut out = Vec::new();
+        let late = loop {
+            match p.driver.ports_mut().valve.drain(clock) {
+                Ok(Some(node)) => out.push(node),
+                Ok(None) => break false,
+                Err(()) => break true,
+            }
+            if breaks_off {
+                p.drains += 1;
+                break false;
+            }
+        };
+        self.stats.late_frames += u64::from(late);
+        self.stats.released += out.len() as u64;
+        if breaks_off && !out.is_empty() {
+            let delay = self.preempted();
+            self.after(delay, Happening::Drain(life));
+        }
+        out.into_iter().for_each(|node| self.truth.output(node, generation, life));
+    }
+
+    pub(super) fn vm_step(&mut self, life: Life) {
+        let Some(p) = self.primary_of(life) else { return };
+        if p.stopped {
+            return;
+        }
+        if !p.paused {
+            let from = p.node;
+            let node = self.truth.step(from);
+            self.guest_sends(life, node);
+        }
+        let delay = self.rng.range(STEP / 2, STEP * 3 / 2);
+        self.after(delay, Happening::VmStep(life));
+    }
+
+    fn guest_sends(&mut self, life: Life, node: Node) {
+        let ends = self.truth.depth(node) >= self.guest_end;
+        let Some(p) = self.primary_of(life) else { return };
+        p.node = node;
+        p.stopped |= ends;
+        let generation = p.driver.machine().generation();
+        if let Some(node) = p.driver.ports_mut().valve.push(node) {
+            self.truth.output(node, generation, life);
+        }
+        if ends {
+            self.primary(life, PrimaryEvent::End { reason: EndReason::PowerOff });
+            self.look_within(life, 100);
+        }
+    }
+
+    /// The coordinator looks what is to be done, and goes to sleep again.
+    pub(super) fn coordinate(&mut self, life: Life) {
+        self.primary(life, PrimaryEvent::Tick);
+        self.capture_if_due(life);
+        let now = self.clock(life.0);
+        let Some(p) = self.primary_of(life) else { return };
+        let (wanted, mut until) = p.driver.wait();
+        let next = match wanted {
+            Wanted::Epoch if !p.paused => p.policy.next(&Facts { now, ..Facts::default() }),
+            _ => Next::Nothing,
+        };
+        match next {
+            Next::Now(_) => until = Some(now),
+            Next::At(at) => until = Some(until.map_or(at, |until| until.min(at))),
+            Next::Nothing => {}
+        }
+        self.look_when(life, until);
+    }
+
+    fn capture_if_due(&mut self, life: Life) {
+        let now = self.clock(life.0);
+        let Some(p) = self.primary_of(life) else { return };
+        let due = match p.driver.machine().wanted_capture() {
+            _ if p.paused => false,
+            Wanted::Nothing => false,
+            Wanted::Base { link } => p.base_ready == Some(link),
+            Wanted::Epoch => matches!(p.policy.next(&Facts { now, ..Facts::default() }), Next::Now(_)),
+            Wanted::Last(_) => true,
+        };
+        if due {
+            self.capture(life);
+        }
+    }
+
+    /// One checkpoint. Some are larger than staging: they go out in parts while the VM stands still.
+    fn capture(&mut self, life: Life) {
+        let now = self.believed(life.0);
+        let Some(p) = self.primary_of(life) else { return };
+        let node = p.node;
+        let (ticket, after) = p.driver.captured(now);
+        self.primary_after(life, after);
+        let parts = if self.rng.one_in(25) { self.rng.range(1, 4) as u32 } else { 0 };
+        if let Some(ticket) = ticket {
+            self.ship_part(life, ticket, node, true, parts);
+        }
+        if let Some(p) = self.primary_of(life) {
+            p.policy.ended(&Pause { began: now, ended: now + Duration::from_micros(200), pages: 1 });
+        }
+    }
+
+    /// Sends the next part of a checkpoint, with so many left after it.
+    pub(super) fn ship_part(&mut self, life: Life, ticket: Ticket, node: Node, first: bool, left: u32) {
+        let now = self.clock(life.0);
+        let sections = self.rng.range(0, 3) as u32;
+        let part = SimPart { captured_for: ticket.link, node, first, last: left == 0, sections };
+        let Some(p) = self.primary_of(life) else { return };
+        p.paused = left > 0;
+        match p.driver.ship(now, ticket, part) {
+            Ok(after) => self.primary_after(life, after),
+            // The link is lost: the VM does not wait for the rest.
+            Err(_) => {
+                p.paused = false;
+                return;
+            }
+        }
+        if left > 0 {
+            let delay = self.rng.range(100, 30_000);
+            self.after(delay, Happening::ShipPart { life, ticket, node, left: left - 1 });
+        } else {
+            self.look_within(life, 100);
+        }
+    }
+
+    pub(super) fn base_round(&mut self, life: Life, link: Link, left: u32) {
+        let Some(p) = self.primary_of(life) else { return };
+        let Some(conn) = p.driver.ports().conn(link) else { return };
+        if left == 0 {
+            p.base_ready = Some(link);
+            return self.look_within(life, 10);
+        }
+        self.send(conn, 0, Msg::Base);
+        self.after(1000, Happening::BaseRound { life, link, left: left - 1 });
+    }
+
+    pub(super) fn dialled(&mut self, life: Life, link: Link, target: usize) {
+        let listens = matches!(self.hosts[target].process, Process::Standby(_));
+        let reached = self.cut[life.0][target] <= self.now && self.cut[target][life.0] <= self.now;
+        if listens && reached {
+            let conn = self.connect(life, link, (target, self.hosts[target].life));
+            if let Some(p) = self.primary_of(life) {
+                p.driver.ports_mut().connected(link, conn);
+            }
+            self.primary(life, PrimaryEvent::Connected { link });
+        } else {
+            self.primary(life, PrimaryEvent::DialFailed { link, why: "connection refused".into() });
+        }
+    }
+
+    /// A message has arrived at the primary.
+    pub(super) fn primary_hears(&mut self, life: Life, conn: usize, msg: Msg) {
+        let link = self.conns[conn].primary_link;
+        let event = match msg {
+            Msg::Accept { dead_after } => PrimaryEvent::Accepted { link, dead_after },
+            Msg::Refuse(code, text) => PrimaryEvent::Refused { link, code: Ok(code), text },
+            Msg::Beat { stamp } => PrimaryEvent::Heartbeat { link, stamp },
+            Msg::Ack { generation, number, stamp } => {
+                PrimaryEvent::Ack { link, generation, checkpoint: number, stamp }
+            }
+            Msg::Leave(reason) => PrimaryEvent::Leave { link, reason },
+            Msg::Closed => PrimaryEvent::LinkLost { link, why: LossReason::Closed },
+            other => PrimaryEvent::LinkLost { link, why: LossReason::Protocol(format!("{other:?}")) },
+        };
+        self.primary(life, event);
+    }
+}

@@ -1,0 +1,325 @@
+//! The standby in the simulation: reader, applier and main thread around the production driver.
+
+use super::hosts::Process;
+use super::ports::{Buffer, Out, PortFault, StandbyEffect as Effect, StandbySide};
+use super::timing;
+use super::truth::{Life, Node};
+use super::world::{Happening, Msg, World};
+use crate::planted::{Bug, Planted};
+use crate::{
+    After, Introduction, Link, LossReason, Standby, StandbyConfig, StandbyDriver, StandbyEvent, StandbyExit,
+    StandbyNote, TakeOver,
+};
+
+pub(super) struct StandbyProcess {
+    pub(super) driver: StandbyDriver<StandbySide>,
+    drains: u32,
+    /// Its disks will not get to the committed checkpoint.
+    pub(super) bad_disk: bool,
+    /// It cannot resume the VM, and notices when it tries.
+    pub(super) bad_host: bool,
+    /// The link was reset by a third party.
+    pub(super) excused: bool,
+}
+
+impl StandbyProcess {
+    /// The state that a claim of this process is about.
+    pub(super) fn claims_from(&self) -> Node {
+        let copy = self.driver.ports().copy.as_ref();
+        copy.and_then(|copy| copy.acked).map_or(0, |buffer| buffer.node)
+    }
+}
+
+impl World {
+    pub(super) fn start_standby(&mut self, host: usize) {
+        let now = self.clock(host);
+        let mut machine = Standby::new(StandbyConfig { vm: None, timing: timing() }, now);
+        machine.bug = Planted(self.bug);
+        self.hosts[host].life += 1;
+        self.hosts[host].look = None;
+        self.hosts[host].process = Process::Standby(Box::new(StandbyProcess {
+            driver: StandbyDriver::new(machine, StandbySide::new(self.bug)),
+            drains: 0,
+            bad_disk: false,
+            bad_host: false,
+            excused: false,
+        }));
+    }
+
+    fn standby_of(&mut self, life: Life) -> Option<&mut StandbyProcess> {
+        match &mut self.hosts[life.0].process {
+            Process::Standby(s) => Some(s),
+            _ => None,
+        }
+    }
+
+    /// Any thread hands in an event.
+    pub(super) fn standby(&mut self, life: Life, event: StandbyEvent) {
+        let now = self.believed(life.0);
+        if let Some(s) = self.standby_of(life) {
+            let after = s.driver.handle(now, event);
+            self.standby_after(life, after);
+        }
+    }
+
+    fn standby_after(&mut self, life: Life, after: After) {
+        let late = self.preempted();
+        let Some(s) = self.standby_of(life) else { return };
+        s.drains += u32::from(after.drain);
+        let undrained = s.drains == 0 && !s.driver.ports().outbox.is_empty();
+        let (effects, violation, failed) = s.driver.ports_mut().taken();
+        self.stats.failed += failed;
+        if let Some(what) = violation {
+            self.truth.fail(format!("{life:?} {what}"));
+        }
+        if undrained {
+            self.truth.fail(format!("{life:?} has bytes for a link and nobody writes them"));
+        }
+        if after.drain {
+            self.after(late, Happening::Drain(life));
+        }
+        if after.wake {
+            self.look_within(life, 100);
+        }
+        for effect in effects {
+            self.standby_does(life, effect);
+        }
+    }
+
+    fn standby_does(&mut self, life: Life, effect: Effect) {
+        self.tell(life, &effect);
+        match effect {
+            Effect::HungUp { link } => {
+                let broken = self.conns[link.0 as usize].broken;
+                if let Some(s) = self.standby_of(life) {
+                    s.excused |= broken;
+                }
+            }
+            Effect::Try { link, checkpoint } => {
+                let slow = if self.rng.one_in(10) && !self.healed { 200_000 } else { 5_000 };
+                let delay = self.rng.range(10, slow);
+                self.after(delay, Happening::Tried { life, link, number: checkpoint });
+            }
+            Effect::Apply { link, checkpoint } => {
+                let delay = self.time_to_apply();
+                self.after(delay, Happening::Applied { life, link, number: checkpoint });
+            }
+            Effect::Settle { link, checkpoint } => {
+                let delay = self.rng.range(10, 50_000);
+                self.after(delay, Happening::Settled { life, link, number: checkpoint });
+            }
+            Effect::Discard { link } => {
+                if let Some(s) = self.standby_of(life) {
+                    s.excused = false;
+                }
+                let delay = self.rng.range(10, 30_000);
+                self.after(delay, Happening::Discarded { life, link });
+            }
+            Effect::Claim { generation } => self.ask_arbiter(life, generation),
+            Effect::TakeOver(order) => self.take_over(life, order),
+            Effect::Exit(reason) => self.standby_exits(life, &reason),
+            Effect::Note(StandbyNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
+            Effect::Note(_) => {}
+        }
+    }
+
+    /// Some checkpoints are large, and some disks slow: longer than any patience.
+    fn time_to_apply(&mut self) -> u64 {
+        match self.rng.range(0, 400) {
+            _ if self.healed => self.rng.range(10, 4000),
+            0 => {
+                self.stats.slow_applies += 1;
+                self.rng.range(100_000, 400_000)
+            }
+            1..20 => 40_000,
+            _ => self.rng.range(10, 4000),
+        }
+    }
+
+    fn standby_exits(&mut self, life: Life, reason: &StandbyExit) {
+        let failed = matches!(reason, StandbyExit::Failed(_));
+        let Some(s) = self.standby_of(life) else { return };
+        let ports = s.driver.ports();
+        let applying = ports.copy.as_ref().is_some_and(|copy| copy.applying.is_some());
+        let claimed = ports.claimed;
+        if applying && !failed {
+            self.truth.fail(format!("invariant 2: {life:?} ends in the middle of a commit"));
+        }
+        if claimed && failed {
+            self.truth.fail(format!("{life:?} has claimed the VM and cannot run it"));
+        }
+        match reason {
+            StandbyExit::Lost { .. } => self.stats.standby_lost += 1,
+            StandbyExit::Followed(_) => self.stats.followed += 1,
+            StandbyExit::Stopped | StandbyExit::Failed(_) => {}
+        }
+        self.stop_process(life.0, true);
+    }
+
+    /// The main thread looks at the deadlines.
+    pub(super) fn wait_for_deadline(&mut self, life: Life) {
+        self.standby(life, StandbyEvent::Tick);
+        let Some(s) = self.standby_of(life) else { return };
+        let until = s.driver.wait();
+        self.look_when(life, until);
+    }
+
+    /// The thread that handed in an event writes what was queued for links.
+    pub(super) fn write_out(&mut self, life: Life) {
+        let Some(s) = self.standby_of(life) else { return };
+        s.drains -= 1;
+        let out = std::mem::take(&mut s.driver.ports_mut().outbox);
+        for out in out {
+            match out {
+                Out::Send(link, msg) => {
+                    self.stats.left += u64::from(matches!(msg, Msg::Leave(_)));
+                    self.send(link.0 as usize, 1, msg);
+                }
+                Out::Close(link) => self.close(link.0 as usize, 0),
+            }
+        }
+    }
+
+    fn take_over(&mut self, life: Life, order: TakeOver) {
+        let TakeOver { link, checkpoint, generation, stop } = order;
+        let Some(s) = self.standby_of(life) else { return };
+        let Some(copy) = s.driver.ports_mut().copy.take().filter(|copy| copy.link == link) else {
+            return self.truth.fail(format!("{life:?} takes over without a copy"));
+        };
+        let Some(acked) = copy.acked else {
+            return self.truth.fail(format!("{life:?} takes over without a committed checkpoint"));
+        };
+        let at_commit = copy.memory == Some(acked.node) && acked.number == checkpoint;
+        if copy.applying.is_some() || !copy.settled || copy.spoiled || !at_commit {
+            self.truth.fail(format!(
+                "invariant 2: {life:?} takes over from memory that is not checkpoint {checkpoint}"
+            ));
+        }
+        if acked.flags.end.is_some() || self.truth.ended {
+            self.truth.fail(format!("invariant 8: {life:?} takes over a VM that has ended in order"));
+        }
+        self.truth.goes_on(generation, life);
+        self.stats.takeovers += 1;
+        self.write_out_all(life);
+        self.start_primary(life.0, generation, checkpoint, acked.node);
+        if stop {
+            self.primary(life, crate::PrimaryEvent::Stop { ask_guest: false });
+        }
+    }
+
+    /// What was queued for links goes out even if its thread comes too late.
+    pub(super) fn write_out_all(&mut self, life: Life) {
+        if let Some(s) = self.standby_of(life) {
+            s.drains += 1;
+            self.write_out(life);
+        }
+    }
+
+    pub(super) fn tried(&mut self, life: Life, link: Link, number: u64) {
+        let Some(s) = self.standby_of(life) else { return };
+        let result = if s.bad_host { Err("no such CPUID leaf".to_owned()) } else { Ok(()) };
+        if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
+            copy.tried = result.is_ok();
+        }
+        self.stats.tried += 1;
+        self.standby(life, StandbyEvent::Tried { link, checkpoint: number, result });
+    }
+
+    pub(super) fn applied(&mut self, life: Life, link: Link, number: u64) {
+        let Some(s) = self.standby_of(life) else { return };
+        if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
+            let buffer = copy.staging.iter().find(|buffer| buffer.number == number).copied();
+            copy.staging.retain(|buffer| buffer.number != number);
+            copy.applying.take_if(|applying| *applying == number);
+            copy.memory = buffer.filter(|buffer| buffer.whole).map(|buffer| buffer.node);
+        }
+        self.standby(life, StandbyEvent::Applied { link, checkpoint: number });
+    }
+
+    pub(super) fn settled(&mut self, life: Life, link: Link, number: u64) {
+        let Some(s) = self.standby_of(life) else { return };
+        let bad = s.bad_disk;
+        let event = if bad {
+            StandbyEvent::Failed { link, why: "input/output error".into() }
+        } else {
+            if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
+                copy.settled = copy.applying.is_none();
+            }
+            StandbyEvent::Settled { link, checkpoint: number }
+        };
+        self.stats.unsettled += u64::from(bad);
+        self.standby(life, event);
+    }
+
+    /// Something of the copy fails while nobody has asked for it.
+    pub(super) fn copy_fails(&mut self, life: Life) {
+        let Some(s) = self.standby_of(life) else { return };
+        let ports = s.driver.ports_mut();
+        match &ports.copy {
+            Some(copy) if !ports.claimed => {
+                let link = copy.link;
+                self.standby(life, StandbyEvent::Failed { link, why: "input/output error".into() });
+            }
+            _ => ports.faults.next = Some(PortFault::Apply),
+        }
+    }
+
+    /// A message has arrived at the standby. The reader takes every one, whatever the applier does.
+    pub(super) fn standby_hears(&mut self, life: Life, conn: usize, msg: Msg) {
+        let link = Link(conn as u64);
+        let early = self.bug == Some(Bug::AckWhilePartial);
+        let now = self.believed(life.0);
+        let Some(s) = self.standby_of(life) else { return };
+        let event = match msg {
+            Msg::Hello(hello) => {
+                self.hello(life, link, hello);
+                StandbyEvent::Hello { link, hello }
+            }
+            Msg::Base => {
+                let (may, after) = s.driver.base_pages(now, link);
+                if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|_| may) {
+                    copy.spoiled |= copy.acked.is_some();
+                }
+                return self.standby_after(life, after);
+            }
+            Msg::Begin { number, node, flags } => {
+                s.driver.ports_mut().begins(link, Buffer { number, node, flags, whole: false });
+                match early {
+                    true => {
+                        StandbyEvent::Staged { link, checkpoint: number, flags, stamp: Default::default() }
+                    }
+                    false => StandbyEvent::Heard { link },
+                }
+            }
+            Msg::Part => StandbyEvent::Heard { link },
+            Msg::End { stamp } => {
+                match s.driver.ports_mut().fed_by(link).and_then(|it| it.staging.last_mut()) {
+                    Some(buffer) => {
+                        buffer.whole = true;
+                        let (checkpoint, flags) = (buffer.number, buffer.flags);
+                        match early {
+                            true => StandbyEvent::Heartbeat { link, stamp },
+                            false => StandbyEvent::Staged { link, checkpoint, flags, stamp },
+                        }
+                    }
+                    // It was applied before it was whole.
+                    None if early => StandbyEvent::Heartbeat { link, stamp },
+                    None => StandbyEvent::BadStream { link, why: "the end of nothing".into() },
+                }
+            }
+            Msg::Beat { stamp } => StandbyEvent::Heartbeat { link, stamp },
+            Msg::VmEnd(reason) => StandbyEvent::End { link, reason },
+            Msg::Closed => StandbyEvent::LinkLost { link, why: LossReason::Closed },
+            other => StandbyEvent::BadStream { link, why: format!("{other:?}") },
+        };
+        self.standby(life, event);
+    }
+
+    /// Memory is set aside for a VM that would be accepted.
+    fn hello(&mut self, life: Life, link: Link, hello: Introduction) {
+        if let Some(s) = self.standby_of(life) {
+            let accepted = s.driver.would_accept(&hello).is_ok();
+            s.driver.ports_mut().introduced(link, hello.slots, accepted);
+        }
+    }
+}
