@@ -198,7 +198,8 @@ impl Source for Rings {
             budget.share(self.rings[vcpu].soft_limit()).max(if plan.running { 0 } else { even })
         });
         let interrupted = self.reset(count)?;
-        let everything = !plan.running && (interrupted || plan.everything);
+        // An interrupted reset leaves out the pages of its entries, if they had any.
+        let everything = !plan.running && (interrupted && armed > 0 || plan.everything);
         if everything {
             self.protect_all(layout)?;
         }

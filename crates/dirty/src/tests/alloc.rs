@@ -50,7 +50,7 @@ fn ten_thousand_epochs(choice: Choice, exact: bool) {
     let Some(mut guest) = guest::start(choice, config) else { return };
     let tracker = guest.tracker.clone();
     let mut vcpu = guest.vcpus.remove(0);
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     let mut buffer = [Gfn(0); 8];
     let (mut count, mut pages) = (0, 0);
     let epochs = super::stamps::epochs(10_000);

@@ -16,7 +16,7 @@ fn layout() -> Layout {
 fn tracker(kind: Kind, config: Config, global: usize) -> (FakeKernel, Tracker) {
     let global = GlobalLog::new(PAGES, global);
     let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, 256, global).unwrap();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     (kernel, tracker)
 }
 
@@ -130,7 +130,7 @@ fn disabling_empties_full_rings() {
     tracker.disable().unwrap();
     assert!(kernel.can_run(0));
     kernel.write(0, Gfn(7), false);
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     assert!(pages(&tracker).is_empty());
     kernel.write(0, Gfn(7), false);
     assert_eq!(pages(&tracker), [7]);

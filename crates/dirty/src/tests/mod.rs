@@ -1,6 +1,7 @@
 //! Tests of the whole tracker: against a naive kernel of our own, and against the kernel that runs here.
 
 mod alloc;
+mod enable;
 mod guest;
 mod kernel;
 mod limits;

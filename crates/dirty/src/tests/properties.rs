@@ -140,7 +140,7 @@ impl World {
         let Setting { layout, config, kind, ring_entries, .. } = setting.clone();
         let (kernel, tracker) =
             FakeKernel::tracker(layout, config, kind, ring_entries, global.clone()).unwrap();
-        tracker.enable().unwrap();
+        tracker.enable_stopped().unwrap();
         let (written, of_epoch, maybe) = Default::default();
         World { setting, kernel, tracker, global, written, of_epoch, maybe, nonsense: 0 }
     }
@@ -210,7 +210,7 @@ impl World {
                 self.tracker.disable().unwrap();
                 self.global.mark(Gfn(0));
                 prop_assert_eq!(self.tracker.harvest_vcpu(0).unwrap(), 0);
-                self.tracker.enable().unwrap();
+                self.tracker.enable_stopped().unwrap();
                 self.written.clear();
                 self.of_epoch.clear();
                 self.maybe.clear();

@@ -20,7 +20,7 @@ fn layout() -> Layout {
 fn tracker(kind: Kind, config: Config, ring: u32) -> (FakeKernel, Tracker) {
     let global = GlobalLog::new(PAGES, 100);
     let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, ring, global).unwrap();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     (kernel, tracker)
 }
 
@@ -185,7 +185,7 @@ fn hot_pages_leave_half_of_the_trigger() {
 #[test]
 fn a_second_tracker_of_a_vm_is_refused() {
     let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     let mut vcpu = guest.vcpus.remove(0);
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
     assert_eq!(vcpu.run(), guest::Stop::Done);
@@ -199,13 +199,13 @@ fn a_second_tracker_of_a_vm_is_refused() {
 fn a_slot_that_is_gone_stays_gone() {
     let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
     let mut vcpu = guest.vcpus.remove(0);
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
     assert_eq!(vcpu.run(), guest::Stop::Done);
     assert!(guest.tracker.slot_removed(3) && !guest.tracker.slot_removed(7));
     guest.remove_slot();
     guest.tracker.disable().unwrap();
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     vcpu.set_job(guest::Job { stamp: 2, writes: 100, area: 1 });
     // The write is an exit to the VMM, or an error of the guest's: not memory.
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vcpu.run()));
@@ -219,7 +219,7 @@ fn rings_are_filled_with_a_page_that_is_still_there() {
     let layout = Layout::new(vec![slot(0, 0), slot(1, 500)]).unwrap();
     let global = GlobalLog::new(layout.gfn_space(), 100);
     let (kernel, tracker) = FakeKernel::tracker(layout, exact(2, 40, 100), Kind::Ring, 256, global).unwrap();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     assert!(tracker.slot_removed(0));
     for epoch in 0..3 {
         // More than the first part, so that entries are given away and have to be minted again.

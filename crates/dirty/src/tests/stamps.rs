@@ -126,7 +126,7 @@ fn run(mut guest: Guest, weather: Weather) -> Outcome {
     let count = vcpus.len();
     let tracker = guest.tracker.clone();
     let mut outcome = Outcome::default();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     let shadow = Mutex::new(guest.shadow());
     let running = AtomicUsize::new(0);
     std::thread::scope(|scope| {

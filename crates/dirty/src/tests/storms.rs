@@ -64,7 +64,7 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
     let config = Config { vcpus: 2, max_dirty_pages: 60, trigger: 60, exact: is_exact, hot };
     let global = GlobalLog::new(N, 16);
     let (kernel, tracker) = FakeKernel::tracker(layout, config, kind, ring, global.clone()).unwrap();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     let memory: Vec<AtomicU64> = (0..N).map(|_| AtomicU64::new(0)).collect();
     let shadow = std::sync::Mutex::new(vec![0u64; N as usize]);
     let (guest_gate, fetch_gate) = (Barrier::new(), Barrier::new());
@@ -263,7 +263,7 @@ fn a_fetcher_beside_a_full_ring_on_kvm() {
     let Some(mut guest) = guest::start(Choice::Ring, config) else { return };
     let mut vcpu = guest.vcpus.remove(0);
     let tracker = guest.tracker.clone();
-    tracker.enable().unwrap();
+    tracker.enable_stopped().unwrap();
     assert!(tracker.is_exact());
     let stop = AtomicBool::new(false);
     let start = std::time::Instant::now();

@@ -48,7 +48,7 @@ fn an_exact_trigger_stops_one_vcpu_at_the_page() {
             return;
         };
         let mut vcpu = guest.vcpus.remove(0);
-        guest.tracker.enable().unwrap();
+        guest.tracker.enable_stopped().unwrap();
         assert!(guest.tracker.is_exact());
         for epoch in 1..=10 {
             assert_eq!(run(&mut vcpu, epoch, 100_000, 1), Stop::RingFull);
@@ -70,7 +70,7 @@ fn hot_pages_count_in_an_exact_trigger() {
         return;
     };
     let mut vcpu = guest.vcpus.remove(0);
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     for epoch in 1..=10 {
         assert_eq!(run(&mut vcpu, epoch, 100_000, 1), Stop::RingFull);
         let (pages, hot) = end(&guest);
@@ -90,7 +90,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
             return;
         };
         let mut vcpus = std::mem::take(&mut guest.vcpus);
-        guest.tracker.enable().unwrap();
+        guest.tracker.enable_stopped().unwrap();
         for epoch in 1..=20 {
             std::thread::scope(|scope| {
                 for (index, vcpu) in vcpus.iter_mut().take(busy).enumerate() {
@@ -118,7 +118,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
 fn pages_of_two_vcpus_come_once() {
     let Some(mut guest) = guest::start(Choice::Ring, config(2)) else { return };
     let mut vcpus = std::mem::take(&mut guest.vcpus);
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     for epoch in 1..=20 {
         std::thread::scope(|scope| {
             for (index, vcpu) in vcpus.iter_mut().enumerate() {
@@ -145,7 +145,7 @@ fn pages_of_two_vcpus_come_once() {
 fn a_slot_that_is_gone_leaves_its_entries_behind() {
     let Some(mut guest) = guest::start(Choice::Ring, Config { hot: ALL_HOT, ..config(1) }) else { return };
     let mut vcpu = guest.vcpus.remove(0);
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     for epoch in 1..=2 {
         run(&mut vcpu, epoch, 20_000, 1);
         end(&guest);
@@ -169,7 +169,7 @@ fn a_slot_that_is_gone_leaves_its_entries_behind() {
 fn entries_of_a_slot_that_is_gone_are_reset() {
     let Some(mut guest) = guest::start(Choice::Ring, config(1)) else { return };
     let mut vcpu = guest.vcpus.remove(0);
-    guest.tracker.enable().unwrap();
+    guest.tracker.enable_stopped().unwrap();
     run(&mut vcpu, 1, 2000, 1);
     guest.remove_slot();
     guest.tracker.slot_removed(3);
@@ -189,7 +189,7 @@ fn the_first_read_of_a_page_may_be_reported_and_later_ones_are_not() {
         let mut vcpu = guest.vcpus.remove(0);
         // Memory that is there and that KVM has not mapped.
         area(0).for_each(|gfn| guest.memory.write_obj(1u64, GuestAddress(gfn.gpa())).unwrap());
-        guest.tracker.enable().unwrap();
+        guest.tracker.enable_stopped().unwrap();
         let mut reported = 0;
         for epoch in 0..6 {
             assert_eq!(vcpu.read_all(0), Stop::Done);

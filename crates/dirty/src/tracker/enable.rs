@@ -9,9 +9,26 @@ use crate::source::{Plan, SlotError};
 impl Tracker {
     /// Takes the memory of the lists and makes the first write to every page trap; the first epoch begins.
     ///
-    /// The VM is stopped and no device writes its memory. Every page counts as clean from here on: what is in
-    /// memory now must be copied by other means (the base copy), which may go on while the guest runs.
+    /// The guest may run and devices may write its memory meanwhile: nothing waits for them, so this is no
+    /// pause, however large the VM is. Every page counts as clean from the moment this returns: what is in
+    /// memory then must be copied by other means (the base copy), which may go on while the guest runs. A
+    /// write that overlaps this call may be reported or not; the base copy has it.
+    ///
+    /// [`Config::exact`](crate::Config::exact) holds from the second epoch on, because what makes rings
+    /// smaller needs vCPUs that stand still: [`Tracker::enable_stopped`] does it at once.
     pub fn enable(&self) -> Result<(), EnableError> {
+        self.turn_on(None)
+    }
+
+    /// As [`Tracker::enable`], for a VM whose vCPUs are all out of KVM_RUN until this returns: with
+    /// [`Config::exact`](crate::Config::exact) the trigger holds from the first epoch on. (With a vCPU inside
+    /// KVM_RUN this would wait for it.)
+    pub fn enable_stopped(&self) -> Result<(), EnableError> {
+        self.turn_on(self.room())
+    }
+
+    /// `room`: pages that vCPUs, which stand still, may dirty in the first epoch.
+    fn turn_on(&self, room: Option<usize>) -> Result<(), EnableError> {
         let _token = Token::take(self).ok_or(EnableError::EpochOpen)?;
         if !self.gate.is_off() {
             return Err(EnableError::Already);
@@ -24,7 +41,7 @@ impl Tracker {
         }
         self.populate();
         self.global.enable(&self.layout);
-        if let Err(error) = self.arm_everything() {
+        if let Err(error) = self.arm_everything(room) {
             self.source.disarm_all(&self.layout).err();
             self.release_memory().err();
             return Err(error);
@@ -47,14 +64,22 @@ impl Tracker {
         self.source.populate();
     }
 
-    fn arm_everything(&self) -> Result<(), EnableError> {
+    /// What an earlier life of this tracker left in the rings is forgotten while KVM logs nothing. From then
+    /// on every entry is of the first epoch: an entry that is given back without its page, which the guest
+    /// may have written a moment ago, would leave that page writable and in no list.
+    fn arm_everything(&self, room: Option<usize>) -> Result<(), EnableError> {
+        self.discard()?;
         let armed = self.source.arm_all(&self.layout);
         armed.map_err(|SlotError { slot, source }| EnableError::Protect { slot, source })?;
-        self.discard(self.room())
+        if room.is_some() {
+            self.arm_nothing(room)?;
+        }
+        self.source.begin();
+        Ok(())
     }
 
-    /// Stops tracking and frees the memory of the lists. The VM is stopped. Pages not yet reported are
-    /// forgotten.
+    /// Stops tracking and frees the memory of the lists. Pages not yet reported are forgotten. The guest may
+    /// run meanwhile.
     pub fn disable(&self) -> Result<(), DisableError> {
         let _token = Token::take(self).ok_or(DisableError::EpochOpen)?;
         if self.gate.is_off() {
@@ -69,31 +94,35 @@ impl Tracker {
             self.gate.open();
             return Err(DisableError::Busy(vcpu));
         }
-        // A ring left full would keep its vCPU from running for ever. A failed ring is past help.
-        if let Err(error) = self.discard(None) {
+        let disarmed = self.source.disarm_all(&self.layout);
+        // After KVM has ended logging, so that no entry comes behind this. A ring left full would keep its
+        // vCPU from running for ever. A failed ring is past help.
+        if let Err(error) = self.discard() {
             tracing::warn!(%error, "dirty log not cleared");
         }
-        let disarmed = self.source.disarm_all(&self.layout);
         disarmed.map_err(|SlotError { slot, source }| DisableError::Protect { slot, source })
     }
 
-    /// Takes what has been logged, gives all of it back, and forgets it. Everything is armed or about to be
-    /// let go.
-    fn discard(&self, room: Option<usize>) -> Result<(), EnableError> {
+    /// Forgets what stands in the rings, and gives all of it back. KVM logs nothing meanwhile.
+    fn discard(&self) -> Result<(), EnableError> {
         for (vcpu, lane) in self.lanes.iter().enumerate() {
             let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;
             let taken = self.source.take_vcpu(&self.layout, vcpu, &|_| (), &mut |_| true);
             taken.map_err(|error| EnableError::Leftovers(self.noted(error)))?;
         }
-        self.source.take_shared(&self.layout, &mut |_| true).map_err(EnableError::Leftovers)?;
-        let plan = Plan { keep: 0, room, running: false, everything: false };
-        let armed = self.source.arm(&self.layout, &[], plan);
-        armed.map_err(|error| EnableError::LeftoverReset(self.rearm_failed(error)))?;
+        self.arm_nothing(None)?;
         self.unarmed.store(0, Ordering::Relaxed);
         self.fetched.store(0, Ordering::Relaxed);
         self.found.store(0, Ordering::Relaxed);
         self.source.begin();
         Ok(())
+    }
+
+    /// Gives every entry back that is held, but for those that make the rings as small as `room` wants them.
+    fn arm_nothing(&self, room: Option<usize>) -> Result<(), EnableError> {
+        let plan = Plan { keep: 0, room, running: false, everything: false };
+        let armed = self.source.arm(&self.layout, &[], plan);
+        armed.map(drop).map_err(|error| EnableError::LeftoverReset(self.rearm_failed(error)))
     }
 
     /// Err(vcpu) if that vCPU's thread is at work in its list.

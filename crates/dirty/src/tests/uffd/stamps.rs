@@ -239,7 +239,7 @@ fn nor_does_a_tracker_miss_one() {
     };
     assert_eq!((tracker.kind(), tracker.config().vcpus), (Kind::Uffd, 0));
     for _ in 0..2 {
-        tracker.enable().unwrap();
+        tracker.enable_stopped().unwrap();
         assert!(ram.parts.iter().all(Memory::is_registered));
         let (reported, missed) = run(&ram, &From::Tracker(&tracker), Some(&global), 200, 0);
         assert!(reported > 10_000, "the test has tested nothing");
