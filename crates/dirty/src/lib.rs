@@ -133,4 +133,6 @@ pub use selftest::{SelfTest, SelfTestError};
 #[cfg(not(all(test, loom)))]
 pub use source::{HarvestError, RearmError, UffdError};
 #[cfg(not(all(test, loom)))]
-pub use tracker::{Config, DisableError, EnableError, Exit, Fetch, Fetched, NewError, Stats, Tracker};
+pub use tracker::{
+    Config, DisableError, EnableError, Estimate, Exit, Fetch, Fetched, NewError, Shard, Stats, Tracker,
+};

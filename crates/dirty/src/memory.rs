@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use crate::global::GlobalLog;
 use crate::layout::{Gfn, PAGE_SIZE};
@@ -14,16 +14,26 @@ use crate::layout::{Gfn, PAGE_SIZE};
 ///
 /// Build the region with `MmapRegionBuilder::new_with_bitmap(size, RegionLog::new(log, base_gfn))`, which
 /// wants `with_mmap_prot` and `with_mmap_flags` too, and join the regions by `GuestMemoryMmap::from_regions`.
-#[derive(Clone, Debug, Default)]
+/// `GuestMemoryMmap::from_ranges`, which would make a bitmap of its own that belongs to no log, does not
+/// compile:
+///
+/// ```compile_fail,E0277
+/// # use outlive_dirty::RegionLog;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// let memory = GuestMemoryMmap::<RegionLog>::from_ranges(&[(GuestAddress(0), 0x4000)]);
+/// ```
+///
+/// Memory that is tracked at some times only has `Option<RegionLog>`, which `vm-memory` knows as a bitmap.
+#[derive(Clone, Debug)]
 pub struct RegionLog {
-    log: Option<Arc<GlobalLog>>,
+    log: Arc<GlobalLog>,
     base: u64,
 }
 
 impl RegionLog {
     /// The log of the region that begins at page `base`.
     pub fn new(log: Arc<GlobalLog>, base: Gfn) -> RegionLog {
-        RegionLog { log: Some(log), base: base.gpa() }
+        RegionLog { log, base: base.gpa() }
     }
 }
 
@@ -41,22 +51,14 @@ impl Bitmap for RegionLog {
     }
 
     fn slice_at(&self, offset: usize) -> LogSlice<'_> {
-        LogSlice { log: self.log.as_deref(), base: self.base.saturating_add(offset as u64) }
-    }
-}
-
-/// What `vm-memory` asks of a bitmap that it creates itself (`GuestMemoryMmap::from_ranges`): such a region
-/// has no log, so **its writes are not recorded**. Only for memory that no tracker watches.
-impl NewBitmap for RegionLog {
-    fn with_len(_len: usize) -> RegionLog {
-        RegionLog::default()
+        LogSlice { log: &self.log, base: self.base.saturating_add(offset as u64) }
     }
 }
 
 /// A [`RegionLog`] seen from an offset in the region.
 #[derive(Clone, Copy, Debug)]
 pub struct LogSlice<'a> {
-    log: Option<&'a GlobalLog>,
+    log: &'a GlobalLog,
     base: u64,
 }
 
@@ -68,14 +70,12 @@ impl BitmapSlice for LogSlice<'_> {}
 
 impl Bitmap for LogSlice<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if let Some(log) = self.log {
-            log.mark_range(self.base.saturating_add(offset as u64), len as u64);
-        }
+        self.log.mark_range(self.base.saturating_add(offset as u64), len as u64);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
         let gpa = self.base.saturating_add(offset as u64);
-        self.log.is_some_and(|log| log.is_marked(Gfn(gpa / PAGE_SIZE)))
+        self.log.is_marked(Gfn(gpa / PAGE_SIZE))
     }
 
     fn slice_at(&self, offset: usize) -> Self {
@@ -125,14 +125,5 @@ mod tests {
         assert_eq!(drained(&log), [1, 2, 0x103, 0x104, 0x105, 0x109, 0x108]);
         memory.read_obj::<u64>(GuestAddress(0x5000)).unwrap();
         assert!(drained(&log).is_empty());
-    }
-
-    #[test]
-    fn a_region_without_a_log_records_nothing() {
-        let memory = GuestMemoryMmap::<RegionLog>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
-        memory.write_obj(7u64, GuestAddress(0x1000)).unwrap();
-        let bitmap = RegionLog::with_len(0x4000);
-        bitmap.mark_dirty(0, 1);
-        assert!(!bitmap.dirty_at(0));
     }
 }

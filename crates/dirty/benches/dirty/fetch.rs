@@ -126,7 +126,7 @@ fn fetch(
         all_have(&ready);
         let before = preemptions();
         let begin = Instant::now();
-        let fetched = tracker.fetch(buffer, Fetch { wait: None, rearm }).expect("fetch");
+        let fetched = tracker.fetch(buffer, Fetch { rearm, ..Fetch::default() }).expect("fetch");
         let end = Instant::now();
         let disturbed = preemptions() != before;
         // What is not measured is to disturb nobody.

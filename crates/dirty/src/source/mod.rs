@@ -179,6 +179,16 @@ pub(crate) trait Source: Send + Sync {
         0
     }
 
+    /// Whether `pending` counts every page that vCPUs have logged.
+    fn counts(&self) -> bool {
+        false
+    }
+
+    /// Whether KVM lets this vCPU write on.
+    fn has_room(&self, _vcpu: usize) -> bool {
+        true
+    }
+
     /// What KVM's word that the ring of this vCPU is full is worth.
     fn fullness(&self, _vcpu: usize) -> Fullness {
         Fullness::Never

@@ -65,6 +65,20 @@ impl Mapping {
 }
 
 impl Mapping {
+    /// Whether there is a ring behind the mapping. KVM maps this offset of any vCPU, and one whose VM has no
+    /// ring, or a smaller one, gives SIGBUS when it is touched; a read by the kernel gives EFAULT instead.
+    pub(crate) fn is_backed(&self) -> bool {
+        let mut last = [0u8; size_of::<Entry>()];
+        let local = libc::iovec { iov_base: last.as_mut_ptr().cast(), iov_len: last.len() };
+        let place = std::ptr::from_ref(self.entry(u64::from(self.entries) - 1)).cast_mut();
+        let remote = libc::iovec { iov_base: place.cast(), iov_len: last.len() };
+        // SAFETY: `last` is writable and as long as it says; the other address is only looked at by the
+        // kernel, which reports what it cannot read.
+        let read = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        // Forbidden (a seccomp filter): nobody can tell.
+        read >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
+    }
+
     /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of
     /// slot 0 alone leaves no trace.)
     pub(crate) fn is_used(&self) -> bool {
@@ -237,6 +251,17 @@ impl Ring {
         } else {
             Fullness::NotNow
         }
+    }
+
+    /// Whether KVM lets the vCPU write another entry.
+    pub(crate) fn has_room(&self) -> bool {
+        let freed = self.freed.load(Ordering::Acquire);
+        let limit = self.limit();
+        let mut end = self.taken.load(Ordering::Acquire).max(self.peeked.load(Ordering::Relaxed));
+        while end < limit && self.is_dirty(end) {
+            end += 1;
+        }
+        end.saturating_sub(freed) < self.soft_limit()
     }
 
     /// Whether KVM has written entries that were not taken.

@@ -43,17 +43,31 @@ impl Rings {
     }
 
     /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their
-    /// share.
+    /// share, then of all, by what they hold. A ring that holds the most has the least room for its vCPU.
     fn give_back(&self, layout: &Layout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
         let mut pages = pages.iter();
         let mut left = count;
-        for pass in 0..2 {
-            for (vcpu, ring) in self.rings.iter().enumerate() {
-                let keeps = if pass == 0 { share(vcpu) } else { 0 };
-                let now = ring.held().saturating_sub(keeps).min(left);
-                ring.give_back(now, || pages.next().and_then(|&gfn| layout.locate(gfn)));
-                left -= now;
-            }
+        let mut give = |ring: &Ring, now: u64| {
+            ring.give_back(now, || pages.next().and_then(|&gfn| layout.locate(gfn)));
+        };
+        for (vcpu, ring) in self.rings.iter().enumerate() {
+            let now = ring.held().saturating_sub(share(vcpu)).min(left);
+            give(ring, now);
+            left -= now;
+        }
+        // Threads that harvest take more meanwhile, never less.
+        let mut held = self.held();
+        for ring in &self.rings {
+            let here = ring.held();
+            let part = (u128::from(left) * u128::from(here)).div_ceil(u128::from(held.max(1))) as u64;
+            let now = part.min(left).min(here);
+            give(ring, now);
+            (left, held) = (left - now, held.saturating_sub(here));
+        }
+        for ring in &self.rings {
+            let now = ring.held().min(left);
+            give(ring, now);
+            left -= now;
         }
     }
 
@@ -223,6 +237,14 @@ impl Source for Rings {
 
     fn pending(&self) -> usize {
         self.rings.iter().map(Ring::pending).sum()
+    }
+
+    fn counts(&self) -> bool {
+        true
+    }
+
+    fn has_room(&self, vcpu: usize) -> bool {
+        self.rings[vcpu].has_room()
     }
 
     fn fullness(&self, vcpu: usize) -> Fullness {

@@ -290,6 +290,12 @@ impl Guest {
         unsafe { std::slice::from_raw_parts(region.as_ptr(), region.len() as usize) }
     }
 
+    /// The bytes of a page, which may change meanwhile.
+    pub(super) fn page(&self, gfn: Gfn) -> &[u8] {
+        let (index, range) = place(gfn);
+        &self.region(index)[range]
+    }
+
     /// A copy of all of memory: what a standby has after the base copy.
     pub(super) fn shadow(&self) -> Shadow {
         Shadow((0..SLOTS.len()).map(|index| self.region(index).to_vec()).collect())
@@ -299,16 +305,24 @@ impl Guest {
 /// What a standby has, made of reported pages only.
 pub(super) struct Shadow(Vec<Vec<u8>>);
 
+/// Slot and place in it of a page.
+fn place(gfn: Gfn) -> (usize, std::ops::Range<usize>) {
+    let index = SLOTS
+        .iter()
+        .position(|&(_, base, bytes)| (base..base + bytes as u64).contains(&gfn.gpa()))
+        .unwrap_or_else(|| panic!("page {gfn} is not in the VM"));
+    let start = (gfn.gpa() - SLOTS[index].1) as usize;
+    (index, start..start + 4096)
+}
+
 impl Shadow {
     pub(super) fn copy(&mut self, guest: &Guest, pages: &[Gfn]) {
-        for &gfn in pages {
-            let index = SLOTS
-                .iter()
-                .position(|&(_, base, bytes)| (base..base + bytes as u64).contains(&gfn.gpa()))
-                .unwrap_or_else(|| panic!("page {gfn} is not in the VM"));
-            let start = (gfn.gpa() - SLOTS[index].1) as usize;
-            self.0[index][start..start + 4096].copy_from_slice(&guest.region(index)[start..start + 4096]);
-        }
+        pages.iter().for_each(|&gfn| self.store(gfn, guest.page(gfn)));
+    }
+
+    pub(super) fn store(&mut self, gfn: Gfn, bytes: &[u8]) {
+        let (index, range) = place(gfn);
+        self.0[index][range].copy_from_slice(bytes);
     }
 
     /// Pages in which guest memory differs.

@@ -226,7 +226,7 @@ impl World {
 
     fn fetch(&mut self, room: usize, rearm: bool, keep: bool) -> Result<(), TestCaseError> {
         let mut buffer = vec![Gfn(0); room];
-        let fetched = match self.tracker.fetch(&mut buffer, Fetch { wait: None, rearm }) {
+        let fetched = match self.tracker.fetch(&mut buffer, Fetch { rearm, ..Fetch::default() }) {
             Ok(fetched) => fetched,
             Err(error) => {
                 prop_assert!(matches!(error, HarvestError::GetDirtyLog { .. }), "{}", error);

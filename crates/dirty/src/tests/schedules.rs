@@ -11,7 +11,7 @@ use crate::{
 };
 
 const PAGES: u64 = 20_000;
-const REARM: Fetch = Fetch { wait: None, rearm: true };
+const REARM: Fetch = Fetch { wait: None, rearm: true, at_least: 0, shard: None };
 
 fn layout() -> Layout {
     Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
@@ -260,9 +260,7 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
         scope.spawn(move || {
             let mut buffer = [Gfn(0); 8];
             while !end.load(std::sync::atomic::Ordering::Relaxed) {
-                drop(
-                    tracker.fetch(&mut buffer, Fetch { wait: Some(Duration::from_millis(100)), rearm: true }),
-                );
+                drop(tracker.fetch(&mut buffer, Fetch { wait: Some(Duration::from_millis(100)), ..REARM }));
             }
         });
         for _ in 0..2000 {
@@ -276,4 +274,99 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
     });
     // A thread that loses its core in the middle of a look may be in the way for longer than anybody waits.
     assert!(refused <= 20, "{refused} of 2000 epochs were refused");
+}
+
+/// It would be SIGBUS at the first touch of the ring.
+#[test]
+fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
+    let Some(guest) = guest::start(Choice::Ring, config(1, 100, 100)) else { return };
+    let Some(other) = guest::start(Choice::Bitmap, config(1, 100, 100)) else { return };
+    let tracker = guest.second_tracker(&other.vcpus[0]);
+    assert!(matches!(tracker, Err(NewError::NotThisVm { vcpu: 0 })), "{tracker:?}");
+}
+
+/// A migration fetches in one long epoch. What a vCPU has used up comes back to it when its pages are
+/// fetched, and not to vCPUs that write nothing.
+#[test]
+fn a_vcpu_gets_back_what_fetches_take_of_it() {
+    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 400, 400), 4096);
+    let mut buffer = [Gfn(0); 400];
+    let mut page = 0;
+    for round in 0..50 {
+        let mut written = 0;
+        loop {
+            while kernel.can_run(1) {
+                kernel.write(1, Gfn(page % PAGES), false);
+                (page, written) = (page + 1, written + 1);
+            }
+            if tracker.ring_full(1).unwrap() == Exit::DirtyLogFull {
+                break;
+            }
+        }
+        assert!(written >= 100, "vCPU 1 may write {written} of 400 pages in round {round}");
+        assert!(!tracker.wait_for_room(1, Duration::ZERO).unwrap());
+        let fetched = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
+        assert_eq!(fetched, written);
+        assert!(tracker.wait_for_room(1, Duration::ZERO).unwrap());
+        assert!(kernel.room(0) + kernel.room(1) <= 400, "more than the trigger");
+    }
+}
+
+/// A wait for pages, and one for room, end when they are told to.
+#[test]
+fn waits_can_be_ended() {
+    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10_000, 10_000), 4096);
+    let long = Duration::from_secs(600);
+    std::thread::scope(|scope| {
+        let (kernel, tracker) = (&kernel, &tracker);
+        let fetching = scope.spawn(move || {
+            let mut buffer = [Gfn(0); 10];
+            let how = Fetch { wait: Some(long), at_least: 5000, ..REARM };
+            tracker.fetch(&mut buffer, how).unwrap().rearm().unwrap().len()
+        });
+        while kernel.can_run(0) {
+            kernel.write(0, Gfn(4096 - kernel.room(0)), false);
+        }
+        let waiting = scope.spawn(move || tracker.wait_for_room(0, long).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!fetching.is_finished() && !waiting.is_finished());
+        // As often as it takes both threads to get to their waits.
+        while !(fetching.is_finished() && waiting.is_finished()) {
+            tracker.wake_fetchers();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(fetching.join().unwrap() <= 10);
+        // Room, if the fetch came first.
+        waiting.join().unwrap();
+    });
+}
+
+/// Pages heat while everything is fetched and no epoch ends, and cool again.
+#[test]
+fn pages_become_hot_between_fetches() {
+    for kind in [Kind::Ring, Kind::ClearLog] {
+        let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50 };
+        let (kernel, tracker) = tracker(kind, Config { hot: Hot::Rule(rule), ..config(1, 200, 200) }, 4096);
+        let mut buffer = [Gfn(0); 200];
+        let mut fetched = 0;
+        for _ in 0..5 {
+            (0..20).for_each(|page| kernel.write(0, Gfn(page), false));
+            fetched += tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
+            tracker.age().unwrap();
+        }
+        assert_eq!(tracker.estimate().hot, 20, "{kind}");
+        assert_eq!(fetched, 40, "{kind}: hot pages are not fetched");
+        let unarmed = kernel.unarmed();
+        assert!((0..20).all(|page| unarmed.contains(&Gfn(page))), "{kind}");
+        // A probe arms them, and has them fetched once more, because they may have changed.
+        let mut probed = 0;
+        for _ in 0..20 {
+            tracker.age().unwrap();
+            probed += tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
+        }
+        assert_eq!((probed, tracker.estimate().hot), (20, 0), "{kind}");
+        assert!(kernel.unarmed().is_empty(), "{kind}");
+        kernel.write(0, Gfn(7), false);
+        assert_eq!(pages(&tracker), [7], "{kind}");
+    }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::guest::{self, AREAS, Guest, Job, Rain, Setup, Stop, Vcpu};
-use crate::{Choice, Config, Exit, Fetch, Gfn, HarvestError, Hot, HotRule, Stats, Tracker};
+use crate::{Choice, Config, Exit, Fetch, Gfn, HarvestError, Hot, HotRule, Shard, Stats, Tracker};
 
 /// Pages become hot after two writes, are written more often than not, and are probed often.
 const HOT: Hot = Hot::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
@@ -110,9 +110,12 @@ struct Weather {
     rain: Duration,
     /// Threads that fetch pages while the guest runs.
     fetchers: usize,
+    /// Shards that they fetch, in turn, each without a lock over reading and sending. With 0 there are none,
+    /// and a lock.
+    shards: u32,
 }
 
-const STORM: Weather = Weather { epochs: 2000, rain: Duration::from_millis(1), fetchers: 0 };
+const STORM: Weather = Weather { epochs: 2000, rain: Duration::from_millis(1), fetchers: 0, shards: 0 };
 
 /// Epochs of a test: fewer if OUTLIVE_TEST_EPOCHS says so, as it does in emulated hosts.
 pub(super) fn epochs(most: u64) -> u64 {
@@ -141,7 +144,10 @@ fn run(mut guest: Guest, weather: Weather) -> Outcome {
         for index in 0..weather.fetchers {
             let (send, receive) = channel();
             let (stopped, guest, shadow, running) = (stopped.clone(), &guest, &shadow, &running);
-            scope.spawn(move || fetcher_thread(index, receive, stopped, guest, shadow, running));
+            let shard =
+                (weather.shards > 0).then(|| Shard::new(index as u32 % weather.shards, weather.shards));
+            let shard = shard.flatten();
+            scope.spawn(move || fetcher_thread((index, shard), receive, stopped, guest, shadow, running));
             jobs.push(send);
         }
         drop(stopped);
@@ -176,7 +182,7 @@ fn run(mut guest: Guest, weather: Weather) -> Outcome {
 
 /// Copies pages while the guest runs: each is read after it was armed, and so its next write is caught.
 fn fetcher_thread(
-    index: usize,
+    (index, shard): (usize, Option<Shard>),
     jobs: Receiver<Job>,
     stopped: Sender<(u64, libc::pthread_t)>,
     guest: &Guest,
@@ -190,18 +196,39 @@ fn fetcher_thread(
         let began = Instant::now();
         while running.load(Ordering::Relaxed) != 0 {
             assert!(began.elapsed() < Duration::from_secs(20), "a vCPU thread has failed");
-            let how =
-                Fetch { wait: Some(Duration::from_micros(random.below(300))), rearm: random.below(2) == 0 };
+            let how = Fetch {
+                wait: Some(Duration::from_micros(random.below(300))),
+                rearm: random.below(2) == 0,
+                shard,
+                ..Fetch::default()
+            };
+            if random.below(20) == 0 {
+                guest.tracker.age().unwrap();
+            }
             let room = random.below(51) as usize;
             let fetched = guest.tracker.fetch(&mut buffer[..room], how).unwrap();
             // Sometimes it changes its mind.
             if random.below(10) != 0 {
                 let pages = fetched.rearm().unwrap();
-                shadow.lock().unwrap().copy(guest, pages);
+                if shard.is_some() {
+                    send_late(guest, shadow, pages, &mut random);
+                } else {
+                    shadow.lock().unwrap().copy(guest, pages);
+                }
             }
         }
         stopped.send((0, guest::this_thread())).unwrap();
     }
+}
+
+/// Reads pages, and sends them a while later: whoever else has fetched one of them meanwhile is overtaken.
+fn send_late(guest: &Guest, shadow: &Mutex<guest::Shadow>, pages: &[Gfn], random: &mut Random) {
+    let read: Vec<_> = pages.iter().map(|&gfn| (gfn, guest.page(gfn).to_vec())).collect();
+    if random.below(2) == 0 {
+        std::thread::sleep(Duration::from_micros(random.below(300)));
+    }
+    let mut shadow = shadow.lock().unwrap();
+    read.iter().for_each(|(gfn, bytes)| shadow.store(*gfn, bytes));
 }
 
 fn vcpu_thread(
@@ -311,6 +338,26 @@ fn fetchers_miss_no_page_of_the_bitmap() {
     no_page_is_missed_by_fetchers(Choice::Bitmap, config(2));
 }
 
+/// Each page is read and sent by one thread only, so no lock is needed over both.
+#[test]
+fn shards_let_no_older_copy_overtake_a_newer_one() {
+    for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
+        let config = Config { hot: HOT, ..config(2) };
+        let Some(guest) = guest::start(choice, config) else { return };
+        let outcome = run(guest, Weather { epochs: 300, fetchers: 3, shards: 3, ..STORM });
+        assert_eq!((outcome.missed, outcome.listed_twice), (0, 0), "{choice:?}");
+        assert!(outcome.stats.fetched > 10 * outcome.epochs, "the test has tested nothing: {outcome:?}");
+    }
+}
+
+/// The test above without what it is about: three threads that fetch the same shard overtake each other.
+#[test]
+fn without_shards_older_copies_overtake_newer_ones() {
+    let Some(guest) = guest::start(Choice::Ring, config(2)) else { return };
+    let outcome = run(guest, Weather { epochs: 300, fetchers: 3, shards: 1, ..STORM });
+    assert!(outcome.missed > 0, "{outcome:?}");
+}
+
 /// One page in 10,000, or so many that a shorter run loses some.
 #[test]
 fn the_test_notices_a_lost_page() {
@@ -341,7 +388,7 @@ fn initially_set_is_refused() {
 fn blocked_signals_cut_no_reset_short() {
     let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
     let Some(guest) = guest::start(Choice::Ring, config) else { return };
-    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), fetchers: 0 });
+    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), ..STORM });
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
     assert_eq!(outcome.stats.full_rearms, 0);
 }
@@ -354,7 +401,7 @@ fn a_reset_that_is_cut_short_is_noticed() {
     let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
     let setup = Setup { block_signals: false, ..Setup::of(Choice::Ring, config) };
     let Some(guest) = guest::start_with(setup) else { return };
-    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), fetchers: 0 });
+    let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), ..STORM });
     let cut = outcome.stats.full_rearms;
     println!("{cut} resets were cut short, {} pages missed", outcome.missed);
     assert!(outcome.missed as u64 <= 5 + cut / 5, "{outcome:?}");

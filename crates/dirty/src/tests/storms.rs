@@ -128,7 +128,7 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
                 let mut buffer = [Gfn(0); 300];
                 while gate.pass() {
                     let room = [3usize, 40, 300][random(&mut seed) as usize % 3];
-                    let how = Fetch { wait: None, rearm: random(&mut seed).is_multiple_of(2) };
+                    let how = Fetch { rearm: random(&mut seed).is_multiple_of(2), ..Fetch::default() };
                     match tracker.fetch(&mut buffer[..room], how) {
                         Ok(fetched) if random(&mut seed).is_multiple_of(8) => drop(fetched),
                         Ok(fetched) => match fetched.rearm() {
@@ -274,7 +274,8 @@ fn a_fetcher_beside_a_full_ring_on_kvm() {
             let mut buffer = vec![Gfn(0); 4000];
             let mut total = 0;
             while !stop.load(Ordering::Relaxed) {
-                let Ok(fetched) = tracker.fetch(&mut buffer, Fetch { wait: None, rearm: true }) else {
+                let Ok(fetched) = tracker.fetch(&mut buffer, Fetch { rearm: true, ..Fetch::default() })
+                else {
                     break;
                 };
                 total += fetched.len();

@@ -79,6 +79,12 @@ pub enum NewError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A vCPU has no ring of the back end's size: it is of another VM than the one that was probed.
+    #[error("vCPU {vcpu} has no dirty ring of this VM's size: is it a vCPU of another VM?")]
+    NotThisVm {
+        /// The vCPU.
+        vcpu: usize,
+    },
     /// The ring of a vCPU has been read before, by another tracker, so nobody knows where KVM writes next.
     #[error("the dirty ring of vCPU {vcpu} has been used before: make one tracker for the life of a VM")]
     RingUsed {

@@ -1,84 +1,182 @@
 //! Pages taken while the epoch goes on, by any number of threads: live migration while the guest runs, or
 //! many threads sharing the work of a stop. KVM_MT_SUBLIST_FETCH of 2016.
+// UNSAFETY: lends the list of what is to be armed to the back end, as a slice.
+#![allow(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Tracker;
 use super::stats::add;
+use super::{Token, Tracker};
 use crate::layout::Gfn;
 use crate::source::{HarvestError, Plan, RearmError};
 
-/// How to fetch.
+/// How to fetch. Begin from [`Fetch::default`], which neither waits nor re-arms.
+///
+/// # Several threads
+///
+/// Two threads that fetch at the same time may get the same page one after the other: A fetches P and reads
+/// it, the guest writes P, B fetches P, reads and sends it, and A sends its older copy last. So either one
+/// lock covers fetching, reading *and* sending, or each thread fetches a [`Shard`] of its own and sends over
+/// a connection of its own. The base copy is a reader like any other: it goes over the same lock, or each
+/// thread copies the pages of its own shard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fetch {
-    /// Waits so long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM tells nobody of a new ring
-    /// entry, so a wait looks every 100 µs, and at once when a vCPU finds its ring full. The trigger ends it,
-    /// too.
+    /// Waits so long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM tells nobody of a new page, so
+    /// a wait looks every 100 µs, less often where looking costs more, and at once when a vCPU finds its ring
+    /// full. The trigger and [`Tracker::wake_fetchers`] end it, too.
     pub wait: Option<Duration>,
     /// Re-arms the pages before it returns (MT_FETCH_REARM), so that [`Fetched::rearm`] has nothing left to
     /// do.
     pub rearm: bool,
+    /// A wait goes on until so many pages of the VM, of all shards, are dirty. Only the ring knows that
+    /// without a system call; with the other back ends a wait ends at the first page.
+    pub at_least: usize,
+    /// Only pages of this part of the VM; None is all of it.
+    pub shard: Option<Shard>,
 }
 
-/// How often a wait looks.
-const LOOK: Duration = Duration::from_micros(100);
+/// One of several parts of all pages, for threads that fetch side by side: a page is always in the same part,
+/// so the thread that fetches this part is the only one that ever reads and sends it, and no older copy can
+/// overtake a newer one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    index: u32,
+    of: u32,
+}
 
-/// Rung when there is certainly something to fetch.
+impl Shard {
+    /// Neighbouring pages that are in one part: 2 MiB.
+    const RUN: u64 = 512;
+
+    /// Part `index`, from 0, of `of`. None if there is no such part.
+    pub const fn new(index: u32, of: u32) -> Option<Shard> {
+        if index < of { Some(Shard { index, of }) } else { None }
+    }
+
+    /// Whether the page is in this part. Runs of 2 MiB go to the parts in turn.
+    pub const fn has(self, gfn: Gfn) -> bool {
+        gfn.0 / Self::RUN % self.of as u64 == self.index as u64
+    }
+}
+
+/// How often a wait looks, at most.
+const LOOK: Duration = Duration::from_micros(100);
+/// A wait sleeps so many times what the last look took, so that it costs a tenth of a processor at most.
+const REST: u32 = 10;
+
+/// Rung when it is certainly worth a look.
 #[derive(Default)]
 pub(super) struct Bell {
     lock: Mutex<()>,
     rung: Condvar,
     waiting: AtomicUsize,
+    /// How often all waits were ended.
+    woken: AtomicU64,
 }
 
 impl Bell {
     pub(super) fn ring(&self) {
-        if self.waiting.load(Ordering::Acquire) != 0 {
+        if self.waiting.load(Ordering::SeqCst) != 0 {
+            // Who is about to wait has the lock, and is woken when it waits.
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
             self.rung.notify_all();
         }
     }
 
-    fn wait(&self, time: Duration) {
-        self.waiting.fetch_add(1, Ordering::AcqRel);
+    /// Ends every wait of now.
+    fn wake(&self) {
+        self.woken.fetch_add(1, Ordering::SeqCst);
+        self.ring();
+    }
+
+    /// Waits for the bell, unless `is_over` says under its lock that there is nothing to wait for.
+    fn wait(&self, time: Duration, is_over: impl FnOnce() -> bool) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.rung.wait_timeout(lock, time));
-        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        if !is_over() {
+            drop(self.rung.wait_timeout(lock, time));
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl Tracker {
     /// Takes dirty pages of this epoch, as many as there are and the buffer holds, while the guest runs or
-    /// while it is stopped. Any number of threads at once; each page goes to one of them.
+    /// while it is stopped. Any number of threads at once, with shards of their own: see [`Fetch`].
     ///
     /// A page that was fetched is not part of the epoch any more: the caller has it and copies it after
-    /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. Hot
-    /// pages are not fetched: they come when the epoch ends. Where the back end searches a bitmap (not the
-    /// ring), so does every fetch.
+    /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. A
+    /// page that becomes hot ([`Tracker::age`]) is fetched once more and then comes when the epoch ends. Where
+    /// the back end searches a bitmap (not the ring), so does every fetch.
     ///
     /// Returns nothing, after the wait, while an epoch is being ended.
     ///
     /// # Errors
     /// As [`crate::Epoch::harvest`]; what was taken before the error comes with the next fetch or harvest.
     pub fn fetch<'b>(&self, buffer: &'b mut [Gfn], how: Fetch) -> Result<Fetched<'_, 'b>, HarvestError> {
-        let mut fetched = Fetched { tracker: self, buffer, trapped: 0, len: 0, held: false };
+        let mut fetched =
+            Fetched { tracker: self, buffer, trapped: 0, len: 0, foreign: 0, shard: how.shard, held: false };
         let end = how.wait.and_then(|wait| Instant::now().checked_add(wait));
+        let woken = self.bell.woken.load(Ordering::SeqCst);
         loop {
-            fetched.take_or_nothing()?;
-            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-            match left {
-                Some(left) if fetched.len == 0 && !left.is_zero() && !self.should_stop() => {
-                    self.bell.wait(left.min(LOOK));
-                }
-                _ => break,
+            let began = Instant::now();
+            let left = end.map_or(Duration::ZERO, |end| end.saturating_duration_since(began));
+            let is_over = || self.should_stop() || self.bell.woken.load(Ordering::SeqCst) != woken;
+            // What is taken is not waited with: an epoch could not end meanwhile.
+            let few = self.source.counts() && self.pending() < how.at_least;
+            if !few || left.is_zero() || is_over() {
+                fetched.take_or_nothing()?;
             }
+            if fetched.len != 0 || left.is_zero() || is_over() {
+                break;
+            }
+            self.bell.wait(left.min(LOOK.max(began.elapsed() * REST)), is_over);
         }
         if how.rearm {
             fetched.arm().map_err(|_| HarvestError::Failed)?;
         }
         Ok(fetched)
+    }
+
+    /// Ends the wait of every [`Tracker::fetch`] and [`Tracker::wait_for_room`] that waits now, as a thread
+    /// does that is about to stop the VM.
+    pub fn wake_fetchers(&self) {
+        self.bell.wake();
+        self.room_bell.wake();
+    }
+
+    /// Waits until the ring of this vCPU has room, at most so long, and says whether it has. For a vCPU's
+    /// thread that [`Tracker::ring_full`] has told [`super::Exit::DirtyLogFull`] while other threads fetch:
+    /// what they take and re-arm makes room, and until then KVM would return at once, again and again. True
+    /// at once with the other back ends.
+    ///
+    /// [`Tracker::wake_fetchers`] ends the wait; so look at your own flags when this returns.
+    ///
+    /// # Errors
+    /// Tracking has failed for good.
+    ///
+    /// # Panics
+    /// If there is no such vCPU.
+    pub fn wait_for_room(&self, vcpu: usize, wait: Duration) -> Result<bool, HarvestError> {
+        let end = Instant::now().checked_add(wait);
+        let woken = self.room_bell.woken.load(Ordering::SeqCst);
+        loop {
+            self.check()?;
+            if self.source.has_room(vcpu) || self.gate.is_off() {
+                return Ok(true);
+            }
+            let left = end.map_or(LOOK, |end| end.saturating_duration_since(Instant::now()));
+            if left.is_zero() || self.room_bell.woken.load(Ordering::SeqCst) != woken {
+                return Ok(false);
+            }
+            self.bell.ring();
+            self.room_bell.wait(left, || {
+                self.source.has_room(vcpu) || self.room_bell.woken.load(Ordering::SeqCst) != woken
+            });
+        }
     }
 }
 
@@ -87,10 +185,13 @@ impl Tracker {
 #[must_use = "pages that are not re-armed come again"]
 pub struct Fetched<'t, 'b> {
     tracker: &'t Tracker,
-    /// `trapped` pages that are unarmed, then up to `len` pages that were marked.
+    /// `trapped` pages that are unarmed, then up to `len` pages that were marked; at the end, backwards,
+    /// `foreign` ones that are unarmed and of another shard.
     buffer: &'b mut [Gfn],
     trapped: usize,
     len: usize,
+    foreign: usize,
+    shard: Option<Shard>,
     /// Counted among the fetchers: there are pages, or soon will be, that are not armed.
     held: bool,
 }
@@ -130,10 +231,17 @@ impl<'b> Fetched<'_, 'b> {
         self.held = true;
         self.take()?;
         if self.len == 0 {
-            self.held = false;
-            self.tracker.fetchers.fetch_sub(1, Ordering::AcqRel);
+            self.arm().map_err(|_| HarvestError::Failed)?;
         }
         Ok(())
+    }
+
+    fn is_ours(&self, gfn: Gfn) -> bool {
+        self.shard.is_none_or(|shard| shard.has(gfn))
+    }
+
+    fn has_space(&self) -> bool {
+        self.len + self.foreign < self.buffer.len()
     }
 
     /// Fills the buffer: from the vCPUs' lists and rings, then from what belongs to no vCPU.
@@ -150,14 +258,14 @@ impl<'b> Fetched<'_, 'b> {
             if !tracker.gate.is_open() {
                 return Ok(());
             }
-            while self.len < self.buffer.len() {
+            while self.has_space() {
                 let Some(gfn) = owner.pop() else { break };
                 self.push_trapped(gfn);
             }
             tracker.take_vcpu(vcpu, |gfn| self.push_trapped(gfn))?;
         }
         let Some(_owner) = tracker.shared.own() else { return Ok(()) };
-        if !tracker.gate.is_open() || self.len == self.buffer.len() {
+        if !tracker.gate.is_open() || !self.has_space() {
             return Ok(());
         }
         if tracker.source.arms_when_taken() {
@@ -170,11 +278,16 @@ impl<'b> Fetched<'_, 'b> {
     }
 
     fn push_trapped(&mut self, gfn: Gfn) -> bool {
-        let fits = self.len < self.buffer.len();
-        if fits {
+        let fits = self.has_space();
+        if !fits {
+        } else if self.is_ours(gfn) {
             self.buffer[self.len] = gfn;
             self.len += 1;
             self.trapped += 1;
+        } else {
+            self.foreign += 1;
+            let place = self.buffer.len() - self.foreign;
+            self.buffer[place] = gfn;
         }
         fits
     }
@@ -190,11 +303,11 @@ impl<'b> Fetched<'_, 'b> {
                 // It is unarmed, so it is in a list, is fetched or is hot, and its copy is still to be made:
                 // after its bit is released, which comes after this look at it, and so with the write that
                 // was marked.
-            } else if self.len < self.buffer.len() {
+            } else if self.is_ours(gfn) && self.has_space() {
                 self.buffer[self.len] = gfn;
                 self.len += 1;
             } else {
-                // No room: it stays marked. Its hint goes to a place of the list that was read already.
+                // Another shard's, or no room: it stays marked. Its hint goes to a place of the list that was read already.
                 tracker.global.record(gfn);
             }
         });
@@ -212,16 +325,27 @@ impl<'b> Fetched<'_, 'b> {
             return Ok(());
         }
         let tracker = self.tracker;
-        let armed = tracker.arm_fetched(&self.buffer[..self.trapped]);
+        let foreign = self.buffer.len() - self.foreign..;
+        let armed = tracker
+            .arm_fetched(&mut self.buffer[..self.trapped])
+            .and_then(|()| tracker.arm_fetched(&mut self.buffer[foreign.clone()]));
+        // Armed and not read: they are marked, for a fetch of their shard, or the epoch. Not before they are
+        // armed, for whoever finds a mark takes its page for an armed one.
+        self.buffer[foreign].iter().for_each(|&gfn| tracker.global.record(gfn));
         add(&tracker.counters.fetched, self.len as u64);
-        tracker.fetched.fetch_add(self.trapped, Ordering::Relaxed);
+        tracker.fetched.fetch_add(self.trapped + self.foreign, Ordering::Relaxed);
+        self.foreign = 0;
         tracker.fetchers.fetch_sub(1, Ordering::AcqRel);
+        tracker.room_bell.ring();
         armed
     }
 }
 
 impl Tracker {
-    fn arm_fetched(&self, pages: &[Gfn]) -> Result<(), RearmError> {
+    /// Arms pages that were fetched, but for those that are hot from now on. Puts them into another order.
+    fn arm_fetched(&self, pages: &mut [Gfn]) -> Result<(), RearmError> {
+        let cold = self.heat(pages);
+        let pages = &pages[..cold];
         // The bits go first: a write that is trapped after it was armed must be listed anew.
         for &gfn in pages {
             self.trapped.release(gfn);
@@ -236,6 +360,50 @@ impl Tracker {
             self.doubtful.store(true, Ordering::Release);
             pages.iter().for_each(|&gfn| self.global.record(gfn));
         }
+        Ok(())
+    }
+
+    /// Puts pages that are hot from now on behind the others, and says how many others there are. Hot pages
+    /// stay unarmed, and every epoch reports them until they cool.
+    fn heat(&self, pages: &mut [Gfn]) -> usize {
+        // Two threads do not wait for each other: a page that is not looked at is armed like any other.
+        let (Some(hot), Some(_owner)) = (&self.hot, self.heating.own()) else { return pages.len() };
+        let mut cold = 0;
+        for index in 0..pages.len() {
+            if !hot.trapped(pages[index]) {
+                pages.swap(cold, index);
+                cold += 1;
+            }
+        }
+        cold
+    }
+
+    /// Lets the rule for hot pages take one step, as the end of an epoch does, without stopping anybody: for
+    /// a migration, which fetches in one long epoch. Pages that cool are armed and come with the next fetch.
+    /// Call it as often as a pass over the dirty pages is made. Nothing happens while an epoch is open.
+    ///
+    /// # Errors
+    /// As [`crate::Epoch::rearm`]: tracking is over.
+    pub fn age(&self) -> Result<(), RearmError> {
+        let Some(hot) = &self.hot else { return Ok(()) };
+        let Some(_token) = Token::take(self).filter(|_| self.gate.is_open()) else { return Ok(()) };
+        let Some(_owner) = self.heating.own() else { return Ok(()) };
+        hot.cool(|gfn| self.to_arm.push(gfn));
+        hot.begin();
+        let pages = self.to_arm.len();
+        if pages == 0 {
+            return Ok(());
+        }
+        self.to_arm.for_each(|gfn| _ = self.trapped.release(gfn));
+        self.unarmed.fetch_sub(pages, Ordering::AcqRel);
+        // SAFETY: only the holder of the token stores to the list, and that is this thread.
+        let armed = self.arm_all_of(unsafe { self.to_arm.slice() }, Plan::RUNNING)?;
+        if armed.doubtful {
+            self.doubtful.store(true, Ordering::Release);
+        }
+        // They may have changed since they were last read.
+        self.to_arm.for_each(|gfn| self.global.record(gfn));
+        self.to_arm.clear();
         Ok(())
     }
 }

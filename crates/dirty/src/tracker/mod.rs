@@ -27,7 +27,7 @@ use crate::source::ring::{Fullness, Mapping, Ring};
 use crate::source::{Bitmap, ClearLog, HarvestError, RearmError, Rings, Source};
 
 pub use config::{Config, DisableError, EnableError, NewError};
-pub use fetch::{Fetch, Fetched};
+pub use fetch::{Fetch, Fetched, Shard};
 pub use stats::Stats;
 
 use fetch::Bell;
@@ -41,6 +41,19 @@ pub enum Exit {
     DirtyLogFull,
     /// The vCPU had used up its part of the trigger and has been given more: run on.
     Resume,
+}
+
+/// Dirty pages of an epoch that has not ended, as far as they are known: [`Tracker::estimate`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Estimate {
+    /// Pages that KVM has logged for vCPUs and that were not fetched; pages of two vCPUs count twice. None
+    /// where only a system call can tell (clear-log, bitmap): then count what fetches bring.
+    pub logged: Option<usize>,
+    /// Pages that the VMM has marked.
+    pub marked: usize,
+    /// Pages that are left writable and may have changed.
+    pub hot: usize,
 }
 
 /// Knows which pages of a VM changed in an epoch. Share it in an `Arc`.
@@ -106,6 +119,10 @@ pub struct Tracker {
     /// The part of the log that belongs to no vCPU is taken by one thread at a time.
     shared: Lane,
     bell: Bell,
+    /// Rung when entries were given back while the guest runs.
+    room_bell: Bell,
+    /// The hot pages are changed by one thread at a time while no epoch is open.
+    heating: Lane,
     counters: Counters,
 }
 
@@ -140,6 +157,9 @@ impl Tracker {
                 let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
                     let mapping = Mapping::of_vcpu(*fd, backend.ring_entries())
                         .map_err(|source| NewError::Map { vcpu, source })?;
+                    if !mapping.is_backed() {
+                        return Err(NewError::NotThisVm { vcpu });
+                    }
                     if mapping.is_used() {
                         return Err(NewError::RingUsed { vcpu });
                     }
@@ -197,9 +217,15 @@ impl Tracker {
             let list = || Flat::reserve(layout.pages());
             let hot = rule.map(|rule| HotSet::reserve(rule, max_dirty_pages)).transpose()?;
             let bits = (Bits::reserve(needed)?, Bits::reserve(needed)?);
-            std::io::Result::Ok((lanes, bits, list()?, list()?, list()?, hot, Lane::reserve(0)?))
+            std::io::Result::Ok((
+                lanes,
+                bits,
+                [list()?, list()?, list()?],
+                hot,
+                [Lane::reserve(0)?, Lane::reserve(0)?],
+            ))
         };
-        let (lanes, (trapped, seen), flat, marked, to_arm, hot, shared) =
+        let (lanes, (trapped, seen), [flat, marked, to_arm], hot, [shared, heating]) =
             reserved().map_err(NewError::Reserve)?;
         if !global.take() {
             return Err(NewError::GlobalLogTaken);
@@ -234,6 +260,8 @@ impl Tracker {
             fetched: AtomicUsize::new(0),
             shared,
             bell: Bell::default(),
+            room_bell: Bell::default(),
+            heating,
             counters: Counters::default(),
         })
     }
@@ -287,6 +315,18 @@ impl Tracker {
         let found = self.found.load(Ordering::Relaxed);
         let logged = self.source.pending() + found + self.global.pending() + self.hot_pages();
         logged.saturating_sub(self.fetched.load(Ordering::Relaxed))
+    }
+
+    /// What is known of the epoch's dirty pages without a system call, the same on every back end: for the
+    /// stop rule of a migration. Any thread.
+    pub fn estimate(&self) -> Estimate {
+        let fetched = self.fetched.load(Ordering::Relaxed);
+        let logged = (self.source.pending() + self.found.load(Ordering::Relaxed)).saturating_sub(fetched);
+        Estimate {
+            logged: self.source.counts().then_some(logged),
+            marked: self.global.pending(),
+            hot: self.hot_pages(),
+        }
     }
 
     /// Whether the epoch has reached the trigger and should end. No system call. Any thread.
