@@ -13,7 +13,7 @@ use thiserror::Error;
 /// A device that answers at a range of addresses.
 ///
 /// `offset` is relative to the start of the range and `offset + data.len()` never exceeds its length. `data`
-/// is as long as the access of the guest (1, 2, 4 or 8 bytes; string I/O comes element by element).
+/// is as long as the access of the guest: 1, 2, 4 or 8 bytes, string I/O element by element.
 pub trait BusDevice: Send {
     /// Answers a read by filling all of `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);

@@ -5,7 +5,7 @@
 
 use crate::machine::Machine;
 use crate::memory::Ram;
-use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
+use crate::state::{FieldReader, FieldWriter, StateError};
 
 /// Field of a `Kind::Check` section: the hash of all memory.
 const MEMORY: u16 = 1;
@@ -49,7 +49,7 @@ impl Hashes {
         let mut fields = FieldWriter::new(to);
         fields.put_plain(MEMORY, &self.memory);
         let disks: Vec<u64> = self.disks.iter().flat_map(|it| [it.disk.into(), it.hash]).collect();
-        fields.put(DISKS, bytes_of_slice(&disks));
+        fields.put_plain(DISKS, &disks[..]);
     }
 
     /// Reads a section's bytes.
@@ -107,7 +107,7 @@ mod tests {
             let mut bytes = Vec::new();
             let mut fields = FieldWriter::new(&mut bytes);
             fields.put_plain(MEMORY, &7u64);
-            fields.put(DISKS, bytes_of_slice(disks));
+            fields.put_plain(DISKS, disks);
             assert_eq!(Hashes::decode(&bytes), Err(StateError::Field { field: DISKS }));
         }
     }

@@ -31,8 +31,8 @@ mod memory;
 mod outgoing;
 mod restart;
 mod restore;
-mod signals;
 pub mod state;
+mod thread;
 mod tsc;
 mod vcpu;
 mod vm_state;
@@ -58,7 +58,7 @@ pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_p
 pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{ResetError, StartLinuxError};
 pub use restore::RestoreError;
-pub use signals::{block_all as block_all_signals, precise_timers};
+pub use thread::{precise_timers, spawn};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
 pub use vm_state::{Item as VmItem, ORDER as VM_STATE_ORDER, VmStateError};

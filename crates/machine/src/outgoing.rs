@@ -14,7 +14,7 @@ const STATE_CAPACITY: usize = 512 << 10;
 
 /// Why staging could not be made.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot reserve {bytes} bytes of staging: {source}; lower --max-dirty")]
+#[error("cannot reserve {bytes} bytes of staging: {source}")]
 pub struct OutgoingError {
     bytes: usize,
     source: std::io::Error,

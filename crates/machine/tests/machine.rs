@@ -2,15 +2,19 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{Choice, Gfn};
 use outlive_machine::state::{Kind, Section, StateError};
 use outlive_machine::{
-    After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, Outgoing, PAGE_SIZE,
-    PowerRequest, RestoreError,
+    After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, NoSink, Outgoing, PAGE_SIZE,
+    PortEnd, PowerRequest, RestoreError,
 };
-use support::{A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, TWO_COUNTERS, booted, host, machine};
+use support::{
+    A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, STRING_READER, TWO_COUNTERS, boot, booted, host,
+    machine, machine_with,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 fn word(machine: &Machine, address: u64) -> u64 {
@@ -226,6 +230,21 @@ fn a_port_read_is_never_cut_in_two() {
         assert!(second_events.try_recv().is_err(), "the restored guest read a wrong value");
     }
     assert!(events.try_recv().is_err());
+}
+
+#[test]
+fn a_string_instruction_reads_one_register_again_and_again() {
+    let Some(host) = host() else { return };
+    let end = PortEnd::new(Arc::new(NoSink)).unwrap();
+    let (mut machine, events) = machine_with(&host, 1, Choice::Auto, Some(end.clone()));
+    boot(&mut machine, STRING_READER);
+    machine.go_live(false);
+    machine.resume();
+    assert_eq!(end.input.push(b"1234"), 4);
+    let event = events.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!(event, MachineEvent::Power(PowerRequest::Off));
+    machine.pause();
+    assert_eq!(word(&machine, A), u64::from_le_bytes(*b"1234\0\0\0\0"));
 }
 
 #[test]

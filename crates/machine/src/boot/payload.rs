@@ -27,7 +27,7 @@ pub enum BootError {
     #[error("the payload is not a static x86-64 ELF program: {0}")]
     Elf(&'static str),
     /// It does not fit.
-    #[error("the payload needs memory at {0:#x}, which this VM does not have: give it more with --memory")]
+    #[error("the payload needs memory at {0:#x}, which this VM does not have")]
     Memory(u64),
     /// More page tables than there is room for.
     #[error("{0} bytes are more memory than the payload's page tables can map (230 GiB)")]

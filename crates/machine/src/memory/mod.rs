@@ -37,15 +37,13 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error(
-        "guest memory of {0} bytes is not possible: give --memory a multiple of 1 MiB, from 32 MiB to 64 TiB"
-    )]
+    #[error("guest memory of {0} bytes is not possible: it is a multiple of 1 MiB, from 32 MiB to 64 TiB")]
     Size(u64),
     /// More than any kernel and initrd need.
     #[error("a boot image of {0} bytes is too large: 4 GiB is the most")]
     Firmware(u64),
     /// `mmap` refused.
-    #[error("cannot reserve {bytes} bytes of guest memory: {source}; give the VM less with --memory")]
+    #[error("cannot reserve {bytes} bytes of guest memory: {source}")]
     Map {
         /// Bytes asked for.
         bytes: u64,

@@ -4,9 +4,7 @@
 //! fields {id u16, length u32, bytes}, so that a later version can add one; a field that is missing,
 //! too short or too long is refused before anything is changed.
 
-mod plain;
-
-pub(crate) use plain::{Plain, bytes_of, bytes_of_slice};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// What a section of state belongs to. The numbers are part of the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,8 +95,9 @@ impl<'a> FieldWriter<'a> {
         self.to.extend_from_slice(bytes);
     }
 
-    pub(crate) fn put_plain<T: Plain>(&mut self, field: u16, value: &T) {
-        self.put(field, bytes_of(value));
+    /// A field of plain data: one value, or several in a row.
+    pub(crate) fn put_plain<T: IntoBytes + Immutable + ?Sized>(&mut self, field: u16, value: &T) {
+        self.put(field, value.as_bytes());
     }
 }
 
@@ -132,18 +131,19 @@ impl<'a> FieldReader<'a> {
         Err(StateError::Field { field })
     }
 
-    pub(crate) fn get_plain<T: Plain>(&self, field: u16) -> Result<T, StateError> {
-        plain::from_bytes(self.get(field)?).ok_or(StateError::Field { field })
+    /// A field that is one value of plain data.
+    pub(crate) fn get_plain<T: FromBytes>(&self, field: u16) -> Result<T, StateError> {
+        T::read_from_bytes(self.get(field)?).map_err(|_| StateError::Field { field })
     }
 
-    /// A field that is an array of plain values.
-    pub(crate) fn get_array<T: Plain>(&self, field: u16) -> Result<Vec<T>, StateError> {
+    /// A field that is several values of plain data in a row.
+    pub(crate) fn get_array<T: FromBytes>(&self, field: u16) -> Result<Vec<T>, StateError> {
         let bytes = self.get(field)?;
-        let size = size_of::<T>();
-        if !bytes.len().is_multiple_of(size) {
+        if !bytes.len().is_multiple_of(size_of::<T>()) {
             return Err(StateError::Field { field });
         }
-        Ok(bytes.chunks_exact(size).filter_map(plain::from_bytes).collect())
+        let value = |bytes| T::read_from_bytes(bytes).map_err(|_| StateError::Field { field });
+        bytes.chunks_exact(size_of::<T>()).map(value).collect()
     }
 }
 

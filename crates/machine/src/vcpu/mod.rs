@@ -14,6 +14,7 @@
 mod copying;
 pub(crate) mod idle;
 pub(crate) mod platform;
+mod port_io;
 mod power;
 mod rendezvous;
 mod run;

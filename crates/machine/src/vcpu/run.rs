@@ -12,11 +12,12 @@ use outlive_dirty::{Exit, HarvestError};
 
 use super::idle::{Idle, IdleState};
 use super::platform::{AfterPort, TripleFault};
+use super::port_io;
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
 use super::state::{Saver, VcpuStateError};
 use crate::event::{MachineEvent, PowerRequest};
-use crate::signals;
+use crate::thread;
 
 /// KVM_EXIT_DIRTY_RING_FULL, which kvm-ioctls does not name (include/uapi/linux/kvm.h).
 const EXIT_DIRTY_RING_FULL: u32 = 31;
@@ -108,8 +109,8 @@ impl Vcpu {
 
     /// Serves orders until [`Command::Quit`].
     pub(super) fn serve(mut self) {
-        signals::block_all(true);
-        signals::precise_timers();
+        thread::take_kicks();
+        thread::precise_timers();
         let shared = self.shared.clone();
         let mut order = Order::FIRST;
         loop {
@@ -172,8 +173,12 @@ impl Vcpu {
                 return self.after_port(after);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                if !shared.platform.read(port, data) {
-                    shared.pio.read(u64::from(port), data);
+                let data = std::ptr::from_mut(data);
+                // SAFETY: it is what this run has returned with.
+                for element in unsafe { port_io::elements(fd, data) } {
+                    if !shared.platform.read(port, element) {
+                        shared.pio.read(u64::from(port), element);
+                    }
                 }
                 return Entered::Again;
             }

@@ -17,7 +17,7 @@ use crate::bus::Bus;
 use crate::event::{EventSink, MachineEvent, PowerRequest};
 use crate::kvm::XsaveCall;
 use crate::memory::Ram;
-use crate::signals;
+use crate::thread;
 
 /// What all vCPU threads of one machine share.
 pub(crate) struct Shared {
@@ -60,7 +60,7 @@ impl VcpuSet {
         xsave: XsaveCall,
         parts: Parts,
     ) -> std::io::Result<Self> {
-        signals::install_kick();
+        thread::install_kick();
         let shared = Arc::new(Shared {
             meeting: Rendezvous::new(fds.len() as u32),
             platform: parts.platform,
@@ -80,9 +80,7 @@ impl VcpuSet {
             vcpus.push(vcpu);
         }
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let thread =
-                std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.serve())?;
-            set.threads.push(thread);
+            set.threads.push(thread::spawn(format!("vcpu{index}"), move || vcpu.serve())?);
         }
         Ok(set)
     }
@@ -210,9 +208,9 @@ impl VcpuSet {
         }
         self.shared.meeting.publish(command);
         if self.running {
-            for (index, thread) in self.threads.iter().enumerate() {
+            for (index, handle) in self.threads.iter().enumerate() {
                 self.shared.platform.idle(index).interrupt();
-                if let Err(error) = thread.kill(signals::kick()) {
+                if let Err(error) = handle.kill(thread::kick()) {
                     tracing::error!(vcpu = index, %error, "a vCPU cannot be kicked");
                 }
             }

@@ -8,7 +8,7 @@ use kvm_ioctls::VcpuFd;
 
 use crate::kvm::features::{self, Missing};
 use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, XSAVE_BYTES, XsaveCall};
-use crate::state::{FieldReader, FieldWriter, StateError, bytes_of_slice};
+use crate::state::{FieldReader, FieldWriter, StateError};
 
 /// One part of a vCPU's state. The numbers are field numbers of a [`Kind::Vcpu`] section.
 ///
@@ -191,7 +191,7 @@ impl Saver {
             return Err(VcpuStateError::Msr { index: entries[got].index, verb: "read" });
         }
         fix_deadline(entries);
-        fields.put(Item::Msrs as u16, bytes_of_slice(entries));
+        fields.put_plain(Item::Msrs as u16, entries);
         Ok(())
     }
 }
@@ -217,7 +217,7 @@ mod xsave {
         FieldReader, FieldWriter, Item, Saver, VcpuFd, VcpuStateError, XSAVE_BYTES, Xsave, XsaveCall, ioctl,
         tail,
     };
-    use crate::state::{StateError, bytes_of_slice};
+    use crate::state::StateError;
 
     impl Saver {
         pub(super) fn save_xsave(
@@ -228,7 +228,7 @@ mod xsave {
             match self.call {
                 XsaveCall::Legacy => {
                     let xsave = ioctl(Item::Xsave, fd.get_xsave())?;
-                    fields.put(Item::Xsave as u16, bytes_of_slice(&xsave.region));
+                    fields.put_plain(Item::Xsave as u16, &xsave.region);
                 }
                 XsaveCall::Sized(bytes) => fields.put(Item::Xsave as u16, self.read_sized(fd, bytes)?),
             }
@@ -383,7 +383,7 @@ pub(crate) fn save_constant(fd: &VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuSta
     let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(constant("KVM_GET_CPUID2"))?;
     let khz = fd.get_tsc_khz().map_err(constant("KVM_GET_TSC_KHZ"))?;
     let mut fields = FieldWriter::new(to);
-    fields.put(FIELD_CPUID, bytes_of_slice(cpuid.as_slice()));
+    fields.put_plain(FIELD_CPUID, cpuid.as_slice());
     fields.put_plain(FIELD_TSC_KHZ, &khz);
     Ok(())
 }
@@ -546,7 +546,7 @@ mod tests {
         assert_eq!(first.ecx & 1 << 5, 0, "no guest has VMX");
         first.ecx |= 1 << 5;
         let mut fields = FieldWriter::new(&mut saved);
-        fields.put(FIELD_CPUID, bytes_of_slice(entries.as_slice()));
+        fields.put_plain(FIELD_CPUID, entries.as_slice());
         fields.put_plain(FIELD_TSC_KHZ, &fd.get_tsc_khz().unwrap());
         let third = host.create_vcpu(&vm, 2, 3).unwrap();
         let error = restore_constant(&third, &saved).unwrap_err().to_string();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use outlive_dirty::Choice;
-use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, PayloadOptions};
+use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, PayloadOptions, PortEnd};
 
 /// Where the guests are linked.
 pub(crate) const IMAGE: u64 = 0x20_0000;
@@ -48,6 +48,16 @@ pub(crate) const POWER_OFF: &[u8] = &[0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 
 /// An undefined instruction without an interrupt table: a triple fault.
 pub(crate) const CRASH: &[u8] = &[0x0f, 0x0b];
 
+/// Reads four bytes of COM1 by one string instruction, as soon as there are some, to A; then powers off.
+pub(crate) const STRING_READER: &[u8] = &[
+    0x66, 0xba, 0xfd, 0x03, 0xec, // mov dx, 0x3fd; in al, dx
+    0xa8, 0x01, 0x74, 0xfb, // test al, 1; jz -5
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0x48, 0xc7, 0xc7, 0, 0, 0x40, 0, // mov rdi, A
+    0xb9, 4, 0, 0, 0, 0xf3, 0x6c, // mov ecx, 4; rep insb
+    0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe, // out 0x508, 1; jmp $
+];
+
 /// A static ELF program of this code.
 pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; 120];
@@ -83,6 +93,16 @@ pub(crate) fn host() -> Option<Arc<Host>> {
 
 /// A machine without a guest.
 pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
+    machine_with(host, vcpus, tracker, None)
+}
+
+/// A machine without a guest, with a serial port or none.
+pub(crate) fn machine_with(
+    host: &Arc<Host>,
+    vcpus: u8,
+    tracker: Choice,
+    serial: Option<PortEnd>,
+) -> (Machine, Receiver<MachineEvent>) {
     let (tx, rx) = channel();
     let options = Options {
         vcpus,
@@ -92,7 +112,7 @@ pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine,
         disks: Vec::new(),
         rng: false,
         console: None,
-        serial: None,
+        serial,
         tracker,
         trigger: 1024,
         max_dirty: 2048,
@@ -109,7 +129,12 @@ pub(crate) fn booted(
     code: &[u8],
 ) -> (Machine, Receiver<MachineEvent>) {
     let (mut machine, events) = machine(host, vcpus, tracker);
+    boot(&mut machine, code);
+    (machine, events)
+}
+
+/// Puts all vCPUs at the first instruction of `code`.
+pub(crate) fn boot(machine: &mut Machine, code: &[u8]) {
     let options = PayloadOptions { ipv4: [10, 0, 0, 2], prefix: 24, gateway: [0; 4], random_seed: [0; 32] };
     machine.boot_payload(&elf(code), &options).unwrap();
-    (machine, events)
 }

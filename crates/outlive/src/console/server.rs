@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -48,7 +48,7 @@ impl Server {
         let quit = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let thread = {
             let quit = quit.clone();
-            thread::Builder::new().name("console".into()).spawn(move || Loop { ports, quit }.run())?
+            outlive_machine::spawn("console", move || Loop { ports, quit }.run())?
         };
         Ok(Self { quit, thread: Some(thread) })
     }
@@ -85,7 +85,6 @@ enum Who {
 
 impl Loop {
     fn run(mut self) {
-        outlive_machine::block_all_signals(false);
         let mut buffer = vec![0; 4096];
         let mut last = None;
         loop {

@@ -96,8 +96,7 @@ impl Replica {
         });
         let sidecars = Arc::new(Sidecars::start(written.collect(), vm).map_err(no_thread)?);
         let worker = Worker::new(queue.clone(), disks, (vm, generation), sidecars.clone(), claimed, tell);
-        let thread = std::thread::Builder::new().name("disks".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let thread = outlive_machine::spawn("disks", move || {
             worker.run();
         });
         Ok(Self { queue, disks: known, sidecars, thread: Some(thread.map_err(no_thread)?) })

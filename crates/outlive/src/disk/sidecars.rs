@@ -76,8 +76,7 @@ impl Sidecars {
     pub(crate) fn start(images: Vec<(u16, PathBuf)>, vm: VmId) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let keeper = Keeper { shared: shared.clone(), images, vm };
-        std::thread::Builder::new().name("sidecars".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        outlive_machine::spawn("sidecars", move || {
             keeper.run();
         })?;
         Ok(Self { shared })

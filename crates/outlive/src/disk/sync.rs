@@ -141,8 +141,7 @@ impl DiskSync {
             sent_bytes: 0,
             reported: Instant::now(),
         };
-        let thread = std::thread::Builder::new().name("disk-sync".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let thread = outlive_machine::spawn("disk-sync", move || {
             rounds.run();
         })?;
         Ok(Self { orders: Some(orders), stop, thread: Some(thread) })

@@ -110,8 +110,7 @@ impl Sender {
             records: Records::default(),
             report,
         };
-        let thread = std::thread::Builder::new().name("sender".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let thread = outlive_machine::spawn("sender", move || {
             work.serve(&inbox);
         })?;
         Ok(Self { jobs, closer, thread: Some(thread) })

@@ -24,7 +24,7 @@ use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job, SenderReport};
 use crate::process;
 use crate::vm::limits::{DISK_BYTES, SLOTS};
-use crate::vm::{End, check_staging};
+use crate::vm::{End, Remedy, check_staging};
 
 /// How often the dirty pages are counted between two checkpoints, so that the trigger is seen early.
 const TRIGGER_POLL: Duration = Duration::from_micros(250);
@@ -293,7 +293,7 @@ impl Coordinator {
         let disk_bytes = if active.replicated.is_empty() { 0 } else { DISK_BYTES };
         check_staging(pages, disk_bytes, SLOTS)?;
         for _ in 0..SLOTS {
-            self.free.push(Outgoing::new(pages, disk_bytes).map_err(|e| e.to_string())?);
+            self.free.push(Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy())?);
         }
         active.machine.begin_base();
         let disks = DiskBase::start(&active.machine, &active.control, link, &active.events)?;

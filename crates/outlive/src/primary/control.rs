@@ -281,8 +281,7 @@ impl Control {
 
     fn dial(self: &Arc<Self>, link: Link, address: usize) {
         let control = self.clone();
-        let dialled = std::thread::Builder::new().name("dial".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let dialled = outlive_machine::spawn("dial", move || {
             let address = control.facts.standbys[address].clone();
             match link::dial(&address) {
                 Ok(connection) => control.connected(link, connection, address),

@@ -18,7 +18,7 @@ use crate::arbiter::{self, Arbiter, Claim};
 use crate::cli::RunOptions;
 use crate::console::{Console, Port};
 use crate::events::{self, Event, Role};
-use crate::vm::{self, Guest, Identity, Launch, Relay};
+use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy};
 use crate::{disk, process};
 
 pub(crate) use launch::run;
@@ -115,7 +115,7 @@ fn make_machine(
         max_dirty: options.active.max_dirty * 2,
         events: Arc::new(machine_events.sender()),
     };
-    let machine = Machine::new(host, &machine_options).map_err(|e| e.to_string())?;
+    let machine = Machine::new(host, &machine_options).map_err(|e| e.with_remedy())?;
     vm::join_bridge(options.net.as_ref())?;
     Ok(machine)
 }

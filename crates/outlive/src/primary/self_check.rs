@@ -113,8 +113,7 @@ impl SelfCheck {
     fn start(&mut self) {
         let wanted = Arc::new(AtomicBool::new(true));
         let (disks, control, asked) = (self.disks.clone(), self.control.clone(), wanted.clone());
-        let thread = std::thread::Builder::new().name("self-check".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let thread = outlive_machine::spawn("self-check", move || {
             let found = hash(disks, &asked);
             control.tell(Inbox::DisksHashed(Hashed { wanted: asked, found }));
         });

@@ -117,8 +117,7 @@ impl Reporter {
     ) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let thread = std::thread::Builder::new().name("stats".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let thread = outlive_machine::spawn("stats", move || {
             let mut before = (Instant::now(), 0);
             let mut report = || {
                 let committed = totals.committed.load(Ordering::Relaxed);

@@ -28,8 +28,7 @@ const INTRODUCTION: Duration = Duration::from_secs(2);
 /// # Errors
 /// The operating system's.
 pub(super) fn start(listener: Listener, control: Arc<Control>) -> io::Result<()> {
-    std::thread::Builder::new().name("listen".into()).spawn(move || {
-        outlive_machine::block_all_signals(false);
+    outlive_machine::spawn("listen", move || {
         accept_all(&listener, &control);
     })?;
     Ok(())
@@ -58,8 +57,7 @@ fn accept_all(listener: &Listener, control: &Arc<Control>) {
         }
         let number = Link(numbers.fetch_add(1, Ordering::Relaxed));
         let (control, count, seldom) = (control.clone(), heard.clone(), seldom.clone());
-        let started = std::thread::Builder::new().name("session".into()).spawn(move || {
-            outlive_machine::block_all_signals(false);
+        let started = outlive_machine::spawn("session", move || {
             serve(&control, incoming, number, &seldom);
             control.disconnect(number);
             count.fetch_sub(1, Ordering::AcqRel);

@@ -18,8 +18,7 @@ pub(crate) fn show_progress(events: &EventWriter) {
         return;
     }
     let (queue, inbox) = sync_channel(WAITING);
-    let drawing = std::thread::Builder::new().name("progress".into()).spawn(move || {
-        outlive_machine::block_all_signals(false);
+    let drawing = outlive_machine::spawn("progress", move || {
         draw(&inbox);
     });
     match drawing {

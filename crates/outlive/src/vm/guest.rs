@@ -5,7 +5,7 @@ use std::path::Path;
 use outlive_guest::PAYLOAD;
 use outlive_machine::{LinuxBoot, Machine, PayloadOptions};
 
-use super::no_random;
+use super::{Remedy, no_random};
 use crate::cli::RunOptions;
 use crate::process;
 
@@ -72,8 +72,8 @@ impl Guest {
     /// One line.
     pub(crate) fn load(&self, machine: &mut Machine) -> Result<(), String> {
         match self {
-            Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(|e| e.to_string()),
-            Self::Linux(boot) => machine.boot_linux(boot).map_err(|e| e.to_string()),
+            Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(|e| e.with_remedy()),
+            Self::Linux(boot) => machine.boot_linux(boot).map_err(|e| e.with_remedy()),
         }
     }
 }

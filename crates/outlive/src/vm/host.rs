@@ -1,5 +1,6 @@
 //! What a VM needs of the host that it runs on.
 
+use super::Remedy;
 use crate::check;
 use crate::cli::NetSpec;
 use crate::network::{Netlink, NetlinkError};
@@ -9,7 +10,7 @@ use crate::network::{Netlink, NetlinkError};
 /// # Errors
 /// One line with the remedy.
 pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
-    outlive_machine::ranges(bytes).map_err(|e| e.to_string())?;
+    outlive_machine::ranges(bytes).map_err(|e| e.with_remedy())?;
     match check::available_memory_bytes() {
         Some(available) if bytes > available => Err(format!(
             "a VM with {} MiB of memory does not fit: this host has {} MiB available; give it less with --memory",

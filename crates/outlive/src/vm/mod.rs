@@ -9,6 +9,7 @@
 //! disks.rs      the VM's disks by what becomes of their writes
 //! limits.rs     how much a checkpoint may carry
 //! relay.rs      what happens to a machine before somebody coordinates it
+//! remedy.rs     which option helps against an error of the machine
 //! launch.rs     a running machine with its identity, on its way to its coordinator
 //! ```
 
@@ -20,6 +21,7 @@ mod launch;
 pub(crate) mod limits;
 mod options;
 mod relay;
+mod remedy;
 
 pub(crate) use disks::{Disk, replicated};
 pub(crate) use guest::Guest;
@@ -28,3 +30,4 @@ pub(crate) use introduce::{devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::Relay;
+pub(crate) use remedy::Remedy;

@@ -50,7 +50,7 @@ pub enum KernelError {
     #[error("it has no 64-bit entry (boot protocol {0:#06x}): an x86-64 kernel from Linux 3.8 on is needed")]
     No64Bit(u16),
     /// It wants memory that the VM lacks.
-    #[error("it needs memory up to {0:#x}, which this VM does not have: give it more with --memory")]
+    #[error("it needs memory up to {0:#x}, which this VM does not have")]
     Memory(u64),
     /// The loader's own checks.
     #[error("{0}")]

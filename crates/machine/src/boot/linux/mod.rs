@@ -35,9 +35,7 @@ pub enum LinuxBootError {
     #[error("the kernel cannot be booted: {0}")]
     Kernel(#[from] KernelError),
     /// Kernel and initrd together.
-    #[error(
-        "an initrd of {initrd} bytes has no room beside the kernel below {limit:#x}: give the VM more with --memory"
-    )]
+    #[error("an initrd of {initrd} bytes has no room beside the kernel below {limit:#x}")]
     Initrd {
         /// Its size.
         initrd: u64,
@@ -59,7 +57,7 @@ pub enum LinuxBootError {
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
     /// No memory where there should be some.
-    #[error("the VM has no memory at {0:#x}: give it more with --memory")]
+    #[error("the VM has no memory at {0:#x}")]
     Memory(u64),
 }
 

@@ -158,7 +158,7 @@ fn kernels_of_other_kinds_are_refused_by_name() {
     assert!(refusal(&|image| image.truncate(SETUP - 1)).contains("cut short"));
     assert!(refusal(&|image| set(image, 0x258, &(u64::MAX - 10).to_le_bytes())).contains("no address"));
     assert!(refusal(&|image| set(image, 0x258, &0x9_0000u64.to_le_bytes())).contains("below 1 MiB"));
-    assert!(refusal(&|image| set(image, 0x260, &u32::MAX.to_le_bytes())).contains("--memory"));
+    assert!(refusal(&|image| set(image, 0x260, &u32::MAX.to_le_bytes())).contains("needs memory up to"));
     assert!(refusal(&|image| image.clear()).contains("neither a bzImage"));
     let mut other = elf();
     set(&mut other, 18, &183u16.to_le_bytes());

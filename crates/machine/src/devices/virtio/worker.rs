@@ -8,15 +8,15 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use tracing::{debug, error};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::block_signal;
 
 use crate::devices::gate::{DeviceGate, Pass};
+use crate::thread;
 
 /// What a device's thread does.
 pub(crate) trait Work: Send + Sync + 'static {
@@ -96,7 +96,7 @@ impl<W: Work> Worker<W> {
         }
         let thread = {
             let work = work.clone();
-            thread::Builder::new().name(work.name().into()).spawn(move || run(&*work, &epoll, count))?
+            thread::spawn(work.name(), move || run(&*work, &epoll, count))?
         };
         Ok(Self { work, thread: Some(thread) })
     }
@@ -117,7 +117,6 @@ impl<W: Work> Drop for Worker<W> {
 }
 
 fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
-    block_signals();
     let quit = &work.wake().quit;
     let mut events = vec![EpollEvent::default(); sources];
     let mut ready = Vec::with_capacity(sources);
@@ -158,15 +157,4 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
 fn milliseconds(until: Instant) -> i32 {
     let wait = until.saturating_duration_since(Instant::now());
     i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-}
-
-/// Signals are for the threads that expect them. The ones that report a fault of this thread itself stay
-/// open.
-pub(crate) fn block_signals() {
-    const FAULTS: [i32; 6] =
-        [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT];
-    for signal in (1..=libc::SIGRTMAX()).filter(|signal| !FAULTS.contains(signal)) {
-        // Fails for the few that cannot be blocked and the ones that are already.
-        let _ = block_signal(signal);
-    }
 }

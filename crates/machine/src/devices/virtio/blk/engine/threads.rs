@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
@@ -12,7 +12,8 @@ use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 use super::super::image::Image;
 use super::super::permit::Permit;
 use super::{Completion, Engine, Operation, Submission, ZERO};
-use crate::devices::virtio::worker::{block_signals, event};
+use crate::devices::virtio::worker::event;
+use crate::thread;
 
 /// As many operations run at the same time.
 const THREADS: usize = 4;
@@ -52,12 +53,8 @@ impl Threads {
         let mut engine = Self { shared, threads: Vec::new() };
         for _ in 0..THREADS {
             let shared = engine.shared.clone();
-            let run = move || {
-                block_signals();
-                shared.run();
-            };
             // If one cannot be started, dropping the engine ends the others.
-            engine.threads.push(thread::Builder::new().name("outlive-blk-io".into()).spawn(run)?);
+            engine.threads.push(thread::spawn("outlive-blk-io", move || shared.run())?);
         }
         Ok(engine)
     }

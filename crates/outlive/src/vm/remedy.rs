@@ -1,0 +1,86 @@
+//! What a user can do about an error of the machine. The library says what is wrong; which option helps is the
+//! program's to say.
+
+use std::error::Error;
+
+use outlive_machine::{
+    BootError, CreateError, KernelError, LinuxBootError, MemoryError, OutgoingError, StartError,
+    StartLinuxError,
+};
+
+/// An error that the program may know a remedy for.
+pub(crate) trait Remedy: Error {
+    /// What the user can do.
+    fn remedy(&self) -> Option<&'static str>;
+
+    /// The error in one line, with the remedy if there is one.
+    fn with_remedy(&self) -> String {
+        match self.remedy() {
+            Some(remedy) => format!("{self}: {remedy}"),
+            None => self.to_string(),
+        }
+    }
+}
+
+const MORE_MEMORY: &str = "give the VM more with --memory";
+
+impl Remedy for MemoryError {
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Size(_) => Some("give --memory such a size"),
+            Self::Map { .. } => Some("give the VM less with --memory"),
+            Self::Firmware(_) | Self::Regions(_) => None,
+        }
+    }
+}
+
+impl Remedy for CreateError {
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Memory(error) => error.remedy(),
+            _ => None,
+        }
+    }
+}
+
+impl Remedy for OutgoingError {
+    fn remedy(&self) -> Option<&'static str> {
+        Some("lower --max-dirty")
+    }
+}
+
+impl Remedy for StartError {
+    fn remedy(&self) -> Option<&'static str> {
+        matches!(self, Self::Boot(BootError::Memory(_))).then_some(MORE_MEMORY)
+    }
+}
+
+impl Remedy for StartLinuxError {
+    fn remedy(&self) -> Option<&'static str> {
+        use LinuxBootError::{Initrd, Kernel, Memory};
+        let Self::Boot(error) = self else { return None };
+        let short = matches!(error, Initrd { .. } | Memory(_) | Kernel(KernelError::Memory(_)));
+        short.then_some(MORE_MEMORY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lacks_memory_names_the_option_and_nothing_else_does() {
+        let size = outlive_machine::ranges(5).unwrap_err();
+        let line = "guest memory of 5 bytes is not possible: it is a multiple of 1 MiB, from 32 MiB to 64 TiB: \
+                    give --memory such a size";
+        assert_eq!(size.with_remedy(), line);
+        assert_eq!(CreateError::from(size).with_remedy(), line);
+        let linux = |error: LinuxBootError| StartLinuxError::from(error).with_remedy();
+        let kernel = LinuxBootError::from(KernelError::Memory(1 << 30));
+        for short in [kernel, LinuxBootError::Memory(7), LinuxBootError::Initrd { initrd: 1, limit: 1 }] {
+            let line = linux(short);
+            assert!(line.ends_with(": give the VM more with --memory"), "{line}");
+        }
+        assert!(!linux(LinuxBootError::CommandLine { len: 2, limit: 1 }).contains("--"));
+    }
+}
