@@ -25,8 +25,8 @@ const WINDOW: u64 = 64;
 const IN_FLIGHT: u64 = 2 * WINDOW;
 /// Windows that are not answered. Windows of later rounds may have a single chunk.
 const WINDOWS: usize = 64;
-/// Chunks of one section of blocks.
-const SECTION: usize = 16;
+/// Chunks of one section of blocks. No more, because a heartbeat waits while one is written.
+const SECTION: usize = 3;
 /// Rounds before the first report at most; then, and when a round had no more than this many chunks, memory
 /// comes next.
 const ROUNDS: u64 = 8;

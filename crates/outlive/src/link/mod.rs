@@ -19,6 +19,9 @@ mod records;
 mod sender;
 mod tcp;
 
+#[cfg(test)]
+mod tests;
+
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;

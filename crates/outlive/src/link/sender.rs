@@ -2,6 +2,7 @@
 //! jobs.
 
 use std::io::{self, IoSlice, Write};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender as Queue, channel};
 use std::thread::JoinHandle;
@@ -20,9 +21,12 @@ use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 
-/// Page bytes written at once. Between two writes a heartbeat may go out, so this bounds how long one is
-/// delayed.
-const BATCH_PAGES: usize = 8 * MAX_PAGES_PER_SECTION;
+/// Bytes of pages, state or disk writes that are written at once, and that a section has at most. Between two
+/// writes a heartbeat may go out, so this is how much stands between one that is due and the link. Larger
+/// writes are no faster: 64 pages cost one system call.
+pub(super) const BATCH_BYTES: usize = 256 << 10;
+const BATCH_PAGES: usize = BATCH_BYTES / PAGE_SIZE;
+const _: () = assert!(BATCH_PAGES <= MAX_PAGES_PER_SECTION);
 
 /// One checkpoint, or a part of one that is larger than staging.
 pub(crate) struct CheckpointPart {
@@ -107,6 +111,7 @@ impl Sender {
             beaten: Instant::now(),
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
+            batched: 0,
             records: Records::default(),
             report,
         };
@@ -162,7 +167,7 @@ enum SendError {
 /// Up to this byte of the heads, then these bytes of page data.
 struct Cut {
     heads_end: usize,
-    data: std::ops::Range<usize>,
+    data: Range<usize>,
 }
 
 struct Work<R> {
@@ -175,6 +180,8 @@ struct Work<R> {
     /// Everything but page data, for one write.
     heads: Vec<u8>,
     cuts: Vec<Cut>,
+    /// Bytes of pages, state and disk writes in both.
+    batched: usize,
     /// Writes to disks as they go over the link.
     records: Records,
     report: R,
@@ -239,10 +246,10 @@ impl<R: Fn(SenderReport)> Work<R> {
     }
 
     fn base_round(&mut self, round: u32, gfns: &[Gfn], ram: &Ram) -> Result<(), SendError> {
-        let mut data = vec![0u8; MAX_PAGES_PER_SECTION * PAGE_SIZE];
-        let mut numbers = Vec::with_capacity(MAX_PAGES_PER_SECTION);
-        let mut entries = Vec::with_capacity(MAX_PAGES_PER_SECTION);
-        for chunk in gfns.chunks(MAX_PAGES_PER_SECTION) {
+        let mut data = vec![0u8; BATCH_BYTES];
+        let mut numbers = Vec::with_capacity(BATCH_PAGES);
+        let mut entries = Vec::with_capacity(BATCH_PAGES);
+        for chunk in gfns.chunks(BATCH_PAGES) {
             numbers.clear();
             entries.clear();
             let (pages, _) = data.as_chunks_mut::<PAGE_SIZE>();
@@ -256,7 +263,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             let length = squeeze_zero_pages(&numbers, &mut data[..bytes], &mut entries);
             let entries = entries.iter().copied();
             self.encoder.base_pages_head(&mut self.heads, u64::from(round), entries, &data[..length])?;
-            self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..length });
+            self.add(0..length);
             self.flush(&data)?;
             (self.report)(SenderReport::BaseProgress { pages: chunk.len() as u64 });
             self.beat_if_due()?;
@@ -273,7 +280,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             }
             DiskSection::Blocks { round, records } => {
                 self.encoder.disk_blocks_head(&mut self.heads, *round, records)?;
-                self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..records.len() });
+                self.add(0..records.len());
                 self.flush(records)?;
             }
         }
@@ -291,20 +298,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
         let data = part.staging.page_bytes();
-        let mut batched = 0;
-        for (i, chunk) in part.staging.gfns().chunks(MAX_PAGES_PER_SECTION).enumerate() {
-            let start = i * MAX_PAGES_PER_SECTION * PAGE_SIZE;
-            let data_range = start..start + chunk.len() * PAGE_SIZE;
-            let entries = chunk.iter().map(|gfn| PageEntry::raw(gfn.0));
-            self.encoder.pages_head(&mut self.heads, entries, &data[data_range.clone()])?;
-            self.cuts.push(Cut { heads_end: self.heads.len(), data: data_range });
-            batched += chunk.len();
-            if batched >= BATCH_PAGES {
-                self.flush(data)?;
-                self.beat_if_due()?;
-                batched = 0;
-            }
-        }
+        self.pages(part.staging.gfns(), data)?;
         for section in part.staging.sections() {
             let state = StateSection {
                 kind: section.kind as u16,
@@ -312,15 +306,30 @@ impl<R: Fn(SenderReport)> Work<R> {
                 index: section.index,
                 bytes: section.bytes,
             };
+            self.make_room(section.bytes.len(), data)?;
             self.encoder.state_head(&mut self.heads, &state)?;
             self.heads.extend_from_slice(section.bytes);
+            self.batched += section.bytes.len();
         }
         self.disk_writes(data)?;
         if part.last {
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }
-        self.flush(data)
+        self.flush(data)?;
+        self.beat_if_due()
+    }
+
+    /// The pages of a checkpoint. The last of them may wait in `data`.
+    fn pages(&mut self, gfns: &[Gfn], data: &[u8]) -> Result<(), SendError> {
+        for (i, chunk) in gfns.chunks(BATCH_PAGES).enumerate() {
+            let range = i * BATCH_BYTES..i * BATCH_BYTES + chunk.len() * PAGE_SIZE;
+            self.make_room(range.len(), data)?;
+            let entries = chunk.iter().map(|gfn| PageEntry::raw(gfn.0));
+            self.encoder.pages_head(&mut self.heads, entries, &data[range.clone()])?;
+            self.add(range);
+        }
+        Ok(())
     }
 
     /// The writes to disks, behind the pages and the state that wait in `data` and the heads.
@@ -329,14 +338,31 @@ impl<R: Fn(SenderReport)> Work<R> {
             return Ok(());
         }
         self.flush(data)?;
+        self.beat_if_due()?;
         let records = std::mem::take(&mut self.records);
         for section in records.sections() {
             self.encoder.disk_writes_head(&mut self.heads, section)?;
-            self.cuts.push(Cut { heads_end: self.heads.len(), data: 0..section.len() });
+            self.add(0..section.len());
             self.flush(section)?;
             self.beat_if_due()?;
         }
         self.records = records;
+        Ok(())
+    }
+
+    /// The payload of the section whose head was just written.
+    fn add(&mut self, data: Range<usize>) {
+        self.batched += data.len();
+        self.cuts.push(Cut { heads_end: self.heads.len(), data });
+    }
+
+    /// Writes what waits if `more` bytes would make the batch too large. A heartbeat that is due goes before
+    /// them.
+    fn make_room(&mut self, more: usize, data: &[u8]) -> Result<(), SendError> {
+        if self.batched > 0 && self.batched + more > BATCH_BYTES {
+            self.flush(data)?;
+            self.beat_if_due()?;
+        }
         Ok(())
     }
 
@@ -363,6 +389,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         }
         self.heads.clear();
         self.cuts.clear();
+        self.batched = 0;
         (self.report)(SenderReport::Sent(total as u64));
         Ok(())
     }

@@ -12,6 +12,13 @@ use super::Transport;
 /// rarely waits.
 const SOCKET_BUFFER: usize = 4 << 20;
 
+/// Bytes that may wait in the kernel before they are on their way. Without a limit a socket takes its whole
+/// buffer of pages, megabytes, as fast as memory copies them, and a heartbeat that is written then waits
+/// behind all of them, on a slow link for as long as the standby waits before it takes over. What is on its
+/// way already is bounded by TCP's windows, which the round trip needs. See TCP_NOTSENT_LOWAT in tcp(7) and
+/// `tcp_stream_memory_free` in Linux's include/net/tcp.h.
+const NOT_SENT: u32 = 128 << 10;
+
 /// A connected socket.
 pub(super) struct Tcp(TcpStream);
 
@@ -24,7 +31,8 @@ impl Tcp {
         TcpStream::connect_timeout(address, patience).map(Self)
     }
 
-    /// Sets the options that every link has: it sends at once (no Nagle), and its buffers are large.
+    /// Sets the options that every link has: it sends at once (no Nagle), its buffers are large, and little
+    /// waits in them unsent.
     ///
     /// # Errors
     /// The operating system's.
@@ -34,6 +42,7 @@ impl Tcp {
         // The kernel takes what its limits allow.
         socket.set_send_buffer_size(SOCKET_BUFFER)?;
         socket.set_recv_buffer_size(SOCKET_BUFFER)?;
+        socket.set_tcp_notsent_lowat(NOT_SENT)?;
         Ok(self)
     }
 }

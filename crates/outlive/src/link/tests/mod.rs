@@ -1,0 +1,4 @@
+//! Heartbeats get through, however much else is to be sent.
+
+mod heartbeats;
+mod rig;
