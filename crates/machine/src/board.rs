@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, BusError};
 use crate::devices::Device;
@@ -16,6 +15,7 @@ use crate::devices::virtio::blk::BlockError;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, WINDOW};
 use crate::devices::virtio::net::NetError;
 use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
+use crate::irq::{IrqLineError, IrqLines};
 use crate::map::{SLOTS, slot_address};
 use crate::memory::{GuestMemory, Ram};
 use crate::vcpu::idle::IdleState;
@@ -41,7 +41,7 @@ pub enum BoardError {
     /// Its registers do not fit on the bus.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// KVM refused its interrupt or its doorbell.
+    /// KVM refused its doorbell.
     #[error("{what}: {source}")]
     Kvm {
         /// The ioctl.
@@ -49,22 +49,12 @@ pub enum BoardError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
-    /// No eventfd for the interrupt.
-    #[error("cannot make the interrupt's eventfd: {0}")]
-    EventFd(std::io::Error),
+    /// Its interrupt.
+    #[error(transparent)]
+    Line(#[from] IrqLineError),
     /// More devices than slots.
     #[error("a VM has at most {SLOTS} devices: give it fewer disks")]
     Full,
-}
-
-/// A device's interrupt: an edge on its line, by irqfd.
-struct Line(EventFd);
-
-impl Interrupt for Line {
-    fn trigger(&self) {
-        // Can only fail when the counter is full, and then the interrupt is pending anyway.
-        self.0.write(1).ok();
-    }
 }
 
 struct WakeVcpu(Arc<IdleState>);
@@ -82,6 +72,7 @@ pub(crate) struct Board<'a> {
     gate: Arc<DeviceGate>,
     waker: Arc<dyn Waker>,
     mmio: &'a mut Bus,
+    lines: IrqLines,
     devices: Vec<Arc<dyn Device>>,
 }
 
@@ -95,7 +86,7 @@ impl<'a> Board<'a> {
     ) -> Self {
         let waker = Arc::new(WakeVcpu(platform.idle(0).clone()));
         let memory = Arc::new(ram.memory().clone());
-        Self { vm, memory, gate: gate.clone(), waker, mmio, devices: Vec::new() }
+        Self { vm, memory, gate: gate.clone(), waker, mmio, lines: IrqLines::default(), devices: Vec::new() }
     }
 
     /// Puts a device into the next slot; `make` is lent what it needs.
@@ -129,16 +120,12 @@ impl<'a> Board<'a> {
     }
 
     /// An interrupt that arrives on this line of the I/O APIC.
-    pub(crate) fn interrupt(&self, line: u32) -> Result<Arc<dyn Interrupt>, BoardError> {
-        let event = EventFd::new(EFD_NONBLOCK).map_err(BoardError::EventFd)?;
-        self.vm
-            .register_irqfd(&event, line)
-            .map_err(|source| BoardError::Kvm { what: "KVM_IRQFD", source })?;
-        Ok(Arc::new(Line(event)))
+    pub(crate) fn interrupt(&mut self, line: u32) -> Result<Arc<dyn Interrupt>, BoardError> {
+        Ok(self.lines.add(self.vm, line)?)
     }
 
-    /// The devices by slot.
-    pub(crate) fn into_devices(self) -> Vec<Arc<dyn Device>> {
-        self.devices
+    /// The devices by slot, and the interrupt lines of all.
+    pub(crate) fn finish(self) -> (Vec<Arc<dyn Device>>, IrqLines) {
+        (self.devices, self.lines)
     }
 }

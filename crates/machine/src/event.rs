@@ -8,7 +8,7 @@ pub enum PowerRequest {
     /// It has shut down in order.
     Off,
     /// It asks for a reset.
-    Reset,
+    Reset(ResetWay),
     /// Its kernel panicked.
     Panic,
 }
@@ -18,16 +18,63 @@ impl PowerRequest {
     pub(crate) fn number(self) -> u32 {
         match self {
             PowerRequest::Off => 1,
-            PowerRequest::Reset => 2,
+            PowerRequest::Reset(_) => 2,
             PowerRequest::Panic => 3,
         }
     }
 
-    /// The request of a number; 0 and what is unknown are none.
-    pub(crate) fn from_number(number: u32) -> Option<Self> {
-        [PowerRequest::Off, PowerRequest::Reset, PowerRequest::Panic]
-            .into_iter()
-            .find(|it| it.number() == number)
+    /// The number of a reset's way in a saved state; 0 for what is none.
+    pub(crate) fn way_number(self) -> u32 {
+        match self {
+            PowerRequest::Reset(way) => way as u32,
+            PowerRequest::Off | PowerRequest::Panic => 0,
+        }
+    }
+
+    /// The request of these numbers; 0 and what is unknown are none. A reset by an unknown way is one all the
+    /// same.
+    pub(crate) fn from_numbers(number: u32, way: u32) -> Option<Self> {
+        match number {
+            1 => Some(PowerRequest::Off),
+            2 => Some(PowerRequest::Reset(ResetWay::from_number(way))),
+            3 => Some(PowerRequest::Panic),
+            _ => None,
+        }
+    }
+}
+
+/// By which of the ways that a PC has the guest asked for a reset. The numbers are part of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ResetWay {
+    /// ACPI's reset register: how a kernel restarts in order.
+    Acpi = 1,
+    /// The keyboard controller's command 0xfe: what kernels try next.
+    Keyboard = 2,
+    /// Port 0xcf9.
+    ResetControl = 3,
+    /// A triple fault: the last way that a kernel knows, or a kernel that broke before it could tell.
+    TripleFault = 4,
+    /// The payload guest's power port.
+    PowerPort = 5,
+}
+
+impl ResetWay {
+    fn from_number(number: u32) -> Self {
+        let all = [Self::Acpi, Self::Keyboard, Self::ResetControl, Self::TripleFault, Self::PowerPort];
+        all.into_iter().find(|way| *way as u32 == number).unwrap_or(Self::Acpi)
+    }
+}
+
+impl std::fmt::Display for ResetWay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Acpi => "ACPI's reset register",
+            Self::Keyboard => "the keyboard controller (port 0x64)",
+            Self::ResetControl => "port 0xcf9",
+            Self::TripleFault => "a triple fault",
+            Self::PowerPort => "its power port",
+        })
     }
 }
 
@@ -54,3 +101,21 @@ pub enum MachineEvent {
 
 /// Receives the events of a machine; called on vCPU and device threads, so it must not block for long.
 pub type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_request_comes_back_from_its_numbers() {
+        use ResetWay::{Acpi, Keyboard, PowerPort, ResetControl, TripleFault};
+        let resets = [Acpi, Keyboard, ResetControl, TripleFault, PowerPort].map(PowerRequest::Reset);
+        for request in [PowerRequest::Off, PowerRequest::Panic].into_iter().chain(resets) {
+            let (number, way) = (request.number(), request.way_number());
+            assert_eq!(PowerRequest::from_numbers(number, way), Some(request));
+        }
+        assert_eq!(PowerRequest::from_numbers(0, 0), None);
+        assert_eq!(PowerRequest::from_numbers(9, 1), None);
+        assert!(matches!(PowerRequest::from_numbers(2, 0), Some(PowerRequest::Reset(_))));
+    }
+}

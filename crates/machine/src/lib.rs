@@ -24,6 +24,7 @@ mod capture;
 mod check;
 mod event;
 mod futex;
+mod irq;
 mod kvm;
 mod machine;
 mod map;
@@ -50,15 +51,18 @@ pub use devices::virtio::blk::{
 pub use devices::virtio::net::{
     MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
 };
-pub use event::{EventSink, MachineEvent, PowerRequest};
+pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
+pub use irq::IrqLineError;
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, StartError};
 pub use map::{Range, SLOTS, SlotAddress, slot_address};
 pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, ranges};
 pub use outgoing::{Outgoing, OutgoingError};
-pub use restart::{ResetError, StartLinuxError};
+pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};
 pub use restore::RestoreError;
 pub use thread::{precise_timers, spawn};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
-pub use vm_state::{Item as VmItem, ORDER as VM_STATE_ORDER, VmStateError};
+pub use vm_state::{
+    Item as VmItem, RESTORE_ORDER as VM_RESTORE_ORDER, SAVE_ORDER as VM_SAVE_ORDER, VmStateError,
+};

@@ -21,6 +21,7 @@ use crate::devices::virtio::console::ConsoleDevice;
 use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::devices::virtio::rng::RngDevice;
 use crate::event::{EventSink, MachineEvent};
+use crate::irq::IrqLines;
 use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::map::{lines, ports};
 use crate::memory::{GuestMemory, MemoryError, Ram};
@@ -123,6 +124,7 @@ pub struct Machine {
     pub(crate) disks: Vec<Arc<BlockDevice<GuestMemory>>>,
     pub(crate) write_log: Arc<WriteLog>,
     pub(crate) serial: Option<SerialPort>,
+    pub(crate) irq_lines: IrqLines,
     pub(crate) gate: Arc<DeviceGate>,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) tracking: Tracking,
@@ -195,9 +197,9 @@ impl Machine {
         }
         let mut pio = Bus::new();
         let serial =
-            options.serial.clone().map(|end| add_serial(end, &board, &gate, &mut pio)).transpose()?;
+            options.serial.clone().map(|end| add_serial(end, &mut board, &gate, &mut pio)).transpose()?;
         let power_button = board.interrupt(lines::POWER_BUTTON)?;
-        let devices = board.into_devices();
+        let (devices, irq_lines) = board.finish();
         let parts = Parts {
             platform,
             pio: Arc::new(pio),
@@ -219,6 +221,7 @@ impl Machine {
             disks,
             write_log,
             serial,
+            irq_lines,
             gate,
             tracker,
             tracking: Tracking::Off,
@@ -346,7 +349,7 @@ impl Machine {
 /// Puts COM1 on the port bus.
 fn add_serial(
     end: PortEnd,
-    board: &Board<'_>,
+    board: &mut Board<'_>,
     gate: &Arc<DeviceGate>,
     pio: &mut Bus,
 ) -> Result<SerialPort, BoardError> {

@@ -1,10 +1,12 @@
 //! The start of a Linux guest, and its restart.
 //!
-//! A restart takes everything back to the moment before the first start: vCPUs and chips to the state that
-//! KVM gave them when the machine was made, devices to power-on, and the kernel out of the VM's own memory
-//! ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or from another host, so a VM restarts
-//! on a standby that has taken it over as it did at home. Time alone goes on: its counters belong to the
-//! host.
+//! A restart takes everything back to the moment before the first start, step by step as [`RESET_ORDER`]
+//! lists: vCPUs and chips to the state that KVM gave them when the machine was made, devices to power-on, and
+//! the kernel out of the VM's own memory ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or
+//! from another host, so a VM restarts on a standby that has taken it over as it did at home. Time alone goes
+//! on: its counters belong to the host.
+//!
+//! A restarted machine is a new one: the test compares what a checkpoint saves of both, section by section.
 
 use std::sync::Arc;
 
@@ -12,10 +14,48 @@ use crate::acpi::Description;
 use crate::boot::linux;
 use crate::boot::{FirmwareError, LinuxBoot, LinuxBootError};
 use crate::devices::serial;
+use crate::irq::IrqLineError;
 use crate::machine::{CreateError, Machine};
+use crate::map::Range;
 use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
+
+/// A step of a restart, each for one kind of what a machine consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetStep {
+    /// The interrupt lines are taken off the chips.
+    Disconnect,
+    /// Devices and serial port.
+    Devices,
+    /// vCPUs with their local APICs.
+    Vcpus,
+    /// PIT and interrupt chips, in the order of a restore.
+    Chips,
+    /// What the guest has asked for by its ports, and who idles or has ended.
+    Ports,
+    /// The interrupt lines come back.
+    Connect,
+    /// Kernel, tables and first registers, as at the first start.
+    Boot,
+}
+
+/// The order of a restart, and why.
+pub const RESET_ORDER: [(ResetStep, &str); 7] = [
+    (
+        ResetStep::Disconnect,
+        "first: what a device has sent and KVM has not delivered belongs to the life before",
+    ),
+    (ResetStep::Devices, "while nothing that they send arrives"),
+    (
+        ResetStep::Vcpus,
+        "before the chips: what a chip of before delivers meanwhile is wiped with the local APIC",
+    ),
+    (ResetStep::Chips, "after the vCPUs, as in a restore; the PIT ticks until here"),
+    (ResetStep::Ports, "any place before the guest runs"),
+    (ResetStep::Connect, "after the chips: they would keep an edge of before"),
+    (ResetStep::Boot, "last: its registers are set on top of those of power-on"),
+];
 
 /// The state of vCPUs and chips when the machine was made.
 pub(crate) struct FreshState {
@@ -62,6 +102,9 @@ pub enum ResetError {
     /// Interrupt chips.
     #[error(transparent)]
     Vm(#[from] VmStateError),
+    /// Interrupt lines.
+    #[error(transparent)]
+    Line(#[from] IrqLineError),
 }
 
 impl Machine {
@@ -91,17 +134,32 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), ResetError> {
         let region = self.ram.firmware().ok_or(ResetError::NoBootImage)?;
         let was_running = self.quiesce();
-        self.devices.iter().for_each(|device| device.reset());
-        self.serial.iter().for_each(serial::SerialPort::reset);
-        self.vcpus.on_each(|index| {
-            let (host, fresh) = (self.host.clone(), self.fresh.vcpus[index].clone());
-            Box::new(move |fd| state::restore(fd, &fresh, &host, state::Tsc::Keep))
-        })?;
-        vm_state::restore(&self.vm, &self.fresh.vm, Clock::Keep)?;
-        let boot = LinuxBoot::read(self.ram.memory(), region).map_err(LinuxBootError::from);
-        self.start_linux(&boot.map_err(StartLinuxError::from)?)?;
-        self.vcpus.restart();
+        for (step, _reason) in RESET_ORDER {
+            self.reset_step(step, region)?;
+        }
         self.release(was_running);
+        Ok(())
+    }
+
+    fn reset_step(&mut self, step: ResetStep, region: Range) -> Result<(), ResetError> {
+        match step {
+            ResetStep::Disconnect => self.irq_lines.disconnect(&self.vm)?,
+            ResetStep::Devices => {
+                self.devices.iter().for_each(|device| device.reset());
+                self.serial.iter().for_each(serial::SerialPort::reset);
+            }
+            ResetStep::Vcpus => self.vcpus.on_each(|index| {
+                let (host, fresh) = (self.host.clone(), self.fresh.vcpus[index].clone());
+                Box::new(move |fd| state::restore(fd, &fresh, &host, state::Tsc::Keep))
+            })?,
+            ResetStep::Chips => drop(vm_state::restore(&self.vm, &self.fresh.vm, Clock::Keep)?),
+            ResetStep::Ports => self.vcpus.restart(),
+            ResetStep::Connect => self.irq_lines.connect(&self.vm)?,
+            ResetStep::Boot => {
+                let boot = LinuxBoot::read(self.ram.memory(), region).map_err(LinuxBootError::from);
+                self.start_linux(&boot.map_err(StartLinuxError::from)?)?;
+            }
+        }
         Ok(())
     }
 
@@ -126,3 +184,6 @@ impl Machine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

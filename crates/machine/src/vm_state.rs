@@ -28,15 +28,31 @@ pub enum Item {
 
 /// Field of a `Kind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
 const ASKED: u16 = 6;
+/// Field of a `Kind::Vm` section: by which way it has asked for a reset, by [`PowerRequest::way_number`].
+const ASKED_BY: u16 = 7;
 
-/// The order of save and of restore, and why. Both come after the vCPUs' part at save (an event that
-/// a vCPU's exit raises is then in the chips) and after it at restore (the LAPICs must exist before
-/// the I/O APIC delivers to them).
-pub const ORDER: [(Item, &str); 5] = [
-    (Item::Pit, "before the chips: its tick goes through them"),
+/// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in
+/// the chips.
+pub const SAVE_ORDER: [(Item, &str); 5] = [
+    (Item::Pit, "before the chips: a tick in between is then in them, and not lost"),
+    (Item::Clock, "any place"),
+    (Item::PicMaster, "any place"),
+    (Item::PicSlave, "any place"),
+    (Item::IoApic, "any place"),
+];
+
+/// The order of restore and of a restart, and why. It comes after the vCPUs' part: the LAPICs must exist
+/// before the I/O APIC delivers to them.
+pub const RESTORE_ORDER: [(Item, &str); 5] = [
+    (Item::Pit, "before the chips: its tick goes through them, and the last one of before is over then"),
     (Item::Clock, "before any vCPU runs: a clock set later makes guests hang (Cloud Hypervisor #7930)"),
-    (Item::PicMaster, "before the slave, which is cascaded through it"),
-    (Item::PicSlave, "after the master"),
+    (
+        Item::PicSlave,
+        "before the master: with each chip that is set KVM looks whether the slave has something pending and \
+         latches it in the master (`pic_update_irq` in arch/x86/kvm/i8259.c), so a slave of before would leave \
+         the master that is set first with an interrupt that nobody has sent",
+    ),
+    (Item::PicMaster, "after the slave"),
     (Item::IoApic, "last: setting it delivers what is pending"),
 ];
 
@@ -73,7 +89,8 @@ fn chip(item: Item) -> Option<u32> {
 pub(crate) fn save(vm: &VmFd, asked: Option<PowerRequest>, to: &mut Vec<u8>) -> Result<(), VmStateError> {
     let mut fields = FieldWriter::new(to);
     fields.put_plain(ASKED, &asked.map_or(0, PowerRequest::number));
-    for (item, _reason) in ORDER {
+    fields.put_plain(ASKED_BY, &asked.map_or(0, PowerRequest::way_number));
+    for (item, _reason) in SAVE_ORDER {
         let field = item as u16;
         match (item, chip(item)) {
             (_, Some(chip_id)) => {
@@ -108,7 +125,7 @@ pub(crate) enum Clock {
 /// Writes a saved state into a VM whose vCPUs do not run. Returns what its guest had asked for.
 pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<PowerRequest>, VmStateError> {
     let fields = FieldReader::new(bytes)?;
-    for (item, _reason) in ORDER {
+    for (item, _reason) in RESTORE_ORDER {
         let field = item as u16;
         match (item, chip(item)) {
             (_, Some(chip_id)) => {
@@ -131,5 +148,7 @@ pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<Po
             (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
         }
     }
-    Ok(PowerRequest::from_number(fields.get_plain(ASKED)?))
+    // Checkpoints of before the way was saved have none.
+    let way = fields.get_plain(ASKED_BY).unwrap_or(0);
+    Ok(PowerRequest::from_numbers(fields.get_plain(ASKED)?, way))
 }

@@ -9,7 +9,7 @@ use outlive_dirty::Choice;
 use outlive_machine::state::{Kind, Section};
 use outlive_machine::{
     After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, PortEnd,
-    PowerRequest,
+    PowerRequest, ResetWay,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -115,8 +115,9 @@ fn a_guest_restarts_in_every_way_that_kernels_know_and_then_switches_off() {
         machine.boot_linux(&boot()).unwrap();
         machine.go_live(false);
         machine.resume();
-        for start in 1..=4 {
-            assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset), "start {start}");
+        let ways = [ResetWay::Acpi, ResetWay::Keyboard, ResetWay::ResetControl, ResetWay::TripleFault];
+        for (start, way) in (1..).zip(ways) {
+            assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset(way)), "start {start}");
             assert_eq!(word(&machine, COUNTER), start);
             assert_eq!(word(&machine, PARAMETERS_SEEN), u32::from_le_bytes(*b"HdrS"));
             // A reset does not rely on anything that the guest has left.
@@ -150,7 +151,7 @@ fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
     machine.go_live(false);
     machine.resume();
     machine.enable_tracking().unwrap();
-    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset(ResetWay::Acpi)));
     let mut staging = Outgoing::new(8192, 0).unwrap();
     machine.checkpoint(&mut staging, After::Stay, &mut Nothing).unwrap();
 
@@ -167,7 +168,7 @@ fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
     copy.restore(&constants, &sections, Duration::ZERO).unwrap();
     copy.go_live(true);
     copy.resume();
-    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset(ResetWay::Acpi)));
 }
 
 #[test]
@@ -183,7 +184,7 @@ fn a_guest_that_overwrites_its_boot_image_cannot_restart() {
     let Some((mut machine, events)) = booted(1, 64 << 20, boot().firmware_bytes()) else { return };
     machine.boot_linux(&boot()).unwrap();
     machine.resume();
-    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset(ResetWay::Acpi)));
     machine.ram().memory().write_slice(&[0xff; 64], GuestAddress(64 << 20)).unwrap();
     let error = machine.reset().unwrap_err();
     assert!(error.to_string().contains("damaged"), "{error}");
@@ -194,5 +195,5 @@ fn thirty_two_processors_are_made() {
     let Some((mut machine, events)) = booted(32, 64 << 20, boot().firmware_bytes()) else { return };
     machine.boot_linux(&boot()).unwrap();
     machine.resume();
-    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset));
+    assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Reset(ResetWay::Acpi)));
 }

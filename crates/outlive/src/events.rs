@@ -73,7 +73,10 @@ pub enum Event {
     /// The guest's kernel panicked; what follows is its own decision.
     GuestPanicked,
     /// The guest restarted. It stays protected.
-    GuestRestarted,
+    GuestRestarted {
+        /// By which way it asked for it.
+        how: String,
+    },
     /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
     SelfCheck {
         /// The checkpoint.
@@ -332,7 +335,7 @@ mod tests {
             Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
             Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
             Event::GuestPanicked,
-            Event::GuestRestarted,
+            Event::GuestRestarted { how: "a triple fault".into() },
             Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
             Event::SelfCheck { checkpoint: 100, difference: None },
             Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },

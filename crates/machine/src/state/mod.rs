@@ -136,6 +136,20 @@ impl<'a> FieldReader<'a> {
         T::read_from_bytes(self.get(field)?).map_err(|_| StateError::Field { field })
     }
 
+    /// Every field with its number, in the order in which they were written.
+    #[cfg(test)]
+    pub(crate) fn fields(&self) -> Vec<(u16, &'a [u8])> {
+        let mut fields = Vec::new();
+        let mut rest = self.from;
+        // PANIC: `new` has seen that the bytes are whole fields.
+        while !rest.is_empty() {
+            let (id, bytes, after) = split(rest).unwrap();
+            fields.push((id, bytes));
+            rest = after;
+        }
+        fields
+    }
+
     /// A field that is several values of plain data in a row.
     pub(crate) fn get_array<T: FromBytes>(&self, field: u16) -> Result<Vec<T>, StateError> {
         let bytes = self.get(field)?;

@@ -9,7 +9,7 @@ use outlive_guest::abi;
 use super::idle::IdleState;
 use super::power;
 use crate::devices::complaints::{Complaints, complain};
-use crate::event::PowerRequest;
+use crate::event::{PowerRequest, ResetWay};
 
 /// What a vCPU does after it wrote to a platform port.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,6 +38,8 @@ pub(crate) struct Platform {
     /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is
     /// over and will not come again, so a checkpoint has to carry it.
     asked: AtomicU32,
+    /// The way of a reset ([`PowerRequest::way_number`]); written before `asked`.
+    asked_by: AtomicU32,
     panicked: AtomicBool,
     complaints: Complaints,
 }
@@ -59,6 +61,7 @@ impl Platform {
             triple_fault,
             ended: AtomicBool::new(false),
             asked: AtomicU32::new(0),
+            asked_by: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             complaints: Complaints::default(),
         }
@@ -75,12 +78,14 @@ impl Platform {
 
     /// Notes what the guest asks for, or that it asks for nothing.
     pub(super) fn ask(&self, request: Option<PowerRequest>) {
+        self.asked_by.store(request.map_or(0, PowerRequest::way_number), Ordering::Relaxed);
         self.asked.store(request.map_or(0, PowerRequest::number), Ordering::Release);
     }
 
     /// What the guest has asked for and not been given.
     pub(super) fn asked(&self) -> Option<PowerRequest> {
-        PowerRequest::from_number(self.asked.load(Ordering::Acquire))
+        let number = self.asked.load(Ordering::Acquire);
+        PowerRequest::from_numbers(number, self.asked_by.load(Ordering::Relaxed))
     }
 
     /// Whether this is the first panic of the guest since its start.
@@ -90,6 +95,7 @@ impl Platform {
 
     /// The guest starts anew. No vCPU runs.
     pub(super) fn restart(&self) {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.ended.store(false, Ordering::Release);
         self.ask(None);
         self.panicked.store(false, Ordering::Release);
@@ -114,7 +120,7 @@ impl Platform {
             }
             (abi::PORT_POWER, &[a, b, c, d]) => match u32::from_le_bytes([a, b, c, d]) {
                 abi::POWER_OFF => AfterPort::Power(PowerRequest::Off),
-                abi::POWER_RESET => AfterPort::Power(PowerRequest::Reset),
+                abi::POWER_RESET => AfterPort::Power(PowerRequest::Reset(ResetWay::PowerPort)),
                 abi::POWER_PANIC => AfterPort::Power(PowerRequest::Panic),
                 other => {
                     complain!(

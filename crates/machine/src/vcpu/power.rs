@@ -6,7 +6,7 @@
 
 use super::platform::AfterPort;
 use crate::acpi::{RESET_VALUE, SOFT_OFF};
-use crate::event::PowerRequest;
+use crate::event::{PowerRequest, ResetWay};
 use crate::map::ports::{self, KEYBOARD, RESET_CONTROL};
 
 /// Command of the keyboard controller: pull the processor's reset line.
@@ -26,14 +26,18 @@ pub(super) fn write(port: u16, data: &[u8]) -> AfterPort {
     let &[value] = data else { return AfterPort::NotOurs };
     match port {
         ports::SLEEP_CONTROL if value == SLEEP_ENABLE | SOFT_OFF << 2 => AfterPort::Power(PowerRequest::Off),
-        ports::RESET if value == RESET_VALUE => AfterPort::Power(PowerRequest::Reset),
-        KEYBOARD if value == PULL_RESET => AfterPort::Power(PowerRequest::Reset),
-        RESET_CONTROL if value & RESET_CPU != 0 => AfterPort::Power(PowerRequest::Reset),
+        ports::RESET if value == RESET_VALUE => reset(ResetWay::Acpi),
+        KEYBOARD if value == PULL_RESET => reset(ResetWay::Keyboard),
+        RESET_CONTROL if value & RESET_CPU != 0 => reset(ResetWay::ResetControl),
         ports::PANIC if value & (PANICKED | CRASH_LOADED) != 0 => AfterPort::Panicked,
         ports::SLEEP_CONTROL | ports::SLEEP_STATUS | ports::RESET | ports::PANIC => AfterPort::Continue,
         KEYBOARD | RESET_CONTROL => AfterPort::Continue,
         _ => AfterPort::NotOurs,
     }
+}
+
+fn reset(way: ResetWay) -> AfterPort {
+    AfterPort::Power(PowerRequest::Reset(way))
 }
 
 /// Answers a read from one of the ports. Returns false for any other.
@@ -55,12 +59,14 @@ mod tests {
     #[test]
     fn every_way_to_end_is_understood() {
         let off = AfterPort::Power(PowerRequest::Off);
-        let reset = AfterPort::Power(PowerRequest::Reset);
         assert_eq!(write(ports::SLEEP_CONTROL, &[0x20 | 5 << 2]), off);
-        for (port, value) in
-            [(ports::RESET, 1), (KEYBOARD, 0xfe), (RESET_CONTROL, 0x06), (RESET_CONTROL, 0x0e)]
-        {
-            assert_eq!(write(port, &[value]), reset, "{port:#x}");
+        for (port, value, way) in [
+            (ports::RESET, 1, ResetWay::Acpi),
+            (KEYBOARD, 0xfe, ResetWay::Keyboard),
+            (RESET_CONTROL, 0x06, ResetWay::ResetControl),
+            (RESET_CONTROL, 0x0e, ResetWay::ResetControl),
+        ] {
+            assert_eq!(write(port, &[value]), reset(way), "{port:#x}");
         }
         assert_eq!(write(ports::PANIC, &[1]), AfterPort::Panicked);
         assert_eq!(write(ports::PANIC, &[2]), AfterPort::Panicked);

@@ -16,7 +16,7 @@ use super::port_io;
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
 use super::state::{Saver, VcpuStateError};
-use crate::event::{MachineEvent, PowerRequest};
+use crate::event::{MachineEvent, PowerRequest, ResetWay};
 use crate::thread;
 
 /// KVM_EXIT_DIRTY_RING_FULL, which kvm-ioctls does not name (include/uapi/linux/kvm.h).
@@ -193,8 +193,8 @@ impl Vcpu {
             Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => return Entered::LogFull,
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Entered::Again,
             Ok(VcpuExit::Shutdown) if shared.platform.triple_fault() == TripleFault::Reset => {
-                tracing::warn!(vcpu = *index, "the guest restarts by a triple fault");
-                return self.after_port(AfterPort::Power(PowerRequest::Reset));
+                let request = PowerRequest::Reset(ResetWay::TripleFault);
+                return self.after_port(AfterPort::Power(request));
             }
             Ok(VcpuExit::Shutdown) => "triple fault (KVM_EXIT_SHUTDOWN)".to_owned(),
             Ok(other) => format!("{other:?}"),

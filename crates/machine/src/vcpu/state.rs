@@ -55,7 +55,7 @@ pub const SAVE_ORDER: [(Item, &str); 9] = [
 pub const RESTORE_ORDER: [(Item, &str); 10] = [
     (Item::MpState, "after CPUID, before everything that depends on the vCPU being runnable"),
     (Item::Regs, "before Events: KVM_SET_REGS clears pending exceptions"),
-    (Item::Sregs, "before Lapic: it carries the APIC base; before Events: it carries a pending interrupt"),
+    (Item::Sregs, "before Lapic: it carries the APIC base; before Events: it clears a pending interrupt"),
     (Item::Xcrs, "before Xsave: XCR0 says which components are valid"),
     (Item::Xsave, "after Xcrs"),
     (Item::DebugRegs, "any place"),
@@ -172,7 +172,7 @@ impl Saver {
         match item {
             Item::MpState => fields.put_plain(field, &ioctl(item, fd.get_mp_state())?),
             Item::Regs => fields.put_plain::<kvm_regs>(field, &sync.regs),
-            Item::Sregs => fields.put_plain::<kvm_sregs>(field, &sync.sregs),
+            Item::Sregs => fields.put_plain(field, &without_interrupts(sync.sregs)),
             Item::Xsave => self.save_xsave(fd, fields)?,
             Item::Xcrs => fields.put_plain(field, &ioctl(item, fd.get_xcrs())?),
             Item::DebugRegs => fields.put_plain(field, &ioctl(item, fd.get_debug_regs())?),
@@ -194,6 +194,12 @@ impl Saver {
         fields.put_plain(Item::Msrs as u16, entries);
         Ok(())
     }
+}
+
+/// Of the interrupts that are being delivered KVM sets bits in kvm_run and clears none (`__get_sregs` in
+/// arch/x86/kvm/x86.c), so those of earlier stops are among them. [`Item::Events`] says what is true.
+fn without_interrupts(sregs: kvm_sregs) -> kvm_sregs {
+    kvm_sregs { interrupt_bitmap: [0; 4], ..sregs }
 }
 
 /// KVM reads the deadline as 0 while its interrupt is on the way (Firecracker #4618): a deadline of

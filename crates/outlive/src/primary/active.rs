@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::EndReason;
-use outlive_machine::{After, CaptureError, InPause, LogMode, Machine, MachineEvent, Outgoing, PowerRequest};
+use outlive_machine::{
+    After, CaptureError, InPause, LogMode, Machine, MachineEvent, Outgoing, PowerRequest, ResetWay,
+};
 use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
 
 use super::base::Base;
 use super::control::{Control, Inbox};
 use super::disks::{DiskBase, Next, SharedDisks};
+use super::restarts::Restarts;
 use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::disk::{Saying, Sidecars, SyncReport};
@@ -66,6 +69,7 @@ struct Coordinator {
     base: Option<Base>,
     next_epoch: Instant,
     captures: u64,
+    restarts: Restarts,
     /// The guest has ended; no vCPU runs any more.
     guest_over: bool,
     /// The VM cannot run here any more.
@@ -83,6 +87,7 @@ impl Active {
             base: None,
             next_epoch: Instant::now(),
             captures: 0,
+            restarts: Restarts::default(),
             guest_over: false,
             wedged: false,
         };
@@ -101,6 +106,7 @@ impl Coordinator {
                 return end;
             }
             self.active.control.handle(PrimaryEvent::Tick);
+            self.restart_if_due();
             if let Err(error) = self.capture_if_due() {
                 self.capture_failed(&error);
             }
@@ -123,7 +129,8 @@ impl Coordinator {
             Wanted::Last(_) if !self.free.is_empty() => Some(Duration::ZERO),
             _ => None,
         };
-        let timeout = [until_tick, until_epoch].into_iter().flatten().min();
+        let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = [until_tick, until_epoch, until_restart].into_iter().flatten().min();
         let timeout = timeout.unwrap_or(Duration::from_millis(500));
         if timeout.is_zero() {
             return self.active.inbox.try_recv().ok();
@@ -170,7 +177,7 @@ impl Coordinator {
             MachineEvent::DirtyLogFull => self.log_full(),
             MachineEvent::DiskLogFull => self.next_epoch = Instant::now(),
             MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
-            MachineEvent::Power(PowerRequest::Reset) => self.reset(),
+            MachineEvent::Power(PowerRequest::Reset(way)) => self.restart_asked(way),
             MachineEvent::GuestPanicked => {
                 tracing::error!(
                     "the guest's kernel panicked; the VM runs on for what it does next (panic= of its command line)"
@@ -188,18 +195,34 @@ impl Coordinator {
         }
     }
 
-    /// The guest restarts, protected as before; one that cannot ends.
-    fn reset(&mut self) {
+    /// The guest asks for a restart; one that cannot ends.
+    fn restart_asked(&mut self, way: ResetWay) {
         if !self.active.machine.can_reset() {
             return self.end(EndReason::Reset);
         }
+        let asked = self.restarts.ask(way, Instant::now());
+        let wait = asked.wait.as_secs();
+        match asked.soon.map(|ran| ran.as_secs()) {
+            None => tracing::info!("the guest restarts, by {way}"),
+            Some(ran) if wait == 0 => {
+                tracing::warn!("the guest restarts, by {way}, {ran} s after its last restart");
+            }
+            Some(ran) => tracing::warn!(
+                "the guest restarts, by {way}, {ran} s after its last restart, again and again: \
+                 this one waits for {wait} s"
+            ),
+        }
+    }
+
+    /// The guest restarts, protected as before, if it is time.
+    fn restart_if_due(&mut self) {
+        let Some(way) = self.restarts.take(Instant::now()) else { return };
         if self.guest_over {
             return;
         }
         match self.active.machine.reset() {
             Ok(()) => {
-                tracing::info!("the guest restarts");
-                self.active.events.emit(Event::GuestRestarted);
+                self.active.events.emit(Event::GuestRestarted { how: way.to_string() });
             }
             Err(error) => {
                 tracing::error!("the guest cannot restart: {error}");

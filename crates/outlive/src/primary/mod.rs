@@ -5,6 +5,7 @@ mod base;
 mod control;
 mod disks;
 mod launch;
+mod restarts;
 mod self_check;
 mod stats;
 

@@ -106,7 +106,7 @@ fn the_standbys_disk_equals_the_vms_while_the_guest_writes_and_after_takeovers()
             writing.wait_written(side);
             wait_equal(&mut standby);
         }
-        assert!(!primary.has(|e| matches!(e, Event::GuestRestarted)), "{}", primary.log());
+        assert!(!primary.has(|e| matches!(e, Event::GuestRestarted { .. })), "{}", primary.log());
         primary.kill();
         standby.wait_takeover();
         primary = standby;
@@ -130,7 +130,7 @@ fn the_largest_number_of_vcpus_is_taken_over() {
         standby = writing.standby(side.other());
     }
     primary.wait_protected();
-    assert!(!primary.has(|e| matches!(e, Event::GuestRestarted)), "{}", primary.log());
+    assert!(!primary.has(|e| matches!(e, Event::GuestRestarted { .. })), "{}", primary.log());
 }
 
 #[test]

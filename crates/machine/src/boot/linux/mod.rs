@@ -107,4 +107,4 @@ fn place_initrd(kernel: &kernel::Loaded, len: u64, low_end: u64) -> Result<u64, 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

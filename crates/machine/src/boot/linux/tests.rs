@@ -19,7 +19,7 @@ fn set(image: &mut [u8], at: usize, bytes: &[u8]) {
 }
 
 /// The least that is a bzImage: a header and some code, which is its own offset in bytes of 8.
-fn bzimage() -> Vec<u8> {
+pub(crate) fn bzimage() -> Vec<u8> {
     let mut image = vec![0; SETUP + 0x1000];
     image[0x1f1] = 4; // setup sectors
     set(&mut image, 0x1f4, &(0x1000u32 / 16).to_le_bytes()); // syssize

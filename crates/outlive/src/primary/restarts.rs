@@ -1,0 +1,102 @@
+//! How often a guest restarts: one that does nothing else is slowed down.
+//!
+//! A restart reads the kernel from the VM's memory and writes it, with an epoch's worth of dirty pages, so a
+//! guest that cannot boot would keep both hosts busy for ever.
+
+use std::time::{Duration, Instant};
+
+use outlive_machine::ResetWay;
+
+/// A guest that has run for so long between two restarts is well.
+const LONG: Duration = Duration::from_secs(60);
+/// Restarts, each within [`LONG`] of the one before, that are carried out at once.
+const AT_ONCE: u32 = 2;
+/// What the first after them waits; it doubles with each.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(32);
+
+/// The restarts of one guest.
+#[derive(Debug, Default)]
+pub(super) struct Restarts {
+    /// When it was last carried out.
+    last: Option<Instant>,
+    /// How many came soon after another, the last one of them included.
+    in_a_row: u32,
+    due: Option<(Instant, ResetWay)>,
+}
+
+/// What is said about a restart that the guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// It ran for so long since the last one, which was not long.
+    pub(super) soon: Option<Duration>,
+    /// The restart waits for so long.
+    pub(super) wait: Duration,
+}
+
+impl Restarts {
+    /// The guest asks for a restart by `way`.
+    pub(super) fn ask(&mut self, way: ResetWay, now: Instant) -> Asked {
+        let soon = self.last.map(|last| now.saturating_duration_since(last)).filter(|ran| *ran < LONG);
+        self.in_a_row = if soon.is_some() { self.in_a_row.saturating_add(1) } else { 0 };
+        let wait = match self.in_a_row.checked_sub(AT_ONCE) {
+            None => Duration::ZERO,
+            Some(doublings) => FIRST_WAIT.saturating_mul(1 << doublings.min(16)).min(LONGEST_WAIT),
+        };
+        self.due = Some((now + wait, way));
+        Asked { soon, wait }
+    }
+
+    /// When the next one is to be carried out.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due.map(|(at, _)| at)
+    }
+
+    /// The way of one that is to be carried out now; it is then taken as done.
+    pub(super) fn take(&mut self, now: Instant) -> Option<ResetWay> {
+        let (_, way) = self.due.take_if(|(at, _)| *at <= now)?;
+        self.last = Some(now);
+        Some(way)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_restarts_now_and_then_does_so_at_once() {
+        let (mut restarts, mut now) = (Restarts::default(), Instant::now());
+        for _ in 0..10 {
+            assert_eq!(restarts.ask(ResetWay::Acpi, now), Asked { soon: None, wait: Duration::ZERO });
+            assert_eq!(
+                (restarts.take(now), restarts.take(now), restarts.due()),
+                (Some(ResetWay::Acpi), None, None)
+            );
+            now += LONG;
+        }
+    }
+
+    #[test]
+    fn two_within_a_minute_are_told_and_a_loop_is_slowed_down() {
+        let (mut restarts, mut now) = (Restarts::default(), Instant::now());
+        let ran = Duration::from_secs(20);
+        let mut waits = Vec::new();
+        for number in 0..9 {
+            let asked = restarts.ask(ResetWay::Acpi, now);
+            assert_eq!(asked.soon, (number > 0).then_some(ran));
+            assert_eq!(restarts.take(now).is_some(), asked.wait.is_zero());
+            waits.push(asked.wait.as_secs());
+            now += asked.wait;
+            if !asked.wait.is_zero() {
+                assert_eq!(restarts.due(), Some(now));
+                assert!(restarts.take(now).is_some());
+            }
+            now += ran;
+        }
+        assert_eq!(waits, [0, 0, 1, 2, 4, 8, 16, 32, 32]);
+        now += LONG;
+        assert_eq!(restarts.ask(ResetWay::Acpi, now), Asked { soon: None, wait: Duration::ZERO });
+    }
+}
