@@ -44,13 +44,12 @@ pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError,
 pub use capture::{After, CaptureError, CaptureReport, InPause};
 pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
+pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};
 pub use devices::virtio::blk::{
     BlockDevice, BlockError, ChunkSet, DiskOp, DiskOptions, DiskWrite, Image, ImageError, LogMode,
     WriteBuffer, WriteLog,
 };
-pub use devices::virtio::net::{
-    MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, OutputMode, Tap,
-};
+pub use devices::virtio::net::{MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, Tap};
 pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
 pub use irq::IrqLineError;
 pub use kvm::{Host, HostError, MAX_VCPUS};

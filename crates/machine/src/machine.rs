@@ -15,6 +15,7 @@ use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::PortEnd;
 use crate::devices::serial::{SerialHost, SerialPort};
+use crate::devices::valve::{HeldOutput, Lease, OutputMode, Permit, Valve};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
 use crate::devices::virtio::console::ConsoleDevice;
@@ -41,6 +42,8 @@ pub struct Options {
     /// Bytes behind it that keep what a Linux guest boots from
     /// ([`LinuxBoot::firmware_bytes`](crate::LinuxBoot)); 0 for the payload guest.
     pub firmware_bytes: u64,
+    /// What becomes of output at first.
+    pub output: OutputMode,
     /// The network card, if any.
     pub net: Option<NetConfig>,
     /// Disks, in the order in which the guest finds them.
@@ -122,6 +125,7 @@ pub struct Machine {
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) net: Option<Arc<NetDevice<GuestMemory>>>,
     pub(crate) disks: Vec<Arc<BlockDevice<GuestMemory>>>,
+    valve: Arc<Valve>,
     pub(crate) write_log: Arc<WriteLog>,
     pub(crate) serial: Option<SerialPort>,
     pub(crate) irq_lines: IrqLines,
@@ -182,12 +186,15 @@ impl Machine {
         let gate = Arc::new(DeviceGate::new());
         let mut mmio = Bus::new();
         let mut board = Board::new(&vm, &ram, &gate, &platform, &mut mmio);
-        let net = options.net.as_ref().map(|net| board.add(|host| NetDevice::new(net, host))).transpose()?;
+        let permit = Arc::new(Permit::new(options.output, Lease::new()));
+        let card = |net| board.add(|host| NetDevice::new(net, permit.clone(), host));
+        let net = options.net.as_ref().map(card).transpose()?;
         let full = options.events.clone();
         let write_log = WriteLog::new(move || full(MachineEvent::DiskLogFull));
         let mut disks = Vec::new();
         for (index, disk) in options.disks.iter().enumerate() {
-            disks.push(board.add(|host| BlockDevice::new(disk, index as u16, write_log.clone(), host))?);
+            let (index, log, permit) = (index as u16, write_log.clone(), permit.clone());
+            disks.push(board.add(|host| BlockDevice::new(disk, index, log, permit, host))?);
         }
         if options.rng {
             board.add(|host| RngDevice::new(host).map_err(BoardError::Start))?;
@@ -200,6 +207,7 @@ impl Machine {
             options.serial.clone().map(|end| add_serial(end, &mut board, &gate, &mut pio)).transpose()?;
         let power_button = board.interrupt(lines::POWER_BUTTON)?;
         let (devices, irq_lines) = board.finish();
+        let valve = Arc::new(Valve::new(permit, outputs(net.as_ref(), &disks)));
         let parts = Parts {
             platform,
             pio: Arc::new(pio),
@@ -219,6 +227,7 @@ impl Machine {
             devices,
             net,
             disks,
+            valve,
             write_log,
             serial,
             irq_lines,
@@ -291,6 +300,11 @@ impl Machine {
         &self.disks
     }
 
+    /// All held output: of the network card and of the shared disks.
+    pub fn valve(&self) -> &Arc<Valve> {
+        &self.valve
+    }
+
     /// What the guest does to its disks, for a standby's copy of them.
     pub fn write_log(&self) -> &Arc<WriteLog> {
         &self.write_log
@@ -344,6 +358,16 @@ impl Machine {
         self.constants = constants.into_iter().map(|(_, bytes)| bytes).collect();
         Ok(())
     }
+}
+
+/// What of the devices is output.
+fn outputs(
+    net: Option<&Arc<NetDevice<GuestMemory>>>,
+    disks: &[Arc<BlockDevice<GuestMemory>>],
+) -> Vec<Arc<dyn HeldOutput>> {
+    let frames = net.map(|net| net.output().clone() as Arc<dyn HeldOutput>);
+    let shared = disks.iter().filter(|disk| disk.is_shared());
+    frames.into_iter().chain(shared.map(|disk| disk.clone() as Arc<dyn HeldOutput>)).collect()
 }
 
 /// Puts COM1 on the port bus.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use outlive_dirty::Choice;
 use outlive_machine::state::{Kind, Section};
 use outlive_machine::{
-    After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, PortEnd,
-    PowerRequest, ResetWay,
+    After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, OutputMode,
+    PortEnd, PowerRequest, ResetWay,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -86,6 +86,7 @@ fn booted(vcpus: u8, memory: u64, firmware_bytes: u64) -> Option<(Machine, Recei
         vcpus,
         memory,
         firmware_bytes,
+        output: OutputMode::PassThrough,
         net: None,
         disks: Vec::new(),
         rng: true,

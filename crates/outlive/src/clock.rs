@@ -19,6 +19,11 @@ impl Clock {
     pub(crate) fn now(&self) -> Duration {
         boot_time().saturating_sub(self.0)
     }
+
+    /// A time of this clock as one of CLOCK_BOOTTIME itself.
+    pub(crate) fn boot_time(&self, since_start: Duration) -> Duration {
+        self.0.saturating_add(since_start)
+    }
 }
 
 fn boot_time() -> Duration {

@@ -8,6 +8,7 @@ pub mod gate;
 pub mod line_log;
 pub mod port;
 pub mod serial;
+pub mod valve;
 pub mod virtio;
 
 use vmm_sys_util::eventfd::EventFd;

@@ -21,6 +21,7 @@ use super::*;
 use crate::boot::linux::tests::bzimage;
 use crate::capture::{After, InPause};
 use crate::devices::port::{NoSink, PortEnd};
+use crate::devices::valve::OutputMode;
 use crate::devices::virtio::blk::DiskOptions;
 use crate::event::{PowerRequest, ResetWay};
 use crate::kvm::{Host, HostError, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
@@ -51,6 +52,7 @@ fn booted(dir: &std::path::Path) -> Option<Machine> {
         vcpus: VCPUS,
         memory: 64 << 20,
         firmware_bytes: boot.firmware_bytes(),
+        output: OutputMode::PassThrough,
         net: None,
         disks: disks.collect(),
         rng: true,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use outlive_dirty::Choice;
-use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, PayloadOptions, PortEnd};
+use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, OutputMode, PayloadOptions, PortEnd};
 
 /// Where the guests are linked.
 pub(crate) const IMAGE: u64 = 0x20_0000;
@@ -108,6 +108,7 @@ pub(crate) fn machine_with(
         vcpus,
         memory: MEMORY,
         firmware_bytes: 0,
+        output: OutputMode::PassThrough,
         net: None,
         disks: Vec::new(),
         rng: false,

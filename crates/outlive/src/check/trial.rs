@@ -5,7 +5,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{Choice, Gfn, Kind};
-use outlive_machine::{Host, MIN_MEMORY, Machine, MachineEvent, Options, PAGE_SIZE, PayloadOptions};
+use outlive_machine::{
+    Host, MIN_MEMORY, Machine, MachineEvent, Options, OutputMode, PAGE_SIZE, PayloadOptions,
+};
 use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::Finding;
@@ -97,6 +99,7 @@ impl Guest {
             vcpus: 1,
             memory: MIN_MEMORY,
             firmware_bytes: 0,
+            output: OutputMode::PassThrough,
             net: None,
             disks: Vec::new(),
             rng: false,

@@ -18,7 +18,7 @@ use outlive_pair::{ExitReason, Link, LossReason, PrimaryEvent, PrimaryStatus, Ti
 
 use super::base::Base;
 use super::control::{Control, Inbox};
-use super::disks::{DiskBase, Next, SharedDisks};
+use super::disks::{DiskBase, Next};
 use super::restarts::Restarts;
 use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
@@ -489,10 +489,8 @@ impl Coordinator {
     /// this process ends without a word on the link, so the standby takes over from there. Held output goes
     /// with it.
     fn give_up(&mut self) -> End {
-        if let Some(net) = self.active.machine.net() {
-            net.output().discard();
-        }
-        SharedDisks::of(&self.active.machine).discard();
+        self.active.machine.valve().discard();
+        self.active.control.finish_output();
         self.active.reporter.take();
         End::Failed(
             "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one"
@@ -502,6 +500,9 @@ impl Coordinator {
 
     fn exit(&mut self, reason: ExitReason) -> End {
         self.active.machine.pause();
+        // The decision to end comes with the one to let the last output out, which another thread may still be
+        // about to carry out.
+        self.active.control.finish_output();
         self.active.control.finish(FAREWELL);
         // Its last report goes before the end.
         self.active.reporter.take();

@@ -1,15 +1,16 @@
 //! Decisions of the primary, carried out.
 //!
 //! One lock covers the state machine and its actions, so they are carried out in the order decided, whichever
-//! thread brought the event. No action blocks: the slow ones queue work for other threads. Above all, a
-//! committed epoch's output is released by the very thread that read the acknowledgement.
+//! thread brought the event. No action blocks: the slow ones queue work for other threads. An order to the
+//! machine's valve is given under the lock and carried out after it: above all, a committed epoch's output leaves
+//! by the very thread that read the acknowledgement, and a pause never waits for that.
 
 use std::sync::mpsc::Sender as Queue;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{DiskWant, Hello};
-use outlive_machine::Output;
+use outlive_machine::{EpochError, OutputMode, Valve};
 use outlive_pair::{
     ClaimResult, ExitReason, Link, LossReason, Primary, PrimaryAction as Action, PrimaryEvent as Event,
     PrimaryNote as Note, PrimaryStatus, Ticket, Wanted,
@@ -20,7 +21,6 @@ use crate::clock::Clock;
 use crate::disk::SyncReport;
 use crate::events::{self, EventWriter};
 use crate::link::{self, Job, Sender, SenderReport};
-use crate::primary::disks::{Lease, SharedDisks};
 use crate::primary::self_check::Hashed;
 use crate::primary::stats::Totals;
 
@@ -85,6 +85,8 @@ struct State {
     starved: bool,
     /// When it was last said that no standby can be reached.
     unreachable_since: Option<Instant>,
+    /// An order was given to the valve that somebody has to carry out.
+    drain: bool,
 }
 
 /// The shared half of the coordinator: see the module.
@@ -93,10 +95,8 @@ pub(crate) struct Control {
     /// The time that the state machine is fed with.
     pub(crate) clock: Clock,
     facts: Facts,
-    output: Option<Arc<Output>>,
-    shared_disks: SharedDisks,
-    /// What the threads that write to shared disks ask.
-    lease: Arc<Lease>,
+    /// All held output of the machine.
+    valve: Arc<Valve>,
     inbox: Queue<Inbox>,
     events: EventWriter,
     totals: Arc<Totals>,
@@ -108,15 +108,12 @@ impl Control {
         pair: Primary,
         clock: Clock,
         facts: Facts,
-        (output, shared_disks): (Option<Arc<Output>>, SharedDisks),
+        valve: Arc<Valve>,
         inbox: Queue<Inbox>,
         events: EventWriter,
         totals: Arc<Totals>,
     ) -> Arc<Self> {
         totals.set_generation(pair.generation());
-        let lease = Lease::new(clock);
-        lease.set(pair.may_release_until());
-        shared_disks.ask(&lease);
         let state = State {
             pair,
             actions: Vec::with_capacity(16),
@@ -125,9 +122,11 @@ impl Control {
             ship: None,
             starved: false,
             unreachable_since: None,
+            drain: false,
         };
-        let state = Mutex::new(state);
-        Arc::new(Self { state, clock, facts, output, shared_disks, lease, inbox, events, totals })
+        let control = Self { state: Mutex::new(state), clock, facts, valve, inbox, events, totals };
+        control.set_lease(&control.lock().pair);
+        Arc::new(control)
     }
 
     /// Gives the control the thread that asks the arbiter.
@@ -139,6 +138,22 @@ impl Control {
     pub(crate) fn handle(self: &Arc<Self>, event: Event) {
         let mut state = self.lock();
         self.step(&mut state, event);
+        self.drain(state);
+    }
+
+    /// Carries out what was ordered of the valve, without the lock: this may take as long as the tap pleases.
+    fn drain(&self, mut state: MutexGuard<'_, State>) {
+        let drain = std::mem::take(&mut state.drain);
+        drop(state);
+        if drain {
+            self.valve.drain();
+        }
+    }
+
+    /// Lets everything out that may leave. When output is discarded, waits for the frame that is being sent:
+    /// nothing leaves after this.
+    pub(crate) fn finish_output(&self) {
+        self.valve.drain();
     }
 
     /// The arbiter has answered.
@@ -163,14 +178,12 @@ impl Control {
         state.ship.take()
     }
 
-    /// Frames from here on belong to the epoch that begins, and wait for its commit.
+    /// Output from here on belongs to the epoch that begins, and waits for its commit.
     fn begin_epoch(&self, epoch: u64) -> Result<(), String> {
-        self.shared_disks.set_epoch(epoch)?;
-        let Some(output) = &self.output else { return Ok(()) };
-        output.set_epoch(epoch).map_err(|e| e.to_string())?;
-        match output.mode() {
-            outlive_machine::OutputMode::Hold => Ok(()),
-            is => Err(format!("output is in mode {is:?} and should be held")),
+        self.valve.begin(epoch).map_err(|e| e.to_string())?;
+        match self.valve.mode() {
+            OutputMode::Hold => Ok(()),
+            mode => Err(format!("output is in mode {mode:?} and should be held")),
         }
     }
 
@@ -217,7 +230,7 @@ impl Control {
     fn step(self: &Arc<Self>, state: &mut State, event: Event) {
         let mut actions = std::mem::take(&mut state.actions);
         state.pair.handle(self.clock.now(), event, &mut actions);
-        self.lease.set(state.pair.may_release_until());
+        self.set_lease(&state.pair);
         let mut failure = None;
         for action in actions.drain(..) {
             if let Err(event) = self.carry_out(state, action) {
@@ -230,6 +243,13 @@ impl Control {
         }
     }
 
+    /// The valve asks before every single frame or write, with a fresh clock, because this process may be stopped
+    /// for an hour between two of them (invariant 1).
+    fn set_lease(&self, pair: &Primary) {
+        let until = pair.may_release_until().map(|until| self.clock.boot_time(until));
+        self.valve.lease().set(until);
+    }
+
     fn carry_out(self: &Arc<Self>, state: &mut State, action: Action) -> Result<(), Event> {
         match action {
             Action::Dial { link, address } => self.dial(link, address),
@@ -239,7 +259,8 @@ impl Control {
             }
             Action::StartBase { link } => self.tell(Inbox::StartBase(link)),
             Action::HoldOutput { link, epoch } => {
-                return self.hold(epoch).map_err(|why| Event::HoldFailed { link, why });
+                let failed = |why: EpochError| Event::HoldFailed { link, why: why.to_string() };
+                return self.valve.hold(epoch).map_err(failed);
             }
             Action::BeginEpoch { link, epoch } => {
                 // Frames of the next epoch would not wait for their commit: this checkpoint must not become
@@ -257,14 +278,12 @@ impl Control {
             }),
             Action::Hangup { link } => self.hang_up(state, link),
             Action::Claim { generation } => self.claim(state, generation),
-            Action::ReleaseAll { generation } => self.release_all(generation),
+            Action::ReleaseAll { generation } => self.release_all(state, generation),
             Action::AskGuest => self.tell(Inbox::AskGuest),
             Action::StopGuest => self.tell(Inbox::StopGuest),
             Action::Fence { generation, owner } => {
-                if let Some(output) = &self.output {
-                    output.discard();
-                }
-                self.shared_disks.discard();
+                self.valve.discard();
+                state.drain = true;
                 tracing::error!(generation, %owner, "another host runs this VM: stopping this copy");
             }
             Action::Exit { reason } => self.tell(Inbox::Exit(reason)),
@@ -312,6 +331,7 @@ impl Control {
                 let mut state = self.lock();
                 state.connection = Some(Connection { link, sender, address, ending: false });
                 self.step(&mut state, Event::Connected { link });
+                self.drain(state);
             }
             Err(error) => {
                 return self.handle(Event::DialFailed { link, why: format!("{address}: {error}") });
@@ -322,32 +342,19 @@ impl Control {
         link::receive(reader, link, |event| control.handle(event), want);
     }
 
-    fn hold(&self, epoch: u64) -> Result<(), String> {
-        if let Some(output) = &self.output {
-            output.hold(epoch).map_err(|e| e.to_string())?;
-        }
-        self.shared_disks.hold(epoch)
-    }
-
     fn release(&self, state: &mut State, through: u64) {
         self.totals.committed(through);
-        if let Some(output) = &self.output {
-            // Invariant 1: asked before every single frame, with a fresh clock, because this process may be
-            // stopped for an hour between two of them.
-            output.release(through, || state.pair.may_release(self.clock.now()));
-        }
-        self.shared_disks.release(through, || state.pair.may_release(self.clock.now()));
+        self.valve.commit(through);
+        state.drain = true;
         if std::mem::take(&mut state.starved) {
             self.tell(Inbox::Wake);
         }
     }
 
-    fn release_all(&self, generation: u64) {
+    fn release_all(&self, state: &mut State, generation: u64) {
         self.totals.set_generation(generation);
-        if let Some(output) = &self.output {
-            output.pass_through();
-        }
-        self.shared_disks.pass_through();
+        self.valve.open();
+        state.drain = true;
     }
 
     fn hang_up(&self, state: &mut State, link: Link) {
@@ -433,3 +440,6 @@ fn on_link(state: &mut State, link: Link, act: impl FnOnce(&mut Connection)) {
         act(connection);
     }
 }
+
+#[cfg(test)]
+mod tests;

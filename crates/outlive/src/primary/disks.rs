@@ -2,99 +2,21 @@
 //! and how the writes to shared ones wait for their commit.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use outlive_epoch::DiskWant;
 use outlive_machine::{ChunkSet, LogMode, Machine, WriteBuffer, WriteLog};
 use outlive_pair::Link;
 
 use super::control::{Control, Inbox};
-use crate::clock::Clock;
 use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
-use crate::vm::Disk;
 use crate::vm::limits::DISK_BYTES;
 
 /// Chunks that may have been written while the rounds of memory went out, for the log to begin: 8 MiB.
 const FEW: usize = 128;
 /// So many times what was written meanwhile is sent, before the log begins however much it is.
 const CATCH_UPS: u32 = 4;
-
-/// Disks that both hosts use: writes to them are output (invariant 1).
-#[derive(Clone)]
-pub(crate) struct SharedDisks(Vec<Disk>);
-
-impl SharedDisks {
-    /// Those of a machine.
-    pub(crate) fn of(machine: &Machine) -> Self {
-        Self(machine.disks().iter().filter(|disk| disk.is_shared()).cloned().collect())
-    }
-
-    /// Has `lease` asked before each change of the storage, by the threads that make it.
-    pub(crate) fn ask(&self, lease: &Arc<Lease>) {
-        for disk in &self.0 {
-            let lease = lease.clone();
-            disk.set_permission(move || lease.holds());
-        }
-    }
-
-    /// From now on writes wait for their commit.
-    pub(crate) fn hold(&self, epoch: u64) -> Result<(), String> {
-        self.0.iter().try_for_each(|disk| disk.hold(epoch).map_err(|e| e.to_string()))
-    }
-
-    /// Writes from now on belong to this epoch.
-    pub(crate) fn set_epoch(&self, epoch: u64) -> Result<(), String> {
-        self.0.iter().try_for_each(|disk| disk.set_epoch(epoch).map_err(|e| e.to_string()))
-    }
-
-    /// Lets the writes of committed epochs go, asking `may` before each.
-    pub(crate) fn release(&self, through: u64, may: impl Fn() -> bool) {
-        for disk in &self.0 {
-            disk.release(through, &may);
-        }
-    }
-
-    /// The VM goes on alone.
-    pub(crate) fn pass_through(&self) {
-        for disk in &self.0 {
-            disk.pass_through();
-        }
-    }
-
-    /// Another host has the VM.
-    pub(crate) fn discard(&self) {
-        self.0.iter().for_each(|disk| disk.discard());
-    }
-}
-
-/// Until when output may leave, for threads that must not wait for the lock of the state machine.
-pub(crate) struct Lease {
-    clock: Clock,
-    /// In nanoseconds of the clock.
-    until: AtomicU64,
-}
-
-impl Lease {
-    /// One that holds until it is told otherwise.
-    pub(crate) fn new(clock: Clock) -> Arc<Self> {
-        Arc::new(Self { clock, until: AtomicU64::new(u64::MAX) })
-    }
-
-    /// From now on it holds until then; `None`: for ever.
-    pub(crate) fn set(&self, until: Option<Duration>) {
-        let nanos = until.map_or(u64::MAX, |until| until.as_nanos() as u64);
-        self.until.store(nanos, Ordering::SeqCst);
-    }
-
-    fn holds(&self) -> bool {
-        // The clock last: this thread may have been stopped before.
-        let until = self.until.load(Ordering::SeqCst);
-        (self.clock.now().as_nanos() as u64) < until
-    }
-}
 
 /// The marks of the machine's log.
 struct Marks(Arc<WriteLog>);

@@ -7,7 +7,6 @@ use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::active::Active;
 use super::control::{Control, Facts, Inbox};
-use super::disks::SharedDisks;
 use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, ClaimWorker};
@@ -46,8 +45,8 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     let output = machine.net().map(|net| net.output().clone());
     let totals = Totals::new(identity.checkpoint);
     let pair = Primary::new(config, clock.now());
-    let outputs = (output.clone(), SharedDisks::of(&machine));
-    let control = Control::new(pair, clock, facts, outputs, queue, events.clone(), totals.clone());
+    let valve = machine.valve().clone();
+    let control = Control::new(pair, clock, facts, valve, queue, events.clone(), totals.clone());
     if let Some(arbiter) = arbiter {
         let told = control.clone();
         let owner = arbiter::owner("primary");

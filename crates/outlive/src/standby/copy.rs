@@ -84,11 +84,12 @@ impl VmCopy {
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has found so many queues.
-        let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac, OutputMode::Discard) };
+        let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac) };
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
             firmware_bytes: hello.firmware_bytes,
+            output: OutputMode::Discard,
             net: plan.pairs.zip(options.net.as_ref()).map(card),
             disks: devices::disk_options(hello, options),
             rng: plan.rng,

@@ -37,8 +37,9 @@ pub(super) fn take_over(
             let after_us = times.declared.elapsed().as_micros() as u64;
             told.emit(Event::FirstPacket { after_us });
         });
-        net.output().pass_through();
     }
+    // Nothing is held that would have to be drained.
+    machine.valve().open();
     machine.go_live(true);
     machine.resume();
     let running = Instant::now();

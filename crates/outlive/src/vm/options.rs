@@ -1,7 +1,7 @@
 //! From the command line to the machine's options.
 
 use outlive_epoch::VmId;
-use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits, OutputMode};
+use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits};
 
 use crate::cli::{DiskSpec, NetSpec};
 
@@ -9,8 +9,8 @@ use crate::cli::{DiskSpec, NetSpec};
 const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
 
 /// A network card's options.
-pub(crate) fn card(net: &NetSpec, mac: MacAddr, output: OutputMode) -> NetConfig {
-    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS, output }
+pub(crate) fn card(net: &NetSpec, mac: MacAddr) -> NetConfig {
+    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS }
 }
 
 /// A disk's options.

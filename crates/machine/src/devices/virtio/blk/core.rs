@@ -21,11 +21,11 @@ use super::pool::Pool;
 use super::queues::Queues;
 use super::request::{Broken, Kind, Status, Wanted};
 use super::stats::add;
-use super::table::{MAX_IN_FLIGHT, Stage, Table};
+use super::table::{MAX_IN_FLIGHT, Slot, Stage, Table};
 use super::worker::Parts;
 use crate::devices::complaints::complain;
 use crate::devices::gate::Pass;
-use crate::devices::virtio::net::OutputMode;
+use crate::devices::valve::{Fate, OutputMode};
 
 /// Most bytes moved to or from guest memory, or to the log, in one step.
 pub(super) const PIECE: usize = super::log::MAX_RECORD;
@@ -60,11 +60,6 @@ pub(super) struct Core<M> {
     turn: u16,
     /// There was no buffer for the next request; wait until one is given back.
     starved: bool,
-    /// What becomes of writes to a shared disk.
-    pub(super) mode: OutputMode,
-    pub(super) epoch: u64,
-    /// A release was refused permission: no write may leave.
-    pub(super) forbidden: bool,
     pub(super) writeback: bool,
     pub(super) serial: [u8; SERIAL_BYTES],
 }
@@ -89,9 +84,6 @@ impl<M: GuestMemory> Core<M> {
             pending: 0,
             turn: 0,
             starved: false,
-            mode: OutputMode::PassThrough,
-            epoch: 0,
-            forbidden: false,
             writeback: true,
             serial,
         }
@@ -192,7 +184,7 @@ impl<M: GuestMemory> Core<M> {
         slot.buffer = buffer;
         let Some(result) = result else { return self.set_aside(parts, token) };
         match slot.job.done(result) {
-            After::Again if slot.dropped && slot.job.kind.changes() => self.set_aside(parts, token),
+            After::Again if parts.is_dropped(slot) => self.set_aside(parts, token),
             After::Again => self.start(parts, token),
             After::Finished(status, error) => {
                 if let Some(number) = error {
@@ -209,7 +201,7 @@ impl<M: GuestMemory> Core<M> {
         let slot = self.table.get_mut(token);
         if !slot.orphan {
             slot.stage = Stage::Waiting;
-            slot.epoch = 0;
+            slot.tag.epoch = 0;
             return self.start_if_possible(parts, token);
         }
         // The driver that wanted it is gone.
@@ -220,18 +212,6 @@ impl<M: GuestMemory> Core<M> {
             self.start_if_possible(parts, later);
         }
         self.unblocked = unblocked;
-    }
-
-    /// Takes back the changes that the engine has not been given yet.
-    pub(super) fn recall(&mut self, parts: &Parts) {
-        for submission in std::mem::take(&mut self.outbox) {
-            if submission.operation.changes() {
-                let Submission { token, buffer, .. } = submission;
-                self.completed(parts, Completion { token, buffer, result: None });
-            } else {
-                self.outbox.push(submission);
-            }
-        }
     }
 
     /// One step. Says whether there was anything to do.
@@ -318,14 +298,13 @@ impl<M: GuestMemory> Core<M> {
         slot.buffer = buffer;
         slot.job.begin(kind, span, len, writes_through(features, self.writeback));
         let stage = if kind == Kind::Write { Stage::Filling(0) } else { Stage::Waiting };
-        let Some(token) = self.table.admit(queue, head, self.epoch, stage) else { return Ok(false) };
+        let Some(token) = self.table.admit(queue, head, parts.permit.tag(), stage) else { return Ok(false) };
         self.begun(parts, token);
         Ok(true)
     }
 
     fn begun(&mut self, parts: &Parts, token: u16) {
-        let slot = self.table.get_mut(token);
-        slot.dropped = self.mode == OutputMode::Discard;
+        let slot = self.table.get(token);
         if slot.waits > 0 {
             add(&parts.counters.serialised, 1);
         }
@@ -356,8 +335,7 @@ impl<M: GuestMemory> Core<M> {
     /// Gives a request to the engine if it waits for nothing and may leave.
     pub(super) fn start_if_possible(&mut self, parts: &Parts, token: u16) {
         let slot = self.table.get(token);
-        let held =
-            parts.shared && slot.job.kind.changes() && (self.mode != OutputMode::PassThrough || slot.dropped);
+        let held = parts.shared && slot.job.kind.changes() && !parts.passes(slot);
         if slot.stage == Stage::Waiting && slot.waits == 0 && !held {
             self.start(parts, token);
         }
@@ -370,7 +348,7 @@ impl<M: GuestMemory> Core<M> {
         match slot.job.operation() {
             Some(operation) => {
                 let buffer = std::mem::take(&mut slot.buffer);
-                self.outbox.push(Submission { token, operation, buffer });
+                self.outbox.push(Submission { token, operation, buffer, tag: slot.tag });
             }
             // A request for nothing: to zero no sectors.
             None => self.disk_done(parts, token, Status::Ok),
@@ -467,6 +445,20 @@ impl<M: GuestMemory> Core<M> {
         let error = std::io::Error::from_raw_os_error(number);
         complain!(warn, parts.complaints, disk = parts.index, offset = job.span.offset, len = job.span.len,
             kind = ?job.kind, %error, "the host's disk failed a request of the guest");
+    }
+}
+
+impl Parts {
+    /// Whether a write leaves at once.
+    fn passes(&self, slot: &Slot) -> bool {
+        let order = self.permit.order();
+        order.mode() == OutputMode::PassThrough && self.permit.fate(order, slot.tag) == Fate::Leaves
+    }
+
+    /// Whether a write must not go on, because it was discarded.
+    fn is_dropped(&self, slot: &Slot) -> bool {
+        let changes = self.shared && slot.job.kind.changes();
+        changes && self.permit.fate(self.permit.order(), slot.tag) == Fate::Dropped
     }
 }
 

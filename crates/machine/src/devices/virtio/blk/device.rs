@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::SERIAL_BYTES;
 use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE};
 use super::engine::{self, Engine, EngineKind};
-use super::hold::{EpochError, ReleasedWrites};
+use super::hold::ReleasedWrites;
 use super::image::{Image, ImageError};
 use super::log::WriteLog;
 use super::persist::{self, BlockState, DiskFacts, InFlight, RestoreError};
@@ -24,6 +24,7 @@ use super::table::MAX_IN_FLIGHT;
 use super::worker::{Parts, Shared};
 use crate::bus::SharedDevice;
 use crate::devices::complaints::Complaints;
+use crate::devices::valve::{HeldOutput, Permit};
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{
@@ -84,12 +85,8 @@ pub struct Block<M> {
 /// It begins passive: the guest may set it up, but nothing is read or written until
 /// [`go_live`](Device::go_live).
 ///
-/// # Shared disks
-///
-/// [`hold`](Self::hold), [`set_epoch`](Self::set_epoch), [`release`](Self::release),
-/// [`pass_through`](Self::pass_through) and [`discard`](Self::discard) are for disks that both hosts use; on
-/// others they do nothing that could be noticed, so that a machine can call them on all its disks. A shared
-/// disk begins with passing through.
+/// The writes to a shared disk, which both hosts use, leave as the machine's
+/// [valve](crate::devices::valve) says; any other disk has nothing to do with it.
 pub struct BlockDevice<M: GuestMemory + Send + Sync + 'static> {
     transport: Arc<Mutex<MmioTransport<M, Block<M>>>>,
     shared: Arc<Shared<M>>,
@@ -97,11 +94,13 @@ pub struct BlockDevice<M: GuestMemory + Send + Sync + 'static> {
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
-    /// Opens the image and puts a disk in front of it, the disk number `index` of the machine.
+    /// Opens the image and puts a disk in front of it, the disk number `index` of the machine. If it is shared,
+    /// its writes leave as `permit` says.
     pub fn new(
         options: &DiskOptions,
         index: u16,
         log: Arc<WriteLog>,
+        permit: Arc<Permit>,
         host: DeviceHost<M>,
     ) -> Result<Self, BlockError> {
         if !(1..=MAX_DISK_QUEUES).contains(&options.queues) {
@@ -109,20 +108,21 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         }
         serial(options.serial.as_deref(), index)?;
         let image = Arc::new(Image::open(&options.path, options.readonly, options.shared)?);
-        let engine = engine::start(options.engine, &image, MAX_IN_FLIGHT as u16, options.shared)?;
-        let mut device = Self::with_engine(options, index, log, host, image, engine)?;
+        let asked = options.shared.then(|| permit.clone());
+        let engine = engine::start(options.engine, &image, MAX_IN_FLIGHT as u16, asked)?;
+        let mut device = Self::with_engine(options, index, log, permit, host, (image, engine))?;
         device.start_thread()?;
         Ok(device)
     }
 
-    /// A disk in front of `image` whose requests are carried out by `engine`, without its thread.
+    /// A disk in front of an image whose requests are carried out by an engine, without its thread.
     pub(super) fn with_engine(
         options: &DiskOptions,
         index: u16,
         log: Arc<WriteLog>,
+        permit: Arc<Permit>,
         host: DeviceHost<M>,
-        image: Arc<Image>,
-        engine: Box<dyn Engine>,
+        (image, engine): (Arc<Image>, Box<dyn Engine>),
     ) -> Result<Self, BlockError> {
         let serial = serial(options.serial.as_deref(), index)?;
         let geometry = Geometry { sectors: image.sectors(), readonly: options.readonly };
@@ -130,7 +130,8 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         let DeviceHost { memory, gate, interrupt, waker } = host;
         let (counters, shared) = (Counters::default(), options.shared);
         let complaints = Complaints::default();
-        let parts = Parts { index, image, geometry, shared, engine, log, waker, counters, complaints };
+        let parts =
+            Parts { index, image, geometry, shared, permit, engine, log, waker, counters, complaints };
         let shared = Arc::new(Shared::new(parts, gate, options.queues, serial)?);
         let queue_sizes = vec![QUEUE_SIZE; usize::from(options.queues)];
         let model = Block { shared: shared.clone(), queue_sizes };
@@ -206,60 +207,11 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared.resume();
     }
 
-    /// From now on writes are held and belong to `epoch`. In a pause with the gate closed. Ends *discard* for
-    /// what is taken from now on.
-    ///
-    /// # Errors
-    ///
-    /// If writes of a later epoch are held; nothing has changed then.
-    pub fn hold(&self, epoch: u64) -> Result<(), EpochError> {
-        self.shared.hold(epoch)
-    }
-
-    /// From now on writes belong to `epoch`. In each pause with the gate closed. Does not change whether they
-    /// are held.
-    ///
-    /// # Errors
-    ///
-    /// If writes of a later epoch are held; nothing has changed then.
-    pub fn set_epoch(&self, epoch: u64) -> Result<(), EpochError> {
-        self.shared.set_epoch(epoch)
-    }
-
-    /// Lets the held writes of all epochs up to `through`, whose checkpoints are committed, go to the disk.
-    ///
-    /// `may` is asked before *each* write: the moment it says no, this and every later release lets nothing
-    /// out until [`hold`](Self::hold) or [`pass_through`](Self::pass_through) begins anew. It must not call
-    /// this device.
-    ///
-    /// The epoch that still runs cannot be committed: its writes stay whatever `through` says. A write that
-    /// waits for an earlier one it overlaps goes with a later release.
-    pub fn release(&self, through: u64, may: impl FnMut() -> bool) -> ReleasedWrites {
-        self.shared.release(through, may)
-    }
-
-    /// Has the threads that carry out the writes of a shared disk ask `may` while writes are held, right
-    /// before each system call that changes the disk: a write that was released may wait long for its turn.
-    /// What may not be carried out is held again, and goes with a later [`release`](Self::release) or
-    /// [`pass_through`](Self::pass_through). `may` must not call this device, nor wait for whoever does.
-    pub fn set_permission(&self, may: impl Fn() -> bool + Send + Sync + 'static) {
-        if let Some(permit) = self.shared.parts.engine.permit() {
-            permit.set(Arc::new(may));
-        }
-    }
-
-    /// Lets all held writes go to the disk, and from then on every write at once. For a VM that goes on alone
-    /// (its generation is won) or is not protected.
-    pub fn pass_through(&self) -> ReleasedWrites {
-        self.shared.pass_through()
-    }
-
-    /// What is held and every later write never goes to the disk: it stays in flight for good. So does what
-    /// was let out and has not begun, and the rest of what takes several operations; only the system calls
-    /// that are under way when this returns end by themselves. [`hold`](Self::hold) and
-    /// [`pass_through`](Self::pass_through) end it for writes that are taken after them.
-    pub fn discard(&self) {
-        self.shared.discard();
+    /// Lets the writes to a shared disk that may leave go to the engine, oldest first. The lease is asked before
+    /// each: the moment it has ended, this and every later call lets nothing out until the valve is ordered to
+    /// hold or to open anew. A write that waits for an earlier one it overlaps goes with a later call.
+    pub fn let_out(&self) -> ReleasedWrites {
+        self.shared.let_out()
     }
 
     /// The state as plain data; needs stopped vCPUs and a closed gate.
@@ -301,6 +253,16 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
 
     fn transport(&self) -> MutexGuard<'_, MmioTransport<M, Block<M>>> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> HeldOutput for BlockDevice<M> {
+    fn newest_held(&self) -> Option<u64> {
+        self.shared.newest_held()
+    }
+
+    fn drain(&self) {
+        self.let_out();
     }
 }
 

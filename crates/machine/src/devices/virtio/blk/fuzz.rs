@@ -11,6 +11,7 @@ use super::engine::manual::Manual;
 use super::{BlockDevice, BlockState, DiskOptions, Image, LogMode, WriteBuffer, WriteLog};
 use crate::bus::SharedDevice;
 use crate::devices::Device;
+use crate::devices::valve::{Lease, OutputMode, Permit, Valve};
 use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -59,7 +60,10 @@ pub fn fuzz(data: &[u8]) {
     log.set_mode(if control[0] & 2 != 0 { LogMode::Log } else { LogMode::Track });
     let image = open();
     let manual = Manual::new(image.clone()).expect("an event");
-    let make = |image: &Arc<Image>, manual: &Manual| {
+    let passing = || Arc::new(Permit::new(OutputMode::PassThrough, Lease::new()));
+    let permit = passing();
+    let valve = Valve::new(permit.clone(), Vec::new());
+    let make = |image: &Arc<Image>, manual: &Manual, permit: &Arc<Permit>| {
         let host = DeviceHost {
             memory: memory.clone(),
             gate: Arc::default(),
@@ -67,13 +71,14 @@ pub fn fuzz(data: &[u8]) {
             waker: Arc::new(Nobody),
         };
         let engine = Box::new(manual.clone());
-        BlockDevice::with_engine(&options, 0, log.clone(), host, image.clone(), engine).expect("a disk")
+        BlockDevice::with_engine(&options, 0, log.clone(), permit.clone(), host, (image.clone(), engine))
+            .expect("a disk")
     };
-    let device = make(&image, &manual);
+    let device = make(&image, &manual, &permit);
     boot(&device.registers(), control[0] & 4 != 0);
     device.go_live(false);
     if control[0] & 8 != 0 {
-        device.hold(1).expect("nothing is held");
+        valve.hold(1).expect("nothing is held");
     }
     work(&device, &manual, &control[2..6]);
 
@@ -82,7 +87,7 @@ pub fn fuzz(data: &[u8]) {
     device.save(&mut saved);
     assert!(saved.len() <= BlockState::BYTES, "a state of {} bytes", saved.len());
     let restored = Manual::new(image.clone()).expect("an event");
-    let other = make(&image, &restored);
+    let other = make(&image, &restored, &passing());
     if let Err(error) = other.restore(&saved) {
         // The guest may have overwritten what the positions in the rings are checked against: nothing else.
         panic!("what was saved cannot be restored: {error}");
@@ -92,6 +97,7 @@ pub fn fuzz(data: &[u8]) {
     assert_eq!(again, saved, "a restored device saves what it was given");
     other.go_live(false);
     work(&other, &restored, &control[6..]);
+    valve.open();
     finish(&device, &manual, &log);
     finish(&other, &restored, &log);
     assert_eq!(file.as_file().metadata().expect("a file").len(), SECTORS * 512, "the image keeps its length");
@@ -145,7 +151,7 @@ fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, 
 /// Lets everything happen that is left. The device must come to rest.
 fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, log: &WriteLog) {
     log.set_mode(LogMode::Off);
-    device.pass_through();
+    device.let_out();
     // The rings of both queues hold less than this many requests, unless the device overwrites them with new
     // ones for ever, which a driver may bring about: it is only itself that it keeps busy.
     for _ in 0..500 {

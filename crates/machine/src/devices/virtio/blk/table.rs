@@ -8,6 +8,7 @@ use super::config::QUEUE_SIZE;
 use super::job::Job;
 use super::pool::Buffer;
 use super::request::{Segments, Status};
+use crate::devices::valve::Tag;
 use crate::devices::virtio::MAX_QUEUES;
 
 /// Most requests of a disk in flight at a time.
@@ -42,10 +43,8 @@ pub(super) struct Slot {
     pub(super) orphan: bool,
     /// How many earlier requests it overlaps that are not done.
     pub(super) waits: u16,
-    /// The epoch the guest ran in when it was taken: for shared disks.
-    pub(super) epoch: u64,
-    /// It was taken, or held, while the output discards: it never starts.
-    pub(super) dropped: bool,
+    /// When it was taken: says when a write to a shared disk may leave.
+    pub(super) tag: Tag,
     pub(super) segments: Segments,
     pub(super) job: Job,
     pub(super) buffer: Buffer,
@@ -72,8 +71,7 @@ impl Table {
             head: 0,
             orphan: false,
             waits: 0,
-            epoch: 0,
-            dropped: false,
+            tag: Tag::NONE,
             segments: Segments::default(),
             job: Job::idle(),
             buffer: Buffer::new(),
@@ -126,7 +124,7 @@ impl Table {
     }
 
     /// Takes [`next_free`](Self::next_free) into use; its job has begun. Counts what it has to wait for.
-    pub(super) fn admit(&mut self, queue: u16, head: u16, epoch: u64, stage: Stage) -> Option<u16> {
+    pub(super) fn admit(&mut self, queue: u16, head: u16, tag: Tag, stage: Stage) -> Option<u16> {
         let token = self.free.pop()?;
         let job = &self.get(token).job;
         let waits = self.iter().filter(|(_, earlier)| earlier.holds_up(job, self.reads_wait)).count() as u16;
@@ -134,8 +132,7 @@ impl Table {
         self.heads[usize::from(queue)] |= 1 << head;
         let slot = self.get_mut(token);
         (slot.stage, slot.queue, slot.head) = (stage, queue, head);
-        (slot.waits, slot.epoch) = (waits, epoch);
-        (slot.orphan, slot.dropped) = (false, false);
+        (slot.waits, slot.tag, slot.orphan) = (waits, tag, false);
         Some(token)
     }
 

@@ -23,6 +23,7 @@ use super::stats::Counters;
 use super::table::MAX_IN_FLIGHT;
 use crate::devices::complaints::Complaints;
 use crate::devices::gate::{DeviceGate, Pass};
+use crate::devices::valve::Permit;
 use crate::devices::virtio::Waker;
 use crate::devices::virtio::worker::{Wake, Work, event};
 
@@ -34,6 +35,8 @@ pub(super) struct Parts {
     pub(super) geometry: Geometry,
     /// A write is output.
     pub(super) shared: bool,
+    /// When writes to a shared disk may leave.
+    pub(super) permit: Arc<Permit>,
     pub(super) engine: Box<dyn Engine>,
     pub(super) log: Arc<WriteLog>,
     pub(super) waker: Arc<dyn Waker>,

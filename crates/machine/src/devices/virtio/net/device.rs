@@ -11,13 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::config_space;
 use super::mac::MacAddr;
 use super::offload::{CTRL_VQ, MQ, effective, offered};
-use super::output::{MAX_PACKET, Output, OutputLimits, OutputMode};
+use super::output::{MAX_PACKET, Output, OutputLimits};
 use super::persist::{NetState, RestoreError};
 use super::queues::Queues;
 use super::stats::NetStats;
 use super::tap::{FramePort, Tap, TapError};
 use super::worker::Shared;
 use crate::bus::SharedDevice;
+use crate::devices::valve::Permit;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{
@@ -45,8 +46,6 @@ pub struct NetConfig {
     pub pairs: u16,
     /// How much output may be held.
     pub limits: OutputLimits,
-    /// What happens to frames at first.
-    pub output: OutputMode,
 }
 
 /// Why a network device cannot be made.
@@ -86,8 +85,8 @@ pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
-    /// Opens the tap and puts a network device in front of it.
-    pub fn new(config: &NetConfig, host: DeviceHost<M>) -> Result<Self, NetError> {
+    /// Opens the tap and puts a network device in front of it, whose frames leave as `permit` says.
+    pub fn new(config: &NetConfig, permit: Arc<Permit>, host: DeviceHost<M>) -> Result<Self, NetError> {
         if !(1..=MAX_PAIRS).contains(&config.pairs) {
             return Err(NetError::Pairs(config.pairs));
         }
@@ -95,7 +94,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
             return Err(NetError::Limits(config.limits.bytes));
         }
         let tap = Arc::new(Tap::with_queues(&config.tap, config.pairs)?);
-        let output = Output::new(tap.clone(), config.limits, config.output)?;
+        let output = Output::new(tap.clone(), config.limits, permit)?;
         Ok(Self::with_port(config.mac, tap, Arc::new(output), host)?)
     }
 

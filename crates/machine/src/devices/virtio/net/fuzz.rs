@@ -17,11 +17,12 @@ use super::chains::bounce;
 use super::control::Settings;
 use super::mac::MacAddr;
 use super::offload::{GUEST_OFFLOADS, HEADER, Header, effective, offered};
-use super::output::{FrameSink, MAX_PACKET, Output, OutputLimits, OutputMode};
+use super::output::{FrameSink, MAX_PACKET, Output, OutputLimits};
 use super::queues::{Queues, Way};
 use super::stats::{Counters, NetStats};
 use super::tap::FramePort;
 use crate::devices::gate::DeviceGate;
+use crate::devices::valve::{Lease, OutputMode, Permit, Valve};
 use crate::devices::virtio::{Interrupt, InterruptLine};
 
 type Memory = GuestMemoryMmap<()>;
@@ -57,8 +58,9 @@ pub fn run(data: &[u8]) -> Reached {
         Err(error) => panic!("no memory for the test: {error}"),
     };
     let port = Arc::new(Port { features, frames: frames(&mut source), next: AtomicUsize::new(0) });
-    let output = match Output::new(port.clone(), limits, mode) {
-        Ok(output) => output,
+    let permit = Arc::new(Permit::new(mode, Lease::new()));
+    let output = match Output::new(port.clone(), limits, permit.clone()) {
+        Ok(output) => Arc::new(output),
         Err(error) => panic!("no event for the test: {error}"),
     };
     let pairs = (0..PAIRS).map(|pair| {
@@ -83,12 +85,15 @@ pub fn run(data: &[u8]) -> Reached {
         assert!((1..=PAIRS).contains(&settings.pairs.into()) && settings.mac.is_unicast());
         assert_eq!(settings.offloads & !(features & GUEST_OFFLOADS), 0);
         for pair in 0..PAIRS {
+            output.drain_if_open();
             results.push(queues.transmit(pair, &way, &mut buffer).is_err());
             results.push(queues.receive(pair, &way, settings.offloads).is_err());
         }
         reached.broken += results.into_iter().filter(|&broken| broken).count() as u64;
     }
-    let _ = output.pass_through();
+    let valve = Valve::new(permit, vec![output]);
+    valve.open();
+    valve.drain();
     Reached { stats: counters.read(), ..reached }
 }
 

@@ -43,10 +43,7 @@ mod tests;
 pub use control::Settings;
 pub use device::{MAX_PAIRS, Net, NetConfig, NetDevice, NetError};
 pub use mac::MacAddr;
-pub use output::{
-    EpochError, FrameSink, MAX_FRAME, MAX_PACKET, Output, OutputLimits, OutputMode, OutputStats, Pushed,
-    Released,
-};
+pub use output::{FrameSink, MAX_FRAME, MAX_PACKET, Output, OutputLimits, OutputStats, Pushed, Released};
 pub use persist::{NetState, RestoreError};
 pub use stats::NetStats;
 pub use tap::{FramePort, Tap, TapError};

@@ -1,14 +1,13 @@
-//! Held output: **nothing produced in epoch N leaves the host before checkpoint N is committed.**
+//! The frames that the guest sends: held output of the network card.
 //!
-//! Every frame the guest sends goes through one [`Output`]. While the VM is protected the output is in mode
-//! *hold*: a frame is stored with the number of the epoch that produced it, and leaves only when the
-//! coordinator releases that epoch, in the order in which the guest sent it.
+//! Every frame the guest sends goes through one [`Output`], behind the machine's [valve](crate::devices::valve).
+//! It is stored with its tag and leaves, in the order in which the guest sent it, when the permission says so:
 //!
 //! ```text
 //!             push (device thread, inside the gate)
 //!               │
-//!   pass through│──────────────────────────────► sink (tap)
-//!   hold        └─► [e5 e5 e6 e6 e6 e7]──release(6)──► sink
+//!   hold        ├─► [e5 e5 e6 e6 e6 e7] ──drain, after commit(6)──► sink (tap)
+//!   pass through├─► [e0 e0 e0] ──drain, by the device's own thread──► sink
 //!   discard     ×
 //! ```
 //!
@@ -16,13 +15,12 @@
 //!
 //! | caller | calls |
 //! |---|---|
-//! | device thread, inside the gate | [`push`](Output::push), [`announce`](Output::announce) |
-//! | coordinator, in a pause (gate closed) | [`hold`](Output::hold), [`set_epoch`](Output::set_epoch) |
-//! | receiver of commits | [`release`](Output::release) |
-//! | winner, loser of the arbitration | [`pass_through`](Output::pass_through), [`discard`](Output::discard) |
+//! | device thread, inside the gate | [`push`](Output::push) |
+//! | device thread, outside the gate | [`drain_if_open`](Output::drain_if_open), [`announce`](Output::announce) |
+//! | whoever gave an order to the valve | [`drain`](Output::drain) |
 //!
-//! Two locks, always in this order: `writer` is held by the one thread that empties the ring, over its writes
-//! to the sink; `ring` is held for moments only, so a push never waits for a release to finish.
+//! Two locks, always in this order: `writer` is held over system calls by the one thread that sends; `ring` is
+//! held for moments only, so neither a push nor an order ever waits for the sink.
 //!
 //! A frame is held with the header in front of it, which tells the tap what the guest has left to the host.
 //! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with
@@ -30,12 +28,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::offload::HEADER;
+use crate::devices::valve::{Fate, HeldOutput, Order, OutputMode, Permit, Tag};
 
 /// Longest frame in bytes: the largest IP packet, Ethernet header, one VLAN tag; no checksum. A guest that
 /// leaves the cutting of TCP segments to the host sends such frames.
@@ -50,17 +49,6 @@ pub trait FrameSink: Send + Sync {
     /// guest's queue pair number `pair`; the answers should come back there. Must not block; an error means
     /// that the frame is gone, as on a wire that is unplugged.
     fn send(&self, pair: usize, packet: &[u8]) -> io::Result<()>;
-}
-
-/// What becomes of frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputMode {
-    /// They leave at once: the VM is unprotected.
-    PassThrough,
-    /// They wait for the commit of their epoch.
-    Hold,
-    /// They are dropped: the VM is not (or no longer) the one that may speak.
-    Discard,
 }
 
 /// How much may be held.
@@ -84,30 +72,21 @@ impl Default for OutputLimits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a frame that found no room must stay with the guest"]
 pub enum Pushed {
-    /// Sent, held or dropped, as the mode says.
+    /// On its way, held or dropped, as the mode says.
     Taken,
     /// There is no room. Nothing happened; try again when [`Output::space`] is written.
     Full,
 }
 
-/// Why an epoch cannot begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("epoch {asked} cannot follow: frames of epoch {held} are held")]
-pub struct EpochError {
-    /// The epoch asked for.
-    pub asked: u64,
-    /// The newest epoch that has frames in the ring.
-    pub held: u64,
-}
-
-/// What a release let out.
+/// What a drain let out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Released {
     /// Frames that left.
     pub frames: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Everything asked for has left. Otherwise the permission was withdrawn or the output discards.
+    /// Everything that may leave has left. Otherwise the permission was withdrawn, or an order to hold or to
+    /// discard came meanwhile.
     pub complete: bool,
 }
 
@@ -134,45 +113,52 @@ pub struct OutputStats {
     pub full: u64,
 }
 
-/// The guest's output.
+/// The frames of a network card on their way out.
 pub struct Output {
     ring: Mutex<Ring>,
-    /// Copy of the frame being written, so that the ring is not locked over a system call.
+    /// Copy of the frame being sent, so that the ring is not locked over a system call.
     writer: Mutex<Box<[u8]>>,
     sink: Arc<dyn FrameSink>,
+    permit: Arc<Permit>,
     space: EventFd,
+    /// The epoch of the newest frame in the ring, and one more; 0: the ring is empty. Written with `ring` locked.
+    newest: AtomicU64,
 }
 
 type FirstFrame = Box<dyn FnOnce() + Send>;
+/// The right to send, with room for a copy of the frame.
+type Writer<'a> = MutexGuard<'a, Box<[u8]>>;
 
-/// What a release may let out next.
+/// What may leave next.
 enum Next {
-    /// A frame, copied out.
-    Frame { len: usize, pair: u16, number: u64 },
-    /// Nothing more that is asked for.
+    /// A frame, copied out, under this order.
+    Frame { len: usize, pair: u16, number: u64, order: Order },
+    /// Nothing more.
     Nothing,
     /// No frame may leave.
     Forbidden,
 }
 
 impl Output {
-    /// An output in front of `sink`. Everything it will ever need is allocated here.
+    /// An output in front of `sink` that asks `permit`. Everything it will ever need is allocated here.
     ///
     /// # Errors
     ///
     /// If the kernel has no eventfd to give.
-    pub fn new(sink: Arc<dyn FrameSink>, limits: OutputLimits, mode: OutputMode) -> io::Result<Self> {
+    pub fn new(sink: Arc<dyn FrameSink>, limits: OutputLimits, permit: Arc<Permit>) -> io::Result<Self> {
         Ok(Self {
-            ring: Mutex::new(Ring::new(limits, mode)),
+            ring: Mutex::new(Ring::new(limits)),
             writer: Mutex::new(vec![0; MAX_PACKET].into_boxed_slice()),
             sink,
+            permit,
             space: EventFd::new(EFD_NONBLOCK)?,
+            newest: AtomicU64::new(0),
         })
     }
 
     /// Takes a frame, with its header, from the guest's queue pair number `pair`. Called by the device thread
-    /// inside the gate, before it gives the descriptor back. The order of the pushes is the order in which
-    /// the frames leave, whatever pairs they come from.
+    /// inside the gate, before it gives the descriptor back; makes no system call. The order of the pushes is
+    /// the order in which the frames leave, whatever pairs they come from.
     ///
     /// # Panics
     ///
@@ -180,139 +166,100 @@ impl Output {
     pub fn push(&self, pair: usize, packet: &[u8]) -> Pushed {
         assert!(packet.len() <= MAX_PACKET, "the device checks the length of frames");
         let mut ring = self.ring();
-        match ring.mode {
-            OutputMode::Discard => ring.stats.discarded_frames += 1,
-            OutputMode::Hold => return ring.hold(pair, packet),
-            OutputMode::PassThrough => {
-                // Under the lock, so that no mode change and no held frame can come in between.
-                let refused = self.sink.send(pair, packet).is_err();
-                ring.stats.passed_frames += 1;
-                ring.stats.refused_frames += u64::from(refused);
-                let first = ring.first_frame.take();
-                drop(ring);
-                report(first);
-            }
+        let tag = self.permit.tag();
+        if tag.mode == OutputMode::Discard {
+            ring.stats.discarded_frames += 1;
+            return Pushed::Taken;
         }
-        Pushed::Taken
+        let pushed = ring.push(pair, packet, tag);
+        self.note_newest(&ring);
+        pushed
     }
 
     /// Sends a packet that carries nothing of the guest's state (an announcement of its address), held by no
     /// epoch. Returns whether the output was allowed to speak: only while it passes frames through. A
     /// protected VM may have lost its place without knowing it yet, and an announcement would pull its
-    /// address away from the host where it runs.
+    /// address away from the host where it runs. Outside the gate.
     pub fn announce(&self, packet: &[u8]) -> bool {
-        let ring = self.ring();
-        let may = ring.mode == OutputMode::PassThrough;
+        let passes = || self.permit.order().mode() == OutputMode::PassThrough;
+        if !passes() {
+            return false;
+        }
+        // With the lock, so that whoever discards can wait for the end of it.
+        let writer = self.writer();
+        let may = passes();
         if may {
             // An announcement lost on the wire is repeated by its schedule.
             let _ = self.sink.send(0, packet);
         }
+        drop(writer);
+        self.tell_space();
         may
     }
 
-    /// From now on frames are held and belong to `epoch`. Called in a pause with the gate closed. Ends
-    /// *discard*.
+    /// Lets out, in order, the frames that may leave.
     ///
-    /// # Errors
-    ///
-    /// If frames of a later epoch are held; nothing has changed then.
-    pub fn hold(&self, epoch: u64) -> Result<(), EpochError> {
-        let mut ring = self.ring();
-        ring.begin(epoch)?;
-        ring.mode = OutputMode::Hold;
-        ring.orders += 1;
-        ring.forbidden = false;
-        Ok(())
+    /// What was in the ring when this began, and, if it may all leave, what was pushed meanwhile too; not more,
+    /// so that a guest which sends on and on keeps nobody but its own device thread. The permission is asked
+    /// before *each* frame. The moment the lease has ended, this and every later drain lets nothing out, and the
+    /// frames stay, until the valve is ordered to hold or to open anew.
+    pub fn drain(&self) -> Released {
+        self.drain_with(self.writer())
     }
 
-    /// From now on frames belong to `epoch`. Called in each pause with the gate closed. Does not change the
-    /// mode.
-    ///
-    /// # Errors
-    ///
-    /// If frames of a later epoch are held; nothing has changed then.
-    pub fn set_epoch(&self, epoch: u64) -> Result<(), EpochError> {
-        self.ring().begin(epoch)
-    }
-
-    /// Lets out, in order, the held frames of all epochs up to `through`, whose checkpoints are committed.
-    ///
-    /// `may` is asked before *each* frame: the moment it says no, this and every later release lets nothing
-    /// out, and the frames stay, until [`hold`](Self::hold) or [`pass_through`](Self::pass_through) begins
-    /// anew. It must not call this output.
-    ///
-    /// The epoch that still runs cannot be committed: its frames stay whatever `through` says.
-    pub fn release(&self, through: u64, mut may: impl FnMut() -> bool) -> Released {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+    fn drain_with(&self, mut writer: Writer<'_>) -> Released {
         let mut released = Released::default();
+        let began = self.permit.order();
+        let mut last = self.ring().next_number;
+        let mut extended = false;
         loop {
-            let next = self.ring().copy_next(Some(through), &mut writer);
+            let next = {
+                let mut ring = self.ring();
+                let next = ring.copy_next(&self.permit, last, &mut writer);
+                self.note_newest(&ring);
+                next
+            };
             match next {
-                Next::Nothing => released.complete = true,
-                Next::Forbidden => {}
-                Next::Frame { .. } if !may() => self.ring().forbidden = true,
-                Next::Frame { len, pair, number } => {
-                    self.send_held(pair, &writer[..len], number, &mut released);
-                    continue;
+                Next::Frame { len, pair, number, order } => {
+                    // Invariant 1: right before the system call, because this process may have been stopped for
+                    // an hour since the last look.
+                    if self.permit.confirms(order) {
+                        self.send(pair, &writer[..len], number, &mut released);
+                    }
                 }
+                Next::Nothing if !extended && self.passes(began) => {
+                    extended = true;
+                    last = self.ring().next_number;
+                }
+                Next::Nothing => {
+                    let cut = began.mode() == OutputMode::PassThrough && !self.passes(began);
+                    released.complete = !cut;
+                    break;
+                }
+                Next::Forbidden => break,
             }
-            break;
         }
         drop(writer);
         self.tell_space();
         released
     }
 
-    /// Lets out everything held, in order, and from then on every frame at once. For a VM that goes on alone
-    /// (its generation is won) or is not protected. Ends *discard*. A [`discard`](Self::discard) or
-    /// [`hold`](Self::hold) that comes while this runs wins; the answer is then not `complete`.
-    pub fn pass_through(&self) -> Released {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let (order, mut left) = {
-            let mut ring = self.ring();
-            ring.forbidden = false;
-            ring.orders += 1;
-            (ring.orders, ring.slots.len())
-        };
-        let mut released = Released::default();
-        // What is held now goes out without stopping the guest; it may push more behind it meanwhile.
-        while left > 0 {
-            let next = self.ring().copy_next(None, &mut writer);
-            let Next::Frame { len, pair, number } = next else { break };
-            self.send_held(pair, &writer[..len], number, &mut released);
-            left -= 1;
+    /// Drains what passes through. For the device's thread after a batch, outside the gate. What is held waits
+    /// for whoever commits it. Does not wait for another thread that drains: [`space`](Self::space) is written
+    /// when it has done.
+    pub fn drain_if_open(&self) {
+        // What was pushed before an order to open is drained by whoever gave it.
+        if self.newest.load(Ordering::Acquire) == 0 || self.mode() != OutputMode::PassThrough {
+            return;
         }
-        // The rest, and the change of mode, in one step, so that no frame overtakes another.
-        let mut ring = self.ring();
-        let mut first = None;
-        if ring.orders == order {
-            while let Next::Frame { len, pair, number } = ring.copy_next(None, &mut writer) {
-                let refused = self.sink.send(pair.into(), &writer[..len]).is_err();
-                first = first.or(ring.sent(number, len, refused, &mut released));
-            }
-            ring.mode = OutputMode::PassThrough;
-            released.complete = true;
+        let writer = self.try_writer().or_else(|| {
+            // Before the second look: who holds the lock now finds this when it is given back.
+            self.ring().someone_waits = true;
+            self.try_writer()
+        });
+        if let Some(writer) = writer {
+            let _ = self.drain_with(writer);
         }
-        drop(ring);
-        drop(writer);
-        report(first);
-        self.tell_space();
-        released
-    }
-
-    /// Drops what is held and every later frame. When this returns no frame is on its way to the sink. Only
-    /// [`hold`](Self::hold) or [`pass_through`](Self::pass_through) end it.
-    pub fn discard(&self) {
-        {
-            let mut ring = self.ring();
-            ring.mode = OutputMode::Discard;
-            ring.orders += 1;
-            ring.stats.discarded_frames += ring.slots.len() as u64;
-            ring.clear();
-        }
-        // A release in progress ends at its next look at the ring: wait for the frame it may be writing.
-        drop(self.writer.lock().unwrap_or_else(PoisonError::into_inner));
-        self.tell_space();
     }
 
     /// Calls `then` once, right after the next frame of the guest that leaves: the end of a takeover as the
@@ -321,25 +268,38 @@ impl Output {
         self.ring().first_frame = Some(Box::new(then));
     }
 
-    /// Written when a push was refused and there is room again.
+    /// Written when a push was refused and there is room again, or when the device's thread could not drain.
     pub fn space(&self) -> &EventFd {
         &self.space
     }
 
     /// What happens to frames now.
     pub fn mode(&self) -> OutputMode {
-        self.ring().mode
+        self.permit.order().mode()
     }
 
     /// The counters.
     pub fn stats(&self) -> OutputStats {
-        let ring = self.ring();
+        let mut ring = self.ring();
+        ring.drop_discarded(&self.permit, self.permit.order());
+        self.note_newest(&ring);
         OutputStats { held_frames: ring.slots.len() as u64, held_bytes: ring.held_bytes as u64, ..ring.stats }
     }
 
-    fn send_held(&self, pair: u16, packet: &[u8], number: u64, released: &mut Released) {
+    fn passes(&self, order: Order) -> bool {
+        order.mode() == OutputMode::PassThrough && self.permit.order() == order
+    }
+
+    fn send(&self, pair: u16, packet: &[u8], number: u64, released: &mut Released) {
         let refused = self.sink.send(pair.into(), packet).is_err();
-        let first = self.ring().sent(number, packet.len(), refused, released);
+        released.frames += 1;
+        released.bytes += packet.len() as u64;
+        let first = {
+            let mut ring = self.ring();
+            let first = ring.sent(number, refused);
+            self.note_newest(&ring);
+            first
+        };
         report(first);
     }
 
@@ -351,8 +311,36 @@ impl Output {
         }
     }
 
+    fn note_newest(&self, ring: &Ring) {
+        let newest = ring.slots.back().map_or(0, |slot| slot.tag.epoch.saturating_add(1));
+        self.newest.store(newest, Ordering::Release);
+    }
+
     fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever gives this back tells the device thread, which may have found it taken.
+    fn writer(&self) -> Writer<'_> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_writer(&self) -> Option<Writer<'_>> {
+        match self.writer.try_lock() {
+            Ok(writer) => Some(writer),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+impl HeldOutput for Output {
+    fn newest_held(&self) -> Option<u64> {
+        self.newest.load(Ordering::Acquire).checked_sub(1)
+    }
+
+    fn drain(&self) {
+        let _ = Self::drain(self);
     }
 }
 
@@ -365,31 +353,28 @@ fn report(first: Option<FirstFrame>) {
 impl std::fmt::Debug for Output {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ring = self.ring();
-        f.debug_struct("Output").field("mode", &ring.mode).field("stats", &ring.stats).finish_non_exhaustive()
+        f.debug_struct("Output")
+            .field("permit", &self.permit)
+            .field("stats", &ring.stats)
+            .finish_non_exhaustive()
     }
 }
 
-/// A held frame with its header: `len` bytes of the arena from `offset`.
+/// A frame with its header: `len` bytes of the arena from `offset`.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    epoch: u64,
+    tag: Tag,
     /// The queue pair it came from.
     pair: u16,
-    /// Counts the frames ever held: tells whether the front is still the frame that was copied out.
+    /// Counts the frames ever pushed: tells whether the front is still the frame that was copied out.
     number: u64,
     offset: usize,
     len: usize,
 }
 
-/// The frames held, the mode, and all that must change together with them.
+/// The frames on their way out, and all that must change together with them.
 struct Ring {
-    mode: OutputMode,
-    /// The epoch the guest runs in.
-    epoch: u64,
-    /// A release was refused permission: nothing may leave.
-    forbidden: bool,
-    /// Counts the orders to hold, pass through or discard: a later order ends a pass-through under way.
-    orders: u64,
+    /// The device's thread is to be told at the end of the next drain.
     someone_waits: bool,
     first_frame: Option<FirstFrame>,
     stats: OutputStats,
@@ -405,12 +390,8 @@ struct Ring {
 }
 
 impl Ring {
-    fn new(limits: OutputLimits, mode: OutputMode) -> Self {
+    fn new(limits: OutputLimits) -> Self {
         Self {
-            mode,
-            epoch: 0,
-            forbidden: false,
-            orders: 0,
             someone_waits: false,
             first_frame: None,
             stats: OutputStats::default(),
@@ -423,17 +404,7 @@ impl Ring {
         }
     }
 
-    fn begin(&mut self, epoch: u64) -> Result<(), EpochError> {
-        match self.slots.back() {
-            Some(slot) if slot.epoch > epoch => Err(EpochError { asked: epoch, held: slot.epoch }),
-            _ => {
-                self.epoch = epoch;
-                Ok(())
-            }
-        }
-    }
-
-    fn hold(&mut self, pair: usize, packet: &[u8]) -> Pushed {
+    fn push(&mut self, pair: usize, packet: &[u8], tag: Tag) -> Pushed {
         let room = if self.slots.len() < self.limits.frames { self.room(packet.len()) } else { None };
         let Some(offset) = room else {
             self.someone_waits = true;
@@ -442,13 +413,8 @@ impl Ring {
         };
         self.arena[offset..offset + packet.len()].copy_from_slice(packet);
         self.tail = offset + packet.len();
-        self.slots.push_back(Slot {
-            epoch: self.epoch,
-            pair: pair as u16,
-            number: self.next_number,
-            offset,
-            len: packet.len(),
-        });
+        let number = self.next_number;
+        self.slots.push_back(Slot { tag, pair: pair as u16, number, offset, len: packet.len() });
         self.next_number += 1;
         self.held_bytes += packet.len();
         self.stats.most_frames = self.stats.most_frames.max(self.slots.len() as u64);
@@ -471,43 +437,43 @@ impl Ring {
         }
     }
 
-    /// Copies the front frame out if it may leave: any frame, or one of the epochs up to `through`.
-    fn copy_next(&self, through: Option<u64>, copy: &mut [u8]) -> Next {
-        if self.mode == OutputMode::Discard || self.forbidden {
+    /// Takes the frames out that a discard has caught: they are the oldest ones.
+    fn drop_discarded(&mut self, permit: &Permit, order: Order) {
+        while let Some(slot) = self.slots.front()
+            && permit.fate(order, slot.tag) == Fate::Dropped
+        {
+            self.held_bytes -= slot.len;
+            self.slots.pop_front();
+            self.stats.discarded_frames += 1;
+        }
+    }
+
+    /// Copies the front frame out if it may leave and is older than the frame number `last`.
+    fn copy_next(&mut self, permit: &Permit, last: u64, copy: &mut [u8]) -> Next {
+        let order = permit.order();
+        self.drop_discarded(permit, order);
+        if order.mode() == OutputMode::Discard || order.is_refused() {
             return Next::Forbidden;
         }
-        let Some(slot) = self.slots.front() else { return Next::Nothing };
-        // A commit of an epoch that has not ended cannot be; such a call is a mistake and must not leak a
-        // frame.
-        if through.is_some_and(|through| slot.epoch > through || slot.epoch >= self.epoch) {
+        let front = self.slots.front().filter(|slot| slot.number < last);
+        let Some(slot) = front.filter(|slot| permit.fate(order, slot.tag) == Fate::Leaves) else {
             return Next::Nothing;
-        }
+        };
         copy[..slot.len].copy_from_slice(&self.arena[slot.offset..slot.offset + slot.len]);
-        Next::Frame { len: slot.len, pair: slot.pair, number: slot.number }
+        Next::Frame { len: slot.len, pair: slot.pair, number: slot.number, order }
     }
 
     /// Takes the frame that has left out of the ring, unless a discard has done so meanwhile.
-    fn sent(
-        &mut self,
-        number: u64,
-        len: usize,
-        refused: bool,
-        released: &mut Released,
-    ) -> Option<FirstFrame> {
-        released.frames += 1;
-        released.bytes += len as u64;
+    fn sent(&mut self, number: u64, refused: bool) -> Option<FirstFrame> {
         self.stats.refused_frames += u64::from(refused);
-        if self.slots.front().is_some_and(|slot| slot.number == number) {
+        if let Some(slot) = self.slots.front().filter(|slot| slot.number == number) {
+            match slot.tag.mode {
+                OutputMode::Hold => self.stats.released_frames += 1,
+                _ => self.stats.passed_frames += 1,
+            }
+            self.held_bytes -= slot.len;
             self.slots.pop_front();
-            self.held_bytes -= len;
-            self.stats.released_frames += 1;
         }
         self.first_frame.take()
-    }
-
-    fn clear(&mut self) {
-        self.slots.clear();
-        self.held_bytes = 0;
-        self.tail = 0;
     }
 }

@@ -391,4 +391,9 @@ impl<M: GuestMemory + Send + Sync + 'static> Work for Shared<M> {
         }
         core.batch(self, pass)
     }
+
+    /// What passes through leaves here: a pause does not wait for the tap.
+    fn rest(&self) {
+        self.output.drain_if_open();
+    }
 }

@@ -39,7 +39,7 @@ impl Manual {
     /// Lets the operation at `position` happen. `outcome` may put another result in the place of the true
     /// one; with an error nothing happens to the disk.
     pub(in super::super) fn complete(&self, position: usize, outcome: Option<Result<usize, i32>>) {
-        let Submission { token, operation, mut buffer } = lock(&self.shared.waiting).remove(position);
+        let Submission { token, operation, mut buffer, .. } = lock(&self.shared.waiting).remove(position);
         let result = match (outcome, operation) {
             (Some(Err(number)), _) => Some(Err(number)),
             (Some(Ok(part)), Operation::Read { offset, from, .. }) => {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::image::Image;
-use super::permit::Permit;
 use super::pool::Buffer;
+use crate::devices::valve::{Permit, Tag};
 
 /// Which engine carries requests to the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +78,8 @@ pub(super) struct Submission {
     pub(super) token: u16,
     pub(super) operation: Operation,
     pub(super) buffer: Buffer,
+    /// Says whether a change of a shared disk may still be carried out.
+    pub(super) tag: Tag,
 }
 
 /// An operation that is done, or will not be.
@@ -105,29 +107,22 @@ pub(super) trait Engine: Send + Sync {
     /// Readable when something is done.
     fn event(&self) -> &EventFd;
 
-    /// The permission that the engine of a shared disk asks before each change.
-    fn permit(&self) -> Option<&Permit> {
-        None
-    }
-
-    /// Has what changes a shared disk and has not begun come back without being carried out.
-    fn recall(&self) {}
-
     /// What it is called.
     fn name(&self) -> &'static str;
 }
 
 /// An engine for `image` with at most `depth` operations under way.
 ///
-/// A shared disk gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels
+/// A shared disk has a permission, which the engine asks before each change. It gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels
 /// what a thread has submitted when that thread ends.
 pub(super) fn start(
     kind: EngineKind,
     image: &Arc<Image>,
     depth: u16,
-    shared: bool,
+    permit: Option<Arc<Permit>>,
 ) -> io::Result<Box<dyn Engine>> {
-    let threads = || threads::Threads::start(image.clone(), shared).map(|engine| Box::new(engine) as _);
+    let shared = permit.is_some();
+    let threads = || threads::Threads::start(image.clone(), permit).map(|engine| Box::new(engine) as _);
     match kind {
         EngineKind::Threads => threads(),
         _ if shared => threads(),

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -10,8 +11,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::super::image::Image;
-use super::super::permit::Permit;
 use super::{Completion, Engine, Operation, Submission, ZERO};
+use crate::devices::valve::Permit;
 use crate::devices::virtio::worker::event;
 use crate::thread;
 
@@ -27,7 +28,9 @@ pub(in super::super) struct Threads {
 struct Shared {
     image: Arc<Image>,
     /// Asked before each change of a shared disk.
-    permit: Option<Permit>,
+    permit: Option<Arc<Permit>>,
+    /// A shared disk is changed no more.
+    over: AtomicBool,
     queue: Mutex<Queue>,
     filled: Condvar,
     done: Mutex<Vec<Completion>>,
@@ -41,10 +44,11 @@ struct Queue {
 }
 
 impl Threads {
-    pub(in super::super) fn start(image: Arc<Image>, shared: bool) -> io::Result<Self> {
+    pub(in super::super) fn start(image: Arc<Image>, permit: Option<Arc<Permit>>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             image,
-            permit: shared.then(Permit::new),
+            permit,
+            over: AtomicBool::new(false),
             queue: Mutex::default(),
             filled: Condvar::new(),
             done: Mutex::default(),
@@ -77,14 +81,6 @@ impl Engine for Threads {
         &self.shared.event
     }
 
-    fn permit(&self) -> Option<&Permit> {
-        self.shared.permit.as_ref()
-    }
-
-    fn recall(&self) {
-        self.shared.recall();
-    }
-
     fn name(&self) -> &'static str {
         "threads"
     }
@@ -92,7 +88,7 @@ impl Engine for Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.shared.recall();
+        self.shared.over.store(true, Ordering::Release);
         lock(&self.shared.queue).quit = true;
         self.shared.filled.notify_all();
         for thread in self.threads.drain(..) {
@@ -104,45 +100,27 @@ impl Drop for Threads {
 }
 
 impl Shared {
-    /// Carries operations out until the engine ends; then those that are left.
+    /// Carries operations out until the engine ends; then those that are left, but for changes of a shared disk.
     fn run(&self) {
-        while let Some((Submission { token, operation, mut buffer }, discards)) = self.next() {
-            let may = || {
-                let permit = self.permit.as_ref().filter(|_| operation.changes());
-                permit.is_none_or(|permit| permit.allows(discards))
+        while let Some(Submission { token, operation, mut buffer, tag }) = self.next() {
+            let may = || match &self.permit {
+                Some(permit) if operation.changes() => {
+                    !self.over.load(Ordering::Acquire) && permit.allows(tag)
+                }
+                _ => true,
             };
             let result = carry_out(&self.image, operation, &mut buffer, may);
-            self.finished(Completion { token, buffer, result });
+            lock(&self.done).push(Completion { token, buffer, result });
+            // Fails only if the counter is full, and then it is readable anyway.
+            let _ = self.event.write(1);
         }
     }
 
-    fn finished(&self, completion: Completion) {
-        lock(&self.done).push(completion);
-        // Fails only if the counter is full, and then it is readable anyway.
-        let _ = self.event.write(1);
-    }
-
-    /// Whoever has taken an operation and not yet carried it out sees that it was discarded.
-    fn recall(&self) {
-        let Some(permit) = &self.permit else { return };
-        let mut queue = lock(&self.queue);
-        permit.discard();
-        for submission in std::mem::take(&mut queue.waiting) {
-            if submission.operation.changes() {
-                let Submission { token, buffer, .. } = submission;
-                self.finished(Completion { token, buffer, result: None });
-            } else {
-                queue.waiting.push_back(submission);
-            }
-        }
-    }
-
-    /// The next operation, and how often the disk was discarded before it was taken.
-    fn next(&self) -> Option<(Submission, u64)> {
+    fn next(&self) -> Option<Submission> {
         let mut queue = lock(&self.queue);
         loop {
             if let Some(submission) = queue.waiting.pop_front() {
-                return Some((submission, self.permit.as_ref().map_or(0, Permit::discards)));
+                return Some(submission);
             }
             if queue.quit {
                 return None;

@@ -79,7 +79,7 @@ impl Engine for Uring {
 }
 
 impl Inner {
-    fn push(&mut self, Submission { token, operation, buffer }: Submission) {
+    fn push(&mut self, Submission { token, operation, buffer, .. }: Submission) {
         let slot = &mut self.under_way[usize::from(token)];
         assert!(slot.is_none(), "a token is used once at a time");
         let buffer = slot.insert(buffer);

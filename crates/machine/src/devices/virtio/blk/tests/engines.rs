@@ -273,7 +273,7 @@ fn the_serial_number() {
             interrupt: Arc::new(Count::default()),
             waker: Arc::new(Count::default()),
         };
-        let error = BlockDevice::new(&options, 0, WriteLog::new(|| {}), host).err().unwrap();
+        let error = BlockDevice::new(&options, 0, WriteLog::new(|| {}), permit(), host).err().unwrap();
         assert!(error.to_string().contains("serial number"), "{error}");
     }
 }

@@ -1,7 +1,6 @@
 //! A shared disk: nothing written in an epoch reaches it before the checkpoint of the epoch is committed.
 
 use super::super::engine::Operation;
-use super::super::hold::EpochError;
 use super::super::{BlockState, LogMode, WriteBuffer};
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
@@ -24,26 +23,26 @@ fn writes_wait_for_the_commit_of_their_epoch() {
     driver.write(0, 0, 0, &[1; 512]);
     rig.run();
     assert_eq!(driver.used(0), 1, "at first they pass");
-    rig.device.hold(5).unwrap();
+    rig.valve.hold(5).unwrap();
     driver.write(0, 1, 1, &[2; 512]);
     driver.ranges(0, 2, T_DISCARD, &[(100, 8, 0)]);
     driver.read(0, 3, 50, 512);
     driver.flush(0, 4);
     rig.run();
     assert_eq!(driver.used(0), 3, "reads and flushes pass");
-    rig.device.set_epoch(6).unwrap();
+    rig.valve.begin(6).unwrap();
     driver.ranges(0, 5, T_WRITE_ZEROES, &[(200, 8, 1)]);
     rig.run();
     assert_eq!((rig.device.in_flight(), rig.device.stats().held), (3, 3));
-    let released = rig.device.release(4, || true);
+    let released = rig.release(4);
     assert_eq!((released.writes, released.complete), (0, true));
-    let released = rig.device.release(u64::MAX, || true);
+    let released = rig.release(u64::MAX);
     assert_eq!((released.writes, released.complete), (2, true), "not of the epoch that runs");
     assert_eq!(rig.engine().waiting().len(), 2);
     rig.run();
     assert_eq!((driver.used(0), driver.status(1), driver.status(2), driver.status(5)), (5, OK, OK, 0xaa));
-    rig.device.set_epoch(7).unwrap();
-    assert_eq!(rig.device.release(6, || true).writes, 1);
+    rig.valve.begin(7).unwrap();
+    assert_eq!(rig.release(6).writes, 1);
     rig.run();
     assert_eq!((driver.used(0), rig.device.stats().held, rig.device.stats().released), (6, 0, 3));
 }
@@ -52,7 +51,7 @@ fn writes_wait_for_the_commit_of_their_epoch() {
 fn reads_do_not_see_what_is_held_and_do_not_overtake_it() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.numbered("disk", 2048), &memory);
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     driver.read(0, 0, 10, 512); // before the write
     driver.write(0, 1, 10, &[1; 1024]);
     driver.read(0, 2, 11, 1024); // over its end
@@ -61,15 +60,15 @@ fn reads_do_not_see_what_is_held_and_do_not_overtake_it() {
     rig.run();
     assert_eq!([0, 1, 2, 3, 4].map(|slot| driver.status(slot)), [OK, 0xaa, 0xaa, OK, 0xaa]);
     assert_eq!(driver.data(0, 8), 11u64.to_le_bytes());
-    rig.device.set_epoch(2).unwrap();
-    let released = rig.device.release(1, || true);
+    rig.valve.begin(2).unwrap();
+    let released = rig.release(1);
     assert_eq!((released.writes, released.complete), (1, true), "the other waits for it");
     assert!(matches!(rig.engine().waiting()[..], [Operation::Write { offset: 5120, .. }]));
     rig.run();
     assert_eq!([1, 2, 4].map(|slot| driver.status(slot)), [OK, OK, 0xaa]);
     let got = driver.data(2, 1024);
     assert_eq!((got[0], &got[512..520]), (1, &13u64.to_le_bytes()[..]));
-    assert_eq!(rig.device.release(1, || true).writes, 1);
+    assert_eq!(rig.release(1).writes, 1);
     rig.run();
     assert_eq!(driver.used(0), 5);
     assert_eq!(content(&images.path("disk"))[11 * 512], 2);
@@ -79,35 +78,33 @@ fn reads_do_not_see_what_is_held_and_do_not_overtake_it() {
 fn a_release_without_permission_lets_nothing_out() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     for slot in 0..4 {
         driver.write(0, slot, slot.into(), &[1; 512]);
     }
     rig.turn();
-    rig.device.set_epoch(2).unwrap();
-    let mut left = 2;
-    let released = rig.device.release(1, || {
-        left -= 1;
-        left >= 0
-    });
+    rig.valve.begin(2).unwrap();
+    rig.times.set(2);
+    let released = rig.release(1);
+    rig.times.set(usize::MAX);
     assert_eq!((released.writes, released.complete), (2, false));
-    let released = rig.device.release(1, || true);
+    let released = rig.release(1);
     assert_eq!((released.writes, released.complete), (0, false), "not again");
     rig.run();
     assert_eq!(driver.used(0), 2);
-    rig.device.hold(2).unwrap();
-    assert_eq!(rig.device.release(1, || true).writes, 2, "until it begins anew");
+    rig.valve.hold(2).unwrap();
+    assert_eq!(rig.release(1).writes, 2, "until it begins anew");
 }
 
 #[test]
 fn going_on_alone_lets_everything_out() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     driver.write(0, 0, 0, &[1; 1024]);
     driver.write(0, 1, 1, &[2; 1024]);
     rig.turn();
-    let released = rig.device.pass_through();
+    let released = rig.open();
     assert_eq!((released.writes, released.complete), (1, true));
     rig.run();
     driver.write(0, 2, 9, &[3; 512]);
@@ -119,18 +116,18 @@ fn going_on_alone_lets_everything_out() {
 fn what_is_discarded_never_reaches_the_disk() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     driver.write(0, 0, 0, &[1; 512]);
     rig.turn();
-    rig.device.discard();
+    rig.discard();
     driver.write(0, 1, 1, &[2; 512]);
     rig.turn();
-    rig.device.set_epoch(2).unwrap();
-    let released = rig.device.release(1, || true);
+    rig.valve.begin(2).unwrap();
+    let released = rig.release(1);
     assert_eq!((released.writes, released.complete), (0, false));
     rig.run();
     assert_eq!((driver.used(0), rig.device.in_flight(), rig.device.stats().held), (0, 2, 0));
-    rig.device.pass_through();
+    rig.open();
     driver.write(0, 2, 2, &[3; 512]);
     rig.run();
     assert_eq!(driver.used(0), 1, "what is written after that does");
@@ -148,8 +145,8 @@ fn what_is_discarded_does_not_follow_the_write_it_waited_for() {
     driver.write(0, 0, 0, &[1; 512]);
     driver.write(0, 1, 0, &[2; 512]);
     rig.turn();
-    rig.device.discard();
-    rig.device.pass_through();
+    rig.discard();
+    rig.open();
     rig.run();
     assert_eq!((driver.used(0), rig.device.in_flight(), content(&images.path("disk"))[0]), (1, 1, 1));
 }
@@ -158,16 +155,16 @@ fn what_is_discarded_does_not_follow_the_write_it_waited_for() {
 fn epochs_do_not_run_backwards() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = rig(&images.sparse("disk", 1 << 20), &memory);
-    rig.device.hold(7).unwrap();
+    rig.valve.hold(7).unwrap();
     driver.write(0, 0, 0, &[1; 512]);
     rig.turn();
     let error = EpochError { asked: 6, held: 7 };
-    assert_eq!(rig.device.set_epoch(6), Err(error));
-    assert_eq!(rig.device.hold(6), Err(error));
-    rig.device.set_epoch(8).unwrap();
-    rig.device.release(7, || true);
+    assert_eq!(rig.valve.begin(6), Err(error));
+    assert_eq!(rig.valve.hold(6), Err(error));
+    rig.valve.begin(8).unwrap();
+    rig.release(7);
     rig.run();
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
 }
 
 #[test]
@@ -175,17 +172,17 @@ fn held_writes_are_in_flight_and_are_issued_again() {
     let (images, here) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
     let (rig, driver) = rig(&path, &here);
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     driver.write(0, 3, 0, &[1; 512]);
     driver.read(0, 4, 0, 512);
     rig.turn();
     let saved = rig.save();
     assert_eq!(BlockState::decode(&saved).unwrap().in_flight.len(), 2);
     let there = copy(&here);
-    rig.device.discard();
+    rig.discard();
     let standby = Rig::manual(&there, &shared(&path));
     standby.device.restore(&saved).unwrap();
-    standby.device.pass_through();
+    standby.open();
     standby.device.go_live(false);
     standby.run();
     let driver = Driver::resumed(&there);
@@ -203,12 +200,12 @@ fn a_shared_disk_is_not_replicated_and_any_other_is_not_held() {
         let mut buffer = WriteBuffer::with_capacity(1 << 20);
         rig.log.swap(&mut buffer);
         rig.log.set_mode(LogMode::Log);
-        rig.device.hold(1).unwrap();
+        rig.valve.hold(1).unwrap();
         driver.write(0, 0, 0, &[1; 512]);
         rig.run();
-        rig.device.set_epoch(2).unwrap();
+        rig.valve.begin(2).unwrap();
         assert_eq!(driver.used(0), u16::from(!share));
-        assert_eq!(rig.device.release(1, || true).writes, u64::from(share));
+        assert_eq!(rig.release(1).writes, u64::from(share));
         rig.run();
         assert_eq!((driver.used(0), rig.log.stats().records), (1, u64::from(!share)));
         assert_eq!(rig.log.empty_chunks(0).is_some(), !share);
@@ -225,17 +222,17 @@ fn the_disk_is_never_ahead_of_the_commits() {
     let driver = rig.boot();
     rig.device.go_live(false);
     rig.gate.close();
-    rig.device.hold(1).unwrap();
+    rig.valve.hold(1).unwrap();
     rig.gate.open();
     let (mut offered, mut seen, mut busy) = (0, 0, [false; 64]);
     let mut epoch = 1u64;
     let mut next_epoch = || {
         epoch += 1;
         rig.gate.close();
-        rig.device.set_epoch(epoch).unwrap();
+        rig.valve.begin(epoch).unwrap();
         rig.gate.open();
         let committed = epoch - 2;
-        rig.device.release(committed, || true);
+        rig.release(committed);
         let newest = newest(&path);
         assert!(newest <= committed, "{newest} is on the disk, {committed} is committed");
         epoch
@@ -269,7 +266,7 @@ fn the_disk_is_never_ahead_of_the_commits() {
             std::thread::sleep(Duration::from_micros(300));
         }
     }
-    rig.device.pass_through();
+    rig.open();
     wait_for("the rest", || driver.used(0) == offered);
     assert_eq!(rig.device.in_flight(), 0);
     assert_eq!(rig.device.stats().writes, u64::from(offered));

@@ -230,7 +230,7 @@ fn a_disk_has_one_to_sixteen_queues() {
             waker: Arc::new(Count::default()),
         };
         let options = DiskOptions { queues, ..DiskOptions::new(&path) };
-        let error = BlockDevice::new(&options, 0, WriteLog::new(|| {}), host).err().unwrap();
+        let error = BlockDevice::new(&options, 0, WriteLog::new(|| {}), permit(), host).err().unwrap();
         assert!(error.to_string().contains("1 to 16 queues"), "{error}");
     }
 }

@@ -24,7 +24,7 @@ fn a_checkpoint_does_not_wait_for_the_disk() {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
     let mut rig = Rig::manual(&memory, &DiskOptions { queues: 2, ..DiskOptions::new(&path) });
-    rig.device.start_thread().unwrap();
+    rig.start_thread();
     let driver = rig.boot_with(rig.offered(), 2);
     rig.device.go_live(false);
     driver.write(0, 7, 0, &[1; 4096]);
@@ -304,7 +304,7 @@ fn draining_waits_for_what_is_in_flight_and_takes_nothing_new() {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
     let mut rig = Rig::manual(&memory, &DiskOptions::new(&path));
-    rig.device.start_thread().unwrap();
+    rig.start_thread();
     let driver = rig.boot();
     rig.device.go_live(false);
     assert!(rig.device.drain(Duration::from_secs(5)), "there is nothing");
@@ -349,7 +349,7 @@ fn the_device_goes_away_from_behind_a_closed_gate() {
         rig.gate.close();
         let start = Instant::now();
         let image = rig.device.image();
-        drop((rig.device, rig.registers));
+        drop((rig.valve, rig.device, rig.registers));
         assert!(start.elapsed() < Duration::from_secs(5));
         assert_eq!(Arc::strong_count(&image), 1, "nothing of the device is left");
     }

@@ -26,10 +26,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::driver::Driver;
 use super::engine::manual::Manual;
-use super::{BlockDevice, DiskOptions, EngineKind, Image, WriteLog};
+use super::{BlockDevice, DiskOptions, EngineKind, Image, ReleasedWrites, WriteLog};
 use crate::bus::SharedDevice;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
+use crate::devices::valve::tests::Times;
+use crate::devices::valve::{EpochError, Lease, OutputMode, Permit, Valve};
 use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -48,6 +50,11 @@ const ENGINES: [EngineKind; 2] = [EngineKind::Uring, EngineKind::Threads];
 
 fn memory() -> Arc<Memory> {
     Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap())
+}
+
+/// For a disk that is not shared, or whose writes pass.
+fn permit() -> Arc<Permit> {
+    Arc::new(Permit::new(OutputMode::PassThrough, Lease::new()))
 }
 
 /// The memory of the machine that takes over: a copy.
@@ -136,7 +143,10 @@ fn content(path: &Path) -> Vec<u8> {
 /// A machine around one disk.
 struct Rig {
     memory: Arc<Memory>,
-    device: BlockDevice<Memory>,
+    device: Arc<BlockDevice<Memory>>,
+    permit: Arc<Permit>,
+    valve: Valve,
+    times: Arc<Times>,
     registers: SharedDevice,
     log: Arc<WriteLog>,
     full: Arc<Count>,
@@ -149,23 +159,32 @@ struct Rig {
 
 impl Rig {
     fn new(memory: &Arc<Memory>, options: &DiskOptions) -> Self {
-        Self::build(memory, |log, host| (BlockDevice::new(options, 0, log, host).unwrap(), None))
+        let (times, lease) = Times::lease();
+        Self::with_lease(memory, options, times, lease)
+    }
+
+    /// A disk with a lease of the test's own.
+    fn with_lease(memory: &Arc<Memory>, options: &DiskOptions, times: Arc<Times>, lease: Lease) -> Self {
+        Self::build(memory, (times, lease), |log, permit, host| {
+            (BlockDevice::new(options, 0, log, permit, host).unwrap(), None)
+        })
     }
 
     /// A disk whose operations happen when the test says so. Without a thread: [`turn`](Self::turn).
     fn manual(memory: &Arc<Memory>, options: &DiskOptions) -> Self {
-        Self::build(memory, |log, host| {
+        Self::build(memory, Times::lease(), |log, permit, host| {
             let image = Arc::new(Image::open(&options.path, options.readonly, options.shared).unwrap());
             let manual = Manual::new(image.clone()).unwrap();
             let engine = Box::new(manual.clone());
-            let device = BlockDevice::with_engine(options, 0, log, host, image, engine).unwrap();
+            let device = BlockDevice::with_engine(options, 0, log, permit, host, (image, engine)).unwrap();
             (device, Some(manual))
         })
     }
 
     fn build(
         memory: &Arc<Memory>,
-        make: impl FnOnce(Arc<WriteLog>, DeviceHost<Memory>) -> (BlockDevice<Memory>, Option<Manual>),
+        (times, lease): (Arc<Times>, Lease),
+        make: impl FnOnce(Arc<WriteLog>, Arc<Permit>, DeviceHost<Memory>) -> (BlockDevice<Memory>, Option<Manual>),
     ) -> Self {
         let full = Arc::new(Count::default());
         let log = {
@@ -180,9 +199,48 @@ impl Rig {
             interrupt: interrupts.clone(),
             waker: wakes.clone(),
         };
-        let (device, manual) = make(log.clone(), host);
+        let permit = Arc::new(Permit::new(OutputMode::PassThrough, lease));
+        let (device, manual) = make(log.clone(), permit.clone(), host);
+        let device = Arc::new(device);
         let registers = device.registers();
-        Self { memory: memory.clone(), device, registers, log, full, gate, interrupts, wakes, manual }
+        let valve = Valve::new(permit.clone(), vec![device.clone()]);
+        Self {
+            memory: memory.clone(),
+            device,
+            permit,
+            valve,
+            times,
+            registers,
+            log,
+            full,
+            gate,
+            interrupts,
+            wakes,
+            manual,
+        }
+    }
+
+    /// Gives the device the thread that [`manual`](Self::manual) leaves out.
+    fn start_thread(&mut self) {
+        self.valve = Valve::new(self.permit.clone(), Vec::new());
+        Arc::get_mut(&mut self.device).expect("the test has no other").start_thread().unwrap();
+        self.valve = Valve::new(self.permit.clone(), vec![self.device.clone()]);
+    }
+
+    /// Commits the epochs up to this one and lets their writes out.
+    fn release(&self, through: u64) -> ReleasedWrites {
+        self.valve.commit(through);
+        self.device.let_out()
+    }
+
+    fn open(&self) -> ReleasedWrites {
+        self.valve.open();
+        self.device.let_out()
+    }
+
+    fn discard(&self) {
+        self.valve.discard();
+        self.valve.drain();
     }
 
     fn write(&self, register: u64, value: u32) {

@@ -8,16 +8,24 @@ const WRITES: u16 = 40;
 /// A disk with threads for an engine, in epoch 1. Its permission takes a while, as slow storage would, and is
 /// given `times` times; counts how often it was asked for.
 fn rig(path: &Path, memory: &Arc<Memory>, times: usize) -> (Rig, Driver, Arc<Count>) {
-    let rig = Rig::new(memory, &DiskOptions { shared: true, ..DiskOptions::new(path) });
     let asked = Arc::new(Count::default());
     let count = asked.clone();
-    rig.device.set_permission(move || {
+    let lease = Lease::with_clock(move || {
+        // Whoever lets writes out always gets it.
+        if std::thread::current().name() != Some("outlive-blk-io") {
+            return Duration::ZERO;
+        }
         std::thread::sleep(Duration::from_millis(2));
-        count.0.fetch_add(1, Ordering::Relaxed) < times
+        let holds = count.0.fetch_add(1, Ordering::Relaxed) < times;
+        if holds { Duration::ZERO } else { Duration::from_secs(2) }
     });
+    lease.set(Some(Duration::from_secs(1)));
+    let (unused, _) = Times::lease();
+    let options = DiskOptions { shared: true, ..DiskOptions::new(path) };
+    let rig = Rig::with_lease(memory, &options, unused, lease);
     let driver = rig.boot();
     rig.device.go_live(false);
-    paused(&rig, || rig.device.hold(1).unwrap());
+    paused(&rig, || rig.valve.hold(1).unwrap());
     (rig, driver, asked)
 }
 
@@ -31,8 +39,8 @@ fn paused(rig: &Rig, work: impl FnOnce()) {
 fn commit(rig: &Rig, writes: u64) {
     rig.kick(0);
     wait_for("the writes", || rig.device.stats().held == writes);
-    paused(rig, || rig.device.set_epoch(2).unwrap());
-    assert_eq!(rig.device.release(1, || true).writes, writes);
+    paused(rig, || rig.valve.begin(2).unwrap());
+    assert_eq!(rig.release(1).writes, writes);
 }
 
 /// Sector after sector, each of its own request.
@@ -56,11 +64,11 @@ fn released_writes_stay_when_permission_ends_and_go_when_it_is_back() {
     wait_for("the others", || driver.used(0) == 10);
     settle();
     assert_eq!((written(&path), driver.used(0), rig.device.in_flight()), (10, 10, 30));
-    let released = rig.device.release(1, || true);
+    let released = rig.release(1);
     assert_eq!(released.writes, 30, "they go with a later release");
     wait_for("the engine to refuse them", || rig.device.stats().held == 30);
     assert_eq!((written(&path), asked.get()), (10, 70));
-    assert_eq!(rig.device.pass_through().writes, 30);
+    assert_eq!(rig.open().writes, 30);
     wait_for("all", || driver.used(0) == WRITES);
     settle();
     assert_eq!((written(&path), driver.used(0), rig.device.in_flight()), (WRITES, WRITES, 0));
@@ -81,21 +89,21 @@ fn what_waits_for_slow_storage_is_discarded_and_issued_again_elsewhere() {
     rig.gate.open();
     commit(&rig, WRITES.into());
     wait_for("some", || asked.get() >= 8);
-    rig.device.discard();
+    rig.discard();
     settle();
     let reached = written(&path);
     assert!((4..20).contains(&reached), "{reached}");
     // Neither a new protection nor going on alone brings back what another host may have done.
-    paused(&rig, || rig.device.hold(2).unwrap());
-    rig.device.release(1, || true);
-    rig.device.pass_through();
+    paused(&rig, || rig.valve.hold(2).unwrap());
+    rig.release(1);
+    rig.open();
     settle();
     assert_eq!((written(&path), driver.used(0)), (reached, reached));
     assert_eq!(rig.device.in_flight(), usize::from(WRITES - reached));
 
     let standby = Rig::manual(&there, &DiskOptions { shared: true, ..DiskOptions::new(&path) });
     standby.device.restore(&saved).unwrap();
-    standby.device.pass_through();
+    standby.open();
     standby.device.go_live(false);
     standby.run();
     assert_eq!((Driver::resumed(&there).used(0), written(&path)), (WRITES, WRITES));
@@ -126,7 +134,7 @@ fn a_request_of_many_operations_asks_before_each() {
     wait_for("the rest to be held again", || rig.device.stats().held == 1);
     let zeroes = || content(&path).iter().take_while(|&&byte| byte == 0).count();
     assert_eq!((zeroes(), driver.used(0), asked.get()), (128 << 10, 0, 4));
-    rig.device.pass_through();
+    rig.open();
     wait_for("the rest", || driver.used(0) == 1);
     assert_eq!((zeroes(), driver.status(0)), (256 << 10, OK));
 }
@@ -141,11 +149,11 @@ fn discarding_ends_a_request_between_two_operations() {
     driver.write(0, 0, 0, &[1; 1024]);
     driver.read(0, 1, 100, 512);
     rig.turn();
-    rig.device.discard();
+    rig.discard();
     // What is under way ends, here short of what was asked.
     rig.engine().complete(0, Some(Ok(512)));
     rig.run();
-    rig.device.pass_through();
+    rig.open();
     rig.run();
     assert_eq!((written(&path), driver.used(0), driver.status(1), rig.device.in_flight()), (1, 1, OK, 1));
     rig.write(0x70, 0);

@@ -8,6 +8,7 @@ mod merge;
 mod offload;
 mod output;
 mod pairs;
+mod pause;
 mod rings;
 mod tap;
 mod tap_offload;
@@ -26,11 +27,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::rings::Ring;
 use super::offload::HEADER;
-use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, OutputMode};
+use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, Released};
 use super::{FramePort, MacAddr, NetDevice};
 use crate::bus::SharedDevice;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
+use crate::devices::valve::tests::Times;
+use crate::devices::valve::{EpochError, OutputMode, Permit, Valve};
 use crate::devices::virtio::{COMMON_FEATURES, DeviceHost, Interrupt, Waker};
 
 type Memory = GuestMemoryMmap<AtomicBitmap>;
@@ -192,6 +195,62 @@ impl Wire {
     }
 }
 
+/// An output with the valve in front of it.
+struct Held {
+    output: Arc<Output>,
+    valve: Valve,
+    times: Arc<Times>,
+}
+
+impl Held {
+    fn new(sink: Arc<dyn FrameSink>, limits: OutputLimits, mode: OutputMode) -> Arc<Self> {
+        let (times, lease) = Times::lease();
+        let permit = Arc::new(Permit::new(mode, lease));
+        let output = Arc::new(Output::new(sink, limits, permit.clone()).unwrap());
+        Arc::new(Self { valve: Valve::new(permit, vec![output.clone()]), output, times })
+    }
+
+    fn hold(&self, epoch: u64) -> Result<(), EpochError> {
+        self.valve.hold(epoch)
+    }
+
+    fn begin(&self, epoch: u64) -> Result<(), EpochError> {
+        self.valve.begin(epoch)
+    }
+
+    fn release(&self, through: u64) -> Released {
+        self.valve.commit(through);
+        self.drain()
+    }
+
+    /// With permission for so many frames. Says how often it was asked for, too.
+    fn release_with(&self, through: u64, frames: usize) -> (Released, usize) {
+        self.times.set(frames);
+        let released = self.release(through);
+        let asked = self.times.asked();
+        self.times.set(usize::MAX);
+        (released, asked)
+    }
+
+    fn open(&self) -> Released {
+        self.valve.open();
+        self.drain()
+    }
+
+    fn discard(&self) {
+        self.valve.discard();
+        let _ = self.drain();
+    }
+}
+
+impl std::ops::Deref for Held {
+    type Target = Output;
+
+    fn deref(&self) -> &Output {
+        &self.output
+    }
+}
+
 /// A machine around one network device.
 struct Rig<'m> {
     memory: &'m Arc<Memory>,
@@ -200,7 +259,7 @@ struct Rig<'m> {
     wire: Wire,
     port: Arc<Sockets>,
     sink: Arc<Recorder>,
-    output: Arc<Output>,
+    output: Arc<Held>,
     gate: Arc<DeviceGate>,
     interrupts: Arc<Count>,
     wakes: Arc<Count>,
@@ -216,7 +275,7 @@ impl<'m> Rig<'m> {
         ends.iter().for_each(|end| end.set_nonblocking(true).unwrap());
         let port = Arc::new(Sockets { ends, told: Mutex::default() });
         let sink = Arc::new(Recorder::default());
-        let output = Arc::new(Output::new(sink.clone(), limits, mode).unwrap());
+        let output = Held::new(sink.clone(), limits, mode);
         let (gate, interrupts, wakes) =
             (Arc::new(DeviceGate::new()), Arc::new(Count::default()), Arc::new(Count::default()));
         let host = DeviceHost {
@@ -225,7 +284,7 @@ impl<'m> Rig<'m> {
             interrupt: interrupts.clone(),
             waker: wakes.clone(),
         };
-        let device = NetDevice::with_port(MAC, port.clone(), output.clone(), host).unwrap();
+        let device = NetDevice::with_port(MAC, port.clone(), output.output.clone(), host).unwrap();
         let registers = device.registers();
         Self { memory, device, registers, wire: Wire(wire), port, sink, output, gate, interrupts, wakes }
     }
@@ -236,14 +295,14 @@ impl<'m> Rig<'m> {
     }
 
     /// Puts another device in the place of the one with the sockets.
-    fn put_behind(&mut self, port: Arc<dyn FramePort>, output: Arc<Output>) {
+    fn put_behind(&mut self, port: Arc<dyn FramePort>, output: &Held) {
         let host = DeviceHost {
             memory: self.memory.clone(),
             gate: self.gate.clone(),
             interrupt: self.interrupts.clone(),
             waker: self.wakes.clone(),
         };
-        self.device = NetDevice::with_port(MAC, port, output, host).unwrap();
+        self.device = NetDevice::with_port(MAC, port, output.output.clone(), host).unwrap();
         self.registers = self.device.registers();
     }
 

@@ -124,9 +124,9 @@ fn a_large_frame_is_held_with_its_header_until_its_epoch_is_committed() {
         assert_eq!(rig.sink.count(), round, "nothing leaves before its epoch's commit");
         let epoch = round as u64 + 2;
         rig.gate.close();
-        rig.output.set_epoch(epoch).unwrap();
+        rig.output.begin(epoch).unwrap();
         rig.gate.open();
-        assert!(rig.output.release(epoch - 1, || true).complete);
+        assert!(rig.output.release(epoch - 1).complete);
         let packet = rig.sink.packets().pop().unwrap();
         assert_eq!(Header::read(packet.first_chunk().unwrap()), TSO);
         assert!(packet[12..] == frame[..]);
@@ -152,9 +152,9 @@ fn large_frames_fill_the_held_output_and_then_stay_with_the_guest() {
         settle();
         assert_eq!((driver.tx_used(), rig.sink.count()), (round, usize::from(round) - 1));
         rig.gate.close();
-        rig.output.set_epoch(u64::from(round) + 1).unwrap();
+        rig.output.begin(u64::from(round) + 1).unwrap();
         rig.gate.open();
-        assert!(rig.output.release(round.into(), || true).complete);
+        assert!(rig.output.release(round.into()).complete);
     }
     assert!(rig.sink.frames().iter().all(|sent| *sent == frame));
     assert_eq!(rig.sink.count(), 3);

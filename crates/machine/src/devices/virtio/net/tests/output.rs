@@ -7,25 +7,32 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::*;
-use crate::devices::virtio::net::{EpochError, OutputStats, Pushed, Released};
+use crate::devices::virtio::net::{OutputStats, Pushed};
 
 /// A frame of Ethernet's usual size.
 const ETHERNET: usize = 1518;
 const SMALL: OutputLimits = OutputLimits { frames: 8, bytes: 4096 };
 
-fn output(limits: OutputLimits, mode: OutputMode) -> (Output, Arc<Recorder>) {
+fn output(limits: OutputLimits, mode: OutputMode) -> (Arc<Held>, Arc<Recorder>) {
     let sink = Arc::new(Recorder::default());
-    (Output::new(sink.clone(), limits, mode).unwrap(), sink)
+    (Held::new(sink.clone(), limits, mode), sink)
 }
 
-fn holding() -> (Output, Arc<Recorder>) {
+fn holding() -> (Arc<Held>, Arc<Recorder>) {
     let (output, sink) = output(SMALL, OutputMode::Hold);
     output.hold(1).unwrap();
     (output, sink)
 }
 
+/// Inside the gate.
+fn take(output: &Output, number: u32) {
+    assert_eq!(output.push(0, &frame(number, 60)), Pushed::Taken);
+}
+
+/// As the device's thread does it.
 fn push(output: &Output, number: u32) {
     assert_eq!(output.push(0, &frame(number, 60)), Pushed::Taken);
+    output.drain_if_open();
 }
 
 fn numbers(sink: &Recorder) -> Vec<u32> {
@@ -37,15 +44,15 @@ fn nothing_leaves_before_its_epoch_is_committed() {
     let (output, sink) = holding();
     push(&output, 10);
     push(&output, 11);
-    output.set_epoch(2).unwrap();
+    output.begin(2).unwrap();
     push(&output, 20);
-    output.set_epoch(3).unwrap();
+    output.begin(3).unwrap();
     push(&output, 30);
-    assert_eq!(output.release(0, || true), Released { frames: 0, bytes: 0, complete: true });
+    assert_eq!(output.release(0), Released { frames: 0, bytes: 0, complete: true });
     assert_eq!(sink.count(), 0);
-    assert_eq!(output.release(1, || true), Released { frames: 2, bytes: 120, complete: true });
+    assert_eq!(output.release(1), Released { frames: 2, bytes: 120, complete: true });
     assert_eq!(numbers(&sink), [10, 11]);
-    assert_eq!(output.release(2, || true).frames, 1);
+    assert_eq!(output.release(2).frames, 1);
     assert_eq!(numbers(&sink), [10, 11, 20]);
     assert_eq!(output.stats().held_frames, 1);
 }
@@ -54,12 +61,12 @@ fn nothing_leaves_before_its_epoch_is_committed() {
 fn the_running_epoch_is_not_released_even_on_request() {
     let (output, sink) = holding();
     push(&output, 1);
-    assert_eq!(output.release(1, || true).frames, 0);
-    assert_eq!(output.release(u64::MAX, || true).frames, 0);
+    assert_eq!(output.release(1).frames, 0);
+    assert_eq!(output.release(u64::MAX).frames, 0);
     assert_eq!(sink.count(), 0);
-    output.set_epoch(2).unwrap();
+    output.begin(2).unwrap();
     push(&output, 2);
-    assert_eq!(output.release(u64::MAX, || true).frames, 1);
+    assert_eq!(output.release(u64::MAX).frames, 1);
     assert_eq!(numbers(&sink), [1]);
 }
 
@@ -69,17 +76,13 @@ fn permission_is_asked_before_each_frame_and_its_loss_is_final() {
     for number in 0..4 {
         push(&output, number);
     }
-    output.set_epoch(2).unwrap();
-    let mut asked = 0;
-    let released = output.release(1, || {
-        asked += 1;
-        asked < 3
-    });
+    output.begin(2).unwrap();
+    let (released, asked) = output.release_with(1, 2);
     assert_eq!((released.frames, released.complete, asked), (2, false, 3));
-    assert_eq!(output.release(1, || true), Released::default(), "once refused, nothing leaves");
+    assert_eq!(output.release(1), Released::default(), "once refused, nothing leaves");
     assert_eq!(output.stats().held_frames, 2, "the frames are kept");
     assert_eq!(numbers(&sink), [0, 1]);
-    assert!(output.pass_through().complete, "unless this side has won the right to go on");
+    assert!(output.open().complete, "unless this side has won the right to go on");
     assert_eq!(numbers(&sink), [0, 1, 2, 3]);
 }
 
@@ -87,16 +90,17 @@ fn permission_is_asked_before_each_frame_and_its_loss_is_final() {
 fn permission_is_not_asked_when_nothing_is_due() {
     let (output, _) = holding();
     push(&output, 1);
-    assert!(output.release(5, || panic!("nothing may leave")).complete);
+    let (released, asked) = output.release_with(5, 0);
+    assert_eq!((released.complete, asked), (true, 0), "nothing may leave");
 }
 
 #[test]
 fn pass_through_flushes_in_order_and_then_is_direct() {
     let (output, sink) = holding();
     push(&output, 1);
-    output.set_epoch(2).unwrap();
+    output.begin(2).unwrap();
     push(&output, 2);
-    assert_eq!(output.pass_through(), Released { frames: 2, bytes: 120, complete: true });
+    assert_eq!(output.open(), Released { frames: 2, bytes: 120, complete: true });
     push(&output, 3);
     assert_eq!(numbers(&sink), [1, 2, 3]);
     output.hold(7).unwrap();
@@ -112,18 +116,18 @@ fn discard_drops_what_is_held_and_what_comes() {
     push(&output, 1);
     output.discard();
     push(&output, 2);
-    output.set_epoch(9).unwrap();
+    output.begin(9).unwrap();
     push(&output, 3);
     assert_eq!(output.mode(), OutputMode::Discard, "a new epoch does not end it");
-    assert_eq!(output.release(8, || true), Released::default());
+    assert_eq!(output.release(8), Released::default());
     assert!(!output.announce(&[0; 60]));
     assert_eq!(sink.count(), 0);
     assert_eq!(output.stats().discarded_frames, 3);
     assert_eq!(output.stats().held_frames, 0);
     output.hold(10).unwrap();
     push(&output, 4);
-    output.set_epoch(11).unwrap();
-    assert_eq!(output.release(10, || true).frames, 1);
+    output.begin(11).unwrap();
+    assert_eq!(output.release(10).frames, 1);
     assert_eq!(numbers(&sink), [4]);
 }
 
@@ -135,9 +139,9 @@ fn a_full_ring_leaves_the_frame_with_the_guest() {
     }
     assert_eq!(output.push(0, &frame(8, 60)), Pushed::Full);
     assert!(output.space().read().is_err());
-    assert_eq!(output.release(0, || true).frames, 0);
-    output.set_epoch(2).unwrap();
-    output.release(1, || true);
+    assert_eq!(output.release(0).frames, 0);
+    output.begin(2).unwrap();
+    output.release(1);
     assert_eq!(output.space().read().unwrap(), 1, "told once there is room");
     let (output, _) = holding();
     for _ in 0..2 {
@@ -152,11 +156,11 @@ fn a_full_ring_leaves_the_frame_with_the_guest() {
 #[test]
 fn epochs_do_not_go_back_under_held_frames() {
     let (output, _) = holding();
-    output.set_epoch(5).unwrap();
-    output.set_epoch(4).unwrap();
+    output.begin(5).unwrap();
+    output.begin(4).unwrap();
     push(&output, 1);
     let refused = EpochError { asked: 3, held: 4 };
-    assert_eq!(output.set_epoch(3), Err(refused));
+    assert_eq!(output.begin(3), Err(refused));
     assert_eq!(output.hold(3), Err(refused));
     output.discard();
     output.hold(1).unwrap();
@@ -168,7 +172,7 @@ fn only_a_vm_that_nobody_can_replace_announces_itself() {
     push(&output, 1);
     assert!(!output.announce(&frame(99, 60)));
     assert!(numbers(&sink).is_empty());
-    output.pass_through();
+    output.open();
     assert!(output.announce(&frame(99, 60)));
     assert_eq!(numbers(&sink), [1, 99]);
 }
@@ -185,11 +189,11 @@ fn the_first_frame_that_leaves_is_reported_once() {
     output.announce(&[0; 60]);
     push(&output, 1);
     push(&output, 2);
-    output.set_epoch(2).unwrap();
+    output.begin(2).unwrap();
     assert_eq!(seen.get(), 0, "held is not sent");
-    output.release(1, || true);
+    output.release(1);
     assert_eq!(seen.get(), 1);
-    output.pass_through();
+    output.open();
     hook(&output);
     push(&output, 3);
     push(&output, 4);
@@ -212,15 +216,15 @@ impl FrameSink for Flaky {
 #[test]
 fn a_sink_that_refuses_a_frame_does_not_stop_the_others() {
     let sink = Arc::new(Flaky::default());
-    let output = Output::new(sink.clone(), SMALL, OutputMode::Hold).unwrap();
+    let output = Held::new(sink.clone(), SMALL, OutputMode::Hold);
     output.hold(1).unwrap();
     for number in 0..4 {
         push(&output, number);
     }
-    output.set_epoch(2).unwrap();
-    assert_eq!(output.release(1, || true), Released { frames: 4, bytes: 240, complete: true });
+    output.begin(2).unwrap();
+    assert_eq!(output.release(1), Released { frames: 4, bytes: 240, complete: true });
     assert_eq!(numbers(&sink.0), [0, 2]);
-    output.pass_through();
+    output.open();
     push(&output, 4);
     push(&output, 5);
     assert_eq!(numbers(&sink.0), [0, 2, 4]);
@@ -292,6 +296,7 @@ proptest! {
                 Op::Push(len) => {
                     let frame = frame(number as u32, len);
                     let pushed = output.push(0, &frame);
+                    output.drain_if_open();
                     let bytes: usize = oracle.held.iter().map(|(_, frame)| frame.len()).sum();
                     match oracle.mode {
                         _ if pushed == Pushed::Full => {
@@ -310,15 +315,14 @@ proptest! {
                 }
                 Op::NextEpoch => {
                     oracle.epoch += 1;
-                    output.set_epoch(oracle.epoch).unwrap();
+                    output.begin(oracle.epoch).unwrap();
                 }
                 Op::Release(behind, frames) => {
                     // 0 asks for the running epoch itself, which must be refused.
                     let through = oracle.epoch.saturating_sub(behind);
                     let before = oracle.left.len();
                     let complete = oracle.release(through, frames);
-                    let mut asked = 0;
-                    let released = output.release(through, || { asked += 1; asked <= frames });
+                    let (released, _) = output.release_with(through, frames);
                     prop_assert_eq!(released.complete, complete);
                     prop_assert_eq!(released.frames as usize, oracle.left.len() - before);
                 }
@@ -330,7 +334,7 @@ proptest! {
                 Op::PassThrough => {
                     (oracle.mode, oracle.forbidden) = (OutputMode::PassThrough, false);
                     oracle.left.extend(oracle.held.drain(..).map(|(_, frame)| frame));
-                    prop_assert!(output.pass_through().complete);
+                    prop_assert!(output.open().complete);
                 }
                 Op::Discard => {
                     oracle.mode = OutputMode::Discard;
@@ -369,7 +373,7 @@ fn three_threads_keep_the_order() {
     const EPOCHS: u64 = 300;
     let judge = Arc::new(Judge { committed: AtomicU64::new(0), frames: Mutex::default() });
     let limits = OutputLimits { frames: 64, bytes: 16 << 10 };
-    let output = Arc::new(Output::new(judge.clone(), limits, OutputMode::Hold).unwrap());
+    let output = Held::new(judge.clone(), limits, OutputMode::Hold);
     output.hold(1).unwrap();
     let gate = Arc::new(DeviceGate::new());
     let epoch = Arc::new(AtomicU64::new(1));
@@ -387,6 +391,7 @@ fn three_threads_keep_the_order() {
                     number += 1;
                 }
                 drop(pass);
+                output.drain_if_open();
             }
             number
         })
@@ -397,7 +402,7 @@ fn three_threads_keep_the_order() {
             loop {
                 let commit = epoch.load(Ordering::SeqCst) - 1;
                 judge.committed.store(commit, Ordering::SeqCst);
-                assert!(output.release(commit, || true).complete);
+                assert!(output.release(commit).complete);
                 if commit >= EPOCHS {
                     return;
                 }
@@ -408,13 +413,13 @@ fn three_threads_keep_the_order() {
     for next in 2..=EPOCHS + 1 {
         gate.close();
         epoch.store(next, Ordering::SeqCst);
-        output.set_epoch(next).unwrap();
+        output.begin(next).unwrap();
         gate.open();
         thread::sleep(Duration::from_micros(200));
     }
     receiver.join().unwrap();
     judge.committed.store(u64::MAX, Ordering::SeqCst);
-    assert!(output.pass_through().complete);
+    assert!(output.open().complete);
     done.store(1, Ordering::SeqCst);
     let sent = guest.join().unwrap();
 
@@ -445,16 +450,16 @@ impl FrameSink for Slow {
 #[test]
 fn a_frame_sent_during_a_flush_leaves_with_it_and_before_later_ones() {
     let sink = Arc::new(Slow::default());
-    let output = Arc::new(Output::new(sink.clone(), SMALL, OutputMode::Hold).unwrap());
+    let output = Held::new(sink.clone(), SMALL, OutputMode::Hold);
     output.hold(1).unwrap();
     push(&output, 0);
     let flush = {
         let output = output.clone();
-        thread::spawn(move || output.pass_through())
+        thread::spawn(move || output.open())
     };
     wait_for("the first frame", || sink.entered.load(Ordering::SeqCst) == 1);
-    push(&output, 1);
-    push(&output, 2);
+    take(&output, 1);
+    take(&output, 2);
     sink.go.store(1, Ordering::SeqCst);
     assert_eq!(flush.join().unwrap(), Released { frames: 3, bytes: 180, complete: true });
     push(&output, 3);
@@ -465,14 +470,14 @@ fn a_frame_sent_during_a_flush_leaves_with_it_and_before_later_ones() {
 fn discard_and_hold_win_over_a_flush_under_way() {
     for discard in [true, false] {
         let sink = Arc::new(Slow::default());
-        let output = Arc::new(Output::new(sink.clone(), SMALL, OutputMode::Hold).unwrap());
+        let output = Held::new(sink.clone(), SMALL, OutputMode::Hold);
         output.hold(1).unwrap();
         for number in 0..3 {
             push(&output, number);
         }
         let flush = {
             let output = output.clone();
-            thread::spawn(move || output.pass_through())
+            thread::spawn(move || output.open())
         };
         wait_for("the first frame", || sink.entered.load(Ordering::SeqCst) == 1);
         // The guest is not stopped by a flush, however slow the sink.

@@ -83,10 +83,9 @@ fn frames_pass_between_guest_and_kernel() {
         assert_eq!(tap.name(), "outlive0");
         set_up("outlive0", true);
         let mut host = packet_socket("outlive0", ETHERTYPE);
-        let output =
-            Arc::new(Output::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough).unwrap());
+        let output = Held::new(tap.clone(), OutputLimits::default(), OutputMode::PassThrough);
         let mut rig = Rig::usual(&memory);
-        rig.put_behind(tap, output.clone());
+        rig.put_behind(tap, &output);
         let driver = rig.boot(FEATURES);
         rig.device.go_live(false);
 
@@ -122,7 +121,7 @@ fn frames_pass_between_guest_and_kernel() {
         driver.send(20, &frame(20, 60));
         rig.kick_tx();
         wait_for("the frame to go", || driver.tx_used() == 21);
-        assert_eq!(output.stats().refused_frames, 1);
+        wait_for("the tap's refusal", || output.stats().refused_frames == 1);
         set_up("outlive0", true);
         driver.send(21, &frame(21, 60));
         rig.kick_tx();

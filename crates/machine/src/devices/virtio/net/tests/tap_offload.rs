@@ -148,8 +148,9 @@ fn large_socket(name: &str) -> File {
 fn device_behind<'m>(memory: &'m Arc<Memory>, tap: Tap, mode: OutputMode) -> Rig<'m> {
     let tap = Arc::new(tap);
     let mut rig = Rig::usual(memory);
-    rig.output = Arc::new(Output::new(tap.clone(), OutputLimits::default(), mode).unwrap());
-    rig.put_behind(tap, rig.output.clone());
+    let output = Held::new(tap.clone(), OutputLimits::default(), mode);
+    rig.put_behind(tap, &output);
+    rig.output = output;
     rig
 }
 
@@ -196,9 +197,9 @@ fn the_kernel_cuts_what_the_guest_sends() {
             );
             epoch += 1;
             rig.gate.close();
-            rig.output.set_epoch(epoch).unwrap();
+            rig.output.begin(epoch).unwrap();
             rig.gate.open();
-            assert!(rig.output.release(epoch - 1, || true).complete);
+            assert!(rig.output.release(epoch - 1).complete);
             settle();
             while let Ok(len) = outside.read(&mut buffer) {
                 if !is_tcp(&buffer[..len]) {
@@ -280,10 +281,11 @@ fn headers_the_kernel_refuses_are_counted() {
         quiet();
         let tap = Arc::new(Tap::open("large2").unwrap());
         set_up("large2", true);
-        let output = Output::new(tap, OutputLimits::default(), OutputMode::PassThrough).unwrap();
+        let output = Held::new(tap, OutputLimits::default(), OutputMode::PassThrough);
         let push = |header: Header, frame: &[u8]| {
             let pushed = output.push(0, &[&header.bytes(), frame].concat());
             assert_eq!(pushed, crate::devices::virtio::net::Pushed::Taken);
+            output.drain_if_open();
             output.stats().refused_frames
         };
         // Such headers do not come through the device; the kernel is the second wall.
