@@ -10,6 +10,7 @@ use kvm_bindings::{
 
 use crate::hot::HotRule;
 use crate::kvm;
+#[cfg(feature = "self-test")]
 use crate::selftest::{SelfTest, Way};
 use crate::source::ring::{RESERVED, RESERVED_FOR_PML};
 
@@ -22,6 +23,7 @@ const MIN_ENTRIES: u64 = 8192;
 
 /// Which back end the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Choice {
     /// The ring if the kernel has it, else the clear-log, else the bitmap.
     #[default]
@@ -37,6 +39,7 @@ pub enum Choice {
 
 /// Which back end it is. `Display` gives "ring", "clear-log", "bitmap" and "uffd".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Kind {
     /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest is by dirty page.
     Ring,
@@ -63,6 +66,7 @@ impl fmt::Display for Kind {
 
 /// Why there is no back end.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ProbeError {
     /// The ring was demanded and this kernel has none.
     #[error("this kernel has no KVM dirty ring (Linux 5.11 or later, KVM_CAP_DIRTY_LOG_RING)")]
@@ -88,6 +92,7 @@ pub struct Backend {
     kind: Kind,
     reason: String,
     ring_entries: u32,
+    #[cfg(feature = "self-test")]
     self_test: Option<SelfTest>,
     #[cfg(any(test, feature = "planted-bug"))]
     planted: u64,
@@ -127,6 +132,7 @@ impl Backend {
             kind,
             reason,
             ring_entries,
+            #[cfg(feature = "self-test")]
             self_test: None,
             #[cfg(any(test, feature = "planted-bug"))]
             planted: 0,
@@ -176,6 +182,7 @@ impl Backend {
     /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves
     /// out of a re-arm what it is told to, and measures what a trap and a copy cost: what
     /// [`crate::Hot::Auto`] needs. A kernel that fails gets no hot pages; the result is logged.
+    #[cfg(feature = "self-test")]
     #[must_use]
     pub fn with_self_test(mut self, kvm: BorrowedFd<'_>) -> Backend {
         let way = match self.kind {
@@ -194,15 +201,21 @@ impl Backend {
     }
 
     /// What [`Backend::with_self_test`] has found.
+    #[cfg(feature = "self-test")]
     pub fn self_test(&self) -> Option<&SelfTest> {
         self.self_test.as_ref()
     }
 
     /// The rule that the measured costs make, or why no page can be hot.
     pub(crate) fn hot_rule(&self, max_dirty_pages: usize) -> Result<HotRule, String> {
-        let test = self.self_test.as_ref().ok_or("there was no self-test")?;
-        test.selective.clone()?;
-        Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
+        #[cfg(not(feature = "self-test"))]
+        return Err(format!("the feature self-test is off ({max_dirty_pages} pages an epoch at most)"));
+        #[cfg(feature = "self-test")]
+        {
+            let test = self.self_test.as_ref().ok_or("there was no self-test")?;
+            test.selective.clone()?;
+            Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
+        }
     }
 
     /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU, of

@@ -18,6 +18,7 @@ use kvm_bindings::{
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
+use crate::ioctl::checked;
 use crate::layout::{Layout, PAGE_SIZE, Slot};
 use crate::mint;
 use crate::words::Words;
@@ -65,10 +66,6 @@ impl Vm {
         let vcpus = vcpus.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
         Ok(Vm { vm: vm.try_clone_to_owned()?, vcpus })
     }
-}
-
-pub(crate) fn checked(result: i32) -> io::Result<u64> {
-    u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 impl Kernel for Vm {

@@ -72,6 +72,7 @@ pub struct Layout {
 
 /// Why a list of slots is no layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// There is no slot at all.
     #[error("a layout needs at least one memory slot")]

@@ -95,14 +95,16 @@ mod global;
 #[cfg(not(all(test, loom)))]
 mod hot;
 #[cfg(not(all(test, loom)))]
+mod ioctl;
+#[cfg(not(all(test, loom)))]
 mod kvm;
 mod lane;
 mod layout;
-#[cfg(not(all(test, loom)))]
+#[cfg(all(feature = "vm-memory", not(all(test, loom))))]
 mod memory;
 #[cfg(not(all(test, loom)))]
 mod mint;
-#[cfg(not(all(test, loom)))]
+#[cfg(all(feature = "self-test", not(all(test, loom))))]
 mod selftest;
 #[cfg(not(all(test, loom)))]
 mod source;
@@ -126,9 +128,9 @@ pub use hot::{Hot, HotRule};
 #[cfg(not(all(test, loom)))]
 pub use kvm::SignalsBlocked;
 pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};
-#[cfg(not(all(test, loom)))]
+#[cfg(all(feature = "vm-memory", not(all(test, loom))))]
 pub use memory::{LogSlice, RegionLog};
-#[cfg(not(all(test, loom)))]
+#[cfg(all(feature = "self-test", not(all(test, loom))))]
 pub use selftest::{SelfTest, SelfTestError};
 #[cfg(not(all(test, loom)))]
 pub use source::{HarvestError, RearmError, UffdError};

@@ -14,7 +14,7 @@ use kvm_bindings::{KVMIO, kvm_msr_entry, kvm_msrs};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
-use crate::kvm::checked;
+use crate::ioctl::checked;
 use crate::layout::{Layout, PAGE_SIZE};
 
 ioctl_iowr_nr!(KVM_GET_MSRS, KVMIO, 0x88, kvm_msrs);

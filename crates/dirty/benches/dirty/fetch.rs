@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::{Fetch, Gfn, Tracker};
 
-use crate::guest::LOW;
 use crate::machine::{Host, MAX_DIRTY, Machine, Method};
 use crate::measure::{Effort, Samples};
 use crate::options::Options;
 use crate::quiet::{Pinned, preemptions, processors, undisturbed};
 use crate::report::{Case, Report, Row};
-use crate::workload::{Job, Pattern, Run, Workload};
+use crate::workload::{Job, LOW, Pattern, Run, Workload};
 
 const VCPUS: usize = 2;
 /// Threads that do not begin together say nothing.

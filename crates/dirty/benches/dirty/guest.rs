@@ -21,8 +21,6 @@ use crate::workload::{Job, Run};
 
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 
-/// All below is the guest's own: tables, code, parameters. Nothing of it is written while the guest runs.
-pub(crate) const LOW: u64 = 16 << 20;
 const PML4: u64 = 0x1000;
 /// One table for each 512 GiB.
 const DIRECTORIES: u64 = 0x2000;

@@ -2,11 +2,11 @@
 
 use outlive_dirty::{Gfn, PAGE_SIZE};
 
-use crate::guest::LOW;
-
 /// A cold page comes back after so many epochs: far later than a hot one.
 pub(crate) const POSITIONS: u64 = 72;
 const GIB: u64 = 1 << 30;
+/// All below is the guest's own: tables, code, parameters. Nothing of it is written while the guest runs.
+pub(crate) const LOW: u64 = 16 << 20;
 
 /// How the pages of an epoch lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::Failure;
-use crate::options::Options;
+use crate::options::{DATA, Options};
 
 /// Guest physical addresses: page tables (one page a GiB of memory, after the two upper levels), then the
 /// pages that the guest writes.
@@ -23,7 +23,6 @@ const CODE: u64 = 0x1000;
 const TOP_TABLE: u64 = 0x2000;
 const SECOND_TABLE: u64 = 0x3000;
 const DIRECTORIES: u64 = 0x1_0000;
-pub(crate) const DATA: u64 = 4 << 20;
 
 // The guest. rbx: stamp to write; r12, r13, r14: address of the first hot page, distance, number of them;
 // rcx: pages to draw at random with the state r8 from the r9 pages at rsi. Says by a port write that it is

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use outlive_dirty::{Choice, PAGE_SIZE};
 
-use crate::guest::DATA;
+/// Guest physical address of the pages that the guest writes; below are its code and tables.
+pub(crate) const DATA: u64 = 4 << 20;
 
 pub(crate) const HELP: &str = "\
 A live table of the pages that a small guest dirties, as outlive-dirty sees them.

@@ -34,6 +34,7 @@ pub(crate) enum Way {
 ///
 /// `Display` gives a line for the log.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct SelfTest {
     /// Whether a page that is left out of the re-arm stays writable without a fault and without being logged,
     /// and every page that is re-armed is logged at its next write. If not, what happened instead.
@@ -49,6 +50,7 @@ pub struct SelfTest {
 
 /// Why the test could not be made. This says nothing about the kernel's dirty log.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SelfTestError {
     /// This kernel does not have the log to be tested.
     #[error("this kernel has no {0}")]

@@ -12,6 +12,7 @@ pub(crate) mod ring;
 mod rings;
 mod scan;
 mod uffd;
+mod uffd_error;
 
 use std::io;
 
@@ -22,10 +23,11 @@ pub(crate) use bitmap::Bitmap;
 pub(crate) use clear::ClearLog;
 pub(crate) use rings::Rings;
 pub(crate) use uffd::Uffd;
-pub use uffd::UffdError;
+pub use uffd_error::UffdError;
 
 /// Why dirty pages could not be taken. What was taken before the error comes with the next harvest.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HarvestError {
     /// KVM wrote over ring entries before they were read (or calls an empty ring full, which is what follows
     /// from that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory
@@ -66,6 +68,7 @@ pub enum HarvestError {
 /// Why the harvested pages could not be re-armed. Tracking is over: pages may be written unseen, so
 /// synchronise in full by other means.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RearmError {
     /// KVM_RESET_DIRTY_RINGS failed.
     #[error("cannot reset the dirty rings")]

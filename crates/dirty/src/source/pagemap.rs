@@ -14,7 +14,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 
-use crate::source::uffd::UffdError;
+use crate::source::uffd_error::UffdError;
 
 /// `USERFAULTFD_IOC` and `UFFDIO`.
 const UFFDIO: u32 = 0xaa;

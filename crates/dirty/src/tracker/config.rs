@@ -37,6 +37,7 @@ impl Default for Config {
 
 /// Why there is no tracker.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum NewError {
     /// userfaultfd or PAGEMAP_SCAN cannot be used.
     #[error("memory of this process cannot be tracked")]
@@ -101,6 +102,7 @@ pub enum NewError {
 
 /// Why tracking was not enabled. Nothing is left on.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EnableError {
     /// It is enabled already.
     #[error("dirty tracking is enabled already")]
@@ -136,6 +138,7 @@ pub enum EnableError {
 
 /// Why tracking was not disabled.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DisableError {
     /// An epoch is open: drop it first.
     #[error("an epoch is open")]

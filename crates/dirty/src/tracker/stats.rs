@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counters since the tracker was made, but `hot` and `credits`, which are of this moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Epochs completed ([`crate::Epoch::run`]).
     pub epochs: u64,
