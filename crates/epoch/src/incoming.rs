@@ -5,7 +5,7 @@ mod error;
 pub use error::IncomingError;
 
 use crate::codec::{PageEntry, with_data};
-use crate::image::{DiskRecords, Layout, PAGE_SIZE, PageData, StateSection};
+use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateSection, UncheckedRecords};
 use crate::wire::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section};
 
 /// Limits of a buffer, chosen when protection starts. Memory is reserved for all of it at once
@@ -55,7 +55,8 @@ enum Phase {
 /// Collects the sections of one checkpoint and gives access to it only when it is whole and every check has
 /// passed.
 ///
-/// Nothing is allocated after [`new`](Self::new). A standby that receives checkpoint N+1 while it applies N
+/// Nothing is allocated after [`new`](Self::new) but the room for the disk writes of a checkpoint, if what
+/// [`swap_disk_writes`](Self::swap_disk_writes) brought is not enough. A standby that receives checkpoint N+1 while it applies N
 /// uses two.
 pub struct Incoming {
     limits: IncomingLimits,
@@ -70,8 +71,9 @@ pub struct Incoming {
     data: Vec<u8>,
     state: Vec<u8>,
     spans: Vec<StateSpan>,
-    /// Records of disk writes.
-    writes: Vec<u8>,
+    /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away with
+    /// them.
+    writes: RecordBuf,
     /// Bytes of each disk; 0 for one that is not replicated.
     disks: Vec<u64>,
     /// One bit per page of the layout: already in this checkpoint. Cleared by walking `entries`.
@@ -105,7 +107,7 @@ impl Incoming {
             data: reserve(data_len)?,
             state: reserve(limits.max_state_bytes as usize)?,
             spans: reserve(limits.max_state_sections as usize)?,
-            writes: reserve(limits.max_disk_bytes as usize)?,
+            writes: RecordBuf::default(),
             disks: Vec::new(),
             seen: zeroed(seen_len)?,
             layout,
@@ -149,6 +151,15 @@ impl Incoming {
         result
     }
 
+    /// Exchanges the disk writes of a whole checkpoint for an empty buffer, whose memory the next checkpoint
+    /// uses: no copy is needed to apply them. Nothing happens if the checkpoint is not whole.
+    pub fn swap_disk_writes(&mut self, buffer: &mut RecordBuf) {
+        buffer.clear();
+        if self.phase == Phase::Complete {
+            std::mem::swap(&mut self.writes, buffer);
+        }
+    }
+
     /// The checkpoint, if it is whole.
     pub fn checkpoint(&self) -> Option<Checkpoint<'_>> {
         (self.phase == Phase::Complete).then_some(Checkpoint { incoming: self })
@@ -176,7 +187,7 @@ impl Incoming {
             Message::CheckpointBegin(begin) => self.begin(begin)?,
             Message::Pages(pages) => self.pages(pages)?,
             Message::State { checkpoint, state } => self.state(*checkpoint, state)?,
-            Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, writes)?,
+            Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, *writes)?,
             Message::CheckpointEnd(end) => {
                 self.end(end)?;
                 return Ok(true);
@@ -214,6 +225,9 @@ impl Incoming {
             let limit = self.limits.max_disk_bytes;
             return Err(IncomingError::TooManyDiskWrites { number, found: disk_bytes.into(), limit });
         }
+        self.writes
+            .empty_for(disk_bytes as usize)
+            .map_err(|_| IncomingError::Memory { bytes: disk_bytes.into() })?;
         self.begin = *begin;
         self.chain = crc32fast::Hasher::new();
         self.phase = Phase::Open;
@@ -266,24 +280,18 @@ impl Incoming {
         Ok(())
     }
 
-    fn disk_writes(&mut self, checkpoint: u64, writes: &DiskRecords<'_>) -> Result<(), IncomingError> {
+    fn disk_writes(&mut self, checkpoint: u64, writes: UncheckedRecords<'_>) -> Result<(), IncomingError> {
         let CheckpointBegin { number, disk_bytes: expected, .. } = self.begin;
         if checkpoint != number {
             return Err(IncomingError::Number { expected: number, found: checkpoint });
         }
-        let found = self.writes.len() + writes.bytes().len();
+        let found = self.writes.len() + writes.len();
         if found > expected as usize {
             let found = found as u32;
             return Err(IncomingError::Totals { number, what: "bytes of disk writes", expected, found });
         }
-        for write in writes.iter() {
-            let size = self.disks.get(usize::from(write.disk)).copied().unwrap_or(0);
-            if size == 0 || write.end() > size {
-                return Err(IncomingError::OutsideDisk { disk: write.disk, offset: write.offset });
-            }
-        }
-        self.writes.extend_from_slice(writes.bytes());
-        Ok(())
+        let appended = self.writes.check_and_append(writes, &self.disks);
+        appended.map_err(|source| IncomingError::Records { number, source })
     }
 
     fn end(&mut self, end: &CheckpointEnd) -> Result<(), IncomingError> {
@@ -353,9 +361,8 @@ impl<'a> Checkpoint<'a> {
 
     /// The disk writes in the order in which the guest's requests were completed. Every one lies within its
     /// disk.
-    pub fn disk_writes(&self) -> DiskRecords<'a> {
-        // Checked section by section; whole records joined are whole records.
-        DiskRecords::trusted(&self.incoming.writes)
+    pub fn disk_writes(&self) -> &'a RecordBuf {
+        &self.incoming.writes
     }
 }
 

@@ -4,8 +4,8 @@
 #![allow(unsafe_code)]
 
 use outlive_dirty::Gfn;
+use outlive_epoch::image::RecordBuf;
 
-use crate::devices::virtio::blk::WriteBuffer;
 use crate::memory::PAGE_SIZE;
 use crate::state::{Kind, SECTION_VERSION, Section};
 
@@ -37,7 +37,7 @@ pub struct Outgoing {
     gfns: Vec<Gfn>,
     state: Vec<u8>,
     entries: Vec<Entry>,
-    disk: WriteBuffer,
+    disk: RecordBuf,
 }
 
 // SAFETY: the mapping belongs to this object alone; `&Outgoing` only reads it.
@@ -73,7 +73,7 @@ impl Outgoing {
             gfns: Vec::with_capacity(capacity),
             state: Vec::with_capacity(STATE_CAPACITY),
             entries: Vec::with_capacity(64),
-            disk: WriteBuffer::with_capacity(disk_bytes),
+            disk: RecordBuf::with_capacity(disk_bytes),
         })
     }
 
@@ -109,12 +109,12 @@ impl Outgoing {
     }
 
     /// What the guest did to its disks in the epoch.
-    pub fn disk_writes(&self) -> &WriteBuffer {
+    pub fn disk_writes(&self) -> &RecordBuf {
         &self.disk
     }
 
     /// The same, to be exchanged with the log's.
-    pub fn disk_writes_mut(&mut self) -> &mut WriteBuffer {
+    pub fn disk_writes_mut(&mut self) -> &mut RecordBuf {
         &mut self.disk
     }
 

@@ -11,10 +11,13 @@
 //! | 16..24 | length in bytes |
 //! | 24.. | the data, for operation 1 |
 
+use std::collections::TryReserveError;
+use std::fmt;
+
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::limits::MAX_DISK_DATA;
+use super::limits::{DISK_RECORD_DATA, MAX_DISK_DATA};
 
 /// What stands in front of a record's data.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -30,15 +33,32 @@ struct Head {
 /// Bytes of a record before its data.
 pub const DISK_RECORD_LEN: usize = size_of::<Head>();
 
+const OP_DATA: u16 = 1;
+const OP_ZERO: u16 = 2;
+const OP_FLUSH: u16 = 3;
+
+/// Offsets of files are signed: no disk reaches beyond.
+const MAX_END: u64 = i64::MAX as u64;
+
 /// What a record does to its disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum DiskOp<'a> {
-    /// Writes these bytes, 1 to [`MAX_DISK_DATA`].
+    /// Writes these bytes. A record has 1 to [`MAX_DISK_DATA`].
     Data(&'a [u8]),
     /// Makes so many bytes zero.
     Zero(u64),
     /// What was written before is to be durable.
     Flush,
+}
+
+impl fmt::Debug for DiskOp<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Data(data) => write!(f, "Data({} bytes)", data.len()),
+            Self::Zero(len) => write!(f, "Zero({len})"),
+            Self::Flush => f.write_str("Flush"),
+        }
+    }
 }
 
 /// One write to one disk.
@@ -53,90 +73,118 @@ pub struct DiskRecord<'a> {
 }
 
 impl DiskRecord<'_> {
-    /// Appends the record's bytes. The data must not be longer than [`MAX_DISK_DATA`]; see [`put_write`].
-    pub fn put(&self, out: &mut Vec<u8>) {
-        let (op, len, data) = match self.op {
-            DiskOp::Data(data) => (1, data.len() as u64, data),
-            DiskOp::Zero(len) => (2, len, &[][..]),
-            DiskOp::Flush => (3, 0, &[][..]),
-        };
-        let (disk, offset) = (self.disk.into(), self.offset.into());
-        let head = Head { disk, op: U16::new(op), zero: U32::ZERO, offset, len: len.into() };
-        out.extend_from_slice(head.as_bytes());
-        out.extend_from_slice(data);
+    /// Bytes of the range that is written.
+    pub fn len(&self) -> u64 {
+        match self.op {
+            DiskOp::Data(data) => data.len() as u64,
+            DiskOp::Zero(len) => len,
+            DiskOp::Flush => 0,
+        }
     }
 
-    /// Bytes that [`put`](Self::put) appends.
-    pub fn encoded_len(&self) -> usize {
+    /// Whether it writes nothing, as a flush does.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes that the record takes.
+    fn put_len(&self) -> usize {
         match self.op {
             DiskOp::Data(data) => DISK_RECORD_LEN + data.len(),
             DiskOp::Zero(_) | DiskOp::Flush => DISK_RECORD_LEN,
         }
     }
 
-    /// First byte behind the range that is written.
+    /// First byte behind the range that is written. No record reaches beyond what a `u64` counts.
     pub fn end(&self) -> u64 {
-        match self.op {
-            DiskOp::Data(data) => self.offset + data.len() as u64,
-            DiskOp::Zero(len) => self.offset + len,
-            DiskOp::Flush => 0,
-        }
+        self.offset + self.len()
     }
 }
 
-/// Appends a write of any length as one record or several.
-pub fn put_write(out: &mut Vec<u8>, disk: u16, offset: u64, data: &[u8]) {
-    for (index, part) in data.chunks(MAX_DISK_DATA).enumerate() {
-        let offset = offset + (index * MAX_DISK_DATA) as u64;
-        DiskRecord { disk, offset, op: DiskOp::Data(part) }.put(out);
-    }
-}
-
-/// Bytes that are no record.
+/// Bytes that are no record, or a record that belongs to no disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{what} ({value:#x})")]
-pub struct RecordError {
-    /// What is wrong.
-    pub what: &'static str,
-    /// The value that is wrong.
-    pub value: u64,
+pub enum RecordError {
+    /// Not the bytes of a record.
+    #[error("{what} ({value:#x})")]
+    Malformed {
+        /// What is wrong.
+        what: &'static str,
+        /// The value that is wrong.
+        value: u64,
+    },
+    /// To a disk that is not replicated, or beyond its end.
+    #[error("a write to disk {disk} at {offset:#x} is outside the VM's disks")]
+    OutsideDisk {
+        /// The disk.
+        disk: u16,
+        /// The record's offset.
+        offset: u64,
+    },
 }
 
-/// Records one after another, checked: every one is whole and makes sense by itself. Whether its disk exists
-/// and is large enough is for the receiver to say.
+/// Records as they came from a peer or a file. Nothing is known of them yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UncheckedRecords<'a>(&'a [u8]);
+
+impl<'a> UncheckedRecords<'a> {
+    /// Takes any bytes.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// How many bytes they are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is nothing to be checked.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Checks every record: it is whole, makes sense and lies within its disk. `disks` has the bytes of each
+    /// disk, 0 for one that is not replicated.
+    ///
+    /// # Errors
+    /// What is wrong with the first that is refused.
+    pub fn check(self, disks: &[u64]) -> Result<DiskRecords<'a>, RecordError> {
+        self.walk(disks, |_| {})?;
+        Ok(DiskRecords { bytes: self.0 })
+    }
+
+    fn walk(self, disks: &[u64], mut each: impl FnMut(&DiskRecord<'a>)) -> Result<(), RecordError> {
+        let mut rest = self.0;
+        while !rest.is_empty() {
+            let (record, more) = take(rest)?;
+            let size = disks.get(usize::from(record.disk)).copied().unwrap_or(0);
+            if size == 0 || record.end() > size {
+                return Err(RecordError::OutsideDisk { disk: record.disk, offset: record.offset });
+            }
+            each(&record);
+            rest = more;
+        }
+        Ok(())
+    }
+}
+
+/// Records one after another. Each is whole and makes sense: a [`RecordBuf`] wrote them, or
+/// [`check`](UncheckedRecords::check) has seen them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskRecords<'a> {
     bytes: &'a [u8],
 }
 
 impl<'a> DiskRecords<'a> {
-    /// Checks records that came from somewhere.
-    ///
-    /// # Errors
-    /// What is wrong with the first that is no record.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, RecordError> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            rest = take(rest)?.1;
-        }
-        Ok(Self { bytes })
-    }
-
-    /// Records that have been checked.
-    pub(crate) fn trusted(bytes: &'a [u8]) -> Self {
-        Self { bytes }
-    }
-
     /// The records as bytes.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
     /// Every record in its order.
-    pub fn iter(&self) -> impl Iterator<Item = DiskRecord<'a>> + 'a {
+    pub fn iter(&self) -> impl Iterator<Item = DiskRecord<'a>> + use<'a> {
         let mut rest = self.bytes;
         std::iter::from_fn(move || {
-            // Checked by `parse`, so only the end of the bytes ends this.
+            // Only whole records are here, so only the end of the bytes ends this.
             let (record, more) = take(rest).ok()?;
             rest = more;
             Some(record)
@@ -144,9 +192,170 @@ impl<'a> DiskRecords<'a> {
     }
 }
 
+/// Records of an epoch, or of a part of a disk, in memory that is allocated before: a record that does not
+/// fit is refused.
+#[derive(Default, PartialEq, Eq)]
+pub struct RecordBuf {
+    bytes: Vec<u8>,
+    /// The vector may have got more than was asked for; this is what was.
+    capacity: usize,
+    flush: bool,
+}
+
+impl RecordBuf {
+    /// An empty buffer for records of `bytes` bytes together, [`DISK_RECORD_LEN`] for each counted.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), capacity: bytes, flush: false }
+    }
+
+    /// Makes an empty buffer one of another capacity, with the memory that it has if that is enough. The number
+    /// may be a peer's: it does not end the process.
+    ///
+    /// # Errors
+    /// When there is not so much memory.
+    pub fn empty_for(&mut self, bytes: usize) -> Result<(), TryReserveError> {
+        self.clear();
+        self.bytes.try_reserve_exact(bytes)?;
+        self.capacity = bytes;
+        Ok(())
+    }
+
+    /// Bytes of memory that it holds.
+    pub fn memory(&self) -> usize {
+        self.bytes.capacity()
+    }
+
+    /// Most bytes of records.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Bytes of the records in it.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether no record is in it.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Whether the guest asked in it for what it wrote to be durable.
+    pub fn has_flush(&self) -> bool {
+        self.flush
+    }
+
+    /// Forgets the records; keeps the memory.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.flush = false;
+    }
+
+    /// Adds a write; data of more than [`DISK_RECORD_DATA`] becomes several records, and what writes no byte and
+    /// is no flush changes nothing, so it becomes none. Returns whether there was room; if not, nothing is
+    /// added.
+    #[must_use = "a record that finds no room is not stored"]
+    pub fn push(&mut self, record: DiskRecord<'_>) -> bool {
+        let DiskRecord { disk, offset, op } = record;
+        debug_assert!(offset.checked_add(record.len()).is_some_and(|end| end <= MAX_END), "{record:?}");
+        match op {
+            DiskOp::Data(data) => {
+                let heads = data.len().div_ceil(DISK_RECORD_DATA) * DISK_RECORD_LEN;
+                if self.room() < heads + data.len() {
+                    return false;
+                }
+                for (index, part) in data.chunks(DISK_RECORD_DATA).enumerate() {
+                    self.put(
+                        disk,
+                        OP_DATA,
+                        offset + (index * DISK_RECORD_DATA) as u64,
+                        part.len() as u64,
+                        part,
+                    );
+                }
+            }
+            DiskOp::Zero(0) => {}
+            DiskOp::Zero(_) | DiskOp::Flush if self.room() < DISK_RECORD_LEN => return false,
+            DiskOp::Zero(len) => self.put(disk, OP_ZERO, offset, len, &[]),
+            DiskOp::Flush => {
+                self.put(disk, OP_FLUSH, 0, 0, &[]);
+                self.flush = true;
+            }
+        }
+        true
+    }
+
+    /// Checks records as [`UncheckedRecords::check`] does and adds a copy of them, in one walk.
+    ///
+    /// # Errors
+    /// What is wrong with the first that is refused. Nothing is added then.
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub fn check_and_append(
+        &mut self,
+        records: UncheckedRecords<'_>,
+        disks: &[u64],
+    ) -> Result<(), RecordError> {
+        assert!(records.len() <= self.room(), "no room for {} bytes of records", records.len());
+        let mut flush = self.flush;
+        records.walk(disks, |record| flush |= record.op == DiskOp::Flush)?;
+        self.flush = flush;
+        self.bytes.extend_from_slice(records.0);
+        Ok(())
+    }
+
+    /// All records.
+    pub fn records(&self) -> DiskRecords<'_> {
+        DiskRecords { bytes: &self.bytes }
+    }
+
+    /// Every record in its order.
+    pub fn iter(&self) -> impl Iterator<Item = DiskRecord<'_>> {
+        self.records().iter()
+    }
+
+    /// The records in sections of at most `bytes`, or of one record that has more; none if there is no record.
+    /// Every section fits the link if `bytes` are at most
+    /// [`MAX_RECORD_BYTES`](super::limits::MAX_RECORD_BYTES).
+    pub fn sections(&self, bytes: usize) -> impl Iterator<Item = DiskRecords<'_>> {
+        let mut rest = &self.bytes[..];
+        std::iter::from_fn(move || {
+            let mut len = 0;
+            while let Ok((record, _)) = take(&rest[len..])
+                && (len == 0 || len + record.put_len() <= bytes)
+            {
+                len += record.put_len();
+            }
+            let bytes = rest.split_off(..len)?;
+            (len > 0).then_some(DiskRecords { bytes })
+        })
+    }
+
+    fn room(&self) -> usize {
+        self.capacity - self.bytes.len()
+    }
+
+    fn put(&mut self, disk: u16, op: u16, offset: u64, len: u64, data: &[u8]) {
+        let (disk, op, offset, len) = (disk.into(), op.into(), offset.into(), len.into());
+        self.bytes.extend_from_slice(Head { disk, op, zero: U32::ZERO, offset, len }.as_bytes());
+        self.bytes.extend_from_slice(data);
+    }
+}
+
+impl fmt::Debug for RecordBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecordBuf")
+            .field("bytes", &self.bytes.len())
+            .field("capacity", &self.capacity)
+            .field("flush", &self.flush)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Takes the first record off.
 fn take(bytes: &[u8]) -> Result<(DiskRecord<'_>, &[u8]), RecordError> {
-    let wrong = |what, value| RecordError { what, value };
+    let wrong = |what, value| RecordError::Malformed { what, value };
     let early = |missing: usize| wrong("a disk record ends early, bytes missing", missing as u64);
     let (head, rest) =
         Head::ref_from_prefix(bytes).map_err(|_| early(DISK_RECORD_LEN.saturating_sub(bytes.len())))?;
@@ -154,87 +363,24 @@ fn take(bytes: &[u8]) -> Result<(DiskRecord<'_>, &[u8]), RecordError> {
     if head.zero != U32::ZERO {
         return Err(wrong("a reserved field of a disk record is not zero", head.zero.get().into()));
     }
-    // Offsets of files are signed: nothing lies beyond.
-    if offset.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
+    if offset.checked_add(len).is_none_or(|end| end > MAX_END) {
         return Err(wrong("a disk write reaches beyond every disk, offset", offset));
     }
     let (op, rest) = match head.op.get() {
-        1 if (1..=MAX_DISK_DATA as u64).contains(&len) => {
+        OP_DATA if (1..=MAX_DISK_DATA as u64).contains(&len) => {
             let len = len as usize;
             let (data, rest) = rest.split_at_checked(len).ok_or_else(|| early(len - rest.len()))?;
             (DiskOp::Data(data), rest)
         }
-        2 if len > 0 => (DiskOp::Zero(len), rest),
-        3 if len == 0 && offset == 0 => (DiskOp::Flush, rest),
-        1..=3 => return Err(wrong("a disk write of an impossible length", len)),
+        OP_ZERO if len > 0 => (DiskOp::Zero(len), rest),
+        OP_FLUSH if len == 0 && offset == 0 => (DiskOp::Flush, rest),
+        OP_DATA | OP_ZERO | OP_FLUSH => {
+            return Err(wrong("a disk write of an impossible length", len));
+        }
         other => return Err(wrong("a disk write of an unknown operation", other.into())),
     };
     Ok((DiskRecord { disk: head.disk.get(), offset, op }, rest))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn records(bytes: &[u8]) -> Result<Vec<DiskRecord<'_>>, String> {
-        let records = DiskRecords::parse(bytes).map_err(|error| error.to_string())?;
-        Ok(records.iter().collect())
-    }
-
-    #[test]
-    fn a_long_write_becomes_several_records() {
-        let data: Vec<u8> = (0..2 * MAX_DISK_DATA + 5).map(|at| (at / 7) as u8).collect();
-        let mut out = Vec::new();
-        put_write(&mut out, 3, 1000, &data);
-        let parts = records(&out).unwrap();
-        assert_eq!(parts.len(), 3);
-        assert_eq!(parts.iter().map(DiskRecord::encoded_len).sum::<usize>(), out.len());
-        let mut at = 1000;
-        for part in parts {
-            let DiskOp::Data(bytes) = part.op else { panic!("{part:?}") };
-            assert_eq!((part.disk, part.offset), (3, at));
-            assert_eq!(bytes, &data[(at - 1000) as usize..(part.end() - 1000) as usize]);
-            at = part.end();
-        }
-        assert_eq!(at, 1000 + data.len() as u64);
-    }
-
-    #[test]
-    fn records_that_make_no_sense_are_refused() {
-        let record = |op: u16, reserved: u32, offset: u64, len: u64, data: usize| {
-            let mut bytes = vec![1, 0];
-            bytes.extend_from_slice(&op.to_le_bytes());
-            bytes.extend_from_slice(&reserved.to_le_bytes());
-            bytes.extend_from_slice(&offset.to_le_bytes());
-            bytes.extend_from_slice(&len.to_le_bytes());
-            bytes.resize(bytes.len() + data, 9);
-            records(&bytes).map(|records| records.len())
-        };
-        assert_eq!(record(1, 0, 0, 4, 4), Ok(1));
-        assert_eq!(record(2, 0, 8, u64::from(u32::MAX), 0), Ok(1));
-        assert_eq!(record(3, 0, 0, 0, 0), Ok(1));
-        for (op, reserved, offset, len, data, why) in [
-            (1, 0, 0, 5, 4, "a disk record ends early, bytes missing (0x1)"),
-            (1, 0, 0, 0, 0, "a disk write of an impossible length (0x0)"),
-            (1, 0, 0, (1 << 20) + 1, 4, "a disk write of an impossible length (0x100001)"),
-            (1, 0, u64::MAX, 1, 1, "a disk write reaches beyond every disk, offset (0xffffffffffffffff)"),
-            (
-                2,
-                0,
-                1 << 62,
-                1 << 62,
-                0,
-                "a disk write reaches beyond every disk, offset (0x4000000000000000)",
-            ),
-            (2, 0, 0, 0, 0, "a disk write of an impossible length (0x0)"),
-            (3, 0, 1, 0, 0, "a disk write of an impossible length (0x0)"),
-            (4, 0, 0, 0, 0, "a disk write of an unknown operation (0x4)"),
-            (0, 0, 0, 0, 0, "a disk write of an unknown operation (0x0)"),
-            (2, 1 << 31, 0, 8, 0, "a reserved field of a disk record is not zero (0x80000000)"),
-            // Three stray bytes are the start of a record that ends early.
-            (2, 0, 0, 8, 3, "a disk record ends early, bytes missing (0x15)"),
-        ] {
-            assert_eq!(record(op, reserved, offset, len, data), Err(why.to_owned()), "{op} {offset} {len}");
-        }
-    }
-}
+mod tests;

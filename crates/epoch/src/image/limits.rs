@@ -23,8 +23,11 @@ pub const MAX_STATE_SECTION: usize = 256 * 1024;
 
 /// Bytes of a chunk, the unit of base synchronisation of a disk. The last chunk of a disk may be shorter.
 pub const DISK_CHUNK: usize = 64 * 1024;
-/// Most data of one disk record. A longer write is put down as several.
+/// Most data of one disk record that is read.
 pub const MAX_DISK_DATA: usize = 1 << 20;
+/// Most data of one disk record that is written: a longer write becomes several, because a record is never
+/// cut and what goes over the link in one piece delays a heartbeat.
+pub const DISK_RECORD_DATA: usize = DISK_CHUNK;
 /// Most sums of one `DiskSums` section.
 pub const MAX_SUMS: usize = 256;
 /// Most chunks that a `DiskSums` section without sums may declare to be zero.

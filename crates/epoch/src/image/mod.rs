@@ -13,7 +13,7 @@ mod state;
 mod vm;
 
 pub use device::{DeviceFlags, DeviceInfo, DeviceKind};
-pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordError, put_write};
+pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordBuf, RecordError, UncheckedRecords};
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
 pub use page::{PAGE_SIZE, PageData, is_zero};

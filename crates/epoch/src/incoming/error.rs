@@ -1,5 +1,6 @@
 //! What can be wrong with a checkpoint whose sections are sound.
 
+use crate::image::RecordError;
 use crate::wire::SectionKind;
 
 /// Why a checkpoint is refused. The buffer must be [`reset`](super::Incoming::reset) before it is
@@ -74,13 +75,13 @@ pub enum IncomingError {
         /// The limit.
         limit: u32,
     },
-    /// A write to a disk that is not replicated, or beyond its end.
-    #[error("a write to disk {disk} at {offset:#x} is outside the VM's disks")]
-    OutsideDisk {
-        /// The disk.
-        disk: u16,
-        /// The write's offset.
-        offset: u64,
+    /// Not the bytes of disk writes, or a write outside the VM's disks.
+    #[error("checkpoint {number}: {source}")]
+    Records {
+        /// The checkpoint's number.
+        number: u64,
+        /// What is wrong with them.
+        source: RecordError,
     },
     /// More state sections than the limit chosen at start.
     #[error("checkpoint {number} has more than {limit} state sections")]

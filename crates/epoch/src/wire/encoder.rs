@@ -32,9 +32,6 @@ pub enum EncodeError {
         /// Bytes given.
         found: usize,
     },
-    /// Disk records that no reader would take.
-    #[error("disk records: {0}")]
-    Records(String),
     /// Pages, state or an end without a checkpoint, or a checkpoint inside another one.
     #[error("{0}")]
     Order(&'static str),

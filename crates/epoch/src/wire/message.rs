@@ -13,7 +13,7 @@ use super::pages::Pages;
 use super::refuse::Refuse;
 use super::section::Section;
 use super::{disk_writes, end, heartbeat, state};
-use crate::image::{DiskRecords, StateSection};
+use crate::image::{StateSection, UncheckedRecords};
 
 /// Any message, parsed and checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,8 +41,8 @@ pub enum Message<'a> {
     DiskWrites {
         /// The checkpoint's number.
         checkpoint: u64,
-        /// The writes, in their order.
-        writes: DiskRecords<'a>,
+        /// The writes, in their order. They are still to be checked.
+        writes: UncheckedRecords<'a>,
     },
     /// See [`CheckpointEnd`].
     CheckpointEnd(CheckpointEnd),
@@ -54,8 +54,8 @@ pub enum Message<'a> {
     DiskBlocks {
         /// The round: 1 for what was wanted by its sum, more for what was written meanwhile.
         round: u64,
-        /// The chunks as writes. No flush is among them.
-        blocks: DiskRecords<'a>,
+        /// The chunks as writes. They are still to be checked.
+        blocks: UncheckedRecords<'a>,
     },
     /// See [`Ack`].
     Ack(Ack),

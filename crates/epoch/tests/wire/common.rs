@@ -3,7 +3,8 @@
 use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
-    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, SectionReader, StateSection, VmId,
+    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, RecordBuf, SectionReader, StateSection,
+    UncheckedRecords, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -84,18 +85,22 @@ pub(crate) struct Content {
 }
 
 /// One record of each kind, on both replicated disks.
-pub(crate) fn writes() -> Vec<u8> {
-    let mut out = Vec::new();
+pub(crate) fn writes() -> RecordBuf {
     let data: Vec<u8> = (0..70u8).collect();
-    for (disk, offset, op) in [
+    record_buf(&[
         (1, 512, DiskOp::Data(&data)),
         (2, 99_990, DiskOp::Zero(10)),
         (1, 0, DiskOp::Flush),
         (1, (1 << 20) - 70, DiskOp::Data(&data)),
-    ] {
-        DiskRecord { disk, offset, op }.put(&mut out);
+    ])
+}
+
+pub(crate) fn record_buf(records: &[(u16, u64, DiskOp<'_>)]) -> RecordBuf {
+    let mut buffer = RecordBuf::with_capacity(4 << 20);
+    for &(disk, offset, op) in records {
+        assert!(buffer.push(DiskRecord { disk, offset, op }));
     }
-    out
+    buffer
 }
 
 impl Content {
@@ -105,7 +110,7 @@ impl Content {
             flags,
             pages: gfns.iter().map(|gfn| (*gfn, page(*gfn))).collect(),
             state: vec![(1, 1, 0, vec![0x5a; 40]), (1, 1, 1, vec![0xa5; 41]), (9, 2, 0, Vec::new())],
-            writes: writes(),
+            writes: writes().records().bytes().to_vec(),
         }
     }
 
@@ -141,7 +146,8 @@ impl Content {
             out.extend_from_slice(bytes);
         }
         if !self.writes.is_empty() {
-            encoder.disk_writes_head(out, &self.writes).unwrap();
+            let writes = UncheckedRecords::new(&self.writes).check(&disks()).unwrap();
+            encoder.disk_writes_head(out, writes).unwrap();
             out.extend_from_slice(&self.writes);
         }
         encoder.checkpoint_end(out, 123_456).unwrap();
@@ -159,7 +165,7 @@ impl Content {
             flags: checkpoint.flags(),
             pages: pages.collect(),
             state: state.collect(),
-            writes: checkpoint.disk_writes().bytes().to_vec(),
+            writes: checkpoint.disk_writes().records().bytes().to_vec(),
         })
     }
 }
@@ -225,8 +231,9 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
     let sums = [[0; 32], [0xb3; 32]];
     encoder.disk_sums(&mut out, &DiskSums { disk: 1, first: 14, count: 2, sums: Some(&sums) }).unwrap();
     encoder.disk_sums(&mut out, &DiskSums { disk: 2, first: 0, count: 2, sums: None }).unwrap();
-    encoder.disk_blocks_head(&mut out, 1, &writes()[..94]).unwrap();
-    out.extend_from_slice(&writes()[..94]);
+    let block = record_buf(&[(1, 512, DiskOp::Data(&(0..70u8).collect::<Vec<_>>()))]);
+    encoder.disk_blocks_head(&mut out, 1, block.records()).unwrap();
+    out.extend_from_slice(block.records().bytes());
     encoder.base_pages_head(&mut out, 1, [PageEntry::zero(0), PageEntry::zero(2)].into_iter(), &[]).unwrap();
     contents.iter().for_each(|content| content.encode(&mut encoder, &mut out, 2));
     encoder.end(&mut out, outlive_epoch::EndReason::PowerOff);

@@ -2,12 +2,12 @@
 
 use std::io::{self, Read};
 
-use crate::common::{Content, GENERATION, hello, incoming, writes};
+use crate::common::{Content, GENERATION, hello, incoming, record_buf, writes};
 use outlive_epoch::{
-    Ancestor, CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskSums,
-    DiskWant, EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, Lineage, MAX_ANCESTORS,
-    MAX_DEVICES, MAX_DISK_DATA, MAX_SUMS, Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, Section,
-    SectionHeader, SectionKind, SectionReader, StateSection, VmId, WireError, put_write,
+    Ancestor, CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskSums, DiskWant,
+    EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, Lineage, MAX_ANCESTORS, MAX_DEVICES,
+    MAX_RECORD_BYTES, MAX_SUMS, Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, RecordBuf,
+    RecordError, Section, SectionHeader, SectionKind, SectionReader, StateSection, VmId, WireError,
 };
 
 const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
@@ -290,10 +290,9 @@ fn the_largest_sections_pass() {
     let mut out = Vec::new();
     let mut encoder = Encoder::new();
     encoder.hello(&mut out, &big).unwrap();
-    let mut blocks = Vec::new();
-    put_write(&mut blocks, 0, 0, &vec![5; MAX_DISK_DATA]);
-    encoder.disk_blocks_head(&mut out, 1, &blocks).unwrap();
-    out.extend_from_slice(&blocks);
+    let blocks = record_buf(&[(0, 0, DiskOp::Data(&vec![5; 1 << 20]))]);
+    encoder.disk_blocks_head(&mut out, 1, blocks.records()).unwrap();
+    out.extend_from_slice(blocks.records().bytes());
     let sums = vec![[7; 32]; MAX_SUMS];
     encoder.disk_sums(&mut out, &DiskSums { disk: 0, first: 0, count: 256, sums: Some(&sums) }).unwrap();
     encoder.checkpoint_begin(&mut out, &begin(1, 256, 256 * 1024, BASE)).unwrap();
@@ -399,20 +398,14 @@ fn entries_that_do_not_add_up_to_the_data_are_refused() {
     }
 }
 
-fn record(disk: u16, offset: u64, op: DiskOp<'_>) -> Vec<u8> {
-    let mut out = Vec::new();
-    DiskRecord { disk, offset, op }.put(&mut out);
-    out
-}
-
 #[test]
 fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
-    let stage_writes = |announced: u32, writes: &[u8]| {
+    let stage_writes = |announced: u32, writes: &RecordBuf| {
         staged(|encoder, out| {
             let begin = CheckpointBegin { disk_bytes: announced, ..begin(1, 0, 0, BASE) };
             encoder.checkpoint_begin(out, &begin).unwrap();
-            encoder.disk_writes_head(out, writes).unwrap();
-            out.extend_from_slice(writes);
+            encoder.disk_writes_head(out, writes.records()).unwrap();
+            out.extend_from_slice(writes.records().bytes());
         })
     };
     assert_eq!(stage_writes(4000, &writes()), Ok(false));
@@ -424,8 +417,9 @@ fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
         (3, 0, DiskOp::Data(&[1])),
         (u16::MAX, 0, DiskOp::Data(&[1])),
     ] {
-        let error = stage_writes(4000, &record(disk, offset, op));
-        assert_eq!(error, Err(IncomingError::OutsideDisk { disk, offset }));
+        let error = stage_writes(4000, &record_buf(&[(disk, offset, op)]));
+        let source = RecordError::OutsideDisk { disk, offset };
+        assert_eq!(error, Err(IncomingError::Records { number: 1, source }));
     }
     let found = writes().len() as u32;
     let expected = IncomingError::Totals { number: 1, what: "bytes of disk writes", expected: 30, found };
@@ -436,16 +430,61 @@ fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
     encoder.checkpoint_begin(&mut out, &CheckpointBegin { disk_bytes: 24, ..begin(1, 0, 0, BASE) }).unwrap();
     let error = encoder.checkpoint_end(&mut out, 0).unwrap_err();
     assert_eq!(error.to_string(), "checkpoint 1 was announced with 24 bytes of disk writes and has 0");
-    encoder.disk_writes_head(&mut out, &record(1, 0, DiskOp::Flush)).unwrap();
+    encoder.disk_writes_head(&mut out, record_buf(&[(1, 0, DiskOp::Flush)]).records()).unwrap();
     assert!(encoder.checkpoint_end(&mut out, 0).is_ok());
+}
+
+/// A peer's records are looked at once, when they are collected: nothing of them may panic or be kept.
+#[test]
+fn bytes_that_are_no_disk_records_are_refused() {
+    let sound = writes();
+    let sound = sound.records().bytes();
+    for cut in (0..sound.len()).filter(|cut| ![94, 118, 142].contains(cut)).skip(1) {
+        let payload = [&1u64.to_le_bytes()[..], &sound[..cut]].concat();
+        let mut out = Vec::new();
+        let mut encoder = Encoder::new();
+        let begin = CheckpointBegin { disk_bytes: 4000, ..begin(1, 0, 0, BASE) };
+        encoder.checkpoint_begin(&mut out, &begin).unwrap();
+        out.extend_from_slice(&header(SectionKind::DiskWrites, &payload, 1));
+        let error = stage(&mut incoming(), &out).unwrap_err();
+        assert!(error.to_string().contains("a disk record ends early"), "{cut}: {error}");
+    }
+}
+
+/// The room for disk writes goes away with them, so that nobody copies them, and comes back.
+#[test]
+fn disk_writes_are_handed_over_with_their_memory() {
+    let (mut incoming, mut writes) = (incoming(), RecordBuf::default());
+    for number in 1..4 {
+        let mut out = Vec::new();
+        let flags = if number == 1 { BASE } else { PLAIN };
+        let content = Content::new(number, flags, &[1]);
+        content.encode(&mut Encoder::new(), &mut out, 9);
+        incoming.swap_disk_writes(&mut writes);
+        assert!(writes.is_empty(), "not whole yet");
+        let memory = writes.memory();
+        assert_eq!(stage(&mut incoming, &out), Ok(true));
+        let place = incoming.checkpoint().unwrap().disk_writes().records().bytes().as_ptr();
+        incoming.swap_disk_writes(&mut writes);
+        assert!(writes.records().bytes() == content.writes && writes.has_flush());
+        assert_eq!(writes.records().bytes().as_ptr(), place);
+        let left = incoming.checkpoint().unwrap().disk_writes();
+        assert_eq!((left.len(), left.memory()), (0, memory));
+        incoming.reset(Expect::Number(number + 1));
+    }
 }
 
 #[test]
 fn disk_sections_out_of_place_or_of_nonsense_are_not_encoded() {
     let mut out = Vec::new();
     let mut encoder = Encoder::new();
-    assert!(matches!(encoder.disk_writes_head(&mut out, &[]), Err(EncodeError::Order(_))));
-    assert!(matches!(encoder.disk_blocks_head(&mut out, 1, &[1, 2, 3]), Err(EncodeError::Records(_))));
+    let none = RecordBuf::default();
+    let error = encoder.disk_writes_head(&mut out, none.records());
+    assert!(matches!(error, Err(EncodeError::Order(_))));
+    let data = vec![1; MAX_RECORD_BYTES / 2];
+    let two = record_buf(&[(0, 0, DiskOp::Data(&data)), (0, 0, DiskOp::Data(&data))]);
+    let error = encoder.disk_blocks_head(&mut out, 1, two.records());
+    assert!(matches!(error, Err(EncodeError::TooLong { .. })), "{error:?}");
     let many = vec![[0; 32]; 257];
     let sums = DiskSums { disk: 0, first: 0, count: 257, sums: Some(&many) };
     assert!(matches!(encoder.disk_sums(&mut out, &sums), Err(EncodeError::TooLong { .. })));
@@ -455,7 +494,8 @@ fn disk_sections_out_of_place_or_of_nonsense_are_not_encoded() {
     assert!(matches!(encoder.disk_want(&mut out, &want), Err(EncodeError::TooLong { .. })));
     assert!(out.is_empty(), "a refused call appends nothing");
     encoder.checkpoint_begin(&mut out, &begin(1, 0, 0, BASE)).unwrap();
-    assert!(matches!(encoder.disk_blocks_head(&mut out, 1, &[]), Err(EncodeError::Order(_))));
+    let error = encoder.disk_blocks_head(&mut out, 1, none.records());
+    assert!(matches!(error, Err(EncodeError::Order(_))));
     let sums = DiskSums { disk: 0, first: 0, count: 0, sums: None };
     assert!(matches!(encoder.disk_sums(&mut out, &sums), Err(EncodeError::Order(_))));
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use outlive_epoch::{DiskOp, DiskRecords};
+use outlive_epoch::{DiskRecord, RecordBuf};
 
 use super::image::{self, Store};
 use super::journal::{Journal, JournalError};
@@ -16,10 +16,10 @@ pub(crate) struct Applier<S> {
     /// By disk; `None` for one that is not replicated.
     images: Vec<Option<S>>,
     /// In the journal, perhaps not durable there, and not yet in the images.
-    pending: Vec<(u64, Vec<u8>)>,
+    pending: Vec<(u64, RecordBuf)>,
     pending_bytes: usize,
     /// Records that are in the images.
-    spent: Vec<Vec<u8>>,
+    spent: Vec<RecordBuf>,
     /// The newest checkpoint whose writes are in the images.
     applied: u64,
 }
@@ -32,15 +32,12 @@ impl<S: Store> Applier<S> {
     }
 
     /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
-    pub(crate) fn commit(&mut self, number: u64, records: Vec<u8>) -> io::Result<bool> {
+    pub(crate) fn commit(&mut self, number: u64, records: RecordBuf) -> io::Result<bool> {
         if !self.journal.is_empty() && self.journal.len() + records.len() as u64 > JOURNAL_BYTES {
             self.settle()?;
         }
-        self.journal.append(number, &records)?;
-        let flush = DiskRecords::parse(&records)
-            .map_err(io::Error::other)?
-            .iter()
-            .any(|record| record.op == DiskOp::Flush);
+        self.journal.append(number, records.records().bytes())?;
+        let flush = records.has_flush();
         self.pending_bytes += records.len();
         self.pending.push((number, records));
         Ok(flush)
@@ -58,7 +55,7 @@ impl<S: Store> Applier<S> {
         }
         self.journal.sync()?;
         for (number, records) in self.pending.drain(..) {
-            apply_all(&self.images, &records)?;
+            apply_all(&self.images, records.iter())?;
             self.applied = number;
             self.spent.push(records);
         }
@@ -78,7 +75,7 @@ impl<S: Store> Applier<S> {
     }
 
     /// The buffers of records that are in the images, to be used again.
-    pub(crate) fn spent(&mut self) -> impl Iterator<Item = Vec<u8>> + '_ {
+    pub(crate) fn spent(&mut self) -> impl Iterator<Item = RecordBuf> + '_ {
         self.spent.drain(..)
     }
 
@@ -103,17 +100,19 @@ pub(crate) fn recover<S: Store>(
     // Killed, but not without power: what is read may still be in memory only, and must be durable before the
     // images are written, as always.
     journal.sync()?;
-    let last = journal.replay(|records| apply_all(images, records.bytes()))?;
+    let last = journal.replay(|records| apply_all(images, records.iter()))?;
     let Some(last) = last else { return Ok(durable) };
     sync_all(images)?;
     journal.reset(last)?;
     Ok(last)
 }
 
-fn apply_all<S: Store>(images: &[Option<S>], records: &[u8]) -> io::Result<()> {
-    let records = DiskRecords::parse(records).map_err(io::Error::other)?;
-    for record in records.iter() {
-        // `Incoming` has checked that the disk is replicated and long enough.
+fn apply_all<'a, S: Store>(
+    images: &[Option<S>],
+    records: impl Iterator<Item = DiskRecord<'a>>,
+) -> io::Result<()> {
+    for record in records {
+        // Where the records came in was checked that the disk is replicated and long enough.
         if let Some(Some(store)) = images.get(usize::from(record.disk)) {
             image::apply(store, &record)?;
         }

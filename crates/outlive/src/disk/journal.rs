@@ -13,22 +13,61 @@
 
 use std::io;
 
-use outlive_epoch::{DiskRecords, VmId};
+use outlive_epoch::{DiskRecords, RecordError, UncheckedRecords, VmId};
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::image::Store;
 
 const MAGIC: [u8; 8] = *b"OUTLVJNL";
+/// The format that is written, and the only one so far. Whoever changes it keeps the reader of this one: the
+/// journal may hold what is committed and nowhere else.
+///
+/// - 1: as described above, with the disk records of `outlive_epoch`.
 const VERSION: u32 = 1;
-const SLOT: usize = 4096;
+const SLOT: usize = size_of::<RawHeader>();
 const START: u64 = 2 * SLOT as u64;
-const EPOCH_MARK: u32 = u32::from_le_bytes(*b"oEPO");
-const EPOCH_HEAD: usize = 40;
-/// Bytes of a header before the sizes of the disks.
-const FIXED: usize = 56;
+const EPOCH_MARK: [u8; 4] = *b"oEPO";
+const EPOCH_HEAD: usize = size_of::<RawEpoch>();
 /// Most disks of a journal.
 const MAX_DISKS: usize = 32;
 /// Most bytes of one epoch. Anything larger in a header is damage.
 const MAX_EPOCH: u64 = 1 << 30;
+
+/// A header as it stands in its slot. Magic, version and checksum are in the same place in every format.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: [u8; 8],
+    version: U32,
+    disks: U32,
+    vm: [u8; 16],
+    generation: U64,
+    lap: U64,
+    checkpoint: U64,
+    sizes: [U64; MAX_DISKS],
+    zero: [u8; 3780],
+    crc: U32,
+}
+
+/// What stands in front of an epoch's records.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawEpoch {
+    mark: [u8; 4],
+    payload_crc: U32,
+    lap: U64,
+    number: U64,
+    length: U64,
+    zero: U32,
+    crc: U32,
+}
+
+/// The checksum over everything in front of the checksum, which is the last field.
+fn checksum(raw: &(impl IntoBytes + Immutable)) -> U32 {
+    let bytes = raw.as_bytes();
+    crc32fast::hash(&bytes[..bytes.len() - size_of::<U32>()]).into()
+}
 
 /// Whose writes a journal has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,13 +89,21 @@ pub(crate) enum JournalError {
     /// No header is whole.
     #[error("it has no whole header")]
     NoHeader,
+    /// Of another release.
+    #[error(
+        "it has format {found}, this release knows {VERSION}: start it with the release that wrote it, or delete it to give up what is only in it"
+    )]
+    Version {
+        /// The format.
+        found: u32,
+    },
     /// An epoch that is whole and makes no sense: an error of the program that wrote it.
-    #[error("checkpoint {number} in it makes no sense: {why}")]
+    #[error("checkpoint {number} in it makes no sense: {source}")]
     Nonsense {
         /// The checkpoint.
         number: u64,
         /// What is wrong.
-        why: String,
+        source: RecordError,
     },
 }
 
@@ -66,15 +113,17 @@ pub(crate) struct Journal<S> {
     identity: Identity,
     lap: u64,
     end: u64,
-    head: Vec<u8>,
 }
 
 impl<S: Store> Journal<S> {
     /// Begins an empty journal, durable at once. The images are durable up to `checkpoint`. Whatever was in
-    /// the file before counts no more.
+    /// the file before counts no more, but a journal of another format is not overwritten.
     pub(crate) fn create(store: S, identity: Identity, checkpoint: u64) -> io::Result<Self> {
-        let lap = read_headers(&store)?.map_or(0, |header| header.lap);
-        let mut journal = Self { store, identity, lap, end: START, head: Vec::with_capacity(EPOCH_HEAD) };
+        let before = read_headers(&store).map_err(|error| match error {
+            JournalError::Io(error) => error,
+            other => io::Error::other(other),
+        })?;
+        let mut journal = Self { store, identity, lap: before.map_or(0, |header| header.lap), end: START };
         journal.reset(checkpoint)?;
         Ok(journal)
     }
@@ -82,7 +131,7 @@ impl<S: Store> Journal<S> {
     /// Opens a journal for replay. Returns the checkpoint up to which the images are durable without it.
     pub(crate) fn open(store: S) -> Result<(Self, u64), JournalError> {
         let Header { identity, lap, checkpoint } = read_headers(&store)?.ok_or(JournalError::NoHeader)?;
-        Ok((Self { store, identity, lap, end: START, head: Vec::with_capacity(EPOCH_HEAD) }, checkpoint))
+        Ok((Self { store, identity, lap, end: START }, checkpoint))
     }
 
     /// Whose it is.
@@ -102,16 +151,17 @@ impl<S: Store> Journal<S> {
 
     /// Appends the writes of a checkpoint. They count after the next [`sync`](Self::sync).
     pub(crate) fn append(&mut self, number: u64, records: &[u8]) -> io::Result<()> {
-        self.head.clear();
-        self.head.extend_from_slice(&EPOCH_MARK.to_le_bytes());
-        self.head.extend_from_slice(&crc32fast::hash(records).to_le_bytes());
-        for word in [self.lap, number, records.len() as u64] {
-            self.head.extend_from_slice(&word.to_le_bytes());
-        }
-        self.head.extend_from_slice(&[0; 4]);
-        let crc = crc32fast::hash(&self.head);
-        self.head.extend_from_slice(&crc.to_le_bytes());
-        self.store.write(&self.head, self.end)?;
+        let mut head = RawEpoch {
+            mark: EPOCH_MARK,
+            payload_crc: crc32fast::hash(records).into(),
+            lap: self.lap.into(),
+            number: number.into(),
+            length: (records.len() as u64).into(),
+            zero: U32::ZERO,
+            crc: U32::ZERO,
+        };
+        head.crc = checksum(&head);
+        self.store.write(head.as_bytes(), self.end)?;
         self.store.write(records, self.end + EPOCH_HEAD as u64)?;
         self.end += (EPOCH_HEAD + records.len()) as u64;
         Ok(())
@@ -126,7 +176,7 @@ impl<S: Store> Journal<S> {
     pub(crate) fn reset(&mut self, checkpoint: u64) -> io::Result<()> {
         let lap = self.lap + 1;
         let header = Header { identity: self.identity.clone(), lap, checkpoint };
-        self.store.write(&header.encode(), (lap % 2) * SLOT as u64)?;
+        self.store.write(header.encode().as_bytes(), (lap % 2) * SLOT as u64)?;
         self.store.sync()?;
         self.lap = lap;
         self.end = START;
@@ -142,15 +192,9 @@ impl<S: Store> Journal<S> {
         let bytes = self.store.bytes()?;
         let (mut last, mut payload) = (None, Vec::new());
         while let Some(epoch) = self.epoch(bytes, last, &mut payload)? {
-            let nonsense = |why| JournalError::Nonsense { number: epoch.number, why };
-            let records = DiskRecords::parse(&payload).map_err(|e| nonsense(e.to_string()))?;
-            for record in records.iter() {
-                let size = self.identity.sizes.get(usize::from(record.disk)).copied().unwrap_or(0);
-                if record.end() > size || size == 0 {
-                    return Err(nonsense(format!("a write outside disk {}", record.disk)));
-                }
-            }
-            each(records)?;
+            let nonsense = |source| JournalError::Nonsense { number: epoch.number, source };
+            let records = UncheckedRecords::new(&payload).check(&self.identity.sizes);
+            each(records.map_err(nonsense)?)?;
             last = Some(epoch.number);
             self.end += EPOCH_HEAD as u64 + epoch.length;
         }
@@ -162,8 +206,8 @@ impl<S: Store> Journal<S> {
         if self.end + EPOCH_HEAD as u64 > bytes {
             return Ok(None);
         }
-        let mut head = [0; EPOCH_HEAD];
-        self.store.read(&mut head, self.end)?;
+        let mut head = RawEpoch::new_zeroed();
+        self.store.read(head.as_mut_bytes(), self.end)?;
         let Some(epoch) = EpochHead::parse(&head, self.lap) else { return Ok(None) };
         let payload_at = self.end + EPOCH_HEAD as u64;
         let fits = epoch.length <= MAX_EPOCH && payload_at + epoch.length <= bytes;
@@ -183,10 +227,11 @@ struct EpochHead {
 }
 
 impl EpochHead {
-    fn parse(head: &[u8; EPOCH_HEAD], lap: u64) -> Option<Self> {
-        let whole = word(head, 0) == EPOCH_MARK && word(head, EPOCH_HEAD - 4) == crc32fast::hash(&head[..36]);
-        let epoch = Self { crc: word(head, 4), number: long(head, 16), length: long(head, 24) };
-        (whole && long(head, 8) == lap).then_some(epoch)
+    fn parse(head: &RawEpoch, lap: u64) -> Option<Self> {
+        let whole = head.mark == EPOCH_MARK && head.crc == checksum(head);
+        let epoch =
+            Self { crc: head.payload_crc.get(), number: head.number.get(), length: head.length.get() };
+        (whole && head.lap == lap).then_some(epoch)
     }
 }
 
@@ -197,40 +242,38 @@ struct Header {
 }
 
 impl Header {
-    fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(SLOT);
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&(self.identity.sizes.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&self.identity.vm.0);
-        for word in [self.identity.generation, self.lap, self.checkpoint] {
-            bytes.extend_from_slice(&word.to_le_bytes());
-        }
-        self.identity.sizes.iter().for_each(|size| bytes.extend_from_slice(&size.to_le_bytes()));
-        bytes.resize(SLOT - 4, 0);
-        let crc = crc32fast::hash(&bytes);
-        bytes.extend_from_slice(&crc.to_le_bytes());
-        bytes
+    fn encode(&self) -> RawHeader {
+        let Self { identity: Identity { vm, generation, sizes }, lap, checkpoint } = self;
+        let mut raw = RawHeader::new_zeroed();
+        raw.magic = MAGIC;
+        raw.version = VERSION.into();
+        raw.disks = (sizes.len() as u32).into();
+        raw.vm = vm.0;
+        raw.generation = (*generation).into();
+        raw.lap = (*lap).into();
+        raw.checkpoint = (*checkpoint).into();
+        raw.sizes.iter_mut().zip(sizes).for_each(|(to, size)| *to = (*size).into());
+        raw.crc = checksum(&raw);
+        raw
     }
 
-    fn parse(slot: &[u8; SLOT]) -> Option<Self> {
-        let disks = word(slot, 12) as usize;
-        let whole = slot[..8] == MAGIC
-            && word(slot, 8) == VERSION
-            && word(slot, SLOT - 4) == crc32fast::hash(&slot[..SLOT - 4]);
-        if !whole || disks > MAX_DISKS {
-            return None;
+    /// `None` if what stands there is no whole header.
+    fn parse(raw: &RawHeader) -> Result<Option<Self>, JournalError> {
+        if raw.magic != MAGIC || raw.crc != checksum(raw) {
+            return Ok(None);
         }
-        let mut vm = [0; 16];
-        vm.copy_from_slice(&slot[16..32]);
-        let sizes = (0..disks).map(|disk| long(slot, FIXED + disk * 8)).collect();
-        let identity = Identity { vm: VmId(vm), generation: long(slot, 32), sizes };
-        Some(Self { identity, lap: long(slot, 40), checkpoint: long(slot, 48) })
+        if raw.version != VERSION {
+            return Err(JournalError::Version { found: raw.version.get() });
+        }
+        let Some(sizes) = raw.sizes.get(..raw.disks.get() as usize) else { return Ok(None) };
+        let sizes = sizes.iter().map(|size| size.get()).collect();
+        let identity = Identity { vm: VmId(raw.vm), generation: raw.generation.get(), sizes };
+        Ok(Some(Self { identity, lap: raw.lap.get(), checkpoint: raw.checkpoint.get() }))
     }
 }
 
 /// The header that counts.
-fn read_headers(store: &impl Store) -> io::Result<Option<Header>> {
+fn read_headers(store: &impl Store) -> Result<Option<Header>, JournalError> {
     let bytes = store.bytes()?;
     let mut newest: Option<Header> = None;
     for slot in 0..2 {
@@ -238,21 +281,13 @@ fn read_headers(store: &impl Store) -> io::Result<Option<Header>> {
         if at + SLOT as u64 > bytes {
             break;
         }
-        let mut copy = [0; SLOT];
-        store.read(&mut copy, at)?;
-        if let Some(header) = Header::parse(&copy)
+        let mut copy = RawHeader::new_zeroed();
+        store.read(copy.as_mut_bytes(), at)?;
+        if let Some(header) = Header::parse(&copy)?
             && newest.as_ref().is_none_or(|newest| newest.lap < header.lap)
         {
             newest = Some(header);
         }
     }
     Ok(newest)
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn long(bytes: &[u8], at: usize) -> u64 {
-    u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
 }

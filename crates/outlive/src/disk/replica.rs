@@ -17,7 +17,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use outlive_epoch::{DiskOp, DiskRecords, DiskSums, DiskWant, VmId};
+use outlive_epoch::{DiskSums, DiskWant, RecordBuf, UncheckedRecords, VmId};
 use outlive_machine::DiskHash;
 
 use super::image::{Sum, chunks};
@@ -131,20 +131,18 @@ impl Replica {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub(crate) fn blocks(&self, blocks: &DiskRecords<'_>) -> Result<(), String> {
-        let mut bytes = 0;
-        for block in blocks.iter() {
-            let known = self.disks.get(usize::from(block.disk)).copied().flatten();
-            let fits = known.is_some_and(|(size, written)| written && block.end() <= size);
-            if !fits || block.op == DiskOp::Flush {
-                return Err(format!("a block at {:#x} outside disk {}", block.offset, block.disk));
-            }
-            bytes += block.end() - block.offset;
+    pub(crate) fn blocks(&self, blocks: UncheckedRecords<'_>) -> Result<(), String> {
+        let mut records = self.queue.buffer();
+        records.empty_for(blocks.len()).map_err(|_| "no memory for the blocks of a disk")?;
+        records.check_and_append(blocks, &self.sizes()).map_err(|error| error.to_string())?;
+        if records.has_flush() {
+            return Err("a flush among the blocks of a disk".into());
         }
+        let bytes = records.iter().map(|block| block.len()).sum();
         let wanted =
             self.queue.wanted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |w| w.checked_sub(bytes));
         wanted.map_err(|_| "blocks that were not asked for".to_owned())?;
-        self.push_base(Job::Blocks(blocks.bytes().to_vec()))
+        self.push_base(Job::Blocks(records))
     }
 
     fn push_base(&self, job: Job) -> Result<(), String> {
@@ -156,15 +154,18 @@ impl Replica {
         Ok(())
     }
 
+    /// An empty buffer, to be exchanged for the writes of a checkpoint.
+    pub(crate) fn buffer(&self) -> RecordBuf {
+        self.queue.buffer()
+    }
+
     /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while
     /// too much is.
-    pub(crate) fn commit(&self, number: u64, base: bool, writes: &DiskRecords<'_>) {
+    pub(crate) fn commit(&self, number: u64, base: bool, records: RecordBuf) {
         let replicated = self.disks.iter().flatten().any(|(_, written)| *written);
-        if !replicated || writes.bytes().is_empty() && !base {
-            return;
+        if !replicated || records.is_empty() && !base {
+            return self.queue.give_back(records);
         }
-        let mut records = self.queue.buffer();
-        records.extend_from_slice(writes.bytes());
         let mut waiting = self.queue.lock();
         while waiting.is_full(records.len()) && waiting.failed.is_none() {
             waiting = self.queue.room.wait(waiting).unwrap_or_else(PoisonError::into_inner);

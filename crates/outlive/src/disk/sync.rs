@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskWant, MAX_ZERO_CHUNKS};
+use outlive_epoch::{DISK_CHUNK, DISK_RECORD_LEN, DiskOp, DiskRecord, DiskWant, MAX_ZERO_CHUNKS, RecordBuf};
 
 use super::image::{ChunkReader, Sum, chunks};
 
@@ -70,8 +70,8 @@ pub(crate) enum DiskSection {
     Blocks {
         /// The round.
         round: u64,
-        /// As records.
-        records: Vec<u8>,
+        /// As records, at most a section of them.
+        records: RecordBuf,
     },
 }
 
@@ -354,7 +354,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         };
         let mut reader = ChunkReader::new(file, *bytes);
         for section in want.wanted.chunks(SECTION) {
-            let mut records = Vec::with_capacity(section.len() * (DISK_CHUNK + 32));
+            let mut records = RecordBuf::with_capacity(section.len() * (DISK_RECORD_LEN + DISK_CHUNK));
             for at in section {
                 if self.stop.load(Ordering::Relaxed) {
                     return Err(Stop::Unwanted);
@@ -365,7 +365,9 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
                     .read(chunk, &mut self.buffer)
                     .map_err(|error| Stop::Failed(format!("disk {} cannot be read: {error}", want.disk)))?;
                 let op = data.map_or(DiskOp::Zero(len as u64), DiskOp::Data);
-                DiskRecord { disk: want.disk, offset, op }.put(&mut records);
+                if !records.push(DiskRecord { disk: want.disk, offset, op }) {
+                    return Err(Stop::Failed("a chunk found no room in its section".into()));
+                }
                 self.sent_bytes += len as u64;
             }
             (self.send)(DiskSection::Blocks { round: self.round, records });

@@ -11,11 +11,10 @@
 //!
 //! - `tcp.rs` is its first kind, and the only file that knows of sockets.
 //! - `dial.rs` says how a connection is made, from either end.
-//! - `sender.rs` and `records.rs` are what a primary writes, `receiver.rs` what it reads.
+//! - `sender.rs` is what a primary writes, `receiver.rs` what it reads.
 
 mod dial;
 mod receiver;
-mod records;
 mod sender;
 mod tcp;
 

@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{
     CheckpointBegin, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
-    Preface, StateSection, squeeze_zero_pages,
+    Preface, RecordBuf, StateSection, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
 
-use super::records::Records;
 use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
@@ -112,7 +111,6 @@ impl Sender {
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
             batched: 0,
-            records: Records::default(),
             report,
         };
         let thread = outlive_machine::spawn("sender", move || {
@@ -182,8 +180,6 @@ struct Work<R> {
     cuts: Vec<Cut>,
     /// Bytes of pages, state and disk writes in both.
     batched: usize,
-    /// Writes to disks as they go over the link.
-    records: Records,
     report: R,
 }
 
@@ -279,9 +275,10 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.flush(&[])?;
             }
             DiskSection::Blocks { round, records } => {
+                let records = records.records();
                 self.encoder.disk_blocks_head(&mut self.heads, *round, records)?;
-                self.add(0..records.len());
-                self.flush(records)?;
+                self.add(0..records.bytes().len());
+                self.flush(records.bytes())?;
             }
         }
         self.beat_if_due()
@@ -289,11 +286,10 @@ impl<R: Fn(SenderReport)> Work<R> {
 
     fn checkpoint(&mut self, part: &CheckpointPart) -> Result<(), SendError> {
         let Ticket { generation, number, flags, .. } = part.ticket;
-        // Like the state, the writes to disks are all in the first part.
-        self.records.fill(part.staging.disk_writes());
         if let Some((pages, state_bytes)) = part.totals {
             let (pages, state_bytes) = (pages as u32, state_bytes as u32);
-            let disk_bytes = self.records.len() as u32;
+            // Like the state, the writes to disks are all in the first part.
+            let disk_bytes = part.staging.disk_writes().len() as u32;
             let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags };
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
@@ -311,7 +307,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             self.heads.extend_from_slice(section.bytes);
             self.batched += section.bytes.len();
         }
-        self.disk_writes(data)?;
+        self.disk_writes(part.staging.disk_writes(), data)?;
         if part.last {
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
@@ -333,20 +329,19 @@ impl<R: Fn(SenderReport)> Work<R> {
     }
 
     /// The writes to disks, behind the pages and the state that wait in `data` and the heads.
-    fn disk_writes(&mut self, data: &[u8]) -> Result<(), SendError> {
-        if self.records.len() == 0 {
+    fn disk_writes(&mut self, writes: &RecordBuf, data: &[u8]) -> Result<(), SendError> {
+        if writes.is_empty() {
             return Ok(());
         }
         self.flush(data)?;
         self.beat_if_due()?;
-        let records = std::mem::take(&mut self.records);
-        for section in records.sections() {
+        for section in writes.sections(BATCH_BYTES) {
             self.encoder.disk_writes_head(&mut self.heads, section)?;
-            self.add(0..section.len());
-            self.flush(section)?;
+            let bytes = section.bytes();
+            self.add(0..bytes.len());
+            self.flush(bytes)?;
             self.beat_if_due()?;
         }
-        self.records = records;
         Ok(())
     }
 

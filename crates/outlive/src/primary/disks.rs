@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use outlive_epoch::DiskWant;
-use outlive_machine::{ChunkSet, LogMode, Machine, WriteBuffer, WriteLog};
+use outlive_epoch::{DiskWant, RecordBuf};
+use outlive_machine::{ChunkSet, LogMode, Machine, WriteLog};
 use outlive_pair::Link;
 
 use super::control::{Control, Inbox};
@@ -156,7 +156,7 @@ impl DiskBase {
     fn begin_log(&mut self) {
         self.phase = Phase::Last;
         // What an earlier protection left in the log goes away with the buffer that comes out.
-        self.log.swap(&mut WriteBuffer::with_capacity(DISK_BYTES));
+        self.log.swap(&mut RecordBuf::with_capacity(DISK_BYTES));
         self.log.set_mode(LogMode::Log);
         self.sync.catch_up(true);
     }

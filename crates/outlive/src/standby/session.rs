@@ -95,7 +95,7 @@ impl Session {
                 }
                 match &message {
                     Message::DiskSums(window) => self.disks.sums(window),
-                    Message::DiskBlocks { blocks, .. } => self.disks.blocks(blocks),
+                    Message::DiskBlocks { blocks, .. } => self.disks.blocks(*blocks),
                     _ => Ok(()),
                 }
                 .map_err(End::Bad)
@@ -155,7 +155,10 @@ impl Session {
             return Err(End::Known);
         }
         self.control.with_copy(|copy| copy.keep_state(&checkpoint));
-        self.disks.commit(number, checkpoint.flags().base_final, &checkpoint.disk_writes());
+        let base = checkpoint.flags().base_final;
+        let mut writes = self.disks.buffer();
+        self.staging.swap_disk_writes(&mut writes);
+        self.disks.commit(number, base, writes);
         if let Some(hashes) = hashes {
             self.compare(number, hashes)?;
         }

@@ -6,6 +6,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use outlive_epoch::RecordBuf;
 use outlive_machine::DiskHash;
 
 use crate::disk::image::Sum;
@@ -19,8 +20,8 @@ const SPARE_BYTES: usize = 1 << 20;
 
 pub(super) enum Job {
     Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
-    Blocks(Vec<u8>),
-    Commit { number: u64, base: bool, records: Vec<u8> },
+    Blocks(RecordBuf),
+    Commit { number: u64, base: bool, records: RecordBuf },
     Check { number: u64, hashes: Vec<DiskHash> },
     Settle { checkpoint: u64 },
     Leave(Sender<Result<(), String>>),
@@ -53,7 +54,7 @@ pub(super) struct Waiting {
     /// The thread compares the disks with the VM's. That takes as long as reading them, and it ends when
     /// something urgent waits.
     checking: bool,
-    spare: Vec<Vec<u8>>,
+    spare: Vec<RecordBuf>,
 }
 
 impl Waiting {
@@ -98,14 +99,14 @@ impl Queue {
     }
 
     /// An empty buffer for records, one that was used before if there is one.
-    pub(super) fn buffer(&self) -> Vec<u8> {
+    pub(super) fn buffer(&self) -> RecordBuf {
         self.lock().spare.pop().unwrap_or_default()
     }
 
     /// Takes a buffer of records that is not needed any more.
-    pub(super) fn give_back(&self, mut buffer: Vec<u8>) {
+    pub(super) fn give_back(&self, mut buffer: RecordBuf) {
         let mut waiting = self.lock();
-        if buffer.capacity() <= SPARE_BYTES && waiting.spare.len() < SPARE_BUFFERS {
+        if buffer.memory() <= SPARE_BYTES && waiting.spare.len() < SPARE_BUFFERS {
             buffer.clear();
             waiting.spare.push(buffer);
         }
@@ -148,17 +149,22 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
+    use outlive_epoch::{DiskOp, DiskRecord};
+
     use super::*;
 
-    fn commit(bytes: usize) -> Job {
-        Job::Commit { number: 1, base: false, records: vec![0; bytes] }
+    fn records(bytes: usize) -> RecordBuf {
+        let mut records = RecordBuf::default();
+        records.empty_for(bytes).unwrap();
+        records
     }
 
     #[test]
     fn the_time_of_a_job_is_known_but_not_that_of_a_comparison() {
         let queue = Queue::default();
         let is_working = || queue.lock().working.is_some();
-        queue.push(queue.lock(), commit(5));
+        let records = records(5);
+        queue.push(queue.lock(), Job::Commit { number: 1, base: false, records });
         queue.push(queue.lock(), Job::Check { number: 1, hashes: Vec::new() });
         assert!(!is_working());
         queue.pop(None, None);
@@ -176,11 +182,12 @@ mod tests {
     fn buffers_are_used_again_unless_they_are_large() {
         let queue = Queue::default();
         let mut buffer = queue.buffer();
-        buffer.extend_from_slice(&[1; 5000]);
+        buffer.empty_for(5000).unwrap();
+        assert!(buffer.push(DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }));
         queue.give_back(buffer);
         let again = queue.buffer();
-        assert!(again.is_empty() && again.capacity() >= 5000);
-        queue.give_back(Vec::with_capacity(SPARE_BYTES + 1));
-        assert_eq!(queue.buffer().capacity(), 0);
+        assert!(again.is_empty() && again.memory() >= 5000);
+        queue.give_back(records(SPARE_BYTES + 1));
+        assert_eq!(queue.buffer().memory(), 0);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{DISK_CHUNK, DiskRecords, DiskWant, VmId};
+use outlive_epoch::{DISK_CHUNK, DiskWant, RecordBuf, VmId};
 use outlive_machine::DiskHash;
 
 use super::claims::ClaimedJournal;
@@ -95,7 +95,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             }
             let result = match job {
                 Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref()),
-                Job::Blocks(records) => self.write_blocks(&records),
+                Job::Blocks(records) => self.write_blocks(records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
                 // What a takeover needs of the disks is done now: a generation that is won cannot be given
@@ -203,13 +203,13 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    fn write_blocks(&mut self, records: &[u8]) -> Result<(), String> {
+    fn write_blocks(&mut self, records: RecordBuf) -> Result<(), String> {
         self.taint()?;
-        let records = DiskRecords::parse(records).map_err(|e| e.to_string())?;
         for record in records.iter() {
             let ReplicaDisk { file, path, .. } = self.disk(record.disk)?;
             image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         }
+        self.queue.give_back(records);
         Ok(())
     }
 
@@ -246,7 +246,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         self.sidecars.written_within(SIDECAR_PATIENCE).ok();
     }
 
-    fn commit(&mut self, number: u64, base: bool, records: Vec<u8>) -> Result<(), String> {
+    fn commit(&mut self, number: u64, base: bool, records: RecordBuf) -> Result<(), String> {
         if base {
             self.begin_journal(number)?;
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{DiskOp, DiskRecord, DiskRecords, VmId};
+use outlive_epoch::{DiskOp, VmId};
 
 use crate::disk::sidecar::{Role, Sidecar, beside};
 use crate::disk::{DiskEvent, Replica, ReplicaDisk, for_run};
@@ -59,9 +59,7 @@ impl Standby {
 }
 
 fn commit(replica: &Replica, number: u64, base: bool, bytes: &[u8]) {
-    let mut records = Vec::new();
-    DiskRecord { disk: 0, offset: 512, op: DiskOp::Data(bytes) }.put(&mut records);
-    replica.commit(number, base, &DiskRecords::parse(&records).unwrap());
+    replica.commit(number, base, super::records(&[(0, 512, DiskOp::Data(bytes))]));
 }
 
 fn wait_until(what: &str, holds: impl Fn() -> bool) {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use outlive_epoch::{DiskOp, DiskRecord, DiskRecords, VmId};
+use outlive_epoch::{DiskOp, VmId};
 use outlive_machine::DiskHash;
 
 use crate::disk::sidecar::{Sidecar, beside};
@@ -45,9 +45,7 @@ impl Standby {
     }
 
     fn commit(&self, number: u64, base: bool, offset: u64, bytes: &[u8]) {
-        let mut records = Vec::new();
-        DiskRecord { disk: 0, offset, op: DiskOp::Data(bytes) }.put(&mut records);
-        self.replica.commit(number, base, &DiskRecords::parse(&records).unwrap());
+        self.replica.commit(number, base, super::records(&[(0, offset, DiskOp::Data(bytes))]));
         self.vm.write_all_at(bytes, offset).unwrap();
     }
 

@@ -1,6 +1,6 @@
 //! The file itself: cut, damaged, used again.
 
-use outlive_epoch::{DiskOp, DiskRecord, VmId};
+use outlive_epoch::{DiskOp, VmId};
 
 use super::power::{File, Power};
 use crate::disk::image::Store;
@@ -11,10 +11,8 @@ fn identity() -> Identity {
 }
 
 fn records(fill: u8, len: usize) -> Vec<u8> {
-    let mut out = Vec::new();
-    DiskRecord { disk: 0, offset: 9, op: DiskOp::Data(&vec![fill; len]) }.put(&mut out);
-    DiskRecord { disk: 2, offset: 96, op: DiskOp::Zero(4000) }.put(&mut out);
-    out
+    let records = super::records(&[(0, 9, DiskOp::Data(&vec![fill; len])), (2, 96, DiskOp::Zero(4000))]);
+    records.records().bytes().to_vec()
 }
 
 /// What a journal replays.
@@ -117,9 +115,9 @@ fn numbers_that_do_not_grow_end_it() {
 
 #[test]
 fn whole_epochs_of_nonsense_are_named() {
-    let mut outside = Vec::new();
-    DiskRecord { disk: 1, offset: 0, op: DiskOp::Zero(1) }.put(&mut outside);
-    for (records, why) in [(outside, "a write outside disk 1"), (vec![1, 2, 3], "a disk record ends early")] {
+    let outside = super::records(&[(1, 0, DiskOp::Zero(1))]).records().bytes().to_vec();
+    let outside = (outside, "a write to disk 1 at 0x0 is outside the VM's disks");
+    for (records, why) in [outside, (vec![1, 2, 3], "a disk record ends early")] {
         let file = File::new(Vec::new(), &Power::steady());
         Journal::create(file.clone(), identity(), 0).unwrap().append(9, &records).unwrap();
         let error = Journal::open(file).unwrap().0.replay(|_| Ok(())).unwrap_err().to_string();
@@ -137,4 +135,45 @@ fn an_absurd_length_is_no_epoch() {
     head[36..].copy_from_slice(&crc.to_le_bytes());
     file.write(&head, ends[2]).unwrap();
     assert_eq!(replay(&file).2, epochs[..2]);
+}
+
+/// The bytes of the format: what a release has written, every later one replays.
+#[test]
+fn a_journal_of_the_first_format_is_replayed() {
+    let bytes = include_bytes!("journal-v1.bin");
+    let (file, epochs, _) = three_epochs();
+    let written = file.seen();
+    let first = bytes.iter().zip(&written).position(|(a, b)| a != b);
+    assert_eq!(
+        (first, bytes.len()),
+        (None, written.len()),
+        "if it is meant, raise the version of the format"
+    );
+    assert_eq!(replay(&File::new(bytes.to_vec(), &Power::steady())), (40, Some(44), epochs));
+}
+
+/// A journal of a newer release may have what is nowhere else: it is neither taken for damaged nor overwritten.
+#[test]
+fn a_journal_of_another_format_is_refused_with_the_remedy() {
+    let (file, ..) = three_epochs();
+    let mut bytes = file.seen();
+    for slot in 0..2 {
+        let mut newer = bytes.clone();
+        let header = &mut newer[slot * 4096..][..4096];
+        header[..8].copy_from_slice(b"OUTLVJNL");
+        header[8..12].copy_from_slice(&2u32.to_le_bytes());
+        let crc = crc32fast::hash(&header[..4092]);
+        header[4092..].copy_from_slice(&crc.to_le_bytes());
+        let newer = File::new(newer, &Power::steady());
+        let error = Journal::open(newer.clone()).err().unwrap().to_string();
+        assert!(
+            error.contains("format 2, this release knows 1") && error.contains("start it with"),
+            "{error}"
+        );
+        let error = Journal::create(newer, identity(), 1).err().unwrap().to_string();
+        assert!(error.contains("format 2") && error.contains("delete it"), "{error}");
+    }
+    // A header that is damaged is none, whatever version it seems to have.
+    bytes[8] = 2;
+    assert_eq!(replay(&File::new(bytes, &Power::steady())).1, Some(44));
 }

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use outlive_epoch::{DISK_CHUNK, DiskOp, DiskRecord, DiskRecords, DiskSums, DiskWant, VmId};
+use outlive_epoch::{DISK_CHUNK, DiskOp, DiskSums, DiskWant, RecordBuf, UncheckedRecords, VmId};
 
 use crate::disk::journal::Journal;
 use crate::disk::sidecar::{Role, Sidecar, beside};
@@ -148,7 +148,7 @@ impl Pair {
             }),
             DiskSection::Blocks { records, .. } => {
                 self.blocks += records.len() as u64;
-                self.replica.blocks(&DiskRecords::parse(records).unwrap())
+                self.replica.blocks(as_received(records))
             }
         }
     }
@@ -161,14 +161,9 @@ impl Pair {
     }
 
     fn commit(&self, number: u64, base: bool, writes: &[(u64, &[u8])], flush: bool) {
-        let mut records = Vec::new();
-        for (offset, bytes) in writes {
-            DiskRecord { disk: 0, offset: *offset, op: DiskOp::Data(bytes) }.put(&mut records);
-        }
-        if flush {
-            DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }.put(&mut records);
-        }
-        self.replica.commit(number, base, &DiskRecords::parse(&records).unwrap());
+        let data = writes.iter().map(|(offset, bytes)| (0, *offset, DiskOp::Data(bytes)));
+        let flush = flush.then_some((0, 0, DiskOp::Flush));
+        self.replica.commit(number, base, super::records(&data.chain(flush).collect::<Vec<_>>()));
     }
 
     fn content(&self, host: &str) -> [Vec<u8>; 2] {
@@ -305,6 +300,10 @@ fn a_read_only_disk_that_differs_is_named() {
     assert!(why.contains("disk 2 is read-only") && why.contains("copy the primary's file"), "{why}");
 }
 
+fn as_received(records: &RecordBuf) -> UncheckedRecords<'_> {
+    UncheckedRecords::new(records.records().bytes())
+}
+
 #[test]
 fn sums_and_blocks_out_of_bounds_are_refused() {
     let mut pair = Pair::new(|_, _| ());
@@ -314,21 +313,23 @@ fn sums_and_blocks_out_of_bounds_are_refused() {
     for (disk, first, count) in [(0, 0, 302), (0, 301, 1), (1, 0, 1), (3, 0, 1), (2, 1, 3)] {
         assert!(sums(disk, first, count).is_err(), "{disk} {first} {count}");
     }
-    let block = |disk, offset, op| {
-        let mut records = Vec::new();
-        DiskRecord { disk, offset, op }.put(&mut records);
-        pair.replica.blocks(&DiskRecords::parse(&records).unwrap())
-    };
+    let block = |disk, offset, op| pair.replica.blocks(as_received(&super::records(&[(disk, offset, op)])));
     assert_eq!(block(0, 0, DiskOp::Data(&[1])), Err("blocks that were not asked for".into()));
     for (disk, offset, op) in [
         (0, SIZES[0], DiskOp::Zero(1)),
         (1, 0, DiskOp::Zero(1)),
         (2, 0, DiskOp::Data(&[1])),
         (9, 0, DiskOp::Zero(1)),
-        (0, 0, DiskOp::Flush),
     ] {
-        assert!(block(disk, offset, op).unwrap_err().contains("outside disk"), "{disk} {offset}");
+        assert!(
+            block(disk, offset, op).unwrap_err().contains("is outside the VM's disks"),
+            "{disk} {offset}"
+        );
     }
+    assert_eq!(block(0, 0, DiskOp::Flush), Err("a flush among the blocks of a disk".into()));
+    let cut = super::records(&[(0, 0, DiskOp::Data(&[1]))]);
+    let cut = UncheckedRecords::new(&cut.records().bytes()[..24]);
+    assert!(pair.replica.blocks(cut).unwrap_err().contains("a disk record ends early"));
 }
 
 #[test]

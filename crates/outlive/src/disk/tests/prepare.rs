@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use outlive_epoch::{DiskOp, DiskRecord, VmId};
+use outlive_epoch::{DiskOp, VmId};
 
 use crate::arbiter::{self, Claim};
 use crate::disk::journal::{Identity, Journal};
@@ -28,11 +28,8 @@ fn left_by_a_kill(directory: &Path) -> [PathBuf; 2] {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&journal).unwrap();
     let identity = Identity { vm: VM, generation: 2, sizes: vec![4096, 0, 4096] };
     let mut journal = Journal::create(file, identity, 10).unwrap();
-    let mut records = Vec::new();
-    for disk in [0, 2] {
-        DiskRecord { disk, offset: 100, op: DiskOp::Data(b"replayed") }.put(&mut records);
-    }
-    journal.append(11, &records).unwrap();
+    let records = super::records(&[0, 2].map(|disk| (disk, 100, DiskOp::Data(b"replayed"))));
+    journal.append(11, records.records().bytes()).unwrap();
     images
 }
 

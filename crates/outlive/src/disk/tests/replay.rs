@@ -1,6 +1,6 @@
 //! Loss of power and kills at every step: the images are at one commit, both at the same.
 
-use outlive_epoch::{DiskOp, DiskRecord, VmId};
+use outlive_epoch::{DiskOp, DiskRecord, RecordBuf, VmId};
 use proptest::prelude::*;
 
 use super::power::{File, Power};
@@ -32,8 +32,8 @@ fn write() -> impl Strategy<Value = Write> {
     ]
 }
 
-fn records(epoch: &[Write]) -> Vec<u8> {
-    let mut out = Vec::new();
+fn records(epoch: &[Write]) -> RecordBuf {
+    let mut out = RecordBuf::with_capacity(1 << 20);
     for write in epoch {
         let data;
         let (disk, offset, op) = match *write {
@@ -44,7 +44,7 @@ fn records(epoch: &[Write]) -> Vec<u8> {
             Write::Zero { disk, offset, len } => (disk, offset, DiskOp::Zero(len)),
             Write::Flush => (0, 0, DiskOp::Flush),
         };
-        DiskRecord { disk, offset, op }.put(&mut out);
+        assert!(out.push(DiskRecord { disk, offset, op }));
     }
     out
 }
@@ -209,10 +209,9 @@ fn a_full_journal_is_emptied() {
     let identity = Identity { vm: VmId([1; 16]), generation: 1, sizes: vec![1 << 30] };
     let journal = Journal::create(file.clone(), identity, 0).unwrap();
     let mut applier = Applier::new(journal, vec![Some(image.clone())], 0);
-    let mut big = Vec::new();
-    outlive_epoch::put_write(&mut big, 0, 0, &vec![3; 24 << 20]);
+    let data = vec![3; 24 << 20];
     for number in 1..=6 {
-        applier.commit(number, big.clone()).unwrap();
+        applier.commit(number, super::records(&[(0, 0, DiskOp::Data(&data))])).unwrap();
         assert!(file.seen().len() < 66 << 20);
     }
     assert_eq!(applier.settle().unwrap(), 6);

@@ -6,8 +6,8 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{CheckpointFlags, DiskOp, DiskRecord};
-use outlive_machine::{DiskOp as LoggedOp, DiskWrite, Outgoing};
+use outlive_epoch::{CheckpointFlags, DiskOp, DiskRecord, RecordBuf};
+use outlive_machine::Outgoing;
 use outlive_pair::{Link, Ticket};
 use socket2::SockRef;
 
@@ -52,11 +52,14 @@ fn one_goes_between_two_batches_of_base_pages() {
 #[test]
 fn one_goes_between_two_batches_of_disk_blocks() {
     let data = vec![7; 64 << 10];
-    let mut records = Vec::new();
-    for chunk in 0..3 {
-        DiskRecord { disk: 0, offset: chunk << 16, op: DiskOp::Data(&data) }.put(&mut records);
-    }
-    let blocks = (0..16).map(|_| Job::Disk(DiskSection::Blocks { round: 1, records: records.clone() }));
+    let records = || {
+        let mut records = RecordBuf::with_capacity(1 << 20);
+        for chunk in 0..3 {
+            assert!(records.push(DiskRecord { disk: 0, offset: chunk << 16, op: DiskOp::Data(&data) }));
+        }
+        records
+    };
+    let blocks = (0..16).map(|_| Job::Disk(DiskSection::Blocks { round: 1, records: records() }));
     let late = late_bytes(blocks.collect());
     assert!(late.iter().all(|bytes| *bytes <= BATCH + HEADS), "{late:?}");
 }
@@ -67,7 +70,7 @@ fn one_goes_between_two_batches_of_a_checkpoint() {
     // The guest may write more at once than a batch has room for.
     let data: Vec<u8> = (0..1 << 20).map(|i| (i / 512) as u8).collect();
     for offset in 0..4u64 {
-        let write = DiskWrite { disk: 0, offset: offset << 20, op: LoggedOp::Data(&data) };
+        let write = DiskRecord { disk: 0, offset: offset << 20, op: DiskOp::Data(&data) };
         assert!(staging.disk_writes_mut().push(write));
     }
     let ticket = Ticket { link: Link(1), generation: 1, number: 1, flags: CheckpointFlags::default() };

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use outlive_epoch::image::RecordBuf;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::engine::manual::Manual;
-use super::{BlockDevice, BlockState, DiskOptions, Image, LogMode, WriteBuffer, WriteLog};
+use super::{BlockDevice, BlockState, DiskOptions, Image, LogMode, WriteLog};
 use crate::bus::SharedDevice;
 use crate::devices::Device;
 use crate::devices::valve::{Lease, OutputMode, Permit, Valve};
@@ -56,7 +57,7 @@ pub fn fuzz(data: &[u8]) {
     let options = DiskOptions { shared, queues: 2, ..DiskOptions::new(file.as_path()) };
     let open = || Arc::new(Image::open(&options.path, false, true).expect("an image"));
     let log = WriteLog::new(|| {});
-    log.swap(&mut WriteBuffer::with_capacity(usize::from(control[1]) << 8));
+    log.swap(&mut RecordBuf::with_capacity(usize::from(control[1]) << 8));
     log.set_mode(if control[0] & 2 != 0 { LogMode::Log } else { LogMode::Track });
     let image = open();
     let manual = Manual::new(image.clone()).expect("an event");

@@ -1,6 +1,7 @@
 //! One request on its way through the disk: which operations it takes, and what it changed.
 
-use super::buffer::{DiskOp, DiskWrite};
+use outlive_epoch::image::{DiskOp, DiskRecord};
+
 use super::engine::{Operation, ZEROES};
 use super::log::MAX_RECORD;
 use super::request::{Extent, Kind, Status};
@@ -216,13 +217,13 @@ impl Job {
     }
 
     /// The next thing this job has changed that is not in the log yet; `None` when all is.
-    pub(super) fn next_change<'a>(&self, disk: u16, buffer: &'a [u8]) -> Option<DiskWrite<'a>> {
+    pub(super) fn next_change<'a>(&self, disk: u16, buffer: &'a [u8]) -> Option<DiskRecord<'a>> {
         match self.kind {
             Kind::Write if self.logged.bytes < self.done => {
                 let from = self.logged.bytes as usize;
                 let to = (self.done as usize).min(from + MAX_RECORD);
                 let offset = self.span.offset + self.logged.bytes;
-                return Some(DiskWrite { disk, offset, op: DiskOp::Data(&buffer[from..to]) });
+                return Some(DiskRecord { disk, offset, op: DiskOp::Data(&buffer[from..to]) });
             }
             Kind::Discard | Kind::WriteZeroes => {
                 for (index, range) in self.ranges.iter().enumerate().skip(self.logged.ranges) {
@@ -232,7 +233,7 @@ impl Job {
                         std::cmp::Ordering::Greater => 0,
                     };
                     if len > 0 {
-                        return Some(DiskWrite { disk, offset: range.offset, op: DiskOp::Zero(len) });
+                        return Some(DiskRecord { disk, offset: range.offset, op: DiskOp::Zero(len) });
                     }
                 }
             }
@@ -240,11 +241,11 @@ impl Job {
         }
         let synced = self.kind == Kind::Flush || self.write_through && self.kind.changes();
         let durable = synced && self.phase == Phase::Finished(Status::Ok) && !self.logged.flush;
-        durable.then_some(DiskWrite { disk, offset: 0, op: DiskOp::Flush })
+        durable.then_some(DiskRecord { disk, offset: 0, op: DiskOp::Flush })
     }
 
     /// The change that [`next_change`](Self::next_change) told is in the log.
-    pub(super) fn logged(&mut self, write: &DiskWrite<'_>) {
+    pub(super) fn logged(&mut self, write: &DiskRecord<'_>) {
         match write.op {
             DiskOp::Data(data) => self.logged.bytes += data.len() as u64,
             DiskOp::Zero(_) => {

@@ -28,9 +28,9 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use outlive_epoch::image::{DiskRecord, RecordBuf};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::buffer::{DiskOp, DiskWrite, WriteBuffer};
 use super::chunks::ChunkSet;
 
 /// Most bytes of data in one record.
@@ -81,7 +81,7 @@ pub struct WriteLog {
 
 struct Inner {
     mode: LogMode,
-    buffer: WriteBuffer,
+    buffer: RecordBuf,
     /// The buffer was found full; whoever waits has to be woken by the next swap.
     full: bool,
     disks: Vec<Disk>,
@@ -100,7 +100,7 @@ impl WriteLog {
     pub fn new(on_full: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         let inner = Inner {
             mode: LogMode::Off,
-            buffer: WriteBuffer::default(),
+            buffer: RecordBuf::default(),
             full: false,
             disks: Vec::new(),
             stats: LogStats::default(),
@@ -130,18 +130,18 @@ impl WriteLog {
     /// # Panics
     ///
     /// If `buffer` is not empty: writes would be shipped twice.
-    pub fn swap(&self, buffer: &mut WriteBuffer) {
+    pub fn swap(&self, buffer: &mut RecordBuf) {
         assert!(buffer.is_empty(), "the buffer for the next epoch is empty");
         let mut inner = self.inner();
         std::mem::swap(&mut inner.buffer, buffer);
-        inner.stats.most_bytes = inner.stats.most_bytes.max(buffer.bytes() as u64);
+        inner.stats.most_bytes = inner.stats.most_bytes.max(buffer.len() as u64);
         inner.wake();
     }
 
     /// Bytes in the buffer now, and how many there is room for.
     pub fn fill(&self) -> (usize, usize) {
         let inner = self.inner();
-        (inner.buffer.bytes(), inner.buffer.capacity())
+        (inner.buffer.len(), inner.buffer.capacity())
     }
 
     /// The empty set of chunks for a disk; `None` if the machine has no such disk, or does not replicate it.
@@ -186,13 +186,13 @@ impl WriteLog {
 
     /// Notes that something was done to a disk. By the device thread, inside the gate, before the guest can
     /// know of it. Data is at most [`MAX_RECORD`] bytes.
-    pub(super) fn append(&self, write: DiskWrite<'_>) -> Appended {
+    pub(super) fn append(&self, write: DiskRecord<'_>) -> Appended {
         let mut inner = self.inner();
         match inner.mode {
             LogMode::Off => return Appended::Done,
-            LogMode::Track => inner.mark(&write),
+            LogMode::Track => inner.mark(write.disk, write.offset, write.len()),
             LogMode::Log => {
-                let before = inner.buffer.bytes();
+                let before = inner.buffer.len();
                 if !inner.buffer.push(write) {
                     let first = !std::mem::replace(&mut inner.full, true);
                     inner.stats.full += u64::from(first);
@@ -203,7 +203,7 @@ impl WriteLog {
                     return Appended::Full;
                 }
                 inner.stats.records += 1;
-                inner.stats.bytes += (inner.buffer.bytes() - before) as u64;
+                inner.stats.bytes += (inner.buffer.len() - before) as u64;
             }
         }
         Appended::Done
@@ -214,7 +214,7 @@ impl WriteLog {
     pub(super) fn damaged(&self, disk: u16, offset: u64, len: u64) {
         let mut inner = self.inner();
         if inner.mode != LogMode::Off {
-            inner.mark(&DiskWrite { disk, offset, op: DiskOp::Zero(len) });
+            inner.mark(disk, offset, len);
         }
     }
 
@@ -224,14 +224,9 @@ impl WriteLog {
 }
 
 impl Inner {
-    fn mark(&mut self, write: &DiskWrite<'_>) {
-        let len = match write.op {
-            DiskOp::Data(data) => data.len() as u64,
-            DiskOp::Zero(len) => len,
-            DiskOp::Flush => 0,
-        };
-        if let Some(disk) = self.disks.iter_mut().find(|disk| disk.index == write.disk) {
-            disk.chunks.insert_bytes(write.offset, len);
+    fn mark(&mut self, disk: u16, offset: u64, len: u64) {
+        if let Some(disk) = self.disks.iter_mut().find(|known| known.index == disk) {
+            disk.chunks.insert_bytes(offset, len);
         }
     }
 

@@ -38,7 +38,6 @@
 //! 16 queues of 128 chains; 256 requests in flight; 126 buffers of 32 KiB in a request; 16 MiB of bounce
 //! buffers. More stays with the guest until there is room.
 
-pub mod buffer;
 pub mod chunks;
 pub mod config;
 mod core;
@@ -61,7 +60,6 @@ pub mod fuzz;
 #[cfg(test)]
 mod tests;
 
-pub use buffer::{DiskOp, DiskWrite, DiskWrites, WriteBuffer};
 pub use chunks::{CHUNK, ChunkSet};
 pub use device::{Block, BlockDevice, BlockError, DiskOptions};
 pub use engine::EngineKind;

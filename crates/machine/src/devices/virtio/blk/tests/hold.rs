@@ -1,7 +1,9 @@
 //! A shared disk: nothing written in an epoch reaches it before the checkpoint of the epoch is committed.
 
+use outlive_epoch::image::RecordBuf;
+
 use super::super::engine::Operation;
-use super::super::{BlockState, LogMode, WriteBuffer};
+use super::super::{BlockState, LogMode};
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
@@ -197,7 +199,7 @@ fn a_shared_disk_is_not_replicated_and_any_other_is_not_held() {
         let rig = Rig::manual(&memory, &DiskOptions { shared: share, ..DiskOptions::new(&path) });
         let driver = rig.boot();
         rig.device.go_live(false);
-        let mut buffer = WriteBuffer::with_capacity(1 << 20);
+        let mut buffer = RecordBuf::with_capacity(1 << 20);
         rig.log.swap(&mut buffer);
         rig.log.set_mode(LogMode::Log);
         rig.valve.hold(1).unwrap();

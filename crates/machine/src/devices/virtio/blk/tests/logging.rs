@@ -1,22 +1,24 @@
 //! Completed writes are in the log before the guest knows of them.
 
-use super::super::{CHUNK, ChunkSet, DiskOp, DiskWrite, LogMode, MAX_RECORD, WriteBuffer};
+use outlive_epoch::image::{DISK_RECORD_LEN, DiskOp, DiskRecord, RecordBuf};
+
+use super::super::{CHUNK, ChunkSet, LogMode, MAX_RECORD};
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
 /// What is in a buffer: offset in sectors, and what was done.
-fn records(buffer: &WriteBuffer) -> Vec<(u64, String)> {
+fn records(buffer: &RecordBuf) -> Vec<(u64, String)> {
     buffer
         .iter()
-        .map(|DiskWrite { disk, offset, op }| {
+        .map(|DiskRecord { disk, offset, op }| {
             assert_eq!(disk, 0);
             (offset / 512, format!("{op:?}"))
         })
         .collect()
 }
 
-fn take(log: &WriteLog) -> WriteBuffer {
-    let mut buffer = WriteBuffer::with_capacity(1 << 20);
+fn take(log: &WriteLog) -> RecordBuf {
+    let mut buffer = RecordBuf::with_capacity(1 << 20);
     log.swap(&mut buffer);
     buffer
 }
@@ -63,7 +65,7 @@ fn everything_that_changes_a_disk_is_logged_in_order() {
     assert_eq!(data, [2, 1]);
     assert!(take(&rig.log).is_empty());
     let stats = rig.log.stats();
-    assert_eq!((stats.records, stats.most_bytes, stats.full), (6, buffer.bytes() as u64, 0));
+    assert_eq!((stats.records, stats.most_bytes, stats.full), (6, buffer.len() as u64, 0));
 }
 
 #[test]
@@ -75,12 +77,12 @@ fn a_large_write_is_logged_in_pieces() {
     rig.run();
     let buffer = take(&rig.log);
     let mut disk = vec![0; 1 << 20];
-    for DiskWrite { offset, op, .. } in &buffer {
+    for DiskRecord { offset, op, .. } in buffer.iter() {
         let DiskOp::Data(data) = op else { panic!("{op:?}") };
         assert!(data.len() <= MAX_RECORD);
         disk[offset as usize..][..data.len()].copy_from_slice(data);
     }
-    assert_eq!(buffer.records(), 3);
+    assert_eq!(buffer.iter().count(), 3);
     assert_eq!(disk[512..512 + data.len()], data);
 }
 
@@ -127,11 +129,11 @@ fn a_write_is_logged_before_the_guest_sees_it_complete() {
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = logged(&images.sparse("disk", 1 << 20), &memory);
     let small = |bytes| {
-        let mut buffer = WriteBuffer::with_capacity(bytes);
+        let mut buffer = RecordBuf::with_capacity(bytes);
         rig.log.swap(&mut buffer);
         buffer
     };
-    small(512 + WriteBuffer::RECORD);
+    small(512 + DISK_RECORD_LEN);
     driver.write(0, 0, 0, &[1; 512]);
     driver.write(0, 1, 1, &[2; 512]);
     driver.write(0, 2, 2, &[3; 512]);
@@ -143,7 +145,7 @@ fn a_write_is_logged_before_the_guest_sees_it_complete() {
     assert_eq!([0, 1, 2, 3, 4].map(|slot| driver.status(slot)), [OK, 0xaa, 0xaa, 0xaa, OK]);
     assert_eq!(rig.full.get(), 1, "told once");
     assert_eq!(rig.device.in_flight(), 3, "they are in flight for a checkpoint");
-    let first = small(512 + WriteBuffer::RECORD);
+    let first = small(512 + DISK_RECORD_LEN);
     assert_eq!(records(&first), [(0, "Data(512 bytes)".to_owned())]);
     rig.run();
     assert_eq!((driver.used(0), driver.status(1), rig.full.get()), (3, OK, 2));
@@ -152,7 +154,7 @@ fn a_write_is_logged_before_the_guest_sees_it_complete() {
     assert_eq!((driver.used(0), rig.device.in_flight(), rig.full.get()), (5, 0, 2));
     assert_eq!(rig.log.stats().full, 2);
     assert!(rig.device.stats().log_full >= 2);
-    assert_eq!(rig.log.fill(), (2 * WriteBuffer::RECORD + 512, 1 << 20));
+    assert_eq!(rig.log.fill(), (2 * DISK_RECORD_LEN + 512, 1 << 20));
 }
 
 #[test]
@@ -241,7 +243,7 @@ fn what_a_driver_gave_up_is_logged_when_the_disk_has_done_it() {
 #[should_panic(expected = "empty")]
 fn a_buffer_is_not_shipped_twice() {
     let log = WriteLog::new(|| {});
-    let mut buffer = WriteBuffer::with_capacity(100);
-    assert!(buffer.push(DiskWrite { disk: 0, offset: 0, op: DiskOp::Flush }));
+    let mut buffer = RecordBuf::with_capacity(100);
+    assert!(buffer.push(DiskRecord { disk: 0, offset: 0, op: DiskOp::Flush }));
     log.swap(&mut buffer);
 }

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::super::{DiskOp, DiskWrite, LogMode, WriteBuffer};
+use outlive_epoch::image::{DiskOp, DiskRecord, RecordBuf};
+
+use super::super::LogMode;
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
@@ -63,8 +65,8 @@ impl Guest {
 }
 
 /// What the standby keeps of the disk.
-fn apply(replica: &mut [u8], buffer: &WriteBuffer) {
-    for DiskWrite { offset, op, .. } in buffer {
+fn apply(replica: &mut [u8], buffer: &RecordBuf) {
+    for DiskRecord { offset, op, .. } in buffer.iter() {
         let at = offset as usize;
         match op {
             DiskOp::Data(data) => replica[at..at + data.len()].copy_from_slice(data),
@@ -76,7 +78,7 @@ fn apply(replica: &mut [u8], buffer: &WriteBuffer) {
 
 fn protect(rig: &Rig) {
     rig.gate.close();
-    rig.log.swap(&mut WriteBuffer::with_capacity(200 << 10));
+    rig.log.swap(&mut RecordBuf::with_capacity(200 << 10));
     rig.log.set_mode(LogMode::Log);
     rig.gate.open();
 }
@@ -95,7 +97,7 @@ fn a_machine_goes_on_from_any_checkpoint_with_the_disk_of_that_checkpoint() {
         let mut replica = disk.clone();
         let mut guest = Guest { driver, free: (0..SLOTS).collect(), offered: 0, seen: 0, disk };
         protect(&rig);
-        let mut buffer = WriteBuffer::with_capacity(200 << 10);
+        let mut buffer = RecordBuf::with_capacity(200 << 10);
         let (mut listed, mut reissued) = (0, 0);
         for takeover in 1..=12 {
             for _ in 0..20 {

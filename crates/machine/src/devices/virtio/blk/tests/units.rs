@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::pool::Pool;
-use super::super::{CHUNK, ChunkSet, DiskOp, DiskWrite, WriteBuffer};
+use super::super::{CHUNK, ChunkSet};
 
 #[test]
 fn buffers_are_bounded_and_used_again() {
@@ -32,56 +32,7 @@ fn the_largest_buffer_is_always_to_be_had() {
     assert!(Pool::new(0).lend(4 << 20).is_some());
 }
 
-#[test]
-fn a_write_buffer_keeps_what_fits() {
-    let mut buffer = WriteBuffer::with_capacity(2 * WriteBuffer::RECORD + 3);
-    let write = |op| DiskWrite { disk: 7, offset: 1 << 40, op };
-    assert!(buffer.push(write(DiskOp::Data(&[1, 2, 3]))));
-    assert!(!buffer.push(write(DiskOp::Data(&[1]))));
-    assert!(buffer.push(write(DiskOp::Zero(1 << 33))));
-    assert!(!buffer.push(write(DiskOp::Flush)));
-    let all: Vec<_> = buffer.iter().collect();
-    assert_eq!(all, [write(DiskOp::Data(&[1, 2, 3])), write(DiskOp::Zero(1 << 33))]);
-    assert_eq!((buffer.records(), buffer.bytes(), buffer.capacity()), (2, 41, 41));
-    buffer.clear();
-    assert!(buffer.is_empty() && buffer.iter().next().is_none());
-    assert!(!WriteBuffer::default().push(write(DiskOp::Flush)), "no room without a capacity");
-}
-
-#[derive(Clone, Debug)]
-enum Op {
-    Data(Vec<u8>),
-    Zero(u64),
-    Flush,
-}
-
 proptest! {
-    #[test]
-    fn a_write_buffer_gives_back_what_it_took(
-        writes in prop::collection::vec((any::<u16>(), any::<u64>(), prop_oneof![
-            prop::collection::vec(any::<u8>(), 0..50).prop_map(Op::Data),
-            any::<u64>().prop_map(Op::Zero),
-            Just(Op::Flush),
-        ]), 0..30),
-        capacity in 0usize..600,
-    ) {
-        let mut buffer = WriteBuffer::with_capacity(capacity);
-        let mut kept = Vec::new();
-        for (disk, offset, op) in &writes {
-            let op = match op {
-                Op::Data(data) => DiskOp::Data(data),
-                Op::Zero(len) => DiskOp::Zero(*len),
-                Op::Flush => DiskOp::Flush,
-            };
-            let write = DiskWrite { disk: *disk, offset: *offset, op };
-            if buffer.push(write) {
-                kept.push(write);
-            }
-            prop_assert!(buffer.bytes() <= capacity);
-        }
-        prop_assert_eq!(buffer.iter().collect::<Vec<_>>(), kept);
-    }
-
     #[test]
     fn a_set_of_chunks_is_a_set(
         bytes in 0u64..(300 * CHUNK),
