@@ -24,6 +24,11 @@ impl Clock {
     pub(crate) fn boot_time(&self, since_start: Duration) -> Duration {
         self.0.saturating_add(since_start)
     }
+
+    /// A time of CLOCK_BOOTTIME as one of this clock.
+    pub(crate) fn since_start(&self, boot_time: Duration) -> Duration {
+        boot_time.saturating_sub(self.0)
+    }
 }
 
 fn boot_time() -> Duration {

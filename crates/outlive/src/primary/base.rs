@@ -5,12 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_machine::Ram;
-use outlive_pair::Link;
+use outlive_machine::{Outgoing, Ram};
+use outlive_pair::{Link, LossReason, PrimaryEvent, Wanted};
 
-use super::disks::DiskBase;
+use super::coordinator::{Coordinator, Protection};
+use super::disks::{DiskBase, Next};
+use super::pool::Pool;
+use crate::disk::SyncReport;
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
+use crate::vm::limits::{DISK_BYTES, SLOTS};
+use crate::vm::{Remedy, check_staging};
 
 /// After this many rounds the rest is sent with the VM stopped, however much it is: a guest that writes
 /// faster than the link carries would never get there otherwise.
@@ -22,7 +27,6 @@ const REPORT: Duration = Duration::from_millis(100);
 
 /// One base synchronisation.
 pub(crate) struct Base {
-    link: Link,
     round: u32,
     sent_pages: u64,
     total_pages: u64,
@@ -42,9 +46,8 @@ pub(crate) struct Base {
 
 impl Base {
     /// Begins, with the disks if there are any.
-    pub(super) fn new(link: Link, events: EventWriter, disks: Option<DiskBase>) -> Self {
+    pub(super) fn new(events: EventWriter, disks: Option<DiskBase>) -> Self {
         Self {
-            link,
             round: 1,
             sent_pages: 0,
             total_pages: 0,
@@ -56,11 +59,6 @@ impl Base {
             spare: Vec::new(),
             late_rounds: 0,
         }
-    }
-
-    /// The link that it goes over.
-    pub(crate) fn link(&self) -> Link {
-        self.link
     }
 
     /// The disks.
@@ -136,5 +134,123 @@ impl Base {
         self.reported = Instant::now();
         let Self { round, sent_pages, total_pages, planned_pages, .. } = *self;
         self.events.emit(Event::BaseProgress { round, sent_pages, total_pages, planned_pages });
+    }
+}
+
+impl Coordinator {
+    /// Protection begins: everything that checkpoints need is allocated now (invariant 5).
+    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>) {
+        let prepared = self.prepare_base(link, &pool);
+        let base = match prepared {
+            Ok(base) => base,
+            Err(why) => return self.base_failed(link, why),
+        };
+        let disks_first = base.disks.as_ref().is_some_and(DiskBase::comes_first);
+        self.protection = Some(Protection { link, pool, base: Some(base) });
+        if !disks_first {
+            self.begin_memory(link);
+        }
+    }
+
+    fn prepare_base(&mut self, link: Link, pool: &Pool) -> Result<Base, String> {
+        let with = &mut self.with;
+        with.totals.base_begins();
+        let pages = with.staging_pages.min(with.machine.ram().pages() as usize);
+        let disk_bytes = if with.replicates_disks { DISK_BYTES } else { 0 };
+        check_staging(pages, disk_bytes, SLOTS)?;
+        let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
+        pool.open(buffers.collect::<Result<_, _>>()?);
+        with.machine.begin_base();
+        let disks = DiskBase::start(&with.machine, &with.driver, link, &with.events)?;
+        Ok(Base::new(with.events.clone(), disks))
+    }
+
+    fn base_failed(&mut self, link: Link, why: String) {
+        tracing::error!("protection cannot start: {why}");
+        self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
+    }
+
+    /// The base synchronisation that goes over this link.
+    pub(super) fn base_of(&mut self, link: Link) -> Option<&mut Base> {
+        let protection = self.protection.as_mut().filter(|protection| protection.link == link)?;
+        protection.base.as_mut()
+    }
+
+    /// The disks are at the standby, if there are any: memory follows.
+    fn begin_memory(&mut self, link: Link) {
+        if let Err(error) = self.with.machine.enable_tracking() {
+            return self.base_failed(link, error.to_string());
+        }
+        // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like
+        // every page that was never touched here.
+        let ram = self.with.machine.ram().clone();
+        let gfns: Vec<Gfn> = ram.touched().unwrap_or_else(|error| {
+            tracing::warn!(%error, "sending untouched memory too");
+            ram.gfns().collect()
+        });
+        if let Some(base) = self.base_of(link) {
+            let job = base.begin_memory(gfns, &ram);
+            self.with.driver.send(link, job);
+        }
+    }
+
+    /// How far the synchronisation of the disks is.
+    pub(super) fn disk_report(&mut self, link: Link, report: SyncReport) {
+        let (dirty, pages) = (self.with.machine.tracker().pending(), self.with.staging_pages);
+        let Some(base) = self.base_of(link) else { return };
+        let Some(disks) = base.disks() else { return };
+        match disks.report(report) {
+            Next::Wait => {}
+            Next::Memory => self.begin_memory(link),
+            Next::Final => match base.late_round(dirty, pages) {
+                Some(gfns) => self.next_round(link, gfns),
+                None => self.capture_base(link),
+            },
+            Next::Fail(why) => self.base_failed(link, format!("the disks cannot be synchronised: {why}")),
+        }
+    }
+
+    /// A round is sent. Either the rest is small enough for the final stop, or there is another round.
+    pub(super) fn base_round_done(&mut self, link: Link, mut gfns: Vec<Gfn>) {
+        let (dirty, pages) = (self.with.machine.tracker().pending(), self.with.staging_pages);
+        let Some(base) = self.base_of(link) else { return };
+        if !base.is_last(dirty, pages) {
+            return self.next_round(link, gfns);
+        }
+        gfns.clear();
+        if base.disks_are_ready(gfns) {
+            self.capture_base(link);
+        }
+    }
+
+    /// The final stop of the base synchronisation.
+    fn capture_base(&mut self, link: Link) {
+        let ram = self.with.machine.ram().clone();
+        if let Some(base) = self.base_of(link) {
+            // What was taken early has not been sent since, so it is part of what the final checkpoint
+            // carries.
+            base.early().drain(..).for_each(|gfn| ram.log().mark(gfn));
+        }
+        let wanted = self.with.driver.wanted();
+        if wanted == (Wanted::Base { link })
+            && let Err(error) = self.capture(wanted)
+        {
+            self.capture_failed(&error);
+        }
+        if let Some(base) = self.protection.as_mut().and_then(|protection| protection.base.take()) {
+            base.finish();
+        }
+    }
+
+    fn next_round(&mut self, link: Link, mut gfns: Vec<Gfn>) {
+        gfns.clear();
+        if let Err(error) = self.with.machine.take_dirty(&mut gfns) {
+            return self.capture_failed(&error);
+        }
+        let ram = self.with.machine.ram().clone();
+        if let Some(base) = self.base_of(link) {
+            let job = base.next_round(gfns, &ram);
+            self.with.driver.send(link, job);
+        }
     }
 }

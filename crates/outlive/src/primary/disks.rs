@@ -7,7 +7,8 @@ use outlive_epoch::{DiskWant, RecordBuf};
 use outlive_machine::{ChunkSet, LogMode, Machine, WriteLog};
 use outlive_pair::Link;
 
-use super::control::{Control, Inbox};
+use super::driver::SharedDriver;
+use super::inbox::Inbox;
 use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
@@ -71,7 +72,7 @@ impl DiskBase {
     /// Begins, if there is a disk to synchronise.
     pub(super) fn start(
         machine: &Machine,
-        control: &Arc<Control>,
+        driver: &Arc<SharedDriver>,
         link: Link,
         events: &EventWriter,
     ) -> Result<Option<Self>, String> {
@@ -89,7 +90,7 @@ impl DiskBase {
         // A write that completes from here on is marked; what completed before is in the image that is now
         // read.
         log.set_mode(LogMode::Track);
-        let (sending, telling) = (control.clone(), control.clone());
+        let (sending, telling) = (driver.clone(), driver.clone());
         let sync = DiskSync::start(
             disks,
             Marks(log.clone()),

@@ -5,8 +5,12 @@ use std::sync::mpsc::channel;
 
 use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
 
-use super::active::Active;
-use super::control::{Control, Facts, Inbox};
+use super::capture;
+use super::coordinator::{Coordinator, Setup};
+use super::driver::SharedDriver;
+use super::inbox::Inbox;
+use super::links::{self, Plan};
+use super::ports::Ports;
 use super::self_check::SelfCheck;
 use super::stats::{Reporter, Totals};
 use crate::arbiter::{self, ClaimWorker};
@@ -41,41 +45,49 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         timing,
     };
     let hello = vm::hello(&machine, &identity, &options)?;
-    let facts = Facts { standbys: options.standbys.clone(), hello, heartbeat: timing.heartbeat() };
-    let output = machine.net().map(|net| net.output().clone());
     let totals = Totals::new(identity.checkpoint);
-    let pair = Primary::new(config, clock.now());
+    totals.set_generation(identity.generation);
+    let output = machine.net().map(|net| net.output().clone());
+    let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
-    let control = Control::new(pair, clock, facts, valve, queue, events.clone(), totals.clone());
+    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone());
+    let driver = SharedDriver::new(Primary::new(config, clock.now()), ports, clock, valve, queue.clone());
+    let plan = Plan {
+        standbys: options.standbys.clone(),
+        heartbeat: timing.heartbeat(),
+        totals: totals.clone(),
+        inbox: queue.clone(),
+    };
+    links::start(errands, &driver, plan).map_err(|e| format!("cannot start a thread: {e}"))?;
     if let Some(arbiter) = arbiter {
-        let told = control.clone();
+        let (told, events) = (driver.clone(), events.clone());
         let owner = arbiter::owner("primary");
         let claims = ClaimWorker::start(arbiter, arbiter::VmId(identity.vm.0), owner, move |result| {
-            told.claimed(result.generation, result.claim);
+            told.claimed(result.generation, result.claim, &events);
         });
-        control.set_claims(claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?);
+        driver.set_claims(claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?);
     }
     let reporter = Reporter::start(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
         .ok();
     if let Some(reason) = stop {
-        control.handle(PrimaryEvent::End { reason });
+        driver.handle(PrimaryEvent::End { reason });
     }
     let replicated = vm::replicated(&machine);
     let sidecars =
         sidecars.map_or_else(|| Sidecars::start(replicated.clone(), identity.vm).map(Arc::new), Ok);
-    let active = Active {
+    let setup = Setup {
         sidecars: sidecars.map_err(|e| format!("cannot start a thread: {e}"))?,
-        replicated,
-        self_check: SelfCheck::new(options.self_check, &machine, &control),
+        replicates_disks: !replicated.is_empty(),
+        self_check: SelfCheck::new(options.self_check, &machine, queue),
         machine,
-        control,
+        driver,
         inbox,
-        interval: options.interval,
+        policy: capture::policy(options.interval, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         totals,
         events,
         reporter,
     };
-    Ok(active.run())
+    Ok(Coordinator::new(setup).run())
 }

@@ -1,13 +1,21 @@
 //! The host where the VM runs: `outlive run`, and a standby after its takeover.
 
-mod active;
 mod base;
-mod control;
+mod capture;
+mod coordinator;
 mod disks;
+mod driver;
+mod inbox;
 mod launch;
+mod links;
+mod notes;
+mod pool;
+mod ports;
 mod restarts;
 mod self_check;
 mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;

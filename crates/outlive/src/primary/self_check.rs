@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use outlive_machine::{DiskHash, Machine};
 
-use super::control::{Control, Inbox};
+use super::inbox::{Inbox, Queue};
 use crate::disk;
 use crate::vm::Disk;
 
@@ -57,15 +57,15 @@ enum State {
 pub(super) struct SelfCheck {
     every: Option<u64>,
     disks: Vec<Disk>,
-    control: Arc<Control>,
+    inbox: Queue,
     state: State,
 }
 
 impl SelfCheck {
     /// A check of the machine at every so many checkpoints.
-    pub(super) fn new(every: Option<u64>, machine: &Machine, control: &Arc<Control>) -> Self {
+    pub(super) fn new(every: Option<u64>, machine: &Machine, inbox: Queue) -> Self {
         let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
-        Self { every, disks: replicated.cloned().collect(), control: control.clone(), state: State::Idle }
+        Self { every, disks: replicated.cloned().collect(), inbox, state: State::Idle }
     }
 
     /// A checkpoint is about to be taken, the one of this number. Returns the hashes of the disks if it is to
@@ -112,10 +112,10 @@ impl SelfCheck {
 
     fn start(&mut self) {
         let wanted = Arc::new(AtomicBool::new(true));
-        let (disks, control, asked) = (self.disks.clone(), self.control.clone(), wanted.clone());
+        let (disks, inbox, asked) = (self.disks.clone(), self.inbox.clone(), wanted.clone());
         let thread = outlive_machine::spawn("self-check", move || {
             let found = hash(disks, &asked);
-            control.tell(Inbox::DisksHashed(Hashed { wanted: asked, found }));
+            inbox.send(Inbox::DisksHashed(Hashed { wanted: asked, found })).ok();
         });
         match thread {
             Ok(_) => self.state = State::Hashing(wanted),

@@ -1,0 +1,209 @@
+//! When an epoch ends, and the pause in which its checkpoint is taken.
+
+use std::time::Duration;
+
+use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing};
+use outlive_pair::policy::{DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Next, Pause, Policy};
+use outlive_pair::{After, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
+
+use super::coordinator::Coordinator;
+use super::driver::SharedDriver;
+use super::pool::Pool;
+use super::ports::Commit;
+use crate::link::CheckpointPart;
+
+/// How long the VM waits for a buffer in one go, in the pause of a checkpoint that is larger than one.
+const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
+
+/// Epochs of this length, ended early by so many dirty pages or by a full log.
+pub(super) fn policy(interval: Duration, max_dirty: usize) -> Policy {
+    Policy::new(vec![
+        Box::new(DirtyLogFull),
+        Box::new(DiskLogFull),
+        Box::new(DirtyTrigger::new(max_dirty as u64)),
+        Box::new(Interval::new(interval)),
+    ])
+}
+
+/// Logs that have no room left.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FullLogs {
+    /// A dirty ring: KVM holds its vCPU.
+    pub(super) dirty: bool,
+    /// The log of disk writes.
+    pub(super) disk: bool,
+}
+
+/// When the next checkpoint is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    Now,
+    /// Not before this time; to be asked again then.
+    At(Duration),
+    Nothing,
+}
+
+impl Coordinator {
+    /// When the checkpoint that is wanted is due.
+    pub(super) fn due(&self, wanted: Wanted) -> Due {
+        let has_buffer = || self.protection.as_ref().is_some_and(|protection| protection.pool.has_free());
+        match wanted {
+            Wanted::Epoch if has_buffer() => match self.with.policy.next(&self.facts()) {
+                Next::Now(_) => Due::Now,
+                Next::At(time) => Due::At(time),
+                Next::Nothing => Due::Nothing,
+            },
+            Wanted::Last(_) if has_buffer() => Due::Now,
+            // The base is due when its last round is sent: see `base.rs`.
+            Wanted::Epoch | Wanted::Last(_) | Wanted::Base { .. } | Wanted::Nothing => Due::Nothing,
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            now: self.with.driver.clock().now(),
+            dirty_pages: self.with.machine.tracker().pending() as u64,
+            dirty_log_full: self.full.dirty,
+            disk_log_full: self.full.disk,
+            held_since: self.with.driver.held_since(),
+            acknowledged_in: self.acknowledged_in,
+        }
+    }
+
+    /// Learns how long commits take.
+    pub(super) fn note_commit(&mut self, committed: Option<Commit>) {
+        let Some(Commit { number, at }) = committed else { return };
+        while let Some((_, captured)) = self.on_their_way.pop_front_if(|(shipped, _)| *shipped <= number) {
+            self.acknowledged_in = Some(at.saturating_sub(captured));
+        }
+    }
+
+    pub(super) fn capture_if_due(&mut self) -> Result<(), CaptureError> {
+        let wanted = self.with.driver.wanted();
+        if self.due(wanted) == Due::Now { self.capture(wanted) } else { Ok(()) }
+    }
+
+    /// Takes the checkpoint that is wanted, and hands it to the sender.
+    pub(super) fn capture(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
+        let Some(pool) = self.protection.as_ref().map(|protection| protection.pool.clone()) else {
+            return Ok(());
+        };
+        let Some(mut staging) = pool.take() else { return Ok(()) };
+        self.captures += 1;
+        if let Some(disks) = self.with.self_check.before(self.captures) {
+            self.with.machine.check_next(disks);
+        }
+        let last = matches!(wanted, Wanted::Last(_)) || !self.with.driver.guest_may_run();
+        let then = if last { Then::Stay } else { Then::Resume };
+        let began = self.with.driver.clock().now();
+        let (result, decided) = self.pause(&mut staging, then, &pool);
+        let ended = self.with.driver.clock().now();
+        self.with.self_check.after();
+        let report = match result {
+            Ok(report) => report,
+            Err(error) => {
+                self.with.driver.follow(decided.after);
+                return Err(error);
+            }
+        };
+        self.full = FullLogs::default();
+        self.with.policy.ended(&Pause { began, ended, pages: report.pages as u64 });
+        match decided.ticket {
+            Some(ticket) => {
+                let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state_bytes()));
+                self.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
+                self.on_their_way.push_back((ticket.number, ended));
+            }
+            // Nobody waits for it.
+            None => drop(pool.put(staging)),
+        }
+        self.with.driver.follow(decided.after);
+        self.with.totals.captured(&report);
+        Ok(())
+    }
+
+    /// The pause itself. Between stopping and resuming the vCPUs nothing is allocated, and no lock is waited
+    /// for that another thread holds over a system call (invariant 5).
+    pub(super) fn pause(
+        &mut self,
+        staging: &mut Outgoing,
+        then: Then,
+        pool: &Pool,
+    ) -> (Result<CaptureReport, CaptureError>, Decided) {
+        let mut inside =
+            InsidePause { driver: &self.with.driver, pool, pages: 0, decided: Decided::default() };
+        let result = self.with.machine.checkpoint(staging, then, &mut inside);
+        (result, inside.decided)
+    }
+
+    /// The VM stands still with a checkpoint half taken. Protection starts anew; the VM goes on once the
+    /// state machine allows it (invariant 7).
+    pub(super) fn capture_failed(&mut self, error: &CaptureError) {
+        tracing::error!("checkpoint failed: {error}");
+        if error.is_overrun() {
+            self.wedged = true;
+            return;
+        }
+        if let Some(link) = self.protection.as_ref().map(|protection| protection.link) {
+            let why = LossReason::Local(error.to_string());
+            self.with.driver.handle(PrimaryEvent::LinkLost { link, why });
+        }
+        self.end_protection();
+        self.resume();
+    }
+}
+
+/// What was decided in a pause.
+#[derive(Default)]
+pub(super) struct Decided {
+    /// Where the checkpoint goes; it is of no use without one.
+    pub(super) ticket: Option<Ticket>,
+    /// What is to be done after the pause.
+    pub(super) after: After,
+    /// Parts that are under way already.
+    sent_parts: usize,
+}
+
+/// What is done while the VM stands still.
+struct InsidePause<'a> {
+    driver: &'a SharedDriver,
+    pool: &'a Pool,
+    /// Of all parts.
+    pages: usize,
+    decided: Decided,
+}
+
+impl InPause for InsidePause<'_> {
+    fn counted(&mut self, pages: usize) {
+        self.pages = pages;
+        (self.decided.ticket, self.decided.after) = self.driver.captured();
+    }
+
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
+        let Some(ticket) = self.decided.ticket else { return Ok(()) };
+        let next = self.next_buffer()?;
+        let staging = std::mem::replace(staging, next);
+        let totals = (self.decided.sent_parts == 0).then_some((self.pages, staging.state_bytes()));
+        self.decided.sent_parts += 1;
+        self.driver.ship(Box::new(CheckpointPart { ticket, totals, last: false, staging }));
+        Ok(())
+    }
+}
+
+impl InsidePause<'_> {
+    /// The next free buffer. Only an oversized checkpoint comes here; the VM waits for the link.
+    fn next_buffer(&self) -> Result<Outgoing, String> {
+        loop {
+            if let Some(buffer) = self.pool.take_within(BUFFER_PATIENCE) {
+                return Ok(buffer);
+            }
+            self.driver.handle(PrimaryEvent::Tick);
+            if !matches!(
+                self.driver.status(),
+                PrimaryStatus::Protected | PrimaryStatus::BaseCommit | PrimaryStatus::Ending
+            ) {
+                return Err("the standby was lost".into());
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The coordinator: the thread on which the VM's side of the protection happens.
+//!
+//! It takes checkpoints when the policy says so, runs the base synchronisation, and follows what the
+//! decisions ask of it. It waits for one thing at a time: a message, the state machine's next deadline, or
+//! the time that the policy has named; no lock is held while it waits.
+//!
+//! ```text
+//! capture.rs   when an epoch ends, and the pause
+//! base.rs      the base synchronisation of memory; disks.rs that of the disks
+//! driver.rs    the decisions; ports.rs what they reach; links.rs connections
+//! notes.rs     what is said about them
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::EndReason;
+use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
+use outlive_pair::policy::Policy;
+use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
+
+use super::base::Base;
+use super::capture::{Due, FullLogs};
+use super::driver::SharedDriver;
+use super::inbox::Inbox;
+use super::notes::Notes;
+use super::pool::Pool;
+use super::restarts::Restarts;
+use super::self_check::SelfCheck;
+use super::stats::{Reporter, Totals};
+use crate::disk::{Saying, Sidecars};
+use crate::events::{Event, EventWriter};
+use crate::link::SenderReport;
+use crate::process;
+use crate::vm::End;
+
+/// How long an ending process lets its last messages go out.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the coordinator sleeps if nothing is due.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// What the coordinator works with.
+pub(super) struct Setup {
+    /// The machine, resumed.
+    pub(super) machine: Machine,
+    /// Decisions.
+    pub(super) driver: Arc<SharedDriver>,
+    /// Messages of all other threads.
+    pub(super) inbox: Receiver<Inbox>,
+    /// When an epoch ends.
+    pub(super) policy: Policy,
+    /// Pages that a buffer has room for.
+    pub(super) staging_pages: usize,
+    /// Whether there are disks whose writes are part of a checkpoint.
+    pub(super) replicates_disks: bool,
+    /// What is said of the disks' images.
+    pub(super) sidecars: Arc<Sidecars>,
+    /// Compares both copies now and then.
+    pub(super) self_check: SelfCheck,
+    /// Counters.
+    pub(super) totals: Arc<Totals>,
+    /// Events.
+    pub(super) events: EventWriter,
+    /// Reports the counters; stopped before the last event is written.
+    pub(super) reporter: Option<Reporter>,
+}
+
+/// A standby has accepted, and the VM is on its way to it or protected.
+pub(super) struct Protection {
+    pub(super) link: Link,
+    pub(super) pool: Arc<Pool>,
+    /// Until the base is captured.
+    pub(super) base: Option<Base>,
+}
+
+/// See the module.
+pub(super) struct Coordinator {
+    pub(super) with: Setup,
+    pub(super) protection: Option<Protection>,
+    /// Logs that have filled up in this epoch.
+    pub(super) full: FullLogs,
+    /// Checkpoints that are not known to be committed, with when their pause ended.
+    pub(super) on_their_way: VecDeque<(u64, Duration)>,
+    /// How long the last commit took.
+    pub(super) acknowledged_in: Option<Duration>,
+    /// Checkpoints of this process.
+    pub(super) captures: u64,
+    /// The VM cannot run here any more.
+    pub(super) wedged: bool,
+    restarts: Restarts,
+    notes: Notes,
+}
+
+impl Coordinator {
+    /// A coordinator of an unprotected VM.
+    pub(super) fn new(with: Setup) -> Self {
+        Self {
+            protection: None,
+            full: FullLogs::default(),
+            on_their_way: VecDeque::with_capacity(16),
+            acknowledged_in: None,
+            captures: 0,
+            wedged: false,
+            restarts: Restarts::default(),
+            notes: Notes::new(with.events.clone(), with.totals.clone()),
+            with,
+        }
+    }
+
+    /// Runs until the VM ends here.
+    pub(super) fn run(mut self) -> End {
+        outlive_machine::precise_timers();
+        self.with.driver.handle(PrimaryEvent::Tick);
+        loop {
+            if let Some(end) = self.turn() {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for one thing and does it. Returns the end when it was the last.
+    pub(super) fn turn(&mut self) -> Option<End> {
+        if let Some(message) = self.wait()
+            && let Some(end) = self.take(message)
+        {
+            return Some(end);
+        }
+        self.with.driver.handle(PrimaryEvent::Tick);
+        self.restart_if_due();
+        if let Err(error) = self.capture_if_due() {
+            self.capture_failed(&error);
+        }
+        self.wedged.then(|| self.give_up())
+    }
+
+    /// Waits for a message, but not beyond the next thing to do.
+    fn wait(&mut self) -> Option<Inbox> {
+        let waiting = self.with.driver.wait();
+        self.note_commit(waiting.committed);
+        let now = self.with.driver.clock().now();
+        let epoch_ends = match self.due(waiting.wanted) {
+            Due::Now => Some(now),
+            Due::At(time) => Some(time),
+            Due::Nothing => None,
+        };
+        let until = [waiting.deadline, epoch_ends].into_iter().flatten().min();
+        let until = until.map(|until| until.saturating_sub(now));
+        let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = [until, until_restart].into_iter().flatten().min().unwrap_or(IDLE);
+        if timeout.is_zero() {
+            return self.with.inbox.try_recv().ok();
+        }
+        // The driver keeps a sender, so nobody hangs up.
+        self.with.inbox.recv_timeout(timeout).ok()
+    }
+
+    /// Follows one message. Returns the end when it was the last.
+    fn take(&mut self, message: Inbox) -> Option<End> {
+        match message {
+            Inbox::Wake => {}
+            Inbox::Machine(event) => self.machine_event(event),
+            Inbox::Sender(link, report) => self.sender_report(link, report),
+            Inbox::StartBase(link, pool) => self.start_base(link, pool),
+            Inbox::DiskWant(link, want) => {
+                if let Some(disks) = self.base_of(link).and_then(Base::disks) {
+                    disks.want(want);
+                }
+            }
+            Inbox::DiskSync(link, report) => self.disk_report(link, report),
+            Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
+            Inbox::Detached(link) => self.detached(link),
+            Inbox::Note(note) => self.note(note),
+            Inbox::AskGuest => self.ask_guest(),
+            Inbox::StopGuest => self.with.machine.pause(),
+            Inbox::Stop(why) => self.stop(why),
+            Inbox::Exit(reason) => return Some(self.exit(reason)),
+        }
+        None
+    }
+
+    fn note(&mut self, note: PrimaryNote) {
+        let standby = match &note {
+            PrimaryNote::Attached { link } => self.with.driver.standby(*link),
+            _ => None,
+        };
+        if let PrimaryNote::Won { generation } = &note {
+            // Whoever finds the images shall know that they are the newest.
+            self.with.sidecars.say(Saying::primary(*generation));
+        }
+        self.notes.say(note, standby);
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::DirtyLogFull => self.dirty_log_full(),
+            MachineEvent::DiskLogFull => self.full.disk = true,
+            MachineEvent::Power(PowerRequest::Off) => self.end(EndReason::PowerOff),
+            MachineEvent::Power(PowerRequest::Reset(way)) => self.restart_asked(way),
+            MachineEvent::GuestPanicked => {
+                tracing::error!(
+                    "the guest's kernel panicked; the VM runs on for what it does next (panic= of its command line)"
+                );
+                self.with.events.emit(Event::GuestPanicked);
+            }
+            MachineEvent::Power(PowerRequest::Panic) => {
+                tracing::error!("the guest panicked");
+                self.end(EndReason::Crash);
+            }
+            MachineEvent::Crashed { vcpu, why } => {
+                tracing::error!(vcpu, "the guest crashed: {why}");
+                self.end(EndReason::Crash);
+            }
+        }
+    }
+
+    /// The guest asks for a restart; one that cannot ends.
+    fn restart_asked(&mut self, way: ResetWay) {
+        if !self.with.machine.can_reset() {
+            return self.end(EndReason::Reset);
+        }
+        let asked = self.restarts.ask(way, Instant::now());
+        let wait = asked.wait.as_secs();
+        match asked.soon.map(|ran| ran.as_secs()) {
+            None => tracing::info!("the guest restarts, by {way}"),
+            Some(ran) if wait == 0 => {
+                tracing::warn!("the guest restarts, by {way}, {ran} s after its last restart");
+            }
+            Some(ran) => tracing::warn!(
+                "the guest restarts, by {way}, {ran} s after its last restart, again and again: \
+                 this one waits for {wait} s"
+            ),
+        }
+    }
+
+    /// The guest restarts, protected as before, if it is time.
+    fn restart_if_due(&mut self) {
+        let Some(way) = self.restarts.take(Instant::now()) else { return };
+        if !self.with.driver.guest_may_run() {
+            return;
+        }
+        match self.with.machine.reset() {
+            Ok(()) => {
+                self.with.events.emit(Event::GuestRestarted { how: way.to_string() });
+            }
+            Err(error) => {
+                tracing::error!("the guest cannot restart: {error}");
+                self.end(EndReason::Crash);
+            }
+        }
+    }
+
+    /// The operator wants the VM stopped. Linux is asked first, as by its power button.
+    fn stop(&mut self, why: &'static str) {
+        tracing::info!("{why}: the VM is to stop");
+        let ask_guest = why != process::ORPHANED && self.with.machine.can_reset();
+        self.with.driver.handle(PrimaryEvent::Stop { ask_guest });
+    }
+
+    fn ask_guest(&mut self) {
+        tracing::info!("the guest is asked to shut down; a second stop does not ask");
+        self.with.machine.press_power_button();
+    }
+
+    /// KVM holds a vCPU until its dirty ring is emptied.
+    fn dirty_log_full(&mut self) {
+        // In an epoch the next checkpoint does it, and is due at once.
+        self.full.dirty = true;
+        // During base synchronisation the guest must not wait for the round that is being sent.
+        if let Some(base) = self.protection.as_mut().and_then(|protection| protection.base.as_mut())
+            && let Err(error) = self.with.machine.take_dirty(base.early())
+        {
+            self.capture_failed(&error);
+        }
+    }
+
+    fn end(&mut self, reason: EndReason) {
+        if self.with.driver.status() == PrimaryStatus::Arbitrating {
+            tracing::warn!("the end waits for the arbiter: another host may have this VM too");
+        }
+        self.with.machine.pause();
+        self.with.driver.handle(PrimaryEvent::End { reason });
+    }
+
+    fn sender_report(&mut self, link: Link, report: SenderReport) {
+        match report {
+            SenderReport::BaseProgress { pages } => {
+                if let Some(base) = self.base_of(link) {
+                    base.sent(pages);
+                }
+            }
+            SenderReport::BaseRoundDone(gfns) => self.base_round_done(link, gfns),
+            // Taken care of where they are reported: see `links.rs`.
+            SenderReport::Free(_) | SenderReport::Sent(_) | SenderReport::Failed(_) => {}
+        }
+    }
+
+    fn detached(&mut self, link: Link) {
+        if self.protection.as_ref().is_some_and(|protection| protection.link == link) {
+            self.end_protection();
+        }
+        self.resume();
+    }
+
+    /// Lets the guest run, if it may.
+    pub(super) fn resume(&mut self) {
+        if self.with.driver.guest_may_run() {
+            self.with.machine.resume();
+        }
+    }
+
+    pub(super) fn end_protection(&mut self) {
+        if let Some(protection) = self.protection.take() {
+            protection.pool.close();
+        }
+        self.on_their_way.clear();
+        self.with.self_check.cancel();
+        self.with.machine.disable_tracking();
+        self.with.machine.write_log().set_mode(LogMode::Off);
+    }
+
+    /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole:
+    /// this process ends without a word on the link, so the standby takes over from there. Held output goes
+    /// with it.
+    fn give_up(&mut self) -> End {
+        self.with.driver.discard_output();
+        self.with.reporter.take();
+        End::Failed(
+            "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one"
+                .into(),
+        )
+    }
+
+    fn exit(&mut self, reason: ExitReason) -> End {
+        self.with.machine.pause();
+        // What was committed leaves; of what was lost, nothing does after this.
+        self.with.driver.finish_output();
+        self.with.driver.finish(FAREWELL);
+        // Its last report goes before the end.
+        self.with.reporter.take();
+        self.with.sidecars.written_within(FAREWELL).ok();
+        End::Primary(reason)
+    }
+}

@@ -1,0 +1,190 @@
+//! The driver of the primary's decisions, for all threads.
+//!
+//! One lock covers the state machine and its ports, so actions are carried out in the order decided,
+//! whichever thread brought the event. Nothing under the lock makes a system call that could wait, because
+//! the pause of the VM waits for it. What takes time comes after the lock: above all, a committed epoch's
+//! output leaves by the very thread that read the acknowledgement.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use outlive_machine::Valve;
+use outlive_pair::{
+    After, ClaimResult, Link, Primary, PrimaryDriver, PrimaryEvent, PrimaryStatus, Ticket, Wanted,
+};
+
+use super::inbox::{Inbox, Queue};
+use super::ports::{Commit, Connection, Ports};
+use crate::arbiter::{Claim, ClaimWorker};
+use crate::clock::Clock;
+use crate::events::{Event, EventWriter};
+use crate::link::{CheckpointPart, Job};
+
+/// What the coordinator waits for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    /// The checkpoint that is wanted.
+    pub(super) wanted: Wanted,
+    /// When a `Tick` is due.
+    pub(super) deadline: Option<Duration>,
+    /// The newest committed checkpoint.
+    pub(super) committed: Option<Commit>,
+}
+
+/// See the module.
+pub(crate) struct SharedDriver {
+    driver: Mutex<PrimaryDriver<Ports>>,
+    clock: Clock,
+    valve: Arc<Valve>,
+    inbox: Queue,
+}
+
+impl SharedDriver {
+    /// A driver of `machine` through `ports`; `valve` and `inbox` are those of the ports.
+    pub(super) fn new(
+        machine: Primary,
+        ports: Ports,
+        clock: Clock,
+        valve: Arc<Valve>,
+        inbox: Queue,
+    ) -> Arc<Self> {
+        let driver = Mutex::new(PrimaryDriver::new(machine, ports));
+        Arc::new(Self { driver, clock, valve, inbox })
+    }
+
+    /// The time that the state machine is fed with.
+    pub(crate) fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// Takes an event, and does what follows from it.
+    pub(crate) fn handle(&self, event: PrimaryEvent) {
+        let after = self.lock().handle(self.clock.now(), event);
+        self.follow(after);
+    }
+
+    /// What a call has left to its caller, on this thread.
+    pub(super) fn follow(&self, after: After) {
+        if after.drain {
+            self.valve.drain();
+        }
+        if after.wake {
+            self.tell(Inbox::Wake);
+        }
+    }
+
+    /// A connection is up.
+    pub(super) fn connected(&self, connection: Connection) {
+        let after = {
+            let mut driver = self.lock();
+            let link = connection.link;
+            driver.ports_mut().connect(connection);
+            driver.handle(self.clock.now(), PrimaryEvent::Connected { link })
+        };
+        self.follow(after);
+    }
+
+    /// A checkpoint is captured; called inside the pause. What it leaves to be done is done after the pause.
+    pub(super) fn captured(&self) -> (Option<Ticket>, After) {
+        self.lock().captured(self.clock.now())
+    }
+
+    /// Queues a checkpoint, or a part of one, for the link of its ticket. If that is not in use any more, the
+    /// buffer goes the way of the protection that it belonged to.
+    pub(super) fn ship(&self, part: Box<CheckpointPart>) {
+        let shipped = self.lock().ship(self.clock.now(), part.ticket, part);
+        // A part that comes back is dropped here, after the lock.
+        if let Ok(after) = shipped {
+            self.follow(after);
+        }
+    }
+
+    /// What the coordinator may wait for. It is woken when that changes for the better.
+    pub(super) fn wait(&self) -> Waiting {
+        let mut driver = self.lock();
+        let (wanted, deadline) = driver.wait();
+        Waiting { wanted, deadline, committed: driver.ports().committed() }
+    }
+
+    /// What checkpoint is wanted next.
+    pub(super) fn wanted(&self) -> Wanted {
+        self.lock().machine().wanted_capture()
+    }
+
+    /// What the primary is doing.
+    pub(crate) fn status(&self) -> PrimaryStatus {
+        self.lock().machine().status()
+    }
+
+    /// Whether vCPUs may run.
+    pub(super) fn guest_may_run(&self) -> bool {
+        self.lock().machine().guest_may_run()
+    }
+
+    /// Queues a job for the link, if it is still the one in use.
+    pub(crate) fn send(&self, link: Link, job: Job) {
+        let driver = self.lock();
+        if let Some(connection) = driver.ports().connection(link) {
+            return connection.sender.send(job);
+        }
+        drop(driver);
+        drop(job);
+    }
+
+    /// Whom a link leads to, for people.
+    pub(super) fn standby(&self, link: Link) -> Option<String> {
+        self.lock().ports().connection(link).map(|connection| connection.address.clone())
+    }
+
+    /// Tells the coordinator something.
+    pub(crate) fn tell(&self, message: Inbox) {
+        self.inbox.send(message).ok();
+    }
+
+    /// Gives the driver the thread that asks the arbiter.
+    pub(super) fn set_claims(&self, claims: ClaimWorker) {
+        self.lock().ports_mut().set_claims(claims);
+    }
+
+    /// The arbiter has answered.
+    pub(super) fn claimed(&self, generation: u64, claim: Claim, events: &EventWriter) {
+        let result = match claim {
+            Claim::Won => ClaimResult::Won,
+            Claim::Lost { owner } => {
+                events.emit(Event::Lost { generation, owner: owner.clone() });
+                ClaimResult::Lost { owner }
+            }
+            Claim::Unreachable { why } => ClaimResult::Unreachable { why },
+        };
+        self.handle(PrimaryEvent::Claimed { generation, result });
+    }
+
+    /// Since when the oldest output of the running epoch is held, on the driver's clock.
+    pub(super) fn held_since(&self) -> Option<Duration> {
+        self.valve.held_since().map(|since| self.clock.since_start(since))
+    }
+
+    /// Lets everything out that may leave. When output is discarded, waits for the frame that is being sent:
+    /// nothing leaves after this.
+    pub(super) fn finish_output(&self) {
+        self.valve.drain();
+    }
+
+    /// Throws all output away, for good.
+    pub(super) fn discard_output(&self) {
+        self.valve.discard();
+        self.valve.drain();
+    }
+
+    /// Lets what is queued go out and closes the link.
+    pub(super) fn finish(&self, patience: Duration) {
+        let connection = self.lock().ports_mut().take_connection();
+        if let Some(mut connection) = connection {
+            connection.sender.finish(patience);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PrimaryDriver<Ports>> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

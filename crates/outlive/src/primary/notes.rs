@@ -1,0 +1,76 @@
+//! What is said about decisions: in the log, as events, in the counters. On the coordinator's thread, so that
+//! no decision waits for whoever reads the log.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outlive_pair::PrimaryNote as Note;
+
+use super::stats::Totals;
+use crate::events::{Event, EventWriter};
+
+/// A standby that cannot be reached is told of again after this time.
+const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
+
+/// See the module.
+pub(super) struct Notes {
+    events: EventWriter,
+    totals: Arc<Totals>,
+    /// When it was last said that no standby can be reached.
+    unreachable_since: Option<Instant>,
+}
+
+impl Notes {
+    pub(super) fn new(events: EventWriter, totals: Arc<Totals>) -> Self {
+        Self { events, totals, unreachable_since: None }
+    }
+
+    /// Says one. `standby` is where the link of the note leads to.
+    pub(super) fn say(&mut self, note: Note, standby: Option<String>) {
+        match note {
+            Note::DialFailed { why } => self.unreachable(&why),
+            Note::Refused { text, .. } => tracing::warn!("standby refused: {text}"),
+            Note::Attached { .. } => {
+                self.unreachable_since = None;
+                let addr = standby.unwrap_or_default();
+                tracing::info!(standby = %addr, "standby attached, base synchronisation begins");
+                self.events.emit(Event::StandbyAttached { addr });
+            }
+            Note::Protected { generation, checkpoint } => {
+                let base_ms = self.totals.base_ms();
+                self.totals.protected(true);
+                tracing::info!(generation, checkpoint, base_ms, "protected");
+                self.events.emit(Event::Protected { generation, checkpoint, base_ms });
+            }
+            Note::LinkLost { why, held } => {
+                self.totals.protected(false);
+                let why = why.to_string();
+                tracing::warn!(held_output = held, "standby lost: {why}");
+                self.events.emit(Event::LinkLost { reason: why.clone() });
+                self.events.emit(Event::Unprotected { why });
+            }
+            Note::Arbitrating { generation } => {
+                tracing::info!(generation, "asking the arbiter; output is held until it answers");
+                self.events.emit(Event::Arbitrating { generation });
+            }
+            Note::ArbiterUnreachable { why } => {
+                tracing::error!("arbiter not reachable, output stays held: {why}");
+                self.events.emit(Event::ArbiterUnreachable { why });
+            }
+            Note::Won { generation } => {
+                tracing::warn!(generation, "won: the VM goes on here, UNPROTECTED");
+                self.events.emit(Event::Won { generation });
+            }
+        }
+    }
+
+    /// It is tried again and again; the reason may differ each time although nothing has changed.
+    fn unreachable(&mut self, why: &str) {
+        if self.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
+            self.unreachable_since = Some(Instant::now());
+            tracing::warn!("standby not reachable, trying on: {why}");
+        } else {
+            tracing::debug!("standby not reachable: {why}");
+        }
+    }
+}

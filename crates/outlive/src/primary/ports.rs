@@ -1,0 +1,209 @@
+//! What the primary's decisions reach: the link, the machine's valve, the arbiter, and the coordinator.
+//!
+//! Everything here runs under the driver's lock, for which the pause waits: it queues work for other threads
+//! and gives orders to the valve, which are a few atomic words. See [`outlive_pair::driver`].
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender as Channel;
+use std::time::Duration;
+
+use outlive_epoch::{EndReason, Hello};
+use outlive_machine::{OutputMode, Valve};
+use outlive_pair::{ExitReason, Link, PrimaryNote, PrimaryPorts, Ticket};
+
+use super::inbox::{Inbox, Queue};
+use super::links::Errand;
+use super::pool::Pool;
+use super::stats::Totals;
+use crate::arbiter::ClaimWorker;
+use crate::clock::Clock;
+use crate::link::{CheckpointPart, Job, Sender};
+
+/// A connection in use.
+pub(super) struct Connection {
+    pub(super) link: Link,
+    pub(super) sender: Sender,
+    /// Whom it leads to, for people.
+    pub(super) address: String,
+    /// Where its checkpoints stand.
+    pub(super) pool: Arc<Pool>,
+}
+
+/// A committed checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Commit {
+    pub(super) number: u64,
+    /// When its acknowledgement came, on the driver's clock.
+    pub(super) at: Duration,
+}
+
+/// What [`PrimaryPorts`] does here. See the module.
+pub(crate) struct Ports {
+    /// The introduction; the generation is filled in when it is sent.
+    hello: Hello,
+    clock: Clock,
+    valve: Arc<Valve>,
+    inbox: Queue,
+    /// What the thread that makes and ends connections is to do.
+    errands: Channel<Errand>,
+    claims: Option<ClaimWorker>,
+    totals: Arc<Totals>,
+    connection: Option<Connection>,
+    /// The orderly end is queued for it: what is queued goes out before it is closed, at the process's end.
+    ending: bool,
+    committed: Option<Commit>,
+}
+
+impl Ports {
+    /// Ports without a connection.
+    pub(super) fn new(
+        hello: Hello,
+        clock: Clock,
+        valve: Arc<Valve>,
+        inbox: Queue,
+        errands: Channel<Errand>,
+        totals: Arc<Totals>,
+    ) -> Self {
+        Self {
+            hello,
+            clock,
+            valve,
+            inbox,
+            errands,
+            claims: None,
+            totals,
+            connection: None,
+            ending: false,
+            committed: None,
+        }
+    }
+
+    /// Gives them the thread that asks the arbiter.
+    pub(super) fn set_claims(&mut self, claims: ClaimWorker) {
+        self.claims = Some(claims);
+    }
+
+    /// A connection is up, and is used from now on.
+    pub(super) fn connect(&mut self, connection: Connection) {
+        self.connection = Some(connection);
+    }
+
+    /// The connection, if it is this link.
+    pub(super) fn connection(&self, link: Link) -> Option<&Connection> {
+        self.connection.as_ref().filter(|connection| connection.link == link)
+    }
+
+    /// Takes the connection out, for the end of the process.
+    pub(super) fn take_connection(&mut self) -> Option<Connection> {
+        self.connection.take()
+    }
+
+    /// The newest committed checkpoint of this process.
+    pub(super) fn committed(&self) -> Option<Commit> {
+        self.committed
+    }
+
+    fn send(&self, link: Link, job: impl FnOnce() -> Job) -> Result<(), String> {
+        let connection = self.connection(link).ok_or("the link is closed")?;
+        connection.sender.send(job());
+        Ok(())
+    }
+
+    fn tell(&self, message: Inbox) {
+        self.inbox.send(message).ok();
+    }
+}
+
+impl PrimaryPorts for Ports {
+    type Part = Box<CheckpointPart>;
+
+    fn dial(&mut self, link: Link, address: usize) -> Result<(), String> {
+        let sent = self.errands.send(Errand::Dial { link, address });
+        sent.map_err(|_| "the thread that makes connections is gone".into())
+    }
+
+    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), String> {
+        let hello = Hello { generation, ..self.hello.clone() };
+        self.send(link, || Job::Hello(Box::new(hello)))
+    }
+
+    fn start_base(&mut self, link: Link) -> Result<(), String> {
+        let pool = self.connection(link).ok_or("the link is closed")?.pool.clone();
+        self.inbox.send(Inbox::StartBase(link, pool)).map_err(|_| "the coordinator is gone".into())
+    }
+
+    fn ship(&mut self, ticket: Ticket, part: Box<CheckpointPart>) -> Result<(), String> {
+        self.send(ticket.link, || Job::Checkpoint(part))
+    }
+
+    fn send_heartbeat(&mut self, link: Link) -> Result<(), String> {
+        self.send(link, || Job::Heartbeat)
+    }
+
+    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), String> {
+        self.ending = true;
+        self.send(link, || Job::End(reason))
+    }
+
+    fn hang_up(&mut self, link: Link) {
+        let Some(connection) = self.connection.take_if(|connection| connection.link == link) else { return };
+        self.tell(Inbox::Detached(link));
+        if self.ending {
+            self.connection = Some(connection);
+        } else {
+            // Without that thread it is closed here; that is right, only slower.
+            self.errands.send(Errand::Close(connection)).ok();
+        }
+    }
+
+    fn claim(&mut self, generation: u64) -> Result<(), String> {
+        let claims = self.claims.as_ref().ok_or("this VM has no arbiter")?;
+        claims.submit(generation).map_err(|busy| busy.to_string())
+    }
+
+    fn set_lease(&mut self, until: Option<Duration>) {
+        self.valve.lease().set(until.map(|until| self.clock.boot_time(until)));
+    }
+
+    fn hold(&mut self, epoch: u64) -> Result<(), String> {
+        self.valve.hold(epoch).map_err(|error| error.to_string())
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), String> {
+        match self.valve.mode() {
+            OutputMode::Hold => self.valve.begin(epoch).map_err(|error| error.to_string()),
+            mode => Err(format!("output is in mode {mode:?} and should be held")),
+        }
+    }
+
+    fn commit(&mut self, through: u64) {
+        self.totals.committed(through);
+        self.committed = Some(Commit { number: through, at: self.clock.now() });
+        self.valve.commit(through);
+    }
+
+    fn open(&mut self, generation: u64) {
+        self.totals.set_generation(generation);
+        self.valve.open();
+    }
+
+    fn fence(&mut self, _generation: u64, _owner: String) {
+        self.valve.discard();
+    }
+
+    fn ask_guest(&mut self) {
+        self.tell(Inbox::AskGuest);
+    }
+
+    fn stop_guest(&mut self) {
+        self.tell(Inbox::StopGuest);
+    }
+
+    fn exit(&mut self, reason: ExitReason) {
+        self.tell(Inbox::Exit(reason));
+    }
+
+    fn note(&mut self, note: PrimaryNote) {
+        self.tell(Inbox::Note(note));
+    }
+}

@@ -1,0 +1,178 @@
+//! Invariant 5 with everything real: a machine on KVM, the coordinator, the driver and its ports, a link to a
+//! standby that acknowledges. (That the vCPUs' threads allocate nothing in a pause is the business of
+//! `crates/machine/tests/pause.rs`.)
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{Accept, Ack, Encoder, Message, Peer, Preface, SectionReader, VmId};
+use outlive_machine::{After as Then, Host, HostError, Machine, Options, OutputMode, PayloadOptions};
+use outlive_pair::{PrimaryStatus, Wanted};
+
+use super::rig::{BOUND, Free, Stuck, connected, wait_for};
+use crate::disk::Sidecars;
+use crate::events::EventWriter;
+use crate::link::CheckpointPart;
+use crate::primary::capture;
+use crate::primary::coordinator::{Coordinator, Setup};
+use crate::primary::self_check::SelfCheck;
+use crate::vm::limits::SLOTS;
+
+/// Dirty pages at which an epoch ends.
+const MAX_DIRTY: usize = 512;
+
+/// A machine that runs the built-in guest, or a skip that is counted.
+fn machine() -> Option<Machine> {
+    let host = match Host::open() {
+        Ok(host) => Arc::new(host),
+        Err(HostError::Missing) => {
+            println!("skipped: no /dev/kvm");
+            return None;
+        }
+        Err(other) => panic!("{other}"),
+    };
+    let options = Options {
+        vcpus: 2,
+        memory: 64 << 20,
+        firmware_bytes: 0,
+        net: None,
+        output: OutputMode::PassThrough,
+        disks: Vec::new(),
+        rng: false,
+        console: None,
+        serial: None,
+        tracker: Default::default(),
+        trigger: MAX_DIRTY,
+        max_dirty: 2 * MAX_DIRTY,
+        events: Arc::new(|_| {}),
+    };
+    let mut machine = Machine::new(host, &options).unwrap();
+    let guest = PayloadOptions { ipv4: [10, 0, 0, 2], prefix: 24, gateway: [0; 4], random_seed: [7; 32] };
+    machine.boot_payload(outlive_guest::PAYLOAD, &guest).unwrap();
+    machine.go_live(false);
+    machine.resume();
+    Some(machine)
+}
+
+/// A standby that accepts and acknowledges everything.
+fn standby(mut stream: TcpStream) {
+    let mut reader = SectionReader::new(Peer::Primary);
+    let mut encoder = Encoder::new();
+    reader.read_preface(&mut stream).unwrap();
+    let (mut open, mut out) = (None, Vec::new());
+    while let Ok(section) = reader.read_section(&mut stream) {
+        out.clear();
+        match Message::parse(&section).unwrap() {
+            Message::Hello(hello) => {
+                out.extend_from_slice(&Preface::CURRENT.encode());
+                let dead_after_us = Duration::from_secs(600).as_micros() as u64;
+                let accept =
+                    Accept { generation: hello.generation, dead_after_us, host: "standby".to_owned() };
+                encoder.accept(&mut out, &accept).unwrap();
+            }
+            Message::CheckpointBegin(begin) => open = Some(begin.generation),
+            Message::CheckpointEnd(end) => {
+                let ack = Ack { generation: open.unwrap(), number: end.number, stamp_us: end.stamp_us };
+                encoder.ack(&mut out, &ack);
+            }
+            _ => {}
+        }
+        if stream.write_all(&out).is_err() {
+            return;
+        }
+    }
+}
+
+/// A coordinator whose machine is captured for the first time, in front of `output`.
+fn guarding(machine: Machine, output: Arc<Stuck>) -> Coordinator {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let rig = connected(output, listener.local_addr().unwrap());
+    thread::spawn(move || standby(listener.accept().unwrap().0));
+    let setup = Setup {
+        self_check: SelfCheck::new(None, &machine, rig.queue),
+        machine,
+        driver: rig.driver,
+        inbox: rig.inbox,
+        policy: capture::policy(Duration::from_millis(1), MAX_DIRTY),
+        staging_pages: 2 * MAX_DIRTY,
+        replicates_disks: false,
+        sidecars: Arc::new(Sidecars::start(Vec::new(), VmId([1; 16])).unwrap()),
+        totals: rig.totals,
+        events: EventWriter::disabled(),
+        reporter: None,
+    };
+    let mut coordinator = Coordinator::new(setup);
+    turn_until(&mut coordinator, |it| it.captures > 0);
+    coordinator
+}
+
+fn turn_until(coordinator: &mut Coordinator, until: impl Fn(&Coordinator) -> bool) {
+    let deadline = Instant::now() + BOUND;
+    while !until(coordinator) {
+        assert!(Instant::now() < deadline, "it is {:?}", coordinator.with.driver.status());
+        assert_eq!(coordinator.turn(), None);
+    }
+}
+
+/// Takes a checkpoint and hands it over. Returns how often the pause has allocated something on this thread.
+fn allocations_of_a_pause(coordinator: &mut Coordinator) -> u64 {
+    turn_until(coordinator, |it| {
+        it.with.driver.wanted() == Wanted::Epoch && it.protection.as_ref().unwrap().pool.has_free()
+    });
+    let pool = coordinator.protection.as_ref().unwrap().pool.clone();
+    let mut staging = pool.take().unwrap();
+    let mut taken = None;
+    let counted = allocation_counter::measure(|| {
+        taken = Some(coordinator.pause(&mut staging, Then::Resume, &pool));
+    });
+    let (report, decided) = taken.unwrap();
+    let (ticket, pages) = (decided.ticket.unwrap(), report.unwrap().pages);
+    let totals = Some((pages, staging.state_bytes()));
+    coordinator.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
+    counted.count_total
+}
+
+#[test]
+fn a_pause_of_the_whole_primary_allocates_nothing() {
+    let counted = allocation_counter::measure(|| drop(std::hint::black_box(Box::new([0u8; 64]))));
+    assert_eq!(counted.count_total, 1, "the count counts");
+    let Some(machine) = machine() else { return };
+    let output = Arc::new(Stuck::default());
+    output.set_free();
+    let mut coordinator = guarding(machine, output);
+    // The first ones size buffers.
+    turn_until(&mut coordinator, |it| it.captures >= 20);
+    for round in 0..300 {
+        if round % 5 == 0 {
+            // Enough pages for the parallel copy.
+            coordinator.with.machine.ram().log().mark_range(0x80_0000, 150 * 4096);
+        }
+        assert_eq!(allocations_of_a_pause(&mut coordinator), 0, "checkpoint {round}");
+    }
+    assert_eq!(coordinator.with.driver.status(), PrimaryStatus::Protected);
+}
+
+/// The thread that has read an acknowledgement is in the middle of a write to the tap, which does not return.
+#[test]
+fn a_pause_of_the_whole_primary_waits_for_no_output() {
+    let Some(machine) = machine() else { return };
+    let output = Arc::new(Stuck::default());
+    let _end = Free(&output);
+    let mut coordinator = guarding(machine, output.clone());
+    wait_for("the acknowledgement of the base", || output.is_draining());
+    let (done, waits) = channel();
+    let watched = output.clone();
+    let watch = thread::spawn(move || {
+        let late = waits.recv_timeout(BOUND).is_err();
+        watched.set_free();
+        late
+    });
+    // After the base as many as there are slots, for no other acknowledgement is read.
+    turn_until(&mut coordinator, |it| it.captures > SLOTS);
+    done.send(()).ok();
+    assert!(!watch.join().unwrap(), "a pause waits for output on its way");
+}
