@@ -4,6 +4,7 @@
 //! so between two batches every device is at rest: nothing half done in guest memory, no lock held.
 
 pub(crate) mod complaints;
+pub(crate) mod counters;
 pub mod gate;
 pub mod line_log;
 pub mod port;

@@ -2,14 +2,12 @@
 
 use std::convert::Infallible;
 use std::io::{self, Write};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
 
 use super::persist::{FIFO, RestoreError, SerialState};
-use super::stats::{Counters, SerialStats};
 use super::worker::Feeder;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::devices::gate::DeviceGate;
@@ -41,7 +39,6 @@ pub struct SerialHost {
 /// It begins passive: what is typed is dropped until [`go_live`](Self::go_live).
 pub struct SerialPort {
     uart: Arc<Mutex<Uart>>,
-    counters: Arc<Counters>,
     input: Arc<PortInput>,
     _worker: Worker<Feeder>,
 }
@@ -71,15 +68,11 @@ impl Trigger for Line {
 
 /// The sink as the registers see it.
 #[derive(Clone)]
-struct Out {
-    sink: Arc<dyn PortSink>,
-    counters: Arc<Counters>,
-}
+struct Out(Arc<dyn PortSink>);
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.sink.write(bytes);
-        self.counters.tx_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.0.write(bytes);
         Ok(bytes.len())
     }
 
@@ -94,30 +87,23 @@ impl SerialPort {
     /// # Errors
     /// The operating system's, when it refuses the thread or its events.
     pub fn new(host: SerialHost, end: PortEnd) -> io::Result<Self> {
-        let counters = Arc::<Counters>::default();
-        let out = Out { sink: end.sink, counters: counters.clone() };
-        let input = end.input;
+        let PortEnd { sink, input } = end;
         // Bytes for a machine of before are not for this one.
         input.set_live(false);
         let uart = Arc::new(Mutex::new(Uart {
-            serial: Serial::new(Line(host.interrupt), out),
+            serial: Serial::new(Line(host.interrupt), Out(sink)),
             input: input.clone(),
             live: false,
             with_input: None,
         }));
         let feeder = Feeder::new(host.gate, uart.clone(), input.clone())?;
         let worker = Worker::start(Arc::new(feeder))?;
-        Ok(Self { uart, counters, input, _worker: worker })
+        Ok(Self { uart, input, _worker: worker })
     }
 
     /// The registers, for the port bus; 8 bytes long.
     pub fn registers(&self) -> SharedDevice {
         self.uart.clone()
-    }
-
-    /// The counters.
-    pub fn stats(&self) -> SerialStats {
-        self.counters.read(self.input.dropped())
     }
 
     /// The machine begins to run here: input is taken from now on, and an interrupt that was under way when
@@ -175,7 +161,7 @@ impl Drop for SerialPort {
 
 impl std::fmt::Debug for SerialPort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SerialPort").field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("SerialPort").finish_non_exhaustive()
     }
 }
 
@@ -186,9 +172,8 @@ impl Uart {
         if self.live && !looped && self.serial.fifo_capacity() == FIFO {
             let mut bytes = [0; FIFO];
             let count = self.input.take(&mut bytes);
-            if let Ok(put) = self.serial.enqueue_raw_bytes(&bytes[..count]) {
-                self.serial.writer().counters.rx_bytes.fetch_add(put as u64, Ordering::Relaxed);
-            }
+            // Fails for a full FIFO or a failing interrupt: neither can be here.
+            let _ = self.serial.enqueue_raw_bytes(&bytes[..count]);
         }
         self.note();
     }

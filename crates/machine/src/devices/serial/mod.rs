@@ -6,14 +6,13 @@
 //! ```
 //!
 //! - [`device`]: the registers and the machine's handle. `worker`: the thread that brings input.
-//! - [`persist`]: what a resumed guest finds again. [`stats`]: the counters.
+//! - [`persist`]: what a resumed guest finds again.
 //!
 //! The line has no speed: a byte is sent when it is written, so the transmitter is always empty and a driver
 //! never waits. FIFO resets and the modem lines do nothing.
 
 pub mod device;
 pub mod persist;
-pub mod stats;
 mod worker;
 
 #[cfg(test)]
@@ -21,4 +20,3 @@ mod tests;
 
 pub use device::{SerialHost, SerialPort};
 pub use persist::{RestoreError, SerialState};
-pub use stats::SerialStats;

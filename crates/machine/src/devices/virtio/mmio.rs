@@ -33,10 +33,11 @@ use virtio_bindings::virtio_mmio::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::persist::{QueueRecord, TransportState};
-use super::{Activation, Interrupt, InterruptLine, MAX_QUEUES, VirtioDevice};
+use super::ring::Queues;
+use super::slot::{Model, Shared};
+use super::{Interrupt, InterruptLine, MAX_QUEUES};
 use crate::bus::BusDevice;
 use crate::devices::complaints::{Complaints, complain};
 
@@ -93,9 +94,9 @@ pub enum TransportRestoreError {
 }
 
 /// The registers of one device.
-pub struct MmioTransport<M, D> {
+pub struct MmioTransport<M: GuestMemory, D: Model<M>> {
     memory: Arc<M>,
-    device: D,
+    device: Arc<Shared<M, D>>,
     line: Arc<InterruptLine>,
     /// Status register without DEVICE_NEEDS_RESET, which the device sets through the line.
     status: u32,
@@ -112,17 +113,16 @@ pub struct MmioTransport<M, D> {
 impl<M, D> MmioTransport<M, D>
 where
     M: GuestMemory + Send + Sync + 'static,
-    D: VirtioDevice<M>,
+    D: Model<M>,
 {
     /// A transport after power-on.
     ///
     /// # Panics
     ///
-    /// If the device has more than [`MAX_QUEUES`] queues, or not one eventfd for each.
-    pub fn new(memory: Arc<M>, device: D, interrupt: Arc<dyn Interrupt>) -> Self {
-        let queue_count = device.queue_sizes().len();
+    /// If the device has more than [`MAX_QUEUES`] queues.
+    pub(super) fn new(memory: Arc<M>, device: Arc<Shared<M, D>>, interrupt: Arc<dyn Interrupt>) -> Self {
+        let queue_count = device.identity.queue_sizes.len();
         assert!(queue_count <= MAX_QUEUES, "a device has at most {MAX_QUEUES} queues");
-        assert_eq!(queue_count, device.kicks().len(), "one eventfd for each queue");
         let mut transport = Self {
             memory,
             device,
@@ -141,23 +141,9 @@ where
         transport
     }
 
-    /// The device behind the registers.
-    pub fn device(&self) -> &D {
-        &self.device
-    }
-
-    /// The device behind the registers.
-    pub fn device_mut(&mut self) -> &mut D {
-        &mut self.device
-    }
-
-    /// One eventfd for each queue, for KVM to write when the driver notifies (see [`QUEUE_NOTIFY`]).
-    pub fn kicks(&self) -> &[EventFd] {
-        self.device.kicks()
-    }
-
     /// The device's way to the driver.
-    pub fn line(&self) -> &Arc<InterruptLine> {
+    #[cfg(test)]
+    pub(super) fn line(&self) -> &Arc<InterruptLine> {
         &self.line
     }
 
@@ -177,13 +163,15 @@ where
     /// The state to go on from elsewhere. Needs stopped vCPUs and a closed gate; does not allocate.
     pub fn save(&self) -> TransportState {
         let mut queues = self.queues;
-        for (index, queue) in queues.iter_mut().enumerate().take(self.queue_count) {
-            if let Some(progress) = self.device.progress(index) {
-                queue.advance_to(progress);
+        if let Some(at_work) = &self.device.core().queues {
+            for (index, queue) in queues.iter_mut().enumerate() {
+                if let Some(positions) = at_work.positions(index) {
+                    (queue.next_avail, queue.next_used) = positions;
+                }
             }
         }
         TransportState {
-            device_type: self.device.device_type(),
+            device_type: self.device.identity.device_type,
             status: self.status(),
             driver_features: self.driver_features,
             device_features_select: self.device_features_select,
@@ -222,7 +210,7 @@ where
 
     fn check(&self, state: &TransportState) -> Result<(), TransportRestoreError> {
         use TransportRestoreError as Error;
-        let expected = self.device.device_type();
+        let expected = self.device.identity.device_type;
         if state.device_type != expected {
             return Err(Error::DeviceType { found: state.device_type, expected });
         }
@@ -241,12 +229,13 @@ where
         }
         // Before FEATURES_OK the driver may have written anything.
         if status & FEATURES_OK != 0 && !self.acceptable(features) {
-            return Err(Error::Features(features & !self.device.features()));
+            return Err(Error::Features(features & !self.device.identity.features));
         }
         if state.interrupt_status & !KNOWN_INTERRUPTS != 0 {
             return Err(Error::InterruptStatus(state.interrupt_status));
         }
-        for (index, (record, &max)) in state.queues.iter().zip(self.device.queue_sizes()).enumerate() {
+        for (index, (record, &max)) in state.queues.iter().zip(&self.device.identity.queue_sizes).enumerate()
+        {
             let fits = record.size.is_power_of_two() && record.size <= max;
             if !fits || (record.ready && self.build(record, max, features).is_none()) {
                 return Err(Error::Queue(index));
@@ -256,7 +245,7 @@ where
     }
 
     fn acceptable(&self, features: u64) -> bool {
-        features & !self.device.features() == 0 && features & (1 << VIRTIO_F_VERSION_1) != 0
+        features & !self.device.identity.features == 0 && features & (1 << VIRTIO_F_VERSION_1) != 0
     }
 
     /// The queue at work, if all of it lies in guest memory and is aligned.
@@ -278,7 +267,7 @@ where
         self.driver_features_select = 0;
         self.queue_select = 0;
         self.queues = Default::default();
-        for (record, &max) in self.queues.iter_mut().zip(self.device.queue_sizes()) {
+        for (record, &max) in self.queues.iter_mut().zip(&self.device.identity.queue_sizes) {
             record.size = max;
         }
         self.line.set(0, false);
@@ -286,22 +275,22 @@ where
 
     fn activate(&mut self) -> Result<(), super::ActivateError> {
         let mut queues: [Option<Queue>; MAX_QUEUES] = Default::default();
-        for (index, (record, &max)) in self.queues.iter().zip(self.device.queue_sizes()).enumerate() {
+        for (index, (record, &max)) in self.queues.iter().zip(&self.device.identity.queue_sizes).enumerate() {
             if record.ready {
                 queues[index] = self.build(record, max, self.driver_features);
             }
         }
-        self.device.activate(Activation {
-            memory: self.memory.clone(),
-            features: self.driver_features,
+        self.device.activate(Queues::new(
+            self.memory.clone(),
+            self.driver_features,
+            self.line.clone(),
             queues,
-            line: self.line.clone(),
-        })
+        ))
     }
 
     fn write_status(&mut self, value: u32) {
         if value == 0 {
-            debug!(device = self.device.device_type(), "the driver resets the device");
+            debug!(device = self.device.identity.device_type, "the driver resets the device");
             return self.reset();
         }
         let value = value & !NEEDS_RESET;
@@ -432,7 +421,7 @@ where
     }
 
     fn notify(&self, value: u32) {
-        match self.device.kicks().get(value as usize) {
+        match self.device.kicks.get(value as usize) {
             Some(kick) if self.status & DRIVER_OK != 0 => {
                 // Fails only if the counter is full, and then a notification is pending anyway.
                 let _ = kick.write(1);
@@ -442,7 +431,7 @@ where
     }
 
     fn selected_max(&self) -> u16 {
-        self.device.queue_sizes().get(self.queue_select as usize).copied().unwrap_or(0)
+        self.device.identity.queue_sizes.get(self.queue_select as usize).copied().unwrap_or(0)
     }
 
     fn selected_ready(&self) -> bool {
@@ -453,11 +442,11 @@ where
         match offset {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
+            VIRTIO_MMIO_DEVICE_ID => self.device.identity.device_type,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_select {
-                0 => self.device.features() as u32,
-                1 => (self.device.features() >> 32) as u32,
+                0 => self.device.identity.features as u32,
+                1 => (self.device.identity.features >> 32) as u32,
                 _ => 0,
             },
             VIRTIO_MMIO_QUEUE_NUM_MAX => u32::from(self.selected_max()),
@@ -507,7 +496,7 @@ fn set_high(address: &mut u64, value: u32) {
 impl<M, D> BusDevice for MmioTransport<M, D>
 where
     M: GuestMemory + Send + Sync + 'static,
-    D: VirtioDevice<M>,
+    D: Model<M>,
 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(config) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {

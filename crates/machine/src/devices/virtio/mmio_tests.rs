@@ -1,19 +1,20 @@
 //! The transport, register by register, with a device that only writes down what happens to it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::chain::Broken;
 use super::mmio::*;
 use super::persist::{DecodeError, Fields, QueueRecord, TransportState};
+use super::rig::{Count, Memory, memory};
+use super::ring::Queues;
+use super::rng::RngState;
+use super::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome, Slot};
 use super::*;
 use crate::bus::BusDevice;
-
-type Memory = GuestMemoryMmap<()>;
-type Transport = MmioTransport<Memory, Fake>;
+use crate::devices::Device;
 
 const MEMORY: usize = 1 << 20;
 const FEATURES: u64 = COMMON_FEATURES | 1 << 5;
@@ -45,93 +46,80 @@ const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
 
+/// What happened to the device: the features and the sizes of the queues at each start, and how often it was
+/// reset.
 #[derive(Default)]
 struct Log {
     activations: Vec<(u64, [Option<u16>; MAX_QUEUES])>,
     resets: usize,
-    line: Option<Arc<InterruptLine>>,
 }
 
-struct Fake {
-    log: Arc<Mutex<Log>>,
-    kicks: Vec<EventFd>,
-    progress: Option<QueueProgress>,
-}
+struct Fake(Arc<Mutex<Log>>);
 
-impl VirtioDevice<Memory> for Fake {
-    fn device_type(&self) -> u32 {
-        7
+impl Model<Memory> for Fake {
+    type Core = ();
+    type State = RngState;
+    type Refusal = Infallible;
+
+    const NAME: &'static str = "fake";
+    const THREAD: &'static str = "fake";
+
+    fn identity(&self) -> Identity {
+        Identity { device_type: 7, features: FEATURES, queue_sizes: SIZES.into() }
     }
-    fn features(&self) -> u64 {
-        FEATURES
+    fn config(&self, (): &()) -> [u8; CONFIG_BYTES] {
+        std::array::from_fn(|at| at as u8 + 1)
     }
-    fn queue_sizes(&self) -> &[u16] {
-        &SIZES
+    fn activate(&self, (): &mut (), queues: &Queues<Memory>) -> Result<(), ActivateError> {
+        self.0.lock().unwrap().activations.push((queues.features, queues.sizes()));
+        queues.need(0)
     }
-    fn kicks(&self) -> &[EventFd] {
-        &self.kicks
+    fn reset(&self, (): &mut ()) {
+        self.0.lock().unwrap().resets += 1;
     }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(offset as u8 + 1);
+    fn batch(&self, (): &mut (), _: Batch<'_, Memory>) -> Result<Outcome, Broken> {
+        Ok(Outcome::default())
     }
-    fn write_config(&mut self, _: u64, _: &[u8]) {}
-    fn activate(&mut self, activation: Activation<Memory>) -> Result<(), ActivateError> {
-        let sizes = activation.queues.each_ref().map(|queue| queue.as_ref().map(QueueT::size));
-        let mut log = self.log.lock().unwrap();
-        log.activations.push((activation.features, sizes));
-        if sizes[0].is_none() {
-            return Err(ActivateError::QueueNotReady(0));
-        }
-        let queue = activation.queues[0].as_ref().unwrap();
-        self.progress = Some(QueueProgress { next_avail: queue.next_avail(), next_used: queue.next_used() });
-        log.line = Some(activation.line);
+    fn save(&self, (): &(), _: &mut Vec<u8>) {}
+    fn check(&self, _: &RngState, _: &TransportState) -> Result<(), Infallible> {
         Ok(())
     }
-    fn reset(&mut self) {
-        self.progress = None;
-        self.log.lock().unwrap().resets += 1;
-    }
-    fn progress(&self, queue: usize) -> Option<QueueProgress> {
-        self.progress.filter(|_| queue == 0)
-    }
-}
-
-#[derive(Default)]
-struct Count(AtomicUsize);
-
-impl Interrupt for Count {
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
+    fn restore(&self, (): &mut (), _: RngState) {}
 }
 
 struct Bench {
-    transport: Transport,
+    slot: Slot<Memory, Fake>,
     log: Arc<Mutex<Log>>,
     interrupts: Arc<Count>,
 }
 
 fn bench() -> Bench {
-    let log = Arc::new(Mutex::new(Log::default()));
-    let interrupts = Arc::new(Count::default());
-    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
-    let kicks = SIZES.iter().map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
-    let device = Fake { log: log.clone(), kicks, progress: None };
-    Bench { transport: MmioTransport::new(memory, device, interrupts.clone()), log, interrupts }
+    let (log, interrupts) = <(Arc<Mutex<Log>>, Arc<Count>)>::default();
+    let host = DeviceHost {
+        memory: memory(MEMORY),
+        gate: Arc::default(),
+        interrupt: interrupts.clone(),
+        waker: interrupts.clone(),
+    };
+    Bench { slot: Slot::without_thread(Fake(log.clone()), (), host).unwrap(), log, interrupts }
 }
 
 impl Bench {
-    fn read(&mut self, register: u64) -> u32 {
+    fn transport(&self) -> MutexGuard<'_, MmioTransport<Memory, Fake>> {
+        self.slot.transport()
+    }
+
+    fn read(&self, register: u64) -> u32 {
         let mut word = [0; 4];
-        self.transport.read(register, &mut word);
+        self.transport().read(register, &mut word);
         u32::from_le_bytes(word)
     }
 
-    fn write(&mut self, register: u64, value: u32) {
-        self.transport.write(register, &value.to_le_bytes());
+    fn write(&self, register: u64, value: u32) {
+        self.transport().write(register, &value.to_le_bytes());
     }
 
-    fn features(&mut self, features: u64) {
+    fn features(&self, features: u64) {
         self.write(STATUS, ACK);
         self.write(STATUS, ACK | DRIVER);
         for half in 0..2 {
@@ -141,7 +129,7 @@ impl Bench {
         self.write(STATUS, ACK | DRIVER | FEATURES_OK);
     }
 
-    fn queue(&mut self, index: u32, size: u32, at: u64) {
+    fn queue(&self, index: u32, size: u32, at: u64) {
         self.write(QUEUE_SEL, index);
         self.write(QUEUE_NUM, size);
         for (register, address) in [(DESC, at), (DRIVER_AREA, at + 0x1000), (DEVICE_AREA, at + 0x2000)] {
@@ -151,7 +139,7 @@ impl Bench {
         self.write(QUEUE_READY, 1);
     }
 
-    fn start(&mut self) {
+    fn start(&self) {
         self.features(FEATURES);
         self.queue(0, 128, 0x1_0000);
         self.queue(1, 64, 0x2_0000);
@@ -165,7 +153,7 @@ impl Bench {
 
 #[test]
 fn tells_what_it_is() {
-    let mut b = bench();
+    let b = bench();
     assert_eq!(b.read(0x00), u32::from_le_bytes(*b"virt"));
     assert_eq!(b.read(0x04), 2);
     assert_eq!(b.read(0x08), 7);
@@ -180,12 +168,12 @@ fn tells_what_it_is() {
         assert_eq!(b.read(QUEUE_READY), 0);
     }
     assert_eq!(b.read(0xb0), u32::MAX, "no shared memory");
-    assert_eq!(b.read(CONFIG + 3), 0x0404_0404);
+    assert_eq!(b.read(CONFIG + 3), 0x0706_0504);
 }
 
 #[test]
 fn a_proper_driver_gets_the_device_running() {
-    let mut b = bench();
+    let b = bench();
     b.start();
     assert_eq!(b.read(STATUS), ACK | DRIVER | FEATURES_OK | DRIVER_OK);
     let mut sizes = [None; MAX_QUEUES];
@@ -194,36 +182,36 @@ fn a_proper_driver_gets_the_device_running() {
     assert_eq!(b.log.lock().unwrap().activations, [expected]);
     b.write(QUEUE_SEL, 1);
     assert_eq!(b.read(QUEUE_READY), 1);
-    assert_eq!(b.interrupts.0.load(Ordering::Relaxed), 0);
+    assert_eq!(b.interrupts.get(), 0);
 }
 
 #[test]
 fn features_must_have_been_offered_and_be_modern() {
     for features in [FEATURES | 1 << 3, FEATURES | 1 << 40, FEATURES & !(1 << 32), 0] {
-        let mut b = bench();
+        let b = bench();
         b.features(features);
         assert_eq!(b.read(STATUS), ACK | DRIVER, "{features:#x}");
         b.write(STATUS, ACK | DRIVER | FEATURES_OK | DRIVER_OK);
         assert_eq!(b.read(STATUS), ACK | DRIVER);
         assert_eq!(b.activations(), 0);
     }
-    let mut b = bench();
+    let b = bench();
     b.features(1 << 32);
     assert_eq!(b.read(STATUS), ACK | DRIVER | FEATURES_OK);
 }
 
 #[test]
 fn features_are_fixed_once_accepted() {
-    let mut b = bench();
+    let b = bench();
     b.features(1 << 32);
     b.write(DRIVER_FEATURES_SEL, 0);
     b.write(DRIVER_FEATURES, u32::MAX);
-    assert_eq!(b.transport.save().driver_features, 1 << 32);
+    assert_eq!(b.transport().save().driver_features, 1 << 32);
 }
 
 #[test]
 fn status_bits_come_in_order_and_do_not_go() {
-    let mut b = bench();
+    let b = bench();
     for early in [DRIVER, FEATURES_OK, DRIVER_OK, DRIVER | DRIVER_OK] {
         b.write(STATUS, early);
         assert_eq!(b.read(STATUS), 0, "{early:#x}");
@@ -255,7 +243,7 @@ fn queues_outside_of_memory_or_unaligned_are_refused() {
         (0x1000, u64::MAX - 1, 0x3000),
         (0x1000, 0x2000, !3),
     ] {
-        let mut b = bench();
+        let b = bench();
         b.features(FEATURES);
         for (register, address) in [(DESC, desc), (DRIVER_AREA, driver), (DEVICE_AREA, device)] {
             b.write(register, address as u32);
@@ -268,53 +256,53 @@ fn queues_outside_of_memory_or_unaligned_are_refused() {
 
 #[test]
 fn queue_sizes_are_powers_of_two_within_the_limit() {
-    let mut b = bench();
+    let b = bench();
     b.features(FEATURES);
     for bad in [0, 3, 512, 65536 + 4, u32::MAX] {
         b.write(QUEUE_NUM, bad);
-        assert_eq!(b.transport.save().queues[0].size, 256, "{bad}");
+        assert_eq!(b.transport().save().queues[0].size, 256, "{bad}");
     }
     b.write(QUEUE_NUM, 8);
-    assert_eq!(b.transport.save().queues[0].size, 8);
+    assert_eq!(b.transport().save().queues[0].size, 8);
 }
 
 #[test]
 fn queues_are_set_up_between_features_and_driver_only() {
-    let mut b = bench();
+    let b = bench();
     b.queue(0, 8, 0x1000);
-    assert_eq!(b.transport.save().queues[0].size, 256, "too early");
+    assert_eq!(b.transport().save().queues[0].size, 256, "too early");
     b.write(STATUS, 0);
     b.start();
-    let before = b.transport.save();
+    let before = b.transport().save();
     b.queue(0, 8, 0x5000);
     b.write(QUEUE_READY, 0);
     b.queue(9, 8, 0x5000);
     b.write(QUEUE_SEL, before.queue_select);
-    assert_eq!(b.transport.save(), before, "too late");
+    assert_eq!(b.transport().save(), before, "too late");
 }
 
 #[test]
 fn a_queue_in_use_is_not_changed() {
-    let mut b = bench();
+    let b = bench();
     b.features(FEATURES);
     b.queue(0, 8, 0x1000);
     b.queue(0, 16, 0x8000);
-    assert_eq!(b.transport.save().queues[0].size, 8);
-    assert_eq!(b.transport.save().queues[0].descriptors, 0x1000);
+    assert_eq!(b.transport().save().queues[0].size, 8);
+    assert_eq!(b.transport().save().queues[0].descriptors, 0x1000);
     b.write(QUEUE_READY, 0);
     b.queue(0, 16, 0x8000);
-    assert_eq!(b.transport.save().queues[0].descriptors, 0x8000);
+    assert_eq!(b.transport().save().queues[0].descriptors, 0x8000);
 }
 
 #[test]
 fn a_device_that_cannot_start_asks_for_a_reset() {
-    let mut b = bench();
+    let b = bench();
     b.features(FEATURES);
     b.queue(1, 8, 0x1000);
     b.write(STATUS, ACK | DRIVER | FEATURES_OK | DRIVER_OK);
     assert_eq!(b.read(STATUS), ACK | DRIVER | FEATURES_OK | DRIVER_OK | NEEDS_RESET);
     assert_eq!(b.read(INTERRUPT_STATUS), 2);
-    assert_eq!(b.interrupts.0.load(Ordering::Relaxed), 1);
+    assert_eq!(b.interrupts.get(), 1);
     b.write(STATUS, 0);
     assert_eq!((b.read(STATUS), b.read(INTERRUPT_STATUS)), (0, 0));
     b.start();
@@ -323,24 +311,24 @@ fn a_device_that_cannot_start_asks_for_a_reset() {
 
 #[test]
 fn reset_forgets_everything() {
-    let mut b = bench();
-    let new = b.transport.save();
+    let b = bench();
+    let new = b.transport().save();
     b.start();
-    b.transport.line().signal_used();
+    b.transport().line().signal_used();
     b.write(STATUS, 0);
-    assert_eq!(b.transport.save(), new);
+    assert_eq!(b.transport().save(), new);
     assert_eq!(b.log.lock().unwrap().resets, 1);
 }
 
 #[test]
 fn interrupts_stay_until_acknowledged() {
-    let mut b = bench();
+    let b = bench();
     b.start();
-    b.transport.line().signal_used();
-    b.transport.config_changed();
+    b.transport().line().signal_used();
+    b.transport().config_changed();
     assert_eq!(b.read(INTERRUPT_STATUS), 3);
     assert_eq!(b.read(CONFIG_GENERATION), 1);
-    assert_eq!(b.interrupts.0.load(Ordering::Relaxed), 2);
+    assert_eq!(b.interrupts.get(), 2);
     b.write(INTERRUPT_ACK, 1);
     assert_eq!(b.read(INTERRUPT_STATUS), 2);
     b.write(INTERRUPT_ACK, u32::MAX);
@@ -349,40 +337,39 @@ fn interrupts_stay_until_acknowledged() {
 
 #[test]
 fn notifications_reach_the_eventfd_of_their_queue() {
-    let mut b = bench();
+    let b = bench();
     b.write(NOTIFY, 0);
-    assert!(b.transport.kicks()[0].read().is_err(), "not running yet");
+    assert!(b.slot.kicks()[0].read().is_err(), "not running yet");
     b.start();
     b.write(NOTIFY, 1);
     b.write(NOTIFY, 1);
     b.write(NOTIFY, 2);
     b.write(NOTIFY, u32::MAX);
-    assert_eq!(b.transport.kicks()[1].read().unwrap(), 2);
-    assert!(b.transport.kicks()[0].read().is_err());
+    assert_eq!(b.slot.kicks()[1].read().unwrap(), 2);
+    assert!(b.slot.kicks()[0].read().is_err());
 }
 
 #[test]
 fn registers_are_words() {
-    let mut b = bench();
+    let b = bench();
     for (offset, len) in [(0, 1), (0, 2), (0, 8), (2, 4), (0xfe, 4)] {
         let mut data = vec![0; len];
-        b.transport.read(offset, &mut data);
+        b.transport().read(offset, &mut data);
         assert!(data.iter().all(|&byte| byte == 0xff), "{offset} {len}");
-        b.transport.write(offset, &data);
+        b.transport().write(offset, &data);
     }
-    b.transport.write(STATUS, &[1]);
+    b.transport().write(STATUS, &[1]);
     assert_eq!(b.read(STATUS), 0);
 }
 
 #[test]
 fn a_saved_transport_goes_on_elsewhere() {
-    let mut here = bench();
+    let here = bench();
     here.start();
-    here.transport.line().signal_used();
-    here.transport.device_mut().progress = Some(QueueProgress { next_avail: 0xfffe, next_used: 0xfff0 });
+    here.transport().line().signal_used();
     here.write(DEVICE_FEATURES_SEL, 1);
-    let state = here.transport.save();
-    assert_eq!((state.queues[0].next_avail, state.queues[0].next_used), (0xfffe, 0xfff0));
+    let mut state = here.transport().save();
+    (state.queues[0].next_avail, state.queues[0].next_used) = (0xfffe, 0xfff0);
 
     let mut bytes = Vec::new();
     state.encode(&mut bytes);
@@ -391,35 +378,38 @@ fn a_saved_transport_goes_on_elsewhere() {
     assert_eq!(TransportState::decode(&mut fields), Ok(state));
     assert_eq!(fields.finish(), Ok(()));
 
-    let mut there = bench();
-    there.transport.restore(&state).unwrap();
-    assert_eq!(there.transport.save(), state);
+    let there = bench();
+    there.transport().restore(&state).unwrap();
+    assert_eq!(there.transport().save(), state);
     assert_eq!(there.activations(), 1);
-    let position = QueueProgress { next_avail: 0xfffe, next_used: 0xfff0 };
-    assert_eq!(there.transport.device().progress, Some(position));
+    let positions = there.slot.shared().core().queues.as_ref().unwrap().positions(0);
+    assert_eq!(positions, Some((0xfffe, 0xfff0)));
+    // What the device has come to counts, not what the driver had set up.
+    there.slot.shared().core().queues.as_mut().unwrap().ring(0).unwrap().0.put_back(1);
+    assert_eq!(there.transport().save().queues[0].next_avail, 0xfffd);
     assert_eq!(there.read(INTERRUPT_STATUS), 1);
     assert_eq!(there.read(DEVICE_FEATURES), (FEATURES >> 32) as u32);
 }
 
 #[test]
 fn a_broken_device_is_restored_broken() {
-    let mut here = bench();
+    let here = bench();
     here.start();
-    here.transport.line().fail();
-    let state = here.transport.save();
-    let mut there = bench();
-    there.transport.restore(&state).unwrap();
+    here.transport().line().fail();
+    let state = here.transport().save();
+    let there = bench();
+    there.transport().restore(&state).unwrap();
     assert_eq!(there.read(STATUS) & NEEDS_RESET, NEEDS_RESET);
     assert_eq!(there.activations(), 0, "it must not touch the queues again");
-    assert_eq!(there.transport.save(), state);
+    assert_eq!(there.transport().save(), state);
 }
 
 #[test]
 fn impossible_states_are_refused_and_leave_a_reset_device() {
     use TransportRestoreError as Error;
-    let mut b = bench();
+    let b = bench();
     b.start();
-    let good = b.transport.save();
+    let good = b.transport().save();
     let queue = |change: fn(&mut QueueRecord)| {
         let mut state = good;
         change(&mut state.queues[0]);
@@ -441,26 +431,26 @@ fn impossible_states_are_refused_and_leave_a_reset_device() {
         queue(|queue| queue.available = 1),
         queue(|queue| queue.used = u64::MAX - 3),
     ];
-    let fresh = bench().transport.save();
+    let fresh = bench().transport().save();
     for (state, expected) in cases {
-        let mut b = bench();
+        let b = bench();
         b.start();
-        assert_eq!(b.transport.restore(&state), Err(expected));
-        assert_eq!(b.transport.save(), fresh);
+        assert_eq!(b.transport().restore(&state), Err(expected));
+        assert_eq!(b.transport().save(), fresh);
     }
     let mut state = good;
     state.queues[0].ready = false;
-    let mut b = bench();
-    assert_eq!(b.transport.restore(&state), Err(Error::Activate(ActivateError::QueueNotReady(0))));
-    assert_eq!(b.transport.save(), fresh);
+    let b = bench();
+    assert_eq!(b.transport().restore(&state), Err(Error::Activate(ActivateError::QueueNotReady(0))));
+    assert_eq!(b.transport().save(), fresh);
 }
 
 #[test]
 fn cut_or_senseless_bytes_are_no_state() {
-    let mut b = bench();
+    let b = bench();
     b.start();
     let mut bytes = Vec::new();
-    b.transport.save().encode(&mut bytes);
+    b.transport().save().encode(&mut bytes);
     for len in 0..bytes.len() {
         assert_eq!(TransportState::decode(&mut Fields::new(&bytes[..len])), Err(DecodeError::Short));
     }
@@ -483,7 +473,7 @@ proptest! {
     fn any_writes_lead_to_a_valid_state(writes in prop::collection::vec(
         (prop_oneof![Just(STATUS), Just(QUEUE_READY), Just(QUEUE_SEL), (0u64..0x44).prop_map(|r| r * 4)],
          prop_oneof![0u32..16, any::<u32>()]), 1..200), proper in any::<bool>()) {
-        let mut b = bench();
+        let b = bench();
         if proper {
             b.start();
         }
@@ -494,9 +484,9 @@ proptest! {
             prop_assert!(status & DRIVER_OK == 0 || status & FEATURES_OK != 0);
             prop_assert!(status & FEATURES_OK == 0 || status & DRIVER != 0);
         }
-        let state = b.transport.save();
-        let mut there = bench();
-        there.transport.restore(&state).unwrap();
-        prop_assert_eq!(there.transport.save(), state);
+        let state = b.transport().save();
+        let there = bench();
+        there.transport().restore(&state).unwrap();
+        prop_assert_eq!(there.transport().save(), state);
     }
 }

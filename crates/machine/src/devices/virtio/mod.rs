@@ -1,9 +1,10 @@
 //! virtio devices: what they have in common.
 //!
-//! A device is three things: the *transport* ([`mmio::MmioTransport`], registers the guest reads and writes),
-//! the *device model* (a [`VirtioDevice`]) and the *interrupt line* between them ([`InterruptLine`]). The
-//! transport owns the queues until the driver is ready; then it hands them to the device and asks for their
-//! positions when the state is saved.
+//! ```text
+//! slot     the device as the machine has it: thread, lock, going live, saved state; what differs is a Model
+//! mmio     its registers          ring, chain   its queues, and the buffers in them
+//! worker   its thread             persist       the bytes of its state
+//! ```
 //!
 //! Saving and restoring is done by the coordinator with all vCPUs stopped and the device gate closed, so that
 //! no one else is in any of these objects.
@@ -25,19 +26,16 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
-use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
-};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
-use vmm_sys_util::eventfd::EventFd;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::gate::DeviceGate;
 
 #[cfg(test)]
-mod mmio_tests;
+pub(crate) mod hostile;
 #[cfg(test)]
-mod test_driver;
+mod mmio_tests;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod rig;
 
 /// Most queues a device of ours may have: bounds the saved state. A network card with eight pairs has 17.
 pub const MAX_QUEUES: usize = 18;
@@ -77,54 +75,6 @@ pub enum ActivateError {
     /// The driver did not set up a queue the device needs.
     #[error("the driver did not set up queue {0}")]
     QueueNotReady(usize),
-}
-
-/// What a device gets when the driver is ready.
-#[derive(Debug)]
-pub struct Activation<M> {
-    /// Guest memory.
-    pub memory: Arc<M>,
-    /// The features the driver accepted.
-    pub features: u64,
-    /// The queues, checked against guest memory; `None` where the driver did not set one up.
-    pub queues: [Option<Queue>; MAX_QUEUES],
-    /// How the device reaches the driver.
-    pub line: Arc<InterruptLine>,
-}
-
-/// How far a device has come in a queue (free-running indexes, as in the rings).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueProgress {
-    /// Index of the next entry to take from the available ring.
-    pub next_avail: u16,
-    /// Index of the next entry to fill in the used ring.
-    pub next_used: u16,
-}
-
-/// A device model behind a transport.
-///
-/// All methods but those of its own threads are called with the transport's lock held: by vCPU threads
-/// (registers) or by the coordinator (save, restore) while the vCPUs are stopped.
-pub trait VirtioDevice<M>: Send {
-    /// The virtio device ID.
-    fn device_type(&self) -> u32;
-    /// The feature bits offered to the driver.
-    fn features(&self) -> u64;
-    /// The largest size of each queue; at most [`MAX_QUEUES`] of them, each a power of two.
-    fn queue_sizes(&self) -> &[u16];
-    /// One eventfd for each queue, written when the driver notifies the queue. They stay the same for the
-    /// life of the device, so KVM may write them directly (ioeventfd).
-    fn kicks(&self) -> &[EventFd];
-    /// Reads the configuration space; bytes outside of it read as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Writes the configuration space.
-    fn write_config(&mut self, offset: u64, data: &[u8]);
-    /// The driver is ready: start to use the queues.
-    fn activate(&mut self, activation: Activation<M>) -> Result<(), ActivateError>;
-    /// Stop using the queues. When this returns the device touches guest memory no more.
-    fn reset(&mut self);
-    /// Where the device is in a queue; `None` if it is not active.
-    fn progress(&self, queue: usize) -> Option<QueueProgress>;
 }
 
 /// What transport and device share: the interrupt status and the device's cry for help.
@@ -190,20 +140,4 @@ impl std::fmt::Debug for InterruptLine {
             .field("needs_reset", &self.needs_reset())
             .finish_non_exhaustive()
     }
-}
-
-/// Whether the driver wants an interrupt for the buffers used since the last call.
-/// `Queue::needs_notification` knows only the event index; without it the driver's flag in the available ring
-/// counts.
-pub(crate) fn wants_interrupt<M: GuestMemory>(
-    queue: &mut Queue,
-    memory: &M,
-) -> Result<bool, virtio_queue::Error> {
-    if queue.event_idx_enabled() {
-        return queue.needs_notification(memory);
-    }
-    let flags: u16 = memory
-        .load(GuestAddress(queue.avail_ring()), Ordering::Acquire)
-        .map_err(virtio_queue::Error::GuestMemory)?;
-    Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
 }

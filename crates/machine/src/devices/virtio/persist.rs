@@ -10,7 +10,7 @@
 use thiserror::Error;
 use virtio_queue::{Queue, QueueState};
 
-use super::{MAX_QUEUES, QueueProgress};
+use super::MAX_QUEUES;
 
 /// One queue as the driver set it up, and how far the device has come in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -155,11 +155,6 @@ impl QueueRecord {
             avail_ring: self.available,
             used_ring: self.used,
         })
-    }
-
-    pub(crate) fn advance_to(&mut self, progress: QueueProgress) {
-        self.next_avail = progress.next_avail;
-        self.next_used = progress.next_used;
     }
 
     fn encode(&self, out: &mut Vec<u8>) {

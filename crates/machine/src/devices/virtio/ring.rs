@@ -46,7 +46,10 @@ impl Ring {
     }
 
     /// Whether the driver has made a chain available. If not, it will notify when it does.
-    fn has_next<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, virtio_queue::Error> {
+    ///
+    /// # Errors
+    /// [`Broken`] when the queue cannot be used.
+    pub fn has_next<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Broken> {
         let available = self.queue.avail_idx(memory, Ordering::Acquire)?.0 != self.queue.next_avail();
         if available {
             if self.asked {
@@ -57,7 +60,7 @@ impl Ring {
         }
         self.asked = true;
         // Looks again after asking: a chain that came in between brings no notification.
-        self.queue.enable_notification(memory)
+        Ok(self.queue.enable_notification(memory)?)
     }
 
     /// The head of the next chain that the driver has made available. If there is none, it will notify when
@@ -203,6 +206,12 @@ impl<M: GuestMemory> Queues<M> {
         Some(self.rings.get(index)?.as_ref()?.positions())
     }
 
+    /// The sizes of the queues that are there.
+    #[cfg(test)]
+    pub(super) fn sizes(&self) -> [Option<u16>; MAX_QUEUES] {
+        self.rings.each_ref().map(|ring| ring.as_ref().map(Ring::size))
+    }
+
     pub(super) fn line(&self) -> &InterruptLine {
         &self.line
     }
@@ -258,16 +267,42 @@ impl<M: GuestMemory> Queues<M> {
         Ok(served)
     }
 
-    /// Raises the interrupt if the driver wants one for what was given back. Says whether anything was.
-    pub(super) fn signal(&mut self) -> Result<bool, Broken> {
-        let (mut any, mut wanted) = (false, false);
+    /// Whether chains were given back since the driver was last told.
+    pub fn gave_back(&self) -> bool {
+        self.rings.iter().flatten().any(|ring| ring.added > 0)
+    }
+
+    /// Raises the interrupt if the driver wants one for what was given back.
+    pub(super) fn signal(&mut self) -> Result<(), Broken> {
+        let mut wanted = false;
         for ring in self.rings.iter_mut().flatten().filter(|ring| ring.added > 0) {
-            any = true;
             wanted |= ring.wants_interrupt(&*self.memory)?;
         }
         if wanted {
             self.line.signal_used();
         }
-        Ok(any)
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rig::{self, memory};
+    use super::*;
+
+    #[test]
+    fn without_event_index_the_flag_decides_about_interrupts() {
+        let memory = memory(1 << 16);
+        let driver = rig::Ring::fresh(&memory, 0x1000, 32);
+        let mut queue = Queue::new(32).unwrap();
+        queue.set_desc_table_address(Some(0x1000), Some(0));
+        queue.set_avail_ring_address(Some(0x2000), Some(0));
+        queue.set_used_ring_address(Some(0x3000), Some(0));
+        queue.set_ready(true);
+        assert!(queue.is_valid(&*memory));
+        let mut ring = Ring::new(queue);
+        assert!(ring.wants_interrupt(&*memory).unwrap());
+        driver.set_flags(1);
+        assert!(!ring.wants_interrupt(&*memory).unwrap());
     }
 }

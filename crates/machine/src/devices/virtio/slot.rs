@@ -201,6 +201,20 @@ impl<M: GuestMemory, D: Model<M>> Shared<M, D> {
         self.wake.wake();
     }
 
+    /// Reads the configuration space; bytes outside of it are zero.
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.model.config(&self.core().model);
+        for (at, byte) in (0u64..).zip(data) {
+            let at = usize::try_from(offset.saturating_add(at)).unwrap_or(usize::MAX);
+            *byte = space.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    /// Writes to the configuration space.
+    pub(super) fn write_config(&self, offset: u64, data: &[u8]) {
+        self.model.write_config(&mut self.core().model, offset, data);
+    }
+
     /// The driver is ready.
     pub(super) fn activate(&self, queues: Queues<M>) -> Result<(), ActivateError> {
         let mut core = self.core();
@@ -233,16 +247,14 @@ impl<M: GuestMemory, D: Model<M>> Shared<M, D> {
         }
         let mut active = queues.as_mut().filter(|queues| *live && !queues.line().needs_reset());
         let result = self.model.batch(model, Batch { queues: active.as_deref_mut(), pass });
-        let result = result.and_then(|outcome| {
-            active.map_or(Ok(false), Queues::signal)?;
-            Ok(outcome)
-        });
+        let result = result.and_then(|outcome| active.map_or(Ok(()), Queues::signal).map(|()| outcome));
         let outcome = result.unwrap_or_else(|reason| {
             complain!(error, self.complaints, device = D::NAME, number = self.model.number(), %reason,
                 "a device stops until the driver resets it");
             self.model.stop(model);
             queues.iter().for_each(|queues| queues.line().fail());
-            Outcome { more: false, wake: true }
+            // Once more, for what the model does when it is awake.
+            Outcome { more: true, wake: true }
         });
         if outcome.wake {
             self.waker.wake();
@@ -303,13 +315,11 @@ pub enum RestoreError<R: Error> {
     Refused(R),
 }
 
-type Registers<M, D> = MmioTransport<M, Arc<Shared<M, D>>>;
-
 /// A virtio device: its registers, its thread and its model.
 ///
 /// It begins passive: the guest may set it up, but nothing moves until [`go_live`](Device::go_live).
 pub struct Slot<M: GuestMemory + Send + Sync + 'static, D: Model<M>> {
-    transport: Arc<Mutex<Registers<M, D>>>,
+    transport: Arc<Mutex<MmioTransport<M, D>>>,
     shared: Arc<Shared<M, D>>,
     worker: Option<Worker<Shared<M, D>>>,
 }
@@ -346,6 +356,23 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
     pub(super) fn start_thread(&mut self) -> io::Result<()> {
         self.worker = Some(Worker::start(self.shared.clone())?);
         Ok(())
+    }
+
+    /// What the thread does when it wakes, for a device that has none. All queues are looked at.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn turn(&self) -> bool {
+        let ready: Vec<_> = (0..Work::sources(&*self.shared).len()).collect();
+        let more = self.shared.work(&ready, &self.shared.gate.enter());
+        self.shared.rest();
+        more
+    }
+
+    /// The state as plain data; needs stopped vCPUs and a closed gate.
+    #[cfg(test)]
+    pub(super) fn state(&self) -> SavedState<D::State> {
+        let mut bytes = Vec::new();
+        self.save(&mut bytes);
+        SavedState::decode(&bytes).expect("a device saves what can be read")
     }
 
     /// What registers, thread and machine share.
@@ -388,7 +415,7 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
         Ok(())
     }
 
-    fn transport(&self) -> MutexGuard<'_, Registers<M, D>> {
+    pub(super) fn transport(&self) -> MutexGuard<'_, MmioTransport<M, D>> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -425,10 +452,10 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Device for Slot<M, D> 
     }
 
     fn save(&self, out: &mut Vec<u8>) {
-        let registers = self.transport().save();
+        let transport = self.transport();
         out.extend_from_slice(&D::State::VERSION.to_le_bytes());
         self.model().save(&self.shared.core().model, out);
-        registers.encode(out);
+        transport.save().encode(out);
     }
 
     fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError> {
@@ -450,41 +477,5 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Drop for Slot<M, D> {
 impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> std::fmt::Debug for Slot<M, D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Slot").field("device", &D::NAME).finish_non_exhaustive()
-    }
-}
-
-impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> super::VirtioDevice<M> for Arc<Shared<M, D>> {
-    fn device_type(&self) -> u32 {
-        self.identity.device_type
-    }
-    fn features(&self) -> u64 {
-        self.identity.features
-    }
-    fn queue_sizes(&self) -> &[u16] {
-        &self.identity.queue_sizes
-    }
-    fn kicks(&self) -> &[EventFd] {
-        &self.kicks
-    }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.model.config(&self.core().model);
-        for (at, byte) in (0u64..).zip(data) {
-            let at = usize::try_from(offset.saturating_add(at)).unwrap_or(usize::MAX);
-            *byte = space.get(at).copied().unwrap_or(0);
-        }
-    }
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
-        self.model.write_config(&mut self.core().model, offset, data);
-    }
-    fn activate(&mut self, activation: super::Activation<M>) -> Result<(), ActivateError> {
-        let super::Activation { memory, features, line, queues } = activation;
-        Shared::activate(self, Queues::new(memory, features, line, queues))
-    }
-    fn reset(&mut self) {
-        Shared::reset(self);
-    }
-    fn progress(&self, queue: usize) -> Option<super::QueueProgress> {
-        let (next_avail, next_used) = self.core().queues.as_ref()?.positions(queue)?;
-        Some(super::QueueProgress { next_avail, next_used })
     }
 }

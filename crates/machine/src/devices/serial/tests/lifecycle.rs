@@ -79,7 +79,7 @@ fn a_passive_port_takes_nothing() {
     rig.port.go_live();
     settle();
     assert!(!rig.ready());
-    assert_eq!(rig.port.stats().rx_dropped, 9);
+    assert_eq!(rig.end.input.dropped(), 9);
 }
 
 #[test]

@@ -4,15 +4,14 @@ mod hostile;
 mod lifecycle;
 mod traffic;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use super::{SerialHost, SerialPort};
 use crate::bus::SharedDevice;
 use crate::devices::gate::DeviceGate;
 use crate::devices::port::{PortEnd, PortSink};
-use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::hostile::{settle, wait_for};
+use crate::devices::virtio::rig::Count;
 
 const DATA: u64 = 0;
 const IER: u64 = 1;
@@ -31,15 +30,6 @@ struct Recorder(Mutex<Vec<u8>>);
 impl PortSink for Recorder {
     fn write(&self, bytes: &[u8]) {
         self.0.lock().unwrap().extend_from_slice(bytes);
-    }
-}
-
-#[derive(Default)]
-struct Count(AtomicUsize);
-
-impl Interrupt for Count {
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -99,7 +89,7 @@ impl Rig {
     }
 
     fn interrupts(&self) -> usize {
-        self.interrupts.0.load(Ordering::Relaxed)
+        self.interrupts.get()
     }
 
     fn output(&self) -> Vec<u8> {
@@ -111,17 +101,4 @@ impl Rig {
         self.port.save(&mut bytes);
         bytes
     }
-}
-
-fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !until() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-/// Gives the device thread time to do what it must not do.
-fn settle() {
-    std::thread::sleep(Duration::from_millis(20));
 }

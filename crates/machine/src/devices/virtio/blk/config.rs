@@ -7,6 +7,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::devices::virtio::COMMON_FEATURES;
+use crate::devices::virtio::slot::CONFIG_BYTES;
 
 /// Bytes of a sector, the unit of addresses and lengths.
 pub const SECTOR: u64 = 512;
@@ -29,7 +30,6 @@ pub const MAX_ZEROES: u32 = 1 << 17;
 
 /// Offset of the field `writeback`, the only one a driver writes.
 pub(super) const WRITEBACK: usize = 32;
-const LENGTH: usize = 60;
 
 /// What a disk offers its driver.
 pub(super) fn features(readonly: bool) -> u64 {
@@ -48,19 +48,9 @@ pub(super) fn writes_through(features: u64, writeback: bool) -> bool {
     if has(VIRTIO_BLK_F_CONFIG_WCE) { !writeback } else { !has(VIRTIO_BLK_F_FLUSH) }
 }
 
-/// Reads the configuration space of a disk; bytes outside of it are zero.
-pub(super) fn read(sectors: u64, queues: u16, writeback: bool, offset: u64, data: &mut [u8]) {
-    let config = space(sectors, queues, writeback);
-    let from = usize::try_from(offset).map_or(LENGTH, |offset| offset.min(LENGTH));
-    data.fill(0);
-    for (to, from) in data.iter_mut().zip(&config[from..]) {
-        *to = *from;
-    }
-}
-
-/// `struct virtio_blk_config`.
-fn space(sectors: u64, queues: u16, writeback: bool) -> [u8; LENGTH] {
-    let mut config = [0; LENGTH];
+/// The configuration space: `struct virtio_blk_config`.
+pub(super) fn space(sectors: u64, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
+    let mut config = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &sectors.to_le_bytes());
     put(8, &SEGMENT_BYTES.to_le_bytes());

@@ -1,9 +1,10 @@
-//! The disk as the transport and the machine see it.
+//! The disk: what a driver reads of it, what is shared by its threads, and what the machine does with it.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -12,25 +13,23 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::SERIAL_BYTES;
 use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE};
-use super::engine::{self, Engine, EngineKind};
+use super::engine::{self, Engine, EngineKind, Submission};
 use super::hold::ReleasedWrites;
 use super::image::{Image, ImageError};
 use super::log::WriteLog;
-use super::persist::{self, BlockState, DiskFacts, InFlight, RestoreError};
-use super::queues::Queues;
+use super::persist::{self, DiskFacts, DiskState, InFlight, Misfit};
 use super::request::Geometry;
+use super::requests::Requests;
 use super::stats::{BlockStats, Counters};
 use super::table::MAX_IN_FLIGHT;
-use super::worker::{Parts, Shared};
-use crate::bus::SharedDevice;
 use crate::devices::complaints::Complaints;
 use crate::devices::valve::{HeldOutput, Permit};
-use crate::devices::virtio::mmio::MmioTransport;
-use crate::devices::virtio::worker::Worker;
-use crate::devices::virtio::{
-    ActivateError, Activation, DeviceHost, MAX_QUEUES, QueueProgress, VirtioDevice,
-};
-use crate::devices::{Device, DeviceRestoreError};
+use crate::devices::virtio::chain::Broken;
+use crate::devices::virtio::persist::TransportState;
+use crate::devices::virtio::ring::Queues;
+use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome, Shared, Slot};
+use crate::devices::virtio::worker::event;
+use crate::devices::virtio::{ActivateError, DeviceHost};
 
 /// What the user chooses about a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,28 +73,43 @@ pub enum BlockError {
     Start(#[from] io::Error),
 }
 
-/// The device model: configuration space and activation. Its queues are worked on by the thread.
-pub struct Block<M> {
-    shared: Arc<Shared<M>>,
-    queue_sizes: Vec<u16>,
+/// What is special about a disk.
+///
+/// `sending` is held over system calls by whoever submits, and taken before the device's lock.
+pub struct Disk {
+    /// Which disk of the machine.
+    pub(super) index: u16,
+    pub(super) image: Arc<Image>,
+    pub(super) geometry: Geometry,
+    queues: u16,
+    /// A write is output.
+    pub(super) shared: bool,
+    /// When writes to a shared disk may leave.
+    pub(super) permit: Arc<Permit>,
+    pub(super) engine: Box<dyn Engine>,
+    pub(super) log: Arc<WriteLog>,
+    /// Written when a full log has room again.
+    room: EventFd,
+    pub(super) counters: Counters,
+    /// Of the disk's failures.
+    pub(super) complaints: Complaints,
+    /// Told after each batch while someone drains.
+    calm: Condvar,
+    sending: Mutex<Vec<Submission>>,
 }
 
-/// A disk with its registers and its thread.
-///
-/// It begins passive: the guest may set it up, but nothing is read or written until
-/// [`go_live`](Device::go_live).
+/// A disk. It is passive until it goes live: the guest may set it up, but nothing is read or written before.
 ///
 /// The writes to a shared disk, which both hosts use, leave as the machine's
 /// [valve](crate::devices::valve) says; any other disk has nothing to do with it.
-pub struct BlockDevice<M: GuestMemory + Send + Sync + 'static> {
-    transport: Arc<Mutex<MmioTransport<M, Block<M>>>>,
-    shared: Arc<Shared<M>>,
-    worker: Option<Worker<Shared<M>>>,
-}
+pub type BlockDevice<M> = Slot<M, Disk>;
 
 impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     /// Opens the image and puts a disk in front of it, the disk number `index` of the machine. If it is shared,
     /// its writes leave as `permit` says.
+    ///
+    /// # Errors
+    /// [`BlockError`].
     pub fn new(
         options: &DiskOptions,
         index: u16,
@@ -125,72 +139,68 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         (image, engine): (Arc<Image>, Box<dyn Engine>),
     ) -> Result<Self, BlockError> {
         let serial = serial(options.serial.as_deref(), index)?;
-        let geometry = Geometry { sectors: image.sectors(), readonly: options.readonly };
         tracing::debug!(index, path = %image.path().display(), engine = engine.name(), "a disk");
-        let DeviceHost { memory, gate, interrupt, waker } = host;
-        let (counters, shared) = (Counters::default(), options.shared);
-        let complaints = Complaints::default();
-        let parts =
-            Parts { index, image, geometry, shared, permit, engine, log, waker, counters, complaints };
-        let shared = Arc::new(Shared::new(parts, gate, options.queues, serial)?);
-        let queue_sizes = vec![QUEUE_SIZE; usize::from(options.queues)];
-        let model = Block { shared: shared.clone(), queue_sizes };
-        let transport = MmioTransport::new(memory, model, interrupt);
-        Ok(Self { transport: Arc::new(Mutex::new(transport)), shared, worker: None })
-    }
-
-    pub(super) fn start_thread(&mut self) -> io::Result<()> {
-        self.worker = Some(Worker::start(self.shared.clone())?);
-        Ok(())
-    }
-
-    /// What the thread does when it wakes, for a device that has none. All queues are looked at.
-    #[cfg(any(test, feature = "fuzzing"))]
-    pub(super) fn turn(&self) -> bool {
-        let ready: Vec<_> = (0..self.shared.kicks.len() + 2).collect();
-        let more = self.shared.work(&ready, &self.shared.gate.enter());
-        self.shared.send();
-        more
+        let room = event()?;
+        if !options.shared {
+            log.attach(index, image.bytes(), &room)?;
+        }
+        let disk = Disk {
+            index,
+            geometry: Geometry { sectors: image.sectors(), readonly: options.readonly },
+            image,
+            queues: options.queues,
+            shared: options.shared,
+            permit,
+            engine,
+            log,
+            room,
+            counters: Counters::default(),
+            complaints: Complaints::default(),
+            calm: Condvar::new(),
+            sending: Mutex::new(Vec::with_capacity(MAX_IN_FLIGHT)),
+        };
+        let requests = Requests::new(options.shared, serial);
+        Ok(Self::without_thread(disk, requests, host)?)
     }
 
     /// Which disk of the machine this is: the number of its records in the write log.
     pub fn index(&self) -> u16 {
-        self.shared.parts.index
+        self.model().index
     }
 
     /// Length of the disk.
     pub fn capacity_bytes(&self) -> u64 {
-        self.shared.parts.image.bytes()
+        self.model().image.bytes()
     }
 
     /// Whether its writes are output; if not, they are in the write log.
     pub fn is_shared(&self) -> bool {
-        self.shared.parts.shared
+        self.model().shared
     }
 
     /// Whether the guest can only read it.
     pub fn is_readonly(&self) -> bool {
-        self.shared.parts.geometry.readonly
+        self.model().geometry.readonly
     }
 
     /// The image, to be read by whoever synchronises a copy of it: see [`super::log`].
     pub fn image(&self) -> Arc<Image> {
-        self.shared.parts.image.clone()
+        self.model().image.clone()
     }
 
     /// What carries the requests to the disk: `io_uring` or `threads`.
     pub fn engine(&self) -> &'static str {
-        self.shared.parts.engine.name()
+        self.model().engine.name()
     }
 
     /// The counters.
     pub fn stats(&self) -> BlockStats {
-        BlockStats { held: self.shared.held(), ..self.shared.parts.counters.read() }
+        BlockStats { held: self.shared().held(), ..self.model().counters.read() }
     }
 
     /// How many requests the guest waits for.
     pub fn in_flight(&self) -> usize {
-        self.shared.core().in_flight()
+        self.shared().core().model.in_flight()
     }
 
     /// Takes no new requests and waits until none is in flight, but for the held writes of a shared disk. For
@@ -199,66 +209,39 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     /// [`resume`](Self::resume). `false`: it took longer than `limit`; the device has resumed by itself.
     #[must_use = "the device takes no requests until it is resumed"]
     pub fn drain(&self, limit: Duration) -> bool {
-        self.shared.drain(limit)
+        let deadline = Instant::now() + limit;
+        let mut core = self.shared().core();
+        core.model.draining = true;
+        while core.model.is_busy() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(core);
+                self.resume();
+                return false;
+            }
+            let result = self.model().calm.wait_timeout(core, left);
+            core = result.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
     }
 
     /// Ends what [`drain`](Self::drain) began.
     pub fn resume(&self) {
-        self.shared.resume();
+        self.shared().core().model.draining = false;
+        self.shared().wake_thread();
     }
 
     /// Lets the writes to a shared disk that may leave go to the engine, oldest first. The lease is asked before
     /// each: the moment it has ended, this and every later call lets nothing out until the valve is ordered to
     /// hold or to open anew. A write that waits for an earlier one it overlaps goes with a later call.
     pub fn let_out(&self) -> ReleasedWrites {
-        self.shared.let_out()
-    }
-
-    /// The state as plain data; needs stopped vCPUs and a closed gate.
-    pub fn state(&self) -> BlockState {
-        let mut bytes = Vec::with_capacity(BlockState::BYTES);
-        self.save(&mut bytes);
-        BlockState::decode(&bytes).expect("a device saves what can be decoded")
-    }
-
-    /// Takes over a saved state: see [`Device::restore`].
-    ///
-    /// # Errors
-    /// [`RestoreError`]; the device is then as after a reset.
-    pub fn take_over(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        let mut transport = self.transport();
-        let checked = self.check(bytes);
-        let state = checked.inspect_err(|_| transport.reset())?;
-        transport.restore(&state.transport)?;
-        let mut core = self.shared.core();
-        core.writeback = state.facts.writeback;
-        core.serial = state.facts.serial;
-        core.reissue.extend(state.in_flight.iter().map(|it| (it.queue, it.head)));
-        self.shared.parts.counters.set_in_flight(core.in_flight());
-        Ok(())
-    }
-
-    fn check(&self, bytes: &[u8]) -> Result<BlockState, RestoreError> {
-        let state = BlockState::decode(bytes)?;
-        let (expected, found) = (state.facts.sectors, self.shared.parts.geometry.sectors);
-        if expected != found {
-            return Err(RestoreError::Length { expected, found });
-        }
-        if state.facts.shared != self.is_shared() {
-            return Err(RestoreError::Shared(state.facts.shared));
-        }
-        state.check_in_flight()?;
-        Ok(state)
-    }
-
-    fn transport(&self) -> MutexGuard<'_, MmioTransport<M, Block<M>>> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared().let_out()
     }
 }
 
 impl<M: GuestMemory + Send + Sync + 'static> HeldOutput for BlockDevice<M> {
     fn newest_held(&self) -> Option<u64> {
-        self.shared.newest_held()
+        self.shared().newest_held()
     }
 
     fn drain(&self) {
@@ -266,96 +249,118 @@ impl<M: GuestMemory + Send + Sync + 'static> HeldOutput for BlockDevice<M> {
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> Device for BlockDevice<M> {
-    fn registers(&self) -> SharedDevice {
-        self.transport.clone()
-    }
-
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
-    }
-
-    fn go_live(&self, _announce: bool) {
-        self.shared.go_live();
-    }
-
-    fn state_bytes(&self) -> usize {
-        BlockState::BYTES
-    }
-
-    fn save(&self, out: &mut Vec<u8>) {
-        let transport = self.transport();
-        let registers = transport.save();
-        let core = self.shared.core();
-        let facts = DiskFacts {
-            sectors: self.shared.parts.geometry.sectors,
-            shared: self.is_shared(),
-            writeback: core.writeback,
-            serial: core.serial,
-        };
-        let in_flight = core.heads().map(|(queue, head)| InFlight { queue, head });
-        persist::encode(&facts, in_flight, &registers, out);
-    }
-
-    fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError> {
-        self.take_over(bytes).map_err(|error| DeviceRestoreError { device: "disk", source: error.into() })
-    }
-
-    /// What the disk has begun goes on to its end, in order with what the rebooted guest asks for.
-    fn reset(&self) {
-        self.transport().reset();
+impl Disk {
+    pub(super) fn sending(&self) -> MutexGuard<'_, Vec<Submission>> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Block<M> {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_BLOCK
+impl<M: GuestMemory> Model<M> for Disk {
+    type Core = Requests;
+    type State = DiskState;
+    type Refusal = Misfit;
+
+    const NAME: &'static str = "disk";
+    const THREAD: &'static str = "outlive-blk";
+
+    fn identity(&self) -> Identity {
+        Identity {
+            device_type: VIRTIO_ID_BLOCK,
+            features: config::features(self.geometry.readonly),
+            queue_sizes: vec![QUEUE_SIZE; self.queues.into()],
+        }
     }
 
-    fn features(&self) -> u64 {
-        config::features(self.shared.parts.geometry.readonly)
+    fn number(&self) -> Option<u16> {
+        Some(self.index)
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn config(&self, requests: &Requests) -> [u8; CONFIG_BYTES] {
+        config::space(self.geometry.sectors, self.queues, requests.writeback)
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let writeback = self.shared.core().writeback;
-        let sectors = self.shared.parts.geometry.sectors;
-        config::read(sectors, self.queue_sizes.len() as u16, writeback, offset, data);
-    }
-
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
+    fn write_config(&self, requests: &mut Requests, offset: u64, data: &[u8]) {
         // The one field that can be written; a disk that cannot be written to does not have it.
         if let (config::WRITEBACK, [value @ (0 | 1)]) = (offset as usize, data)
-            && !self.shared.parts.geometry.readonly
+            && !self.geometry.readonly
         {
-            self.shared.core().writeback = *value == 1;
+            requests.writeback = *value == 1;
         }
     }
 
-    fn activate(&mut self, activation: Activation<M>) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, line } = activation;
-        let queues: [_; MAX_QUEUES] = queues;
-        // A driver that wants fewer queues than there are leaves the last ones alone (virtio 1.2, 5.2.5).
-        if queues[0].is_none() {
-            return Err(ActivateError::QueueNotReady(0));
+    /// A driver that wants fewer queues than there are leaves the last ones alone (virtio 1.2, 5.2.5).
+    fn activate(&self, _requests: &mut Requests, queues: &Queues<M>) -> Result<(), ActivateError> {
+        queues.need(0)
+    }
+
+    /// What the disk has begun goes on to its end, in order with what the next driver asks for.
+    fn reset(&self, requests: &mut Requests) {
+        requests.abandon(self);
+        requests.writeback = true;
+        self.calm.notify_all();
+    }
+
+    fn stop(&self, requests: &mut Requests) {
+        requests.abandon(self);
+    }
+
+    fn batch(&self, requests: &mut Requests, batch: Batch<'_, M>) -> Result<Outcome, Broken> {
+        let result = requests.batch(self, batch);
+        if requests.draining {
+            self.calm.notify_all();
         }
-        self.shared.install(Queues::new(memory, line, features, queues));
-        Ok(())
+        result
     }
 
-    fn reset(&mut self) {
-        self.shared.uninstall();
+    fn save(&self, requests: &Requests, out: &mut Vec<u8>) {
+        let facts = DiskFacts {
+            sectors: self.geometry.sectors,
+            shared: self.shared,
+            writeback: requests.writeback,
+            serial: requests.serial,
+        };
+        persist::encode(&facts, requests.heads().map(|(queue, head)| InFlight { queue, head }), out);
     }
 
-    fn progress(&self, queue: usize) -> Option<QueueProgress> {
-        self.shared.core().queues.as_ref()?.progress(queue)
+    fn check(&self, state: &DiskState, transport: &TransportState) -> Result<(), Misfit> {
+        let (expected, found) = (state.facts.sectors, self.geometry.sectors);
+        if expected != found {
+            return Err(Misfit::Length { expected, found });
+        }
+        if state.facts.shared != self.shared {
+            return Err(Misfit::Shared(state.facts.shared));
+        }
+        state.check_in_flight(transport)
+    }
+
+    fn restore(&self, requests: &mut Requests, state: DiskState) {
+        requests.writeback = state.facts.writeback;
+        requests.serial = state.facts.serial;
+        requests.reissue.extend(state.in_flight.iter().map(|it| (it.queue, it.head)));
+        self.counters.set_in_flight(requests.in_flight());
+    }
+
+    /// The engine, then the log (room again).
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.engine.event().as_raw_fd(), self.room.as_raw_fd()]
+    }
+
+    fn ready(&self, requests: &mut Requests, source: usize) -> u32 {
+        requests.log_stalled &= source != 1;
+        0
+    }
+
+    /// What the requests need of the disk is submitted outside the gate, so that the coordinator never waits for
+    /// the kernel.
+    fn rest(&self, shared: &Shared<M, Self>) {
+        let mut sending = self.sending();
+        std::mem::swap(&mut *sending, &mut shared.core().model.outbox);
+        self.engine.submit(&mut sending);
+    }
+
+    fn go_live(&self, requests: &mut Requests, _queues: Option<&mut Queues<M>>, _announce: bool) -> bool {
+        requests.log_stalled = false;
+        false
     }
 }
 

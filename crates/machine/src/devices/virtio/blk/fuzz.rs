@@ -4,18 +4,14 @@ use std::sync::Arc;
 
 use outlive_epoch::image::RecordBuf;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::engine::manual::Manual;
 use super::{BlockDevice, BlockState, DiskOptions, Image, LogMode, WriteLog};
-use crate::bus::SharedDevice;
 use crate::devices::Device;
 use crate::devices::valve::{Lease, OutputMode, Permit, Valve};
-use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
-
-type Memory = GuestMemoryMmap<AtomicBitmap>;
+use crate::devices::virtio::rig::{Rig, Ring, memory};
 
 /// Bytes of the guest's memory.
 pub const MEMORY: usize = 64 << 10;
@@ -28,16 +24,6 @@ pub const RINGS: [[u64; 3]; 2] = [[0, 0x100, 0x140], [0x200, 0x300, 0x340]];
 
 const SECTORS: u64 = 64;
 
-struct Nobody;
-
-impl Interrupt for Nobody {
-    fn trigger(&self) {}
-}
-
-impl Waker for Nobody {
-    fn wake(&self) {}
-}
-
 /// Boots a driver with features and queues that depend on `control`, with `data` in its memory, and has a
 /// disk work for it. Whatever the bytes: nothing panics, the work comes to an end, the image keeps its
 /// length, and the state can be saved and restored at any time.
@@ -47,7 +33,7 @@ impl Waker for Nobody {
 /// If the device does something it must not do.
 pub fn fuzz(data: &[u8]) {
     let Some((control, contents)) = data.split_first_chunk::<CONTROL>() else { return };
-    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("a little memory"));
+    let memory = memory(MEMORY);
     let len = contents.len().min(MEMORY);
     memory.write_slice(&contents[..len], GuestAddress(0)).expect("it fits");
 
@@ -65,18 +51,19 @@ pub fn fuzz(data: &[u8]) {
     let permit = passing();
     let valve = Valve::new(permit.clone(), Vec::new());
     let make = |image: &Arc<Image>, manual: &Manual, permit: &Arc<Permit>| {
-        let host = DeviceHost {
-            memory: memory.clone(),
-            gate: Arc::default(),
-            interrupt: Arc::new(Nobody),
-            waker: Arc::new(Nobody),
-        };
-        let engine = Box::new(manual.clone());
-        BlockDevice::with_engine(&options, 0, log.clone(), permit.clone(), host, (image.clone(), engine))
-            .expect("a disk")
+        Rig::on(memory.clone(), |host| {
+            let engine = (image.clone(), Box::new(manual.clone()) as _);
+            BlockDevice::with_engine(&options, 0, log.clone(), permit.clone(), host, engine).expect("a disk")
+        })
     };
-    let device = make(&image, &manual, &permit);
-    boot(&device.registers(), control[0] & 4 != 0);
+    let rig = make(&image, &manual, &permit);
+    let event_idx = if control[0] & 4 != 0 { 0 } else { 1 << 29 };
+    rig.negotiate(rig.offered() & !event_idx);
+    for (queue, at) in RINGS.into_iter().enumerate() {
+        rig.add_queue(queue as u32, &Ring::new(&memory, at, QUEUE));
+    }
+    rig.start();
+    let device = rig.device;
     device.go_live(false);
     if control[0] & 8 != 0 {
         valve.hold(1).expect("nothing is held");
@@ -88,7 +75,7 @@ pub fn fuzz(data: &[u8]) {
     device.save(&mut saved);
     assert!(saved.len() <= BlockState::BYTES, "a state of {} bytes", saved.len());
     let restored = Manual::new(image.clone()).expect("an event");
-    let other = make(&image, &restored, &passing());
+    let other = make(&image, &restored, &passing()).device;
     if let Err(error) = other.restore(&saved) {
         // The guest may have overwritten what the positions in the rings are checked against: nothing else.
         panic!("what was saved cannot be restored: {error}");
@@ -103,33 +90,6 @@ pub fn fuzz(data: &[u8]) {
     finish(&other, &restored, &log);
     assert_eq!(file.as_file().metadata().expect("a file").len(), SECTORS * 512, "the image keeps its length");
     assert!(memory.check_range(GuestAddress(0), MEMORY, vm_memory::Permissions::ReadWrite));
-}
-
-/// Takes the device through its registers to the point where it runs.
-fn boot(registers: &SharedDevice, event_idx: bool) {
-    let write = |register: u64, value: u32| {
-        registers.lock().expect("nothing panics").write(register, &value.to_le_bytes());
-    };
-    let offered = {
-        let mut word = [0; 4];
-        write(0x14, 0);
-        registers.lock().expect("nothing panics").read(0x10, &mut word);
-        u32::from_le_bytes(word)
-    };
-    write(0x70, 3);
-    write(0x20, if event_idx { offered } else { offered & !(1 << 29) });
-    write(0x24, 1);
-    write(0x20, 1);
-    write(0x70, 11);
-    for (queue, [table, available, used]) in RINGS.into_iter().enumerate() {
-        write(0x30, queue as u32);
-        write(0x38, QUEUE.into());
-        write(0x80, table as u32);
-        write(0x90, available as u32);
-        write(0xa0, used as u32);
-        write(0x44, 1);
-    }
-    write(0x70, 15);
 }
 
 /// Some turns of the device and of the disk.

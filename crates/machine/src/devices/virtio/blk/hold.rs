@@ -11,10 +11,10 @@
 
 use vm_memory::GuestMemory;
 
-use super::stats::add;
-use super::table::{Slot, Stage};
-use super::worker::{Parts, Shared};
+use super::device::Disk;
+use super::table::{Entry, Stage};
 use crate::devices::valve::{Fate, Order, OutputMode};
+use crate::devices::virtio::slot::Shared;
 
 /// What a drain let out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,54 +26,54 @@ pub struct ReleasedWrites {
     pub complete: bool,
 }
 
-impl Parts {
+impl Disk {
     /// Whether this is a write that has not been given to the engine, and not discarded.
-    fn is_held(&self, order: Order, slot: &Slot) -> bool {
-        matches!(slot.stage, Stage::Waiting | Stage::Filling(_))
-            && slot.job.kind.changes()
-            && self.permit.fate(order, slot.tag) != Fate::Dropped
+    fn is_held(&self, order: Order, entry: &Entry) -> bool {
+        matches!(entry.stage, Stage::Waiting | Stage::Filling(_))
+            && entry.job.kind.changes()
+            && self.permit.fate(order, entry.tag) != Fate::Dropped
     }
 
     /// Whether a held write may leave.
-    fn leaves(&self, order: Order, slot: &Slot) -> bool {
-        slot.stage == Stage::Waiting
-            && slot.job.kind.changes()
-            && slot.waits == 0
-            && self.permit.fate(order, slot.tag) == Fate::Leaves
+    fn leaves(&self, order: Order, entry: &Entry) -> bool {
+        entry.stage == Stage::Waiting
+            && entry.job.kind.changes()
+            && entry.waits == 0
+            && self.permit.fate(order, entry.tag) == Fate::Leaves
     }
 }
 
-impl<M: GuestMemory> Shared<M> {
+impl<M: GuestMemory> Shared<M, Disk> {
     /// See [`super::BlockDevice::let_out`].
     pub(super) fn let_out(&self) -> ReleasedWrites {
         let mut released = ReleasedWrites { writes: 0, complete: true };
-        if !self.parts.shared {
+        if !self.model.shared {
             return released;
         }
-        let parts = &self.parts;
-        let mut sending = self.sending();
+        let disk = &self.model;
+        let mut sending = disk.sending();
         loop {
-            let order = parts.permit.order();
+            let order = disk.permit.order();
             if order.mode() == OutputMode::Discard || order.is_refused() {
                 released.complete = false;
                 return released;
             }
             let next = {
                 let core = self.core();
-                core.table.iter().find(|(_, slot)| parts.leaves(order, slot)).map(|(token, _)| token)
+                core.model.table.iter().find(|(_, entry)| disk.leaves(order, entry)).map(|(token, _)| token)
             };
             let Some(token) = next else { return released };
-            if !parts.permit.confirms(order) {
+            if !disk.permit.confirms(order) {
                 continue;
             }
             let mut core = self.core();
             // The device may have been reset since it was looked at.
-            if parts.leaves(order, core.table.get(token)) {
-                core.start(parts, token);
-                std::mem::swap(&mut *sending, &mut core.outbox);
+            if disk.leaves(order, core.model.table.get(token)) {
+                core.model.start(disk, token);
+                std::mem::swap(&mut *sending, &mut core.model.outbox);
                 drop(core);
-                parts.engine.submit(&mut sending);
-                add(&parts.counters.released, 1);
+                disk.engine.submit(&mut sending);
+                disk.counters.released.add(1);
                 released.writes += 1;
             }
         }
@@ -81,17 +81,22 @@ impl<M: GuestMemory> Shared<M> {
 
     /// The newest epoch of which a write is held.
     pub(super) fn newest_held(&self) -> Option<u64> {
-        let (parts, order) = (&self.parts, self.parts.permit.order());
+        let (disk, order) = (&self.model, self.model.permit.order());
         let core = self.core();
-        core.table.iter().filter(|(_, slot)| parts.is_held(order, slot)).map(|(_, slot)| slot.tag.epoch).max()
+        core.model
+            .table
+            .iter()
+            .filter(|(_, entry)| disk.is_held(order, entry))
+            .map(|(_, entry)| entry.tag.epoch)
+            .max()
     }
 
     /// Writes that wait for their commit.
     pub(super) fn held(&self) -> u64 {
-        let (parts, order) = (&self.parts, self.parts.permit.order());
-        if !parts.shared || order.mode() != OutputMode::Hold {
+        let (disk, order) = (&self.model, self.model.permit.order());
+        if !disk.shared || order.mode() != OutputMode::Hold {
             return 0;
         }
-        self.core().table.iter().filter(|(_, slot)| parts.is_held(order, slot)).count() as u64
+        self.core().model.table.iter().filter(|(_, entry)| disk.is_held(order, entry)).count() as u64
     }
 }

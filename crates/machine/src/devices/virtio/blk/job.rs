@@ -4,7 +4,7 @@ use outlive_epoch::image::{DiskOp, DiskRecord};
 
 use super::engine::{Operation, ZEROES};
 use super::log::MAX_RECORD;
-use super::request::{Extent, Kind, Status};
+use super::request::{Extent, RequestType, Status};
 
 /// How a range is made zero. What the host's file system cannot do is tried with the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ struct Logged {
 /// A request for the disk, with its position in its work.
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) kind: Kind,
+    pub(super) kind: RequestType,
     /// All of the disk that is concerned, from the first byte to the last.
     pub(super) span: Extent,
     /// Bytes of data.
@@ -73,7 +73,7 @@ impl Job {
     /// A job without work, to be filled by [`begin`](Self::begin).
     pub(super) fn idle() -> Self {
         Self {
-            kind: Kind::Flush,
+            kind: RequestType::Flush,
             span: Extent { offset: 0, len: 0, unmap: false },
             len: 0,
             ranges: Vec::new(),
@@ -88,8 +88,8 @@ impl Job {
     }
 
     /// Begins a request; its ranges are in `ranges` already.
-    pub(super) fn begin(&mut self, kind: Kind, span: Extent, len: usize, write_through: bool) {
-        let phase = if kind == Kind::Flush { Phase::Sync } else { Phase::Work };
+    pub(super) fn begin(&mut self, kind: RequestType, span: Extent, len: usize, write_through: bool) {
+        let phase = if kind == RequestType::Flush { Phase::Sync } else { Phase::Work };
         let ranges = std::mem::take(&mut self.ranges);
         *self = Self { kind, span, len, ranges, phase, write_through, ..Self::idle() };
         self.choose_method();
@@ -105,8 +105,8 @@ impl Job {
                 let from = self.done as usize;
                 let offset = self.span.offset + self.done;
                 Some(match self.kind {
-                    Kind::Read => Operation::Read { offset, from, len: self.len - from },
-                    Kind::Write => Operation::Write { offset, from, len: self.len - from },
+                    RequestType::Read => Operation::Read { offset, from, len: self.len - from },
+                    RequestType::Write => Operation::Write { offset, from, len: self.len - from },
                     _ => self.zero(),
                 })
             }
@@ -130,7 +130,9 @@ impl Job {
                 self.retries += 1;
                 After::Again
             }
-            (Phase::Work, Err(libc::EOPNOTSUPP)) if self.kind != Kind::Read && self.kind != Kind::Write => {
+            (Phase::Work, Err(libc::EOPNOTSUPP))
+                if self.kind != RequestType::Read && self.kind != RequestType::Write =>
+            {
                 self.other_method()
             }
             (_, Err(number)) => self.finish(Status::IoError, Some(number)),
@@ -141,7 +143,7 @@ impl Job {
 
     fn advance(&mut self, bytes: u64) -> After {
         match self.kind {
-            Kind::Read | Kind::Write => {
+            RequestType::Read | RequestType::Write => {
                 // Nothing moved: the image has become shorter.
                 if bytes == 0 {
                     return self.finish(Status::IoError, Some(libc::EIO));
@@ -173,7 +175,7 @@ impl Job {
 
     /// Passes over ranges without bytes, and ends the work behind the last range.
     fn skip_empty(&mut self) {
-        if !matches!(self.kind, Kind::Discard | Kind::WriteZeroes) {
+        if !matches!(self.kind, RequestType::Discard | RequestType::WriteZeroes) {
             return;
         }
         while self.ranges.get(self.current).is_some_and(|range| range.len == 0) {
@@ -206,7 +208,7 @@ impl Job {
     /// The host's file system cannot do what was asked.
     fn other_method(&mut self) -> After {
         // A discard is a hint. What was not discarded has not changed.
-        if self.kind == Kind::Discard {
+        if self.kind == RequestType::Discard {
             return self.finish(Status::Ok, None);
         }
         if self.method == Method::Zeroes {
@@ -219,13 +221,13 @@ impl Job {
     /// The next thing this job has changed that is not in the log yet; `None` when all is.
     pub(super) fn next_change<'a>(&self, disk: u16, buffer: &'a [u8]) -> Option<DiskRecord<'a>> {
         match self.kind {
-            Kind::Write if self.logged.bytes < self.done => {
+            RequestType::Write if self.logged.bytes < self.done => {
                 let from = self.logged.bytes as usize;
                 let to = (self.done as usize).min(from + MAX_RECORD);
                 let offset = self.span.offset + self.logged.bytes;
                 return Some(DiskRecord { disk, offset, op: DiskOp::Data(&buffer[from..to]) });
             }
-            Kind::Discard | Kind::WriteZeroes => {
+            RequestType::Discard | RequestType::WriteZeroes => {
                 for (index, range) in self.ranges.iter().enumerate().skip(self.logged.ranges) {
                     let len = match index.cmp(&self.current) {
                         std::cmp::Ordering::Less => range.len,
@@ -239,7 +241,7 @@ impl Job {
             }
             _ => {}
         }
-        let synced = self.kind == Kind::Flush || self.write_through && self.kind.changes();
+        let synced = self.kind == RequestType::Flush || self.write_through && self.kind.changes();
         let durable = synced && self.phase == Phase::Finished(Status::Ok) && !self.logged.flush;
         durable.then_some(DiskRecord { disk, offset: 0, op: DiskOp::Flush })
     }

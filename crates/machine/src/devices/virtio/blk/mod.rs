@@ -7,9 +7,8 @@
 //! ```
 //!
 //! - [`device`]: the machine's handle. [`config`]: what the guest is told, and the limits.
-//! - `request`: reading descriptor chains. `queues`: taking and giving them back.
-//! - `core`: the way of a request, in short steps inside the gate; `table`: the requests in flight and the
-//!   order of those that overlap; `job`: the operations of one request; `pool`: bounce buffers.
+//! - `request`: what a driver asks for. `requests`: the way of a request, in short steps inside the
+//!   gate; `table`: the requests in flight and the order of those that overlap; `job`: the operations of one request; `pool`: bounce buffers.
 //! - `engine`: the host's kernel does the work, outside the gate. [`image`]: what it works on.
 //! - [`log`]: what a checkpoint gets to know of completed writes. [`buffer`], [`chunks`]: its data.
 //! - `hold`: writes to a shared disk wait for their commit.
@@ -40,7 +39,6 @@
 
 pub mod chunks;
 pub mod config;
-mod core;
 pub mod device;
 mod engine;
 mod hold;
@@ -49,11 +47,10 @@ mod job;
 pub mod log;
 pub mod persist;
 mod pool;
-mod queues;
 mod request;
+mod requests;
 pub mod stats;
 mod table;
-mod worker;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
@@ -61,12 +58,12 @@ pub mod fuzz;
 mod tests;
 
 pub use chunks::{CHUNK, ChunkSet};
-pub use device::{Block, BlockDevice, BlockError, DiskOptions};
+pub use device::{BlockDevice, BlockError, Disk, DiskOptions};
 pub use engine::EngineKind;
 pub use hold::ReleasedWrites;
 pub use image::{Image, ImageError};
 pub use log::{LogMode, LogStats, MAX_RECORD, WriteLog};
-pub use persist::{BlockState, DiskFacts, InFlight, RestoreError};
+pub use persist::{BlockState, DiskFacts, DiskState, InFlight, Misfit};
 pub use stats::BlockStats;
 pub use table::MAX_IN_FLIGHT;
 

@@ -1,4 +1,4 @@
-//! The saved state of a disk.
+//! What is saved of a disk beside its registers.
 //!
 //! Its contents are not in it: they are replicated, or shared. The requests in flight are: their chains lie
 //! behind the position in the available ring and are not in the used ring, so this list is the only trace of
@@ -9,13 +9,7 @@ use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_
 
 use super::SERIAL_BYTES;
 use super::table::MAX_IN_FLIGHT;
-use crate::devices::virtio::mmio::TransportRestoreError;
-use crate::devices::virtio::persist::{DecodeError, Fields, TransportState};
-
-/// The version written.
-///
-/// - 1: sectors, shared, writeback, serial number, requests in flight, transport.
-pub const VERSION: u16 = 1;
+use crate::devices::virtio::persist::{DecodeError, DeviceState, Fields, SavedState, TransportState};
 
 /// What a driver has been told of a disk, and has told it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,23 +33,21 @@ pub struct InFlight {
     pub head: u16,
 }
 
-/// Everything a resumed guest expects to find again in its disk.
+/// A disk's own part of its state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BlockState {
+pub struct DiskState {
     /// The disk.
     pub facts: DiskFacts,
     /// The requests in flight, oldest first.
     pub in_flight: Vec<InFlight>,
-    /// Registers and queue positions.
-    pub transport: TransportState,
 }
 
-/// Why a saved state cannot be taken over. The device is then as after a reset.
+/// Everything that a resumed guest expects to find again in its disk.
+pub type BlockState = SavedState<DiskState>;
+
+/// Why a saved state does not fit a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum RestoreError {
-    /// The bytes are not a state.
-    #[error("cannot read the state of the disk: {0}")]
-    Decode(#[from] DecodeError),
+pub enum Misfit {
     /// The image has another length.
     #[error(
         "the guest's disk has {expected} sectors, the image here has {found}: synchronise the image first"
@@ -87,19 +79,11 @@ pub enum RestoreError {
         /// What the list says.
         listed: u16,
     },
-    /// The state does not fit the device or the guest's memory.
-    #[error("cannot restore the disk: {0}")]
-    Transport(#[from] TransportRestoreError),
 }
 
-/// Appends a state to `out`. Does not allocate if `out` has room for [`BlockState::BYTES`] more.
-pub(super) fn encode(
-    facts: &DiskFacts,
-    in_flight: impl Iterator<Item = InFlight>,
-    transport: &TransportState,
-    out: &mut Vec<u8>,
-) {
-    out.extend_from_slice(&VERSION.to_le_bytes());
+/// Appends a disk's part of a state to `out`. Does not allocate if `out` has room for [`DiskState::BYTES`]
+/// more.
+pub(super) fn encode(facts: &DiskFacts, in_flight: impl Iterator<Item = InFlight>, out: &mut Vec<u8>) {
     out.extend_from_slice(&facts.sectors.to_le_bytes());
     out.push(u8::from(facts.shared));
     out.push(u8::from(facts.writeback));
@@ -113,50 +97,42 @@ pub(super) fn encode(
         count += 1;
     }
     out[count_at..count_at + 2].copy_from_slice(&count.to_le_bytes());
-    transport.encode(out);
 }
 
-impl BlockState {
-    /// Most bytes of an encoded state.
-    pub const BYTES: usize = 2 + 8 + 1 + 1 + SERIAL_BYTES + 2 + MAX_IN_FLIGHT * 4 + TransportState::BYTES;
+impl DeviceState for DiskState {
+    /// - 1: sectors, shared, writeback, serial number, requests in flight, transport.
+    const VERSION: u16 = 1;
+    const BYTES: usize = 8 + 1 + 1 + SERIAL_BYTES + 2 + MAX_IN_FLIGHT * 4;
 
-    /// Appends the state to `out`.
-    pub fn encode(&self, out: &mut Vec<u8>) {
-        encode(&self.facts, self.in_flight.iter().copied(), &self.transport, out);
+    fn encode(&self, out: &mut Vec<u8>) {
+        encode(&self.facts, self.in_flight.iter().copied(), out);
     }
 
-    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut fields = Fields::new(bytes);
-        let version = fields.u16()?;
-        if version != VERSION {
-            return Err(DecodeError::Version { found: version, known: VERSION });
-        }
-        let sectors = fields.u64()?;
-        let shared = fields.flag("shared")?;
-        let writeback = fields.flag("writeback")?;
-        let serial = fields.array()?;
-        let count = fields.u16()?;
+    fn decode(bytes: &mut Fields<'_>) -> Result<Self, DecodeError> {
+        let sectors = bytes.u64()?;
+        let shared = bytes.flag("shared")?;
+        let writeback = bytes.flag("writeback")?;
+        let serial = bytes.array()?;
+        let count = bytes.u16()?;
         if usize::from(count) > MAX_IN_FLIGHT {
             return Err(DecodeError::Value { field: "requests in flight", value: u64::from(count) });
         }
         let in_flight = (0..count)
-            .map(|_| Ok(InFlight { queue: fields.u16()?, head: fields.u16()? }))
+            .map(|_| Ok(InFlight { queue: bytes.u16()?, head: bytes.u16()? }))
             .collect::<Result<_, DecodeError>>()?;
-        let transport = TransportState::decode(&mut fields)?;
-        fields.finish()?;
-        Ok(Self { facts: DiskFacts { sectors, shared, writeback, serial }, in_flight, transport })
+        Ok(Self { facts: DiskFacts { sectors, shared, writeback, serial }, in_flight })
     }
+}
 
+impl DiskState {
     /// Checks the list of requests against the queues.
-    pub(super) fn check_in_flight(&self) -> Result<(), RestoreError> {
-        let transport = &self.transport;
+    pub(super) fn check_in_flight(&self, transport: &TransportState) -> Result<(), Misfit> {
         let runs = transport.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
             && transport.status & VIRTIO_CONFIG_S_NEEDS_RESET == 0;
         let queues = &transport.queues[..transport.queue_count as usize];
         let mut seen = vec![Vec::new(); queues.len()];
         for &InFlight { queue, head } in &self.in_flight {
-            let refused = RestoreError::InFlight { queue, head };
+            let refused = Misfit::InFlight { queue, head };
             let record = queues.get(usize::from(queue)).ok_or(refused)?;
             let heads = &mut seen[usize::from(queue)];
             if !runs || !record.ready || head >= record.size || heads.contains(&head) {
@@ -167,7 +143,7 @@ impl BlockState {
         for (queue, (record, heads)) in queues.iter().zip(seen).enumerate().filter(|_| runs) {
             let (expected, listed) = (record.next_avail.wrapping_sub(record.next_used), heads.len() as u16);
             if record.ready && expected != listed {
-                return Err(RestoreError::Count { queue: queue as u16, expected, listed });
+                return Err(Misfit::Count { queue: queue as u16, expected, listed });
             }
         }
         Ok(())

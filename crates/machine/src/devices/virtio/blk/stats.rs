@@ -1,95 +1,47 @@
 //! What a disk counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::devices::counters::counters;
 
-/// Counters of a disk since its start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BlockStats {
+counters! {
+    /// What has gone through a disk since its start.
+    BlockStats, Counters:
     /// Reads that the guest was told are done.
-    pub reads: u64,
+    reads,
     /// Their bytes.
-    pub read_bytes: u64,
+    read_bytes,
     /// Writes.
-    pub writes: u64,
+    writes,
     /// Their bytes.
-    pub write_bytes: u64,
+    write_bytes,
     /// Flushes.
-    pub flushes: u64,
+    flushes,
     /// Requests to discard.
-    pub discards: u64,
+    discards,
     /// Requests to write zeroes.
-    pub zeroes: u64,
+    zeroes,
     /// Requests that failed, because of the host's disk or because they made no sense.
-    pub errors: u64,
+    errors,
     /// Requests in flight now.
-    pub in_flight: u64,
+    in_flight,
     /// Most requests in flight at one time.
-    pub most_in_flight: u64,
+    most_in_flight,
     /// Requests that had to wait for an earlier one that they overlap.
-    pub serialised: u64,
+    serialised,
     /// Writes to a shared disk that wait for the commit of their epoch now.
-    pub held: u64,
+    held,
     /// Writes to a shared disk that were held and then let go.
-    pub released: u64,
+    released,
     /// How often completed writes found the write log full.
-    pub log_full: u64,
+    log_full,
     /// How often a request had to stay with the guest for want of bounce buffers.
-    pub no_room: u64,
+    no_room,
     /// Requests issued again after a restore.
-    pub reissued: u64,
-}
-
-/// The counters at work: written under the device's lock, read by anyone.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) reads: AtomicU64,
-    pub(super) read_bytes: AtomicU64,
-    pub(super) writes: AtomicU64,
-    pub(super) write_bytes: AtomicU64,
-    pub(super) flushes: AtomicU64,
-    pub(super) discards: AtomicU64,
-    pub(super) zeroes: AtomicU64,
-    pub(super) errors: AtomicU64,
-    in_flight: AtomicU64,
-    most_in_flight: AtomicU64,
-    pub(super) serialised: AtomicU64,
-    pub(super) held: AtomicU64,
-    pub(super) released: AtomicU64,
-    pub(super) log_full: AtomicU64,
-    pub(super) no_room: AtomicU64,
-    pub(super) reissued: AtomicU64,
-}
-
-/// Adds to a counter.
-pub(super) fn add(counter: &AtomicU64, more: u64) {
-    counter.fetch_add(more, Ordering::Relaxed);
+    reissued,
 }
 
 impl Counters {
     pub(super) fn set_in_flight(&self, count: usize) {
-        self.in_flight.store(count as u64, Ordering::Relaxed);
-        self.most_in_flight.fetch_max(count as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn read(&self) -> BlockStats {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        BlockStats {
-            reads: get(&self.reads),
-            read_bytes: get(&self.read_bytes),
-            writes: get(&self.writes),
-            write_bytes: get(&self.write_bytes),
-            flushes: get(&self.flushes),
-            discards: get(&self.discards),
-            zeroes: get(&self.zeroes),
-            errors: get(&self.errors),
-            in_flight: get(&self.in_flight),
-            most_in_flight: get(&self.most_in_flight),
-            serialised: get(&self.serialised),
-            held: get(&self.held),
-            released: get(&self.released),
-            log_full: get(&self.log_full),
-            no_room: get(&self.no_room),
-            reissued: get(&self.reissued),
-        }
+        self.in_flight.set(count as u64);
+        self.most_in_flight.raise(count as u64);
     }
 }

@@ -7,9 +7,10 @@
 use super::config::QUEUE_SIZE;
 use super::job::Job;
 use super::pool::Buffer;
-use super::request::{Segments, Status};
+use super::request::{RequestType, Status};
 use crate::devices::valve::Tag;
 use crate::devices::virtio::MAX_QUEUES;
+use crate::devices::virtio::chain::Chain;
 
 /// Most requests of a disk in flight at a time.
 pub const MAX_IN_FLIGHT: usize = 256;
@@ -19,7 +20,7 @@ const _: () = assert!(QUEUE_SIZE == u128::BITS as u16, "one bit for each descrip
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nowhere: the slot is free.
+    /// Nowhere: the entry is free.
     Free,
     /// So many bytes of its data have been copied from guest memory.
     Filling(usize),
@@ -35,7 +36,7 @@ pub(super) enum Stage {
 
 /// A request in flight.
 #[derive(Debug)]
-pub(super) struct Slot {
+pub(super) struct Entry {
     pub(super) stage: Stage,
     pub(super) queue: u16,
     pub(super) head: u16,
@@ -45,7 +46,7 @@ pub(super) struct Slot {
     pub(super) waits: u16,
     /// When it was taken: says when a write to a shared disk may leave.
     pub(super) tag: Tag,
-    pub(super) segments: Segments,
+    pub(super) chain: Chain,
     pub(super) job: Job,
     pub(super) buffer: Buffer,
 }
@@ -53,9 +54,9 @@ pub(super) struct Slot {
 /// All requests in flight of one disk.
 #[derive(Debug)]
 pub(super) struct Table {
-    slots: Vec<Slot>,
+    entries: Vec<Entry>,
     free: Vec<u16>,
-    /// Slots in use, oldest request first.
+    /// Entries in use, oldest request first.
     order: Vec<u16>,
     /// The heads in flight of each queue.
     heads: [u128; MAX_QUEUES],
@@ -65,19 +66,19 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(reads_wait: bool) -> Self {
-        let slot = || Slot {
+        let entry = || Entry {
             stage: Stage::Free,
             queue: 0,
             head: 0,
             orphan: false,
             waits: 0,
             tag: Tag::NONE,
-            segments: Segments::default(),
+            chain: Chain::default(),
             job: Job::idle(),
             buffer: Buffer::new(),
         };
         Self {
-            slots: (0..MAX_IN_FLIGHT).map(|_| slot()).collect(),
+            entries: (0..MAX_IN_FLIGHT).map(|_| entry()).collect(),
             free: (0..MAX_IN_FLIGHT as u16).rev().collect(),
             order: Vec::with_capacity(MAX_IN_FLIGHT),
             heads: [0; MAX_QUEUES],
@@ -89,27 +90,27 @@ impl Table {
         self.free.is_empty()
     }
 
-    pub(super) fn get(&self, token: u16) -> &Slot {
-        &self.slots[usize::from(token)]
+    pub(super) fn get(&self, token: u16) -> &Entry {
+        &self.entries[usize::from(token)]
     }
 
-    pub(super) fn get_mut(&mut self, token: u16) -> &mut Slot {
-        &mut self.slots[usize::from(token)]
+    pub(super) fn get_mut(&mut self, token: u16) -> &mut Entry {
+        &mut self.entries[usize::from(token)]
     }
 
     /// Those in flight, oldest first.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u16, &Slot)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u16, &Entry)> {
         self.order.iter().map(|&token| (token, self.get(token)))
     }
 
-    /// The slots in use at some moment, oldest request first, to be walked while the table changes.
+    /// The entries in use at some moment, oldest request first, to be walked while the table changes.
     pub(super) fn token_at(&self, position: usize) -> Option<u16> {
         self.order.get(position).copied()
     }
 
     /// Queue and head of each request the driver waits for, oldest first.
     pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
-        self.iter().filter(|(_, slot)| !slot.orphan).map(|(_, slot)| (slot.queue, slot.head))
+        self.iter().filter(|(_, entry)| !entry.orphan).map(|(_, entry)| (entry.queue, entry.head))
     }
 
     /// Whether the driver waits for this chain.
@@ -117,8 +118,8 @@ impl Table {
         self.heads[usize::from(queue)] & 1 << head != 0
     }
 
-    /// The slot the next request will get, to read the request into.
-    pub(super) fn next_free(&mut self) -> Option<&mut Slot> {
+    /// The entry the next request will get, to read the request into.
+    pub(super) fn next_free(&mut self) -> Option<&mut Entry> {
         let token = *self.free.last()?;
         Some(self.get_mut(token))
     }
@@ -130,9 +131,9 @@ impl Table {
         let waits = self.iter().filter(|(_, earlier)| earlier.holds_up(job, self.reads_wait)).count() as u16;
         self.order.push(token);
         self.heads[usize::from(queue)] |= 1 << head;
-        let slot = self.get_mut(token);
-        (slot.stage, slot.queue, slot.head) = (stage, queue, head);
-        (slot.waits, slot.tag, slot.orphan) = (waits, tag, false);
+        let entry = self.get_mut(token);
+        (entry.stage, entry.queue, entry.head) = (stage, queue, head);
+        (entry.waits, entry.tag, entry.orphan) = (waits, tag, false);
         Some(token)
     }
 
@@ -142,9 +143,9 @@ impl Table {
         let Some(position) = self.order.iter().position(|&it| it == token) else { return };
         for &later in &self.order[position + 1..] {
             if self.get(token).holds_up(&self.get(later).job, self.reads_wait) {
-                let slot = &mut self.slots[usize::from(later)];
-                slot.waits -= 1;
-                if slot.waits == 0 {
+                let entry = &mut self.entries[usize::from(later)];
+                entry.waits -= 1;
+                if entry.waits == 0 {
                     done(later);
                 }
             }
@@ -153,33 +154,33 @@ impl Table {
 
     /// The driver no longer waits for `token`.
     pub(super) fn orphan(&mut self, token: u16) {
-        let slot = &mut self.slots[usize::from(token)];
-        slot.orphan = true;
-        self.heads[usize::from(slot.queue)] &= !(1 << slot.head);
+        let entry = &mut self.entries[usize::from(token)];
+        entry.orphan = true;
+        self.heads[usize::from(entry.queue)] &= !(1 << entry.head);
     }
 
-    /// Gives the slot free. Returns its buffer.
+    /// Gives the entry free. Returns its buffer.
     pub(super) fn free(&mut self, token: u16) -> Buffer {
-        let slot = &mut self.slots[usize::from(token)];
-        if !slot.orphan {
-            self.heads[usize::from(slot.queue)] &= !(1 << slot.head);
+        let entry = &mut self.entries[usize::from(token)];
+        if !entry.orphan {
+            self.heads[usize::from(entry.queue)] &= !(1 << entry.head);
         }
-        slot.stage = Stage::Free;
-        let buffer = std::mem::take(&mut slot.buffer);
+        entry.stage = Stage::Free;
+        let buffer = std::mem::take(&mut entry.buffer);
         self.order.retain(|&it| it != token);
         self.free.push(token);
         buffer
     }
 }
 
-impl Slot {
+impl Entry {
     /// Whether this request, taken earlier, must be done before `later` may start.
     fn holds_up(&self, later: &Job, reads_wait: bool) -> bool {
         let under_way = matches!(self.stage, Stage::Filling(_) | Stage::Waiting | Stage::Running);
         let (mine, its) = (&self.job.span, &later.span);
         under_way
             && self.job.kind.changes()
-            && (later.kind.changes() || reads_wait && later.kind == super::request::Kind::Read)
+            && (later.kind.changes() || reads_wait && later.kind == RequestType::Read)
             && mine.offset < its.end()
             && its.offset < mine.end()
     }

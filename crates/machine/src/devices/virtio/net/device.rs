@@ -1,30 +1,31 @@
-//! The network device as the transport and the machine see it.
+//! The network card: what a driver reads of it, what it sets, and what the port and the network are told.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use vm_memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::config::config_space;
+use super::announce::{self, Schedule};
+use super::control::Settings;
+use super::frames::{Bounce, Pair, bounce, rx_bit};
 use super::mac::MacAddr;
-use super::offload::{CTRL_VQ, MQ, effective, offered};
+use super::offload::{CTRL_VQ, GUEST_ANNOUNCE, GUEST_OFFLOADS, MQ, effective, offered};
 use super::output::{MAX_PACKET, Output, OutputLimits};
-use super::persist::{NetState, RestoreError};
-use super::queues::Queues;
-use super::stats::NetStats;
+use super::persist::{CardState, ImpossibleSetting};
+use super::stats::{Counters, NetStats};
 use super::tap::{FramePort, Tap, TapError};
-use super::worker::Shared;
-use crate::bus::SharedDevice;
+use crate::devices::complaints::{Complaints, complain};
 use crate::devices::valve::Permit;
-use crate::devices::virtio::mmio::MmioTransport;
-use crate::devices::virtio::worker::Worker;
-use crate::devices::virtio::{
-    ActivateError, Activation, DeviceHost, MAX_QUEUES, QueueProgress, VirtioDevice,
-};
-use crate::devices::{Device, DeviceRestoreError};
+use crate::devices::virtio::chain::Broken;
+use crate::devices::virtio::persist::{DeviceState, TransportState};
+use crate::devices::virtio::ring::Queues;
+use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome, Shared, Slot};
+use crate::devices::virtio::{ActivateError, DeviceHost, MAX_QUEUES};
 
 /// Largest size of the queues that carry frames: 256 each way.
 const FRAMES: u16 = 256;
@@ -34,6 +35,11 @@ const COMMANDS: u16 = 64;
 /// Most queue pairs: with the control queue they are at most [`MAX_QUEUES`].
 pub const MAX_PAIRS: u16 = 8;
 const _: () = assert!(2 * (MAX_PAIRS as usize) < MAX_QUEUES);
+
+/// Most stale frames thrown away when the device goes live: more than a tap queues by default (1000).
+const MAX_STALE: u64 = 10_000;
+/// The transmit queues of all pairs.
+const ALL_TX: u32 = 0xaaaa_aaaa;
 
 /// What the user chooses about a network device.
 #[derive(Clone, Debug)]
@@ -67,25 +73,50 @@ pub enum NetError {
     Start(#[from] io::Error),
 }
 
-/// The device model: configuration space and activation. Its queues are worked on by the thread.
-pub struct Net<M> {
-    /// The address a reset brings back.
-    mac: MacAddr,
-    queue_sizes: Vec<u16>,
-    shared: Arc<Shared<M>>,
+/// What is special about a network card.
+pub struct Net {
+    pub(super) port: Arc<dyn FramePort>,
+    pub(super) output: Arc<Output>,
+    pub(super) counters: Counters,
+    /// Of the tap's failures.
+    pub(super) complaints: Complaints,
+    /// What the port was last told. It is told by the thread outside the gate: these calls may take long.
+    told: Mutex<Option<Told>>,
+    announcing: Mutex<Option<(Schedule, [u8; announce::PACKET])>>,
 }
 
-/// A network device with its registers and its thread.
-///
-/// It begins passive: the guest may set it up, but no frame moves until [`go_live`](Self::go_live).
-pub struct NetDevice<M: GuestMemory + Send + Sync + 'static> {
-    transport: Arc<Mutex<MmioTransport<M, Net<M>>>>,
-    shared: Arc<Shared<M>>,
-    _worker: Worker<Shared<M>>,
+/// What a network card works on.
+pub struct Card {
+    /// The address that a reset brings back.
+    mac: MacAddr,
+    pub(super) settings: Settings,
+    /// The features in effect.
+    pub(super) features: u64,
+    /// The pairs that the driver has set up.
+    pub(super) pairs: Vec<Pair>,
+    /// Which queue is the control queue, if the driver has set one up.
+    pub(super) control: Option<usize>,
+    /// Pairs for whose frames the output was full, a bit for each.
+    pub(super) stalled: u32,
+    /// Frames and commands of the guest on their way.
+    pub(super) buffer: Bounce,
 }
+
+/// The settings that the port has to know.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Told {
+    offloads: u64,
+    pairs: u16,
+}
+
+/// A network card. It is passive until it goes live: the guest may set it up, but no frame moves before.
+pub type NetDevice<M> = Slot<M, Net>;
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
     /// Opens the tap and puts a network device in front of it, whose frames leave as `permit` says.
+    ///
+    /// # Errors
+    /// [`NetError`].
     pub fn new(config: &NetConfig, permit: Arc<Permit>, host: DeviceHost<M>) -> Result<Self, NetError> {
         if !(1..=MAX_PAIRS).contains(&config.pairs) {
             return Err(NetError::Pairs(config.pairs));
@@ -100,171 +131,249 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
 
     /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives
     /// frames to `output`.
+    ///
+    /// # Errors
+    /// The operating system's, when it refuses the thread or its events.
     pub fn with_port(
         mac: MacAddr,
         port: Arc<dyn FramePort>,
         output: Arc<Output>,
         host: DeviceHost<M>,
     ) -> io::Result<Self> {
-        let mut queue_sizes = vec![FRAMES; 2 * port.pairs()];
-        queue_sizes.push(COMMANDS);
-        let shared = Arc::new(Shared::new(mac, port, output, &host)?);
-        let model = Net { mac, queue_sizes, shared: shared.clone() };
-        let transport = MmioTransport::new(host.memory, model, host.interrupt);
-        let worker = Worker::start(shared.clone())?;
+        let mut slot = Self::without_thread(Net::new(port, output), Card::new(mac), host)?;
+        slot.start_thread()?;
         // The thread knows all queues of the port now, and tells it that none but the first are in use.
-        shared.ring();
-        Ok(Self { transport: Arc::new(Mutex::new(transport)), shared, _worker: worker })
+        slot.shared().wake_thread();
+        Ok(slot)
     }
 
     /// The guest's output.
     pub fn output(&self) -> &Arc<Output> {
-        &self.shared.output
+        &self.model().output
     }
 
     /// Address of the guest's interface.
     pub fn mac(&self) -> MacAddr {
-        self.shared.settings().mac
+        self.shared().core().model.settings.mac
     }
 
     /// The counters.
     pub fn stats(&self) -> NetStats {
-        self.shared.counters.read()
-    }
-
-    /// Whether frames move.
-    pub fn is_live(&self) -> bool {
-        self.shared.is_live()
-    }
-
-    /// The state as plain data; needs stopped vCPUs and a closed gate.
-    pub fn state(&self) -> NetState {
-        let transport = self.transport();
-        let settings = self.shared.settings();
-        NetState { mac: transport.device().mac, settings, transport: transport.save() }
-    }
-
-    /// Takes over a saved state: see [`Device::restore`].
-    ///
-    /// # Errors
-    /// [`RestoreError`]; the device is then as after a reset.
-    pub fn take_over(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        let mut transport = self.transport();
-        let state = NetState::decode(bytes)
-            .and_then(|state| state.check(self.shared.port.pairs()).map(|()| state))
-            .inspect_err(|_| transport.reset())?;
-        transport.restore(&state.transport)?;
-        transport.device_mut().mac = state.mac;
-        self.shared.set_up(state.settings);
-        Ok(())
+        self.model().counters.read()
     }
 
     /// The offloads and the number of pairs that the port was last told.
     #[cfg(test)]
     pub(super) fn told(&self) -> Option<(u64, u16)> {
-        self.shared.told()
-    }
-
-    fn transport(&self) -> MutexGuard<'_, MmioTransport<M, Net<M>>> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+        let told = self.model().told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.map(|told| (told.offloads, told.pairs))
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> Device for NetDevice<M> {
-    fn registers(&self) -> SharedDevice {
-        self.transport.clone()
-    }
-
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
-    }
-
-    /// Throws away the frames that have waited in the tap, has all queues looked at and interrupt and waker
-    /// called once, and lets frames move. With `announce`, tells the network at once where the guest is, and
-    /// four times more within 350 ms, not while the output discards; and asks the driver, if it knows how, to
-    /// do so with the guest's own addresses.
-    fn go_live(&self, announce: bool) {
-        let mut transport = self.transport();
-        if self.shared.go_live(announce) {
-            transport.config_changed();
+impl Card {
+    pub(super) fn new(mac: MacAddr) -> Self {
+        Self {
+            mac,
+            settings: Settings::new(mac),
+            features: 0,
+            pairs: Vec::new(),
+            control: None,
+            stalled: 0,
+            buffer: bounce(),
         }
     }
 
-    fn state_bytes(&self) -> usize {
-        NetState::BYTES
-    }
-
-    fn save(&self, out: &mut Vec<u8>) {
-        self.state().encode(out);
-    }
-
-    fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError> {
-        self.take_over(bytes)
-            .map_err(|error| DeviceRestoreError { device: "network card", source: error.into() })
-    }
-
-    fn reset(&self) {
-        self.transport().reset();
+    /// Forgets the frames that wait for buffers of the driver.
+    fn forget_waiting(&mut self) -> u64 {
+        self.pairs.iter_mut().filter_map(|pair| pair.waiting.take()).count() as u64
     }
 }
 
-impl<M: GuestMemory + Send + Sync + 'static> VirtioDevice<M> for Net<M> {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_NET
+impl Net {
+    pub(super) fn new(port: Arc<dyn FramePort>, output: Arc<Output>) -> Self {
+        let (counters, complaints, told, announcing) = Default::default();
+        Self { port, output, counters, complaints, told, announcing }
     }
 
-    fn features(&self) -> u64 {
-        offered(self.shared.port.pairs())
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let config = config_space(&self.shared.settings(), self.shared.port.pairs());
-        let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
-        for (to, from) in data.iter_mut().zip(&config[from..]) {
-            *to = *from;
-        }
-    }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        // Nothing in it may be written by a modern driver.
-    }
-
-    fn activate(&mut self, activation: Activation<M>) -> Result<(), ActivateError> {
-        let Activation { memory, line, features, mut queues } = activation;
-        let features = effective(features);
-        // A driver that does not know of several pairs finds the control queue behind the first (virtio 1.2,
-        // 5.1.2).
-        let pairs = if features & MQ != 0 { self.shared.port.pairs() } else { 1 };
-        let (frames, rest) = queues.split_at_mut(2 * pairs);
-        let mut ready = Vec::with_capacity(pairs);
-        for (index, pair) in frames.chunks_exact_mut(2).enumerate() {
-            match (pair[0].take(), pair[1].take()) {
-                (Some(rx), Some(tx)) => ready.push([rx, tx]),
-                (rx, _) if index == 0 => return Err(ActivateError::QueueNotReady(rx.is_some().into())),
-                // A driver may leave out the last pairs; they cannot come into use.
-                _ => break,
+    fn announce_if_due(&self) {
+        let mut announcing = self.announcing();
+        if let Some((schedule, packet)) = &mut *announcing {
+            if schedule.take_due(Instant::now()) {
+                self.output.announce(&packet[..]);
+            }
+            if schedule.next_at().is_none() {
+                *announcing = None;
             }
         }
-        let control =
-            if features & CTRL_VQ != 0 { rest[0].take().map(|queue| (2 * pairs, queue)) } else { None };
-        self.shared.install(Queues::new(memory, line, features, ready, control));
+    }
+
+    /// Tells the port what it has to know of the settings.
+    fn tell_port(&self, settings: Settings) {
+        let Settings { offloads, pairs, .. } = settings;
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *told;
+        if before.is_none_or(|before| before.offloads != offloads)
+            && let Err(error) = self.port.set_offloads(offloads)
+        {
+            // Frames then come as before, and those that the guest cannot take are dropped.
+            complain!(warn, self.complaints, %error, offloads, "the tap does not take over its offloads");
+        }
+        if before.is_none_or(|before| before.pairs != pairs)
+            && let Err(error) = self.port.set_pairs(pairs.into())
+        {
+            complain!(warn, self.complaints, %error, pairs, "the tap does not change its number of queues");
+        }
+        *told = Some(Told { offloads, pairs });
+    }
+
+    /// Throws away what the tap has queued for a machine that did not run here.
+    fn drain_port(&self, buffer: &mut Bounce) -> u64 {
+        let mut stale = 0;
+        for pair in 0..self.port.pairs() {
+            while stale < MAX_STALE && self.port.receive(pair, &mut buffer[..]).is_ok() {
+                stale += 1;
+            }
+        }
+        stale
+    }
+
+    fn announcing(&self) -> MutexGuard<'_, Option<(Schedule, [u8; announce::PACKET])>> {
+        self.announcing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
+    type Core = Card;
+    type State = CardState;
+    type Refusal = ImpossibleSetting;
+
+    const NAME: &'static str = "network card";
+    const THREAD: &'static str = "outlive-net";
+
+    fn identity(&self) -> Identity {
+        let pairs = self.port.pairs();
+        let mut queue_sizes = vec![FRAMES; 2 * pairs];
+        queue_sizes.push(COMMANDS);
+        Identity { device_type: VIRTIO_ID_NET, features: offered(pairs), queue_sizes }
+    }
+
+    /// Address, link, number of queue pairs (virtio 1.2, 5.1.4). The link is always up; a device with one pair
+    /// does not say how many it has.
+    fn config(&self, card: &Card) -> [u8; CONFIG_BYTES] {
+        let asks = if card.settings.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let status = (VIRTIO_NET_S_LINK_UP | asks) as u16;
+        let pairs = self.port.pairs();
+        let pairs = if pairs > 1 { pairs as u16 } else { 0 };
+        let mut space = [0; CONFIG_BYTES];
+        space[..6].copy_from_slice(&card.settings.mac.0);
+        space[6..8].copy_from_slice(&status.to_le_bytes());
+        space[8..10].copy_from_slice(&pairs.to_le_bytes());
+        space
+    }
+
+    fn activate(&self, card: &mut Card, queues: &Queues<M>) -> Result<(), ActivateError> {
+        queues.need(0)?;
+        queues.need(1)?;
+        let features = effective(queues.features);
+        // A driver that does not know of several pairs finds the control queue behind the first (virtio 1.2,
+        // 5.1.2). It may leave out the last pairs; they cannot come into use.
+        let most = if features & MQ != 0 { self.port.pairs() } else { 1 };
+        let pairs = (0..most).take_while(|pair| queues.has(2 * pair) && queues.has(2 * pair + 1));
+        card.pairs = pairs.map(|_| Pair::new(FRAMES)).collect();
+        card.control = Some(2 * most).filter(|&index| features & CTRL_VQ != 0 && queues.has(index));
+        card.features = features;
+        card.settings.offloads = features & GUEST_OFFLOADS;
+        card.stalled = 0;
         Ok(())
     }
 
-    fn reset(&mut self) {
-        self.shared.uninstall(self.mac);
+    fn reset(&self, card: &mut Card) {
+        card.pairs.clear();
+        card.control = None;
+        card.settings = Settings::new(card.mac);
     }
 
-    fn progress(&self, queue: usize) -> Option<QueueProgress> {
-        self.shared.with_queues(|queues| queues.progress(queue)).flatten()
+    fn batch(&self, card: &mut Card, batch: Batch<'_, M>) -> Result<Outcome, Broken> {
+        let Some(queues) = batch.queues else { return Ok(Outcome::default()) };
+        let before = card.settings;
+        let mut outcome = Outcome::default();
+        let mut run = || {
+            outcome.more |= self.obey(card, queues, batch.pass)?.more;
+            for pair in 0..card.pairs.len().min(card.settings.pairs.into()) {
+                let (sent, wake) = self.transmit(card, queues, pair, batch.pass)?;
+                let received = self.receive(card, queues, pair, batch.pass)?;
+                outcome.more |= sent.more || received.more;
+                outcome.wake |= wake || received.done > 0;
+            }
+            Ok(())
+        };
+        let result = run();
+        if card.settings != before {
+            // What waits was meant for the settings before.
+            self.counters.rx_dropped.add(card.forget_waiting());
+            // The port has to be told, and pairs that come into use to be looked at.
+            queues.look_at(!0);
+            outcome.more = true;
+        }
+        result.map(|()| outcome)
+    }
+
+    fn save(&self, card: &Card, out: &mut Vec<u8>) {
+        CardState { mac: card.mac, settings: card.settings }.encode(out);
+    }
+
+    fn check(&self, state: &CardState, transport: &TransportState) -> Result<(), ImpossibleSetting> {
+        state.check(transport, self.port.pairs())
+    }
+
+    fn restore(&self, card: &mut Card, state: CardState) {
+        card.mac = state.mac;
+        card.settings = state.settings;
+    }
+
+    /// The port, then the output (room again).
+    fn sources(&self) -> Vec<RawFd> {
+        let ports = (0..self.port.pairs()).map(|pair| self.port.fd(pair));
+        ports.chain([self.output.space().as_raw_fd()]).collect()
+    }
+
+    fn ready(&self, _card: &mut Card, source: usize) -> u32 {
+        if source < self.port.pairs() { rx_bit(source) } else { ALL_TX }
+    }
+
+    fn deadline(&self, _card: &Card) -> Option<Instant> {
+        self.announcing().as_ref().and_then(|(schedule, _)| schedule.next_at())
+    }
+
+    fn awake(&self, shared: &Shared<M, Self>) {
+        self.announce_if_due();
+        let settings = shared.core().model.settings;
+        self.tell_port(settings);
+    }
+
+    /// What passes through leaves here: a pause does not wait for the tap.
+    fn rest(&self, _shared: &Shared<M, Self>) {
+        self.output.drain_if_open();
+    }
+
+    /// Throws away the frames that have waited in the tap. With `announce`, asks the driver, if it knows how, to
+    /// tell the network where the guest is, with the guest's own addresses.
+    fn go_live(&self, card: &mut Card, queues: Option<&mut Queues<M>>, announce: bool) -> bool {
+        let stale = self.drain_port(&mut card.buffer) + card.forget_waiting();
+        self.counters.stale.add(stale);
+        let knows = card.features & GUEST_ANNOUNCE != 0 && card.control.is_some();
+        let asks = announce && queues.is_some() && knows;
+        card.settings.announce |= asks;
+        asks
+    }
+
+    /// Tells the network at once where the guest is, and four times more within 350 ms, not while the output
+    /// discards.
+    fn gone_live(&self, shared: &Shared<M, Self>, announce: bool) {
+        if announce {
+            let packet = announce::packet(shared.core().model.settings.mac);
+            *self.announcing() = Some((Schedule::new(Instant::now()), packet));
+            self.announce_if_due();
+        }
     }
 }

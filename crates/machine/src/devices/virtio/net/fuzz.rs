@@ -11,21 +11,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::chains::bounce;
 use super::control::Settings;
+use super::device::{Card, Net};
+use super::frames::Pair;
 use super::mac::MacAddr;
 use super::offload::{GUEST_OFFLOADS, HEADER, Header, effective, offered};
 use super::output::{FrameSink, MAX_PACKET, Output, OutputLimits};
-use super::queues::{Queues, Way};
-use super::stats::{Counters, NetStats};
+use super::stats::NetStats;
 use super::tap::FramePort;
 use crate::devices::gate::DeviceGate;
 use crate::devices::valve::{Lease, OutputMode, Permit, Valve};
-use crate::devices::virtio::{Interrupt, InterruptLine};
-
-type Memory = GuestMemoryMmap<()>;
+use crate::devices::virtio::rig::{Count, Memory, memory};
+use crate::devices::virtio::ring::Queues;
+use crate::devices::virtio::{InterruptLine, MAX_QUEUES};
 
 const MEMORY: usize = 1 << 20;
 const PAIRS: usize = 2;
@@ -53,53 +53,59 @@ pub fn run(data: &[u8]) -> Reached {
     let limits = OutputLimits { frames: 8, bytes: MAX_PACKET };
     let hold = source.byte() & 1 != 0;
     let mode = if hold { OutputMode::Hold } else { OutputMode::PassThrough };
-    let memory = match Memory::from_ranges(&[(GuestAddress(0), MEMORY)]) {
-        Ok(memory) => Arc::new(memory),
-        Err(error) => panic!("no memory for the test: {error}"),
-    };
+    let memory = memory(MEMORY);
     let port = Arc::new(Port { features, frames: frames(&mut source), next: AtomicUsize::new(0) });
     let permit = Arc::new(Permit::new(mode, Lease::new()));
     let output = match Output::new(port.clone(), limits, permit.clone()) {
         Ok(output) => Arc::new(output),
         Err(error) => panic!("no event for the test: {error}"),
     };
-    let pairs = (0..PAIRS).map(|pair| {
-        let rx = queue(&memory, 2 * pair, Kind::Receive, features, &mut source);
-        [rx, queue(&memory, 2 * pair + 1, Kind::Send, features, &mut source)]
-    });
-    let pairs: Vec<_> = pairs.collect();
-    let control = queue(&memory, 2 * PAIRS, Kind::Command, features, &mut source);
+    let mut queues: [Option<Queue>; MAX_QUEUES] = Default::default();
+    for (index, to) in queues.iter_mut().enumerate().take(2 * PAIRS + 1) {
+        let purpose = match index {
+            _ if index == 2 * PAIRS => Purpose::Command,
+            _ if index.is_multiple_of(2) => Purpose::Receive,
+            _ => Purpose::Send,
+        };
+        *to = Some(queue(&memory, index, purpose, features, &mut source));
+    }
     buffers(&memory, &mut source);
 
-    let line = Arc::new(InterruptLine::new(Arc::new(Nowhere)));
-    let mut queues = Queues::new(memory, line, features, pairs, Some((2 * PAIRS, control)));
-    let mut settings = Settings { announce: true, ..Settings::new(MacAddr([2, 0, 0, 0, 0, 1])) };
-    let (gate, counters, mut buffer) = (DeviceGate::new(), Counters::default(), bounce());
+    let line = Arc::new(InterruptLine::new(Arc::<Count>::default()));
+    let mut queues = Queues::new(memory, features, line, queues);
+    let net = Net::new(port, output.clone());
+    let mut card = Card::new(MacAddr([2, 0, 0, 0, 0, 1]));
+    card.features = features;
+    card.pairs = (0..PAIRS).map(|_| Pair::new(SIZE)).collect();
+    card.control = Some(2 * PAIRS);
+    card.settings.announce = true;
+    let gate = DeviceGate::new();
     let pass = gate.enter();
-    let way = Way { port: &*port, output: &output, counters: &counters, pass: &pass };
     let mut reached = Reached::default();
     for _ in 0..ROUNDS {
-        let before = settings;
-        let mut results = vec![queues.obey(&mut settings, &mut buffer, &pass).is_err()];
-        reached.obeyed += u64::from(settings != before);
-        assert!((1..=PAIRS).contains(&settings.pairs.into()) && settings.mac.is_unicast());
-        assert_eq!(settings.offloads & !(features & GUEST_OFFLOADS), 0);
+        queues.look_at(!0);
+        let before = card.settings;
+        let mut results = vec![net.obey(&mut card, &mut queues, &pass).is_err()];
+        let Settings { pairs, mac, offloads, .. } = card.settings;
+        reached.obeyed += u64::from(card.settings != before);
+        assert!((1..=PAIRS).contains(&pairs.into()) && mac.is_unicast());
+        assert_eq!(offloads & !(features & GUEST_OFFLOADS), 0);
         for pair in 0..PAIRS {
             output.drain_if_open();
-            results.push(queues.transmit(pair, &way, &mut buffer).is_err());
-            results.push(queues.receive(pair, &way, settings.offloads).is_err());
+            results.push(net.transmit(&mut card, &mut queues, pair, &pass).is_err());
+            results.push(net.receive(&mut card, &mut queues, pair, &pass).is_err());
         }
         reached.broken += results.into_iter().filter(|&broken| broken).count() as u64;
     }
     let valve = Valve::new(permit, vec![output]);
     valve.open();
     valve.drain();
-    Reached { stats: counters.read(), ..reached }
+    Reached { stats: net.counters.read(), ..reached }
 }
 
 /// What a queue's chains should be, and mostly are.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum Purpose {
     Receive,
     Send,
     /// Two descriptors: the command and the answer.
@@ -107,12 +113,12 @@ enum Kind {
 }
 
 /// A queue whose rings and table say what `source` says.
-fn queue(memory: &Memory, index: usize, kind: Kind, features: u64, source: &mut Source<'_>) -> Queue {
+fn queue(memory: &Memory, index: usize, purpose: Purpose, features: u64, source: &mut Source<'_>) -> Queue {
     let table = QUEUE_BYTES * index as u64;
     let [available, used] = [table + 4096, table + 2 * 4096];
     for slot in 0..SIZE {
-        let mut descriptor = source.descriptor(kind);
-        if kind == Kind::Command && slot.is_multiple_of(2) {
+        let mut descriptor = source.descriptor(purpose);
+        if purpose == Purpose::Command && slot.is_multiple_of(2) {
             let (command, len) = source.command();
             if source.byte() < 192 {
                 descriptor = Descriptor::new(descriptor.addr().0, len, VRING_DESC_F_NEXT as u16, slot + 1);
@@ -147,7 +153,7 @@ fn buffers(memory: &Memory, source: &mut Source<'_>) {
                 bytes.fill_with(|| source.byte());
                 memory.write_slice(&bytes, GuestAddress(at))
             }
-            1 => memory.write_obj(source.descriptor(Kind::Send), GuestAddress(at)),
+            1 => memory.write_obj(source.descriptor(Purpose::Send), GuestAddress(at)),
             _ => memory.write_slice(&source.command().0, GuestAddress(at)),
         };
     }
@@ -211,10 +217,10 @@ impl Source<'_> {
         (bytes, [3, 8, 4, 2, 4, 10][usize::from(class)])
     }
 
-    fn descriptor(&mut self, kind: Kind) -> Descriptor {
+    fn descriptor(&mut self, purpose: Purpose) -> Descriptor {
         let addr = self.address();
-        let len = match (self.byte(), kind) {
-            (0..=63, Kind::Send) => HEADER as u32,
+        let len = match (self.byte(), purpose) {
+            (0..=63, Purpose::Send) => HEADER as u32,
             (0..=63, _) => 1526,
             (64..=127, _) => 1526 + u32::from(self.byte()),
             (128..=159, _) => u32::from(self.byte()),
@@ -225,10 +231,10 @@ impl Source<'_> {
         };
         let next = VRING_DESC_F_NEXT as u16;
         let write = VRING_DESC_F_WRITE as u16;
-        let flags = match (self.byte(), kind) {
-            (0..=229, Kind::Command | Kind::Receive) => write,
-            (0..=179, Kind::Send) => 0,
-            (180..=229, Kind::Send) => next,
+        let flags = match (self.byte(), purpose) {
+            (0..=229, Purpose::Command | Purpose::Receive) => write,
+            (0..=179, Purpose::Send) => 0,
+            (180..=229, Purpose::Send) => next,
             _ => self.small(8),
         };
         Descriptor::new(addr, len, flags, self.small(SIZE))
@@ -280,10 +286,4 @@ impl FramePort for Port {
     fn set_pairs(&self, _pairs: usize) -> io::Result<()> {
         Ok(())
     }
-}
-
-struct Nowhere;
-
-impl Interrupt for Nowhere {
-    fn trigger(&self) {}
 }

@@ -7,9 +7,8 @@
 //!
 //! - [`output`]: when a frame of the guest may leave. The reason for this device to exist in this form.
 //! - [`tap`]: the host's end of the wire.
-//! - [`device`]: the machine's handle; `config`: what the driver reads.
-//! - `worker`: the thread, its events and its batches inside the gate; `queues`: moving frames, by `ring` and
-//!   `chains`.
+//! - [`device`]: the card as driver, network and machine see it.
+//! - `frames`: moving frames between the queues and the outside.
 //! - [`offload`]: the header in front of each frame. [`control`]: what the driver sets.
 //! - [`persist`]: what a resumed guest finds again. [`announce`]: telling the network where the guest went.
 //!
@@ -21,21 +20,17 @@
 //! with their headers like any other.
 
 pub mod announce;
-mod chains;
-mod config;
 pub mod control;
 pub mod device;
+mod frames;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 pub mod mac;
 pub mod offload;
 pub mod output;
 pub mod persist;
-mod queues;
-mod ring;
 pub mod stats;
 pub mod tap;
-mod worker;
 
 #[cfg(test)]
 mod tests;
@@ -44,6 +39,6 @@ pub use control::Settings;
 pub use device::{MAX_PAIRS, Net, NetConfig, NetDevice, NetError};
 pub use mac::MacAddr;
 pub use output::{FrameSink, MAX_FRAME, MAX_PACKET, Output, OutputLimits, OutputStats, Pushed, Released};
-pub use persist::{NetState, RestoreError};
+pub use persist::{CardState, ImpossibleSetting, NetState};
 pub use stats::NetStats;
 pub use tap::{FramePort, Tap, TapError};

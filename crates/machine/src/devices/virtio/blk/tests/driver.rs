@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Memory;
+use super::{Memory, Ring};
+pub(super) use crate::devices::virtio::rig::{INDIRECT, NEXT, WRITE};
 
 /// Size of each queue.
 pub(super) const QUEUE: u16 = 64;
-/// Where the queues begin: descriptor table, a page on the available ring, another on the used ring.
+/// Where the queues begin.
 const RINGS: u64 = 0x1_0000;
-const RING: u64 = 3 * 4096;
 /// Where slots begin: each has an indirect table, a header, a status, and data.
 const SLOTS: u64 = 0x10_0000;
 const SLOT: u64 = 0x4_0000;
@@ -22,16 +22,16 @@ pub(super) const DATA: u64 = 0x2000;
 /// Most data of a slot.
 pub(super) const MAX: usize = (SLOT - DATA) as usize;
 
-pub(super) const NEXT: u16 = 1;
-pub(super) const WRITE: u16 = 2;
-pub(super) const INDIRECT: u16 = 4;
-
 pub(super) const T_IN: u32 = 0;
 pub(super) const T_OUT: u32 = 1;
 pub(super) const T_FLUSH: u32 = 4;
 pub(super) const T_GET_ID: u32 = 8;
 pub(super) const T_DISCARD: u32 = 11;
 pub(super) const T_WRITE_ZEROES: u32 = 13;
+
+fn ring_at(queue: u16) -> u64 {
+    RINGS + Ring::BYTES * u64::from(queue)
+}
 
 /// The driver of a disk with some queues. A request is put together in a slot, whose number is also the
 /// number of its first descriptor.
@@ -43,8 +43,9 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn fresh(memory: &Arc<Memory>, queues: u16) -> Self {
-        let len = (RING * u64::from(queues)) as usize;
-        memory.write_slice(&vec![0; len], GuestAddress(RINGS)).unwrap();
+        for queue in 0..queues {
+            Ring::fresh(memory, ring_at(queue), QUEUE);
+        }
         Self { memory: memory.clone(), indirect: AtomicBool::new(true) }
     }
 
@@ -53,10 +54,8 @@ impl Driver {
         Self { memory: memory.clone(), indirect: AtomicBool::new(true) }
     }
 
-    /// Addresses of the table, the available and the used ring of a queue.
-    pub(super) fn rings(queue: u16) -> [u64; 3] {
-        let at = RINGS + RING * u64::from(queue);
-        [at, at + 4096, at + 8192]
+    pub(super) fn ring(&self, queue: u16) -> Ring<'_> {
+        Ring::at(&self.memory, ring_at(queue), QUEUE)
     }
 
     /// Address of a slot.
@@ -74,29 +73,26 @@ impl Driver {
 
     /// Makes the chain that begins at `head` available.
     pub(super) fn offer(&self, queue: u16, head: u16) {
-        let [_, available, _] = Self::rings(queue);
-        let index: u16 = self.get(available + 2);
-        self.set(available + 4 + 2 * u64::from(index % QUEUE), head);
-        self.set(available + 2, index.wrapping_add(1));
+        self.ring(queue).offer(head);
     }
 
     pub(super) fn set_index(&self, queue: u16, index: u16) {
-        self.set(Self::rings(queue)[1] + 2, index);
+        self.ring(queue).set_index(index);
     }
 
     /// How many chains were given back.
     pub(super) fn used(&self, queue: u16) -> u16 {
-        self.get(Self::rings(queue)[2] + 2)
+        self.ring(queue).used_index()
     }
 
     /// Head and length of what was given back as number `index`.
     pub(super) fn used_entry(&self, queue: u16, index: u16) -> (u16, u32) {
-        let at = Self::rings(queue)[2] + 4 + 8 * u64::from(index % QUEUE);
-        (self.get::<u32>(at) as u16, self.get(at + 4))
+        let (head, len) = self.ring(queue).used_entry(index);
+        (head as u16, len)
     }
 
     pub(super) fn put(&self, queue: u16, index: u16, descriptor: Descriptor) {
-        self.set(Self::rings(queue)[0] + 16 * u64::from(index), descriptor);
+        self.ring(queue).put(index, descriptor);
     }
 
     /// Lays a chain of buffers out and makes it available.

@@ -2,19 +2,20 @@
 
 use proptest::prelude::*;
 
-use super::super::persist::{BlockState, DiskFacts, InFlight};
+use super::super::persist::{BlockState, DiskFacts, DiskState, InFlight};
 use super::*;
 use crate::devices::virtio::persist::{DecodeError, TransportState};
 
 fn state() -> BlockState {
+    let facts = DiskFacts {
+        sectors: 0x0102_0304_0506_0708,
+        shared: true,
+        writeback: false,
+        serial: *b"serial serial serial",
+    };
+    let in_flight = vec![InFlight { queue: 1, head: 0x203 }, InFlight { queue: 4, head: 5 }];
     BlockState {
-        facts: DiskFacts {
-            sectors: 0x0102_0304_0506_0708,
-            shared: true,
-            writeback: false,
-            serial: *b"serial serial serial",
-        },
-        in_flight: vec![InFlight { queue: 1, head: 0x203 }, InFlight { queue: 4, head: 5 }],
+        device: DiskState { facts, in_flight },
         transport: TransportState { device_type: 2, queue_count: 1, ..Default::default() },
     }
 }

@@ -178,8 +178,8 @@ fn held_writes_are_in_flight_and_are_issued_again() {
     driver.write(0, 3, 0, &[1; 512]);
     driver.read(0, 4, 0, 512);
     rig.turn();
-    let saved = rig.save();
-    assert_eq!(BlockState::decode(&saved).unwrap().in_flight.len(), 2);
+    let saved = rig.saved();
+    assert_eq!(BlockState::decode(&saved).unwrap().device.in_flight.len(), 2);
     let there = copy(&here);
     rig.discard();
     let standby = Rig::manual(&there, &shared(&path));

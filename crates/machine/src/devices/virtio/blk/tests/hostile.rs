@@ -25,7 +25,7 @@ fn meets(lay: impl Fn(&Driver)) {
     assert_eq!((driver.used(0), rig.device.in_flight()), (0, 0));
     // It stays stopped, and can be saved and restored so.
     rig.run();
-    let saved = rig.save();
+    let saved = rig.saved();
     rig.device.restore(&saved).unwrap();
     assert!(rig.needs_reset());
     assert!(content(&path).iter().all(|&byte| byte == 0));

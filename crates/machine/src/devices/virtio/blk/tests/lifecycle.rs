@@ -1,8 +1,9 @@
 //! Passive, live, paused, saved, restored, reset, gone.
 
-use super::super::persist::RestoreError;
+use super::super::persist::Misfit;
 use super::super::{BlockState, InFlight};
 use super::*;
+use crate::devices::virtio::slot::RestoreError;
 
 #[test]
 fn a_passive_device_touches_nothing() {
@@ -37,13 +38,13 @@ fn a_checkpoint_does_not_wait_for_the_disk() {
     wait_for("it all to be submitted", || rig.engine().waiting().len() == 2);
     let start = Instant::now();
     rig.gate.close();
-    let saved = rig.save();
+    let saved = rig.saved();
     assert!(start.elapsed() < Duration::from_secs(1));
     // The disk gets done with the gate closed, too; the guest learns of it afterwards.
     rig.engine().complete(0, None);
     settle();
-    assert_eq!((driver.used(0), rig.save() == saved), (0, true));
-    let listed = BlockState::decode(&saved).unwrap().in_flight;
+    assert_eq!((driver.used(0), rig.saved() == saved), (0, true));
+    let listed = BlockState::decode(&saved).unwrap().device.in_flight;
     let expected = [(0, 7), (0, 3), (1, 9)].map(|(queue, head)| InFlight { queue, head });
     assert_eq!(listed, expected, "in order of arrival");
     rig.gate.open();
@@ -72,7 +73,8 @@ fn a_checkpoint_may_come_after_any_step() {
             let mut lists = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 rig.gate.close();
-                lists.push((BlockState::decode(&rig.save()).unwrap().in_flight.len(), driver.used(0)));
+                lists
+                    .push((BlockState::decode(&rig.saved()).unwrap().device.in_flight.len(), driver.used(0)));
                 rig.gate.open();
                 std::thread::yield_now();
             }
@@ -111,7 +113,7 @@ fn requests_in_flight_are_issued_again_in_order() {
     // Offered and notified, but not taken.
     driver.write(0, 6, 2, &[3; 512]);
     rig.gate.close();
-    let saved = rig.save();
+    let saved = rig.saved();
     let there = copy(&here);
     rig.gate.open();
     drop((driver, rig));
@@ -121,7 +123,7 @@ fn requests_in_flight_are_issued_again_in_order() {
     let rig = Rig::manual(&there, &DiskOptions { queues: 2, ..DiskOptions::new(&standby) });
     rig.gate.close();
     rig.device.restore(&saved).unwrap();
-    assert_eq!(rig.save(), saved, "a checkpoint before it runs is the same");
+    assert_eq!(rig.saved(), saved, "a checkpoint before it runs is the same");
     assert_eq!(rig.device.in_flight(), 4);
     rig.gate.open();
     rig.turn();
@@ -155,7 +157,7 @@ fn what_was_offered_is_found_without_a_kick() {
         rig.gate.close();
         driver.write(0, 0, 0, &[1; 512]);
         rig.kick(0);
-        let saved = rig.save();
+        let saved = rig.saved();
         let there = copy(&here);
         drop(rig);
         let rig = Rig::new(&there, &options);
@@ -185,7 +187,7 @@ fn an_impossible_list_of_requests_is_refused() {
     driver.read(1, 8, 0, 512);
     rig.turn();
     let good = rig.device.state();
-    assert_eq!(good.in_flight.len(), 4);
+    assert_eq!(good.device.in_flight.len(), 4);
     let refused = |change: &dyn Fn(&mut BlockState)| {
         let mut state = good.clone();
         change(&mut state);
@@ -199,21 +201,21 @@ fn an_impossible_list_of_requests_is_refused() {
         assert_eq!(rig.device.in_flight(), 4);
         error
     };
-    let in_flight = |queue, head| RestoreError::InFlight { queue, head };
-    assert_eq!(refused(&|it| it.in_flight[1].head = 64), in_flight(0, 64));
-    assert_eq!(refused(&|it| it.in_flight[1].head = u16::MAX), in_flight(0, u16::MAX));
-    assert_eq!(refused(&|it| it.in_flight[1].head = 0), in_flight(0, 0));
-    assert_eq!(refused(&|it| it.in_flight[1].queue = 2), in_flight(2, 1), "no such queue in use");
-    assert_eq!(refused(&|it| it.in_flight[1].queue = 3), in_flight(3, 1));
-    let count = |queue, expected, listed| RestoreError::Count { queue, expected, listed };
-    assert_eq!(refused(&|it| it.in_flight.truncate(3)), count(1, 1, 0));
-    assert_eq!(refused(&|it| it.in_flight[1] = InFlight { queue: 1, head: 1 }), count(0, 3, 2));
-    assert_eq!(refused(&|it| it.in_flight.push(InFlight { queue: 0, head: 9 })), count(0, 3, 4));
+    let in_flight = |queue, head| RestoreError::Refused(Misfit::InFlight { queue, head });
+    assert_eq!(refused(&|it| it.device.in_flight[1].head = 64), in_flight(0, 64));
+    assert_eq!(refused(&|it| it.device.in_flight[1].head = u16::MAX), in_flight(0, u16::MAX));
+    assert_eq!(refused(&|it| it.device.in_flight[1].head = 0), in_flight(0, 0));
+    assert_eq!(refused(&|it| it.device.in_flight[1].queue = 2), in_flight(2, 1), "no such queue in use");
+    assert_eq!(refused(&|it| it.device.in_flight[1].queue = 3), in_flight(3, 1));
+    let count = |queue, expected, listed| RestoreError::Refused(Misfit::Count { queue, expected, listed });
+    assert_eq!(refused(&|it| it.device.in_flight.truncate(3)), count(1, 1, 0));
+    assert_eq!(refused(&|it| it.device.in_flight[1] = InFlight { queue: 1, head: 1 }), count(0, 3, 2));
+    assert_eq!(refused(&|it| it.device.in_flight.push(InFlight { queue: 0, head: 9 })), count(0, 3, 4));
     assert_eq!(refused(&|it| it.transport.status = 3), in_flight(0, 0), "the driver is not ready");
     assert_eq!(refused(&|it| it.transport.status |= 64), in_flight(0, 0), "the device had stopped");
-    let length = RestoreError::Length { expected: 2049, found: 2048 };
-    assert_eq!(refused(&|it| it.facts.sectors = 2049), length);
-    assert_eq!(refused(&|it| it.facts.shared = true), RestoreError::Shared(true));
+    let length = RestoreError::Refused(Misfit::Length { expected: 2049, found: 2048 });
+    assert_eq!(refused(&|it| it.device.facts.sectors = 2049), length);
+    assert_eq!(refused(&|it| it.device.facts.shared = true), RestoreError::Refused(Misfit::Shared(true)));
     assert!(matches!(refused(&|it| it.transport.queue_count = 2), RestoreError::Transport(_)));
     // After all of that it works.
     rig.device.go_live(false);
@@ -228,7 +230,7 @@ fn a_resumed_guest_keeps_its_serial_number() {
     let rig = Rig::manual(&memory, &DiskOptions::new(&path));
     rig.boot();
     let mut state = rig.device.state();
-    state.facts.serial = *b"another one 89012345";
+    state.device.facts.serial = *b"another one 89012345";
     let mut bytes = Vec::new();
     state.encode(&mut bytes);
     rig.device.restore(&bytes).unwrap();
@@ -349,7 +351,7 @@ fn the_device_goes_away_from_behind_a_closed_gate() {
         rig.gate.close();
         let start = Instant::now();
         let image = rig.device.image();
-        drop((rig.valve, rig.device, rig.registers));
+        drop((rig.valve, rig.rig.device, rig.rig.registers));
         assert!(start.elapsed() < Duration::from_secs(5));
         assert_eq!(Arc::strong_count(&image), 1, "nothing of the device is left");
     }

@@ -17,24 +17,21 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use self::driver::Driver;
 use super::engine::manual::Manual;
 use super::{BlockDevice, DiskOptions, EngineKind, Image, ReleasedWrites, WriteLog};
-use crate::bus::SharedDevice;
 use crate::devices::Device;
-use crate::devices::gate::DeviceGate;
 use crate::devices::valve::tests::Times;
 use crate::devices::valve::{EpochError, Lease, OutputMode, Permit, Valve};
-use crate::devices::virtio::{DeviceHost, Interrupt, Waker};
-
-type Memory = GuestMemoryMmap<AtomicBitmap>;
+use crate::devices::virtio::hostile::{settle, wait_for};
+use crate::devices::virtio::rig::{self, Count, Memory, Ring};
+use crate::devices::virtio::{DeviceHost, Interrupt};
 
 const MEMORY: usize = 32 << 20;
 const EVENT_IDX: u64 = 1 << 29;
@@ -49,7 +46,7 @@ const UNSUPP: u8 = 2;
 const ENGINES: [EngineKind; 2] = [EngineKind::Uring, EngineKind::Threads];
 
 fn memory() -> Arc<Memory> {
-    Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap())
+    rig::memory(MEMORY)
 }
 
 /// For a disk that is not shared, or whose writes pass.
@@ -64,40 +61,6 @@ fn copy(from: &Memory) -> Arc<Memory> {
     from.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     to.write_slice(&bytes, GuestAddress(0)).unwrap();
     to
-}
-
-fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !until() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_micros(100));
-    }
-}
-
-/// Gives the device thread time to do what it must not do.
-fn settle() {
-    std::thread::sleep(Duration::from_millis(20));
-}
-
-#[derive(Default)]
-struct Count(AtomicUsize);
-
-impl Count {
-    fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl Interrupt for Count {
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl Waker for Count {
-    fn wake(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// A directory for images that goes away with the test.
@@ -142,19 +105,22 @@ fn content(path: &Path) -> Vec<u8> {
 
 /// A machine around one disk.
 struct Rig {
-    memory: Arc<Memory>,
-    device: Arc<BlockDevice<Memory>>,
+    rig: rig::Rig<BlockDevice<Memory>>,
     permit: Arc<Permit>,
     valve: Valve,
     times: Arc<Times>,
-    registers: SharedDevice,
     log: Arc<WriteLog>,
     full: Arc<Count>,
-    gate: Arc<DeviceGate>,
-    interrupts: Arc<Count>,
-    wakes: Arc<Count>,
     /// The engine, if the test is it.
     manual: Option<Manual>,
+}
+
+impl std::ops::Deref for Rig {
+    type Target = rig::Rig<BlockDevice<Memory>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.rig
+    }
 }
 
 impl Rig {
@@ -191,39 +157,21 @@ impl Rig {
             let full = full.clone();
             WriteLog::new(move || full.trigger())
         };
-        let (gate, interrupts, wakes) =
-            (Arc::new(DeviceGate::new()), Arc::new(Count::default()), Arc::new(Count::default()));
-        let host = DeviceHost {
-            memory: memory.clone(),
-            gate: gate.clone(),
-            interrupt: interrupts.clone(),
-            waker: wakes.clone(),
-        };
         let permit = Arc::new(Permit::new(OutputMode::PassThrough, lease));
-        let (device, manual) = make(log.clone(), permit.clone(), host);
-        let device = Arc::new(device);
-        let registers = device.registers();
-        let valve = Valve::new(permit.clone(), vec![device.clone()]);
-        Self {
-            memory: memory.clone(),
-            device,
-            permit,
-            valve,
-            times,
-            registers,
-            log,
-            full,
-            gate,
-            interrupts,
-            wakes,
-            manual,
-        }
+        let mut manual = None;
+        let rig = rig::Rig::on(memory.clone(), |host| {
+            let (device, engine) = make(log.clone(), permit.clone(), host);
+            manual = engine;
+            device
+        });
+        let valve = Valve::new(permit.clone(), vec![rig.device.clone()]);
+        Self { rig, permit, valve, times, log, full, manual }
     }
 
     /// Gives the device the thread that [`manual`](Self::manual) leaves out.
     fn start_thread(&mut self) {
         self.valve = Valve::new(self.permit.clone(), Vec::new());
-        Arc::get_mut(&mut self.device).expect("the test has no other").start_thread().unwrap();
+        Arc::get_mut(&mut self.rig.device).expect("the test has no other").start_thread().unwrap();
         self.valve = Valve::new(self.permit.clone(), vec![self.device.clone()]);
     }
 
@@ -243,27 +191,6 @@ impl Rig {
         self.valve.drain();
     }
 
-    fn write(&self, register: u64, value: u32) {
-        self.registers.lock().unwrap().write(register, &value.to_le_bytes());
-    }
-
-    fn read(&self, register: u64) -> u32 {
-        let mut word = [0; 4];
-        self.registers.lock().unwrap().read(register, &mut word);
-        u32::from_le_bytes(word)
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.read(0x70) & 64 != 0
-    }
-
-    fn offered(&self) -> u64 {
-        (0..2).fold(0, |all, half| {
-            self.write(0x14, half);
-            all | u64::from(self.read(0x10)) << (32 * half)
-        })
-    }
-
     /// Has the driver set up the device with fresh queues and all it offers.
     fn boot(&self) -> Driver {
         self.boot_with(self.offered(), 1)
@@ -271,29 +198,16 @@ impl Rig {
 
     fn boot_with(&self, features: u64, queues: u16) -> Driver {
         let driver = Driver::fresh(&self.memory, queues);
-        self.write(0x70, 0);
-        self.write(0x70, 3);
-        for half in 0..2 {
-            self.write(0x24, half);
-            self.write(0x20, (features >> (32 * half)) as u32);
-        }
-        self.write(0x70, 11);
+        self.negotiate(features);
         for queue in 0..queues {
-            let [table, available, used] = Driver::rings(queue);
-            self.write(0x30, queue.into());
-            self.write(0x38, driver::QUEUE.into());
-            self.write(0x80, table as u32);
-            self.write(0x90, available as u32);
-            self.write(0xa0, used as u32);
-            self.write(0x44, 1);
+            self.add_queue(queue.into(), &driver.ring(queue));
         }
-        self.write(0x70, 15);
-        assert_eq!(self.read(0x70), 15, "the device starts");
+        self.start();
         driver
     }
 
     fn kick(&self, queue: u16) {
-        self.write(0x50, queue.into());
+        self.rig.kick(queue.into());
     }
 
     /// Kicks queue 0 and waits until it has used `used` chains in all.
@@ -301,14 +215,6 @@ impl Rig {
         self.kick(0);
         wait_for("the requests", || driver.used(0) == used || self.needs_reset());
         assert!(!self.needs_reset());
-    }
-
-    fn save(&self) -> Vec<u8> {
-        let mut saved = Vec::with_capacity(self.device.state_bytes());
-        let room = saved.capacity();
-        self.device.save(&mut saved);
-        assert_eq!(saved.capacity(), room, "saving allocates");
-        saved
     }
 
     /// The test's engine.

@@ -203,7 +203,7 @@ fn without_a_cache_every_write_is_made_durable() {
     rig.registers.lock().unwrap().write(0x120, &[0]);
     assert_eq!(rig.read(0x120) & 0xff, 0);
     assert_eq!(syncs(&driver), 2, "it does not want to");
-    let saved = rig.save();
+    let saved = rig.saved();
     rig.write(0x70, 0);
     assert_eq!(rig.read(0x120) & 0xff, 1, "a reset puts the cache back");
     rig.device.restore(&saved).unwrap();

@@ -16,7 +16,7 @@ fn rig(path: &Path, memory: &Arc<Memory>, times: usize) -> (Rig, Driver, Arc<Cou
             return Duration::ZERO;
         }
         std::thread::sleep(Duration::from_millis(2));
-        let holds = count.0.fetch_add(1, Ordering::Relaxed) < times;
+        let holds = count.add() < times;
         if holds { Duration::ZERO } else { Duration::from_secs(2) }
     });
     lease.set(Some(Duration::from_secs(1)));
@@ -84,7 +84,7 @@ fn what_waits_for_slow_storage_is_discarded_and_issued_again_elsewhere() {
     rig.kick(0);
     wait_for("the writes", || rig.device.stats().held == u64::from(WRITES));
     rig.gate.close();
-    let saved = rig.save();
+    let saved = rig.saved();
     let there = copy(&here);
     rig.gate.open();
     commit(&rig, WRITES.into());

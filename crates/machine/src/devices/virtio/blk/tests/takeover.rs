@@ -124,7 +124,7 @@ fn a_machine_goes_on_from_any_checkpoint_with_the_disk_of_that_checkpoint() {
             rig.log.swap(&mut buffer);
             apply(&mut replica, &buffer);
             buffer.clear();
-            let saved = rig.save();
+            let saved = rig.saved();
             memory_here = copy(&memory_here);
             rig.gate.open();
             drop(rig);

@@ -28,7 +28,7 @@ fn absurd_buffers_are_refused() {
     for (queue, len, flags) in [(TX, 65_537, 0), (TX, u32::MAX, 0), (RX, 0, WRITE)] {
         setup.rig.boot(2);
         setup.end.input.push(b"k");
-        setup.rig.ring(queue).put(0, BUFFERS, len, flags, 0);
+        setup.rig.ring(queue).put(0, Descriptor::new(BUFFERS, len, flags, 0));
         setup.rig.ring(queue).offer(0);
         setup.rig.kick(queue);
         wait_for("the device to stop", || setup.rig.needs_reset());

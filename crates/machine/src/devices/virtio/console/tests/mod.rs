@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use super::{ConsoleDevice, ScreenSize};
 use crate::devices::Device;
 use crate::devices::port::{INPUT_BYTES, PortEnd, PortSink};
-use crate::devices::virtio::test_driver::*;
+use virtio_queue::desc::split::Descriptor;
+
+use crate::devices::virtio::hostile::*;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -50,25 +52,25 @@ impl Setup {
 fn print(rig: &Rig<ConsoleDevice<Memory>>, text: &[u8]) {
     use vm_memory::{Bytes, GuestAddress};
     let ring = rig.ring(TX);
-    let index = ring.used();
+    let index = ring.used_index();
     rig.memory.write_slice(text, GuestAddress(BUFFERS)).unwrap();
-    ring.put(0, BUFFERS, text.len() as u32, 0, 0);
+    ring.put(0, Descriptor::new(BUFFERS, text.len() as u32, 0, 0));
     ring.offer(0);
     rig.kick(TX);
-    wait_for("the buffer back", || ring.used() != index);
+    wait_for("the buffer back", || ring.used_index() != index);
 }
 
 /// Gives the device a buffer to fill.
 fn listen(rig: &Rig<ConsoleDevice<Memory>>, slot: u16, len: u32) {
     let ring = rig.ring(RX);
-    ring.put(slot, BUFFERS + 0x1_0000 + u64::from(slot) * 0x1000, len, WRITE, 0);
+    ring.put(slot, Descriptor::new(BUFFERS + 0x1_0000 + u64::from(slot) * 0x1000, len, WRITE, 0));
     ring.offer(slot);
     rig.kick(RX);
 }
 
 /// What the device has put into the buffer used as number `index`.
 fn heard(rig: &Rig<ConsoleDevice<Memory>>, index: u16) -> Vec<u8> {
-    wait_for("input", || rig.ring(RX).used() > index);
+    wait_for("input", || rig.ring(RX).used_index() > index);
     let (slot, len) = rig.ring(RX).used_entry(index);
     rig.bytes(BUFFERS + 0x1_0000 + u64::from(slot) * 0x1000, len as usize)
 }
@@ -113,7 +115,7 @@ fn nothing_is_typed_at_a_guest_that_does_not_run() {
     setup.end.input.push(b"early");
     setup.rig.device.go_live(false);
     settle();
-    assert_eq!(setup.rig.ring(RX).used(), 0);
+    assert_eq!(setup.rig.ring(RX).used_index(), 0);
     setup.end.input.push(b"now");
     assert_eq!(heard(&setup.rig, 0), b"now");
     assert_eq!(setup.end.input.dropped(), 5);
@@ -142,13 +144,13 @@ fn nothing_moves_in_a_pause_and_a_resumed_guest_goes_on() {
     old.rig.gate.close();
     listen(&old.rig, 0, 64);
     let ring = old.rig.ring(TX);
-    ring.put(1, BUFFERS, 3, 0, 0);
+    ring.put(1, Descriptor::new(BUFFERS, 3, 0, 0));
     ring.offer(1);
     old.rig.kick(TX);
     old.end.input.push(b"lost with the old host");
     settle();
     let state = old.rig.saved();
-    assert_eq!((old.output(), old.rig.ring(RX).used()), (b"one".to_vec(), 0));
+    assert_eq!((old.output(), old.rig.ring(RX).used_index()), (b"one".to_vec(), 0));
 
     let sink = Arc::new(Recorder::default());
     let end = PortEnd::new(sink.clone()).unwrap();
@@ -159,7 +161,7 @@ fn nothing_moves_in_a_pause_and_a_resumed_guest_goes_on() {
     let interrupts = rig.interrupts.get();
     rig.device.go_live(true);
     assert!(rig.interrupts.get() > interrupts);
-    wait_for("output", || rig.ring(TX).used() == 2);
+    wait_for("output", || rig.ring(TX).used_index() == 2);
     assert_eq!(*sink.0.lock().unwrap(), b"one");
     end.input.push(b"hello");
     assert_eq!(heard(&rig, 0), b"hello");

@@ -77,10 +77,10 @@ fn the_driver_asks_over_the_control_queue() {
     let mut config = [0; 6];
     rig.device.registers().lock().unwrap().read(0x100, &mut config);
     assert_eq!(config, [2, 0, 0, 0, 0, 9]);
-    assert!(rig.device.state().settings.promiscuous && !rig.needs_reset());
+    assert!(rig.device.state().device.settings.promiscuous && !rig.needs_reset());
     // What a driver has set ends with it.
     rig.write(0x70, 0);
-    assert_eq!(rig.device.state().settings, Settings::new(MAC));
+    assert_eq!(rig.device.state().device.settings, Settings::new(MAC));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn settings_that_no_driver_can_have_made_are_refused() {
     let good = rig.device.state();
     let refused = |change: fn(&mut Settings)| {
         let mut state = good;
-        change(&mut state.settings);
+        change(&mut state.device.settings);
         let mut bytes = Vec::new();
         state.encode(&mut bytes);
         let error = rig.device.take_over(&bytes).unwrap_err().to_string();

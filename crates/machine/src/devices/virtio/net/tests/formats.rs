@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::devices::virtio::net::announce::{Schedule, rarp};
 use crate::devices::virtio::net::mac::MacError;
-use crate::devices::virtio::net::persist::{NetState, RestoreError};
+use crate::devices::virtio::net::persist::NetState;
 use crate::devices::virtio::persist::DecodeError;
+use crate::devices::virtio::slot::RestoreError;
 
 #[test]
 fn mac_addresses_as_text() {
@@ -66,14 +67,14 @@ fn saved_bytes_are_checked() {
     assert_eq!(NetState::decode(&bytes), Ok(rig.device.state()));
 
     for len in 0..bytes.len() {
-        assert_eq!(NetState::decode(&bytes[..len]), Err(DecodeError::Short.into()), "{len}");
+        assert_eq!(NetState::decode(&bytes[..len]), Err(DecodeError::Short), "{len}");
     }
     bytes.push(0);
-    assert_eq!(NetState::decode(&bytes), Err(DecodeError::Trailing(1).into()));
+    assert_eq!(NetState::decode(&bytes), Err(DecodeError::Trailing(1)));
     bytes.pop();
     bytes[2] |= 1;
     let bad = |bytes: &[u8]| NetState::decode(bytes).unwrap_err();
-    assert!(matches!(bad(&bytes), RestoreError::Decode(DecodeError::Value { field: "mac", .. })));
+    assert!(matches!(bad(&bytes), DecodeError::Value { field: "mac", .. }));
     bytes[0] = 3;
     assert_eq!(
         rig.device.take_over(&bytes),

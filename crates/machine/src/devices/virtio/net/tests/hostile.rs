@@ -5,9 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::devices::virtio::net::fuzz;
-use crate::devices::virtio::wants_interrupt;
 
-const INDIRECT: u16 = 4;
 const OUTSIDE: u64 = MEMORY as u64;
 
 /// Has the device meet a bad chain in the transmit (or receive) queue, then resets it and checks that it
@@ -119,7 +117,7 @@ fn indirect_tables_that_are_none() {
         }
         // A table within a table, and a table longer than the queue.
         meets(receive, |memory, queue| {
-            rings::put(memory, table, 0, Descriptor::new(table, 16, INDIRECT, 0));
+            rig::put(memory, table, 0, Descriptor::new(table, 16, INDIRECT, 0));
             queue.put(0, Descriptor::new(table, 16, INDIRECT, 0));
             queue.offer(0);
         });
@@ -128,7 +126,7 @@ fn indirect_tables_that_are_none() {
             for n in 0..QUEUE + 1 {
                 let more = if n < QUEUE { NEXT } else { 0 };
                 let (len, flags) = if receive { (50, WRITE | more) } else { (3, more) };
-                rings::put(memory, table, n, Descriptor::new(TX_BUFFERS, len, flags, n + 1));
+                rig::put(memory, table, n, Descriptor::new(TX_BUFFERS, len, flags, n + 1));
             }
             queue.put(0, Descriptor::new(table, u32::from(QUEUE + 1) * 16, INDIRECT, 0));
             queue.offer(0);
@@ -167,14 +165,4 @@ fn any_driver_comes_far() {
     let few = [all.obeyed, all.stats.tx_frames, all.stats.rx_frames, all.stats.rx_dropped];
     assert!(few.iter().all(|&count| count > 20) && all.broken > 1000, "{all:?}");
     assert!(all.stats.tx_bad_headers > 20, "{all:?}");
-}
-
-#[test]
-fn without_event_index_the_flag_decides_about_interrupts() {
-    let memory = memory();
-    let driver = Ring::fresh(&memory, RX_RINGS);
-    let mut queue = driver.device();
-    assert!(wants_interrupt(&mut queue, &*memory).unwrap());
-    driver.set_flags(1);
-    assert!(!wants_interrupt(&mut queue, &*memory).unwrap());
 }

@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::devices::virtio::net::announce::rarp;
-use crate::devices::virtio::net::persist::{NetState, RestoreError};
+use crate::devices::virtio::net::persist::NetState;
 use crate::devices::virtio::persist::TransportState;
+use crate::devices::virtio::slot::RestoreError;
 
 /// The memory of the machine that takes over: a copy.
 fn copy(from: &Memory) -> Arc<Memory> {
@@ -181,7 +182,7 @@ fn the_device_goes_away_from_behind_a_closed_gate() {
     rig.kick_tx();
     settle();
     let start = Instant::now();
-    drop((rig.device, rig.registers));
+    drop((rig.rig.device, rig.rig.registers));
     assert!(start.elapsed() < Duration::from_secs(5));
     assert_eq!(Arc::strong_count(&rig.output), 1, "nothing of the device is left");
 }

@@ -93,6 +93,34 @@ fn a_frame_that_can_never_fit_is_dropped() {
     assert_eq!(rig.device.stats().rx_dropped, 1);
 }
 
+/// With tables of their own the buffers of one frame could have as many descriptors as the queue has, squared,
+/// and a checkpoint waits for the frame in hand.
+#[test]
+fn the_buffers_of_a_frame_have_no_more_descriptors_than_the_queue() {
+    const PIECES: u16 = QUEUE / 2;
+    let memory = memory();
+    let rig = Rig::usual(&memory);
+    let driver = rig.boot(MERGING);
+    rig.device.go_live(false);
+    for slot in 0..QUEUE {
+        let [table, buffer] = [LARGE, RX_BUFFERS].map(|at| at + u64::from(slot) * 4096);
+        for piece in 0..PIECES {
+            let more = if piece + 1 < PIECES { NEXT } else { 0 };
+            let at = buffer + 20 * u64::from(piece);
+            rig::put(&memory, table, piece, Descriptor::new(at, 20, WRITE | more, piece + 1));
+        }
+        driver.rx.put(slot, Descriptor::new(table, 16 * u32::from(PIECES), INDIRECT, 0));
+        driver.rx.offer(slot);
+    }
+    rig.kick_rx();
+    let most = 2 * 20 * usize::from(PIECES) - HEADER;
+    rig.wire.send(&frame(1, most + 1)).unwrap();
+    rig.wire.send(&frame(2, most)).unwrap();
+    wait_for("the one that just fits", || driver.rx_used() == 2);
+    assert!(merged(&driver, 0) == (frame(2, most), 2));
+    assert_eq!(rig.device.stats().rx_dropped, 1);
+}
+
 #[test]
 fn buffers_that_hold_no_header_stop_the_device() {
     for len in [0, 1, 11] {

@@ -9,7 +9,6 @@ mod offload;
 mod output;
 mod pairs;
 mod pause;
-mod rings;
 mod tap;
 mod tap_offload;
 mod traffic;
@@ -22,21 +21,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use self::rings::Ring;
 use super::offload::HEADER;
 use super::output::{FrameSink, MAX_FRAME, Output, OutputLimits, Released};
 use super::{FramePort, MacAddr, NetDevice};
-use crate::bus::SharedDevice;
 use crate::devices::Device;
 use crate::devices::gate::DeviceGate;
 use crate::devices::valve::tests::Times;
 use crate::devices::valve::{EpochError, OutputMode, Permit, Valve};
-use crate::devices::virtio::{COMMON_FEATURES, DeviceHost, Interrupt, Waker};
-
-type Memory = GuestMemoryMmap<AtomicBitmap>;
+use crate::devices::virtio::COMMON_FEATURES;
+use crate::devices::virtio::hostile::{settle, wait_for};
+use crate::devices::virtio::rig::{self, Count, INDIRECT, Memory, NEXT, Ring, WRITE};
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0xab, 0xcd, 0xef]);
 const FEATURES: u64 = COMMON_FEATURES | 1 << 5 | 1 << 16;
@@ -55,11 +51,18 @@ const ANSWERS: u64 = 0x31_0000;
 /// Room for the longest frames.
 const LARGE: u64 = 0x38_0000;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-
 fn memory() -> Arc<Memory> {
-    Arc::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap())
+    rig::memory(MEMORY)
+}
+
+/// The queue at `at`, as it is.
+fn ring_at(memory: &Memory, at: u64) -> Ring<'_> {
+    Ring::at(memory, at, QUEUE)
+}
+
+/// A queue at `at` without descriptors.
+fn fresh_ring(memory: &Memory, at: u64) -> Ring<'_> {
+    Ring::fresh(memory, at, QUEUE)
 }
 
 /// A frame with a number in it.
@@ -71,40 +74,6 @@ fn frame(number: u32, len: usize) -> Vec<u8> {
         frame[14..18].copy_from_slice(&number.to_le_bytes());
     }
     frame
-}
-
-fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !until() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-/// Gives the device thread time to do what it must not do.
-fn settle() {
-    std::thread::sleep(Duration::from_millis(20));
-}
-
-#[derive(Default)]
-struct Count(AtomicUsize);
-
-impl Count {
-    fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl Interrupt for Count {
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl Waker for Count {
-    fn wake(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// Writes down the packets that left, and the pair each came from.
@@ -253,16 +222,20 @@ impl std::ops::Deref for Held {
 
 /// A machine around one network device.
 struct Rig<'m> {
+    rig: rig::Rig<NetDevice<Memory>>,
     memory: &'m Arc<Memory>,
-    device: NetDevice<Memory>,
-    registers: SharedDevice,
     wire: Wire,
     port: Arc<Sockets>,
     sink: Arc<Recorder>,
     output: Arc<Held>,
-    gate: Arc<DeviceGate>,
-    interrupts: Arc<Count>,
-    wakes: Arc<Count>,
+}
+
+impl std::ops::Deref for Rig<'_> {
+    type Target = rig::Rig<NetDevice<Memory>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.rig
+    }
 }
 
 impl<'m> Rig<'m> {
@@ -276,17 +249,8 @@ impl<'m> Rig<'m> {
         let port = Arc::new(Sockets { ends, told: Mutex::default() });
         let sink = Arc::new(Recorder::default());
         let output = Held::new(sink.clone(), limits, mode);
-        let (gate, interrupts, wakes) =
-            (Arc::new(DeviceGate::new()), Arc::new(Count::default()), Arc::new(Count::default()));
-        let host = DeviceHost {
-            memory: memory.clone(),
-            gate: gate.clone(),
-            interrupt: interrupts.clone(),
-            waker: wakes.clone(),
-        };
-        let device = NetDevice::with_port(MAC, port.clone(), output.output.clone(), host).unwrap();
-        let registers = device.registers();
-        Self { memory, device, registers, wire: Wire(wire), port, sink, output, gate, interrupts, wakes }
+        let rig = behind(memory, port.clone(), &output);
+        Self { rig, memory, wire: Wire(wire), port, sink, output }
     }
 
     /// A rig with everything at its usual.
@@ -296,36 +260,15 @@ impl<'m> Rig<'m> {
 
     /// Puts another device in the place of the one with the sockets.
     fn put_behind(&mut self, port: Arc<dyn FramePort>, output: &Held) {
-        let host = DeviceHost {
-            memory: self.memory.clone(),
-            gate: self.gate.clone(),
-            interrupt: self.interrupts.clone(),
-            waker: self.wakes.clone(),
-        };
-        self.device = NetDevice::with_port(MAC, port, output.output.clone(), host).unwrap();
-        self.registers = self.device.registers();
-    }
-
-    fn write(&self, register: u64, value: u32) {
-        self.registers.lock().unwrap().write(register, &value.to_le_bytes());
-    }
-
-    fn read(&self, register: u64) -> u32 {
-        let mut word = [0; 4];
-        self.registers.lock().unwrap().read(register, &mut word);
-        u32::from_le_bytes(word)
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.read(0x70) & 64 != 0
+        self.rig = behind(self.memory, port, output);
     }
 
     /// Has the driver set up the first pair of the device with fresh rings, and nothing else.
     fn boot(&self, features: u64) -> Driver<'m> {
         let driver = Driver {
             memory: self.memory,
-            rx: Ring::fresh(self.memory, RX_RINGS),
-            tx: Ring::fresh(self.memory, TX_RINGS),
+            rx: fresh_ring(self.memory, RX_RINGS),
+            tx: fresh_ring(self.memory, TX_RINGS),
         };
         self.negotiate(features);
         self.add_queue(0, &driver.rx);
@@ -334,31 +277,11 @@ impl<'m> Rig<'m> {
         driver
     }
 
-    /// Resets the device and agrees on features.
-    fn negotiate(&self, features: u64) {
-        self.write(0x70, 0);
-        self.write(0x70, 3);
-        for half in 0..2 {
-            self.write(0x24, half);
-            self.write(0x20, (features >> (32 * half)) as u32);
-        }
-        self.write(0x70, 11);
-    }
-
-    fn add_queue(&self, index: u32, queue: &Ring<'_>) {
-        self.write(0x30, index);
-        self.write(0x38, u32::from(QUEUE));
-        self.write(0x80, queue.table() as u32);
-        self.write(0x90, queue.available() as u32);
-        self.write(0xa0, queue.used() as u32);
-        self.write(0x44, 1);
-    }
-
     /// Has the driver set up queues of the device, those in `indexes`, with fresh rings.
     fn boot_queues(&self, features: u64, indexes: std::ops::Range<u32>) -> Vec<Ring<'m>> {
         self.negotiate(features);
         let rings = indexes.map(|index| {
-            let ring = Ring::fresh(self.memory, rings_at(index));
+            let ring = fresh_ring(self.memory, rings_at(index));
             self.add_queue(index, &ring);
             ring
         });
@@ -374,11 +297,6 @@ impl<'m> Rig<'m> {
         (driver, Control { rig: self, ring: rings[index as usize], index })
     }
 
-    fn start(&self) {
-        self.write(0x70, 15);
-        assert_eq!(self.read(0x70), 15, "the device starts");
-    }
-
     fn kick_rx(&self) {
         self.write(0x50, 0);
     }
@@ -386,6 +304,11 @@ impl<'m> Rig<'m> {
     fn kick_tx(&self) {
         self.write(0x50, 1);
     }
+}
+
+fn behind(memory: &Arc<Memory>, port: Arc<dyn FramePort>, output: &Held) -> rig::Rig<NetDevice<Memory>> {
+    let output = output.output.clone();
+    rig::Rig::on(memory.clone(), |host| NetDevice::with_port(MAC, port, output, host).unwrap())
 }
 
 /// Where a driver has the rings of a queue.
@@ -427,7 +350,7 @@ struct Driver<'m> {
 impl<'m> Driver<'m> {
     /// The driver of a guest that was restored into `memory`, in the middle of its work.
     fn resumed(memory: &'m Memory) -> Self {
-        Self { memory, rx: Ring::at(memory, RX_RINGS), tx: Ring::at(memory, TX_RINGS) }
+        Self { memory, rx: ring_at(memory, RX_RINGS), tx: ring_at(memory, TX_RINGS) }
     }
 
     /// Makes receive buffer `slot` of `len` bytes available.

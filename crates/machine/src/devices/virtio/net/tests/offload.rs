@@ -188,7 +188,7 @@ fn the_port_follows_the_driver() {
     wait_for("the port to be told of nothing", || told() == Some(Told::Pairs(1)));
     for (features, offloads) in [(FEATURES | TAKES, TAKES), (FEATURES, 0), (FEATURES | GUEST_TSO4, 0)] {
         let _driver = rig.boot(features);
-        wait_for("the port to be told", || rig.device.state().settings.offloads == offloads);
+        wait_for("the port to be told", || rig.device.state().device.settings.offloads == offloads);
         settle();
         let last = told();
         assert!(last == Some(Told::Offloads(offloads)), "{last:?}");

@@ -182,7 +182,7 @@ fn the_first_frame_that_leaves_is_reported_once() {
     let seen = Arc::new(Count::default());
     let hook = |output: &Output| {
         let seen = seen.clone();
-        output.on_first_frame(move || seen.trigger());
+        output.on_first_frame(move || _ = seen.add());
     };
     let (output, _) = holding();
     hook(&output);

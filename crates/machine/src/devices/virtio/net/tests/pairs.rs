@@ -15,7 +15,7 @@ fn set_pairs(control: &Control<'_, '_>, pairs: u16) -> u8 {
 }
 
 fn pair<'m>(memory: &'m Memory, index: u32) -> Driver<'m> {
-    let at = |queue| Ring::at(memory, rings_at(queue));
+    let at = |queue| ring_at(memory, rings_at(queue));
     Driver { memory, rx: at(2 * index), tx: at(2 * index + 1) }
 }
 
@@ -67,7 +67,7 @@ fn pairs_come_into_use_and_go_out_of_it() {
     settle();
     assert_eq!(last.tx_used(), 1);
     rig.write(0x70, 0);
-    assert_eq!(rig.device.state().settings.pairs, 1);
+    assert_eq!(rig.device.state().device.settings.pairs, 1);
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn pairs_the_driver_left_out_cannot_come_into_use() {
     let rig = rig(&memory, OutputMode::PassThrough);
     rig.negotiate(SEVERAL);
     let rings = [0, 1, 2, 3, 4, 6].map(|index| {
-        let ring = Ring::fresh(&memory, rings_at(index));
+        let ring = fresh_ring(&memory, rings_at(index));
         rig.add_queue(index, &ring);
         ring
     });

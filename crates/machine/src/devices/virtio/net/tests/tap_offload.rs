@@ -313,8 +313,8 @@ fn a_flow_comes_back_in_the_pair_it_was_sent_from() {
         let (_, control) = rig.boot_with_control(FEATURES | CTRL_VQ | MQ | CSUM, 6);
         let pairs = [0, 1, 2].map(|pair| Driver {
             memory: &memory,
-            rx: Ring::at(&memory, rings_at(2 * pair)),
-            tx: Ring::at(&memory, rings_at(2 * pair + 1)),
+            rx: ring_at(&memory, rings_at(2 * pair)),
+            tx: ring_at(&memory, rings_at(2 * pair + 1)),
         });
         for (pair, driver) in pairs.iter().enumerate() {
             for slot in 0..10 {

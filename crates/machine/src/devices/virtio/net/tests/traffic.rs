@@ -172,7 +172,7 @@ fn chains_of_several_buffers_and_indirect_ones_work() {
     let table = TX_BUFFERS + 0x8000;
     for (slot, (at, len)) in pieces.into_iter().enumerate() {
         let next = if slot < 3 { NEXT } else { 0 };
-        rings::put(&memory, table, slot as u16, Descriptor::new(at, len, next, slot as u16 + 1));
+        rig::put(&memory, table, slot as u16, Descriptor::new(at, len, next, slot as u16 + 1));
     }
     driver.tx.put(7, Descriptor::new(table, 64, 4, 0));
     driver.tx.offer(7);

@@ -18,7 +18,7 @@ fn an_empty_buffer_is_refused() {
     let rig = rig();
     rig.boot(1);
     rig.device.go_live(false);
-    rig.ring(0).put(0, BUFFERS, 0, WRITE, 0);
+    rig.ring(0).put(0, Descriptor::new(BUFFERS, 0, WRITE, 0));
     rig.ring(0).offer(0);
     rig.kick(0);
     wait_for("the device to stop", || rig.needs_reset());

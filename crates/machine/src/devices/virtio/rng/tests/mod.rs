@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use super::{BUDGET, EntropySource, HostEntropy, REQUEST, RngDevice, WINDOW};
 use crate::devices::Device;
-use crate::devices::virtio::test_driver::*;
+use virtio_queue::desc::split::Descriptor;
+
+use crate::devices::virtio::hostile::*;
 
 /// Gives 1, 2, 3 ... and can be told to give nothing. Counts what is asked of it.
 #[derive(Default)]
@@ -43,11 +45,11 @@ fn rig_with(source: Counter) -> Rig<Device_> {
 /// Asks for `len` bytes and waits for them.
 fn ask(rig: &Rig<Device_>, len: u32) -> u32 {
     let ring = rig.ring(0);
-    let index = ring.used();
-    ring.put(0, BUFFERS, len, WRITE, 0);
+    let index = ring.used_index();
+    ring.put(0, Descriptor::new(BUFFERS, len, WRITE, 0));
     ring.offer(0);
     rig.kick(0);
-    wait_for("random bytes", || ring.used() != index);
+    wait_for("random bytes", || ring.used_index() != index);
     let (head, given) = ring.used_entry(index);
     assert_eq!(head, 0);
     given
@@ -79,11 +81,11 @@ fn a_large_request_gets_a_part_and_a_chain_is_filled_in_order() {
     rig.device.go_live(false);
     assert_eq!(ask(&rig, 100_000), REQUEST as u32);
     let ring = rig.ring(0);
-    ring.put(3, BUFFERS, 10, WRITE | NEXT, 5);
-    ring.put(5, BUFFERS + 100, 20, WRITE, 0);
+    ring.put(3, Descriptor::new(BUFFERS, 10, WRITE | NEXT, 5));
+    ring.put(5, Descriptor::new(BUFFERS + 100, 20, WRITE, 0));
     ring.offer(3);
     rig.kick(0);
-    wait_for("random bytes", || ring.used() == 2);
+    wait_for("random bytes", || ring.used_index() == 2);
     assert_eq!(ring.used_entry(1), (3, 30));
     assert_eq!((rig.bytes(BUFFERS, 10), rig.bytes(BUFFERS + 100, 20)), (vec![2; 10], vec![2; 20]));
 }
@@ -93,17 +95,17 @@ fn nothing_is_given_before_the_machine_runs_and_in_a_pause() {
     let rig = rig();
     rig.boot(1);
     let ring = rig.ring(0);
-    ring.put(0, BUFFERS, 64, WRITE, 0);
+    ring.put(0, Descriptor::new(BUFFERS, 64, WRITE, 0));
     ring.offer(0);
     rig.kick(0);
     settle();
-    assert_eq!(ring.used(), 0);
+    assert_eq!(ring.used_index(), 0);
     rig.gate.close();
     rig.device.go_live(false);
     settle();
-    assert_eq!(ring.used(), 0);
+    assert_eq!(ring.used_index(), 0);
     rig.gate.open();
-    wait_for("random bytes", || ring.used() == 1);
+    wait_for("random bytes", || ring.used_index() == 1);
 }
 
 #[test]
@@ -131,13 +133,13 @@ fn small_requests_buy_no_more_of_the_hosts_time_than_large_ones() {
     let requests = WINDOWS * (BUDGET / 256) + 1;
     let start = Instant::now();
     for _ in 0..requests.div_ceil(QUEUE.into()) {
-        let index = ring.used();
+        let index = ring.used_index();
         for slot in 0..QUEUE {
-            ring.put(slot, BUFFERS, 1, WRITE, 0);
+            ring.put(slot, Descriptor::new(BUFFERS, 1, WRITE, 0));
             ring.offer(slot);
         }
         rig.kick(0);
-        wait_for("random bytes", || ring.used() == index.wrapping_add(QUEUE));
+        wait_for("random bytes", || ring.used_index() == index.wrapping_add(QUEUE));
     }
     // The first window may have begun before.
     let least = WINDOW * (WINDOWS as u32 - 1);
@@ -152,7 +154,7 @@ fn a_host_without_random_bytes_is_asked_again() {
     rig.boot(1);
     rig.device.go_live(false);
     let ring = rig.ring(0);
-    ring.put(0, BUFFERS, 64, WRITE, 0);
+    ring.put(0, Descriptor::new(BUFFERS, 64, WRITE, 0));
     ring.offer(0);
     rig.kick(0);
     wait_for("the failure", || rig.device.failed() == 1);
@@ -162,7 +164,7 @@ fn a_host_without_random_bytes_is_asked_again() {
     rig.gate.open();
     assert!(!rig.needs_reset());
     dry.store(false, Ordering::Relaxed);
-    wait_for("random bytes", || ring.used() == 1);
+    wait_for("random bytes", || ring.used_index() == 1);
 }
 
 #[test]
@@ -173,7 +175,7 @@ fn a_resumed_guest_goes_on() {
     works(&old);
     old.gate.close();
     let ring = old.ring(0);
-    ring.put(0, BUFFERS, 64, WRITE, 0);
+    ring.put(0, Descriptor::new(BUFFERS, 64, WRITE, 0));
     ring.offer(0);
     old.kick(0);
     let state = old.saved();
@@ -184,7 +186,7 @@ fn a_resumed_guest_goes_on() {
     assert_eq!(new.saved(), state);
     let interrupts = new.interrupts.get();
     new.device.go_live(true);
-    wait_for("random bytes", || new.ring(0).used() == 2);
+    wait_for("random bytes", || new.ring(0).used_index() == 2);
     assert_eq!(new.bytes(BUFFERS, 64), [71; 64]);
     assert!(new.interrupts.get() > interrupts);
 }

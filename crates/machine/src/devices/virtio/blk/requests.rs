@@ -1,0 +1,463 @@
+//! What the device does with requests, step by step, inside the gate.
+//!
+//! ```text
+//!  driver ─take─► Filling ─► Waiting ─► Running ─► Logging ─► Delivering ─give back─► driver
+//!                 (writes)   overlaps,  engine     changes    (reads)
+//!                            held
+//! ```
+//!
+//! A step is short: one request taken, or at most [`PIECE`] bytes moved. Between any two of them the
+//! coordinator may close the gate; whatever is in the table then is in flight.
+
+use std::collections::VecDeque;
+
+use vm_memory::GuestMemory;
+
+use super::SERIAL_BYTES;
+use super::config::writes_through;
+use super::device::Disk;
+use super::engine::{Completion, Submission};
+use super::log::Appended;
+use super::pool::Pool;
+use super::request::{RequestType, Status, Wanted};
+use super::table::{Entry, MAX_IN_FLIGHT, Stage, Table};
+use crate::devices::complaints::complain;
+use crate::devices::valve::{Fate, OutputMode};
+use crate::devices::virtio::chain::Broken;
+use crate::devices::virtio::ring::Queues;
+use crate::devices::virtio::slot::{Batch, Outcome};
+
+/// Most bytes moved to or from guest memory, or to the log, in one step.
+pub(super) const PIECE: usize = super::log::MAX_RECORD;
+/// Most steps of a batch, so that what was taken is submitted soon.
+const BATCH: usize = 64;
+/// Most bytes of bounce buffers of a disk.
+const BOUNCE_BYTES: usize = 16 << 20;
+
+/// The requests of a disk, and how far each is. Worked on inside the gate.
+pub struct Requests {
+    pub(super) table: Table,
+    pool: Pool,
+    /// Requests of a saved state, to be taken before any other.
+    pub(super) reissue: VecDeque<(u16, u16)>,
+    /// Operations for the engine, which gets them outside the gate.
+    pub(super) outbox: Vec<Submission>,
+    completions: Vec<Completion>,
+    unblocked: Vec<u16>,
+    filling: VecDeque<u16>,
+    logging: VecDeque<u16>,
+    delivering: VecDeque<u16>,
+    /// The log was full when it was last tried.
+    pub(super) log_stalled: bool,
+    /// Nothing new is taken.
+    pub(super) draining: bool,
+    /// The queue whose turn it is.
+    next_queue: usize,
+    /// There was no buffer for the next request; wait until one is given back.
+    starved: bool,
+    pub(super) writeback: bool,
+    pub(super) serial: [u8; SERIAL_BYTES],
+}
+
+impl Requests {
+    pub(super) fn new(shared: bool, serial: [u8; SERIAL_BYTES]) -> Self {
+        let list = || VecDeque::with_capacity(MAX_IN_FLIGHT);
+        Self {
+            table: Table::new(shared),
+            pool: Pool::new(BOUNCE_BYTES),
+            reissue: VecDeque::with_capacity(MAX_IN_FLIGHT),
+            outbox: Vec::with_capacity(MAX_IN_FLIGHT),
+            completions: Vec::with_capacity(MAX_IN_FLIGHT),
+            unblocked: Vec::with_capacity(MAX_IN_FLIGHT),
+            filling: list(),
+            logging: list(),
+            delivering: list(),
+            log_stalled: false,
+            draining: false,
+            next_queue: 0,
+            starved: false,
+            writeback: true,
+            serial,
+        }
+    }
+
+    /// Takes what the engine has done, then does a batch of steps.
+    pub(super) fn batch<M: GuestMemory>(
+        &mut self,
+        disk: &Disk,
+        batch: Batch<'_, M>,
+    ) -> Result<Outcome, Broken> {
+        self.collect(disk);
+        let Batch { mut queues, pass } = batch;
+        let mut more = false;
+        for step in 0.. {
+            if step == BATCH || pass.must_leave() {
+                more = true;
+                break;
+            }
+            if !self.step(disk, queues.as_deref_mut())? {
+                break;
+            }
+        }
+        disk.counters.set_in_flight(self.in_flight());
+        Ok(Outcome { more, wake: queues.is_some_and(|queues| queues.gave_back()) })
+    }
+
+    /// How many requests the driver waits for.
+    pub(super) fn in_flight(&self) -> usize {
+        self.table.heads().count() + self.reissue.len()
+    }
+
+    /// Queue and head of the requests the driver waits for, in the order in which they were taken.
+    pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
+        self.table.heads().chain(self.reissue.iter().copied())
+    }
+
+    /// The driver is no longer interested in anything: what the disk has not begun is dropped, what it has
+    /// begun goes on to its end and into the log.
+    pub(super) fn abandon(&mut self, disk: &Disk) {
+        self.reissue.clear();
+        self.filling.clear();
+        self.delivering.clear();
+        let mut position = 0;
+        while let Some(token) = self.table.token_at(position) {
+            match self.table.get(token).stage {
+                Stage::Running | Stage::Logging(_) => {
+                    self.table.orphan(token);
+                    position += 1;
+                }
+                _ => {
+                    // Whoever waited for it is dropped in its turn.
+                    self.table.finished(token, |_| {});
+                    self.free(token);
+                }
+            }
+        }
+        disk.counters.set_in_flight(0);
+    }
+
+    /// Whether something is under way that ends by itself: everything but held writes and what waits for
+    /// them.
+    pub(super) fn is_busy(&self) -> bool {
+        let waits_for_commit = |stage| stage == Stage::Waiting;
+        !self.reissue.is_empty() || self.table.iter().any(|(_, entry)| !waits_for_commit(entry.stage))
+    }
+
+    /// Takes what the engine has done.
+    fn collect(&mut self, disk: &Disk) {
+        let mut completions = std::mem::take(&mut self.completions);
+        disk.engine.reap(&mut completions);
+        for completion in completions.drain(..) {
+            self.completed(disk, completion);
+        }
+        self.completions = completions;
+    }
+
+    fn completed(&mut self, disk: &Disk, Completion { token, buffer, result }: Completion) {
+        use super::job::After;
+        let entry = self.table.get_mut(token);
+        entry.buffer = buffer;
+        let Some(result) = result else { return self.set_aside(disk, token) };
+        match entry.job.done(result) {
+            After::Again if disk.is_dropped(entry) => self.set_aside(disk, token),
+            After::Again => self.start(disk, token),
+            After::Finished(status, error) => {
+                if let Some(number) = error {
+                    self.complain(disk, token, number);
+                }
+                self.disk_done(disk, token, status);
+            }
+        }
+    }
+
+    /// A change of a shared disk, on its way or in part done, has lost its permission: it is held again. It
+    /// was let out before, so it goes with whatever is let out next.
+    fn set_aside(&mut self, disk: &Disk, token: u16) {
+        let entry = self.table.get_mut(token);
+        if !entry.orphan {
+            entry.stage = Stage::Waiting;
+            entry.tag.epoch = 0;
+            return self.start_if_possible(disk, token);
+        }
+        // The driver that wanted it is gone.
+        let mut unblocked = std::mem::take(&mut self.unblocked);
+        self.table.finished(token, |later| unblocked.push(later));
+        self.free(token);
+        for later in unblocked.drain(..) {
+            self.start_if_possible(disk, later);
+        }
+        self.unblocked = unblocked;
+    }
+
+    /// One step. Says whether there was anything to do.
+    fn step<M: GuestMemory>(&mut self, disk: &Disk, queues: Option<&mut Queues<M>>) -> Result<bool, Broken> {
+        if self.log_next(disk) {
+            return Ok(true);
+        }
+        let Some(queues) = queues else { return Ok(false) };
+        Ok(self.deliver_next(disk, queues)?
+            || self.fill_next(disk, queues)?
+            || self.take_next(disk, queues)?)
+    }
+
+    /// Takes the next request: of a saved state, or from the next queue that has one.
+    fn take_next<M: GuestMemory>(&mut self, disk: &Disk, queues: &mut Queues<M>) -> Result<bool, Broken> {
+        if self.starved || self.table.is_full() {
+            return Ok(false);
+        }
+        if let Some(&(queue, head)) = self.reissue.front() {
+            let taken = self.admit(disk, queues, queue, head)?;
+            if taken {
+                self.reissue.pop_front();
+                disk.counters.reissued.add(1);
+            }
+            return Ok(taken);
+        }
+        while queues.pending() != 0 && !self.draining {
+            // The lowest queue that is pending, from the one whose turn it is.
+            let ahead = queues.pending() >> self.next_queue << self.next_queue;
+            let queue = if ahead != 0 { ahead } else { queues.pending() }.trailing_zeros() as usize;
+            let head = match queues.ring(queue) {
+                Some((ring, memory)) => ring.next_head(memory)?,
+                None => None,
+            };
+            let Some(head) = head else {
+                queues.looked_at(queue);
+                continue;
+            };
+            let taken = self.admit(disk, queues, queue as u16, head)?;
+            if !taken && let Some((ring, _)) = queues.ring(queue) {
+                ring.put_back(1);
+            }
+            self.next_queue = if queue < 31 { queue + 1 } else { 0 };
+            return Ok(taken);
+        }
+        Ok(false)
+    }
+
+    /// Reads the request of a chain and begins it. `false` if there is no buffer for it now.
+    fn admit<M: GuestMemory>(
+        &mut self,
+        disk: &Disk,
+        queues: &mut Queues<M>,
+        queue: u16,
+        head: u16,
+    ) -> Result<bool, Broken> {
+        let features = queues.features;
+        let Some((ring, memory)) = queues.ring(queue.into()) else { return Err(Broken::Available) };
+        if head >= ring.size() {
+            return Err(Broken::Chain);
+        }
+        if self.table.has(queue, head) {
+            return Err(Broken::Rule("a chain is offered while it is in flight"));
+        }
+        let Some(entry) = self.table.next_free() else { return Ok(false) };
+        ring.walk(memory, head, &mut entry.chain)?;
+        let wanted = disk.geometry.judge(memory, &entry.chain, &mut entry.job.ranges)?;
+        let (kind, span, len) = match wanted {
+            Wanted::Disk { kind, span, len } => (kind, span, len),
+            Wanted::Serial => {
+                let len = SERIAL_BYTES.min((entry.chain.driver_bytes() - 1) as usize);
+                entry.chain.write(memory, 0, &self.serial[..len])?;
+                Status::Ok.write(memory, &entry.chain)?;
+                ring.give_back(memory, &[(head, len as u32 + 1)])?;
+                return Ok(true);
+            }
+            Wanted::Refused(status) => {
+                disk.counters.errors.add(1);
+                status.write(memory, &entry.chain)?;
+                ring.give_back(memory, &[(head, 1)])?;
+                return Ok(true);
+            }
+        };
+        let Some(buffer) = self.pool.lend(len) else {
+            self.starved = true;
+            disk.counters.no_room.add(1);
+            return Ok(false);
+        };
+        entry.buffer = buffer;
+        entry.job.begin(kind, span, len, writes_through(features, self.writeback));
+        let stage = if kind == RequestType::Write { Stage::Filling(0) } else { Stage::Waiting };
+        let Some(token) = self.table.admit(queue, head, disk.permit.tag(), stage) else { return Ok(false) };
+        self.begun(disk, token);
+        Ok(true)
+    }
+
+    fn begun(&mut self, disk: &Disk, token: u16) {
+        let entry = self.table.get(token);
+        if entry.waits > 0 {
+            disk.counters.serialised.add(1);
+        }
+        match entry.stage {
+            Stage::Filling(_) => self.filling.push_back(token),
+            _ => self.start_if_possible(disk, token),
+        }
+    }
+
+    /// Copies the next piece of a write's data from guest memory.
+    fn fill_next<M: GuestMemory>(&mut self, disk: &Disk, queues: &Queues<M>) -> Result<bool, Broken> {
+        let Some(&token) = self.filling.front() else { return Ok(false) };
+        let entry = self.table.get_mut(token);
+        let Stage::Filling(from) = entry.stage else { return Ok(false) };
+        let to = entry.job.len.min(from + PIECE);
+        let data = &mut entry.buffer[from..to];
+        entry.chain.read(&*queues.memory, super::request::HEADER + from, data)?;
+        if to < entry.job.len {
+            entry.stage = Stage::Filling(to);
+        } else {
+            entry.stage = Stage::Waiting;
+            self.filling.pop_front();
+            self.start_if_possible(disk, token);
+        }
+        Ok(true)
+    }
+
+    /// Gives a request to the engine if it waits for nothing and may leave.
+    pub(super) fn start_if_possible(&mut self, disk: &Disk, token: u16) {
+        let entry = self.table.get(token);
+        let held = disk.shared && entry.job.kind.changes() && !disk.passes(entry);
+        if entry.stage == Stage::Waiting && entry.waits == 0 && !held {
+            self.start(disk, token);
+        }
+    }
+
+    /// Has the engine do what the request needs next.
+    pub(super) fn start(&mut self, disk: &Disk, token: u16) {
+        let entry = self.table.get_mut(token);
+        entry.stage = Stage::Running;
+        match entry.job.operation() {
+            Some(operation) => {
+                let buffer = std::mem::take(&mut entry.buffer);
+                self.outbox.push(Submission { token, operation, buffer, tag: entry.tag });
+            }
+            // A request for nothing: to zero no sectors.
+            None => self.disk_done(disk, token, Status::Ok),
+        }
+    }
+
+    /// The disk is done with a request: those that overlap it may start.
+    fn disk_done(&mut self, disk: &Disk, token: u16, status: Status) {
+        let mut unblocked = std::mem::take(&mut self.unblocked);
+        self.table.finished(token, |later| unblocked.push(later));
+        let entry = self.table.get_mut(token);
+        entry.stage = Stage::Logging(status);
+        let kind = entry.job.kind;
+        if !disk.shared && kind != RequestType::Read {
+            self.logging.push_back(token);
+        } else {
+            self.deliver(token, status);
+        }
+        for later in unblocked.drain(..) {
+            self.start_if_possible(disk, later);
+        }
+        self.unblocked = unblocked;
+    }
+
+    /// Moves the next piece of what was changed to the log, in the order in which the disk was done.
+    fn log_next(&mut self, disk: &Disk) -> bool {
+        let Some(&token) = self.logging.front() else { return false };
+        if self.log_stalled {
+            return false;
+        }
+        let entry = self.table.get_mut(token);
+        let Stage::Logging(status) = entry.stage else { return false };
+        match entry.job.next_change(disk.index, &entry.buffer) {
+            Some(change) => match disk.log.append(change) {
+                Appended::Done => entry.job.logged(&change),
+                Appended::Full => {
+                    self.log_stalled = true;
+                    disk.counters.log_full.add(1);
+                    return false;
+                }
+            },
+            None => {
+                self.logging.pop_front();
+                self.deliver(token, status);
+            }
+        }
+        true
+    }
+
+    /// A request is done but for telling the driver, if there is one that wants to know.
+    fn deliver(&mut self, token: u16, status: Status) {
+        let entry = self.table.get_mut(token);
+        if entry.orphan {
+            return self.free(token);
+        }
+        entry.stage = Stage::Delivering(status, 0);
+        self.delivering.push_back(token);
+    }
+
+    /// Copies the next piece of a read's data to guest memory; after the last, gives the chain back.
+    fn deliver_next<M: GuestMemory>(&mut self, disk: &Disk, queues: &mut Queues<M>) -> Result<bool, Broken> {
+        let Some(&token) = self.delivering.front() else { return Ok(false) };
+        let entry = self.table.get_mut(token);
+        let Stage::Delivering(status, from) = entry.stage else { return Ok(false) };
+        let total =
+            if entry.job.kind == RequestType::Read && status == Status::Ok { entry.job.len } else { 0 };
+        let to = total.min(from + PIECE);
+        let Some((ring, memory)) = queues.ring(entry.queue.into()) else { return Err(Broken::Available) };
+        entry.chain.write(memory, from, &entry.buffer[from..to])?;
+        if to < total {
+            entry.stage = Stage::Delivering(status, to);
+            return Ok(true);
+        }
+        status.write(memory, &entry.chain)?;
+        ring.give_back(memory, &[(entry.head, total as u32 + 1)])?;
+        count(disk, entry.job.kind, entry.job.len, status);
+        self.delivering.pop_front();
+        self.free(token);
+        Ok(true)
+    }
+
+    fn free(&mut self, token: u16) {
+        let buffer = self.table.free(token);
+        self.pool.give_back(buffer);
+        self.starved = false;
+    }
+
+    /// The host's disk failed.
+    fn complain(&self, disk: &Disk, token: u16, number: i32) {
+        let job = &self.table.get(token).job;
+        if job.kind.changes() && !disk.shared {
+            disk.log.damaged(disk.index, job.span.offset, job.span.len);
+        }
+        let error = std::io::Error::from_raw_os_error(number);
+        complain!(warn, disk.complaints, disk = disk.index, offset = job.span.offset, len = job.span.len,
+            kind = ?job.kind, %error, "the host's disk failed a request of the guest");
+    }
+}
+
+impl Disk {
+    /// Whether a write leaves at once.
+    fn passes(&self, entry: &Entry) -> bool {
+        let order = self.permit.order();
+        order.mode() == OutputMode::PassThrough && self.permit.fate(order, entry.tag) == Fate::Leaves
+    }
+
+    /// Whether a write must not go on, because it was discarded.
+    fn is_dropped(&self, entry: &Entry) -> bool {
+        let changes = self.shared && entry.job.kind.changes();
+        changes && self.permit.fate(self.permit.order(), entry.tag) == Fate::Dropped
+    }
+}
+
+fn count(disk: &Disk, kind: RequestType, len: usize, status: Status) {
+    let counters = &disk.counters;
+    if status != Status::Ok {
+        return counters.errors.add(1);
+    }
+    match kind {
+        RequestType::Read => {
+            counters.reads.add(1);
+            counters.read_bytes.add(len as u64);
+        }
+        RequestType::Write => {
+            counters.writes.add(1);
+            counters.write_bytes.add(len as u64);
+        }
+        RequestType::Flush => counters.flushes.add(1),
+        RequestType::Discard => counters.discards.add(1),
+        RequestType::WriteZeroes => counters.zeroes.add(1),
+    }
+}
