@@ -5,7 +5,7 @@ mod error;
 pub use error::IncomingError;
 
 use crate::codec::{PageEntry, with_data};
-use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateSection, UncheckedRecords};
+use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateBuf, StateSection, UncheckedRecords};
 use crate::wire::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section};
 
 /// Limits of a buffer, chosen when protection starts. Memory is reserved for all of it at once
@@ -31,15 +31,6 @@ pub enum Expect {
     Number(u64),
 }
 
-#[derive(Debug, Clone, Copy)]
-struct StateSpan {
-    kind: u16,
-    version: u16,
-    index: u16,
-    start: u32,
-    len: u32,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Waits for the beginning.
@@ -56,8 +47,8 @@ enum Phase {
 /// passed.
 ///
 /// Nothing is allocated after [`new`](Self::new) but the room for the disk writes of a checkpoint, if what
-/// [`swap_disk_writes`](Self::swap_disk_writes) brought is not enough. A standby that receives checkpoint N+1 while it applies N
-/// uses two.
+/// [`swap_disk_writes`](Self::swap_disk_writes) brought is not enough. A standby that receives checkpoint N+1
+/// while it applies N uses two.
 pub struct Incoming {
     limits: IncomingLimits,
     layout: Layout,
@@ -69,8 +60,7 @@ pub struct Incoming {
     chain: crc32fast::Hasher,
     entries: Vec<PageEntry>,
     data: Vec<u8>,
-    state: Vec<u8>,
-    spans: Vec<StateSpan>,
+    state: StateBuf,
     /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away with
     /// them.
     writes: RecordBuf,
@@ -105,8 +95,7 @@ impl Incoming {
             chain: crc32fast::Hasher::new(),
             entries: reserve(limits.max_pages as usize)?,
             data: reserve(data_len)?,
-            state: reserve(limits.max_state_bytes as usize)?,
-            spans: reserve(limits.max_state_sections as usize)?,
+            state: reserve_state(&limits)?,
             writes: RecordBuf::default(),
             disks: Vec::new(),
             seen: zeroed(seen_len)?,
@@ -131,7 +120,6 @@ impl Incoming {
         self.entries.clear();
         self.data.clear();
         self.state.clear();
-        self.spans.clear();
         self.writes.clear();
         self.expect = expect;
         self.phase = Phase::Idle;
@@ -157,6 +145,15 @@ impl Incoming {
         buffer.clear();
         if self.phase == Phase::Complete {
             std::mem::swap(&mut self.writes, buffer);
+        }
+    }
+
+    /// Exchanges the state sections of a whole checkpoint for an empty table, whose memory the next checkpoint
+    /// uses. Nothing happens if the checkpoint is not whole.
+    pub fn swap_state(&mut self, table: &mut StateBuf) {
+        table.clear();
+        if self.phase == Phase::Complete {
+            std::mem::swap(&mut self.state, table);
         }
     }
 
@@ -263,20 +260,19 @@ impl Incoming {
         if checkpoint != number {
             return Err(IncomingError::Number { expected: number, found: checkpoint });
         }
-        let StateSection { kind, version, index, bytes } = *state;
-        let (start, len) = (self.state.len() as u32, bytes.len() as u32);
-        if u64::from(start) + u64::from(len) > u64::from(announced) {
-            let found = start.saturating_add(len);
+        let StateSection { kind, index, bytes, .. } = *state;
+        let found = self.state.len() + bytes.len();
+        if found > announced as usize {
+            let found = found as u32;
             return Err(IncomingError::Totals { number, what: "bytes of state", expected: announced, found });
         }
-        if self.spans.len() >= self.limits.max_state_sections as usize {
+        if self.state.sections().len() >= self.limits.max_state_sections as usize {
             return Err(IncomingError::TooManySections { number, limit: self.limits.max_state_sections });
         }
-        if self.spans.iter().any(|span| (span.kind, span.index) == (kind, index)) {
+        if self.state.find(kind, index).is_some() {
             return Err(IncomingError::DuplicateState { kind, index, number });
         }
-        self.state.extend_from_slice(bytes);
-        self.spans.push(StateSpan { kind, version, index, start, len });
+        self.state.push(*state);
         Ok(())
     }
 
@@ -348,15 +344,9 @@ impl<'a> Checkpoint<'a> {
         with_data(self.incoming.entries.iter().copied(), &self.incoming.data)
     }
 
-    /// Every state section, in the order received.
-    pub fn state(&self) -> impl Iterator<Item = StateSection<'a>> + 'a {
-        let state = &self.incoming.state;
-        self.incoming.spans.iter().map(move |span| StateSection {
-            kind: span.kind,
-            version: span.version,
-            index: span.index,
-            bytes: &state[span.start as usize..(span.start + span.len) as usize],
-        })
+    /// The state sections, in the order received. None is twice.
+    pub fn state(&self) -> &'a StateBuf {
+        &self.incoming.state
     }
 
     /// The disk writes in the order in which the guest's requests were completed. Every one lies within its
@@ -364,6 +354,12 @@ impl<'a> Checkpoint<'a> {
     pub fn disk_writes(&self) -> &'a RecordBuf {
         &self.incoming.writes
     }
+}
+
+fn reserve_state(limits: &IncomingLimits) -> Result<StateBuf, IncomingError> {
+    let (bytes, sections) = (limits.max_state_bytes, limits.max_state_sections as usize);
+    StateBuf::try_with_capacity(bytes as usize, sections)
+        .map_err(|_| IncomingError::Memory { bytes: bytes.into() })
 }
 
 fn reserve<T>(count: usize) -> Result<Vec<T>, IncomingError> {

@@ -85,8 +85,8 @@ pub use codec::{PageCodec, PageEntry, squeeze_zero_pages};
 pub use image::limits::*;
 pub use image::{
     Ancestor, DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords,
-    GfnRange, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordBuf, RecordError, StateSection,
-    UncheckedRecords, VmId, VmIdError, is_zero,
+    GfnRange, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordBuf, RecordError, StateBuf, StateKind,
+    StateSection, UncheckedRecords, VmId, VmIdError, is_zero,
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{

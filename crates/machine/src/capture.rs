@@ -6,11 +6,11 @@
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{EnableError, Gfn, HarvestError, RearmError};
+use outlive_epoch::image::StateKind;
 
 use crate::devices::virtio::blk::LogMode;
 use crate::machine::{Machine, Tracking};
 use crate::outgoing::Outgoing;
-use crate::state::Kind;
 use crate::vcpu::VcpuError;
 use crate::vm_state::{self, VmStateError};
 
@@ -209,23 +209,23 @@ impl Machine {
         staging.disk_writes_mut().clear();
         if !std::mem::replace(&mut self.constants_sent, true) {
             for (index, bytes) in self.constants.iter().enumerate() {
-                staging.push_section(Kind::VcpuConstant, index as u16, bytes);
+                staging.push_section(StateKind::VcpuConstant, index as u16, bytes);
             }
         }
         for index in 0..self.vcpus.len() {
-            self.vcpus.with_saved(index, |bytes| staging.push_section(Kind::Vcpu, index as u16, bytes));
+            self.vcpus.with_saved(index, |bytes| staging.push_section(StateKind::Vcpu, index as u16, bytes));
         }
         vm_state::save(&self.vm, self.vcpus.asked(), &mut self.scratch)?;
-        staging.push_section(Kind::Vm, 0, &self.scratch);
+        staging.push_section(StateKind::Vm, 0, &self.scratch);
         for (slot, device) in self.devices.iter().enumerate() {
             self.scratch.clear();
             device.save(&mut self.scratch);
-            staging.push_section(Kind::Device, slot as u16, &self.scratch);
+            staging.push_section(StateKind::Device, slot as u16, &self.scratch);
         }
         if let Some(serial) = &self.serial {
             self.scratch.clear();
             serial.save(&mut self.scratch);
-            staging.push_section(Kind::Serial, 0, &self.scratch);
+            staging.push_section(StateKind::Serial, 0, &self.scratch);
         }
         if self.write_log.mode() == LogMode::Log {
             // With the devices at rest: every write whose completion the guest of this checkpoint can see.
@@ -233,7 +233,7 @@ impl Machine {
         }
         if let Some(disks) = self.check_due.take() {
             self.hashes(disks).encode(&mut self.scratch);
-            staging.push_section(Kind::Check, 0, &self.scratch);
+            staging.push_section(StateKind::Check, 0, &self.scratch);
         }
         Ok(())
     }

@@ -7,9 +7,9 @@ use crate::machine::Machine;
 use crate::memory::Ram;
 use crate::state::{FieldReader, FieldWriter, StateError};
 
-/// Field of a `Kind::Check` section: the hash of all memory.
+/// Field of a `StateKind::Check` section: the hash of all memory.
 const MEMORY: u16 = 1;
-/// Field of a `Kind::Check` section: pairs of a disk and the hash of its contents.
+/// Field of a `StateKind::Check` section: pairs of a disk and the hash of its contents.
 const DISKS: u16 = 2;
 
 /// What the contents of a disk come to.

@@ -4,13 +4,11 @@
 #![allow(unsafe_code)]
 
 use outlive_dirty::Gfn;
-use outlive_epoch::image::RecordBuf;
+use outlive_epoch::image::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
+use outlive_epoch::image::{RecordBuf, StateBuf, StateKind, StateSection};
 
 use crate::memory::PAGE_SIZE;
-use crate::state::{Kind, SECTION_VERSION, Section};
-
-/// State bytes that staging has room for before it must grow: 8 vCPUs, the VM, a few devices.
-const STATE_CAPACITY: usize = 512 << 10;
+use crate::state::SECTION_VERSION;
 
 /// Why staging could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -18,13 +16,6 @@ const STATE_CAPACITY: usize = 512 << 10;
 pub struct OutgoingError {
     bytes: usize,
     source: std::io::Error,
-}
-
-struct Entry {
-    kind: Kind,
-    index: u16,
-    start: usize,
-    len: usize,
 }
 
 /// The pages and the state of one checkpoint, or of a part of it when it has more pages than fit.
@@ -35,8 +26,7 @@ pub struct Outgoing {
     pages: *mut u8,
     capacity: usize,
     gfns: Vec<Gfn>,
-    state: Vec<u8>,
-    entries: Vec<Entry>,
+    state: StateBuf,
     disk: RecordBuf,
 }
 
@@ -71,8 +61,7 @@ impl Outgoing {
             pages: pages.cast(),
             capacity,
             gfns: Vec::with_capacity(capacity),
-            state: Vec::with_capacity(STATE_CAPACITY),
-            entries: Vec::with_capacity(64),
+            state: StateBuf::populated(MAX_STATE_BYTES, MAX_STATE_SECTIONS),
             disk: RecordBuf::with_capacity(disk_bytes),
         })
     }
@@ -94,18 +83,8 @@ impl Outgoing {
     }
 
     /// The state sections; empty for a part that only carries pages.
-    pub fn sections(&self) -> impl Iterator<Item = Section<'_>> {
-        self.entries.iter().map(|e| Section {
-            kind: e.kind,
-            version: SECTION_VERSION,
-            index: e.index,
-            bytes: &self.state[e.start..e.start + e.len],
-        })
-    }
-
-    /// Total length of the state sections in bytes.
-    pub fn state_bytes(&self) -> usize {
-        self.state.len()
+    pub fn state(&self) -> &StateBuf {
+        &self.state
     }
 
     /// What the guest did to its disks in the epoch.
@@ -120,13 +99,10 @@ impl Outgoing {
 
     pub(crate) fn clear_state(&mut self) {
         self.state.clear();
-        self.entries.clear();
     }
 
-    pub(crate) fn push_section(&mut self, kind: Kind, index: u16, bytes: &[u8]) {
-        let start = self.state.len();
-        self.state.extend_from_slice(bytes);
-        self.entries.push(Entry { kind, index, start, len: bytes.len() });
+    pub(crate) fn push_section(&mut self, kind: StateKind, index: u16, bytes: &[u8]) {
+        self.state.push(StateSection { kind, version: SECTION_VERSION, index, bytes });
     }
 
     /// Sets the pages to `gfns` (at most [`capacity`](Self::capacity)) and lets `copy` write them.

@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use outlive_epoch::image::{StateKind, StateSection};
+
 use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
-use crate::state::{Kind, SECTION_VERSION, Section, StateError};
+use crate::state::{SECTION_VERSION, StateError};
 use crate::tsc;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
@@ -37,7 +39,11 @@ impl Machine {
     ///
     /// # Errors
     /// [`StateError`] naming the section.
-    pub fn check_sections(&self, constants: &[Vec<u8>], sections: &[Section<'_>]) -> Result<(), StateError> {
+    pub fn check_sections(
+        &self,
+        constants: &[Vec<u8>],
+        sections: &[StateSection<'_>],
+    ) -> Result<(), StateError> {
         for section in sections {
             if section.version != SECTION_VERSION {
                 return Err(StateError::Version { kind: section.kind, version: section.version });
@@ -45,11 +51,16 @@ impl Machine {
         }
         let vcpus = self.vcpus.len();
         if constants.len() != vcpus {
-            return Err(StateError::Section { kind: Kind::VcpuConstant, index: constants.len() as u16 });
+            return Err(StateError::Section { kind: StateKind::VcpuConstant, index: constants.len() as u16 });
         }
         let serial = usize::from(self.serial.is_some());
         let devices = self.devices.len();
-        let expected = [(Kind::Vcpu, vcpus), (Kind::Vm, 1), (Kind::Device, devices), (Kind::Serial, serial)];
+        let expected = [
+            (StateKind::Vcpu, vcpus),
+            (StateKind::Vm, 1),
+            (StateKind::Device, devices),
+            (StateKind::Serial, serial),
+        ];
         for (kind, count) in expected {
             for index in 0..count as u16 {
                 find(sections, kind, index)?;
@@ -77,7 +88,7 @@ impl Machine {
     pub fn restore(
         &mut self,
         constants: &[Vec<u8>],
-        sections: &[Section<'_>],
+        sections: &[StateSection<'_>],
         elapsed: Duration,
     ) -> Result<(), RestoreError> {
         let from = Instant::now();
@@ -85,7 +96,7 @@ impl Machine {
         let vcpus = self.vcpus.len();
         let mut saved = Vec::with_capacity(vcpus);
         for index in 0..vcpus {
-            saved.push(Arc::new(find(sections, Kind::Vcpu, index as u16)?.bytes.to_vec()));
+            saved.push(Arc::new(find(sections, StateKind::Vcpu, index as u16)?.bytes.to_vec()));
         }
         self.vcpus
             .on_each(|index| Box::new(move |fd| if index == 0 { state::forget_time(fd) } else { Ok(()) }))?;
@@ -117,20 +128,24 @@ impl Machine {
             })
         })?;
         let clock = Clock::Advance { elapsed, from };
-        let asked = vm_state::restore(&self.vm, find(sections, Kind::Vm, 0)?.bytes, clock)?;
+        let asked = vm_state::restore(&self.vm, find(sections, StateKind::Vm, 0)?.bytes, clock)?;
         self.vcpus.set_asked(asked);
         for (slot, device) in self.devices.iter().enumerate() {
-            device.restore(find(sections, Kind::Device, slot as u16)?.bytes)?;
+            device.restore(find(sections, StateKind::Device, slot as u16)?.bytes)?;
         }
         if let Some(serial) = &self.serial {
-            serial.restore(find(sections, Kind::Serial, 0)?.bytes)?;
+            serial.restore(find(sections, StateKind::Serial, 0)?.bytes)?;
         }
         self.constants = constants.to_vec();
         Ok(())
     }
 }
 
-fn find<'a>(sections: &[Section<'a>], kind: Kind, index: u16) -> Result<Section<'a>, StateError> {
+fn find<'a>(
+    sections: &[StateSection<'a>],
+    kind: StateKind,
+    index: u16,
+) -> Result<StateSection<'a>, StateError> {
     sections
         .iter()
         .find(|s| s.kind == kind && s.index == index)

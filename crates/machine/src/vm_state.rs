@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use crate::event::PowerRequest;
 use crate::state::{FieldReader, FieldWriter, StateError};
 
-/// One part of the VM's state; the numbers are field numbers of a `Kind::Vm` section.
+/// One part of the VM's state; the numbers are field numbers of a `StateKind::Vm` section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Item {
@@ -26,9 +26,9 @@ pub enum Item {
     IoApic = 5,
 }
 
-/// Field of a `Kind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
+/// Field of a `StateKind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
 const ASKED: u16 = 6;
-/// Field of a `Kind::Vm` section: by which way it has asked for a reset, by [`PowerRequest::way_number`].
+/// Field of a `StateKind::Vm` section: by which way it has asked for a reset, by [`PowerRequest::way_number`].
 const ASKED_BY: u16 = 7;
 
 /// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in

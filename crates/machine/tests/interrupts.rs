@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{Choice, Gfn};
-use outlive_machine::state::Section;
+use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::{After, InPause, Machine, Outgoing, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -161,8 +161,8 @@ impl Copy {
             self.pages.insert(gfn.0, bytes.to_vec());
         }
         let mut state = Vec::new();
-        for section in staging.sections() {
-            if section.kind == outlive_machine::state::Kind::VcpuConstant {
+        for section in staging.state().sections() {
+            if section.kind == StateKind::VcpuConstant {
                 self.constants.push(section.bytes.to_vec());
             } else {
                 state.push((section.kind, section.version, section.index, section.bytes.to_vec()));
@@ -182,7 +182,7 @@ impl Copy {
         let owned: Vec<_> = state.iter().map(section).collect();
         let sections: Vec<_> = owned
             .iter()
-            .map(|(kind, version, index, bytes)| Section {
+            .map(|(kind, version, index, bytes)| StateSection {
                 kind: *kind,
                 version: *version,
                 index: *index,

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use outlive_dirty::Choice;
-use outlive_machine::state::{Kind, Section};
+use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::{
     After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, OutputMode,
     PortEnd, PowerRequest, ResetWay,
@@ -163,9 +163,14 @@ fn what_a_guest_has_asked_for_is_asked_again_after_a_takeover() {
         machine.ram().memory().read_slice(&mut page, address).unwrap();
         copy.ram().memory().write_slice(&page, address).unwrap();
     }
-    let constants: Vec<Vec<u8>> =
-        staging.sections().filter(|it| it.kind == Kind::VcpuConstant).map(|it| it.bytes.to_vec()).collect();
-    let sections: Vec<Section<'_>> = staging.sections().filter(|it| it.kind != Kind::VcpuConstant).collect();
+    let constants: Vec<Vec<u8>> = staging
+        .state()
+        .sections()
+        .filter(|it| it.kind == StateKind::VcpuConstant)
+        .map(|it| it.bytes.to_vec())
+        .collect();
+    let sections: Vec<StateSection<'_>> =
+        staging.state().sections().filter(|it| it.kind != StateKind::VcpuConstant).collect();
     copy.restore(&constants, &sections, Duration::ZERO).unwrap();
     copy.go_live(true);
     copy.resume();

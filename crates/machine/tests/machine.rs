@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{Choice, Gfn};
-use outlive_machine::state::{Kind, Section, StateError};
+use outlive_epoch::image::{StateKind, StateSection};
+use outlive_machine::state::StateError;
 use outlive_machine::{
     After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, NoSink, Outgoing, PAGE_SIZE,
     PortEnd, PowerRequest, RestoreError,
@@ -46,10 +47,10 @@ fn pages(staging: &Outgoing) -> Vec<(Gfn, Vec<u8>)> {
 }
 
 fn sections(staging: &Outgoing) -> Saved {
-    staging.sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec())).collect()
+    staging.state().sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec())).collect()
 }
 
-type Saved = Vec<(Kind, u16, u16, Vec<u8>)>;
+type Saved = Vec<(StateKind, u16, u16, Vec<u8>)>;
 
 /// A standby's memory and state, made of checkpoints alone.
 #[derive(Default)]
@@ -68,7 +69,7 @@ impl Shadow {
         self.pages.extend(all.into_iter().map(|(gfn, bytes)| (gfn.0, bytes)));
         self.state.clear();
         for s in parts.state.into_iter().chain(sections(staging)) {
-            if s.0 == Kind::VcpuConstant {
+            if s.0 == StateKind::VcpuConstant {
                 self.constants.push(s.3);
             } else {
                 self.state.push(s);
@@ -77,10 +78,10 @@ impl Shadow {
         report
     }
 
-    fn sections(&self) -> Vec<Section<'_>> {
+    fn sections(&self) -> Vec<StateSection<'_>> {
         self.state
             .iter()
-            .map(|(kind, version, index, bytes)| Section {
+            .map(|(kind, version, index, bytes)| StateSection {
                 kind: *kind,
                 version: *version,
                 index: *index,
@@ -192,7 +193,7 @@ fn a_copy_that_is_not_the_vm_is_found() {
         for (gfn, bytes) in &shadow.pages {
             copy.ram().write_page(Gfn(*gfn), bytes.as_slice().try_into().unwrap());
         }
-        let check = shadow.state.iter().find(|(kind, ..)| *kind == Kind::Check).unwrap();
+        let check = shadow.state.iter().find(|(kind, ..)| *kind == StateKind::Check).unwrap();
         Hashes::decode(&check.3).unwrap().compare_memory(copy.ram())
     };
     for round in 0..10 {
@@ -205,7 +206,7 @@ fn a_copy_that_is_not_the_vm_is_found() {
     page[4095] ^= 0x10;
     assert!(matches!(compare(&shadow), Err(CheckError::Memory { .. })));
     shadow.checkpoint(&mut first, &mut staging);
-    assert!(shadow.state.iter().all(|(kind, ..)| *kind != Kind::Check), "only where it was asked for");
+    assert!(shadow.state.iter().all(|(kind, ..)| *kind != StateKind::Check), "only where it was asked for");
 }
 
 /// Rule 3 of vcpu/mod.rs: an `in` that is under way when the vCPU is stopped is completed before the

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use outlive_dirty::Choice;
-use outlive_machine::{After, InPause, Outgoing};
+use outlive_machine::{After, InPause, MAX_VCPUS, Outgoing};
 use support::{TWO_COUNTERS, booted, host};
 
 static COUNTS: AtomicBool = AtomicBool::new(false);
@@ -62,14 +62,20 @@ fn a_pause_allocates_nothing() {
     COUNTS.store(false, Ordering::Relaxed);
     assert!(CALLS.load(Ordering::Relaxed) >= 2, "the count counts");
     let Some(host) = host() else { return };
-    for tracker in [Choice::Ring, Choice::Bitmap] {
-        let (mut machine, _events) = booted(&host, 2, tracker, TWO_COUNTERS);
+    // As many vCPUs as a VM can have bring the most state.
+    for (tracker, vcpus, rounds) in
+        [(Choice::Ring, 2, 500), (Choice::Bitmap, 2, 500), (Choice::Auto, MAX_VCPUS, 40)]
+    {
+        let (mut machine, _events) = booted(&host, vcpus, tracker, TWO_COUNTERS);
         machine.resume();
         machine.enable_tracking().unwrap();
         let mut staging = Outgoing::new(256, 0).unwrap();
-        // The first one carries the constant state and sizes the scratch buffers.
+        // The first one sizes the scratch buffers.
         machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
-        for round in 0..500u64 {
+        // Of those that are counted the first is a base, which has the most state, in a buffer that is new.
+        machine.begin_base();
+        let mut staging = Outgoing::new(256, 0).unwrap();
+        for round in 0..rounds {
             std::thread::sleep(Duration::from_micros(100 + round % 7 * 50));
             if round % 5 == 0 {
                 // Enough pages for the parallel copy.

@@ -18,8 +18,27 @@ pub const MAX_REFUSE_TEXT: usize = 256;
 
 /// Most pages of one `Pages` or `BasePages` section.
 pub const MAX_PAGES_PER_SECTION: usize = 256;
-/// Most bytes of one state section, without its own fixed fields.
-pub const MAX_STATE_SECTION: usize = 256 * 1024;
+
+/// Most vCPUs of a VM.
+pub const MAX_VCPUS: u8 = 32;
+/// CPUID and TSC frequency of one vCPU: 256 CPUID entries of 40 bytes, which is all that KVM keeps.
+pub const MAX_VCPU_CONSTANT: usize = 12 << 10;
+/// The rest of one vCPU. Most of it is the XSAVE area, 11 KiB with AMX, and the MSRs, 16 bytes each.
+pub const MAX_VCPU_STATE: usize = 64 << 10;
+/// Clock, PIT and interrupt chips.
+pub const MAX_VM_STATE: usize = 4 << 10;
+/// One device.
+pub const MAX_DEVICE_STATE: usize = 4 << 10;
+/// The hashes of a self-check: of memory, and of each disk.
+pub const MAX_CHECK_STATE: usize = 1 << 10;
+/// Most bytes of all state sections of a checkpoint.
+pub const MAX_STATE_BYTES: usize = MAX_VCPUS as usize * (MAX_VCPU_CONSTANT + MAX_VCPU_STATE)
+    + MAX_VM_STATE
+    + (MAX_DEVICES + 1) * MAX_DEVICE_STATE
+    + MAX_CHECK_STATE;
+/// Most state sections of a checkpoint: of vCPUs two each, of the VM, of devices, of the serial port, of a
+/// self-check.
+pub const MAX_STATE_SECTIONS: usize = 2 * MAX_VCPUS as usize + 1 + MAX_DEVICES + 1 + 1;
 
 /// Bytes of a chunk, the unit of base synchronisation of a disk. The last chunk of a disk may be shorter.
 pub const DISK_CHUNK: usize = 64 * 1024;

@@ -17,5 +17,5 @@ pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordBuf, Reco
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
 pub use page::{PAGE_SIZE, PageData, is_zero};
-pub use state::StateSection;
+pub use state::{StateBuf, StateKind, StateSection};
 pub use vm::{VmId, VmIdError};

@@ -1,14 +1,189 @@
-//! State sections.
+//! State sections: what a VM is besides its memory and its disks.
 
-/// One state section: opaque bytes of the machine, named by kind, version and index.
+use std::collections::TryReserveError;
+
+use super::limits::{MAX_CHECK_STATE, MAX_DEVICE_STATE, MAX_VCPU_CONSTANT, MAX_VCPU_STATE, MAX_VM_STATE};
+
+/// What a section of state belongs to. The numbers are part of the wire format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u16)]
+pub enum StateKind {
+    /// Constant after boot: CPUID and TSC frequency of one vCPU. Sent with the base checkpoint only.
+    VcpuConstant = 1,
+    /// Registers and the rest of one vCPU.
+    Vcpu = 2,
+    /// Clock, PIT and interrupt chips.
+    Vm = 3,
+    /// One device behind the virtio-mmio transport.
+    Device = 4,
+    /// The serial port.
+    Serial = 5,
+    /// Hashes of all memory and all disks, in a checkpoint that is to be compared. No part of the VM's state.
+    Check = 6,
+}
+
+impl StateKind {
+    /// Every kind, in the order of the numbers.
+    pub const ALL: [Self; 6] =
+        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device, Self::Serial, Self::Check];
+
+    /// The kind with this number.
+    pub fn from_wire(number: u16) -> Option<Self> {
+        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
+    }
+
+    /// Most bytes of one section.
+    pub const fn limit(self) -> usize {
+        match self {
+            Self::VcpuConstant => MAX_VCPU_CONSTANT,
+            Self::Vcpu => MAX_VCPU_STATE,
+            Self::Vm => MAX_VM_STATE,
+            Self::Device | Self::Serial => MAX_DEVICE_STATE,
+            Self::Check => MAX_CHECK_STATE,
+        }
+    }
+}
+
+/// One state section. What the bytes mean is between the machine that wrote them and the one that reads them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateSection<'a> {
-    /// What it is (registers, LAPIC, a device ...), as the machine numbers it.
-    pub kind: u16,
+    /// What it belongs to.
+    pub kind: StateKind,
     /// Version of the bytes.
     pub version: u16,
     /// Which vCPU or device.
     pub index: u16,
-    /// The state itself, at most [`MAX_STATE_SECTION`](super::limits::MAX_STATE_SECTION) bytes.
+    /// The state itself, at most [`StateKind::limit`] bytes.
     pub bytes: &'a [u8],
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    kind: StateKind,
+    version: u16,
+    index: u16,
+    start: usize,
+    len: usize,
+}
+
+/// The state sections of one checkpoint: their bytes, one behind the other, and the table of them.
+#[derive(Debug, Clone, Default)]
+pub struct StateBuf {
+    bytes: Vec<u8>,
+    spans: Vec<Span>,
+}
+
+impl StateBuf {
+    /// An empty buffer with room for so many bytes and sections.
+    pub fn with_capacity(bytes: usize, sections: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), spans: Vec::with_capacity(sections) }
+    }
+
+    /// The same, for numbers that are a peer's.
+    ///
+    /// # Errors
+    /// When there is not so much memory.
+    pub fn try_with_capacity(bytes: usize, sections: usize) -> Result<Self, TryReserveError> {
+        let mut buffer = Self::default();
+        buffer.bytes.try_reserve_exact(bytes)?;
+        buffer.spans.try_reserve_exact(sections)?;
+        Ok(buffer)
+    }
+
+    /// An empty buffer whose memory is there and not only promised: filling it takes no page fault either.
+    pub fn populated(bytes: usize, sections: usize) -> Self {
+        let mut buffer = Self::with_capacity(bytes, sections);
+        // Not zero: of zeroes the allocator would only promise pages.
+        buffer.bytes.resize(bytes, 0xff);
+        buffer.bytes.clear();
+        buffer
+    }
+
+    /// Bytes of all sections.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether there is no section, not even one without bytes.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// Forgets the sections; keeps the memory.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.spans.clear();
+    }
+
+    /// Adds a copy of a section. Allocates only if there is not the room that was asked for.
+    pub fn push(&mut self, section: StateSection<'_>) {
+        let StateSection { kind, version, index, bytes } = section;
+        debug_assert!(bytes.len() <= kind.limit(), "{} bytes of {kind:?}", bytes.len());
+        self.spans.push(Span { kind, version, index, start: self.bytes.len(), len: bytes.len() });
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Every section, in the order in which they were added.
+    pub fn sections(&self) -> impl ExactSizeIterator<Item = StateSection<'_>> + Clone {
+        self.spans.iter().map(|&Span { kind, version, index, start, len }| StateSection {
+            kind,
+            version,
+            index,
+            bytes: &self.bytes[start..start + len],
+        })
+    }
+
+    /// The first section of this kind and index.
+    pub fn find(&self, kind: StateKind, index: u16) -> Option<StateSection<'_>> {
+        self.sections().find(|section| section.kind == kind && section.index == index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
+
+    #[test]
+    fn sections_come_back_in_their_order() {
+        let mut buffer = StateBuf::populated(100, 4);
+        assert!(buffer.is_empty());
+        let section = |kind, index, bytes| StateSection { kind, version: 3, index, bytes };
+        let sections = [
+            section(StateKind::Vcpu, 0, &[1, 2, 3][..]),
+            section(StateKind::Vcpu, 1, &[]),
+            section(StateKind::Device, 0, &[4; 90]),
+        ];
+        for _ in 0..2 {
+            buffer.clear();
+            let memory = buffer.bytes.as_ptr();
+            sections.iter().for_each(|it| buffer.push(*it));
+            assert!(buffer.sections().eq(sections) && buffer.len() == 93);
+            assert_eq!(buffer.find(StateKind::Vcpu, 1), Some(sections[1]));
+            assert_eq!(buffer.find(StateKind::Vm, 0), None);
+            assert_eq!(buffer.bytes.as_ptr(), memory, "nothing was allocated");
+        }
+    }
+
+    #[test]
+    fn numbers_and_limits_fit_each_other() {
+        for kind in StateKind::ALL {
+            assert_eq!(StateKind::from_wire(kind as u16), Some(kind));
+        }
+        assert_eq!((StateKind::from_wire(0), StateKind::from_wire(7)), (None, None));
+        // Every section that a VM of this release can have, as large as it can be.
+        let most: Vec<StateKind> = [
+            (StateKind::VcpuConstant, 32),
+            (StateKind::Vcpu, 32),
+            (StateKind::Vm, 1),
+            (StateKind::Device, 32),
+            (StateKind::Serial, 1),
+            (StateKind::Check, 1),
+        ]
+        .into_iter()
+        .flat_map(|(kind, count)| std::iter::repeat_n(kind, count))
+        .collect();
+        assert_eq!(most.iter().map(|kind| kind.limit()).sum::<usize>(), MAX_STATE_BYTES);
+        assert_eq!(most.len(), MAX_STATE_SECTIONS);
+    }
 }

@@ -1,6 +1,6 @@
 //! What can be wrong with a checkpoint whose sections are sound.
 
-use crate::image::RecordError;
+use crate::image::{RecordError, StateKind};
 use crate::wire::SectionKind;
 
 /// Why a checkpoint is refused. The buffer must be [`reset`](super::Incoming::reset) before it is
@@ -106,10 +106,10 @@ pub enum IncomingError {
         number: u64,
     },
     /// A state section that came twice.
-    #[error("state section {kind:#06x}/{index} is twice in checkpoint {number}")]
+    #[error("state section {kind:?} {index} is twice in checkpoint {number}")]
     DuplicateState {
         /// The section's kind.
-        kind: u16,
+        kind: StateKind,
         /// The section's index.
         index: u16,
         /// The checkpoint's number.

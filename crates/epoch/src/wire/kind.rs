@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::disk_sums::DISK_SUM_LEN;
 use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state};
-use crate::image::limits::{MAX_PAYLOAD, MAX_STATE_SECTION, MAX_SUMS};
+use crate::image::limits::{MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
 /// Who sent a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +108,7 @@ impl SectionKind {
             Self::BasePages | Self::Pages | Self::DiskWrites | Self::DiskBlocks => MAX_PAYLOAD,
             Self::CheckpointBegin => checkpoint::BEGIN_LEN,
             Self::CheckpointEnd => checkpoint::END_LEN,
-            Self::State => state::HEAD_LEN + MAX_STATE_SECTION,
+            Self::State => state::HEAD_LEN + MAX_VCPU_STATE,
             Self::Ack => ack::LEN,
             Self::Heartbeat => heartbeat::LEN,
             Self::End | Self::Leave => end::LEN,

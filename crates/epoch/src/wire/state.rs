@@ -7,8 +7,7 @@ use super::encoder::{EncodeError, Encoder, check_length};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
-use crate::image::StateSection;
-use crate::image::limits::MAX_STATE_SECTION;
+use crate::image::{StateKind, StateSection};
 
 /// The payload begins with this; the bytes of the state follow.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -28,12 +27,14 @@ pub(super) fn parse(payload: &[u8]) -> Result<(u64, StateSection<'_>), WireError
     let mut fields = Fields::new(SectionKind::State, payload);
     let head: &Head = fields.fixed()?;
     fields.reserved(head.zero.as_bytes())?;
-    let bytes = fields.rest();
-    if bytes.len() > MAX_STATE_SECTION {
-        let what = "a state section of more bytes than one may have";
-        return Err(Fields::new(SectionKind::State, payload).malformed(what, bytes.len() as u64));
+    let number = head.kind.get();
+    let kind = StateKind::from_wire(number)
+        .ok_or_else(|| fields.malformed("a state section of an unknown kind", number.into()))?;
+    let bytes = fields.bytes(fields.len())?;
+    if bytes.len() > kind.limit() {
+        return Err(fields.malformed("a state section of more bytes than its kind has", bytes.len() as u64));
     }
-    let (kind, version, index) = (head.kind.get(), head.version.get(), head.index.get());
+    let (version, index) = (head.version.get(), head.index.get());
     Ok((head.checkpoint.get(), StateSection { kind, version, index, bytes }))
 }
 
@@ -43,11 +44,11 @@ impl Encoder {
     /// # Errors
     /// [`EncodeError::TooLong`], [`EncodeError::Order`].
     pub fn state_head(&mut self, out: &mut Vec<u8>, state: &StateSection<'_>) -> Result<(), EncodeError> {
-        check_length("a state section", state.bytes.len(), MAX_STATE_SECTION)?;
+        check_length("a state section", state.bytes.len(), state.kind.limit())?;
         let number = self.open("state outside a checkpoint")?.add_state(state.bytes.len());
         let head = Head {
             checkpoint: number.into(),
-            kind: state.kind.into(),
+            kind: (state.kind as u16).into(),
             version: state.version.into(),
             index: state.index.into(),
             zero: U16::ZERO,

@@ -3,8 +3,8 @@
 use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
-    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, RecordBuf, SectionReader, StateSection,
-    UncheckedRecords, VmId,
+    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, RecordBuf, SectionReader, StateKind,
+    StateSection, UncheckedRecords, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -79,7 +79,7 @@ pub(crate) struct Content {
     /// GFN and bytes; `None` is a page of zeroes.
     pub(crate) pages: Vec<(u64, Option<Vec<u8>>)>,
     /// SectionKind, version, index, bytes.
-    pub(crate) state: Vec<(u16, u16, u16, Vec<u8>)>,
+    pub(crate) state: Vec<(StateKind, u16, u16, Vec<u8>)>,
     /// Records of disk writes.
     pub(crate) writes: Vec<u8>,
 }
@@ -109,7 +109,11 @@ impl Content {
             number,
             flags,
             pages: gfns.iter().map(|gfn| (*gfn, page(*gfn))).collect(),
-            state: vec![(1, 1, 0, vec![0x5a; 40]), (1, 1, 1, vec![0xa5; 41]), (9, 2, 0, Vec::new())],
+            state: vec![
+                (StateKind::Vcpu, 1, 0, vec![0x5a; 40]),
+                (StateKind::Vcpu, 1, 1, vec![0xa5; 41]),
+                (StateKind::Device, 2, 0, Vec::new()),
+            ],
             writes: writes().records().bytes().to_vec(),
         }
     }
@@ -159,7 +163,7 @@ impl Content {
             PageData::Raw(bytes) => (gfn, Some(bytes.to_vec())),
             PageData::Zero => (gfn, None),
         });
-        let state = checkpoint.state().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec()));
+        let state = checkpoint.state().sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec()));
         Some(Self {
             number: checkpoint.number(),
             flags: checkpoint.flags(),

@@ -4,7 +4,7 @@
 use crate::common::{Content, receive, small_stream};
 use outlive_epoch::{
     CheckpointFlags, DISK_RECORD_LEN, DiskOp, Encoder, HEADER_LEN, Message, PREFACE_LEN, SectionHeader,
-    SectionKind, UncheckedRecords,
+    SectionKind, StateKind, UncheckedRecords,
 };
 use proptest::prelude::*;
 
@@ -109,11 +109,11 @@ proptest! {
         number in 0..u64::MAX,
         gfns in proptest::collection::btree_set(prop_oneof![0u64..1000, 0x10_0000u64..0x10_0000 + 1000], 0..40),
         per_section in 1usize..30,
-        state in proptest::collection::btree_map((0u16..9, 0u16..9), proptest::collection::vec(any::<u8>(), 0..200), 0..8),
+        state in proptest::collection::btree_map((0usize..6, 0u16..9), proptest::collection::vec(any::<u8>(), 0..200), 0..8),
     ) {
         let flags = CheckpointFlags { base_final: true, end: None };
         let mut content = Content::new(number, flags, &gfns.into_iter().collect::<Vec<_>>());
-        content.state = state.into_iter().map(|((kind, index), bytes)| (kind, 1, index, bytes)).collect();
+        content.state = state.into_iter().map(|((kind, index), bytes)| (StateKind::ALL[kind], 1, index, bytes)).collect();
         let mut stream = outlive_epoch::Preface::CURRENT.encode().to_vec();
         content.encode(&mut Encoder::new(), &mut stream, per_section);
         prop_assert_eq!(receive(&stream), (vec![content], None));

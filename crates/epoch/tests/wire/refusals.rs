@@ -7,7 +7,8 @@ use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceInfo, DeviceKind, DiskOp, DiskSums, DiskWant,
     EncodeError, Encoder, Expect, HEADER_LEN, Incoming, IncomingError, Lineage, MAX_ANCESTORS, MAX_DEVICES,
     MAX_RECORD_BYTES, MAX_SUMS, Message, PAGE_SIZE, PageEntry, Peer, Preface, ReadError, RecordBuf,
-    RecordError, Section, SectionHeader, SectionKind, SectionReader, StateSection, VmId, WireError,
+    RecordError, Section, SectionHeader, SectionKind, SectionReader, StateKind, StateSection, VmId,
+    WireError,
 };
 
 const BASE: CheckpointFlags = CheckpointFlags { base_final: true, end: None };
@@ -60,7 +61,9 @@ fn limits_are_named_when_they_are_reached() {
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 0, 9, BASE)).unwrap();
         for index in 0..9 {
-            encoder.state_head(out, &StateSection { kind: 1, version: 1, index, bytes: &[0] }).unwrap();
+            encoder
+                .state_head(out, &StateSection { kind: StateKind::Vcpu, version: 1, index, bytes: &[0] })
+                .unwrap();
             out.push(0);
         }
     });
@@ -105,11 +108,13 @@ fn pages_outside_the_layout_or_twice_are_refused() {
     let error = staged(|encoder, out| {
         encoder.checkpoint_begin(out, &begin(1, 0, 2, BASE)).unwrap();
         for _ in 0..2 {
-            encoder.state_head(out, &StateSection { kind: 4, version: 1, index: 2, bytes: &[0] }).unwrap();
+            encoder
+                .state_head(out, &StateSection { kind: StateKind::Device, version: 1, index: 2, bytes: &[0] })
+                .unwrap();
             out.push(0);
         }
     });
-    assert_eq!(error, Err(IncomingError::DuplicateState { kind: 4, index: 2, number: 1 }));
+    assert_eq!(error, Err(IncomingError::DuplicateState { kind: StateKind::Device, index: 2, number: 1 }));
 }
 
 #[test]
@@ -295,10 +300,12 @@ fn the_largest_sections_pass() {
     out.extend_from_slice(blocks.records().bytes());
     let sums = vec![[7; 32]; MAX_SUMS];
     encoder.disk_sums(&mut out, &DiskSums { disk: 0, first: 0, count: 256, sums: Some(&sums) }).unwrap();
-    encoder.checkpoint_begin(&mut out, &begin(1, 256, 256 * 1024, BASE)).unwrap();
+    encoder.checkpoint_begin(&mut out, &begin(1, 256, 64 * 1024, BASE)).unwrap();
     raw(&mut out, &mut encoder, &gfns);
-    let state = vec![7; 256 * 1024];
-    encoder.state_head(&mut out, &StateSection { kind: 1, version: 1, index: 0, bytes: &state }).unwrap();
+    let state = vec![7; 64 * 1024];
+    encoder
+        .state_head(&mut out, &StateSection { kind: StateKind::Vcpu, version: 1, index: 0, bytes: &state })
+        .unwrap();
     out.extend_from_slice(&state);
     encoder.checkpoint_end(&mut out, 0).unwrap();
     let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Primary));
@@ -569,4 +576,35 @@ fn devices_that_make_no_sense_are_refused() {
         let error = Message::parse_payload(SectionKind::Hello, &wrong).map(|_| ()).map_err(|e| e.to_string());
         assert_eq!(error, Err(format!("section Hello: {why}")), "{at}");
     }
+}
+
+#[test]
+fn state_sections_that_make_no_sense_are_refused() {
+    let state = |kind: u16, reserved: u16, bytes: usize| {
+        let mut payload = 1u64.to_le_bytes().to_vec();
+        [kind, 1, 0, reserved].iter().for_each(|half| payload.extend_from_slice(&half.to_le_bytes()));
+        payload.resize(payload.len() + bytes, 7);
+        let parsed = Message::parse_payload(SectionKind::State, &payload);
+        parsed.map(|_| ()).map_err(|error| error.to_string())
+    };
+    for kind in StateKind::ALL {
+        assert_eq!(state(kind as u16, 0, kind.limit()), Ok(()));
+        let long = format!("a state section of more bytes than its kind has ({:#x})", kind.limit() + 1);
+        assert_eq!(state(kind as u16, 0, kind.limit() + 1), Err(format!("section State: {long}")));
+    }
+    for (kind, reserved, why) in [
+        (0, 0, "a state section of an unknown kind (0x0)"),
+        (7, 0, "a state section of an unknown kind (0x7)"),
+        (u16::MAX, 0, "a state section of an unknown kind (0xffff)"),
+        (1, 5, "a reserved field is not zero (0x5)"),
+    ] {
+        assert_eq!(state(kind, reserved, 9), Err(format!("section State: {why}")));
+    }
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new();
+    encoder.checkpoint_begin(&mut out, &begin(1, 0, 0, BASE)).unwrap();
+    let bytes = vec![0; StateKind::Check.limit() + 1];
+    let error = encoder
+        .state_head(&mut out, &StateSection { kind: StateKind::Check, version: 1, index: 0, bytes: &bytes });
+    assert!(matches!(error, Err(EncodeError::TooLong { .. })), "{error:?}");
 }

@@ -30,7 +30,7 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
 /// Least bytes of an XSAVE state.
 pub(crate) const XSAVE_BYTES: usize = size_of::<kvm_bindings::kvm_xsave>();
 /// Most vCPUs of a VM in this version.
-pub const MAX_VCPUS: u8 = 32;
+pub const MAX_VCPUS: u8 = outlive_epoch::image::limits::MAX_VCPUS;
 
 /// Why KVM cannot be used. The texts name the remedy.
 #[derive(Debug, thiserror::Error)]

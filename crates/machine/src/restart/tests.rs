@@ -13,6 +13,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use outlive_dirty::Choice;
+use outlive_epoch::image::StateKind;
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
 };
@@ -27,7 +28,7 @@ use crate::event::{PowerRequest, ResetWay};
 use crate::kvm::{Host, HostError, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
 use crate::machine::Options;
 use crate::outgoing::Outgoing;
-use crate::state::{FieldReader, Kind};
+use crate::state::FieldReader;
 use crate::vm_state::Item as VmItem;
 
 const VCPUS: u8 = 2;
@@ -79,26 +80,26 @@ impl InPause for Nothing {
     }
 }
 
-/// Kind, index and field of what was saved; 0 for a section that is one.
-type Saved = BTreeMap<(Kind, u16, u16), Vec<u8>>;
+/// StateKind, index and field of what was saved; 0 for a section that is one.
+type Saved = BTreeMap<(StateKind, u16, u16), Vec<u8>>;
 
 /// What a checkpoint saves, without what goes on through a restart: time.
 fn saved(machine: &mut Machine) -> Saved {
     let mut outgoing = Outgoing::new(16384, 0).unwrap();
     machine.checkpoint(&mut outgoing, After::Stay, &mut Nothing).unwrap();
     let mut all = Saved::new();
-    for section in outgoing.sections().filter(|section| section.kind != Kind::VcpuConstant) {
+    for section in outgoing.state().sections().filter(|section| section.kind != StateKind::VcpuConstant) {
         let parts = match section.kind {
-            Kind::Vcpu | Kind::Vm => FieldReader::new(section.bytes).unwrap().fields(),
+            StateKind::Vcpu | StateKind::Vm => FieldReader::new(section.bytes).unwrap().fields(),
             _ => vec![(0, section.bytes)],
         };
         for (field, bytes) in parts {
             all.insert((section.kind, section.index, field), bytes.to_vec());
         }
     }
-    all.retain(|key, _| *key != (Kind::Vm, 0, VmItem::Clock as u16));
+    all.retain(|key, _| *key != (StateKind::Vm, 0, VmItem::Clock as u16));
     for index in 0..VCPUS.into() {
-        let msrs = all.get_mut(&(Kind::Vcpu, index, state::Item::Msrs as u16)).unwrap();
+        let msrs = all.get_mut(&(StateKind::Vcpu, index, state::Item::Msrs as u16)).unwrap();
         let words = |msr: &[u8]| u32::from_le_bytes(msr[..4].try_into().unwrap());
         *msrs = msrs
             .chunks_exact(16)
@@ -106,17 +107,17 @@ fn saved(machine: &mut Machine) -> Saved {
             .collect::<Vec<_>>()
             .concat();
         // The processor says that a component is in use, which then may have the values of one that is not.
-        let xsave = all.get_mut(&(Kind::Vcpu, index, state::Item::Xsave as u16)).unwrap();
+        let xsave = all.get_mut(&(StateKind::Vcpu, index, state::Item::Xsave as u16)).unwrap();
         xsave[512..520].fill(0);
     }
-    let pit = all.get_mut(&(Kind::Vm, 0, VmItem::Pit as u16)).unwrap();
+    let pit = all.get_mut(&(StateKind::Vm, 0, VmItem::Pit as u16)).unwrap();
     // `count_load_time`, the last word of each of three channels.
     pit.chunks_exact_mut(24).take(3).for_each(|channel| channel[16..].fill(0));
     all
 }
 
 /// Where two states differ.
-fn differences(one: &Saved, other: &Saved) -> Vec<(Kind, u16, u16)> {
+fn differences(one: &Saved, other: &Saved) -> Vec<(StateKind, u16, u16)> {
     assert!(one.keys().eq(other.keys()));
     one.iter().filter(|(key, bytes)| other[key] != **bytes).map(|(key, _)| *key).collect()
 }

@@ -4,50 +4,11 @@
 //! fields {id u16, length u32, bytes}, so that a later version can add one; a field that is missing,
 //! too short or too long is refused before anything is changed.
 
+use outlive_epoch::image::StateKind;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
-
-/// What a section of state belongs to. The numbers are part of the wire format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u16)]
-pub enum Kind {
-    /// Constant after boot: CPUID and TSC frequency of one vCPU. Sent with the base checkpoint only.
-    VcpuConstant = 1,
-    /// Registers and the rest of one vCPU.
-    Vcpu = 2,
-    /// Clock, PIT and interrupt chips.
-    Vm = 3,
-    /// One device behind the virtio-mmio transport.
-    Device = 4,
-    /// The serial port.
-    Serial = 5,
-    /// Hashes of all memory and all disks, in a checkpoint that is to be compared. No part of the VM's state.
-    Check = 6,
-}
-
-impl Kind {
-    /// The kind with this number on the wire.
-    pub fn from_wire(number: u16) -> Option<Self> {
-        [Self::VcpuConstant, Self::Vcpu, Self::Vm, Self::Device, Self::Serial, Self::Check]
-            .into_iter()
-            .find(|k| *k as u16 == number)
-    }
-}
 
 /// Version of every section that this build writes; the only one that it reads.
 pub const SECTION_VERSION: u16 = 1;
-
-/// One section as it is read back.
-#[derive(Clone, Copy, Debug)]
-pub struct Section<'a> {
-    /// What it belongs to.
-    pub kind: Kind,
-    /// Layout version of `bytes`.
-    pub version: u16,
-    /// Which vCPU or device.
-    pub index: u16,
-    /// The fields.
-    pub bytes: &'a [u8],
-}
 
 /// Why saved state was refused. Nothing was changed when one of these is returned before the VM ran.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -58,7 +19,7 @@ pub enum StateError {
     )]
     Version {
         /// The section.
-        kind: Kind,
+        kind: StateKind,
         /// Its version.
         version: u16,
     },
@@ -66,7 +27,7 @@ pub enum StateError {
     #[error("state section {kind:?} {index} is missing or does not belong to this VM")]
     Section {
         /// The section.
-        kind: Kind,
+        kind: StateKind,
         /// Its index.
         index: u16,
     },

@@ -10,9 +10,9 @@ use crate::kvm::features::{self, Missing};
 use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, XSAVE_BYTES, XsaveCall};
 use crate::state::{FieldReader, FieldWriter, StateError};
 
-/// One part of a vCPU's state. The numbers are field numbers of a [`Kind::Vcpu`] section.
+/// One part of a vCPU's state. The numbers are field numbers of a [`StateKind::Vcpu`] section.
 ///
-/// [`Kind::Vcpu`]: crate::state::Kind::Vcpu
+/// [`StateKind::Vcpu`]: outlive_epoch::image::StateKind::Vcpu
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Item {
@@ -379,7 +379,7 @@ fn restore_msrs(
     Ok(())
 }
 
-/// Fields of a [`Kind::VcpuConstant`](crate::state::Kind::VcpuConstant) section.
+/// Fields of a [`StateKind::VcpuConstant`](outlive_epoch::image::StateKind::VcpuConstant) section.
 const FIELD_CPUID: u16 = 1;
 const FIELD_TSC_KHZ: u16 = 2;
 

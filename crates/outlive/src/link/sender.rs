@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{
     CheckpointBegin, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
-    Preface, RecordBuf, StateSection, squeeze_zero_pages,
+    Preface, RecordBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
@@ -295,15 +295,9 @@ impl<R: Fn(SenderReport)> Work<R> {
         }
         let data = part.staging.page_bytes();
         self.pages(part.staging.gfns(), data)?;
-        for section in part.staging.sections() {
-            let state = StateSection {
-                kind: section.kind as u16,
-                version: section.version,
-                index: section.index,
-                bytes: section.bytes,
-            };
+        for section in part.staging.state().sections() {
             self.make_room(section.bytes.len(), data)?;
-            self.encoder.state_head(&mut self.heads, &state)?;
+            self.encoder.state_head(&mut self.heads, &section)?;
             self.heads.extend_from_slice(section.bytes);
             self.batched += section.bytes.len();
         }

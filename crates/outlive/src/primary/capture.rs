@@ -110,7 +110,7 @@ impl Coordinator {
         self.with.policy.ended(&Pause { began, ended, pages: report.pages as u64 });
         match decided.ticket {
             Some(ticket) => {
-                let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state_bytes()));
+                let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state().len()));
                 self.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
                 self.on_their_way.push_back((ticket.number, ended));
             }
@@ -183,7 +183,7 @@ impl InPause for InsidePause<'_> {
         let Some(ticket) = self.decided.ticket else { return Ok(()) };
         let next = self.next_buffer()?;
         let staging = std::mem::replace(staging, next);
-        let totals = (self.decided.sent_parts == 0).then_some((self.pages, staging.state_bytes()));
+        let totals = (self.decided.sent_parts == 0).then_some((self.pages, staging.state().len()));
         self.decided.sent_parts += 1;
         self.driver.ship(Box::new(CheckpointPart { ticket, totals, last: false, staging }));
         Ok(())

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{Checkpoint, Hello, PageData, Pages, RefuseCode};
-use outlive_machine::state::{Kind, Section};
+use outlive_epoch::{
+    Checkpoint, Hello, MAX_STATE_SECTIONS, PageData, Pages, RefuseCode, StateBuf, StateKind, StateSection,
+};
 use outlive_machine::{
     Hashes, Host, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, Tap,
 };
@@ -20,15 +21,6 @@ use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, Identity, Relay};
 
-/// One kept state section.
-struct Kept {
-    kind: Kind,
-    version: u16,
-    index: u16,
-    start: usize,
-    len: usize,
-}
-
 /// See the module.
 pub(super) struct VmCopy {
     machine: Machine,
@@ -36,8 +28,7 @@ pub(super) struct VmCopy {
     hello: Hello,
     /// CPUID and TSC frequency, from the base checkpoint.
     constants: Vec<Vec<u8>>,
-    state: Vec<u8>,
-    kept: Vec<Kept>,
+    state: StateBuf,
     /// When the kept state came, by this host's clock.
     kept_at: Instant,
     disks: Arc<Replica>,
@@ -122,8 +113,10 @@ impl VmCopy {
             ram,
             hello: hello.clone(),
             constants: Vec::new(),
-            state: Vec::with_capacity(hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize),
-            kept: Vec::with_capacity(64),
+            state: StateBuf::with_capacity(
+                hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize,
+                MAX_STATE_SECTIONS,
+            ),
             kept_at: Instant::now(),
             disks: Arc::new(disks),
             machine_events,
@@ -147,7 +140,7 @@ impl VmCopy {
     /// # Errors
     /// What does not fit.
     pub(super) fn check_state(&self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
-        let (sections, constants) = split(checkpoint)?;
+        let (sections, constants) = split(checkpoint);
         let known = if constants.is_empty() { &self.constants } else { &constants };
         self.machine.check_sections(known, &sections).map_err(|e| e.to_string())
     }
@@ -159,7 +152,7 @@ impl VmCopy {
     /// # Errors
     /// What this host cannot do.
     pub(super) fn try_restore(&mut self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
-        let (sections, constants) = split(checkpoint)?;
+        let (sections, constants) = split(checkpoint);
         self.machine
             .restore(&constants, &sections, Duration::ZERO)
             .map_err(|e| format!("this host cannot resume the VM: {e}"))
@@ -169,19 +162,13 @@ impl VmCopy {
     pub(super) fn keep_state(&mut self, checkpoint: &Checkpoint<'_>) {
         self.kept_at = Instant::now();
         self.state.clear();
-        self.kept.clear();
         let mut constants = Vec::new();
-        for state in checkpoint.state() {
-            let Some(kind) = Kind::from_wire(state.kind) else { continue };
-            if kind == Kind::VcpuConstant {
-                constants.push(state.bytes.to_vec());
+        for section in checkpoint.state().sections() {
+            match section.kind {
+                StateKind::VcpuConstant => constants.push(section.bytes.to_vec()),
+                StateKind::Check => {}
+                _ => self.state.push(section),
             }
-            if matches!(kind, Kind::VcpuConstant | Kind::Check) {
-                continue;
-            }
-            let (start, len) = (self.state.len(), state.bytes.len());
-            self.state.extend_from_slice(state.bytes);
-            self.kept.push(Kept { kind, version: state.version, index: state.index, start, len });
         }
         if !constants.is_empty() {
             self.constants = constants;
@@ -193,16 +180,7 @@ impl VmCopy {
     /// # Errors
     /// What failed.
     pub(super) fn restore(&mut self) -> Result<(), String> {
-        let sections: Vec<_> = self
-            .kept
-            .iter()
-            .map(|k| Section {
-                kind: k.kind,
-                version: k.version,
-                index: k.index,
-                bytes: &self.state[k.start..k.start + k.len],
-            })
-            .collect();
+        let sections: Vec<_> = self.state.sections().collect();
         self.machine.restore(&self.constants, &sections, self.kept_at.elapsed()).map_err(|e| e.to_string())
     }
 
@@ -229,24 +207,17 @@ impl VmCopy {
 
 /// What the checkpoint says of the VM, for a copy to be compared with; `None` when it says nothing.
 pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
-    let section = checkpoint.state().find(|state| Kind::from_wire(state.kind) == Some(Kind::Check))?;
+    let section = checkpoint.state().find(StateKind::Check, 0)?;
     Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))
 }
 
 /// State sections of a checkpoint, and its constants if it carries any.
-type Split<'a> = (Vec<Section<'a>>, Vec<Vec<u8>>);
+type Split<'a> = (Vec<StateSection<'a>>, Vec<Vec<u8>>);
 
-fn split<'a>(checkpoint: &Checkpoint<'a>) -> Result<Split<'a>, String> {
-    let (mut sections, mut constants) = (Vec::new(), Vec::new());
-    for state in checkpoint.state() {
-        let kind = Kind::from_wire(state.kind).ok_or_else(|| format!("unknown state kind {}", state.kind))?;
-        if kind == Kind::VcpuConstant {
-            constants.push(state.bytes.to_vec());
-        } else {
-            sections.push(Section { kind, version: state.version, index: state.index, bytes: state.bytes });
-        }
-    }
-    Ok((sections, constants))
+fn split<'a>(checkpoint: &Checkpoint<'a>) -> Split<'a> {
+    let (constants, sections) =
+        checkpoint.state().sections().partition::<Vec<_>, _>(|it| it.kind == StateKind::VcpuConstant);
+    (sections, constants.into_iter().map(|it| it.bytes.to_vec()).collect())
 }
 
 /// Whether this host can run the VM.

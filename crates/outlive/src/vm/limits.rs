@@ -5,18 +5,17 @@ use outlive_epoch::DeviceInfo;
 /// Checkpoints captured and not yet acknowledged: one on its way to the standby, one behind it, and room for
 /// a hiccup.
 pub(crate) const SLOTS: u64 = 4;
-/// State bytes of a checkpoint at most: 32 vCPUs with CPUID and 16 KiB each, the VM, the devices.
-pub(crate) const MAX_STATE_BYTES: u32 = 4 << 20;
+/// State bytes of a checkpoint at most.
+pub(crate) const MAX_STATE_BYTES: u32 = outlive_epoch::MAX_STATE_BYTES as u32;
 /// Bytes of records of what the guest writes to its disks in one epoch; at more the epoch ends early.
 pub(crate) const DISK_BYTES: usize = 8 << 20;
 
 /// State bytes of a checkpoint that a primary may ask room for.
-pub(crate) const ACCEPTED_STATE_BYTES: u32 = 16 << 20;
+pub(crate) const ACCEPTED_STATE_BYTES: u32 = MAX_STATE_BYTES;
 /// Bytes of disk writes of a checkpoint that a primary may ask room for.
 pub(crate) const ACCEPTED_DISK_BYTES: u32 = 64 << 20;
-/// State sections of a checkpoint: constants and registers of 32 vCPUs, the VM, and 32 devices, with room to
-/// spare.
-pub(crate) const ACCEPTED_STATE_SECTIONS: u32 = 128;
+/// State sections of a checkpoint.
+pub(crate) const ACCEPTED_STATE_SECTIONS: u32 = outlive_epoch::MAX_STATE_SECTIONS as u32;
 
 /// Most bytes of disk records of one checkpoint.
 pub(crate) fn max_disk_bytes(devices: &[DeviceInfo]) -> u32 {

@@ -131,7 +131,7 @@ fn allocations_of_a_pause(coordinator: &mut Coordinator) -> u64 {
     });
     let (report, decided) = taken.unwrap();
     let (ticket, pages) = (decided.ticket.unwrap(), report.unwrap().pages);
-    let totals = Some((pages, staging.state_bytes()));
+    let totals = Some((pages, staging.state().len()));
     coordinator.with.driver.ship(Box::new(CheckpointPart { ticket, totals, last: true, staging }));
     counted.count_total
 }
