@@ -18,19 +18,40 @@ use crate::vm_state::{self, VmStateError};
 /// much as copying these pages alone (20 µs against 0.35 µs a page).
 const PARALLEL_COPY: usize = 96;
 
-/// What one checkpoint took.
+/// What one checkpoint took. But for `returned` the times follow each other and together are `pause`, as far as
+/// the slowest vCPU is the same one in all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptureReport {
-    /// For how long no vCPU could run.
+    /// From the order to stop to the order to run on.
     pub pause: Duration,
-    /// Of it: until all vCPUs stood still with their state saved and their rings harvested.
+    /// Until all vCPUs were out of the guest, with their I/O completed.
     pub stop: Duration,
-    /// Of it: taking the rest of the dirty pages and re-arming the traps.
+    /// Saving the state: of the slowest vCPU, then of the VM and its devices.
+    pub state: Duration,
+    /// Taking the dirty pages: those of the slowest vCPU's ring, then the others.
+    pub harvest: Duration,
+    /// From the end of the last vCPU's part until this thread went on, with the devices at rest.
+    pub handover: Duration,
+    /// Re-arming the traps.
     pub rearm: Duration,
-    /// Of it: copying pages (and, when they did not fit into staging, sending the first of them).
+    /// [`InPause::counted`].
+    pub decide: Duration,
+    /// Copying pages (and, when they did not fit into staging, sending the first of them).
     pub copy: Duration,
     /// Dirty pages, all parts together.
     pub pages: usize,
+    /// How the guest went on after the checkpoint *before* this one, which was not known earlier.
+    pub returned: Option<Returned>,
+}
+
+/// The way back into the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Returned {
+    /// From the end of the copy until the last vCPU went back into the guest.
+    pub resume: Duration,
+    /// The pause as the guest sees it: from the last exit of a vCPU to its next entry, of the one that was away
+    /// longest.
+    pub vcpu_pause: Duration,
 }
 
 /// Why a checkpoint failed. The VM stands still when one of these is returned.
@@ -160,14 +181,18 @@ impl Machine {
     ) -> Result<CaptureReport, CaptureError> {
         let began = Instant::now();
         let begun = self.begin()?;
+        let vcpus = self.vcpus.capture_times();
+        let gathered = Instant::now();
         self.save_shared_state(staging)?;
-        let stopped = Instant::now();
+        let saved = Instant::now();
         let tracker = self.tracker.clone();
         let epoch = tracker.stopped().state_saved().harvest()?;
+        let harvested = Instant::now();
         let epoch = epoch.rearm()?;
         let rearmed = Instant::now();
         let pages = epoch.pages();
         in_pause.counted(pages.len());
+        let decided = Instant::now();
         let mut rest = pages;
         while rest.len() > staging.capacity() {
             let (first, more) = rest.split_at(staging.capacity());
@@ -182,14 +207,20 @@ impl Machine {
         let copied = Instant::now();
         epoch.copied().run();
         if after == After::Resume {
+            self.copied_at = Some(copied);
             self.release(begun.was_running);
         }
         Ok(CaptureReport {
             pause: began.elapsed(),
-            stop: stopped - began,
-            rearm: rearmed - stopped,
-            copy: copied - rearmed,
+            stop: vcpus.stopped.saturating_duration_since(began),
+            state: vcpus.state + (saved - gathered),
+            harvest: vcpus.harvest + (harvested - saved),
+            handover: gathered.saturating_duration_since(vcpus.done),
+            rearm: rearmed - harvested,
+            decide: decided - rearmed,
+            copy: copied - decided,
             pages: count,
+            returned: begun.returned,
         })
     }
 
@@ -201,7 +232,13 @@ impl Machine {
         self.vcpus.begin_capture();
         self.gate.close();
         self.vcpus.captured()?;
-        Ok(Begun { was_running })
+        // Now that they are out of the guest again, how they went back into it the last time is known.
+        let back = self.vcpus.take_return();
+        let returned = self.copied_at.take().zip(back).map(|(copied, it)| Returned {
+            resume: it.back.saturating_duration_since(copied),
+            vcpu_pause: it.away,
+        });
+        Ok(Begun { was_running, returned })
     }
 
     fn save_shared_state(&mut self, staging: &mut Outgoing) -> Result<(), CaptureError> {
@@ -249,4 +286,6 @@ impl Machine {
 
 struct Begun {
     was_running: bool,
+    /// From the checkpoint before.
+    returned: Option<Returned>,
 }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_ioctls::VmFd;
 use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
@@ -133,6 +134,8 @@ pub struct Machine {
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) tracking: Tracking,
     pub(crate) running: bool,
+    /// When the pages of the last checkpoint were copied, if the guest ran on after it.
+    pub(crate) copied_at: Option<Instant>,
     pub(crate) constants: Vec<Vec<u8>>,
     pub(crate) constants_sent: bool,
     pub(crate) scratch: Vec<u8>,
@@ -235,6 +238,7 @@ impl Machine {
             tracker,
             tracking: Tracking::Off,
             running: false,
+            copied_at: None,
             constants: Vec::new(),
             constants_sent: false,
             scratch: Vec::with_capacity(scratch),

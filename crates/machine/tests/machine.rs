@@ -286,6 +286,51 @@ fn a_checkpoint_larger_than_staging_comes_in_parts() {
 }
 
 /// Invariant 4: what the VMM itself writes is in the next checkpoint.
+/// Times that are written by one thread and read by another: none is of another pause, none is missing.
+#[test]
+fn the_phases_of_a_pause_are_told_and_how_the_guest_went_on() {
+    let Some(host) = host() else { return };
+    for vcpus in [1, 2] {
+        let (mut machine, _events) = booted(&host, vcpus, Choice::Ring, TWO_COUNTERS);
+        machine.resume();
+        machine.enable_tracking().unwrap();
+        let mut staging = Outgoing::new(256, 0).unwrap();
+        let mut checkpoint = |machine: &mut Machine, after| {
+            std::thread::sleep(Duration::from_millis(2));
+            let started = Instant::now();
+            let report = machine.checkpoint(&mut staging, after, &mut Parts::default()).unwrap();
+            assert!(report.pause <= started.elapsed());
+            report
+        };
+        let mut before: Option<CaptureReport> = None;
+        for round in 0..30 {
+            let report = checkpoint(&mut machine, After::Resume);
+            let CaptureReport { pause, stop, state, harvest, handover, rearm, decide, copy, .. } = report;
+            let out = state + harvest + handover + rearm + decide + copy;
+            if vcpus == 1 {
+                assert!(stop + out <= pause, "{report:?}");
+            }
+            assert!(!stop.is_zero() && !state.is_zero() && !copy.is_zero(), "{report:?}");
+            assert_eq!(report.returned.is_some(), round > 0, "known at the next one");
+            if let (Some(before), Some(returned)) = (before, report.returned) {
+                // It left the guest before the last one did, and went back after the copy.
+                let least = before.state.max(before.copy) + returned.resume;
+                assert!(returned.vcpu_pause >= least, "{returned:?} after {before:?}");
+                assert!(
+                    returned.vcpu_pause < Duration::from_secs(2),
+                    "{returned:?}: that is the guest's time"
+                );
+            }
+            before = Some(report);
+        }
+        // A stop of another kind in between is no pause of a checkpoint.
+        let gfns = &mut Vec::new();
+        machine.take_dirty(gfns).unwrap();
+        assert!(checkpoint(&mut machine, After::Resume).returned.is_none());
+        assert!(checkpoint(&mut machine, After::Stay).returned.is_some());
+    }
+}
+
 #[test]
 fn writes_of_the_vmm_are_in_the_checkpoint() {
     let Some(host) = host() else { return };

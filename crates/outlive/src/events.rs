@@ -7,6 +7,7 @@
 //!
 //! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -104,8 +105,12 @@ pub enum Event {
         /// How long the base took, in milliseconds.
         base_ms: u64,
     },
-    /// Totals since this process became the active side; sent every 200 ms and at the end.
+    /// Totals since this process became the active side; sent every 200 ms at first, every 2 s in the long run,
+    /// and at the end.
     Stats(Stats),
+    /// What was measured since the last event of this kind; sent every second at first, every minute in the long
+    /// run, and at the end. A standby sends it too, about its threads.
+    Measured(Measured),
     /// The peer is considered dead.
     LinkLost {
         /// Why, for a person.
@@ -183,16 +188,39 @@ pub struct Stats {
     pub generation: u64,
     /// Checkpoints committed.
     pub checkpoints: u64,
-    /// Pauses in microseconds, as `[value, count]` pairs ([`pairs`]).
-    pub pause_us: Vec<(u64, u64)>,
-    /// Dirty pages of a checkpoint, as `[value, count]` pairs ([`pairs`]).
-    pub dirty_pages: Vec<(u64, u64)>,
     /// Checkpoints per second lately.
     pub rate_hz: f64,
     /// Bytes sent to the standby.
     pub bytes: u64,
     /// Frames that wait for their checkpoint's commit right now.
     pub held_frames: u64,
+}
+
+/// What [`Event::Measured`] says. Everything is of the time since the last such event, so that readers add up.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Microseconds since then.
+    pub span_us: u64,
+    /// The phases of checkpoints by name, in *nanoseconds*, as `[value, count]` pairs ([`pairs`]).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub phases: BTreeMap<String, Vec<(u64, u64)>>,
+    /// Dirty pages of a checkpoint, as `[value, count]` pairs ([`pairs`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dirty_pages: Vec<(u64, u64)>,
+    /// What the kernel's scheduler gave the threads of the process, by name: at most 64 of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub threads: BTreeMap<String, ThreadTime>,
+}
+
+/// The time of one thread, or of several of one name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadTime {
+    /// Microseconds on a core.
+    pub run_us: u64,
+    /// Microseconds in which it wanted to run and waited for a core.
+    pub wait_us: u64,
+    /// How often it got a core.
+    pub switches: u64,
 }
 
 /// One line of the stream.
@@ -339,7 +367,13 @@ mod tests {
             Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
             Event::SelfCheck { checkpoint: 100, difference: None },
             Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
-            Event::Stats(Stats { pause_us: vec![(100, 3), (200, 1)], rate_hz: 812.5, ..Stats::default() }),
+            Event::Stats(Stats { rate_hz: 812.5, ..Stats::default() }),
+            Event::Measured(Measured {
+                span_us: 1,
+                phases: [("copy".to_owned(), vec![(100, 3), (200, 1)])].into(),
+                threads: [("vcpu0".to_owned(), ThreadTime { run_us: 1, wait_us: 2, switches: 3 })].into(),
+                ..Measured::default()
+            }),
             Event::LinkLost { reason: "nothing heard for 500 ms".into() },
             Event::Arbitrating { generation: 2 },
             Event::ArbiterUnreachable { why: "no such directory".into() },

@@ -20,5 +20,6 @@ mod rendezvous;
 mod run;
 pub(crate) mod set;
 pub(crate) mod state;
+mod times;
 
 pub use run::VcpuError;

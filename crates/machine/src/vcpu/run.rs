@@ -16,6 +16,7 @@ use super::port_io;
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
 use super::state::{Saver, VcpuStateError};
+use super::times::Marks;
 use crate::event::{MachineEvent, PowerRequest, ResetWay};
 use crate::thread;
 
@@ -73,6 +74,7 @@ pub(super) struct VcpuSlot {
     pub(super) task: Mutex<Option<Task>>,
     pub(super) error: Mutex<Option<VcpuError>>,
     pub(super) immediate_exit: ImmediateExit,
+    pub(super) marks: Marks,
     /// The guest ended itself or crashed; the vCPU is not entered again until the guest starts anew.
     pub(super) ended: AtomicBool,
 }
@@ -87,6 +89,8 @@ pub(super) struct Vcpu {
     idle: Arc<IdleState>,
     /// Set while the guest has asked to be idled: until when, if at all.
     idling: Option<Option<Instant>>,
+    /// When it left the guest for a capture, until it goes back.
+    left: Option<Instant>,
 }
 
 impl Vcpu {
@@ -100,10 +104,11 @@ impl Vcpu {
             task: Mutex::new(None),
             error: Mutex::new(None),
             immediate_exit: ImmediateExit::of(&mut fd),
+            marks: Marks::default(),
             ended: AtomicBool::new(false),
         });
         let idle = shared.platform.idle(usize::from(index)).clone();
-        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None };
+        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None, left: None };
         (vcpu, slot)
     }
 
@@ -118,6 +123,9 @@ impl Vcpu {
             match order.command() {
                 Command::Stay => {}
                 Command::Run => {
+                    if let Some(left) = self.left.take() {
+                        self.slot.marks.back(shared.timeline, left);
+                    }
                     self.run_guest(order);
                     continue;
                 }
@@ -259,6 +267,7 @@ impl Vcpu {
     /// interrupt to one whose local APIC has been read already, and the checkpoint says that it was sent and
     /// not that it came.
     fn capture(&mut self) {
+        self.left.get_or_insert_with(Instant::now);
         self.complete_io();
         if self.shared.meeting.meet() {
             // This carries out an INIT or start-up interrupt that has come (`kvm_apic_accept_events` in
@@ -267,6 +276,7 @@ impl Vcpu {
             let _ = self.fd.get_mp_state();
             self.complete_io();
         }
+        self.slot.marks.stopped(self.shared.timeline);
         if let Err(error) = self.try_capture() {
             *lock(&self.slot.error) = Some(error);
         }
@@ -276,10 +286,12 @@ impl Vcpu {
         let vcpu = self.index;
         let mut saved = lock(&self.slot.saved);
         self.saver.save(&mut self.fd, &mut saved).map_err(|source| VcpuError::State { vcpu, source })?;
+        self.slot.marks.saved(self.shared.timeline);
         if let Some(tracker) = self.shared.tracker.get() {
             // Rule 4 above: after the state.
             tracker.harvest_vcpu(usize::from(vcpu)).map_err(|source| VcpuError::Harvest { vcpu, source })?;
         }
+        self.slot.marks.harvested(self.shared.timeline);
         Ok(())
     }
 }

@@ -13,6 +13,7 @@ use super::platform::Platform;
 use super::rendezvous::{Command, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
 use super::state::Saver;
+use super::times::{CaptureTimes, Return, Timeline};
 use crate::bus::Bus;
 use crate::event::{EventSink, MachineEvent, PowerRequest};
 use crate::kvm::XsaveCall;
@@ -30,6 +31,7 @@ pub(crate) struct Shared {
     pub(super) ram: Arc<Ram>,
     /// Set once, after the vCPUs exist, because the tracker maps their rings.
     pub(super) tracker: OnceLock<Arc<Tracker>>,
+    pub(super) timeline: Timeline,
 }
 
 /// The parts that the vCPU threads work on.
@@ -70,6 +72,7 @@ impl VcpuSet {
             copy: CopyJob::default(),
             ram: parts.ram,
             tracker: OnceLock::new(),
+            timeline: Timeline::start(),
         });
         let mut set = Self { shared, slots: Vec::new(), threads: Vec::new(), running: false };
         let mut vcpus = Vec::new();
@@ -121,6 +124,16 @@ impl VcpuSet {
     pub(crate) fn captured(&self) -> Result<(), VcpuError> {
         self.shared.meeting.wait_all();
         self.first_error()
+    }
+
+    /// When the vCPUs did their parts; valid after [`captured`](Self::captured).
+    pub(crate) fn capture_times(&self) -> CaptureTimes {
+        CaptureTimes::of(self.shared.timeline, self.slots.iter().map(|slot| &slot.marks))
+    }
+
+    /// How the guest went on after the last capture; told once.
+    pub(crate) fn take_return(&self) -> Option<Return> {
+        Return::take(self.shared.timeline, self.slots.iter().map(|slot| &slot.marks))
     }
 
     /// Reads the saved state of vCPU `index`; valid after [`captured`](Self::captured).

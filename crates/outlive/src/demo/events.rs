@@ -1,12 +1,14 @@
 //! Reading the event streams of the processes while they are written, and adding their statistics up.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use hdrhistogram::Histogram;
 
-use crate::events::{Event, Record, Stats, add_pairs, histogram};
+use crate::events::{Event, Measured, Record, Stats, ThreadTime, add_pairs, histogram};
+use crate::phases::{Phase, histogram_ns};
 
 /// Follows one process' event file.
 #[derive(Debug)]
@@ -40,6 +42,7 @@ impl Tail {
 #[derive(Debug, Default)]
 pub(super) struct Tenure {
     latest: Stats,
+    measured: Sums,
     /// Time the VM was protected, in spans that are over.
     protected_us: u64,
     protected_since: Option<u64>,
@@ -54,8 +57,13 @@ impl Tenure {
                 self.latest = stats.clone();
                 self.latest_t_us = record.t_us;
             }
-            // From here on it is this process that runs the VM.
-            Event::Takeover { .. } => *self = Self::default(),
+            Event::Measured(measured) => self.measured.add(measured),
+            // From here on it is this process that runs the VM. What its threads did before belongs to a standby.
+            Event::Takeover { .. } => {
+                let measured =
+                    Sums { threads: std::mem::take(&mut self.measured.threads), ..Sums::default() };
+                *self = Self { measured, ..Self::default() };
+            }
             Event::Protected { .. } => self.protected_since = Some(record.t_us),
             Event::LinkLost { .. } | Event::Unprotected { .. } => self.protection_ended(record.t_us),
             _ => {}
@@ -80,6 +88,59 @@ impl Tenure {
     }
 }
 
+/// What was measured, added up.
+#[derive(Clone, Debug)]
+pub(super) struct Sums {
+    /// By [`Phase`], in nanoseconds.
+    phases: Vec<Histogram<u64>>,
+    /// Dirty pages of all checkpoints.
+    pub(super) dirty_pages: Histogram<u64>,
+    /// By name.
+    pub(super) threads: BTreeMap<String, ThreadTime>,
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        let phases = Phase::ALL.iter().map(|_| histogram_ns()).collect();
+        Self { phases, dirty_pages: histogram(), threads: BTreeMap::new() }
+    }
+}
+
+impl Sums {
+    /// How long a phase took, in nanoseconds.
+    pub(super) fn phase(&self, phase: Phase) -> &Histogram<u64> {
+        &self.phases[phase as usize]
+    }
+
+    /// Adds what one event says.
+    pub(super) fn add(&mut self, measured: &Measured) {
+        for phase in Phase::ALL {
+            if let Some(pairs) = measured.phases.get(phase.name()) {
+                add_pairs(&mut self.phases[phase as usize], pairs);
+            }
+        }
+        add_pairs(&mut self.dirty_pages, &measured.dirty_pages);
+        self.add_threads(&measured.threads);
+    }
+
+    fn add_threads(&mut self, threads: &BTreeMap<String, ThreadTime>) {
+        for (name, time) in threads {
+            let sum = self.threads.entry(name.clone()).or_default();
+            sum.run_us += time.run_us;
+            sum.wait_us += time.wait_us;
+            sum.switches += time.switches;
+        }
+    }
+
+    fn merge(&mut self, other: &Self) {
+        for (sum, phase) in self.phases.iter_mut().zip(&other.phases) {
+            sum.add(phase).expect("of the same bounds");
+        }
+        self.dirty_pages.add(&other.dirty_pages).expect("of the same bounds");
+        self.add_threads(&other.threads);
+    }
+}
+
 /// The checkpoints of all processes that ran the VM, taken together.
 #[derive(Clone, Debug)]
 pub(super) struct Totals {
@@ -87,22 +148,18 @@ pub(super) struct Totals {
     pub(super) checkpoints: u64,
     /// Checkpoints per second of protected time.
     pub(super) rate_hz: f64,
-    /// All pauses.
-    pub(super) pause_us: Histogram<u64>,
-    /// Dirty pages of all checkpoints.
-    pub(super) dirty_pages: Histogram<u64>,
+    /// What was measured of them.
+    pub(super) measured: Sums,
 }
 
 impl Totals {
     pub(super) fn of<'a>(tenures: impl IntoIterator<Item = &'a Tenure>) -> Self {
-        let mut totals =
-            Self { checkpoints: 0, rate_hz: 0.0, pause_us: histogram(), dirty_pages: histogram() };
+        let mut totals = Self { checkpoints: 0, rate_hz: 0.0, measured: Sums::default() };
         let mut protected_us = 0;
         for tenure in tenures {
             totals.checkpoints += tenure.latest.checkpoints;
             protected_us += tenure.counted_us();
-            add_pairs(&mut totals.pause_us, &tenure.latest.pause_us);
-            add_pairs(&mut totals.dirty_pages, &tenure.latest.dirty_pages);
+            totals.measured.merge(&tenure.measured);
         }
         if protected_us > 0 {
             totals.rate_hz = totals.checkpoints as f64 * 1e6 / protected_us as f64;
@@ -141,18 +198,26 @@ mod tests {
 
     #[test]
     fn tenures_add_up() {
-        let stats = |checkpoints, pause| {
-            Event::Stats(Stats {
-                checkpoints,
-                pause_us: vec![(pause, checkpoints)],
+        let stats = |checkpoints| Event::Stats(Stats { checkpoints, ..Stats::default() });
+        let measured = |checkpoints, pause_us: u64| {
+            Event::Measured(Measured {
+                phases: [("pause".to_owned(), vec![(pause_us * 1000, checkpoints)])].into(),
                 dirty_pages: vec![(10, checkpoints)],
-                ..Stats::default()
+                threads: [("vcpu0".to_owned(), ThreadTime { run_us: 1, wait_us: 2, switches: 3 })].into(),
+                ..Measured::default()
             })
         };
         let protected = || Event::Protected { generation: 1, checkpoint: 1, base_ms: 9 };
         let mut first = Tenure::default();
-        // Totals replace the ones before; time after the last of them (killed here) is not counted.
-        for record in [at(0, protected()), at(500_000, stats(500, 100)), at(1_000_000, stats(900, 100))] {
+        // Totals replace the ones before, what was measured is added; time after the last totals (killed here) is
+        // not counted.
+        for record in [
+            at(0, protected()),
+            at(500_000, stats(500)),
+            at(500_000, measured(500, 100)),
+            at(1_000_000, stats(900)),
+            at(1_000_000, measured(400, 100)),
+        ] {
             first.note(&record);
         }
         let takeover = Event::Takeover {
@@ -168,21 +233,25 @@ mod tests {
         let mut second = Tenure::default();
         for record in [
             at(500_000, protected()),
+            at(600_000, measured(50, 100)),
             at(1_050_000, Event::LinkLost { reason: "reset".into() }),
             at(1_100_000, takeover),
             at(2_000_000, protected()),
             at(2_500_000, Event::Unprotected { why: "standby gone".into() }),
             at(9_000_000, protected()),
-            at(9_500_000, stats(100, 2_000)),
+            at(9_500_000, stats(100)),
+            at(9_500_000, measured(100, 2_000)),
         ] {
             second.note(&record);
         }
         let totals = Totals::of([&first, &second]);
         assert_eq!((totals.checkpoints, totals.rate_hz), (1_000, 500.0));
-        assert_eq!((totals.pause_us.len(), totals.dirty_pages.len()), (1_000, 1_000));
-        let near =
-            |quantile, value: u64| totals.pause_us.value_at_quantile(quantile).abs_diff(value) <= value / 50;
-        assert!(near(0.5, 100) && near(0.99, 2_000));
+        let pause = totals.measured.phase(Phase::Pause);
+        assert_eq!((pause.len(), totals.measured.dirty_pages.len()), (1_000, 1_000));
+        let near = |quantile, value: u64| pause.value_at_quantile(quantile).abs_diff(value) <= value / 50;
+        assert!(near(0.5, 100_000) && near(0.99, 2_000_000));
+        let of_all = ThreadTime { run_us: 4, wait_us: 8, switches: 12 };
+        assert_eq!(totals.measured.threads["vcpu0"], of_all, "the standby's threads count too");
         assert_eq!(Totals::of([&Tenure::default()]).rate_hz, 0.0);
     }
 }

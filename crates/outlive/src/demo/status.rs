@@ -88,6 +88,14 @@ pub(super) fn time(us: u64) -> String {
     }
 }
 
+/// Nanoseconds with a fitting unit.
+pub(super) fn time_ns(ns: u64) -> String {
+    match ns {
+        0..10_000 => format!("{:.1} µs", ns as f64 / 1e3),
+        _ => time(ns / 1_000),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +109,10 @@ mod tests {
         assert_eq!(
             ["0 µs", "999 µs", "1.5 ms", "250 ms", "1 020 ms", "12.0 s"].map(String::from),
             [0, 999, 1_500, 250_000, 1_020_000, 12_000_000].map(time)
+        );
+        assert_eq!(
+            ["0.0 µs", "0.4 µs", "9.9 µs", "10 µs", "1.5 ms"].map(String::from),
+            [0, 432, 9_940, 10_999, 1_500_000].map(time_ns)
         );
     }
 }

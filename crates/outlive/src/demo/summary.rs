@@ -1,13 +1,17 @@
 //! The result of a demo, for people and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 
+use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::events::Totals;
-use super::status::{grouped, time};
+use super::status::{grouped, time, time_ns};
 use super::verify::Verdict;
+use crate::events::ThreadTime;
 use crate::exit;
+use crate::phases::Phase;
 
 /// Exit code after Ctrl-C, as a shell gives it.
 const INTERRUPTED: u8 = 130;
@@ -79,6 +83,8 @@ struct Json<'a> {
     pause_us: Pauses,
     dirty_pages: DirtyPages,
     tracker: &'a str,
+    phases_us: BTreeMap<&'a str, Times>,
+    threads: BTreeMap<&'a str, Scheduled>,
 }
 
 /// `null` where nothing was measured.
@@ -93,6 +99,24 @@ struct Pauses {
     p50: u64,
     p99: u64,
     max: u64,
+}
+
+/// Microseconds.
+#[derive(Serialize)]
+struct Times {
+    p50: f64,
+    p99: f64,
+    max: f64,
+}
+
+/// How a thread was treated by the scheduler.
+#[derive(Serialize)]
+struct Scheduled {
+    run_ms: f64,
+    wait_ms: f64,
+    switches: u64,
+    /// Waiting for a core, each time it wanted to run.
+    wait_us: f64,
 }
 
 #[derive(Serialize)]
@@ -121,8 +145,9 @@ impl Summary {
 
     /// The result as one line of JSON.
     pub(super) fn to_json(&self) -> String {
-        let quantile = |q: f64| self.totals.pause_us.value_at_quantile(q);
-        let pages = |q: f64| self.totals.dirty_pages.value_at_quantile(q);
+        let measured = &self.totals.measured;
+        let pause = measured.phase(Phase::Pause);
+        let pages = |q: f64| measured.dirty_pages.value_at_quantile(q);
         let json = Json {
             result: if self.ok() { "ok" } else { "failed" },
             kills: self.kills,
@@ -133,13 +158,43 @@ impl Summary {
             takeover_ms: spread(self.takeovers.iter().map(|t| t.total_us).collect()),
             client_gap_ms: spread(self.gaps_us.clone()),
             checkpoints: self.totals.checkpoints,
-            rate_hz: (self.totals.rate_hz * 10.0).round() / 10.0,
-            pause_us: Pauses { p50: quantile(0.5), p99: quantile(0.99), max: self.totals.pause_us.max() },
+            rate_hz: rounded(self.totals.rate_hz),
+            pause_us: Pauses {
+                p50: pause.value_at_quantile(0.5) / 1_000,
+                p99: pause.value_at_quantile(0.99) / 1_000,
+                max: pause.max() / 1_000,
+            },
             dirty_pages: DirtyPages { p50: pages(0.5), p99: pages(0.99) },
             tracker: &self.tracker,
+            phases_us: self.phases().map(|(phase, times)| (phase.name(), microseconds(times))).collect(),
+            threads: measured.threads.iter().map(|(name, time)| (name.as_str(), scheduled(time))).collect(),
         };
         serde_json::to_string(&json).expect("numbers and strings only")
     }
+}
+
+fn microseconds(times: &Histogram<u64>) -> Times {
+    let us = |ns: u64| rounded(ns as f64 / 1e3);
+    Times {
+        p50: us(times.value_at_quantile(0.5)),
+        p99: us(times.value_at_quantile(0.99)),
+        max: us(times.max()),
+    }
+}
+
+fn scheduled(time: &ThreadTime) -> Scheduled {
+    let ms = |us: u64| rounded(us as f64 / 1e3);
+    Scheduled {
+        run_ms: ms(time.run_us),
+        wait_ms: ms(time.wait_us),
+        switches: time.switches,
+        wait_us: rounded(time.wait_us as f64 / time.switches.max(1) as f64),
+    }
+}
+
+/// To one decimal.
+fn rounded(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
 }
 
 fn spread(values_us: Vec<u64>) -> Spread {
@@ -179,6 +234,8 @@ impl fmt::Display for Summary {
         )?;
         self.write_kills(f)?;
         self.write_checkpoints(f)?;
+        self.write_phases(f)?;
+        self.write_threads(f)?;
         for finding in damage.findings.iter().chain(&self.broken) {
             writeln!(f, "  ! {finding}")?;
         }
@@ -248,19 +305,13 @@ impl Summary {
     }
 
     fn write_checkpoints(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Totals { checkpoints, rate_hz, pause_us, dirty_pages } = &self.totals;
+        let Totals { checkpoints, rate_hz, measured } = &self.totals;
+        let dirty_pages = &measured.dirty_pages;
         writeln!(
             f,
             "  checkpoints          {}, {:.0} a second while protected",
             grouped(*checkpoints),
             rate_hz
-        )?;
-        writeln!(
-            f,
-            "  pause                p50 {}, p99 {}, max {}",
-            time(pause_us.value_at_quantile(0.5)),
-            time(pause_us.value_at_quantile(0.99)),
-            time(pause_us.max())
         )?;
         writeln!(
             f,
@@ -270,6 +321,47 @@ impl Summary {
             self.tracker
         )
     }
+
+    /// What was measured of the phases that were.
+    fn phases(&self) -> impl Iterator<Item = (Phase, &Histogram<u64>)> {
+        let all = Phase::ALL.into_iter().map(|phase| (phase, self.totals.measured.phase(phase)));
+        all.filter(|(_, times)| !times.is_empty())
+    }
+
+    fn write_phases(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (phase, times) in self.phases() {
+            let indent = match phase {
+                Phase::Pause | Phase::VcpuPause => "",
+                _ => "  ",
+            };
+            let name = format!("{indent}{}", label(phase));
+            let [p50, p99] = [0.5, 0.99].map(|q| time_ns(times.value_at_quantile(q)));
+            writeln!(f, "  {name:<20} p50 {p50}, p99 {p99}, max {}", time_ns(times.max()))?;
+        }
+        Ok(())
+    }
+
+    /// The threads that waited longest for a core.
+    fn write_threads(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 8;
+        let mut threads: Vec<_> = self.totals.measured.threads.iter().collect();
+        threads.sort_by_key(|(_, time)| std::cmp::Reverse(time.wait_us));
+        for (position, (name, it)) in threads.into_iter().take(SHOWN).enumerate() {
+            let title = if position == 0 { "waiting for a core" } else { "" };
+            let share = it.wait_us * 100 / (it.run_us + it.wait_us).max(1);
+            let each = time_ns(it.wait_us * 1_000 / it.switches.max(1));
+            writeln!(f, "  {title:<20} {name:<15} {share} % of the time it wanted to run, {each} each time")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a phase is called in the text.
+fn label(phase: Phase) -> &'static str {
+    match phase {
+        Phase::VcpuPause => "seen by a vCPU",
+        other => other.name(),
+    }
 }
 
 #[cfg(test)]
@@ -278,15 +370,20 @@ mod tests {
 
     use super::super::ledger::Damage;
     use super::*;
+    use crate::events::Measured;
 
     fn good() -> Summary {
         let mut totals = Totals::of([]);
         totals.checkpoints = 16_000;
         totals.rate_hz = 812.34;
-        for value in 1..=100 {
-            totals.pause_us.saturating_record(value);
-            totals.dirty_pages.saturating_record(value / 2);
-        }
+        let micros = |from: u64, to: u64| (from..=to).map(|us| (us * 1_000, 1)).collect();
+        totals.measured.add(&Measured {
+            span_us: 1,
+            phases: [("pause".to_owned(), micros(1, 100)), ("rearm".to_owned(), vec![(400, 3)])].into(),
+            dirty_pages: (1..=100).map(|value| (value / 2, 1)).collect(),
+            threads: [("vcpu0".to_owned(), ThreadTime { run_us: 3_000, wait_us: 1_000, switches: 40 })]
+                .into(),
+        });
         let takeover = |total_us| TakeoverTimes { total_us, first_packet_us: Some(7), ..Default::default() };
         Summary {
             failure: None,
@@ -317,6 +414,11 @@ mod tests {
                 "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "tracker": "ring",
+                "phases_us": {
+                    "pause": {"p50": 50.2, "p99": 99.3, "max": 100.4},
+                    "rearm": {"p50": 0.4, "p99": 0.4, "max": 0.4},
+                },
+                "threads": {"vcpu0": {"run_ms": 3.0, "wait_ms": 1.0, "switches": 40, "wait_us": 25.0}},
             })
         );
     }
@@ -377,6 +479,9 @@ mod tests {
             "p50 300 ms, max 400 ms",
             "p50 7.0 ms, max 9.0 ms",
             "812 a second",
+            "pause                p50 50 µs, p99 99 µs, max 100 µs",
+            "rearm              p50 0.4 µs",
+            "vcpu0           25 % of the time it wanted to run, 25 µs each time",
             "ring",
         ] {
             assert!(text.contains(part), "{part} is missing in:\n{text}");

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 pub(crate) use dial::{Incoming, Listener, dial};
 pub(crate) use receiver::receive;
-pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport};
+pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
 
 /// What carries the bytes of a connection. One thread reads, another one writes, any thread closes, all at
 /// the same time.

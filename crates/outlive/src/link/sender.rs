@@ -77,13 +77,29 @@ pub(crate) enum SenderReport {
     BaseRoundDone(Vec<Gfn>),
     /// Bytes written since the last report.
     Sent(u64),
+    /// A checkpoint is sent to its end.
+    Shipped(Shipped),
     /// The link is gone. Jobs that come after this are thrown away.
     Failed(String),
 }
 
+/// What sending a checkpoint took, all its parts together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Shipped {
+    /// Its number.
+    pub(crate) number: u64,
+    /// From the order to send until the thread began.
+    pub(crate) queue: Duration,
+    /// Putting it together.
+    pub(crate) encode: Duration,
+    /// Writing it to the link.
+    pub(crate) send: Duration,
+}
+
 /// The handle of a sender thread.
 pub(crate) struct Sender {
-    jobs: Queue<Job>,
+    /// With the time of the order.
+    jobs: Queue<(Instant, Job)>,
     closer: Closer,
     thread: Option<JoinHandle<()>>,
 }
@@ -111,6 +127,8 @@ impl Sender {
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
             batched: 0,
+            shipped: Shipped::default(),
+            writing: Duration::ZERO,
             report,
         };
         let thread = outlive_machine::spawn("sender", move || {
@@ -121,7 +139,7 @@ impl Sender {
 
     /// Queues a job. Never blocks. A job for a link that is gone is dropped.
     pub(crate) fn send(&self, job: Job) {
-        self.jobs.send(job).ok();
+        self.jobs.send((Instant::now(), job)).ok();
     }
 
     /// Breaks the link at once: reads and writes on it end.
@@ -180,16 +198,20 @@ struct Work<R> {
     cuts: Vec<Cut>,
     /// Bytes of pages, state and disk writes in both.
     batched: usize,
+    /// Of the checkpoint whose parts are being sent.
+    shipped: Shipped,
+    /// Time in system calls that write, since it was last taken.
+    writing: Duration,
     report: R,
 }
 
 impl<R: Fn(SenderReport)> Work<R> {
-    fn serve(mut self, inbox: &Receiver<Job>) {
-        while let Ok(job) = inbox.recv() {
+    fn serve(mut self, inbox: &Receiver<(Instant, Job)>) {
+        while let Ok((ordered, job)) = inbox.recv() {
             if matches!(job, Job::Close) {
                 break;
             }
-            if let Err(error) = self.carry_out(job) {
+            if let Err(error) = self.carry_out(job, ordered) {
                 (self.report)(SenderReport::Failed(error.to_string()));
                 break;
             }
@@ -198,7 +220,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         // Buffers in the queue are dropped with it: protection starts anew with new buffers.
     }
 
-    fn carry_out(&mut self, job: Job) -> Result<(), SendError> {
+    fn carry_out(&mut self, job: Job, ordered: Instant) -> Result<(), SendError> {
         match job {
             Job::Hello(hello) => {
                 self.heads.extend_from_slice(&Preface::CURRENT.encode());
@@ -212,7 +234,10 @@ impl<R: Fn(SenderReport)> Work<R> {
             }
             Job::Disk(section) => self.disk(&section),
             Job::Checkpoint(part) => {
+                let began = Instant::now();
+                self.writing = Duration::ZERO;
                 self.checkpoint(&part)?;
+                self.note_part(&part, began.saturating_duration_since(ordered), began.elapsed());
                 (self.report)(SenderReport::Free(part.staging));
                 Ok(())
             }
@@ -222,6 +247,17 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.flush(&[])
             }
             Job::Close => Ok(()),
+        }
+    }
+
+    fn note_part(&mut self, part: &CheckpointPart, queue: Duration, took: Duration) {
+        let shipped = &mut self.shipped;
+        shipped.number = part.ticket.number;
+        shipped.queue += queue;
+        shipped.encode += took.saturating_sub(self.writing);
+        shipped.send += self.writing;
+        if part.last {
+            (self.report)(SenderReport::Shipped(std::mem::take(shipped)));
         }
     }
 
@@ -366,6 +402,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         }
         slices.push(IoSlice::new(&self.heads[at..]));
         let total: usize = slices.iter().map(|s| s.len()).sum();
+        let began = Instant::now();
         let mut rest = &mut slices[..];
         IoSlice::advance_slices(&mut rest, 0);
         while !rest.is_empty() {
@@ -376,6 +413,7 @@ impl<R: Fn(SenderReport)> Work<R> {
                 Err(error) => return Err(error.into()),
             }
         }
+        self.writing += began.elapsed();
         self.heads.clear();
         self.cuts.clear();
         self.batched = 0;

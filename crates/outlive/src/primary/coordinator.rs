@@ -29,11 +29,12 @@ use super::notes::Notes;
 use super::pool::Pool;
 use super::restarts::Restarts;
 use super::self_check::SelfCheck;
-use super::stats::{Reporter, Totals};
+use super::stats::Totals;
 use crate::disk::{Saying, Sidecars};
 use crate::events::{Event, EventWriter};
 use crate::link::SenderReport;
 use crate::process;
+use crate::report::Reporter;
 use crate::vm::End;
 
 /// How long an ending process lets its last messages go out.
@@ -292,7 +293,10 @@ impl Coordinator {
             }
             SenderReport::BaseRoundDone(gfns) => self.base_round_done(link, gfns),
             // Taken care of where they are reported: see `links.rs`.
-            SenderReport::Free(_) | SenderReport::Sent(_) | SenderReport::Failed(_) => {}
+            SenderReport::Free(_)
+            | SenderReport::Sent(_)
+            | SenderReport::Shipped(_)
+            | SenderReport::Failed(_) => {}
         }
     }
 

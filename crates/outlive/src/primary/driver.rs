@@ -6,7 +6,7 @@
 //! output leaves by the very thread that read the acknowledgement.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive_machine::Valve;
 use outlive_pair::{
@@ -15,6 +15,7 @@ use outlive_pair::{
 
 use super::inbox::{Inbox, Queue};
 use super::ports::{Commit, Connection, Ports};
+use super::stats::Totals;
 use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter};
@@ -37,6 +38,7 @@ pub(crate) struct SharedDriver {
     clock: Clock,
     valve: Arc<Valve>,
     inbox: Queue,
+    totals: Arc<Totals>,
 }
 
 impl SharedDriver {
@@ -47,9 +49,10 @@ impl SharedDriver {
         clock: Clock,
         valve: Arc<Valve>,
         inbox: Queue,
+        totals: Arc<Totals>,
     ) -> Arc<Self> {
         let driver = Mutex::new(PrimaryDriver::new(machine, ports));
-        Arc::new(Self { driver, clock, valve, inbox })
+        Arc::new(Self { driver, clock, valve, inbox, totals })
     }
 
     /// The time that the state machine is fed with.
@@ -66,7 +69,9 @@ impl SharedDriver {
     /// What a call has left to its caller, on this thread.
     pub(super) fn follow(&self, after: After) {
         if after.drain {
+            let began = Instant::now();
             self.valve.drain();
+            self.totals.released(began.elapsed());
         }
         if after.wake {
             self.tell(Inbox::Wake);

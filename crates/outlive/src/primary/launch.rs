@@ -12,7 +12,7 @@ use super::inbox::Inbox;
 use super::links::{self, Plan};
 use super::ports::Ports;
 use super::self_check::SelfCheck;
-use super::stats::{Reporter, Totals};
+use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
 use crate::clock::Clock;
 use crate::disk::Sidecars;
@@ -51,7 +51,14 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
     let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone());
-    let driver = SharedDriver::new(Primary::new(config, clock.now()), ports, clock, valve, queue.clone());
+    let driver = SharedDriver::new(
+        Primary::new(config, clock.now()),
+        ports,
+        clock,
+        valve,
+        queue.clone(),
+        totals.clone(),
+    );
     let plan = Plan {
         standbys: options.standbys.clone(),
         heartbeat: timing.heartbeat(),
@@ -67,7 +74,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         });
         driver.set_claims(claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?);
     }
-    let reporter = Reporter::start(totals.clone(), output, events.clone())
+    let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
         .ok();
     if let Some(reason) = stop {

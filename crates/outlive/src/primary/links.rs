@@ -109,6 +109,7 @@ fn reporter(
     let tell = move |message| drop(inbox.send(message));
     move |report| match report {
         SenderReport::Sent(bytes) => totals.sent(bytes),
+        SenderReport::Shipped(shipped) => totals.shipped(&shipped),
         SenderReport::Free(buffer) => {
             if pool.put(buffer) {
                 tell(Inbox::Wake);

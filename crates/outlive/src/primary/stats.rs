@@ -1,32 +1,39 @@
-//! What the active side counts, and the thread that reports it.
+//! What the active side counts and measures, and its reports.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use outlive_machine::{CaptureReport, Output};
 
-use crate::events::{Event, EventWriter, Stats, histogram, pairs};
+use crate::events::{Event, EventWriter, Measured, Stats, histogram};
+use crate::link::Shipped;
+use crate::phases::{Phase, Phases, Recorded, histogram_ns};
+use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
 
-/// Time between two reports.
-const REPORT: Duration = Duration::from_millis(200);
-
-struct Histograms {
-    pause_us: Histogram<u64>,
-    dirty_pages: Histogram<u64>,
-}
+/// Checkpoints on their way, at most: more than there are buffers.
+const ON_THEIR_WAY: usize = 64;
 
 /// Counters since this process became the active side. Recording allocates nothing.
 pub(crate) struct Totals {
     generation: AtomicU64,
     committed: AtomicU64,
-    last_committed: AtomicU64,
     bytes: AtomicU64,
     protected: AtomicBool,
     base_began: Mutex<Option<Instant>>,
-    histograms: Mutex<Histograms>,
+    way: Mutex<Way>,
+    phases: Phases,
+    dirty_pages: Recorded,
+}
+
+/// Where the checkpoints are.
+struct Way {
+    /// The newest one that is committed.
+    committed: u64,
+    /// Those that are sent and not committed, with the time at which the last byte was written.
+    sent: VecDeque<(u64, Instant)>,
 }
 
 impl Totals {
@@ -35,11 +42,12 @@ impl Totals {
         Arc::new(Self {
             generation: AtomicU64::new(0),
             committed: AtomicU64::new(0),
-            last_committed: AtomicU64::new(checkpoint),
             bytes: AtomicU64::new(0),
             protected: AtomicBool::new(false),
             base_began: Mutex::new(None),
-            histograms: Mutex::new(Histograms { pause_us: histogram(), dirty_pages: histogram() }),
+            way: Mutex::new(Way { committed: checkpoint, sent: VecDeque::with_capacity(ON_THEIR_WAY) }),
+            phases: Phases::new(),
+            dirty_pages: Recorded::new(histogram()),
         })
     }
 
@@ -48,10 +56,14 @@ impl Totals {
         self.generation.store(generation, Ordering::Relaxed);
     }
 
-    /// Everything up to this checkpoint is committed.
+    /// Everything up to this checkpoint is committed: its acknowledgement was just read.
     pub(crate) fn committed(&self, through: u64) {
-        let before = self.last_committed.swap(through, Ordering::Relaxed);
-        self.committed.fetch_add(through.saturating_sub(before), Ordering::Relaxed);
+        let mut way = self.way();
+        self.committed.fetch_add(through.saturating_sub(way.committed), Ordering::Relaxed);
+        way.committed = way.committed.max(through);
+        while let Some((_, sent)) = way.sent.pop_front_if(|(number, _)| *number <= through) {
+            self.phases.record(Phase::Acknowledge, sent.elapsed());
+        }
     }
 
     /// So many bytes went out.
@@ -59,8 +71,29 @@ impl Totals {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// A checkpoint was sent to its end.
+    pub(crate) fn shipped(&self, shipped: &Shipped) {
+        self.phases.record(Phase::Queue, shipped.queue);
+        self.phases.record(Phase::Encode, shipped.encode);
+        self.phases.record(Phase::Send, shipped.send);
+        let mut way = self.way();
+        if shipped.number <= way.committed {
+            // The answer came before the kernel said that the last byte is written.
+            self.phases.record(Phase::Acknowledge, Duration::ZERO);
+        } else if way.sent.len() < ON_THEIR_WAY {
+            way.sent.push_back((shipped.number, Instant::now()));
+        }
+    }
+
+    /// Output was let out; it took so long.
+    pub(crate) fn released(&self, took: Duration) {
+        self.phases.record(Phase::Release, took);
+    }
+
     /// Base synchronisation begins.
     pub(crate) fn base_begins(&self) {
+        // What was on its way over an earlier link never arrives.
+        self.way().sent.clear();
         *self.base_began.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
@@ -75,71 +108,138 @@ impl Totals {
         self.protected.store(is, Ordering::Relaxed);
     }
 
-    /// A checkpoint was captured.
+    /// A checkpoint was captured. After its pause.
     pub(crate) fn captured(&self, report: &CaptureReport) {
-        let mut histograms = self.histograms.lock().unwrap_or_else(PoisonError::into_inner);
-        histograms.pause_us.saturating_record(report.pause.as_micros() as u64);
-        histograms.dirty_pages.saturating_record(report.pages as u64);
+        let CaptureReport { pause, stop, state, harvest, handover, rearm, decide, copy, .. } = *report;
+        let times = [
+            (Phase::Pause, pause),
+            (Phase::Stop, stop),
+            (Phase::State, state),
+            (Phase::Harvest, harvest),
+            (Phase::Handover, handover),
+            (Phase::Rearm, rearm),
+            (Phase::Decide, decide),
+            (Phase::Copy, copy),
+        ];
+        times.into_iter().for_each(|(phase, took)| self.phases.record(phase, took));
+        if let Some(returned) = report.returned {
+            self.phases.record(Phase::Resume, returned.resume);
+            self.phases.record(Phase::VcpuPause, returned.vcpu_pause);
+        }
+        self.dirty_pages.record(report.pages as u64);
     }
 
     fn stats(&self, rate_hz: f64, output: Option<&Output>) -> Stats {
-        let (pause_us, dirty_pages) = {
-            let histograms = self.histograms.lock().unwrap_or_else(PoisonError::into_inner);
-            (histograms.pause_us.clone(), histograms.dirty_pages.clone())
-        };
         Stats {
             generation: self.generation.load(Ordering::Relaxed),
             checkpoints: self.committed.load(Ordering::Relaxed),
-            pause_us: pairs(&pause_us),
-            dirty_pages: pairs(&dirty_pages),
             rate_hz,
             bytes: self.bytes.load(Ordering::Relaxed),
             held_frames: output.map_or(0, |o| o.stats().held_frames),
         }
     }
-}
 
-/// Writes [`Stats`] to the event stream every 200 ms, and once more when it is dropped.
-pub(crate) struct Reporter {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Reporter {
-    /// Starts the thread.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub(crate) fn start(
-        totals: Arc<Totals>,
-        output: Option<Arc<Output>>,
-        events: EventWriter,
-    ) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = outlive_machine::spawn("stats", move || {
-            let mut before = (Instant::now(), 0);
-            let mut report = || {
-                let committed = totals.committed.load(Ordering::Relaxed);
-                let (since, earlier) = std::mem::replace(&mut before, (Instant::now(), committed));
-                let rate_hz = (committed - earlier) as f64 / since.elapsed().as_secs_f64().max(1e-6);
-                events.emit(Event::Stats(totals.stats(rate_hz, output.as_deref())));
-            };
-            while !stopped.load(Ordering::Acquire) {
-                std::thread::park_timeout(REPORT);
-                report();
-            }
-        })?;
-        Ok(Self { stop, thread: Some(thread) })
+    fn way(&self) -> MutexGuard<'_, Way> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Reporter {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            thread.join().ok();
+/// Reports the counters and what was measured to the event stream.
+///
+/// # Errors
+/// The operating system's, when it refuses the thread.
+pub(crate) fn report(
+    totals: Arc<Totals>,
+    output: Option<Arc<Output>>,
+    events: EventWriter,
+) -> std::io::Result<Reporter> {
+    let mut counters = CounterReport::new(totals.clone(), output);
+    let mut measured = MeasuredReport::new(totals);
+    Reporter::start(move |last| {
+        if let Some(stats) = counters.due(last) {
+            events.emit(Event::Stats(stats));
         }
+        if let Some(measured) = measured.due(last) {
+            events.emit(Event::Measured(measured));
+        }
+    })
+}
+
+struct CounterReport {
+    totals: Arc<Totals>,
+    output: Option<Arc<Output>>,
+    schedule: Schedule,
+    committed: u64,
+}
+
+impl CounterReport {
+    fn new(totals: Arc<Totals>, output: Option<Arc<Output>>) -> Self {
+        Self { totals, output, schedule: Schedule::new(COUNTERS), committed: 0 }
+    }
+
+    fn due(&mut self, last: bool) -> Option<Stats> {
+        let since = self.schedule.due(last)?;
+        let committed = self.totals.committed.load(Ordering::Relaxed);
+        let earlier = std::mem::replace(&mut self.committed, committed);
+        let rate_hz = (committed - earlier) as f64 / since.as_secs_f64().max(1e-6);
+        Some(self.totals.stats(rate_hz, self.output.as_deref()))
+    }
+}
+
+struct MeasuredReport {
+    totals: Arc<Totals>,
+    threads: ThreadReport,
+    spare_ns: Histogram<u64>,
+    spare_pages: Histogram<u64>,
+}
+
+impl MeasuredReport {
+    fn new(totals: Arc<Totals>) -> Self {
+        let threads = ThreadReport::new("coordinator");
+        Self { totals, threads, spare_ns: histogram_ns(), spare_pages: histogram() }
+    }
+
+    fn due(&mut self, last: bool) -> Option<Measured> {
+        let (span_us, threads) = self.threads.due(last)?;
+        let phases = self.totals.phases.take(&mut self.spare_ns);
+        let phases = phases.into_iter().map(|(phase, pairs)| (phase.name().to_owned(), pairs)).collect();
+        let dirty_pages = self.totals.dirty_pages.take(&mut self.spare_pages);
+        Some(Measured { span_us, phases, dirty_pages, threads })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shipped(number: u64) -> Shipped {
+        let time = Duration::from_micros(5);
+        Shipped { number, queue: time, encode: time, send: time }
+    }
+
+    fn counted(totals: &Totals, phase: Phase) -> u64 {
+        let taken = totals.phases.take(&mut histogram_ns());
+        let of = taken.into_iter().find(|(it, _)| *it == phase);
+        of.map_or(0, |(_, pairs)| pairs.iter().map(|(_, count)| count).sum())
+    }
+
+    #[test]
+    fn each_checkpoint_is_acknowledged_once() {
+        let totals = Totals::new(7);
+        for number in 8..=10 {
+            totals.shipped(&shipped(number));
+        }
+        totals.committed(9);
+        assert_eq!(counted(&totals, Phase::Acknowledge), 2);
+        totals.committed(10);
+        // Faster than the system call that sent it.
+        totals.committed(11);
+        totals.shipped(&shipped(11));
+        assert_eq!(counted(&totals, Phase::Acknowledge), 2);
+        assert_eq!(totals.committed.load(Ordering::Relaxed), 4);
+        totals.shipped(&shipped(12));
+        totals.base_begins();
+        totals.committed(13);
+        assert_eq!(counted(&totals, Phase::Acknowledge), 0, "that link is gone");
     }
 }

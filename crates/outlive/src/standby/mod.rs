@@ -31,6 +31,7 @@ use crate::console::Console;
 use crate::disk::DiskEvent;
 use crate::events::{self, Event, EventWriter, Role};
 use crate::link::Listener;
+use crate::report::Reporter;
 use crate::vm::{Launch, Relay};
 use crate::{disk, process};
 use control::{Control, Inbox};
@@ -105,6 +106,8 @@ impl Waiting {
 
     /// Waits until the VM is taken over or this standby is of no further use.
     pub(crate) fn run(self) -> Outcome {
+        let _threads = Reporter::of_threads(self.events.clone())
+            .inspect_err(|error| tracing::warn!(%error, "no statistics"));
         let outcome = self.wait();
         if !matches!(outcome, Outcome::TakenOver(_)) {
             // Threads that still wait for connections hold it too, so nothing drops it.

@@ -125,7 +125,7 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
     let (errand, errands) = links::errands();
     let ports = Ports::new(hello(), clock, valve.clone(), queue.clone(), errand, totals.clone());
     let machine = Primary::new(config, clock.now());
-    let driver = SharedDriver::new(machine, ports, clock, valve.clone(), queue.clone());
+    let driver = SharedDriver::new(machine, ports, clock, valve.clone(), queue.clone(), totals.clone());
     let plan = Plan {
         standbys: vec![standby.to_string()],
         heartbeat: timing.heartbeat(),
