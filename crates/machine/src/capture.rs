@@ -9,7 +9,7 @@ use outlive_dirty::{EnableError, Gfn, HarvestError, RearmError};
 use outlive_epoch::image::StateKind;
 
 use crate::devices::virtio::blk::LogMode;
-use crate::machine::{Machine, Tracking};
+use crate::machine::Machine;
 use crate::outgoing::Outgoing;
 use crate::vcpu::VcpuError;
 use crate::vm_state::{self, VmStateError};
@@ -122,7 +122,6 @@ impl Machine {
         self.check_due = None;
         let running = self.quiesce();
         let result = self.tracker.enable();
-        self.tracking = if result.is_ok() { Tracking::On } else { Tracking::Off };
         self.release(running);
         result
     }
@@ -131,14 +130,13 @@ impl Machine {
     pub fn disable_tracking(&mut self) {
         // Of a moment that no later checkpoint stands for.
         self.check_due = None;
-        if self.tracking == Tracking::Off {
+        if !self.tracker.is_enabled() {
             return;
         }
         let running = self.quiesce();
         if let Err(error) = self.tracker.disable() {
             tracing::warn!(%error, "dirty logging stays on in KVM");
         }
-        self.tracking = Tracking::Off;
         self.release(running);
     }
 
@@ -225,7 +223,7 @@ impl Machine {
     }
 
     fn begin(&mut self) -> Result<Begun, CaptureError> {
-        if self.tracking == Tracking::Off {
+        if !self.tracker.is_enabled() {
             return Err(CaptureError::NotTracking);
         }
         let was_running = std::mem::replace(&mut self.running, false);

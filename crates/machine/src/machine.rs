@@ -111,12 +111,6 @@ pub enum StartError {
     Vcpu(#[from] VcpuError),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tracking {
-    Off,
-    On,
-}
-
 /// A virtual machine. Its threads exist from creation on; the guest runs after [`resume`](Self::resume).
 ///
 /// Fields are dropped in order: threads before what they use.
@@ -132,7 +126,6 @@ pub struct Machine {
     pub(crate) irq_lines: IrqLines,
     pub(crate) gate: Arc<DeviceGate>,
     pub(crate) tracker: Arc<Tracker>,
-    pub(crate) tracking: Tracking,
     pub(crate) running: bool,
     /// When the pages of the last checkpoint were copied, if the guest ran on after it.
     pub(crate) copied_at: Option<Instant>,
@@ -236,7 +229,6 @@ impl Machine {
             irq_lines,
             gate,
             tracker,
-            tracking: Tracking::Off,
             running: false,
             copied_at: None,
             constants: Vec::new(),
@@ -392,7 +384,7 @@ impl std::fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("vcpus", &self.vcpus.len())
             .field("ram", &self.ram)
-            .field("tracking", &self.tracking)
+            .field("tracking", &self.tracker.is_enabled())
             .field("running", &self.running)
             .finish_non_exhaustive()
     }
