@@ -98,8 +98,13 @@ impl World {
     }
 
     pub(super) fn ask_arbiter(&mut self, life: Life, generation: u64) {
+        let from = match &self.hosts[life.0].process {
+            Process::Primary(p) => (p.node(), p.excused),
+            Process::Standby(s) => (s.claims_from(), s.excused),
+            Process::Down => return,
+        };
         let delay = self.arbiter_delay();
-        self.after(delay, Happening::ClaimArrives { life, generation });
+        self.after(delay, Happening::ClaimArrives { life, generation, from });
     }
 
     pub(super) fn arbiter_delay(&mut self) -> u64 {

@@ -2,7 +2,7 @@
 
 use super::hosts::Process;
 use super::ports::PortFault;
-use super::truth::Life;
+use super::truth::{Life, Node};
 use super::world::{Happening, Msg, Stats, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
@@ -140,7 +140,7 @@ impl World {
                 self.ship_part(life, ticket, node, false, left)
             }
             Happening::BaseRound { life, link, left } => self.base_round(life, link, left),
-            Happening::ClaimArrives { life, generation } => self.claim_arrives(life, generation),
+            Happening::ClaimArrives { life, generation, from } => self.claim_arrives(life, generation, from),
             Happening::ClaimAnswered { life, generation, result } => match &self.hosts[life.0].process {
                 Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
                 _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
@@ -195,14 +195,8 @@ impl World {
 
     /// A claim reaches the arbiter, or does not, or does and its answer is lost. It may come from a process
     /// that has died.
-    fn claim_arrives(&mut self, life: Life, generation: u64) {
+    fn claim_arrives(&mut self, life: Life, generation: u64, base: (Node, bool)) {
         let cut = self.hosts[life.0].arbiter_cut_until > self.now;
-        let base = match &self.hosts[life.0].process {
-            _ if self.hosts[life.0].life != life.1 => return,
-            Process::Primary(p) => (p.node(), p.excused),
-            Process::Standby(s) => (s.claims_from(), s.excused),
-            Process::Down => return,
-        };
         let mut result = ClaimResult::Unreachable { why: "no route".into() };
         if !cut || self.rng.one_in(3) {
             let verdict = self.truth.claim(generation, life, base.0, base.1);

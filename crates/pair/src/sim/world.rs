@@ -106,6 +106,8 @@ pub(super) enum Happening {
     ClaimArrives {
         life: Life,
         generation: u64,
+        /// The state from which the claimer would go on, and whether it is excused.
+        from: (Node, bool),
     },
     ClaimAnswered {
         life: Life,
@@ -267,7 +269,7 @@ impl World {
             })
             .collect();
         let count = hosts.len();
-        let (slots, interval) = (rng.range(1, 5), rng.range(4_000, 20_000));
+        let (slots, interval) = (rng.range(1, 5), rng.range(6_000, 24_000));
         Self {
             now: 0,
             slots,
