@@ -72,6 +72,9 @@ pub enum CaptureError {
     /// The part that did not fit into staging could not be sent.
     #[error("the checkpoint is larger than staging and its first part could not be sent: {0}")]
     Spill(String),
+    /// A frame that is not RAM was reported dirty.
+    #[error("dirty tracking reported GFN {:#x}, which is not RAM of the VM", .0.0)]
+    NotRam(Gfn),
     /// Protection has not been started.
     #[error("dirty tracking is off")]
     NotTracking,
@@ -194,13 +197,13 @@ impl Machine {
         let mut rest = pages;
         while rest.len() > staging.capacity() {
             let (first, more) = rest.split_at(staging.capacity());
-            self.copy_pages(first, staging);
+            self.copy_pages(first, staging)?;
             in_pause.spill(staging).map_err(CaptureError::Spill)?;
             staging.clear_state();
             staging.disk_writes_mut().clear();
             rest = more;
         }
-        self.copy_pages(rest, staging);
+        self.copy_pages(rest, staging)?;
         let count = pages.len();
         let copied = Instant::now();
         epoch.copied().run();
@@ -273,12 +276,13 @@ impl Machine {
         Ok(())
     }
 
-    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Outgoing) {
+    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Outgoing) -> Result<(), CaptureError> {
         let parallel = gfns.len() >= PARALLEL_COPY;
-        staging.fill(gfns, |gfns, to| {
+        let filled = staging.fill(gfns, |gfns, to| {
             // SAFETY: `fill` lends room for all of `gfns`, page-aligned, and waits for this closure.
             unsafe { self.vcpus.copy(gfns, to, parallel) }
         });
+        filled.map_err(CaptureError::NotRam)
     }
 }
 

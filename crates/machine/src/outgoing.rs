@@ -106,12 +106,20 @@ impl Outgoing {
     }
 
     /// Sets the pages to `gfns` (at most [`capacity`](Self::capacity)) and lets `copy` write them.
-    pub(crate) fn fill(&mut self, gfns: &[Gfn], copy: impl FnOnce(&[Gfn], *mut u8)) {
+    ///
+    /// # Errors
+    /// That of `copy`; there are no pages then.
+    pub(crate) fn fill<E>(
+        &mut self,
+        gfns: &[Gfn],
+        copy: impl FnOnce(&[Gfn], *mut u8) -> Result<(), E>,
+    ) -> Result<(), E> {
         assert!(gfns.len() <= self.capacity, "more pages than staging has room for");
         // `copy` must have written every page before they can be seen, so the list comes after it.
         self.gfns.clear();
-        copy(gfns, self.pages);
+        copy(gfns, self.pages)?;
         self.gfns.extend_from_slice(gfns);
+        Ok(())
     }
 }
 

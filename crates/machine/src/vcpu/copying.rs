@@ -3,7 +3,7 @@
 // UNSAFETY: several threads write disjoint slots of one staging buffer through its raw pointer.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use outlive_dirty::Gfn;
 
@@ -25,7 +25,12 @@ pub(crate) struct CopyJob {
     to: AtomicPtr<u8>,
     len: AtomicUsize,
     next: AtomicUsize,
+    /// A frame that is not RAM, or [`NONE`].
+    outside: AtomicU64,
 }
+
+/// No frame has this number.
+const NONE: u64 = u64::MAX;
 
 impl Default for CopyJob {
     fn default() -> Self {
@@ -34,6 +39,7 @@ impl Default for CopyJob {
             to: AtomicPtr::new(std::ptr::null_mut()),
             len: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            outside: AtomicU64::new(NONE),
         }
     }
 }
@@ -42,13 +48,24 @@ impl CopyJob {
     /// Runs `helpers` (which makes other threads call [`work`](Self::work) and returns when they are
     /// done) and this thread on the copy of `gfns` to `to`.
     ///
+    /// # Errors
+    /// A frame that is not RAM: a list of dirty pages that has one is wrong, and a checkpoint made of it would
+    /// be a VM that never was. What is at `to` is then of no use.
+    ///
     /// # Safety
     /// `to` must be valid for writes of `gfns.len()` pages and 4096-byte aligned, and nobody else may
     /// use it until this returns. `helpers` must not return before every thread left `work`.
-    pub(crate) unsafe fn run(&self, ram: &Ram, gfns: &[Gfn], to: *mut u8, helpers: Option<impl FnOnce()>) {
+    pub(crate) unsafe fn run(
+        &self,
+        ram: &Ram,
+        gfns: &[Gfn],
+        to: *mut u8,
+        helpers: Option<impl FnOnce()>,
+    ) -> Result<(), Gfn> {
         self.gfns.store(gfns.as_ptr().cast_mut(), Ordering::Relaxed);
         self.to.store(to, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
+        self.outside.store(NONE, Ordering::Relaxed);
         // Release: a thread that sees the length sees the rest.
         self.len.store(gfns.len(), Ordering::Release);
         match helpers {
@@ -56,6 +73,11 @@ impl CopyJob {
             None => self.work(ram),
         }
         self.len.store(0, Ordering::Release);
+        // Every thread has left `work`, and waiting for them ordered their stores before this.
+        match self.outside.load(Ordering::Relaxed) {
+            NONE => Ok(()),
+            gfn => Err(Gfn(gfn)),
+        }
     }
 
     /// Copies shares until none is left.
@@ -72,11 +94,40 @@ impl CopyJob {
                 // `to` is this thread's alone, because `next` hands every index out once.
                 unsafe {
                     let slot = to.add(i * PAGE_SIZE);
-                    if !ram.read_page_to(*gfns.add(i), slot) {
-                        std::ptr::write_bytes(slot, 0, PAGE_SIZE);
+                    let gfn = *gfns.add(i);
+                    if !ram.read_page_to(gfn, slot) {
+                        self.outside.store(gfn.0, Ordering::Relaxed);
                     }
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One rule for a frame that is not RAM, here as in a round of the base: an error, not a page of zeroes.
+    #[test]
+    fn a_frame_that_is_not_ram_is_an_error() {
+        let ram = Ram::new(64 << 20, 64).unwrap();
+        let mut outgoing = crate::outgoing::Outgoing::new(40, 0).unwrap();
+        let mut copy = |gfns: &[Gfn], job: &CopyJob| {
+            // SAFETY: `fill` lends room for all of `gfns`, page-aligned; this thread alone works.
+            let result = outgoing.fill(gfns, |gfns, to| unsafe { job.run(&ram, gfns, to, None::<fn()>) });
+            assert_eq!(outgoing.gfns().len(), if result.is_ok() { gfns.len() } else { 0 });
+            result
+        };
+        let job = CopyJob::default();
+        let inside: Vec<Gfn> = (0..40).map(Gfn).collect();
+        assert_eq!(copy(&inside, &job), Ok(()));
+        let outside = Gfn((64 << 20) / PAGE_SIZE as u64);
+        for at in [0, 15, 16, 39] {
+            let mut gfns = inside.clone();
+            gfns[at] = outside;
+            assert_eq!(copy(&gfns, &job), Err(outside), "{at}");
+        }
+        assert_eq!(copy(&inside, &job), Ok(()), "and the next copy is one of its own");
     }
 }

@@ -143,10 +143,13 @@ impl VcpuSet {
 
     /// Copies pages of the stopped VM, with all vCPU threads when `parallel`.
     ///
+    /// # Errors
+    /// As [`CopyJob::run`].
+    ///
     /// # Safety
     /// As [`CopyJob::run`].
     #[allow(unsafe_code)] // UNSAFETY: passes the caller's promise on.
-    pub(crate) unsafe fn copy(&self, gfns: &[Gfn], to: *mut u8, parallel: bool) {
+    pub(crate) unsafe fn copy(&self, gfns: &[Gfn], to: *mut u8, parallel: bool) -> Result<(), Gfn> {
         let shared = &self.shared;
         let helpers = parallel.then_some(|| {
             shared.meeting.publish(Command::Copy);
@@ -154,7 +157,7 @@ impl VcpuSet {
             shared.meeting.wait_all();
         });
         // SAFETY: the caller's promise; `helpers` waits for all threads.
-        unsafe { shared.copy.run(&shared.ram, gfns, to, helpers) };
+        unsafe { shared.copy.run(&shared.ram, gfns, to, helpers) }
     }
 
     /// Runs a task on every vCPU's thread. The VM must be stopped.
