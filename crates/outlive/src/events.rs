@@ -18,6 +18,8 @@ use hdrhistogram::Histogram;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+pub use crate::disk::DangerKind;
+
 /// Which of the two commands wrote a [`Event::Started`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -48,6 +50,13 @@ pub enum Event {
         /// Name of the dirty tracker's back end, for example `ring`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tracker: Option<String>,
+    },
+    /// An operator has accepted a danger, by an option.
+    Accepted {
+        /// Which, for example `stale_image`.
+        danger: DangerKind,
+        /// What it is about, for a person.
+        about: String,
     },
     /// A standby accepts connections at `addr` (with the real port where port 0 was asked for).
     Listening {

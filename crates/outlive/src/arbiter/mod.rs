@@ -27,7 +27,7 @@ use std::time::SystemTime;
 pub use command::command;
 pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
-pub use worker::{Busy, ClaimResult, ClaimWorker};
+pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
 use crate::process;
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Arbiter, Claim, VmId};
+use super::{Arbiter, Claim, VmId, process_token};
 
 /// The answer to one submitted claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Busy {
 /// What the thread is asked to do.
 enum Request {
     Claim(u64),
-    NoteEnd { generation: u64, why: String, done: Sender<()> },
+    NoteEnd { why: String, done: Sender<()> },
 }
 
 /// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
@@ -69,8 +69,8 @@ impl ClaimWorker {
                             arbiter.tidy(&vm);
                         }
                     }
-                    Request::NoteEnd { generation, why, done } => {
-                        if let Err(error) = arbiter.note_end(&vm, generation, &why) {
+                    Request::NoteEnd { why, done } => {
+                        if let Err(error) = note_end(arbiter.as_mut(), &vm, &why) {
                             tracing::warn!("the arbiter does not learn that the VM has ended: {error}");
                         }
                         done.send(()).ok();
@@ -94,18 +94,36 @@ impl ClaimWorker {
         Ok(())
     }
 
-    /// Notes that the VM has ended in order, and waits for so long that the arbiter knows it.
-    pub fn note_end(&self, generation: u64, why: String, patience: Duration) {
-        let (done, answer) = channel();
-        if self.requests.send(Request::NoteEnd { generation, why, done }).is_ok() {
-            answer.recv_timeout(patience).ok();
-        }
+    /// Who can tell the arbiter of the VM's end.
+    pub fn end_notes(&self) -> EndNotes {
+        EndNotes(self.requests.clone())
     }
 
     /// The generation whose claim is under way.
     pub fn under_way(&self) -> Option<u64> {
         *lock(&self.under_way)
     }
+}
+
+/// Tells the arbiter, by the thread of the claims, that the VM has ended in order.
+pub struct EndNotes(Sender<Request>);
+
+impl EndNotes {
+    /// Notes it, and waits for so long that the arbiter knows it.
+    pub fn note(&self, why: &str, patience: Duration) {
+        let (done, answer) = channel();
+        if self.0.send(Request::NoteEnd { why: why.to_owned(), done }).is_ok() {
+            answer.recv_timeout(patience).ok();
+        }
+    }
+}
+
+/// Whoever has the newest generation may say that the VM has ended in it.
+fn note_end(arbiter: &mut dyn Arbiter, vm: &VmId, why: &str) -> Result<(), String> {
+    let process = process_token().map_err(|error| error.to_string())?;
+    let newest = arbiter.history(vm)?.pop();
+    let own = newest.filter(|win| win.winner.as_ref().is_some_and(|winner| winner.process == process));
+    own.map_or(Ok(()), |win| arbiter.note_end(vm, win.generation, why))
 }
 
 impl fmt::Debug for ClaimWorker {

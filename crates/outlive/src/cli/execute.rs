@@ -3,7 +3,7 @@
 use super::{Command, RunOptions, StandbyOptions};
 use crate::standby::{Outcome, Waiting};
 use crate::vm::{End, Launch};
-use crate::{arbiter, check, console, demo, exit, primary, ui};
+use crate::{arbiter, check, console, demo, disk, exit, primary, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -13,6 +13,7 @@ impl Command {
             Self::Standby(options) => standby(options),
             Self::Console(options) => console::command(options),
             Self::Arbiter(options) => arbiter::command(options),
+            Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
         }

@@ -4,6 +4,7 @@ mod active;
 mod arbiter;
 mod console;
 mod execute;
+mod image;
 mod run;
 mod standby;
 mod values;
@@ -19,9 +20,10 @@ use crate::demo::DemoOptions;
 pub use active::{ActiveOptions, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use console::ConsoleOptions;
-pub use run::RunOptions;
+pub use image::{ImageCommand, ImageOptions};
+pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
-pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, parse_size, parse_time};
+pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
 
 /// A virtual machine that outlives its host.
 ///
@@ -60,6 +62,8 @@ pub enum Command {
     Console(ConsoleOptions),
     /// Make, list and prune arbiters: the third places that say who may run a VM
     Arbiter(ArbiterOptions),
+    /// Show whose a disk image is, and take it as it is
+    Image(ImageOptions),
     /// Kill a protected VM again and again on this machine and count what was lost
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing

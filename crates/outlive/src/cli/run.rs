@@ -9,6 +9,7 @@ use clap::builder::RangedU64ValueParser;
 
 use super::active::ActiveOptions;
 use super::values::{DiskSpec, IpSpec, NetSpec, parse_name, parse_size};
+use crate::disk::DangerKind;
 
 /// `outlive run`.
 #[derive(Clone, Debug, Args)]
@@ -64,9 +65,58 @@ pub struct RunOptions {
     #[arg(long, value_name = "N", hide = true)]
     pub seed: Option<u64>,
 
+    /// Dangers that are accepted
+    #[command(flatten)]
+    pub accept: AcceptOptions,
+
     /// Options that matter while the VM runs here
     #[command(flatten)]
     pub active: ActiveOptions,
+}
+
+/// Starts that may give something up, or run a VM twice. Each is refused without its own word, goes into the
+/// log, the events and the image's sidecar, and all but the replica's begin a new VM, with the old as ancestor.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]
+pub struct AcceptOptions {
+    /// Start although the VM ran on elsewhere since: what was committed there is given up
+    #[arg(long)]
+    pub accept_stale_image: bool,
+
+    /// Start from a standby's copy: what the other host has beyond its last commit is given up
+    #[arg(long)]
+    pub accept_replica: bool,
+
+    /// Start with another arbiter than the image's VM had, which runs nowhere
+    #[arg(long)]
+    pub accept_other_arbiter: bool,
+
+    /// Start although the arbiter has lost the claims of the image's VM, which runs nowhere
+    #[arg(long)]
+    pub accept_lost_claims: bool,
+
+    /// Start without the arbiter that the image's VM had, which runs nowhere
+    #[arg(long, conflicts_with = "arbiter")]
+    pub accept_no_arbiter: bool,
+
+    /// Make one VM of images of several
+    #[arg(long)]
+    pub accept_foreign_image: bool,
+}
+
+impl AcceptOptions {
+    /// The dangers that were named.
+    pub(crate) fn dangers(&self) -> Vec<DangerKind> {
+        let named = [
+            (self.accept_stale_image, DangerKind::StaleImage),
+            (self.accept_replica, DangerKind::Replica),
+            (self.accept_other_arbiter, DangerKind::OtherArbiter),
+            (self.accept_lost_claims, DangerKind::LostClaims),
+            (self.accept_no_arbiter, DangerKind::NoArbiter),
+            (self.accept_foreign_image, DangerKind::ForeignImage),
+        ];
+        named.into_iter().filter(|(is, _)| *is).map(|(_, danger)| danger).collect()
+    }
 }
 
 impl RunOptions {

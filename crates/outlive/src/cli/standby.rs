@@ -1,11 +1,11 @@
 //! `outlive standby`.
 
-use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 
 use super::active::ActiveOptions;
-use super::values::{NetSpec, parse_listen, parse_standby_card, parse_standby_disk};
+use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_standby_card};
 
 /// `outlive standby`.
 #[derive(Clone, Debug, Args)]
@@ -23,9 +23,14 @@ pub struct StandbyOptions {
     #[arg(long, value_name = "tap=NAME[,bridge=BR]", value_parser = parse_standby_card)]
     pub net: Option<NetSpec>,
 
-    /// Image on this host for each of the VM's disks, in their order; it is overwritten with the primary's
-    #[arg(long = "disk", value_name = "path=FILE", value_parser = parse_standby_disk)]
-    pub disks: Vec<PathBuf>,
+    /// Image on this host for each of the VM's disks, in their order. It is overwritten with the primary's if
+    /// it holds nothing, or an older state of the same VM; whatever it holds with overwrite
+    #[arg(long = "disk", value_name = "path=FILE[,overwrite]", value_parser = StandbyDisk::from_str)]
+    pub disks: Vec<StandbyDisk>,
+
+    /// Serve this VM only [default: any that its images allow]
+    #[arg(long, value_name = "NAME|ID", value_parser = parse_name)]
+    pub vm: Option<String>,
 
     /// Options that matter once the VM runs here
     #[command(flatten)]

@@ -232,11 +232,28 @@ fn parse_queues(text: &str, most: u8) -> Result<u8, String> {
     text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or(format!("'{text}' queues: give 1 to {most}"))
 }
 
-/// A standby's disk: the image alone, everything else comes from the primary.
-pub(super) fn parse_standby_disk(text: &str) -> Result<PathBuf, String> {
-    match text.strip_prefix("path=") {
-        Some(path) if !path.is_empty() && !path.contains(',') => Ok(path.into()),
-        _ => Err(format!("'{text}' is not path=FILE; the rest of a disk belongs to outlive run")),
+/// A standby's disk: `path=FILE[,overwrite]`. Everything else comes from the primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StandbyDisk {
+    /// The image.
+    pub path: PathBuf,
+    /// It is overwritten whatever it holds.
+    pub overwrite: bool,
+}
+
+impl FromStr for StandbyDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (text, overwrite) = text.strip_suffix(",overwrite").map_or((text, false), |path| (path, true));
+        match text.strip_prefix("path=") {
+            Some(path) if !path.is_empty() && !path.contains(',') => {
+                Ok(Self { path: path.into(), overwrite })
+            }
+            _ => Err(format!(
+                "'{text}' is not path=FILE or path=FILE,overwrite; the rest of a disk belongs to outlive run"
+            )),
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 //! primary   write log of the machine ──► sender ──► link          sync.rs: what differs, found by sums, sent in the background
 //! standby   link ──► staged, acknowledged ──► replica.rs (a thread) ──► journal.rs ──► image.rs
 //! both      sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: a thread that keeps it said
+//! a start   prepare.rs: images brought to their last commit; standing.rs: whether the VM may go on with them;
+//!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite
 //! ```
 //!
 //! Why an image is never between two checkpoints, not even after a loss of power (invariant 2):
@@ -19,21 +21,31 @@
 //! next replays the journal from its start; writing the same bytes twice changes nothing.
 
 mod apply;
+mod blank;
+mod command;
 mod hash;
 mod image;
 mod journal;
+mod overwrite;
 mod prepare;
+mod provenance;
 mod replica;
 mod sidecar;
 mod sidecars;
+mod standing;
+mod start;
 mod sync;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
+pub(crate) use command::command;
 pub(crate) use hash::contents as hash_contents;
-pub(crate) use prepare::{
-    check_generation, end_earlier_vms, for_run, for_standby, has_sidecar, mark_primary, refuse_unfinished,
-};
+pub(crate) use overwrite::Target;
+pub(crate) use prepare::{for_run, for_standby, refuse_unfinished};
+pub use provenance::DangerKind;
+pub(crate) use provenance::{Accepted, Provenance};
 pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk};
-pub(crate) use sidecars::{Saying, Sidecars};
+pub(crate) use sidecar::CopyEnd;
+pub(crate) use sidecars::{Image, Saying, Sidecars};
+pub(crate) use start::Start;
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

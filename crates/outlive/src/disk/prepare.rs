@@ -4,16 +4,15 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
-
-use outlive_epoch::VmId;
 
 use super::apply::recover;
 use super::image::Store;
 use super::journal::{Identity, Journal};
-use super::sidecar::{Role, Sidecar, beside};
-use crate::arbiter::{self, Arbiter, Claim};
+use super::sidecar::Sidecar;
+use super::start::cannot_write;
+use crate::cli::StandbyDisk;
 
 /// How long an image may still be in use by a process that has just ended.
 const RELEASED_AFTER: Duration = Duration::from_secs(2);
@@ -31,23 +30,19 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
     let sidecars = read_sidecars(paths)?;
     for (path, sidecar) in paths.iter().zip(&sidecars) {
         let Some(sidecar) = sidecar else { continue };
-        let (image, file) = (path.display(), beside(path, "outlive"));
         if !sidecar.whole {
-            return Err(format!(
-                "the disk image {image} is not whole, its synchronisation was interrupted: give it to `outlive standby` again, or restore it from a backup and delete {}",
-                file.display()
-            ));
-        }
-        if sidecar.role == Role::Replica {
-            tracing::warn!(
-                image = %image,
-                vm = %sidecar.vm,
-                generation = sidecar.generation,
-                "this is a standby's copy as of its last commit; the image of the host where the VM ran may be newer"
-            );
+            return Err(not_whole(path));
         }
     }
     replay(paths, &sidecars)
+}
+
+/// Said of an image that was being synchronised.
+pub(super) fn not_whole(image: &Path) -> String {
+    let image = image.display();
+    format!(
+        "the disk image {image} is not whole, its synchronisation was interrupted: give it to `outlive standby` again, or restore it from a backup and run `outlive image accept {image}`"
+    )
 }
 
 /// Refuses images that are used as they are, read-only or shared, and are a standby's copy that is not
@@ -57,13 +52,12 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
 /// One line that names the remedy.
 pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
     for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
-        let (image, file) = (path.display(), beside(path, "outlive"));
+        let image = path.display();
         match sidecar {
             Some(Sidecar { whole: true, journal: None, .. }) | None => {}
             Some(_) => {
                 return Err(format!(
-                    "the disk image {image} is a standby's copy that is not finished: give it to `outlive standby` or `outlive run` as a disk of the VM's own, or restore it from a backup and delete {}",
-                    file.display()
+                    "the disk image {image} is a standby's copy that is not finished: give it to `outlive standby` or `outlive run` as a disk of the VM's own, or restore it from a backup and run `outlive image accept {image}`"
                 ));
             }
         }
@@ -73,11 +67,13 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
 
 /// Checks the images of a standby and replays their journals. If that is not possible now it may be later,
 /// with all disks given or their file system mounted, and the journal may be all that is left of what was
-/// committed: it is not given up unasked.
+/// committed: it is not given up unasked. What may be overwritten whatever it holds is left as it is. Whether
+/// the others may be is decided when a primary comes.
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
+pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), String> {
+    let paths: Vec<&Path> = disks.iter().map(|disk| disk.path.as_path()).collect();
     for (at, path) in paths.iter().enumerate() {
         // A wrong path or an image in use is told now, not when the first primary comes.
         look(path)?;
@@ -87,110 +83,11 @@ pub(crate) fn for_standby(paths: &[&Path]) -> Result<(), String> {
             return Err(format!("the disk image {} is given twice: give each disk its own", path.display()));
         }
     }
-    let sidecars = match read_sidecars(paths) {
-        Ok(sidecars) => sidecars,
-        Err(why) => {
-            tracing::warn!("{why}; the image is synchronised anew");
-            return Ok(());
-        }
-    };
-    replay(paths, &sidecars).map_err(|why| {
-        format!(
-            "{why}; if a primary has all of it, delete their .outlive files: they are then synchronised anew"
-        )
-    })
-}
-
-/// Refuses images of a VM that ran on elsewhere since: the arbiter knows the newest generation.
-///
-/// # Errors
-/// One line that names the remedy.
-pub(crate) fn check_generation(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Result<(), String> {
-    for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
-        let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
-        match arbiter.highest(&arbiter::VmId(vm.0)) {
-            Ok(Some(highest)) if highest > generation => {
-                let history = arbiter.history(&arbiter::VmId(vm.0))?;
-                let winner = history.into_iter().next_back().and_then(|win| win.winner);
-                let owner = winner.map_or(String::new(), |winner| format!(", won by {}", winner.owner));
-                // If that is this host, it was stopped between the arbiter's answer and the note beside the
-                // image.
-                return Err(format!(
-                    "the disk image {} is out of date: it is of generation {generation} and its VM ran on in generation {highest}{owner}; start from the image of the host that has that, or delete {} to use this one all the same",
-                    path.display(),
-                    beside(path, "outlive").display()
-                ));
-            }
-            Ok(_) => {}
-            // Nobody knows then whether the VM ran on elsewhere.
-            Err(why) => {
-                return Err(format!(
-                    "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
-                    path.display()
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Makes sure that nobody else goes on with the VMs whose images these were: a standby that has lost its
-/// primary may only now reach the arbiter, and the same server would run twice. Wins the generation that such
-/// a standby would ask for: the one after the image's, not the one after the newest, which the standby may
-/// have won since it was looked for. To be done last, because what is won stays won.
-///
-/// # Errors
-/// One line that names the remedy.
-pub(crate) fn end_earlier_vms(paths: &[&Path], arbiter: &mut dyn Arbiter) -> Result<(), String> {
-    let mut ended = Vec::new();
-    for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
-        let Some(Sidecar { vm, generation, .. }) = sidecar else { continue };
-        if ended.contains(&vm) {
-            continue;
-        }
-        ended.push(vm);
-        let (id, image) = (arbiter::VmId(vm.0), path.display());
-        // An arbiter that does not know the VM lets no standby win either.
-        if arbiter.highest(&id)?.is_none() {
-            continue;
-        }
-        match arbiter.claim(&id, generation + 1, &arbiter::owner("primary, started anew")) {
-            Claim::Won => {}
-            Claim::Lost { owner } => {
-                return Err(format!(
-                    "the VM of the disk image {image} has just been taken over by {owner}: use the image of the host that has it"
-                ));
-            }
-            Claim::Unreachable { why } => {
-                return Err(format!(
-                    "the arbiter cannot say whether {image} is up to date: {why}; try again when it can"
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether an image has a sidecar.
-pub(crate) fn has_sidecar(image: &Path) -> bool {
-    beside(image, "outlive").exists()
-}
-
-/// Says in the sidecars that a VM runs on these images.
-///
-/// # Errors
-/// One line that names the file.
-pub(crate) fn mark_primary(disks: &[(u16, PathBuf)], vm: VmId, generation: u64) -> Result<(), String> {
-    for (disk, path) in disks {
-        let (role, disk) = (Role::Primary, *disk);
-        let sidecar = Sidecar { vm, generation, role, whole: true, checkpoint: 0, disk, journal: None };
-        sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
-    }
-    Ok(())
-}
-
-fn cannot_write(image: &Path, error: &io::Error) -> String {
-    format!("cannot write {}: {error}; let this user write there", beside(image, "outlive").display())
+    let kept: Vec<&Path> =
+        disks.iter().filter(|disk| !disk.overwrite).map(|disk| disk.path.as_path()).collect();
+    let say = "or, if a primary has all of it, overwrite them with --disk path=...,overwrite";
+    let sidecars = read_sidecars(&kept).map_err(|why| format!("{why}; {say}"))?;
+    replay(&kept, &sidecars).map_err(|why| format!("{why}; {say}"))
 }
 
 fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, String> {
@@ -208,11 +105,11 @@ fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
 fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
     let place = path.display();
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
-        format!("the journal {place} of the disk images cannot be opened: {e}; put it back, or restore the images from a backup and delete their .outlive files")
+        format!("the journal {place} of the disk images cannot be opened: {e}; put it back, or restore the images from a backup and run `outlive image accept` on them")
     })?;
     let unreadable = |e: &dyn std::fmt::Display| {
         format!(
-            "the journal {place} cannot be replayed: {e}; restore the images from a backup and delete their .outlive files"
+            "the journal {place} cannot be replayed: {e}; restore the images from a backup and run `outlive image accept` on them"
         )
     };
     let (mut journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
@@ -224,7 +121,7 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
         // The sidecar of an image that was not given may name it still.
         let Identity { vm, sizes, .. } = journal.identity();
         let given = sidecars.iter().flatten().filter(|sidecar| {
-            sidecar.vm == *vm && sizes.get(usize::from(sidecar.disk)).is_some_and(|size| *size > 0)
+            sidecar.provenance.vm == *vm && sizes.get(usize::from(sidecar.disk)).is_some_and(|size| *size > 0)
         });
         let all = given.count() == sizes.iter().filter(|size| **size > 0).count();
         return finish(all.then_some(path), durable, named);
@@ -242,7 +139,7 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
         let found = paths.iter().zip(sidecars).find_map(|(image, sidecar)| {
             let sidecar = sidecar.as_ref()?;
             let same = sidecar.journal.as_deref() == Some(path) && usize::from(sidecar.disk) == index;
-            (same && sidecar.vm == identity.vm).then_some((*image, sidecar))
+            (same && sidecar.provenance.vm == identity.vm).then_some((*image, sidecar))
         });
         let (image, sidecar) = found.ok_or_else(|| {
             format!("the journal {place} has writes for disk {index} too: give all disks of the VM")
@@ -296,6 +193,11 @@ fn can_be_a_disk(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether there is an image of this name.
+pub(super) fn exists(path: &Path) -> Result<(), String> {
+    std::fs::metadata(path).map(drop).map_err(|error| cannot_open(path, &error))
+}
+
 /// Whether an image is there and no VM runs on it. How it will be used is not known before the primary comes.
 fn look(path: &Path) -> Result<(), String> {
     let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
@@ -341,7 +243,7 @@ fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(
 }
 
 /// Opens an image for writing, for nobody else.
-fn open(path: &Path) -> Result<File, String> {
+pub(super) fn open(path: &Path) -> Result<File, String> {
     let file =
         OpenOptions::new().read(true).write(true).open(path).map_err(|error| cannot_open(path, &error))?;
     lock(path, || file.try_lock())?;

@@ -17,11 +17,13 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use outlive_epoch::{DiskSums, DiskWant, RecordBuf, UncheckedRecords, VmId};
+use outlive_epoch::{DiskSums, DiskWant, RecordBuf, UncheckedRecords};
 use outlive_machine::DiskHash;
 
 use super::image::{Sum, chunks};
-use super::sidecars::Sidecars;
+use super::provenance::{Accepted, Provenance};
+use super::sidecar::CopyEnd;
+use super::sidecars::{Image, Sidecars};
 use queue::{Job, Queue};
 use worker::Worker;
 
@@ -42,6 +44,8 @@ pub(crate) struct ReplicaDisk {
     pub(crate) bytes: u64,
     /// The guest can only read it: it is compared and never written.
     pub(crate) read_only: bool,
+    /// What an operator has accepted so that it is overwritten.
+    pub(crate) accepted: Option<Accepted>,
 }
 
 /// What happens at the disks.
@@ -82,7 +86,7 @@ impl Replica {
     /// One line.
     pub(crate) fn start(
         disks: Vec<Option<ReplicaDisk>>,
-        vm: VmId,
+        provenance: Provenance,
         generation: u64,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, String> {
@@ -92,9 +96,11 @@ impl Replica {
         let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();
         let written = disks.iter().enumerate().filter_map(|(index, disk)| {
             let disk = disk.as_ref().filter(|disk| !disk.read_only)?;
-            Some((index as u16, disk.path.clone()))
+            let (path, accepted) = (disk.path.clone(), disk.accepted.clone());
+            Some(Image { disk: index as u16, path, accepted })
         });
-        let sidecars = Arc::new(Sidecars::start(written.collect(), vm).map_err(no_thread)?);
+        let vm = provenance.vm;
+        let sidecars = Arc::new(Sidecars::start(written.collect(), provenance).map_err(no_thread)?);
         let worker = Worker::new(queue.clone(), disks, (vm, generation), sidecars.clone(), claimed, tell);
         let thread = outlive_machine::spawn("disks", move || {
             worker.run();
@@ -212,9 +218,9 @@ impl Replica {
     ///
     /// # Errors
     /// What failed, now or before.
-    pub(crate) fn leave(&self) -> Result<(), String> {
+    pub(crate) fn leave(&self, end: Option<CopyEnd>) -> Result<(), String> {
         let (done, answer) = channel();
-        self.queue.push(self.queue.lock(), Job::Leave(done));
+        self.queue.push(self.queue.lock(), Job::Leave { end, done });
         loop {
             match answer.recv_timeout(Duration::from_millis(100)) {
                 Ok(result) => return result,

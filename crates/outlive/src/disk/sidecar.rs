@@ -1,20 +1,55 @@
-//! The file beside an image that says whose copy the image is: `IMAGE.outlive`, plain text.
+//! The file beside an image that says whose copy the image is: `IMAGE.outlive`, in TOML.
+//!
+//! ```toml
+//! version = 2
+//! vm = "3f2a..."            # the VM; the same over restarts and takeovers
+//! name = "server"
+//! disk = 0
+//! role = "replica"          # or "primary": the VM runs, or ran, on it
+//! whole = true              # false while it is being synchronised
+//! generation = 4            # in which it was written last; 0 if the VM has no arbiter
+//! checkpoint = 77
+//! arbiter = "9c01..."       # missing if the VM has never had one
+//! process = "51d0..."       # what that process wins at the arbiter belongs to this image
+//! journal = "/srv/server.img.journal"
+//! host = "hostb"
+//! written = "2026-01-31T12:00:00Z"
+//!
+//! [[ancestors]]             # the VMs that it was begun from, by an operator's word
+//! vm = "77aa..."
+//! through = 3
+//!
+//! [[accepted]]              # what operators have accepted
+//! danger = "stale_image"
+//! at = "2026-01-30T12:00:00Z"
+//! host = "hostb"
+//! about = "generation 4 of VM 77aa..., won by standby on host hosta, was given up"
+//! ```
+//!
+//! `process` is why a power cut between a won claim and the sidecar's next version leaves no image that
+//! nobody may start: the claim has the token of the process that won it, and the sidecar has had it since
+//! before that process could claim.
+
+mod old;
+mod place;
+mod text;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::stat::{major, minor};
-use outlive_epoch::VmId;
+use serde::{Deserialize, Serialize};
 
-/// Where the sidecars and journals of block devices are kept: beside them is no place that lasts.
-const STATE_DIR: &str = "/var/lib/outlive";
-/// Characters of a block device's name in that of its sidecar.
-const LONGEST_NAME: usize = 150;
+use super::provenance::{Accepted, Provenance};
+pub(crate) use place::beside;
+pub(in crate::disk) use text::now;
+
+/// What operators have accepted is kept so many times.
+const ACCEPTED_KEPT: usize = 8;
 
 /// What an image is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Role {
     /// The VM runs, or ran, on it.
     Primary,
@@ -22,23 +57,40 @@ pub(crate) enum Role {
     Replica,
 }
 
+/// How a standby's copy came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum CopyEnd {
+    /// The VM ended in order, and this is what it left.
+    Followed,
+    /// The standby gave it up in order, and the VM went on without it.
+    Released,
+}
+
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Sidecar {
-    /// The VM.
-    pub(crate) vm: VmId,
-    /// The generation in which the image was written last.
+    /// Whose it is.
+    pub(crate) provenance: Provenance,
+    /// The generation in which the image was written last; 0 if none was ever won.
     pub(crate) generation: u64,
     /// What it is.
     pub(crate) role: Role,
     /// Whether it is a disk of the VM at all: not while it is being synchronised.
     pub(crate) whole: bool,
+    /// A replica's end.
+    pub(crate) end: Option<CopyEnd>,
     /// A replica's checkpoint, when this was written; the journal may know newer ones.
     pub(crate) checkpoint: u64,
     /// Its position among the VM's disks.
     pub(crate) disk: u16,
     /// The journal that may have writes for it.
     pub(crate) journal: Option<PathBuf>,
+    /// The token of the process that the image is, or was, in the hands of: whatever generation of the VM
+    /// that process won, it won for this image.
+    pub(crate) process: Option<String>,
+    /// What operators have accepted, the newest last.
+    pub(crate) accepted: Vec<Accepted>,
 }
 
 /// Why a sidecar could not be read.
@@ -53,61 +105,21 @@ pub(crate) enum SidecarError {
         source: io::Error,
     },
     /// It makes no sense.
-    #[error("{} makes no sense in line {line}: restore it, or delete it if you know that its image is good", path.display())]
+    #[error(
+        "{} makes no sense in line {line} ({why}): restore it, or, if you know that its image is good, run \
+         `outlive image accept {}`",
+        path.display(), image.display()
+    )]
     Malformed {
         /// The file.
         path: PathBuf,
+        /// The image.
+        image: PathBuf,
         /// Counted from 1; 0 if a line is missing.
         line: usize,
+        /// What is wrong.
+        why: String,
     },
-}
-
-/// The file that goes with an image: beside it, or for a block device in a directory of its own.
-pub(crate) fn beside(image: &Path, suffix: &str) -> PathBuf {
-    let whole = fs::canonicalize(image).unwrap_or_else(|_| image.to_path_buf());
-    if let Ok(data) = fs::metadata(&whole)
-        && data.file_type().is_block_device()
-    {
-        let name = lasting_name(&sysfs(data.rdev())).unwrap_or_else(|| whole.to_string_lossy().into_owned());
-        return Path::new(STATE_DIR).join(format!("{}.{suffix}", file_name(&name)));
-    }
-    let mut name = whole.into_os_string();
-    name.push(".");
-    name.push(suffix);
-    name.into()
-}
-
-/// What the kernel says of a block device (Documentation/ABI/stable/sysfs-block and testing/sysfs-block-dm).
-fn sysfs(device: u64) -> PathBuf {
-    let number = format!("/sys/dev/block/{}:{}", major(device), minor(device));
-    fs::canonicalize(&number).unwrap_or_else(|_| number.into())
-}
-
-/// A name that a block device has in every life of this host: `/dev/sdb` and `/dev/dm-3` may be another one
-/// next time, and a sidecar that is not found lets a torn image start. `None` if it has none; then its name
-/// of today has to do.
-fn lasting_name(sysfs: &Path) -> Option<String> {
-    let word = |file: &str| {
-        let text = fs::read_to_string(sysfs.join(file)).ok()?;
-        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
-    };
-    if let Some(number) = word("partition") {
-        return Some(format!("{}-part{number}", lasting_name(sysfs.parent()?)?));
-    }
-    let names = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"];
-    names.into_iter().find_map(|file| Some(format!("{}-{}", file.replace('/', "-"), word(file)?)))
-}
-
-/// As the name of a file, whatever is in it.
-fn file_name(name: &str) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
-    let text: String = name.trim_start_matches('/').chars().map(plain).collect();
-    // Two names may look alike now.
-    if text == name || name.starts_with("/dev/") && text.len() < LONGEST_NAME {
-        return text;
-    }
-    let start: String = text.chars().take(LONGEST_NAME).collect();
-    format!("{start}-{:08x}", crc32fast::hash(name.as_bytes()))
 }
 
 impl Sidecar {
@@ -118,13 +130,19 @@ impl Sidecar {
     pub(crate) fn read(image: &Path) -> Result<Option<Self>, SidecarError> {
         let path = beside(image, "outlive");
         match fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text).map(Some).map_err(|line| SidecarError::Malformed { path, line }),
+            Ok(text) => Self::parse(&text).map(Some).map_err(|(line, why)| SidecarError::Malformed {
+                path,
+                image: image.to_path_buf(),
+                line,
+                why,
+            }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(SidecarError::Io { path, source }),
         }
     }
 
     /// Writes the sidecar of an image: after this returns it is durable, and until then the old one is whole.
+    /// What was accepted for the image stays in it.
     ///
     /// # Errors
     /// The file system's.
@@ -133,8 +151,13 @@ impl Sidecar {
         let new = beside(image, "outlive.new");
         let directory = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(directory)?;
+        let mut accepted = Self::read(image).ok().flatten().map_or_else(Vec::new, |old| old.accepted);
+        accepted
+            .extend(self.accepted.iter().filter(|new| !accepted.contains(new)).cloned().collect::<Vec<_>>());
+        accepted.drain(..accepted.len().saturating_sub(ACCEPTED_KEPT));
+        let text = Self { accepted, ..self.clone() }.text().map_err(io::Error::other)?;
         let mut file = File::create(&new)?;
-        file.write_all(self.text().as_bytes())?;
+        file.write_all(text.as_bytes())?;
         file.sync_all()?;
         fs::rename(&new, &path)?;
         File::open(directory)?.sync_all()
@@ -156,79 +179,38 @@ impl Sidecar {
         });
         tried.and(fs::remove_file(&new))
     }
-
-    fn text(&self) -> String {
-        let Self { vm, generation, role, whole, checkpoint, disk, journal } = self;
-        let role = match role {
-            Role::Primary => "primary",
-            Role::Replica => "replica",
-        };
-        let mut text = format!(
-            "# Written by outlive: whose disk the image beside this file is.\nversion = 1\nvm = {vm}\ndisk = {disk}\n\
-             role = {role}\ngeneration = {generation}\ncheckpoint = {checkpoint}\nwhole = {}\n",
-            if *whole { "yes" } else { "no" }
-        );
-        if let Some(journal) = journal {
-            text.push_str(&format!("journal = {}\n", journal.display()));
-        }
-        text
-    }
-
-    /// Returns the number of the line that makes no sense.
-    fn parse(text: &str) -> Result<Self, usize> {
-        let (mut version, mut vm, mut disk, mut role) = (None, None, None, None);
-        let (mut generation, mut checkpoint, mut whole, mut journal) = (None, None, None, None);
-        for (index, line) in text.lines().enumerate() {
-            if line.starts_with('#') || line.trim().is_empty() {
-                continue;
-            }
-            let wrong = index + 1;
-            let (key, value) = line.split_once('=').ok_or(wrong)?;
-            let value = value.trim();
-            let number = || value.parse::<u64>().map_err(|_| wrong);
-            match key.trim() {
-                "version" => version = Some(number()?),
-                "vm" => vm = Some(value.parse().map_err(|_| wrong)?),
-                "disk" => disk = Some(value.parse().map_err(|_| wrong)?),
-                "role" if value == "primary" => role = Some(Role::Primary),
-                "role" if value == "replica" => role = Some(Role::Replica),
-                "generation" => generation = Some(number()?),
-                "checkpoint" => checkpoint = Some(number()?),
-                "whole" if value == "yes" => whole = Some(true),
-                "whole" if value == "no" => whole = Some(false),
-                "journal" => journal = Some(PathBuf::from(value)),
-                _ => return Err(wrong),
-            }
-        }
-        if version != Some(1) {
-            return Err(0);
-        }
-        Ok(Self {
-            vm: vm.ok_or(0usize)?,
-            generation: generation.ok_or(0usize)?,
-            role: role.ok_or(0usize)?,
-            whole: whole.ok_or(0usize)?,
-            checkpoint: checkpoint.ok_or(0usize)?,
-            disk: disk.ok_or(0usize)?,
-            journal,
-        })
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use outlive_epoch::{Ancestor, Lineage, VmId};
+
     use super::*;
+    use crate::disk::provenance::{DangerKind, KnownArbiter};
 
     fn sidecar() -> Sidecar {
         Sidecar {
-            vm: VmId(*b"0123456789abcdef"),
+            provenance: Provenance {
+                vm: VmId(*b"0123456789abcdef"),
+                name: "server".into(),
+                arbiter: KnownArbiter::Id("9c01".repeat(8)),
+                lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 3 }]),
+            },
             generation: 4,
             role: Role::Replica,
             whole: true,
+            end: Some(CopyEnd::Released),
             checkpoint: 77,
             disk: 2,
             journal: Some("/srv/with space/root.img.journal".into()),
+            process: Some("51d0".repeat(8)),
+            accepted: Vec::new(),
         }
+    }
+
+    fn accepted(about: usize) -> Accepted {
+        let (at, host) = ("2026-01-31T12:00:00Z".to_owned(), "hostb".to_owned());
+        Accepted { danger: DangerKind::StaleImage, at, host, about: about.to_string() }
     }
 
     #[test]
@@ -237,7 +219,9 @@ mod tests {
         let image = directory.path().join("root.img");
         File::create(&image).unwrap();
         assert_eq!(Sidecar::read(&image).unwrap(), None);
-        let primary = Sidecar { role: Role::Primary, whole: false, journal: None, ..sidecar() };
+        let provenance = Provenance { arbiter: KnownArbiter::None, ..sidecar().provenance };
+        let bare = Sidecar { process: None, end: None, provenance, ..sidecar() };
+        let primary = Sidecar { role: Role::Primary, whole: false, journal: None, ..bare };
         for sidecar in [sidecar(), primary] {
             sidecar.write(&image).unwrap();
             assert_eq!(Sidecar::read(&image).unwrap(), Some(sidecar));
@@ -251,57 +235,73 @@ mod tests {
     }
 
     #[test]
+    fn what_was_accepted_stays_for_a_while() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("root.img");
+        File::create(&image).unwrap();
+        for number in 0..10 {
+            Sidecar { accepted: vec![accepted(number)], ..sidecar() }.write(&image).unwrap();
+            // Neither twice nor forgotten by the next that writes.
+            sidecar().write(&image).unwrap();
+        }
+        let kept = Sidecar::read(&image).unwrap().unwrap().accepted;
+        assert_eq!(kept, (2..10).map(accepted).collect::<Vec<_>>());
+        let size = fs::metadata(beside(&image, "outlive")).unwrap().len();
+        assert!(size < 4096, "{size} bytes");
+    }
+
+    #[test]
     fn nonsense_is_named_by_its_line() {
-        let good = sidecar().text();
+        let good = sidecar().text().unwrap();
         assert_eq!(Sidecar::parse(&good), Ok(sidecar()));
         for (from, to, line) in [
-            ("vm = 3031", "vm = 30x1", 3),
+            ("vm = \"3031", "vm = \"30x1", 0),
+            ("vm = \"3031", "vm = \"303", 0),
+            ("role = \"replica\"", "role = \"other\"", 6),
+            ("whole = true", "whole = perhaps", 7),
+            ("checkpoint = 77", "checkpoint = -1", 10),
+            ("disk = 2", "colour = 5", 5),
+            ("disk = 2\n", "", 0),
+            ("version = 2", "version = 3", 0),
+            ("generation = 4", "generation", 9),
+            ("through = 3", "through = 3\nhow = 4", 20),
+        ] {
+            assert!(good.contains(from), "{from}");
+            let error = Sidecar::parse(&good.replace(from, to)).unwrap_err();
+            assert!(error.0 == line || line == 0 && error.0 <= 1, "{to}: {error:?}, expected {line}");
+            assert!(!error.1.contains('\n'), "{error:?}");
+        }
+    }
+
+    const OLD: &str = "# Written by outlive: whose disk the image beside this file is.\nversion = 1\n\
+        vm = 30313233343536373839616263646566\ndisk = 2\nrole = replica\ngeneration = 4\ncheckpoint = 77\n\
+        whole = yes\njournal = /srv/with space/root.img.journal\n";
+
+    /// The release before wrote lines of its own; they are read, and what is written next is of this release.
+    #[test]
+    fn a_sidecar_of_the_release_before_is_read_and_upgraded() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("root.img");
+        File::create(&image).unwrap();
+        fs::write(beside(&image, "outlive"), OLD).unwrap();
+        let old = Sidecar::read(&image).unwrap().unwrap();
+        let expected = Provenance {
+            vm: VmId(*b"0123456789abcdef"),
+            name: String::new(),
+            arbiter: KnownArbiter::Unsaid,
+            lineage: Lineage::default(),
+        };
+        assert_eq!(old, Sidecar { provenance: expected, process: None, end: None, ..sidecar() });
+        old.write(&image).unwrap();
+        assert!(fs::read_to_string(beside(&image, "outlive")).unwrap().contains("version = 2"));
+        assert_eq!(Sidecar::read(&image).unwrap(), Some(old), "nothing is lost");
+        for (from, to, line) in [
             ("vm = 3031", "vm = 303", 3),
             ("role = replica", "role = other", 5),
             ("whole = yes", "whole = perhaps", 8),
-            ("checkpoint = 77", "checkpoint = -1", 7),
-            ("disk = 2", "colour = red", 4),
             ("disk = 2\n", "", 0),
-            ("version = 1", "version = 2", 0),
-            ("generation = 4", "generation", 6),
         ] {
-            assert!(good.contains(from), "{from}");
-            assert_eq!(Sidecar::parse(&good.replace(from, to)), Err(line), "{to}");
+            assert_eq!(Sidecar::parse(&OLD.replace(from, to)).unwrap_err().0, line, "{to}");
         }
-    }
-
-    #[test]
-    fn block_devices_have_theirs_elsewhere() {
-        // Any block device of this machine will do; without one there is nothing to see.
-        let device =
-            fs::read_dir("/dev").into_iter().flatten().flatten().find(|entry| {
-                fs::metadata(entry.path()).is_ok_and(|data| data.file_type().is_block_device())
-            });
-        if let Some(device) = device {
-            assert!(beside(&device.path(), "outlive").starts_with(STATE_DIR));
-        }
-    }
-
-    #[test]
-    fn a_block_device_is_known_by_what_lasts() {
-        let sys = tempfile::tempdir().unwrap();
-        let put = |file: &str, text: &str| {
-            let path = sys.path().join(file);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        let name = |device: &str| lasting_name(&sys.path().join(device));
-        put("dm-3/dm/uuid", "LVM-abc\n");
-        put("sdb/device/wwid", "naa.5002538e\n");
-        put("sdb/sdb2/partition", "2\n");
-        put("vda/serial", "\n");
-        assert_eq!(name("dm-3").as_deref(), Some("dm-uuid-LVM-abc"));
-        assert_eq!(name("sdb").as_deref(), Some("device-wwid-naa.5002538e"));
-        assert_eq!(name("sdb/sdb2").as_deref(), Some("device-wwid-naa.5002538e-part2"));
-        assert_eq!(name("vda"), None, "an empty serial is none");
-        assert_eq!(file_name("dm-uuid-LVM-abc"), "dm-uuid-LVM-abc");
-        assert_eq!(file_name("/dev/vda"), "dev-vda");
-        assert_ne!(file_name("a/b"), file_name("a-b"));
-        assert!(file_name(&"x/".repeat(400)).len() < 200);
     }
 }

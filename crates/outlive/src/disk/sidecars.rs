@@ -11,9 +11,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::VmId;
-
-use super::sidecar::{Role, Sidecar, beside};
+use super::provenance::{Accepted, Provenance};
+use super::sidecar::{CopyEnd, Role, Sidecar, beside};
+use crate::arbiter::process_token;
 
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_secs(2);
@@ -30,6 +30,8 @@ pub(crate) struct Saying {
     pub(crate) role: Role,
     /// Whether they are the VM's disks at all.
     pub(crate) whole: bool,
+    /// How a standby's copy came to its end.
+    pub(crate) end: Option<CopyEnd>,
     /// Which checkpoint they are at without the journal.
     pub(crate) checkpoint: u64,
     /// The journal that may have writes for them.
@@ -41,8 +43,20 @@ pub(crate) struct Saying {
 impl Saying {
     /// The VM runs on the images in this generation.
     pub(crate) fn primary(generation: u64) -> Self {
-        Self { generation, role: Role::Primary, whole: true, checkpoint: 0, journal: None, obsolete: None }
+        let (role, whole, end) = (Role::Primary, true, None);
+        Self { generation, role, whole, end, checkpoint: 0, journal: None, obsolete: None }
     }
+}
+
+/// An image of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// Its position among the VM's disks.
+    pub(crate) disk: u16,
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// What an operator has accepted so that it could become one.
+    pub(crate) accepted: Option<Accepted>,
 }
 
 /// See the module. Once it is dropped, no attempt is begun any more.
@@ -69,13 +83,14 @@ struct State {
 }
 
 impl Sidecars {
-    /// Starts the thread for these images, each with its position among the VM's disks.
+    /// Starts the thread for these images of a VM.
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(images: Vec<(u16, PathBuf)>, vm: VmId) -> io::Result<Self> {
+    pub(crate) fn start(images: Vec<Image>, provenance: Provenance) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let keeper = Keeper { shared: shared.clone(), images, vm };
+        let process = process_token()?;
+        let keeper = Keeper { shared: shared.clone(), images, provenance, process };
         outlive_machine::spawn("sidecars", move || {
             keeper.run();
         })?;
@@ -132,8 +147,9 @@ impl Shared {
 
 struct Keeper {
     shared: Arc<Shared>,
-    images: Vec<(u16, PathBuf)>,
-    vm: VmId,
+    images: Vec<Image>,
+    provenance: Provenance,
+    process: &'static str,
 }
 
 impl Keeper {
@@ -198,10 +214,20 @@ impl Keeper {
     }
 
     fn write(&self, saying: &Saying) -> Result<(), String> {
-        let Saying { generation, role, whole, checkpoint, journal, obsolete } = saying.clone();
-        for (disk, image) in &self.images {
-            let (vm, disk, journal) = (self.vm, *disk, journal.clone());
-            let sidecar = Sidecar { vm, generation, role, whole, checkpoint, disk, journal };
+        let Saying { generation, role, whole, end, checkpoint, journal, obsolete } = saying.clone();
+        for Image { disk, path: image, accepted } in &self.images {
+            let sidecar = Sidecar {
+                provenance: self.provenance.clone(),
+                generation,
+                role,
+                whole,
+                end,
+                checkpoint,
+                disk: *disk,
+                journal: journal.clone(),
+                process: Some(self.process.to_owned()),
+                accepted: accepted.iter().cloned().collect(),
+            };
             sidecar
                 .write(image)
                 .map_err(|e| format!("cannot write {}: {e}", beside(image, "outlive").display()))?;
@@ -221,15 +247,21 @@ impl Keeper {
 mod tests {
     use std::path::Path;
 
-    use super::*;
+    use outlive_epoch::VmId;
 
-    const VM: VmId = VmId([3; 16]);
+    use super::*;
+    use crate::disk::tests::provenance;
+
     const SOON: Duration = Duration::from_secs(20);
 
     fn image(directory: &Path) -> PathBuf {
         let image = directory.join("root.img");
         fs::write(&image, [0; 512]).unwrap();
         image
+    }
+
+    fn images(image: &Path) -> Vec<Image> {
+        vec![Image { disk: 0, path: image.to_path_buf(), accepted: None }]
     }
 
     fn generation(image: &Path) -> Option<u64> {
@@ -241,7 +273,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (image, journal) = (image(directory.path()), directory.path().join("root.img.journal"));
         fs::write(&journal, "empty").unwrap();
-        let sidecars = Sidecars::start(vec![(0, image.clone())], VM).unwrap();
+        let sidecars = Sidecars::start(images(&image), provenance(VmId([3; 16]))).unwrap();
         // A directory where the new sidecar would be: nothing can be written, whoever asks.
         let blocked = beside(&image, "outlive.new");
         fs::create_dir(&blocked).unwrap();
@@ -266,7 +298,7 @@ mod tests {
     fn nothing_is_written_once_it_is_dropped() {
         let directory = tempfile::tempdir().unwrap();
         let image = image(directory.path());
-        let sidecars = Sidecars::start(vec![(0, image.clone())], VM).unwrap();
+        let sidecars = Sidecars::start(images(&image), provenance(VmId([3; 16]))).unwrap();
         sidecars.say(Saying::primary(1));
         sidecars.written_within(SOON).unwrap();
         let blocked = beside(&image, "outlive.new");

@@ -1,9 +1,11 @@
 //! From a machine that runs to its coordinator: the same for a first start and after a takeover.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
-use outlive_pair::{Primary, PrimaryConfig, PrimaryEvent, Timing};
+use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::capture;
 use super::coordinator::{Coordinator, Setup};
@@ -15,8 +17,11 @@ use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
 use crate::clock::Clock;
-use crate::disk::Sidecars;
+use crate::disk::{Image, Sidecars};
 use crate::vm::{self, End, Launch, limits};
+
+/// How long the end of a VM waits for the arbiter to learn of it. It is for people only.
+const NOTE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs the VM until it ends here.
 pub(crate) fn run(launch: Launch) -> End {
@@ -66,13 +71,16 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         inbox: queue.clone(),
     };
     links::start(errands, &driver, plan).map_err(|e| format!("cannot start a thread: {e}"))?;
+    let mut end_notes = None;
     if let Some(arbiter) = arbiter {
         let (told, events) = (driver.clone(), events.clone());
         let owner = arbiter::owner("primary");
-        let claims = ClaimWorker::start(arbiter, arbiter::VmId(identity.vm.0), owner, move |result| {
+        let claims = ClaimWorker::start(arbiter, identity.provenance.vm, owner, move |result| {
             told.claimed(result.generation, result.claim, &events);
         });
-        driver.set_claims(claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?);
+        let claims = claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?;
+        end_notes = Some(claims.end_notes());
+        driver.set_claims(claims);
     }
     let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
@@ -81,8 +89,11 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         driver.handle(PrimaryEvent::End { reason });
     }
     let replicated = vm::replicated(&machine);
-    let sidecars =
-        sidecars.map_or_else(|| Sidecars::start(replicated.clone(), identity.vm).map(Arc::new), Ok);
+    let start_sidecars = || {
+        let image = |(disk, path): &(u16, PathBuf)| Image { disk: *disk, path: path.clone(), accepted: None };
+        Sidecars::start(replicated.iter().map(image).collect(), identity.provenance.clone()).map(Arc::new)
+    };
+    let sidecars = sidecars.map_or_else(start_sidecars, Ok);
     let setup = Setup {
         sidecars: sidecars.map_err(|e| format!("cannot start a thread: {e}"))?,
         replicates_disks: !replicated.is_empty(),
@@ -96,5 +107,9 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         events,
         reporter,
     };
-    Ok(Coordinator::new(setup).run())
+    let end = Coordinator::new(setup).run();
+    if let (End::Primary(ExitReason::Ended(why)), Some(notes)) = (&end, end_notes) {
+        notes.note(&why.to_string(), NOTE_PATIENCE);
+    }
+    Ok(end)
 }

@@ -20,15 +20,15 @@ mod tests;
 use std::path::Path;
 use std::sync::Arc;
 
-use outlive_epoch::VmId;
 use outlive_machine::{Host, MacAddr, Machine, MachineEvent, Options, OutputMode};
 
-use crate::arbiter::{self, Arbiter, Claim};
+use crate::arbiter;
 use crate::cli::RunOptions;
 use crate::console::{Console, Port};
+use crate::disk::{self, Accepted, Start};
 use crate::events::{self, Event, Role};
+use crate::process;
 use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy};
-use crate::{disk, process};
 
 pub(crate) use launch::run;
 
@@ -41,38 +41,31 @@ pub(crate) use launch::run;
 pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
-    let vm = VmId(process::random().map_err(vm::no_random)?);
     let written: Vec<&Path> =
         options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
     disk::for_run(&written)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
+    let mut arbiter =
+        options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
+    let start = Start::plan(&written, arbiter.as_deref_mut(), &options.name, &options.accept.dangers())?;
+    let vm = start.provenance.vm;
     let (machine_events, stops) = (Relay::new(), Relay::new());
     let mac = vm::mac_of(options.net.as_ref(), vm);
     let guest = Guest::read(options)?;
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
     let mut machine = make_machine(options, &guest, mac, &console, &machine_events)?;
     guest.load(&mut machine)?;
-    // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes after
-    // them.
-    let mut arbiter =
-        options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
-    if let Some(arbiter) = &mut arbiter {
-        disk::check_generation(&written, arbiter.as_mut())?;
-    }
+    // Opening the event stream may make a file, so nothing that is likely to fail comes after it.
     let events = events::open(active.events.as_deref())?;
     process::on_stop(active.exit_with_stdin, stops.sender())
         .map_err(|e| format!("cannot watch signals: {e}"))?;
-    let mut arbiter = arbiter.map(|arbiter| first_generation(arbiter, vm)).transpose()?;
-    if let Some(arbiter) = &mut arbiter {
-        disk::end_earlier_vms(&written, arbiter.as_mut())?;
+    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?;
+    for Accepted { danger, about, .. } in start.accepted() {
+        tracing::warn!(?danger, "ACCEPTED: {about}");
+        events.emit(Event::Accepted { danger: *danger, about: about.clone() });
     }
-    let mut marked = vm::replicated(&machine);
-    // Without an arbiter nobody asks for a generation, but what an earlier VM left would be wrong from here
-    // on.
-    marked.retain(|(_, path)| arbiter.is_some() || disk::has_sidecar(path));
-    disk::mark_primary(&marked, vm, 1)?;
     events.emit(Event::Started {
         role: Role::Primary,
         vm: Some(options.name.clone()),
@@ -88,12 +81,11 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     let tracker = machine.tracker().kind();
     tracing::info!(vm = %vm, name = %options.name, %tracker, "VM started, unprotected");
     let identity = Identity {
-        vm,
-        name: options.name.clone(),
+        provenance: start.provenance,
         vcpus: options.vcpus,
         mac: options.net.as_ref().map(|_| mac),
         devices: vm::devices(&machine, options, guest.is_linux()),
-        generation: 1,
+        generation: start.generation,
         checkpoint: 0,
     };
     let options = active.clone();
@@ -128,16 +120,4 @@ fn make_machine(
     let machine = Machine::new(host, &machine_options).map_err(|e| e.with_remedy())?;
     vm::join_bridge(options.net.as_ref())?;
     Ok(machine)
-}
-
-/// Wins generation 1 of a new VM. That the arbiter can be written is so known before the first client trusts
-/// the VM.
-fn first_generation(mut arbiter: Box<dyn Arbiter>, vm: VmId) -> Result<Box<dyn Arbiter>, String> {
-    match arbiter.claim(&arbiter::VmId(vm.0), 1, &arbiter::owner("primary")) {
-        Claim::Won => Ok(arbiter),
-        Claim::Lost { owner } => {
-            Err(format!("the arbiter says that this new VM belongs to {owner}: start again"))
-        }
-        Claim::Unreachable { why } => Err(format!("the arbiter cannot be used: {why}")),
-    }
 }

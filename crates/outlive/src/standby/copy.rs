@@ -16,7 +16,7 @@ use super::devices;
 use crate::arbiter::Arbiter;
 use crate::cli::{NetSpec, StandbyOptions};
 use crate::console::{Console, Port};
-use crate::disk::{DiskEvent, Replica};
+use crate::disk::{DiskEvent, Provenance, Replica};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, Identity, Relay};
@@ -66,7 +66,7 @@ impl VmCopy {
         host: &Arc<Host>,
         options: &StandbyOptions,
         console: &Console,
-        arbiter: Box<dyn Arbiter>,
+        mut arbiter: Box<dyn Arbiter>,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
         let refuse = |text: String| (RefuseCode::Resources, text);
@@ -95,8 +95,9 @@ impl VmCopy {
         if plan.pairs.is_some() {
             vm::join_bridge(options.net.as_ref()).map_err(refuse)?;
         }
-        let disks = devices::replica_disks(&machine, hello).map_err(|text| (RefuseCode::Devices, text))?;
-        let disks = Replica::start(disks, hello.vm, hello.generation, tell).map_err(refuse)?;
+        let provenance = Provenance::introduced(hello, arbiter.identity());
+        let disks = devices::replica_disks(&machine, hello, options, &provenance, arbiter.as_mut())?;
+        let disks = Replica::start(disks, provenance, hello.generation, tell).map_err(refuse)?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout
@@ -192,8 +193,7 @@ impl VmCopy {
     /// Takes the copy apart.
     pub(super) fn into_parts(self, generation: u64, checkpoint: u64) -> CopyParts {
         let identity = Identity {
-            vm: self.hello.vm,
-            name: self.hello.name.clone(),
+            provenance: Provenance::introduced(&self.hello, self.arbiter.identity()),
             vcpus: self.hello.vcpus as u8,
             mac: self.hello.mac.map(MacAddr),
             devices: self.hello.devices.clone(),

@@ -1,14 +1,12 @@
 //! The devices of the VM that a primary introduced, and what this host makes of them. Its list is the only
 //! word about them: none is guessed from the kind of guest.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
-use outlive_epoch::{DeviceInfo, DeviceKind, Hello};
+use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode};
 use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
 
-use crate::cli::StandbyOptions;
-use crate::disk::ReplicaDisk;
+use crate::arbiter::Arbiter;
+use crate::cli::{StandbyDisk, StandbyOptions};
+use crate::disk::{Provenance, ReplicaDisk, Target};
 use crate::vm;
 
 /// Which devices a machine is to have, besides its disks.
@@ -83,38 +81,63 @@ fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
 
 /// The VM's disks on this host's images.
 pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
-    let describe = |(info, path): (&DeviceInfo, &PathBuf)| DiskOptions {
+    let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| DiskOptions {
         readonly: info.flags.read_only,
         shared: info.flags.shared,
         serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
         queues: info.queues,
-        ..DiskOptions::new(path)
+        ..DiskOptions::new(&disk.path)
     };
     disks_of(hello).zip(&options.disks).map(describe).collect()
 }
 
-/// The images as the thread of the disks needs them, if they are as large as the primary's.
-pub(super) fn replica_disks(machine: &Machine, hello: &Hello) -> Result<Vec<Option<ReplicaDisk>>, String> {
-    let take = |(disk, info): (&Arc<BlockDevice<GuestMemory>>, &DeviceInfo)| {
-        let (image, bytes) = (disk.image(), disk.capacity_bytes());
-        let path = image.path().to_path_buf();
-        if bytes != info.size {
-            return Err(format!(
-                "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
-                disk.index(),
-                info.size,
-                path.display(),
-                info.size,
-                path.display()
-            ));
+/// The images as the thread of the disks needs them, if they are as large as the primary's and may be
+/// overwritten. They are locked by now, so what is found in them stays so.
+pub(super) fn replica_disks(
+    machine: &Machine,
+    hello: &Hello,
+    options: &StandbyOptions,
+    provenance: &Provenance,
+    arbiter: &mut (dyn Arbiter + 'static),
+) -> Result<Vec<Option<ReplicaDisk>>, (RefuseCode, String)> {
+    let mut disks = Vec::new();
+    for ((disk, info), given) in machine.disks().iter().zip(disks_of(hello)).zip(&options.disks) {
+        let unfit = |text| (RefuseCode::Devices, text);
+        let replica = replica_disk(disk, info).map_err(unfit)?;
+        let Some(mut replica) = replica else {
+            disks.push(None);
+            continue;
+        };
+        if !replica.read_only {
+            let ReplicaDisk { path, file, .. } = &replica;
+            let target = Target { path, file, overwrite: given.overwrite };
+            let accepted = target.check(provenance, hello.generation, arbiter);
+            replica.accepted = accepted.map_err(|text| (RefuseCode::Overwrite, text))?;
         }
-        if info.flags.shared {
-            return Ok(None);
-        }
-        let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only }))
-    };
-    machine.disks().iter().zip(disks_of(hello)).map(take).collect()
+        disks.push(Some(replica));
+    }
+    Ok(disks)
+}
+
+/// An image that is as large as the primary's; `None` for one that both hosts share.
+fn replica_disk(disk: &BlockDevice<GuestMemory>, info: &DeviceInfo) -> Result<Option<ReplicaDisk>, String> {
+    let (image, bytes) = (disk.image(), disk.capacity_bytes());
+    let path = image.path().to_path_buf();
+    if bytes != info.size {
+        return Err(format!(
+            "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
+            disk.index(),
+            info.size,
+            path.display(),
+            info.size,
+            path.display()
+        ));
+    }
+    if info.flags.shared {
+        return Ok(None);
+    }
+    let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only, accepted: None }))
 }
 
 #[cfg(test)]

@@ -174,6 +174,11 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
         dead_after: Duration::from_micros(hello.dead_after_us),
     };
     control.would_accept(&introduction)?;
+    let Hello { vm, name, .. } = hello;
+    if let Some(served) = control.options.vm.as_ref().filter(|it| *it != name && **it != vm.to_string()) {
+        let text = format!("this standby is kept for VM {served}, not for {name} ({vm})");
+        return Err((RefuseCode::WrongVm, text));
+    }
     let arbiter = same_arbiter(control, hello)?;
     let told = control.clone();
     let tell = move |it| told.disks(link, it);
@@ -202,6 +207,14 @@ fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, 
 fn same_arbiter(control: &Control, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
     let spec = &control.options.arbiter;
     let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;
+    if hello.arbiter != here.identity() {
+        let text = format!(
+            "the standby's arbiter {spec} (id {}) is not the primary's (id {}): give both hosts the same directory",
+            here.identity(),
+            hello.arbiter
+        );
+        return Err((RefuseCode::Resources, text));
+    }
     match here.highest(&arbiter::VmId(hello.vm.0)) {
         Ok(Some(highest)) if highest == hello.generation => Ok(here),
         Ok(Some(highest)) if highest > hello.generation => Err((

@@ -16,7 +16,6 @@ mod listen;
 mod session;
 mod takeover;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -28,7 +27,7 @@ use crate::arbiter;
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
-use crate::disk::DiskEvent;
+use crate::disk::{CopyEnd, DiskEvent};
 use crate::events::{self, Event, EventWriter, Role};
 use crate::link::Listener;
 use crate::report::Reporter;
@@ -65,8 +64,7 @@ impl Waiting {
         if let Some(net) = &options.net {
             copy::try_card(net)?;
         }
-        let images: Vec<&Path> = options.disks.iter().map(PathBuf::as_path).collect();
-        disk::for_standby(&images)?;
+        disk::for_standby(&options.disks)?;
         let listener = Listener::bind(&options.listen).map_err(|e| {
             format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
         })?;
@@ -167,8 +165,9 @@ impl Waiting {
         self.control.finish();
         // The disks are brought to the last commit before the process ends; a journal that stays is replayed
         // by the next.
+        let end = matches!(reason, StandbyExit::Followed(_)).then_some(CopyEnd::Followed);
         if let Some(copy) = self.control.take_copy()
-            && let Err(why) = copy.disks().leave()
+            && let Err(why) = copy.disks().leave(end)
         {
             tracing::error!("the disks: {why}");
         }

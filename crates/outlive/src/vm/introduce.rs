@@ -48,13 +48,14 @@ pub(crate) fn hello(
     identity: &Identity,
     options: &ActiveOptions,
 ) -> Result<Hello, String> {
+    let provenance = &identity.provenance;
     let ram = machine.ram();
     let ranges = ram.slots().iter().map(|s| GfnRange { start: s.base.0, pages: s.pages }).collect();
     let layout = Layout::new(ranges).map_err(|e| format!("guest memory has an impossible layout: {e}"))?;
     let firmware_bytes = (layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(ram.bytes());
     let max_pages = u32::try_from(ram.pages()).map_err(|_| "the VM has too much memory to be protected")?;
     Ok(Hello {
-        vm: identity.vm,
+        vm: provenance.vm,
         generation: identity.generation,
         vcpus: identity.vcpus.into(),
         memory_bytes: ram.bytes(),
@@ -71,11 +72,11 @@ pub(crate) fn hello(
         devices: identity.devices.clone(),
         interval_us: options.interval.as_micros() as u64,
         dead_after_us: options.dead_after.as_micros() as u64,
-        name: identity.name.clone(),
+        name: provenance.name.clone(),
         host: process::host_name(),
         tracker: machine.tracker().kind().to_string(),
         vendor: process::vendor(),
-        arbiter: String::new(),
-        lineage: Default::default(),
+        arbiter: provenance.arbiter.id().unwrap_or_default().to_owned(),
+        lineage: provenance.lineage.clone(),
     })
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use outlive_epoch::{DeviceInfo, EndReason, VmId};
+use outlive_epoch::{DeviceInfo, EndReason};
 use outlive_machine::{MacAddr, Machine, MachineEvent};
 use outlive_pair::{ExitReason, StandbyExit};
 
@@ -10,15 +10,13 @@ use super::Relay;
 use crate::arbiter::Arbiter;
 use crate::cli::ActiveOptions;
 use crate::console::Console;
-use crate::disk::Sidecars;
+use crate::disk::{Provenance, Sidecars};
 use crate::events::EventWriter;
 
 /// Who the VM is, and how far it has come.
 pub(crate) struct Identity {
-    /// Its identity over all hosts and generations.
-    pub(crate) vm: VmId,
-    /// Its name.
-    pub(crate) name: String,
+    /// Its identity over all hosts and generations, its name, its arbiter and its ancestors.
+    pub(crate) provenance: Provenance,
     /// Its vCPUs.
     pub(crate) vcpus: u8,
     /// Its network card's address.

@@ -72,8 +72,8 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     let b = standby(&world, Side::B);
     let mut a = run(&world, Side::A);
     a.wait_protected();
-    wait_sidecar(&world, Side::B, &["role = replica", "whole = yes", "generation = 1"]);
-    wait_sidecar(&world, Side::A, &["role = primary", "whole = yes", "generation = 1"]);
+    wait_sidecar(&world, Side::B, &[r#"role = "replica""#, "whole = true", "generation = 1"]);
+    wait_sidecar(&world, Side::A, &[r#"role = "primary""#, "whole = true", "generation = 1"]);
     assert!(equal(&world));
     // What is a hole stays one.
     let blocks = |side| fs::metadata(image(&world, side)).unwrap().blocks() * 512;
@@ -84,7 +84,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     a.kill();
     let mut b = b;
     assert_eq!(b.wait_takeover(), 2);
-    wait_sidecar(&world, Side::B, &["role = primary", "whole = yes", "generation = 2"]);
+    wait_sidecar(&world, Side::B, &[r#"role = "primary""#, "whole = true", "generation = 2"]);
     assert!(!image(&world, Side::B).with_extension("img.journal").exists());
 
     // The old image is out of date, and says so to whoever starts a VM on it.
@@ -103,7 +103,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     let a = standby(&world, Side::A);
     b.wait_protected();
     wait_whole(&a);
-    wait_sidecar(&world, Side::A, &["role = replica", "whole = yes", "generation = 2"]);
+    wait_sidecar(&world, Side::A, &[r#"role = "replica""#, "whole = true", "generation = 2"]);
     assert!(equal(&world));
     let sent = b.events().filter_map(|e| match e {
         Event::DiskSync { sent_bytes, .. } => Some(*sent_bytes),
@@ -155,7 +155,7 @@ fn a_synchronisation_that_breaks_leaves_an_image_that_nobody_starts_from() {
         });
         dice.sleep_below(Duration::from_millis(20));
         b.kill();
-        if sidecar(&world, Side::B).contains("whole = no") {
+        if sidecar(&world, Side::B).contains("whole = false") {
             broken = true;
             break;
         }
@@ -168,7 +168,7 @@ fn a_synchronisation_that_breaks_leaves_an_image_that_nobody_starts_from() {
     assert!(refused.log().contains("is not whole"), "{}", refused.log());
     let b = standby(&world, Side::B);
     wait_whole(&b);
-    wait_sidecar(&world, Side::B, &["whole = yes"]);
+    wait_sidecar(&world, Side::B, &["whole = true"]);
     assert!(equal(&world));
     assert!(!a.ended());
 }

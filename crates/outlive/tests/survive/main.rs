@@ -11,6 +11,7 @@ mod ends;
 mod errors;
 mod freeze;
 mod kills;
+mod known;
 mod link;
 mod output;
 mod redis;

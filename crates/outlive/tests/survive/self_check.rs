@@ -72,7 +72,11 @@ impl Writing {
     }
 
     fn standby(&self, side: Side) -> Process {
-        let options = self.options(side);
+        let mut options = self.options(side);
+        // At first nobody knows what the image is.
+        if !PathBuf::from(format!("{}.outlive", self.image(side).display())).exists() {
+            options[3].push_str(",overwrite");
+        }
         self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
@@ -155,7 +159,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_mo
 
     // Nobody starts from it, and a new base makes it good.
     let sidecar = fs::read_to_string(format!("{}.outlive", writing.image(Side::B).display())).unwrap();
-    assert!(sidecar.lines().any(|line| line == "whole = no"), "{sidecar}");
+    assert!(sidecar.lines().any(|line| line == "whole = false"), "{sidecar}");
     let mut standby = writing.standby(Side::B);
     primary.wait_protected();
     wait_equal(&mut standby);

@@ -181,8 +181,12 @@ impl Stage {
         guest: &Guest,
     ) -> Result<Side, ProofError> {
         let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
-        let side =
-            self.start(host, TAP, &format!("standby --listen 0.0.0.0:{PORT}{next}{}", guest.disks()))?;
+        // The first standby's image is a copy that was made beforehand, so nobody knows what it is. Later ones
+        // are of the guest's own line.
+        let word = if host == 1 { "" } else { ",overwrite" };
+        let disks: String =
+            guest.disks.iter().map(|image| format!(" --disk path={DATA}/{image}{word}")).collect();
+        let side = self.start(host, TAP, &format!("standby --listen 0.0.0.0:{PORT}{next}{disks}"))?;
         side.wait_for("listening", SHORT)?;
         Ok(side)
     }
@@ -208,7 +212,9 @@ impl Stage {
     /// A standby on the host that the guest runs on.
     pub(super) fn standby_local(&mut self, image: &str, number: u16) -> Result<Side, ProofError> {
         let listen = format!("standby --listen 127.0.0.1:{}", PORT + number);
-        let command = format!("{listen} --disk path={DATA}/{image}{}", next_local(number));
+        // Its first image is a copy that nobody knows, too.
+        let word = if number == 1 { ",overwrite" } else { "" };
+        let command = format!("{listen} --disk path={DATA}/{image}{word}{}", next_local(number));
         self.start(1, &format!("vm{number}"), &command)
     }
 

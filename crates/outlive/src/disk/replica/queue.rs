@@ -10,6 +10,7 @@ use outlive_epoch::RecordBuf;
 use outlive_machine::DiskHash;
 
 use crate::disk::image::Sum;
+use crate::disk::sidecar::CopyEnd;
 
 /// Bytes of committed writes that may wait.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
@@ -24,7 +25,7 @@ pub(super) enum Job {
     Commit { number: u64, base: bool, records: RecordBuf },
     Check { number: u64, hashes: Vec<DiskHash> },
     Settle { checkpoint: u64 },
-    Leave(Sender<Result<(), String>>),
+    Leave { end: Option<CopyEnd>, done: Sender<Result<(), String>> },
     BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
     Close,
 }
@@ -36,7 +37,7 @@ impl Job {
             Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
             Self::Check { .. }
             | Self::Settle { .. }
-            | Self::Leave(_)
+            | Self::Leave { .. }
             | Self::BecomePrimary { .. }
             | Self::Close => 0,
         }
@@ -88,7 +89,7 @@ impl Queue {
     pub(super) fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {
-            matches!(job, Job::Settle { .. } | Job::Leave(_) | Job::BecomePrimary { .. } | Job::Close)
+            matches!(job, Job::Settle { .. } | Job::Leave { .. } | Job::BecomePrimary { .. } | Job::Close)
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
     }

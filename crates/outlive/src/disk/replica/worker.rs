@@ -18,7 +18,7 @@ use crate::disk::apply::Applier;
 use crate::disk::hash;
 use crate::disk::image::{self, ChunkReader, Store, Sum, ZERO_SUM};
 use crate::disk::journal::{Identity, Journal};
-use crate::disk::sidecar::Role;
+use crate::disk::sidecar::{CopyEnd, Role};
 use crate::disk::sidecars::{Saying, Sidecars};
 
 /// Committed writes are durable in the journal after this time at the latest.
@@ -101,14 +101,14 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 // What a takeover needs of the disks is done now: a generation that is won cannot be given
                 // back.
                 Job::Settle { checkpoint } => {
-                    self.leave().map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
+                    self.leave(None).map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
                 }
-                Job::Leave(done) => self.answered(&done, Self::leave),
+                Job::Leave { end, done } => self.answered(&done, |worker| worker.leave(end)),
                 Job::BecomePrimary { generation, done } => {
                     self.answered(&done, |worker| worker.become_primary(generation))
                 }
                 Job::Close => {
-                    let result = self.leave();
+                    let result = self.leave(None);
                     self.note(result);
                     return self.claimed.take().map_or((), ClaimedJournal::give_up);
                 }
@@ -141,7 +141,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// A job that comes after a failure. Returns whether it was the last.
     fn refuse(&self, job: Job) -> bool {
         let why = self.queue.lock().failed.clone().unwrap_or_default();
-        if let Job::Leave(done) | Job::BecomePrimary { done, .. } = &job {
+        if let Job::Leave { done, .. } | Job::BecomePrimary { done, .. } = &job {
             done.send(Err(why)).ok();
         }
         matches!(job, Job::Close)
@@ -173,7 +173,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             let theirs = sums.map_or(ZERO_SUM, |sums| sums[at as usize]);
             let chunk = first + u64::from(at);
             let mut buffer = std::mem::take(&mut self.buffer);
-            let ReplicaDisk { file, path, bytes, read_only } = self.disk(disk)?;
+            let ReplicaDisk { file, path, bytes, read_only, .. } = self.disk(disk)?;
             let mut reader = ChunkReader::new(file, *bytes);
             let range = reader.range(chunk);
             let ours =
@@ -227,6 +227,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             generation: self.generation,
             role: Role::Replica,
             whole,
+            end: None,
             checkpoint,
             journal,
             obsolete: None,
@@ -357,7 +358,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     fn become_primary(&mut self, generation: u64) -> Result<(), String> {
-        self.leave()?;
+        self.leave(None)?;
         self.generation = generation;
         self.say(Saying { checkpoint: self.left_at, ..Saying::primary(generation) });
         Ok(())
@@ -366,12 +367,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// The standby takes no more of this VM's writes: the images are at the last commit, durably, and say so
     /// without a journal. If they cannot say so now, the empty journal stays, because the sidecars name it:
     /// to replay it changes nothing.
-    fn leave(&mut self) -> Result<(), String> {
+    fn leave(&mut self, end: Option<CopyEnd>) -> Result<(), String> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {
             self.left_at = applier.applied();
             let obsolete = self.journal.take();
-            self.say(Saying { obsolete, ..self.replica(true, self.left_at, None) });
+            self.say(Saying { obsolete, end, ..self.replica(true, self.left_at, None) });
         }
         Ok(())
     }

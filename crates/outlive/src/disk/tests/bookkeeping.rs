@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{DiskOp, VmId};
 
+use super::provenance;
 use crate::disk::sidecar::{Role, Sidecar, beside};
 use crate::disk::{DiskEvent, Replica, ReplicaDisk, for_run};
 
@@ -49,8 +50,8 @@ impl Standby {
         let path = self.image();
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let (tell, told) = channel();
-        let disks = vec![Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false })];
-        Ok((Replica::start(disks, VM, 7, move |it| drop(tell.send(it)))?, told))
+        let disks = vec![Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false, accepted: None })];
+        Ok((Replica::start(disks, provenance(VM), 7, move |it| drop(tell.send(it)))?, told))
     }
 
     fn sidecar(&self) -> Sidecar {
@@ -118,7 +119,7 @@ fn a_standby_that_ends_in_order_keeps_the_journal_that_its_sidecar_names() {
         Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
     });
     standby.block();
-    assert_eq!(replica.leave(), Ok(()));
+    assert_eq!(replica.leave(None), Ok(()));
     drop(replica);
     assert_eq!(standby.sidecar().journal, Some(standby.journal()));
     assert!(standby.journal().exists());

@@ -9,6 +9,7 @@ use std::time::Duration;
 use outlive_epoch::{DiskOp, VmId};
 use outlive_machine::DiskHash;
 
+use super::provenance;
 use crate::disk::sidecar::{Sidecar, beside};
 use crate::disk::{DiskEvent, Replica, ReplicaDisk, hash_contents};
 
@@ -33,12 +34,13 @@ impl Standby {
         };
         let ((path, file), (read_only, other), (_, vm)) = (open("disk"), open("read-only"), open("vm"));
         let disks = vec![
-            Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false }),
+            Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false, accepted: None }),
             None,
-            Some(ReplicaDisk { path: read_only, file: other, bytes: SIZE, read_only: true }),
+            Some(ReplicaDisk { path: read_only, file: other, bytes: SIZE, read_only: true, accepted: None }),
         ];
         let (tell, told) = channel();
-        let replica = Replica::start(disks, VmId([5; 16]), 7, move |it| drop(tell.send(it))).unwrap();
+        let replica =
+            Replica::start(disks, provenance(VmId([5; 16])), 7, move |it| drop(tell.send(it))).unwrap();
         let standby = Self { directory, replica, told, vm };
         standby.commit(1, true, 0, b"base");
         standby
@@ -92,7 +94,7 @@ fn an_image_that_differs_is_of_no_vm_any_more() {
     assert!(why.starts_with("disk 0: the image "), "{why}");
     assert!(matches!(standby.told(), DiskEvent::Failed(failed) if failed == why));
     assert_eq!(standby.replica.become_primary(8), Err(why.clone()));
-    assert_eq!(standby.replica.leave(), Err(why));
+    assert_eq!(standby.replica.leave(None), Err(why));
     assert!(!Sidecar::read(&standby.image()).unwrap().unwrap().whole);
     assert!(!fs::exists(beside(&standby.image(), "journal")).unwrap());
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use outlive_epoch::{DISK_CHUNK, DiskOp, DiskSums, DiskWant, RecordBuf, UncheckedRecords, VmId};
 
+use super::provenance;
 use crate::disk::journal::Journal;
 use crate::disk::sidecar::{Role, Sidecar, beside};
 use crate::disk::{Changed, DiskEvent, DiskSection, DiskSync, Replica, ReplicaDisk, SourceDisk, SyncReport};
@@ -61,10 +62,11 @@ fn start_replica(directory: &Path) -> (Replica, Receiver<DiskEvent>) {
             file: open(&paths[at]),
             bytes: SIZES[at],
             read_only: at == 1,
+            accepted: None,
         })
     };
     let disks = vec![disk(0), None, disk(1)];
-    (Replica::start(disks, VmId([5; 16]), 7, move |it| drop(tell.send(it))).unwrap(), told)
+    (Replica::start(disks, provenance(VmId([5; 16])), 7, move |it| drop(tell.send(it))).unwrap(), told)
 }
 
 impl Pair {
@@ -243,7 +245,7 @@ fn commits_go_through_the_journal_into_the_image() {
     }
     let sidecar = pair.sidecar().unwrap();
     assert!(sidecar.whole && sidecar.checkpoint == 50);
-    assert_eq!((sidecar.vm, sidecar.generation), (VmId([5; 16]), 7));
+    assert_eq!((sidecar.provenance.vm, sidecar.generation), (VmId([5; 16]), 7));
     assert_eq!(sidecar.journal.as_deref().map(fs::canonicalize).unwrap().unwrap(), journal);
 
     pair.commit(80, false, &[(0, b"the last")], false);

@@ -5,15 +5,22 @@ use std::path::{Path, PathBuf};
 
 use outlive_epoch::{DiskOp, VmId};
 
-use crate::arbiter::{self, Claim};
+use super::provenance;
+use crate::cli::StandbyDisk;
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
-use crate::disk::{check_generation, end_earlier_vms, for_run, for_standby, mark_primary, refuse_unfinished};
+use crate::disk::{for_run, refuse_unfinished};
 
 const VM: VmId = VmId([3; 16]);
 
 fn sidecar(disk: u16, journal: Option<PathBuf>) -> Sidecar {
-    Sidecar { vm: VM, generation: 2, role: Role::Replica, whole: true, checkpoint: 10, disk, journal }
+    let role = Role::Replica;
+    Sidecar { role, checkpoint: 10, disk, journal, ..Sidecar::primary(&provenance(VM), 2, Some("token")) }
+}
+
+fn for_standby(paths: &[&Path]) -> Result<(), String> {
+    let disk = |path: &&Path| StandbyDisk { path: path.to_path_buf(), overwrite: false };
+    crate::disk::for_standby(&paths.iter().map(disk).collect::<Vec<_>>())
 }
 
 /// Two images with a journal that has one checkpoint for both.
@@ -48,6 +55,8 @@ fn a_journal_is_replayed_before_the_images_are_used() {
             assert_eq!(&fs::read(image).unwrap()[100..108], b"replayed");
             let sidecar = Sidecar::read(image).unwrap().unwrap();
             assert_eq!((sidecar.checkpoint, sidecar.whole, sidecar.journal), (11, true, None));
+            // What was in the hands of a process stays so: it may have won since.
+            assert_eq!(sidecar.process.as_deref(), Some("token"));
         }
         assert!(!beside(&images[0], "journal").exists());
         for_run(&paths).unwrap();
@@ -66,7 +75,7 @@ fn a_journal_of_two_images_wants_both() {
     assert!(error.contains("disk 2 too: give all disks"), "{error}");
     // A standby does not give up what may be all that is left, and with all disks it comes back.
     let error = for_standby(&[&images[0]]).unwrap_err();
-    assert!(error.contains("give all disks") && error.contains("delete their .outlive files"), "{error}");
+    assert!(error.contains("give all disks") && error.contains("--disk path=...,overwrite"), "{error}");
     for_standby(&[&images[0], &images[1]]).unwrap();
     assert_eq!(&fs::read(&images[1]).unwrap()[100..108], b"replayed");
 }
@@ -123,12 +132,10 @@ fn what_cannot_be_used_is_refused_with_the_remedy() {
     fs::write(beside(&image, "outlive"), "vm = nonsense").unwrap();
     let error = for_run(&[&image]).unwrap_err();
     assert!(error.contains("makes no sense in line 1"), "{error}");
-    for_standby(&[&image]).unwrap();
-
-    mark_primary(&[(0, image.clone())], VM, 5).unwrap();
-    for_run(&[&image]).unwrap();
-    let now = Sidecar::read(&image).unwrap().unwrap();
-    assert_eq!((now.role, now.generation, now.whole), (Role::Primary, 5, true));
+    // What cannot be read may be the newest that there is: it is not overwritten unasked.
+    let error = for_standby(&[&image]).unwrap_err();
+    assert!(error.contains("makes no sense") && error.contains("--disk path=...,overwrite"), "{error}");
+    crate::disk::for_standby(&[StandbyDisk { path: image, overwrite: true }]).unwrap();
 }
 
 /// Killed with an empty journal, and started with too few disks.
@@ -146,31 +153,4 @@ fn an_empty_journal_stays_for_the_image_that_was_not_given() {
         start(&both).unwrap();
         assert!(Sidecar::read(&images[1]).unwrap().unwrap().journal.is_none());
     }
-}
-
-/// The primary was killed, its standby cannot reach the arbiter yet, and the operator starts the server
-/// again.
-#[test]
-fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
-    let directory = tempfile::tempdir().unwrap();
-    let image = directory.path().join("a.img");
-    fs::write(&image, [0; 4096]).unwrap();
-    let arbiter = tempfile::tempdir().unwrap();
-    arbiter::FileArbiter::init(arbiter.path()).unwrap();
-    let spec = format!("file:{}", arbiter.path().display());
-    let open = || arbiter::parse(&spec).unwrap();
-    let (mut standby, mut run, id) = (open(), open(), arbiter::VmId(VM.0));
-    assert_eq!(open().claim(&id, 1, "primary"), Claim::Won);
-    mark_primary(&[(0, image.clone())], VM, 1).unwrap();
-    for_run(&[&image]).unwrap();
-    check_generation(&[&image], run.as_mut()).unwrap();
-    end_earlier_vms(&[&image, &image], run.as_mut()).unwrap();
-    assert!(matches!(standby.claim(&id, 2, "standby"), Claim::Lost { .. }));
-
-    // The other way round: the standby wins between the two looks.
-    mark_primary(&[(0, image.clone())], VM, 2).unwrap();
-    check_generation(&[&image], run.as_mut()).unwrap();
-    assert_eq!(standby.claim(&id, 3, "standby on b"), Claim::Won);
-    let error = end_earlier_vms(&[&image], run.as_mut()).unwrap_err();
-    assert!(error.contains("taken over by standby on b"), "{error}");
 }

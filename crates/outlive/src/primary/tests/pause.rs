@@ -100,7 +100,9 @@ fn guarding(machine: Machine, output: Arc<Stuck>) -> Coordinator {
         policy: capture::policy(Duration::from_millis(1), MAX_DIRTY),
         staging_pages: 2 * MAX_DIRTY,
         replicates_disks: false,
-        sidecars: Arc::new(Sidecars::start(Vec::new(), VmId([1; 16])).unwrap()),
+        sidecars: Arc::new(
+            Sidecars::start(Vec::new(), crate::disk::tests::provenance(VmId([1; 16]))).unwrap(),
+        ),
         totals: rig.totals,
         events: EventWriter::disabled(),
         reporter: None,

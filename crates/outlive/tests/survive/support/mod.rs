@@ -221,6 +221,13 @@ impl World {
         self.start(side, &["run"], options, usual)
     }
 
+    /// `outlive run` on a host without an arbiter, with these options.
+    pub(crate) fn run_without_arbiter(&self, side: Side, options: &[&str]) -> Process {
+        let ip = format!("{VM}/24");
+        let usual = [("--memory", "64M"), ("--ip", &ip), ("--net", "tap=vm0,bridge=br0")];
+        self.spawn(side, &["run"], options, &usual)
+    }
+
     /// `outlive standby` on a host; after a takeover it looks for its own standby on the other host.
     pub(crate) fn standby(&self, side: Side) -> Process {
         self.standby_with(side, &["--standby", &side.other().addr().to_string()])
@@ -240,14 +247,18 @@ impl World {
 
     /// Starts a process on a host; options that are not given get their usual value.
     fn start(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
+        let arbiter = format!("file:{}", self.arbiter().display());
+        let always = [("--net", "tap=vm0,bridge=br0"), ("--arbiter", &arbiter)];
+        self.spawn(side, command, options, &[usual, &always].concat())
+    }
+
+    fn spawn(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let file = |kind| self.dir().join(format!("{number}-{}.{kind}", side.letter()));
         let (events, log) = (file("events"), file("log"));
-        let arbiter = format!("file:{}", self.arbiter().display());
-        let always = [("--net", "tap=vm0,bridge=br0"), ("--arbiter", &arbiter)];
         let mut process = Command::new(PROGRAM);
         process.args(command).args(options).arg("--exit-with-stdin").arg("--events").arg(&events);
-        for (option, value) in usual.iter().chain(&always).filter(|(option, _)| !options.contains(option)) {
+        for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }
         process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());

@@ -1,0 +1,273 @@
+//! `outlive image`: what an operator does with images by hand.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use outlive_epoch::{Lineage, VmId};
+use serde::Serialize;
+
+use super::prepare;
+use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
+use super::sidecar::{Role, Sidecar};
+use super::standing::Standing;
+use super::start::{cannot_write, new_vm, record};
+use crate::arbiter::{self, Arbiter, Claim};
+use crate::cli::{ImageCommand, ImageOptions};
+use crate::exit;
+
+/// `outlive image`: returns the exit code.
+pub(crate) fn command(options: &ImageOptions) -> u8 {
+    let mut out = io::stdout().lock();
+    let done = match &options.command {
+        ImageCommand::Show { images, arbiter, json } => show(images, arbiter.as_deref(), *json, &mut out),
+        ImageCommand::Accept { images, arbiter, name, yes } => {
+            accept(images, arbiter.as_deref(), name.as_deref(), *yes, &mut out)
+        }
+    };
+    match done {
+        Ok(()) => exit::OK,
+        Err(line) => exit::usage(line),
+    }
+}
+
+fn open(arbiter: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, String> {
+    arbiter.map(arbiter::parse).transpose().map_err(|e| e.to_string())
+}
+
+/// What is known of an image, for people and as JSON.
+#[derive(Debug, Serialize)]
+struct Shown {
+    image: PathBuf,
+    /// Missing if the image is of no VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vm: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<Role>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    whole: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arbiter: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    accepted: Vec<Accepted>,
+    /// Why no VM starts from it as it is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    refusals: Vec<String>,
+}
+
+impl Shown {
+    fn of(image: &Path, arbiter: Option<&mut (dyn Arbiter + 'static)>) -> Result<Self, String> {
+        let mut shown = Self {
+            image: image.to_path_buf(),
+            vm: None,
+            name: None,
+            disk: None,
+            role: None,
+            whole: None,
+            generation: None,
+            arbiter: None,
+            accepted: Vec::new(),
+            refusals: Vec::new(),
+        };
+        let sidecar = match Sidecar::read(image) {
+            Ok(None) => return Ok(shown),
+            Ok(Some(sidecar)) => sidecar,
+            Err(error) => {
+                shown.refusals.push(error.to_string());
+                return Ok(shown);
+            }
+        };
+        let standing = Standing::of(&sidecar, arbiter)?;
+        let Provenance { vm, name, arbiter, .. } = &sidecar.provenance;
+        shown.vm = Some(vm.to_string());
+        shown.name = Some(name.clone());
+        shown.disk = Some(sidecar.disk);
+        shown.role = Some(standing.role);
+        shown.whole = Some(sidecar.whole);
+        shown.generation = Some(standing.generation);
+        shown.arbiter = arbiter.id().map(str::to_owned);
+        shown.accepted = sidecar.accepted;
+        if !sidecar.whole {
+            shown.refusals.push(prepare::not_whole(image));
+        }
+        shown.refusals.extend(standing.dangers.iter().map(|danger| danger.refusal(image)));
+        Ok(shown)
+    }
+
+    fn print(&self, out: &mut impl Write) -> Result<(), String> {
+        let image = self.image.display();
+        match (&self.vm, self.generation) {
+            (Some(vm), Some(generation)) => {
+                let role = if self.role == Some(Role::Replica) { "a standby's copy" } else { "the VM's own" };
+                let name = self.name.as_deref().unwrap_or_default();
+                let (disk, whole) = (self.disk.unwrap_or_default(), self.whole == Some(true));
+                let whole = if whole { "" } else { ", not whole" };
+                print(
+                    out,
+                    &format!(
+                        "{image}: disk {disk} of VM {name} ({vm}), generation {generation}, {role}{whole}"
+                    ),
+                )?;
+                let arbiter = self.arbiter.as_deref().unwrap_or("none, or not known");
+                print(out, &format!("  arbiter: {arbiter}"))?;
+            }
+            _ if self.refusals.is_empty() => {
+                print(out, &format!("{image}: of no VM; a new VM would start from it"))?;
+            }
+            _ => print(out, &format!("{image}: its sidecar cannot be read"))?,
+        }
+        for Accepted { at, host, about, .. } in &self.accepted {
+            print(out, &format!("  accepted {at} on {host}: {about}"))?;
+        }
+        self.refusals.iter().try_for_each(|why| print(out, &format!("  does not start: {why}")))
+    }
+}
+
+fn show(images: &[PathBuf], arbiter: Option<&str>, json: bool, out: &mut impl Write) -> Result<(), String> {
+    let mut arbiter = open(arbiter)?;
+    let mut all = Vec::new();
+    for image in images {
+        prepare::exists(image)?;
+        all.push(Shown::of(image, arbiter.as_deref_mut())?);
+    }
+    if json {
+        return print(out, &serde_json::to_string_pretty(&all).map_err(|e| e.to_string())?);
+    }
+    all.iter().try_for_each(|shown| shown.print(out))
+}
+
+fn accept(
+    images: &[PathBuf],
+    arbiter: Option<&str>,
+    name: Option<&str>,
+    yes: bool,
+    out: &mut impl Write,
+) -> Result<(), String> {
+    let mut arbiter = open(arbiter)?;
+    // Locked until the sidecars are written: nobody runs on them.
+    let _locked: Vec<_> = images.iter().map(|image| prepare::open(image)).collect::<Result<_, _>>()?;
+    let mut known = Vec::new();
+    for image in images {
+        Shown::of(image, arbiter.as_deref_mut())?.print(out)?;
+        known.extend(Sidecar::read(image).ok().flatten());
+    }
+    let earlier: Vec<&Provenance> = known.iter().map(|sidecar| &sidecar.provenance).collect();
+    if !yes {
+        return Err(
+            "nothing is changed: make sure that no host runs this VM or needs what other images of it \
+                    have, then add --yes: a new VM begins with what is in the images"
+                .into(),
+        );
+    }
+    if let Some(arbiter) = arbiter.as_deref_mut() {
+        end(&earlier, arbiter)?;
+    }
+    let name = name.or_else(|| earlier.first().map(|it| it.name.as_str())).unwrap_or_default();
+    let provenance = Provenance {
+        vm: new_vm()?,
+        name: name.to_owned(),
+        arbiter: KnownArbiter::None,
+        lineage: Lineage::default(),
+    };
+    for (disk, image) in images.iter().enumerate() {
+        let before = Shown::of(image, None)?;
+        let before = before.vm.map_or_else(|| "of no VM".into(), |vm| format!("of VM {vm}"));
+        let accepted = vec![record(DangerKind::Unknown, format!("taken as it is; it was {before}"))];
+        let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
+        sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
+    }
+    print(out, &format!("VM {}: begins with these images", provenance.vm))
+}
+
+/// Wins the next generation of the VMs that the images were of: whoever stands by for them cannot go on.
+fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), String> {
+    let mut vms: Vec<VmId> = earlier.iter().map(|it| it.vm).collect();
+    vms.sort_unstable();
+    vms.dedup();
+    for vm in vms {
+        let Some(highest) = arbiter.highest(&vm)? else { continue };
+        match arbiter.claim(&vm, highest + 1, &arbiter::owner("image accept")) {
+            Claim::Won => {}
+            Claim::Lost { owner } => {
+                return Err(format!("VM {vm} has just gone on, by {owner}: look at it first"));
+            }
+            Claim::Unreachable { why } => return Err(format!("the arbiter cannot be used: {why}")),
+        }
+    }
+    Ok(())
+}
+
+fn print(out: &mut impl Write, text: &str) -> Result<(), String> {
+    writeln!(out, "{text}").map_err(|e| format!("cannot print: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::sidecar::beside;
+    use super::*;
+    use crate::arbiter::FileArbiter;
+    use crate::disk::tests::provenance;
+
+    const VM: VmId = VmId([9; 16]);
+
+    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), String>) -> (String, Result<(), String>) {
+        let mut out = Vec::new();
+        let result = work(&mut out);
+        (String::from_utf8(out).unwrap(), result)
+    }
+
+    #[test]
+    fn an_image_is_shown_and_taken_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, place) = (directory.path().join("a.img"), directory.path().join("arbiter"));
+        fs::write(&image, [7; 4096]).unwrap();
+        fs::create_dir(&place).unwrap();
+        let (mut arbiter, _) = FileArbiter::init(&place).unwrap();
+        let spec = format!("file:{}", place.display());
+        let images = [image.clone()];
+        let show = |json| printed(|out| show(&images, Some(&spec), json, out)).0;
+        let accept = |yes| printed(|out| accept(&images, Some(&spec), None, yes, out));
+        assert!(show(false).contains("of no VM; a new VM would start from it"), "{}", show(false));
+
+        assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+        let mut known = provenance(VM);
+        known.arbiter = KnownArbiter::Id(arbiter.identity().into());
+        let torn = Sidecar { whole: false, ..Sidecar::primary(&known, 1, None) };
+        torn.write(&image).unwrap();
+        let text = show(false);
+        assert!(
+            text.contains("generation 1, the VM's own, not whole") && text.contains("does not start"),
+            "{text}"
+        );
+        let json: serde_json::Value = serde_json::from_str(&show(true)).unwrap();
+        assert_eq!((&json[0]["vm"], &json[0]["whole"]), (&VM.to_string().into(), &false.into()));
+
+        let (text, refused) = accept(false);
+        assert!(text.contains(&VM.to_string()) && refused.unwrap_err().contains("add --yes"), "{text}");
+        assert_eq!(Sidecar::read(&image).unwrap(), Some(torn));
+        accept(true).1.unwrap();
+        let now = Sidecar::read(&image).unwrap().unwrap();
+        assert!(now.whole && now.provenance.vm != VM && now.provenance.lineage == Lineage::default());
+        assert_eq!((now.provenance.name.as_str(), &now.provenance.arbiter), ("server", &KnownArbiter::None));
+        assert_eq!(now.accepted.len(), 1);
+        // A standby of the old VM goes on no more.
+        assert!(matches!(arbiter.claim(&VM, 2, "standby"), Claim::Lost { .. }));
+        assert!(!show(false).contains("does not start"), "{}", show(false));
+
+        // The way out where nothing can be read.
+        fs::write(beside(&image, "outlive"), "damaged").unwrap();
+        assert!(show(false).contains("cannot be read"), "{}", show(false));
+        accept(true).1.unwrap();
+        assert!(Sidecar::read(&image).unwrap().unwrap().whole);
+        let held = fs::File::options().read(true).write(true).open(&image).unwrap();
+        held.lock().unwrap();
+        assert!(accept(true).1.unwrap_err().contains("is in use"));
+    }
+}

@@ -1,0 +1,101 @@
+//! Whether a standby may overwrite an image with the disk of the VM that a primary introduces.
+//!
+//! Without a question it overwrites what holds nothing, and what the VM's own line has: an older image of the
+//! same VM, or of one that it descends from. Everything else may be the only copy of something and is left
+//! alone, unless an operator has said `overwrite`.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use super::blank::{self, Content};
+use super::provenance::{Accepted, DangerKind, Provenance};
+use super::sidecar::Sidecar;
+use super::standing::Standing;
+use super::start::record;
+use crate::arbiter::Arbiter;
+
+/// How long an image without a sidecar is searched while a primary waits for its answer, beyond its ends.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// An image of a standby, opened for writing, and what is to become of it.
+pub(crate) struct Target<'a> {
+    /// Where it is.
+    pub(crate) path: &'a Path,
+    /// The image.
+    pub(crate) file: &'a File,
+    /// An operator has said that it may be overwritten.
+    pub(crate) overwrite: bool,
+}
+
+impl Target<'_> {
+    /// Decides whether the image may become a disk of this VM, which runs in `generation`. Returns what was
+    /// accepted for it, if that was needed.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn check(
+        &self,
+        provenance: &Provenance,
+        generation: u64,
+        arbiter: &mut (dyn Arbiter + 'static),
+    ) -> Result<Option<Accepted>, String> {
+        let holds = match Sidecar::read(self.path) {
+            Err(error) if !self.overwrite => return Err(error.to_string()),
+            Err(error) => Some(format!("an image whose sidecar is damaged: {error}")),
+            Ok(None) => self.data()?.map(|at| format!("data (at byte {at}) and is no standby's copy")),
+            Ok(Some(sidecar)) => stranger(&sidecar, provenance, generation, arbiter)?,
+        };
+        match holds {
+            None => Ok(None),
+            Some(holds) if self.overwrite => {
+                let about = format!("it held {holds}");
+                tracing::warn!(image = %self.path.display(), "OVERWRITTEN as asked for: {about}");
+                Ok(Some(record(DangerKind::Overwrite, about)))
+            }
+            Some(holds) => Err(format!(
+                "the disk image {} holds {holds}: nothing is overwritten; give the right image, or say --disk path=...,overwrite",
+                self.path.display()
+            )),
+        }
+    }
+
+    /// Where the image has data.
+    fn data(&self) -> Result<Option<u64>, String> {
+        let found = blank::look(self.file, PATIENCE);
+        match found.map_err(|e| format!("cannot read {}: {e}", self.path.display()))? {
+            Content::Data { at } => Ok(Some(at)),
+            Content::Blank => Ok(None),
+            Content::BlankInSamples => {
+                tracing::info!(
+                    image = %self.path.display(),
+                    "nothing but zeroes at both ends and in 1024 samples: taken for blank"
+                );
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// What an image holds that this VM does not have.
+fn stranger(
+    sidecar: &Sidecar,
+    provenance: &Provenance,
+    generation: u64,
+    arbiter: &mut (dyn Arbiter + 'static),
+) -> Result<Option<String>, String> {
+    let Provenance { vm, name, .. } = &sidecar.provenance;
+    // What its process has won, if it died before the sidecar said so, is asked for where it was won.
+    let own = Standing::of(sidecar, Some(arbiter))
+        .map_err(|why| format!("the arbiter cannot say what the standby's images are: {why}"))?
+        .generation;
+    if provenance.includes(generation, *vm, own) {
+        return Ok(None);
+    }
+    Ok(Some(if *vm == provenance.vm {
+        format!("generation {own} of this VM, which its generation {generation} does not have")
+    } else {
+        let name = if name.is_empty() { String::new() } else { format!(" {name}") };
+        format!("generation {own} of another VM{name} ({vm})")
+    }))
+}

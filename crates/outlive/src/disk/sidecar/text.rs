@@ -1,0 +1,119 @@
+//! A sidecar as it is written down.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use outlive_epoch::{Ancestor, Lineage};
+use serde::{Deserialize, Serialize};
+
+use super::{CopyEnd, Role, Sidecar, old};
+use crate::disk::provenance::{Accepted, KnownArbiter, Provenance};
+use crate::process;
+
+/// Version of the text that this release writes.
+const VERSION: u32 = 2;
+
+/// How a sidecar is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Text {
+    version: u32,
+    vm: String,
+    name: String,
+    disk: u16,
+    role: Role,
+    whole: bool,
+    end: Option<CopyEnd>,
+    generation: u64,
+    checkpoint: u64,
+    arbiter: Option<String>,
+    process: Option<String>,
+    journal: Option<PathBuf>,
+    /// Of whoever wrote it.
+    host: String,
+    written: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    ancestors: Vec<AncestorText>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    accepted: Vec<Accepted>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AncestorText {
+    vm: String,
+    through: u64,
+}
+
+/// The time, as sidecars have it.
+pub(in crate::disk) fn now() -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now()).to_string()
+}
+
+impl Sidecar {
+    pub(super) fn text(&self) -> Result<String, toml::ser::Error> {
+        let Self { provenance, generation, role, whole, end, checkpoint, disk, .. } = self;
+        let ancestors = provenance.lineage.ancestors().iter();
+        let ancestors =
+            ancestors.map(|it| AncestorText { vm: it.vm.to_string(), through: it.through }).collect();
+        let text = toml::to_string(&Text {
+            version: VERSION,
+            vm: provenance.vm.to_string(),
+            name: provenance.name.clone(),
+            disk: *disk,
+            role: *role,
+            whole: *whole,
+            end: *end,
+            generation: *generation,
+            checkpoint: *checkpoint,
+            arbiter: provenance.arbiter.to_text(),
+            process: self.process.clone(),
+            journal: self.journal.clone(),
+            host: process::host_name(),
+            written: now(),
+            ancestors,
+            accepted: self.accepted.clone(),
+        })?;
+        Ok(format!(
+            "# Written by Outlive: whose disk the image beside this file is. See `outlive image show`.\n{text}"
+        ))
+    }
+
+    /// Returns the line that makes no sense, and why.
+    pub(super) fn parse(text: &str) -> Result<Self, (usize, String)> {
+        if old::is_old(text) {
+            return old::parse(text).map_err(|line| (line, "not what Outlive writes".into()));
+        }
+        let text: Text = toml::from_str(text).map_err(|error| {
+            let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+            let why = error.message().lines().next().unwrap_or_default();
+            // Without the list of all that would have been right.
+            (line, why.split(", expected one of").next().unwrap_or_default().to_owned())
+        })?;
+        let nonsense = |what: &str| (0, what.to_owned());
+        if text.version != VERSION {
+            return Err((0, format!("it is of version {}, this release knows {VERSION}", text.version)));
+        }
+        let vm = |text: &str| text.parse().map_err(|_| nonsense("an id of a VM is none"));
+        let ancestors: Result<Vec<_>, _> =
+            text.ancestors.iter().map(|it| Ok(Ancestor { vm: vm(&it.vm)?, through: it.through })).collect();
+        let provenance = Provenance {
+            vm: vm(&text.vm)?,
+            name: text.name,
+            arbiter: KnownArbiter::from_text(text.arbiter),
+            lineage: Lineage::new(ancestors?),
+        };
+        Ok(Self {
+            provenance,
+            generation: text.generation,
+            role: text.role,
+            whole: text.whole,
+            end: text.end,
+            checkpoint: text.checkpoint,
+            disk: text.disk,
+            journal: text.journal,
+            process: text.process,
+            accepted: text.accepted,
+        })
+    }
+}

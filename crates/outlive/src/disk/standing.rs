@@ -1,0 +1,171 @@
+//! What an image is worth, by its sidecar and by what the arbiter knows: whether its VM may go on with it.
+
+use std::path::Path;
+
+use super::provenance::{DangerKind, KnownArbiter};
+use super::sidecar::{CopyEnd, Role, Sidecar};
+use crate::arbiter::Arbiter;
+
+/// What speaks against starting a VM from an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Danger {
+    /// The VM ran on in a newer generation, elsewhere.
+    Stale { generation: u64, newest: u64, owner: Option<String> },
+    /// The standby gave the image up, and the VM ran on without it.
+    Released { generation: u64 },
+    /// It is a copy as of the last commit.
+    Replica { generation: u64 },
+    /// The image knows another arbiter than the one that was given.
+    OtherArbiter { known: String, given: String },
+    /// The arbiter knows less of the VM than the image does.
+    LostClaims { generation: u64, highest: Option<u64> },
+    /// The image knows an arbiter (perhaps not which), and none was given.
+    NoArbiter { known: Option<String> },
+}
+
+impl Danger {
+    pub(super) fn kind(&self) -> DangerKind {
+        match self {
+            Self::Stale { .. } | Self::Released { .. } => DangerKind::StaleImage,
+            Self::Replica { .. } => DangerKind::Replica,
+            Self::OtherArbiter { .. } => DangerKind::OtherArbiter,
+            Self::LostClaims { .. } => DangerKind::LostClaims,
+            Self::NoArbiter { .. } => DangerKind::NoArbiter,
+        }
+    }
+
+    /// One line with the remedy.
+    pub(super) fn refusal(&self, image: &Path) -> String {
+        let (image, option) = (image.display(), self.kind().option());
+        match self {
+            Self::Stale { generation, newest, owner } => {
+                let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner}"));
+                format!(
+                    "the disk image {image} is out of date: it is of generation {generation} and its VM ran on in generation {newest}{owner}; start from the image of the host that has that, or give up what happened since with {option}"
+                )
+            }
+            Self::Released { generation } => format!(
+                "the disk image {image} is out of date: its standby gave it up in generation {generation} and its VM ran on without it; start from the image of the host where it ran, or give up what happened since with {option}"
+            ),
+            Self::Replica { generation } => format!(
+                "the disk image {image} is a standby's copy as of its last commit in generation {generation}, and the image of the host where the VM ran may be newer: start from that one, or, if it is lost for good, from this one with {option}"
+            ),
+            Self::OtherArbiter { known, given } => format!(
+                "the disk image {image} is of a VM with another arbiter (id {known}, given is {given}), by which it may have gone on elsewhere: give that one; or, if it is lost for good and the VM runs nowhere, start with {option}"
+            ),
+            Self::LostClaims { generation, highest } => {
+                let what = match highest {
+                    None => "does not know the VM".to_owned(),
+                    Some(highest) => format!("knows generation {highest} and not generation {generation}"),
+                };
+                format!(
+                    "the arbiter {what} of the disk image {image}: it was emptied or is an old copy, and the VM may have gone on elsewhere; bring the right one back; or, if the VM runs nowhere, start with {option}"
+                )
+            }
+            Self::NoArbiter { known } => {
+                let id = known.as_ref().map_or_else(String::new, |id| format!(" (id {id})"));
+                format!(
+                    "the disk image {image} is of a VM with an arbiter{id}, by which it may have gone on elsewhere: give it with --arbiter; or, if the VM runs nowhere, start without with {option}"
+                )
+            }
+        }
+    }
+
+    /// What was accepted, for the record.
+    pub(super) fn about(&self, vm: &str) -> String {
+        match self {
+            Self::Stale { generation, newest, owner } => {
+                let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner},"));
+                format!("VM {vm}: generation {newest}{owner} is given up for generation {generation}")
+            }
+            Self::Released { generation } => {
+                format!("VM {vm}: what came after the copy of generation {generation} is given up")
+            }
+            Self::Replica { generation } => {
+                format!("VM {vm}: the primary's image of generation {generation} is given up")
+            }
+            Self::OtherArbiter { known, given } => {
+                format!("VM {vm}: arbiter {given} in the place of {known}")
+            }
+            Self::LostClaims { generation, .. } => {
+                format!("VM {vm}: an arbiter that does not know generation {generation}")
+            }
+            Self::NoArbiter { .. } => format!("VM {vm}: no arbiter"),
+        }
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// The generation that the image is of: that of its sidecar, or the newest that its process has won since.
+    pub(super) generation: u64,
+    /// What it is in that generation.
+    pub(super) role: Role,
+    /// The newest generation that the given arbiter knows of the image's VM, if it is the VM's.
+    pub(super) highest: Option<u64>,
+    /// Everything that speaks against it.
+    pub(super) dangers: Vec<Danger>,
+}
+
+impl Standing {
+    /// Looks at a sidecar with the arbiter that was given.
+    ///
+    /// # Errors
+    /// The arbiter's, with what helps.
+    pub(super) fn of(
+        sidecar: &Sidecar,
+        arbiter: Option<&mut (dyn Arbiter + 'static)>,
+    ) -> Result<Self, String> {
+        let Sidecar { provenance, generation, role, .. } = sidecar;
+        let unasked = |danger: Option<Danger>| Self {
+            generation: *generation,
+            role: *role,
+            highest: None,
+            dangers: danger.into_iter().collect(),
+        };
+        let mut standing = match (&provenance.arbiter, arbiter) {
+            (KnownArbiter::None, None) => unasked(None),
+            (KnownArbiter::Id(id), None) => unasked(Some(Danger::NoArbiter { known: Some(id.clone()) })),
+            (KnownArbiter::Unsaid, None) => unasked(Some(Danger::NoArbiter { known: None })),
+            (KnownArbiter::Id(known), Some(arbiter)) if known != arbiter.identity() => {
+                let given = arbiter.identity().to_owned();
+                unasked(Some(Danger::OtherArbiter { known: known.clone(), given }))
+            }
+            (_, Some(arbiter)) => Self::asked(sidecar, arbiter)?,
+        };
+        if standing.role == Role::Replica && sidecar.end.is_none() {
+            standing.dangers.push(Danger::Replica { generation: standing.generation });
+        }
+        Ok(standing)
+    }
+
+    fn asked(sidecar: &Sidecar, arbiter: &mut dyn Arbiter) -> Result<Self, String> {
+        let Sidecar { provenance, generation, role, end, .. } = sidecar;
+        let history = arbiter.history(&provenance.vm)?;
+        let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
+        // A process that wins a generation goes on with its images. It may have died before their sidecars
+        // said so.
+        let own = |token: &str| {
+            let mut wins = history.iter().rev();
+            let own = wins.find(|win| win.winner.as_ref().is_some_and(|winner| winner.process == token));
+            own.map(|win| win.generation)
+        };
+        let won = sidecar.process.as_deref().and_then(own).filter(|won| won > generation);
+        let (generation, role) = won.map_or((*generation, *role), |won| (won, Role::Primary));
+        let mut dangers = Vec::new();
+        match highest {
+            Some(highest) if highest > generation => {
+                let owner = newest.and_then(|win| win.winner.as_ref()).map(|winner| winner.owner.clone());
+                dangers.push(Danger::Stale { generation, newest: highest, owner });
+            }
+            Some(highest) if highest == generation && *end == Some(CopyEnd::Released) && won.is_none() => {
+                dangers.push(Danger::Released { generation });
+            }
+            Some(highest) if highest == generation => {}
+            None if provenance.arbiter == KnownArbiter::None => {}
+            _ => dangers.push(Danger::LostClaims { generation, highest }),
+        }
+        Ok(Self { generation, role, highest, dangers })
+    }
+}

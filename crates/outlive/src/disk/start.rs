@@ -1,0 +1,281 @@
+//! From images to the VM that is started on them: which VM it is, in which generation, and what of it nobody
+//! else may go on with.
+//!
+//! An image with a sidecar is of a VM, and that VM goes on: the same id, the next generation. So a standby
+//! that lost its primary and only now reaches the arbiter cannot go on with it as well, and whoever finds an
+//! older image of the VM knows it for one.
+//!
+//! An operator may accept a danger. Where that gives up a part of the VM's line, or nobody can say whether it
+//! does, a *new* VM begins, with the image's VM as its ancestor: generations of one VM are a line without
+//! forks, and images of the part that was given up are then of a stranger, which no standby overwrites
+//! unasked.
+//!
+//! The order of [`Start::carry_out`] is what a power cut at any point must find in order: see the comments.
+
+use std::path::{Path, PathBuf};
+
+use outlive_epoch::{Ancestor, Lineage, VmId};
+
+use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
+use super::sidecar::{Role, Sidecar, beside, now};
+use super::standing::Standing;
+use crate::arbiter::{self, Arbiter, Claim};
+use crate::process;
+
+/// An image with its sidecar, and what that is worth.
+struct Known {
+    path: PathBuf,
+    sidecar: Sidecar,
+    standing: Standing,
+}
+
+/// A VM that is about to be started.
+pub(crate) struct Start {
+    /// The VM, with the arbiter that it is about to have.
+    pub(crate) provenance: Provenance,
+    /// The generation that it runs in; 1 without an arbiter.
+    pub(crate) generation: u64,
+    known: Vec<Known>,
+    /// A new VM begins with these images.
+    forks: bool,
+    /// Generations of VMs that end here.
+    ends: Vec<(VmId, u64)>,
+    accepted: Vec<Accepted>,
+}
+
+impl Start {
+    /// Decides what is started from `images`: those that the VM writes to and does not share. Changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// One line with the remedy for the first danger that is not accepted.
+    pub(crate) fn plan(
+        images: &[&Path],
+        mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
+        name: &str,
+        accept: &[DangerKind],
+    ) -> Result<Self, String> {
+        let mut known = Vec::new();
+        let mut accepted = Vec::new();
+        for path in images {
+            let Some(sidecar) = Sidecar::read(path).map_err(|e| e.to_string())? else { continue };
+            let standing = Standing::of(&sidecar, arbiter.as_deref_mut()).map_err(|why| {
+                format!(
+                    "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
+                    path.display()
+                )
+            })?;
+            for danger in &standing.dangers {
+                if !accept.contains(&danger.kind()) {
+                    return Err(danger.refusal(path));
+                }
+                accepted.push(record(danger.kind(), danger.about(&sidecar.provenance.vm.to_string())));
+            }
+            known.push(Known { path: path.to_path_buf(), sidecar, standing });
+        }
+        if let Some((one, other)) = strangers(&known) {
+            if !accept.contains(&DangerKind::ForeignImage) {
+                return Err(format!(
+                    "the disk images {} and {} are of different VMs ({} and {}): give the disks of one VM, or make a new VM of them with {}",
+                    one.path.display(),
+                    other.path.display(),
+                    one.sidecar.provenance.vm,
+                    other.sidecar.provenance.vm,
+                    DangerKind::ForeignImage.option()
+                ));
+            }
+            let (one, other) = (&one.sidecar.provenance.vm, &other.sidecar.provenance.vm);
+            accepted.push(record(DangerKind::ForeignImage, format!("VMs {one} and {other}")));
+        }
+        Self::of(known, arbiter.map(|arbiter| arbiter.identity().to_owned()), name, accepted)
+    }
+
+    fn of(
+        known: Vec<Known>,
+        arbiter: Option<String>,
+        name: &str,
+        mut accepted: Vec<Accepted>,
+    ) -> Result<Self, String> {
+        accepted.dedup();
+        // A standby's copy goes on in its VM's line, like a takeover; all else that needs accepting forks it.
+        let forks = accepted.iter().any(|it| it.danger != DangerKind::Replica);
+        let (vm, lineage, generation) = match known.first() {
+            Some(first) if !forks => {
+                let generation = first.standing.generation;
+                (first.sidecar.provenance.vm, first.sidecar.provenance.lineage.clone(), generation + 1)
+            }
+            _ => (new_vm()?, lineage(&known), 1),
+        };
+        let ends = if forks { ends(&known) } else { Vec::new() };
+        let generation = if arbiter.is_some() { generation } else { 1 };
+        let arbiter = arbiter.map_or(KnownArbiter::None, KnownArbiter::Id);
+        let provenance = Provenance { vm, name: name.to_owned(), arbiter, lineage };
+        Ok(Self { provenance, generation, known, forks, ends, accepted })
+    }
+
+    /// What was accepted for this start.
+    pub(crate) fn accepted(&self) -> &[Accepted] {
+        &self.accepted
+    }
+
+    /// Makes the images the VM's, and wins its generation. To be done last, because what is won stays won.
+    /// `disks` are all images that the VM writes to, with their positions.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn carry_out(
+        &self,
+        disks: &[(u16, PathBuf)],
+        mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
+    ) -> Result<(), String> {
+        let process =
+            arbiter::process_token().map_err(|e| format!("this host has no random numbers: {e}"))?;
+        if self.forks {
+            // First nobody goes on with what the images were: after a power cut here they are only older
+            // than before.
+            if let Some(arbiter) = arbiter.as_deref_mut() {
+                self.end_earlier_vms(arbiter)?;
+            }
+            // Then they are a new VM's, for which nobody has asked the arbiter yet.
+            let provenance = Provenance { arbiter: KnownArbiter::None, ..self.provenance.clone() };
+            self.write(disks, &provenance, 0, process)?;
+        } else {
+            // What this process is about to win belongs to these images, whatever happens between the win and
+            // their next sidecar.
+            for Known { path, sidecar, standing } in &self.known {
+                let Standing { generation, role, .. } = *standing;
+                let intent = Sidecar { generation, role, process: Some(process.into()), ..sidecar.clone() };
+                intent.write(path).map_err(|e| cannot_write(path, &e))?;
+            }
+        }
+        match arbiter {
+            Some(arbiter) => {
+                self.win(arbiter)?;
+                self.write(disks, &self.provenance, self.generation, process)?;
+                arbiter.tidy(&self.provenance.vm);
+            }
+            // A VM without an arbiter leaves nothing beside images that had nothing there.
+            None if !self.known.is_empty() => self.write(disks, &self.provenance, 0, process)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Wins the generations that others could go on with. The one after the newest that was looked at, not
+    /// the one after the newest: that may have been won since.
+    fn end_earlier_vms(&self, arbiter: &mut dyn Arbiter) -> Result<(), String> {
+        for (vm, generation) in &self.ends {
+            match arbiter.claim(vm, *generation, &arbiter::owner("primary, started anew")) {
+                Claim::Won => {}
+                Claim::Lost { owner } => return Err(self.taken_over(&owner)),
+                Claim::Unreachable { why } => return Err(self.cannot_say(&why)),
+            }
+        }
+        Ok(())
+    }
+
+    fn win(&self, arbiter: &mut dyn Arbiter) -> Result<(), String> {
+        match arbiter.claim(&self.provenance.vm, self.generation, &arbiter::owner("primary")) {
+            Claim::Won => Ok(()),
+            Claim::Lost { owner } if self.known.is_empty() => {
+                Err(format!("the arbiter says that this new VM belongs to {owner}: start again"))
+            }
+            Claim::Lost { owner } => Err(self.taken_over(&owner)),
+            Claim::Unreachable { why } if self.known.is_empty() => {
+                Err(format!("the arbiter cannot be used: {why}"))
+            }
+            Claim::Unreachable { why } => Err(self.cannot_say(&why)),
+        }
+    }
+
+    fn taken_over(&self, owner: &str) -> String {
+        format!(
+            "the VM of the disk image {} has just been taken over by {owner}: use the image of the host that has it",
+            self.first_image()
+        )
+    }
+
+    fn cannot_say(&self, why: &str) -> String {
+        format!(
+            "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
+            self.first_image()
+        )
+    }
+
+    fn first_image(&self) -> String {
+        self.known.first().map_or_else(String::new, |known| known.path.display().to_string())
+    }
+
+    fn write(
+        &self,
+        disks: &[(u16, PathBuf)],
+        provenance: &Provenance,
+        generation: u64,
+        process: &str,
+    ) -> Result<(), String> {
+        for (disk, path) in disks {
+            let accepted = self.accepted.clone();
+            let sidecar =
+                Sidecar { disk: *disk, accepted, ..Sidecar::primary(provenance, generation, Some(process)) };
+            sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Sidecar {
+    /// That of an image that a VM runs on, or is about to, in the hands of a process if there is one.
+    pub(super) fn primary(provenance: &Provenance, generation: u64, process: Option<&str>) -> Self {
+        Self {
+            provenance: provenance.clone(),
+            generation,
+            role: Role::Primary,
+            whole: true,
+            end: None,
+            checkpoint: 0,
+            disk: 0,
+            journal: None,
+            process: process.map(str::to_owned),
+            accepted: Vec::new(),
+        }
+    }
+}
+
+/// An entry for the record, as of now and here.
+pub(super) fn record(danger: DangerKind, about: String) -> Accepted {
+    Accepted { danger, at: now(), host: process::host_name(), about }
+}
+
+pub(super) fn cannot_write(image: &Path, error: &std::io::Error) -> String {
+    format!("cannot write {}: {error}; let this user write there", beside(image, "outlive").display())
+}
+
+pub(super) fn new_vm() -> Result<VmId, String> {
+    let id = process::random().map_err(|e| format!("this host has no random numbers: {e}"))?;
+    Ok(VmId(id))
+}
+
+/// Two images of different VMs, if there are any.
+fn strangers(known: &[Known]) -> Option<(&Known, &Known)> {
+    let first = known.first()?;
+    let vm = first.sidecar.provenance.vm;
+    known.iter().find(|other| other.sidecar.provenance.vm != vm).map(|other| (first, other))
+}
+
+/// The line of a VM that begins with these images: their VMs up to what all of its images have, then those
+/// that these descend from.
+fn lineage(known: &[Known]) -> Lineage {
+    let nearest =
+        known.iter().map(|it| Ancestor { vm: it.sidecar.provenance.vm, through: it.standing.generation });
+    let farther = known.iter().flat_map(|it| it.sidecar.provenance.lineage.ancestors().iter().copied());
+    Lineage::new(nearest.chain(farther))
+}
+
+/// The generations after the newest of the images' VMs, where the arbiter knows them.
+fn ends(known: &[Known]) -> Vec<(VmId, u64)> {
+    let mut ends: Vec<(VmId, u64)> =
+        known.iter().filter_map(|it| Some((it.sidecar.provenance.vm, it.standing.highest? + 1))).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    ends
+}

@@ -1,0 +1,468 @@
+//! Never two VMs from one, and never the only good image overwritten: every image that is refused, the word
+//! that accepts it, and what a loss of power leaves behind.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use outlive_epoch::{Ancestor, Lineage, VmId};
+
+use super::provenance;
+use crate::arbiter::{Arbiter, Claim, Ending, FileArbiter, Win, process_token};
+use crate::disk::provenance::{DangerKind, KnownArbiter, Provenance};
+use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
+use crate::disk::{Start, Target};
+
+const VM: VmId = VmId([9; 16]);
+const OTHER: VmId = VmId([8; 16]);
+
+const DANGERS: [DangerKind; 6] = [
+    DangerKind::StaleImage,
+    DangerKind::Replica,
+    DangerKind::OtherArbiter,
+    DangerKind::LostClaims,
+    DangerKind::NoArbiter,
+    DangerKind::ForeignImage,
+];
+
+/// A host with images, and an arbiter.
+struct Stage {
+    directory: tempfile::TempDir,
+    arbiter: FileArbiter,
+}
+
+impl Stage {
+    /// With an arbiter where `VM` has won generation 1, by this process.
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut stage = Self { arbiter: make_arbiter(directory.path(), "arbiter"), directory };
+        stage.win(VM, 1);
+        stage
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let image = self.directory.path().join(name);
+        if !image.exists() {
+            File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        }
+        image
+    }
+
+    fn win(&mut self, vm: VmId, generation: u64) {
+        assert_eq!(self.arbiter.claim(&vm, generation, "standby on host b"), Claim::Won);
+    }
+
+    /// The sidecar of an image that `VM` ran on in generation 1, on a host that has lost its power.
+    fn sidecar(&self) -> Sidecar {
+        let arbiter = KnownArbiter::Id(self.arbiter.identity().to_owned());
+        let provenance = Provenance { arbiter, ..provenance(VM) };
+        Sidecar::primary(&provenance, 1, Some("a process that is gone"))
+    }
+
+    fn plan(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
+        let images: Vec<PathBuf> = images.iter().map(|name| self.image(name)).collect();
+        let paths: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
+        Start::plan(&paths, Some(&mut self.arbiter), "server", accept)
+    }
+
+    fn disks(&self, images: &[&str]) -> Vec<(u16, PathBuf)> {
+        images.iter().enumerate().map(|(disk, name)| (disk as u16, self.image(name))).collect()
+    }
+
+    /// Starts a VM and lets its process be gone.
+    fn start(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
+        let start = self.plan(images, accept)?;
+        start.carry_out(&self.disks(images), Some(&mut self.arbiter))?;
+        Ok(start)
+    }
+
+    fn read(&self, image: &str) -> Sidecar {
+        Sidecar::read(&self.image(image)).unwrap().unwrap()
+    }
+}
+
+fn make_arbiter(directory: &Path, name: &str) -> FileArbiter {
+    let place = directory.join(name);
+    fs::create_dir(&place).unwrap();
+    FileArbiter::init(&place).unwrap().0
+}
+
+#[test]
+fn a_vm_goes_on_with_its_images_in_the_next_generation() {
+    let mut stage = Stage::new();
+    let first = stage.start(&["a", "b"], &[]).unwrap();
+    let vm = first.provenance.vm;
+    assert_eq!((first.generation, stage.arbiter.highest(&vm)), (1, Ok(Some(1))));
+    let known = KnownArbiter::Id(stage.arbiter.identity().to_owned());
+    for (disk, name) in ["a", "b"].into_iter().enumerate() {
+        let Sidecar { generation, role, whole, disk: at, provenance, .. } = stage.read(name);
+        assert_eq!((generation, role, whole, usize::from(at)), (1, Role::Primary, true, disk));
+        assert_eq!((provenance.vm, provenance.name.as_str(), &provenance.arbiter), (vm, "server", &known));
+    }
+    let second = stage.start(&["a", "b"], &[]).unwrap();
+    assert_eq!((second.provenance.vm, second.generation), (vm, 2));
+    // A disk that is added belongs to the VM from then on.
+    let third = stage.start(&["a", "b", "c"], &[]).unwrap();
+    assert_eq!((third.provenance.vm, third.generation, stage.read("c").generation), (vm, 3, 3));
+    assert!(third.accepted().is_empty() && third.provenance.lineage == Lineage::default());
+}
+
+/// The primary was killed, its standby cannot reach the arbiter yet, and the operator starts the server
+/// again.
+#[test]
+fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
+    let mut stage = Stage::new();
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    stage.start(&["a"], &[]).unwrap();
+    let mut standby = FileArbiter::open(&stage.directory.path().join("arbiter")).unwrap();
+    assert!(matches!(standby.claim(&VM, 2, "standby"), Claim::Lost { .. }));
+
+    // The other way round: the standby wins between the look and the claim.
+    let start = stage.plan(&["a"], &[]).unwrap();
+    assert_eq!(standby.claim(&VM, 3, "standby on b"), Claim::Won);
+    let error = start.carry_out(&stage.disks(&["a"]), Some(&mut stage.arbiter)).unwrap_err();
+    assert!(error.contains("taken over by standby on b"), "{error}");
+}
+
+/// Without an arbiter nothing is left beside an image that had nothing, and a VM that gets an arbiter later
+/// begins there with its first generation.
+#[test]
+fn a_vm_without_an_arbiter_can_have_one_later() {
+    let mut stage = Stage::new();
+    let image = stage.image("a");
+    let start = Start::plan(&[&image], None, "server", &[]).unwrap();
+    start.carry_out(&stage.disks(&["a"]), None).unwrap();
+    assert_eq!((start.generation, Sidecar::read(&image).unwrap()), (1, None));
+
+    let alone = Provenance { arbiter: KnownArbiter::None, ..provenance(OTHER) };
+    Sidecar::primary(&alone, 0, None).write(&image).unwrap();
+    let start = Start::plan(&[&image], None, "server", &[]).unwrap();
+    start.carry_out(&stage.disks(&["a"]), None).unwrap();
+    assert_eq!((start.provenance.vm, start.generation, stage.read("a").generation), (OTHER, 1, 0));
+    let start = stage.start(&["a"], &[]).unwrap();
+    assert_eq!((start.provenance.vm, start.generation, stage.read("a").generation), (OTHER, 1, 1));
+    // A copy of the image with its sidecar of before: the VM went on elsewhere.
+    Sidecar::primary(&alone, 0, None).write(&stage.image("copy")).unwrap();
+    let error = stage.plan(&["copy"], &[]).map(drop).unwrap_err();
+    assert!(error.contains("is out of date: it is of generation 0"), "{error}");
+}
+
+/// What is accepted with one word and refused with all others.
+fn check_word(stage: &mut Stage, images: &[&str], word: DangerKind, says: &[&str]) -> Start {
+    let refuses = |stage: &mut Stage, accept: &[DangerKind]| {
+        let error = stage.plan(images, accept).map(drop).unwrap_err();
+        for said in says.iter().chain(&[word.option()]) {
+            assert!(error.contains(said), "{word:?}: {error}");
+        }
+        assert_eq!(error.lines().count(), 1, "{error}");
+    };
+    refuses(stage, &[]);
+    let others: Vec<DangerKind> = DANGERS.into_iter().filter(|other| *other != word).collect();
+    refuses(stage, &others);
+    let start = stage.start(images, &[word]).unwrap();
+    let recorded = stage.read(images[0]).accepted;
+    assert!(recorded.iter().any(|it| it.danger == word), "{recorded:?}");
+    assert!(start.accepted().iter().any(|it| it.danger == word));
+    // It is settled with that.
+    let again = stage.plan(images, &[]).unwrap();
+    assert_eq!((again.provenance.vm, again.generation), (start.provenance.vm, start.generation + 1));
+    start
+}
+
+/// A new VM whose ancestor is `VM` as of generation 1.
+fn assert_forked(start: &Start) {
+    assert_ne!(start.provenance.vm, VM);
+    assert_eq!(start.generation, 1);
+    assert_eq!(start.provenance.lineage, Lineage::new([Ancestor { vm: VM, through: 1 }]));
+}
+
+#[test]
+fn an_image_whose_vm_went_on_elsewhere_is_refused() {
+    let mut stage = Stage::new();
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    stage.win(VM, 2);
+    stage.win(VM, 3);
+    let says = ["is out of date: it is of generation 1", "ran on in generation 3, won by standby on host b;"];
+    let start = check_word(&mut stage, &["a"], DangerKind::StaleImage, &says);
+    assert_forked(&start);
+    // A standby of the generation that was given up cannot go on.
+    assert_eq!(stage.arbiter.highest(&VM), Ok(Some(4)));
+}
+
+#[test]
+fn an_image_that_its_standby_gave_up_is_refused() {
+    let mut stage = Stage::new();
+    let released = Sidecar { role: Role::Replica, end: Some(CopyEnd::Released), ..stage.sidecar() };
+    released.write(&stage.image("a")).unwrap();
+    let says = ["is out of date", "gave it up in generation 1"];
+    assert_forked(&check_word(&mut stage, &["a"], DangerKind::StaleImage, &says));
+}
+
+#[test]
+fn a_standbys_copy_is_refused_unless_the_vm_ended_with_it() {
+    let mut stage = Stage::new();
+    let copy = Sidecar { role: Role::Replica, ..stage.sidecar() };
+    copy.write(&stage.image("a")).unwrap();
+    let start = check_word(&mut stage, &["a"], DangerKind::Replica, &["a standby's copy", "may be newer"]);
+    // It is in the VM's line, as a takeover is.
+    assert_eq!((start.provenance.vm, start.generation), (VM, 2));
+    assert_eq!(start.provenance.lineage, Lineage::default());
+
+    let mut stage = Stage::new();
+    Sidecar { end: Some(CopyEnd::Followed), ..copy }.write(&stage.image("a")).unwrap();
+    stage.sidecar().write(&stage.image("b")).unwrap();
+    let arbiter = KnownArbiter::Id(stage.arbiter.identity().to_owned());
+    let mut followed = stage.read("a");
+    followed.provenance.arbiter = arbiter;
+    followed.write(&stage.image("a")).unwrap();
+    assert_eq!(stage.start(&["a"], &[]).unwrap().generation, 2);
+    // And then the other host's is older.
+    assert!(stage.plan(&["b"], &[]).map(drop).unwrap_err().contains("is out of date"));
+}
+
+#[test]
+fn an_image_with_another_arbiter_is_refused() {
+    let mut stage = Stage::new();
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    let right = stage.arbiter.identity().to_owned();
+    stage.arbiter = make_arbiter(stage.directory.path(), "another");
+    let given = stage.arbiter.identity().to_owned();
+    let says = ["another arbiter", right.as_str(), given.as_str()];
+    assert_forked(&check_word(&mut stage, &["a"], DangerKind::OtherArbiter, &says));
+}
+
+/// The mount is missing and somebody made the bare directory an arbiter, or it was emptied, or an old copy was
+/// put back.
+#[test]
+fn an_image_of_a_vm_that_the_arbiter_has_forgotten_is_refused() {
+    let mut stage = Stage::new();
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    fs::remove_dir_all(stage.directory.path().join("arbiter").join(VM.to_string())).unwrap();
+    let says = ["the arbiter does not know the VM", "it was emptied or is an old copy"];
+    assert_forked(&check_word(&mut stage, &["a"], DangerKind::LostClaims, &says));
+
+    let mut stage = Stage::new();
+    Sidecar { generation: 3, ..stage.sidecar() }.write(&stage.image("a")).unwrap();
+    let says = ["the arbiter knows generation 1 and not generation 3"];
+    let start = check_word(&mut stage, &["a"], DangerKind::LostClaims, &says);
+    assert_eq!(start.provenance.lineage, Lineage::new([Ancestor { vm: VM, through: 3 }]));
+}
+
+#[test]
+fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
+    for unsaid in [false, true] {
+        let stage = Stage::new();
+        let image = stage.image("a");
+        let mut sidecar = stage.sidecar();
+        if unsaid {
+            sidecar.provenance.arbiter = KnownArbiter::Unsaid;
+        }
+        sidecar.write(&image).unwrap();
+        let plan = |accept: &[DangerKind]| Start::plan(&[&image], None, "server", accept);
+        let error = plan(&[]).map(drop).unwrap_err();
+        assert!(error.contains("give it with --arbiter") && error.contains("--accept-no-arbiter"), "{error}");
+        assert_eq!(unsaid, !error.contains(stage.arbiter.identity()), "{error}");
+        let others: Vec<_> = DANGERS.into_iter().filter(|it| *it != DangerKind::NoArbiter).collect();
+        assert!(plan(&others).is_err());
+        let start = plan(&[DangerKind::NoArbiter]).unwrap();
+        assert_forked(&start);
+        start.carry_out(&stage.disks(&["a"]), None).unwrap();
+        assert_eq!(stage.read("a").provenance.arbiter, KnownArbiter::None);
+        plan(&[]).unwrap();
+    }
+}
+
+#[test]
+fn images_of_several_vms_are_refused() {
+    let mut stage = Stage::new();
+    stage.win(OTHER, 1);
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    let mut other = stage.sidecar();
+    other.provenance.vm = OTHER;
+    other.write(&stage.image("b")).unwrap();
+    let (vm, other) = (VM.to_string(), OTHER.to_string());
+    let says = ["are of different VMs", vm.as_str(), other.as_str()];
+    let start = check_word(&mut stage, &["a", "b"], DangerKind::ForeignImage, &says);
+    let line = [Ancestor { vm: VM, through: 1 }, Ancestor { vm: OTHER, through: 1 }];
+    assert_eq!(start.provenance.lineage, Lineage::new(line));
+    // Nobody goes on with either.
+    assert_eq!(stage.arbiter.highest(&VM), Ok(Some(2)));
+    assert_eq!(stage.arbiter.highest(&OTHER), Ok(Some(2)));
+}
+
+/// A sidecar of the release before does not say which arbiter the VM had. One that knows the VM is right.
+#[test]
+fn an_image_of_the_release_before_goes_on_where_its_vm_is_known() {
+    let mut stage = Stage::new();
+    let mut old = stage.sidecar();
+    (old.provenance.arbiter, old.process) = (KnownArbiter::Unsaid, None);
+    old.write(&stage.image("a")).unwrap();
+    let start = stage.start(&["a"], &[]).unwrap();
+    assert_eq!((start.provenance.vm, start.generation), (VM, 2));
+    old.write(&stage.image("b")).unwrap();
+    assert!(stage.plan(&["b"], &[]).map(drop).unwrap_err().contains("is out of date"));
+    stage.arbiter = make_arbiter(stage.directory.path(), "another");
+    assert!(stage.plan(&["b"], &[]).map(drop).unwrap_err().contains("does not know the VM"));
+}
+
+/// A process that won a generation may die before the sidecars of its images say so. Its image is the one
+/// that goes on; without that both hosts' images would be out of date and nobody's the newest.
+#[test]
+fn a_generation_that_was_won_and_not_written_down_orphans_nobody() {
+    let me = process_token().unwrap();
+    for role in [Role::Primary, Role::Replica] {
+        let mut stage = Stage::new();
+        let mine = Sidecar { role, process: Some(me.into()), ..stage.sidecar() };
+        mine.write(&stage.image("mine")).unwrap();
+        stage.sidecar().write(&stage.image("other")).unwrap();
+        stage.win(VM, 2);
+        assert!(stage.plan(&["other"], &[]).map(drop).unwrap_err().contains("is out of date"));
+        let start = stage.start(&["mine"], &[]).unwrap();
+        assert_eq!((start.provenance.vm, start.generation), (VM, 3), "{role:?}");
+    }
+    // One that was won before another was is no excuse.
+    let mut stage = Stage::new();
+    let claimed = stage.directory.path().join("arbiter").join(VM.to_string()).join("3");
+    Sidecar { process: Some(me.into()), ..stage.sidecar() }.write(&stage.image("mine")).unwrap();
+    stage.win(VM, 2);
+    let text = format!("outlive claim, version 1\nvm {VM}\ngeneration 3\nowner host b\ntoken 77\nend\n");
+    fs::write(claimed, text).unwrap();
+    let error = stage.plan(&["mine"], &[]).map(drop).unwrap_err();
+    assert!(
+        error.contains("it is of generation 2 and its VM ran on in generation 3, won by host b"),
+        "{error}"
+    );
+}
+
+/// An arbiter whose claims are the last thing that a host does.
+struct PowerCut {
+    arbiter: FileArbiter,
+    /// After so many claims no sidecar can be written any more.
+    claims: usize,
+    blocked: PathBuf,
+}
+
+impl Arbiter for PowerCut {
+    fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim {
+        let claim = self.arbiter.claim(vm, generation, owner);
+        self.claims -= 1;
+        if self.claims == 0 {
+            fs::create_dir(&self.blocked).unwrap();
+        }
+        claim
+    }
+    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String> {
+        self.arbiter.highest(vm)
+    }
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String> {
+        self.arbiter.history(vm)
+    }
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String> {
+        self.arbiter.ending(vm)
+    }
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String> {
+        self.arbiter.note_end(vm, generation, why)
+    }
+    fn tidy(&mut self, vm: &VmId) {
+        self.arbiter.tidy(vm);
+    }
+    fn identity(&self) -> &str {
+        self.arbiter.identity()
+    }
+}
+
+#[test]
+fn a_power_cut_between_the_win_and_the_sidecar_leaves_an_image_that_goes_on() {
+    let mut stage = Stage::new();
+    stage.sidecar().write(&stage.image("a")).unwrap();
+    stage.sidecar().write(&stage.image("b")).unwrap();
+    let disks = stage.disks(&["a", "b"]);
+    for (generation, second) in [(2, false), (3, true)] {
+        let start = stage.plan(&["a", "b"], &[]).unwrap();
+        assert_eq!((start.provenance.vm, start.generation), (VM, generation));
+        // Before the first sidecar, and between the two.
+        let blocked = beside(&stage.image(if second { "b" } else { "a" }), "outlive.new");
+        let arbiter = FileArbiter::open(&stage.directory.path().join("arbiter")).unwrap();
+        let mut cut = PowerCut { arbiter, claims: 1, blocked: blocked.clone() };
+        let error = start.carry_out(&disks, Some(&mut cut)).unwrap_err();
+        assert!(error.contains("cannot write"), "{error}");
+        fs::remove_dir(blocked).unwrap();
+        assert_eq!(stage.arbiter.highest(&VM), Ok(Some(generation)));
+    }
+    let start = stage.start(&["a", "b"], &[]).unwrap();
+    assert_eq!((start.provenance.vm, start.generation), (VM, 4));
+}
+
+/// Whether a standby would overwrite an image with the disk of `VM` in generation 4, begun from `OTHER` as of
+/// generation 2.
+fn overwrite(stage: &mut Stage, image: &str, asked_for: bool) -> Result<bool, String> {
+    let path = stage.image(image);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let arbiter = KnownArbiter::Id(stage.arbiter.identity().to_owned());
+    let lineage = Lineage::new([Ancestor { vm: OTHER, through: 2 }]);
+    let incoming = Provenance { arbiter, lineage, ..provenance(VM) };
+    let target = Target { path: &path, file: &file, overwrite: asked_for };
+    target.check(&incoming, 4, &mut stage.arbiter).map(|accepted| accepted.is_some())
+}
+
+#[test]
+fn a_standby_overwrites_what_holds_nothing_and_what_its_vm_has() {
+    let mut stage = Stage::new();
+    (2..=4).for_each(|generation| stage.win(VM, generation));
+    assert_eq!(overwrite(&mut stage, "blank", false), Ok(false));
+    let of = |vm, generation, role| {
+        let mut sidecar = Sidecar { generation, role, ..stage.sidecar() };
+        sidecar.provenance.vm = vm;
+        sidecar
+    };
+    let line = [
+        of(VM, 1, Role::Primary),
+        of(VM, 4, Role::Replica),
+        Sidecar { whole: false, ..of(VM, 4, Role::Replica) },
+        of(OTHER, 2, Role::Primary),
+    ];
+    let strangers = [
+        (of(VM, 5, Role::Primary), "generation 5 of this VM, which its generation 4 does not have"),
+        (of(OTHER, 3, Role::Primary), "generation 3 of another VM server (0808"),
+        (of(VmId([3; 16]), 1, Role::Replica), "generation 1 of another VM"),
+        (Sidecar { whole: false, ..of(VmId([3; 16]), 1, Role::Replica) }, "generation 1 of another VM"),
+    ];
+    for sidecar in line {
+        fs::write(stage.image("line"), [7; 4096]).unwrap();
+        sidecar.write(&stage.image("line")).unwrap();
+        assert_eq!(overwrite(&mut stage, "line", false), Ok(false), "{sidecar:?}");
+    }
+    for (sidecar, holds) in strangers {
+        sidecar.write(&stage.image("stranger")).unwrap();
+        let error = overwrite(&mut stage, "stranger", false).unwrap_err();
+        assert!(error.contains(holds) && error.contains("nothing is overwritten"), "{error}");
+        assert!(error.contains(",overwrite") && error.lines().count() == 1, "{error}");
+        assert_eq!(overwrite(&mut stage, "stranger", true), Ok(true));
+    }
+}
+
+/// Hosts mixed up: the server's image is given to the standby.
+#[test]
+fn a_standby_does_not_overwrite_data_that_nobody_knows() {
+    let mut stage = Stage::new();
+    fs::write(stage.image("server"), [&[0; 4096][..], b"data"].concat()).unwrap();
+    let error = overwrite(&mut stage, "server", false).unwrap_err();
+    assert!(error.contains("holds data (at byte 0) and is no standby's copy"), "{error}");
+    assert_eq!(overwrite(&mut stage, "server", true), Ok(true));
+    // Nor does a damaged sidecar make an image free.
+    fs::write(beside(&stage.image("damaged"), "outlive"), "vm = nonsense").unwrap();
+    let error = overwrite(&mut stage, "damaged", false).unwrap_err();
+    assert!(error.contains("makes no sense") && error.contains("outlive image accept"), "{error}");
+    assert_eq!(overwrite(&mut stage, "damaged", true), Ok(true));
+}
+
+/// The standby won the generation that is given up, and died before its sidecar said so.
+#[test]
+fn a_standby_does_not_overwrite_what_its_process_has_won() {
+    let mut stage = Stage::new();
+    let me = Some(process_token().unwrap().to_owned());
+    Sidecar { role: Role::Replica, process: me, ..stage.sidecar() }.write(&stage.image("b")).unwrap();
+    assert_eq!(overwrite(&mut stage, "b", false), Ok(false));
+    (2..=5).for_each(|generation| stage.win(VM, generation));
+    let error = overwrite(&mut stage, "b", false).unwrap_err();
+    assert!(error.contains("generation 5 of this VM"), "{error}");
+}
