@@ -296,7 +296,14 @@ fn the_phases_of_a_pause_are_told_and_how_the_guest_went_on() {
         machine.enable_tracking().unwrap();
         let mut staging = Outgoing::new(256, 0).unwrap();
         let mut checkpoint = |machine: &mut Machine, after| {
-            std::thread::sleep(Duration::from_millis(2));
+            // Until every vCPU has been in the guest: on a busy host that may take a while.
+            for counter in &[A, B][..usize::from(vcpus)] {
+                let (before, deadline) = (word(machine, *counter), Instant::now() + Duration::from_secs(30));
+                while word(machine, *counter) == before {
+                    assert!(Instant::now() < deadline, "the guest stands still");
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
             let started = Instant::now();
             let report = machine.checkpoint(&mut staging, after, &mut Parts::default()).unwrap();
             assert!(report.pause <= started.elapsed());
