@@ -78,6 +78,26 @@ pub enum CaptureError {
     /// Protection has not been started.
     #[error("dirty tracking is off")]
     NotTracking,
+    /// A thread did not come to rest in time. The machine can only be left: everything else that it is told,
+    /// and dropping it, waits for that thread.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+}
+
+/// Who did not come to rest within the [budget of a stop](Machine::set_stop_budget).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stuck {
+    /// vCPUs.
+    #[error("{missing} of {vcpus} vCPUs did not stop in time")]
+    Vcpus {
+        /// How many did not stop.
+        missing: u32,
+        /// Of how many.
+        vcpus: usize,
+    },
+    /// A device's thread.
+    #[error("a device did not come to rest in time")]
+    Devices,
 }
 
 impl CaptureError {
@@ -89,6 +109,13 @@ impl CaptureError {
             Self::Harvest(HarvestError::Overrun { .. })
                 | Self::Vcpu(VcpuError::Harvest { source: HarvestError::Overrun { .. }, .. })
         )
+    }
+
+    /// This machine will give no checkpoint any more, and what the guest has done since the last one is lost:
+    /// its dirty ring was overrun, this host cannot run a vCPU, or a thread is stuck.
+    pub fn is_fatal(&self) -> bool {
+        let is_fault = matches!(self, Self::Vcpu(VcpuError::HostFault { .. }));
+        is_fault || self.is_overrun() || matches!(self, Self::Stuck(_))
     }
 }
 
@@ -229,10 +256,19 @@ impl Machine {
         if !self.tracker.is_enabled() {
             return Err(CaptureError::NotTracking);
         }
-        let was_running = std::mem::replace(&mut self.running, false);
+        let was_running = self.begin_stop();
+        let deadline = self.stop_budget.map(|budget| Instant::now() + budget);
         self.vcpus.begin_capture();
+        if let Some(deadline) = deadline {
+            if !self.gate.close_until(deadline) {
+                return Err(CaptureError::Stuck(Stuck::Devices));
+            }
+            let vcpus = self.vcpus.len();
+            self.vcpus.stopped_until(deadline).map_err(|missing| Stuck::Vcpus { missing, vcpus })?;
+        }
         self.gate.close();
         self.vcpus.captured()?;
+        self.progress.bump();
         // Now that they are out of the guest again, how they went back into it the last time is known.
         let back = self.vcpus.take_return();
         let returned = self.copied_at.take().zip(back).map(|(copied, it)| Returned {

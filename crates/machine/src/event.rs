@@ -83,8 +83,17 @@ impl std::fmt::Display for ResetWay {
 pub enum MachineEvent {
     /// The guest used its power port. The vCPU stays stopped.
     Power(PowerRequest),
-    /// A vCPU cannot go on: triple fault, failed entry, internal error. It stays stopped.
+    /// The guest has broken a vCPU beyond repair: a triple fault that does not restart it. It stays stopped.
     Crashed {
+        /// Which vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        why: String,
+    },
+    /// This host cannot run a vCPU any more: an error of KVM_RUN, an entry that the processor refuses, an
+    /// internal error of KVM. It stays stopped. The guest is well as far as anybody knows, and can go on
+    /// elsewhere from its last checkpoint; no later one can be taken here.
+    HostFault {
         /// Which vCPU.
         vcpu: u8,
         /// What KVM said.

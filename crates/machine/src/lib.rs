@@ -41,7 +41,7 @@ mod vm_state;
 pub use acpi::AcpiError;
 pub use board::BoardError;
 pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
-pub use capture::{After, CaptureError, CaptureReport, InPause, Returned};
+pub use capture::{After, CaptureError, CaptureReport, InPause, Returned, Stuck};
 pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};
@@ -52,7 +52,7 @@ pub use devices::virtio::net::{MacAddr, NetConfig, NetDevice, NetError, Output, 
 pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
 pub use irq::IrqLineError;
 pub use kvm::{Host, HostError, MAX_VCPUS};
-pub use machine::{CreateError, Machine, Options, StartError};
+pub use machine::{CreateError, Machine, Options, Progress, StartError};
 pub use map::{Range, SLOTS, SlotAddress, slot_address};
 pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, ranges};
 pub use outgoing::{Outgoing, OutgoingError};

@@ -3,7 +3,8 @@
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use outlive_dirty::{Backend, Choice, Config, Layout, Tracker};
@@ -28,7 +29,7 @@ use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::map::{lines, ports};
 use crate::memory::{GuestMemory, MemoryError, Ram};
 use crate::restart::FreshState;
-use crate::vcpu::platform::{Platform, TripleFault};
+use crate::vcpu::platform::{GuestKind, Platform};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, VmStateError};
@@ -138,7 +139,34 @@ pub struct Machine {
     pub(crate) host: Arc<Host>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Arc<Ram>,
+    /// Since when the guest stands still that ran before.
+    pub(crate) stopped_at: Option<Instant>,
+    pub(crate) stop_budget: Option<Duration>,
+    pub(crate) progress: Arc<Progress>,
     tsc_khz: u32,
+}
+
+/// A stop of this length is told to the guest: its watchdogs look for lockups of seconds.
+const LONG_STOP: Duration = Duration::from_secs(1);
+
+/// Whether a machine and those who work with it get on, for threads that look from outside.
+///
+/// It is counted up each time when all vCPUs and all devices have come to a stop, and by whoever drives the
+/// machine when he has done a step of his own. So a count that stays while stops are due means that a thread
+/// does not come.
+#[derive(Debug, Default)]
+pub struct Progress(AtomicU64);
+
+impl Progress {
+    /// The count.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Counts a step.
+    pub fn bump(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl Machine {
@@ -177,8 +205,8 @@ impl Machine {
         let msrs = host.readable_msrs(&fds[0])?;
         let tsc_khz =
             fds[0].get_tsc_khz().map_err(|source| HostError::Ioctl { what: "KVM_GET_TSC_KHZ", source })?;
-        let triple_fault = if options.firmware_bytes > 0 { TripleFault::Reset } else { TripleFault::Crash };
-        let platform = Arc::new(Platform::new(count, triple_fault));
+        let guest = if options.firmware_bytes > 0 { GuestKind::Linux } else { GuestKind::Payload };
+        let platform = Arc::new(Platform::new(count, guest));
         let gate = Arc::new(DeviceGate::new());
         let mut mmio = Bus::new();
         let mut board = Board::new(&vm, &ram, &gate, &platform, &mut mmio);
@@ -240,6 +268,9 @@ impl Machine {
             host,
             vm,
             ram,
+            stopped_at: None,
+            stop_budget: None,
+            progress: Arc::default(),
             tsc_khz,
         };
         machine.read_constants()?;
@@ -274,6 +305,24 @@ impl Machine {
     /// Stops the guest at a point where all its I/O is completed. Devices rest too.
     pub fn pause(&mut self) {
         self.quiesce();
+    }
+
+    /// How long vCPUs and devices may take to come to a stop for a checkpoint or a round of base
+    /// synchronisation: after that it fails with [`CaptureError::Stuck`](crate::CaptureError::Stuck). Without
+    /// a budget it waits.
+    pub fn set_stop_budget(&mut self, budget: Option<Duration>) {
+        self.stop_budget = budget;
+    }
+
+    /// What says whether the machine gets on.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
+    }
+
+    /// What was told as a [fault of this host](MachineEvent::HostFault) is the guest's own doing: its last
+    /// checkpoint can be taken, of what KVM says of the vCPU.
+    pub fn blame_guest(&mut self) {
+        self.vcpus.forget_faults();
     }
 
     /// Guest memory.
@@ -319,11 +368,21 @@ impl Machine {
         self.constants_sent = false;
     }
 
+    /// A stop begins. Returns whether the guest runs until it.
+    pub(crate) fn begin_stop(&mut self) -> bool {
+        let was_running = std::mem::replace(&mut self.running, false);
+        if was_running {
+            self.stopped_at = Some(Instant::now());
+        }
+        was_running
+    }
+
     /// Stops vCPUs and devices. Returns whether they ran.
     pub(crate) fn quiesce(&mut self) -> bool {
-        let was_running = std::mem::replace(&mut self.running, false);
+        let was_running = self.begin_stop();
         self.vcpus.stop();
         self.gate.close();
+        self.progress.bump();
         was_running
     }
 
@@ -331,8 +390,25 @@ impl Machine {
     pub(crate) fn release(&mut self, run: bool) {
         if run && !self.running {
             self.running = true;
+            if self.stopped_at.take().is_some_and(|at| at.elapsed() >= LONG_STOP) {
+                self.tell_of_stop();
+            }
             self.gate.open();
             self.vcpus.run();
+        }
+    }
+
+    /// Tells the guest's watchdogs that it stood still, so that they do not take it for a lockup of its own
+    /// (KVM_KVMCLOCK_CTRL). A guest that does not use kvmclock has no such bit, and KVM says EINVAL.
+    fn tell_of_stop(&mut self) {
+        let told = self.vcpus.on_each(|_| {
+            Box::new(|fd| {
+                fd.kvmclock_ctrl().ok();
+                Ok(())
+            })
+        });
+        if let Err(error) = told {
+            tracing::debug!(%error, "the guest is not told that it stood still");
         }
     }
 

@@ -7,7 +7,7 @@ use outlive_dirty::Gfn;
 use outlive_epoch::image::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use outlive_epoch::image::{RecordBuf, StateBuf, StateKind, StateSection};
 
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_SIZE, keep_out_of_dumps};
 use crate::state::SECTION_VERSION;
 
 /// Why staging could not be made.
@@ -57,6 +57,7 @@ impl Outgoing {
         if pages == libc::MAP_FAILED {
             return Err(OutgoingError { bytes, source: std::io::Error::last_os_error() });
         }
+        keep_out_of_dumps(pages.cast(), bytes);
         Ok(Self {
             pages: pages.cast(),
             capacity,

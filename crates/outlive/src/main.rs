@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use outlive::cli::Cli;
 use outlive::exit;
 use tracing_subscriber::EnvFilter;
@@ -23,7 +24,19 @@ fn main() -> ExitCode {
         Err(error) => return ExitCode::from(exit::usage(one_line(&error))),
     };
     init_logs();
+    no_core_dumps();
     ExitCode::from(cli.command.execute())
+}
+
+/// A core dump would hold what the guest keeps secret, and would keep the links open until it is written, so that
+/// a standby hears late that this side is gone. A limit of one byte also stops dumps into a pipe, which a limit of
+/// 0 does not (core(5); fs/coredump.c).
+fn no_core_dumps() {
+    let limited = getrlimit(Resource::RLIMIT_CORE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_CORE, most.min(1), most));
+    if let Err(error) = limited {
+        tracing::warn!(%error, "this process may leave a core dump");
+    }
 }
 
 /// What is wrong with the command line and the hints to it, without the summary of all options.

@@ -10,6 +10,8 @@
 //! How long [`DeviceGate::close`] waits is the rest of the longest batch inside. A batch therefore asks
 //! [`Pass::must_leave`] after each request and ends early, so that the wait is one request, not one batch.
 
+use std::time::Instant;
+
 use super::sync::{AtomicBool, AtomicU32, Condvar, Mutex, MutexGuard, Ordering};
 
 /// Set while the gate is closed or a close waits; the bits below count the threads inside.
@@ -98,6 +100,27 @@ impl DeviceGate {
         while self.state.load(Ordering::Acquire) & !CLOSED != 0 {
             parked = wait(&self.emptied, parked);
         }
+    }
+
+    /// The same, but waits until `deadline` at most. Returns whether the gate is empty; it is closed in any
+    /// case.
+    #[must_use = "a gate that is not empty must not be relied on"]
+    pub fn close_until(&self, deadline: Instant) -> bool {
+        if self.state.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0 {
+            return true;
+        }
+        let mut parked = self.lock();
+        while self.state.load(Ordering::Acquire) & !CLOSED != 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            parked = match self.emptied.wait_timeout(parked, left) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        true
     }
 
     /// Opens the gate and wakes the threads that wait for it.

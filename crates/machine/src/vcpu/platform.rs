@@ -1,4 +1,5 @@
-//! The platform's ports: idle, wake, power and debug console of the payload guest, and those of [`power`].
+//! The platform's ports: those of [`power`] for a Linux guest; idle, wake, power and debug console for the
+//! payload guest. Neither has the other's.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +33,7 @@ const CONSOLE_LINE: usize = 1024;
 pub(crate) struct Platform {
     idle: Vec<Arc<IdleState>>,
     console: Mutex<Vec<u8>>,
-    triple_fault: TripleFault,
+    guest: GuestKind,
     /// The guest has ended itself: of several vCPUs that do, one counts.
     ended: AtomicBool,
     /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is
@@ -42,33 +43,37 @@ pub(crate) struct Platform {
     asked_by: AtomicU32,
     panicked: AtomicBool,
     complaints: Complaints,
+    /// How much the payload may still print.
+    printed: Complaints,
 }
 
-/// What a triple fault means.
+/// For which guest a machine is made: it decides which ports there are, and what a triple fault is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TripleFault {
-    /// The guest is broken.
-    Crash,
-    /// As on a PC; kernels use it when no other way to restart has helped.
-    Reset,
+pub(crate) enum GuestKind {
+    /// The payload. A triple fault breaks it.
+    Payload,
+    /// Linux, on what looks like a PC: a triple fault is a reset, by which kernels restart when no other way
+    /// has helped.
+    Linux,
 }
 
 impl Platform {
-    pub(crate) fn new(vcpus: usize, triple_fault: TripleFault) -> Self {
+    pub(crate) fn new(vcpus: usize, guest: GuestKind) -> Self {
         Self {
             idle: (0..vcpus).map(|_| Arc::default()).collect(),
             console: Mutex::new(Vec::with_capacity(CONSOLE_LINE)),
-            triple_fault,
+            guest,
             ended: AtomicBool::new(false),
             asked: AtomicU32::new(0),
             asked_by: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             complaints: Complaints::default(),
+            printed: Complaints::default(),
         }
     }
 
-    pub(super) fn triple_fault(&self) -> TripleFault {
-        self.triple_fault
+    pub(super) fn guest(&self) -> GuestKind {
+        self.guest
     }
 
     /// Whether this is the first end of the guest since its start.
@@ -106,6 +111,13 @@ impl Platform {
     }
 
     pub(super) fn write(&self, port: u16, data: &[u8]) -> AfterPort {
+        match self.guest {
+            GuestKind::Payload => self.payload_write(port, data),
+            GuestKind::Linux => power::write(port, data),
+        }
+    }
+
+    fn payload_write(&self, port: u16, data: &[u8]) -> AfterPort {
         match (port, data) {
             (abi::PORT_IDLE, &[a, b, c, d]) => AfterPort::Idle(deadline(u32::from_le_bytes([a, b, c, d]))),
             (abi::PORT_WAKE, &[a, b, c, d]) => {
@@ -136,13 +148,13 @@ impl Platform {
                 self.print(byte);
                 AfterPort::Continue
             }
-            _ => power::write(port, data),
+            _ => AfterPort::NotOurs,
         }
     }
 
     /// Answers a read from a platform port. Returns false for any other.
     pub(super) fn read(&self, port: u16, data: &mut [u8]) -> bool {
-        power::read(port, data)
+        self.guest == GuestKind::Linux && power::read(port, data)
     }
 
     fn print(&self, byte: u8) {
@@ -151,7 +163,10 @@ impl Platform {
             line.push(byte);
         }
         if byte == b'\n' || line.len() == CONSOLE_LINE {
-            tracing::info!(target: "guest", "{}", String::from_utf8_lossy(&line).escape_debug());
+            let text = String::from_utf8_lossy(&line);
+            if let Some(unsaid) = self.printed.next() {
+                tracing::info!(target: "guest", unsaid, "{}", text.escape_debug());
+            }
             line.clear();
         }
     }
@@ -168,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_wake_reaches_the_vcpus_of_its_mask_alone() {
-        let platform = Platform::new(3, TripleFault::Crash);
+        let platform = Platform::new(3, GuestKind::Payload);
         assert_eq!(platform.write(abi::PORT_WAKE, &0b1101u32.to_le_bytes()), AfterPort::Continue);
         let now = Some(Instant::now());
         assert_eq!(platform.idle(0).wait(None), Idle::Over);
@@ -179,7 +194,7 @@ mod tests {
 
     #[test]
     fn one_end_and_one_panic_count_until_the_guest_starts_anew() {
-        let platform = Platform::new(2, TripleFault::Reset);
+        let platform = Platform::new(2, GuestKind::Linux);
         for _ in 0..2 {
             assert!(platform.first_end() && !platform.first_end());
             assert!(platform.first_panic() && !platform.first_panic());
@@ -187,9 +202,27 @@ mod tests {
         }
     }
 
+    /// Whoever may use ports in a Linux guest must not idle a vCPU beyond all interrupts, end the VM past its
+    /// kernel or fill the host's log.
+    #[test]
+    fn a_linux_guest_has_no_port_of_the_payload() {
+        let platform = Platform::new(1, GuestKind::Linux);
+        for port in [abi::PORT_IDLE, abi::PORT_WAKE, abi::PORT_POWER] {
+            assert_eq!(platform.write(port, &[1, 0, 0, 0]), AfterPort::NotOurs, "{port:#x}");
+        }
+        assert_eq!(platform.write(abi::PORT_DEBUG, b"\n"), AfterPort::NotOurs);
+        let reset = AfterPort::Power(PowerRequest::Reset(ResetWay::Keyboard));
+        assert_eq!(platform.write(0x64, &[0xfe]), reset);
+        assert!(platform.read(0x64, &mut [0]));
+
+        let payload = Platform::new(1, GuestKind::Payload);
+        assert_eq!(payload.write(0x64, &[0xfe]), AfterPort::NotOurs);
+        assert!(!payload.read(0x64, &mut [0]));
+    }
+
     #[test]
     fn writes_of_odd_size_or_value_do_nothing() {
-        let platform = Platform::new(1, TripleFault::Crash);
+        let platform = Platform::new(1, GuestKind::Payload);
         assert_eq!(platform.write(abi::PORT_POWER, &[1]), AfterPort::NotOurs);
         assert_eq!(platform.write(abi::PORT_POWER, &99u32.to_le_bytes()), AfterPort::Continue);
         assert_eq!(platform.write(abi::PORT_IDLE, &abi::IDLE_FOREVER.to_le_bytes()), AfterPort::Idle(None));

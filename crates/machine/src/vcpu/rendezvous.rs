@@ -11,6 +11,7 @@
 //! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::futex;
 
@@ -94,12 +95,38 @@ impl Rendezvous {
 
     /// Controller: waits until every thread has carried out the last command.
     pub(super) fn wait_all(&self) {
+        while self.missing() > 0 {
+            self.wait_arrival(None);
+        }
+    }
+
+    /// The same, but not beyond `deadline`. The next command may be published only after every thread has
+    /// come.
+    ///
+    /// # Errors
+    /// How many have not.
+    pub(super) fn wait_all_until(&self, deadline: Instant) -> Result<(), u32> {
         loop {
-            let arrived = self.arrived.load(Ordering::Acquire);
-            if arrived == self.threads {
-                return;
+            let missing = self.missing();
+            if missing == 0 {
+                return Ok(());
             }
-            futex::wait(&self.arrived, arrived, None);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(missing);
+            }
+            self.wait_arrival(Some(left));
+        }
+    }
+
+    fn missing(&self) -> u32 {
+        self.threads - self.arrived.load(Ordering::Acquire)
+    }
+
+    fn wait_arrival(&self, timeout: Option<Duration>) {
+        let arrived = self.arrived.load(Ordering::Acquire);
+        if arrived < self.threads {
+            futex::wait(&self.arrived, arrived, timeout);
         }
     }
 
@@ -178,6 +205,36 @@ mod tests {
         meeting.publish(Command::Quit);
         meeting.wait_all();
         threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+
+    #[test]
+    fn a_thread_that_does_not_come_in_time_is_counted() {
+        let meeting = Arc::new(Rendezvous::new(2));
+        let go = Arc::new(std::sync::Barrier::new(2));
+        let threads: Vec<_> = [true, false]
+            .map(|waits| {
+                let (meeting, go) = (meeting.clone(), go.clone());
+                std::thread::spawn(move || {
+                    meeting.next(Order::FIRST);
+                    if waits {
+                        go.wait();
+                    }
+                    meeting.arrive();
+                })
+            })
+            .into();
+        meeting.publish(Command::Stop);
+        let begun = Instant::now();
+        let budget = Duration::from_millis(100);
+        while meeting.missing() == 2 {
+            std::thread::yield_now();
+        }
+        assert_eq!(meeting.wait_all_until(begun + budget), Err(1));
+        assert!(begun.elapsed() >= budget);
+        go.wait();
+        meeting.wait_all();
+        assert_eq!(meeting.wait_all_until(begun), Ok(()), "who has come is not late");
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
     }
 
     #[test]

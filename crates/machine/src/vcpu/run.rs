@@ -11,7 +11,7 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use outlive_dirty::{Exit, HarvestError};
 
 use super::idle::{Idle, IdleState};
-use super::platform::{AfterPort, TripleFault};
+use super::platform::{AfterPort, GuestKind};
 use super::port_io;
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
@@ -41,6 +41,15 @@ pub enum VcpuError {
         vcpu: u8,
         /// Why.
         source: HarvestError,
+    },
+    /// This host cannot run it any more ([`MachineEvent::HostFault`]); what KVM says of its registers may be
+    /// of an earlier moment.
+    #[error("vCPU {vcpu}: {why}")]
+    HostFault {
+        /// Which vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        why: String,
     },
 }
 
@@ -77,6 +86,8 @@ pub(super) struct VcpuSlot {
     pub(super) marks: Marks,
     /// The guest ended itself or crashed; the vCPU is not entered again until the guest starts anew.
     pub(super) ended: AtomicBool,
+    /// Why this host cannot run the vCPU any more. For good: a restart of the guest does not mend the host.
+    pub(super) fault: Mutex<Option<String>>,
 }
 
 /// A vCPU in its thread.
@@ -106,6 +117,7 @@ impl Vcpu {
             immediate_exit: ImmediateExit::of(&mut fd),
             marks: Marks::default(),
             ended: AtomicBool::new(false),
+            fault: Mutex::new(None),
         });
         let idle = shared.platform.idle(usize::from(index)).clone();
         let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None, left: None };
@@ -171,8 +183,8 @@ impl Vcpu {
 
     /// One `KVM_RUN` and what its exit asks for.
     fn enter(&mut self) -> Entered {
-        let Self { fd, shared, index, .. } = self;
-        let crash = match fd.run() {
+        let Self { fd, shared, .. } = self;
+        let end = match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 let after = shared.platform.write(port, data);
                 if after == AfterPort::NotOurs {
@@ -200,24 +212,44 @@ impl Vcpu {
             }
             Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => return Entered::LogFull,
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Entered::Again,
-            Ok(VcpuExit::Shutdown) if shared.platform.triple_fault() == TripleFault::Reset => {
+            Ok(VcpuExit::Shutdown) if shared.platform.guest() == GuestKind::Linux => {
                 let request = PowerRequest::Reset(ResetWay::TripleFault);
                 return self.after_port(AfterPort::Power(request));
             }
-            Ok(VcpuExit::Shutdown) => "triple fault (KVM_EXIT_SHUTDOWN)".to_owned(),
-            Ok(other) => format!("{other:?}"),
+            Ok(VcpuExit::Shutdown) => End::Guest("triple fault (KVM_EXIT_SHUTDOWN)".to_owned()),
+            // All that follows no guest asks for: the processor, KVM or the memory of this host.
+            Ok(VcpuExit::FailEntry(reason, cpu)) => End::Host(format!(
+                "the processor does not enter the guest (KVM_EXIT_FAIL_ENTRY, reason {reason:#x}, processor {cpu})"
+            )),
+            Ok(VcpuExit::InternalError) => {
+                // SAFETY: the exit says which member of the union KVM has filled.
+                let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
+                End::Host(format!("KVM cannot go on (KVM_EXIT_INTERNAL_ERROR, suberror {suberror})"))
+            }
+            Ok(other) => End::Host(format!("KVM came back with {other:?}")),
             Err(error) => match error.errno() {
                 libc::EINTR => return Entered::Interrupted,
                 libc::EAGAIN => return Entered::Again,
-                _ => format!("KVM_RUN: {error}"),
+                _ => End::Host(format!("KVM_RUN: {error}")),
             },
         };
-        let vcpu = *index;
+        self.end(end);
+        Entered::Interrupted
+    }
+
+    /// The vCPU is not entered again.
+    fn end(&mut self, end: End) {
+        let vcpu = self.index;
+        if let End::Host(why) = &end {
+            *lock(&self.slot.fault) = Some(why.clone());
+        }
         self.slot.ended.store(true, Ordering::Release);
         if self.shared.platform.first_end() {
-            (self.shared.events)(MachineEvent::Crashed { vcpu, why: crash });
+            (self.shared.events)(match end {
+                End::Guest(why) => MachineEvent::Crashed { vcpu, why },
+                End::Host(why) => MachineEvent::HostFault { vcpu, why },
+            });
         }
-        Entered::Interrupted
     }
 
     fn after_port(&mut self, after: AfterPort) -> Entered {
@@ -253,7 +285,7 @@ impl Vcpu {
                 Entered::LogFull | Entered::Again => {}
             }
         }
-        tracing::error!(vcpu = self.index, "KVM_RUN does not honour immediate_exit");
+        self.end(End::Host("KVM_RUN does not honour immediate_exit".to_owned()));
     }
 
     fn do_task(&mut self) {
@@ -284,6 +316,9 @@ impl Vcpu {
 
     fn try_capture(&mut self) -> Result<(), VcpuError> {
         let vcpu = self.index;
+        if let Some(why) = lock(&self.slot.fault).clone() {
+            return Err(VcpuError::HostFault { vcpu, why });
+        }
         let mut saved = lock(&self.slot.saved);
         self.saver.save(&mut self.fd, &mut saved).map_err(|source| VcpuError::State { vcpu, source })?;
         self.slot.marks.saved(self.shared.timeline);
@@ -294,6 +329,14 @@ impl Vcpu {
         self.slot.marks.harvested(self.shared.timeline);
         Ok(())
     }
+}
+
+/// Why a vCPU is not entered again.
+enum End {
+    /// The guest broke.
+    Guest(String),
+    /// The host did.
+    Host(String),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
 use outlive_dirty::{Gfn, Tracker};
@@ -136,6 +137,14 @@ impl VcpuSet {
         Return::take(self.shared.timeline, self.slots.iter().map(|slot| &slot.marks))
     }
 
+    /// Waits for the same until `deadline`, without looking for errors.
+    ///
+    /// # Errors
+    /// How many have not stopped. Nothing else may be ordered of the set then.
+    pub(crate) fn stopped_until(&self, deadline: Instant) -> Result<(), u32> {
+        self.shared.meeting.wait_all_until(deadline)
+    }
+
     /// Reads the saved state of vCPU `index`; valid after [`captured`](Self::captured).
     pub(crate) fn with_saved<T>(&self, index: usize, read: impl FnOnce(&[u8]) -> T) -> T {
         read(&lock(&self.slots[index].saved))
@@ -197,6 +206,11 @@ impl VcpuSet {
             slot.ended.store(false, Ordering::Release);
             self.shared.platform.idle(index).wake();
         }
+    }
+
+    /// Forgets what this host could not do.
+    pub(crate) fn forget_faults(&self) {
+        self.slots.iter().for_each(|slot| drop(lock(&slot.fault).take()));
     }
 
     /// Number of vCPUs.

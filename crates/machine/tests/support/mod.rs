@@ -91,6 +91,25 @@ pub(crate) fn host() -> Option<Arc<Host>> {
     }
 }
 
+/// What a machine of the tests is made of.
+pub(crate) fn options(vcpus: u8, tracker: Choice) -> Options {
+    Options {
+        vcpus,
+        memory: MEMORY,
+        firmware_bytes: 0,
+        output: OutputMode::PassThrough,
+        net: None,
+        disks: Vec::new(),
+        rng: false,
+        console: None,
+        serial: None,
+        tracker,
+        trigger: 1024,
+        max_dirty: 2048,
+        events: Arc::new(|_| ()),
+    }
+}
+
 /// A machine without a guest.
 pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
     machine_with(host, vcpus, tracker, None)
@@ -104,21 +123,8 @@ pub(crate) fn machine_with(
     serial: Option<PortEnd>,
 ) -> (Machine, Receiver<MachineEvent>) {
     let (tx, rx) = channel();
-    let options = Options {
-        vcpus,
-        memory: MEMORY,
-        firmware_bytes: 0,
-        output: OutputMode::PassThrough,
-        net: None,
-        disks: Vec::new(),
-        rng: false,
-        console: None,
-        serial,
-        tracker,
-        trigger: 1024,
-        max_dirty: 2048,
-        events: Arc::new(move |event| drop(tx.send(event))),
-    };
+    let events = Arc::new(move |event| drop(tx.send(event)));
+    let options = Options { serial, events, ..options(vcpus, tracker) };
     (Machine::new(host.clone(), &options).unwrap(), rx)
 }
 

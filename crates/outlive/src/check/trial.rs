@@ -91,7 +91,7 @@ impl Guest {
         let crash = Arc::new(Mutex::new(None));
         let reported = Arc::clone(&crash);
         let events = Arc::new(move |event| {
-            if let MachineEvent::Crashed { why, .. } = event {
+            if let MachineEvent::Crashed { why, .. } | MachineEvent::HostFault { why, .. } = event {
                 *reported.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(why);
             }
         });

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing};
+use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing, VcpuError};
 use outlive_pair::policy::{DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Next, Pause, Policy};
 use outlive_pair::{After, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
 
@@ -95,6 +95,8 @@ impl Coordinator {
         }
         let last = matches!(wanted, Wanted::Last(_)) || !self.with.driver.guest_may_run();
         let then = if last { Then::Stay } else { Then::Resume };
+        let protected = self.with.driver.status() == PrimaryStatus::Protected;
+        self.with.machine.set_stop_budget(protected.then_some(self.with.stop_budget));
         let began = self.with.driver.clock().now();
         let (result, decided) = self.pause(&mut staging, then, &pool);
         let ended = self.with.driver.clock().now();
@@ -140,8 +142,11 @@ impl Coordinator {
     /// state machine allows it (invariant 7).
     pub(super) fn capture_failed(&mut self, error: &CaptureError) {
         tracing::error!("checkpoint failed: {error}");
-        if error.is_overrun() {
-            self.wedged = true;
+        if let CaptureError::Vcpu(VcpuError::HostFault { vcpu, why }) = error {
+            return self.host_fault(*vcpu, why);
+        }
+        if error.is_fatal() {
+            self.over = Some(error.to_string());
             return;
         }
         if let Some(link) = self.protection.as_ref().map(|protection| protection.link) {

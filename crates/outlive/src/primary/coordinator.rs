@@ -39,6 +39,8 @@ use crate::vm::End;
 
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// A fault of the host that comes so soon after a takeover is taken for the guest's doing.
+const SAME_FAULT: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -50,6 +52,10 @@ pub(super) struct Setup {
     pub(super) driver: Arc<SharedDriver>,
     /// Messages of all other threads.
     pub(super) inbox: Receiver<Inbox>,
+    /// When the VM was taken over, if it did not start here.
+    pub(super) took_over: Option<Instant>,
+    /// How long a stop of the machine may take while a standby waits.
+    pub(super) stop_budget: Duration,
     /// When an epoch ends.
     pub(super) policy: Policy,
     /// Pages that a buffer has room for.
@@ -88,8 +94,10 @@ pub(super) struct Coordinator {
     pub(super) acknowledged_in: Option<Duration>,
     /// Checkpoints of this process.
     pub(super) captures: u64,
-    /// The VM cannot run here any more.
-    pub(super) wedged: bool,
+    /// Why the VM cannot run here any more.
+    pub(super) over: Option<String>,
+    /// The guest has crashed because no host can run it.
+    pub(super) blamed: bool,
     restarts: Restarts,
     notes: Notes,
 }
@@ -103,7 +111,8 @@ impl Coordinator {
             on_their_way: VecDeque::with_capacity(16),
             acknowledged_in: None,
             captures: 0,
-            wedged: false,
+            over: None,
+            blamed: false,
             restarts: Restarts::default(),
             notes: Notes::new(with.events.clone(), with.totals.clone()),
             with,
@@ -116,6 +125,11 @@ impl Coordinator {
         self.with.driver.handle(PrimaryEvent::Tick);
         loop {
             if let Some(end) = self.turn() {
+                if matches!(end, End::Failed(_)) {
+                    // The machine may have a thread that never comes, and its memory takes time to be given
+                    // back: the end of the process waits for neither.
+                    std::mem::forget(self);
+                }
                 return end;
             }
         }
@@ -133,7 +147,7 @@ impl Coordinator {
         if let Err(error) = self.capture_if_due() {
             self.capture_failed(&error);
         }
-        self.wedged.then(|| self.give_up())
+        self.over.take().map(|why| self.give_up(&why))
     }
 
     /// Waits for a message, but not beyond the next thing to do.
@@ -213,7 +227,26 @@ impl Coordinator {
                 tracing::error!(vcpu, "the guest crashed: {why}");
                 self.end(EndReason::Crash);
             }
+            // The failed checkpoint came first.
+            MachineEvent::HostFault { .. } if self.blamed => {}
+            MachineEvent::HostFault { vcpu, why } => self.host_fault(vcpu, &why),
         }
+    }
+
+    /// This host cannot run a vCPU any more. The guest has done nothing that is known of, so its standby goes
+    /// on. A guest that makes every host fail does so again soon after the takeover, from the same checkpoint:
+    /// then it has crashed, or two hosts would hand it to each other for ever.
+    pub(super) fn host_fault(&mut self, vcpu: u8, why: &str) {
+        let soon = self.with.took_over.is_some_and(|at| at.elapsed() < SAME_FAULT);
+        if soon && !std::mem::replace(&mut self.blamed, true) {
+            tracing::error!(
+                vcpu,
+                "soon after the takeover this host, too, cannot run the guest: it crashed: {why}"
+            );
+            self.with.machine.blame_guest();
+            return self.end(EndReason::Crash);
+        }
+        self.over = Some(format!("a fault of this host, vCPU {vcpu}: {why}"));
     }
 
     /// The guest asks for a restart; one that cannot ends.
@@ -324,16 +357,14 @@ impl Coordinator {
         self.with.machine.write_log().set_mode(LogMode::Off);
     }
 
-    /// KVM has lost writes of this VM and will not run it again. If a checkpoint was committed, it is whole:
-    /// this process ends without a word on the link, so the standby takes over from there. Held output goes
-    /// with it.
-    fn give_up(&mut self) -> End {
-        self.with.driver.discard_output();
+    /// The VM cannot run on this host any more. If a checkpoint was committed, it is whole: this process ends
+    /// without a word on the link, so the standby takes over from there. Held output goes with it.
+    fn give_up(&mut self, why: &str) -> End {
+        let protected = self.with.driver.status() == PrimaryStatus::Protected;
+        self.with.driver.leave();
         self.with.reporter.take();
-        End::Failed(
-            "dirty tracking was overrun and KVM runs this VM no more: leaving it to its standby, if it has one"
-                .into(),
-        )
+        let then = if protected { "leaving it to its standby" } else { "and no standby has it" };
+        End::Failed(format!("the VM cannot run here any more, {then}: {why}"))
     }
 
     fn exit(&mut self, reason: ExitReason) -> End {

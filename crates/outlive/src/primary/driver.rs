@@ -5,6 +5,7 @@
 //! the pause of the VM waits for it. What takes time comes after the lock: above all, a committed epoch's
 //! output leaves by the very thread that read the acknowledgement.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub(crate) struct SharedDriver {
     valve: Arc<Valve>,
     inbox: Queue,
     totals: Arc<Totals>,
+    /// This side has left the VM to its standby and decides nothing any more. Written under the lock.
+    left: AtomicBool,
 }
 
 impl SharedDriver {
@@ -52,7 +55,7 @@ impl SharedDriver {
         totals: Arc<Totals>,
     ) -> Arc<Self> {
         let driver = Mutex::new(PrimaryDriver::new(machine, ports));
-        Arc::new(Self { driver, clock, valve, inbox, totals })
+        Arc::new(Self { driver, clock, valve, inbox, totals, left: AtomicBool::new(false) })
     }
 
     /// The time that the state machine is fed with.
@@ -62,7 +65,13 @@ impl SharedDriver {
 
     /// Takes an event, and does what follows from it.
     pub(crate) fn handle(&self, event: PrimaryEvent) {
-        let after = self.lock().handle(self.clock.now(), event);
+        let after = {
+            let mut driver = self.lock();
+            if self.left.load(Ordering::Relaxed) {
+                return;
+            }
+            driver.handle(self.clock.now(), event)
+        };
         self.follow(after);
     }
 
@@ -82,6 +91,9 @@ impl SharedDriver {
     pub(super) fn connected(&self, connection: Connection) {
         let after = {
             let mut driver = self.lock();
+            if self.left.load(Ordering::Relaxed) {
+                return;
+            }
             let link = connection.link;
             driver.ports_mut().connect(connection);
             driver.handle(self.clock.now(), PrimaryEvent::Connected { link })
@@ -175,10 +187,18 @@ impl SharedDriver {
         self.valve.drain();
     }
 
-    /// Throws all output away, for good.
-    pub(super) fn discard_output(&self) {
+    /// Leaves the VM to its standby: output is thrown away and the link is closed without a word on it, as when
+    /// this process dies. Nothing is decided here from now on; above all the closed link does not make this
+    /// side ask the arbiter for the VM.
+    pub(super) fn leave(&self) {
+        let mut driver = self.lock();
+        self.left.store(true, Ordering::Relaxed);
         self.valve.discard();
-        self.valve.drain();
+        if let Some(connection) = driver.ports_mut().take_connection() {
+            connection.sender.close();
+            // Its thread may be writing; nobody waits for it.
+            std::mem::forget(connection);
+        }
     }
 
     /// Lets what is queued go out and closes the link.

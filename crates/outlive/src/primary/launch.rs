@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
@@ -101,6 +101,9 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         machine,
         driver,
         inbox,
+        took_over: (identity.checkpoint > 0).then(Instant::now),
+        // Who gives no sign of life for so long is dead to others.
+        stop_budget: options.dead_after,
         policy: capture::policy(options.interval, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         totals,

@@ -10,6 +10,7 @@ mod disks;
 mod ends;
 mod errors;
 mod freeze;
+mod host_faults;
 mod kills;
 mod known;
 mod link;

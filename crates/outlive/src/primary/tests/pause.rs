@@ -97,6 +97,8 @@ fn guarding(machine: Machine, output: Arc<Stuck>) -> Coordinator {
         machine,
         driver: rig.driver,
         inbox: rig.inbox,
+        took_over: None,
+        stop_budget: Duration::from_secs(20),
         policy: capture::policy(Duration::from_millis(1), MAX_DIRTY),
         staging_pages: 2 * MAX_DIRTY,
         replicates_disks: false,

@@ -16,6 +16,7 @@
 mod client;
 mod process;
 mod proxy;
+mod tracer;
 mod witness;
 mod writer;
 
@@ -34,6 +35,7 @@ use outlive::network::{EnterError, Namespace, Netlink};
 pub(crate) use client::{Client, Value};
 pub(crate) use process::Process;
 pub(crate) use proxy::{Proxy, Way};
+pub(crate) use tracer::{Held, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
 pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
 
@@ -43,6 +45,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_outlive");
 /// Where a standby listens.
 pub(crate) const PORT: u16 = 7000;
+
+/// Memory of a VM whose size is not given, in bytes.
+pub(crate) const MEMORY: u64 = 64 << 20;
 
 const VM: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const REDIS: u16 = 6379;
@@ -216,7 +221,8 @@ impl World {
     pub(crate) fn run_with(&self, side: Side, options: &[&str]) -> Process {
         let ip = format!("{VM}/24");
         // The last is the built-in guest's.
-        let usual = [("--memory", "64M"), ("--ip", &ip)];
+        let memory = MEMORY.to_string();
+        let usual = [("--memory", memory.as_str()), ("--ip", &ip)];
         let usual = if options.contains(&"--kernel") { &usual[..1] } else { &usual };
         self.start(side, &["run"], options, usual)
     }

@@ -1,0 +1,68 @@
+//! A host that is broken, not dead: KVM cannot run the guest any more, or a thread never comes back. The VM goes
+//! on elsewhere.
+
+use std::time::Duration;
+
+use outlive::events::Event;
+
+use crate::support::{Dice, Held, MEMORY, Process, Side, Witnesses, World, take_program_memory};
+
+/// What the guest may have run for before its host breaks.
+const SPAN: Duration = Duration::from_millis(200);
+
+/// Breaks the host of a protected VM: it ends, and says why by these words, and the standby goes on.
+fn survives(words: &[&str], break_host: impl Fn(&Process) -> Option<Held>) {
+    let Some(world) = World::new() else { return };
+    let mut dice = Dice::new();
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 4);
+    dice.sleep_below(SPAN);
+    let held = break_host(&active);
+    standby.wait_takeover();
+    drop(held);
+    assert_eq!(active.wait_exit(), 1, "{}", active.log());
+    let log = active.log();
+    assert!(words.iter().all(|word| log.contains(word)), "no {words:?} in\n{log}");
+    let _new = world.standby(Side::A);
+    standby.wait_protected();
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+#[test]
+fn a_host_whose_kvm_fails_leaves_the_vm_to_its_standby() {
+    survives(&["a fault of this host", "leaving it to its standby"], |active| {
+        take_program_memory(active, MEMORY);
+        None
+    });
+}
+
+#[test]
+fn a_host_with_a_vcpu_that_does_not_stop_leaves_the_vm_to_its_standby() {
+    survives(&["1 of 1 vCPUs did not stop in time"], |active| Some(Held::thread(active, "vcpu0")));
+}
+
+/// The same fault on the second host, soon after the takeover: it is the guest that breaks its hosts.
+#[test]
+fn a_guest_that_every_host_fails_on_has_crashed() {
+    let Some(world) = World::new() else { return };
+    let (active, mut standby) = world.protected(Side::A);
+    take_program_memory(&active, MEMORY);
+    standby.wait_takeover();
+    take_program_memory(&standby, MEMORY);
+    assert_eq!(standby.wait_exit(), 1);
+    assert!(standby.log().contains("soon after the takeover"), "{}", standby.log());
+    assert!(standby.has(|e| matches!(e, Event::Ended { reason, .. } if reason.contains("crash"))));
+}
+
+/// Without a standby a host fault is the end of the VM, and no crash of the guest.
+#[test]
+fn an_unprotected_vm_ends_with_the_reason() {
+    let Some(world) = World::new() else { return };
+    let mut active = world.run(Side::A);
+    active.wait_for("running", |e| matches!(e, Event::Started { .. }));
+    take_program_memory(&active, MEMORY);
+    assert_eq!(active.wait_exit(), 1);
+    let log = active.log();
+    assert!(log.contains("a fault of this host") && log.contains("no standby has it"), "{log}");
+}

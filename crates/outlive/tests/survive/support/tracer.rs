@@ -1,0 +1,106 @@
+//! A debugger's hand on a process under test: it holds a thread, or has the process take memory away from itself.
+//! Both are what only a broken host does.
+
+use std::fs;
+use std::ops::Range;
+
+use nix::errno::Errno;
+use nix::libc::{PROT_NONE, SYS_mprotect};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use super::{Process, wait_until};
+
+/// A thread that runs no further. It goes on when this is dropped, if it still exists.
+pub(crate) struct Held(Pid);
+
+impl Held {
+    /// Stops the thread of this name.
+    pub(crate) fn thread(process: &Process, name: &str) -> Held {
+        let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
+        let named = tasks.filter_map(Result::ok).find(|task| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        });
+        let task = named.unwrap_or_else(|| panic!("no thread {name}")).file_name();
+        Held::stop(Pid::from_raw(task.to_str().unwrap().parse().unwrap()))
+    }
+
+    fn stop(thread: Pid) -> Held {
+        ptrace::attach(thread).unwrap();
+        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        Held(thread)
+    }
+
+    /// Has the stopped thread make a system call, if it is in one itself.
+    fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
+        /// `syscall`
+        const INSTRUCTION: u64 = 0x050f;
+        let before = ptrace::getregs(self.0).unwrap();
+        let at = before.rip - 2;
+        if ptrace::read(self.0, at as *mut _).ok()? as u64 & 0xffff != INSTRUCTION {
+            return None;
+        }
+        let mut call = before;
+        (call.rip, call.rax, call.orig_rax) = (at, number as u64, u64::MAX);
+        (call.rdi, call.rsi, call.rdx) = (arguments[0], arguments[1], arguments[2]);
+        ptrace::setregs(self.0, call).unwrap();
+        ptrace::step(self.0, None).unwrap();
+        waitpid(self.0, Some(WaitPidFlag::__WALL)).unwrap();
+        let result = ptrace::getregs(self.0).unwrap().rax as i64;
+        ptrace::setregs(self.0, before).unwrap();
+        Some(result)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if ptrace::detach(self.0, None) == Err(Errno::ESRCH) {
+            // It was killed meanwhile, and is ours to bury.
+            waitpid(self.0, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)).ok();
+        }
+    }
+}
+
+/// Takes from a process the memory behind its guest's program: the host cannot give it any more.
+pub(crate) fn take_program_memory(process: &Process, memory: u64) {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid())).unwrap();
+    let guest = maps.lines().filter_map(anonymous).find(|range| range.end - range.start == memory);
+    let guest = guest.expect("the guest's memory").start;
+    let program = program();
+    let (start, length) = (guest + program.start, program.end - program.start);
+    wait_until("the process is in a system call", || {
+        let main = Held::stop(Pid::from_raw(process.pid() as i32));
+        match main.call(SYS_mprotect, [start, length, PROT_NONE as u64]) {
+            None => false,
+            Some(result) => {
+                assert_eq!(result, 0, "mprotect");
+                true
+            }
+        }
+    });
+}
+
+/// A line of `/proc/PID/maps` that is memory of no file.
+fn anonymous(line: &str) -> Option<Range<u64>> {
+    let mut words = line.split_whitespace();
+    let (range, rights) = (words.next()?, words.next()?);
+    let (start, end) = range.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    (rights == "rw-p" && words.nth(2)? == "0").then_some(number(start)?..number(end)?)
+}
+
+/// Guest addresses of the pages that hold nothing but the payload's code: the guest does not write them, so no
+/// checkpoint copies them.
+fn program() -> Range<u64> {
+    const PAGE: u64 = 4096;
+    let elf = outlive_guest::PAYLOAD;
+    let word = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().unwrap());
+    let half = |at: usize| u16::from_le_bytes(elf[at..at + 2].try_into().unwrap());
+    let mut headers = (0..half(56)).map(|index| word(32) as usize + usize::from(index * half(54)));
+    // {type, flags}: PT_LOAD, executable.
+    let code = headers.find(|&at| word(at) as u32 == 1 && word(at) >> 32 & 1 == 1);
+    let code = code.expect("a segment of code");
+    let (start, end) = (word(code + 16), word(code + 16) + word(code + 40));
+    start.next_multiple_of(PAGE)..end / PAGE * PAGE
+}
