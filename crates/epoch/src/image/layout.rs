@@ -2,9 +2,8 @@
 
 use super::limits::MAX_RANGES;
 
-/// GFNs have 52 bits at most (x86-64 physical addresses have 52, less 12 of the page; the rest is room for
-/// the codec).
-const MAX_GFN: u64 = 1 << 52;
+/// GFNs have 40 bits at most: physical addresses of x86-64 have 52, of which a page has 12.
+const MAX_GFN: u64 = 1 << 40;
 
 /// A run of guest frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

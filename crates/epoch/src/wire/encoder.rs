@@ -6,6 +6,7 @@
 use super::checkpoint::Open;
 use super::kind::SectionKind;
 use super::section::{HEADER_LEN, SectionHeader};
+use super::version::ProtocolVersion;
 use crate::image::limits::MAX_PAGES_PER_SECTION;
 
 /// A caller's mistake. Nothing was appended and the stream can go on.
@@ -56,16 +57,32 @@ pub enum EncodeError {
 /// appends to `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section) none
 /// allocates. Calls whose names end in `_head` append everything but the data, which the caller must send
 /// right behind.
-#[derive(Default)]
 pub struct Encoder {
+    stream: ProtocolVersion,
     sequence: u64,
     pub(super) open: Option<Open>,
 }
 
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::speaking(ProtocolVersion::CURRENT)
+    }
+}
+
 impl Encoder {
-    /// The encoder of a new connection.
+    /// The encoder of a new connection, in the current version.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The encoder of a new connection to a peer of this version. The preface must name the same.
+    pub fn speaking(stream: ProtocolVersion) -> Self {
+        Self { stream, sequence: 0, open: None }
+    }
+
+    /// In which version it writes payloads of a kind.
+    pub(super) fn version_of(&self, kind: SectionKind) -> u16 {
+        kind.version_in(self.stream)
     }
 
     /// Whether a checkpoint has been begun and not ended.
@@ -114,7 +131,8 @@ impl Encoder {
         let length = out.len() - start - HEADER_LEN + data.len();
         debug_assert!(length <= kind.limit() as usize);
         let payload_crc = crc.finalize();
-        let header = SectionHeader { kind, length: length as u32, payload_crc, sequence: self.sequence };
+        let (version, sequence) = (self.version_of(kind), self.sequence);
+        let header = SectionHeader { kind, version, length: length as u32, payload_crc, sequence };
         out[start..start + HEADER_LEN].copy_from_slice(&header.encode());
         self.sequence += 1;
         header

@@ -53,14 +53,16 @@ pub enum WireError {
         kind: u16,
     },
     /// A known kind in a version that this release does not know.
-    #[error("section {kind:?} has version {version}; this release knows {known}")]
+    #[error("section {kind:?} has version {version}; this release reads {oldest} to {newest}")]
     UnknownVersion {
         /// The section's kind.
         kind: SectionKind,
         /// Version found.
         version: u16,
-        /// Version known.
-        known: u16,
+        /// Oldest version read.
+        oldest: u16,
+        /// Newest version read.
+        newest: u16,
     },
     /// Longer than the limit of its kind.
     #[error("section {kind:?} says it has {length} bytes; the limit is {limit}")]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::disk_sums::DISK_SUM_LEN;
+use super::version::ProtocolVersion;
 use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state};
 use crate::image::limits::{MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
@@ -88,9 +89,24 @@ impl SectionKind {
         Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 
-    /// The version of the payload that this release reads and writes.
+    /// The newest version of the payload: the one in a stream of the current version.
     pub fn version(self) -> u16 {
+        self.version_in(ProtocolVersion::CURRENT)
+    }
+
+    /// The oldest version of the payload that is read.
+    pub fn oldest_version(self) -> u16 {
+        self.version_in(ProtocolVersion::OLDEST)
+    }
+
+    /// The version of the payload in a stream of this version.
+    pub fn version_in(self, stream: ProtocolVersion) -> u16 {
         match self {
+            // 2: entries with the length of their data.
+            Self::Pages | Self::BasePages => match stream {
+                ProtocolVersion::V2 => 1,
+                ProtocolVersion::V3 => 2,
+            },
             // 2: devices. 3: the arbiter and the ancestors.
             Self::Hello => 3,
             // 2: totals of disk writes.

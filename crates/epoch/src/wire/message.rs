@@ -77,21 +77,22 @@ impl<'a> Message<'a> {
     /// # Errors
     /// [`WireError::Malformed`].
     pub fn parse(section: &Section<'a>) -> Result<Self, WireError> {
-        Self::parse_payload(section.kind(), section.payload())
+        Self::parse_payload(section.kind(), section.header().version, section.payload())
     }
 
-    /// Parses a payload of a kind. Takes any bytes.
+    /// Parses a payload of a kind, in a version that [`SectionHeader::parse`](super::SectionHeader::parse) has
+    /// let pass. Takes any bytes.
     ///
     /// # Errors
     /// [`WireError::Malformed`].
-    pub fn parse_payload(kind: SectionKind, payload: &'a [u8]) -> Result<Self, WireError> {
+    pub fn parse_payload(kind: SectionKind, version: u16, payload: &'a [u8]) -> Result<Self, WireError> {
         Ok(match kind {
             SectionKind::Hello => Self::Hello(Box::new(Hello::parse(payload)?)),
             SectionKind::Accept => Self::Accept(Accept::parse(payload)?),
             SectionKind::Refuse => Self::Refuse(Refuse::parse(payload)?),
-            SectionKind::BasePages => Self::BasePages(Pages::parse(kind, payload)?),
+            SectionKind::BasePages => Self::BasePages(Pages::parse(kind, version, payload)?),
             SectionKind::CheckpointBegin => Self::CheckpointBegin(CheckpointBegin::parse(payload)?),
-            SectionKind::Pages => Self::Pages(Pages::parse(kind, payload)?),
+            SectionKind::Pages => Self::Pages(Pages::parse(kind, version, payload)?),
             SectionKind::State => {
                 let (checkpoint, state) = state::parse(payload)?;
                 Self::State { checkpoint, state }

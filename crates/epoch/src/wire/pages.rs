@@ -7,7 +7,7 @@ use super::encoder::{EncodeError, Encoder};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
-use crate::codec::{PageEntry, with_data};
+use crate::codec::{EntryError, PageEntry, with_data};
 use crate::image::limits::{MAX_PAGES_PER_SECTION, MAX_PAYLOAD};
 use crate::image::{PAGE_SIZE, PageData};
 
@@ -28,6 +28,7 @@ const _: () =
 pub struct Pages<'a> {
     /// The checkpoint's number, or the round of the base synchronisation.
     pub tag: u64,
+    version: u16,
     entries: &'a [U64],
     data: &'a [u8],
 }
@@ -37,7 +38,7 @@ impl<'a> Pages<'a> {
     ///
     /// # Errors
     /// [`WireError::Malformed`].
-    pub fn parse(kind: SectionKind, payload: &'a [u8]) -> Result<Self, WireError> {
+    pub fn parse(kind: SectionKind, version: u16, payload: &'a [u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(kind, payload);
         let head: &Head = fields.fixed()?;
         let count = head.count.get() as usize;
@@ -47,10 +48,14 @@ impl<'a> Pages<'a> {
         let entries: &[U64] = fields.row(count)?;
         let mut needed = 0;
         for word in entries {
-            match PageEntry::from_wire(word.get()) {
-                Some(entry) => needed += entry.data_len(),
-                None => return Err(fields.malformed("a page has an unknown codec, entry", word.get())),
-            }
+            let entry = PageEntry::from_wire(version, word.get()).map_err(|error| match error {
+                EntryError::Codec(number) => fields
+                    .malformed("a page is written by a codec that this release does not know", number.into()),
+                EntryError::Length(length) => fields
+                    .malformed("a page has data of a length that its codec does not write", length.into()),
+                EntryError::Gfn(gfn) => fields.malformed("a page of an impossible frame", gfn),
+            })?;
+            needed += entry.data_len();
         }
         let data_len = head.data_len.get();
         if needed != data_len as usize {
@@ -60,7 +65,7 @@ impl<'a> Pages<'a> {
         }
         let data = fields.bytes(needed)?;
         fields.end()?;
-        Ok(Self { tag: head.tag.get(), entries, data })
+        Ok(Self { tag: head.tag.get(), version, entries, data })
     }
 
     /// Number of pages.
@@ -76,7 +81,8 @@ impl<'a> Pages<'a> {
     /// The entries in their order.
     pub fn entries(&self) -> impl Iterator<Item = PageEntry> + 'a {
         // Checked by `parse`: none is left out.
-        self.entries.iter().filter_map(|word| PageEntry::from_wire(word.get()))
+        let version = self.version;
+        self.entries.iter().filter_map(move |word| PageEntry::from_wire(version, word.get()).ok())
     }
 
     /// The data of all entries, one after another.
@@ -90,12 +96,18 @@ impl<'a> Pages<'a> {
     }
 }
 
-fn put(out: &mut Vec<u8>, tag: u64, entries: impl ExactSizeIterator<Item = PageEntry>, data: &[u8]) {
+fn put(
+    out: &mut Vec<u8>,
+    version: u16,
+    tag: u64,
+    entries: impl ExactSizeIterator<Item = PageEntry>,
+    data: &[u8],
+) {
     let (count, data_len) = (entries.len() as u32, data.len() as u32);
     let head = Head { tag: tag.into(), count: count.into(), data_len: data_len.into() };
     out.extend_from_slice(head.as_bytes());
     for entry in entries {
-        out.extend_from_slice(U64::new(entry.to_wire()).as_bytes());
+        out.extend_from_slice(U64::new(entry.to_wire(version)).as_bytes());
     }
 }
 
@@ -125,7 +137,8 @@ impl Encoder {
     ) -> Result<(), EncodeError> {
         self.outside_checkpoint("base pages inside a checkpoint")?;
         check(entries.clone(), data)?;
-        self.section(out, SectionKind::BasePages, data, |out| put(out, round, entries, data));
+        let version = self.version_of(SectionKind::BasePages);
+        self.section(out, SectionKind::BasePages, data, |out| put(out, version, round, entries, data));
         Ok(())
     }
 
@@ -142,7 +155,8 @@ impl Encoder {
     ) -> Result<(), EncodeError> {
         check(entries.clone(), data)?;
         let number = self.open("pages outside a checkpoint")?.add_pages(entries.len());
-        self.chained(out, SectionKind::Pages, data, |out| put(out, number, entries, data));
+        let version = self.version_of(SectionKind::Pages);
+        self.chained(out, SectionKind::Pages, data, |out| put(out, version, number, entries, data));
         Ok(())
     }
 }

@@ -43,6 +43,8 @@ const MARKER: [u8; 4] = *b"oSEC";
 pub struct SectionHeader {
     /// What the payload is.
     pub kind: SectionKind,
+    /// Version of the payload, one that this release reads.
+    pub version: u16,
     /// Bytes of payload.
     pub length: u32,
     /// CRC-32 of the payload.
@@ -57,7 +59,7 @@ impl SectionHeader {
         let mut raw = RawHeader {
             marker: MARKER,
             kind: U16::new(self.kind as u16),
-            version: U16::new(self.kind.version()),
+            version: U16::new(self.version),
             length: U32::new(self.length),
             payload_crc: U32::new(self.payload_crc),
             sequence: U64::new(self.sequence),
@@ -92,8 +94,9 @@ impl SectionHeader {
         let number = raw.kind.get();
         let kind = SectionKind::from_wire(number).ok_or(WireError::UnknownKind { kind: number })?;
         let version = raw.version.get();
-        if version != kind.version() {
-            return Err(WireError::UnknownVersion { kind, version, known: kind.version() });
+        if !(kind.oldest_version()..=kind.version()).contains(&version) {
+            let (oldest, newest) = (kind.oldest_version(), kind.version());
+            return Err(WireError::UnknownVersion { kind, version, oldest, newest });
         }
         let length = raw.length.get();
         if length > kind.limit() {
@@ -106,7 +109,7 @@ impl SectionHeader {
                 value: raw.zero.get().into(),
             });
         }
-        Ok(Self { kind, length, payload_crc: raw.payload_crc.get(), sequence: raw.sequence.get() })
+        Ok(Self { kind, version, length, payload_crc: raw.payload_crc.get(), sequence: raw.sequence.get() })
     }
 }
 

@@ -30,8 +30,12 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 /// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
 ///   changes one payload raises the version of that kind in [`SectionKind::version`](super::SectionKind::version) and keeps
 ///   the parser of the old one while the last release that wrote it is supported.
-/// * A standby accepts the versions in this enum; a primary writes [`CURRENT`](Self::CURRENT). To upgrade a
-///   pair, upgrade the standby first (it understands the older primary), take over, upgrade the other host.
+/// * A section's version is between that in the oldest stream that is read and the current one
+///   ([`SectionKind::version_in`](super::SectionKind::version_in)); the parser is given the version that it
+///   found.
+/// * A reader takes the versions in this enum; an encoder writes [`CURRENT`](Self::CURRENT), or the version that
+///   it is told to. The two sides do not agree on one yet: each writes its current one, so a pair of two
+///   releases of different versions is refused with words, by the older side.
 /// * Unknown is refused, never skipped: a skipped section could be a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
@@ -40,16 +44,22 @@ pub enum ProtocolVersion {
     /// (base pages, checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly
     /// end) was in no release.
     V2 = 2,
+    /// 3: pages say how long their data is, so that a codec can be added whose data has not always the same
+    /// length. GFNs have 40 bits. Everything else is as in 2.
+    V3 = 3,
 }
 
 impl ProtocolVersion {
     /// The version that this release writes.
-    pub const CURRENT: Self = Self::V2;
+    pub const CURRENT: Self = Self::V3;
+    /// The oldest version that this release reads, and that an [`Encoder`](super::Encoder) can be told to write.
+    pub const OLDEST: Self = Self::V2;
 
     /// The version with this number, if this release understands it.
     pub fn from_wire(number: u32) -> Option<Self> {
         match number {
             2 => Some(Self::V2),
+            3 => Some(Self::V3),
             _ => None,
         }
     }

@@ -3,8 +3,8 @@
 use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
-    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ReadError, RecordBuf, SectionReader, StateKind,
-    StateSection, UncheckedRecords, VmId,
+    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf, SectionReader,
+    StateKind, StateSection, UncheckedRecords, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -226,11 +226,16 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
 /// A stream of one preface, Hello, base pages, two checkpoints and the end of the VM; and the two
 /// checkpoints.
 pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
+    stream_of(ProtocolVersion::CURRENT)
+}
+
+/// The same in any version.
+pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     let base_final = CheckpointFlags { base_final: true, end: None };
     let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff) };
     let contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
-    let mut out = Preface::CURRENT.encode().to_vec();
-    let mut encoder = Encoder::new();
+    let mut out = Preface { version }.encode().to_vec();
+    let mut encoder = Encoder::speaking(version);
     encoder.hello(&mut out, &hello()).unwrap();
     let sums = [[0; 32], [0xb3; 32]];
     encoder.disk_sums(&mut out, &DiskSums { disk: 1, first: 14, count: 2, sums: Some(&sums) }).unwrap();

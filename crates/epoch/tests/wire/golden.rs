@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 
 use outlive_epoch::{
-    Accept, Ack, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, RefuseCode, SectionReader,
+    Accept, Ack, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion, RefuseCode,
+    SectionReader,
 };
 
 fn check(name: &str, bytes: &[u8]) {
@@ -23,9 +24,19 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v2.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v2.bin")).unwrap();
+    check("primary-v3.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v3.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
+}
+
+/// Release N reads what release N-1 has written, and writes the same bytes when it is told to.
+#[test]
+fn the_stream_of_the_version_before_is_read_and_written() {
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v2.bin")).unwrap();
+    let (stream, contents) = crate::common::stream_of(ProtocolVersion::V2);
+    assert_eq!(crate::common::receive(&golden), (contents, None));
+    check("primary-v2.bin", &stream);
+    assert_ne!(stream, crate::common::small_stream().0);
 }
 
 #[test]
@@ -41,7 +52,7 @@ fn the_standbys_stream_is_the_committed_one() {
     encoder.disk_want(&mut out, &want).unwrap();
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
-    check("standby-v2.bin", &out);
+    check("standby-v3.bin", &out);
 
     let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Standby));
     reader.read_preface(&mut source).unwrap();

@@ -161,8 +161,13 @@ fn a_staging_buffer_serves_one_checkpoint_after_another() {
 }
 
 fn header(kind: SectionKind, payload: &[u8], sequence: u64) -> Vec<u8> {
-    let header =
-        SectionHeader { kind, length: payload.len() as u32, payload_crc: crc32fast::hash(payload), sequence };
+    let header = SectionHeader {
+        kind,
+        version: kind.version(),
+        length: payload.len() as u32,
+        payload_crc: crc32fast::hash(payload),
+        sequence,
+    };
     [&header.encode()[..], payload].concat()
 }
 
@@ -194,7 +199,10 @@ fn a_section_of_the_wrong_side_kind_version_or_length_is_refused() {
     assert_eq!(read(Peer::Primary, &unknown), WireError::UnknownKind { kind: 999 });
     let newer = resum(beat.clone(), 6, &2u16.to_le_bytes());
     let error = read(Peer::Primary, &newer);
-    assert_eq!(error, WireError::UnknownVersion { kind: SectionKind::Heartbeat, version: 2, known: 1 });
+    assert_eq!(
+        error,
+        WireError::UnknownVersion { kind: SectionKind::Heartbeat, version: 2, oldest: 1, newest: 1 }
+    );
     let long = resum(beat, 8, &u32::MAX.to_le_bytes());
     let error = read(Peer::Primary, &long);
     assert_eq!(error, WireError::TooLong { kind: SectionKind::Heartbeat, length: u32::MAX, limit: 8 });
@@ -210,7 +218,7 @@ fn another_protocol_or_version_is_named() {
     let crc = crc32fast::hash(&newer[..12]);
     newer[12..].copy_from_slice(&crc.to_le_bytes());
     let error = SectionReader::new(Peer::Primary).read_preface(&mut &newer[..]).unwrap_err();
-    assert!(error.to_string().contains("protocol version 9; this release knows versions up to 2"), "{error}");
+    assert!(error.to_string().contains("protocol version 9; this release knows versions up to 3"), "{error}");
 }
 
 /// A stream that comes in single bytes, with a time-out after each.
@@ -382,26 +390,46 @@ fn fewer_pages_than_announced_are_refused() {
 
 #[test]
 fn entries_that_do_not_add_up_to_the_data_are_refused() {
-    let pages = |count: u32, data_len: u32, words: &[u64], data: usize| {
+    let pages = |version: u16, count: u32, data_len: u32, words: &[u64], data: usize| {
         let mut payload = 1u64.to_le_bytes().to_vec();
         payload.extend_from_slice(&count.to_le_bytes());
         payload.extend_from_slice(&data_len.to_le_bytes());
         words.iter().for_each(|word| payload.extend_from_slice(&word.to_le_bytes()));
         payload.resize(payload.len() + data, 0);
-        Message::parse_payload(SectionKind::Pages, &payload).map(|_| ()).map_err(|error| error.to_string())
+        let parsed = Message::parse_payload(SectionKind::Pages, version, &payload);
+        parsed.map(|_| ()).map_err(|error| error.to_string())
     };
-    let zero = 1 << 52;
-    assert_eq!(pages(2, 4096, &[3, zero | 4], 4096), Ok(()));
-    for (count, data_len, words, data, why) in [
-        (1, 4095, &[3][..], 4096, "the entries do not add up to the data's length (0xfff)"),
-        (1, 4096, &[3], 4095, "the payload ends early, bytes missing (0x1)"),
-        (1, 4096, &[3], 4097, "bytes are left over (0x1)"),
-        (2, 4096, &[3], 4096, "the entries do not add up to the data's length (0x1000)"),
-        (1, 0, &[2 << 52], 0, "a page has an unknown codec, entry (0x20000000000000)"),
-        (257, 0, &[], 0, "more pages than a section may have (0x101)"),
-        (u32::MAX, 0, &[], 0, "more pages than a section may have (0xffffffff)"),
+    let unknown = "a page is written by a codec that this release does not know";
+    let length = "a page has data of a length that its codec does not write";
+    let old = |gfn: u64, codec: u64| gfn | codec << 52;
+    let new = |gfn: u64, codec: u64, length: u64| gfn | codec << 40 | length << 48;
+    assert_eq!(pages(1, 2, 4096, &[old(3, 0), old(4, 1)], 4096), Ok(()));
+    assert_eq!(pages(2, 2, 4096, &[new(3, 0, 4096), new(4, 1, 0)], 4096), Ok(()));
+    let raw = [(1, old(3, 0)), (2, new(3, 0, 4096))];
+    for (version, word) in raw {
+        for (count, data_len, words, data, why) in [
+            (1, 4095, &[word][..], 4096, "the entries do not add up to the data's length (0xfff)"),
+            (1, 4096, &[word], 4095, "the payload ends early, bytes missing (0x1)"),
+            (1, 4096, &[word], 4097, "bytes are left over (0x1)"),
+            (257, 0, &[], 0, "more pages than a section may have (0x101)"),
+            (u32::MAX, 0, &[], 0, "more pages than a section may have (0xffffffff)"),
+        ] {
+            let expected = Err(format!("section Pages: {why}"));
+            assert_eq!(pages(version, count, data_len, words, data), expected);
+        }
+    }
+    for (version, word, why) in [
+        (1, old(0, 2), format!("{unknown} (0x2)")),
+        (1, old(0, 0x101), format!("{unknown} (0xff)")),
+        (1, old(1 << 40, 0), "a page of an impossible frame (0x10000000000)".into()),
+        (2, new(0, 2, 0), format!("{unknown} (0x2)")),
+        (2, new(0, 0, 0), format!("{length} (0x0)")),
+        (2, new(0, 0, 4095), format!("{length} (0xfff)")),
+        (2, new(0, 0, 0xffff), format!("{length} (0xffff)")),
+        (2, new(0, 1, 1), format!("{length} (0x1)")),
     ] {
-        assert_eq!(pages(count, data_len, words, data), Err(format!("section Pages: {why}")));
+        let found = pages(version, 1, 4096, &[word], 4096);
+        assert_eq!(found, Err(format!("section Pages: {why}")), "{version} {word:#x}");
     }
 }
 
@@ -510,7 +538,9 @@ fn disk_sections_out_of_place_or_of_nonsense_are_not_encoded() {
 #[test]
 fn windows_that_make_no_sense_are_refused() {
     let parse = |kind, words: [&[u8]; 5]| {
-        Message::parse_payload(kind, &words.concat()).map(|_| ()).map_err(|error| error.to_string())
+        Message::parse_payload(kind, kind.version(), &words.concat())
+            .map(|_| ())
+            .map_err(|error| error.to_string())
     };
     let two = |n: u16| n.to_le_bytes();
     let four = |n: u32| n.to_le_bytes();
@@ -573,7 +603,9 @@ fn devices_that_make_no_sense_are_refused() {
     ] {
         let mut wrong = payload.to_vec();
         wrong[at] = byte;
-        let error = Message::parse_payload(SectionKind::Hello, &wrong).map(|_| ()).map_err(|e| e.to_string());
+        let error = Message::parse_payload(SectionKind::Hello, SectionKind::Hello.version(), &wrong)
+            .map(|_| ())
+            .map_err(|e| e.to_string());
         assert_eq!(error, Err(format!("section Hello: {why}")), "{at}");
     }
 }
@@ -584,7 +616,7 @@ fn state_sections_that_make_no_sense_are_refused() {
         let mut payload = 1u64.to_le_bytes().to_vec();
         [kind, 1, 0, reserved].iter().for_each(|half| payload.extend_from_slice(&half.to_le_bytes()));
         payload.resize(payload.len() + bytes, 7);
-        let parsed = Message::parse_payload(SectionKind::State, &payload);
+        let parsed = Message::parse_payload(SectionKind::State, SectionKind::State.version(), &payload);
         parsed.map(|_| ()).map_err(|error| error.to_string())
     };
     for kind in StateKind::ALL {
