@@ -124,6 +124,7 @@ pub mod driver;
 mod planted;
 pub mod policy;
 mod primary;
+mod redial;
 #[cfg(test)]
 mod sim;
 mod standby;
@@ -211,6 +212,10 @@ pub struct Timing {
 impl Timing {
     /// The usual pause between attempts.
     pub const RETRY: Duration = Duration::from_millis(200);
+
+    /// The longest pause between two attempts to reach a standby that gives the same answer again and again,
+    /// in pauses of [`retry`](Self::retry): 5 s with the usual one.
+    pub const LONGEST_RETRY: u32 = 25;
 
     /// The usual wait for the answer to Hello.
     pub const GREETING: Duration = Duration::from_secs(5);

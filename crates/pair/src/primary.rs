@@ -8,6 +8,7 @@ use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode};
 
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::{Planted, planted};
+use crate::redial::{Answer, Redial};
 use crate::{ClaimResult, Link, LossReason, Timing};
 
 pub use types::{
@@ -76,7 +77,7 @@ pub struct Primary {
     /// The guest was asked to shut itself down.
     guest_asked: bool,
     next_link: u64,
-    next_standby: usize,
+    redial: Redial,
     /// The last thing said about dialling, so that it is said once and not five times a second.
     said: Option<Note>,
     now: Duration,
@@ -96,7 +97,7 @@ impl Primary {
             end: None,
             guest_asked: false,
             next_link: 0,
-            next_standby: 0,
+            redial: Redial::new(config.standbys, now),
             said: None,
             now,
             bug: Planted::default(),
@@ -256,12 +257,13 @@ impl Primary {
         }
         match &mut self.state {
             State::Alone { dial_at } if self.config.standbys > 0 && self.now >= *dial_at => {
-                let link = Link(self.next_link);
-                self.next_link += 1;
-                let address = self.next_standby % self.config.standbys;
-                self.next_standby = address + 1;
-                self.state = State::Dialling { link };
-                out.push(Action::Dial { link, address });
+                // Whichever was due first is due by now.
+                if let Some(address) = self.redial.next(self.now) {
+                    let link = Link(self.next_link);
+                    self.next_link += 1;
+                    self.state = State::Dialling { link };
+                    out.push(Action::Dial { link, address });
+                }
             }
             State::BaseSync(attached) | State::Guarding(attached, _)
                 if self.now >= attached.beat_at && !in_pause =>
@@ -329,7 +331,7 @@ impl Primary {
 
     fn dial_failed(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
         if matches!(self.state, State::Dialling { link: dialled } if dialled == link) {
-            self.dial_later();
+            self.dial_later(Answer::Nothing);
             self.say(Note::DialFailed { why }, out);
         }
     }
@@ -348,14 +350,15 @@ impl Primary {
 
     fn refused(&mut self, link: Link, code: Result<RefuseCode, u16>, text: String, out: &mut Vec<Action>) {
         if matches!(self.state, State::Greeting { link: greeted, .. } if greeted == link) {
-            self.dial_later();
+            self.dial_later(Answer::refused(&text));
             out.push(Action::Hangup { link });
             self.say(Note::Refused { code, text }, out);
         }
     }
 
-    fn dial_later(&mut self) {
-        self.state = State::Alone { dial_at: self.now + self.timing.retry };
+    fn dial_later(&mut self, answer: Answer) {
+        let dial_at = self.redial.failed(self.now, answer, &self.timing);
+        self.state = State::Alone { dial_at };
     }
 
     /// Says something about dialling if it is not what was said last.
@@ -461,7 +464,7 @@ impl Primary {
                 if attached.link == link && guard.acked < guard.base && guard.shipped == guard.base => {}
             _ => return,
         }
-        self.dial_later();
+        self.dial_later(Answer::NoBase);
         out.push(Action::Hangup { link });
         out.push(Action::Note(Note::LinkLost { why: LossReason::Local(why), held: false }));
         // A part of the output may be held.
@@ -499,18 +502,18 @@ impl Primary {
     fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
         match &self.state {
             State::Dialling { link: dialled } if *dialled == link => {
-                self.dial_later();
+                self.dial_later(Answer::Nothing);
                 out.push(Action::Hangup { link });
             }
             State::Greeting { link: greeted, .. } if *greeted == link => {
-                self.dial_later();
+                self.dial_later(Answer::Nothing);
                 out.push(Action::Hangup { link });
                 self.say(Note::DialFailed { why: why.to_string() }, out);
             }
             State::BaseSync(attached) if attached.link == link => {
                 // Nothing that this standby has is a whole VM, so it cannot take over and there is nothing to
                 // decide.
-                self.dial_later();
+                self.dial_later(Answer::NoBase);
                 out.push(Action::Hangup { link });
                 out.push(Action::Note(Note::LinkLost { why, held: false }));
             }
@@ -553,6 +556,7 @@ impl Primary {
     fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {
         self.generation = generation;
         self.timing = self.config.timing;
+        self.redial.begin_anew(self.now);
         self.state = State::Alone { dial_at: self.now };
         out.push(Action::ReleaseAll { generation });
     }

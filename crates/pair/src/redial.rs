@@ -1,0 +1,78 @@
+//! When each standby is dialled next.
+//!
+//! A standby that cannot be reached is dialled again soon, so that it is found as soon as it is there. One
+//! that answers, and gives the same answer again, will most likely give it once more: every attempt costs it
+//! a machine and its network a change of a link, so the pauses grow.
+
+use std::time::Duration;
+
+use crate::Timing;
+
+/// What came of dialling a standby.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It could not be reached.
+    Nothing,
+    /// It refused. Numbers in its words may change each time, so they are left out.
+    Refused(String),
+    /// It accepted, and the base synchronisation came to nothing.
+    NoBase,
+}
+
+impl Answer {
+    pub(crate) fn refused(text: &str) -> Self {
+        Self::Refused(text.chars().filter(|c| !c.is_ascii_digit()).collect())
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Standby {
+    not_before: Duration,
+    pause: Duration,
+    last: Answer,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Redial {
+    standbys: Vec<Standby>,
+    /// The one that was dialled last.
+    dialled: Option<usize>,
+}
+
+impl Redial {
+    pub(crate) fn new(standbys: usize, now: Duration) -> Self {
+        let standby = Standby { not_before: now, pause: Duration::ZERO, last: Answer::Nothing };
+        Self { standbys: vec![standby; standbys], dialled: None }
+    }
+
+    /// The standby to dial now: the next one in turn that is due. `None` if none is.
+    pub(crate) fn next(&mut self, now: Duration) -> Option<usize> {
+        let count = self.standbys.len();
+        let first = self.dialled.map_or(0, |dialled| dialled + 1);
+        let due =
+            (first..first + count).map(|at| at % count).find(|at| self.standbys[*at].not_before <= now)?;
+        self.dialled = Some(due);
+        Some(due)
+    }
+
+    /// Takes what came of the last attempt. Returns when to dial next, whichever standby it will be.
+    pub(crate) fn failed(&mut self, now: Duration, answer: Answer, timing: &Timing) -> Duration {
+        if let Some(standby) = self.dialled.and_then(|at| self.standbys.get_mut(at)) {
+            let again = answer != Answer::Nothing && answer == standby.last;
+            let longest = timing.retry * Timing::LONGEST_RETRY;
+            standby.pause = if again { (standby.pause * 2).min(longest) } else { timing.retry };
+            standby.not_before = now + standby.pause;
+            standby.last = answer;
+        }
+        let due = self.standbys.iter().map(|standby| standby.not_before).min().unwrap_or(now);
+        due.max(now + timing.retry)
+    }
+
+    /// All are dialled at once, and what was is forgotten: things are different now.
+    pub(crate) fn begin_anew(&mut self, now: Duration) {
+        for standby in &mut self.standbys {
+            *standby = Standby { not_before: now, pause: Duration::ZERO, last: Answer::Nothing };
+        }
+    }
+}
