@@ -9,16 +9,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 pub use crate::disk::DangerKind;
+use crate::lines::LineFile;
+use crate::lossy::{LossyWriter, Sink};
 
 /// Which of the two commands wrote a [`Event::Started`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,6 +181,11 @@ pub enum Event {
         /// Time since the link was declared dead.
         after_us: u64,
     },
+    /// So many events are missing here: the stream could not be written, or its reader did not read.
+    EventsLost {
+        /// How many.
+        count: u64,
+    },
     /// Last line of a process that ends in order.
     Ended {
         /// Why, for a person.
@@ -272,12 +280,17 @@ pub fn add_pairs(histogram: &mut Histogram<u64>, pairs: &[(u64, u64)]) {
     }
 }
 
-/// Writes the event stream; cheap to clone, may be used by any thread.
+/// Events that may wait for the stream's reader. The largest, [`Event::Stats`], come five times a second.
+const WAITING: usize = 256;
+/// How long an ending process waits for its last events to be taken.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Writes the event stream; cheap to clone, may be used by any thread, and never waits.
 ///
-/// A line is put together outside the lock and handed to the kernel in one `write`, so the lines of several
-/// threads or processes that append to one file never mix. A reader that stops reading a pipe stops the
-/// threads that report to it: give a program that must not wait a file. The first failed write is logged and
-/// ends the stream; it never ends the VM.
+/// A thread of its own puts the lines together and hands each to the kernel in one `write`, so the lines of
+/// several processes that append to one file do not mix. A reader that does not read, a full disk and a
+/// closed pipe cost events, and [`Event::EventsLost`] says how many as soon as something can be written
+/// again; they never cost the VM anything.
 #[derive(Clone, Default)]
 pub struct EventWriter {
     shared: Arc<Shared>,
@@ -288,7 +301,7 @@ type Observer = Box<dyn Fn(&Event) + Send + Sync>;
 
 #[derive(Default)]
 struct Shared {
-    file: Option<Mutex<Option<File>>>,
+    stream: Option<LossyWriter<(u64, Event)>>,
     observer: OnceLock<Observer>,
 }
 
@@ -319,8 +332,9 @@ impl EventWriter {
         } else {
             OpenOptions::new().create(true).append(true).open(target)?
         };
-        let file = Some(Mutex::new(Some(file)));
-        Ok(Self { shared: Arc::new(Shared { file, observer: OnceLock::new() }) })
+        let stream =
+            LossyWriter::start("events", WAITING, Stream { file: LineFile::new(file), failed: false })?;
+        Ok(Self { shared: Arc::new(Shared { stream: Some(stream), observer: OnceLock::new() }) })
     }
 
     /// Shows every event from now on to somebody in this process too, on the thread that it happens on: this
@@ -339,18 +353,50 @@ impl EventWriter {
         if let Some(observer) = self.shared.observer.get() {
             observer(&event);
         }
-        let Some(file) = &self.shared.file else { return };
+        if let Some(stream) = &self.shared.stream {
+            stream.push((t_us, event));
+        }
+    }
+
+    /// Waits for the last events to be written, but not for long. Says whether they are.
+    pub fn finish(&self) -> bool {
+        self.shared.stream.as_ref().is_none_or(|stream| stream.flush(LAST_WORDS))
+    }
+}
+
+/// The stream as its thread writes it.
+struct Stream {
+    file: LineFile,
+    /// The last line could not be written, and the log has said so.
+    failed: bool,
+}
+
+impl Stream {
+    fn put(&mut self, t_us: u64, event: Event) -> io::Result<()> {
         let record = Record { event, t_us, pid: std::process::id() };
         // Numbers, strings and lists only: this cannot fail.
         let mut line = serde_json::to_vec(&record).expect("an event is plain data");
         line.push(b'\n');
-        // A panic elsewhere leaves the file as good as it was.
-        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(open) = file.as_mut() else { return };
-        if let Err(error) = open.write_all(&line) {
-            *file = None;
-            tracing::warn!(%error, "the event stream cannot be written; it ends here");
+        let result = self.file.write(&line);
+        if let Err(error) = &result
+            && !self.failed
+        {
+            tracing::warn!(%error, "the event stream cannot be written; events are lost until it can be");
         }
+        self.failed = result.is_err();
+        result
+    }
+}
+
+impl Sink for Stream {
+    type Line = (u64, Event);
+
+    fn write(&mut self, (t_us, event): Self::Line) -> io::Result<()> {
+        self.put(t_us, event)
+    }
+
+    fn write_lost(&mut self, count: u64) -> io::Result<()> {
+        self.put(now_us(), Event::EventsLost { count })
     }
 }
 
@@ -400,6 +446,7 @@ mod tests {
                 total_us: 504_200,
             },
             Event::FirstPacket { after_us: 4_000 },
+            Event::EventsLost { count: 12 },
             Event::Ended { reason: "guest powered off".into(), code: 0 },
         ]
     }
@@ -412,11 +459,54 @@ mod tests {
         for event in every_event() {
             writer.emit(event);
         }
+        assert!(writer.finish());
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let records: Vec<Record> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(records.iter().map(|r| r.event.clone()).collect::<Vec<_>>(), every_event());
         assert!(records.iter().all(|r| r.t_us >= before && r.pid == std::process::id()));
+    }
+
+    #[test]
+    fn a_reader_that_stops_costs_events_and_is_told_how_many() {
+        use std::io::Read;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("stopped");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        // For both directions, so that nobody waits for the other end.
+        let mut reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+        let writer = EventWriter::open(&path).unwrap();
+        let emitted = 20_000;
+        let began = std::time::Instant::now();
+        for generation in 0..emitted {
+            writer.emit(Event::Won { generation });
+        }
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(!writer.finish(), "a reader that does not read is not waited for");
+        // The reader goes on.
+        let copy = writer.clone();
+        let flushed = std::thread::spawn(move || while !copy.finish() {});
+        let (mut text, mut part) = (Vec::new(), vec![0; 4096]);
+        let (mut next, mut lost) = (0, 0);
+        while next < emitted {
+            let count = reader.read(&mut part).unwrap();
+            text.extend_from_slice(&part[..count]);
+            while let Some(end) = text.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = text.drain(..=end).collect();
+                match serde_json::from_slice::<Record>(&line).unwrap().event {
+                    Event::Won { generation } => {
+                        assert_eq!(generation, next, "in order, and no gap that nobody told of");
+                        next += 1;
+                    }
+                    Event::EventsLost { count } => (next, lost) = (next + count, lost + count),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        flushed.join().unwrap();
+        assert_eq!(next, emitted);
+        assert!(lost > emitted / 2, "{lost} were lost");
     }
 
     #[test]
@@ -455,15 +545,14 @@ mod tests {
     }
 
     #[test]
-    fn threads_never_mix_their_lines() {
+    fn processes_never_mix_their_lines() {
         let path = std::env::temp_dir().join(format!("outlive-events-mixed-{}", std::process::id()));
-        let writer = EventWriter::open(&path).unwrap();
-        std::thread::scope(|scope| {
-            for generation in 0..4 {
-                let writer = writer.clone();
-                scope.spawn(move || (0..200).for_each(|_| writer.emit(Event::Won { generation })));
-            }
-        });
+        // Each opens the file itself, as a process would.
+        let writers: Vec<EventWriter> = (0..4).map(|_| EventWriter::open(&path).unwrap()).collect();
+        for generation in 0..200 {
+            writers.iter().for_each(|writer| writer.emit(Event::Won { generation }));
+        }
+        assert!(writers.iter().all(EventWriter::finish));
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         assert_eq!(text.lines().filter(|l| serde_json::from_str::<Record>(l).is_ok()).count(), 800);

@@ -6,6 +6,7 @@ use outlive_epoch::EndReason;
 use outlive_pair::{ExitReason, StandbyExit};
 
 use crate::events::{Event, EventWriter};
+use crate::logs;
 use crate::vm::End;
 
 /// Ended in order.
@@ -19,7 +20,7 @@ pub const FENCED: u8 = 3;
 
 /// Prints the one line for exit code 2 and returns the code. `error` says what is wrong and what to do.
 pub fn usage(error: impl Display) -> u8 {
-    eprintln!("outlive: {error}");
+    logs::say(&format!("outlive: {error}"));
     USAGE
 }
 
@@ -32,9 +33,12 @@ pub(crate) fn conclude(end: &End, events: &EventWriter) -> u8 {
         End::Primary(ExitReason::Ended(_))
         | End::Standby(StandbyExit::Followed(_) | StandbyExit::Stopped) => tracing::info!("{reason}"),
         End::Primary(ExitReason::Fenced { .. })
-        | End::Standby(StandbyExit::Lost { .. } | StandbyExit::Failed(_)) => eprintln!("outlive: {reason}"),
+        | End::Standby(StandbyExit::Lost { .. } | StandbyExit::Failed(_)) => {
+            logs::say(&format!("outlive: {reason}"));
+        }
     }
     events.emit(Event::Ended { reason, code: code.into() });
+    events.finish();
     code
 }
 

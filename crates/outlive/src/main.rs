@@ -8,8 +8,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use outlive::cli::Cli;
-use outlive::exit;
-use tracing_subscriber::EnvFilter;
+use outlive::{exit, logs};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -23,9 +22,11 @@ fn main() -> ExitCode {
         }
         Err(error) => return ExitCode::from(exit::usage(one_line(&error))),
     };
-    init_logs();
+    logs::init();
     no_core_dumps();
-    ExitCode::from(cli.command.execute())
+    let code = cli.command.execute();
+    logs::finish();
+    ExitCode::from(code)
 }
 
 /// A core dump would hold what the guest keeps secret, and would keep the links open until it is written, so that
@@ -46,14 +47,4 @@ fn one_line(error: &clap::Error) -> String {
     let lines: Vec<&str> = lines.take_while(|line| !line.starts_with("For more information")).collect();
     let said = lines.join(" ");
     format!("{}; --help shows what is possible", said.strip_prefix("error: ").unwrap_or(&said))
-}
-
-fn init_logs() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
 }

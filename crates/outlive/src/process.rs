@@ -21,13 +21,13 @@ pub(crate) fn on_stop(
 ) -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let on_signal = stop.clone();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
+    outlive_machine::spawn("signals", move || {
         for signal in signals.forever() {
             on_signal(if signal == SIGINT { "interrupted" } else { "told to stop" });
         }
     })?;
     if with_stdin {
-        std::thread::Builder::new().name("stdin".into()).spawn(move || {
+        outlive_machine::spawn("stdin", move || {
             let mut sink = [0u8; 64];
             while io::stdin().read(&mut sink).is_ok_and(|n| n > 0) {}
             stop(ORPHANED);

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Arbiter, Claim, VmId, process_token};
@@ -55,7 +54,7 @@ impl ClaimWorker {
         let (requests, inbox) = channel();
         let under_way = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&under_way);
-        thread::Builder::new().name("arbiter".to_string()).spawn(move || {
+        outlive_machine::spawn("arbiter", move || {
             for request in inbox {
                 match request {
                     Request::Claim(generation) => {

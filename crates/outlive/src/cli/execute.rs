@@ -3,7 +3,7 @@
 use super::{Command, RunOptions, StandbyOptions};
 use crate::standby::{Outcome, Waiting};
 use crate::vm::{End, Launch};
-use crate::{arbiter, check, console, demo, disk, exit, primary, ui};
+use crate::{arbiter, check, console, demo, disk, exit, logs, primary, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -21,7 +21,7 @@ impl Command {
 }
 
 fn run(options: &RunOptions) -> u8 {
-    match primary::start(options) {
+    match logs::never_wait().and_then(|()| primary::start(options)) {
         Ok(launch) => go_on(launch),
         Err(line) => exit::usage(line),
     }
@@ -29,7 +29,7 @@ fn run(options: &RunOptions) -> u8 {
 
 /// A standby waits, and then this process is perhaps the VM's primary.
 fn standby(options: &StandbyOptions) -> u8 {
-    let waiting = match Waiting::prepare(options) {
+    let waiting = match logs::never_wait().and_then(|()| Waiting::prepare(options)) {
         Ok(waiting) => waiting,
         Err(line) => return exit::usage(line),
     };

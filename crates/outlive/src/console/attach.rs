@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::terminal::{ESCAPE, RawTerminal, TERMINAL_WRITE};
 use crate::cli::ConsoleOptions;
-use crate::exit;
+use crate::{exit, logs};
 
 /// Most typed bytes that wait for the VM.
 const PENDING: usize = 4096;
@@ -36,7 +36,7 @@ fn attach(options: &ConsoleOptions) -> Result<u8, String> {
     let terminal = RawTerminal::take(&keyboard).map_err(failed)?;
     let is_terminal = terminal.is_some();
     if is_terminal {
-        eprint!("[attached to {}; Ctrl-] detaches]\r\n", path.display());
+        logs::say(&format!("[attached to {}; Ctrl-] detaches]\r", path.display()));
     }
     let mut session = Session {
         socket,
@@ -59,19 +59,19 @@ fn farewell(end: io::Result<End>, is_terminal: bool) -> u8 {
     match end {
         Ok(End::Detached) => {
             if is_terminal {
-                eprintln!("\n[detached]");
+                logs::say("\n[detached]");
             }
             exit::OK
         }
         Ok(End::Closed) => {
             if is_terminal {
-                eprintln!("\n[the console was closed: the VM does not run here any more]");
+                logs::say("\n[the console was closed: the VM does not run here any more]");
             }
             exit::OK
         }
         Err(error) if error.kind() == ErrorKind::BrokenPipe => exit::OK,
         Err(error) => {
-            eprintln!("outlive: the console was lost: {error}");
+            logs::say(&format!("outlive: the console was lost: {error}"));
             exit::FAILED
         }
     }

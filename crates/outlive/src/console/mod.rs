@@ -41,6 +41,7 @@ use self::stdio::Stdio;
 use crate::cli::ConsoleSpec;
 
 pub use attach::command;
+pub(crate) use terminal::restore_terminal;
 
 /// A port of the guest that a person can look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,7 +125,7 @@ impl Console {
 /// Signals that would end the process at once and leave the terminal raw end it in order instead.
 fn on_hangup(stop: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGQUIT])?;
-    std::thread::Builder::new().name("hangup".into()).spawn(move || {
+    outlive_machine::spawn("hangup", move || {
         for _ in signals.forever() {
             stop("the terminal was closed");
         }

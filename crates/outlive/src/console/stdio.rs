@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outlive_machine::devices::port::PortInput;
 
 use super::client::Outgoing;
@@ -111,7 +111,10 @@ impl Stdio {
     }
 
     fn say(&mut self, text: &[u8]) {
-        if let Some(screen) = &mut self.screen {
+        let Some(screen) = &mut self.screen else { return };
+        // A screen that was stopped must not keep this thread from hearing the order to end.
+        let mut room = [PollFd::new(screen.as_fd(), PollFlags::POLLOUT)];
+        if poll(&mut room, PollTimeout::ZERO) == Ok(1) {
             // A screen that is gone is noticed when the guest prints.
             let _ = screen.write(text);
         }

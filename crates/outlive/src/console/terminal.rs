@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::termios::{
     InputFlags, LocalFlags, SetArg, SpecialCharacterIndices, Termios, tcgetattr, tcsetattr,
@@ -43,6 +44,7 @@ impl RawTerminal {
         raw.control_chars[SpecialCharacterIndices::VMIN as usize] = 1;
         raw.control_chars[SpecialCharacterIndices::VTIME as usize] = 0;
         let terminal = terminal.as_fd().try_clone_to_owned()?;
+        *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) = Some((terminal.try_clone()?, before.clone()));
         tcsetattr(&terminal, SetArg::TCSANOW, &raw)?;
         Ok(Some(Self { terminal, before }))
     }
@@ -50,9 +52,26 @@ impl RawTerminal {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // A terminal that has been closed needs nothing. Output that waits still goes out as it was meant.
-        let _ = tcsetattr(&self.terminal, SetArg::TCSANOW, &self.before);
+        TAKEN.lock().unwrap_or_else(PoisonError::into_inner).take();
+        restore(&self.terminal, &self.before);
     }
+}
+
+/// The terminal that was taken last, for a process that ends without dropping anything.
+static TAKEN: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
+
+/// Gives the terminal back, if one was taken. Never waits, so it may be called from anywhere.
+pub(crate) fn restore_terminal() {
+    if let Ok(taken) = TAKEN.try_lock()
+        && let Some((terminal, before)) = &*taken
+    {
+        restore(terminal, before);
+    }
+}
+
+fn restore(terminal: &OwnedFd, before: &Termios) {
+    // A terminal that has been closed needs nothing. Output that waits still goes out as it was meant.
+    let _ = tcsetattr(terminal, SetArg::TCSANOW, before);
 }
 
 /// What a key means in `--console stdio`.

@@ -106,7 +106,7 @@ impl Load {
             }
             run.report
         };
-        self.threads.push(thread::Builder::new().name(format!("client-{client}")).spawn(body)?);
+        self.threads.push(outlive_machine::spawn(format!("client-{client}"), body)?);
         Ok(())
     }
 

@@ -47,7 +47,7 @@ pub use self::options::DemoOptions;
 use self::summary::Summary;
 use crate::cli::parse_size;
 use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
-use crate::{check, exit};
+use crate::{check, exit, logs};
 
 const TUN: &str = "/dev/net/tun";
 const BRIDGE: &str = "br0";
@@ -123,7 +123,7 @@ impl DemoError {
 /// The command: [`run`], with an error told in one line. Returns the exit code.
 pub fn command(options: &DemoOptions) -> u8 {
     run(options).unwrap_or_else(|error| {
-        say(&format!("outlive: {error}"));
+        logs::say(&format!("outlive: {error}"));
         error.exit_code()
     })
 }
@@ -146,7 +146,7 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     build_network()?;
     let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed") % 1_000_000);
     let plural = if options.kills == 1 { "" } else { "s" };
-    say(&format!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds));
+    logs::say(&format!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds));
     let cluster = Cluster::new(shape(options, seed)?, WorkDir::create()?);
     let (summary, cluster) = match Director::new(play(options, seed), cluster, interrupt).run() {
         Ok(end) => end,
@@ -218,11 +218,6 @@ fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
 }
 
 /// A result that cannot be written should be known before the run, not after it.
-/// A line for people. Whoever has closed standard error does not want it.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
-
 fn check_json(options: &DemoOptions) -> Result<(), DemoError> {
     let Some(path) = &options.json else { return Ok(()) };
     let error = |source| DemoError::Json { path: path.clone(), source };

@@ -32,7 +32,7 @@ impl Status {
         let line = format!("[{:5.1} s] {text}", self.begin.elapsed().as_secs_f64());
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => super::say(&line),
+            None => crate::logs::say(&line),
         }
     }
 

@@ -15,6 +15,7 @@ mod kills;
 mod known;
 mod link;
 mod output;
+mod readers;
 mod redis;
 mod refusals;
 mod self_check;

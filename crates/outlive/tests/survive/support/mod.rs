@@ -22,7 +22,7 @@ mod writer;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -87,6 +87,23 @@ impl Side {
     pub(crate) fn addr(self) -> SocketAddr {
         SocketAddr::from((self.link_ip(), PORT))
     }
+}
+
+/// Who reads what a process says; files, if nothing else is asked for.
+#[derive(Default)]
+pub(crate) struct Readers {
+    pub(crate) log: Log,
+    pub(crate) events: Option<PathBuf>,
+}
+
+/// Where standard error goes.
+#[derive(Default)]
+pub(crate) enum Log {
+    #[default]
+    File,
+    Pipe(OwnedFd),
+    /// The process has none.
+    Closed,
 }
 
 /// The two hosts and the clients' network; see the module.
@@ -251,23 +268,66 @@ impl World {
         self.start(side, &["standby", "--listen", &side.addr().to_string()], options, &[])
     }
 
+    /// `outlive run` on a host, with the other host as its standby, that speaks to these readers.
+    pub(crate) fn run_for(&self, side: Side, readers: Readers) -> Process {
+        let (standby, ip) = (side.other().addr().to_string(), format!("{VM}/24"));
+        let usual = [("--memory", "64M"), ("--ip", &ip)];
+        self.start_for(side, &["run"], &["--standby", &standby], &usual, readers)
+    }
+
+    /// `outlive standby` on a host that speaks to these readers. It may not listen yet when this returns.
+    pub(crate) fn standby_for(&self, side: Side, readers: Readers) -> Process {
+        let (listen, standby) = (side.addr().to_string(), side.other().addr().to_string());
+        self.start_for(side, &["standby", "--listen", &listen], &["--standby", &standby], &[], readers)
+    }
+
     /// Starts a process on a host; options that are not given get their usual value.
     fn start(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
+        self.start_for(side, command, options, usual, Readers::default())
+    }
+
+    fn start_for(
+        &self,
+        side: Side,
+        command: &[&str],
+        options: &[&str],
+        usual: &[(&str, &str)],
+        readers: Readers,
+    ) -> Process {
         let arbiter = format!("file:{}", self.arbiter().display());
         let always = [("--net", "tap=vm0,bridge=br0"), ("--arbiter", &arbiter)];
-        self.spawn(side, command, options, &[usual, &always].concat())
+        self.spawn_for(side, command, options, &[usual, &always].concat(), readers)
     }
 
     fn spawn(&self, side: Side, command: &[&str], options: &[&str], usual: &[(&str, &str)]) -> Process {
+        self.spawn_for(side, command, options, usual, Readers::default())
+    }
+
+    fn spawn_for(
+        &self,
+        side: Side,
+        command: &[&str],
+        options: &[&str],
+        usual: &[(&str, &str)],
+        readers: Readers,
+    ) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let file = |kind| self.dir().join(format!("{number}-{}.{kind}", side.letter()));
-        let (events, log) = (file("events"), file("log"));
-        let mut process = Command::new(PROGRAM);
+        let (events, log) = (readers.events.unwrap_or_else(|| file("events")), file("log"));
+        let (mut process, stderr) = match readers.log {
+            Log::File => (Command::new(PROGRAM), fs::File::create(&log).unwrap().into()),
+            Log::Pipe(pipe) => (Command::new(PROGRAM), Stdio::from(pipe)),
+            Log::Closed => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", r#"exec "$0" "$@" 2>&-"#, PROGRAM]);
+                (shell, Stdio::null())
+            }
+        };
         process.args(command).args(options).arg("--exit-with-stdin").arg("--events").arg(&events);
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }
-        process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
+        process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
         let child = self.host(side).spawn(&mut process).unwrap();
         Process::new(child, events, log)
     }

@@ -1,0 +1,125 @@
+//! What goes to standard error: log lines, and a process's last words.
+//!
+//! A command that runs a VM, or may have to, calls [`never_wait`] first: from then on no thread writes to
+//! standard error itself. The others write directly, and start no thread for it: `outlive demo` must be
+//! alone in its process when it enters its network namespace.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::panic::PanicHookInfo;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::console::restore_terminal;
+use crate::lines::LineFile;
+use crate::lossy::{LossyWriter, Sink};
+
+/// Log lines that may wait: what the busiest second of a start or a takeover has, many times over.
+const WAITING: usize = 2048;
+/// How long an ending process waits for its last lines to be taken.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long a process that has panicked does: the standby takes over only when it is gone.
+const PANIC_WORDS: Duration = Duration::from_millis(50);
+
+static WRITER: OnceLock<LossyWriter<Box<[u8]>>> = OnceLock::new();
+
+/// Starts logging; `RUST_LOG` says what.
+pub fn init() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(StandardError)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+}
+
+/// From now on nothing in this process waits for whoever reads standard error.
+///
+/// # Errors
+/// One line.
+pub(crate) fn never_wait() -> Result<(), String> {
+    let failed = |error: io::Error| format!("cannot write a log: {error}");
+    // Not std's handle: it has a lock, which a write that does not end would hold.
+    let file = File::from(io::stderr().as_fd().try_clone_to_owned().map_err(failed)?);
+    let writer =
+        LossyWriter::start("log", WAITING, StandardErrorSink(LineFile::new(file))).map_err(failed)?;
+    WRITER.set(writer).map_err(|_| "logging was started twice".to_owned())?;
+    std::panic::set_hook(Box::new(on_panic));
+    Ok(())
+}
+
+/// A line for people, not for the log. Whoever has closed standard error does not want it.
+pub(crate) fn say(line: &str) {
+    // In one write, so that it does not mix with others'.
+    StandardError.write_all(format!("{line}\n").as_bytes()).ok();
+}
+
+/// Waits for the last lines to be written, but not for long.
+pub fn finish() {
+    if let Some(writer) = WRITER.get() {
+        writer.flush(LAST_WORDS);
+    }
+}
+
+/// A panic is this process's end, as soon as it has said so. It must not wait for a reader either.
+fn on_panic(panic: &PanicHookInfo<'_>) {
+    restore_terminal();
+    let name = std::thread::current().name().unwrap_or("without a name").to_owned();
+    let mut text = format!("outlive: thread {name}: {panic}");
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        text.push_str(&format!("\n{backtrace}"));
+    }
+    say(&text);
+    if let Some(writer) = WRITER.get() {
+        writer.flush(PANIC_WORDS);
+    }
+}
+
+/// Standard error, by way of the queue once there is one.
+struct StandardError;
+
+impl<'a> MakeWriter<'a> for StandardError {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        Self
+    }
+}
+
+impl Write for StandardError {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        match WRITER.get() {
+            Some(writer) => writer.push(line.into()),
+            None => io::stderr().write_all(line)?,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct StandardErrorSink(LineFile);
+
+impl Sink for StandardErrorSink {
+    type Line = Box<[u8]>;
+
+    fn write(&mut self, line: Box<[u8]>) -> io::Result<()> {
+        self.0.write(&line)
+    }
+
+    fn write_lost(&mut self, lost: u64) -> io::Result<()> {
+        let plural = if lost == 1 { "" } else { "s" };
+        let line =
+            format!("outlive: {lost} line{plural} of this log lost here: standard error was not read\n");
+        self.0.write(line.as_bytes())
+    }
+}
