@@ -15,7 +15,7 @@ enum Register {
 }
 
 /// {leaf, subleaf, register, bits}.
-const HIDDEN: [Hidden; 12] = [
+const HIDDEN: [Hidden; 17] = [
     // Nested virtualisation: its state is not in a checkpoint.
     (0x0000_0001, 0, Register::Ecx, 1 << 5),
     (0x8000_0001, 0, Register::Ecx, 1 << 2),
@@ -32,13 +32,19 @@ const HIDDEN: [Hidden; 12] = [
     (0x0000_0007, 0, Register::Ecx, 1 << 7 | 1 << 30),
     (0x0000_0007, 0, Register::Edx, 1 << 20),
     (0x0000_000d, 1, Register::Ecx, 1 << 11 | 1 << 12),
+    // Tiles (AMX): their 8 KiB are in XCR0 only for a process that asks Linux for them, and this one does not.
+    (0x0000_0007, 0, Register::Edx, 1 << 22 | 1 << 24 | 1 << 25),
+    (0x0000_0007, 1, Register::Eax, 1 << 21),
+    (0x0000_0007, 1, Register::Edx, 1 << 8),
+    (0x0000_000d, 0, Register::Eax, 1 << 17 | 1 << 18),
+    (0x0000_000d, 1, Register::Eax, 1 << 4),
     // Asynchronous page faults: a fault under way at a checkpoint would never be answered after a takeover.
     (KVM_FEATURES, 0, Register::Eax, 1 << 4 | 1 << 10 | 1 << 14),
 ];
 
 /// Leaves that say nothing: performance counters, enclaves, trace, last branches, nested virtualisation,
-/// encrypted memory, AMD's counters.
-const SILENT: [u32; 7] = [0xa, 0x12, 0x14, 0x1c, 0x8000_000a, 0x8000_001f, 0x8000_0022];
+/// tiles, encrypted memory, AMD's counters.
+const SILENT: [u32; 9] = [0xa, 0x12, 0x14, 0x1c, 0x1d, 0x1e, 0x8000_000a, 0x8000_001f, 0x8000_0022];
 /// Leaves of topology that are made anew.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
@@ -158,6 +164,8 @@ mod tests {
             entry(0xa, 0, all),
             entry(0xb, 0, all),
             entry(0xd, 1, all),
+            entry(0x1d, 0, all),
+            entry(0x1e, 0, all),
             entry(0x1f, 0, all),
             entry(KVM_FEATURES, 0, all),
             entry(0x8000_0001, 0, all),
@@ -179,6 +187,8 @@ mod tests {
         assert_eq!((first.ecx & 1 << 5, extended.ecx & 1 << 2), (0, 0), "nested virtualisation");
         assert_eq!((find(&entries, 0xa, 0).eax, find(&entries, 0x8000_000a, 0).edx), (0, 0));
         assert_eq!(find(&entries, 7, 0).ecx & 1 << 7, 0, "shadow stacks");
+        assert_eq!(find(&entries, 7, 0).edx & (1 << 22 | 1 << 24 | 1 << 25), 0, "tiles");
+        assert_eq!((find(&entries, 0x1d, 0).eax, find(&entries, 0x1e, 0).ebx), (0, 0), "tiles");
         assert_eq!(find(&entries, KVM_FEATURES, 0).eax, !(1 << 4 | 1 << 10 | 1 << 14));
         assert_ne!(first.ecx & HYPERVISOR, 0);
     }
