@@ -18,6 +18,9 @@ use crate::vm_state::{self, VmStateError};
 /// much as copying these pages alone (20 µs against 0.35 µs a page).
 const PARALLEL_COPY: usize = 96;
 
+/// What a thread that has not come in time is given more.
+const STOP_GRACE: Duration = Duration::from_millis(100);
+
 /// What one checkpoint took. But for `returned` the times follow each other and together are `pause`, as far as
 /// the slowest vCPU is the same one in all of them.
 #[derive(Clone, Copy, Debug)]
@@ -260,11 +263,16 @@ impl Machine {
         let deadline = self.stop_budget.map(|budget| Instant::now() + budget);
         self.vcpus.begin_capture();
         if let Some(deadline) = deadline {
-            if !self.gate.close_until(deadline) {
+            // If this process stood still, this thread too, the deadline says nothing of the others: each wait
+            // has a moment more, from when this thread runs again.
+            let grace = || Instant::now() + STOP_GRACE;
+            if !self.gate.close_until(deadline) && !self.gate.close_until(grace()) {
                 return Err(CaptureError::Stuck(Stuck::Devices));
             }
             let vcpus = self.vcpus.len();
-            self.vcpus.stopped_until(deadline).map_err(|missing| Stuck::Vcpus { missing, vcpus })?;
+            let stopped = self.vcpus.stopped_until(deadline);
+            let stopped = stopped.or_else(|_| self.vcpus.stopped_until(grace()));
+            stopped.map_err(|missing| Stuck::Vcpus { missing, vcpus })?;
         }
         self.gate.close();
         self.vcpus.captured()?;

@@ -414,7 +414,7 @@ impl Attached {
         let follows = match last {
             None => next.flags.base_final,
             Some((checkpoint, end)) => {
-                !next.flags.base_final && end.is_none() && next.checkpoint == checkpoint + 1
+                !next.flags.base_final && end.is_none() && Some(next.checkpoint) == checkpoint.checked_add(1)
             }
         };
         follows && (self.staged.len() as u64) < self.slots

@@ -168,7 +168,8 @@ impl Sidecar {
     /// # Errors
     /// The file system's.
     pub(crate) fn probe(image: &Path) -> io::Result<()> {
-        let new = beside(image, "outlive.new");
+        // Not the file that `write` renames.
+        let new = beside(image, "outlive.probe");
         if let Some(directory) = new.parent() {
             fs::create_dir_all(directory)?;
         }

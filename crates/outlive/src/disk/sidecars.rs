@@ -8,7 +8,7 @@
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::provenance::{Accepted, Provenance};
@@ -20,6 +20,21 @@ const RETRY: Duration = Duration::from_secs(2);
 /// One at a time in this process: an image may soon belong to somebody else, whose word must come after one
 /// that has been on its way to a slow file system since before.
 static WRITING: Mutex<()> = Mutex::new(());
+
+/// Keeps every thread that writes sidecars waiting while it lives. None if one of them is at work for longer
+/// than `patience`: that may be one of an earlier copy whose file system is slow, and it still renames files
+/// and removes a journal.
+pub(super) fn nobody_writes(patience: Duration) -> Option<MutexGuard<'static, ()>> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match WRITING.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
 
 /// What the sidecars of all images of a VM are to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -292,6 +307,23 @@ mod tests {
         }
         assert_eq!(generation(&image), Some(5));
         assert!(!journal.exists(), "nothing names it any more");
+    }
+
+    /// A writer of the copy before must not rename or remove what the next copy has claimed.
+    #[test]
+    fn who_claims_waits_for_a_writer_that_is_at_work() {
+        let writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(nobody_writes(Duration::from_millis(20)).is_none());
+        drop(writing);
+        let claiming = nobody_writes(SOON).expect("nobody writes for long");
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path());
+        let sidecars = Sidecars::start(images(&image), provenance(VmId([3; 16]))).unwrap();
+        sidecars.say(Saying::primary(1));
+        assert!(sidecars.written_within(Duration::from_millis(50)).is_err());
+        assert!(generation(&image).is_none());
+        drop(claiming);
+        sidecars.written_within(SOON).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
-use outlive_machine::{Outgoing, Ram};
+use outlive_machine::{LogMode, Outgoing, Ram};
 use outlive_pair::{Link, LossReason, PrimaryEvent, Wanted};
 
 use super::coordinator::{Coordinator, Protection};
@@ -167,6 +167,7 @@ impl Coordinator {
 
     fn base_failed(&mut self, link: Link, why: String) {
         tracing::error!("protection cannot start: {why}");
+        self.with.machine.write_log().set_mode(LogMode::Off);
         self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
     }
 

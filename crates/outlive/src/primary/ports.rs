@@ -162,7 +162,7 @@ impl PrimaryPorts for Ports {
     }
 
     fn set_lease(&mut self, until: Option<Duration>) {
-        self.valve.lease().set(until.map(|until| self.clock.boot_time(until)));
+        self.valve.renew(until.map(|until| self.clock.boot_time(until)));
     }
 
     fn hold(&mut self, epoch: u64) -> Result<(), String> {

@@ -163,7 +163,7 @@ impl Session {
             self.compare(number, hashes)?;
         }
         self.control.handle(Event::Applied { link, checkpoint: number });
-        self.staging.reset(Expect::Number(number + 1));
+        self.staging.reset(Expect::Number(number.saturating_add(1)));
         Ok(())
     }
 

@@ -194,6 +194,15 @@ impl Permit {
         (nanos != 0).then(|| Duration::from_nanos(nanos))
     }
 
+    /// The lease lasts until then, and what was refused for the want of it is refused no more. A refusal may
+    /// come after this from a thread that has asked the lease before it; the next renewal takes it back.
+    pub(super) fn renew(&self, until: Option<Duration>) {
+        self.lease.set(until);
+        if self.order.load(Ordering::Acquire) & REFUSED != 0 && self.lease.holds() {
+            self.order.fetch_and(!REFUSED, Ordering::AcqRel);
+        }
+    }
+
     pub(super) fn hold(&self, epoch: u64) {
         self.give(|order| {
             // What passed through and is still on its way has been let out already; what was held before

@@ -97,6 +97,24 @@ fn what_a_discard_has_caught_never_leaves() {
     assert_eq!(fate(&permit, permit.tag()), Fate::Leaves);
 }
 
+/// A thread that drains has seen the end of the lease, and whoever decides has heard of the standby in time.
+#[test]
+fn a_lease_that_is_renewed_takes_the_refusal_back() {
+    let (permit, times) = permit(OutputMode::Hold);
+    permit.hold(1);
+    let tag = permit.tag();
+    permit.begin(2);
+    permit.commit(1);
+    times.set(0);
+    assert!(!permit.confirms(permit.order()));
+    permit.renew(Some(Duration::from_secs(1)));
+    assert_eq!(fate(&permit, tag), Fate::Waits, "a lease that has ended already renews nothing");
+    times.set(usize::MAX);
+    permit.renew(Some(Duration::from_secs(1)));
+    assert_eq!(fate(&permit, tag), Fate::Leaves);
+    assert!(permit.confirms(permit.order()));
+}
+
 #[test]
 fn a_lease_that_has_ended_refuses_all_until_the_next_order() {
     let (permit, times) = permit(OutputMode::Hold);

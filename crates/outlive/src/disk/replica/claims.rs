@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -11,6 +12,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use super::ReplicaDisk;
 use crate::disk::apply::JOURNAL_BYTES;
 use crate::disk::sidecar::{Sidecar, beside};
+use crate::disk::sidecars::nobody_writes;
+
+/// How long a claim waits for sidecars of an earlier copy that are being written.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A journal with the room that it usually takes.
 pub(super) struct ClaimedJournal {
@@ -29,15 +34,20 @@ pub(super) struct ClaimedJournal {
 pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJournal>, String> {
     let mut written = disks.iter().flatten().filter(|disk| !disk.read_only).peekable();
     let Some(first) = written.peek() else { return Ok(None) };
+    // Over all that follows: a writer of an earlier copy would take what is claimed here for its own.
+    let Some(_nobody_writes) = nobody_writes(PATIENCE) else {
+        return Err("the .outlive files of the last copy are still being written; it is tried again".into());
+    };
     let path = beside(&first.path, "journal");
     let claimed = ClaimedJournal::open(&path).map_err(|error| {
         let (place, room) = (path.display(), JOURNAL_BYTES >> 20);
         format!("the standby cannot set {room} MiB aside for the journal {place}: {error}")
     })?;
     for ReplicaDisk { path, .. } in written {
-        Sidecar::probe(path).map_err(|error| {
-            format!("the standby cannot write {}: {error}", beside(path, "outlive").display())
-        })?;
+        if let Err(error) = Sidecar::probe(path) {
+            claimed.give_up();
+            return Err(format!("the standby cannot write {}: {error}", beside(path, "outlive").display()));
+        }
     }
     Ok(Some(claimed))
 }
@@ -61,7 +71,10 @@ impl ClaimedJournal {
             }
         }
         // Its name must last as long as the sidecars that name it.
-        File::open(directory)?.sync_all()?;
+        if let Err(error) = File::open(directory).and_then(|directory| directory.sync_all()) {
+            claimed.give_up();
+            return Err(error);
+        }
         Ok(claimed)
     }
 
