@@ -347,11 +347,15 @@ mod tests {
         assert!(touched.is_sorted());
     }
 
-    /// `VmFlags` of the mapping that begins at `at`.
-    pub(crate) fn flags_of(at: u64) -> Vec<String> {
+    /// `VmFlags` of the mapping that `at` lies in; the kernel may have joined it with a neighbour of its kind.
+    fn flags_of(at: u64) -> Vec<String> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let head = format!("{at:x}-");
-        let rest = smaps.lines().skip_while(|line| !line.starts_with(&head));
+        let holds = |line: &str| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            Some((number(start)?..number(end)?).contains(&at))
+        };
+        let rest = smaps.lines().skip_while(|line| holds(line) != Some(true));
         let flags = rest.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).expect("a mapping");
         flags.split_whitespace().map(str::to_owned).collect()
     }
