@@ -8,8 +8,11 @@ use crate::codec::{PageEntry, with_data};
 use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateBuf, StateSection, UncheckedRecords};
 use crate::wire::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section};
 
-/// Limits of a buffer, chosen when protection starts. Memory is reserved for all of it at once
-/// (address space; the kernel supplies the pages when they are first used).
+/// Bytes of each kind that a buffer keeps when it is reset: an ordinary checkpoint needs no allocation, and
+/// an extraordinary one, as large as all memory, is not kept several times over.
+const KEPT_BYTES: usize = 32 << 20;
+
+/// Limits of a buffer, chosen when protection starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IncomingLimits {
     /// Most pages of one checkpoint.
@@ -46,9 +49,9 @@ enum Phase {
 /// Collects the sections of one checkpoint and gives access to it only when it is whole and every check has
 /// passed.
 ///
-/// Nothing is allocated after [`new`](Self::new) but the room for the disk writes of a checkpoint, if what
-/// [`swap_disk_writes`](Self::swap_disk_writes) brought is not enough. A standby that receives checkpoint N+1
-/// while it applies N uses two.
+/// A buffer grows to what the beginning of a checkpoint announces, within the limits, and gives back what is
+/// unusual about it when it is [`reset`](Self::reset). A standby uses several: it receives further checkpoints
+/// while it applies one.
 pub struct Incoming {
     limits: IncomingLimits,
     layout: Layout,
@@ -71,12 +74,11 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Reserves the memory. The first checkpoint due is [`Expect::Base`].
+    /// An empty buffer. The first checkpoint due is [`Expect::Base`].
     ///
     /// # Errors
     /// [`IncomingError::Memory`].
     pub fn new(limits: IncomingLimits, layout: Layout, generation: u64) -> Result<Self, IncomingError> {
-        let data_len = limits.max_pages as usize * PAGE_SIZE;
         let seen_len = layout.pages().div_ceil(64) as usize;
         Ok(Self {
             limits,
@@ -93,8 +95,8 @@ impl Incoming {
             },
             stamp_us: 0,
             chain: crc32fast::Hasher::new(),
-            entries: reserve(limits.max_pages as usize)?,
-            data: reserve(data_len)?,
+            entries: Vec::new(),
+            data: Vec::new(),
             state: reserve_state(&limits)?,
             writes: RecordBuf::default(),
             disks: Vec::new(),
@@ -112,16 +114,22 @@ impl Incoming {
 
     /// Forgets everything collected, whole or not, and says which checkpoint is due.
     pub fn reset(&mut self, expect: Expect) {
+        self.clear();
+        self.expect = expect;
+    }
+
+    /// Forgets everything collected, whole or not. A buffer that is cleared is [`reset`](Self::reset) in no
+    /// time.
+    pub fn clear(&mut self) {
         for entry in &self.entries {
             if let Some(index) = self.layout.index(entry.gfn()) {
                 self.seen[(index / 64) as usize] = 0;
             }
         }
-        self.entries.clear();
-        self.data.clear();
+        empty(&mut self.entries);
+        empty(&mut self.data);
         self.state.clear();
         self.writes.clear();
-        self.expect = expect;
         self.phase = Phase::Idle;
     }
 
@@ -222,6 +230,8 @@ impl Incoming {
             let limit = self.limits.max_disk_bytes;
             return Err(IncomingError::TooManyDiskWrites { number, found: disk_bytes.into(), limit });
         }
+        reserve(&mut self.entries, pages as usize)?;
+        reserve(&mut self.data, pages as usize * PAGE_SIZE)?;
         self.writes
             .empty_for(disk_bytes as usize)
             .map_err(|_| IncomingError::Memory { bytes: disk_bytes.into() })?;
@@ -362,15 +372,21 @@ fn reserve_state(limits: &IncomingLimits) -> Result<StateBuf, IncomingError> {
         .map_err(|_| IncomingError::Memory { bytes: bytes.into() })
 }
 
-fn reserve<T>(count: usize) -> Result<Vec<T>, IncomingError> {
-    let mut vec = Vec::new();
+/// Makes room in an empty vector.
+fn reserve<T>(vec: &mut Vec<T>, count: usize) -> Result<(), IncomingError> {
     let bytes = (count as u64).saturating_mul(size_of::<T>() as u64);
-    vec.try_reserve_exact(count).map_err(|_| IncomingError::Memory { bytes })?;
-    Ok(vec)
+    vec.try_reserve(count).map_err(|_| IncomingError::Memory { bytes })
 }
 
 fn zeroed(count: usize) -> Result<Vec<u64>, IncomingError> {
-    let mut vec = reserve(count)?;
+    let mut vec = Vec::new();
+    reserve(&mut vec, count)?;
     vec.resize(count, 0);
     Ok(vec)
+}
+
+/// Empties a vector and gives back its memory if that is unusually much.
+fn empty<T>(vec: &mut Vec<T>) {
+    vec.clear();
+    vec.shrink_to(KEPT_BYTES / size_of::<T>());
 }

@@ -8,7 +8,7 @@ use outlive_epoch::image::{StateKind, StateSection};
 
 use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
-use crate::state::{SECTION_VERSION, StateError};
+use crate::state::StateError;
 use crate::tsc;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
@@ -34,44 +34,6 @@ pub enum RestoreError {
 }
 
 impl Machine {
-    /// Checks that sections can be restored into this machine: known versions, and exactly one
-    /// section for everything that the machine has. `constants` are those of the base checkpoint.
-    ///
-    /// # Errors
-    /// [`StateError`] naming the section.
-    pub fn check_sections(
-        &self,
-        constants: &[Vec<u8>],
-        sections: &[StateSection<'_>],
-    ) -> Result<(), StateError> {
-        for section in sections {
-            if section.version != SECTION_VERSION {
-                return Err(StateError::Version { kind: section.kind, version: section.version });
-            }
-        }
-        let vcpus = self.vcpus.len();
-        if constants.len() != vcpus {
-            return Err(StateError::Section { kind: StateKind::VcpuConstant, index: constants.len() as u16 });
-        }
-        let serial = usize::from(self.serial.is_some());
-        let devices = self.devices.len();
-        let expected = [
-            (StateKind::Vcpu, vcpus),
-            (StateKind::Vm, 1),
-            (StateKind::Device, devices),
-            (StateKind::Serial, serial),
-        ];
-        for (kind, count) in expected {
-            for index in 0..count as u16 {
-                find(sections, kind, index)?;
-            }
-            if sections.iter().filter(|s| s.kind == kind).count() != count {
-                return Err(StateError::Section { kind, index: count as u16 });
-            }
-        }
-        Ok(())
-    }
-
     /// Sets a machine that has never run to a checkpoint's state. Memory must already be that of the
     /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock: the guest's
     /// time stamp counter and kvmclock go on by it, so that its time never goes back and its wall clock
@@ -92,7 +54,7 @@ impl Machine {
         elapsed: Duration,
     ) -> Result<(), RestoreError> {
         let from = Instant::now();
-        self.check_sections(constants, sections)?;
+        self.shape().check(constants.len(), sections.iter().copied())?;
         let vcpus = self.vcpus.len();
         let mut saved = Vec::with_capacity(vcpus);
         for index in 0..vcpus {

@@ -44,7 +44,7 @@ pub(crate) use overwrite::Target;
 pub(crate) use prepare::{for_run, for_standby, refuse_unfinished};
 pub use provenance::DangerKind;
 pub(crate) use provenance::{Accepted, Provenance};
-pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk};
+pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk, STUCK};
 pub(crate) use sidecar::CopyEnd;
 pub(crate) use sidecars::{Image, Saying, Sidecars};
 pub(crate) use start::Start;

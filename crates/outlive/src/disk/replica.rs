@@ -2,8 +2,9 @@
 //! memory ever waits for a disk that is a little slow.
 //!
 //! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what
-//! was asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES); beyond that the session waits, and with
-//! it, through the link, the primary.
+//! was asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES) and [`QUEUE_TIME`](queue::QUEUE_TIME).
+//! Beyond that whoever applies checkpoints waits here. It then acknowledges no further one, and so slows the
+//! guest down; the link is read on meanwhile.
 
 mod claims;
 mod queue;
@@ -166,7 +167,7 @@ impl Replica {
     }
 
     /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while
-    /// too much is.
+    /// too much is, or something is for too long.
     pub(crate) fn commit(&self, number: u64, base: bool, records: RecordBuf) {
         let replicated = self.disks.iter().flatten().any(|(_, written)| *written);
         if !replicated || records.is_empty() && !base {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! primary   coordinator ──jobs──► sender thread ──► Writer      Reader ──► receiver thread ──► decisions
-//! standby   Reader ──► session thread (stages, acknowledges, applies)      any thread ──► Writer
+//! standby   Reader ──► session thread ──► decisions      whoever brings an event, when it is decided ──► Writer
 //! ```
 //!
 //! A connection is taken apart into three: a [`Reader`] and a [`Writer`], each for one thread, and a
@@ -38,23 +38,23 @@ pub(crate) trait Transport: Send + Sync {
     /// The operating system's; `WouldBlock` or `TimedOut` after the timeout.
     fn read(&self, to: &mut [u8]) -> io::Result<usize>;
 
-    /// As [`Write::write_vectored`]: waits for room, but not beyond the timeout.
+    /// As [`Write::write_vectored`]: waits for room.
     ///
     /// # Errors
-    /// As for [`read`](Self::read).
+    /// The operating system's.
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize>;
+
+    /// Writes what there is room for now. Never waits.
+    ///
+    /// # Errors
+    /// The operating system's; `WouldBlock` when there is no room at all.
+    fn write_now(&self, from: &[u8]) -> io::Result<usize>;
 
     /// How long a read may wait; `None`: until there is something.
     ///
     /// # Errors
     /// The operating system's.
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
-
-    /// How long a write may wait; `None`: until there is room.
-    ///
-    /// # Errors
-    /// The operating system's.
-    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
 
     /// Says that nothing more will be written; what was written still goes out.
     fn finish(&self);
@@ -110,12 +110,12 @@ impl Read for Reader {
 pub(crate) struct Writer(Arc<dyn Transport>);
 
 impl Writer {
-    /// How long a write may wait from now on; `None`: until there is room.
+    /// Writes what there is room for now. Never waits.
     ///
     /// # Errors
-    /// The operating system's.
-    pub(crate) fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.set_write_timeout(timeout)
+    /// The operating system's; `WouldBlock` when there is no room at all.
+    pub(crate) fn write_now(&self, from: &[u8]) -> io::Result<usize> {
+        self.0.write_now(from)
     }
 }
 
@@ -146,10 +146,5 @@ impl Closer {
     /// Says that nothing more will be written; what was written still goes out.
     pub(crate) fn finish(&self) {
         self.0.finish();
-    }
-
-    /// The peer's address, for people.
-    pub(crate) fn peer(&self) -> String {
-        self.0.peer()
     }
 }

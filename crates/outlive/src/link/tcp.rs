@@ -2,8 +2,10 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use nix::sys::socket::{MsgFlags, send};
 use socket2::SockRef;
 
 use super::Transport;
@@ -56,12 +58,14 @@ impl Transport for Tcp {
         (&self.0).write_vectored(from)
     }
 
-    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.set_read_timeout(timeout)
+    fn write_now(&self, from: &[u8]) -> io::Result<usize> {
+        // Of this one call, not of the socket, which another thread reads.
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        Ok(send(self.0.as_raw_fd(), from, flags)?)
     }
 
-    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.set_write_timeout(timeout)
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_read_timeout(timeout)
     }
 
     fn finish(&self) {

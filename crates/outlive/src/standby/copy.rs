@@ -2,36 +2,28 @@
 //! and that checkpoint's state.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use outlive_dirty::Gfn;
-use outlive_epoch::{
-    Checkpoint, Hello, MAX_STATE_SECTIONS, PageData, Pages, RefuseCode, StateBuf, StateKind, StateSection,
-};
-use outlive_machine::{
-    Hashes, Host, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, Tap,
-};
+use outlive_epoch::{Checkpoint, Hello, RefuseCode};
+use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, StateShape, Tap};
 
+use super::decisions::Equipment;
 use super::devices;
+use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
-use crate::cli::{NetSpec, StandbyOptions};
-use crate::console::{Console, Port};
+use crate::cli::NetSpec;
+use crate::console::Port;
 use crate::disk::{DiskEvent, Provenance, Replica};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, Identity, Relay};
 
-/// See the module.
+/// See the module. The applier owns it.
 pub(super) struct VmCopy {
     machine: Machine,
-    ram: Arc<Ram>,
+    memory: MemorySink,
+    state: StateSink,
+    disks: DiskSink,
     hello: Hello,
-    /// CPUID and TSC frequency, from the base checkpoint.
-    constants: Vec<Vec<u8>>,
-    state: StateBuf,
-    /// When the kept state came, by this host's clock.
-    kept_at: Instant,
-    disks: Arc<Replica>,
     /// The machine does not run yet, so nobody listens.
     machine_events: Relay<MachineEvent>,
     /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place
@@ -63,12 +55,11 @@ impl VmCopy {
     /// The refusal for the primary.
     pub(super) fn new(
         hello: &Hello,
-        host: &Arc<Host>,
-        options: &StandbyOptions,
-        console: &Console,
+        equipment: &Equipment,
         mut arbiter: Box<dyn Arbiter>,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
+        let Equipment { host, options, console, .. } = equipment;
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello).map_err(refuse)?;
         let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
@@ -109,41 +100,31 @@ impl VmCopy {
                 "this release lays guest memory out differently: run the same release on both hosts".into(),
             ));
         }
+        let state_bytes = hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize;
         Ok(Self {
             machine,
-            ram,
+            memory: MemorySink(ram),
+            state: StateSink::new(state_bytes),
+            disks: DiskSink(Arc::new(disks)),
             hello: hello.clone(),
-            constants: Vec::new(),
-            state: StateBuf::with_capacity(
-                hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize,
-                MAX_STATE_SECTIONS,
-            ),
-            kept_at: Instant::now(),
-            disks: Arc::new(disks),
             machine_events,
             arbiter,
         })
     }
 
-    /// The memory, for the session thread.
+    /// The memory, for the reader, which writes the base's pages.
     pub(super) fn ram(&self) -> Arc<Ram> {
-        self.ram.clone()
+        self.memory.0.clone()
     }
 
     /// The disks.
     pub(super) fn disks(&self) -> Arc<Replica> {
-        self.disks.clone()
+        self.disks.0.clone()
     }
 
-    /// Checks that a checkpoint's state could be resumed here. To be asked before it is acknowledged: an
-    /// acknowledged checkpoint must be one that this side can run.
-    ///
-    /// # Errors
-    /// What does not fit.
-    pub(super) fn check_state(&self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
-        let (sections, constants) = split(checkpoint);
-        let known = if constants.is_empty() { &self.constants } else { &constants };
-        self.machine.check_sections(known, &sections).map_err(|e| e.to_string())
+    /// Of what parts a checkpoint's state must consist for it to be resumed here.
+    pub(super) fn shape(&self) -> StateShape {
+        self.machine.shape()
     }
 
     /// Puts the machine into a checkpoint's state for trial, before it is acknowledged: CPUID, TSC frequency,
@@ -152,37 +133,22 @@ impl VmCopy {
     ///
     /// # Errors
     /// What this host cannot do.
-    pub(super) fn try_restore(&mut self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
-        let (sections, constants) = split(checkpoint);
-        self.machine
-            .restore(&constants, &sections, Duration::ZERO)
+    pub(super) fn try_restore(&mut self, base: &Checkpoint<'_>) -> Result<(), String> {
+        StateSink::try_restore(&mut self.machine, base)
             .map_err(|e| format!("this host cannot resume the VM: {e}"))
     }
 
-    /// Keeps the state of a committed checkpoint. Its pages are applied with [`apply_pages`].
-    pub(super) fn keep_state(&mut self, checkpoint: &Checkpoint<'_>) {
-        self.kept_at = Instant::now();
-        self.state.clear();
-        let mut constants = Vec::new();
-        for section in checkpoint.state().sections() {
-            match section.kind {
-                StateKind::VcpuConstant => constants.push(section.bytes.to_vec()),
-                StateKind::Check => {}
-                _ => self.state.push(section),
-            }
-        }
-        if !constants.is_empty() {
-            self.constants = constants;
-        }
+    /// Where committed checkpoints go, in this order.
+    pub(super) fn sinks(&mut self) -> [&mut dyn CommitSink; 3] {
+        [&mut self.memory, &mut self.state, &mut self.disks]
     }
 
-    /// Puts the machine into the kept state. The guest's time goes on from when it came.
+    /// Puts the machine into the state of the last commit. The guest's time goes on from when that came.
     ///
     /// # Errors
     /// What failed.
     pub(super) fn restore(&mut self) -> Result<(), String> {
-        let sections: Vec<_> = self.state.sections().collect();
-        self.machine.restore(&self.constants, &sections, self.kept_at.elapsed()).map_err(|e| e.to_string())
+        self.state.restore(&mut self.machine).map_err(|e| e.to_string())
     }
 
     /// The machine.
@@ -205,21 +171,6 @@ impl VmCopy {
     }
 }
 
-/// What the checkpoint says of the VM, for a copy to be compared with; `None` when it says nothing.
-pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
-    let section = checkpoint.state().find(StateKind::Check, 0)?;
-    Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))
-}
-
-/// State sections of a checkpoint, and its constants if it carries any.
-type Split<'a> = (Vec<StateSection<'a>>, Vec<Vec<u8>>);
-
-fn split<'a>(checkpoint: &Checkpoint<'a>) -> Split<'a> {
-    let (constants, sections) =
-        checkpoint.state().sections().partition::<Vec<_>, _>(|it| it.kind == StateKind::VcpuConstant);
-    (sections, constants.into_iter().map(|it| it.bytes.to_vec()).collect())
-}
-
 /// Whether this host can run the VM.
 fn check(hello: &Hello) -> Result<(), String> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
@@ -234,26 +185,4 @@ fn check(hello: &Hello) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// Writes the pages of a committed checkpoint, or of base synchronisation, to memory.
-pub(super) fn apply_pages<'a>(
-    ram: &Ram,
-    pages: impl Iterator<Item = (u64, PageData<'a>)>,
-) -> Result<(), u64> {
-    for (gfn, page) in pages {
-        let written = match page {
-            PageData::Zero => ram.zero_page(Gfn(gfn)),
-            PageData::Raw(bytes) => ram.write_page(Gfn(gfn), bytes),
-        };
-        if !written {
-            return Err(gfn);
-        }
-    }
-    Ok(())
-}
-
-/// As [`apply_pages`], for a section of base pages.
-pub(super) fn apply_base(ram: &Ram, pages: &Pages<'_>) -> Result<(), u64> {
-    apply_pages(ram, pages.iter())
 }

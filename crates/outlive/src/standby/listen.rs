@@ -8,14 +8,20 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Hello, IncomingLimits, Message, Peer, ReadError, RefuseCode, SectionReader, WireError};
+use outlive_epoch::{
+    Hello, IncomingLimits, Message, PAGE_SIZE, Peer, ReadError, RefuseCode, SectionReader, WireError,
+};
 use outlive_pair::{Introduction, Link};
 
-use super::control::Control;
+use super::applier::Applier;
 use super::copy::VmCopy;
-use super::session::{Admitted, Session};
+use super::decisions::Decisions;
+use super::handover::{Ending, Handover};
+use super::outbox::Outbox;
+use super::ports::Session;
+use super::reader::{Admitted, ReaderEnd, SessionReader};
 use crate::arbiter::{self, Arbiter};
-use crate::link::{Incoming, Listener, Reader};
+use crate::link::{Connection, Incoming, Listener, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// Connections that may be heard at the same time. One is the primary's.
@@ -23,21 +29,24 @@ const MAX_HEARD: usize = 64;
 /// How long a connection may take to introduce itself, from its first byte to its last.
 const INTRODUCTION: Duration = Duration::from_secs(2);
 
+/// Checkpoints on their way that a primary may ask buffers for.
+const MAX_SLOTS: u32 = 64;
+
 /// Starts the thread that accepts connections.
 ///
 /// # Errors
 /// The operating system's.
-pub(super) fn start(listener: Listener, control: Arc<Control>) -> io::Result<()> {
+pub(super) fn start(listener: Listener, decisions: Arc<Decisions>) -> io::Result<()> {
     outlive_machine::spawn("listen", move || {
-        accept_all(&listener, &control);
+        accept_all(&listener, &decisions);
     })?;
     Ok(())
 }
 
-fn accept_all(listener: &Listener, control: &Arc<Control>) {
+fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
     let heard = Arc::new(AtomicUsize::new(0));
     let numbers = AtomicU64::new(0);
-    let seldom = Arc::new(Seldom::default());
+    let limit = Arc::new(RateLimit::default());
     loop {
         let incoming = match listener.accept() {
             Ok(incoming) => incoming,
@@ -50,16 +59,16 @@ fn accept_all(listener: &Listener, control: &Arc<Control>) {
         };
         if heard.fetch_add(1, Ordering::AcqRel) >= MAX_HEARD {
             heard.fetch_sub(1, Ordering::AcqRel);
-            if seldom.allows() {
+            if limit.allows() {
                 tracing::warn!(from = incoming.peer(), "too many connections, some are dropped");
             }
             continue;
         }
         let number = Link(numbers.fetch_add(1, Ordering::Relaxed));
-        let (control, count, seldom) = (control.clone(), heard.clone(), seldom.clone());
+        let (decisions, count, limit) = (decisions.clone(), heard.clone(), limit.clone());
         let started = outlive_machine::spawn("session", move || {
-            serve(&control, incoming, number, &seldom);
-            control.disconnect(number);
+            serve(&decisions, incoming, number, &limit);
+            decisions.disconnect(number);
             count.fetch_sub(1, Ordering::AcqRel);
         });
         if let Err(error) = started {
@@ -69,14 +78,13 @@ fn accept_all(listener: &Listener, control: &Arc<Control>) {
     }
 }
 
-fn serve(control: &Arc<Control>, incoming: Incoming, number: Link, seldom: &Seldom) {
+fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &RateLimit) {
     let from = incoming.peer();
-    let opened = incoming.open().and_then(|connection| {
-        control.connect(number, connection.writer, connection.closer)?;
-        Ok(connection.reader)
-    });
-    let mut stream = match opened {
-        Ok(stream) => stream,
+    let mut stream = match incoming.open() {
+        Ok(Connection { reader, writer, closer }) => {
+            decisions.connect(number, Arc::new(Outbox::new(writer, closer)));
+            reader
+        }
         Err(error) => {
             tracing::warn!(from, %error, "a connection cannot be served");
             return;
@@ -86,7 +94,7 @@ fn serve(control: &Arc<Control>, incoming: Incoming, number: Link, seldom: &Seld
     let hello = match introduction(&mut reader, &mut stream) {
         Ok(hello) => hello,
         Err(error) => {
-            if seldom.allows() {
+            if limit.allows() {
                 match &error {
                     ReadError::Io(late) if late.kind() == io::ErrorKind::WouldBlock => {
                         tracing::warn!(from, "a connection said nothing in time; a primary would try again");
@@ -98,20 +106,20 @@ fn serve(control: &Arc<Control>, incoming: Incoming, number: Link, seldom: &Seld
                 // To a stranger nothing is said.
                 ReadError::Wire(WireError::NotOutlive { .. }) | ReadError::Io(_) | ReadError::Closed => {}
                 ReadError::Wire(ref wire @ WireError::UnknownProtocol { .. }) => {
-                    control.refuse(number, RefuseCode::Version, &wire.to_string());
+                    decisions.refuse(number, RefuseCode::Version, wire.to_string());
                 }
-                other => control.refuse(number, RefuseCode::Malformed, &other.to_string()),
+                other => decisions.refuse(number, RefuseCode::Malformed, other.to_string()),
             }
             return;
         }
     };
-    match admit(control, number, &hello) {
+    match admit(decisions, number, &hello) {
         Ok(admitted) => {
-            if stream.set_timeout(None).is_ok() {
-                Session::new(control.clone(), number, stream, reader, admitted).run();
-            }
+            tracing::info!(primary = from, "primary attached");
+            let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
+            reader.run();
         }
-        Err((code, text)) => control.refuse(number, code, &text),
+        Err((code, text)) => decisions.refuse(number, code, text),
     }
 }
 
@@ -150,9 +158,9 @@ impl Read for Until<'_> {
 
 /// Lets a line into the log once a second: whoever connects must not be able to fill the disk.
 #[derive(Default)]
-struct Seldom(Mutex<Option<Instant>>);
+struct RateLimit(Mutex<Option<Instant>>);
 
-impl Seldom {
+impl RateLimit {
     fn allows(&self) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let allows = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
@@ -166,46 +174,68 @@ impl Seldom {
 type Refusal = (RefuseCode, String);
 
 /// Checks everything that speaks against this primary, and sets memory aside for its VM.
-fn admit(control: &Arc<Control>, link: Link, hello: &Hello) -> Result<Admitted, Refusal> {
+fn admit(decisions: &Arc<Decisions>, link: Link, hello: &Hello) -> Result<Admitted, Refusal> {
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
         slots: hello.limits.slots.into(),
         dead_after: Duration::from_micros(hello.dead_after_us),
     };
-    control.would_accept(&introduction)?;
+    decisions.would_accept(&introduction)?;
     let Hello { vm, name, .. } = hello;
-    if let Some(served) = control.options.vm.as_ref().filter(|it| *it != name && **it != vm.to_string()) {
+    let kept_for = decisions.equipment.options.vm.as_ref();
+    if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
         let text = format!("this standby is kept for VM {served}, not for {name} ({vm})");
         return Err((RefuseCode::WrongVm, text));
     }
-    let arbiter = same_arbiter(control, hello)?;
-    let told = control.clone();
-    let tell = move |it| told.disks(link, it);
-    let copy = VmCopy::new(hello, &control.host, &control.options, &control.console, arbiter, tell)?;
-    let (ram, disks) = (copy.ram(), copy.disks());
     let refuse = |text: String| (RefuseCode::Resources, text);
+    if hello.limits.slots == 0 || hello.limits.slots > MAX_SLOTS {
+        let slots = hello.limits.slots;
+        return Err(refuse(format!("{slots} checkpoints on their way are not between 1 and {MAX_SLOTS}")));
+    }
+    let arbiter = same_arbiter(decisions, hello)?;
+    let told = decisions.clone();
+    let copy = VmCopy::new(hello, &decisions.equipment, arbiter, move |event| told.disks(link, event))?;
+    let (ram, disks, shape) = (copy.ram(), copy.disks(), copy.shape());
+    let handover = Arc::new(buffers(hello, &disks.sizes()).map_err(refuse)?);
+    let claims = decisions.claim_worker(hello.vm).map_err(refuse)?;
+    let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy };
+    let applier = applier.start().map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
+    let session =
+        Session { link, handover: handover.clone(), disks: Arc::downgrade(&disks), claims, applier };
+    let admitted = Admitted { ram, disks, shape, handover: ReaderEnd(handover) };
+    decisions.hello(link, introduction, session).map_err(|session| {
+        // Another primary was faster, and the refusal has been sent. The applier frees the copy.
+        session.handover.end(Ending::Discard);
+        (RefuseCode::Busy, "another primary is attached".to_owned())
+    })?;
+    Ok(admitted)
+}
+
+/// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for that
+/// which is applied.
+fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
     let limits = IncomingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
         max_state_bytes: hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES),
         max_state_sections: ACCEPTED_STATE_SECTIONS,
         max_disk_bytes: hello.limits.max_disk_bytes.min(ACCEPTED_DISK_BYTES),
     };
-    let staging = outlive_epoch::Incoming::new(limits, hello.layout.clone(), hello.generation)
-        .map_err(|e| refuse(e.to_string()))?;
-    let staging = staging.with_disks(disks.sizes());
-    let claims = control.claim_worker(hello.vm).map_err(refuse)?;
-    if !control.hello(link, introduction, copy, claims) {
-        // Another primary was faster; the refusal has been sent.
-        return Err((RefuseCode::Busy, "another primary is attached".into()));
-    }
-    Ok(Admitted { staging, ram, disks })
+    let buffer = || {
+        let buffer = outlive_epoch::Incoming::new(limits, hello.layout.clone(), hello.generation);
+        buffer.map(|buffer| buffer.with_disks(disks.to_vec())).map_err(|e| e.to_string())
+    };
+    let buffers = (0..=hello.limits.slots).map(|_| buffer()).collect::<Result<_, _>>()?;
+    let largest = u64::from(limits.max_pages) * PAGE_SIZE as u64
+        + u64::from(limits.max_state_bytes)
+        + u64::from(limits.max_disk_bytes);
+    Ok(Handover::new(buffers, 2 * largest))
 }
 
 /// Two hosts that were given different directories would both win every generation. The primary has won its
 /// own at the arbiter before it dialled, so this side must find it there.
-fn same_arbiter(control: &Control, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
-    let spec = &control.options.arbiter;
+fn same_arbiter(decisions: &Decisions, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
+    let spec = &decisions.equipment.options.arbiter;
     let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;
     if hello.arbiter != here.identity() {
         let text = format!(

@@ -1,19 +1,31 @@
 //! The host that can take over: `outlive standby`.
 //!
 //! ```text
-//! listen.rs    accepts connections, hears their introduction, refuses what does not belong here
-//! session.rs   one accepted primary: stages, acknowledges, applies
-//! copy.rs      the VM's copy: machine, memory, the state of the last committed checkpoint
-//! devices.rs   what the VM's devices are here
-//! control.rs   decisions, carried out
-//! takeover.rs  from the copy to the running VM
+//! listen.rs     accepts connections, hears their introduction, refuses what does not belong here
+//! reader.rs     a thread: hears an accepted primary all the time; the base to memory, checkpoints into staging
+//! handover.rs   the buffers between reader and applier
+//! applier.rs    a thread: tries the base, applies what is acknowledged, owns the copy
+//! sinks.rs      where a committed checkpoint goes: memory, state, disks
+//! copy.rs       the VM's copy: machine, memory, the state of the last committed checkpoint, disks
+//! devices.rs    what the VM's devices are here
+//! decisions.rs  the driver of `pair` behind its lock
+//! ports.rs      what its decisions reach
+//! outbox.rs     what is said to the primary
+//! notes.rs      what log and events say
+//! takeover.rs   from the copy to the running VM
 //! ```
 
-mod control;
+mod applier;
 mod copy;
+mod decisions;
 mod devices;
+mod handover;
 mod listen;
-mod session;
+mod notes;
+mod outbox;
+mod ports;
+mod reader;
+mod sinks;
 mod takeover;
 
 use std::sync::Arc;
@@ -21,26 +33,25 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use outlive_machine::Host;
-use outlive_pair::{Standby, StandbyConfig, StandbyEvent, StandbyExit, Timing};
+use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
 
 use crate::arbiter;
 use crate::cli::StandbyOptions;
-use crate::clock::Clock;
 use crate::console::Console;
-use crate::disk::{CopyEnd, DiskEvent};
+use crate::disk::CopyEnd;
 use crate::events::{self, Event, EventWriter, Role};
 use crate::link::Listener;
 use crate::report::Reporter;
 use crate::vm::{Launch, Relay};
 use crate::{disk, process};
-use control::{Control, Inbox};
+use decisions::{Decisions, Equipment};
+use notes::Notes;
+use ports::{Inbox, Session};
 
 /// A standby that listens.
 pub(crate) struct Waiting {
-    options: StandbyOptions,
-    control: Arc<Control>,
+    decisions: Arc<Decisions>,
     inbox: Receiver<Inbox>,
-    events: EventWriter,
     stops: Relay<&'static str>,
 }
 
@@ -75,11 +86,8 @@ impl Waiting {
         let (queue, inbox) = channel();
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
-        let timing = Timing::new(options.active.dead_after);
-        let clock = Clock::start();
-        let pair = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
-        let control =
-            Control::new(pair, clock, host, options.clone(), console, queue.clone(), events.clone());
+        let equipment = Equipment { host, options: options.clone(), console, events: events.clone() };
+        let decisions = Decisions::new(equipment, queue.clone());
         events.emit(Event::Started {
             role: Role::Standby,
             vm: None,
@@ -88,64 +96,56 @@ impl Waiting {
             tracker: None,
         });
         let addr = listener.address().map_or_else(|_| options.listen.clone(), |a| a.to_string());
-        listen::start(listener, control.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
+        listen::start(listener, decisions.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
         tracing::info!(%addr, "standby waits for a primary");
         events.emit(Event::Listening { addr });
         process::on_stop(options.active.exit_with_stdin, stops.sender())
             .map_err(|e| format!("cannot watch signals: {e}"))?;
         stops.connect(move |why| drop(queue.send(Inbox::Stop(why))));
-        Ok(Self { options: options.clone(), control, inbox, events, stops })
+        Ok(Self { decisions, inbox, stops })
     }
 
     /// The event stream.
     pub(crate) fn events(&self) -> &EventWriter {
-        &self.events
+        &self.decisions.equipment.events
     }
 
     /// Waits until the VM is taken over or this standby is of no further use.
     pub(crate) fn run(self) -> Outcome {
-        let _threads = Reporter::of_threads(self.events.clone())
+        let _threads = Reporter::of_threads(self.events().clone())
             .inspect_err(|error| tracing::warn!(%error, "no statistics"));
         let outcome = self.wait();
         if !matches!(outcome, Outcome::TakenOver(_)) {
             // Threads that still wait for connections hold it too, so nothing drops it.
-            self.control.console.close();
+            self.decisions.equipment.console.close();
         }
         outcome
     }
 
     fn wait(&self) -> Outcome {
+        let mut notes = Notes::new(self.events().clone());
         loop {
-            let deadline = self.control.next_deadline();
-            let timeout = deadline.map(|d| d.saturating_sub(self.control.clock.now()));
-            match self.inbox.recv_timeout(timeout.unwrap_or(Duration::from_secs(1))) {
+            let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
+            match self.inbox.recv_timeout(timeout) {
                 Ok(Inbox::Wake) => {}
                 Ok(Inbox::Stop(why)) => {
                     tracing::info!("{why}");
-                    self.control.handle(StandbyEvent::Stop);
+                    self.decisions.handle(StandbyEvent::Stop);
                 }
-                Ok(Inbox::Disks(link, DiskEvent::Want(want))) => self.control.want(link, &want),
-                Ok(Inbox::Disks(_, DiskEvent::Checked { checkpoint, difference })) => {
-                    self.control.compared(checkpoint, difference.as_ref());
-                }
-                Ok(Inbox::Disks(link, DiskEvent::Settled { checkpoint })) => {
-                    self.control.handle(StandbyEvent::Settled { link, checkpoint });
-                }
-                Ok(Inbox::Disks(link, DiskEvent::Failed(why))) => {
-                    self.control.handle(StandbyEvent::Failed { link, why });
-                }
-                Ok(Inbox::TakeOver(order)) => return self.take_over(order),
+                Ok(Inbox::Note(at, note)) => notes.note(at, note),
+                Ok(Inbox::Refused(code, text)) => notes.refused(code, text),
+                Ok(Inbox::TakeOver(order)) => return self.take_over(order, &notes),
                 Ok(Inbox::Exit(reason)) => return Outcome::Ended(self.leave(reason)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Outcome::Failed("the standby's threads have ended".into());
                 }
             }
-            self.control.handle(StandbyEvent::Tick);
+            self.decisions.tick();
         }
     }
 
-    fn take_over(&self, order: control::TakeOverOrder) -> Outcome {
+    fn take_over(&self, order: TakeOver, notes: &Notes) -> Outcome {
         // From here on a stop is for the primary that this process becomes, as is one that has just come.
         self.stops.disconnect();
         for message in self.inbox.try_iter() {
@@ -153,7 +153,13 @@ impl Waiting {
                 self.stops.send(why);
             }
         }
-        match takeover::take_over(&self.control, order, &self.options, &self.events, &self.stops) {
+        let session = self.decisions.take_session().filter(|session| session.link == order.link);
+        let copy =
+            session.and_then(Session::into_copy).ok_or_else(|| "there is no copy of the VM".to_owned());
+        let taken_over = copy.and_then(|copy| {
+            takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
+        });
+        match taken_over {
             Ok(launch) => Outcome::TakenOver(Box::new(launch)),
             // The generation is won and cannot be given back: nobody else may run this VM now, so say so
             // loudly.
@@ -162,14 +168,19 @@ impl Waiting {
     }
 
     fn leave(&self, reason: StandbyExit) -> StandbyExit {
-        self.control.finish();
+        self.decisions.finish();
         // The disks are brought to the last commit before the process ends; a journal that stays is replayed
         // by the next.
         let end = matches!(reason, StandbyExit::Followed(_)).then_some(CopyEnd::Followed);
-        if let Some(copy) = self.control.take_copy()
-            && let Err(why) = copy.disks().leave(end)
-        {
-            tracing::error!("the disks: {why}");
+        match self.decisions.take_session().map(Session::into_copy) {
+            Some(Some(copy)) => {
+                if let Err(why) = copy.disks().leave(end) {
+                    tracing::error!("the disks: {why}");
+                }
+            }
+            // Its applier is in the way, and the process ends without it.
+            Some(None) => {}
+            None => self.decisions.wait_until_discarded(),
         }
         reason
     }

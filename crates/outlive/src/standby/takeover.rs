@@ -8,10 +8,12 @@
 use std::time::Instant;
 
 use outlive_epoch::EndReason;
+use outlive_pair::TakeOver;
 
-use super::control::{Control, TakeOverOrder};
-use crate::cli::StandbyOptions;
-use crate::events::{Event, EventWriter};
+use super::copy::VmCopy;
+use super::decisions::Equipment;
+use super::notes::Times;
+use crate::events::Event;
 use crate::vm::{Launch, Relay};
 
 /// Restores and resumes the VM.
@@ -19,14 +21,14 @@ use crate::vm::{Launch, Relay};
 /// # Errors
 /// Why the VM cannot run here.
 pub(super) fn take_over(
-    control: &Control,
-    order: TakeOverOrder,
-    options: &StandbyOptions,
-    events: &EventWriter,
+    mut copy: VmCopy,
+    order: TakeOver,
+    times: Times,
+    equipment: &Equipment,
     stops: &Relay<&'static str>,
 ) -> Result<Launch, String> {
-    let TakeOverOrder { checkpoint, generation, stop, times } = order;
-    let mut copy = control.take_copy().ok_or("there is no copy of the VM")?;
+    let TakeOver { checkpoint, generation, stop, .. } = order;
+    let Equipment { options, console, events, .. } = equipment;
     // The guest may write to its disks only when nothing of the copy's is left to be written.
     copy.disks().become_primary(generation)?;
     copy.restore()?;
@@ -81,6 +83,6 @@ pub(super) fn take_over(
         sidecars,
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),
-        console: control.console.clone(),
+        console: console.clone(),
     })
 }

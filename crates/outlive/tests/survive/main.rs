@@ -19,4 +19,5 @@ mod readers;
 mod redis;
 mod refusals;
 mod self_check;
+mod standby;
 mod support;

@@ -14,6 +14,9 @@ use crate::disk::sidecar::CopyEnd;
 
 /// Bytes of committed writes that may wait.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
+/// How long a committed write may wait for the thread of the disks. A takeover has to wait for all that waits
+/// here, so this bounds how much that is on a slow disk, where [`QUEUE_BYTES`] may be minutes.
+pub(super) const QUEUE_TIME: Duration = Duration::from_secs(2);
 /// Buffers of records that are kept to be used again.
 const SPARE_BUFFERS: usize = 64;
 /// A buffer that has become larger than this is not kept.
@@ -61,7 +64,8 @@ pub(super) struct Waiting {
 impl Waiting {
     /// Whether so many bytes more must not come now.
     pub(super) fn is_full(&self, bytes: usize) -> bool {
-        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES
+        let late = || self.jobs.front().is_some_and(|(came, _)| came.elapsed() >= QUEUE_TIME);
+        self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || !self.checking && late()
     }
 
     /// Whether a comparison waits.
@@ -158,6 +162,28 @@ mod tests {
         let mut records = RecordBuf::default();
         records.empty_for(bytes).unwrap();
         records
+    }
+
+    fn waiting(since: Duration, bytes: usize) -> Waiting {
+        let mut waiting = Waiting { bytes, ..Waiting::default() };
+        let job = Job::Commit { number: 1, base: false, records: RecordBuf::default() };
+        waiting.jobs.push_back((Instant::now().checked_sub(since).unwrap(), job));
+        waiting
+    }
+
+    #[test]
+    fn what_waits_is_bounded_in_bytes_and_in_time() {
+        assert!(
+            !Waiting::default().is_full(QUEUE_BYTES * 2),
+            "what is too large alone must come all the same"
+        );
+        let now = Duration::ZERO;
+        assert!(!waiting(now, QUEUE_BYTES / 2).is_full(QUEUE_BYTES / 2));
+        assert!(waiting(now, QUEUE_BYTES / 2).is_full(QUEUE_BYTES / 2 + 1));
+        assert!(!waiting(QUEUE_TIME / 2, 5).is_full(1));
+        assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
+        // A comparison takes its time and ends when enough waits; the disk is not slow.
+        assert!(!Waiting { checking: true, ..waiting(QUEUE_TIME, 5) }.is_full(1));
     }
 
     #[test]

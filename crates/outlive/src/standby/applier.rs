@@ -1,0 +1,121 @@
+//! The thread that owns a session's copy: it tries the base, applies what is acknowledged, and throws the copy
+//! away or hands it over at the end. One thing after the other, in the order in which it was decided.
+//!
+//! The acknowledgement goes before the apply, because it is on the guest's way to its clients, and the commit
+//! does not depend on where in this host's memory the checkpoint stands. What is acknowledged is applied
+//! completely, whatever happens to the link meanwhile, so the copy only ever moves from one committed
+//! checkpoint to the next (invariant 2). However long that takes, the reader hears the primary meanwhile; it is
+//! the next acknowledgement that waits.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use outlive_epoch::{Checkpoint, Incoming, StateKind};
+use outlive_machine::Hashes;
+use outlive_pair::{Link, StandbyEvent as Event};
+
+use super::copy::VmCopy;
+use super::decisions::Decisions;
+use super::handover::{Doing, Ending, Handover};
+use super::notes;
+
+/// See the module.
+pub(super) struct Applier {
+    pub(super) decisions: Arc<Decisions>,
+    pub(super) link: Link,
+    pub(super) handover: Arc<Handover>,
+    pub(super) copy: VmCopy,
+}
+
+impl Applier {
+    /// Starts the thread. It returns the copy, unless that was thrown away.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn start(self) -> io::Result<JoinHandle<Option<VmCopy>>> {
+        outlive_machine::spawn("applier", move || self.run())
+    }
+
+    fn run(mut self) -> Option<VmCopy> {
+        loop {
+            let (mut held, doing) = match self.handover.next() {
+                Ok(work) => work,
+                Err(Ending::Return) => return Some(self.copy),
+                Err(Ending::Discard) => {
+                    self.discard();
+                    return None;
+                }
+            };
+            let event = self.carry_out(&mut held.buffer, doing);
+            // Before the event: what was tried is applied next, and an acknowledgement is followed by a
+            // checkpoint that wants this buffer.
+            match doing {
+                Doing::Try => self.handover.tried(held),
+                Doing::Apply => {
+                    held.buffer.clear();
+                    self.handover.applied(held);
+                }
+            }
+            if let Some(event) = event {
+                self.decisions.handle(event);
+            }
+        }
+    }
+
+    /// Returns what is to be reported.
+    fn carry_out(&mut self, staged: &mut Incoming, doing: Doing) -> Option<Event> {
+        let link = self.link;
+        // Only what is whole is given.
+        let whole = staged.checkpoint()?;
+        let checkpoint = whole.number();
+        Some(match doing {
+            Doing::Try => Event::Tried { link, checkpoint, result: self.copy.try_restore(&whole) },
+            Doing::Apply => match self.apply(staged) {
+                Ok(()) => Event::Applied { link, checkpoint },
+                Err(why) => Event::Failed { link, why },
+            },
+        })
+    }
+
+    fn apply(&mut self, staged: &mut Incoming) -> Result<(), String> {
+        self.copy.sinks().into_iter().try_for_each(|sink| sink.commit(staged))?;
+        let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        match hashes(&checkpoint).transpose()? {
+            Some(hashes) => self.compare(checkpoint.number(), hashes),
+            None => Ok(()),
+        }
+    }
+
+    /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never
+    /// run. Nobody writes to its memory until the checkpoint is said to be applied. The disks are compared by
+    /// their own thread.
+    fn compare(&self, checkpoint: u64, hashes: Hashes) -> Result<(), String> {
+        let events = &self.decisions.equipment.events;
+        if let Err(difference) = hashes.compare_memory(&self.copy.ram()) {
+            let why = difference.to_string();
+            notes::compared(events, checkpoint, Some(&why));
+            return Err(why);
+        }
+        if hashes.disks.is_empty() {
+            notes::compared(events, checkpoint, None);
+        } else {
+            self.copy.disks().check(checkpoint, hashes.disks);
+        }
+        Ok(())
+    }
+
+    fn discard(self) {
+        let Self { decisions, link, handover, copy } = self;
+        // Nobody else holds memory or disks then, so this frees them.
+        handover.wait_for_reader();
+        drop(copy);
+        decisions.handle(Event::Discarded { link });
+    }
+}
+
+/// What the checkpoint says of the VM, for a copy to be compared with; `None` when it says nothing.
+pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
+    let section = checkpoint.state().find(StateKind::Check, 0)?;
+    Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))
+}

@@ -1,0 +1,193 @@
+//! The standby's driver behind its lock, for all threads.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{RefuseCode, VmId};
+use outlive_machine::Host;
+use outlive_pair::{
+    After, ClaimResult, Introduction, Link, Standby, StandbyConfig, StandbyDriver, StandbyEvent as Event,
+    StandbyStatus, Timing,
+};
+
+use super::notes;
+use super::outbox::Outbox;
+use super::ports::{Inbox, LOOK_AGAIN, Ports, Session};
+use crate::arbiter::{self, Claim, ClaimWorker};
+use crate::cli::StandbyOptions;
+use crate::clock::Clock;
+use crate::console::Console;
+use crate::disk::{DiskEvent, STUCK};
+use crate::events::{self, EventWriter};
+
+/// What the ports were told beside a decision is done in any case.
+const NOTHING: After = After { drain: false, wake: false };
+
+/// What this host gives a standby.
+pub(super) struct Equipment {
+    pub(super) host: Arc<Host>,
+    pub(super) options: StandbyOptions,
+    /// The other ends of the VM's ports.
+    pub(super) console: Arc<Console>,
+    pub(super) events: EventWriter,
+}
+
+/// See the module.
+pub(super) struct Decisions {
+    driver: Mutex<StandbyDriver<Ports>>,
+    clock: Clock,
+    inbox: Sender<Inbox>,
+    pub(super) equipment: Equipment,
+}
+
+impl Decisions {
+    /// A standby that listens. The main thread gets the other end of `inbox`.
+    pub(super) fn new(equipment: Equipment, inbox: Sender<Inbox>) -> Arc<Self> {
+        let clock = Clock::start();
+        let timing = Timing::new(equipment.options.active.dead_after);
+        let machine = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
+        let driver = Mutex::new(StandbyDriver::new(machine, Ports::new(inbox.clone())));
+        Arc::new(Self { driver, clock, inbox, equipment })
+    }
+
+    /// Hands an event in, and does what follows.
+    pub(super) fn handle(&self, event: Event) {
+        self.with(|driver, now| ((), driver.handle(now, event)));
+    }
+
+    /// A section of base pages, or of the base of disks, has come: whether it may be written.
+    pub(super) fn base_pages(&self, link: Link) -> bool {
+        self.with(|driver, now| driver.base_pages(now, link))
+    }
+
+    /// Whether this introduction would be accepted now.
+    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+        self.with(|driver, _| (driver.would_accept(hello), NOTHING))
+    }
+
+    /// A connection that nothing is known of yet.
+    pub(super) fn connect(&self, link: Link, outbox: Arc<Outbox>) {
+        self.with(|driver, _| (driver.ports_mut().connect(link, outbox), NOTHING));
+    }
+
+    /// Forgets a connection whose thread ends.
+    pub(super) fn disconnect(&self, link: Link) {
+        self.with(|driver, _| (driver.ports_mut().disconnect(link), NOTHING));
+    }
+
+    /// Refuses a connection for a reason that no decision is needed for.
+    pub(super) fn refuse(&self, link: Link, code: RefuseCode, text: String) {
+        self.with(|driver, _| {
+            outlive_pair::StandbyPorts::refuse(driver.ports_mut(), link, code, text);
+            ((), NOTHING)
+        });
+    }
+
+    /// A primary's introduction, with the copy that was made for its VM. If it is decided otherwise since
+    /// [`would_accept`](Self::would_accept), that copy comes back, and the refusal is on its way.
+    pub(super) fn hello(&self, link: Link, hello: Introduction, session: Session) -> Result<(), Session> {
+        self.with(|driver, now| {
+            let mut session = Some(session);
+            if driver.would_accept(&hello).is_ok()
+                && let Some(session) = session.take()
+            {
+                driver.ports_mut().admit(session);
+            }
+            let after = driver.handle(now, Event::Hello { link, hello });
+            (session.map_or(Ok(()), Err), after)
+        })
+    }
+
+    /// What happens at a session's disks.
+    pub(super) fn disks(&self, link: Link, event: DiskEvent) {
+        match event {
+            DiskEvent::Want(want) => {
+                // The connection may be gone, and with it the session.
+                self.with(|driver, _| (driver.ports_mut().want(link, &want).ok(), NOTHING));
+            }
+            DiskEvent::Checked { checkpoint, difference } => {
+                notes::compared(&self.equipment.events, checkpoint, difference.as_deref());
+            }
+            DiskEvent::Settled { checkpoint } => self.handle(Event::Settled { link, checkpoint }),
+            DiskEvent::Failed(why) => self.handle(Event::Failed { link, why }),
+        }
+    }
+
+    /// A thread that asks the arbiter for generations of `vm` and reports here.
+    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, String> {
+        let arbiter = arbiter::parse(&self.equipment.options.arbiter).map_err(|e| e.to_string())?;
+        let decisions = self.clone();
+        ClaimWorker::start(arbiter, arbiter::VmId(vm.0), arbiter::owner("standby"), move |answer| {
+            let generation = answer.generation;
+            let result = match answer.claim {
+                Claim::Won => ClaimResult::Won,
+                Claim::Lost { owner } => {
+                    let lost = events::Event::Lost { generation, owner: owner.clone() };
+                    decisions.equipment.events.emit(lost);
+                    ClaimResult::Lost { owner }
+                }
+                Claim::Unreachable { why } => ClaimResult::Unreachable { why },
+            };
+            decisions.handle(Event::Claimed { generation, result });
+        })
+        .map_err(|e| format!("cannot start a thread: {e}"))
+    }
+
+    /// How long the main thread may sleep, if nobody wakes it.
+    pub(super) fn wait(&self) -> Option<Duration> {
+        let (until, now) = self.with(|driver, now| ((driver.wait(), now), NOTHING));
+        until.map(|until| until.saturating_sub(now))
+    }
+
+    /// Looks at the deadlines, and whether this standby still gets anything done. One that does not is of no
+    /// use while the primary is there, and the VM must not wait for it. Without the primary it is all that the
+    /// VM has.
+    pub(super) fn tick(&self) {
+        self.with(|driver, now| {
+            let after = driver.handle(now, Event::Tick);
+            let follows =
+                matches!(driver.machine().status(), StandbyStatus::BaseSync | StandbyStatus::Protected);
+            match driver.ports().stuck().filter(|_| follows) {
+                Some((link, why)) => ((), after.and(driver.handle(now, Event::Failed { link, why }))),
+                None => ((), after),
+            }
+        });
+    }
+
+    /// Takes the copy out, when no decision needs it any more.
+    pub(super) fn take_session(&self) -> Option<Session> {
+        self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))
+    }
+
+    /// Waits until the last copy is thrown away, if one is, but not for ever.
+    pub(super) fn wait_until_discarded(&self) {
+        let Some(thread) = self.with(|driver, _| (driver.ports_mut().take_discards(), NOTHING)) else {
+            return;
+        };
+        let deadline = Instant::now() + STUCK;
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// Closes every connection; what was queued still goes out.
+    pub(super) fn finish(&self) {
+        self.with(|driver, _| (driver.ports_mut().finish(), NOTHING));
+    }
+
+    /// Works on the driver under its lock, and does what follows without it.
+    fn with<T>(&self, work: impl FnOnce(&mut StandbyDriver<Ports>, Duration) -> (T, After)) -> T {
+        let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: after whatever the caller has to tell, and never before what another has told.
+        let (result, after) = work(&mut driver, self.clock.now());
+        let outgoing = driver.ports_mut().take_outgoing();
+        drop(driver);
+        outgoing.carry_out();
+        if after.wake {
+            // After a takeover nobody waits any more.
+            self.inbox.send(Inbox::Wake).ok();
+        }
+        result
+    }
+}

@@ -1,0 +1,255 @@
+//! What a standby says to one peer: queued by whoever decides, written by whoever has time.
+//!
+//! To queue costs a copy of some bytes, so it is done under the lock of the decisions, and the order of the
+//! decisions is the order on the wire. To write is a system call, so it is done after that lock is dropped, by
+//! the thread that brought the event: nobody has to be woken while a guest's clients wait for an
+//! acknowledgement. The write never waits. What does not fit into the socket stays here until the next one, a
+//! heartbeat at the latest; a peer that takes nothing for long is given up.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use outlive_epoch::{EncodeError, Encoder, Preface};
+
+use crate::link::{Closer, Writer};
+
+/// Bytes that may wait here. The socket has taken what it can before.
+const MAX_WAITING: usize = 256 << 10;
+
+/// See the module.
+pub(super) struct Outbox {
+    queue: Mutex<Queue>,
+    /// Whoever holds this writes. Taken before `queue`, never the other way round.
+    sending: Mutex<Sending>,
+    closer: Closer,
+}
+
+struct Queue {
+    encoder: Encoder,
+    greeted: bool,
+    bytes: Vec<u8>,
+    end: Option<End>,
+}
+
+/// What comes after the last byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The peer reads what there is, and closes.
+    Finish,
+    /// The connection is broken.
+    Close,
+}
+
+struct Sending {
+    writer: Writer,
+    bytes: Vec<u8>,
+    sent: usize,
+    /// Nothing more goes out.
+    over: bool,
+}
+
+impl Outbox {
+    /// For a new connection.
+    pub(super) fn new(writer: Writer, closer: Closer) -> Self {
+        let (bytes, greeted, end) = (Vec::with_capacity(4096), false, None);
+        let queue = Mutex::new(Queue { encoder: Encoder::new(), greeted, bytes, end });
+        let sending = Mutex::new(Sending { writer, bytes: Vec::with_capacity(4096), sent: 0, over: false });
+        Self { queue, sending, closer }
+    }
+
+    /// Queues a message, and before the first one the preface. The message does not go out before
+    /// [`write`](Self::write).
+    ///
+    /// # Errors
+    /// The connection takes nothing any more.
+    pub(super) fn put(
+        &self,
+        encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> Result<(), EncodeError>,
+    ) -> Result<(), String> {
+        let mut queue = self.queue();
+        let Queue { encoder, greeted, bytes, end } = &mut *queue;
+        if end.is_some() {
+            return Err("the connection is being closed".into());
+        }
+        if bytes.len() > MAX_WAITING {
+            *end = Some(End::Close);
+            return Err("the primary does not read what this standby says".into());
+        }
+        if !std::mem::replace(greeted, true) {
+            bytes.extend_from_slice(&Preface::CURRENT.encode());
+        }
+        encode(encoder, bytes).map_err(|e| e.to_string())
+    }
+
+    /// The connection ends after what is queued.
+    pub(super) fn end(&self, how: End) {
+        let mut queue = self.queue();
+        if queue.end != Some(End::Close) {
+            queue.end = Some(how);
+        }
+    }
+
+    /// Writes what is queued and fits, and ends the connection if that is due. Never waits, apart from another
+    /// thread that does the same.
+    pub(super) fn write(&self) {
+        let mut sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        while !sending.over {
+            if sending.sent == sending.bytes.len() {
+                let mut queue = self.queue();
+                sending.bytes.clear();
+                sending.sent = 0;
+                std::mem::swap(&mut sending.bytes, &mut queue.bytes);
+                if sending.bytes.is_empty() {
+                    if let Some(end) = queue.end {
+                        sending.over = true;
+                        drop(queue);
+                        self.carry_out(end);
+                    }
+                    return;
+                }
+            }
+            match sending.writer.write_now(&sending.bytes[sending.sent..]) {
+                Ok(count) => sending.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nobody would come back for the rest of a connection that ends.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.queue().end.is_none() => {
+                    return;
+                }
+                // The reader of this connection notices and reports the loss.
+                Err(_) => {
+                    sending.over = true;
+                    self.carry_out(End::Close);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&self, end: End) {
+        match end {
+            End::Finish => self.closer.finish(),
+            End::Close => self.closer.close(),
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpStream;
+    use std::time::{Duration, Instant};
+
+    use outlive_epoch::{Ack, Message, Peer, ReadError, SectionReader};
+
+    use super::*;
+    use crate::link::{Listener, Reader};
+
+    /// Messages that a socket takes, whether its peer reads or not.
+    const MANY: u64 = 1000;
+
+    /// An outbox and the other end of its connection. The reader keeps the socket open.
+    fn connected() -> (Outbox, Reader, TcpStream) {
+        let listener = Listener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.address().unwrap()).unwrap();
+        let connection = listener.accept().unwrap().open().unwrap();
+        (Outbox::new(connection.writer, connection.closer), connection.reader, peer)
+    }
+
+    fn ack(outbox: &Outbox, number: u64) -> Result<(), String> {
+        outbox.put(|encoder, out| {
+            encoder.ack(out, &Ack { generation: 1, number, stamp_us: number });
+            Ok(())
+        })
+    }
+
+    fn numbers(peer: &mut TcpStream) -> (Vec<u64>, ReadError) {
+        let mut reader = SectionReader::new(Peer::Standby);
+        reader.read_preface(peer).unwrap();
+        let mut numbers = Vec::new();
+        loop {
+            match reader.read_section(peer) {
+                Ok(section) => match Message::parse(&section).unwrap() {
+                    Message::Ack(ack) => numbers.push(ack.number),
+                    other => panic!("{other:?}"),
+                },
+                Err(error) => return (numbers, error),
+            }
+        }
+    }
+
+    #[test]
+    fn messages_go_out_in_the_order_in_which_they_were_queued_whoever_writes() {
+        let (outbox, _reader, mut peer) = connected();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 1..=MANY {
+                    ack(&outbox, number).unwrap();
+                    if number % 3 == 0 {
+                        outbox.write();
+                    }
+                }
+                outbox.end(End::Finish);
+                outbox.write();
+            });
+            scope.spawn(|| (0..MANY).for_each(|_| outbox.write()));
+            let (numbers, error) = numbers(&mut peer);
+            assert_eq!(numbers, (1..=MANY).collect::<Vec<_>>());
+            assert!(matches!(error, ReadError::Closed), "{error:?}");
+        });
+        assert!(ack(&outbox, 1).is_err(), "nothing comes after the end");
+    }
+
+    #[test]
+    fn a_peer_that_reads_nothing_makes_nobody_wait_and_is_given_up() {
+        let (outbox, _reader, mut peer) = connected();
+        let began = Instant::now();
+        let mut number = 0;
+        let why = loop {
+            number += 1;
+            if let Err(why) = ack(&outbox, number) {
+                break why;
+            }
+            outbox.write();
+            assert!(began.elapsed() < Duration::from_secs(60));
+        };
+        assert!(why.contains("does not read"), "{why}");
+        // What is queued has no chance any more; the reader of the connection hears of the end.
+        outbox.write();
+        let mut rest = Vec::new();
+        peer.read_to_end(&mut rest).unwrap();
+        assert!(!rest.is_empty(), "the socket took nothing");
+    }
+
+    fn is_out(outbox: &Outbox) -> bool {
+        let sending = outbox.sending.lock().unwrap();
+        sending.sent == sending.bytes.len()
+    }
+
+    #[test]
+    fn what_did_not_fit_goes_out_later() {
+        let (outbox, _reader, mut peer) = connected();
+        let mut last = 0;
+        // Until the sockets are full.
+        while is_out(&outbox) {
+            for _ in 0..1000 {
+                last += 1;
+                ack(&outbox, last).unwrap();
+            }
+            outbox.write();
+        }
+        let reading = std::thread::spawn(move || numbers(&mut peer));
+        let began = Instant::now();
+        while !is_out(&outbox) {
+            assert!(began.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+            outbox.write();
+        }
+        outbox.end(End::Close);
+        outbox.write();
+        let (numbers, _) = reading.join().unwrap();
+        assert_eq!(numbers, (1..=last).collect::<Vec<_>>());
+    }
+}

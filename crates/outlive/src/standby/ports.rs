@@ -1,0 +1,302 @@
+//! What the standby's decisions reach. Every method queues something and returns; what takes time is done by
+//! other threads, or by [`Outgoing`] once the lock is dropped.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use outlive_epoch::{Accept, Ack, DiskWant, EncodeError, Encoder, LeaveReason, RefuseCode};
+use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
+
+use super::copy::VmCopy;
+use super::handover::{Doing, Ending, Handover};
+use super::outbox::{End, Outbox};
+use crate::arbiter::ClaimWorker;
+use crate::disk::{Replica, STUCK};
+use crate::process;
+
+/// Time between two looks at a thread that ends soon.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_micros(50);
+
+/// What the main thread is told.
+pub(super) enum Inbox {
+    /// Look at the deadlines again.
+    Wake,
+    /// The operator wants the standby stopped.
+    Stop(&'static str),
+    /// Something to log, and when it happened.
+    Note(Instant, StandbyNote),
+    /// A primary was refused.
+    Refused(RefuseCode, String),
+    /// Run the VM.
+    TakeOver(TakeOver),
+    /// End the process.
+    Exit(StandbyExit),
+}
+
+/// A copy of a VM, as far as decisions reach it.
+pub(super) struct Session {
+    pub(super) link: Link,
+    pub(super) handover: Arc<Handover>,
+    /// The copy's, whose applier drops them.
+    pub(super) disks: Weak<Replica>,
+    pub(super) claims: ClaimWorker,
+    pub(super) applier: JoinHandle<Option<VmCopy>>,
+}
+
+impl Session {
+    /// What keeps this copy from following the VM, if it is hopeless.
+    fn stuck(&self) -> Option<String> {
+        let secs = STUCK.as_secs();
+        if self.disks.upgrade().is_some_and(|disks| disks.is_stuck()) {
+            return Some(format!("the disks of this standby have not answered for {secs} s"));
+        }
+        let busy = self.handover.busy_for() >= STUCK;
+        busy.then(|| format!("this standby has worked on one checkpoint for {secs} s"))
+    }
+
+    /// The copy, once its applier has nothing more to do. `None` if it was thrown away, or if that takes
+    /// hopelessly long.
+    pub(super) fn into_copy(self) -> Option<VmCopy> {
+        self.handover.end(Ending::Return);
+        while !self.applier.is_finished() {
+            if let Some(why) = self.stuck() {
+                tracing::error!("{why}");
+                return None;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        self.applier.join().ok().flatten()
+    }
+}
+
+/// What is to be done once the lock is dropped, in this order: the acknowledgement goes before the applier is
+/// woken, who may want the same processor.
+#[derive(Default)]
+pub(super) struct Outgoing {
+    outbox: Option<Arc<Outbox>>,
+    /// Seldom any: one event is about one connection.
+    others: Vec<Arc<Outbox>>,
+    applier: Option<Arc<Handover>>,
+    /// Of a session that is over: not to be freed under the lock.
+    buffers: Option<Arc<Handover>>,
+}
+
+impl Outgoing {
+    /// Does it.
+    pub(super) fn carry_out(self) {
+        self.outbox.into_iter().chain(self.others).for_each(|outbox| outbox.write());
+        if let Some(handover) = self.applier {
+            handover.wake();
+        }
+    }
+}
+
+/// See the module.
+pub(super) struct Ports {
+    /// The accepted primary and those that are being answered.
+    peers: Vec<(Link, Arc<Outbox>)>,
+    session: Option<Session>,
+    /// Throws the last session's copy away, or has done so.
+    discards: Option<JoinHandle<Option<VmCopy>>>,
+    inbox: Sender<Inbox>,
+    /// This host's name; the introduction's answer has it.
+    host: String,
+    outgoing: Outgoing,
+}
+
+impl Ports {
+    pub(super) fn new(inbox: Sender<Inbox>) -> Self {
+        let host = process::host_name();
+        Self { peers: Vec::new(), session: None, discards: None, inbox, host, outgoing: Outgoing::default() }
+    }
+
+    /// A new connection, whose number was not used before.
+    pub(super) fn connect(&mut self, link: Link, outbox: Arc<Outbox>) {
+        self.peers.push((link, outbox));
+    }
+
+    /// A connection's thread has ended.
+    pub(super) fn disconnect(&mut self, link: Link) {
+        self.peers.retain(|(known, _)| *known != link);
+    }
+
+    /// The copy for the primary whose introduction comes next.
+    pub(super) fn admit(&mut self, session: Session) {
+        self.session = Some(session);
+    }
+
+    /// Takes the session out of the decisions' reach.
+    pub(super) fn take_session(&mut self) -> Option<Session> {
+        self.session.take()
+    }
+
+    /// The thread that throws a copy away, if there was one.
+    pub(super) fn take_discards(&mut self) -> Option<JoinHandle<Option<VmCopy>>> {
+        self.discards.take()
+    }
+
+    /// What keeps the copy from following the VM, if it is hopeless.
+    pub(super) fn stuck(&self) -> Option<(Link, String)> {
+        let session = self.session.as_ref()?;
+        session.stuck().map(|why| (session.link, why))
+    }
+
+    /// Queues the answer to sums.
+    pub(super) fn want(&mut self, link: Link, want: &DiskWant) -> Result<(), String> {
+        self.put(link, |encoder, out| encoder.disk_want(out, want))
+    }
+
+    /// Ends every connection after what is queued.
+    pub(super) fn finish(&mut self) {
+        for (_, outbox) in std::mem::take(&mut self.peers) {
+            outbox.end(End::Finish);
+            self.touch(outbox);
+        }
+    }
+
+    /// What is to be done once the lock is dropped.
+    pub(super) fn take_outgoing(&mut self) -> Outgoing {
+        std::mem::take(&mut self.outgoing)
+    }
+
+    fn outbox(&self, link: Link) -> Option<Arc<Outbox>> {
+        self.peers.iter().find(|(known, _)| *known == link).map(|(_, outbox)| outbox.clone())
+    }
+
+    fn touch(&mut self, outbox: Arc<Outbox>) {
+        match &self.outgoing.outbox {
+            Some(known) if Arc::ptr_eq(known, &outbox) => {}
+            Some(_) => self.outgoing.others.push(outbox),
+            None => self.outgoing.outbox = Some(outbox),
+        }
+    }
+
+    fn put(
+        &mut self,
+        link: Link,
+        encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> Result<(), EncodeError>,
+    ) -> Result<(), String> {
+        let outbox = self.outbox(link).ok_or("the connection is gone")?;
+        let result = outbox.put(encode);
+        self.touch(outbox);
+        result
+    }
+
+    fn session(&self, link: Link) -> Result<&Session, String> {
+        let session = self.session.as_ref().filter(|session| session.link == link);
+        session.ok_or_else(|| "there is no copy of the VM".into())
+    }
+
+    fn give(&mut self, link: Link, checkpoint: u64, doing: Doing) -> Result<(), String> {
+        let handover = self.session(link)?.handover.clone();
+        handover.give(checkpoint, doing)?;
+        self.outgoing.applier = Some(handover);
+        Ok(())
+    }
+
+    fn tell(&self, message: Inbox) {
+        // After a takeover nobody listens any more; nothing is lost then.
+        self.inbox.send(message).ok();
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    time.as_micros() as u64
+}
+
+impl StandbyPorts for Ports {
+    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String> {
+        let accept = Accept { generation, dead_after_us: micros(dead_after), host: self.host.clone() };
+        self.put(link, |encoder, out| encoder.accept(out, &accept))
+    }
+
+    fn refuse(&mut self, link: Link, code: RefuseCode, text: String) {
+        let put = self.put(link, |encoder, out| {
+            encoder.refuse(out, code, &text);
+            Ok(())
+        });
+        if let Some(outbox) = self.outbox(link) {
+            outbox.end(if put.is_ok() { End::Finish } else { End::Close });
+        }
+        self.disconnect(link);
+        self.tell(Inbox::Refused(code, text));
+    }
+
+    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+        self.give(link, checkpoint, Doing::Try)
+    }
+
+    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String> {
+        let ack = Ack { generation, number: checkpoint, stamp_us: micros(stamp) };
+        self.put(link, |encoder, out| {
+            encoder.ack(out, &ack);
+            Ok(())
+        })
+    }
+
+    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+        self.give(link, checkpoint, Doing::Apply)
+    }
+
+    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+        let disks = self.session(link)?.disks.upgrade().ok_or("there is no copy of the VM")?;
+        disks.settle(checkpoint);
+        Ok(())
+    }
+
+    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
+        self.put(link, |encoder, out| {
+            encoder.heartbeat(out, micros(stamp));
+            Ok(())
+        })
+    }
+
+    fn send_leave(&mut self, link: Link, reason: LeaveReason) {
+        // The connection ends next, whether this goes out or not.
+        let put = self.put(link, |encoder, out| {
+            encoder.leave(out, reason);
+            Ok(())
+        });
+        put.ok();
+    }
+
+    fn hang_up(&mut self, link: Link) {
+        if let Some(outbox) = self.outbox(link) {
+            outbox.end(End::Close);
+            self.touch(outbox);
+        }
+        self.disconnect(link);
+        if let Ok(session) = self.session(link) {
+            session.handover.hang_up();
+        }
+    }
+
+    fn discard(&mut self, link: Link) {
+        if let Some(session) = self.session.take_if(|session| session.link == link) {
+            session.handover.end(Ending::Discard);
+            self.outgoing.buffers = Some(session.handover);
+            self.discards = Some(session.applier);
+        }
+    }
+
+    fn claim(&mut self, generation: u64) -> Result<(), String> {
+        let session = self.session.as_ref().ok_or("there is no copy of the VM")?;
+        // Busy: the answer to the earlier claim is still to come.
+        let _ = session.claims.submit(generation);
+        Ok(())
+    }
+
+    fn take_over(&mut self, order: TakeOver) {
+        self.tell(Inbox::TakeOver(order));
+    }
+
+    fn exit(&mut self, reason: StandbyExit) {
+        self.tell(Inbox::Exit(reason));
+    }
+
+    fn note(&mut self, note: StandbyNote) {
+        self.tell(Inbox::Note(Instant::now(), note));
+    }
+}

@@ -1,0 +1,187 @@
+//! The thread that reads an accepted primary's connection, all the time: stamps and the base go where they
+//! belong at once, checkpoints into staging. It never waits for the applier or for a disk, so the primary is
+//! heard and answered whatever those do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outlive_epoch::{
+    Checkpoint, CheckpointBegin, Expect, Message, PAGE_SIZE, ReadError, SectionReader, StateKind,
+    StateSection,
+};
+use outlive_machine::{Ram, StateShape};
+use outlive_pair::{Link, LossReason, StandbyEvent as Event};
+
+use super::applier::hashes;
+use super::decisions::Decisions;
+use super::handover::{Handover, Held, NoBuffer};
+use super::sinks::write_pages;
+use crate::disk::Replica;
+use crate::link;
+
+/// What the reader has of the copy.
+pub(super) struct Admitted {
+    pub(super) ram: Arc<Ram>,
+    pub(super) disks: Arc<Replica>,
+    pub(super) shape: StateShape,
+    /// The last, so that nothing of the copy is held any more when the applier learns of the reader's end.
+    pub(super) handover: ReaderEnd,
+}
+
+/// The reader's end of the handover. Dropping it says that the reader has ended.
+pub(super) struct ReaderEnd(pub(super) Arc<Handover>);
+
+impl Drop for ReaderEnd {
+    fn drop(&mut self) {
+        self.0.reader_ends();
+    }
+}
+
+/// See the module.
+pub(super) struct SessionReader {
+    decisions: Arc<Decisions>,
+    link: Link,
+    from: link::Reader,
+    sections: SectionReader,
+    filling: Option<Held>,
+    expect: Expect,
+    admitted: Admitted,
+}
+
+/// Why a session ends.
+enum End {
+    /// The state machine has been told or knows.
+    Known,
+    /// The link is gone.
+    Lost(LossReason),
+    /// Something came that this side refuses.
+    Bad(String),
+}
+
+impl SessionReader {
+    pub(super) fn new(
+        decisions: Arc<Decisions>,
+        link: Link,
+        from: link::Reader,
+        sections: SectionReader,
+        admitted: Admitted,
+    ) -> Self {
+        Self { decisions, link, from, sections, filling: None, expect: Expect::Base, admitted }
+    }
+
+    /// Serves the link until it ends.
+    pub(super) fn run(mut self) {
+        let end = loop {
+            if let Err(end) = self.next() {
+                break end;
+            }
+        };
+        let link = self.link;
+        match end {
+            End::Known => {}
+            End::Lost(why) => self.decisions.handle(Event::LinkLost { link, why }),
+            End::Bad(why) => self.decisions.handle(Event::BadStream { link, why }),
+        }
+    }
+
+    fn next(&mut self) -> Result<(), End> {
+        let link = self.link;
+        let section = self.sections.read_section(&mut self.from).map_err(|error| match error {
+            ReadError::Closed | ReadError::Truncated { .. } => End::Lost(LossReason::Closed),
+            ReadError::Io(error) => End::Lost(LossReason::Error(error.to_string())),
+            ReadError::Wire(error) => End::Bad(error.to_string()),
+        })?;
+        let message = Message::parse(&section).map_err(|error| End::Bad(error.to_string()))?;
+        let Admitted { ram, disks, handover, .. } = &self.admitted;
+        match &message {
+            Message::BasePages(_) | Message::DiskSums(_) | Message::DiskBlocks { .. } => {
+                if !self.decisions.base_pages(link) {
+                    return Err(End::Known);
+                }
+                match &message {
+                    Message::BasePages(pages) => write_pages(ram, pages.iter())
+                        .map_err(|gfn| format!("GFN {gfn:#x} is outside the VM's memory")),
+                    Message::DiskSums(window) => disks.sums(window),
+                    Message::DiskBlocks { blocks, .. } => disks.blocks(*blocks),
+                    _ => Ok(()),
+                }
+                .map_err(End::Bad)
+            }
+            Message::Heartbeat { stamp_us } => {
+                let stamp = Duration::from_micros(*stamp_us);
+                self.decisions.handle(Event::Heartbeat { link, stamp });
+                Ok(())
+            }
+            Message::End(reason) => {
+                self.decisions.handle(Event::End { link, reason: *reason });
+                Err(End::Known)
+            }
+            Message::CheckpointBegin(_)
+            | Message::Pages(_)
+            | Message::State { .. }
+            | Message::DiskWrites { .. }
+            | Message::CheckpointEnd(_) => {
+                if let Message::CheckpointBegin(begin) = &message
+                    && self.filling.is_none()
+                {
+                    self.filling = Some(begin_filling(&handover.0, begin, self.expect)?);
+                }
+                let Some(held) = &mut self.filling else {
+                    return Err(End::Bad(format!("a {:?} section outside a checkpoint", message.kind())));
+                };
+                match held.buffer.push(&section, &message) {
+                    Ok(false) => {
+                        self.decisions.handle(Event::Heard { link });
+                        Ok(())
+                    }
+                    Ok(true) => self.staged(),
+                    Err(error) => Err(End::Bad(error.to_string())),
+                }
+            }
+            other => Err(End::Bad(format!("a {:?} section inside a session", other.kind()))),
+        }
+    }
+
+    /// A checkpoint is whole. All that may be wrong with it is found here, before it is acknowledged:
+    /// afterwards this side answers for it.
+    fn staged(&mut self) -> Result<(), End> {
+        let Some(held) = self.filling.take() else { return Ok(()) };
+        // `push` said that it is whole.
+        let Some(checkpoint) = held.buffer.checkpoint() else { return Ok(()) };
+        self.check(&checkpoint).map_err(End::Bad)?;
+        let event = Event::Staged {
+            link: self.link,
+            checkpoint: checkpoint.number(),
+            flags: checkpoint.flags(),
+            stamp: Duration::from_micros(checkpoint.stamp_us()),
+        };
+        self.expect = Expect::Number(checkpoint.number() + 1);
+        self.admitted.handover.0.stage(held);
+        self.decisions.handle(event);
+        Ok(())
+    }
+
+    fn check(&self, checkpoint: &Checkpoint<'_>) -> Result<(), String> {
+        let Admitted { disks, shape, .. } = &self.admitted;
+        let is_constant = |section: &StateSection<'_>| section.kind == StateKind::VcpuConstant;
+        let constants = checkpoint.state().sections().filter(is_constant).count();
+        // After the base those of the base count, unless there are new ones.
+        let known = if constants == 0 && self.expect != Expect::Base { shape.constants() } else { constants };
+        let others = checkpoint.state().sections().filter(|section| !is_constant(section));
+        shape.check(known, others).map_err(|e| e.to_string())?;
+        let hashes = hashes(checkpoint).transpose()?;
+        disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks))
+    }
+}
+
+/// A buffer for a checkpoint that begins.
+fn begin_filling(handover: &Handover, begin: &CheckpointBegin, expect: Expect) -> Result<Held, End> {
+    let CheckpointBegin { pages, state_bytes, disk_bytes, .. } = *begin;
+    let bytes = u64::from(pages) * PAGE_SIZE as u64 + u64::from(state_bytes) + u64::from(disk_bytes);
+    let mut held = handover.take(bytes).map_err(|why| match why {
+        NoBuffer::HungUp => End::Known,
+        NoBuffer::Overrun => End::Bad("more checkpoints on their way than were agreed on".into()),
+    })?;
+    held.buffer.reset(expect);
+    Ok(held)
+}

@@ -1,0 +1,121 @@
+//! Where a committed checkpoint goes: memory, state, disks. Whatever else is to follow the VM commit by commit
+//! is one sink more.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outlive_dirty::Gfn;
+use outlive_epoch::{Checkpoint, Incoming, MAX_STATE_SECTIONS, PageData, StateBuf, StateKind};
+use outlive_machine::{Machine, Ram, RestoreError};
+
+use crate::disk::Replica;
+
+/// Takes committed checkpoints, every one, in their order, on the applier's thread. The acknowledgement has been
+/// sent: what may be wrong with a checkpoint was found before.
+pub(super) trait CommitSink {
+    /// Takes one, which is whole. It may take its time: that slows the guest down and does nothing worse.
+    ///
+    /// # Errors
+    /// This host is not what it should be, and the copy is worthless.
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String>;
+}
+
+/// The VM's memory.
+pub(super) struct MemorySink(pub(super) Arc<Ram>);
+
+impl CommitSink for MemorySink {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+        let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        // `Incoming` has checked every GFN against the layout, so this is an error of this program's own.
+        write_pages(&self.0, checkpoint.pages())
+            .map_err(|gfn| format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written"))
+    }
+}
+
+/// Writes pages to memory. Returns the first that is outside it.
+pub(super) fn write_pages<'a>(
+    ram: &Ram,
+    pages: impl Iterator<Item = (u64, PageData<'a>)>,
+) -> Result<(), u64> {
+    for (gfn, page) in pages {
+        let written = match page {
+            PageData::Zero => ram.zero_page(Gfn(gfn)),
+            PageData::Raw(bytes) => ram.write_page(Gfn(gfn), bytes),
+        };
+        if !written {
+            return Err(gfn);
+        }
+    }
+    Ok(())
+}
+
+/// The images of the VM's disks. It takes the writes away, so whoever else wants them comes before it.
+pub(super) struct DiskSink(pub(super) Arc<Replica>);
+
+impl CommitSink for DiskSink {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+        let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        let (number, base) = (checkpoint.number(), checkpoint.flags().base_final);
+        let mut writes = self.0.buffer();
+        staged.swap_disk_writes(&mut writes);
+        self.0.commit(number, base, writes);
+        Ok(())
+    }
+}
+
+/// The state of vCPUs and devices as of the last checkpoint.
+pub(super) struct StateSink {
+    /// CPUID and TSC frequency, from the base checkpoint.
+    constants: Vec<Vec<u8>>,
+    kept: StateBuf,
+    /// When it came, by this host's clock.
+    kept_at: Instant,
+}
+
+impl StateSink {
+    /// With room for so many bytes.
+    pub(super) fn new(bytes: usize) -> Self {
+        let kept = StateBuf::with_capacity(bytes, MAX_STATE_SECTIONS);
+        Self { constants: Vec::new(), kept, kept_at: Instant::now() }
+    }
+
+    /// Puts a machine into the kept state. The guest's time goes on from when that came.
+    ///
+    /// # Errors
+    /// What failed.
+    pub(super) fn restore(&self, machine: &mut Machine) -> Result<(), RestoreError> {
+        let sections: Vec<_> = self.kept.sections().collect();
+        machine.restore(&self.constants, &sections, self.kept_at.elapsed())
+    }
+
+    /// Puts a machine into the state of a checkpoint that is not committed, for trial.
+    ///
+    /// # Errors
+    /// What failed.
+    pub(super) fn try_restore(machine: &mut Machine, base: &Checkpoint<'_>) -> Result<(), RestoreError> {
+        let (constants, sections) =
+            base.state().sections().partition::<Vec<_>, _>(|it| it.kind == StateKind::VcpuConstant);
+        let constants: Vec<_> = constants.into_iter().map(|it| it.bytes.to_vec()).collect();
+        machine.restore(&constants, &sections, Duration::ZERO)
+    }
+}
+
+impl CommitSink for StateSink {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+        let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        self.kept_at = Instant::now();
+        self.kept.clear();
+        let mut constants = Vec::new();
+        for section in checkpoint.state().sections() {
+            match section.kind {
+                StateKind::VcpuConstant => constants.push(section.bytes.to_vec()),
+                StateKind::Check => {}
+                _ => self.kept.push(section),
+            }
+        }
+        if !constants.is_empty() {
+            self.constants = constants;
+        }
+        Ok(())
+    }
+}

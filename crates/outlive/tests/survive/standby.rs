@@ -1,0 +1,235 @@
+//! A standby whose own host gives it trouble: slow, stuck, or without room. It costs the guest speed, or the
+//! standby is not accepted; it does not cost the protection, and never the VM.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use outlive::events::Event;
+
+use crate::support::{
+    Held, MemoryLoad, PATIENCE, Process, Side, WRITTEN, Witnesses, World, wait_until, writer_kernel,
+};
+
+const SIZE: u64 = 48 << 20;
+/// Far longer than either host waits for a sign of life (350 and 500 ms).
+const LONG: Duration = Duration::from_secs(4);
+
+fn links_lost(process: &mut Process) -> usize {
+    process.events().filter(|e| matches!(e, Event::LinkLost { .. })).count()
+}
+
+/// The standby's applier stands still in whatever it does: memory is not written for seconds. Clients wait; the
+/// hosts hear of each other all the time.
+#[test]
+fn an_apply_that_takes_long_costs_time_and_not_the_protection() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    let load = MemoryLoad::start(&world, 2000, 20_000);
+    for _ in 0..2 {
+        witnesses.hear_all();
+        let stopped = Held::thread(&standby, "applier");
+        std::thread::sleep(LONG);
+        let waiting = witnesses.acked();
+        std::thread::sleep(LONG / 4);
+        assert_eq!(witnesses.acked(), waiting, "nothing is committed, so nothing may be answered");
+        drop(stopped);
+        witnesses.hear_all();
+    }
+    assert_eq!((links_lost(&mut active), links_lost(&mut standby)), (0, 0));
+    load.finish(&world);
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// A primary that dies while its standby is busy is succeeded all the same, from the last commit.
+#[test]
+fn a_primary_that_dies_during_a_long_apply_is_succeeded() {
+    let Some(world) = World::new() else { return };
+    let (active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    let stopped = Held::thread(&standby, "applier");
+    std::thread::sleep(LONG / 4);
+    active.kill();
+    std::thread::sleep(LONG / 4);
+    assert!(!standby.took_over(), "what is acknowledged is not applied yet");
+    drop(stopped);
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// Two hosts with an image each, and a guest that writes to its own all the time. The standby's is where the
+/// test says.
+struct Writing {
+    world: World,
+    theirs: PathBuf,
+}
+
+impl Writing {
+    fn new(world: World, theirs: &Path) -> Self {
+        fs::write(world.dir().join("writer"), writer_kernel()).unwrap();
+        let writing = Self { world, theirs: theirs.join("b.img") };
+        // Without holes, so that the images have all the room that they will ever take.
+        let content = vec![0xa5; SIZE as usize];
+        for side in [Side::A, Side::B] {
+            fs::write(writing.image(side), &content).unwrap();
+        }
+        writing
+    }
+
+    fn image(&self, side: Side) -> PathBuf {
+        match side {
+            Side::A => self.world.dir().join("a.img"),
+            Side::B => self.theirs.clone(),
+        }
+    }
+
+    fn standby(&self) -> Process {
+        let disk = format!("path={},overwrite", self.image(Side::B).display());
+        self.world.standby_with(Side::B, &["--disk", &disk])
+    }
+
+    fn run(&self) -> Process {
+        let there = Side::B.addr().to_string();
+        let disk = format!("path={}", self.image(Side::A).display());
+        let kernel = self.world.dir().join("writer").display().to_string();
+        self.world.run_with(Side::A, &["--standby", &there, "--disk", &disk, "--kernel", &kernel])
+    }
+
+    /// What the guest has written to, as a host has it.
+    fn written(&self, side: Side) -> Vec<u8> {
+        let mut bytes = vec![0; WRITTEN as usize];
+        File::open(self.image(side)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    fn wait_written(&self, side: Side) {
+        let before = self.written(side);
+        wait_until("the guest writes to its disk", || self.written(side) != before);
+    }
+}
+
+/// A disk that does not answer at all for seconds.
+#[test]
+fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
+    let Some(world) = World::new() else { return };
+    let directory = world.dir().to_path_buf();
+    let writing = Writing::new(world, &directory);
+    let mut standby = writing.standby();
+    let mut active = writing.run();
+    active.wait_protected();
+    writing.wait_written(Side::B);
+    let stopped = Held::thread(&standby, "disks");
+    // What waits for the disk may wait for two seconds; from then on nothing is acknowledged, and no checkpoint
+    // is taken any more.
+    std::thread::sleep(LONG);
+    let before = checkpoints(&mut active);
+    std::thread::sleep(LONG);
+    assert_eq!(checkpoints(&mut active), before, "the backlog is bounded in time");
+    drop(stopped);
+    wait_until("checkpoints go on", || checkpoints(&mut active) > before + 10);
+    writing.wait_written(Side::B);
+    assert_eq!((links_lost(&mut active), links_lost(&mut standby)), (0, 0));
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    writing.wait_written(Side::B);
+}
+
+/// Committed so far, by the last report.
+fn checkpoints(active: &mut Process) -> u64 {
+    let last = active.events().filter_map(|e| match e {
+        Event::Stats(stats) => Some(stats.checkpoints),
+        _ => None,
+    });
+    last.last().unwrap_or(0)
+}
+
+/// A file system in memory, of a certain size.
+struct Small {
+    place: PathBuf,
+}
+
+impl Small {
+    fn mount(world: &World, mib: u64) -> Small {
+        let place = world.dir().join("small");
+        fs::create_dir(&place).unwrap();
+        let size = format!("size={mib}m");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "none"]).arg(&place).status();
+        assert!(mounted.unwrap().success());
+        Small { place }
+    }
+
+    /// Leaves no room for anything.
+    fn fill(&self) {
+        let mut file = File::create(self.place.join("others")).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+        assert!(File::create(self.place.join("one more")).and_then(|mut f| f.write_all(b"x")).is_err());
+    }
+
+    fn make_room(&self) {
+        fs::remove_file(self.place.join("others")).unwrap();
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        Command::new("umount").arg("-l").arg(&self.place).status().ok();
+    }
+}
+
+fn sidecar(image: &Path) -> String {
+    let mut path = image.as_os_str().to_owned();
+    path.push(".outlive");
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+#[test]
+fn a_full_file_system_beside_the_standbys_image_stops_no_takeover() {
+    let Some(world) = World::new() else { return };
+    let small = Small::mount(&world, 120);
+    let writing = Writing::new(world, &small.place);
+    let mut standby = writing.standby();
+    let mut active = writing.run();
+    active.wait_protected();
+    wait_until("the base is whole", || sidecar(&writing.image(Side::B)).contains("whole = true"));
+    writing.wait_written(Side::B);
+    small.fill();
+    writing.wait_written(Side::B);
+    assert_eq!(links_lost(&mut active), 0);
+    active.kill();
+    let began = Instant::now();
+    assert_eq!(standby.wait_takeover(), 2);
+    assert!(began.elapsed() < PATIENCE / 4);
+    writing.wait_written(Side::B);
+    let stale = sidecar(&writing.image(Side::B));
+    assert!(stale.contains("generation = 1") && stale.contains(r#"role = "replica""#), "{stale}");
+    assert!(standby.log().contains("cannot write"), "{}", standby.log());
+    small.make_room();
+    wait_until("the sidecar is written later", || {
+        let sidecar = sidecar(&writing.image(Side::B));
+        sidecar.contains("generation = 2") && sidecar.contains(r#"role = "primary""#)
+    });
+    assert!(!standby.ended());
+}
+
+#[test]
+fn a_standby_without_room_for_its_journal_is_not_accepted() {
+    let Some(world) = World::new() else { return };
+    let small = Small::mount(&world, 100);
+    let writing = Writing::new(world, &small.place);
+    let standby = writing.standby();
+    let mut active = writing.run();
+    let line = "cannot set 64 MiB aside for the journal";
+    wait_until("the primary is told", || active.log().contains(line));
+    wait_until("the standby says so", || standby.log().contains(line));
+    assert!(!active.has(|e| matches!(e, Event::Protected { .. })));
+    assert!(sidecar(&writing.image(Side::B)).is_empty(), "nothing was written to its image");
+    drop(standby);
+}
