@@ -50,8 +50,8 @@ enum Phase {
 /// passed.
 ///
 /// A buffer grows to what the beginning of a checkpoint announces, within the limits, and gives back what is
-/// unusual about it when it is [`reset`](Self::reset). A standby uses several: it receives further checkpoints
-/// while it applies one.
+/// unusual about it when it is [`reset`](Self::reset). A standby uses several: it receives further
+/// checkpoints while it applies one.
 pub struct Incoming {
     limits: IncomingLimits,
     layout: Layout,
@@ -64,8 +64,8 @@ pub struct Incoming {
     entries: Vec<PageEntry>,
     data: Vec<u8>,
     state: StateBuf,
-    /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away with
-    /// them.
+    /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away
+    /// with them.
     writes: RecordBuf,
     /// Bytes of each disk; 0 for one that is not replicated.
     disks: Vec<u64>,
@@ -156,8 +156,8 @@ impl Incoming {
         }
     }
 
-    /// Exchanges the state sections of a whole checkpoint for an empty table, whose memory the next checkpoint
-    /// uses. Nothing happens if the checkpoint is not whole.
+    /// Exchanges the state sections of a whole checkpoint for an empty table, whose memory the next
+    /// checkpoint uses. Nothing happens if the checkpoint is not whole.
     pub fn swap_state(&mut self, table: &mut StateBuf) {
         table.clear();
         if self.phase == Phase::Complete {

@@ -48,13 +48,13 @@
 //!
 //! 1. The header's marker and its own checksum. Only then is any field of it believed, the length first of
 //!    all.
-//! 2. Kind, version and length: the length against the limit of its kind ([`SectionKind::limit`]). No buffer is ever
-//!    sized by a number from the wire; [`SectionReader`] allocates once, when it is made.
+//! 2. Kind, version and length: the length against the limit of its kind ([`SectionKind::limit`]). No buffer
+//!    is ever sized by a number from the wire; [`SectionReader`] allocates once, when it is made.
 //! 3. The direction (a standby never sends pages) and the sequence number (a section that is lost, doubled or
 //!    comes in the wrong order is noticed even if it is whole).
 //! 4. The payload's checksum, then its fields.
-//! 5. For checkpoints, in [`Incoming`]: generation, number, limits chosen at start, GFNs inside the layout and
-//!    none twice, disk writes inside their disks, totals, and the *chain*: a checksum over the headers of
+//! 5. For checkpoints, in [`Incoming`]: generation, number, limits chosen at start, GFNs inside the layout
+//!    and none twice, disk writes inside their disks, totals, and the *chain*: a checksum over the headers of
 //!    every section of the checkpoint. A header contains its payload's checksum, so the chain covers every
 //!    byte without reading one twice.
 //!

@@ -1,8 +1,8 @@
 //! The board: a row of slots, each with a register window, an interrupt and a device.
 //!
-//! Where slots are is [`crate::map`]'s business; their interrupts are edges that irqfds carry. Guests find them
-//! through the DSDT, the payload guest knows the first one. The devices of a machine and their order belong to
-//! its state: a standby's board has the same.
+//! Where slots are is [`crate::map`]'s business; their interrupts are edges that irqfds carry. Guests find
+//! them through the DSDT, the payload guest knows the first one. The devices of a machine and their order
+//! belong to its state: a standby's board has the same.
 
 use std::sync::Arc;
 

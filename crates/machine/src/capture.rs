@@ -21,8 +21,8 @@ const PARALLEL_COPY: usize = 96;
 /// What a thread that has not come in time is given more.
 const STOP_GRACE: Duration = Duration::from_millis(100);
 
-/// What one checkpoint took. But for `returned` the times follow each other and together are `pause`, as far as
-/// the slowest vCPU is the same one in all of them.
+/// What one checkpoint took. But for `returned` the times follow each other and together are `pause`, as far
+/// as the slowest vCPU is the same one in all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptureReport {
     /// From the order to stop to the order to run on.
@@ -52,8 +52,8 @@ pub struct CaptureReport {
 pub struct Returned {
     /// From the end of the copy until the last vCPU went back into the guest.
     pub resume: Duration,
-    /// The pause as the guest sees it: from the last exit of a vCPU to its next entry, of the one that was away
-    /// longest.
+    /// The pause as the guest sees it: from the last exit of a vCPU to its next entry, of the one that was
+    /// away longest.
     pub vcpu_pause: Duration,
 }
 
@@ -263,8 +263,8 @@ impl Machine {
         let deadline = self.stop_budget.map(|budget| Instant::now() + budget);
         self.vcpus.begin_capture();
         if let Some(deadline) = deadline {
-            // If this process stood still, this thread too, the deadline says nothing of the others: each wait
-            // has a moment more, from when this thread runs again.
+            // If this process stood still, this thread too, the deadline says nothing of the others: each
+            // wait has a moment more, from when this thread runs again.
             let grace = || Instant::now() + STOP_GRACE;
             if !self.gate.close_until(deadline) && !self.gate.close_until(grace()) {
                 return Err(CaptureError::Stuck(Stuck::Devices));

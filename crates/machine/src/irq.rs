@@ -1,8 +1,8 @@
 //! The interrupt lines of a machine: each an eventfd that KVM turns into an edge at the chips (irqfd).
 //!
 //! KVM delivers such an edge from a kernel thread of its own, some time after the write (`irqfd_inject` in
-//! virt/kvm/eventfd.c). Whoever gives the chips another state therefore has to [disconnect](IrqLines::disconnect)
-//! the lines first: an edge of before would otherwise come after it.
+//! virt/kvm/eventfd.c). Whoever gives the chips another state therefore has to
+//! [disconnect](IrqLines::disconnect) the lines first: an edge of before would otherwise come after it.
 
 use std::sync::Arc;
 

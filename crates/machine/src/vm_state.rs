@@ -28,7 +28,8 @@ pub enum Item {
 
 /// Field of a `StateKind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
 const ASKED: u16 = 6;
-/// Field of a `StateKind::Vm` section: by which way it has asked for a reset, by [`PowerRequest::way_number`].
+/// Field of a `StateKind::Vm` section: by which way it has asked for a reset, by
+/// [`PowerRequest::way_number`].
 const ASKED_BY: u16 = 7;
 
 /// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in

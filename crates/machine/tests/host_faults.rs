@@ -1,5 +1,5 @@
-//! What a host does to a guest, on real KVM: its faults are not the guest's, and a thread that does not come is
-//! told in time.
+//! What a host does to a guest, on real KVM: its faults are not the guest's, and a thread that does not come
+//! is told in time.
 
 #![allow(missing_docs)]
 // UNSAFETY: takes a page of the guest's memory away.

@@ -117,11 +117,11 @@ pub enum Event {
         /// How long the base took, in milliseconds.
         base_ms: u64,
     },
-    /// Totals since this process became the active side; sent every 200 ms at first, every 2 s in the long run,
-    /// and at the end.
+    /// Totals since this process became the active side; sent every 200 ms at first, every 2 s in the long
+    /// run, and at the end.
     Stats(Stats),
-    /// What was measured since the last event of this kind; sent every second at first, every minute in the long
-    /// run, and at the end. A standby sends it too, about its threads.
+    /// What was measured since the last event of this kind; sent every second at first, every minute in the
+    /// long run, and at the end. A standby sends it too, about its threads.
     Measured(Measured),
     /// The peer is considered dead.
     LinkLost {
@@ -213,7 +213,8 @@ pub struct Stats {
     pub held_frames: u64,
 }
 
-/// What [`Event::Measured`] says. Everything is of the time since the last such event, so that readers add up.
+/// What [`Event::Measured`] says. Everything is of the time since the last such event, so that readers add
+/// up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// Microseconds since then.

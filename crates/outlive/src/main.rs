@@ -29,9 +29,9 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// A core dump would hold what the guest keeps secret, and would keep the links open until it is written, so that
-/// a standby hears late that this side is gone. A limit of one byte also stops dumps into a pipe, which a limit of
-/// 0 does not (core(5); fs/coredump.c).
+/// A core dump would hold what the guest keeps secret, and would keep the links open until it is written, so
+/// that a standby hears late that this side is gone. A limit of one byte also stops dumps into a pipe, which
+/// a limit of 0 does not (core(5); fs/coredump.c).
 fn no_core_dumps() {
     let limited = getrlimit(Resource::RLIMIT_CORE)
         .and_then(|(_, most)| setrlimit(Resource::RLIMIT_CORE, most.min(1), most));

@@ -92,8 +92,8 @@ pub(crate) fn histogram_ns() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LONGEST_NS, 2).expect("constant bounds are valid")
 }
 
-/// What was recorded since it was last taken. Each thread that records takes a lock that nobody holds for more than
-/// a few instructions; nobody does so in a pause.
+/// What was recorded since it was last taken. Each thread that records takes a lock that nobody holds for
+/// more than a few instructions; nobody does so in a pause.
 #[derive(Debug)]
 pub(crate) struct Recorded(Mutex<Histogram<u64>>);
 
@@ -106,7 +106,8 @@ impl Recorded {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).saturating_record(value);
     }
 
-    /// Takes what was recorded, as [`pairs`]. `spare` is empty, of the same bounds, and empty again afterwards.
+    /// Takes what was recorded, as [`pairs`]. `spare` is empty, of the same bounds, and empty again
+    /// afterwards.
     pub(crate) fn take(&self, spare: &mut Histogram<u64>) -> Vec<(u64, u64)> {
         std::mem::swap(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), spare);
         let taken = pairs(spare);

@@ -14,8 +14,8 @@ use crate::threads::Sampler;
 pub(crate) const COUNTERS: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 /// Time between two reports of what was measured: at first, and in the long run.
 const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
-/// The interval is this part of the process's age: a process that is killed takes no more of its time with it, and
-/// the stream of one that runs for days stays small.
+/// The interval is this part of the process's age: a process that is killed takes no more of its time with
+/// it, and the stream of one that runs for days stays small.
 const AGE: u32 = 20;
 
 /// A thread that reports now and then, and once more when it is dropped.

@@ -1,8 +1,8 @@
-//! How the kernel's scheduler treats the threads of this process: for how long each ran, and for how long it wanted
-//! to run and waited for a core.
+//! How the kernel's scheduler treats the threads of this process: for how long each ran, and for how long it
+//! wanted to run and waited for a core.
 //!
-//! The kernel counts both (`/proc/PID/task/TID/schedstat`, Documentation/scheduler/sched-stats.rst), so that the hot
-//! threads do nothing for it; a thread that has time samples them.
+//! The kernel counts both (`/proc/PID/task/TID/schedstat`, Documentation/scheduler/sched-stats.rst), so that
+//! the hot threads do nothing for it; a thread that has time samples them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

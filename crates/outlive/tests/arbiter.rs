@@ -562,8 +562,8 @@ fn old_claims_go_and_their_generations_cannot_be_won_again() {
         assert!(lost.contains("generation 20, which is newer, late"), "{lost}");
     }
 
-    // Claimants that were stopped between their look and their claim, while all others came and went: they find
-    // their own claims, alone in their places.
+    // Claimants that were stopped between their look and their claim, while all others came and went: they
+    // find their own claims, alone in their places.
     let elsewhere = self::directory();
     claim_all(&mut open(elsewhere.path()), 5);
     for generation in [4, 5] {

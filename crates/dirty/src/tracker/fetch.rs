@@ -109,8 +109,8 @@ impl Tracker {
     ///
     /// A page that was fetched is not part of the epoch any more: the caller has it and copies it after
     /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. A
-    /// page that becomes hot ([`Tracker::age`]) is fetched once more and then comes when the epoch ends. Where
-    /// the back end searches a bitmap (not the ring), so does every fetch.
+    /// page that becomes hot ([`Tracker::age`]) is fetched once more and then comes when the epoch ends.
+    /// Where the back end searches a bitmap (not the ring), so does every fetch.
     ///
     /// Returns nothing, after the wait, while an epoch is being ended.
     ///
@@ -307,7 +307,8 @@ impl<'b> Fetched<'_, 'b> {
                 self.buffer[self.len] = gfn;
                 self.len += 1;
             } else {
-                // Another shard's, or no room: it stays marked. Its hint goes to a place of the list that was read already.
+                // Another shard's, or no room: it stays marked. Its hint goes to a place of the list that was
+                // read already.
                 tracker.global.record(gfn);
             }
         });

@@ -208,8 +208,8 @@ impl RecordBuf {
         Self { bytes: Vec::with_capacity(bytes), capacity: bytes, flush: false }
     }
 
-    /// Makes an empty buffer one of another capacity, with the memory that it has if that is enough. The number
-    /// may be a peer's: it does not end the process.
+    /// Makes an empty buffer one of another capacity, with the memory that it has if that is enough. The
+    /// number may be a peer's: it does not end the process.
     ///
     /// # Errors
     /// When there is not so much memory.
@@ -251,9 +251,9 @@ impl RecordBuf {
         self.flush = false;
     }
 
-    /// Adds a write; data of more than [`DISK_RECORD_DATA`] becomes several records, and what writes no byte and
-    /// is no flush changes nothing, so it becomes none. Returns whether there was room; if not, nothing is
-    /// added.
+    /// Adds a write; data of more than [`DISK_RECORD_DATA`] becomes several records, and what writes no byte
+    /// and is no flush changes nothing, so it becomes none. Returns whether there was room; if not, nothing
+    /// is added.
     #[must_use = "a record that finds no room is not stored"]
     pub fn push(&mut self, record: DiskRecord<'_>) -> bool {
         let DiskRecord { disk, offset, op } = record;
@@ -315,8 +315,8 @@ impl RecordBuf {
         self.records().iter()
     }
 
-    /// The records in sections of at most `bytes`, or of one record that has more; none if there is no record.
-    /// Every section fits the link if `bytes` are at most
+    /// The records in sections of at most `bytes`, or of one record that has more; none if there is no
+    /// record. Every section fits the link if `bytes` are at most
     /// [`MAX_RECORD_BYTES`](super::limits::MAX_RECORD_BYTES).
     pub fn sections(&self, bytes: usize) -> impl Iterator<Item = DiskRecords<'_>> {
         let mut rest = &self.bytes[..];

@@ -80,8 +80,8 @@ impl<'a> Message<'a> {
         Self::parse_payload(section.kind(), section.header().version, section.payload())
     }
 
-    /// Parses a payload of a kind, in a version that [`SectionHeader::parse`](super::SectionHeader::parse) has
-    /// let pass. Takes any bytes.
+    /// Parses a payload of a kind, in a version that [`SectionHeader::parse`](super::SectionHeader::parse)
+    /// has let pass. Takes any bytes.
     ///
     /// # Errors
     /// [`WireError::Malformed`].

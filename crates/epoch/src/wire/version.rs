@@ -28,13 +28,14 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 ///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
 ///   they do not fit.
 /// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
-///   changes one payload raises the version of that kind in [`SectionKind::version`](super::SectionKind::version) and keeps
-///   the parser of the old one while the last release that wrote it is supported.
+///   changes one payload raises the version of that kind in
+///   [`SectionKind::version`](super::SectionKind::version) and keeps the parser of the old one while the last
+///   release that wrote it is supported.
 /// * A section's version is between that in the oldest stream that is read and the current one
 ///   ([`SectionKind::version_in`](super::SectionKind::version_in)); the parser is given the version that it
 ///   found.
-/// * A reader takes the versions in this enum; an encoder writes [`CURRENT`](Self::CURRENT), or the version that
-///   it is told to. The two sides do not agree on one yet: each writes its current one, so a pair of two
+/// * A reader takes the versions in this enum; an encoder writes [`CURRENT`](Self::CURRENT), or the version
+///   that it is told to. The two sides do not agree on one yet: each writes its current one, so a pair of two
 ///   releases of different versions is refused with words, by the older side.
 /// * Unknown is refused, never skipped: a skipped section could be a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +53,8 @@ pub enum ProtocolVersion {
 impl ProtocolVersion {
     /// The version that this release writes.
     pub const CURRENT: Self = Self::V3;
-    /// The oldest version that this release reads, and that an [`Encoder`](super::Encoder) can be told to write.
+    /// The oldest version that this release reads, and that an [`Encoder`](super::Encoder) can be told to
+    /// write.
     pub const OLDEST: Self = Self::V2;
 
     /// The version with this number, if this release understands it.

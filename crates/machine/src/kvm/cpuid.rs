@@ -32,7 +32,8 @@ const HIDDEN: [Hidden; 17] = [
     (0x0000_0007, 0, Register::Ecx, 1 << 7 | 1 << 30),
     (0x0000_0007, 0, Register::Edx, 1 << 20),
     (0x0000_000d, 1, Register::Ecx, 1 << 11 | 1 << 12),
-    // Tiles (AMX): their 8 KiB are in XCR0 only for a process that asks Linux for them, and this one does not.
+    // Tiles (AMX): their 8 KiB are in XCR0 only for a process that asks Linux for them, and this one does
+    // not.
     (0x0000_0007, 0, Register::Edx, 1 << 22 | 1 << 24 | 1 << 25),
     (0x0000_0007, 1, Register::Eax, 1 << 21),
     (0x0000_0007, 1, Register::Edx, 1 << 8),

@@ -88,8 +88,8 @@ struct Mapped {
     host: *mut u8,
 }
 
-/// What belongs to the guest is in no core dump of this process: it is the guest's secrets, and the dump would
-/// keep the link open for as long as it takes, so that a standby hears of the end late.
+/// What belongs to the guest is in no core dump of this process: it is the guest's secrets, and the dump
+/// would keep the link open for as long as it takes, so that a standby hears of the end late.
 pub(crate) fn keep_out_of_dumps(at: *mut u8, bytes: usize) {
     // SAFETY: advice about a mapping of ours; what is in it stays as it is.
     if unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTDUMP) } != 0 {
@@ -347,7 +347,8 @@ mod tests {
         assert!(touched.is_sorted());
     }
 
-    /// `VmFlags` of the mapping that `at` lies in; the kernel may have joined it with a neighbour of its kind.
+    /// `VmFlags` of the mapping that `at` lies in; the kernel may have joined it with a neighbour of its
+    /// kind.
     fn flags_of(at: u64) -> Vec<String> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let holds = |line: &str| {

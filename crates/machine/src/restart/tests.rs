@@ -1,5 +1,5 @@
-//! A restarted machine against a new one, on real KVM: what a checkpoint saves of them is the same, whatever the
-//! guest has done before.
+//! A restarted machine against a new one, on real KVM: what a checkpoint saves of them is the same, whatever
+//! the guest has done before.
 
 // UNSAFETY: looks into the union of KVM's interrupt chips.
 #![allow(unsafe_code)]
@@ -229,8 +229,8 @@ fn spoil_devices(machine: &Machine) {
     machine.vcpus.set_asked(Some(PowerRequest::Reset(ResetWay::Keyboard)));
 }
 
-/// A start-up that has been sent to the second vCPU: KVM keeps it beside all that is saved, and forgets it when
-/// it is given events that say that there is none.
+/// A start-up that has been sent to the second vCPU: KVM keeps it beside all that is saved, and forgets it
+/// when it is given events that say that there is none.
 fn send_startup(vm: &kvm_ioctls::VmFd) {
     const INIT: u32 = 5 << 8;
     const STARTUP: u32 = 6 << 8 | 0x9a;

@@ -49,8 +49,8 @@ impl CopyJob {
     /// done) and this thread on the copy of `gfns` to `to`.
     ///
     /// # Errors
-    /// A frame that is not RAM: a list of dirty pages that has one is wrong, and a checkpoint made of it would
-    /// be a VM that never was. What is at `to` is then of no use.
+    /// A frame that is not RAM: a list of dirty pages that has one is wrong, and a checkpoint made of it
+    /// would be a VM that never was. What is at `to` is then of no use.
     ///
     /// # Safety
     /// `to` must be valid for writes of `gfns.len()` pages and 4096-byte aligned, and nobody else may

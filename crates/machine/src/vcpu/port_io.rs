@@ -16,8 +16,8 @@ use kvm_ioctls::VcpuFd;
 pub(super) unsafe fn elements(fd: &mut VcpuFd, data: *mut [u8]) -> impl Iterator<Item = &mut [u8]> {
     // SAFETY: the exit is one of a port, so KVM has filled this field of the union.
     let size = unsafe { fd.get_kvm_run().__bindgen_anon_1.io }.size;
-    // SAFETY: the bytes are a page of their own behind kvm_run, in the mapping that `fd` keeps; it is borrowed
-    // for as long as they are.
+    // SAFETY: the bytes are a page of their own behind kvm_run, in the mapping that `fd` keeps; it is
+    // borrowed for as long as they are.
     let data = unsafe { &mut *data };
     data.chunks_mut(usize::from(size).max(1))
 }

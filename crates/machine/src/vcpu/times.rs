@@ -1,7 +1,8 @@
 //! When each vCPU did its part of a pause.
 //!
-//! The threads write, before they arrive at the meeting point, and the controller reads, after it has waited for
-//! all of them. Only the way back into the guest is written when nobody waits: it is read at the next pause.
+//! The threads write, before they arrive at the meeting point, and the controller reads, after it has waited
+//! for all of them. Only the way back into the guest is written when nobody waits: it is read at the next
+//! pause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -75,7 +75,8 @@ pub struct RunOptions {
 }
 
 /// Starts that may give something up, or run a VM twice. Each is refused without its own word, goes into the
-/// log, the events and the image's sidecar, and all but the replica's begin a new VM, with the old as ancestor.
+/// log, the events and the image's sidecar, and all but the replica's begin a new VM, with the old as
+/// ancestor.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]
 pub struct AcceptOptions {

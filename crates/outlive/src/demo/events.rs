@@ -58,7 +58,8 @@ impl Tenure {
                 self.latest_t_us = record.t_us;
             }
             Event::Measured(measured) => self.measured.add(measured),
-            // From here on it is this process that runs the VM. What its threads did before belongs to a standby.
+            // From here on it is this process that runs the VM. What its threads did before belongs to a
+            // standby.
             Event::Takeover { .. } => {
                 let measured =
                     Sums { threads: std::mem::take(&mut self.measured.threads), ..Sums::default() };
@@ -209,8 +210,8 @@ mod tests {
         };
         let protected = || Event::Protected { generation: 1, checkpoint: 1, base_ms: 9 };
         let mut first = Tenure::default();
-        // Totals replace the ones before, what was measured is added; time after the last totals (killed here) is
-        // not counted.
+        // Totals replace the ones before, what was measured is added; time after the last totals (killed
+        // here) is not counted.
         for record in [
             at(0, protected()),
             at(500_000, stats(500)),

@@ -1,5 +1,5 @@
-//! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the VM's
-//! memory ever waits for a disk that is a little slow.
+//! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the
+//! VM's memory ever waits for a disk that is a little slow.
 //!
 //! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what
 //! was asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES) and [`QUEUE_TIME`](queue::QUEUE_TIME).

@@ -1,9 +1,9 @@
 //! The sidecars of a VM's images, kept up to date by a thread of their own.
 //!
-//! A sidecar says whose an image is; the image is none the worse without it. So nobody who has something better
-//! to do waits for it: a takeover and the coordinator only say what the sidecars are to say, and what cannot be
-//! written now, because a file system is full or does not answer, is written later. Only who is about to spoil
-//! an image waits until that is written down.
+//! A sidecar says whose an image is; the image is none the worse without it. So nobody who has something
+//! better to do waits for it: a takeover and the coordinator only say what the sidecars are to say, and what
+//! cannot be written now, because a file system is full or does not answer, is written later. Only who is
+//! about to spoil an image waits until that is written down.
 
 use std::fs;
 use std::io;

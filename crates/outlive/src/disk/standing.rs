@@ -98,7 +98,8 @@ impl Danger {
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Standing {
-    /// The generation that the image is of: that of its sidecar, or the newest that its process has won since.
+    /// The generation that the image is of: that of its sidecar, or the newest that its process has won
+    /// since.
     pub(super) generation: u64,
     /// What it is in that generation.
     pub(super) role: Role,

@@ -1,5 +1,5 @@
-//! The thread that writes to a link. It owns the writing end and the encoder, so the order on the wire is the order of its
-//! jobs.
+//! The thread that writes to a link. It owns the writing end and the encoder, so the order on the wire is the
+//! order of its jobs.
 
 use std::io::{self, IoSlice, Write};
 use std::ops::Range;

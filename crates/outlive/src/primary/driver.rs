@@ -187,9 +187,9 @@ impl SharedDriver {
         self.valve.drain();
     }
 
-    /// Leaves the VM to its standby: output is thrown away and the link is closed without a word on it, as when
-    /// this process dies. Nothing is decided here from now on; above all the closed link does not make this
-    /// side ask the arbiter for the VM.
+    /// Leaves the VM to its standby: output is thrown away and the link is closed without a word on it, as
+    /// when this process dies. Nothing is decided here from now on; above all the closed link does not make
+    /// this side ask the arbiter for the VM.
     pub(super) fn leave(&self) {
         let mut driver = self.lock();
         self.left.store(true, Ordering::Relaxed);

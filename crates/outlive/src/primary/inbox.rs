@@ -12,7 +12,8 @@ use super::self_check::Hashed;
 use crate::disk::SyncReport;
 use crate::link::SenderReport;
 
-/// The sending end. Sending never blocks; what comes after the coordinator's end is lost, and nobody needs it.
+/// The sending end. Sending never blocks; what comes after the coordinator's end is lost, and nobody needs
+/// it.
 pub(crate) type Queue = Sender<Inbox>;
 
 /// One message.

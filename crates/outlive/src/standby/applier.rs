@@ -1,11 +1,11 @@
-//! The thread that owns a session's copy: it tries the base, applies what is acknowledged, and throws the copy
-//! away or hands it over at the end. One thing after the other, in the order in which it was decided.
+//! The thread that owns a session's copy: it tries the base, applies what is acknowledged, and throws the
+//! copy away or hands it over at the end. One thing after the other, in the order in which it was decided.
 //!
 //! The acknowledgement goes before the apply, because it is on the guest's way to its clients, and the commit
 //! does not depend on where in this host's memory the checkpoint stands. What is acknowledged is applied
 //! completely, whatever happens to the link meanwhile, so the copy only ever moves from one committed
-//! checkpoint to the next (invariant 2). However long that takes, the reader hears the primary meanwhile; it is
-//! the next acknowledgement that waits.
+//! checkpoint to the next (invariant 2). However long that takes, the reader hears the primary meanwhile; it
+//! is the next acknowledgement that waits.
 
 use std::io;
 use std::sync::Arc;

@@ -141,8 +141,8 @@ impl Decisions {
     }
 
     /// Looks at the deadlines, and whether this standby still gets anything done. One that does not is of no
-    /// use while the primary is there, and the VM must not wait for it. Without the primary it is all that the
-    /// VM has.
+    /// use while the primary is there, and the VM must not wait for it. Without the primary it is all that
+    /// the VM has.
     pub(super) fn tick(&self) {
         self.with(|driver, now| {
             let after = driver.handle(now, Event::Tick);

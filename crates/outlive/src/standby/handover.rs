@@ -6,10 +6,10 @@
 //!                                       └──┘ tried, the base only
 //! ```
 //!
-//! A primary has at most `slots` checkpoints on their way without an acknowledgement, and one is being applied
-//! beside them: with `slots + 1` buffers the reader always finds one, whatever the applier does. Their memory
-//! is bounded too: buffers grow to what comes, and two checkpoints of the largest kind are as much as there
-//! ever is. Only a third one of that kind makes the reader wait.
+//! A primary has at most `slots` checkpoints on their way without an acknowledgement, and one is being
+//! applied beside them: with `slots + 1` buffers the reader always finds one, whatever the applier does.
+//! Their memory is bounded too: buffers grow to what comes, and two checkpoints of the largest kind are as
+//! much as there ever is. Only a third one of that kind makes the reader wait.
 //!
 //! Everything here is done in some instructions. What is large is dropped by the reader or the applier, never
 //! by whoever decides.
@@ -96,8 +96,8 @@ impl Handover {
         Self { state: Mutex::new(state), work: Condvar::new(), room: Condvar::new(), budget }
     }
 
-    /// A buffer for a checkpoint that is announced to have so many bytes. Waits only if that would be too many
-    /// in all.
+    /// A buffer for a checkpoint that is announced to have so many bytes. Waits only if that would be too
+    /// many in all.
     ///
     /// # Errors
     /// Why there is none.
@@ -127,7 +127,8 @@ impl Handover {
         }
     }
 
-    /// The next checkpoint that is staged goes to the applier; [`wake`](Self::wake) follows when there is time.
+    /// The next checkpoint that is staged goes to the applier; [`wake`](Self::wake) follows when there is
+    /// time.
     ///
     /// # Errors
     /// It is not this one, or the applier is not idle.
@@ -160,8 +161,8 @@ impl Handover {
         self.room.notify_all();
     }
 
-    /// The applier ends after what it does now. What it was given and has not begun is done before, unless all
-    /// is thrown away.
+    /// The applier ends after what it does now. What it was given and has not begun is done before, unless
+    /// all is thrown away.
     pub(super) fn end(&self, how: Ending) {
         let mut state = self.lock();
         state.end.get_or_insert(how);

@@ -1,8 +1,8 @@
 //! What a standby says to one peer: queued by whoever decides, written by whoever has time.
 //!
 //! To queue costs a copy of some bytes, so it is done under the lock of the decisions, and the order of the
-//! decisions is the order on the wire. To write is a system call, so it is done after that lock is dropped, by
-//! the thread that brought the event: nobody has to be woken while a guest's clients wait for an
+//! decisions is the order on the wire. To write is a system call, so it is done after that lock is dropped,
+//! by the thread that brought the event: nobody has to be woken while a guest's clients wait for an
 //! acknowledgement. The write never waits. What does not fit into the socket stays here until the next one, a
 //! heartbeat at the latest; a peer that takes nothing for long is given up.
 
@@ -89,8 +89,8 @@ impl Outbox {
         }
     }
 
-    /// Writes what is queued and fits, and ends the connection if that is due. Never waits, apart from another
-    /// thread that does the same.
+    /// Writes what is queued and fits, and ends the connection if that is due. Never waits, apart from
+    /// another thread that does the same.
     pub(super) fn write(&self) {
         let mut sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         while !sending.over {

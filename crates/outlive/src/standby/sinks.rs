@@ -1,5 +1,5 @@
-//! Where a committed checkpoint goes: memory, state, disks. Whatever else is to follow the VM commit by commit
-//! is one sink more.
+//! Where a committed checkpoint goes: memory, state, disks. Whatever else is to follow the VM commit by
+//! commit is one sink more.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,8 +10,8 @@ use outlive_machine::{Machine, Ram, RestoreError};
 
 use crate::disk::Replica;
 
-/// Takes committed checkpoints, every one, in their order, on the applier's thread. The acknowledgement has been
-/// sent: what may be wrong with a checkpoint was found before.
+/// Takes committed checkpoints, every one, in their order, on the applier's thread. The acknowledgement has
+/// been sent: what may be wrong with a checkpoint was found before.
 pub(super) trait CommitSink {
     /// Takes one, which is whole. It may take its time: that slows the guest down and does nothing worse.
     ///

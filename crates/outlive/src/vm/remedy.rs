@@ -1,5 +1,5 @@
-//! What a user can do about an error of the machine. The library says what is wrong; which option helps is the
-//! program's to say.
+//! What a user can do about an error of the machine. The library says what is wrong; which option helps is
+//! the program's to say.
 
 use std::error::Error;
 

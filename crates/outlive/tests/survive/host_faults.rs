@@ -1,5 +1,5 @@
-//! A host that is broken, not dead: KVM cannot run the guest any more, or a thread never comes back. The VM goes
-//! on elsewhere.
+//! A host that is broken, not dead: KVM cannot run the guest any more, or a thread never comes back. The VM
+//! goes on elsewhere.
 
 use std::time::Duration;
 

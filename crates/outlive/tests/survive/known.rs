@@ -1,5 +1,5 @@
-//! An image, an arbiter and a VM remember each other: what is typed in a hurry, with the wrong host, a missing
-//! mount or a forgotten option, makes no second VM and destroys no image.
+//! An image, an arbiter and a VM remember each other: what is typed in a hurry, with the wrong host, a
+//! missing mount or a forgotten option, makes no second VM and destroys no image.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -22,8 +22,8 @@ fn links_lost(process: &mut Process) -> usize {
     process.events().filter(|e| matches!(e, Event::LinkLost { .. })).count()
 }
 
-/// The standby's applier stands still in whatever it does: memory is not written for seconds. Clients wait; the
-/// hosts hear of each other all the time.
+/// The standby's applier stands still in whatever it does: memory is not written for seconds. Clients wait;
+/// the hosts hear of each other all the time.
 #[test]
 fn an_apply_that_takes_long_costs_time_and_not_the_protection() {
     let Some(world) = World::new() else { return };
@@ -127,8 +127,8 @@ fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
     active.wait_protected();
     writing.wait_written(Side::B);
     let stopped = Held::thread(&standby, "disks");
-    // What waits for the disk may wait for two seconds; from then on nothing is acknowledged, and no checkpoint
-    // is taken any more.
+    // What waits for the disk may wait for two seconds; from then on nothing is acknowledged, and no
+    // checkpoint is taken any more.
     std::thread::sleep(LONG);
     let before = checkpoints(&mut active);
     std::thread::sleep(LONG);

@@ -1,8 +1,8 @@
 //! A seeded simulator of several hosts that run the two drivers against delay, partition, freeze and crash.
 //!
 //! One seed is one schedule, so a failure can be repeated: every assertion prints its seed, and
-//! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair -- --nocapture` runs it alone and prints what happens. `OUTLIVE_SIM_SEEDS=n` sets how many are
-//! run.
+//! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair -- --nocapture` runs it alone and prints what happens.
+//! `OUTLIVE_SIM_SEEDS=n` sets how many are run.
 //!
 //! What runs is the production drivers with their state machines and the production policy; the [`ports`]
 //! belong to the simulator, queue what is to be done, fail at times, and watch what is asked of them. The VM

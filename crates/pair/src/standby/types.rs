@@ -179,8 +179,8 @@ pub enum StandbyAction {
         /// Its number.
         checkpoint: u64,
     },
-    /// Acknowledge: from this moment on this side answers for the checkpoint. Queue it before the `Apply` that
-    /// follows.
+    /// Acknowledge: from this moment on this side answers for the checkpoint. Queue it before the `Apply`
+    /// that follows.
     Ack {
         /// On which connection.
         link: Link,
@@ -228,8 +228,8 @@ pub enum StandbyAction {
         /// Which.
         link: Link,
     },
-    /// Throw everything away: staging, memory, state. If a `Try` or an `Apply` is still running, its end comes
-    /// first (the memory may soon belong to another VM); it need not be reported any more. Then report
+    /// Throw everything away: staging, memory, state. If a `Try` or an `Apply` is still running, its end
+    /// comes first (the memory may soon belong to another VM); it need not be reported any more. Then report
     /// [`StandbyEvent::Discarded`].
     Discard {
         /// From which connection the copy came.

@@ -401,8 +401,8 @@ fn heartbeats_go_eight_times_in_the_agreed_silence() {
     assert_eq!(host.acts(Tick), [Hangup { link: LINK }]);
 }
 
-/// Dials, is connected and refused with these words. Returns the standby, and the pause before the next one is
-/// dialled, in milliseconds.
+/// Dials, is connected and refused with these words. Returns the standby, and the pause before the next one
+/// is dialled, in milliseconds.
 fn refused_once(host: &mut Host, text: &str) -> (usize, u64) {
     let dialled = host.acts(Tick);
     let [Dial { link, address }] = dialled[..] else { panic!("{dialled:?}") };

@@ -181,8 +181,8 @@ impl Stage {
         guest: &Guest,
     ) -> Result<Side, ProofError> {
         let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
-        // The first standby's image is a copy that was made beforehand, so nobody knows what it is. Later ones
-        // are of the guest's own line.
+        // The first standby's image is a copy that was made beforehand, so nobody knows what it is. Later
+        // ones are of the guest's own line.
         let word = if host == 1 { "" } else { ",overwrite" };
         let disks: String =
             guest.disks.iter().map(|image| format!(" --disk path={DATA}/{image}{word}")).collect();

@@ -2,8 +2,8 @@
 //! and parameters are put into memory, the first vCPU starts at the kernel's 64-bit entry, the others wait
 //! for it.
 //!
-//! What lies below 1 MiB is in [`crate::map::linux`]; above it the kernel is at the address it prefers and the
-//! initrd as high as the kernel allows.
+//! What lies below 1 MiB is in [`crate::map::linux`]; above it the kernel is at the address it prefers and
+//! the initrd as high as the kernel allows.
 
 mod kernel;
 mod params;

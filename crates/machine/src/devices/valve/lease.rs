@@ -8,8 +8,9 @@ type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
 
 /// How long the decision that let output out is good for.
 ///
-/// Between a commit and the write of a frame this process may be stopped for an hour, and meanwhile the standby
-/// may have won the VM. So [`holds`](Self::holds) is asked right before the write, with a fresh clock.
+/// Between a commit and the write of a frame this process may be stopped for an hour, and meanwhile the
+/// standby may have won the VM. So [`holds`](Self::holds) is asked right before the write, with a fresh
+/// clock.
 pub struct Lease {
     /// In nanoseconds of the clock.
     until: AtomicU64,

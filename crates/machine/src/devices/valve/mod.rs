@@ -1,7 +1,7 @@
 //! Held output: **nothing produced in epoch N leaves the host before checkpoint N is committed.**
 //!
-//! Output is what cannot be taken back when the VM goes on from its last checkpoint elsewhere: the frames of the
-//! network card and the writes to a disk that both hosts use. All of it is behind one [`Valve`]. An order
+//! Output is what cannot be taken back when the VM goes on from its last checkpoint elsewhere: the frames of
+//! the network card and the writes to a disk that both hosts use. All of it is behind one [`Valve`]. An order
 //! is given once, to the valve:
 //!
 //! ```text
@@ -14,12 +14,13 @@
 //! ```
 //!
 //! - **Orders** ([`hold`](Valve::hold), [`begin`](Valve::begin), [`commit`](Valve::commit),
-//!   [`open`](Valve::open), [`discard`](Valve::discard)) are O(number of outputs), make no system call and wait
-//!   for no lock that is held over one. So they may be given in the pause and under the lock of the decision.
-//! - **[`drain`](Valve::drain)** carries out what was ordered, with as many system calls as it takes, after that
-//!   lock was dropped. Any thread may, several at once too: they follow each other. What an order let out has
-//!   left when a drain that began after the order returns. What passes through is drained by the device's own
-//!   thread, outside the gate, so that no pause waits for the sink.
+//!   [`open`](Valve::open), [`discard`](Valve::discard)) are O(number of outputs), make no system call and
+//!   wait for no lock that is held over one. So they may be given in the pause and under the lock of the
+//!   decision.
+//! - **[`drain`](Valve::drain)** carries out what was ordered, with as many system calls as it takes, after
+//!   that lock was dropped. Any thread may, several at once too: they follow each other. What an order let
+//!   out has left when a drain that began after the order returns. What passes through is drained by the
+//!   device's own thread, outside the gate, so that no pause waits for the sink.
 //! - **Mode and lease are asked for each frame and each write**, right before its system call.
 
 mod lease;
@@ -44,8 +45,8 @@ pub trait HeldOutput: Send + Sync {
     fn newest_held(&self) -> Option<u64>;
 
     /// Lets out, in order, what the permission allows and what was taken before this call; drops what was
-    /// discarded. When it returns after a discard, no frame is on its way to the sink, and no write is handed to
-    /// the storage any more.
+    /// discarded. When it returns after a discard, no frame is on its way to the sink, and no write is handed
+    /// to the storage any more.
     fn drain(&self);
 }
 
@@ -71,8 +72,8 @@ impl Valve {
         Self { permit, outputs }
     }
 
-    /// From now on output is held and belongs to `epoch`. In a pause, with the gate closed. Ends *discard* for
-    /// what is taken from now on.
+    /// From now on output is held and belongs to `epoch`. In a pause, with the gate closed. Ends *discard*
+    /// for what is taken from now on.
     ///
     /// # Errors
     ///
@@ -94,14 +95,15 @@ impl Valve {
         Ok(())
     }
 
-    /// The checkpoints of all epochs up to `through` are committed: their output may leave, as long as the lease
-    /// holds. Output of the epoch that still runs stays whatever `through` says. [`drain`](Self::drain) follows.
+    /// The checkpoints of all epochs up to `through` are committed: their output may leave, as long as the
+    /// lease holds. Output of the epoch that still runs stays whatever `through` says. [`drain`](Self::drain)
+    /// follows.
     pub fn commit(&self, through: u64) {
         self.permit.commit(through);
     }
 
-    /// Everything held may leave, and from now on output leaves at once, behind it. For a VM that goes on alone
-    /// (its generation is won) or is not protected. Ends *discard* for what is taken from now on.
+    /// Everything held may leave, and from now on output leaves at once, behind it. For a VM that goes on
+    /// alone (its generation is won) or is not protected. Ends *discard* for what is taken from now on.
     /// [`drain`](Self::drain) follows.
     pub fn open(&self) {
         self.permit.open();
@@ -136,8 +138,8 @@ impl Valve {
         self.permit.lease()
     }
 
-    /// When the first output of the epoch that runs was held, on the lease's clock; none is held if nothing is
-    /// said.
+    /// When the first output of the epoch that runs was held, on the lease's clock; none is held if nothing
+    /// is said.
     pub fn held_since(&self) -> Option<Duration> {
         self.permit.held_since()
     }

@@ -1,8 +1,8 @@
 //! Whether output may leave: the word that all outputs of a machine ask.
 //!
-//! An *order* changes a few atomic words, so it never waits and is never half carried out. A device that takes
-//! output from the guest gets a [`Tag`] for it and keeps the two together. Before output leaves, its [`Fate`] is
-//! looked up, and the permission is asked once more right before the system call.
+//! An *order* changes a few atomic words, so it never waits and is never half carried out. A device that
+//! takes output from the guest gets a [`Tag`] for it and keeps the two together. Before output leaves, its
+//! [`Fate`] is looked up, and the permission is asked once more right before the system call.
 
 use std::time::Duration;
 
@@ -131,8 +131,8 @@ impl Permit {
         &self.lease
     }
 
-    /// What to keep with output that is taken from the guest now. Inside the gate: so a hold, which is ordered
-    /// in a pause, comes before or after it.
+    /// What to keep with output that is taken from the guest now. Inside the gate: so a hold, which is
+    /// ordered in a pause, comes before or after it.
     pub fn tag(&self) -> Tag {
         let order = self.order();
         let epoch = self.epoch.load(Ordering::Acquire);

@@ -178,7 +178,8 @@ impl Chain {
         Ok(())
     }
 
-    /// Copies `from` to the bytes for the driver from number `skip` on. The caller has seen that there is room.
+    /// Copies `from` to the bytes for the driver from number `skip` on. The caller has seen that there is
+    /// room.
     ///
     /// # Errors
     /// vm-memory's; not for buffers that were walked.

@@ -1,5 +1,5 @@
-//! The queues of a driver that is ready, as the device works on them: taking chains, giving them back, telling
-//! the driver.
+//! The queues of a driver that is ready, as the device works on them: taking chains, giving them back,
+//! telling the driver.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};

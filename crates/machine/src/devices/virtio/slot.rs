@@ -6,14 +6,14 @@
 //!  coordinator: save, restore, reset, go live
 //! ```
 //!
-//! What is special about a device is its [`Model`]: what the driver reads of it, what it does with its queues,
-//! and what of it is state. Registers, queues, thread and the order of a saved state are here, once.
+//! What is special about a device is its [`Model`]: what the driver reads of it, what it does with its
+//! queues, and what of it is state. Registers, queues, thread and the order of a saved state are here, once.
 //!
 //! # Locks
 //!
 //! Taken in this order: the transport's, the core's. The thread holds the core for a batch, inside the gate;
-//! so does the coordinator, while the gate is closed, and a vCPU's thread when the driver starts or resets the
-//! device.
+//! so does the coordinator, while the gate is closed, and a vCPU's thread when the driver starts or resets
+//! the device.
 
 use std::error::Error;
 use std::io;
@@ -45,7 +45,8 @@ pub struct Identity {
     pub device_type: u32,
     /// The feature bits offered.
     pub features: u64,
-    /// The largest size of each queue; at most [`MAX_QUEUES`](super::MAX_QUEUES) of them, each a power of two.
+    /// The largest size of each queue; at most [`MAX_QUEUES`](super::MAX_QUEUES) of them, each a power of
+    /// two.
     pub queue_sizes: Vec<u16>,
 }
 

@@ -40,8 +40,8 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// After each sleep, outside the gate.
     fn awake(&self) {}
 
-    /// Work inside the gate, also when a [`deadline`](Self::deadline) has passed; ends soon when [`Pass::must_leave`]. Says whether another batch must follow at
-    /// once.
+    /// Work inside the gate, also when a [`deadline`](Self::deadline) has passed; ends soon when
+    /// [`Pass::must_leave`]. Says whether another batch must follow at once.
     fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
 
     /// After each batch, outside the gate: what may take longer than a checkpoint should wait.
@@ -152,8 +152,8 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
     }
 }
 
-/// From now until then, for `epoll_wait`. Rounded up: a wait that ends too early would be a spin until the time
-/// has come.
+/// From now until then, for `epoll_wait`. Rounded up: a wait that ends too early would be a spin until the
+/// time has come.
 fn milliseconds(until: Instant) -> i32 {
     let wait = until.saturating_duration_since(Instant::now());
     i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)

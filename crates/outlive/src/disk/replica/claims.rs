@@ -1,5 +1,5 @@
-//! What a standby's disks will need of their file systems, claimed and tried before a primary hears that it is
-//! accepted: afterwards it may be protected, and a full file system would be found when it is too late.
+//! What a standby's disks will need of their file systems, claimed and tried before a primary hears that it
+//! is accepted: afterwards it may be protected, and a full file system would be found when it is too late.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -78,7 +78,8 @@ impl ClaimedJournal {
         Ok(claimed)
     }
 
-    /// It was not needed. One that was there before stays: a sidecar of an image that is not here may name it.
+    /// It was not needed. One that was there before stays: a sidecar of an image that is not here may name
+    /// it.
     pub(super) fn give_up(self) {
         if self.made
             && let Err(error) = fs::remove_file(&self.path)

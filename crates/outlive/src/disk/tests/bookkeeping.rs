@@ -1,5 +1,5 @@
-//! Sidecars that cannot be written, and room that is not there: a VM that can be taken over is taken over, and
-//! what would not be there later is missed before a primary counts on it.
+//! Sidecars that cannot be written, and room that is not there: a VM that can be taken over is taken over,
+//! and what would not be there later is missed before a primary counts on it.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;

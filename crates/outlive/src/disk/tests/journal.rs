@@ -152,7 +152,8 @@ fn a_journal_of_the_first_format_is_replayed() {
     assert_eq!(replay(&File::new(bytes.to_vec(), &Power::steady())), (40, Some(44), epochs));
 }
 
-/// A journal of a newer release may have what is nowhere else: it is neither taken for damaged nor overwritten.
+/// A journal of a newer release may have what is nowhere else: it is neither taken for damaged nor
+/// overwritten.
 #[test]
 fn a_journal_of_another_format_is_refused_with_the_remedy() {
     let (file, ..) = three_epochs();

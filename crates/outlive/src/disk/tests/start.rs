@@ -230,8 +230,8 @@ fn an_image_with_another_arbiter_is_refused() {
     assert_forked(&check_word(&mut stage, &["a"], DangerKind::OtherArbiter, &says));
 }
 
-/// The mount is missing and somebody made the bare directory an arbiter, or it was emptied, or an old copy was
-/// put back.
+/// The mount is missing and somebody made the bare directory an arbiter, or it was emptied, or an old copy
+/// was put back.
 #[test]
 fn an_image_of_a_vm_that_the_arbiter_has_forgotten_is_refused() {
     let mut stage = Stage::new();

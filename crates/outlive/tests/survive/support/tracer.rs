@@ -1,5 +1,5 @@
-//! A debugger's hand on a process under test: it holds a thread, or has the process take memory away from itself.
-//! Both are what only a broken host does.
+//! A debugger's hand on a process under test: it holds a thread, or has the process take memory away from
+//! itself. Both are what only a broken host does.
 
 use std::fs;
 use std::ops::Range;
@@ -90,8 +90,8 @@ fn anonymous(line: &str) -> Option<Range<u64>> {
     (rights == "rw-p" && words.nth(2)? == "0").then_some(number(start)?..number(end)?)
 }
 
-/// Guest addresses of the pages that hold nothing but the payload's code: the guest does not write them, so no
-/// checkpoint copies them.
+/// Guest addresses of the pages that hold nothing but the payload's code: the guest does not write them, so
+/// no checkpoint copies them.
 fn program() -> Range<u64> {
     const PAGE: u64 = 4096;
     let elf = outlive_guest::PAYLOAD;

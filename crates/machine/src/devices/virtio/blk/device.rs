@@ -105,8 +105,8 @@ pub struct Disk {
 pub type BlockDevice<M> = Slot<M, Disk>;
 
 impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
-    /// Opens the image and puts a disk in front of it, the disk number `index` of the machine. If it is shared,
-    /// its writes leave as `permit` says.
+    /// Opens the image and puts a disk in front of it, the disk number `index` of the machine. If it is
+    /// shared, its writes leave as `permit` says.
     ///
     /// # Errors
     /// [`BlockError`].
@@ -231,9 +231,10 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().wake_thread();
     }
 
-    /// Lets the writes to a shared disk that may leave go to the engine, oldest first. The lease is asked before
-    /// each: the moment it has ended, this and every later call lets nothing out until the valve is ordered to
-    /// hold or to open anew. A write that waits for an earlier one it overlaps goes with a later call.
+    /// Lets the writes to a shared disk that may leave go to the engine, oldest first. The lease is asked
+    /// before each: the moment it has ended, this and every later call lets nothing out until the valve is
+    /// ordered to hold or to open anew. A write that waits for an earlier one it overlaps goes with a later
+    /// call.
     pub fn let_out(&self) -> ReleasedWrites {
         self.shared().let_out()
     }
@@ -350,8 +351,8 @@ impl<M: GuestMemory> Model<M> for Disk {
         0
     }
 
-    /// What the requests need of the disk is submitted outside the gate, so that the coordinator never waits for
-    /// the kernel.
+    /// What the requests need of the disk is submitted outside the gate, so that the coordinator never waits
+    /// for the kernel.
     fn rest(&self, shared: &Shared<M, Self>) {
         let mut sending = self.sending();
         std::mem::swap(&mut *sending, &mut shared.core().model.outbox);

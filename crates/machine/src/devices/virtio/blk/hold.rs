@@ -6,8 +6,8 @@
 //!
 //! A write that was let out may wait in the engine's queue for as long as slow storage pleases, or as long as
 //! this process is stopped. Meanwhile the standby may have won the VM and carried the same write out, and
-//! others over it: so the engine asks the permission once more, right before each system call that changes the
-//! storage. A write that it may not carry out is held again.
+//! others over it: so the engine asks the permission once more, right before each system call that changes
+//! the storage. A write that it may not carry out is held again.
 
 use vm_memory::GuestMemory;
 

@@ -7,8 +7,9 @@
 //! ```
 //!
 //! - [`device`]: the machine's handle. [`config`]: what the guest is told, and the limits.
-//! - `request`: what a driver asks for. `requests`: the way of a request, in short steps inside the
-//!   gate; `table`: the requests in flight and the order of those that overlap; `job`: the operations of one request; `pool`: bounce buffers.
+//! - `request`: what a driver asks for. `requests`: the way of a request, in short steps inside the gate;
+//!   `table`: the requests in flight and the order of those that overlap; `job`: the operations of one
+//!   request; `pool`: bounce buffers.
 //! - `engine`: the host's kernel does the work, outside the gate. [`image`]: what it works on.
 //! - [`log`]: what a checkpoint gets to know of completed writes. [`buffer`], [`chunks`]: its data.
 //! - `hold`: writes to a shared disk wait for their commit.

@@ -1,7 +1,7 @@
 //! What the driver asks for: the request in a chain of buffers.
 //!
-//! All of it is taken for hostile. What makes the chain unusable stops the device ([`Broken`]); what is only a
-//! bad request in a good chain fails with a status.
+//! All of it is taken for hostile. What makes the chain unusable stops the device ([`Broken`]); what is only
+//! a bad request in a good chain fails with a status.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,

@@ -56,8 +56,8 @@ impl Default for ScreenSize {
     }
 }
 
-/// What is saved: the size that the driver knows. Bytes that the guest has not taken yet are not: whoever typed
-/// them is attached to the old host.
+/// What is saved: the size that the driver knows. Bytes that the guest has not taken yet are not: whoever
+/// typed them is attached to the old host.
 impl DeviceState for ScreenSize {
     const VERSION: u16 = 1;
     const BYTES: usize = 4;
@@ -125,8 +125,8 @@ impl<M: GuestMemory> Model<M> for Console {
         }
     }
 
-    /// virtio 1.2, 5.3.4. Past the size there are max_nr_ports and emerg_wr, which belong to features that are
-    /// not offered.
+    /// virtio 1.2, 5.3.4. Past the size there are max_nr_ports and emerg_wr, which belong to features that
+    /// are not offered.
     fn config(&self, terminal: &Terminal) -> [u8; CONFIG_BYTES] {
         let mut space = [0; CONFIG_BYTES];
         space[..2].copy_from_slice(&terminal.size.columns.to_le_bytes());

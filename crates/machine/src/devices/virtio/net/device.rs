@@ -257,8 +257,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         Identity { device_type: VIRTIO_ID_NET, features: offered(pairs), queue_sizes }
     }
 
-    /// Address, link, number of queue pairs (virtio 1.2, 5.1.4). The link is always up; a device with one pair
-    /// does not say how many it has.
+    /// Address, link, number of queue pairs (virtio 1.2, 5.1.4). The link is always up; a device with one
+    /// pair does not say how many it has.
     fn config(&self, card: &Card) -> [u8; CONFIG_BYTES] {
         let asks = if card.settings.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         let status = (VIRTIO_NET_S_LINK_UP | asks) as u16;
@@ -356,8 +356,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         self.output.drain_if_open();
     }
 
-    /// Throws away the frames that have waited in the tap. With `announce`, asks the driver, if it knows how, to
-    /// tell the network where the guest is, with the guest's own addresses.
+    /// Throws away the frames that have waited in the tap. With `announce`, asks the driver, if it knows how,
+    /// to tell the network where the guest is, with the guest's own addresses.
     fn go_live(&self, card: &mut Card, queues: Option<&mut Queues<M>>, announce: bool) -> bool {
         let stale = self.drain_port(&mut card.buffer) + card.forget_waiting();
         self.counters.stale.add(stale);

@@ -91,8 +91,8 @@ impl Net {
         })
     }
 
-    /// Takes frames from the guest and pushes them to the output until there are no more or the output is full.
-    /// Says whether a guest that polls has waited for that.
+    /// Takes frames from the guest and pushes them to the output until there are no more or the output is
+    /// full. Says whether a guest that polls has waited for that.
     pub(super) fn transmit<M: GuestMemory>(
         &self,
         card: &mut Card,
@@ -236,8 +236,8 @@ impl Pair {
     }
 
     /// Puts the packet of `len` bytes in the buffer into receive buffers: one, or with `merge` as many as it
-    /// takes. Together they have at most as many descriptors as the queue: a checkpoint waits for the frame in
-    /// hand, and with tables of their own the buffers of one frame could have as many squared.
+    /// takes. Together they have at most as many descriptors as the queue: a checkpoint waits for the frame
+    /// in hand, and with tables of their own the buffers of one frame could have as many squared.
     fn deliver<M: GuestMemory>(
         &mut self,
         ring: &mut Ring,

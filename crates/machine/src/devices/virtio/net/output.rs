@@ -1,7 +1,8 @@
 //! The frames that the guest sends: held output of the network card.
 //!
-//! Every frame the guest sends goes through one [`Output`], behind the machine's [valve](crate::devices::valve).
-//! It is stored with its tag and leaves, in the order in which the guest sent it, when the permission says so:
+//! Every frame the guest sends goes through one [`Output`], behind the machine's
+//! [valve](crate::devices::valve). It is stored with its tag and leaves, in the order in which the guest sent
+//! it, when the permission says so:
 //!
 //! ```text
 //!             push (device thread, inside the gate)
@@ -19,8 +20,8 @@
 //! | device thread, outside the gate | [`drain_if_open`](Output::drain_if_open), [`announce`](Output::announce) |
 //! | whoever gave an order to the valve | [`drain`](Output::drain) |
 //!
-//! Two locks, always in this order: `writer` is held over system calls by the one thread that sends; `ring` is
-//! held for moments only, so neither a push nor an order ever waits for the sink.
+//! Two locks, always in this order: `writer` is held over system calls by the one thread that sends; `ring`
+//! is held for moments only, so neither a push nor an order ever waits for the sink.
 //!
 //! A frame is held with the header in front of it, which tells the tap what the guest has left to the host.
 //! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with
@@ -121,7 +122,8 @@ pub struct Output {
     sink: Arc<dyn FrameSink>,
     permit: Arc<Permit>,
     space: EventFd,
-    /// The epoch of the newest frame in the ring, and one more; 0: the ring is empty. Written with `ring` locked.
+    /// The epoch of the newest frame in the ring, and one more; 0: the ring is empty. Written with `ring`
+    /// locked.
     newest: AtomicU64,
 }
 
@@ -199,10 +201,10 @@ impl Output {
 
     /// Lets out, in order, the frames that may leave.
     ///
-    /// What was in the ring when this began, and, if it may all leave, what was pushed meanwhile too; not more,
-    /// so that a guest which sends on and on keeps nobody but its own device thread. The permission is asked
-    /// before *each* frame. The moment the lease has ended, this and every later drain lets nothing out, and the
-    /// frames stay, until the valve is ordered to hold or to open anew.
+    /// What was in the ring when this began, and, if it may all leave, what was pushed meanwhile too; not
+    /// more, so that a guest which sends on and on keeps nobody but its own device thread. The permission is
+    /// asked before *each* frame. The moment the lease has ended, this and every later drain lets nothing
+    /// out, and the frames stay, until the valve is ordered to hold or to open anew.
     pub fn drain(&self) -> Released {
         self.drain_with(self.writer())
     }
@@ -221,8 +223,8 @@ impl Output {
             };
             match next {
                 Next::Frame { len, pair, number, order } => {
-                    // Invariant 1: right before the system call, because this process may have been stopped for
-                    // an hour since the last look.
+                    // Invariant 1: right before the system call, because this process may have been stopped
+                    // for an hour since the last look.
                     if self.permit.confirms(order) {
                         self.send(pair, &writer[..len], number, &mut released);
                     }
@@ -244,9 +246,9 @@ impl Output {
         released
     }
 
-    /// Drains what passes through. For the device's thread after a batch, outside the gate. What is held waits
-    /// for whoever commits it. Does not wait for another thread that drains: [`space`](Self::space) is written
-    /// when it has done.
+    /// Drains what passes through. For the device's thread after a batch, outside the gate. What is held
+    /// waits for whoever commits it. Does not wait for another thread that drains: [`space`](Self::space) is
+    /// written when it has done.
     pub fn drain_if_open(&self) {
         // What was pushed before an order to open is drained by whoever gave it.
         if self.newest.load(Ordering::Acquire) == 0 || self.mode() != OutputMode::PassThrough {

@@ -1,7 +1,8 @@
 //! What is saved of a network card beside its registers: what the driver has set over the control queue.
 //!
-//! The tap has no state of ours that does not follow from it. Frames that wait in the tap, for a receive buffer
-//! or in the held output do not belong to a checkpoint (a network may lose them; TCP sends them again).
+//! The tap has no state of ours that does not follow from it. Frames that wait in the tap, for a receive
+//! buffer or in the held output do not belong to a checkpoint (a network may lose them; TCP sends them
+//! again).
 
 use thiserror::Error;
 

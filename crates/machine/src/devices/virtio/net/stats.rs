@@ -3,7 +3,8 @@
 use crate::devices::counters::counters;
 
 counters! {
-    /// What has gone through a network card since its start. What became of sent frames is counted by the output.
+    /// What has gone through a network card since its start. What became of sent frames is counted by the
+    /// output.
     NetStats, Counters:
     /// Frames the guest received.
     rx_frames,

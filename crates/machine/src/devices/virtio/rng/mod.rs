@@ -28,8 +28,8 @@ const QUEUE_SIZE: u16 = 64;
 const REQUEST: usize = 4096;
 /// What a request costs at least: answering one of a single byte takes about as long as so many bytes do.
 const LEAST_COST: usize = 256;
-/// What requests may cost in one [`WINDOW`]: more than a kernel ever asks for, and too little to keep this host
-/// busy.
+/// What requests may cost in one [`WINDOW`]: more than a kernel ever asks for, and too little to keep this
+/// host busy.
 const BUDGET: usize = 256 << 10;
 /// How long a budget lasts.
 const WINDOW: Duration = Duration::from_millis(100);

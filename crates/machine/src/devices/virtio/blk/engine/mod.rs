@@ -113,8 +113,9 @@ pub(super) trait Engine: Send + Sync {
 
 /// An engine for `image` with at most `depth` operations under way.
 ///
-/// A shared disk has a permission, which the engine asks before each change. It gets threads: its writes are submitted by whoever commits an epoch, and io_uring cancels
-/// what a thread has submitted when that thread ends.
+/// A shared disk has a permission, which the engine asks before each change. It gets threads: its writes are
+/// submitted by whoever commits an epoch, and io_uring cancels what a thread has submitted when that thread
+/// ends.
 pub(super) fn start(
     kind: EngineKind,
     image: &Arc<Image>,

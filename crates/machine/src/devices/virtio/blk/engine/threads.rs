@@ -100,7 +100,8 @@ impl Drop for Threads {
 }
 
 impl Shared {
-    /// Carries operations out until the engine ends; then those that are left, but for changes of a shared disk.
+    /// Carries operations out until the engine ends; then those that are left, but for changes of a shared
+    /// disk.
     fn run(&self) {
         while let Some(Submission { token, operation, mut buffer, tag }) = self.next() {
             let may = || match &self.permit {

@@ -93,8 +93,8 @@ fn a_frame_that_can_never_fit_is_dropped() {
     assert_eq!(rig.device.stats().rx_dropped, 1);
 }
 
-/// With tables of their own the buffers of one frame could have as many descriptors as the queue has, squared,
-/// and a checkpoint waits for the frame in hand.
+/// With tables of their own the buffers of one frame could have as many descriptors as the queue has,
+/// squared, and a checkpoint waits for the frame in hand.
 #[test]
 fn the_buffers_of_a_frame_have_no_more_descriptors_than_the_queue() {
     const PIECES: u16 = QUEUE / 2;
