@@ -1,6 +1,6 @@
-//! Format, clippy, documentation.
+//! Format, clippy, documentation, and what dependencies may be.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::run::{StepError, Workspace, step};
 
@@ -23,14 +23,28 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), StepError> {
 fn checks(workspace: &Workspace) -> Vec<Command> {
     let mut payload_clippy = workspace.cargo(["clippy", "--release", "--manifest-path", PAYLOAD]);
     payload_clippy.arg("--target-dir").arg(workspace.target.join("payload")).args(["--", "-D", "warnings"]);
-    vec![
+    let mut checks = vec![
         workspace.cargo(["fmt", "--all", "--check"]),
         workspace.cargo(["fmt", "--manifest-path", PAYLOAD, "--check"]),
         // The release profile shares build scripts and procedural macros with the tests.
         workspace.cargo(["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"]),
         payload_clippy,
         documentation(workspace),
-    ]
+    ];
+    if has_deny() {
+        checks.push(workspace.cargo(["deny", "--offline", "check", "licenses", "bans", "sources"]));
+    } else {
+        println!(
+            "skipped: licences and sources of dependencies (`cargo install cargo-deny --locked` brings what checks them)"
+        );
+    }
+    checks
+}
+
+fn has_deny() -> bool {
+    let version =
+        Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    version.is_ok_and(|status| status.success())
 }
 
 /// Builds the documentation; a broken link or a missing text is an error.
