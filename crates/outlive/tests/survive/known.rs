@@ -149,7 +149,8 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     let mut a = run(&world, Side::A, &["--accept-stale-image"]);
     let is_accepted = |e: &Event| matches!(e, Event::Accepted { danger: DangerKind::StaleImage, .. });
     a.wait_for("the word in the events", is_accepted);
-    assert!(a.log().contains("ACCEPTED: VM ") && a.log().contains("WARN"), "{}", a.log());
+    a.wait_says("ACCEPTED: VM ", 1);
+    assert!(a.log().contains("WARN"), "{}", a.log());
     let now = sidecar(&world, Side::A);
     assert!(
         now.contains("danger = \"stale_image\"") && now.contains(&format!("vm = \"{old}\"\nthrough = 1")),
@@ -169,7 +170,7 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     let word = format!("{},overwrite", disk(&world, Side::B));
     let b = standby(&world, Side::B, &["--disk", &word]);
     a.wait_protected();
-    assert!(b.log().contains("OVERWRITTEN as asked for: it held generation 2 of another VM"), "{}", b.log());
+    b.wait_says("OVERWRITTEN as asked for: it held generation 2 of another VM", 1);
     wait_until("the sidecar remembers it", || sidecar(&world, Side::B).contains("danger = \"overwrite\""));
 
     let known = outlive(&["arbiter", "list", &spec]);
@@ -188,7 +189,7 @@ fn a_standby_does_not_overwrite_a_server() {
     wait_until("both sides say so", || {
         a.log().contains("standby refused: the disk image") && b.log().contains("and is no standby's copy")
     });
-    assert!(a.log().contains("nothing is overwritten"), "{}", a.log());
+    a.wait_says("nothing is overwritten", 1);
     assert!(!a.has(|e| matches!(e, Event::StandbyAttached { .. })));
     drop(b);
     assert_eq!(fs::read(image(&world, Side::B)).unwrap(), before);

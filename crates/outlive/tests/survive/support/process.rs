@@ -50,6 +50,16 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// Waits until its log has these words so many times. Log and events are written by a thread each, so what
+    /// an event tells of is perhaps not in the log yet.
+    pub(crate) fn wait_says(&self, words: &str, times: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.log().matches(words).count() < times {
+            assert!(Instant::now() < deadline, "process {} does not say: {words}", self.pid());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// All events so far.
     pub(crate) fn events(&mut self) -> impl Iterator<Item = &Event> {
         if self.read.is_none() {
