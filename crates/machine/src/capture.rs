@@ -105,7 +105,7 @@ pub enum Stuck {
 
 impl CaptureError {
     /// KVM's dirty ring was overrun: writes were lost and its vCPU can never run again. Only the last
-    /// committed checkpoint is still a whole VM (facts/dirty-tracking.md §5.6).
+    /// committed checkpoint is still a whole VM.
     pub fn is_overrun(&self) -> bool {
         matches!(
             self,
@@ -151,7 +151,7 @@ impl Machine {
     /// # Errors
     /// [`EnableError`]; the VM then runs on without tracking.
     pub fn enable_tracking(&mut self) -> Result<(), EnableError> {
-        // Of a moment before the base that is to come.
+        // It is of a moment before the coming base.
         self.check_due = None;
         let running = self.quiesce();
         let result = self.tracker.enable();
@@ -191,7 +191,7 @@ impl Machine {
 
     /// Takes a checkpoint: state and dirty pages since the last one, into `staging`.
     ///
-    /// The order inside the pause, and why (DESIGN §5, facts/dirty-tracking.md §0.7):
+    /// The order inside the pause, and why:
     /// 1. vCPUs stop with their I/O completed; when all have, so that none sends another an interrupt
     ///    any more, they save their state, then harvest their rings: state first, because vCPU ioctls
     ///    can dirty guest pages.

@@ -418,7 +418,7 @@ fn damage_is_never_a_win() {
     nobodys(20);
     symlink("/no/such/file", claim_file(21)).unwrap();
     nobodys(21);
-    // Opening a pipe without a writer would block for ever.
+    // Opening a pipe without a writer would block forever.
     assert!(Command::new("mkfifo").arg(claim_file(22)).status().unwrap().success());
     nobodys(22);
     for length in 0..good.len() {

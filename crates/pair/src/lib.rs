@@ -154,7 +154,7 @@ pub struct Link(pub u64);
 pub enum ClaimResult {
     /// The generation belongs to the claimer. Claiming again what one owns is won again.
     Won,
-    /// The generation belongs to somebody else, for ever.
+    /// The generation belongs to somebody else, forever.
     Lost {
         /// Whom.
         owner: String,

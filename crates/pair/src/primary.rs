@@ -138,14 +138,14 @@ impl Primary {
         }
     }
 
-    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right
+    /// Whether a frame that was released may still leave at this moment. To be asked forevery frame, right
     /// before it is written, with a fresh `now`: between the decision and the write this process may have
     /// been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
         self.may_release_until().is_none_or(|end| now < end)
     }
 
-    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: for ever.
+    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: forever.
     /// For whoever asks without access to this state machine, and is told after each event.
     pub fn may_release_until(&self) -> Option<Duration> {
         match &self.state {
@@ -400,7 +400,7 @@ impl Primary {
         }
     }
 
-    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame
+    /// A checkpoint was captured; this is called inside the pause, so what it answers holds forevery frame
     /// after it.
     fn captured(&mut self, out: &mut Vec<Action>) {
         let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);

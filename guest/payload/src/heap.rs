@@ -13,7 +13,7 @@ static HEAP: TalcLock<RawSpinlock, Manual> = TalcLock::new(Manual);
 /// Hands `[start, start + len)` to the allocator. False when the region is too small to be a heap.
 ///
 /// # Safety
-/// The region is RAM that nothing else uses, for ever.
+/// The region is RAM that nothing else uses, forever.
 pub unsafe fn init(start: usize, len: usize) -> bool {
     // SAFETY: the caller's promise is `claim`'s requirement.
     unsafe { HEAP.lock().claim(start as *mut u8, len) }.is_some()

@@ -54,7 +54,7 @@ impl Bare {
             libc::mmap(std::ptr::null_mut(), bytes, prot, libc::MAP_SHARED, vcpu.fd.as_raw_fd(), offset)
         };
         assert_ne!(base, libc::MAP_FAILED, "the dirty ring cannot be mapped");
-        // SAFETY: all entries are mapped, for ever, and reached as atomics only.
+        // SAFETY: all entries are mapped, forever, and reached as atomics only.
         let ring = unsafe { std::slice::from_raw_parts(base.cast::<Entry>(), ENTRIES) };
         Bare {
             ring,

@@ -4,7 +4,7 @@
 
 use std::mem::MaybeUninit;
 
-/// A sample that was disturbed is taken again, but not for ever.
+/// A sample that was disturbed is taken again, but not forever.
 const TRIES: usize = 5;
 
 /// How often the scheduler has taken the processor from this thread.

@@ -284,7 +284,7 @@ impl Ring {
         let start = self.marked.load(Ordering::Relaxed);
         let end = start + count;
         // An entry that KVM has not written must never be marked: its reset index would overtake the other
-        // and the vCPU be called full for ever.
+        // and the vCPU be called full forever.
         assert!(end <= self.taken.load(Ordering::Acquire), "an entry is given back that was not taken");
         for position in start..end {
             let entry = self.entries.entry(position);

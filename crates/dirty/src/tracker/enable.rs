@@ -96,7 +96,7 @@ impl Tracker {
         }
         let disarmed = self.source.disarm_all(&self.layout);
         // After KVM has ended logging, so that no entry comes behind this. A ring left full would keep its
-        // vCPU from running for ever. A failed ring is past help.
+        // vCPU from running forever. A failed ring is past help.
         if let Err(error) = self.discard() {
             tracing::warn!(%error, "dirty log not cleared");
         }

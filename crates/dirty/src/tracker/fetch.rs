@@ -313,8 +313,8 @@ impl<'b> Fetched<'_, 'b> {
             }
         });
         add(&tracker.counters.ignored, ignored);
-        // Asked afterwards: who is in doubt says so before he marks. Such pages may be writable without a
-        // trap, and only an epoch, which arms everything, may take them.
+        // Asked afterwards: a thread that is in doubt says so before it marks. Such pages may be writable
+        // without a trap, and only an epoch, which arms everything, may take them.
         if tracker.doubtful.load(Ordering::Acquire) {
             self.buffer[first..self.len].iter().for_each(|&gfn| tracker.global.record(gfn));
             self.len = first;

@@ -360,7 +360,7 @@ impl Tracker {
     ///
     /// # Errors
     /// [`HarvestError::Overrun`] if KVM says so again and again of a ring that is not full: it has lost its
-    /// place and would say so for ever.
+    /// place and would say so forever.
     ///
     /// # Panics
     /// If there is no such vCPU.
@@ -431,7 +431,7 @@ impl Tracker {
         self.gate.read_done();
     }
 
-    /// Fails for ever once pages were lost.
+    /// Fails forever once pages were lost.
     fn check(&self) -> Result<(), HarvestError> {
         match self.failed.load(Ordering::Acquire) {
             0 => Ok(()),
@@ -447,8 +447,8 @@ impl Tracker {
         error
     }
 
-    /// A re-arm failed, and nobody knows what is armed: the end of tracking. Who cannot hand the error on
-    /// says [`HarvestError::Failed`], so it is logged here.
+    /// A re-arm failed, and nobody knows what is armed: the end of tracking. A caller that cannot hand the
+    /// error on says [`HarvestError::Failed`], so it is logged here.
     fn rearm_failed(&self, error: RearmError) -> RearmError {
         self.failed.store(WRONG_RESET, Ordering::Release);
         tracing::error!(error = &error as &dyn std::error::Error, "dirty tracking has failed for good");

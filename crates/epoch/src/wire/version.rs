@@ -24,7 +24,7 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 ///
 /// The policy:
 ///
-/// * Frozen for ever, in every version: the preface, the section header, the numbers of the section kinds,
+/// * Frozen forever, in every version: the preface, the section header, the numbers of the section kinds,
 ///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
 ///   they do not fit.
 /// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever

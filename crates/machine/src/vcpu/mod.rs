@@ -9,7 +9,7 @@
 //! 3. After the last exit there is one more `KVM_RUN` with `immediate_exit` set: only that completes
 //!    a pending port or MMIO access, so that the saved state is after it, not in its middle.
 //! 4. State is read before the ring is harvested: vCPU ioctls can write guest memory
-//!    (facts/dirty-tracking.md §1.4).
+//!    (KVM_SET_MSRS of the wall clock, for example).
 
 mod copying;
 pub(crate) mod idle;

@@ -15,7 +15,7 @@ pub(crate) const B: u64 = 0x50_0000;
 /// Guest memory in bytes.
 pub(crate) const MEMORY: u64 = 32 << 20;
 
-/// Adds 1 to rcx, writes it to A + 4096 * vCPU, then to B + 4096 * vCPU, for ever.
+/// Adds 1 to rcx, writes it to A + 4096 * vCPU, then to B + 4096 * vCPU, forever.
 pub(crate) const TWO_COUNTERS: &[u8] = &[
     0x48, 0xc1, 0xe6, 0x0c, // shl rsi, 12
     0x48, 0xc7, 0xc0, 0, 0, 0x40, 0, // mov rax, A
@@ -34,7 +34,7 @@ pub(crate) const PORT_READER: &[u8] = &[
     0xb8, 3, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe, // panic: out 0x508, 3; jmp $
 ];
 
-/// Counts in A, then idles until woken, for ever.
+/// Counts in A, then idles until woken, forever.
 pub(crate) const IDLER: &[u8] = &[
     0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // mov rbx, A
     0x48, 0xff, 0x03, // inc [rbx]

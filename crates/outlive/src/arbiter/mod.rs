@@ -2,7 +2,7 @@
 //!
 //! When the two hosts of a VM lose each other, each must suppose that the other one lives. Before the standby
 //! goes live, and before the primary goes on alone, it wins the next *generation* here, by one atomic
-//! test-and-set. Who loses stops its VM. As long as the arbiter cannot be reached nobody goes on. No clock
+//! test-and-set. The loser stops its VM. While the arbiter cannot be reached, nobody goes on. No clock
 //! and no lease takes part, so a host that was stopped for an hour and continues cannot do harm.
 //!
 //! ```text
@@ -38,9 +38,9 @@ const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM:
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
-    /// The generation belongs to the claimant, now and for ever.
+    /// The generation belongs to the claimant, now and forever.
     Won,
-    /// It belongs to another, now and for ever: stop the VM.
+    /// It belongs to another, now and forever: stop the VM.
     Lost {
         /// Who has it, or why it can never be won.
         owner: String,
@@ -115,7 +115,7 @@ pub trait Arbiter: Send {
     /// Removes what is of no use any more. To be called when nobody waits.
     fn tidy(&mut self, vm: &VmId);
 
-    /// A name for the arbiter itself, the same for ever. Two hosts compare it, before they rely on it, to
+    /// A name for the arbiter itself, the same forever. Two hosts compare it, before they rely on it, to
     /// know that they were given the same one, and images remember it.
     fn identity(&self) -> &str;
 }

@@ -1,7 +1,7 @@
 //! What one client knows about its own writes, and the judgement on what the server says about them.
 //!
 //! Every write is either *acknowledged* (its reply came) or *open* (it was sent, no reply yet). An
-//! acknowledged write must be there for ever; an open one may be there once or not at all. Each client writes
+//! acknowledged write must be there forever; an open one may be there once or not at all. Each client writes
 //! keys of its own, one request at a time, so there is exactly one right answer to everything.
 
 /// Number of keys that a client writes in turn: bounds the guest's memory and this ledger.

@@ -7,7 +7,7 @@
 //!
 //! A header has the identity of the VM, the sizes of its disks, the lap, and the checkpoint up to which the
 //! images are durable. Emptying the journal writes a header with the next lap over the older of the two
-//! copies: what stands behind it has the lap of before and counts no more. An epoch counts if its header and
+//! copies: what follows it has an earlier lap and no longer counts. An epoch counts if its header and
 //! its payload are whole, its lap is the header's and its number is higher than that of the epoch in front of
 //! it. The first that does not count ends the journal.
 
@@ -183,7 +183,7 @@ impl<S: Store> Journal<S> {
         Ok(())
     }
 
-    /// Calls `each` for every whole checkpoint in order, and returns the number of the last. To be called
+    /// Calls `each` forevery whole checkpoint in order, and returns the number of the last. To be called
     /// once, after [`open`](Self::open).
     pub(crate) fn replay(
         &mut self,

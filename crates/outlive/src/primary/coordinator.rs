@@ -235,7 +235,7 @@ impl Coordinator {
 
     /// This host cannot run a vCPU any more. The guest has done nothing that is known of, so its standby goes
     /// on. A guest that makes every host fail does so again soon after the takeover, from the same
-    /// checkpoint: then it has crashed, or two hosts would hand it to each other for ever.
+    /// checkpoint: then it has crashed, or two hosts would hand it to each other forever.
     pub(super) fn host_fault(&mut self, vcpu: u8, why: &str) {
         let soon = self.with.took_over.is_some_and(|at| at.elapsed() < SAME_FAULT);
         if soon && !std::mem::replace(&mut self.blamed, true) {

@@ -1,7 +1,7 @@
 //! How often a guest restarts: one that does nothing else is slowed down.
 //!
 //! A restart reads the kernel from the VM's memory and writes it, with an epoch's worth of dirty pages, so a
-//! guest that cannot boot would keep both hosts busy for ever.
+//! guest that cannot boot would keep both hosts busy forever.
 
 use std::time::{Duration, Instant};
 

@@ -129,7 +129,7 @@ fn hash(disks: Vec<Disk>, wanted: &AtomicBool) -> Option<(Resting, Vec<DiskHash>
     let mut resting = Resting(Vec::new());
     for disk in disks {
         if !disk.drain(DRAIN) {
-            tracing::warn!(disk = disk.index(), "no self-check: the disk does not come to rest");
+            tracing::warn!(disk = disk.index(), "no self-check: the disk's requests do not end in time");
             return None;
         }
         resting.0.push(disk);

@@ -65,7 +65,7 @@ impl VmCopy {
         let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
-        // The guest has found so many queues.
+        // The guest has found this number of queues.
         let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac) };
         let machine_options = Options {
             vcpus: hello.vcpus as u8,

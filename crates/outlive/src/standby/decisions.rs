@@ -160,7 +160,7 @@ impl Decisions {
         self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))
     }
 
-    /// Waits until the last copy is thrown away, if one is, but not for ever.
+    /// Waits until the last copy is thrown away, if one is, but not forever.
     pub(super) fn wait_until_discarded(&self) {
         let Some(thread) = self.with(|driver, _| (driver.ports_mut().take_discards(), NOTHING)) else {
             return;

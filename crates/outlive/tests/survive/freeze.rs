@@ -1,4 +1,4 @@
-//! SIGSTOP and SIGCONT: a host that was dead for everybody else and comes back in the middle of what it was
+//! SIGSTOP and SIGCONT: a host that was dead foreverybody else and comes back in the middle of what it was
 //! doing.
 
 use std::time::Duration;

@@ -42,7 +42,7 @@ fn when_the_link_is_cut_exactly_one_side_goes_on() {
     witnesses.finish(&world);
 }
 
-/// The link carries one way only. What goes the other way is delayed for ever, as on a link that loses
+/// The link carries one way only. What goes the other way is delayed forever, as on a link that loses
 /// everything.
 fn one_way_is_lost(way: Way) {
     let Some(world) = World::new() else { return };

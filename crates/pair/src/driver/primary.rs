@@ -67,7 +67,7 @@ pub trait PrimaryPorts {
     /// It cannot be asked now. It is tried again as if the arbiter were out of reach.
     fn claim(&mut self, generation: u64) -> Result<(), String>;
 
-    /// Until when output that is let out may leave; `None`: for ever. Given after each event and before its
+    /// Until when output that is let out may leave; `None`: forever. Given after each event and before its
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
     fn set_lease(&mut self, until: Option<Duration>);
 

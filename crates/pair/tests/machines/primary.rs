@@ -436,7 +436,7 @@ fn a_standby_that_refuses_again_and_again_is_asked_less_often() {
     assert_eq!(refused_once(&mut host, "no tap"), (0, retry));
 }
 
-/// One of two refuses for ever; the other one is not asked less often for that.
+/// One of two refuses forever; the other one is not asked less often for that.
 #[test]
 fn a_standby_that_refuses_does_not_keep_the_other_one_waiting() {
     let mut host = Host::new(2);

@@ -97,12 +97,12 @@ impl<const N: usize> Queue<N> {
     }
 
     fn available(&self) -> &Available<N> {
-        // SAFETY: valid for ever by `new`; all fields are atomics.
+        // SAFETY: valid forever by `new`; all fields are atomics.
         unsafe { &*(self.parts.available as *const Available<N>) }
     }
 
     fn used_index(&self) -> u16 {
-        // SAFETY: valid for ever by `new`; the reference covers the one atomic.
+        // SAFETY: valid forever by `new`; the reference covers the one atomic.
         let index = unsafe { &(*(self.parts.used as *const Used<N>)).index };
         index.load(Ordering::Acquire)
     }
@@ -175,7 +175,7 @@ impl<const N: usize> Queue<N> {
         fence(Ordering::SeqCst);
         let used = self.parts.used as *const Used<N>;
         if self.event_idx {
-            // SAFETY: valid for ever by `new`; the reference covers the one atomic.
+            // SAFETY: valid forever by `new`; the reference covers the one atomic.
             let event = unsafe { &(*used).avail_event }.load(Ordering::Acquire);
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {

@@ -28,7 +28,7 @@ impl Lease {
         Self { until: AtomicU64::new(u64::MAX), clock: Box::new(clock) }
     }
 
-    /// From now on it holds until this time of its clock; `None`: for ever.
+    /// From now on it holds until this time of its clock; `None`: forever.
     pub fn set(&self, until: Option<Duration>) {
         self.until.store(until.map_or(u64::MAX, nanos), Ordering::SeqCst);
     }

@@ -126,7 +126,7 @@ impl Valve {
         self.permit.order().mode()
     }
 
-    /// Committed output may leave until this time of the lease's clock; `None`: for ever. An order of whoever
+    /// Committed output may leave until this time of the lease's clock; `None`: forever. An order of whoever
     /// decides, after each decision: what a thread has refused because the lease had just ended is refused no
     /// more, or committed output would stay for as long as the VM is protected.
     pub fn renew(&self, until: Option<Duration>) {

@@ -50,8 +50,8 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Waits until its log has these words so many times. Log and events are written by a thread each, so what
-    /// an event tells of is perhaps not in the log yet.
+    /// Waits until its log has these words so many times. Log and events are written by a thread each, so
+    /// what an event tells of is perhaps not in the log yet.
     pub(crate) fn wait_says(&self, words: &str, times: usize) {
         let deadline = Instant::now() + PATIENCE;
         while self.log().matches(words).count() < times {

@@ -114,7 +114,7 @@ fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual
     log.set_mode(LogMode::Off);
     device.let_out();
     // The rings of both queues hold less than this many requests, unless the device overwrites them with new
-    // ones for ever, which a driver may bring about: it is only itself that it keeps busy.
+    // ones forever, which a driver may bring about: it is only itself that it keeps busy.
     for _ in 0..500 {
         let more = device.turn();
         if manual.complete_all() == 0 && !more {
