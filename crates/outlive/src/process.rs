@@ -1,7 +1,6 @@
 //! What a long-running command needs of its process: signals, the death of its starter, names and random
 //! bytes.
 
-use std::fs::File;
 use std::io::{self, Read};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -42,7 +41,7 @@ pub(crate) fn on_stop(
 /// The operating system's, when it has no random numbers.
 pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0u8; N];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    getrandom::fill(&mut bytes)?;
     Ok(bytes)
 }
 

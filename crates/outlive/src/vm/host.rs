@@ -60,5 +60,5 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
 
 /// The line for a host without random numbers.
 pub(crate) fn no_random(error: std::io::Error) -> String {
-    format!("this host has no random numbers (/dev/urandom): {error}")
+    format!("this host has no random numbers: {error}")
 }

@@ -221,8 +221,6 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::StartBase { link } => ports.start_base(link).map_err(|why| lost(link, why)),
             Action::HoldOutput { link, epoch } => {
-                // What passed through and is still on its way leaves, and nothing else would see to it.
-                after.drain = true;
                 ports.hold(epoch).map_err(|why| Event::HoldFailed { link, why })
             }
             Action::BeginEpoch { link, epoch } => ports.begin_epoch(epoch).map_err(|why| lost(link, why)),

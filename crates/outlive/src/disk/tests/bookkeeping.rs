@@ -39,11 +39,15 @@ impl Standby {
     }
 
     fn block(&self) {
-        fs::create_dir(beside(&self.image(), "outlive.new")).unwrap();
+        for name in ["outlive.new", "outlive.probe"] {
+            fs::create_dir(beside(&self.image(), name)).unwrap();
+        }
     }
 
     fn unblock(&self) {
-        fs::remove_dir(beside(&self.image(), "outlive.new")).unwrap();
+        for name in ["outlive.new", "outlive.probe"] {
+            fs::remove_dir(beside(&self.image(), name)).unwrap();
+        }
     }
 
     fn start(&self) -> Result<(Replica, Receiver<DiskEvent>), String> {
