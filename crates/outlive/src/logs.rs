@@ -1,6 +1,6 @@
 //! What goes to standard error: log lines, and a process's last words.
 //!
-//! A command that runs a VM, or may have to, calls [`never_wait`] first: from then on no thread writes to
+//! A command that runs a VM, or may have to, calls `never_wait` first: from then on no thread writes to
 //! standard error itself. The others write directly, and start no thread for it: `outlive demo` must be
 //! alone in its process when it enters its network namespace.
 

@@ -11,7 +11,7 @@
 //!   `table`: the requests in flight and the order of those that overlap; `job`: the operations of one
 //!   request; `pool`: bounce buffers.
 //! - `engine`: the host's kernel does the work, outside the gate. [`image`]: what it works on.
-//! - [`log`]: what a checkpoint gets to know of completed writes. [`buffer`], [`chunks`]: its data.
+//! - [`log`]: what a checkpoint gets to know of completed writes. [`chunks`]: what of a disk was written.
 //! - `hold`: writes to a shared disk wait for their commit.
 //! - [`persist`]: what a resumed guest finds again, with the requests in flight.
 //!
