@@ -56,8 +56,9 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         if ptrace::detach(self.0, None) == Err(Errno::ESRCH) {
-            // It was killed meanwhile, and is ours to bury.
-            waitpid(self.0, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)).ok();
+            // It was killed meanwhile, and is ours to bury. It may still be on its way to its end: until it is
+            // buried nobody hears of the end of its process.
+            waitpid(self.0, Some(WaitPidFlag::__WALL)).ok();
         }
     }
 }
