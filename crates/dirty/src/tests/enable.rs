@@ -7,7 +7,7 @@ use super::guest::{self, Guest, Job, Stop, Vcpu};
 use crate::{Choice, Config, Tracker};
 
 /// Rounds of a test: each turns tracking on and off once.
-const ROUNDS: u64 = 40;
+const ROUNDS: u64 = 25;
 
 /// Writes until it is told to stop, each time with a new stamp: a page that is written unseen then differs
 /// from every copy made before.

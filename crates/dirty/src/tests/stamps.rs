@@ -344,7 +344,7 @@ fn shards_let_no_older_copy_overtake_a_newer_one() {
     for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
         let config = Config { hot: HOT, ..config(2) };
         let Some(guest) = guest::start(choice, config) else { return };
-        let outcome = run(guest, Weather { epochs: 300, fetchers: 3, shards: 3, ..STORM });
+        let outcome = run(guest, Weather { epochs: 150, fetchers: 3, shards: 3, ..STORM });
         assert_eq!((outcome.missed, outcome.listed_twice), (0, 0), "{choice:?}");
         assert!(outcome.stats.fetched > 10 * outcome.epochs, "the test has tested nothing: {outcome:?}");
     }
@@ -354,7 +354,7 @@ fn shards_let_no_older_copy_overtake_a_newer_one() {
 #[test]
 fn without_shards_older_copies_overtake_newer_ones() {
     let Some(guest) = guest::start(Choice::Ring, config(2)) else { return };
-    let outcome = run(guest, Weather { epochs: 300, fetchers: 3, shards: 1, ..STORM });
+    let outcome = run(guest, Weather { epochs: 100, fetchers: 3, shards: 1, ..STORM });
     assert!(outcome.missed > 0, "{outcome:?}");
 }
 
