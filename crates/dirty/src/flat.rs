@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::layout::Gfn;
 use crate::words::Words;
 
-/// The pages of the epoch, each once. There is room forevery page of the VM, reserved as address space;
+/// The pages of the epoch, each once. There is room for every page of the VM, reserved as address space;
 /// memory is taken in advance for the number the caller expects.
 ///
 /// Rule: only the thread that holds the open epoch appends and clears, and never while a slice is lent.

@@ -2,7 +2,7 @@
 //!
 //! A VMM that checkpoints, replicates or migrates a virtual machine needs to know *which pages changed since
 //! the last time it asked*. The usual answer is a bitmap over all of memory, fetched, cleared and searched
-//! forevery epoch: a cost that grows with the VM. This crate answers with one contiguous, de-duplicated
+//! for every epoch: a cost that grows with the VM. This crate answers with one contiguous, de-duplicated
 //! slice of guest frame numbers, at a cost that grows with the number of dirty pages only.
 //!
 //! # The life of a tracker
@@ -55,7 +55,7 @@
 //! |---|---|
 //! | list of a vCPU | further entries stay in the ring until the epoch ends |
 //! | global list | a flag makes the next harvest scan the global bitmap: slow, but right |
-//! | epoch list, beyond `max_dirty_pages` | continues into address space reserved forevery page of the VM |
+//! | epoch list, beyond `max_dirty_pages` | continues into address space reserved for every page of the VM |
 //! | the trigger | [`Tracker::should_stop`]; with [`Config::exact`] KVM stops the vCPUs |
 //! | hot pages | further ones are armed in every epoch, as if they were not hot |
 //! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); [`Tracker::ring_full`] says whether to end the epoch |
@@ -64,7 +64,7 @@
 //! # What KVM does not see
 //!
 //! Writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device are in no KVM log. Give
-//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] foreverything that
+//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that
 //! goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to
 //! mark.
 //!

@@ -1,7 +1,7 @@
 //! Entering a namespace of one's own, as root and without any rights.
 //!
 //! A process can do it only before it has threads, and the usual test harness has threads. So this is a
-//! harness of its own: it starts itself again forevery test, and the child does the work on its only thread.
+//! harness of its own: it starts itself again for every test, and the child does the work on its only thread.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -138,7 +138,7 @@ impl Primary {
         }
     }
 
-    /// Whether a frame that was released may still leave at this moment. To be asked forevery frame, right
+    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right
     /// before it is written, with a fresh `now`: between the decision and the write this process may have
     /// been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
@@ -400,7 +400,7 @@ impl Primary {
         }
     }
 
-    /// A checkpoint was captured; this is called inside the pause, so what it answers holds forevery frame
+    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame
     /// after it.
     fn captured(&mut self, out: &mut Vec<Action>) {
         let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);

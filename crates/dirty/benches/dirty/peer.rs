@@ -30,7 +30,7 @@ impl Peer {
     pub(crate) fn get(&mut self, vm: &VmFd) {
         let bitmap = kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: self.bitmap.as_mut_ptr().cast() };
         let request = kvm_dirty_log { slot: 0, padding1: 0, __bindgen_anon_1: bitmap };
-        // SAFETY: the structure of the request; the bitmap has a bit forevery page of the slot.
+        // SAFETY: the structure of the request; the bitmap has a bit for every page of the slot.
         let result = unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &request) };
         assert_eq!(result, 0, "KVM_GET_DIRTY_LOG: {}", io::Error::last_os_error());
     }

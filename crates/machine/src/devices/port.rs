@@ -97,7 +97,7 @@ impl PortInput {
     }
 
     /// How many bytes [`push`](Self::push) would take; if none, [`room_event`](Self::room_event) is written
-    /// as soon as it would. While no guest runs here there is room foreverything, because everything is
+    /// as soon as it would. While no guest runs here there is room for everything, because everything is
     /// dropped: what a person typed at a standby must not reach the guest at the moment of a takeover.
     pub fn room(&self) -> usize {
         let mut waiting = self.waiting();

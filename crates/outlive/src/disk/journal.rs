@@ -183,7 +183,7 @@ impl<S: Store> Journal<S> {
         Ok(())
     }
 
-    /// Calls `each` forevery whole checkpoint in order, and returns the number of the last. To be called
+    /// Calls `each` for every whole checkpoint in order, and returns the number of the last. To be called
     /// once, after [`open`](Self::open).
     pub(crate) fn replay(
         &mut self,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A connection is taken apart into three: a [`Reader`] and a [`Writer`], each for one thread, and a
-//! [`Closer`] foreverybody, which wakes whoever reads or writes. What carries the bytes is behind one trait,
+//! [`Closer`] for everybody, which wakes whoever reads or writes. What carries the bytes is behind one trait,
 //! [`Transport`]:
 //!
 //! - `tcp.rs` is its first kind, and the only file that knows of sockets.

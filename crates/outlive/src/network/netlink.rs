@@ -254,7 +254,7 @@ impl Netlink {
         })
     }
 
-    /// Switches an interface off: the cable is cut foreverything behind it.
+    /// Switches an interface off: the cable is cut for everything behind it.
     pub fn set_down(&mut self, name: &str) -> Result<(), NetlinkError> {
         self.set_link(name, format!("set {name} down"), |link| {
             link.header.flags = LinkFlags::empty();

@@ -113,6 +113,11 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
             return;
         }
     };
+    // From here on the silence that counts is the one that both sides agree on, and the decisions measure it.
+    if let Err(error) = stream.set_timeout(None) {
+        tracing::warn!(from, %error, "a connection cannot be served");
+        return decisions.refuse(number, RefuseCode::Malformed, error.to_string());
+    }
     match admit(decisions, number, &hello) {
         Ok(admitted) => {
             tracing::info!(primary = from, "primary attached");

@@ -1,4 +1,4 @@
-//! SIGSTOP and SIGCONT: a host that was dead foreverybody else and comes back in the middle of what it was
+//! SIGSTOP and SIGCONT: a host that was dead for everybody else and comes back in the middle of what it was
 //! doing.
 
 use std::time::Duration;
@@ -60,6 +60,24 @@ fn old_primaries_stay_silent(interval: &str, rounds: u64) {
 #[test]
 fn a_primary_that_was_stopped_until_the_takeover_lets_no_frame_out() {
     old_primaries_stay_silent("1ms", 6);
+}
+
+/// Only the silence that both sides agree on counts, and no limit of the connection's own: 3 s of 6.
+#[test]
+fn a_primary_that_stands_still_for_less_than_that_keeps_its_standby() {
+    let Some(world) = World::new() else { return };
+    let (active, mut standby) = world.protected_with(Side::A, &["--dead-after", "6s"]);
+    let witnesses = Witnesses::start(&world, 4);
+    active.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(3));
+    active.signal(Signal::SIGCONT);
+    witnesses.hear_all();
+    assert!(
+        !standby.has(|e| matches!(e, Event::LinkLost { .. } | Event::Arbitrating { .. })),
+        "{}",
+        standby.log()
+    );
+    witnesses.finish(&world);
 }
 
 /// With long epochs there is held output and an unread acknowledgement in the stopped process almost always.

@@ -1,4 +1,4 @@
-//! What holds forevery course of pauses and facts.
+//! What holds for every course of pauses and facts.
 
 use std::time::Duration;
 

@@ -25,7 +25,7 @@ const LEAST_VERSION: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 /// Where the 64-bit entry is, from the place that the kernel is loaded at.
 const ENTRY_64: u64 = 0x200;
-/// What holds forevery 64-bit kernel that comes without a header.
+/// What holds for every 64-bit kernel that comes without a header.
 const INITRD_MAX: u32 = 0x7fff_ffff;
 const COMMAND_LINE_MAX: u32 = 2047;
 
