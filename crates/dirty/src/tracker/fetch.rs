@@ -80,7 +80,7 @@ pub(super) struct Bell {
 impl Bell {
     pub(super) fn ring(&self) {
         if self.waiting.load(Ordering::SeqCst) != 0 {
-            // Who is about to wait has the lock, and is woken when it waits.
+            // A thread that is about to wait has the lock, and is woken once it waits.
             drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
             self.rung.notify_all();
         }
