@@ -181,7 +181,8 @@ impl Backend {
 
     /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves
     /// out of a re-arm what it is told to, and measures what a trap and a copy cost: what
-    /// [`crate::Hot::Auto`] needs. A kernel that fails gets no hot pages; the result is logged.
+    /// [`crate::Hot::Auto`] needs. A kernel that fails gets no hot pages; the result is logged. It is tested once
+    /// in a process for each kind of back end.
     #[cfg(feature = "self-test")]
     #[must_use]
     pub fn with_self_test(mut self, kvm: BorrowedFd<'_>) -> Backend {
@@ -190,11 +191,8 @@ impl Backend {
             Kind::ClearLog => Way::ClearLog,
             Kind::Bitmap | Kind::Uffd => return self,
         };
-        match SelfTest::run(kvm, way) {
-            Ok(test) => {
-                tracing::debug!(%test, "self-test of selective re-arm");
-                self.self_test = Some(test);
-            }
+        match SelfTest::once(kvm, way) {
+            Ok(test) => self.self_test = Some(test),
             Err(error) => tracing::warn!(%error, "no self-test of selective re-arm, no hot pages"),
         }
         self

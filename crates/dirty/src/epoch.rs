@@ -6,6 +6,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 
+use crate::hot::Comparison;
 use crate::layout::Gfn;
 use crate::source::{HarvestError, RearmError};
 use crate::tracker::{Token, Tracker};
@@ -159,6 +160,13 @@ impl<'t> Epoch<'t, Rearmed> {
     /// A hot page that stays so for some epochs is armed again. Of other pages it says nothing.
     pub fn unchanged(&self, index: usize) {
         self.tracker().unchanged(index);
+    }
+
+    /// What compares the hot pages of this epoch later, when it may be over: whoever has their last copies and
+    /// no part in the pause. With it, how many of [`Epoch::pages`] come before the hot ones that it knows: the
+    /// place that [`Comparison::unchanged`] wants is counted from there. None if there are no hot pages.
+    pub fn comparison(&self) -> Option<(Comparison, usize)> {
+        self.tracker().comparison()
     }
 
     /// Says that the contents of the pages have been read. Waits for parts that other threads still hold.

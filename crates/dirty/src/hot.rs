@@ -4,7 +4,9 @@
 //! Every page is either armed or in this set, so no write is missed: a page of the set is reported in every
 //! epoch, as one that may have changed.
 
+use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::layout::Gfn;
@@ -57,6 +59,8 @@ const SOON: u16 = 2;
 const MAX_LEVEL: u64 = 5;
 /// Places in which the history of a page can be: a cache line.
 const WAYS: usize = 8;
+/// So many epochs late a comparison may be and still count for the next look at its page.
+const LATE: u64 = 4;
 
 /// What is known of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count
 /// began (16), traps since (4), level (4).
@@ -83,7 +87,7 @@ impl Past {
 }
 
 /// The hot pages and the memory of pages that may become so. All is changed by the one thread that holds the
-/// epoch, but [`HotSet::unchanged`] by any.
+/// epoch, but what [`HotSet::unchanged`] and [`Comparison`] note by any.
 pub(crate) struct HotSet {
     rule: HotRule,
     pages: Words,
@@ -95,8 +99,35 @@ pub(crate) struct HotSet {
     history: Words,
     epoch: AtomicU64,
     cursor: AtomicUsize,
+    /// Pages that were found unchanged, since this was last taken.
+    found: AtomicU64,
     heated: AtomicU64,
     cooled: AtomicU64,
+}
+
+/// The hot pages of one epoch, for whoever compares them with their last copies: [`crate::Epoch::comparison`].
+///
+/// It may be used by any thread, without a lock, and also when the epoch is long over or the tracker is gone:
+/// what comes too late is of no effect. It only says which pages are to be armed again sooner; whatever is said,
+/// no write is missed.
+#[derive(Clone)]
+pub struct Comparison {
+    set: Arc<HotSet>,
+    epoch: u64,
+}
+
+impl Comparison {
+    /// Says that in this epoch the page at this place of [`crate::Epoch::hot`] was as it had been. A hot page
+    /// that stays so for some epochs is armed again.
+    pub fn unchanged(&self, place: usize, gfn: Gfn) {
+        self.set.unchanged_in(self.epoch, place, gfn);
+    }
+}
+
+impl fmt::Debug for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Comparison").field("epoch", &self.epoch).finish_non_exhaustive()
+    }
 }
 
 impl HotSet {
@@ -115,6 +146,7 @@ impl HotSet {
             history: Words::reserve(places)?,
             epoch: counter(),
             cursor: AtomicUsize::new(0),
+            found: counter(),
             heated: counter(),
             cooled: counter(),
         })
@@ -204,13 +236,37 @@ impl HotSet {
         epoch + after + scatter(gfn) % after.div_ceil(2)
     }
 
-    /// A hot page was compared and found as it was.
+    /// What compares the pages of the epoch that is ending.
+    pub(crate) fn comparison(self: &Arc<HotSet>) -> Comparison {
+        Comparison { set: self.clone(), epoch: self.epoch.load(Ordering::Relaxed) }
+    }
+
+    /// The hot page at this index was compared in the epoch that is ending, and found as it was.
     pub(crate) fn unchanged(&self, index: usize) {
-        let epoch = self.epoch.load(Ordering::Relaxed);
+        let Some(page) = self.pages().get(index) else { return };
+        let gfn = Gfn(page.load(Ordering::Relaxed));
+        self.unchanged_in(self.epoch.load(Ordering::Relaxed), index, gfn);
+    }
+
+    /// The same of an epoch that may be over. A page that has another index since is passed over, and so is
+    /// one that moves at this very moment: the streak may then be that of its neighbour, which costs it a trap
+    /// at most.
+    fn unchanged_in(&self, epoch: u64, index: usize, gfn: Gfn) {
+        let is_there = |page: &AtomicU64| page.load(Ordering::Relaxed) == gfn.0;
+        if !self.pages().get(index).is_some_and(is_there) {
+            return;
+        }
         let Some(idle) = self.idle.get(index) else { return };
-        let (last, streak) = (idle.load(Ordering::Relaxed) >> 32, idle.load(Ordering::Relaxed) as u32);
+        let word = idle.load(Ordering::Relaxed);
+        let (last, streak) = (word >> 32, word as u32);
         let streak = if last + 1 == epoch & 0xffff_ffff { streak.saturating_add(1) } else { 1 };
         idle.store(epoch << 32 | u64::from(streak), Ordering::Relaxed);
+        self.found.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Pages that were found unchanged since this was last asked.
+    pub(crate) fn take_found(&self) -> u64 {
+        self.found.swap(0, Ordering::Relaxed)
     }
 
     /// Takes pages out of the set that are due for a probe or have been idle for long: some of it is looked
@@ -226,7 +282,7 @@ impl HotSet {
             }
             let due = self.due[index].load(Ordering::Relaxed);
             let idle = self.idle[index].load(Ordering::Relaxed);
-            let is_idle = idle as u32 > self.rule.max_gap && (idle >> 32) + 1 >= epoch & 0xffff_ffff;
+            let is_idle = idle as u32 > self.rule.max_gap && (idle >> 32) + LATE >= epoch & 0xffff_ffff;
             if is_idle || due >> 8 <= epoch {
                 let gfn = Gfn(self.pages[index].load(Ordering::Relaxed));
                 self.remove(index, len - 1);
@@ -415,6 +471,34 @@ mod tests {
         cooled.sort_unstable();
         assert_eq!(cooled, (0..40).filter(|gfn| gfn % 2 == 0).collect::<Vec<_>>());
         assert_eq!(set.len(), 20);
+    }
+
+    /// Whoever compares later than in the pause, as a sender does, cools a page as well.
+    #[test]
+    fn a_comparison_may_be_late() {
+        let set = Arc::new(set(HotRule { traps: 1, probe_after: 1_000_000, ..RULE }));
+        (0..4).for_each(|gfn| assert!(set.trapped(Gfn(gfn))));
+        let mut under_way = std::collections::VecDeque::new();
+        let mut cooled = Vec::new();
+        for epoch in 0..40 {
+            let pages: Vec<_> = set.pages().iter().map(|page| Gfn(page.load(Ordering::Relaxed))).collect();
+            under_way.push_back((set.comparison(), pages));
+            if epoch >= 3 {
+                let (comparison, pages) = under_way.pop_front().unwrap();
+                // Page 1 is written in every epoch, page 2 in every third.
+                let idle = |gfn: Gfn| gfn.0 != 1 && (gfn.0 != 2 || epoch % 3 > 0);
+                for (place, &gfn) in pages.iter().enumerate().filter(|(_, gfn)| idle(**gfn)) {
+                    comparison.unchanged(place, gfn);
+                }
+            }
+            cooled.extend(pass(&set, 1));
+        }
+        cooled.sort_unstable();
+        assert_eq!(cooled, [0, 3]);
+        let (comparison, _) = under_way.pop_front().unwrap();
+        set.clear_all();
+        comparison.unchanged(0, Gfn(1));
+        assert_eq!(set.idle[0].load(Ordering::Relaxed), 0, "too late");
     }
 
     #[test]

@@ -124,7 +124,7 @@ pub use backend::{Backend, Choice, Kind, ProbeError};
 pub use epoch::{Copied, Epoch, Harvested, Part, Rearmed, StateSaved, Stopped};
 pub use global::GlobalLog;
 #[cfg(not(all(test, loom)))]
-pub use hot::{Hot, HotRule};
+pub use hot::{Comparison, Hot, HotRule};
 #[cfg(not(all(test, loom)))]
 pub use kvm::SignalsBlocked;
 pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};

@@ -222,18 +222,21 @@ impl Machine {
         let epoch = epoch.rearm()?;
         let rearmed = Instant::now();
         let pages = epoch.pages();
+        let comparison = epoch.comparison();
         in_pause.counted(pages.len());
         let decided = Instant::now();
         let mut rest = pages;
         while rest.len() > staging.capacity() {
             let (first, more) = rest.split_at(staging.capacity());
             self.copy_pages(first, staging)?;
+            staging.compare_with(comparison.clone(), pages.len() - rest.len());
             in_pause.spill(staging).map_err(CaptureError::Spill)?;
             staging.clear_state();
             staging.disk_writes_mut().clear();
             rest = more;
         }
         self.copy_pages(rest, staging)?;
+        staging.compare_with(comparison, pages.len() - rest.len());
         let count = pages.len();
         let copied = Instant::now();
         epoch.copied().run();

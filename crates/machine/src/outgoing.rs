@@ -3,7 +3,7 @@
 // UNSAFETY: the page buffer is a mapping of our own, filled by several threads through its address.
 #![allow(unsafe_code)]
 
-use outlive_dirty::Gfn;
+use outlive_dirty::{Comparison, Gfn};
 use outlive_epoch::image::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use outlive_epoch::image::{RecordBuf, StateBuf, StateKind, StateSection};
 
@@ -28,6 +28,16 @@ pub struct Outgoing {
     gfns: Vec<Gfn>,
     state: StateBuf,
     disk: RecordBuf,
+    /// Told of hot pages that have not changed.
+    hot: Option<Hot>,
+}
+
+struct Hot {
+    comparison: Comparison,
+    /// The first hot page of the checkpoint, as a place in its whole list of pages.
+    first: usize,
+    /// Where this buffer's pages begin in that list.
+    begin: usize,
 }
 
 // SAFETY: the mapping belongs to this object alone; `&Outgoing` only reads it.
@@ -64,6 +74,7 @@ impl Outgoing {
             gfns: Vec::with_capacity(capacity),
             state: StateBuf::populated(MAX_STATE_BYTES, MAX_STATE_SECTIONS),
             disk: RecordBuf::with_capacity(disk_bytes),
+            hot: None,
         })
     }
 
@@ -96,6 +107,23 @@ impl Outgoing {
     /// The same, to be exchanged with the log's.
     pub fn disk_writes_mut(&mut self) -> &mut RecordBuf {
         &mut self.disk
+    }
+
+    /// Says that the page at this place of [`gfns`](Self::gfns) is as it was when it was sent last. If it is a
+    /// hot one (a page that is captured in every checkpoint because it is written so often) that stays so, it
+    /// will be captured only when it is written again. Any thread, at any time.
+    pub fn unchanged(&self, place: usize) {
+        if let (Some(hot), Some(gfn)) = (&self.hot, self.gfns.get(place))
+            && let Some(place) = (hot.begin + place).checked_sub(hot.first)
+        {
+            hot.comparison.unchanged(place, *gfn);
+        }
+    }
+
+    /// `comparison` is what is to be told of hot pages and where those begin in the list of all pages of the
+    /// checkpoint, of which this buffer has those from `begin` on.
+    pub(crate) fn compare_with(&mut self, comparison: Option<(Comparison, usize)>, begin: usize) {
+        self.hot = comparison.map(|(comparison, first)| Hot { comparison, first, begin });
     }
 
     pub(crate) fn clear_state(&mut self) {

@@ -285,6 +285,55 @@ fn a_checkpoint_larger_than_staging_comes_in_parts() {
     }
 }
 
+/// Pages that are written in every epoch are left writable. They stay part of every checkpoint until whoever
+/// has the last copies says that they do not change any more, however late; a page of which that is said wrongly
+/// is trapped again.
+#[test]
+fn a_page_that_is_written_all_the_time_is_hot_until_it_is_found_unchanged() {
+    let Some(host) = host() else { return };
+    let (mut machine, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
+    let Some(rule) = machine.tracker().hot_rule() else {
+        println!("skipped: no page pays to be hot on this machine");
+        return;
+    };
+    machine.resume();
+    let mut shadow = protect(&mut machine);
+    let mut staging = Outgoing::new(2048, 0).unwrap();
+    let run_on = |machine: &Machine| {
+        let (before, deadline) = (word(machine, B), Instant::now() + Duration::from_secs(30));
+        while word(machine, B) < before + 2 {
+            assert!(Instant::now() < deadline, "the guest stands still");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    };
+    for _ in 0..20 {
+        run_on(&machine);
+        shadow.checkpoint(&mut machine, &mut staging);
+    }
+    let hot = machine.tracker().stats().hot;
+    assert!(hot >= 2, "{hot} hot pages of a guest that writes two pages all the time");
+    machine.pause();
+    let mut epochs = 0;
+    while machine.tracker().stats().hot > 0 {
+        shadow.checkpoint(&mut machine, &mut staging);
+        (0..staging.gfns().len()).for_each(|place| staging.unchanged(place));
+        epochs += 1;
+        assert!(epochs < 20 + 10 * rule.max_gap, "{:?}", machine.tracker().stats());
+    }
+    // Wrongly said, again and again.
+    machine.resume();
+    for _ in 0..60 {
+        run_on(&machine);
+        shadow.checkpoint(&mut machine, &mut staging);
+        (0..staging.gfns().len()).for_each(|place| staging.unchanged(place));
+        let (a, b) = (shadow.word(A), shadow.word(B));
+        assert!(a == b || a == b + 1, "A {a} and B {b} are of different moments");
+    }
+    machine.pause();
+    shadow.checkpoint(&mut machine, &mut staging);
+    assert_eq!((shadow.word(A), shadow.word(B)), (word(&machine, A), word(&machine, B)));
+}
+
 /// Invariant 4: what the VMM itself writes is in the next checkpoint.
 /// Times that are written by one thread and read by another: none is of another pause, none is missing.
 #[test]

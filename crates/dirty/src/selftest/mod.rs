@@ -16,6 +16,7 @@ mod tests;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use guest::Machine;
@@ -85,7 +86,30 @@ impl From<SelfTestError> for Failure {
     }
 }
 
+/// What was found of each way, in this process. A test that could not be made is tried again.
+static FOUND: [Mutex<Option<SelfTest>>; 2] = [Mutex::new(None), Mutex::new(None)];
+
 impl SelfTest {
+    /// The result of the first [`SelfTest::run`] in this process that there was: the kernel stays the same.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub(crate) fn once(kvm: BorrowedFd<'_>, way: Way) -> Result<SelfTest, SelfTestError> {
+        let found = match way {
+            Way::Ring => &FOUND[0],
+            Way::ClearLog => &FOUND[1],
+        };
+        // Held over the test: two at once would measure each other.
+        let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(test) = &*found {
+            return Ok(test.clone());
+        }
+        let test = SelfTest::run(kvm, way)?;
+        tracing::debug!(%test, "self-test of selective re-arm");
+        *found = Some(test.clone());
+        Ok(test)
+    }
+
     /// Makes a VM of its own with one vCPU and 2 MiB of memory, tests, and removes the VM: some 15 ms, in
     /// which the calling thread runs the vCPU.
     ///

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::Tracker;
 use super::stats::add;
 use crate::flat::Flat;
+use crate::hot::Comparison;
 use crate::layout::Gfn;
 use crate::source::{Armed, HarvestError, Plan, RearmError};
 
@@ -240,9 +241,8 @@ impl Tracker {
         self.found.store(0, Ordering::Relaxed);
         self.source.begin();
         if let Some(hot) = &self.hot {
-            let idle = self.idle_pages.swap(0, Ordering::Relaxed);
             let listed = pages - self.first_hot.load(Ordering::Relaxed).min(pages);
-            add(&self.counters.traps_avoided, listed.saturating_sub(idle) as u64);
+            add(&self.counters.traps_avoided, (listed as u64).saturating_sub(hot.take_found()));
             hot.begin();
         }
         add(&self.counters.epochs, 1);
@@ -282,6 +282,12 @@ impl Tracker {
         self.written_len.load(Ordering::Relaxed)
     }
 
+    /// What compares the hot pages of the epoch, and how many of its pages come before them.
+    pub(crate) fn comparison(&self) -> Option<(Comparison, usize)> {
+        let hot = self.hot.as_ref()?;
+        Some((hot.comparison(), self.first_hot.load(Ordering::Relaxed).min(self.flat.len())))
+    }
+
     /// The page at this place of the list was compared and found as it was.
     pub(crate) fn unchanged(&self, index: usize) {
         let Some(hot) = &self.hot else { return };
@@ -289,7 +295,6 @@ impl Tracker {
         let first = self.first_hot.load(Ordering::Relaxed);
         if (first..self.flat.len()).contains(&index) {
             hot.unchanged(index - first);
-            self.idle_pages.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

@@ -92,12 +92,10 @@ pub struct Tracker {
     written_len: AtomicUsize,
     /// Where the hot pages begin in `flat`.
     first_hot: AtomicUsize,
-    /// Hot pages that were found unchanged in this epoch.
-    idle_pages: AtomicUsize,
     /// What the next re-arm arms: from the harvest on, pages that are hot no more; in the re-arm, trapped
     /// ones.
     to_arm: Flat,
-    hot: Option<HotSet>,
+    hot: Option<Arc<HotSet>>,
     gate: Gate,
     /// Somebody holds an epoch, or is in enable or disable.
     epoch_open: AtomicBool,
@@ -215,7 +213,7 @@ impl Tracker {
         let reserved = || {
             let lanes = (0..vcpus).map(|_| Lane::reserve(max_dirty_pages)).collect::<std::io::Result<_>>()?;
             let list = || Flat::reserve(layout.pages());
-            let hot = rule.map(|rule| HotSet::reserve(rule, max_dirty_pages)).transpose()?;
+            let hot = rule.map(|rule| HotSet::reserve(rule, max_dirty_pages).map(Arc::new)).transpose()?;
             let bits = (Bits::reserve(needed)?, Bits::reserve(needed)?);
             std::io::Result::Ok((
                 lanes,
@@ -245,7 +243,6 @@ impl Tracker {
             trapped_len: AtomicUsize::new(0),
             written_len: AtomicUsize::new(0),
             first_hot: AtomicUsize::new(0),
-            idle_pages: AtomicUsize::new(0),
             to_arm,
             hot,
             gate: Gate::new(),
@@ -283,7 +280,7 @@ impl Tracker {
 
     /// The rule by which pages become hot; None if none do.
     pub fn hot_rule(&self) -> Option<HotRule> {
-        self.hot.as_ref().map(HotSet::rule)
+        self.hot.as_ref().map(|hot| hot.rule())
     }
 
     /// Whether KVM stops the vCPUs at the trigger: [`Config::exact`] was asked for, and this back end and
@@ -335,7 +332,7 @@ impl Tracker {
     }
 
     fn hot_pages(&self) -> usize {
-        self.hot.as_ref().map_or(0, HotSet::len)
+        self.hot.as_ref().map_or(0, |hot| hot.len())
     }
 
     #[cfg(test)]
