@@ -32,9 +32,9 @@ pub fn command(options: &ArbiterOptions) -> u8 {
 fn init(place: &str, out: &mut impl Write) -> Result<(), String> {
     let (arbiter, done) = parse_place(place).and_then(FileArbiter::init).map_err(|e| e.to_string())?;
     let what = match done {
-        Initialized::Made => "is an arbiter from now on",
-        Initialized::Already => "is an arbiter already, nothing is changed",
-        Initialized::Upgraded => "is brought up to date, with all its claims",
+        Initialized::Made => "is now an arbiter",
+        Initialized::Already => "is already an arbiter; nothing was changed",
+        Initialized::Upgraded => "was brought up to date and keeps all its claims",
     };
     print(out, &format!("{place} {what}: id {}", arbiter.identity()))
 }
@@ -62,7 +62,7 @@ impl From<Win> for Generation {
 
 impl Generation {
     fn line(&self) -> String {
-        let owner = self.owner.as_deref().unwrap_or("nobody knows whom: the claim is damaged");
+        let owner = self.owner.as_deref().unwrap_or("an unknown host: the claim is damaged");
         format!("generation {}, won {} by {owner}", self.generation, ago(self.age_s))
     }
 }
@@ -86,9 +86,9 @@ impl From<Ending> for End {
 #[derive(Debug, Serialize)]
 struct Vm {
     vm: String,
-    /// The generations that are still known, the newest last.
+    /// The generations that are still known, newest last.
     generations: Vec<Generation>,
-    /// If it ended in order and was not started again since.
+    /// Set if it ended in order and has not been started again since.
     #[serde(skip_serializing_if = "Option::is_none")]
     ended: Option<End>,
 }
@@ -142,7 +142,7 @@ fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), S
     }
 }
 
-/// The one VM whose id begins so.
+/// The only VM whose id begins with this text.
 fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, String> {
     let mut vms = arbiter.vms()?;
     vms.retain(|vm| vm_name(vm).starts_with(beginning));
@@ -151,9 +151,10 @@ fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, String> {
         [] => Err(format!(
             "the arbiter knows no VM '{beginning}': `outlive arbiter list` shows those that it knows"
         )),
-        _ => {
-            Err(format!("the ids of {} begin with '{beginning}': give more of it", counted(vms.len(), "VM")))
-        }
+        _ => Err(format!(
+            "the ids of {} begin with '{beginning}': give more of the id",
+            counted(vms.len(), "VM")
+        )),
     }
 }
 
@@ -167,9 +168,9 @@ struct Pruned<'a> {
 #[derive(Debug, Serialize)]
 struct PrunedVm {
     vm: String,
-    /// The generations whose claims went.
+    /// The generations whose claims were removed.
     generations: Vec<u64>,
-    /// The whole VM went.
+    /// The whole VM was removed.
     forgotten: bool,
 }
 
@@ -218,7 +219,7 @@ fn age(at: Option<SystemTime>) -> Option<u64> {
 
 fn ago(age_s: Option<u64>) -> String {
     match age_s {
-        // Nobody needs the seconds of a day.
+        // An age in days needs no seconds.
         Some(age) if age > 86_400 => {
             format!("{} ago", humantime::format_duration(Duration::from_secs(age / 3600 * 3600)))
         }
@@ -247,7 +248,7 @@ mod tests {
     const VM: VmId = VmId([0xab; 16]);
     const OTHER: VmId = VmId([0xac; 16]);
 
-    /// An arbiter with a VM that has gone on often and one that has ended.
+    /// An arbiter that knows a VM with many generations and one that has ended.
     fn place() -> (tempfile::TempDir, String, FileArbiter) {
         let directory = tempfile::tempdir().unwrap();
         let place = format!("file:{}", directory.path().display());
@@ -284,7 +285,7 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&printed(|out| list(&place, true, out))).unwrap();
         assert_eq!(json["vms"][0]["generations"][11]["owner"], "primary on host a");
         assert_eq!(json["vms"][1]["ended"]["generation"], 1);
-        for (vm, remedy) in [("77", "outlive arbiter list"), ("a", "give more of it")] {
+        for (vm, remedy) in [("77", "outlive arbiter list"), ("a", "give more of the id")] {
             let error = show(&place, vm, false, &mut Vec::new()).unwrap_err();
             assert!(error.contains(remedy), "{error}");
         }
@@ -302,7 +303,7 @@ mod tests {
             before.matches("owner").count()
         );
 
-        // One that ended today is not as old as asked for.
+        // A VM that ended today is too young.
         let young = Duration::from_secs(3600);
         let text = printed(|out| prune(&place, Some(young), Mode::Remove, false, out));
         assert!(text.contains("removed: 4 claims") && !text.contains("forgotten"), "{text}");
@@ -316,7 +317,7 @@ mod tests {
         assert_eq!(text, "nothing to remove\n");
     }
 
-    /// A VM that was started again since is not one that has ended.
+    /// A VM that was started again after its end has not ended.
     #[test]
     fn a_vm_that_runs_again_is_not_forgotten() {
         let (_directory, place, mut arbiter) = place();

@@ -14,8 +14,8 @@ use super::{ArbiterSpecError, LOST_CLAIMS, process_token, random_hex};
 
 const TEMP_PREFIX: &str = ".outlive-";
 const TEMP_SUFFIX: &str = ".tmp";
-/// A claim takes milliseconds. One that is unfinished for so long was left by a crash; should its writer live
-/// after all (a file server that hung), it sees that its file is gone and claims again.
+/// A claim takes milliseconds. A file that stays unfinished for this long was left by a crash. If its writer
+/// lives after all (the file server hung), the writer sees that its file is gone and claims again.
 const LEFTOVER_AGE: Duration = Duration::from_secs(600);
 /// The files are a few hundred bytes long. Nothing longer is read.
 const LONGEST_FILE: u64 = 4096;
@@ -24,7 +24,7 @@ const LONGEST_FILE: u64 = 4096;
 pub(super) enum Found {
     Nothing,
     Text(String),
-    /// It exists and is no file of ours.
+    /// It exists, but Outlive did not write it.
     Garbage(String),
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Directory {
 impl Directory {
     /// An existing directory.
     pub(super) fn at(path: &Path) -> Result<Self, ArbiterSpecError> {
-        // Absolute, so that it stays the same directory if the process goes elsewhere.
+        // Absolute, so that it stays the same directory if the process changes its own.
         let absolute = std::path::absolute(path).map_err(|error| unusable(path, &error))?;
         match fs::metadata(&absolute) {
             Ok(metadata) if metadata.is_dir() => Ok(Self { path: absolute, device: metadata.dev() }),
@@ -54,8 +54,8 @@ impl Directory {
         &self.path
     }
 
-    /// Writes and removes a file as a claim would be. Who may only read here would look like a good standby
-    /// until the moment when it has to win.
+    /// Writes and removes a file in the way of a claim. A host that may only read here would look like a good
+    /// standby until the moment when it has to win.
     pub(super) fn try_writing(&self) -> io::Result<()> {
         let name = format!("{TEMP_PREFIX}probe-{}{TEMP_SUFFIX}", random_hex()?);
         self.publish(&name, "This host can write here.\n")?;
@@ -72,13 +72,13 @@ impl Directory {
         match self.look(MARKER).map_err(|error| explain(&error))? {
             Found::Nothing => Ok(None),
             Found::Garbage(problem) => Err(damaged(&problem)),
-            Found::Text(text) => {
-                Marker::parse(&text).map(Some).ok_or_else(|| damaged("not what this release writes"))
-            }
+            Found::Text(text) => Marker::parse(&text)
+                .map(Some)
+                .ok_or_else(|| damaged("this release does not write such a file")),
         }
     }
 
-    /// Makes sure that this still is the directory that was opened.
+    /// Makes sure that this is still the directory that was opened.
     ///
     /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
     /// would win there alone.
@@ -87,13 +87,16 @@ impl Directory {
         match self.read_marker()? {
             Some(Marker::Current(found)) if found == identity => Ok(()),
             Some(Marker::Current(other) | Marker::Old(other)) => Err(format!(
-                "it is another arbiter now (id {other}, at the start {identity}): mount the right file system there"
+                "it is now another arbiter (its id is {other} and was {identity} at the start): mount the \
+                 right file system there"
             )),
             None if metadata.dev() != self.device => {
-                Err("another file system is there now: mount the one that was there at the start".to_string())
+                Err("another file system is mounted there now: mount the one that was there at the \
+                    start"
+                    .to_string())
             }
-            // Emptied, made anew, or a mount point on the same file system. A marker written now would only
-            // hide that the claims are gone.
+            // It was emptied or made anew, or it is a mount point on the same file system. A marker written
+            // now would only hide that the claims are gone.
             None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
         }
     }
@@ -126,8 +129,8 @@ impl Directory {
         fs::symlink_metadata(self.path.join(name)).and_then(|metadata| metadata.modified()).ok()
     }
 
-    /// The names in a directory below this one, or, with an empty name, in this one. Nothing is in a
-    /// directory that does not exist.
+    /// The names in a directory below this one or, with an empty name, in this one. A directory that does not
+    /// exist has no names.
     pub(super) fn names(&self, below: &str) -> io::Result<Vec<String>> {
         let entries = match fs::read_dir(self.path.join(below)) {
             Ok(entries) => entries,
@@ -138,7 +141,7 @@ impl Directory {
         names.filter_map(Result::transpose).collect()
     }
 
-    /// Makes a directory below this one, durably, unless it is there.
+    /// Makes a directory below this one, durably, unless it exists.
     pub(super) fn make(&self, name: &str) -> io::Result<()> {
         match fs::create_dir(self.path.join(name)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -146,15 +149,15 @@ impl Directory {
         }
     }
 
-    /// Puts a whole file under a final name unless the name exists. Which of the two happened is to be read
-    /// from the file.
+    /// Puts a whole file under its final name unless the name exists. The caller reads the file to learn
+    /// which of the two happened.
     pub(super) fn publish(&self, name: &str, text: &str) -> io::Result<()> {
         let temp = self.write_temp(text)?;
         let result = match fs::hard_link(&temp, self.path.join(name)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         };
-        // If this fails the file is a leftover, which is removed later.
+        // If this fails, the file is a leftover and is removed later.
         let _ = fs::remove_file(&temp);
         result
     }
@@ -193,7 +196,7 @@ impl Directory {
         sync_directory(path.parent().unwrap_or(&self.path))
     }
 
-    /// Removes what crashed claimants left. Without it nothing would be wrong, only untidy, so errors are
+    /// Removes what crashed claimants left behind. Leftovers are untidy but do no harm, so errors are
     /// ignored.
     pub(super) fn remove_leftovers(&self) {
         let Ok(names) = self.names("") else { return };
@@ -202,7 +205,7 @@ impl Directory {
         if leftovers.peek().is_none() {
             return;
         }
-        // The file server's clock, by which leftovers are dated too.
+        // The file server's clock, which also dates the leftovers.
         let Some(now) = self.now() else { return };
         for name in leftovers {
             let age = self.written(name).map(|time| now.duration_since(time).unwrap_or_default());
@@ -212,7 +215,7 @@ impl Directory {
         }
     }
 
-    /// What time it is by the file server's clock.
+    /// The time by the file server's clock.
     fn now(&self) -> Option<SystemTime> {
         let temp = self.write_temp("").ok()?;
         let now = fs::metadata(&temp).and_then(|metadata| metadata.modified()).ok();
@@ -223,7 +226,7 @@ impl Directory {
 
 fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path)?.sync_all() {
-        // Some network file systems cannot flush a directory; theirs are written at once.
+        // Some network file systems cannot flush a directory, because they write it at once.
         Err(error) if matches!(os_error(&error), Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(()),
         other => other,
     }
@@ -243,7 +246,7 @@ pub(super) fn unusable(directory: &Path, error: &io::Error) -> ArbiterSpecError 
     ArbiterSpecError::Unusable { directory: directory.to_path_buf(), why: explain(error) }
 }
 
-/// An error with what helps against it.
+/// An error and its remedy.
 pub(super) fn explain(error: &io::Error) -> String {
     let remedy = match os_error(error) {
         Errno::ENOENT | Errno::ENOTDIR => "it is not there; mount it or put it back",

@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/outlive-arbiter          which arbiter this is: a random id, written by `outlive arbiter init`
 //! DIR/<vm>/<generation>        a claim: who won this generation of this VM
-//! DIR/<vm>/pruned.<generation> claims to generations below this one count no more and are removed
+//! DIR/<vm>/pruned.<generation> claims to generations below this one no longer count and are removed
 //! DIR/<vm>/ended.<generation>  the VM ended in order in this generation; for people and for pruning
 //! DIR/.outlive-*.tmp           a file that is being written
 //! ```
@@ -14,22 +14,17 @@
 //! never more than one.
 //!
 //! What decides is the *content* behind the final name, not the answer of `link`: over a network an answer
-//! can be lost after the deed was done. Each process has a random token, and finding it there means that the
-//! claim was ours.
-//!
-//! Each generation but the first is won beside the claim before it: a directory without that claim was
-//! emptied, or is another one (a mount point without its mount), and what was won elsewhere could be won
-//! there a second time. For the same reason an old copy of the directory must not be put back while a VM
-//! runs: it lacks the claims that were won since.
-//!
-//! Old claims are removed, and the newest [`KEPT`] of a VM never (`prune.rs`). A generation whose claim was
-//! removed cannot be won again: `pruned.N`, which is durable before the first claim goes, says that claims
-//! below N count no more. It is looked for *after* the own claim was written: its writer may have been
-//! stopped for any time just before, and everybody else's claims have come and gone meanwhile. Whoever finds
-//! the place of a removed claim free finds `pruned.N` too.
-//!
-//! A directory becomes an arbiter by `outlive arbiter init` and in no other way: the mount point of a file
-//! system that is not mounted must not look like an arbiter that knows of no VM yet.
+//! can be lost after `link` succeeded. Each process has a random token; if a claim holds it, the claim is
+//! ours. Each generation but the first can be won only where the claim before it is. A directory without that
+//! claim was emptied, or is another one (a mount point without its mount), and there a generation could be
+//! won a second time. For the same reason an old copy of the directory must not be put back while a VM runs:
+//! it lacks the claims that were won since. Old claims are removed, but never the newest [`KEPT`] of a VM
+//! (`prune.rs`). A generation whose claim was removed cannot be won again: `pruned.N`, which is durable
+//! before the first claim is removed, says that claims below N no longer count. A claimant looks for it
+//! *after* it has written its claim, because it may have been stopped just before, for any time, while other
+//! claims came and went. So whoever finds the place of a removed claim free finds `pruned.N` too. Only
+//! `outlive arbiter init` makes a directory an arbiter: the mount point of a file system that is not mounted
+//! must not look like an arbiter that knows no VM yet.
 //!
 //! [`KEPT`]: super::prune::KEPT
 
@@ -45,20 +40,20 @@ use super::{process_token, prune, random_hex};
 /// An arbiter in a directory that both hosts see.
 pub struct FileArbiter {
     pub(super) directory: Directory,
-    /// Tells this process from all others, those of the past included.
+    /// Distinguishes this process from all others, past ones included.
     process: &'static str,
     /// What the marker said when the directory was opened.
     identity: String,
-    /// Own claims that were answered with `Won`: the text of each.
+    /// The text of each claim of ours that was answered with `Won`.
     won: HashSet<String>,
 }
 
-/// What [`FileArbiter::init`] has done.
+/// What [`FileArbiter::init`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Initialized {
-    /// The directory is an arbiter from now on.
+    /// The directory is now an arbiter.
     Made,
-    /// It was one before; nothing was changed.
+    /// It already was one; nothing was changed.
     Already,
     /// It was one of an earlier release, with the same identity and claims.
     Upgraded,
@@ -68,7 +63,7 @@ impl FileArbiter {
     /// Opens the arbiter in a directory.
     ///
     /// # Errors
-    /// Why this is none, or none that this host can write to.
+    /// Why this is no arbiter, or not one that this host can write to.
     pub fn open(path: &Path) -> Result<FileArbiter, ArbiterSpecError> {
         let directory = Directory::at(path)?;
         let identity = match read_marker(&directory, path)? {
@@ -81,8 +76,8 @@ impl FileArbiter {
         Ok(FileArbiter { directory, process, identity, won: HashSet::new() })
     }
 
-    /// Makes an arbiter of an empty directory: the operator says that this is the place, and that it is
-    /// mounted. An arbiter stays as it is, and one of an earlier release is brought up to date; no VM may use
+    /// Makes an empty directory an arbiter: the operator says that this is the place, and that it is mounted.
+    /// An existing arbiter stays as it is; one of an earlier release is brought up to date, and no VM may use
     /// it meanwhile.
     ///
     /// # Errors
@@ -99,7 +94,7 @@ impl FileArbiter {
             None => {
                 refuse_strangers(&directory, path)?;
                 let identity = random_hex().map_err(failed)?;
-                // Of several that do this at once one wins, and all open the same arbiter.
+                // If several processes do this at once, one wins, and all open the same arbiter.
                 directory.publish(MARKER, &Marker::text(&identity)).map_err(failed)?;
                 directory.flush(MARKER).map_err(failed)?;
                 Initialized::Made
@@ -115,9 +110,8 @@ impl FileArbiter {
         if claim != Claim::Won || self.won.contains(&text) {
             return Ok(claim);
         }
-        // Looked for once more, after the own claim was seen: the directory may have been emptied, or the
-        // claims of this VM have gone on and this one been pruned, just before it was written, now or in an
-        // earlier attempt.
+        // Check once more after our own claim was seen. Just before it was written, now or in an earlier
+        // attempt, the directory may have been emptied, or this VM's newer claims may have pruned this one.
         let floor = self.directory.names(&record::vm_name(vm)).map_err(|error| explain(&error))?;
         let floor = floor.iter().filter_map(|name| record::parse_pruned_name(name)).max();
         if floor.is_some_and(|floor| generation < floor)
@@ -130,7 +124,7 @@ impl FileArbiter {
         Ok(claim)
     }
 
-    /// Who owns this generation, after an attempt to make it ours. `text` is what our claim looks like.
+    /// Who owns this generation after an attempt to make it ours. `text` is our claim.
     fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, String> {
         let name = record::claim_name(vm, generation);
         if let Some(claim) = self.judge(&name, text)? {
@@ -147,7 +141,7 @@ impl FileArbiter {
         match (self.judge(&name, text)?, published) {
             (Some(claim), _) => Ok(claim),
             (None, Err(error)) => Err(explain(&error)),
-            (None, Ok(())) => Err("a claim that was just written is not there".to_string()),
+            (None, Ok(())) => Err("the claim that was just written is missing".to_string()),
         }
     }
 
@@ -172,10 +166,9 @@ impl FileArbiter {
         }
     }
 
-    /// Who owns the claim of this name, if it exists. `text` is what our own claim looks like.
-    ///
-    /// A damaged claim belongs to nobody that can be told: if both sides took it for lost, the VM would be
-    /// gone for good. They wait for an operator.
+    /// Who owns the claim of this name, if it exists. `text` is our own claim. Nobody can tell who owns a
+    /// damaged claim. If both sides took it for lost, the VM would be gone for good, so both wait for an
+    /// operator.
     fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, String> {
         let damaged = |problem: &str| {
             format!(
@@ -187,13 +180,14 @@ impl FileArbiter {
             Found::Nothing => Ok(None),
             Found::Garbage(problem) => Err(damaged(&problem)),
             Found::Text(found) if found == text => {
-                // It may be there without being on the disk: a crash of the server would forget who won.
+                // The claim may be visible without being on the disk; a crash of the server would then forget
+                // who won.
                 self.directory.flush(name).map_err(|error| explain(&error))?;
                 Ok(Some(Claim::Won))
             }
             Found::Text(found) => match record::parse_claim(&found) {
                 Some((owner, _)) => Ok(Some(Claim::Lost { owner: owner.to_string() })),
-                None => Err(damaged("not what Outlive writes")),
+                None => Err(damaged("Outlive does not write such a file")),
             },
         }
     }
@@ -223,7 +217,7 @@ impl FileArbiter {
         format!("arbiter directory {}: {why}", self.directory.path().display())
     }
 
-    /// Does something with the directory once it is known to be the one that was opened.
+    /// Uses the directory after making sure that it is still the one that was opened.
     pub(super) fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, String> {
         let checked = self.directory.check(&self.identity);
         checked
@@ -267,7 +261,7 @@ impl Arbiter for FileArbiter {
     fn tidy(&mut self, vm: &VmId) {
         let pruned = self.checked(|arbiter| prune::superseded(arbiter, vm, prune::Mode::Remove));
         if let Err(why) = pruned {
-            tracing::debug!("old claims are not removed: {why}");
+            tracing::debug!("cannot remove old claims: {why}");
         }
         self.directory.remove_leftovers();
     }
@@ -282,8 +276,8 @@ fn read_marker(directory: &Directory, path: &Path) -> Result<Option<Marker>, Arb
     directory.read_marker().map_err(unusable)
 }
 
-/// A directory in use for something else is most likely a wrong one. One with claims and without a marker
-/// was an arbiter, and a new identity would hide that.
+/// A directory in use for something else is most likely the wrong one. A directory with claims and without a
+/// marker was an arbiter, and a new identity would hide that.
 fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), ArbiterSpecError> {
     let names = directory.names("").map_err(|error| unusable(path, &error))?;
     let usual = |name: &String| name.starts_with('.') || name == "lost+found" || name == MARKER;
@@ -293,8 +287,8 @@ fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), ArbiterSpe
     }
 }
 
-/// Moves the claims of version 1 to their places in version 2. The marker comes last: if this is interrupted,
-/// doing it again goes on.
+/// Moves the claims of version 1 to their places in version 2. The marker comes last, so that an interrupted
+/// move continues when it is run again.
 fn upgrade(directory: &Directory, identity: &str) -> io::Result<()> {
     for name in directory.names("")? {
         if let Some((vm, generation)) = record::parse_old_claim_name(&name) {

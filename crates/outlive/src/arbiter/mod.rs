@@ -2,13 +2,13 @@
 //!
 //! When the two hosts of a VM lose each other, each must suppose that the other one lives. Before the standby
 //! goes live, and before the primary goes on alone, it wins the next *generation* here, by one atomic
-//! test-and-set. The loser stops its VM. While the arbiter cannot be reached, nobody goes on. No clock
-//! and no lease takes part, so a host that was stopped for an hour and continues cannot do harm.
+//! test-and-set. The loser stops its VM. While the arbiter cannot be reached, nobody goes on. No clock and no
+//! lease takes part, so a host that was stopped for an hour and then continues can do no harm.
 //!
 //! ```text
 //! file.rs       the built-in kind: a directory that both hosts see
-//! directory.rs  its files; record.rs what is in them; prune.rs which of them go
-//! worker.rs     claims on a thread of their own, because one can block for as long as a dead file server pleases
+//! directory.rs  its files; record.rs what is in them; prune.rs which of them are removed
+//! worker.rs     claims on a separate thread, because a dead file server can block a claim forever
 //! command.rs    `outlive arbiter`
 //! ```
 
@@ -31,8 +31,9 @@ pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
 use crate::process;
 
-/// Said of a directory where a VM's claims should be and are not.
-const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory back; nobody \
+/// The message when a VM's claims are missing from the directory.
+const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory \
+back; nobody \
                            goes on without it";
 
 /// The answer to a claim.
@@ -40,9 +41,9 @@ const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM:
 pub enum Claim {
     /// The generation belongs to the claimant, now and forever.
     Won,
-    /// It belongs to another, now and forever: stop the VM.
+    /// It belongs to another claimant, now and forever: stop the VM.
     Lost {
-        /// Who has it, or why it can never be won.
+        /// Who won it, or why it can never be won.
         owner: String,
     },
     /// Nobody knows: wait and claim again. The claim may even have been won; claiming again is safe.
@@ -64,9 +65,9 @@ pub struct Winner {
 /// A generation that was won.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Win {
-    /// Which.
+    /// The generation.
     pub generation: u64,
-    /// By whom; `None` if the claim is damaged.
+    /// Who won it; `None` if the claim is damaged.
     pub winner: Option<Winner>,
     /// When, by the arbiter's clock.
     pub at: Option<SystemTime>,
@@ -85,38 +86,35 @@ pub struct Ending {
 
 /// A place where each generation of a VM is won by exactly one claimant.
 pub trait Arbiter: Send {
-    /// Claims a generation. May block for long.
-    ///
-    /// `owner` names the claimant to people. A claimant is the pair of this process and `owner`: a claim
-    /// repeated by it is answered with `Won` again (the first answer may have been lost), while a restarted
-    /// process is a stranger to its earlier life and loses.
-    ///
-    /// Generation 1 is that of a new VM. Any other can only be won where the generation before it was won: an
-    /// arbiter that lost its memory is unreachable, not new.
+    /// Claims a generation. May block for long. `owner` names the claimant to people. A claimant is the pair
+    /// of this process and `owner`. If it repeats a claim, the answer is `Won` again (the first answer may
+    /// have been lost). A restarted process is a new claimant and loses. Generation 1 is that of a new VM.
+    /// Any other can only be won where the generation before it was won: an arbiter that lost its memory
+    /// counts as unreachable, not as new.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
-    /// wrong and what helps.
+    /// wrong and names the remedy.
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String>;
 
-    /// The newest generations of this VM, in their order: all, or so many as are still known. The error says
-    /// what is wrong and what helps.
+    /// The newest generations of this VM in their order: all, or as many as are still known. The error says
+    /// what is wrong and names the remedy.
     fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String>;
 
-    /// How the VM ended, if it did so in order and was not started again since. The error says what is wrong
-    /// and what helps.
+    /// How the VM ended, if it ended in order and has not been started again since. The error says what is
+    /// wrong and names the remedy.
     fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String>;
 
     /// Notes that the VM has ended in order in a generation that this process has won. Only for people and
     /// for [`prune`](crate::cli::ArbiterCommand::Prune): no decision depends on it. The error says what is
-    /// wrong and what helps.
+    /// wrong and names the remedy.
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String>;
 
-    /// Removes what is of no use any more. To be called when nobody waits.
+    /// Removes what is no longer useful. Call it when nobody waits.
     fn tidy(&mut self, vm: &VmId);
 
-    /// A name for the arbiter itself, the same forever. Two hosts compare it, before they rely on it, to
-    /// know that they were given the same one, and images remember it.
+    /// The arbiter's own name, which never changes. Two hosts compare it to make sure that they were given
+    /// the same arbiter before they rely on it, and images remember it.
     fn identity(&self) -> &str;
 }
 
@@ -125,7 +123,7 @@ pub trait Arbiter: Send {
 pub enum ArbiterSpecError {
     /// The text is not of a known form.
     #[error(
-        "unknown arbiter '{0}': write file:DIR, DIR being a directory that both hosts see, for example \
+        "unknown arbiter '{0}': write file:DIR, where DIR is a directory that both hosts see, for example \
          file:/srv/outlive"
     )]
     Form(String),
@@ -135,24 +133,27 @@ pub enum ArbiterSpecError {
          itself, because a missing mount must not look like an empty arbiter)"
     )]
     Missing(PathBuf),
-    /// The path leads to something else.
+    /// The path is not a directory.
     #[error("arbiter path {0} is not a directory: give a directory that both hosts see")]
     NotDirectory(PathBuf),
     /// Nobody has made an arbiter there.
     #[error(
-        "directory {0} is not an arbiter: mount the file system that has it; or, if this is the place, make it one with \
+        "directory {0} is not an arbiter: mount the file system that has it; or, if this is the right \
+         place, make it one with \
          `outlive arbiter init file:{0}`, once and on one host"
     )]
     NotArbiter(PathBuf),
-    /// An earlier release has.
+    /// An earlier release made it.
     #[error(
-        "arbiter directory {0} is of an earlier release: stop the VMs that use it, then bring it up to date with \
+        "arbiter directory {0} was made by an earlier release: stop the VMs that use it, then bring it up \
+         to date with \
          `outlive arbiter init file:{0}`"
     )]
     Old(PathBuf),
     /// It is used for something else.
     #[error(
-        "directory {directory} cannot become an arbiter: it has a file '{found}' already; give an empty directory"
+        "directory {directory} cannot become an arbiter: it already has a file '{found}'; give an empty \
+         directory"
     )]
     NotEmpty {
         /// The directory.
@@ -232,6 +233,6 @@ mod tests {
     fn a_directory_that_cannot_hold_claims_is_refused_at_the_start() {
         assert!(refusal("file:/proc").contains("`outlive arbiter init file:/proc`"));
         let error = FileArbiter::init(Path::new("/proc")).map(drop).unwrap_err().to_string();
-        assert!(error.contains("/proc cannot become an arbiter: it has a file"), "{error}");
+        assert!(error.contains("/proc cannot become an arbiter: it already has a file"), "{error}");
     }
 }

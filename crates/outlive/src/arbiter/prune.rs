@@ -1,7 +1,6 @@
-//! Which claims are of no use any more, and how they go.
-//!
-//! Two kinds go: claims that were superseded long ago, and all that is known of a VM that has ended. The
-//! first is done by every winner, so that an arbiter does not grow; the second by an operator only.
+//! Which claims are no longer useful, and how they are removed. There are two kinds: claims that were
+//! superseded long ago, and everything about a VM that has ended. Every winner removes the first kind, so
+//! that an arbiter does not grow; only an operator removes the second.
 
 use std::io;
 use std::time::{Duration, SystemTime};
@@ -10,8 +9,8 @@ use super::directory::Found;
 use super::file::FileArbiter;
 use super::{Ending, VmId, record};
 
-/// So many of the newest claims of a VM stay. One would do for the decisions; the others tell a host that
-/// comes back late who took its place.
+/// How many of a VM's newest claims stay. The decisions need only one; the others tell a host that comes back
+/// late who took its place.
 pub(super) const KEPT: usize = 8;
 
 /// Whether something is removed or only named.
@@ -23,10 +22,9 @@ pub(super) enum Mode {
     Name,
 }
 
-/// Removes all claims of a VM but the newest [`KEPT`]. Returns their generations.
-///
-/// First it is noted, durably, that they count no more. See [`FileArbiter`]: without that a claimant that was
-/// stopped in the middle could win one of them again.
+/// Removes all claims of a VM but the newest [`KEPT`]. Returns their generations. First a durable note says
+/// that they no longer count. Without it, a claimant that was stopped in the middle could win one of them
+/// again; see [`FileArbiter`].
 pub(super) fn superseded(arbiter: &FileArbiter, vm: &VmId, mode: Mode) -> io::Result<Vec<u64>> {
     let names = arbiter.directory.names(&record::vm_name(vm))?;
     let mut generations: Vec<u64> = names.iter().filter_map(|name| record::parse_claim_name(name)).collect();
@@ -36,20 +34,20 @@ pub(super) fn superseded(arbiter: &FileArbiter, vm: &VmId, mode: Mode) -> io::Re
     if mode == Mode::Name {
         return Ok(generations);
     }
-    // An end that the VM was started again after.
+    // An end after which the VM was started again.
     let ends = names.iter().filter_map(|name| record::parse_ended_name(name));
     for generation in ends.filter(|generation| newest.is_some_and(|newest| *generation < newest)) {
         remove(arbiter, &record::ended_name(vm, generation))?;
     }
     if let (false, Some(floor)) = (generations.is_empty(), kept.first()) {
         let note = record::pruned_name(vm, *floor);
-        arbiter.directory.publish(&note, &format!("Claims below generation {floor} count no more.\n"))?;
+        arbiter.directory.publish(&note, &format!("Claims below generation {floor} no longer count.\n"))?;
         arbiter.directory.flush(&note)?;
         for generation in &generations {
             remove(arbiter, &record::claim_name(vm, *generation))?;
         }
-        // The note before this one stays for whoever is reading the names meanwhile and sees neither a file
-        // that comes nor one that goes.
+        // The previous note stays for processes that are listing the directory now: they may see neither a
+        // file that is being added nor one that is being removed.
         let mut notes: Vec<u64> = names.iter().filter_map(|name| record::parse_pruned_name(name)).collect();
         notes.retain(|note| note < floor);
         notes.sort_unstable();
@@ -61,7 +59,7 @@ pub(super) fn superseded(arbiter: &FileArbiter, vm: &VmId, mode: Mode) -> io::Re
     Ok(generations)
 }
 
-/// Somebody else may remove the same.
+/// Removes a file that another process may be removing too.
 fn remove(arbiter: &FileArbiter, name: &str) -> io::Result<()> {
     match arbiter.directory.remove(name) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -69,8 +67,8 @@ fn remove(arbiter: &FileArbiter, name: &str) -> io::Result<()> {
     }
 }
 
-/// Removes everything about a VM that ended in order at least `age` ago. Its images are then of a VM that the
-/// arbiter does not know, and start only with an explicit word. Returns whether the VM is such a one.
+/// Removes everything about a VM that ended in order at least `age` ago. The arbiter then does not know the
+/// VM of its images, and they start only with an explicit option. Returns whether the VM was old enough.
 pub(super) fn forget(arbiter: &FileArbiter, vm: &VmId, age: Duration, mode: Mode) -> io::Result<bool> {
     let Some(ending) = arbiter.find_ending(vm)? else { return Ok(false) };
     let ago = ending.at.and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -80,8 +78,8 @@ pub(super) fn forget(arbiter: &FileArbiter, vm: &VmId, age: Duration, mode: Mode
     if mode == Mode::Name {
         return Ok(true);
     }
-    // Out of the way first, in one step. Whoever has just claimed a generation does not find it any more and
-    // has not won; and if somebody had won before, it is put back.
+    // First move it out of the way, in one step. A host that has just claimed a generation no longer finds it
+    // and has not won; if a host had won before, the directory is put back.
     let (here, aside) = (record::vm_name(vm), format!(".outlive-forgotten-{vm}"));
     arbiter.directory.rename(&here, &aside)?;
     let names = arbiter.directory.names(&aside)?;
@@ -113,7 +111,7 @@ impl FileArbiter {
     /// The VMs that the arbiter knows, in the order of their ids.
     ///
     /// # Errors
-    /// The file system's, with what helps.
+    /// The file system's, with the remedy.
     pub fn vms(&self) -> Result<Vec<VmId>, String> {
         self.checked(|arbiter| {
             let names = arbiter.directory.names("")?;

@@ -9,11 +9,11 @@ const MARKER_TITLE: &str = "outlive arbiter directory, version 2";
 const OLD_MARKER_TITLE: &str = "outlive arbiter directory, version 1";
 const CLAIM_TITLE: &str = "outlive claim, version 1";
 const END_TITLE: &str = "outlive end of a VM, version 1";
-/// Last line of every file: what is shorter was damaged.
+/// Last line of every file: a file without it is damaged.
 const LAST_LINE: &str = "end";
 const ENDED_PREFIX: &str = "ended.";
 const PRUNED_PREFIX: &str = "pruned.";
-/// Longest text that is written for people, in characters.
+/// Longest text for people, in characters.
 const LONGEST_TEXT: usize = 200;
 
 /// What a marker says.
@@ -87,7 +87,7 @@ pub(super) fn claim_text(vm: &VmId, generation: u64, owner: &str, process: &str)
     format!("{CLAIM_TITLE}\nvm {vm}\ngeneration {generation}\nowner {owner}\ntoken {process}\n{LAST_LINE}\n")
 }
 
-/// Owner and process of a claim; `None` if this is no whole claim.
+/// Owner and process of a claim; `None` if the claim is not whole.
 pub(super) fn parse_claim(text: &str) -> Option<(&str, &str)> {
     Some((field(text, CLAIM_TITLE, "owner")?, field(text, CLAIM_TITLE, "token")?))
 }
@@ -109,7 +109,7 @@ fn field<'a>(text: &'a str, title: &str, name: &str) -> Option<&'a str> {
     fields.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
 }
 
-/// A text for people in one line of reasonable length.
+/// Makes a text for people one line of reasonable length.
 fn printable(text: &str) -> String {
     text.chars().take(LONGEST_TEXT).map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -1,4 +1,4 @@
-//! Claims on a thread of their own.
+//! The thread that makes claims.
 
 use std::fmt;
 use std::io;
@@ -27,16 +27,15 @@ pub struct Busy {
     pub generation: u64,
 }
 
-/// What the thread is asked to do.
+/// The thread's orders.
 enum Request {
     Claim(u64),
     NoteEnd { why: String, done: Sender<()> },
 }
 
-/// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
-///
-/// Dropping it does not wait: a claim under way goes on and may even be won, but its result is still
-/// delivered, so `deliver` must cope with a receiver that is gone.
+/// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else. Dropping
+/// it does not wait: a claim under way continues and may even be won. Its result is still delivered, so
+/// `deliver` must cope with a receiver that is gone.
 pub struct ClaimWorker {
     requests: Sender<Request>,
     under_way: Arc<Mutex<Option<u64>>>,
@@ -63,14 +62,14 @@ impl ClaimWorker {
                         let won = claim == Claim::Won;
                         *lock(&shared) = None;
                         deliver(ClaimResult { generation, claim, took: start.elapsed() });
-                        // After the answer: a VM waits for it.
+                        // After the answer, because a VM waits for that.
                         if won {
                             arbiter.tidy(&vm);
                         }
                     }
                     Request::NoteEnd { why, done } => {
                         if let Err(error) = note_end(arbiter.as_mut(), &vm, &why) {
-                            tracing::warn!("the arbiter does not learn that the VM has ended: {error}");
+                            tracing::warn!("cannot tell the arbiter that the VM has ended: {error}");
                         }
                         done.send(()).ok();
                     }
@@ -87,13 +86,12 @@ impl ClaimWorker {
             return Err(Busy { generation });
         }
         *under_way = Some(generation);
-        // It only fails if the thread died of a panic. Then it stays busy, which is the safe side: nobody
-        // goes on.
+        // This fails only if the thread panicked. Then it stays busy, which is safe: nobody goes on.
         let _ = self.requests.send(Request::Claim(generation));
         Ok(())
     }
 
-    /// Who can tell the arbiter of the VM's end.
+    /// The handle by which the arbiter is told of the VM's end.
     pub fn end_notes(&self) -> EndNotes {
         EndNotes(self.requests.clone())
     }
@@ -104,11 +102,11 @@ impl ClaimWorker {
     }
 }
 
-/// Tells the arbiter, by the thread of the claims, that the VM has ended in order.
+/// Tells the arbiter through the claim thread that the VM has ended in order.
 pub struct EndNotes(Sender<Request>);
 
 impl EndNotes {
-    /// Notes it, and waits for so long that the arbiter knows it.
+    /// Notes the end, and waits at most `patience` until the arbiter has it.
     pub fn note(&self, why: &str, patience: Duration) {
         let (done, answer) = channel();
         if self.0.send(Request::NoteEnd { why: why.to_owned(), done }).is_ok() {
@@ -117,7 +115,7 @@ impl EndNotes {
     }
 }
 
-/// Whoever has the newest generation may say that the VM has ended in it.
+/// The owner of the newest generation may say that the VM has ended in it.
 fn note_end(arbiter: &mut dyn Arbiter, vm: &VmId, why: &str) -> Result<(), String> {
     let process = process_token().map_err(|error| error.to_string())?;
     let newest = arbiter.history(vm)?.pop();
@@ -141,7 +139,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc::Receiver;
 
-    /// An arbiter that answers when the test says so.
+    /// An arbiter that answers when the test tells it to.
     struct Slow(Receiver<Claim>);
 
     impl Arbiter for Slow {
@@ -185,7 +183,7 @@ mod tests {
         answer.send(Claim::Won).unwrap();
         assert_eq!(received.recv().unwrap().claim, Claim::Won);
         worker.submit(8).unwrap();
-        // Dropped with a claim under way: no waiting.
+        // Dropping it with a claim under way does not wait.
         drop(worker);
         drop(answer);
     }

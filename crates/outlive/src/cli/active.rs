@@ -20,12 +20,12 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = parse_interval)]
     pub interval: Duration,
 
-    /// Dirty pages at which a checkpoint is taken early; staging has room for twice as many
+    /// Number of dirty pages that triggers an early checkpoint; staging has room for twice as many
     #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
-    /// Silence after which the peer counts as dead; of two hosts the longer one counts. A process that dies
-    /// is noticed at once
+    /// Silence after which the peer counts as dead; the longer value of the two hosts applies. A process that
+    /// dies is noticed at once
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
     pub dead_after: Duration,
 
@@ -42,8 +42,8 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]
     pub console: Option<ConsoleSpec>,
 
-    /// At every so many checkpoints compare all memory and disks of both hosts; the VM stands still while its
-    /// memory is hashed, and its disks rest while they are. For tests
+    /// Every so many checkpoints, compare all memory and disks of both hosts; the VM is stopped while its
+    /// memory is hashed, and its disks rest while they are hashed. For tests
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     pub self_check: Option<u64>,
 
@@ -55,7 +55,7 @@ pub struct ActiveOptions {
 /// Which dirty-page tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TrackerChoice {
-    /// The best that this kernel has
+    /// The best one that this kernel has
     Auto,
     /// KVM's dirty ring (Linux 5.11 and newer)
     Ring,

@@ -18,7 +18,7 @@ pub struct ArbiterOptions {
 /// The commands of `outlive arbiter`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ArbiterCommand {
-    /// Make an empty directory an arbiter: once, on one host, with the shared file system mounted there
+    /// Make an empty directory an arbiter: once, on one host, with the shared file system mounted
     Init {
         /// The directory, as in --arbiter
         #[arg(value_name = "file:DIR")]
@@ -38,20 +38,20 @@ pub enum ArbiterCommand {
         /// The directory, as in --arbiter
         #[arg(value_name = "file:DIR")]
         place: String,
-        /// The VM's id, or the beginning of it
+        /// The VM's id, or its first characters
         #[arg(value_name = "VM")]
         vm: String,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Remove claims that were superseded long ago. The newest of each VM stay
+    /// Remove claims that were superseded long ago, and keep the newest of each VM
     Prune {
         /// The directory, as in --arbiter
         #[arg(value_name = "file:DIR")]
         place: String,
-        /// Forget VMs altogether that ended in order so long ago, for example 30days. Their images are then
-        /// unknown to the arbiter and start only with --accept-lost-claims
+        /// Also forget VMs that ended in order at least this long ago, for example 30days. The arbiter then
+        /// no longer knows their images, and they start only with --accept-lost-claims
         #[arg(long, value_name = "AGE", value_parser = parse_age)]
         forget_ended: Option<Duration>,
         /// Only say what would be removed

@@ -11,13 +11,13 @@ use super::values::parse_time;
 #[derive(Clone, Debug, Args)]
 #[command(after_help = CONSOLE_EXAMPLES)]
 pub struct ConsoleOptions {
-    /// What outlive run or standby has in --console, or one of the sockets in it: serial (without a name),
-    /// hvc0
+    /// The directory given to --console of outlive run or standby (its serial port then), or one of the
+    /// sockets in it: serial or hvc0
     #[arg(value_name = "DIR[/serial|/hvc0]")]
     pub path: PathBuf,
 
-    /// When standard input has ended, leave once the VM has printed nothing for this long, for example 200ms;
-    /// without it stay until the VM ends
+    /// After standard input has ended, leave once the VM has printed nothing for this long, for example
+    /// 200ms; without this option stay until the VM ends
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub wait: Option<Duration>,
 }

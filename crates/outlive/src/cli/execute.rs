@@ -27,7 +27,7 @@ fn run(options: &RunOptions) -> u8 {
     }
 }
 
-/// A standby waits, and then this process is perhaps the VM's primary.
+/// Waits as a standby; after a takeover this process is the VM's primary.
 fn standby(options: &StandbyOptions) -> u8 {
     let waiting = match logs::never_wait().and_then(|()| Waiting::prepare(options)) {
         Ok(waiting) => waiting,

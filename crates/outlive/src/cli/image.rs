@@ -30,19 +30,19 @@ pub enum ImageCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Take images as they are, as all disks of a new VM: after a backup was put back, or when a sidecar is
-    /// damaged. No other image counts as an older one of this VM, so no standby overwrites one unasked
+    /// Make a new VM of these images as they are: after a backup was restored, or when a sidecar is damaged.
+    /// No other image counts as an older one of the new VM, so no standby overwrites one unasked
     Accept {
         /// All disk images of the VM, in their order
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<PathBuf>,
-        /// The arbiter of the VM that they were of: its standby can then not go on with it any more
+        /// The arbiter of the VM that the images belonged to: its standby can then no longer take over
         #[arg(long, value_name = "file:DIR")]
         arbiter: Option<String>,
         /// Name of the new VM [default: the old one's]
         #[arg(long, value_name = "NAME", value_parser = parse_name)]
         name: Option<String>,
-        /// Do it: without this it is only said what would be given up
+        /// Do it: without this option only say what would be given up
         #[arg(long)]
         yes: bool,
     },

@@ -27,7 +27,7 @@ pub struct RunOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
 
-    /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs, a
+    /// Linux kernel to boot, as distributions ship it (bzImage or ELF). Without it the built-in guest runs: a
     /// Redis server for trying Outlive out
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -61,52 +61,52 @@ pub struct RunOptions {
     #[arg(long, value_name = "file:DIR")]
     pub arbiter: Option<String>,
 
-    /// Seed of the guest's random numbers; fresh ones are taken without it
+    /// Seed of the guest's random numbers [default: fresh random numbers]
     #[arg(long, value_name = "N", hide = true)]
     pub seed: Option<u64>,
 
-    /// Dangers that are accepted
+    /// The accepted dangers.
     #[command(flatten)]
     pub accept: AcceptOptions,
 
-    /// Options that matter while the VM runs here
+    /// Options that apply while the VM runs here.
     #[command(flatten)]
     pub active: ActiveOptions,
 }
 
-/// Starts that may give something up, or run a VM twice. Each is refused without its own word, goes into the
-/// log, the events and the image's sidecar, and all but the replica's begin a new VM, with the old as
-/// ancestor.
+/// Starts that may give something up, or run a VM twice. Each is refused without its own option and is
+/// written to the log, the events and the image's sidecar. All but `--start-replica` begin a new VM with the
+/// old one as ancestor.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]
 pub struct AcceptOptions {
-    /// Start although the VM ran on elsewhere since: what was committed there is given up
+    /// Start although the VM has since run elsewhere: give up what was committed there
     #[arg(long)]
     pub accept_stale_image: bool,
 
-    /// Start from a standby's copy: what the other host has beyond its last commit is given up
+    /// Start from a standby's copy: give up what the other host has beyond its last commit
     #[arg(long)]
     pub accept_replica: bool,
 
-    /// Start with another arbiter than the image's VM had, which runs nowhere
+    /// Start with another arbiter than the image's VM had; that VM must run nowhere
     #[arg(long)]
     pub accept_other_arbiter: bool,
 
-    /// Start although the arbiter has lost the claims of the image's VM, which runs nowhere
+    /// Start although the arbiter has lost the claims of the image's VM; that VM must run nowhere
     #[arg(long)]
     pub accept_lost_claims: bool,
 
-    /// Start without the arbiter that the image's VM had, which runs nowhere
+    /// Start without the arbiter that the image's VM had; that VM must run nowhere
     #[arg(long, conflicts_with = "arbiter")]
     pub accept_no_arbiter: bool,
 
-    /// Make one VM of images of several
+    /// Make one VM of images that belonged to several
     #[arg(long)]
     pub accept_foreign_image: bool,
 }
 
 impl AcceptOptions {
-    /// The dangers that were named.
+    /// The dangers that the options accept.
     pub(crate) fn dangers(&self) -> Vec<DangerKind> {
         let named = [
             (self.accept_stale_image, DangerKind::StaleImage),

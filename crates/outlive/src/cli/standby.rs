@@ -23,8 +23,8 @@ pub struct StandbyOptions {
     #[arg(long, value_name = "tap=NAME[,bridge=BR]", value_parser = parse_standby_card)]
     pub net: Option<NetSpec>,
 
-    /// Image on this host for each of the VM's disks, in their order. It is overwritten with the primary's if
-    /// it holds nothing, or an older state of the same VM; whatever it holds with overwrite
+    /// Image on this host for each of the VM's disks, in their order. The primary's data overwrites it if it
+    /// holds nothing or an older state of the same VM; with overwrite, whatever it holds
     #[arg(long = "disk", value_name = "path=FILE[,overwrite]", value_parser = StandbyDisk::from_str)]
     pub disks: Vec<StandbyDisk>,
 
@@ -32,7 +32,7 @@ pub struct StandbyOptions {
     #[arg(long, value_name = "NAME|ID", value_parser = parse_name)]
     pub vm: Option<String>,
 
-    /// Options that matter once the VM runs here
+    /// Options that apply once the VM runs here.
     #[command(flatten)]
     pub active: ActiveOptions,
 }

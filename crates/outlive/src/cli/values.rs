@@ -1,4 +1,4 @@
-//! The values of options: what they look like, and one line for those that do not.
+//! The values of options: how they are written, and one line for each mistake.
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ pub struct NetSpec {
     pub tap: String,
     /// Bridge that the tap joins.
     pub bridge: Option<String>,
-    /// The card's address; made from the VM's id without it.
+    /// The card's address; without it, one is made from the VM's id.
     pub mac: Option<[u8; 6]>,
     /// Pairs of queues, 1 to 8.
     pub queues: u8,
@@ -149,7 +149,7 @@ pub(super) fn parse_listen(text: &str) -> Result<String, String> {
 pub(super) fn parse_standby_card(text: &str) -> Result<NetSpec, String> {
     let spec: NetSpec = text.parse()?;
     if spec.mac.is_some() || text.contains("queues=") {
-        return Err("mac= and queues= belong to outlive run: a standby's card is as the VM's".into());
+        return Err("mac= and queues= belong to outlive run: a standby's card is like the VM's".into());
     }
     Ok(spec)
 }
@@ -158,7 +158,7 @@ pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
     let time = parse_time(text)?;
     // Output waits for the end of its epoch; beyond a second not even an address would be resolved.
     if time < Duration::from_micros(100) || time > Duration::from_secs(1) {
-        return Err(format!("an interval of '{text}' is not possible: give 100us to 1s"));
+        return Err(format!("'{text}' is out of range: give 100us to 1s"));
     }
     Ok(time)
 }
@@ -166,7 +166,7 @@ pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
 pub(super) fn parse_dead_after(text: &str) -> Result<Duration, String> {
     let time = parse_time(text)?;
     if time < Duration::from_millis(20) || time > Duration::from_secs(60) {
-        return Err(format!("'{text}' is not possible: give 20ms to 60s"));
+        return Err(format!("'{text}' is out of range: give 20ms to 60s"));
     }
     Ok(time)
 }
@@ -183,7 +183,7 @@ pub struct DiskSpec {
     pub path: PathBuf,
     /// The guest may only read it.
     pub readonly: bool,
-    /// Both hosts see the same disk, so that writes wait for their commit and nothing is copied.
+    /// Both hosts see the same disk, so its writes wait for their commit and nothing is copied.
     pub shared: bool,
     /// What the guest reads as the disk's serial number, up to 20 characters.
     pub serial: Option<String>,
@@ -214,7 +214,7 @@ impl FromStr for DiskSpec {
             return Err("path=FILE is missing".into());
         }
         if spec.shared && spec.readonly {
-            return Err("a disk that nobody writes needs no shared: give readonly alone".into());
+            return Err("a disk that nobody writes does not need shared: give readonly alone".into());
         }
         Ok(spec)
     }

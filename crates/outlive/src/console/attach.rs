@@ -15,7 +15,7 @@ use super::terminal::{ESCAPE, RawTerminal, TERMINAL_WRITE};
 use crate::cli::ConsoleOptions;
 use crate::{exit, logs};
 
-/// Most typed bytes that wait for the VM.
+/// How many typed bytes may wait for the VM.
 const PENDING: usize = 4096;
 
 /// `outlive console`: returns the exit code.
@@ -65,7 +65,7 @@ fn farewell(end: io::Result<End>, is_terminal: bool) -> u8 {
         }
         Ok(End::Closed) => {
             if is_terminal {
-                logs::say("\n[the console was closed: the VM does not run here any more]");
+                logs::say("\n[the console was closed: the VM no longer runs here]");
             }
             exit::OK
         }
@@ -77,14 +77,14 @@ fn farewell(end: io::Result<End>, is_terminal: bool) -> u8 {
     }
 }
 
-/// The socket that an argument means: itself, or the serial port's in a directory.
+/// The socket that an argument names: itself, or the serial port's in a directory.
 fn connect(path: &Path) -> Result<(PathBuf, UnixStream), String> {
     let path = if path.is_dir() { path.join("serial") } else { path.to_owned() };
-    let hint = "give the directory that outlive run or standby has in --console";
+    let hint = "give the directory that outlive run or standby has as --console";
     let socket = UnixStream::connect(&path).map_err(|error| match error.kind() {
         ErrorKind::NotFound => format!("there is no console at {}: {hint}", path.display()),
         ErrorKind::ConnectionRefused => {
-            format!("no VM has its console at {} any more: {hint}", path.display())
+            format!("no VM has its console at {} now: {hint}", path.display())
         }
         ErrorKind::PermissionDenied => {
             format!(
@@ -97,7 +97,7 @@ fn connect(path: &Path) -> Result<(PathBuf, UnixStream), String> {
     Ok((path, socket))
 }
 
-/// Readable when the process was told to end.
+/// Readable once the process was told to end.
 fn ending_signals() -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
@@ -127,7 +127,7 @@ pub(super) struct Session {
     pub(super) deadline: Option<Instant>,
     pub(super) typed: Vec<u8>,
     pub(super) shown: Vec<u8>,
-    /// The VM's side has closed.
+    /// Whether the VM's side has closed.
     pub(super) ended: bool,
 }
 
@@ -168,7 +168,7 @@ impl Session {
         let mut socket = PollFlags::empty();
         socket.set(PollFlags::POLLIN, read_socket);
         socket.set(PollFlags::POLLOUT, !self.typed.is_empty() && !self.ended);
-        // Keys are always looked at, because one may detach; a script waits until what it sent is gone.
+        // Keys are always read, because one may detach; a script waits until what it sent is gone.
         let keyboard = self.keyboard.as_ref().filter(|_| self.is_terminal || self.typed.is_empty());
         let nothing = PollFlags::empty();
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
@@ -197,12 +197,12 @@ impl Session {
         Ok(at.map(|index| fds.get(index).map_or(nothing, |fd| fd.revents().unwrap_or(PollFlags::POLLERR))))
     }
 
-    /// Sends on what was typed.
+    /// Sends what was typed to the VM.
     fn send(&mut self) -> io::Result<()> {
         match self.socket.write(&self.typed) {
             Ok(count) => drop(self.typed.drain(..count)),
             Err(error) if is_later(&error) => {}
-            // The rest of what it said is still worth showing.
+            // The rest of the VM's output is still worth showing.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => self.typed.clear(),
             Err(error) => return Err(error),
         }
@@ -241,7 +241,7 @@ impl Session {
         Ok(())
     }
 
-    /// Takes what was typed. Says whether it detaches.
+    /// Reads what was typed. Returns whether it detaches.
     fn read_keys(&mut self) -> io::Result<bool> {
         let Some(keyboard) = &mut self.keyboard else { return Ok(false) };
         let mut keys = [0; PENDING];
@@ -279,7 +279,7 @@ impl Session {
         }
         self.stay();
         if self.typed.is_empty() {
-            // Fails when the other side has gone, which is noticed by reading.
+            // Fails when the other side is gone; the next read notices that.
             self.socket.shutdown(Shutdown::Write).or(Ok(()))
         } else {
             Ok(())

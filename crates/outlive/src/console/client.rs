@@ -1,4 +1,4 @@
-//! One reader of a port, and perhaps a writer: who attached to a socket.
+//! A client of a port: it attached to a socket, reads, and perhaps writes.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,11 +15,11 @@ pub(crate) struct Outgoing {
     bytes: Box<[u8]>,
     from: usize,
     to: usize,
-    /// Where it goes has no room.
+    /// The destination has no room.
     pub(crate) blocked: bool,
 }
 
-/// Room for a part of the output and the note about what is missing before it.
+/// Room for a part of the output and for the note about what is missing before it.
 const PART: usize = 4096;
 const NOTE: usize = 64;
 
@@ -35,13 +35,13 @@ impl Outgoing {
         self.position >= end && self.from == self.to
     }
 
-    /// Something could be written now.
+    /// There was something to write.
     pub(crate) fn is_due(&self, end: u64) -> bool {
         !self.blocked && !self.is_done(end)
     }
 
-    /// Writes on, at most `most` bytes at once, until there is no more or no room. Fails when nothing can be
-    /// written any more.
+    /// Writes, at most `most` bytes at once, until there is no more output or no room. Fails when the
+    /// destination is gone.
     pub(crate) fn pump(&mut self, hub: &Hub, to: &mut impl Write, most: usize) -> io::Result<()> {
         while !self.blocked {
             if self.from == self.to && !self.fill(hub) {
@@ -59,7 +59,8 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Writes once, at most `most` bytes: for what says that it has room but must not be asked twice.
+    /// Writes once, at most `most` bytes: for a destination that reported room and may block on a second
+    /// write.
     pub(crate) fn pump_once(&mut self, hub: &Hub, to: &mut impl Write, most: usize) -> io::Result<()> {
         if self.from == self.to && !self.fill(hub) {
             return Ok(());
@@ -85,18 +86,18 @@ impl Outgoing {
     }
 }
 
-/// Who attached to a socket.
+/// A client that attached to a socket.
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) socket: UnixStream,
     pub(crate) out: Outgoing,
-    /// It may still send.
+    /// The client may still send.
     sends: bool,
-    /// It has hung up; only what it sent before is of interest.
+    /// The client has hung up; only what it sent before matters.
     hung_up: bool,
 }
 
-/// Whether a client goes on.
+/// Whether a client stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     Stays,
@@ -109,16 +110,17 @@ impl Client {
         Ok(Self { socket, out: Outgoing::new(hub), sends: true, hung_up: false })
     }
 
-    /// What to wait for; `None` is nothing at all, not even its end.
+    /// What to wait for; `None` means nothing at all, not even the client's end.
     pub(crate) fn interest(&self, room: usize) -> Option<PollFlags> {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::POLLIN, self.sends && room > 0);
         flags.set(PollFlags::POLLOUT, self.out.blocked && !self.hung_up);
-        // A hang-up is always told, so one that is known must not be waited for: there would be no waiting.
+        // `poll` always reports a hang-up. After a known one the client must not be polled, or `poll` would
+        // never wait.
         (!self.hung_up || !flags.is_empty()).then_some(flags)
     }
 
-    /// Acts on what `poll` found.
+    /// Acts on what `poll` reported.
     pub(crate) fn ready(&mut self, found: PollFlags, input: &PortInput, buffer: &mut [u8]) -> Fate {
         if found.contains(PollFlags::POLLOUT) {
             self.out.blocked = false;
@@ -152,7 +154,7 @@ impl Client {
         match self.socket.read(&mut buffer[..room]) {
             Ok(0) => false,
             Ok(count) => {
-                // Nobody else makes the room less but other clients, which this thread serves too.
+                // Only other clients take room, and this thread serves them too.
                 input.push(&buffer[..count]);
                 true
             }

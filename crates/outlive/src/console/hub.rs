@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use outlive_machine::devices::port::PortSink;
 
-/// Bytes that are kept: shown to whoever attaches, and how far a reader may fall behind.
+/// How many bytes are kept: a new client is shown them, and a reader may fall behind by this much.
 pub(crate) const HISTORY: usize = 64 << 10;
 
 /// The last [`HISTORY`] bytes of a port. The guest never waits here: a reader that is too slow loses the
@@ -23,7 +23,7 @@ struct State {
     ring: Box<[u8]>,
     /// Bytes printed so far; the next one goes to `end % HISTORY`.
     end: u64,
-    /// The server waits for news. Unless it does, printing costs no system call.
+    /// Whether the server waits for news. If not, printing costs no system call.
     asleep: bool,
 }
 
@@ -48,7 +48,7 @@ impl Hub {
         self.state().end.saturating_sub(HISTORY as u64)
     }
 
-    /// Reads on from `position`, and moves it.
+    /// Reads from `position`, and moves it.
     pub(crate) fn read(&self, position: &mut u64, to: &mut [u8]) -> Read {
         let state = self.state();
         let oldest = state.end.saturating_sub(HISTORY as u64);
@@ -70,14 +70,14 @@ impl Hub {
         state.end
     }
 
-    /// Readable when something was printed after [`sleep`](Self::sleep).
+    /// Readable once something was printed after [`sleep`](Self::sleep).
     pub(crate) fn news(&self) -> BorrowedFd<'_> {
         self.news.as_fd()
     }
 
     /// Makes [`news`](Self::news) quiet.
     pub(crate) fn clear_news(&self) {
-        // Fails only when it is quiet.
+        // Fails only when it is quiet already.
         let _ = self.news.read();
     }
 
@@ -89,7 +89,7 @@ impl Hub {
 impl PortSink for Hub {
     fn write(&self, bytes: &[u8]) {
         let mut state = self.state();
-        // Of more than is kept only the end is seen.
+        // If more was printed than is kept, only the end is seen.
         let skipped = bytes.len().saturating_sub(HISTORY);
         state.end += skipped as u64;
         for part in bytes[skipped..].chunks(HISTORY) {

@@ -6,14 +6,12 @@
 //!                        │ └────────► standard output
 //!        ◄── port ◄── PortInput ◄──── sockets, standard input
 //! ```
-//!
 //! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`:
-//!   whom.
-//! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal.
-//!
-//! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many;
-//! input that the guest does not take is not taken from whoever types. Output is shown as it is printed,
-//! before its checkpoint is committed: after a takeover the new host may show the last lines once more.
+//!   those it serves.
+//! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal. The guest
+//!   waits for none of this. A reader that is too slow loses the oldest bytes and is told how many. Outlive
+//!   reads typed input only as fast as the guest takes it. Output is shown as it is printed, before its
+//!   checkpoint is committed: after a takeover the new host may show the last lines once more.
 
 mod attach;
 mod client;
@@ -65,8 +63,8 @@ impl Port {
     }
 }
 
-/// The host's ends of the guest's ports, and who looks at them. Made before the machine and closed after it;
-/// then the sockets are gone and the terminal is as it was.
+/// The host's ends of the guest's ports, and their clients. It is made before the machine and closed after
+/// it; then the sockets are gone and the terminal is as it was.
 #[derive(Debug)]
 pub(crate) struct Console {
     ends: [PortEnd; 2],
@@ -74,7 +72,8 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// Makes sockets or takes the terminal, as asked. `stop` is called when a person ends the VM there.
+    /// Makes sockets or takes the terminal, as asked. `stop` is called when a person ends the VM at the
+    /// terminal.
     ///
     /// # Errors
     /// One line with the remedy.
@@ -110,19 +109,19 @@ impl Console {
         Ok(Self { ends, server: Mutex::new(Some(server)) })
     }
 
-    /// The host's end of a port, to make a machine with; one machine after the other may have it.
+    /// The host's end of a port, for a machine. Several machines may have it, one after the other.
     pub(crate) fn end(&self, port: Port) -> PortEnd {
         self.ends[port as usize].clone()
     }
 
-    /// Shows what is left to show, removes the sockets and gives the terminal back, as dropping the console
-    /// does: for a process that ends while others of its threads still hold it.
+    /// Does what dropping the console does: shows the remaining output, removes the sockets and gives the
+    /// terminal back. For a process that ends while other threads still hold the console.
     pub(crate) fn close(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 
-/// Signals that would end the process at once and leave the terminal raw end it in order instead.
+/// Makes signals end the process in order that would otherwise end it at once and leave the terminal raw.
 fn on_hangup(stop: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGQUIT])?;
     outlive_machine::spawn("hangup", move || {

@@ -1,7 +1,6 @@
-//! The thread between the ports of the guest and everyone who looks at them.
-//!
-//! One `poll` loop for all. Nothing it does is waited for by the guest: output is in the hubs, and whoever
-//! does not read loses it; input is taken from people only as the guest takes it.
+//! The thread between the guest's ports and their clients. One `poll` loop serves all. The guest waits for
+//! nothing that it does: output is in the hubs, and a client that does not read loses it; input is read from
+//! clients only as fast as the guest takes it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,9 +18,9 @@ use super::hub::Hub;
 use super::socket::Listener;
 use super::stdio::Stdio;
 
-/// Most clients of one port.
+/// How many clients one port may have.
 const MAX_CLIENTS: usize = 16;
-/// How long the end waits for readers to take what is left.
+/// How long the thread waits at its end for clients to read the rest.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// One port of the guest.
@@ -32,11 +31,11 @@ pub(crate) struct Served {
     pub(crate) listener: Option<Listener>,
     pub(crate) stdio: Option<Stdio>,
     pub(crate) clients: Vec<Client>,
-    /// How far the log has come.
+    /// How far the log has read.
     pub(crate) logged: u64,
 }
 
-/// The running thread; dropping it shows what is left to show and ends it.
+/// The running thread. Dropping it shows the remaining output and ends the thread.
 #[derive(Debug)]
 pub(crate) struct Server {
     quit: Arc<EventFd>,
@@ -71,7 +70,7 @@ struct Loop {
     quit: Arc<EventFd>,
 }
 
-/// Whom an entry of the poll set belongs to.
+/// What an entry of the poll set belongs to.
 #[derive(Clone, Copy)]
 enum Who {
     Quit,
@@ -103,7 +102,7 @@ impl Loop {
                 (false, None) => PollTimeout::NONE,
             };
             let Some(found) = self.wait(timeout, deadline.is_some()) else { return };
-            // Clients from the last to the first, so that one that goes does not move the others.
+            // Clients from the last to the first, so that removing one does not move the others.
             for &(who, flags) in found.iter().rev() {
                 match who {
                     Who::Quit => last = Some(Instant::now() + LAST_WORDS),
@@ -128,7 +127,7 @@ impl Loop {
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => {
-                tracing::error!(%error, "the console cannot wait for events and ends");
+                tracing::error!(%error, "the console ends: it cannot wait for events");
                 return None;
             }
         }
@@ -165,7 +164,8 @@ impl Loop {
 }
 
 impl Served {
-    /// Hands output on to the log and to whoever has room. Says whether there is more to hand on at once.
+    /// Hands output to the log and to each client that has room. Returns whether there is more to hand over
+    /// at once.
     fn pump(&mut self) -> bool {
         let mut part = [0; 4096];
         let read = self.hub.read(&mut self.logged, &mut part);
@@ -216,7 +216,7 @@ impl Served {
         match listener.socket.accept().and_then(|(socket, _)| Client::new(socket, &self.hub)) {
             Ok(client) => self.clients.push(client),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => tracing::warn!(%error, "cannot serve who attached to the console"),
+            Err(error) => tracing::warn!(%error, "cannot serve a new client of the console"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The sockets people attach to.
+//! The sockets that clients attach to.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -10,17 +10,17 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// A listening socket in the file system, for its owner alone. The file goes away with it.
+/// A listening socket in the file system that only its owner may use. Dropping it removes the file.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) socket: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file: what someone else has put there since is not ours to remove.
+    /// Device and inode of the file, so that a file that someone else has put there since is not removed.
     file: (u64, u64),
 }
 
 impl Listener {
-    /// Listens at `path`. A socket that a process of before has left there is replaced.
+    /// Listens at `path`. A socket that an earlier process left there is replaced.
     ///
     /// # Errors
     /// One line with the remedy.
@@ -50,7 +50,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|file| file == self.file) {
-            // Gone already is as good.
+            // If it is gone already, that is fine.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -64,7 +64,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Makes the directory, and removes a socket that nobody listens at.
+/// Makes the directory, and removes a socket on which nobody listens.
 fn make_room(path: &Path) -> Result<(), String> {
     if let Some(directory) = path.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|error| {
@@ -74,11 +74,11 @@ fn make_room(path: &Path) -> Result<(), String> {
     let kind = match fs::symlink_metadata(path) {
         Ok(file) => file.file_type(),
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(format!("cannot look at {}: {error}", path.display())),
+        Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
     };
     if !kind.is_socket() {
         return Err(format!(
-            "{} is in the way and is no socket: give --console another directory",
+            "{} is in the way and is not a socket: give --console another directory",
             path.display()
         ));
     }

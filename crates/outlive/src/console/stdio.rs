@@ -51,7 +51,7 @@ impl Stdio {
         })
     }
 
-    /// Keys are always looked at, because one may be an order; a pipe waits until there is room.
+    /// Keys are always read, because one may be an order; a pipe waits until there is room.
     pub(crate) fn wants_keys(&self, room: usize) -> Option<BorrowedFd<'_>> {
         let keyboard = self.keyboard.as_ref().map(AsFd::as_fd);
         keyboard.filter(|_| room > 0 || self.terminal.is_some())
@@ -69,14 +69,14 @@ impl Stdio {
     pub(crate) fn screen(&mut self, hub: &Hub, found: PollFlags) {
         let Some(screen) = &mut self.screen else { return };
         let gone = !found.contains(PollFlags::POLLOUT);
-        // Once, because it may be the terminal of others too and so cannot be told not to block.
+        // Only one write: others may share the terminal, so it cannot be made non-blocking.
         if gone || self.out.pump_once(hub, screen, TERMINAL_WRITE).is_err() {
-            tracing::warn!("standard output was closed: the guest's console is not shown any more");
+            tracing::warn!("standard output was closed: the guest's console is no longer shown");
             self.screen = None;
         }
     }
 
-    /// Something was typed.
+    /// Handles what was typed.
     pub(crate) fn keys(&mut self, input: &PortInput, buffer: &mut [u8]) {
         let Some(keyboard) = &mut self.keyboard else { return };
         let most = if self.terminal.is_some() { 64 } else { input.room().min(buffer.len()) };
@@ -112,7 +112,7 @@ impl Stdio {
 
     fn say(&mut self, text: &[u8]) {
         let Some(screen) = &mut self.screen else { return };
-        // A screen that was stopped must not keep this thread from hearing the order to end.
+        // A stopped screen must not keep this thread from seeing the order to end.
         let mut room = [PollFd::new(screen.as_fd(), PollFlags::POLLOUT)];
         if poll(&mut room, PollTimeout::ZERO) == Ok(1) {
             // A screen that is gone is noticed when the guest prints.

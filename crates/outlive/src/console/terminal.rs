@@ -14,9 +14,8 @@ pub(crate) const ESCAPE: u8 = 0x1d;
 /// Most bytes that go to a terminal at once: what it takes without blocking when it says that it is writable.
 pub(crate) const TERMINAL_WRITE: usize = 256;
 
-/// A terminal whose keys come one by one and mean nothing here. It is as before again when this is dropped.
-///
-/// What is printed is still processed, so that log lines beside the guest's look as they should.
+/// A terminal in raw mode: keys come one by one and have no meaning here. Dropping it restores the terminal.
+/// Output is still processed, so that log lines between the guest's lines look right.
 #[derive(Debug)]
 pub(crate) struct RawTerminal {
     terminal: OwnedFd,
@@ -24,7 +23,7 @@ pub(crate) struct RawTerminal {
 }
 
 impl RawTerminal {
-    /// Takes the terminal; `None` when it is none.
+    /// Takes the terminal; `None` when standard input is no terminal.
     pub(crate) fn take(terminal: impl AsFd) -> io::Result<Option<Self>> {
         let Ok(before) = tcgetattr(&terminal) else { return Ok(None) };
         let mut raw = before.clone();
@@ -70,7 +69,7 @@ pub(crate) fn restore_terminal() {
 }
 
 fn restore(terminal: &OwnedFd, before: &Termios) {
-    // A terminal that has been closed needs nothing. Output that waits still goes out as it was meant.
+    // A closed terminal needs nothing. Waiting output is still written in raw mode.
     let _ = tcsetattr(terminal, SetArg::TCSANOW, before);
 }
 
@@ -79,11 +78,11 @@ fn restore(terminal: &OwnedFd, before: &Termios) {
 pub(crate) enum Key {
     /// It is for the guest.
     Send(u8),
-    /// Nothing yet.
+    /// The first half of an order.
     Nothing,
     /// End the VM.
     End,
-    /// Not an order: say which ones there are.
+    /// Not an order: show the list of orders.
     Help,
 }
 

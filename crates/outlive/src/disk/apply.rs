@@ -1,4 +1,5 @@
-//! The way of a committed checkpoint's writes into the images: journal, made durable, images.
+//! How the writes of a committed checkpoint get into the images: into the journal, which is made durable,
+//! then into the images.
 
 use std::io;
 
@@ -7,15 +8,15 @@ use outlive_epoch::{DiskRecord, RecordBuf};
 use super::image::{self, Store};
 use super::journal::{Journal, JournalError};
 
-/// A journal that has grown to this is emptied: the images are made durable first.
+/// A journal that has grown to this size is emptied, after the images were made durable.
 pub(crate) const JOURNAL_BYTES: u64 = 64 << 20;
 
-/// The journal and the images of one VM. See the module of the disks for the order and its reason.
+/// The journal and the images of one VM. The module `disk` explains the order.
 pub(crate) struct Applier<S> {
     journal: Journal<S>,
-    /// By disk; `None` for one that is not replicated.
+    /// One entry for each disk; `None` for one that is not replicated.
     images: Vec<Option<S>>,
-    /// In the journal, perhaps not durable there, and not yet in the images.
+    /// Records in the journal, perhaps not yet durable, that are not yet in the images.
     pending: Vec<(u64, RecordBuf)>,
     pending_bytes: usize,
     /// Records that are in the images.
@@ -43,12 +44,12 @@ impl<S: Store> Applier<S> {
         Ok(flush)
     }
 
-    /// Bytes that wait for [`harden`](Self::harden).
+    /// How many bytes wait for [`harden`](Self::harden).
     pub(crate) fn pending_bytes(&self) -> usize {
         self.pending_bytes
     }
 
-    /// Makes the journal durable, then writes what waits into the images.
+    /// Makes the journal durable, then writes the waiting records into the images.
     pub(crate) fn harden(&mut self) -> io::Result<()> {
         if self.pending.is_empty() {
             return Ok(());
@@ -74,7 +75,7 @@ impl<S: Store> Applier<S> {
         Ok(self.applied)
     }
 
-    /// The buffers of records that are in the images, to be used again.
+    /// The buffers of records that are in the images, for reuse.
     pub(crate) fn spent(&mut self) -> impl Iterator<Item = RecordBuf> + '_ {
         self.spent.drain(..)
     }
@@ -97,8 +98,8 @@ pub(crate) fn recover<S: Store>(
     durable: u64,
     images: &[Option<S>],
 ) -> Result<u64, JournalError> {
-    // Killed, but not without power: what is read may still be in memory only, and must be durable before the
-    // images are written, as always.
+    // After a kill without a loss of power, what is read here may be in memory only. As always it must be
+    // durable before the images are written.
     journal.sync()?;
     let last = journal.replay(|records| apply_all(images, records.iter()))?;
     let Some(last) = last else { return Ok(durable) };
@@ -112,7 +113,7 @@ fn apply_all<'a, S: Store>(
     records: impl Iterator<Item = DiskRecord<'a>>,
 ) -> io::Result<()> {
     for record in records {
-        // Where the records came in was checked that the disk is replicated and long enough.
+        // The receiver of the records checked that the disk is replicated and long enough.
         if let Some(Some(store)) = images.get(usize::from(record.disk)) {
             image::apply(store, &record)?;
         }

@@ -1,4 +1,4 @@
-//! Whether there is nothing in an image, so that it may be overwritten without a question.
+//! Whether an image is empty, so that a standby may overwrite it unasked.
 
 use std::fs::File;
 use std::io;
@@ -8,31 +8,31 @@ use outlive_epoch::is_zero;
 
 use super::image::Store;
 
-/// Bytes that are read at a time.
+/// How many bytes are read at a time.
 const STEP: u64 = 1 << 20;
-/// Every file system, volume manager and partition table has something in the first bytes of its device or in
-/// the last: so much of both is always read.
+/// Every file system, volume manager and partition table writes into the first or the last bytes of its
+/// device, so this much of both is always read.
 const ENDS: u64 = 64 << 20;
-/// Places that are looked at where not all can be read.
+/// How many places are sampled where not everything can be read.
 const SAMPLES: u64 = 1024;
-/// Bytes that are read at each of them.
+/// How many bytes are read at each place.
 const SAMPLE: u64 = 64 << 10;
 
-/// What was found in an image.
+/// What an image contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Content {
     /// Nothing but holes and zeroes.
     Blank,
-    /// Zeroes at both ends and in samples of what is between; there was no time for all.
+    /// Zeroes at both ends and in samples between them; there was no time to read everything.
     BlankInSamples,
-    /// Something, here.
+    /// Data at this place.
     Data {
-        /// The first byte of the place.
+        /// The first byte with data.
         at: u64,
     },
 }
 
-/// Looks for anything but zeroes, for not much longer than `patience`. Holes cost nothing.
+/// Searches for anything but zeroes, for not much longer than `patience`. Holes cost nothing.
 ///
 /// # Errors
 /// The file system's.
@@ -137,13 +137,13 @@ mod tests {
                 assert_ne!(look(&file(bytes, &[bytes - 1]), AGES).unwrap(), Content::Blank, "{bytes}");
             }
         }
-        // Zeroes that were written are no data.
+        // Written zeroes are not data.
         let zeroes = file(4 << 20, &[]);
         zeroes.write_all_at(&[0; 3 << 20], 77).unwrap();
         assert_eq!(look(&zeroes, AGES).unwrap(), Content::Blank);
     }
 
-    /// A terabyte of holes takes no time, and where there is no time samples are taken.
+    /// A terabyte of holes takes no time; without enough time, samples are taken.
     #[test]
     fn a_large_image_is_looked_at_in_reasonable_time() {
         let began = Instant::now();

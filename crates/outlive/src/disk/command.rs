@@ -1,4 +1,4 @@
-//! `outlive image`: what an operator does with images by hand.
+//! `outlive image`: what an operator can do with images by hand.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ fn open(arbiter: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, String> {
 #[derive(Debug, Serialize)]
 struct Shown {
     image: PathBuf,
-    /// Missing if the image is of no VM.
+    /// Missing if the image belongs to no VM.
     #[serde(skip_serializing_if = "Option::is_none")]
     vm: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +55,7 @@ struct Shown {
     arbiter: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     accepted: Vec<Accepted>,
-    /// Why no VM starts from it as it is.
+    /// Why no VM starts from the image as it is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     refusals: Vec<String>,
 }
@@ -113,18 +113,18 @@ impl Shown {
                         "{image}: disk {disk} of VM {name} ({vm}), generation {generation}, {role}{whole}"
                     ),
                 )?;
-                let arbiter = self.arbiter.as_deref().unwrap_or("none, or not known");
+                let arbiter = self.arbiter.as_deref().unwrap_or("none, or unknown");
                 print(out, &format!("  arbiter: {arbiter}"))?;
             }
             _ if self.refusals.is_empty() => {
-                print(out, &format!("{image}: of no VM; a new VM would start from it"))?;
+                print(out, &format!("{image}: belongs to no VM; a new VM would start from it"))?;
             }
             _ => print(out, &format!("{image}: its sidecar cannot be read"))?,
         }
         for Accepted { at, host, about, .. } in &self.accepted {
             print(out, &format!("  accepted {at} on {host}: {about}"))?;
         }
-        self.refusals.iter().try_for_each(|why| print(out, &format!("  does not start: {why}")))
+        self.refusals.iter().try_for_each(|why| print(out, &format!("  cannot start: {why}")))
     }
 }
 
@@ -149,7 +149,7 @@ fn accept(
     out: &mut impl Write,
 ) -> Result<(), String> {
     let mut arbiter = open(arbiter)?;
-    // Locked until the sidecars are written: nobody runs on them.
+    // The images stay locked until the sidecars are written, so that nobody runs on them.
     let _locked: Vec<_> = images.iter().map(|image| prepare::open(image)).collect::<Result<_, _>>()?;
     let mut known = Vec::new();
     for image in images {
@@ -159,8 +159,8 @@ fn accept(
     let earlier: Vec<&Provenance> = known.iter().map(|sidecar| &sidecar.provenance).collect();
     if !yes {
         return Err(
-            "nothing is changed: make sure that no host runs this VM or needs what other images of it \
-                    have, then add --yes: a new VM begins with what is in the images"
+            "nothing was changed: make sure that no host runs this VM or needs what its other images have, \
+             then add --yes to begin a new VM with what is in these images"
                 .into(),
         );
     }
@@ -177,14 +177,14 @@ fn accept(
     for (disk, image) in images.iter().enumerate() {
         let before = Shown::of(image, None)?;
         let before = before.vm.map_or_else(|| "of no VM".into(), |vm| format!("of VM {vm}"));
-        let accepted = vec![record(DangerKind::Unknown, format!("taken as it is; it was {before}"))];
+        let accepted = vec![record(DangerKind::Unknown, format!("accepted as it is; it was {before}"))];
         let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
         sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
     }
     print(out, &format!("VM {}: begins with these images", provenance.vm))
 }
 
-/// Wins the next generation of the VMs that the images were of: whoever stands by for them cannot go on.
+/// Wins the next generation of the VMs that the images belonged to, so that their standbys cannot take over.
 fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), String> {
     let mut vms: Vec<VmId> = earlier.iter().map(|it| it.vm).collect();
     vms.sort_unstable();
@@ -194,7 +194,7 @@ fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), String>
         match arbiter.claim(&vm, highest + 1, &arbiter::owner("image accept")) {
             Claim::Won => {}
             Claim::Lost { owner } => {
-                return Err(format!("VM {vm} has just gone on, by {owner}: look at it first"));
+                return Err(format!("{owner} has just taken over VM {vm}: check that host first"));
             }
             Claim::Unreachable { why } => return Err(format!("the arbiter cannot be used: {why}")),
         }
@@ -234,7 +234,7 @@ mod tests {
         let images = [image.clone()];
         let show = |json| printed(|out| show(&images, Some(&spec), json, out)).0;
         let accept = |yes| printed(|out| accept(&images, Some(&spec), None, yes, out));
-        assert!(show(false).contains("of no VM; a new VM would start from it"), "{}", show(false));
+        assert!(show(false).contains("belongs to no VM; a new VM would start from it"), "{}", show(false));
 
         assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
         let mut known = provenance(VM);
@@ -243,7 +243,7 @@ mod tests {
         torn.write(&image).unwrap();
         let text = show(false);
         assert!(
-            text.contains("generation 1, the VM's own, not whole") && text.contains("does not start"),
+            text.contains("generation 1, the VM's own, not whole") && text.contains("cannot start"),
             "{text}"
         );
         let json: serde_json::Value = serde_json::from_str(&show(true)).unwrap();
@@ -257,11 +257,11 @@ mod tests {
         assert!(now.whole && now.provenance.vm != VM && now.provenance.lineage == Lineage::default());
         assert_eq!((now.provenance.name.as_str(), &now.provenance.arbiter), ("server", &KnownArbiter::None));
         assert_eq!(now.accepted.len(), 1);
-        // A standby of the old VM goes on no more.
+        // A standby of the old VM can no longer take over.
         assert!(matches!(arbiter.claim(&VM, 2, "standby"), Claim::Lost { .. }));
-        assert!(!show(false).contains("does not start"), "{}", show(false));
+        assert!(!show(false).contains("cannot start"), "{}", show(false));
 
-        // The way out where nothing can be read.
+        // The remedy where nothing can be read.
         fs::write(beside(&image, "outlive"), "damaged").unwrap();
         assert!(show(false).contains("cannot be read"), "{}", show(false));
         accept(true).1.unwrap();

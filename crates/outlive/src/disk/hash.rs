@@ -7,10 +7,10 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::image::{ChunkReader, Store, chunks};
 
-/// A hash of the first `bytes` bytes of an image that nobody writes: a sum over its chunks, in which those of
-/// zeroes count for nothing, so it is the same wherever the images have their holes. The guest's writes wait
-/// for it, and nobody forges an image to deceive it, so it is a fast hash, as for memory. `None` as soon as
-/// `go_on` says no, which is asked before each chunk.
+/// A hash of the first `bytes` bytes of an image that nobody writes: a sum over its chunks. Chunks of zeroes
+/// add nothing, so holes do not change the hash. The guest's writes wait for it and nobody forges an image to
+/// deceive it, so the hash is a fast one, as for memory. `go_on` is asked before each chunk; the result is
+/// `None` as soon as it says no.
 pub(crate) fn contents(store: &impl Store, bytes: u64, go_on: impl Fn() -> bool) -> io::Result<Option<u64>> {
     let mut reader = ChunkReader::new(store, bytes);
     let mut buffer = vec![0; DISK_CHUNK];
@@ -50,7 +50,7 @@ mod tests {
     fn images_with_the_same_contents_have_the_same_hash_and_others_do_not() {
         let (chunk, one) = (DISK_CHUNK as u64, [1; 4096]);
         let sparse = image(&[(2 * chunk, &one), (BYTES - 5, b"end")]);
-        // Zeroes that were written, and bytes behind the disk's end.
+        // Written zeroes, and bytes behind the disk's end.
         let full = image(&[(0, &[0; 9 * DISK_CHUNK]), (2 * chunk, &one), (BYTES - 5, b"end"), (BYTES, &one)]);
         assert_eq!(hash(&sparse), hash(&full));
         full.write_all_at(&[2], 2 * chunk + 77).unwrap();

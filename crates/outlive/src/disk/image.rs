@@ -14,7 +14,7 @@ pub(crate) type Sum = [u8; DISK_SUM_LEN];
 /// The sum of a chunk of zeroes, whatever its length.
 pub(crate) const ZERO_SUM: Sum = [0; DISK_SUM_LEN];
 
-/// What journal and images are written through. Tests put something there that loses its power.
+/// The storage behind journal and images. Tests put in one that loses its power.
 pub(crate) trait Store: Send {
     /// Fills `to` from `offset`.
     fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()>;
@@ -24,7 +24,7 @@ pub(crate) trait Store: Send {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Makes everything written durable.
     fn sync(&self) -> io::Result<()>;
-    /// Bytes in it.
+    /// Length in bytes.
     fn bytes(&self) -> io::Result<u64>;
     /// First byte at or behind `offset` that may not be zero; `None` if there is none.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
@@ -53,7 +53,7 @@ impl Store for File {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        // The metadata of a block device do not have its length. Nobody uses the position of these
+        // The metadata of a block device lack its length, so seek. Nobody uses the position of these
         // descriptors.
         Ok(lseek(self, 0, Whence::SeekEnd)? as u64)
     }
@@ -62,7 +62,7 @@ impl Store for File {
         match lseek(self, offset as i64, Whence::SeekData) {
             Ok(at) => Ok(Some(at as u64)),
             Err(Errno::ENXIO) => Ok(None),
-            // Not every file system and no block device knows its holes.
+            // Some file systems and all block devices do not know their holes.
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(offset)),
             Err(error) => Err(error.into()),
         }
@@ -80,7 +80,7 @@ fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Carries a record out. A flush is the caller's.
+/// Carries a record out. The caller does flushes.
 pub(crate) fn apply(store: &impl Store, record: &DiskRecord<'_>) -> io::Result<()> {
     match record.op {
         DiskOp::Data(bytes) => store.write(bytes, record.offset),
@@ -89,7 +89,7 @@ pub(crate) fn apply(store: &impl Store, record: &DiskRecord<'_>) -> io::Result<(
     }
 }
 
-/// Chunks that a disk of so many bytes has.
+/// How many chunks a disk of this many bytes has.
 pub(crate) fn chunks(bytes: u64) -> u64 {
     bytes.div_ceil(DISK_CHUNK as u64)
 }
@@ -98,7 +98,7 @@ pub(crate) fn chunks(bytes: u64) -> u64 {
 pub(crate) struct ChunkReader<'a, S> {
     store: &'a S,
     bytes: u64,
-    /// Everything from `.0` to `.1` is a hole, as far as was asked.
+    /// The range `.0..=.1` is known to be a hole.
     hole: (u64, u64),
 }
 

@@ -20,8 +20,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::image::Store;
 
 const MAGIC: [u8; 8] = *b"OUTLVJNL";
-/// The format that is written, and the only one so far. Whoever changes it keeps the reader of this one: the
-/// journal may hold what is committed and nowhere else.
+/// The format that is written, and the only one so far. A new format must keep the reader of this one: a
+/// journal may hold committed writes that are nowhere else.
 ///
 /// - 1: as described above, with the disk records of `outlive_epoch`.
 const VERSION: u32 = 1;
@@ -29,12 +29,12 @@ const SLOT: usize = size_of::<RawHeader>();
 const START: u64 = 2 * SLOT as u64;
 const EPOCH_MARK: [u8; 4] = *b"oEPO";
 const EPOCH_HEAD: usize = size_of::<RawEpoch>();
-/// Most disks of a journal.
+/// How many disks a journal may have.
 const MAX_DISKS: usize = 32;
-/// Most bytes of one epoch. Anything larger in a header is damage.
+/// How many bytes one epoch may have. A larger number in a header is damage.
 const MAX_EPOCH: u64 = 1 << 30;
 
-/// A header as it stands in its slot. Magic, version and checksum are in the same place in every format.
+/// A header as it is in its slot. Magic, version and checksum have the same place in every format.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -50,7 +50,7 @@ struct RawHeader {
     crc: U32,
 }
 
-/// What stands in front of an epoch's records.
+/// The header in front of an epoch's records.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawEpoch {
@@ -83,22 +83,23 @@ pub(crate) struct Identity {
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum JournalError {
-    /// The file system's.
+    /// The file system failed.
     #[error(transparent)]
     Io(#[from] io::Error),
     /// No header is whole.
     #[error("it has no whole header")]
     NoHeader,
-    /// Of another release.
+    /// Another release wrote it.
     #[error(
-        "it has format {found}, this release knows {VERSION}: start it with the release that wrote it, or delete it to give up what is only in it"
+        "it has format {found}, this release knows {VERSION}: start the VM with the release that wrote it, \
+         or delete the journal and give up what is only in it"
     )]
     Version {
         /// The format.
         found: u32,
     },
-    /// An epoch that is whole and makes no sense: an error of the program that wrote it.
-    #[error("checkpoint {number} in it makes no sense: {source}")]
+    /// An epoch is whole but invalid: the program that wrote it had an error.
+    #[error("its checkpoint {number} is invalid: {source}")]
     Nonsense {
         /// The checkpoint.
         number: u64,
@@ -116,8 +117,8 @@ pub(crate) struct Journal<S> {
 }
 
 impl<S: Store> Journal<S> {
-    /// Begins an empty journal, durable at once. The images are durable up to `checkpoint`. Whatever was in
-    /// the file before counts no more, but a journal of another format is not overwritten.
+    /// Begins an empty journal, durable at once. The images are durable up to `checkpoint`. What was in the
+    /// file before no longer counts, but a journal of another format is not overwritten.
     pub(crate) fn create(store: S, identity: Identity, checkpoint: u64) -> io::Result<Self> {
         let before = read_headers(&store).map_err(|error| match error {
             JournalError::Io(error) => error,
@@ -134,7 +135,7 @@ impl<S: Store> Journal<S> {
         Ok((Self { store, identity, lap, end: START }, checkpoint))
     }
 
-    /// Whose it is.
+    /// Which VM's journal it is.
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
     }
@@ -201,7 +202,7 @@ impl<S: Store> Journal<S> {
         Ok(last)
     }
 
-    /// The epoch at the end of what was read so far, with its payload, if there is a whole one.
+    /// The epoch at the end of what was read so far, with its payload, if it is whole.
     fn epoch(&self, bytes: u64, last: Option<u64>, payload: &mut Vec<u8>) -> io::Result<Option<EpochHead>> {
         if self.end + EPOCH_HEAD as u64 > bytes {
             return Ok(None);
@@ -257,7 +258,7 @@ impl Header {
         raw
     }
 
-    /// `None` if what stands there is no whole header.
+    /// `None` if there is no whole header.
     fn parse(raw: &RawHeader) -> Result<Option<Self>, JournalError> {
         if raw.magic != MAGIC || raw.crc != checksum(raw) {
             return Ok(None);

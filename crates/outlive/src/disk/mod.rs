@@ -4,8 +4,8 @@
 //! ```text
 //! primary   write log of the machine ──► sender ──► link          sync.rs: what differs, found by sums, sent in the background
 //! standby   link ──► staged, acknowledged ──► replica.rs (a thread) ──► journal.rs ──► image.rs
-//! both      sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: a thread that keeps it said
-//! a start   prepare.rs: images brought to their last commit; standing.rs: whether the VM may go on with them;
+//! both      sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: the thread that writes it
+//! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
 //!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite
 //! ```
 //!
@@ -14,11 +14,10 @@
 //! 1. The writes of a checkpoint are appended to the journal as one unit with a checksum over all of it.
 //! 2. The journal is made durable. Several checkpoints are made durable together: at the latest after 50 ms,
 //!    and at once when the guest asked for a flush.
-//! 3. Only then the images are written, in the order of the checkpoints.
-//! 4. Only when the images are durable, the journal is emptied.
-//!
-//! So whatever is in an image and not known to be durable is still in the journal. Whoever opens an image
-//! next replays the journal from its start; writing the same bytes twice changes nothing.
+//! 3. Only then are the images written, in the order of the checkpoints.
+//! 4. Only when the images are durable is the journal emptied. So whatever in an image is not known to be
+//!    durable is still in the journal. The next process that opens the image replays the journal from its
+//!    start; writing the same bytes twice changes nothing.
 
 mod apply;
 mod blank;

@@ -1,8 +1,7 @@
-//! Whether a standby may overwrite an image with the disk of the VM that a primary introduces.
-//!
-//! Without a question it overwrites what holds nothing, and what the VM's own line has: an older image of the
-//! same VM, or of one that it descends from. Everything else may be the only copy of something and is left
-//! alone, unless an operator has said `overwrite`.
+//! Whether a standby may overwrite an image with the disk of the VM that a primary introduces. It overwrites
+//! unasked an empty image and what the VM's own line has: an older image of the same VM, or of one that it
+//! descends from. Everything else may be the only copy of something and is left alone, unless an operator has
+//! said `overwrite`.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,22 +14,23 @@ use super::standing::Standing;
 use super::start::record;
 use crate::arbiter::Arbiter;
 
-/// How long an image without a sidecar is searched while a primary waits for its answer, beyond its ends.
+/// How long an image without a sidecar is searched, apart from its ends, while a primary waits for the
+/// answer.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// An image of a standby, opened for writing, and what is to become of it.
+/// An image of a standby, opened for writing, and whether it may be overwritten.
 pub(crate) struct Target<'a> {
-    /// Where it is.
+    /// The path.
     pub(crate) path: &'a Path,
     /// The image.
     pub(crate) file: &'a File,
-    /// An operator has said that it may be overwritten.
+    /// Whether an operator has said that it may be overwritten.
     pub(crate) overwrite: bool,
 }
 
 impl Target<'_> {
-    /// Decides whether the image may become a disk of this VM, which runs in `generation`. Returns what was
-    /// accepted for it, if that was needed.
+    /// Decides whether the image may become a disk of this VM, which runs in `generation`. Returns what the
+    /// operator's word accepted, if it was needed.
     ///
     /// # Errors
     /// One line with the remedy.
@@ -60,7 +60,7 @@ impl Target<'_> {
         }
     }
 
-    /// Where the image has data.
+    /// The place of the image's first data.
     fn data(&self) -> Result<Option<u64>, String> {
         let found = blank::look(self.file, PATIENCE);
         match found.map_err(|e| format!("cannot read {}: {e}", self.path.display()))? {
@@ -69,7 +69,7 @@ impl Target<'_> {
             Content::BlankInSamples => {
                 tracing::info!(
                     image = %self.path.display(),
-                    "nothing but zeroes at both ends and in 1024 samples: taken for blank"
+                    "only zeroes at both ends and in 1024 samples: the image counts as blank"
                 );
                 Ok(None)
             }
@@ -77,7 +77,7 @@ impl Target<'_> {
     }
 }
 
-/// What an image holds that this VM does not have.
+/// What the image holds that this VM does not have.
 fn stranger(
     sidecar: &Sidecar,
     provenance: &Provenance,
@@ -85,7 +85,7 @@ fn stranger(
     arbiter: &mut (dyn Arbiter + 'static),
 ) -> Result<Option<String>, String> {
     let Provenance { vm, name, .. } = &sidecar.provenance;
-    // What its process has won, if it died before the sidecar said so, is asked for where it was won.
+    // Its process may have won a generation and died before the sidecar said so; the arbiter knows.
     let own = Standing::of(sidecar, Some(arbiter))
         .map_err(|why| format!("the arbiter cannot say what the standby's images are: {why}"))?
         .generation;

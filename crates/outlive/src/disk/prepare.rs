@@ -1,5 +1,5 @@
-//! Before images are used: what an earlier process left in a journal is brought into them, and what cannot be
-//! used is refused.
+//! Prepares images for use: brings what an earlier process left in a journal into them, and refuses those
+//! that cannot be used.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -14,16 +14,16 @@ use super::sidecar::Sidecar;
 use super::start::cannot_write;
 use crate::cli::StandbyDisk;
 
-/// How long an image may still be in use by a process that has just ended.
+/// How long a process that has just ended may still keep an image in use.
 const RELEASED_AFTER: Duration = Duration::from_secs(2);
 
-/// Checks the images that a VM shall run on, `paths` being those that it writes to and does not share, and
-/// replays their journals. To be called before the machine opens them.
+/// Checks the images that a VM will run on and replays their journals. `paths` are those that it writes to
+/// and does not share. Call it before the machine opens them.
 ///
 /// # Errors
 /// One line that names the remedy.
 pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
-    // That an image is missing is told by the machine, which knows what it is for.
+    // The machine reports a missing image, because it knows what the image is for.
     for path in paths.iter().filter(|path| path.exists()) {
         look(path)?;
     }
@@ -37,16 +37,16 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
     replay(paths, &sidecars)
 }
 
-/// Said of an image that was being synchronised.
+/// The message for an image whose synchronisation did not finish.
 pub(super) fn not_whole(image: &Path) -> String {
     let image = image.display();
     format!(
-        "the disk image {image} is not whole, its synchronisation was interrupted: give it to `outlive standby` again, or restore it from a backup and run `outlive image accept {image}`"
+        "the disk image {image} is not whole, because its synchronisation was interrupted: give it to \
+         `outlive standby` again, or restore it from a backup and run `outlive image accept {image}`"
     )
 }
 
-/// Refuses images that are used as they are, read-only or shared, and are a standby's copy that is not
-/// finished.
+/// Refuses an image that is used as it is, read-only or shared, if it is an unfinished copy of a standby.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -57,7 +57,9 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
             Some(Sidecar { whole: true, journal: None, .. }) | None => {}
             Some(_) => {
                 return Err(format!(
-                    "the disk image {image} is a standby's copy that is not finished: give it to `outlive standby` or `outlive run` as a disk of the VM's own, or restore it from a backup and run `outlive image accept {image}`"
+                    "the disk image {image} is an unfinished copy of a standby: give it to `outlive \
+                     standby` or `outlive run` as a disk that the VM writes to, or restore it from a backup \
+                     and run `outlive image accept {image}`"
                 ));
             }
         }
@@ -65,17 +67,17 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks the images of a standby and replays their journals. If that is not possible now it may be later,
-/// with all disks given or their file system mounted, and the journal may be all that is left of what was
-/// committed: it is not given up unasked. What may be overwritten whatever it holds is left as it is. Whether
-/// the others may be is decided when a primary comes.
+/// Checks the images of a standby and replays their journals. A journal that cannot be replayed now may be
+/// replayable later, with all disks given or their file system mounted. It may be all that is left of what
+/// was committed, so it is not given up unasked. Images that may be overwritten whatever they hold stay as
+/// they are. Whether the others may be overwritten is decided when a primary connects.
 ///
 /// # Errors
 /// One line that names the remedy.
 pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), String> {
     let paths: Vec<&Path> = disks.iter().map(|disk| disk.path.as_path()).collect();
     for (at, path) in paths.iter().enumerate() {
-        // A wrong path or an image in use is told now, not when the first primary comes.
+        // A wrong path or an image in use is reported now, not when the first primary connects.
         look(path)?;
         can_be_a_disk(path)?;
         let same = |other: &&&Path| std::fs::canonicalize(other).ok() == std::fs::canonicalize(path).ok();
@@ -105,20 +107,25 @@ fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
 fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
     let place = path.display();
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
-        format!("the journal {place} of the disk images cannot be opened: {e}; put it back, or restore the images from a backup and run `outlive image accept` on them")
+        format!(
+            "cannot open the journal {place} of the disk images: {e}; put it back, or restore the \
+        images from a backup and run `outlive image accept` on them"
+        )
     })?;
     let unreadable = |e: &dyn std::fmt::Display| {
         format!(
-            "the journal {place} cannot be replayed: {e}; restore the images from a backup and run `outlive image accept` on them"
+            "cannot replay the journal {place}: {e}; restore the images from a backup and run `outlive \
+             image accept` on them"
         )
     };
     let (mut journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
     if journal.replay(|_| Ok(())).map_err(|e| unreadable(&e))?.is_none() {
-        // Emptied, and killed before the last sidecar said so: the images have all of it.
+        // The journal was emptied, but the process was killed before the last sidecar said so: the images
+        // have all of it.
         let named =
             paths.iter().zip(sidecars).filter_map(|(image, sidecar)| Some((*image, sidecar.as_ref()?)));
         let named = named.filter(|(_, sidecar)| sidecar.journal.as_deref() == Some(path));
-        // The sidecar of an image that was not given may name it still.
+        // The sidecar of an image that was not given may still name the journal.
         let Identity { vm, sizes, .. } = journal.identity();
         let given = sidecars.iter().flatten().filter(|sidecar| {
             sidecar.provenance.vm == *vm && sizes.get(usize::from(sidecar.disk)).is_some_and(|size| *size > 0)
@@ -142,7 +149,7 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
             (same && sidecar.provenance.vm == identity.vm).then_some((*image, sidecar))
         });
         let (image, sidecar) = found.ok_or_else(|| {
-            format!("the journal {place} has writes for disk {index} too: give all disks of the VM")
+            format!("the journal {place} also has writes for disk {index}: give all disks of the VM")
         })?;
         let file = open(image)?;
         let bytes = file.bytes().map_err(|e| unreadable(&e))?;
@@ -157,8 +164,8 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
     finish(Some(path), checkpoint, mine.into_iter())
 }
 
-/// Says in the sidecars that the images are at this checkpoint without a journal, which is empty. Removes the
-/// journal if it is named.
+/// Writes into the sidecars that the images are at this checkpoint and need no journal. Removes the empty
+/// journal if it is given.
 fn finish<'a>(
     journal: Option<&Path>,
     checkpoint: u64,
@@ -171,13 +178,13 @@ fn finish<'a>(
     if let Some(journal) = journal
         && let Err(error) = std::fs::remove_file(journal)
     {
-        // It is empty, and no sidecar names it.
+        // The journal is empty, and no sidecar names it.
         tracing::warn!(journal = %journal.display(), %error, "cannot remove the journal");
     }
     Ok(())
 }
 
-/// Whether this is what a disk can be kept in.
+/// Whether a disk can be kept in this file.
 fn can_be_a_disk(path: &Path) -> Result<(), String> {
     let (image, about) = (path.display(), std::fs::metadata(path).map_err(|e| cannot_open(path, &e))?);
     let kind = about.file_type();
@@ -193,12 +200,12 @@ fn can_be_a_disk(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether there is an image of this name.
+/// Whether an image of this name exists.
 pub(super) fn exists(path: &Path) -> Result<(), String> {
     std::fs::metadata(path).map(drop).map_err(|error| cannot_open(path, &error))
 }
 
-/// Whether an image is there and no VM runs on it. How it will be used is not known before the primary comes.
+/// Whether an image exists and no VM runs on it. How it will be used is known only when the primary connects.
 fn look(path: &Path) -> Result<(), String> {
     let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
     lock(path, || file.try_lock_shared())
@@ -222,7 +229,8 @@ fn cannot_open(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// The kernel keeps what an io_uring of a killed process has open for some moments after the process is gone.
+/// The kernel keeps files open that a killed process used through io_uring, for some moments after the
+/// process is gone.
 fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), String> {
     let image = path.display();
     let deadline = Instant::now() + RELEASED_AFTER;
@@ -236,13 +244,13 @@ fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(
         Err(TryLockError::WouldBlock) => {
             Err(format!("the disk image {image} is in use: stop the program that uses it"))
         }
-        // Not every file system knows locks.
+        // Not every file system has locks.
         Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         Err(TryLockError::Error(error)) => Err(format!("cannot lock the disk image {image}: {error}")),
     }
 }
 
-/// Opens an image for writing, for nobody else.
+/// Opens an image for writing and locks it.
 pub(super) fn open(path: &Path) -> Result<File, String> {
     let file =
         OpenOptions::new().read(true).write(true).open(path).map_err(|error| cannot_open(path, &error))?;

@@ -1,4 +1,4 @@
-//! Whose the images are: what the sidecars of all images of a VM have in common, on both hosts.
+//! The provenance of images: what the sidecars of all images of a VM have in common, on both hosts.
 
 use outlive_epoch::{Hello, Lineage, VmId};
 use serde::{Deserialize, Serialize};
@@ -10,24 +10,24 @@ pub(crate) struct Provenance {
     pub(crate) vm: VmId,
     /// Its name, for people.
     pub(crate) name: String,
-    /// Where its generations are won.
+    /// The arbiter that gives its generations.
     pub(crate) arbiter: KnownArbiter,
-    /// From which images' VMs it was begun.
+    /// The VMs of the images that it was begun from.
     pub(crate) lineage: Lineage,
 }
 
 /// What an image knows of its VM's arbiter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum KnownArbiter {
-    /// The VM has never had one, so no other host can have it.
+    /// The VM has never had one, so no other host can have the VM.
     None,
-    /// The one with this identity.
+    /// The arbiter with this identity.
     Id(String),
-    /// The sidecar is of a release that did not write it down.
+    /// Unknown: the release that wrote the sidecar did not record it.
     Unsaid,
 }
 
-/// In a sidecar this stands for [`KnownArbiter::Unsaid`]; identities have 32 hexadecimal digits.
+/// What a sidecar has for [`KnownArbiter::Unsaid`]; identities have 32 hexadecimal digits.
 const UNSAID: &str = "unsaid";
 
 impl KnownArbiter {
@@ -59,7 +59,7 @@ impl KnownArbiter {
 }
 
 impl Provenance {
-    /// Of the VM that a primary introduces, whose arbiter has this identity.
+    /// The provenance of the VM that a primary introduces; its arbiter has this identity.
     pub(crate) fn introduced(hello: &Hello, arbiter: &str) -> Self {
         Self {
             vm: hello.vm,
@@ -69,7 +69,7 @@ impl Provenance {
         }
     }
 
-    /// Whether the VM, when it runs in `own`, has all that `vm` had committed in `generation`.
+    /// Whether the VM, running in generation `own`, has everything that `vm` had committed in `generation`.
     pub(crate) fn includes(&self, own: u64, vm: VmId, generation: u64) -> bool {
         vm == self.vm && generation <= own || self.lineage.includes(vm, generation)
     }
@@ -89,13 +89,13 @@ pub(crate) struct Accepted {
     pub(crate) about: String,
 }
 
-/// The dangers that an operator can accept, each by a word of its own.
+/// The dangers that an operator can accept, each by its own option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DangerKind {
-    /// The image's VM went on elsewhere: what was committed since is given up.
+    /// The image's VM went on elsewhere; what was committed there is given up.
     StaleImage,
-    /// The image is a standby's copy: what the other host has beyond its last commit is given up.
+    /// The image is a standby's copy; what the other host has beyond its last commit is given up.
     Replica,
     /// The image's VM had another arbiter: nobody can say whether it went on elsewhere, or stop it there.
     OtherArbiter,
@@ -103,7 +103,7 @@ pub enum DangerKind {
     LostClaims,
     /// No arbiter is given, and the image's VM had one: as with another arbiter.
     NoArbiter,
-    /// The images are of several VMs.
+    /// The images belong to several VMs.
     ForeignImage,
     /// The image is not whole, or its sidecar is unreadable, and the operator has restored it.
     Unknown,

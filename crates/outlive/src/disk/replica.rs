@@ -1,10 +1,9 @@
 //! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the
-//! VM's memory ever waits for a disk that is a little slow.
-//!
-//! Jobs are done in the order in which they came. What waits is bounded: in the base synchronisation by what
-//! was asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES) and [`QUEUE_TIME`](queue::QUEUE_TIME).
-//! Beyond that whoever applies checkpoints waits here. It then acknowledges no further one, and so slows the
-//! guest down; the link is read on meanwhile.
+//! VM's memory ever waits for a disk that is a little slow. Jobs are done in the order in which they came.
+//! The queue is bounded: during base synchronisation by the chunks that were asked for, afterwards by
+//! [`QUEUE_BYTES`](queue::QUEUE_BYTES) and [`QUEUE_TIME`](queue::QUEUE_TIME). Beyond that the applier waits
+//! here. It then acknowledges no further checkpoint, and so slows the guest down; the reader keeps reading
+//! the link meanwhile.
 
 mod claims;
 mod queue;
@@ -31,7 +30,7 @@ use worker::Worker;
 /// Bytes of the base synchronisation that may wait: far more than a primary of this release ever sends
 /// without an answer.
 const BASE_BYTES: usize = 64 << 20;
-/// A disk that has not done one thing in this time is taken for broken. As long as Linux gives a disk for one
+/// A disk that has finished nothing in this time counts as broken. Linux gives a disk as long for one
 /// command.
 pub(crate) const STUCK: Duration = Duration::from_secs(30);
 
@@ -43,20 +42,20 @@ pub(crate) struct ReplicaDisk {
     pub(crate) file: File,
     /// Bytes of the disk.
     pub(crate) bytes: u64,
-    /// The guest can only read it: it is compared and never written.
+    /// The guest can only read the disk, so it is compared and never written.
     pub(crate) read_only: bool,
-    /// What an operator has accepted so that it is overwritten.
+    /// What an operator has accepted so that it may be overwritten.
     pub(crate) accepted: Option<Accepted>,
 }
 
-/// What happens at the disks.
+/// What the disks report.
 #[derive(Debug)]
 pub(crate) enum DiskEvent {
     /// The answer to sums.
     Want(DiskWant),
     /// The disks were compared with the VM's.
     Checked {
-        /// As of this checkpoint.
+        /// The checkpoint of the comparison.
         checkpoint: u64,
         /// How they differ, if they do; `Failed` follows.
         difference: Option<String>,
@@ -80,8 +79,8 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    /// Claims what the disks will need of their file systems and starts the thread. `disks` has `None` for a
-    /// disk that both hosts share.
+    /// Claims what the disks will need from their file systems and starts the thread. `disks` has `None` for
+    /// a disk that both hosts share.
     ///
     /// # Errors
     /// One line.
@@ -117,7 +116,7 @@ impl Replica {
             .collect()
     }
 
-    /// Sums of the base synchronisation have come.
+    /// Takes sums of the base synchronisation.
     ///
     /// # Errors
     /// What is wrong with them.
@@ -134,7 +133,7 @@ impl Replica {
         self.push_base(Job::Sums { disk, first, count, sums: sums.map(<[Sum]>::to_vec) })
     }
 
-    /// Chunks of the base synchronisation have come.
+    /// Takes chunks of the base synchronisation.
     ///
     /// # Errors
     /// What is wrong with them.
@@ -155,7 +154,7 @@ impl Replica {
     fn push_base(&self, job: Job) -> Result<(), String> {
         let waiting = self.queue.lock();
         if waiting.bytes + job.bytes() > BASE_BYTES {
-            return Err("more of the disks than may be on its way".into());
+            return Err("more bytes of the disks than may be under way".into());
         }
         self.queue.push(waiting, job);
         Ok(())
@@ -166,8 +165,8 @@ impl Replica {
         self.queue.buffer()
     }
 
-    /// A checkpoint is committed: its writes are on their way into the images when this returns. Waits while
-    /// too much is, or something is for too long.
+    /// Takes the writes of a committed checkpoint; they are on their way into the images when this returns.
+    /// Waits while too many bytes are under way, or one write has been for too long.
     pub(crate) fn commit(&self, number: u64, base: bool, records: RecordBuf) {
         let replicated = self.disks.iter().flatten().any(|(_, written)| *written);
         if !replicated || records.is_empty() && !base {
@@ -180,7 +179,7 @@ impl Replica {
         self.queue.push(waiting, Job::Commit { number, base, records });
     }
 
-    /// Whether the disks have not done one thing for [`STUCK`].
+    /// Whether the disks have finished nothing for [`STUCK`].
     pub(crate) fn is_stuck(&self) -> bool {
         self.queue.working_for() >= STUCK
     }
@@ -197,12 +196,12 @@ impl Replica {
         }
     }
 
-    /// Compares the disks as of the checkpoint that was committed last with the VM's, whose hashes must have
-    /// been [checked](Self::check_hashes). The result is told.
+    /// Compares the disks, as of the newest committed checkpoint, with the VM's, whose hashes must have been
+    /// [checked](Self::check_hashes). An event has the result.
     pub(crate) fn check(&self, number: u64, hashes: Vec<DiskHash>) {
         let waiting = self.queue.lock();
         if waiting.has_check() {
-            tracing::debug!(checkpoint = number, "self-check: left out, the last one has not begun");
+            tracing::debug!(checkpoint = number, "self-check: skipped, because the last one has not begun");
         } else {
             self.queue.push(waiting, Job::Check { number, hashes });
         }
@@ -214,8 +213,8 @@ impl Replica {
         self.queue.push(self.queue.lock(), Job::Settle { checkpoint });
     }
 
-    /// The standby ends in order: its images are brought to the last commit, durably, and the journal goes
-    /// away. Takes as long as that takes, unless a disk does nothing at all any more.
+    /// Ends the standby in order: brings its images to the last commit, durably, and removes the journal.
+    /// Waits as long as that takes, unless a disk finishes nothing at all.
     ///
     /// # Errors
     /// What failed, now or before.
@@ -227,8 +226,7 @@ impl Replica {
                 Ok(result) => return result,
                 Err(RecvTimeoutError::Timeout) if self.is_stuck() => {
                     return Err(
-                        "they do not answer; what is committed and not in the images is in the journal"
-                            .into(),
+                        "they do not answer; the journal has what is committed and not in the images".into(),
                     );
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -249,7 +247,7 @@ impl Replica {
         answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
     }
 
-    /// Who keeps the sidecars of the images, also when this is gone.
+    /// The keeper of the images' sidecars, which outlives this.
     pub(crate) fn sidecars(&self) -> Arc<Sidecars> {
         self.sidecars.clone()
     }

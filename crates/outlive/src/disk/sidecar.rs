@@ -25,10 +25,9 @@
 //! host = "hostb"
 //! about = "generation 4 of VM 77aa..., won by standby on host hosta, was given up"
 //! ```
-//!
-//! `process` is why a power cut between a won claim and the sidecar's next version leaves no image that
-//! nobody may start: the claim has the token of the process that won it, and the sidecar has had it since
-//! before that process could claim.
+//! Because of `process`, a power cut between a won claim and the sidecar's next version leaves no image that
+//! nobody may start: the claim has the token of the process that won it, and the sidecar had that token
+//! before the process could claim.
 
 mod old;
 mod place;
@@ -44,7 +43,7 @@ use super::provenance::{Accepted, Provenance};
 pub(crate) use place::beside;
 pub(in crate::disk) use text::now;
 
-/// What operators have accepted is kept so many times.
+/// How many records of what operators accepted are kept.
 const ACCEPTED_KEPT: usize = 8;
 
 /// What an image is.
@@ -57,28 +56,28 @@ pub(crate) enum Role {
     Replica,
 }
 
-/// How a standby's copy came to its end.
+/// How a standby's copy ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum CopyEnd {
-    /// The VM ended in order, and this is what it left.
+    /// The VM ended in order, and this is its final state.
     Followed,
     /// The standby gave it up in order, and the VM went on without it.
     Released,
 }
 
-/// See the module.
+/// What a sidecar says; see the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Sidecar {
-    /// Whose it is.
+    /// The VM that it belongs to, and where that comes from.
     pub(crate) provenance: Provenance,
     /// The generation in which the image was written last; 0 if none was ever won.
     pub(crate) generation: u64,
-    /// What it is.
+    /// What the image is.
     pub(crate) role: Role,
-    /// Whether it is a disk of the VM at all: not while it is being synchronised.
+    /// Whether it is a whole disk of the VM; it is not while it is being synchronised.
     pub(crate) whole: bool,
-    /// A replica's end.
+    /// How a replica ended.
     pub(crate) end: Option<CopyEnd>,
     /// A replica's checkpoint, when this was written; the journal may know newer ones.
     pub(crate) checkpoint: u64,
@@ -86,10 +85,10 @@ pub(crate) struct Sidecar {
     pub(crate) disk: u16,
     /// The journal that may have writes for it.
     pub(crate) journal: Option<PathBuf>,
-    /// The token of the process that the image is, or was, in the hands of: whatever generation of the VM
-    /// that process won, it won for this image.
+    /// The token of the process that has, or had, the image. Whatever generation of the VM that process won,
+    /// it won for this image.
     pub(crate) process: Option<String>,
-    /// What operators have accepted, the newest last.
+    /// What operators have accepted, newest last.
     pub(crate) accepted: Vec<Accepted>,
 }
 
@@ -104,9 +103,9 @@ pub(crate) enum SidecarError {
         /// Why.
         source: io::Error,
     },
-    /// It makes no sense.
+    /// The sidecar is invalid.
     #[error(
-        "{} makes no sense in line {line} ({why}): restore it, or, if you know that its image is good, run \
+        "{} is invalid in line {line} ({why}): restore it, or, if you know that its image is good, run \
          `outlive image accept {}`",
         path.display(), image.display()
     )]
@@ -168,13 +167,13 @@ impl Sidecar {
     /// # Errors
     /// The file system's.
     pub(crate) fn probe(image: &Path) -> io::Result<()> {
-        // Not the file that `write` renames.
+        // Another file than the one that `write` renames.
         let new = beside(image, "outlive.probe");
         if let Some(directory) = new.parent() {
             fs::create_dir_all(directory)?;
         }
         let tried = File::create(&new).and_then(|mut file| {
-            // No sidecar is larger.
+            // Every sidecar is smaller.
             file.write_all(&[b'#'; 4096])?;
             file.sync_all()
         });
@@ -229,7 +228,7 @@ mod tests {
         }
         let names: Vec<_> = fs::read_dir(&directory).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "{names:?}");
-        // Through a link the image is the same one.
+        // A link leads to the same image.
         let link = directory.path().join("link.img");
         std::os::unix::fs::symlink(&image, &link).unwrap();
         assert!(Sidecar::read(&link).unwrap().is_some());
@@ -242,7 +241,7 @@ mod tests {
         File::create(&image).unwrap();
         for number in 0..10 {
             Sidecar { accepted: vec![accepted(number)], ..sidecar() }.write(&image).unwrap();
-            // Neither twice nor forgotten by the next that writes.
+            // It is neither written twice nor lost at the next write.
             sidecar().write(&image).unwrap();
         }
         let kept = Sidecar::read(&image).unwrap().unwrap().accepted;
@@ -278,7 +277,7 @@ mod tests {
         vm = 30313233343536373839616263646566\ndisk = 2\nrole = replica\ngeneration = 4\ncheckpoint = 77\n\
         whole = yes\njournal = /srv/with space/root.img.journal\n";
 
-    /// The release before wrote lines of its own; they are read, and what is written next is of this release.
+    /// The previous release had a format of its own. It is read, and the next write uses this release's.
     #[test]
     fn a_sidecar_of_the_release_before_is_read_and_upgraded() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,9 +1,7 @@
-//! The sidecars of a VM's images, kept up to date by a thread of their own.
-//!
-//! A sidecar says whose an image is; the image is none the worse without it. So nobody who has something
-//! better to do waits for it: a takeover and the coordinator only say what the sidecars are to say, and what
-//! cannot be written now, because a file system is full or does not answer, is written later. Only who is
-//! about to spoil an image waits until that is written down.
+//! The thread that keeps the sidecars of a VM's images up to date. A sidecar says whose an image is; the
+//! image does not need it to be good. So a takeover and the coordinator do not wait for it. They only say
+//! what the sidecars must say, and what cannot be written now, because a file system is full or does not
+//! answer, is written later. Only a thread that is about to spoil an image waits until the sidecar says so.
 
 use std::fs;
 use std::io;
@@ -17,13 +15,13 @@ use crate::arbiter::process_token;
 
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_secs(2);
-/// One at a time in this process: an image may soon belong to somebody else, whose word must come after one
-/// that has been on its way to a slow file system since before.
+/// One writer at a time in this process. An image may soon belong to another copy, whose sidecar must come
+/// after one that is still on its way to a slow file system.
 static WRITING: Mutex<()> = Mutex::new(());
 
-/// Keeps every thread that writes sidecars waiting while it lives. None if one of them is at work for longer
-/// than `patience`: that may be one of an earlier copy whose file system is slow, and it still renames files
-/// and removes a journal.
+/// Keeps every thread that writes sidecars waiting while it lives. `None` if one of them works for longer
+/// than `patience`: it may belong to an earlier copy on a slow file system, and still rename files and remove
+/// a journal.
 pub(super) fn nobody_writes(patience: Duration) -> Option<MutexGuard<'static, ()>> {
     let deadline = Instant::now() + patience;
     loop {
@@ -36,22 +34,22 @@ pub(super) fn nobody_writes(patience: Duration) -> Option<MutexGuard<'static, ()
     }
 }
 
-/// What the sidecars of all images of a VM are to say.
+/// What the sidecars of all images of a VM must say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Saying {
     /// The generation in which the images were written last.
     pub(crate) generation: u64,
     /// What they are.
     pub(crate) role: Role,
-    /// Whether they are the VM's disks at all.
+    /// Whether they are whole disks of the VM.
     pub(crate) whole: bool,
-    /// How a standby's copy came to its end.
+    /// How a standby's copy ended.
     pub(crate) end: Option<CopyEnd>,
-    /// Which checkpoint they are at without the journal.
+    /// The checkpoint that they are at without the journal.
     pub(crate) checkpoint: u64,
     /// The journal that may have writes for them.
     pub(crate) journal: Option<PathBuf>,
-    /// An empty journal, to be removed once no sidecar names it any more.
+    /// An empty journal, to be removed once no sidecar names it.
     pub(crate) obsolete: Option<PathBuf>,
 }
 
@@ -70,11 +68,11 @@ pub(crate) struct Image {
     pub(crate) disk: u16,
     /// Where it is.
     pub(crate) path: PathBuf,
-    /// What an operator has accepted so that it could become one.
+    /// What an operator has accepted so that it could become the VM's.
     pub(crate) accepted: Option<Accepted>,
 }
 
-/// See the module. Once it is dropped, no attempt is begun any more.
+/// The thread; see the module. Once this is dropped, no new attempt begins.
 pub(crate) struct Sidecars {
     shared: Arc<Shared>,
 }
@@ -87,9 +85,9 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// The newest, until it is written.
+    /// The newest statement, until it is written.
     due: Option<Saying>,
-    /// How many there were, and how many of them are written or out of date.
+    /// How many statements there were, and how many of them are written or superseded.
     said: u64,
     done: u64,
     /// Why the last attempt failed, if it did.
@@ -112,10 +110,10 @@ impl Sidecars {
         Ok(Self { shared })
     }
 
-    /// What the sidecars are to say from now on. Returns at once.
+    /// Sets what the sidecars must say from now on. Returns at once.
     pub(crate) fn say(&self, saying: Saying) {
         let mut state = self.shared.lock();
-        // What an earlier one would have removed is still of no use.
+        // A journal that an earlier statement would have removed is still useless.
         let obsolete = state.due.take().and_then(|earlier| earlier.obsolete);
         let obsolete = obsolete.filter(|path| saying.journal.as_ref() != Some(path));
         state.due = Some(Saying { obsolete: saying.obsolete.clone().or(obsolete), ..saying });
@@ -124,10 +122,10 @@ impl Sidecars {
         self.shared.changed.notify_all();
     }
 
-    /// Waits until what was said last is durable, but not for longer than `patience`.
+    /// Waits until the last statement is durable, but not for longer than `patience`.
     ///
     /// # Errors
-    /// Why it is not; it is tried again.
+    /// Why it is not durable; the thread tries again.
     pub(crate) fn written_within(&self, patience: Duration) -> Result<(), String> {
         let deadline = Instant::now() + patience;
         let mut state = self.shared.lock();
@@ -148,7 +146,7 @@ impl Sidecars {
 
 impl Drop for Sidecars {
     fn drop(&mut self) {
-        // Without waiting for the thread: it may hang in a file system.
+        // Do not wait for the thread: it may hang in a file system.
         self.shared.lock().closed = true;
         self.shared.changed.notify_all();
     }
@@ -172,7 +170,7 @@ impl Keeper {
         let mut warned: Option<String> = None;
         while let Some((number, saying)) = self.next() {
             let one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
-            // It may have been out of date or of no use before its turn came.
+            // It may have been superseded or useless before its turn came.
             let stale = {
                 let state = self.shared.lock();
                 state.closed || state.said != number
@@ -195,10 +193,10 @@ impl Keeper {
                 }
                 Err(why) => {
                     if warned.as_ref() != Some(&why) {
-                        tracing::warn!("{why}; it is tried again, and the VM does not wait for it");
+                        tracing::warn!("{why}; Outlive tries again, and the VM does not wait for it");
                         warned = Some(why.clone());
                     }
-                    // Somebody has said something new meanwhile: that is tried at once.
+                    // A newer statement came meanwhile: try that one at once.
                     if state.said == number {
                         state.failed = Some(why);
                     }
@@ -208,7 +206,7 @@ impl Keeper {
         }
     }
 
-    /// Waits for something to be written; with its number. `None` when there will be no more.
+    /// Waits for the next statement and returns it with its number. `None` when there will be no more.
     fn next(&self) -> Option<(u64, Saying)> {
         let mut state = self.shared.lock();
         loop {
@@ -251,7 +249,7 @@ impl Keeper {
             && let Err(error) = fs::remove_file(&path)
             && error.kind() != io::ErrorKind::NotFound
         {
-            // It is empty, and no sidecar names it.
+            // The journal is empty, and no sidecar names it.
             tracing::warn!(path = %path.display(), %error, "cannot remove the journal");
         }
         Ok(())
@@ -289,7 +287,7 @@ mod tests {
         let (image, journal) = (image(directory.path()), directory.path().join("root.img.journal"));
         fs::write(&journal, "empty").unwrap();
         let sidecars = Sidecars::start(images(&image), provenance(VmId([3; 16]))).unwrap();
-        // A directory where the new sidecar would be: nothing can be written, whoever asks.
+        // A directory in the place of the new sidecar: no user can write it.
         let blocked = beside(&image, "outlive.new");
         fs::create_dir(&blocked).unwrap();
         sidecars.say(Saying { obsolete: Some(journal.clone()), ..Saying::primary(4) });
@@ -309,7 +307,7 @@ mod tests {
         assert!(!journal.exists(), "nothing names it any more");
     }
 
-    /// A writer of the copy before must not rename or remove what the next copy has claimed.
+    /// A writer of the previous copy must not rename or remove what the next copy has claimed.
     #[test]
     fn who_claims_waits_for_a_writer_that_is_at_work() {
         let writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! What an image is worth, by its sidecar and by what the arbiter knows: whether its VM may go on with it.
+//! The standing of an image, by its sidecar and by what the arbiter knows: whether its VM may go on with it.
 
 use std::path::Path;
 
@@ -9,9 +9,9 @@ use crate::arbiter::Arbiter;
 /// What speaks against starting a VM from an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Danger {
-    /// The VM ran on in a newer generation, elsewhere.
+    /// The VM ran in a newer generation, elsewhere.
     Stale { generation: u64, newest: u64, owner: Option<String> },
-    /// The standby gave the image up, and the VM ran on without it.
+    /// The standby gave the image up, and the VM continued without it.
     Released { generation: u64 },
     /// It is a copy as of the last commit.
     Replica { generation: u64 },
@@ -41,31 +41,41 @@ impl Danger {
             Self::Stale { generation, newest, owner } => {
                 let owner = owner.as_ref().map_or_else(String::new, |owner| format!(", won by {owner}"));
                 format!(
-                    "the disk image {image} is out of date: it is of generation {generation} and its VM ran on in generation {newest}{owner}; start from the image of the host that has that, or give up what happened since with {option}"
+                    "the disk image {image} is out of date: it has generation {generation} and its VM \
+                     continued in generation {newest}{owner}; start from the image of the host that has \
+                     that generation, or give up what happened since with {option}"
                 )
             }
             Self::Released { generation } => format!(
-                "the disk image {image} is out of date: its standby gave it up in generation {generation} and its VM ran on without it; start from the image of the host where it ran, or give up what happened since with {option}"
+                "the disk image {image} is out of date: its standby gave it up in generation {generation} \
+                 and its VM continued without it; start from the image of the host where it ran, or give up \
+                 what happened since with {option}"
             ),
             Self::Replica { generation } => format!(
                 "the disk image {image} is a standby's copy as of its last commit in generation {generation}, and the image of the host where the VM ran may be newer: start from that one, or, if it is lost for good, from this one with {option}"
             ),
             Self::OtherArbiter { known, given } => format!(
-                "the disk image {image} is of a VM with another arbiter (id {known}, given is {given}), by which it may have gone on elsewhere: give that one; or, if it is lost for good and the VM runs nowhere, start with {option}"
+                "the disk image {image} belongs to a VM with another arbiter (id {known}; the given one has \
+                 id {given}), and another host may have taken that VM over: give its arbiter; or, if that \
+                 is lost for good and the VM runs nowhere, start with {option}"
             ),
             Self::LostClaims { generation, highest } => {
                 let what = match highest {
                     None => "does not know the VM".to_owned(),
-                    Some(highest) => format!("knows generation {highest} and not generation {generation}"),
+                    Some(highest) => format!("knows generation {highest} but not generation {generation}"),
                 };
                 format!(
-                    "the arbiter {what} of the disk image {image}: it was emptied or is an old copy, and the VM may have gone on elsewhere; bring the right one back; or, if the VM runs nowhere, start with {option}"
+                    "the arbiter {what} of the disk image {image}: the arbiter was emptied or is an old \
+                     copy, and another host may have taken the VM over; bring the right arbiter back; or, \
+                     if the VM runs nowhere, start with {option}"
                 )
             }
             Self::NoArbiter { known } => {
                 let id = known.as_ref().map_or_else(String::new, |id| format!(" (id {id})"));
                 format!(
-                    "the disk image {image} is of a VM with an arbiter{id}, by which it may have gone on elsewhere: give it with --arbiter; or, if the VM runs nowhere, start without with {option}"
+                    "the disk image {image} belongs to a VM with an arbiter{id}, and another host may have \
+                     taken that VM over: give the arbiter with --arbiter; or, if the VM runs nowhere, start \
+                     without it with {option}"
                 )
             }
         }
@@ -85,7 +95,7 @@ impl Danger {
                 format!("VM {vm}: the primary's image of generation {generation} is given up")
             }
             Self::OtherArbiter { known, given } => {
-                format!("VM {vm}: arbiter {given} in the place of {known}")
+                format!("VM {vm}: arbiter {given} in place of {known}")
             }
             Self::LostClaims { generation, .. } => {
                 format!("VM {vm}: an arbiter that does not know generation {generation}")
@@ -95,13 +105,12 @@ impl Danger {
     }
 }
 
-/// See the module.
+/// The standing of an image; see the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Standing {
-    /// The generation that the image is of: that of its sidecar, or the newest that its process has won
-    /// since.
+    /// The generation of the image: that of its sidecar, or the newest that its process has won since.
     pub(super) generation: u64,
-    /// What it is in that generation.
+    /// What the image is in that generation.
     pub(super) role: Role,
     /// The newest generation that the given arbiter knows of the image's VM, if it is the VM's.
     pub(super) highest: Option<u64>,
@@ -110,10 +119,10 @@ pub(super) struct Standing {
 }
 
 impl Standing {
-    /// Looks at a sidecar with the arbiter that was given.
+    /// Judges a sidecar with the arbiter that was given.
     ///
     /// # Errors
-    /// The arbiter's, with what helps.
+    /// The arbiter's, with the remedy.
     pub(super) fn of(
         sidecar: &Sidecar,
         arbiter: Option<&mut (dyn Arbiter + 'static)>,
@@ -145,8 +154,7 @@ impl Standing {
         let Sidecar { provenance, generation, role, end, .. } = sidecar;
         let history = arbiter.history(&provenance.vm)?;
         let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
-        // A process that wins a generation goes on with its images. It may have died before their sidecars
-        // said so.
+        // A process that wins a generation keeps its images. It may have died before their sidecars said so.
         let own = |token: &str| {
             let mut wins = history.iter().rev();
             let own = wins.find(|win| win.winner.as_ref().is_some_and(|winner| winner.process == token));

@@ -1,16 +1,12 @@
-//! From images to the VM that is started on them: which VM it is, in which generation, and what of it nobody
-//! else may go on with.
-//!
-//! An image with a sidecar is of a VM, and that VM goes on: the same id, the next generation. So a standby
-//! that lost its primary and only now reaches the arbiter cannot go on with it as well, and whoever finds an
-//! older image of the VM knows it for one.
+//! From images to the VM that is started on them: which VM it is, in which generation, and what other hosts
+//! may no longer go on with. An image with a sidecar belongs to a VM, and that VM goes on: the same id, the
+//! next generation. So a standby that lost its primary and only now reaches the arbiter cannot go on with the
+//! VM as well, and an older image of the VM can be recognised.
 //!
 //! An operator may accept a danger. Where that gives up a part of the VM's line, or nobody can say whether it
-//! does, a *new* VM begins, with the image's VM as its ancestor: generations of one VM are a line without
-//! forks, and images of the part that was given up are then of a stranger, which no standby overwrites
-//! unasked.
-//!
-//! The order of [`Start::carry_out`] is what a power cut at any point must find in order: see the comments.
+//! does, a *new* VM begins, with the image's VM as its ancestor. Generations of one VM are a line without
+//! forks; images of the part that was given up then belong to a different VM, and no standby overwrites them
+//! unasked. The order in [`Start::carry_out`] makes a power cut at any point harmless: see the comments.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +18,7 @@ use super::standing::Standing;
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
-/// An image with its sidecar, and what that is worth.
+/// An image with its sidecar and standing.
 struct Known {
     path: PathBuf,
     sidecar: Sidecar,
@@ -31,7 +27,7 @@ struct Known {
 
 /// A VM that is about to be started.
 pub(crate) struct Start {
-    /// The VM, with the arbiter that it is about to have.
+    /// The VM, with the arbiter that it will have.
     pub(crate) provenance: Provenance,
     /// The generation that it runs in; 1 without an arbiter.
     pub(crate) generation: u64,
@@ -44,8 +40,7 @@ pub(crate) struct Start {
 }
 
 impl Start {
-    /// Decides what is started from `images`: those that the VM writes to and does not share. Changes
-    /// nothing.
+    /// Decides which VM starts from `images`: those that it writes to and does not share. Changes nothing.
     ///
     /// # Errors
     /// One line with the remedy for the first danger that is not accepted.
@@ -76,7 +71,8 @@ impl Start {
         if let Some((one, other)) = strangers(&known) {
             if !accept.contains(&DangerKind::ForeignImage) {
                 return Err(format!(
-                    "the disk images {} and {} are of different VMs ({} and {}): give the disks of one VM, or make a new VM of them with {}",
+                    "the disk images {} and {} belong to different VMs ({} and {}): give the disks of one \
+                     VM, or make a new VM of them with {}",
                     one.path.display(),
                     other.path.display(),
                     one.sidecar.provenance.vm,
@@ -97,7 +93,8 @@ impl Start {
         mut accepted: Vec<Accepted>,
     ) -> Result<Self, String> {
         accepted.dedup();
-        // A standby's copy goes on in its VM's line, like a takeover; all else that needs accepting forks it.
+        // A standby's copy continues its VM's line, like a takeover; everything else that must be accepted
+        // forks it.
         let forks = accepted.iter().any(|it| it.danger != DangerKind::Replica);
         let (vm, lineage, generation) = match known.first() {
             Some(first) if !forks => {
@@ -118,7 +115,7 @@ impl Start {
         &self.accepted
     }
 
-    /// Makes the images the VM's, and wins its generation. To be done last, because what is won stays won.
+    /// Makes the images the VM's, and wins its generation. Call it last, because what is won stays won.
     /// `disks` are all images that the VM writes to, with their positions.
     ///
     /// # Errors
@@ -131,17 +128,17 @@ impl Start {
         let process =
             arbiter::process_token().map_err(|e| format!("this host has no random numbers: {e}"))?;
         if self.forks {
-            // First nobody goes on with what the images were: after a power cut here they are only older
-            // than before.
+            // First, no other host may go on with the old VMs. After a power cut here the images are only
+            // older than before.
             if let Some(arbiter) = arbiter.as_deref_mut() {
                 self.end_earlier_vms(arbiter)?;
             }
-            // Then they are a new VM's, for which nobody has asked the arbiter yet.
+            // Then the images belong to a new VM, which the arbiter does not know yet.
             let provenance = Provenance { arbiter: KnownArbiter::None, ..self.provenance.clone() };
             self.write(disks, &provenance, 0, process)?;
         } else {
             // What this process is about to win belongs to these images, whatever happens between the win and
-            // their next sidecar.
+            // the next sidecar.
             for Known { path, sidecar, standing } in &self.known {
                 let Standing { generation, role, .. } = *standing;
                 let intent = Sidecar { generation, role, process: Some(process.into()), ..sidecar.clone() };
@@ -154,15 +151,15 @@ impl Start {
                 self.write(disks, &self.provenance, self.generation, process)?;
                 arbiter.tidy(&self.provenance.vm);
             }
-            // A VM without an arbiter leaves nothing beside images that had nothing there.
+            // A VM without an arbiter writes no sidecar beside images that had none.
             None if !self.known.is_empty() => self.write(disks, &self.provenance, 0, process)?,
             None => {}
         }
         Ok(())
     }
 
-    /// Wins the generations that others could go on with. The one after the newest that was looked at, not
-    /// the one after the newest: that may have been won since.
+    /// Wins the generations with which others could go on: each is the one after the newest that was read,
+    /// not after the newest now, which may have been won since.
     fn end_earlier_vms(&self, arbiter: &mut dyn Arbiter) -> Result<(), String> {
         for (vm, generation) in &self.ends {
             match arbiter.claim(vm, *generation, &arbiter::owner("primary, started anew")) {
@@ -190,7 +187,7 @@ impl Start {
 
     fn taken_over(&self, owner: &str) -> String {
         format!(
-            "the VM of the disk image {} has just been taken over by {owner}: use the image of the host that has it",
+            "{owner} has just taken over the VM of the disk image {}: use the image of that host",
             self.first_image()
         )
     }
@@ -224,7 +221,8 @@ impl Start {
 }
 
 impl Sidecar {
-    /// That of an image that a VM runs on, or is about to, in the hands of a process if there is one.
+    /// The sidecar of an image that a VM runs on or is about to run on, with the token of a process if there
+    /// is one.
     pub(super) fn primary(provenance: &Provenance, generation: u64, process: Option<&str>) -> Self {
         Self {
             provenance: provenance.clone(),
@@ -241,7 +239,7 @@ impl Sidecar {
     }
 }
 
-/// An entry for the record, as of now and here.
+/// An entry for the record, with this time and host.
 pub(super) fn record(danger: DangerKind, about: String) -> Accepted {
     Accepted { danger, at: now(), host: process::host_name(), about }
 }
@@ -262,8 +260,8 @@ fn strangers(known: &[Known]) -> Option<(&Known, &Known)> {
     known.iter().find(|other| other.sidecar.provenance.vm != vm).map(|other| (first, other))
 }
 
-/// The line of a VM that begins with these images: their VMs up to what all of its images have, then those
-/// that these descend from.
+/// The lineage of a VM that begins with these images: their VMs up to what all of the images have, then the
+/// ancestors of those.
 fn lineage(known: &[Known]) -> Lineage {
     let nearest =
         known.iter().map(|it| Ancestor { vm: it.sidecar.provenance.vm, through: it.standing.generation });

@@ -1,10 +1,9 @@
-//! The primary's side of the base synchronisation of disks, on a thread of its own: reading and hashing may
-//! wait for a disk, the link's heartbeats may not.
-//!
-//! Every round is the same talk: the sums of a *window* of chunks go out, the standby answers which of them
-//! it wants, those chunks go out. The first round is the whole disk, the later ones are what the guest wrote
-//! meanwhile. The standby answers in the order of its work, after it has written the chunks of the windows
-//! before; so the windows not yet answered bound everything that is on its way, and no more are ever sent.
+//! The primary's side of the base synchronisation of disks. It has its own thread: reading and hashing may
+//! wait for a disk, the link's heartbeats may not. Every round is the same dialogue: the primary sends the
+//! sums of a *window* of chunks, the standby answers which of them it wants, and the primary sends those
+//! chunks. The first round covers the whole disk, the later ones what the guest wrote meanwhile. The standby
+//! answers in the order of its work, after it has written the chunks of the windows before; so the windows
+//! not yet answered bound everything that is on its way, and no more are ever sent.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,22 +18,22 @@ use outlive_epoch::{DISK_CHUNK, DISK_RECORD_LEN, DiskOp, DiskRecord, DiskWant, M
 
 use super::image::{ChunkReader, Sum, chunks};
 
-/// Chunks of a window: 4 MiB.
+/// Chunks in a window: 4 MiB.
 const WINDOW: u64 = 64;
-/// Chunks in windows that are not answered.
+/// How many chunks may be in unanswered windows.
 const IN_FLIGHT: u64 = 2 * WINDOW;
-/// Windows that are not answered. Windows of later rounds may have a single chunk.
+/// How many windows may be unanswered. Windows of later rounds may have a single chunk.
 const WINDOWS: usize = 64;
-/// Chunks of one section of blocks. No more, because a heartbeat waits while one is written.
+/// Chunks in one section of blocks. No more, because a heartbeat waits while a section is written.
 const SECTION: usize = 3;
-/// Rounds before the first report at most; then, and when a round had no more than this many chunks, memory
-/// comes next.
+/// How many rounds there are at most before the first report. After them, or after a round with no more than
+/// this many chunks, memory comes next.
 const ROUNDS: u64 = 8;
 const FEW: usize = 128;
 /// Time between two reports.
 const REPORT: Duration = Duration::from_millis(100);
 
-/// A disk that is synchronised.
+/// A disk to synchronise.
 pub(crate) struct SourceDisk {
     /// Its position among the VM's disks.
     pub(crate) index: u16,
@@ -42,7 +41,7 @@ pub(crate) struct SourceDisk {
     pub(crate) file: File,
     /// Its length.
     pub(crate) bytes: u64,
-    /// The guest may write to it meanwhile. If not, the standby only compares.
+    /// Whether the guest may write to it meanwhile. If not, the standby only compares.
     pub(crate) written: bool,
 }
 
@@ -52,7 +51,7 @@ pub(crate) trait Changed: Send + 'static {
     fn take(&mut self, disk: u16, chunks: &mut Vec<u64>);
 }
 
-/// A section to be sent.
+/// A section to send.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum DiskSection {
     /// Sums of a window.
@@ -78,7 +77,7 @@ pub(crate) enum DiskSection {
 /// What the thread tells the coordinator.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum SyncReport {
-    /// How far the first round has come with a disk.
+    /// How far the first round is with a disk.
     Progress {
         /// The disk.
         disk: u16,
@@ -89,16 +88,16 @@ pub(crate) enum SyncReport {
         /// Bytes of chunks sent, in all rounds.
         sent_bytes: u64,
     },
-    /// The standby has the disks, but for what is being written.
+    /// The standby has the disks, except for what is being written.
     Synced,
-    /// Everything written before the order is at the standby too.
+    /// The standby also has everything written before the order.
     CaughtUp {
         /// As ordered.
         last: bool,
         /// Chunks that had been written since the last time.
         chunks: usize,
     },
-    /// It cannot go on.
+    /// The synchronisation failed.
     Failed(String),
 }
 
@@ -147,20 +146,20 @@ impl DiskSync {
         Ok(Self { orders: Some(orders), stop, thread: Some(thread) })
     }
 
-    /// The standby has answered.
+    /// Takes an answer of the standby.
     pub(crate) fn want(&self, want: DiskWant) {
         self.order(Order::Want(want));
     }
 
-    /// Send what was written meanwhile, and report when the standby has it. With `last` the standby makes all
-    /// of it durable.
+    /// Orders the thread to send what was written meanwhile, and to report when the standby has it. With
+    /// `last` the standby makes everything durable.
     pub(crate) fn catch_up(&self, last: bool) {
         self.order(Order::CatchUp { last });
     }
 
     fn order(&self, order: Order) {
         if let Some(orders) = &self.orders {
-            // A thread that has failed has said so.
+            // A thread that has failed has reported it.
             orders.send(order).ok();
         }
     }
@@ -170,7 +169,7 @@ impl Drop for DiskSync {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.orders = None;
-        // It looks at the flag before every chunk.
+        // It checks the flag before every chunk.
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
         }
@@ -179,7 +178,7 @@ impl Drop for DiskSync {
 
 /// Why the thread stops.
 enum Stop {
-    /// Nobody wants it any more.
+    /// The handle was dropped.
     Unwanted,
     Failed(String),
 }
@@ -188,7 +187,7 @@ struct Window {
     disk: u16,
     first: u64,
     count: u32,
-    /// What it takes of [`IN_FLIGHT`].
+    /// Its share of [`IN_FLIGHT`].
     weight: u64,
 }
 
@@ -239,7 +238,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         }
     }
 
-    /// Offers what was written since the last round. Returns how many chunks that were.
+    /// Offers what was written since the last round. Returns the number of chunks.
     fn later_round(&mut self) -> Result<usize, Stop> {
         self.round += 1;
         let (mut written, mut total) = (Vec::new(), 0);
@@ -291,7 +290,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         Ok(())
     }
 
-    /// The next window: a number of chunks in a hole, or else the sums of some chunks. `None`: stopped.
+    /// The next window: some chunks in a hole, or the sums of some chunks. `None` if stopped.
     fn look(&mut self, disk: usize, first: u64, end: u64) -> Result<(u64, Vec<Sum>), Option<io::Error>> {
         let SourceDisk { file, bytes, .. } = &self.disks[disk];
         let mut reader = ChunkReader::new(file, *bytes);
@@ -319,7 +318,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
     }
 
     fn wait_for_room(&mut self) -> Result<(), Stop> {
-        // A whole window must fit.
+        // There must be room for a whole window.
         while self.in_flight + WINDOW > IN_FLIGHT || self.outstanding.len() >= WINDOWS {
             self.wait_for_answer()?;
         }

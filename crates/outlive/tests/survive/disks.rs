@@ -90,7 +90,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     // The old image is out of date, and says so to whoever starts a VM on it.
     let mut stale = run(&world, Side::A);
     assert_eq!(stale.wait_exit(), 2);
-    assert!(stale.log().contains("is out of date: it is of generation 1"), "{}", stale.log());
+    assert!(stale.log().contains("is out of date: it has generation 1"), "{}", stale.log());
     assert!(stale.log().contains("generation 2, won by standby on "), "{}", stale.log());
 
     // As a standby's it is welcome; only what differs is sent.

@@ -96,10 +96,13 @@ fn a_stale_image_starts_nowhere() {
     assert!(said.contains("another arbiter") && said.contains(other.identity()), "{said}");
     // The option is forgotten.
     let said = refusal(world.run_without_arbiter(Side::A, &["--disk", &disk(&world, Side::A)]));
-    assert!(said.contains("give it with --arbiter") && said.contains("--accept-no-arbiter"), "{said}");
+    assert!(
+        said.contains("give the arbiter with --arbiter") && said.contains("--accept-no-arbiter"),
+        "{said}"
+    );
     // Nothing is forgotten.
     let said = refusal(run(&world, Side::A, &[]));
-    assert!(said.contains("is out of date: it is of generation 1"), "{said}");
+    assert!(said.contains("is out of date: it has generation 1"), "{said}");
     // The arbiter is emptied.
     let (vm, away) = (vm_of(&before), world.dir().join("away"));
     fs::rename(world.arbiter().join(&vm), &away).unwrap();

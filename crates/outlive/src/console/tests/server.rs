@@ -128,7 +128,7 @@ fn sockets_are_for_their_owner_and_replace_stale_ones() {
     drop(console);
     fs::write(inside.join("hvc0"), "precious").unwrap();
     let error = Console::open(Some(&spec), |_| ()).unwrap_err();
-    assert!(error.contains("no socket"), "{error}");
+    assert!(error.contains("not a socket"), "{error}");
     assert_eq!(fs::read(inside.join("hvc0")).unwrap(), b"precious");
     assert!(!inside.join("serial").exists(), "what was made before the error is gone");
     let long = Path::new("/tmp").join("x".repeat(120));

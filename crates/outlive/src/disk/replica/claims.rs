@@ -1,5 +1,5 @@
-//! What a standby's disks will need of their file systems, claimed and tried before a primary hears that it
-//! is accepted: afterwards it may be protected, and a full file system would be found when it is too late.
+//! What a standby's disks will need from their file systems. It is claimed and tried before a primary is
+//! accepted: afterwards the VM may be protected, and a full file system would be found too late.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,29 +14,31 @@ use crate::disk::apply::JOURNAL_BYTES;
 use crate::disk::sidecar::{Sidecar, beside};
 use crate::disk::sidecars::nobody_writes;
 
-/// How long a claim waits for sidecars of an earlier copy that are being written.
+/// How long a claim waits while the sidecars of an earlier copy are being written.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A journal with the room that it usually takes.
+/// A journal with the room that it usually needs.
 pub(super) struct ClaimedJournal {
     /// Where it is.
     pub(super) path: PathBuf,
-    /// Whatever is in it, it is named by no sidecar, or empty.
+    /// The file. No sidecar names it, or it is empty.
     pub(super) file: File,
-    /// It was not there before.
+    /// Whether the claim made it.
     made: bool,
 }
 
-/// Claims a journal beside the first image that is written, if there is one, and tries to write sidecars.
+/// Claims a journal beside the first image that is written, if any, and tries to write sidecars.
 ///
 /// # Errors
 /// One line that names the file.
 pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJournal>, String> {
     let mut written = disks.iter().flatten().filter(|disk| !disk.read_only).peekable();
     let Some(first) = written.peek() else { return Ok(None) };
-    // Over all that follows: a writer of an earlier copy would take what is claimed here for its own.
+    // Held until the end: a writer of an earlier copy would take what is claimed here for its own.
     let Some(_nobody_writes) = nobody_writes(PATIENCE) else {
-        return Err("the .outlive files of the last copy are still being written; it is tried again".into());
+        return Err("the .outlive files of the last copy are still being written; the standby tries \
+        again"
+            .into());
     };
     let path = beside(&first.path, "journal");
     let claimed = ClaimedJournal::open(&path).map_err(|error| {
@@ -78,8 +80,8 @@ impl ClaimedJournal {
         Ok(claimed)
     }
 
-    /// It was not needed. One that was there before stays: a sidecar of an image that is not here may name
-    /// it.
+    /// Gives back a journal that was not needed. One that was there before stays: the sidecar of an image
+    /// that is not here may name it.
     pub(super) fn give_up(self) {
         if self.made
             && let Err(error) = fs::remove_file(&self.path)

@@ -1,4 +1,4 @@
-//! What waits for the thread of the disks.
+//! The queue of the disks' thread.
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -12,14 +12,14 @@ use outlive_machine::DiskHash;
 use crate::disk::image::Sum;
 use crate::disk::sidecar::CopyEnd;
 
-/// Bytes of committed writes that may wait.
+/// How many bytes of committed writes may wait.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
-/// How long a committed write may wait for the thread of the disks. A takeover has to wait for all that waits
-/// here, so this bounds how much that is on a slow disk, where [`QUEUE_BYTES`] may be minutes.
+/// How long a committed write may wait for the disks' thread. A takeover waits for everything in this queue,
+/// so this bounds the wait on a slow disk, where [`QUEUE_BYTES`] may take minutes.
 pub(super) const QUEUE_TIME: Duration = Duration::from_secs(2);
-/// Buffers of records that are kept to be used again.
+/// How many buffers of records are kept for reuse.
 const SPARE_BUFFERS: usize = 64;
-/// A buffer that has become larger than this is not kept.
+/// A buffer that has grown larger than this is not kept.
 const SPARE_BYTES: usize = 1 << 20;
 
 pub(super) enum Job {
@@ -53,7 +53,7 @@ pub(super) struct Waiting {
     jobs: VecDeque<(Instant, Job)>,
     pub(super) bytes: usize,
     pub(super) failed: Option<String>,
-    /// Since when the thread works on what must not take long.
+    /// Since when the thread has worked on a job that must not take long.
     working: Option<Instant>,
     /// The thread compares the disks with the VM's. That takes as long as reading them, and it ends when
     /// something urgent waits.
@@ -62,7 +62,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Whether so many bytes more must not come now.
+    /// Whether this many more bytes must wait.
     pub(super) fn is_full(&self, bytes: usize) -> bool {
         let late = || self.jobs.front().is_some_and(|(came, _)| came.elapsed() >= QUEUE_TIME);
         self.bytes > 0 && self.bytes + bytes > QUEUE_BYTES || !self.checking && late()
@@ -79,7 +79,7 @@ pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     came: Condvar,
     pub(super) room: Condvar,
-    /// Bytes of chunks that were asked for and have not come.
+    /// Bytes of chunks that were asked for and have not arrived.
     pub(super) wanted: AtomicU64,
 }
 
@@ -89,7 +89,7 @@ impl Queue {
     }
 
     /// Whether something waits that must not wait for a comparison: the end of the link or of the standby, or
-    /// so many writes that the link would have to.
+    /// so many writes that the link would have to wait.
     pub(super) fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {
@@ -98,17 +98,17 @@ impl Queue {
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
     }
 
-    /// For how long the thread has been at something that should be done soon.
+    /// For how long the thread has worked on a job that must not take long.
     pub(super) fn working_for(&self) -> Duration {
         self.lock().working.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// An empty buffer for records, one that was used before if there is one.
+    /// An empty buffer for records, a used one if possible.
     pub(super) fn buffer(&self) -> RecordBuf {
         self.lock().spare.pop().unwrap_or_default()
     }
 
-    /// Takes a buffer of records that is not needed any more.
+    /// Takes back a buffer of records.
     pub(super) fn give_back(&self, mut buffer: RecordBuf) {
         let mut waiting = self.lock();
         if buffer.memory() <= SPARE_BYTES && waiting.spare.len() < SPARE_BUFFERS {
@@ -123,7 +123,7 @@ impl Queue {
         self.came.notify_one();
     }
 
-    /// The next job, `None` when none came until `soft`, or, however many there are, when `hard` is over.
+    /// The next job. `None` if none came until `soft`, or if `hard` is over, whatever waits.
     pub(super) fn pop(&self, soft: Option<Instant>, hard: Option<Instant>) -> Option<Job> {
         let mut waiting = self.lock();
         (waiting.working, waiting.checking) = (None, false);
@@ -182,7 +182,7 @@ mod tests {
         assert!(waiting(now, QUEUE_BYTES / 2).is_full(QUEUE_BYTES / 2 + 1));
         assert!(!waiting(QUEUE_TIME / 2, 5).is_full(1));
         assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
-        // A comparison takes its time and ends when enough waits; the disk is not slow.
+        // A long comparison is no sign of a slow disk: it ends when enough waits.
         assert!(!Waiting { checking: true, ..waiting(QUEUE_TIME, 5) }.is_full(1));
     }
 
@@ -198,7 +198,7 @@ mod tests {
         assert!(is_working());
         queue.pop(None, None);
         assert!(!is_working() && queue.lock().checking);
-        // What is due without a job.
+        // Work that is due without a job.
         assert!(queue.pop(Some(Instant::now()), None).is_none());
         assert!(is_working() && !queue.lock().checking);
         assert!(queue.pop(Some(Instant::now()), Some(Instant::now())).is_none());

@@ -1,4 +1,4 @@
-//! The thread of the disks.
+//! The disks' thread.
 
 use std::fs::File;
 use std::io;
@@ -23,11 +23,11 @@ use crate::disk::sidecars::{Saying, Sidecars};
 
 /// Committed writes are durable in the journal after this time at the latest.
 const HARDEN: Duration = Duration::from_millis(50);
-/// So many bytes are made durable at once.
+/// As soon as this many bytes wait, they are made durable.
 const HARDEN_BYTES: usize = 8 << 20;
-/// After this time without a write the journal is emptied.
+/// The journal is emptied after this time without a write.
 const IDLE: Duration = Duration::from_secs(1);
-/// How long a takeover waits for sidecars at most: the VM needs none.
+/// How long a takeover waits for sidecars at most; the VM does not need them.
 const SIDECAR_PATIENCE: Duration = Duration::from_millis(500);
 
 pub(super) struct Worker<T> {
@@ -41,13 +41,13 @@ pub(super) struct Worker<T> {
     /// From the base's last checkpoint on.
     applier: Option<Applier<File>>,
     journal: Option<PathBuf>,
-    /// The last checkpoint, when there is no applier any more.
+    /// The last checkpoint, once the applier is gone.
     left_at: u64,
-    /// The sidecars say that the images are not whole.
+    /// Whether the sidecars say that the images are not whole.
     tainted: bool,
     buffer: Vec<u8>,
     pending_since: Option<Instant>,
-    /// The guest waits for nothing of this, but its flush shall be durable here soon.
+    /// The guest does not wait for this, but its flush should soon be durable here.
     flush: bool,
     tell: T,
 }
@@ -98,8 +98,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 Job::Blocks(records) => self.write_blocks(records),
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
-                // What a takeover needs of the disks is done now: a generation that is won cannot be given
-                // back.
+                // Do now what a takeover needs from the disks: a won generation cannot be given back.
                 Job::Settle { checkpoint } => {
                     self.leave(None).map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
                 }
@@ -162,7 +161,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         known.ok_or_else(|| format!("disk {disk} is not replicated"))
     }
 
-    /// Compares a window. What must be zero is made zero at once, everything else that differs is asked for.
+    /// Compares a window. Zeroes at once what must be zero, and asks for everything else that differs.
     fn compare(&mut self, disk: u16, first: u64, count: u32, sums: Option<&[Sum]>) -> Result<(), String> {
         let mut wanted = Vec::new();
         if count == 0 {
@@ -213,7 +212,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    /// Before an image is written outside the journal: it is between two checkpoints from now on.
+    /// Called before an image is written outside the journal: it is between two checkpoints from now on.
     fn taint(&mut self) -> Result<(), String> {
         if !std::mem::replace(&mut self.tainted, true) {
             self.say_first(self.replica(false, 0, None))?;
@@ -221,7 +220,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    /// What the sidecars of a replica of this generation are to say.
+    /// What the sidecars of a replica of this generation must say.
     fn replica(&self, whole: bool, checkpoint: u64, journal: Option<PathBuf>) -> Saying {
         Saying {
             generation: self.generation,
@@ -234,16 +233,16 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         }
     }
 
-    /// Says in the sidecars what must be known before anything else happens to the images.
+    /// Writes into the sidecars what they must say before anything else happens to the images.
     fn say_first(&self, saying: Saying) -> Result<(), String> {
         self.sidecars.say(saying);
         self.sidecars.written_within(STUCK)
     }
 
-    /// Says in the sidecars what does no harm if it is not known yet.
+    /// Writes into the sidecars what may be written late without harm.
     fn say(&self, saying: Saying) {
         self.sidecars.say(saying);
-        // Waited for, so that it is known early where nothing is wrong. What is, has been logged.
+        // Wait, so that it is usually written early. The keeper has logged any failure.
         self.sidecars.written_within(SIDECAR_PATIENCE).ok();
     }
 
@@ -303,13 +302,13 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         result
     }
 
-    /// Buffers of records that are in the images are used again.
+    /// Takes back the buffers of records that are in the images.
     fn give_back(&mut self) {
         let spent = self.applier.iter_mut().flat_map(Applier::spent);
         spent.for_each(|buffer| self.queue.give_back(buffer));
     }
 
-    /// What is due when no job comes.
+    /// Does what is due when no job comes.
     fn harden_or_empty(&mut self) -> Result<(), String> {
         match &self.applier {
             Some(applier) if applier.pending_bytes() > 0 => self.harden(),
@@ -318,7 +317,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait
-    /// meanwhile, in memory. Images that differ are of no VM any more, and marked so.
+    /// meanwhile, in memory. Images that differ no longer belong to any VM, and are marked so.
     fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), String> {
         self.harden()?;
         for &DiskHash { disk, hash: wanted } in hashes {
@@ -326,10 +325,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             let here = hash::contents(file, *bytes, || !self.queue.is_urgent())
                 .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
             let Some(here) = here else {
-                tracing::info!(
-                    checkpoint = number,
-                    "self-check: given up, there are more urgent things to do"
-                );
+                tracing::info!(checkpoint = number, "self-check: given up, because more urgent work waits");
                 return Ok(());
             };
             if here != wanted {
@@ -364,9 +360,9 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    /// The standby takes no more of this VM's writes: the images are at the last commit, durably, and say so
-    /// without a journal. If they cannot say so now, the empty journal stays, because the sidecars name it:
-    /// to replay it changes nothing.
+    /// Ends this standby's copy: brings the images to the last commit, durably, and says so in the sidecars,
+    /// without a journal. If the sidecars cannot be written now, the empty journal stays, because they name
+    /// it; replaying it changes nothing.
     fn leave(&mut self, end: Option<CopyEnd>) -> Result<(), String> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {

@@ -1,4 +1,4 @@
-//! Sidecars of the release before, which had no arbiter, no name and no ancestors.
+//! Sidecars of the previous release, which had no arbiter, no name and no ancestors.
 
 use std::path::PathBuf;
 
@@ -7,12 +7,12 @@ use outlive_epoch::Lineage;
 use super::{Role, Sidecar};
 use crate::disk::provenance::{KnownArbiter, Provenance};
 
-/// Whether a text is one of them.
+/// Whether a text is such a sidecar.
 pub(super) fn is_old(text: &str) -> bool {
     text.lines().any(|line| line.trim() == "version = 1")
 }
 
-/// Returns the number of the line that makes no sense, from 1; 0 if a line is missing.
+/// On an error, returns the number of the invalid line, from 1; 0 if a line is missing.
 pub(super) fn parse(text: &str) -> Result<Sidecar, usize> {
     let (mut vm, mut disk, mut role) = (None, None, None);
     let (mut generation, mut checkpoint, mut whole, mut journal) = (None, None, None, None);

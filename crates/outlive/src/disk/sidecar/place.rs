@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
 
-/// Where the sidecars and journals of block devices are kept: beside them is no place that lasts.
+/// Where the sidecars and journals of block devices are kept: `/dev` does not survive a reboot.
 const STATE_DIR: &str = "/var/lib/outlive";
-/// Characters of a block device's name in that of its sidecar.
+/// How many characters of a block device's name go into that of its sidecar.
 const LONGEST_NAME: usize = 150;
 
 /// The file that goes with an image: beside it, or for a block device in a directory of its own.
@@ -32,9 +32,9 @@ fn sysfs(device: u64) -> PathBuf {
     fs::canonicalize(&number).unwrap_or_else(|_| number.into())
 }
 
-/// A name that a block device has in every life of this host: `/dev/sdb` and `/dev/dm-3` may be another one
-/// next time, and a sidecar that is not found lets a torn image start. `None` if it has none; then its name
-/// of today has to do.
+/// A name that a block device keeps over reboots. `/dev/sdb` and `/dev/dm-3` may be another device next time,
+/// and a sidecar that is not found lets a torn image start. `None` if it has none; then its current name has
+/// to do.
 fn lasting_name(sysfs: &Path) -> Option<String> {
     let word = |file: &str| {
         let text = fs::read_to_string(sysfs.join(file)).ok()?;
@@ -47,11 +47,11 @@ fn lasting_name(sysfs: &Path) -> Option<String> {
     names.into_iter().find_map(|file| Some(format!("{}-{}", file.replace('/', "-"), word(file)?)))
 }
 
-/// As the name of a file, whatever is in it.
+/// Makes any text the name of a file.
 fn file_name(name: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
     let text: String = name.trim_start_matches('/').chars().map(plain).collect();
-    // Two names may look alike now.
+    // Two different names may have become the same.
     if text == name || name.starts_with("/dev/") && text.len() < LONGEST_NAME {
         return text;
     }
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn block_devices_have_theirs_elsewhere() {
-        // Any block device of this machine will do; without one there is nothing to see.
+        // Any block device of this machine will do; without one there is nothing to test.
         let device =
             fs::read_dir("/dev").into_iter().flatten().flatten().find(|entry| {
                 fs::metadata(entry.path()).is_ok_and(|data| data.file_type().is_block_device())

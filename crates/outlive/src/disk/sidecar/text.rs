@@ -1,4 +1,4 @@
-//! A sidecar as it is written down.
+//! The text of a sidecar.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -13,7 +13,7 @@ use crate::process;
 /// Version of the text that this release writes.
 const VERSION: u32 = 2;
 
-/// How a sidecar is written down.
+/// The fields of the text.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Text {
@@ -29,7 +29,7 @@ struct Text {
     arbiter: Option<String>,
     process: Option<String>,
     journal: Option<PathBuf>,
-    /// Of whoever wrote it.
+    /// Name of the host that wrote it.
     host: String,
     written: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -79,22 +79,22 @@ impl Sidecar {
         ))
     }
 
-    /// Returns the line that makes no sense, and why.
+    /// On an error, returns the invalid line and why.
     pub(super) fn parse(text: &str) -> Result<Self, (usize, String)> {
         if old::is_old(text) {
-            return old::parse(text).map_err(|line| (line, "not what Outlive writes".into()));
+            return old::parse(text).map_err(|line| (line, "Outlive does not write this".into()));
         }
         let text: Text = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
             let why = error.message().lines().next().unwrap_or_default();
-            // Without the list of all that would have been right.
+            // Leave out the list of everything that would be valid.
             (line, why.split(", expected one of").next().unwrap_or_default().to_owned())
         })?;
         let nonsense = |what: &str| (0, what.to_owned());
         if text.version != VERSION {
-            return Err((0, format!("it is of version {}, this release knows {VERSION}", text.version)));
+            return Err((0, format!("it has version {}, but this release knows {VERSION}", text.version)));
         }
-        let vm = |text: &str| text.parse().map_err(|_| nonsense("an id of a VM is none"));
+        let vm = |text: &str| text.parse().map_err(|_| nonsense("a VM's id is invalid"));
         let ancestors: Result<Vec<_>, _> =
             text.ancestors.iter().map(|it| Ok(Ancestor { vm: vm(&it.vm)?, through: it.through })).collect();
         let provenance = Provenance {

@@ -168,11 +168,11 @@ fn a_journal_of_another_format_is_refused_with_the_remedy() {
         let newer = File::new(newer, &Power::steady());
         let error = Journal::open(newer.clone()).err().unwrap().to_string();
         assert!(
-            error.contains("format 2, this release knows 1") && error.contains("start it with"),
+            error.contains("format 2, this release knows 1") && error.contains("start the VM with"),
             "{error}"
         );
         let error = Journal::create(newer, identity(), 1).err().unwrap().to_string();
-        assert!(error.contains("format 2") && error.contains("delete it"), "{error}");
+        assert!(error.contains("format 2") && error.contains("delete the journal"), "{error}");
     }
     // A header that is damaged is none, whatever version it seems to have.
     bytes[8] = 2;

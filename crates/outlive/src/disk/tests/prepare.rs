@@ -70,9 +70,9 @@ fn a_journal_of_two_images_wants_both() {
     let images = left_by_a_kill(directory.path());
     // Nor is it one that is shared or only read.
     let error = refuse_unfinished(&[&images[0]]).unwrap_err();
-    assert!(error.contains("not finished"), "{error}");
+    assert!(error.contains("unfinished copy"), "{error}");
     let error = for_run(&[&images[0]]).unwrap_err();
-    assert!(error.contains("disk 2 too: give all disks"), "{error}");
+    assert!(error.contains("also has writes for disk 2: give all disks"), "{error}");
     // A standby does not give up what may be all that is left, and with all disks it comes back.
     let error = for_standby(&[&images[0]]).unwrap_err();
     assert!(error.contains("give all disks") && error.contains("--disk path=...,overwrite"), "{error}");
@@ -131,10 +131,10 @@ fn what_cannot_be_used_is_refused_with_the_remedy() {
     assert!(error.contains("gone.journal") && error.contains("put it back"), "{error}");
     fs::write(beside(&image, "outlive"), "vm = nonsense").unwrap();
     let error = for_run(&[&image]).unwrap_err();
-    assert!(error.contains("makes no sense in line 1"), "{error}");
+    assert!(error.contains("is invalid in line 1"), "{error}");
     // What cannot be read may be the newest that there is: it is not overwritten unasked.
     let error = for_standby(&[&image]).unwrap_err();
-    assert!(error.contains("makes no sense") && error.contains("--disk path=...,overwrite"), "{error}");
+    assert!(error.contains("is invalid") && error.contains("--disk path=...,overwrite"), "{error}");
     crate::disk::for_standby(&[StandbyDisk { path: image, overwrite: true }]).unwrap();
 }
 

@@ -51,7 +51,7 @@ impl Stage {
         assert_eq!(self.arbiter.claim(&vm, generation, "standby on host b"), Claim::Won);
     }
 
-    /// The sidecar of an image that `VM` ran on in generation 1, on a host that has lost its power.
+    /// The sidecar of an image that `VM` continued in generation 1, on a host that has lost its power.
     fn sidecar(&self) -> Sidecar {
         let arbiter = KnownArbiter::Id(self.arbiter.identity().to_owned());
         let provenance = Provenance { arbiter, ..provenance(VM) };
@@ -120,7 +120,7 @@ fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
     let start = stage.plan(&["a"], &[]).unwrap();
     assert_eq!(standby.claim(&VM, 3, "standby on b"), Claim::Won);
     let error = start.carry_out(&stage.disks(&["a"]), Some(&mut stage.arbiter)).unwrap_err();
-    assert!(error.contains("taken over by standby on b"), "{error}");
+    assert!(error.contains("standby on b has just taken over"), "{error}");
 }
 
 /// Without an arbiter nothing is left beside an image that had nothing, and a VM that gets an arbiter later
@@ -143,7 +143,7 @@ fn a_vm_without_an_arbiter_can_have_one_later() {
     // A copy of the image with its sidecar of before: the VM went on elsewhere.
     Sidecar::primary(&alone, 0, None).write(&stage.image("copy")).unwrap();
     let error = stage.plan(&["copy"], &[]).map(drop).unwrap_err();
-    assert!(error.contains("is out of date: it is of generation 0"), "{error}");
+    assert!(error.contains("is out of date: it has generation 0"), "{error}");
 }
 
 /// What is accepted with one word and refused with all others.
@@ -181,7 +181,11 @@ fn an_image_whose_vm_went_on_elsewhere_is_refused() {
     stage.sidecar().write(&stage.image("a")).unwrap();
     stage.win(VM, 2);
     stage.win(VM, 3);
-    let says = ["is out of date: it is of generation 1", "ran on in generation 3, won by standby on host b;"];
+    let says = [
+        "is out of date: it has generation 1",
+        "continued in generation 3, won by standby on host \
+    b;",
+    ];
     let start = check_word(&mut stage, &["a"], DangerKind::StaleImage, &says);
     assert_forked(&start);
     // A standby of the generation that was given up cannot go on.
@@ -237,12 +241,12 @@ fn an_image_of_a_vm_that_the_arbiter_has_forgotten_is_refused() {
     let mut stage = Stage::new();
     stage.sidecar().write(&stage.image("a")).unwrap();
     fs::remove_dir_all(stage.directory.path().join("arbiter").join(VM.to_string())).unwrap();
-    let says = ["the arbiter does not know the VM", "it was emptied or is an old copy"];
+    let says = ["the arbiter does not know the VM", "the arbiter was emptied or is an old copy"];
     assert_forked(&check_word(&mut stage, &["a"], DangerKind::LostClaims, &says));
 
     let mut stage = Stage::new();
     Sidecar { generation: 3, ..stage.sidecar() }.write(&stage.image("a")).unwrap();
-    let says = ["the arbiter knows generation 1 and not generation 3"];
+    let says = ["the arbiter knows generation 1 but not generation 3"];
     let start = check_word(&mut stage, &["a"], DangerKind::LostClaims, &says);
     assert_eq!(start.provenance.lineage, Lineage::new([Ancestor { vm: VM, through: 3 }]));
 }
@@ -259,7 +263,13 @@ fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
         sidecar.write(&image).unwrap();
         let plan = |accept: &[DangerKind]| Start::plan(&[&image], None, "server", accept);
         let error = plan(&[]).map(drop).unwrap_err();
-        assert!(error.contains("give it with --arbiter") && error.contains("--accept-no-arbiter"), "{error}");
+        assert!(
+            error.contains(
+                "give the arbiter with \
+        --arbiter"
+            ) && error.contains("--accept-no-arbiter"),
+            "{error}"
+        );
         assert_eq!(unsaid, !error.contains(stage.arbiter.identity()), "{error}");
         let others: Vec<_> = DANGERS.into_iter().filter(|it| *it != DangerKind::NoArbiter).collect();
         assert!(plan(&others).is_err());
@@ -280,7 +290,7 @@ fn images_of_several_vms_are_refused() {
     other.provenance.vm = OTHER;
     other.write(&stage.image("b")).unwrap();
     let (vm, other) = (VM.to_string(), OTHER.to_string());
-    let says = ["are of different VMs", vm.as_str(), other.as_str()];
+    let says = ["belong to different VMs", vm.as_str(), other.as_str()];
     let start = check_word(&mut stage, &["a", "b"], DangerKind::ForeignImage, &says);
     let line = [Ancestor { vm: VM, through: 1 }, Ancestor { vm: OTHER, through: 1 }];
     assert_eq!(start.provenance.lineage, Lineage::new(line));
@@ -328,7 +338,7 @@ fn a_generation_that_was_won_and_not_written_down_orphans_nobody() {
     fs::write(claimed, text).unwrap();
     let error = stage.plan(&["mine"], &[]).map(drop).unwrap_err();
     assert!(
-        error.contains("it is of generation 2 and its VM ran on in generation 3, won by host b"),
+        error.contains("it has generation 2 and its VM continued in generation 3, won by host b"),
         "{error}"
     );
 }
@@ -451,7 +461,7 @@ fn a_standby_does_not_overwrite_data_that_nobody_knows() {
     // Nor does a damaged sidecar make an image free.
     fs::write(beside(&stage.image("damaged"), "outlive"), "vm = nonsense").unwrap();
     let error = overwrite(&mut stage, "damaged", false).unwrap_err();
-    assert!(error.contains("makes no sense") && error.contains("outlive image accept"), "{error}");
+    assert!(error.contains("is invalid") && error.contains("outlive image accept"), "{error}");
     assert_eq!(overwrite(&mut stage, "damaged", true), Ok(true));
 }
 
