@@ -14,11 +14,11 @@
 //! sequenceDiagram
 //!     participant P as primary
 //!     participant S as standby
-//!     P->>S: preface, Hello {vm, generation, machine, devices, limits, timing}
+//!     P->>S: preface, Hello {vm, generation, machine, devices, limits, timing, versions}
 //!     alt refused
 //!         S->>P: preface, Refuse {code, text}
 //!     else accepted
-//!         S->>P: preface, Accept {dead-after, host}
+//!         S->>P: preface, Accept {dead-after, host, version}
 //!     end
 //!     loop base synchronisation of disks, a part of a disk at a time, the guest runs
 //!         P->>S: DiskSums {sums of a part}
@@ -71,7 +71,8 @@
 //!
 //! # Versions
 //!
-//! See [`ProtocolVersion`] for the history and the policy.
+//! Hello says which versions of the stream the primary writes, Accept which of them both sides use. See
+//! [`ProtocolVersion`] for the history and the policy.
 
 #![forbid(unsafe_code)]
 
@@ -93,5 +94,5 @@ pub use wire::{
     Accept, Ack, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN, DiskSums, DiskWant,
     EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages,
     Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind,
-    SectionReader, WireError,
+    SectionReader, VersionRange, WireError,
 };

@@ -1,12 +1,13 @@
 //! The standby is ready for base pages.
 
-use zerocopy::little_endian::U64;
+use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::encoder::{EncodeError, Encoder, check_length, put_text};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
+use super::version::ProtocolVersion;
 use crate::image::limits::MAX_TEXT;
 
 /// The standby is ready for base pages.
@@ -18,9 +19,15 @@ pub struct Accept {
     pub dead_after_us: u64,
     /// The standby host's name, at most [`MAX_TEXT`] bytes.
     pub host: String,
+    /// The version of the stream that both sides write from now on. In an `Accept` of version 1 it is that of
+    /// the preface, 2.
+    pub version: ProtocolVersion,
 }
 
-/// The host's name follows as a text.
+/// The first version of the payload with the version of the stream.
+const WITH_VERSION: u16 = 2;
+
+/// The host's name follows as a text, and the version of the stream.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -29,27 +36,43 @@ struct Head {
 }
 
 impl Accept {
-    pub(crate) fn parse(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn parse(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(SectionKind::Accept, payload);
         let head: &Head = fields.fixed()?;
         let host = fields.text(MAX_TEXT)?;
-        fields.end()?;
-        Ok(Self { generation: head.generation.get(), dead_after_us: head.dead_after_us.get(), host })
+        let stream = if version >= WITH_VERSION {
+            let number = fields.fixed::<U32>()?.get();
+            let stream = ProtocolVersion::from_wire(number).ok_or_else(|| {
+                fields.malformed("a version of the stream that was not offered", number.into())
+            })?;
+            fields.skip_later();
+            stream
+        } else {
+            fields.end()?;
+            ProtocolVersion::V2
+        };
+        let (generation, dead_after_us) = (head.generation.get(), head.dead_after_us.get());
+        Ok(Self { generation, dead_after_us, host, version: stream })
     }
 }
 
 impl Encoder {
-    /// Appends [`Accept`].
+    /// Appends [`Accept`]. What follows it is in the version that it names.
     ///
     /// # Errors
     /// [`EncodeError::TooLong`] for the host's name.
     pub fn accept(&mut self, out: &mut Vec<u8>, accept: &Accept) -> Result<(), EncodeError> {
         check_length("the host's name", accept.host.len(), MAX_TEXT)?;
         let head = Head { generation: accept.generation.into(), dead_after_us: accept.dead_after_us.into() };
+        let version = self.version_of(SectionKind::Accept);
         self.section(out, SectionKind::Accept, &[], |out| {
             out.extend_from_slice(head.as_bytes());
             put_text(out, &accept.host);
+            if version >= WITH_VERSION {
+                out.extend_from_slice(U32::new(accept.version as u32).as_bytes());
+            }
         });
+        self.speak(accept.version);
         Ok(())
     }
 }

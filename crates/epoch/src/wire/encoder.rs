@@ -65,19 +65,30 @@ pub struct Encoder {
 
 impl Default for Encoder {
     fn default() -> Self {
-        Self::speaking(ProtocolVersion::CURRENT)
+        Self::speaking(ProtocolVersion::INTRODUCTION)
     }
 }
 
 impl Encoder {
-    /// The encoder of a new connection, in the current version.
+    /// The encoder of a new connection, in the version of the introduction.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The encoder of a new connection to a peer of this version. The preface must name the same.
+    /// The encoder of a new connection, in this version. The preface must name the same.
     pub fn speaking(stream: ProtocolVersion) -> Self {
         Self { stream, sequence: 0, open: None }
+    }
+
+    /// Goes on in the version that was agreed on, not inside a checkpoint.
+    pub fn speak(&mut self, stream: ProtocolVersion) {
+        debug_assert!(self.open.is_none());
+        self.stream = stream;
+    }
+
+    /// The version that it writes.
+    pub fn stream(&self) -> ProtocolVersion {
+        self.stream
     }
 
     /// In which version it writes payloads of a kind.

@@ -24,11 +24,13 @@ pub enum WireError {
     },
     /// A sound preface of a version that this release does not know.
     #[error(
-        "the peer speaks protocol version {found}; this release knows versions up to {newest}: upgrade the older side"
+        "the peer introduces itself in version {found} of the protocol; this release reads {oldest} to {newest}: upgrade Outlive on the older host"
     )]
     UnknownProtocol {
         /// The peer's version.
         found: u32,
+        /// The oldest version known here.
+        oldest: u32,
         /// The newest version known here.
         newest: u32,
     },
@@ -53,7 +55,9 @@ pub enum WireError {
         kind: u16,
     },
     /// A known kind in a version that this release does not know.
-    #[error("section {kind:?} has version {version}; this release reads {oldest} to {newest}")]
+    #[error(
+        "section {kind:?} has version {version}; this side reads {oldest} to {newest}: upgrade Outlive on the older host"
+    )]
     UnknownVersion {
         /// The section's kind.
         kind: SectionKind,

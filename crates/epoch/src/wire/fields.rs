@@ -82,6 +82,9 @@ impl<'a> Fields<'a> {
         self.rest
     }
 
+    /// What is left belongs to a later release, which has said that it may be skipped.
+    pub(crate) fn skip_later(self) {}
+
     /// Nothing may be left.
     pub(crate) fn end(self) -> Result<(), WireError> {
         match self.rest.len() {

@@ -7,6 +7,7 @@ use super::encoder::{EncodeError, Encoder, check_length, put_text};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
+use super::version::{ProtocolVersion, VersionRange};
 use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
 use crate::image::{Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VmId};
 
@@ -60,10 +61,14 @@ pub struct Hello {
     pub arbiter: String,
     /// The VMs that this one descends from: their images may be overwritten.
     pub lineage: Lineage,
+    /// The versions of the stream that the primary can write. In a `Hello` of version 3 it is that of the
+    /// preface, 2.
+    pub versions: VersionRange,
 }
 
 /// The payload begins with this. Behind it stand the ranges of the layout and the devices, each with its
-/// count in a byte, the texts, each with its length in two, and the ancestors with their count in a byte.
+/// count in a byte, the texts, each with its length in two, the ancestors with their count in a byte, and the
+/// range of versions.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -96,6 +101,16 @@ struct RawAncestor {
     through: U64,
 }
 
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawVersions {
+    oldest: U32,
+    newest: U32,
+}
+
+/// The first version of the payload with the versions of the stream.
+const WITH_VERSIONS: u16 = 4;
+
 /// A device; its serial number follows as a text.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -108,7 +123,7 @@ struct Device {
 }
 
 impl Hello {
-    fn put(&self, out: &mut Vec<u8>) {
+    fn put(&self, version: u16, out: &mut Vec<u8>) {
         let limits = &self.limits;
         let head = Head {
             vm: self.vm.0,
@@ -143,9 +158,14 @@ impl Hello {
         for Ancestor { vm, through } in ancestors {
             out.extend_from_slice(RawAncestor { vm: vm.0, through: (*through).into() }.as_bytes());
         }
+        if version >= WITH_VERSIONS {
+            let VersionRange { oldest, newest } = self.versions;
+            let versions = RawVersions { oldest: oldest.into(), newest: newest.into() };
+            out.extend_from_slice(versions.as_bytes());
+        }
     }
 
-    pub(crate) fn parse(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn parse(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields::new(SectionKind::Hello, payload);
         let head: &Head = fields.fixed()?;
         let mac = match head.has_mac {
@@ -161,7 +181,14 @@ impl Hello {
         let mut text = || fields.text(MAX_TEXT);
         let (name, host, tracker, vendor, arbiter) = (text()?, text()?, text()?, text()?, text()?);
         let lineage = parse_lineage(&mut fields)?;
-        fields.end()?;
+        let versions = if version >= WITH_VERSIONS {
+            let versions = parse_versions(&mut fields)?;
+            fields.skip_later();
+            versions
+        } else {
+            fields.end()?;
+            VersionRange::only(ProtocolVersion::V2)
+        };
         Ok(Self {
             vm: VmId(head.vm),
             generation: head.generation.get(),
@@ -185,8 +212,20 @@ impl Hello {
             vendor,
             arbiter,
             lineage,
+            versions,
         })
     }
+}
+
+fn parse_versions(fields: &mut Fields<'_>) -> Result<VersionRange, WireError> {
+    let RawVersions { oldest, newest } = fields.fixed()?;
+    let (oldest, newest) = (oldest.get(), newest.get());
+    if oldest > newest {
+        return Err(
+            fields.malformed("the oldest version of the stream is newer than the newest", oldest.into())
+        );
+    }
+    Ok(VersionRange { oldest, newest })
 }
 
 fn parse_lineage(fields: &mut Fields<'_>) -> Result<Lineage, WireError> {
@@ -262,7 +301,8 @@ impl Encoder {
         for DeviceInfo { serial, .. } in &hello.devices {
             check_length("a disk's serial number", serial.len(), MAX_SERIAL)?;
         }
-        self.section(out, SectionKind::Hello, &[], |out| hello.put(out));
+        let version = self.version_of(SectionKind::Hello);
+        self.section(out, SectionKind::Hello, &[], |out| hello.put(version, out));
         Ok(())
     }
 }

@@ -107,8 +107,17 @@ impl SectionKind {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
             },
-            // 2: devices. 3: the arbiter and the ancestors.
-            Self::Hello => 3,
+            // 2: devices. 3: the arbiter and the ancestors. 4: the versions of the stream, and whatever a later
+            // release appends.
+            Self::Hello => match stream {
+                ProtocolVersion::V2 => 3,
+                ProtocolVersion::V3 => 4,
+            },
+            // 2: the version of the stream, and whatever a later release appends.
+            Self::Accept => match stream {
+                ProtocolVersion::V2 => 1,
+                ProtocolVersion::V3 => 2,
+            },
             // 2: totals of disk writes.
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
             _ => 1,

@@ -87,8 +87,8 @@ impl<'a> Message<'a> {
     /// [`WireError::Malformed`].
     pub fn parse_payload(kind: SectionKind, version: u16, payload: &'a [u8]) -> Result<Self, WireError> {
         Ok(match kind {
-            SectionKind::Hello => Self::Hello(Box::new(Hello::parse(payload)?)),
-            SectionKind::Accept => Self::Accept(Accept::parse(payload)?),
+            SectionKind::Hello => Self::Hello(Box::new(Hello::parse(version, payload)?)),
+            SectionKind::Accept => Self::Accept(Accept::parse(version, payload)?),
             SectionKind::Refuse => Self::Refuse(Refuse::parse(payload)?),
             SectionKind::BasePages => Self::BasePages(Pages::parse(kind, version, payload)?),
             SectionKind::CheckpointBegin => Self::CheckpointBegin(CheckpointBegin::parse(payload)?),

@@ -36,4 +36,4 @@ pub use pages::Pages;
 pub use reader::SectionReader;
 pub use refuse::{Refuse, RefuseCode};
 pub use section::{HEADER_LEN, Section, SectionHeader};
-pub use version::{PREFACE_LEN, Preface, ProtocolVersion};
+pub use version::{PREFACE_LEN, Preface, ProtocolVersion, VersionRange};

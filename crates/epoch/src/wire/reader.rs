@@ -25,6 +25,8 @@ pub struct SectionReader {
     start: usize,
     end: usize,
     peer: Peer,
+    /// Nothing newer is read.
+    newest: ProtocolVersion,
     next_sequence: u64,
     received: u64,
 }
@@ -32,14 +34,26 @@ pub struct SectionReader {
 impl SectionReader {
     /// A reader of what `peer` sends. Allocates its buffer (1.3 MiB), the only allocation it ever makes.
     pub fn new(peer: Peer) -> Self {
+        Self::up_to(peer, ProtocolVersion::CURRENT)
+    }
+
+    /// The same, as a release that knows no newer version than this one.
+    pub fn up_to(peer: Peer, newest: ProtocolVersion) -> Self {
         Self {
             buffer: vec![0; BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
             peer,
+            newest,
             next_sequence: 0,
             received: 0,
         }
+    }
+
+    /// Both sides have agreed on this version: nothing newer may come. Something older still may, which the
+    /// other side had written before it knew; each section says its version.
+    pub fn agree(&mut self, stream: ProtocolVersion) {
+        self.newest = stream;
     }
 
     /// Bytes received on this connection so far. It grows while a long section arrives, so it tells a slow
@@ -48,7 +62,7 @@ impl SectionReader {
         self.received
     }
 
-    /// Reads the preface. To be called once, first.
+    /// Reads the preface: the version in which the peer introduces itself. To be called once, first.
     ///
     /// # Errors
     /// See [`ReadError`]; a peer of another protocol or version is a [`ReadError::Wire`].
@@ -57,7 +71,12 @@ impl SectionReader {
         let mut bytes = [0; PREFACE_LEN];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + PREFACE_LEN]);
         self.start += PREFACE_LEN;
-        Ok(Preface::parse(&bytes)?.version)
+        let Preface { version } = Preface::parse(&bytes)?;
+        if version > self.newest {
+            let (oldest, newest) = (ProtocolVersion::OLDEST as u32, self.newest as u32);
+            return Err(WireError::UnknownProtocol { found: version as u32, oldest, newest }.into());
+        }
+        Ok(version)
     }
 
     /// Reads the next section and checks it as far as it can be checked without looking into the payload.
@@ -70,6 +89,11 @@ impl SectionReader {
         bytes.copy_from_slice(&self.buffer[self.start..self.start + HEADER_LEN]);
         // Parsed again if a short read made the caller come back: 28 bytes of checksum, and no state to keep.
         let header = SectionHeader::parse(&bytes)?;
+        let SectionHeader { kind, version, .. } = header;
+        if version > kind.version_in(self.newest) {
+            let (oldest, newest) = (kind.oldest_version(), kind.version_in(self.newest));
+            return Err(WireError::UnknownVersion { kind, version, oldest, newest }.into());
+        }
         if !header.kind.may_come_from(self.peer) {
             return Err(WireError::WrongSender { kind: header.kind, peer: self.peer }.into());
         }

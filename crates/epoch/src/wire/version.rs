@@ -1,9 +1,12 @@
 //! The connection preface and the versions of the protocol.
 
+use std::fmt;
+
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::WireError;
+use crate::codec::PageCodec;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
@@ -27,6 +30,16 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 /// * Frozen forever, in every version: the preface, the section header, the numbers of the section kinds,
 ///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
 ///   they do not fit.
+/// * The two sides agree on a version. The preface, `Hello`, `Accept` and whatever else is said before that
+///   are in the version [`INTRODUCTION`](Self::INTRODUCTION), which grows much more seldom than the stream's.
+///   `Hello` has the versions that the primary writes, `Accept` the highest of them that the standby reads,
+///   and from then on both sides write that one.
+/// * A release that knows version 2 only reads no newer `Hello`: its payload had to end where that release
+///   expected. The range so cannot be hidden in it. It refuses with its own preface, which says that it
+///   speaks version 2, and the primary dials once more with a `Hello` of that version
+///   ([`introduction`](Self::introduction)). From version 3 on, fields may follow at the end of `Hello` and
+///   `Accept` that an older release skips, so one attempt is enough. What a standby must not skip is no such
+///   field: it is a new version of the stream, and a primary that needs it offers no older one.
 /// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
 ///   changes one payload raises the version of that kind in
 ///   [`SectionKind::version`](super::SectionKind::version) and keeps the parser of the old one while the last
@@ -34,9 +47,7 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 /// * A section's version is between that in the oldest stream that is read and the current one
 ///   ([`SectionKind::version_in`](super::SectionKind::version_in)); the parser is given the version that it
 ///   found.
-/// * A reader takes the versions in this enum; an encoder writes [`CURRENT`](Self::CURRENT), or the version
-///   that it is told to. The two sides do not agree on one yet: each writes its current one, so a pair of two
-///   releases of different versions is refused with words, by the older side.
+/// * A codec of pages is used from the version on that brings it: [`has_codec`](Self::has_codec).
 /// * Unknown is refused, never skipped: a skipped section could be a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
@@ -46,16 +57,19 @@ pub enum ProtocolVersion {
     /// end) was in no release.
     V2 = 2,
     /// 3: pages say how long their data is, so that a codec can be added whose data has not always the same
-    /// length. GFNs have 40 bits. Everything else is as in 2.
+    /// length. GFNs have 40 bits. Both sides agree on a version; the introduction can have more fields.
+    /// Everything else is as in 2.
     V3 = 3,
 }
 
 impl ProtocolVersion {
-    /// The version that this release writes.
+    /// The newest version that this release reads and writes.
     pub const CURRENT: Self = Self::V3;
-    /// The oldest version that this release reads, and that an [`Encoder`](super::Encoder) can be told to
-    /// write.
+    /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
+    /// The newest version of the introduction: preface, `Hello` and `Accept`. To raise it costs a second
+    /// attempt with every standby of an older release.
+    pub const INTRODUCTION: Self = Self::V3;
 
     /// The version with this number, if this release understands it.
     pub fn from_wire(number: u32) -> Option<Self> {
@@ -65,18 +79,77 @@ impl ProtocolVersion {
             _ => None,
         }
     }
+
+    /// Whether a page may be written down by this codec in a stream of this version. A new codec comes with a
+    /// new version of the stream and stands here with it; whoever encodes pages asks here, for the version
+    /// that was agreed on ([`Encoder::stream`](super::Encoder::stream)).
+    pub fn has_codec(self, codec: PageCodec) -> bool {
+        match codec {
+            PageCodec::Raw | PageCodec::Zero => self >= Self::V2,
+        }
+    }
+
+    /// In which version two sides introduce themselves that can write this one and none newer.
+    pub fn introduction(self) -> Self {
+        self.min(Self::INTRODUCTION)
+    }
+}
+
+/// The versions of the stream that a release reads and writes: all from the oldest to the newest. The numbers
+/// may be those of another release, so that this one has no names for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VersionRange {
+    /// The oldest.
+    pub oldest: u32,
+    /// The newest.
+    pub newest: u32,
+}
+
+impl VersionRange {
+    /// The versions of this release.
+    pub const CURRENT: Self =
+        Self { oldest: ProtocolVersion::OLDEST as u32, newest: ProtocolVersion::CURRENT as u32 };
+
+    /// A range of one version.
+    pub const fn only(version: ProtocolVersion) -> Self {
+        Self { oldest: version as u32, newest: version as u32 }
+    }
+
+    /// The newest version that this release and the other have both.
+    ///
+    /// # Errors
+    /// In words for the other side, with both ranges and the remedy, if there is none.
+    pub fn common(self, other: Self) -> Result<ProtocolVersion, String> {
+        let newest = self.newest.min(other.newest);
+        let oldest = self.oldest.max(other.oldest);
+        let common = ProtocolVersion::from_wire(newest).filter(|_| oldest <= newest);
+        common.ok_or_else(|| {
+            let older = if other.newest < self.newest { "primary" } else { "standby" };
+            format!(
+                "no version of the stream in common: the standby reads {self}, the primary writes {other}; \
+                 upgrade Outlive on the {older}'s host"
+            )
+        })
+    }
+}
+
+impl fmt::Display for VersionRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { oldest, newest } = self;
+        if oldest == newest { write!(f, "{newest}") } else { write!(f, "{oldest} to {newest}") }
+    }
 }
 
 /// The first 16 bytes that each side sends: magic (8), protocol version (4), CRC-32 of those 12 bytes (4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preface {
-    /// The version of all sections that follow from this side.
+    /// The version in which this side introduces itself.
     pub version: ProtocolVersion,
 }
 
 impl Preface {
-    /// The preface of this release.
-    pub const CURRENT: Self = Self { version: ProtocolVersion::CURRENT };
+    /// The preface of this release, as long as nothing says that the other side is older.
+    pub const CURRENT: Self = Self { version: ProtocolVersion::INTRODUCTION };
 
     /// The bytes to send.
     pub fn encode(self) -> [u8; PREFACE_LEN] {
@@ -99,8 +172,10 @@ impl Preface {
             return Err(WireError::PrefaceChecksum { stored, computed });
         }
         let found = raw.version.get();
-        let version = ProtocolVersion::from_wire(found)
-            .ok_or(WireError::UnknownProtocol { found, newest: ProtocolVersion::CURRENT as u32 })?;
-        Ok(Self { version })
+        let (oldest, newest) = (ProtocolVersion::OLDEST as u32, ProtocolVersion::INTRODUCTION as u32);
+        match ProtocolVersion::from_wire(found).filter(|version| version.introduction() == *version) {
+            Some(version) => Ok(Self { version }),
+            None => Err(WireError::UnknownProtocol { found, oldest, newest }),
+        }
     }
 }

@@ -4,7 +4,7 @@ use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
     PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf, SectionReader,
-    StateKind, StateSection, UncheckedRecords, VmId,
+    StateKind, StateSection, UncheckedRecords, VersionRange, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -63,6 +63,7 @@ pub(crate) fn hello() -> Hello {
         vendor: "GenuineIntel kvm_pvm".into(),
         arbiter: "0123456789abcdef0123456789abcdef".into(),
         lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 12 }]),
+        versions: VersionRange::CURRENT,
     }
 }
 
@@ -229,14 +230,17 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
     stream_of(ProtocolVersion::CURRENT)
 }
 
-/// The same in any version.
+/// The same in any version, as if the standby had accepted that.
 pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     let base_final = CheckpointFlags { base_final: true, end: None };
     let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff) };
     let contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
-    let mut out = Preface { version }.encode().to_vec();
-    let mut encoder = Encoder::speaking(version);
-    encoder.hello(&mut out, &hello()).unwrap();
+    let introduction = version.introduction();
+    let mut out = Preface { version: introduction }.encode().to_vec();
+    let mut encoder = Encoder::speaking(introduction);
+    let versions = VersionRange { newest: version as u32, ..VersionRange::CURRENT };
+    encoder.hello(&mut out, &Hello { versions, ..hello() }).unwrap();
+    encoder.speak(version);
     let sums = [[0; 32], [0xb3; 32]];
     encoder.disk_sums(&mut out, &DiskSums { disk: 1, first: 14, count: 2, sums: Some(&sums) }).unwrap();
     encoder.disk_sums(&mut out, &DiskSums { disk: 2, first: 0, count: 2, sums: None }).unwrap();

@@ -41,9 +41,15 @@ fn the_stream_of_the_version_before_is_read_and_written() {
 
 #[test]
 fn the_standbys_stream_is_the_committed_one() {
-    let mut out = Preface::CURRENT.encode().to_vec();
-    let mut encoder = Encoder::new();
-    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into() };
+    standbys_stream("standby-v2.bin", ProtocolVersion::V2);
+    standbys_stream("standby-v3.bin", ProtocolVersion::V3);
+}
+
+fn standbys_stream(name: &str, version: ProtocolVersion) {
+    let introduction = version.introduction();
+    let mut out = Preface { version: introduction }.encode().to_vec();
+    let mut encoder = Encoder::speaking(introduction);
+    let accept = Accept { generation: 3, dead_after_us: 500_000, host: "host-b".into(), version };
     let ack = Ack { generation: 3, number: 40, stamp_us: 123_456 };
     encoder.accept(&mut out, &accept).unwrap();
     encoder.ack(&mut out, &ack);
@@ -52,9 +58,9 @@ fn the_standbys_stream_is_the_committed_one() {
     encoder.disk_want(&mut out, &want).unwrap();
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
-    check("standby-v3.bin", &out);
+    check(name, &out);
 
-    let (mut source, mut reader) = (&out[..], SectionReader::new(Peer::Standby));
+    let (mut source, mut reader) = (&out[..], SectionReader::up_to(Peer::Standby, version));
     reader.read_preface(&mut source).unwrap();
     let mut next = || format!("{:?}", Message::parse(&reader.read_section(&mut source).unwrap()).unwrap());
     assert_eq!(next(), format!("{:?}", Message::Accept(accept)));

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use dial::{Incoming, Listener, dial};
-pub(crate) use receiver::receive;
+pub(crate) use receiver::{Heard, receive};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
 
 /// What carries the bytes of a connection. One thread reads, another one writes, any thread closes, all at

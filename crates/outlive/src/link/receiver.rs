@@ -2,21 +2,35 @@
 
 use std::time::Duration;
 
-use outlive_epoch::{DiskWant, Message, Peer, ReadError, SectionReader};
+use outlive_epoch::{
+    DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader, WireError,
+};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::Reader;
 
-/// Reads the link until it ends and turns every message into an event. Runs on a thread of its own; `tell` is
-/// called on it after the message has arrived, so that the time that it reads is later than the arrival. What
-/// the standby wants of the disks is no event of the state machine, only a sign of life; `want` takes it.
-pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(PrimaryEvent), want: impl Fn(DiskWant)) {
+/// What comes from a standby.
+pub(crate) enum Heard {
+    /// Its preface: it introduces itself in this version.
+    Introduction(ProtocolVersion),
+    /// Both sides use this version of the stream from now on. Comes before the event.
+    Agreed(ProtocolVersion),
+    /// Something that the state machine decides about.
+    Event(PrimaryEvent),
+    /// What it wants of the disks. That is no event, only a sign of life.
+    Want(DiskWant),
+}
+
+/// Reads the link until it ends and turns every message into what was heard. Runs on a thread of its own;
+/// `tell` is called on it after the message has arrived, so that the time that it reads is later than the
+/// arrival.
+pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(Heard)) {
     let mut reader = SectionReader::new(Peer::Standby);
-    let result = reader.read_preface(&mut from);
-    let mut error = result.err();
+    let mut error = reader.read_preface(&mut from).map(|version| tell(Heard::Introduction(version))).err();
+    let mut agreed = None;
     while error.is_none() {
-        match next(&mut reader, &mut from, link, &want) {
-            Ok(event) => tell(event),
+        match next(&mut reader, &mut from, link, &mut agreed, &tell) {
+            Ok(event) => tell(Heard::Event(event)),
             Err(stop) => error = Some(stop),
         }
     }
@@ -26,18 +40,26 @@ pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(PrimaryEvent),
         Some(ReadError::Io(error)) => LossReason::Error(error.to_string()),
         Some(error @ ReadError::Wire(_)) => LossReason::Protocol(error.to_string()),
     };
-    tell(PrimaryEvent::LinkLost { link, why });
+    tell(Heard::Event(PrimaryEvent::LinkLost { link, why }));
 }
 
 fn next(
     reader: &mut SectionReader,
     from: &mut Reader,
     link: Link,
-    want: &impl Fn(DiskWant),
+    agreed: &mut Option<ProtocolVersion>,
+    tell: &impl Fn(Heard),
 ) -> Result<PrimaryEvent, ReadError> {
     let section = reader.read_section(from)?;
     Ok(match Message::parse(&section)? {
         Message::Accept(accept) => {
+            let version = accept.version;
+            if agreed.replace(version).is_some() {
+                let (kind, what) = (SectionKind::Accept, "an acceptance after the first, of version");
+                return Err(WireError::Malformed { kind, what, value: version as u64 }.into());
+            }
+            reader.agree(version);
+            tell(Heard::Agreed(version));
             PrimaryEvent::Accepted { link, dead_after: Duration::from_micros(accept.dead_after_us) }
         }
         Message::Refuse(refuse) => PrimaryEvent::Refused { link, code: refuse.code, text: refuse.text },
@@ -51,7 +73,7 @@ fn next(
             PrimaryEvent::Heartbeat { link, stamp: Duration::from_micros(stamp_us) }
         }
         Message::DiskWant(wanted) => {
-            want(wanted);
+            tell(Heard::Want(wanted));
             PrimaryEvent::Heard { link }
         }
         Message::Leave(reason) => PrimaryEvent::Leave { link, reason },

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{
     CheckpointBegin, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
-    Preface, RecordBuf, squeeze_zero_pages,
+    Preface, ProtocolVersion, RecordBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
@@ -43,6 +43,8 @@ pub(crate) struct CheckpointPart {
 pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
+    /// Go on in this version of the stream, on which both sides have agreed.
+    Speak(ProtocolVersion),
     /// Pages of the running guest, read when they are sent.
     BaseRound {
         /// The round, from 1.
@@ -105,7 +107,8 @@ pub(crate) struct Sender {
 }
 
 impl Sender {
-    /// Starts the thread for a connection. `report` is called on it.
+    /// Starts the thread for a connection that begins in the version `introduction`. `report` is called on
+    /// it.
     ///
     /// # Errors
     /// The operating system's.
@@ -114,13 +117,14 @@ impl Sender {
         closer: Closer,
         clock: Clock,
         heartbeat: Duration,
+        introduction: ProtocolVersion,
         report: impl Fn(SenderReport) + Send + 'static,
     ) -> io::Result<Self> {
         let (jobs, inbox) = channel();
         let work = Work {
             to,
             closer: closer.clone(),
-            encoder: Encoder::new(),
+            encoder: Encoder::speaking(introduction),
             clock,
             heartbeat,
             beaten: Instant::now(),
@@ -223,9 +227,13 @@ impl<R: Fn(SenderReport)> Work<R> {
     fn carry_out(&mut self, job: Job, ordered: Instant) -> Result<(), SendError> {
         match job {
             Job::Hello(hello) => {
-                self.heads.extend_from_slice(&Preface::CURRENT.encode());
+                self.heads.extend_from_slice(&Preface { version: self.encoder.stream() }.encode());
                 self.encoder.hello(&mut self.heads, &hello)?;
                 self.flush(&[])
+            }
+            Job::Speak(version) => {
+                self.encoder.speak(version);
+                Ok(())
             }
             Job::BaseRound { round, gfns, ram } => {
                 self.base_round(round, &gfns, &ram)?;

@@ -1,9 +1,11 @@
 //! The thread that makes connections and ends them, so that no decision waits for a network.
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, Sender as Channel, channel};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use outlive_epoch::{ProtocolVersion, RefuseCode};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::driver::SharedDriver;
@@ -11,7 +13,7 @@ use super::inbox::{Inbox, Queue};
 use super::pool::Pool;
 use super::ports::Connection;
 use super::stats::Totals;
-use crate::link::{self, Sender, SenderReport};
+use crate::link::{self, Heard, Job, Sender, SenderReport};
 
 /// What the thread is to do.
 pub(crate) enum Errand {
@@ -53,18 +55,20 @@ pub(crate) fn start(
 }
 
 fn serve(errands: &Receiver<Errand>, driver: &Weak<SharedDriver>, plan: &Plan) {
+    let older = vec![None; plan.standbys.len()];
+    let older = Older(Arc::new(Mutex::new(older)));
     while let Ok(errand) = errands.recv() {
         match errand {
             Errand::Close(connection) => {
                 connection.sender.close();
                 drop(connection);
             }
-            Errand::Dial { link, address } => {
-                let address = &plan.standbys[address];
+            Errand::Dial { link, address: index } => {
+                let address = &plan.standbys[index];
                 let dialled = link::dial(address);
                 let Some(driver) = driver.upgrade() else { return };
-                let connected =
-                    dialled.and_then(|connection| connect(&driver, plan, link, connection, address));
+                let standby = Standby { link, address, index, older: &older };
+                let connected = dialled.and_then(|connection| connect(&driver, plan, &standby, connection));
                 if let Err(error) = connected {
                     driver.handle(PrimaryEvent::DialFailed { link, why: format!("{address}: {error}") });
                 }
@@ -73,23 +77,58 @@ fn serve(errands: &Receiver<Errand>, driver: &Weak<SharedDriver>, plan: &Plan) {
     }
 }
 
+/// Standbys that have refused an introduction which they could not read, with the version of their own. Such a
+/// one is spoken to in that version at the next attempt, and as usual at the one after that: it may have been
+/// upgraded meanwhile.
+#[derive(Clone)]
+struct Older(Arc<Mutex<Vec<Option<ProtocolVersion>>>>);
+
+impl Older {
+    fn with<T>(&self, standby: usize, work: impl FnOnce(&mut Option<ProtocolVersion>) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[standby])
+    }
+}
+
+/// Whom a connection leads to.
+struct Standby<'a> {
+    link: Link,
+    address: &'a str,
+    index: usize,
+    older: &'a Older,
+}
+
 /// Gives a new connection its two threads, and the driver the connection.
 fn connect(
     driver: &Arc<SharedDriver>,
     plan: &Plan,
-    link: Link,
+    standby: &Standby<'_>,
     connection: link::Connection,
-    address: &str,
 ) -> std::io::Result<()> {
+    let &Standby { link, address, index, older } = standby;
     let link::Connection { reader, writer, closer } = connection;
+    let introduction = older.with(index, Option::take).unwrap_or(ProtocolVersion::INTRODUCTION);
     let pool = Arc::new(Pool::default());
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
-    let sender = Sender::start(writer, closer, driver.clock(), plan.heartbeat, report)?;
+    let sender = Sender::start(writer, closer, driver.clock(), plan.heartbeat, introduction, report)?;
     driver.connected(Connection { link, sender, address: address.to_owned(), pool });
-    let receiving = driver.clone();
+    let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
-        let want = |want| receiving.tell(Inbox::DiskWant(link, want));
-        link::receive(reader, link, |event| receiving.handle(event), want);
+        let theirs = Cell::new(introduction);
+        link::receive(reader, link, |heard| match heard {
+            Heard::Introduction(version) => theirs.set(version),
+            Heard::Agreed(version) => receiving.send(link, Job::Speak(version)),
+            Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
+            Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
+                if theirs.get() < introduction =>
+            {
+                let version = theirs.get();
+                older.with(index, |it| *it = Some(version));
+                let why =
+                    format!("the standby is older: the next attempt is in its version {}", version as u32);
+                receiving.handle(PrimaryEvent::LinkLost { link, why: LossReason::Error(why) });
+            }
+            Heard::Event(event) => receiving.handle(event),
+        });
     });
     if let Err(error) = received {
         let why = LossReason::Local(format!("cannot start a thread: {error}"));

@@ -142,7 +142,7 @@ fn replica_disk(disk: &BlockDevice<GuestMemory>, info: &DeviceInfo) -> Result<Op
 
 #[cfg(test)]
 mod tests {
-    use outlive_epoch::{GfnRange, Layout, Limits, VmId};
+    use outlive_epoch::{GfnRange, Layout, Limits, VersionRange, VmId};
 
     use super::*;
 
@@ -165,6 +165,7 @@ mod tests {
             vendor: String::new(),
             arbiter: String::new(),
             lineage: Default::default(),
+            versions: VersionRange::CURRENT,
         })
     }
 

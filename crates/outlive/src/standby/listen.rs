@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{
-    Hello, IncomingLimits, Message, PAGE_SIZE, Peer, ReadError, RefuseCode, SectionReader, WireError,
+    Hello, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode, SectionReader,
+    VersionRange, WireError,
 };
 use outlive_pair::{Introduction, Link};
 
@@ -80,9 +81,11 @@ fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
 
 fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &RateLimit) {
     let from = incoming.peer();
+    let outbox;
     let mut stream = match incoming.open() {
         Ok(Connection { reader, writer, closer }) => {
-            decisions.connect(number, Arc::new(Outbox::new(writer, closer)));
+            outbox = Arc::new(Outbox::new(writer, closer));
+            decisions.connect(number, outbox.clone());
             reader
         }
         Err(error) => {
@@ -91,7 +94,7 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
         }
     };
     let mut reader = SectionReader::new(Peer::Primary);
-    let hello = match introduction(&mut reader, &mut stream) {
+    let hello = match introduction(&mut reader, &mut stream, &outbox) {
         Ok(hello) => hello,
         Err(error) => {
             if limit.allows() {
@@ -105,7 +108,9 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
             match error {
                 // To a stranger nothing is said.
                 ReadError::Wire(WireError::NotOutlive { .. }) | ReadError::Io(_) | ReadError::Closed => {}
-                ReadError::Wire(ref wire @ WireError::UnknownProtocol { .. }) => {
+                ReadError::Wire(
+                    ref wire @ (WireError::UnknownProtocol { .. } | WireError::UnknownVersion { .. }),
+                ) => {
                     decisions.refuse(number, RefuseCode::Version, wire.to_string());
                 }
                 other => decisions.refuse(number, RefuseCode::Malformed, other.to_string()),
@@ -116,11 +121,14 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
     // From here on the silence that counts is the one that both sides agree on, and the decisions measure it.
     if let Err(error) = stream.set_timeout(None) {
         tracing::warn!(from, %error, "a connection cannot be served");
-        return decisions.refuse(number, RefuseCode::Malformed, error.to_string());
+        // Nothing is wrong with the primary: it may try again.
+        let text = format!("the standby cannot serve this connection: {error}");
+        return decisions.refuse(number, RefuseCode::Busy, text);
     }
     match admit(decisions, number, &hello) {
-        Ok(admitted) => {
-            tracing::info!(primary = from, "primary attached");
+        Ok((admitted, version)) => {
+            tracing::info!(primary = from, version = version as u32, "primary attached");
+            reader.agree(version);
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
             reader.run();
         }
@@ -128,9 +136,13 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
     }
 }
 
-fn introduction(reader: &mut SectionReader, stream: &mut Reader) -> Result<Hello, ReadError> {
+fn introduction(
+    reader: &mut SectionReader,
+    stream: &mut Reader,
+    outbox: &Outbox,
+) -> Result<Hello, ReadError> {
     let mut stream = Until { stream, deadline: Instant::now() + INTRODUCTION };
-    reader.read_preface(&mut stream)?;
+    outbox.introduce(reader.read_preface(&mut stream)?);
     let section = reader.read_section(&mut stream)?;
     let kind = section.kind();
     match Message::parse(&section)? {
@@ -178,8 +190,14 @@ impl RateLimit {
 
 type Refusal = (RefuseCode, String);
 
-/// Checks everything that speaks against this primary, and sets memory aside for its VM.
-fn admit(decisions: &Arc<Decisions>, link: Link, hello: &Hello) -> Result<Admitted, Refusal> {
+/// Checks everything that speaks against this primary, and sets memory aside for its VM. Returns the version of
+/// the stream, too, that both sides have.
+fn admit(
+    decisions: &Arc<Decisions>,
+    link: Link,
+    hello: &Hello,
+) -> Result<(Admitted, ProtocolVersion), Refusal> {
+    let version = VersionRange::CURRENT.common(hello.versions).map_err(|text| (RefuseCode::Version, text))?;
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
@@ -207,14 +225,14 @@ fn admit(decisions: &Arc<Decisions>, link: Link, hello: &Hello) -> Result<Admitt
     let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy };
     let applier = applier.start().map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
     let session =
-        Session { link, handover: handover.clone(), disks: Arc::downgrade(&disks), claims, applier };
+        Session { link, version, handover: handover.clone(), disks: Arc::downgrade(&disks), claims, applier };
     let admitted = Admitted { ram, disks, shape, handover: ReaderEnd(handover) };
     decisions.hello(link, introduction, session).map_err(|session| {
         // Another primary was faster, and the refusal has been sent. The applier frees the copy.
         session.handover.end(Ending::Discard);
         (RefuseCode::Busy, "another primary is attached".to_owned())
     })?;
-    Ok(admitted)
+    Ok((admitted, version))
 }
 
 /// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for that

@@ -9,7 +9,7 @@
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use outlive_epoch::{EncodeError, Encoder, Preface};
+use outlive_epoch::{EncodeError, Encoder, Preface, ProtocolVersion};
 
 use crate::link::{Closer, Writer};
 
@@ -57,6 +57,12 @@ impl Outbox {
         Self { queue, sending, closer }
     }
 
+    /// The peer introduces itself in this version, so that the answer must be in it too. To be called before
+    /// the first message.
+    pub(super) fn introduce(&self, version: ProtocolVersion) {
+        self.queue().encoder.speak(version);
+    }
+
     /// Queues a message, and before the first one the preface. The message does not go out before
     /// [`write`](Self::write).
     ///
@@ -76,7 +82,7 @@ impl Outbox {
             return Err("the primary does not read what this standby says".into());
         }
         if !std::mem::replace(greeted, true) {
-            bytes.extend_from_slice(&Preface::CURRENT.encode());
+            bytes.extend_from_slice(&Preface { version: encoder.stream() }.encode());
         }
         encode(encoder, bytes).map_err(|e| e.to_string())
     }

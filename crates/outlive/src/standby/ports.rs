@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Accept, Ack, DiskWant, EncodeError, Encoder, LeaveReason, RefuseCode};
+use outlive_epoch::{Accept, Ack, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion, RefuseCode};
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
 use super::copy::VmCopy;
@@ -38,6 +38,8 @@ pub(super) enum Inbox {
 /// A copy of a VM, as far as decisions reach it.
 pub(super) struct Session {
     pub(super) link: Link,
+    /// The version of the stream that both sides have.
+    pub(super) version: ProtocolVersion,
     pub(super) handover: Arc<Handover>,
     /// The copy's, whose applier drops them.
     pub(super) disks: Weak<Replica>,
@@ -208,7 +210,9 @@ fn micros(time: Duration) -> u64 {
 
 impl StandbyPorts for Ports {
     fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String> {
-        let accept = Accept { generation, dead_after_us: micros(dead_after), host: self.host.clone() };
+        let version = self.session(link)?.version;
+        let (dead_after_us, host) = (micros(dead_after), self.host.clone());
+        let accept = Accept { generation, dead_after_us, host, version };
         self.put(link, |encoder, out| encoder.accept(out, &accept))
     }
 

@@ -1,6 +1,6 @@
 //! A VM as its primary introduces it. A standby builds its machine from this alone.
 
-use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits};
+use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits, VersionRange};
 use outlive_machine::Machine;
 
 use super::limits::{self, MAX_STATE_BYTES, SLOTS};
@@ -78,5 +78,6 @@ pub(crate) fn hello(
         vendor: process::vendor(),
         arbiter: provenance.arbiter.id().unwrap_or_default().to_owned(),
         lineage: provenance.lineage.clone(),
+        versions: VersionRange::CURRENT,
     })
 }

@@ -21,3 +21,4 @@ mod refusals;
 mod self_check;
 mod standby;
 mod support;
+mod versions;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use outlive_dirty::Gfn;
-use outlive_epoch::{Message, Peer, ReadError, SectionReader};
+use outlive_epoch::{Message, Peer, ProtocolVersion, ReadError, SectionReader};
 use outlive_machine::Ram;
 
 use super::super::{Connection, Job, Sender, SenderReport, Transport};
@@ -77,7 +77,7 @@ pub(super) fn sender(connection: Connection, clock: Clock) -> (Sender, Receiver<
     let (to, reports) = channel();
     let report = move |report| drop(to.send(report));
     let Connection { writer, closer, .. } = connection;
-    (Sender::start(writer, closer, clock, HEARTBEAT, report).unwrap(), reports)
+    (Sender::start(writer, closer, clock, HEARTBEAT, ProtocolVersion::CURRENT, report).unwrap(), reports)
 }
 
 /// A round of the base synchronisation: so many pages with something in them.

@@ -3,3 +3,4 @@
 mod order;
 mod pause;
 mod rig;
+mod versions;

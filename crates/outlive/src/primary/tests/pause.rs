@@ -9,7 +9,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Accept, Ack, Encoder, Message, Peer, Preface, SectionReader, VmId};
+use outlive_epoch::{Accept, Ack, Encoder, Message, Peer, Preface, SectionReader, VersionRange, VmId};
 use outlive_machine::{After as Then, Host, HostError, Machine, Options, OutputMode, PayloadOptions};
 use outlive_pair::{PrimaryStatus, Wanted};
 
@@ -70,8 +70,9 @@ fn standby(mut stream: TcpStream) {
             Message::Hello(hello) => {
                 out.extend_from_slice(&Preface::CURRENT.encode());
                 let dead_after_us = Duration::from_secs(600).as_micros() as u64;
-                let accept =
-                    Accept { generation: hello.generation, dead_after_us, host: "standby".to_owned() };
+                let version = VersionRange::CURRENT.common(hello.versions).unwrap();
+                let (generation, host) = (hello.generation, "standby".to_owned());
+                let accept = Accept { generation, dead_after_us, host, version };
                 encoder.accept(&mut out, &accept).unwrap();
             }
             Message::CheckpointBegin(begin) => open = Some(begin.generation),

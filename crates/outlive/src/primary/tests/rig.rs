@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{GfnRange, Hello, Layout, Limits, VmId};
+use outlive_epoch::{GfnRange, Hello, Layout, Limits, VersionRange, VmId};
 use outlive_machine::{HeldOutput, Lease, OutputMode, Permit, Valve};
 use outlive_pair::{Link, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
@@ -101,6 +101,7 @@ pub(super) fn hello() -> Hello {
         vendor: String::new(),
         arbiter: String::new(),
         lineage: Default::default(),
+        versions: VersionRange::CURRENT,
     }
 }
 

@@ -1,0 +1,215 @@
+//! Two releases agree on a version of the stream.
+
+use outlive_epoch::{
+    Accept, Encoder, HEADER_LEN, Hello, Message, Peer, Preface, ProtocolVersion, ReadError, Refuse,
+    RefuseCode, SectionHeader, SectionKind, SectionReader, VersionRange, WireError,
+};
+
+use crate::common::{Content, hello};
+
+const V2: ProtocolVersion = ProtocolVersion::V2;
+const V3: ProtocolVersion = ProtocolVersion::V3;
+
+/// The versions of a release whose newest is this one.
+fn range(newest: ProtocolVersion) -> VersionRange {
+    VersionRange { newest: newest as u32, ..VersionRange::CURRENT }
+}
+
+/// A release that knows no newer version than `newest`, as a standby: reads an introduction, answers it, and
+/// returns what it has agreed to, with its encoder and its reader.
+fn answer(newest: ProtocolVersion, mut from: &[u8], to: &mut Vec<u8>) -> Option<(Encoder, SectionReader)> {
+    let mut reader = SectionReader::up_to(Peer::Primary, newest);
+    let introduction = match reader.read_preface(&mut from) {
+        Ok(version) => version,
+        Err(error) => {
+            let version = newest.introduction();
+            to.extend_from_slice(&Preface { version }.encode());
+            Encoder::speaking(version).refuse(to, RefuseCode::Version, &error.to_string());
+            return None;
+        }
+    };
+    let mut encoder = Encoder::speaking(introduction);
+    to.extend_from_slice(&Preface { version: introduction }.encode());
+    let section = reader.read_section(&mut from).unwrap();
+    let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
+    match range(newest).common(hello.versions) {
+        Ok(version) => {
+            let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version };
+            encoder.accept(to, &accept).unwrap();
+            reader.agree(version);
+            Some((encoder, reader))
+        }
+        Err(why) => {
+            encoder.refuse(to, RefuseCode::Version, &why);
+            None
+        }
+    }
+}
+
+/// The primary's introduction in this version, and its encoder.
+fn introduce(introduction: ProtocolVersion, versions: VersionRange) -> (Vec<u8>, Encoder) {
+    let mut out = Preface { version: introduction }.encode().to_vec();
+    let mut encoder = Encoder::speaking(introduction);
+    encoder.hello(&mut out, &Hello { versions, ..hello() }).unwrap();
+    (out, encoder)
+}
+
+/// What came back: the version in which the standby introduces itself, and its answer.
+fn heard(
+    newest: ProtocolVersion,
+    mut from: &[u8],
+) -> (ProtocolVersion, Result<Accept, Refuse>, SectionReader) {
+    let mut reader = SectionReader::up_to(Peer::Standby, newest);
+    let introduction = reader.read_preface(&mut from).unwrap();
+    let answer = match Message::parse(&reader.read_section(&mut from).unwrap()).unwrap() {
+        Message::Accept(accept) => Ok(accept),
+        Message::Refuse(refuse) => Err(refuse),
+        other => panic!("{other:?}"),
+    };
+    (introduction, answer, reader)
+}
+
+/// Everything from the first attempt on: returns the version that was agreed on and the number of attempts.
+/// A checkpoint goes there, an acknowledgement comes back, and each section has the version of that stream.
+fn converse(primary: ProtocolVersion, standby: ProtocolVersion) -> (ProtocolVersion, u32) {
+    let (mut introduction, mut attempts) = (primary.introduction(), 0);
+    loop {
+        attempts += 1;
+        let (there, mut writes) = introduce(introduction, range(primary));
+        let mut back = Vec::new();
+        let accepted = answer(standby, &there, &mut back);
+        let (theirs, answer, mut hears) = heard(primary, &back);
+        let Some((mut answers, mut reads)) = accepted else {
+            let refuse = answer.unwrap_err();
+            assert_eq!(refuse.code, Ok(RefuseCode::Version));
+            assert!(theirs < introduction && attempts == 1, "it would never end: {}", refuse.text);
+            introduction = theirs;
+            continue;
+        };
+        let agreed = answer.unwrap().version;
+        writes.speak(agreed);
+        hears.agree(agreed);
+        assert_eq!((writes.stream(), answers.stream()), (agreed, agreed));
+
+        let content = Content::new(1, Default::default(), &[1, 5, 7]);
+        let mut stream = Vec::new();
+        content.encode(&mut writes, &mut stream, 2);
+        let (mut source, mut pages) = (&stream[..], 0);
+        loop {
+            match reads.read_section(&mut source) {
+                Ok(section) => {
+                    let header = section.header();
+                    assert_eq!(header.version, header.kind.version_in(agreed), "{:?}", header.kind);
+                    if let Message::Pages(section) = Message::parse(&section).unwrap() {
+                        pages += section.len();
+                    }
+                }
+                Err(ReadError::Closed) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!(pages, 3);
+
+        let mut ack = Vec::new();
+        answers.ack(&mut ack, &outlive_epoch::Ack { generation: 3, number: 1, stamp_us: 9 });
+        let section = hears.read_section(&mut &ack[..]).unwrap();
+        assert!(matches!(Message::parse(&section), Ok(Message::Ack(ack)) if ack.number == 1));
+        return (agreed, attempts);
+    }
+}
+
+#[test]
+fn the_newest_version_that_both_have_is_used() {
+    assert_eq!(converse(V3, V3), (V3, 1));
+    assert_eq!(converse(V2, V3), (V2, 1), "an older primary");
+    assert_eq!(converse(V2, V2), (V2, 1));
+    // It cannot read a Hello that has a range.
+    assert_eq!(converse(V3, V2), (V2, 2), "an older standby");
+}
+
+/// A section whose payload is replaced, with all checksums right.
+fn with_payload(section: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut header = SectionHeader::parse(section[..HEADER_LEN].try_into().unwrap()).unwrap();
+    header.length = payload.len() as u32;
+    header.payload_crc = crc32fast::hash(payload);
+    [&header.encode()[..], payload].concat()
+}
+
+/// What a later release appends to its introduction does not keep this one from reading it.
+#[test]
+fn a_later_release_is_understood_as_long_as_it_has_a_version_of_ours() {
+    let later = VersionRange { oldest: 3, newest: 12 };
+    let (mut there, _) = introduce(ProtocolVersion::INTRODUCTION, later);
+    let section = there.split_off(outlive_epoch::PREFACE_LEN);
+    let payload = [&section[HEADER_LEN..], &[0xee; 17]].concat();
+    there.extend(with_payload(&section, &payload));
+    let mut back = Vec::new();
+    assert!(answer(ProtocolVersion::CURRENT, &there, &mut back).is_some());
+
+    let section = back.split_off(outlive_epoch::PREFACE_LEN);
+    let payload = [&section[HEADER_LEN..], &[0xee; 9]].concat();
+    back.extend(with_payload(&section, &payload));
+    let (_, accept, _) = heard(ProtocolVersion::CURRENT, &back);
+    assert_eq!(accept.unwrap().version, ProtocolVersion::CURRENT);
+}
+
+#[test]
+fn without_a_common_version_both_ranges_and_the_remedy_are_named() {
+    for (versions, host) in [
+        (VersionRange { oldest: 8, newest: 9 }, "standby's"),
+        (VersionRange { oldest: 1, newest: 1 }, "primary's"),
+    ] {
+        let (there, _) = introduce(ProtocolVersion::INTRODUCTION, versions);
+        let mut back = Vec::new();
+        assert!(answer(ProtocolVersion::CURRENT, &there, &mut back).is_none());
+        let (_, refuse, _) = heard(ProtocolVersion::CURRENT, &back);
+        let refuse = refuse.unwrap_err();
+        assert_eq!(refuse.code, Ok(RefuseCode::Version));
+        let (ours, theirs) = (VersionRange::CURRENT, versions);
+        for words in [
+            format!("the standby reads {ours}, the primary writes {theirs};"),
+            format!("upgrade Outlive on the {host} host"),
+        ] {
+            assert!(refuse.text.contains(&words), "{}", refuse.text);
+        }
+    }
+}
+
+#[test]
+fn what_is_newer_than_the_agreement_is_refused() {
+    let (there, mut encoder) = introduce(V3, range(V3));
+    let (mut source, mut reader) = (&there[..], SectionReader::new(Peer::Primary));
+    reader.read_preface(&mut source).unwrap();
+    reader.read_section(&mut source).unwrap();
+    reader.agree(V2);
+    // It goes on as if nothing had been agreed on.
+    let mut out = Vec::new();
+    encoder.base_pages_head(&mut out, 1, [outlive_epoch::PageEntry::zero(1)].into_iter(), &[]).unwrap();
+    let error = reader.read_section(&mut &out[..]).unwrap_err();
+    let kind = SectionKind::BasePages;
+    let expected = WireError::UnknownVersion { kind, version: 2, oldest: 1, newest: 1 };
+    assert!(matches!(&error, ReadError::Wire(wire) if *wire == expected), "{error}");
+}
+
+#[test]
+fn versions_that_make_no_sense_are_refused() {
+    let parse = |kind: SectionKind, payload: &[u8]| {
+        Message::parse_payload(kind, kind.version(), payload).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let (there, _) = introduce(V3, VersionRange { oldest: 4, newest: 3 });
+    let hello = &there[outlive_epoch::PREFACE_LEN + HEADER_LEN..];
+    let why = "section Hello: the oldest version of the stream is newer than the newest (0x4)";
+    assert_eq!(parse(SectionKind::Hello, hello), Err(why.into()));
+    let early = "section Hello: the payload ends early, bytes missing (0x1)";
+    assert_eq!(parse(SectionKind::Hello, &hello[..hello.len() - 1]), Err(early.into()));
+
+    let mut out = Vec::new();
+    let accept = Accept { generation: 3, dead_after_us: 1, host: "b".into(), version: V3 };
+    Encoder::new().accept(&mut out, &accept).unwrap();
+    let mut accept = out[HEADER_LEN..].to_vec();
+    assert_eq!(parse(SectionKind::Accept, &accept), Ok(()));
+    let version = accept.len() - 4;
+    accept[version] = 77;
+    let why = "section Accept: a version of the stream that was not offered (0x4d)";
+    assert_eq!(parse(SectionKind::Accept, &accept), Err(why.into()));
+}
