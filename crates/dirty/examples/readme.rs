@@ -2,11 +2,12 @@
 // UNSAFETY: gives memory to KVM and writes it as a device model does.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
-
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
-use outlive_dirty::{Backend, Choice, Config, Gfn, GlobalLog, Hot, Layout, PAGE_SIZE, Slot, Tracker};
+use outlive_dirty::{
+    BackendChoice, DirtyBackend, Gfn, GlobalLog, HotPages, KvmFile, MemoryLayout, MemorySlot, PAGE_SIZE,
+    Tracker, TrackerConfig,
+};
 
 /// 16-bit code: mov [bx], al; add bx, 4096; dec cx; jnz to the first; hlt.
 const GUEST: [u8; 10] = [0x88, 0x07, 0x81, 0xc3, 0x00, 0x10, 0x49, 0x75, 0xf7, 0xf4];
@@ -22,14 +23,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let vm = kvm.create_vm()?;
 
     // Before the first vCPU: a dirty ring is a property of the VM. The self-test is for hot pages.
-    let backend = Backend::probe(fd(&kvm), fd(&vm), Choice::Auto, 1)?.with_self_test(fd(&kvm));
+    let backend = DirtyBackend::probe(kvm.descriptor(), vm.descriptor(), BackendChoice::Auto, 1)?
+        .with_self_test(kvm.descriptor());
     println!("back end: {} ({})", backend.kind(), backend.reason());
 
     // 1 MiB of memory, leaked so that it outlives the VM, with the guest's code in page 1.
     let mut memory = Box::new(Memory([0; 1 << 20]));
     memory.0[0x1000..][..GUEST.len()].copy_from_slice(&GUEST);
     let memory = Box::into_raw(memory).cast::<u8>();
-    let slot = Slot { id: 0, base: Gfn(0), pages: 256, host_addr: memory as u64 };
+    let slot = MemorySlot { id: 0, base: Gfn(0), pages: 256, host_addr: memory as u64 };
     let region = kvm_userspace_memory_region {
         memory_size: slot.pages * PAGE_SIZE,
         userspace_addr: slot.host_addr,
@@ -42,11 +44,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs)?;
 
-    let layout = Layout::new(vec![slot])?;
+    let layout = MemoryLayout::new(vec![slot])?;
     let global = GlobalLog::new(layout.gfn_space(), 64);
-    let config = Config { hot: Hot::Auto, ..Config::default() };
+    let config = TrackerConfig::default().with_hot(HotPages::Auto);
     // SAFETY: the one slot is as it was made, and its memory is never freed.
-    let tracker = unsafe { Tracker::new(layout, config, backend, global.clone(), fd(&vm), &[fd(&vcpu)])? };
+    let tracker = unsafe {
+        Tracker::new(layout, config, backend, global.clone(), vm.descriptor(), &[vcpu.descriptor()])?
+    };
     tracker.enable()?; // from here on nothing is missed: a VMM now copies all of memory once
 
     for (epoch_number, first, count) in [(1, 3, 4), (2, 5, 2)] {
@@ -72,9 +76,4 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         epoch.copied().run();
     }
     Ok(())
-}
-
-fn fd(file: &impl AsRawFd) -> BorrowedFd<'_> {
-    // SAFETY: it is open as long as `file` is borrowed.
-    unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) }
 }

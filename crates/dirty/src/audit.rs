@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot, PAGE_SIZE};
 
 /// Remembers what is in guest memory, and tells which pages have changed without being reported.
 ///
@@ -49,9 +49,9 @@ impl Auditor {
     /// # Safety
     /// As long as the auditor is used, every slot is readable memory of this process at its `host_addr`, for
     /// all its pages, and nobody writes it during this call and during [`Auditor::check`].
-    pub unsafe fn new(layout: &Layout) -> io::Result<Auditor> {
+    pub unsafe fn new(layout: &MemoryLayout) -> io::Result<Auditor> {
         let anonymous = anonymous_mappings()?;
-        let audited = |slot: &Slot| Audited {
+        let audited = |slot: &MemorySlot| Audited {
             slot: *slot,
             // Zeroed memory that nobody touches costs nothing, like the pages that it stands for.
             digests: vec![0; slot.pages as usize],
@@ -88,7 +88,7 @@ impl Auditor {
                 } else {
                     let page = std::ptr::with_exposed_provenance::<[u64; WORDS]>(address as usize);
                     // SAFETY: a whole page of a slot, readable and not written meanwhile by the contract of
-                    // `new`; its address is a multiple of the page size (`Layout::new`).
+                    // `new`; its address is a multiple of the page size (`MemoryLayout::new`).
                     digest_of(unsafe { &*page })
                 };
                 if *digest != now {
@@ -107,7 +107,7 @@ impl fmt::Debug for Auditor {
 }
 
 struct Audited {
-    slot: Slot,
+    slot: MemorySlot,
     digests: Vec<u128>,
     /// Pages that the page table does not know are zero.
     sparse: bool,
@@ -144,9 +144,7 @@ const fn keys() -> [u64; WORDS] {
 fn digest_of(page: &[u64; WORDS]) -> u128 {
     // Four sums, because each addition waits for the one before it.
     let mut sums = [0u128; 4];
-    let (words, _) = page.as_chunks::<8>();
-    let (keys, _) = KEYS.as_chunks::<8>();
-    for (words, keys) in words.iter().zip(keys) {
+    for (words, keys) in page.chunks_exact(8).zip(KEYS.chunks_exact(8)) {
         for (lane, sum) in sums.iter_mut().enumerate() {
             let first = words[2 * lane].wrapping_add(keys[2 * lane]);
             let second = words[2 * lane + 1].wrapping_add(keys[2 * lane + 1]);
@@ -193,7 +191,7 @@ fn anonymous_mapping(line: &str) -> Option<(u64, u64)> {
     (private && inode == "0").then_some(range)
 }
 
-fn is_covered(slot: &Slot, mappings: &[(u64, u64)]) -> bool {
+fn is_covered(slot: &MemorySlot, mappings: &[(u64, u64)]) -> bool {
     let end = slot.host_addr + slot.pages * PAGE_SIZE;
     mappings.iter().any(|&(from, to)| from <= slot.host_addr && end <= to)
 }
@@ -225,9 +223,9 @@ impl<'p> Touched<'p> {
             let read = self.pagemap.read_at(&mut self.entries, page * 8).unwrap_or(0);
             self.entries.truncate(read);
         }
-        let (entries, _) = self.entries.as_chunks::<8>();
-        let entry = entries.get((page - self.first) as usize);
-        entry.is_none_or(|entry| u64::from_ne_bytes(*entry) & KNOWN != 0)
+        let first = (page - self.first) as usize * 8;
+        let entry = self.entries.get(first..first + 8).and_then(|bytes| bytes.try_into().ok());
+        entry.is_none_or(|entry| u64::from_ne_bytes(entry) & KNOWN != 0)
     }
 }
 
@@ -249,13 +247,16 @@ mod tests {
 
     struct Vm {
         memory: GuestMemoryMmap<RegionLog>,
-        layout: Layout,
+        layout: MemoryLayout,
         log: Arc<GlobalLog>,
     }
 
     fn vm(flags: i32) -> Vm {
         let log = GlobalLog::new(0x11_0000, 64);
-        log.enable(&Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: 0x1000, host_addr: 0 }]).unwrap());
+        log.enable(
+            &MemoryLayout::new(vec![MemorySlot { id: 0, base: Gfn(0), pages: 0x1000, host_addr: 0 }])
+                .unwrap(),
+        );
         let regions = SLOTS.map(|(_, base, pages)| {
             let bitmap = RegionLog::new(log.clone(), Gfn(base));
             let mapping = MmapRegionBuilder::new_with_bitmap((pages * PAGE_SIZE) as usize, bitmap)
@@ -267,9 +268,9 @@ mod tests {
         let memory = GuestMemoryMmap::from_regions(regions.into()).unwrap();
         let slot = |(region, (id, base, pages)): (&GuestRegionMmap<RegionLog>, _)| {
             let host_addr = region.as_ptr().expose_provenance() as u64;
-            Slot { id, base: Gfn(base), pages, host_addr }
+            MemorySlot { id, base: Gfn(base), pages, host_addr }
         };
-        let layout = Layout::new(memory.iter().zip(SLOTS).map(slot).collect()).unwrap();
+        let layout = MemoryLayout::new(memory.iter().zip(SLOTS).map(slot).collect()).unwrap();
         Vm { memory, layout, log }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -10,6 +10,7 @@ use kvm_bindings::{
 
 use crate::hot::HotRule;
 use crate::kvm;
+use crate::report;
 #[cfg(feature = "self-test")]
 use crate::selftest::{SelfTest, Way};
 use crate::source::ring::{RESERVED, RESERVED_FOR_PML};
@@ -24,7 +25,7 @@ const MIN_ENTRIES: u64 = 8192;
 /// Which back end the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Choice {
+pub enum BackendChoice {
     /// The ring if the kernel has it, else the clear-log, else the bitmap.
     #[default]
     Auto,
@@ -40,7 +41,7 @@ pub enum Choice {
 /// Which back end it is. `Display` gives "ring", "clear-log", "bitmap" and "uffd".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Kind {
+pub enum DirtyKind {
     /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest is by dirty page.
     Ring,
     /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest is by page of
@@ -49,17 +50,17 @@ pub enum Kind {
     /// KVM_GET_DIRTY_LOG: the cost of a harvest is by page of the VM.
     Bitmap,
     /// userfaultfd with asynchronous write-protection, Linux 6.7 and later: memory that this process writes
-    /// itself, without KVM ([`crate::Tracker::of_memory`]). The cost of a harvest is by page of the memory.
+    /// itself, without KVM (`Tracker::of_memory`, feature `uffd`). The cost of a harvest is by page of memory.
     Uffd,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for DirtyKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Kind::Ring => "ring",
-            Kind::ClearLog => "clear-log",
-            Kind::Uffd => "uffd",
-            Kind::Bitmap => "bitmap",
+            DirtyKind::Ring => "ring",
+            DirtyKind::ClearLog => "clear-log",
+            DirtyKind::Uffd => "uffd",
+            DirtyKind::Bitmap => "bitmap",
         })
     }
 }
@@ -88,8 +89,8 @@ pub enum ProbeError {
 
 /// The back end that a VM has been given.
 #[derive(Clone, Debug)]
-pub struct Backend {
-    kind: Kind,
+pub struct DirtyBackend {
+    kind: DirtyKind,
     reason: String,
     ring_entries: u32,
     #[cfg(feature = "self-test")]
@@ -98,37 +99,41 @@ pub struct Backend {
     planted: u64,
 }
 
-impl Backend {
+impl DirtyBackend {
     /// Chooses the back end and, for the ring, enables it in KVM. Call it once, **before the first vCPU**.
     ///
-    /// Each vCPU's ring gets 65536 / `vcpus` entries, rounded up to a power of two, at least 8192 and at most
+    /// `kvm` is `/dev/kvm`, `vm` the VM, `max_vcpus` the number of vCPUs that it will ever have. With kvm-ioctls
+    /// [`crate::KvmFile::descriptor`] borrows the descriptors.
+    ///
+    /// Each vCPU's ring gets 65536 / `max_vcpus` entries, rounded up to a power of two, at least 8192 and at most
     /// what KVM allows (65536): large enough that the dirty trigger and not a full ring ends the epoch. The
     /// VM must not use `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: with `KVM_DIRTY_LOG_INITIALLY_SET` a ring loses
     /// the first writes to every page, and KVM does not say so. [`crate::Tracker::enable`] turns it off for a
     /// ring, and this sets it without `INITIALLY_SET` for the clear-log.
     pub fn probe(
-        kvm: BorrowedFd<'_>,
-        vm: BorrowedFd<'_>,
-        choice: Choice,
-        vcpus: usize,
-    ) -> Result<Backend, ProbeError> {
+        kvm: impl AsFd,
+        vm: impl AsFd,
+        choice: BackendChoice,
+        max_vcpus: usize,
+    ) -> Result<DirtyBackend, ProbeError> {
+        let (kvm, vm) = (kvm.as_fd(), vm.as_fd());
         let chosen = match choice {
-            Choice::Bitmap => Backend::bitmap(vm, "the caller asked for it".into()),
-            Choice::ClearLog => Backend::clear_log(vm, "the caller asked for it".into())?,
-            Choice::Ring => Backend::ring(kvm, vm, vcpus)?,
-            Choice::Auto => Backend::ring(kvm, vm, vcpus).or_else(|no_ring| {
+            BackendChoice::Bitmap => DirtyBackend::bitmap(vm, "the caller asked for it".into()),
+            BackendChoice::ClearLog => DirtyBackend::clear_log(vm, "the caller asked for it".into())?,
+            BackendChoice::Ring => DirtyBackend::ring(kvm, vm, max_vcpus)?,
+            BackendChoice::Auto => DirtyBackend::ring(kvm, vm, max_vcpus).or_else(|no_ring| {
                 let why = format!("no ring: {no_ring}");
-                Backend::clear_log(vm, why.clone())
-                    .or_else(|_| Ok(Backend::bitmap(vm, format!("no clear-log; {why}"))))
+                DirtyBackend::clear_log(vm, why.clone())
+                    .or_else(|_| Ok(DirtyBackend::bitmap(vm, format!("no clear-log; {why}"))))
             })?,
         };
         // Not info: it comes before everything is known to be there, and an error then is to stand alone.
-        tracing::debug!(backend = %chosen.kind, reason = chosen.reason, "dirty tracking");
+        report::debug(format_args!("dirty tracking by {}: {}", chosen.kind, chosen.reason));
         Ok(chosen)
     }
 
-    fn of(kind: Kind, reason: String, ring_entries: u32) -> Backend {
-        Backend {
+    fn of(kind: DirtyKind, reason: String, ring_entries: u32) -> DirtyBackend {
+        DirtyBackend {
             kind,
             reason,
             ring_entries,
@@ -139,21 +144,21 @@ impl Backend {
         }
     }
 
-    fn bitmap(vm: BorrowedFd<'_>, reason: String) -> Backend {
+    fn bitmap(vm: BorrowedFd<'_>, reason: String) -> DirtyBackend {
         // With manual protection KVM_GET_DIRTY_LOG would neither clear nor arm. Without the capability it
         // fails.
         kvm::set_manual_protect(vm, 0).ok();
-        Backend::of(Kind::Bitmap, reason, 0)
+        DirtyBackend::of(DirtyKind::Bitmap, reason, 0)
     }
 
-    fn clear_log(vm: BorrowedFd<'_>, reason: String) -> Result<Backend, ProbeError> {
+    fn clear_log(vm: BorrowedFd<'_>, reason: String) -> Result<DirtyBackend, ProbeError> {
         // Without INITIALLY_SET: with it everything is reported as dirty once.
         kvm::set_manual_protect(vm, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into())
             .map_err(ProbeError::NoClearLog)?;
-        Ok(Backend::of(Kind::ClearLog, reason, 0))
+        Ok(DirtyBackend::of(DirtyKind::ClearLog, reason, 0))
     }
 
-    fn ring(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>, vcpus: usize) -> Result<Backend, ProbeError> {
+    fn ring(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>, vcpus: usize) -> Result<DirtyBackend, ProbeError> {
         // ACQ_REL (6.1) names the same ring on x86; either gives its largest size in bytes.
         let (capability, largest) = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
             .into_iter()
@@ -166,11 +171,11 @@ impl Backend {
         let name =
             if capability == KVM_CAP_DIRTY_LOG_RING { "DIRTY_LOG_RING" } else { "DIRTY_LOG_RING_ACQ_REL" };
         let reason = format!("KVM_CAP_{name}, {entries} entries a vCPU");
-        Ok(Backend::of(Kind::Ring, reason, entries as u32))
+        Ok(DirtyBackend::of(DirtyKind::Ring, reason, entries as u32))
     }
 
     /// Which back end it is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> DirtyKind {
         self.kind
     }
 
@@ -181,24 +186,27 @@ impl Backend {
 
     /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves
     /// out of a re-arm what it is told to, and measures what a trap and a copy cost: what
-    /// [`crate::Hot::Auto`] needs. A kernel that fails gets no hot pages; the result is logged. It is tested once
-    /// in a process for each kind of back end.
+    /// [`crate::HotPages::Auto`] needs. A kernel that fails gets no hot pages; the result is logged. It is tested
+    /// once in a process for each kind of back end.
     #[cfg(feature = "self-test")]
     #[must_use]
-    pub fn with_self_test(mut self, kvm: BorrowedFd<'_>) -> Backend {
+    pub fn with_self_test(mut self, kvm: impl AsFd) -> DirtyBackend {
         let way = match self.kind {
-            Kind::Ring => Way::Ring,
-            Kind::ClearLog => Way::ClearLog,
-            Kind::Bitmap | Kind::Uffd => return self,
+            DirtyKind::Ring => Way::Ring,
+            DirtyKind::ClearLog => Way::ClearLog,
+            DirtyKind::Bitmap | DirtyKind::Uffd => return self,
         };
-        match SelfTest::once(kvm, way) {
+        match SelfTest::once(kvm.as_fd(), way) {
             Ok(test) => self.self_test = Some(test),
-            Err(error) => tracing::warn!(%error, "no self-test of selective re-arm, no hot pages"),
+            Err(error) => report::warn(format_args!(
+                "no self-test of selective re-arm, so no hot pages: {}",
+                report::Chain(&error)
+            )),
         }
         self
     }
 
-    /// What [`Backend::with_self_test`] has found.
+    /// What [`DirtyBackend::with_self_test`] has found.
     #[cfg(feature = "self-test")]
     pub fn self_test(&self) -> Option<&SelfTest> {
         self.self_test.as_ref()
@@ -220,9 +228,9 @@ impl Backend {
     /// which at least three quarters stay free.
     pub(crate) fn most_hot_pages(&self) -> usize {
         match self.kind {
-            Kind::Ring => self.ring_entries as usize / 4,
-            Kind::ClearLog => usize::MAX,
-            Kind::Bitmap | Kind::Uffd => 0,
+            DirtyKind::Ring => self.ring_entries as usize / 4,
+            DirtyKind::ClearLog => usize::MAX,
+            DirtyKind::Bitmap | DirtyKind::Uffd => 0,
         }
     }
 
@@ -238,7 +246,7 @@ impl Backend {
     /// Puts a bug in: one page in so many is lost. For tests that must notice it.
     #[cfg(any(test, feature = "planted-bug"))]
     #[must_use]
-    pub fn with_planted_bug(mut self, every: u64) -> Backend {
+    pub fn with_planted_bug(mut self, every: u64) -> DirtyBackend {
         self.planted = every;
         self
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use crate::sync::Ordering;
 use crate::words::Words;
 
@@ -82,7 +82,7 @@ impl Bits {
     }
 
     /// Takes the memory of the bits of the layout's pages, so that it is not taken in an epoch.
-    pub(crate) fn populate(&self, layout: &Layout) {
+    pub(crate) fn populate(&self, layout: &MemoryLayout) {
         for slot in layout.slots() {
             self.words.populate_huge(place(slot.base).0..place(Gfn(slot.end() - 1)).0 + 1);
         }

@@ -169,6 +169,14 @@ impl<'t> Epoch<'t, Rearmed> {
         self.tracker().comparison()
     }
 
+    /// Adds the pages to `pages` and begins the next epoch, before they are copied: for a migration, whose
+    /// guest runs on while its pages are sent. What is written meanwhile is of the next epoch, whichever
+    /// contents were sent. `pages` grows where it has too little room; that is the only allocation.
+    pub fn run_then_copy(self, pages: &mut Vec<Gfn>) {
+        pages.extend_from_slice(self.pages());
+        self.copied().run();
+    }
+
     /// Says that the contents of the pages have been read. Waits for parts that other threads still hold.
     pub fn copied(self) -> Epoch<'t, Copied> {
         self.tracker().close();

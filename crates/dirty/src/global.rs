@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::bits::Bits;
-use crate::layout::{Gfn, Layout, PAGE_SIZE};
+use crate::layout::{Gfn, MemoryLayout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
 
@@ -39,13 +39,23 @@ pub struct GlobalLog {
 }
 
 impl GlobalLog {
-    /// A log over frame numbers below `pages_of_gfn_space` ([`crate::Layout::gfn_space`]) that lists up to
+    /// A log over frame numbers below `pages_of_gfn_space` ([`crate::MemoryLayout::gfn_space`]) that lists up to
     /// `capacity` pages an epoch; more of them cost time in the harvest, no loss.
     ///
     /// # Panics
     /// If the address space for the bitmap (one bit a page) cannot be reserved.
     pub fn new(pages_of_gfn_space: u64, capacity: usize) -> Arc<GlobalLog> {
         Arc::new(Self::build(pages_of_gfn_space, capacity))
+    }
+
+    /// As [`GlobalLog::new`], over guest physical ranges (address and length in bytes, as `vm-memory` takes
+    /// them): for a log that is made before the memory whose writes it is to record.
+    ///
+    /// # Panics
+    /// As [`GlobalLog::new`].
+    pub fn for_ranges(ranges: &[(u64, u64)], capacity: usize) -> Arc<GlobalLog> {
+        let end = |&(gpa, bytes): &(u64, u64)| gpa.saturating_add(bytes).div_ceil(PAGE_SIZE);
+        Self::new(ranges.iter().map(end).max().unwrap_or(0), capacity)
     }
 
     pub(crate) fn build(pages: u64, capacity: usize) -> GlobalLog {
@@ -174,7 +184,7 @@ impl GlobalLog {
     }
 
     /// Takes memory and begins to record, with nothing marked.
-    pub(crate) fn enable(&self, layout: &Layout) {
+    pub(crate) fn enable(&self, layout: &MemoryLayout) {
         self.drain(|_| ());
         self.bits.clear_all();
         self.bits.populate(layout);
@@ -206,8 +216,8 @@ impl fmt::Debug for GlobalLog {
 mod tests {
     use super::*;
 
-    fn layout() -> Layout {
-        Layout::new(vec![crate::Slot { id: 0, base: Gfn(0), pages: 64, host_addr: 0 }]).unwrap()
+    fn layout() -> MemoryLayout {
+        MemoryLayout::new(vec![crate::MemorySlot { id: 0, base: Gfn(0), pages: 64, host_addr: 0 }]).unwrap()
     }
 
     fn drained(log: &GlobalLog) -> Vec<u64> {
@@ -265,6 +275,13 @@ mod tests {
         log.mark(Gfn(3));
         assert_eq!(drained(&log), [3]);
         assert_eq!(log.scans(), 3);
+    }
+
+    #[test]
+    fn covers_ranges_to_their_last_byte() {
+        let log = GlobalLog::for_ranges(&[(0, 0x10_0000), (0x1_0000_0000, 0x2001)], 8);
+        assert_eq!(log.gfn_space(), 0x10_0003);
+        assert_eq!(GlobalLog::for_ranges(&[], 8).gfn_space(), 0);
     }
 
     #[test]

@@ -40,11 +40,11 @@ impl HotRule {
 
 /// Whether pages may become hot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hot {
+pub enum HotPages {
     /// Every page is re-armed in every epoch.
     #[default]
     Off,
-    /// By the costs and the proof of [`crate::Backend::with_self_test`]; off where that was not passed or not
+    /// By the costs and the proof of [`crate::DirtyBackend::with_self_test`]; off where that was not passed or not
     /// run.
     Auto,
     /// By this rule. It is on the caller that the kernel leaves out what it is told to leave out.

@@ -19,7 +19,7 @@ use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::ioctl::checked;
-use crate::layout::{Layout, PAGE_SIZE, Slot};
+use crate::layout::{MemoryLayout, MemorySlot, PAGE_SIZE};
 use crate::mint;
 use crate::words::Words;
 
@@ -33,22 +33,22 @@ ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 /// What dirty logging asks of the kernel for a VM. A trait so that tests can put a naive kernel behind it.
 pub(crate) trait Kernel: Send + Sync {
     /// Turns the dirty log of a slot on or off. On write-protects every page of the slot.
-    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()>;
+    fn set_logging(&self, slot: &MemorySlot, on: bool) -> io::Result<()>;
 
     /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection also clears it
     /// and write-protects its pages.
-    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()>;
+    fn get_dirty_log(&self, slot: &MemorySlot, buffer: &Words) -> io::Result<()>;
 
     /// Clears the bits of the slot's dirty bitmap that are set in these words of `mask`, and write-protects
     /// their pages. Needs manual protection.
-    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()>;
+    fn clear_dirty_log(&self, slot: &MemorySlot, words: Range<usize>, mask: &Words) -> io::Result<()>;
 
     /// Turns manual protection off, whoever has turned it on, and with it KVM_DIRTY_LOG_INITIALLY_SET.
     fn refuse_manual_protect(&self);
 
     /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. vCPUs
     /// are stopped.
-    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()>;
+    fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()>;
 
     /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
     fn reset_dirty_rings(&self) -> io::Result<u64>;
@@ -69,7 +69,7 @@ impl Vm {
 }
 
 impl Kernel for Vm {
-    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()> {
+    fn set_logging(&self, slot: &MemorySlot, on: bool) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
             slot: slot.id,
             flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
@@ -82,7 +82,7 @@ impl Kernel for Vm {
         checked(unsafe { ioctl_with_ref(&self.vm, KVM_SET_USER_MEMORY_REGION(), &region) }).map(drop)
     }
 
-    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()> {
+    fn get_dirty_log(&self, slot: &MemorySlot, buffer: &Words) -> io::Result<()> {
         // KVM writes one bit a page, in whole words.
         if (buffer.len() as u64) < slot.pages.div_ceil(64) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -94,7 +94,7 @@ impl Kernel for Vm {
         checked(unsafe { ioctl_with_ref(&self.vm, KVM_GET_DIRTY_LOG(), &request) }).map(drop)
     }
 
-    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()> {
+    fn clear_dirty_log(&self, slot: &MemorySlot, words: Range<usize>, mask: &Words) -> io::Result<()> {
         let first = words.start as u64 * 64;
         let pages = (words.end as u64 * 64).min(slot.pages).checked_sub(first);
         // The bitmap begins with the bit of the first page that is cleared.
@@ -117,7 +117,7 @@ impl Kernel for Vm {
         set_manual_protect(self.vm.as_fd(), 0).ok();
     }
 
-    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()> {
+    fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
         let vcpu = self.vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?;
         mint::mint(vcpu, entries, layout)
     }

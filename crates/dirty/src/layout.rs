@@ -1,6 +1,8 @@
 //! Guest frame numbers and the memory slots they live in.
 
+use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -24,6 +26,24 @@ impl Gfn {
     }
 }
 
+impl Gfn {
+    /// Sorts pages and joins neighbours: ranges in ascending order, as interfaces that take ranges want them
+    /// (a file of runs, Cloud Hypervisor's `MemoryRangeTable`). A page that is there twice counts once.
+    ///
+    /// ```
+    /// use outlive_dirty::Gfn;
+    /// let mut pages = [9, 3, 4, 5, 4].map(Gfn);
+    /// let ranges: Vec<_> = Gfn::ranges(&mut pages).collect();
+    /// assert_eq!(ranges, [Gfn(3)..Gfn(6), Gfn(9)..Gfn(10)]);
+    /// ```
+    pub fn ranges(pages: &mut [Gfn]) -> impl Iterator<Item = Range<Gfn>> + '_ {
+        pages.sort_unstable();
+        pages
+            .chunk_by(|first, second| second.0 - first.0 <= 1)
+            .map(|run| run[0]..Gfn(run[run.len() - 1].0 + 1))
+    }
+}
+
 impl fmt::Display for Gfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)
@@ -37,7 +57,7 @@ impl fmt::Display for Gfn {
 /// other flag, so a read-only slot (which no guest write reaches) or one backed by guest_memfd must be left
 /// out of the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot {
+pub struct MemorySlot {
     /// The slot number given to KVM.
     pub id: u32,
     /// First page of the slot.
@@ -48,7 +68,7 @@ pub struct Slot {
     pub host_addr: u64,
 }
 
-impl Slot {
+impl MemorySlot {
     /// First page after the slot.
     pub(crate) fn end(&self) -> u64 {
         self.base.0 + self.pages
@@ -61,14 +81,19 @@ impl Slot {
 
 /// The memory slots of a VM, checked and ordered by guest address.
 #[derive(Clone, Debug)]
-pub struct Layout {
-    slots: Vec<Slot>,
+pub struct MemoryLayout {
+    slots: Vec<MemorySlot>,
     /// Slots that the VMM has taken away since, by their index; shared by all copies.
     gone: Arc<[AtomicBool]>,
     /// Slot number -> index in `slots` + 1; 0 for a number that is not ours.
     by_id: Vec<u32>,
     pages: u64,
+    /// What keeps the memory of the slots mapped.
+    owners: Vec<Owner>,
 }
+
+/// Anything whose life keeps memory mapped.
+type Owner = Arc<dyn Any + Send + Sync>;
 
 /// Why a list of slots is no layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +120,9 @@ pub enum LayoutError {
     /// KVM wants page-aligned memory.
     #[error("the host address of memory slot {0} is not a multiple of the page size")]
     Unaligned(u32),
+    /// The memory of a slot is not in this process: [`MemoryLayout::of_memory`].
+    #[error("the memory of slot {0} has no address in this process")]
+    NoAddress(u32),
 }
 
 /// `KVM_USER_MEM_SLOTS` of x86: 32767 less 3 private slots (arch/x86/include/asm/kvm_host.h).
@@ -102,9 +130,9 @@ const MAX_SLOTS: u32 = 32764;
 /// First frame number that no 52-bit guest physical address has.
 const MAX_GFN: u64 = 1 << 40;
 
-impl Layout {
+impl MemoryLayout {
     /// Checks the slots: at least one, none empty, numbers unique, no overlap.
-    pub fn new(mut slots: Vec<Slot>) -> Result<Layout, LayoutError> {
+    pub fn new(mut slots: Vec<MemorySlot>) -> Result<MemoryLayout, LayoutError> {
         if slots.is_empty() {
             return Err(LayoutError::NoSlots);
         }
@@ -137,17 +165,26 @@ impl Layout {
         }
         let pages = slots.iter().map(|slot| slot.pages).sum();
         let gone = slots.iter().map(|_| AtomicBool::new(false)).collect();
-        Ok(Layout { slots, gone, by_id, pages })
+        Ok(MemoryLayout { slots, gone, by_id, pages, owners: Vec::new() })
+    }
+
+    /// Keeps `owner` alive as long as this layout, its copies and the trackers made of them: whatever has the
+    /// slots' memory mapped (a `GuestMemoryMmap`, an `Arc` of the VMM's own type), so that it cannot be
+    /// unmapped while it is tracked.
+    #[must_use]
+    pub fn kept_by(mut self, owner: Arc<dyn Any + Send + Sync>) -> MemoryLayout {
+        self.owners.push(owner);
+        self
     }
 
     /// The slots in order of guest address.
-    pub fn slots(&self) -> &[Slot] {
+    pub fn slots(&self) -> &[MemorySlot] {
         &self.slots
     }
 
     /// The slots that are still there.
-    pub(crate) fn live_slots(&self) -> impl Iterator<Item = &Slot> {
-        let is_there = |(_, gone): &(&Slot, &AtomicBool)| !gone.load(Ordering::Acquire);
+    pub(crate) fn live_slots(&self) -> impl Iterator<Item = &MemorySlot> {
+        let is_there = |(_, gone): &(&MemorySlot, &AtomicBool)| !gone.load(Ordering::Acquire);
         self.slots.iter().zip(&*self.gone).filter(is_there).map(|(slot, _)| slot)
     }
 
@@ -175,7 +212,7 @@ impl Layout {
     /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`]
     /// wants.
     pub fn gfn_space(&self) -> u64 {
-        self.slots.last().map_or(0, Slot::end)
+        self.slots.last().map_or(0, MemorySlot::end)
     }
 
     /// Whether the page belongs to a slot that is still there.
@@ -184,7 +221,7 @@ impl Layout {
     }
 
     /// The slot of a page, if it is still there.
-    fn slot_of(&self, gfn: Gfn) -> Option<&Slot> {
+    fn slot_of(&self, gfn: Gfn) -> Option<&MemorySlot> {
         let index = self.slots.partition_point(|slot| slot.base <= gfn).checked_sub(1)?;
         let slot = &self.slots[index];
         (slot.holds(gfn) && !self.gone[index].load(Ordering::Acquire)).then_some(slot)
@@ -215,29 +252,32 @@ impl Layout {
 mod tests {
     use super::*;
 
-    fn slot(id: u32, base: u64, pages: u64) -> Slot {
-        Slot { id, base: Gfn(base), pages, host_addr: 0x10_0000 }
+    fn slot(id: u32, base: u64, pages: u64) -> MemorySlot {
+        MemorySlot { id, base: Gfn(base), pages, host_addr: 0x10_0000 }
     }
 
     #[test]
     fn refuses_what_is_no_layout() {
-        assert_eq!(Layout::new(vec![]).unwrap_err(), LayoutError::NoSlots);
-        assert_eq!(Layout::new(vec![slot(1, 0, 0)]).unwrap_err(), LayoutError::Empty(1));
-        assert_eq!(Layout::new(vec![slot(32764, 0, 1)]).unwrap_err(), LayoutError::Number(32764));
-        assert_eq!(Layout::new(vec![slot(0, 0, 9), slot(1, 8, 1)]).unwrap_err(), LayoutError::Overlap(0, 1));
+        assert_eq!(MemoryLayout::new(vec![]).unwrap_err(), LayoutError::NoSlots);
+        assert_eq!(MemoryLayout::new(vec![slot(1, 0, 0)]).unwrap_err(), LayoutError::Empty(1));
+        assert_eq!(MemoryLayout::new(vec![slot(32764, 0, 1)]).unwrap_err(), LayoutError::Number(32764));
         assert_eq!(
-            Layout::new(vec![slot(2, 0, 1), slot(2, 8, 1)]).unwrap_err(),
+            MemoryLayout::new(vec![slot(0, 0, 9), slot(1, 8, 1)]).unwrap_err(),
+            LayoutError::Overlap(0, 1)
+        );
+        assert_eq!(
+            MemoryLayout::new(vec![slot(2, 0, 1), slot(2, 8, 1)]).unwrap_err(),
             LayoutError::DuplicateNumber(2)
         );
-        assert_eq!(Layout::new(vec![slot(3, u64::MAX, 2)]).unwrap_err(), LayoutError::TooHigh(3));
-        assert_eq!(Layout::new(vec![slot(3, MAX_GFN, 1)]).unwrap_err(), LayoutError::TooHigh(3));
-        let unaligned = Slot { host_addr: 12, ..slot(0, 0, 1) };
-        assert_eq!(Layout::new(vec![unaligned]).unwrap_err(), LayoutError::Unaligned(0));
+        assert_eq!(MemoryLayout::new(vec![slot(3, u64::MAX, 2)]).unwrap_err(), LayoutError::TooHigh(3));
+        assert_eq!(MemoryLayout::new(vec![slot(3, MAX_GFN, 1)]).unwrap_err(), LayoutError::TooHigh(3));
+        let unaligned = MemorySlot { host_addr: 12, ..slot(0, 0, 1) };
+        assert_eq!(MemoryLayout::new(vec![unaligned]).unwrap_err(), LayoutError::Unaligned(0));
     }
 
     #[test]
     fn resolves_entries_of_its_own_slots_only() {
-        let layout = Layout::new(vec![slot(7, 0x10_0000, 16), slot(2, 0, 8)]).unwrap();
+        let layout = MemoryLayout::new(vec![slot(7, 0x10_0000, 16), slot(2, 0, 8)]).unwrap();
         assert_eq!(layout.max_gfn(), Gfn(0x10_000f));
         assert_eq!(layout.gfn_space(), 0x10_0010);
         assert_eq!(layout.pages(), 24);

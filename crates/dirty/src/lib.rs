@@ -8,7 +8,7 @@
 //! # The life of a tracker
 //!
 //! ```text
-//! Backend::probe ── before the first vCPU ──► Tracker::new ──► enable
+//! DirtyBackend::probe ── before the first vCPU ──► Tracker::new ──► enable
 //!                                                                │
 //!    ┌─── guest runs; fetch(), pending(), should_stop(), ring_full() ◄──┤
 //!    ▼                                                           │
@@ -28,23 +28,23 @@
 //!
 //! | 2016 | here |
 //! |---|---|
-//! | `KVM_INIT_MT` | [`Backend::probe`], [`Tracker::new`]; dropping the tracker is the clean-up |
+//! | `KVM_INIT_MT` | [`DirtyBackend::probe`], [`Tracker::new`]; dropping the tracker is the clean-up |
 //! | `KVM_ENABLE_MT` | [`Tracker::enable`], [`Tracker::disable`]: the only places that allocate or free memory |
 //! | `KVM_PREPARE_MT_CP` | [`Epoch::run`]: forgets the last epoch in O(its dirty pages) |
 //! | `KVM_MT_SUBLIST_FETCH` | [`Tracker::fetch`] from any thread; [`Tracker::harvest_vcpu`] in each vCPU's, [`Epoch::pages`], [`Tracker::part`] |
 //! | `MT_FETCH_WAIT`, `MT_FETCH_REARM` | [`Fetch`] |
 //! | `KVM_RESET_DIRTY_PAGES` | [`Epoch::rearm`], [`Fetched::rearm`] |
-//! | `KVM_MT_DIRTY_TRIGGER` | [`Config::trigger`], [`Config::exact`]; [`Tracker::should_stop`], [`Tracker::pending`] without a system call |
-//! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, of which [`Tracker::ring_full`] says what it means: [`Exit`] |
+//! | `KVM_MT_DIRTY_TRIGGER` | [`TrackerConfig::trigger`], [`TrackerConfig::exact`]; [`Tracker::should_stop`], [`Tracker::pending`] without a system call |
+//! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, of which [`Tracker::ring_full`] says what it means: [`RingExit`] |
 //! | the global list | [`GlobalLog`], [`RegionLog`] |
 //!
 //! # Hot pages
 //!
 //! The trap at the first write of a page is what tracking costs the guest: some microseconds, against a tenth
 //! of one to harvest and re-arm it and a third to copy it. So pages that are written in nearly every epoch
-//! are not re-armed ([`Config::hot`]): they stay writable, are reported in every epoch as ones that may have
+//! are not re-armed ([`TrackerConfig::hot`]): they stay writable, are reported in every epoch as ones that may have
 //! changed ([`Epoch::hot`]), and are armed again now and then to see whether they are still written. Every
-//! page is either armed or reported, so no write goes unseen. [`Backend::with_self_test`] proves that the
+//! page is either armed or reported, so no write goes unseen. [`DirtyBackend::with_self_test`] proves that the
 //! kernel plays along and measures what it is worth.
 //!
 //! # Limits and what happens at them
@@ -56,7 +56,7 @@
 //! | list of a vCPU | further entries stay in the ring until the epoch ends |
 //! | global list | a flag makes the next harvest scan the global bitmap: slow, but right |
 //! | epoch list, beyond `max_dirty_pages` | continues into address space reserved for every page of the VM |
-//! | the trigger | [`Tracker::should_stop`]; with [`Config::exact`] KVM stops the vCPUs |
+//! | the trigger | [`Tracker::should_stop`]; with [`TrackerConfig::exact`] KVM stops the vCPUs |
 //! | hot pages | further ones are armed in every epoch, as if they were not hot |
 //! | KVM ring | KVM stops the vCPU (`KVM_EXIT_DIRTY_RING_FULL`); [`Tracker::ring_full`] says whether to end the epoch |
 //! | KVM ring overrun (emulated guest code can) | [`HarvestError::Overrun`]: tracking is over, synchronise in full |
@@ -68,7 +68,7 @@
 //! goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to
 //! mark.
 //!
-//! Memory that no KVM guest writes, but this process does, is tracked by [`Tracker::of_memory`].
+//! Memory that no KVM guest writes, but this process does, is tracked by `Tracker::of_memory` (feature `uffd`).
 
 // The models use a part of what they are compiled with.
 #![cfg_attr(all(test, loom), allow(dead_code))]
@@ -81,6 +81,8 @@ compile_error!("outlive-dirty is for KVM on x86-64 Linux: other architectures ha
 struct Readme;
 
 // Under loom only the lock-free parts are compiled; their models are in `models.rs`.
+#[cfg(all(feature = "kvm-ioctls", not(all(test, loom))))]
+mod adapters;
 #[cfg(not(all(test, loom)))]
 pub mod audit;
 #[cfg(not(all(test, loom)))]
@@ -104,6 +106,8 @@ mod layout;
 mod memory;
 #[cfg(not(all(test, loom)))]
 mod mint;
+#[cfg(not(all(test, loom)))]
+mod report;
 #[cfg(all(feature = "self-test", not(all(test, loom))))]
 mod selftest;
 #[cfg(not(all(test, loom)))]
@@ -118,23 +122,33 @@ mod models;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+#[cfg(all(feature = "kvm-ioctls", not(all(test, loom))))]
+pub use adapters::KvmFile;
 #[cfg(not(all(test, loom)))]
-pub use backend::{Backend, Choice, Kind, ProbeError};
+pub use backend::{BackendChoice, DirtyBackend, DirtyKind, ProbeError};
 #[cfg(not(all(test, loom)))]
 pub use epoch::{Copied, Epoch, Harvested, Part, Rearmed, StateSaved, Stopped};
 pub use global::GlobalLog;
 #[cfg(not(all(test, loom)))]
-pub use hot::{Comparison, Hot, HotRule};
+pub use hot::{Comparison, HotPages, HotRule};
 #[cfg(not(all(test, loom)))]
 pub use kvm::SignalsBlocked;
-pub use layout::{Gfn, Layout, LayoutError, PAGE_SIZE, Slot};
+pub use layout::{Gfn, LayoutError, MemoryLayout, MemorySlot, PAGE_SIZE};
 #[cfg(all(feature = "vm-memory", not(all(test, loom))))]
 pub use memory::{LogSlice, RegionLog};
 #[cfg(all(feature = "self-test", not(all(test, loom))))]
 pub use selftest::{SelfTest, SelfTestError};
+#[cfg(all(any(test, feature = "uffd"), not(all(test, loom))))]
+pub use source::UffdError;
 #[cfg(not(all(test, loom)))]
-pub use source::{HarvestError, RearmError, UffdError};
+pub use source::{HarvestError, RearmError};
 #[cfg(not(all(test, loom)))]
 pub use tracker::{
-    Config, DisableError, EnableError, Estimate, Exit, Fetch, Fetched, NewError, Shard, Stats, Tracker,
+    DisableError, EnableError, Estimate, Fetch, Fetched, NewError, RingExit, Shard, Tracker, TrackerConfig,
+    TrackerStats,
 };
+
+/// The exit reason with which KVM_RUN returns when the dirty ring of a vCPU is full, or its share of an exact
+/// trigger is used up; then call [`Tracker::ring_full`]. kvm-ioctls has no name for it:
+/// `VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)`.
+pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::global::GlobalLog;
-use crate::layout::{Gfn, PAGE_SIZE};
+use crate::layout::{Gfn, LayoutError, MemoryLayout, MemorySlot, PAGE_SIZE};
 
 /// The bitmap type of a guest memory region whose writes go to a [`GlobalLog`]: with
 /// `GuestMemoryMmap<RegionLog>`, every `write_obj`, `write_slice`, `read_volatile_from` and so on marks the
@@ -55,6 +56,30 @@ impl Bitmap for RegionLog {
     }
 }
 
+impl MemoryLayout {
+    /// The layout of a VM whose memory slots are the regions of `memory`, numbered from `first_slot` in the
+    /// order of their addresses. It keeps a copy of `memory`, and so the regions mapped.
+    ///
+    /// # Errors
+    /// As [`MemoryLayout::new`]; [`LayoutError::NoAddress`] of a region that is not mapped here.
+    pub fn of_memory<M>(memory: &M, first_slot: u32) -> Result<MemoryLayout, LayoutError>
+    where
+        M: GuestMemoryBackend + Clone + Send + Sync + 'static,
+    {
+        let slot = |(id, region): (u32, &M::R)| {
+            let host = region.get_host_address(MemoryRegionAddress(0));
+            Ok(MemorySlot {
+                id,
+                base: Gfn::of(region.start_addr().0),
+                pages: region.len() / PAGE_SIZE,
+                host_addr: host.map_err(|_| LayoutError::NoAddress(id))? as u64,
+            })
+        };
+        let slots = (first_slot..).zip(memory.iter()).map(slot).collect::<Result<_, _>>()?;
+        Ok(MemoryLayout::new(slots)?.kept_by(Arc::new(memory.clone())))
+    }
+}
+
 /// A [`RegionLog`] seen from an offset in the region.
 #[derive(Clone, Copy, Debug)]
 pub struct LogSlice<'a> {
@@ -86,7 +111,7 @@ impl Bitmap for LogSlice<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{Layout, Slot};
+    use crate::layout::{MemoryLayout, MemorySlot};
     use vm_memory::mmap::MmapRegionBuilder;
     use vm_memory::{
         Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, VolatileMemory,
@@ -112,10 +137,26 @@ mod tests {
     }
 
     #[test]
+    fn a_layout_keeps_the_memory_that_it_is_made_of() {
+        let log = GlobalLog::new(0x200, 64);
+        let memory = memory(&log);
+        let layout = MemoryLayout::of_memory(&memory, 4).unwrap();
+        let ids: Vec<_> = layout.slots().iter().map(|slot| (slot.id, slot.base, slot.pages)).collect();
+        assert_eq!(ids, [(4, Gfn(0), 16), (5, Gfn(0x100), 16)]);
+        let copies = Arc::strong_count(&log);
+        drop(memory);
+        assert_eq!(Arc::strong_count(&log), copies, "the regions are still there");
+        drop(layout);
+        assert_eq!(Arc::strong_count(&log), 1);
+    }
+
+    #[test]
     fn writes_mark_the_pages_they_touch() {
         let log = GlobalLog::new(0x200, 64);
         let memory = memory(&log);
-        log.enable(&Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: 16, host_addr: 0 }]).unwrap());
+        log.enable(
+            &MemoryLayout::new(vec![MemorySlot { id: 0, base: Gfn(0), pages: 16, host_addr: 0 }]).unwrap(),
+        );
         memory.write_obj(7u64, GuestAddress(0x1fff)).unwrap();
         memory.write_slice(&[1; 0x2001], GuestAddress(0x10_3000)).unwrap();
         let slice = memory.get_slice(GuestAddress(0x10_8ff0), 0x20).unwrap();

@@ -15,7 +15,7 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::ioctl::checked;
-use crate::layout::{Layout, PAGE_SIZE};
+use crate::layout::{MemoryLayout, PAGE_SIZE};
 
 ioctl_iowr_nr!(KVM_GET_MSRS, KVMIO, 0x88, kvm_msrs);
 ioctl_iow_nr!(KVM_SET_MSRS, KVMIO, 0x89, kvm_msrs);
@@ -66,7 +66,7 @@ struct Saved {
 
 impl Saved {
     /// What lies at a guest physical address, as far as it is memory of the layout.
-    fn at(gpa: u64, layout: &Layout) -> Saved {
+    fn at(gpa: u64, layout: &MemoryLayout) -> Saved {
         let byte = |offset: usize| {
             let gpa = gpa.checked_add(offset as u64)?;
             let place = layout.host_addr(gpa)? as *mut u8;
@@ -89,7 +89,7 @@ impl Saved {
 ///
 /// The guest finds its memory and the register as they were. To let KVM know the register's old value again
 /// it must be set, which writes the clock there once more; those bytes are put back, too.
-pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &Layout) -> io::Result<()> {
+pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
     let before = Msrs::get(vcpu)?;
     let place = layout.first_page().ok_or(io::ErrorKind::NotFound)?.gpa() + OFFSET;
     let saved = [Saved::at(place, layout), Saved::at(before, layout)];

@@ -5,14 +5,17 @@
 
 use std::process::Command;
 
+/// The compiler whose messages stand beside the sources.
+const MESSAGES: &str = "1.95";
+
 #[test]
 fn does_not_compile() {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let version = Command::new(rustc).arg("--version").output().expect("rustc");
     let version = String::from_utf8_lossy(&version.stdout).into_owned();
-    if !version.starts_with(concat!("rustc ", env!("CARGO_PKG_RUST_VERSION"))) {
+    if !version.starts_with(&format!("rustc {MESSAGES}")) {
         // Each compiler has words of its own. The compile_fail examples of `Epoch` still run.
-        println!("skipped: the messages are those of {}, not of {version}", env!("CARGO_PKG_RUST_VERSION"));
+        println!("skipped: the messages are those of {}, not of {version}", MESSAGES);
         return;
     }
     trybuild::TestCases::new().compile_fail("tests/wrong_order/*.rs");

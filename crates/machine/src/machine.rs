@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
-use outlive_dirty::{Backend, Choice, Config, Hot, Layout, Tracker};
+use outlive_dirty::{BackendChoice, DirtyBackend, HotPages, MemoryLayout, Tracker, TrackerConfig};
 
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
@@ -57,7 +57,7 @@ pub struct Options {
     /// The first serial port; without it nothing answers there.
     pub serial: Option<PortEnd>,
     /// Which back end tracks dirty pages.
-    pub tracker: Choice,
+    pub tracker: BackendChoice,
     /// Dirty pages at which a checkpoint should be taken early.
     pub trigger: usize,
     /// Dirty pages that lists and staging are made for.
@@ -182,7 +182,7 @@ impl Machine {
         let ram = Arc::new(Ram::with_firmware(options.memory, options.firmware_bytes, options.max_dirty)?);
         let vm = Arc::new(host.create_vm()?);
         // Before the first vCPU: the ring cannot be switched on later.
-        let backend = Backend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;
+        let backend = DirtyBackend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;
         // Some 20 ms, once in a process.
         let backend = backend.with_self_test(fd_of(host.kvm()));
         set_slots(&vm, &ram)?;
@@ -190,18 +190,16 @@ impl Machine {
         for index in 0..options.vcpus {
             fds.push(host.create_vcpu(&vm, index, options.vcpus)?);
         }
-        let config = Config {
-            vcpus: count,
-            max_dirty_pages: options.max_dirty,
-            trigger: options.trigger,
+        let config = TrackerConfig::default()
+            .with_max_dirty_pages(options.max_dirty)
+            .with_trigger(options.trigger)
             // KVM makes a ring exact by holding entries back, and then nothing is left for a guest whose kernel
             // is emulated and overruns the limit (kvm_pvm). The coordinator counts, which costs no system call.
-            exact: false,
+            .with_exact(false)
             // A trap costs as much as ten to twenty copies.
-            hot: Hot::Auto,
-        };
+            .with_hot(HotPages::Auto);
         let vcpu_fds: Vec<_> = fds.iter().map(fd_of).collect();
-        let layout = Layout::new(ram.slots())?;
+        let layout = MemoryLayout::new(ram.slots())?;
         let log = ram.log().clone();
         // SAFETY: the slots were made from `ram.slots()`, of memory that `Ram` keeps mapped; the VM and the
         // tracker go before it.

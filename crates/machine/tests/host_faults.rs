@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use outlive_dirty::Choice;
+use outlive_dirty::BackendChoice;
 use outlive_machine::{
     After, CaptureError, InPause, Machine, MachineEvent, Outgoing, PAGE_SIZE, PayloadOptions, Stuck,
     VcpuError,
@@ -48,7 +48,7 @@ fn protect(machine: &Machine, address: u64, rights: libc::c_int) {
 #[test]
 fn memory_that_the_host_cannot_give_is_a_fault_of_the_host() {
     let Some(host) = host() else { return };
-    for tracker in [Choice::Ring, Choice::Bitmap] {
+    for tracker in [BackendChoice::Ring, BackendChoice::Bitmap] {
         let (mut machine, events) = booted(&host, 2, tracker, TWO_COUNTERS);
         machine.enable_tracking().unwrap();
         machine.resume();
@@ -76,7 +76,7 @@ const NOWHERE: &[u8] = &[0xb8, 0, 0x10, 0, 0xd0, 0xff, 0xe0]; // mov eax, 0xd000
 #[test]
 fn an_internal_error_of_kvm_is_a_fault_of_the_host() {
     let Some(host) = host() else { return };
-    let (mut machine, events) = booted(&host, 1, Choice::Auto, NOWHERE);
+    let (mut machine, events) = booted(&host, 1, BackendChoice::Auto, NOWHERE);
     machine.resume();
     let MachineEvent::HostFault { vcpu: 0, why } = event(&events) else { panic!("no fault of the host") };
     assert!(why.contains("KVM_EXIT_INTERNAL_ERROR, suberror"), "{why}");
@@ -89,7 +89,7 @@ fn a_vcpu_that_does_not_stop_is_told_in_time() {
     let hold = Arc::new(Mutex::new(()));
     let held = hold.lock().unwrap();
     let waits = hold.clone();
-    let mut options = options(1, Choice::Auto);
+    let mut options = options(1, BackendChoice::Auto);
     // Called on the vCPU's thread, which so stays where it is.
     options.events = Arc::new(move |_| {
         came.send(()).unwrap();
@@ -134,7 +134,7 @@ fn a_device_that_does_not_rest_is_told_in_time_and_one_that_does_is_waited_for()
 #[test]
 fn stops_are_progress() {
     let Some(host) = host() else { return };
-    let (mut machine, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
+    let (mut machine, _events) = booted(&host, 1, BackendChoice::Auto, TWO_COUNTERS);
     let progress = machine.progress().clone();
     machine.enable_tracking().unwrap();
     machine.resume();

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outlive_dirty::{Choice, Gfn};
+use outlive_dirty::{BackendChoice, Gfn};
 use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::{After, InPause, Machine, Outgoing, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
@@ -173,7 +173,7 @@ impl Copy {
         if !(0x21..0xff).contains(&last) {
             return None;
         }
-        let (mut second, _events) = machine(host, VCPUS, Choice::Ring);
+        let (mut second, _events) = machine(host, VCPUS, BackendChoice::Ring);
         for (gfn, bytes) in &self.pages {
             second.ram().write_page(Gfn(*gfn), bytes.as_slice().try_into().unwrap());
         }
@@ -202,7 +202,7 @@ fn an_interrupt_that_was_sent_to_another_vcpu_is_in_the_checkpoint() {
     let Some(host) = host() else { return };
     let (mut looked, end) = (0, Instant::now() + TIME);
     while looked < ENOUGH && Instant::now() < end {
-        let (mut first, _events) = booted(&host, VCPUS, Choice::Ring, code());
+        let (mut first, _events) = booted(&host, VCPUS, BackendChoice::Ring, code());
         first.resume();
         wait("vCPU 0 is ready", || word(&first, READY) == 1);
         first.enable_tracking().unwrap();

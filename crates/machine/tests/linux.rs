@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use outlive_dirty::Choice;
+use outlive_dirty::BackendChoice;
 use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::{
     After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, OutputMode,
@@ -92,7 +92,7 @@ fn booted(vcpus: u8, memory: u64, firmware_bytes: u64) -> Option<(Machine, Recei
         rng: true,
         console: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
         serial: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
-        tracker: Choice::Auto,
+        tracker: BackendChoice::Auto,
         trigger: 1024,
         max_dirty: 2048,
         events: Arc::new(move |event| drop(tx.send(event))),

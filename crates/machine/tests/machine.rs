@@ -5,7 +5,7 @@ mod support;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outlive_dirty::{Choice, Gfn};
+use outlive_dirty::{BackendChoice, Gfn};
 use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::state::StateError;
 use outlive_machine::{
@@ -118,14 +118,14 @@ fn protect(machine: &mut Machine) -> Shadow {
     shadow
 }
 
-fn trackers() -> [Choice; 2] {
-    [Choice::Ring, Choice::Bitmap]
+fn trackers() -> [BackendChoice; 2] {
+    [BackendChoice::Ring, BackendChoice::Bitmap]
 }
 
 #[test]
 fn a_paused_guest_stands_still_and_goes_on() {
     let Some(host) = host() else { return };
-    let (mut machine, _events) = booted(&host, 2, Choice::Auto, TWO_COUNTERS);
+    let (mut machine, _events) = booted(&host, 2, BackendChoice::Auto, TWO_COUNTERS);
     machine.resume();
     for _ in 0..200 {
         std::thread::sleep(Duration::from_micros(300));
@@ -184,11 +184,11 @@ fn a_machine_goes_on_from_any_checkpoint() {
 #[test]
 fn a_copy_that_is_not_the_vm_is_found() {
     let Some(host) = host() else { return };
-    let (mut first, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
+    let (mut first, _events) = booted(&host, 1, BackendChoice::Auto, TWO_COUNTERS);
     first.resume();
     let mut staging = Outgoing::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
-    let (copy, _events) = machine(&host, 1, Choice::Auto);
+    let (copy, _events) = machine(&host, 1, BackendChoice::Auto);
     let compare = |shadow: &Shadow| {
         for (gfn, bytes) in &shadow.pages {
             copy.ram().write_page(Gfn(*gfn), bytes.as_slice().try_into().unwrap());
@@ -214,14 +214,14 @@ fn a_copy_that_is_not_the_vm_is_found() {
 #[test]
 fn a_port_read_is_never_cut_in_two() {
     let Some(host) = host() else { return };
-    let (mut first, events) = booted(&host, 1, Choice::Ring, PORT_READER);
+    let (mut first, events) = booted(&host, 1, BackendChoice::Ring, PORT_READER);
     first.resume();
     let mut staging = Outgoing::new(256, 0).unwrap();
     let mut shadow = protect(&mut first);
     for round in 0..120 {
         std::thread::sleep(Duration::from_micros(50 + round));
         shadow.checkpoint(&mut first, &mut staging);
-        let (mut second, second_events) = machine(&host, 1, Choice::Ring);
+        let (mut second, second_events) = machine(&host, 1, BackendChoice::Ring);
         shadow.restore(&mut second).unwrap();
         second.resume();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -237,7 +237,7 @@ fn a_port_read_is_never_cut_in_two() {
 fn a_string_instruction_reads_one_register_again_and_again() {
     let Some(host) = host() else { return };
     let end = PortEnd::new(Arc::new(NoSink)).unwrap();
-    let (mut machine, events) = machine_with(&host, 1, Choice::Auto, Some(end.clone()));
+    let (mut machine, events) = machine_with(&host, 1, BackendChoice::Auto, Some(end.clone()));
     boot(&mut machine, STRING_READER);
     machine.go_live(false);
     machine.resume();
@@ -251,7 +251,7 @@ fn a_string_instruction_reads_one_register_again_and_again() {
 #[test]
 fn an_idle_guest_stays_idle_through_checkpoints() {
     let Some(host) = host() else { return };
-    let (mut machine, _events) = booted(&host, 1, Choice::Ring, IDLER);
+    let (mut machine, _events) = booted(&host, 1, BackendChoice::Ring, IDLER);
     machine.resume();
     std::thread::sleep(Duration::from_millis(20));
     let mut staging = Outgoing::new(256, 0).unwrap();
@@ -291,7 +291,7 @@ fn a_checkpoint_larger_than_staging_comes_in_parts() {
 #[test]
 fn a_page_that_is_written_all_the_time_is_hot_until_it_is_found_unchanged() {
     let Some(host) = host() else { return };
-    let (mut machine, _events) = booted(&host, 1, Choice::Auto, TWO_COUNTERS);
+    let (mut machine, _events) = booted(&host, 1, BackendChoice::Auto, TWO_COUNTERS);
     let Some(rule) = machine.tracker().hot_rule() else {
         println!("skipped: no page pays to be hot on this machine");
         return;
@@ -340,7 +340,7 @@ fn a_page_that_is_written_all_the_time_is_hot_until_it_is_found_unchanged() {
 fn the_phases_of_a_pause_are_told_and_how_the_guest_went_on() {
     let Some(host) = host() else { return };
     for vcpus in [1, 2] {
-        let (mut machine, _events) = booted(&host, vcpus, Choice::Ring, TWO_COUNTERS);
+        let (mut machine, _events) = booted(&host, vcpus, BackendChoice::Ring, TWO_COUNTERS);
         machine.resume();
         machine.enable_tracking().unwrap();
         let mut staging = Outgoing::new(256, 0).unwrap();
@@ -412,7 +412,7 @@ fn writes_of_the_vmm_are_in_the_checkpoint() {
 fn the_end_of_a_guest_is_told_once() {
     let Some(host) = host() else { return };
     for (code, check) in [(POWER_OFF, true), (CRASH, false)] {
-        let (mut machine, events) = booted(&host, 1, Choice::Auto, code);
+        let (mut machine, events) = booted(&host, 1, BackendChoice::Auto, code);
         machine.enable_tracking().unwrap();
         machine.resume();
         let event = events.recv_timeout(Duration::from_secs(20)).unwrap();
@@ -431,16 +431,16 @@ fn the_end_of_a_guest_is_told_once() {
 #[test]
 fn state_that_does_not_fit_is_refused() {
     let Some(host) = host() else { return };
-    let (mut first, _events) = booted(&host, 2, Choice::Auto, TWO_COUNTERS);
+    let (mut first, _events) = booted(&host, 2, BackendChoice::Auto, TWO_COUNTERS);
     first.resume();
     let mut staging = Outgoing::new(2048, 0).unwrap();
     let mut shadow = protect(&mut first);
     shadow.checkpoint(&mut first, &mut staging);
 
-    let (mut other, _events) = machine(&host, 1, Choice::Auto);
+    let (mut other, _events) = machine(&host, 1, BackendChoice::Auto);
     assert!(matches!(shadow.restore(&mut other), Err(RestoreError::State(StateError::Section { .. }))));
 
-    let (mut second, _events) = machine(&host, 2, Choice::Auto);
+    let (mut second, _events) = machine(&host, 2, BackendChoice::Auto);
     let good = shadow.state.clone();
     for at in 0..good.len() {
         shadow.state = good.clone();

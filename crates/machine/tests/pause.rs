@@ -10,7 +10,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use outlive_dirty::Choice;
+use outlive_dirty::BackendChoice;
 use outlive_machine::{After, InPause, MAX_VCPUS, Outgoing};
 use support::{TWO_COUNTERS, booted, host};
 
@@ -64,7 +64,7 @@ fn a_pause_allocates_nothing() {
     let Some(host) = host() else { return };
     // As many vCPUs as a VM can have bring the most state.
     for (tracker, vcpus, rounds) in
-        [(Choice::Ring, 2, 500), (Choice::Bitmap, 2, 500), (Choice::Auto, MAX_VCPUS, 40)]
+        [(BackendChoice::Ring, 2, 500), (BackendChoice::Bitmap, 2, 500), (BackendChoice::Auto, MAX_VCPUS, 40)]
     {
         let (mut machine, _events) = booted(&host, vcpus, tracker, TWO_COUNTERS);
         machine.resume();

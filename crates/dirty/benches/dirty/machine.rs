@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use outlive_dirty::{
-    Backend, Choice, Config, Gfn, GlobalLog, Hot, HotRule, Layout, PAGE_SIZE, Slot, Tracker,
+    BackendChoice, DirtyBackend, Gfn, GlobalLog, HotPages, HotRule, MemoryLayout, MemorySlot, PAGE_SIZE,
+    Tracker, TrackerConfig,
 };
 
 use crate::bare::{self, Bare};
@@ -49,12 +50,12 @@ impl Method {
     }
 
     /// What the library is asked for; None for what does without it.
-    pub(crate) fn choice(self) -> Option<Choice> {
+    pub(crate) fn choice(self) -> Option<BackendChoice> {
         match self {
             Method::Peer | Method::Floor | Method::FloorHot => None,
-            Method::Bitmap => Some(Choice::Bitmap),
-            Method::ClearLog | Method::ClearLogHot => Some(Choice::ClearLog),
-            Method::Ring | Method::RingHot => Some(Choice::Ring),
+            Method::Bitmap => Some(BackendChoice::Bitmap),
+            Method::ClearLog | Method::ClearLogHot => Some(BackendChoice::ClearLog),
+            Method::Ring | Method::RingHot => Some(BackendChoice::Ring),
         }
     }
 }
@@ -82,20 +83,20 @@ impl Host {
             return false;
         }
         let vm = self.kvm.create_vm().expect("a VM");
-        Backend::probe(borrow(&self.kvm), borrow(&vm), choice, 1).is_ok()
+        DirtyBackend::probe(borrow(&self.kvm), borrow(&vm), choice, 1).is_ok()
     }
 }
 
-/// The rule that `Hot::Auto` makes, once for all VMs of the bench, because it is measured and differs a
+/// The rule that `HotPages::Auto` makes, once for all VMs of the bench, because it is measured and differs a
 /// little each time.
 fn self_test(kvm: &Kvm) -> Result<Option<HotRule>, String> {
     let vm = kvm.create_vm().map_err(|error| error.to_string())?;
-    let backend =
-        Backend::probe(borrow(kvm), borrow(&vm), Choice::Auto, 1).map_err(|error| error.to_string())?;
+    let backend = DirtyBackend::probe(borrow(kvm), borrow(&vm), BackendChoice::Auto, 1)
+        .map_err(|error| error.to_string())?;
     let backend = backend.with_self_test(borrow(kvm));
     let test = backend.self_test().ok_or("the self-test could not be run")?;
     test.selective.clone()?;
-    let rule = HotRule::for_costs(test.fault_ns, test.copy_ns, Config::default().max_dirty_pages);
+    let rule = HotRule::for_costs(test.fault_ns, test.copy_ns, TrackerConfig::default().max_dirty_pages);
     println!("{test}\n{rule:?}");
     Ok(Some(rule))
 }
@@ -173,8 +174,8 @@ pub(crate) struct Machine {
     finder: Option<Finder>,
     pub(crate) vm: Vm,
     method: Method,
-    backend: Option<Backend>,
-    hot: Hot,
+    backend: Option<DirtyBackend>,
+    hot: HotPages,
     stamp: u64,
 }
 
@@ -188,11 +189,11 @@ impl Machine {
                 bare::enable(vm);
             }
             backend = method.choice().map(|choice| {
-                Backend::probe(borrow(kvm), borrow(vm), choice, vcpus as usize).expect("the back end")
+                DirtyBackend::probe(borrow(kvm), borrow(vm), choice, vcpus as usize).expect("the back end")
             });
         });
         let vm = vm.unwrap_or_else(|error| panic!("a VM of {gib} GiB: {error}"));
-        let hot = rule.filter(|_| method.is_hot()).map_or(Hot::Off, Hot::Rule);
+        let hot = rule.filter(|_| method.is_hot()).map_or(HotPages::Off, HotPages::Rule);
         Machine { finder: None, vm, method, backend, hot, stamp: 0 }
     }
 
@@ -237,13 +238,13 @@ impl Machine {
         });
     }
 
-    fn new_tracker(&self, backend: Backend) -> Tracker {
+    fn new_tracker(&self, backend: DirtyBackend) -> Tracker {
         let slot =
-            Slot { id: 0, base: Gfn(0), pages: self.vm.pages(), host_addr: self.vm.memory.host_addr() };
-        let layout = Layout::new(vec![slot]).expect("one slot");
+            MemorySlot { id: 0, base: Gfn(0), pages: self.vm.pages(), host_addr: self.vm.memory.host_addr() };
+        let layout = MemoryLayout::new(vec![slot]).expect("one slot");
         let global = GlobalLog::new(layout.gfn_space(), 64);
         let vcpus: Vec<_> = self.vm.vcpus.iter().map(|vcpu| borrow(&vcpu.fd)).collect();
-        let config = Config { vcpus: vcpus.len(), hot: self.hot, ..Config::default() };
+        let config = TrackerConfig::default().with_hot(self.hot);
         // SAFETY: the slot is as it was made, of memory that lives as long as the VM.
         unsafe { Tracker::new(layout, config, backend, global, borrow(&self.vm.fd), &vcpus) }
             .expect("a tracker")

@@ -40,7 +40,7 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn contains(self, gfn: Gfn) -> bool {
         let distance = gfn.gpa().wrapping_sub(self.start);
-        gfn.gpa() >= self.start && distance.is_multiple_of(self.stride) && distance / self.stride < self.count
+        gfn.gpa() >= self.start && distance % self.stride == 0 && distance / self.stride < self.count
     }
 
     pub(crate) fn pages(self) -> impl Iterator<Item = Gfn> {

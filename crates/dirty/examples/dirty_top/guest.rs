@@ -9,7 +9,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use outlive_dirty::{
-    Backend, Config, Exit, Gfn, GlobalLog, Hot, Layout, PAGE_SIZE, RegionLog, Slot, Tracker,
+    DirtyBackend, Gfn, GlobalLog, HotPages, MemoryLayout, MemorySlot, PAGE_SIZE, RegionLog, RingExit,
+    Tracker, TrackerConfig,
 };
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -71,7 +72,7 @@ fn code() -> &'static [u8] {
 
 /// A VM under tracking.
 pub(crate) struct Guest {
-    pub(crate) backend: Backend,
+    pub(crate) backend: DirtyBackend,
     pub(crate) tracker: Tracker,
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) memory: GuestMemoryMmap<RegionLog>,
@@ -87,7 +88,7 @@ impl Guest {
         // 1. The back end, before there is a vCPU: a dirty ring is a property of the VM. The self-test shows
         //    whether this kernel can leave hot pages alone, and what that saves.
         let backend =
-            Backend::probe(fd(&kvm), fd(&vm), options.backend, options.vcpus)?.with_self_test(fd(&kvm));
+            DirtyBackend::probe(fd(&kvm), fd(&vm), options.backend, options.vcpus)?.with_self_test(fd(&kvm));
 
         // 2. Memory, whose regions mark what the VMM itself writes in a global list.
         let global = GlobalLog::new(options.memory / PAGE_SIZE, 1024);
@@ -111,7 +112,7 @@ impl Guest {
         };
         // SAFETY: the memory is mapped as long as `memory` lives, which is as long as the VM.
         unsafe { vm.set_user_memory_region(slot)? };
-        let slot = Slot { id: 0, base: Gfn(0), pages: options.memory / PAGE_SIZE, host_addr };
+        let slot = MemorySlot { id: 0, base: Gfn(0), pages: options.memory / PAGE_SIZE, host_addr };
         load(&memory, options.memory)?;
 
         // 3. vCPUs.
@@ -120,15 +121,12 @@ impl Guest {
 
         // 4. The tracker, which borrows nothing: descriptors are duplicated or mapped.
         let pages = options.pages as usize * options.vcpus;
-        let config = Config {
-            vcpus: options.vcpus,
-            max_dirty_pages: 4 * pages,
-            trigger: 2 * pages,
-            hot: if options.rearm_all { Hot::Off } else { Hot::Auto },
-            ..Config::default()
-        };
+        let config = TrackerConfig::default()
+            .with_max_dirty_pages(4 * pages)
+            .with_trigger(2 * pages)
+            .with_hot(if options.rearm_all { HotPages::Off } else { HotPages::Auto });
         let fds: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
-        let layout = Layout::new(vec![slot])?;
+        let layout = MemoryLayout::new(vec![slot])?;
         // SAFETY: the slot that was just made, of memory that lives as long as the VM.
         let tracker = unsafe { Tracker::new(layout, config, backend.clone(), global, fd(&vm), &fds)? };
         Ok(Guest { backend, tracker, vcpus, memory, _vm: vm })
@@ -225,8 +223,8 @@ impl Vcpu {
                     return Ok(());
                 }
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match tracker.ring_full(index)? {
-                    Exit::DirtyLogFull => return Ok(()),
-                    Exit::Resume => (),
+                    RingExit::DirtyLogFull => return Ok(()),
+                    RingExit::Resume => (),
                 },
                 Ok(other) => return Err(format!("vCPU {index} stopped: {other:?}").into()),
                 Err(error) if error.errno() == libc::EINTR => (),

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use outlive_dirty::{Choice, PAGE_SIZE};
+use outlive_dirty::{BackendChoice, PAGE_SIZE};
 
 /// Guest physical address of the pages that the guest writes; below are its code and tables.
 pub(crate) const DATA: u64 = 4 << 20;
@@ -38,7 +38,7 @@ pub(crate) struct Options {
     pub(crate) pages: u64,
     pub(crate) hot: u64,
     pub(crate) interval: Duration,
-    pub(crate) backend: Choice,
+    pub(crate) backend: BackendChoice,
     pub(crate) rearm_all: bool,
     pub(crate) duration: Option<Duration>,
 }
@@ -52,7 +52,7 @@ impl Options {
             pages: 300,
             hot: 50,
             interval: Duration::from_millis(10),
-            backend: Choice::Auto,
+            backend: BackendChoice::Auto,
             rearm_all: false,
             duration: None,
         };
@@ -111,12 +111,12 @@ fn size(name: &str, text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{name} wants a size from 16M to 256G, not {text:?}"))
 }
 
-fn backend(text: &str) -> Result<Choice, String> {
+fn backend(text: &str) -> Result<BackendChoice, String> {
     match text {
-        "auto" => Ok(Choice::Auto),
-        "ring" => Ok(Choice::Ring),
-        "clear-log" => Ok(Choice::ClearLog),
-        "bitmap" => Ok(Choice::Bitmap),
+        "auto" => Ok(BackendChoice::Auto),
+        "ring" => Ok(BackendChoice::Ring),
+        "clear-log" => Ok(BackendChoice::ClearLog),
+        "bitmap" => Ok(BackendChoice::Bitmap),
         _ => Err(format!("--backend is auto, ring, clear-log or bitmap, not {text:?}")),
     }
 }

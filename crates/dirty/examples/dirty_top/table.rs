@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use outlive_dirty::{Kind, Stats};
+use outlive_dirty::{DirtyKind, TrackerStats};
 
 use crate::guest::Guest;
 use crate::options::Options;
@@ -27,11 +27,11 @@ struct Sums {
     pages: usize,
     hot: usize,
     took: Vec<Duration>,
-    stats: Stats,
+    stats: TrackerStats,
 }
 
 impl Sums {
-    fn new(vcpus: usize, stats: Stats) -> Sums {
+    fn new(vcpus: usize, stats: TrackerStats) -> Sums {
         Sums { since: Instant::now(), vcpus: vec![0; vcpus], pages: 0, hot: 0, took: Vec::new(), stats }
     }
 }
@@ -72,19 +72,19 @@ impl Table {
             format!("back end:  {} ({})", backend.kind(), backend.reason()),
             format!("hot pages: {hot}"),
         ];
-        let others = if backend.kind() == Kind::Ring { "  no vCPU" } else { "  log" };
+        let others = if backend.kind() == DirtyKind::Ring { "  no vCPU" } else { "  log" };
         Table {
             title,
             others,
             terminal: io::stdout().is_terminal(),
             begin: Instant::now(),
-            sums: Sums::new(options.vcpus, Stats::default()),
+            sums: Sums::new(options.vcpus, TrackerStats::default()),
             lines: 0,
         }
     }
 
     /// Takes an epoch in, and prints if it is time. False if nobody reads what is printed any more.
-    pub(crate) fn epoch(&mut self, measured: &Measured, stats: &Stats) -> io::Result<bool> {
+    pub(crate) fn epoch(&mut self, measured: &Measured, stats: &TrackerStats) -> io::Result<bool> {
         for (sum, pages) in self.sums.vcpus.iter_mut().zip(&measured.vcpus) {
             *sum += pages;
         }
@@ -102,7 +102,7 @@ impl Table {
     }
 
     /// Prints what came since the last time.
-    pub(crate) fn end(&mut self, stats: &Stats) -> io::Result<()> {
+    pub(crate) fn end(&mut self, stats: &TrackerStats) -> io::Result<()> {
         if self.sums.took.is_empty() {
             return Ok(());
         }
@@ -112,7 +112,7 @@ impl Table {
         }
     }
 
-    fn print(&mut self, stats: &Stats) -> io::Result<()> {
+    fn print(&mut self, stats: &TrackerStats) -> io::Result<()> {
         let vcpus = self.sums.vcpus.len();
         let sums = std::mem::replace(&mut self.sums, Sums::new(vcpus, *stats));
         let shown = Shown::of(sums, stats);
@@ -196,7 +196,7 @@ struct Shown {
 }
 
 impl Shown {
-    fn of(mut sums: Sums, stats: &Stats) -> Shown {
+    fn of(mut sums: Sums, stats: &TrackerStats) -> Shown {
         let epochs = sums.took.len() as f64;
         sums.took.sort_unstable();
         let percentile = |percent: usize| sums.took[sums.took.len() * percent / 100].as_secs_f64() * 1e6;

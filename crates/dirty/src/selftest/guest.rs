@@ -18,7 +18,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Failure, SelfTestError, Way, median};
 use crate::kvm::{self, SignalsBlocked, Vm};
-use crate::layout::{Gfn, PAGE_SIZE, Slot};
+use crate::layout::{Gfn, MemorySlot, PAGE_SIZE};
 use crate::words::Words;
 
 /// Pages that the guest writes in a pass: whole words of a bitmap.
@@ -91,8 +91,8 @@ impl Machine {
         Ok(Machine { vcpu, vm, memory, stamp: 0 })
     }
 
-    pub(super) fn slot(&self) -> Slot {
-        Slot { id: 0, base: Gfn(0), pages: SLOT_PAGES as u64, host_addr: self.memory.as_ptr() as u64 }
+    pub(super) fn slot(&self) -> MemorySlot {
+        MemorySlot { id: 0, base: Gfn(0), pages: SLOT_PAGES as u64, host_addr: self.memory.as_ptr() as u64 }
     }
 
     pub(super) fn vm(&self) -> io::Result<Vm> {

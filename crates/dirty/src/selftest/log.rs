@@ -9,7 +9,7 @@ use kvm_bindings::KVM_DIRTY_GFN_F_MASK;
 use super::guest::{FIRST, Machine, PAGES, RING_ENTRIES};
 use super::{SelfTestError, Way};
 use crate::kvm::{Kernel, SignalsBlocked, Vm};
-use crate::layout::Slot;
+use crate::layout::MemorySlot;
 use crate::source::ring::{DIRTY, Entry, Mapping, RESET};
 use crate::words::Words;
 
@@ -22,7 +22,7 @@ pub(super) type Pages = [bool; PAGES];
 
 pub(super) struct Log {
     vm: Vm,
-    slot: Slot,
+    slot: MemorySlot,
     kept: Kept,
 }
 

@@ -19,6 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::report;
 use guest::Machine;
 use proof::{Proof, Twist};
 
@@ -105,7 +106,7 @@ impl SelfTest {
             return Ok(test.clone());
         }
         let test = SelfTest::run(kvm, way)?;
-        tracing::debug!(%test, "self-test of selective re-arm");
+        report::debug(format_args!("self-test of selective re-arm: {test}"));
         *found = Some(test.clone());
         Ok(test)
     }

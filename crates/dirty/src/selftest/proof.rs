@@ -12,7 +12,7 @@ pub(super) type Twist = fn(usize, Option<usize>) -> Option<usize>;
 const ROUNDS: usize = 3;
 /// Pages are told apart by their number modulo this.
 const CLASSES: usize = 16;
-const _: () = assert!(PAGES.is_multiple_of(CLASSES));
+const _: () = assert!(PAGES % CLASSES == 0);
 /// Pages that are armed when most are left out: two classes.
 const FEW: usize = PAGES / CLASSES * 2;
 /// Below this cost of a fault the noise is greater than what a few of them take.

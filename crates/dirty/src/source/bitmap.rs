@@ -3,14 +3,14 @@
 use std::io;
 
 use crate::kvm::Kernel;
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use crate::source::log::DirtyLog;
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 pub(crate) struct Bitmap(DirtyLog);
 
 impl Bitmap {
-    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<Bitmap> {
+    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<Bitmap> {
         DirtyLog::reserve(kernel, layout).map(Bitmap)
     }
 }
@@ -20,19 +20,19 @@ impl Source for Bitmap {
         self.0.populate();
     }
 
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.0.turn(layout, true)
     }
 
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.0.turn(layout, false)
     }
 
-    fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_vcpu(&self, _: &MemoryLayout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 
-    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         self.0.read(layout, &mut |page| {
             let has_room = sink(page);
             // KVM has forgotten the page.
@@ -41,7 +41,7 @@ impl Source for Bitmap {
         })
     }
 
-    fn arm(&self, _: &Layout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
+    fn arm(&self, _: &MemoryLayout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
         Ok(Armed { pages: pages.len(), ..Armed::default() })
     }
 

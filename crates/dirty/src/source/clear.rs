@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use crate::kvm::Kernel;
-use crate::layout::{Gfn, Layout, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::log::{DirtyLog, buffer};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 use crate::words::Words;
@@ -27,7 +27,7 @@ pub(crate) struct ClearLog {
 }
 
 impl ClearLog {
-    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<ClearLog> {
+    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<ClearLog> {
         Ok(ClearLog {
             log: DirtyLog::reserve(kernel, layout)?,
             mask: buffer(layout)?,
@@ -35,7 +35,7 @@ impl ClearLog {
         })
     }
 
-    fn clear_slot(&self, slot: &Slot, pages: &[Gfn]) -> io::Result<()> {
+    fn clear_slot(&self, slot: &MemorySlot, pages: &[Gfn]) -> io::Result<()> {
         let offsets = || pages.iter().filter(|&&gfn| slot.holds(gfn)).map(|gfn| gfn.0 - slot.base.0);
         let word_of = |offset: u64| (offset / 64) as usize;
         let (mut first, mut last, mut words) = (usize::MAX, 0, 0);
@@ -57,7 +57,7 @@ impl ClearLog {
     }
 
     /// Clears the words from this one on that have bits in the mask, and those bits.
-    fn clear_run(&self, slot: &Slot, first: usize) -> io::Result<()> {
+    fn clear_run(&self, slot: &MemorySlot, first: usize) -> io::Result<()> {
         let run = self.mask[first..].iter().take_while(|word| word.load(Ordering::Relaxed) != 0).count();
         if run == 0 {
             return Ok(());
@@ -75,24 +75,24 @@ impl Source for ClearLog {
         self.mask.populate(0..self.mask.len());
     }
 
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.log.turn(layout, true)
     }
 
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.log.turn(layout, false)
     }
 
-    fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_vcpu(&self, _: &MemoryLayout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 
     /// Pages that were taken and not armed are reported again.
-    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         self.log.read(layout, sink)
     }
 
-    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         let _one = self.clearing.lock().unwrap_or_else(|poisoned| {
             // What a panic left in the mask would arm pages that nobody has taken.
             self.mask.clear_all();

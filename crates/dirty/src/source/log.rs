@@ -5,7 +5,7 @@
 use std::io;
 
 use crate::kvm::Kernel;
-use crate::layout::Layout;
+use crate::layout::MemoryLayout;
 use crate::source::scan::scan;
 use crate::source::{HarvestError, Sink, SlotError};
 use crate::words::Words;
@@ -17,7 +17,7 @@ pub(super) struct DirtyLog {
 }
 
 impl DirtyLog {
-    pub(super) fn reserve(kernel: Box<dyn Kernel>, layout: &Layout) -> io::Result<DirtyLog> {
+    pub(super) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<DirtyLog> {
         Ok(DirtyLog { kernel, buffer: buffer(layout)? })
     }
 
@@ -26,12 +26,12 @@ impl DirtyLog {
     }
 
     /// Turns KVM's log on, which makes the first write to every page trap, or off.
-    pub(super) fn turn(&self, layout: &Layout, on: bool) -> Result<(), SlotError> {
+    pub(super) fn turn(&self, layout: &MemoryLayout, on: bool) -> Result<(), SlotError> {
         super::set_logging(&*self.kernel, layout, on)
     }
 
     /// Hands out the pages whose bits are set, slot by slot. One thread at a time.
-    pub(super) fn read(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    pub(super) fn read(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut found = 0;
         for slot in layout.live_slots() {
             self.kernel
@@ -47,7 +47,7 @@ impl DirtyLog {
 }
 
 /// Room for the bitmap of any slot of the layout.
-pub(super) fn buffer(layout: &Layout) -> io::Result<Words> {
+pub(super) fn buffer(layout: &MemoryLayout) -> io::Result<Words> {
     let largest = layout.slots().iter().map(|slot| slot.pages).max().unwrap_or(0);
     Words::reserve(largest.div_ceil(64) as usize)
 }

@@ -1,28 +1,33 @@
-//! The back ends: where dirty pages come from. A new one implements [`Source`] and gets a `Kind` in
+//! The back ends: where dirty pages come from. A new one implements [`Source`] and gets a `DirtyKind` in
 //! `backend.rs`.
 
 mod bitmap;
 mod budget;
 mod clear;
 mod log;
+#[cfg(any(test, feature = "uffd"))]
 mod pagemap;
 #[cfg(any(test, feature = "planted-bug"))]
 pub(crate) mod planted;
 pub(crate) mod ring;
 mod rings;
 mod scan;
+#[cfg(any(test, feature = "uffd"))]
 mod uffd;
+#[cfg(any(test, feature = "uffd"))]
 mod uffd_error;
 
 use std::io;
 
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use ring::Fullness;
 
 pub(crate) use bitmap::Bitmap;
 pub(crate) use clear::ClearLog;
 pub(crate) use rings::Rings;
+#[cfg(any(test, feature = "uffd"))]
 pub(crate) use uffd::Uffd;
+#[cfg(any(test, feature = "uffd"))]
 pub use uffd_error::UffdError;
 
 /// Why dirty pages could not be taken. What was taken before the error comes with the next harvest.
@@ -143,7 +148,7 @@ pub(crate) struct Armed {
     pub(crate) everything: bool,
     /// KVM was interrupted, vCPUs ran, and the pages may not be armed after all.
     pub(crate) doubtful: bool,
-    /// [`Layout::first_page`] was written while KVM was made to write it as well, and is armed.
+    /// [`MemoryLayout::first_page`] was written while KVM was made to write it as well, and is armed.
     pub(crate) first_page: bool,
 }
 
@@ -154,25 +159,25 @@ pub(crate) trait Source: Send + Sync {
     fn populate(&self);
 
     /// Makes the first write to every page trap.
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError>;
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError>;
 
     /// Lets all writes through.
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError>;
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError>;
 
     /// Takes the pages that a vCPU logged, and says how many entries there were.
     fn take_vcpu(
         &self,
-        layout: &Layout,
+        layout: &MemoryLayout,
         vcpu: usize,
         hint: Hint<'_>,
         sink: Sink<'_>,
     ) -> Result<usize, HarvestError>;
 
     /// Takes the pages that are in no vCPU's log.
-    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError>;
+    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError>;
 
     /// Makes the next write to each of these pages trap. All of them were taken and are not armed.
-    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError>;
+    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError>;
 
     /// Whether taking a page arms it again at once, so that there is nothing to leave out.
     fn arms_when_taken(&self) -> bool;
@@ -218,7 +223,7 @@ pub(crate) trait Source: Send + Sync {
 }
 
 /// Turns KVM's logging of every slot on, which makes the first write to every page trap, or off.
-fn set_logging(kernel: &dyn crate::kvm::Kernel, layout: &Layout, on: bool) -> Result<(), SlotError> {
+fn set_logging(kernel: &dyn crate::kvm::Kernel, layout: &MemoryLayout, on: bool) -> Result<(), SlotError> {
     let mut result = Ok(());
     for slot in layout.live_slots() {
         let this = kernel.set_logging(slot, on).map_err(|source| SlotError { slot: slot.id, source });

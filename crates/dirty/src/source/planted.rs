@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use crate::source::ring::Fullness;
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
@@ -20,7 +20,7 @@ struct Leaky {
 
 impl Leaky {
     fn loses(&self, page: Option<Gfn>) -> bool {
-        page.is_some() && (self.seen.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(self.every)
+        page.is_some() && (self.seen.fetch_add(1, Ordering::Relaxed) + 1) % self.every == 0
     }
 }
 
@@ -29,17 +29,17 @@ impl Source for Leaky {
         self.source.populate();
     }
 
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.source.arm_all(layout)
     }
 
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         self.source.disarm_all(layout)
     }
 
     fn take_vcpu(
         &self,
-        layout: &Layout,
+        layout: &MemoryLayout,
         vcpu: usize,
         hint: Hint<'_>,
         sink: Sink<'_>,
@@ -47,11 +47,11 @@ impl Source for Leaky {
         self.source.take_vcpu(layout, vcpu, hint, &mut |page| self.loses(page) || sink(page))
     }
 
-    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         self.source.take_shared(layout, &mut |page| self.loses(page) || sink(page))
     }
 
-    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         self.source.arm(layout, pages, plan)
     }
 
@@ -61,6 +61,14 @@ impl Source for Leaky {
 
     fn pending(&self) -> usize {
         self.source.pending()
+    }
+
+    fn counts(&self) -> bool {
+        self.source.counts()
+    }
+
+    fn has_room(&self, vcpu: usize) -> bool {
+        self.source.has_room(vcpu)
     }
 
     fn fullness(&self, vcpu: usize) -> Fullness {

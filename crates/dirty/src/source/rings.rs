@@ -12,8 +12,9 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use crate::kvm::{Kernel, SignalsBlocked};
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use crate::mint::ENTRIES_PER_WRITE;
+use crate::report;
 use crate::source::budget::Budget;
 use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
@@ -44,7 +45,7 @@ impl Rings {
 
     /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their
     /// share, then of all, by what they hold. A ring that holds the most has the least room for its vCPU.
-    fn give_back(&self, layout: &Layout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
+    fn give_back(&self, layout: &MemoryLayout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
         let mut pages = pages.iter();
         let mut left = count;
         let mut give = |ring: &Ring, now: u64| {
@@ -96,7 +97,7 @@ impl Rings {
 
     /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that
     /// KVM may have freed entries without protecting their pages. The vCPUs are stopped.
-    fn protect_all(&self, layout: &Layout) -> Result<(), RearmError> {
+    fn protect_all(&self, layout: &MemoryLayout) -> Result<(), RearmError> {
         for slot in layout.live_slots() {
             let toggled =
                 self.kernel.set_logging(slot, false).and_then(|()| self.kernel.set_logging(slot, true));
@@ -106,7 +107,7 @@ impl Rings {
     }
 
     /// Makes every ring hold its share: mints what is missing and gives back what is too much.
-    fn settle(&self, layout: &Layout, budget: &Budget, keep: u64) -> Result<Settled, RearmError> {
+    fn settle(&self, layout: &MemoryLayout, budget: &Budget, keep: u64) -> Result<Settled, RearmError> {
         let mut settled = Settled::default();
         let mut surplus = 0;
         for (vcpu, ring) in self.rings.iter().enumerate() {
@@ -124,14 +125,14 @@ impl Rings {
 
     /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of
     /// the next epoch and stays; then there is less than the share this time.
-    fn fill(&self, layout: &Layout, vcpu: usize, share: u64, settled: &mut Settled) {
+    fn fill(&self, layout: &MemoryLayout, vcpu: usize, share: u64, settled: &mut Settled) {
         let ring = &self.rings[vcpu];
         if ring.has_new() {
             return;
         }
         let missing = share - ring.held();
         if let Err(error) = self.kernel.mint(vcpu, missing, layout) {
-            tracing::debug!(%error, "no entries can be minted");
+            report::debug(format_args!("no ring entries can be minted: {error}"));
             settled.failed = true;
             return;
         }
@@ -142,7 +143,9 @@ impl Rings {
         settled.doubtful |= minted.as_ref().is_ok_and(|&minted| minted as u64 > expected);
         if ring.held() < share && !ring.has_new() {
             let held = ring.held();
-            tracing::debug!(?minted, missing, held, share, "not enough entries were minted");
+            report::debug(format_args!(
+                "not enough ring entries were minted: {minted:?} of {missing}, {held} held, {share} wanted"
+            ));
             settled.failed = true;
         }
     }
@@ -160,7 +163,7 @@ struct Settled {
 impl Source for Rings {
     fn populate(&self) {}
 
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first
         // write to every page, and neither refuses the other. A ring has no use for manual protection, so it
         // is turned off.
@@ -168,13 +171,13 @@ impl Source for Rings {
         super::set_logging(&*self.kernel, layout, true)
     }
 
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         super::set_logging(&*self.kernel, layout, false)
     }
 
     fn take_vcpu(
         &self,
-        layout: &Layout,
+        layout: &MemoryLayout,
         vcpu: usize,
         hint: Hint<'_>,
         sink: Sink<'_>,
@@ -186,11 +189,11 @@ impl Source for Rings {
         taken.map_err(|_| HarvestError::Overrun { vcpu })
     }
 
-    fn take_shared(&self, _: &Layout, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_shared(&self, _: &MemoryLayout, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 
-    fn arm(&self, layout: &Layout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
         if !plan.running {
             // A credit for each unarmed page stays, whatever is granted.
@@ -222,9 +225,9 @@ impl Source for Rings {
             let settled = self.settle(layout, &budget, plan.keep as u64)?;
             first_page = settled.doubtful;
             if settled.failed {
-                tracing::warn!(
+                report::warn(format_args!(
                     "KVM writes no wall clock here: the dirty trigger is checked between exits only"
-                );
+                ));
                 budget.give_up();
             }
         }

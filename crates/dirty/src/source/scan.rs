@@ -1,6 +1,6 @@
 //! The search of a dirty bitmap.
 
-use crate::layout::{Gfn, Slot};
+use crate::layout::{Gfn, MemorySlot};
 
 /// Words looked at together: most of a bitmap is empty, and a whole block is found so by a few vector
 /// instructions.
@@ -9,7 +9,7 @@ const BLOCK: usize = 16;
 /// Hands out the pages whose bit is set, in order, until the sink says no. Returns how many it took.
 ///
 /// A bit behind the end of the slot is no page; KVM sets none.
-pub(super) fn scan(words: &[u64], slot: &Slot, sink: &mut dyn FnMut(Option<Gfn>) -> bool) -> usize {
+pub(super) fn scan(words: &[u64], slot: &MemorySlot, sink: &mut dyn FnMut(Option<Gfn>) -> bool) -> usize {
     let mut found = 0;
     for (block, words) in words.chunks(BLOCK).enumerate() {
         if words.iter().fold(0, |all, word| all | word) == 0 {
@@ -41,7 +41,7 @@ mod tests {
             pages in 4800..5000u64,
             room in 0..250usize,
         ) {
-            let slot = Slot { id: 0, base: Gfn(1000), pages, host_addr: 0 };
+            let slot = MemorySlot { id: 0, base: Gfn(1000), pages, host_addr: 0 };
             let mut words = vec![0u64; 79];
             bits.iter().for_each(|bit| words[(bit / 64) as usize] |= 1 << (bit % 64));
             let expected: Vec<_> =

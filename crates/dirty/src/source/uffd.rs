@@ -27,7 +27,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::layout::{Gfn, Layout, PAGE_SIZE, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot, PAGE_SIZE};
 use crate::source::pagemap::{Found, Region, WriteWatch, is_mapped};
 use crate::source::uffd_error::UffdError;
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
@@ -55,14 +55,14 @@ struct Scan {
     registered: usize,
 }
 
-fn addresses(slot: &Slot) -> Range<u64> {
+fn addresses(slot: &MemorySlot) -> Range<u64> {
     // A range that ends beyond all addresses is the kernel's to refuse.
     slot.host_addr..slot.host_addr.saturating_add(slot.pages.saturating_mul(PAGE_SIZE))
 }
 
 impl Uffd {
-    pub(crate) fn open(layout: &Layout) -> Result<Uffd, UffdError> {
-        let mut slots: Vec<&Slot> = layout.slots().iter().collect();
+    pub(crate) fn open(layout: &MemoryLayout) -> Result<Uffd, UffdError> {
+        let mut slots: Vec<&MemorySlot> = layout.slots().iter().collect();
         slots.sort_by_key(|slot| slot.host_addr);
         if let Some(pair) = slots.windows(2).find(|pair| addresses(pair[0]).end > pair[1].host_addr) {
             return Err(UffdError::Shared(pair[0].id, pair[1].id));
@@ -77,7 +77,7 @@ impl Uffd {
         self.scan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn arm_slots(&self, layout: &Layout, scan: &mut Scan) -> Result<(), SlotError> {
+    fn arm_slots(&self, layout: &MemoryLayout, scan: &mut Scan) -> Result<(), SlotError> {
         for slot in layout.slots() {
             let error = |source| SlotError { slot: slot.id, source };
             self.watch.register(addresses(slot)).map_err(error)?;
@@ -88,7 +88,7 @@ impl Uffd {
         Ok(())
     }
 
-    fn disarm_slots(&self, layout: &Layout, scan: &mut Scan) -> Result<(), SlotError> {
+    fn disarm_slots(&self, layout: &MemoryLayout, scan: &mut Scan) -> Result<(), SlotError> {
         let registered = std::mem::take(&mut scan.registered);
         let slots = layout.slots()[..registered].iter().map(|slot| {
             let unregistered = self.watch.unregister(addresses(slot));
@@ -102,7 +102,7 @@ impl Uffd {
     }
 }
 
-fn check_mapped(slot: &Slot) -> io::Result<()> {
+fn check_mapped(slot: &MemorySlot) -> io::Result<()> {
     // Neither registering nor scanning finds fault with a hole.
     if is_mapped(addresses(slot)) { Ok(()) } else { Err(io::Error::other("a part of it is not mapped")) }
 }
@@ -118,7 +118,7 @@ impl Scan {
     fn round(
         &mut self,
         watch: &WriteWatch,
-        layout: &Layout,
+        layout: &MemoryLayout,
         mut sink: impl FnMut(Gfn) -> bool,
     ) -> Result<(), SlotError> {
         let slots = layout.slots();
@@ -153,7 +153,7 @@ impl Scan {
     }
 
     /// False if the sink has no more room; the rest is kept.
-    fn hand_out(&mut self, slots: &[Slot], sink: &mut impl FnMut(Gfn) -> bool) -> bool {
+    fn hand_out(&mut self, slots: &[MemorySlot], sink: &mut impl FnMut(Gfn) -> bool) -> bool {
         let slot = &slots[self.index];
         while !self.left.is_empty() {
             let region = &mut self.regions[self.left.start];
@@ -176,7 +176,7 @@ impl Source for Uffd {
         self.scan().forget();
     }
 
-    fn arm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         let mut scan = self.scan();
         scan.forget();
         scan.registered = 0;
@@ -187,17 +187,17 @@ impl Source for Uffd {
         armed
     }
 
-    fn disarm_all(&self, layout: &Layout) -> Result<(), SlotError> {
+    fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         let mut scan = self.scan();
         scan.forget();
         self.disarm_slots(layout, &mut scan)
     }
 
-    fn take_vcpu(&self, _: &Layout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_vcpu(&self, _: &MemoryLayout, _: usize, _: Hint<'_>, _: Sink<'_>) -> Result<usize, HarvestError> {
         Ok(0)
     }
 
-    fn take_shared(&self, layout: &Layout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut taken = 0;
         let done = self.scan().round(&self.watch, layout, |gfn| {
             let has_room = sink(Some(gfn));
@@ -210,7 +210,7 @@ impl Source for Uffd {
         }
     }
 
-    fn arm(&self, _: &Layout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
+    fn arm(&self, _: &MemoryLayout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
         // The scan that took them has done it.
         Ok(Armed { pages: pages.len(), ..Armed::default() })
     }

@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use super::guest::{self, Job, Stop};
-use crate::{Choice, Config, Fetch, Gfn, Hot, HotRule};
+use crate::{BackendChoice, Fetch, Gfn, HotPages, HotRule, TrackerConfig};
 
 struct Counting;
 
@@ -43,10 +43,10 @@ fn the_count_works() {
     assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 2);
 }
 
-fn ten_thousand_epochs(choice: Choice, exact: bool) {
+fn ten_thousand_epochs(choice: BackendChoice, exact: bool) {
     // So small that lists overflow, too.
-    let hot = Hot::Rule(HotRule { max_gap: 8, traps: 2, probe_after: 8, max_pages: 200 });
-    let config = Config { vcpus: 1, max_dirty_pages: 40, trigger: 20, exact, hot };
+    let hot = HotPages::Rule(HotRule { max_gap: 8, traps: 2, probe_after: 8, max_pages: 200 });
+    let config = TrackerConfig { max_vcpus: 1, max_dirty_pages: 40, trigger: 20, exact, hot };
     let Some(mut guest) = guest::start(choice, config) else { return };
     let tracker = guest.tracker.clone();
     let mut vcpu = guest.vcpus.remove(0);
@@ -84,20 +84,20 @@ fn ten_thousand_epochs(choice: Choice, exact: bool) {
 
 #[test]
 fn an_epoch_of_the_ring_allocates_nothing() {
-    ten_thousand_epochs(Choice::Ring, false);
+    ten_thousand_epochs(BackendChoice::Ring, false);
 }
 
 #[test]
 fn an_epoch_with_an_exact_trigger_allocates_nothing() {
-    ten_thousand_epochs(Choice::Ring, true);
+    ten_thousand_epochs(BackendChoice::Ring, true);
 }
 
 #[test]
 fn an_epoch_of_the_clear_log_allocates_nothing() {
-    ten_thousand_epochs(Choice::ClearLog, false);
+    ten_thousand_epochs(BackendChoice::ClearLog, false);
 }
 
 #[test]
 fn an_epoch_of_the_bitmap_allocates_nothing() {
-    ten_thousand_epochs(Choice::Bitmap, false);
+    ten_thousand_epochs(BackendChoice::Bitmap, false);
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::guest::{self, Guest, Job, Stop, Vcpu};
-use crate::{Choice, Config, Tracker};
+use crate::{BackendChoice, Tracker, TrackerConfig};
 
 /// Rounds of a test: each turns tracking on and off once.
 const ROUNDS: u64 = 25;
@@ -15,7 +15,8 @@ fn write_on(vcpu: &mut Vcpu, stamp: &AtomicU64, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let stamp = stamp.fetch_add(1, Ordering::Relaxed);
         vcpu.set_job(Job { stamp, writes: 3000, area: 1 });
-        assert_eq!(vcpu.run(), Stop::Done, "the ring has room for every page of the area");
+        // An exact trigger may stop it; then it writes no more until the epoch ends, or tracking does.
+        assert_ne!(vcpu.run(), Stop::Signal);
     }
 }
 
@@ -56,33 +57,33 @@ fn missed(guest: &mut Guest, enable: impl Fn(&Tracker)) -> (u64, usize) {
     (reported, missed)
 }
 
-fn nothing_is_missed(choice: Choice, config: Config) {
+fn nothing_is_missed(choice: BackendChoice, config: TrackerConfig) {
     let Some(mut guest) = guest::start(choice, config) else { return };
     let (reported, missed) = missed(&mut guest, |tracker| tracker.enable().unwrap());
     assert_eq!(missed, 0);
     assert!(reported > 100 * ROUNDS, "the guest has written next to nothing: {reported}");
 }
 
-fn config(exact: bool) -> Config {
-    Config { vcpus: 2, max_dirty_pages: 5000, trigger: 4000, exact, ..Config::default() }
+fn config(exact: bool) -> TrackerConfig {
+    TrackerConfig { max_vcpus: 2, max_dirty_pages: 5000, trigger: 4000, exact, ..TrackerConfig::default() }
 }
 
 #[test]
 fn a_ring_that_is_enabled_while_the_guest_runs_misses_nothing() {
-    nothing_is_missed(Choice::Ring, config(false));
+    nothing_is_missed(BackendChoice::Ring, config(false));
 }
 
 #[test]
 fn an_exact_ring_that_is_enabled_while_the_guest_runs_misses_nothing() {
-    nothing_is_missed(Choice::Ring, config(true));
+    nothing_is_missed(BackendChoice::Ring, config(true));
 }
 
 #[test]
 fn a_clear_log_that_is_enabled_while_the_guest_runs_misses_nothing() {
-    nothing_is_missed(Choice::ClearLog, config(false));
+    nothing_is_missed(BackendChoice::ClearLog, config(false));
 }
 
 #[test]
 fn a_bitmap_that_is_enabled_while_the_guest_runs_misses_nothing() {
-    nothing_is_missed(Choice::Bitmap, config(false));
+    nothing_is_missed(BackendChoice::Bitmap, config(false));
 }

@@ -21,7 +21,10 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::kvm::Vm;
 use crate::source::Rings;
 use crate::source::ring::{Mapping, RESERVED, Ring};
-use crate::{Backend, Choice, Config, Gfn, GlobalLog, Kind, Layout, RegionLog, Slot, Tracker};
+use crate::{
+    BackendChoice, DirtyBackend, DirtyKind, Gfn, GlobalLog, MemoryLayout, MemorySlot, RegionLog, Tracker,
+    TrackerConfig,
+};
 
 /// Where the guest may write: the base, and how many pages (a power of two).
 pub(super) const AREAS: [(u64, u64); 2] = [(0x10_0000, 512), (0x1_0000_0000, 2048)];
@@ -69,14 +72,14 @@ pub(super) struct Guest {
     pub(super) global: Arc<GlobalLog>,
     pub(super) vcpus: Vec<Vcpu>,
     vm: VmFd,
-    backend: Backend,
+    backend: DirtyBackend,
 }
 
 /// What a test wants of its VM.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
-    pub(super) choice: Choice,
-    pub(super) config: Config,
+    pub(super) choice: BackendChoice,
+    pub(super) config: TrackerConfig,
     /// Whether signals are blocked while rings are reset.
     pub(super) block_signals: bool,
     /// The back end loses one page in so many.
@@ -86,26 +89,26 @@ pub(super) struct Setup {
 }
 
 impl Setup {
-    pub(super) fn of(choice: Choice, config: Config) -> Setup {
+    pub(super) fn of(choice: BackendChoice, config: TrackerConfig) -> Setup {
         Setup { choice, config, block_signals: true, planted: 0, manual: 0 }
     }
 }
 
 /// The VM with tracking off, or None without /dev/kvm.
-pub(super) fn start(choice: Choice, config: Config) -> Option<Guest> {
+pub(super) fn start(choice: BackendChoice, config: TrackerConfig) -> Option<Guest> {
     start_with(Setup::of(choice, config))
 }
 
 pub(super) fn start_with(setup: Setup) -> Option<Guest> {
     let Setup { choice, config, block_signals, planted, manual } = setup;
-    let vcpus = config.vcpus;
+    let vcpus = config.max_vcpus.max(1);
     if !std::path::Path::new("/dev/kvm").exists() {
         println!("skipped: no /dev/kvm");
         return None;
     }
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
-    let backend = match Backend::probe(fd(&kvm), fd(&vm), choice, vcpus) {
+    let backend = match DirtyBackend::probe(fd(&kvm), fd(&vm), choice, vcpus) {
         Ok(backend) => backend.with_planted_bug(planted),
         Err(error) => {
             println!("skipped: {error}");
@@ -118,8 +121,12 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
     let global = GlobalLog::new(AREAS[1].0 / 4096 + AREAS[1].1, 64);
     let memory = memory(&global);
     let slots = memory.iter().zip(SLOTS).map(|(region, (id, base, bytes))| {
-        let slot =
-            Slot { id, base: Gfn::of(base), pages: bytes as u64 / 4096, host_addr: region.as_ptr() as u64 };
+        let slot = MemorySlot {
+            id,
+            base: Gfn::of(base),
+            pages: bytes as u64 / 4096,
+            host_addr: region.as_ptr() as u64,
+        };
         let region = kvm_userspace_memory_region {
             slot: id,
             flags: 0,
@@ -131,7 +138,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
         unsafe { vm.set_user_memory_region(region) }.unwrap();
         slot
     });
-    let layout = Layout::new(slots.collect()).unwrap();
+    let layout = MemoryLayout::new(slots.collect()).unwrap();
     let vcpus: Vec<_> = (0..vcpus as u64).map(|index| Vcpu::new(&kvm, &vm, index)).collect();
     let vcpu_fds: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
     let tracker = if block_signals {
@@ -143,7 +150,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
         let ring = |vcpu| Ring::new(Arc::new(map(vcpu)), RESERVED);
         let mut rings = Rings::new(kernel, vcpu_fds.iter().map(ring).collect());
         rings.block_signals = false;
-        Tracker::with(layout, config, Kind::Ring, Box::new(rings), None, global.clone())
+        Tracker::with(layout, config, DirtyKind::Ring, Box::new(rings), None, global.clone(), vcpu_fds.len())
     };
     Some(Guest { memory, tracker: Arc::new(tracker.unwrap()), global, vcpus, vm, backend })
 }

@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::global::GlobalLog;
-use crate::hot::{Hot, HotRule};
+use crate::hot::{HotPages, HotRule};
 use crate::kvm::Kernel;
-use crate::layout::{Gfn, Layout, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::ring::{DIRTY, Mapping, RESET, Ring};
 use crate::source::{Bitmap, ClearLog, Rings, Source};
-use crate::tracker::{Config, Tracker};
+use crate::tracker::{Tracker, TrackerConfig};
 use crate::words::Words;
-use crate::{Kind, NewError};
+use crate::{DirtyKind, NewError};
 
 /// Entries that KVM keeps free behind the soft limit.
 pub(super) const RESERVED: u64 = 16;
@@ -56,39 +56,40 @@ pub(super) struct State {
 
 #[derive(Clone)]
 pub(super) struct FakeKernel {
-    layout: Layout,
-    kind: Kind,
+    layout: MemoryLayout,
+    kind: DirtyKind,
     state: Arc<Mutex<State>>,
 }
 
 impl FakeKernel {
     /// A tracker over a naive kernel.
     pub(super) fn tracker(
-        layout: Layout,
-        config: Config,
-        kind: Kind,
+        layout: MemoryLayout,
+        config: TrackerConfig,
+        kind: DirtyKind,
         ring_entries: u32,
         global: Arc<GlobalLog>,
     ) -> Result<(FakeKernel, Tracker), NewError> {
+        let vcpus = config.max_vcpus;
         let mappings: Vec<_> =
-            (0..config.vcpus).map(|_| Arc::new(Mapping::anonymous(ring_entries).unwrap())).collect();
+            (0..vcpus).map(|_| Arc::new(Mapping::anonymous(ring_entries).unwrap())).collect();
         let rings = mappings.iter().map(|entries| Ring::new(entries.clone(), RESERVED)).collect();
         let ring = |entries| FakeRing { entries, size: ring_entries.into(), dirty: 0, reset: 0 };
         let state = State { rings: mappings.into_iter().map(ring).collect(), ..State::default() };
         let kernel = FakeKernel { layout: layout.clone(), kind, state: Arc::new(Mutex::new(state)) };
         let this = Box::new(kernel.clone());
         let source: Box<dyn Source> = match kind {
-            Kind::Ring => Box::new(Rings::new(this, rings)),
-            Kind::ClearLog => Box::new(ClearLog::reserve(this, &layout).unwrap()),
-            Kind::Bitmap | Kind::Uffd => Box::new(Bitmap::reserve(this, &layout).unwrap()),
+            DirtyKind::Ring => Box::new(Rings::new(this, rings)),
+            DirtyKind::ClearLog => Box::new(ClearLog::reserve(this, &layout).unwrap()),
+            DirtyKind::Bitmap | DirtyKind::Uffd => Box::new(Bitmap::reserve(this, &layout).unwrap()),
         };
         let rule = match config.hot {
-            Hot::Rule(rule) if kind != Kind::Bitmap => {
+            HotPages::Rule(rule) if kind != DirtyKind::Bitmap => {
                 Some(HotRule { max_pages: rule.max_pages.min(ring_entries as usize / 4), ..rule })
             }
             _ => None,
         };
-        let tracker = Tracker::with(layout, config, kind, source, rule, global)?;
+        let tracker = Tracker::with(layout, config, kind, source, rule, global, vcpus)?;
         Ok((kernel, tracker))
     }
 
@@ -96,7 +97,7 @@ impl FakeKernel {
         self.state.lock().unwrap()
     }
 
-    fn slot_of(&self, gfn: Gfn) -> &Slot {
+    fn slot_of(&self, gfn: Gfn) -> &MemorySlot {
         self.layout.slots().iter().find(|slot| slot.base <= gfn && gfn.0 < slot.end()).unwrap()
     }
 
@@ -114,7 +115,7 @@ impl FakeKernel {
             return;
         }
         match self.kind {
-            Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
+            DirtyKind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
             _ => _ = state.bitmap.insert(gfn.0),
         }
     }
@@ -124,12 +125,12 @@ impl FakeKernel {
         let slot = *self.slot_of(gfn);
         let mut state = self.state();
         let ring = &state.rings[vcpu];
-        if self.kind == Kind::Ring && ring.dirty - ring.reset >= ring.size - RESERVED {
+        if self.kind == DirtyKind::Ring && ring.dirty - ring.reset >= ring.size - RESERVED {
             return false;
         }
         if state.logged.contains(&slot.id) && (state.armed.remove(&gfn.0) || again) {
             match self.kind {
-                Kind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
+                DirtyKind::Ring => push(&mut state.rings[vcpu], slot.id, gfn.0 - slot.base.0),
                 _ => _ = state.bitmap.insert(gfn.0),
             }
         }
@@ -152,7 +153,7 @@ impl FakeKernel {
 
     /// An entry that means no page of the layout.
     pub(super) fn write_nonsense(&self, vcpu: usize, slot: u32, offset: u64) {
-        if self.kind == Kind::Ring {
+        if self.kind == DirtyKind::Ring {
             push(&mut self.state().rings[vcpu], slot, offset);
         }
     }
@@ -168,7 +169,7 @@ fn push(ring: &mut FakeRing, slot: u32, offset: u64) {
 }
 
 impl Kernel for FakeKernel {
-    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()> {
+    fn set_logging(&self, slot: &MemorySlot, on: bool) -> io::Result<()> {
         let mut state = self.state();
         if on {
             state.logged.insert(slot.id);
@@ -180,7 +181,7 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn get_dirty_log(&self, slot: &Slot, buffer: &Words) -> io::Result<()> {
+    fn get_dirty_log(&self, slot: &MemorySlot, buffer: &Words) -> io::Result<()> {
         let mut state = self.state();
         match &mut state.fail_log_after {
             Some(0) => {
@@ -196,7 +197,7 @@ impl Kernel for FakeKernel {
         for gfn in dirty {
             let offset = gfn - slot.base.0;
             buffer[offset as usize / 64].fetch_or(1 << (offset % 64), Ordering::Relaxed);
-            if self.kind != Kind::ClearLog {
+            if self.kind != DirtyKind::ClearLog {
                 state.bitmap.remove(&gfn);
                 state.armed.insert(gfn);
             }
@@ -204,9 +205,9 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn clear_dirty_log(&self, slot: &Slot, words: Range<usize>, mask: &Words) -> io::Result<()> {
+    fn clear_dirty_log(&self, slot: &MemorySlot, words: Range<usize>, mask: &Words) -> io::Result<()> {
         assert!(
-            self.kind == Kind::ClearLog
+            self.kind == DirtyKind::ClearLog
                 && words.start < words.end
                 && words.end as u64 <= slot.pages.div_ceil(64)
         );
@@ -226,7 +227,7 @@ impl Kernel for FakeKernel {
 
     fn refuse_manual_protect(&self) {}
 
-    fn mint(&self, vcpu: usize, entries: u64, layout: &Layout) -> io::Result<()> {
+    fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
         if self.state().no_mint {
             return Err(io::ErrorKind::Unsupported.into());
         }

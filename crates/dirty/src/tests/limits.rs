@@ -4,29 +4,30 @@ use std::sync::Arc;
 
 use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
-    Config, EnableError, Exit, Gfn, GlobalLog, HarvestError, Kind, Layout, NewError, Slot, Stats, Tracker,
+    DirtyKind, EnableError, Gfn, GlobalLog, HarvestError, MemoryLayout, MemorySlot, NewError, RingExit,
+    Tracker, TrackerConfig, TrackerStats,
 };
 
 const PAGES: u64 = 1000;
 
-fn layout() -> Layout {
-    Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
+fn layout() -> MemoryLayout {
+    MemoryLayout::new(vec![MemorySlot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
 }
 
-fn tracker(kind: Kind, config: Config, global: usize) -> (FakeKernel, Tracker) {
+fn tracker(kind: DirtyKind, config: TrackerConfig, global: usize) -> (FakeKernel, Tracker) {
     let global = GlobalLog::new(PAGES, global);
     let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, 256, global).unwrap();
     tracker.enable_stopped().unwrap();
     (kernel, tracker)
 }
 
-fn config(vcpus: usize, max_dirty_pages: usize) -> Config {
-    Config { vcpus, max_dirty_pages, trigger: max_dirty_pages, ..Config::default() }
+fn config(vcpus: usize, max_dirty_pages: usize) -> TrackerConfig {
+    TrackerConfig { max_vcpus: vcpus, max_dirty_pages, trigger: max_dirty_pages, ..TrackerConfig::default() }
 }
 
 #[test]
 fn the_trigger_counts_all_vcpus_and_the_global_list() {
-    let (kernel, tracker) = tracker(Kind::Ring, Config { trigger: 6, ..config(2, 10) }, 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, TrackerConfig { trigger: 6, ..config(2, 10) }, 10);
     (0..2).for_each(|page| kernel.write(0, Gfn(page), false));
     (10..12).for_each(|page| kernel.write(1, Gfn(page), false));
     tracker.global().mark(Gfn(20));
@@ -40,7 +41,7 @@ fn the_trigger_counts_all_vcpus_and_the_global_list() {
 
 #[test]
 fn two_vcpus_report_the_same_pages_once() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(2, 100), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(2, 100), 10);
     for vcpu in 0..2 {
         (0..100).for_each(|page| kernel.write(vcpu, Gfn(page), true));
         assert_eq!(tracker.harvest_vcpu(vcpu).unwrap(), 100);
@@ -51,7 +52,7 @@ fn two_vcpus_report_the_same_pages_once() {
 
 #[test]
 fn full_lists_pass_pages_on() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10), 20);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10), 20);
     // What does not fit stays in the ring.
     for round in 1..=3 {
         (0..100).for_each(|page| kernel.write(0, Gfn(page * 10), false));
@@ -59,14 +60,14 @@ fn full_lists_pass_pages_on() {
         tracker.global().mark(Gfn(0));
         tracker.global().mark(Gfn(5));
         assert_eq!(pages(&tracker).len(), 101);
-        let Stats { spilled, oversized, searches, duplicates, .. } = tracker.stats();
+        let TrackerStats { spilled, oversized, searches, duplicates, .. } = tracker.stats();
         assert_eq!([spilled, oversized, searches, duplicates], [round, round, 0, round]);
     }
 }
 
 #[test]
 fn an_interrupted_reset_write_protects_everything() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 200), 20);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 200), 20);
     (0..100).for_each(|page| kernel.write(0, Gfn(page), false));
     kernel.state().interrupt_after = Some(80);
     assert_eq!(pages(&tracker).len(), 100);
@@ -78,7 +79,7 @@ fn an_interrupted_reset_write_protects_everything() {
 
 #[test]
 fn nothing_dirty_costs_no_system_call() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10), 10);
     let before = kernel.state().resets;
     assert!(pages(&tracker).is_empty());
     assert_eq!(kernel.state().resets, before);
@@ -86,7 +87,7 @@ fn nothing_dirty_costs_no_system_call() {
 
 #[test]
 fn an_overrun_is_fatal() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(2, 300), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(2, 300), 10);
     (0..256 + 20).for_each(|page| kernel.write(1, Gfn(page), false));
     assert!(matches!(tracker.harvest_vcpu(1), Err(HarvestError::Overrun { vcpu: 1 })));
     for _ in 0..2 {
@@ -100,31 +101,31 @@ fn an_overrun_is_fatal() {
 
 #[test]
 fn entries_behind_the_soft_limit_are_no_overrun() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 300), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 300), 10);
     (0..256 - RESERVED + 5).for_each(|page| kernel.write(0, Gfn(page), false));
     assert!(!kernel.can_run(0));
-    assert_eq!(tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+    assert_eq!(tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
     assert_eq!(pages(&tracker).len() as u64, 256 - RESERVED + 5);
     assert!(kernel.can_run(0));
 }
 
 #[test]
 fn a_full_ring_with_nothing_in_it_is_an_overrun() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100), 10);
     kernel.write(0, Gfn(1), false);
-    assert_eq!(tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+    assert_eq!(tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
     tracker.harvest_vcpu(0).unwrap();
-    assert_eq!(tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+    assert_eq!(tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
     pages(&tracker);
     // The first time it may be that the ring was freed meanwhile.
-    assert_eq!(tracker.ring_full(0).unwrap(), Exit::Resume);
+    assert_eq!(tracker.ring_full(0).unwrap(), RingExit::Resume);
     assert!(matches!(tracker.ring_full(0), Err(HarvestError::Overrun { vcpu: 0 })));
     assert!(matches!(tracker.harvest_vcpu(0), Err(HarvestError::Overrun { vcpu: 0 })));
 }
 
 #[test]
 fn disabling_empties_full_rings() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100), 10);
     (0..256 - RESERVED).for_each(|page| kernel.write(0, Gfn(page), false));
     assert!(!kernel.can_run(0));
     tracker.disable().unwrap();
@@ -138,7 +139,7 @@ fn disabling_empties_full_rings() {
 
 #[test]
 fn all_dirty_means_all() {
-    for kind in [Kind::Ring, Kind::Bitmap] {
+    for kind in [DirtyKind::Ring, DirtyKind::Bitmap] {
         let (kernel, tracker) = tracker(kind, config(1, 10), 10);
         kernel.write(0, Gfn(3), false);
         tracker.all_dirty();
@@ -149,7 +150,7 @@ fn all_dirty_means_all() {
 
 #[test]
 fn a_part_holds_the_epoch_back() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100), 10);
     (0..10).for_each(|page| kernel.write(0, Gfn(page), false));
     let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
     let part = tracker.part(1, 2).unwrap();
@@ -166,7 +167,7 @@ fn a_part_holds_the_epoch_back() {
 
 #[test]
 fn what_is_written_after_the_harvest_is_of_the_next_epoch() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100), 10);
     kernel.write(0, Gfn(1), false);
     tracker.global().mark(Gfn(2));
     let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
@@ -184,7 +185,7 @@ fn what_is_written_after_the_harvest_is_of_the_next_epoch() {
 
 #[test]
 fn disable_and_enable_wait_for_the_epoch() {
-    let (_kernel, tracker) = tracker(Kind::Ring, config(1, 100), 10);
+    let (_kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100), 10);
     let epoch = tracker.stopped();
     assert!(tracker.disable().is_err());
     assert!(matches!(tracker.enable(), Err(EnableError::EpochOpen)));
@@ -198,12 +199,13 @@ fn disable_and_enable_wait_for_the_epoch() {
 #[test]
 fn limits_that_make_no_sense_are_refused() {
     let build = |config, global: &Arc<GlobalLog>| {
-        FakeKernel::tracker(layout(), config, Kind::Bitmap, 256, global.clone()).map(|(_, tracker)| tracker)
+        FakeKernel::tracker(layout(), config, DirtyKind::Bitmap, 256, global.clone())
+            .map(|(_, tracker)| tracker)
     };
     let global = GlobalLog::new(PAGES, 1);
     assert!(matches!(build(config(0, 1), &global), Err(NewError::NoVcpus)));
     assert!(matches!(build(config(1, 0), &global), Err(NewError::Trigger { .. })));
-    let trigger = Config { trigger: 11, ..config(1, 10) };
+    let trigger = TrackerConfig { trigger: 11, ..config(1, 10) };
     assert!(matches!(build(trigger, &global), Err(NewError::Trigger { .. })));
     assert!(matches!(build(config(1, 1), &GlobalLog::new(10, 1)), Err(NewError::GlobalLogSize { .. })));
     let first = build(config(1, 1), &global).unwrap();

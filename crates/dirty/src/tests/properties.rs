@@ -7,7 +7,10 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::kernel::FakeKernel;
-use crate::{Config, Exit, Fetch, Gfn, GlobalLog, HarvestError, Hot, HotRule, Kind, Layout, Slot, Tracker};
+use crate::{
+    DirtyKind, Fetch, Gfn, GlobalLog, HarvestError, HotPages, HotRule, MemoryLayout, MemorySlot, RingExit,
+    Tracker, TrackerConfig,
+};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -72,7 +75,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Up to three slots with gaps between them, numbered in some order.
-fn layouts() -> impl Strategy<Value = Layout> {
+fn layouts() -> impl Strategy<Value = MemoryLayout> {
     let slot = (0..100u64, 1..300u64);
     (proptest::collection::vec(slot, 1..4), any::<bool>()).prop_map(|(sizes, backwards)| {
         let mut base = 0;
@@ -80,39 +83,46 @@ fn layouts() -> impl Strategy<Value = Layout> {
         for (number, (gap, pages)) in sizes.into_iter().enumerate() {
             base += gap;
             let id = if backwards { 40 - number as u32 } else { number as u32 };
-            slots.push(Slot { id, base: Gfn(base), pages, host_addr: 0x10_0000 });
+            slots.push(MemorySlot { id, base: Gfn(base), pages, host_addr: 0x10_0000 });
             base += pages;
         }
-        Layout::new(slots).unwrap()
+        MemoryLayout::new(slots).unwrap()
     })
 }
 
 #[derive(Clone, Debug)]
 struct Setting {
-    layout: Layout,
-    kind: Kind,
-    config: Config,
+    layout: MemoryLayout,
+    kind: DirtyKind,
+    config: TrackerConfig,
     ring_entries: u32,
     global_capacity: usize,
 }
 
 /// Rules under which pages become hot soon and cool soon.
-fn hot() -> impl Strategy<Value = Hot> {
+fn hot() -> impl Strategy<Value = HotPages> {
     let rule =
         (1..6u32, 1..4u32, 1..12u32, 1..60usize).prop_map(|(max_gap, traps, probe_after, max_pages)| {
-            Hot::Rule(HotRule { max_gap, traps, probe_after, max_pages })
+            HotPages::Rule(HotRule { max_gap, traps, probe_after, max_pages })
         });
-    prop_oneof![Just(Hot::Off), rule]
+    prop_oneof![Just(HotPages::Off), rule]
 }
 
 /// Capacities so small that every limit is hit.
 fn settings() -> impl Strategy<Value = Setting> {
-    let kind = prop_oneof![2 => Just(Kind::Ring), 1 => Just(Kind::ClearLog), 1 => Just(Kind::Bitmap)];
+    let kind =
+        prop_oneof![2 => Just(DirtyKind::Ring), 1 => Just(DirtyKind::ClearLog), 1 => Just(DirtyKind::Bitmap)];
     (layouts(), kind, 1..4usize, 1..60usize, 6..9u32, 0..20usize, any::<bool>(), hot()).prop_map(
         |(layout, kind, vcpus, max_dirty_pages, ring_bits, global_capacity, exact, hot)| Setting {
             layout,
             kind,
-            config: Config { vcpus, max_dirty_pages, trigger: max_dirty_pages.div_ceil(2), exact, hot },
+            config: TrackerConfig {
+                max_vcpus: vcpus,
+                max_dirty_pages,
+                trigger: max_dirty_pages.div_ceil(2),
+                exact,
+                hot,
+            },
             ring_entries: 1 << ring_bits,
             global_capacity,
         },
@@ -156,7 +166,7 @@ impl World {
     }
 
     fn vcpu(&self, vcpu: Index) -> usize {
-        vcpu.index(self.setting.config.vcpus)
+        vcpu.index(self.setting.config.max_vcpus)
     }
 
     fn step(&mut self, step: Step) -> Result<(), TestCaseError> {
@@ -169,7 +179,7 @@ impl World {
                         // A ring of these sizes may be smaller than its reserve: KVM's word is not to be
                         // checked.
                         prop_assert!(exit.is_ok(), "{:?}", exit);
-                        if exit.unwrap() == Exit::DirtyLogFull {
+                        if exit.unwrap() == RingExit::DirtyLogFull {
                             break;
                         }
                     }
@@ -189,7 +199,7 @@ impl World {
             Step::Fetch { room, rearm, keep } => self.fetch(room, rearm, keep)?,
             Step::Nonsense { vcpu, slot, offset } => {
                 let vcpu = self.vcpu(vcpu);
-                if self.kernel.can_run(vcpu) && self.setting.kind == Kind::Ring {
+                if self.kernel.can_run(vcpu) && self.setting.kind == DirtyKind::Ring {
                     self.kernel.write_nonsense(vcpu, slot, offset);
                     self.nonsense += 1;
                 }
@@ -248,7 +258,9 @@ impl World {
     }
 
     fn epoch(&mut self, drop_after: u8) -> Result<(), TestCaseError> {
-        prop_assert!(self.setting.kind != Kind::Ring || self.tracker.pending() >= self.logged_at_least());
+        prop_assert!(
+            self.setting.kind != DirtyKind::Ring || self.tracker.pending() >= self.logged_at_least()
+        );
         let epoch = self.tracker.stopped();
         prop_assert!(self.tracker.try_stopped().is_none());
         if drop_after == 0 {
@@ -284,7 +296,7 @@ impl World {
         let known: BTreeSet<_> = self.of_epoch.union(&self.maybe).copied().collect();
         prop_assert!(written.is_subset(&known), "a page was reported that was not written");
         prop_assert!(self.written.is_subset(&unique), "a page was written and not reported");
-        if self.setting.config.hot == Hot::Off {
+        if self.setting.config.hot == HotPages::Off {
             prop_assert!(hot.is_empty());
         }
         // As a caller does that compares.
@@ -316,8 +328,8 @@ impl World {
 
     /// With an exact trigger KVM lets the vCPUs write no more than it, and one vCPU exactly that.
     fn check_room(&self) -> Result<(), TestCaseError> {
-        let Config { vcpus, trigger, exact, .. } = self.setting.config;
-        if !exact || self.setting.kind != Kind::Ring {
+        let TrackerConfig { max_vcpus: vcpus, trigger, exact, .. } = self.setting.config;
+        if !exact || self.setting.kind != DirtyKind::Ring {
             return Ok(());
         }
         prop_assert!(self.tracker.is_exact());

@@ -6,36 +6,36 @@ use std::time::Duration;
 use super::guest;
 use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
-    Choice, Config, DisableError, Exit, Fetch, Gfn, GlobalLog, Hot, HotRule, Kind, Layout, NewError, Slot,
-    Tracker,
+    BackendChoice, DirtyKind, DisableError, Fetch, Gfn, GlobalLog, HotPages, HotRule, MemoryLayout,
+    MemorySlot, NewError, RingExit, Tracker, TrackerConfig,
 };
 
 const PAGES: u64 = 20_000;
 const REARM: Fetch = Fetch { wait: None, rearm: true, at_least: 0, shard: None };
 
-fn layout() -> Layout {
-    Layout::new(vec![Slot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
+fn layout() -> MemoryLayout {
+    MemoryLayout::new(vec![MemorySlot { id: 0, base: Gfn(0), pages: PAGES, host_addr: 0 }]).unwrap()
 }
 
-fn tracker(kind: Kind, config: Config, ring: u32) -> (FakeKernel, Tracker) {
+fn tracker(kind: DirtyKind, config: TrackerConfig, ring: u32) -> (FakeKernel, Tracker) {
     let global = GlobalLog::new(PAGES, 100);
     let (kernel, tracker) = FakeKernel::tracker(layout(), config, kind, ring, global).unwrap();
     tracker.enable_stopped().unwrap();
     (kernel, tracker)
 }
 
-fn config(vcpus: usize, max_dirty_pages: usize, trigger: usize) -> Config {
-    Config { vcpus, max_dirty_pages, trigger, ..Config::default() }
+fn config(vcpus: usize, max_dirty_pages: usize, trigger: usize) -> TrackerConfig {
+    TrackerConfig { max_vcpus: vcpus, max_dirty_pages, trigger, ..TrackerConfig::default() }
 }
 
-fn exact(vcpus: usize, trigger: usize, max_dirty_pages: usize) -> Config {
-    Config { exact: true, ..config(vcpus, max_dirty_pages, trigger) }
+fn exact(vcpus: usize, trigger: usize, max_dirty_pages: usize) -> TrackerConfig {
+    TrackerConfig { exact: true, ..config(vcpus, max_dirty_pages, trigger) }
 }
 
 /// An interrupted reset in a fetch, and a second fetch.
 #[test]
 fn an_interrupted_reset_in_a_fetch_loses_nothing() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 200, 200), 256);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 200, 200), 256);
     (0..100).for_each(|page| kernel.write(0, Gfn(page), false));
     kernel.state().interrupt_after = Some(80);
     let mut buffer = [Gfn(0); 200];
@@ -52,7 +52,7 @@ fn an_interrupted_reset_in_a_fetch_loses_nothing() {
 /// A fetcher empties the ring between KVM's exit and ring_full.
 #[test]
 fn a_ring_that_a_fetch_has_emptied_is_not_overrun() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10_000, 10_000), 4096);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10_000, 10_000), 4096);
     (0..4096 - RESERVED).for_each(|page| kernel.write(0, Gfn(page), false));
     assert!(!kernel.can_run(0)); // KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL here
     let mut buffer = vec![Gfn(0); 1000];
@@ -60,7 +60,7 @@ fn a_ring_that_a_fetch_has_emptied_is_not_overrun() {
         let tracker = &tracker;
         scope.spawn(move || tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len());
     });
-    assert_eq!(tracker.ring_full(0).unwrap(), Exit::Resume);
+    assert_eq!(tracker.ring_full(0).unwrap(), RingExit::Resume);
     assert!(kernel.can_run(0));
 }
 
@@ -68,9 +68,10 @@ fn a_ring_that_a_fetch_has_emptied_is_not_overrun() {
 #[test]
 fn entries_between_harvest_and_rearm_are_of_the_next_epoch() {
     for is_exact in [false, true] {
-        let (kernel, tracker) = tracker(Kind::Ring, Config { exact: is_exact, ..config(2, 100, 40) }, 256);
+        let (kernel, tracker) =
+            tracker(DirtyKind::Ring, TrackerConfig { exact: is_exact, ..config(2, 100, 40) }, 256);
         for page in 0..40 {
-            if !kernel.can_run(0) && tracker.ring_full(0).unwrap() == Exit::DirtyLogFull {
+            if !kernel.can_run(0) && tracker.ring_full(0).unwrap() == RingExit::DirtyLogFull {
                 break;
             }
             kernel.write(0, Gfn(page), false);
@@ -86,11 +87,11 @@ fn entries_between_harvest_and_rearm_are_of_the_next_epoch() {
 /// Minting fails once, for the second ring.
 #[test]
 fn minting_that_fails_half_way_leaves_the_rest_in_order() {
-    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 40, 100), 256);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, exact(2, 40, 100), 256);
     (0..10).for_each(|_| kernel.write(0, Gfn(1), true));
     (0..10).for_each(|_| kernel.write(1, Gfn(2), true));
     assert!(!kernel.can_run(1));
-    assert_eq!(tracker.ring_full(1).unwrap(), Exit::Resume);
+    assert_eq!(tracker.ring_full(1).unwrap(), RingExit::Resume);
     kernel.state().no_mint = true;
     assert_eq!(pages(&tracker), [1, 2]);
     assert!(!tracker.is_exact());
@@ -101,7 +102,7 @@ fn minting_that_fails_half_way_leaves_the_rest_in_order() {
 /// Disable, while a vCPU thread is (for a moment) in its list.
 #[test]
 fn a_disable_that_is_refused_loses_nothing() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(2, 100, 100), 256);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(2, 100, 100), 256);
     kernel.write(0, Gfn(7), false);
     tracker.harvest_vcpu(0).unwrap();
     let owner = tracker.own_lane(1).unwrap();
@@ -114,14 +115,14 @@ fn a_disable_that_is_refused_loses_nothing() {
 /// All hot pages are written by one vCPU.
 #[test]
 fn parked_credits_leave_room_in_every_ring() {
-    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000 });
-    let (kernel, tracker) = tracker(Kind::Ring, Config { hot, ..config(4, 2000, 2000) }, 256);
+    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 64, max_pages: 100_000 });
+    let (kernel, tracker) = tracker(DirtyKind::Ring, TrackerConfig { hot, ..config(4, 2000, 2000) }, 256);
     let mut stuck = 0;
     for _ in 0..200 {
         let mut wrote = 0;
         for page in 0..400 {
             if !kernel.can_run(0) {
-                assert_eq!(tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+                assert_eq!(tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
                 break;
             }
             kernel.write(0, Gfn(page), false);
@@ -138,12 +139,12 @@ fn parked_credits_leave_room_in_every_ring() {
 /// Trigger beyond what the rings hold together.
 #[test]
 fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
-    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 600, 1000), 256);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, exact(2, 600, 1000), 256);
     let mut page = 0;
     loop {
         if !kernel.can_run(0) {
             tracker.harvest_vcpu(0).unwrap();
-            if tracker.ring_full(0).unwrap() == Exit::DirtyLogFull {
+            if tracker.ring_full(0).unwrap() == RingExit::DirtyLogFull {
                 break;
             }
         }
@@ -157,14 +158,14 @@ fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
 #[test]
 fn pages_that_were_fetched_do_not_count() {
     let mut buffer = [Gfn(0); 200];
-    for kind in [Kind::Ring, Kind::ClearLog, Kind::Bitmap] {
+    for kind in [DirtyKind::Ring, DirtyKind::ClearLog, DirtyKind::Bitmap] {
         let (kernel, tracker) = tracker(kind, config(1, 1000, 500), 4096);
         (0..60).for_each(|page| kernel.write(0, Gfn(page), false));
         assert_eq!(tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len(), 60);
         assert_eq!(tracker.pending(), 0, "{kind}");
     }
-    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
-    let (kernel, tracker) = tracker(Kind::ClearLog, Config { hot, ..config(1, 1000, 500) }, 4096);
+    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
+    let (kernel, tracker) = tracker(DirtyKind::ClearLog, TrackerConfig { hot, ..config(1, 1000, 500) }, 4096);
     (0..60).for_each(|page| kernel.write(0, Gfn(page), false));
     pages(&tracker);
     for _ in 0..10 {
@@ -176,15 +177,17 @@ fn pages_that_were_fetched_do_not_count() {
 /// Hot pages are copied in every epoch and count towards the trigger, so they may not reach it by themselves.
 #[test]
 fn hot_pages_leave_half_of_the_trigger() {
-    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 1000 });
-    let Some(guest) = guest::start(Choice::Ring, Config { hot, ..config(1, 200, 100) }) else { return };
+    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 1000 });
+    let Some(guest) = guest::start(BackendChoice::Ring, TrackerConfig { hot, ..config(1, 200, 100) }) else {
+        return;
+    };
     assert_eq!(guest.tracker.hot_rule().unwrap().max_pages, 50);
 }
 
 /// Where KVM writes next in a ring is known only to who has read it from the start.
 #[test]
 fn a_second_tracker_of_a_vm_is_refused() {
-    let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, config(1, 4000, 4000)) else { return };
     guest.tracker.enable_stopped().unwrap();
     let mut vcpu = guest.vcpus.remove(0);
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
@@ -197,7 +200,7 @@ fn a_second_tracker_of_a_vm_is_refused() {
 /// A slot that the VMM has removed is not brought back by turning its log off.
 #[test]
 fn a_slot_that_is_gone_stays_gone() {
-    let Some(mut guest) = guest::start(Choice::Ring, config(1, 4000, 4000)) else { return };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, config(1, 4000, 4000)) else { return };
     let mut vcpu = guest.vcpus.remove(0);
     guest.tracker.enable_stopped().unwrap();
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
@@ -215,17 +218,18 @@ fn a_slot_that_is_gone_stays_gone() {
 /// Entries are minted with the first page of the VM. It may be gone.
 #[test]
 fn rings_are_filled_with_a_page_that_is_still_there() {
-    let slot = |id, base| Slot { id, base: Gfn(base), pages: 500, host_addr: 0 };
-    let layout = Layout::new(vec![slot(0, 0), slot(1, 500)]).unwrap();
+    let slot = |id, base| MemorySlot { id, base: Gfn(base), pages: 500, host_addr: 0 };
+    let layout = MemoryLayout::new(vec![slot(0, 0), slot(1, 500)]).unwrap();
     let global = GlobalLog::new(layout.gfn_space(), 100);
-    let (kernel, tracker) = FakeKernel::tracker(layout, exact(2, 40, 100), Kind::Ring, 256, global).unwrap();
+    let (kernel, tracker) =
+        FakeKernel::tracker(layout, exact(2, 40, 100), DirtyKind::Ring, 256, global).unwrap();
     tracker.enable_stopped().unwrap();
     assert!(tracker.slot_removed(0));
     for epoch in 0..3 {
         // More than the first part, so that entries are given away and have to be minted again.
         (600..615).for_each(|page| {
             if !kernel.can_run(0) {
-                assert_eq!(tracker.ring_full(0).unwrap(), Exit::Resume);
+                assert_eq!(tracker.ring_full(0).unwrap(), RingExit::Resume);
             }
             kernel.write(0, Gfn(page), false);
         });
@@ -238,7 +242,7 @@ fn rings_are_filled_with_a_page_that_is_still_there() {
 /// What an epoch needs is taken when tracking is enabled: an epoch takes no page fault.
 #[test]
 fn an_epoch_takes_no_page_fault() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 5000, 5000), 16_384);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 5000, 5000), 16_384);
     (0..5000).for_each(|page| kernel.write(0, Gfn(page * 4), false));
     let epoch = tracker.stopped().state_saved();
     let before = crate::words::faults();
@@ -252,7 +256,7 @@ fn an_epoch_takes_no_page_fault() {
 /// A fetcher that waits finds nothing to hold and holds nothing up.
 #[test]
 fn a_waiting_fetcher_does_not_hold_epochs_back() {
-    let (_kernel, tracker) = tracker(Kind::Ring, config(2, 1000, 1000), 256);
+    let (_kernel, tracker) = tracker(DirtyKind::Ring, config(2, 1000, 1000), 256);
     let end = std::sync::atomic::AtomicBool::new(false);
     let mut refused = 0;
     std::thread::scope(|scope| {
@@ -279,8 +283,8 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
 /// It would be SIGBUS at the first touch of the ring.
 #[test]
 fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
-    let Some(guest) = guest::start(Choice::Ring, config(1, 100, 100)) else { return };
-    let Some(other) = guest::start(Choice::Bitmap, config(1, 100, 100)) else { return };
+    let Some(guest) = guest::start(BackendChoice::Ring, config(1, 100, 100)) else { return };
+    let Some(other) = guest::start(BackendChoice::Bitmap, config(1, 100, 100)) else { return };
     let tracker = guest.second_tracker(&other.vcpus[0]);
     assert!(matches!(tracker, Err(NewError::NotThisVm { vcpu: 0 })), "{tracker:?}");
 }
@@ -289,7 +293,7 @@ fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
 /// fetched, and not to vCPUs that write nothing.
 #[test]
 fn a_vcpu_gets_back_what_fetches_take_of_it() {
-    let (kernel, tracker) = tracker(Kind::Ring, exact(2, 400, 400), 4096);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, exact(2, 400, 400), 4096);
     let mut buffer = [Gfn(0); 400];
     let mut page = 0;
     for round in 0..50 {
@@ -299,7 +303,7 @@ fn a_vcpu_gets_back_what_fetches_take_of_it() {
                 kernel.write(1, Gfn(page % PAGES), false);
                 (page, written) = (page + 1, written + 1);
             }
-            if tracker.ring_full(1).unwrap() == Exit::DirtyLogFull {
+            if tracker.ring_full(1).unwrap() == RingExit::DirtyLogFull {
                 break;
             }
         }
@@ -315,7 +319,7 @@ fn a_vcpu_gets_back_what_fetches_take_of_it() {
 /// A wait for pages, and one for room, end when they are told to.
 #[test]
 fn waits_can_be_ended() {
-    let (kernel, tracker) = tracker(Kind::Ring, config(1, 10_000, 10_000), 4096);
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10_000, 10_000), 4096);
     let long = Duration::from_secs(600);
     std::thread::scope(|scope| {
         let (kernel, tracker) = (&kernel, &tracker);
@@ -344,9 +348,10 @@ fn waits_can_be_ended() {
 /// Pages heat while everything is fetched and no epoch ends, and cool again.
 #[test]
 fn pages_become_hot_between_fetches() {
-    for kind in [Kind::Ring, Kind::ClearLog] {
+    for kind in [DirtyKind::Ring, DirtyKind::ClearLog] {
         let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50 };
-        let (kernel, tracker) = tracker(kind, Config { hot: Hot::Rule(rule), ..config(1, 200, 200) }, 4096);
+        let (kernel, tracker) =
+            tracker(kind, TrackerConfig { hot: HotPages::Rule(rule), ..config(1, 200, 200) }, 4096);
         let mut buffer = [Gfn(0); 200];
         let mut fetched = 0;
         for _ in 0..5 {

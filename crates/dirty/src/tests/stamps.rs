@@ -12,13 +12,16 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::guest::{self, AREAS, Guest, Job, Rain, Setup, Stop, Vcpu};
-use crate::{Choice, Config, Exit, Fetch, Gfn, HarvestError, Hot, HotRule, Shard, Stats, Tracker};
+use crate::{
+    BackendChoice, Fetch, Gfn, HarvestError, HotPages, HotRule, RingExit, Shard, Tracker, TrackerConfig,
+    TrackerStats,
+};
 
 /// Pages become hot after two writes, are written more often than not, and are probed often.
-const HOT: Hot = Hot::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
+const HOT: HotPages = HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
 
-fn config(vcpus: usize) -> Config {
-    Config { vcpus, max_dirty_pages: 600, trigger: 300, exact: false, hot: Hot::Off }
+fn config(vcpus: usize) -> TrackerConfig {
+    TrackerConfig { max_vcpus: vcpus, max_dirty_pages: 600, trigger: 300, exact: false, hot: HotPages::Off }
 }
 
 /// Splitmix64.
@@ -42,7 +45,7 @@ struct Outcome {
     listed_twice: usize,
     /// vCPU runs that a signal ended.
     interrupted: u64,
-    stats: Stats,
+    stats: TrackerStats,
 }
 
 /// One epoch of a vCPU thread: run, then stop where the dice say, then save and harvest.
@@ -53,7 +56,7 @@ fn vcpu_epoch(vcpu: &mut Vcpu, index: usize, job: Job, tracker: &Tracker, random
         match vcpu.run() {
             Stop::Done => break,
             Stop::RingFull => {
-                if tracker.ring_full(index).unwrap() == Exit::DirtyLogFull {
+                if tracker.ring_full(index).unwrap() == RingExit::DirtyLogFull {
                     break;
                 }
             }
@@ -264,15 +267,15 @@ fn end_epoch(guest: &Guest, shadow: &mut guest::Shadow, outcome: &mut Outcome, d
     shadow.copy(guest, &missed);
 }
 
-fn no_page_is_missed(choice: Choice, config: Config) {
+fn no_page_is_missed(choice: BackendChoice, config: TrackerConfig) {
     let Some(guest) = guest::start(choice, config) else { return };
     let outcome = run(guest, STORM);
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
     let epochs = outcome.epochs;
     assert!(outcome.pages > 10 * epochs && outcome.interrupted > 0, "the test has tested nothing");
     assert!(!config.exact || outcome.stats.credits > epochs / 2, "the trigger was not exact: {outcome:?}");
-    let hot_expected = config.hot != Hot::Off && choice != Choice::Bitmap;
-    let Stats { heated, cooled, traps_avoided, .. } = outcome.stats;
+    let hot_expected = config.hot != HotPages::Off && choice != BackendChoice::Bitmap;
+    let TrackerStats { heated, cooled, traps_avoided, .. } = outcome.stats;
     assert_eq!(
         heated > epochs / 2 && cooled > epochs / 2 && traps_avoided > 5 * epochs,
         hot_expected,
@@ -284,34 +287,34 @@ macro_rules! no_page_is_missed {
     ($($name:ident: $choice:ident, $vcpus:literal, $hot:expr, $exact:literal;)*) => {$(
         #[test]
         fn $name() {
-            no_page_is_missed(Choice::$choice, Config { hot: $hot, exact: $exact, ..config($vcpus) });
+            no_page_is_missed(BackendChoice::$choice, TrackerConfig { hot: $hot, exact: $exact, ..config($vcpus) });
         }
     )*};
 }
 
 no_page_is_missed! {
-    ring_one_vcpu: Ring, 1, Hot::Off, false;
-    ring_two_vcpus: Ring, 2, Hot::Off, false;
-    ring_four_vcpus: Ring, 4, Hot::Off, false;
+    ring_one_vcpu: Ring, 1, HotPages::Off, false;
+    ring_two_vcpus: Ring, 2, HotPages::Off, false;
+    ring_four_vcpus: Ring, 4, HotPages::Off, false;
     ring_hot_one_vcpu: Ring, 1, HOT, false;
     ring_hot_two_vcpus: Ring, 2, HOT, false;
     ring_hot_four_vcpus: Ring, 4, HOT, false;
     ring_exact_one_vcpu: Ring, 1, HOT, true;
-    ring_exact_two_vcpus: Ring, 2, Hot::Off, true;
+    ring_exact_two_vcpus: Ring, 2, HotPages::Off, true;
     ring_exact_four_vcpus: Ring, 4, HOT, true;
-    clear_log_one_vcpu: ClearLog, 1, Hot::Off, false;
-    clear_log_two_vcpus: ClearLog, 2, Hot::Off, false;
-    clear_log_four_vcpus: ClearLog, 4, Hot::Off, false;
+    clear_log_one_vcpu: ClearLog, 1, HotPages::Off, false;
+    clear_log_two_vcpus: ClearLog, 2, HotPages::Off, false;
+    clear_log_four_vcpus: ClearLog, 4, HotPages::Off, false;
     clear_log_hot_one_vcpu: ClearLog, 1, HOT, false;
     clear_log_hot_two_vcpus: ClearLog, 2, HOT, false;
     clear_log_hot_four_vcpus: ClearLog, 4, HOT, false;
-    bitmap_one_vcpu: Bitmap, 1, Hot::Off, false;
-    bitmap_two_vcpus: Bitmap, 2, Hot::Off, false;
+    bitmap_one_vcpu: Bitmap, 1, HotPages::Off, false;
+    bitmap_two_vcpus: Bitmap, 2, HotPages::Off, false;
     bitmap_four_vcpus: Bitmap, 4, HOT, false;
 }
 
 /// Two threads fetch while the guest runs and copy what they get.
-fn no_page_is_missed_by_fetchers(choice: Choice, config: Config) {
+fn no_page_is_missed_by_fetchers(choice: BackendChoice, config: TrackerConfig) {
     let Some(guest) = guest::start(choice, config) else { return };
     let outcome = run(guest, Weather { epochs: 500, fetchers: 2, ..STORM });
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
@@ -320,29 +323,29 @@ fn no_page_is_missed_by_fetchers(choice: Choice, config: Config) {
 
 #[test]
 fn fetchers_miss_no_page_of_the_ring() {
-    no_page_is_missed_by_fetchers(Choice::Ring, config(2));
+    no_page_is_missed_by_fetchers(BackendChoice::Ring, config(2));
 }
 
 #[test]
 fn fetchers_miss_no_page_of_the_ring_beside_hot_ones() {
-    no_page_is_missed_by_fetchers(Choice::Ring, Config { hot: HOT, exact: true, ..config(2) });
+    no_page_is_missed_by_fetchers(BackendChoice::Ring, TrackerConfig { hot: HOT, exact: true, ..config(2) });
 }
 
 #[test]
 fn fetchers_miss_no_page_of_the_clear_log() {
-    no_page_is_missed_by_fetchers(Choice::ClearLog, Config { hot: HOT, ..config(2) });
+    no_page_is_missed_by_fetchers(BackendChoice::ClearLog, TrackerConfig { hot: HOT, ..config(2) });
 }
 
 #[test]
 fn fetchers_miss_no_page_of_the_bitmap() {
-    no_page_is_missed_by_fetchers(Choice::Bitmap, config(2));
+    no_page_is_missed_by_fetchers(BackendChoice::Bitmap, config(2));
 }
 
 /// Each page is read and sent by one thread only, so no lock is needed over both.
 #[test]
 fn shards_let_no_older_copy_overtake_a_newer_one() {
-    for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
-        let config = Config { hot: HOT, ..config(2) };
+    for choice in [BackendChoice::Ring, BackendChoice::ClearLog, BackendChoice::Bitmap] {
+        let config = TrackerConfig { hot: HOT, ..config(2) };
         let Some(guest) = guest::start(choice, config) else { return };
         let outcome = run(guest, Weather { epochs: 150, fetchers: 3, shards: 3, ..STORM });
         assert_eq!((outcome.missed, outcome.listed_twice), (0, 0), "{choice:?}");
@@ -353,7 +356,7 @@ fn shards_let_no_older_copy_overtake_a_newer_one() {
 /// The test above without what it is about: three threads that fetch the same shard overtake each other.
 #[test]
 fn without_shards_older_copies_overtake_newer_ones() {
-    let Some(guest) = guest::start(Choice::Ring, config(2)) else { return };
+    let Some(guest) = guest::start(BackendChoice::Ring, config(2)) else { return };
     let outcome = run(guest, Weather { epochs: 100, fetchers: 3, shards: 1, ..STORM });
     assert!(outcome.missed > 0, "{outcome:?}");
 }
@@ -363,7 +366,7 @@ fn without_shards_older_copies_overtake_newer_ones() {
 fn the_test_notices_a_lost_page() {
     let epochs = epochs(500);
     let planted = if epochs < 500 { 4 * epochs } else { 10_000 };
-    for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
+    for choice in [BackendChoice::Ring, BackendChoice::ClearLog, BackendChoice::Bitmap] {
         let setup = Setup { planted, ..Setup::of(choice, config(1)) };
         let Some(guest) = guest::start_with(setup) else { return };
         let outcome = run(guest, Weather { epochs, ..STORM });
@@ -375,7 +378,7 @@ fn the_test_notices_a_lost_page() {
 /// the first write to every page.
 #[test]
 fn initially_set_is_refused() {
-    for choice in [Choice::Ring, Choice::Bitmap] {
+    for choice in [BackendChoice::Ring, BackendChoice::Bitmap] {
         let setup = Setup { manual: 3, ..Setup::of(choice, config(1)) };
         let Some(guest) = guest::start_with(setup) else { return };
         let outcome = run(guest, Weather { epochs: 100, ..STORM });
@@ -386,8 +389,8 @@ fn initially_set_is_refused() {
 /// Signals come at their densest while rings of thousands of pages are reset.
 #[test]
 fn blocked_signals_cut_no_reset_short() {
-    let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
-    let Some(guest) = guest::start(Choice::Ring, config) else { return };
+    let config = TrackerConfig { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
+    let Some(guest) = guest::start(BackendChoice::Ring, config) else { return };
     let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), ..STORM });
     assert_eq!((outcome.missed, outcome.listed_twice), (0, 0));
     assert_eq!(outcome.stats.full_rearms, 0);
@@ -398,8 +401,8 @@ fn blocked_signals_cut_no_reset_short() {
 /// the end of the reset, which is why they are blocked.
 #[test]
 fn a_reset_that_is_cut_short_is_noticed() {
-    let config = Config { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
-    let setup = Setup { block_signals: false, ..Setup::of(Choice::Ring, config) };
+    let config = TrackerConfig { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
+    let setup = Setup { block_signals: false, ..Setup::of(BackendChoice::Ring, config) };
     let Some(guest) = guest::start_with(setup) else { return };
     let outcome = run(guest, Weather { epochs: 300, rain: Duration::from_micros(20), ..STORM });
     let cut = outcome.stats.full_rearms;

@@ -4,7 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::guest::{self, Job, Stop};
 use super::kernel::FakeKernel;
-use crate::{Choice, Config, Fetch, Gfn, GlobalLog, HarvestError, Hot, HotRule, Kind, Layout, Slot};
+use crate::{
+    BackendChoice, DirtyKind, Fetch, Gfn, GlobalLog, HarvestError, HotPages, HotRule, MemoryLayout,
+    MemorySlot, TrackerConfig,
+};
 
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -49,19 +52,19 @@ impl Barrier {
 
 /// vCPUs, a device, fetchers and the thread that ends epochs, all at once over the naive kernel; epochs are
 /// dropped at each step. A copy made of what is reported is compared after every epoch.
-fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
+fn storm(kind: DirtyKind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
     const N: u64 = 600;
     let hot = if with_hot {
-        Hot::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 5, max_pages: 40 })
+        HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 5, max_pages: 40 })
     } else {
-        Hot::Off
+        HotPages::Off
     };
-    let layout = Layout::new(vec![
-        Slot { id: 1, base: Gfn(0), pages: 200, host_addr: 0 },
-        Slot { id: 0, base: Gfn(200), pages: 400, host_addr: 0 },
+    let layout = MemoryLayout::new(vec![
+        MemorySlot { id: 1, base: Gfn(0), pages: 200, host_addr: 0 },
+        MemorySlot { id: 0, base: Gfn(200), pages: 400, host_addr: 0 },
     ])
     .unwrap();
-    let config = Config { vcpus: 2, max_dirty_pages: 60, trigger: 60, exact: is_exact, hot };
+    let config = TrackerConfig { max_vcpus: 2, max_dirty_pages: 60, trigger: 60, exact: is_exact, hot };
     let global = GlobalLog::new(N, 16);
     let (kernel, tracker) = FakeKernel::tracker(layout, config, kind, ring, global.clone()).unwrap();
     tracker.enable_stopped().unwrap();
@@ -87,19 +90,19 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
                 let mut stamp = vcpu as u64;
                 while gate.pass() {
                     stamp += 2;
-                    let page = if random(&mut seed).is_multiple_of(3) {
+                    let page = if random(&mut seed) % 3 == 0 {
                         random(&mut seed) % N
                     } else {
                         random(&mut seed) % 50
                     };
-                    let again = random(&mut seed).is_multiple_of(8);
+                    let again = random(&mut seed) % 8 == 0;
                     if !kernel.store(vcpu, Gfn(page), again, &memory[page as usize], stamp) {
                         match tracker.ring_full(vcpu) {
                             Ok(_) => std::thread::yield_now(),
                             Err(error) => fail(format!("ring_full {error:?}")),
                         }
                     }
-                    if random(&mut seed).is_multiple_of(50) {
+                    if random(&mut seed) % 50 == 0 {
                         match tracker.harvest_vcpu(vcpu) {
                             Ok(_) | Err(HarvestError::Busy { .. }) => (),
                             Err(error) => fail(format!("harvest_vcpu {error:?}")),
@@ -128,16 +131,16 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
                 let mut buffer = [Gfn(0); 300];
                 while gate.pass() {
                     let room = [3usize, 40, 300][random(&mut seed) as usize % 3];
-                    let how = Fetch { rearm: random(&mut seed).is_multiple_of(2), ..Fetch::default() };
+                    let how = Fetch { rearm: random(&mut seed) % 2 == 0, ..Fetch::default() };
                     match tracker.fetch(&mut buffer[..room], how) {
-                        Ok(fetched) if random(&mut seed).is_multiple_of(8) => drop(fetched),
+                        Ok(fetched) if random(&mut seed) % 8 == 0 => drop(fetched),
                         Ok(fetched) => match fetched.rearm() {
                             Ok(pages) => copy(pages),
                             Err(error) => fail(format!("rearm of a fetch {error:?}")),
                         },
                         Err(error) => fail(format!("fetch {error:?}")),
                     }
-                    if random(&mut seed).is_multiple_of(4) {
+                    if random(&mut seed) % 4 == 0 {
                         std::thread::yield_now();
                     }
                     std::thread::sleep(std::time::Duration::from_micros(random(&mut seed) % 60));
@@ -154,7 +157,7 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
                 }
                 match tracker.stopped().state_saved().harvest() {
                     Ok(epoch) => {
-                        if random(&mut seed).is_multiple_of(8) {
+                        if random(&mut seed) % 8 == 0 {
                             drop(epoch);
                             continue;
                         }
@@ -165,7 +168,7 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
                                 break 'epochs;
                             }
                         };
-                        if random(&mut seed).is_multiple_of(8) {
+                        if random(&mut seed) % 8 == 0 {
                             drop(epoch);
                             continue;
                         }
@@ -228,39 +231,40 @@ fn storm(kind: Kind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
 
 #[test]
 fn ring() {
-    storm(Kind::Ring, false, false, 4096, 800);
+    storm(DirtyKind::Ring, false, false, 4096, 800);
 }
 
 #[test]
 fn ring_hot() {
-    storm(Kind::Ring, false, true, 4096, 800);
+    storm(DirtyKind::Ring, false, true, 4096, 800);
 }
 
 #[test]
 fn ring_exact() {
-    storm(Kind::Ring, true, false, 4096, 800);
+    storm(DirtyKind::Ring, true, false, 4096, 800);
 }
 
 #[test]
 fn small_ring_exact_hot() {
-    storm(Kind::Ring, true, true, 256, 800);
+    storm(DirtyKind::Ring, true, true, 256, 800);
 }
 
 #[test]
 fn clear_log_hot() {
-    storm(Kind::ClearLog, false, true, 256, 800);
+    storm(DirtyKind::ClearLog, false, true, 256, 800);
 }
 
 #[test]
 fn bitmap() {
-    storm(Kind::Bitmap, false, false, 256, 800);
+    storm(DirtyKind::Bitmap, false, false, 256, 800);
 }
 
 /// 2, on real KVM: a migration's fetcher beside a vCPU that waits for it when its ring is full.
 #[test]
 fn a_fetcher_beside_a_full_ring_on_kvm() {
-    let config = Config { max_dirty_pages: 4000, trigger: 1500, exact: true, ..Config::default() };
-    let Some(mut guest) = guest::start(Choice::Ring, config) else { return };
+    let config =
+        TrackerConfig { max_dirty_pages: 4000, trigger: 1500, exact: true, ..TrackerConfig::default() };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, config) else { return };
     let mut vcpu = guest.vcpus.remove(0);
     let tracker = guest.tracker.clone();
     tracker.enable_stopped().unwrap();

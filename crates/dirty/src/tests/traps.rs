@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::guest::{self, AREAS, Guest, Job, Stop, Vcpu};
-use crate::{Choice, Config, Exit, Gfn, Hot, HotRule};
+use crate::{BackendChoice, Gfn, HotPages, HotRule, RingExit, TrackerConfig};
 
 /// Every page that is trapped becomes hot.
-const ALL_HOT: Hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 4000 });
+const ALL_HOT: HotPages =
+    HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 4000 });
 
-fn config(vcpus: usize) -> Config {
-    Config { vcpus, max_dirty_pages: 4000, trigger: 4000, ..Config::default() }
+fn config(vcpus: usize) -> TrackerConfig {
+    TrackerConfig { max_vcpus: vcpus, max_dirty_pages: 4000, trigger: 4000, ..TrackerConfig::default() }
 }
 
 fn run(vcpu: &mut Vcpu, stamp: u64, writes: u64, area: usize) -> Stop {
@@ -44,7 +45,9 @@ fn area(index: usize) -> impl Iterator<Item = Gfn> {
 #[test]
 fn an_exact_trigger_stops_one_vcpu_at_the_page() {
     for trigger in [1, 7, 41, 177, 500] {
-        let Some(mut guest) = guest::start(Choice::Ring, Config { trigger, exact: true, ..config(1) }) else {
+        let Some(mut guest) =
+            guest::start(BackendChoice::Ring, TrackerConfig { trigger, exact: true, ..config(1) })
+        else {
             return;
         };
         let mut vcpu = guest.vcpus.remove(0);
@@ -52,7 +55,7 @@ fn an_exact_trigger_stops_one_vcpu_at_the_page() {
         assert!(guest.tracker.is_exact());
         for epoch in 1..=10 {
             assert_eq!(run(&mut vcpu, epoch, 100_000, 1), Stop::RingFull);
-            assert_eq!(guest.tracker.ring_full(0).unwrap(), Exit::DirtyLogFull);
+            assert_eq!(guest.tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
             assert!(guest.tracker.should_stop());
             // KVM would say so again until the epoch ends.
             assert_eq!(vcpu.run(), Stop::RingFull);
@@ -64,8 +67,9 @@ fn an_exact_trigger_stops_one_vcpu_at_the_page() {
 /// Hot pages are copied in every epoch, so they count.
 #[test]
 fn hot_pages_count_in_an_exact_trigger() {
-    let hot = Hot::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
-    let Some(mut guest) = guest::start(Choice::Ring, Config { trigger: 300, exact: true, hot, ..config(1) })
+    let hot = HotPages::Rule(HotRule { max_gap: 1000, traps: 1, probe_after: 1000, max_pages: 100 });
+    let Some(mut guest) =
+        guest::start(BackendChoice::Ring, TrackerConfig { trigger: 300, exact: true, hot, ..config(1) })
     else {
         return;
     };
@@ -85,7 +89,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
     const TRIGGER: usize = 400;
     for busy in [1, 2, 3] {
         let Some(mut guest) =
-            guest::start(Choice::Ring, Config { trigger: TRIGGER, exact: true, ..config(3) })
+            guest::start(BackendChoice::Ring, TrackerConfig { trigger: TRIGGER, exact: true, ..config(3) })
         else {
             return;
         };
@@ -97,7 +101,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
                     let tracker = &guest.tracker;
                     scope.spawn(move || {
                         while run(vcpu, epoch, 100_000, 1) != Stop::RingFull
-                            || tracker.ring_full(index).unwrap() == Exit::Resume
+                            || tracker.ring_full(index).unwrap() == RingExit::Resume
                         {}
                     });
                 }
@@ -116,7 +120,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
 /// Two vCPUs write the same pages, and each ring may hold them all.
 #[test]
 fn pages_of_two_vcpus_come_once() {
-    let Some(mut guest) = guest::start(Choice::Ring, config(2)) else { return };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, config(2)) else { return };
     let mut vcpus = std::mem::take(&mut guest.vcpus);
     guest.tracker.enable_stopped().unwrap();
     for epoch in 1..=20 {
@@ -143,7 +147,10 @@ fn pages_of_two_vcpus_come_once() {
 /// is not there, and the rest of memory is tracked as before.
 #[test]
 fn a_slot_that_is_gone_leaves_its_entries_behind() {
-    let Some(mut guest) = guest::start(Choice::Ring, Config { hot: ALL_HOT, ..config(1) }) else { return };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, TrackerConfig { hot: ALL_HOT, ..config(1) })
+    else {
+        return;
+    };
     let mut vcpu = guest.vcpus.remove(0);
     guest.tracker.enable_stopped().unwrap();
     for epoch in 1..=2 {
@@ -167,7 +174,7 @@ fn a_slot_that_is_gone_leaves_its_entries_behind() {
 /// Entries of a slot that goes before they are harvested.
 #[test]
 fn entries_of_a_slot_that_is_gone_are_reset() {
-    let Some(mut guest) = guest::start(Choice::Ring, config(1)) else { return };
+    let Some(mut guest) = guest::start(BackendChoice::Ring, config(1)) else { return };
     let mut vcpu = guest.vcpus.remove(0);
     guest.tracker.enable_stopped().unwrap();
     run(&mut vcpu, 1, 2000, 1);
@@ -184,7 +191,7 @@ fn entries_of_a_slot_that_is_gone_are_reset() {
 /// KVM maps a page writable at its first read and reports it: once, not again, and never the other way round.
 #[test]
 fn the_first_read_of_a_page_may_be_reported_and_later_ones_are_not() {
-    for choice in [Choice::Ring, Choice::ClearLog, Choice::Bitmap] {
+    for choice in [BackendChoice::Ring, BackendChoice::ClearLog, BackendChoice::Bitmap] {
         let Some(mut guest) = guest::start(choice, config(1)) else { return };
         let mut vcpu = guest.vcpus.remove(0);
         // Memory that is there and that KVM has not mapped.

@@ -2,36 +2,83 @@
 
 use std::io;
 
-use crate::hot::Hot;
+use crate::hot::HotPages;
 use crate::source::{HarvestError, RearmError};
 
-/// Limits chosen by the caller.
+/// Limits chosen by the caller. Begin from [`TrackerConfig::default`] and name what is to be otherwise:
+///
+/// ```
+/// use outlive_dirty::{HotPages, TrackerConfig};
+/// let config = TrackerConfig::default().with_max_dirty_pages(4000).with_trigger(2000).with_hot(HotPages::Auto);
+/// assert_eq!((config.trigger, config.exact), (2000, false));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// vCPUs of the VM; 0 for [`crate::Tracker::of_memory`].
-    pub vcpus: usize,
-    /// Dirty pages an epoch is expected to have at most: memory for their lists is taken by `enable`. An
-    /// epoch with more loses none, but takes memory and time when it is harvested.
+#[non_exhaustive]
+pub struct TrackerConfig {
+    /// vCPUs of the VM at most. 0, the default: as many as descriptors are given.
+    pub max_vcpus: usize,
+    /// Dirty pages (of 4 KiB) an epoch is expected to have at most: memory for their lists is taken by
+    /// `enable`, 8 bytes a page for each vCPU and 24 for the VM. An epoch with more loses none, but takes
+    /// memory and time when it is harvested.
     pub max_dirty_pages: usize,
     /// Dirty pages, over all vCPUs, the global list and the hot pages, at which
     /// [`crate::Tracker::should_stop`] becomes true.
     pub trigger: usize,
-    /// KVM itself stops the vCPUs at the trigger, with `KVM_EXIT_DIRTY_RING_FULL`: ring back end only. One
-    /// vCPU stops after exactly so many entries. Several together never exceed it (each may always write one
-    /// page), and stop before it by what the others left of their last parts. Device writes cannot stop a
-    /// vCPU: poll `should_stop` for them.
+    /// KVM itself stops the vCPUs at the trigger, with [`crate::KVM_EXIT_DIRTY_RING_FULL`]: ring back end
+    /// only, elsewhere it is polled, and [`crate::Tracker::is_exact`] says which. One vCPU stops after exactly
+    /// so many entries. Several together never exceed it (each may always write one page), and stop before it
+    /// by what the others left of their last parts. Device writes cannot stop a vCPU: poll `should_stop` for
+    /// them.
     ///
     /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound
     /// from below only. Needs a ring larger than the trigger.
     pub exact: bool,
     /// Whether pages that are written all the time are left writable and reported in every epoch.
-    pub hot: Hot,
+    pub hot: HotPages,
 }
 
-impl Default for Config {
-    /// One vCPU, 16,384 pages an epoch, a trigger at half of them that is polled, no hot pages.
-    fn default() -> Config {
-        Config { vcpus: 1, max_dirty_pages: 16_384, trigger: 8_192, exact: false, hot: Hot::Off }
+impl Default for TrackerConfig {
+    /// 16,384 pages an epoch, a trigger at half of them that is polled, no hot pages.
+    fn default() -> TrackerConfig {
+        TrackerConfig {
+            max_vcpus: 0,
+            max_dirty_pages: 16_384,
+            trigger: 8_192,
+            exact: false,
+            hot: HotPages::Off,
+        }
+    }
+}
+
+impl TrackerConfig {
+    /// The same with another [`TrackerConfig::max_vcpus`].
+    #[must_use]
+    pub const fn with_max_vcpus(self, max_vcpus: usize) -> TrackerConfig {
+        TrackerConfig { max_vcpus, ..self }
+    }
+
+    /// The same with another [`TrackerConfig::max_dirty_pages`].
+    #[must_use]
+    pub const fn with_max_dirty_pages(self, max_dirty_pages: usize) -> TrackerConfig {
+        TrackerConfig { max_dirty_pages, ..self }
+    }
+
+    /// The same with another [`TrackerConfig::trigger`].
+    #[must_use]
+    pub const fn with_trigger(self, trigger: usize) -> TrackerConfig {
+        TrackerConfig { trigger, ..self }
+    }
+
+    /// The same with or without [`TrackerConfig::exact`].
+    #[must_use]
+    pub const fn with_exact(self, exact: bool) -> TrackerConfig {
+        TrackerConfig { exact, ..self }
+    }
+
+    /// The same with other [`TrackerConfig::hot`] pages.
+    #[must_use]
+    pub const fn with_hot(self, hot: HotPages) -> TrackerConfig {
+        TrackerConfig { hot, ..self }
     }
 }
 
@@ -41,24 +88,25 @@ impl Default for Config {
 pub enum NewError {
     /// userfaultfd or PAGEMAP_SCAN cannot be used.
     #[error("memory of this process cannot be tracked")]
+    #[cfg(any(test, feature = "uffd"))]
     Uffd(#[source] crate::source::UffdError),
     /// A VM has at least one vCPU.
     #[error("a tracker needs at least one vCPU")]
     NoVcpus,
-    /// Not as many vCPU descriptors as `Config::vcpus`.
-    #[error("{given} vCPU descriptors were given for {vcpus} vCPUs")]
-    VcpuCount {
+    /// More vCPU descriptors than [`TrackerConfig::max_vcpus`].
+    #[error("{given} vCPU descriptors were given for at most {max_vcpus} vCPUs")]
+    TooManyVcpus {
         /// Descriptors given.
         given: usize,
-        /// `Config::vcpus`.
-        vcpus: usize,
+        /// [`TrackerConfig::max_vcpus`].
+        max_vcpus: usize,
     },
     /// The trigger must be from 1 to `max_dirty_pages`.
     #[error("the dirty trigger of {trigger} pages is not between 1 and max_dirty_pages = {max_dirty_pages}")]
     Trigger {
-        /// `Config::trigger`.
+        /// `TrackerConfig::trigger`.
         trigger: usize,
-        /// `Config::max_dirty_pages`.
+        /// `TrackerConfig::max_dirty_pages`.
         max_dirty_pages: usize,
     },
     /// The global list does not cover all of memory.
@@ -66,7 +114,7 @@ pub enum NewError {
     GlobalLogSize {
         /// What the global list was made for.
         covered: u64,
-        /// What the layout needs: [`crate::Layout::gfn_space`].
+        /// What the layout needs: [`crate::MemoryLayout::gfn_space`].
         needed: u64,
     },
     /// The global list belongs to another tracker.

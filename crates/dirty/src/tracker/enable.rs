@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::{DisableError, EnableError, Token, Tracker};
 use crate::lane::{Lane, Owner};
+use crate::report;
 use crate::source::{Plan, SlotError};
 
 impl Tracker {
@@ -14,14 +15,14 @@ impl Tracker {
     /// memory then must be copied by other means (the base copy), which may go on while the guest runs. A
     /// write that overlaps this call may be reported or not; the base copy has it.
     ///
-    /// [`Config::exact`](crate::Config::exact) holds from the second epoch on, because what makes rings
+    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) holds from the second epoch on, because what makes rings
     /// smaller needs vCPUs that stand still: [`Tracker::enable_stopped`] does it at once.
     pub fn enable(&self) -> Result<(), EnableError> {
         self.turn_on(None)
     }
 
     /// As [`Tracker::enable`], for a VM whose vCPUs are all out of KVM_RUN until this returns: with
-    /// [`Config::exact`](crate::Config::exact) the trigger holds from the first epoch on. (With a vCPU inside
+    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) the trigger holds from the first epoch on. (With a vCPU inside
     /// KVM_RUN this would wait for it.)
     pub fn enable_stopped(&self) -> Result<(), EnableError> {
         self.turn_on(self.room())
@@ -98,7 +99,7 @@ impl Tracker {
         // After KVM has ended logging, so that no entry comes behind this. A ring left full would keep its
         // vCPU from running forever. A failed ring is past help.
         if let Err(error) = self.discard() {
-            tracing::warn!(%error, "dirty log not cleared");
+            report::warn(format_args!("the dirty log was not cleared: {}", report::Chain(&error)));
         }
         disarmed.map_err(|SlotError { slot, source }| DisableError::Protect { slot, source })
     }
@@ -149,7 +150,7 @@ impl Tracker {
 impl Drop for Tracker {
     fn drop(&mut self) {
         if let Err(error) = self.disable() {
-            tracing::warn!(%error, "dirty tracking stays on");
+            report::warn(format_args!("dirty tracking stays on: {}", report::Chain(&error)));
         }
         self.global.give_back();
     }

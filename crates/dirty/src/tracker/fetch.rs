@@ -149,7 +149,7 @@ impl Tracker {
     }
 
     /// Waits until the ring of this vCPU has room, at most so long, and says whether it has. For a vCPU's
-    /// thread that [`Tracker::ring_full`] has told [`super::Exit::DirtyLogFull`] while other threads fetch:
+    /// thread that [`Tracker::ring_full`] has told [`super::RingExit::DirtyLogFull`] while other threads fetch:
     /// what they take and re-arm makes room, and until then KVM would return at once, again and again. True
     /// at once with the other back ends.
     ///

@@ -9,26 +9,27 @@ mod fetch;
 mod stats;
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::backend::{Backend, Kind};
+use crate::backend::{DirtyBackend, DirtyKind};
 use crate::bits::Bits;
 use crate::epoch::{Epoch, Part, Stopped};
 use crate::flat::Flat;
 use crate::gate::Gate;
 use crate::global::GlobalLog;
-use crate::hot::{Hot, HotRule, HotSet};
+use crate::hot::{HotPages, HotRule, HotSet};
 use crate::kvm::Vm;
 use crate::lane::Lane;
-use crate::layout::Layout;
+use crate::layout::MemoryLayout;
+use crate::report;
 use crate::source::ring::{Fullness, Mapping, Ring};
 use crate::source::{Bitmap, ClearLog, HarvestError, RearmError, Rings, Source};
 
-pub use config::{Config, DisableError, EnableError, NewError};
+pub use config::{DisableError, EnableError, NewError, TrackerConfig};
 pub use fetch::{Fetch, Fetched, Shard};
-pub use stats::Stats;
+pub use stats::TrackerStats;
 
 use fetch::Bell;
 use stats::Counters;
@@ -36,7 +37,7 @@ use stats::Counters;
 /// What KVM's word that a ring is full means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub enum Exit {
+pub enum RingExit {
     /// The dirty log is full: the trigger is reached, or the ring is. End the epoch.
     DirtyLogFull,
     /// The vCPU had used up its part of the trigger and has been given more: run on.
@@ -72,9 +73,9 @@ pub struct Estimate {
 /// only the VMM knows of is *marked*; its page was never unarmed. So two bitmaps keep pages from being listed
 /// twice: one of the unarmed pages, one of the marked pages of the epoch.
 pub struct Tracker {
-    layout: Layout,
-    config: Config,
-    kind: Kind,
+    layout: MemoryLayout,
+    config: TrackerConfig,
+    kind: DirtyKind,
     source: Box<dyn Source>,
     lanes: Vec<Lane>,
     global: Arc<GlobalLog>,
@@ -138,20 +139,18 @@ impl Tracker {
     /// called: turning a slot's log on or off tells KVM all of that anew and would make a slot that is not
     /// there.
     pub unsafe fn new(
-        layout: Layout,
-        config: Config,
-        backend: Backend,
+        layout: MemoryLayout,
+        config: TrackerConfig,
+        backend: DirtyBackend,
         global: Arc<GlobalLog>,
-        vm: BorrowedFd<'_>,
-        vcpus: &[BorrowedFd<'_>],
+        vm: impl AsFd,
+        vcpus: &[impl AsFd],
     ) -> Result<Tracker, NewError> {
-        if vcpus.len() != config.vcpus {
-            return Err(NewError::VcpuCount { given: vcpus.len(), vcpus: config.vcpus });
-        }
-        let minting = if config.exact { vcpus } else { &[] };
-        let kernel = Box::new(Vm::new(vm, minting).map_err(NewError::Vm)?);
+        let vcpus: Vec<_> = vcpus.iter().map(AsFd::as_fd).collect();
+        let minting: &[_] = if config.exact { &vcpus } else { &[] };
+        let kernel = Box::new(Vm::new(vm.as_fd(), minting).map_err(NewError::Vm)?);
         let source: Box<dyn Source> = match backend.kind() {
-            Kind::Ring => {
+            DirtyKind::Ring => {
                 let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
                     let mapping = Mapping::of_vcpu(*fd, backend.ring_entries())
                         .map_err(|source| NewError::Map { vcpu, source })?;
@@ -165,15 +164,15 @@ impl Tracker {
                 };
                 Box::new(Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?))
             }
-            Kind::ClearLog => Box::new(ClearLog::reserve(kernel, &layout).map_err(NewError::Reserve)?),
-            Kind::Bitmap | Kind::Uffd => {
+            DirtyKind::ClearLog => Box::new(ClearLog::reserve(kernel, &layout).map_err(NewError::Reserve)?),
+            DirtyKind::Bitmap | DirtyKind::Uffd => {
                 Box::new(Bitmap::reserve(kernel, &layout).map_err(NewError::Reserve)?)
             }
         };
         #[cfg(any(test, feature = "planted-bug"))]
         let source = crate::source::planted::wrap(source, backend.planted());
         let rule = rule(&config, &backend, &layout);
-        Self::with(layout, config, backend.kind(), source, rule, global)
+        Self::with(layout, config, backend.kind(), source, rule, global, vcpus.len())
     }
 
     /// A tracker of memory that this process writes itself, without KVM: userfaultfd with asynchronous
@@ -186,22 +185,31 @@ impl Tracker {
     /// and pages pinned for long (registered buffers of `io_uring`, vfio) are not seen, nor is a hole that
     /// MADV_REMOVE punches. On Linux 7.2 under emulation a few writes of 100,000 were missed, for a reason
     /// not yet known; on 6.12 and 6.18 none.
-    pub fn of_memory(layout: Layout, config: Config, global: Arc<GlobalLog>) -> Result<Tracker, NewError> {
+    #[cfg(any(test, feature = "uffd"))]
+    pub fn of_memory(
+        layout: MemoryLayout,
+        config: TrackerConfig,
+        global: Arc<GlobalLog>,
+    ) -> Result<Tracker, NewError> {
         let source = crate::source::Uffd::open(&layout).map_err(NewError::Uffd)?;
-        Self::with(layout, Config { vcpus: 0, ..config }, Kind::Uffd, Box::new(source), None, global)
+        Self::with(layout, config, DirtyKind::Uffd, Box::new(source), None, global, 0)
     }
 
     pub(crate) fn with(
-        layout: Layout,
-        config: Config,
-        kind: Kind,
+        layout: MemoryLayout,
+        config: TrackerConfig,
+        kind: DirtyKind,
         source: Box<dyn Source>,
         rule: Option<HotRule>,
         global: Arc<GlobalLog>,
+        vcpus: usize,
     ) -> Result<Tracker, NewError> {
-        let Config { vcpus, max_dirty_pages, trigger, .. } = config;
-        if vcpus == 0 && kind != Kind::Uffd {
+        let TrackerConfig { max_vcpus, max_dirty_pages, trigger, .. } = config;
+        if vcpus == 0 && kind != DirtyKind::Uffd {
             return Err(NewError::NoVcpus);
+        }
+        if vcpus > max_vcpus && max_vcpus != 0 {
+            return Err(NewError::TooManyVcpus { given: vcpus, max_vcpus });
         }
         if trigger == 0 || trigger > max_dirty_pages {
             return Err(NewError::Trigger { trigger, max_dirty_pages });
@@ -264,17 +272,17 @@ impl Tracker {
     }
 
     /// The back end in use.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> DirtyKind {
         self.kind
     }
 
     /// The memory slots that are tracked.
-    pub fn layout(&self) -> &Layout {
+    pub fn layout(&self) -> &MemoryLayout {
         &self.layout
     }
 
     /// The limits.
-    pub fn config(&self) -> Config {
+    pub fn config(&self) -> TrackerConfig {
         self.config
     }
 
@@ -283,7 +291,7 @@ impl Tracker {
         self.hot.as_ref().map(|hot| hot.rule())
     }
 
-    /// Whether KVM stops the vCPUs at the trigger: [`Config::exact`] was asked for, and this back end and
+    /// Whether KVM stops the vCPUs at the trigger: [`TrackerConfig::exact`] was asked for, and this back end and
     /// kernel can do it. Known once tracking is enabled.
     pub fn is_exact(&self) -> bool {
         self.source.is_exact()
@@ -361,12 +369,12 @@ impl Tracker {
     ///
     /// # Panics
     /// If there is no such vCPU.
-    pub fn ring_full(&self, vcpu: usize) -> Result<Exit, HarvestError> {
+    pub fn ring_full(&self, vcpu: usize) -> Result<RingExit, HarvestError> {
         self.check()?;
         match self.source.fullness(vcpu) {
             Fullness::Full => (),
             // A thread that fetches has made room since.
-            Fullness::NotNow => return Ok(Exit::Resume),
+            Fullness::NotNow => return Ok(RingExit::Resume),
             Fullness::Never => return Err(self.noted(HarvestError::Overrun { vcpu })),
         }
         let topped_up = self.gate.is_open()
@@ -376,10 +384,10 @@ impl Tracker {
             })?;
         if topped_up {
             stats::add(&self.counters.grants, 1);
-            return Ok(Exit::Resume);
+            return Ok(RingExit::Resume);
         }
         self.bell.ring();
-        Ok(Exit::DirtyLogFull)
+        Ok(RingExit::DirtyLogFull)
     }
 
     /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or
@@ -448,25 +456,25 @@ impl Tracker {
     /// error on says [`HarvestError::Failed`], so it is logged here.
     fn rearm_failed(&self, error: RearmError) -> RearmError {
         self.failed.store(WRONG_RESET, Ordering::Release);
-        tracing::error!(error = &error as &dyn std::error::Error, "dirty tracking has failed for good");
+        report::error(format_args!("dirty tracking has failed for good: {}", report::Chain(&error)));
         error
     }
 }
 
 /// The rule for hot pages, or why there is none.
-fn rule(config: &Config, backend: &Backend, layout: &Layout) -> Option<HotRule> {
+fn rule(config: &TrackerConfig, backend: &DirtyBackend, layout: &MemoryLayout) -> Option<HotRule> {
     let most = backend.most_hot_pages().min(config.trigger / 2).min(layout.pages() as usize);
     let rule = match config.hot {
-        Hot::Off => return None,
+        HotPages::Off => return None,
         _ if backend.most_hot_pages() == 0 => {
-            tracing::info!(backend = %backend.kind(), "no hot pages: this back end arms every page it reports");
+            report::info(format_args!("no hot pages: the {} arms every page it reports", backend.kind()));
             return None;
         }
-        Hot::Rule(rule) => rule,
-        Hot::Auto => match backend.hot_rule(config.max_dirty_pages) {
+        HotPages::Rule(rule) => rule,
+        HotPages::Auto => match backend.hot_rule(config.max_dirty_pages) {
             Ok(rule) => rule,
             Err(why) => {
-                tracing::info!(why, "no hot pages");
+                report::info(format_args!("no hot pages: {why}"));
                 return None;
             }
         },

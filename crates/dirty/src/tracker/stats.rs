@@ -2,10 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::report;
+
 /// Counters since the tracker was made, but `hot` and `credits`, which are of this moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Stats {
+pub struct TrackerStats {
     /// Epochs completed ([`crate::Epoch::run`]).
     pub epochs: u64,
     /// Pages of completed epochs, hot ones included.
@@ -63,11 +65,11 @@ pub(super) fn add(counter: &AtomicU64, amount: u64) {
 
 impl super::Tracker {
     /// What was counted.
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> TrackerStats {
         let counters = &self.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (heated, cooled) = self.hot.as_ref().map_or((0, 0), |hot| hot.counts());
-        Stats {
+        TrackerStats {
             epochs: get(&counters.epochs),
             pages: get(&counters.pages),
             duplicates: get(&counters.duplicates),
@@ -91,7 +93,7 @@ impl super::Tracker {
         // At 1, 2, 4, 8...: a VMM whose layout is wrong should hear of it, not drown in it.
         if ignored > 0 && ignored >= 2 * self.counters.warned.load(Ordering::Relaxed) {
             self.counters.warned.store(ignored, Ordering::Relaxed);
-            tracing::warn!(ignored, "dirty log entries that are no page of the memory layout");
+            report::warn(format_args!("{ignored} dirty log entries are no page of the memory layout"));
         }
     }
 }

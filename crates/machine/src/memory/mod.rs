@@ -13,7 +13,7 @@ mod hash;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use outlive_dirty::{Gfn, GlobalLog, RegionLog, Slot};
+use outlive_dirty::{Gfn, GlobalLog, MemorySlot, RegionLog};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -186,8 +186,8 @@ impl Ram {
     }
 
     /// The KVM memory slots, one a range, with host addresses.
-    pub fn slots(&self) -> Vec<Slot> {
-        let slot = |(id, m): (usize, &Mapped)| Slot {
+    pub fn slots(&self) -> Vec<MemorySlot> {
+        let slot = |(id, m): (usize, &Mapped)| MemorySlot {
             id: id as u32,
             base: Gfn(m.base),
             pages: m.pages,

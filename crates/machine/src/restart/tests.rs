@@ -12,7 +12,7 @@ use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, Msrs, kvm_irqchip, kvm_mp_state, kvm_msi, kvm_msr_entry, kvm_pit_state2,
 };
 use kvm_ioctls::VcpuFd;
-use outlive_dirty::Choice;
+use outlive_dirty::BackendChoice;
 use outlive_epoch::image::StateKind;
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
@@ -59,7 +59,7 @@ fn booted(dir: &std::path::Path) -> Option<Machine> {
         rng: true,
         console: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
         serial: Some(PortEnd::new(Arc::new(NoSink)).unwrap()),
-        tracker: Choice::Auto,
+        tracker: BackendChoice::Auto,
         trigger: 8192,
         max_dirty: 16384,
         events: Arc::new(|_| ()),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
-use outlive_dirty::{Exit, HarvestError};
+use outlive_dirty::{HarvestError, RingExit};
 
 use super::idle::{Idle, IdleState};
 use super::platform::{AfterPort, GuestKind};
@@ -171,7 +171,7 @@ impl Vcpu {
             if self.enter() == Entered::LogFull {
                 // An overrun is noted in the tracker; the next harvest reports it.
                 let exit = shared.tracker.get().map(|tracker| tracker.ring_full(usize::from(self.index)));
-                if let Some(Ok(Exit::Resume)) = exit {
+                if let Some(Ok(RingExit::Resume)) = exit {
                     continue;
                 }
                 (shared.events)(MachineEvent::DirtyLogFull);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-use outlive_dirty::Choice;
+use outlive_dirty::BackendChoice;
 use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, OutputMode, PayloadOptions, PortEnd};
 
 /// Where the guests are linked.
@@ -92,7 +92,7 @@ pub(crate) fn host() -> Option<Arc<Host>> {
 }
 
 /// What a machine of the tests is made of.
-pub(crate) fn options(vcpus: u8, tracker: Choice) -> Options {
+pub(crate) fn options(vcpus: u8, tracker: BackendChoice) -> Options {
     Options {
         vcpus,
         memory: MEMORY,
@@ -111,7 +111,11 @@ pub(crate) fn options(vcpus: u8, tracker: Choice) -> Options {
 }
 
 /// A machine without a guest.
-pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine, Receiver<MachineEvent>) {
+pub(crate) fn machine(
+    host: &Arc<Host>,
+    vcpus: u8,
+    tracker: BackendChoice,
+) -> (Machine, Receiver<MachineEvent>) {
     machine_with(host, vcpus, tracker, None)
 }
 
@@ -119,7 +123,7 @@ pub(crate) fn machine(host: &Arc<Host>, vcpus: u8, tracker: Choice) -> (Machine,
 pub(crate) fn machine_with(
     host: &Arc<Host>,
     vcpus: u8,
-    tracker: Choice,
+    tracker: BackendChoice,
     serial: Option<PortEnd>,
 ) -> (Machine, Receiver<MachineEvent>) {
     let (tx, rx) = channel();
@@ -132,7 +136,7 @@ pub(crate) fn machine_with(
 pub(crate) fn booted(
     host: &Arc<Host>,
     vcpus: u8,
-    tracker: Choice,
+    tracker: BackendChoice,
     code: &[u8],
 ) -> (Machine, Receiver<MachineEvent>) {
     let (mut machine, events) = machine(host, vcpus, tracker);

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use outlive_dirty::{Choice, Gfn, Kind};
+use outlive_dirty::{BackendChoice, DirtyKind, Gfn};
 use outlive_machine::{
     Host, MIN_MEMORY, Machine, MachineEvent, Options, OutputMode, PAGE_SIZE, PayloadOptions,
 };
@@ -43,7 +43,7 @@ pub(super) fn finding() -> Finding {
     // The machine logs what it chooses; here that belongs into the finding and not between the lines of the
     // table.
     match with_default(NoSubscriber::default(), trial) {
-        Ok((Kind::Ring, took)) => Finding::ok(NAME, format!("{} with the dirty ring", verdict(took))),
+        Ok((DirtyKind::Ring, took)) => Finding::ok(NAME, format!("{} with the dirty ring", verdict(took))),
         Ok((_, took)) => Finding::warning(
             NAME,
             format!("{}, but only with the dirty bitmap", verdict(took)),
@@ -59,7 +59,7 @@ fn verdict(took: Duration) -> String {
     format!("found all {PAGES} written pages in {ROUNDS} of {ROUNDS} rounds ({} ms)", took.as_millis())
 }
 
-fn trial() -> Result<(Kind, Duration), Wrong> {
+fn trial() -> Result<(DirtyKind, Duration), Wrong> {
     let start = Instant::now();
     let mut guest = Guest::start()?;
     let mut seen = guest.last_page()?;
@@ -105,7 +105,7 @@ impl Guest {
             rng: false,
             console: None,
             serial: None,
-            tracker: Choice::Auto,
+            tracker: BackendChoice::Auto,
             trigger: 4 * PAGES as usize,
             max_dirty: 8 * PAGES as usize,
             events,

@@ -65,7 +65,7 @@ pub enum TrackerChoice {
     Bitmap,
 }
 
-impl From<TrackerChoice> for outlive_dirty::Choice {
+impl From<TrackerChoice> for outlive_dirty::BackendChoice {
     fn from(choice: TrackerChoice) -> Self {
         match choice {
             TrackerChoice::Auto => Self::Auto,

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{BASE, Backing, Memory, open};
-use crate::layout::Layout;
+use crate::layout::MemoryLayout;
 use crate::source::Source;
 
 fn median(mut rounds: Vec<Duration>) -> f64 {
@@ -17,7 +17,7 @@ fn median(mut rounds: Vec<Duration>) -> f64 {
 fn costs() {
     for (gib, backing) in [(1, Backing::Private), (1, Backing::Shared), (4, Backing::Shared)] {
         let memory = Memory::new(backing, gib << 18).unwrap();
-        let layout = Layout::new(vec![memory.slot(3, BASE)]).unwrap();
+        let layout = MemoryLayout::new(vec![memory.slot(3, BASE)]).unwrap();
         let Some(uffd) = open(&layout) else { return };
         uffd.populate();
         for touched in [false, true] {

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use super::{BASE, Backing, Memory, map, open, take, taken, track};
-use crate::layout::{Gfn, Layout, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::{HarvestError, Source, Uffd, UffdError};
 
 fn failed_slot<T: std::fmt::Debug>(result: Result<T, HarvestError>) -> (u32, io::Error) {
@@ -59,9 +59,9 @@ fn memory_that_is_gone_is_an_error() {
     uffd.disarm_all(&layout).unwrap();
     assert_eq!(uffd.arm_all(&layout).unwrap_err().slot, 3);
 
-    let beyond = Slot { id: 5, base: Gfn(0), pages: 1 << 30, host_addr: u64::MAX - 0xfff };
+    let beyond = MemorySlot { id: 5, base: Gfn(0), pages: 1 << 30, host_addr: u64::MAX - 0xfff };
     let memory = Memory::new(Backing::Private, 64).unwrap();
-    let layout = Layout::new(vec![memory.slot(3, 1 << 31), beyond]).unwrap();
+    let layout = MemoryLayout::new(vec![memory.slot(3, 1 << 31), beyond]).unwrap();
     let uffd = Uffd::open(&layout).unwrap();
     let error = uffd.arm_all(&layout).unwrap_err();
     assert_eq!((error.slot, error.source.raw_os_error()), (5, Some(libc::EINVAL)));
@@ -74,12 +74,12 @@ fn what_cannot_be_armed_is_left_alone() {
     let (good, holey) =
         (Memory::new(Backing::Private, 64).unwrap(), Memory::new(Backing::Private, 64).unwrap());
     holey.unmap(10, 1);
-    let layout = Layout::new(vec![good.slot(0, 0), holey.slot(1, 64)]).unwrap();
+    let layout = MemoryLayout::new(vec![good.slot(0, 0), holey.slot(1, 64)]).unwrap();
     let Some(uffd) = open(&layout) else { return };
     assert_eq!(uffd.arm_all(&layout).unwrap_err().slot, 1);
     assert!(!good.is_registered() && !holey.is_registered());
     // Two trackers cannot have the same memory, and the second does not spoil it for the first.
-    let layout = Layout::new(vec![good.slot(0, 0)]).unwrap();
+    let layout = MemoryLayout::new(vec![good.slot(0, 0)]).unwrap();
     let (first, second) = (Uffd::open(&layout).unwrap(), Uffd::open(&layout).unwrap());
     first.arm_all(&layout).unwrap();
     assert_eq!(second.arm_all(&layout).unwrap_err().source.raw_os_error(), Some(libc::EBUSY));
@@ -90,9 +90,9 @@ fn what_cannot_be_armed_is_left_alone() {
 #[test]
 fn slots_may_not_share_addresses() {
     let memory = Memory::new(Backing::Private, 64).unwrap();
-    let layout = Layout::new(vec![
+    let layout = MemoryLayout::new(vec![
         memory.slot(4, 0),
-        Slot { host_addr: memory.page(63) as u64, ..memory.slot(9, 100) },
+        MemorySlot { host_addr: memory.page(63) as u64, ..memory.slot(9, 100) },
     ]);
     let error = Uffd::open(&layout.unwrap()).err().unwrap();
     assert_eq!(error.to_string(), "memory slots 4 and 9 have the same host addresses");

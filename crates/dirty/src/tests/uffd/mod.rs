@@ -13,7 +13,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::layout::{Gfn, Layout, Slot};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::{HarvestError, Source, Uffd, UffdError};
 
 pub(super) const PAGE: usize = 4096;
@@ -108,8 +108,8 @@ impl Memory {
         assert_eq!(unsafe { libc::munmap(self.page(page).cast(), pages as usize * PAGE) }, 0);
     }
 
-    pub(super) fn slot(&self, id: u32, base: u64) -> Slot {
-        Slot { id, base: Gfn(base), pages: self.pages, host_addr: self.at as u64 }
+    pub(super) fn slot(&self, id: u32, base: u64) -> MemorySlot {
+        MemorySlot { id, base: Gfn(base), pages: self.pages, host_addr: self.at as u64 }
     }
 
     /// Whether the kernel has any of it registered for write tracking.
@@ -137,8 +137,8 @@ impl Drop for Memory {
 }
 
 /// One slot at page 256, and its armed tracker; None, after saying why, where the kernel cannot.
-pub(super) fn track(memory: &Memory) -> Option<(Layout, Uffd)> {
-    let layout = Layout::new(vec![memory.slot(3, BASE)]).unwrap();
+pub(super) fn track(memory: &Memory) -> Option<(MemoryLayout, Uffd)> {
+    let layout = MemoryLayout::new(vec![memory.slot(3, BASE)]).unwrap();
     let uffd = open(&layout)?;
     uffd.populate();
     uffd.arm_all(&layout).unwrap();
@@ -147,7 +147,7 @@ pub(super) fn track(memory: &Memory) -> Option<(Layout, Uffd)> {
 
 pub(super) const BASE: u64 = 256;
 
-pub(super) fn open(layout: &Layout) -> Option<Uffd> {
+pub(super) fn open(layout: &MemoryLayout) -> Option<Uffd> {
     match Uffd::open(layout) {
         Ok(uffd) => Some(uffd),
         Err(error @ UffdError::Shared(..)) => panic!("{error}"),
@@ -168,7 +168,7 @@ pub(super) fn memory(backing: Backing, pages: u64) -> Option<Memory> {
     }
 }
 
-pub(super) fn take(uffd: &Uffd, layout: &Layout) -> Result<Vec<u64>, HarvestError> {
+pub(super) fn take(uffd: &Uffd, layout: &MemoryLayout) -> Result<Vec<u64>, HarvestError> {
     let mut pages = Vec::new();
     let taken = uffd.take_shared(layout, &mut |gfn| {
         pages.push(gfn.unwrap().0);
@@ -181,12 +181,12 @@ pub(super) fn take(uffd: &Uffd, layout: &Layout) -> Result<Vec<u64>, HarvestErro
 }
 
 /// As `take`, of a single slot at `BASE`.
-pub(super) fn taken(uffd: &Uffd, layout: &Layout) -> Vec<u64> {
+pub(super) fn taken(uffd: &Uffd, layout: &MemoryLayout) -> Vec<u64> {
     take(uffd, layout).unwrap().into_iter().map(|gfn| gfn - BASE).collect()
 }
 
 /// Takes at most `room` pages.
-pub(super) fn take_some(uffd: &Uffd, layout: &Layout, room: usize) -> Vec<u64> {
+pub(super) fn take_some(uffd: &Uffd, layout: &MemoryLayout, room: usize) -> Vec<u64> {
     let mut pages = Vec::new();
     let taken = uffd.take_shared(layout, &mut |gfn| {
         let fits = pages.len() < room;

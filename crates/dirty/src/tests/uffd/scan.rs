@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Backing, Memory, NONE, REGIONS, Random, open, take, take_some, taken, track};
-use crate::layout::Layout;
+use crate::layout::MemoryLayout;
 use crate::source::Source;
 
 /// More regions than the kernel's own buffer has room for (512), and than ours has.
@@ -26,7 +26,7 @@ fn any_number_of_regions_comes_in_one_take() {
 fn a_sink_without_room_loses_nothing() {
     let (low, high) =
         (Memory::new(Backing::Private, 2048).unwrap(), Memory::new(Backing::Shared, 10_000).unwrap());
-    let layout = Layout::new(vec![high.slot(0, 0x1000), low.slot(1, 0)]).unwrap();
+    let layout = MemoryLayout::new(vec![high.slot(0, 0x1000), low.slot(1, 0)]).unwrap();
     let Some(uffd) = open(&layout) else { return };
     uffd.arm_all(&layout).unwrap();
     let mut random = Random(3);
@@ -59,7 +59,7 @@ fn a_sink_without_room_loses_nothing() {
 fn a_slot_that_is_always_written_does_not_keep_the_next_one_out() {
     let (busy, calm) =
         (Memory::new(Backing::Private, 512).unwrap(), Memory::new(Backing::Private, 8).unwrap());
-    let layout = Layout::new(vec![busy.slot(0, 0), calm.slot(1, 1000)]).unwrap();
+    let layout = MemoryLayout::new(vec![busy.slot(0, 0), calm.slot(1, 1000)]).unwrap();
     let Some(uffd) = open(&layout) else { return };
     uffd.arm_all(&layout).unwrap();
     calm.store(7, 1);

@@ -12,7 +12,7 @@ use super::{
     Backing, Memory, NONE, PAGE, by_preadv, by_process_vm_writev, by_read, map, memory, source_of_bytes,
     take, taken, track,
 };
-use crate::layout::{Layout, Slot};
+use crate::layout::{MemoryLayout, MemorySlot};
 use crate::source::{Source, Uffd};
 
 #[test]
@@ -98,8 +98,8 @@ fn a_huge_page_of_hugetlb_is_dirty_as_a_whole() {
     memory.store(700, 1);
     assert_eq!(taken(&uffd, &layout), (512..1024).collect::<Vec<_>>());
     assert_eq!(taken(&uffd, &layout), NONE);
-    let part = Slot { pages: 100, ..memory.slot(1, 0) };
-    let layout = Layout::new(vec![part]).unwrap();
+    let part = MemorySlot { pages: 100, ..memory.slot(1, 0) };
+    let layout = MemoryLayout::new(vec![part]).unwrap();
     let error = Uffd::open(&layout).unwrap().arm_all(&layout).unwrap_err();
     assert_eq!((error.slot, error.source.raw_os_error()), (1, Some(libc::EINVAL)));
 }

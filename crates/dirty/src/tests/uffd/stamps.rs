@@ -9,9 +9,9 @@ use std::time::Duration;
 use super::{
     Backing, Memory, Random, by_preadv, by_process_vm_writev, open, source_of_bytes, take, take_some,
 };
-use crate::layout::{Gfn, Layout};
+use crate::layout::{Gfn, MemoryLayout};
 use crate::source::{Source, Uffd};
-use crate::{Config, Fetch, GlobalLog, Kind, NewError, Tracker};
+use crate::{DirtyKind, Fetch, GlobalLog, NewError, Tracker, TrackerConfig};
 
 /// Memory of both kinds; the frame numbers of the second begin at `HIGH`.
 struct Ram {
@@ -31,8 +31,8 @@ impl Ram {
         Ram { parts, other }
     }
 
-    fn layout(&self) -> Layout {
-        Layout::new(vec![self.parts[0].slot(0, 0), self.parts[1].slot(1, HIGH)]).unwrap()
+    fn layout(&self) -> MemoryLayout {
+        MemoryLayout::new(vec![self.parts[0].slot(0, 0), self.parts[1].slot(1, HIGH)]).unwrap()
     }
 
     /// Every page with its number in the copy.
@@ -78,7 +78,7 @@ impl Copy {
 
 /// Where the pages come from.
 enum From<'a> {
-    BackEnd(&'a Uffd, Layout),
+    BackEnd(&'a Uffd, MemoryLayout),
     Tracker(&'a Tracker),
 }
 
@@ -232,12 +232,12 @@ fn the_test_notices_a_lost_page() {
 fn nor_does_a_tracker_miss_one() {
     let ram = Ram::new();
     let global = GlobalLog::new(HIGH + 900, 64);
-    let config = Config { max_dirty_pages: 300, trigger: 100, ..Config::default() };
+    let config = TrackerConfig { max_dirty_pages: 300, trigger: 100, ..TrackerConfig::default() };
     let tracker = match Tracker::of_memory(ram.layout(), config, global.clone()) {
         Err(NewError::Uffd(error)) => return println!("skipped: {error}"),
         tracker => tracker.unwrap(),
     };
-    assert_eq!((tracker.kind(), tracker.config().vcpus), (Kind::Uffd, 0));
+    assert_eq!(tracker.kind(), DirtyKind::Uffd);
     for _ in 0..2 {
         tracker.enable_stopped().unwrap();
         assert!(ram.parts.iter().all(Memory::is_registered));
