@@ -1,11 +1,11 @@
-//! The time that the protocol's state machines are fed with.
+//! The clock of the protocol's state machines.
 
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Time since this process began to take part. It goes on while the process is stopped and while the host
-/// sleeps (CLOCK_BOOTTIME), which is what makes a primary notice that it was away.
+/// Time since this process began to take part. It runs on while the process is stopped and while the host
+/// sleeps (CLOCK_BOOTTIME), so a primary notices that it was away.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock(Duration);
 

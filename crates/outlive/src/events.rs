@@ -2,8 +2,7 @@
 //!
 //! `outlive run --events FILE` and `outlive standby --events FILE` write it, `outlive demo`, tests and
 //! monitors read it. Every line carries `"event"`, the sender's `pid` and `t_us`, the time on
-//! `CLOCK_MONOTONIC` in microseconds: lines of several processes of one host can therefore be put in one
-//! order.
+//! `CLOCK_MONOTONIC` in microseconds, so the lines of all processes of one host can be put in order.
 //!
 //! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
 
@@ -56,7 +55,7 @@ pub enum Event {
     },
     /// An operator has accepted a danger, by an option.
     Accepted {
-        /// Which, for example `stale_image`.
+        /// Which danger, for example `stale_image`.
         danger: DangerKind,
         /// What it is about, for a person.
         about: String,
@@ -66,12 +65,12 @@ pub enum Event {
         /// `HOST:PORT`.
         addr: String,
     },
-    /// A primary has connected to a standby and both agreed to work together.
+    /// A primary has connected to a standby, and the standby has accepted it.
     StandbyAttached {
         /// The standby's `HOST:PORT`.
         addr: String,
     },
-    /// How far the base checkpoint has come.
+    /// How far the base checkpoint is.
     BaseProgress {
         /// Pre-copy round, from 1.
         round: u32,
@@ -87,7 +86,7 @@ pub enum Event {
     GuestPanicked,
     /// The guest restarted. It stays protected.
     GuestRestarted {
-        /// By which way it asked for it.
+        /// How it asked for the restart.
         how: String,
     },
     /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
@@ -97,7 +96,7 @@ pub enum Event {
         /// How the copy differs; `null` when it is the same.
         difference: Option<String>,
     },
-    /// How far the synchronisation of a disk has come.
+    /// How far the synchronisation of a disk is.
     DiskSync {
         /// The disk's position among the VM's disks.
         disk: u16,
@@ -170,7 +169,7 @@ pub enum Event {
         arbitrate_us: u64,
         /// From then until the vCPUs ran.
         restore_us: u64,
-        /// From the declaration until the VM's first frame left, where it is known already.
+        /// From the declaration until the VM's first frame left, if that is known already.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         first_packet_us: Option<u64>,
         /// Sum of the four times from detection to restore.
@@ -181,7 +180,7 @@ pub enum Event {
         /// Time since the link was declared dead.
         after_us: u64,
     },
-    /// So many events are missing here: the stream could not be written, or its reader did not read.
+    /// Events are missing here: the stream could not be written, or its reader did not read.
     EventsLost {
         /// How many.
         count: u64,
@@ -213,11 +212,11 @@ pub struct Stats {
     pub held_frames: u64,
 }
 
-/// What [`Event::Measured`] says. Everything is of the time since the last such event, so that readers add
+/// What [`Event::Measured`] says. Everything covers the time since the last such event, so readers can add it
 /// up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
-    /// Microseconds since then.
+    /// Microseconds since the last such event.
     pub span_us: u64,
     /// The phases of checkpoints by name, in *nanoseconds*, as `[value, count]` pairs ([`pairs`]).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -281,17 +280,16 @@ pub fn add_pairs(histogram: &mut Histogram<u64>, pairs: &[(u64, u64)]) {
     }
 }
 
-/// Events that may wait for the stream's reader. The largest, [`Event::Stats`], come five times a second.
+/// How many events may wait for the stream's reader. The largest, [`Event::Stats`], come five times a second.
 const WAITING: usize = 256;
-/// How long an ending process waits for its last events to be taken.
+/// How long an ending process waits for its last events to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// Writes the event stream; cheap to clone, may be used by any thread, and never waits.
-///
-/// A thread of its own puts the lines together and hands each to the kernel in one `write`, so the lines of
-/// several processes that append to one file do not mix. A reader that does not read, a full disk and a
-/// closed pipe cost events, and [`Event::EventsLost`] says how many as soon as something can be written
-/// again; they never cost the VM anything.
+/// Writes the event stream; cheap to clone, may be used by any thread, and never waits. A separate thread
+/// makes the lines and hands each to the kernel in one `write`, so the lines of several processes that append
+/// to one file do not mix. A reader that does not read, a full disk and a closed pipe cost events, and
+/// [`Event::EventsLost`] says how many as soon as something can be written again; they never cost the VM
+/// anything.
 #[derive(Clone, Default)]
 pub struct EventWriter {
     shared: Arc<Shared>,
@@ -322,7 +320,7 @@ impl EventWriter {
         Self::default()
     }
 
-    /// Opens what `--events` names: `-` is standard output, everything else a file that is appended to.
+    /// Opens what `--events` names: `-` is standard output, everything else a file to append to.
     ///
     /// # Errors
     ///
@@ -338,8 +336,8 @@ impl EventWriter {
         Ok(Self { shared: Arc::new(Shared { stream: Some(stream), observer: OnceLock::new() }) })
     }
 
-    /// Shows every event from now on to somebody in this process too, on the thread that it happens on: this
-    /// must not wait. The first observer stays.
+    /// Also passes every event from now on to an observer in this process, on the thread that emits it, so
+    /// the observer must not wait. The first observer stays.
     pub(crate) fn observe(&self, observer: impl Fn(&Event) + Send + Sync + 'static) {
         self.shared.observer.set(Box::new(observer)).ok();
     }
@@ -359,7 +357,7 @@ impl EventWriter {
         }
     }
 
-    /// Waits for the last events to be written, but not for long. Says whether they are.
+    /// Waits for the last events to be written, but not for long. Returns whether they are.
     pub fn finish(&self) -> bool {
         self.shared.stream.as_ref().is_none_or(|stream| stream.flush(LAST_WORDS))
     }
@@ -368,7 +366,7 @@ impl EventWriter {
 /// The stream as its thread writes it.
 struct Stream {
     file: LineFile,
-    /// The last line could not be written, and the log has said so.
+    /// Whether the last line could not be written, and the log has said so.
     failed: bool,
 }
 
@@ -382,7 +380,8 @@ impl Stream {
         if let Err(error) = &result
             && !self.failed
         {
-            tracing::warn!(%error, "the event stream cannot be written; events are lost until it can be");
+            tracing::warn!(%error, "cannot write the event stream; events are lost until it can be written \
+            again");
         }
         self.failed = result.is_err();
         result
@@ -485,7 +484,7 @@ mod tests {
         }
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
         assert!(!writer.finish(), "a reader that does not read is not waited for");
-        // The reader goes on.
+        // The reader reads again.
         let copy = writer.clone();
         let flushed = std::thread::spawn(move || while !copy.finish() {});
         let (mut text, mut part) = (Vec::new(), vec![0; 4096]);

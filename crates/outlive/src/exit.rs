@@ -24,8 +24,8 @@ pub fn usage(error: impl Display) -> u8 {
     USAGE
 }
 
-/// Says how a side's work ended, in the log or on standard error and as the last event, and returns the exit
-/// code.
+/// Reports how a side's work ended, in the log or on standard error and as the last event, and returns the
+/// exit code.
 pub(crate) fn conclude(end: &End, events: &EventWriter) -> u8 {
     let (code, reason) = (code(end), text(end));
     match end {
@@ -42,7 +42,7 @@ pub(crate) fn conclude(end: &End, events: &EventWriter) -> u8 {
     code
 }
 
-/// 0 after an orderly end; a crash of the guest is one for the standby, which does what it is for.
+/// 0 after an orderly end. For a standby a crash of the guest is one: it did its job.
 fn code(end: &End) -> u8 {
     match end {
         End::Primary(ExitReason::Ended(EndReason::Crash)) => FAILED,

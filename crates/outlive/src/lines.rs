@@ -1,4 +1,4 @@
-//! A file, pipe or terminal that lines are written to.
+//! Writes lines to a file, pipe or terminal.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -6,12 +6,12 @@ use std::os::fd::AsFd;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Writes whole lines. One whose writing fails in the middle is ended before the next begins, so that
-/// a reader loses no more than that one.
+/// Writes whole lines. If a write fails in the middle of a line, the line is ended before the next begins, so
+/// a reader loses no more than that line.
 #[derive(Debug)]
 pub(crate) struct LineFile {
     file: File,
-    /// The last line has no end.
+    /// Whether the last line has no end.
     torn: bool,
 }
 
@@ -21,8 +21,8 @@ impl LineFile {
         Self { file, torn: false }
     }
 
-    /// Writes a line, which ends with a newline, in one write if the file takes it: the lines of several
-    /// processes that append to one file do not mix then. Waits until there is room.
+    /// Writes a line, which ends with a newline, in one write if the file takes it, so the lines of several
+    /// processes that append to one file do not mix. Waits until there is room.
     ///
     /// # Errors
     /// The operating system's. The line is not written, or not to its end.
@@ -42,7 +42,7 @@ impl LineFile {
                     bytes = &bytes[count..];
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Others may have set what they share with this process to non-blocking.
+                // Another process that shares the file may have made it non-blocking.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     poll(&mut [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE)?;
                 }

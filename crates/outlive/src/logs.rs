@@ -19,11 +19,11 @@ use crate::console::restore_terminal;
 use crate::lines::LineFile;
 use crate::lossy::{LossyWriter, Sink};
 
-/// Log lines that may wait: what the busiest second of a start or a takeover has, many times over.
+/// How many log lines may wait: many times more than the busiest second of a start or a takeover has.
 const WAITING: usize = 2048;
-/// How long an ending process waits for its last lines to be taken.
+/// How long an ending process waits for its last lines to be written.
 const LAST_WORDS: Duration = Duration::from_millis(500);
-/// How long a process that has panicked does: the standby takes over only when it is gone.
+/// How long a process that has panicked waits: the standby takes over only when it is gone.
 const PANIC_WORDS: Duration = Duration::from_millis(50);
 
 static WRITER: OnceLock<LossyWriter<Box<[u8]>>> = OnceLock::new();
@@ -39,13 +39,13 @@ pub fn init() {
         .init();
 }
 
-/// From now on nothing in this process waits for whoever reads standard error.
+/// From now on nothing in this process waits for the reader of standard error.
 ///
 /// # Errors
 /// One line.
 pub(crate) fn never_wait() -> Result<(), String> {
     let failed = |error: io::Error| format!("cannot write a log: {error}");
-    // Not std's handle: it has a lock, which a write that does not end would hold.
+    // Not std's handle: it has a lock, and a write that does not end would hold it.
     let file = File::from(io::stderr().as_fd().try_clone_to_owned().map_err(failed)?);
     let writer =
         LossyWriter::start("log", WAITING, StandardErrorSink(LineFile::new(file))).map_err(failed)?;
@@ -54,9 +54,9 @@ pub(crate) fn never_wait() -> Result<(), String> {
     Ok(())
 }
 
-/// A line for people, not for the log. Whoever has closed standard error does not want it.
+/// Prints a line for people, not for the log. If standard error is closed, nobody wants it.
 pub(crate) fn say(line: &str) {
-    // In one write, so that it does not mix with others'.
+    // In one write, so that it does not mix with other lines.
     StandardError.write_all(format!("{line}\n").as_bytes()).ok();
 }
 
@@ -67,7 +67,7 @@ pub fn finish() {
     }
 }
 
-/// A panic is this process's end, as soon as it has said so. It must not wait for a reader either.
+/// Makes a panic end this process after one line, which must not wait for a reader either.
 fn on_panic(panic: &PanicHookInfo<'_>) {
     restore_terminal();
     let name = std::thread::current().name().unwrap_or("without a name").to_owned();
@@ -82,7 +82,7 @@ fn on_panic(panic: &PanicHookInfo<'_>) {
     }
 }
 
-/// Standard error, by way of the queue once there is one.
+/// Standard error, through the queue once there is one.
 struct StandardError;
 
 impl<'a> MakeWriter<'a> for StandardError {

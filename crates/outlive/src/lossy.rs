@@ -1,44 +1,41 @@
-//! Lines for somebody who may not read them.
-//!
-//! Log and events are read by whoever the operator likes: a terminal that was stopped, a pager, a collector
-//! that hangs, a full disk. A thread that runs the guest or decides about it must never wait for one of them
-//! (a VM whose host waits for a pager is a VM without a host), so it only puts a line into a queue of a fixed
-//! length: no allocation, no system call. A thread of its own writes. A line that finds the queue full, or
-//! cannot be written, is lost and counted, and the number is said where the lines are missing, as soon as
-//! something can be written again.
-//!
-//! The crate tracing-appender has a writer like this. It neither says how much was lost nor can be asked to
-//! finish within a time, and wakes its thread by a system call for each line.
+//! A writer of lines that never waits for their reader. Log and events may go anywhere: to a terminal that
+//! was stopped, a pager, a collector that hangs, a full disk. A thread that runs the guest or decides about
+//! it must never wait for one of them (a VM whose host waits for a pager is a VM without a host), so it only
+//! puts a line into a queue of fixed length: no allocation, no system call. A separate thread writes. A line
+//! that finds the queue full, or cannot be written, is lost and counted, and the number is written where the
+//! lines are missing, as soon as something can be written again. The crate tracing-appender has a similar
+//! writer. But it does not say how much was lost, cannot be asked to finish within a time, and wakes its
+//! thread with a system call for each line.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-/// How often the thread looks for lines. Nobody has to wake it.
+/// How often the thread checks for lines, so that nobody has to wake it.
 const LOOK: Duration = Duration::from_millis(10);
-/// How often a writer that failed is tried again when nothing new is there.
+/// How often a failed writer is tried again while no new lines come.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// Where lines are written to, by the writer's thread.
+/// Where the writer's thread writes lines.
 pub(crate) trait Sink: Send + 'static {
-    /// A line, or what one is made of.
+    /// A line, or what a line is made of.
     type Line: Send + 'static;
 
-    /// Writes a line. May take its time.
+    /// Writes a line. May be slow.
     ///
     /// # Errors
     /// The line is lost.
     fn write(&mut self, line: Self::Line) -> io::Result<()>;
 
-    /// Says that so many lines are missing here.
+    /// Writes that this many lines are missing here.
     ///
     /// # Errors
-    /// It was not said.
+    /// It could not be written.
     fn write_lost(&mut self, lost: u64) -> io::Result<()>;
 }
 
-/// The end that everybody has. Cheap to clone.
+/// The handle for all threads. Cheap to clone.
 pub(crate) struct LossyWriter<L> {
     shared: Arc<Shared<L>>,
     thread: Thread,
@@ -52,14 +49,14 @@ struct Shared<L> {
 struct Queue<L> {
     /// Never grows.
     waiting: Vec<L>,
-    /// Lines that came when it was full.
+    /// How many lines came when it was full.
     lost: u64,
-    /// The thread has lines in hand.
+    /// Whether the thread is writing lines.
     writing: bool,
 }
 
 impl<L: Send + 'static> LossyWriter<L> {
-    /// Starts the thread. `capacity` lines may wait, and as many more may be in its hand.
+    /// Starts the thread. `capacity` lines may wait, and as many more may be being written.
     ///
     /// # Errors
     /// The operating system's, when it refuses the thread.
@@ -72,8 +69,8 @@ impl<L: Send + 'static> LossyWriter<L> {
         Ok(Self { shared, thread: thread.thread().clone() })
     }
 
-    /// Puts a line into the queue, or counts it as lost. Never waits: the lock is held for some instructions
-    /// only, by whoever has it.
+    /// Puts a line into the queue, or counts it as lost. Never waits: every thread holds the lock for a few
+    /// instructions only.
     pub(crate) fn push(&self, line: L) {
         let mut queue = self.shared.lock();
         if queue.waiting.len() < queue.waiting.capacity() {
@@ -83,7 +80,7 @@ impl<L: Send + 'static> LossyWriter<L> {
         }
     }
 
-    /// Waits until everything is written or lost, but not for longer than `patience`. Says whether it is.
+    /// Waits until everything is written or lost, but not for longer than `patience`. Returns whether it is.
     pub(crate) fn flush(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         self.thread.unpark();
@@ -117,7 +114,7 @@ impl<L> Shared<L> {
 struct Work<S: Sink> {
     shared: Arc<Shared<S::Line>>,
     sink: S,
-    /// Lines that are missing at this point.
+    /// How many lines are missing at this point.
     unsaid: u64,
 }
 
@@ -132,7 +129,7 @@ impl<S: Sink> Work<S> {
             }
             tried = Instant::now();
             batch.drain(..).for_each(|line| self.write(line));
-            // They came after everything that is written now.
+            // The lost lines came after everything that is being written now.
             self.unsaid += lost;
             self.say();
             self.shared.lock().writing = false;
@@ -140,7 +137,7 @@ impl<S: Sink> Work<S> {
         }
     }
 
-    /// Takes everything that waits, and the number of lines that were lost behind it.
+    /// Takes all waiting lines, and the number of lines that were lost after them.
     fn take(&self, batch: &mut Vec<S::Line>) -> u64 {
         let mut queue = self.shared.lock();
         std::mem::swap(&mut queue.waiting, batch);
@@ -155,7 +152,7 @@ impl<S: Sink> Work<S> {
         }
     }
 
-    /// Says what is missing, if anything is. Says whether nothing is unsaid.
+    /// Writes how many lines are missing, if any. Returns false if that could not be written.
     fn say(&mut self) -> bool {
         if self.unsaid > 0 && self.sink.write_lost(self.unsaid).is_ok() {
             self.unsaid = 0;
@@ -178,7 +175,7 @@ mod tests {
         Lost(u64),
     }
 
-    /// Writes when it may.
+    /// Writes when the test lets it.
     struct Gate {
         may: Receiver<io::Result<()>>,
         seen: Sender<Seen>,
@@ -239,7 +236,8 @@ mod tests {
     fn what_cannot_be_written_is_counted_too() {
         let (writer, open, seen) = gate(64);
         let full = || Err(io::ErrorKind::StorageFull.into());
-        // The first line is written, the second is not, nor is what is missing, twice; then there is room.
+        // The first line is written. The second is not, and neither is the number of missing lines, twice;
+        // then there is room.
         for may in [Ok(()), full(), full(), full()] {
             open.send(may).unwrap();
         }

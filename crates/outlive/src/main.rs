@@ -13,7 +13,7 @@ use outlive::{exit, logs};
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // Help and version are no errors, and who says nothing at all gets the help.
+        // Help and version are no errors, and a call without arguments gets the help.
         Err(answer)
             if !answer.use_stderr()
                 || answer.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
@@ -29,9 +29,9 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// A core dump would hold what the guest keeps secret, and would keep the links open until it is written, so
-/// that a standby hears late that this side is gone. A limit of one byte also stops dumps into a pipe, which
-/// a limit of 0 does not (core(5); fs/coredump.c).
+/// A core dump would contain the guest's secrets, and would keep the links open until it is written, so a
+/// standby would learn late that this side is gone. A limit of one byte also stops dumps into a pipe, which a
+/// limit of 0 does not (core(5); fs/coredump.c).
 fn no_core_dumps() {
     let limited = getrlimit(Resource::RLIMIT_CORE)
         .and_then(|(_, most)| setrlimit(Resource::RLIMIT_CORE, most.min(1), most));
@@ -40,7 +40,7 @@ fn no_core_dumps() {
     }
 }
 
-/// What is wrong with the command line and the hints to it, without the summary of all options.
+/// What is wrong with the command line, with clap's hints but without the summary of all options.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Usage:"));

@@ -10,17 +10,17 @@ use crate::events::pairs;
 /// A part of a checkpoint's way, or a span that covers several of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// From the order to stop to the order to run on, as the coordinator sees it.
+    /// From the order to stop to the order to continue, as the coordinator sees it.
     Pause,
-    /// From the last exit of a vCPU to its next entry, of the vCPU that was away longest.
+    /// From the last exit of a vCPU to its next entry, for the vCPU that was away longest.
     VcpuPause,
-    /// Until all vCPUs are out of the guest.
+    /// Until all vCPUs have left the guest.
     Stop,
     /// Saving vCPUs, VM and devices.
     State,
     /// Taking the dirty pages.
     Harvest,
-    /// From the end of the last vCPU's part until the coordinator goes on.
+    /// From the end of the last vCPU's part until the coordinator continues.
     Handover,
     /// Re-arming the traps.
     Rearm,
@@ -28,7 +28,7 @@ pub(crate) enum Phase {
     Decide,
     /// Copying the pages.
     Copy,
-    /// From the end of the copy until the last vCPU goes back into the guest.
+    /// From the end of the copy until the last vCPU re-enters the guest.
     Resume,
     /// From the end of the pause until the sender's thread begins.
     Queue,
@@ -84,16 +84,16 @@ impl Phase {
     }
 }
 
-/// The longest time told apart, in nanoseconds: 17 s.
+/// The longest time that is recorded as it is, in nanoseconds: 17 s.
 const LONGEST_NS: u64 = 1 << 34;
 
-/// A histogram of nanoseconds within 1 %. It never grows, so that recording allocates nothing.
+/// A histogram of nanoseconds within 1 %. It never grows, so recording allocates nothing.
 pub(crate) fn histogram_ns() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LONGEST_NS, 2).expect("constant bounds are valid")
 }
 
-/// What was recorded since it was last taken. Each thread that records takes a lock that nobody holds for
-/// more than a few instructions; nobody does so in a pause.
+/// What was recorded since the last report. Recording takes a lock that nobody holds for more than a few
+/// instructions; no thread records in a pause.
 #[derive(Debug)]
 pub(crate) struct Recorded(Mutex<Histogram<u64>>);
 

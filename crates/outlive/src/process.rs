@@ -1,4 +1,4 @@
-//! What a long-running command needs of its process: signals, the death of its starter, names and random
+//! What a long-running command needs from its process: signals, the death of its starter, names and random
 //! bytes.
 
 use std::io::{self, Read};
@@ -6,11 +6,11 @@ use std::io::{self, Read};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Why a process stops whose starter is gone: at once, whatever the guest would like to do first.
+/// Why a process stops whose starter is gone. It stops at once and does not ask the guest.
 pub(crate) const ORPHANED: &str = "standard input was closed";
 
-/// Calls `stop` once for each SIGINT or SIGTERM, and, when `with_stdin`, when standard input is closed. Runs
-/// on threads of its own, which live as long as the process.
+/// Calls `stop` once for each SIGINT or SIGTERM and, if `with_stdin`, when standard input is closed. It
+/// starts threads for this, which live as long as the process.
 ///
 /// # Errors
 /// The operating system's, when handlers or threads are refused.
@@ -52,7 +52,7 @@ pub(crate) fn host_name() -> String {
     if name.is_empty() { "unknown".into() } else { name }
 }
 
-/// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: state of one vendor does not load on
+/// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: the state of one vendor cannot be loaded on
 /// another.
 pub(crate) fn vendor() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

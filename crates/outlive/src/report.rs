@@ -14,18 +14,18 @@ use crate::threads::Sampler;
 pub(crate) const COUNTERS: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 /// Time between two reports of what was measured: at first, and in the long run.
 const MEASURED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
-/// The interval is this part of the process's age: a process that is killed takes no more of its time with
-/// it, and the stream of one that runs for days stays small.
+/// The interval is this part of the process's age. So a kill loses no larger part of what was measured, and
+/// the stream of a process that runs for days stays small.
 const AGE: u32 = 20;
 
-/// A thread that reports now and then, and once more when it is dropped.
+/// A thread that reports from time to time, and once more when this is dropped.
 pub(crate) struct Reporter {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Reporter {
-    /// Starts a thread that reports the times of threads only: for a side that does not run the VM.
+    /// Starts a thread that reports only the times of threads: for a side that does not run the VM.
     ///
     /// # Errors
     /// The operating system's.
@@ -66,7 +66,7 @@ impl Drop for Reporter {
     }
 }
 
-/// When a report is due: the older its process, the more seldom.
+/// When a report is due: the older the process, the rarer the reports.
 pub(crate) struct Schedule {
     began: Instant,
     last: Instant,
@@ -74,7 +74,7 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
-    /// From now on, with the interval at first and the longest one.
+    /// A schedule from now on, with the first and the longest interval.
     pub(crate) fn new(bounds: [Duration; 2]) -> Self {
         let now = Instant::now();
         Self { began: now, last: now, bounds }
@@ -104,7 +104,7 @@ pub(crate) struct ThreadReport {
 }
 
 impl ThreadReport {
-    /// From now on. `main` is what the main thread is called.
+    /// Samples from now on. `main` is the name of the main thread.
     pub(crate) fn new(main: &'static str) -> Self {
         Self { sampler: Sampler::new(main), schedule: Schedule::new(MEASURED) }
     }

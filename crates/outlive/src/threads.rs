@@ -1,5 +1,5 @@
-//! How the kernel's scheduler treats the threads of this process: for how long each ran, and for how long it
-//! wanted to run and waited for a core.
+//! How the kernel's scheduler treats the threads of this process: how long each ran, and how long it waited
+//! for a core.
 //!
 //! The kernel counts both (`/proc/PID/task/TID/schedstat`, Documentation/scheduler/sched-stats.rst), so that
 //! the hot threads do nothing for it; a thread that has time samples them.
@@ -10,13 +10,13 @@ use std::path::Path;
 
 use crate::events::ThreadTime;
 
-/// Most threads that are told of: those that waited longest.
+/// How many threads are reported: those that waited longest.
 const MOST: usize = 64;
 
 /// Samples the threads of this process.
 #[derive(Debug, Default)]
 pub(crate) struct Sampler {
-    /// What the main thread is called.
+    /// The name of the main thread.
     main: &'static str,
     before: HashMap<u32, Counters>,
 }

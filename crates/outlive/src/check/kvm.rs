@@ -1,4 +1,4 @@
-//! The kernel's virtual machine monitor: there, allowed, of what kind, able to do what Outlive needs.
+//! KVM: whether it exists, may be used and can do what Outlive needs, and which kind it is.
 
 use std::fs;
 use std::path::Path;
@@ -8,29 +8,29 @@ use outlive_machine::{Host, HostError};
 
 use super::Finding;
 
-/// What Outlive does without, at a price.
+/// What Outlive can do without, at a price.
 const USEFUL: [(Cap, &str, &str); 3] = [
     (
         Cap::TscControl,
         "the TSC of a guest cannot be scaled",
-        "use hosts with equal TSC frequency (a guest that was taken over otherwise measures time wrongly)",
+        "use hosts with equal TSC frequency (otherwise a standby refuses the VM)",
     ),
     (Cap::Xsave2, "KVM_CAP_XSAVE2 is missing", "use Linux 5.17 or newer for guests with AMX"),
     (
         Cap::GetTscKhz,
         "the TSC frequency cannot be read",
-        "use a newer kernel; guests cannot tell the time otherwise",
+        "use a newer kernel; otherwise guests cannot tell the time",
     ),
 ];
 
-/// The findings about KVM. If one of them is missing, there is no sense in trying a VM.
+/// The findings about KVM. If something is missing, a trial VM makes no sense.
 pub(super) fn findings() -> Vec<Finding> {
     let host = match Host::open() {
         Ok(host) => host,
         Err(error) => return vec![cannot_open(&error)],
     };
     let needed =
-        "/dev/kvm opens; interrupt chip, irqfd, ioeventfd, immediate exit, register sync and clock are there";
+        "/dev/kvm opens and has interrupt chip, irqfd, ioeventfd, immediate exit, register sync and clock";
     let mut findings = vec![Finding::ok("KVM", needed), module()];
     findings.extend(useful(host.kvm()));
     findings
@@ -53,8 +53,8 @@ fn remedy_for_no_device() -> &'static str {
         Some("vmx") => "load the module: modprobe kvm_intel",
         Some(_) => "load the module: modprobe kvm_amd",
         None => {
-            "switch virtualisation (VT-x, AMD-V) on in the firmware; in a virtual machine let its host switch on \
-             nested virtualisation; in a container pass /dev/kvm to it"
+            "enable virtualisation (VT-x, AMD-V) in the firmware; in a virtual machine, enable nested \
+             virtualisation on its host; in a container, pass /dev/kvm to it"
         }
     }
 }
@@ -65,14 +65,14 @@ fn virtualisation_of(cpuinfo: &str) -> Option<&'static str> {
     ["vmx", "svm"].into_iter().find(|feature| flags.split_whitespace().any(|flag| flag == *feature))
 }
 
-/// Which module does the work, and what that means.
+/// Which KVM module is loaded, and what that means.
 fn module() -> Finding {
     const NAME: &str = "KVM module";
     let parameter = |path: &str| fs::read_to_string(Path::new("/sys/module").join(path)).unwrap_or_default();
     let is_on = |path: &str| matches!(parameter(path).trim(), "Y" | "1");
     let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
     if loaded("kvm_pvm") {
-        // Not a defect of the machine: it is as good as it gets without hardware support.
+        // No defect of the machine: this is the best that it can do without hardware support.
         return Finding::ok(
             NAME,
             "kvm_pvm: no hardware virtualisation; user-mode guest code runs natively, guest kernels are slow",
@@ -96,8 +96,8 @@ fn module() -> Finding {
     }
     Finding::warning(
         NAME,
-        "not kvm_intel, kvm_amd or kvm_pvm: Outlive was not tried on it",
-        "see whether the trial below succeeds; compare the demo's result on a known machine",
+        "not kvm_intel, kvm_amd or kvm_pvm: Outlive was not tested on it",
+        "see whether the trial below succeeds; compare the demo's result with that of a known machine",
     )
 }
 

@@ -1,4 +1,4 @@
-//! How much memory a VM can get: the least of what the kernel, the control groups and the process limits
+//! How much memory a VM can get: the smallest of what the kernel, the control groups and the process limits
 //! leave.
 
 use std::fs;
@@ -8,19 +8,20 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::Finding;
 
-/// Below this the default VM of 256 MiB and a standby of the same machine do not fit together.
+/// With less, the default VM of 256 MiB and a standby on the same machine do not fit together.
 const COMFORT: u64 = 768 << 20;
 /// The smallest VM and what the program itself needs.
 const LEAST: u64 = 64 << 20;
 
-/// Something that limits memory, and how many bytes it leaves.
+/// A limit of memory, and how many bytes it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Room {
     bytes: u64,
     limit: String,
 }
 
-/// Bytes of memory that this process can still get, as far as the system tells. `None` if it tells nothing.
+/// How many bytes of memory this process can still get, as far as the system reports it. `None` if it does
+/// not.
 pub fn available_memory_bytes() -> Option<u64> {
     room().map(|room| room.bytes)
 }
@@ -28,7 +29,7 @@ pub fn available_memory_bytes() -> Option<u64> {
 pub(super) fn finding() -> Finding {
     const NAME: &str = "memory";
     let Some(Room { bytes, limit }) = room() else {
-        return Finding::warning(NAME, "the system does not tell how much is left", "mount /proc");
+        return Finding::warning(NAME, "the system does not report how much is left", "mount /proc");
     };
     let found = format!("{} MiB available ({limit})", bytes >> 20);
     match bytes {
@@ -56,7 +57,7 @@ fn room() -> Option<Room> {
     [system, groups, process].into_iter().flatten().min_by_key(|room| room.bytes)
 }
 
-/// What the kernel has left. With strict accounting it also counts what is promised.
+/// What the kernel has left. With strict accounting, memory that was promised counts as used.
 fn room_of_system(meminfo: &str, strict: bool) -> Option<Room> {
     let field = |name: &str| {
         let value = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
@@ -70,8 +71,8 @@ fn room_of_system(meminfo: &str, strict: bool) -> Option<Room> {
     }
 }
 
-/// What the control groups of this process leave, `groups` being `/proc/self/cgroup`: the tightest of its
-/// group and all groups above. Memory that only caches files counts as free.
+/// What the control groups of this process leave: the tightest limit of its group and all groups above.
+/// `groups` is the text of `/proc/self/cgroup`. Memory that only caches files counts as free.
 fn room_of_groups(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<Room> {
     let number = |path: PathBuf| read(&path).and_then(|text| first_number(&text));
     let of_group = |directory: &Path, limit: &str, usage: &str, cache: &str| {
@@ -108,7 +109,7 @@ fn room_of_groups(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Optio
     tightest
 }
 
-/// The number at the start of a text; `max` is none.
+/// The number at the start of a text; `max` is no number.
 fn first_number(text: &str) -> Option<u64> {
     text.split_whitespace().next()?.parse().ok()
 }

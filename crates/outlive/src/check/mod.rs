@@ -1,7 +1,6 @@
-//! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing.
-//!
-//! Nothing is changed and nothing stays. The most telling part is the trial: it runs a real VM for a moment
-//! and compares the pages that dirty tracking found with those that the guest wrote.
+//! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing. It
+//! changes nothing and leaves nothing behind. The most important part is the trial: it runs a real VM for a
+//! moment and compares the pages that dirty tracking found with those that the guest wrote.
 
 mod kvm;
 mod memory;
@@ -38,18 +37,18 @@ Exit codes: 0 VMs can run here; 2 something essential is missing.";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// Everything is as it should be.
     Ok,
-    /// VMs run, but slower, with less comfort, or with a risk that the text names.
+    /// VMs run, but slower, less conveniently, or with a risk that the text names.
     Warning,
     /// VMs cannot run.
     Missing,
 }
 
-/// One thing that was looked at.
+/// One thing that was checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at, in one or two words.
+    /// What was checked, in one or two words.
     pub name: &'static str,
     /// How bad it is.
     pub state: State,
@@ -73,7 +72,7 @@ impl Finding {
     }
 }
 
-/// All findings, in the order in which they should be read.
+/// All findings, in reading order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// The worst state of all findings.
@@ -112,12 +111,12 @@ impl fmt::Display for Report {
         f.write_str(match self.result {
             State::Ok => "VMs can run on this machine.",
             State::Warning => "VMs can run on this machine; see the warnings.",
-            State::Missing => "VMs cannot run on this machine before what is MISSING is there.",
+            State::Missing => "VMs cannot run on this machine until everything marked MISSING is fixed.",
         })
     }
 }
 
-/// Looks at this machine.
+/// Checks this machine.
 pub fn run() -> Report {
     let mut findings = kvm::findings();
     if findings.iter().all(|finding| finding.state != State::Missing) {
@@ -129,11 +128,11 @@ pub fn run() -> Report {
     Report::new(findings)
 }
 
-/// The command: looks, prints to standard output, and returns the exit code.
+/// The command: checks this machine, prints the findings to standard output, and returns the exit code.
 pub fn command(options: &CheckOptions) -> u8 {
     let report = run();
     let text = if options.json { to_json(&report) } else { report.to_string() };
-    // A reader that left early (a pipe into head) changes nothing about the result.
+    // A reader that left early (a pipe into head) does not change the result.
     let _ = writeln!(io::stdout(), "{text}");
     report.exit_code()
 }
@@ -163,7 +162,7 @@ warning  long name  slow
 MISSING  b          gone
                     -> look for it
 
-VMs cannot run on this machine before what is MISSING is there.";
+VMs cannot run on this machine until everything marked MISSING is fixed.";
         assert_eq!(text, expected);
     }
 

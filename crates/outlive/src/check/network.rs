@@ -47,8 +47,10 @@ fn judge_rights(may_administer: bool, forbidding: Option<&'static str>) -> Findi
         (true, _) => Finding::ok(NAME, "this user may make taps and bridges"),
         (false, None) => Finding::warning(
             NAME,
-            "this user may not make taps and bridges in the host's network, but has user namespaces for the demo",
-            "run 'outlive run' and 'outlive standby' as root or with CAP_NET_ADMIN; the demo makes a network of its own",
+            "this user may not make taps and bridges in the host's network, but may make user namespaces \
+             for the demo",
+            "run 'outlive run' and 'outlive standby' as root or with CAP_NET_ADMIN; the demo makes its own \
+             network",
         ),
         (false, Some(setting)) => Finding::missing(
             NAME,
@@ -63,7 +65,7 @@ fn effective_capabilities(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-/// The setting that forbids user namespaces to users, with the value that allows them.
+/// The setting that forbids users to make user namespaces, with the value that allows it.
 fn forbidding_setting(read: impl Fn(&str) -> Option<String>) -> Option<&'static str> {
     let is = |path: &str, value: &str| read(path).is_some_and(|text| text.trim() == value);
     if is("/proc/sys/kernel/unprivileged_userns_clone", "0") {

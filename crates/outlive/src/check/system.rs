@@ -7,7 +7,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::Finding;
 
-/// Fewer open files than this and a standby with a few connections runs into the limit.
+/// With fewer open files than this, a standby with a few connections reaches the limit.
 const OPEN_FILES: u64 = 256;
 
 pub(super) fn findings() -> Vec<Finding> {
@@ -27,23 +27,23 @@ pub(super) fn findings() -> Vec<Finding> {
 /// Version, patch level and stable number: 6.1.84 is `(6, 1, 84)`.
 type Version = (u32, u32, u32);
 
-/// A fault of the kernel that matters to Outlive.
+/// A kernel bug that matters to Outlive.
 struct Fault {
     what: &'static str,
     remedy: &'static str,
     has: fn(Version) -> bool,
 }
 
-/// Stable releases with the repair are those upstream names; distributions repair older ones without telling.
+/// Upstream names the stable releases with the fix; distributions also fix older ones without saying so.
 const FAULTS: [Fault; 2] = [
     Fault {
-        what: "can lose a page that is written at the moment when dirty tracking starts (repaired in 5.19.10)",
-        remedy: "use Linux 6.1 or newer, unless your distribution has repaired it",
+        what: "can lose a page that is written at the moment when dirty tracking starts (fixed in 5.19.10)",
+        remedy: "use Linux 6.1 or newer, unless your distribution has fixed it",
         has: |version| version < (5, 19, 10),
     },
     Fault {
-        what: "does not mark pages that emulated locked instructions write (repaired in 6.1.84, 6.7.12 and 6.9)",
-        remedy: "use a newer kernel of the same series, unless your distribution has repaired it",
+        what: "does not mark pages that emulated locked instructions write (fixed in 6.1.84, 6.7.12 and 6.9)",
+        remedy: "use a newer kernel of the same series, unless your distribution has fixed it",
         has: |version| match (version.0, version.1) {
             (5, 15) => false,
             (6, 1) => version.2 < 84,
@@ -55,13 +55,13 @@ const FAULTS: [Fault; 2] = [
     },
 ];
 
-/// `banner` is that of the build: Debian's release is `6.1.0-56-amd64` whatever is in it, the banner ends
+/// `banner` is that of the build. Debian's release says `6.1.0-56-amd64` for many versions; the banner ends
 /// with `#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-10-30)`.
 fn kernel(release: &str, banner: &str) -> Vec<Finding> {
     const NAME: &str = "kernel";
     let of_debian = banner.rsplit_once(" Debian ").and_then(|(_, version)| parse_version(version));
     let Some(version) = of_debian.max(parse_version(release)) else {
-        let remedy = "compare it yourself: Outlive wants Linux 6.1 or newer";
+        let remedy = "compare it yourself: Outlive needs Linux 6.1 or newer";
         return vec![Finding::warning(NAME, format!("Linux with the unknown version '{release}'"), remedy)];
     };
     let faults = FAULTS.iter().filter(|fault| (fault.has)(version));
@@ -98,8 +98,8 @@ fn clock(source: &str, cpuinfo: &str) -> Finding {
     if !has("constant_tsc") {
         return Finding::warning(
             NAME,
-            "the TSC changes its speed with the processor's",
-            "expect wrong time in guests; use a processor with constant_tsc",
+            "the TSC changes its speed with the processor",
+            "use a processor with constant_tsc; otherwise guests have the wrong time",
         );
     }
     match source {

@@ -13,13 +13,14 @@ use tracing::subscriber::{NoSubscriber, with_default};
 use super::Finding;
 
 const NAME: &str = "trial VM";
-/// The guest writes this many pages over and over, every third page from the first on.
+/// How many pages the guest writes over and over: every third page, beginning with the first.
 const PAGES: u64 = 256;
 const STRIDE: u64 = 3;
 const FIRST: u64 = 0x80_0000 / PAGE_SIZE as u64;
-/// Each round waits until the guest wrote all pages since the last one.
+/// How many rounds there are. Each waits until the guest has written all pages since the previous one.
 const ROUNDS: usize = 3;
-/// A pass takes a few milliseconds; on a machine where it takes this long nothing would work.
+/// How long a pass may take. It takes a few milliseconds; on a machine where it takes this long, nothing
+/// would work.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The guest: see the comments. Runs at `outlive_guest::abi::IMAGE_ADDR`, needs no stack.
@@ -36,18 +37,18 @@ const PROGRAM: [u8; 37] = [
     0xeb, 0xdb, //                                      jmp  again
 ];
 
-/// What went wrong in the trial, as a text with its cause.
+/// What went wrong in the trial, with the cause.
 type Wrong = String;
 
 pub(super) fn finding() -> Finding {
-    // The machine logs what it chooses; here that belongs into the finding and not between the lines of the
+    // The machine logs its choice of tracker; here that belongs in the finding, not between the lines of the
     // table.
     match with_default(NoSubscriber::default(), trial) {
         Ok((DirtyKind::Ring, took)) => Finding::ok(NAME, format!("{} with the dirty ring", verdict(took))),
         Ok((_, took)) => Finding::warning(
             NAME,
             format!("{}, but only with the dirty bitmap", verdict(took)),
-            "use Linux 5.11 or newer, which has the dirty ring: checkpoints of large VMs get cheaper",
+            "use Linux 5.11 or newer, which has the dirty ring: it makes checkpoints of large VMs cheaper",
         ),
         Err(wrong) => {
             Finding::missing(NAME, wrong, "VMs cannot be protected on this kernel: use another one")
@@ -123,7 +124,7 @@ impl Guest {
         let mut page = [0; PAGE_SIZE];
         let last = written().last().expect("there are pages");
         if !self.machine.ram().read_page(last, &mut page) {
-            return Err("the guest's memory is not where it should be".to_string());
+            return Err("the guest's memory is missing at its address".to_string());
         }
         Ok(u64::from_le_bytes(page[..8].try_into().expect("eight bytes")))
     }
@@ -140,7 +141,7 @@ impl Guest {
                 return Err(format!("the guest crashed: {why}"));
             }
             if Instant::now() > deadline {
-                return Err(format!("the guest did not do its work within {} s", PATIENCE.as_secs()));
+                return Err(format!("the guest did not finish within {} s", PATIENCE.as_secs()));
             }
             sleep(Duration::from_millis(1));
         }
@@ -163,7 +164,7 @@ fn image() -> Vec<u8> {
     image.extend(0_u32.to_le_bytes());
     // Sizes: this header, a segment header, one of them, no sections.
     [HEADER as u16, SEGMENT as u16, 1, 64, 0, 0].iter().for_each(|it| image.extend(it.to_le_bytes()));
-    // To be loaded, readable and executable.
+    // Load it, readable and executable.
     [1_u32, 5].iter().for_each(|it| image.extend(it.to_le_bytes()));
     [HEADER + SEGMENT, address, address, length, length, 16]
         .iter()

@@ -11,7 +11,7 @@ const REPLY_LIMIT: usize = 64 * 1024;
 /// Most elements of an array reply.
 const ARRAY_LIMIT: usize = 4096;
 
-/// Why a conversation with the server cannot go on.
+/// Why a conversation with the server failed.
 #[derive(Debug, Error)]
 pub(super) enum ClientError {
     /// No connection was made.
@@ -20,10 +20,10 @@ pub(super) enum ClientError {
     /// The connection was reset, or no reply came in time.
     #[error("the connection broke: {0}")]
     Io(#[from] io::Error),
-    /// The server closed the connection where a reply was due.
+    /// The server closed the connection when a reply was due.
     #[error("the server closed the connection")]
     Closed,
-    /// What came is not RESP.
+    /// The server's answer is not RESP.
     #[error("not a reply: {0}")]
     Protocol(String),
     /// A reply of another kind than the command calls for, for example an error.
@@ -68,7 +68,7 @@ impl Connection {
         Ok(Self { reader: BufReader::new(stream), request: Vec::new() })
     }
 
-    /// A second handle, with which another thread can shut the connection down.
+    /// A second handle, by which another thread can shut the connection down.
     pub(super) fn handle(&self) -> io::Result<TcpStream> {
         self.reader.get_ref().try_clone()
     }

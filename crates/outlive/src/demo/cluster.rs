@@ -1,4 +1,4 @@
-//! The two hosts of the demo: processes of this same program, their files, and nothing left of them.
+//! The two hosts of the demo: processes of this same program, and their files. Nothing is left behind.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -14,7 +14,7 @@ use super::events::{Tail, Tenure};
 use crate::arbiter::FileArbiter;
 use crate::events::Record;
 
-/// One of the two places where the VM can run. On real ones these would be two machines.
+/// One of the two places where the VM can run. In real use these are two machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Host {
     A,
@@ -72,7 +72,7 @@ pub(super) struct Shape {
     pub(super) seed: u64,
 }
 
-/// A directory of its own under the system's temporary one; removed with everything in it when dropped.
+/// A directory under the system's temporary one. Dropping it removes everything in it.
 #[derive(Debug)]
 pub(super) struct WorkDir {
     path: PathBuf,
@@ -95,7 +95,7 @@ impl WorkDir {
         self.path.join("arbiter")
     }
 
-    /// Leaves the directory where it is.
+    /// Keeps the directory.
     pub(super) fn keep(mut self) -> PathBuf {
         mem::take(&mut self.path)
     }
@@ -104,17 +104,15 @@ impl WorkDir {
 impl Drop for WorkDir {
     fn drop(&mut self) {
         if !self.path.as_os_str().is_empty() {
-            // Nothing better can be done about it now.
+            // There is nothing better to do about an error now.
             let _ = fs::remove_dir_all(&self.path);
         }
     }
 }
 
-/// A child process that never outlives its owner.
-///
-/// Dropping it kills and reaps it. It has a process group of its own, so Ctrl-C at the terminal does not
-/// reach it past us, and it ends by itself when its standard input does, so even a SIGKILL of the demo leaves
-/// nothing.
+/// A child process that never outlives its owner. Dropping it kills and reaps the process. The process has
+/// its own process group, so Ctrl-C at the terminal reaches only us, and it ends when its standard input is
+/// closed, so even a SIGKILL of the demo leaves nothing.
 #[derive(Debug)]
 pub(super) struct Guard {
     child: Child,
@@ -145,17 +143,17 @@ impl Drop for Guard {
     }
 }
 
-/// A process of the cluster, alive or not, with what it has said.
+/// A process of the cluster, alive or not, and its output.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) host: Host,
     guard: Option<Guard>,
     pid: u32,
     tail: Tail,
-    /// It is dead and all it said was read.
+    /// Whether it is dead and all its output was read.
     silent: bool,
     log: PathBuf,
-    /// The time in which it ran the VM.
+    /// The time during which it ran the VM.
     pub(super) tenure: Tenure,
 }
 
@@ -210,8 +208,7 @@ impl Cluster {
         self.start(host, command)
     }
 
-    /// Adds what both kinds are told: the other host is where a standby is looked for, now or after a
-    /// takeover.
+    /// Adds the options of both kinds of process. The other host is the standby, now or after a takeover.
     fn start(&mut self, host: Host, mut command: Command) -> io::Result<()> {
         let name = format!("{}-{host}", self.nodes.len());
         let events = self.dir.path().join(format!("{name}.events"));
@@ -253,7 +250,7 @@ impl Cluster {
         self.node(host).is_some_and(|n| n.guard.is_some())
     }
 
-    /// All processes that ever were.
+    /// All processes that were ever started.
     pub(super) fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -269,7 +266,7 @@ impl Cluster {
     pub(super) fn poll(&mut self) -> io::Result<Vec<(Host, Record)>> {
         let mut news = Vec::new();
         for node in self.nodes.iter_mut().filter(|n| !n.silent) {
-            // Asked before reading: what is read after its death is all there is.
+            // Ask before reading: what is read after its death is complete.
             node.silent = node.guard.is_none();
             for record in node.tail.poll()? {
                 node.tenure.note(&record);
@@ -299,7 +296,7 @@ impl Cluster {
         self.dir.path()
     }
 
-    /// Ends everything but leaves the directory with logs and events, and says where that is.
+    /// Ends everything but keeps the directory with logs and events, and returns its path.
     pub(super) fn end_and_keep(self) -> PathBuf {
         let Self { nodes, dir, .. } = self;
         drop(nodes);

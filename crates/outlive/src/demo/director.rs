@@ -1,4 +1,5 @@
-//! The play: start, kill, wait for the takeover, attach a new standby, again and again, and judge at the end.
+//! The course of the demo: start, kill, wait for the takeover, attach a new standby, again and again, and
+//! judge at the end.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,21 +20,21 @@ use super::verify;
 use crate::events::{Event, Record, now_us};
 use crate::exit;
 
-/// How often the event files are looked at. Nothing measured depends on it: events carry their own time.
+/// How often the event files are read. No measurement depends on it: events carry their own time.
 const TICK: Duration = Duration::from_millis(5);
-/// How long a process may take to be ready, a base checkpoint to be committed, a standby to take over.
+/// How long each may take: a process to get ready, a base checkpoint to be committed, a standby to take over.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 const PROTECTED_LIMIT: Duration = Duration::from_secs(180);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
-/// How long an old primary may live on after another side has taken over: it must find out and stop.
+/// How long an old primary may live after the other side has taken over: it must find out and stop.
 const SUPERSEDED_LIMIT: Duration = Duration::from_secs(10);
-/// Processes that may end without being killed before the demo gives up.
+/// How many processes may end without being killed before the demo gives up.
 const ACCIDENTS: u32 = 5;
-/// The patience with the clients' last requests and with the read-back: normally, and when it must be quick.
+/// How long the clients' last requests and the read-back may take: normally, and in a hurry.
 const FINISH_PATIENCE: Duration = Duration::from_secs(30);
 const HURRIED_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What the demo is to do.
+/// The orders for the demo.
 #[derive(Clone, Debug)]
 pub(super) struct Play {
     pub(super) vm: SocketAddr,
@@ -44,20 +45,20 @@ pub(super) struct Play {
     pub(super) seed: u64,
 }
 
-/// Why the play does not go on.
+/// Why the demo stops early.
 #[derive(Debug, Error)]
 pub(super) enum Stop {
     /// Ctrl-C or SIGTERM.
     #[error("interrupted")]
     Interrupted,
-    /// Something that should survive did not, or a process did what it must not.
+    /// Something that should survive did not, or a process did something forbidden.
     #[error("{0}")]
     Failed(String),
     /// A process refused to start in this environment and said why.
     #[error("{0}")]
     Environment(String),
-    /// The demo itself could not work.
-    #[error("the demo could not go on: {0}")]
+    /// The demo itself failed.
+    #[error("the demo failed: {0}")]
     Io(#[from] io::Error),
 }
 
@@ -81,7 +82,7 @@ pub(super) struct Director {
     load: Option<Load>,
     /// Where the VM runs.
     active: Host,
-    /// The primary was started: from now on a missing standby is replaced.
+    /// Whether the primary was started: from then on a missing standby is replaced.
     booted: bool,
     listening: bool,
     protected: bool,
@@ -120,8 +121,8 @@ impl Director {
         }
     }
 
-    /// Carries the play out and judges it. [`Stop::Environment`] and [`Stop::Io`] come back as errors, with
-    /// everything gone; every other end has a summary, and the cluster with it.
+    /// Runs the demo and judges it. [`Stop::Environment`] and [`Stop::Io`] are returned as errors, after
+    /// everything was removed; every other end returns a summary with the cluster.
     pub(super) fn run(mut self) -> Result<(Summary, Cluster), Stop> {
         match self.perform() {
             Err(stop @ (Stop::Environment(_) | Stop::Io(_))) => Err(stop),
@@ -178,13 +179,13 @@ impl Director {
         Ok(())
     }
 
-    /// One look at everything.
+    /// Looks at everything once.
     fn tick(&mut self) -> Result<(), Stop> {
         thread::sleep(TICK);
         if self.interrupt.load(Ordering::Relaxed) {
             return Err(Stop::Interrupted);
         }
-        // Deaths before events: what a process said before it died is then always known here.
+        // Deaths before events, so that everything a process said before its death is known here.
         let ended = self.cluster.reap()?;
         for (host, record) in self.cluster.poll()? {
             self.note(host, &record);
@@ -222,7 +223,7 @@ impl Director {
                 self.status.say(&format!("host {host} waits for the arbiter: {why}"))
             }
             Event::Takeover { .. } if host != self.active => self.note_takeover(host, record),
-            // It may leave before the takeover is reported: the vCPUs run while the report is written.
+            // The frame may leave before the takeover is reported: the vCPUs run while the report is written.
             &Event::FirstPacket { after_us } => self.first_packets.push((record.pid, after_us)),
             _ => {}
         }
@@ -271,7 +272,7 @@ impl Director {
     fn note_end(&mut self, host: Host, status: ExitStatus) -> Result<(), Stop> {
         let words = self.cluster.node(host).map(|n| n.last_words(3)).unwrap_or_default();
         if status.code() == Some(exit::USAGE.into()) && self.load.is_none() {
-            // Its one line, as it would have said it to a person.
+            // Its one line, as a person would have read it.
             let line = words.lines().last().unwrap_or_default().trim();
             return Err(Stop::Environment(line.strip_prefix("outlive: ").unwrap_or(line).to_owned()));
         }
@@ -291,7 +292,7 @@ impl Director {
         Ok(())
     }
 
-    /// Sees to it that there is a standby, and that somebody runs the VM.
+    /// Makes sure that there is a standby, and that a host runs the VM.
     fn heal(&mut self) -> Result<(), Stop> {
         if !self.booted {
             return Ok(());
@@ -334,7 +335,7 @@ impl Director {
         Host::BOTH.into_iter().filter_map(words).collect()
     }
 
-    /// The line that is always current.
+    /// The live line.
     fn line(&self) -> String {
         let (runs, waits) = (self.active, self.active.other());
         let Some(load) = &self.load else {
@@ -366,7 +367,7 @@ impl Director {
         self.kills.iter().filter(|k| k.over_us.is_some()).count() as u32
     }
 
-    /// Ends the clients, reads everything back and puts the result together.
+    /// Ends the clients, reads everything back and makes the summary.
     fn judge(mut self, stop: Option<Stop>) -> (Summary, Cluster) {
         let patience = if stop.is_some() { HURRIED_PATIENCE } else { FINISH_PATIENCE };
         let connections = self.load.as_ref().map_or(0, |l| l.counters().connections.load(Ordering::Relaxed));
@@ -377,7 +378,7 @@ impl Director {
             self.status.say("reading everything back");
             verify::verify(self.play.vm, &mut reports, patience)
         };
-        // The last statistics. Should they be unreadable, those before them count.
+        // The last statistics. If they are unreadable, the previous ones count.
         for (host, record) in self.cluster.poll().unwrap_or_default() {
             self.note(host, &record);
         }

@@ -1,4 +1,4 @@
-//! Reading the event streams of the processes while they are written, and adding their statistics up.
+//! Reads the event streams of the processes while they are written, and adds their statistics up.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,18 +14,19 @@ use crate::phases::{Phase, histogram_ns};
 #[derive(Debug)]
 pub(super) struct Tail {
     file: File,
-    /// The start of a line whose end is not written yet (or never will be: its writer was killed).
+    /// The start of a line whose end is not written yet (or never will be, because its writer was killed).
     rest: Vec<u8>,
 }
 
 impl Tail {
-    /// Makes the file, so that it is there before its writer is.
+    /// Makes the file, so that it exists before its writer does.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
         let file = File::options().read(true).write(true).create_new(true).open(path)?;
         Ok(Self { file, rest: Vec::new() })
     }
 
-    /// What was added since the last call. A line that is no event is an error: the processes are our own.
+    /// The events that were added since the last call. A line that is no event is an error: the processes are
+    /// our own.
     pub(super) fn poll(&mut self) -> io::Result<Vec<Record>> {
         self.file.read_to_end(&mut self.rest)?;
         let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') else { return Ok(Vec::new()) };
@@ -38,12 +39,12 @@ impl Tail {
     }
 }
 
-/// What one process has told about the time in which it ran the VM.
+/// What one process reported about the time during which it ran the VM.
 #[derive(Debug, Default)]
 pub(super) struct Tenure {
     latest: Stats,
     measured: Sums,
-    /// Time the VM was protected, in spans that are over.
+    /// How long the VM was protected, in spans that are over.
     protected_us: u64,
     protected_since: Option<u64>,
     latest_t_us: u64,
@@ -58,8 +59,7 @@ impl Tenure {
                 self.latest_t_us = record.t_us;
             }
             Event::Measured(measured) => self.measured.add(measured),
-            // From here on it is this process that runs the VM. What its threads did before belongs to a
-            // standby.
+            // From here on this process runs the VM. What its threads did before belongs to a standby.
             Event::Takeover { .. } => {
                 let measured =
                     Sums { threads: std::mem::take(&mut self.measured.threads), ..Sums::default() };
@@ -82,7 +82,7 @@ impl Tenure {
         }
     }
 
-    /// Protected time up to the latest statistics, so that time and checkpoints belong together.
+    /// Protected time up to the latest statistics, so that it matches the number of checkpoints.
     fn counted_us(&self) -> u64 {
         let current = self.protected_since.map_or(0, |since| self.latest_t_us.saturating_sub(since));
         self.protected_us + current
@@ -210,8 +210,8 @@ mod tests {
         };
         let protected = || Event::Protected { generation: 1, checkpoint: 1, base_ms: 9 };
         let mut first = Tenure::default();
-        // Totals replace the ones before, what was measured is added; time after the last totals (killed
-        // here) is not counted.
+        // New totals replace the previous ones, measurements are added. The time after the last totals
+        // (killed here) is not counted.
         for record in [
             at(0, protected()),
             at(500_000, stats(500)),

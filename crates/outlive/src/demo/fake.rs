@@ -1,4 +1,4 @@
-//! A key-value server in this process that can be told to cheat: what proves that the judge notices.
+//! A key-value server in this process that can be told to cheat. It proves that the judge notices.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// What the server does wrong. Numbers count the requests of the kind concerned, over all connections.
+/// What the server does wrong. Numbers count the requests of that kind over all connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     /// Nothing.

@@ -1,8 +1,8 @@
-//! How long a client waited for replies: the pauses that a takeover shows to the outside.
+//! How long a client waited for replies: the pauses that clients see at a takeover.
 
-/// A wait shorter than this is not remembered one by one.
+/// Shorter waits are not recorded one by one.
 const NOTABLE_US: u64 = 5_000;
-/// Most waits remembered; beyond it only the longest one of all is kept up to date.
+/// How many waits are recorded; beyond that only the longest one is kept up to date.
 const REMEMBERED: usize = 1 << 16;
 
 /// The waits of one client. Times are those of [`crate::events::now_us`].
@@ -27,7 +27,7 @@ impl Gaps {
         self.longest_us
     }
 
-    /// The longest wait of which some part lies in `from..to`; 0 if all were shorter than a notable one.
+    /// The longest recorded wait that overlaps `from..to`; 0 if there is none.
     pub(super) fn longest_within(&self, from: u64, to: u64) -> u64 {
         let touches = |&&(start, end): &&(u64, u64)| start < to && end > from;
         self.notable.iter().filter(touches).map(|(start, end)| end - start).max().unwrap_or(0)

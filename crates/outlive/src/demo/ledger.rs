@@ -1,12 +1,12 @@
-//! What one client knows about its own writes, and the judgement on what the server says about them.
+//! What one client knows about its own writes, and how it judges the server's answers.
 //!
 //! Every write is either *acknowledged* (its reply came) or *open* (it was sent, no reply yet). An
 //! acknowledged write must be there forever; an open one may be there once or not at all. Each client writes
-//! keys of its own, one request at a time, so there is exactly one right answer to everything.
+//! only its own keys, one request at a time, so every question has exactly one right answer.
 
-/// Number of keys that a client writes in turn: bounds the guest's memory and this ledger.
+/// Number of keys that a client writes in turn. It bounds the guest's memory and this ledger.
 pub(super) const SLOTS: usize = 500;
-/// Findings described in words; the rest is only counted.
+/// How many findings are described in words; the others are only counted.
 const FINDINGS: usize = 5;
 
 /// One key of a client.
@@ -14,7 +14,7 @@ const FINDINGS: usize = 5;
 struct Slot {
     /// Sequence number of the last acknowledged write; 0 before the first.
     acked: u64,
-    /// A loss here has been counted already.
+    /// Whether a loss here has been counted already.
     written_off: bool,
 }
 
@@ -115,7 +115,7 @@ impl Ledger {
         } else if value > due {
             self.damage.duplicated(value - due, format!("client {client}: INCR gave {value}, {due} was due"));
         }
-        // Carry on from what the server says, so that one loss is counted once.
+        // Continue from the server's value, so that one loss is counted once.
         self.counter = value;
         self.counter_open = false;
         self.acked += 1;

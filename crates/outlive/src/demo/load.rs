@@ -1,4 +1,4 @@
-//! The clients: some keep one connection to the end, one opens new connections all the time.
+//! The clients: some keep one connection to the end, and one opens new connections all the time.
 //!
 //! No client ever retries. An error on a connection is what a user of the VM would have seen, so it is
 //! counted as a broken connection and the client stops there; its ledger is still judged.
@@ -37,13 +37,13 @@ pub(super) struct Counters {
 /// What a client hands back when it is done.
 #[derive(Debug)]
 pub(super) struct Report {
-    /// For every write, whether it was acknowledged.
+    /// What it knows about its writes.
     pub(super) ledger: Ledger,
     /// Waits for replies.
     pub(super) gaps: Gaps,
     /// Longest wait for a new connection.
     pub(super) longest_connect_us: u64,
-    /// What broke its connection.
+    /// What broke its connection, if anything did.
     pub(super) failure: Option<String>,
 }
 
@@ -57,11 +57,11 @@ impl Report {
 #[derive(Debug, Default)]
 struct Shared {
     counters: Counters,
-    /// Finish the request under way, then leave.
+    /// The order to finish the request under way, then leave.
     stop: AtomicBool,
-    /// The connections are being shut down by us: what breaks now is nobody's fault.
+    /// Whether we are shutting the connections down: what breaks now is nobody's fault.
     aborted: AtomicBool,
-    /// One handle a client, to end a wait from outside.
+    /// One handle for each client, to end a wait from outside.
     handles: Mutex<Vec<Option<TcpStream>>>,
 }
 
@@ -73,8 +73,8 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Starts `clients` lasting clients and one of the second kind, which together send `rate` requests per
-    /// second at most.
+    /// Starts `clients` lasting clients and one of the second kind. Together they send at most `rate`
+    /// requests per second.
     pub(super) fn start(addr: SocketAddr, clients: u32, rate: u32) -> std::io::Result<Self> {
         let mut load = Self { shared: Arc::default(), threads: Vec::new() };
         load.shared
@@ -120,8 +120,8 @@ impl Load {
         self.threads.iter().all(JoinHandle::is_finished)
     }
 
-    /// Ends the load: every client finishes the request under way, for which `patience` is left in all; then
-    /// the connections are shut down, which leaves their last request open but breaks nothing.
+    /// Ends the load: the clients may take `patience` in all to finish the requests under way. Then the
+    /// connections are shut down, which leaves their last request open but counts as no broken connection.
     pub(super) fn stop(mut self, patience: Duration) -> Vec<Report> {
         self.shared.stop.store(true, Ordering::Relaxed);
         let deadline = Instant::now() + patience;
@@ -129,7 +129,7 @@ impl Load {
             thread::sleep(Duration::from_millis(5));
         }
         self.abort();
-        // A panic in a client is a bug in the demo and must not pass for a good result.
+        // A panic in a client is a bug in the demo and must not look like a good result.
         self.threads.drain(..).map(|t| t.join().expect("a client thread panicked")).collect()
     }
 
@@ -201,7 +201,7 @@ impl Client {
         let mut handles = self.shared.handles.lock().unwrap_or_else(PoisonError::into_inner);
         match handles.get_mut(self.index) {
             Some(place) => *place = Some(handle),
-            // The list is gone: the load was aborted in this moment.
+            // The list is gone: the load was just aborted.
             None => handle.shutdown(Shutdown::Both)?,
         }
         Ok(connection)

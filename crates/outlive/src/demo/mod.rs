@@ -1,12 +1,11 @@
-//! `outlive demo`: the main job on one machine, from nothing to a verdict.
-//!
-//! Two processes of this same program stand for two hosts. They live in a network namespace of the demo's
-//! own, where a bridge joins the VM with the clients. The host that runs the VM is killed with SIGKILL
-//! several times; each time the other one takes over and a new process takes the dead one's place. Meanwhile
-//! clients write over TCP, and at the end everything that was acknowledged is read back.
+//! `outlive demo`: the main job on one machine, from nothing to a verdict. Two processes of this same program
+//! play the two hosts. They live in the demo's own network namespace, where a bridge joins the VM with the
+//! clients. The host that runs the VM is killed with SIGKILL several times; each time the other one takes
+//! over and a new process takes the dead one's place. Meanwhile clients write over TCP, and at the end
+//! everything that was acknowledged is read back.
 //!
 //! * [`options`]: the command line;
-//! * `director`: the play, `cluster`: the processes, `events`: what they say;
+//! * `director`: the course of the demo, `cluster`: the processes, `events`: what they report;
 //! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
 //! * `status` and `summary`: what a person sees;
 //! * `nested`: a Linux guest and emulated hosts instead.
@@ -58,7 +57,7 @@ const PREFIX: u8 = 24;
 /// Where the payload serves the Redis protocol.
 const PORT: u16 = 6379;
 
-/// Why there was no demo, or none to its end. Each says in one line what to do about it.
+/// Why the demo did not run, or not to its end. Each message says in one line what to do about it.
 #[derive(Debug, Error)]
 pub enum DemoError {
     /// KVM is missing or may not be used.
@@ -69,21 +68,23 @@ pub enum DemoError {
     NoKvm(#[source] HostError),
     /// The program was moved away from where it was built.
     #[error(
-        "emulated hosts are made from Outlive's sources, which are not in {0} any more: in a checkout run `cargo xtask nested demo`"
+        "emulated hosts are made from Outlive's sources, which are no longer in {0}: in a checkout run \
+         `cargo xtask nested demo`"
     )]
     NoSources(PathBuf),
     /// The build tool is missing.
     #[error("cannot run cargo: {0}; emulated hosts need Rust, see https://rustup.rs")]
     NoCargo(#[source] io::Error),
-    /// The device of which taps are made is missing or may not be used.
+    /// The device that makes taps is missing or may not be used.
     #[error("cannot open {TUN}: {0}; load the module (modprobe tun), run as root, or chmod 666 {TUN}")]
     Tun(#[source] io::Error),
     /// The VM would not fit.
     #[error(
-        "the VM's {memory} are more than the {available_mib} MiB that this machine has free; give less with --memory"
+        "the VM's {memory} are more than the {available_mib} MiB that this machine has free; give the VM \
+         less with --memory"
     )]
     Memory {
-        /// As it was given.
+        /// The size as it was given.
         memory: String,
         /// Free memory of this machine.
         available_mib: u64,
@@ -94,7 +95,7 @@ pub enum DemoError {
     /// The bridge could not be made.
     #[error(transparent)]
     Network(#[from] NetlinkError),
-    /// A process of the demo refused to start in this environment; this is what it said.
+    /// A process of the demo refused to start in this environment; the text is its message.
     #[error("{0}")]
     Refused(String),
     /// The file for the JSON result cannot be written.
@@ -102,16 +103,16 @@ pub enum DemoError {
     Json {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Something the demo itself needs failed while it ran.
-    #[error("the demo could not go on: {0}")]
+    /// Something that the demo itself needs failed while it ran.
+    #[error("the demo failed: {0}")]
     Io(#[from] io::Error),
 }
 
 impl DemoError {
-    /// 2 for an environment that does not allow it, 1 for a failure on the way.
+    /// The exit code: 2 for an environment that does not allow the demo, 1 for a failure on the way.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Io(_) => exit::FAILED,
@@ -120,7 +121,7 @@ impl DemoError {
     }
 }
 
-/// The command: [`run`], with an error told in one line. Returns the exit code.
+/// The command: [`run`], with an error printed in one line. Returns the exit code.
 pub fn command(options: &DemoOptions) -> u8 {
     run(options).unwrap_or_else(|error| {
         logs::say(&format!("outlive: {error}"));
@@ -169,7 +170,7 @@ fn finish(options: &DemoOptions, summary: &Summary, cluster: Cluster) -> Result<
     if let Some(kept) = kept {
         text += &format!("  Logs and event streams of all processes were kept in {}\n", kept.display());
     }
-    // A reader that left early (a pipe into head) changes nothing about the result.
+    // A reader that left early (a pipe into head) does not change the result.
     let _ = io::stdout().write_all(text.as_bytes());
     if let Some(path) = &options.json {
         fs::write(path, summary.to_json() + "\n")
@@ -201,7 +202,7 @@ fn play(options: &DemoOptions, seed: u64) -> Play {
     }
 }
 
-/// What is missing is said before anything is made; the processes would find it out only later.
+/// Reports what is missing before anything is made; the processes would find out only later.
 fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
     Host::open().map_err(|error| match error {
         HostError::Missing => DemoError::NoKvm(error),
@@ -217,7 +218,7 @@ fn check_machine(options: &DemoOptions) -> Result<(), DemoError> {
     }
 }
 
-/// A result that cannot be written should be known before the run, not after it.
+/// Finds out before the run, not after it, whether the result can be written.
 fn check_json(options: &DemoOptions) -> Result<(), DemoError> {
     let Some(path) = &options.json else { return Ok(()) };
     let error = |source| DemoError::Json { path: path.clone(), source };

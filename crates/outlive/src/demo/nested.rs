@@ -1,5 +1,5 @@
 //! `outlive demo --nested`: the same with a Linux guest and two emulated hosts, for machines without KVM.
-//! Emulated hosts are made by this project's developer commands, from its sources.
+//! This project's developer commands make the emulated hosts, from its sources.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::process::Command;
 
 use super::DemoError;
 
-/// What makes it.
+/// The command that makes them.
 const COMMAND: [&str; 3] = ["xtask", "nested", "demo"];
 
-/// Becomes the command that does it. Returns only if that is not possible.
+/// Replaces this process by that command. Returns only on an error.
 pub(super) fn become_it() -> DemoError {
     let sources = sources();
     if !sources.join("xtask/Cargo.toml").is_file() {

@@ -1,4 +1,4 @@
-//! What `outlive demo` can be told.
+//! The options of `outlive demo`.
 
 use std::path::PathBuf;
 
@@ -8,9 +8,9 @@ use crate::cli::{parse_size, parse_time};
 
 /// Kill a protected VM again and again while clients write to it, then count what was lost.
 ///
-/// Everything happens on this machine: two "hosts" are two processes, a bridge in a network namespace of its
-/// own joins them with the clients, and a kill is a SIGKILL. Needs /dev/kvm and /dev/net/tun, changes nothing
-/// on the machine and leaves nothing behind.
+/// Everything happens on this machine: two "hosts" are two processes, a bridge in its own network namespace
+/// joins them with the clients, and a kill is a SIGKILL. Needs /dev/kvm and /dev/net/tun, changes nothing on
+/// the machine and leaves nothing behind.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct DemoOptions {
@@ -39,17 +39,17 @@ pub struct DemoOptions {
     #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = time)]
     pub interval: String,
 
-    /// Seed of the moments of the kills; a random one is taken and printed if it is missing
+    /// Seed for the times of the kills [default: a random one, which is printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
 
-    /// Write the result to this file as well, as one JSON object
+    /// Also write the result to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
-    /// Instead of all this: a Debian guest with Redis on two hosts emulated by QEMU, one of which loses its
-    /// power. Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first time
-    /// takes some 5 minutes more
+    /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
+    /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
+    /// about 5 minutes longer
     #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "interval", "seed", "json", "rate"])]
     pub nested: bool,
 
@@ -69,8 +69,7 @@ Examples:
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line
 says why); 130 ended by Ctrl-C.";
 
-/// Sizes and times are passed on as they were written; the processes of the demo take them as the commands
-/// do.
+/// Sizes and times are passed on as they were written; the demo's processes parse them as the commands do.
 fn size(text: &str) -> Result<String, String> {
     parse_size(text).map(|_| text.to_owned())
 }

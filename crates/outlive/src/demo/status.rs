@@ -1,11 +1,11 @@
-//! What a person sees while the demo runs: milestones as lines, and one line that is always current.
+//! What a person sees while the demo runs: a line for each milestone, and one live line.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often the current line changes on a terminal, and how often it is repeated elsewhere.
+/// How often the live line changes on a terminal, and how often it is repeated elsewhere.
 const LIVE: Duration = Duration::from_millis(100);
 const PLAIN: Duration = Duration::from_secs(1);
 
@@ -27,7 +27,7 @@ impl Status {
         Self { bar, begin: Instant::now(), due: Instant::now() }
     }
 
-    /// A line that stays: something has happened.
+    /// Prints a line that stays, for something that has happened.
     pub(super) fn say(&self, text: &str) {
         let line = format!("[{:5.1} s] {text}", self.begin.elapsed().as_secs_f64());
         match &self.bar {
@@ -36,12 +36,12 @@ impl Status {
         }
     }
 
-    /// Whether it is time to [`Status::show`] the current line again.
+    /// Whether it is time to [`Status::show`] the live line again.
     pub(super) fn due(&self) -> bool {
         Instant::now() >= self.due
     }
 
-    /// Shows the line that is always current.
+    /// Shows the live line.
     pub(super) fn show(&mut self, text: &str) {
         match &self.bar {
             Some(bar) => {

@@ -13,13 +13,13 @@ use crate::events::ThreadTime;
 use crate::exit;
 use crate::phases::Phase;
 
-/// Exit code after Ctrl-C, as a shell gives it.
+/// Exit code after Ctrl-C, as in a shell.
 const INTERRUPTED: u8 = 130;
 
 /// One takeover, as the side that took over measured it. Microseconds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct TakeoverTimes {
-    /// The last byte heard of the old primary until the link was declared dead.
+    /// From the last byte heard of the old primary until the link was declared dead.
     pub(super) detect_us: u64,
     /// From there until memory and disks were at the last committed checkpoint.
     pub(super) settle_us: u64,
@@ -27,7 +27,7 @@ pub(super) struct TakeoverTimes {
     pub(super) arbitrate_us: u64,
     /// From there until the vCPUs ran.
     pub(super) restore_us: u64,
-    /// The declaration until the VM's first frame.
+    /// From the declaration until the VM's first frame.
     pub(super) first_packet_us: Option<u64>,
     /// From detection to restore.
     pub(super) total_us: u64,
@@ -36,10 +36,10 @@ pub(super) struct TakeoverTimes {
 /// One of the times, where it is known.
 type Part = fn(&TakeoverTimes) -> Option<u64>;
 
-/// Everything there is to say at the end.
+/// Everything that the demo reports at its end.
 #[derive(Clone, Debug)]
 pub(super) struct Summary {
-    /// Why the run was not carried out to its end, if it was not.
+    /// Why the run stopped early, if it did.
     pub(super) failure: Option<String>,
     /// Ctrl-C or SIGTERM ended it early.
     pub(super) interrupted: bool,
@@ -49,7 +49,7 @@ pub(super) struct Summary {
     pub(super) survived: u32,
     /// The judgement on the data.
     pub(super) verdict: Verdict,
-    /// What broke connections, one entry each.
+    /// What broke connections, one entry for each.
     pub(super) broken: Vec<String>,
     /// Takeovers in their order; more than kills if a live primary was taken for dead.
     pub(super) takeovers: Vec<TakeoverTimes>,
@@ -126,7 +126,7 @@ struct DirtyPages {
 }
 
 impl Summary {
-    /// Whether the demo shows what it is there to show, as far as it was let.
+    /// Whether the demo succeeded, as far as it ran.
     pub(super) fn ok(&self) -> bool {
         let Verdict { damage, unreadable, .. } = &self.verdict;
         let complete = self.interrupted || self.survived == self.kills_planned;
@@ -202,7 +202,7 @@ fn spread(values_us: Vec<u64>) -> Spread {
     Spread { p50: median(&values_us).map(ms), max: values_us.iter().max().copied().map(ms) }
 }
 
-/// The middle value; of two the larger.
+/// The median; of two middle values the larger.
 fn median(values: &[u64]) -> Option<u64> {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
@@ -213,7 +213,7 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.headline())?;
         if self.verdict.acked == 0 && self.failure.is_some() {
-            // It did not come far enough to have numbers.
+            // It stopped before there were numbers.
             return Ok(());
         }
         writeln!(f)?;

@@ -1,6 +1,6 @@
-//! The whole play with actors: a shell script instead of `outlive run` and `outlive standby`, a server in
-//! this process instead of the VM. What is real: the director, the processes and their ends, the clients, the
-//! judge.
+//! The whole demo with actors: a shell script instead of `outlive run` and `outlive standby`, a server in
+//! this process instead of the VM. The director, the processes and their ends, the clients and the judge are
+//! real.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -104,7 +104,7 @@ impl Stage {
         Director::new(play, Cluster::new(shape, WorkDir::create().unwrap()), interrupt.clone()).run()
     }
 
-    /// Processes of this stage that are still there.
+    /// Processes of this stage that still exist.
     fn left(&self) -> Vec<String> {
         let name = self.program().display().to_string();
         let line = |p: PathBuf| fs::read_to_string(p.join("cmdline")).ok();

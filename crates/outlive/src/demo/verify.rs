@@ -1,4 +1,4 @@
-//! The read-back at the end: what is left of what was acknowledged.
+//! The read-back at the end: how much of what was acknowledged is still there.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::client::{ClientError, Connection};
 use super::ledger::{Damage, Ledger, SLOTS};
 use super::load::Report;
 
-/// Keys asked for in one command.
+/// How many keys one command asks for.
 const BATCH: usize = 50;
 
 /// The outcome of the read-back over all clients.
@@ -17,7 +17,7 @@ pub(super) struct Verdict {
     pub(super) acked: u64,
     /// What is wrong.
     pub(super) damage: Damage,
-    /// Why nothing could be read back; then everything that was acknowledged counts as lost.
+    /// Why nothing could be read back, if so; then everything that was acknowledged counts as lost.
     pub(super) unreadable: Option<String>,
 }
 

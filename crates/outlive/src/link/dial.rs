@@ -9,7 +9,7 @@ use super::{Connection, Transport, tcp};
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(1);
 
-/// Connects to `address` (HOST:PORT); every address that the name has is tried.
+/// Connects to `address` (HOST:PORT); tries every address of the name.
 ///
 /// # Errors
 /// The error of the last address, or of the name.
@@ -24,7 +24,7 @@ pub(crate) fn dial(address: &str) -> io::Result<Connection> {
     Err(last)
 }
 
-/// Where primaries connect to.
+/// The port that primaries connect to.
 pub(crate) struct Listener(tcp::Listener);
 
 impl Listener {
@@ -36,7 +36,7 @@ impl Listener {
         tcp::Listener::bind(address).map(Self)
     }
 
-    /// The address, with the port that the system chose where port 0 was asked for.
+    /// The address, with the port that the system chose if port 0 was asked for.
     ///
     /// # Errors
     /// The operating system's.
@@ -44,7 +44,7 @@ impl Listener {
         self.0.address()
     }
 
-    /// Waits for the next one who connects.
+    /// Waits for the next connection.
     ///
     /// # Errors
     /// The operating system's.
@@ -53,16 +53,16 @@ impl Listener {
     }
 }
 
-/// Somebody who has connected. Nothing was read from him yet, so nobody has waited for him.
+/// A new connection. Nothing was read from it yet, so no thread has waited for its peer.
 pub(crate) struct Incoming(tcp::Tcp);
 
 impl Incoming {
-    /// His address, for people.
+    /// The peer's address, for people.
     pub(crate) fn peer(&self) -> String {
         self.0.peer()
     }
 
-    /// Makes it a connection. To be called on a thread that may wait for this peer.
+    /// Makes it a connection. Call it on a thread that may wait for this peer.
     ///
     /// # Errors
     /// The operating system's.

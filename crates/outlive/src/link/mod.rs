@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! primary   coordinator ──jobs──► sender thread ──► Writer      Reader ──► receiver thread ──► decisions
-//! standby   Reader ──► session thread ──► decisions      whoever brings an event, when it is decided ──► Writer
+//! standby   Reader ──► reader thread ──► decisions      the event's thread, after the decision ──► Writer
 //! ```
 //!
 //! A connection is taken apart into three: a [`Reader`] and a [`Writer`], each for one thread, and a
@@ -29,16 +29,16 @@ pub(crate) use dial::{Incoming, Listener, dial};
 pub(crate) use receiver::{Heard, receive};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
 
-/// What carries the bytes of a connection. One thread reads, another one writes, any thread closes, all at
-/// the same time.
+/// What carries the bytes of a connection. One thread may read, another one write and any thread close, all
+/// at the same time.
 pub(crate) trait Transport: Send + Sync {
-    /// As [`Read::read`]: waits for bytes, but not beyond the timeout.
+    /// Like [`Read::read`]: waits for bytes, but not beyond the timeout.
     ///
     /// # Errors
     /// The operating system's; `WouldBlock` or `TimedOut` after the timeout.
     fn read(&self, to: &mut [u8]) -> io::Result<usize>;
 
-    /// As [`Write::write_vectored`]: waits for room.
+    /// Like [`Write::write_vectored`]: waits for room.
     ///
     /// # Errors
     /// The operating system's.
@@ -50,7 +50,7 @@ pub(crate) trait Transport: Send + Sync {
     /// The operating system's; `WouldBlock` when there is no room at all.
     fn write_now(&self, from: &[u8]) -> io::Result<usize>;
 
-    /// How long a read may wait; `None`: until there is something.
+    /// Sets how long a read may wait; `None` means until bytes come.
     ///
     /// # Errors
     /// The operating system's.
@@ -59,7 +59,7 @@ pub(crate) trait Transport: Send + Sync {
     /// Says that nothing more will be written; what was written still goes out.
     fn finish(&self);
 
-    /// Breaks the connection. Reads and writes end, those that wait too.
+    /// Breaks the connection. Reads and writes end, also those that wait.
     fn close(&self);
 
     /// The peer's address, for people.
@@ -72,7 +72,7 @@ pub(crate) struct Connection {
     pub(crate) reader: Reader,
     /// For the thread that writes.
     pub(crate) writer: Writer,
-    /// For whoever ends it.
+    /// For the thread that ends it.
     pub(crate) closer: Closer,
 }
 
@@ -91,7 +91,7 @@ impl Connection {
 pub(crate) struct Reader(Arc<dyn Transport>);
 
 impl Reader {
-    /// How long a read may wait from now on; `None`: until there is something.
+    /// Sets how long a read may wait from now on; `None` means until bytes come.
     ///
     /// # Errors
     /// The operating system's.
@@ -138,7 +138,7 @@ impl Write for Writer {
 pub(crate) struct Closer(Arc<dyn Transport>);
 
 impl Closer {
-    /// Breaks the connection at once: whoever reads or writes comes back.
+    /// Breaks the connection at once: threads that read or write return.
     pub(crate) fn close(&self) {
         self.0.close();
     }

@@ -1,4 +1,4 @@
-//! What a primary hears from its standby.
+//! The thread that reads what a standby says to its primary.
 
 use std::time::Duration;
 
@@ -9,21 +9,20 @@ use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::Reader;
 
-/// What comes from a standby.
+/// What a standby says.
 pub(crate) enum Heard {
     /// Its preface: it introduces itself in this version.
     Introduction(ProtocolVersion),
     /// Both sides use this version of the stream from now on. Comes before the event.
     Agreed(ProtocolVersion),
-    /// Something that the state machine decides about.
+    /// An event for the state machine.
     Event(PrimaryEvent),
-    /// What it wants of the disks. That is no event, only a sign of life.
+    /// Its request for chunks of a disk: for the state machine only a sign of life.
     Want(DiskWant),
 }
 
-/// Reads the link until it ends and turns every message into what was heard. Runs on a thread of its own;
-/// `tell` is called on it after the message has arrived, so that the time that it reads is later than the
-/// arrival.
+/// Reads the link until it ends and turns every message into what was heard. Runs on its own thread. It calls
+/// `tell` after the message has arrived, so the time that `tell` reads is later than the arrival.
 pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(Heard)) {
     let mut reader = SectionReader::new(Peer::Standby);
     let mut error = reader.read_preface(&mut from).map(|version| tell(Heard::Introduction(version))).err();
@@ -77,7 +76,7 @@ fn next(
             PrimaryEvent::Heard { link }
         }
         Message::Leave(reason) => PrimaryEvent::Leave { link, reason },
-        // The reader refuses what a standby never sends.
+        // The reader refuses messages that a standby never sends.
         _ => PrimaryEvent::Heard { link },
     })
 }

@@ -10,14 +10,14 @@ use socket2::SockRef;
 
 use super::Transport;
 
-/// Bytes that the kernel may buffer each way: a whole checkpoint of some hundred pages, so that the sender
-/// rarely waits.
+/// How many bytes the kernel may buffer each way: a whole checkpoint of a few hundred pages, so that the
+/// sender rarely waits.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// Bytes that may wait in the kernel before they are on their way. Without a limit a socket takes its whole
-/// buffer of pages, megabytes, as fast as memory copies them, and a heartbeat that is written then waits
-/// behind all of them, on a slow link for as long as the standby waits before it takes over. What is on its
-/// way already is bounded by TCP's windows, which the round trip needs. See TCP_NOTSENT_LOWAT in tcp(7) and
+/// How many bytes may wait in the kernel before they are sent. Without a limit a socket takes its whole
+/// buffer of pages, megabytes, as fast as memory copies them. A heartbeat that is written then waits behind
+/// all of them, on a slow link for as long as the standby waits before it takes over. TCP's windows, which
+/// the round trip needs, bound the bytes in flight. See TCP_NOTSENT_LOWAT in tcp(7) and
 /// `tcp_stream_memory_free` in Linux's include/net/tcp.h.
 const NOT_SENT: u32 = 128 << 10;
 
@@ -33,15 +33,15 @@ impl Tcp {
         TcpStream::connect_timeout(address, patience).map(Self)
     }
 
-    /// Sets the options that every link has: it sends at once (no Nagle), its buffers are large, and little
-    /// waits in them unsent.
+    /// Sets the options of every link: it sends at once (no Nagle), its buffers are large, and few bytes wait
+    /// in them unsent.
     ///
     /// # Errors
     /// The operating system's.
     pub(super) fn prepare(self) -> io::Result<Self> {
         self.0.set_nodelay(true)?;
         let socket = SockRef::from(&self.0);
-        // The kernel takes what its limits allow.
+        // The kernel caps the size at its limits.
         socket.set_send_buffer_size(SOCKET_BUFFER)?;
         socket.set_recv_buffer_size(SOCKET_BUFFER)?;
         socket.set_tcp_notsent_lowat(NOT_SENT)?;
@@ -59,7 +59,7 @@ impl Transport for Tcp {
     }
 
     fn write_now(&self, from: &[u8]) -> io::Result<usize> {
-        // Of this one call, not of the socket, which another thread reads.
+        // For this call only, not for the socket, which another thread reads.
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         Ok(send(self.0.as_raw_fd(), from, flags)?)
     }
@@ -69,7 +69,7 @@ impl Transport for Tcp {
     }
 
     fn finish(&self) {
-        // An error says that the connection is gone already, here and below.
+        // Here and below, an error means that the connection is gone already.
         self.0.shutdown(Shutdown::Write).ok();
     }
 

@@ -1,11 +1,11 @@
-//! Network plumbing: bridges, virtual cables, addresses and network namespaces, straight from the program.
+//! Network plumbing: bridges, virtual cables, addresses and network namespaces, made by the program itself.
 //!
 //! Two parts:
 //!
 //! * [`Netlink`] speaks rtnetlink to the kernel, one request and one answer at a time. No command of the
 //!   system (`ip`, `brctl`) is needed and no runtime is started.
-//! * [`namespace`] makes network namespaces that have no name and therefore leave nothing behind: they go
-//!   when the last process or handle in them goes.
+//! * [`namespace`] makes network namespaces without a name, which leave nothing behind: they end with the
+//!   last process or handle in them.
 
 pub mod namespace;
 mod netlink;

@@ -1,7 +1,6 @@
-//! Network namespaces without a name: nothing to clean up, whatever way the program ends.
-//!
-//! A namespace lives as long as a process, a thread or an open descriptor is in it or refers to it. So the
-//! kernel removes it, with every interface in it, when the last of them is gone - also after SIGKILL.
+//! Network namespaces without a name: nothing to clean up, however the program ends. A namespace lives as
+//! long as a process or a thread is in it or an open descriptor refers to it. When the last of them is gone,
+//! the kernel removes it with every interface in it, also after SIGKILL.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,15 +18,15 @@ use super::{Netlink, NetlinkError};
 /// Why a network namespace could not be made or entered.
 #[derive(Debug, thiserror::Error)]
 pub enum EnterError {
-    /// Namespaces belong to threads; the threads that run already would stay outside.
-    #[error("cannot enter a network namespace: {threads} threads run already; enter it before starting any")]
+    /// Namespaces belong to threads; threads that already run would stay outside.
+    #[error("cannot enter a network namespace: {threads} threads already run; enter it before starting any")]
     Threads {
         /// Number of threads of the process.
         threads: usize,
     },
-    /// Not root, and this system does not let its users have user namespaces.
+    /// The user is not root, and this system does not let users make user namespaces.
     #[error(
-        "cannot make a network namespace without root: user namespaces are switched off here ({source}); \
+        "cannot make a network namespace without root: user namespaces are disabled here ({source}); \
          run as root, or allow them: sysctl -w {knob}"
     )]
     UserNamespacesOff {
@@ -52,7 +51,7 @@ pub enum EnterError {
     Loopback(#[from] NetlinkError),
 }
 
-/// Puts this process into a network namespace of its own, with the loopback interface up and nothing else.
+/// Puts this process into a new network namespace, with the loopback interface up and nothing else.
 ///
 /// With the right to do so (root) only the network changes. Without it the process first becomes root of a
 /// new user namespace: its files still belong to the user, and supplementary groups such as `kvm` still
@@ -72,14 +71,14 @@ pub fn enter_own_namespace() -> Result<(), EnterError> {
     prepare()
 }
 
-/// For those without rights: a user namespace in which they are root, and in it the network namespace.
+/// For users without rights: makes a user namespace in which they are root, and in it the network namespace.
 fn enter_user_and_network_namespace() -> Result<(), EnterError> {
     let (user, group) = (geteuid(), getegid());
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET).map_err(user_namespaces_off)?;
     let write = |what, path: &str, text: String| {
         fs::write(path, text).map_err(|source| EnterError::Refused { what, source })
     };
-    // The order is the kernel's: a process without rights outside may map its group only after it gave up
+    // The kernel demands this order: a process without rights outside may map its group only after it gave up
     // setgroups (user_namespaces(7)).
     write("give up setgroups", "/proc/self/setgroups", "deny".to_string())?;
     write("map the user", "/proc/self/uid_map", format!("0 {user} 1"))?;
@@ -99,10 +98,10 @@ fn user_namespaces_off(error: Errno) -> EnterError {
     EnterError::UserNamespacesOff { source: error.into(), knob }
 }
 
-/// What a fresh namespace needs before it is used.
+/// Makes a fresh namespace ready for use.
 fn prepare() -> Result<(), EnterError> {
-    // Without this every interface that goes up sends router solicitations and duplicate address probes. Only
-    // a matter of quiet, and absent on kernels without IPv6.
+    // Without this, every interface that goes up sends router solicitations and duplicate address probes.
+    // They are only noise; kernels without IPv6 lack the setting.
     for scope in ["all", "default"] {
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1");
     }
@@ -114,8 +113,7 @@ fn refused(what: &'static str, error: Errno) -> EnterError {
     EnterError::Refused { what, source: error.into() }
 }
 
-/// A network namespace beside the one of the process. It goes when the handle and all processes in it are
-/// gone.
+/// A network namespace beside that of the process. It ends when the handle and all processes in it are gone.
 ///
 /// The handle is a file descriptor; code runs in the namespace on threads that enter it. Needs CAP_SYS_ADMIN
 /// (root, or a process that went through [`enter_own_namespace`]).
@@ -140,9 +138,8 @@ impl Namespace {
         })
     }
 
-    /// Runs `work` in the namespace, on a thread of its own, and waits for its result. A panic is passed on.
-    ///
-    /// Sockets opened in there stay in the namespace wherever they are used later.
+    /// Runs `work` in the namespace, on a new thread, and waits for its result. A panic is passed on. Sockets
+    /// that `work` opens stay in the namespace wherever they are used later.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> Result<R, EnterError> {
         on_thread(|| {
             setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(|error| match error {
@@ -171,7 +168,7 @@ impl AsFd for Namespace {
     }
 }
 
-/// A thread's namespace is changed for its whole life, hence a new thread each time.
+/// A thread keeps its namespace for its whole life, hence a new thread each time.
 fn on_thread<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panic| resume_unwind(panic)))
 }

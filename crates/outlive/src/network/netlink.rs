@@ -1,8 +1,6 @@
-//! The rtnetlink client: interfaces, addresses, routes.
-//!
-//! Requests are built with `netlink-packet-route`. Of the answers only the few fields below are read,
-//! directly from the bytes: a kernel newer than the crate adds attributes, and an attribute that we do not
-//! need must never make a request fail.
+//! The rtnetlink client: interfaces, addresses, routes. `netlink-packet-route` builds the requests. Of the
+//! answers, only the few fields below are read, directly from the bytes: a kernel newer than the crate adds
+//! attributes, and an attribute that we do not need must never make a request fail.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -43,7 +41,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 
-/// Why a change of the network was not made.
+/// Why a change of the network failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// The socket to the kernel could not be opened.
@@ -57,7 +55,7 @@ pub enum NetlinkError {
         /// What the socket said.
         source: io::Error,
     },
-    /// The name cannot be the name of an interface.
+    /// The text cannot be the name of an interface.
     #[error(
         "'{name}' cannot be an interface name: 1 to 15 bytes, without '/', ':' and spaces, and not '.' or '..'"
     )]
@@ -78,7 +76,7 @@ pub enum NetlinkError {
         present: String,
     },
     /// The interface exists already.
-    #[error("cannot {what}: an interface of this name exists already; delete it or choose another name")]
+    #[error("cannot {what}: an interface of this name already exists; delete it or choose another name")]
     Exists {
         /// What was being done.
         what: String,
@@ -97,7 +95,7 @@ pub enum NetlinkError {
         /// `bridge` or `veth`.
         kind: &'static str,
     },
-    /// Something else was named where a bridge is needed.
+    /// The named interface is no bridge where one is needed.
     #[error("cannot {what}: {name} is no bridge; make one (ip link add br0 type bridge) or name another one")]
     NotBridge {
         /// What was being done.
@@ -115,8 +113,8 @@ pub enum NetlinkError {
         /// The kernel's explanation, often empty.
         message: String,
     },
-    /// The answer was not understood.
-    #[error("cannot {what}: the kernel's answer makes no sense ({problem})")]
+    /// The kernel's answer is invalid.
+    #[error("cannot {what}: the kernel's answer is invalid ({problem})")]
     Answer {
         /// What was being done.
         what: String,
@@ -129,7 +127,7 @@ fn detail(message: &str) -> String {
     if message.is_empty() { String::new() } else { format!(" ({message})") }
 }
 
-/// What the kernel tells of one interface.
+/// What the kernel reports of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     /// Name, for example `tap0`.
@@ -138,11 +136,11 @@ pub struct Link {
     pub index: u32,
     /// Hardware address; `None` for interfaces without one of six bytes.
     pub mac: Option<[u8; 6]>,
-    /// Switched on by its administrator (`IFF_UP`).
+    /// Whether its administrator has switched it on (`IFF_UP`).
     pub up: bool,
     /// Number of the bridge that it is attached to.
     pub bridge: Option<u32>,
-    /// What it is: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
+    /// Its kind: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
     pub kind: Option<String>,
 }
 
@@ -160,18 +158,15 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(NetlinkError::Open)?;
         socket.bind_auto().map_err(NetlinkError::Open)?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(NetlinkError::Open)?;
-        // Both only improve error texts, and old kernels lack them.
+        // Both options only improve error texts, and old kernels lack them.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         Ok(Netlink { socket, sequence: 0 })
     }
 
     /// Makes a bridge that forwards from the first moment: no spanning tree, no forward delay, no multicast
-    /// snooping.
-    ///
-    /// The bridge gets a hardware address of its own. Without one it takes the lowest address of its ports,
-    /// which changes as taps come and go, and every guest that uses the bridge as a gateway would talk to
-    /// nobody.
+    /// snooping. The bridge gets its own hardware address. Without one it takes the lowest address of its
+    /// ports, which changes as taps come and go, and guests that use the bridge as a gateway would lose it.
     pub fn create_bridge(&mut self, name: &str) -> Result<(), NetlinkError> {
         check_name(name)?;
         let what = format!("create bridge {name}");
@@ -240,7 +235,7 @@ impl Netlink {
         self.set_link(name, what, |link| link.attributes.push(port))
     }
 
-    /// Takes an interface out of its bridge. No error if it is in none.
+    /// Takes an interface out of its bridge. It is no error if it is in none.
     pub fn detach(&mut self, name: &str) -> Result<(), NetlinkError> {
         let none = LinkAttribute::Controller(0);
         self.set_link(name, format!("detach {name} from its bridge"), |link| link.attributes.push(none))
@@ -254,7 +249,7 @@ impl Netlink {
         })
     }
 
-    /// Switches an interface off: the cable is cut for everything behind it.
+    /// Switches an interface off, which cuts the cable for everything behind it.
     pub fn set_down(&mut self, name: &str) -> Result<(), NetlinkError> {
         self.set_link(name, format!("set {name} down"), |link| {
             link.header.flags = LinkFlags::empty();
@@ -312,7 +307,7 @@ impl Netlink {
         Ok(self.link(name)?.index)
     }
 
-    /// Whether there is an interface of this name.
+    /// Whether an interface of this name exists.
     pub fn exists(&mut self, name: &str) -> Result<bool, NetlinkError> {
         match self.link(name) {
             Ok(_) => Ok(true),
@@ -375,12 +370,12 @@ impl Netlink {
         self.change(RouteNetlinkMessage::SetLink(message), 0, what)
     }
 
-    /// A request that changes something: the kernel acknowledges it or says why not.
+    /// Sends a request that changes something: the kernel acknowledges it or says why not.
     fn change(&mut self, message: RouteNetlinkMessage, flags: u16, what: String) -> Result<(), NetlinkError> {
         self.request(message, flags | NLM_F_ACK, &what).map(drop)
     }
 
-    /// Sends one request and collects its answers until the kernel says that it is done.
+    /// Sends one request and collects its answers until the kernel marks the end.
     fn request(
         &mut self,
         message: RouteNetlinkMessage,
@@ -430,7 +425,7 @@ impl Netlink {
     }
 }
 
-/// One datagram. Unlike `Socket::recv_from_full` it survives a signal.
+/// Receives one datagram. Unlike `Socket::recv_from_full` it survives a signal.
 fn receive(socket: &Socket) -> io::Result<(Vec<u8>, SocketAddr)> {
     // The kernel sends dumps in datagrams of at most 32 KiB and single links in a few KiB.
     let mut buffer = Vec::with_capacity(64 << 10);
@@ -506,8 +501,8 @@ fn check_name(name: &str) -> Result<(), NetlinkError> {
     if usable { Ok(()) } else { Err(NetlinkError::BadName { name: name.to_string() }) }
 }
 
-/// A random address, locally administered and not multicast. Random, because the bridges of two hosts may
-/// well be in one network.
+/// A random address, locally administered and not multicast. It is random because the bridges of two hosts
+/// may be in one network.
 fn random_mac() -> io::Result<[u8; 6]> {
     let [a, b, c, d] = process::random::<4>()?;
     Ok([0x02, 0x6f, a, b, c, d])

@@ -1,5 +1,5 @@
-//! Base synchronisation: the disks, and then all memory, go to the standby while the guest runs, in rounds
-//! that shrink.
+//! Base synchronisation: the disks and then all memory go to the standby while the guest runs, in shrinking
+//! rounds.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,10 +17,10 @@ use crate::link::Job;
 use crate::vm::limits::{DISK_BYTES, SLOTS};
 use crate::vm::{Remedy, check_staging};
 
-/// After this many rounds the rest is sent with the VM stopped, however much it is: a guest that writes
-/// faster than the link carries would never get there otherwise.
+/// After this many rounds the rest is sent with the VM stopped, however much it is. Otherwise a guest that
+/// writes faster than the link carries would never be protected.
 const MAX_ROUNDS: u32 = 6;
-/// As many rounds more if the disks took long at the end.
+/// How many more rounds there are if the disks took long at the end.
 const MAX_LATE_ROUNDS: u32 = 2;
 /// Time between two progress events.
 const REPORT: Duration = Duration::from_millis(100);
@@ -30,17 +30,17 @@ pub(crate) struct Base {
     round: u32,
     sent_pages: u64,
     total_pages: u64,
-    /// Of all rounds so far.
+    /// The pages of all rounds so far.
     planned_pages: u64,
     events: EventWriter,
     reported: Instant,
-    /// Taken from the tracker before their round, because a dirty ring was full.
+    /// Pages that were taken from the tracker before their round, because a dirty ring was full.
     early: Vec<Gfn>,
     /// The disks, if there are any to synchronise.
     disks: Option<DiskBase>,
-    /// Kept while the disks catch up.
+    /// The pages of the last round, kept while the disks catch up.
     spare: Vec<Gfn>,
-    /// Rounds made since the disks were ready.
+    /// How many rounds were made since the disks were ready.
     late_rounds: u32,
 }
 
@@ -74,15 +74,15 @@ impl Base {
         self.round(gfns, ram)
     }
 
-    /// Whether the disks are ready for the pause; if not, they have been told to get ready and a report
+    /// Whether the disks are ready for the pause. If not, this orders them to get ready, and a report
     /// follows.
     pub(super) fn disks_are_ready(&mut self, gfns: Vec<Gfn>) -> bool {
         self.spare = gfns;
         self.disks.as_mut().is_none_or(DiskBase::is_ready)
     }
 
-    /// The disks are ready, which took its time. Returns a list for another round of memory if so much has
-    /// become dirty meanwhile that the pause would be long.
+    /// The disks are ready. Returns a list for another round of memory if so many pages have become dirty
+    /// meanwhile that the pause would be long.
     pub(super) fn late_round(&mut self, dirty: usize, staging_pages: usize) -> Option<Vec<Gfn>> {
         self.late_rounds += 1;
         let many = dirty + self.early.len() > staging_pages / 2;
@@ -94,12 +94,12 @@ impl Base {
         Job::BaseRound { round: self.round, gfns, ram: ram.clone() }
     }
 
-    /// Where pages go that are taken while a round is still being sent. They belong to the next one.
+    /// The list for pages that are taken while a round is still being sent. They belong to the next one.
     pub(crate) fn early(&mut self) -> &mut Vec<Gfn> {
         &mut self.early
     }
 
-    /// Goes on to the next round with the pages that became dirty during the last.
+    /// Begins the next round with the pages that became dirty during the last.
     pub(crate) fn next_round(&mut self, mut gfns: Vec<Gfn>, ram: &Arc<Ram>) -> Job {
         gfns.append(&mut self.early);
         gfns.sort_unstable();
@@ -110,14 +110,14 @@ impl Base {
         self.round(gfns, ram)
     }
 
-    /// Whether the rest is to be sent with the VM stopped: it fits half of a staging buffer, or there were
-    /// rounds enough.
+    /// Whether the rest should be sent with the VM stopped: it fits half of a staging buffer, or there were
+    /// enough rounds.
     pub(crate) fn is_last(&self, dirty: usize, staging_pages: usize) -> bool {
         // In bitmap mode `dirty` counts the device models' pages alone, so at least two rounds are made.
         self.round >= MAX_ROUNDS || self.round >= 2 && dirty + self.early.len() <= staging_pages / 2
     }
 
-    /// So many pages more are sent.
+    /// Counts pages that were sent.
     pub(crate) fn sent(&mut self, pages: u64) {
         self.sent_pages += pages;
         if self.reported.elapsed() >= REPORT {
@@ -138,7 +138,7 @@ impl Base {
 }
 
 impl Coordinator {
-    /// Protection begins: everything that checkpoints need is allocated now (invariant 5).
+    /// Begins protection: allocates everything that checkpoints need (invariant 5).
     pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>) {
         let prepared = self.prepare_base(link, &pool);
         let base = match prepared {
@@ -171,18 +171,18 @@ impl Coordinator {
         self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
     }
 
-    /// The base synchronisation that goes over this link.
+    /// The base synchronisation over this link.
     pub(super) fn base_of(&mut self, link: Link) -> Option<&mut Base> {
         let protection = self.protection.as_mut().filter(|protection| protection.link == link)?;
         protection.base.as_mut()
     }
 
-    /// The disks are at the standby, if there are any: memory follows.
+    /// The standby has the disks, if there are any: memory follows.
     fn begin_memory(&mut self, link: Link) {
         if let Err(error) = self.with.machine.enable_tracking() {
             return self.base_failed(link, error.to_string());
         }
-        // After tracking began: a page that is touched later is dirty. The standby's memory is zero, like
+        // After tracking began, so a page that is touched later is dirty. The standby's memory is zero, like
         // every page that was never touched here.
         let ram = self.with.machine.ram().clone();
         let gfns: Vec<Gfn> = ram.touched().unwrap_or_else(|error| {
@@ -195,7 +195,7 @@ impl Coordinator {
         }
     }
 
-    /// How far the synchronisation of the disks is.
+    /// Takes a report of the disks' synchronisation.
     pub(super) fn disk_report(&mut self, link: Link, report: SyncReport) {
         let (dirty, pages) = (self.with.machine.tracker().pending(), self.with.staging_pages);
         let Some(base) = self.base_of(link) else { return };
@@ -207,11 +207,11 @@ impl Coordinator {
                 Some(gfns) => self.next_round(link, gfns),
                 None => self.capture_base(link),
             },
-            Next::Fail(why) => self.base_failed(link, format!("the disks cannot be synchronised: {why}")),
+            Next::Fail(why) => self.base_failed(link, format!("cannot synchronise the disks: {why}")),
         }
     }
 
-    /// A round is sent. Either the rest is small enough for the final stop, or there is another round.
+    /// A round was sent. Either the rest is small enough for the final stop, or another round follows.
     pub(super) fn base_round_done(&mut self, link: Link, mut gfns: Vec<Gfn>) {
         let (dirty, pages) = (self.with.machine.tracker().pending(), self.with.staging_pages);
         let Some(base) = self.base_of(link) else { return };
@@ -228,8 +228,7 @@ impl Coordinator {
     fn capture_base(&mut self, link: Link) {
         let ram = self.with.machine.ram().clone();
         if let Some(base) = self.base_of(link) {
-            // What was taken early has not been sent since, so it is part of what the final checkpoint
-            // carries.
+            // Pages that were taken early have not been sent since, so the final checkpoint carries them.
             base.early().drain(..).for_each(|gfn| ram.log().mark(gfn));
         }
         let wanted = self.with.driver.wanted();

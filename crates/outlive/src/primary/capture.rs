@@ -12,10 +12,10 @@ use super::pool::Pool;
 use super::ports::Commit;
 use crate::link::CheckpointPart;
 
-/// How long the VM waits for a buffer in one go, in the pause of a checkpoint that is larger than one.
+/// How long the VM waits for a buffer at a time, in the pause of a checkpoint that is larger than one buffer.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 
-/// Epochs of this length, ended early by so many dirty pages or by a full log.
+/// A policy for epochs of this length, ended early by this many dirty pages or by a full log.
 pub(super) fn policy(interval: Duration, max_dirty: usize) -> Policy {
     Policy::new(vec![
         Box::new(DirtyLogFull),
@@ -38,13 +38,13 @@ pub(super) struct FullLogs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
     Now,
-    /// Not before this time; to be asked again then.
+    /// Not before this time; ask again then.
     At(Duration),
     Nothing,
 }
 
 impl Coordinator {
-    /// When the checkpoint that is wanted is due.
+    /// When the wanted checkpoint is due.
     pub(super) fn due(&self, wanted: Wanted) -> Due {
         let has_buffer = || self.protection.as_ref().is_some_and(|protection| protection.pool.has_free());
         match wanted {
@@ -70,7 +70,7 @@ impl Coordinator {
         }
     }
 
-    /// Learns how long commits take.
+    /// Tells the policy how long commits take.
     pub(super) fn note_commit(&mut self, committed: Option<Commit>) {
         let Some(Commit { number, at }) = committed else { return };
         while let Some((_, captured)) = self.on_their_way.pop_front_if(|(shipped, _)| *shipped <= number) {
@@ -83,7 +83,7 @@ impl Coordinator {
         if self.due(wanted) == Due::Now { self.capture(wanted) } else { Ok(()) }
     }
 
-    /// Takes the checkpoint that is wanted, and hands it to the sender.
+    /// Takes the wanted checkpoint, and hands it to the sender.
     pub(super) fn capture(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
         let Some(pool) = self.protection.as_ref().map(|protection| protection.pool.clone()) else {
             return Ok(());
@@ -138,8 +138,8 @@ impl Coordinator {
         (result, inside.decided)
     }
 
-    /// The VM stands still with a checkpoint half taken. Protection starts anew; the VM goes on once the
-    /// state machine allows it (invariant 7).
+    /// The vCPUs are stopped and a checkpoint is half taken. Protection starts anew; the VM continues once
+    /// the state machine allows it (invariant 7).
     pub(super) fn capture_failed(&mut self, error: &CaptureError) {
         tracing::error!("checkpoint failed: {error}");
         if let CaptureError::Vcpu(VcpuError::HostFault { vcpu, why }) = error {
@@ -161,19 +161,19 @@ impl Coordinator {
 /// What was decided in a pause.
 #[derive(Default)]
 pub(super) struct Decided {
-    /// Where the checkpoint goes; it is of no use without one.
+    /// Where the checkpoint goes; without a ticket it is useless.
     pub(super) ticket: Option<Ticket>,
-    /// What is to be done after the pause.
+    /// What to do after the pause.
     pub(super) after: After,
-    /// Parts that are under way already.
+    /// How many parts are already under way.
     sent_parts: usize,
 }
 
-/// What is done while the VM stands still.
+/// The work while the vCPUs are stopped.
 struct InsidePause<'a> {
     driver: &'a SharedDriver,
     pool: &'a Pool,
-    /// Of all parts.
+    /// The pages and state bytes of all parts.
     pages: usize,
     decided: Decided,
 }
@@ -196,7 +196,7 @@ impl InPause for InsidePause<'_> {
 }
 
 impl InsidePause<'_> {
-    /// The next free buffer. Only an oversized checkpoint comes here; the VM waits for the link.
+    /// The next free buffer. Only an oversized checkpoint needs it; the VM waits for the link.
     fn next_buffer(&self) -> Result<Outgoing, String> {
         loop {
             if let Some(buffer) = self.pool.take_within(BUFFER_PATIENCE) {

@@ -1,14 +1,13 @@
-//! The coordinator: the thread on which the VM's side of the protection happens.
-//!
-//! It takes checkpoints when the policy says so, runs the base synchronisation, and follows what the
-//! decisions ask of it. It waits for one thing at a time: a message, the state machine's next deadline, or
-//! the time that the policy has named; no lock is held while it waits.
+//! The coordinator: the thread on which the VM's side of the protection happens. It takes checkpoints when
+//! the policy says so, runs the base synchronisation, and does what the decisions demand. It waits for one
+//! thing at a time: a message, the state machine's next deadline, or the time that the policy has named; it
+//! holds no lock while it waits.
 //!
 //! ```text
 //! capture.rs   when an epoch ends, and the pause
 //! base.rs      the base synchronisation of memory; disks.rs that of the disks
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
-//! notes.rs     what is said about them
+//! notes.rs     log lines and events about them
 //! ```
 
 use std::collections::VecDeque;
@@ -39,7 +38,7 @@ use crate::vm::End;
 
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// A fault of the host that comes so soon after a takeover is taken for the guest's doing.
+/// A fault of the host that comes this soon after a takeover counts as the guest's crash.
 const SAME_FAULT: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
@@ -58,11 +57,11 @@ pub(super) struct Setup {
     pub(super) stop_budget: Duration,
     /// When an epoch ends.
     pub(super) policy: Policy,
-    /// Pages that a buffer has room for.
+    /// How many pages a buffer has room for.
     pub(super) staging_pages: usize,
     /// Whether there are disks whose writes are part of a checkpoint.
     pub(super) replicates_disks: bool,
-    /// What is said of the disks' images.
+    /// Keeps the sidecars of the disks' images.
     pub(super) sidecars: Arc<Sidecars>,
     /// Compares both copies now and then.
     pub(super) self_check: SelfCheck,
@@ -74,29 +73,29 @@ pub(super) struct Setup {
     pub(super) reporter: Option<Reporter>,
 }
 
-/// A standby has accepted, and the VM is on its way to it or protected.
+/// The protection by a standby that has accepted: the base is under way, or the VM is protected.
 pub(super) struct Protection {
     pub(super) link: Link,
     pub(super) pool: Arc<Pool>,
-    /// Until the base is captured.
+    /// The base synchronisation, until the base is captured.
     pub(super) base: Option<Base>,
 }
 
-/// See the module.
+/// The coordinator; see the module.
 pub(super) struct Coordinator {
     pub(super) with: Setup,
     pub(super) protection: Option<Protection>,
-    /// Logs that have filled up in this epoch.
+    /// The logs that have filled up in this epoch.
     pub(super) full: FullLogs,
-    /// Checkpoints that are not known to be committed, with when their pause ended.
+    /// Checkpoints that are not known to be committed, with the time at which their pause ended.
     pub(super) on_their_way: VecDeque<(u64, Duration)>,
     /// How long the last commit took.
     pub(super) acknowledged_in: Option<Duration>,
-    /// Checkpoints of this process.
+    /// The number of checkpoints of this process.
     pub(super) captures: u64,
-    /// Why the VM cannot run here any more.
+    /// Why the VM can no longer run here.
     pub(super) over: Option<String>,
-    /// The guest has crashed because no host can run it.
+    /// Whether the guest counts as crashed because no host can run it.
     pub(super) blamed: bool,
     restarts: Restarts,
     notes: Notes,
@@ -126,8 +125,8 @@ impl Coordinator {
         loop {
             if let Some(end) = self.turn() {
                 if matches!(end, End::Failed(_)) {
-                    // The machine may have a thread that never comes, and its memory takes time to be given
-                    // back: the end of the process waits for neither.
+                    // The machine may have a thread that never comes, and freeing its memory takes time: the
+                    // end of the process waits for neither.
                     std::mem::forget(self);
                 }
                 return end;
@@ -135,7 +134,7 @@ impl Coordinator {
         }
     }
 
-    /// Waits for one thing and does it. Returns the end when it was the last.
+    /// Waits for one thing and does it. Returns the end if it was the last.
     pub(super) fn turn(&mut self) -> Option<End> {
         if let Some(message) = self.wait()
             && let Some(end) = self.take(message)
@@ -150,7 +149,7 @@ impl Coordinator {
         self.over.take().map(|why| self.give_up(&why))
     }
 
-    /// Waits for a message, but not beyond the next thing to do.
+    /// Waits for a message, but not beyond the next deadline.
     fn wait(&mut self) -> Option<Inbox> {
         let waiting = self.with.driver.wait();
         self.note_commit(waiting.committed);
@@ -167,11 +166,11 @@ impl Coordinator {
         if timeout.is_zero() {
             return self.with.inbox.try_recv().ok();
         }
-        // The driver keeps a sender, so nobody hangs up.
+        // The driver keeps a sender, so the channel stays connected.
         self.with.inbox.recv_timeout(timeout).ok()
     }
 
-    /// Follows one message. Returns the end when it was the last.
+    /// Handles one message. Returns the end if it was the last.
     fn take(&mut self, message: Inbox) -> Option<End> {
         match message {
             Inbox::Wake => {}
@@ -201,7 +200,7 @@ impl Coordinator {
             _ => None,
         };
         if let PrimaryNote::Won { generation } = &note {
-            // Whoever finds the images shall know that they are the newest.
+            // The sidecars must say that the images are the newest.
             self.with.sidecars.say(Saying::primary(*generation));
         }
         self.notes.say(note, standby);
@@ -215,7 +214,8 @@ impl Coordinator {
             MachineEvent::Power(PowerRequest::Reset(way)) => self.restart_asked(way),
             MachineEvent::GuestPanicked => {
                 tracing::error!(
-                    "the guest's kernel panicked; the VM runs on for what it does next (panic= of its command line)"
+                    "the guest's kernel panicked; the VM keeps running, and panic= of its command line \
+                     decides what happens next"
                 );
                 self.with.events.emit(Event::GuestPanicked);
             }
@@ -233,15 +233,16 @@ impl Coordinator {
         }
     }
 
-    /// This host cannot run a vCPU any more. The guest has done nothing that is known of, so its standby goes
-    /// on. A guest that makes every host fail does so again soon after the takeover, from the same
-    /// checkpoint: then it has crashed, or two hosts would hand it to each other forever.
+    /// This host can no longer run a vCPU. As far as is known the guest did nothing wrong, so its standby
+    /// takes over. A guest that makes every host fail does so again soon after the takeover, from the same
+    /// checkpoint. Then it counts as crashed; otherwise two hosts would hand it to each other forever.
     pub(super) fn host_fault(&mut self, vcpu: u8, why: &str) {
         let soon = self.with.took_over.is_some_and(|at| at.elapsed() < SAME_FAULT);
         if soon && !std::mem::replace(&mut self.blamed, true) {
             tracing::error!(
                 vcpu,
-                "soon after the takeover this host, too, cannot run the guest: it crashed: {why}"
+                "soon after the takeover this host cannot run the guest either, so the guest counts as \
+                 crashed: {why}"
             );
             self.with.machine.blame_guest();
             return self.end(EndReason::Crash);
@@ -249,7 +250,7 @@ impl Coordinator {
         self.over = Some(format!("a fault of this host, vCPU {vcpu}: {why}"));
     }
 
-    /// The guest asks for a restart; one that cannot ends.
+    /// The guest asks for a restart; a guest that cannot restart ends.
     fn restart_asked(&mut self, way: ResetWay) {
         if !self.with.machine.can_reset() {
             return self.end(EndReason::Reset);
@@ -268,7 +269,7 @@ impl Coordinator {
         }
     }
 
-    /// The guest restarts, protected as before, if it is time.
+    /// Restarts the guest, protected as before, if it is time.
     fn restart_if_due(&mut self) {
         let Some(way) = self.restarts.take(Instant::now()) else { return };
         if !self.with.driver.guest_may_run() {
@@ -285,21 +286,21 @@ impl Coordinator {
         }
     }
 
-    /// The operator wants the VM stopped. Linux is asked first, as by its power button.
+    /// The operator wants the VM stopped. A Linux guest is asked first, by its power button.
     fn stop(&mut self, why: &'static str) {
-        tracing::info!("{why}: the VM is to stop");
+        tracing::info!("{why}: stopping the VM");
         let ask_guest = why != process::ORPHANED && self.with.machine.can_reset();
         self.with.driver.handle(PrimaryEvent::Stop { ask_guest });
     }
 
     fn ask_guest(&mut self) {
-        tracing::info!("the guest is asked to shut down; a second stop does not ask");
+        tracing::info!("asked the guest to shut down; a second stop does not ask");
         self.with.machine.press_power_button();
     }
 
     /// KVM holds a vCPU until its dirty ring is emptied.
     fn dirty_log_full(&mut self) {
-        // In an epoch the next checkpoint does it, and is due at once.
+        // In an epoch the next checkpoint empties it, and is due at once.
         self.full.dirty = true;
         // During base synchronisation the guest must not wait for the round that is being sent.
         if let Some(base) = self.protection.as_mut().and_then(|protection| protection.base.as_mut())
@@ -325,7 +326,7 @@ impl Coordinator {
                 }
             }
             SenderReport::BaseRoundDone(gfns) => self.base_round_done(link, gfns),
-            // Taken care of where they are reported: see `links.rs`.
+            // Handled where they are reported: see `links.rs`.
             SenderReport::Free(_)
             | SenderReport::Sent(_)
             | SenderReport::Shipped(_)
@@ -357,22 +358,22 @@ impl Coordinator {
         self.with.machine.write_log().set_mode(LogMode::Off);
     }
 
-    /// The VM cannot run on this host any more. If a checkpoint was committed, it is whole: this process ends
-    /// without a word on the link, so the standby takes over from there. Held output goes with it.
+    /// The VM can no longer run on this host. A committed checkpoint is whole, so this process ends without a
+    /// word on the link and the standby takes over from there. Held output is lost with the process.
     fn give_up(&mut self, why: &str) -> End {
         let protected = self.with.driver.status() == PrimaryStatus::Protected;
         self.with.driver.leave();
         self.with.reporter.take();
         let then = if protected { "leaving it to its standby" } else { "and no standby has it" };
-        End::Failed(format!("the VM cannot run here any more, {then}: {why}"))
+        End::Failed(format!("the VM can no longer run here, {then}: {why}"))
     }
 
     fn exit(&mut self, reason: ExitReason) -> End {
         self.with.machine.pause();
-        // What was committed leaves; of what was lost, nothing does after this.
+        // Committed output leaves now; after this, nothing else does.
         self.with.driver.finish_output();
         self.with.driver.finish(FAREWELL);
-        // Its last report goes before the end.
+        // Its last report comes before the end.
         self.with.reporter.take();
         self.with.sidecars.written_within(FAREWELL).ok();
         End::Primary(reason)

@@ -14,12 +14,12 @@ use crate::events::{Event, EventWriter};
 use crate::link::Job;
 use crate::vm::limits::DISK_BYTES;
 
-/// Chunks that may have been written while the rounds of memory went out, for the log to begin: 8 MiB.
+/// The log begins once no more than this many chunks were written meanwhile: 8 MiB.
 const FEW: usize = 128;
-/// So many times what was written meanwhile is sent, before the log begins however much it is.
+/// After this many rounds of what was written meanwhile the log begins, however much there is.
 const CATCH_UPS: u32 = 4;
 
-/// The marks of the machine's log.
+/// The marks of the machine's write log.
 struct Marks(Arc<WriteLog>);
 
 impl Changed for Marks {
@@ -36,13 +36,13 @@ impl Changed for Marks {
 enum Phase {
     /// The first rounds: everything that differs.
     Syncing,
-    /// The standby has the disks, and memory is on its way.
+    /// The standby has the disks, and memory is being sent.
     Synced,
-    /// What was written meanwhile is on its way.
+    /// What was written meanwhile is being sent.
     CatchingUp,
-    /// The log has begun, and what was written before it is on its way.
+    /// The log has begun, and what was written before it is being sent.
     Last,
-    /// Everything that is not in the log is at the standby.
+    /// The standby has everything that is not in the log.
     Done,
 }
 
@@ -87,8 +87,8 @@ impl DiskBase {
             return Ok(None);
         }
         let log = machine.write_log().clone();
-        // A write that completes from here on is marked; what completed before is in the image that is now
-        // read.
+        // A write that completes from here on is marked; a write that completed before is in the image that
+        // is read now.
         log.set_mode(LogMode::Track);
         let (sending, telling) = (driver.clone(), driver.clone());
         let sync = DiskSync::start(
@@ -101,18 +101,18 @@ impl DiskBase {
         Ok(Some(Self { sync, log, phase: Phase::Syncing, catch_ups: 0, events: events.clone() }))
     }
 
-    /// Whether memory has to wait.
+    /// Whether memory must wait for the disks.
     pub(super) fn comes_first(&self) -> bool {
         self.phase == Phase::Syncing
     }
 
-    /// The standby's answer to sums.
+    /// Takes the standby's answer to sums.
     pub(super) fn want(&self, want: DiskWant) {
         self.sync.want(want);
     }
 
-    /// Little memory is left. Returns whether the disks are ready for the pause; if not, a report will say
-    /// so.
+    /// Little memory is left to send. Returns whether the disks are ready for the pause; if not, a report
+    /// follows once they are.
     pub(super) fn is_ready(&mut self) -> bool {
         if self.phase == Phase::Synced {
             self.phase = Phase::CatchingUp;
@@ -151,12 +151,12 @@ impl DiskBase {
     }
 
     /// From here on writes are logged and go with the final checkpoint. A write is either marked, and in a
-    /// chunk that is read after this, or in the log, which the standby applies after the chunks; one that is
-    /// cut in two by this moment is half of each. When the log is full, writes wait for the checkpoint: a
-    /// guest that writes faster than the link carries is slowed down here.
+    /// chunk that is read after this, or in the log, which the standby applies after the chunks; a write that
+    /// straddles this moment is half of each. When the log is full, writes wait for the checkpoint, which
+    /// slows down a guest that writes faster than the link carries.
     fn begin_log(&mut self) {
         self.phase = Phase::Last;
-        // What an earlier protection left in the log goes away with the buffer that comes out.
+        // This drops what an earlier protection left in the log.
         self.log.swap(&mut RecordBuf::with_capacity(DISK_BYTES));
         self.log.set_mode(LogMode::Log);
         self.sync.catch_up(true);

@@ -1,9 +1,8 @@
-//! The driver of the primary's decisions, for all threads.
-//!
-//! One lock covers the state machine and its ports, so actions are carried out in the order decided,
-//! whichever thread brought the event. Nothing under the lock makes a system call that could wait, because
-//! the pause of the VM waits for it. What takes time comes after the lock: above all, a committed epoch's
-//! output leaves by the very thread that read the acknowledgement.
+//! The driver of the primary's decisions, shared by all threads. One lock covers the state machine and its
+//! ports, so actions are carried out in the order of the decisions, whichever thread brought the event.
+//! Nothing under the lock makes a system call that could wait, because the VM's pause waits for the lock.
+//! What takes time is done after the lock is dropped: above all, the thread that read the acknowledgement
+//! sends the committed epoch's output.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,14 +32,14 @@ pub(super) struct Waiting {
     pub(super) committed: Option<Commit>,
 }
 
-/// See the module.
+/// The driver; see the module.
 pub(crate) struct SharedDriver {
     driver: Mutex<PrimaryDriver<Ports>>,
     clock: Clock,
     valve: Arc<Valve>,
     inbox: Queue,
     totals: Arc<Totals>,
-    /// This side has left the VM to its standby and decides nothing any more. Written under the lock.
+    /// Whether this side has left the VM to its standby and decides nothing more. Written under the lock.
     left: AtomicBool,
 }
 
@@ -58,7 +57,7 @@ impl SharedDriver {
         Arc::new(Self { driver, clock, valve, inbox, totals, left: AtomicBool::new(false) })
     }
 
-    /// The time that the state machine is fed with.
+    /// The time for the state machine.
     pub(crate) fn clock(&self) -> Clock {
         self.clock
     }
@@ -75,7 +74,7 @@ impl SharedDriver {
         self.follow(after);
     }
 
-    /// What a call has left to its caller, on this thread.
+    /// Does what a call left for its caller, on this thread.
     pub(super) fn follow(&self, after: After) {
         if after.drain {
             let began = Instant::now();
@@ -87,7 +86,7 @@ impl SharedDriver {
         }
     }
 
-    /// A connection is up.
+    /// Takes a new connection into use.
     pub(super) fn connected(&self, connection: Connection) {
         let after = {
             let mut driver = self.lock();
@@ -101,29 +100,29 @@ impl SharedDriver {
         self.follow(after);
     }
 
-    /// A checkpoint is captured; called inside the pause. What it leaves to be done is done after the pause.
+    /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.
     pub(super) fn captured(&self) -> (Option<Ticket>, After) {
         self.lock().captured(self.clock.now())
     }
 
-    /// Queues a checkpoint, or a part of one, for the link of its ticket. If that is not in use any more, the
-    /// buffer goes the way of the protection that it belonged to.
+    /// Queues a checkpoint, or a part of one, for the link of its ticket. If that link is no longer in use,
+    /// the buffer is dropped like the protection that it belonged to.
     pub(super) fn ship(&self, part: Box<CheckpointPart>) {
         let shipped = self.lock().ship(self.clock.now(), part.ticket, part);
-        // A part that comes back is dropped here, after the lock.
+        // A returned part is dropped here, after the lock.
         if let Ok(after) = shipped {
             self.follow(after);
         }
     }
 
-    /// What the coordinator may wait for. It is woken when that changes for the better.
+    /// What the coordinator may wait for. It is woken when there is something to do sooner.
     pub(super) fn wait(&self) -> Waiting {
         let mut driver = self.lock();
         let (wanted, deadline) = driver.wait();
         Waiting { wanted, deadline, committed: driver.ports().committed() }
     }
 
-    /// What checkpoint is wanted next.
+    /// Which checkpoint is wanted next.
     pub(super) fn wanted(&self) -> Wanted {
         self.lock().machine().wanted_capture()
     }
@@ -148,7 +147,7 @@ impl SharedDriver {
         drop(job);
     }
 
-    /// Whom a link leads to, for people.
+    /// The standby that a link leads to, for people.
     pub(super) fn standby(&self, link: Link) -> Option<String> {
         self.lock().ports().connection(link).map(|connection| connection.address.clone())
     }
@@ -158,7 +157,7 @@ impl SharedDriver {
         self.inbox.send(message).ok();
     }
 
-    /// Gives the driver the thread that asks the arbiter.
+    /// Gives the driver the thread that makes claims.
     pub(super) fn set_claims(&self, claims: ClaimWorker) {
         self.lock().ports_mut().set_claims(claims);
     }
@@ -181,27 +180,27 @@ impl SharedDriver {
         self.valve.held_since().map(|since| self.clock.since_start(since))
     }
 
-    /// Lets everything out that may leave. When output is discarded, waits for the frame that is being sent:
+    /// Lets everything out that may leave. If output is discarded, waits for the frame that is being sent:
     /// nothing leaves after this.
     pub(super) fn finish_output(&self) {
         self.valve.drain();
     }
 
-    /// Leaves the VM to its standby: output is thrown away and the link is closed without a word on it, as
-    /// when this process dies. Nothing is decided here from now on; above all the closed link does not make
-    /// this side ask the arbiter for the VM.
+    /// Leaves the VM to its standby: throws output away and closes the link without a word, as when this
+    /// process dies. Nothing is decided here from now on; above all, the closed link does not make this side
+    /// claim the next generation.
     pub(super) fn leave(&self) {
         let mut driver = self.lock();
         self.left.store(true, Ordering::Relaxed);
         self.valve.discard();
         if let Some(connection) = driver.ports_mut().take_connection() {
             connection.sender.close();
-            // Its thread may be writing; nobody waits for it.
+            // Its thread may be writing; do not wait for it.
             std::mem::forget(connection);
         }
     }
 
-    /// Lets what is queued go out and closes the link.
+    /// Sends what is queued and closes the link.
     pub(super) fn finish(&self, patience: Duration) {
         let connection = self.lock().ports_mut().take_connection();
         if let Some(mut connection) = connection {

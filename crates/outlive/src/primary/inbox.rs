@@ -1,4 +1,4 @@
-//! What the coordinator is told. Every other thread has the sending end, and nothing else of the coordinator.
+//! Messages to the coordinator. Every other thread has the sending end, and nothing else of the coordinator.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -12,8 +12,8 @@ use super::self_check::Hashed;
 use crate::disk::SyncReport;
 use crate::link::SenderReport;
 
-/// The sending end. Sending never blocks; what comes after the coordinator's end is lost, and nobody needs
-/// it.
+/// The sending end. Sending never blocks; messages after the coordinator's end are lost, and nobody needs
+/// them.
 pub(crate) type Queue = Sender<Inbox>;
 
 /// One message.
@@ -28,13 +28,13 @@ pub(crate) enum Inbox {
     DisksHashed(Hashed),
     /// How far the disks are in the base synchronisation.
     DiskSync(Link, SyncReport),
-    /// Begin base synchronisation for this link, whose checkpoints stand in these buffers.
+    /// Begin base synchronisation for this link, with these buffers for its checkpoints.
     StartBase(Link, Arc<Pool>),
-    /// The link is of no further use: end the protection that used it.
+    /// The link is no longer useful: end the protection that used it.
     Detached(Link),
     /// Log this.
     Note(PrimaryNote),
-    /// Look again: something that the coordinator waits for may have come.
+    /// Check again: something that the coordinator waits for may have come.
     Wake,
     /// Ask the guest to shut itself down.
     AskGuest,

@@ -1,4 +1,4 @@
-//! From a machine that runs to its coordinator: the same for a first start and after a takeover.
+//! From a running machine to its coordinator: the same for a first start and after a takeover.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
 use crate::vm::{self, End, Launch, limits};
 
-/// How long the end of a VM waits for the arbiter to learn of it. It is for people only.
+/// How long the end of a VM waits for the arbiter to note it. The note is for people only.
 const NOTE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs the VM until it ends here.
@@ -102,7 +102,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         driver,
         inbox,
         took_over: (identity.checkpoint > 0).then(Instant::now),
-        // Who gives no sign of life for so long is dead to others.
+        // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,
         policy: capture::policy(options.interval, options.max_dirty),
         staging_pages: options.max_dirty * 2,

@@ -15,7 +15,7 @@ use super::ports::Connection;
 use super::stats::Totals;
 use crate::link::{self, Heard, Job, Sender, SenderReport};
 
-/// What the thread is to do.
+/// The thread's orders.
 pub(crate) enum Errand {
     /// Connect to the standby at this index, and serve the connection.
     Dial { link: Link, address: usize },
@@ -31,11 +31,11 @@ pub(crate) struct Plan {
     pub(crate) heartbeat: Duration,
     /// Counts what is sent.
     pub(crate) totals: Arc<Totals>,
-    /// Told what the senders report.
+    /// Takes the senders' reports.
     pub(crate) inbox: Queue,
 }
 
-/// Errands for a thread that does not run yet.
+/// The orders' queue, for a thread that does not run yet.
 pub(crate) fn errands() -> (Channel<Errand>, Receiver<Errand>) {
     channel()
 }
@@ -137,7 +137,7 @@ fn connect(
     Ok(())
 }
 
-/// What becomes of a sender's reports, on its thread.
+/// Handles a sender's reports, on its thread.
 fn reporter(
     link: Link,
     pool: Arc<Pool>,

@@ -33,8 +33,8 @@ use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy};
 pub(crate) use launch::run;
 
 /// Starts a new VM. Everything that can be wrong with options or machine is found here, before the guest
-/// runs; everything made so far goes away with an error. The arbiter is written to last, because a generation
-/// that was won stays won.
+/// runs; an error undoes everything made so far. The arbiter is written to last, because a won generation
+/// stays won.
 ///
 /// # Errors
 /// One line that names the remedy.
@@ -57,7 +57,7 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
     let mut machine = make_machine(options, &guest, mac, &console, &machine_events)?;
     guest.load(&mut machine)?;
-    // Opening the event stream may make a file, so nothing that is likely to fail comes after it.
+    // Opening the event stream may make a file, so everything that is likely to fail comes before.
     let events = events::open(active.events.as_deref())?;
     process::on_stop(active.exit_with_stdin, stops.sender())
         .map_err(|e| format!("cannot watch signals: {e}"))?;
@@ -76,7 +76,7 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     machine.go_live(false);
     machine.resume();
     if machine.net().is_none() {
-        tracing::warn!("no --net: the VM has no network card, nobody can reach it");
+        tracing::warn!("no --net: the VM has no network card, so nobody can reach it");
     }
     let tracker = machine.tracker().kind();
     tracing::info!(vm = %vm, name = %options.name, %tracker, "VM started, unprotected");
@@ -93,7 +93,7 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     Ok(Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, console })
 }
 
-/// The machine with its card on its bridge.
+/// Makes the machine and attaches its card to the bridge.
 fn make_machine(
     options: &RunOptions,
     guest: &Guest,

@@ -1,5 +1,5 @@
-//! What is said about decisions: in the log, as events, in the counters. On the coordinator's thread, so that
-//! no decision waits for whoever reads the log.
+//! What the log, the events and the counters say about decisions. The coordinator's thread writes it, so that
+//! no decision waits for a reader of the log.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,14 +9,14 @@ use outlive_pair::PrimaryNote as Note;
 use super::stats::Totals;
 use crate::events::{Event, EventWriter};
 
-/// A standby that cannot be reached is told of again after this time.
+/// The log repeats after this time that no standby can be reached.
 const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
 
-/// See the module.
+/// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
     totals: Arc<Totals>,
-    /// When it was last said that no standby can be reached.
+    /// When the log last said that no standby can be reached.
     unreachable_since: Option<Instant>,
 }
 
@@ -25,7 +25,7 @@ impl Notes {
         Self { events, totals, unreachable_since: None }
     }
 
-    /// Says one. `standby` is where the link of the note leads to.
+    /// Writes one note. `standby` is where the link of the note leads to.
     pub(super) fn say(&mut self, note: Note, standby: Option<String>) {
         match note {
             Note::DialFailed { why } => self.unreachable(&why),
@@ -64,11 +64,11 @@ impl Notes {
         }
     }
 
-    /// It is tried again and again; the reason may differ each time although nothing has changed.
+    /// The primary tries again and again; the reason may differ each time although nothing has changed.
     fn unreachable(&mut self, why: &str) {
         if self.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
             self.unreachable_since = Some(Instant::now());
-            tracing::warn!("standby not reachable, trying on: {why}");
+            tracing::warn!("standby not reachable, still trying: {why}");
         } else {
             tracing::debug!("standby not reachable: {why}");
         }

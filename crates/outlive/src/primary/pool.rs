@@ -1,8 +1,6 @@
-//! The buffers in which the checkpoints of one protection stand, between the pause and the link.
-//!
-//! How many checkpoints may be on their way is the state machine's business. A buffer is back here when it is
-//! sent, which is before its checkpoint is acknowledged; only a checkpoint that goes out in parts uses more
-//! than one.
+//! The buffers that hold the checkpoints of one protection between the pause and the link. The state machine
+//! decides how many checkpoints may be in flight. A buffer returns here once it is sent, before its
+//! checkpoint is acknowledged; only a checkpoint that goes out in parts uses more than one.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,11 +12,11 @@ struct State {
     free: Vec<Outgoing>,
     /// The protection has not ended.
     open: bool,
-    /// Somebody found no buffer, and wants to be told of one.
+    /// Whether a thread found no buffer, and wants to know when one returns.
     missed: bool,
 }
 
-/// See the module.
+/// The pool; see the module.
 #[derive(Default)]
 pub(crate) struct Pool {
     state: Mutex<State>,
@@ -32,14 +30,14 @@ impl Pool {
         *state = State { free: buffers, open: true, missed: false };
     }
 
-    /// Ends the pool: buffers that come back later are freed.
+    /// Ends the pool: buffers that return later are freed.
     pub(crate) fn close(&self) {
         let ended = std::mem::take(&mut *self.lock());
-        // After the lock: freeing large memory takes its time.
+        // After the lock, because freeing large memory takes time.
         drop(ended);
     }
 
-    /// Takes a buffer. If there is none, [`put`](Self::put) will say that one was missed.
+    /// Takes a buffer. If there is none, the next [`put`](Self::put) returns that one was missed.
     pub(crate) fn take(&self) -> Option<Outgoing> {
         let mut state = self.lock();
         let buffer = state.free.pop();
@@ -47,14 +45,14 @@ impl Pool {
         buffer
     }
 
-    /// Whether a buffer is free. If none is, [`put`](Self::put) will say that one was missed.
+    /// Whether a buffer is free. If none is, the next [`put`](Self::put) returns that one was missed.
     pub(crate) fn has_free(&self) -> bool {
         let mut state = self.lock();
         state.missed = state.free.is_empty();
         !state.missed
     }
 
-    /// Takes a buffer, and waits for one, but not longer than this.
+    /// Takes a buffer, and waits at most `patience` for one.
     pub(crate) fn take_within(&self, patience: Duration) -> Option<Outgoing> {
         let wait = self.returned.wait_timeout_while(self.lock(), patience, |state| state.free.is_empty());
         wait.unwrap_or_else(PoisonError::into_inner).0.free.pop()

@@ -1,7 +1,7 @@
 //! What the primary's decisions reach: the link, the machine's valve, the arbiter, and the coordinator.
-//!
-//! Everything here runs under the driver's lock, for which the pause waits: it queues work for other threads
-//! and gives orders to the valve, which are a few atomic words. See [`outlive_pair::driver`].
+//! Everything here runs under the driver's lock, and the pause waits for that lock. So it only queues work
+//! for other threads and gives orders to the valve, which write a few atomic words. See
+//! [`outlive_pair::driver`].
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender as Channel;
@@ -23,9 +23,9 @@ use crate::link::{CheckpointPart, Job, Sender};
 pub(super) struct Connection {
     pub(super) link: Link,
     pub(super) sender: Sender,
-    /// Whom it leads to, for people.
+    /// The standby that it leads to, for people.
     pub(super) address: String,
-    /// Where its checkpoints stand.
+    /// The buffers of its checkpoints.
     pub(super) pool: Arc<Pool>,
 }
 
@@ -37,19 +37,20 @@ pub(super) struct Commit {
     pub(super) at: Duration,
 }
 
-/// What [`PrimaryPorts`] does here. See the module.
+/// The implementation of [`PrimaryPorts`]; see the module.
 pub(crate) struct Ports {
     /// The introduction; the generation is filled in when it is sent.
     hello: Hello,
     clock: Clock,
     valve: Arc<Valve>,
     inbox: Queue,
-    /// What the thread that makes and ends connections is to do.
+    /// The orders' queue of the thread that makes and ends connections.
     errands: Channel<Errand>,
     claims: Option<ClaimWorker>,
     totals: Arc<Totals>,
     connection: Option<Connection>,
-    /// The orderly end is queued for it: what is queued goes out before it is closed, at the process's end.
+    /// Whether the orderly end is queued for it: then what is queued goes out before it is closed, at the
+    /// process's end.
     ending: bool,
     committed: Option<Commit>,
 }
@@ -78,17 +79,17 @@ impl Ports {
         }
     }
 
-    /// Gives them the thread that asks the arbiter.
+    /// Gives the ports the thread that makes claims.
     pub(super) fn set_claims(&mut self, claims: ClaimWorker) {
         self.claims = Some(claims);
     }
 
-    /// A connection is up, and is used from now on.
+    /// Uses a new connection from now on.
     pub(super) fn connect(&mut self, connection: Connection) {
         self.connection = Some(connection);
     }
 
-    /// The connection, if it is this link.
+    /// The connection, if it has this link.
     pub(super) fn connection(&self, link: Link) -> Option<&Connection> {
         self.connection.as_ref().filter(|connection| connection.link == link)
     }
@@ -151,7 +152,7 @@ impl PrimaryPorts for Ports {
         if self.ending {
             self.connection = Some(connection);
         } else {
-            // Without that thread it is closed here; that is right, only slower.
+            // Without that thread it is closed here; that is correct, only slower.
             self.errands.send(Errand::Close(connection)).ok();
         }
     }
@@ -172,7 +173,7 @@ impl PrimaryPorts for Ports {
     fn begin_epoch(&mut self, epoch: u64) -> Result<(), String> {
         match self.valve.mode() {
             OutputMode::Hold => self.valve.begin(epoch).map_err(|error| error.to_string()),
-            mode => Err(format!("output is in mode {mode:?} and should be held")),
+            mode => Err(format!("output is in mode {mode:?} but should be held")),
         }
     }
 

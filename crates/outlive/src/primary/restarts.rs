@@ -1,17 +1,16 @@
-//! How often a guest restarts: one that does nothing else is slowed down.
-//!
-//! A restart reads the kernel from the VM's memory and writes it, with an epoch's worth of dirty pages, so a
-//! guest that cannot boot would keep both hosts busy forever.
+//! How often a guest restarts: a guest that does nothing else is slowed down. A restart copies the kernel
+//! within the VM's memory, which dirties a whole epoch's worth of pages, so a guest that cannot boot would
+//! keep both hosts busy forever.
 
 use std::time::{Duration, Instant};
 
 use outlive_machine::ResetWay;
 
-/// A guest that has run for so long between two restarts is well.
+/// A guest that has run for this long between two restarts is well.
 const LONG: Duration = Duration::from_secs(60);
-/// Restarts, each within [`LONG`] of the one before, that are carried out at once.
+/// How many restarts, each within [`LONG`] of the one before, are carried out at once.
 const AT_ONCE: u32 = 2;
-/// What the first after them waits; it doubles with each.
+/// How long the first restart after them waits; the wait doubles with each.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(32);
@@ -21,17 +20,17 @@ const LONGEST_WAIT: Duration = Duration::from_secs(32);
 pub(super) struct Restarts {
     /// When it was last carried out.
     last: Option<Instant>,
-    /// How many came soon after another, the last one of them included.
+    /// How many came soon after another, including the last.
     in_a_row: u32,
     due: Option<(Instant, ResetWay)>,
 }
 
-/// What is said about a restart that the guest asks for.
+/// What the log says about a restart that the guest asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Asked {
-    /// It ran for so long since the last one, which was not long.
+    /// It ran for this long since the last one, which was too short.
     pub(super) soon: Option<Duration>,
-    /// The restart waits for so long.
+    /// The restart waits for this long.
     pub(super) wait: Duration,
 }
 
@@ -48,12 +47,12 @@ impl Restarts {
         Asked { soon, wait }
     }
 
-    /// When the next one is to be carried out.
+    /// When the next one is due.
     pub(super) fn due(&self) -> Option<Instant> {
         self.due.map(|(at, _)| at)
     }
 
-    /// The way of one that is to be carried out now; it is then taken as done.
+    /// The way of a restart that is due now; it then counts as done.
     pub(super) fn take(&mut self, now: Instant) -> Option<ResetWay> {
         let (_, way) = self.due.take_if(|(at, _)| *at <= now)?;
         self.last = Some(now);

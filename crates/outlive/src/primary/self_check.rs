@@ -1,16 +1,13 @@
-//! The self-check of the side where the VM runs: at every N-th checkpoint the standby is told what its copy
-//! should be.
+//! The self-check of the side where the VM runs: every N-th checkpoint tells the standby what its copy should
+//! be.
 //!
 //! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and
 //! checkpoints go on, in this order:
-//!
-//! 1. The disks are drained: what was in flight is completed and logged, and nothing new is taken.
+//! 1. The disks are drained: requests in flight are completed and logged, and no new ones begin.
 //! 2. Their images are hashed.
 //! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the
 //!    standby has when it has applied the logs up to this one is what was hashed.
-//! 4. The disks go on.
-//!
-//! The guest's requests wait from 1 to 4, nothing else does.
+//! 4. The disks continue. The guest's requests wait from 1 to 4; nothing else waits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,10 +19,10 @@ use super::inbox::{Inbox, Queue};
 use crate::disk;
 use crate::vm::Disk;
 
-/// How long a disk may take to complete what is in flight. A log that is full needs a checkpoint for it.
+/// How long a disk may take to complete what is in flight. With a full log it needs a checkpoint first.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Disks that rest. They go on when this is dropped, wherever that is.
+/// Disks that rest. They continue when this is dropped.
 struct Resting(Vec<Disk>);
 
 impl Drop for Resting {
@@ -34,7 +31,7 @@ impl Drop for Resting {
     }
 }
 
-/// What the thread has found out.
+/// The thread's result.
 pub(crate) struct Hashed {
     /// Whether anybody still waits for it.
     wanted: Arc<AtomicBool>,
@@ -44,16 +41,16 @@ pub(crate) struct Hashed {
 enum State {
     Idle,
     Hashing(Arc<AtomicBool>),
-    /// Nobody wants it any more, but the thread still lets the disks rest. Another one beside it would go on
-    /// hashing disks that this one has set going.
+    /// The result is no longer wanted, but the thread still keeps the disks at rest. If another check began
+    /// now, this one's end would set the disks going while the other hashes them.
     Abandoned,
-    /// For the next checkpoint.
+    /// The hashes are ready for the next checkpoint.
     Ready(Resting, Vec<DiskHash>),
-    /// In the checkpoint that is being taken.
+    /// The hashes are in the checkpoint that is being taken.
     Taking(#[expect(dead_code, reason = "dropped when the checkpoint is taken")] Resting),
 }
 
-/// See the module.
+/// The self-check; see the module.
 pub(super) struct SelfCheck {
     every: Option<u64>,
     disks: Vec<Disk>,
@@ -62,14 +59,14 @@ pub(super) struct SelfCheck {
 }
 
 impl SelfCheck {
-    /// A check of the machine at every so many checkpoints.
+    /// A check of the machine every so many checkpoints.
     pub(super) fn new(every: Option<u64>, machine: &Machine, inbox: Queue) -> Self {
         let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
         Self { every, disks: replicated.cloned().collect(), inbox, state: State::Idle }
     }
 
-    /// A checkpoint is about to be taken, the one of this number. Returns the hashes of the disks if it is to
-    /// carry a check.
+    /// The checkpoint of this number is about to be taken. Returns the hashes of the disks if it should carry
+    /// a check.
     pub(super) fn before(&mut self, number: u64) -> Option<Vec<DiskHash>> {
         let due = number.is_multiple_of(self.every?);
         match std::mem::replace(&mut self.state, State::Idle) {
@@ -98,7 +95,7 @@ impl SelfCheck {
         self.state = found.map_or(State::Idle, |(resting, hashes)| State::Ready(resting, hashes));
     }
 
-    /// Protection ends, and with it what the standby could be told.
+    /// Protection ends, and with it the check.
     pub(super) fn cancel(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Idle) {
             State::Hashing(wanted) => {
@@ -124,12 +121,12 @@ impl SelfCheck {
     }
 }
 
-/// Drains and hashes. `None` if that failed or nobody wants it any more.
+/// Drains and hashes. `None` if that failed or the result is no longer wanted.
 fn hash(disks: Vec<Disk>, wanted: &AtomicBool) -> Option<(Resting, Vec<DiskHash>)> {
     let mut resting = Resting(Vec::new());
     for disk in disks {
         if !disk.drain(DRAIN) {
-            tracing::warn!(disk = disk.index(), "no self-check: the disk's requests do not end in time");
+            tracing::warn!(disk = disk.index(), "no self-check: the disk's requests did not end in time");
             return None;
         }
         resting.0.push(disk);

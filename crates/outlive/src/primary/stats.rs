@@ -13,7 +13,7 @@ use crate::link::Shipped;
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
 
-/// Checkpoints on their way, at most: more than there are buffers.
+/// How many checkpoints may be in flight: more than there are buffers.
 const ON_THEIR_WAY: usize = 64;
 
 /// Counters since this process became the active side. Recording allocates nothing.
@@ -28,16 +28,16 @@ pub(crate) struct Totals {
     dirty_pages: Recorded,
 }
 
-/// Where the checkpoints are.
+/// How far the checkpoints are.
 struct Way {
-    /// The newest one that is committed.
+    /// The newest committed one.
     committed: u64,
     /// Those that are sent and not committed, with the time at which the last byte was written.
     sent: VecDeque<(u64, Instant)>,
 }
 
 impl Totals {
-    /// All zero; `checkpoint` is the last one before this process became active.
+    /// Counters at zero; `checkpoint` is the last one before this process became active.
     pub(crate) fn new(checkpoint: u64) -> Arc<Self> {
         Arc::new(Self {
             generation: AtomicU64::new(0),
@@ -66,7 +66,7 @@ impl Totals {
         }
     }
 
-    /// So many bytes went out.
+    /// Counts bytes that were sent.
     pub(crate) fn sent(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -78,21 +78,21 @@ impl Totals {
         self.phases.record(Phase::Send, shipped.send);
         let mut way = self.way();
         if shipped.number <= way.committed {
-            // The answer came before the kernel said that the last byte is written.
+            // The acknowledgement came before the write of the last byte returned.
             self.phases.record(Phase::Acknowledge, Duration::ZERO);
         } else if way.sent.len() < ON_THEIR_WAY {
             way.sent.push_back((shipped.number, Instant::now()));
         }
     }
 
-    /// Output was let out; it took so long.
+    /// Output was let out; records how long that took.
     pub(crate) fn released(&self, took: Duration) {
         self.phases.record(Phase::Release, took);
     }
 
     /// Base synchronisation begins.
     pub(crate) fn base_begins(&self) {
-        // What was on its way over an earlier link never arrives.
+        // What was in flight on an earlier link never arrives.
         self.way().sent.clear();
         *self.base_began.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
@@ -108,7 +108,7 @@ impl Totals {
         self.protected.store(is, Ordering::Relaxed);
     }
 
-    /// A checkpoint was captured. After its pause.
+    /// A checkpoint was captured. Called after its pause.
     pub(crate) fn captured(&self, report: &CaptureReport) {
         let CaptureReport { pause, stop, state, harvest, handover, rearm, decide, copy, .. } = *report;
         let times = [
@@ -232,7 +232,7 @@ mod tests {
         totals.committed(9);
         assert_eq!(counted(&totals, Phase::Acknowledge), 2);
         totals.committed(10);
-        // Faster than the system call that sent it.
+        // The acknowledgement is faster than the system call that sent the checkpoint.
         totals.committed(11);
         totals.shipped(&shipped(11));
         assert_eq!(counted(&totals, Phase::Acknowledge), 2);

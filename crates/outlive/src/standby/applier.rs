@@ -1,11 +1,10 @@
-//! The thread that owns a session's copy: it tries the base, applies what is acknowledged, and throws the
-//! copy away or hands it over at the end. One thing after the other, in the order in which it was decided.
-//!
-//! The acknowledgement goes before the apply, because it is on the guest's way to its clients, and the commit
-//! does not depend on where in this host's memory the checkpoint stands. What is acknowledged is applied
+//! The thread that owns a session's copy: it tries the base, applies acknowledged checkpoints, and throws the
+//! copy away or hands it over at the end. It does one thing after the other, in the order of the decisions.
+//! The acknowledgement is sent before the apply, because the guest's clients wait for it, and the commit does
+//! not depend on where in this host's memory the checkpoint is. An acknowledged checkpoint is applied
 //! completely, whatever happens to the link meanwhile, so the copy only ever moves from one committed
-//! checkpoint to the next (invariant 2). However long that takes, the reader hears the primary meanwhile; it
-//! is the next acknowledgement that waits.
+//! checkpoint to the next (invariant 2). However long that takes, the reader keeps hearing the primary; only
+//! the next acknowledgement waits.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use super::decisions::Decisions;
 use super::handover::{Doing, Ending, Handover};
 use super::notes;
 
-/// See the module.
+/// What the thread works with; see the module.
 pub(super) struct Applier {
     pub(super) decisions: Arc<Decisions>,
     pub(super) link: Link,
@@ -29,7 +28,7 @@ pub(super) struct Applier {
 }
 
 impl Applier {
-    /// Starts the thread. It returns the copy, unless that was thrown away.
+    /// Starts the thread. It returns the copy, unless the copy was thrown away.
     ///
     /// # Errors
     /// The operating system's.
@@ -48,8 +47,8 @@ impl Applier {
                 }
             };
             let event = self.carry_out(&mut held.buffer, doing);
-            // Before the event: what was tried is applied next, and an acknowledgement is followed by a
-            // checkpoint that wants this buffer.
+            // Before the event: the tried checkpoint is applied next, and after an acknowledgement comes a
+            // checkpoint that needs this buffer.
             match doing {
                 Doing::Try => self.handover.tried(held),
                 Doing::Apply => {
@@ -63,10 +62,10 @@ impl Applier {
         }
     }
 
-    /// Returns what is to be reported.
+    /// Does the work and returns the event to report.
     fn carry_out(&mut self, staged: &mut Incoming, doing: Doing) -> Option<Event> {
         let link = self.link;
-        // Only what is whole is given.
+        // The reader hands over only whole checkpoints.
         let whole = staged.checkpoint()?;
         let checkpoint = whole.number();
         Some(match doing {
@@ -87,9 +86,9 @@ impl Applier {
         }
     }
 
-    /// Compares the copy with the VM, where the checkpoint says what that was. A copy that differs must never
-    /// run. Nobody writes to its memory until the checkpoint is said to be applied. The disks are compared by
-    /// their own thread.
+    /// Compares the copy with the VM, if the checkpoint has the hashes of the VM. A copy that differs must
+    /// never run. Nobody writes to the copy's memory until the checkpoint is reported as applied. The disks'
+    /// thread compares the disks.
     fn compare(&self, checkpoint: u64, hashes: Hashes) -> Result<(), String> {
         let events = &self.decisions.equipment.events;
         if let Err(difference) = hashes.compare_memory(&self.copy.ram()) {
@@ -107,14 +106,14 @@ impl Applier {
 
     fn discard(self) {
         let Self { decisions, link, handover, copy } = self;
-        // Nobody else holds memory or disks then, so this frees them.
+        // Nobody else holds memory or disks by then, so this frees them.
         handover.wait_for_reader();
         drop(copy);
         decisions.handle(Event::Discarded { link });
     }
 }
 
-/// What the checkpoint says of the VM, for a copy to be compared with; `None` when it says nothing.
+/// The hashes of the VM in the checkpoint, to compare a copy with; `None` if it has none.
 pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
     let section = checkpoint.state().find(StateKind::Check, 0)?;
     Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))

@@ -17,17 +17,17 @@ use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
 use crate::vm::{self, Identity, Relay};
 
-/// See the module. The applier owns it.
+/// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
     machine: Machine,
     memory: MemorySink,
     state: StateSink,
     disks: DiskSink,
     hello: Hello,
-    /// The machine does not run yet, so nobody listens.
+    /// Keeps the machine's events: it does not run yet, so nobody listens.
     machine_events: Relay<MachineEvent>,
-    /// Opened, and found to be the primary's, when the primary was accepted: a directory that takes its place
-    /// later is noticed.
+    /// Opened when the primary was accepted, and found to be the primary's, so that a directory that takes
+    /// its place later is noticed.
     arbiter: Box<dyn Arbiter>,
 }
 
@@ -39,8 +39,8 @@ pub(super) struct CopyParts {
     pub(super) arbiter: Box<dyn Arbiter>,
 }
 
-/// Checks at start that the card can be made, so that a wrong name is told at once and not at the first
-/// primary.
+/// Checks at the start that the card can be made, so that a wrong name is reported at once and not when the
+/// first primary comes.
 pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
     let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
     vm::join_bridge(Some(net))?;
@@ -65,7 +65,7 @@ impl VmCopy {
         let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
-        // The guest has found this number of queues.
+        // The guest has seen this number of queues.
         let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac) };
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
@@ -122,14 +122,14 @@ impl VmCopy {
         self.disks.0.clone()
     }
 
-    /// Of what parts a checkpoint's state must consist for it to be resumed here.
+    /// The parts that a checkpoint's state must have to be resumed here.
     pub(super) fn shape(&self) -> StateShape {
         self.machine.shape()
     }
 
-    /// Puts the machine into a checkpoint's state for trial, before it is acknowledged: CPUID, TSC frequency,
-    /// MSRs and devices that this host cannot give must be found while the primary still lives, not after the
-    /// generation is won. The machine does not run, and the takeover restores it again.
+    /// Restores a checkpoint's state into the machine as a trial, before it is acknowledged: CPUID, TSC
+    /// frequency, MSRs and devices that this host lacks must be found while the primary still lives, not
+    /// after the generation is won. The machine does not run, and the takeover restores it again.
     ///
     /// # Errors
     /// What this host cannot do.
@@ -143,7 +143,8 @@ impl VmCopy {
         [&mut self.memory, &mut self.state, &mut self.disks]
     }
 
-    /// Puts the machine into the state of the last commit. The guest's time goes on from when that came.
+    /// Restores the state of the last commit into the machine. The guest's time continues from the moment
+    /// when that commit came.
     ///
     /// # Errors
     /// What failed.
@@ -180,7 +181,7 @@ fn check(hello: &Hello) -> Result<(), String> {
     let vendor = process::vendor();
     if vendor != hello.vendor {
         return Err(format!(
-            "the VM runs on {}, this host is {vendor}: the state of one does not load on the other",
+            "the VM runs on {}, but this host is {vendor}: it cannot load the VM's state",
             hello.vendor
         ));
     }

@@ -1,4 +1,4 @@
-//! The standby's driver behind its lock, for all threads.
+//! The standby's driver behind its lock, shared by all threads.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,19 +21,19 @@ use crate::console::Console;
 use crate::disk::{DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
 
-/// What the ports were told beside a decision is done in any case.
+/// Whether a decision was made or not, what the ports were given to do is done.
 const NOTHING: After = After { drain: false, wake: false };
 
-/// What this host gives a standby.
+/// What this host provides for a standby.
 pub(super) struct Equipment {
     pub(super) host: Arc<Host>,
     pub(super) options: StandbyOptions,
-    /// The other ends of the VM's ports.
+    /// The host's ends of the VM's ports.
     pub(super) console: Arc<Console>,
     pub(super) events: EventWriter,
 }
 
-/// See the module.
+/// The driver; see the module.
 pub(super) struct Decisions {
     driver: Mutex<StandbyDriver<Ports>>,
     clock: Clock,
@@ -42,7 +42,7 @@ pub(super) struct Decisions {
 }
 
 impl Decisions {
-    /// A standby that listens. The main thread gets the other end of `inbox`.
+    /// The driver of a standby that listens. The main thread has the other end of `inbox`.
     pub(super) fn new(equipment: Equipment, inbox: Sender<Inbox>) -> Arc<Self> {
         let clock = Clock::start();
         let timing = Timing::new(equipment.options.active.dead_after);
@@ -51,12 +51,12 @@ impl Decisions {
         Arc::new(Self { driver, clock, inbox, equipment })
     }
 
-    /// Hands an event in, and does what follows.
+    /// Takes an event, and does what follows.
     pub(super) fn handle(&self, event: Event) {
         self.with(|driver, now| ((), driver.handle(now, event)));
     }
 
-    /// A section of base pages, or of the base of disks, has come: whether it may be written.
+    /// Whether a section of base pages, or of the base of disks, that has come may be written.
     pub(super) fn base_pages(&self, link: Link) -> bool {
         self.with(|driver, now| driver.base_pages(now, link))
     }
@@ -66,7 +66,7 @@ impl Decisions {
         self.with(|driver, _| (driver.would_accept(hello), NOTHING))
     }
 
-    /// A connection that nothing is known of yet.
+    /// Adds a connection of which nothing is known yet.
     pub(super) fn connect(&self, link: Link, outbox: Arc<Outbox>) {
         self.with(|driver, _| (driver.ports_mut().connect(link, outbox), NOTHING));
     }
@@ -76,7 +76,7 @@ impl Decisions {
         self.with(|driver, _| (driver.ports_mut().disconnect(link), NOTHING));
     }
 
-    /// Refuses a connection for a reason that no decision is needed for.
+    /// Refuses a connection for a reason that needs no decision.
     pub(super) fn refuse(&self, link: Link, code: RefuseCode, text: String) {
         self.with(|driver, _| {
             outlive_pair::StandbyPorts::refuse(driver.ports_mut(), link, code, text);
@@ -84,8 +84,8 @@ impl Decisions {
         });
     }
 
-    /// A primary's introduction, with the copy that was made for its VM. If it is decided otherwise since
-    /// [`would_accept`](Self::would_accept), that copy comes back, and the refusal is on its way.
+    /// Takes a primary's introduction, with the copy that was made for its VM. If the decision has changed
+    /// since [`would_accept`](Self::would_accept), the copy is returned and the refusal is on its way.
     pub(super) fn hello(&self, link: Link, hello: Introduction, session: Session) -> Result<(), Session> {
         self.with(|driver, now| {
             let mut session = Some(session);
@@ -99,7 +99,7 @@ impl Decisions {
         })
     }
 
-    /// What happens at a session's disks.
+    /// Takes an event of a session's disks.
     pub(super) fn disks(&self, link: Link, event: DiskEvent) {
         match event {
             DiskEvent::Want(want) => {
@@ -114,7 +114,7 @@ impl Decisions {
         }
     }
 
-    /// A thread that asks the arbiter for generations of `vm` and reports here.
+    /// Starts a thread that claims generations of `vm` and reports here.
     pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, String> {
         let arbiter = arbiter::parse(&self.equipment.options.arbiter).map_err(|e| e.to_string())?;
         let decisions = self.clone();
@@ -134,15 +134,15 @@ impl Decisions {
         .map_err(|e| format!("cannot start a thread: {e}"))
     }
 
-    /// How long the main thread may sleep, if nobody wakes it.
+    /// How long the main thread may sleep if nobody wakes it.
     pub(super) fn wait(&self) -> Option<Duration> {
         let (until, now) = self.with(|driver, now| ((driver.wait(), now), NOTHING));
         until.map(|until| until.saturating_sub(now))
     }
 
-    /// Looks at the deadlines, and whether this standby still gets anything done. One that does not is of no
-    /// use while the primary is there, and the VM must not wait for it. Without the primary it is all that
-    /// the VM has.
+    /// Checks the deadlines, and whether this standby still makes progress. One that does not is useless
+    /// while the primary lives, and the VM must not wait for it. Without the primary it is all that the VM
+    /// has.
     pub(super) fn tick(&self) {
         self.with(|driver, now| {
             let after = driver.handle(now, Event::Tick);
@@ -155,7 +155,7 @@ impl Decisions {
         });
     }
 
-    /// Takes the copy out, when no decision needs it any more.
+    /// Takes the copy out once no decision needs it.
     pub(super) fn take_session(&self) -> Option<Session> {
         self.with(|driver, _| (driver.ports_mut().take_session(), NOTHING))
     }
@@ -176,10 +176,10 @@ impl Decisions {
         self.with(|driver, _| (driver.ports_mut().finish(), NOTHING));
     }
 
-    /// Works on the driver under its lock, and does what follows without it.
+    /// Works on the driver under its lock, and does what follows after dropping the lock.
     fn with<T>(&self, work: impl FnOnce(&mut StandbyDriver<Ports>, Duration) -> (T, After)) -> T {
         let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
-        // Under the lock: after whatever the caller has to tell, and never before what another has told.
+        // Under the lock, so that messages to the main thread keep the order of the decisions.
         let (result, after) = work(&mut driver, self.clock.now());
         let outgoing = driver.ports_mut().take_outgoing();
         drop(driver);

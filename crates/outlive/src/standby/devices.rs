@@ -1,5 +1,5 @@
-//! The devices of the VM that a primary introduced, and what this host makes of them. Its list is the only
-//! word about them: none is guessed from the kind of guest.
+//! The devices of the VM that a primary introduced, and what this host makes of them. The primary's list
+//! decides alone: no device is guessed from the kind of guest.
 
 use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode};
 use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
@@ -9,7 +9,7 @@ use crate::cli::{StandbyDisk, StandbyOptions};
 use crate::disk::{Provenance, ReplicaDisk, Target};
 use crate::vm;
 
-/// Which devices a machine is to have, besides its disks.
+/// Which devices a machine must have, besides its disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     /// Queue pairs of the network card, if there is one.
@@ -22,26 +22,27 @@ pub(super) struct Plan {
     pub(super) serial: bool,
 }
 
-/// What is to be built, if this host has what it takes.
+/// What to build, if this host has everything that it needs.
 ///
 /// # Errors
 /// One line for the primary.
 pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, String> {
     let plan = board(hello)?;
     if plan.pairs.is_some() && options.net.is_none() {
-        return Err("the VM has a network card, this standby has none: give it --net tap=NAME".into());
+        return Err("the VM has a network card, but this standby has none: give it --net tap=NAME".into());
     }
     let (wanted, given) = (disks_of(hello).count(), options.disks.len());
     if wanted == given {
         return Ok(plan);
     }
     Err(format!(
-        "the VM has {wanted} disk{}, this standby has {given}: give it --disk path=FILE for each, in the primary's order",
+        "the VM has {wanted} disk{}, but this standby has {given}: give it --disk path=FILE for each, in \
+         the primary's order",
         if wanted == 1 { "" } else { "s" }
     ))
 }
 
-/// Checks that a machine of this release has such devices in such an order: a card, disks, and one of each
+/// Checks that a machine of this release can have these devices in this order: a card, disks, and one of each
 /// other kind.
 fn board(hello: &Hello) -> Result<Plan, String> {
     let mut plan = Plan::default();
@@ -91,8 +92,8 @@ pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskO
     disks_of(hello).zip(&options.disks).map(describe).collect()
 }
 
-/// The images as the thread of the disks needs them, if they are as large as the primary's and may be
-/// overwritten. They are locked by now, so what is found in them stays so.
+/// The images for the disks' thread, if they are as large as the primary's and may be overwritten. They are
+/// locked by now, so their contents stay as they are.
 pub(super) fn replica_disks(
     machine: &Machine,
     hello: &Hello,

@@ -5,14 +5,11 @@
 //!                                       │  ▲
 //!                                       └──┘ tried, the base only
 //! ```
-//!
-//! A primary has at most `slots` checkpoints on their way without an acknowledgement, and one is being
-//! applied beside them: with `slots + 1` buffers the reader always finds one, whatever the applier does.
-//! Their memory is bounded too: buffers grow to what comes, and two checkpoints of the largest kind are as
-//! much as there ever is. Only a third one of that kind makes the reader wait.
-//!
-//! Everything here is done in some instructions. What is large is dropped by the reader or the applier, never
-//! by whoever decides.
+//! A primary has at most `slots` unacknowledged checkpoints in flight, and one more is being applied: with
+//! `slots + 1` buffers the reader always finds one, whatever the applier does. Their memory is bounded too:
+//! buffers grow with the checkpoints, but all together hold at most two of the largest kind. Only a third one
+//! of that kind makes the reader wait. Everything here takes a few instructions. Only the reader and the
+//! applier drop large memory, never a thread that decides.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,34 +17,34 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::Incoming;
 
-/// See the module.
+/// The handover; see the module.
 pub(super) struct Handover {
     state: Mutex<State>,
     /// The applier waits for this.
     work: Condvar,
     /// The reader waits for this, and the applier for the reader's end.
     room: Condvar,
-    /// Bytes that all buffers together may hold.
+    /// How many bytes all buffers together may hold.
     budget: u64,
 }
 
 struct State {
     free: Vec<Incoming>,
-    /// Bytes of the checkpoints that are being filled, staged, tried and applied.
+    /// How many bytes the checkpoints have that are being filled, staged, tried and applied.
     bytes: u64,
-    /// Whole, in their order, and not acknowledged.
+    /// Whole and unacknowledged checkpoints, in their order.
     staged: VecDeque<Held>,
-    /// What the applier has to do next. It never has to do more than one thing.
+    /// What the applier does next; never more than one thing.
     work: Option<(Held, Doing)>,
-    /// What the applier does, and since when.
+    /// What the applier is doing, and since when.
     doing: Option<Instant>,
-    /// The link is gone: nothing more is taken from the reader.
+    /// Whether the link is gone: then nothing more is taken from the reader.
     hung_up: bool,
     reader_gone: bool,
     end: Option<Ending>,
 }
 
-/// A buffer with the bytes that it was announced to hold.
+/// A buffer, with the announced size of its checkpoint in bytes.
 pub(super) struct Held {
     pub(super) buffer: Incoming,
     bytes: u64,
@@ -56,9 +53,9 @@ pub(super) struct Held {
 /// What the applier does with a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Doing {
-    /// See whether the VM could be resumed from it.
+    /// Try whether the VM could be resumed from it.
     Try,
-    /// Make it this side's state.
+    /// Apply it to the copy.
     Apply,
 }
 
@@ -76,12 +73,12 @@ pub(super) enum Ending {
 pub(super) enum NoBuffer {
     /// The session is over.
     HungUp,
-    /// The primary has more checkpoints on their way than it said.
+    /// The primary has more checkpoints in flight than it announced.
     Overrun,
 }
 
 impl Handover {
-    /// For these buffers, which may hold so many bytes together.
+    /// A handover of these buffers, which together may hold this many bytes.
     pub(super) fn new(free: Vec<Incoming>, budget: u64) -> Self {
         let state = State {
             staged: VecDeque::with_capacity(free.len()),
@@ -96,8 +93,7 @@ impl Handover {
         Self { state: Mutex::new(state), work: Condvar::new(), room: Condvar::new(), budget }
     }
 
-    /// A buffer for a checkpoint that is announced to have so many bytes. Waits only if that would be too
-    /// many in all.
+    /// A buffer for a checkpoint with this announced size. Waits only if the total would be too large.
     ///
     /// # Errors
     /// Why there is none.
@@ -116,7 +112,7 @@ impl Handover {
         }
     }
 
-    /// The reader has a checkpoint whole and checked. Whoever decides is told of it next.
+    /// Takes a whole and checked checkpoint from the reader, which reports it to the decisions next.
     pub(super) fn stage(&self, held: Held) {
         let mut state = self.lock();
         if state.hung_up {
@@ -127,30 +123,30 @@ impl Handover {
         }
     }
 
-    /// The next checkpoint that is staged goes to the applier; [`wake`](Self::wake) follows when there is
-    /// time.
+    /// Gives the next staged checkpoint to the applier; the caller calls [`wake`](Self::wake) later, when
+    /// there is time.
     ///
     /// # Errors
-    /// It is not this one, or the applier is not idle.
+    /// The next one is another checkpoint, or the applier is not idle.
     pub(super) fn give(&self, checkpoint: u64, doing: Doing) -> Result<(), String> {
         let mut state = self.lock();
         let number = state.staged.front().and_then(|held| held.buffer.checkpoint()).map(|it| it.number());
         if number != Some(checkpoint) {
-            return Err(format!("checkpoint {checkpoint} is due, and staged is {number:?}"));
+            return Err(format!("checkpoint {checkpoint} is due, but {number:?} is staged"));
         }
         if state.work.is_some() || state.end.is_some() {
-            return Err("the applier has something else to do".into());
+            return Err("the applier is busy".into());
         }
         state.work = state.staged.pop_front().map(|held| (held, doing));
         Ok(())
     }
 
-    /// Wakes the applier for what it was given.
+    /// Wakes the applier for the checkpoint that it was given.
     pub(super) fn wake(&self) {
         self.work.notify_one();
     }
 
-    /// The link is gone: what is staged is of no use, and the reader gets no buffer any more.
+    /// The link is gone: drops what is staged, and gives the reader no more buffers.
     pub(super) fn hang_up(&self) {
         let mut state = self.lock();
         state.hung_up = true;
@@ -161,8 +157,8 @@ impl Handover {
         self.room.notify_all();
     }
 
-    /// The applier ends after what it does now. What it was given and has not begun is done before, unless
-    /// all is thrown away.
+    /// Ends the applier after its current work. It still does what it was given but has not begun, unless
+    /// everything is thrown away.
     pub(super) fn end(&self, how: Ending) {
         let mut state = self.lock();
         state.end.get_or_insert(how);
@@ -170,21 +166,21 @@ impl Handover {
         self.work.notify_one();
     }
 
-    /// For how long the applier has been at what it does.
+    /// For how long the applier has been doing its current work.
     pub(super) fn busy_for(&self) -> Duration {
         self.lock().doing.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// What the applier has to do next. Waits for it.
+    /// Waits for the applier's next work.
     ///
     /// # Errors
-    /// It has to end, and how.
+    /// The applier must end; the value says how.
     pub(super) fn next(&self) -> Result<(Held, Doing), Ending> {
         let mut state = self.lock();
         state.doing = None;
         loop {
             match (state.end, state.work.take()) {
-                // Whatever was to be done with it, nobody needs it any more.
+                // Whatever the applier was to do with it, nobody needs it now.
                 (Some(Ending::Discard), _) => return Err(Ending::Discard),
                 (_, Some((held, doing))) => {
                     state.doing = Some(Instant::now());
@@ -197,7 +193,7 @@ impl Handover {
         }
     }
 
-    /// What was tried is staged again, in front of all others.
+    /// Stages the tried checkpoint again, in front of all others.
     pub(super) fn tried(&self, held: Held) {
         let mut state = self.lock();
         state.doing = None;
@@ -209,7 +205,7 @@ impl Handover {
         }
     }
 
-    /// What was applied, emptied, is for the reader again.
+    /// Returns an applied checkpoint's buffer, emptied, to the reader.
     pub(super) fn applied(&self, held: Held) {
         let mut state = self.lock();
         state.doing = None;
@@ -218,7 +214,7 @@ impl Handover {
         self.room.notify_all();
     }
 
-    /// The reader has ended and holds nothing of the copy any more.
+    /// The reader has ended and holds nothing of the copy.
     pub(super) fn reader_ends(&self) {
         let mut state = self.lock();
         state.reader_gone = true;
@@ -226,7 +222,7 @@ impl Handover {
         self.room.notify_all();
     }
 
-    /// Waits until the reader holds nothing of the copy any more.
+    /// Waits until the reader holds nothing of the copy.
     pub(super) fn wait_for_reader(&self) {
         let mut state = self.lock();
         while !state.reader_gone {

@@ -1,7 +1,6 @@
-//! The standby's port: whoever connects is heard, and refused unless it is the one primary that belongs here.
-//!
-//! Every connection has a thread of its own until it is accepted or refused, so that nobody who connects and
-//! says nothing keeps the primary out; their number is bounded.
+//! The standby's port: it hears every connection, and refuses all but the one primary that belongs here.
+//! Every connection has its own thread until it is accepted or refused, so that a silent connection cannot
+//! keep the primary out; their number is bounded.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -25,12 +24,12 @@ use crate::arbiter::{self, Arbiter};
 use crate::link::{Connection, Incoming, Listener, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
-/// Connections that may be heard at the same time. One is the primary's.
+/// How many connections may be heard at the same time. One is the primary's.
 const MAX_HEARD: usize = 64;
 /// How long a connection may take to introduce itself, from its first byte to its last.
 const INTRODUCTION: Duration = Duration::from_secs(2);
 
-/// Checkpoints on their way that a primary may ask buffers for.
+/// How many checkpoints in flight a primary may request buffers for.
 const MAX_SLOTS: u32 = 64;
 
 /// Starts the thread that accepts connections.
@@ -52,7 +51,7 @@ fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
         let incoming = match listener.accept() {
             Ok(incoming) => incoming,
             Err(error) => {
-                // Out of descriptors, most likely. A tight loop would not make that better.
+                // Most likely there are no descriptors left. A tight loop would not help.
                 tracing::warn!(%error, "cannot accept a connection");
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
@@ -61,7 +60,7 @@ fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
         if heard.fetch_add(1, Ordering::AcqRel) >= MAX_HEARD {
             heard.fetch_sub(1, Ordering::AcqRel);
             if limit.allows() {
-                tracing::warn!(from = incoming.peer(), "too many connections, some are dropped");
+                tracing::warn!(from = incoming.peer(), "too many connections; some are dropped");
             }
             continue;
         }
@@ -89,7 +88,7 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
             reader
         }
         Err(error) => {
-            tracing::warn!(from, %error, "a connection cannot be served");
+            tracing::warn!(from, %error, "cannot serve a connection");
             return;
         }
     };
@@ -100,13 +99,17 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
             if limit.allows() {
                 match &error {
                     ReadError::Io(late) if late.kind() == io::ErrorKind::WouldBlock => {
-                        tracing::warn!(from, "a connection said nothing in time; a primary would try again");
+                        tracing::warn!(
+                            from,
+                            "a connection did not introduce itself in time; a primary \
+                        would try again"
+                        );
                     }
                     _ => tracing::warn!(from, "not a primary: {error}"),
                 }
             }
             match error {
-                // To a stranger nothing is said.
+                // A stranger gets no answer.
                 ReadError::Wire(WireError::NotOutlive { .. }) | ReadError::Io(_) | ReadError::Closed => {}
                 ReadError::Wire(
                     ref wire @ (WireError::UnknownProtocol { .. } | WireError::UnknownVersion { .. }),
@@ -118,9 +121,9 @@ fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &R
             return;
         }
     };
-    // From here on the silence that counts is the one that both sides agree on, and the decisions measure it.
+    // From here on the decisions measure the silence, with the limit that both sides agreed on.
     if let Err(error) = stream.set_timeout(None) {
-        tracing::warn!(from, %error, "a connection cannot be served");
+        tracing::warn!(from, %error, "cannot serve a connection");
         // Nothing is wrong with the primary: it may try again.
         let text = format!("the standby cannot serve this connection: {error}");
         return decisions.refuse(number, RefuseCode::Busy, text);
@@ -147,16 +150,11 @@ fn introduction(
     let kind = section.kind();
     match Message::parse(&section)? {
         Message::Hello(hello) => Ok(*hello),
-        _ => Err(WireError::Malformed {
-            kind,
-            what: "a connection begins with Hello, not with this",
-            value: 0,
-        }
-        .into()),
+        _ => Err(WireError::Malformed { kind, what: "a connection must begin with Hello", value: 0 }.into()),
     }
 }
 
-/// A stream that can be read until a moment, however slowly the bytes come.
+/// A stream that can be read until a deadline, however slowly the bytes come.
 struct Until<'a> {
     stream: &'a mut Reader,
     deadline: Instant,
@@ -173,7 +171,7 @@ impl Read for Until<'_> {
     }
 }
 
-/// Lets a line into the log once a second: whoever connects must not be able to fill the disk.
+/// Lets a line into the log once a second, so that connections cannot fill the disk.
 #[derive(Default)]
 struct RateLimit(Mutex<Option<Instant>>);
 
@@ -190,8 +188,8 @@ impl RateLimit {
 
 type Refusal = (RefuseCode, String);
 
-/// Checks everything that speaks against this primary, and sets memory aside for its VM. Returns the version of
-/// the stream, too, that both sides have.
+/// Checks everything that speaks against this primary, and allocates memory for its VM. Returns the version
+/// of the stream, too, that both sides have.
 fn admit(
     decisions: &Arc<Decisions>,
     link: Link,
@@ -214,7 +212,7 @@ fn admit(
     let refuse = |text: String| (RefuseCode::Resources, text);
     if hello.limits.slots == 0 || hello.limits.slots > MAX_SLOTS {
         let slots = hello.limits.slots;
-        return Err(refuse(format!("{slots} checkpoints on their way are not between 1 and {MAX_SLOTS}")));
+        return Err(refuse(format!("{slots} checkpoints in flight is not between 1 and {MAX_SLOTS}")));
     }
     let arbiter = same_arbiter(decisions, hello)?;
     let told = decisions.clone();
@@ -235,8 +233,8 @@ fn admit(
     Ok((admitted, version))
 }
 
-/// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for that
-/// which is applied.
+/// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for the
+/// checkpoint that is being applied.
 fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
     let limits = IncomingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
@@ -255,8 +253,8 @@ fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
     Ok(Handover::new(buffers, 2 * largest))
 }
 
-/// Two hosts that were given different directories would both win every generation. The primary has won its
-/// own at the arbiter before it dialled, so this side must find it there.
+/// Two hosts with different directories would both win every generation. The primary won its generation at
+/// the arbiter before it connected, so this side must find that generation there.
 fn same_arbiter(decisions: &Decisions, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
     let spec = &decisions.equipment.options.arbiter;
     let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;

@@ -1,15 +1,15 @@
 //! The host that can take over: `outlive standby`.
 //!
 //! ```text
-//! listen.rs     accepts connections, hears their introduction, refuses what does not belong here
-//! reader.rs     a thread: hears an accepted primary all the time; the base to memory, checkpoints into staging
+//! listen.rs     accepts connections, hears their introduction, refuses those that do not belong here
+//! reader.rs     a thread: hears an accepted primary all the time; writes the base, stages checkpoints
 //! handover.rs   the buffers between reader and applier
-//! applier.rs    a thread: tries the base, applies what is acknowledged, owns the copy
+//! applier.rs    a thread: tries the base, applies acknowledged checkpoints, owns the copy
 //! sinks.rs      where a committed checkpoint goes: memory, state, disks
 //! copy.rs       the VM's copy: machine, memory, the state of the last committed checkpoint, disks
-//! devices.rs    what the VM's devices are here
+//! devices.rs    the VM's devices on this host
 //! decisions.rs  the driver of `pair` behind its lock
-//! ports.rs      what its decisions reach
+//! ports.rs      what the decisions reach
 //! outbox.rs     what is said to the primary
 //! notes.rs      what log and events say
 //! takeover.rs   from the copy to the running VM
@@ -55,13 +55,13 @@ pub(crate) struct Waiting {
     stops: Relay<&'static str>,
 }
 
-/// What a standby's wait led to.
+/// How a standby's wait ended.
 pub(crate) enum Outcome {
     /// The VM runs here and wants a coordinator.
     TakenOver(Box<Launch>),
     /// It ends.
     Ended(StandbyExit),
-    /// It cannot go on. The text is for a person.
+    /// It failed. The text is for a person.
     Failed(String),
 }
 
@@ -79,8 +79,8 @@ impl Waiting {
         let listener = Listener::bind(&options.listen).map_err(|e| {
             format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
         })?;
-        // Opening the arbiter and the event stream may make files, so nothing that is likely to fail comes
-        // after them.
+        // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
+        // before.
         drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
         let events = events::open(options.active.events.as_deref())?;
         let (queue, inbox) = channel();
@@ -110,13 +110,13 @@ impl Waiting {
         &self.decisions.equipment.events
     }
 
-    /// Waits until the VM is taken over or this standby is of no further use.
+    /// Waits until the VM is taken over or this standby is no longer useful.
     pub(crate) fn run(self) -> Outcome {
         let _threads = Reporter::of_threads(self.events().clone())
             .inspect_err(|error| tracing::warn!(%error, "no statistics"));
         let outcome = self.wait();
         if !matches!(outcome, Outcome::TakenOver(_)) {
-            // Threads that still wait for connections hold it too, so nothing drops it.
+            // Threads that still wait for connections also hold it, so it is not dropped.
             self.decisions.equipment.console.close();
         }
         outcome
@@ -146,7 +146,8 @@ impl Waiting {
     }
 
     fn take_over(&self, order: TakeOver, notes: &Notes) -> Outcome {
-        // From here on a stop is for the primary that this process becomes, as is one that has just come.
+        // From here on an order to stop is for the primary that this process becomes, even one that has just
+        // come.
         self.stops.disconnect();
         for message in self.inbox.try_iter() {
             if let Inbox::Stop(why) = message {
@@ -169,8 +170,8 @@ impl Waiting {
 
     fn leave(&self, reason: StandbyExit) -> StandbyExit {
         self.decisions.finish();
-        // The disks are brought to the last commit before the process ends; a journal that stays is replayed
-        // by the next.
+        // Bring the disks to the last commit before the process ends; the next process replays a journal that
+        // stays.
         let end = matches!(reason, StandbyExit::Followed(_)).then_some(CopyEnd::Followed);
         match self.decisions.take_session().map(Session::into_copy) {
             Some(Some(copy)) => {
@@ -178,7 +179,7 @@ impl Waiting {
                     tracing::error!("the disks: {why}");
                 }
             }
-            // Its applier is in the way, and the process ends without it.
+            // Its applier does not end; the process ends without it.
             Some(None) => {}
             None => self.decisions.wait_until_discarded(),
         }

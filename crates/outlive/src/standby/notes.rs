@@ -1,4 +1,4 @@
-//! What the log and the event stream say of a standby's decisions, said by the main thread.
+//! What the log and the event stream say about a standby's decisions. The main thread writes it.
 
 use std::time::{Duration, Instant};
 
@@ -7,20 +7,20 @@ use outlive_pair::StandbyNote as Note;
 
 use crate::events::{Event, EventWriter};
 
-/// When what happened on the way to a takeover.
+/// The times of the steps of a takeover.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
-    /// From the last byte heard to the declaration.
+    /// How long the primary had been silent at the declaration.
     pub(super) detect: Duration,
-    /// The link was declared dead.
+    /// When the link was declared dead.
     pub(super) declared: Instant,
-    /// The disks were at the last commit.
+    /// When the disks were at the last commit.
     pub(super) settled: Instant,
-    /// The generation was won.
+    /// When the generation was won.
     pub(super) won: Instant,
 }
 
-/// See the module.
+/// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
     times: Times,
@@ -40,18 +40,18 @@ impl Notes {
         self.times
     }
 
-    /// A primary was refused. It asks five times a second.
+    /// Logs that a primary was refused. It asks five times a second.
     pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
         if self.last_refusal != text {
-            tracing::warn!(?code, "a primary is refused: {text}");
+            tracing::warn!(?code, "refused a primary: {text}");
             self.last_refusal = text;
         }
     }
 
-    /// What was decided at a moment.
+    /// Logs one decision and its time.
     pub(super) fn note(&mut self, at: Instant, note: Note) {
         match note {
-            // Logged, with its address, by the thread that heard it.
+            // The thread that heard the primary logs it with its address.
             Note::Attached { .. } => {}
             Note::Protected { generation, checkpoint } => {
                 tracing::info!(generation, checkpoint, "base committed: this standby can take over");
@@ -78,13 +78,13 @@ impl Notes {
                 tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM");
             }
             Note::StreamRefused { why } => {
-                tracing::error!("what the primary sent is refused, it is told so and goes on: {why}");
+                tracing::error!("refused what the primary sent; the primary is told and goes on: {why}");
             }
         }
     }
 }
 
-/// The copy was compared with the VM.
+/// Logs the result of comparing the copy with the VM.
 pub(super) fn compared(events: &EventWriter, checkpoint: u64, difference: Option<&str>) {
     match difference {
         None => tracing::debug!(checkpoint, "self-check: the copy is the VM's"),

@@ -1,10 +1,9 @@
-//! What a standby says to one peer: queued by whoever decides, written by whoever has time.
-//!
-//! To queue costs a copy of some bytes, so it is done under the lock of the decisions, and the order of the
-//! decisions is the order on the wire. To write is a system call, so it is done after that lock is dropped,
-//! by the thread that brought the event: nobody has to be woken while a guest's clients wait for an
-//! acknowledgement. The write never waits. What does not fit into the socket stays here until the next one, a
-//! heartbeat at the latest; a peer that takes nothing for long is given up.
+//! What a standby says to one peer: queued by the thread that decides, written later. Queuing copies a few
+//! bytes, so it is done under the lock of the decisions, and the order of the decisions is the order on the
+//! wire. Writing is a system call, so the thread that brought the event does it after dropping that lock: no
+//! thread must be woken while a guest's clients wait for an acknowledgement. The write never waits. Bytes
+//! that do not fit into the socket stay here until the next write, a heartbeat at the latest; a peer that
+//! reads nothing for long is given up.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,13 +12,13 @@ use outlive_epoch::{EncodeError, Encoder, Preface, ProtocolVersion};
 
 use crate::link::{Closer, Writer};
 
-/// Bytes that may wait here. The socket has taken what it can before.
+/// How many bytes may wait here, after the socket has taken what it can.
 const MAX_WAITING: usize = 256 << 10;
 
-/// See the module.
+/// The outbox; see the module.
 pub(super) struct Outbox {
     queue: Mutex<Queue>,
-    /// Whoever holds this writes. Taken before `queue`, never the other way round.
+    /// The thread that holds this lock writes. Taken before `queue`, never after it.
     sending: Mutex<Sending>,
     closer: Closer,
 }
@@ -31,10 +30,10 @@ struct Queue {
     end: Option<End>,
 }
 
-/// What comes after the last byte.
+/// What happens after the last byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
-    /// The peer reads what there is, and closes.
+    /// The peer reads the rest, and closes.
     Finish,
     /// The connection is broken.
     Close,
@@ -67,7 +66,7 @@ impl Outbox {
     /// [`write`](Self::write).
     ///
     /// # Errors
-    /// The connection takes nothing any more.
+    /// The connection takes no more messages.
     pub(super) fn put(
         &self,
         encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> Result<(), EncodeError>,
@@ -79,7 +78,7 @@ impl Outbox {
         }
         if bytes.len() > MAX_WAITING {
             *end = Some(End::Close);
-            return Err("the primary does not read what this standby says".into());
+            return Err("the primary does not read what this standby sends".into());
         }
         if !std::mem::replace(greeted, true) {
             bytes.extend_from_slice(&Preface { version: encoder.stream() }.encode());
@@ -87,7 +86,7 @@ impl Outbox {
         encode(encoder, bytes).map_err(|e| e.to_string())
     }
 
-    /// The connection ends after what is queued.
+    /// Ends the connection after what is queued.
     pub(super) fn end(&self, how: End) {
         let mut queue = self.queue();
         if queue.end != Some(End::Close) {
@@ -95,7 +94,7 @@ impl Outbox {
         }
     }
 
-    /// Writes what is queued and fits, and ends the connection if that is due. Never waits, apart from
+    /// Writes as much of the queue as fits, and ends the connection if that is due. Waits for nothing but
     /// another thread that does the same.
     pub(super) fn write(&self) {
         let mut sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,7 +116,7 @@ impl Outbox {
             match sending.writer.write_now(&sending.bytes[sending.sent..]) {
                 Ok(count) => sending.sent += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nobody would come back for the rest of a connection that ends.
+                // Nobody would write the rest later, because the connection ends.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.queue().end.is_none() => {
                     return;
                 }
@@ -153,7 +152,7 @@ mod tests {
     use super::*;
     use crate::link::{Listener, Reader};
 
-    /// Messages that a socket takes, whether its peer reads or not.
+    /// How many messages a socket takes even if its peer does not read.
     const MANY: u64 = 1000;
 
     /// An outbox and the other end of its connection. The reader keeps the socket open.
@@ -222,7 +221,7 @@ mod tests {
             assert!(began.elapsed() < Duration::from_secs(60));
         };
         assert!(why.contains("does not read"), "{why}");
-        // What is queued has no chance any more; the reader of the connection hears of the end.
+        // What is queued is lost; the reader of the connection notices the end.
         outbox.write();
         let mut rest = Vec::new();
         peer.read_to_end(&mut rest).unwrap();

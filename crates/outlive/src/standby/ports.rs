@@ -1,5 +1,5 @@
-//! What the standby's decisions reach. Every method queues something and returns; what takes time is done by
-//! other threads, or by [`Outgoing`] once the lock is dropped.
+//! What the standby's decisions reach. Every method queues something and returns; other threads do what takes
+//! time, or [`Outgoing`] once the lock is dropped.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
@@ -16,12 +16,12 @@ use crate::arbiter::ClaimWorker;
 use crate::disk::{Replica, STUCK};
 use crate::process;
 
-/// Time between two looks at a thread that ends soon.
+/// Time between two checks of a thread that ends soon.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
-/// What the main thread is told.
+/// Messages to the main thread.
 pub(super) enum Inbox {
-    /// Look at the deadlines again.
+    /// Check the deadlines again.
     Wake,
     /// The operator wants the standby stopped.
     Stop(&'static str),
@@ -35,13 +35,13 @@ pub(super) enum Inbox {
     Exit(StandbyExit),
 }
 
-/// A copy of a VM, as far as decisions reach it.
+/// The part of a VM's copy that decisions reach.
 pub(super) struct Session {
     pub(super) link: Link,
     /// The version of the stream that both sides have.
     pub(super) version: ProtocolVersion,
     pub(super) handover: Arc<Handover>,
-    /// The copy's, whose applier drops them.
+    /// The copy's disks; its applier drops them.
     pub(super) disks: Weak<Replica>,
     pub(super) claims: ClaimWorker,
     pub(super) applier: JoinHandle<Option<VmCopy>>,
@@ -58,7 +58,7 @@ impl Session {
         busy.then(|| format!("this standby has worked on one checkpoint for {secs} s"))
     }
 
-    /// The copy, once its applier has nothing more to do. `None` if it was thrown away, or if that takes
+    /// The copy, once its applier has no more work. `None` if it was thrown away, or if the applier takes
     /// hopelessly long.
     pub(super) fn into_copy(self) -> Option<VmCopy> {
         self.handover.end(Ending::Return);
@@ -73,15 +73,15 @@ impl Session {
     }
 }
 
-/// What is to be done once the lock is dropped, in this order: the acknowledgement goes before the applier is
-/// woken, who may want the same processor.
+/// What to do once the lock is dropped, in this order: the acknowledgement is written before the applier is
+/// woken, because both may need the same processor.
 #[derive(Default)]
 pub(super) struct Outgoing {
     outbox: Option<Arc<Outbox>>,
-    /// Seldom any: one event is about one connection.
+    /// Other outboxes to write. Rarely any, because one event concerns one connection.
     others: Vec<Arc<Outbox>>,
     applier: Option<Arc<Handover>>,
-    /// Of a session that is over: not to be freed under the lock.
+    /// The rest of an ended session, which must not be freed under the lock.
     buffers: Option<Arc<Handover>>,
 }
 
@@ -95,15 +95,15 @@ impl Outgoing {
     }
 }
 
-/// See the module.
+/// The ports; see the module.
 pub(super) struct Ports {
-    /// The accepted primary and those that are being answered.
+    /// The accepted primary's connection and those that are being answered.
     peers: Vec<(Link, Arc<Outbox>)>,
     session: Option<Session>,
-    /// Throws the last session's copy away, or has done so.
+    /// The thread that throws the last session's copy away, or has done so.
     discards: Option<JoinHandle<Option<VmCopy>>>,
     inbox: Sender<Inbox>,
-    /// This host's name; the introduction's answer has it.
+    /// This host's name, for the answer to an introduction.
     host: String,
     outgoing: Outgoing,
 }
@@ -114,22 +114,22 @@ impl Ports {
         Self { peers: Vec::new(), session: None, discards: None, inbox, host, outgoing: Outgoing::default() }
     }
 
-    /// A new connection, whose number was not used before.
+    /// Adds a connection under a number that was not used before.
     pub(super) fn connect(&mut self, link: Link, outbox: Arc<Outbox>) {
         self.peers.push((link, outbox));
     }
 
-    /// A connection's thread has ended.
+    /// Forgets a connection whose thread has ended.
     pub(super) fn disconnect(&mut self, link: Link) {
         self.peers.retain(|(known, _)| *known != link);
     }
 
-    /// The copy for the primary whose introduction comes next.
+    /// Sets the copy for the primary whose introduction comes next.
     pub(super) fn admit(&mut self, session: Session) {
         self.session = Some(session);
     }
 
-    /// Takes the session out of the decisions' reach.
+    /// Takes the session away from the decisions.
     pub(super) fn take_session(&mut self) -> Option<Session> {
         self.session.take()
     }
@@ -150,7 +150,7 @@ impl Ports {
         self.put(link, |encoder, out| encoder.disk_want(out, want))
     }
 
-    /// Ends every connection after what is queued.
+    /// Ends every connection after sending what is queued.
     pub(super) fn finish(&mut self) {
         for (_, outbox) in std::mem::take(&mut self.peers) {
             outbox.end(End::Finish);
@@ -158,7 +158,7 @@ impl Ports {
         }
     }
 
-    /// What is to be done once the lock is dropped.
+    /// Takes what must be done once the lock is dropped.
     pub(super) fn take_outgoing(&mut self) -> Outgoing {
         std::mem::take(&mut self.outgoing)
     }
@@ -199,7 +199,7 @@ impl Ports {
     }
 
     fn tell(&self, message: Inbox) {
-        // After a takeover nobody listens any more; nothing is lost then.
+        // After a takeover nobody listens; nothing is lost then.
         self.inbox.send(message).ok();
     }
 }
@@ -287,7 +287,7 @@ impl StandbyPorts for Ports {
 
     fn claim(&mut self, generation: u64) -> Result<(), String> {
         let session = self.session.as_ref().ok_or("there is no copy of the VM")?;
-        // Busy: the answer to the earlier claim is still to come.
+        // Busy means that the answer to the earlier claim is still due.
         let _ = session.claims.submit(generation);
         Ok(())
     }

@@ -1,6 +1,6 @@
-//! The thread that reads an accepted primary's connection, all the time: stamps and the base go where they
-//! belong at once, checkpoints into staging. It never waits for the applier or for a disk, so the primary is
-//! heard and answered whatever those do.
+//! The thread that reads an accepted primary's connection all the time. Stamps and the base go straight to
+//! their places, checkpoints into staging. The thread never waits for the applier or for a disk, so the
+//! primary is heard and answered whatever those do.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,16 +19,16 @@ use super::sinks::write_pages;
 use crate::disk::Replica;
 use crate::link;
 
-/// What the reader has of the copy.
+/// The parts of the copy that the reader uses.
 pub(super) struct Admitted {
     pub(super) ram: Arc<Ram>,
     pub(super) disks: Arc<Replica>,
     pub(super) shape: StateShape,
-    /// The last, so that nothing of the copy is held any more when the applier learns of the reader's end.
+    /// The last field, so that nothing of the copy is held when the applier learns of the reader's end.
     pub(super) handover: ReaderEnd,
 }
 
-/// The reader's end of the handover. Dropping it says that the reader has ended.
+/// The reader's end of the handover. Dropping it tells the applier that the reader has ended.
 pub(super) struct ReaderEnd(pub(super) Arc<Handover>);
 
 impl Drop for ReaderEnd {
@@ -37,7 +37,7 @@ impl Drop for ReaderEnd {
     }
 }
 
-/// See the module.
+/// The reader; see the module.
 pub(super) struct SessionReader {
     decisions: Arc<Decisions>,
     link: Link,
@@ -50,11 +50,11 @@ pub(super) struct SessionReader {
 
 /// Why a session ends.
 enum End {
-    /// The state machine has been told or knows.
+    /// The state machine already knows.
     Known,
     /// The link is gone.
     Lost(LossReason),
-    /// Something came that this side refuses.
+    /// This side refuses what came.
     Bad(String),
 }
 
@@ -142,8 +142,8 @@ impl SessionReader {
         }
     }
 
-    /// A checkpoint is whole. All that may be wrong with it is found here, before it is acknowledged:
-    /// afterwards this side answers for it.
+    /// Takes a whole checkpoint. Everything that may be wrong with it is found here, before it is
+    /// acknowledged: afterwards this side is responsible for it.
     fn staged(&mut self) -> Result<(), End> {
         let Some(held) = self.filling.take() else { return Ok(()) };
         // `push` said that it is whole.
@@ -165,7 +165,7 @@ impl SessionReader {
         let Admitted { disks, shape, .. } = &self.admitted;
         let is_constant = |section: &StateSection<'_>| section.kind == StateKind::VcpuConstant;
         let constants = checkpoint.state().sections().filter(is_constant).count();
-        // After the base those of the base count, unless there are new ones.
+        // After the base, CPUID and TSC frequency of the base apply unless there are new ones.
         let known = if constants == 0 && self.expect != Expect::Base { shape.constants() } else { constants };
         let others = checkpoint.state().sections().filter(|section| !is_constant(section));
         shape.check(known, others).map_err(|e| e.to_string())?;
@@ -174,13 +174,13 @@ impl SessionReader {
     }
 }
 
-/// A buffer for a checkpoint that begins.
+/// Gets a buffer for a new checkpoint.
 fn begin_filling(handover: &Handover, begin: &CheckpointBegin, expect: Expect) -> Result<Held, End> {
     let CheckpointBegin { pages, state_bytes, disk_bytes, .. } = *begin;
     let bytes = u64::from(pages) * PAGE_SIZE as u64 + u64::from(state_bytes) + u64::from(disk_bytes);
     let mut held = handover.take(bytes).map_err(|why| match why {
         NoBuffer::HungUp => End::Known,
-        NoBuffer::Overrun => End::Bad("more checkpoints on their way than were agreed on".into()),
+        NoBuffer::Overrun => End::Bad("more checkpoints in flight than were agreed on".into()),
     })?;
     held.buffer.reset(expect);
     Ok(held)

@@ -1,5 +1,5 @@
-//! Where a committed checkpoint goes: memory, state, disks. Whatever else is to follow the VM commit by
-//! commit is one sink more.
+//! Where a committed checkpoint goes: memory, state, disks. Anything else that follows the VM commit by
+//! commit is one more sink.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,13 +10,13 @@ use outlive_machine::{Machine, Ram, RestoreError};
 
 use crate::disk::Replica;
 
-/// Takes committed checkpoints, every one, in their order, on the applier's thread. The acknowledgement has
-/// been sent: what may be wrong with a checkpoint was found before.
+/// Takes every committed checkpoint, in order, on the applier's thread. The acknowledgement has been sent:
+/// anything wrong with a checkpoint was found before.
 pub(super) trait CommitSink {
-    /// Takes one, which is whole. It may take its time: that slows the guest down and does nothing worse.
+    /// Takes one whole checkpoint. It may be slow: that slows the guest down and does nothing worse.
     ///
     /// # Errors
-    /// This host is not what it should be, and the copy is worthless.
+    /// This host has failed, and the copy is worthless.
     fn commit(&mut self, staged: &mut Incoming) -> Result<(), String>;
 }
 
@@ -26,7 +26,7 @@ pub(super) struct MemorySink(pub(super) Arc<Ram>);
 impl CommitSink for MemorySink {
     fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
-        // `Incoming` has checked every GFN against the layout, so this is an error of this program's own.
+        // `Incoming` has checked every GFN against the layout, so this is an error in this program.
         write_pages(&self.0, checkpoint.pages())
             .map_err(|gfn| format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written"))
     }
@@ -49,7 +49,7 @@ pub(super) fn write_pages<'a>(
     Ok(())
 }
 
-/// The images of the VM's disks. It takes the writes away, so whoever else wants them comes before it.
+/// The images of the VM's disks. It takes the writes away, so other sinks that need them come before it.
 pub(super) struct DiskSink(pub(super) Arc<Replica>);
 
 impl CommitSink for DiskSink {
@@ -68,18 +68,19 @@ pub(super) struct StateSink {
     /// CPUID and TSC frequency, from the base checkpoint.
     constants: Vec<Vec<u8>>,
     kept: StateBuf,
-    /// When it came, by this host's clock.
+    /// When the checkpoint came, by this host's clock.
     kept_at: Instant,
 }
 
 impl StateSink {
-    /// With room for so many bytes.
+    /// An empty state with room for this many bytes.
     pub(super) fn new(bytes: usize) -> Self {
         let kept = StateBuf::with_capacity(bytes, MAX_STATE_SECTIONS);
         Self { constants: Vec::new(), kept, kept_at: Instant::now() }
     }
 
-    /// Puts a machine into the kept state. The guest's time goes on from when that came.
+    /// Restores the kept state into a machine. The guest's time continues from the moment when that state
+    /// came.
     ///
     /// # Errors
     /// What failed.
@@ -88,7 +89,7 @@ impl StateSink {
         machine.restore(&self.constants, &sections, self.kept_at.elapsed())
     }
 
-    /// Puts a machine into the state of a checkpoint that is not committed, for trial.
+    /// Restores the state of an uncommitted checkpoint into a machine, as a trial.
     ///
     /// # Errors
     /// What failed.

@@ -1,9 +1,8 @@
-//! From the copy to the running VM.
-//!
-//! Order, and why: the generation is won before anything here runs (invariant 3). State is restored and
-//! devices are wired while the guest stands still; output is opened before the vCPUs run, so that the first
-//! frame is not dropped; queues are kicked and the network is told where the VM went before the vCPUs run,
-//! because a notification that was under way when the primary died is in no checkpoint.
+//! From the copy to the running VM. The order and its reasons: the generation is won before anything here
+//! runs (invariant 3). State is restored and devices are wired while the vCPUs are stopped. Output is opened
+//! before the vCPUs run, so that the first frame is not dropped. Queues are kicked and the network is told
+//! where the VM went before the vCPUs run, because a notification that was under way when the primary died is
+//! in no checkpoint.
 
 use std::time::Instant;
 
@@ -29,7 +28,7 @@ pub(super) fn take_over(
 ) -> Result<Launch, String> {
     let TakeOver { checkpoint, generation, stop, .. } = order;
     let Equipment { options, console, events, .. } = equipment;
-    // The guest may write to its disks only when nothing of the copy's is left to be written.
+    // The guest may write to its disks only when the copy has nothing left to write.
     copy.disks().become_primary(generation)?;
     copy.restore()?;
     let machine = copy.machine();
@@ -40,7 +39,7 @@ pub(super) fn take_over(
             told.emit(Event::FirstPacket { after_us });
         });
     }
-    // Nothing is held that would have to be drained.
+    // No held output needs a drain.
     machine.valve().open();
     machine.go_live(true);
     machine.resume();

@@ -1,5 +1,5 @@
-//! What a person at a terminal sees while a VM runs. It listens to the event stream; the engine knows nothing
-//! of it.
+//! What a person at a terminal sees while a VM runs. It listens to the event stream; the engine does not know
+//! it.
 
 mod progress;
 

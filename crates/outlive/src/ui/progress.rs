@@ -8,11 +8,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::events::{Event, EventWriter};
 
-/// Events that may wait to be drawn; more are not shown.
+/// How many events may wait to be drawn; more are not shown.
 const WAITING: usize = 64;
 
-/// Draws bars on standard error, if that is a terminal, as the events tell. A thread of its own draws, so
-/// that nobody who reports progress waits for a terminal.
+/// Draws bars on standard error, if it is a terminal, from the events. A separate thread draws, so that the
+/// threads that report progress do not wait for a terminal.
 pub(crate) fn show_progress(events: &EventWriter) {
     if !io::stderr().is_terminal() {
         return;
@@ -35,7 +35,7 @@ fn is_shown(event: &Event) -> bool {
     matches!(event, Event::BaseProgress { .. } | Event::DiskSync { .. }) || ends(event)
 }
 
-/// Whether no synchronisation runs after this.
+/// Whether no synchronisation runs after this event.
 fn ends(event: &Event) -> bool {
     matches!(event, Event::Protected { .. } | Event::LinkLost { .. } | Event::Ended { .. })
 }

@@ -1,4 +1,4 @@
-//! The disks of a VM by what becomes of their writes.
+//! The disks of a VM by where their writes go.
 
 use std::path::PathBuf;
 use std::sync::Arc;

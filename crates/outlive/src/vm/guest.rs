@@ -1,4 +1,4 @@
-//! What the VM boots: a Linux kernel of the user's, or the guest that is built in.
+//! What the VM boots: the user's Linux kernel, or the built-in guest.
 
 use std::path::Path;
 
@@ -9,14 +9,14 @@ use super::{Remedy, no_random};
 use crate::cli::RunOptions;
 use crate::process;
 
-/// vCPUs that the built-in guest has room for.
+/// How many vCPUs the built-in guest has room for.
 const PAYLOAD_VCPUS: u8 = outlive_guest::abi::MAX_VCPUS as u8;
 
 /// What the VM boots.
 pub(crate) enum Guest {
-    /// The Redis server that is built in.
+    /// The built-in Redis server.
     BuiltIn(PayloadOptions),
-    /// Somebody's kernel.
+    /// The user's kernel.
     Linux(Box<LinuxBoot>),
 }
 
@@ -53,12 +53,12 @@ impl Guest {
         }))
     }
 
-    /// Whether it is a Linux kernel, which wants a console and a source of random numbers.
+    /// Whether it is a Linux kernel, which needs a console and a source of random numbers.
     pub(crate) fn is_linux(&self) -> bool {
         matches!(self, Self::Linux(_))
     }
 
-    /// Bytes behind the guest's memory that keep what it boots from.
+    /// How many bytes behind the guest's memory hold what it boots from.
     pub(crate) fn firmware_bytes(&self) -> u64 {
         match self {
             Self::BuiltIn(_) => 0,
@@ -66,7 +66,7 @@ impl Guest {
         }
     }
 
-    /// Puts it into the machine.
+    /// Loads it into the machine.
     ///
     /// # Errors
     /// One line.
@@ -78,18 +78,19 @@ impl Guest {
     }
 }
 
-/// Reads a file that the guest is to have in its memory.
+/// Reads a file that goes into the guest's memory.
 fn file(path: &Path, option: &str, memory: u64) -> Result<Vec<u8>, String> {
     let place = path.display();
     let unreadable = |e: std::io::Error| format!("cannot read {place}: {e}; give {option} another file");
     let about = std::fs::metadata(path).map_err(unreadable)?;
-    // A wrong path may lead to a disk image, or to what never ends.
+    // A wrong path may lead to a disk image, or to a file without an end.
     if !about.is_file() {
         return Err(format!("{place} is not a regular file; give {option} another one"));
     }
     if about.len() >= memory {
         return Err(format!(
-            "{place} has {} MiB and the guest's memory {} MiB: give {option} another file, or the guest more with --memory",
+            "{place} has {} MiB and the guest's memory {} MiB: give {option} another file, or give the \
+             guest more memory with --memory",
             about.len() >> 20,
             memory >> 20
         ));

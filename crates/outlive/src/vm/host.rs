@@ -1,11 +1,11 @@
-//! What a VM needs of the host that it runs on.
+//! What a VM needs from the host that it runs on.
 
 use super::Remedy;
 use crate::check;
 use crate::cli::NetSpec;
 use crate::network::{Netlink, NetlinkError};
 
-/// Refuses a VM that this host has no memory for.
+/// Refuses a VM for which this host has too little memory.
 ///
 /// # Errors
 /// One line with the remedy.
@@ -13,7 +13,8 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     outlive_machine::ranges(bytes).map_err(|e| e.with_remedy())?;
     match check::available_memory_bytes() {
         Some(available) if bytes > available => Err(format!(
-            "a VM with {} MiB of memory does not fit: this host has {} MiB available; give it less with --memory",
+            "a VM with {} MiB of memory does not fit: this host has {} MiB available; give the VM less with \
+             --memory",
             bytes >> 20,
             available >> 20
         )),
@@ -21,18 +22,19 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     }
 }
 
-/// Refuses to start protection when its buffers would take more than half of what this host has left: the VM
-/// itself must not be the victim.
+/// Refuses to start protection if its buffers would take more than half of the memory that this host has
+/// left: the VM itself must not suffer.
 ///
 /// # Errors
 /// One line with the remedy.
 pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), String> {
-    // One buffer for disk writes more: the one that is being filled.
+    // One more buffer for disk writes: the one that is being filled.
     let bytes =
         pages as u64 * outlive_machine::PAGE_SIZE as u64 * buffers + disk_bytes as u64 * (buffers + 1);
     match check::available_memory_bytes() {
         Some(available) if bytes > available / 2 => Err(format!(
-            "protection needs {} MiB for checkpoints on their way and this host has {} MiB available; lower --max-dirty",
+            "protection needs {} MiB for checkpoints in flight, and this host has {} MiB available; lower \
+             --max-dirty",
             bytes >> 20,
             available >> 20
         )),
@@ -40,7 +42,7 @@ pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Re
     }
 }
 
-/// Sets the tap up and puts it on its bridge.
+/// Switches the tap on and attaches it to its bridge.
 ///
 /// # Errors
 /// One line with the remedy.
@@ -49,7 +51,7 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
     let text = |e: NetlinkError| e.to_string();
     let mut netlink = Netlink::open().map_err(text)?;
     let tap = netlink.link(&net.tap).map_err(text)?;
-    // What an administrator has set up already needs no right of ours.
+    // What an administrator has set up already needs no rights of ours.
     if let Some(bridge) = &net.bridge
         && !(tap.bridge.is_some() && tap.bridge == netlink.index(bridge).ok())
     {
@@ -58,7 +60,7 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
     if tap.up { Ok(()) } else { netlink.set_up(&net.tap).map_err(text) }
 }
 
-/// The line for a host without random numbers.
+/// The message for a host without random numbers.
 pub(crate) fn no_random(error: std::io::Error) -> String {
     format!("this host has no random numbers: {error}")
 }

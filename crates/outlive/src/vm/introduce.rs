@@ -1,4 +1,4 @@
-//! A VM as its primary introduces it. A standby builds its machine from this alone.
+//! How a primary introduces its VM. A standby builds its machine from this alone.
 
 use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits, VersionRange};
 use outlive_machine::Machine;
@@ -8,18 +8,18 @@ use super::{Disk, Identity};
 use crate::cli::{ActiveOptions, RunOptions};
 use crate::process;
 
-/// Queues of a device that always has the same number.
+/// The queues of a device that always has the same number of them.
 pub(crate) fn fixed_queues(kind: DeviceKind) -> Option<u16> {
     match kind {
         DeviceKind::Net | DeviceKind::Disk => None,
         DeviceKind::Rng => Some(1),
         DeviceKind::Console => Some(2),
-        // Registers alone.
+        // Registers only.
         DeviceKind::Serial => Some(0),
     }
 }
 
-/// The devices of a machine in the order of their slots, and the serial port, which has none.
+/// The devices of a machine in the order of their slots, and the serial port, which has no slot.
 pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -> Vec<DeviceInfo> {
     let card = options.net.as_ref().map(|net| DeviceInfo::new(DeviceKind::Net, net.queues.into()));
     let describe = |(index, disk): (usize, &Disk)| {
@@ -42,7 +42,7 @@ pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -
 /// The introduction.
 ///
 /// # Errors
-/// What of the VM cannot be replicated.
+/// What part of the VM cannot be replicated.
 pub(crate) fn hello(
     machine: &Machine,
     identity: &Identity,
@@ -67,7 +67,7 @@ pub(crate) fn hello(
             slots: SLOTS as u32,
             max_disk_bytes: limits::max_disk_bytes(&identity.devices),
         },
-        // What is not RAM of the guest's own keeps what it boots from.
+        // Memory that is not the guest's own RAM holds what it boots from.
         firmware_bytes,
         devices: identity.devices.clone(),
         interval_us: options.interval.as_micros() as u64,

@@ -29,37 +29,37 @@ pub(crate) struct Identity {
     pub(crate) checkpoint: u64,
 }
 
-/// A running machine and all that its coordinator needs.
+/// A running machine and everything that its coordinator needs.
 pub(crate) struct Launch {
     /// The machine, resumed.
     pub(crate) machine: Machine,
     /// What the machine reports.
     pub(crate) machine_events: Relay<MachineEvent>,
-    /// The operator's wish that the VM be stopped, and why.
+    /// The operator's orders to stop the VM, and why.
     pub(crate) stops: Relay<&'static str>,
     /// Who it is.
     pub(crate) identity: Identity,
-    /// Where generations are won.
+    /// The arbiter that gives generations.
     pub(crate) arbiter: Option<Box<dyn Arbiter>>,
     /// Options.
     pub(crate) options: ActiveOptions,
-    /// Who keeps the sidecars of the VM's images, if somebody does already.
+    /// The keeper of the sidecars of the VM's images, if there already is one.
     pub(crate) sidecars: Option<Arc<Sidecars>>,
     /// Events.
     pub(crate) events: EventWriter,
-    /// The VM is to end at once.
+    /// Set when the VM must end at once.
     pub(crate) stop: Option<EndReason>,
-    /// The other ends of its ports; closed after the machine is gone.
+    /// The host's ends of its ports; closed after the machine is gone.
     pub(crate) console: Arc<Console>,
 }
 
-/// How the work of a side came to its end.
+/// How the work of a side ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum End {
     /// The VM ended here, or another host has it.
     Primary(ExitReason),
-    /// The standby is of no further use.
+    /// The standby is no longer useful.
     Standby(StandbyExit),
-    /// This host could not go on. The text is for a person.
+    /// This host failed. The text is for a person.
     Failed(String),
 }

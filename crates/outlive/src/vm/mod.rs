@@ -1,14 +1,14 @@
-//! What either side makes a VM of. `outlive run` starts one, a standby builds its copy and runs it after a
-//! takeover; neither takes anything from the other, both take it from here.
+//! What both sides make a VM of. `outlive run` starts one; a standby builds its copy and runs it after a
+//! takeover. Neither uses the other's code, both use this.
 //!
 //! ```text
 //! host.rs       whether this host has the memory; the card's place in its network
 //! guest.rs      what boots
 //! options.rs    from the command line to the machine's options
-//! introduce.rs  what a primary tells its standby of the VM
-//! disks.rs      the VM's disks by what becomes of their writes
+//! introduce.rs  what a primary tells its standby about the VM
+//! disks.rs      the VM's disks by where their writes go
 //! limits.rs     how much a checkpoint may carry
-//! relay.rs      what happens to a machine before somebody coordinates it
+//! relay.rs      keeps a machine's events until it has a coordinator
 //! remedy.rs     which option helps against an error of the machine
 //! launch.rs     a running machine with its identity, on its way to its coordinator
 //! ```

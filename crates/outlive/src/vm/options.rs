@@ -5,7 +5,7 @@ use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits};
 
 use crate::cli::{DiskSpec, NetSpec};
 
-/// Frames and bytes of output that may be held for uncommitted epochs.
+/// How many frames and bytes of output may be held for uncommitted epochs.
 const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
 
 /// A network card's options.
@@ -19,8 +19,8 @@ pub(crate) fn disk_options(spec: &DiskSpec) -> DiskOptions {
     DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
 }
 
-/// The card's address: the one asked for, or one made of the VM's id (locally administered, so it collides
-/// with no vendor's).
+/// The card's address: the given one, or one made of the VM's id (locally administered, so it cannot collide
+/// with a vendor's).
 pub(crate) fn mac_of(net: Option<&NetSpec>, vm: VmId) -> MacAddr {
     let [a, b, c, d, e, ..] = vm.0;
     MacAddr(net.and_then(|n| n.mac).unwrap_or([0x02, a, b, c, d, e]))

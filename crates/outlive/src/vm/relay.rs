@@ -1,13 +1,12 @@
-//! The way to somebody who is not there yet, or who changes.
-//!
-//! A machine reports what happens to it, and an operator may want it stopped, from the moment it is made; the
-//! coordinator that listens to both comes later, and at a takeover it is another one than before.
+//! A channel whose receiver comes later, or changes. From the moment when it is made, a machine reports
+//! events and an operator may want it stopped. The coordinator that listens to both comes later, and at a
+//! takeover it is a different one.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What is sent while nobody is connected waits; whoever connects gets it first, in its order. Messages are
-/// few: events of a machine that does not run yet, or stops by an operator.
+/// Messages that are sent while no receiver is connected wait; the next receiver gets them first, in their
+/// order. They are few: events of a machine that does not run yet, or an operator's stops.
 pub(crate) struct Relay<T> {
     target: Arc<Mutex<Target<T>>>,
 }
@@ -18,12 +17,13 @@ enum Target<T> {
 }
 
 impl<T: Send + 'static> Relay<T> {
-    /// One with nobody at its end.
+    /// A relay without a receiver.
     pub(crate) fn new() -> Self {
         Self { target: Arc::new(Mutex::new(Target::Waiting(VecDeque::new()))) }
     }
 
-    /// Hands on, or keeps until somebody is connected. Blocks no longer than whoever is connected.
+    /// Hands a message to the receiver, or keeps it until there is one. Blocks no longer than the receiver
+    /// does.
     pub(crate) fn send(&self, message: T) {
         match &mut *self.lock() {
             Target::Waiting(waiting) => waiting.push_back(message),
@@ -32,8 +32,7 @@ impl<T: Send + 'static> Relay<T> {
         }
     }
 
-    /// Hands everything to `to` from now on, and first what waits. Whoever was connected gets nothing any
-    /// more.
+    /// Hands everything to `to` from now on, waiting messages first. The previous receiver gets nothing more.
     pub(crate) fn connect(&self, to: impl Fn(T) + Send + 'static) {
         let mut target = self.lock();
         if let Target::Waiting(waiting) = &mut *target {
@@ -42,12 +41,12 @@ impl<T: Send + 'static> Relay<T> {
         *target = Target::Connected(Box::new(to));
     }
 
-    /// From now on messages wait for the next to connect.
+    /// From now on messages wait for the next receiver.
     pub(crate) fn disconnect(&self) {
         *self.lock() = Target::Waiting(VecDeque::new());
     }
 
-    /// [`send`](Self::send) as a function, for whoever reports.
+    /// [`send`](Self::send) as a function, for a sender.
     pub(crate) fn sender(&self) -> impl Fn(T) + Send + Sync + Clone + use<T> {
         let relay = self.clone();
         move |message| relay.send(message)
@@ -106,7 +105,7 @@ mod tests {
     #[test]
     fn who_connects_takes_over_from_the_one_before() {
         let relay = Relay::new();
-        // The first one's function, and with it the other end of its channel, goes away.
+        // The first receiver's function is dropped, and with it the other end of its channel.
         let (first, second) = (listen(&relay), listen(&relay));
         relay.send(7);
         assert!(first.recv().is_err());

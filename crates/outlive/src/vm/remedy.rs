@@ -1,5 +1,5 @@
-//! What a user can do about an error of the machine. The library says what is wrong; which option helps is
-//! the program's to say.
+//! What a user can do about an error of the machine. The library says what is wrong; the program says which
+//! option helps.
 
 use std::error::Error;
 
@@ -8,7 +8,7 @@ use outlive_machine::{
     StartLinuxError,
 };
 
-/// An error that the program may know a remedy for.
+/// An error for which the program may know a remedy.
 pub(crate) trait Remedy: Error {
     /// What the user can do.
     fn remedy(&self) -> Option<&'static str>;

@@ -197,7 +197,7 @@ fn a_second_primary_is_refused() {
         &["--standby", &there, "--net", "tap=vm1,bridge=br0", "--ip", "10.77.0.3/24", "--name", "second"],
     );
     wait_until("the second primary is told", || second.log().contains("another primary is attached"));
-    standby.wait_says("a primary is refused", 1);
+    standby.wait_says("refused a primary", 1);
     // It runs all the same, and says that it is not protected.
     let server = "10.77.0.3:6379".parse().unwrap();
     let mut client = world.lan(|| Client::open(server)).unwrap();
@@ -247,7 +247,7 @@ fn primaries_that_do_not_belong_here_are_refused() {
     FakePrimary::introduce(&world, &twice).assert_refused(RefuseCode::Devices);
     let without = Hello { generation: 2, devices: Vec::new(), ..hello.clone() };
     FakePrimary::introduce(&world, &without).assert_refused(RefuseCode::Devices);
-    standby.wait_says("a primary is refused", 8);
+    standby.wait_says("refused a primary", 8);
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn damaged_bases_are_refused_and_the_standby_stays_good() {
         let ends = ["the connection was closed", "closed"].iter().any(|end| answer.contains(end));
         assert!(answer == bad_stream || round % 2 == 1 && ends, "round {round}: {answer}");
     }
-    standby.wait_says("what the primary sent is refused", 1);
+    standby.wait_says("refused what the primary sent", 1);
     assert!(!standby.has(|e| matches!(e, Event::Arbitrating { .. })), "it tried to take a VM over");
     let mut primary = world.run(Side::A);
     primary.wait_protected();
@@ -322,7 +322,7 @@ fn a_checkpoint_that_arrives_damaged_costs_only_the_protection() {
         primary.wait_protected();
     }
     assert!(!standby.has(|e| matches!(e, Event::Arbitrating { .. })), "the standby tried to take over");
-    standby.wait_says("what the primary sent is refused", 8);
+    standby.wait_says("refused what the primary sent", 8);
     witnesses.finish(&world);
 }
 
