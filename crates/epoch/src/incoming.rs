@@ -305,9 +305,11 @@ impl Incoming {
         if end.number != number {
             return Err(IncomingError::Number { expected: number, found: end.number });
         }
+        // Not more than the beginning said (see `pages`); fewer, if some have not changed.
+        let sent = self.entries.len() as u32;
         for (what, expected, found) in [
-            ("pages", pages, self.entries.len() as u32),
-            ("pages", pages, end.pages),
+            ("pages", end.pages, sent),
+            ("pages", pages.max(end.pages), pages),
             ("bytes of state", state_bytes, self.state.len() as u32),
             ("bytes of state", state_bytes, end.state_bytes),
             ("bytes of disk writes", disk_bytes, self.writes.len() as u32),

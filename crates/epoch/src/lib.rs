@@ -62,6 +62,18 @@
 //! 2 and 7 of ARCHITECTURE.md). The checksums guard against accidents and errors of ours, not against an
 //! attacker on the link; that is the task of the link's encryption.
 //!
+//! # Pages
+//!
+//! | codec | data of the page | |
+//! |---|---|---|
+//! | raw | 4096 bytes | |
+//! | zero | none | |
+//! | granules | a mask (`u64`) and those of the page's 64 granules of 64 bytes that have changed | overwrites: the standby needs nothing but its copy |
+//! | (unchanged) | the page is left out | not in the stream at all |
+//!
+//! [`codec::PageWriter`] chooses; the rule by which it may do so is in [`codec`]. From version 4 of the stream on
+//! the beginning of a checkpoint so says how many pages follow at most, and the end how many there were.
+//!
 //! # Stamps
 //!
 //! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each
@@ -82,12 +94,12 @@ pub mod wire;
 
 mod incoming;
 
-pub use codec::{PageCodec, PageEntry, squeeze_zero_pages};
+pub use codec::{CodecCounts, PageCodec, PageEntry, PageWriter, squeeze_zero_pages};
 pub use image::limits::*;
 pub use image::{
-    Ancestor, DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords,
-    GfnRange, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordBuf, RecordError, StateBuf, StateKind,
-    StateSection, UncheckedRecords, VmId, VmIdError, is_zero,
+    Ancestor, DISK_RECORD_LEN, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord, DiskRecords, GRANULE,
+    GfnRange, Granules, Layout, LayoutError, Lineage, PAGE_SIZE, PageData, RecordBuf, RecordError, StateBuf,
+    StateKind, StateSection, UncheckedRecords, VmId, VmIdError, is_zero,
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{

@@ -94,6 +94,14 @@ impl Outgoing {
         unsafe { std::slice::from_raw_parts(self.pages, self.gfns.len() * PAGE_SIZE) }
     }
 
+    /// [`gfns`](Self::gfns) and [`page_bytes`](Self::page_bytes), for whoever writes the pages down in their
+    /// place: what stands there afterwards is his.
+    pub fn pages_mut(&mut self) -> (&[Gfn], &mut [u8]) {
+        // SAFETY: as in `page_bytes`; nobody else has this buffer.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.pages, self.gfns.len() * PAGE_SIZE) };
+        (&self.gfns, bytes)
+    }
+
     /// The state sections; empty for a part that only carries pages.
     pub fn state(&self) -> &StateBuf {
         &self.state

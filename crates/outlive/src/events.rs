@@ -210,6 +210,36 @@ pub struct Stats {
     pub bytes: u64,
     /// Frames that wait for their checkpoint's commit right now.
     pub held_frames: u64,
+    /// How the pages of checkpoints were written down.
+    #[serde(default)]
+    pub pages: PageCounts,
+}
+
+/// How the pages of checkpoints were written down for the standby. All together are the pages that were
+/// captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageCounts {
+    /// Whole.
+    pub raw: u64,
+    /// As zeroes.
+    pub zero: u64,
+    /// As the granules that have changed.
+    pub granules: u64,
+    /// Bytes of those granules, with their masks.
+    pub granule_bytes: u64,
+    /// Not at all, because nothing has changed.
+    pub unchanged: u64,
+}
+
+impl PageCounts {
+    /// Adds others.
+    pub fn add(&mut self, other: &Self) {
+        self.raw += other.raw;
+        self.zero += other.zero;
+        self.granules += other.granules;
+        self.granule_bytes += other.granule_bytes;
+        self.unchanged += other.unchanged;
+    }
 }
 
 /// What [`Event::Measured`] says. Everything covers the time since the last such event, so readers can add it

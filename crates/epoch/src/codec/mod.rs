@@ -2,11 +2,37 @@
 //!
 //! An entry names the frame and the codec; the data of all entries of a section follow behind the entries, in
 //! their order. A codec that this release does not know is refused with the section.
+//!
+//! # The rule
+//!
+//! A page may be written as its changed granules, or be left out, only if **the standby, when it applies this
+//! checkpoint, has of it what the writer remembers**. It does, because
+//!
+//! * a standby applies the checkpoints of a connection in their order, each whole or not at all, and after one
+//!   that it does not apply it applies none of that connection any more;
+//! * the writer remembers a page when it writes it down, and what is written down goes to the link before
+//!   anything that is written down later, or the connection ends.
+//!
+//! So a writer belongs to the one thread that writes to a connection, begins with it, remembering nothing, and
+//! ends with it. Whatever becomes of a checkpoint before it reaches that thread (a pause that failed, a part for
+//! a link that is gone) it has not been remembered. A new base over the same connection makes it forget
+//! ([`PageWriter::forget`]): base pages are written as they are at some moment and are not remembered. A takeover,
+//! another standby and protection that begins anew are new connections.
+//!
+//! What is remembered is compared with the copy of a page that was made in the pause, not with the guest's
+//! memory, so a page that the guest writes meanwhile, hot or not, is of no concern here: that write is in the
+//! next checkpoint. A granule overwrites, so applying one twice does no harm.
 
+mod sent;
+#[cfg(test)]
+mod tests;
+mod writer;
 mod zero;
 
+pub use writer::{CodecCounts, PageWriter};
 pub use zero::squeeze_zero_pages;
 
+use crate::image::granules::{GRANULE, Granules, MASK_LEN, data_len};
 use crate::image::{PAGE_SIZE, PageData};
 
 /// Physical addresses of x86-64 have 52 bits, of which a page has 12.
@@ -25,26 +51,43 @@ pub enum PageCodec {
     Raw = 0,
     /// No bytes; the page is all zero.
     Zero = 1,
+    /// Which granules of 64 bytes have changed, and those: a mask, a `u64` whose bit n is set if that of the
+    /// bytes from 64 n on follows, and the granules, the first first. At most 63: more are longer than the page.
+    /// From version 3 of `Pages` on. Base pages have none: they are written while the guest runs, to memory of
+    /// which nobody knows what it was.
+    Granules = 2,
 }
 
+/// The first version of `Pages` that may have granules.
+const WITH_GRANULES: u16 = 3;
+
 impl PageCodec {
-    fn from_wire(number: u8) -> Option<Self> {
-        [Self::Raw, Self::Zero].into_iter().find(|codec| *codec as u8 == number)
+    fn from_wire(version: u16, number: u8) -> Option<Self> {
+        let codec = [Self::Raw, Self::Zero, Self::Granules].into_iter().find(|codec| *codec as u8 == number);
+        codec.filter(|codec| codec.is_in(version))
     }
 
-    /// Bytes of its data. A codec whose data has not always the same length says here which lengths there
-    /// are, at most those of a page.
-    fn data_len(self) -> usize {
+    /// Whether entries of this version may have it.
+    pub(crate) fn is_in(self, version: u16) -> bool {
+        self != Self::Granules || version >= WITH_GRANULES
+    }
+
+    /// Whether its data can have so many bytes: at most those of a page.
+    fn fits(self, length: usize) -> bool {
         match self {
-            Self::Raw => PAGE_SIZE,
-            Self::Zero => 0,
+            Self::Raw => length == PAGE_SIZE,
+            Self::Zero => length == 0,
+            Self::Granules => {
+                let granules = length.checked_sub(MASK_LEN);
+                length <= PAGE_SIZE && granules.is_some_and(|bytes| bytes.is_multiple_of(GRANULE))
+            }
         }
     }
 }
 
 /// One page of a section: its frame, how it is written down, and in how many bytes.
 ///
-/// On the wire a `u64`. Version 2: the GFN in bits 0..40, the codec in 40..48, the length of the data in
+/// On the wire a `u64`. Versions 2 and 3: the GFN in bits 0..40, the codec in 40..48, the length of the data in
 /// 48..64. Version 1: the GFN in bits 0..52, the codec above, and no length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageEntry {
@@ -67,17 +110,22 @@ pub(crate) enum EntryError {
 impl PageEntry {
     /// A page of which 4096 bytes follow. `gfn` has at most 40 bits.
     pub fn raw(gfn: u64) -> Self {
-        Self::new(gfn, PageCodec::Raw)
+        Self::new(gfn, PageCodec::Raw, PAGE_SIZE)
     }
 
     /// A page of zeroes.
     pub fn zero(gfn: u64) -> Self {
-        Self::new(gfn, PageCodec::Zero)
+        Self::new(gfn, PageCodec::Zero, 0)
     }
 
-    fn new(gfn: u64, codec: PageCodec) -> Self {
-        debug_assert!(gfn <= GFN_MASK);
-        Self { gfn: gfn & GFN_MASK, codec, length: codec.data_len() as u16 }
+    /// A page of which the granules of this mask follow, behind the mask itself; not all of them.
+    pub fn granules(gfn: u64, mask: u64) -> Self {
+        Self::new(gfn, PageCodec::Granules, data_len(mask))
+    }
+
+    fn new(gfn: u64, codec: PageCodec, length: usize) -> Self {
+        debug_assert!(gfn <= GFN_MASK && codec.fits(length));
+        Self { gfn: gfn & GFN_MASK, codec, length: length as u16 }
     }
 
     /// The guest frame number.
@@ -113,22 +161,39 @@ impl PageEntry {
             return Err(EntryError::Gfn(gfn));
         }
         let number = u8::try_from(number).unwrap_or(u8::MAX);
-        let codec = PageCodec::from_wire(number).ok_or(EntryError::Codec(number))?;
-        match length {
-            Some(length) if usize::from(length) != codec.data_len() => Err(EntryError::Length(length)),
-            _ => Ok(Self::new(gfn, codec)),
+        let codec = PageCodec::from_wire(version, number).ok_or(EntryError::Codec(number))?;
+        let length = match length {
+            Some(length) => length,
+            None if codec == PageCodec::Raw => PAGE_SIZE as u16,
+            None => 0,
+        };
+        if codec.fits(length.into()) {
+            Ok(Self { gfn, codec, length })
+        } else {
+            Err(EntryError::Length(length))
         }
     }
+}
+
+/// Whether the data of an entry, which has its length, is what its codec writes. Without this
+/// [`with_data`] must not be asked.
+pub(crate) fn is_sound(entry: PageEntry, data: &[u8]) -> bool {
+    entry.codec != PageCodec::Granules || Granules::parse(data).is_some()
 }
 
 /// Joins entries with their data. The two must have been checked against each other.
 pub(crate) fn with_data<'a>(
     entries: impl Iterator<Item = PageEntry> + 'a,
-    data: &'a [u8],
+    mut data: &'a [u8],
 ) -> impl Iterator<Item = (u64, PageData<'a>)> + 'a {
-    let mut pages = data.as_chunks::<PAGE_SIZE>().0.iter();
-    entries.map_while(move |entry| match entry.codec() {
-        PageCodec::Zero => Some((entry.gfn(), PageData::Zero)),
-        PageCodec::Raw => pages.next().map(|bytes| (entry.gfn(), PageData::Raw(bytes))),
+    entries.map_while(move |entry| {
+        let (of_page, rest) = data.split_at_checked(entry.data_len())?;
+        data = rest;
+        let page = match entry.codec() {
+            PageCodec::Zero => PageData::Zero,
+            PageCodec::Raw => PageData::Raw(of_page.first_chunk()?),
+            PageCodec::Granules => PageData::Granules(Granules::parse(of_page)?),
+        };
+        Some((entry.gfn(), page))
     })
 }

@@ -1,10 +1,11 @@
 //! What a checkpoint is, wherever it stands: in the machine that captured it, on the wire, at the standby.
 //!
-//! Nothing here knows of KVM, of a link or of a codec. The machine, the link and the standby share these
+//! Nothing here knows of KVM, of a link or of when which codec is used. The machine, the link and the standby share these
 //! types, so a page, a state section or a disk record has one form from its beginning to its end.
 
 mod device;
 mod disk;
+pub(crate) mod granules;
 mod layout;
 pub mod limits;
 mod lineage;
@@ -14,6 +15,7 @@ mod vm;
 
 pub use device::{DeviceFlags, DeviceInfo, DeviceKind};
 pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordBuf, RecordError, UncheckedRecords};
+pub use granules::{GRANULE, Granules};
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
 pub use page::{PAGE_SIZE, PageData, is_zero};

@@ -1,5 +1,7 @@
 //! A page, and the search for pages of zeroes.
 
+use super::granules::Granules;
+
 /// Bytes of a page.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -10,6 +12,8 @@ pub enum PageData<'a> {
     Raw(&'a [u8; PAGE_SIZE]),
     /// All zero.
     Zero,
+    /// As it was in the checkpoint before, but for these.
+    Granules(Granules<'a>),
 }
 
 /// Whether all bytes are zero. Looks at 64 bytes a step and stops at the first that are not.

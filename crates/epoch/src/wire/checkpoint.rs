@@ -8,6 +8,7 @@ use super::end::EndReason;
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
+use super::version::ProtocolVersion;
 
 /// What is special about a checkpoint. On the wire a `u32`: bit 0 base_final, bits 8..16 the end reason or 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,14 +33,14 @@ impl CheckpointFlags {
 }
 
 /// A checkpoint begins. The totals are known: the whole checkpoint was captured before the first byte is
-/// sent.
+/// sent. Of its pages only those are sent that have changed, which is found out while it is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckpointBegin {
     /// The generation in which the VM runs.
     pub generation: u64,
     /// The checkpoint's number.
     pub number: u64,
-    /// Pages in the `Pages` sections that follow.
+    /// Pages in the `Pages` sections that follow; from version 4 of the stream on, at most so many.
     pub pages: u32,
     /// Bytes in the `State` sections that follow, without their fixed fields.
     pub state_bytes: u32,
@@ -155,10 +156,11 @@ impl Open {
         self.begin.number
     }
 
-    fn check_totals(&self) -> Result<(), EncodeError> {
+    fn check_totals(&self, stream: ProtocolVersion) -> Result<(), EncodeError> {
         let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
+        let at_most = stream >= ProtocolVersion::V4 && self.pages <= pages;
         for (what, announced, sent) in [
-            ("pages", pages, self.pages),
+            ("pages", if at_most { self.pages } else { pages }, self.pages),
             ("bytes of state", state_bytes, self.state_bytes),
             ("bytes of disk writes", disk_bytes, self.disk_bytes),
         ] {
@@ -201,8 +203,9 @@ impl Encoder {
     /// [`EncodeError::Order`]; [`EncodeError::Totals`] if the beginning said something else (the checkpoint
     /// then stays open, and no standby will ever take it for whole).
     pub fn checkpoint_end(&mut self, out: &mut Vec<u8>, stamp_us: u64) -> Result<(), EncodeError> {
+        let stream = self.stream();
         let open = self.open("the end of a checkpoint that was not begun")?;
-        open.check_totals()?;
+        open.check_totals(stream)?;
         let end = End {
             number: open.begin.number.into(),
             stamp_us: stamp_us.into(),

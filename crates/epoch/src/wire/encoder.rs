@@ -7,6 +7,7 @@ use super::checkpoint::Open;
 use super::kind::SectionKind;
 use super::section::{HEADER_LEN, SectionHeader};
 use super::version::ProtocolVersion;
+use crate::codec::PageCodec;
 use crate::image::limits::MAX_PAGES_PER_SECTION;
 
 /// A caller's mistake. Nothing was appended and the stream can go on.
@@ -25,6 +26,16 @@ pub enum EncodeError {
     /// More pages than a section may have.
     #[error("{0} pages in one section; the limit is {MAX_PAGES_PER_SECTION}")]
     TooManyPages(usize),
+    /// A page written in a way that the peer, or the kind of section, does not have.
+    #[error("a page written as {codec:?} in version {version} of {kind:?}")]
+    Codec {
+        /// How it is written.
+        codec: PageCodec,
+        /// The kind of section.
+        kind: SectionKind,
+        /// Its version.
+        version: u16,
+    },
     /// Entries and data do not belong together.
     #[error("the entries need {expected} bytes of data, not {found}")]
     DataLength {

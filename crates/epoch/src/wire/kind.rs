@@ -102,23 +102,28 @@ impl SectionKind {
     /// The version of the payload in a stream of this version.
     pub fn version_in(self, stream: ProtocolVersion) -> u16 {
         match self {
-            // 2: entries with the length of their data.
-            Self::Pages | Self::BasePages => match stream {
+            // 2: entries with the length of their data. 3, in checkpoints only: granules.
+            Self::Pages => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
+                ProtocolVersion::V4 => 3,
+            },
+            Self::BasePages => match stream {
+                ProtocolVersion::V2 => 1,
+                ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
             },
             // 2: devices. 3: the arbiter and the ancestors. 4: the versions of the stream, and whatever a later
             // release appends.
             Self::Hello => match stream {
                 ProtocolVersion::V2 => 3,
-                ProtocolVersion::V3 => 4,
+                ProtocolVersion::V3 | ProtocolVersion::V4 => 4,
             },
             // 2: the version of the stream, and whatever a later release appends.
             Self::Accept => match stream {
                 ProtocolVersion::V2 => 1,
-                ProtocolVersion::V3 => 2,
+                ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
             },
-            // 2: totals of disk writes.
+            // 2: totals of disk writes. (In a stream of version 4 the beginning's number of pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
             _ => 1,
         }

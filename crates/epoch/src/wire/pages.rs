@@ -7,7 +7,7 @@ use super::encoder::{EncodeError, Encoder};
 use super::error::WireError;
 use super::fields::Fields;
 use super::kind::SectionKind;
-use crate::codec::{EntryError, PageEntry, with_data};
+use crate::codec::{EntryError, PageEntry, is_sound, with_data};
 use crate::image::limits::{MAX_PAGES_PER_SECTION, MAX_PAYLOAD};
 use crate::image::{PAGE_SIZE, PageData};
 
@@ -64,6 +64,15 @@ impl<'a> Pages<'a> {
             );
         }
         let data = fields.bytes(needed)?;
+        let mut rest = data;
+        for word in entries {
+            let Ok(entry) = PageEntry::from_wire(version, word.get()) else { continue };
+            let (of_page, behind) = rest.split_at(entry.data_len());
+            if !is_sound(entry, of_page) {
+                return Err(fields.malformed("the mask and the granules of a page do not fit", entry.gfn()));
+            }
+            rest = behind;
+        }
         fields.end()?;
         Ok(Self { tag: head.tag.get(), version, entries, data })
     }
@@ -111,7 +120,14 @@ fn put(
     }
 }
 
-fn check(entries: impl ExactSizeIterator<Item = PageEntry>, data: &[u8]) -> Result<(), EncodeError> {
+fn check(
+    (kind, version): (SectionKind, u16),
+    entries: impl ExactSizeIterator<Item = PageEntry> + Clone,
+    data: &[u8],
+) -> Result<(), EncodeError> {
+    if let Some(codec) = entries.clone().map(PageEntry::codec).find(|it| !it.is_in(version)) {
+        return Err(EncodeError::Codec { codec, kind, version });
+    }
     if entries.len() > MAX_PAGES_PER_SECTION {
         return Err(EncodeError::TooManyPages(entries.len()));
     }
@@ -126,8 +142,8 @@ impl Encoder {
     /// Appends the head of a `BasePages` section; `data` (the data of the entries, in order) must follow it.
     ///
     /// # Errors
-    /// [`EncodeError::TooManyPages`], [`EncodeError::DataLength`], [`EncodeError::Order`] inside a
-    /// checkpoint.
+    /// [`EncodeError::TooManyPages`], [`EncodeError::Codec`], [`EncodeError::DataLength`],
+    /// [`EncodeError::Order`] inside a checkpoint.
     pub fn base_pages_head(
         &mut self,
         out: &mut Vec<u8>,
@@ -136,8 +152,8 @@ impl Encoder {
         data: &[u8],
     ) -> Result<(), EncodeError> {
         self.outside_checkpoint("base pages inside a checkpoint")?;
-        check(entries.clone(), data)?;
         let version = self.version_of(SectionKind::BasePages);
+        check((SectionKind::BasePages, version), entries.clone(), data)?;
         self.section(out, SectionKind::BasePages, data, |out| put(out, version, round, entries, data));
         Ok(())
     }
@@ -146,16 +162,17 @@ impl Encoder {
     /// order) must follow it. For pages that are all raw: `gfns.iter().map(|gfn| PageEntry::raw(*gfn))`.
     ///
     /// # Errors
-    /// [`EncodeError::TooManyPages`], [`EncodeError::DataLength`], [`EncodeError::Order`].
+    /// [`EncodeError::TooManyPages`], [`EncodeError::Codec`], [`EncodeError::DataLength`],
+    /// [`EncodeError::Order`].
     pub fn pages_head(
         &mut self,
         out: &mut Vec<u8>,
         entries: impl ExactSizeIterator<Item = PageEntry> + Clone,
         data: &[u8],
     ) -> Result<(), EncodeError> {
-        check(entries.clone(), data)?;
-        let number = self.open("pages outside a checkpoint")?.add_pages(entries.len());
         let version = self.version_of(SectionKind::Pages);
+        check((SectionKind::Pages, version), entries.clone(), data)?;
+        let number = self.open("pages outside a checkpoint")?.add_pages(entries.len());
         self.chained(out, SectionKind::Pages, data, |out| put(out, version, number, entries, data));
         Ok(())
     }

@@ -60,11 +60,14 @@ pub enum ProtocolVersion {
     /// length. GFNs have 40 bits. Both sides agree on a version; the introduction can have more fields.
     /// Everything else is as in 2.
     V3 = 3,
+    /// 4: pages of checkpoints may be written as granules, the beginning of a checkpoint says how many pages
+    /// follow at most, and pages that have not changed since they were sent last do not follow.
+    V4 = 4,
 }
 
 impl ProtocolVersion {
     /// The newest version that this release reads and writes.
-    pub const CURRENT: Self = Self::V3;
+    pub const CURRENT: Self = Self::V4;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
     /// The newest version of the introduction: preface, `Hello` and `Accept`. To raise it costs a second
@@ -76,6 +79,7 @@ impl ProtocolVersion {
         match number {
             2 => Some(Self::V2),
             3 => Some(Self::V3),
+            4 => Some(Self::V4),
             _ => None,
         }
     }
@@ -86,6 +90,7 @@ impl ProtocolVersion {
     pub fn has_codec(self, codec: PageCodec) -> bool {
         match codec {
             PageCodec::Raw | PageCodec::Zero => self >= Self::V2,
+            PageCodec::Granules => self >= Self::V4,
         }
     }
 

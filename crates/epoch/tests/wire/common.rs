@@ -72,12 +72,18 @@ pub(crate) fn page(gfn: u64) -> Option<Vec<u8>> {
     (!gfn.is_multiple_of(5)).then(|| (0..PAGE_SIZE).map(|at| (gfn as usize * 7 + at / 3) as u8).collect())
 }
 
+/// The first and the last granule of a page.
+pub(crate) fn granules() -> Vec<u8> {
+    let mask = 1u64 | 1 << 63;
+    mask.to_le_bytes().into_iter().chain((0..128u8).map(|byte| byte ^ 0x5a)).collect()
+}
+
 /// What a checkpoint consists of, for comparison.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Content {
     pub(crate) number: u64,
     pub(crate) flags: CheckpointFlags,
-    /// GFN and bytes; `None` is a page of zeroes.
+    /// GFN and bytes; `None` is a page of zeroes, and less than a page are its granules behind their mask.
     pub(crate) pages: Vec<(u64, Option<Vec<u8>>)>,
     /// SectionKind, version, index, bytes.
     pub(crate) state: Vec<(StateKind, u16, u16, Vec<u8>)>,
@@ -128,7 +134,8 @@ impl Content {
         let begin = CheckpointBegin {
             generation: GENERATION,
             number: self.number,
-            pages: self.pages.len() as u32,
+            // From version 4 on at most so many.
+            pages: self.pages.len() as u32 + if encoder.stream() >= ProtocolVersion::V4 { 3 } else { 0 },
             state_bytes: self.state_bytes(),
             disk_bytes: self.writes.len() as u32,
             flags: self.flags,
@@ -136,7 +143,12 @@ impl Content {
         encoder.checkpoint_begin(out, &begin).unwrap();
         for pages in self.pages.chunks(per_section) {
             let entries = pages.iter().map(|(gfn, bytes)| match bytes {
-                Some(_) => PageEntry::raw(*gfn),
+                Some(bytes) => match bytes.first_chunk() {
+                    Some(mask) if bytes.len() < PAGE_SIZE => {
+                        PageEntry::granules(*gfn, u64::from_le_bytes(*mask))
+                    }
+                    _ => PageEntry::raw(*gfn),
+                },
                 None => PageEntry::zero(*gfn),
             });
             let data: Vec<u8> =
@@ -163,6 +175,10 @@ impl Content {
         let pages = checkpoint.pages().map(|(gfn, data)| match data {
             PageData::Raw(bytes) => (gfn, Some(bytes.to_vec())),
             PageData::Zero => (gfn, None),
+            PageData::Granules(granules) => {
+                let bytes = granules.iter().flat_map(|(_, bytes)| bytes).copied();
+                (gfn, Some(granules.mask().to_le_bytes().into_iter().chain(bytes).collect()))
+            }
         });
         let state = checkpoint.state().sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec()));
         Some(Self {
@@ -234,7 +250,10 @@ pub(crate) fn small_stream() -> (Vec<u8>, Vec<Content>) {
 pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     let base_final = CheckpointFlags { base_final: true, end: None };
     let last = CheckpointFlags { base_final: false, end: Some(outlive_epoch::EndReason::PowerOff) };
-    let contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
+    let mut contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
+    if version >= ProtocolVersion::V4 {
+        contents[1].pages.extend([(0x10_0003, Some(granules())), (16, Some(vec![0; 8]))]);
+    }
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();
     let mut encoder = Encoder::speaking(introduction);

@@ -24,25 +24,30 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v3.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v3.bin")).unwrap();
+    check("primary-v4.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v4.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
-/// Release N reads what release N-1 has written, and writes the same bytes when it is told to.
+/// Release N reads what the releases before it have written, and writes the same bytes when it is told to.
 #[test]
-fn the_stream_of_the_version_before_is_read_and_written() {
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v2.bin")).unwrap();
-    let (stream, contents) = crate::common::stream_of(ProtocolVersion::V2);
-    assert_eq!(crate::common::receive(&golden), (contents, None));
-    check("primary-v2.bin", &stream);
-    assert_ne!(stream, crate::common::small_stream().0);
+fn the_streams_of_the_versions_before_are_read_and_written() {
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for (name, version) in [("primary-v2.bin", ProtocolVersion::V2), ("primary-v3.bin", ProtocolVersion::V3)]
+    {
+        let golden = std::fs::read(directory.join(name)).unwrap();
+        let (stream, contents) = crate::common::stream_of(version);
+        assert_eq!(crate::common::receive(&golden), (contents, None), "{name}");
+        check(name, &stream);
+        assert_ne!(stream, crate::common::small_stream().0);
+    }
 }
 
 #[test]
 fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v2.bin", ProtocolVersion::V2);
     standbys_stream("standby-v3.bin", ProtocolVersion::V3);
+    standbys_stream("standby-v4.bin", ProtocolVersion::V4);
 }
 
 fn standbys_stream(name: &str, version: ProtocolVersion) {

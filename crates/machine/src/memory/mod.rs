@@ -273,6 +273,19 @@ impl Ram {
         true
     }
 
+    /// Overwrites a part of a page of a VM that is not running, as [`write_page`](Self::write_page) does all of
+    /// it. Returns false when the guest has no such page or the part is not within it.
+    pub fn write_part(&self, gfn: Gfn, at: usize, from: &[u8]) -> bool {
+        let Some(host) = self.host(gfn) else { return false };
+        if at > PAGE_SIZE || from.len() > PAGE_SIZE - at {
+            return false;
+        }
+        // SAFETY: `host` is a whole mapped page, and the part is within it. No vCPU runs, so only the standby's
+        // applier writes.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), host.add(at), from.len()) };
+        true
+    }
+
     /// Fills a page of a VM that is not running with zeros, without populating it if it is already
     /// zero. Returns false when the guest has no such page.
     pub fn zero_page(&self, gfn: Gfn) -> bool {
@@ -305,6 +318,30 @@ impl std::fmt::Debug for Ram {
 mod tests {
     use super::*;
     use vm_memory::Bytes;
+
+    #[test]
+    fn a_part_is_within_its_page() {
+        let ram = Ram::new(64 << 20, 64).unwrap();
+        assert!(ram.write_page(Gfn(3), &[1; PAGE_SIZE]) && ram.write_page(Gfn(4), &[2; PAGE_SIZE]));
+        assert!(ram.write_part(Gfn(3), PAGE_SIZE - 64, &[7; 64]) && ram.write_part(Gfn(3), 0, &[8; 3]));
+        for (at, length) in [(PAGE_SIZE - 63, 64), (PAGE_SIZE + 1, 0), (usize::MAX, 64), (0, PAGE_SIZE + 1)] {
+            assert!(!ram.write_part(Gfn(3), at, &vec![9; length]), "{at} {length}");
+        }
+        assert!(!ram.write_part(Gfn(1 << 30), 0, &[9]));
+        let mut page = [0; PAGE_SIZE];
+        assert!(ram.read_page(Gfn(3), &mut page));
+        let expected = |at| {
+            if at < 3 {
+                8
+            } else if at < PAGE_SIZE - 64 {
+                1
+            } else {
+                7
+            }
+        };
+        assert!(page.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+        assert!(ram.read_page(Gfn(4), &mut page) && page == [2; PAGE_SIZE]);
+    }
 
     #[test]
     fn memory_above_three_gib_is_split_by_the_hole() {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use hdrhistogram::Histogram;
 
-use crate::events::{Event, Measured, Record, Stats, ThreadTime, add_pairs, histogram};
+use crate::events::{Event, Measured, PageCounts, Record, Stats, ThreadTime, add_pairs, histogram};
 use crate::phases::{Phase, histogram_ns};
 
 /// Follows one process' event file.
@@ -149,16 +149,23 @@ pub(super) struct Totals {
     pub(super) checkpoints: u64,
     /// Checkpoints per second of protected time.
     pub(super) rate_hz: f64,
+    /// Bytes sent to standbys.
+    pub(super) bytes: u64,
+    /// How the pages were written down.
+    pub(super) pages: PageCounts,
     /// What was measured of them.
     pub(super) measured: Sums,
 }
 
 impl Totals {
     pub(super) fn of<'a>(tenures: impl IntoIterator<Item = &'a Tenure>) -> Self {
-        let mut totals = Self { checkpoints: 0, rate_hz: 0.0, measured: Sums::default() };
+        let (pages, measured) = (PageCounts::default(), Sums::default());
+        let mut totals = Self { checkpoints: 0, rate_hz: 0.0, bytes: 0, pages, measured };
         let mut protected_us = 0;
         for tenure in tenures {
             totals.checkpoints += tenure.latest.checkpoints;
+            totals.bytes += tenure.latest.bytes;
+            totals.pages.add(&tenure.latest.pages);
             protected_us += tenure.counted_us();
             totals.measured.merge(&tenure.measured);
         }
@@ -199,7 +206,11 @@ mod tests {
 
     #[test]
     fn tenures_add_up() {
-        let stats = |checkpoints| Event::Stats(Stats { checkpoints, ..Stats::default() });
+        let counts = |raw| PageCounts { raw, ..PageCounts::default() };
+        let stats = |checkpoints| {
+            let (bytes, pages) = (checkpoints * 1000, counts(checkpoints * 7));
+            Event::Stats(Stats { checkpoints, bytes, pages, ..Stats::default() })
+        };
         let measured = |checkpoints, pause_us: u64| {
             Event::Measured(Measured {
                 phases: [("pause".to_owned(), vec![(pause_us * 1000, checkpoints)])].into(),
@@ -247,6 +258,7 @@ mod tests {
         }
         let totals = Totals::of([&first, &second]);
         assert_eq!((totals.checkpoints, totals.rate_hz), (1_000, 500.0));
+        assert_eq!((totals.bytes, totals.pages), (1_000_000, counts(7_000)));
         let pause = totals.measured.phase(Phase::Pause);
         assert_eq!((pause.len(), totals.measured.dirty_pages.len()), (1_000, 1_000));
         let near = |quantile, value: u64| pause.value_at_quantile(quantile).abs_diff(value) <= value / 50;

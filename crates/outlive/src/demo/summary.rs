@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::events::Totals;
 use super::status::{grouped, time, time_ns};
 use super::verify::Verdict;
-use crate::events::ThreadTime;
+use crate::events::{PageCounts, ThreadTime};
 use crate::exit;
 use crate::phases::Phase;
 
@@ -82,6 +82,8 @@ struct Json<'a> {
     rate_hz: f64,
     pause_us: Pauses,
     dirty_pages: DirtyPages,
+    sent_bytes: u64,
+    pages: PageCounts,
     tracker: &'a str,
     phases_us: BTreeMap<&'a str, Times>,
     threads: BTreeMap<&'a str, Scheduled>,
@@ -165,6 +167,8 @@ impl Summary {
                 max: pause.max() / 1_000,
             },
             dirty_pages: DirtyPages { p50: pages(0.5), p99: pages(0.99) },
+            sent_bytes: self.totals.bytes,
+            pages: self.totals.pages,
             tracker: &self.tracker,
             phases_us: self.phases().map(|(phase, times)| (phase.name(), microseconds(times))).collect(),
             threads: measured.threads.iter().map(|(name, time)| (name.as_str(), scheduled(time))).collect(),
@@ -305,7 +309,7 @@ impl Summary {
     }
 
     fn write_checkpoints(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Totals { checkpoints, rate_hz, measured } = &self.totals;
+        let Totals { checkpoints, rate_hz, bytes, pages, measured } = &self.totals;
         let dirty_pages = &measured.dirty_pages;
         writeln!(
             f,
@@ -319,6 +323,16 @@ impl Summary {
             dirty_pages.value_at_quantile(0.5),
             dirty_pages.value_at_quantile(0.99),
             self.tracker
+        )?;
+        let PageCounts { raw, zero, granules, unchanged, .. } = *pages;
+        let captured = (raw + zero + granules + unchanged).max(1) as f64;
+        let [raw, zero, granules, unchanged] =
+            [raw, zero, granules, unchanged].map(|of| of as f64 * 100.0 / captured);
+        writeln!(
+            f,
+            "  sent                 {:.1} MB; pages: {unchanged:.0} % unchanged, {granules:.0} % in parts, \
+             {zero:.0} % zero, {raw:.0} % whole",
+            *bytes as f64 / 1e6
         )
     }
 
@@ -376,6 +390,8 @@ mod tests {
         let mut totals = Totals::of([]);
         totals.checkpoints = 16_000;
         totals.rate_hz = 812.34;
+        totals.bytes = 7_000_000;
+        totals.pages = PageCounts { raw: 1, zero: 2, granules: 3, granule_bytes: 4, unchanged: 5 };
         let micros = |from: u64, to: u64| (from..=to).map(|us| (us * 1_000, 1)).collect();
         totals.measured.add(&Measured {
             span_us: 1,
@@ -413,7 +429,8 @@ mod tests {
                 "result": "ok", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
                 "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
-                "dirty_pages": {"p50": 25, "p99": 49}, "tracker": "ring",
+                "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
+                "pages": {"raw": 1, "zero": 2, "granules": 3, "granule_bytes": 4, "unchanged": 5}, "tracker": "ring",
                 "phases_us": {
                     "pause": {"p50": 50.2, "p99": 99.3, "max": 100.4},
                     "rearm": {"p50": 0.4, "p99": 0.4, "max": 0.4},

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION, PageEntry,
-    Preface, ProtocolVersion, RecordBuf, squeeze_zero_pages,
+    CheckpointBegin, CodecCounts, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION,
+    PageCodec, PageEntry, PageWriter, Preface, ProtocolVersion, RecordBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
@@ -19,6 +19,7 @@ use outlive_pair::Ticket;
 use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
+use crate::vm::limits::REMEMBERED_PAGES;
 
 /// Bytes of pages, state or disk writes that are written at once, and that a section has at most. Between two
 /// writes a heartbeat may go out, so this is how much stands between one that is due and the link. Larger
@@ -81,6 +82,8 @@ pub(crate) enum SenderReport {
     Sent(u64),
     /// A checkpoint is sent to its end.
     Shipped(Shipped),
+    /// How the pages of a checkpoint, or of a part of one, were written down.
+    Written(CodecCounts),
     /// The link is gone. Jobs that come after this are thrown away.
     Failed(String),
 }
@@ -128,6 +131,10 @@ impl Sender {
             clock,
             heartbeat,
             beaten: Instant::now(),
+            pages: PageWriter::plain(),
+            remembers: false,
+            entries: Vec::with_capacity(MAX_PAGES_PER_SECTION),
+            unchanged: Vec::new(),
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
             batched: 0,
@@ -197,6 +204,14 @@ struct Work<R> {
     clock: Clock,
     heartbeat: Duration,
     beaten: Instant,
+    /// How pages are written down; see the rule in [`outlive_epoch::codec`].
+    pages: PageWriter,
+    /// The writer has its memory.
+    remembers: bool,
+    /// Of the section that is being put together.
+    entries: Vec<PageEntry>,
+    /// Places of pages of the checkpoint that had not changed.
+    unchanged: Vec<usize>,
     /// Everything but page data, for one write.
     heads: Vec<u8>,
     cuts: Vec<Cut>,
@@ -241,10 +256,10 @@ impl<R: Fn(SenderReport)> Work<R> {
                 Ok(())
             }
             Job::Disk(section) => self.disk(&section),
-            Job::Checkpoint(part) => {
+            Job::Checkpoint(mut part) => {
                 let began = Instant::now();
                 self.writing = Duration::ZERO;
-                self.checkpoint(&part)?;
+                self.checkpoint(&mut part)?;
                 self.note_part(&part, began.saturating_duration_since(ordered), began.elapsed());
                 (self.report)(SenderReport::Free(part.staging));
                 Ok(())
@@ -285,7 +300,21 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.clock.now().as_micros() as u64
     }
 
+    /// A base begins: from here on the standby's memory is what this connection carries.
+    fn remember(&mut self, ram: &Ram) {
+        self.pages.forget();
+        if self.remembers || !self.encoder.stream().has_codec(PageCodec::Granules) {
+            return;
+        }
+        self.remembers = true;
+        match PageWriter::remembering(REMEMBERED_PAGES.min(ram.pages() as usize)) {
+            Ok(writer) => self.pages = writer,
+            Err(error) => tracing::warn!(%error, "pages are sent whole: no memory to remember what was sent"),
+        }
+    }
+
     fn base_round(&mut self, round: u32, gfns: &[Gfn], ram: &Ram) -> Result<(), SendError> {
+        self.remember(ram);
         let mut data = vec![0u8; BATCH_BYTES];
         let mut numbers = Vec::with_capacity(BATCH_PAGES);
         let mut entries = Vec::with_capacity(BATCH_PAGES);
@@ -328,7 +357,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.beat_if_due()
     }
 
-    fn checkpoint(&mut self, part: &CheckpointPart) -> Result<(), SendError> {
+    fn checkpoint(&mut self, part: &mut CheckpointPart) -> Result<(), SendError> {
         let Ticket { generation, number, flags, .. } = part.ticket;
         if let Some((pages, state_bytes)) = part.totals {
             let (pages, state_bytes) = (pages as u32, state_bytes as u32);
@@ -337,8 +366,8 @@ impl<R: Fn(SenderReport)> Work<R> {
             let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags };
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
+        self.pages(&mut part.staging)?;
         let data = part.staging.page_bytes();
-        self.pages(part.staging.gfns(), data)?;
         for section in part.staging.state().sections() {
             self.make_room(section.bytes.len(), data)?;
             self.encoder.state_head(&mut self.heads, &section)?;
@@ -351,18 +380,41 @@ impl<R: Fn(SenderReport)> Work<R> {
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }
         self.flush(data)?;
+        self.unchanged.drain(..).for_each(|place| part.staging.unchanged(place));
+        (self.report)(SenderReport::Written(self.pages.take_counts()));
         self.beat_if_due()
     }
 
-    /// The pages of a checkpoint. The last of them may wait in `data`.
-    fn pages(&mut self, gfns: &[Gfn], data: &[u8]) -> Result<(), SendError> {
-        for (i, chunk) in gfns.chunks(BATCH_PAGES).enumerate() {
-            let range = i * BATCH_BYTES..i * BATCH_BYTES + chunk.len() * PAGE_SIZE;
-            self.make_room(range.len(), data)?;
-            let entries = chunk.iter().map(|gfn| PageEntry::raw(gfn.0));
-            self.encoder.pages_head(&mut self.heads, entries, &data[range.clone()])?;
-            self.add(range);
+    /// The pages of a checkpoint, written down where they stand. The last of them may wait there.
+    fn pages(&mut self, staging: &mut Outgoing) -> Result<(), SendError> {
+        let (gfns, data) = staging.pages_mut();
+        let (mut begin, mut end) = (0, 0);
+        for (place, gfn) in gfns.iter().enumerate() {
+            if self.entries.len() == MAX_PAGES_PER_SECTION || end - begin + PAGE_SIZE > BATCH_BYTES {
+                self.section_of_pages(begin..end, data)?;
+                begin = end;
+            }
+            match self.pages.write(gfn.0, data, place * PAGE_SIZE, end) {
+                Some(entry) => {
+                    end += entry.data_len();
+                    self.entries.push(entry);
+                }
+                None => self.unchanged.push(place),
+            }
         }
+        self.section_of_pages(begin..end, data)
+    }
+
+    /// The entries that have been collected, with their data.
+    fn section_of_pages(&mut self, range: Range<usize>, data: &[u8]) -> Result<(), SendError> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        self.make_room(range.len(), data)?;
+        let entries = self.entries.iter().copied();
+        self.encoder.pages_head(&mut self.heads, entries, &data[range.clone()])?;
+        self.entries.clear();
+        self.add(range);
         Ok(())
     }
 

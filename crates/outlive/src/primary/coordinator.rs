@@ -330,6 +330,7 @@ impl Coordinator {
             SenderReport::Free(_)
             | SenderReport::Sent(_)
             | SenderReport::Shipped(_)
+            | SenderReport::Written(_)
             | SenderReport::Failed(_) => {}
         }
     }

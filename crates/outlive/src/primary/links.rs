@@ -149,6 +149,7 @@ fn reporter(
     move |report| match report {
         SenderReport::Sent(bytes) => totals.sent(bytes),
         SenderReport::Shipped(shipped) => totals.shipped(&shipped),
+        SenderReport::Written(counts) => totals.written(&counts),
         SenderReport::Free(buffer) => {
             if pool.put(buffer) {
                 tell(Inbox::Wake);

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use outlive_epoch::CodecCounts;
 use outlive_machine::{CaptureReport, Output};
 
-use crate::events::{Event, EventWriter, Measured, Stats, histogram};
+use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
@@ -21,6 +22,7 @@ pub(crate) struct Totals {
     generation: AtomicU64,
     committed: AtomicU64,
     bytes: AtomicU64,
+    pages: Mutex<PageCounts>,
     protected: AtomicBool,
     base_began: Mutex<Option<Instant>>,
     way: Mutex<Way>,
@@ -43,6 +45,7 @@ impl Totals {
             generation: AtomicU64::new(0),
             committed: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
+            pages: Mutex::default(),
             protected: AtomicBool::new(false),
             base_began: Mutex::new(None),
             way: Mutex::new(Way { committed: checkpoint, sent: VecDeque::with_capacity(ON_THEIR_WAY) }),
@@ -69,6 +72,16 @@ impl Totals {
     /// Counts bytes that were sent.
     pub(crate) fn sent(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Pages were written down like this.
+    pub(crate) fn written(&self, counts: &CodecCounts) {
+        let CodecCounts { raw, zero, granules, granule_bytes, unchanged } = *counts;
+        self.pages().add(&PageCounts { raw, zero, granules, granule_bytes, unchanged });
+    }
+
+    fn pages(&self) -> MutexGuard<'_, PageCounts> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A checkpoint was sent to its end.
@@ -136,6 +149,7 @@ impl Totals {
             rate_hz,
             bytes: self.bytes.load(Ordering::Relaxed),
             held_frames: output.map_or(0, |o| o.stats().held_frames),
+            pages: *self.pages(),
         }
     }
 

@@ -41,6 +41,9 @@ pub(super) fn write_pages<'a>(
         let written = match page {
             PageData::Zero => ram.zero_page(Gfn(gfn)),
             PageData::Raw(bytes) => ram.write_page(Gfn(gfn), bytes),
+            PageData::Granules(granules) => {
+                granules.iter().all(|(at, bytes)| ram.write_part(Gfn(gfn), at, bytes))
+            }
         };
         if !written {
             return Err(gfn);
