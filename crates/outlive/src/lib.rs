@@ -22,6 +22,7 @@ pub mod network;
 mod phases;
 mod primary;
 mod process;
+mod pulse;
 mod report;
 mod standby;
 mod threads;

@@ -37,8 +37,8 @@ pub(crate) enum Verdict {
 }
 
 impl Claim {
-    pub(crate) fn new(generation: u64, now: Duration, retry: Duration) -> Self {
-        Self { generation, retry, asked: None, ask_at: now, reported: None }
+    pub(crate) fn new(generation: u64, ask_at: Duration, retry: Duration) -> Self {
+        Self { generation, retry, asked: None, ask_at, reported: None }
     }
 
     /// To be called after every event; the answer is carried out and this called again until it is `Nothing`.

@@ -23,6 +23,9 @@ pub(crate) enum Bug {
     ClaimAfterLeave,
     ClaimNeverRepeated,
     AckUntried,
+    BeatsWithoutProgress,
+    StampsWithoutProgress,
+    AnyThreadClaims,
     // Of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -80,6 +80,8 @@ pub struct Primary {
     redial: Redial,
     /// The last thing said about dialling, so that it is said once and not five times a second.
     said: Option<Note>,
+    /// Until when the thread that waits is believed to get on.
+    alive_until: Duration,
     now: Duration,
     pub(crate) bug: Planted,
 }
@@ -99,6 +101,7 @@ impl Primary {
             next_link: 0,
             redial: Redial::new(config.standbys, now),
             said: None,
+            alive_until: now + config.timing.dead_after,
             now,
             bug: Planted::default(),
             config,
@@ -156,6 +159,17 @@ impl Primary {
         }
     }
 
+    /// Until when heartbeats may be sent, if no event comes before; `None`: forever. While a standby can take
+    /// over, they say that the VM gets on here and not only that a socket is open: they end when the thread
+    /// that waits, captures and follows has given no sign of itself ([`Event::Tick`], [`Event::Captured`])
+    /// for as long as a silent host is given. For whoever sends them by himself.
+    pub fn may_beat_until(&self) -> Option<Duration> {
+        match &self.state {
+            State::Guarding(..) if !planted!(self.bug, BeatsWithoutProgress) => Some(self.alive_until),
+            _ => None,
+        }
+    }
+
     /// What checkpoint the driver shall capture next. To be asked before every pause; while it is
     /// [`Wanted::Nothing`], the guest runs on (or, if it has ended, waits).
     pub fn wanted_capture(&self) -> Wanted {
@@ -208,8 +222,15 @@ impl Primary {
         }
         // A pause has room for nothing that can wait, and a heartbeat can.
         let in_pause = matches!(event, Event::Captured);
+        // Only the thread that waits hands these in.
+        let waits = matches!(event, Event::Tick);
         match event {
-            Event::Tick => {}
+            Event::Tick | Event::Captured => self.alive_until = self.now + self.timing.dead_after,
+            Event::LongWork { within } => self.alive_until = self.now + within + self.timing.dead_after,
+            _ => {}
+        }
+        match event {
+            Event::Tick | Event::LongWork { .. } => {}
             Event::End { reason } => self.end = self.end.or(Some(reason)),
             Event::Stop { ask_guest } => self.stop(ask_guest, out),
             Event::Captured => self.captured(out),
@@ -227,7 +248,7 @@ impl Primary {
             Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
         }
-        self.go_on(in_pause, out);
+        self.go_on(in_pause, waits, out);
     }
 
     /// The clock comes before the event: see the crate's documentation.
@@ -251,10 +272,12 @@ impl Primary {
     }
 
     /// What is due in the state reached.
-    fn go_on(&mut self, in_pause: bool, out: &mut Vec<Action>) {
+    fn go_on(&mut self, in_pause: bool, waits: bool, out: &mut Vec<Action>) {
         if let Some(reason) = self.end {
             self.end_if_possible(reason, out);
         }
+        let may_beat = !in_pause && self.may_beat_until().is_none_or(|end| self.now < end);
+        let may_claim = waits || planted!(self.bug, AnyThreadClaims);
         match &mut self.state {
             State::Alone { dial_at } if self.config.standbys > 0 && self.now >= *dial_at => {
                 // Whichever was due first is due by now.
@@ -266,12 +289,13 @@ impl Primary {
                 }
             }
             State::BaseSync(attached) | State::Guarding(attached, _)
-                if self.now >= attached.beat_at && !in_pause =>
+                if self.now >= attached.beat_at && may_beat =>
             {
                 attached.beat_at = self.now + self.timing.heartbeat();
                 out.push(Action::SendHeartbeat { link: attached.link });
             }
-            State::Arbitrating(claim) => loop {
+            // A host whose waiting thread stands still would win a VM that nobody takes care of.
+            State::Arbitrating(claim) if may_claim => loop {
                 match claim.step(self.now) {
                     Step::Nothing => break,
                     Step::Ask => out.push(Action::Claim { generation: claim.generation }),

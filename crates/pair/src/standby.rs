@@ -101,6 +101,8 @@ pub struct Standby {
     state: State,
     /// The newest generation seen, of which VM: an older primary of the same VM is out of date.
     seen: Option<(VmId, u64)>,
+    /// When the thread that waits gave its last sign.
+    ticked: Duration,
     now: Duration,
     pub(crate) bug: Planted,
 }
@@ -108,7 +110,7 @@ pub struct Standby {
 impl Standby {
     /// A standby that listens.
     pub fn new(config: StandbyConfig, now: Duration) -> Self {
-        Self { config, state: State::Listening, seen: None, now, bug: Planted::default() }
+        Self { config, state: State::Listening, seen: None, ticked: now, now, bug: Planted::default() }
     }
 
     /// What the machine is doing.
@@ -144,7 +146,7 @@ impl Standby {
     ///
     /// # Errors
     /// The code and the words for the refusal.
-    pub fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
         if let Some(vm) = self.config.vm
             && vm != hello.vm
         {
@@ -155,7 +157,10 @@ impl Standby {
         }
         let refuse = |code, text: &str| Err((code, text.to_owned()));
         match &self.state {
-            State::Listening => {}
+            State::Listening if self.gets_on(now, self.config.timing.dead_after * 2) => {}
+            State::Listening => {
+                return refuse(RefuseCode::Busy, "the thread of this standby that takes over stands still");
+            }
             State::Discarding { .. } => {
                 return refuse(RefuseCode::Busy, "this standby still frees the memory of its last copy");
             }
@@ -190,6 +195,8 @@ impl Standby {
     /// When the next `Tick` is due, if no other event comes before.
     pub fn next_deadline(&self) -> Option<Duration> {
         match &self.state {
+            // Nothing is due; it is the sign that the thread waits.
+            State::Listening => Some(self.ticked + self.config.timing.dead_after / 2),
             State::Base(attached) | State::Committed { attached, .. } => Some(attached.deadline()),
             State::Claiming { claim, .. } => claim.deadline(),
             _ => None,
@@ -200,8 +207,10 @@ impl Standby {
     pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
         self.now = self.now.max(now);
         self.look_at_clock(out);
+        // Only the thread that waits hands these in.
+        let waits = matches!(event, Event::Tick);
         match event {
-            Event::Tick => {}
+            Event::Tick => self.ticked = self.now,
             Event::Hello { link, hello } => self.hello(link, hello, out),
             Event::Heard { link } => self.heard(link, Duration::ZERO),
             Event::Heartbeat { link, stamp } => self.heard(link, stamp),
@@ -221,7 +230,12 @@ impl Standby {
             Event::Stop => self.stop(out),
             Event::Failed { link, why } => self.failed(link, why, out),
         }
-        self.go_on(out);
+        self.go_on(waits, out);
+    }
+
+    /// Whether the thread that waits, and that would run the VM, has given a sign within this time.
+    fn gets_on(&self, now: Duration, within: Duration) -> bool {
+        now.max(self.now) < self.ticked + within || planted!(self.bug, StampsWithoutProgress)
     }
 
     fn attached(&self) -> Option<&Attached> {
@@ -251,13 +265,15 @@ impl Standby {
     }
 
     /// What is due in the state reached.
-    fn go_on(&mut self, out: &mut Vec<Action>) {
+    fn go_on(&mut self, waits: bool, out: &mut Vec<Action>) {
+        let may_claim = waits || planted!(self.bug, AnyThreadClaims);
         match &mut self.state {
             State::Base(attached) | State::Committed { attached, .. } if self.now >= attached.beat_at => {
                 attached.beat_at = self.now + attached.timing.heartbeat();
                 out.push(Action::SendHeartbeat { link: attached.link, stamp: attached.stamp });
             }
-            State::Claiming { claim, .. } => loop {
+            // A host whose waiting thread stands still would win a VM that it does not run.
+            State::Claiming { claim, .. } if may_claim => loop {
                 match claim.step(self.now) {
                     Step::Nothing => break,
                     Step::Ask => out.push(Action::Claim { generation: claim.generation }),
@@ -269,7 +285,7 @@ impl Standby {
     }
 
     fn hello(&mut self, link: Link, hello: Introduction, out: &mut Vec<Action>) {
-        if let Err((code, text)) = self.would_accept(&hello) {
+        if let Err((code, text)) = self.would_accept(self.now, &hello) {
             out.push(Action::Refuse { link, code, text });
             return;
         }
@@ -291,6 +307,9 @@ impl Standby {
 
     fn heard(&mut self, link: Link, stamp: Duration) {
         let now = self.now;
+        let patience = self.attached().map_or(Duration::ZERO, |attached| attached.timing.dead_after);
+        // Returning a stamp is a promise to take over. What is returned stays old if this side could not.
+        let stamp = if self.gets_on(now, patience) { stamp } else { Duration::ZERO };
         if let Some(attached) = self.attached_mut(link) {
             attached.heard = now;
             attached.stamp = attached.stamp.max(stamp);

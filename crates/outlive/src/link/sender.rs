@@ -19,6 +19,7 @@ use outlive_pair::Ticket;
 use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
+use crate::pulse::Pulse;
 use crate::vm::limits::REMEMBERED_PAGES;
 
 /// Bytes of pages, state or disk writes that are written at once, and that a section has at most. Between two
@@ -27,6 +28,9 @@ use crate::vm::limits::REMEMBERED_PAGES;
 pub(super) const BATCH_BYTES: usize = 256 << 10;
 const BATCH_PAGES: usize = BATCH_BYTES / PAGE_SIZE;
 const _: () = assert!(BATCH_PAGES <= MAX_PAGES_PER_SECTION);
+
+/// How long the thread of a link that is closed may take to end.
+const LAST_STEPS: Duration = Duration::from_secs(1);
 
 /// One checkpoint, or a part of one that is larger than staging.
 pub(crate) struct CheckpointPart {
@@ -111,7 +115,7 @@ pub(crate) struct Sender {
 
 impl Sender {
     /// Starts the thread for a connection that begins in the version `introduction`. `report` is called on
-    /// it.
+    /// it. Heartbeats are written while the pulse lasts.
     ///
     /// # Errors
     /// The operating system's.
@@ -119,6 +123,7 @@ impl Sender {
         to: Writer,
         closer: Closer,
         clock: Clock,
+        pulse: Arc<Pulse>,
         heartbeat: Duration,
         introduction: ProtocolVersion,
         report: impl Fn(SenderReport) + Send + 'static,
@@ -129,6 +134,7 @@ impl Sender {
             closer: closer.clone(),
             encoder: Encoder::speaking(introduction),
             clock,
+            pulse,
             heartbeat,
             beaten: Instant::now(),
             pages: PageWriter::plain(),
@@ -158,25 +164,40 @@ impl Sender {
         self.closer.close();
     }
 
-    /// Lets the thread finish its queue, but not for longer than `patience`.
-    pub(crate) fn finish(&mut self, patience: Duration) {
+    /// Lets the thread finish its queue, but not for longer than `patience`, and closes the link.
+    pub(crate) fn finish(mut self, patience: Duration) {
         self.send(Job::Close);
-        let Some(thread) = self.thread.take() else { return };
+        self.ends_within(patience);
+        self.close_and_leave();
+    }
+
+    /// Closes the link and lets its thread end. One that does not come is left behind: nobody waits for it.
+    pub(crate) fn close_and_leave(&mut self) {
+        self.close();
+        self.send(Job::Close);
+        if !self.ends_within(LAST_STEPS) {
+            tracing::error!("the sender of a link does not end, and is left behind");
+        }
+        self.thread = None;
+    }
+
+    /// Waits for the thread's end, but not for longer than `patience`.
+    fn ends_within(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        while !thread.is_finished() && Instant::now() < deadline {
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            if Instant::now() >= deadline {
+                return false;
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.close();
-        thread.join().ok();
+        true
     }
 }
 
 impl Drop for Sender {
     fn drop(&mut self) {
-        self.close();
-        self.send(Job::Close);
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
+        if self.thread.is_some() {
+            self.close_and_leave();
         }
     }
 }
@@ -202,6 +223,7 @@ struct Work<R> {
     closer: Closer,
     encoder: Encoder,
     clock: Clock,
+    pulse: Arc<Pulse>,
     heartbeat: Duration,
     beaten: Instant,
     /// How pages are written down; see the rule in [`outlive_epoch::codec`].
@@ -286,6 +308,10 @@ impl<R: Fn(SenderReport)> Work<R> {
 
     fn beat(&mut self) -> Result<(), SendError> {
         self.beaten = Instant::now();
+        if !self.pulse.lasts() {
+            // What the decisions have queued before may be written much later.
+            return Ok(());
+        }
         let stamp = self.stamp();
         self.encoder.heartbeat(&mut self.heads, stamp);
         self.flush(&[])

@@ -15,7 +15,11 @@ use crate::link::CheckpointPart;
 /// How long the VM waits for a buffer at a time, in the pause of a checkpoint that is larger than one buffer.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 
-/// A policy for epochs of this length, ended early by this many dirty pages or by a full log.
+/// How long hashing one GiB of memory may take.
+const HASH_GIB: Duration = Duration::from_secs(10);
+const PAGES_OF_GIB: f64 = (1 << 18) as f64;
+
+/// Epochs of this length, ended early by so many dirty pages or by a full log.
 pub(super) fn policy(interval: Duration, max_dirty: usize) -> Policy {
     Policy::new(vec![
         Box::new(DirtyLogFull),
@@ -91,6 +95,9 @@ impl Coordinator {
         let Some(mut staging) = pool.take() else { return Ok(()) };
         self.captures += 1;
         if let Some(disks) = self.with.self_check.before(self.captures) {
+            // All memory is hashed in the pause.
+            let within = HASH_GIB.mul_f64(self.with.machine.ram().pages() as f64 / PAGES_OF_GIB);
+            self.with.driver.handle(PrimaryEvent::LongWork { within });
             self.with.machine.check_next(disks);
         }
         let last = matches!(wanted, Wanted::Last(_)) || !self.with.driver.guest_may_run();

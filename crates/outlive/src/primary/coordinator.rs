@@ -40,6 +40,8 @@ use crate::vm::End;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// A fault of the host that comes this soon after a takeover counts as the guest's crash.
 const SAME_FAULT: Duration = Duration::from_secs(10);
+/// How long the restart of a guest may take: what it boots from is read and written.
+const RESTART: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -275,6 +277,7 @@ impl Coordinator {
         if !self.with.driver.guest_may_run() {
             return;
         }
+        self.with.driver.handle(PrimaryEvent::LongWork { within: RESTART });
         match self.with.machine.reset() {
             Ok(()) => {
                 self.with.events.emit(Event::GuestRestarted { how: way.to_string() });

@@ -20,6 +20,11 @@ use crate::arbiter::{Claim, ClaimWorker};
 use crate::clock::Clock;
 use crate::events::{Event, EventWriter};
 use crate::link::{CheckpointPart, Job};
+use crate::pulse::Pulse;
+
+/// How often, and in what distance, the lock is tried by a thread that must not wait for it.
+const LOCK_LOOKS: u32 = 100;
+const LOCK_LOOK: Duration = Duration::from_millis(1);
 
 /// What the coordinator waits for.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +44,8 @@ pub(crate) struct SharedDriver {
     valve: Arc<Valve>,
     inbox: Queue,
     totals: Arc<Totals>,
-    /// Whether this side has left the VM to its standby and decides nothing more. Written under the lock.
+    pulse: Arc<Pulse>,
+    /// This side has left the VM to its standby and decides nothing any more. Written under the lock.
     left: AtomicBool,
 }
 
@@ -53,8 +59,33 @@ impl SharedDriver {
         inbox: Queue,
         totals: Arc<Totals>,
     ) -> Arc<Self> {
+        let pulse = ports.pulse().clone();
         let driver = Mutex::new(PrimaryDriver::new(machine, ports));
-        Arc::new(Self { driver, clock, valve, inbox, totals, left: AtomicBool::new(false) })
+        Arc::new(Self { driver, clock, valve, inbox, totals, pulse, left: AtomicBool::new(false) })
+    }
+
+    /// Whether this side may still say that it lives.
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// Leaves the VM to its standby, as [`leave`](Self::leave) does, if it has one and the coordinator still
+    /// gives no sign. Whoever may hold the lock for good is not waited for: where nobody decides any more,
+    /// nothing has to be kept from being decided. Returns whether this process is to end.
+    pub(super) fn leave_if_wedged(&self) -> bool {
+        for _ in 0..LOCK_LOOKS {
+            if let Ok(driver) = self.driver.try_lock() {
+                let protected = driver.machine().status() == PrimaryStatus::Protected;
+                let wedged = protected && !self.pulse.lasts() && !self.left.load(Ordering::Relaxed);
+                if wedged {
+                    self.left.store(true, Ordering::Relaxed);
+                    self.valve.discard();
+                }
+                return wedged;
+            }
+            std::thread::sleep(LOCK_LOOK);
+        }
+        self.totals.is_protected() && !self.pulse.lasts()
     }
 
     /// The time for the state machine.
@@ -203,7 +234,7 @@ impl SharedDriver {
     /// Sends what is queued and closes the link.
     pub(super) fn finish(&self, patience: Duration) {
         let connection = self.lock().ports_mut().take_connection();
-        if let Some(mut connection) = connection {
+        if let Some(connection) = connection {
             connection.sender.finish(patience);
         }
     }

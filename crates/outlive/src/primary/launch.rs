@@ -18,7 +18,9 @@ use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
+use crate::events::EventWriter;
 use crate::vm::{self, End, Launch, limits};
+use crate::{exit, logs, pulse};
 
 /// How long the end of a VM waits for the arbiter to note it. The note is for people only.
 const NOTE_PATIENCE: Duration = Duration::from_secs(2);
@@ -30,6 +32,24 @@ pub(crate) fn run(launch: Launch) -> End {
     // The machine is gone, and with it everything that prints.
     console.close();
     end
+}
+
+/// Ends this process without a word when the coordinator of a protected VM does not move, for so long that
+/// others take this host for dead: its standby learns of it at once.
+fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter) -> Result<(), String> {
+    let (watched, events) = (Arc::downgrade(driver), events.clone());
+    let leaving = watched.clone();
+    let lasts = move || Some(watched.upgrade()?.pulse().lasts());
+    let gone = move || {
+        if leaving.upgrade().is_some_and(|driver| driver.leave_if_wedged()) {
+            let why = "the VM cannot run here any more, leaving it to its standby: the thread that takes its \
+                       checkpoints stands still";
+            let code = exit::conclude(&End::Failed(why.into()), &events);
+            logs::finish();
+            std::process::exit(code.into());
+        }
+    };
+    pulse::watch(dead_after / 10, lasts, gone).map_err(|e| format!("cannot start a thread: {e}"))
 }
 
 fn coordinate(launch: Launch) -> Result<End, String> {
@@ -82,6 +102,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         end_notes = Some(claims.end_notes());
         driver.set_claims(claims);
     }
+    watch(&driver, timing.dead_after, &events)?;
     let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
         .ok();

@@ -59,10 +59,8 @@ fn serve(errands: &Receiver<Errand>, driver: &Weak<SharedDriver>, plan: &Plan) {
     let older = Older(Arc::new(Mutex::new(older)));
     while let Ok(errand) = errands.recv() {
         match errand {
-            Errand::Close(connection) => {
-                connection.sender.close();
-                drop(connection);
-            }
+            // Its thread may not come, and must not keep this one from the next standby.
+            Errand::Close(mut connection) => connection.sender.close_and_leave(),
             Errand::Dial { link, address: index } => {
                 let address = &plan.standbys[index];
                 let dialled = link::dial(address);
@@ -109,7 +107,8 @@ fn connect(
     let introduction = older.with(index, Option::take).unwrap_or(ProtocolVersion::INTRODUCTION);
     let pool = Arc::new(Pool::default());
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
-    let sender = Sender::start(writer, closer, driver.clock(), plan.heartbeat, introduction, report)?;
+    let (clock, pulse) = (driver.clock(), driver.pulse().clone());
+    let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
     driver.connected(Connection { link, sender, address: address.to_owned(), pool });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {

@@ -18,6 +18,7 @@ use super::stats::Totals;
 use crate::arbiter::ClaimWorker;
 use crate::clock::Clock;
 use crate::link::{CheckpointPart, Job, Sender};
+use crate::pulse::Pulse;
 
 /// A connection in use.
 pub(super) struct Connection {
@@ -48,6 +49,7 @@ pub(crate) struct Ports {
     errands: Channel<Errand>,
     claims: Option<ClaimWorker>,
     totals: Arc<Totals>,
+    pulse: Arc<Pulse>,
     connection: Option<Connection>,
     /// Whether the orderly end is queued for it: then what is queued goes out before it is closed, at the
     /// process's end.
@@ -73,6 +75,7 @@ impl Ports {
             errands,
             claims: None,
             totals,
+            pulse: Arc::new(Pulse::new(clock)),
             connection: None,
             ending: false,
             committed: None,
@@ -84,7 +87,12 @@ impl Ports {
         self.claims = Some(claims);
     }
 
-    /// Uses a new connection from now on.
+    /// Whether this side may still say that it lives.
+    pub(super) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// A connection is up, and is used from now on.
     pub(super) fn connect(&mut self, connection: Connection) {
         self.connection = Some(connection);
     }
@@ -164,6 +172,10 @@ impl PrimaryPorts for Ports {
 
     fn set_lease(&mut self, until: Option<Duration>) {
         self.valve.renew(until.map(|until| self.clock.boot_time(until)));
+    }
+
+    fn set_beats(&mut self, until: Option<Duration>) {
+        self.pulse.set(until);
     }
 
     fn hold(&mut self, epoch: u64) -> Result<(), String> {

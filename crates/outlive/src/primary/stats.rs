@@ -116,6 +116,11 @@ impl Totals {
         began.map_or(0, |b| b.elapsed().as_millis() as u64)
     }
 
+    /// What [`protected`](Self::protected) was told last.
+    pub(crate) fn is_protected(&self) -> bool {
+        self.protected.load(Ordering::Relaxed)
+    }
+
     /// Whether the VM is protected.
     pub(crate) fn protected(&self, is: bool) {
         self.protected.store(is, Ordering::Relaxed);

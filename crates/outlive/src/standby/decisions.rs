@@ -63,7 +63,7 @@ impl Decisions {
 
     /// Whether this introduction would be accepted now.
     pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
-        self.with(|driver, _| (driver.would_accept(hello), NOTHING))
+        self.with(|driver, now| (driver.would_accept(now, hello), NOTHING))
     }
 
     /// Adds a connection of which nothing is known yet.
@@ -89,7 +89,7 @@ impl Decisions {
     pub(super) fn hello(&self, link: Link, hello: Introduction, session: Session) -> Result<(), Session> {
         self.with(|driver, now| {
             let mut session = Some(session);
-            if driver.would_accept(&hello).is_ok()
+            if driver.would_accept(now, &hello).is_ok()
                 && let Some(session) = session.take()
             {
                 driver.ports_mut().admit(session);

@@ -36,7 +36,7 @@ struct State {
     staged: VecDeque<Held>,
     /// What the applier does next; never more than one thing.
     work: Option<(Held, Doing)>,
-    /// What the applier is doing, and since when.
+    /// Since when the applier has something to do that is not done.
     doing: Option<Instant>,
     /// Whether the link is gone: then nothing more is taken from the reader.
     hung_up: bool,
@@ -138,6 +138,8 @@ impl Handover {
             return Err("the applier is busy".into());
         }
         state.work = state.staged.pop_front().map(|held| (held, doing));
+        // An applier that does not come for it is as bad as one that does not get done.
+        state.doing = Some(Instant::now());
         Ok(())
     }
 
@@ -166,7 +168,7 @@ impl Handover {
         self.work.notify_one();
     }
 
-    /// For how long the applier has been doing its current work.
+    /// For how long the applier has not got done with what it was given.
     pub(super) fn busy_for(&self) -> Duration {
         self.lock().doing.map_or(Duration::ZERO, |since| since.elapsed())
     }
@@ -177,15 +179,11 @@ impl Handover {
     /// The applier must end; the value says how.
     pub(super) fn next(&self) -> Result<(Held, Doing), Ending> {
         let mut state = self.lock();
-        state.doing = None;
         loop {
             match (state.end, state.work.take()) {
                 // Whatever the applier was to do with it, nobody needs it now.
                 (Some(Ending::Discard), _) => return Err(Ending::Discard),
-                (_, Some((held, doing))) => {
-                    state.doing = Some(Instant::now());
-                    return Ok((held, doing));
-                }
+                (_, Some(work)) => return Ok(work),
                 (Some(end), None) => return Err(end),
                 (None, None) => {}
             }

@@ -10,11 +10,11 @@ pub(crate) const MAX_STATE_BYTES: u32 = outlive_epoch::MAX_STATE_BYTES as u32;
 /// How many bytes of disk records an epoch may have; with more it ends early.
 pub(crate) const DISK_BYTES: usize = 8 << 20;
 
-/// Of how many pages the sender remembers what it has sent, if the VM has so many: 64 MiB, allocated when the
-/// base is sent and freed with the link.
+/// Pages of which the sender remembers what it has sent, if the VM has so many: 64 MiB, taken when the base is
+/// sent and given back with the link.
 pub(crate) const REMEMBERED_PAGES: usize = 16 * 1024;
 
-/// How many state bytes of a checkpoint a primary may request room for.
+/// State bytes of a checkpoint that a primary may ask room for.
 pub(crate) const ACCEPTED_STATE_BYTES: u32 = MAX_STATE_BYTES;
 /// How many bytes of disk writes of a checkpoint a primary may request room for.
 pub(crate) const ACCEPTED_DISK_BYTES: u32 = 64 << 20;

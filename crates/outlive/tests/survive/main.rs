@@ -22,3 +22,4 @@ mod self_check;
 mod standby;
 mod support;
 mod versions;
+mod wedged;

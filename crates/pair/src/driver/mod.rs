@@ -22,7 +22,10 @@
 //! 4. Do what the [`After`] says.
 //!
 //! One thread *waits*: it asks `wait` until when it may sleep, sleeps until then or until it is woken,
-//! and hands in a `Tick`. [`After::wake`] says when another thread must wake it.
+//! and hands in a `Tick`. [`After::wake`] says when another thread must wake it. It is also the thread that
+//! takes checkpoints, takes over and ends the process, and no other hands in a `Tick`: by these ticks it earns
+//! the heartbeats, and only with them is the arbiter asked, so that a host on which this thread stands still
+//! is given up by the other one and never wins the VM.
 //!
 //! # How to implement ports
 //!
@@ -36,8 +39,9 @@
 //!   hands it in at once, under the same lock. A method that fails has done nothing.
 //! * **The link is the session.** What is reported of work for a link names this link; the state machine
 //!   ignores what belongs to an earlier one.
-//! * The primary's [`hold`](PrimaryPorts::hold), [`begin_epoch`](PrimaryPorts::begin_epoch) and
-//!   [`set_lease`](PrimaryPorts::set_lease) are called in the pause: they allocate nothing.
+//! * The primary's [`hold`](PrimaryPorts::hold), [`begin_epoch`](PrimaryPorts::begin_epoch),
+//!   [`set_lease`](PrimaryPorts::set_lease) and [`set_beats`](PrimaryPorts::set_beats) are called in the
+//!   pause: they allocate nothing.
 //!
 //! # After the lock
 //!

@@ -71,6 +71,10 @@ pub trait PrimaryPorts {
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
     fn set_lease(&mut self, until: Option<Duration>);
 
+    /// Until when heartbeats may be written; `None`: forever. Given with the lease, and checked before each
+    /// heartbeat with a fresh clock.
+    fn set_beats(&mut self, until: Option<Duration>);
+
     /// The valve: hold output from now on, for this epoch. In the pause.
     ///
     /// # Errors
@@ -122,6 +126,7 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     /// A driver. Nothing is done before the first event: hand in a `Tick`.
     pub fn new(machine: Primary, mut ports: P) -> Self {
         ports.set_lease(machine.may_release_until());
+        ports.set_beats(machine.may_beat_until());
         let bug = machine.bug;
         Self { core: Core::new(machine, bug), ports, captured: None, told: None }
     }
@@ -208,6 +213,7 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
         if !planted!(self.bug, LeaseForgotten) {
             self.ports.set_lease(machine.may_release_until());
         }
+        self.ports.set_beats(machine.may_beat_until());
     }
 
     fn carry_out(&mut self, machine: &Primary, action: Action, after: &mut After) -> Result<(), Event> {

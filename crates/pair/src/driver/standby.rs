@@ -152,8 +152,8 @@ impl<P: StandbyPorts> StandbyDriver<P> {
     ///
     /// # Errors
     /// The code and the words for the refusal.
-    pub fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
-        self.core.machine.would_accept(hello)
+    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+        self.core.machine.would_accept(now, hello)
     }
 
     /// Takes an event and carries out what follows from it. For base pages see

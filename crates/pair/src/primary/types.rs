@@ -25,8 +25,14 @@ pub struct PrimaryConfig {
 /// What happens to a primary.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PrimaryEvent {
-    /// Time has passed.
+    /// Time has passed. Given by the thread that waits, takes checkpoints and follows, and by no other: it is
+    /// the sign that this thread gets on.
     Tick,
+    /// That thread begins something during which it gives no sign.
+    LongWork {
+        /// How long it may take.
+        within: Duration,
+    },
     /// A connection dialled is up.
     Connected {
         /// Which.

@@ -7,7 +7,7 @@ use outlive_epoch::VmId;
 use super::primary::PrimaryProcess;
 use super::standby::StandbyProcess;
 use super::truth::Life;
-use super::world::{Happening, Msg, World};
+use super::world::{Happening, Host, Msg, World};
 
 pub(super) const VM: VmId = VmId([7; 16]);
 
@@ -27,6 +27,7 @@ impl World {
         self.hosts[host].process = Process::Down;
         self.hosts[host].frozen_until = 0;
         self.hosts[host].stale = None;
+        (self.hosts[host].wedged, self.hosts[host].busy_until) = (false, 0);
         for conn in 0..self.conns.len() {
             for side in 0..2 {
                 if self.conns[conn].ends[side] == life && told {
@@ -62,6 +63,13 @@ impl World {
 
     /// The waiting thread of a process looks what is to be done.
     pub(super) fn look(&mut self, life: Life, number: u64) {
+        let Host { wedged, busy_until, .. } = self.hosts[life.0];
+        if wedged {
+            return;
+        }
+        if busy_until > self.now {
+            return self.at(busy_until, Happening::Look(life, number));
+        }
         if self.hosts[life.0].look.take_if(|(_, planned)| *planned == number).is_none() {
             // It was woken before.
             return;

@@ -115,8 +115,19 @@ fn one_fault_never_costs_the_vm() {
 fn a_slow_standby_costs_no_protection() {
     let (stats, found) = search(0..1_000, Faults::None, None);
     assert_eq!(found, None);
-    assert!(stats.slow_applies > 200 && stats.tried >= 1_000, "{stats:?}");
+    assert!(stats.slow_applies > 200 && stats.tried >= 1_000 && stats.long_works > 200, "{stats:?}");
     assert_eq!((stats.links_lost, stats.unreachable, stats.takeovers), (0, 0, 0), "{stats:?}");
+}
+
+/// A thread that stands still for good on a host where everything else goes on costs neither the VM nor, with
+/// a third host, its protection.
+#[test]
+fn a_host_whose_waiting_thread_stands_still_is_given_up() {
+    let seeds = from_environment("OUTLIVE_SIM_SEED").map_or(0..3_000, |seed| seed..seed + 1);
+    let (stats, found) = search(seeds, Faults::Wedge, None);
+    assert_eq!(found, None);
+    assert!(stats.wedged > 2_900 && stats.takeovers > 500 && stats.alone > 500, "{stats:?}");
+    assert_eq!(stats.vm_lost, 0, "{stats:?}");
 }
 
 /// Each of these mistakes in the machines or in the drivers must be found, or the simulator is blind there.
@@ -153,9 +164,12 @@ fn every_planted_mistake_is_found() {
         Bug::LeaseForgotten,
         Bug::WakeForgotten,
     ];
+    let of_progress = [Bug::BeatsWithoutProgress, Bug::StampsWithoutProgress, Bug::AnyThreadClaims];
+    let many = bugs.into_iter().map(|bug| (bug, Faults::Many));
+    let all = many.chain(of_progress.into_iter().map(|bug| (bug, Faults::Wedge)));
     let mut blind = Vec::new();
-    for bug in bugs {
-        match search(0..20_000, Faults::Many, Some(bug)).1 {
+    for (bug, faults) in all {
+        match search(0..100_000, faults, Some(bug)).1 {
             Some((seed, what)) => println!("{bug:?}: seed {seed}: {what}"),
             None => blind.push(bug),
         }

@@ -199,6 +199,8 @@ impl PrimaryPorts for PrimarySide {
         self.valve.set_lease(until);
     }
 
+    fn set_beats(&mut self, _: Option<Duration>) {}
+
     fn hold(&mut self, epoch: u64) -> Result<(), String> {
         self.faults.strike(PortFault::Hold)?;
         self.valve.hold(epoch);

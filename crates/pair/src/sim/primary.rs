@@ -106,6 +106,15 @@ impl World {
 
     fn primary_does(&mut self, life: Life, effect: Effect) {
         self.tell(life, &effect);
+        if self.hosts[life.0].wedged
+            && matches!(
+                effect,
+                Effect::AskGuest | Effect::StopGuest | Effect::StartBase { .. } | Effect::Exit(_)
+            )
+        {
+            // It is the waiting thread that would do it.
+            return;
+        }
         let clock = self.clock(life.0);
         match effect {
             Effect::Dial { link, address } => {
@@ -234,7 +243,7 @@ impl World {
         if let Some(node) = p.driver.ports_mut().valve.push(node) {
             self.truth.output(node, generation, life);
         }
-        if ends {
+        if ends && !self.hosts[life.0].wedged {
             self.primary(life, PrimaryEvent::End { reason: EndReason::PowerOff });
             self.look_within(life, 100);
         }
@@ -243,6 +252,9 @@ impl World {
     /// The coordinator looks what is to be done, and goes to sleep again.
     pub(super) fn coordinate(&mut self, life: Life) {
         self.primary(life, PrimaryEvent::Tick);
+        if self.rng.one_in(800) && !self.healed {
+            return self.work_long(life);
+        }
         self.capture_if_due(life);
         let now = self.clock(life.0);
         let Some(p) = self.primary_of(life) else { return };
@@ -257,6 +269,15 @@ impl World {
             Next::Nothing => {}
         }
         self.look_when(life, until);
+    }
+
+    /// The coordinator is busy for longer than any patience, and has said so.
+    fn work_long(&mut self, life: Life) {
+        let time = self.rng.range(1_000, 500_000);
+        self.stats.long_works += 1;
+        self.primary(life, PrimaryEvent::LongWork { within: Duration::from_micros(time * 2) });
+        self.hosts[life.0].busy_until = self.now + time;
+        self.look_within(life, 10);
     }
 
     fn capture_if_due(&mut self, life: Life) {

@@ -20,6 +20,8 @@ pub(super) enum Faults {
     None,
     One,
     Many,
+    /// One waiting thread stands still for good.
+    Wedge,
 }
 
 /// Runs one schedule.
@@ -32,11 +34,19 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
     }
     world.company = faults == Faults::Many;
     let count = match faults {
-        Faults::None => 0,
+        Faults::None | Faults::Wedge => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
     };
     let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
+    if faults == Faults::Wedge {
+        let (time, host) = (world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL), world.rng.range(0, 3) as usize);
+        world.at(time, Happening::Wedge { host });
+        // By then nobody relies on that host any more.
+        if world.rng.one_in(2) {
+            world.at(time + 1_000_000, Happening::CrashIfProtected);
+        }
+    }
     for _ in 0..count {
         let time = world.rng.range(from, FAULTS_UNTIL);
         world.at(time, Happening::Fault);
@@ -155,6 +165,15 @@ impl World {
                 }
             }
             Happening::Fault => self.fault(),
+            Happening::Wedge { host } => self.wedge(host),
+            Happening::CrashIfProtected => {
+                let (_, owner) = self.truth.newest();
+                if let Process::Primary(p) = &self.hosts[owner.0].process
+                    && p.driver.machine().status() == PrimaryStatus::Protected
+                {
+                    self.crash(owner.0);
+                }
+            }
             Happening::Cut { from, to } => {
                 if !self.healed {
                     self.cut[from][to] = self.now + 300_000;
@@ -218,7 +237,7 @@ impl World {
         let host = self.rng.range(0, 3) as usize;
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
-        let kind = self.rng.range(0, 21);
+        let kind = self.rng.range(0, 22);
         self.tell((host, 0), &format_args!("fault {kind} until {until}"));
         match kind {
             0 | 1 => self.crash(host),
@@ -266,6 +285,7 @@ impl World {
             },
             18 => self.copy_fails(self.life(host)),
             19 | 20 => self.port_fails(host),
+            21 => self.wedge(host),
             _ => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process {
@@ -311,6 +331,13 @@ impl World {
         if !matches!(self.hosts[host].process, Process::Down) {
             self.hosts[host].frozen_until = until;
             self.hosts[host].stale = self.rng.one_in(2).then_some(self.now);
+        }
+    }
+
+    fn wedge(&mut self, host: usize) {
+        if !matches!(self.hosts[host].process, Process::Down) {
+            self.hosts[host].wedged = true;
+            self.stats.wedged += 1;
         }
     }
 
@@ -363,5 +390,13 @@ impl World {
         }
         self.slow_until = now;
         self.arbiter_slow_until = now;
+        if self.company {
+            // With more than one fault there may be nobody left who could succeed: the operator looks.
+            for host in 0..self.hosts.len() {
+                if self.hosts[host].wedged {
+                    self.stop_process(host, true);
+                }
+            }
+        }
     }
 }

@@ -88,6 +88,10 @@ impl World {
 
     fn standby_does(&mut self, life: Life, effect: Effect) {
         self.tell(life, &effect);
+        if self.hosts[life.0].wedged && matches!(effect, Effect::TakeOver(_) | Effect::Exit(_)) {
+            // It is the waiting thread that would do it.
+            return;
+        }
         match effect {
             Effect::HungUp { link } => {
                 let broken = self.conns[link.0 as usize].broken;
@@ -317,8 +321,9 @@ impl World {
 
     /// Memory is set aside for a VM that would be accepted.
     fn hello(&mut self, life: Life, link: Link, hello: Introduction) {
+        let now = self.clock(life.0);
         if let Some(s) = self.standby_of(life) {
-            let accepted = s.driver.would_accept(&hello).is_ok();
+            let accepted = s.driver.would_accept(now, &hello).is_ok();
             s.driver.ports_mut().introduced(link, hello.slots, accepted);
         }
     }

@@ -137,6 +137,11 @@ pub(super) enum Happening {
         host: usize,
     },
     Fault,
+    Wedge {
+        host: usize,
+    },
+    /// Of the host that has the VM.
+    CrashIfProtected,
     Cut {
         from: usize,
         to: usize,
@@ -166,6 +171,10 @@ pub(super) struct Host {
     /// The next event is handled with this time: it was read just before the process was stopped.
     pub(super) stale: Option<u64>,
     pub(super) arbiter_cut_until: u64,
+    /// Its waiting thread stands still for good, while all others go on.
+    pub(super) wedged: bool,
+    /// Its waiting thread is busy, and has said so.
+    pub(super) busy_until: u64,
     /// Its clock: offset in µs and rate in parts per thousand.
     offset: u64,
     rate: u64,
@@ -228,6 +237,8 @@ pub(super) struct Stats {
     pub(super) tried: u64,
     pub(super) slow_applies: u64,
     pub(super) links_lost: u64,
+    pub(super) wedged: u64,
+    pub(super) long_works: u64,
 }
 
 impl Stats {
@@ -250,6 +261,8 @@ impl Stats {
         self.tried += other.tried;
         self.slow_applies += other.slow_applies;
         self.links_lost += other.links_lost;
+        self.wedged += other.wedged;
+        self.long_works += other.long_works;
     }
 }
 
@@ -263,6 +276,8 @@ impl World {
                 frozen_until: 0,
                 stale: None,
                 arbiter_cut_until: 0,
+                wedged: false,
+                busy_until: 0,
                 offset: rng.range(0, 1_000_000_000),
                 rate: rng.range(960, 1041),
                 look: None,

@@ -17,8 +17,15 @@ impl Standby {
     }
 
     pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
+        let now = self.now;
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
+        // A link that fails at this side says nothing of the primary: it may be stopped, with a lease that
+        // still lasts, and would let output out when it goes on.
+        let ask_at = match why {
+            LossReason::Local(_) => heard + attached.timing.dead_after,
+            _ => now,
+        };
         let next = attached.staged.front().map(|next| next.checkpoint);
         let silent = self.now - heard;
         let State::Committed { committed, .. } = &mut self.state else {
@@ -37,7 +44,7 @@ impl Standby {
             (committed.checkpoint, committed.applying) = (next, false);
         }
         let Committed { checkpoint, applying, .. } = *committed;
-        let (committed, claim) = (*committed, Claim::new(generation + 1, self.now, retry));
+        let (committed, claim) = (*committed, Claim::new(generation + 1, ask_at, retry));
         self.state = State::Settling { link, claim, committed, stop: false };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });

@@ -32,7 +32,8 @@ pub struct Introduction {
 /// What happens to a standby.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StandbyEvent {
-    /// Time has passed.
+    /// Time has passed. Given by the thread that waits and takes over, and by no other: it is the sign that
+    /// this thread gets on.
     Tick,
     /// A connection brought a Hello that makes sense. The driver has asked [`Standby::would_accept`] before
     /// it set memory aside for this VM; if there is not enough, it refuses by itself and this event is not

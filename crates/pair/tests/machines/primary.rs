@@ -20,10 +20,14 @@ impl Host {
         Self { machine: Primary::new(config, ms(0)), now: 0 }
     }
 
-    /// Hands in an event; returns all actions.
+    /// Hands in an event; returns all actions, with those of the waiting thread if it has to ask the arbiter.
     fn on(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
         let mut out = Vec::new();
         self.machine.handle(ms(self.now), event, &mut out);
+        let due = self.machine.next_deadline().is_some_and(|due| due <= ms(self.now));
+        if self.machine.status() == PrimaryStatus::Arbitrating && due {
+            self.machine.handle(ms(self.now), Tick, &mut out);
+        }
         out
     }
 
@@ -455,4 +459,40 @@ fn a_standby_that_refuses_does_not_keep_the_other_one_waiting() {
         host.now = host.machine.next_deadline().unwrap().as_millis() as u64;
     }
     assert!(dialled[0] <= 8 && dialled[1] >= 50, "{dialled:?}");
+}
+
+#[test]
+fn heartbeats_are_earned_by_the_thread_that_waits() {
+    let beats = |actions: &[PrimaryAction]| actions.contains(&SendHeartbeat { link: LINK });
+    let mut host = Host::protected();
+    assert_eq!(host.machine.may_beat_until(), Some(ms(1000)));
+    // Other threads hear the standby all the time.
+    for time in (126..=1126).step_by(125) {
+        host.now = time;
+        let actions = host.on(Heartbeat { link: LINK, stamp: ms(time) });
+        assert_eq!(beats(&actions), time < 1000, "{time} ms");
+    }
+    assert!(beats(&host.on(Tick)), "it goes on");
+    assert_eq!(host.machine.may_beat_until(), Some(ms(2126)));
+    // A pause is its work too, and long work is announced.
+    host.now = 1200;
+    host.on(Captured);
+    assert_eq!(host.machine.may_beat_until(), Some(ms(2200)));
+    host.on(LongWork { within: ms(10_000) });
+    assert_eq!(host.machine.may_beat_until(), Some(ms(12_200)));
+    host.on(Tick);
+    assert_eq!(host.machine.may_beat_until(), Some(ms(2200)));
+    assert_eq!(Host::attached().machine.may_beat_until(), None, "nobody can take over yet");
+}
+
+#[test]
+fn only_the_thread_that_waits_asks_the_arbiter() {
+    let mut host = Host::protected();
+    let (mut lost, mut tick) = (Vec::new(), Vec::new());
+    let event = LinkLost { link: LINK, why: LossReason::Closed };
+    host.machine.handle(ms(host.now), event, &mut lost);
+    assert!(!lost.iter().any(|action| matches!(action, Claim { .. })), "{lost:?}");
+    assert_eq!(host.machine.next_deadline(), Some(ms(host.now)), "it is woken");
+    host.machine.handle(ms(host.now), Tick, &mut tick);
+    assert_eq!(tick, [Claim { generation: 5 }]);
 }

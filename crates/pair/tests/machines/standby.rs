@@ -65,9 +65,14 @@ impl Host {
         Self { machine: Standby::new(StandbyConfig { vm, timing: timing() }, ms(0)), now: 0 }
     }
 
+    /// Hands in an event; returns all actions, with those of the waiting thread if it has to ask the arbiter.
     fn on(&mut self, event: StandbyEvent) -> Vec<StandbyAction> {
         let mut out = Vec::new();
         self.machine.handle(ms(self.now), event, &mut out);
+        let due = self.machine.next_deadline().is_some_and(|due| due <= ms(self.now));
+        if self.machine.status() == StandbyStatus::Arbitrating && due {
+            self.machine.handle(ms(self.now), Tick, &mut out);
+        }
         out
     }
 
@@ -461,4 +466,48 @@ fn a_stop_during_arbitration_waits_for_the_answer() {
     assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
     host.acts(settled(11));
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
+}
+
+#[test]
+fn stamps_are_returned_while_the_thread_that_takes_over_gets_on() {
+    let returned = |host: &mut Host, stamp| {
+        let actions = host.on(Heartbeat { link: LINK, stamp: ms(stamp) });
+        actions.into_iter().find_map(|action| match action {
+            SendHeartbeat { stamp, .. } => Some(stamp),
+            _ => None,
+        })
+    };
+    let mut host = Host::protected();
+    host.now = 900;
+    assert_eq!(returned(&mut host, 890), Some(ms(890)));
+    host.now = 1200;
+    assert_eq!(returned(&mut host, 1190), Some(ms(890)), "nobody here would take over");
+    host.on(Tick);
+    host.now = 1400;
+    assert_eq!(returned(&mut host, 1390), Some(ms(1390)));
+}
+
+#[test]
+fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
+    let mut host = Host::protected();
+    host.now = 300;
+    host.on(Heartbeat { link: LINK, stamp: ms(290) });
+    host.now = 400;
+    host.on(LinkLost { link: LINK, why: LossReason::Local("a write failed".into()) });
+    assert_eq!(host.acts(settled(11)), []);
+    host.now = 1299;
+    assert_eq!(host.acts(Tick), []);
+    host.now = 1300;
+    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+}
+
+#[test]
+fn a_standby_whose_waiting_thread_stands_still_accepts_nobody() {
+    let mut host = Host::new(None);
+    host.now = 2500;
+    let refused = host.acts(hello_of(LINK, VM, 4));
+    assert!(matches!(refused[..], [Refuse { code: RefuseCode::Busy, .. }]), "{refused:?}");
+    host.on(Tick);
+    let accepted = host.acts(hello_of(LINK, VM, 4));
+    assert!(matches!(accepted[..], [Accept { .. }]), "{accepted:?}");
 }

@@ -98,9 +98,11 @@ impl Queue {
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
     }
 
-    /// For how long the thread has worked on a job that must not take long.
+    /// For how long the thread has worked on a job that must not take long, or has not come for one.
     pub(super) fn working_for(&self) -> Duration {
-        self.lock().working.map_or(Duration::ZERO, |since| since.elapsed())
+        let waiting = self.lock();
+        let next = waiting.jobs.front().map(|(pushed, _)| *pushed).filter(|_| !waiting.checking);
+        waiting.working.or(next).map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// An empty buffer for records, a used one if possible.
@@ -184,6 +186,18 @@ mod tests {
         assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
         // A long comparison is no sign of a slow disk: it ends when enough waits.
         assert!(!Waiting { checking: true, ..waiting(QUEUE_TIME, 5) }.is_full(1));
+    }
+
+    #[test]
+    fn a_thread_that_does_not_come_is_at_work_too() {
+        let queue = Queue::default();
+        assert_eq!(queue.working_for(), Duration::ZERO);
+        *queue.lock() = waiting(QUEUE_TIME, 1 << 20);
+        assert!(queue.working_for() >= QUEUE_TIME);
+        queue.pop(None, None);
+        assert!(queue.working_for() < QUEUE_TIME);
+        *queue.lock() = Waiting { checking: true, ..waiting(QUEUE_TIME, 1 << 20) };
+        assert_eq!(queue.working_for(), Duration::ZERO, "comparing takes its time");
     }
 
     #[test]

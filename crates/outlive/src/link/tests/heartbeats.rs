@@ -27,7 +27,7 @@ fn late_bytes(jobs: Vec<Job>) -> Vec<usize> {
     let clock = Clock::start();
     let written = Arc::new(Mutex::new(Written::default()));
     let connection = Connection::over(SlowLink { clock, written: written.clone() });
-    let (mut sender, reports) = rig::sender(connection, clock);
+    let (sender, reports) = rig::sender(connection, clock);
     let began = clock.now();
     jobs.into_iter().for_each(|job| sender.send(job));
     sender.finish(Duration::from_secs(60));

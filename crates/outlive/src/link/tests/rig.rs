@@ -11,6 +11,7 @@ use outlive_machine::Ram;
 
 use super::super::{Connection, Job, Sender, SenderReport, Transport};
 use crate::clock::Clock;
+use crate::pulse::Pulse;
 
 /// Time between two heartbeats that the sender owes.
 pub(super) const HEARTBEAT: Duration = Duration::from_millis(10);
@@ -77,7 +78,9 @@ pub(super) fn sender(connection: Connection, clock: Clock) -> (Sender, Receiver<
     let (to, reports) = channel();
     let report = move |report| drop(to.send(report));
     let Connection { writer, closer, .. } = connection;
-    (Sender::start(writer, closer, clock, HEARTBEAT, ProtocolVersion::CURRENT, report).unwrap(), reports)
+    let pulse = Arc::new(Pulse::new(clock));
+    let version = ProtocolVersion::CURRENT;
+    (Sender::start(writer, closer, clock, pulse, HEARTBEAT, version, report).unwrap(), reports)
 }
 
 /// A round of the base synchronisation: so many pages with something in them.

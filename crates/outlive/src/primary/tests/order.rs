@@ -72,6 +72,8 @@ fn a_loser_is_silent_before_it_says_so() {
     rig.driver.set_claims(lost_arbitration(&rig.driver));
     assert_eq!(number(&rig.driver), Some(1));
     rig.driver.handle(Event::LinkLost { link: LINK, why: LossReason::Closed });
+    // The coordinator asks.
+    rig.driver.handle(Event::Tick);
     wait_for("the discard", || output.is_draining());
     assert_eq!(rig.valve.mode(), OutputMode::Discard);
     assert!(rig.inbox.try_iter().any(|it| matches!(it, Inbox::Exit(ExitReason::Fenced { .. }))));

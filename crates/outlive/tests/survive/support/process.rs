@@ -148,7 +148,7 @@ impl Drop for Process {
         if std::thread::panicking() {
             let events: Vec<String> = self
                 .events()
-                .filter(|e| !matches!(e, Event::Stats(_) | Event::BaseProgress { .. }))
+                .filter(|e| !matches!(e, Event::Stats(_) | Event::Measured(_) | Event::BaseProgress { .. }))
                 .map(|e| format!("    {e:?}\n"))
                 .collect();
             eprintln!("process {} said:\n{}{}", self.pid(), self.log(), events.concat());
