@@ -17,6 +17,7 @@ Examples:
   cargo xtask nested dirty --kernel 6.12              one of them
   cargo xtask nested dirty --kernel 5.10 --kernel newest --filter hot
   cargo xtask nested dirty --epochs 2000              as long as on a real host: hours
+  cargo xtask nested dirty --findings                 docs/kernel-findings.md: which of them each kernel shows
 
 Fetches the kernels (30 MB each) and, if it is missing, QEMU; the kernels are kept in target/nested and nothing of them
 is installed. To fetch a newer kernel of the same release: rm -r target/nested/kernel-6.12
@@ -31,6 +32,8 @@ wrong options, or if there is no QEMU and it cannot be fetched.";
 const PACKAGE: &str = "outlive-dirty";
 /// Says which back end a kernel gets.
 const EXAMPLE: &str = "readme";
+/// Shows what kernels do wrong.
+const FINDINGS: &str = "kernel_findings";
 /// Tests that ask the kernel something. The others are the same everywhere.
 const TESTS: [&str; 8] = [
     "audit::tests",
@@ -57,6 +60,9 @@ pub(crate) struct DirtyOptions {
     /// Run only tests whose name contains this; can be given several times
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
+    /// Run no test, but the programs of docs/kernel-findings.md
+    #[arg(long, conflicts_with_all = ["filter", "epochs"])]
+    findings: bool,
     /// Minutes for the tests of one host
     #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
@@ -73,6 +79,9 @@ impl DirtyOptions {
 
     /// The line of shell that runs the tests.
     fn command(&self) -> String {
+        if self.findings {
+            return "/findings all".to_string();
+        }
         let tests: Vec<String> = if self.filter.is_empty() {
             TESTS.map(str::to_string).to_vec()
         } else {
@@ -126,7 +135,8 @@ pub(crate) fn run(workspace: &Workspace, options: &DirtyOptions) -> Result<(), S
     };
     let package = ["--package", PACKAGE];
     let test = built(workspace.cargo(["test", "--release", "--lib", "--no-run"]).args(package))?;
-    let example = built(workspace.cargo(["build", "--release", "--example", EXAMPLE]).args(package))?;
+    let examples = ["build", "--release", "--example", EXAMPLE, "--example", FINDINGS];
+    let example = built(workspace.cargo(examples).args(package))?;
     let programs = programs(&(test + &example))?;
     let mut rows = Vec::new();
     let mut summaries = Vec::new();
@@ -161,6 +171,7 @@ pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary
         epochs: 30,
         cpus: 1,
         filter: Vec::new(),
+        findings: false,
         limit: 15,
         no_fetch: !fetch,
     };
@@ -238,7 +249,7 @@ fn on_host(
     })?;
     if status != 0 && summary.is_good() {
         summary.ended_badly(&format!("{}: the tests ended with {status}", series.name()));
-    } else if summary.counts() == [0; 3] {
+    } else if summary.counts() == [0; 3] && !options.findings {
         summary.ended_badly(&format!("{}: no test has such a name", series.name()));
     }
     let row = Row {
@@ -260,12 +271,12 @@ fn built(cargo: &mut Command) -> Result<String, StepError> {
 }
 
 /// What the host runs, by its path there.
-fn programs(messages: &str) -> Result<[(&'static str, PathBuf); 2], StepError> {
+fn programs(messages: &str) -> Result<[(&'static str, PathBuf); 3], StepError> {
     let find = |name: &str| {
         executable(messages, name)
             .ok_or_else(|| StepError::Failed(format!("finding {name} in what cargo built")))
     };
-    Ok([("/tests", find(PACKAGE)?), ("/example", find(EXAMPLE)?)])
+    Ok([("/tests", find(PACKAGE)?), ("/example", find(EXAMPLE)?), ("/findings", find(FINDINGS)?)])
 }
 
 /// The program of a target in cargo's messages.
@@ -305,14 +316,20 @@ mod tests {
         let options =
             parse(&["--kernel", "6.1", "--kernel", "newest", "--epochs", "20", "--filter", "it's"]).unwrap();
         assert_eq!(options.kernels(), [Series::Bookworm, Series::Sid]);
+        assert_eq!(parse(&["--findings"]).unwrap().command(), "/findings all");
         assert!(options.command().ends_with(r"--show-output 'it'\''s'"), "{}", options.command());
     }
 
     #[test]
     fn wrong_options_are_refused_with_2() {
-        for words in
-            [&["--kernel", "4.19"][..], &["--epochs", "1"], &["--limit", "0"], &["--epochs", "x"], &["more"]]
-        {
+        for words in [
+            &["--kernel", "4.19"][..],
+            &["--epochs", "1"],
+            &["--limit", "0"],
+            &["--epochs", "x"],
+            &["more"],
+            &["--findings", "--filter", "x"],
+        ] {
             assert_eq!(parse(words).unwrap_err().exit_code(), 2, "{words:?}");
         }
     }

@@ -2,14 +2,17 @@
 //! writes, PAGEMAP_SCAN takes and protects again (both Linux 6.7 and later).
 //!
 //! What is seen is every write *through the mappings of the layout*: stores of any thread, and the kernel's
-//! on behalf of a system call (`read`, `preadv`, `process_vm_writev`), also one that stores what was there
-//! before. The first write to a page after it was taken costs 1 to 2 us; a take costs by page of the layout,
-//! 0.3 to 1.1 ms a GiB, whether or not anything was written. In hugetlb memory a write makes the whole huge
-//! page dirty, and slots must be whole huge pages.
+//! on behalf of a system call (`read`, `preadv`; `process_vm_writev` that has ended before the take), also
+//! one that stores what was there before. The first write to a page after it was taken costs 1 to 2 us; a
+//! take costs by page of the layout, 0.3 to 1.1 ms a GiB, whether or not anything was written. In hugetlb
+//! memory a write makes the whole huge page dirty, and slots must be whole huge pages.
 //!
 //! Not seen are writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes
-//! punched in it (`MADV_REMOVE`), and transfers to pages that were pinned before they were taken (registered
-//! `io_uring` buffers, vfio); nor anything in a mapping of device memory.
+//! punched in it (`MADV_REMOVE`), and what is written to pages that were pinned before they were taken:
+//! registered `io_uring` buffers and vfio for as long as they are, `O_DIRECT` and `process_vm_writev` while
+//! the call is in flight. Its write fault came when it pinned; the take has cleared that, and the bytes come
+//! through the kernel's own mapping (docs/kernel-findings.md, pinned-write). Nor anything in a mapping of
+//! device memory.
 //!
 //! # Where not to use it
 //!

@@ -181,10 +181,11 @@ impl Tracker {
     ///
     /// Not for the mapping that a running guest's memory slot uses: each scan would make KVM map all of it
     /// anew (275 times slower, measured). For a second mapping of the same memory, which device emulation
-    /// writes, for user-space emulators, and as an oracle. Writes through other mappings, `pwrite` to a memfd
-    /// and pages pinned for long (registered buffers of `io_uring`, vfio) are not seen, nor is a hole that
-    /// MADV_REMOVE punches. On Linux 7.2 under emulation a few writes of 100,000 were missed, for a reason
-    /// not yet known; on 6.12 and 6.18 none.
+    /// writes, for user-space emulators, and as an oracle. Writes through other mappings and `pwrite` to a memfd
+    /// are not seen, nor is a hole that MADV_REMOVE punches, nor what is written to a page that was pinned
+    /// before it was taken: registered buffers of `io_uring`, vfio, and any call in flight that pins
+    /// (`process_vm_writev`, `O_DIRECT`). Let such calls end before pages are taken, or mark their pages when
+    /// they have ended.
     #[cfg(any(test, feature = "uffd"))]
     pub fn of_memory(
         layout: MemoryLayout,

@@ -2,6 +2,7 @@
 //! after every epoch: of the back end alone, and of a tracker over it.
 
 use std::fs::File;
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -71,9 +72,18 @@ impl Copy {
     fn mend(&mut self, ram: &Ram) -> usize {
         let differs = |gfn: &u64| !ram.words(*gfn).eq(self.page(*gfn).iter().copied());
         let different: Vec<_> = ram.pages().filter(differs).collect();
-        different.iter().for_each(|&gfn| self.copy(ram, gfn));
+        for &gfn in &different {
+            let words = ram.words(gfn).zip(self.page(gfn).iter().copied()).filter(|(now, old)| now != old);
+            words.for_each(|(now, _)| println!("page {gfn:#x}: missed {}", writer_of(now)));
+            self.copy(ram, gfn);
+        }
         different.len()
     }
+}
+
+/// Who has written a word: the writers say it in its lowest bits. Files read as bytes of 7.
+fn writer_of(word: u64) -> &'static str {
+    ["a store", "process_vm_writev", "a store to the other mapping", "preadv"][word as usize % 4]
 }
 
 /// Where the pages come from.
@@ -126,9 +136,15 @@ struct Writer<'a> {
     global: Option<&'a GlobalLog>,
     stamp: &'a AtomicU64,
     stop: &'a AtomicBool,
+    pins: &'a RwLock<()>,
 }
 
 impl Writer<'_> {
+    fn through_pins(&self, write: impl FnOnce()) {
+        let _shared = self.pins.read().unwrap();
+        write();
+    }
+
     fn write_some(&self, random: &mut Random) {
         for _ in 0..random.below(400) {
             if self.stop.load(Ordering::Relaxed) {
@@ -136,13 +152,16 @@ impl Writer<'_> {
             }
             let memory = &self.ram.parts[random.below(2) as usize];
             let (page, place) = (random.below(memory.pages), random.below(WORDS as u64) as usize);
-            let stamp = self.stamp.fetch_add(1, Ordering::Relaxed);
+            let stamp = self.stamp.fetch_add(1, Ordering::Relaxed) << 2;
             match (random.below(16), self.global) {
-                (0, _) => by_process_vm_writev(memory.word(page, place).as_ptr().cast(), stamp),
+                // Not while pages are taken: the call may have pinned its page by then, and write it later.
+                (0, _) => self.through_pins(|| {
+                    by_process_vm_writev(memory.word(page, place).as_ptr().cast(), stamp | 1)
+                }),
                 (1, _) => by_preadv(self.file, [memory.page(page), memory.page(random.below(memory.pages))]),
                 (2, Some(global)) => {
                     let page = random.below(900);
-                    self.ram.other.word(page, place).store(stamp, Ordering::Relaxed);
+                    self.ram.other.word(page, place).store(stamp | 2, Ordering::Relaxed);
                     global.mark(Gfn(HIGH + page));
                 }
                 _ => memory.word(page, place).store(stamp, Ordering::Relaxed),
@@ -154,6 +173,7 @@ impl Writer<'_> {
 /// Returns the pages reported, and those that had changed and were not. Every `lose`-th report is ignored.
 fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose: usize) -> (usize, usize) {
     let (file, stamp, stop) = (source_of_bytes(), AtomicU64::new(1), AtomicBool::new(false));
+    let pins = RwLock::new(());
     let (mut reported, mut missed) = (0, 0);
     let mut random = Random(11);
     let mut copy = Copy::of(ram);
@@ -171,7 +191,7 @@ fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose
             .map(|seed| {
                 let (start, starts) = channel::<()>();
                 let done = done.clone();
-                let writer = Writer { ram, file: &file, global, stamp: &stamp, stop: &stop };
+                let writer = Writer { ram, file: &file, global, stamp: &stamp, stop: &stop, pins: &pins };
                 scope.spawn(move || {
                     let mut random = Random(seed);
                     starts.iter().for_each(|()| {
@@ -191,7 +211,11 @@ fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose
                 std::thread::sleep(Duration::from_micros(random.below(100)));
                 let room = random.below(200) as usize;
                 // Copied while others write: what comes after the take must be reported again.
-                copy_all(&mut copy, from.some(room, &mut random));
+                let pages = {
+                    let _alone = pins.write().unwrap();
+                    from.some(room, &mut random)
+                };
+                copy_all(&mut copy, pages);
             }
             stop.store(random.below(4) == 0, Ordering::Relaxed);
             starts.iter().for_each(|_| is_done.recv().unwrap());
