@@ -107,6 +107,8 @@ mod memory;
 #[cfg(not(all(test, loom)))]
 mod mint;
 #[cfg(not(all(test, loom)))]
+pub mod rate;
+#[cfg(not(all(test, loom)))]
 mod report;
 #[cfg(all(feature = "self-test", not(all(test, loom))))]
 mod selftest;

@@ -6,6 +6,7 @@
 
 mod guest;
 mod options;
+mod rates;
 mod table;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use guest::{Guest, Vcpu};
 use options::{HELP, Options};
+use rates::Rates;
 use table::{Measured, Table};
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -58,6 +60,7 @@ fn run(guest: Guest, options: &Options) -> Result<(), Failure> {
         register_signal_handler(signal, on_signal)?;
     }
     let mut table = Table::new(&guest, options);
+    let mut rates = options.rates.as_ref().map(|path| Rates::of(path, &guest)).transpose()?;
     let tracker = &guest.tracker;
     // From here on the first write to every page is noticed. A VMM that replicates now copies all of memory
     // once, while the guest runs; from then on it needs only what the epochs bring.
@@ -72,7 +75,7 @@ fn run(guest: Guest, options: &Options) -> Result<(), Failure> {
         };
         let vcpus: Vec<Sender<()>> = guest.vcpus.into_iter().enumerate().map(spawn).collect();
         let mut copies = Copies { memory: &guest.memory, hot: HashMap::new() };
-        epochs(tracker, options, &vcpus, &all_stopped, &mut copies, &mut table)
+        epochs(tracker, options, &vcpus, &all_stopped, &mut copies, &mut table, &mut rates)
         // The senders are dropped here, which ends the threads.
     })?;
     tracker.disable()?;
@@ -124,6 +127,7 @@ fn epochs(
     stopped: &Receiver<Result<Stopped, Failure>>,
     copies: &mut Copies<'_>,
     table: &mut Table,
+    rates: &mut Option<Rates>,
 ) -> Result<(), Failure> {
     let begin = Instant::now();
     let mut next = begin;
@@ -146,7 +150,9 @@ fn epochs(
         measured.took += ending.elapsed();
         (measured.pages, measured.hot) = (epoch.pages().len(), epoch.hot().len());
         copies.take(&epoch)?;
+        rates.iter_mut().for_each(|rates| rates.note(epoch.pages()));
         epoch.copied().run();
+        rates.iter_mut().for_each(|rates| rates.send(&measured));
 
         if !table.epoch(&measured, &tracker.stats())? {
             break;

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ Usage: dirty_top [OPTIONS]
   --interval MS    time from epoch to epoch; 0: as fast as it goes [10]
   --backend NAME   auto, ring, clear-log or bitmap [auto]
   --rearm-all      trap every page anew in every epoch, hot or not
+  --rates SOCKET   hand the dirty pages of every epoch to whoever connects: see the example dirty_rate
   --seconds S      stop after so long; 0: at Ctrl-C [0]
   -h, --help       this text
 
@@ -40,6 +42,7 @@ pub(crate) struct Options {
     pub(crate) interval: Duration,
     pub(crate) backend: BackendChoice,
     pub(crate) rearm_all: bool,
+    pub(crate) rates: Option<PathBuf>,
     pub(crate) duration: Option<Duration>,
 }
 
@@ -54,6 +57,7 @@ impl Options {
             interval: Duration::from_millis(10),
             backend: BackendChoice::Auto,
             rearm_all: false,
+            rates: None,
             duration: None,
         };
         while let Some(name) = arguments.next() {
@@ -68,6 +72,7 @@ impl Options {
                     options.interval = Duration::from_millis(number(&name, &value()?, 0, 60_000)?)
                 }
                 "--backend" => options.backend = backend(&value()?)?,
+                "--rates" => options.rates = Some(value()?.into()),
                 "--rearm-all" => options.rearm_all = true,
                 "--seconds" => {
                     let seconds = number(&name, &value()?, 0, 1_000_000)?;
