@@ -1,8 +1,8 @@
 //! The board: a row of slots, each with a register window, an interrupt and a device.
 //!
-//! Where slots are is [`crate::map`]'s business; their interrupts are edges that irqfds carry. Guests find
-//! them through the DSDT, the payload guest knows the first one. The devices of a machine and their order
-//! belong to its state: a standby's board has the same.
+//! [`crate::map`] says where the slots are; irqfds carry their interrupts as edges. Guests find the slots
+//! through the DSDT; the payload guest knows the first one. The devices of a machine and their order belong
+//! to its state: a standby's board has the same.
 
 use std::sync::Arc;
 
@@ -65,7 +65,7 @@ impl Waker for WakeVcpu {
     }
 }
 
-/// The board while the machine is built.
+/// The board while the machine is being built.
 pub(crate) struct Board<'a> {
     vm: &'a VmFd,
     memory: Arc<GuestMemory>,
@@ -89,7 +89,7 @@ impl<'a> Board<'a> {
         Self { vm, memory, gate: gate.clone(), waker, mmio, lines: IrqLines::default(), devices: Vec::new() }
     }
 
-    /// Puts a device into the next slot; `make` is lent what it needs.
+    /// Puts a device into the next slot; `make` borrows what it needs.
     pub(crate) fn add<D: Device + 'static, E>(
         &mut self,
         make: impl FnOnce(DeviceHost<GuestMemory>) -> Result<D, E>,

@@ -3,7 +3,7 @@
 //! A [`Bus`] is filled while the machine is built and then only read, by all vCPU threads at once. A lookup
 //! is a binary search in a sorted array: no allocation and no lock but the device's own.
 //!
-//! An access that no device answers reads all ones and its writes go nowhere, as on a PC; both are counted.
+//! If no device answers, a read gives all ones and a write has no effect, as on a PC; both are counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -65,7 +65,7 @@ struct Entry {
 pub struct Unanswered {
     /// Reads answered with all ones.
     pub reads: u64,
-    /// Writes that went nowhere.
+    /// Writes without effect.
     pub writes: u64,
 }
 
@@ -99,7 +99,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads from whatever device answers at `address`; all ones (and `false`) if none does.
+    /// Reads from the device that answers at `address`; all ones (and `false`) if none does.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
             Some((entry, offset)) => {
@@ -114,7 +114,7 @@ impl Bus {
         }
     }
 
-    /// Writes to whatever device answers at `address`; `false` if none does.
+    /// Writes to the device that answers at `address`; `false` if none does.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
             Some((entry, offset)) => {
@@ -136,8 +136,8 @@ impl Bus {
         }
     }
 
-    /// The device all of `address..address + len` belongs to. An access over the edge of a device belongs to
-    /// none.
+    /// The device that all of `address..address + len` belongs to. An access across the edge of a device
+    /// belongs to none.
     fn find(&self, address: u64, len: usize) -> Option<(&Entry, u64)> {
         let last = address.checked_add((len as u64).checked_sub(1)?)?;
         let at = self.entries.partition_point(|e| e.base <= address);

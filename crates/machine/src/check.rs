@@ -1,7 +1,7 @@
-//! The self-check: hashes of all that a checkpoint stands for, so that a standby can prove that its copy is
-//! the same (invariant 4). Memory is hashed while the VM stands still, so this is for tests and for doubts.
-//! Disks are hashed before, by whoever asks for the check: they rest from then on until the checkpoint is
-//! taken.
+//! The self-check: hashes of everything that a checkpoint covers, so that a standby can prove that its copy
+//! is the same (invariant 4). Memory is hashed while the vCPUs are stopped, so this is for tests and for
+//! cases of doubt. The caller that wants the check hashes the disks before: they rest from then on until the
+//! checkpoint is taken.
 
 use crate::machine::Machine;
 use crate::memory::Ram;
@@ -12,16 +12,16 @@ const MEMORY: u16 = 1;
 /// Field of a `StateKind::Check` section: pairs of a disk and the hash of its contents.
 const DISKS: u16 = 2;
 
-/// What the contents of a disk come to.
+/// The hash of a disk's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskHash {
     /// The disk's position among the VM's disks.
     pub disk: u16,
-    /// The hash. What it is made by is the business of those who compare it.
+    /// The hash. The two sides that compare it agree on how it is made.
     pub hash: u64,
 }
 
-/// What a VM is made of, in numbers.
+/// The hashes of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hashes {
     /// All guest memory.
@@ -34,7 +34,10 @@ pub struct Hashes {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CheckError {
     /// A page is missing or wrong.
-    #[error("the memory of this copy is not that of the VM: hash {here:#018x}, should be {wanted:#018x}")]
+    #[error(
+        "the memory of this copy differs from the VM's: its hash is {here:#018x}, but should be \
+        {wanted:#018x}"
+    )]
     Memory {
         /// This copy's.
         here: u64,
@@ -66,7 +69,7 @@ impl Hashes {
         Ok(Self { memory: fields.get_plain(MEMORY)?, disks })
     }
 
-    /// Compares the memory of a copy, in which the checkpoint has been applied whole, with the VM's.
+    /// Compares the memory of a copy, to which the whole checkpoint has been applied, with the VM's.
     ///
     /// # Errors
     /// [`CheckError`].
@@ -77,15 +80,15 @@ impl Hashes {
 }
 
 impl Machine {
-    /// The next checkpoint carries a hash of all memory and these hashes of disks, for the standby to compare
-    /// with its own. The VM stands still while memory is hashed. The disks must rest
+    /// Makes the next checkpoint carry a hash of all memory and these hashes of disks, for the standby to
+    /// compare with its own. The vCPUs are stopped while memory is hashed. The disks must rest
     /// ([`drain`](crate::BlockDevice::drain)) from before they were hashed until the checkpoint is taken;
-    /// then the write logs up to this checkpoint hold all that is in them, and nothing that is not.
+    /// then the write logs up to this checkpoint hold exactly what is in the disks.
     pub fn check_next(&mut self, disks: Vec<DiskHash>) {
         self.check_due = Some(disks);
     }
 
-    /// The hashes of a machine that stands still.
+    /// The hashes of a stopped machine.
     pub(crate) fn hashes(&self, disks: Vec<DiskHash>) -> Hashes {
         Hashes { memory: self.ram.hash(), disks }
     }

@@ -1,4 +1,4 @@
-//! What a running machine tells its controller.
+//! The events that a running machine reports to its controller.
 
 use std::sync::Arc;
 
@@ -31,8 +31,8 @@ impl PowerRequest {
         }
     }
 
-    /// The request of these numbers; 0 and what is unknown are none. A reset by an unknown way is one all the
-    /// same.
+    /// The request with these numbers; 0 and unknown numbers are no request. A reset by an unknown way still
+    /// is a reset.
     pub(crate) fn from_numbers(number: u32, way: u32) -> Option<Self> {
         match number {
             1 => Some(PowerRequest::Off),
@@ -43,7 +43,7 @@ impl PowerRequest {
     }
 }
 
-/// By which of the ways that a PC has the guest asked for a reset. The numbers are part of the state.
+/// By which of a PC's ways the guest asked for a reset. The numbers are part of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ResetWay {
@@ -53,7 +53,7 @@ pub enum ResetWay {
     Keyboard = 2,
     /// Port 0xcf9.
     ResetControl = 3,
-    /// A triple fault: the last way that a kernel knows, or a kernel that broke before it could tell.
+    /// A triple fault: a kernel's last way, or a kernel that broke before it could report anything.
     TripleFault = 4,
     /// The payload guest's power port.
     PowerPort = 5,
@@ -78,7 +78,7 @@ impl std::fmt::Display for ResetWay {
     }
 }
 
-/// What happens to a machine's guest.
+/// An event of a machine's guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MachineEvent {
     /// The guest used its power port. The vCPU stays stopped.
@@ -101,10 +101,9 @@ pub enum MachineEvent {
     },
     /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
     DirtyLogFull,
-    /// What the guest writes to its disks finds no more room in this epoch; the writes wait for the next
-    /// checkpoint.
+    /// The log of disk writes is full in this epoch; further writes wait for the next checkpoint.
     DiskLogFull,
-    /// The guest's kernel says that it panics (pvpanic). It goes on: it may write a dump and restart.
+    /// The guest's kernel reports a panic (pvpanic). It keeps running: it may write a dump and restart.
     GuestPanicked,
 }
 

@@ -1,8 +1,8 @@
 //! The interrupt lines of a machine: each an eventfd that KVM turns into an edge at the chips (irqfd).
 //!
-//! KVM delivers such an edge from a kernel thread of its own, some time after the write (`irqfd_inject` in
-//! virt/kvm/eventfd.c). Whoever gives the chips another state therefore has to
-//! [disconnect](IrqLines::disconnect) the lines first: an edge of before would otherwise come after it.
+//! A kernel thread of KVM delivers such an edge, some time after the write (`irqfd_inject` in
+//! virt/kvm/eventfd.c). So [disconnect](IrqLines::disconnect) the lines before giving the chips another
+//! state: otherwise an old edge would arrive after it.
 
 use std::sync::Arc;
 
@@ -63,9 +63,9 @@ impl IrqLines {
         Ok(line)
     }
 
-    /// Takes every line off the chips. What was sent before has arrived when this returns
-    /// (`kvm_irqfd_deassign` waits for it); what is sent from now on is forgotten by
-    /// [`connect`](Self::connect).
+    /// Disconnects every line from the chips. Edges that were sent before have arrived when this returns
+    /// (`kvm_irqfd_deassign` waits for them); [`connect`](Self::connect) forgets those that are sent from now
+    /// on.
     ///
     /// # Errors
     /// [`IrqLineError::Kvm`].
@@ -82,7 +82,7 @@ impl IrqLines {
     /// [`IrqLineError::Kvm`].
     pub(crate) fn connect(&self, vm: &VmFd) -> Result<(), IrqLineError> {
         self.0.iter().try_for_each(|line| {
-            // Not to be read means that it counts nothing.
+            // If it cannot be read, its count is 0.
             line.event.read().ok();
             connect(vm, line)
         })

@@ -41,14 +41,14 @@ pub struct Options {
     pub vcpus: u8,
     /// Guest memory in bytes, a multiple of 1 MiB.
     pub memory: u64,
-    /// Bytes behind it that keep what a Linux guest boots from
+    /// Bytes behind it that hold what a Linux guest boots from
     /// ([`LinuxBoot::firmware_bytes`](crate::LinuxBoot)); 0 for the payload guest.
     pub firmware_bytes: u64,
-    /// What becomes of output at first.
+    /// The mode of output at first.
     pub output: OutputMode,
     /// The network card, if any.
     pub net: Option<NetConfig>,
-    /// Disks, in the order in which the guest finds them.
+    /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskOptions>,
     /// An entropy device.
     pub rng: bool,
@@ -60,9 +60,9 @@ pub struct Options {
     pub tracker: BackendChoice,
     /// Dirty pages at which a checkpoint should be taken early.
     pub trigger: usize,
-    /// Dirty pages that lists and staging are made for.
+    /// How many dirty pages lists and staging have room for.
     pub max_dirty: usize,
-    /// Told what happens to the guest.
+    /// Receives the events of the guest.
     pub events: EventSink,
 }
 
@@ -128,7 +128,7 @@ pub struct Machine {
     pub(crate) gate: Arc<DeviceGate>,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) running: bool,
-    /// When the pages of the last checkpoint were copied, if the guest ran on after it.
+    /// When the pages of the last checkpoint were copied, if the guest continued after it.
     pub(crate) copied_at: Option<Instant>,
     pub(crate) constants: Vec<Vec<u8>>,
     pub(crate) constants_sent: bool,
@@ -139,21 +139,21 @@ pub struct Machine {
     pub(crate) host: Arc<Host>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Arc<Ram>,
-    /// Since when the guest stands still that ran before.
+    /// Since when the guest, which ran before, has been stopped.
     pub(crate) stopped_at: Option<Instant>,
     pub(crate) stop_budget: Option<Duration>,
     pub(crate) progress: Arc<Progress>,
     tsc_khz: u32,
 }
 
-/// A stop of this length is told to the guest: its watchdogs look for lockups of seconds.
+/// The guest is told of a stop of this length, because its watchdogs look for lockups of seconds.
 const LONG_STOP: Duration = Duration::from_secs(1);
 
-/// Whether a machine and those who work with it get on, for threads that look from outside.
+/// The progress of a machine and its driver, for threads that watch from outside.
 ///
-/// It is counted up each time when all vCPUs and all devices have come to a stop, and by whoever drives the
-/// machine when he has done a step of his own. So a count that stays while stops are due means that a thread
-/// does not come.
+/// The count grows each time all vCPUs and all devices have come to a stop, and whenever the driver of the
+/// machine has finished a step. So a count that stays the same while stops are due means that a thread is
+/// stuck.
 #[derive(Debug, Default)]
 pub struct Progress(AtomicU64);
 
@@ -183,7 +183,7 @@ impl Machine {
         let vm = Arc::new(host.create_vm()?);
         // Before the first vCPU: the ring cannot be switched on later.
         let backend = DirtyBackend::probe(fd_of(host.kvm()), fd_of(&*vm), options.tracker, count)?;
-        // Some 20 ms, once in a process.
+        // About 20 ms, once in a process.
         let backend = backend.with_self_test(fd_of(host.kvm()));
         set_slots(&vm, &ram)?;
         let mut fds = Vec::new();
@@ -244,7 +244,7 @@ impl Machine {
             ram: ram.clone(),
         };
         let mut vcpus = VcpuSet::spawn(fds, &msrs, host.xsave(), parts).map_err(CreateError::Thread)?;
-        // Before they know the tracker, because there is nothing to harvest yet.
+        // Before the vCPUs know the tracker, because there is nothing to harvest yet.
         let fresh = FreshState::take(&mut vcpus, &vm)?;
         vcpus.set_tracker(tracker.clone());
         let most =
@@ -311,20 +311,20 @@ impl Machine {
         self.quiesce();
     }
 
-    /// How long vCPUs and devices may take to come to a stop for a checkpoint or a round of base
-    /// synchronisation: after that it fails with [`CaptureError::Stuck`](crate::CaptureError::Stuck). Without
-    /// a budget it waits.
+    /// Sets how long vCPUs and devices may take to stop for a checkpoint or a round of base synchronisation;
+    /// after that it fails with [`CaptureError::Stuck`](crate::CaptureError::Stuck). Without a budget it
+    /// waits forever.
     pub fn set_stop_budget(&mut self, budget: Option<Duration>) {
         self.stop_budget = budget;
     }
 
-    /// What says whether the machine gets on.
+    /// The machine's progress.
     pub fn progress(&self) -> &Arc<Progress> {
         &self.progress
     }
 
-    /// What was told as a [fault of this host](MachineEvent::HostFault) is the guest's own doing: its last
-    /// checkpoint can be taken, of what KVM says of the vCPU.
+    /// Treats the reported [fault of this host](MachineEvent::HostFault) as the guest's own doing: its last
+    /// checkpoint can be taken, with the vCPU's state as KVM reports it.
     pub fn blame_guest(&mut self) {
         self.vcpus.forget_faults();
     }
@@ -354,12 +354,12 @@ impl Machine {
         &self.valve
     }
 
-    /// What the guest does to its disks, for a standby's copy of them.
+    /// The log of the guest's disk writes, for a standby's copy of the disks.
     pub fn write_log(&self) -> &Arc<WriteLog> {
         &self.write_log
     }
 
-    /// The VM begins to run on this host: devices work from now on, their queues are looked at, and with
+    /// The VM begins to run on this host: devices work from now on and check their queues, and with
     /// `announce` the network is told where the guest went. [`resume`](Self::resume) follows.
     pub fn go_live(&self, announce: bool) {
         self.devices.iter().for_each(|device| device.go_live(announce));
@@ -367,12 +367,12 @@ impl Machine {
         self.vcpus.tell_asked();
     }
 
-    /// The next checkpoint is a base: it carries the constant state too.
+    /// Makes the next checkpoint a base, which also carries the constant state.
     pub fn begin_base(&mut self) {
         self.constants_sent = false;
     }
 
-    /// A stop begins. Returns whether the guest runs until it.
+    /// A stop begins. Returns whether the guest was running.
     pub(crate) fn begin_stop(&mut self) -> bool {
         let was_running = std::mem::replace(&mut self.running, false);
         if was_running {
@@ -402,8 +402,8 @@ impl Machine {
         }
     }
 
-    /// Tells the guest's watchdogs that it stood still, so that they do not take it for a lockup of its own
-    /// (KVM_KVMCLOCK_CTRL). A guest that does not use kvmclock has no such bit, and KVM says EINVAL.
+    /// Tells the guest's watchdogs that the guest was stopped, so that they do not take it for a lockup
+    /// (KVM_KVMCLOCK_CTRL). A guest that does not use kvmclock has no such bit, and KVM returns EINVAL.
     fn tell_of_stop(&mut self) {
         let told = self.vcpus.on_each(|_| {
             Box::new(|fd| {
@@ -412,7 +412,7 @@ impl Machine {
             })
         });
         if let Err(error) = told {
-            tracing::debug!(%error, "the guest is not told that it stood still");
+            tracing::debug!(%error, "cannot tell the guest that it was stopped");
         }
     }
 
@@ -436,7 +436,7 @@ impl Machine {
     }
 }
 
-/// What of the devices is output.
+/// The output of the devices.
 fn outputs(
     net: Option<&Arc<NetDevice<GuestMemory>>>,
     disks: &[Arc<BlockDevice<GuestMemory>>],
@@ -471,7 +471,7 @@ impl std::fmt::Debug for Machine {
 }
 
 mod raw {
-    // UNSAFETY: KVM maps our memory by address; kvm-ioctls lends its descriptors as numbers only.
+    // UNSAFETY: KVM maps our memory by address; kvm-ioctls gives its descriptors only as numbers.
     #![allow(unsafe_code)]
 
     use std::os::fd::{AsRawFd, BorrowedFd};

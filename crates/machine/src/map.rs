@@ -8,12 +8,12 @@
 //! 4 GiB     the rest of the memory
 //! ```
 //!
-//! The numbers are here and nowhere else in this crate; those that the payload guest must know too come from
-//! its ABI.
+//! The numbers are here and nowhere else in this crate. Those that the payload guest also needs come from its
+//! ABI.
 
 use outlive_guest::abi;
 
-/// A row of guest physical addresses.
+/// A range of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// First address.
@@ -35,7 +35,7 @@ impl Range {
 
 /// First byte of the device window: memory below it ends here.
 pub(crate) const HOLE_START: u64 = abi::LOW_RAM_END;
-/// First byte after the device window: memory goes on here.
+/// First byte after the device window: memory continues here.
 pub(crate) const HOLE_END: u64 = abi::HIGH_RAM_ADDR;
 
 /// Registers of the I/O APIC.
@@ -63,15 +63,15 @@ pub(crate) mod linux {
     pub(crate) const LOW_END: u64 = 0x9_FC00;
     /// ACPI tables. The RSDP is the first: kernels look for it from here to 1 MiB.
     pub(crate) const ACPI: Range = Range::new(0xE_0000, 0x1_0000);
-    /// Where a processor in real mode goes to start the machine anew.
+    /// Where a processor in real mode jumps to restart the machine.
     pub(crate) const RESET_VECTOR: Range = Range::new(0xF_FFF0, 0x10);
-    /// Where memory goes on: nothing of a kernel may lie below.
+    /// Where memory continues: no part of a kernel may be below.
     pub(crate) const HIGH_START: u64 = 0x10_0000;
 }
 
 /// I/O ports. The payload guest's are those of its ABI.
 pub(crate) mod ports {
-    /// A row of ports.
+    /// A range of ports.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct Ports {
         pub(crate) first: u16,
@@ -80,9 +80,9 @@ pub(crate) mod ports {
 
     /// Registers of the serial port COM1, where every kernel looks for it.
     pub(crate) const COM1: Ports = Ports { first: 0x3f8, count: 8 };
-    /// Command and status of the keyboard controller, of which there is the reset line alone.
+    /// Command and status of the keyboard controller, of which only the reset line exists.
     pub(crate) const KEYBOARD: u16 = 0x64;
-    /// pvpanic: reads what it understands, takes what happened.
+    /// pvpanic: a read gives the events that it understands, a write reports one.
     pub(crate) const PANIC: u16 = 0x510;
     /// ACPI's SLEEP_CONTROL_REG: sleep type in bits 2-4, "now" in bit 5.
     pub(crate) const SLEEP_CONTROL: u16 = 0x600;
@@ -108,7 +108,7 @@ pub(crate) mod lines {
     pub(crate) const FIRST_SLOT: u32 = abi::NET_IRQ;
 }
 
-/// Slots of a board: one for each line that is left.
+/// Slots of a board: one for each remaining line.
 pub const SLOTS: usize = (lines::COUNT - lines::FIRST_SLOT) as usize;
 
 /// Where the guest finds a slot's device.

@@ -1,6 +1,6 @@
-//! Where a checkpoint stands between the guest and the link.
+//! The buffer that holds a checkpoint between the guest and the link.
 
-// UNSAFETY: the page buffer is a mapping of our own, filled by several threads through its address.
+// UNSAFETY: the page buffer is our own mapping, which several threads fill through its address.
 #![allow(unsafe_code)]
 
 use outlive_dirty::{Comparison, Gfn};
@@ -49,7 +49,7 @@ impl Outgoing {
     /// Allocates and populates room for `capacity` pages and `disk_bytes` of writes to disks.
     ///
     /// # Errors
-    /// [`OutgoingError`] when the host has not that much memory.
+    /// [`OutgoingError`] when the host does not have that much memory.
     pub fn new(capacity: usize, disk_bytes: usize) -> Result<Self, OutgoingError> {
         let capacity = capacity.max(1);
         let bytes = capacity * PAGE_SIZE;
@@ -78,7 +78,7 @@ impl Outgoing {
         })
     }
 
-    /// Pages that fit.
+    /// How many pages fit.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -107,12 +107,12 @@ impl Outgoing {
         &self.state
     }
 
-    /// What the guest did to its disks in the epoch.
+    /// The records of the guest's disk writes in the epoch.
     pub fn disk_writes(&self) -> &RecordBuf {
         &self.disk
     }
 
-    /// The same, to be exchanged with the log's.
+    /// The same buffer, to swap with the log's.
     pub fn disk_writes_mut(&mut self) -> &mut RecordBuf {
         &mut self.disk
     }
@@ -145,7 +145,7 @@ impl Outgoing {
     /// Sets the pages to `gfns` (at most [`capacity`](Self::capacity)) and lets `copy` write them.
     ///
     /// # Errors
-    /// That of `copy`; there are no pages then.
+    /// The error of `copy`; there are no pages then.
     pub(crate) fn fill<E>(
         &mut self,
         gfns: &[Gfn],

@@ -2,9 +2,9 @@
 //!
 //! A restart takes everything back to the moment before the first start, step by step as [`RESET_ORDER`]
 //! lists: vCPUs and chips to the state that KVM gave them when the machine was made, devices to power-on, and
-//! the kernel out of the VM's own memory ([`LinuxBoot`](crate::LinuxBoot)). Nothing of it comes from files or
-//! from another host, so a VM restarts on a standby that has taken it over as it did at home. Time alone goes
-//! on: its counters belong to the host.
+//! the kernel from the VM's own memory ([`LinuxBoot`](crate::LinuxBoot)). Nothing comes from files or from
+//! another host, so a VM restarts in the same way on a standby that has taken it over. Only time continues:
+//! its counters belong to the host.
 //!
 //! A restarted machine is a new one: the test compares what a checkpoint saves of both, section by section.
 
@@ -21,10 +21,10 @@ use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
 
-/// A step of a restart, each for one kind of what a machine consists of.
+/// A step of a restart, for one kind of part of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetStep {
-    /// The interrupt lines are taken off the chips.
+    /// The interrupt lines are disconnected from the chips.
     Disconnect,
     /// Devices and serial port.
     Devices,
@@ -32,9 +32,9 @@ pub enum ResetStep {
     Vcpus,
     /// PIT and interrupt chips, in the order of a restore.
     Chips,
-    /// What the guest has asked for by its ports, and who idles or has ended.
+    /// What the guest has asked for by its ports, and which vCPUs idle or have ended.
     Ports,
-    /// The interrupt lines come back.
+    /// The interrupt lines are connected again.
     Connect,
     /// Kernel, tables and first registers, as at the first start.
     Boot,
@@ -44,17 +44,14 @@ pub enum ResetStep {
 pub const RESET_ORDER: [(ResetStep, &str); 7] = [
     (
         ResetStep::Disconnect,
-        "first: what a device has sent and KVM has not delivered belongs to the life before",
+        "first: what a device has sent and KVM has not delivered belongs to the previous run",
     ),
     (ResetStep::Devices, "while nothing that they send arrives"),
-    (
-        ResetStep::Vcpus,
-        "before the chips: what a chip of before delivers meanwhile is wiped with the local APIC",
-    ),
+    (ResetStep::Vcpus, "before the chips: what an old chip delivers meanwhile is wiped with the local APIC"),
     (ResetStep::Chips, "after the vCPUs, as in a restore; the PIT ticks until here"),
     (ResetStep::Ports, "any place before the guest runs"),
-    (ResetStep::Connect, "after the chips: they would keep an edge of before"),
-    (ResetStep::Boot, "last: its registers are set on top of those of power-on"),
+    (ResetStep::Connect, "after the chips: they would keep an old edge"),
+    (ResetStep::Boot, "last: it sets its registers on top of those of power-on"),
 ];
 
 /// The state of vCPUs and chips when the machine was made.
@@ -87,7 +84,7 @@ pub enum StartLinuxError {
     Vcpu(#[from] VcpuError),
 }
 
-/// Why a guest could not be restarted. It stands still then.
+/// Why a guest could not be restarted. Its vCPUs stay stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ResetError {
     /// The machine has no boot image: its guest is not Linux.
@@ -108,8 +105,9 @@ pub enum ResetError {
 }
 
 impl Machine {
-    /// Puts a kernel into the VM and the first vCPU at its entry. [`resume`](Self::resume) starts it. The
-    /// machine must have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have run.
+    /// Loads a kernel into the VM and sets the first vCPU to its entry. [`resume`](Self::resume) starts it.
+    /// The machine must have been made with [`firmware_bytes`](LinuxBoot::firmware_bytes) and must not have
+    /// run.
     ///
     /// # Errors
     /// [`StartLinuxError`] when the kernel, or what comes with it, does not fit the machine.
@@ -126,11 +124,11 @@ impl Machine {
         self.ram.firmware().is_some()
     }
 
-    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. It runs at
-    /// once if it ran before. Everything that is written is logged, so protection goes on.
+    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. The guest
+    /// runs at once if it ran before. Everything that is written is logged, so protection continues.
     ///
     /// # Errors
-    /// [`ResetError`]; the guest stands still then.
+    /// [`ResetError`]; the guest stays stopped then.
     pub fn reset(&mut self) -> Result<(), ResetError> {
         let region = self.ram.firmware().ok_or(ResetError::NoBootImage)?;
         let was_running = self.quiesce();

@@ -35,13 +35,13 @@ pub enum RestoreError {
 
 impl Machine {
     /// Sets a machine that has never run to a checkpoint's state. Memory must already be that of the
-    /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock: the guest's
-    /// time stamp counter and kvmclock go on by it, so that its time never goes back and its wall clock
-    /// stays right; no two hosts' clocks are compared. The order, and why:
-    /// 0. KVM forgets the time that it knows, so that it takes the one that is written.
+    /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock. The guest's
+    /// time stamp counter and kvmclock advance by it, so its time never goes back and its wall clock stays
+    /// right; the two hosts' clocks are never compared. The order, and why:
+    /// 0. KVM forgets its time, so that it accepts the written one.
     /// 1. vCPUs (each on its own thread, all at once): the LAPICs must exist before the I/O APIC
     ///    delivers to them.
-    /// 2. One TSC offset for all: they were restored some microseconds apart.
+    /// 2. One TSC offset for all: they were restored a few microseconds apart.
     /// 3. Clock, PIT, chips: before any vCPU runs.
     /// 4. Devices: an interrupt that they raise would be overwritten by the chips' state.
     ///
@@ -84,7 +84,7 @@ impl Machine {
                 if index > 0 && !tsc::set_offset(fd, offset) {
                     tracing::debug!(vcpu = index, "this kernel cannot set a TSC offset");
                 }
-                // Tells the guest's watchdog that it stood still. Guests without kvmclock: EINVAL.
+                // Tells the guest's watchdog that the guest was stopped. Guests without kvmclock: EINVAL.
                 fd.kvmclock_ctrl().ok();
                 Ok(())
             })

@@ -1,12 +1,12 @@
-//! Of what parts the state of a machine consists.
+//! The parts that the state of a machine consists of.
 
 use outlive_epoch::image::{StateKind, StateSection};
 
 use crate::machine::Machine;
 use crate::state::{SECTION_VERSION, StateError};
 
-/// How many sections of each kind a checkpoint of a machine has. It can be asked without the machine, by a
-/// thread that does not own it.
+/// How many sections of each kind a checkpoint of a machine has. A thread that does not own the machine can
+/// use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateShape {
     vcpus: usize,
@@ -66,7 +66,7 @@ impl StateShape {
 }
 
 impl Machine {
-    /// Of what parts this machine's state consists.
+    /// The parts that this machine's state consists of.
     pub fn shape(&self) -> StateShape {
         StateShape::new(self.vcpus.len(), self.devices.len(), self.serial.is_some())
     }

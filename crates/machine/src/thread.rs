@@ -22,8 +22,9 @@ pub fn spawn<T: Send + 'static>(
     })
 }
 
-/// Signals are for the threads that expect them: one in the middle of KVM_RESET_DIRTY_RINGS loses pages. The
-/// ones that report a fault of the calling thread itself stay open.
+/// Blocks signals, which are for the threads that expect them: a signal in the middle of
+/// KVM_RESET_DIRTY_RINGS loses pages. Signals that report a fault of the calling thread itself stay
+/// unblocked.
 fn block_signals() {
     const FAULTS: [Signal; 6] =
         [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGABRT];
@@ -34,7 +35,7 @@ fn block_signals() {
     }
 }
 
-/// Lets the calling thread's timed waits end within a microsecond of their time instead of the default 50
+/// Makes the calling thread's timed waits end within a microsecond of their time instead of the default 50
 /// (PR_SET_TIMERSLACK); checkpoints come every millisecond.
 pub fn precise_timers() {
     if let Err(error) = prctl::set_timerslack(1000) {
@@ -53,15 +54,15 @@ pub(crate) fn install_kick() {
     ONCE.call_once(|| {
         extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         if let Err(error) = register_signal_handler(kick(), on_kick) {
-            tracing::error!(%error, "the kick signal cannot be handled");
+            tracing::error!(%error, "cannot install the handler of the kick signal");
         }
     });
 }
 
-/// The calling thread takes kicks from now on.
+/// Lets the calling thread receive kicks from now on.
 pub(crate) fn take_kicks() {
     if let Err(error) = unblock_signal(kick()) {
-        tracing::error!(%error, "a vCPU's thread cannot be kicked");
+        tracing::error!(%error, "cannot unblock the kick signal of a vCPU's thread");
     }
 }
 

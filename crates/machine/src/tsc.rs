@@ -1,4 +1,4 @@
-//! The TSC offset of a vCPU, which kvm-ioctls does not reach on x86.
+//! The TSC offset of a vCPU, to which kvm-ioctls gives no access on x86.
 
 // UNSAFETY: KVM_{HAS,GET,SET}_DEVICE_ATTR take the address of a value.
 #![allow(unsafe_code)]
@@ -33,8 +33,8 @@ pub(crate) fn offset(vcpu: &VcpuFd) -> Option<u64> {
     (result == 0).then_some(value)
 }
 
-/// Gives the vCPU this offset. All vCPUs of a VM get the same, else the guest sees its clocks differ
-/// and drops the TSC as a clock source. Returns false where the kernel cannot.
+/// Sets the offset of the vCPU. All vCPUs of a VM get the same one; otherwise the guest sees its clocks
+/// differ and drops the TSC as a clock source. Returns false where the kernel cannot do it.
 pub(crate) fn set_offset(vcpu: &VcpuFd, value: u64) -> bool {
     let attr = attribute(&raw const value);
     // SAFETY: the attribute points to a u64 of ours, which KVM reads.

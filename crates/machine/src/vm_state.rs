@@ -1,4 +1,4 @@
-//! Save and restore of what belongs to the VM and to no vCPU: clock, PIT, interrupt chips.
+//! Saves and restores what belongs to the VM and not to a vCPU: clock, PIT, interrupt chips.
 
 use std::time::{Duration, Instant};
 
@@ -28,8 +28,7 @@ pub enum Item {
 
 /// Field of a `StateKind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
 const ASKED: u16 = 6;
-/// Field of a `StateKind::Vm` section: by which way it has asked for a reset, by
-/// [`PowerRequest::way_number`].
+/// Field of a `StateKind::Vm` section: how it has asked for a reset, as [`PowerRequest::way_number`].
 const ASKED_BY: u16 = 7;
 
 /// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in
@@ -45,13 +44,13 @@ pub const SAVE_ORDER: [(Item, &str); 5] = [
 /// The order of restore and of a restart, and why. It comes after the vCPUs' part: the LAPICs must exist
 /// before the I/O APIC delivers to them.
 pub const RESTORE_ORDER: [(Item, &str); 5] = [
-    (Item::Pit, "before the chips: its tick goes through them, and the last one of before is over then"),
+    (Item::Pit, "before the chips: its tick goes through them, and the last old one is over by then"),
     (Item::Clock, "before any vCPU runs: a clock set later makes guests hang (Cloud Hypervisor #7930)"),
     (
         Item::PicSlave,
-        "before the master: with each chip that is set KVM looks whether the slave has something pending and \
-         latches it in the master (`pic_update_irq` in arch/x86/kvm/i8259.c), so a slave of before would leave \
-         the master that is set first with an interrupt that nobody has sent",
+        "before the master: whenever a chip is set, KVM checks whether the slave has something pending and \
+         latches it in the master (`pic_update_irq` in arch/x86/kvm/i8259.c), so a master that is set first \
+         would get an interrupt from the old slave that nobody has sent",
     ),
     (Item::PicMaster, "after the slave"),
     (Item::IoApic, "last: setting it delivers what is pending"),
@@ -86,7 +85,7 @@ fn chip(item: Item) -> Option<u32> {
     }
 }
 
-/// Reads the state of a stopped VM into a buffer that must have [`CAPACITY`] to spare.
+/// Reads the state of a stopped VM into a buffer that must have room for [`CAPACITY`] more bytes.
 pub(crate) fn save(vm: &VmFd, asked: Option<PowerRequest>, to: &mut Vec<u8>) -> Result<(), VmStateError> {
     let mut fields = FieldWriter::new(to);
     fields.put_plain(ASKED, &asked.map_or(0, PowerRequest::number));
@@ -106,20 +105,20 @@ pub(crate) fn save(vm: &VmFd, asked: Option<PowerRequest>, to: &mut Vec<u8>) -> 
     Ok(())
 }
 
-/// Bytes that [`save`] writes at most.
+/// How many bytes [`save`] writes at most.
 pub(crate) const CAPACITY: usize = 4096;
 
 /// What a restore does with kvmclock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Clock {
-    /// Goes on from where it was saved, and by this much more, counted until the moment in which it is set.
+    /// Continues from where it was saved, plus this much, counted until the moment when it is set.
     Advance {
         /// What had passed at `from`.
         elapsed: Duration,
         /// When `elapsed` was taken.
         from: Instant,
     },
-    /// Stays as it is: the guest is restarted, its host goes on.
+    /// Stays as it is: the guest restarts on a host whose time continues.
     Keep,
 }
 
@@ -149,7 +148,7 @@ pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<Po
             (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
         }
     }
-    // Checkpoints of before the way was saved have none.
+    // Older checkpoints do not have the way.
     let way = fields.get_plain(ASKED_BY).unwrap_or(0);
     Ok(PowerRequest::from_numbers(fields.get_plain(ASKED)?, way))
 }

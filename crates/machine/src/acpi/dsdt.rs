@@ -1,5 +1,4 @@
-//! The DSDT: the devices that a kernel cannot find by itself, each with its name, its registers and its
-//! interrupt.
+//! The DSDT: the devices that a kernel cannot find by itself, each with its name, registers and interrupt.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -15,7 +14,7 @@ use crate::map::{SlotAddress, lines, ports, slot_address};
 const HEADER: u32 = 36;
 /// Revision 2: integers of 64 bits.
 const DSDT_REVISION: u8 = 2;
-/// From the root: the notification is sent by a method below `_SB_`, where a relative path would begin.
+/// An absolute path, because the method that notifies is below `_SB_`, where a relative path would begin.
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
 /// The value of a notification that means "pressed".
 const PRESSED: u8 = 0x80;
@@ -40,7 +39,7 @@ fn device(name: &str, children: Vec<&dyn Aml>) -> Vec<u8> {
     bytes(&Device::new(name.into(), children))
 }
 
-/// An interrupt line as all our devices have it: an edge, active high, of its own.
+/// An interrupt line as all our devices have it: edge-triggered, active high, not shared.
 fn line(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -68,7 +67,7 @@ fn virtio(number: usize, slot: SlotAddress) -> Vec<u8> {
         vec![
             &Name::new("_HID".into(), &"LNRO0005"),
             &Name::new("_UID".into(), &(number as u8)),
-            // Cache-coherent, as all of a PC is.
+            // Cache-coherent, like everything in a PC.
             &Name::new("_CCA".into(), &1u8),
             &Name::new(
                 "_CRS".into(),
@@ -82,7 +81,7 @@ fn virtio(number: usize, slot: SlotAddress) -> Vec<u8> {
     )
 }
 
-/// pvpanic: where the kernel says that it panics.
+/// pvpanic: where the kernel reports its panic.
 fn panic() -> Vec<u8> {
     device(
         "PVPN",

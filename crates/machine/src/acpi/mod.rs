@@ -1,5 +1,5 @@
-//! The ACPI tables of a Linux guest: how a stock kernel finds processors, interrupts, devices and the ways to
-//! end.
+//! The ACPI tables of a Linux guest, in which a stock kernel finds processors, interrupts, devices and the
+//! ways to power off.
 //!
 //! ```text
 //! RSDP (0xE0000) ─► XSDT ─┬─ FADT ─► DSDT   devices by name                (dsdt.rs)
@@ -23,10 +23,10 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::map::{self, linux, ports};
 use crate::memory::GuestMemory;
 
-/// Where the RSDP is; boot parameters name it.
+/// Address of the RSDP; the boot parameters contain it.
 const RSDP: u64 = linux::ACPI.base;
 
-/// What is written to [`ports::RESET`].
+/// The value for [`ports::RESET`].
 pub(crate) const RESET_VALUE: u8 = 1;
 /// The sleep type of "soft off", as the DSDT's `\_S5` says.
 pub(crate) const SOFT_OFF: u8 = 5;
@@ -44,7 +44,7 @@ pub(crate) struct Description {
     pub(crate) vcpus: u8,
     /// virtio devices, in the slots from the first on.
     pub(crate) devices: usize,
-    /// There is a COM1.
+    /// Whether there is a COM1.
     pub(crate) serial: bool,
 }
 
@@ -105,7 +105,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // There are no buttons in fixed registers; the power button is a device of the DSDT.
+        // There are no buttons in fixed registers; the DSDT has the power button as a device.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);

@@ -1,10 +1,9 @@
-//! What a Linux guest boots from, and where the VM keeps it: kernel, initrd and command line stand in a
-//! region of guest-physical memory of their own, behind the last of the guest's memory and named in no memory
-//! map. So they are part of the VM: replicated with its base, and there for a reboot after a takeover,
-//! without the files.
+//! What a Linux guest boots from, and where the VM keeps it. Kernel, initrd and command line are in a
+//! separate region of guest-physical memory, behind the guest's memory and in no memory map. So they are part
+//! of the VM: they are replicated with its base, and a reboot after a takeover needs no files.
 //!
 //! The guest's kernel could find the region and write to it (it is memory), so what is read back is checked
-//! like any other guest data. It hurts only itself.
+//! like any other guest data. Such a guest hurts only itself.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,9 +12,9 @@ use crate::memory::GuestMemory;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"OUTLBOOT");
 const VERSION: u64 = 1;
-/// Magic, version and three lengths; the command line follows at once.
+/// Magic, version and three lengths; the command line follows directly.
 const HEADER: usize = 40;
-/// The region's size is a multiple of this, so that it can be mapped by large pages.
+/// The region's size is a multiple of this, so that large pages can map it.
 const ALIGN: u64 = 2 << 20;
 /// Kernel and initrd begin at a page.
 const PAGE: u64 = 4096;
@@ -38,19 +37,19 @@ pub enum FirmwareError {
     /// The command line has bytes that no kernel takes.
     #[error("the kernel's command line must be printable ASCII text on one line")]
     CommandLine,
-    /// Too long a command line.
-    #[error("the kernel's command line has {0} bytes, 65535 are the most")]
+    /// The command line is too long.
+    #[error("the kernel's command line has {0} bytes; the limit is 65535")]
     CommandLineLong(usize),
     /// A file is too large.
-    #[error("the {what} has {len} bytes, more than a gigabyte")]
+    #[error("the {what} has {len} bytes, which is more than a gigabyte")]
     File {
         /// Kernel or initrd.
         what: &'static str,
         /// Its size.
         len: usize,
     },
-    /// The machine was made without the region, or with too small a one.
-    #[error("the VM has {has} bytes for its boot image, which needs {needs}")]
+    /// The machine was made without the region, or the region is too small.
+    #[error("the VM has {has} bytes for its boot image, but the image needs {needs}")]
     Room {
         /// Bytes of the region.
         has: u64,
@@ -63,7 +62,7 @@ pub enum FirmwareError {
 }
 
 impl LinuxBoot {
-    /// Checks what can be checked without a machine. An empty `initrd` is none.
+    /// Checks what can be checked without a machine. An empty `initrd` means no initrd.
     ///
     /// # Errors
     /// [`FirmwareError`] for sizes and texts that no kernel takes.
@@ -82,7 +81,7 @@ impl LinuxBoot {
         Ok(Self { kernel, initrd, command_line })
     }
 
-    /// Bytes of the region that a machine needs for this: `Options::firmware_bytes`.
+    /// How large a region a machine needs for this, in bytes: `Options::firmware_bytes`.
     pub fn firmware_bytes(&self) -> u64 {
         self.places().end.next_multiple_of(ALIGN)
     }

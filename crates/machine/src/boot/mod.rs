@@ -1,4 +1,4 @@
-//! How a guest comes to its first instruction.
+//! How a guest gets to its first instruction.
 
 mod firmware;
 pub(crate) mod linux;

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::map::{HOLE_END, HOLE_START};
 use crate::memory::Ram;
 
-/// What the payload is told at its start.
+/// The payload's boot information.
 #[derive(Clone, Debug)]
 pub struct PayloadOptions {
     /// Its IPv4 address.
@@ -30,7 +30,7 @@ pub enum BootError {
     #[error("the payload needs memory at {0:#x}, which this VM does not have")]
     Memory(u64),
     /// More page tables than there is room for.
-    #[error("{0} bytes are more memory than the payload's page tables can map (230 GiB)")]
+    #[error("{0} bytes of memory are more than the payload's page tables can map (230 GiB)")]
     TooLarge(u64),
 }
 
@@ -79,7 +79,7 @@ pub(crate) fn load(
 
 fn load_elf(ram: &Ram, elf: &[u8]) -> Result<u64, BootError> {
     let field = |at: usize, len: usize| -> Result<u64, BootError> {
-        let bytes = elf.get(at..at + len).ok_or(BootError::Elf("it is cut short"))?;
+        let bytes = elf.get(at..at + len).ok_or(BootError::Elf("it is truncated"))?;
         Ok(bytes.iter().rev().fold(0, |value, &b| value << 8 | u64::from(b)))
     };
     if elf.get(..6) != Some(&[0x7f, b'E', b'L', b'F', 2, 1]) {
@@ -101,15 +101,15 @@ fn load_elf(ram: &Ram, elf: &[u8]) -> Result<u64, BootError> {
             return Err(BootError::Memory(end));
         }
         let bytes = offset.checked_add(in_file).and_then(|end| elf.get(offset..end));
-        let bytes = bytes.ok_or(BootError::Elf("a segment is cut short"))?;
+        let bytes = bytes.ok_or(BootError::Elf("a segment is truncated"))?;
         // The rest of the segment (.bss) is zero because guest memory is fresh.
         ram.memory().write_slice(bytes, GuestAddress(address)).map_err(|_| BootError::Memory(address))?;
     }
     Ok(entry)
 }
 
-/// Identity tables of 2 MiB pages over the low gigabytes (memory and device window) and the memory
-/// above 4 GiB: one top table, one second-level table, and one third-level table a gigabyte.
+/// Identity tables of 2 MiB pages over the low gigabytes (memory and device window) and the memory above 4
+/// GiB: one top table, one second-level table, and one third-level table for each gigabyte.
 fn put_page_tables(bytes: u64, put: impl Fn(u64, &[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
     let end = if bytes > HOLE_START { HOLE_END + (bytes - HOLE_START) } else { HOLE_END };
     let gigabytes = end.div_ceil(GIB);

@@ -1,4 +1,4 @@
-//! Lines about the guest's mistakes, few enough that a guest cannot fill the host's log with them.
+//! Log lines about the guest's mistakes, limited so that a guest cannot fill the host's log.
 
 use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +8,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// Lines in a window: a broken driver's first mistake is often not the one that matters.
 const LINES: u32 = 4;
 
-/// What one device may still say of its driver.
+/// What one device may still log about its driver.
 #[derive(Debug, Default)]
 pub(crate) struct Complaints(Mutex<State>);
 
@@ -20,7 +20,7 @@ struct State {
 }
 
 impl Complaints {
-    /// Whether a line may be logged now. If so: how many were not, since the last one.
+    /// Whether a line may be logged now. If so, returns how many were suppressed since the last one.
     pub(crate) fn next(&self) -> Option<Option<NonZeroU64>> {
         self.next_at(Instant::now())
     }
@@ -39,7 +39,7 @@ impl Complaints {
     }
 }
 
-/// Logs at a level, as `tracing`'s macros do, unless too much was said already.
+/// Logs at a level, as `tracing`'s macros do, unless too many lines were logged already.
 macro_rules! complain {
     ($level:ident, $complaints:expr, $($line:tt)+) => {
         if let Some(unsaid) = $complaints.next() {

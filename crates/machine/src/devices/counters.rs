@@ -15,7 +15,7 @@ impl Counter {
         self.0.store(now, Ordering::Relaxed);
     }
 
-    /// Makes it at least so much.
+    /// Raises it to at least this value.
     pub(crate) fn raise(&self, to: u64) {
         self.0.fetch_max(to, Ordering::Relaxed);
     }
@@ -25,7 +25,7 @@ impl Counter {
     }
 }
 
-/// Defines what a device counts: the counters at work, and what they have come to.
+/// Defines what a device counts: the running counters, and a snapshot of them.
 macro_rules! counters {
     (
         $(#[$about:meta])* $stats:ident, $counters:ident:

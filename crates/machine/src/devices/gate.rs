@@ -1,11 +1,11 @@
-//! The gate device threads work behind.
+//! The gate behind which device threads work.
 //!
 //! A device thread takes a [`Pass`] for one batch of requests; the coordinator closes the gate for a
 //! checkpoint and opens it afterwards. Closing waits until no thread is inside; from then on newcomers park
 //! until it opens.
 //!
 //! An open gate costs one compare-and-swap to enter and one subtraction to leave. Nothing here allocates,
-//! sleeps or polls: whoever has to wait does so on a condition variable (a futex).
+//! sleeps or polls: a thread that must wait does so on a condition variable (a futex).
 //!
 //! How long [`DeviceGate::close`] waits is the rest of the longest batch inside. A batch therefore asks
 //! [`Pass::must_leave`] after each request and ends early, so that the wait is one request, not one batch.
@@ -81,7 +81,7 @@ impl DeviceGate {
     pub fn try_enter(&self) -> Option<Pass<'_>> {
         let mut state = self.state.load(Ordering::Relaxed);
         while state & CLOSED == 0 {
-            // Acquire: what the coordinator did while the gate was closed is seen by whoever enters after it.
+            // Acquire: a thread that enters later sees what the coordinator did while the gate was closed.
             match self.state.compare_exchange_weak(state, state + 1, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return Some(Pass { gate: self }),
                 Err(now) => state = now,
@@ -102,8 +102,8 @@ impl DeviceGate {
         }
     }
 
-    /// The same, but waits until `deadline` at most. Returns whether the gate is empty; it is closed in any
-    /// case.
+    /// Like [`close`](Self::close), but waits until `deadline` at most. Returns whether the gate is empty; it
+    /// is closed in any case.
     #[must_use = "a gate that is not empty must not be relied on"]
     pub fn close_until(&self, deadline: Instant) -> bool {
         if self.state.fetch_or(CLOSED, Ordering::AcqRel) & !CLOSED == 0 {
@@ -129,7 +129,7 @@ impl DeviceGate {
         self.recheck();
     }
 
-    /// Makes every parked thread look again at its reason to wait.
+    /// Makes every parked thread check its reason to wait again.
     pub fn recheck(&self) {
         if *self.lock() > 0 {
             self.opened.notify_all();

@@ -9,15 +9,16 @@ use super::port::PortSink;
 const LINE: usize = 1024;
 /// What a Linux kernel prints when it panics.
 const PANIC: &[u8] = b"Kernel panic - not syncing";
-/// What it prints when it has done so; holds the same words.
+/// What it prints afterwards, with the same words.
 const PANIC_END: &[u8] = b"end Kernel panic";
-/// Panics that are closer together are one.
+/// Panic lines that are closer together count as one.
 const PANIC_APART: Duration = Duration::from_secs(10);
 
 /// Writes each complete line of a port to the log (target `guest`, level debug) and warns when a line says
-/// that the guest's kernel has panicked. That is only a hint for people; anything may print the words.
+/// that the guest's kernel has panicked. That is only a hint for people, because any program may print these
+/// words.
 ///
-/// Writing a log can block: with a log that may, do not give this to a device but feed it from elsewhere.
+/// Writing a log can block. If it can, do not give this to a device; feed it from another thread.
 #[derive(Debug)]
 pub struct LineLog {
     port: &'static str,
@@ -44,7 +45,8 @@ impl LineLog {
             let now = Instant::now();
             let again = line.last_panic.is_some_and(|last| now.duration_since(last) < PANIC_APART);
             if !again {
-                tracing::warn!(target: "guest", port = self.port, "the guest says that its kernel has panicked: {text}");
+                tracing::warn!(target: "guest", port = self.port, "the guest reports that its kernel has \
+                panicked: {text}");
             }
             line.last_panic = Some(now);
         }

@@ -28,33 +28,33 @@ pub trait Device: Send + Sync {
     /// [`QUEUE_NOTIFY`](virtio::mmio::QUEUE_NOTIFY). They stay the same for the life of the device.
     fn kicks(&self) -> &[EventFd];
 
-    /// The machine begins to run here: every queue is looked at and the interrupt raised once, because wakes
-    /// under way are not state. With `announce` the device tells the outside where the guest went. The gate
-    /// may be closed or open.
+    /// The machine begins to run here: the device checks every queue and raises its interrupt once, because
+    /// wakes under way are not state. With `announce` it tells the outside where the guest went. The gate may
+    /// be closed or open.
     fn go_live(&self, announce: bool);
 
-    /// Most bytes that [`save`](Self::save) appends.
+    /// How many bytes [`save`](Self::save) appends at most.
     fn state_bytes(&self) -> usize;
 
     /// Appends the state to `out`; does not allocate if there is room for [`state_bytes`](Self::state_bytes).
     fn save(&self, out: &mut Vec<u8>);
 
-    /// Takes over a saved state; guest memory must be in place. [`go_live`](Self::go_live) must follow before
-    /// the vCPUs run.
+    /// Loads a saved state; guest memory must be in place. [`go_live`](Self::go_live) must follow before the
+    /// vCPUs run.
     ///
     /// # Errors
-    /// When the bytes are no state of this device; it is then as after a reset.
+    /// When the bytes are no state of this device; the device is then as after a reset.
     fn restore(&self, bytes: &[u8]) -> Result<(), DeviceRestoreError>;
 
     /// Back to the state after power-on, for a reboot of the guest.
     fn reset(&self);
 }
 
-/// Why a device could not take a saved state over.
+/// Why a device could not load a saved state.
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: {source}")]
 pub struct DeviceRestoreError {
-    /// What the device is called.
+    /// Name of the device.
     pub device: &'static str,
     /// What is wrong with the state.
     pub source: Box<dyn std::error::Error + Send + Sync>,

@@ -1,8 +1,8 @@
-//! The host's end of a character port: what the guest writes and what is typed at it.
+//! The host's end of a character port: what the guest writes and what people type.
 //!
-//! Both directions are bounded and neither waits for the other side. Output is handed to a [`PortSink`] the
-//! moment the guest writes it, on the guest's own thread; input waits in a [`PortInput`] until the guest
-//! takes it, and whoever types sees how much room there is.
+//! Both directions are bounded and neither waits for the other side. Output goes to a [`PortSink`] at the
+//! moment when the guest writes it, on the vCPU's or device's thread; input waits in a [`PortInput`] until
+//! the guest takes it, and its sender sees how much room there is.
 //!
 //! Neither is part of a checkpoint. Output is not held either: a person may see a line of an epoch that a
 //! takeover takes back and prints again, or never prints.
@@ -17,13 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// Most bytes that wait to be taken by the guest.
+/// How many bytes may wait for the guest.
 pub const INPUT_BYTES: usize = 4096;
 
 /// Takes what the guest writes.
 ///
-/// Called on vCPU and device threads, with device locks held and inside the gate: must not block. A sink that
-/// has no room loses bytes.
+/// Called on vCPU and device threads, with device locks held and inside the gate: must not block. A sink
+/// without room loses bytes.
 pub trait PortSink: Send + Sync {
     /// Takes the next bytes of the port.
     fn write(&self, bytes: &[u8]);
@@ -42,7 +42,7 @@ impl PortSink for NoSink {
 pub struct PortEnd {
     /// Takes the guest's output.
     pub sink: Arc<dyn PortSink>,
-    /// What is typed at the guest.
+    /// The input for the guest.
     pub input: Arc<PortInput>,
 }
 
@@ -75,13 +75,13 @@ struct Waiting {
     bytes: VecDeque<u8>,
     /// The guest runs here.
     live: bool,
-    /// Someone was told that there is no room and wants to know when there is.
+    /// Whether a sender was told that there is no room and wants to know when there is.
     wants_room: bool,
     dropped: u64,
 }
 
 impl PortInput {
-    /// An input at which nothing waits and no guest listens.
+    /// An empty input to which no guest listens.
     ///
     /// # Errors
     /// The operating system's, when it has no more eventfds.
@@ -109,8 +109,8 @@ impl PortInput {
         room
     }
 
-    /// Puts bytes where the guest will take them, as many as there is room for. Says how many are dealt with;
-    /// the caller keeps the rest and offers them again, or counts them as lost with [`lose`](Self::lose).
+    /// Queues as many bytes for the guest as there is room for. Returns how many are dealt with; the caller
+    /// keeps the rest and offers them again, or counts them as lost with [`lose`](Self::lose).
     pub fn push(&self, bytes: &[u8]) -> usize {
         let mut waiting = self.waiting();
         if !waiting.live {
@@ -126,7 +126,7 @@ impl PortInput {
         taken
     }
 
-    /// Counts bytes that were thrown away for want of room.
+    /// Counts bytes that were thrown away because there was no room.
     pub fn lose(&self, bytes: u64) {
         self.waiting().dropped += bytes;
     }
@@ -142,9 +142,9 @@ impl PortInput {
         unsafe { BorrowedFd::borrow_raw(self.room.as_raw_fd()) }
     }
 
-    /// Makes [`room_event`](Self::room_event) quiet.
+    /// Resets [`room_event`](Self::room_event).
     pub fn clear_room_event(&self) {
-        // Fails only when it is quiet.
+        // Fails only when it is reset already.
         let _ = self.room.read();
     }
 
@@ -153,7 +153,7 @@ impl PortInput {
         &self.arrived
     }
 
-    /// Takes the oldest bytes; says how many.
+    /// Takes the oldest bytes; returns how many.
     pub(crate) fn take(&self, to: &mut [u8]) -> usize {
         let mut waiting = self.waiting();
         let count = to.len().min(waiting.bytes.len());
@@ -170,7 +170,7 @@ impl PortInput {
         self.waiting().bytes.is_empty()
     }
 
-    /// From now on the guest runs here, or no longer. What waits is dropped either way.
+    /// Sets whether the guest runs here. Waiting bytes are dropped either way.
     pub(crate) fn set_live(&self, live: bool) {
         let mut waiting = self.waiting();
         waiting.live = live;

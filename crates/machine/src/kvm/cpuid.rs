@@ -1,9 +1,9 @@
-//! What the processor says of itself: KVM's offer, with the machine's own topology and without what this VMM
-//! does not save, replicate or stand for.
+//! What guests read in CPUID: KVM's offer, with the machine's own topology and without what this VMM does not
+//! save, replicate or support.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// A bit of a register of a leaf that guests must not see, and why.
+/// Bits of a register of a leaf that guests must not see, with the reason.
 type Hidden = (u32, u32, Register, u32);
 
 #[derive(Clone, Copy)]
@@ -43,10 +43,10 @@ const HIDDEN: [Hidden; 17] = [
     (KVM_FEATURES, 0, Register::Eax, 1 << 4 | 1 << 10 | 1 << 14),
 ];
 
-/// Leaves that say nothing: performance counters, enclaves, trace, last branches, nested virtualisation,
-/// tiles, encrypted memory, AMD's counters.
+/// Leaves that are empty: performance counters, enclaves, trace, last branches, nested virtualisation, tiles,
+/// encrypted memory, AMD's counters.
 const SILENT: [u32; 9] = [0xa, 0x12, 0x14, 0x1c, 0x1d, 0x1e, 0x8000_000a, 0x8000_001f, 0x8000_0022];
-/// Leaves of topology that are made anew.
+/// Leaves of topology, which are rewritten.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -54,7 +54,7 @@ const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const SEVERAL_PROCESSORS: u32 = 1 << 28;
 
-/// CPUID of vCPU `index` of `vcpus`, one thread a core, all cores in one package.
+/// CPUID of vCPU `index` of `vcpus`: one thread in each core, all cores in one package.
 pub(super) fn of_vcpu(offer: &CpuId, index: u8, vcpus: u8, tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
     let topology = Topology { index: index.into(), vcpus: vcpus.into() };
     let highest = offer.as_slice().iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);

@@ -1,5 +1,5 @@
-//! What a guest was told that its processor can do, against what this host's can: a guest does not ask again
-//! after a takeover, and KVM takes any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
+//! Compares the processor features that a guest was told of with this host's: a guest does not ask again
+//! after a takeover, and KVM accepts any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
 
 use std::fmt;
 
@@ -22,7 +22,7 @@ const FEATURES: [(u32, u32, [bool; 4]); 12] = [
     (0x8000_0021, 0, [true, false, true, false]),
 ];
 
-/// Bits that follow what the guest does and are no feature of the host (`kvm_update_cpuid_runtime` in
+/// Bits that depend on what the guest does and are no features of the host (`kvm_update_cpuid_runtime` in
 /// arch/x86/kvm/cpuid.c): {leaf, register, bits}.
 const RUNTIME: [(u32, usize, u32); 5] = [
     // MONITOR by MISC_ENABLE, OSXSAVE by CR4.
@@ -33,11 +33,11 @@ const RUNTIME: [(u32, usize, u32); 5] = [
     (0x0000_0007, 2, 1 << 4),
     // Whether a halt leaves the guest.
     (0x4000_0001, 0, 1 << 7),
-    // The APIC once more, as AMD has it.
+    // The APIC again, in AMD's leaf.
     (0x8000_0001, 3, 1 << 9),
 ];
 
-/// Features that a guest was told of and a host does not have.
+/// Features that a guest was told of but the host lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Missing {
     leaf: u32,
@@ -67,7 +67,7 @@ pub(crate) fn missing(guest: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> 
     })
 }
 
-/// A leaf that is not there has no features.
+/// A missing leaf has no features.
 fn registers_of(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> [u32; 4] {
     let found = entries.iter().find(|entry| (entry.function, entry.index) == (leaf, subleaf));
     found.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])

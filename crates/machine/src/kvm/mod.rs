@@ -1,4 +1,4 @@
-//! The host's KVM: opening it, what it must offer, and what a VM is made of.
+//! The host's KVM: opens it, checks what it must offer, and makes VMs and vCPUs.
 
 mod cpuid;
 pub(crate) mod features;
@@ -14,22 +14,22 @@ use crate::map::{KVM_IDENTITY_MAP, KVM_TSS};
 
 /// Time-stamp counter.
 pub(crate) const MSR_IA32_TSC: u32 = 0x10;
-/// MSR_KVM_WALL_CLOCK and its newer number. Nothing but an order: whoever sets one has KVM write the time of
-/// day into guest memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy
-/// that a checkpoint gave.
+/// MSR_KVM_WALL_CLOCK and its newer number. Setting one only makes KVM write the time of day into guest
+/// memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy that a
+/// checkpoint gave.
 const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
-/// Deadline of the local APIC's timer, counted in the TSC.
+/// Deadline of the local APIC's timer, in TSC ticks.
 pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// Switches of the processor's own.
+/// Feature switches of the processor.
 pub(crate) const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
-/// Whether memory types are set, and which one holds where nothing else is said.
+/// Whether memory types are set, and the default type.
 pub(crate) const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// The rest of the memory type registers, which guests may set and KVM does not list.
 const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
     [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
-/// Least bytes of an XSAVE state.
+/// The smallest XSAVE state, in bytes.
 pub(crate) const XSAVE_BYTES: usize = size_of::<kvm_bindings::kvm_xsave>();
-/// Most vCPUs of a VM in this version.
+/// How many vCPUs a VM may have in this version.
 pub const MAX_VCPUS: u8 = outlive_epoch::image::limits::MAX_VCPUS;
 
 /// Why KVM cannot be used. The texts name the remedy.
@@ -40,7 +40,7 @@ pub enum HostError {
         "/dev/kvm does not exist: load the module (modprobe kvm_intel or kvm_amd) or enable virtualisation in the firmware"
     )]
     Missing,
-    /// Not allowed to use it.
+    /// The user may not use it.
     #[error(
         "no permission to open /dev/kvm: run as root or join its group (usermod -aG kvm $USER, then log in again)"
     )]
@@ -48,8 +48,8 @@ pub enum HostError {
     /// Any other error on opening.
     #[error("cannot open /dev/kvm: {0}")]
     Open(io::Error),
-    /// The API is not version 12, which it has been since 2007.
-    #[error("KVM API version {0} is not 12: this is not a KVM that Outlive knows")]
+    /// The API version is not 12, which it has been since 2007.
+    #[error("KVM API version {0} is not 12: Outlive does not know this KVM")]
     ApiVersion(i32),
     /// Something that every KVM since Linux 5.10 has is missing.
     #[error("this kernel's KVM lacks {0}: use Linux 5.10 or newer")]
@@ -62,7 +62,7 @@ pub enum HostError {
     Ioctl {
         /// The ioctl.
         what: &'static str,
-        /// What KVM said.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
 }
@@ -89,7 +89,7 @@ pub(crate) enum XsaveCall {
 }
 
 impl XsaveCall {
-    /// Bytes that it gives.
+    /// The size of the state, in bytes.
     pub(crate) fn bytes(self) -> usize {
         match self {
             Self::Legacy => XSAVE_BYTES,
@@ -99,7 +99,7 @@ impl XsaveCall {
 }
 
 impl Host {
-    /// Opens `/dev/kvm` and checks what Outlive needs of it.
+    /// Opens `/dev/kvm` and checks that it has what Outlive needs.
     ///
     /// # Errors
     /// [`HostError`], each with its remedy.
@@ -149,8 +149,8 @@ impl Host {
         vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-        // CPUID shows no performance counters; this makes those go that AMD's processors have without saying
-        // so.
+        // CPUID shows no performance counters; this also removes those that AMD's processors have without
+        // saying so.
         let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
         no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
         if vm.enable_cap(&no_counters).is_err() {
@@ -164,7 +164,7 @@ impl Host {
         let vcpu = vm.create_vcpu(u64::from(index)).map_err(ioctl("KVM_CREATE_VCPU"))?;
         let entries =
             cpuid::of_vcpu(&self.cpuid, index, vcpus, self.kvm.check_extension(Cap::TscDeadlineTimer));
-        // PANIC: it has at most two entries more than KVM's own, which is far from the most.
+        // PANIC: it has at most two entries more than KVM's own list, which is far below the limit.
         let cpuid = CpuId::from_entries(&entries).expect("a few dozen entries");
         vcpu.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
         Ok(vcpu)

@@ -1,7 +1,7 @@
 //! Page copies that do not pollute the cache.
 //!
-//! A page that was just written is in the cache, its staging slot is not: stores that bypass the
-//! cache cost 347 ns a page where `memcpy` costs 776 (measured on a Xeon of the Sapphire Rapids kind).
+//! A page that was just written is in the cache, its staging slot is not: stores that bypass the cache cost
+//! 347 ns a page where `memcpy` costs 776 (measured on a Sapphire Rapids Xeon).
 
 use std::arch::x86_64::{
     __m128i, __m256i, _mm_load_si128, _mm_or_si128, _mm_sfence, _mm_stream_si128, _mm256_load_si256,
@@ -13,8 +13,8 @@ use super::PAGE_SIZE;
 /// Copies one page with non-temporal stores and makes them visible to other threads.
 ///
 /// # Safety
-/// `from` must be valid for reads and `to` for writes of a page, both page-aligned or, when `to` is
-/// not 32-byte aligned, of any alignment (a plain copy is made then). They must not overlap.
+/// `from` must be valid for reads and `to` for writes of a page, and they must not overlap. Both should be
+/// page-aligned; if `to` is not 32-byte aligned, any alignment is fine and a plain copy is made.
 pub(crate) unsafe fn copy_page(from: *const u8, to: *mut u8) {
     if from.align_offset(32) != 0 || to.align_offset(32) != 0 {
         // SAFETY: the caller's contract.
@@ -44,8 +44,8 @@ unsafe fn copy_avx(from: *const u8, to: *mut u8) {
             _mm256_stream_si256(to.add(i + 3), d);
         }
     }
-    // Non-temporal stores are weakly ordered: without the fence another thread could read staging
-    // before they arrive.
+    // Non-temporal stores are weakly ordered: without the fence, another thread could read staging before
+    // they arrive.
     _mm_sfence();
 }
 

@@ -1,6 +1,6 @@
 //! One number for all of guest memory, so that two hosts can compare theirs (invariant 4).
 
-// UNSAFETY: pages of a VM that stands still are read through their mapping.
+// UNSAFETY: pages of a stopped VM are read through their mapping.
 #![allow(unsafe_code)]
 
 use outlive_dirty::Gfn;
@@ -9,8 +9,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::{PAGE_SIZE, Ram, is_zero_page};
 
 impl Ram {
-    /// A hash of all memory of a VM that stands still. It is a sum over the pages, so pages that are zero
-    /// (which this host may never have touched, and the other has) count for nothing.
+    /// A hash of all memory of a stopped VM. It is a sum over the pages, and zero pages (which one host may
+    /// have touched and the other not) add nothing.
     pub fn hash(&self) -> u64 {
         let touched = self.touched().unwrap_or_else(|_| self.gfns().collect());
         touched.into_iter().fold(0, |sum, gfn| sum.wrapping_add(self.page_hash(gfn)))

@@ -24,10 +24,10 @@ pub use copy::is_zero_page;
 
 /// Bytes in a page, on the guest's side and on the wire.
 pub const PAGE_SIZE: usize = 4096;
-/// Least guest memory that the payload guest boots with, in bytes.
+/// The least memory with which the payload guest boots, in bytes.
 pub const MIN_MEMORY: u64 = 32 << 20;
 
-/// Most bytes of a boot image.
+/// How many bytes a boot image may have.
 const FIRMWARE_MAX: u64 = 4 << 30;
 
 /// Guest memory whose writes by device models are logged for the next checkpoint (invariant 4).
@@ -37,10 +37,10 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error("guest memory of {0} bytes is not possible: it is a multiple of 1 MiB, from 32 MiB to 64 TiB")]
+    #[error("guest memory cannot have {0} bytes: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB")]
     Size(u64),
     /// More than any kernel and initrd need.
-    #[error("a boot image of {0} bytes is too large: 4 GiB is the most")]
+    #[error("a boot image of {0} bytes is too large: the limit is 4 GiB")]
     Firmware(u64),
     /// `mmap` refused.
     #[error("cannot reserve {bytes} bytes of guest memory: {source}")]
@@ -71,7 +71,7 @@ pub fn ranges(bytes: u64) -> Result<Vec<Range>, MemoryError> {
     Ok(ranges)
 }
 
-/// The region behind a guest's memory that keeps what it boots from: at a multiple of 2 MiB, and never in the
+/// The region behind a guest's memory that holds what it boots from: at a multiple of 2 MiB, and never in the
 /// device window.
 fn firmware_range(ranges: &[Range], bytes: u64) -> Option<Range> {
     const ALIGN: u64 = 2 << 20;
@@ -88,12 +88,13 @@ struct Mapped {
     host: *mut u8,
 }
 
-/// What belongs to the guest is in no core dump of this process: it is the guest's secrets, and the dump
-/// would keep the link open for as long as it takes, so that a standby hears of the end late.
+/// Keeps guest memory out of core dumps of this process: it contains the guest's secrets, and writing the
+/// dump would keep the link open, so a standby would learn of the end late.
 pub(crate) fn keep_out_of_dumps(at: *mut u8, bytes: usize) {
-    // SAFETY: advice about a mapping of ours; what is in it stays as it is.
+    // SAFETY: advice about our own mapping; its contents do not change.
     if unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTDUMP) } != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "memory of the guest may be dumped");
+        tracing::debug!(error = %std::io::Error::last_os_error(), "a core dump may contain the guest's \
+        memory");
     }
 }
 
@@ -124,7 +125,7 @@ impl Ram {
         Self::with_firmware(bytes, 0, log_capacity)
     }
 
-    /// As [`new`](Self::new), with a region of `firmware_bytes` behind the memory that no memory map names.
+    /// Like [`new`](Self::new), with a region of `firmware_bytes` behind the memory that no memory map names.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -175,17 +176,17 @@ impl Ram {
         self.bytes
     }
 
-    /// Number of pages of the VM: those of its memory, and of its boot image if it has one.
+    /// Number of pages of the VM: those of its memory and of its boot image, if it has one.
     pub fn pages(&self) -> u64 {
         self.mapped.iter().map(|m| m.pages).sum()
     }
 
-    /// Where the VM keeps what it boots from.
+    /// The region that holds what the VM boots from.
     pub(crate) fn firmware(&self) -> Option<Range> {
         self.firmware
     }
 
-    /// The KVM memory slots, one a range, with host addresses.
+    /// The KVM memory slots, one for each range, with host addresses.
     pub fn slots(&self) -> Vec<MemorySlot> {
         let slot = |(id, m): (usize, &Mapped)| MemorySlot {
             id: id as u32,
@@ -243,8 +244,8 @@ impl Ram {
 
     /// Copies a page of the guest into `to`. Returns false when the guest has no such page.
     ///
-    /// While vCPUs run the copy may mix old and new bytes. That is right in base synchronisation
-    /// alone, where every page written after its rearm is sent again.
+    /// While vCPUs run, the copy may mix old and new bytes. Only base synchronisation may do that, because it
+    /// sends every page again that is written after its rearm.
     pub fn read_page(&self, gfn: Gfn, to: &mut [u8; PAGE_SIZE]) -> bool {
         let Some(host) = self.host(gfn) else { return false };
         // SAFETY: `host` is a whole mapped page and `to` a whole page of ours.

@@ -44,7 +44,7 @@ pub enum KernelError {
     )]
     Format,
     /// A header that says what cannot be.
-    #[error("the file is damaged or cut short: {0}")]
+    #[error("the file is damaged or truncated: {0}")]
     Damaged(&'static str),
     /// Too old, or for 32-bit processors.
     #[error("it has no 64-bit entry (boot protocol {0:#06x}): an x86-64 kernel from Linux 3.8 on is needed")]

@@ -28,28 +28,28 @@ const MCR_LOOP: u8 = 0x10;
 /// What the machine lends a serial port.
 #[derive(Clone)]
 pub struct SerialHost {
-    /// The gate that input enters behind.
+    /// The gate behind which input arrives.
     pub gate: Arc<DeviceGate>,
     /// Raises the port's interrupt (an edge).
     pub interrupt: Arc<dyn Interrupt>,
 }
 
-/// A serial port with its registers and the thread that brings input.
+/// A serial port with its registers and the thread that delivers input.
 ///
-/// It begins passive: what is typed is dropped until [`go_live`](Self::go_live).
+/// It starts passive: input is dropped until [`go_live`](Self::go_live).
 pub struct SerialPort {
     uart: Arc<Mutex<Uart>>,
     input: Arc<PortInput>,
     _worker: Worker<Feeder>,
 }
 
-/// The registers and what they are connected with.
+/// The registers and what they are connected to.
 pub(super) struct Uart {
     serial: Serial<Line, NoEvents, Out>,
     input: Arc<PortInput>,
     live: bool,
-    /// The state while bytes wait in the FIFO. Asking the registers for it allocates then, which must not
-    /// happen in a pause; so it is asked for after each access that leaves some there.
+    /// The state while bytes wait in the FIFO. Reading it from the registers allocates then, which must not
+    /// happen in a pause; so it is read after each access that leaves bytes there.
     with_input: Option<SerialState>,
 }
 
@@ -88,7 +88,7 @@ impl SerialPort {
     /// The operating system's, when it refuses the thread or its events.
     pub fn new(host: SerialHost, end: PortEnd) -> io::Result<Self> {
         let PortEnd { sink, input } = end;
-        // Bytes for a machine of before are not for this one.
+        // Bytes for an earlier machine are not for this one.
         input.set_live(false);
         let uart = Arc::new(Mutex::new(Uart {
             serial: Serial::new(Line(host.interrupt), Out(sink)),
@@ -131,8 +131,8 @@ impl SerialPort {
         self.uart().state()
     }
 
-    /// Takes over a saved state; nothing changes if it is refused. The vCPUs must be stopped and the gate
-    /// closed (or the port not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
+    /// Loads a saved state; nothing changes if it is refused. The vCPUs must be stopped and the gate closed
+    /// (or the port not live yet). [`go_live`](Self::go_live) must follow before the vCPUs run.
     ///
     /// # Errors
     /// [`RestoreError`] when the bytes are no state of a serial port.
@@ -142,7 +142,7 @@ impl SerialPort {
         Ok(())
     }
 
-    /// Puts the port into the state after power-on: the guest starts again. Input goes on.
+    /// Puts the port into the state after power-on: the guest restarts. Input continues.
     pub fn reset(&self) {
         let mut uart = self.uart();
         uart.replace(SerialState::of(&vm_superio::serial::SerialState::default()));
@@ -196,13 +196,13 @@ impl Uart {
         self.note();
     }
 
-    /// The FIFO holds bytes and the driver wants to be told.
+    /// Whether the FIFO holds bytes and the driver wants an interrupt for them.
     fn has_news(&self) -> bool {
         self.with_input.is_some_and(|state| state.interrupt_enable & IER_RECEIVED != 0)
     }
 
-    /// Raises the interrupt if the driver uses interrupts at all: one that was on its way when the state was
-    /// saved is in no register.
+    /// Raises the interrupt if the driver uses interrupts at all: no register holds one that was under way
+    /// when the state was saved.
     fn interrupt_again(&mut self) {
         if self.state().interrupt_enable & (IER_RECEIVED | IER_SENT) != 0 {
             let _ = self.serial.interrupt_evt().trigger();
@@ -211,8 +211,8 @@ impl Uart {
 
     fn read_register(&mut self, register: u8) -> u8 {
         let value = self.serial.read(register);
-        // A driver that leaves before it has taken all bytes is told again. The registers forget that when a
-        // byte is read.
+        // A driver that stops before it has read all bytes gets another interrupt. The registers forget that
+        // when a byte is read.
         let told = if register == IIR && value & IIR_NONE != 0 && self.has_news() {
             value & !IIR_NONE | IIR_RECEIVED
         } else {
@@ -234,7 +234,7 @@ impl Uart {
     }
 }
 
-/// Wider accesses than a byte reach the registers one after the other, as on the bus of a PC.
+/// Accesses wider than a byte reach the registers one after the other, as on a PC's bus.
 impl BusDevice for Uart {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (register, byte) in (offset as u8..).zip(data) {

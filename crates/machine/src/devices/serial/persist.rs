@@ -20,7 +20,7 @@ const LSR_DATA_READY: u8 = 0x01;
 const LSR_EMPTY: u8 = 0x60;
 const MSR_BITS: u8 = 0xf0;
 
-/// Everything a resumed guest expects to find again in its serial port.
+/// Everything that a resumed guest expects to find again in its serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SerialState {
     /// Divisor latch, low and high byte.
@@ -45,7 +45,7 @@ pub struct SerialState {
     pub fifo: [u8; FIFO],
 }
 
-/// Why a saved state cannot be taken over. The port is then as it was.
+/// Why a saved state cannot be loaded. The port is then as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("cannot read the state of the serial port: {0}")]
 pub struct RestoreError(#[from] pub DecodeError);
@@ -71,8 +71,8 @@ impl SerialState {
         out.extend_from_slice(&self.fifo);
     }
 
-    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else. Refuses what no
-    /// port can have saved.
+    /// Reads a state that [`encode`](Self::encode) wrote; `bytes` must hold nothing else. Refuses a state
+    /// that no port can have saved.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut fields = Fields::new(bytes);
         let version = fields.u16()?;

@@ -1,7 +1,7 @@
-//! The thread that brings input to the serial port.
+//! The thread that delivers input to the serial port.
 //!
-//! It only begins: it fills an empty FIFO when something is typed. From then on the FIFO is filled again when
-//! the guest has emptied it, on the vCPU's thread.
+//! It only starts: it fills an empty FIFO when input arrives. From then on the vCPU's thread refills the FIFO
+//! when the guest has emptied it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

@@ -1,4 +1,4 @@
-//! The buffers that a driver hands over, taken for hostile.
+//! The buffers that a driver hands over. The driver may be hostile.
 //!
 //! A chain is walked once, with a bound on its descriptors, and every buffer of it is checked to lie in guest
 //! memory. `virtio_queue::DescriptorChain` is not used for that: it takes an indirect table that also has a
@@ -22,25 +22,25 @@ pub enum Broken {
     /// A buffer that was in guest memory before.
     #[error("guest memory cannot be used: {0}")]
     Memory(#[from] GuestMemoryError),
-    /// Buffers, or a table of descriptors.
+    /// A buffer or a table of descriptors is outside guest memory.
     #[error("a buffer or a descriptor lies outside guest memory")]
     Outside,
     /// The index is out of range.
     #[error("the available ring cannot be read")]
     Available,
-    /// Descriptors that are no chain.
+    /// The descriptors form no chain.
     #[error("a descriptor chain leads nowhere or has more descriptors than the queue")]
     Chain,
-    /// Of a wrong length, within another one, or followed by a descriptor.
-    #[error("an indirect descriptor table is not one")]
+    /// The indirect table has a wrong length, is within another one, or a descriptor follows it.
+    #[error("an indirect descriptor table is invalid")]
     Indirect,
-    /// Buffers for the device come first.
+    /// Buffers for the device must come first.
     #[error("a buffer to read from follows one to write to")]
     Order,
-    /// A buffer that the device must not have there.
+    /// A buffer has the wrong direction for its place.
     #[error("a buffer to {0} has the wrong direction")]
     Direction(&'static str),
-    /// More than the device takes at once.
+    /// A buffer is longer than the device takes at once.
     #[error("a buffer is longer than {0} bytes")]
     Long(usize),
     /// No buffer at all, or one of no bytes.
@@ -58,7 +58,7 @@ struct Piece {
     len: u32,
 }
 
-/// The buffers of one chain, in order; to be filled again and again, so that walking does not allocate.
+/// The buffers of one chain, in order. It is reused, so that walking does not allocate.
 #[derive(Debug, Default)]
 pub struct Chain {
     for_device: Vec<Piece>,
@@ -68,17 +68,19 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Takes over the buffers of the chain that begins at descriptor `head`.
+    /// Reads the buffers of the chain that begins at descriptor `head`.
     ///
     /// # Errors
-    /// [`Broken`] when they are no chain, more than the queue has descriptors or not all in guest memory.
+    /// [`Broken`] when they form no chain, are more than the queue has descriptors, or are not all in guest
+    /// memory.
     pub fn walk<M: GuestMemory>(&mut self, memory: &M, queue: &Queue, head: u16) -> Result<(), Broken> {
         self.for_device.clear();
         self.for_driver.clear();
         (self.device_bytes, self.driver_bytes) = (0, 0);
         let mut table = GuestAddress(queue.desc_table());
         let (mut size, mut index, mut indirect) = (u32::from(queue.size()), u32::from(head), false);
-        // One step more than there may be descriptors: the one that leads to an indirect table is none.
+        // One step more than there may be descriptors: the one that leads to an indirect table does not
+        // count.
         for _ in 0..=queue.size() {
             if index >= size {
                 return Err(Broken::Chain);
@@ -125,12 +127,12 @@ impl Chain {
         self.for_device.len() + self.for_driver.len()
     }
 
-    /// Bytes that the driver gives: for the device to read.
+    /// How many bytes the driver gives the device to read.
     pub fn device_bytes(&self) -> u64 {
         self.device_bytes
     }
 
-    /// Bytes that the driver wants: for the device to write.
+    /// How many bytes the driver wants the device to write.
     pub fn driver_bytes(&self) -> u64 {
         self.driver_bytes
     }
@@ -157,7 +159,7 @@ impl Chain {
         if self.driver_bytes == 0 { Err(Broken::Empty) } else { Ok(self.driver_bytes as usize) }
     }
 
-    /// Copies the driver's bytes from number `skip` on to `to`. The caller has seen that there are enough.
+    /// Copies the driver's bytes from number `skip` on to `to`. The caller has checked that there are enough.
     ///
     /// # Errors
     /// vm-memory's; not for buffers that were walked.
@@ -178,7 +180,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Copies `from` to the bytes for the driver from number `skip` on. The caller has seen that there is
+    /// Copies `from` to the bytes for the driver from number `skip` on. The caller has checked that there is
     /// room.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Drivers that break the rules: what all devices have to survive. The small devices have their whole driver
+//! Drivers that break the rules, which all devices must survive. The small devices have their whole driver
 //! here.
 
 use std::sync::Arc;

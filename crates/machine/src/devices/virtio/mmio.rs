@@ -51,7 +51,7 @@ pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 const MAGIC: u32 = 0x7472_6976;
 /// The register layout of virtio 1.0 and later.
 const VERSION: u32 = 2;
-/// "OUTL"; the driver has no use for it but to show it.
+/// "OUTL"; drivers only show it.
 const VENDOR: u32 = 0x4c54_554f;
 
 const KNOWN_STATUS: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | NEEDS_RESET | FAILED;
@@ -60,8 +60,8 @@ const KNOWN_INTERRUPTS: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
 /// Why a saved state does not fit this transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum TransportRestoreError {
-    /// The state is that of another kind of device.
-    #[error("the state is of virtio device type {found}, this is type {expected}")]
+    /// The state belongs to another kind of device.
+    #[error("the state is of virtio device type {found}, but this is type {expected}")]
     DeviceType {
         /// What the state says.
         found: u32,
@@ -69,7 +69,7 @@ pub enum TransportRestoreError {
         expected: u32,
     },
     /// The device has another number of queues.
-    #[error("the state has {found} queues, this device has {expected}")]
+    #[error("the state has {found} queues, but this device has {expected}")]
     QueueCount {
         /// What the state says.
         found: u32,
@@ -89,7 +89,7 @@ pub enum TransportRestoreError {
     #[error("queue {0} has an impossible size or lies outside guest memory")]
     Queue(usize),
     /// The driver was ready but a queue the device needs was not.
-    #[error("the device cannot go on: {0}")]
+    #[error("the device cannot continue: {0}")]
     Activate(#[from] super::ActivateError),
 }
 
@@ -141,7 +141,7 @@ where
         transport
     }
 
-    /// The device's way to the driver.
+    /// The device's line to the driver.
     #[cfg(test)]
     pub(super) fn line(&self) -> &Arc<InterruptLine> {
         &self.line
@@ -160,7 +160,8 @@ where
         }
     }
 
-    /// The state to go on from elsewhere. Needs stopped vCPUs and a closed gate; does not allocate.
+    /// The state from which the device can continue elsewhere. Needs stopped vCPUs and a closed gate; does
+    /// not allocate.
     pub fn save(&self) -> TransportState {
         let mut queues = self.queues;
         if let Some(at_work) = &self.device.core().queues {
@@ -184,12 +185,11 @@ where
         }
     }
 
-    /// Takes over a saved state; guest memory must be in place already. Refused as a whole if any part of it
-    /// is impossible, and the device is then as after a reset.
+    /// Loads a saved state; guest memory must be in place already. The state is refused as a whole if any
+    /// part of it is impossible, and the device is then as after a reset.
     ///
-    /// What the state cannot hold is made up for by whoever lets the device go live: kick every queue (a
-    /// notification under way when the state was saved is lost) and raise the interrupt once (so is one of
-    /// those).
+    /// The state cannot hold notifications and interrupts that were under way. So the caller that lets the
+    /// device go live must kick every queue and raise the interrupt once.
     pub fn restore(&mut self, state: &TransportState) -> Result<(), TransportRestoreError> {
         self.reset();
         self.check(state)?;
@@ -311,7 +311,7 @@ where
         }
     }
 
-    /// Adds one status bit if it may follow the ones there.
+    /// Adds one status bit if it may follow the present ones.
     fn add_status(&mut self, bit: u32) -> bool {
         let before = match bit {
             DRIVER => ACKNOWLEDGE,

@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueState};
 
 use super::MAX_QUEUES;
 
-/// One queue as the driver set it up, and how far the device has come in it.
+/// One queue as the driver set it up, and the device's position in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueRecord {
     /// Number of descriptors the driver chose.
@@ -31,7 +31,7 @@ pub struct QueueRecord {
     pub used: u64,
 }
 
-/// All registers of a transport that a guest can tell the difference of.
+/// All registers of a transport whose value a guest can observe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TransportState {
     /// The virtio device ID: the state belongs to this kind of device.
@@ -121,7 +121,7 @@ pub enum DecodeError {
     Trailing(usize),
     /// Written by a version that this program does not know.
     #[error(
-        "its state is of version {found}, this release knows {known}: run the same release on both hosts"
+        "its state has version {found}, but this release knows {known}: run the same release on both hosts"
     )]
     Version {
         /// What the state says.

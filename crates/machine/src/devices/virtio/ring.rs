@@ -23,8 +23,8 @@ pub type Used = (u16, u32);
 #[derive(Debug)]
 pub struct Ring {
     queue: Queue,
-    /// The driver notifies about new chains. True at first: nobody has told it otherwise, or it is not known
-    /// because the queue comes from a saved state.
+    /// Whether the driver notifies about new chains. True at first: nobody has told it otherwise, or the
+    /// queue comes from a saved state and it is unknown.
     asked: bool,
     /// Chains given back since the driver was last considered for an interrupt.
     added: u16,
@@ -59,7 +59,7 @@ impl Ring {
             return Ok(true);
         }
         self.asked = true;
-        // Looks again after asking: a chain that came in between brings no notification.
+        // Check again after asking: a chain that came in between causes no notification.
         Ok(self.queue.enable_notification(memory)?)
     }
 
@@ -78,10 +78,10 @@ impl Ring {
         }
     }
 
-    /// Takes the next chain, if there is one; says where it begins.
+    /// Takes the next chain, if there is one; returns its head.
     ///
     /// # Errors
-    /// [`Broken`] when the queue cannot be used or the chain is none.
+    /// [`Broken`] when the queue cannot be used or the chain is invalid.
     pub fn next<M: GuestMemory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Option<u16>, Broken> {
         let head = self.next_head(memory)?;
         head.map_or(Ok(()), |head| self.walk(memory, head, chain))?;
@@ -91,12 +91,12 @@ impl Ring {
     /// Takes the chain that begins at `head`, whether the driver has made it available or not.
     ///
     /// # Errors
-    /// [`Broken`] when the chain is none.
+    /// [`Broken`] when the chain is invalid.
     pub fn walk<M: GuestMemory>(&self, memory: &M, head: u16, chain: &mut Chain) -> Result<(), Broken> {
         chain.walk(memory, &self.queue, head)
     }
 
-    /// Leaves the last `chains` chains with the driver, to be taken again.
+    /// Returns the last `chains` chains to the driver untouched; they will be taken again.
     pub fn put_back(&mut self, chains: usize) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(chains as u16));
     }
