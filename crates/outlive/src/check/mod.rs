@@ -1,6 +1,7 @@
-//! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing. It
-//! changes nothing and leaves nothing behind. The most important part is the trial: it runs a real VM for a
-//! moment and compares the pages that dirty tracking found with those that the guest wrote.
+//! `outlive check`: what this machine has, what it lacks, and what to do about each thing that is missing.
+//!
+//! It changes nothing and leaves nothing behind. The most important part is the trial: it runs a real VM for
+//! a moment and compares the pages that dirty tracking found with those that the guest wrote.
 
 mod kvm;
 mod memory;
@@ -15,23 +16,8 @@ use serde::Serialize;
 
 pub use memory::available_memory_bytes;
 
+use crate::cli::CheckOptions;
 use crate::exit;
-
-/// Options of `outlive check`.
-#[derive(Debug, Clone, Default, clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct CheckOptions {
-    /// Write the findings as JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-const EXAMPLES: &str = "\
-Examples:
-  outlive check             a table for people
-  outlive check --json      the same for programs
-
-Exit codes: 0 VMs can run here; 2 something essential is missing.";
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -2,7 +2,9 @@
 
 mod active;
 mod arbiter;
+mod check;
 mod console;
+mod demo;
 mod execute;
 mod image;
 mod run;
@@ -14,12 +16,11 @@ mod tests;
 
 use clap::{Parser, Subcommand};
 
-use crate::check::CheckOptions;
-use crate::demo::DemoOptions;
-
 pub use active::{ActiveOptions, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
+pub use check::CheckOptions;
 pub use console::ConsoleOptions;
+pub use demo::DemoOptions;
 pub use image::{ImageCommand, ImageOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;

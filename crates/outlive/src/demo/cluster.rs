@@ -110,9 +110,11 @@ impl Drop for WorkDir {
     }
 }
 
-/// A child process that never outlives its owner. Dropping it kills and reaps the process. The process has
-/// its own process group, so Ctrl-C at the terminal reaches only us, and it ends when its standard input is
-/// closed, so even a SIGKILL of the demo leaves nothing.
+/// A child process that never outlives its owner.
+///
+/// Dropping it kills and reaps the process. The process has its own process group, so Ctrl-C at the terminal
+/// reaches only us, and it ends when its standard input is closed, so even a SIGKILL of the demo leaves
+/// nothing.
 #[derive(Debug)]
 pub(super) struct Guard {
     child: Child,

@@ -1,10 +1,10 @@
-//! `outlive demo`: the main job on one machine, from nothing to a verdict. Two processes of this same program
-//! play the two hosts. They live in the demo's own network namespace, where a bridge joins the VM with the
-//! clients. The host that runs the VM is killed with SIGKILL several times; each time the other one takes
-//! over and a new process takes the dead one's place. Meanwhile clients write over TCP, and at the end
-//! everything that was acknowledged is read back.
+//! `outlive demo`: the main job on one machine, from nothing to a verdict.
 //!
-//! * [`options`]: the command line;
+//! Two processes of this same program play the two hosts. They live in the demo's own network namespace,
+//! where a bridge joins the VM with the clients. The host that runs the VM is killed with SIGKILL several
+//! times; each time the other one takes over and a new process takes the dead one's place. Meanwhile clients
+//! write over TCP, and at the end everything that was acknowledged is read back.
+//!
 //! * `director`: the course of the demo, `cluster`: the processes, `events`: what they report;
 //! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
 //! * `status` and `summary`: what a person sees;
@@ -20,7 +20,6 @@ mod gaps;
 mod ledger;
 mod load;
 mod nested;
-pub mod options;
 mod status;
 mod summary;
 #[cfg(test)]
@@ -42,9 +41,8 @@ use thiserror::Error;
 
 use self::cluster::{Cluster, Shape, WorkDir};
 use self::director::{Director, Play, Stop};
-pub use self::options::DemoOptions;
 use self::summary::Summary;
-use crate::cli::parse_size;
+use crate::cli::{DemoOptions, parse_size};
 use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
 use crate::{check, exit, logs};
 

@@ -1,6 +1,7 @@
-//! Network namespaces without a name: nothing to clean up, however the program ends. A namespace lives as
-//! long as a process or a thread is in it or an open descriptor refers to it. When the last of them is gone,
-//! the kernel removes it with every interface in it, also after SIGKILL.
+//! Network namespaces without a name: nothing to clean up, however the program ends.
+//!
+//! A namespace lives as long as a process or a thread is in it or an open descriptor refers to it. When the
+//! last of them is gone, the kernel removes it with every interface in it, also after SIGKILL.
 
 use std::fs::{self, File};
 use std::io;
@@ -138,8 +139,9 @@ impl Namespace {
         })
     }
 
-    /// Runs `work` in the namespace, on a new thread, and waits for its result. A panic is passed on. Sockets
-    /// that `work` opens stay in the namespace wherever they are used later.
+    /// Runs `work` in the namespace, on a new thread, and waits for its result. A panic is passed on.
+    ///
+    /// Sockets that `work` opens stay in the namespace wherever they are used later.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> Result<R, EnterError> {
         on_thread(|| {
             setns(&self.fd, CloneFlags::CLONE_NEWNET).map_err(|error| match error {

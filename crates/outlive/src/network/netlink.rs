@@ -1,6 +1,10 @@
-//! The rtnetlink client: interfaces, addresses, routes. `netlink-packet-route` builds the requests. Of the
-//! answers, only the few fields below are read, directly from the bytes: a kernel newer than the crate adds
-//! attributes, and an attribute that we do not need must never make a request fail.
+//! The rtnetlink client: interfaces, addresses, routes.
+//!
+//! `netlink-packet-route` builds the requests; `answer` reads what the kernel answers, and `error` has what can go
+//! wrong.
+
+mod answer;
+mod error;
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -8,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NlasIterator,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -22,127 +26,14 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 
+pub use answer::Link;
+pub use error::NetlinkError;
+
 use crate::process;
+use answer::{parse_link, read_messages};
 
 /// Longest interface name, without the closing zero (kernel: `IFNAMSIZ` - 1).
 const LONGEST_NAME: usize = 15;
-
-// Header sizes and attribute numbers of `linux/netlink.h` and `linux/if_link.h`.
-const NLMSGHDR: usize = 16;
-const IFINFOMSG: usize = 16;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_CAPPED: u16 = 0x100;
-const NLM_F_ACK_TLVS: u16 = 0x200;
-const NLMSGERR_ATTR_MSG: u16 = 1;
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MASTER: u16 = 10;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
-
-/// Why a change of the network failed.
-#[derive(Debug, thiserror::Error)]
-pub enum NetlinkError {
-    /// The socket to the kernel could not be opened.
-    #[error("cannot open a netlink socket to the kernel: {0}")]
-    Open(#[source] io::Error),
-    /// The socket failed in the middle of a request.
-    #[error("cannot {what}: the netlink socket failed: {source}")]
-    Socket {
-        /// What was being done.
-        what: String,
-        /// What the socket said.
-        source: io::Error,
-    },
-    /// The text cannot be the name of an interface.
-    #[error(
-        "'{name}' cannot be an interface name: 1 to 15 bytes, without '/', ':' and spaces, and not '.' or '..'"
-    )]
-    BadName {
-        /// The name that was given.
-        name: String,
-    },
-    /// There is no such interface in this network namespace.
-    #[error(
-        "no interface named {name}: cannot {what} (interfaces here: {present}); make it first, or name another one"
-    )]
-    NoInterface {
-        /// The name that was asked for.
-        name: String,
-        /// What was being done.
-        what: String,
-        /// The names that exist, separated by commas.
-        present: String,
-    },
-    /// The interface exists already.
-    #[error("cannot {what}: an interface of this name already exists; delete it or choose another name")]
-    Exists {
-        /// What was being done.
-        what: String,
-    },
-    /// The process may not administer this network namespace.
-    #[error("cannot {what}: no permission; run as root or with CAP_NET_ADMIN in this network namespace")]
-    Permission {
-        /// What was being done.
-        what: String,
-    },
-    /// The kernel lacks the kind of interface that was asked for.
-    #[error("cannot {what}: this kernel has no '{kind}' interfaces; load its module (modprobe {kind})")]
-    NoSuchKind {
-        /// What was being done.
-        what: String,
-        /// `bridge` or `veth`.
-        kind: &'static str,
-    },
-    /// The named interface is no bridge where one is needed.
-    #[error("cannot {what}: {name} is no bridge; make one (ip link add br0 type bridge) or name another one")]
-    NotBridge {
-        /// What was being done.
-        what: String,
-        /// The name that was given for the bridge.
-        name: String,
-    },
-    /// The kernel refused for another reason.
-    #[error("cannot {what}: {source}{}", detail(.message))]
-    Refused {
-        /// What was being done.
-        what: String,
-        /// The kernel's error number.
-        source: io::Error,
-        /// The kernel's explanation, often empty.
-        message: String,
-    },
-    /// The kernel's answer is invalid.
-    #[error("cannot {what}: the kernel's answer is invalid ({problem})")]
-    Answer {
-        /// What was being done.
-        what: String,
-        /// What is wrong with it.
-        problem: &'static str,
-    },
-}
-
-fn detail(message: &str) -> String {
-    if message.is_empty() { String::new() } else { format!(" ({message})") }
-}
-
-/// What the kernel reports of one interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
-    /// Name, for example `tap0`.
-    pub name: String,
-    /// Number, unique in the network namespace.
-    pub index: u32,
-    /// Hardware address; `None` for interfaces without one of six bytes.
-    pub mac: Option<[u8; 6]>,
-    /// Whether its administrator has switched it on (`IFF_UP`).
-    pub up: bool,
-    /// Number of the bridge that it is attached to.
-    pub bridge: Option<u32>,
-    /// Its kind: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
-    pub kind: Option<String>,
-}
 
 /// A connection to the kernel's network configuration.
 ///
@@ -165,8 +56,10 @@ impl Netlink {
     }
 
     /// Makes a bridge that forwards from the first moment: no spanning tree, no forward delay, no multicast
-    /// snooping. The bridge gets its own hardware address. Without one it takes the lowest address of its
-    /// ports, which changes as taps come and go, and guests that use the bridge as a gateway would lose it.
+    /// snooping.
+    ///
+    /// The bridge gets its own hardware address. Without one it takes the lowest address of its ports, which
+    /// changes as taps come and go, and guests that use the bridge as a gateway would lose it.
     pub fn create_bridge(&mut self, name: &str) -> Result<(), NetlinkError> {
         check_name(name)?;
         let what = format!("create bridge {name}");
@@ -395,33 +288,10 @@ impl Netlink {
         loop {
             let (datagram, sender) = receive(&self.socket).map_err(failed)?;
             // Only the kernel (port 0) may answer; anybody can send to a netlink socket.
-            if sender.port_number() == 0 && self.take(&datagram, what, &mut answers)? {
+            if sender.port_number() == 0 && read_messages(&datagram, self.sequence, what, &mut answers)? {
                 return Ok(answers);
             }
         }
-    }
-
-    /// Reads the messages of one datagram. True when the request is complete.
-    fn take(&self, mut rest: &[u8], what: &str, answers: &mut Vec<Vec<u8>>) -> Result<bool, NetlinkError> {
-        let bad = |problem| NetlinkError::Answer { what: what.to_string(), problem };
-        while !rest.is_empty() {
-            let length = u32_at(rest, 0).ok_or_else(|| bad("shorter than its header"))? as usize;
-            if length < NLMSGHDR || length > rest.len() {
-                return Err(bad("a message longer than the datagram"));
-            }
-            let (kind, flags) = (u16_at(rest, 4), u16_at(rest, 6));
-            let body = &rest[NLMSGHDR..length];
-            // An answer to an earlier request that was given up is not ours.
-            if u32_at(rest, 8) == Some(self.sequence) {
-                match kind {
-                    NLMSG_ERROR => return acknowledged(body, flags, what).map(|()| true),
-                    NLMSG_DONE => return Ok(true),
-                    _ => answers.push(body.to_vec()),
-                }
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-        Ok(false)
     }
 }
 
@@ -436,60 +306,6 @@ fn receive(socket: &Socket) -> io::Result<(Vec<u8>, SocketAddr)> {
             Ok((_, sender)) => return Ok((buffer, sender)),
         }
     }
-}
-
-/// Turns the kernel's acknowledgement (`struct nlmsgerr`) into a result.
-fn acknowledged(body: &[u8], flags: u16, what: &str) -> Result<(), NetlinkError> {
-    let bad = |problem| NetlinkError::Answer { what: what.to_string(), problem };
-    let code = u32_at(body, 0).ok_or_else(|| bad("an acknowledgement without a code"))? as i32;
-    if code == 0 {
-        return Ok(());
-    }
-    let what = what.to_string();
-    let source = io::Error::from_raw_os_error(code.wrapping_neg());
-    match Errno::from_raw(code.wrapping_neg()) {
-        Errno::EEXIST => Err(NetlinkError::Exists { what }),
-        Errno::EPERM | Errno::EACCES => Err(NetlinkError::Permission { what }),
-        _ => Err(NetlinkError::Refused { what, source, message: kernel_message(body, flags) }),
-    }
-}
-
-/// The kernel's own words about an error, if it sent some (extended acknowledgement).
-fn kernel_message(body: &[u8], flags: u16) -> String {
-    if flags & NLM_F_ACK_TLVS == 0 {
-        return String::new();
-    }
-    // After the code: the header of our request, and the request itself unless it was cut off.
-    let request = if flags & NLM_F_CAPPED != 0 { NLMSGHDR } else { u32_at(body, 4).unwrap_or(0) as usize };
-    let attributes = body.get(4 + request.next_multiple_of(4)..).unwrap_or_default();
-    NlasIterator::new(attributes)
-        .filter_map(Result::ok)
-        .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)
-        .map(|attribute| text(attribute.value()))
-        .unwrap_or_default()
-}
-
-/// Reads `struct ifinfomsg` and the attributes behind it.
-fn parse_link(bytes: &[u8], what: &str) -> Result<Link, NetlinkError> {
-    let bad = |problem| NetlinkError::Answer { what: what.to_string(), problem };
-    let index = u32_at(bytes, 4).ok_or_else(|| bad("an interface without a number"))?;
-    let flags = u32_at(bytes, 8).ok_or_else(|| bad("an interface without flags"))?;
-    let attributes = bytes.get(IFINFOMSG..).ok_or_else(|| bad("an interface without attributes"))?;
-    let up = LinkFlags::from_bits_retain(flags).contains(LinkFlags::Up);
-    let mut link = Link { name: String::new(), index, mac: None, up, bridge: None, kind: None };
-    for attribute in NlasIterator::new(attributes).filter_map(Result::ok) {
-        match attribute.kind() {
-            IFLA_IFNAME => link.name = text(attribute.value()),
-            IFLA_ADDRESS => link.mac = attribute.value().try_into().ok(),
-            IFLA_MASTER => link.bridge = u32_at(attribute.value(), 0),
-            IFLA_LINKINFO => {
-                let mut info = NlasIterator::new(attribute.value()).filter_map(Result::ok);
-                link.kind = info.find(|it| it.kind() == IFLA_INFO_KIND).map(|it| text(it.value()));
-            }
-            _ => {}
-        }
-    }
-    Ok(link)
 }
 
 fn check_name(name: &str) -> Result<(), NetlinkError> {
@@ -508,20 +324,6 @@ fn random_mac() -> io::Result<[u8; 6]> {
     Ok([0x02, 0x6f, a, b, c, d])
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned()
-}
-
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    let field = bytes.get(offset..offset + 4)?;
-    field.try_into().ok().map(u32::from_ne_bytes)
-}
-
-/// Like [`u32_at`], for fields of a header whose length was checked.
-fn u16_at(bytes: &[u8], offset: usize) -> u16 {
-    u16::from_ne_bytes([bytes[offset], bytes[offset + 1]])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -534,28 +336,5 @@ mod tests {
         for bad in ["", ".", "..", "sixteen-bytes-xx", "a/b", "a b", "a:1", "a\n", "x\0"] {
             assert!(matches!(check_name(bad), Err(NetlinkError::BadName { .. })), "{bad:?}");
         }
-    }
-
-    /// An answer from the kernel is believed only within its bounds.
-    #[test]
-    fn mangled_answers_are_errors_and_never_panics() {
-        use proptest::prelude::*;
-        let client = Netlink::open().unwrap();
-        proptest!(|(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), ours in any::<bool>(),
-                    length in 0_u32..220, kind in prop_oneof![Just(2_u16), Just(3), Just(16)])| {
-            if bytes.len() >= 12 {
-                bytes[0..4].copy_from_slice(&length.to_ne_bytes());
-                bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
-                if ours {
-                    bytes[8..12].copy_from_slice(&client.sequence.to_ne_bytes());
-                }
-            }
-            let mut answers = Vec::new();
-            let _ = client.take(&bytes, "test", &mut answers);
-            let _ = parse_link(&bytes, "test");
-            for flags in [0, NLM_F_ACK_TLVS, NLM_F_ACK_TLVS | NLM_F_CAPPED] {
-                let _ = acknowledged(&bytes, flags, "test");
-            }
-        });
     }
 }

@@ -1,10 +1,10 @@
-//! The options of `outlive demo`.
+//! `outlive demo`.
 
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 
-use crate::cli::{parse_size, parse_time};
+use super::values::{parse_size, parse_time};
 
 /// Kill a protected VM again and again while clients write to it, then count what was lost.
 ///

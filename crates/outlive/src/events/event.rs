@@ -1,0 +1,267 @@
+//! The vocabulary of the stream: every event with its fields, and a line.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::DangerKind;
+
+/// Which of the two commands wrote a [`Event::Started`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// `outlive run`: it boots the VM.
+    Primary,
+    /// `outlive standby`: it waits for a VM to protect.
+    Standby,
+}
+
+/// One thing that happened. Times are microseconds unless the name says otherwise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The process is set up. A standby does not know the VM yet, so it leaves its parts out.
+    Started {
+        /// Which command this is.
+        role: Role,
+        /// Name of the VM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+        /// Number of virtual CPUs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vcpus: Option<u32>,
+        /// Guest memory in bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        memory: Option<u64>,
+        /// Name of the dirty tracker's back end, for example `ring`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tracker: Option<String>,
+    },
+    /// An operator has accepted a danger, by an option.
+    Accepted {
+        /// Which danger, for example `stale_image`.
+        danger: DangerKind,
+        /// What it is about, for a person.
+        about: String,
+    },
+    /// A standby accepts connections at `addr` (with the real port where port 0 was asked for).
+    Listening {
+        /// `HOST:PORT`.
+        addr: String,
+    },
+    /// A primary has connected to a standby, and the standby has accepted it.
+    StandbyAttached {
+        /// The standby's `HOST:PORT`.
+        addr: String,
+    },
+    /// How far the base checkpoint is.
+    BaseProgress {
+        /// Pre-copy round, from 1.
+        round: u32,
+        /// Pages sent in all rounds so far.
+        sent_pages: u64,
+        /// Pages of the first round: all that the VM has touched.
+        total_pages: u64,
+        /// Pages of all rounds so far, sent or not.
+        #[serde(default)]
+        planned_pages: u64,
+    },
+    /// The guest's kernel panicked; what follows is its own decision.
+    GuestPanicked,
+    /// The guest restarted. It stays protected.
+    GuestRestarted {
+        /// How it asked for the restart.
+        how: String,
+    },
+    /// The standby has compared its copy with what a checkpoint says of the VM (`--self-check`).
+    SelfCheck {
+        /// The checkpoint.
+        checkpoint: u64,
+        /// How the copy differs; `null` when it is the same.
+        difference: Option<String>,
+    },
+    /// How far the synchronisation of a disk is.
+    DiskSync {
+        /// The disk's position among the VM's disks.
+        disk: u16,
+        /// Bytes compared by their sums.
+        done_bytes: u64,
+        /// Bytes of the disk.
+        total_bytes: u64,
+        /// Bytes sent so far, of all disks.
+        sent_bytes: u64,
+    },
+    /// The base checkpoint is committed: from here on the VM survives the loss of this host.
+    Protected {
+        /// The generation that runs the VM.
+        generation: u64,
+        /// Number of the committed base checkpoint.
+        checkpoint: u64,
+        /// How long the base took, in milliseconds.
+        base_ms: u64,
+    },
+    /// Totals since this process became the active side; sent every 200 ms at first, every 2 s in the long
+    /// run, and at the end.
+    Stats(Stats),
+    /// What was measured since the last event of this kind; sent every second at first, every minute in the
+    /// long run, and at the end. A standby sends it too, about its threads.
+    Measured(Measured),
+    /// The peer is considered dead.
+    LinkLost {
+        /// Why, for a person.
+        reason: String,
+    },
+    /// This side tries to win `generation`.
+    Arbitrating {
+        /// The generation asked for.
+        generation: u64,
+    },
+    /// The arbiter cannot be asked at the moment; this side waits and asks again.
+    ArbiterUnreachable {
+        /// Why, for a person.
+        why: String,
+    },
+    /// This side won `generation` and may run the VM.
+    Won {
+        /// The generation won.
+        generation: u64,
+    },
+    /// The other side won `generation`: this one stops its VM and drops its held output.
+    Lost {
+        /// The generation lost.
+        generation: u64,
+        /// Who has it, as the arbiter says.
+        owner: String,
+    },
+    /// The VM runs, but nothing would take over if this host died.
+    Unprotected {
+        /// Why, for a person.
+        why: String,
+    },
+    /// A standby resumed the VM from the last committed checkpoint.
+    Takeover {
+        /// The generation that runs the VM from now on.
+        generation: u64,
+        /// The checkpoint it was resumed from.
+        checkpoint: u64,
+        /// From the last byte heard of the primary until the link was declared dead.
+        detect_us: u64,
+        /// From then until memory and disks were at the last committed checkpoint.
+        #[serde(default)]
+        settle_us: u64,
+        /// From then until the generation was won.
+        arbitrate_us: u64,
+        /// From then until the vCPUs ran.
+        restore_us: u64,
+        /// From the declaration until the VM's first frame left, if that is known already.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        first_packet_us: Option<u64>,
+        /// Sum of the four times from detection to restore.
+        total_us: u64,
+    },
+    /// The resumed VM sent its first frame.
+    FirstPacket {
+        /// Time since the link was declared dead.
+        after_us: u64,
+    },
+    /// Events are missing here: the stream could not be written, or its reader did not read.
+    EventsLost {
+        /// How many.
+        count: u64,
+    },
+    /// Last line of a process that ends in order.
+    Ended {
+        /// Why, for a person.
+        reason: String,
+        /// The exit code.
+        code: i32,
+    },
+    /// An event of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+/// The counters of [`Event::Stats`], all since the process became the active side.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// The generation that runs the VM.
+    pub generation: u64,
+    /// Checkpoints committed.
+    pub checkpoints: u64,
+    /// Checkpoints per second lately.
+    pub rate_hz: f64,
+    /// Bytes sent to the standby.
+    pub bytes: u64,
+    /// Frames that wait for their checkpoint's commit right now.
+    pub held_frames: u64,
+    /// How the pages of checkpoints were written down.
+    #[serde(default)]
+    pub pages: PageCounts,
+}
+
+/// How the pages of checkpoints were written down for the standby. All together are the pages that were
+/// captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageCounts {
+    /// Whole.
+    pub raw: u64,
+    /// As zeroes.
+    pub zero: u64,
+    /// As the granules that have changed.
+    pub granules: u64,
+    /// Bytes of those granules, with their masks.
+    pub granule_bytes: u64,
+    /// Not at all, because nothing has changed.
+    pub unchanged: u64,
+}
+
+impl PageCounts {
+    /// Adds others.
+    pub fn add(&mut self, other: &Self) {
+        self.raw += other.raw;
+        self.zero += other.zero;
+        self.granules += other.granules;
+        self.granule_bytes += other.granule_bytes;
+        self.unchanged += other.unchanged;
+    }
+}
+
+/// What [`Event::Measured`] says. Everything covers the time since the last such event, so readers can add it
+/// up.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Microseconds since the last such event.
+    pub span_us: u64,
+    /// The phases of checkpoints by name, in *nanoseconds*, as `[value, count]` pairs ([`pairs`](super::pairs)).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub phases: BTreeMap<String, Vec<(u64, u64)>>,
+    /// Dirty pages of a checkpoint, as `[value, count]` pairs ([`pairs`](super::pairs)).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dirty_pages: Vec<(u64, u64)>,
+    /// What the kernel's scheduler gave the threads of the process, by name: at most 64 of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub threads: BTreeMap<String, ThreadTime>,
+}
+
+/// The time of one thread, or of several of one name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadTime {
+    /// Microseconds on a core.
+    pub run_us: u64,
+    /// Microseconds in which it wanted to run and waited for a core.
+    pub wait_us: u64,
+    /// How often it got a core.
+    pub switches: u64,
+}
+
+/// One line of the stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+    /// When: `CLOCK_MONOTONIC` in microseconds.
+    pub t_us: u64,
+    /// Who says so.
+    pub pid: u32,
+}

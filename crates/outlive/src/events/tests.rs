@@ -1,0 +1,155 @@
+use std::fs::OpenOptions;
+use std::time::Duration;
+
+use super::*;
+
+fn every_event() -> Vec<Event> {
+    vec![
+        Event::Started {
+            role: Role::Primary,
+            vm: Some("demo".into()),
+            vcpus: Some(2),
+            memory: Some(1 << 28),
+            tracker: Some("ring".into()),
+        },
+        Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
+        Event::Listening { addr: "127.0.0.1:7000".into() },
+        Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
+        Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
+        Event::GuestPanicked,
+        Event::GuestRestarted { how: "a triple fault".into() },
+        Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
+        Event::SelfCheck { checkpoint: 100, difference: None },
+        Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
+        Event::Stats(Stats { rate_hz: 812.5, ..Stats::default() }),
+        Event::Measured(Measured {
+            span_us: 1,
+            phases: [("copy".to_owned(), vec![(100, 3), (200, 1)])].into(),
+            threads: [("vcpu0".to_owned(), ThreadTime { run_us: 1, wait_us: 2, switches: 3 })].into(),
+            ..Measured::default()
+        }),
+        Event::LinkLost { reason: "nothing heard for 500 ms".into() },
+        Event::Arbitrating { generation: 2 },
+        Event::ArbiterUnreachable { why: "no such directory".into() },
+        Event::Won { generation: 2 },
+        Event::Lost { generation: 2, owner: "b".into() },
+        Event::Unprotected { why: "no standby".into() },
+        Event::Takeover {
+            generation: 2,
+            checkpoint: 99,
+            detect_us: 500_000,
+            settle_us: 1_000,
+            arbitrate_us: 200,
+            restore_us: 3_000,
+            first_packet_us: None,
+            total_us: 504_200,
+        },
+        Event::FirstPacket { after_us: 4_000 },
+        Event::EventsLost { count: 12 },
+        Event::Ended { reason: "guest powered off".into(), code: 0 },
+    ]
+}
+
+#[test]
+fn every_event_survives_the_way_through_a_file() {
+    let path = std::env::temp_dir().join(format!("outlive-events-{}", std::process::id()));
+    let writer = EventWriter::open(&path).unwrap();
+    let before = now_us();
+    for event in every_event() {
+        writer.emit(event);
+    }
+    assert!(writer.finish());
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let records: Vec<Record> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(records.iter().map(|r| r.event.clone()).collect::<Vec<_>>(), every_event());
+    assert!(records.iter().all(|r| r.t_us >= before && r.pid == std::process::id()));
+}
+
+#[test]
+fn a_reader_that_stops_costs_events_and_is_told_how_many() {
+    use std::io::Read;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stopped");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    // For both directions, so that nobody waits for the other end.
+    let mut reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    let writer = EventWriter::open(&path).unwrap();
+    let emitted = 20_000;
+    let began = std::time::Instant::now();
+    for generation in 0..emitted {
+        writer.emit(Event::Won { generation });
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(!writer.finish(), "a reader that does not read is not waited for");
+    // The reader reads again.
+    let copy = writer.clone();
+    let flushed = std::thread::spawn(move || while !copy.finish() {});
+    let (mut text, mut part) = (Vec::new(), vec![0; 4096]);
+    let (mut next, mut lost) = (0, 0);
+    while next < emitted {
+        let count = reader.read(&mut part).unwrap();
+        text.extend_from_slice(&part[..count]);
+        while let Some(end) = text.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = text.drain(..=end).collect();
+            match serde_json::from_slice::<Record>(&line).unwrap().event {
+                Event::Won { generation } => {
+                    assert_eq!(generation, next, "in order, and no gap that nobody told of");
+                    next += 1;
+                }
+                Event::EventsLost { count } => (next, lost) = (next + count, lost + count),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    flushed.join().unwrap();
+    assert_eq!(next, emitted);
+    assert!(lost > emitted / 2, "{lost} were lost");
+}
+
+#[test]
+fn the_line_looks_as_documented() {
+    let record = Record { event: Event::Won { generation: 2 }, t_us: 5, pid: 7 };
+    assert_eq!(serde_json::to_string(&record).unwrap(), r#"{"event":"won","generation":2,"t_us":5,"pid":7}"#);
+}
+
+#[test]
+fn newer_fields_and_events_are_skipped() {
+    let line = r#"{"t_us":5,"event":"won","pid":7,"generation":2,"colour":"red"}"#;
+    assert_eq!(serde_json::from_str::<Record>(line).unwrap().event, Event::Won { generation: 2 });
+    let line = r#"{"event":"moon_landing","where":[1,2],"t_us":5,"pid":7}"#;
+    assert_eq!(serde_json::from_str::<Record>(line).unwrap().event, Event::Unknown);
+}
+
+#[test]
+fn histograms_survive_as_pairs_and_add_up() {
+    let (mut one, mut two, mut all) = (histogram(), histogram(), histogram());
+    for value in 0..2_000 {
+        if value % 3 == 0 { &mut one } else { &mut two }.saturating_record(value);
+        all.saturating_record(value);
+    }
+    two.saturating_record(u64::MAX);
+    all.saturating_record(u64::MAX);
+    let mut merged = histogram();
+    add_pairs(&mut merged, &pairs(&one));
+    add_pairs(&mut merged, &pairs(&two));
+    assert_eq!(merged.len(), 2_001);
+    for quantile in [0.0, 0.5, 0.99, 1.0] {
+        assert_eq!(merged.value_at_quantile(quantile), all.value_at_quantile(quantile));
+    }
+}
+
+#[test]
+fn processes_never_mix_their_lines() {
+    let path = std::env::temp_dir().join(format!("outlive-events-mixed-{}", std::process::id()));
+    // Each opens the file itself, as a process would.
+    let writers: Vec<EventWriter> = (0..4).map(|_| EventWriter::open(&path).unwrap()).collect();
+    for generation in 0..200 {
+        writers.iter().for_each(|writer| writer.emit(Event::Won { generation }));
+    }
+    assert!(writers.iter().all(EventWriter::finish));
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(text.lines().filter(|l| serde_json::from_str::<Record>(l).is_ok()).count(), 800);
+}
