@@ -1,11 +1,14 @@
-//! A writer of lines that never waits for their reader. Log and events may go anywhere: to a terminal that
-//! was stopped, a pager, a collector that hangs, a full disk. A thread that runs the guest or decides about
-//! it must never wait for one of them (a VM whose host waits for a pager is a VM without a host), so it only
-//! puts a line into a queue of fixed length: no allocation, no system call. A separate thread writes. A line
-//! that finds the queue full, or cannot be written, is lost and counted, and the number is written where the
-//! lines are missing, as soon as something can be written again. The crate tracing-appender has a similar
-//! writer. But it does not say how much was lost, cannot be asked to finish within a time, and wakes its
-//! thread with a system call for each line.
+//! A writer of lines that never waits for their reader.
+//!
+//! Log and events may go anywhere: to a terminal that was stopped, a pager, a collector that hangs, a full
+//! disk. A thread that runs the guest or decides about it must never wait for one of them (a VM whose host
+//! waits for a pager is a VM without a host), so it only puts a line into a queue of fixed length: no
+//! allocation, no system call. A separate thread writes. A line that finds the queue full, or cannot be
+//! written, is lost and counted, and the number is written where the lines are missing, as soon as something
+//! can be written again.
+//!
+//! The crate tracing-appender has a similar writer. But it does not say how much was lost, cannot be asked to
+//! finish within a time, and wakes its thread with a system call for each line.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -15,16 +15,21 @@
 //!
 //! What decides is the *content* behind the final name, not the answer of `link`: over a network an answer
 //! can be lost after `link` succeeded. Each process has a random token; if a claim holds it, the claim is
-//! ours. Each generation but the first can be won only where the claim before it is. A directory without that
-//! claim was emptied, or is another one (a mount point without its mount), and there a generation could be
-//! won a second time. For the same reason an old copy of the directory must not be put back while a VM runs:
-//! it lacks the claims that were won since. Old claims are removed, but never the newest [`KEPT`] of a VM
-//! (`prune.rs`). A generation whose claim was removed cannot be won again: `pruned.N`, which is durable
-//! before the first claim is removed, says that claims below N no longer count. A claimant looks for it
-//! *after* it has written its claim, because it may have been stopped just before, for any time, while other
-//! claims came and went. So whoever finds the place of a removed claim free finds `pruned.N` too. Only
-//! `outlive arbiter init` makes a directory an arbiter: the mount point of a file system that is not mounted
-//! must not look like an arbiter that knows no VM yet.
+//! ours.
+//!
+//! Each generation but the first can be won only where the claim before it is. A directory without that claim
+//! was emptied, or is another one (a mount point without its mount), and there a generation could be won a
+//! second time. For the same reason an old copy of the directory must not be put back while a VM runs: it
+//! lacks the claims that were won since.
+//!
+//! Old claims are removed, but never the newest [`KEPT`] of a VM (`prune.rs`). A generation whose claim was
+//! removed cannot be won again: `pruned.N`, which is durable before the first claim is removed, says that
+//! claims below N no longer count. A claimant looks for it *after* it has written its claim, because it may
+//! have been stopped just before, for any time, while other claims came and went. So whoever finds the place
+//! of a removed claim free finds `pruned.N` too.
+//!
+//! Only `outlive arbiter init` makes a directory an arbiter: the mount point of a file system that is not
+//! mounted must not look like an arbiter that knows no VM yet.
 //!
 //! [`KEPT`]: super::prune::KEPT
 
@@ -166,9 +171,10 @@ impl FileArbiter {
         }
     }
 
-    /// Who owns the claim of this name, if it exists. `text` is our own claim. Nobody can tell who owns a
-    /// damaged claim. If both sides took it for lost, the VM would be gone for good, so both wait for an
-    /// operator.
+    /// Who owns the claim of this name, if it exists. `text` is our own claim.
+    ///
+    /// Nobody can tell who owns a damaged claim. If both sides took it for lost, the VM would be gone for
+    /// good, so both wait for an operator.
     fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, String> {
         let damaged = |problem: &str| {
             format!(

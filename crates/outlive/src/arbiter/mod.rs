@@ -86,11 +86,14 @@ pub struct Ending {
 
 /// A place where each generation of a VM is won by exactly one claimant.
 pub trait Arbiter: Send {
-    /// Claims a generation. May block for long. `owner` names the claimant to people. A claimant is the pair
-    /// of this process and `owner`. If it repeats a claim, the answer is `Won` again (the first answer may
-    /// have been lost). A restarted process is a new claimant and loses. Generation 1 is that of a new VM.
-    /// Any other can only be won where the generation before it was won: an arbiter that lost its memory
-    /// counts as unreachable, not as new.
+    /// Claims a generation. May block for long.
+    ///
+    /// `owner` names the claimant to people. A claimant is the pair of this process and `owner`. If it
+    /// repeats a claim, the answer is `Won` again (the first answer may have been lost). A restarted process
+    /// is a new claimant and loses.
+    ///
+    /// Generation 1 is that of a new VM. Any other can only be won where the generation before it was won: an
+    /// arbiter that lost its memory counts as unreachable, not as new.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is

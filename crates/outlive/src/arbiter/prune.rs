@@ -1,6 +1,7 @@
-//! Which claims are no longer useful, and how they are removed. There are two kinds: claims that were
-//! superseded long ago, and everything about a VM that has ended. Every winner removes the first kind, so
-//! that an arbiter does not grow; only an operator removes the second.
+//! Which claims are no longer useful, and how they are removed.
+//!
+//! There are two kinds: claims that were superseded long ago, and everything about a VM that has ended. Every
+//! winner removes the first kind, so that an arbiter does not grow; only an operator removes the second.
 
 use std::io;
 use std::time::{Duration, SystemTime};
@@ -22,9 +23,10 @@ pub(super) enum Mode {
     Name,
 }
 
-/// Removes all claims of a VM but the newest [`KEPT`]. Returns their generations. First a durable note says
-/// that they no longer count. Without it, a claimant that was stopped in the middle could win one of them
-/// again; see [`FileArbiter`].
+/// Removes all claims of a VM but the newest [`KEPT`]. Returns their generations.
+///
+/// First a durable note says that they no longer count. Without it, a claimant that was stopped in the middle
+/// could win one of them again; see [`FileArbiter`].
 pub(super) fn superseded(arbiter: &FileArbiter, vm: &VmId, mode: Mode) -> io::Result<Vec<u64>> {
     let names = arbiter.directory.names(&record::vm_name(vm))?;
     let mut generations: Vec<u64> = names.iter().filter_map(|name| record::parse_claim_name(name)).collect();

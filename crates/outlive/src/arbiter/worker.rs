@@ -33,9 +33,10 @@ enum Request {
     NoteEnd { why: String, done: Sender<()> },
 }
 
-/// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else. Dropping
-/// it does not wait: a claim under way continues and may even be won. Its result is still delivered, so
-/// `deliver` must cope with a receiver that is gone.
+/// A thread that makes claims, one at a time, so that a file server that hangs blocks nothing else.
+///
+/// Dropping it does not wait: a claim under way continues and may even be won. Its result is still delivered,
+/// so `deliver` must cope with a receiver that is gone.
 pub struct ClaimWorker {
     requests: Sender<Request>,
     under_way: Arc<Mutex<Option<u64>>>,

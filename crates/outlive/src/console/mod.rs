@@ -6,12 +6,14 @@
 //!                        │ └────────► standard output
 //!        ◄── port ◄── PortInput ◄──── sockets, standard input
 //! ```
+//!
 //! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`:
 //!   those it serves.
-//! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal. The guest
-//!   waits for none of this. A reader that is too slow loses the oldest bytes and is told how many. Outlive
-//!   reads typed input only as fast as the guest takes it. Output is shown as it is printed, before its
-//!   checkpoint is committed: after a takeover the new host may show the last lines once more.
+//! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal.
+//!
+//! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many.
+//! Outlive reads typed input only as fast as the guest takes it. Output is shown as it is printed, before its
+//! checkpoint is committed: after a takeover the new host may show the last lines once more.
 
 mod attach;
 mod client;

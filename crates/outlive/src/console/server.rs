@@ -1,6 +1,7 @@
-//! The thread between the guest's ports and their clients. One `poll` loop serves all. The guest waits for
-//! nothing that it does: output is in the hubs, and a client that does not read loses it; input is read from
-//! clients only as fast as the guest takes it.
+//! The thread between the guest's ports and their clients.
+//!
+//! One `poll` loop serves all. The guest waits for nothing that it does: output is in the hubs, and a client
+//! that does not read loses it; input is read from clients only as fast as the guest takes it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

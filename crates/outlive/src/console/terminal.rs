@@ -15,6 +15,7 @@ pub(crate) const ESCAPE: u8 = 0x1d;
 pub(crate) const TERMINAL_WRITE: usize = 256;
 
 /// A terminal in raw mode: keys come one by one and have no meaning here. Dropping it restores the terminal.
+///
 /// Output is still processed, so that log lines between the guest's lines look right.
 #[derive(Debug)]
 pub(crate) struct RawTerminal {

@@ -15,9 +15,10 @@
 //! 2. The journal is made durable. Several checkpoints are made durable together: at the latest after 50 ms,
 //!    and at once when the guest asked for a flush.
 //! 3. Only then are the images written, in the order of the checkpoints.
-//! 4. Only when the images are durable is the journal emptied. So whatever in an image is not known to be
-//!    durable is still in the journal. The next process that opens the image replays the journal from its
-//!    start; writing the same bytes twice changes nothing.
+//! 4. Only when the images are durable is the journal emptied.
+//!
+//! So whatever in an image is not known to be durable is still in the journal. The next process that opens
+//! the image replays the journal from its start; writing the same bytes twice changes nothing.
 
 mod apply;
 mod blank;

@@ -1,7 +1,8 @@
-//! Whether a standby may overwrite an image with the disk of the VM that a primary introduces. It overwrites
-//! unasked an empty image and what the VM's own line has: an older image of the same VM, or of one that it
-//! descends from. Everything else may be the only copy of something and is left alone, unless an operator has
-//! said `overwrite`.
+//! Whether a standby may overwrite an image with the disk of the VM that a primary introduces.
+//!
+//! It overwrites unasked an empty image and what the VM's own line has: an older image of the same VM, or of
+//! one that it descends from. Everything else may be the only copy of something and is left alone, unless an
+//! operator has said `overwrite`.
 
 use std::fs::File;
 use std::path::Path;

@@ -1,9 +1,10 @@
 //! A standby's disks: one thread compares, writes, journals and applies, so that neither the link nor the
-//! VM's memory ever waits for a disk that is a little slow. Jobs are done in the order in which they came.
-//! The queue is bounded: during base synchronisation by the chunks that were asked for, afterwards by
-//! [`QUEUE_BYTES`](queue::QUEUE_BYTES) and [`QUEUE_TIME`](queue::QUEUE_TIME). Beyond that the applier waits
-//! here. It then acknowledges no further checkpoint, and so slows the guest down; the reader keeps reading
-//! the link meanwhile.
+//! VM's memory ever waits for a disk that is a little slow.
+//!
+//! Jobs are done in the order in which they came. The queue is bounded: during base synchronisation by the
+//! chunks that were asked for, afterwards by [`QUEUE_BYTES`](queue::QUEUE_BYTES) and
+//! [`QUEUE_TIME`](queue::QUEUE_TIME). Beyond that the applier waits here. It then acknowledges no further
+//! checkpoint, and so slows the guest down; the reader keeps reading the link meanwhile.
 
 mod claims;
 mod queue;

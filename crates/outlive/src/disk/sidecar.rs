@@ -25,6 +25,7 @@
 //! host = "hostb"
 //! about = "generation 4 of VM 77aa..., won by standby on host hosta, was given up"
 //! ```
+//!
 //! Because of `process`, a power cut between a won claim and the sidecar's next version leaves no image that
 //! nobody may start: the claim has the token of the process that won it, and the sidecar had that token
 //! before the process could claim.

@@ -1,7 +1,9 @@
-//! The thread that keeps the sidecars of a VM's images up to date. A sidecar says whose an image is; the
-//! image does not need it to be good. So a takeover and the coordinator do not wait for it. They only say
-//! what the sidecars must say, and what cannot be written now, because a file system is full or does not
-//! answer, is written later. Only a thread that is about to spoil an image waits until the sidecar says so.
+//! The thread that keeps the sidecars of a VM's images up to date.
+//!
+//! A sidecar says whose an image is; the image does not need it to be good. So a takeover and the coordinator
+//! do not wait for it. They only say what the sidecars must say, and what cannot be written now, because a
+//! file system is full or does not answer, is written later. Only a thread that is about to spoil an image
+//! waits until the sidecar says so.
 
 use std::fs;
 use std::io;

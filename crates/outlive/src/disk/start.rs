@@ -1,12 +1,16 @@
 //! From images to the VM that is started on them: which VM it is, in which generation, and what other hosts
-//! may no longer go on with. An image with a sidecar belongs to a VM, and that VM goes on: the same id, the
-//! next generation. So a standby that lost its primary and only now reaches the arbiter cannot go on with the
-//! VM as well, and an older image of the VM can be recognised.
+//! may no longer go on with.
+//!
+//! An image with a sidecar belongs to a VM, and that VM goes on: the same id, the next generation. So a
+//! standby that lost its primary and only now reaches the arbiter cannot go on with the VM as well, and an
+//! older image of the VM can be recognised.
 //!
 //! An operator may accept a danger. Where that gives up a part of the VM's line, or nobody can say whether it
 //! does, a *new* VM begins, with the image's VM as its ancestor. Generations of one VM are a line without
 //! forks; images of the part that was given up then belong to a different VM, and no standby overwrites them
-//! unasked. The order in [`Start::carry_out`] makes a power cut at any point harmless: see the comments.
+//! unasked.
+//!
+//! The order in [`Start::carry_out`] makes a power cut at any point harmless: see the comments.
 
 use std::path::{Path, PathBuf};
 

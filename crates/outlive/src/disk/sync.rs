@@ -1,9 +1,11 @@
 //! The primary's side of the base synchronisation of disks. It has its own thread: reading and hashing may
-//! wait for a disk, the link's heartbeats may not. Every round is the same dialogue: the primary sends the
-//! sums of a *window* of chunks, the standby answers which of them it wants, and the primary sends those
-//! chunks. The first round covers the whole disk, the later ones what the guest wrote meanwhile. The standby
-//! answers in the order of its work, after it has written the chunks of the windows before; so the windows
-//! not yet answered bound everything that is on its way, and no more are ever sent.
+//! wait for a disk, the link's heartbeats may not.
+//!
+//! Every round is the same dialogue: the primary sends the sums of a *window* of chunks, the standby answers
+//! which of them it wants, and the primary sends those chunks. The first round covers the whole disk, the
+//! later ones what the guest wrote meanwhile. The standby answers in the order of its work, after it has
+//! written the chunks of the windows before; so the windows not yet answered bound everything that is on its
+//! way, and no more are ever sent.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -1,7 +1,8 @@
-//! The coordinator: the thread on which the VM's side of the protection happens. It takes checkpoints when
-//! the policy says so, runs the base synchronisation, and does what the decisions demand. It waits for one
-//! thing at a time: a message, the state machine's next deadline, or the time that the policy has named; it
-//! holds no lock while it waits.
+//! The coordinator: the thread on which the VM's side of the protection happens.
+//!
+//! It takes checkpoints when the policy says so, runs the base synchronisation, and does what the decisions
+//! demand. It waits for one thing at a time: a message, the state machine's next deadline, or the time that
+//! the policy has named; it holds no lock while it waits.
 //!
 //! ```text
 //! capture.rs   when an epoch ends, and the pause

@@ -1,8 +1,9 @@
-//! The driver of the primary's decisions, shared by all threads. One lock covers the state machine and its
-//! ports, so actions are carried out in the order of the decisions, whichever thread brought the event.
-//! Nothing under the lock makes a system call that could wait, because the VM's pause waits for the lock.
-//! What takes time is done after the lock is dropped: above all, the thread that read the acknowledgement
-//! sends the committed epoch's output.
+//! The driver of the primary's decisions, shared by all threads.
+//!
+//! One lock covers the state machine and its ports, so actions are carried out in the order of the decisions,
+//! whichever thread brought the event. Nothing under the lock makes a system call that could wait, because
+//! the VM's pause waits for the lock. What takes time is done after the lock is dropped: above all, the
+//! thread that read the acknowledgement sends the committed epoch's output.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,6 +1,7 @@
-//! The buffers that hold the checkpoints of one protection between the pause and the link. The state machine
-//! decides how many checkpoints may be in flight. A buffer returns here once it is sent, before its
-//! checkpoint is acknowledged; only a checkpoint that goes out in parts uses more than one.
+//! The buffers that hold the checkpoints of one protection between the pause and the link.
+//!
+//! The state machine decides how many checkpoints may be in flight. A buffer returns here once it is sent,
+//! before its checkpoint is acknowledged; only a checkpoint that goes out in parts uses more than one.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

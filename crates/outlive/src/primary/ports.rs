@@ -1,4 +1,5 @@
 //! What the primary's decisions reach: the link, the machine's valve, the arbiter, and the coordinator.
+//!
 //! Everything here runs under the driver's lock, and the pause waits for that lock. So it only queues work
 //! for other threads and gives orders to the valve, which write a few atomic words. See
 //! [`outlive_pair::driver`].

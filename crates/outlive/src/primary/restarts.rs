@@ -1,6 +1,7 @@
-//! How often a guest restarts: a guest that does nothing else is slowed down. A restart copies the kernel
-//! within the VM's memory, which dirties a whole epoch's worth of pages, so a guest that cannot boot would
-//! keep both hosts busy forever.
+//! How often a guest restarts: a guest that does nothing else is slowed down.
+//!
+//! A restart copies the kernel within the VM's memory, which dirties a whole epoch's worth of pages, so a
+//! guest that cannot boot would keep both hosts busy forever.
 
 use std::time::{Duration, Instant};
 

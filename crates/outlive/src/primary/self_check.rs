@@ -3,11 +3,14 @@
 //!
 //! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and
 //! checkpoints go on, in this order:
+//!
 //! 1. The disks are drained: requests in flight are completed and logged, and no new ones begin.
 //! 2. Their images are hashed.
 //! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the
 //!    standby has when it has applied the logs up to this one is what was hashed.
-//! 4. The disks continue. The guest's requests wait from 1 to 4; nothing else waits.
+//! 4. The disks continue.
+//!
+//! The guest's requests wait from 1 to 4; nothing else waits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

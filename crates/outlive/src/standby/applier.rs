@@ -1,5 +1,6 @@
 //! The thread that owns a session's copy: it tries the base, applies acknowledged checkpoints, and throws the
 //! copy away or hands it over at the end. It does one thing after the other, in the order of the decisions.
+//!
 //! The acknowledgement is sent before the apply, because the guest's clients wait for it, and the commit does
 //! not depend on where in this host's memory the checkpoint is. An acknowledged checkpoint is applied
 //! completely, whatever happens to the link meanwhile, so the copy only ever moves from one committed

@@ -5,11 +5,14 @@
 //!                                       │  ▲
 //!                                       └──┘ tried, the base only
 //! ```
+//!
 //! A primary has at most `slots` unacknowledged checkpoints in flight, and one more is being applied: with
 //! `slots + 1` buffers the reader always finds one, whatever the applier does. Their memory is bounded too:
 //! buffers grow with the checkpoints, but all together hold at most two of the largest kind. Only a third one
-//! of that kind makes the reader wait. Everything here takes a few instructions. Only the reader and the
-//! applier drop large memory, never a thread that decides.
+//! of that kind makes the reader wait.
+//!
+//! Everything here takes a few instructions. Only the reader and the applier drop large memory, never a
+//! thread that decides.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

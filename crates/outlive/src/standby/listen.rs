@@ -1,4 +1,5 @@
 //! The standby's port: it hears every connection, and refuses all but the one primary that belongs here.
+//!
 //! Every connection has its own thread until it is accepted or refused, so that a silent connection cannot
 //! keep the primary out; their number is bounded.
 

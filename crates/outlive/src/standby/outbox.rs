@@ -1,9 +1,10 @@
-//! What a standby says to one peer: queued by the thread that decides, written later. Queuing copies a few
-//! bytes, so it is done under the lock of the decisions, and the order of the decisions is the order on the
-//! wire. Writing is a system call, so the thread that brought the event does it after dropping that lock: no
-//! thread must be woken while a guest's clients wait for an acknowledgement. The write never waits. Bytes
-//! that do not fit into the socket stay here until the next write, a heartbeat at the latest; a peer that
-//! reads nothing for long is given up.
+//! What a standby says to one peer: queued by the thread that decides, written later.
+//!
+//! Queuing copies a few bytes, so it is done under the lock of the decisions, and the order of the decisions
+//! is the order on the wire. Writing is a system call, so the thread that brought the event does it after
+//! dropping that lock: no thread must be woken while a guest's clients wait for an acknowledgement. The write
+//! never waits. Bytes that do not fit into the socket stay here until the next write, a heartbeat at the
+//! latest; a peer that reads nothing for long is given up.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,6 +1,7 @@
-//! A channel whose receiver comes later, or changes. From the moment when it is made, a machine reports
-//! events and an operator may want it stopped. The coordinator that listens to both comes later, and at a
-//! takeover it is a different one.
+//! A channel whose receiver comes later, or changes.
+//!
+//! From the moment when it is made, a machine reports events and an operator may want it stopped. The
+//! coordinator that listens to both comes later, and at a takeover it is a different one.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

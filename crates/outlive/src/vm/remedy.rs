@@ -71,8 +71,8 @@ mod tests {
     #[test]
     fn what_lacks_memory_names_the_option_and_nothing_else_does() {
         let size = outlive_machine::ranges(5).unwrap_err();
-        let line = "guest memory of 5 bytes is not possible: it is a multiple of 1 MiB, from 32 MiB to 64 TiB: \
-                    give --memory such a size";
+        let line = "guest memory cannot have 5 bytes: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB: give \
+                    --memory such a size";
         assert_eq!(size.with_remedy(), line);
         assert_eq!(CreateError::from(size).with_remedy(), line);
         let linux = |error: LinuxBootError| StartLinuxError::from(error).with_remedy();
