@@ -6,7 +6,10 @@ pub use error::IncomingError;
 
 use crate::codec::{PageEntry, with_data};
 use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateBuf, StateSection, UncheckedRecords};
-use crate::wire::{CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section};
+use crate::wire::{
+    ChangeError, CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section, SectionKind,
+    StateChanges,
+};
 
 /// Bytes of each kind that a buffer keeps when it is reset: an ordinary checkpoint needs no allocation, and
 /// an extraordinary one, as large as all memory, is not kept several times over.
@@ -64,6 +67,8 @@ pub struct Incoming {
     entries: Vec<PageEntry>,
     data: Vec<u8>,
     state: StateBuf,
+    /// The state of the checkpoint before, where it is known.
+    before: StateBuf,
     /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away
     /// with them.
     writes: RecordBuf,
@@ -98,6 +103,7 @@ impl Incoming {
             entries: Vec::new(),
             data: Vec::new(),
             state: reserve_state(&limits)?,
+            before: StateBuf::default(),
             writes: RecordBuf::default(),
             disks: Vec::new(),
             seen: zeroed(seen_len)?,
@@ -129,12 +135,23 @@ impl Incoming {
         empty(&mut self.entries);
         empty(&mut self.data);
         self.state.clear();
+        self.before.clear();
         self.writes.clear();
         self.phase = Phase::Idle;
     }
 
+    /// Says what the state was in the checkpoint before the one that is due, so that this one may tell only
+    /// what has changed. To be called after the reset: a reset forgets it.
+    ///
+    /// # Errors
+    /// [`IncomingError::Memory`].
+    pub fn follow(&mut self, before: &StateBuf) -> Result<(), IncomingError> {
+        let bytes = before.len() as u64;
+        self.before.try_copy_from(before).map_err(|_| IncomingError::Memory { bytes })
+    }
+
     /// Takes one section of the checkpoint; `message` is what it was parsed to. Returns whether the
-    /// checkpoint is whole. `CheckpointBegin`, `Pages`, `State`, `DiskWrites` and `CheckpointEnd` belong
+    /// checkpoint is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites` and `CheckpointEnd` belong
     /// here, anything else is refused.
     ///
     /// # Errors
@@ -177,6 +194,7 @@ impl Incoming {
                 Phase::Open,
                 Message::Pages(_)
                 | Message::State { .. }
+                | Message::StateChanges(_)
                 | Message::DiskWrites { .. }
                 | Message::CheckpointEnd(_),
             ) => None,
@@ -192,6 +210,7 @@ impl Incoming {
             Message::CheckpointBegin(begin) => self.begin(begin)?,
             Message::Pages(pages) => self.pages(pages)?,
             Message::State { checkpoint, state } => self.state(*checkpoint, state)?,
+            Message::StateChanges(changes) => self.state_changes(changes)?,
             Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, *writes)?,
             Message::CheckpointEnd(end) => {
                 self.end(end)?;
@@ -283,6 +302,34 @@ impl Incoming {
             return Err(IncomingError::DuplicateState { kind, index, number });
         }
         self.state.push(*state);
+        Ok(())
+    }
+
+    fn state_changes(&mut self, changes: &StateChanges<'_>) -> Result<(), IncomingError> {
+        let CheckpointBegin { number, state_bytes: announced, .. } = self.begin;
+        if changes.checkpoint != number {
+            return Err(IncomingError::Number { expected: number, found: changes.checkpoint });
+        }
+        let place = match (self.before.is_empty(), self.state.is_empty()) {
+            (true, _) => Some("without a checkpoint before it"),
+            (_, false) => Some("behind other state"),
+            (false, true) => None,
+        };
+        if let Some(place) = place {
+            return Err(IncomingError::Order { kind: SectionKind::StateChanges, place });
+        }
+        changes.apply(&self.before, &mut self.state).map_err(|error| {
+            let (kind, index, what) = match error {
+                ChangeError::NoSection(kind, index) => (kind, index, "there is none, or not in this place"),
+                ChangeError::Outside(kind, index) => (kind, index, "they are not within it"),
+            };
+            IncomingError::Changes { number, kind, index, what }
+        })?;
+        let found = self.state.len();
+        if found > announced as usize {
+            let found = found as u32;
+            return Err(IncomingError::Totals { number, what: "bytes of state", expected: announced, found });
+        }
         Ok(())
     }
 

@@ -30,7 +30,7 @@
 //!     end
 //!     loop checkpoints; the first one has the flag base_final
 //!         P->>S: CheckpointBegin {generation, number, totals, flags}
-//!         P->>S: Pages, State, DiskWrites ...
+//!         P->>S: Pages, State, StateChanges, DiskWrites ...
 //!         P->>S: CheckpointEnd {number, stamp, totals, chain}
 //!         S->>P: Ack {generation, number, stamp}
 //!     end
@@ -73,6 +73,13 @@
 //!
 //! [`codec::PageWriter`] chooses; the rule by which it may do so is in [`codec`]. From version 4 of the stream on
 //! the beginning of a checkpoint so says how many pages follow at most, and the end how many there were.
+//!
+//! # State
+//!
+//! The standby keeps the state of the last checkpoint. `StateChanges` (from version 4 of the stream on) has what
+//! has changed of it since: for each section that differs the runs of bytes, or all of it when its length or
+//! version is another one. A section that is the same is not mentioned. The totals of a checkpoint count its state
+//! as it is then, so they also say whether the changes were made to the right one.
 //!
 //! # Stamps
 //!

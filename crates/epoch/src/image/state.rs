@@ -32,6 +32,12 @@ impl StateKind {
         Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 
+    /// Whether the standby keeps it from one checkpoint to the next, so that it is not sent again while it stays
+    /// as it is. What is constant is kept in another way, and a check is of one checkpoint.
+    pub const fn is_kept(self) -> bool {
+        !matches!(self, Self::VcpuConstant | Self::Check)
+    }
+
     /// Most bytes of one section.
     pub const fn limit(self) -> usize {
         match self {
@@ -115,12 +121,36 @@ impl StateBuf {
         self.spans.clear();
     }
 
+    /// Makes it a copy of another table. Allocates only if there is not the room.
+    ///
+    /// # Errors
+    /// When there is not so much memory; it is empty then.
+    pub fn try_copy_from(&mut self, other: &Self) -> Result<(), TryReserveError> {
+        self.clear();
+        self.bytes.try_reserve(other.bytes.len())?;
+        self.spans.try_reserve(other.spans.len())?;
+        self.bytes.extend_from_slice(&other.bytes);
+        self.spans.extend_from_slice(&other.spans);
+        Ok(())
+    }
+
     /// Adds a copy of a section. Allocates only if there is not the room that was asked for.
     pub fn push(&mut self, section: StateSection<'_>) {
         let StateSection { kind, version, index, bytes } = section;
         debug_assert!(bytes.len() <= kind.limit(), "{} bytes of {kind:?}", bytes.len());
         self.spans.push(Span { kind, version, index, start: self.bytes.len(), len: bytes.len() });
         self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Overwrites a part of the section that was added last. False if the part is not within it.
+    pub(crate) fn patch_last(&mut self, at: usize, bytes: &[u8]) -> bool {
+        let Some(&Span { start, len, .. }) = self.spans.last() else { return false };
+        let Some(to) = self.bytes[start..start + len].get_mut(at..).and_then(|to| to.get_mut(..bytes.len()))
+        else {
+            return false;
+        };
+        to.copy_from_slice(bytes);
+        true
     }
 
     /// Every section, in the order in which they were added.

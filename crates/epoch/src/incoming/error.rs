@@ -115,6 +115,18 @@ pub enum IncomingError {
         /// The checkpoint's number.
         number: u64,
     },
+    /// Changes of the state do not fit the state of the checkpoint before.
+    #[error("checkpoint {number} has changes of state section {kind:?} {index}, but {what}")]
+    Changes {
+        /// The checkpoint's number.
+        number: u64,
+        /// The section's kind.
+        kind: StateKind,
+        /// The section's index.
+        index: u16,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// Beginning, content and end do not agree.
     #[error("checkpoint {number} has {found} {what}; {expected} were due")]
     Totals {

@@ -72,6 +72,8 @@ pub struct Encoder {
     stream: ProtocolVersion,
     sequence: u64,
     pub(super) open: Option<Open>,
+    /// Where a payload is put together that may turn out to be too long.
+    pub(super) scratch: Vec<u8>,
 }
 
 impl Default for Encoder {
@@ -88,7 +90,7 @@ impl Encoder {
 
     /// The encoder of a new connection, in this version. The preface must name the same.
     pub fn speaking(stream: ProtocolVersion) -> Self {
-        Self { stream, sequence: 0, open: None }
+        Self { stream, sequence: 0, open: None, scratch: Vec::new() }
     }
 
     /// Goes on in the version that was agreed on, not inside a checkpoint.

@@ -77,6 +77,11 @@ impl<'a> Fields<'a> {
         self.rest.len()
     }
 
+    /// Everything that is left, which stays.
+    pub(crate) fn peek(&self) -> &'a [u8] {
+        self.rest
+    }
+
     /// Everything that is left.
     pub(crate) fn rest(self) -> &'a [u8] {
         self.rest

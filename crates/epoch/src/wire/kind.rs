@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::disk_sums::DISK_SUM_LEN;
 use super::version::ProtocolVersion;
-use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state};
+use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state, state_changes};
 use crate::image::limits::{MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
 /// Who sent a section.
@@ -61,11 +61,13 @@ pub enum SectionKind {
     DiskWant = 15,
     /// Chunks of a disk of the base synchronisation; written at once.
     DiskBlocks = 16,
+    /// What of the state has changed since the checkpoint before; from version 4 of the stream on.
+    StateChanges = 17,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -82,6 +84,7 @@ impl SectionKind {
         Self::DiskSums,
         Self::DiskWant,
         Self::DiskBlocks,
+        Self::StateChanges,
     ];
 
     /// The kind with this number.
@@ -96,7 +99,7 @@ impl SectionKind {
 
     /// The oldest version of the payload that is read.
     pub fn oldest_version(self) -> u16 {
-        self.version_in(ProtocolVersion::OLDEST)
+        self.version_in(ProtocolVersion::OLDEST).max(1)
     }
 
     /// The version of the payload in a stream of this version.
@@ -123,6 +126,8 @@ impl SectionKind {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
             },
+            // 0: there is none.
+            Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
             // 2: totals of disk writes. (In a stream of version 4 the beginning's number of pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
             _ => 1,
@@ -139,6 +144,7 @@ impl SectionKind {
             Self::CheckpointBegin => checkpoint::BEGIN_LEN,
             Self::CheckpointEnd => checkpoint::END_LEN,
             Self::State => state::HEAD_LEN + MAX_VCPU_STATE,
+            Self::StateChanges => state_changes::MOST_BYTES,
             Self::Ack => ack::LEN,
             Self::Heartbeat => heartbeat::LEN,
             Self::End | Self::Leave => end::LEN,
@@ -158,6 +164,7 @@ impl SectionKind {
             | Self::CheckpointBegin
             | Self::Pages
             | Self::State
+            | Self::StateChanges
             | Self::CheckpointEnd
             | Self::DiskWrites
             | Self::DiskSums

@@ -12,6 +12,7 @@ use super::kind::SectionKind;
 use super::pages::Pages;
 use super::refuse::Refuse;
 use super::section::Section;
+use super::state_changes::StateChanges;
 use super::{disk_writes, end, heartbeat, state};
 use crate::image::{StateSection, UncheckedRecords};
 
@@ -37,6 +38,8 @@ pub enum Message<'a> {
         /// The section.
         state: StateSection<'a>,
     },
+    /// See [`StateChanges`].
+    StateChanges(StateChanges<'a>),
     /// Writes to disks in the open checkpoint.
     DiskWrites {
         /// The checkpoint's number.
@@ -97,6 +100,7 @@ impl<'a> Message<'a> {
                 let (checkpoint, state) = state::parse(payload)?;
                 Self::State { checkpoint, state }
             }
+            SectionKind::StateChanges => Self::StateChanges(StateChanges::parse(payload)?),
             SectionKind::DiskWrites => {
                 let (checkpoint, writes) = disk_writes::parse(kind, payload)?;
                 Self::DiskWrites { checkpoint, writes }
@@ -125,6 +129,7 @@ impl<'a> Message<'a> {
             Self::CheckpointBegin(_) => SectionKind::CheckpointBegin,
             Self::Pages(_) => SectionKind::Pages,
             Self::State { .. } => SectionKind::State,
+            Self::StateChanges(_) => SectionKind::StateChanges,
             Self::DiskWrites { .. } => SectionKind::DiskWrites,
             Self::CheckpointEnd(_) => SectionKind::CheckpointEnd,
             Self::DiskSums(_) => SectionKind::DiskSums,

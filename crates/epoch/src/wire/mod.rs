@@ -19,6 +19,7 @@ mod reader;
 mod refuse;
 mod section;
 mod state;
+mod state_changes;
 mod version;
 
 pub use accept::Accept;
@@ -36,4 +37,6 @@ pub use pages::Pages;
 pub use reader::SectionReader;
 pub use refuse::{Refuse, RefuseCode};
 pub use section::{HEADER_LEN, Section, SectionHeader};
+pub(crate) use state_changes::ChangeError;
+pub use state_changes::StateChanges;
 pub use version::{PREFACE_LEN, Preface, ProtocolVersion, VersionRange};

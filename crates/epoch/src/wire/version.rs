@@ -61,7 +61,8 @@ pub enum ProtocolVersion {
     /// Everything else is as in 2.
     V3 = 3,
     /// 4: pages of checkpoints may be written as granules, the beginning of a checkpoint says how many pages
-    /// follow at most, and pages that have not changed since they were sent last do not follow.
+    /// follow at most, and pages that have not changed since they were sent last do not follow. Of the state what
+    /// has changed may be sent.
     V4 = 4,
 }
 

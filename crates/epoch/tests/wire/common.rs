@@ -4,7 +4,7 @@ use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
     PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf, SectionReader,
-    StateKind, StateSection, UncheckedRecords, VersionRange, VmId,
+    StateBuf, StateKind, StateSection, UncheckedRecords, VersionRange, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -131,6 +131,25 @@ impl Content {
 
     /// Appends the checkpoint to a stream, `per_section` pages in a section, a heartbeat in the middle.
     pub(crate) fn encode(&self, encoder: &mut Encoder, out: &mut Vec<u8>, per_section: usize) {
+        self.encode_after(None, encoder, out, per_section);
+    }
+
+    fn state(&self) -> StateBuf {
+        let mut table = StateBuf::default();
+        for (kind, version, index, bytes) in &self.state {
+            table.push(StateSection { kind: *kind, version: *version, index: *index, bytes });
+        }
+        table
+    }
+
+    /// The same behind another checkpoint: of the state only what has changed, if that can be.
+    fn encode_after(
+        &self,
+        before: Option<&Content>,
+        encoder: &mut Encoder,
+        out: &mut Vec<u8>,
+        per_section: usize,
+    ) {
         let begin = CheckpointBegin {
             generation: GENERATION,
             number: self.number,
@@ -157,7 +176,10 @@ impl Content {
             out.extend_from_slice(&data);
         }
         encoder.heartbeat(out, 77);
-        for (kind, version, index, bytes) in &self.state {
+        let before = before.map(Content::state).unwrap_or_default();
+        let changes = encoder.state_changes(out, &before, &self.state()).unwrap();
+        let rest = self.state.iter().filter(|(kind, ..)| !(changes && kind.is_kept()));
+        for (kind, version, index, bytes) in rest {
             let state = StateSection { kind: *kind, version: *version, index: *index, bytes };
             encoder.state_head(out, &state).unwrap();
             out.extend_from_slice(bytes);
@@ -229,7 +251,9 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
             Ok(false) => {}
             Ok(true) => {
                 let content = Content::of(&incoming).unwrap();
+                let state = incoming.checkpoint().unwrap().state().clone();
                 incoming.reset(Expect::Number(content.number + 1));
+                incoming.follow(&state).unwrap();
                 done.push(content);
             }
             Err(error) => {
@@ -253,6 +277,9 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     let mut contents = vec![Content::new(40, base_final, &[5, 0x10_0003, 10]), Content::new(41, last, &[15])];
     if version >= ProtocolVersion::V4 {
         contents[1].pages.extend([(0x10_0003, Some(granules())), (16, Some(vec![0; 8]))]);
+        contents[1].state[0].3[7] = 9;
+        contents[1].state[1].3 = vec![0xa6; 12];
+        contents[1].state.push((StateKind::Check, 1, 0, vec![5; 6]));
     }
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();
@@ -267,7 +294,8 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
     encoder.disk_blocks_head(&mut out, 1, block.records()).unwrap();
     out.extend_from_slice(block.records().bytes());
     encoder.base_pages_head(&mut out, 1, [PageEntry::zero(0), PageEntry::zero(2)].into_iter(), &[]).unwrap();
-    contents.iter().for_each(|content| content.encode(&mut encoder, &mut out, 2));
+    contents[0].encode(&mut encoder, &mut out, 2);
+    contents[1].encode_after(Some(&contents[0]), &mut encoder, &mut out, 2);
     encoder.end(&mut out, outlive_epoch::EndReason::PowerOff);
     (out, contents)
 }

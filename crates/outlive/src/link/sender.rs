@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use outlive_dirty::Gfn;
 use outlive_epoch::{
     CheckpointBegin, CodecCounts, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION,
-    PageCodec, PageEntry, PageWriter, Preface, ProtocolVersion, RecordBuf, squeeze_zero_pages,
+    PageCodec, PageEntry, PageWriter, Preface, ProtocolVersion, RecordBuf, StateBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
@@ -140,6 +140,7 @@ impl Sender {
             pages: PageWriter::plain(),
             remembers: false,
             entries: Vec::with_capacity(MAX_PAGES_PER_SECTION),
+            state: StateBuf::default(),
             unchanged: Vec::new(),
             heads: Vec::with_capacity(1 << 20),
             cuts: Vec::with_capacity(64),
@@ -232,6 +233,8 @@ struct Work<R> {
     remembers: bool,
     /// Of the section that is being put together.
     entries: Vec<PageEntry>,
+    /// The state that was sent last; empty before the first checkpoint of a base.
+    state: StateBuf,
     /// Places of pages of the checkpoint that had not changed.
     unchanged: Vec<usize>,
     /// Everything but page data, for one write.
@@ -329,6 +332,7 @@ impl<R: Fn(SenderReport)> Work<R> {
     /// A base begins: from here on the standby's memory is what this connection carries.
     fn remember(&mut self, ram: &Ram) {
         self.pages.forget();
+        self.state.clear();
         if self.remembers || !self.encoder.stream().has_codec(PageCodec::Granules) {
             return;
         }
@@ -394,12 +398,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         }
         self.pages(&mut part.staging)?;
         let data = part.staging.page_bytes();
-        for section in part.staging.state().sections() {
-            self.make_room(section.bytes.len(), data)?;
-            self.encoder.state_head(&mut self.heads, &section)?;
-            self.heads.extend_from_slice(section.bytes);
-            self.batched += section.bytes.len();
-        }
+        self.state(part.staging.state(), data)?;
         self.disk_writes(part.staging.disk_writes(), data)?;
         if part.last {
             let stamp = self.stamp();
@@ -409,6 +408,27 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.unchanged.drain(..).for_each(|place| part.staging.unchanged(place));
         (self.report)(SenderReport::Written(self.pages.take_counts()));
         self.beat_if_due()
+    }
+
+    /// The state of a checkpoint: what has changed of it, or all. It stands with its first part.
+    fn state(&mut self, state: &StateBuf, data: &[u8]) -> Result<(), SendError> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        let before = self.heads.len();
+        let changes = self.encoder.state_changes(&mut self.heads, &self.state, state)?;
+        self.batched += self.heads.len() - before;
+        for section in state.sections().filter(|section| !(changes && section.kind.is_kept())) {
+            self.make_room(section.bytes.len(), data)?;
+            self.encoder.state_head(&mut self.heads, &section)?;
+            self.heads.extend_from_slice(section.bytes);
+            self.batched += section.bytes.len();
+        }
+        if self.state.try_copy_from(state).is_err() {
+            // Then the next one is sent whole.
+            self.state.clear();
+        }
+        Ok(())
     }
 
     /// The pages of a checkpoint, written down where they stand. The last of them may wait there.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outlive_epoch::{
-    Checkpoint, CheckpointBegin, Expect, Message, PAGE_SIZE, ReadError, SectionReader, StateKind,
+    Checkpoint, CheckpointBegin, Expect, Message, PAGE_SIZE, ReadError, SectionReader, StateBuf, StateKind,
     StateSection,
 };
 use outlive_machine::{Ram, StateShape};
@@ -45,6 +45,8 @@ pub(super) struct SessionReader {
     sections: SectionReader,
     filling: Option<Held>,
     expect: Expect,
+    /// The state of the last whole checkpoint: the next one may tell only what has changed.
+    state: StateBuf,
     admitted: Admitted,
 }
 
@@ -66,7 +68,16 @@ impl SessionReader {
         sections: SectionReader,
         admitted: Admitted,
     ) -> Self {
-        Self { decisions, link, from, sections, filling: None, expect: Expect::Base, admitted }
+        Self {
+            decisions,
+            link,
+            from,
+            sections,
+            filling: None,
+            expect: Expect::Base,
+            state: StateBuf::default(),
+            admitted,
+        }
     }
 
     /// Serves the link until it ends.
@@ -119,12 +130,13 @@ impl SessionReader {
             Message::CheckpointBegin(_)
             | Message::Pages(_)
             | Message::State { .. }
+            | Message::StateChanges(_)
             | Message::DiskWrites { .. }
             | Message::CheckpointEnd(_) => {
                 if let Message::CheckpointBegin(begin) = &message
                     && self.filling.is_none()
                 {
-                    self.filling = Some(begin_filling(&handover.0, begin, self.expect)?);
+                    self.filling = Some(begin_filling(&handover.0, begin, self.expect, &self.state)?);
                 }
                 let Some(held) = &mut self.filling else {
                     return Err(End::Bad(format!("a {:?} section outside a checkpoint", message.kind())));
@@ -149,6 +161,9 @@ impl SessionReader {
         // `push` said that it is whole.
         let Some(checkpoint) = held.buffer.checkpoint() else { return Ok(()) };
         self.check(&checkpoint).map_err(End::Bad)?;
+        if self.state.try_copy_from(checkpoint.state()).is_err() {
+            return Err(End::Bad("no memory for the state of a checkpoint".into()));
+        }
         let event = Event::Staged {
             link: self.link,
             checkpoint: checkpoint.number(),
@@ -175,7 +190,12 @@ impl SessionReader {
 }
 
 /// Gets a buffer for a new checkpoint.
-fn begin_filling(handover: &Handover, begin: &CheckpointBegin, expect: Expect) -> Result<Held, End> {
+fn begin_filling(
+    handover: &Handover,
+    begin: &CheckpointBegin,
+    expect: Expect,
+    before: &StateBuf,
+) -> Result<Held, End> {
     let CheckpointBegin { pages, state_bytes, disk_bytes, .. } = *begin;
     let bytes = u64::from(pages) * PAGE_SIZE as u64 + u64::from(state_bytes) + u64::from(disk_bytes);
     let mut held = handover.take(bytes).map_err(|why| match why {
@@ -183,5 +203,6 @@ fn begin_filling(handover: &Handover, begin: &CheckpointBegin, expect: Expect) -
         NoBuffer::Overrun => End::Bad("more checkpoints in flight than were agreed on".into()),
     })?;
     held.buffer.reset(expect);
+    held.buffer.follow(before).map_err(|error| End::Bad(error.to_string()))?;
     Ok(held)
 }
