@@ -63,6 +63,7 @@
 //!         BaseSync --> Alone: link lost (nobody else can run the VM)
 //!         BaseSync --> Guarding: base-final captured, output held
 //!         Guarding --> Arbitrating: link lost, standby left
+//!         Guarding --> Alone: standby left and has handed its right over
 //!         Arbitrating --> Alone: won g+1, output released
 //!         Arbitrating --> Fenced: lost
 //!         Guarding --> Over: last checkpoint acknowledged
@@ -79,7 +80,10 @@
 //!         Settling --> Ended: failed (nothing was claimed)
 //!         Claiming --> TakenOver: won g+1
 //!         Claiming --> Ended: lost
-//!         Committed --> Ended: orderly end, stop (after the last commit is applied)
+//!         Committed --> Ended: orderly end (after the last commit is applied)
+//!         Committed --> Releasing: stop
+//!         Releasing --> Ended: what is left of the copy says so, leave
+//!         Releasing --> Settling: link lost
 //!     }
 //! ```
 //!

@@ -26,6 +26,7 @@ pub(crate) enum Bug {
     BeatsWithoutProgress,
     StampsWithoutProgress,
     AnyThreadClaims,
+    LeaveBeforePromise,
     // Of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

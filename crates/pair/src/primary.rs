@@ -4,7 +4,7 @@ mod types;
 
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode};
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::{Planted, planted};
@@ -245,6 +245,7 @@ impl Primary {
             Event::Ack { link, generation, checkpoint, stamp } => {
                 self.ack(link, generation, checkpoint, stamp, out)
             }
+            Event::Leave { link, reason: LeaveReason::Released } => self.released(link, out),
             Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
         }
@@ -555,6 +556,20 @@ impl Primary {
                 self.state = State::Arbitrating(claim);
             }
             _ => {}
+        }
+    }
+
+    /// The standby has left and handed its right over: nobody else can run the VM, so it goes on at once, in
+    /// the same generation, and nobody is asked.
+    fn released(&mut self, link: Link, out: &mut Vec<Action>) {
+        let why = LossReason::Left(LeaveReason::Released);
+        match &self.state {
+            State::Guarding(attached, _) if attached.link == link => {
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: false }));
+                self.go_on_alone(self.generation, out);
+            }
+            _ => self.link_lost(link, why, out),
         }
     }
 

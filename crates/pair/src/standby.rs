@@ -6,7 +6,7 @@ mod types;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, RefuseCode, VmId};
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
 
 use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
@@ -41,6 +41,10 @@ struct Staged {
     flags: CheckpointFlags,
 }
 
+/// How long an orderly stop waits until what is left of the copy says that it was given up. Without that the
+/// primary has to ask the arbiter.
+const RELEASE: Duration = Duration::from_secs(5);
+
 /// The committed checkpoint: acknowledged, and applied or being applied.
 #[derive(Debug, Clone, Copy)]
 struct Committed {
@@ -65,6 +69,9 @@ enum State {
     Committed {
         attached: Attached,
         committed: Committed,
+        /// The operator wants this side stopped: nothing more is acknowledged, and until then the copy may take
+        /// to say that it was given up. Should the primary die meanwhile, this side still takes over.
+        releasing: Option<Duration>,
     },
     /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation
     /// is won leaves a VM that runs nowhere, perhaps although the other side is in the best of health.
@@ -197,6 +204,9 @@ impl Standby {
         match &self.state {
             // Nothing is due; it is the sign that the thread waits.
             State::Listening => Some(self.ticked + self.config.timing.dead_after / 2),
+            State::Committed { attached, releasing: Some(until), .. } => {
+                Some(attached.deadline().min(*until))
+            }
             State::Base(attached) | State::Committed { attached, .. } => Some(attached.deadline()),
             State::Claiming { claim, .. } => claim.deadline(),
             _ => None,
@@ -223,6 +233,7 @@ impl Standby {
             Event::Applied { link, checkpoint } => self.applied(link, checkpoint, out),
             Event::Settled { link, checkpoint } => self.settled(link, checkpoint, out),
             Event::Discarded { link } => self.discarded(link),
+            Event::Released { link, result } => self.released(link, result, out),
             Event::End { link, reason } => self.end(link, reason, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::BadStream { link, why } => self.bad_stream(link, why, out),
@@ -261,6 +272,11 @@ impl Standby {
         {
             let (link, silent) = (attached.link, self.now - attached.heard);
             self.link_lost(link, LossReason::Silent(silent), out);
+        }
+        if let State::Committed { releasing: Some(until), .. } = &self.state
+            && self.now >= *until
+        {
+            self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out);
         }
     }
 
@@ -332,7 +348,7 @@ impl Standby {
     fn staged(&mut self, link: Link, staged: Staged, out: &mut Vec<Action>) {
         let (due, committed) = match &self.state {
             State::Base(attached) if attached.link == link => (attached.is_due(None, staged), None),
-            State::Committed { attached, committed } if attached.link == link => {
+            State::Committed { attached, committed, .. } if attached.link == link => {
                 (attached.is_due(Some(committed), staged), Some(*committed))
             }
             _ => return,
@@ -373,6 +389,9 @@ impl Standby {
     /// memory the checkpoint is.
     fn commit(&mut self, out: &mut Vec<Action>) {
         let first = matches!(self.state, State::Base(_));
+        if matches!(self.state, State::Committed { releasing: Some(_), .. }) {
+            return;
+        }
         let Some(attached) = self.attached() else { return };
         let (link, generation, stamp) = (attached.link, attached.generation, attached.stamp);
         let Some(Staged { checkpoint, flags }) = self.attached_mut(link).and_then(|it| it.staged.pop_front())
@@ -388,16 +407,19 @@ impl Standby {
         if let State::Base(attached) | State::Committed { attached, .. } =
             std::mem::replace(&mut self.state, State::Over)
         {
-            self.state = State::Committed { attached, committed };
+            self.state = State::Committed { attached, committed, releasing: None };
         }
     }
 
     fn applied(&mut self, from: Link, checkpoint: u64, out: &mut Vec<Action>) {
         match &mut self.state {
-            State::Committed { attached, committed }
+            State::Committed { attached, committed, releasing }
                 if attached.link == from && committed.checkpoint == checkpoint =>
             {
                 committed.applying = false;
+                if releasing.is_some() {
+                    out.push(Action::Release { link: from });
+                }
                 self.commit(out);
             }
             State::Settling { link, committed, .. }

@@ -52,11 +52,15 @@ pub enum LeaveReason {
     Failed = 3,
     /// The standby followed the VM's orderly end.
     Followed = 4,
+    /// The operator stopped the standby, and it has handed its right to the VM over: it never asks for the
+    /// generation after this one, and what is left of its copy says so durably. A primary that does not know
+    /// this reason asks the arbiter, as after any other.
+    Released = 5,
 }
 
 impl LeaveReason {
     pub(super) fn from_wire(number: u8) -> Option<Self> {
-        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed]
+        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed, Self::Released]
             .into_iter()
             .find(|reason| *reason as u8 == number)
     }
@@ -69,6 +73,7 @@ impl fmt::Display for LeaveReason {
             Self::BadStream => "the standby refused what came over the link",
             Self::Failed => "the standby failed",
             Self::Followed => "the standby followed the end of the VM",
+            Self::Released => "the standby was stopped, and has handed its right to the VM over",
         })
     }
 }

@@ -66,6 +66,8 @@ pub(crate) enum DiskEvent {
         /// That commit.
         checkpoint: u64,
     },
+    /// The sidecars say, durably, that the copy was given up; or why they do not.
+    Released(Result<(), String>),
     /// The disks are of no further use.
     Failed(String),
 }
@@ -212,6 +214,12 @@ impl Replica {
     /// so, or [`DiskEvent::Failed`] why not.
     pub(crate) fn settle(&self, checkpoint: u64) {
         self.queue.push(self.queue.lock(), Job::Settle { checkpoint });
+    }
+
+    /// Brings the images to the last commit, durably, and has their sidecars say that the copy was given up.
+    /// Then [`DiskEvent::Released`] says so, or why not. A takeover is still possible, a commit is not.
+    pub(crate) fn release(&self) {
+        self.queue.push(self.queue.lock(), Job::Release);
     }
 
     /// Ends the standby in order: brings its images to the last commit, durably, and removes the journal.

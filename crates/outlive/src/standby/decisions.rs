@@ -110,6 +110,7 @@ impl Decisions {
                 notes::compared(&self.equipment.events, checkpoint, difference.as_deref());
             }
             DiskEvent::Settled { checkpoint } => self.handle(Event::Settled { link, checkpoint }),
+            DiskEvent::Released(result) => self.handle(Event::Released { link, result }),
             DiskEvent::Failed(why) => self.handle(Event::Failed { link, why }),
         }
     }

@@ -77,6 +77,11 @@ impl Notes {
             Note::StopWaits => {
                 tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM");
             }
+            Note::NotReleased { why } => {
+                tracing::warn!(
+                    "the primary will need the arbiter: this standby cannot hand its right over: {why}"
+                );
+            }
             Note::StreamRefused { why } => {
                 tracing::error!("refused what the primary sent; the primary is told and goes on: {why}");
             }

@@ -250,6 +250,12 @@ impl StandbyPorts for Ports {
         Ok(())
     }
 
+    fn release(&mut self, link: Link) -> Result<(), String> {
+        let disks = self.session(link)?.disks.upgrade().ok_or("there is no copy of the VM")?;
+        disks.release();
+        Ok(())
+    }
+
     fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
         self.put(link, |encoder, out| {
             encoder.heartbeat(out, micros(stamp));

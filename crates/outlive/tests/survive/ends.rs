@@ -100,3 +100,30 @@ fn a_planned_stop_after_a_takeover_ends_both_sides() {
         assert_eq!(process.wait_exit(), 0);
     }
 }
+
+/// A standby that is stopped in order hands its right over: the VM goes on at once although nobody can ask
+/// the arbiter, and the copy that is left starts nowhere.
+#[test]
+fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    let (arbiter, away) = (world.arbiter(), world.dir().join("away"));
+    std::fs::rename(&arbiter, &away).unwrap();
+    standby.signal(Signal::SIGTERM);
+    assert_eq!(standby.wait_exit(), 0, "{}", standby.log());
+    active.wait_for(
+        "unprotected",
+        |e| matches!(e, Event::Unprotected { why } if why.contains("handed its right")),
+    );
+    witnesses.hear_all();
+    assert!(!active.has(|e| matches!(e, Event::Arbitrating { .. })), "{}", active.log());
+    std::fs::rename(&away, &arbiter).unwrap();
+    // In the same generation it finds its next standby.
+    let mut standby = world.standby(Side::B);
+    let again = active.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
+    assert!(matches!(again, Event::Protected { generation: 1, .. }), "{again:?}");
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.finish(&world);
+}

@@ -85,6 +85,13 @@ pub trait StandbyPorts {
     /// Nobody is there to do it: this copy is worthless.
     fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
 
+    /// Have what this process will leave of the copy say that it is given up, durably; report
+    /// [`Event::Released`].
+    ///
+    /// # Errors
+    /// Nobody is there to do it.
+    fn release(&mut self, link: Link) -> Result<(), String>;
+
     /// Queue a heartbeat with this stamp.
     ///
     /// # Errors
@@ -228,6 +235,9 @@ impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
             }
             Action::Settle { link, checkpoint } => {
                 self.ports.settle(link, checkpoint).map_err(|why| Event::Failed { link, why })
+            }
+            Action::Release { link } => {
+                self.ports.release(link).map_err(|why| Event::Released { link, result: Err(why) })
             }
             Action::SendHeartbeat { link, stamp } => {
                 after.drain |= wrote;

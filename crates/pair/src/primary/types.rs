@@ -85,7 +85,7 @@ pub enum PrimaryEvent {
         /// Time of this host's clock: the newest stamp that the standby has heard.
         stamp: Duration,
     },
-    /// The standby leaves and will not take over.
+    /// The standby leaves and will not take over. With [`LeaveReason::Released`] the arbiter is not needed.
     Leave {
         /// On which connection.
         link: Link,

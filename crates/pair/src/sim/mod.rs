@@ -130,6 +130,16 @@ fn a_host_whose_waiting_thread_stands_still_is_given_up() {
     assert_eq!(stats.vm_lost, 0, "{stats:?}");
 }
 
+/// A standby that is stopped in order hands its right over: the VM goes on at once, although nobody can ask
+/// the arbiter.
+#[test]
+fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
+    let (stats, found) = search(0..2_000, Faults::Stop, None);
+    assert_eq!(found, None);
+    assert!(stats.alone > 1_500 && stats.handed_over > 1_500, "{stats:?}");
+    assert_eq!((stats.unreachable, stats.takeovers), (0, 0), "{stats:?}");
+}
+
 /// Each of these mistakes in the machines or in the drivers must be found, or the simulator is blind there.
 #[test]
 fn every_planted_mistake_is_found() {
@@ -153,6 +163,7 @@ fn every_planted_mistake_is_found() {
         Bug::ClaimAfterLeave,
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
+        Bug::LeaveBeforePromise,
         Bug::ActionsReversed,
         Bug::ActsOnAttachedLink,
         Bug::FailureSwallowed,

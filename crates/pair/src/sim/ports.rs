@@ -253,6 +253,7 @@ pub(super) enum StandbyEffect {
     Try { link: Link, checkpoint: u64 },
     Apply { link: Link, checkpoint: u64 },
     Settle { link: Link, checkpoint: u64 },
+    Release { link: Link },
     Discard { link: Link },
     Claim { generation: u64 },
     TakeOver(TakeOver),
@@ -291,6 +292,8 @@ pub(super) struct Copy {
     pub(super) settled: bool,
     /// Base pages were written over a committed state.
     pub(super) spoiled: bool,
+    /// What is left of it says that it was given up.
+    pub(super) released: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -340,6 +343,7 @@ impl StandbySide {
                 tried: false,
                 settled: false,
                 spoiled: false,
+                released: false,
             });
         }
     }
@@ -441,11 +445,24 @@ impl StandbyPorts for StandbySide {
         Ok(())
     }
 
+    fn release(&mut self, link: Link) -> Result<(), String> {
+        let applying = self.copy.as_ref().is_some_and(|copy| copy.applying.is_some());
+        if applying {
+            self.broken("gives a copy up in the middle of a commit".into());
+        }
+        self.effects.push(StandbyEffect::Release { link });
+        Ok(())
+    }
+
     fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
         self.send(link, Msg::Beat { stamp })
     }
 
     fn send_leave(&mut self, link: Link, reason: LeaveReason) {
+        let promised = self.copy.as_ref().is_none_or(|copy| copy.acked.is_none() || copy.released);
+        if reason == LeaveReason::Released && !promised {
+            self.broken("hands its right over before it has written that down".into());
+        }
         // Never fails here: a leave that is lost is a link that is lost.
         self.faults.next.take_if(|next| *next == PortFault::Send);
         self.send(link, Msg::Leave(reason)).ok();

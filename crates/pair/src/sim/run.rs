@@ -22,6 +22,8 @@ pub(super) enum Faults {
     Many,
     /// One waiting thread stands still for good.
     Wedge,
+    /// The arbiter is out of reach for good, and a standby is stopped in order.
+    Stop,
 }
 
 /// Runs one schedule.
@@ -34,11 +36,16 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
     }
     world.company = faults == Faults::Many;
     let count = match faults {
-        Faults::None | Faults::Wedge => 0,
+        Faults::None | Faults::Wedge | Faults::Stop => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
     };
     let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
+    if faults == Faults::Stop {
+        world.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = u64::MAX);
+        let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
+        (1..3).for_each(|host| world.at(time, Happening::Stop { host }));
+    }
     if faults == Faults::Wedge {
         let (time, host) = (world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL), world.rng.range(0, 3) as usize);
         world.at(time, Happening::Wedge { host });
@@ -121,6 +128,7 @@ impl World {
             | Happening::Tried { life, .. }
             | Happening::Applied { life, .. }
             | Happening::Settled { life, .. }
+            | Happening::Released { life, .. }
             | Happening::Discarded { life, .. } => Some(*life),
             Happening::Reset { conn, side } => Some(self.conns[*conn].ends[*side]),
             _ => None,
@@ -158,6 +166,7 @@ impl World {
             Happening::Tried { life, link, number } => self.tried(life, link, number),
             Happening::Applied { life, link, number } => self.applied(life, link, number),
             Happening::Settled { life, link, number } => self.settled(life, link, number),
+            Happening::Released { life, link } => self.released(life, link),
             Happening::Discarded { life, link } => self.standby(life, StandbyEvent::Discarded { link }),
             Happening::Restart { host } => {
                 if matches!(self.hosts[host].process, Process::Down) && !self.truth.ended {
@@ -166,6 +175,11 @@ impl World {
             }
             Happening::Fault => self.fault(),
             Happening::Wedge { host } => self.wedge(host),
+            Happening::Stop { host } => {
+                if matches!(self.hosts[host].process, Process::Standby(_)) {
+                    self.standby(self.life(host), StandbyEvent::Stop);
+                }
+            }
             Happening::CrashIfProtected => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process
@@ -383,7 +397,9 @@ impl World {
         self.healed = true;
         self.cut.iter_mut().flatten().for_each(|until| *until = (*until).min(now));
         for host in &mut self.hosts {
-            host.arbiter_cut_until = now.min(host.arbiter_cut_until);
+            if host.arbiter_cut_until != u64::MAX {
+                host.arbiter_cut_until = now.min(host.arbiter_cut_until);
+            }
             if let Process::Standby(s) = &mut host.process {
                 s.bad_host = false;
             }

@@ -1,5 +1,7 @@
 //! The standby in the simulation: reader, applier and main thread around the production driver.
 
+use outlive_epoch::LeaveReason;
+
 use super::hosts::Process;
 use super::ports::{Buffer, Out, PortFault, StandbyEffect as Effect, StandbySide};
 use super::timing;
@@ -112,6 +114,10 @@ impl World {
                 let delay = self.rng.range(10, 50_000);
                 self.after(delay, Happening::Settled { life, link, number: checkpoint });
             }
+            Effect::Release { link } => {
+                let delay = self.rng.range(10, 50_000);
+                self.after(delay, Happening::Released { life, link });
+            }
             Effect::Discard { link } => {
                 if let Some(s) = self.standby_of(life) {
                     s.excused = false;
@@ -177,6 +183,7 @@ impl World {
             match out {
                 Out::Send(link, msg) => {
                     self.stats.left += u64::from(matches!(msg, Msg::Leave(_)));
+                    self.stats.handed_over += u64::from(matches!(msg, Msg::Leave(LeaveReason::Released)));
                     self.send(link.0 as usize, 1, msg);
                 }
                 Out::Close(link) => self.close(link.0 as usize, 0),
@@ -253,6 +260,16 @@ impl World {
         };
         self.stats.unsettled += u64::from(bad);
         self.standby(life, event);
+    }
+
+    pub(super) fn released(&mut self, life: Life, link: Link) {
+        let fails = self.rng.one_in(8) && self.company;
+        let Some(s) = self.standby_of(life) else { return };
+        let result = if fails { Err("no room".to_owned()) } else { Ok(()) };
+        if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
+            copy.released = result.is_ok();
+        }
+        self.standby(life, StandbyEvent::Released { link, result });
     }
 
     /// Something of the copy fails while nobody has asked for it.

@@ -129,6 +129,10 @@ pub(super) enum Happening {
         link: Link,
         number: u64,
     },
+    Released {
+        life: Life,
+        link: Link,
+    },
     Discarded {
         life: Life,
         link: Link,
@@ -138,6 +142,9 @@ pub(super) enum Happening {
     },
     Fault,
     Wedge {
+        host: usize,
+    },
+    Stop {
         host: usize,
     },
     /// Of the host that has the VM.
@@ -239,6 +246,8 @@ pub(super) struct Stats {
     pub(super) links_lost: u64,
     pub(super) wedged: u64,
     pub(super) long_works: u64,
+    /// Standbys that left and handed their right over.
+    pub(super) handed_over: u64,
 }
 
 impl Stats {
@@ -263,6 +272,7 @@ impl Stats {
         self.links_lost += other.links_lost;
         self.wedged += other.wedged;
         self.long_works += other.long_works;
+        self.handed_over += other.handed_over;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use outlive_epoch::{EndReason, LeaveReason};
 
-use super::{Action, Attached, Committed, Note, Standby, StandbyExit, State};
+use super::{Action, Attached, Committed, Note, RELEASE, Standby, StandbyExit, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
 use crate::{ClaimResult, Link, LossReason};
@@ -28,7 +28,7 @@ impl Standby {
         };
         let next = attached.staged.front().map(|next| next.checkpoint);
         let silent = self.now - heard;
-        let State::Committed { committed, .. } = &mut self.state else {
+        let State::Committed { committed, releasing, .. } = &mut self.state else {
             out.push(Action::Hangup { link });
             out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
             return self.discard(link, out);
@@ -44,8 +44,12 @@ impl Standby {
             (committed.checkpoint, committed.applying) = (next, false);
         }
         let Committed { checkpoint, applying, .. } = *committed;
+        let stop = releasing.is_some();
+        if stop {
+            out.push(Action::Note(Note::StopWaits));
+        }
         let (committed, claim) = (*committed, Claim::new(generation + 1, ask_at, retry));
-        self.state = State::Settling { link, claim, committed, stop: false };
+        self.state = State::Settling { link, claim, committed, stop };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });
         }
@@ -104,10 +108,42 @@ impl Standby {
                     out.push(Action::Note(Note::StopWaits));
                 }
             }
-            State::Listening | State::Discarding { .. } | State::Base(_) | State::Committed { .. } => {
+            State::Committed { attached, .. } if planted!(self.bug, LeaveBeforePromise) => {
+                let link = attached.link;
+                out.push(Action::SendLeave { link, reason: LeaveReason::Released });
+                self.link_lost(link, LossReason::Closed, out);
+            }
+            State::Committed { attached, committed, releasing: releasing @ None }
+                if committed.end.is_none() =>
+            {
+                *releasing = Some(self.now + RELEASE);
+                if !committed.applying {
+                    out.push(Action::Release { link: attached.link });
+                }
+            }
+            // There is nothing that anybody could start from, and nothing that this side could ask for.
+            State::Base(_) => self.leave(LeaveReason::Released, StandbyExit::Stopped, out),
+            // The second stop waits for nothing.
+            State::Listening | State::Discarding { .. } | State::Committed { .. } => {
                 self.leave(LeaveReason::Stopped, StandbyExit::Stopped, out);
             }
         }
+    }
+
+    /// What is left of the copy says that it was given up, or cannot.
+    pub(super) fn released(&mut self, link: Link, result: Result<(), String>, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Committed { attached, releasing: Some(_), .. } if attached.link == link => {}
+            _ => return,
+        }
+        let reason = match result {
+            Ok(()) => LeaveReason::Released,
+            Err(why) => {
+                out.push(Action::Note(Note::NotReleased { why }));
+                LeaveReason::Stopped
+            }
+        };
+        self.leave(reason, StandbyExit::Stopped, out);
     }
 
     /// A failure of this side's copy.
@@ -180,7 +216,7 @@ impl Standby {
     /// after that acknowledgement, and what is left here would be older than what this side answered for.
     fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
         let applying = match &self.state {
-            State::Committed { attached, committed } if committed.applying => {
+            State::Committed { attached, committed, .. } if committed.applying => {
                 Some((attached.link, committed.checkpoint))
             }
             _ => None,

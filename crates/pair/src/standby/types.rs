@@ -105,6 +105,13 @@ pub enum StandbyEvent {
         /// From which connection the copy came.
         link: Link,
     },
+    /// [`StandbyAction::Release`] is done, or could not be.
+    Released {
+        /// From which connection the copy came.
+        link: Link,
+        /// Whether it is durable; if not, why, in words.
+        result: Result<(), String>,
+    },
     /// The VM has ended in order.
     End {
         /// On which connection.
@@ -208,6 +215,13 @@ pub enum StandbyAction {
         /// Its number.
         checkpoint: u64,
     },
+    /// Make what this process will leave of the copy say, durably, that it is given up in order, so that
+    /// nobody starts from it; then report [`StandbyEvent::Released`]. It is at the committed checkpoint then,
+    /// and this side can still take over.
+    Release {
+        /// From which connection the copy came.
+        link: Link,
+    },
     /// Send a heartbeat.
     SendHeartbeat {
         /// On which connection.
@@ -305,6 +319,11 @@ pub enum StandbyNote {
     /// The operator's stop waits: this may be the only host that has the VM, so the arbiter must answer
     /// first.
     StopWaits,
+    /// The operator's stop goes on, but what is left of the copy could not be made to say so.
+    NotReleased {
+        /// Why.
+        why: String,
+    },
     /// What came over the link was refused; this side left and listens again.
     StreamRefused {
         /// What was wrong.

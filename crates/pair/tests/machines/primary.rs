@@ -496,3 +496,14 @@ fn only_the_thread_that_waits_asks_the_arbiter() {
     host.machine.handle(ms(host.now), Tick, &mut tick);
     assert_eq!(tick, [Claim { generation: 5 }]);
 }
+
+#[test]
+fn a_standby_that_hands_its_right_over_leaves_nothing_to_ask() {
+    let mut host = Host::protected();
+    let leave = |reason| Leave { link: LINK, reason };
+    let actions = host.acts(leave(LeaveReason::Released));
+    assert_eq!(actions[..2], [Hangup { link: LINK }, ReleaseAll { generation: 4 }]);
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    let mut host = Host::protected();
+    assert_eq!(host.acts(leave(LeaveReason::Stopped)), [Hangup { link: LINK }, Claim { generation: 5 }]);
+}

@@ -400,11 +400,13 @@ fn an_orderly_end_is_followed_whatever_becomes_of_the_link() {
 #[test]
 fn a_stop_leaves_in_order() {
     let exit = || Exit { reason: StandbyExit::Stopped };
-    let leave = || SendLeave { link: LINK, reason: LeaveReason::Stopped };
+    let leave = || SendLeave { link: LINK, reason: LeaveReason::Released };
     assert_eq!(Host::new(None).acts(Stop), [exit()]);
     assert_eq!(Host::attached().acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
     let mut host = Host::protected();
-    assert_eq!(host.acts(Stop), [leave(), Hangup { link: LINK }, exit()]);
+    host.acts(Stop);
+    let released = Released { link: LINK, result: Ok(()) };
+    assert_eq!(host.acts(released), [leave(), Hangup { link: LINK }, exit()]);
     assert_eq!(host.acts(lost()), []);
     let failed = Host::protected().acts(Failed { link: LINK, why: "memory".into() });
     assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { .. }]));
@@ -510,4 +512,48 @@ fn a_standby_whose_waiting_thread_stands_still_accepts_nobody() {
     host.on(Tick);
     let accepted = host.acts(hello_of(LINK, VM, 4));
     assert!(matches!(accepted[..], [Accept { .. }]), "{accepted:?}");
+}
+
+#[test]
+fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
+    let leaves = |reason| {
+        [SendLeave { link: LINK, reason }, Hangup { link: LINK }, Exit { reason: StandbyExit::Stopped }]
+    };
+    let released = |result| Released { link: LINK, result };
+    let mut host = Host::protected();
+    assert_eq!(host.acts(Stop), [Release { link: LINK }]);
+    assert_eq!(host.acts(staged(12, PLAIN)), [], "nothing more is acknowledged");
+    assert_eq!(host.acts(released(Ok(()))), leaves(LeaveReason::Released));
+
+    let mut failed = Host::protected();
+    failed.acts(Stop);
+    assert_eq!(failed.acts(released(Err("no room".into()))), leaves(LeaveReason::Stopped));
+
+    let mut slow = Host::protected();
+    slow.acts(Stop);
+    for time in (500..5000).step_by(500) {
+        slow.now = time;
+        assert_eq!(slow.acts(Heartbeat { link: LINK, stamp: ms(time) }), []);
+        slow.acts(Tick);
+    }
+    slow.now = 5000;
+    assert_eq!(slow.acts(Tick), leaves(LeaveReason::Stopped));
+
+    let mut twice = Host::protected();
+    twice.acts(Stop);
+    assert_eq!(twice.acts(Stop), leaves(LeaveReason::Stopped));
+
+    // What is acknowledged is applied first.
+    let mut busy = Host::protected();
+    busy.acts(staged(12, PLAIN));
+    assert_eq!(busy.acts(Stop), []);
+    assert_eq!(busy.acts(applied(12)), [Release { link: LINK }]);
+
+    // The primary dies before it was told: this is the only side that has the VM.
+    let mut alone = Host::protected();
+    alone.acts(Stop);
+    assert_eq!(alone.acts(lost()), gone_at(11));
+    assert_eq!(alone.acts(released(Ok(()))), []);
+    assert_eq!(alone.acts(settled(11)), [Claim { generation: 5 }]);
+    assert_eq!(alone.claimed(ClaimResult::Won), [taken_over(11, true)]);
 }

@@ -28,6 +28,7 @@ pub(super) enum Job {
     Commit { number: u64, base: bool, records: RecordBuf },
     Check { number: u64, hashes: Vec<DiskHash> },
     Settle { checkpoint: u64 },
+    Release,
     Leave { end: Option<CopyEnd>, done: Sender<Result<(), String>> },
     BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
     Close,
@@ -40,6 +41,7 @@ impl Job {
             Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
             Self::Check { .. }
             | Self::Settle { .. }
+            | Self::Release
             | Self::Leave { .. }
             | Self::BecomePrimary { .. }
             | Self::Close => 0,
@@ -93,7 +95,7 @@ impl Queue {
     pub(super) fn is_urgent(&self) -> bool {
         let waiting = self.lock();
         let ends = |job: &Job| {
-            matches!(job, Job::Settle { .. } | Job::Leave { .. } | Job::BecomePrimary { .. } | Job::Close)
+            !matches!(job, Job::Sums { .. } | Job::Blocks(_) | Job::Commit { .. } | Job::Check { .. })
         };
         waiting.bytes > QUEUE_BYTES / 2 || waiting.jobs.iter().any(|(_, job)| ends(job))
     }

@@ -27,6 +27,8 @@ const HARDEN: Duration = Duration::from_millis(50);
 const HARDEN_BYTES: usize = 8 << 20;
 /// The journal is emptied after this time without a write.
 const IDLE: Duration = Duration::from_secs(1);
+/// How long an orderly stop waits for the sidecars that spare the primary the arbiter.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a takeover waits for sidecars at most; the VM does not need them.
 const SIDECAR_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -102,6 +104,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 Job::Settle { checkpoint } => {
                     self.leave(None).map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
                 }
+                Job::Release => self.release(),
                 Job::Leave { end, done } => self.answered(&done, |worker| worker.leave(end)),
                 Job::BecomePrimary { generation, done } => {
                     self.answered(&done, |worker| worker.become_primary(generation))
@@ -357,6 +360,13 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         self.leave(None)?;
         self.generation = generation;
         self.say(Saying { checkpoint: self.left_at, ..Saying::primary(generation) });
+        Ok(())
+    }
+
+    /// Ends the copy as one that the VM goes on without, and says whether whoever finds it will know that.
+    fn release(&mut self) -> Result<(), String> {
+        self.leave(Some(CopyEnd::Released))?;
+        (self.tell)(DiskEvent::Released(self.sidecars.written_within(RELEASE_PATIENCE)));
         Ok(())
     }
 

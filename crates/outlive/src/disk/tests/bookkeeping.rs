@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use outlive_epoch::{DiskOp, VmId};
 
 use super::provenance;
-use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
 use crate::disk::{DiskEvent, Replica, ReplicaDisk, for_run};
 
 const VM: VmId = VmId([6; 16]);
@@ -132,6 +132,42 @@ fn a_standby_that_ends_in_order_keeps_the_journal_that_its_sidecar_names() {
     assert_eq!(&fs::read(standby.image()).unwrap()[512..516], b"last");
     assert_eq!((standby.sidecar().checkpoint, standby.sidecar().journal), (2, None));
     assert!(!standby.journal().exists());
+}
+
+/// What a standby left behind that handed its right over: the word for it is durable before it is given.
+#[test]
+fn a_copy_that_was_given_up_says_so_before_the_primary_hears_of_it() {
+    for blocked in [false, true] {
+        let standby = Standby::new();
+        let (replica, told) = standby.start().unwrap();
+        commit(&replica, 1, true, b"base");
+        commit(&replica, 2, false, b"last");
+        wait_until("the base is on the image", || {
+            Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
+        });
+        if blocked {
+            standby.block();
+        }
+        replica.release();
+        let released = told.iter().find_map(|event| match event {
+            DiskEvent::Released(result) => Some(result),
+            _ => None,
+        });
+        let released = released.unwrap();
+        assert_eq!(released.is_err(), blocked, "{released:?}");
+        if blocked {
+            continue;
+        }
+        let sidecar = standby.sidecar();
+        assert_eq!((sidecar.end, sidecar.checkpoint), (Some(CopyEnd::Released), 2));
+        assert_eq!(&fs::read(standby.image()).unwrap()[512..516], b"last");
+        // The primary died before it heard of it: this side takes over all the same.
+        replica.settle(2);
+        assert!(matches!(told.recv().unwrap(), DiskEvent::Settled { checkpoint: 2 }));
+        assert_eq!(replica.become_primary(8), Ok(()));
+        let sidecar = standby.sidecar();
+        assert_eq!((sidecar.role, sidecar.end, sidecar.generation), (Role::Primary, None, 8));
+    }
 }
 
 #[test]

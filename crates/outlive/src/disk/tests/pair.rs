@@ -114,7 +114,9 @@ impl Pair {
                 match told {
                     DiskEvent::Want(want) => self.sync.as_ref().unwrap().want(want),
                     DiskEvent::Failed(why) => return SyncReport::Failed(why),
-                    DiskEvent::Checked { .. } | DiskEvent::Settled { .. } => panic!("nobody asked for it"),
+                    DiskEvent::Checked { .. } | DiskEvent::Settled { .. } | DiskEvent::Released(_) => {
+                        panic!("nobody asked for it")
+                    }
                 }
             }
             while let Ok(report) = self.reports.try_recv() {
@@ -135,7 +137,7 @@ impl Pair {
             match self.told.recv_timeout(Duration::from_secs(20)).unwrap() {
                 DiskEvent::Settled { checkpoint } => return Ok(checkpoint),
                 DiskEvent::Failed(why) => return Err(why),
-                DiskEvent::Want(_) | DiskEvent::Checked { .. } => {}
+                DiskEvent::Want(_) | DiskEvent::Checked { .. } | DiskEvent::Released(_) => {}
             }
         }
     }
