@@ -1,6 +1,7 @@
 //! `cargo xtask bench`.
 
 mod dirty;
+mod migrate;
 mod plot;
 mod rows;
 
@@ -31,6 +32,7 @@ Examples:
   cargo xtask bench dirty                      all cases, in about four minutes, and new plots in docs/bench
   cargo xtask bench dirty --quick              a first look
   cargo xtask bench dirty --json dirty.jsonl   the rows for a program
+  cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
 
 Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
 printed as missed and is no error. The exit code is 2 if the bench cannot run here (no /dev/kvm) or FILE cannot be
@@ -44,18 +46,21 @@ A row of FILE:
 enum Bench {
     /// Dirty tracking: harvest and rearm, whole epochs, fetch, each beside the bitmap
     Dirty,
+    /// Live migration of VMs of 1, 64 and 512 GiB with outlive-dirty and with bitmaps; in two minutes
+    Migrate,
 }
 
 impl Bench {
     fn name(self) -> &'static str {
         match self {
             Bench::Dirty => "dirty",
+            Bench::Migrate => "migrate",
         }
     }
 
     fn package(self) -> &'static str {
         match self {
-            Bench::Dirty => "outlive-dirty",
+            Bench::Dirty | Bench::Migrate => "outlive-dirty",
         }
     }
 
@@ -63,6 +68,7 @@ impl Bench {
     fn plots(self, rows: &[Row]) -> Vec<(&'static str, String)> {
         match self {
             Bench::Dirty => dirty::plots(rows),
+            Bench::Migrate => migrate::plots(rows),
         }
     }
 }
@@ -108,12 +114,22 @@ fn cannot_write(file: &Path, error: &std::io::Error) -> StepError {
 }
 
 fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
+    let Bench::Dirty = options.what else { return example(workspace, options, found) };
     let mut command = workspace.cargo(["bench", "--package", options.what.package(), "--bench"]);
     // Absolute, as cargo runs a bench in the directory of its package.
     command.args([options.what.name(), "--", "--json"]).arg(found);
     if options.quick {
         command.arg("--quick");
     }
+    command
+}
+
+/// A bench that is an example for users, too.
+fn example(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
+    let mut command = workspace.cargo(["run", "--release", "--package", options.what.package(), "--example"]);
+    let cases =
+        if options.quick { ["--gib", "1", "--rounds", "2"] } else { ["--gib", "1,64,512", "--rounds", "8"] };
+    command.arg(options.what.name()).arg("--").args(cases).arg("--json").arg(found);
     command
 }
 
@@ -164,6 +180,8 @@ mod tests {
         let full = words(&parse(&["dirty"]).unwrap());
         assert!(full.ends_with(" bench --package outlive-dirty --bench dirty -- --json /f"), "{full}");
         assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));
+        let full = words(&parse(&["migrate"]).unwrap());
+        assert!(full.ends_with("--example migrate -- --gib 1,64,512 --rounds 8 --json /f"), "{full}");
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::{
-    BackendChoice, DirtyBackend, Fetch, Gfn, GlobalLog, HotPages, KvmFile, MemoryLayout, MemorySlot,
-    RegionLog, RingExit, Shard, Tracker, TrackerConfig,
+    BackendChoice, DirtyBackend, Fetch, Gfn, GlobalLog, HotPages, KvmFile, MemoryLayout, RegionLog, RingExit,
+    Shard, Tracker, TrackerConfig,
 };
 
 use crate::guest::PAGE;
@@ -97,13 +97,8 @@ fn tracker(
     global: &Arc<GlobalLog>,
     case: &Case,
 ) -> Result<Tracker, Failure> {
-    let slots = vm.slots.iter().enumerate().map(|(id, slot)| MemorySlot {
-        id: id as u32,
-        base: Gfn::of(slot.base),
-        pages: slot.bytes / PAGE,
-        host_addr: slot.address,
-    });
-    let layout = MemoryLayout::new(slots.collect())?.kept_by(Arc::new(vm.memory.clone()));
+    // The regions are the slots, numbered from 0 by address; the layout keeps them mapped.
+    let layout = MemoryLayout::of_memory(&vm.memory, 0)?;
     let config = TrackerConfig::default()
         .with_max_dirty_pages(4 * case.trigger())
         .with_trigger(case.trigger())
