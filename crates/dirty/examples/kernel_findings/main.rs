@@ -6,7 +6,6 @@
 mod early_reset;
 #[path = "../common/guest.rs"]
 mod guest;
-mod huge_hole;
 mod initially_set;
 mod pinned;
 mod reset_signal;
@@ -32,7 +31,7 @@ enum Verdict {
 /// A finding: its name, one line about it, and the program.
 type Finding = (&'static str, &'static str, fn() -> Result<Verdict, Failure>);
 
-const FINDINGS: [Finding; 6] = [
+const FINDINGS: [Finding; 5] = [
     (
         "reset-signal",
         "a signal during KVM_RESET_DIRTY_RINGS loses pages that the call has counted",
@@ -46,7 +45,6 @@ const FINDINGS: [Finding; 6] = [
     ("early-reset", "an entry given back before KVM filled it stops the vCPU for ever", early_reset::run),
     ("pinned-write", "PAGEMAP_SCAN misses a write through a page pinned before the scan", pinned::run),
     ("walk-end", "walk_end of PAGEMAP_SCAN is short of the end of a complete scan", walk_end::run),
-    ("huge-hole", "PAGEMAP_SCAN does not report a huge page that was given back", huge_hole::run),
 ];
 
 fn main() -> ExitCode {

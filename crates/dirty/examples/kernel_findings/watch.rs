@@ -19,8 +19,7 @@ const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
 const WP_MATCHING: u64 = 1;
 const CHECK_WPASYNC: u64 = 2;
-pub(crate) const WRITTEN: u64 = 1 << 1;
-pub(crate) const HUGE: u64 = 1 << 6;
+const WRITTEN: u64 = 1 << 1;
 
 #[repr(C)]
 struct Api {
@@ -153,28 +152,28 @@ impl<'m> Watch<'m> {
         let faults = Faults::open(WP_ASYNC | WP_UNPOPULATED | WP_HUGETLBFS_SHMEM)?;
         faults.register(memory, MODE_WP)?;
         let watch = Watch { memory, pagemap: File::open("/proc/self/pagemap")?, _faults: faults };
-        watch.scan(WRITTEN, true, 0)?;
+        watch.scan(0)?;
         Ok(watch)
     }
 
     /// The pages written since the last take, which are write-protected anew in the same step.
     pub(crate) fn take(&self) -> io::Result<Scanned> {
-        self.scan(WRITTEN, true, 65_536)
+        self.scan(65_536)
     }
 
-    /// Pages of the category, and whether to write-protect them; 0 extents: just protect.
-    pub(crate) fn scan(&self, category: u64, protect: bool, extents: usize) -> io::Result<Scanned> {
+    /// At most so many extents; none: just protect.
+    fn scan(&self, extents: usize) -> io::Result<Scanned> {
         let mut found = vec![Extent::default(); extents];
         let end = self.memory.address() + self.memory.bytes();
         let mut request = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: if protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
+            flags: WP_MATCHING | CHECK_WPASYNC,
             start: self.memory.address(),
             end,
             vec: if extents == 0 { 0 } else { found.as_mut_ptr().expose_provenance() as u64 },
             vec_len: extents as u64,
-            category_mask: category,
-            return_mask: category,
+            category_mask: WRITTEN,
+            return_mask: WRITTEN,
             ..ScanArg::default()
         };
         // SAFETY: the structure of the request; the kernel writes at most `vec_len` plain structures to
