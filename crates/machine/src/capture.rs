@@ -290,7 +290,7 @@ impl Machine {
     }
 
     fn save_shared_state(&mut self, staging: &mut Outgoing) -> Result<(), CaptureError> {
-        staging.clear_state();
+        staging.begin_state(self.state_versions);
         staging.disk_writes_mut().clear();
         if !std::mem::replace(&mut self.constants_sent, true) {
             for (index, bytes) in self.constants.iter().enumerate() {
@@ -300,7 +300,8 @@ impl Machine {
         for index in 0..self.vcpus.len() {
             self.vcpus.with_saved(index, |bytes| staging.push_section(StateKind::Vcpu, index as u16, bytes));
         }
-        vm_state::save(&self.vm, self.vcpus.asked(), &mut self.scratch)?;
+        let version = self.state_versions.of(StateKind::Vm);
+        vm_state::save(&self.vm, self.vcpus.asked(), version, &mut self.scratch)?;
         staging.push_section(StateKind::Vm, 0, &self.scratch);
         for (slot, device) in self.devices.iter().enumerate() {
             self.scratch.clear();

@@ -22,6 +22,14 @@ pub enum IrqLineError {
         /// Why.
         source: std::io::Error,
     },
+    /// KVM refused to send an edge.
+    #[error("KVM_IRQ_LINE, line {line}: {source}")]
+    Pulse {
+        /// The line (GSI).
+        line: u32,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
     /// KVM refused it.
     #[error("KVM_IRQFD, line {line}: {source}")]
     Kvm {
@@ -30,6 +38,17 @@ pub enum IrqLineError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
+}
+
+/// Sends an edge on a line that has no irqfd; it has arrived when this returns.
+///
+/// # Errors
+/// [`IrqLineError::Pulse`].
+pub(crate) fn pulse(vm: &VmFd, number: u32) -> Result<(), IrqLineError> {
+    let level =
+        |high| vm.set_irq_line(number, high).map_err(|source| IrqLineError::Pulse { line: number, source });
+    level(true)?;
+    level(false)
 }
 
 /// One line; an edge is sent with each trigger.

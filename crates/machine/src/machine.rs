@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use outlive_dirty::{BackendChoice, DirtyBackend, HotPages, MemoryLayout, Tracker, TrackerConfig};
+use outlive_epoch::image::StateVersions;
 
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, PayloadOptions};
@@ -18,7 +19,6 @@ use crate::devices::gate::DeviceGate;
 use crate::devices::port::PortEnd;
 use crate::devices::serial::{SerialHost, SerialPort};
 use crate::devices::valve::{HeldOutput, Lease, OutputMode, Permit, Valve};
-use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::blk::{BlockDevice, DiskOptions, WriteLog};
 use crate::devices::virtio::console::ConsoleDevice;
 use crate::devices::virtio::net::{NetConfig, NetDevice};
@@ -135,7 +135,7 @@ pub struct Machine {
     pub(crate) scratch: Vec<u8>,
     pub(crate) check_due: Option<Vec<DiskHash>>,
     pub(crate) fresh: FreshState,
-    pub(crate) power_button: Arc<dyn Interrupt>,
+    pub(crate) state_versions: StateVersions,
     pub(crate) host: Arc<Host>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Arc<Ram>,
@@ -233,7 +233,6 @@ impl Machine {
         let mut pio = Bus::new();
         let serial =
             options.serial.clone().map(|end| add_serial(end, &mut board, &gate, &mut pio)).transpose()?;
-        let power_button = board.interrupt(lines::POWER_BUTTON)?;
         let (devices, irq_lines) = board.finish();
         let valve = Arc::new(Valve::new(permit, outputs(net.as_ref(), &disks)));
         let parts = Parts {
@@ -268,7 +267,7 @@ impl Machine {
             scratch: Vec::with_capacity(scratch),
             check_due: None,
             fresh,
-            power_button,
+            state_versions: StateVersions::NEWEST,
             host,
             vm,
             ram,
@@ -367,9 +366,11 @@ impl Machine {
         self.vcpus.tell_asked();
     }
 
-    /// Makes the next checkpoint a base, which also carries the constant state.
-    pub fn begin_base(&mut self) {
+    /// Makes the next checkpoint a base, which also carries the constant state. State is written in these
+    /// versions from now on, which the receiver must be able to read.
+    pub fn begin_base(&mut self, versions: StateVersions) {
         self.constants_sent = false;
+        self.state_versions = versions;
     }
 
     /// A stop begins. Returns whether the guest was running.

@@ -5,10 +5,9 @@
 
 use outlive_dirty::{Comparison, Gfn};
 use outlive_epoch::image::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
-use outlive_epoch::image::{RecordBuf, StateBuf, StateKind, StateSection};
+use outlive_epoch::image::{RecordBuf, StateBuf, StateKind, StateSection, StateVersions};
 
 use crate::memory::{PAGE_SIZE, keep_out_of_dumps};
-use crate::state::SECTION_VERSION;
 
 /// Why staging could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +26,7 @@ pub struct Outgoing {
     capacity: usize,
     gfns: Vec<Gfn>,
     state: StateBuf,
+    versions: StateVersions,
     disk: RecordBuf,
     /// Told of hot pages that have not changed.
     hot: Option<Hot>,
@@ -73,6 +73,7 @@ impl Outgoing {
             capacity,
             gfns: Vec::with_capacity(capacity),
             state: StateBuf::populated(MAX_STATE_BYTES, MAX_STATE_SECTIONS),
+            versions: StateVersions::NEWEST,
             disk: RecordBuf::with_capacity(disk_bytes),
             hot: None,
         })
@@ -138,8 +139,14 @@ impl Outgoing {
         self.state.clear();
     }
 
+    /// Forgets the state. What is pushed next is in these versions.
+    pub(crate) fn begin_state(&mut self, versions: StateVersions) {
+        self.state.clear();
+        self.versions = versions;
+    }
+
     pub(crate) fn push_section(&mut self, kind: StateKind, index: u16, bytes: &[u8]) {
-        self.state.push(StateSection { kind, version: SECTION_VERSION, index, bytes });
+        self.state.push(StateSection { kind, version: self.versions.of(kind), index, bytes });
     }
 
     /// Sets the pages to `gfns` (at most [`capacity`](Self::capacity)) and lets `copy` write them.

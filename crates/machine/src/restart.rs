@@ -10,13 +10,15 @@
 
 use std::sync::Arc;
 
+use outlive_epoch::image::{StateKind, StateVersions};
+
 use crate::acpi::Description;
 use crate::boot::linux;
 use crate::boot::{FirmwareError, LinuxBoot, LinuxBootError};
 use crate::devices::serial;
-use crate::irq::IrqLineError;
+use crate::irq::{self, IrqLineError};
 use crate::machine::{CreateError, Machine};
-use crate::map::Range;
+use crate::map::{Range, lines};
 use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
@@ -54,6 +56,9 @@ pub const RESET_ORDER: [(ResetStep, &str); 7] = [
     (ResetStep::Boot, "last: it sets its registers on top of those of power-on"),
 ];
 
+/// The version of what is kept here of the chips.
+const FRESH_VERSION: u16 = StateVersions::NEWEST.of(StateKind::Vm);
+
 /// The state of vCPUs and chips when the machine was made.
 pub(crate) struct FreshState {
     vcpus: Vec<Arc<Vec<u8>>>,
@@ -68,7 +73,7 @@ impl FreshState {
         let saved = (0..vcpus.len()).map(|index| vcpus.with_saved(index, |bytes| Arc::new(bytes.to_vec())));
         let saved = saved.collect();
         let mut chips = Vec::new();
-        vm_state::save(vm, None, &mut chips)?;
+        vm_state::save(vm, None, FRESH_VERSION, &mut chips)?;
         Ok(Self { vcpus: saved, vm: chips })
     }
 }
@@ -150,7 +155,9 @@ impl Machine {
                 let (host, fresh) = (self.host.clone(), self.fresh.vcpus[index].clone());
                 Box::new(move |fd| state::restore(fd, &fresh, &host, state::Tsc::Keep))
             })?,
-            ResetStep::Chips => drop(vm_state::restore(&self.vm, &self.fresh.vm, Clock::Keep)?),
+            ResetStep::Chips => {
+                vm_state::restore(&self.vm, FRESH_VERSION, &self.fresh.vm, Clock::Keep)?;
+            }
             ResetStep::Ports => self.vcpus.restart(),
             ResetStep::Connect => self.irq_lines.connect(&self.vm)?,
             ResetStep::Boot => {
@@ -162,8 +169,15 @@ impl Machine {
     }
 
     /// Presses the power button: a guest that listens shuts down in order.
-    pub fn press_power_button(&self) {
-        self.power_button.trigger();
+    ///
+    /// The edge is at the interrupt chips when this returns, so a press is part of the next checkpoint. By an
+    /// irqfd it would come some time later, and a takeover would lose it: unlike a device's, it is not raised
+    /// again then.
+    ///
+    /// # Errors
+    /// [`IrqLineError::Pulse`].
+    pub fn press_power_button(&mut self) -> Result<(), IrqLineError> {
+        irq::pulse(&self.vm, lines::POWER_BUTTON)
     }
 
     fn start_linux(&mut self, boot: &LinuxBoot) -> Result<(), StartLinuxError> {

@@ -90,7 +90,8 @@ impl Machine {
             })
         })?;
         let clock = Clock::Advance { elapsed, from };
-        let asked = vm_state::restore(&self.vm, find(sections, StateKind::Vm, 0)?.bytes, clock)?;
+        let saved = find(sections, StateKind::Vm, 0)?;
+        let asked = vm_state::restore(&self.vm, saved.version, saved.bytes, clock)?;
         self.vcpus.set_asked(asked);
         for (slot, device) in self.devices.iter().enumerate() {
             device.restore(find(sections, StateKind::Device, slot as u16)?.bytes)?;

@@ -3,7 +3,7 @@
 use outlive_epoch::image::{StateKind, StateSection};
 
 use crate::machine::Machine;
-use crate::state::{SECTION_VERSION, StateError};
+use crate::state::{StateError, check_version};
 
 /// How many sections of each kind a checkpoint of a machine has. A thread that does not own the machine can
 /// use it.
@@ -30,7 +30,8 @@ impl StateShape {
     }
 
     /// Checks that sections can be restored into the machine: known versions, and exactly one section for
-    /// everything that the machine has. `constants` is the number of those of the base checkpoint.
+    /// everything that the machine has. `constants` is the number of those of the base checkpoint; of constant
+    /// sections among the others the versions alone are looked at.
     ///
     /// # Errors
     /// [`StateError`] naming the section.
@@ -45,9 +46,7 @@ impl StateShape {
         // By kind, a bit for each index: no machine has as many vCPUs or devices as there are bits.
         let mut seen = [0u64; 4];
         for StateSection { kind, version, index, .. } in sections {
-            if version != SECTION_VERSION {
-                return Err(StateError::Version { kind, version });
-            }
+            check_version(kind, version)?;
             let Some(at) = self.counts.iter().position(|(known, _)| *known == kind) else { continue };
             let bit = 1u64.checked_shl(index.into()).unwrap_or(0);
             if usize::from(index) >= self.counts[at].1 || seen[at] & bit != 0 {
@@ -74,10 +73,12 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use outlive_epoch::image::StateVersions;
+
     use super::*;
 
     fn section(kind: StateKind, index: u16) -> StateSection<'static> {
-        StateSection { kind, version: SECTION_VERSION, index, bytes: &[] }
+        StateSection { kind, version: StateVersions::NEWEST.of(kind), index, bytes: &[] }
     }
 
     fn whole() -> Vec<StateSection<'static>> {
@@ -123,8 +124,22 @@ mod tests {
             sections.push(section(kind, index));
             assert_eq!(check(32, &sections), Err(StateError::Section { kind, index }));
         }
-        let mut sections = whole();
-        sections[7].version += 1;
-        assert!(matches!(check(32, &sections), Err(StateError::Version { kind: StateKind::Vcpu, .. })));
+        for kind in StateKind::ALL {
+            let mut sections = whole();
+            if !sections.iter().any(|section| section.kind == kind) {
+                sections.push(section(kind, 0));
+            }
+            let at = sections.iter().position(|section| section.kind == kind).unwrap();
+            let mut with = |version| {
+                sections[at].version = version;
+                check(32, &sections)
+            };
+            let versions = kind.versions();
+            assert!(versions.clone().all(|version| with(version) == Ok(())));
+            let (oldest, newest) = (*versions.start(), *versions.end());
+            for version in [oldest - 1, newest + 1, u16::MAX] {
+                assert_eq!(with(version), Err(StateError::Version { kind, version, oldest, newest }));
+            }
+        }
     }
 }

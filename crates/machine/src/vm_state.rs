@@ -28,7 +28,8 @@ pub enum Item {
 
 /// Field of a `StateKind::Vm` section: what the guest has asked for, by [`PowerRequest::number`].
 const ASKED: u16 = 6;
-/// Field of a `StateKind::Vm` section: how it has asked for a reset, as [`PowerRequest::way_number`].
+/// Field of a `StateKind::Vm` section from version 2 on: how it has asked for a reset, as
+/// [`PowerRequest::way_number`].
 const ASKED_BY: u16 = 7;
 
 /// The order of save, and why. It comes after the vCPUs' part: an event that a vCPU's exit raises is then in
@@ -85,11 +86,22 @@ fn chip(item: Item) -> Option<u32> {
     }
 }
 
-/// Reads the state of a stopped VM into a buffer that must have room for [`CAPACITY`] more bytes.
-pub(crate) fn save(vm: &VmFd, asked: Option<PowerRequest>, to: &mut Vec<u8>) -> Result<(), VmStateError> {
+/// The first version of the section with [`ASKED_BY`].
+const WITH_WAY: u16 = 2;
+
+/// Reads the state of a stopped VM, as a section of this version, into a buffer that must have [`CAPACITY`] to
+/// spare.
+pub(crate) fn save(
+    vm: &VmFd,
+    asked: Option<PowerRequest>,
+    version: u16,
+    to: &mut Vec<u8>,
+) -> Result<(), VmStateError> {
     let mut fields = FieldWriter::new(to);
     fields.put_plain(ASKED, &asked.map_or(0, PowerRequest::number));
-    fields.put_plain(ASKED_BY, &asked.map_or(0, PowerRequest::way_number));
+    if version >= WITH_WAY {
+        fields.put_plain(ASKED_BY, &asked.map_or(0, PowerRequest::way_number));
+    }
     for (item, _reason) in SAVE_ORDER {
         let field = item as u16;
         match (item, chip(item)) {
@@ -122,8 +134,14 @@ pub(crate) enum Clock {
     Keep,
 }
 
-/// Writes a saved state into a VM whose vCPUs do not run. Returns what its guest had asked for.
-pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<PowerRequest>, VmStateError> {
+/// Writes a saved state, a section of this version, into a VM whose vCPUs do not run. Returns what its guest
+/// had asked for.
+pub(crate) fn restore(
+    vm: &VmFd,
+    version: u16,
+    bytes: &[u8],
+    clock: Clock,
+) -> Result<Option<PowerRequest>, VmStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in RESTORE_ORDER {
         let field = item as u16;
@@ -148,7 +166,7 @@ pub(crate) fn restore(vm: &VmFd, bytes: &[u8], clock: Clock) -> Result<Option<Po
             (_, None) => ioctl(item, vm.set_pit2(&fields.get_plain(field)?))?,
         }
     }
-    // Older checkpoints do not have the way.
-    let way = fields.get_plain(ASKED_BY).unwrap_or(0);
+    // Version 1 does not have it; 0 stands for no way in particular.
+    let way = if version >= WITH_WAY { fields.get_plain(ASKED_BY)? } else { 0 };
     Ok(PowerRequest::from_numbers(fields.get_plain(ASKED)?, way))
 }

@@ -128,7 +128,7 @@ fn a_guest_restarts_in_every_way_that_kernels_know_and_then_switches_off() {
         }
         assert_eq!(event(&events), MachineEvent::GuestPanicked);
         assert_eq!(event(&events), MachineEvent::Power(PowerRequest::Off));
-        machine.press_power_button();
+        machine.press_power_button().unwrap();
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use outlive_dirty::BackendChoice;
+use outlive_epoch::image::StateVersions;
 use outlive_machine::{After, InPause, MAX_VCPUS, Outgoing};
 use support::{TWO_COUNTERS, booted, host};
 
@@ -73,7 +74,7 @@ fn a_pause_allocates_nothing() {
         // The first one sizes the scratch buffers.
         machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
         // Of those that are counted the first is a base, which has the most state, in a buffer that is new.
-        machine.begin_base();
+        machine.begin_base(StateVersions::NEWEST);
         let mut staging = Outgoing::new(256, 0).unwrap();
         for round in 0..rounds {
             std::thread::sleep(Duration::from_micros(100 + round % 7 * 50));

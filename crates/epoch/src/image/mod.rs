@@ -19,5 +19,5 @@ pub use granules::{GRANULE, Granules};
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
 pub use page::{PAGE_SIZE, PageData, is_zero};
-pub use state::{StateBuf, StateKind, StateSection};
+pub use state::{StateBuf, StateKind, StateSection, StateVersions};
 pub use vm::{VmId, VmIdError};

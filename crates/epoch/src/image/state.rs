@@ -1,6 +1,7 @@
 //! State sections: what a VM is besides its memory and its disks.
 
 use std::collections::TryReserveError;
+use std::ops::RangeInclusive;
 
 use super::limits::{MAX_CHECK_STATE, MAX_DEVICE_STATE, MAX_VCPU_CONSTANT, MAX_VCPU_STATE, MAX_VM_STATE};
 
@@ -38,6 +39,19 @@ impl StateKind {
         !matches!(self, Self::VcpuConstant | Self::Check)
     }
 
+    /// The versions of its bytes that this release reads; it writes the newest to a release that reads it
+    /// ([`StateVersions`]). A version that is no longer read takes its reader with it.
+    ///
+    /// A version stands for what a section must have: fields that a reader does not know are skipped, so a
+    /// field that an older release may skip safely is no new version to it.
+    pub const fn versions(self) -> RangeInclusive<u16> {
+        match self {
+            // 2: by which way the guest has asked for a restart.
+            Self::Vm => 1..=2,
+            Self::VcpuConstant | Self::Vcpu | Self::Device | Self::Serial | Self::Check => 1..=1,
+        }
+    }
+
     /// Most bytes of one section.
     pub const fn limit(self) -> usize {
         match self {
@@ -47,6 +61,34 @@ impl StateKind {
             Self::Device | Self::Serial => MAX_DEVICE_STATE,
             Self::Check => MAX_CHECK_STATE,
         }
+    }
+}
+
+/// Which version of each kind a machine writes: what the release on the other side reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateVersions([u16; StateKind::ALL.len()]);
+
+impl StateVersions {
+    /// The newest of each.
+    pub const NEWEST: Self = {
+        let mut versions = [0; StateKind::ALL.len()];
+        let mut at = 0;
+        while at < versions.len() {
+            versions[at] = *StateKind::ALL[at].versions().end();
+            at += 1;
+        }
+        Self(versions)
+    };
+
+    /// The same, but for one kind.
+    pub const fn with(mut self, kind: StateKind, version: u16) -> Self {
+        self.0[kind as usize - 1] = version;
+        self
+    }
+
+    /// The version of this kind.
+    pub const fn of(self, kind: StateKind) -> u16 {
+        self.0[kind as usize - 1]
     }
 }
 
@@ -192,6 +234,18 @@ mod tests {
             assert_eq!(buffer.find(StateKind::Vcpu, 1), Some(sections[1]));
             assert_eq!(buffer.find(StateKind::Vm, 0), None);
             assert_eq!(buffer.bytes.as_ptr(), memory, "nothing was allocated");
+        }
+    }
+
+    #[test]
+    fn the_newest_version_of_each_kind_is_written_unless_an_older_one_is_asked_for() {
+        for kind in StateKind::ALL {
+            assert_eq!(StateVersions::NEWEST.of(kind), *kind.versions().end());
+            let other = StateVersions::NEWEST.with(kind, 7);
+            for each in StateKind::ALL {
+                let newest = StateVersions::NEWEST.of(each);
+                assert_eq!(other.of(each), if each == kind { 7 } else { newest });
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::WireError;
 use crate::codec::PageCodec;
+use crate::image::{StateKind, StateVersions};
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
@@ -62,7 +63,7 @@ pub enum ProtocolVersion {
     V3 = 3,
     /// 4: pages of checkpoints may be written as granules, the beginning of a checkpoint says how many pages
     /// follow at most, and pages that have not changed since they were sent last do not follow. Of the state what
-    /// has changed may be sent.
+    /// has changed may be sent. The state of the VM is a section of version 2.
     V4 = 4,
 }
 
@@ -92,6 +93,15 @@ impl ProtocolVersion {
         match codec {
             PageCodec::Raw | PageCodec::Zero => self >= Self::V2,
             PageCodec::Granules => self >= Self::V4,
+        }
+    }
+
+    /// The versions of state sections that every release reads which reads this version of the stream. A new
+    /// version of a section stands here with the version of the stream that it comes with.
+    pub fn state_versions(self) -> StateVersions {
+        match self {
+            Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
+            Self::V4 => StateVersions::NEWEST,
         }
     }
 

@@ -1,27 +1,29 @@
 //! Saved state: plain data in versioned sections, apart from the run-time types.
 //!
-//! A checkpoint's state is a row of sections {kind, version, index, bytes}. Inside a section stand
-//! fields {id u16, length u32, bytes}, so that a later version can add one; a field that is missing,
-//! too short or too long is refused before anything is changed.
+//! A checkpoint's state is a row of sections {kind, version, index, bytes}. Which versions there are is in
+//! one table, [`StateKind::versions`]. Inside a section stand fields {id u16, length u32, bytes}, so that a
+//! later version can add one; a field that its version has and that is missing, too short or too long is
+//! refused before anything is changed.
 
 use outlive_epoch::image::StateKind;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Version of every section that this build writes; the only one that it reads.
-pub const SECTION_VERSION: u16 = 1;
-
 /// Why saved state was refused. Nothing was changed when one of these is returned before the VM ran.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
-    /// A section of a version that this build does not know.
+    /// A section of a version that this release does not read.
     #[error(
-        "state section {kind:?} has version {version}, this build reads {SECTION_VERSION}; run the same Outlive on both hosts"
+        "state section {kind:?} has version {version}, this host reads {oldest} to {newest}: upgrade Outlive on the older host"
     )]
     Version {
         /// The section.
         kind: StateKind,
         /// Its version.
         version: u16,
+        /// The oldest that is read.
+        oldest: u16,
+        /// The newest that is read.
+        newest: u16,
     },
     /// A section for a vCPU or device that this VM lacks, or one that is missing.
     #[error("state section {kind:?} {index} is missing or does not belong to this VM")]
@@ -37,6 +39,18 @@ pub enum StateError {
         /// Field number.
         field: u16,
     },
+}
+
+/// Checks that sections of this kind and version are read here.
+///
+/// # Errors
+/// [`StateError::Version`].
+pub(crate) fn check_version(kind: StateKind, version: u16) -> Result<(), StateError> {
+    let versions = kind.versions();
+    if versions.contains(&version) {
+        return Ok(());
+    }
+    Err(StateError::Version { kind, version, oldest: *versions.start(), newest: *versions.end() })
 }
 
 /// Writes fields into a buffer that was allocated before the pause.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
+use outlive_epoch::ProtocolVersion;
 use outlive_machine::{LogMode, Outgoing, Ram};
 use outlive_pair::{Link, LossReason, PrimaryEvent, Wanted};
 
@@ -139,8 +140,8 @@ impl Base {
 
 impl Coordinator {
     /// Begins protection: allocates everything that checkpoints need (invariant 5).
-    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>) {
-        let prepared = self.prepare_base(link, &pool);
+    pub(super) fn start_base(&mut self, link: Link, pool: Arc<Pool>, version: ProtocolVersion) {
+        let prepared = self.prepare_base(link, &pool, version);
         let base = match prepared {
             Ok(base) => base,
             Err(why) => return self.base_failed(link, why),
@@ -152,7 +153,7 @@ impl Coordinator {
         }
     }
 
-    fn prepare_base(&mut self, link: Link, pool: &Pool) -> Result<Base, String> {
+    fn prepare_base(&mut self, link: Link, pool: &Pool, version: ProtocolVersion) -> Result<Base, String> {
         let with = &mut self.with;
         with.totals.base_begins();
         let pages = with.staging_pages.min(with.machine.ram().pages() as usize);
@@ -160,7 +161,7 @@ impl Coordinator {
         check_staging(pages, disk_bytes, SLOTS)?;
         let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
         pool.open(buffers.collect::<Result<_, _>>()?);
-        with.machine.begin_base();
+        with.machine.begin_base(version.state_versions());
         let disks = DiskBase::start(&with.machine, &with.driver, link, &with.events)?;
         Ok(Base::new(with.events.clone(), disks))
     }

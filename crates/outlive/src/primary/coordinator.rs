@@ -179,7 +179,7 @@ impl Coordinator {
             Inbox::Wake => {}
             Inbox::Machine(event) => self.machine_event(event),
             Inbox::Sender(link, report) => self.sender_report(link, report),
-            Inbox::StartBase(link, pool) => self.start_base(link, pool),
+            Inbox::StartBase(link, pool, version) => self.start_base(link, pool, version),
             Inbox::DiskWant(link, want) => {
                 if let Some(disks) = self.base_of(link).and_then(Base::disks) {
                     disks.want(want);
@@ -298,8 +298,10 @@ impl Coordinator {
     }
 
     fn ask_guest(&mut self) {
-        tracing::info!("asked the guest to shut down; a second stop does not ask");
-        self.with.machine.press_power_button();
+        match self.with.machine.press_power_button() {
+            Ok(()) => tracing::info!("asked the guest to shut down; a second stop does not ask"),
+            Err(error) => tracing::error!("cannot ask the guest to shut down: {error}"),
+        }
     }
 
     /// KVM holds a vCPU until its dirty ring is emptied.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use outlive_epoch::ProtocolVersion;
 use outlive_machine::Valve;
 use outlive_pair::{
     After, ClaimResult, Link, Primary, PrimaryDriver, PrimaryEvent, PrimaryStatus, Ticket, Wanted,
@@ -130,6 +131,12 @@ impl SharedDriver {
             driver.handle(self.clock.now(), PrimaryEvent::Connected { link })
         };
         self.follow(after);
+    }
+
+    /// Both sides of a link have agreed on a version of the stream. To be called before the acceptance is
+    /// handled.
+    pub(super) fn agreed(&self, link: Link, version: ProtocolVersion) {
+        self.lock().ports_mut().agreed(link, version);
     }
 
     /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use outlive_epoch::DiskWant;
+use outlive_epoch::{DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
 use outlive_pair::{ExitReason, Link, PrimaryNote};
 
@@ -28,8 +28,9 @@ pub(crate) enum Inbox {
     DisksHashed(Hashed),
     /// How far the disks are in the base synchronisation.
     DiskSync(Link, SyncReport),
-    /// Begin base synchronisation for this link, with these buffers for its checkpoints.
-    StartBase(Link, Arc<Pool>),
+    /// Begin base synchronisation for this link, with these buffers for its checkpoints, in this version of the
+    /// stream.
+    StartBase(Link, Arc<Pool>, ProtocolVersion),
     /// The link is no longer useful: end the protection that used it.
     Detached(Link),
     /// Log this.

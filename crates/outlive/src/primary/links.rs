@@ -13,7 +13,7 @@ use super::inbox::{Inbox, Queue};
 use super::pool::Pool;
 use super::ports::Connection;
 use super::stats::Totals;
-use crate::link::{self, Heard, Job, Sender, SenderReport};
+use crate::link::{self, Heard, Sender, SenderReport};
 
 /// The thread's orders.
 pub(crate) enum Errand {
@@ -109,13 +109,13 @@ fn connect(
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);
     let (clock, pulse) = (driver.clock(), driver.pulse().clone());
     let sender = Sender::start(writer, closer, clock, pulse, plan.heartbeat, introduction, report)?;
-    driver.connected(Connection { link, sender, address: address.to_owned(), pool });
+    driver.connected(Connection { link, sender, address: address.to_owned(), pool, version: None });
     let (receiving, older) = (driver.clone(), older.clone());
     let received = outlive_machine::spawn("receiver", move || {
         let theirs = Cell::new(introduction);
         link::receive(reader, link, |heard| match heard {
             Heard::Introduction(version) => theirs.set(version),
-            Heard::Agreed(version) => receiving.send(link, Job::Speak(version)),
+            Heard::Agreed(version) => receiving.agreed(link, version),
             Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
             Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
                 if theirs.get() < introduction =>

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender as Channel;
 use std::time::Duration;
 
-use outlive_epoch::{EndReason, Hello};
+use outlive_epoch::{EndReason, Hello, ProtocolVersion};
 use outlive_machine::{OutputMode, Valve};
 use outlive_pair::{ExitReason, Link, PrimaryNote, PrimaryPorts, Ticket};
 
@@ -29,6 +29,8 @@ pub(super) struct Connection {
     pub(super) address: String,
     /// The buffers of its checkpoints.
     pub(super) pool: Arc<Pool>,
+    /// The version of the stream that both sides have agreed on, once they have.
+    pub(super) version: Option<ProtocolVersion>,
 }
 
 /// A committed checkpoint.
@@ -103,6 +105,14 @@ impl Ports {
         self.connection.as_ref().filter(|connection| connection.link == link)
     }
 
+    /// Both sides of this link have agreed on a version of the stream: what is sent from now on is in it.
+    pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion) {
+        if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
+            connection.version = Some(version);
+            connection.sender.send(Job::Speak(version));
+        }
+    }
+
     /// Takes the connection out, for the end of the process.
     pub(super) fn take_connection(&mut self) -> Option<Connection> {
         self.connection.take()
@@ -138,8 +148,10 @@ impl PrimaryPorts for Ports {
     }
 
     fn start_base(&mut self, link: Link) -> Result<(), String> {
-        let pool = self.connection(link).ok_or("the link is closed")?.pool.clone();
-        self.inbox.send(Inbox::StartBase(link, pool)).map_err(|_| "the coordinator is gone".into())
+        let connection = self.connection(link).ok_or("the link is closed")?;
+        let version = connection.version.ok_or("no version of the stream was agreed on")?;
+        let start = Inbox::StartBase(link, connection.pool.clone(), version);
+        self.inbox.send(start).map_err(|_| "the coordinator is gone".into())
     }
 
     fn ship(&mut self, ticket: Ticket, part: Box<CheckpointPart>) -> Result<(), String> {

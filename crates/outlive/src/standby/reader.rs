@@ -182,8 +182,7 @@ impl SessionReader {
         let constants = checkpoint.state().sections().filter(is_constant).count();
         // After the base, CPUID and TSC frequency of the base apply unless there are new ones.
         let known = if constants == 0 && self.expect != Expect::Base { shape.constants() } else { constants };
-        let others = checkpoint.state().sections().filter(|section| !is_constant(section));
-        shape.check(known, others).map_err(|e| e.to_string())?;
+        shape.check(known, checkpoint.state().sections()).map_err(|e| e.to_string())?;
         let hashes = hashes(checkpoint).transpose()?;
         disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks))
     }

@@ -9,7 +9,9 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Accept, Ack, Encoder, Message, Peer, Preface, SectionReader, VersionRange, VmId};
+use outlive_epoch::{
+    Accept, Ack, Encoder, Message, Peer, Preface, ProtocolVersion, SectionReader, VersionRange, VmId,
+};
 use outlive_machine::{After as Then, Host, HostError, Machine, Options, OutputMode, PayloadOptions};
 use outlive_pair::{PrimaryStatus, Wanted};
 
@@ -58,8 +60,10 @@ fn machine() -> Option<Machine> {
     Some(machine)
 }
 
-/// A standby that accepts and acknowledges everything.
-fn standby(mut stream: TcpStream) {
+/// A standby that accepts and acknowledges everything, of a release that knows no newer version than this one.
+/// It leaves when something comes that such a release would not read.
+fn standby(mut stream: TcpStream, newest: ProtocolVersion) {
+    let versions = VersionRange { newest: newest as u32, ..VersionRange::CURRENT };
     let mut reader = SectionReader::new(Peer::Primary);
     let mut encoder = Encoder::new();
     reader.read_preface(&mut stream).unwrap();
@@ -70,12 +74,16 @@ fn standby(mut stream: TcpStream) {
             Message::Hello(hello) => {
                 out.extend_from_slice(&Preface::CURRENT.encode());
                 let dead_after_us = Duration::from_secs(600).as_micros() as u64;
-                let version = VersionRange::CURRENT.common(hello.versions).unwrap();
+                let version = versions.common(hello.versions).unwrap();
+                reader.agree(version);
                 let (generation, host) = (hello.generation, "standby".to_owned());
                 let accept = Accept { generation, dead_after_us, host, version };
                 encoder.accept(&mut out, &accept).unwrap();
             }
             Message::CheckpointBegin(begin) => open = Some(begin.generation),
+            Message::State { state, .. } => {
+                assert_eq!(state.version, newest.state_versions().of(state.kind), "{:?}", state.kind);
+            }
             Message::CheckpointEnd(end) => {
                 let ack = Ack { generation: open.unwrap(), number: end.number, stamp_us: end.stamp_us };
                 encoder.ack(&mut out, &ack);
@@ -90,9 +98,14 @@ fn standby(mut stream: TcpStream) {
 
 /// A coordinator whose machine is captured for the first time, in front of `output`.
 fn guarding(machine: Machine, output: Arc<Stuck>) -> Coordinator {
+    guarding_with(machine, output, ProtocolVersion::CURRENT)
+}
+
+/// The same with a standby that knows no newer version than this one.
+fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) -> Coordinator {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let rig = connected(output, listener.local_addr().unwrap());
-    thread::spawn(move || standby(listener.accept().unwrap().0));
+    thread::spawn(move || standby(listener.accept().unwrap().0, newest));
     let setup = Setup {
         self_check: SelfCheck::new(None, &machine, rig.queue),
         machine,
@@ -180,4 +193,15 @@ fn a_pause_of_the_whole_primary_waits_for_no_output() {
     turn_until(&mut coordinator, |it| it.captures > SLOTS);
     done.send(()).ok();
     assert!(!watch.join().unwrap(), "a pause waits for output on its way");
+}
+
+/// Pages and state are such that a standby of the release before can read them.
+#[test]
+fn an_older_standby_gets_what_it_reads() {
+    let Some(machine) = machine() else { return };
+    let output = Arc::new(Stuck::default());
+    output.set_free();
+    let mut coordinator = guarding_with(machine, output, ProtocolVersion::V2);
+    turn_until(&mut coordinator, |it| it.captures >= 20);
+    assert_eq!(coordinator.with.driver.status(), PrimaryStatus::Protected);
 }

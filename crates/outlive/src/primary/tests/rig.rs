@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{GfnRange, Hello, Layout, Limits, VersionRange, VmId};
+use outlive_epoch::{GfnRange, Hello, Layout, Limits, ProtocolVersion, VersionRange, VmId};
 use outlive_machine::{HeldOutput, Lease, OutputMode, Permit, Valve};
 use outlive_pair::{Link, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
@@ -142,6 +142,7 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
 impl Rig {
     /// The standby accepts.
     pub(super) fn accepted(self) -> Self {
+        self.driver.agreed(LINK, ProtocolVersion::CURRENT);
         self.driver.handle(PrimaryEvent::Accepted { link: LINK, dead_after: DEAD_AFTER });
         self
     }
