@@ -21,5 +21,6 @@ mod refusals;
 mod self_check;
 mod standby;
 mod support;
+mod torture;
 mod versions;
 mod wedged;

@@ -1,7 +1,7 @@
 //! Whoever reads log and events may stop, hang or go away: that costs lines and nothing else.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -12,26 +12,10 @@ use nix::sys::stat::Mode;
 use nix::unistd::{mkfifo, pipe};
 use outlive::events::{Event, Record};
 
-use crate::support::{Client, Log, Process, Readers, Side, Value, World, wait_until};
+use crate::support::{Client, Log, Process, Readers, Side, Value, World, fill, wait_until};
 
 /// Longer than the silence after which a primary counts as dead.
 const A_WHILE: Duration = Duration::from_millis(1500);
-
-/// Fills a pipe to its last byte. Whoever writes to it then waits until somebody reads.
-fn fill(pipe: impl AsFd) {
-    let file = File::from(pipe.as_fd().try_clone_to_owned().unwrap());
-    fcntl(&file, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    let mut length = 4096;
-    while length > 0 {
-        match (&file).write(&vec![b'\n'; length]) {
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => length /= 2,
-            Err(error) => panic!("{error}"),
-        }
-    }
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
-}
 
 /// A pipe that is full, for standard error, and the end that nobody reads.
 fn full_pipe() -> (Readers, OwnedFd) {

@@ -2,16 +2,14 @@
 //! standby is not accepted; it does not cost the protection, and never the VM.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use outlive::events::Event;
 
 use crate::support::{
-    Held, MemoryLoad, PATIENCE, Process, Side, WRITTEN, Witnesses, World, wait_until, writer_kernel,
+    Held, MemoryLoad, PATIENCE, Process, Side, Small, WRITTEN, Witnesses, World, wait_until, writer_kernel,
 };
 
 const SIZE: u64 = 48 << 20;
@@ -151,39 +149,6 @@ fn checkpoints(active: &mut Process) -> u64 {
     last.last().unwrap_or(0)
 }
 
-/// A file system in memory, of a certain size.
-struct Small {
-    place: PathBuf,
-}
-
-impl Small {
-    fn mount(world: &World, mib: u64) -> Small {
-        let place = world.dir().join("small");
-        fs::create_dir(&place).unwrap();
-        let size = format!("size={mib}m");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "none"]).arg(&place).status();
-        assert!(mounted.unwrap().success());
-        Small { place }
-    }
-
-    /// Leaves no room for anything.
-    fn fill(&self) {
-        let mut file = File::create(self.place.join("others")).unwrap();
-        while file.write_all(&[1; 4096]).is_ok() {}
-        assert!(File::create(self.place.join("one more")).and_then(|mut f| f.write_all(b"x")).is_err());
-    }
-
-    fn make_room(&self) {
-        fs::remove_file(self.place.join("others")).unwrap();
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        Command::new("umount").arg("-l").arg(&self.place).status().ok();
-    }
-}
-
 fn sidecar(image: &Path) -> String {
     let mut path = image.as_os_str().to_owned();
     path.push(".outlive");
@@ -193,8 +158,8 @@ fn sidecar(image: &Path) -> String {
 #[test]
 fn a_full_file_system_beside_the_standbys_image_stops_no_takeover() {
     let Some(world) = World::new() else { return };
-    let small = Small::mount(&world, 120);
-    let writing = Writing::new(world, &small.place);
+    let small = Small::mount(world.dir().join("small"), 120);
+    let writing = Writing::new(world, small.path());
     let mut standby = writing.standby();
     let mut active = writing.run();
     active.wait_protected();
@@ -222,8 +187,8 @@ fn a_full_file_system_beside_the_standbys_image_stops_no_takeover() {
 #[test]
 fn a_standby_without_room_for_its_journal_is_not_accepted() {
     let Some(world) = World::new() else { return };
-    let small = Small::mount(&world, 100);
-    let writing = Writing::new(world, &small.place);
+    let small = Small::mount(world.dir().join("small"), 100);
+    let writing = Writing::new(world, small.path());
     let standby = writing.standby();
     let mut active = writing.run();
     let line = "cannot set 64 MiB aside for the journal";

@@ -34,6 +34,11 @@ impl Client {
         Ok(Client { stream: BufReader::new(stream) })
     }
 
+    /// A second handle, with which another thread can shut the connection down.
+    pub(crate) fn handle(&self) -> TcpStream {
+        self.stream.get_ref().try_clone().unwrap()
+    }
+
     /// Sends a command and reads its reply.
     pub(crate) fn call(&mut self, words: &[&[u8]]) -> Result<Value, String> {
         self.send(words)?;

@@ -14,8 +14,10 @@
 //! Waits are generous: this is about what happens, not about how fast.
 
 mod client;
+mod pipes;
 mod process;
 mod proxy;
+mod small;
 mod tracer;
 mod witness;
 mod writer;
@@ -33,8 +35,10 @@ use outlive::events::Event;
 use outlive::network::{EnterError, Namespace, Netlink};
 
 pub(crate) use client::{Client, Value};
+pub(crate) use pipes::fill;
 pub(crate) use process::Process;
 pub(crate) use proxy::{Proxy, Way};
+pub(crate) use small::Small;
 pub(crate) use tracer::{Held, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
 pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
@@ -60,6 +64,8 @@ pub(crate) enum Side {
 }
 
 impl Side {
+    pub(crate) const BOTH: [Side; 2] = [Side::A, Side::B];
+
     /// The other one.
     pub(crate) fn other(self) -> Side {
         match self {
@@ -68,7 +74,7 @@ impl Side {
         }
     }
 
-    fn letter(self) -> char {
+    pub(crate) fn letter(self) -> char {
         match self {
             Side::A => 'a',
             Side::B => 'b',
@@ -149,7 +155,8 @@ impl World {
             netlink.create_veth("link", "far").unwrap();
             netlink.move_to_namespace("far", self.host(Side::B).as_fd()).unwrap();
         });
-        for (side, link) in [(Side::A, "link"), (Side::B, "far")] {
+        for side in [Side::A, Side::B] {
+            let link = World::link(side);
             self.on(side, || {
                 let mut netlink = Netlink::open().unwrap();
                 netlink.create_bridge("br0").unwrap();
@@ -202,6 +209,32 @@ impl World {
     /// Mends the link.
     pub(crate) fn mend_link(&self) {
         self.on(Side::A, || Netlink::open().unwrap().set_up("link").unwrap());
+    }
+
+    /// A program in the network of a host. Says whether it could do its work.
+    pub(crate) fn command(&self, side: Side, words: &[&str]) -> bool {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null());
+        self.host(side).spawn(&mut command).is_ok_and(|mut child| child.wait().unwrap().success())
+    }
+
+    /// The interface of a host on the link.
+    pub(crate) fn link(side: Side) -> &'static str {
+        match side {
+            Side::A => "link",
+            Side::B => "far",
+        }
+    }
+
+    /// Leaves the folder where it is.
+    pub(crate) fn keep(&mut self) -> PathBuf {
+        self.dir.disable_cleanup(true);
+        self.dir().to_owned()
+    }
+
+    /// Takes [`World::keep`] back.
+    pub(crate) fn keep_no_more(&mut self) {
+        self.dir.disable_cleanup(false);
     }
 
     /// Frames that the VM on a host has sent into the network so far. The port of the host's bridge counts
@@ -286,7 +319,8 @@ impl World {
         self.start_for(side, command, options, usual, Readers::default())
     }
 
-    fn start_for(
+    /// The same for any command and any readers.
+    pub(crate) fn start_for(
         &self,
         side: Side,
         command: &[&str],
@@ -389,6 +423,16 @@ impl Dice {
         });
         println!("seed {seed}: OUTLIVE_SEED={seed} repeats these choices");
         Dice(seed)
+    }
+
+    /// The choices of a seed that is known already.
+    pub(crate) fn of(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
+    /// The seed, as long as nothing was chosen.
+    pub(crate) fn seed(&self) -> u64 {
+        self.0
     }
 
     /// A number below `end` (splitmix64).

@@ -1,11 +1,12 @@
 //! One process of the program under test.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
-use std::process::Child;
+use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::events::{Event, Record};
@@ -23,11 +24,22 @@ pub(crate) struct Process {
     records: Vec<Record>,
     /// Events before this one were waited for.
     next: usize,
+    /// Nobody reads its events at the moment.
+    deaf: bool,
 }
 
 impl Process {
     pub(super) fn new(child: Child, events: PathBuf, log: PathBuf) -> Process {
-        Process { child, events, log, read: None, rest: Vec::new(), records: Vec::new(), next: 0 }
+        Process {
+            child,
+            events,
+            log,
+            read: None,
+            rest: Vec::new(),
+            records: Vec::new(),
+            next: 0,
+            deaf: false,
+        }
     }
 
     /// Its number.
@@ -65,8 +77,11 @@ impl Process {
         if self.read.is_none() {
             self.read = File::open(&self.events).ok();
         }
-        if let Some(file) = &mut self.read {
-            file.read_to_end(&mut self.rest).unwrap();
+        if let Some(file) = self.read.as_mut().filter(|_| !self.deaf) {
+            match file.read_to_end(&mut self.rest) {
+                Err(error) if error.kind() != ErrorKind::WouldBlock => panic!("{error}"),
+                _ => {}
+            }
         }
         if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
             let lines: Vec<u8> = self.rest.drain(..=end).collect();
@@ -75,6 +90,37 @@ impl Process {
             }
         }
         self.records.iter().map(|r| &r.event)
+    }
+
+    /// Its events come through this pipe, which has no end that would be seen.
+    pub(crate) fn read_from(&mut self, pipe: File) {
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        self.read = Some(pipe);
+    }
+
+    /// Fills the pipe of its events and lets nobody read, or reads again.
+    pub(crate) fn deafen(&mut self, deaf: bool) {
+        if let Some(pipe) = self.read.as_ref().filter(|_| deaf) {
+            super::fill(pipe);
+            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        self.deaf = deaf;
+    }
+
+    /// All events so far, with their times.
+    pub(crate) fn records(&mut self) -> &[Record] {
+        self.events().count();
+        &self.records
+    }
+
+    /// Waits for its end, whatever way.
+    pub(crate) fn wait_end(&mut self) {
+        self.child.wait().unwrap();
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Whether an event of this kind has happened.

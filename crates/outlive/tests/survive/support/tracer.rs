@@ -26,6 +26,20 @@ impl Held {
         Held::stop(Pid::from_raw(task.to_str().unwrap().parse().unwrap()))
     }
 
+    /// Stops any thread; the number picks which. Returns its name as well, or nothing if it has just ended.
+    pub(crate) fn any(process: &Process, number: u64) -> Option<(Held, String)> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).ok()?;
+        let mut tasks: Vec<i32> =
+            tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok()).collect();
+        tasks.sort_unstable();
+        let task = *tasks.get((number % tasks.len().max(1) as u64) as usize)?;
+        let name = fs::read_to_string(format!("/proc/{}/task/{task}/comm", process.pid())).ok()?;
+        let thread = Pid::from_raw(task);
+        ptrace::attach(thread).ok()?;
+        waitpid(thread, Some(WaitPidFlag::__WALL)).ok()?;
+        Some((Held(thread), name.trim_end().to_owned()))
+    }
+
     fn stop(thread: Pid) -> Held {
         ptrace::attach(thread).unwrap();
         waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
