@@ -2,13 +2,14 @@
 //!
 //! One seed is one schedule, so a failure can be repeated: every assertion prints its seed, and
 //! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair -- --nocapture` runs it alone and prints what happens.
-//! `OUTLIVE_SIM_SEEDS=n` sets how many are run.
+//! `OUTLIVE_SIM_SEEDS=n` sets how many are run. [`explore`] runs new ones every time (`cargo xtask sim`).
 //!
 //! What runs is the production drivers with their state machines and the production policy; the [`ports`]
 //! belong to the simulator, queue what is to be done, fail at times, and watch what is asked of them. The VM
 //! is a counter of steps whose outputs are the names of its states (see [`truth`]); the clocks of the hosts
 //! differ in offset and by up to 4 % in rate.
 
+mod explore;
 mod hosts;
 mod ports;
 mod primary;

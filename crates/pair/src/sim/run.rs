@@ -1,5 +1,7 @@
 //! One schedule: what happens, which faults strike, and what must be true at the end.
 
+use std::collections::BTreeSet;
+
 use super::hosts::Process;
 use super::ports::PortFault;
 use super::truth::{Life, Node};
@@ -26,9 +28,63 @@ pub(super) enum Faults {
     Stop,
 }
 
+/// What the kinds of faults are that [`World::fault`] draws.
+pub(super) const FAULT_NAMES: [&str; 22] = [
+    "crash",
+    "crash",
+    "crash of the owner",
+    "freeze",
+    "freeze",
+    "freeze of the owner",
+    "one way cut",
+    "both ways cut",
+    "host cut off",
+    "arbiter cut from a host",
+    "arbiter cut from all",
+    "arbiter slow",
+    "slow links",
+    "connection struck",
+    "orderly stop",
+    "guest ends",
+    "queues swell, then one way cut",
+    "broken disk",
+    "copy fails",
+    "action fails",
+    "action fails",
+    "a thread wedges",
+];
+
+/// Which of a schedule's faults strike: all but those that are left out.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Strikes {
+    pub(super) left_out: BTreeSet<u32>,
+    /// How many there were so far.
+    pub(super) drawn: u32,
+}
+
+impl Strikes {
+    fn next(&mut self) -> bool {
+        self.drawn += 1;
+        !self.left_out.contains(&(self.drawn - 1))
+    }
+}
+
 /// Runs one schedule.
 pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<Stats, String> {
+    schedule_of(seed, faults, bug, &mut Strikes::default(), false)
+}
+
+/// The same without some of its faults; says how many there were. Prints what happens if that is wanted.
+pub(super) fn schedule_of(
+    seed: u64,
+    faults: Faults,
+    bug: Option<Bug>,
+    strikes: &mut Strikes,
+    trace: bool,
+) -> Result<Stats, String> {
     let mut world = World::new(seed, 3, bug);
+    world.trace |= trace;
+    world.strikes = std::mem::take(strikes);
     world.hosts[0].life = 1;
     world.start_primary(0, 1, 0, 0);
     for host in 1..3 {
@@ -65,6 +121,7 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
     if world.truth.violation.is_none() {
         world.check_liveness(tip);
     }
+    *strikes = world.strikes;
     match world.truth.violation.take() {
         Some(what) => Err(what),
         None => Ok(world.stats),
@@ -173,7 +230,11 @@ impl World {
                     self.start_standby(host);
                 }
             }
-            Happening::Fault => self.fault(),
+            Happening::Fault => {
+                if self.strikes.next() {
+                    self.fault();
+                }
+            }
             Happening::Wedge { host } => self.wedge(host),
             Happening::Stop { host } => {
                 if matches!(self.hosts[host].process, Process::Standby(_)) {
@@ -252,7 +313,9 @@ impl World {
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
         let kind = self.rng.range(0, 22);
-        self.tell((host, 0), &format_args!("fault {kind} until {until}"));
+        self.stats.faults[kind as usize] += 1;
+        let name = FAULT_NAMES.get(kind as usize).unwrap_or(&"other");
+        self.tell((host, 0), &format_args!("fault {kind} ({name}) until {until}"));
         match kind {
             0 | 1 => self.crash(host),
             2 => {

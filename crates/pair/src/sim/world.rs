@@ -7,6 +7,7 @@ use std::time::Duration;
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 
 use super::hosts::Process;
+use super::run::Strikes;
 use super::truth::{Life, Node, Truth};
 use crate::planted::Bug;
 use crate::{ClaimResult, Introduction, Link, Ticket};
@@ -216,6 +217,7 @@ pub(super) struct World {
     pub(super) looks: u64,
     /// Print what happens.
     pub(super) trace: bool,
+    pub(super) strikes: Strikes,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     happenings: Vec<Option<Happening>>,
     free: Vec<usize>,
@@ -248,6 +250,8 @@ pub(super) struct Stats {
     pub(super) long_works: u64,
     /// Standbys that left and handed their right over.
     pub(super) handed_over: u64,
+    /// By kind.
+    pub(super) faults: [u64; 32],
 }
 
 impl Stats {
@@ -273,6 +277,7 @@ impl Stats {
         self.wedged += other.wedged;
         self.long_works += other.long_works;
         self.handed_over += other.handed_over;
+        self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }
 }
 
@@ -315,6 +320,7 @@ impl World {
             stats: Stats::default(),
             looks: 0,
             trace: super::from_environment("OUTLIVE_SIM_SEED") == Some(seed),
+            strikes: Strikes::default(),
             queue: BinaryHeap::new(),
             happenings: Vec::new(),
             free: Vec::new(),
