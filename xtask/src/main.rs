@@ -1,5 +1,5 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
-//! `cargo xtask bench`, `cargo xtask nested`.
+//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -17,8 +17,10 @@ mod models;
 mod nested;
 mod packages;
 mod run;
+mod sim;
 mod summary;
 mod test;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -41,6 +43,8 @@ Examples:
   cargo xtask ci                       what CI runs: format, clippy, docs, tests
   cargo xtask docs --open              the documentation, in the browser
   cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs
+  cargo xtask torture --minutes 60     two hosts and everything that hosts do to a VM, by a seed
+  cargo xtask sim --minutes 60         the simulator of the protocol, with new seeds
   cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated
   cargo xtask nested shell             two emulated hosts with Linux guests to protect, and a prompt on each";
 
@@ -62,6 +66,12 @@ enum Command {
     /// Measure, print a table, and draw plots in docs/bench
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchOptions),
+    /// Real hosts in network namespaces, killed, stopped, cut off and starved, and every answer checked
+    #[command(after_help = torture::EXAMPLES)]
+    Torture(torture::TortureOptions),
+    /// Simulate the protocol of two hosts with new seeds
+    #[command(after_help = sim::EXAMPLES)]
+    Sim(sim::SimOptions),
     /// Test on hosts with other kernels, in QEMU's software emulation
     Nested(nested::NestedOptions),
 }
@@ -85,6 +95,8 @@ fn main() -> ExitCode {
         }
         Command::Docs { open } => lint::docs(&workspace, open),
         Command::Bench(options) => bench::run(&workspace, &options),
+        Command::Torture(options) => torture::run(&workspace, &options),
+        Command::Sim(options) => sim::run(&workspace, &options),
         Command::Nested(options) => nested::run(&workspace, &options),
     };
     match result {

@@ -28,7 +28,11 @@ pub(crate) struct TestOptions {
 /// Runs everything, prints the summary, and fails if a test failed.
 pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), StepError> {
     let start = Instant::now();
-    let environment = packages::prepare(workspace, !options.no_fetch);
+    let mut environment = packages::prepare(workspace, !options.no_fetch);
+    // Longer than under plain `cargo test`; other tests run meanwhile.
+    for (name, seconds) in [("OUTLIVE_TORTURE_SECONDS", "120"), ("OUTLIVE_SIM_SECONDS", "60")] {
+        environment.push((name, std::env::var_os(name).unwrap_or(seconds.into())));
+    }
     if !options.no_nested {
         nested::prepare(workspace, !options.no_fetch);
     }

@@ -87,8 +87,8 @@ impl Kind {
         match self {
             KillOwner => "SIGKILL of the primary",
             KillOther => "SIGKILL of the standby",
-            KillOwnerUnprotected => "the same before it is protected",
-            KillOtherUnprotected => "the same of the standby",
+            KillOwnerUnprotected => "SIGKILL of the primary, early",
+            KillOtherUnprotected => "SIGKILL of the standby, early",
             StopOwner => "SIGSTOP of the primary",
             StopOther => "SIGSTOP of the standby",
             HoldThreadOfOwner => "a thread of the primary is held",

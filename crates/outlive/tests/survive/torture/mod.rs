@@ -18,8 +18,8 @@ use crate::support::Dice;
 use play::Play;
 use report::Report;
 
-/// Without a wish: as part of all tests.
-const SECONDS: u64 = 60;
+/// Without a wish.
+const SECONDS: u64 = 20;
 
 #[test]
 fn the_vm_survives_everything_once_and_again() {

@@ -1,0 +1,70 @@
+//! `cargo xtask torture`: two hosts, real processes, and everything that hosts do to a VM, for minutes or hours.
+//! The play itself is a test of the program (`crates/outlive/tests/survive/torture`); this gives it its time.
+
+use std::path::PathBuf;
+
+use crate::packages;
+use crate::run::{StepError, Workspace, step};
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask torture                       three minutes with a new seed
+  cargo xtask torture --minutes 60 --json torture.json
+  cargo xtask torture --seed 17             the choices of seed 17 once more
+
+At the end a table says by kind of fault how often it was injected and what became of the VM. The first answer
+that cannot be true, the first frame of a host that does not have the VM, and a VM that nobody runs although a
+standby had it end the run with exit code 1; the seed, the last that was done and the folder with trace, logs
+and events are printed. Needs root and /dev/kvm.";
+
+#[derive(clap::Args)]
+pub(crate) struct TortureOptions {
+    /// How long
+    #[arg(long, value_name = "M", default_value_t = 3.0, value_parser = minutes)]
+    minutes: f64,
+    /// Seed of all choices; a new one is taken and printed if it is missing
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Write the table to this file as well, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Minutes as people write them: more than none, and not more than a month.
+pub(crate) fn minutes(text: &str) -> Result<f64, String> {
+    let minutes = text.parse::<f64>().ok().filter(|it| (0.01..=43_200.0).contains(it));
+    minutes.ok_or_else(|| format!("'{text}' is no time; give minutes, for example 3 or 0.5"))
+}
+
+pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(), StepError> {
+    let environment = packages::provide(workspace, &[packages::IPROUTE], true);
+    let mut command =
+        workspace.cargo(["test", "--release", "--package", "outlive", "--test", "survive", "--"]);
+    command.args(["--exact", "torture::the_vm_survives_everything_once_and_again", "--nocapture"]);
+    command.envs(environment).env("OUTLIVE_TORTURE_SECONDS", seconds(options.minutes).to_string());
+    if let Some(seed) = options.seed {
+        command.env("OUTLIVE_SEED", seed.to_string());
+    }
+    if let Some(json) = &options.json {
+        // The test runs in the folder of its crate.
+        let path =
+            std::path::absolute(json).map_err(|source| StepError::File { path: json.clone(), source })?;
+        command.env("OUTLIVE_TORTURE_JSON", path);
+    }
+    step(&mut command)
+}
+
+pub(crate) fn seconds(minutes: f64) -> u64 {
+    (minutes * 60.0).ceil() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_minutes() {
+        assert_eq!(seconds(minutes("0.5").unwrap()), 30);
+        assert!(["", "0", "-1", "NaN", "inf", "1h", "1e9"].iter().all(|text| minutes(text).is_err()));
+    }
+}
