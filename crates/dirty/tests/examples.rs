@@ -140,7 +140,7 @@ fn rates_come_from_another_process() {
     for part in ["vCPU 1", "different pages in", "migration over 10 Gbit/s", "of the guest's speed"] {
         assert!(text.contains(part), "{text}");
     }
-    assert!(svg.starts_with("<svg ") && svg.matches("<rect ").count() > 2000);
+    assert!(svg.starts_with("<svg ") && svg.matches("<rect ").count() > 20);
 }
 
 #[test]

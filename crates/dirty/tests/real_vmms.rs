@@ -1,5 +1,5 @@
 //! The code of docs/real-vmms.md, run: how VMMs that are there already would use the library.
-// UNSAFETY: tells a tracker what memory the slots of a VM are.
+// UNSAFETY: tells a tracker what memory the slots of a VM are; asks KVM from a child process.
 #![allow(unsafe_code)]
 
 #[path = "../examples/common/guest.rs"]
@@ -8,6 +8,7 @@ mod guest;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -116,7 +117,7 @@ fn tracker(
 struct Machine {
     tracker: Arc<Tracker>,
     vcpu: Vcpu,
-    _vm: VmFd,
+    vm: VmFd,
     memory: GuestMemoryMmap<RegionLog>,
 }
 
@@ -150,7 +151,7 @@ impl Machine {
         let mut vcpus = vec![Vcpu::new(&kvm, &vm, 0)?];
         let tracker = Arc::new(tracker(&kvm, &vm, &memory, &log, backend, &vcpus)?);
         let vcpu = vcpus.remove(0);
-        let mut machine = Machine { tracker, vcpu, _vm: vm, memory };
+        let mut machine = Machine { tracker, vcpu, vm, memory };
         // What is written from now on was mapped before: its first reads are no writes.
         machine.write(1, 0, 600)?;
         Ok(Some(machine))
@@ -223,6 +224,31 @@ fn copy_all(memory: &GuestMemoryMmap<RegionLog>, file: &File) {
     let mut bytes = vec![0; memory.last_addr().0 as usize + 1];
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     file.write_all_at(&bytes, 0).unwrap();
+}
+
+/// Why a program beside the VMM cannot look for itself, whatever descriptors it is given.
+#[test]
+fn kvm_answers_only_the_process_that_made_the_vm() {
+    let Some(machine) = Machine::new(BackendChoice::Bitmap).unwrap() else { return };
+    machine.tracker.enable_stopped().unwrap();
+    let (vm, log) = (machine.vm.as_raw_fd(), vec![0_u64; (BYTES / PAGE / 64) as usize]);
+    let request = [0, log.as_ptr().expose_provenance() as u64];
+    const KVM_GET_DIRTY_LOG: libc::c_ulong = 0x4010_ae42;
+    // SAFETY: KVM writes one bit a page of slot 0 to `log`, which is as large.
+    let here = unsafe { libc::ioctl(vm, KVM_GET_DIRTY_LOG, request.as_ptr()) };
+    // SAFETY: the child has the descriptor and a copy of this memory; it makes two system calls and no more.
+    let child = unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            let refused = libc::ioctl(vm, KVM_GET_DIRTY_LOG, request.as_ptr()) < 0;
+            libc::_exit(if refused { *libc::__errno_location() } else { 0 });
+        }
+        child
+    };
+    let mut status = 0;
+    // SAFETY: waits for the child that was just made.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!((here, libc::WEXITSTATUS(status)), (0, libc::EIO));
 }
 
 #[test]

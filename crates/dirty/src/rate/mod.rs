@@ -2,7 +2,7 @@
 //! and what a migration or a protection would cost that has not begun.
 //!
 //! A VMM makes a [`Window`] of each stretch of time in which it has found the dirty pages: an epoch, or what
-//! [`crate::Tracker::fetch`] brings every millisecond. It gives them to a [`RateMeter`] of its own, or writes
+//! a [`RateSampler`] fetches every millisecond. It gives them to a [`RateMeter`] of its own, or writes
 //! them as lines to a socket, where another process has the meter: KVM answers its ioctls only to the process
 //! that made the VM, so a program beside it cannot look for itself. A window as a line of text
 //! ([`std::fmt::Display`] and [`std::str::FromStr`]) is the whole protocol:
@@ -33,6 +33,7 @@
 //! ```
 
 mod forecast;
+mod sampler;
 mod svg;
 mod window;
 
@@ -40,6 +41,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 pub use forecast::{Costs, Link, Migration, Protection};
+pub use sampler::RateSampler;
 pub use window::{VmLine, Window, WindowError};
 
 use crate::layout::Gfn;

@@ -27,6 +27,11 @@ pub(super) fn draw(map: &HeatMap, title: &str) -> String {
         "<text x=\"{LEFT}\" y=\"34\" fill=\"#52514e\">a square is {cell}, a row {row}; darkest: {most:.0} dirty pages \
          a second</text>"
     );
+    let (grid_width, grid_height) = (COLUMNS * CELL - 1, rows * CELL - 1);
+    _ = writeln!(
+        svg,
+        "<rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{grid_width}\" height=\"{grid_height}\" fill=\"#e9e8e2\"/>"
+    );
     for (index, line) in map.cells.chunks(COLUMNS).enumerate() {
         let y = TOP + index * CELL;
         if index % 4 == 0 {
@@ -38,7 +43,7 @@ pub(super) fn draw(map: &HeatMap, title: &str) -> String {
                 y + CELL - 1
             );
         }
-        for (column, &pages) in line.iter().enumerate() {
+        for (column, &pages) in line.iter().enumerate().filter(|(_, pages)| **pages > 0.0) {
             _ = writeln!(
                 svg,
                 "<rect x=\"{}\" y=\"{y}\" width=\"{1}\" height=\"{1}\" fill=\"{2}\"/>",
@@ -51,12 +56,9 @@ pub(super) fn draw(map: &HeatMap, title: &str) -> String {
     svg + "</svg>\n"
 }
 
-/// From the grey of nothing to dark blue, by the logarithm: a part that is written a hundredth as much is
+/// From light to dark blue, by the logarithm: a part that is written a hundredth as much is
 /// seen.
 fn colour(pages: f64, most: f64) -> String {
-    if pages <= 0.0 || most <= 0.0 {
-        return "#e9e8e2".into();
-    }
     let heat = (1.0 + (pages / most).ln() / 1000f64.ln()).clamp(0.0, 1.0);
     let between = |light: f64, dark: f64| (light + (dark - light) * heat).round() as u8;
     format!("#{:02x}{:02x}{:02x}", between(198.0, 13.0), between(219.0, 40.0), between(247.0, 90.0))

@@ -6,6 +6,7 @@ mod guest;
 mod kernel;
 mod limits;
 mod properties;
+mod rates;
 mod schedules;
 mod stamps;
 mod storms;
