@@ -398,8 +398,11 @@ impl Machine {
             if self.stopped_at.take().is_some_and(|at| at.elapsed() >= LONG_STOP) {
                 self.tell_of_stop();
             }
-            self.gate.open();
+            // The guest first, since it is what waits: a device that it asks for meanwhile is told by its
+            // doorbell, and stays behind the gate until the next line. Nothing of the guest's is done by a
+            // vCPU's own thread that needs the gate.
             self.vcpus.run();
+            self.gate.open();
         }
     }
 

@@ -11,6 +11,8 @@ use crate::futex;
 
 const WOKEN: u32 = 1;
 const STOP: u32 = 2;
+/// The thread sleeps, or is about to: it must be woken. Otherwise the system call is saved.
+const SLEEPS: u32 = 4;
 
 /// How an idle period ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,15 +32,18 @@ pub(crate) struct IdleState {
 impl IdleState {
     /// Ends the idle period, or the next one when there is none.
     pub(crate) fn wake(&self) {
-        if self.word.fetch_or(WOKEN, Ordering::AcqRel) & WOKEN == 0 {
-            futex::wake_all(&self.word);
-        }
+        self.set(WOKEN);
     }
 
     /// Takes the thread out of its idle period until [`resume`](Self::resume).
     pub(crate) fn interrupt(&self) {
-        self.word.fetch_or(STOP, Ordering::AcqRel);
-        futex::wake_all(&self.word);
+        self.set(STOP);
+    }
+
+    fn set(&self, bit: u32) {
+        if self.word.fetch_or(bit, Ordering::AcqRel) & SLEEPS != 0 {
+            futex::wake_all(&self.word);
+        }
     }
 
     /// Allows idle periods again.
@@ -49,7 +54,8 @@ impl IdleState {
     /// Idles until woken, interrupted or `deadline`.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Idle {
         loop {
-            let word = self.word.load(Ordering::Acquire);
+            // Nobody sleeps but this thread.
+            let word = self.word.fetch_and(!SLEEPS, Ordering::AcqRel) & !SLEEPS;
             if word & WOKEN != 0 {
                 self.word.fetch_and(!WOKEN, Ordering::AcqRel);
                 return Idle::Over;
@@ -61,7 +67,10 @@ impl IdleState {
             if timeout.is_some_and(|t| t.is_zero()) {
                 return Idle::Over;
             }
-            futex::wait(&self.word, word, timeout);
+            let asleep = word | SLEEPS;
+            if self.word.compare_exchange(word, asleep, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                futex::wait(&self.word, asleep, timeout);
+            }
         }
     }
 }

@@ -6,8 +6,8 @@
 //!    thread's last look at its order and `KVM_RUN` is otherwise lost.
 //! 2. The thread never clears `immediate_exit`; the controller does, before it publishes
 //!    [`Command::Run`], when every thread is parked. Otherwise a thread could wipe the next stop.
-//! 3. After the last exit there is one more `KVM_RUN` with `immediate_exit` set: only that completes
-//!    a pending port or MMIO access, so that the saved state is after it, not in its middle.
+//! 3. After an exit with a port or MMIO access there is one more `KVM_RUN` with `immediate_exit` set:
+//!    only that completes the access, so that the saved state is after it, not in its middle.
 //! 4. State is read before the ring is harvested: vCPU ioctls can write guest memory
 //!    (KVM_SET_MSRS of the wall clock, for example).
 
@@ -17,9 +17,21 @@ pub(crate) mod platform;
 mod port_io;
 mod power;
 mod rendezvous;
+#[cfg(test)]
+mod rendezvous_model;
+#[cfg(test)]
+mod rendezvous_tests;
 mod run;
 pub(crate) mod set;
 pub(crate) mod state;
 mod times;
+
+/// What the meeting point is made of. The model test puts what its checker has in their place.
+mod sync {
+    pub(super) use std::hint::spin_loop;
+    pub(super) use std::sync::atomic::{AtomicU32, Ordering};
+
+    pub(super) use crate::futex;
+}
 
 pub use run::VcpuError;

@@ -1,19 +1,25 @@
 //! How one controller makes all vCPU threads do the same step and learns that they did.
 //!
 //! The controller writes a *command* (a sequence number and what to do) into one word, the threads
-//! count themselves into another. Both are futexes, so nobody polls and nobody sleeps; there is no
-//! lock that two vCPUs could contend on (invariant 5).
+//! count themselves into another. Both are futexes; there is no lock that two vCPUs could contend on
+//! (invariant 5).
 //!
 //! Order that makes it right: `arrived` is set to 0 *before* the command is published, and a thread
 //! counts itself in *after* its work, with release; the controller reads the count with acquire, so
 //! it sees everything that the threads wrote.
 //!
+//! Whoever is about to sleep on a word says so in the word itself, in the bit [`SLEEPS`]. So the one
+//! that changes the word learns, by the same access, whether there is anybody to wake, and mostly saves
+//! the system call: while the guest runs no thread waits for an order.
+//!
+//! Where there is a core for everybody, a wait looks at its word for a moment before it sleeps
+//! ([`Rendezvous::new`]); the moment ends by itself, so nothing depends on it.
+//!
 //! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::futex;
+use super::sync::{AtomicU32, Ordering, futex, spin_loop};
 
 /// What every vCPU thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +51,11 @@ const COMMANDS: [Command; 7] = [
     Command::Quit,
 ];
 
+/// Somebody sleeps on the word, or is about to.
+const SLEEPS: u32 = 1 << 31;
+/// The sequence number of an order begins above its command, and ends below [`SLEEPS`].
+const SEQUENCE_SHIFT: u32 = 3;
+
 /// A command together with its sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Order(u32);
@@ -55,42 +66,60 @@ impl Order {
     pub(super) fn command(self) -> Command {
         COMMANDS[(self.0 & 7) as usize % COMMANDS.len()]
     }
+
+    fn following(self, command: Command) -> Self {
+        let sequence = (self.0 >> SEQUENCE_SHIFT).wrapping_add(1);
+        Self((sequence << SEQUENCE_SHIFT | command as u32) & !SLEEPS)
+    }
 }
 
 /// The meeting point of one VM's vCPU threads.
 #[derive(Debug)]
 pub(super) struct Rendezvous {
+    /// The [`Order`] in force.
     order: AtomicU32,
+    /// How many have carried it out.
     arrived: AtomicU32,
     threads: u32,
     /// Threads that wait for the others, and how often all have met.
     waiting: AtomicU32,
     met: AtomicU32,
+    /// How often a wait looks before it sleeps.
+    looks: u32,
 }
 
 impl Rendezvous {
-    pub(super) fn new(threads: u32) -> Self {
+    /// A meeting point of so many threads, each of whose waits looks so often before it sleeps.
+    pub(super) fn new(threads: u32, looks: u32) -> Self {
         Self {
             order: AtomicU32::new(Order::FIRST.0),
             arrived: AtomicU32::new(0),
             threads,
             waiting: AtomicU32::new(0),
             met: AtomicU32::new(0),
+            looks,
         }
     }
 
     /// The order that is in force.
     pub(super) fn current(&self) -> Order {
-        Order(self.order.load(Ordering::Acquire))
+        Order(self.order.load(Ordering::Acquire) & !SLEEPS)
+    }
+
+    /// Whether there is one thread only, which has nobody to meet.
+    pub(super) fn is_of_one(&self) -> bool {
+        self.threads == 1
     }
 
     /// Controller: publishes the next command. Threads that run the guest must be kicked by the
     /// caller *after* this returns, so that a kicked thread finds the new order.
     pub(super) fn publish(&self, command: Command) {
         self.arrived.store(0, Ordering::Relaxed);
-        let sequence = (self.order.load(Ordering::Relaxed) >> 3).wrapping_add(1);
-        self.order.store(sequence << 3 | command as u32, Ordering::SeqCst);
-        futex::wake_all(&self.order);
+        let next = self.current().following(command);
+        // Only threads that sleep have written to the word meanwhile.
+        if self.order.swap(next.0, Ordering::SeqCst) & SLEEPS != 0 {
+            futex::wake_all(&self.order);
+        }
     }
 
     /// Controller: waits until every thread has carried out the last command.
@@ -119,139 +148,75 @@ impl Rendezvous {
         }
     }
 
-    fn missing(&self) -> u32 {
-        self.threads - self.arrived.load(Ordering::Acquire)
+    /// How many have not carried out the last command.
+    pub(super) fn missing(&self) -> u32 {
+        self.threads - (self.arrived.load(Ordering::Acquire) & !SLEEPS)
     }
 
     fn wait_arrival(&self, timeout: Option<Duration>) {
+        if self.comes(|| self.missing() == 0) {
+            return;
+        }
         let arrived = self.arrived.load(Ordering::Acquire);
-        if arrived < self.threads {
-            futex::wait(&self.arrived, arrived, timeout);
+        if arrived & !SLEEPS < self.threads {
+            sleep(&self.arrived, arrived, timeout);
         }
     }
 
     /// Thread: waits for an order other than `last`.
     pub(super) fn next(&self, last: Order) -> Order {
+        self.comes(|| self.current() != last);
         loop {
             let order = self.current();
             if order != last {
                 return order;
             }
-            futex::wait(&self.order, last.0, None);
+            // The bit may be there already, or a new order may come: the next round tells.
+            sleep(&self.order, self.order.load(Ordering::Acquire) & SLEEPS | last.0, None);
         }
     }
 
     /// Thread: waits until all threads are here, in a command that they all carry out. What each did before
-    /// is seen by all after. Returns whether there is another.
-    pub(super) fn meet(&self) -> bool {
-        if self.threads == 1 {
-            return false;
-        }
+    /// is seen by all after.
+    pub(super) fn meet(&self) {
         // Before the count: once the last one is counted, `met` may change at any time.
-        let met = self.met.load(Ordering::Acquire);
+        let met = self.met.load(Ordering::Acquire) & !SLEEPS;
         if self.waiting.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
             // Nobody comes again before `met` has changed.
             self.waiting.store(0, Ordering::Relaxed);
-            self.met.store(met.wrapping_add(1), Ordering::Release);
-            futex::wake_all(&self.met);
-        } else {
-            while self.met.load(Ordering::Acquire) == met {
-                futex::wait(&self.met, met, None);
+            if self.met.swap(met.wrapping_add(1) & !SLEEPS, Ordering::AcqRel) & SLEEPS != 0 {
+                futex::wake_all(&self.met);
             }
+            return;
         }
-        true
+        let now = || self.met.load(Ordering::Acquire);
+        self.comes(|| now() & !SLEEPS != met);
+        while now() & !SLEEPS == met {
+            sleep(&self.met, now() & SLEEPS | met, None);
+        }
     }
 
     /// Thread: says that the last command is carried out.
     pub(super) fn arrive(&self) {
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
+        let before = self.arrived.fetch_add(1, Ordering::AcqRel);
+        if (before & !SLEEPS) + 1 == self.threads && before & SLEEPS != 0 {
             futex::wake_all(&self.arrived);
         }
     }
+
+    /// Looks for a moment whether it is so.
+    fn comes(&self, is_so: impl Fn() -> bool) -> bool {
+        (0..self.looks).any(|_| {
+            spin_loop();
+            is_so()
+        })
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicU64;
-
-    #[test]
-    fn every_thread_carries_out_every_command_once() {
-        let meeting = Arc::new(Rendezvous::new(3));
-        let done = Arc::new(AtomicU64::new(0));
-        let threads: Vec<_> = (0..3)
-            .map(|_| {
-                let (meeting, done) = (meeting.clone(), done.clone());
-                std::thread::spawn(move || {
-                    let mut last = Order::FIRST;
-                    loop {
-                        last = meeting.next(last);
-                        match last.command() {
-                            Command::Quit => return meeting.arrive(),
-                            Command::Copy => done.fetch_add(1, Ordering::Relaxed),
-                            _ => 0,
-                        };
-                        meeting.arrive();
-                    }
-                })
-            })
-            .collect();
-        for round in 1..=5_000 {
-            meeting.publish(Command::Copy);
-            meeting.wait_all();
-            assert_eq!(done.load(Ordering::Relaxed), 3 * round);
-        }
-        meeting.publish(Command::Quit);
-        meeting.wait_all();
-        threads.into_iter().for_each(|t| t.join().unwrap());
-    }
-
-    #[test]
-    fn a_thread_that_does_not_come_in_time_is_counted() {
-        let meeting = Arc::new(Rendezvous::new(2));
-        let go = Arc::new(std::sync::Barrier::new(2));
-        let threads: Vec<_> = [true, false]
-            .map(|waits| {
-                let (meeting, go) = (meeting.clone(), go.clone());
-                std::thread::spawn(move || {
-                    meeting.next(Order::FIRST);
-                    if waits {
-                        go.wait();
-                    }
-                    meeting.arrive();
-                })
-            })
-            .into();
-        meeting.publish(Command::Stop);
-        let begun = Instant::now();
-        let budget = Duration::from_millis(100);
-        while meeting.missing() == 2 {
-            std::thread::yield_now();
-        }
-        assert_eq!(meeting.wait_all_until(begun + budget), Err(1));
-        assert!(begun.elapsed() >= budget);
-        go.wait();
-        meeting.wait_all();
-        assert_eq!(meeting.wait_all_until(begun), Ok(()), "who has come is not late");
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
-    }
-
-    #[test]
-    fn nobody_goes_on_before_all_have_met() {
-        const THREADS: u32 = 4;
-        let (meeting, came) = (Rendezvous::new(THREADS), AtomicU64::new(0));
-        std::thread::scope(|scope| {
-            for _ in 0..THREADS {
-                scope.spawn(|| {
-                    for round in 1..=5_000 {
-                        came.fetch_add(1, Ordering::Relaxed);
-                        assert!(meeting.meet());
-                        assert!(came.load(Ordering::Relaxed) >= round * u64::from(THREADS), "round {round}");
-                    }
-                });
-            }
-        });
-        assert!(!Rendezvous::new(1).meet());
+/// Sleeps on `word` if it holds `seen`, and says so in it. May return for no reason.
+fn sleep(word: &AtomicU32, seen: u32, timeout: Option<Duration>) {
+    let slept = seen | SLEEPS;
+    if seen == slept || word.compare_exchange(seen, slept, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+        futex::wait(word, slept, timeout);
     }
 }

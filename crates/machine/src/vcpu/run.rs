@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use kvm_bindings::kvm_mp_state;
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use outlive_dirty::{HarvestError, RingExit};
 
@@ -15,7 +16,7 @@ use super::platform::{AfterPort, GuestKind};
 use super::port_io;
 use super::rendezvous::{Command, Order};
 use super::set::Shared;
-use super::state::{Saver, VcpuStateError};
+use super::state::{Item, Saver, VcpuStateError};
 use super::times::Marks;
 use crate::event::{MachineEvent, PowerRequest, ResetWay};
 use crate::thread;
@@ -102,6 +103,7 @@ pub(super) struct Vcpu {
     idling: Option<Option<Instant>>,
     /// When it left the guest for a capture, until it goes back.
     left: Option<Instant>,
+    last: LastRun,
 }
 
 impl Vcpu {
@@ -120,7 +122,17 @@ impl Vcpu {
             fault: Mutex::new(None),
         });
         let idle = shared.platform.idle(usize::from(index)).clone();
-        let vcpu = Self { index, fd, saver, slot: slot.clone(), shared, idle, idling: None, left: None };
+        let vcpu = Self {
+            index,
+            fd,
+            saver,
+            slot: slot.clone(),
+            shared,
+            idle,
+            idling: None,
+            left: None,
+            last: LastRun::Completed,
+        };
         (vcpu, slot)
     }
 
@@ -141,7 +153,10 @@ impl Vcpu {
                     self.run_guest(order);
                     continue;
                 }
-                Command::Stop => self.complete_io(),
+                Command::Stop => {
+                    self.complete_io();
+                    self.last = LastRun::Completed;
+                }
                 Command::Capture => self.capture(),
                 Command::Copy => shared.copy.work(&shared.ram),
                 Command::Task => self.do_task(),
@@ -183,7 +198,8 @@ impl Vcpu {
 
     /// One `KVM_RUN` and what its exit asks for.
     fn enter(&mut self) -> Entered {
-        let Self { fd, shared, .. } = self;
+        let Self { fd, shared, last, .. } = self;
+        *last = LastRun::Open;
         let end = match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 let after = shared.platform.write(port, data);
@@ -228,7 +244,11 @@ impl Vcpu {
             }
             Ok(other) => End::Host(format!("KVM came back with {other:?}")),
             Err(error) => match error.errno() {
-                libc::EINTR => return Entered::Interrupted,
+                libc::EINTR => {
+                    // KVM completes an access before it looks for signals (`kvm_arch_vcpu_ioctl_run`).
+                    *last = LastRun::Kicked;
+                    return Entered::Interrupted;
+                }
                 libc::EAGAIN => return Entered::Again,
                 _ => End::Host(format!("KVM_RUN: {error}")),
             },
@@ -290,6 +310,7 @@ impl Vcpu {
 
     fn do_task(&mut self) {
         let Some(task) = lock(&self.slot.task).take() else { return };
+        self.last = LastRun::Completed;
         if let Err(source) = task(&self.fd) {
             *lock(&self.slot.error) = Some(VcpuError::State { vcpu: self.index, source });
         }
@@ -297,30 +318,43 @@ impl Vcpu {
 
     /// No vCPU's state is read before all vCPUs are out of the guest. Otherwise one that still runs sends an
     /// interrupt to one whose local APIC has been read already, and the checkpoint says that it was sent and
-    /// not that it came.
+    /// not that it came. What an access that is completed here sets off counts as running.
     fn capture(&mut self) {
         self.left.get_or_insert_with(Instant::now);
-        self.complete_io();
-        if self.shared.meeting.meet() {
-            // This carries out an INIT or start-up interrupt that has come (`kvm_apic_accept_events` in
-            // arch/x86/kvm/lapic.c), which changes registers: now, so that the exit after it shows what they
-            // are then.
-            let _ = self.fd.get_mp_state();
+        let alone = self.shared.meeting.is_of_one();
+        // Each vCPU ioctl costs some 2 to 6 us of the pause. A vCPU that was kicked out has shown its
+        // registers, and without others none of them can change any more. But an INIT may have come, from
+        // itself.
+        let shown = alone && self.last == LastRun::Kicked && self.fd.sync_regs().events.smi.latched_init == 0;
+        if !alone {
+            if self.last == LastRun::Open {
+                self.complete_io();
+            }
+            self.shared.meeting.meet();
+        }
+        let mp_state = self.fd.get_mp_state();
+        if !shown {
+            // After that, because it may change registers, and once for all: it completes what is in hand and
+            // shows the registers as they are.
             self.complete_io();
         }
+        self.last = LastRun::Completed;
         self.slot.marks.stopped(self.shared.timeline);
-        if let Err(error) = self.try_capture() {
+        if let Err(error) = self.try_capture(mp_state) {
             *lock(&self.slot.error) = Some(error);
         }
     }
 
-    fn try_capture(&mut self) -> Result<(), VcpuError> {
+    fn try_capture(&mut self, mp_state: Result<kvm_mp_state, kvm_ioctls::Error>) -> Result<(), VcpuError> {
         let vcpu = self.index;
         if let Some(why) = lock(&self.slot.fault).clone() {
             return Err(VcpuError::HostFault { vcpu, why });
         }
+        let failed = |source| VcpuError::State { vcpu, source };
+        let mp_state =
+            mp_state.map_err(|source| failed(VcpuStateError::Ioctl { item: Item::MpState, source }))?;
         let mut saved = lock(&self.slot.saved);
-        self.saver.save(&mut self.fd, &mut saved).map_err(|source| VcpuError::State { vcpu, source })?;
+        self.saver.save(&mut self.fd, &mp_state, &mut saved).map_err(failed)?;
         self.slot.marks.saved(self.shared.timeline);
         if let Some(tracker) = self.shared.tracker.get() {
             // Rule 4 above: after the state.
@@ -329,6 +363,17 @@ impl Vcpu {
         self.slot.marks.harvested(self.shared.timeline);
         Ok(())
     }
+}
+
+/// How the last `KVM_RUN` ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LastRun {
+    /// With an access, or what may be one: something may wait to be completed.
+    Open,
+    /// By a kick, with the registers as they are.
+    Kicked,
+    /// For a stop that is over. What has happened to the vCPU since, it has not shown.
+    Completed,
 }
 
 /// Why a vCPU is not entered again.

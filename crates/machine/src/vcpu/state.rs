@@ -40,15 +40,23 @@ pub enum Item {
 
 /// The order in which the parts are read, and why.
 pub const SAVE_ORDER: [(Item, &str); 9] = [
-    (Item::MpState, "first: the ioctl runs kvm_apic_accept_events, which may change the others"),
+    (
+        Item::MpState,
+        "first: the ioctl runs kvm_apic_accept_events, which carries out an INIT or start-up interrupt that has \
+         come and so changes registers; the KVM_RUN of the stop follows it",
+    ),
     (Item::Regs, "taken from kvm_run (KVM_CAP_SYNC_REGS) at the stop exit, saves an ioctl"),
     (Item::Sregs, "from kvm_run, as above"),
+    (
+        Item::Events,
+        "from kvm_run, as above, where KVM reads them after the registers. Nothing that is read after them turns \
+         one event into another: KVM does so in KVM_RUN only",
+    ),
     (Item::Xsave, "any place"),
     (Item::Xcrs, "any place"),
     (Item::DebugRegs, "any place"),
     (Item::Lapic, "before the MSRs: a timer that fires in between is then pending in both or in none"),
     (Item::Msrs, "after CPUID was set at creation: since Linux 6.13 MSRs that CPUID hides read 0"),
-    (Item::Events, "last: only then can no other read turn one event into another"),
 ];
 
 /// The order in which the parts are written back, and why.
@@ -151,9 +159,16 @@ impl Saver {
         16 * 1024 + self.call.bytes() + size_of_val(self.msrs.as_slice())
     }
 
-    /// Reads the state of a stopped vCPU whose last `KVM_RUN` filled `kvm_run.s.regs`.
-    pub(super) fn save(&mut self, fd: &mut VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuStateError> {
+    /// Reads the state of a stopped vCPU. `mp_state` was read before the `KVM_RUN` that filled
+    /// `kvm_run.s.regs`.
+    pub(super) fn save(
+        &mut self,
+        fd: &mut VcpuFd,
+        mp_state: &kvm_mp_state,
+        to: &mut Vec<u8>,
+    ) -> Result<(), VcpuStateError> {
         let mut fields = FieldWriter::new(to);
+        fields.put_plain(Item::MpState as u16, mp_state);
         let sync = fd.sync_regs();
         for (item, _reason) in SAVE_ORDER {
             self.save_item(fd, item, &sync, &mut fields)?;
@@ -170,7 +185,8 @@ impl Saver {
     ) -> Result<(), VcpuStateError> {
         let field = item as u16;
         match item {
-            Item::MpState => fields.put_plain(field, &ioctl(item, fd.get_mp_state())?),
+            // Written first, by the caller.
+            Item::MpState => {}
             Item::Regs => fields.put_plain::<kvm_regs>(field, &sync.regs),
             Item::Sregs => fields.put_plain(field, &without_interrupts(sync.sregs)),
             Item::Xsave => self.save_xsave(fd, fields)?,
@@ -179,7 +195,7 @@ impl Saver {
             Item::Lapic => fields.put_plain(field, &ioctl(item, fd.get_lapic())?),
             Item::Msrs => self.save_msrs(fd, fields)?,
             Item::TscDeadline => {}
-            Item::Events => fields.put_plain(field, &ioctl(item, fd.get_vcpu_events())?),
+            Item::Events => fields.put_plain(field, &sync.events),
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use outlive_dirty::SignalsBlocked;
 use outlive_epoch::EndReason;
 use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
 use outlive_pair::policy::Policy;
@@ -124,6 +125,8 @@ impl Coordinator {
     /// Runs until the VM ends here.
     pub(super) fn run(mut self) -> End {
         outlive_machine::precise_timers();
+        // A rearm blocks all signals, since one would lose pages; so does this, once for all of them.
+        let _no_signals = SignalsBlocked::now();
         self.with.driver.handle(PrimaryEvent::Tick);
         loop {
             if let Some(end) = self.turn() {

@@ -1,0 +1,127 @@
+//! The meeting point under every interleaving of a few threads, by the loom model checker. A wake-up that is
+//! lost is a deadlock, which the checker reports.
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU32, Ordering};
+use loom::thread;
+
+/// What `rendezvous.rs` finds under `super::sync` when it is compiled as part of this model.
+mod sync {
+    pub(super) use loom::hint::spin_loop;
+    pub(super) use loom::sync::atomic::{AtomicU32, Ordering};
+
+    /// A futex as the kernel has it: it compares the word and goes to sleep in one step, and a wake is for
+    /// those who sleep on that word.
+    pub(super) mod futex {
+        use std::collections::HashMap;
+        use std::time::Duration;
+
+        use loom::sync::atomic::{AtomicU32, Ordering};
+        use loom::sync::{Condvar, Mutex};
+
+        loom::lazy_static! {
+            static ref WAKES: Mutex<HashMap<usize, u64>> = Mutex::new(HashMap::new());
+            static ref WOKEN: Condvar = Condvar::new();
+        }
+
+        fn of(word: &AtomicU32) -> usize {
+            std::ptr::from_ref(word).addr()
+        }
+
+        pub(in super::super) fn wait(word: &AtomicU32, expected: u32, _timeout: Option<Duration>) {
+            let mut wakes = WAKES.lock().unwrap();
+            if word.load(Ordering::SeqCst) != expected {
+                return;
+            }
+            let before = wakes.get(&of(word)).copied();
+            while wakes.get(&of(word)).copied() == before {
+                wakes = WOKEN.wait(wakes).unwrap();
+            }
+        }
+
+        pub(in super::super) fn wake_all(word: &AtomicU32) {
+            *WAKES.lock().unwrap().entry(of(word)).or_default() += 1;
+            WOKEN.notify_all();
+        }
+    }
+}
+
+#[path = "rendezvous.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the model does not use all of the meeting point")]
+#[allow(clippy::duplicate_mod, reason = "compiled once for threads and once for the model")]
+mod checked;
+
+use checked::{Command, Order, Rendezvous};
+
+fn model(check: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(2);
+    builder.check(check);
+}
+
+/// Carries out orders until the last one; what it does in each is in `done`.
+fn serve(meeting: &Rendezvous, done: &AtomicU32) {
+    let mut last = Order::FIRST;
+    while last.command() != Command::Quit {
+        last = meeting.next(last);
+        done.fetch_add(1, Ordering::Relaxed);
+        meeting.arrive();
+    }
+}
+
+#[test]
+fn each_order_is_carried_out_once_by_all_and_nobody_sleeps_on() {
+    model(|| {
+        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let done = Arc::new(AtomicU32::new(0));
+        let thread = {
+            let (meeting, done) = (meeting.clone(), done.clone());
+            thread::spawn(move || serve(&meeting, &done))
+        };
+        for (round, command) in [Command::Stop, Command::Capture, Command::Quit].into_iter().enumerate() {
+            meeting.publish(command);
+            meeting.wait_all();
+            assert_eq!(done.load(Ordering::Relaxed), round as u32 + 1);
+        }
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn two_threads_are_awaited() {
+    model(|| {
+        let meeting = Arc::new(Rendezvous::new(2, 0));
+        let done = Arc::new(AtomicU32::new(0));
+        let threads = [(); 2].map(|()| {
+            let (meeting, done) = (meeting.clone(), done.clone());
+            thread::spawn(move || serve(&meeting, &done))
+        });
+        meeting.publish(Command::Quit);
+        meeting.wait_all();
+        assert_eq!(done.load(Ordering::Relaxed), 2);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+}
+
+/// No vCPU's state is saved before all are out of the guest: what each did before the meeting is done when
+/// any has met, in this pause and in the next.
+#[test]
+fn who_has_met_sees_that_all_are_out() {
+    model(|| {
+        let meeting = Arc::new(Rendezvous::new(2, 0));
+        let out = Arc::new(AtomicU32::new(0));
+        let pauses = |meeting: &Rendezvous, out: &AtomicU32| {
+            for round in 1..=2 {
+                out.fetch_add(1, Ordering::Relaxed);
+                meeting.meet();
+                assert!(out.load(Ordering::Relaxed) >= round * 2, "one is in the guest yet");
+            }
+        };
+        let other = {
+            let (meeting, out) = (meeting.clone(), out.clone());
+            thread::spawn(move || pauses(&meeting, &out))
+        };
+        pauses(&meeting, &out);
+        other.join().unwrap();
+    });
+}
