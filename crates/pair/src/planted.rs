@@ -38,6 +38,8 @@ pub(crate) enum Bug {
     TicketOnNewLink,
     LeaseForgotten,
     WakeForgotten,
+    // Of the valve.
+    HeldUntold,
 }
 
 /// The mistake planted in one machine.

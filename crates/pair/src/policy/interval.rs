@@ -23,7 +23,7 @@ impl Interval {
 
 impl Rule for Interval {
     fn next(&self, facts: &Facts) -> Next {
-        if facts.now >= self.due { Next::Now(Why::Interval) } else { Next::At(self.due) }
+        Next::from(self.due, facts, Why::Interval)
     }
 
     fn ended(&mut self, pause: &Pause) {

@@ -10,6 +10,9 @@
 //!
 //! | rule | ends the epoch |
 //! |---|---|
+//! | [`Output`] | when output is held, and it has run for a moment |
+//! | [`Latency`] | in time to let output out within a target |
+//! | [`Longest`] | when it has run for so long; for longer if nothing has changed |
 //! | [`Interval`] | a fixed time after the last one ended |
 //! | [`DirtyTrigger`] | when so many pages are dirty |
 //! | [`DiskLogFull`] | when the log of disk writes is full |
@@ -20,6 +23,9 @@
 
 mod full;
 mod interval;
+mod latency;
+mod longest;
+mod output;
 #[cfg(test)]
 mod tests;
 mod trigger;
@@ -29,6 +35,9 @@ use std::time::Duration;
 
 pub use full::{DirtyLogFull, DiskLogFull};
 pub use interval::Interval;
+pub use latency::Latency;
+pub use longest::Longest;
+pub use output::Output;
 pub use trigger::DirtyTrigger;
 
 /// What is known when the question is asked. All times are of one clock, which may be any.
@@ -38,6 +47,9 @@ pub struct Facts {
     pub now: Duration,
     /// Pages that this epoch has made dirty, as far as can be seen while the guest runs.
     pub dirty_pages: u64,
+    /// Something has changed in this epoch that a checkpoint would carry, or may have as far as can be seen:
+    /// pages, or disks.
+    pub changed: bool,
     /// KVM holds a vCPU because its dirty ring is full.
     pub dirty_log_full: bool,
     /// A disk has no room left in the log of writes; requests of the guest wait.
@@ -78,6 +90,11 @@ pub enum Next {
 }
 
 impl Next {
+    /// At this time, which may be over.
+    fn from(due: Duration, facts: &Facts, why: Why) -> Self {
+        if facts.now >= due { Self::Now(why) } else { Self::At(due) }
+    }
+
     fn earlier(self, other: Self) -> Self {
         match (self, other) {
             (Self::Now(why), _) | (_, Self::Now(why)) => Self::Now(why),
@@ -92,6 +109,12 @@ impl Next {
 pub enum Why {
     /// Its time is over.
     Interval,
+    /// Output is held.
+    Output,
+    /// Output would be held for longer than it is to be.
+    Latency,
+    /// It has run for as long as one may.
+    Longest,
     /// So many pages are dirty.
     DirtyPages,
     /// A dirty ring is full, and the guest stands still.
@@ -111,6 +134,9 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Interval => "interval",
+            Self::Output => "output",
+            Self::Latency => "latency",
+            Self::Longest => "longest epoch",
             Self::DirtyPages => "dirty pages",
             Self::DirtyLogFull => "dirty log full",
             Self::DiskLogFull => "disk log full",

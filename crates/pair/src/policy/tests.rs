@@ -19,23 +19,48 @@ fn all(interval: Duration, pages: u64) -> Policy {
     ])
 }
 
+/// A policy of its own with the rules that every VM has.
+fn with(rules: Vec<Box<dyn Rule>>) -> Policy {
+    let common: [Box<dyn Rule>; 3] =
+        [Box::new(DirtyLogFull), Box::new(DiskLogFull), Box::new(DirtyTrigger::new(2000))];
+    Policy::new(common.into_iter().chain(rules).collect())
+}
+
 /// One epoch: what the guest does, how late the coordinator wakes up, how long the pause is.
 #[derive(Debug, Clone, Copy)]
 struct Course {
     pages_per_us: u64,
     log_full_after: Option<u64>,
     disk_full_after: Option<u64>,
+    /// The guest sends something.
+    held_after: Option<u64>,
+    /// It changes something.
+    changes_after: Option<u64>,
     late: u64,
     pause: u64,
 }
 
+/// A guest that does nothing.
+const QUIET: Course = Course {
+    pages_per_us: 0,
+    log_full_after: None,
+    disk_full_after: None,
+    held_after: None,
+    changes_after: None,
+    late: 0,
+    pause: 50,
+};
+
 fn course() -> impl Strategy<Value = Course> {
     let sometimes = || prop::option::weighted(0.2, 0u64..3000);
-    (0u64..8, sometimes(), sometimes(), 0u64..200, 20u64..4000).prop_map(
-        |(pages_per_us, log_full_after, disk_full_after, late, pause)| Course {
+    let often = || prop::option::of(0u64..3000);
+    (0u64..8, sometimes(), sometimes(), often(), often(), 0u64..200, 20u64..4000).prop_map(
+        |(pages_per_us, log_full_after, disk_full_after, held_after, changes_after, late, pause)| Course {
             pages_per_us,
             log_full_after,
             disk_full_after,
+            held_after,
+            changes_after,
             late,
             pause,
         },
@@ -50,7 +75,8 @@ struct Epoch {
     looks: u32,
 }
 
-/// Does what a coordinator does: asks, sleeps until the answer or until a log is full, asks again.
+/// Does what a coordinator does: asks, sleeps until the answer, until a log is full or until output is held,
+/// asks again.
 fn run(policy: &mut Policy, resumed: Duration, course: Course) -> (Epoch, Pause) {
     let full = |after: Option<u64>, now: Duration| after.is_some_and(|after| now >= resumed + us(after));
     let mut now = resumed;
@@ -62,7 +88,9 @@ fn run(policy: &mut Policy, resumed: Duration, course: Course) -> (Epoch, Pause)
             dirty_pages: (now - resumed).as_micros() as u64 * course.pages_per_us,
             dirty_log_full: full(course.log_full_after, now),
             disk_log_full: full(course.disk_full_after, now),
-            ..Facts::default()
+            changed: course.pages_per_us > 0 || full(course.changes_after, now),
+            held_since: course.held_after.map(|after| resumed + us(after)).filter(|at| *at <= now),
+            acknowledged_in: Some(us(course.pause)),
         };
         let until = match policy.next(&facts) {
             Next::Now(why) => break why,
@@ -70,7 +98,7 @@ fn run(policy: &mut Policy, resumed: Duration, course: Course) -> (Epoch, Pause)
             Next::Nothing => panic!("an interval always comes"),
         };
         assert!(until > now, "it is asked again at once: {now:?} {until:?} {facts:?}");
-        let woken = [course.log_full_after, course.disk_full_after];
+        let woken = [course.log_full_after, course.disk_full_after, course.held_after];
         let woken = woken.into_iter().flatten().map(|after| resumed + us(after)).filter(|at| *at > now).min();
         now = match woken {
             Some(at) if at < until => at,
@@ -127,8 +155,7 @@ proptest! {
     #[test]
     fn short_pauses_keep_the_rhythm(interval in 500u64..3000, late in 0u64..200, pause in 10u64..100) {
         let mut policy = all(us(interval), u64::MAX);
-        let course =
-            Course { pages_per_us: 0, log_full_after: None, disk_full_after: None, late, pause };
+        let course = Course { late, pause, ..QUIET };
         let mut resumed = us(1_000_000);
         for _ in 0..5 {
             resumed = run(&mut policy, resumed, course).1.ended;
@@ -145,10 +172,14 @@ proptest! {
 #[test]
 fn dirty_pages_end_an_epoch_early_and_are_counted_often() {
     let mut policy = all(us(10_000), 500);
-    let course = Course { pages_per_us: 1, log_full_after: None, disk_full_after: None, late: 0, pause: 50 };
-    run(&mut policy, us(1_000_000), course);
-    let (epoch, _) = run(&mut policy, us(1_000_000), course);
-    assert_eq!((epoch.why, epoch.ran, epoch.looks), (Why::DirtyPages, us(500), 3));
+    let course = Course { pages_per_us: 1, ..QUIET };
+    let (_, pause) = run(&mut policy, us(1_000_000), course);
+    let (epoch, _) = run(&mut policy, pause.ended, course);
+    assert_eq!((epoch.why, epoch.ran), (Why::DirtyPages, us(500)));
+    assert!(epoch.looks <= 4, "{} looks", epoch.looks);
+    // And a guest that does nothing is left alone.
+    let (epoch, _) = run(&mut policy, pause.ended, QUIET);
+    assert!(epoch.looks <= 8, "{} looks in 10 ms", epoch.looks);
 }
 
 #[test]
@@ -161,24 +192,96 @@ fn a_full_disk_log_ends_an_epoch_as_soon_as_the_guest_has_had_its_time() {
     assert_eq!(policy.next(&facts), Next::Now(Why::DiskLogFull));
 }
 
-/// What output or latency ask for is one more file.
+proptest! {
+    /// Output waits for the end of its epoch as long as it is said to, and no epoch ends for output alone before
+    /// it has run for the moment in which more of it may come.
+    #[test]
+    fn output_ends_its_epoch(
+        coalesce in 0u64..500,
+        longest in 1000u64..20_000,
+        courses in prop::collection::vec(course(), 1..60),
+    ) {
+        let mut policy = with(vec![Box::new(Output::new(us(coalesce))), Box::new(Longest::new(us(longest)))]);
+        let (mut resumed, mut last) = (us(1_000_000), us(0));
+        policy.ended(&Pause { began: resumed, ended: resumed, pages: 1 });
+        for course in courses {
+            let (epoch, pause) = run(&mut policy, resumed, course);
+            if let Some(held) = course.held_after {
+                let due = us(held.max(coalesce)).max(last) + us(course.late);
+                prop_assert!(epoch.ran <= due, "ran {:?}, {due:?} at most, ended by {}", epoch.ran, epoch.why);
+            }
+            if epoch.why == Why::Output {
+                prop_assert!(course.held_after.is_some() && epoch.ran >= us(coalesce));
+            }
+            (resumed, last) = (pause.ended, pause.length());
+        }
+    }
+
+    /// A target that pause and commit leave room for is met, up to how late the coordinator is; it is used, so
+    /// that epochs are no shorter than they need to be.
+    #[test]
+    fn a_target_for_output_is_met(
+        target in 500u64..5000,
+        pause in 10u64..200,
+        held in 0u64..3000,
+        late in 0u64..20,
+    ) {
+        let mut policy = with(vec![Box::new(Latency::new(us(target))), Box::new(Longest::new(us(20_000)))]);
+        let course = Course { held_after: Some(held), late, pause, ..QUIET };
+        let mut resumed = run(&mut policy, us(1_000_000), course).1.ended;
+        for _ in 0..5 {
+            let (epoch, ended) = run(&mut policy, resumed, course);
+            // The pause, and a commit that takes as long.
+            let waited = epoch.ran + us(2 * pause) - us(held);
+            prop_assert!(waited <= us(target + late), "{waited:?} instead of {target} us");
+            prop_assert!(waited >= us(target), "{waited:?} of {target} us, ended by {}", epoch.why);
+            resumed = ended.ended;
+        }
+    }
+
+    /// Nobody looks for a change all the time, and still it is in a checkpoint in time. Without one an epoch is
+    /// as long as it may be.
+    #[test]
+    fn what_changes_is_in_a_checkpoint_in_time(
+        length in 1000u64..20_000,
+        courses in prop::collection::vec(course(), 1..60),
+    ) {
+        let unchanged = us(100_000);
+        let longest = Longest::unless_unchanged(us(length), unchanged);
+        let mut policy = with(vec![Box::new(longest)]);
+        let (mut resumed, mut last) = (us(1_000_000), us(0));
+        policy.ended(&Pause { began: resumed, ended: resumed, pages: 1 });
+        for course in courses {
+            let (epoch, pause) = run(&mut policy, resumed, course);
+            let changed = if course.pages_per_us > 0 { Some(0) } else { course.changes_after };
+            let most = match changed {
+                Some(at) => (us(at + length)).min(unchanged),
+                None => unchanged,
+            };
+            let most = most.max(last) + us(2 * course.late);
+            prop_assert!(epoch.ran <= most, "ran {:?}, {most:?} at most, ended by {}", epoch.ran, epoch.why);
+            if epoch.why == Why::Longest && changed.is_none() {
+                prop_assert!(epoch.ran >= unchanged, "ran {:?}", epoch.ran);
+            }
+            (resumed, last) = (pause.ended, pause.length());
+        }
+    }
+}
+
+/// A rule that nobody has thought of yet is one more file.
 #[test]
 fn a_rule_of_its_own_takes_part() {
     #[derive(Debug)]
-    struct Output;
-    impl Rule for Output {
+    struct Slow;
+    impl Rule for Slow {
         fn next(&self, facts: &Facts) -> Next {
-            facts.held_since.map_or(Next::Nothing, |since| match since + us(100) {
-                due if due <= facts.now => Next::Now(Why::Interval),
-                due => Next::At(due),
-            })
+            let slow = facts.acknowledged_in.is_some_and(|time| time > us(100));
+            if slow { Next::Now(Why::Interval) } else { Next::Nothing }
         }
     }
-    let policy = Policy::new(vec![Box::new(Output)]);
+    let policy = Policy::new(vec![Box::new(Slow)]);
     let mut facts = Facts { now: us(500), ..Facts::default() };
     assert_eq!(policy.next(&facts), Next::Nothing);
-    facts.held_since = Some(us(450));
-    assert_eq!(policy.next(&facts), Next::At(us(550)));
-    facts.now = us(550);
+    facts.acknowledged_in = Some(us(450));
     assert!(matches!(policy.next(&facts), Next::Now(_)));
 }

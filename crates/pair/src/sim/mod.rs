@@ -175,6 +175,7 @@ fn every_planted_mistake_is_found() {
         Bug::TicketOnNewLink,
         Bug::LeaseForgotten,
         Bug::WakeForgotten,
+        Bug::HeldUntold,
     ];
     let of_progress = [Bug::BeatsWithoutProgress, Bug::StampsWithoutProgress, Bug::AnyThreadClaims];
     let many = bugs.into_iter().map(|bug| (bug, Faults::Many));

@@ -249,7 +249,7 @@ impl PrimaryPorts for PrimarySide {
 
 #[derive(Debug)]
 pub(super) enum StandbyEffect {
-    HungUp { link: Link },
+    HungUp { link: Link, broken: bool },
     Try { link: Link, checkpoint: u64 },
     Apply { link: Link, checkpoint: u64 },
     Settle { link: Link, checkpoint: u64 },
@@ -310,6 +310,8 @@ pub(super) struct StandbySide {
     pub(super) outbox: VecDeque<Out>,
     pub(super) faults: Faults,
     lines: BTreeMap<Link, Heard>,
+    /// Something could not be sent over it: a link that is broken, although the other end may not know yet.
+    reset: Option<Link>,
     effects: Vec<StandbyEffect>,
     violation: Option<String>,
     bug: Option<Bug>,
@@ -323,6 +325,7 @@ impl StandbySide {
             outbox: VecDeque::new(),
             faults: Faults::default(),
             lines: BTreeMap::new(),
+            reset: None,
             effects: Vec::new(),
             violation: None,
             bug,
@@ -373,7 +376,7 @@ impl StandbySide {
     }
 
     fn send(&mut self, link: Link, msg: Msg) -> Result<(), String> {
-        self.faults.strike(PortFault::Send)?;
+        self.faults.strike(PortFault::Send).inspect_err(|_| self.reset = Some(link))?;
         match self.lines.get(&link) {
             Some(Heard::Introduced | Heard::Accepted) => self.outbox.push_back(Out::Send(link, msg)),
             other => self.broken(format!("sends {msg:?} over {link:?}, which is {other:?}")),
@@ -475,7 +478,8 @@ impl StandbyPorts for StandbySide {
             let acked = copy.acked.map(|buffer| buffer.number);
             copy.staging.retain(|buffer| Some(buffer.number) <= acked);
         }
-        self.effects.push(StandbyEffect::HungUp { link });
+        let broken = self.reset.take_if(|reset| *reset == link).is_some();
+        self.effects.push(StandbyEffect::HungUp { link, broken });
     }
 
     fn discard(&mut self, link: Link) {

@@ -9,8 +9,8 @@ use super::ports::{PrimaryEffect as Effect, PrimarySide, SimPart};
 use super::truth::{Life, Node};
 use super::world::{Happening, Msg, World};
 use super::{STEP, timing};
-use crate::planted::Planted;
-use crate::policy::{Facts, Interval, Next, Pause, Policy};
+use crate::planted::{Planted, planted};
+use crate::policy::{Facts, Next, Pause, Policy};
 use crate::{
     After, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver, PrimaryEvent,
     PrimaryNote, Ticket, Wanted,
@@ -27,6 +27,8 @@ pub(super) struct PrimaryProcess {
     /// Few enough dirty pages are left for the base-final checkpoint.
     base_ready: Option<Link>,
     policy: Policy,
+    /// When the first output of the epoch was held.
+    held_since: Option<Duration>,
     /// Drains that are still to come.
     drains: u32,
     /// The link over which generation + 1 became disputed had been reset by a third party.
@@ -36,6 +38,11 @@ pub(super) struct PrimaryProcess {
 impl PrimaryProcess {
     pub(super) fn node(&self) -> Node {
         self.node
+    }
+
+    fn facts(&self, now: Duration) -> Facts {
+        // Each step of the guest sends something.
+        Facts { now, changed: self.held_since.is_some(), held_since: self.held_since, ..Facts::default() }
     }
 }
 
@@ -54,7 +61,8 @@ impl World {
             stopped: false,
             paused: false,
             base_ready: None,
-            policy: Policy::new(vec![Box::new(Interval::new(Duration::from_micros(self.interval)))]),
+            policy: self.ending.policy(Duration::from_micros(self.interval)),
+            held_since: None,
             drains: 0,
             excused: false,
         }));
@@ -235,17 +243,43 @@ impl World {
     }
 
     fn guest_sends(&mut self, life: Life, node: Node) {
+        let (now, bug) = (self.clock(life.0), Planted(self.bug));
         let ends = self.truth.depth(node) >= self.guest_end;
         let Some(p) = self.primary_of(life) else { return };
         p.node = node;
         p.stopped |= ends;
         let generation = p.driver.machine().generation();
-        if let Some(node) = p.driver.ports_mut().valve.push(node) {
-            self.truth.output(node, generation, life);
+        let first = p.held_since.is_none();
+        match p.driver.ports_mut().valve.push(node) {
+            Some(node) => self.truth.output(node, generation, life),
+            None => {
+                p.held_since.get_or_insert(now);
+                if first && !planted!(bug, HeldUntold) {
+                    self.look_within(life, 100);
+                }
+                self.expect_a_look(life, now);
+            }
         }
         if ends && !self.hosts[life.0].wedged {
             self.primary(life, PrimaryEvent::End { reason: EndReason::PowerOff });
             self.look_within(life, 100);
+        }
+    }
+
+    /// Output is held: the coordinator must not sleep beyond the end of its epoch.
+    fn expect_a_look(&mut self, life: Life, now: Duration) {
+        let Some(p) = self.primary_of(life) else { return };
+        if p.paused || p.driver.machine().wanted_capture() != Wanted::Epoch {
+            return;
+        }
+        let due = match p.policy.next(&p.facts(now)) {
+            Next::Now(_) => now,
+            Next::At(due) => due.max(now),
+            Next::Nothing => return,
+        };
+        let due = self.when(life.0, due);
+        if self.hosts[life.0].look.is_none_or(|(planned, _)| planned > due.max(self.now)) {
+            self.truth.fail(format!("{life:?} holds output and sleeps beyond the end of its epoch"));
         }
     }
 
@@ -260,7 +294,7 @@ impl World {
         let Some(p) = self.primary_of(life) else { return };
         let (wanted, mut until) = p.driver.wait();
         let next = match wanted {
-            Wanted::Epoch if !p.paused => p.policy.next(&Facts { now, ..Facts::default() }),
+            Wanted::Epoch if !p.paused => p.policy.next(&p.facts(now)),
             _ => Next::Nothing,
         };
         match next {
@@ -287,7 +321,7 @@ impl World {
             _ if p.paused => false,
             Wanted::Nothing => false,
             Wanted::Base { link } => p.base_ready == Some(link),
-            Wanted::Epoch => matches!(p.policy.next(&Facts { now, ..Facts::default() }), Next::Now(_)),
+            Wanted::Epoch => matches!(p.policy.next(&p.facts(now)), Next::Now(_)),
             Wanted::Last(_) => true,
         };
         if due {
@@ -301,6 +335,7 @@ impl World {
         let Some(p) = self.primary_of(life) else { return };
         let node = p.node;
         let (ticket, after) = p.driver.captured(now);
+        p.held_since = None;
         self.primary_after(life, after);
         let parts = if self.rng.one_in(25) { self.rng.range(1, 4) as u32 } else { 0 };
         if let Some(ticket) = ticket {

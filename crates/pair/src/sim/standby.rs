@@ -95,8 +95,8 @@ impl World {
             return;
         }
         match effect {
-            Effect::HungUp { link } => {
-                let broken = self.conns[link.0 as usize].broken;
+            Effect::HungUp { link, broken } => {
+                let broken = broken || self.conns[link.0 as usize].broken;
                 if let Some(s) = self.standby_of(life) {
                     s.excused |= broken;
                 }

@@ -10,6 +10,7 @@ use super::hosts::Process;
 use super::run::Strikes;
 use super::truth::{Life, Node, Truth};
 use crate::planted::Bug;
+use crate::policy::{Interval, Latency, Longest, Output, Policy};
 use crate::{ClaimResult, Introduction, Link, Ticket};
 
 /// A small generator of random numbers with a good name for its state: the seed of the schedule.
@@ -207,7 +208,9 @@ pub(super) struct World {
     pub(super) healed: bool,
     /// Most checkpoints without an acknowledgement.
     pub(super) slots: u64,
-    /// Length of an epoch in µs.
+    /// When an epoch ends.
+    pub(super) ending: Ending,
+    /// Its length in µs, the longest one where other things end it too.
     pub(super) interval: u64,
     /// A fault may bring further ones.
     pub(super) company: bool,
@@ -281,6 +284,29 @@ impl Stats {
     }
 }
 
+/// The policies, as the program has them.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ending {
+    Interval,
+    Output,
+    Latency,
+    Adaptive,
+}
+
+impl Ending {
+    const ALL: [Self; 4] = [Self::Interval, Self::Output, Self::Latency, Self::Adaptive];
+
+    pub(super) fn policy(self, interval: Duration) -> Policy {
+        let output = || Box::new(Output::new(Output::COALESCE));
+        Policy::new(match self {
+            Self::Interval => vec![Box::new(Interval::new(interval))],
+            Self::Output => vec![output(), Box::new(Longest::new(interval))],
+            Self::Latency => vec![Box::new(Latency::new(interval / 2)), Box::new(Longest::new(interval))],
+            Self::Adaptive => vec![output(), Box::new(Longest::unless_unchanged(interval, interval * 4))],
+        })
+    }
+}
+
 impl World {
     pub(super) fn new(seed: u64, hosts: usize, bug: Option<Bug>) -> Self {
         let mut rng = Rng(seed);
@@ -300,9 +326,11 @@ impl World {
             .collect();
         let count = hosts.len();
         let (slots, interval) = (rng.range(1, 5), rng.range(6_000, 24_000));
+        let ending = Ending::ALL[rng.range(0, Ending::ALL.len() as u64) as usize];
         Self {
             now: 0,
             slots,
+            ending,
             interval,
             rng,
             hosts,
