@@ -21,6 +21,8 @@
 //!   that lock was dropped. Any thread may, several at once too: they follow each other. What an order let
 //!   out has left when a drain that began after the order returns. What passes through is drained by the
 //!   device's own thread, outside the gate, so that no pause waits for the sink.
+//! - **The first output of an epoch is told** to who ends epochs ([`on_held`](Valve::on_held)): noted inside
+//!   the gate by an atomic, told outside of it.
 //! - **Mode and lease are asked for each frame and each write**, right before its system call.
 
 mod lease;
@@ -142,6 +144,12 @@ impl Valve {
     /// is said.
     pub fn held_since(&self) -> Option<Duration> {
         self.permit.held_since()
+    }
+
+    /// Has `tell` called when the first output of an epoch is held, by a device's thread, outside the gate
+    /// and without a lock. Once for all: a second listener is not taken.
+    pub fn on_held(&self, tell: impl Fn() + Send + Sync + 'static) {
+        self.permit.on_held(tell);
     }
 
     fn check(&self, epoch: u64) -> Result<(), EpochError> {

@@ -4,6 +4,7 @@
 //! takes output from the guest gets a [`Tag`] for it and keeps the two together. Before output leaves, its
 //! [`Fate`] is looked up, and the permission is asked once more right before the system call.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::lease::{Lease, nanos};
@@ -105,7 +106,20 @@ pub struct Permit {
     committed_below: AtomicU64,
     /// When the first output of the running epoch was held, in nanoseconds of the lease's clock; 0: none.
     held_since: AtomicU64,
+    /// Whether that is still to be told.
+    untold: AtomicU64,
+    listener: Listener,
     lease: Lease,
+}
+
+/// Who is told of the first output of an epoch.
+#[derive(Default)]
+struct Listener(OnceLock<Box<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Listener").field(&self.0.get().is_some()).finish()
+    }
 }
 
 impl Permit {
@@ -116,6 +130,8 @@ impl Permit {
             epoch: AtomicU64::new(0),
             committed_below: AtomicU64::new(0),
             held_since: AtomicU64::new(0),
+            untold: AtomicU64::new(0),
+            listener: Listener::default(),
             lease,
         }
     }
@@ -136,11 +152,37 @@ impl Permit {
     pub fn tag(&self) -> Tag {
         let order = self.order();
         let epoch = self.epoch.load(Ordering::Acquire);
-        if order.mode() == OutputMode::Hold && self.held_since.load(Ordering::Relaxed) == 0 {
-            let now = nanos(self.lease.now()).max(1);
-            self.held_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).ok();
-        }
         Tag { epoch, mode: order.mode(), era: order.era() }
+    }
+
+    /// Output with this tag was taken. Inside the gate, as the tag; [`tell_held`](Self::tell_held) follows.
+    pub fn note_held(&self, tag: Tag) {
+        if tag.mode == OutputMode::Hold && self.held_since.load(Ordering::Relaxed) == 0 {
+            let now = nanos(self.lease.now()).max(1);
+            let first = self.held_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+            if first.is_ok() {
+                // Release: who is told finds the time.
+                self.untold.store(1, Ordering::Release);
+            }
+        }
+    }
+
+    /// Tells who wants to know that the first output of an epoch is held, if that is new: once for each
+    /// epoch. Outside the gate and without a lock, since it may make a system call that wakes a thread. May
+    /// come when the epoch has ended already.
+    pub fn tell_held(&self) {
+        if self.untold.load(Ordering::Relaxed) != 0
+            && self.untold.swap(0, Ordering::AcqRel) != 0
+            && let Some(tell) = self.listener.0.get()
+        {
+            tell();
+        }
+    }
+
+    /// Has `tell` called as [`tell_held`](Self::tell_held) says. Once for all: a second listener is not
+    /// taken.
+    pub fn on_held(&self, tell: impl Fn() + Send + Sync + 'static) {
+        self.listener.0.set(Box::new(tell)).ok();
     }
 
     /// What may become, under this order, of what was taken.

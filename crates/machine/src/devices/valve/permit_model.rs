@@ -55,6 +55,9 @@ impl Model {
         if tag.mode != OutputMode::Discard {
             held.push_back(tag);
         }
+        drop(held);
+        self.permit.note_held(tag);
+        self.permit.tell_held();
     }
 
     fn drain(&self) {

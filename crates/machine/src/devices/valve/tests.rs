@@ -151,24 +151,35 @@ fn an_order_that_comes_between_two_looks_is_noticed() {
 }
 
 #[test]
-fn the_first_output_of_an_epoch_is_noted() {
+fn the_first_output_of_an_epoch_is_noted_and_told_once() {
     let clock = Arc::new(AtomicUsize::new(10));
     let lease = {
         let clock = clock.clone();
         Lease::with_clock(move || Duration::from_nanos(clock.fetch_add(1, Ordering::SeqCst) as u64))
     };
     let permit = Permit::new(OutputMode::PassThrough, lease);
-    permit.tag();
-    assert_eq!(permit.held_since(), None, "it does not wait");
+    let told = Arc::new(AtomicUsize::new(0));
+    let counts = told.clone();
+    permit.on_held(move || {
+        counts.fetch_add(1, Ordering::SeqCst);
+    });
+    let take = || {
+        permit.note_held(permit.tag());
+        permit.tell_held();
+        (permit.held_since(), told.load(Ordering::SeqCst))
+    };
+    assert_eq!(take(), (None, 0), "it does not wait");
     permit.hold(1);
-    assert_eq!(permit.held_since(), None);
     permit.tag();
-    permit.tag();
-    assert_eq!(permit.held_since(), Some(Duration::from_nanos(10)));
+    permit.tell_held();
+    assert_eq!((permit.held_since(), told.load(Ordering::SeqCst)), (None, 0), "nothing was taken");
+    let at = |nanos| Some(Duration::from_nanos(nanos));
+    assert_eq!([take(), take()], [(at(10), 1); 2]);
     permit.begin(2);
-    assert_eq!(permit.held_since(), None);
-    permit.tag();
-    assert_eq!(permit.held_since(), Some(Duration::from_nanos(11)));
+    assert_eq!((permit.held_since(), told.load(Ordering::SeqCst)), (None, 1));
+    assert_eq!(take(), (at(11), 2));
+    permit.discard();
+    assert_eq!(take().1, 2, "it is dropped");
 }
 
 #[test]

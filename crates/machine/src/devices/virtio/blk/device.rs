@@ -352,8 +352,9 @@ impl<M: GuestMemory> Model<M> for Disk {
     }
 
     /// What the requests need of the disk is submitted outside the gate, so that the coordinator never waits
-    /// for the kernel.
+    /// for the kernel. Writes to a shared disk that wait are output, and are told of.
     fn rest(&self, shared: &Shared<M, Self>) {
+        self.permit.tell_held();
         let mut sending = self.sending();
         std::mem::swap(&mut *sending, &mut shared.core().model.outbox);
         self.engine.submit(&mut sending);

@@ -278,7 +278,11 @@ impl Requests {
         entry.buffer = buffer;
         entry.job.begin(kind, span, len, writes_through(features, self.writeback));
         let stage = if kind == RequestType::Write { Stage::Filling(0) } else { Stage::Waiting };
-        let Some(token) = self.table.admit(queue, head, disk.permit.tag(), stage) else { return Ok(false) };
+        let tag = disk.permit.tag();
+        let Some(token) = self.table.admit(queue, head, tag, stage) else { return Ok(false) };
+        if disk.shared && kind.changes() {
+            disk.permit.note_held(tag);
+        }
         self.begun(disk, token);
         Ok(true)
     }

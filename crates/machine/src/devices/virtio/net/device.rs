@@ -353,7 +353,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
 
     /// What passes through leaves here: a pause does not wait for the tap.
     fn rest(&self, _shared: &Shared<M, Self>) {
-        self.output.drain_if_open();
+        self.output.rest();
     }
 
     /// Throws away the frames that have waited in the tap. With `announce`, asks the driver, if it knows how,

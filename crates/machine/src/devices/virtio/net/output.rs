@@ -17,7 +17,7 @@
 //! | caller | calls |
 //! |---|---|
 //! | device thread, inside the gate | [`push`](Output::push) |
-//! | device thread, outside the gate | [`drain_if_open`](Output::drain_if_open), [`announce`](Output::announce) |
+//! | device thread, outside the gate | [`rest`](Output::rest), [`announce`](Output::announce) |
 //! | whoever gave an order to the valve | [`drain`](Output::drain) |
 //!
 //! Two locks, always in this order: `writer` is held over system calls by the one thread that sends; `ring`
@@ -175,7 +175,17 @@ impl Output {
         }
         let pushed = ring.push(pair, packet, tag);
         self.note_newest(&ring);
+        drop(ring);
+        // A frame that found no room waits too.
+        self.permit.note_held(tag);
         pushed
+    }
+
+    /// After each batch of the device thread, outside the gate: lets out what passes through, and tells of
+    /// what is held.
+    pub fn rest(&self) {
+        self.permit.tell_held();
+        self.drain_if_open();
     }
 
     /// Sends a packet that carries nothing of the guest's state (an announcement of its address), held by no
