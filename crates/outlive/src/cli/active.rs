@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 
-use super::values::{ConsoleSpec, parse_dead_after, parse_host_port, parse_interval};
+use super::epochs::EpochOptions;
+use super::values::{ConsoleSpec, parse_dead_after, parse_host_port};
 
 /// Options that a primary and a standby share: what the VM does once it runs here.
 #[derive(Clone, Debug, Args)]
@@ -16,9 +17,9 @@ pub struct ActiveOptions {
     #[arg(long = "standby", value_name = "HOST:PORT", requires = "arbiter", value_parser = parse_host_port)]
     pub standbys: Vec<String>,
 
-    /// Time between two checkpoints, for example 1ms or 500us
-    #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = parse_interval)]
-    pub interval: Duration,
+    /// When a checkpoint is taken
+    #[command(flatten)]
+    pub epochs: EpochOptions,
 
     /// Number of dirty pages that triggers an early checkpoint; staging has room for twice as many
     #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 
-use super::values::{parse_size, parse_time};
+use super::epochs::EpochOptions;
+use super::values::parse_size;
 
 /// Kill a protected VM again and again while clients write to it, then count what was lost.
 ///
@@ -35,9 +36,9 @@ pub struct DemoOptions {
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size)]
     pub memory: String,
 
-    /// Time between two checkpoints
-    #[arg(long, default_value = "1ms", value_name = "TIME", value_parser = time)]
-    pub interval: String,
+    /// When a checkpoint is taken
+    #[command(flatten)]
+    pub epochs: EpochOptions,
 
     /// Seed for the times of the kills [default: a random one, which is printed]
     #[arg(long, value_name = "N")]
@@ -50,7 +51,7 @@ pub struct DemoOptions {
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "interval", "seed", "json", "rate"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "seed", "json", "rate"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
@@ -69,13 +70,9 @@ Examples:
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line
 says why); 130 ended by Ctrl-C.";
 
-/// Sizes and times are passed on as they were written; the demo's processes parse them as the commands do.
+/// Sizes are passed on as they were written; the demo's processes parse them as the commands do.
 fn size(text: &str) -> Result<String, String> {
     parse_size(text).map(|_| text.to_owned())
-}
-
-fn time(text: &str) -> Result<String, String> {
-    parse_time(text).map(|_| text.to_owned())
 }
 
 #[cfg(test)]
@@ -94,7 +91,7 @@ mod tests {
     fn defaults_are_the_documented_ones() {
         let options = Program::try_parse_from(["demo"]).unwrap().options;
         assert_eq!((options.seconds, options.kills, options.clients, options.vcpus), (20, 3, 4, 1));
-        assert_eq!((options.memory.as_str(), options.interval.as_str()), ("256M", "1ms"));
+        assert_eq!(options.memory, "256M");
         assert!(options.seed.is_none() && options.json.is_none());
     }
 

@@ -68,7 +68,7 @@ pub(super) struct Shape {
     pub(super) vm_ip: String,
     pub(super) vcpus: u32,
     pub(super) memory: String,
-    pub(super) interval: String,
+    pub(super) epochs: Vec<String>,
     pub(super) seed: u64,
 }
 
@@ -219,7 +219,8 @@ impl Cluster {
         let mut arbiter = OsString::from("file:");
         arbiter.push(self.dir.arbiter());
         command
-            .args(["--standby", host.other().addr(), "--interval", &self.shape.interval])
+            .args(["--standby", host.other().addr()])
+            .args(&self.shape.epochs)
             .args(["--net", &format!("tap={},bridge={}", host.tap(), self.shape.bridge)])
             .arg("--arbiter")
             .arg(arbiter)

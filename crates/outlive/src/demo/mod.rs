@@ -184,7 +184,7 @@ fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {
         vm_ip: format!("{VM}/{PREFIX}"),
         vcpus: options.vcpus,
         memory: options.memory.clone(),
-        interval: options.interval.clone(),
+        epochs: options.epochs.to_args(),
         seed,
     })
 }

@@ -96,7 +96,7 @@ impl Stage {
             vm_ip: "10.77.0.2/24".into(),
             vcpus: 1,
             memory: "256M".into(),
-            interval: "1ms".into(),
+            epochs: Vec::new(),
             seed: 7,
         };
         let time = Duration::from_secs(2);

@@ -3,13 +3,17 @@
 use std::time::Duration;
 
 use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing, VcpuError};
-use outlive_pair::policy::{DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Next, Pause, Policy};
+use outlive_pair::policy::{
+    DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Latency, Longest, Next, Output, Pause, Policy,
+    Rule,
+};
 use outlive_pair::{After, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
 
 use super::coordinator::Coordinator;
 use super::driver::SharedDriver;
 use super::pool::Pool;
 use super::ports::Commit;
+use crate::cli::Ending;
 use crate::link::CheckpointPart;
 
 /// How long the VM waits for a buffer at a time, in the pause of a checkpoint that is larger than one buffer.
@@ -19,14 +23,29 @@ const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 const HASH_GIB: Duration = Duration::from_secs(10);
 const PAGES_OF_GIB: f64 = (1 << 18) as f64;
 
-/// Epochs of this length, ended early by so many dirty pages or by a full log.
-pub(super) fn policy(interval: Duration, max_dirty: usize) -> Policy {
-    Policy::new(vec![
-        Box::new(DirtyLogFull),
-        Box::new(DiskLogFull),
-        Box::new(DirtyTrigger::new(max_dirty as u64)),
-        Box::new(Interval::new(interval)),
-    ])
+/// How long an epoch may be in which nothing changes, if its policy skips what says nothing new.
+const UNCHANGED: Duration = Duration::from_millis(100);
+
+/// What ends epochs, with logs that are full and with so many dirty pages as a matter of course.
+pub(super) fn policy(ending: Ending, max_dirty: usize) -> Policy {
+    let mut rules: Vec<Box<dyn Rule>> =
+        vec![Box::new(DirtyLogFull), Box::new(DiskLogFull), Box::new(DirtyTrigger::new(max_dirty as u64))];
+    match ending {
+        Ending::Interval(length) => rules.push(Box::new(Interval::new(length))),
+        Ending::Output { longest } => {
+            rules.push(Box::new(Output::new(Output::COALESCE)));
+            rules.push(Box::new(Longest::new(longest)));
+        }
+        Ending::Latency { target, longest } => {
+            rules.push(Box::new(Latency::new(target)));
+            rules.push(Box::new(Longest::new(longest)));
+        }
+        Ending::Adaptive { longest } => {
+            rules.push(Box::new(Output::new(Output::COALESCE)));
+            rules.push(Box::new(Longest::unless_unchanged(longest, UNCHANGED)));
+        }
+    }
+    Policy::new(rules)
 }
 
 /// Logs that have no room left.
@@ -64,9 +83,15 @@ impl Coordinator {
     }
 
     fn facts(&self) -> Facts {
+        let machine = &self.with.machine;
+        let pages = machine.tracker().estimate();
         Facts {
             now: self.with.driver.clock().now(),
-            dirty_pages: self.with.machine.tracker().pending() as u64,
+            dirty_pages: machine.tracker().pending() as u64,
+            // Hot pages may have changed; where nobody counts, any may have.
+            changed: pages.logged != Some(0)
+                || pages.marked + pages.hot > 0
+                || machine.write_log().fill().0 > 0,
             dirty_log_full: self.full.dirty,
             disk_log_full: self.full.disk,
             held_since: self.with.driver.held_since(),

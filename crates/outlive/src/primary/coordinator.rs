@@ -13,7 +13,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::SignalsBlocked;
@@ -25,7 +24,7 @@ use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
 use super::base::Base;
 use super::capture::{Due, FullLogs};
 use super::driver::SharedDriver;
-use super::inbox::Inbox;
+use super::inbox::{Inbox, Messages};
 use super::notes::Notes;
 use super::pool::Pool;
 use super::restarts::Restarts;
@@ -54,7 +53,7 @@ pub(super) struct Setup {
     /// Decisions.
     pub(super) driver: Arc<SharedDriver>,
     /// Messages of all other threads.
-    pub(super) inbox: Receiver<Inbox>,
+    pub(super) inbox: Messages,
     /// When the VM was taken over, if it did not start here.
     pub(super) took_over: Option<Instant>,
     /// How long a stop of the machine may take while a standby waits.
@@ -169,11 +168,7 @@ impl Coordinator {
         let until = until.map(|until| until.saturating_sub(now));
         let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = [until, until_restart].into_iter().flatten().min().unwrap_or(IDLE);
-        if timeout.is_zero() {
-            return self.with.inbox.try_recv().ok();
-        }
-        // The driver keeps a sender, so the channel stays connected.
-        self.with.inbox.recv_timeout(timeout).ok()
+        self.with.inbox.next_within(timeout)
     }
 
     /// Handles one message. Returns the end if it was the last.

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
@@ -10,7 +9,7 @@ use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 use super::capture;
 use super::coordinator::{Coordinator, Setup};
 use super::driver::SharedDriver;
-use super::inbox::Inbox;
+use super::inbox::{Inbox, inbox};
 use super::links::{self, Plan};
 use super::ports::Ports;
 use super::self_check::SelfCheck;
@@ -55,7 +54,7 @@ fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter)
 fn coordinate(launch: Launch) -> Result<End, String> {
     let Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, .. } =
         launch;
-    let (queue, inbox) = channel();
+    let (queue, inbox) = inbox();
     let to = queue.clone();
     machine_events.connect(move |event| drop(to.send(Inbox::Machine(event))));
     let to = queue.clone();
@@ -75,6 +74,11 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     let output = machine.net().map(|net| net.output().clone());
     let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
+    let ending = options.epochs.ending();
+    if ending.follows_output() {
+        let bell = queue.bell();
+        valve.on_held(move || bell.ring());
+    }
     let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone());
     let driver = SharedDriver::new(
         Primary::new(config, clock.now()),
@@ -125,7 +129,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         took_over: (identity.checkpoint > 0).then(Instant::now),
         // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,
-        policy: capture::policy(options.interval, options.max_dirty),
+        policy: capture::policy(ending, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         totals,
         events,

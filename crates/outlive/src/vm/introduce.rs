@@ -70,7 +70,7 @@ pub(crate) fn hello(
         // Memory that is not the guest's own RAM holds what it boots from.
         firmware_bytes,
         devices: identity.devices.clone(),
-        interval_us: options.interval.as_micros() as u64,
+        interval_us: options.epochs.ending().longest().as_micros() as u64,
         dead_after_us: options.dead_after.as_micros() as u64,
         name: provenance.name.clone(),
         host: process::host_name(),

@@ -76,7 +76,7 @@ fn a_loser_is_silent_before_it_says_so() {
     rig.driver.handle(Event::Tick);
     wait_for("the discard", || output.is_draining());
     assert_eq!(rig.valve.mode(), OutputMode::Discard);
-    assert!(rig.inbox.try_iter().any(|it| matches!(it, Inbox::Exit(ExitReason::Fenced { .. }))));
+    assert!(rig.inbox.waiting().any(|it| matches!(it, Inbox::Exit(ExitReason::Fenced { .. }))));
     // What the coordinator does before it says why the process ends.
     let coordinator = {
         let driver = rig.driver.clone();

@@ -16,6 +16,7 @@ use outlive_machine::{After as Then, Host, HostError, Machine, Options, OutputMo
 use outlive_pair::{PrimaryStatus, Wanted};
 
 use super::rig::{BOUND, Free, Stuck, connected, wait_for};
+use crate::cli::Ending;
 use crate::disk::Sidecars;
 use crate::events::EventWriter;
 use crate::link::CheckpointPart;
@@ -113,7 +114,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         inbox: rig.inbox,
         took_over: None,
         stop_budget: Duration::from_secs(20),
-        policy: capture::policy(Duration::from_millis(1), MAX_DIRTY),
+        policy: capture::policy(Ending::Interval(Duration::from_millis(1)), MAX_DIRTY),
         staging_pages: 2 * MAX_DIRTY,
         replicates_disks: false,
         sidecars: Arc::new(

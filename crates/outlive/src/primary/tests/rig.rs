@@ -12,7 +12,7 @@ use outlive_machine::{HeldOutput, Lease, OutputMode, Permit, Valve};
 use outlive_pair::{Link, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::super::driver::SharedDriver;
-use super::super::inbox::{Inbox, Queue};
+use super::super::inbox::{Messages, Queue, inbox};
 use super::super::links::{self, Plan};
 use super::super::ports::Ports;
 use super::super::stats::Totals;
@@ -109,14 +109,14 @@ pub(super) fn hello() -> Hello {
 pub(super) struct Rig {
     pub(super) driver: Arc<SharedDriver>,
     pub(super) valve: Arc<Valve>,
-    pub(super) inbox: Receiver<Inbox>,
+    pub(super) inbox: Messages,
     pub(super) queue: Queue,
     pub(super) totals: Arc<Totals>,
 }
 
 /// A driver in front of `output` that is connected to `standby`.
 pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
-    let (queue, inbox) = channel();
+    let (queue, inbox) = inbox();
     let clock = Clock::start();
     let timing = Timing::new(DEAD_AFTER);
     let config = PrimaryConfig { generation: 1, checkpoint: 0, standbys: 1, slots: 4, timing };

@@ -54,7 +54,7 @@ fn a_primary_goes_on_in_the_version_that_was_agreed_on() {
     stream.write_all(&out).unwrap();
     reader.agree(V2);
 
-    wait_for("the base", || rig.inbox.try_iter().any(|it| matches!(it, Inbox::StartBase(..))));
+    wait_for("the base", || rig.inbox.waiting().any(|it| matches!(it, Inbox::StartBase(..))));
     let ram = Arc::new(Ram::new(64 << 20, 64).unwrap());
     rig.driver.send(LINK, Job::BaseRound { round: 1, gfns: vec![Gfn(1)], ram });
     loop {
@@ -109,5 +109,5 @@ fn a_standby_that_accepts_twice_is_left() {
     stream.write_all(&out).unwrap();
     let is_end =
         |it| matches!(it, Inbox::Note(note) if format!("{note:?}").contains("an acceptance after the first"));
-    wait_for("the end of the link", || rig.inbox.try_iter().any(is_end));
+    wait_for("the end of the link", || rig.inbox.waiting().any(is_end));
 }
