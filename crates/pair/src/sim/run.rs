@@ -10,8 +10,8 @@ use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
 const FAULTS_FROM: u64 = 100_000;
-/// By then the VM is protected, so one fault must not cost it.
-const ONE_FAULT_FROM: u64 = 250_000;
+/// By then the VM is protected, also after a long work during its base: one fault must not cost it.
+const ONE_FAULT_FROM: u64 = 800_000;
 const FAULTS_UNTIL: u64 = 1_800_000;
 const CHECK_FROM: u64 = 3_300_000;
 const END: u64 = 3_700_000;
