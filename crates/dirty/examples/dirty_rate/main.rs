@@ -179,14 +179,18 @@ fn print(report: &RateReport, vm: &VmLine, options: &Options) {
             None => println!("  {time:>6}          -   (windows are too long, or too few)"),
         }
     }
-    let migration = report.migration(&options.link, memory);
+    let ns = |ns: u32, usual: u64| Duration::from_nanos(if ns == 0 { usual } else { ns.into() });
+    let costs =
+        Costs { fault: ns(vm.fault_ns, 1000), copy: ns(vm.copy_ns, 350), pause: Duration::from_micros(50) };
+    let migration = report.migration(&options.link, memory, &costs);
     let gbit = options.link.bytes_per_second * 8.0 / 1e9;
     println!("\nmigration over {gbit} Gbit/s, if all of memory is sent once:");
     println!(
-        "  {} rounds, {:.2} s, {:.2} GB, the guest stands for {:.1} ms{}",
+        "  {} rounds, {:.2} s, {:.2} GB, the guest at {:.0} % of its speed, then still for {:.1} ms{}",
         migration.rounds,
         migration.total.as_secs_f64(),
         migration.bytes / 1e9,
+        migration.speed * 100.0,
         migration.downtime.as_secs_f64() * 1e3,
         if migration.converges {
             ""
@@ -194,9 +198,6 @@ fn print(report: &RateReport, vm: &VmLine, options: &Options) {
             ": it does NOT get shorter, the guest writes too fast for this link"
         }
     );
-    let ns = |ns: u32, usual: u64| Duration::from_nanos(if ns == 0 { usual } else { ns.into() });
-    let costs =
-        Costs { fault: ns(vm.fault_ns, 1000), copy: ns(vm.copy_ns, 350), pause: Duration::from_micros(50) };
     let interval = options.interval.as_secs_f64() * 1e3;
     println!("protection by a checkpoint each {interval} ms, without hot pages:");
     match report.protection(options.interval, &costs) {

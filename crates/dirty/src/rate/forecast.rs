@@ -31,6 +31,8 @@ pub struct Migration {
     pub downtime: Duration,
     /// All that is sent.
     pub bytes: f64,
+    /// What is left of the guest's speed on the way, with one vCPU writing: 1 is all of it.
+    pub speed: f64,
     /// Whether the last round gets short enough. If not, the guest must be slowed down, or stands for longer.
     pub converges: bool,
 }
@@ -83,9 +85,9 @@ impl RateReport {
         Some(p1 * (time / t1).powf(growth))
     }
 
-    /// Pre-copy of so much memory, round after round, until the rest fits into the downtime. Without a
-    /// measured working set it is as if nothing were written.
-    pub fn migration(&self, link: &Link, memory: u64) -> Migration {
+    /// Pre-copy of so much memory, in bytes, round after round until the rest fits into the downtime. Without
+    /// a measured working set it is as if nothing were written.
+    pub fn migration(&self, link: &Link, memory: u64, costs: &Costs) -> Migration {
         let all = memory as f64;
         let rest = |time: f64| {
             let pages = self.unique_pages(Duration::from_secs_f64(time.min(1e6))).unwrap_or(0.0);
@@ -100,8 +102,11 @@ impl RateReport {
             let fits = next <= link.downtime.as_secs_f64();
             if fits || next > round * PROGRESS || rounds == MAX_ROUNDS {
                 let downtime = Duration::from_secs_f64(next.min(1e9));
+                // Each page that is sent again was trapped once before.
+                let traps = (bytes + left - all) / PAGE_SIZE as f64;
+                let speed = total / (total + traps * costs.fault.as_secs_f64()).max(1e-9);
                 let total = Duration::from_secs_f64((total + next).min(1e9));
-                return Migration { rounds, total, downtime, bytes: bytes + left, converges: fits };
+                return Migration { rounds, total, downtime, bytes: bytes + left, speed, converges: fits };
             }
             bytes += left;
             total += next;

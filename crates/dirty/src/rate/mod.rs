@@ -18,7 +18,7 @@
 //! ```
 //! use std::time::Duration;
 //! use outlive_dirty::Gfn;
-//! use outlive_dirty::rate::{Link, RateMeter, Window};
+//! use outlive_dirty::rate::{Costs, Link, RateMeter, Window};
 //!
 //! let mut meter = RateMeter::new(1 << 20); // a VM of 4 GiB
 //! for millisecond in 0..500 {
@@ -29,7 +29,10 @@
 //! let in_10_ms = report.working_set.in_10_ms.unwrap();
 //! assert_eq!((report.vcpus[0].round(), in_10_ms.round()), (20_000.0, 200.0));
 //! let link = Link { bytes_per_second: 1e9, downtime: Duration::from_millis(20) };
-//! assert!(report.migration(&link, 4 << 30).converges);
+//! let us = Duration::from_micros;
+//! let costs = Costs { fault: us(6), copy: us(1), pause: us(50) };
+//! let migration = report.migration(&link, 4 << 30, &costs);
+//! assert!(migration.converges && migration.speed > 0.99);
 //! ```
 
 mod forecast;
