@@ -3,7 +3,10 @@
 //! cases of doubt. The caller that wants the check hashes the disks before: they rest from then on until the
 //! checkpoint is taken.
 
+use outlive_epoch::image::limits::MAX_CHECK_STATE;
+
 use crate::machine::Machine;
+use crate::map::SLOTS;
 use crate::memory::Ram;
 use crate::state::{FieldReader, FieldWriter, StateError};
 
@@ -11,6 +14,8 @@ use crate::state::{FieldReader, FieldWriter, StateError};
 const MEMORY: u16 = 1;
 /// Field of a `StateKind::Check` section: pairs of a disk and the hash of its contents.
 const DISKS: u16 = 2;
+
+const _: () = assert!(2 * 6 + size_of::<u64>() + SLOTS * size_of::<[u64; 2]>() <= MAX_CHECK_STATE);
 
 /// The hash of a disk's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +56,11 @@ impl Hashes {
     pub(crate) fn encode(&self, to: &mut Vec<u8>) {
         let mut fields = FieldWriter::new(to);
         fields.put_plain(MEMORY, &self.memory);
-        let disks: Vec<u64> = self.disks.iter().flat_map(|it| [it.disk.into(), it.hash]).collect();
-        fields.put_plain(DISKS, &disks[..]);
+        // A disk has a slot.
+        let mut pairs = [[0u64; 2]; SLOTS];
+        let pairs = &mut pairs[..self.disks.len().min(SLOTS)];
+        pairs.iter_mut().zip(&self.disks).for_each(|(pair, it)| *pair = [it.disk.into(), it.hash]);
+        fields.put_plain(DISKS, pairs.as_flattened());
     }
 
     /// Reads a section's bytes.

@@ -59,7 +59,7 @@ pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_p
 pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};
 pub use restore::RestoreError;
-pub use shape::StateShape;
+pub use shape::{StateShape, StateTooLarge};
 pub use thread::{precise_timers, spawn};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};

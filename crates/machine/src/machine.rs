@@ -29,6 +29,7 @@ use crate::kvm::{Host, HostError, MAX_VCPUS};
 use crate::map::{lines, ports};
 use crate::memory::{GuestMemory, MemoryError, Ram};
 use crate::restart::FreshState;
+use crate::shape::StateTooLarge;
 use crate::vcpu::platform::{GuestKind, Platform};
 use crate::vcpu::set::{Parts, VcpuSet};
 use crate::vcpu::{VcpuError, state};
@@ -99,6 +100,9 @@ pub enum CreateError {
     /// The state of the VM's chips could not be read.
     #[error(transparent)]
     Vm(#[from] VmStateError),
+    /// Its state has no room in a checkpoint.
+    #[error(transparent)]
+    State(#[from] StateTooLarge),
 }
 
 /// Why a guest could not be started.
@@ -277,6 +281,7 @@ impl Machine {
             tsc_khz,
         };
         machine.read_constants()?;
+        machine.check_state_sizes()?;
         Ok(machine)
     }
 

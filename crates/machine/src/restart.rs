@@ -76,6 +76,16 @@ impl FreshState {
         vm_state::save(vm, None, FRESH_VERSION, &mut chips)?;
         Ok(Self { vcpus: saved, vm: chips })
     }
+
+    /// Bytes of each vCPU's state.
+    pub(crate) fn vcpu_sizes(&self) -> impl Iterator<Item = usize> {
+        self.vcpus.iter().map(|state| state.len())
+    }
+
+    /// Bytes of the chips' state.
+    pub(crate) fn vm_size(&self) -> usize {
+        self.vm.len()
+    }
 }
 
 /// Why a Linux guest could not be started.

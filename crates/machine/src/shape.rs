@@ -1,8 +1,10 @@
 //! The parts that the state of a machine consists of.
 
+use outlive_epoch::image::limits::MAX_DEVICES;
 use outlive_epoch::image::{StateKind, StateSection};
 
 use crate::machine::Machine;
+use crate::map::SLOTS;
 use crate::state::{StateError, check_version};
 
 /// How many sections of each kind a checkpoint of a machine has. A thread that does not own the machine can
@@ -11,6 +13,36 @@ use crate::state::{StateError, check_version};
 pub struct StateShape {
     vcpus: usize,
     counts: [(StateKind, usize); 4],
+}
+
+/// A machine whose state a checkpoint has no room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the state of {kind:?} {index} has {bytes} bytes, but a checkpoint has room for {limit}")]
+pub struct StateTooLarge {
+    /// What it belongs to.
+    pub kind: StateKind,
+    /// Which vCPU or device.
+    pub index: usize,
+    /// How large it is.
+    pub bytes: usize,
+    /// How large it may be.
+    pub limit: usize,
+}
+
+// A standby is told of every device, and the serial port has no slot.
+const _: () = assert!(SLOTS < MAX_DEVICES);
+
+/// Checks the size of each part of a machine's state: kind, index, bytes. Sizes do not change while a machine
+/// lives, so nothing can be found too large, or make a buffer grow, in a pause.
+///
+/// # Errors
+/// The first that is too large.
+fn check_sizes(parts: impl IntoIterator<Item = (StateKind, usize, usize)>) -> Result<(), StateTooLarge> {
+    let too_large = |(kind, index, bytes): (StateKind, usize, usize)| {
+        let limit = kind.limit();
+        (bytes > limit).then_some(StateTooLarge { kind, index, bytes, limit })
+    };
+    parts.into_iter().find_map(too_large).map_or(Ok(()), Err)
 }
 
 impl StateShape {
@@ -69,6 +101,25 @@ impl Machine {
     pub fn shape(&self) -> StateShape {
         StateShape::new(self.vcpus.len(), self.devices.len(), self.serial.is_some())
     }
+
+    /// Checks that a checkpoint has room for the state of this machine, which has not run yet.
+    ///
+    /// # Errors
+    /// [`StateTooLarge`].
+    pub(crate) fn check_state_sizes(&self) -> Result<(), StateTooLarge> {
+        let sizes =
+            |kind, sizes: Vec<usize>| sizes.into_iter().enumerate().map(move |(i, size)| (kind, i, size));
+        let devices = self.devices.iter().map(|device| device.state_bytes()).collect();
+        let serial = self.serial.iter().map(|port| port.state_bytes()).collect();
+        let parts = [
+            sizes(StateKind::VcpuConstant, self.constants.iter().map(Vec::len).collect()),
+            sizes(StateKind::Vcpu, self.fresh.vcpu_sizes().collect()),
+            sizes(StateKind::Vm, vec![self.fresh.vm_size()]),
+            sizes(StateKind::Device, devices),
+            sizes(StateKind::Serial, serial),
+        ];
+        check_sizes(parts.into_iter().flatten())
+    }
 }
 
 #[cfg(test)]
@@ -92,6 +143,18 @@ mod tests {
 
     fn check(constants: usize, sections: &[StateSection<'static>]) -> Result<(), StateError> {
         StateShape::new(32, 3, true).check(constants, sections.iter().copied())
+    }
+
+    #[test]
+    fn a_part_that_a_checkpoint_has_no_room_for_is_named() {
+        for kind in StateKind::ALL {
+            let (limit, bytes) = (kind.limit(), kind.limit() + 1);
+            assert_eq!(check_sizes([(kind, 0, limit), (kind, 1, limit)]), Ok(()));
+            let error = check_sizes([(kind, 0, limit), (kind, 1, bytes)]).unwrap_err();
+            assert_eq!(error, StateTooLarge { kind, index: 1, bytes, limit });
+        }
+        let error = check_sizes([(StateKind::Vcpu, 31, 70_000)]).unwrap_err().to_string();
+        assert_eq!(error, "the state of Vcpu 31 has 70000 bytes, but a checkpoint has room for 65536");
     }
 
     #[test]

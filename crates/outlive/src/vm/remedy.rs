@@ -38,6 +38,9 @@ impl Remedy for CreateError {
     fn remedy(&self) -> Option<&'static str> {
         match self {
             Self::Memory(error) => error.remedy(),
+            Self::State(_) => {
+                Some("use hosts with an older processor or kernel until a newer Outlive knows it")
+            }
             _ => None,
         }
     }

@@ -21,6 +21,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use outlive_epoch::image::limits::MAX_DEVICE_STATE;
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -449,6 +450,7 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Device for Slot<M, D> 
     }
 
     fn state_bytes(&self) -> usize {
+        const { assert!(SavedState::<D::State>::BYTES <= MAX_DEVICE_STATE) };
         SavedState::<D::State>::BYTES
     }
 
