@@ -29,6 +29,7 @@ pub(super) enum Found {
 }
 
 /// A directory that several hosts see.
+#[derive(Clone)]
 pub(super) struct Directory {
     path: PathBuf,
     /// The file system that the directory was on.

@@ -39,7 +39,7 @@ use std::path::Path;
 
 use super::directory::{Directory, Found, explain, unusable};
 use super::record::{self, MARKER, Marker};
-use super::{Arbiter, ArbiterSpecError, Claim, Ending, LOST_CLAIMS, VmId, Win, Winner};
+use super::{Arbiter, ArbiterSpecError, Claim, Ending, LOST_CLAIMS, Prober, VmId, Win, Winner};
 use super::{process_token, prune, random_hex};
 
 /// An arbiter in a directory that both hosts see.
@@ -270,6 +270,12 @@ impl Arbiter for FileArbiter {
             tracing::debug!("cannot remove old claims: {why}");
         }
         self.directory.remove_leftovers();
+    }
+
+    fn prober(&self) -> Prober {
+        let (directory, identity) = (self.directory.clone(), self.identity.clone());
+        let twin = Self { directory, process: self.process, identity, won: HashSet::new() };
+        Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()))
     }
 
     fn identity(&self) -> &str {

@@ -9,6 +9,7 @@
 //! file.rs       the built-in kind: a directory that both hosts see
 //! directory.rs  its files; record.rs what is in them; prune.rs which of them are removed
 //! worker.rs     claims on a separate thread, because a dead file server can block a claim forever
+//! watch.rs      probes the arbiter while all is well
 //! command.rs    `outlive arbiter`
 //! ```
 
@@ -17,6 +18,7 @@ mod directory;
 mod file;
 mod prune;
 mod record;
+mod watch;
 mod worker;
 
 use std::io;
@@ -27,6 +29,7 @@ use std::time::SystemTime;
 pub use command::command;
 pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
+pub(crate) use watch::Watch;
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
 use crate::process;
@@ -35,6 +38,9 @@ use crate::process;
 const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory \
 back; nobody \
                            goes on without it";
+
+/// Tries whether an arbiter could be claimed at; see [`Arbiter::prober`].
+pub type Prober = Box<dyn FnMut() -> Result<(), String> + Send>;
 
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +125,10 @@ pub trait Arbiter: Send {
     /// The arbiter's own name, which never changes. Two hosts compare it to make sure that they were given
     /// the same arbiter before they rely on it, and images remember it.
     fn identity(&self) -> &str;
+
+    /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
+    /// error says what is wrong and what helps.
+    fn prober(&self) -> Prober;
 }
 
 /// Why an `--arbiter` option cannot be used. Each text says what to do.

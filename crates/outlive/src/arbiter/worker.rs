@@ -160,6 +160,9 @@ mod tests {
             Ok(())
         }
         fn tidy(&mut self, _: &VmId) {}
+        fn prober(&self) -> super::super::Prober {
+            Box::new(|| Ok(()))
+        }
         fn identity(&self) -> &str {
             "slow"
         }

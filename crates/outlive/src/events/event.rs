@@ -121,6 +121,16 @@ pub enum Event {
         /// Why, for a person.
         why: String,
     },
+    /// The arbiter, which is probed while nobody needs it, cannot be written to. The VM runs on.
+    ArbiterLost {
+        /// Why, for a person.
+        why: String,
+    },
+    /// The arbiter can be written to again.
+    ArbiterBack {
+        /// For how long it was lost, in milliseconds.
+        lost_ms: u64,
+    },
     /// This side won `generation` and may run the VM.
     Won {
         /// The generation won.

@@ -30,6 +30,7 @@ use super::pool::Pool;
 use super::restarts::Restarts;
 use super::self_check::SelfCheck;
 use super::stats::Totals;
+use crate::arbiter::Watch;
 use crate::disk::{Saying, Sidecars};
 use crate::events::{Event, EventWriter};
 use crate::link::SenderReport;
@@ -54,6 +55,8 @@ pub(super) struct Setup {
     pub(super) driver: Arc<SharedDriver>,
     /// Messages of all other threads.
     pub(super) inbox: Messages,
+    /// Looks whether the arbiter is there, if there is one.
+    pub(super) arbiter_watch: Option<Arc<Watch>>,
     /// When the VM was taken over, if it did not start here.
     pub(super) took_over: Option<Instant>,
     /// How long a stop of the machine may take while a standby waits.
@@ -204,7 +207,12 @@ impl Coordinator {
             // The sidecars must say that the images are the newest.
             self.with.sidecars.say(Saying::primary(*generation));
         }
+        let protected = matches!(note, PrimaryNote::Protected { .. });
         self.notes.say(note, standby);
+        if protected && let Some(why) = self.with.arbiter_watch.as_ref().and_then(|watch| watch.sight().lost)
+        {
+            tracing::warn!("the VM is protected only once the arbiter is back: {why}");
+        }
     }
 
     fn machine_event(&mut self, event: MachineEvent) {

@@ -52,8 +52,19 @@ fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter)
 }
 
 fn coordinate(launch: Launch) -> Result<End, String> {
-    let Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, .. } =
-        launch;
+    let Launch {
+        machine,
+        machine_events,
+        stops,
+        identity,
+        arbiter,
+        watch: arbiter_watch,
+        options,
+        sidecars,
+        events,
+        stop,
+        ..
+    } = launch;
     let (queue, inbox) = inbox();
     let to = queue.clone();
     machine_events.connect(move |event| drop(to.send(Inbox::Machine(event))));
@@ -126,6 +137,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         machine,
         driver,
         inbox,
+        arbiter_watch,
         took_over: (identity.checkpoint > 0).then(Instant::now),
         // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,

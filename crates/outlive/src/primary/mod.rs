@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use outlive_machine::{Host, MacAddr, Machine, MachineEvent, Options, OutputMode};
 
-use crate::arbiter;
+use crate::arbiter::{self, Watch};
 use crate::cli::RunOptions;
 use crate::console::{Console, Port};
 use crate::disk::{self, Accepted, Start};
@@ -73,6 +73,8 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
         memory: Some(options.memory_bytes()),
         tracker: Some(machine.tracker().kind().to_string()),
     });
+    let watch = arbiter.as_ref().map(|arbiter| Watch::start(arbiter.prober(), events.clone()).map(Arc::new));
+    let watch = watch.transpose().map_err(|e| format!("cannot start a thread: {e}"))?;
     machine.go_live(false);
     machine.resume();
     if machine.net().is_none() {
@@ -90,7 +92,19 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     };
     let options = active.clone();
     let (sidecars, stop) = (None, None);
-    Ok(Launch { machine, machine_events, stops, identity, arbiter, options, sidecars, events, stop, console })
+    Ok(Launch {
+        machine,
+        machine_events,
+        stops,
+        identity,
+        arbiter,
+        watch,
+        options,
+        sidecars,
+        events,
+        stop,
+        console,
+    })
 }
 
 /// Makes the machine and attaches its card to the bridge.

@@ -14,7 +14,7 @@ use outlive_pair::{
 use super::notes;
 use super::outbox::Outbox;
 use super::ports::{Inbox, LOOK_AGAIN, Ports, Session};
-use crate::arbiter::{self, Claim, ClaimWorker};
+use crate::arbiter::{self, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
@@ -30,6 +30,8 @@ pub(super) struct Equipment {
     pub(super) options: StandbyOptions,
     /// The host's ends of the VM's ports.
     pub(super) console: Arc<Console>,
+    /// Looks whether the arbiter is there.
+    pub(super) watch: Arc<Watch>,
     pub(super) events: EventWriter,
 }
 

@@ -35,7 +35,7 @@ use std::time::Duration;
 use outlive_machine::Host;
 use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
 
-use crate::arbiter;
+use crate::arbiter::{self, Watch};
 use crate::cli::StandbyOptions;
 use crate::console::Console;
 use crate::disk::CopyEnd;
@@ -81,12 +81,14 @@ impl Waiting {
         })?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
         // before.
-        drop(arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?);
+        let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
         let events = events::open(options.active.events.as_deref())?;
         let (queue, inbox) = channel();
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
-        let equipment = Equipment { host, options: options.clone(), console, events: events.clone() };
+        let watch = Watch::start(arbiter.prober(), events.clone());
+        let watch = Arc::new(watch.map_err(|e| format!("cannot start a thread: {e}"))?);
+        let equipment = Equipment { host, options: options.clone(), console, watch, events: events.clone() };
         let decisions = Decisions::new(equipment, queue.clone());
         events.emit(Event::Started {
             role: Role::Standby,

@@ -79,6 +79,7 @@ pub(super) fn take_over(
         stops: stops.clone(),
         identity: parts.identity,
         arbiter: Some(parts.arbiter),
+        watch: Some(equipment.watch.clone()),
         options: options.active.clone(),
         sidecars,
         events: events.clone(),

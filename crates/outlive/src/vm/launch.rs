@@ -7,7 +7,7 @@ use outlive_machine::{MacAddr, Machine, MachineEvent};
 use outlive_pair::{ExitReason, StandbyExit};
 
 use super::Relay;
-use crate::arbiter::Arbiter;
+use crate::arbiter::{Arbiter, Watch};
 use crate::cli::ActiveOptions;
 use crate::console::Console;
 use crate::disk::{Provenance, Sidecars};
@@ -41,6 +41,8 @@ pub(crate) struct Launch {
     pub(crate) identity: Identity,
     /// The arbiter that gives generations.
     pub(crate) arbiter: Option<Box<dyn Arbiter>>,
+    /// Who looks whether it is there.
+    pub(crate) watch: Option<Arc<Watch>>,
     /// Options.
     pub(crate) options: ActiveOptions,
     /// The keeper of the sidecars of the VM's images, if there already is one.

@@ -47,6 +47,29 @@ fn assert_silence(world: &World, witnesses: &Witnesses) {
     assert_eq!(seen(), before, "frames of both hosts, answers to the clients");
 }
 
+/// The arbiter is missed before it is needed, on both hosts, and the VM does not notice.
+#[test]
+fn the_loss_of_the_arbiter_is_told_of_and_disturbs_nothing() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    let (arbiter, away) = (world.arbiter(), world.dir().join("away"));
+    std::fs::rename(&arbiter, &away).unwrap();
+    for host in [&mut active, &mut standby] {
+        host.wait_for("without an arbiter", |e| matches!(e, Event::ArbiterLost { .. }));
+        host.wait_says("THE ARBITER IS LOST", 1);
+    }
+    witnesses.hear_all();
+    std::fs::rename(&away, &arbiter).unwrap();
+    for host in [&mut active, &mut standby] {
+        host.wait_for("with its arbiter again", |e| matches!(e, Event::ArbiterBack { .. }));
+        assert!(!host.has(|e| matches!(e, Event::LinkLost { .. } | Event::Arbitrating { .. })));
+    }
+    active.kill();
+    assert_eq!(standby.wait_takeover(), 2);
+    witnesses.finish(&world);
+}
+
 #[test]
 fn with_the_link_cut_and_no_arbiter_nobody_goes_on() {
     let Some(world) = World::new() else { return };

@@ -372,6 +372,9 @@ impl Arbiter for PowerCut {
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String> {
         self.arbiter.note_end(vm, generation, why)
     }
+    fn prober(&self) -> crate::arbiter::Prober {
+        self.arbiter.prober()
+    }
     fn tidy(&mut self, vm: &VmId) {
         self.arbiter.tidy(vm);
     }

@@ -108,6 +108,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
     let rig = connected(output, listener.local_addr().unwrap());
     thread::spawn(move || standby(listener.accept().unwrap().0, newest));
     let setup = Setup {
+        arbiter_watch: None,
         self_check: SelfCheck::new(None, &machine, rig.queue),
         machine,
         driver: rig.driver,

@@ -1,0 +1,204 @@
+//! The arbiter is probed by writing while all is well, so that its loss is known before it is needed.
+//!
+//! A probe can hang for as long as a dead file server pleases, so it has a thread of its own, and another one
+//! says when it takes too long. Nobody waits for either, and nothing is decided by what they find.
+
+use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::Prober;
+use crate::events::{Event, EventWriter};
+
+/// Time between two probes.
+const EVERY: Duration = Duration::from_secs(10);
+/// A probe that takes longer is a loss.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A loss that lasts is told of again after this time.
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// What is known of the arbiter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sight {
+    /// When it was last written to.
+    pub(crate) seen: Option<SystemTime>,
+    /// Why it is lost, if it is.
+    pub(crate) lost: Option<String>,
+}
+
+/// A watch over an arbiter. It ends when this is dropped.
+pub(crate) struct Watch {
+    sight: Arc<Mutex<Sight>>,
+    _ends: Sender<()>,
+}
+
+impl Watch {
+    /// Begins, with a probe at once. The loss and the return are told as events and in the log.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn start(prober: Prober, events: EventWriter) -> io::Result<Self> {
+        Self::with(prober, events, (EVERY, PATIENCE))
+    }
+
+    fn with(
+        mut prober: Prober,
+        events: EventWriter,
+        (every, patience): (Duration, Duration),
+    ) -> io::Result<Self> {
+        let ((ask, asked), (answer, answers), (end, ended)) = (channel(), channel(), channel());
+        let sight = Arc::new(Mutex::new(Sight::default()));
+        outlive_machine::spawn("arbiter-probe", move || {
+            while asked.recv().is_ok() && answer.send(prober()).is_ok() {}
+        })?;
+        let watcher = Watcher { sight: sight.clone(), events, lost_at: None, told: None };
+        outlive_machine::spawn("arbiter-watch", move || {
+            watcher.run(&ask, &answers, &ended, (every, patience));
+        })?;
+        Ok(Self { sight, _ends: end })
+    }
+
+    /// What is known now.
+    pub(crate) fn sight(&self) -> Sight {
+        lock(&self.sight).clone()
+    }
+}
+
+struct Watcher {
+    sight: Arc<Mutex<Sight>>,
+    events: EventWriter,
+    lost_at: Option<Instant>,
+    /// When the loss was told of last.
+    told: Option<Instant>,
+}
+
+impl Watcher {
+    fn run(
+        mut self,
+        ask: &Sender<()>,
+        answers: &Receiver<Result<(), String>>,
+        ended: &Receiver<()>,
+        (every, patience): (Duration, Duration),
+    ) {
+        while ask.send(()).is_ok() {
+            let answer = loop {
+                match answers.recv_timeout(patience) {
+                    Ok(answer) => break answer,
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.lost(format!("it has not answered for {} s", patience.as_secs()));
+                    }
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+                if ended.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected) {
+                    return;
+                }
+            };
+            match answer {
+                Ok(()) => self.seen(),
+                Err(why) => self.lost(why),
+            }
+            if ended.recv_timeout(every) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+        }
+    }
+
+    fn seen(&mut self) {
+        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), lost: None };
+        if let Some(since) = self.lost_at.take() {
+            self.told = None;
+            let lost_ms = since.elapsed().as_millis() as u64;
+            tracing::warn!(lost_ms, "the arbiter is back");
+            self.events.emit(Event::ArbiterBack { lost_ms });
+        }
+    }
+
+    fn lost(&mut self, why: String) {
+        lock(&self.sight).lost = Some(why.clone());
+        let first = self.lost_at.is_none();
+        self.lost_at.get_or_insert_with(Instant::now);
+        if self.told.is_none_or(|told| told.elapsed() >= AGAIN) {
+            self.told = Some(Instant::now());
+            tracing::warn!(
+                "THE ARBITER IS LOST: the VM runs on, but nobody could take it over, or go on alone, now: {why}"
+            );
+        }
+        if first {
+            self.events.emit(Event::ArbiterLost { why });
+        }
+    }
+}
+
+fn lock(sight: &Mutex<Sight>) -> MutexGuard<'_, Sight> {
+    sight.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::{Arbiter, FileArbiter};
+
+    const SOON: Duration = Duration::from_millis(2);
+    const BOUND: Duration = Duration::from_secs(60);
+
+    fn wait_for(what: &str, until: impl Fn() -> bool) {
+        let deadline = Instant::now() + BOUND;
+        while !until() {
+            assert!(Instant::now() < deadline, "waited in vain for {what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Events as they come.
+    fn observed() -> (EventWriter, Receiver<Event>) {
+        let (events, (told, heard)) = (EventWriter::disabled(), channel());
+        let told = Mutex::new(told);
+        events.observe(move |event| drop(lock_sender(&told).send(event.clone())));
+        (events, heard)
+    }
+
+    fn lock_sender(told: &Mutex<Sender<Event>>) -> MutexGuard<'_, Sender<Event>> {
+        told.lock().unwrap()
+    }
+
+    #[test]
+    fn a_directory_that_goes_away_and_comes_back_is_told_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let (place, away) = (directory.path().join("arbiter"), directory.path().join("away"));
+        std::fs::create_dir(&place).unwrap();
+        let (arbiter, _) = FileArbiter::init(&place).unwrap();
+        let (events, heard) = observed();
+        let watch = Watch::with(arbiter.prober(), events, (SOON, BOUND)).unwrap();
+        wait_for("the first probe", || watch.sight().seen.is_some());
+        assert!(heard.try_recv().is_err(), "while all is well nothing is said");
+        std::fs::rename(&place, &away).unwrap();
+        assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterLost { why } if !why.is_empty()));
+        // Another directory in its place is not the arbiter.
+        std::fs::create_dir(&place).unwrap();
+        std::thread::sleep(SOON * 10);
+        assert!(watch.sight().lost.is_some());
+        std::fs::remove_dir(&place).unwrap();
+        std::fs::rename(&away, &place).unwrap();
+        assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterBack { .. }), "told once each");
+        assert_eq!(watch.sight().lost, None);
+        drop(watch);
+        let left = || std::fs::read_dir(&place).unwrap().count();
+        wait_for("nothing stays but the marker", || left() == 1);
+    }
+
+    #[test]
+    fn a_probe_that_hangs_is_a_loss_and_holds_nobody_up() {
+        let (go, gate) = channel::<()>();
+        let prober: Prober = Box::new(move || gate.recv().map_err(|_| "gone".to_owned()));
+        let (events, heard) = observed();
+        let watch = Watch::with(prober, events, (SOON, SOON * 5)).unwrap();
+        assert!(
+            matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterLost { why } if why.contains("answered"))
+        );
+        go.send(()).unwrap();
+        assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterBack { .. }));
+        // With a probe under way: no waiting.
+        drop(watch);
+    }
+}
