@@ -5,11 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
 };
 
 use crate::hot::HotRule;
 use crate::kvm;
+use crate::layout::PAGE_SIZE;
 use crate::report;
 #[cfg(feature = "self-test")]
 use crate::selftest::{SelfTest, Way};
@@ -85,6 +87,13 @@ pub enum ProbeError {
         /// What the kernel said: EINVAL if there is a vCPU already or the ring was enabled before.
         source: io::Error,
     },
+    /// On 64-bit Arm a bitmap stands beside the ring, and KVM refused it. The VM has a ring now and can have no
+    /// other log: make a new one, and probe it before its first memory slot.
+    #[error("KVM refuses a bitmap beside the dirty ring: it is enabled before the first memory slot is made")]
+    NoBackup(#[source] io::Error),
+    /// Dirty logging is by pages of the host, and everything here by pages of 4 KiB.
+    #[error("the pages of this host have {0} bytes, not 4096")]
+    PageSize(u64),
 }
 
 /// The back end that a VM has been given.
@@ -93,6 +102,8 @@ pub struct DirtyBackend {
     kind: DirtyKind,
     reason: String,
     ring_entries: u32,
+    /// A bitmap stands beside the rings.
+    backup: bool,
     #[cfg(feature = "self-test")]
     self_test: Option<SelfTest>,
     #[cfg(any(test, feature = "planted-bug"))]
@@ -100,7 +111,8 @@ pub struct DirtyBackend {
 }
 
 impl DirtyBackend {
-    /// Chooses the back end and, for the ring, enables it in KVM. Call it once, **before the first vCPU**.
+    /// Chooses the back end and, for the ring, enables it in KVM. Call it once, **before the first vCPU**,
+    /// and on 64-bit Arm before the first memory slot.
     ///
     /// `kvm` is `/dev/kvm`, `vm` the VM, `max_vcpus` the number of vCPUs that it will ever have. With kvm-ioctls
     /// [`crate::KvmFile::descriptor`] borrows the descriptors.
@@ -117,11 +129,17 @@ impl DirtyBackend {
         max_vcpus: usize,
     ) -> Result<DirtyBackend, ProbeError> {
         let (kvm, vm) = (kvm.as_fd(), vm.as_fd());
+        if kvm::page_size() != PAGE_SIZE {
+            return Err(ProbeError::PageSize(kvm::page_size()));
+        }
         let chosen = match choice {
             BackendChoice::Bitmap => DirtyBackend::bitmap(vm, "the caller asked for it".into()),
             BackendChoice::ClearLog => DirtyBackend::clear_log(vm, "the caller asked for it".into())?,
             BackendChoice::Ring => DirtyBackend::ring(kvm, vm, max_vcpus)?,
             BackendChoice::Auto => DirtyBackend::ring(kvm, vm, max_vcpus).or_else(|no_ring| {
+                if matches!(no_ring, ProbeError::NoBackup(_)) {
+                    return Err(no_ring);
+                }
                 let why = format!("no ring: {no_ring}");
                 DirtyBackend::clear_log(vm, why.clone())
                     .or_else(|_| Ok(DirtyBackend::bitmap(vm, format!("no clear-log; {why}"))))
@@ -137,6 +155,7 @@ impl DirtyBackend {
             kind,
             reason,
             ring_entries,
+            backup: false,
             #[cfg(feature = "self-test")]
             self_test: None,
             #[cfg(any(test, feature = "planted-bug"))]
@@ -170,8 +189,19 @@ impl DirtyBackend {
             .map_err(|source| ProbeError::Refused { entries, source })?;
         let name =
             if capability == KVM_CAP_DIRTY_LOG_RING { "DIRTY_LOG_RING" } else { "DIRTY_LOG_RING_ACQ_REL" };
-        let reason = format!("KVM_CAP_{name}, {entries} entries a vCPU");
-        Ok(DirtyBackend::of(DirtyKind::Ring, reason, entries as u32))
+        let mut reason = format!("KVM_CAP_{name}, {entries} entries a vCPU");
+        // Where KVM writes guest memory without a vCPU (arm64), such pages are in no ring.
+        let backup = kvm::check_extension(kvm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) > 0;
+        if backup {
+            kvm::enable_cap(vm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0).map_err(ProbeError::NoBackup)?;
+            reason += ", with a bitmap";
+        }
+        Ok(DirtyBackend { backup, ..DirtyBackend::of(DirtyKind::Ring, reason, entries as u32) })
+    }
+
+    /// Whether what KVM writes without a vCPU is in a bitmap beside the rings.
+    pub(crate) fn has_backup(&self) -> bool {
+        self.backup
     }
 
     /// Which back end it is.

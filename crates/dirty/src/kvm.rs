@@ -129,6 +129,12 @@ impl Kernel for Vm {
     }
 }
 
+/// Bytes in a page of the host, by which KVM logs.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: has no preconditions.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0)
+}
+
 /// The value of a capability, 0 if absent.
 pub(crate) fn check_extension(fd: BorrowedFd<'_>, capability: u32) -> u64 {
     // SAFETY: the argument is a number.

@@ -233,6 +233,7 @@ impl MemoryLayout {
     }
 
     /// Where a guest physical address is in this process.
+    #[cfg(any(test, target_arch = "x86_64"))]
     pub(crate) fn host_addr(&self, gpa: u64) -> Option<u64> {
         self.slot_of(Gfn::of(gpa)).map(|slot| slot.host_addr + (gpa - slot.base.gpa()))
     }

@@ -73,8 +73,8 @@
 // The models use a part of what they are compiled with.
 #![cfg_attr(all(test, loom), allow(dead_code))]
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!("outlive-dirty is for KVM on x86-64 Linux: other architectures have other dirty logs");
+#[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+compile_error!("outlive-dirty is for KVM on x86-64 and 64-bit Arm Linux");
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
@@ -104,7 +104,10 @@ mod lane;
 mod layout;
 #[cfg(all(feature = "vm-memory", not(all(test, loom))))]
 mod memory;
-#[cfg(not(all(test, loom)))]
+#[cfg(all(target_arch = "x86_64", not(all(test, loom))))]
+mod mint;
+#[cfg(all(not(target_arch = "x86_64"), not(all(test, loom))))]
+#[path = "mint_nothing.rs"]
 mod mint;
 #[cfg(not(all(test, loom)))]
 pub mod rate;

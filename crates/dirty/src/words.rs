@@ -63,6 +63,9 @@ impl Words {
 
     /// Fetches a word into the cache; a word that does not exist is no harm.
     pub(crate) fn prefetch(&self, index: usize) {
+        // Elsewhere there is no stable way to ask for it.
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = index;
         #[cfg(target_arch = "x86_64")]
         if let Some(word) = self.get(index) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

@@ -7,20 +7,27 @@
 //! is tried out. And whether it pays is a matter of the machine: a write fault costs some 7 us under a shadow
 //! MMU and next to nothing with Intel's page modification logging.
 
+#[cfg(target_arch = "x86_64")]
 mod guest;
+#[cfg(target_arch = "x86_64")]
 mod log;
+#[cfg(target_arch = "x86_64")]
 mod proof;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+#[cfg(target_arch = "x86_64")]
+use std::time::Instant;
 
 use crate::report;
+#[cfg(target_arch = "x86_64")]
 use guest::Machine;
+#[cfg(target_arch = "x86_64")]
 use proof::{Proof, Twist};
 
 /// The log that is tested.
@@ -55,7 +62,7 @@ pub struct SelfTest {
 #[non_exhaustive]
 pub enum SelfTestError {
     /// This kernel does not have the log to be tested.
-    #[error("this kernel has no {0}")]
+    #[error("there is no {0} here")]
     Missing(&'static str),
     /// A step of making or running the throw-away VM failed.
     #[error("cannot {step} for the self-test of dirty logging")]
@@ -67,6 +74,7 @@ pub enum SelfTestError {
     },
 }
 
+#[cfg(target_arch = "x86_64")]
 impl SelfTestError {
     fn at(step: &'static str) -> impl FnOnce(io::Error) -> SelfTestError {
         move |source| SelfTestError::Step { step, source }
@@ -74,6 +82,7 @@ impl SelfTestError {
 }
 
 /// Why the test ended early.
+#[cfg(target_arch = "x86_64")]
 enum Failure {
     /// It could not be made.
     Error(SelfTestError),
@@ -81,6 +90,7 @@ enum Failure {
     Unexpected(String),
 }
 
+#[cfg(target_arch = "x86_64")]
 impl From<SelfTestError> for Failure {
     fn from(error: SelfTestError) -> Failure {
         Failure::Error(error)
@@ -117,11 +127,19 @@ impl SelfTest {
     /// # Errors
     /// If the VM cannot be made or run. A kernel that cannot leave pages out is no error but
     /// [`SelfTest::selective`].
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn run(kvm: BorrowedFd<'_>, way: Way) -> Result<SelfTest, SelfTestError> {
         SelfTest::with(kvm, way, guest::PROGRAM, |_, target| target)
     }
 
+    /// The guest is a program for x86-64.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn run(_kvm: BorrowedFd<'_>, _way: Way) -> Result<SelfTest, SelfTestError> {
+        Err(SelfTestError::Missing("self-test of dirty logging on this architecture"))
+    }
+
     /// As `run`, with a guest and a way of giving back that need not be right.
+    #[cfg(target_arch = "x86_64")]
     fn with(kvm: BorrowedFd<'_>, way: Way, program: &[u8], twist: Twist) -> Result<SelfTest, SelfTestError> {
         let started = Instant::now();
         let mut machine = Machine::new(kvm, way, program)?;
@@ -158,10 +176,12 @@ impl fmt::Display for SelfTest {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 fn nanoseconds(time: Duration) -> u32 {
     time.as_nanos().try_into().unwrap_or(u32::MAX)
 }
 
+#[cfg(target_arch = "x86_64")]
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times.get(times.len() / 2).copied().unwrap_or_default()

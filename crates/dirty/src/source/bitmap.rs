@@ -1,6 +1,7 @@
 //! KVM_GET_DIRTY_LOG: one call fetches and clears the bitmap of a slot and arms its pages.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, MemoryLayout};
@@ -10,7 +11,7 @@ use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError
 pub(crate) struct Bitmap(DirtyLog);
 
 impl Bitmap {
-    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<Bitmap> {
+    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<Bitmap> {
         DirtyLog::reserve(kernel, layout).map(Bitmap)
     }
 }
@@ -32,7 +33,7 @@ impl Source for Bitmap {
         Ok(0)
     }
 
-    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_armed(&self, layout: &MemoryLayout, _: bool, sink: Sink<'_>) -> Result<usize, HarvestError> {
         self.0.read(layout, &mut |page| {
             let has_room = sink(page);
             // KVM has forgotten the page.
@@ -43,9 +44,5 @@ impl Source for Bitmap {
 
     fn arm(&self, _: &MemoryLayout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
         Ok(Armed { pages: pages.len(), ..Armed::default() })
-    }
-
-    fn arms_when_taken(&self) -> bool {
-        true
     }
 }

@@ -5,8 +5,8 @@
 //! (Documentation/virt/kvm/api.rst, 4.117).
 
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use crate::kvm::Kernel;
 use crate::layout::{Gfn, MemoryLayout, MemorySlot};
@@ -27,7 +27,7 @@ pub(crate) struct ClearLog {
 }
 
 impl ClearLog {
-    pub(crate) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<ClearLog> {
+    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<ClearLog> {
         Ok(ClearLog {
             log: DirtyLog::reserve(kernel, layout)?,
             mask: buffer(layout)?,
@@ -106,9 +106,5 @@ impl Source for ClearLog {
         }
         debug_assert!(!plan.everything, "KVM_CLEAR_DIRTY_LOG is never in doubt");
         Ok(Armed { pages: pages.len(), ..Armed::default() })
-    }
-
-    fn arms_when_taken(&self) -> bool {
-        false
     }
 }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::sync::Arc;
 
 use crate::kvm::Kernel;
 use crate::layout::MemoryLayout;
@@ -12,12 +13,12 @@ use crate::words::Words;
 
 /// The bitmap and a buffer for it. Whether fetching it clears it is for KVM to know: see the two back ends.
 pub(super) struct DirtyLog {
-    pub(super) kernel: Box<dyn Kernel>,
+    pub(super) kernel: Arc<dyn Kernel>,
     buffer: Words,
 }
 
 impl DirtyLog {
-    pub(super) fn reserve(kernel: Box<dyn Kernel>, layout: &MemoryLayout) -> io::Result<DirtyLog> {
+    pub(super) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<DirtyLog> {
         Ok(DirtyLog { kernel, buffer: buffer(layout)? })
     }
 

@@ -173,14 +173,24 @@ pub(crate) trait Source: Send + Sync {
         sink: Sink<'_>,
     ) -> Result<usize, HarvestError>;
 
-    /// Takes the pages that are in no vCPU's log.
-    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError>;
+    /// Takes the pages that are in no vCPU's log and stay unarmed until `arm`.
+    fn take_shared(&self, _layout: &MemoryLayout, _sink: Sink<'_>) -> Result<usize, HarvestError> {
+        Ok(0)
+    }
+
+    /// Takes pages that are in no vCPU's log and arms them in the same step, so that there is nothing to leave
+    /// out. An epoch is ending, or else a thread fetches.
+    fn take_armed(
+        &self,
+        _layout: &MemoryLayout,
+        _ending: bool,
+        _sink: Sink<'_>,
+    ) -> Result<usize, HarvestError> {
+        Ok(0)
+    }
 
     /// Makes the next write to each of these pages trap. All of them were taken and are not armed.
     fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError>;
-
-    /// Whether taking a page arms it again at once, so that there is nothing to leave out.
-    fn arms_when_taken(&self) -> bool;
 
     /// Entries logged since the epoch began, as far as can be seen without a system call.
     fn pending(&self) -> usize {

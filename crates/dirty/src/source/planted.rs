@@ -51,12 +51,12 @@ impl Source for Leaky {
         self.source.take_shared(layout, &mut |page| self.loses(page) || sink(page))
     }
 
-    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
-        self.source.arm(layout, pages, plan)
+    fn take_armed(&self, layout: &MemoryLayout, ending: bool, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        self.source.take_armed(layout, ending, &mut |page| self.loses(page) || sink(page))
     }
 
-    fn arms_when_taken(&self) -> bool {
-        self.source.arms_when_taken()
+    fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
+        self.source.arm(layout, pages, plan)
     }
 
     fn pending(&self) -> usize {

@@ -9,13 +9,14 @@
 //! `budget.rs`.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::kvm::{Kernel, SignalsBlocked};
 use crate::layout::{Gfn, MemoryLayout};
 use crate::mint::ENTRIES_PER_WRITE;
 use crate::report;
 use crate::source::budget::Budget;
+use crate::source::log::DirtyLog;
 use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
@@ -25,8 +26,11 @@ const MAX_IDLE_RESETS: u32 = 10_000;
 
 /// One dirty ring a vCPU.
 pub(crate) struct Rings {
-    kernel: Box<dyn Kernel>,
+    kernel: Arc<dyn Kernel>,
     rings: Vec<Ring>,
+    /// The bitmap of what KVM writes without a vCPU, on architectures whose KVM does so
+    /// (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, arm64: the tables of the interrupt controller).
+    backup: Option<DirtyLog>,
     /// Who gives entries back and resets, one at a time. Nobody waits for it in a pause: vCPUs are stopped.
     resetting: Mutex<Budget>,
     /// Only tests leave signals in, to see what they do.
@@ -34,9 +38,15 @@ pub(crate) struct Rings {
 }
 
 impl Rings {
-    pub(crate) fn new(kernel: Box<dyn Kernel>, rings: Vec<Ring>) -> Rings {
+    pub(crate) fn new(kernel: Arc<dyn Kernel>, rings: Vec<Ring>) -> Rings {
         let budget = Budget::new(rings.len());
-        Rings { kernel, rings, resetting: Mutex::new(budget), block_signals: true }
+        Rings { kernel, rings, backup: None, resetting: Mutex::new(budget), block_signals: true }
+    }
+
+    /// With a bitmap beside the rings, which the VM has been given.
+    pub(crate) fn with_backup(mut self, layout: &MemoryLayout) -> io::Result<Rings> {
+        self.backup = Some(DirtyLog::reserve(self.kernel.clone(), layout)?);
+        Ok(self)
     }
 
     fn held(&self) -> u64 {
@@ -161,7 +171,9 @@ struct Settled {
 }
 
 impl Source for Rings {
-    fn populate(&self) {}
+    fn populate(&self) {
+        self.backup.iter().for_each(DirtyLog::populate);
+    }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
         // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first
@@ -189,8 +201,12 @@ impl Source for Rings {
         taken.map_err(|_| HarvestError::Overrun { vcpu })
     }
 
-    fn take_shared(&self, _: &MemoryLayout, _: Sink<'_>) -> Result<usize, HarvestError> {
-        Ok(0)
+    fn take_armed(&self, layout: &MemoryLayout, ending: bool, sink: Sink<'_>) -> Result<usize, HarvestError> {
+        // The bitmap beside the rings is searched whole for a few pages, and the kernel wants that done last.
+        match &self.backup {
+            Some(backup) if ending => backup.read(layout, sink),
+            _ => Ok(0),
+        }
     }
 
     fn arm(&self, layout: &MemoryLayout, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
@@ -232,10 +248,6 @@ impl Source for Rings {
             }
         }
         Ok(Armed { pages: armed as usize, everything, doubtful: plan.running && interrupted, first_page })
-    }
-
-    fn arms_when_taken(&self) -> bool {
-        false
     }
 
     fn pending(&self) -> usize {

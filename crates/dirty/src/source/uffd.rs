@@ -200,7 +200,7 @@ impl Source for Uffd {
         Ok(0)
     }
 
-    fn take_shared(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
+    fn take_armed(&self, layout: &MemoryLayout, _: bool, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut taken = 0;
         let done = self.scan().round(&self.watch, layout, |gfn| {
             let has_room = sink(Some(gfn));
@@ -216,9 +216,5 @@ impl Source for Uffd {
     fn arm(&self, _: &MemoryLayout, pages: &[Gfn], _: Plan) -> Result<Armed, RearmError> {
         // The scan that took them has done it.
         Ok(Armed { pages: pages.len(), ..Armed::default() })
-    }
-
-    fn arms_when_taken(&self) -> bool {
-        true
     }
 }

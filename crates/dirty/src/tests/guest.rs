@@ -146,7 +146,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
         unsafe { Tracker::new(layout, config, backend.clone(), global.clone(), fd(&vm), &vcpu_fds) }
     } else {
         let map = |vcpu: &BorrowedFd<'_>| Mapping::of_vcpu(*vcpu, backend.ring_entries()).unwrap();
-        let kernel = Box::new(Vm::new(fd(&vm), &[]).unwrap());
+        let kernel = Arc::new(Vm::new(fd(&vm), &[]).unwrap());
         let ring = |vcpu| Ring::new(Arc::new(map(vcpu)), RESERVED);
         let mut rings = Rings::new(kernel, vcpu_fds.iter().map(ring).collect());
         rings.block_signals = false;

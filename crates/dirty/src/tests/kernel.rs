@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crate::global::GlobalLog;
 use crate::hot::{HotPages, HotRule};
@@ -50,6 +51,10 @@ pub(super) struct State {
     pub(super) fail_log_after: Option<u32>,
     /// KVM writes no wall clock.
     pub(super) no_mint: bool,
+    /// How long KVM_GET_DIRTY_LOG takes.
+    pub(super) log_takes: Duration,
+    /// Times that KVM_GET_DIRTY_LOG was called.
+    pub(super) logs: u32,
     /// Resets until now.
     pub(super) resets: u64,
 }
@@ -77,9 +82,9 @@ impl FakeKernel {
         let ring = |entries| FakeRing { entries, size: ring_entries.into(), dirty: 0, reset: 0 };
         let state = State { rings: mappings.into_iter().map(ring).collect(), ..State::default() };
         let kernel = FakeKernel { layout: layout.clone(), kind, state: Arc::new(Mutex::new(state)) };
-        let this = Box::new(kernel.clone());
+        let this = Arc::new(kernel.clone());
         let source: Box<dyn Source> = match kind {
-            DirtyKind::Ring => Box::new(Rings::new(this, rings)),
+            DirtyKind::Ring => Box::new(Rings::new(this, rings).with_backup(&layout).unwrap()),
             DirtyKind::ClearLog => Box::new(ClearLog::reserve(this, &layout).unwrap()),
             DirtyKind::Bitmap | DirtyKind::Uffd => Box::new(Bitmap::reserve(this, &layout).unwrap()),
         };
@@ -151,6 +156,15 @@ impl FakeKernel {
         (ring.size - RESERVED).saturating_sub(ring.dirty - ring.reset)
     }
 
+    /// KVM writes a page on behalf of no vCPU, on architectures whose rings have a bitmap beside them.
+    pub(super) fn write_without_vcpu(&self, gfn: Gfn) {
+        let slot = self.slot_of(gfn).id;
+        let mut state = self.state();
+        if state.logged.contains(&slot) && state.armed.remove(&gfn.0) {
+            state.bitmap.insert(gfn.0);
+        }
+    }
+
     /// An entry that means no page of the layout.
     pub(super) fn write_nonsense(&self, vcpu: usize, slot: u32, offset: u64) {
         if self.kind == DirtyKind::Ring {
@@ -182,7 +196,9 @@ impl Kernel for FakeKernel {
     }
 
     fn get_dirty_log(&self, slot: &MemorySlot, buffer: &Words) -> io::Result<()> {
+        std::thread::sleep(self.state().log_takes);
         let mut state = self.state();
+        state.logs += 1;
         match &mut state.fail_log_after {
             Some(0) => {
                 state.fail_log_after = None;

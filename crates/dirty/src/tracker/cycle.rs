@@ -2,7 +2,7 @@
 // UNSAFETY: lends the list of what is to be armed to the back end, as a slice.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use super::Tracker;
 use super::stats::add;
@@ -48,6 +48,8 @@ impl Tracker {
         }
         self.check()?;
         self.gate.close();
+        // Either a thread that begins to fetch sees the gate closed, or it is counted here.
+        fence(Ordering::SeqCst);
         // Threads that fetch find the gate closed; those that were faster need some microseconds.
         let idle = soon(|| (self.fetchers.load(Ordering::Acquire) == 0).then_some(()));
         idle.ok_or(HarvestError::Fetching)?;
@@ -78,14 +80,11 @@ impl Tracker {
             })?;
         }
         let _owner = self.shared.own().ok_or(HarvestError::Fetching)?;
-        if self.source.arms_when_taken() {
-            self.take_armed(|gfn| self.mark(gfn))?;
-        } else {
-            self.take_shared(|gfn| {
-                self.flat.push(gfn);
-                true
-            })?;
-        }
+        self.take_shared(|gfn| {
+            self.flat.push(gfn);
+            true
+        })?;
+        self.take_armed(true, |gfn| self.mark(gfn))?;
         let mut ignored = 0;
         self.global.drain(|gfn| if self.layout.contains(gfn) { self.mark(gfn) } else { ignored += 1 });
         add(&self.counters.ignored, ignored);
@@ -149,10 +148,10 @@ impl Tracker {
         taken
     }
 
-    /// The same of a back end that arms what it reports.
-    pub(super) fn take_armed(&self, keep: impl Fn(Gfn)) -> Result<usize, HarvestError> {
+    /// The same of what is armed in the same step.
+    pub(super) fn take_armed(&self, ending: bool, keep: impl Fn(Gfn)) -> Result<usize, HarvestError> {
         let mut ignored = 0;
-        let taken = self.source.take_shared(&self.layout, &mut |page| {
+        let taken = self.source.take_armed(&self.layout, ending, &mut |page| {
             match page {
                 Some(gfn) => keep(gfn),
                 None => ignored += 1,

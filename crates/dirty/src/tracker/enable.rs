@@ -1,6 +1,6 @@
 //! Tracking on and off: the only places where memory is taken and given back.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use super::{DisableError, EnableError, Token, Tracker};
 use crate::lane::{Lane, Owner};
@@ -87,6 +87,7 @@ impl Tracker {
             return Ok(());
         }
         self.gate.turn_off();
+        fence(Ordering::SeqCst);
         if self.fetchers.load(Ordering::Acquire) != 0 {
             self.gate.open();
             return Err(DisableError::Fetching);

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -229,6 +229,7 @@ impl<'b> Fetched<'_, 'b> {
         // Said before a list is owned: an epoch that finds no list owned finds this.
         self.tracker.fetchers.fetch_add(1, Ordering::AcqRel);
         self.held = true;
+        fence(Ordering::SeqCst);
         self.take()?;
         if self.len == 0 {
             self.arm().map_err(|_| HarvestError::Failed)?;
@@ -268,11 +269,8 @@ impl<'b> Fetched<'_, 'b> {
         if !tracker.gate.is_open() || !self.has_space() {
             return Ok(());
         }
-        if tracker.source.arms_when_taken() {
-            tracker.take_armed(|gfn| tracker.global.record(gfn))?;
-        } else {
-            tracker.take_shared(|gfn| self.push_trapped(gfn))?;
-        }
+        tracker.take_shared(|gfn| self.push_trapped(gfn))?;
+        tracker.take_armed(false, |gfn| tracker.global.record(gfn))?;
         self.take_marked();
         Ok(())
     }

@@ -148,7 +148,7 @@ impl Tracker {
     ) -> Result<Tracker, NewError> {
         let vcpus: Vec<_> = vcpus.iter().map(AsFd::as_fd).collect();
         let minting: &[_] = if config.exact { &vcpus } else { &[] };
-        let kernel = Box::new(Vm::new(vm.as_fd(), minting).map_err(NewError::Vm)?);
+        let kernel = Arc::new(Vm::new(vm.as_fd(), minting).map_err(NewError::Vm)?);
         let source: Box<dyn Source> = match backend.kind() {
             DirtyKind::Ring => {
                 let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
@@ -162,7 +162,12 @@ impl Tracker {
                     }
                     Ok(Ring::new(Arc::new(mapping), backend.reserved()))
                 };
-                Box::new(Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?))
+                let rings = Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?);
+                Box::new(if backend.has_backup() {
+                    rings.with_backup(&layout).map_err(NewError::Reserve)?
+                } else {
+                    rings
+                })
             }
             DirtyKind::ClearLog => Box::new(ClearLog::reserve(kernel, &layout).map_err(NewError::Reserve)?),
             DirtyKind::Bitmap | DirtyKind::Uffd => {

@@ -34,7 +34,7 @@ fn costs() {
                     (0..written).for_each(|page| memory.store(page * memory.pages / written, round));
                     writes.push(begin.elapsed());
                     let begin = Instant::now();
-                    let taken = uffd.take_shared(&layout, &mut |_| true).unwrap();
+                    let taken = uffd.take_armed(&layout, true, &mut |_| true).unwrap();
                     takes.push(begin.elapsed());
                     assert_eq!(taken as u64, written);
                 }

@@ -23,7 +23,7 @@ fn memory_that_is_unmapped_is_an_error() {
         memory.store(60, 1);
         memory.unmap(20, 2);
         let mut pages = Vec::new();
-        let (slot, error) = failed_slot(uffd.take_shared(&layout, &mut |gfn| {
+        let (slot, error) = failed_slot(uffd.take_armed(&layout, true, &mut |gfn| {
             pages.push(gfn.unwrap().0 - BASE);
             true
         }));
@@ -34,7 +34,7 @@ fn memory_that_is_unmapped_is_an_error() {
         memory.store(2, 1);
         memory.store(4, 1);
         let mut pages = Vec::new();
-        let (slot, error) = failed_slot(uffd.take_shared(&layout, &mut |gfn| {
+        let (slot, error) = failed_slot(uffd.take_armed(&layout, true, &mut |gfn| {
             pages.push(gfn.unwrap().0 - BASE);
             true
         }));

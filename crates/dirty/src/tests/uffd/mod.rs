@@ -170,7 +170,7 @@ pub(super) fn memory(backing: Backing, pages: u64) -> Option<Memory> {
 
 pub(super) fn take(uffd: &Uffd, layout: &MemoryLayout) -> Result<Vec<u64>, HarvestError> {
     let mut pages = Vec::new();
-    let taken = uffd.take_shared(layout, &mut |gfn| {
+    let taken = uffd.take_armed(layout, true, &mut |gfn| {
         pages.push(gfn.unwrap().0);
         true
     });
@@ -188,7 +188,7 @@ pub(super) fn taken(uffd: &Uffd, layout: &MemoryLayout) -> Vec<u64> {
 /// Takes at most `room` pages.
 pub(super) fn take_some(uffd: &Uffd, layout: &MemoryLayout, room: usize) -> Vec<u64> {
     let mut pages = Vec::new();
-    let taken = uffd.take_shared(layout, &mut |gfn| {
+    let taken = uffd.take_armed(layout, true, &mut |gfn| {
         let fits = pages.len() < room;
         if fits {
             pages.push(gfn.unwrap().0);
