@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::{Gfn, MemoryLayout};
+use crate::layout::{Gfn, MemorySlot};
 use crate::sync::Ordering;
 use crate::words::Words;
 
@@ -81,11 +81,28 @@ impl Bits {
         }
     }
 
-    /// Takes the memory of the bits of the layout's pages, so that it is not taken in an epoch.
-    pub(crate) fn populate(&self, layout: &MemoryLayout) {
-        for slot in layout.slots() {
-            self.words.populate_huge(place(slot.base).0..place(Gfn(slot.end() - 1)).0 + 1);
+    /// Clears the bits of a slot's pages, and says how many were set.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn release_slot(&self, slot: &MemorySlot) -> usize {
+        let ((first, _), (last, _)) = (place(slot.base), place(Gfn(slot.end() - 1)));
+        let mut count = 0;
+        for index in first..=last {
+            let Some(word) = self.words.get(index) else { break };
+            let mut mask = u64::MAX;
+            if index == first {
+                mask &= u64::MAX << (slot.base.0 % 64);
+            }
+            if index == last {
+                mask &= u64::MAX >> (63 - (slot.end() - 1) % 64);
+            }
+            count += (word.fetch_and(!mask, Ordering::AcqRel) & mask).count_ones() as usize;
         }
+        count
+    }
+
+    /// Takes the memory of the bits of a slot's pages, so that it is not taken in an epoch.
+    pub(crate) fn populate(&self, slot: &MemorySlot) {
+        self.words.populate_huge(place(slot.base).0..place(Gfn(slot.end() - 1)).0 + 1);
     }
 
     /// Forgets everything and gives the memory back.
@@ -110,5 +127,13 @@ mod tests {
         bits.release_all(|gfn| seen.push(gfn.0));
         assert_eq!(seen, [0, 64, 199]);
         bits.release_all(|gfn| panic!("{gfn} is set"));
+        let slot = |base, pages| MemorySlot { id: 0, base: Gfn(base), pages, host_addr: 0 };
+        for (base, pages) in [(0, 1), (3, 60), (3, 61), (63, 2), (64, 64), (10, 180), (199, 1)] {
+            (0..200).for_each(|gfn| _ = bits.claim(Gfn(gfn)));
+            assert_eq!(bits.release_slot(&slot(base, pages)) as u64, pages);
+            let mut left = 0;
+            bits.release_all(|gfn| left += u64::from(gfn.0 < base || gfn.0 >= base + pages));
+            assert_eq!(left, 200 - pages);
+        }
     }
 }

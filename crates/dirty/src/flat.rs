@@ -71,6 +71,21 @@ impl Flat {
         self.pages[..count.min(self.len())].iter().for_each(|page| sink(Gfn(page.load(Ordering::Relaxed))));
     }
 
+    /// Forgets pages, and says how many of the first `count` are left.
+    pub(crate) fn retain(&self, count: usize, mut keep: impl FnMut(Gfn) -> bool) -> usize {
+        let (mut len, mut left) = (0, 0);
+        for place in 0..self.len() {
+            let page = self.pages[place].load(Ordering::Relaxed);
+            if keep(Gfn(page)) {
+                self.pages[len].store(page, Ordering::Relaxed);
+                len += 1;
+                left += usize::from(place < count);
+            }
+        }
+        self.truncate(len);
+        left
+    }
+
     pub(crate) fn populate(&self, pages: usize) {
         self.pages.populate(0..pages);
     }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::bits::Bits;
+#[cfg(not(all(test, loom)))]
+use crate::layout::MemorySlot;
 use crate::layout::{Gfn, MemoryLayout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
@@ -187,9 +189,21 @@ impl GlobalLog {
     pub(crate) fn enable(&self, layout: &MemoryLayout) {
         self.drain(|_| ());
         self.bits.clear_all();
-        self.bits.populate(layout);
+        layout.slots().iter().for_each(|slot| self.bits.populate(slot));
         self.hints.populate(0..self.capacity);
         self.enabled.store(true, Ordering::Release);
+    }
+
+    /// Takes the memory of a slot that comes later.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn populate(&self, slot: &MemorySlot) {
+        self.bits.populate(slot);
+    }
+
+    /// Forgets the marks of a slot. Hints of it stay, and are not believed.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn forget(&self, slot: &MemorySlot) {
+        self.bits.release_slot(slot);
     }
 
     /// Stops recording, forgets all marks and gives the memory back.

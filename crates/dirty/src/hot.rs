@@ -302,6 +302,18 @@ impl HotSet {
         }
     }
 
+    /// Forgets pages, for good.
+    pub(crate) fn retain(&self, mut keep: impl FnMut(Gfn) -> bool) {
+        let mut index = 0;
+        while index < self.len() {
+            if keep(Gfn(self.pages[index].load(Ordering::Relaxed))) {
+                index += 1;
+            } else {
+                self.remove(index, self.len() - 1);
+            }
+        }
+    }
+
     fn remove(&self, index: usize, last: usize) {
         for words in [&self.pages, &self.due, &self.idle] {
             words[index].store(words[last].load(Ordering::Relaxed), Ordering::Relaxed);

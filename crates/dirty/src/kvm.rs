@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{PoisonError, RwLock};
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log,
@@ -50,6 +51,9 @@ pub(crate) trait Kernel: Send + Sync {
     /// are stopped.
     fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()>;
 
+    /// A vCPU has come, for which entries may have to be minted.
+    fn admit(&self, _vcpu: OwnedFd) {}
+
     /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
     fn reset_dirty_rings(&self) -> io::Result<u64>;
 }
@@ -58,13 +62,13 @@ pub(crate) trait Kernel: Send + Sync {
 pub(crate) struct Vm {
     vm: OwnedFd,
     /// For minting; may be empty.
-    vcpus: Vec<OwnedFd>,
+    vcpus: RwLock<Vec<OwnedFd>>,
 }
 
 impl Vm {
     pub(crate) fn new(vm: BorrowedFd<'_>, vcpus: &[BorrowedFd<'_>]) -> io::Result<Vm> {
         let vcpus = vcpus.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-        Ok(Vm { vm: vm.try_clone_to_owned()?, vcpus })
+        Ok(Vm { vm: vm.try_clone_to_owned()?, vcpus: RwLock::new(vcpus) })
     }
 }
 
@@ -118,8 +122,13 @@ impl Kernel for Vm {
     }
 
     fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
-        let vcpu = self.vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?;
-        mint::mint(vcpu, entries, layout)
+        // One is added while no epoch is open, so that nobody waits here.
+        let vcpus = self.vcpus.read().unwrap_or_else(PoisonError::into_inner);
+        mint::mint(vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?, entries, layout)
+    }
+
+    fn admit(&self, vcpu: OwnedFd) {
+        self.vcpus.write().unwrap_or_else(PoisonError::into_inner).push(vcpu);
     }
 
     fn reset_dirty_rings(&self) -> io::Result<u64> {

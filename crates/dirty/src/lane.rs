@@ -66,6 +66,20 @@ impl Owner<'_> {
         self.lane.len.store(0, Ordering::Relaxed);
     }
 
+    /// Forgets pages.
+    #[cfg(not(all(test, loom)))]
+    pub(crate) fn retain(&self, mut keep: impl FnMut(Gfn) -> bool) {
+        let mut len = 0;
+        for place in 0..self.lane.len.load(Ordering::Relaxed) {
+            let page = self.lane.pages[place].load(Ordering::Relaxed);
+            if keep(Gfn(page)) {
+                self.lane.pages[len].store(page, Ordering::Relaxed);
+                len += 1;
+            }
+        }
+        self.lane.len.store(len, Ordering::Relaxed);
+    }
+
     /// Empties the list and gives its memory back.
     pub(crate) fn clear_all(&self) {
         self.lane.len.store(0, Ordering::Relaxed);

@@ -4,7 +4,6 @@ use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes in a guest page. Dirty logging is by 4 KiB pages whatever backs the slot.
 pub const PAGE_SIZE: u64 = 4096;
@@ -52,7 +51,7 @@ impl fmt::Display for Gfn {
 
 /// A KVM memory slot of address space 0, as given to `KVM_SET_USER_MEMORY_REGION`.
 ///
-/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::slot_removed`]
+/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::remove_slot`]
 /// says otherwise. Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no
 /// other flag, so a read-only slot (which no guest write reaches) or one backed by guest_memfd must be left
 /// out of the layout.
@@ -83,8 +82,6 @@ impl MemorySlot {
 #[derive(Clone, Debug)]
 pub struct MemoryLayout {
     slots: Vec<MemorySlot>,
-    /// Slots that the VMM has taken away since, by their index; shared by all copies.
-    gone: Arc<[AtomicBool]>,
     /// Slot number -> index in `slots` + 1; 0 for a number that is not ours.
     by_id: Vec<u32>,
     pages: u64,
@@ -132,10 +129,14 @@ const MAX_GFN: u64 = 1 << 40;
 
 impl MemoryLayout {
     /// Checks the slots: at least one, none empty, numbers unique, no overlap.
-    pub fn new(mut slots: Vec<MemorySlot>) -> Result<MemoryLayout, LayoutError> {
+    pub fn new(slots: Vec<MemorySlot>) -> Result<MemoryLayout, LayoutError> {
         if slots.is_empty() {
             return Err(LayoutError::NoSlots);
         }
+        Self::of_slots(slots, Vec::new())
+    }
+
+    fn of_slots(mut slots: Vec<MemorySlot>, owners: Vec<Owner>) -> Result<MemoryLayout, LayoutError> {
         for slot in &slots {
             if slot.id >= MAX_SLOTS {
                 return Err(LayoutError::Number(slot.id));
@@ -164,8 +165,24 @@ impl MemoryLayout {
             *entry = index as u32 + 1;
         }
         let pages = slots.iter().map(|slot| slot.pages).sum();
-        let gone = slots.iter().map(|_| AtomicBool::new(false)).collect();
-        Ok(MemoryLayout { slots, gone, by_id, pages, owners: Vec::new() })
+        Ok(MemoryLayout { slots, by_id, pages, owners })
+    }
+
+    /// The same with one slot more.
+    pub(crate) fn with_slot(&self, slot: MemorySlot) -> Result<MemoryLayout, LayoutError> {
+        Self::of_slots(self.slots.iter().copied().chain([slot]).collect(), self.owners.clone())
+    }
+
+    /// The same without the slot of this number; it may be the last one.
+    pub(crate) fn without(&self, id: u32) -> MemoryLayout {
+        let slots = self.slots.iter().copied().filter(|slot| slot.id != id).collect();
+        Self::of_slots(slots, self.owners.clone()).expect("a part of a layout is one")
+    }
+
+    /// The slot of this number.
+    pub fn slot(&self, id: u32) -> Option<&MemorySlot> {
+        let index = (*self.by_id.get(id as usize)? as usize).checked_sub(1)?;
+        self.slots.get(index)
     }
 
     /// Keeps `owner` alive as long as this layout, its copies and the trackers made of them: whatever has the
@@ -182,21 +199,14 @@ impl MemoryLayout {
         &self.slots
     }
 
-    /// The slots that are still there.
-    pub(crate) fn live_slots(&self) -> impl Iterator<Item = &MemorySlot> {
-        let is_there = |(_, gone): &(&MemorySlot, &AtomicBool)| !gone.load(Ordering::Acquire);
-        self.slots.iter().zip(&*self.gone).filter(is_there).map(|(slot, _)| slot)
-    }
-
-    /// The first page that is still there.
+    /// The first page.
     pub(crate) fn first_page(&self) -> Option<Gfn> {
-        self.live_slots().next().map(|slot| slot.base)
+        self.slots.first().map(|slot| slot.base)
     }
 
-    /// The slot is gone, in all copies of the layout. False if there is none of this number.
-    pub(crate) fn retire(&self, id: u32) -> bool {
-        let index = self.slots.iter().position(|slot| slot.id == id);
-        index.inspect(|&index| self.gone[index].store(true, Ordering::Release)).is_some()
+    /// Pages of the largest slot.
+    pub(crate) fn largest(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.pages).max().unwrap_or(0)
     }
 
     /// Pages in all slots together.
@@ -206,7 +216,7 @@ impl MemoryLayout {
 
     /// The highest page of the VM.
     pub fn max_gfn(&self) -> Gfn {
-        Gfn(self.gfn_space() - 1)
+        Gfn(self.gfn_space().saturating_sub(1))
     }
 
     /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`]
@@ -215,16 +225,16 @@ impl MemoryLayout {
         self.slots.last().map_or(0, MemorySlot::end)
     }
 
-    /// Whether the page belongs to a slot that is still there.
+    /// Whether the page belongs to a slot.
     pub fn contains(&self, gfn: Gfn) -> bool {
         self.locate(gfn).is_some()
     }
 
-    /// The slot of a page, if it is still there.
+    /// The slot of a page.
     fn slot_of(&self, gfn: Gfn) -> Option<&MemorySlot> {
         let index = self.slots.partition_point(|slot| slot.base <= gfn).checked_sub(1)?;
         let slot = &self.slots[index];
-        (slot.holds(gfn) && !self.gone[index].load(Ordering::Acquire)).then_some(slot)
+        slot.holds(gfn).then_some(slot)
     }
 
     /// The slot number and the page in the slot, as a ring entry names them.
@@ -243,9 +253,8 @@ impl MemoryLayout {
     /// None for another address space (system management mode), a slot that is not in the layout (it may have
     /// gone since the entry was written) or an offset behind its end.
     pub(crate) fn resolve(&self, slot: u32, offset: u64) -> Option<Gfn> {
-        let index = (*self.by_id.get(slot as usize)? as usize).checked_sub(1)?;
-        let slot = self.slots.get(index)?;
-        (offset < slot.pages && !self.gone[index].load(Ordering::Relaxed)).then(|| Gfn(slot.base.0 + offset))
+        let slot = self.slot(slot)?;
+        (offset < slot.pages).then(|| Gfn(slot.base.0 + offset))
     }
 }
 
@@ -295,12 +304,16 @@ mod tests {
         assert_eq!(layout.resolve(2, u64::MAX), None);
         assert!(layout.contains(Gfn(7)) && !layout.contains(Gfn(8)));
         assert!(layout.contains(Gfn(0x10_0000)) && !layout.contains(Gfn(0x10_0010)));
-        let copy = layout.clone();
         assert_eq!(layout.first_page(), Some(Gfn(0)));
-        assert!(copy.retire(2) && !copy.retire(3));
+        let layout = layout.without(2).without(3);
         assert_eq!((layout.first_page(), layout.host_addr(0x7fff)), (Some(Gfn(0x10_0000)), None));
         assert_eq!((layout.resolve(2, 7), layout.resolve(7, 15)), (None, Some(Gfn(0x10_000f))));
         assert!(!layout.contains(Gfn(7)) && layout.contains(Gfn(0x10_0000)));
-        assert_eq!(layout.live_slots().map(|slot| slot.id).collect::<Vec<_>>(), [7]);
+        assert_eq!(layout.slots().iter().map(|slot| slot.id).collect::<Vec<_>>(), [7]);
+        assert_eq!(layout.with_slot(slot(3, 0x10_0008, 1)).unwrap_err(), LayoutError::Overlap(7, 3));
+        let layout = layout.with_slot(slot(2, 4, 9)).unwrap();
+        assert_eq!((layout.resolve(2, 8), layout.pages(), layout.largest()), (Some(Gfn(12)), 25, 16));
+        let none = layout.without(2).without(7);
+        assert_eq!((none.gfn_space(), none.max_gfn(), none.resolve(7, 0)), (0, Gfn(0), None));
     }
 }

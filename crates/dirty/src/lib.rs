@@ -21,6 +21,9 @@
 //! re-arming what was not harvested, does not compile. An epoch that is dropped half way loses nothing; its
 //! pages are part of the next one.
 //!
+//! Slots and vCPUs come and go meanwhile: [`Tracker::add_slot`], [`Tracker::remove_slot`], [`Tracker::add_vcpu`],
+//! [`Tracker::park_vcpu`].
+//!
 //! # Verbs
 //!
 //! The design goes back to a memory tracking interface proposed for KVM in 2016 by Lei Cao. Its verbs are
@@ -149,8 +152,8 @@ pub use source::UffdError;
 pub use source::{HarvestError, RearmError};
 #[cfg(not(all(test, loom)))]
 pub use tracker::{
-    DisableError, EnableError, Estimate, Fetch, Fetched, NewError, RingExit, Shard, Tracker, TrackerConfig,
-    TrackerStats,
+    AddSlotError, AddVcpuError, DisableError, EnableError, Estimate, Fetch, Fetched, NewError,
+    RemoveSlotError, RingExit, Shard, SlotStart, Tracker, TrackerBusy, TrackerConfig, TrackerStats,
 };
 
 /// The exit reason with which KVM_RUN returns when the dirty ring of a vCPU is full, or its share of an exact

@@ -4,21 +4,25 @@ use std::io;
 use std::sync::Arc;
 
 use crate::kvm::Kernel;
-use crate::layout::{Gfn, MemoryLayout};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::log::DirtyLog;
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 pub(crate) struct Bitmap(DirtyLog);
 
 impl Bitmap {
-    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<Bitmap> {
-        DirtyLog::reserve(kernel, layout).map(Bitmap)
+    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, largest: u64) -> io::Result<Bitmap> {
+        DirtyLog::reserve(kernel, largest).map(Bitmap)
     }
 }
 
 impl Source for Bitmap {
-    fn populate(&self) {
-        self.0.populate();
+    fn populate(&self, largest: u64) {
+        self.0.populate(largest);
+    }
+
+    fn arm_slot(&self, slot: &MemorySlot) -> io::Result<()> {
+        self.0.turn_on(slot)
     }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {

@@ -38,6 +38,11 @@ impl Budget {
         self.pool = room - part * self.vcpus;
     }
 
+    /// So many vCPUs share the next plan.
+    pub(super) fn set_vcpus(&mut self, vcpus: usize) {
+        self.vcpus = vcpus.max(1) as u64;
+    }
+
     pub(super) fn is_on(&self) -> bool {
         self.part.is_some()
     }

@@ -27,10 +27,10 @@ pub(crate) struct ClearLog {
 }
 
 impl ClearLog {
-    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<ClearLog> {
+    pub(crate) fn reserve(kernel: Arc<dyn Kernel>, largest: u64) -> io::Result<ClearLog> {
         Ok(ClearLog {
-            log: DirtyLog::reserve(kernel, layout)?,
-            mask: buffer(layout)?,
+            log: DirtyLog::reserve(kernel, largest)?,
+            mask: buffer(largest)?,
             clearing: Mutex::new(()),
         })
     }
@@ -70,9 +70,13 @@ impl ClearLog {
 }
 
 impl Source for ClearLog {
-    fn populate(&self) {
-        self.log.populate();
-        self.mask.populate(0..self.mask.len());
+    fn populate(&self, largest: u64) {
+        self.log.populate(largest);
+        self.mask.populate(0..largest.div_ceil(64) as usize);
+    }
+
+    fn arm_slot(&self, slot: &MemorySlot) -> io::Result<()> {
+        self.log.turn_on(slot)
     }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
@@ -100,7 +104,7 @@ impl Source for ClearLog {
             poisoned.into_inner()
         });
         if !pages.is_empty() {
-            for slot in layout.live_slots() {
+            for slot in layout.slots() {
                 self.clear_slot(slot, pages).map_err(|source| RearmError::Clear { slot: slot.id, source })?;
             }
         }

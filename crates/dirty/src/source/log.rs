@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::kvm::Kernel;
-use crate::layout::MemoryLayout;
+use crate::layout::{MemoryLayout, MemorySlot};
 use crate::source::scan::scan;
 use crate::source::{HarvestError, Sink, SlotError};
 use crate::words::Words;
@@ -18,12 +18,17 @@ pub(super) struct DirtyLog {
 }
 
 impl DirtyLog {
-    pub(super) fn reserve(kernel: Arc<dyn Kernel>, layout: &MemoryLayout) -> io::Result<DirtyLog> {
-        Ok(DirtyLog { kernel, buffer: buffer(layout)? })
+    pub(super) fn reserve(kernel: Arc<dyn Kernel>, largest: u64) -> io::Result<DirtyLog> {
+        Ok(DirtyLog { kernel, buffer: buffer(largest)? })
     }
 
-    pub(super) fn populate(&self) {
-        self.buffer.populate(0..self.buffer.len());
+    pub(super) fn populate(&self, largest: u64) {
+        self.buffer.populate(0..largest.div_ceil(64) as usize);
+    }
+
+    /// As `turn`, on for one slot.
+    pub(super) fn turn_on(&self, slot: &MemorySlot) -> io::Result<()> {
+        super::turn_on(&*self.kernel, slot)
     }
 
     /// Turns KVM's log on, which makes the first write to every page trap, or off.
@@ -34,7 +39,7 @@ impl DirtyLog {
     /// Hands out the pages whose bits are set, slot by slot. One thread at a time.
     pub(super) fn read(&self, layout: &MemoryLayout, sink: Sink<'_>) -> Result<usize, HarvestError> {
         let mut found = 0;
-        for slot in layout.live_slots() {
+        for slot in layout.slots() {
             self.kernel
                 .get_dirty_log(slot, &self.buffer)
                 .map_err(|source| HarvestError::GetDirtyLog { slot: slot.id, source })?;
@@ -47,8 +52,7 @@ impl DirtyLog {
     }
 }
 
-/// Room for the bitmap of any slot of the layout.
-pub(super) fn buffer(layout: &MemoryLayout) -> io::Result<Words> {
-    let largest = layout.slots().iter().map(|slot| slot.pages).max().unwrap_or(0);
+/// Room for the bitmap of a slot of so many pages.
+pub(super) fn buffer(largest: u64) -> io::Result<Words> {
     Words::reserve(largest.div_ceil(64) as usize)
 }

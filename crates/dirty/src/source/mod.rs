@@ -18,9 +18,10 @@ mod uffd;
 mod uffd_error;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
-use crate::layout::{Gfn, MemoryLayout};
-use ring::Fullness;
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
+use ring::{Fullness, Ring};
 
 pub(crate) use bitmap::Bitmap;
 pub(crate) use clear::ClearLog;
@@ -155,8 +156,20 @@ pub(crate) struct Armed {
 /// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by
 /// one thread at a time; `arm` may be called by any.
 pub(crate) trait Source: Send + Sync {
-    /// Takes memory for what epochs need.
-    fn populate(&self);
+    /// Takes memory for what epochs need of slots of so many pages at most.
+    fn populate(&self, largest: u64);
+
+    /// Makes the first write to every page of a slot trap that has come later, whatever its log was before.
+    fn arm_slot(&self, _slot: &MemorySlot) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// A vCPU has come, with its ring if the back end has any, and with its descriptor if entries are to be
+    /// minted. One at a time.
+    fn admit(&self, _ring: Option<Ring>, _vcpu: Option<OwnedFd>) {}
+
+    /// A vCPU does not run any more, or runs again.
+    fn park(&self, _vcpu: usize, _parked: bool) {}
 
     /// Makes the first write to every page trap.
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError>;
@@ -232,10 +245,17 @@ pub(crate) trait Source: Send + Sync {
     fn begin(&self) {}
 }
 
+/// Turns KVM's logging of a slot on. First off: where it is on already, KVM would do nothing, and pages that
+/// were written before would stay writable.
+fn turn_on(kernel: &dyn crate::kvm::Kernel, slot: &MemorySlot) -> io::Result<()> {
+    kernel.set_logging(slot, false)?;
+    kernel.set_logging(slot, true)
+}
+
 /// Turns KVM's logging of every slot on, which makes the first write to every page trap, or off.
 fn set_logging(kernel: &dyn crate::kvm::Kernel, layout: &MemoryLayout, on: bool) -> Result<(), SlotError> {
     let mut result = Ok(());
-    for slot in layout.live_slots() {
+    for slot in layout.slots() {
         let this = kernel.set_logging(slot, on).map_err(|source| SlotError { slot: slot.id, source });
         if on && this.is_err() {
             return this;

@@ -1,10 +1,12 @@
 //! A planted bug: a back end that loses one page in so many. Tests run with it to show that they would
 //! notice.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::layout::{Gfn, MemoryLayout};
-use crate::source::ring::Fullness;
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
+use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
 /// Puts the bug in, unless `every` is 0.
@@ -25,8 +27,20 @@ impl Leaky {
 }
 
 impl Source for Leaky {
-    fn populate(&self) {
-        self.source.populate();
+    fn populate(&self, largest: u64) {
+        self.source.populate(largest);
+    }
+
+    fn arm_slot(&self, slot: &MemorySlot) -> io::Result<()> {
+        self.source.arm_slot(slot)
+    }
+
+    fn admit(&self, ring: Option<Ring>, vcpu: Option<OwnedFd>) {
+        self.source.admit(ring, vcpu);
+    }
+
+    fn park(&self, vcpu: usize, parked: bool) {
+        self.source.park(vcpu, parked);
     }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {

@@ -79,6 +79,11 @@ impl Mapping {
         read >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
     }
 
+    /// Whether nobody has read what KVM has written: its first entry is still as KVM made it.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.entry(0).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
+    }
+
     /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of
     /// slot 0 alone leaves no trace.)
     pub(crate) fn is_used(&self) -> bool {

@@ -9,10 +9,12 @@
 //! `budget.rs`.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::kvm::{Kernel, SignalsBlocked};
-use crate::layout::{Gfn, MemoryLayout};
+use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::mint::ENTRIES_PER_WRITE;
 use crate::report;
 use crate::source::budget::Budget;
@@ -27,7 +29,12 @@ const MAX_IDLE_RESETS: u32 = 10_000;
 /// One dirty ring a vCPU.
 pub(crate) struct Rings {
     kernel: Arc<dyn Kernel>,
-    rings: Vec<Ring>,
+    /// A place for each vCPU that the VM may have.
+    rings: Box<[OnceLock<Ring>]>,
+    /// Places that are taken.
+    count: AtomicUsize,
+    /// vCPUs that do not run any more have no part of a trigger.
+    parked: Box<[AtomicBool]>,
     /// The bitmap of what KVM writes without a vCPU, on architectures whose KVM does so
     /// (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, arm64: the tables of the interrupt controller).
     backup: Option<DirtyLog>,
@@ -38,19 +45,45 @@ pub(crate) struct Rings {
 }
 
 impl Rings {
-    pub(crate) fn new(kernel: Arc<dyn Kernel>, rings: Vec<Ring>) -> Rings {
-        let budget = Budget::new(rings.len());
-        Rings { kernel, rings, backup: None, resetting: Mutex::new(budget), block_signals: true }
+    /// `most`: vCPUs that the VM may have, no fewer than there are rings.
+    pub(crate) fn new(kernel: Arc<dyn Kernel>, rings: Vec<Ring>, most: usize) -> Rings {
+        let (count, budget) = (rings.len(), Budget::new(rings.len()));
+        let places = rings.into_iter().map(OnceLock::from).chain(std::iter::repeat_with(OnceLock::new));
+        Rings {
+            kernel,
+            rings: places.take(most.max(count)).collect(),
+            count: AtomicUsize::new(count),
+            parked: (0..most.max(count)).map(|_| AtomicBool::new(false)).collect(),
+            backup: None,
+            resetting: Mutex::new(budget),
+            block_signals: true,
+        }
     }
 
-    /// With a bitmap beside the rings, which the VM has been given.
-    pub(crate) fn with_backup(mut self, layout: &MemoryLayout) -> io::Result<Rings> {
-        self.backup = Some(DirtyLog::reserve(self.kernel.clone(), layout)?);
+    /// With a bitmap beside the rings, which the VM has been given, for slots of so many pages.
+    pub(crate) fn with_backup(mut self, largest: u64) -> io::Result<Rings> {
+        self.backup = Some(DirtyLog::reserve(self.kernel.clone(), largest)?);
         Ok(self)
     }
 
+    fn rings(&self) -> impl Iterator<Item = &Ring> {
+        self.rings[..self.count.load(Ordering::Acquire)].iter().filter_map(OnceLock::get)
+    }
+
+    /// # Panics
+    /// If there is no such vCPU.
+    fn ring(&self, vcpu: usize) -> &Ring {
+        self.rings[vcpu].get().expect("no such vCPU")
+    }
+
+    /// vCPUs that are not parked.
+    fn running(&self) -> usize {
+        let there = &self.parked[..self.count.load(Ordering::Relaxed)];
+        there.iter().filter(|parked| !parked.load(Ordering::Relaxed)).count()
+    }
+
     fn held(&self) -> u64 {
-        self.rings.iter().map(Ring::held).sum()
+        self.rings().map(Ring::held).sum()
     }
 
     /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their
@@ -61,21 +94,21 @@ impl Rings {
         let mut give = |ring: &Ring, now: u64| {
             ring.give_back(now, || pages.next().and_then(|&gfn| layout.locate(gfn)));
         };
-        for (vcpu, ring) in self.rings.iter().enumerate() {
+        for (vcpu, ring) in self.rings().enumerate() {
             let now = ring.held().saturating_sub(share(vcpu)).min(left);
             give(ring, now);
             left -= now;
         }
         // Threads that harvest take more meanwhile, never less.
         let mut held = self.held();
-        for ring in &self.rings {
+        for ring in self.rings() {
             let here = ring.held();
             let part = (u128::from(left) * u128::from(here)).div_ceil(u128::from(held.max(1))) as u64;
             let now = part.min(left).min(here);
             give(ring, now);
             (left, held) = (left - now, held.saturating_sub(here));
         }
-        for ring in &self.rings {
+        for ring in self.rings() {
             let now = ring.held().min(left);
             give(ring, now);
             left -= now;
@@ -101,14 +134,14 @@ impl Rings {
         if reset != marked {
             return Err(RearmError::Count { harvested: marked, reset });
         }
-        self.rings.iter().for_each(Ring::all_freed);
+        self.rings().for_each(Ring::all_freed);
         Ok(interrupted)
     }
 
     /// Write-protects all of memory by turning logging off and on: about 5 ms a GiB, for the rare case that
     /// KVM may have freed entries without protecting their pages. The vCPUs are stopped.
     fn protect_all(&self, layout: &MemoryLayout) -> Result<(), RearmError> {
-        for slot in layout.live_slots() {
+        for slot in layout.slots() {
             let toggled =
                 self.kernel.set_logging(slot, false).and_then(|()| self.kernel.set_logging(slot, true));
             toggled.map_err(|source| RearmError::Protect { slot: slot.id, source })?;
@@ -120,7 +153,7 @@ impl Rings {
     fn settle(&self, layout: &MemoryLayout, budget: &Budget, keep: u64) -> Result<Settled, RearmError> {
         let mut settled = Settled::default();
         let mut surplus = 0;
-        for (vcpu, ring) in self.rings.iter().enumerate() {
+        for (vcpu, ring) in self.rings().enumerate() {
             let share = budget.share(ring.soft_limit());
             if ring.held() < share {
                 self.fill(layout, vcpu, share, &mut settled);
@@ -136,7 +169,7 @@ impl Rings {
     /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of
     /// the next epoch and stays; then there is less than the share this time.
     fn fill(&self, layout: &MemoryLayout, vcpu: usize, share: u64, settled: &mut Settled) {
-        let ring = &self.rings[vcpu];
+        let ring = self.ring(vcpu);
         if ring.has_new() {
             return;
         }
@@ -171,8 +204,30 @@ struct Settled {
 }
 
 impl Source for Rings {
-    fn populate(&self) {
-        self.backup.iter().for_each(DirtyLog::populate);
+    fn populate(&self, largest: u64) {
+        self.backup.iter().for_each(|backup| backup.populate(largest));
+    }
+
+    fn arm_slot(&self, slot: &MemorySlot) -> io::Result<()> {
+        super::turn_on(&*self.kernel, slot)
+    }
+
+    fn admit(&self, ring: Option<Ring>, vcpu: Option<OwnedFd>) {
+        let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = self.count.load(Ordering::Relaxed);
+        let Some((ring, place)) = ring.zip(self.rings.get(count)) else { return };
+        place.set(ring).ok();
+        if let Some(vcpu) = vcpu {
+            self.kernel.admit(vcpu);
+        }
+        self.count.store(count + 1, Ordering::Release);
+        budget.set_vcpus(self.running());
+    }
+
+    fn park(&self, vcpu: usize, parked: bool) {
+        let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.parked[vcpu].store(parked, Ordering::Relaxed);
+        budget.set_vcpus(self.running());
     }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
@@ -194,7 +249,7 @@ impl Source for Rings {
         hint: Hint<'_>,
         sink: Sink<'_>,
     ) -> Result<usize, HarvestError> {
-        let taken = self.rings[vcpu].take(
+        let taken = self.ring(vcpu).take(
             |slot, offset| _ = layout.resolve(slot, offset).map(hint),
             |slot, offset| sink(layout.resolve(slot, offset)),
         );
@@ -213,7 +268,7 @@ impl Source for Rings {
         let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
         if !plan.running {
             // A credit for each unarmed page stays, whatever is granted.
-            let room: u64 = self.rings.iter().map(Ring::soft_limit).sum();
+            let room: u64 = self.rings().map(Ring::soft_limit).sum();
             budget.plan(plan.room, room.saturating_sub(plan.keep as u64));
         }
         let held = self.held();
@@ -222,13 +277,13 @@ impl Source for Rings {
         let keep = if plan.running {
             held
         } else {
-            let shares: u64 = self.rings.iter().map(|ring| budget.share(ring.soft_limit())).sum();
+            let shares: u64 = self.rings().map(|ring| budget.share(ring.soft_limit())).sum();
             shares.max(plan.keep as u64)
         };
         let count = armed.max(held.saturating_sub(keep));
-        let even = plan.keep as u64 / self.rings.len() as u64;
+        let even = plan.keep as u64 / self.rings().count().max(1) as u64;
         self.give_back(layout, &pages[..armed as usize], count, |vcpu| {
-            budget.share(self.rings[vcpu].soft_limit()).max(if plan.running { 0 } else { even })
+            budget.share(self.ring(vcpu).soft_limit()).max(if plan.running { 0 } else { even })
         });
         let interrupted = self.reset(count)?;
         // An interrupted reset leaves out the pages of its entries, if they had any.
@@ -251,7 +306,7 @@ impl Source for Rings {
     }
 
     fn pending(&self) -> usize {
-        self.rings.iter().map(Ring::pending).sum()
+        self.rings().map(Ring::pending).sum()
     }
 
     fn counts(&self) -> bool {
@@ -259,20 +314,20 @@ impl Source for Rings {
     }
 
     fn has_room(&self, vcpu: usize) -> bool {
-        self.rings[vcpu].has_room()
+        self.ring(vcpu).has_room()
     }
 
     fn fullness(&self, vcpu: usize) -> Fullness {
-        self.rings[vcpu].fullness()
+        self.ring(vcpu).fullness()
     }
 
     fn top_up(&self, vcpu: usize) -> Result<bool, RearmError> {
         let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
-        let granted = budget.grant(self.rings[vcpu].held());
+        let granted = budget.grant(self.ring(vcpu).held());
         if granted == 0 {
             return Ok(false);
         }
-        self.rings[vcpu].give_back(granted, || None);
+        self.ring(vcpu).give_back(granted, || None);
         self.reset(granted)?;
         Ok(true)
     }
@@ -286,6 +341,6 @@ impl Source for Rings {
     }
 
     fn begin(&self) {
-        self.rings.iter().for_each(Ring::begin);
+        self.rings().for_each(Ring::begin);
     }
 }

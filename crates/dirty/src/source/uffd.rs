@@ -174,7 +174,7 @@ impl Scan {
 }
 
 impl Source for Uffd {
-    fn populate(&self) {
+    fn populate(&self, _: u64) {
         // Allocated as zero pages that do not exist yet.
         self.scan().forget();
     }

@@ -26,6 +26,8 @@ use crate::{
     TrackerConfig,
 };
 
+/// Where a slot may come that is not there at first: after the last one, and mapped by the guest.
+pub(super) const PLUG: (u64, u64) = (0x1_0080_0000, 2048);
 /// Where the guest may write: the base, and how many pages (a power of two).
 pub(super) const AREAS: [(u64, u64); 2] = [(0x10_0000, 512), (0x1_0000_0000, 2048)];
 /// The slots: number, base, bytes. All else lies below 1 MiB.
@@ -80,6 +82,8 @@ pub(super) struct Guest {
 pub(super) struct Setup {
     pub(super) choice: BackendChoice,
     pub(super) config: TrackerConfig,
+    /// vCPUs that the VM begins with.
+    pub(super) vcpus: usize,
     /// Whether signals are blocked while rings are reset.
     pub(super) block_signals: bool,
     /// The back end loses one page in so many.
@@ -90,7 +94,7 @@ pub(super) struct Setup {
 
 impl Setup {
     pub(super) fn of(choice: BackendChoice, config: TrackerConfig) -> Setup {
-        Setup { choice, config, block_signals: true, planted: 0, manual: 0 }
+        Setup { choice, config, vcpus: config.max_vcpus.max(1), block_signals: true, planted: 0, manual: 0 }
     }
 }
 
@@ -100,15 +104,14 @@ pub(super) fn start(choice: BackendChoice, config: TrackerConfig) -> Option<Gues
 }
 
 pub(super) fn start_with(setup: Setup) -> Option<Guest> {
-    let Setup { choice, config, block_signals, planted, manual } = setup;
-    let vcpus = config.max_vcpus.max(1);
+    let Setup { choice, config, vcpus, block_signals, planted, manual } = setup;
     if !std::path::Path::new("/dev/kvm").exists() {
         println!("skipped: no /dev/kvm");
         return None;
     }
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
-    let backend = match DirtyBackend::probe(fd(&kvm), fd(&vm), choice, vcpus) {
+    let backend = match DirtyBackend::probe(fd(&kvm), fd(&vm), choice, config.max_vcpus.max(1)) {
         Ok(backend) => backend.with_planted_bug(planted),
         Err(error) => {
             println!("skipped: {error}");
@@ -118,7 +121,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
     if manual != 0 {
         crate::kvm::set_manual_protect(fd(&vm), manual).unwrap();
     }
-    let global = GlobalLog::new(AREAS[1].0 / 4096 + AREAS[1].1, 64);
+    let global = GlobalLog::for_ranges(&[(PLUG.0, PLUG.1 * 4096)], 64);
     let memory = memory(&global);
     let slots = memory.iter().zip(SLOTS).map(|(region, (id, base, bytes))| {
         let slot = MemorySlot {
@@ -148,7 +151,7 @@ pub(super) fn start_with(setup: Setup) -> Option<Guest> {
         let map = |vcpu: &BorrowedFd<'_>| Mapping::of_vcpu(*vcpu, backend.ring_entries()).unwrap();
         let kernel = Arc::new(Vm::new(fd(&vm), &[]).unwrap());
         let ring = |vcpu| Ring::new(Arc::new(map(vcpu)), RESERVED);
-        let mut rings = Rings::new(kernel, vcpu_fds.iter().map(ring).collect());
+        let mut rings = Rings::new(kernel, vcpu_fds.iter().map(ring).collect(), 0);
         rings.block_signals = false;
         Tracker::with(layout, config, DirtyKind::Ring, Box::new(rings), None, global.clone(), vcpu_fds.len())
     };
@@ -231,9 +234,14 @@ impl Vcpu {
     }
 
     pub(super) fn set_job(&self, job: Job) {
+        self.set_job_at(job, AREAS[job.area]);
+    }
+
+    /// The same in another area: its base, and how many pages (a power of two).
+    pub(super) fn set_job_at(&self, job: Job, area: (u64, u64)) {
         let mut regs = self.fd.get_regs().unwrap();
         (regs.rax, regs.rcx) = (job.stamp, job.writes);
-        (regs.rsi, regs.r9) = (AREAS[job.area].0, AREAS[job.area].1 - 1);
+        (regs.rsi, regs.r9) = (area.0, area.1 - 1);
         self.fd.set_regs(&regs).unwrap();
     }
 
@@ -280,6 +288,34 @@ impl Guest {
         let (config, backend) = (self.tracker.config(), self.backend.clone());
         // SAFETY: the slots of the VM, and their memory, are those of the first one.
         unsafe { Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)]) }
+    }
+
+    /// Makes a slot, with its dirty log on or off.
+    pub(super) fn make_slot(&self, slot: MemorySlot, logged: bool) {
+        let region = kvm_userspace_memory_region {
+            slot: slot.id,
+            flags: if logged { kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: slot.base.gpa(),
+            memory_size: slot.pages * 4096,
+            userspace_addr: slot.host_addr,
+        };
+        // SAFETY: the test keeps the memory until the slot is unmade, or the VM is gone.
+        unsafe { self.vm.set_user_memory_region(region) }.unwrap();
+    }
+
+    /// Takes it away again.
+    pub(super) fn unmake_slot(&self, slot: MemorySlot) {
+        self.make_slot(MemorySlot { pages: 0, ..slot }, false);
+    }
+
+    /// A further vCPU of the VM.
+    pub(super) fn new_vcpu(&self, index: u64) -> Vcpu {
+        Vcpu::new(&Kvm::new().unwrap(), &self.vm, index)
+    }
+
+    /// The tracker hears of it.
+    pub(super) fn add_vcpu(&self, vcpu: &Vcpu) -> Result<usize, crate::AddVcpuError> {
+        self.tracker.add_vcpu(fd(&vcpu.fd))
     }
 
     /// Takes the slot that holds area 1 away from the guest.

@@ -38,6 +38,8 @@ struct FakeRing {
 
 #[derive(Default)]
 pub(super) struct State {
+    /// The slots that the VM has.
+    slots: Vec<MemorySlot>,
     rings: Vec<FakeRing>,
     /// Slot numbers that are logged.
     logged: BTreeSet<u32>,
@@ -61,7 +63,6 @@ pub(super) struct State {
 
 #[derive(Clone)]
 pub(super) struct FakeKernel {
-    layout: MemoryLayout,
     kind: DirtyKind,
     state: Arc<Mutex<State>>,
 }
@@ -75,18 +76,36 @@ impl FakeKernel {
         ring_entries: u32,
         global: Arc<GlobalLog>,
     ) -> Result<(FakeKernel, Tracker), NewError> {
-        let vcpus = config.max_vcpus;
+        Self::tracker_of(layout, config, kind, ring_entries, global, config.max_vcpus)
+    }
+
+    /// The same that begins with so many vCPUs.
+    pub(super) fn tracker_of(
+        layout: MemoryLayout,
+        config: TrackerConfig,
+        kind: DirtyKind,
+        ring_entries: u32,
+        global: Arc<GlobalLog>,
+        vcpus: usize,
+    ) -> Result<(FakeKernel, Tracker), NewError> {
         let mappings: Vec<_> =
             (0..vcpus).map(|_| Arc::new(Mapping::anonymous(ring_entries).unwrap())).collect();
         let rings = mappings.iter().map(|entries| Ring::new(entries.clone(), RESERVED)).collect();
         let ring = |entries| FakeRing { entries, size: ring_entries.into(), dirty: 0, reset: 0 };
-        let state = State { rings: mappings.into_iter().map(ring).collect(), ..State::default() };
-        let kernel = FakeKernel { layout: layout.clone(), kind, state: Arc::new(Mutex::new(state)) };
+        let state = State {
+            slots: layout.slots().to_vec(),
+            rings: mappings.into_iter().map(ring).collect(),
+            ..State::default()
+        };
+        let kernel = FakeKernel { kind, state: Arc::new(Mutex::new(state)) };
         let this = Arc::new(kernel.clone());
+        let largest = if config.max_slots > 0 { global.gfn_space() } else { layout.largest() };
         let source: Box<dyn Source> = match kind {
-            DirtyKind::Ring => Box::new(Rings::new(this, rings).with_backup(&layout).unwrap()),
-            DirtyKind::ClearLog => Box::new(ClearLog::reserve(this, &layout).unwrap()),
-            DirtyKind::Bitmap | DirtyKind::Uffd => Box::new(Bitmap::reserve(this, &layout).unwrap()),
+            DirtyKind::Ring => {
+                Box::new(Rings::new(this, rings, config.max_vcpus).with_backup(largest).unwrap())
+            }
+            DirtyKind::ClearLog => Box::new(ClearLog::reserve(this, largest).unwrap()),
+            DirtyKind::Bitmap | DirtyKind::Uffd => Box::new(Bitmap::reserve(this, largest).unwrap()),
         };
         let rule = match config.hot {
             HotPages::Rule(rule) if kind != DirtyKind::Bitmap => {
@@ -102,8 +121,43 @@ impl FakeKernel {
         self.state.lock().unwrap()
     }
 
-    fn slot_of(&self, gfn: Gfn) -> &MemorySlot {
-        self.layout.slots().iter().find(|slot| slot.base <= gfn && gfn.0 < slot.end()).unwrap()
+    fn slot_of(&self, gfn: Gfn) -> MemorySlot {
+        *self.state().slots.iter().find(|slot| slot.holds(gfn)).unwrap()
+    }
+
+    /// The VMM makes a slot, with its dirty log on or off.
+    pub(super) fn add_slot(&self, slot: MemorySlot, logged: bool) {
+        self.state().slots.push(slot);
+        if logged {
+            self.set_logging(&slot, true).unwrap();
+        }
+    }
+
+    /// The VMM removes a slot: its log goes, and entries of it stay in the rings.
+    pub(super) fn remove_slot(&self, id: u32) {
+        let mut state = self.state();
+        let index = state.slots.iter().position(|slot| slot.id == id).unwrap();
+        let slot = state.slots.remove(index);
+        state.logged.remove(&id);
+        state.bitmap.retain(|&gfn| !slot.holds(Gfn(gfn)));
+        state.armed.retain(|&gfn| !slot.holds(Gfn(gfn)));
+    }
+
+    /// A vCPU more: its ring, for the tracker.
+    pub(super) fn add_vcpu(&self, entries: u32) -> Ring {
+        let mapping = Arc::new(Mapping::anonymous(entries).unwrap());
+        let ring = FakeRing { entries: mapping.clone(), size: entries.into(), dirty: 0, reset: 0 };
+        self.state().rings.push(ring);
+        Ring::new(mapping, RESERVED)
+    }
+
+    /// Pages of a slot of this number that stand in the rings.
+    pub(super) fn logged_offsets(&self, id: u32) -> Vec<u64> {
+        let state = self.state();
+        let entries =
+            state.rings.iter().flat_map(|ring| (ring.reset..ring.dirty).map(|at| ring.entries.entry(at)));
+        let of_slot = entries.filter(|entry| entry.slot.load(Ordering::Relaxed) == id);
+        of_slot.map(|entry| entry.offset.load(Ordering::Relaxed)).collect()
     }
 
     /// Whether KVM would let the vCPU run.
@@ -114,7 +168,7 @@ impl FakeKernel {
 
     /// A vCPU writes a page; `again` logs it even if nothing trapped, as emulated stores do.
     pub(super) fn write(&self, vcpu: usize, gfn: Gfn, again: bool) {
-        let slot = *self.slot_of(gfn);
+        let slot = self.slot_of(gfn);
         let mut state = self.state();
         if !state.logged.contains(&slot.id) || !(state.armed.remove(&gfn.0) || again) {
             return;
@@ -127,7 +181,7 @@ impl FakeKernel {
 
     /// A write with its store, in one step as hardware does it. False if KVM does not let the vCPU run.
     pub(super) fn store(&self, vcpu: usize, gfn: Gfn, again: bool, cell: &AtomicU64, value: u64) -> bool {
-        let slot = *self.slot_of(gfn);
+        let slot = self.slot_of(gfn);
         let mut state = self.state();
         let ring = &state.rings[vcpu];
         if self.kind == DirtyKind::Ring && ring.dirty - ring.reset >= ring.size - RESERVED {
@@ -146,7 +200,7 @@ impl FakeKernel {
     /// Pages whose next write does not trap.
     pub(super) fn unarmed(&self) -> BTreeSet<Gfn> {
         let state = self.state();
-        let pages = self.layout.slots().iter().flat_map(|slot| slot.base.0..slot.end());
+        let pages = state.slots.iter().flat_map(|slot| slot.base.0..slot.end());
         pages.filter(|gfn| !state.armed.contains(gfn)).map(Gfn).collect()
     }
 
@@ -185,6 +239,10 @@ fn push(ring: &mut FakeRing, slot: u32, offset: u64) {
 impl Kernel for FakeKernel {
     fn set_logging(&self, slot: &MemorySlot, on: bool) -> io::Result<()> {
         let mut state = self.state();
+        assert!(state.slots.contains(slot), "a slot is made by turning its log on or off: {slot:?}");
+        if on == state.logged.contains(&slot.id) {
+            return Ok(()); // KVM does nothing
+        }
         if on {
             state.logged.insert(slot.id);
             state.armed.extend(slot.base.0..slot.end());
@@ -206,6 +264,9 @@ impl Kernel for FakeKernel {
             }
             Some(left) => *left -= 1,
             None => (),
+        }
+        if !state.logged.contains(&slot.id) {
+            return Err(io::ErrorKind::NotFound.into());
         }
         let words = slot.pages.div_ceil(64) as usize;
         buffer[..words].iter().for_each(|word| word.store(0, Ordering::Relaxed));
@@ -249,7 +310,7 @@ impl Kernel for FakeKernel {
         }
         let page = layout.first_page().and_then(|gfn| layout.locate(gfn));
         let (slot, offset) = page.ok_or(io::ErrorKind::NotFound)?;
-        assert!(layout.live_slots().any(|live| live.id == slot), "memory that is gone is written");
+        assert!(layout.slots().iter().any(|live| live.id == slot), "memory that is gone is written");
         for _ in 0..entries.div_ceil(3) * 3 {
             push(&mut self.state().rings[vcpu], slot, offset);
         }
@@ -261,6 +322,7 @@ impl Kernel for FakeKernel {
         state.resets += 1;
         let mut left = state.interrupt_after.take();
         let (mut count, mut batch) = (0, Vec::new());
+        let slots = state.slots.clone();
         for index in 0..state.rings.len() {
             loop {
                 let ring = &mut state.rings[index];
@@ -272,10 +334,9 @@ impl Kernel for FakeKernel {
                     return Ok(count);
                 }
                 left = left.map(|left| left - 1);
-                batch.extend(
-                    self.layout
-                        .resolve(entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed)),
-                );
+                let (id, offset) = (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
+                let at = |slot: &&MemorySlot| slot.id == id && offset < slot.pages;
+                batch.extend(slots.iter().find(at).map(|slot| Gfn(slot.base.0 + offset)));
                 entry.flags.store(0, Ordering::Release);
                 ring.reset += 1;
                 count += 1;

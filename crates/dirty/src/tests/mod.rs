@@ -3,6 +3,7 @@
 mod alloc;
 mod enable;
 mod guest;
+mod hotplug;
 mod kernel;
 mod limits;
 mod properties;

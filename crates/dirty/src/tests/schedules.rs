@@ -7,7 +7,7 @@ use super::guest;
 use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
     BackendChoice, DirtyKind, DisableError, Fetch, Gfn, GlobalLog, HotPages, HotRule, MemoryLayout,
-    MemorySlot, NewError, RingExit, Tracker, TrackerConfig,
+    MemorySlot, NewError, RemoveSlotError, RingExit, Tracker, TrackerConfig,
 };
 
 const PAGES: u64 = 20_000;
@@ -205,7 +205,8 @@ fn a_slot_that_is_gone_stays_gone() {
     guest.tracker.enable_stopped().unwrap();
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
     assert_eq!(vcpu.run(), guest::Stop::Done);
-    assert!(guest.tracker.slot_removed(3) && !guest.tracker.slot_removed(7));
+    guest.tracker.remove_slot(3).unwrap();
+    assert!(matches!(guest.tracker.remove_slot(7), Err(RemoveSlotError::Unknown(7))));
     guest.remove_slot();
     guest.tracker.disable().unwrap();
     guest.tracker.enable_stopped().unwrap();
@@ -224,7 +225,7 @@ fn rings_are_filled_with_a_page_that_is_still_there() {
     let (kernel, tracker) =
         FakeKernel::tracker(layout, exact(2, 40, 100), DirtyKind::Ring, 256, global).unwrap();
     tracker.enable_stopped().unwrap();
-    assert!(tracker.slot_removed(0));
+    tracker.remove_slot(0).unwrap();
     for epoch in 0..3 {
         // More than the first part, so that entries are given away and have to be minted again.
         (600..615).for_each(|page| {

@@ -21,7 +21,14 @@ use crate::{
 const HOT: HotPages = HotPages::Rule(HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 300 });
 
 fn config(vcpus: usize) -> TrackerConfig {
-    TrackerConfig { max_vcpus: vcpus, max_dirty_pages: 600, trigger: 300, exact: false, hot: HotPages::Off }
+    TrackerConfig {
+        max_vcpus: vcpus,
+        max_slots: 0,
+        max_dirty_pages: 600,
+        trigger: 300,
+        exact: false,
+        hot: HotPages::Off,
+    }
 }
 
 /// Splitmix64.

@@ -64,7 +64,8 @@ fn storm(kind: DirtyKind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64
         MemorySlot { id: 0, base: Gfn(200), pages: 400, host_addr: 0 },
     ])
     .unwrap();
-    let config = TrackerConfig { max_vcpus: 2, max_dirty_pages: 60, trigger: 60, exact: is_exact, hot };
+    let config =
+        TrackerConfig { max_vcpus: 2, max_slots: 0, max_dirty_pages: 60, trigger: 60, exact: is_exact, hot };
     let global = GlobalLog::new(N, 16);
     let (kernel, tracker) = FakeKernel::tracker(layout, config, kind, ring, global.clone()).unwrap();
     tracker.enable_stopped().unwrap();

@@ -160,7 +160,7 @@ fn a_slot_that_is_gone_leaves_its_entries_behind() {
     let parked = guest.tracker.stats().credits;
     assert_eq!(parked, 2000, "half of the trigger");
     guest.remove_slot();
-    assert!(guest.tracker.slot_removed(3));
+    guest.tracker.remove_slot(3).unwrap();
     for epoch in 3..=6 {
         run(&mut vcpu, epoch, 20_000, 0);
         let (pages, _) = end(&guest);
@@ -179,7 +179,7 @@ fn entries_of_a_slot_that_is_gone_are_reset() {
     guest.tracker.enable_stopped().unwrap();
     run(&mut vcpu, 1, 2000, 1);
     guest.remove_slot();
-    guest.tracker.slot_removed(3);
+    guest.tracker.remove_slot(3).unwrap();
     end(&guest);
     for epoch in 2..=4 {
         run(&mut vcpu, epoch, 20_000, 0);

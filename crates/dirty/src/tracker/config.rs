@@ -15,8 +15,13 @@ use crate::source::{HarvestError, RearmError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TrackerConfig {
-    /// vCPUs of the VM at most. 0, the default: as many as descriptors are given.
+    /// vCPUs of the VM at most, for [`crate::Tracker::add_vcpu`]. 0, the default: as many as descriptors are given,
+    /// and none can be added. Each costs address space only, until it comes.
     pub max_vcpus: usize,
+    /// Memory slots of the VM at most, at the same time, for [`crate::Tracker::add_slot`]. 0, the default: those of
+    /// the layout, and none can be added. Otherwise the lists are reserved (as address space, some 50 bytes a
+    /// page) for all the pages that the global list covers, which says how high slots may lie.
+    pub max_slots: usize,
     /// Dirty pages (of 4 KiB) an epoch is expected to have at most: memory for their lists is taken by
     /// `enable`, 8 bytes a page for each vCPU and 24 for the VM. An epoch with more loses none, but takes
     /// memory and time when it is harvested.
@@ -42,6 +47,7 @@ impl Default for TrackerConfig {
     fn default() -> TrackerConfig {
         TrackerConfig {
             max_vcpus: 0,
+            max_slots: 0,
             max_dirty_pages: 16_384,
             trigger: 8_192,
             exact: false,
@@ -55,6 +61,12 @@ impl TrackerConfig {
     #[must_use]
     pub const fn with_max_vcpus(self, max_vcpus: usize) -> TrackerConfig {
         TrackerConfig { max_vcpus, ..self }
+    }
+
+    /// The same with another [`TrackerConfig::max_slots`].
+    #[must_use]
+    pub const fn with_max_slots(self, max_slots: usize) -> TrackerConfig {
+        TrackerConfig { max_slots, ..self }
     }
 
     /// The same with another [`TrackerConfig::max_dirty_pages`].
@@ -100,6 +112,14 @@ pub enum NewError {
         given: usize,
         /// [`TrackerConfig::max_vcpus`].
         max_vcpus: usize,
+    },
+    /// More memory slots than [`TrackerConfig::max_slots`].
+    #[error("the layout has {given} memory slots, and at most {max_slots} are configured")]
+    TooManySlots {
+        /// Slots of the layout.
+        given: usize,
+        /// [`TrackerConfig::max_slots`].
+        max_slots: usize,
     },
     /// The trigger must be from 1 to `max_dirty_pages`.
     #[error("the dirty trigger of {trigger} pages is not between 1 and max_dirty_pages = {max_dirty_pages}")]

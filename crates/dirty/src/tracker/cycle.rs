@@ -23,7 +23,7 @@ impl Tracker {
     /// # Panics
     /// If there is no such vCPU.
     pub fn harvest_vcpu(&self, vcpu: usize) -> Result<usize, HarvestError> {
-        let owner = self.lanes[vcpu].own().ok_or(HarvestError::Busy { vcpu })?;
+        let owner = self.lanes()[vcpu].own().ok_or(HarvestError::Busy { vcpu })?;
         if !self.gate.is_open() {
             return Ok(0);
         }
@@ -71,7 +71,7 @@ impl Tracker {
 
     /// Trapped pages go to `flat`, marked ones to `marked`.
     fn take_everything(&self) -> Result<(), HarvestError> {
-        for (vcpu, lane) in self.lanes.iter().enumerate() {
+        for (vcpu, lane) in self.lanes().iter().enumerate() {
             let owner = soon(|| lane.own()).ok_or(HarvestError::Busy { vcpu })?;
             owner.drain(|gfn| self.flat.push(gfn));
             self.take_vcpu(vcpu, |gfn| {
@@ -86,10 +86,10 @@ impl Tracker {
         })?;
         self.take_armed(true, |gfn| self.mark(gfn))?;
         let mut ignored = 0;
-        self.global.drain(|gfn| if self.layout.contains(gfn) { self.mark(gfn) } else { ignored += 1 });
+        self.global.drain(|gfn| if self.slots().contains(gfn) { self.mark(gfn) } else { ignored += 1 });
         add(&self.counters.ignored, ignored);
         if self.all.swap(false, Ordering::AcqRel) {
-            for slot in self.layout.live_slots() {
+            for slot in self.slots().slots() {
                 (slot.base.0..slot.end()).for_each(|gfn| self.mark(Gfn(gfn)));
             }
         }
@@ -129,7 +129,7 @@ impl Tracker {
         let mut count = Taken::default();
         let taken = self
             .source
-            .take_vcpu(&self.layout, vcpu, &|gfn| self.trapped.prefetch(gfn), &mut |page| {
+            .take_vcpu(self.slots(), vcpu, &|gfn| self.trapped.prefetch(gfn), &mut |page| {
                 count.page(self, page, &mut keep)
             })
             .map_err(|error| self.noted(error));
@@ -140,7 +140,7 @@ impl Tracker {
     /// The same for the log that belongs to no vCPU, of a back end that leaves pages unarmed.
     pub(super) fn take_shared(&self, mut keep: impl FnMut(Gfn) -> bool) -> Result<usize, HarvestError> {
         let mut count = Taken::default();
-        let taken = self.source.take_shared(&self.layout, &mut |page| count.page(self, page, &mut keep));
+        let taken = self.source.take_shared(self.slots(), &mut |page| count.page(self, page, &mut keep));
         // Pages that are left unarmed are in this log again each time: they are no duplicates.
         count.repeated = 0;
         count.note(self);
@@ -151,7 +151,7 @@ impl Tracker {
     /// The same of what is armed in the same step.
     pub(super) fn take_armed(&self, ending: bool, keep: impl Fn(Gfn)) -> Result<usize, HarvestError> {
         let mut ignored = 0;
-        let taken = self.source.take_armed(&self.layout, ending, &mut |page| {
+        let taken = self.source.take_armed(self.slots(), ending, &mut |page| {
             match page {
                 Some(gfn) => keep(gfn),
                 None => ignored += 1,
@@ -209,7 +209,7 @@ impl Tracker {
         let armed = self.arm_all_of(pages, plan)?;
         add(&self.counters.full_rearms, armed.everything.into());
         if armed.first_page {
-            self.layout.first_page().into_iter().for_each(|gfn| self.global.record(gfn));
+            self.slots().first_page().into_iter().for_each(|gfn| self.global.record(gfn));
         }
         Ok(())
     }
@@ -217,7 +217,7 @@ impl Tracker {
     /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not
     /// suffice for all pages, somebody else gives them back.
     pub(super) fn arm_all_of(&self, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
-        let armed = self.source.arm(&self.layout, pages, plan).and_then(|armed| match armed.pages {
+        let armed = self.source.arm(self.slots(), pages, plan).and_then(|armed| match armed.pages {
             all if all == pages.len() => Ok(armed),
             some => Err(RearmError::Count { harvested: pages.len() as u64, reset: some as u64 }),
         });
@@ -300,7 +300,7 @@ impl Tracker {
 
 /// What another thread lets us have within some 100 µs of looking: no sleep, and no wait for one that is not
 /// at work.
-fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
+pub(super) fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     (0..10_000).find_map(|_| {
         let found = look();
         if found.is_none() {

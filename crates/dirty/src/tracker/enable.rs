@@ -41,9 +41,9 @@ impl Tracker {
             return Err(EnableError::Failed);
         }
         self.populate();
-        self.global.enable(&self.layout);
+        self.global.enable(self.slots());
         if let Err(error) = self.arm_everything(room) {
-            self.source.disarm_all(&self.layout).err();
+            self.source.disarm_all(self.slots()).err();
             self.release_memory().err();
             return Err(error);
         }
@@ -54,15 +54,16 @@ impl Tracker {
     }
 
     fn populate(&self) {
-        self.trapped.populate(&self.layout);
-        self.seen.populate(&self.layout);
+        [&self.trapped, &self.seen].into_iter().for_each(|bits| {
+            self.slots().slots().iter().for_each(|slot| bits.populate(slot));
+        });
         let pages = self.config.max_dirty_pages;
         [&self.flat, &self.marked, &self.to_arm].into_iter().for_each(|list| list.populate(pages));
-        self.lanes.iter().for_each(Lane::populate);
+        self.lanes().iter().for_each(Lane::populate);
         if let Some(hot) = &self.hot {
             hot.populate();
         }
-        self.source.populate();
+        self.source.populate(self.slots().largest());
     }
 
     /// What an earlier life of this tracker left in the rings is forgotten while KVM logs nothing. From then
@@ -70,7 +71,7 @@ impl Tracker {
     /// may have written a moment ago, would leave that page writable and in no list.
     fn arm_everything(&self, room: Option<usize>) -> Result<(), EnableError> {
         self.discard()?;
-        let armed = self.source.arm_all(&self.layout);
+        let armed = self.source.arm_all(self.slots());
         armed.map_err(|SlotError { slot, source }| EnableError::Protect { slot, source })?;
         if room.is_some() {
             self.arm_nothing(room)?;
@@ -96,7 +97,7 @@ impl Tracker {
             self.gate.open();
             return Err(DisableError::Busy(vcpu));
         }
-        let disarmed = self.source.disarm_all(&self.layout);
+        let disarmed = self.source.disarm_all(self.slots());
         // After KVM has ended logging, so that no entry comes behind this. A ring left full would keep its
         // vCPU from running forever. A failed ring is past help.
         if let Err(error) = self.discard() {
@@ -107,9 +108,9 @@ impl Tracker {
 
     /// Forgets what stands in the rings, and gives all of it back. KVM logs nothing meanwhile.
     fn discard(&self) -> Result<(), EnableError> {
-        for (vcpu, lane) in self.lanes.iter().enumerate() {
+        for (vcpu, lane) in self.lanes().iter().enumerate() {
             let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;
-            let taken = self.source.take_vcpu(&self.layout, vcpu, &|_| (), &mut |_| true);
+            let taken = self.source.take_vcpu(self.slots(), vcpu, &|_| (), &mut |_| true);
             taken.map_err(|error| EnableError::Leftovers(self.noted(error)))?;
         }
         self.arm_nothing(None)?;
@@ -123,7 +124,7 @@ impl Tracker {
     /// Gives every entry back that is held, but for those that make the rings as small as `room` wants them.
     fn arm_nothing(&self, room: Option<usize>) -> Result<(), EnableError> {
         let plan = Plan { keep: 0, room, running: false, everything: false };
-        let armed = self.source.arm(&self.layout, &[], plan);
+        let armed = self.source.arm(self.slots(), &[], plan);
         armed.map(drop).map_err(|error| EnableError::LeftoverReset(self.rearm_failed(error)))
     }
 
@@ -131,7 +132,7 @@ impl Tracker {
     fn release_memory(&self) -> Result<(), usize> {
         // All or nothing: a list that is cleared while tracking stays on is lost.
         let mut owners = Vec::new();
-        for (vcpu, lane) in self.lanes.iter().enumerate() {
+        for (vcpu, lane) in self.lanes().iter().enumerate() {
             owners.push(lane.own().ok_or(vcpu)?);
         }
         owners.iter().for_each(Owner::clear_all);

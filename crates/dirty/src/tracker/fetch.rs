@@ -251,11 +251,11 @@ impl<'b> Fetched<'_, 'b> {
         if !tracker.gate.is_open() {
             return Ok(());
         }
-        let lanes = tracker.lanes.len();
+        let lanes = tracker.lanes().len();
         let first = tracker.next_lane.fetch_add(1, Ordering::Relaxed);
         for vcpu in (0..lanes).map(|index| (first + index) % lanes) {
             // A list that another thread is at work in is that thread's.
-            let Some(owner) = tracker.lanes[vcpu].own() else { continue };
+            let Some(owner) = tracker.lanes()[vcpu].own() else { continue };
             if !tracker.gate.is_open() {
                 return Ok(());
             }
@@ -295,7 +295,7 @@ impl<'b> Fetched<'_, 'b> {
         let first = self.len;
         let mut ignored = 0;
         tracker.global.drain(|gfn| {
-            if !tracker.layout.contains(gfn) {
+            if !tracker.slots().contains(gfn) {
                 ignored += 1;
             } else if tracker.trapped.is_claimed(gfn) {
                 // It is unarmed, so it is in a list, is fetched or is hot, and its copy is still to be made:

@@ -6,10 +6,12 @@ mod config;
 mod cycle;
 mod enable;
 mod fetch;
+mod slots;
 mod stats;
+mod vcpus;
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -24,15 +26,19 @@ use crate::kvm::Vm;
 use crate::lane::Lane;
 use crate::layout::MemoryLayout;
 use crate::report;
-use crate::source::ring::{Fullness, Mapping, Ring};
+use crate::source::ring::Fullness;
 use crate::source::{Bitmap, ClearLog, HarvestError, RearmError, Rings, Source};
 
 pub use config::{DisableError, EnableError, NewError, TrackerConfig};
 pub use fetch::{Fetch, Fetched, Shard};
+pub use slots::{AddSlotError, RemoveSlotError, SlotStart, TrackerBusy};
 pub use stats::TrackerStats;
+pub use vcpus::AddVcpuError;
 
 use fetch::Bell;
+use slots::SlotTable;
 use stats::Counters;
+use vcpus::RingShape;
 
 /// What KVM's word that a ring is full means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +67,9 @@ pub struct Estimate {
 ///
 /// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the
 /// life of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only
-/// to whoever has read it from its start. Slots and vCPUs are those it was made with: slots can be
-/// [removed](Tracker::slot_removed) but not added. It is `Send` and `Sync`: any thread may call any method,
+/// to whoever has read it from its start. Slots come and go ([`Tracker::add_slot`],
+/// [`Tracker::remove_slot`]), and so do vCPUs ([`Tracker::add_vcpu`], [`Tracker::park_vcpu`]), up to the numbers
+/// in [`TrackerConfig`]. It is `Send` and `Sync`: any thread may call any method,
 /// vCPU threads `harvest_vcpu` and `ring_full` of their own vCPU, and one thread at a time holds the
 /// [`Epoch`].
 ///
@@ -73,11 +80,16 @@ pub struct Estimate {
 /// only the VMM knows of is *marked*; its page was never unarmed. So two bitmaps keep pages from being listed
 /// twice: one of the unarmed pages, one of the marked pages of the epoch.
 pub struct Tracker {
-    layout: MemoryLayout,
+    slots: SlotTable,
     config: TrackerConfig,
     kind: DirtyKind,
     source: Box<dyn Source>,
+    /// A list for each vCPU that there may be.
     lanes: Vec<Lane>,
+    /// vCPUs that there are.
+    vcpus: AtomicUsize,
+    /// What the rings are like, where there are any.
+    ring: Option<RingShape>,
     global: Arc<GlobalLog>,
     /// Pages that were trapped and are not armed again: each is in a lane, in `flat`, in `hot` or fetched.
     trapped: Bits,
@@ -135,8 +147,8 @@ impl Tracker {
     ///
     /// # Safety
     /// Every slot of the layout is in this VM, with this number, base and size and with the memory at its
-    /// host address, which stays mapped, until the tracker is dropped or [`Tracker::slot_removed`] was
-    /// called: turning a slot's log on or off tells KVM all of that anew and would make a slot that is not
+    /// host address, which stays mapped, until the tracker is dropped or [`Tracker::remove_slot`] has
+    /// returned: turning a slot's log on or off tells KVM all of that anew and would make a slot that is not
     /// there.
     pub unsafe fn new(
         layout: MemoryLayout,
@@ -149,35 +161,29 @@ impl Tracker {
         let vcpus: Vec<_> = vcpus.iter().map(AsFd::as_fd).collect();
         let minting: &[_] = if config.exact { &vcpus } else { &[] };
         let kernel = Arc::new(Vm::new(vm.as_fd(), minting).map_err(NewError::Vm)?);
+        let largest = if config.max_slots > 0 { global.gfn_space() } else { layout.largest() };
+        let shape = RingShape::of(&backend);
         let source: Box<dyn Source> = match backend.kind() {
             DirtyKind::Ring => {
-                let map = |(vcpu, fd): (usize, &BorrowedFd<'_>)| {
-                    let mapping = Mapping::of_vcpu(*fd, backend.ring_entries())
-                        .map_err(|source| NewError::Map { vcpu, source })?;
-                    if !mapping.is_backed() {
-                        return Err(NewError::NotThisVm { vcpu });
-                    }
-                    if mapping.is_used() {
-                        return Err(NewError::RingUsed { vcpu });
-                    }
-                    Ok(Ring::new(Arc::new(mapping), backend.reserved()))
-                };
-                let rings = Rings::new(kernel, vcpus.iter().enumerate().map(map).collect::<Result<_, _>>()?);
+                let rings = vcpus.iter().enumerate().map(|(vcpu, fd)| shape.map(vcpu, *fd, true));
+                let rings = Rings::new(kernel, rings.collect::<Result<_, _>>()?, config.max_vcpus);
                 Box::new(if backend.has_backup() {
-                    rings.with_backup(&layout).map_err(NewError::Reserve)?
+                    rings.with_backup(largest).map_err(NewError::Reserve)?
                 } else {
                     rings
                 })
             }
-            DirtyKind::ClearLog => Box::new(ClearLog::reserve(kernel, &layout).map_err(NewError::Reserve)?),
+            DirtyKind::ClearLog => Box::new(ClearLog::reserve(kernel, largest).map_err(NewError::Reserve)?),
             DirtyKind::Bitmap | DirtyKind::Uffd => {
-                Box::new(Bitmap::reserve(kernel, &layout).map_err(NewError::Reserve)?)
+                Box::new(Bitmap::reserve(kernel, largest).map_err(NewError::Reserve)?)
             }
         };
         #[cfg(any(test, feature = "planted-bug"))]
         let source = crate::source::planted::wrap(source, backend.planted());
         let rule = rule(&config, &backend, &layout);
-        Self::with(layout, config, backend.kind(), source, rule, global, vcpus.len())
+        let mut tracker = Self::with(layout, config, backend.kind(), source, rule, global, vcpus.len())?;
+        tracker.ring = (backend.kind() == DirtyKind::Ring).then_some(shape);
+        Ok(tracker)
     }
 
     /// A tracker of memory that this process writes itself, without KVM: userfaultfd with asynchronous
@@ -220,15 +226,26 @@ impl Tracker {
         if trigger == 0 || trigger > max_dirty_pages {
             return Err(NewError::Trigger { trigger, max_dirty_pages });
         }
+        let max_slots = config.max_slots;
+        if max_slots != 0 && layout.slots().len() > max_slots {
+            return Err(NewError::TooManySlots { given: layout.slots().len(), max_slots });
+        }
         let needed = layout.gfn_space();
         if global.gfn_space() < needed {
             return Err(NewError::GlobalLogSize { covered: global.gfn_space(), needed });
         }
+        // What there may be is reserved as address space; memory is taken for what there is.
+        let (space, pages) = match max_slots {
+            0 => (needed, layout.pages()),
+            _ => (global.gfn_space(), global.gfn_space()),
+        };
         let reserved = || {
-            let lanes = (0..vcpus).map(|_| Lane::reserve(max_dirty_pages)).collect::<std::io::Result<_>>()?;
-            let list = || Flat::reserve(layout.pages());
+            let lanes = (0..vcpus.max(max_vcpus))
+                .map(|_| Lane::reserve(max_dirty_pages))
+                .collect::<std::io::Result<_>>()?;
+            let list = || Flat::reserve(pages);
             let hot = rule.map(|rule| HotSet::reserve(rule, max_dirty_pages).map(Arc::new)).transpose()?;
-            let bits = (Bits::reserve(needed)?, Bits::reserve(needed)?);
+            let bits = (Bits::reserve(space)?, Bits::reserve(space)?);
             std::io::Result::Ok((
                 lanes,
                 bits,
@@ -243,11 +260,13 @@ impl Tracker {
             return Err(NewError::GlobalLogTaken);
         }
         Ok(Tracker {
-            layout,
+            slots: SlotTable::new(layout),
             config,
             kind,
             source,
             lanes,
+            vcpus: AtomicUsize::new(vcpus),
+            ring: None,
             global,
             trapped,
             unarmed: AtomicUsize::new(0),
@@ -282,9 +301,9 @@ impl Tracker {
         self.kind
     }
 
-    /// The memory slots that are tracked.
-    pub fn layout(&self) -> &MemoryLayout {
-        &self.layout
+    /// The memory slots that are tracked now: a copy.
+    pub fn layout(&self) -> MemoryLayout {
+        self.slots.copy()
     }
 
     /// The limits.
@@ -394,15 +413,6 @@ impl Tracker {
         }
         self.bell.ring();
         Ok(RingExit::DirtyLogFull)
-    }
-
-    /// Says that the VMM has removed a memory slot from the VM, or is about to: its log is not turned on or
-    /// off any more, which would bring it back. Entries of it that KVM has written are ignored, and marks in
-    /// it are the VMM's. For the life of the tracker; a slot of the same number is another one. Pages of it
-    /// that were taken before, and hot ones, may still be listed: skip them. False if the layout has no such
-    /// slot.
-    pub fn slot_removed(&self, id: u32) -> bool {
-        self.layout.retire(id)
     }
 
     /// Makes the next harvest return every page of the VM: full synchronisation.

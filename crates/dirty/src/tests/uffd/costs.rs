@@ -19,7 +19,7 @@ fn costs() {
         let memory = Memory::new(backing, gib << 18).unwrap();
         let layout = MemoryLayout::new(vec![memory.slot(3, BASE)]).unwrap();
         let Some(uffd) = open(&layout) else { return };
-        uffd.populate();
+        uffd.populate(0);
         for touched in [false, true] {
             if touched {
                 (0..memory.pages).for_each(|page| memory.store(page, 1));

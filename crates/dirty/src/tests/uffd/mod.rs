@@ -140,7 +140,7 @@ impl Drop for Memory {
 pub(super) fn track(memory: &Memory) -> Option<(MemoryLayout, Uffd)> {
     let layout = MemoryLayout::new(vec![memory.slot(3, BASE)]).unwrap();
     let uffd = open(&layout)?;
-    uffd.populate();
+    uffd.populate(0);
     uffd.arm_all(&layout).unwrap();
     Some((layout, uffd))
 }

@@ -232,7 +232,7 @@ fn run_back_end(epochs: u64, lose: usize) -> Option<(usize, usize)> {
     let ram = Ram::new();
     let layout = ram.layout();
     let uffd = open(&layout)?;
-    uffd.populate();
+    uffd.populate(0);
     uffd.arm_all(&layout).unwrap();
     let outcome = run(&ram, &From::BackEnd(&uffd, layout.clone()), None, epochs, lose);
     uffd.disarm_all(&layout).unwrap();
