@@ -33,6 +33,8 @@ Examples:
   cargo xtask bench dirty --quick              a first look
   cargo xtask bench dirty --json dirty.jsonl   the rows for a program
   cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
+  cargo xtask bench wire --quick               how fast pages are written down for the standby
+  cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
 
 Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
 printed as missed and is no error. The exit code is 2 if the bench cannot run here (no /dev/kvm) or FILE cannot be
@@ -48,6 +50,11 @@ enum Bench {
     Dirty,
     /// Live migration of VMs of 1, 64 and 512 GiB with outlive-dirty and with bitmaps; in two minutes
     Migrate,
+    /// The speed of a guest under write loads, beside the same guest unprotected, and the bytes of its checkpoints
+    /// beside raw pages
+    Guest,
+    /// Writing pages down for the standby: time beside a copy of them, bytes beside raw pages
+    Wire,
 }
 
 impl Bench {
@@ -55,13 +62,21 @@ impl Bench {
         match self {
             Bench::Dirty => "dirty",
             Bench::Migrate => "migrate",
+            Bench::Guest => "guest",
+            Bench::Wire => "wire",
         }
     }
 
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
+            Bench::Guest => "outlive",
+            Bench::Wire => "outlive-epoch",
         }
+    }
+
+    fn runs_vms(self) -> bool {
+        self != Bench::Wire
     }
 
     /// File names and contents of the plots.
@@ -69,6 +84,7 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
+            Bench::Guest | Bench::Wire => Vec::new(),
         }
     }
 }
@@ -76,7 +92,9 @@ impl Bench {
 /// Runs the bench, then writes what it found.
 pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), StepError> {
     // What cannot work is said before the minutes of measuring, not after them.
-    kvm(Path::new("/dev/kvm"))?;
+    if options.what.runs_vms() {
+        kvm(Path::new("/dev/kvm"))?;
+    }
     options.json.as_deref().map(writable).transpose()?;
     let found = workspace.target.join("bench").join(format!("{}.jsonl", options.what.name()));
     let directory = found.parent().expect("a file in a directory");
@@ -182,6 +200,8 @@ mod tests {
         assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));
         let full = words(&parse(&["migrate"]).unwrap());
         assert!(full.ends_with("--example migrate -- --gib 1,64,512 --rounds 8 --json /f"), "{full}");
+        let wire = words(&parse(&["wire"]).unwrap());
+        assert!(wire.ends_with(" bench --package outlive-epoch --bench wire -- --json /f"), "{wire}");
     }
 
     #[test]
