@@ -90,7 +90,7 @@ impl Hashes {
 impl Machine {
     /// Makes the next checkpoint carry a hash of all memory and these hashes of disks, for the standby to
     /// compare with its own. The vCPUs are stopped while memory is hashed. The disks must rest
-    /// ([`drain`](crate::BlockDevice::drain)) from before they were hashed until the checkpoint is taken;
+    /// ([`rest_within`](crate::BlockDevice::rest_within)) from before they were hashed until the checkpoint is taken;
     /// then the write logs up to this checkpoint hold exactly what is in the disks.
     pub fn check_next(&mut self, disks: Vec<DiskHash>) {
         self.check_due = Some(disks);

@@ -4,7 +4,7 @@
 //! Memory is hashed in the pause. A disk is far too large for that, so a thread does it while the VM runs and
 //! checkpoints go on, in this order:
 //!
-//! 1. The disks are drained: requests in flight are completed and logged, and no new ones begin.
+//! 1. The disks rest: requests in flight are completed and logged, and no new ones begin.
 //! 2. Their images are hashed.
 //! 3. The next checkpoint swaps the log and carries the hashes. Nothing was written since 1, so what the
 //!    standby has when it has applied the logs up to this one is what was hashed.
@@ -23,7 +23,7 @@ use crate::disk;
 use crate::vm::Disk;
 
 /// How long a disk may take to complete what is in flight. With a full log it needs a checkpoint first.
-const DRAIN: Duration = Duration::from_secs(5);
+const REST: Duration = Duration::from_secs(5);
 
 /// Disks that rest. They continue when this is dropped.
 struct Resting(Vec<Disk>);
@@ -128,7 +128,7 @@ impl SelfCheck {
 fn hash(disks: Vec<Disk>, wanted: &AtomicBool) -> Option<(Resting, Vec<DiskHash>)> {
     let mut resting = Resting(Vec::new());
     for disk in disks {
-        if !disk.drain(DRAIN) {
+        if !disk.rest_within(REST) {
             tracing::warn!(disk = disk.index(), "no self-check: the disk's requests did not end in time");
             return None;
         }

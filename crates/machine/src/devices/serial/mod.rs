@@ -13,6 +13,7 @@
 
 pub mod device;
 pub mod persist;
+mod uart;
 mod worker;
 
 #[cfg(test)]

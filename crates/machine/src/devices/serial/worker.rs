@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 
-use super::device::{Uart, lock};
+use super::uart::{Uart, lock};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::port::PortInput;
 use crate::devices::virtio::worker::{Wake, Work};

@@ -3,17 +3,17 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::SERIAL_BYTES;
 use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE};
-use super::engine::{self, Engine, EngineKind, Submission};
+use super::disk::Disk;
+use super::engine::{self, Engine, EngineKind};
 use super::hold::ReleasedWrites;
 use super::image::{Image, ImageError};
 use super::log::WriteLog;
@@ -71,31 +71,6 @@ pub enum BlockError {
     /// The kernel refuses an event, the ring or a thread.
     #[error("cannot start the disk: {0}")]
     Start(#[from] io::Error),
-}
-
-/// What is special about a disk.
-///
-/// `sending` is held over system calls by whoever submits, and taken before the device's lock.
-pub struct Disk {
-    /// Which disk of the machine.
-    pub(super) index: u16,
-    pub(super) image: Arc<Image>,
-    pub(super) geometry: Geometry,
-    queues: u16,
-    /// A write is output.
-    pub(super) shared: bool,
-    /// When writes to a shared disk may leave.
-    pub(super) permit: Arc<Permit>,
-    pub(super) engine: Box<dyn Engine>,
-    pub(super) log: Arc<WriteLog>,
-    /// Written when a full log has room again.
-    room: EventFd,
-    pub(super) counters: Counters,
-    /// Of the disk's failures.
-    pub(super) complaints: Complaints,
-    /// Told after each batch while someone drains.
-    calm: Condvar,
-    sending: Mutex<Vec<Submission>>,
 }
 
 /// A disk. It is passive until it goes live: the guest may set it up, but nothing is read or written before.
@@ -157,7 +132,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
             counters: Counters::default(),
             complaints: Complaints::default(),
             calm: Condvar::new(),
-            sending: Mutex::new(Vec::with_capacity(MAX_IN_FLIGHT)),
+            submissions: Mutex::new(Vec::with_capacity(MAX_IN_FLIGHT)),
         };
         let requests = Requests::new(options.shared, serial);
         Ok(Self::without_thread(disk, requests, host)?)
@@ -208,10 +183,10 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     /// write log must not be full. `true`: nothing is in flight, and nothing is taken until
     /// [`resume`](Self::resume). `false`: it took longer than `limit`; the device has resumed by itself.
     #[must_use = "the device takes no requests until it is resumed"]
-    pub fn drain(&self, limit: Duration) -> bool {
+    pub fn rest_within(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut core = self.shared().core();
-        core.model.draining = true;
+        core.model.resting = true;
         while core.model.is_busy() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -225,9 +200,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         true
     }
 
-    /// Ends what [`drain`](Self::drain) began.
+    /// Ends what [`rest_within`](Self::rest_within) began.
     pub fn resume(&self) {
-        self.shared().core().model.draining = false;
+        self.shared().core().model.resting = false;
         self.shared().wake_thread();
     }
 
@@ -247,12 +222,6 @@ impl<M: GuestMemory + Send + Sync + 'static> HeldOutput for BlockDevice<M> {
 
     fn drain(&self) {
         self.let_out();
-    }
-}
-
-impl Disk {
-    pub(super) fn sending(&self) -> MutexGuard<'_, Vec<Submission>> {
-        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -307,7 +276,7 @@ impl<M: GuestMemory> Model<M> for Disk {
 
     fn batch(&self, requests: &mut Requests, batch: Batch<'_, M>) -> Result<Outcome, Broken> {
         let result = requests.batch(self, batch);
-        if requests.draining {
+        if requests.resting {
             self.calm.notify_all();
         }
         result

@@ -11,7 +11,7 @@
 
 use vm_memory::GuestMemory;
 
-use super::device::Disk;
+use super::disk::Disk;
 use super::table::{Entry, Stage};
 use crate::devices::valve::{Fate, Order, OutputMode};
 use crate::devices::virtio::slot::Shared;

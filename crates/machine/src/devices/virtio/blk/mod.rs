@@ -41,6 +41,7 @@
 pub mod chunks;
 pub mod config;
 pub mod device;
+mod disk;
 mod engine;
 mod hold;
 pub mod image;
@@ -59,7 +60,8 @@ pub mod fuzz;
 mod tests;
 
 pub use chunks::{CHUNK, ChunkSet};
-pub use device::{BlockDevice, BlockError, Disk, DiskOptions};
+pub use device::{BlockDevice, BlockError, DiskOptions};
+pub use disk::Disk;
 pub use engine::EngineKind;
 pub use hold::ReleasedWrites;
 pub use image::{Image, ImageError};

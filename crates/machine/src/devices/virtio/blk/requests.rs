@@ -15,7 +15,7 @@ use vm_memory::GuestMemory;
 
 use super::SERIAL_BYTES;
 use super::config::writes_through;
-use super::device::Disk;
+use super::disk::Disk;
 use super::engine::{Completion, Submission};
 use super::log::Appended;
 use super::pool::Pool;
@@ -50,7 +50,7 @@ pub struct Requests {
     /// The log was full when it was last tried.
     pub(super) log_stalled: bool,
     /// Nothing new is taken.
-    pub(super) draining: bool,
+    pub(super) resting: bool,
     /// The queue whose turn it is.
     next_queue: usize,
     /// There was no buffer for the next request; wait until one is given back.
@@ -73,7 +73,7 @@ impl Requests {
             logging: list(),
             delivering: list(),
             log_stalled: false,
-            draining: false,
+            resting: false,
             next_queue: 0,
             starved: false,
             writeback: true,
@@ -213,7 +213,7 @@ impl Requests {
             }
             return Ok(taken);
         }
-        while queues.pending() != 0 && !self.draining {
+        while queues.pending() != 0 && !self.resting {
             // The lowest queue that is pending, from the one whose turn it is.
             let ahead = queues.pending() >> self.next_queue << self.next_queue;
             let queue = if ahead != 0 { ahead } else { queues.pending() }.trailing_zeros() as usize;

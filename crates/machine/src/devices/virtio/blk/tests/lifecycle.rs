@@ -302,30 +302,30 @@ fn a_driver_that_resets_in_the_middle_of_traffic_gets_a_fresh_device() {
 }
 
 #[test]
-fn draining_waits_for_what_is_in_flight_and_takes_nothing_new() {
+fn a_rest_waits_for_what_is_in_flight_and_takes_nothing_new() {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
     let mut rig = Rig::manual(&memory, &DiskOptions::new(&path));
     rig.start_thread();
     let driver = rig.boot();
     rig.device.go_live(false);
-    assert!(rig.device.drain(Duration::from_secs(5)), "there is nothing");
+    assert!(rig.device.rest_within(Duration::from_secs(5)), "there is nothing");
     rig.device.resume();
     driver.write(0, 0, 0, &[1; 512]);
     rig.kick(0);
     wait_for("the write", || rig.engine().waiting().len() == 1);
-    assert!(!rig.device.drain(Duration::from_millis(20)), "the disk is slow");
-    let drained = std::thread::scope(|scope| {
-        let drained = scope.spawn(|| rig.device.drain(Duration::from_secs(20)));
+    assert!(!rig.device.rest_within(Duration::from_millis(20)), "the disk is slow");
+    let rested = std::thread::scope(|scope| {
+        let rested = scope.spawn(|| rig.device.rest_within(Duration::from_secs(20)));
         settle();
         driver.write(0, 1, 1, &[2; 512]);
         rig.kick(0);
         settle();
         assert_eq!(rig.engine().waiting().len(), 1, "nothing new");
         rig.engine().complete(0, None);
-        drained.join().unwrap()
+        rested.join().unwrap()
     });
-    assert!(drained);
+    assert!(rested);
     assert_eq!((driver.used(0), rig.device.in_flight()), (1, 0));
     rig.kick(0);
     settle();
