@@ -137,7 +137,7 @@ fn rates_come_from_another_process() {
     let text = text(&looked);
     println!("{text}");
     assert!(looked.status.success(), "{looked:?}");
-    for part in ["vCPU 1", "different pages in", "migration over 10 Gbit/s", "of the guest's speed"] {
+    for part in ["vCPU 1", "different pages in", "migration over 10 Gbit/s", "protection by a checkpoint"] {
         assert!(text.contains(part), "{text}");
     }
     assert!(svg.starts_with("<svg ") && svg.matches("<rect ").count() > 20);
