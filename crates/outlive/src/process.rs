@@ -3,6 +3,7 @@
 
 use std::io::{self, Read};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -21,6 +22,8 @@ pub(crate) fn on_stop(
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let on_signal = stop.clone();
     outlive_machine::spawn("signals", move || {
+        // No other thread does: the coordinator blocks all signals for good.
+        take([Signal::SIGINT, Signal::SIGTERM]);
         for signal in signals.forever() {
             on_signal(if signal == SIGINT { "interrupted" } else { "told to stop" });
         }
@@ -33,6 +36,14 @@ pub(crate) fn on_stop(
         })?;
     }
     Ok(())
+}
+
+/// The calling thread takes these signals from now on.
+fn take(signals: impl IntoIterator<Item = Signal>) {
+    let signals: SigSet = signals.into_iter().collect();
+    if let Err(error) = signals.thread_unblock() {
+        tracing::error!(%error, "a thread cannot take signals");
+    }
 }
 
 /// Fresh random bytes.
