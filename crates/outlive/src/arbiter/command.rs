@@ -7,7 +7,9 @@ use serde::Serialize;
 
 use super::prune::{self, Mode};
 use super::record::vm_name;
-use super::{Arbiter, Ending, FileArbiter, Initialized, VmId, Win, parse_place};
+use super::{
+    Arbiter, ArbiterError, ArbiterSpecError, Ending, FileArbiter, Initialized, VmId, Win, parse_place,
+};
 use crate::cli::{ArbiterCommand, ArbiterOptions};
 use crate::exit;
 
@@ -29,8 +31,28 @@ pub fn command(options: &ArbiterOptions) -> u8 {
     }
 }
 
-fn init(place: &str, out: &mut impl Write) -> Result<(), String> {
-    let (arbiter, done) = parse_place(place).and_then(FileArbiter::init).map_err(|e| e.to_string())?;
+/// Why a command of `outlive arbiter` failed.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    /// The place is no arbiter, or cannot become one.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// The arbiter does not answer.
+    #[error(transparent)]
+    Arbiter(#[from] ArbiterError),
+    /// No VM has such an id.
+    #[error("the arbiter knows no VM '{0}': `outlive arbiter list` shows those that it knows")]
+    UnknownVm(String),
+    /// Several VMs have such an id.
+    #[error("the ids of {count} begin with '{beginning}': give more of the id")]
+    SeveralVms { count: String, beginning: String },
+    /// The result cannot be shown.
+    #[error("cannot print: {0}")]
+    Print(#[from] io::Error),
+}
+
+fn init(place: &str, out: &mut impl Write) -> Result<(), CommandError> {
+    let (arbiter, done) = parse_place(place).and_then(FileArbiter::init)?;
     let what = match done {
         Initialized::Made => "is now an arbiter",
         Initialized::Already => "is already an arbiter; nothing was changed",
@@ -39,8 +61,8 @@ fn init(place: &str, out: &mut impl Write) -> Result<(), String> {
     print(out, &format!("{place} {what}: id {}", arbiter.identity()))
 }
 
-fn open(place: &str) -> Result<FileArbiter, String> {
-    parse_place(place).and_then(FileArbiter::open).map_err(|e| e.to_string())
+fn open(place: &str) -> Result<FileArbiter, ArbiterSpecError> {
+    parse_place(place).and_then(FileArbiter::open)
 }
 
 /// A generation, for people and as JSON.
@@ -94,7 +116,7 @@ struct Vm {
 }
 
 impl Vm {
-    fn read(arbiter: &mut FileArbiter, vm: &VmId) -> Result<Self, String> {
+    fn read(arbiter: &mut FileArbiter, vm: &VmId) -> Result<Self, CommandError> {
         let generations = arbiter.history(vm)?.into_iter().map(Generation::from).collect();
         Ok(Self { vm: vm_name(vm), generations, ended: arbiter.ending(vm)?.map(End::from) })
     }
@@ -116,7 +138,7 @@ struct Inventory<'a> {
     vms: Vec<Vm>,
 }
 
-fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), String> {
+fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
     let mut arbiter = open(place)?;
     let vms: Vec<Vm> =
         arbiter.vms()?.iter().map(|vm| Vm::read(&mut arbiter, vm)).collect::<Result<_, _>>()?;
@@ -127,7 +149,7 @@ fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), String> {
     vms.iter().try_for_each(|vm| print(out, &format!("{}  {}", vm.vm, vm.state())))
 }
 
-fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), String> {
+fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
     let mut arbiter = open(place)?;
     let id = find(&arbiter, vm)?;
     let vm = Vm::read(&mut arbiter, &id)?;
@@ -143,18 +165,16 @@ fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), S
 }
 
 /// The only VM whose id begins with this text.
-fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, String> {
+fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, CommandError> {
     let mut vms = arbiter.vms()?;
     vms.retain(|vm| vm_name(vm).starts_with(beginning));
     match vms[..] {
         [vm] => Ok(vm),
-        [] => Err(format!(
-            "the arbiter knows no VM '{beginning}': `outlive arbiter list` shows those that it knows"
-        )),
-        _ => Err(format!(
-            "the ids of {} begin with '{beginning}': give more of the id",
-            counted(vms.len(), "VM")
-        )),
+        [] => Err(CommandError::UnknownVm(beginning.to_owned())),
+        _ => {
+            let (count, beginning) = (counted(vms.len(), "VM"), beginning.to_owned());
+            Err(CommandError::SeveralVms { count, beginning })
+        }
     }
 }
 
@@ -180,7 +200,7 @@ fn prune(
     mode: Mode,
     json: bool,
     out: &mut impl Write,
-) -> Result<(), String> {
+) -> Result<(), CommandError> {
     let arbiter = open(place)?;
     let mut vms = Vec::new();
     for vm in arbiter.vms()? {
@@ -232,12 +252,12 @@ fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
-fn print_json(out: &mut impl Write, value: &impl Serialize) -> Result<(), String> {
-    print(out, &serde_json::to_string_pretty(value).map_err(|e| e.to_string())?)
+fn print_json(out: &mut impl Write, value: &impl Serialize) -> Result<(), CommandError> {
+    print(out, &serde_json::to_string_pretty(value).map_err(io::Error::from)?)
 }
 
-fn print(out: &mut impl Write, text: &str) -> Result<(), String> {
-    writeln!(out, "{text}").map_err(|e| format!("cannot print: {e}"))
+fn print(out: &mut impl Write, text: &str) -> Result<(), CommandError> {
+    Ok(writeln!(out, "{text}")?)
 }
 
 #[cfg(test)]
@@ -262,7 +282,7 @@ mod tests {
         (directory, place, arbiter)
     }
 
-    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), String>) -> String {
+    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), CommandError>) -> String {
         let mut out = Vec::new();
         work(&mut out).unwrap();
         String::from_utf8(out).unwrap()
@@ -286,7 +306,7 @@ mod tests {
         assert_eq!(json["vms"][0]["generations"][11]["owner"], "primary on host a");
         assert_eq!(json["vms"][1]["ended"]["generation"], 1);
         for (vm, remedy) in [("77", "outlive arbiter list"), ("a", "give more of the id")] {
-            let error = show(&place, vm, false, &mut Vec::new()).unwrap_err();
+            let error = show(&place, vm, false, &mut Vec::new()).unwrap_err().to_string();
             assert!(error.contains(remedy), "{error}");
         }
     }
@@ -311,7 +331,7 @@ mod tests {
         assert_eq!(left, [5, 6, 7, 8, 9, 10, 11, 12]);
         let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
         assert!(text.contains("forgotten") && !text.contains(&VM.to_string()), "{text}");
-        assert_eq!(arbiter.vms(), Ok(vec![VM]));
+        assert_eq!(arbiter.vms().unwrap(), [VM]);
         assert!(!directory.path().join(OTHER.to_string()).exists());
         let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
         assert_eq!(text, "nothing to remove\n");
@@ -324,7 +344,7 @@ mod tests {
         assert_eq!(arbiter.claim(&OTHER, 2, "primary on host b"), Claim::Won);
         let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
         assert!(!text.contains("forgotten"), "{text}");
-        assert_eq!(arbiter.highest(&OTHER), Ok(Some(2)));
-        assert_eq!(arbiter.ending(&OTHER), Ok(None));
+        assert_eq!(arbiter.highest(&OTHER).unwrap(), Some(2));
+        assert_eq!(arbiter.ending(&OTHER).unwrap(), None);
     }
 }

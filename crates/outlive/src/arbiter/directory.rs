@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use super::record::{MARKER, Marker};
-use super::{ArbiterSpecError, LOST_CLAIMS, process_token, random_hex};
+use super::{ArbiterFault, ArbiterSpecError, process_token, random_hex};
 
 const TEMP_PREFIX: &str = ".outlive-";
 const TEMP_SUFFIX: &str = ".tmp";
@@ -40,14 +40,14 @@ impl Directory {
     /// An existing directory.
     pub(super) fn at(path: &Path) -> Result<Self, ArbiterSpecError> {
         // Absolute, so that it stays the same directory if the process changes its own.
-        let absolute = std::path::absolute(path).map_err(|error| unusable(path, &error))?;
+        let absolute = std::path::absolute(path).map_err(|error| unusable(path, error))?;
         match fs::metadata(&absolute) {
             Ok(metadata) if metadata.is_dir() => Ok(Self { path: absolute, device: metadata.dev() }),
             Ok(_) => Err(ArbiterSpecError::NotDirectory(path.to_path_buf())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(ArbiterSpecError::Missing(path.to_path_buf()))
             }
-            Err(error) => Err(unusable(path, &error)),
+            Err(error) => Err(unusable(path, error)),
         }
     }
 
@@ -63,19 +63,13 @@ impl Directory {
         self.remove(&name)
     }
 
-    pub(super) fn read_marker(&self) -> Result<Option<Marker>, String> {
-        let damaged = |problem: &str| {
-            format!(
-                "its file {MARKER} is damaged ({problem}): restore it, or delete it while no VM uses this arbiter \
-                 and run `outlive arbiter init`"
-            )
-        };
-        match self.look(MARKER).map_err(|error| explain(&error))? {
+    pub(super) fn read_marker(&self) -> Result<Option<Marker>, ArbiterFault> {
+        match self.read(MARKER)? {
             Found::Nothing => Ok(None),
-            Found::Garbage(problem) => Err(damaged(&problem)),
+            Found::Garbage(problem) => Err(ArbiterFault::DamagedMarker(problem)),
             Found::Text(text) => Marker::parse(&text)
                 .map(Some)
-                .ok_or_else(|| damaged("this release does not write such a file")),
+                .ok_or_else(|| ArbiterFault::DamagedMarker("this release does not write such a file".into())),
         }
     }
 
@@ -83,27 +77,21 @@ impl Directory {
     ///
     /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
     /// would win there alone.
-    pub(super) fn check(&self, identity: &str) -> Result<(), String> {
-        let metadata = fs::metadata(&self.path).map_err(|error| explain(&error))?;
+    pub(super) fn check(&self, identity: &str) -> Result<(), ArbiterFault> {
+        let metadata = fs::metadata(&self.path)?;
         match self.read_marker()? {
             Some(Marker::Current(found)) if found == identity => Ok(()),
-            Some(Marker::Current(other) | Marker::Old(other)) => Err(format!(
-                "it is now another arbiter (its id is {other} and was {identity} at the start): mount the \
-                 right file system there"
-            )),
-            None if metadata.dev() != self.device => {
-                Err("another file system is mounted there now: mount the one that was there at the \
-                    start"
-                    .to_string())
+            Some(Marker::Current(found) | Marker::Old(found)) => {
+                Err(ArbiterFault::OtherArbiter { found, opened: identity.to_owned() })
             }
-            // It was emptied or made anew, or it is a mount point on the same file system. A marker written
-            // now would only hide that the claims are gone.
-            None => Err(format!("its file {MARKER} is gone; {LOST_CLAIMS}")),
+            None if metadata.dev() != self.device => Err(ArbiterFault::OtherFileSystem),
+            // A marker written now would only hide that the claims are gone.
+            None => Err(ArbiterFault::MarkerGone),
         }
     }
 
     /// Reads a file.
-    pub(super) fn look(&self, name: &str) -> io::Result<Found> {
+    pub(super) fn read(&self, name: &str) -> io::Result<Found> {
         let path = self.path.join(name);
         let metadata = match fs::symlink_metadata(&path) {
             Ok(metadata) => metadata,
@@ -243,23 +231,6 @@ fn os_error(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
-pub(super) fn unusable(directory: &Path, error: &io::Error) -> ArbiterSpecError {
-    ArbiterSpecError::Unusable { directory: directory.to_path_buf(), why: explain(error) }
-}
-
-/// An error and its remedy.
-pub(super) fn explain(error: &io::Error) -> String {
-    let remedy = match os_error(error) {
-        Errno::ENOENT | Errno::ENOTDIR => "it is not there; mount it or put it back",
-        Errno::EACCES | Errno::EPERM => "let this user read and write it; it must also support hard links",
-        Errno::ENOSPC | Errno::EDQUOT => "make room there",
-        Errno::EROFS => "mount it writable",
-        Errno::ESTALE => "mount it again",
-        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EXDEV | Errno::EMLINK => {
-            "use a file system that supports hard links"
-        }
-        Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (ulimit -n)",
-        _ => "check the file server and the network to it",
-    };
-    format!("{error}; {remedy}")
+pub(super) fn unusable(directory: &Path, error: io::Error) -> ArbiterSpecError {
+    ArbiterSpecError::Unusable { directory: directory.to_path_buf(), fault: error.into() }
 }

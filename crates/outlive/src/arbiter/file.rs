@@ -37,9 +37,9 @@ use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 
-use super::directory::{Directory, Found, explain, unusable};
+use super::directory::{Directory, Found, unusable};
 use super::record::{self, MARKER, Marker};
-use super::{Arbiter, ArbiterSpecError, Claim, Ending, LOST_CLAIMS, Prober, VmId, Win, Winner};
+use super::{Arbiter, ArbiterError, ArbiterFault, ArbiterSpecError, Claim, Ending, Prober, VmId, Win, Winner};
 use super::{process_token, prune, random_hex};
 
 /// An arbiter in a directory that both hosts see.
@@ -76,8 +76,8 @@ impl FileArbiter {
             Some(Marker::Old(_)) => return Err(ArbiterSpecError::Old(path.to_path_buf())),
             None => return Err(ArbiterSpecError::NotArbiter(path.to_path_buf())),
         };
-        directory.try_writing().map_err(|error| unusable(path, &error))?;
-        let process = process_token().map_err(|error| unusable(path, &error))?;
+        directory.try_writing().map_err(|error| unusable(path, error))?;
+        let process = process_token().map_err(|error| unusable(path, error))?;
         Ok(FileArbiter { directory, process, identity, won: HashSet::new() })
     }
 
@@ -89,7 +89,7 @@ impl FileArbiter {
     /// Why the directory cannot be one. Nothing was changed then.
     pub fn init(path: &Path) -> Result<(FileArbiter, Initialized), ArbiterSpecError> {
         let directory = Directory::at(path)?;
-        let failed = |error: io::Error| unusable(path, &error);
+        let failed = |error: io::Error| unusable(path, error);
         let done = match read_marker(&directory, path)? {
             Some(Marker::Current(_)) => Initialized::Already,
             Some(Marker::Old(identity)) => {
@@ -108,7 +108,7 @@ impl FileArbiter {
         Ok((FileArbiter::open(path)?, done))
     }
 
-    fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, String> {
+    fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, ArbiterFault> {
         self.directory.check(&self.identity)?;
         let text = record::claim_text(vm, generation, owner, self.process);
         let claim = self.find_or_publish(vm, generation, &text)?;
@@ -117,7 +117,7 @@ impl FileArbiter {
         }
         // Check once more after our own claim was seen. Just before it was written, now or in an earlier
         // attempt, the directory may have been emptied, or this VM's newer claims may have pruned this one.
-        let floor = self.directory.names(&record::vm_name(vm)).map_err(|error| explain(&error))?;
+        let floor = self.directory.names(&record::vm_name(vm))?;
         let floor = floor.iter().filter_map(|name| record::parse_pruned_name(name)).max();
         if floor.is_some_and(|floor| generation < floor)
             && let Some(newer) = self.newer(vm, generation)?
@@ -130,7 +130,7 @@ impl FileArbiter {
     }
 
     /// Who owns this generation after an attempt to make it ours. `text` is our claim.
-    fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, String> {
+    fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, ArbiterFault> {
         let name = record::claim_name(vm, generation);
         if let Some(claim) = self.judge(&name, text)? {
             return Ok(claim);
@@ -140,19 +140,19 @@ impl FileArbiter {
         }
         self.check_predecessor(vm, generation)?;
         if generation <= 1 {
-            self.directory.make(&record::vm_name(vm)).map_err(|error| explain(&error))?;
+            self.directory.make(&record::vm_name(vm))?;
         }
         let published = self.directory.publish(&name, text);
         match (self.judge(&name, text)?, published) {
             (Some(claim), _) => Ok(claim),
-            (None, Err(error)) => Err(explain(&error)),
-            (None, Ok(())) => Err("the claim that was just written is missing".to_string()),
+            (None, Err(error)) => Err(error.into()),
+            (None, Ok(())) => Err(ArbiterFault::ClaimGone),
         }
     }
 
     /// A generation that is newer than this one ends every claim to it.
-    fn newer(&self, vm: &VmId, generation: u64) -> Result<Option<Claim>, String> {
-        let highest = self.find_highest(vm).map_err(|error| explain(&error))?;
+    fn newer(&self, vm: &VmId, generation: u64) -> Result<Option<Claim>, ArbiterFault> {
+        let highest = self.find_highest(vm)?;
         Ok(highest.filter(|highest| *highest > generation).map(|highest| {
             let owner = self.win(vm, highest).winner.map_or_else(String::new, |it| format!(", {}", it.owner));
             Claim::Lost { owner: format!("generation {highest}, which is newer{owner}") }
@@ -161,12 +161,12 @@ impl FileArbiter {
 
     /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the
     /// place where the generations of this VM are won. The first generation of a new VM has none before it.
-    fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), String> {
+    fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), ArbiterFault> {
         if generation <= 1 {
             return Ok(());
         }
-        match self.look(&record::claim_name(vm, generation - 1))? {
-            Found::Nothing => Err(LOST_CLAIMS.to_string()),
+        match self.directory.read(&record::claim_name(vm, generation - 1))? {
+            Found::Nothing => Err(ArbiterFault::LostClaims),
             Found::Text(_) | Found::Garbage(_) => Ok(()),
         }
     }
@@ -175,37 +175,28 @@ impl FileArbiter {
     ///
     /// Nobody can tell who owns a damaged claim. If both sides took it for lost, the VM would be gone for
     /// good, so both wait for an operator.
-    fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, String> {
-        let damaged = |problem: &str| {
-            format!(
-                "its claim {name} is damaged ({problem}): restore it; or make sure that no host runs this VM in that \
-                 generation, and delete the file"
-            )
-        };
-        match self.look(name)? {
+    fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, ArbiterFault> {
+        let damaged = |problem: String| ArbiterFault::DamagedClaim { name: name.to_owned(), problem };
+        match self.directory.read(name)? {
             Found::Nothing => Ok(None),
-            Found::Garbage(problem) => Err(damaged(&problem)),
+            Found::Garbage(problem) => Err(damaged(problem)),
             Found::Text(found) if found == text => {
                 // The claim may be visible without being on the disk; a crash of the server would then forget
                 // who won.
-                self.directory.flush(name).map_err(|error| explain(&error))?;
+                self.directory.flush(name)?;
                 Ok(Some(Claim::Won))
             }
             Found::Text(found) => match record::parse_claim(&found) {
                 Some((owner, _)) => Ok(Some(Claim::Lost { owner: owner.to_string() })),
-                None => Err(damaged("Outlive does not write such a file")),
+                None => Err(damaged("Outlive does not write such a file".into())),
             },
         }
-    }
-
-    fn look(&self, name: &str) -> Result<Found, String> {
-        self.directory.look(name).map_err(|error| explain(&error))
     }
 
     /// What is known of a generation that was won.
     fn win(&self, vm: &VmId, generation: u64) -> Win {
         let name = record::claim_name(vm, generation);
-        let winner = match self.directory.look(&name) {
+        let winner = match self.directory.read(&name) {
             Ok(Found::Text(text)) => record::parse_claim(&text)
                 .map(|(owner, process)| Winner { owner: owner.to_owned(), process: process.to_owned() }),
             _ => None,
@@ -218,31 +209,28 @@ impl FileArbiter {
         Ok(names.iter().filter_map(|name| record::parse_claim_name(name)).max())
     }
 
-    /// Adds the directory to a reason.
-    pub(super) fn unreachable(&self, why: &str) -> String {
-        format!("arbiter directory {}: {why}", self.directory.path().display())
+    fn unreachable(&self, fault: ArbiterFault) -> ArbiterError {
+        ArbiterError { directory: self.directory.path().to_path_buf(), fault }
     }
 
     /// Uses the directory after making sure that it is still the one that was opened.
-    pub(super) fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, String> {
-        let checked = self.directory.check(&self.identity);
-        checked
-            .and_then(|()| work(self).map_err(|error| explain(&error)))
-            .map_err(|why| self.unreachable(&why))
+    pub(super) fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, ArbiterError> {
+        let done = self.directory.check(&self.identity).and_then(|()| Ok(work(self)?));
+        done.map_err(|fault| self.unreachable(fault))
     }
 }
 
 impl Arbiter for FileArbiter {
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim {
         self.try_claim(vm, generation, owner)
-            .unwrap_or_else(|why| Claim::Unreachable { why: self.unreachable(&why) })
+            .unwrap_or_else(|fault| Claim::Unreachable { why: self.unreachable(fault).to_string() })
     }
 
-    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String> {
+    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, ArbiterError> {
         self.checked(|arbiter| arbiter.find_highest(vm))
     }
 
-    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String> {
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, ArbiterError> {
         self.checked(|arbiter| {
             let names = arbiter.directory.names(&record::vm_name(vm))?;
             let mut generations: Vec<u64> =
@@ -252,11 +240,11 @@ impl Arbiter for FileArbiter {
         })
     }
 
-    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String> {
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, ArbiterError> {
         self.checked(|arbiter| arbiter.find_ending(vm))
     }
 
-    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String> {
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
         self.checked(|arbiter| {
             let name = record::ended_name(vm, generation);
             arbiter.directory.publish(&name, &record::ended_text(vm, generation, why))?;
@@ -275,7 +263,7 @@ impl Arbiter for FileArbiter {
     fn prober(&self) -> Prober {
         let (directory, identity) = (self.directory.clone(), self.identity.clone());
         let twin = Self { directory, process: self.process, identity, won: HashSet::new() };
-        Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()))
+        Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()).map_err(|error| error.to_string()))
     }
 
     fn identity(&self) -> &str {
@@ -284,14 +272,14 @@ impl Arbiter for FileArbiter {
 }
 
 fn read_marker(directory: &Directory, path: &Path) -> Result<Option<Marker>, ArbiterSpecError> {
-    let unusable = |why| ArbiterSpecError::Unusable { directory: path.to_path_buf(), why };
+    let unusable = |fault| ArbiterSpecError::Unusable { directory: path.to_path_buf(), fault };
     directory.read_marker().map_err(unusable)
 }
 
 /// A directory in use for something else is most likely the wrong one. A directory with claims and without a
 /// marker was an arbiter, and a new identity would hide that.
 fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), ArbiterSpecError> {
-    let names = directory.names("").map_err(|error| unusable(path, &error))?;
+    let names = directory.names("").map_err(|error| unusable(path, error))?;
     let usual = |name: &String| name.starts_with('.') || name == "lost+found" || name == MARKER;
     match names.into_iter().find(|name| !usual(name)) {
         Some(found) => Err(ArbiterSpecError::NotEmpty { directory: path.to_path_buf(), found }),

@@ -15,6 +15,7 @@
 
 mod command;
 mod directory;
+mod error;
 mod file;
 mod prune;
 mod record;
@@ -22,22 +23,18 @@ mod watch;
 mod worker;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
 pub use command::command;
+pub use error::{ArbiterError, ArbiterFault, ArbiterSpecError};
 pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
 pub(crate) use watch::Watch;
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
 use crate::process;
-
-/// The message when a VM's claims are missing from the directory.
-const LOST_CLAIMS: &str = "the arbiter directory has lost the claims of this VM: bring the right directory \
-back; nobody \
-                           goes on without it";
 
 /// Tries whether an arbiter could be claimed at; see [`Arbiter::prober`].
 pub type Prober = Box<dyn FnMut() -> Result<(), String> + Send>;
@@ -104,20 +101,20 @@ pub trait Arbiter: Send {
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
     /// wrong and names the remedy.
-    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String>;
+    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, ArbiterError>;
 
     /// The newest generations of this VM in their order: all, or as many as are still known. The error says
     /// what is wrong and names the remedy.
-    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String>;
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, ArbiterError>;
 
     /// How the VM ended, if it ended in order and has not been started again since. The error says what is
     /// wrong and names the remedy.
-    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String>;
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, ArbiterError>;
 
     /// Notes that the VM has ended in order in a generation that this process has won. Only for people and
     /// for [`prune`](crate::cli::ArbiterCommand::Prune): no decision depends on it. The error says what is
     /// wrong and names the remedy.
-    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String>;
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError>;
 
     /// Removes what is no longer useful. Call it when nobody waits.
     fn tidy(&mut self, vm: &VmId);
@@ -129,59 +126,6 @@ pub trait Arbiter: Send {
     /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
     /// error says what is wrong and what helps.
     fn prober(&self) -> Prober;
-}
-
-/// Why an `--arbiter` option cannot be used. Each text says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum ArbiterSpecError {
-    /// The text is not of a known form.
-    #[error(
-        "unknown arbiter '{0}': write file:DIR, where DIR is a directory that both hosts see, for example \
-         file:/srv/outlive"
-    )]
-    Form(String),
-    /// The directory does not exist.
-    #[error(
-        "arbiter directory {0} does not exist: create it, or mount it if it is shared (it is never created by \
-         itself, because a missing mount must not look like an empty arbiter)"
-    )]
-    Missing(PathBuf),
-    /// The path is not a directory.
-    #[error("arbiter path {0} is not a directory: give a directory that both hosts see")]
-    NotDirectory(PathBuf),
-    /// Nobody has made an arbiter there.
-    #[error(
-        "directory {0} is not an arbiter: mount the file system that has it; or, if this is the right \
-         place, make it one with \
-         `outlive arbiter init file:{0}`, once and on one host"
-    )]
-    NotArbiter(PathBuf),
-    /// An earlier release made it.
-    #[error(
-        "arbiter directory {0} was made by an earlier release: stop the VMs that use it, then bring it up \
-         to date with \
-         `outlive arbiter init file:{0}`"
-    )]
-    Old(PathBuf),
-    /// It is used for something else.
-    #[error(
-        "directory {directory} cannot become an arbiter: it already has a file '{found}'; give an empty \
-         directory"
-    )]
-    NotEmpty {
-        /// The directory.
-        directory: PathBuf,
-        /// What is in it.
-        found: String,
-    },
-    /// The directory cannot be used.
-    #[error("cannot use arbiter directory {directory}: {why}")]
-    Unusable {
-        /// The directory.
-        directory: PathBuf,
-        /// What is wrong and what helps.
-        why: String,
-    },
 }
 
 /// Opens the arbiter of an `--arbiter` option: `file:DIR`.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use super::directory::Found;
 use super::file::FileArbiter;
-use super::{Ending, VmId, record};
+use super::{ArbiterError, Ending, VmId, record};
 
 /// How many of a VM's newest claims stay. The decisions need only one; the others tell a host that comes back
 /// late who took its place.
@@ -105,7 +105,7 @@ impl FileArbiter {
             return Ok(None);
         };
         let name = record::ended_name(vm, generation);
-        let Found::Text(text) = self.directory.look(&name)? else { return Ok(None) };
+        let Found::Text(text) = self.directory.read(&name)? else { return Ok(None) };
         let at = self.directory.written(&name);
         Ok(record::parse_ended(&text).map(|why| Ending { generation, why: why.to_owned(), at }))
     }
@@ -114,7 +114,7 @@ impl FileArbiter {
     ///
     /// # Errors
     /// The file system's, with the remedy.
-    pub fn vms(&self) -> Result<Vec<VmId>, String> {
+    pub fn vms(&self) -> Result<Vec<VmId>, ArbiterError> {
         self.checked(|arbiter| {
             let names = arbiter.directory.names("")?;
             let mut vms: Vec<VmId> = names.iter().filter_map(|name| record::parse_vm_name(name)).collect();

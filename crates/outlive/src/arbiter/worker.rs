@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Arbiter, Claim, VmId, process_token};
+use super::{Arbiter, ArbiterError, Claim, VmId, process_token};
 
 /// The answer to one submitted claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,9 +116,9 @@ impl EndNotes {
     }
 }
 
-/// The owner of the newest generation may say that the VM has ended in it.
-fn note_end(arbiter: &mut dyn Arbiter, vm: &VmId, why: &str) -> Result<(), String> {
-    let process = process_token().map_err(|error| error.to_string())?;
+/// The owner of the newest generation may say that the VM has ended in it. A process without a token owns none.
+fn note_end(arbiter: &mut dyn Arbiter, vm: &VmId, why: &str) -> Result<(), ArbiterError> {
+    let Ok(process) = process_token() else { return Ok(()) };
     let newest = arbiter.history(vm)?.pop();
     let own = newest.filter(|win| win.winner.as_ref().is_some_and(|winner| winner.process == process));
     own.map_or(Ok(()), |win| arbiter.note_end(vm, win.generation, why))
@@ -147,16 +147,16 @@ mod tests {
         fn claim(&mut self, _: &VmId, _: u64, _: &str) -> Claim {
             self.0.recv().unwrap()
         }
-        fn highest(&mut self, _: &VmId) -> Result<Option<u64>, String> {
+        fn highest(&mut self, _: &VmId) -> Result<Option<u64>, ArbiterError> {
             Ok(None)
         }
-        fn history(&mut self, _: &VmId) -> Result<Vec<Win>, String> {
+        fn history(&mut self, _: &VmId) -> Result<Vec<Win>, ArbiterError> {
             Ok(Vec::new())
         }
-        fn ending(&mut self, _: &VmId) -> Result<Option<Ending>, String> {
+        fn ending(&mut self, _: &VmId) -> Result<Option<Ending>, ArbiterError> {
             Ok(None)
         }
-        fn note_end(&mut self, _: &VmId, _: u64, _: &str) -> Result<(), String> {
+        fn note_end(&mut self, _: &VmId, _: u64, _: &str) -> Result<(), ArbiterError> {
             Ok(())
         }
         fn tidy(&mut self, _: &VmId) {}

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use outlive_epoch::{Lineage, VmId};
 use serde::Serialize;
 
-use super::prepare;
+use super::prepare::{self, PrepareError};
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::sidecar::{Role, Sidecar};
 use super::standing::Standing;
-use super::start::{cannot_write, new_vm, record};
-use crate::arbiter::{self, Arbiter, Claim};
+use super::start::{SidecarNotWritten, cannot_write, new_vm, record};
+use crate::arbiter::{self, Arbiter, ArbiterError, ArbiterSpecError, Claim};
 use crate::cli::{ImageCommand, ImageOptions};
 use crate::exit;
 
@@ -30,8 +30,43 @@ pub(crate) fn command(options: &ImageOptions) -> u8 {
     }
 }
 
-fn open(arbiter: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, String> {
-    arbiter.map(arbiter::parse).transpose().map_err(|e| e.to_string())
+/// Why a command of `outlive image` failed.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    /// The option `--arbiter` is wrong.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// The arbiter does not answer.
+    #[error(transparent)]
+    Arbiter(#[from] ArbiterError),
+    /// The arbiter does not answer to a claim.
+    #[error("the arbiter cannot be used: {0}")]
+    Claim(String),
+    /// An image cannot be used.
+    #[error(transparent)]
+    Image(#[from] PrepareError),
+    /// A sidecar cannot be written.
+    #[error(transparent)]
+    Write(#[from] SidecarNotWritten),
+    /// The operator has not said yes.
+    #[error(
+        "nothing was changed: make sure that no host runs this VM or needs what its other images have, then add \
+         --yes to begin a new VM with what is in these images"
+    )]
+    NotConfirmed,
+    /// Another host was faster.
+    #[error("{owner} has just taken over VM {vm}: check that host first")]
+    TakenOver { owner: String, vm: VmId },
+    /// The host has no random numbers.
+    #[error("this host has no random numbers: {0}")]
+    NoRandom(#[source] io::Error),
+    /// The result cannot be shown.
+    #[error("cannot print: {0}")]
+    Print(#[source] io::Error),
+}
+
+fn open(arbiter: Option<&str>) -> Result<Option<Box<dyn Arbiter>>, ArbiterSpecError> {
+    arbiter.map(arbiter::parse).transpose()
 }
 
 /// What is known of an image, for people and as JSON.
@@ -61,7 +96,7 @@ struct Shown {
 }
 
 impl Shown {
-    fn of(image: &Path, arbiter: Option<&mut (dyn Arbiter + 'static)>) -> Result<Self, String> {
+    fn of(image: &Path, arbiter: Option<&mut (dyn Arbiter + 'static)>) -> Result<Self, CommandError> {
         let mut shown = Self {
             image: image.to_path_buf(),
             vm: None,
@@ -93,13 +128,13 @@ impl Shown {
         shown.arbiter = arbiter.id().map(str::to_owned);
         shown.accepted = sidecar.accepted;
         if !sidecar.whole {
-            shown.refusals.push(prepare::not_whole(image));
+            shown.refusals.push(PrepareError::NotWhole(image.to_path_buf()).to_string());
         }
         shown.refusals.extend(standing.dangers.iter().map(|danger| danger.refusal(image)));
         Ok(shown)
     }
 
-    fn print(&self, out: &mut impl Write) -> Result<(), String> {
+    fn print(&self, out: &mut impl Write) -> Result<(), CommandError> {
         let image = self.image.display();
         match (&self.vm, self.generation) {
             (Some(vm), Some(generation)) => {
@@ -128,7 +163,12 @@ impl Shown {
     }
 }
 
-fn show(images: &[PathBuf], arbiter: Option<&str>, json: bool, out: &mut impl Write) -> Result<(), String> {
+fn show(
+    images: &[PathBuf],
+    arbiter: Option<&str>,
+    json: bool,
+    out: &mut impl Write,
+) -> Result<(), CommandError> {
     let mut arbiter = open(arbiter)?;
     let mut all = Vec::new();
     for image in images {
@@ -136,7 +176,7 @@ fn show(images: &[PathBuf], arbiter: Option<&str>, json: bool, out: &mut impl Wr
         all.push(Shown::of(image, arbiter.as_deref_mut())?);
     }
     if json {
-        return print(out, &serde_json::to_string_pretty(&all).map_err(|e| e.to_string())?);
+        return print(out, &serde_json::to_string_pretty(&all).map_err(|e| CommandError::Print(e.into()))?);
     }
     all.iter().try_for_each(|shown| shown.print(out))
 }
@@ -147,7 +187,7 @@ fn accept(
     name: Option<&str>,
     yes: bool,
     out: &mut impl Write,
-) -> Result<(), String> {
+) -> Result<(), CommandError> {
     let mut arbiter = open(arbiter)?;
     // The images stay locked until the sidecars are written, so that nobody runs on them.
     let _locked: Vec<_> = images.iter().map(|image| prepare::open(image)).collect::<Result<_, _>>()?;
@@ -158,18 +198,14 @@ fn accept(
     }
     let earlier: Vec<&Provenance> = known.iter().map(|sidecar| &sidecar.provenance).collect();
     if !yes {
-        return Err(
-            "nothing was changed: make sure that no host runs this VM or needs what its other images have, \
-             then add --yes to begin a new VM with what is in these images"
-                .into(),
-        );
+        return Err(CommandError::NotConfirmed);
     }
     if let Some(arbiter) = arbiter.as_deref_mut() {
         end(&earlier, arbiter)?;
     }
     let name = name.or_else(|| earlier.first().map(|it| it.name.as_str())).unwrap_or_default();
     let provenance = Provenance {
-        vm: new_vm()?,
+        vm: new_vm().map_err(CommandError::NoRandom)?,
         name: name.to_owned(),
         arbiter: KnownArbiter::None,
         lineage: Lineage::default(),
@@ -179,13 +215,13 @@ fn accept(
         let before = before.vm.map_or_else(|| "of no VM".into(), |vm| format!("of VM {vm}"));
         let accepted = vec![record(DangerKind::Unknown, format!("accepted as it is; it was {before}"))];
         let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
-        sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
+        sidecar.write(image).map_err(|e| cannot_write(image, e))?;
     }
     print(out, &format!("VM {}: begins with these images", provenance.vm))
 }
 
 /// Wins the next generation of the VMs that the images belonged to, so that their standbys cannot take over.
-fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), String> {
+fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), CommandError> {
     let mut vms: Vec<VmId> = earlier.iter().map(|it| it.vm).collect();
     vms.sort_unstable();
     vms.dedup();
@@ -193,17 +229,15 @@ fn end(earlier: &[&Provenance], arbiter: &mut dyn Arbiter) -> Result<(), String>
         let Some(highest) = arbiter.highest(&vm)? else { continue };
         match arbiter.claim(&vm, highest + 1, &arbiter::owner("image accept")) {
             Claim::Won => {}
-            Claim::Lost { owner } => {
-                return Err(format!("{owner} has just taken over VM {vm}: check that host first"));
-            }
-            Claim::Unreachable { why } => return Err(format!("the arbiter cannot be used: {why}")),
+            Claim::Lost { owner } => return Err(CommandError::TakenOver { owner, vm }),
+            Claim::Unreachable { why } => return Err(CommandError::Claim(why)),
         }
     }
     Ok(())
 }
 
-fn print(out: &mut impl Write, text: &str) -> Result<(), String> {
-    writeln!(out, "{text}").map_err(|e| format!("cannot print: {e}"))
+fn print(out: &mut impl Write, text: &str) -> Result<(), CommandError> {
+    writeln!(out, "{text}").map_err(CommandError::Print)
 }
 
 #[cfg(test)]
@@ -217,10 +251,10 @@ mod tests {
 
     const VM: VmId = VmId([9; 16]);
 
-    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), String>) -> (String, Result<(), String>) {
+    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), CommandError>) -> (String, Result<(), String>) {
         let mut out = Vec::new();
         let result = work(&mut out);
-        (String::from_utf8(out).unwrap(), result)
+        (String::from_utf8(out).unwrap(), result.map_err(|error| error.to_string()))
     }
 
     #[test]

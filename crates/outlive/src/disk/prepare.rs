@@ -4,64 +4,110 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::apply::recover;
 use super::image::Store;
 use super::journal::{Identity, Journal};
-use super::sidecar::Sidecar;
-use super::start::cannot_write;
+use super::sidecar::{Sidecar, SidecarError};
+use super::start::{SidecarNotWritten, cannot_write};
 use crate::cli::StandbyDisk;
 
 /// How long a process that has just ended may still keep an image in use.
 const RELEASED_AFTER: Duration = Duration::from_secs(2);
+
+/// Why images cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PrepareError {
+    /// A sidecar cannot be read.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// A sidecar cannot be written.
+    #[error(transparent)]
+    Write(#[from] SidecarNotWritten),
+    /// A synchronisation did not finish.
+    #[error(
+        "the disk image {0} is not whole, because its synchronisation was interrupted: give it to `outlive \
+         standby` again, or restore it from a backup and run `outlive image accept {0}`"
+    )]
+    NotWhole(PathBuf),
+    /// A standby's copy that nobody has finished is to be used read-only or shared.
+    #[error(
+        "the disk image {0} is an unfinished copy of a standby: give it to `outlive standby` or `outlive run` as a \
+         disk that the VM writes to, or restore it from a backup and run `outlive image accept {0}`"
+    )]
+    Unfinished(PathBuf),
+    /// One image is given for two disks.
+    #[error("the disk image {0} is given twice: give each disk its own")]
+    Twice(PathBuf),
+    /// A sidecar names a journal that cannot be opened.
+    #[error(
+        "cannot open the journal {journal} of the disk images: {source}; put it back, or restore the images from a \
+         backup and run `outlive image accept` on them"
+    )]
+    NoJournal { journal: PathBuf, source: io::Error },
+    /// A journal, or an image that it is for, is damaged.
+    #[error(
+        "cannot replay the journal {journal}: {source}; restore the images from a backup and run `outlive image \
+         accept` on them"
+    )]
+    Replay { journal: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
+    /// A journal has writes for an image that is not given.
+    #[error("the journal {journal} also has writes for disk {disk}: give all disks of the VM")]
+    MissingDisk { journal: PathBuf, disk: usize },
+    /// A directory, a socket or the like.
+    #[error("{0} is neither a file nor a block device: give a raw disk image")]
+    NotDisk(PathBuf),
+    /// There is no room for one block.
+    #[error(
+        "the disk image {image} has {bytes} bytes, less than one block: make it as large as the primary's with \
+         `truncate -s SIZE {image}`"
+    )]
+    TooSmall { image: PathBuf, bytes: u64 },
+    /// An image cannot be opened.
+    #[error("{}", cannot_open(.image, .source))]
+    Open { image: PathBuf, source: io::Error },
+    /// Another program has the image.
+    #[error("the disk image {0} is in use: stop the program that uses it")]
+    InUse(PathBuf),
+    /// The file system refuses a lock.
+    #[error("cannot lock the disk image {image}: {source}")]
+    Lock { image: PathBuf, source: io::Error },
+    /// A standby's images cannot be brought to their last commit, and an operator may give them up.
+    #[error("{0}; or, if a primary has all of it, overwrite them with --disk path=...,overwrite")]
+    OrOverwrite(#[source] Box<PrepareError>),
+}
 
 /// Checks the images that a VM will run on and replays their journals. `paths` are those that it writes to
 /// and does not share. Call it before the machine opens them.
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn for_run(paths: &[&Path]) -> Result<(), String> {
+pub(crate) fn for_run(paths: &[&Path]) -> Result<(), PrepareError> {
     // The machine reports a missing image, because it knows what the image is for.
     for path in paths.iter().filter(|path| path.exists()) {
-        look(path)?;
+        check_unused(path)?;
     }
     let sidecars = read_sidecars(paths)?;
     for (path, sidecar) in paths.iter().zip(&sidecars) {
         let Some(sidecar) = sidecar else { continue };
         if !sidecar.whole {
-            return Err(not_whole(path));
+            return Err(PrepareError::NotWhole(path.to_path_buf()));
         }
     }
     replay(paths, &sidecars)
-}
-
-/// The message for an image whose synchronisation did not finish.
-pub(super) fn not_whole(image: &Path) -> String {
-    let image = image.display();
-    format!(
-        "the disk image {image} is not whole, because its synchronisation was interrupted: give it to \
-         `outlive standby` again, or restore it from a backup and run `outlive image accept {image}`"
-    )
 }
 
 /// Refuses an image that is used as it is, read-only or shared, if it is an unfinished copy of a standby.
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
+pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), PrepareError> {
     for (path, sidecar) in paths.iter().zip(read_sidecars(paths)?) {
-        let image = path.display();
         match sidecar {
             Some(Sidecar { whole: true, journal: None, .. }) | None => {}
-            Some(_) => {
-                return Err(format!(
-                    "the disk image {image} is an unfinished copy of a standby: give it to `outlive \
-                     standby` or `outlive run` as a disk that the VM writes to, or restore it from a backup \
-                     and run `outlive image accept {image}`"
-                ));
-            }
+            Some(_) => return Err(PrepareError::Unfinished(path.to_path_buf())),
         }
     }
     Ok(())
@@ -74,68 +120,61 @@ pub(crate) fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), String> {
+pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), PrepareError> {
     let paths: Vec<&Path> = disks.iter().map(|disk| disk.path.as_path()).collect();
     for (at, path) in paths.iter().enumerate() {
         // A wrong path or an image in use is reported now, not when the first primary connects.
-        look(path)?;
+        check_unused(path)?;
         can_be_a_disk(path)?;
         let same = |other: &&&Path| std::fs::canonicalize(other).ok() == std::fs::canonicalize(path).ok();
         if paths[..at].iter().find(same).is_some() {
-            return Err(format!("the disk image {} is given twice: give each disk its own", path.display()));
+            return Err(PrepareError::Twice(path.to_path_buf()));
         }
     }
     let kept: Vec<&Path> =
         disks.iter().filter(|disk| !disk.overwrite).map(|disk| disk.path.as_path()).collect();
-    let say = "or, if a primary has all of it, overwrite them with --disk path=...,overwrite";
-    let sidecars = read_sidecars(&kept).map_err(|why| format!("{why}; {say}"))?;
-    replay(&kept, &sidecars).map_err(|why| format!("{why}; {say}"))
+    let replayed = read_sidecars(&kept).and_then(|sidecars| replay(&kept, &sidecars));
+    replayed.map_err(|error| PrepareError::OrOverwrite(Box::new(error)))
 }
 
-fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, String> {
-    paths.iter().map(|path| Sidecar::read(path).map_err(|e| e.to_string())).collect()
+fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, PrepareError> {
+    paths.iter().map(|path| Ok(Sidecar::read(path)?)).collect()
 }
 
 /// Replays every journal that the sidecars name.
-fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
+fn replay(paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), PrepareError> {
     let mut journals: Vec<&Path> = sidecars.iter().flatten().filter_map(|s| s.journal.as_deref()).collect();
     journals.sort_unstable();
     journals.dedup();
     journals.into_iter().try_for_each(|journal| replay_one(journal, paths, sidecars))
 }
 
-fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), String> {
-    let place = path.display();
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
-        format!(
-            "cannot open the journal {place} of the disk images: {e}; put it back, or restore the \
-        images from a backup and run `outlive image accept` on them"
-        )
-    })?;
-    let unreadable = |e: &dyn std::fmt::Display| {
-        format!(
-            "cannot replay the journal {place}: {e}; restore the images from a backup and run `outlive \
-             image accept` on them"
-        )
+fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Result<(), PrepareError> {
+    let open_journal = || OpenOptions::new().read(true).write(true).open(path);
+    let journal = || path.to_path_buf();
+    let file = open_journal().map_err(|source| PrepareError::NoJournal { journal: journal(), source })?;
+    let damaged = |source: Box<dyn std::error::Error + Send + Sync>| PrepareError::Replay {
+        journal: journal(),
+        source,
     };
-    let (mut journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
-    if journal.replay(|_| Ok(())).map_err(|e| unreadable(&e))?.is_none() {
+    let (mut opened, durable) = Journal::open(file).map_err(|e| damaged(e.into()))?;
+    if opened.replay(|_| Ok(())).map_err(|e| damaged(e.into()))?.is_none() {
         // The journal was emptied, but the process was killed before the last sidecar said so: the images
         // have all of it.
         let named =
             paths.iter().zip(sidecars).filter_map(|(image, sidecar)| Some((*image, sidecar.as_ref()?)));
         let named = named.filter(|(_, sidecar)| sidecar.journal.as_deref() == Some(path));
         // The sidecar of an image that was not given may still name the journal.
-        let Identity { vm, sizes, .. } = journal.identity();
+        let Identity { vm, sizes, .. } = opened.identity();
         let given = sidecars.iter().flatten().filter(|sidecar| {
             sidecar.provenance.vm == *vm && sizes.get(usize::from(sidecar.disk)).is_some_and(|size| *size > 0)
         });
         let all = given.count() == sizes.iter().filter(|size| **size > 0).count();
         return finish(all.then_some(path), durable, named);
     }
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|e| unreadable(&e))?;
-    let (journal, durable) = Journal::open(file).map_err(|e| unreadable(&e))?;
-    let identity = journal.identity().clone();
+    let file = open_journal().map_err(|e| damaged(e.into()))?;
+    let (opened, durable) = Journal::open(file).map_err(|e| damaged(e.into()))?;
+    let identity = opened.identity().clone();
     let mut images = Vec::new();
     let mut mine = Vec::new();
     for (index, size) in identity.sizes.iter().enumerate() {
@@ -148,19 +187,18 @@ fn replay_one(path: &Path, paths: &[&Path], sidecars: &[Option<Sidecar>]) -> Res
             let same = sidecar.journal.as_deref() == Some(path) && usize::from(sidecar.disk) == index;
             (same && sidecar.provenance.vm == identity.vm).then_some((*image, sidecar))
         });
-        let (image, sidecar) = found.ok_or_else(|| {
-            format!("the journal {place} also has writes for disk {index}: give all disks of the VM")
-        })?;
+        let (image, sidecar) =
+            found.ok_or_else(|| PrepareError::MissingDisk { journal: journal(), disk: index })?;
         let file = open(image)?;
-        let bytes = file.bytes().map_err(|e| unreadable(&e))?;
+        let bytes = file.bytes().map_err(|e| damaged(e.into()))?;
         if bytes < *size {
-            return Err(unreadable(&format!("{} has {bytes} bytes, and had {size}", image.display())));
+            return Err(damaged(format!("{} has {bytes} bytes, but had {size}", image.display()).into()));
         }
         images.push(Some(file));
         mine.push((image, sidecar));
     }
-    let checkpoint = recover(journal, durable, &images).map_err(|e| unreadable(&e))?;
-    tracing::info!(journal = %place, checkpoint, "disk images brought to their last commit");
+    let checkpoint = recover(opened, durable, &images).map_err(|e| damaged(e.into()))?;
+    tracing::info!(journal = %path.display(), checkpoint, "disk images brought to their last commit");
     finish(Some(path), checkpoint, mine.into_iter())
 }
 
@@ -170,10 +208,10 @@ fn finish<'a>(
     journal: Option<&Path>,
     checkpoint: u64,
     images: impl Iterator<Item = (&'a Path, &'a Sidecar)>,
-) -> Result<(), String> {
+) -> Result<(), PrepareError> {
     for (image, sidecar) in images {
         let sidecar = Sidecar { checkpoint, journal: None, ..sidecar.clone() };
-        sidecar.write(image).map_err(|e| cannot_write(image, &e))?;
+        sidecar.write(image).map_err(|e| cannot_write(image, e))?;
     }
     if let Some(journal) = journal
         && let Err(error) = std::fs::remove_file(journal)
@@ -185,30 +223,31 @@ fn finish<'a>(
 }
 
 /// Whether a disk can be kept in this file.
-fn can_be_a_disk(path: &Path) -> Result<(), String> {
-    let (image, about) = (path.display(), std::fs::metadata(path).map_err(|e| cannot_open(path, &e))?);
-    let kind = about.file_type();
+fn can_be_a_disk(path: &Path) -> Result<(), PrepareError> {
+    let about = std::fs::metadata(path).map_err(|e| not_opened(path, e))?;
+    let (image, kind) = (path.to_path_buf(), about.file_type());
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(format!("{image} is neither a file nor a block device: give a raw disk image"));
+        return Err(PrepareError::NotDisk(image));
     }
     if kind.is_file() && about.len() < 512 {
-        return Err(format!(
-            "the disk image {image} has {} bytes, less than one block: make it as large as the primary's with `truncate -s SIZE {image}`",
-            about.len()
-        ));
+        return Err(PrepareError::TooSmall { image, bytes: about.len() });
     }
     Ok(())
 }
 
 /// Whether an image of this name exists.
-pub(super) fn exists(path: &Path) -> Result<(), String> {
-    std::fs::metadata(path).map(drop).map_err(|error| cannot_open(path, &error))
+pub(super) fn exists(path: &Path) -> Result<(), PrepareError> {
+    std::fs::metadata(path).map(drop).map_err(|error| not_opened(path, error))
 }
 
 /// Whether an image exists and no VM runs on it. How it will be used is known only when the primary connects.
-fn look(path: &Path) -> Result<(), String> {
-    let file = File::open(path).map_err(|error| cannot_open(path, &error))?;
+fn check_unused(path: &Path) -> Result<(), PrepareError> {
+    let file = File::open(path).map_err(|error| not_opened(path, error))?;
     lock(path, || file.try_lock_shared())
+}
+
+fn not_opened(path: &Path, source: io::Error) -> PrepareError {
+    PrepareError::Open { image: path.to_path_buf(), source }
 }
 
 fn cannot_open(path: &Path, error: &io::Error) -> String {
@@ -231,8 +270,7 @@ fn cannot_open(path: &Path, error: &io::Error) -> String {
 
 /// The kernel keeps files open that a killed process used through io_uring, for some moments after the
 /// process is gone.
-fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), String> {
-    let image = path.display();
+fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(), PrepareError> {
     let deadline = Instant::now() + RELEASED_AFTER;
     let mut locked = attempt();
     while matches!(locked, Err(TryLockError::WouldBlock)) && Instant::now() < deadline {
@@ -241,19 +279,17 @@ fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(
     }
     match locked {
         Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => {
-            Err(format!("the disk image {image} is in use: stop the program that uses it"))
-        }
+        Err(TryLockError::WouldBlock) => Err(PrepareError::InUse(path.to_path_buf())),
         // Not every file system has locks.
         Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-        Err(TryLockError::Error(error)) => Err(format!("cannot lock the disk image {image}: {error}")),
+        Err(TryLockError::Error(source)) => Err(PrepareError::Lock { image: path.to_path_buf(), source }),
     }
 }
 
 /// Opens an image for writing and locks it.
-pub(super) fn open(path: &Path) -> Result<File, String> {
+pub(super) fn open(path: &Path) -> Result<File, PrepareError> {
     let file =
-        OpenOptions::new().read(true).write(true).open(path).map_err(|error| cannot_open(path, &error))?;
+        OpenOptions::new().read(true).write(true).open(path).map_err(|error| not_opened(path, error))?;
     lock(path, || file.try_lock())?;
     Ok(file)
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use super::provenance::{DangerKind, KnownArbiter};
 use super::sidecar::{CopyEnd, Role, Sidecar};
-use crate::arbiter::Arbiter;
+use crate::arbiter::{Arbiter, ArbiterError};
 
 /// What speaks against starting a VM from an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Danger {
+pub(crate) enum Danger {
     /// The VM ran in a newer generation, elsewhere.
     Stale { generation: u64, newest: u64, owner: Option<String> },
     /// The standby gave the image up, and the VM continued without it.
@@ -126,7 +126,7 @@ impl Standing {
     pub(super) fn of(
         sidecar: &Sidecar,
         arbiter: Option<&mut (dyn Arbiter + 'static)>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, ArbiterError> {
         let Sidecar { provenance, generation, role, .. } = sidecar;
         let unasked = |danger: Option<Danger>| Self {
             generation: *generation,
@@ -150,7 +150,7 @@ impl Standing {
         Ok(standing)
     }
 
-    fn asked(sidecar: &Sidecar, arbiter: &mut dyn Arbiter) -> Result<Self, String> {
+    fn asked(sidecar: &Sidecar, arbiter: &mut dyn Arbiter) -> Result<Self, ArbiterError> {
         let Sidecar { provenance, generation, role, end, .. } = sidecar;
         let history = arbiter.history(&provenance.vm)?;
         let (newest, highest) = (history.last(), history.last().map(|win| win.generation));

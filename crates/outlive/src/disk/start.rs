@@ -12,13 +12,14 @@
 //!
 //! The order in [`Start::carry_out`] makes a power cut at any point harmless: see the comments.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use outlive_epoch::{Ancestor, Lineage, VmId};
 
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
-use super::sidecar::{Role, Sidecar, beside, now};
-use super::standing::Standing;
+use super::sidecar::{Role, Sidecar, SidecarError, beside, now};
+use super::standing::{Danger, Standing};
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
@@ -27,6 +28,52 @@ struct Known {
     path: PathBuf,
     sidecar: Sidecar,
     standing: Standing,
+}
+
+/// Why no VM starts from images.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// A sidecar cannot be read.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// A sidecar cannot be written.
+    #[error(transparent)]
+    Write(#[from] SidecarNotWritten),
+    /// An image has a danger that the operator has not accepted.
+    #[error("{}", .danger.refusal(.image))]
+    Danger { image: PathBuf, danger: Danger },
+    /// The images are of several VMs.
+    #[error(
+        "the disk images {} and {} belong to different VMs ({} and {}): give the disks of one VM, or make a new VM \
+         of them with {}",
+        .images[0].display(), .images[1].display(), .vms[0], .vms[1], DangerKind::ForeignImage.option()
+    )]
+    ForeignImage { images: [PathBuf; 2], vms: [VmId; 2] },
+    /// The arbiter does not answer.
+    #[error(
+        "the arbiter cannot say whether the disk image {image} is up to date: {why}; try again when it can"
+    )]
+    Unknown { image: PathBuf, why: String },
+    /// The arbiter does not answer for a VM without an earlier one.
+    #[error("the arbiter cannot be used: {0}")]
+    Arbiter(String),
+    /// Another host was faster.
+    #[error("{owner} has just taken over the VM of the disk image {image}: use the image of that host")]
+    TakenOver { owner: String, image: PathBuf },
+    /// The random id of the new VM is taken.
+    #[error("the arbiter says that this new VM belongs to {0}: start again")]
+    NotNew(String),
+    /// The host has no random numbers.
+    #[error("this host has no random numbers: {0}")]
+    NoRandom(#[source] io::Error),
+}
+
+/// A sidecar could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}: {source}; let this user write there", beside(.image, "outlive").display())]
+pub(crate) struct SidecarNotWritten {
+    image: PathBuf,
+    source: io::Error,
 }
 
 /// A VM that is about to be started.
@@ -53,20 +100,16 @@ impl Start {
         mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
         name: &str,
         accept: &[DangerKind],
-    ) -> Result<Self, String> {
+    ) -> Result<Self, StartError> {
         let mut known = Vec::new();
         let mut accepted = Vec::new();
         for path in images {
-            let Some(sidecar) = Sidecar::read(path).map_err(|e| e.to_string())? else { continue };
-            let standing = Standing::of(&sidecar, arbiter.as_deref_mut()).map_err(|why| {
-                format!(
-                    "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
-                    path.display()
-                )
-            })?;
+            let Some(sidecar) = Sidecar::read(path)? else { continue };
+            let standing = Standing::of(&sidecar, arbiter.as_deref_mut())
+                .map_err(|why| StartError::Unknown { image: path.to_path_buf(), why: why.to_string() })?;
             for danger in &standing.dangers {
                 if !accept.contains(&danger.kind()) {
-                    return Err(danger.refusal(path));
+                    return Err(StartError::Danger { image: path.to_path_buf(), danger: danger.clone() });
                 }
                 accepted.push(record(danger.kind(), danger.about(&sidecar.provenance.vm.to_string())));
             }
@@ -74,15 +117,10 @@ impl Start {
         }
         if let Some((one, other)) = strangers(&known) {
             if !accept.contains(&DangerKind::ForeignImage) {
-                return Err(format!(
-                    "the disk images {} and {} belong to different VMs ({} and {}): give the disks of one \
-                     VM, or make a new VM of them with {}",
-                    one.path.display(),
-                    other.path.display(),
-                    one.sidecar.provenance.vm,
-                    other.sidecar.provenance.vm,
-                    DangerKind::ForeignImage.option()
-                ));
+                return Err(StartError::ForeignImage {
+                    images: [one.path.clone(), other.path.clone()],
+                    vms: [one.sidecar.provenance.vm, other.sidecar.provenance.vm],
+                });
             }
             let (one, other) = (&one.sidecar.provenance.vm, &other.sidecar.provenance.vm);
             accepted.push(record(DangerKind::ForeignImage, format!("VMs {one} and {other}")));
@@ -95,7 +133,7 @@ impl Start {
         arbiter: Option<String>,
         name: &str,
         mut accepted: Vec<Accepted>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, StartError> {
         accepted.dedup();
         // A standby's copy continues its VM's line, like a takeover; everything else that must be accepted
         // forks it.
@@ -105,7 +143,7 @@ impl Start {
                 let generation = first.standing.generation;
                 (first.sidecar.provenance.vm, first.sidecar.provenance.lineage.clone(), generation + 1)
             }
-            _ => (new_vm()?, lineage(&known), 1),
+            _ => (new_vm().map_err(StartError::NoRandom)?, lineage(&known), 1),
         };
         let ends = if forks { ends(&known) } else { Vec::new() };
         let generation = if arbiter.is_some() { generation } else { 1 };
@@ -128,9 +166,8 @@ impl Start {
         &self,
         disks: &[(u16, PathBuf)],
         mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
-    ) -> Result<(), String> {
-        let process =
-            arbiter::process_token().map_err(|e| format!("this host has no random numbers: {e}"))?;
+    ) -> Result<(), StartError> {
+        let process = arbiter::process_token().map_err(StartError::NoRandom)?;
         if self.forks {
             // First, no other host may go on with the old VMs. After a power cut here the images are only
             // older than before.
@@ -146,7 +183,7 @@ impl Start {
             for Known { path, sidecar, standing } in &self.known {
                 let Standing { generation, role, .. } = *standing;
                 let intent = Sidecar { generation, role, process: Some(process.into()), ..sidecar.clone() };
-                intent.write(path).map_err(|e| cannot_write(path, &e))?;
+                intent.write(path).map_err(|e| cannot_write(path, e))?;
             }
         }
         match arbiter {
@@ -164,47 +201,37 @@ impl Start {
 
     /// Wins the generations with which others could go on: each is the one after the newest that was read,
     /// not after the newest now, which may have been won since.
-    fn end_earlier_vms(&self, arbiter: &mut dyn Arbiter) -> Result<(), String> {
+    fn end_earlier_vms(&self, arbiter: &mut dyn Arbiter) -> Result<(), StartError> {
         for (vm, generation) in &self.ends {
             match arbiter.claim(vm, *generation, &arbiter::owner("primary, started anew")) {
                 Claim::Won => {}
-                Claim::Lost { owner } => return Err(self.taken_over(&owner)),
-                Claim::Unreachable { why } => return Err(self.cannot_say(&why)),
+                Claim::Lost { owner } => return Err(self.taken_over(owner)),
+                Claim::Unreachable { why } => return Err(self.unknown(why)),
             }
         }
         Ok(())
     }
 
-    fn win(&self, arbiter: &mut dyn Arbiter) -> Result<(), String> {
+    fn win(&self, arbiter: &mut dyn Arbiter) -> Result<(), StartError> {
         match arbiter.claim(&self.provenance.vm, self.generation, &arbiter::owner("primary")) {
             Claim::Won => Ok(()),
-            Claim::Lost { owner } if self.known.is_empty() => {
-                Err(format!("the arbiter says that this new VM belongs to {owner}: start again"))
-            }
-            Claim::Lost { owner } => Err(self.taken_over(&owner)),
-            Claim::Unreachable { why } if self.known.is_empty() => {
-                Err(format!("the arbiter cannot be used: {why}"))
-            }
-            Claim::Unreachable { why } => Err(self.cannot_say(&why)),
+            Claim::Lost { owner } if self.known.is_empty() => Err(StartError::NotNew(owner)),
+            Claim::Lost { owner } => Err(self.taken_over(owner)),
+            Claim::Unreachable { why } if self.known.is_empty() => Err(StartError::Arbiter(why)),
+            Claim::Unreachable { why } => Err(self.unknown(why)),
         }
     }
 
-    fn taken_over(&self, owner: &str) -> String {
-        format!(
-            "{owner} has just taken over the VM of the disk image {}: use the image of that host",
-            self.first_image()
-        )
+    fn taken_over(&self, owner: String) -> StartError {
+        StartError::TakenOver { owner, image: self.first_image() }
     }
 
-    fn cannot_say(&self, why: &str) -> String {
-        format!(
-            "the arbiter cannot say whether the disk image {} is up to date: {why}; try again when it can",
-            self.first_image()
-        )
+    fn unknown(&self, why: String) -> StartError {
+        StartError::Unknown { image: self.first_image(), why }
     }
 
-    fn first_image(&self) -> String {
-        self.known.first().map_or_else(String::new, |known| known.path.display().to_string())
+    fn first_image(&self) -> PathBuf {
+        self.known.first().map(|known| known.path.clone()).unwrap_or_default()
     }
 
     fn write(
@@ -213,12 +240,12 @@ impl Start {
         provenance: &Provenance,
         generation: u64,
         process: &str,
-    ) -> Result<(), String> {
+    ) -> Result<(), StartError> {
         for (disk, path) in disks {
             let accepted = self.accepted.clone();
             let sidecar =
                 Sidecar { disk: *disk, accepted, ..Sidecar::primary(provenance, generation, Some(process)) };
-            sidecar.write(path).map_err(|e| cannot_write(path, &e))?;
+            sidecar.write(path).map_err(|e| cannot_write(path, e))?;
         }
         Ok(())
     }
@@ -248,13 +275,12 @@ pub(super) fn record(danger: DangerKind, about: String) -> Accepted {
     Accepted { danger, at: now(), host: process::host_name(), about }
 }
 
-pub(super) fn cannot_write(image: &Path, error: &std::io::Error) -> String {
-    format!("cannot write {}: {error}; let this user write there", beside(image, "outlive").display())
+pub(super) fn cannot_write(image: &Path, source: io::Error) -> SidecarNotWritten {
+    SidecarNotWritten { image: image.to_path_buf(), source }
 }
 
-pub(super) fn new_vm() -> Result<VmId, String> {
-    let id = process::random().map_err(|e| format!("this host has no random numbers: {e}"))?;
-    Ok(VmId(id))
+pub(super) fn new_vm() -> io::Result<VmId> {
+    Ok(VmId(process::random()?))
 }
 
 /// Two images of different VMs, if there are any.

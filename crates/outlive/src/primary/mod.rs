@@ -43,13 +43,14 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     vm::check_memory(options.memory_bytes())?;
     let written: Vec<&Path> =
         options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    disk::for_run(&written)?;
+    disk::for_run(&written).map_err(|e| e.to_string())?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
-    disk::refuse_unfinished(&others)?;
+    disk::refuse_unfinished(&others).map_err(|e| e.to_string())?;
     let mut arbiter =
         options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
-    let start = Start::plan(&written, arbiter.as_deref_mut(), &options.name, &options.accept.dangers())?;
+    let start = Start::plan(&written, arbiter.as_deref_mut(), &options.name, &options.accept.dangers())
+        .map_err(|e| e.to_string())?;
     let vm = start.provenance.vm;
     let (machine_events, stops) = (Relay::new(), Relay::new());
     let mac = vm::mac_of(options.net.as_ref(), vm);
@@ -61,7 +62,7 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     let events = events::open(active.events.as_deref())?;
     process::on_stop(active.exit_with_stdin, stops.sender())
         .map_err(|e| format!("cannot watch signals: {e}"))?;
-    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?;
+    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut()).map_err(|e| e.to_string())?;
     for Accepted { danger, about, .. } in start.accepted() {
         tracing::warn!(?danger, "ACCEPTED: {about}");
         events.emit(Event::Accepted { danger: *danger, about: about.clone() });

@@ -75,7 +75,7 @@ impl Waiting {
         if let Some(net) = &options.net {
             copy::try_card(net)?;
         }
-        disk::for_standby(&options.disks)?;
+        disk::for_standby(&options.disks).map_err(|e| e.to_string())?;
         let listener = Listener::bind(&options.listen).map_err(|e| {
             format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
         })?;

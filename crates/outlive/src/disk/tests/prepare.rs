@@ -9,7 +9,6 @@ use super::provenance;
 use crate::cli::StandbyDisk;
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
-use crate::disk::{for_run, refuse_unfinished};
 
 const VM: VmId = VmId([3; 16]);
 
@@ -18,9 +17,17 @@ fn sidecar(disk: u16, journal: Option<PathBuf>) -> Sidecar {
     Sidecar { role, checkpoint: 10, disk, journal, ..Sidecar::primary(&provenance(VM), 2, Some("token")) }
 }
 
+fn for_run(paths: &[&Path]) -> Result<(), String> {
+    crate::disk::for_run(paths).map_err(|error| error.to_string())
+}
+
+fn refuse_unfinished(paths: &[&Path]) -> Result<(), String> {
+    crate::disk::refuse_unfinished(paths).map_err(|error| error.to_string())
+}
+
 fn for_standby(paths: &[&Path]) -> Result<(), String> {
     let disk = |path: &&Path| StandbyDisk { path: path.to_path_buf(), overwrite: false };
-    crate::disk::for_standby(&paths.iter().map(disk).collect::<Vec<_>>())
+    crate::disk::for_standby(&paths.iter().map(disk).collect::<Vec<_>>()).map_err(|error| error.to_string())
 }
 
 /// Two images with a journal that has one checkpoint for both.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use outlive_epoch::{Ancestor, Lineage, VmId};
 
 use super::provenance;
-use crate::arbiter::{Arbiter, Claim, Ending, FileArbiter, Win, process_token};
+use crate::arbiter::{Arbiter, ArbiterError, Claim, Ending, FileArbiter, Win, process_token};
 use crate::disk::provenance::{DangerKind, KnownArbiter, Provenance};
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
 use crate::disk::{Start, Target};
@@ -61,7 +61,7 @@ impl Stage {
     fn plan(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
         let images: Vec<PathBuf> = images.iter().map(|name| self.image(name)).collect();
         let paths: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
-        Start::plan(&paths, Some(&mut self.arbiter), "server", accept)
+        Start::plan(&paths, Some(&mut self.arbiter), "server", accept).map_err(|error| error.to_string())
     }
 
     fn disks(&self, images: &[&str]) -> Vec<(u16, PathBuf)> {
@@ -71,7 +71,7 @@ impl Stage {
     /// Starts a VM and lets its process be gone.
     fn start(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
         let start = self.plan(images, accept)?;
-        start.carry_out(&self.disks(images), Some(&mut self.arbiter))?;
+        start.carry_out(&self.disks(images), Some(&mut self.arbiter)).map_err(|error| error.to_string())?;
         Ok(start)
     }
 
@@ -91,7 +91,7 @@ fn a_vm_goes_on_with_its_images_in_the_next_generation() {
     let mut stage = Stage::new();
     let first = stage.start(&["a", "b"], &[]).unwrap();
     let vm = first.provenance.vm;
-    assert_eq!((first.generation, stage.arbiter.highest(&vm)), (1, Ok(Some(1))));
+    assert_eq!((first.generation, stage.arbiter.highest(&vm).unwrap()), (1, Some(1)));
     let known = KnownArbiter::Id(stage.arbiter.identity().to_owned());
     for (disk, name) in ["a", "b"].into_iter().enumerate() {
         let Sidecar { generation, role, whole, disk: at, provenance, .. } = stage.read(name);
@@ -119,7 +119,7 @@ fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
     // The other way round: the standby wins between the look and the claim.
     let start = stage.plan(&["a"], &[]).unwrap();
     assert_eq!(standby.claim(&VM, 3, "standby on b"), Claim::Won);
-    let error = start.carry_out(&stage.disks(&["a"]), Some(&mut stage.arbiter)).unwrap_err();
+    let error = start.carry_out(&stage.disks(&["a"]), Some(&mut stage.arbiter)).unwrap_err().to_string();
     assert!(error.contains("standby on b has just taken over"), "{error}");
 }
 
@@ -189,7 +189,7 @@ fn an_image_whose_vm_went_on_elsewhere_is_refused() {
     let start = check_word(&mut stage, &["a"], DangerKind::StaleImage, &says);
     assert_forked(&start);
     // A standby of the generation that was given up cannot go on.
-    assert_eq!(stage.arbiter.highest(&VM), Ok(Some(4)));
+    assert_eq!(stage.arbiter.highest(&VM).unwrap(), Some(4));
 }
 
 #[test]
@@ -261,7 +261,9 @@ fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
             sidecar.provenance.arbiter = KnownArbiter::Unsaid;
         }
         sidecar.write(&image).unwrap();
-        let plan = |accept: &[DangerKind]| Start::plan(&[&image], None, "server", accept);
+        let plan = |accept: &[DangerKind]| {
+            Start::plan(&[&image], None, "server", accept).map_err(|error| error.to_string())
+        };
         let error = plan(&[]).map(drop).unwrap_err();
         assert!(
             error.contains(
@@ -295,8 +297,8 @@ fn images_of_several_vms_are_refused() {
     let line = [Ancestor { vm: VM, through: 1 }, Ancestor { vm: OTHER, through: 1 }];
     assert_eq!(start.provenance.lineage, Lineage::new(line));
     // Nobody goes on with either.
-    assert_eq!(stage.arbiter.highest(&VM), Ok(Some(2)));
-    assert_eq!(stage.arbiter.highest(&OTHER), Ok(Some(2)));
+    assert_eq!(stage.arbiter.highest(&VM).unwrap(), Some(2));
+    assert_eq!(stage.arbiter.highest(&OTHER).unwrap(), Some(2));
 }
 
 /// A sidecar of the release before does not say which arbiter the VM had. One that knows the VM is right.
@@ -360,16 +362,16 @@ impl Arbiter for PowerCut {
         }
         claim
     }
-    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, String> {
+    fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, ArbiterError> {
         self.arbiter.highest(vm)
     }
-    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, String> {
+    fn history(&mut self, vm: &VmId) -> Result<Vec<Win>, ArbiterError> {
         self.arbiter.history(vm)
     }
-    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, String> {
+    fn ending(&mut self, vm: &VmId) -> Result<Option<Ending>, ArbiterError> {
         self.arbiter.ending(vm)
     }
-    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), String> {
+    fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
         self.arbiter.note_end(vm, generation, why)
     }
     fn prober(&self) -> crate::arbiter::Prober {
@@ -396,10 +398,10 @@ fn a_power_cut_between_the_win_and_the_sidecar_leaves_an_image_that_goes_on() {
         let blocked = beside(&stage.image(if second { "b" } else { "a" }), "outlive.new");
         let arbiter = FileArbiter::open(&stage.directory.path().join("arbiter")).unwrap();
         let mut cut = PowerCut { arbiter, claims: 1, blocked: blocked.clone() };
-        let error = start.carry_out(&disks, Some(&mut cut)).unwrap_err();
+        let error = start.carry_out(&disks, Some(&mut cut)).unwrap_err().to_string();
         assert!(error.contains("cannot write"), "{error}");
         fs::remove_dir(blocked).unwrap();
-        assert_eq!(stage.arbiter.highest(&VM), Ok(Some(generation)));
+        assert_eq!(stage.arbiter.highest(&VM).unwrap(), Some(generation));
     }
     let start = stage.start(&["a", "b"], &[]).unwrap();
     assert_eq!((start.provenance.vm, start.generation), (VM, 4));
