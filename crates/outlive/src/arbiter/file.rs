@@ -39,7 +39,9 @@ use std::path::Path;
 
 use super::directory::{Directory, Found, unusable};
 use super::record::{self, MARKER, Marker};
-use super::{Arbiter, ArbiterError, ArbiterFault, ArbiterSpecError, Claim, Ending, Prober, VmId, Win, Winner};
+use super::{
+    Arbiter, ArbiterError, ArbiterFault, ArbiterSpecError, Claim, Ending, Prober, VmId, Win, Winner,
+};
 use super::{process_token, prune, random_hex};
 
 /// An arbiter in a directory that both hosts see.
@@ -263,7 +265,9 @@ impl Arbiter for FileArbiter {
     fn prober(&self) -> Prober {
         let (directory, identity) = (self.directory.clone(), self.identity.clone());
         let twin = Self { directory, process: self.process, identity, won: HashSet::new() };
-        Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()).map_err(|error| error.to_string()))
+        Box::new(move || {
+            twin.checked(|arbiter| arbiter.directory.try_writing()).map_err(|error| error.to_string())
+        })
     }
 
     fn identity(&self) -> &str {

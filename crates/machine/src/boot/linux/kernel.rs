@@ -1,7 +1,7 @@
-//! The kernel file: a bzImage, as distributions ship it, or the ELF program inside of one (`vmlinux`).
+//! The kernel file: a bzImage, as distributions ship it, or the ELF program inside one (`vmlinux`).
 //!
-//! The file comes from a user, and at a reboot out of the guest's own memory: every number in it is checked
-//! before it is believed.
+//! The file comes from a user or, at a reboot, from the guest's own memory: every number in it is checked
+//! before use.
 
 use std::io::Cursor;
 
@@ -12,7 +12,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 use crate::map::linux::HIGH_START;
 use crate::memory::GuestMemory;
 
-/// "HdrS" and "\x55\xaa": where the boot protocol's header has its marks, and the marks.
+/// The marks of the boot protocol's header, "HdrS" and "\x55\xaa", with their places.
 const MARK_AT: usize = 0x202;
 const MARK: u32 = 0x5372_6448;
 const BOOT_FLAG: u16 = 0xaa55;
@@ -23,9 +23,9 @@ const HEADER_LEN_AT: usize = 0x201;
 /// Linux 3.8: from here on the header says whether there is a 64-bit entry.
 const LEAST_VERSION: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
-/// Where the 64-bit entry is, from the place that the kernel is loaded at.
+/// Offset of the 64-bit entry from the load address.
 const ENTRY_64: u64 = 0x200;
-/// What holds for every 64-bit kernel that comes without a header.
+/// Assumptions for a 64-bit kernel without a header.
 const INITRD_MAX: u32 = 0x7fff_ffff;
 const COMMAND_LINE_MAX: u32 = 2047;
 
@@ -38,18 +38,18 @@ const PROGRAM_HEADER: u64 = 56;
 /// Why a kernel file cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// Neither of the two formats.
+    /// The file has neither of the two formats.
     #[error(
         "it is neither a bzImage nor a 64-bit x86 ELF program; take the vmlinuz of an x86-64 distribution"
     )]
     Format,
-    /// A header that says what cannot be.
+    /// A header is impossible.
     #[error("the file is damaged or truncated: {0}")]
     Damaged(&'static str),
-    /// Too old, or for 32-bit processors.
+    /// The kernel is too old, or for 32-bit processors.
     #[error("it has no 64-bit entry (boot protocol {0:#06x}): an x86-64 kernel from Linux 3.8 on is needed")]
     No64Bit(u16),
-    /// It wants memory that the VM lacks.
+    /// It needs memory that the VM lacks.
     #[error("it needs memory up to {0:#x}, which this VM does not have")]
     Memory(u64),
     /// The loader's own checks.
@@ -62,7 +62,7 @@ pub enum KernelError {
 pub(super) struct Loaded {
     /// The 64-bit entry.
     pub(super) entry: u64,
-    /// First byte after all that it uses before it looks at the memory map.
+    /// First byte after everything that it uses before it reads the memory map.
     pub(super) end: u64,
     /// Its header, for the boot parameters.
     pub(super) header: setup_header,
@@ -106,9 +106,9 @@ fn load_bzimage(memory: &GuestMemory, image: &[u8], low_end: u64) -> Result<Load
         return Err(KernelError::Damaged("it is shorter than its header says"));
     }
     let end = start.checked_add(u64::from(header.init_size).max(code));
-    let end = end.ok_or(KernelError::Damaged("its place is no address"))?;
+    let end = end.ok_or(KernelError::Damaged("its load address is invalid"))?;
     if start < HIGH_START {
-        return Err(KernelError::Damaged("its place is below 1 MiB"));
+        return Err(KernelError::Damaged("its load address is below 1 MiB"));
     }
     if end > low_end {
         return Err(KernelError::Memory(end));
@@ -120,7 +120,7 @@ fn load_bzimage(memory: &GuestMemory, image: &[u8], low_end: u64) -> Result<Load
     Ok(Loaded { entry: start + ENTRY_64, end, header })
 }
 
-/// The header of a bzImage. What the file's version does not have yet is 0.
+/// The header of a bzImage. Fields that the file's version lacks are 0.
 fn header(image: &[u8]) -> Result<setup_header, KernelError> {
     let len = image.get(HEADER_LEN_AT).ok_or(KernelError::Format)?;
     let len = (MARK_AT + usize::from(*len) - HEADER_AT).min(size_of::<setup_header>());
@@ -138,7 +138,7 @@ fn load_elf(memory: &GuestMemory, image: &[u8], low_end: u64) -> Result<Loaded, 
         let segment_end = segment.address.checked_add(segment.in_memory);
         let segment_end = segment_end.ok_or(KernelError::Damaged("a segment wraps around"))?;
         if segment.address < HIGH_START || segment.in_file > segment.in_memory {
-            return Err(KernelError::Damaged("a segment has an impossible place"));
+            return Err(KernelError::Damaged("a segment has an impossible address"));
         }
         if segment_end > low_end {
             return Err(KernelError::Memory(segment_end));
@@ -146,10 +146,9 @@ fn load_elf(memory: &GuestMemory, image: &[u8], low_end: u64) -> Result<Loaded, 
         end = end.max(segment_end);
     }
     if !segments.iter().any(|it| (it.address..it.address + it.in_memory).contains(&entry)) {
-        return Err(KernelError::Damaged("its entry is in none of its segments"));
+        return Err(KernelError::Damaged("its entry is outside its segments"));
     }
-    // An offset of 0 rather than none: the loader then leaves the notes alone, whose sizes nobody has
-    // checked.
+    // An offset of 0 instead of none: the loader then ignores the notes, whose sizes are unchecked.
     Elf::load(memory, Some(GuestAddress(0)), &mut Cursor::new(image), None)?;
     for segment in &segments {
         let (from, to) = (segment.address + segment.in_file, segment.address + segment.in_memory);

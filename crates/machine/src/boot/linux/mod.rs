@@ -1,9 +1,9 @@
-//! Boot of Linux by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): kernel, initrd, command line
-//! and parameters are put into memory, the first vCPU starts at the kernel's 64-bit entry, the others wait
-//! for it.
+//! Boots Linux by its 64-bit boot protocol (Documentation/arch/x86/boot.rst): kernel, initrd, command line
+//! and parameters go into memory, the first vCPU starts at the kernel's 64-bit entry, and the others wait for
+//! it.
 //!
-//! What lies below 1 MiB is in [`crate::map::linux`]; above it the kernel is at the address it prefers and
-//! the initrd as high as the kernel allows.
+//! [`crate::map::linux`] has what is below 1 MiB. Above it the kernel is at its preferred address and the
+//! initrd as high as the kernel allows.
 
 mod kernel;
 mod params;
@@ -20,9 +20,9 @@ use crate::memory::{PAGE_SIZE, Ram};
 pub use kernel::KernelError;
 pub(crate) use registers::{prepare_vcpu, start};
 
-/// What stands at the reset vector: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`. Kernels
-/// jump there when they know no better way to restart: on hardware-reduced ACPI they try EFI, which this
-/// machine has not, and then the BIOS.
+/// The code at the reset vector: `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`. Kernels jump
+/// there when they know no better way to restart: on hardware-reduced ACPI they try EFI, which this machine
+/// lacks, and then the BIOS.
 const RESET_CODE: [u8; 9] = {
     let [low, high] = ports::RESET.to_le_bytes();
     [0xba, low, high, 0xb0, acpi::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
@@ -43,7 +43,7 @@ pub enum LinuxBootError {
         limit: u64,
     },
     /// The kernel takes less.
-    #[error("the command line has {len} bytes, this kernel takes {limit} at most")]
+    #[error("the command line has {len} bytes, but this kernel takes {limit} at most")]
     CommandLine {
         /// Its length.
         len: usize,
@@ -53,17 +53,17 @@ pub enum LinuxBootError {
     /// The tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// What was kept for reboots.
+    /// The boot image for reboots.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
-    /// No memory where there should be some.
+    /// Memory is missing.
     #[error("the VM has no memory at {0:#x}")]
     Memory(u64),
 }
 
 /// Puts everything into memory that the kernel needs. Returns its 64-bit entry.
 ///
-/// Writes are logged, so this is right at a reboot of a protected VM too. Nothing may run meanwhile.
+/// Writes are logged, so this is also correct at a reboot of a protected VM. No vCPU may run meanwhile.
 pub(crate) fn load(ram: &Ram, boot: &LinuxBoot, description: &Description) -> Result<u64, LinuxBootError> {
     let low_end = ram.bytes().min(HOLE_START);
     let put = |address: u64, bytes: &[u8]| {
@@ -95,7 +95,7 @@ pub(crate) fn load(ram: &Ram, boot: &LinuxBoot, description: &Description) -> Re
     Ok(kernel.entry)
 }
 
-/// As high as the kernel allows: there it is in the way of nothing.
+/// As high as the kernel allows, where it is in nobody's way.
 fn place_initrd(kernel: &kernel::Loaded, len: u64, low_end: u64) -> Result<u64, LinuxBootError> {
     let limit = low_end.min(kernel.initrd_limit());
     let start = limit.checked_sub(len).map(|start| start - start % PAGE_SIZE as u64);

@@ -12,13 +12,13 @@ const E820_RESERVED: u32 = 2;
 const LOADER: u8 = 0xff;
 const LOADED_HIGH: u8 = 1;
 
-/// What goes into the page.
+/// The contents of the page.
 pub(super) struct Params {
     /// The kernel's own header.
     pub(super) header: setup_header,
     /// Where the command line is.
     pub(super) command_line: u32,
-    /// Address and length of the initrd; a length of 0 is none.
+    /// Address and length of the initrd; a length of 0 means no initrd.
     pub(super) initrd: (u32, u32),
     /// Bytes of memory.
     pub(super) memory: u64,
@@ -49,8 +49,8 @@ impl Params {
     }
 }
 
-/// Memory of the guest as {address, length, kind}. The region behind the last of it that keeps the boot image
-/// is not named: the guest has no business there.
+/// Memory of the guest as {address, length, kind}. The region behind it that holds the boot image is left
+/// out: the guest must not use it.
 pub(super) fn memory_map(bytes: u64) -> Vec<(u64, u64, u32)> {
     let low = bytes.min(HOLE_START);
     let mut map = vec![

@@ -13,11 +13,11 @@ const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_fff
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 
-/// Gigabytes that are mapped: all in which kernel, parameters and command line can be.
+/// How many gigabytes are mapped: all that kernel, parameters and command line can be in.
 const GIGABYTES: u64 = 4;
 const PRESENT_WRITE: u64 = 0x3;
 const LARGE: u64 = 0x80;
-/// Below the parameters; the kernel has a stack of its own at once.
+/// Below the parameters; the kernel switches to its own stack at once.
 const STACK: u64 = ZERO_PAGE.base - 16;
 
 const CR0: u64 = 0x8001_0033; // PG, WP, NE, ET, MP, PE
@@ -100,7 +100,7 @@ pub(crate) fn start(fd: &VcpuFd, entry: u64) -> Result<(), VcpuStateError> {
 pub(crate) fn prepare_vcpu(fd: &VcpuFd) {
     for (index, bits) in [(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK), (MSR_IA32_MISC_ENABLE, FAST_STRINGS)] {
         if !set_bits(fd, index, bits) {
-            // Not every processor has every one of them, and every kernel starts without.
+            // Not every processor has all of them, and every kernel starts without them.
             tracing::debug!(msr = format!("{index:#x}"), "MSR left as it is");
         }
     }

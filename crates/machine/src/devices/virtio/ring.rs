@@ -141,13 +141,13 @@ impl Ring {
 /// What a device does with a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It is done, and so many bytes were written to it.
+    /// It is done, and this many bytes were written to it.
     Used(u32),
-    /// It stays with the driver; the device looks at the queue again when something has changed.
+    /// It stays with the driver; the device checks the queue again when something has changed.
     Later,
 }
 
-/// How far a device came in a queue.
+/// How far a device got in a queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
     /// Chains given back.
@@ -167,12 +167,12 @@ pub struct Queues<M> {
     rings: [Option<Ring>; MAX_QUEUES],
     /// Queues to be looked at, a bit for each.
     pending: u32,
-    /// The chain in hand.
+    /// The current chain.
     chain: Chain,
 }
 
 impl<M: GuestMemory> Queues<M> {
-    /// Queues that are all to be looked at; `None` where the driver did not set one up.
+    /// Queues that must all be checked; `None` where the driver did not set one up.
     pub(super) fn new(
         memory: Arc<M>,
         features: u64,
@@ -188,7 +188,7 @@ impl<M: GuestMemory> Queues<M> {
         self.rings.get(index).is_some_and(Option::is_some)
     }
 
-    /// Says that the device needs queue `index`.
+    /// Requires queue `index`.
     ///
     /// # Errors
     /// [`ActivateError`] when the driver has not set it up.
@@ -196,7 +196,7 @@ impl<M: GuestMemory> Queues<M> {
         if self.has(index) { Ok(()) } else { Err(ActivateError::QueueNotReady(index)) }
     }
 
-    /// Queue `index`, with the memory that it lies in.
+    /// Queue `index`, with its memory.
     pub fn ring(&mut self, index: usize) -> Option<(&mut Ring, &M)> {
         Some((self.rings.get_mut(index)?.as_mut()?, &self.memory))
     }
@@ -206,7 +206,7 @@ impl<M: GuestMemory> Queues<M> {
         Some(self.rings.get(index)?.as_ref()?.positions())
     }
 
-    /// The sizes of the queues that are there.
+    /// The sizes of the existing queues.
     #[cfg(test)]
     pub(super) fn sizes(&self) -> [Option<u16>; MAX_QUEUES] {
         self.rings.each_ref().map(|ring| ring.as_ref().map(Ring::size))
@@ -221,7 +221,7 @@ impl<M: GuestMemory> Queues<M> {
         self.pending
     }
 
-    /// These queues are to be looked at.
+    /// Marks queues to check.
     pub fn look_at(&mut self, queues: u32) {
         self.pending |= queues;
     }
@@ -231,8 +231,8 @@ impl<M: GuestMemory> Queues<M> {
         self.pending &= !(1 << index);
     }
 
-    /// Answers the chains of queue `index`, if it is to be looked at: until there are no more, `most` are
-    /// given back or the coordinator waits.
+    /// Answers the chains of queue `index`, if it is marked: until there are no more, `most` are given back
+    /// or the coordinator waits.
     ///
     /// # Errors
     /// [`Broken`] when the driver broke the rules.

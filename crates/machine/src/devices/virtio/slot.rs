@@ -6,8 +6,8 @@
 //!  coordinator: save, restore, reset, go live
 //! ```
 //!
-//! What is special about a device is its [`Model`]: what the driver reads of it, what it does with its
-//! queues, and what of it is state. Registers, queues, thread and the order of a saved state are here, once.
+//! A device's special part is its [`Model`]: what the driver reads, what the device does with its queues, and
+//! what of it is saved. Registers, queues, thread and the order of a saved state are here, once.
 //!
 //! # Locks
 //!
@@ -36,10 +36,10 @@ use crate::devices::complaints::{Complaints, complain};
 use crate::devices::gate::{DeviceGate, Pass};
 use crate::devices::{Device, DeviceRestoreError};
 
-/// Bytes of a configuration space; what a device does not have of them is zero.
+/// Bytes of a configuration space; those that a device does not use are zero.
 pub const CONFIG_BYTES: usize = 64;
 
-/// What a driver reads of a device before anything else.
+/// What a driver reads first of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The virtio device ID.
@@ -56,40 +56,39 @@ pub struct Identity {
 pub struct Batch<'a, M> {
     /// The queues; `None` while the driver is not ready, has broken the rules, or the machine runs elsewhere.
     pub queues: Option<&'a mut Queues<M>>,
-    /// The gate is left soon when it says so.
+    /// The pass through the gate; it says when the batch must end soon.
     pub pass: &'a Pass<'a>,
 }
 
-/// What a batch came to.
+/// The result of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Another batch must follow at once.
     pub more: bool,
-    /// A guest that polls has something to look at.
+    /// A polling guest has something to check.
     pub wake: bool,
 }
 
 /// What is special about a device.
 ///
-/// The model itself is shared by all threads; what it works on stands in [`Core`](Self::Core), under the
-/// device's lock.
+/// All threads share the model itself; what it works on is in [`Core`](Self::Core), under the device's lock.
 pub trait Model<M: GuestMemory>: Send + Sync + Sized + 'static {
     /// What the lock guards.
     type Core: Send;
-    /// What of it is saved.
+    /// The saved part.
     type State: DeviceState;
     /// Why a state that can be read does not fit this device.
     type Refusal: Error + Send + Sync;
 
-    /// What the device is called in messages.
+    /// Name of the device in messages.
     const NAME: &'static str;
     /// Name of its thread, at most 15 bytes.
     const THREAD: &'static str;
 
-    /// What the driver reads first; asked once.
+    /// What the driver reads first; called once.
     fn identity(&self) -> Identity;
 
-    /// Which of several it is, for messages.
+    /// The number of the device among several, for messages.
     fn number(&self) -> Option<u16> {
         None
     }
@@ -108,7 +107,7 @@ pub trait Model<M: GuestMemory>: Send + Sync + Sized + 'static {
     /// When one is missing that the device needs.
     fn activate(&self, core: &mut Self::Core, queues: &Queues<M>) -> Result<(), ActivateError>;
 
-    /// The driver has no queues any more; what it has set is forgotten.
+    /// The driver no longer has queues; its settings are forgotten.
     fn reset(&self, _core: &mut Self::Core) {}
 
     /// The driver has broken the rules, and the device does nothing for it until it is reset.
@@ -130,7 +129,7 @@ pub trait Model<M: GuestMemory>: Send + Sync + Sized + 'static {
     /// Why it does not.
     fn check(&self, state: &Self::State, transport: &TransportState) -> Result<(), Self::Refusal>;
 
-    /// Takes over a state that was checked. The queues are there.
+    /// Loads a state that was checked. The queues exist by then.
     fn restore(&self, core: &mut Self::Core, state: Self::State);
 
     /// What the thread waits for beside the notifications of the queues.
@@ -151,11 +150,11 @@ pub trait Model<M: GuestMemory>: Send + Sync + Sized + 'static {
     /// After each sleep of the thread, outside the gate.
     fn awake(&self, _shared: &Shared<M, Self>) {}
 
-    /// After each batch, outside the gate: what may take longer than a checkpoint should wait.
+    /// Called after each batch, outside the gate: does what may take longer than a checkpoint should wait.
     fn rest(&self, _shared: &Shared<M, Self>) {}
 
-    /// The machine begins to run here. All queues will be looked at. Returns whether the configuration
-    /// space has changed.
+    /// The machine begins to run here. All queues will be checked. Returns whether the configuration space
+    /// has changed.
     fn go_live(&self, _core: &mut Self::Core, _queues: Option<&mut Queues<M>>, _announce: bool) -> bool {
         false
     }
@@ -170,7 +169,7 @@ pub trait Model<M: GuestMemory>: Send + Sync + Sized + 'static {
 /// What is worked on under the lock.
 #[derive(Debug)]
 pub struct Core<M, C> {
-    /// Of a driver that is ready.
+    /// The queues of a driver that is ready.
     pub queues: Option<Queues<M>>,
     live: bool,
     /// The model's own.
@@ -227,7 +226,7 @@ impl<M: GuestMemory, D: Model<M>> Shared<M, D> {
         Ok(())
     }
 
-    /// The driver has no queues any more. When this returns the device touches guest memory no more.
+    /// The driver no longer has queues. Once this returns, the device no longer touches guest memory.
     pub(super) fn reset(&self) {
         let mut core = self.core();
         core.queues = None;
@@ -236,7 +235,7 @@ impl<M: GuestMemory, D: Model<M>> Shared<M, D> {
         self.wake.wake();
     }
 
-    /// Does a batch. Says whether another one must follow at once.
+    /// Does a batch. Returns whether another one must follow at once.
     pub(super) fn work(&self, ready: &[usize], pass: &Pass<'_>) -> bool {
         let mut core = self.core();
         let Core { queues, live, model } = &mut *core;
@@ -255,7 +254,7 @@ impl<M: GuestMemory, D: Model<M>> Shared<M, D> {
                 "a device stops until the driver resets it");
             self.model.stop(model);
             queues.iter().for_each(|queues| queues.line().fail());
-            // Once more, for what the model does when it is awake.
+            // One more batch, for what the model does when it is awake.
             Outcome { more: true, wake: true }
         });
         if outcome.wake {
@@ -303,7 +302,7 @@ where
     }
 }
 
-/// Why a saved state cannot be taken over. The device is then as after a reset.
+/// Why a saved state cannot be loaded. The device is then as after a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError<R: Error> {
     /// The bytes are not a state.
@@ -319,7 +318,7 @@ pub enum RestoreError<R: Error> {
 
 /// A virtio device: its registers, its thread and its model.
 ///
-/// It begins passive: the guest may set it up, but nothing moves until [`go_live`](Device::go_live).
+/// It starts passive: the guest may set it up, but nothing moves until [`go_live`](Device::go_live).
 pub struct Slot<M: GuestMemory + Send + Sync + 'static, D: Model<M>> {
     transport: Arc<Mutex<MmioTransport<M, D>>>,
     shared: Arc<Shared<M, D>>,
@@ -337,7 +336,7 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
         Ok(slot)
     }
 
-    /// A device after power-on whose thread is not there yet.
+    /// A device after power-on whose thread does not run yet.
     pub(super) fn without_thread(model: D, core: D::Core, host: DeviceHost<M>) -> io::Result<Self> {
         let DeviceHost { memory, gate, interrupt, waker } = host;
         let identity = model.identity();
@@ -360,7 +359,7 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
         Ok(())
     }
 
-    /// What the thread does when it wakes, for a device that has none. All queues are looked at.
+    /// Does what the thread does when it wakes, for a device without one. All queues are checked.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn turn(&self) -> bool {
         let ready: Vec<_> = (0..Work::sources(&*self.shared).len()).collect();
@@ -392,8 +391,8 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
         self.shared.core().live
     }
 
-    /// Changes what the driver reads in the configuration space, and tells it if `change` says that it did.
-    /// Waits while the gate is closed.
+    /// Changes what the driver reads in the configuration space, and tells the driver if `change` returns
+    /// that something changed. Waits while the gate is closed.
     pub(super) fn reconfigure(&self, change: impl FnOnce(&mut D::Core) -> bool) {
         let _pass = self.shared.gate.enter();
         let mut transport = self.transport();
@@ -402,7 +401,7 @@ impl<M: GuestMemory + Send + Sync + 'static, D: Model<M>> Slot<M, D> {
         }
     }
 
-    /// Takes over a saved state: see [`Device::restore`].
+    /// Loads a saved state: see [`Device::restore`].
     ///
     /// # Errors
     /// [`RestoreError`]; the device is then as after a reset.

@@ -1,8 +1,8 @@
 //! The thread of a device: it sleeps in `epoll` until something happens and works in batches inside the gate.
 //!
-//! Every source is watched edge-triggered, so nothing has to be read to quiet it, and one that nobody wants
-//! does not spin. What a batch learns it keeps for itself; none of it is part of a checkpoint: a device that
-//! goes live looks at everything.
+//! Every source is watched edge-triggered, so none has to be read to reset it, and an unwanted one does not
+//! make the thread spin. What a batch learns is no part of a checkpoint: a device that goes live checks
+//! everything.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -29,7 +29,7 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// Wakes the thread, and ends it.
     fn wake(&self) -> &Wake;
 
-    /// What it waits for. [`batch`](Self::batch) is told the positions of those that are ready.
+    /// What it waits for. [`batch`](Self::batch) gets the positions of the ready sources.
     fn sources(&self) -> Vec<RawFd>;
 
     /// When it must do a batch at the latest.
@@ -41,10 +41,10 @@ pub(crate) trait Work: Send + Sync + 'static {
     fn awake(&self) {}
 
     /// Work inside the gate, also when a [`deadline`](Self::deadline) has passed; ends soon when
-    /// [`Pass::must_leave`]. Says whether another batch must follow at once.
+    /// [`Pass::must_leave`]. Returns whether another batch must follow at once.
     fn batch(&self, ready: &[usize], pass: &Pass<'_>) -> bool;
 
-    /// After each batch, outside the gate: what may take longer than a checkpoint should wait.
+    /// Called after each batch, outside the gate: does what may take longer than a checkpoint should wait.
     fn rest(&self) {}
 }
 
@@ -128,7 +128,7 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => {
-                // The descriptors are all ours and open: this does not happen.
+                // All descriptors are ours and open, so this does not happen.
                 error!(%error, thread = work.name(), "a device cannot wait for events and ends");
                 return;
             }
@@ -152,8 +152,8 @@ fn run<W: Work>(work: &W, epoll: &Epoll, sources: usize) {
     }
 }
 
-/// From now until then, for `epoll_wait`. Rounded up: a wait that ends too early would be a spin until the
-/// time has come.
+/// The time until `deadline`, for `epoll_wait`. Rounded up: after a wait that ends too early, the thread
+/// would spin until the deadline.
 fn milliseconds(until: Instant) -> i32 {
     let wait = until.saturating_duration_since(Instant::now());
     i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)

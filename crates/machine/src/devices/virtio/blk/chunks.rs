@@ -1,4 +1,4 @@
-//! Which parts of a disk were written: the unit in which two copies of a disk are compared.
+//! Chunks: the unit in which written parts of a disk are recorded and two copies of a disk are compared.
 
 /// Bytes of a chunk.
 pub const CHUNK: u64 = 64 << 10;

@@ -25,7 +25,7 @@ pub const MAX_DATA: usize = SEGMENTS as usize * SEGMENT_BYTES as usize;
 pub const MAX_RANGES: usize = 16;
 /// Most sectors of one range to discard: 1 GiB.
 pub const MAX_DISCARD: u32 = 1 << 21;
-/// Most sectors of one range of zeroes: 64 MiB, for on some file systems zeroes have to be written.
+/// Most sectors of one range of zeroes: 64 MiB, because some file systems have to write the zeroes.
 pub const MAX_ZEROES: u32 = 1 << 17;
 
 /// Offset of the field `writeback`, the only one a driver writes.

@@ -1,4 +1,4 @@
-//! The disk: what a driver reads of it, what is shared by its threads, and what the machine does with it.
+//! The disk: what a driver reads of it, what its threads share, and what the machine does with it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -158,7 +158,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.model().geometry.readonly
     }
 
-    /// The image, to be read by whoever synchronises a copy of it: see [`super::log`].
+    /// The image, for the thread that synchronises a copy of it: see [`super::log`].
     pub fn image(&self) -> Arc<Image> {
         self.model().image.clone()
     }
@@ -178,10 +178,11 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().core().model.in_flight()
     }
 
-    /// Takes no new requests and waits until none is in flight, but for the held writes of a shared disk. For
+    /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For
     /// a checkpoint at which two copies of a disk are compared. The gate must be open meanwhile, and the
-    /// write log must not be full. `true`: nothing is in flight, and nothing is taken until
-    /// [`resume`](Self::resume). `false`: it took longer than `limit`; the device has resumed by itself.
+    /// write log must not be full. Returns `true` if nothing is in flight; nothing is taken until
+    /// [`resume`](Self::resume). Returns `false` if it took longer than `limit`; the device has then resumed
+    /// by itself.
     #[must_use = "the device takes no requests until it is resumed"]
     pub fn rest_within(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
@@ -263,7 +264,7 @@ impl<M: GuestMemory> Model<M> for Disk {
         queues.need(0)
     }
 
-    /// What the disk has begun goes on to its end, in order with what the next driver asks for.
+    /// Requests that the disk has begun run to their end, in order with those of the next driver.
     fn reset(&self, requests: &mut Requests) {
         requests.abandon(self);
         requests.writeback = true;
@@ -320,8 +321,8 @@ impl<M: GuestMemory> Model<M> for Disk {
         0
     }
 
-    /// What the requests need of the disk is submitted outside the gate, so that the coordinator never waits
-    /// for the kernel. Writes to a shared disk that wait are output, and are told of.
+    /// Operations are submitted outside the gate, so that the coordinator never waits for the kernel. Writes
+    /// to a shared disk that wait are output, and are told of.
     fn rest(&self, shared: &Shared<M, Self>) {
         self.permit.tell_held();
         let mut sending = self.sending();

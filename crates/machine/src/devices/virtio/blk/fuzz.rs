@@ -1,4 +1,4 @@
-//! A driver that puts whatever it likes into its memory, for fuzzers.
+//! A driver with arbitrary memory, for fuzzers.
 
 use std::sync::Arc;
 
@@ -70,7 +70,7 @@ pub fn fuzz(data: &[u8]) {
     }
     work(&device, &manual, &control[2..6]);
 
-    // Somewhere in the middle of it: another one goes on, and both come to an end.
+    // Somewhere in the middle another disk continues from the saved state, and both come to an end.
     let mut saved = Vec::with_capacity(BlockState::BYTES);
     device.save(&mut saved);
     assert!(saved.len() <= BlockState::BYTES, "a state of {} bytes", saved.len());
@@ -109,7 +109,7 @@ fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, 
     }
 }
 
-/// Lets everything happen that is left. The device must come to rest.
+/// Lets everything that is left happen. The device must come to rest.
 fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, log: &WriteLog) {
     log.set_mode(LogMode::Off);
     device.let_out();

@@ -2,12 +2,13 @@
 //!
 //! A disk that both hosts use does not go back to a checkpoint when the VM does, so a write to it must not
 //! happen before the checkpoint of its epoch is committed: until then it stays in flight, with its data in
-//! its bounce buffer, and a read that overlaps it waits with it. A VM that goes on elsewhere issues it again.
+//! its bounce buffer, and a read that overlaps it waits with it. A VM that is resumed elsewhere issues it
+//! again.
 //!
-//! A write that was let out may wait in the engine's queue for as long as slow storage pleases, or as long as
-//! this process is stopped. Meanwhile the standby may have won the VM and carried the same write out, and
-//! others over it: so the engine asks the permission once more, right before each system call that changes
-//! the storage. A write that it may not carry out is held again.
+//! A write that was let out may wait in the engine's queue for as long as the storage is slow or this process
+//! is stopped. Meanwhile the standby may have won the VM and carried out the same write, and others over it.
+//! So the engine asks for permission once more, right before each system call that changes the storage. A
+//! write that it may not carry out is held again.
 
 use vm_memory::GuestMemory;
 
@@ -21,8 +22,8 @@ use crate::devices::virtio::slot::Shared;
 pub struct ReleasedWrites {
     /// Writes, discards and write-zeroes that went to the disk.
     pub writes: u64,
-    /// Everything that may leave has left, but for what waits for an earlier one it overlaps and goes with a
-    /// later drain. Otherwise the permission was withdrawn or output is discarded.
+    /// Whether everything that may leave has left, except for writes that wait for an earlier one that they
+    /// overlap; they go with a later drain. If not, the permission was withdrawn or output is discarded.
     pub complete: bool,
 }
 
@@ -67,7 +68,7 @@ impl<M: GuestMemory> Shared<M, Disk> {
                 continue;
             }
             let mut core = self.core();
-            // The device may have been reset since it was looked at.
+            // The device may have been reset in the meantime.
             if disk.leaves(order, core.model.table.get(token)) {
                 core.model.start(disk, token);
                 std::mem::swap(&mut *sending, &mut core.model.outbox);

@@ -30,7 +30,7 @@ pub enum ImageError {
     /// A directory, a pipe, a terminal.
     #[error("{} is neither a file nor a block device: give the path of a raw disk image", .0.display())]
     Kind(PathBuf),
-    /// Not even one sector.
+    /// The image is smaller than one sector.
     #[error("the disk image {} has {bytes} bytes, less than a sector of 512: make it larger with `truncate -s 10G {}`", .path.display(), .path.display())]
     TooSmall {
         /// Path of the image.
@@ -46,7 +46,7 @@ pub enum ImageError {
     Other {
         /// Path of the image.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -95,11 +95,11 @@ impl Image {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(ImageError::InUse(path.into())),
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
-                tracing::debug!(path = %path.display(), "the file system of the disk image knows no locks");
+                tracing::debug!(path = %path.display(), "the file system of the disk image has no locks");
             }
             Err(TryLockError::Error(error)) => return Err(other(error)),
         }
-        // The metadata of a block device do not have its length.
+        // The metadata of a block device lack its length.
         let bytes = file.seek(SeekFrom::End(0)).map_err(other)?;
         if bytes < SECTOR {
             return Err(ImageError::TooSmall { path: path.into(), bytes });
@@ -107,7 +107,7 @@ impl Image {
         Ok(Self { file, path: path.into(), sectors: bytes / SECTOR, readonly })
     }
 
-    /// The open file, for whoever reads parts of it by themselves.
+    /// The open file, for threads that read parts of it.
     pub fn file(&self) -> &File {
         &self.file
     }

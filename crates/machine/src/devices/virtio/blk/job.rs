@@ -6,7 +6,7 @@ use super::engine::{Operation, ZEROES};
 use super::log::MAX_RECORD;
 use super::request::{Extent, RequestType, Status};
 
-/// How a range is made zero. What the host's file system cannot do is tried with the next one.
+/// How a range is made zero. If the host's file system cannot do it, the next way is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Method {
     PunchHole,
@@ -15,7 +15,7 @@ enum Method {
     Zeroes,
 }
 
-/// What a job does now.
+/// The current step of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// The operations of the request itself.
@@ -35,7 +35,7 @@ pub(super) enum After {
     Finished(Status, Option<i32>),
 }
 
-/// How far the changes of a job have come into the log.
+/// How far the changes of a job are in the log.
 #[derive(Clone, Copy, Debug, Default)]
 struct Logged {
     bytes: u64,
@@ -53,13 +53,13 @@ pub(super) struct Job {
     pub(super) len: usize,
     /// The ranges of a discard or write-zeroes.
     pub(super) ranges: Vec<Extent>,
-    /// The range in hand.
+    /// The current range.
     current: usize,
     /// Bytes done: of all data, or of the range in hand.
     done: u64,
     method: Method,
     phase: Phase,
-    /// A change must be durable before it is complete.
+    /// Whether a change must be durable before it is complete.
     write_through: bool,
     /// How often the host said "try again".
     retries: u8,
@@ -96,7 +96,7 @@ impl Job {
         self.skip_empty();
     }
 
-    /// The operation to do now; `None` when there is none.
+    /// The next operation; `None` when there is none.
     pub(super) fn operation(&self) -> Option<Operation> {
         match self.phase {
             Phase::Finished(_) => None,
@@ -123,7 +123,7 @@ impl Job {
         }
     }
 
-    /// Takes the result of the operation in hand.
+    /// Takes the result of the current operation.
     pub(super) fn done(&mut self, result: Result<usize, i32>) -> After {
         match (self.phase, result) {
             (_, Err(libc::EINTR | libc::EAGAIN)) if self.retries < MAX_RETRIES => {
@@ -144,7 +144,7 @@ impl Job {
     fn advance(&mut self, bytes: u64) -> After {
         match self.kind {
             RequestType::Read | RequestType::Write => {
-                // Nothing moved: the image has become shorter.
+                // Nothing moved because the image has become shorter.
                 if bytes == 0 {
                     return self.finish(Status::IoError, Some(libc::EIO));
                 }
@@ -246,7 +246,7 @@ impl Job {
         durable.then_some(DiskRecord { disk, offset: 0, op: DiskOp::Flush })
     }
 
-    /// The change that [`next_change`](Self::next_change) told is in the log.
+    /// The change that [`next_change`](Self::next_change) returned is in the log.
     pub(super) fn logged(&mut self, write: &DiskRecord<'_>) {
         match write.op {
             DiskOp::Data(data) => self.logged.bytes += data.len() as u64,

@@ -11,9 +11,9 @@
 //!   `table`: the requests in flight and the order of those that overlap; `job`: the operations of one
 //!   request; `pool`: bounce buffers.
 //! - `engine`: the host's kernel does the work, outside the gate. [`image`]: what it works on.
-//! - [`log`]: what a checkpoint gets to know of completed writes. [`chunks`]: what of a disk was written.
+//! - [`log`]: what a checkpoint learns of completed writes. [`chunks`]: which parts of a disk were written.
 //! - `hold`: writes to a shared disk wait for their commit.
-//! - [`persist`]: what a resumed guest finds again, with the requests in flight.
+//! - [`persist`]: the saved state, with the requests in flight.
 //!
 //! # Over a checkpoint
 //!
@@ -27,8 +27,8 @@
 //!
 //! A guest's flush completes when the image *on the host where the VM runs* has been made durable
 //! (`fdatasync`). The standby learns of it with the checkpoint of the epoch, in order with the writes before
-//! it. The host that goes on after a failure has the disk of the last committed checkpoint, which holds every
-//! write that was complete in it; what the guest told the outside world was held until then. So no one
+//! it. The host that runs the VM after a failure has the disk of the last committed checkpoint, which holds
+//! every write that was complete in it; what the guest told the outside world was held until then. So no one
 //! outside can know of a flush that is missing. If all hosts lose power together, each image holds at least
 //! what the guest flushed before the last checkpoint that this host has made durable; only the host where the
 //! VM ran has all of it.

@@ -1,8 +1,8 @@
 //! What is saved of a disk beside its registers.
 //!
-//! Its contents are not in it: they are replicated, or shared. The requests in flight are: their chains lie
-//! behind the position in the available ring and are not in the used ring, so this list is the only trace of
-//! them. A restored device issues them again, oldest first, before it takes any other.
+//! The contents of the disk are not saved: they are replicated, or shared. The requests in flight are saved:
+//! their chains are behind the position in the available ring and not in the used ring, so this list is the
+//! only trace of them. A restored device issues them again, oldest first, before it takes any other.
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
@@ -16,9 +16,9 @@ use crate::devices::virtio::persist::{DecodeError, DeviceState, Fields, SavedSta
 pub struct DiskFacts {
     /// Length of the disk.
     pub sectors: u64,
-    /// Its writes are output.
+    /// Whether its writes are output.
     pub shared: bool,
-    /// The driver flushes; otherwise every write is made durable by itself.
+    /// Whether the driver flushes; otherwise every write is made durable at once.
     pub writeback: bool,
     /// Its serial number.
     pub serial: [u8; SERIAL_BYTES],
@@ -50,7 +50,7 @@ pub type BlockState = SavedState<DiskState>;
 pub enum Misfit {
     /// The image has another length.
     #[error(
-        "the guest's disk has {expected} sectors, the image here has {found}: synchronise the image first"
+        "the guest's disk has {expected} sectors, but the image here has {found}: synchronise the image first"
     )]
     Length {
         /// What the state says.
@@ -70,7 +70,7 @@ pub enum Misfit {
         head: u16,
     },
     /// The list of requests does not fit the positions in the rings.
-    #[error("queue {queue} has {expected} requests in flight, {listed} are listed")]
+    #[error("queue {queue} has {expected} requests in flight, but {listed} are listed")]
     Count {
         /// Which queue.
         queue: u16,

@@ -1,7 +1,7 @@
 //! Bounce buffers: the data of requests on its way between guest memory and the disk.
 //!
-//! The kernel reads and writes these while the guest runs and while checkpoints are taken; guest memory
-//! itself is touched by the device thread inside the gate only.
+//! The kernel reads and writes these while the guest runs and while checkpoints are taken; only the device
+//! thread touches guest memory, inside the gate.
 
 /// Bytes of the smallest buffers.
 const SMALLEST: usize = 4096;
@@ -41,7 +41,7 @@ impl Pool {
         }
         let size = SMALLEST << class;
         while self.bytes + size > self.limit {
-            // Buffers of other sizes that nobody uses make room.
+            // Free unused buffers of other sizes to make room.
             let dropped = self.free.iter_mut().rev().find_map(Vec::pop)?;
             self.bytes -= dropped.len();
         }

@@ -1,7 +1,7 @@
 //! What the driver asks for: the request in a chain of buffers.
 //!
-//! All of it is taken for hostile. What makes the chain unusable stops the device ([`Broken`]); what is only
-//! a bad request in a good chain fails with a status.
+//! The driver may be hostile. A chain that is unusable stops the device ([`Broken`]); a bad request in a good
+//! chain only fails with a status.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -40,7 +40,7 @@ impl Status {
 pub(super) struct Extent {
     pub(super) offset: u64,
     pub(super) len: u64,
-    /// The driver does not mind if the space is given back.
+    /// Whether the driver allows the space to be given back.
     pub(super) unmap: bool,
 }
 
@@ -78,7 +78,7 @@ pub(super) enum Wanted {
     Refused(Status),
 }
 
-/// What a disk is, as far as requests are judged by it.
+/// The properties of a disk by which requests are judged.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
     pub(super) sectors: u64,

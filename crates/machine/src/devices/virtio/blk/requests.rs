@@ -6,8 +6,8 @@
 //!                            held
 //! ```
 //!
-//! A step is short: one request taken, or at most [`PIECE`] bytes moved. Between any two of them the
-//! coordinator may close the gate; whatever is in the table then is in flight.
+//! A step is short: it takes one request, or moves at most [`PIECE`] bytes. Between any two steps the
+//! coordinator may close the gate; everything in the table is then in flight.
 
 use std::collections::VecDeque;
 
@@ -53,7 +53,7 @@ pub struct Requests {
     pub(super) resting: bool,
     /// The queue whose turn it is.
     next_queue: usize,
-    /// There was no buffer for the next request; wait until one is given back.
+    /// Whether there was no buffer for the next request; it waits until one is given back.
     starved: bool,
     pub(super) writeback: bool,
     pub(super) serial: [u8; SERIAL_BYTES],
@@ -113,8 +113,8 @@ impl Requests {
         self.table.heads().chain(self.reissue.iter().copied())
     }
 
-    /// The driver is no longer interested in anything: what the disk has not begun is dropped, what it has
-    /// begun goes on to its end and into the log.
+    /// The driver no longer wants anything: requests that the disk has not begun are dropped; those that it
+    /// has begun run to their end and go into the log.
     pub(super) fn abandon(&mut self, disk: &Disk) {
         self.reissue.clear();
         self.filling.clear();
@@ -127,7 +127,7 @@ impl Requests {
                     position += 1;
                 }
                 _ => {
-                    // Whoever waited for it is dropped in its turn.
+                    // Requests that waited for it are dropped in their turn.
                     self.table.finished(token, |_| {});
                     self.free(token);
                 }
@@ -189,7 +189,7 @@ impl Requests {
         self.unblocked = unblocked;
     }
 
-    /// One step. Says whether there was anything to do.
+    /// Does one step. Returns whether there was anything to do.
     fn step<M: GuestMemory>(&mut self, disk: &Disk, queues: Option<&mut Queues<M>>) -> Result<bool, Broken> {
         if self.log_next(disk) {
             return Ok(true);
@@ -334,7 +334,7 @@ impl Requests {
                 let buffer = std::mem::take(&mut entry.buffer);
                 self.outbox.push(Submission { token, operation, buffer, tag: entry.tag });
             }
-            // A request for nothing: to zero no sectors.
+            // A request for nothing, for example to zero no sectors.
             None => self.disk_done(disk, token, Status::Ok),
         }
     }
@@ -382,7 +382,7 @@ impl Requests {
         true
     }
 
-    /// A request is done but for telling the driver, if there is one that wants to know.
+    /// A request is done; only the driver has to be told, if it still wants to know.
     fn deliver(&mut self, token: u16, status: Status) {
         let entry = self.table.get_mut(token);
         if entry.orphan {

@@ -33,7 +33,7 @@ counters! {
     released,
     /// How often completed writes found the write log full.
     log_full,
-    /// How often a request had to stay with the guest for want of bounce buffers.
+    /// How often a request had to stay with the guest because bounce buffers were missing.
     no_room,
     /// Requests issued again after a restore.
     reissued,

@@ -20,9 +20,9 @@ const _: () = assert!(QUEUE_SIZE == u128::BITS as u16, "one bit for each descrip
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nowhere: the entry is free.
+    /// The entry is free.
     Free,
-    /// So many bytes of its data have been copied from guest memory.
+    /// This many bytes of its data have been copied from guest memory.
     Filling(usize),
     /// It waits for earlier ones, or to be let out.
     Waiting,
@@ -30,7 +30,7 @@ pub(super) enum Stage {
     Running,
     /// The disk is done with it; what it changed goes to the log.
     Logging(Status),
-    /// So many bytes of its data have been copied to guest memory.
+    /// This many bytes of its data have been copied to guest memory.
     Delivering(Status, usize),
 }
 
@@ -159,7 +159,7 @@ impl Table {
         self.heads[usize::from(entry.queue)] &= !(1 << entry.head);
     }
 
-    /// Gives the entry free. Returns its buffer.
+    /// Frees the entry. Returns its buffer.
     pub(super) fn free(&mut self, token: u16) -> Buffer {
         let entry = &mut self.entries[usize::from(token)];
         if !entry.orphan {

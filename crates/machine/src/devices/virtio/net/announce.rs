@@ -1,5 +1,5 @@
-//! Announcing where the guest is: after a takeover the switches of the network still send its frames to the
-//! old host.
+//! Announces where the guest is: after a takeover the network's switches still send its frames to the old
+//! host.
 //!
 //! A RARP request (RFC 903) from the guest's address makes every switch on the way learn the new port. It
 //! says nothing about the guest's IP address and no host answers it, so it may leave although the VM's output
@@ -42,7 +42,7 @@ pub fn packet(mac: MacAddr) -> [u8; PACKET] {
     packet
 }
 
-/// Which announcements of a machine are still to come.
+/// Which announcements of a machine are still due.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
     start: Instant,

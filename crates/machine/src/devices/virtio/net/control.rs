@@ -1,4 +1,4 @@
-//! The control queue: what the driver asks the device to be (virtio 1.2, 5.1.6.5).
+//! The control queue: how the driver configures the device (virtio 1.2, 5.1.6.5).
 //!
 //! A command is two bytes (class and number) and its data; the answer is one byte. Everything a command
 //! changes is in [`Settings`], which is part of the saved state.
@@ -61,7 +61,7 @@ pub(super) struct Allowed {
     pub(super) pairs: u16,
 }
 
-/// Does one command and says the answer. Commands of features that are not in effect, of a wrong length or
+/// Does one command and returns the answer. Commands of features that are not in effect, of a wrong length or
 /// with an impossible value change nothing.
 pub(super) fn execute(command: &[u8], allowed: Allowed, settings: &mut Settings) -> u8 {
     let done = command.split_first_chunk().and_then(|(&[class, number], data)| {

@@ -1,4 +1,4 @@
-//! The network card: what a driver reads of it, what it sets, and what the port and the network are told.
+//! The network card: what a driver reads and sets, and what the port and the network are told.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -78,9 +78,9 @@ pub struct Net {
     pub(super) port: Arc<dyn FramePort>,
     pub(super) output: Arc<Output>,
     pub(super) counters: Counters,
-    /// Of the tap's failures.
+    /// Limits log lines about the tap's failures.
     pub(super) complaints: Complaints,
-    /// What the port was last told. It is told by the thread outside the gate: these calls may take long.
+    /// The port's last settings. The thread sets them outside the gate, because these calls may take long.
     told: Mutex<Option<Told>>,
     announcing: Mutex<Option<(Schedule, [u8; announce::PACKET])>>,
 }
@@ -98,7 +98,7 @@ pub struct Card {
     pub(super) control: Option<usize>,
     /// Pairs for whose frames the output was full, a bit for each.
     pub(super) stalled: u32,
-    /// Frames and commands of the guest on their way.
+    /// Buffers for frames and commands of the guest.
     pub(super) buffer: Bounce,
 }
 
@@ -207,7 +207,7 @@ impl Net {
         }
     }
 
-    /// Tells the port what it has to know of the settings.
+    /// Passes the settings that concern it to the port.
     fn tell_port(&self, settings: Settings) {
         let Settings { offloads, pairs, .. } = settings;
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -216,12 +216,12 @@ impl Net {
             && let Err(error) = self.port.set_offloads(offloads)
         {
             // Frames then come as before, and those that the guest cannot take are dropped.
-            complain!(warn, self.complaints, %error, offloads, "the tap does not take over its offloads");
+            complain!(warn, self.complaints, %error, offloads, "cannot set the tap's offloads");
         }
         if before.is_none_or(|before| before.pairs != pairs)
             && let Err(error) = self.port.set_pairs(pairs.into())
         {
-            complain!(warn, self.complaints, %error, pairs, "the tap does not change its number of queues");
+            complain!(warn, self.complaints, %error, pairs, "cannot change the tap's number of queues");
         }
         *told = Some(Told { offloads, pairs });
     }
@@ -309,7 +309,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         };
         let result = run();
         if card.settings != before {
-            // What waits was meant for the settings before.
+            // Waiting frames were meant for the old settings.
             self.counters.rx_dropped.add(card.forget_waiting());
             // The port has to be told, and pairs that come into use to be looked at.
             queues.look_at(!0);
@@ -351,7 +351,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         self.tell_port(settings);
     }
 
-    /// What passes through leaves here: a pause does not wait for the tap.
+    /// Frames that pass through leave here, so a pause does not wait for the tap.
     fn rest(&self, _shared: &Shared<M, Self>) {
         self.output.rest();
     }

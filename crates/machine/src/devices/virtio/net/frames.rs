@@ -48,7 +48,7 @@ pub(super) struct Pair {
     chains: [Chain; 2],
 }
 
-/// What became of a frame for the guest.
+/// What happened to a frame for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Delivered {
     Yes,
@@ -58,7 +58,7 @@ enum Delivered {
     Never,
 }
 
-/// What the port had.
+/// What the port gave.
 enum Fetched {
     /// A packet of so many bytes, with a header for the guest.
     Packet(usize),
@@ -112,7 +112,7 @@ impl Net {
             full = self.send(pair, packet, features) == Pushed::Full;
             Ok(if full { Answer::Later } else { Answer::Used(0) })
         })?;
-        // A guest whose frames had to stay with it may have gone idle for want of room to send.
+        // A guest that could not send for lack of room may have gone idle.
         let bit = 1 << pair;
         let wake = served.done > 0 && card.stalled & bit != 0;
         if served.done > 0 {

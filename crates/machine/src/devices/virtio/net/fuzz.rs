@@ -1,7 +1,7 @@
 //! Any driver: bytes become features, rings, descriptors, buffers and frames, over which the device works.
 //!
-//! Called by the fuzz target and, with random bytes, by the tests. The device must neither panic nor work for
-//! ever, must not use more buffers than were offered, and must send only headers that say what they may.
+//! Called by the fuzz target and, with random bytes, by the tests. The device must neither panic nor work
+//! forever, must not use more buffers than were offered, and must send only headers that say what they may.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -35,7 +35,7 @@ const QUEUE_BYTES: u64 = 3 * 4096;
 /// Batches of each queue.
 const ROUNDS: usize = 3;
 
-/// How far a run came: that random bytes come far enough is tested, too.
+/// How far a run got: a test also checks that random bytes get far enough.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reached {
     /// The device's counters.

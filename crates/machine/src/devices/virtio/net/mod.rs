@@ -5,18 +5,18 @@
 //!        ◄── receive queue ─── worker ◄───────────── tap
 //! ```
 //!
-//! - [`output`]: when a frame of the guest may leave. The reason for this device to exist in this form.
+//! - [`output`]: when a frame of the guest may leave. It is the reason why this device exists in this form.
 //! - [`tap`]: the host's end of the wire.
 //! - [`device`]: the card as driver, network and machine see it.
 //! - `frames`: moving frames between the queues and the outside.
 //! - [`offload`]: the header in front of each frame. [`control`]: what the driver sets.
-//! - [`persist`]: what a resumed guest finds again. [`announce`]: telling the network where the guest went.
+//! - [`persist`]: the saved state. [`announce`]: tells the network where the guest went.
 //!
 //! Input is never held and never saved: a frame reaches the guest in some epoch or is lost, as on any
 //! network.
 //!
-//! A driver that accepts no offloads has every frame cut and summed by the host's kernel: none to it is
-//! longer than its buffers. One that does accept them gets and gives frames of up to 64 KiB, which are held
+//! For a driver that accepts no offloads, the host's kernel cuts and sums every frame, so no frame is longer
+//! than its buffers. A driver that accepts them receives and sends frames of up to 64 KiB, which are held
 //! with their headers like any other.
 
 pub mod announce;

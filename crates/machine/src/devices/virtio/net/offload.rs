@@ -2,7 +2,7 @@
 //!
 //! A guest that has accepted the features may send frames whose checksum is unfinished, or TCP segments of up
 //! to 64 KiB to be cut by the host's kernel or its network card; a tap that was told so gives it such frames
-//! too. What is to be done stands in the header (`struct virtio_net_hdr_v1`, virtio 1.2, 5.1.6).
+//! too. The header says what is to be done (`struct virtio_net_hdr_v1`, virtio 1.2, 5.1.6).
 //!
 //! The kernel checks the headers it is given and refuses bad ones. This module does not rely on that: only
 //! claims that the accepted features allow and that lie within the frame are passed on, everything else in a
@@ -52,7 +52,7 @@ pub(super) const MQ: u64 = bit(VIRTIO_NET_F_MQ);
 /// What the host may leave to the guest: these bits also name them on the control queue.
 pub(super) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
 
-/// The features a device with so many queue pairs offers.
+/// The features that a device with this many queue pairs offers.
 pub(super) const fn offered(pairs: usize) -> u64 {
     let several = if pairs > 1 { MQ } else { 0 };
     let transmit = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN;

@@ -18,7 +18,7 @@
 //! |---|---|
 //! | device thread, inside the gate | [`push`](Output::push) |
 //! | device thread, outside the gate | [`rest`](Output::rest), [`announce`](Output::announce) |
-//! | whoever gave an order to the valve | [`drain`](Output::drain) |
+//! | the thread that gave the valve an order | [`drain`](Output::drain) |
 //!
 //! Two locks, always in this order: `writer` is held over system calls by the one thread that sends; `ring`
 //! is held for moments only, so neither a push nor an order ever waits for the sink.
@@ -69,7 +69,7 @@ impl Default for OutputLimits {
     }
 }
 
-/// What became of one frame.
+/// What happened to one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a frame that found no room must stay with the guest"]
 pub enum Pushed {
@@ -197,7 +197,7 @@ impl Output {
         if !passes() {
             return false;
         }
-        // With the lock, so that whoever discards can wait for the end of it.
+        // With the lock, so that a thread that discards can wait for its end.
         let writer = self.writer();
         let may = passes();
         if may {
@@ -256,11 +256,11 @@ impl Output {
         released
     }
 
-    /// Drains what passes through. For the device's thread after a batch, outside the gate. What is held
-    /// waits for whoever commits it. Does not wait for another thread that drains: [`space`](Self::space) is
-    /// written when it has done.
+    /// Drains what passes through. For the device's thread after a batch, outside the gate. Held frames wait
+    /// for the thread that commits them. Does not wait for another thread that drains: [`space`](Self::space)
+    /// is written when it has done.
     pub fn drain_if_open(&self) {
-        // What was pushed before an order to open is drained by whoever gave it.
+        // The thread that gave an order to open drains what was pushed before it.
         if self.newest.load(Ordering::Acquire) == 0 || self.mode() != OutputMode::PassThrough {
             return;
         }

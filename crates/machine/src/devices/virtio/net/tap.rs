@@ -42,14 +42,14 @@ pub trait FramePort: FrameSink {
     /// `buffer` is cut.
     fn receive(&self, pair: usize, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// From now on frames may come on which this work is left to do: feature bits of the guest. May block.
+    /// From now on frames may need this work by the guest, given as feature bits. May block.
     fn set_offloads(&self, offloads: u64) -> io::Result<()>;
 
-    /// From now on frames come only in the first queues, so many. May block.
+    /// From now on frames come only in this many queues, the first ones. May block.
     fn set_pairs(&self, pairs: usize) -> io::Result<()>;
 }
 
-/// Why a tap interface cannot be had. Each says what to do about it.
+/// Why a tap interface cannot be opened. Each says what to do about it.
 #[derive(Debug, Error)]
 pub enum TapError {
     /// The kernel would not take the name for an interface, or would take it for a pattern.
@@ -100,7 +100,7 @@ pub enum TapError {
         name: String,
     },
     /// The kernel's taps cannot carry the headers that say what is left to do about a frame.
-    #[error("the tun driver knows no virtio headers (IFF_VNET_HDR): use a kernel of Linux 2.6.32 or later")]
+    #[error("the tun driver has no virtio headers (IFF_VNET_HDR): use a kernel of Linux 2.6.32 or later")]
     NoHeaders,
     /// Anything else.
     #[error("cannot open the tap interface {name}: {source}")]
@@ -123,8 +123,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Creates the tap interface `name`, or attaches to it if it exists and no one else is attached. The
-    /// interface is left as it is otherwise: whoever calls brings it up and connects it.
+    /// Creates the tap interface `name`, or attaches to it if it exists and no one else is attached.
+    /// Otherwise the interface stays as it is: the caller switches it on and connects it.
     pub fn open(name: &str) -> Result<Self, TapError> {
         Self::with_queues(name, 1)
     }
