@@ -373,7 +373,7 @@ impl Machine {
 
     /// Makes the next checkpoint a base, which also carries the constant state. State is written in these
     /// versions from now on, which the receiver must be able to read.
-    pub fn begin_base(&mut self, versions: StateVersions) {
+    pub fn next_is_base(&mut self, versions: StateVersions) {
         self.constants_sent = false;
         self.state_versions = versions;
     }

@@ -107,7 +107,7 @@ fn a_pause_allocates_nothing() {
         // The first one sizes the scratch buffers.
         machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
         // Of those that are counted the first is a base, which has the most state, in a buffer that is new.
-        machine.begin_base(StateVersions::NEWEST);
+        machine.next_is_base(StateVersions::NEWEST);
         let mut staging = Outgoing::new(256, 0).unwrap();
         for round in 0..rounds {
             std::thread::sleep(Duration::from_micros(100 + round % 7 * 50));

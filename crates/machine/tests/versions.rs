@@ -40,7 +40,7 @@ impl InPause for Nothing {
 
 /// The state of a machine whose guest has asked for a reset, as a checkpoint has it in these versions.
 fn saved(machine: &mut Machine, versions: StateVersions) -> Vec<Saved> {
-    machine.begin_base(versions);
+    machine.next_is_base(versions);
     let mut staging = Outgoing::new(2048, 0).unwrap();
     machine.checkpoint(&mut staging, After::Resume, &mut Nothing).unwrap();
     staging.state().sections().map(|s| (s.kind, s.version, s.index, s.bytes.to_vec())).collect()

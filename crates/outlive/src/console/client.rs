@@ -10,7 +10,7 @@ use super::hub::Hub;
 
 /// Bytes on their way from a hub to one reader.
 #[derive(Debug)]
-pub(crate) struct Outgoing {
+pub(crate) struct ClientOutput {
     position: u64,
     bytes: Box<[u8]>,
     from: usize,
@@ -23,7 +23,7 @@ pub(crate) struct Outgoing {
 const PART: usize = 4096;
 const NOTE: usize = 64;
 
-impl Outgoing {
+impl ClientOutput {
     /// Begins with the oldest byte that is kept.
     pub(crate) fn new(hub: &Hub) -> Self {
         let bytes = vec![0; NOTE + PART].into_boxed_slice();
@@ -90,7 +90,7 @@ impl Outgoing {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) socket: UnixStream,
-    pub(crate) out: Outgoing,
+    pub(crate) out: ClientOutput,
     /// The client may still send.
     sends: bool,
     /// The client has hung up; only what it sent before matters.
@@ -107,7 +107,7 @@ pub(crate) enum Fate {
 impl Client {
     pub(crate) fn new(socket: UnixStream, hub: &Hub) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, out: Outgoing::new(hub), sends: true, hung_up: false })
+        Ok(Self { socket, out: ClientOutput::new(hub), sends: true, hung_up: false })
     }
 
     /// What to wait for; `None` means nothing at all, not even the client's end.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outlive_machine::devices::port::PortInput;
 
-use super::client::Outgoing;
+use super::client::ClientOutput;
 use super::hub::Hub;
 use super::terminal::{Key, Keys, RawTerminal, TERMINAL_WRITE};
 
@@ -20,7 +20,7 @@ pub(crate) type Stop = Box<dyn Fn(&'static str) + Send>;
 pub(crate) struct Stdio {
     keyboard: Option<File>,
     screen: Option<File>,
-    out: Outgoing,
+    out: ClientOutput,
     /// Restores the terminal; none when standard input is no terminal.
     terminal: Option<RawTerminal>,
     keys: Keys,
@@ -40,7 +40,7 @@ impl Stdio {
 
     pub(crate) fn with(keyboard: File, screen: File, hub: &Hub, stop: Stop) -> io::Result<Self> {
         let terminal = RawTerminal::take(&keyboard)?;
-        let out = Outgoing::new(hub);
+        let out = ClientOutput::new(hub);
         Ok(Self {
             keyboard: Some(keyboard),
             screen: Some(screen),

@@ -36,7 +36,7 @@ pub(super) enum Content {
 ///
 /// # Errors
 /// The file system's.
-pub(super) fn look(file: &File, patience: Duration) -> io::Result<Content> {
+pub(super) fn scan(file: &File, patience: Duration) -> io::Result<Content> {
     let bytes = file.bytes()?;
     let deadline = Instant::now() + patience;
     let mut reader = Reader { file, bytes, buffer: vec![0; STEP as usize] };
@@ -123,24 +123,24 @@ mod tests {
     #[test]
     fn one_byte_anywhere_is_found() {
         let bytes = (300 << 20) + 512;
-        assert_eq!(look(&file(bytes, &[]), AGES).unwrap(), Content::Blank);
+        assert_eq!(scan(&file(bytes, &[]), AGES).unwrap(), Content::Blank);
         for at in [0, 1 << 20, ENDS - 1, ENDS, (150 << 20) + 77, bytes - ENDS, bytes - 1] {
-            let found = look(&file(bytes, &[at]), AGES).unwrap();
+            let found = scan(&file(bytes, &[at]), AGES).unwrap();
             assert!(
                 matches!(found, Content::Data { at: from } if from <= at && at < from + STEP),
                 "{at}: {found:?}"
             );
         }
         for bytes in [0, 1, 512, STEP, ENDS, ENDS + 1, 2 * ENDS, 2 * ENDS + 1] {
-            assert_eq!(look(&file(bytes, &[]), AGES).unwrap(), Content::Blank, "{bytes}");
+            assert_eq!(scan(&file(bytes, &[]), AGES).unwrap(), Content::Blank, "{bytes}");
             if bytes > 0 {
-                assert_ne!(look(&file(bytes, &[bytes - 1]), AGES).unwrap(), Content::Blank, "{bytes}");
+                assert_ne!(scan(&file(bytes, &[bytes - 1]), AGES).unwrap(), Content::Blank, "{bytes}");
             }
         }
         // Written zeroes are not data.
         let zeroes = file(4 << 20, &[]);
         zeroes.write_all_at(&[0; 3 << 20], 77).unwrap();
-        assert_eq!(look(&zeroes, AGES).unwrap(), Content::Blank);
+        assert_eq!(scan(&zeroes, AGES).unwrap(), Content::Blank);
     }
 
     /// A terabyte of holes takes no time; without enough time, samples are taken.
@@ -148,15 +148,15 @@ mod tests {
     fn a_large_image_is_looked_at_in_reasonable_time() {
         let began = Instant::now();
         let large = file(1 << 40, &[]);
-        assert_eq!(look(&large, AGES).unwrap(), Content::Blank);
+        assert_eq!(scan(&large, AGES).unwrap(), Content::Blank);
         let zeroes = file(1 << 40, &[]);
         zeroes.write_all_at(&[0; 1 << 20], 500 << 20).unwrap();
-        assert_eq!(look(&zeroes, Duration::ZERO).unwrap(), Content::BlankInSamples);
+        assert_eq!(scan(&zeroes, Duration::ZERO).unwrap(), Content::BlankInSamples);
         assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         let full = file(200 << 20, &[]);
         for at in (64..136).map(|megabyte| megabyte << 20) {
             full.write_all_at(&[9; 1 << 20], at).unwrap();
         }
-        assert!(matches!(look(&full, Duration::ZERO).unwrap(), Content::Data { .. }));
+        assert!(matches!(scan(&full, Duration::ZERO).unwrap(), Content::Data { .. }));
     }
 }

@@ -63,7 +63,7 @@ impl Target<'_> {
 
     /// The place of the image's first data.
     fn data(&self) -> Result<Option<u64>, String> {
-        let found = blank::look(self.file, PATIENCE);
+        let found = blank::scan(self.file, PATIENCE);
         match found.map_err(|e| format!("cannot read {}: {e}", self.path.display()))? {
             Content::Data { at } => Ok(Some(at)),
             Content::Blank => Ok(None),

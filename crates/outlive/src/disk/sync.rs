@@ -276,7 +276,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         while at < end {
             self.wait_for_room()?;
             let index = self.disks[disk].index;
-            let (zeroes, sums) = self.look(disk, at, end).map_err(|error| match error {
+            let (zeroes, sums) = self.next_window(disk, at, end).map_err(|error| match error {
                 None => Stop::Unwanted,
                 Some(error) => Stop::Failed(format!("disk {index} cannot be read: {error}")),
             })?;
@@ -293,7 +293,12 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
     }
 
     /// The next window: some chunks in a hole, or the sums of some chunks. `None` if stopped.
-    fn look(&mut self, disk: usize, first: u64, end: u64) -> Result<(u64, Vec<Sum>), Option<io::Error>> {
+    fn next_window(
+        &mut self,
+        disk: usize,
+        first: u64,
+        end: u64,
+    ) -> Result<(u64, Vec<Sum>), Option<io::Error>> {
         let SourceDisk { file, bytes, .. } = &self.disks[disk];
         let mut reader = ChunkReader::new(file, *bytes);
         let mut zeroes = 0;

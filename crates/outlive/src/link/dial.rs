@@ -48,15 +48,15 @@ impl Listener {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn accept(&self) -> io::Result<Incoming> {
-        self.0.accept().map(Incoming)
+    pub(crate) fn accept(&self) -> io::Result<NewConnection> {
+        self.0.accept().map(NewConnection)
     }
 }
 
 /// A new connection. Nothing was read from it yet, so no thread has waited for its peer.
-pub(crate) struct Incoming(tcp::Tcp);
+pub(crate) struct NewConnection(tcp::Tcp);
 
-impl Incoming {
+impl NewConnection {
     /// The peer's address, for people.
     pub(crate) fn peer(&self) -> String {
         self.0.peer()

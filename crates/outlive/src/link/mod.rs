@@ -25,7 +25,7 @@ use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use dial::{Incoming, Listener, dial};
+pub(crate) use dial::{Listener, NewConnection, dial};
 pub(crate) use receiver::{Heard, receive};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
 

@@ -161,7 +161,7 @@ impl Coordinator {
         check_staging(pages, disk_bytes, SLOTS)?;
         let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
         pool.open(buffers.collect::<Result<_, _>>()?);
-        with.machine.begin_base(version.state_versions());
+        with.machine.next_is_base(version.state_versions());
         let disks = DiskBase::start(&with.machine, &with.driver, link, &with.events)?;
         Ok(Base::new(with.events.clone(), disks))
     }

@@ -264,7 +264,7 @@ impl Coordinator {
         if !self.with.machine.can_reset() {
             return self.end(EndReason::Reset);
         }
-        let asked = self.restarts.ask(way, Instant::now());
+        let asked = self.restarts.request(way, Instant::now());
         let wait = asked.wait.as_secs();
         match asked.soon.map(|ran| ran.as_secs()) {
             None => tracing::info!("the guest restarts, by {way}"),

@@ -28,7 +28,7 @@ pub(super) struct Restarts {
 
 /// What the log says about a restart that the guest asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct RestartRequest {
     /// It ran for this long since the last one, which was too short.
     pub(super) soon: Option<Duration>,
     /// The restart waits for this long.
@@ -37,7 +37,7 @@ pub(super) struct Asked {
 
 impl Restarts {
     /// The guest asks for a restart by `way`.
-    pub(super) fn ask(&mut self, way: ResetWay, now: Instant) -> Asked {
+    pub(super) fn request(&mut self, way: ResetWay, now: Instant) -> RestartRequest {
         let soon = self.last.map(|last| now.saturating_duration_since(last)).filter(|ran| *ran < LONG);
         self.in_a_row = if soon.is_some() { self.in_a_row.saturating_add(1) } else { 0 };
         let wait = match self.in_a_row.checked_sub(AT_ONCE) {
@@ -45,7 +45,7 @@ impl Restarts {
             Some(doublings) => FIRST_WAIT.saturating_mul(1 << doublings.min(16)).min(LONGEST_WAIT),
         };
         self.due = Some((now + wait, way));
-        Asked { soon, wait }
+        RestartRequest { soon, wait }
     }
 
     /// When the next one is due.
@@ -69,7 +69,10 @@ mod tests {
     fn a_guest_that_restarts_now_and_then_does_so_at_once() {
         let (mut restarts, mut now) = (Restarts::default(), Instant::now());
         for _ in 0..10 {
-            assert_eq!(restarts.ask(ResetWay::Acpi, now), Asked { soon: None, wait: Duration::ZERO });
+            assert_eq!(
+                restarts.request(ResetWay::Acpi, now),
+                RestartRequest { soon: None, wait: Duration::ZERO }
+            );
             assert_eq!(
                 (restarts.take(now), restarts.take(now), restarts.due()),
                 (Some(ResetWay::Acpi), None, None)
@@ -84,7 +87,7 @@ mod tests {
         let ran = Duration::from_secs(20);
         let mut waits = Vec::new();
         for number in 0..9 {
-            let asked = restarts.ask(ResetWay::Acpi, now);
+            let asked = restarts.request(ResetWay::Acpi, now);
             assert_eq!(asked.soon, (number > 0).then_some(ran));
             assert_eq!(restarts.take(now).is_some(), asked.wait.is_zero());
             waits.push(asked.wait.as_secs());
@@ -97,6 +100,9 @@ mod tests {
         }
         assert_eq!(waits, [0, 0, 1, 2, 4, 8, 16, 32, 32]);
         now += LONG;
-        assert_eq!(restarts.ask(ResetWay::Acpi, now), Asked { soon: None, wait: Duration::ZERO });
+        assert_eq!(
+            restarts.request(ResetWay::Acpi, now),
+            RestartRequest { soon: None, wait: Duration::ZERO }
+        );
     }
 }

@@ -15,7 +15,7 @@ use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
 
 /// How many checkpoints may be in flight: more than there are buffers.
-const ON_THEIR_WAY: usize = 64;
+const MAX_IN_FLIGHT: usize = 64;
 
 /// Counters since this process became the active side. Recording allocates nothing.
 pub(crate) struct Totals {
@@ -25,13 +25,13 @@ pub(crate) struct Totals {
     pages: Mutex<PageCounts>,
     protected: AtomicBool,
     base_began: Mutex<Option<Instant>>,
-    way: Mutex<Way>,
+    in_flight: Mutex<InFlight>,
     phases: Phases,
     dirty_pages: Recorded,
 }
 
 /// How far the checkpoints are.
-struct Way {
+struct InFlight {
     /// The newest committed one.
     committed: u64,
     /// Those that are sent and not committed, with the time at which the last byte was written.
@@ -48,7 +48,10 @@ impl Totals {
             pages: Mutex::default(),
             protected: AtomicBool::new(false),
             base_began: Mutex::new(None),
-            way: Mutex::new(Way { committed: checkpoint, sent: VecDeque::with_capacity(ON_THEIR_WAY) }),
+            in_flight: Mutex::new(InFlight {
+                committed: checkpoint,
+                sent: VecDeque::with_capacity(MAX_IN_FLIGHT),
+            }),
             phases: Phases::new(),
             dirty_pages: Recorded::new(histogram()),
         })
@@ -61,10 +64,10 @@ impl Totals {
 
     /// Everything up to this checkpoint is committed: its acknowledgement was just read.
     pub(crate) fn committed(&self, through: u64) {
-        let mut way = self.way();
-        self.committed.fetch_add(through.saturating_sub(way.committed), Ordering::Relaxed);
-        way.committed = way.committed.max(through);
-        while let Some((_, sent)) = way.sent.pop_front_if(|(number, _)| *number <= through) {
+        let mut in_flight = self.in_flight();
+        self.committed.fetch_add(through.saturating_sub(in_flight.committed), Ordering::Relaxed);
+        in_flight.committed = in_flight.committed.max(through);
+        while let Some((_, sent)) = in_flight.sent.pop_front_if(|(number, _)| *number <= through) {
             self.phases.record(Phase::Acknowledge, sent.elapsed());
         }
     }
@@ -89,12 +92,12 @@ impl Totals {
         self.phases.record(Phase::Queue, shipped.queue);
         self.phases.record(Phase::Encode, shipped.encode);
         self.phases.record(Phase::Send, shipped.send);
-        let mut way = self.way();
-        if shipped.number <= way.committed {
+        let mut in_flight = self.in_flight();
+        if shipped.number <= in_flight.committed {
             // The acknowledgement came before the write of the last byte returned.
             self.phases.record(Phase::Acknowledge, Duration::ZERO);
-        } else if way.sent.len() < ON_THEIR_WAY {
-            way.sent.push_back((shipped.number, Instant::now()));
+        } else if in_flight.sent.len() < MAX_IN_FLIGHT {
+            in_flight.sent.push_back((shipped.number, Instant::now()));
         }
     }
 
@@ -106,7 +109,7 @@ impl Totals {
     /// Base synchronisation begins.
     pub(crate) fn base_begins(&self) {
         // What was in flight on an earlier link never arrives.
-        self.way().sent.clear();
+        self.in_flight().sent.clear();
         *self.base_began.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
@@ -158,8 +161,8 @@ impl Totals {
         }
     }
 
-    fn way(&self) -> MutexGuard<'_, Way> {
-        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    fn in_flight(&self) -> MutexGuard<'_, InFlight> {
+        self.in_flight.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -13,7 +13,7 @@ use outlive_pair::{
 
 use super::notes;
 use super::outbox::Outbox;
-use super::ports::{Inbox, LOOK_AGAIN, Ports, Session};
+use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
 use crate::arbiter::{self, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
@@ -39,13 +39,13 @@ pub(super) struct Equipment {
 pub(super) struct Decisions {
     driver: Mutex<StandbyDriver<Ports>>,
     clock: Clock,
-    inbox: Sender<Inbox>,
+    inbox: Sender<MainMessage>,
     pub(super) equipment: Equipment,
 }
 
 impl Decisions {
     /// The driver of a standby that listens. The main thread has the other end of `inbox`.
-    pub(super) fn new(equipment: Equipment, inbox: Sender<Inbox>) -> Arc<Self> {
+    pub(super) fn new(equipment: Equipment, inbox: Sender<MainMessage>) -> Arc<Self> {
         let clock = Clock::start();
         let timing = Timing::new(equipment.options.active.dead_after);
         let machine = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
@@ -184,12 +184,12 @@ impl Decisions {
         let mut driver = self.driver.lock().unwrap_or_else(PoisonError::into_inner);
         // Under the lock, so that messages to the main thread keep the order of the decisions.
         let (result, after) = work(&mut driver, self.clock.now());
-        let outgoing = driver.ports_mut().take_outgoing();
+        let deferred = driver.ports_mut().take_deferred();
         drop(driver);
-        outgoing.carry_out();
+        deferred.carry_out();
         if after.wake {
             // After a takeover nobody waits any more.
-            self.inbox.send(Inbox::Wake).ok();
+            self.inbox.send(MainMessage::Wake).ok();
         }
         result
     }

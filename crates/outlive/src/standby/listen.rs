@@ -22,7 +22,7 @@ use super::outbox::Outbox;
 use super::ports::Session;
 use super::reader::{Admitted, ReaderEnd, SessionReader};
 use crate::arbiter::{self, Arbiter};
-use crate::link::{Connection, Incoming, Listener, Reader};
+use crate::link::{Connection, Listener, NewConnection, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// How many connections may be heard at the same time. One is the primary's.
@@ -79,7 +79,7 @@ fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
     }
 }
 
-fn serve(decisions: &Arc<Decisions>, incoming: Incoming, number: Link, limit: &RateLimit) {
+fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limit: &RateLimit) {
     let from = incoming.peer();
     let outbox;
     let mut stream = match incoming.open() {

@@ -46,12 +46,12 @@ use crate::vm::{Launch, Relay};
 use crate::{disk, process};
 use decisions::{Decisions, Equipment};
 use notes::Notes;
-use ports::{Inbox, Session};
+use ports::{MainMessage, Session};
 
 /// A standby that listens.
 pub(crate) struct Waiting {
     decisions: Arc<Decisions>,
-    inbox: Receiver<Inbox>,
+    inbox: Receiver<MainMessage>,
     stops: Relay<&'static str>,
 }
 
@@ -103,7 +103,7 @@ impl Waiting {
         events.emit(Event::Listening { addr });
         process::on_stop(options.active.exit_with_stdin, stops.sender())
             .map_err(|e| format!("cannot watch signals: {e}"))?;
-        stops.connect(move |why| drop(queue.send(Inbox::Stop(why))));
+        stops.connect(move |why| drop(queue.send(MainMessage::Stop(why))));
         Ok(Self { decisions, inbox, stops })
     }
 
@@ -129,15 +129,15 @@ impl Waiting {
         loop {
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
             match self.inbox.recv_timeout(timeout) {
-                Ok(Inbox::Wake) => {}
-                Ok(Inbox::Stop(why)) => {
+                Ok(MainMessage::Wake) => {}
+                Ok(MainMessage::Stop(why)) => {
                     tracing::info!("{why}");
                     self.decisions.handle(StandbyEvent::Stop);
                 }
-                Ok(Inbox::Note(at, note)) => notes.note(at, note),
-                Ok(Inbox::Refused(code, text)) => notes.refused(code, text),
-                Ok(Inbox::TakeOver(order)) => return self.take_over(order, &notes),
-                Ok(Inbox::Exit(reason)) => return Outcome::Ended(self.leave(reason)),
+                Ok(MainMessage::Note(at, note)) => notes.note(at, note),
+                Ok(MainMessage::Refused(code, text)) => notes.refused(code, text),
+                Ok(MainMessage::TakeOver(order)) => return self.take_over(order, &notes),
+                Ok(MainMessage::Exit(reason)) => return Outcome::Ended(self.leave(reason)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Outcome::Failed("the standby's threads have ended".into());
@@ -152,7 +152,7 @@ impl Waiting {
         // come.
         self.stops.disconnect();
         for message in self.inbox.try_iter() {
-            if let Inbox::Stop(why) = message {
+            if let MainMessage::Stop(why) = message {
                 self.stops.send(why);
             }
         }

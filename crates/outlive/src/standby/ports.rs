@@ -1,5 +1,5 @@
 //! What the standby's decisions reach. Every method queues something and returns; other threads do what takes
-//! time, or [`Outgoing`] once the lock is dropped.
+//! time, or [`Deferred`] once the lock is dropped.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
@@ -20,7 +20,7 @@ use crate::process;
 pub(super) const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// Messages to the main thread.
-pub(super) enum Inbox {
+pub(super) enum MainMessage {
     /// Check the deadlines again.
     Wake,
     /// The operator wants the standby stopped.
@@ -76,7 +76,7 @@ impl Session {
 /// What to do once the lock is dropped, in this order: the acknowledgement is written before the applier is
 /// woken, because both may need the same processor.
 #[derive(Default)]
-pub(super) struct Outgoing {
+pub(super) struct Deferred {
     outbox: Option<Arc<Outbox>>,
     /// Other outboxes to write. Rarely any, because one event concerns one connection.
     others: Vec<Arc<Outbox>>,
@@ -85,7 +85,7 @@ pub(super) struct Outgoing {
     buffers: Option<Arc<Handover>>,
 }
 
-impl Outgoing {
+impl Deferred {
     /// Does it.
     pub(super) fn carry_out(self) {
         self.outbox.into_iter().chain(self.others).for_each(|outbox| outbox.write());
@@ -102,16 +102,16 @@ pub(super) struct Ports {
     session: Option<Session>,
     /// The thread that throws the last session's copy away, or has done so.
     discards: Option<JoinHandle<Option<VmCopy>>>,
-    inbox: Sender<Inbox>,
+    inbox: Sender<MainMessage>,
     /// This host's name, for the answer to an introduction.
     host: String,
-    outgoing: Outgoing,
+    deferred: Deferred,
 }
 
 impl Ports {
-    pub(super) fn new(inbox: Sender<Inbox>) -> Self {
+    pub(super) fn new(inbox: Sender<MainMessage>) -> Self {
         let host = process::host_name();
-        Self { peers: Vec::new(), session: None, discards: None, inbox, host, outgoing: Outgoing::default() }
+        Self { peers: Vec::new(), session: None, discards: None, inbox, host, deferred: Deferred::default() }
     }
 
     /// Adds a connection under a number that was not used before.
@@ -159,8 +159,8 @@ impl Ports {
     }
 
     /// Takes what must be done once the lock is dropped.
-    pub(super) fn take_outgoing(&mut self) -> Outgoing {
-        std::mem::take(&mut self.outgoing)
+    pub(super) fn take_deferred(&mut self) -> Deferred {
+        std::mem::take(&mut self.deferred)
     }
 
     fn outbox(&self, link: Link) -> Option<Arc<Outbox>> {
@@ -168,10 +168,10 @@ impl Ports {
     }
 
     fn touch(&mut self, outbox: Arc<Outbox>) {
-        match &self.outgoing.outbox {
+        match &self.deferred.outbox {
             Some(known) if Arc::ptr_eq(known, &outbox) => {}
-            Some(_) => self.outgoing.others.push(outbox),
-            None => self.outgoing.outbox = Some(outbox),
+            Some(_) => self.deferred.others.push(outbox),
+            None => self.deferred.outbox = Some(outbox),
         }
     }
 
@@ -194,11 +194,11 @@ impl Ports {
     fn give(&mut self, link: Link, checkpoint: u64, doing: Doing) -> Result<(), String> {
         let handover = self.session(link)?.handover.clone();
         handover.give(checkpoint, doing)?;
-        self.outgoing.applier = Some(handover);
+        self.deferred.applier = Some(handover);
         Ok(())
     }
 
-    fn tell(&self, message: Inbox) {
+    fn tell(&self, message: MainMessage) {
         // After a takeover nobody listens; nothing is lost then.
         self.inbox.send(message).ok();
     }
@@ -225,7 +225,7 @@ impl StandbyPorts for Ports {
             outbox.end(if put.is_ok() { End::Finish } else { End::Close });
         }
         self.disconnect(link);
-        self.tell(Inbox::Refused(code, text));
+        self.tell(MainMessage::Refused(code, text));
     }
 
     fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
@@ -286,7 +286,7 @@ impl StandbyPorts for Ports {
     fn discard(&mut self, link: Link) {
         if let Some(session) = self.session.take_if(|session| session.link == link) {
             session.handover.end(Ending::Discard);
-            self.outgoing.buffers = Some(session.handover);
+            self.deferred.buffers = Some(session.handover);
             self.discards = Some(session.applier);
         }
     }
@@ -299,14 +299,14 @@ impl StandbyPorts for Ports {
     }
 
     fn take_over(&mut self, order: TakeOver) {
-        self.tell(Inbox::TakeOver(order));
+        self.tell(MainMessage::TakeOver(order));
     }
 
     fn exit(&mut self, reason: StandbyExit) {
-        self.tell(Inbox::Exit(reason));
+        self.tell(MainMessage::Exit(reason));
     }
 
     fn note(&mut self, note: StandbyNote) {
-        self.tell(Inbox::Note(Instant::now(), note));
+        self.tell(MainMessage::Note(Instant::now(), note));
     }
 }

@@ -156,7 +156,10 @@ fn kernels_of_other_kinds_are_refused_by_name() {
     assert!(refusal(&|image| image[0x206] = 0x0b).contains("boot protocol 0x020b"));
     assert!(refusal(&|image| image.truncate(SETUP + 0x800)).contains("shorter than its header says"));
     assert!(refusal(&|image| image.truncate(SETUP - 1)).contains("truncated"));
-    assert!(refusal(&|image| set(image, 0x258, &(u64::MAX - 10).to_le_bytes())).contains("load address is invalid"));
+    assert!(
+        refusal(&|image| set(image, 0x258, &(u64::MAX - 10).to_le_bytes()))
+            .contains("load address is invalid")
+    );
     assert!(refusal(&|image| set(image, 0x258, &0x9_0000u64.to_le_bytes())).contains("below 1 MiB"));
     assert!(refusal(&|image| set(image, 0x260, &u32::MAX.to_le_bytes())).contains("needs memory up to"));
     assert!(refusal(&|image| image.clear()).contains("neither a bzImage"));

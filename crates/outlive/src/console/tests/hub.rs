@@ -3,7 +3,7 @@
 use outlive_machine::devices::port::PortSink;
 use proptest::prelude::*;
 
-use super::super::client::Outgoing;
+use super::super::client::ClientOutput;
 use super::super::hub::{HISTORY, Hub, Read};
 
 #[test]
@@ -20,7 +20,7 @@ fn a_new_reader_sees_what_was_printed_before() {
 #[test]
 fn a_slow_reader_loses_the_oldest_and_is_told() {
     let hub = Hub::new().unwrap();
-    let mut out = Outgoing::new(&hub);
+    let mut out = ClientOutput::new(&hub);
     hub.write(&[b'a'; 100]);
     hub.write(&[b'b'; HISTORY]);
     let mut shown = Vec::new();

@@ -81,7 +81,7 @@ pub struct Net {
     /// Limits log lines about the tap's failures.
     pub(super) complaints: Complaints,
     /// The port's last settings. The thread sets them outside the gate, because these calls may take long.
-    told: Mutex<Option<Told>>,
+    port_settings: Mutex<Option<PortSettings>>,
     announcing: Mutex<Option<(Schedule, [u8; announce::PACKET])>>,
 }
 
@@ -104,7 +104,7 @@ pub struct Card {
 
 /// The settings that the port has to know.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Told {
+struct PortSettings {
     offloads: u64,
     pairs: u16,
 }
@@ -164,9 +164,9 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
 
     /// The offloads and the number of pairs that the port was last told.
     #[cfg(test)]
-    pub(super) fn told(&self) -> Option<(u64, u16)> {
-        let told = self.model().told.lock().unwrap_or_else(PoisonError::into_inner);
-        told.map(|told| (told.offloads, told.pairs))
+    pub(super) fn port_settings(&self) -> Option<(u64, u16)> {
+        let settings = self.model().port_settings.lock().unwrap_or_else(PoisonError::into_inner);
+        settings.map(|it| (it.offloads, it.pairs))
     }
 }
 
@@ -191,8 +191,8 @@ impl Card {
 
 impl Net {
     pub(super) fn new(port: Arc<dyn FramePort>, output: Arc<Output>) -> Self {
-        let (counters, complaints, told, announcing) = Default::default();
-        Self { port, output, counters, complaints, told, announcing }
+        let (counters, complaints, port_settings, announcing) = Default::default();
+        Self { port, output, counters, complaints, port_settings, announcing }
     }
 
     fn announce_if_due(&self) {
@@ -210,8 +210,8 @@ impl Net {
     /// Passes the settings that concern it to the port.
     fn tell_port(&self, settings: Settings) {
         let Settings { offloads, pairs, .. } = settings;
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *told;
+        let mut settings = self.port_settings.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *settings;
         if before.is_none_or(|before| before.offloads != offloads)
             && let Err(error) = self.port.set_offloads(offloads)
         {
@@ -223,7 +223,7 @@ impl Net {
         {
             complain!(warn, self.complaints, %error, pairs, "cannot change the tap's number of queues");
         }
-        *told = Some(Told { offloads, pairs });
+        *settings = Some(PortSettings { offloads, pairs });
     }
 
     /// Throws away what the tap has queued for a machine that did not run here.

@@ -238,7 +238,7 @@ fn a_guest_that_can_gets_large_segments_and_another_gets_them_cut() {
 
         // Frames of the kernel's own (neighbour discovery) may come in between.
         let driver = rig.boot(FEATURES | MRG_RXBUF | GUEST_CSUM | GUEST_TSO4);
-        wait_for("the tap to be told", || rig.device.told() == Some((GUEST_CSUM | GUEST_TSO4, 1)));
+        wait_for("the tap to be told", || rig.device.port_settings() == Some((GUEST_CSUM | GUEST_TSO4, 1)));
         for slot in 0..QUEUE {
             driver.give_buffer(slot, 4096);
         }
@@ -255,7 +255,7 @@ fn a_guest_that_can_gets_large_segments_and_another_gets_them_cut() {
         assert!(whole[12..] == tcp(1, &data), "with its checksum unfinished");
 
         let driver = rig.boot(FEATURES);
-        wait_for("the tap to be told", || rig.device.told() == Some((0, 1)));
+        wait_for("the tap to be told", || rig.device.port_settings() == Some((0, 1)));
         for slot in 0..QUEUE {
             driver.give_buffer(slot, 1526);
         }
@@ -309,7 +309,7 @@ fn a_flow_comes_back_in_the_pair_it_was_sent_from() {
         assert_ne!(index_of("many0"), 0);
         let mut host = packet_socket("many0", IPV4);
         rig.device.go_live(false);
-        wait_for("one pair in use", || rig.device.told() == Some((0, 1)));
+        wait_for("one pair in use", || rig.device.port_settings() == Some((0, 1)));
         let (_, control) = rig.boot_with_control(FEATURES | CTRL_VQ | MQ | CSUM, 6);
         let pairs = [0, 1, 2].map(|pair| Driver {
             memory: &memory,
@@ -346,7 +346,7 @@ fn a_flow_comes_back_in_the_pair_it_was_sent_from() {
                 break;
             }
             assert_eq!(control.ask(4, 0, &3u16.to_le_bytes()), 0);
-            wait_for("the tap to follow", || rig.device.told() == Some((0, 3)));
+            wait_for("the tap to follow", || rig.device.port_settings() == Some((0, 3)));
             for (slot, pair) in [1, 2].into_iter().enumerate() {
                 for time in 0..2 {
                     let flow = 7000 + pair as u16;
@@ -360,7 +360,7 @@ fn a_flow_comes_back_in_the_pair_it_was_sent_from() {
                 }
             }
             assert_eq!(control.ask(4, 0, &1u16.to_le_bytes()), 0);
-            wait_for("the tap to follow", || rig.device.told() == Some((0, 1)));
+            wait_for("the tap to follow", || rig.device.port_settings() == Some((0, 1)));
         }
         assert_eq!(rig.output.stats().refused_frames, 0);
     });
