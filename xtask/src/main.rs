@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
-//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask nested`.
+//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`,
+//! `cargo xtask fuzz`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -12,8 +13,10 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod fuzz;
 mod lint;
 mod models;
+mod mutants;
 mod nested;
 mod packages;
 mod run;
@@ -44,6 +47,7 @@ Examples:
   cargo xtask docs --open              the documentation, in the browser
   cargo xtask bench dirty              what dirty tracking costs, beside the bitmap of other VMMs
   cargo xtask torture --minutes 60     two hosts and everything that hosts do to a VM, by a seed
+  cargo xtask fuzz --minutes 60        libFuzzer over all that guests, peers and files can bring
   cargo xtask sim --minutes 60         the simulator of the protocol, with new seeds
   cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated
   cargo xtask nested shell             two emulated hosts with Linux guests to protect, and a prompt on each";
@@ -69,9 +73,15 @@ enum Command {
     /// Real hosts in network namespaces, killed, stopped, cut off and starved, and every answer checked
     #[command(after_help = torture::EXAMPLES)]
     Torture(torture::TortureOptions),
+    /// Fuzz the parsers, loaders and devices, guided by coverage
+    #[command(after_help = fuzz::EXAMPLES)]
+    Fuzz(fuzz::FuzzOptions),
     /// Simulate the protocol of two hosts with new seeds
     #[command(after_help = sim::EXAMPLES)]
     Sim(sim::SimOptions),
+    /// Change the decision code of the protocol in many small ways, and see whether its tests notice
+    #[command(after_help = mutants::EXAMPLES)]
+    Mutants(mutants::MutantsOptions),
     /// Test on hosts with other kernels, in QEMU's software emulation
     Nested(nested::NestedOptions),
 }
@@ -96,7 +106,9 @@ fn main() -> ExitCode {
         Command::Docs { open } => lint::docs(&workspace, open),
         Command::Bench(options) => bench::run(&workspace, &options),
         Command::Torture(options) => torture::run(&workspace, &options),
+        Command::Fuzz(options) => fuzz::run(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
+        Command::Mutants(options) => mutants::run(&workspace, &options),
         Command::Nested(options) => nested::run(&workspace, &options),
     };
     match result {

@@ -42,6 +42,9 @@ pub(crate) const IPROUTE: Package =
 pub(crate) const E2FSPROGS: Package =
     Package { name: "e2fsprogs", programs: &["mke2fs"], used_for: "file systems on disk images" };
 
+pub(crate) const COMPILER: Package =
+    Package { name: "g++", programs: &["c++"], used_for: "libFuzzer, which is written in C++" };
+
 /// Where packages are unpacked when they cannot be installed.
 struct Unpacked {
     debs: PathBuf,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::run::{StepError, Workspace, describe, lines, step};
 use crate::summary::Summary;
-use crate::{models, nested, packages};
+use crate::{fuzz, models, nested, packages};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct TestOptions {
@@ -23,6 +23,9 @@ pub(crate) struct TestOptions {
     /// Leave emulated hosts out (some 8 minutes less the first time, 4 later)
     #[arg(long, conflicts_with = "nested")]
     no_nested: bool,
+    /// Fuzz each target for ten seconds as well (some 4 minutes, the build of the targets included)
+    #[arg(long)]
+    fuzz: bool,
 }
 
 /// Runs everything, prints the summary, and fails if a test failed.
@@ -43,6 +46,11 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
     let mut summary = Summary::default();
     for command in &mut commands {
         test(command, &environment, options, &mut summary)?;
+    }
+    if options.fuzz
+        && let Err(error) = fuzz::run(workspace, &fuzz::FuzzOptions::default())
+    {
+        summary.ended_badly(&error.to_string());
     }
     if !options.no_nested && options.filter.is_none() {
         nested::in_tests(workspace, !options.no_fetch, options.nested, &mut summary)?;

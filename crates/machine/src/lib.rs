@@ -24,6 +24,8 @@ mod capture;
 mod check;
 mod event;
 mod futex;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod irq;
 mod kvm;
 mod machine;

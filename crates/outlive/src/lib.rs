@@ -14,6 +14,8 @@ pub mod demo;
 mod disk;
 pub mod events;
 pub mod exit;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod lines;
 mod link;
 pub mod logs;

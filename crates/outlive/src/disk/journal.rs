@@ -26,7 +26,7 @@ const MAGIC: [u8; 8] = *b"OUTLVJNL";
 /// - 1: as described above, with the disk records of `outlive_epoch`.
 const VERSION: u32 = 1;
 const SLOT: usize = size_of::<RawHeader>();
-const START: u64 = 2 * SLOT as u64;
+pub(super) const START: u64 = 2 * SLOT as u64;
 const EPOCH_MARK: [u8; 4] = *b"oEPO";
 const EPOCH_HEAD: usize = size_of::<RawEpoch>();
 /// How many disks a journal may have.
@@ -133,6 +133,12 @@ impl<S: Store> Journal<S> {
     pub(crate) fn open(store: S) -> Result<(Self, u64), JournalError> {
         let Header { identity, lap, checkpoint } = read_headers(&store)?.ok_or(JournalError::NoHeader)?;
         Ok((Self { store, identity, lap, end: START }, checkpoint))
+    }
+
+    /// Where it is.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn into_store(self) -> S {
+        self.store
     }
 
     /// Which VM's journal it is.

@@ -23,6 +23,8 @@
 mod apply;
 mod blank;
 mod command;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod hash;
 mod image;
 mod journal;

@@ -51,7 +51,7 @@ pub(in crate::disk) fn now() -> String {
 }
 
 impl Sidecar {
-    pub(super) fn text(&self) -> Result<String, toml::ser::Error> {
+    pub(in crate::disk) fn text(&self) -> Result<String, toml::ser::Error> {
         let Self { provenance, generation, role, whole, end, checkpoint, disk, .. } = self;
         let ancestors = provenance.lineage.ancestors().iter();
         let ancestors =
@@ -80,7 +80,7 @@ impl Sidecar {
     }
 
     /// On an error, returns the invalid line and why.
-    pub(super) fn parse(text: &str) -> Result<Self, (usize, String)> {
+    pub(in crate::disk) fn parse(text: &str) -> Result<Self, (usize, String)> {
         if old::is_old(text) {
             return old::parse(text).map_err(|line| (line, "Outlive does not write this".into()));
         }

@@ -1,0 +1,158 @@
+//! `cargo xtask fuzz`: LLVM's libFuzzer over everything that a guest, a peer or a file gives the program. Works
+//! with a stable compiler: what measures coverage is asked for by plain compiler flags.
+//!
+//! The targets are in `fuzz/`, their bodies in the crates (`fuzz.rs`). What is known to be interesting is in
+//! `fuzz/corpus/TARGET`; what a run finds goes to `target/fuzz/corpus/TARGET`, and to the former with `--keep`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use crate::packages;
+use crate::run::{StepError, Workspace, step};
+use crate::torture::{minutes, seconds};
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask fuzz                             ten seconds of each target
+  cargo xtask fuzz --target net --minutes 30
+  cargo xtask fuzz --target net --input FILE   one input once more
+  cargo xtask fuzz --minutes 60 --keep         an hour over all; the corpora in fuzz/corpus grow by what is new
+
+The first input that breaks a target ends the run with exit code 1; the file that holds it is named. The build
+takes some minutes the first time and needs a C++ compiler, which is fetched if it is missing.";
+
+/// As `fuzz/src/main.rs` has them.
+const TARGETS: [&str; 11] =
+    ["wire", "message", "incoming", "state", "sidecar", "journal", "kernel", "console", "rng", "net", "blk"];
+
+/// Seconds of each target without a wish.
+const SECONDS: u64 = 10;
+/// An input that takes so long is a finding.
+const LONGEST_SECONDS: u64 = 20;
+
+/// Coverage as libFuzzer wants it, without which it is blind.
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+                     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+                     -Cllvm-args=-sanitizer-coverage-trace-compares";
+
+#[derive(clap::Args, Default)]
+pub(crate) struct FuzzOptions {
+    /// How long, all targets together; ten seconds of each without it
+    #[arg(long, value_name = "M", value_parser = minutes)]
+    minutes: Option<f64>,
+    /// Only this target (repeat for more)
+    #[arg(long, value_name = "T", value_parser = clap::builder::PossibleValuesParser::new(TARGETS))]
+    target: Vec<String>,
+    /// Run this input once
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["minutes", "keep"], requires = "target")]
+    input: Option<PathBuf>,
+    /// Add what was found to the corpora of the project
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Runs the chosen targets one after the other.
+pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<(), StepError> {
+    packages::provide(workspace, &[packages::COMPILER], true);
+    let fuzzer = Fuzzer::build(workspace)?;
+    let all = TARGETS.map(str::to_string);
+    let targets = if options.target.is_empty() { &all[..] } else { &options.target };
+    if let Some(input) = &options.input {
+        let input =
+            std::path::absolute(input).map_err(|source| StepError::File { path: input.clone(), source })?;
+        return targets.iter().try_for_each(|target| step(fuzzer.command(target).arg(&input)));
+    }
+    let each = options.minutes.map_or(SECONDS, |minutes| (seconds(minutes) / targets.len() as u64).max(1));
+    for target in targets {
+        fuzzer.fuzz(target, each)?;
+        if options.keep {
+            fuzzer.keep(target)?;
+        }
+    }
+    Ok(())
+}
+
+/// The built program and its folders.
+struct Fuzzer {
+    program: PathBuf,
+    /// What belongs to the project.
+    corpora: PathBuf,
+    /// What is only here.
+    found: PathBuf,
+}
+
+impl Fuzzer {
+    fn build(workspace: &Workspace) -> Result<Fuzzer, StepError> {
+        let target = workspace.target.join("fuzz");
+        let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+        let mut build = workspace.cargo(["build", "--release", "--manifest-path", "fuzz/Cargo.toml"]);
+        // With a target of its own the flags are not for build scripts, which have no libFuzzer.
+        build.args(["--target", HOST]).arg("--target-dir").arg(&target);
+        build.env("RUSTFLAGS", format!("{flags} {FLAGS}").trim_start());
+        let began = Instant::now();
+        step(&mut build)?;
+        eprintln!("the fuzz targets were built in {} s", began.elapsed().as_secs());
+        Ok(Fuzzer {
+            program: target.join(HOST).join("release/outlive-fuzz"),
+            corpora: workspace.root.join("fuzz/corpus"),
+            found: target,
+        })
+    }
+
+    fn command(&self, target: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env("OUTLIVE_FUZZ_TARGET", target);
+        command
+    }
+
+    fn fuzz(&self, target: &str, seconds: u64) -> Result<(), StepError> {
+        let (known, found) = (self.corpora.join(target), self.found.join("corpus").join(target));
+        let artifacts = self.found.join("artifacts").join(target);
+        for folder in [&known, &found, &artifacts] {
+            make(folder)?;
+        }
+        let mut command = self.command(target);
+        command.args([format!("-max_total_time={seconds}"), format!("-timeout={LONGEST_SECONDS}")]);
+        command.args(["-print_final_stats=1", "-close_fd_mask=1", "-verbosity=0", "-max_len=16384"]);
+        command.arg(format!("-artifact_prefix={}/", artifacts.display()));
+        // What is new goes to the first.
+        command.arg(found).arg(known);
+        step(&mut command).map_err(|_| {
+            StepError::Failed(format!(
+                "the fuzz target {target}; its input is in {}, and cargo xtask fuzz --target {target} --input FILE \
+                 runs it again. It",
+                artifacts.display()
+            ))
+        })
+    }
+
+    /// Adds to the project's corpus what reaches something that it does not reach.
+    fn keep(&self, target: &str) -> Result<(), StepError> {
+        let mut merge = self.command(target);
+        merge.args(["-set_cover_merge=1", "-close_fd_mask=1", "-verbosity=0"]);
+        merge.arg(self.corpora.join(target)).arg(self.found.join("corpus").join(target));
+        step(&mut merge)
+    }
+}
+
+/// Where tests run, they run here.
+const HOST: &str = "x86_64-unknown-linux-gnu";
+
+fn make(folder: &Path) -> Result<(), StepError> {
+    fs::create_dir_all(folder).map_err(|source| StepError::File { path: folder.to_path_buf(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_has_these_targets() {
+        let sources = Workspace::find().root.join("fuzz/src/main.rs");
+        let sources = fs::read_to_string(sources).unwrap();
+        let lines = sources.lines().filter_map(|line| line.trim().strip_prefix("(\"")?.split('"').next());
+        assert_eq!(lines.collect::<Vec<_>>(), TARGETS);
+    }
+}
