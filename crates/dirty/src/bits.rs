@@ -68,17 +68,38 @@ impl Bits {
     }
 
     /// Clears every bit and hands out the pages that were set: O(pages of the VM / 64).
+    #[cfg(test)]
     pub(crate) fn release_all(&self, mut sink: impl FnMut(Gfn)) {
+        self.release_while(|gfn| {
+            sink(gfn);
+            true
+        });
+    }
+
+    /// Clears bits and hands out the pages that were set, until the sink says that the page it got is the last.
+    /// Returns how many bits are set behind it: O(pages of the VM / 64).
+    pub(crate) fn release_while(&self, mut sink: impl FnMut(Gfn) -> bool) -> usize {
+        let (mut wanted, mut left) = (true, 0);
         for (index, word) in self.words.iter().enumerate() {
-            if word.load(Ordering::Relaxed) == 0 {
+            let set = word.load(Ordering::Relaxed);
+            if set == 0 {
+                continue;
+            }
+            if !wanted {
+                left += set.count_ones() as usize;
                 continue;
             }
             let mut bits = word.swap(0, Ordering::AcqRel);
-            while bits != 0 {
-                sink(Gfn(index as u64 * 64 + u64::from(bits.trailing_zeros())));
+            while bits != 0 && wanted {
+                wanted = sink(Gfn(index as u64 * 64 + u64::from(bits.trailing_zeros())));
                 bits &= bits - 1;
             }
+            if bits != 0 {
+                left += bits.count_ones() as usize;
+                word.fetch_or(bits, Ordering::AcqRel);
+            }
         }
+        left
     }
 
     /// Clears the bits of a slot's pages, and says how many were set.

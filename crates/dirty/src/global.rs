@@ -154,12 +154,30 @@ impl GlobalLog {
 
     /// Takes every page whose mark had returned when this began, each once. One thread at a time.
     pub(crate) fn drain(&self, mut sink: impl FnMut(Gfn)) {
+        self.drain_while(|gfn| {
+            sink(gfn);
+            true
+        });
+    }
+
+    /// The same, until the sink says that the page it got is the last: what is left stays marked, and counts.
+    pub(crate) fn drain_while(&self, mut sink: impl FnMut(Gfn) -> bool) {
         // A marker on the way may have set a bit that made another one return, and have no hint yet.
         let mut search = self.in_flight.load(Ordering::Acquire) != 0;
         let handed_out = self.tail.swap(0, Ordering::AcqRel);
+        let mut left = handed_out;
         for hint in &self.hints[..handed_out.min(self.capacity)] {
-            match hint.swap(0, Ordering::AcqRel).checked_sub(1).map(Gfn) {
-                Some(gfn) if self.bits.release(gfn) => sink(gfn),
+            let page = hint.swap(0, Ordering::AcqRel).checked_sub(1).map(Gfn);
+            left -= usize::from(page.is_some());
+            match page {
+                Some(gfn) if self.bits.release(gfn) => {
+                    if !sink(gfn) {
+                        // The next one searches: places that are empty, or full of these hints, say nothing.
+                        self.overflow.store(true, Ordering::Release);
+                        self.tail.fetch_add(left, Ordering::AcqRel);
+                        return;
+                    }
+                }
                 Some(_) => (),
                 // Its marker has set the bit and not come round to the hint, which would come where no
                 // harvest looks any more.
@@ -172,7 +190,11 @@ impl GlobalLog {
         search |= self.overflow.swap(false, Ordering::AcqRel) || handed_out > self.capacity;
         if search {
             self.scans.fetch_add(1, Ordering::Relaxed);
-            self.bits.release_all(sink);
+            let left = self.bits.release_while(sink);
+            if left > 0 {
+                self.overflow.store(true, Ordering::Release);
+                self.tail.fetch_add(left, Ordering::AcqRel);
+            }
         }
     }
 
@@ -296,6 +318,28 @@ mod tests {
         let log = GlobalLog::for_ranges(&[(0, 0x10_0000), (0x1_0000_0000, 0x2001)], 8);
         assert_eq!(log.gfn_space(), 0x10_0003);
         assert_eq!(GlobalLog::for_ranges(&[], 8).gfn_space(), 0);
+    }
+
+    #[test]
+    fn what_is_not_wanted_yet_stays_marked_and_counts() {
+        for capacity in [0, 5, 300] {
+            let log = GlobalLog::new(1000, capacity);
+            log.enable(&layout());
+            (0..200).rev().for_each(|gfn| log.mark(Gfn(gfn * 5)));
+            let mut pages = Vec::new();
+            for round in 1..=20 {
+                let mut room = 10;
+                log.drain_while(|gfn| {
+                    pages.push(gfn.0);
+                    room -= 1;
+                    room > 0
+                });
+                assert_eq!((pages.len(), log.pending()), (round * 10, 200 - round * 10), "{capacity}");
+            }
+            pages.sort_unstable();
+            assert_eq!(pages, (0..200).map(|gfn| gfn * 5).collect::<Vec<_>>());
+            assert!(drained(&log).is_empty());
+        }
     }
 
     #[test]

@@ -410,6 +410,22 @@ fn an_estimate_means_the_same_on_every_back_end() {
     }
 }
 
+/// A slot that comes dirty is fetched piece by piece, and what is left of it counts.
+#[test]
+fn marks_beyond_the_room_of_a_fetch_stay_and_count() {
+    let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100, 100), 256);
+    (0..5000).for_each(|page| tracker.global().mark(Gfn(page * 3)));
+    let mut buffer = [Gfn(0); 200];
+    let mut fetched = std::collections::BTreeSet::new();
+    for round in 1..=25 {
+        fetched.extend(tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().iter().copied());
+        assert_eq!((fetched.len(), tracker.estimate().marked), (round * 200, 5000 - round * 200));
+        kernel.write(0, Gfn(1), false);
+        assert_eq!(tracker.fetch(&mut buffer[..1], REARM).unwrap().rearm().unwrap(), [Gfn(1)]);
+    }
+    assert!(pages(&tracker).is_empty());
+}
+
 /// On 64-bit Arm KVM writes some pages on behalf of no vCPU, and a bitmap stands beside the rings for them.
 #[test]
 fn pages_that_no_vcpu_wrote_come_with_the_epoch() {

@@ -294,7 +294,7 @@ impl<'b> Fetched<'_, 'b> {
         let tracker = self.tracker;
         let first = self.len;
         let mut ignored = 0;
-        tracker.global.drain(|gfn| {
+        tracker.global.drain_while(|gfn| {
             if !tracker.slots().contains(gfn) {
                 ignored += 1;
             } else if tracker.trapped.is_claimed(gfn) {
@@ -305,10 +305,10 @@ impl<'b> Fetched<'_, 'b> {
                 self.buffer[self.len] = gfn;
                 self.len += 1;
             } else {
-                // Another shard's, or no room: it stays marked. Its hint goes to a place of the list that was
-                // read already.
+                // Another shard's: it stays marked. Its hint goes to a place of the list that was read already.
                 tracker.global.record(gfn);
             }
+            self.has_space()
         });
         add(&tracker.counters.ignored, ignored);
         // Asked afterwards: a thread that is in doubt says so before it marks. Such pages may be writable
