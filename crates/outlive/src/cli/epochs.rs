@@ -10,7 +10,7 @@ use super::values::parse_interval;
 #[derive(Clone, Debug, Args)]
 pub struct EpochOptions {
     /// When a checkpoint is taken
-    #[arg(long, value_name = "NAME", default_value = "interval")]
+    #[arg(long, value_name = "NAME", default_value = "adaptive")]
     pub policy: PolicyChoice,
 
     /// Instead of a policy, a target: output is let out so soon after the guest has sent it, as far as pause
@@ -125,7 +125,8 @@ mod tests {
     fn every_combination_is_what_it_says() {
         let ms = Duration::from_millis;
         for (args, ending) in [
-            (&["--interval", "5ms"][..], Ending::Interval(ms(5))),
+            (&[][..], Ending::Adaptive { longest: ms(10) }),
+            (&["--policy", "interval", "--interval", "5ms"], Ending::Interval(ms(5))),
             (&["--policy", "interval"], Ending::Interval(ms(1))),
             (&["--policy", "output"], Ending::Output { longest: ms(10) }),
             (&["--policy", "adaptive", "--interval", "3ms"], Ending::Adaptive { longest: ms(3) }),

@@ -137,7 +137,5 @@ Examples:
   outlive run --kernel /boot/vmlinuz-6.1.0-40-amd64 --initrd /boot/initrd.img-6.1.0-40-amd64 \\
       --append 'console=ttyS0 root=/dev/vda1' --disk path=/srv/server.img --console stdio
       a Linux server from its disk image, with its console on this terminal
-  outlive run --policy adaptive ...
-      a checkpoint soon after the guest has sent something, seldom while it sends nothing
-  outlive run --vcpus 2 --memory 1G --interval 500us --max-dirty 8192 ...
-      two checkpoints a millisecond";
+  outlive run --vcpus 2 --memory 1G --policy interval --interval 500us --max-dirty 8192 ...
+      two checkpoints a millisecond, whatever the guest does";

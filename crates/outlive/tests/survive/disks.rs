@@ -128,7 +128,7 @@ fn images_that_do_not_fit_are_refused_with_the_remedy() {
     wait_until("the size is refused", || a.log().contains(&format!("truncate -s {SIZE}")));
     drop(b);
     let b = world.standby_with(Side::B, &[]);
-    wait_until("the number is refused", || a.log().contains("the VM has 1 disk, this standby has 0"));
+    wait_until("the number is refused", || a.log().contains("the VM has 1 disk, but this standby has 0"));
     drop(b);
     // The primary's own image: somebody runs on it.
     let mut busy = world.standby_with_failure(Side::B, &["--disk", &option(&world, Side::A)]);

@@ -1,10 +1,10 @@
 //! Output commit: nothing that the VM sends leaves its host before the standby has what it follows from.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive::events::Event;
 
-use crate::support::{Process, Proxy, Side, Way, Witnesses, World};
+use crate::support::{Client, Process, Proxy, Side, Value, Way, Witnesses, World};
 
 /// So long that no stall in these tests is taken for a death.
 const DEAD_AFTER: [&str; 2] = ["--dead-after", "20s"];
@@ -55,5 +55,27 @@ fn nobody_has_heard_of_what_was_not_committed() {
         standby.wait_takeover();
         witnesses.hear_all();
         witnesses.finish(&world);
+    }
+}
+
+/// Output ends its epoch. Otherwise each answer would wait for the longest one, here a second.
+#[test]
+fn an_answer_does_not_wait_for_the_longest_epoch() {
+    const ANSWERS: u32 = 30;
+    let longest = Duration::from_secs(1);
+    for way in [&["--policy", "output"][..], &["--policy", "adaptive"], &["--latency", "2ms"]] {
+        let Some(world) = World::new() else { return };
+        let options = [way, &["--interval", "1s"], &DEAD_AFTER].concat();
+        let _standby = world.standby_with(Side::B, &DEAD_AFTER);
+        let standby = Side::B.addr().to_string();
+        let mut primary = world.run_with(Side::A, &[&["--standby", &standby][..], &options].concat());
+        primary.wait_protected();
+        let mut client = Client::connect(&world);
+        let began = Instant::now();
+        for _ in 0..ANSWERS {
+            assert_eq!(client.ask("PING"), Ok(Value::Status("PONG".into())));
+        }
+        let took = began.elapsed();
+        assert!(took < longest * ANSWERS / 2, "{ANSWERS} answers in {took:?} with {way:?}");
     }
 }

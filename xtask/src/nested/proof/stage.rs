@@ -167,7 +167,7 @@ impl Stage {
         let events = format!("{host}/events-{}", self.sides);
         let program = format!(
             "/bin/outlive {command} --arbiter file:{ARBITER} --net tap={tap},bridge={BRIDGE} \
-             --interval {INTERVAL} --dead-after {DEAD_AFTER} --console stdio --events {SHARE}/{events}"
+             --policy interval --interval {INTERVAL} --dead-after {DEAD_AFTER} --console stdio --events {SHARE}/{events}"
         );
         let program = self.cluster.spawn(host, "outlive", &program)?;
         Ok(Side { program, events: Events::new(self.cluster.share().join(events)) })
