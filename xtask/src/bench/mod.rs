@@ -132,7 +132,9 @@ fn cannot_write(file: &Path, error: &std::io::Error) -> StepError {
 }
 
 fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
-    let Bench::Dirty = options.what else { return example(workspace, options, found) };
+    if options.what == Bench::Migrate {
+        return example(workspace, options, found);
+    }
     let mut command = workspace.cargo(["bench", "--package", options.what.package(), "--bench"]);
     // Absolute, as cargo runs a bench in the directory of its package.
     command.args([options.what.name(), "--", "--json"]).arg(found);
