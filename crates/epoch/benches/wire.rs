@@ -80,7 +80,7 @@ struct Measured {
 fn measure(pages: usize, change: Change, rounds: usize) -> Measured {
     let mut memory: Vec<u8> = (0..pages * PAGE_SIZE).map(|at| ((at * 31) >> 7) as u8 | 1).collect();
     let mut staging = memory.clone();
-    let mut writer = PageWriter::remembering(pages * 2).expect("memory for the bench");
+    let mut writer = PageWriter::remembering(pages * 2, || ()).expect("memory for the bench");
     let mut entries = Vec::with_capacity(pages);
     let (mut write, mut copy, mut bytes) = (Duration::MAX, Duration::MAX, 0);
     for round in 0..rounds + 1 {

@@ -6,6 +6,8 @@ use crate::image::PAGE_SIZE;
 
 /// Places in which a page can be.
 const WAYS: usize = 8;
+/// Bytes of memory that are taken at once.
+const STEP: usize = 1 << 20;
 /// No frame has this number.
 const NONE: u64 = u64::MAX;
 
@@ -23,16 +25,19 @@ pub(super) struct SentPages {
 
 impl SentPages {
     /// Room for at least `pages` copies, and at most twice as many. The memory is there when this returns, and
-    /// not only promised.
-    pub(super) fn new(pages: usize) -> Result<Self, TryReserveError> {
+    /// not only promised; `between` is called again and again while it is taken.
+    pub(super) fn new(pages: usize, mut between: impl FnMut()) -> Result<Self, TryReserveError> {
         let sets = pages.div_ceil(WAYS).next_power_of_two();
         let count = sets * WAYS;
         let (mut places, mut copies) = (Vec::new(), Vec::new());
         places.try_reserve_exact(count)?;
         places.extend((0..count).map(|place| (NONE, place as u32)));
         copies.try_reserve_exact(count * PAGE_SIZE)?;
-        // Not zero: of zeroes the allocator would only promise pages.
-        copies.resize(count * PAGE_SIZE, 0xff);
+        while copies.len() < count * PAGE_SIZE {
+            // Not zero: of zeroes the allocator would only promise pages.
+            copies.resize((copies.len() + STEP).min(count * PAGE_SIZE), 0xff);
+            between();
+        }
         Ok(Self { places, copies, sets })
     }
 
@@ -81,7 +86,7 @@ mod tests {
 
     #[test]
     fn pages_that_fit_are_all_there() {
-        let mut sent = SentPages::new(4096).unwrap();
+        let mut sent = SentPages::new(4096, || ()).unwrap();
         assert_eq!(sent.copies.len(), 4096 * PAGE_SIZE);
         for distance in [1, 7, 512, 4096] {
             sent.forget();
@@ -99,7 +104,7 @@ mod tests {
         fn a_copy_is_never_that_of_another_page(
             steps in proptest::collection::vec((0..60u64, any::<u8>()), 1..400),
         ) {
-            let mut sent = SentPages::new(16).unwrap();
+            let mut sent = SentPages::new(16, || ()).unwrap();
             let mut last = HashMap::new();
             for (gfn, byte) in steps {
                 match sent.get(gfn) {

@@ -53,7 +53,7 @@ struct World {
 
 fn writer() -> PageWriter {
     // Room for some of the pages, so that they take each other's places.
-    PageWriter::remembering(16).unwrap()
+    PageWriter::remembering(16, || ()).unwrap()
 }
 
 impl World {
@@ -157,7 +157,7 @@ fn mistakes_are_found() {
 
 #[test]
 fn each_page_is_written_in_the_fewest_bytes() {
-    let mut writer = PageWriter::remembering(16).unwrap();
+    let mut writer = PageWriter::remembering(16, || ()).unwrap();
     let mut write = |gfn: u64, page: &[u8; PAGE_SIZE]| {
         let mut buffer = page.to_vec();
         writer.write(gfn, &mut buffer, 0, 0).map(|entry| (entry.codec(), entry.data_len()))
@@ -182,6 +182,13 @@ fn each_page_is_written_in_the_fewest_bytes() {
     assert_eq!(writer.write(1, &mut page, 0, 0).map(PageEntry::codec), Some(PageCodec::Raw));
     let counts = CodecCounts { raw: 4, zero: 2, granules: 2, granule_bytes: 16 + 3 * 64, unchanged: 3 };
     assert_eq!((writer.take_counts(), writer.take_counts()), (counts, CodecCounts::default()));
+}
+
+#[test]
+fn memory_is_taken_step_by_step() {
+    let mut steps = 0;
+    PageWriter::remembering(2048, || steps += 1).unwrap();
+    assert_eq!(steps, 8);
 }
 
 #[test]

@@ -39,12 +39,13 @@ impl PageWriter {
         Self { sent: None, counts: CodecCounts::default() }
     }
 
-    /// A writer that remembers at least `pages` pages. Its memory, somewhat more than theirs, is taken now.
+    /// A writer that remembers at least `pages` pages. Its memory, somewhat more than theirs, is taken now. That
+    /// may take its time, so `between` is called after each MiB.
     ///
     /// # Errors
     /// When there is not so much memory.
-    pub fn remembering(pages: usize) -> Result<Self, TryReserveError> {
-        Ok(Self { sent: Some(SentPages::new(pages)?), ..Self::plain() })
+    pub fn remembering(pages: usize, between: impl FnMut()) -> Result<Self, TryReserveError> {
+        Ok(Self { sent: Some(SentPages::new(pages, between)?), ..Self::plain() })
     }
 
     /// Writes down the page that stands in `pages` from byte `from` on: the data goes to the same buffer, from

@@ -126,7 +126,7 @@ fn fewer_pages_than_the_limit_may_come_but_all_that_the_end_says() {
 /// From a writer over the wire to a page.
 #[test]
 fn a_page_comes_over_the_wire_as_its_granules() {
-    let mut writer = PageWriter::remembering(8).unwrap();
+    let mut writer = PageWriter::remembering(8, || ()).unwrap();
     let old: [u8; PAGE_SIZE] = std::array::from_fn(|at| at as u8);
     let mut new = old;
     new[1000] = 1;

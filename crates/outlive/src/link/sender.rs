@@ -330,21 +330,28 @@ impl<R: Fn(SenderReport)> Work<R> {
     }
 
     /// A base begins: from here on the standby's memory is what this connection carries.
-    fn remember(&mut self, ram: &Ram) {
+    fn remember(&mut self, ram: &Ram) -> Result<(), SendError> {
         self.pages.forget();
         self.state.clear();
         if self.remembers || !self.encoder.stream().has_codec(PageCodec::Granules) {
-            return;
+            return Ok(());
         }
         self.remembers = true;
-        match PageWriter::remembering(REMEMBERED_PAGES.min(ram.pages() as usize)) {
+        let mut beaten = Ok(());
+        let writer = PageWriter::remembering(REMEMBERED_PAGES.min(ram.pages() as usize), || {
+            if beaten.is_ok() {
+                beaten = self.beat_if_due();
+            }
+        });
+        match writer {
             Ok(writer) => self.pages = writer,
             Err(error) => tracing::warn!(%error, "pages are sent whole: no memory to remember what was sent"),
         }
+        beaten
     }
 
     fn base_round(&mut self, round: u32, gfns: &[Gfn], ram: &Ram) -> Result<(), SendError> {
-        self.remember(ram);
+        self.remember(ram)?;
         let mut data = vec![0u8; BATCH_BYTES];
         let mut numbers = Vec::with_capacity(BATCH_PAGES);
         let mut entries = Vec::with_capacity(BATCH_PAGES);
