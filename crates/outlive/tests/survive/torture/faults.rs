@@ -23,6 +23,7 @@ pub(super) enum Kind {
     CutLink,
     CutToOther,
     CutToOwner,
+    CutToOtherAndKill,
     SlowLink,
     SlowLinkAndKill,
     ArbiterGoneAndKillOwner,
@@ -37,7 +38,7 @@ pub(super) enum Kind {
 use Kind::*;
 
 /// All kinds, those that matter most more than once.
-const DRAWN: [Kind; 28] = [
+const DRAWN: [Kind; 30] = [
     KillOwner,
     KillOwner,
     KillOwner,
@@ -58,6 +59,8 @@ const DRAWN: [Kind; 28] = [
     CutToOther,
     CutToOwner,
     CutToOwner,
+    CutToOtherAndKill,
+    CutToOtherAndKill,
     SlowLink,
     SlowLinkAndKill,
     ArbiterGoneAndKillOwner,
@@ -67,6 +70,9 @@ const DRAWN: [Kind; 28] = [
     DeafEventsAndKill,
     LeaveOther,
 ];
+
+/// By then a standby has given its primary up.
+const DEAD: Duration = Duration::from_millis(1200);
 
 /// One in so many rounds ends the VM in order, and another begins.
 const END_ONE_IN: u64 = 40;
@@ -97,6 +103,7 @@ impl Kind {
             CutLink => "link cut",
             CutToOther => "link cut towards the standby",
             CutToOwner => "link cut towards the primary",
+            CutToOtherAndKill => "link cut, SIGKILL of the primary",
             SlowLink => "slow link",
             SlowLinkAndKill => "slow link, SIGKILL of the primary",
             ArbiterGoneAndKillOwner => "no arbiter, SIGKILL of the primary",
@@ -123,7 +130,7 @@ impl Kind {
     pub(super) fn missing(self, world: &World) -> Option<&'static str> {
         let has = |words: &[&str]| world.command(Side::A, words);
         match self {
-            CutToOther | CutToOwner if !has(&["ip", "-V"]) => Some("ip"),
+            CutToOther | CutToOwner | CutToOtherAndKill if !has(&["ip", "-V"]) => Some("ip"),
             SlowLink | SlowLinkAndKill if !slow(world, Side::A, "100mbit") || !fast(world, Side::A) => {
                 Some("tc, or the kernel's tbf")
             }
@@ -182,6 +189,15 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         CutLink => cut(play, length),
         CutToOther => one_way(play, owner, length),
         CutToOwner => one_way(play, other, length),
+        CutToOtherAndKill => {
+            // Before either side has given the other up: what leaves now is not committed, if it leaves.
+            cut_from(&play.world, owner);
+            play.wait(length / 6);
+            play.kill(owner);
+            // The kernel would go on sending for the dead.
+            play.wait(DEAD);
+            mend_from(&play.world, owner);
+        }
         SlowLink => slowly(play, |play| play.wait(length)),
         SlowLinkAndKill => slowly(play, |play| {
             play.wait(length / 2);
