@@ -3,9 +3,11 @@
 
 use std::io::{self, Read};
 
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// Why a process stops whose starter is gone. It stops at once and does not ask the guest.
 pub(crate) const ORPHANED: &str = "standard input was closed";
@@ -19,14 +21,9 @@ pub(crate) fn on_stop(
     with_stdin: bool,
     stop: impl Fn(&'static str) + Send + Clone + 'static,
 ) -> io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let on_signal = stop.clone();
-    outlive_machine::spawn("signals", move || {
-        // No other thread does: the coordinator blocks all signals for good.
-        take([Signal::SIGINT, Signal::SIGTERM]);
-        for signal in signals.forever() {
-            on_signal(if signal == SIGINT { "interrupted" } else { "told to stop" });
-        }
+    Signals::take(&[Signal::SIGINT, Signal::SIGTERM])?.each("signals", move |signal| {
+        on_signal(if signal == Signal::SIGINT { "interrupted" } else { "told to stop" });
     })?;
     if with_stdin {
         outlive_machine::spawn("stdin", move || {
@@ -38,11 +35,50 @@ pub(crate) fn on_stop(
     Ok(())
 }
 
-/// The calling thread takes these signals from now on.
-fn take(signals: impl IntoIterator<Item = Signal>) {
-    let signals: SigSet = signals.into_iter().collect();
-    if let Err(error) = signals.thread_unblock() {
-        tracing::error!(%error, "a thread cannot take signals");
+/// Signals that are read and not delivered.
+///
+/// They are blocked in the thread that takes them and in those that it starts from then on; threads of
+/// [`outlive_machine::spawn`] block all signals anyway. So it is the main thread that takes them, before any
+/// thread that was started otherwise. Programs that are started do not inherit it (the standard library resets
+/// the mask).
+#[derive(Debug)]
+pub(crate) struct Signals(SignalFd);
+
+impl Signals {
+    /// Takes these signals.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn take(signals: &[Signal]) -> io::Result<Self> {
+        let set: SigSet = signals.iter().copied().collect();
+        set.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// Calls `tell` with each signal, on a thread of this name that lives as long as the process.
+    ///
+    /// # Errors
+    /// The operating system's, when it refuses the thread.
+    pub(crate) fn each(self, name: &str, tell: impl Fn(Signal) + Send + 'static) -> io::Result<()> {
+        outlive_machine::spawn(name, move || {
+            loop {
+                match self.0.read_signal() {
+                    Ok(Some(info)) => {
+                        let signal = i32::try_from(info.ssi_signo).ok().and_then(|it| it.try_into().ok());
+                        signal.into_iter().for_each(&tell);
+                    }
+                    Ok(None) | Err(Errno::EINTR) => {}
+                    Err(error) => return tracing::error!(%error, "signals can no longer be read"),
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::terminal::{ESCAPE, RawTerminal, TERMINAL_WRITE};
 use crate::cli::ConsoleOptions;
+use crate::process::Signals;
 use crate::{exit, logs};
 
 /// How many typed bytes may wait for the VM.
@@ -31,7 +32,7 @@ fn attach(options: &ConsoleOptions) -> Result<u8, String> {
     let failed = |error: io::Error| format!("cannot use this terminal: {error}");
     let keyboard = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
     let screen = File::from(io::stdout().as_fd().try_clone_to_owned().map_err(failed)?);
-    let signals = ending_signals().map_err(failed)?;
+    let signals = Signals::take(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT]).map_err(failed)?;
     // Last, so that no error finds the terminal raw.
     let terminal = RawTerminal::take(&keyboard).map_err(failed)?;
     let is_terminal = terminal.is_some();
@@ -42,7 +43,7 @@ fn attach(options: &ConsoleOptions) -> Result<u8, String> {
         socket,
         keyboard: Some(keyboard),
         screen,
-        signals,
+        signals: Box::new(signals),
         is_terminal,
         wait: options.wait,
         deadline: None,
@@ -97,15 +98,6 @@ fn connect(path: &Path) -> Result<(PathBuf, UnixStream), String> {
     Ok((path, socket))
 }
 
-/// Readable once the process was told to end.
-fn ending_signals() -> io::Result<UnixStream> {
-    let (ours, theirs) = UnixStream::pair()?;
-    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
-        signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
-    }
-    Ok(ours)
-}
-
 /// How an attachment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -120,7 +112,8 @@ pub(super) struct Session {
     pub(super) socket: UnixStream,
     pub(super) keyboard: Option<File>,
     pub(super) screen: File,
-    pub(super) signals: UnixStream,
+    /// Readable once the process was told to end.
+    pub(super) signals: Box<dyn AsFd + Send>,
     pub(super) is_terminal: bool,
     /// How long to stay after the end of the input and of the output.
     pub(super) wait: Option<Duration>,

@@ -29,16 +29,16 @@ mod tests;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::signal::Signal;
 use outlive_machine::devices::line_log::LineLog;
 use outlive_machine::devices::port::PortEnd;
-use signal_hook::consts::{SIGHUP, SIGQUIT};
-use signal_hook::iterator::Signals;
 
 use self::hub::Hub;
 use self::server::{Served, Server};
 use self::socket::Listener;
 use self::stdio::Stdio;
 use crate::cli::ConsoleSpec;
+use crate::process::Signals;
 
 pub use attach::command;
 pub(crate) use terminal::restore_terminal;
@@ -125,11 +125,6 @@ impl Console {
 
 /// Makes signals end the process in order that would otherwise end it at once and leave the terminal raw.
 fn on_hangup(stop: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
-    let mut signals = Signals::new([SIGHUP, SIGQUIT])?;
-    outlive_machine::spawn("hangup", move || {
-        for _ in signals.forever() {
-            stop("the terminal was closed");
-        }
-    })?;
-    Ok(())
+    let signals = Signals::take(&[Signal::SIGHUP, Signal::SIGQUIT])?;
+    signals.each("hangup", move |_| stop("the terminal was closed"))
 }

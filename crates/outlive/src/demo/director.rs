@@ -426,20 +426,6 @@ impl Director {
 /// The moments of the kills: evenly spread, each moved at random by up to a quarter of the distance.
 fn moments(play: &Play) -> Vec<Duration> {
     let distance = play.time / (play.kills + 1);
-    let mut random = play.seed;
-    (1..=play.kills)
-        .map(|n| {
-            let fraction = (split_mix(&mut random) >> 11) as f64 / (1u64 << 53) as f64;
-            distance.mul_f64(f64::from(n) + (fraction - 0.5) / 2.0)
-        })
-        .collect()
-}
-
-/// SplitMix64 (Steele, Lea and Flood 2014): the next number of a seeded sequence.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+    let mut random = fastrand::Rng::with_seed(play.seed);
+    (1..=play.kills).map(|n| distance.mul_f64(f64::from(n) + (random.f64() - 0.5) / 2.0)).collect()
 }

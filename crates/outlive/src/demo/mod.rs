@@ -32,11 +32,11 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGTERM};
 use outlive_machine::{Host, HostError};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
 use self::cluster::{Cluster, Shape, WorkDir};
@@ -44,6 +44,7 @@ use self::director::{Director, Play, Stop};
 use self::summary::Summary;
 use crate::cli::{DemoOptions, parse_size};
 use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
+use crate::process::Signals;
 use crate::{check, exit, logs};
 
 const TUN: &str = "/dev/net/tun";
@@ -140,9 +141,11 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     }
     check_machine(options)?;
     check_json(options)?;
-    let interrupt = watch_signals()?;
+    // Before any thread is there; it is read by one, which must not be there before the namespace.
+    let signals = Signals::take(&[SIGINT, SIGTERM, SIGHUP])?;
     enter_own_namespace()?;
     build_network()?;
+    let interrupt = watch(signals)?;
     let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed") % 1_000_000);
     let plural = if options.kills == 1 { "" } else { "s" };
     logs::say(&format!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds));
@@ -230,11 +233,10 @@ fn check_json(options: &DemoOptions) -> Result<(), DemoError> {
 }
 
 /// Signals that end the demo in order.
-fn watch_signals() -> io::Result<Arc<AtomicBool>> {
+fn watch(signals: Signals) -> io::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, flag.clone())?;
-    }
+    let set = flag.clone();
+    signals.each("signals", move |_| set.store(true, Ordering::Relaxed))?;
     Ok(flag)
 }
 

@@ -13,26 +13,21 @@ use crate::planted::Bug;
 use crate::policy::{Interval, Latency, Longest, Output, Policy};
 use crate::{ClaimResult, Introduction, Link, Ticket};
 
-/// A small generator of random numbers with a good name for its state: the seed of the schedule.
-pub(super) struct Rng(pub(super) u64);
+/// Random numbers that the seed of the schedule repeats.
+pub(super) struct Rng(fastrand::Rng);
 
 impl Rng {
-    /// SplitMix64.
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+    pub(super) fn new(seed: u64) -> Self {
+        Self(fastrand::Rng::with_seed(seed))
     }
 
     /// A number in `from..to`.
     pub(super) fn range(&mut self, from: u64, to: u64) -> u64 {
-        from + self.next() % (to - from)
+        self.0.u64(from..to)
     }
 
     pub(super) fn one_in(&mut self, n: u64) -> bool {
-        self.next().is_multiple_of(n)
+        self.0.u64(0..n) == 0
     }
 }
 
@@ -309,7 +304,7 @@ impl Ending {
 
 impl World {
     pub(super) fn new(seed: u64, hosts: usize, bug: Option<Bug>) -> Self {
-        let mut rng = Rng(seed);
+        let mut rng = Rng::new(seed);
         let hosts: Vec<Host> = (0..hosts)
             .map(|_| Host {
                 process: Process::Down,

@@ -19,7 +19,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm])?;
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |it| it.subsec_nanos().into());
     stage.say(&format!("seed {seed}"));
-    let mut random = Random(seed);
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut restored = 0;
     for kernel in GuestKernel::ALL.into_iter().cycle() {
         if restored >= context.restores {
@@ -32,7 +32,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
 }
 
 /// One boot, with as many takeovers as it has time for. Returns how many.
-fn boot(stage: &mut Stage, kernel: GuestKernel, random: &mut Random) -> Result<u32, ProofError> {
+fn boot(stage: &mut Stage, kernel: GuestKernel, random: &mut fastrand::Rng) -> Result<u32, ProofError> {
     for image in IMAGES {
         stage.cluster.command(1, &format!("rm -f {DATA}/{image}* && truncate -s 16M {DATA}/{image}"))?;
     }
@@ -43,7 +43,7 @@ fn boot(stage: &mut Stage, kernel: GuestKernel, random: &mut Random) -> Result<u
         number += 1;
         let standby = stage.standby_local(IMAGES[number as usize % 2], number)?;
         active.wait_for("protected", SYNC)?;
-        thread::sleep(Duration::from_millis(random.below(LATEST_MS)));
+        thread::sleep(Duration::from_millis(random.u64(0..LATEST_MS)));
         let is_up = active.program.log().contains(UP);
         stage.cluster.signal(&active.program, "KILL")?;
         standby.wait_for("takeover", TAKEOVER)?;
@@ -63,17 +63,4 @@ fn goes_on(side: &Side) -> Result<(), ProofError> {
     let higher = || last_count(&side.program.log()).filter(|&count| count > first + 1);
     side.program.wait("the count to go on", BOOT, higher)?;
     Ok(())
-}
-
-/// Numbers that a seed repeats (the step of splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % end
-    }
 }

@@ -22,7 +22,7 @@ fn attach(keyboard: File, screen: File, is_terminal: bool, wait: Option<Duration
         socket,
         keyboard: Some(keyboard),
         screen,
-        signals,
+        signals: Box::new(signals),
         is_terminal,
         wait,
         deadline: None,

@@ -411,7 +411,7 @@ pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Random choices that can be repeated.
-pub(crate) struct Dice(u64);
+pub(crate) struct Dice(fastrand::Rng);
 
 impl Dice {
     /// Takes the seed from `OUTLIVE_SEED` or makes one; says which.
@@ -422,26 +422,22 @@ impl Dice {
             std::hash::RandomState::new().hash_one("seed") % 1_000_000
         });
         println!("seed {seed}: OUTLIVE_SEED={seed} repeats these choices");
-        Dice(seed)
+        Dice::of(seed)
     }
 
     /// The choices of a seed that is known already.
     pub(crate) fn of(seed: u64) -> Dice {
-        Dice(seed)
+        Dice(fastrand::Rng::with_seed(seed))
     }
 
     /// The seed, as long as nothing was chosen.
     pub(crate) fn seed(&self) -> u64 {
-        self.0
+        self.0.get_seed()
     }
 
-    /// A number below `end` (splitmix64).
+    /// A number below `end`.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
+        self.0.u64(0..end)
     }
 
     /// Sleeps for a time below `end`, to the microsecond.
