@@ -75,7 +75,7 @@ pub struct RunOptions {
 }
 
 /// Starts that may give something up, or run a VM twice. Each is refused without its own option and is
-/// written to the log, the events and the image's sidecar. All but `--start-replica` begin a new VM with the
+/// written to the log, the events and the image's sidecar. All but `--accept-replica` begin a new VM with the
 /// old one as ancestor.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]

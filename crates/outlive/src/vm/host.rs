@@ -29,12 +29,13 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
 /// # Errors
 /// One line with the remedy.
 pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), String> {
-    // One buffer for disk writes more: the one that is being filled.
+    // One more buffer for disk writes: the one that is being filled.
     let pages = pages as u64 * buffers + REMEMBERED_PAGES as u64;
     let bytes = pages * outlive_machine::PAGE_SIZE as u64 + disk_bytes as u64 * (buffers + 1);
     match check::available_memory_bytes() {
         Some(available) if bytes > available / 2 => Err(format!(
-            "protection needs {} MiB for checkpoints on their way and what was sent of them, and this host has {} MiB available; lower --max-dirty",
+            "protection needs {} MiB for checkpoints in flight and for what was sent of them, and this host has \
+             {} MiB available; lower --max-dirty",
             bytes >> 20,
             available >> 20
         )),
