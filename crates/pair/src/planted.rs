@@ -27,6 +27,7 @@ pub(crate) enum Bug {
     StampsWithoutProgress,
     AnyThreadClaims,
     LeaveBeforePromise,
+    ClaimKeptByBroken,
     // Of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -10,10 +10,9 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{DISK_CHUNK, DISK_RECORD_LEN, DiskOp, DiskRecord, DiskWant, MAX_ZERO_CHUNKS, RecordBuf};
@@ -111,8 +110,20 @@ enum Order {
 /// The handle of a synchronisation. Dropping it ends the thread.
 pub(crate) struct DiskSync {
     orders: Option<Sender<Order>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    stop: Arc<Stopped>,
+}
+
+/// Whether the handle was dropped. Held while marks are taken: they are the next synchronisation's then.
+#[derive(Default)]
+struct Stopped {
+    is: AtomicBool,
+    taking: Mutex<()>,
+}
+
+impl Stopped {
+    fn taking(&self) -> MutexGuard<'_, ()> {
+        self.taking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl DiskSync {
@@ -127,7 +138,7 @@ impl DiskSync {
         tell: impl Fn(SyncReport) + Send + 'static,
     ) -> io::Result<Self> {
         let (orders, inbox) = channel();
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::<Stopped>::default();
         let rounds = Rounds {
             disks,
             changed,
@@ -142,10 +153,10 @@ impl DiskSync {
             sent_bytes: 0,
             reported: Instant::now(),
         };
-        let thread = outlive_machine::spawn("disk-sync", move || {
+        outlive_machine::spawn("disk-sync", move || {
             rounds.run();
         })?;
-        Ok(Self { orders: Some(orders), stop, thread: Some(thread) })
+        Ok(Self { orders: Some(orders), stop })
     }
 
     /// Takes an answer of the standby.
@@ -169,12 +180,11 @@ impl DiskSync {
 
 impl Drop for DiskSync {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        // The thread looks before every chunk. It is not waited for: it may be in a disk that does not answer.
+        // What it says and sends until then is of a link that is gone.
+        let _taking = self.stop.taking();
+        self.stop.is.store(true, Ordering::Relaxed);
         self.orders = None;
-        // It checks the flag before every chunk.
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
-        }
     }
 }
 
@@ -199,7 +209,7 @@ struct Rounds<C, S, T> {
     inbox: Receiver<Order>,
     send: S,
     tell: T,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stopped>,
     outstanding: VecDeque<Window>,
     in_flight: u64,
     round: u64,
@@ -249,7 +259,12 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
                 continue;
             }
             written.clear();
+            let taking = self.stop.taking();
+            if self.stop.is.load(Ordering::Relaxed) {
+                return Err(Stop::Unwanted);
+            }
             self.changed.take(self.disks[disk].index, &mut written);
+            drop(taking);
             total += written.len();
             for run in written.chunk_by(|a, b| a + 1 == *b) {
                 self.offer_span(disk, run[0], run.len() as u64)?;
@@ -308,7 +323,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         let mut sums = Vec::new();
         if zeroes == 0 {
             for chunk in first..end.min(first + WINDOW) {
-                if self.stop.load(Ordering::Relaxed) {
+                if self.stop.is.load(Ordering::Relaxed) {
                     return Err(None);
                 }
                 sums.push(reader.sum(chunk, &mut self.buffer)?);
@@ -362,7 +377,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         for section in want.wanted.chunks(SECTION) {
             let mut records = RecordBuf::with_capacity(section.len() * (DISK_RECORD_LEN + DISK_CHUNK));
             for at in section {
-                if self.stop.load(Ordering::Relaxed) {
+                if self.stop.is.load(Ordering::Relaxed) {
                     return Err(Stop::Unwanted);
                 }
                 let chunk = want.first + u64::from(*at);

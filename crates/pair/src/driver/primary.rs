@@ -67,6 +67,9 @@ pub trait PrimaryPorts {
     /// It cannot be asked now. It is tried again as if the arbiter were out of reach.
     fn claim(&mut self, generation: u64) -> Result<(), String>;
 
+    /// Have the generation given back if it is this side's, after the answer to the question for it.
+    fn give_back(&mut self, generation: u64);
+
     /// Until when output that is let out may leave; `None`: forever. Given after each event and before its
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
     fn set_lease(&mut self, until: Option<Duration>);
@@ -262,6 +265,10 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
                 let result = ClaimResult::Unreachable { why };
                 Event::Claimed { generation, result }
             }),
+            Action::GiveBack { generation } => {
+                ports.give_back(generation);
+                Ok(())
+            }
             Action::ReleaseAll { generation } => {
                 ports.open(generation);
                 after.drain |= !planted!(self.bug, ReleaseWithoutDrain);

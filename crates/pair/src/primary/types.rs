@@ -119,6 +119,8 @@ pub enum PrimaryEvent {
         /// The answer.
         result: ClaimResult,
     },
+    /// The VM cannot run on this host any more, and ends here without a word: its standby goes on.
+    Unable,
     /// The guest has ended the VM. The first reason counts. No vCPU runs any more, and the coordinator
     /// carries on until [`PrimaryAction::Exit`].
     End {
@@ -216,6 +218,12 @@ pub enum PrimaryAction {
     },
     /// Ask the arbiter for a generation; the answer comes back as [`PrimaryEvent::Claimed`].
     Claim {
+        /// Which.
+        generation: u64,
+    },
+    /// Give a generation back that may have been won and cannot be used, once the question for it is answered:
+    /// its winner has never run the VM in it. The process does not end before.
+    GiveBack {
         /// Which.
         generation: u64,
     },
