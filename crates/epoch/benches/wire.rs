@@ -1,6 +1,6 @@
-//! What it costs to write pages down for the standby, beside copying them, and in how many bytes they are sent,
-//! beside sending them raw: `cargo xtask bench wire`, or
-//! `cargo bench -p outlive-epoch --bench wire -- [--quick] [--json FILE]`.
+//! Measures what writing pages down for the standby costs, beside copying them, and in how many bytes they
+//! are sent, beside sending them raw: `cargo xtask bench wire`, or `cargo bench -p outlive-epoch --bench wire
+//! -- [--quick] [--json FILE]`.
 //!
 //! Bench and peer are measured in turns on the same pages, and the fastest round of each counts.
 
@@ -15,11 +15,11 @@ use outlive_epoch::{
     ProtocolVersion,
 };
 
-/// What has happened to each page since it was sent last.
+/// What has happened to each page since it was last sent.
 #[derive(Clone, Copy, Debug)]
 enum Change {
     Nothing,
-    /// So many granules, far from each other, in a byte each.
+    /// This many granules, far from each other, in a byte each.
     Granules(usize),
     Everything,
     /// It has never been sent before.
@@ -88,7 +88,7 @@ fn measure(pages: usize, change: Change, rounds: usize) -> Measured {
         if matches!(change, Change::New | Change::Zero) {
             writer.forget();
         }
-        // As the pause does it; it is what the pages are compared in.
+        // The same copy as in the pause; the pages are compared in it.
         let began = Instant::now();
         staging.copy_from_slice(black_box(&memory));
         black_box(&mut staging);

@@ -11,8 +11,8 @@ use crate::wire::{
     StateChanges,
 };
 
-/// Bytes of each kind that a buffer keeps when it is reset: an ordinary checkpoint needs no allocation, and
-/// an extraordinary one, as large as all memory, is not kept several times over.
+/// Bytes of each kind that a buffer keeps when it is reset. An ordinary checkpoint then needs no allocation,
+/// and the memory of an extraordinary one, as large as all RAM, is not kept several times.
 const KEPT_BYTES: usize = 32 << 20;
 
 /// Limits of a buffer, chosen when protection starts.
@@ -31,7 +31,7 @@ pub struct IncomingLimits {
 /// Which checkpoint is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expect {
-    /// The first of a connection: any number, with the flag base_final.
+    /// The first one of a connection: any number, with the flag base_final.
     Base,
     /// This number, without the flag.
     Number(u64),
@@ -52,9 +52,9 @@ enum Phase {
 /// Collects the sections of one checkpoint and gives access to it only when it is whole and every check has
 /// passed.
 ///
-/// A buffer grows to what the beginning of a checkpoint announces, within the limits, and gives back what is
-/// unusual about it when it is [`reset`](Self::reset). A standby uses several: it receives further
-/// checkpoints while it applies one.
+/// A buffer grows to the size that the beginning of a checkpoint announces, within the limits. A
+/// [`reset`](Self::reset) gives unusually large memory back. A standby uses several buffers: it receives
+/// further checkpoints while it applies one.
 pub struct Incoming {
     limits: IncomingLimits,
     layout: Layout,
@@ -67,14 +67,15 @@ pub struct Incoming {
     entries: Vec<PageEntry>,
     data: Vec<u8>,
     state: StateBuf,
-    /// The state of the checkpoint before, where it is known.
+    /// The state of the previous checkpoint, where it is known.
     before: StateBuf,
-    /// Disk writes. The memory is for as many as the checkpoint was announced with, because it may go away
-    /// with them.
+    /// Disk writes. Its capacity is what the checkpoint announced, because the memory may be handed over with
+    /// the writes.
     writes: RecordBuf,
     /// Bytes of each disk; 0 for one that is not replicated.
     disks: Vec<u64>,
-    /// One bit per page of the layout: already in this checkpoint. Cleared by walking `entries`.
+    /// One bit per page of the layout: whether the page is already in this checkpoint. Cleared by walking
+    /// `entries`.
     seen: Vec<u64>,
 }
 
@@ -111,8 +112,8 @@ impl Incoming {
         })
     }
 
-    /// Says how large the VM's disks are, in their order; 0 for one that is not replicated. Without this
-    /// every disk write is refused.
+    /// Sets the sizes of the VM's disks, in order; 0 for one that is not replicated. Without this every disk
+    /// write is refused.
     pub fn with_disks(mut self, sizes: Vec<u64>) -> Self {
         self.disks = sizes;
         self
@@ -124,8 +125,7 @@ impl Incoming {
         self.expect = expect;
     }
 
-    /// Forgets everything collected, whole or not. A buffer that is cleared is [`reset`](Self::reset) in no
-    /// time.
+    /// Forgets everything collected, whole or not. [`reset`](Self::reset) of a cleared buffer takes no time.
     pub fn clear(&mut self) {
         for entry in &self.entries {
             if let Some(index) = self.layout.index(entry.gfn()) {
@@ -140,8 +140,8 @@ impl Incoming {
         self.phase = Phase::Idle;
     }
 
-    /// Says what the state was in the checkpoint before the one that is due, so that this one may tell only
-    /// what has changed. To be called after the reset: a reset forgets it.
+    /// Sets the state of the previous checkpoint, so that this one may carry changes only. Call it after the
+    /// reset, which forgets it.
     ///
     /// # Errors
     /// [`IncomingError::Memory`].
@@ -150,12 +150,12 @@ impl Incoming {
         self.before.try_copy_from(before).map_err(|_| IncomingError::Memory { bytes })
     }
 
-    /// Takes one section of the checkpoint; `message` is what it was parsed to. Returns whether the
-    /// checkpoint is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites` and `CheckpointEnd` belong
-    /// here, anything else is refused.
+    /// Takes one section of the checkpoint; `message` is its parsed payload. Returns whether the checkpoint
+    /// is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites` and `CheckpointEnd` belong
+    /// here; anything else is refused.
     ///
     /// # Errors
-    /// See [`IncomingError`]. The checkpoint is then lost; what was committed before is not touched.
+    /// See [`IncomingError`]. The checkpoint is then lost; the committed one before it is not touched.
     pub fn push(&mut self, section: &Section<'_>, message: &Message<'_>) -> Result<bool, IncomingError> {
         let result = self.take(section, message);
         if result.is_err() {
@@ -352,7 +352,7 @@ impl Incoming {
         if end.number != number {
             return Err(IncomingError::Number { expected: number, found: end.number });
         }
-        // Not more than the beginning said (see `pages`); fewer, if some have not changed.
+        // At most what the beginning announced (see `pages`); fewer if some pages have not changed.
         let sent = self.entries.len() as u32;
         for (what, expected, found) in [
             ("pages", end.pages, sent),
@@ -388,7 +388,7 @@ impl<'a> Checkpoint<'a> {
         self.incoming.begin.number
     }
 
-    /// What is special about it.
+    /// What is special about this checkpoint.
     pub fn flags(&self) -> CheckpointFlags {
         self.incoming.begin.flags
     }
@@ -398,18 +398,17 @@ impl<'a> Checkpoint<'a> {
         self.incoming.stamp_us
     }
 
-    /// Every page, in the order received. No GFN is twice, and all are RAM of the layout.
+    /// Every page, in the order received. No GFN appears twice, and all are RAM of the layout.
     pub fn pages(&self) -> impl Iterator<Item = (u64, PageData<'a>)> + 'a {
         with_data(self.incoming.entries.iter().copied(), &self.incoming.data)
     }
 
-    /// The state sections, in the order received. None is twice.
+    /// The state sections, in the order received. None appears twice.
     pub fn state(&self) -> &'a StateBuf {
         &self.incoming.state
     }
 
-    /// The disk writes in the order in which the guest's requests were completed. Every one lies within its
-    /// disk.
+    /// The disk writes in the order in which the guest's requests completed. Each lies within its disk.
     pub fn disk_writes(&self) -> &'a RecordBuf {
         &self.incoming.writes
     }
@@ -434,7 +433,7 @@ fn zeroed(count: usize) -> Result<Vec<u64>, IncomingError> {
     Ok(vec)
 }
 
-/// Empties a vector and gives back its memory if that is unusually much.
+/// Empties a vector and frees its memory if it is unusually large.
 fn empty<T>(vec: &mut Vec<T>) {
     vec.clear();
     vec.shrink_to(KEPT_BYTES / size_of::<T>());

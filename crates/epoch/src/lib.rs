@@ -1,7 +1,7 @@
 //! What one checkpoint consists of, and how it crosses the link.
 //!
-//! A *checkpoint* is the set of pages that an epoch dirtied, the state of vCPUs, VM and devices, and the
-//! number that orders it. This crate gives it a wire format, checks everything that comes from the wire, and
+//! A *checkpoint* is the set of pages that an epoch dirtied, the state of vCPUs, VM and devices, and a number
+//! that orders it. This crate defines its wire format, checks everything that comes from the wire, and
 //! collects one whole checkpoint ([`Incoming`]) before anybody may look at it. It knows nothing of KVM: pages
 //! are bytes with a guest frame number, state sections are bytes with a kind and a version.
 //!
@@ -46,21 +46,20 @@
 //!
 //! # What is checked, and in which order
 //!
-//! 1. The header's marker and its own checksum. Only then is any field of it believed, the length first of
-//!    all.
-//! 2. Kind, version and length: the length against the limit of its kind ([`SectionKind::limit`]). No buffer
-//!    is ever sized by a number from the wire; [`SectionReader`] allocates once, when it is made.
-//! 3. The direction (a standby never sends pages) and the sequence number (a section that is lost, doubled or
-//!    comes in the wrong order is noticed even if it is whole).
+//! 1. The header's marker and its own checksum. Only then are its fields believed, the length first.
+//! 2. The kind, the version, and the length against the limit of the kind ([`SectionKind::limit`]). A number
+//!    from the wire never sizes a buffer; [`SectionReader`] allocates once, when it is made.
+//! 3. The direction (a standby never sends pages) and the sequence number (so a section that is lost, doubled
+//!    or out of order is noticed even if it is whole).
 //! 4. The payload's checksum, then its fields.
-//! 5. For checkpoints, in [`Incoming`]: generation, number, limits chosen at start, GFNs inside the layout
-//!    and none twice, disk writes inside their disks, totals, and the *chain*: a checksum over the headers of
-//!    every section of the checkpoint. A header contains its payload's checksum, so the chain covers every
-//!    byte without reading one twice.
+//! 5. For checkpoints, in [`Incoming`]: generation, number, limits chosen at start, GFNs that are inside the
+//!    layout and appear once, disk writes inside their disks, totals, and the *chain*: a checksum over the
+//!    headers of every section of the checkpoint. A header contains its payload's checksum, so the chain
+//!    covers every byte, yet no byte is read twice.
 //!
-//! Anything wrong gives a precise error and leaves the committed state of the receiver untouched (invariants
-//! 2 and 7 of ARCHITECTURE.md). The checksums guard against accidents and errors of ours, not against an
-//! attacker on the link; that is the task of the link's encryption.
+//! Any mistake gives a precise error and leaves the committed state of the receiver untouched (invariants 2
+//! and 7 of ARCHITECTURE.md). The checksums guard against accidents and our own errors, not against an
+//! attacker on the link; the link's encryption must do that.
 //!
 //! # Pages
 //!
@@ -68,30 +67,31 @@
 //! |---|---|---|
 //! | raw | 4096 bytes | |
 //! | zero | none | |
-//! | granules | a mask (`u64`) and those of the page's 64 granules of 64 bytes that have changed | overwrites: the standby needs nothing but its copy |
+//! | granules | a mask (`u64`) and the changed granules of 64 bytes | overwrites the standby's copy |
 //! | (unchanged) | the page is left out | not in the stream at all |
 //!
-//! [`codec::PageWriter`] chooses; the rule by which it may do so is in [`codec`]. From version 4 of the stream on
-//! the beginning of a checkpoint so says how many pages follow at most, and the end how many there were.
+//! [`codec::PageWriter`] chooses; [`codec`] has the rule by which it may do so. So, from version 4 of the
+//! stream on, the beginning of a checkpoint says how many pages follow at most, and the end how many
+//! followed.
 //!
 //! # State
 //!
-//! The standby keeps the state of the last checkpoint. `StateChanges` (from version 4 of the stream on) has what
-//! has changed of it since: for each section that differs the runs of bytes, or all of it when its length or
-//! version is another one. A section that is the same is not mentioned. The totals of a checkpoint count its state
-//! as it is then, so they also say whether the changes were made to the right one.
+//! The standby keeps the state of the last checkpoint. `StateChanges` (from version 4 of the stream on) has
+//! the changes since then: for each section that differs, the runs of bytes, or the whole section when its
+//! length or version changed. Sections that did not change are not mentioned. The totals of a checkpoint
+//! count its whole state, so they also show whether the changes were applied to the right one.
 //!
 //! # Stamps
 //!
 //! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each
-//! checkpoint; the standby returns the newest one it has heard with every acknowledgement and heartbeat. The
-//! primary so knows how old the standby's knowledge of it is, measured by one clock alone. `outlive-pair`
-//! says what follows from it.
+//! checkpoint; the standby returns the newest one that it has heard with every acknowledgement and heartbeat.
+//! So the primary knows, by one clock alone, how old the standby's knowledge of it is. `outlive-pair` says
+//! what follows from it.
 //!
 //! # Versions
 //!
-//! Hello says which versions of the stream the primary writes, Accept which of them both sides use. See
-//! [`ProtocolVersion`] for the history and the policy.
+//! Hello says which versions of the stream the primary writes, Accept which of them both sides use.
+//! [`ProtocolVersion`] has the history and the policy.
 
 #![forbid(unsafe_code)]
 

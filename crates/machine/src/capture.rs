@@ -14,36 +14,36 @@ use crate::outgoing::Outgoing;
 use crate::vcpu::VcpuError;
 use crate::vm_state::{self, VmStateError};
 
-/// From this many pages on it pays to wake the vCPU threads for the copy: two wakes cost about as
-/// much as copying these pages alone (20 µs against 0.35 µs a page).
+/// From this many pages on, waking the vCPU threads for the copy pays off: two wakes cost about as much as
+/// copying this many pages alone (20 µs against 0.35 µs a page).
 const PARALLEL_COPY: usize = 96;
 
-/// What a thread that has not come in time is given more.
+/// The extra time for a thread that has not come in time.
 const STOP_GRACE: Duration = Duration::from_millis(100);
 
-/// What one checkpoint took. But for `returned` the times follow each other and together are `pause`, as far
-/// as the slowest vCPU is the same one in all of them.
+/// What one checkpoint took. Except for `returned`, the times follow each other and add up to `pause`, as
+/// long as the same vCPU is the slowest in all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptureReport {
-    /// From the order to stop to the order to run on.
+    /// From the order to stop to the order to run again.
     pub pause: Duration,
     /// Until all vCPUs were out of the guest, with their I/O completed.
     pub stop: Duration,
-    /// Saving the state: of the slowest vCPU, then of the VM and its devices.
+    /// Saving the state: the slowest vCPU, then the VM and its devices.
     pub state: Duration,
     /// Taking the dirty pages: those of the slowest vCPU's ring, then the others.
     pub harvest: Duration,
-    /// From the end of the last vCPU's part until this thread went on, with the devices at rest.
+    /// From the end of the last vCPU's part until this thread continued, with the devices at rest.
     pub handover: Duration,
     /// Re-arming the traps.
     pub rearm: Duration,
     /// [`InPause::counted`].
     pub decide: Duration,
-    /// Copying pages (and, when they did not fit into staging, sending the first of them).
+    /// Copying pages and, when they did not fit into staging, sending the first of them.
     pub copy: Duration,
     /// Dirty pages, all parts together.
     pub pages: usize,
-    /// How the guest went on after the checkpoint *before* this one, which was not known earlier.
+    /// How the guest resumed after the checkpoint *before* this one, which was not known earlier.
     pub returned: Option<Returned>,
 }
 
@@ -52,18 +52,18 @@ pub struct CaptureReport {
 pub struct Returned {
     /// From the end of the copy until the last vCPU went back into the guest.
     pub resume: Duration,
-    /// The pause as the guest sees it: from the last exit of a vCPU to its next entry, of the one that was
+    /// The pause as the guest sees it: from the last exit of a vCPU to its next entry, for the vCPU that was
     /// away longest.
     pub vcpu_pause: Duration,
 }
 
-/// Why a checkpoint failed. The VM stands still when one of these is returned.
+/// Why a checkpoint failed. The VM stays stopped when one of these is returned.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
-    /// A vCPU's state or ring.
+    /// A vCPU's state or ring could not be read.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// The VM's state.
+    /// The VM's state could not be read.
     #[error(transparent)]
     Vm(#[from] VmStateError),
     /// Dirty pages could not be taken.
@@ -81,13 +81,13 @@ pub enum CaptureError {
     /// Protection has not been started.
     #[error("dirty tracking is off")]
     NotTracking,
-    /// A thread did not come to rest in time. The machine can only be left: everything else that it is told,
-    /// and dropping it, waits for that thread.
+    /// A thread did not come to rest in time. The machine can only be abandoned: everything else that it is
+    /// told, and dropping it, waits for that thread.
     #[error(transparent)]
     Stuck(#[from] Stuck),
 }
 
-/// Who did not come to rest within the [budget of a stop](Machine::set_stop_budget).
+/// What did not come to rest within the [budget of a stop](Machine::set_stop_budget).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stuck {
     /// vCPUs.
@@ -114,8 +114,8 @@ impl CaptureError {
         )
     }
 
-    /// This machine will give no checkpoint any more, and what the guest has done since the last one is lost:
-    /// its dirty ring was overrun, this host cannot run a vCPU, or a thread is stuck.
+    /// Whether this machine will never give a checkpoint again, so that everything the guest has done since
+    /// the last one is lost: its dirty ring was overrun, this host cannot run a vCPU, or a thread is stuck.
     pub fn is_fatal(&self) -> bool {
         let is_fault = matches!(self, Self::Vcpu(VcpuError::HostFault { .. }));
         is_fault || self.is_overrun() || matches!(self, Self::Stuck(_))
@@ -124,12 +124,12 @@ impl CaptureError {
 
 /// What the caller does inside the pause.
 pub trait InPause {
-    /// The dirty pages are counted and the gate is closed: the moment at which held output changes
-    /// its epoch. Must not block.
+    /// The dirty pages are counted and the gate is closed: from this moment on held output belongs to the
+    /// next epoch. Must not block.
     fn counted(&mut self, pages: usize);
 
-    /// The buffer is full and more pages follow: send it, pages and state, and come back when it (or
-    /// another one put in its place) can be filled again. The VM stands still until then.
+    /// The buffer is full and more pages follow. Send it, pages and state, and return when it (or another one
+    /// in its place) can be filled again. The VM stays stopped until then.
     ///
     /// # Errors
     /// A text, when the link is gone.
@@ -139,19 +139,19 @@ pub trait InPause {
 /// What happens to the VM after a capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
-    /// The guest goes on.
+    /// The guest runs again.
     Resume,
     /// It stays stopped: the last checkpoint.
     Stay,
 }
 
 impl Machine {
-    /// Starts dirty tracking. The VM stands still for a moment if it runs.
+    /// Starts dirty tracking. A running VM is stopped for a moment.
     ///
     /// # Errors
-    /// [`EnableError`]; the VM then runs on without tracking.
+    /// [`EnableError`]; the VM then continues to run without tracking.
     pub fn enable_tracking(&mut self) -> Result<(), EnableError> {
-        // It is of a moment before the coming base.
+        // It belongs to a moment before the coming base.
         self.check_due = None;
         let running = self.quiesce();
         let result = self.tracker.enable();
@@ -161,7 +161,7 @@ impl Machine {
 
     /// Ends dirty tracking and frees its lists.
     pub fn disable_tracking(&mut self) {
-        // Of a moment that no later checkpoint stands for.
+        // It belongs to a moment that no later checkpoint covers.
         self.check_due = None;
         if !self.tracker.is_enabled() {
             return;
@@ -173,15 +173,15 @@ impl Machine {
         self.release(running);
     }
 
-    /// One round of base synchronisation: stops the VM just long enough to take and re-arm the dirty
-    /// pages, and appends them to `gfns`. Their contents are read later, while the guest runs: a page
-    /// that changes after this comes again in the next round.
+    /// One round of base synchronisation: stops the VM just long enough to take and re-arm the dirty pages,
+    /// and appends them to `gfns`. Their contents are read later, while the guest runs: a page that changes
+    /// after this is in the next round again.
     ///
     /// # Errors
-    /// [`CaptureError`]; the VM stands still then.
+    /// [`CaptureError`]; the VM stays stopped then.
     pub fn take_dirty(&mut self, gfns: &mut Vec<Gfn>) -> Result<(), CaptureError> {
         let begun = self.begin()?;
-        // The pages are read only after the rearm, which the types of `outlive_dirty` make sure of.
+        // The pages are read only after the rearm; the types of `outlive_dirty` ensure that.
         let epoch = self.tracker.stopped().state_saved().harvest()?.rearm()?;
         gfns.extend_from_slice(epoch.pages());
         epoch.copied().run();
@@ -192,18 +192,18 @@ impl Machine {
     /// Takes a checkpoint: state and dirty pages since the last one, into `staging`.
     ///
     /// The order inside the pause, and why:
-    /// 1. vCPUs stop with their I/O completed; when all have, so that none sends another an interrupt
-    ///    any more, they save their state, then harvest their rings: state first, because vCPU ioctls
-    ///    can dirty guest pages.
+    /// 1. vCPUs stop with their I/O completed. When all have stopped, so that none can send another an
+    ///    interrupt, they save their state, then harvest their rings: state first, because vCPU ioctls can
+    ///    dirty guest pages.
     /// 2. The gate closes, so that devices are between two requests.
     /// 3. VM and device state, after the vCPUs, whose last exits may have raised interrupts.
     /// 4. The rest of the dirty pages, after every possible writer is still; then rearm.
-    /// 5. `in_pause.counted`: output of the guest from here on belongs to the next epoch.
+    /// 5. `in_pause.counted`: from here on the guest's output belongs to the next epoch.
     /// 6. Copy. 7. Resume.
     ///
     /// # Errors
-    /// [`CaptureError`]; the VM stands still then and nothing is lost: pages of a failed capture come
-    /// again in the next.
+    /// [`CaptureError`]; the VM stays stopped then and nothing is lost: pages of a failed capture are in the
+    /// next one again.
     pub fn checkpoint(
         &mut self,
         staging: &mut Outgoing,
@@ -266,8 +266,8 @@ impl Machine {
         let deadline = self.stop_budget.map(|budget| Instant::now() + budget);
         self.vcpus.begin_capture();
         if let Some(deadline) = deadline {
-            // If this process stood still, this thread too, the deadline says nothing of the others: each
-            // wait has a moment more, from when this thread runs again.
+            // If this whole process was stopped, with this thread, the deadline says nothing about the
+            // others. So each wait lasts a moment longer, counted from when this thread runs again.
             let grace = || Instant::now() + STOP_GRACE;
             if !self.gate.close_until(deadline) && !self.gate.close_until(grace()) {
                 return Err(CaptureError::Stuck(Stuck::Devices));
@@ -280,7 +280,7 @@ impl Machine {
         self.gate.close();
         self.vcpus.captured()?;
         self.progress.bump();
-        // Now that they are out of the guest again, how they went back into it the last time is known.
+        // The vCPUs have left the guest again, so it is known how they entered it the last time.
         let back = self.vcpus.take_return();
         let returned = self.copied_at.take().zip(back).map(|(copied, it)| Returned {
             resume: it.back.saturating_duration_since(copied),
@@ -314,7 +314,7 @@ impl Machine {
             staging.push_section(StateKind::Serial, 0, &self.scratch);
         }
         if self.write_log.mode() == LogMode::Log {
-            // With the devices at rest: every write whose completion the guest of this checkpoint can see.
+            // With the devices at rest: every write that the guest of this checkpoint can see completed.
             self.write_log.swap(staging.disk_writes_mut());
         }
         if let Some(disks) = self.check_due.take() {
@@ -336,6 +336,6 @@ impl Machine {
 
 struct Begun {
     was_running: bool,
-    /// From the checkpoint before.
+    /// About the checkpoint before.
     returned: Option<Returned>,
 }

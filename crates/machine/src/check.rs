@@ -1,7 +1,7 @@
 //! The self-check: hashes of everything that a checkpoint covers, so that a standby can prove that its copy
 //! is the same (invariant 4). Memory is hashed while the vCPUs are stopped, so this is for tests and for
-//! cases of doubt. The caller that wants the check hashes the disks before: they rest from then on until the
-//! checkpoint is taken.
+//! cases of doubt. The caller hashes the disks beforehand; they rest from then on until the checkpoint is
+//! taken.
 
 use outlive_epoch::image::limits::MAX_CHECK_STATE;
 
@@ -22,7 +22,7 @@ const _: () = assert!(2 * 6 + size_of::<u64>() + SLOTS * size_of::<[u64; 2]>() <
 pub struct DiskHash {
     /// The disk's position among the VM's disks.
     pub disk: u16,
-    /// The hash. The two sides that compare it agree on how it is made.
+    /// The hash. Both sides agree on how it is computed.
     pub hash: u64,
 }
 
@@ -35,7 +35,7 @@ pub struct Hashes {
     pub disks: Vec<DiskHash>,
 }
 
-/// How a copy differs from the VM that it should equal.
+/// How a copy differs from the VM that it should match.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CheckError {
     /// A page is missing or wrong.
@@ -56,7 +56,7 @@ impl Hashes {
     pub(crate) fn encode(&self, to: &mut Vec<u8>) {
         let mut fields = FieldWriter::new(to);
         fields.put_plain(MEMORY, &self.memory);
-        // A disk has a slot.
+        // Each disk has a slot.
         let mut pairs = [[0u64; 2]; SLOTS];
         let pairs = &mut pairs[..self.disks.len().min(SLOTS)];
         pairs.iter_mut().zip(&self.disks).for_each(|(pair, it)| *pair = [it.disk.into(), it.hash]);
@@ -66,7 +66,7 @@ impl Hashes {
     /// Reads a section's bytes.
     ///
     /// # Errors
-    /// [`StateError`] when they are no hashes.
+    /// [`StateError`] when the bytes are no hashes.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let fields = FieldReader::new(bytes)?;
         let words: Vec<u64> = fields.get_array(DISKS)?;
@@ -77,7 +77,7 @@ impl Hashes {
         Ok(Self { memory: fields.get_plain(MEMORY)?, disks })
     }
 
-    /// Compares the memory of a copy, to which the whole checkpoint has been applied, with the VM's.
+    /// Compares the memory of a copy with the VM's. The whole checkpoint must have been applied to the copy.
     ///
     /// # Errors
     /// [`CheckError`].
@@ -90,8 +90,8 @@ impl Hashes {
 impl Machine {
     /// Makes the next checkpoint carry a hash of all memory and these hashes of disks, for the standby to
     /// compare with its own. The vCPUs are stopped while memory is hashed. The disks must rest
-    /// ([`rest_within`](crate::BlockDevice::rest_within)) from before they were hashed until the checkpoint is taken;
-    /// then the write logs up to this checkpoint hold exactly what is in the disks.
+    /// ([`rest_within`](crate::BlockDevice::rest_within)) from before the hashing until the checkpoint is
+    /// taken; then the write logs up to this checkpoint hold exactly what is on the disks.
     pub fn check_next(&mut self, disks: Vec<DiskHash>) {
         self.check_due = Some(disks);
     }

@@ -17,9 +17,9 @@ pub struct OutgoingError {
     source: std::io::Error,
 }
 
-/// The pages and the state of one checkpoint, or of a part of it when it has more pages than fit.
+/// The pages and the state of one checkpoint, or of a part of one that has more pages than fit.
 ///
-/// Everything is allocated and populated when protection starts; filling it allocates nothing
+/// Everything is allocated and populated when protection starts; filling the buffer allocates nothing
 /// (invariant 5).
 pub struct Outgoing {
     pages: *mut u8,
@@ -28,7 +28,7 @@ pub struct Outgoing {
     state: StateBuf,
     versions: StateVersions,
     disk: RecordBuf,
-    /// Told of hot pages that have not changed.
+    /// The list of hot pages, which is told of those that have not changed.
     hot: Option<Hot>,
 }
 
@@ -53,7 +53,7 @@ impl Outgoing {
     pub fn new(capacity: usize, disk_bytes: usize) -> Result<Self, OutgoingError> {
         let capacity = capacity.max(1);
         let bytes = capacity * PAGE_SIZE;
-        // SAFETY: a new anonymous mapping; populated now, so that no page fault falls into a pause.
+        // SAFETY: a new anonymous mapping. It is populated now, so that no page fault happens in a pause.
         let pages = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -95,8 +95,8 @@ impl Outgoing {
         unsafe { std::slice::from_raw_parts(self.pages, self.gfns.len() * PAGE_SIZE) }
     }
 
-    /// [`gfns`](Self::gfns) and [`page_bytes`](Self::page_bytes), for whoever writes the pages down in their
-    /// place: what stands there afterwards is his.
+    /// [`gfns`](Self::gfns) and [`page_bytes`](Self::page_bytes), for a caller that writes the pages down in
+    /// place: what is there afterwards is the caller's business.
     pub fn pages_mut(&mut self) -> (&[Gfn], &mut [u8]) {
         // SAFETY: as in `page_bytes`; nobody else has this buffer.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.pages, self.gfns.len() * PAGE_SIZE) };
@@ -118,9 +118,9 @@ impl Outgoing {
         &mut self.disk
     }
 
-    /// Says that the page at this place of [`gfns`](Self::gfns) is as it was when it was sent last. If it is a
-    /// hot one (a page that is captured in every checkpoint because it is written so often) that stays so, it
-    /// will be captured only when it is written again. Any thread, at any time.
+    /// Says that the page at this place of [`gfns`](Self::gfns) is unchanged since it was last sent. A hot
+    /// page is captured in every checkpoint because it is written so often; one that stays unchanged will be
+    /// captured only when it is written again. Any thread may call this at any time.
     pub fn unchanged(&self, place: usize) {
         if let (Some(hot), Some(gfn)) = (&self.hot, self.gfns.get(place))
             && let Some(place) = (hot.begin + place).checked_sub(hot.first)
@@ -129,7 +129,7 @@ impl Outgoing {
         }
     }
 
-    /// `comparison` is what is to be told of hot pages and where those begin in the list of all pages of the
+    /// `comparison` is the list of hot pages, and where those begin in the list of all pages of the
     /// checkpoint, of which this buffer has those from `begin` on.
     pub(crate) fn compare_with(&mut self, comparison: Option<(Comparison, usize)>, begin: usize) {
         self.hot = comparison.map(|(comparison, first)| Hot { comparison, first, begin });
@@ -139,7 +139,7 @@ impl Outgoing {
         self.state.clear();
     }
 
-    /// Forgets the state. What is pushed next is in these versions.
+    /// Forgets the state. State that is pushed next is in these versions.
     pub(crate) fn begin_state(&mut self, versions: StateVersions) {
         self.state.clear();
         self.versions = versions;

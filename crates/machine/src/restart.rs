@@ -6,7 +6,8 @@
 //! another host, so a VM restarts in the same way on a standby that has taken it over. Only time continues:
 //! its counters belong to the host.
 //!
-//! A restarted machine is a new one: the test compares what a checkpoint saves of both, section by section.
+//! A restarted machine equals a new one: the test compares what a checkpoint saves of both, section by
+//! section.
 
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ use crate::vcpu::set::VcpuSet;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
 
-/// A step of a restart, for one kind of part of a machine.
+/// A step of a restart: one kind of part of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetStep {
     /// The interrupt lines are disconnected from the chips.
@@ -34,7 +35,7 @@ pub enum ResetStep {
     Vcpus,
     /// PIT and interrupt chips, in the order of a restore.
     Chips,
-    /// What the guest has asked for by its ports, and which vCPUs idle or have ended.
+    /// What the guest has requested through its ports, and which vCPUs idle or have ended.
     Ports,
     /// The interrupt lines are connected again.
     Connect,
@@ -56,7 +57,7 @@ pub const RESET_ORDER: [(ResetStep, &str); 7] = [
     (ResetStep::Boot, "last: it sets its registers on top of those of power-on"),
 ];
 
-/// The version of what is kept here of the chips.
+/// The version of the chips' state that is kept here.
 const FRESH_VERSION: u16 = StateVersions::NEWEST.of(StateKind::Vm);
 
 /// The state of vCPUs and chips when the machine was made.
@@ -91,7 +92,7 @@ impl FreshState {
 /// Why a Linux guest could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartLinuxError {
-    /// What it boots from.
+    /// Its boot files.
     #[error(transparent)]
     Boot(#[from] LinuxBootError),
     /// A vCPU.
@@ -139,8 +140,8 @@ impl Machine {
         self.ram.firmware().is_some()
     }
 
-    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) asks for. The guest
-    /// runs at once if it ran before. Everything that is written is logged, so protection continues.
+    /// Restarts the guest, as its [`PowerRequest::Reset`](crate::PowerRequest::Reset) requests. The guest
+    /// runs at once if it ran before. All writes are logged, so protection continues.
     ///
     /// # Errors
     /// [`ResetError`]; the guest stays stopped then.
@@ -178,11 +179,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Presses the power button: a guest that listens shuts down in order.
+    /// Presses the power button: a guest that listens to it shuts down in order.
     ///
-    /// The edge is at the interrupt chips when this returns, so a press is part of the next checkpoint. By an
-    /// irqfd it would come some time later, and a takeover would lose it: unlike a device's, it is not raised
-    /// again then.
+    /// When this returns, the edge is at the interrupt chips, so a press is part of the next checkpoint.
+    /// Through an irqfd it would arrive some time later, and a takeover would lose it: unlike a device's
+    /// edge, it is not raised again then.
     ///
     /// # Errors
     /// [`IrqLineError::Pulse`].

@@ -1,4 +1,4 @@
-//! Bringing a machine to a saved state: the heart of a takeover.
+//! Brings a machine to a saved state: the heart of a takeover.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,16 +34,16 @@ pub enum RestoreError {
 }
 
 impl Machine {
-    /// Sets a machine that has never run to a checkpoint's state. Memory must already be that of the
-    /// checkpoint. `elapsed` is the time since the checkpoint came, by this host's own clock. The guest's
-    /// time stamp counter and kvmclock advance by it, so its time never goes back and its wall clock stays
-    /// right; the two hosts' clocks are never compared. The order, and why:
-    /// 0. KVM forgets its time, so that it accepts the written one.
+    /// Sets a machine that has never run to a checkpoint's state. Memory must already match the checkpoint.
+    /// `elapsed` is the time since the checkpoint arrived, by this host's own clock. The guest's time stamp
+    /// counter and kvmclock advance by it, so its time never goes back and its wall clock stays right; the
+    /// two hosts' clocks are never compared. The order, and why:
+    /// 0. KVM forgets its time, so that it accepts the one that is written.
     /// 1. vCPUs (each on its own thread, all at once): the LAPICs must exist before the I/O APIC
     ///    delivers to them.
     /// 2. One TSC offset for all: they were restored a few microseconds apart.
     /// 3. Clock, PIT, chips: before any vCPU runs.
-    /// 4. Devices: an interrupt that they raise would be overwritten by the chips' state.
+    /// 4. Devices: after the chips, whose state would overwrite an interrupt that the devices raise.
     ///
     /// # Errors
     /// [`RestoreError`]. The machine must not be run then.
@@ -84,7 +84,8 @@ impl Machine {
                 if index > 0 && !tsc::set_offset(fd, offset) {
                     tracing::debug!(vcpu = index, "this kernel cannot set a TSC offset");
                 }
-                // Tells the guest's watchdog that the guest was stopped. Guests without kvmclock: EINVAL.
+                // Tells the guest's watchdog that the guest was stopped. Fails with EINVAL for guests without
+                // kvmclock.
                 fd.kvmclock_ctrl().ok();
                 Ok(())
             })

@@ -9,27 +9,27 @@ use crate::planted::{Planted, planted};
 const SLOW_ANSWER: Duration = Duration::from_secs(1);
 
 /// A claim under way: asked, answered with "unreachable", asked again, until it is won or lost. Only one
-/// question is open at a time, and there is no time-out: whoever stops waiting without an answer breaks
+/// question is open at a time, and there is no time-out: a host that stops waiting without an answer breaks
 /// invariant 3.
 #[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) generation: u64,
     retry: Duration,
     asked: Option<Duration>,
-    /// It was asked at least once, so the generation may be won without an answer.
+    /// Whether it was asked at least once, so that the generation may be won without an answer.
     may_be_won: bool,
-    /// Since when the answer is that it is lost.
+    /// Since when the answer has been that it is lost.
     lost_since: Option<Duration>,
     ask_at: Duration,
     reported: Option<String>,
 }
 
-/// What is to be done about a claim now.
+/// What a claim requires now.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Nothing,
     Ask,
-    /// Say why the arbiter does not answer; said once per reason.
+    /// Report why the arbiter does not answer; once per reason.
     Report(String),
 }
 
@@ -45,7 +45,7 @@ impl Claim {
         Self { generation, retry, asked: None, may_be_won: false, lost_since: None, ask_at, reported: None }
     }
 
-    /// To be called after every event; the answer is carried out and this called again until it is `Nothing`.
+    /// Call it after every event, carry the answer out and call it again until it is `Nothing`.
     pub(crate) fn step(&mut self, now: Duration) -> Step {
         match self.asked {
             None if now >= self.ask_at => {
@@ -60,13 +60,13 @@ impl Claim {
         }
     }
 
-    /// Whether the generation may be this side's, whatever was answered.
+    /// Whether the generation may be this side's, whatever the answers said.
     pub(crate) fn may_be_won(&self) -> bool {
         self.may_be_won
     }
 
-    /// A loss may be taken back, by a winner that cannot run the VM and gives the generation back: asks again,
-    /// until it has been lost for this long. Returns whether it is.
+    /// A loss may be taken back: a winner that cannot run the VM gives the generation back. So this asks
+    /// again, until the generation has been lost for this long. Returns whether it has.
     pub(crate) fn lost_for(&mut self, patience: Duration, now: Duration) -> bool {
         let since = *self.lost_since.get_or_insert(now);
         self.asked = None;
@@ -87,7 +87,7 @@ impl Claim {
         }
     }
 
-    /// Takes an answer; those to a question that is not open are ignored.
+    /// Takes an answer; an answer to a question that is not open is ignored.
     pub(crate) fn answer(
         &mut self,
         now: Duration,

@@ -1,9 +1,9 @@
-//! Every decision of the two hosts that keep one VM alive, as two pure state machines, [`Primary`] and
-//! [`Standby`], with the drivers that carry their decisions out and the policy that ends epochs.
+//! Two pure state machines, [`Primary`] and [`Standby`], which make every decision of the two hosts that keep
+//! one VM alive; the drivers that carry their decisions out; and the policy that ends epochs.
 //!
-//! Nothing here does I/O, has a clock or starts a thread. The machines are fed with events and the time, and
-//! answer with actions; a driver carries the actions out through ports. The program implements the ports with
-//! sockets and threads; a seeded simulator (in this crate's tests) implements them with its world, and drives
+//! Nothing here does I/O, has a clock or starts a thread. The machines take events and the time, and answer
+//! with actions; a driver carries the actions out through ports. The program implements the ports with
+//! sockets and threads. A seeded simulator (in this crate's tests) implements them with its world, and drives
 //! thousands of schedules of delay, partition, freeze, crash and failing actions through the very code that
 //! runs in production.
 //!
@@ -16,13 +16,13 @@
 //! # What the drivers and the machines are given
 //!
 //! * `now` is the time since any fixed start, from a clock that does not stop while the process is stopped
-//!   (`CLOCK_BOOTTIME`). Read it *after* the event happened: after the read from the socket, not before it.
-//! * The actions of one event are carried out in their order, before the next event is handed in.
-//! * A `Tick` when [`next_deadline`](Primary::next_deadline) has come, and as often as one likes besides.
+//!   (`CLOCK_BOOTTIME`). Read it *after* the event happened: after the read from the socket, not before.
+//! * The actions of one event are carried out in order, before the next event is handed in.
+//! * A `Tick` comes when [`next_deadline`](Primary::next_deadline) has come; extra ones do no harm.
 //! * Every event that comes over a connection, or is about work for one, names the connection ([`Link`]);
 //!   events of a connection that the machine has given up are ignored.
 //!
-//! # The course of things
+//! # The course of events
 //!
 //! ```mermaid
 //! sequenceDiagram
@@ -101,25 +101,25 @@
 //! # Time
 //!
 //! No clock decides *who* runs the VM; the arbiter does. Clocks decide only *when to ask*, and two rules
-//! about time keep even a process that was stopped and continued (SIGSTOP, a live migration of its own host)
-//! silent:
+//! about time silence even a process that was stopped and continued (SIGSTOP, a live migration of its own
+//! host):
 //!
 //! * **The clock comes before the event.** `handle` first looks at the deadlines with the new `now` and only
 //!   then at the event. An old Ack that waited in the socket while the process was stopped meets a link that
 //!   is already declared lost.
-//! * **The primary's lease.** Silence at the primary is not measured from the last byte heard, but from the
+//! * **The primary's lease.** The primary does not measure silence from the last byte heard, but from the
 //!   newest *stamp* (the primary's own clock, sent with heartbeats and checkpoints) that the standby has
-//!   returned. The standby heard that stamp after it was sent and restarts its own patience then. The
-//!   primary's patience is 70 % of the agreed silence, the standby's 100 %; so as long as the two clocks run
+//!   returned. The standby heard that stamp after it was sent, and restarted its own patience then. The
+//!   primary's patience is 70 % of the agreed silence, the standby's 100 %. So as long as the two clocks run
 //!   at rates within 30 % of each other, the primary has stopped releasing output before a silent link lets
 //!   the standby ask the arbiter - however long anything was under way.
 //!
-//! An end of the connection (EOF, reset) counts at once on both sides, without waiting out any patience:
-//! after SIGKILL the kernel closes the socket when all threads of the process are gone, so nobody is left who
-//! could let a frame out, and every millisecond of waiting would be a millisecond of outage. If a third party
-//! resets a connection whose two ends live, both ask the arbiter and one of them stops; the loser can, for as
-//! long as the reset takes to reach it, still release output that the winner's VM has produced too - never
-//! output that the winner's VM does not know (invariant 1).
+//! An end of the connection (EOF, reset) counts at once on both sides, without waiting. After a SIGKILL the
+//! kernel closes the socket when all threads of the process are gone, so nobody is left who could let a frame
+//! out, and every millisecond of waiting would be a millisecond of outage. If a third party resets a
+//! connection whose two ends live, both ask the arbiter and one of them stops. Until the reset reaches it,
+//! the loser can still release output that the winner's VM has produced too - never output that the winner's
+//! VM does not know (invariant 1).
 
 #![forbid(unsafe_code)]
 
@@ -156,11 +156,11 @@ pub struct Link(pub u64);
 /// What the arbiter answered to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClaimResult {
-    /// The generation belongs to the claimer. Claiming again what one owns is won again.
+    /// The generation belongs to the claimer. A repeated claim of one's own generation is won again.
     Won,
     /// The generation belongs to somebody else, forever.
     Lost {
-        /// Whom.
+        /// The owner.
         owner: String,
     },
     /// Nobody knows. The claim may or may not have taken effect; it is repeated.
@@ -203,7 +203,7 @@ impl fmt::Display for LossReason {
 /// The times of both machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
-    /// Silence after which the other side is taken for dead. The two sides agree on the larger of their two
+    /// Silence after which the other side is taken for dead. The two sides use the larger of their two
     /// values.
     pub dead_after: Duration,
     /// Pause between two attempts to reach a standby, and between two claims while the arbiter is out of

@@ -1,4 +1,4 @@
-//! Mistakes that the simulator plants to prove that it would find them. Outside of tests none exists.
+//! Mistakes that the simulator plants to prove that it would find them. They exist in tests only.
 
 /// A mistake, named after what the machine then does.
 #[cfg(test)]
@@ -28,7 +28,7 @@ pub(crate) enum Bug {
     AnyThreadClaims,
     LeaveBeforePromise,
     ClaimKeptByBroken,
-    // Of the drivers.
+    // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,
     FailureSwallowed,
@@ -39,7 +39,7 @@ pub(crate) enum Bug {
     TicketOnNewLink,
     LeaseForgotten,
     WakeForgotten,
-    // Of the valve.
+    // Mistakes of the valve.
     HeldUntold,
 }
 

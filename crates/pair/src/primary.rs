@@ -26,7 +26,7 @@ struct Attached {
     link: Link,
     /// When the next heartbeat is due.
     beat_at: Duration,
-    /// When any byte was last heard. Counts while nothing is held: the peer may be slow, it only must live.
+    /// When a byte was last heard. Used while nothing is held: the peer may be slow, as long as it lives.
     heard: Duration,
 }
 
@@ -36,10 +36,9 @@ struct Guard {
     base: u64,
     shipped: u64,
     acked: u64,
-    /// The newest time of this host's clock that the standby is known to have heard of: the start of the
-    /// lease.
+    /// The newest time of this host's clock that the standby is known to have heard: the start of the lease.
     contact: Duration,
-    /// The last checkpoint has been captured.
+    /// Whether the last checkpoint has been captured.
     last: bool,
 }
 
@@ -56,31 +55,31 @@ enum State {
     /// The base-final checkpoint is captured, so the standby may become able to take over: output is held.
     Guarding(Attached, Guard),
     /// The link is gone and the standby may be able to take over: output is held until the arbiter has
-    /// spoken.
+    /// answered.
     Arbitrating(Claim),
     /// Nothing happens any more.
     Over { fenced: bool },
 }
 
-/// The state machine of the primary. See the crate's documentation for how to drive it.
+/// The state machine of the primary. The crate's documentation says how to drive it.
 #[derive(Debug)]
 pub struct Primary {
     config: PrimaryConfig,
-    /// What the two sides agreed on; the configured one while there is no standby.
+    /// The times that the two sides agreed on; the configured ones while there is no standby.
     timing: Timing,
     generation: u64,
     /// Number of the last checkpoint captured, over all standbys.
     checkpoint: u64,
     state: State,
-    /// The VM shall end, or has ended: no vCPU runs any more.
+    /// The VM must end, or has ended: no vCPU runs any more.
     end: Option<EndReason>,
-    /// The guest was asked to shut itself down.
+    /// Whether the guest was asked to shut itself down.
     guest_asked: bool,
     next_link: u64,
     redial: Redial,
-    /// The last thing said about dialling, so that it is said once and not five times a second.
+    /// The last note about dialling, so that it is given once and not five times a second.
     said: Option<Note>,
-    /// Until when the thread that waits is believed to get on.
+    /// Until when the waiting thread is believed to make progress.
     alive_until: Duration,
     now: Duration,
     pub(crate) bug: Planted,
@@ -88,8 +87,7 @@ pub struct Primary {
 
 impl Primary {
     /// A primary that runs alone and looks for a standby at once, if it has an address. After a takeover,
-    /// `generation` and `checkpoint` are those of
-    /// [`StandbyAction::TakeOver`](crate::StandbyAction::TakeOver).
+    /// `generation` and `checkpoint` come from [`StandbyAction::TakeOver`](crate::StandbyAction::TakeOver).
     pub fn new(config: PrimaryConfig, now: Duration) -> Self {
         Self {
             timing: config.timing,
@@ -113,7 +111,7 @@ impl Primary {
         self.generation
     }
 
-    /// The number of the epoch that is running: frames produced now belong to the checkpoint of this number.
+    /// The number of the running epoch: frames produced now belong to the checkpoint with this number.
     pub fn epoch(&self) -> u64 {
         self.checkpoint + 1
     }
@@ -141,15 +139,15 @@ impl Primary {
         }
     }
 
-    /// Whether a frame that was released may still leave at this moment. To be asked for every frame, right
-    /// before it is written, with a fresh `now`: between the decision and the write this process may have
+    /// Whether a frame that was released may still leave at this moment. Ask it for every frame, right before
+    /// the frame is written, with a fresh `now`: between the decision and the write this process may have
     /// been stopped for an hour.
     pub fn may_release(&self, now: Duration) -> bool {
         self.may_release_until().is_none_or(|end| now < end)
     }
 
-    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: forever.
-    /// For whoever asks without access to this state machine, and is told after each event.
+    /// Until when [`may_release`](Self::may_release) says yes, if no event comes before; `None`: forever. For
+    /// code that has no access to this state machine, and is told after each event.
     pub fn may_release_until(&self) -> Option<Duration> {
         match &self.state {
             _ if planted!(self.bug, StaleAckReleases) => None,
@@ -160,9 +158,9 @@ impl Primary {
     }
 
     /// Until when heartbeats may be sent, if no event comes before; `None`: forever. While a standby can take
-    /// over, they say that the VM gets on here and not only that a socket is open: they end when the thread
-    /// that waits, captures and follows has given no sign of itself ([`Event::Tick`], [`Event::Captured`])
-    /// for as long as a silent host is given. For whoever sends them by himself.
+    /// over, heartbeats say that the VM makes progress here and not only that a socket is open. They end when
+    /// the thread that waits, captures and follows has given no sign of itself ([`Event::Tick`],
+    /// [`Event::Captured`]) for as long as a silent host is given. For code that sends heartbeats on its own.
     pub fn may_beat_until(&self) -> Option<Duration> {
         match &self.state {
             State::Guarding(..) if !planted!(self.bug, BeatsWithoutProgress) => Some(self.alive_until),
@@ -170,7 +168,7 @@ impl Primary {
         }
     }
 
-    /// What checkpoint the driver shall capture next. To be asked before every pause; while it is
+    /// The next checkpoint that the driver must capture. Ask it before every pause; while it is
     /// [`Wanted::Nothing`], the guest runs on (or, if it has ended, waits).
     pub fn wanted_capture(&self) -> Wanted {
         match &self.state {
@@ -215,14 +213,14 @@ impl Primary {
 
     /// Takes one event and appends what must be done to `out`.
     pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
-        // Events of two threads may come with their times crossed by a hair; time never goes back here.
+        // The times of events from two threads may be slightly out of order; time never goes back here.
         self.now = self.now.max(now);
         if !planted!(self.bug, StaleAckReleases) || matches!(event, Event::Tick) {
             self.look_at_clock(out);
         }
-        // A pause has room for nothing that can wait, and a heartbeat can.
+        // A pause has no room for anything that can wait, and a heartbeat can.
         let in_pause = matches!(event, Event::Captured);
-        // Only the thread that waits hands these in.
+        // Only the waiting thread hands these in.
         let waits = matches!(event, Event::Tick);
         match event {
             Event::Tick | Event::Captured => self.alive_until = self.now + self.timing.dead_after,
@@ -273,7 +271,7 @@ impl Primary {
         }
     }
 
-    /// What is due in the state reached.
+    /// Does what is due in the state that was reached.
     fn go_on(&mut self, in_pause: bool, waits: bool, out: &mut Vec<Action>) {
         if let Some(reason) = self.end {
             self.end_if_possible(reason, out);
@@ -296,7 +294,7 @@ impl Primary {
                 attached.beat_at = self.now + self.timing.heartbeat();
                 out.push(Action::SendHeartbeat { link: attached.link });
             }
-            // A host whose waiting thread stands still would win a VM that nobody takes care of.
+            // A host whose waiting thread hangs would win a VM that nobody takes care of.
             State::Arbitrating(claim) if may_claim => loop {
                 match claim.step(self.now) {
                     Step::Nothing => break,
@@ -308,8 +306,8 @@ impl Primary {
         }
     }
 
-    /// The VM has ended or shall end: at once where nobody else can run it, else after the last checkpoint is
-    /// committed or the arbiter has spoken.
+    /// The VM has ended or must end: at once if nobody else can run it, otherwise after the last checkpoint
+    /// is committed or the arbiter has answered.
     fn end_if_possible(&mut self, reason: EndReason, out: &mut Vec<Action>) {
         match &self.state {
             State::Alone { .. } => {}
@@ -329,7 +327,7 @@ impl Primary {
         out.push(Action::Exit { reason: ExitReason::Ended(reason) });
     }
 
-    /// The operator's stop: a guest that can is asked to end by itself, once.
+    /// The operator's stop: a guest that can shut down is asked to do so, once.
     fn stop(&mut self, ask_guest: bool, out: &mut Vec<Action>) {
         if !self.guest_may_run() {
             return;
@@ -387,7 +385,7 @@ impl Primary {
         self.state = State::Alone { dial_at };
     }
 
-    /// Says something about dialling if it is not what was said last.
+    /// Gives a note about dialling unless it is the same as the last one.
     fn say(&mut self, note: Note, out: &mut Vec<Action>) {
         if self.said.as_ref() != Some(&note) {
             self.said = Some(note.clone());
@@ -426,8 +424,8 @@ impl Primary {
         }
     }
 
-    /// A checkpoint was captured; this is called inside the pause, so what it answers holds for every frame
-    /// after it.
+    /// A checkpoint was captured. This is called inside the pause, so its answer holds for every frame after
+    /// it.
     fn captured(&mut self, out: &mut Vec<Action>) {
         let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);
         let (link, base_final) = match &mut self.state {
@@ -453,7 +451,7 @@ impl Primary {
                 if guard.shipped - guard.acked >= self.config.slots || guard.last =>
             {
                 // The pages of this epoch have been harvested and cannot be harvested again, so this standby
-                // can never be told of them.
+                // can never receive them.
                 let link = attached.link;
                 self.link_lost(
                     link,
@@ -482,8 +480,8 @@ impl Primary {
         }
     }
 
-    /// The base was captured and output is not held. Its ticket was given to nobody, so no standby has the
-    /// base and there is nothing to decide: the VM goes on, unprotected.
+    /// The base was captured and output is not held. Nobody was given its ticket, so no standby has the base
+    /// and there is nothing to decide: the VM continues, unprotected.
     fn hold_failed(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
         match &self.state {
             State::Guarding(attached, guard)
@@ -537,7 +535,7 @@ impl Primary {
                 self.say(Note::DialFailed { why: why.to_string() }, out);
             }
             State::BaseSync(attached) if attached.link == link => {
-                // Nothing that this standby has is a whole VM, so it cannot take over and there is nothing to
+                // This standby does not have a whole VM, so it cannot take over and there is nothing to
                 // decide.
                 self.dial_later(Answer::NoBase);
                 out.push(Action::Hangup { link });
@@ -560,8 +558,8 @@ impl Primary {
         }
     }
 
-    /// The standby has left and handed its right over: nobody else can run the VM, so it goes on at once, in
-    /// the same generation, and nobody is asked.
+    /// The standby has left and handed its right over: nobody else can run the VM, so it continues at once,
+    /// in the same generation, without the arbiter.
     fn released(&mut self, link: Link, out: &mut Vec<Action>) {
         let why = LossReason::Left(LeaveReason::Released);
         match &self.state {
@@ -593,7 +591,7 @@ impl Primary {
         }
     }
 
-    /// This host is broken. What it has asked for must not become its own: nobody could run the VM then.
+    /// This host is broken. It must not win what it has asked for: nobody could run the VM then.
     fn unable(&mut self, out: &mut Vec<Action>) {
         if let State::Arbitrating(claim) = &self.state
             && claim.may_be_won()

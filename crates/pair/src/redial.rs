@@ -1,21 +1,21 @@
 //! When each standby is dialled next.
 //!
-//! A standby that cannot be reached is dialled again soon, so that it is found as soon as it is there. One
-//! that answers, and gives the same answer again, will most likely give it once more: every attempt costs it
-//! a machine and its network a change of a link, so the pauses grow.
+//! A standby that cannot be reached is dialled again soon, so that it is found as soon as it is there. A
+//! standby that gives the same answer again will most likely repeat it: every attempt costs it a machine and
+//! changes a link in its network, so the pauses grow.
 
 use std::time::Duration;
 
 use crate::Timing;
 
-/// What came of dialling a standby.
+/// The outcome of dialling a standby.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// It could not be reached.
     Nothing,
-    /// It refused. Numbers in its words may change each time, so they are left out.
+    /// It refused. Numbers in its words may differ each time, so they are left out.
     Refused(String),
-    /// It accepted, and the base synchronisation came to nothing.
+    /// It accepted, but the base synchronisation failed.
     NoBase,
 }
 
@@ -36,7 +36,7 @@ struct Standby {
 #[derive(Debug)]
 pub(crate) struct Redial {
     standbys: Vec<Standby>,
-    /// The one that was dialled last.
+    /// The one that was last dialled.
     dialled: Option<usize>,
 }
 
@@ -46,7 +46,7 @@ impl Redial {
         Self { standbys: vec![standby; standbys], dialled: None }
     }
 
-    /// The standby to dial now: the next one in turn that is due. `None` if none is.
+    /// The standby to dial now: the next one in turn that is due. `None` if none is due.
     pub(crate) fn next(&mut self, now: Duration) -> Option<usize> {
         let count = self.standbys.len();
         let first = self.dialled.map_or(0, |dialled| dialled + 1);
@@ -56,7 +56,7 @@ impl Redial {
         Some(due)
     }
 
-    /// Takes what came of the last attempt. Returns when to dial next, whichever standby it will be.
+    /// Takes the outcome of the last attempt. Returns when to dial next, whichever standby that will be.
     pub(crate) fn failed(&mut self, now: Duration, answer: Answer, timing: &Timing) -> Duration {
         if let Some(standby) = self.dialled.and_then(|at| self.standbys.get_mut(at)) {
             let again = answer != Answer::Nothing && answer == standby.last;
@@ -69,7 +69,7 @@ impl Redial {
         due.max(now + timing.retry)
     }
 
-    /// All are dialled at once, and what was is forgotten: things are different now.
+    /// All are dialled at once, and earlier answers are forgotten: the situation is different now.
     pub(crate) fn begin_anew(&mut self, now: Duration) {
         for standby in &mut self.standbys {
             *standby = Standby { not_before: now, pause: Duration::ZERO, last: Answer::Nothing };

@@ -41,7 +41,7 @@ struct Staged {
     flags: CheckpointFlags,
 }
 
-/// How long an orderly stop waits until what is left of the copy says that it was given up. Without that the
+/// How long an orderly stop waits until the rest of the copy says that it was given up. Without that the
 /// primary has to ask the arbiter.
 const RELEASE: Duration = Duration::from_secs(5);
 
@@ -49,9 +49,10 @@ const RELEASE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Copy)]
 struct Committed {
     checkpoint: u64,
-    /// The VM ended with it.
+    /// Set if the VM ended with it.
     end: Option<EndReason>,
-    /// Memory is still being written. Until it is done, nothing else is acknowledged and nothing is run.
+    /// Whether memory is still being written. Until that is done, nothing else is acknowledged and nothing
+    /// runs.
     applying: bool,
 }
 
@@ -62,26 +63,26 @@ enum State {
     Discarding {
         link: Link,
     },
-    /// Base pages are written as they come: memory is not the VM of any moment, so this side cannot take
-    /// over. The oldest checkpoint staged, if there is one, is the base, and it is being tried.
+    /// Base pages are written as they come. So memory is not the VM of any one moment, and this side cannot
+    /// take over. The oldest staged checkpoint, if there is one, is the base, and it is being tried.
     Base(Attached),
-    /// What is staged waits for the checkpoint before it to be applied.
+    /// Staged checkpoints wait until the previous one is applied.
     Committed {
         attached: Attached,
         committed: Committed,
-        /// The operator wants this side stopped: nothing more is acknowledged, and until then the copy may take
-        /// to say that it was given up. Should the primary die meanwhile, this side still takes over.
+        /// The operator wants this side stopped. Nothing more is acknowledged, and the copy has until this
+        /// time to say that it was given up. Should the primary die meanwhile, this side still takes over.
         releasing: Option<Duration>,
     },
-    /// The link is gone. Nothing is claimed before this side could run the VM: what fails once a generation
-    /// is won leaves a VM that runs nowhere, perhaps although the other side is in the best of health.
+    /// The link is gone. Nothing is claimed before this side could run the VM: a failure after a generation
+    /// is won leaves a VM that runs nowhere, perhaps although the other side is in perfect health.
     Settling {
         link: Link,
         claim: Claim,
         committed: Committed,
         stop: bool,
     },
-    /// Whoever wins the next generation runs the VM.
+    /// Whichever side wins the next generation runs the VM.
     Claiming {
         link: Link,
         claim: Claim,
@@ -89,7 +90,7 @@ enum State {
         stop: bool,
         failed: Option<String>,
     },
-    /// Nothing more is taken from anybody; the process ends when memory and disks are at the committed
+    /// Nothing more is accepted from anybody; the process ends when memory and disks are at the committed
     /// checkpoint.
     Leaving {
         link: Link,
@@ -101,14 +102,14 @@ enum State {
     Over,
 }
 
-/// The state machine of the standby. See the crate's documentation for how to drive it.
+/// The state machine of the standby. The crate's documentation says how to drive it.
 #[derive(Debug)]
 pub struct Standby {
     config: StandbyConfig,
     state: State,
-    /// The newest generation seen, of which VM: an older primary of the same VM is out of date.
+    /// The newest generation seen, and of which VM: an older primary of the same VM is out of date.
     seen: Option<(VmId, u64)>,
-    /// When the thread that waits gave its last sign.
+    /// When the waiting thread gave its last sign.
     ticked: Duration,
     now: Duration,
     pub(crate) bug: Planted,
@@ -217,7 +218,7 @@ impl Standby {
     pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
         self.now = self.now.max(now);
         self.look_at_clock(out);
-        // Only the thread that waits hands these in.
+        // Only the waiting thread hands these in.
         let waits = matches!(event, Event::Tick);
         match event {
             Event::Tick => self.ticked = self.now,
@@ -244,7 +245,7 @@ impl Standby {
         self.go_on(waits, out);
     }
 
-    /// Whether the thread that waits, and that would run the VM, has given a sign within this time.
+    /// Whether the waiting thread, which would also run the VM, has given a sign within this time.
     fn gets_on(&self, now: Duration, within: Duration) -> bool {
         now.max(self.now) < self.ticked + within || planted!(self.bug, StampsWithoutProgress)
     }
@@ -280,7 +281,7 @@ impl Standby {
         }
     }
 
-    /// What is due in the state reached.
+    /// Does what is due in the state that was reached.
     fn go_on(&mut self, waits: bool, out: &mut Vec<Action>) {
         let may_claim = waits || planted!(self.bug, AnyThreadClaims);
         match &mut self.state {
@@ -288,7 +289,7 @@ impl Standby {
                 attached.beat_at = self.now + attached.timing.heartbeat();
                 out.push(Action::SendHeartbeat { link: attached.link, stamp: attached.stamp });
             }
-            // A host whose waiting thread stands still would win a VM that it does not run.
+            // A host whose waiting thread hangs would win a VM that it does not run.
             State::Claiming { claim, .. } if may_claim => loop {
                 match claim.step(self.now) {
                     Step::Nothing => break,
@@ -324,7 +325,8 @@ impl Standby {
     fn heard(&mut self, link: Link, stamp: Duration) {
         let now = self.now;
         let patience = self.attached().map_or(Duration::ZERO, |attached| attached.timing.dead_after);
-        // Returning a stamp is a promise to take over. What is returned stays old if this side could not.
+        // Returning a stamp is a promise to take over. If this side could not take over, it returns an old
+        // one.
         let stamp = if self.gets_on(now, patience) { stamp } else { Duration::ZERO };
         if let Some(attached) = self.attached_mut(link) {
             attached.heard = now;
@@ -385,8 +387,8 @@ impl Standby {
     }
 
     /// Acknowledges the oldest checkpoint that is staged whole, and has it applied. The acknowledgement goes
-    /// first: it is on the guest's way to its clients, and the commit does not depend on where in this host's
-    /// memory the checkpoint is.
+    /// first: the guest's answers to its clients wait for it, and the commit does not depend on where in this
+    /// host's memory the checkpoint is.
     fn commit(&mut self, out: &mut Vec<Action>) {
         let first = matches!(self.state, State::Base(_));
         if matches!(self.state, State::Committed { releasing: Some(_), .. }) {
@@ -448,7 +450,7 @@ impl Attached {
     }
 
     /// Whether a checkpoint may come now: the base first, then one after the other, and no more at a time
-    /// than the primary said.
+    /// than the primary announced.
     fn is_due(&self, committed: Option<&Committed>, next: Staged) -> bool {
         let last = self.staged.back().map(|last| (last.checkpoint, last.flags.end));
         let last = last.or(committed.map(|last| (last.checkpoint, last.end)));

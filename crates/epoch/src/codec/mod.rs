@@ -1,27 +1,27 @@
 //! How pages are written down.
 //!
-//! An entry names the frame and the codec; the data of all entries of a section follow behind the entries, in
-//! their order. A codec that this release does not know is refused with the section.
+//! An entry names the frame and the codec. The data of all entries of a section follows the entries, in the
+//! same order. A section with a codec that this release does not know is refused.
 //!
 //! # The rule
 //!
-//! A page may be written as its changed granules, or be left out, only if **the standby, when it applies this
-//! checkpoint, has of it what the writer remembers**. It does, because
+//! A page may be written as its changed granules, or be left out, only if **the standby's copy of it is what
+//! the writer remembers** when the standby applies this checkpoint. That holds because
 //!
-//! * a standby applies the checkpoints of a connection in their order, each whole or not at all, and after one
-//!   that it does not apply it applies none of that connection any more;
-//! * the writer remembers a page when it writes it down, and what is written down goes to the link before
+//! * a standby applies the checkpoints of a connection in order, each whole or not at all, and after one that
+//!   it does not apply it applies no other of that connection;
+//! * the writer remembers a page when it writes it down, and what it writes down goes to the link before
 //!   anything that is written down later, or the connection ends.
 //!
-//! So a writer belongs to the one thread that writes to a connection, begins with it, remembering nothing, and
-//! ends with it. Whatever becomes of a checkpoint before it reaches that thread (a pause that failed, a part for
-//! a link that is gone) it has not been remembered. A new base over the same connection makes it forget
-//! ([`PageWriter::forget`]): base pages are written as they are at some moment and are not remembered. A takeover,
-//! another standby and protection that begins anew are new connections.
+//! So a writer belongs to the one thread that writes to a connection. It begins with the connection,
+//! remembering nothing, and ends with it. A checkpoint that never reaches that thread (a pause that failed, a
+//! part for a link that is gone) has not been remembered. A new base over the same connection makes the
+//! writer forget ([`PageWriter::forget`]): base pages are read while the guest runs and are not remembered. A
+//! takeover, another standby and protection that begins anew are new connections.
 //!
-//! What is remembered is compared with the copy of a page that was made in the pause, not with the guest's
-//! memory, so a page that the guest writes meanwhile, hot or not, is of no concern here: that write is in the
-//! next checkpoint. A granule overwrites, so applying one twice does no harm.
+//! The writer compares with the copy of a page that was made in the pause, not with the guest's memory. So a
+//! page that the guest writes meanwhile, hot or not, does not matter here: that write is in the next
+//! checkpoint. A granule overwrites, so applying one twice does no harm.
 
 mod sent;
 #[cfg(test)]
@@ -38,7 +38,7 @@ use crate::image::{PAGE_SIZE, PageData};
 /// Physical addresses of x86-64 have 52 bits, of which a page has 12.
 const GFN_BITS: u32 = 40;
 const GFN_MASK: u64 = (1 << GFN_BITS) - 1;
-/// Where codec and length stand in an entry of version 2, and the codec in one of version 1.
+/// Where codec and length are in an entry of version 2, and the codec in one of version 1.
 const CODEC_AT: u32 = GFN_BITS;
 const LENGTH_AT: u32 = 48;
 const OLD_CODEC_AT: u32 = 52;
@@ -51,10 +51,10 @@ pub enum PageCodec {
     Raw = 0,
     /// No bytes; the page is all zero.
     Zero = 1,
-    /// Which granules of 64 bytes have changed, and those: a mask, a `u64` whose bit n is set if that of the
-    /// bytes from 64 n on follows, and the granules, the first first. At most 63: more are longer than the page.
-    /// From version 3 of `Pages` on. Base pages have none: they are written while the guest runs, to memory of
-    /// which nobody knows what it was.
+    /// A bit mask and the changed granules of 64 bytes. The mask is a `u64`; its bit n is set if the granule
+    /// that begins at byte 64 n follows. The granules follow in ascending order, at most 63: more would be
+    /// longer than the page. From version 3 of `Pages` on. Base pages have none: they are written while the
+    /// guest runs, to memory whose content nobody knows.
     Granules = 2,
 }
 
@@ -72,7 +72,7 @@ impl PageCodec {
         self != Self::Granules || version >= WITH_GRANULES
     }
 
-    /// Whether its data can have so many bytes: at most those of a page.
+    /// Whether its data can have this many bytes: at most those of a page.
     fn fits(self, length: usize) -> bool {
         match self {
             Self::Raw => length == PAGE_SIZE,
@@ -103,12 +103,12 @@ pub(crate) enum EntryError {
     Codec(u8),
     /// The codec has no data of this length.
     Length(u16),
-    /// No guest has such a frame.
+    /// No guest has this frame.
     Gfn(u64),
 }
 
 impl PageEntry {
-    /// A page of which 4096 bytes follow. `gfn` has at most 40 bits.
+    /// A page whose 4096 bytes follow. `gfn` has at most 40 bits.
     pub fn raw(gfn: u64) -> Self {
         Self::new(gfn, PageCodec::Raw, PAGE_SIZE)
     }
@@ -118,7 +118,7 @@ impl PageEntry {
         Self::new(gfn, PageCodec::Zero, 0)
     }
 
-    /// A page of which the granules of this mask follow, behind the mask itself; not all of them.
+    /// A page whose granules of this mask follow the mask itself; not all of them.
     pub fn granules(gfn: u64, mask: u64) -> Self {
         Self::new(gfn, PageCodec::Granules, data_len(mask))
     }
@@ -175,13 +175,13 @@ impl PageEntry {
     }
 }
 
-/// Whether the data of an entry, which has its length, is what its codec writes. Without this
-/// [`with_data`] must not be asked.
+/// Whether the data of an entry, which has the right length, is what its codec writes. Call [`with_data`]
+/// only after this.
 pub(crate) fn is_sound(entry: PageEntry, data: &[u8]) -> bool {
     entry.codec != PageCodec::Granules || Granules::parse(data).is_some()
 }
 
-/// Joins entries with their data. The two must have been checked against each other.
+/// Joins entries with their data. They must have been checked against each other.
 pub(crate) fn with_data<'a>(
     entries: impl Iterator<Item = PageEntry> + 'a,
     mut data: &'a [u8],

@@ -1,22 +1,21 @@
-//! What was sent last of the pages that change again and again.
+//! Copies of the pages that change again and again, as they were last sent.
 
 use std::collections::TryReserveError;
 
 use crate::image::PAGE_SIZE;
 
-/// Places in which a page can be.
+/// How many places a page can have.
 const WAYS: usize = 8;
-/// Bytes of memory that are taken at once.
+/// Bytes of memory that are taken in one step.
 const STEP: usize = 1 << 20;
 /// No frame has this number.
 const NONE: u64 = u64::MAX;
 
-/// Copies of pages as they were sent last, of a number that is fixed from the start.
+/// Copies of pages as they were last sent. Their number is fixed from the start.
 ///
-/// The pages are in sets of eight by their GFN; a page that comes new takes the place of the one of its set that
-/// was not asked for longest.
+/// The pages are in sets of eight by their GFN. A new page replaces the least recently used page of its set.
 pub(super) struct SentPages {
-    /// By set, the page that was asked for last first: the GFN, and where its copy is.
+    /// For each set, the GFN of each page and where its copy is, the most recently used first.
     places: Vec<(u64, u32)>,
     /// 4096 bytes for each place.
     copies: Vec<u8>,
@@ -24,8 +23,8 @@ pub(super) struct SentPages {
 }
 
 impl SentPages {
-    /// Room for at least `pages` copies, and at most twice as many. The memory is there when this returns, and
-    /// not only promised; `between` is called again and again while it is taken.
+    /// Room for at least `pages` copies, and at most twice as many. When this returns the memory is
+    /// populated, not only promised; `between` is called repeatedly while it is taken.
     pub(super) fn new(pages: usize, mut between: impl FnMut()) -> Result<Self, TryReserveError> {
         let sets = pages.div_ceil(WAYS).next_power_of_two();
         let count = sets * WAYS;
@@ -34,7 +33,7 @@ impl SentPages {
         places.extend((0..count).map(|place| (NONE, place as u32)));
         copies.try_reserve_exact(count * PAGE_SIZE)?;
         while copies.len() < count * PAGE_SIZE {
-            // Not zero: of zeroes the allocator would only promise pages.
+            // Not zero: the allocator would only promise pages of zeroes.
             copies.resize((copies.len() + STEP).min(count * PAGE_SIZE), 0xff);
             between();
         }
@@ -50,7 +49,7 @@ impl SentPages {
         Some(self.copy(first))
     }
 
-    /// A place for the page, which has none. What is in it is of another page.
+    /// A place for a page that has none. It still holds another page's bytes.
     pub(super) fn insert(&mut self, gfn: u64) -> &mut [u8; PAGE_SIZE] {
         let first = self.set_of(gfn);
         let set = &mut self.places[first..first + WAYS];
@@ -59,12 +58,12 @@ impl SentPages {
         self.copy(first)
     }
 
-    /// There are no copies any more.
+    /// Drops all copies.
     pub(super) fn forget(&mut self) {
         self.places.iter_mut().for_each(|place| place.0 = NONE);
     }
 
-    /// The first place of the page's set. Pages go to different sets, whatever their distance.
+    /// The first place of the page's set. Pages spread over the sets, whatever their distance.
     fn set_of(&self, gfn: u64) -> usize {
         let mixed = gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         ((mixed ^ mixed >> 32) as usize & (self.sets - 1)) * WAYS
@@ -99,7 +98,7 @@ mod tests {
     }
 
     proptest! {
-        /// A copy is that of its page, whatever comes and goes.
+        /// A copy always belongs to its page, whatever comes and goes.
         #[test]
         fn a_copy_is_never_that_of_another_page(
             steps in proptest::collection::vec((0..60u64, any::<u8>()), 1..400),

@@ -1,4 +1,4 @@
-//! A primary's memory and a standby's, and between them a writer of pages, as it is used and as it must not be.
+//! A primary's memory, a standby's memory and a writer of pages between them, used correctly and incorrectly.
 
 use std::collections::BTreeSet;
 
@@ -15,9 +15,10 @@ type Memory = Vec<[u8; PAGE_SIZE]>;
 enum Step {
     /// The guest writes these bytes: page, place, byte; place `PAGE_SIZE` fills the page.
     Write(Vec<(usize, usize, u8)>),
-    /// An epoch ends; its checkpoint goes to the standby. These pages are in it although nobody wrote them.
+    /// An epoch ends; its checkpoint goes to the standby. These pages are in it although the guest did not
+    /// write them.
     Checkpoint(Vec<usize>),
-    /// An epoch ends, and its checkpoint gets lost before it is written down; with it the connection.
+    /// An epoch ends, and its checkpoint is lost before it is written down; so is the connection.
     Lost,
     /// The connection is lost with a checkpoint half written.
     Cut,
@@ -33,13 +34,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..60)
 }
 
-/// What is done wrong on purpose.
+/// A deliberate mistake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mistake {
     None,
     /// The writer outlives its connection.
     KeptOverLoss,
-    /// A page is left out of a checkpoint although nobody has compared it.
+    /// A page is left out of a checkpoint without a comparison.
     LeftOut,
 }
 
@@ -52,7 +53,7 @@ struct World {
 }
 
 fn writer() -> PageWriter {
-    // Room for some of the pages, so that they take each other's places.
+    // Room for some of the pages, so that they replace each other.
     PageWriter::remembering(16, || ()).unwrap()
 }
 
@@ -62,7 +63,7 @@ impl World {
         Self { primary: memory.clone(), standby: memory, writer: writer(), dirty: BTreeSet::new(), mistake }
     }
 
-    /// Writes the checkpoint down. The entries and the data are what a section has.
+    /// Writes the checkpoint down. Returns the entries and the data of its section.
     fn write_down(&mut self) -> (Vec<PageEntry>, Vec<u8>) {
         let dirty = std::mem::take(&mut self.dirty);
         let mut staging: Vec<u8> = dirty.iter().flat_map(|page| self.primary[*page]).collect();
@@ -96,7 +97,7 @@ impl World {
         assert_eq!(applied, entries.len(), "every page comes");
     }
 
-    /// A new connection: the base is the primary's memory as it is.
+    /// A new connection: the base is the primary's memory as it is now.
     fn connect(&mut self) {
         self.standby = self.primary.clone();
         self.dirty.clear();

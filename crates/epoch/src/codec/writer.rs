@@ -1,4 +1,5 @@
-//! How the pages of checkpoints are written down: each in the way that takes the fewest bytes. The rule by which it may stands in [`codec`](super).
+//! Writes the pages of checkpoints down, each in the fewest bytes. [`codec`](super) says by which rule it may
+//! do so.
 
 use std::collections::TryReserveError;
 
@@ -7,26 +8,26 @@ use super::sent::SentPages;
 use crate::image::granules::{changed, data_len, pack, update};
 use crate::image::{PAGE_SIZE, is_zero};
 
-/// With more changed granules than this a page is written raw: little is saved, and the standby copies a whole
-/// page faster.
+/// With more changed granules than this a page is written raw: granules would save little, and the standby
+/// copies a whole page faster.
 const MOST_GRANULES: u32 = 48;
 
-/// What was written down, by how.
+/// How many pages were written down in each way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CodecCounts {
     /// Pages that were written raw.
     pub raw: u64,
     /// Pages of zeroes.
     pub zero: u64,
-    /// Pages of which only granules were written.
+    /// Pages written as granules only.
     pub granules: u64,
-    /// Bytes of those: masks and granules.
+    /// Bytes of those pages: masks and granules.
     pub granule_bytes: u64,
-    /// Pages that were left out, because nothing has changed.
+    /// Pages that were left out because nothing in them changed.
     pub unchanged: u64,
 }
 
-/// Writes down the pages of checkpoints, and remembers what it has written of them. See [the rule](super).
+/// Writes down the pages of checkpoints, and remembers what it wrote. See [the rule](super).
 pub struct PageWriter {
     /// None: every page is raw or zero.
     sent: Option<SentPages>,
@@ -39,8 +40,8 @@ impl PageWriter {
         Self { sent: None, counts: CodecCounts::default() }
     }
 
-    /// A writer that remembers at least `pages` pages. Its memory, somewhat more than theirs, is taken now. That
-    /// may take its time, so `between` is called after each MiB.
+    /// A writer that remembers at least `pages` pages. It takes its memory, somewhat more than the pages
+    /// need, now. That may take a while, so `between` is called after each MiB.
     ///
     /// # Errors
     /// When there is not so much memory.
@@ -48,10 +49,10 @@ impl PageWriter {
         Ok(Self { sent: Some(SentPages::new(pages, between)?), ..Self::plain() })
     }
 
-    /// Writes down the page that stands in `pages` from byte `from` on: the data goes to the same buffer, from
-    /// byte `to` on, which is not behind `from`. What was in between is lost.
+    /// Writes down the page that is in `pages` from byte `from` on. The data goes to the same buffer, from
+    /// byte `to` on; `to` must not be behind `from`. What was in between is lost.
     ///
-    /// `None`: the page is to be left out, because the standby has it.
+    /// `None`: leave the page out, because the standby has it.
     ///
     /// # Panics
     /// If the buffer has no page there, or `to` is behind `from`.
@@ -79,7 +80,7 @@ impl PageWriter {
                 return Some(PageEntry::granules(gfn, mask));
             }
         } else if is_zero(page) {
-            // Not remembered: a page that is written for the first time is better.
+            // Not remembered: the place is better used by a page that is written for the first time.
             counts.zero += 1;
             return Some(PageEntry::zero(gfn));
         } else if let Some(sent) = &mut self.sent {
@@ -92,12 +93,12 @@ impl PageWriter {
         Some(PageEntry::raw(gfn))
     }
 
-    /// Forgets all pages: what comes next stands for itself.
+    /// Forgets all pages: what comes next depends on nothing before.
     pub fn forget(&mut self) {
         self.sent.iter_mut().for_each(SentPages::forget);
     }
 
-    /// What was written down since this was last asked.
+    /// Counts since the last call.
     pub fn take_counts(&mut self) -> CodecCounts {
         std::mem::take(&mut self.counts)
     }

@@ -30,7 +30,7 @@ impl DeviceKind {
 pub struct DeviceFlags {
     /// The guest cannot write to it.
     pub read_only: bool,
-    /// Both hosts see the same disk: a write is output and nothing of it is replicated.
+    /// Both hosts see the same disk: a write is output and is not replicated.
     pub shared: bool,
 }
 
@@ -60,12 +60,12 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// A device that is nothing but its kind and its queues.
+    /// A device with nothing but a kind and queues.
     pub fn new(kind: DeviceKind, queues: u16) -> Self {
         Self { kind, flags: DeviceFlags::default(), queues, size: 0, serial: String::new() }
     }
 
-    /// Bytes of the disk that are replicated: 0 for what is no disk, is shared or is never written.
+    /// Bytes of the disk that are replicated: 0 for a device that is no disk, is shared or is read-only.
     pub fn replicated_bytes(&self) -> u64 {
         let replicated = self.kind == DeviceKind::Disk && !self.flags.shared && !self.flags.read_only;
         if replicated { self.size } else { 0 }

@@ -1,4 +1,5 @@
-//! Disk writes, in the one form that they have from the machine's write log to the standby's journal.
+//! Disk writes, in the one form that they have all the way from the machine's write log to the standby's
+//! journal.
 //!
 //! A *record* is one write:
 //!
@@ -19,7 +20,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::limits::{DISK_RECORD_DATA, MAX_DISK_DATA};
 
-/// What stands in front of a record's data.
+/// The fields in front of a record's data.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -37,7 +38,7 @@ const OP_DATA: u16 = 1;
 const OP_ZERO: u16 = 2;
 const OP_FLUSH: u16 = 3;
 
-/// Offsets of files are signed: no disk reaches beyond.
+/// File offsets are signed, so no disk reaches beyond this.
 const MAX_END: u64 = i64::MAX as u64;
 
 /// What a record does to its disk.
@@ -45,9 +46,9 @@ const MAX_END: u64 = i64::MAX as u64;
 pub enum DiskOp<'a> {
     /// Writes these bytes. A record has 1 to [`MAX_DISK_DATA`].
     Data(&'a [u8]),
-    /// Makes so many bytes zero.
+    /// Makes this many bytes zero.
     Zero(u64),
-    /// What was written before is to be durable.
+    /// Makes everything written before durable.
     Flush,
 }
 
@@ -66,9 +67,9 @@ impl fmt::Debug for DiskOp<'_> {
 pub struct DiskRecord<'a> {
     /// The disk's position among the VM's disks.
     pub disk: u16,
-    /// Where, in bytes; 0 for a flush.
+    /// The offset in bytes; 0 for a flush.
     pub offset: u64,
-    /// What.
+    /// The operation.
     pub op: DiskOp<'a>,
 }
 
@@ -82,7 +83,7 @@ impl DiskRecord<'_> {
         }
     }
 
-    /// Whether it writes nothing, as a flush does.
+    /// Whether it writes nothing: a flush.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -95,13 +96,13 @@ impl DiskRecord<'_> {
         }
     }
 
-    /// First byte behind the range that is written. No record reaches beyond what a `u64` counts.
+    /// First byte behind the range that is written. It always fits a `u64`.
     pub fn end(&self) -> u64 {
         self.offset + self.len()
     }
 }
 
-/// Bytes that are no record, or a record that belongs to no disk.
+/// Why bytes are no record, or a record belongs to no disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
     /// Not the bytes of a record.
@@ -112,7 +113,7 @@ pub enum RecordError {
         /// The value that is wrong.
         value: u64,
     },
-    /// To a disk that is not replicated, or beyond its end.
+    /// For a disk that is not replicated, or beyond its end.
     #[error("a write to disk {disk} at {offset:#x} is outside the VM's disks")]
     OutsideDisk {
         /// The disk.
@@ -122,7 +123,7 @@ pub enum RecordError {
     },
 }
 
-/// Records as they came from a peer or a file. Nothing is known of them yet.
+/// Records as they came from a peer or a file, not yet checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UncheckedRecords<'a>(&'a [u8]);
 
@@ -132,21 +133,21 @@ impl<'a> UncheckedRecords<'a> {
         Self(bytes)
     }
 
-    /// How many bytes they are.
+    /// Number of bytes.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is nothing to be checked.
+    /// Whether there is nothing to check.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Checks every record: it is whole, makes sense and lies within its disk. `disks` has the bytes of each
-    /// disk, 0 for one that is not replicated.
+    /// Checks every record: it is whole, makes sense and lies within its disk. `disks` has each disk's size
+    /// in bytes, 0 for one that is not replicated.
     ///
     /// # Errors
-    /// What is wrong with the first that is refused.
+    /// What is wrong with the first record that is refused.
     pub fn check(self, disks: &[u64]) -> Result<DiskRecords<'a>, RecordError> {
         self.walk(disks, |_| {})?;
         Ok(DiskRecords { bytes: self.0 })
@@ -167,8 +168,8 @@ impl<'a> UncheckedRecords<'a> {
     }
 }
 
-/// Records one after another. Each is whole and makes sense: a [`RecordBuf`] wrote them, or
-/// [`check`](UncheckedRecords::check) has seen them.
+/// Records one after another, all whole and valid: a [`RecordBuf`] wrote them, or
+/// [`check`](UncheckedRecords::check) checked them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DiskRecords<'a> {
     bytes: &'a [u8],
@@ -180,11 +181,11 @@ impl<'a> DiskRecords<'a> {
         self.bytes
     }
 
-    /// Every record in its order.
+    /// Every record in order.
     pub fn iter(&self) -> impl Iterator<Item = DiskRecord<'a>> + use<'a> {
         let mut rest = self.bytes;
         std::iter::from_fn(move || {
-            // Only whole records are here, so only the end of the bytes ends this.
+            // All records here are whole, so only the end of the bytes ends this.
             let (record, more) = take(rest).ok()?;
             rest = more;
             Some(record)
@@ -192,27 +193,27 @@ impl<'a> DiskRecords<'a> {
     }
 }
 
-/// Records of an epoch, or of a part of a disk, in memory that is allocated before: a record that does not
-/// fit is refused.
+/// Records of an epoch, or of a part of a disk, in memory that was allocated beforehand: a record that does
+/// not fit is refused.
 #[derive(Default, PartialEq, Eq)]
 pub struct RecordBuf {
     bytes: Vec<u8>,
-    /// The vector may have got more than was asked for; this is what was.
+    /// The capacity that was asked for; the vector may have more.
     capacity: usize,
     flush: bool,
 }
 
 impl RecordBuf {
-    /// An empty buffer for records of `bytes` bytes together, [`DISK_RECORD_LEN`] for each counted.
+    /// An empty buffer for records of `bytes` bytes in all, counting [`DISK_RECORD_LEN`] for each.
     pub fn with_capacity(bytes: usize) -> Self {
         Self { bytes: Vec::with_capacity(bytes), capacity: bytes, flush: false }
     }
 
-    /// Makes an empty buffer one of another capacity, with the memory that it has if that is enough. The
-    /// number may be a peer's: it does not end the process.
+    /// Gives an empty buffer another capacity, keeping its memory if that is enough. The number may come from
+    /// a peer: too large a number does not end the process.
     ///
     /// # Errors
-    /// When there is not so much memory.
+    /// When there is not that much memory.
     pub fn empty_for(&mut self, bytes: usize) -> Result<(), TryReserveError> {
         self.clear();
         self.bytes.try_reserve_exact(bytes)?;
@@ -220,7 +221,7 @@ impl RecordBuf {
         Ok(())
     }
 
-    /// Bytes of memory that it holds.
+    /// Bytes of memory that the buffer holds.
     pub fn memory(&self) -> usize {
         self.bytes.capacity()
     }
@@ -235,12 +236,12 @@ impl RecordBuf {
         self.bytes.len()
     }
 
-    /// Whether no record is in it.
+    /// Whether the buffer has no record.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// Whether the guest asked in it for what it wrote to be durable.
+    /// Whether the guest asked for its writes to be durable.
     pub fn has_flush(&self) -> bool {
         self.flush
     }
@@ -251,9 +252,9 @@ impl RecordBuf {
         self.flush = false;
     }
 
-    /// Adds a write; data of more than [`DISK_RECORD_DATA`] becomes several records, and what writes no byte
-    /// and is no flush changes nothing, so it becomes none. Returns whether there was room; if not, nothing
-    /// is added.
+    /// Adds a write. Data of more than [`DISK_RECORD_DATA`] becomes several records; a write of no bytes that
+    /// is no flush changes nothing and becomes none. Returns whether there was room; if not, nothing is
+    /// added.
     #[must_use = "a record that finds no room is not stored"]
     pub fn push(&mut self, record: DiskRecord<'_>) -> bool {
         let DiskRecord { disk, offset, op } = record;
@@ -288,7 +289,7 @@ impl RecordBuf {
     /// Checks records as [`UncheckedRecords::check`] does and adds a copy of them, in one walk.
     ///
     /// # Errors
-    /// What is wrong with the first that is refused. Nothing is added then.
+    /// What is wrong with the first record that is refused. Nothing is added then.
     ///
     /// # Panics
     /// If there is no room for them.
@@ -310,13 +311,13 @@ impl RecordBuf {
         DiskRecords { bytes: &self.bytes }
     }
 
-    /// Every record in its order.
+    /// Every record in order.
     pub fn iter(&self) -> impl Iterator<Item = DiskRecord<'_>> {
         self.records().iter()
     }
 
-    /// The records in sections of at most `bytes`, or of one record that has more; none if there is no
-    /// record. Every section fits the link if `bytes` are at most
+    /// The records in sections of at most `bytes` bytes; a larger record is a section of its own. There is no
+    /// section without a record. Every section fits the link if `bytes` is at most
     /// [`MAX_RECORD_BYTES`](super::limits::MAX_RECORD_BYTES).
     pub fn sections(&self, bytes: usize) -> impl Iterator<Item = DiskRecords<'_>> {
         let mut rest = &self.bytes[..];

@@ -1,15 +1,15 @@
-//! Pages of which only some parts have changed.
+//! Pages of which only some parts changed.
 
 use super::page::PAGE_SIZE;
 
-/// Bytes of a granule, the unit in which a page is compared: a cache line.
+/// Bytes of a granule, the unit of comparison of pages: a cache line.
 pub const GRANULE: usize = 64;
 /// Bytes of the mask in front of the granules.
 pub(crate) const MASK_LEN: usize = size_of::<u64>();
 const _: () = assert!(PAGE_SIZE / GRANULE == u64::BITS as usize);
 
-/// The granules of a page that have changed, with their contents: whoever has the page as it was overwrites
-/// them, once or more often, and has it as it is.
+/// The changed granules of a page, with their contents. Overwriting the old page with them, once or more
+/// often, gives the new page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Granules<'a> {
     mask: u64,
@@ -17,8 +17,8 @@ pub struct Granules<'a> {
 }
 
 impl<'a> Granules<'a> {
-    /// Reads what stands in a section: the mask, then 64 bytes for each bit that is set, the lowest first.
-    /// `None` if there are more or less.
+    /// Reads the bytes of a section: the mask, then 64 bytes for each bit that is set, the lowest first.
+    /// `None` if there are more or fewer.
     pub(crate) fn parse(data: &'a [u8]) -> Option<Self> {
         let (mask, rest) = data.split_first_chunk::<MASK_LEN>()?;
         let mask = u64::from_le_bytes(*mask);
@@ -26,7 +26,7 @@ impl<'a> Granules<'a> {
         (tail.is_empty() && bytes.len() == mask.count_ones() as usize).then_some(Self { mask, bytes })
     }
 
-    /// Which granules these are: bit n is that of the bytes from 64 n on.
+    /// The mask: bit n is set for the granule that begins at byte 64 n.
     pub fn mask(&self) -> u64 {
         self.mask
     }
@@ -36,18 +36,18 @@ impl<'a> Granules<'a> {
         places(self.mask).zip(self.bytes)
     }
 
-    /// Makes of a page as it was the page as it is.
+    /// Turns the old page into the new one.
     pub fn apply(&self, page: &mut [u8; PAGE_SIZE]) {
         self.iter().for_each(|(at, bytes)| page[at..at + GRANULE].copy_from_slice(bytes));
     }
 }
 
-/// Bytes of a page of which these granules have changed.
+/// Bytes of data of a page with these changed granules.
 pub(crate) fn data_len(mask: u64) -> usize {
     MASK_LEN + mask.count_ones() as usize * GRANULE
 }
 
-/// Which granules differ: bit n is that of the bytes from 64 n on.
+/// The granules that differ, as a mask: bit n is set for the granule that begins at byte 64 n.
 pub(crate) fn changed(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE]) -> u64 {
     let pairs = old.as_chunks::<GRANULE>().0.iter().zip(new.as_chunks::<GRANULE>().0);
     // Eight words without a branch, so that the compiler uses vector instructions.
@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    /// One byte after the other.
+    /// Compares one byte after the other.
     fn oracle(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE]) -> u64 {
         (0..PAGE_SIZE).filter(|&at| old[at] != new[at]).fold(0, |mask, at| mask | 1 << (at / GRANULE))
     }

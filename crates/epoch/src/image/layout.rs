@@ -2,7 +2,7 @@
 
 use super::limits::MAX_RANGES;
 
-/// GFNs have 40 bits at most: physical addresses of x86-64 have 52, of which a page has 12.
+/// GFNs have at most 40 bits: physical addresses of x86-64 have 52, and 12 of them are the place in the page.
 const MAX_GFN: u64 = 1 << 40;
 
 /// A run of guest frames.
@@ -14,7 +14,7 @@ pub struct GfnRange {
     pub pages: u64,
 }
 
-/// Why a list of ranges is no layout.
+/// Why a list of ranges is not a layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// None at all, or more than [`MAX_RANGES`].
@@ -26,7 +26,7 @@ pub enum LayoutError {
     /// A range that reaches beyond the last possible frame.
     #[error("the range at GFN {0:#x} reaches beyond the last guest frame")]
     Beyond(u64),
-    /// Ranges out of order or over each other.
+    /// Ranges that are out of order or overlap.
     #[error("the range at GFN {0:#x} begins before the one in front of it ends")]
     Order(u64),
 }

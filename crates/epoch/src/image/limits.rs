@@ -1,5 +1,5 @@
-//! Every limit of a checkpoint and of its way over the link, once. A length that comes from a peer is checked
-//! against one of these before anything is sized by it.
+//! All limits of a checkpoint and of its way over the link, in one place. A length that comes from a peer is
+//! checked against one of these before it sizes anything.
 
 use super::page::PAGE_SIZE;
 
@@ -7,7 +7,7 @@ use super::page::PAGE_SIZE;
 pub const MAX_RANGES: usize = 8;
 /// Most devices of a VM.
 pub const MAX_DEVICES: usize = 32;
-/// Most VMs that a VM is known to descend from.
+/// Most VMs in the lineage of a VM.
 pub const MAX_ANCESTORS: usize = 16;
 /// Most bytes of a disk's serial number.
 pub const MAX_SERIAL: usize = 20;
@@ -29,30 +29,30 @@ pub const MAX_VCPU_STATE: usize = 64 << 10;
 pub const MAX_VM_STATE: usize = 4 << 10;
 /// One device.
 pub const MAX_DEVICE_STATE: usize = 4 << 10;
-/// The hashes of a self-check: of memory, and of each disk.
+/// The hashes of a self-check: one of memory, and one of each disk.
 pub const MAX_CHECK_STATE: usize = 1 << 10;
 /// Most bytes of all state sections of a checkpoint.
 pub const MAX_STATE_BYTES: usize = MAX_VCPUS as usize * (MAX_VCPU_CONSTANT + MAX_VCPU_STATE)
     + MAX_VM_STATE
     + (MAX_DEVICES + 1) * MAX_DEVICE_STATE
     + MAX_CHECK_STATE;
-/// Most state sections of a checkpoint: of vCPUs two each, of the VM, of devices, of the serial port, of a
-/// self-check.
+/// Most state sections of a checkpoint: two for each vCPU, one for the VM, one for each device, one for the
+/// serial port, one for a self-check.
 pub const MAX_STATE_SECTIONS: usize = 2 * MAX_VCPUS as usize + 1 + MAX_DEVICES + 1 + 1;
 
 /// Bytes of a chunk, the unit of base synchronisation of a disk. The last chunk of a disk may be shorter.
 pub const DISK_CHUNK: usize = 64 * 1024;
-/// Most data of one disk record that is read.
+/// Most data in one disk record that is read.
 pub const MAX_DISK_DATA: usize = 1 << 20;
-/// Most data of one disk record that is written: a longer write becomes several, because a record is never
-/// cut and what goes over the link in one piece delays a heartbeat.
+/// Most data in one disk record that is written. A longer write becomes several records, because a record is
+/// never cut and a long piece on the link would delay a heartbeat.
 pub const DISK_RECORD_DATA: usize = DISK_CHUNK;
 /// Most sums of one `DiskSums` section.
 pub const MAX_SUMS: usize = 256;
 /// Most chunks that a `DiskSums` section without sums may declare to be zero.
 pub const MAX_ZERO_CHUNKS: u32 = 16 * 1024;
 
-/// Most bytes of any payload: a `Pages` section with as many raw pages as it may have.
+/// Most bytes of any payload: a `Pages` section with the most raw pages.
 pub const MAX_PAYLOAD: usize = 16 + MAX_PAGES_PER_SECTION * (8 + PAGE_SIZE);
 /// Most bytes of all disk records of one section.
 pub const MAX_RECORD_BYTES: usize = MAX_PAYLOAD - 8;

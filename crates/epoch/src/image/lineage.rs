@@ -1,10 +1,10 @@
-//! From which VMs a VM descends, by which an image is known to be older than another, newer, or of another
+//! The VMs from which a VM descends. They show whether an image is older or newer than another, or of another
 //! line.
 //!
-//! The generations of one VM are one line without forks: each begins with what the one before had committed,
-//! because only one can be won. Where an operator starts from an image although its VM may have gone on
-//! elsewhere, the line forks. Then a *new* VM begins, whose ancestor is the image's VM up to the image's
-//! generation.
+//! The generations of one VM are one line without forks: each begins with everything the previous one had
+//! committed, because only one host can win it. The line forks where an operator starts from an image
+//! although its VM may have continued elsewhere. Then a *new* VM begins, whose ancestor is the image's VM up
+//! to the image's generation.
 
 use super::limits::MAX_ANCESTORS;
 use super::vm::VmId;
@@ -14,7 +14,7 @@ use super::vm::VmId;
 pub struct Ancestor {
     /// The VM.
     pub vm: VmId,
-    /// Its last generation that was taken over. Later ones are of another line.
+    /// Its last generation that the descendant includes. Later ones belong to another line.
     pub through: u64,
 }
 
@@ -23,13 +23,13 @@ pub struct Ancestor {
 pub struct Lineage(Vec<Ancestor>);
 
 impl Lineage {
-    /// A line with these ancestors, the nearest first. Those that are too many are the farthest, and are
-    /// forgotten: images of theirs are then strangers' images, which are not overwritten unasked.
+    /// A line with these ancestors, the nearest first. If there are too many, the farthest are forgotten:
+    /// their images then count as strangers' images, which are not overwritten unasked.
     pub fn new(ancestors: impl IntoIterator<Item = Ancestor>) -> Self {
         let mut line: Vec<Ancestor> = Vec::new();
         for Ancestor { vm, through } in ancestors {
             match line.iter_mut().find(|known| known.vm == vm) {
-                // Of a VM that is there twice, only what both have is common to all.
+                // If a VM is there twice, only what both entries have is common to all.
                 Some(known) => known.through = known.through.min(through),
                 None => line.push(Ancestor { vm, through }),
             }
@@ -43,7 +43,7 @@ impl Lineage {
         &self.0
     }
 
-    /// Whether a VM of this line has all that `vm` had committed in its generation `generation`.
+    /// Whether a VM of this line includes everything that `vm` had committed in generation `generation`.
     pub fn includes(&self, vm: VmId, generation: u64) -> bool {
         self.0.iter().any(|ancestor| ancestor.vm == vm && generation <= ancestor.through)
     }

@@ -1,7 +1,7 @@
-//! What a checkpoint is, wherever it stands: in the machine that captured it, on the wire, at the standby.
+//! What a checkpoint is, wherever it is: in the machine that captured it, on the wire, at the standby.
 //!
-//! Nothing here knows of KVM, of a link or of when which codec is used. The machine, the link and the standby share these
-//! types, so a page, a state section or a disk record has one form from its beginning to its end.
+//! Nothing here knows KVM, the link or when a codec is used. The machine, the link and the standby share
+//! these types, so a page, a state section or a disk record has one form from beginning to end.
 
 mod device;
 mod disk;

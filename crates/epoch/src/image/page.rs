@@ -12,14 +12,14 @@ pub enum PageData<'a> {
     Raw(&'a [u8; PAGE_SIZE]),
     /// All zero.
     Zero,
-    /// As it was in the checkpoint before, but for these.
+    /// The page of the previous checkpoint, except for these granules.
     Granules(Granules<'a>),
 }
 
-/// Whether all bytes are zero. Looks at 64 bytes a step and stops at the first that are not.
+/// Whether all bytes are zero. Compares 64 bytes per step and stops at the first block that is not zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, tail) = bytes.as_chunks::<64>();
-    // Without a branch inside the block, so that the compiler uses vector instructions.
+    // No branch inside the block, so that the compiler uses vector instructions.
     blocks.iter().all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
         && tail.iter().all(|byte| *byte == 0)
 }

@@ -19,7 +19,8 @@ pub enum StateKind {
     Device = 4,
     /// The serial port.
     Serial = 5,
-    /// Hashes of all memory and all disks, in a checkpoint that is to be compared. No part of the VM's state.
+    /// Hashes of all memory and all disks, in a checkpoint that is to be compared. Not part of the VM's
+    /// state.
     Check = 6,
 }
 
@@ -33,20 +34,20 @@ impl StateKind {
         Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 
-    /// Whether the standby keeps it from one checkpoint to the next, so that it is not sent again while it stays
-    /// as it is. What is constant is kept in another way, and a check is of one checkpoint.
+    /// Whether the standby keeps it from one checkpoint to the next, so that it is sent again only when it
+    /// changed. Constant state is kept in another way, and a check belongs to one checkpoint.
     pub const fn is_kept(self) -> bool {
         !matches!(self, Self::VcpuConstant | Self::Check)
     }
 
-    /// The versions of its bytes that this release reads; it writes the newest to a release that reads it
-    /// ([`StateVersions`]). A version that is no longer read takes its reader with it.
+    /// The versions of its bytes that this release reads. It writes the newest one that the peer reads
+    /// ([`StateVersions`]). When a version is dropped, its reader goes too.
     ///
-    /// A version stands for what a section must have: fields that a reader does not know are skipped, so a
-    /// field that an older release may skip safely is no new version to it.
+    /// A version stands for what a section must have. A reader skips fields that it does not know, so a new
+    /// field that an older release may safely skip needs no new version.
     pub const fn versions(self) -> RangeInclusive<u16> {
         match self {
-            // 2: by which way the guest has asked for a restart.
+            // Version 2 adds how the guest asked for a restart.
             Self::Vm => 1..=2,
             Self::VcpuConstant | Self::Vcpu | Self::Device | Self::Serial | Self::Check => 1..=1,
         }
@@ -64,7 +65,7 @@ impl StateKind {
     }
 }
 
-/// Which version of each kind a machine writes: what the release on the other side reads.
+/// Which version of each kind a machine writes: one that the release on the other side reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateVersions([u16; StateKind::ALL.len()]);
 
@@ -80,7 +81,7 @@ impl StateVersions {
         Self(versions)
     };
 
-    /// The same, but for one kind.
+    /// The same, except for one kind.
     pub const fn with(mut self, kind: StateKind, version: u16) -> Self {
         self.0[kind as usize - 1] = version;
         self
@@ -92,7 +93,8 @@ impl StateVersions {
     }
 }
 
-/// One state section. What the bytes mean is between the machine that wrote them and the one that reads them.
+/// One state section. The meaning of the bytes is a matter between the machine that wrote them and the one
+/// that reads them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateSection<'a> {
     /// What it belongs to.
@@ -114,7 +116,7 @@ struct Span {
     len: usize,
 }
 
-/// The state sections of one checkpoint: their bytes, one behind the other, and the table of them.
+/// The state sections of one checkpoint: their bytes, one section behind the other, and a table of them.
 #[derive(Debug, Clone, Default)]
 pub struct StateBuf {
     bytes: Vec<u8>,
@@ -122,15 +124,15 @@ pub struct StateBuf {
 }
 
 impl StateBuf {
-    /// An empty buffer with room for so many bytes and sections.
+    /// An empty buffer with room for this many bytes and sections.
     pub fn with_capacity(bytes: usize, sections: usize) -> Self {
         Self { bytes: Vec::with_capacity(bytes), spans: Vec::with_capacity(sections) }
     }
 
-    /// The same, for numbers that are a peer's.
+    /// The same, for numbers from a peer.
     ///
     /// # Errors
-    /// When there is not so much memory.
+    /// When there is not that much memory.
     pub fn try_with_capacity(bytes: usize, sections: usize) -> Result<Self, TryReserveError> {
         let mut buffer = Self::default();
         buffer.bytes.try_reserve_exact(bytes)?;
@@ -138,10 +140,11 @@ impl StateBuf {
         Ok(buffer)
     }
 
-    /// An empty buffer whose memory is there and not only promised: filling it takes no page fault either.
+    /// An empty buffer whose memory is populated and not only promised, so filling it takes no page fault
+    /// either.
     pub fn populated(bytes: usize, sections: usize) -> Self {
         let mut buffer = Self::with_capacity(bytes, sections);
-        // Not zero: of zeroes the allocator would only promise pages.
+        // Not zero: the allocator would only promise pages of zeroes.
         buffer.bytes.resize(bytes, 0xff);
         buffer.bytes.clear();
         buffer
@@ -163,10 +166,10 @@ impl StateBuf {
         self.spans.clear();
     }
 
-    /// Makes it a copy of another table. Allocates only if there is not the room.
+    /// Makes it a copy of another table. Allocates only if there is too little room.
     ///
     /// # Errors
-    /// When there is not so much memory; it is empty then.
+    /// When there is not that much memory; the table is empty then.
     pub fn try_copy_from(&mut self, other: &Self) -> Result<(), TryReserveError> {
         self.clear();
         self.bytes.try_reserve(other.bytes.len())?;
@@ -176,7 +179,7 @@ impl StateBuf {
         Ok(())
     }
 
-    /// Adds a copy of a section. Allocates only if there is not the room that was asked for.
+    /// Adds a copy of a section. Allocates only beyond the room that was asked for.
     pub fn push(&mut self, section: StateSection<'_>) {
         let StateSection { kind, version, index, bytes } = section;
         debug_assert!(bytes.len() <= kind.limit(), "{} bytes of {kind:?}", bytes.len());

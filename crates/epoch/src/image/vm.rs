@@ -1,4 +1,4 @@
-//! Which VM it is.
+//! The identity of a VM.
 
 use std::fmt;
 use std::str::FromStr;

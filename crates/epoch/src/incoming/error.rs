@@ -1,4 +1,4 @@
-//! What can be wrong with a checkpoint whose sections are sound.
+//! What can be wrong with a checkpoint whose sections are valid.
 
 use crate::image::{RecordError, StateKind};
 use crate::wire::SectionKind;
@@ -7,7 +7,7 @@ use crate::wire::SectionKind;
 /// used again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IncomingError {
-    /// The memory for these limits is not to be had.
+    /// The memory for these limits is not available.
     #[error("no memory for an incoming checkpoint of {bytes} bytes")]
     Memory {
         /// Bytes asked for.
@@ -115,7 +115,7 @@ pub enum IncomingError {
         /// The checkpoint's number.
         number: u64,
     },
-    /// Changes of the state do not fit the state of the checkpoint before.
+    /// Changes of the state that do not fit the state of the previous checkpoint.
     #[error("checkpoint {number} has changes of state section {kind:?} {index}, but {what}")]
     Changes {
         /// The checkpoint's number.
@@ -127,7 +127,7 @@ pub enum IncomingError {
         /// What is wrong.
         what: &'static str,
     },
-    /// Beginning, content and end do not agree.
+    /// Beginning, content and end disagree.
     #[error("checkpoint {number} has {found} {what}; {expected} were due")]
     Totals {
         /// The checkpoint's number.

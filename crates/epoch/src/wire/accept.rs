@@ -13,18 +13,19 @@ use crate::image::limits::MAX_TEXT;
 /// The standby is ready for base pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accept {
-    /// The generation in which the VM runs, as the primary said it.
+    /// The generation in which the VM runs, as the primary stated it.
     pub generation: u64,
-    /// The silence, in microseconds, that both sides use from now on: the larger of the two configured ones.
+    /// The silence, in microseconds, after which either side is taken for dead from now on: the larger of the
+    /// two configured ones.
     pub dead_after_us: u64,
     /// The standby host's name, at most [`MAX_TEXT`] bytes.
     pub host: String,
-    /// The version of the stream that both sides write from now on. In an `Accept` of version 1 it is that of
-    /// the preface, 2.
+    /// The version of the stream that both sides write from now on. In an `Accept` of version 1 it is the
+    /// version of the preface, 2.
     pub version: ProtocolVersion,
 }
 
-/// The first version of the payload with the version of the stream.
+/// The first version of the payload that has the version of the stream.
 const WITH_VERSION: u16 = 2;
 
 /// The host's name follows as a text, and the version of the stream.
@@ -57,7 +58,7 @@ impl Accept {
 }
 
 impl Encoder {
-    /// Appends [`Accept`]. What follows it is in the version that it names.
+    /// Appends [`Accept`]. Everything after it is in the version that it names.
     ///
     /// # Errors
     /// [`EncodeError::TooLong`] for the host's name.

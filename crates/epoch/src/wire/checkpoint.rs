@@ -32,15 +32,15 @@ impl CheckpointFlags {
     }
 }
 
-/// A checkpoint begins. The totals are known: the whole checkpoint was captured before the first byte is
-/// sent. Of its pages only those are sent that have changed, which is found out while it is sent.
+/// A checkpoint begins. The totals are known, because the whole checkpoint was captured before its first byte
+/// is sent. Only the pages that changed are sent, and the sender finds out while it sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckpointBegin {
     /// The generation in which the VM runs.
     pub generation: u64,
     /// The checkpoint's number.
     pub number: u64,
-    /// Pages in the `Pages` sections that follow; from version 4 of the stream on, at most so many.
+    /// Pages in the `Pages` sections that follow; from version 4 of the stream on, at most this many.
     pub pages: u32,
     /// Bytes in the `State` sections that follow, without their fixed fields.
     pub state_bytes: u32,
@@ -129,7 +129,7 @@ impl CheckpointEnd {
     }
 }
 
-/// A checkpoint that has been begun and not ended: what of it was sent.
+/// A checkpoint that has begun and not ended: how much of it was sent.
 pub(super) struct Open {
     begin: CheckpointBegin,
     pages: u32,
@@ -140,7 +140,7 @@ pub(super) struct Open {
 }
 
 impl Open {
-    /// Each of these counts what a section brings, and returns the checkpoint's number.
+    /// Each of these adds what a section brings, and returns the checkpoint's number.
     pub(super) fn add_pages(&mut self, pages: usize) -> u64 {
         self.pages = self.pages.saturating_add(pages as u32);
         self.begin.number
@@ -200,8 +200,8 @@ impl Encoder {
     /// Appends [`CheckpointEnd`]. `stamp_us` is the primary's clock now.
     ///
     /// # Errors
-    /// [`EncodeError::Order`]; [`EncodeError::Totals`] if the beginning said something else (the checkpoint
-    /// then stays open, and no standby will ever take it for whole).
+    /// [`EncodeError::Order`]; [`EncodeError::Totals`] if the beginning announced something else (the
+    /// checkpoint then stays open, and no standby will ever accept it as whole).
     pub fn checkpoint_end(&mut self, out: &mut Vec<u8>, stamp_us: u64) -> Result<(), EncodeError> {
         let stream = self.stream();
         let open = self.open("the end of a checkpoint that was not begun")?;

@@ -24,8 +24,8 @@ struct Head {
 
 pub(super) const HEAD_LEN: usize = size_of::<Head>();
 
-/// Sums of the chunks of a part of a disk, the *window*. An empty window asks the standby to make durable
-/// what it has written of this disk.
+/// Sums of the chunks of a part of a disk, the *window*. An empty window asks the standby to make its writes
+/// to this disk durable.
 ///
 /// A sum of 32 zero bytes stands for a chunk of zeroes; any other is the BLAKE3 hash of the chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct DiskSums<'a> {
     pub first: u64,
     /// Chunks of the window: at most [`MAX_SUMS`], or [`MAX_ZERO_CHUNKS`] if all are zero.
     pub count: u32,
-    /// One sum a chunk; `None` if all chunks are zero.
+    /// One sum per chunk; `None` if all chunks are zero.
     pub sums: Option<&'a [[u8; DISK_SUM_LEN]]>,
 }
 
@@ -57,7 +57,7 @@ impl<'a> DiskSums<'a> {
     }
 }
 
-/// Checks a window of a peer before anything is made of its numbers.
+/// Checks a peer's window before its numbers are used.
 pub(super) fn check_window(fields: &Fields<'_>, first: u64, count: u32) -> Result<(), WireError> {
     if count > MAX_ZERO_CHUNKS {
         return Err(fields.malformed("a window of too many chunks", count.into()));
@@ -72,8 +72,8 @@ impl Encoder {
     /// Appends [`DiskSums`].
     ///
     /// # Errors
-    /// [`EncodeError::TooLong`] for the window, [`EncodeError::DataLength`] if there is not one sum a chunk,
-    /// [`EncodeError::Order`] inside a checkpoint.
+    /// [`EncodeError::TooLong`] for the window, [`EncodeError::DataLength`] if there is not one sum per
+    /// chunk, [`EncodeError::Order`] inside a checkpoint.
     pub fn disk_sums(&mut self, out: &mut Vec<u8>, window: &DiskSums<'_>) -> Result<(), EncodeError> {
         self.outside_checkpoint("disk sums inside a checkpoint")?;
         let DiskSums { disk, first, count, sums } = *window;

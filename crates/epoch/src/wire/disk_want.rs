@@ -10,7 +10,7 @@ use super::fields::Fields;
 use super::kind::SectionKind;
 use crate::image::limits::MAX_SUMS;
 
-/// The payload begins with this; for each wanted chunk its position in the window follows, a `u16`.
+/// The payload begins with this; then the position in the window of each wanted chunk follows, a `u16`.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -22,7 +22,7 @@ struct Head {
 
 pub(super) const HEAD_LEN: usize = size_of::<Head>();
 
-/// Which chunks of a window the standby wants, the answer to every [`DiskSums`](super::DiskSums), in their
+/// Which chunks of a window the standby wants. It answers every [`DiskSums`](super::DiskSums) with one, in
 /// order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskWant {

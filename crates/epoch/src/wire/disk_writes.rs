@@ -10,7 +10,7 @@ use super::kind::SectionKind;
 use crate::image::limits::{MAX_PAYLOAD, MAX_RECORD_BYTES};
 use crate::image::{DiskRecords, UncheckedRecords};
 
-/// In front of the records stands the checkpoint's number (`DiskWrites`) or the round (`DiskBlocks`).
+/// The checkpoint's number (`DiskWrites`) or the round (`DiskBlocks`), in front of the records.
 type Tag = U64;
 
 const _: () = assert!(MAX_RECORD_BYTES == MAX_PAYLOAD - size_of::<Tag>());

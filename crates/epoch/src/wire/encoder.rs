@@ -1,7 +1,7 @@
-//! Writes sections. The page bytes themselves are never copied: the encoder appends what comes in front of
+//! Writes sections. The page bytes themselves are never copied: the encoder appends everything in front of
 //! them to the caller's buffer, and the sender hands both to one `writev`.
 //!
-//! Each message's method stands in the file of the message.
+//! Each message's method is in the message's file.
 
 use super::checkpoint::Open;
 use super::kind::SectionKind;
@@ -10,7 +10,7 @@ use super::version::ProtocolVersion;
 use crate::codec::PageCodec;
 use crate::image::limits::MAX_PAGES_PER_SECTION;
 
-/// A caller's mistake. Nothing was appended and the stream can go on.
+/// A caller's mistake. Nothing was appended and the stream can continue.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
     /// A text or a state section beyond its limit.
@@ -26,7 +26,7 @@ pub enum EncodeError {
     /// More pages than a section may have.
     #[error("{0} pages in one section; the limit is {MAX_PAGES_PER_SECTION}")]
     TooManyPages(usize),
-    /// A page written in a way that the peer, or the kind of section, does not have.
+    /// A page written in a way that the peer, or the kind of section, does not support.
     #[error("a page written as {codec:?} in version {version} of {kind:?}")]
     Codec {
         /// How it is written.
@@ -64,15 +64,15 @@ pub enum EncodeError {
 /// The sending half of a connection: numbers the sections and keeps the totals and the chain of the open
 /// checkpoint.
 ///
-/// The bytes must reach the link in the order of the calls, so one thread owns encoder and socket. Each call
-/// appends to `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section) none
-/// allocates. Calls whose names end in `_head` append everything but the data, which the caller must send
-/// right behind.
+/// The bytes must reach the link in the order of the calls, so one thread owns the encoder and the socket.
+/// Each call appends to `out`; with enough capacity (64 + 8 bytes per page are ample for a `Pages` section)
+/// none allocates. Calls whose names end in `_head` append everything but the data, which the caller must
+/// send right behind.
 pub struct Encoder {
     stream: ProtocolVersion,
     sequence: u64,
     pub(super) open: Option<Open>,
-    /// Where a payload is put together that may turn out to be too long.
+    /// A payload that may turn out to be too long is put together here.
     pub(super) scratch: Vec<u8>,
 }
 
@@ -88,12 +88,12 @@ impl Encoder {
         Self::default()
     }
 
-    /// The encoder of a new connection, in this version. The preface must name the same.
+    /// The encoder of a new connection, in this version. The preface must name the same version.
     pub fn speaking(stream: ProtocolVersion) -> Self {
         Self { stream, sequence: 0, open: None, scratch: Vec::new() }
     }
 
-    /// Goes on in the version that was agreed on, not inside a checkpoint.
+    /// Switches to the version that was agreed on, outside a checkpoint.
     pub fn speak(&mut self, stream: ProtocolVersion) {
         debug_assert!(self.open.is_none());
         self.stream = stream;
@@ -104,7 +104,7 @@ impl Encoder {
         self.stream
     }
 
-    /// In which version it writes payloads of a kind.
+    /// The version in which it writes payloads of a kind.
     pub(super) fn version_of(&self, kind: SectionKind) -> u16 {
         kind.version_in(self.stream)
     }
@@ -114,12 +114,12 @@ impl Encoder {
         self.open.is_some()
     }
 
-    /// The open checkpoint; `mistake` says what has no place without one.
+    /// The open checkpoint; `mistake` names what is not allowed without one.
     pub(super) fn open(&mut self, mistake: &'static str) -> Result<&mut Open, EncodeError> {
         self.open.as_mut().ok_or(EncodeError::Order(mistake))
     }
 
-    /// `mistake` says what has no place inside a checkpoint.
+    /// `mistake` names what is not allowed inside a checkpoint.
     pub(super) fn outside_checkpoint(&self, mistake: &'static str) -> Result<(), EncodeError> {
         if self.open.is_some() { Err(EncodeError::Order(mistake)) } else { Ok(()) }
     }
@@ -138,7 +138,8 @@ impl Encoder {
         }
     }
 
-    /// Appends a section: header, what `put` appends, and (not appended, but counted and summed) `data`.
+    /// Appends a section: its header, what `put` appends, and `data`, which is counted and summed but not
+    /// appended.
     pub(super) fn section(
         &mut self,
         out: &mut Vec<u8>,
@@ -163,7 +164,7 @@ impl Encoder {
     }
 }
 
-/// Appends a text with its length in front. The length must have been checked.
+/// Appends a text behind its length. The length must have been checked.
 pub(super) fn put_text(out: &mut Vec<u8>, text: &str) {
     out.extend_from_slice(&(text.len() as u16).to_le_bytes());
     out.extend_from_slice(text.as_bytes());

@@ -54,7 +54,7 @@ pub enum LeaveReason {
     Followed = 4,
     /// The operator stopped the standby, and it has handed its right to the VM over: it never asks for the
     /// generation after this one, and what is left of its copy says so durably. A primary that does not know
-    /// this reason asks the arbiter, as after any other.
+    /// this reason asks the arbiter, as after any other reason.
     Released = 5,
 }
 

@@ -4,11 +4,10 @@ use std::io;
 
 use super::kind::{Peer, SectionKind};
 
-/// A byte from the other side that this release does not accept. The connection is of no further use after
-/// it.
+/// Bytes from the other side that this release does not accept. The connection is of no further use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// The first bytes are not those of this protocol (a port scanner, a browser, another program).
+    /// The first bytes do not belong to this protocol (a port scanner, a browser, another program).
     #[error("the peer does not speak the Outlive protocol: it began with {found:02x?}")]
     NotOutlive {
         /// The first 8 bytes.
@@ -22,7 +21,7 @@ pub enum WireError {
         /// Checksum of the bytes received.
         computed: u32,
     },
-    /// A sound preface of a version that this release does not know.
+    /// A valid preface of a version that this release does not know.
     #[error(
         "the peer introduces itself in version {found} of the protocol; this release reads {oldest} to {newest}: upgrade Outlive on the older host"
     )]
@@ -40,7 +39,7 @@ pub enum WireError {
         /// The four bytes found, little-endian.
         found: u32,
     },
-    /// The header is damaged; none of its fields was believed.
+    /// The header is damaged; its fields were not used.
     #[error("section header checksum is {stored:#010x}, computed {computed:#010x}")]
     HeaderChecksum {
         /// Checksum in the header.
@@ -119,8 +118,8 @@ pub enum WireError {
 /// Why no section could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// The stream failed. After `WouldBlock` and `TimedOut` the same call may be repeated: nothing that had
-    /// already arrived is lost.
+    /// The stream failed. After `WouldBlock` and `TimedOut` the same call may be repeated: bytes that had
+    /// already arrived are not lost.
     #[error("reading from the link failed: {0}")]
     Io(#[from] io::Error),
     /// The peer closed the connection between two sections.
@@ -138,7 +137,7 @@ pub enum ReadError {
 }
 
 impl ReadError {
-    /// Whether the same read may simply be tried again.
+    /// Whether the same read may simply be repeated.
     pub fn is_retry(&self) -> bool {
         matches!(self, Self::Io(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }

@@ -26,7 +26,7 @@ impl<'a> Fields<'a> {
         Ok(taken)
     }
 
-    /// Fields of fixed length, as they stand there.
+    /// Fields of fixed length, without a copy.
     pub(crate) fn fixed<T>(&mut self) -> Result<&'a T, WireError>
     where
         T: FromBytes + KnownLayout + Immutable + Unaligned,
@@ -52,7 +52,7 @@ impl<'a> Fields<'a> {
         self.malformed("the payload ends early, bytes missing", missing as u64)
     }
 
-    /// A text of at most `limit` bytes with its length in front. `limit` bounds the allocation.
+    /// A text of at most `limit` bytes behind its length. `limit` bounds the allocation.
     pub(crate) fn text(&mut self, limit: usize) -> Result<String, WireError> {
         let length = usize::from(self.fixed::<zerocopy::little_endian::U16>()?.get());
         if length > limit {
@@ -77,7 +77,7 @@ impl<'a> Fields<'a> {
         self.rest.len()
     }
 
-    /// Everything that is left, which stays.
+    /// Everything that is left, without taking it.
     pub(crate) fn peek(&self) -> &'a [u8] {
         self.rest
     }
@@ -87,10 +87,10 @@ impl<'a> Fields<'a> {
         self.rest
     }
 
-    /// What is left belongs to a later release, which has said that it may be skipped.
+    /// Skips what is left: it belongs to a later release, which has said that it may be skipped.
     pub(crate) fn skip_later(self) {}
 
-    /// Nothing may be left.
+    /// Checks that nothing is left.
     pub(crate) fn end(self) -> Result<(), WireError> {
         match self.rest.len() {
             0 => Ok(()),

@@ -21,7 +21,7 @@ pub(super) fn parse(payload: &[u8]) -> Result<u64, WireError> {
 }
 
 impl Encoder {
-    /// Appends a heartbeat; allowed at any time after the introduction, also inside a checkpoint.
+    /// Appends a heartbeat. It is allowed at any time after the introduction, also inside a checkpoint.
     pub fn heartbeat(&mut self, out: &mut Vec<u8>, stamp_us: u64) {
         let payload = Payload::new(stamp_us);
         self.section(out, SectionKind::Heartbeat, &[], |out| out.extend_from_slice(payload.as_bytes()));

@@ -11,7 +11,7 @@ use super::version::{ProtocolVersion, VersionRange};
 use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
 use crate::image::{Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VmId};
 
-/// What the primary promises not to exceed. The standby sizes its staging by it, or refuses.
+/// What the primary promises not to exceed. The standby sizes its staging accordingly, or refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Most pages of one checkpoint.
@@ -24,7 +24,7 @@ pub struct Limits {
     pub max_disk_bytes: u32,
 }
 
-/// The primary's introduction: who it is, what VM it brings, what the standby must have.
+/// The primary's introduction: who it is, which VM it brings, and what the standby must have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     /// Identity of the VM.
@@ -37,7 +37,7 @@ pub struct Hello {
     pub memory_bytes: u64,
     /// Which frames are RAM.
     pub layout: Layout,
-    /// Bytes of guest memory behind the RAM that keep what the guest boots from; 0 without.
+    /// Bytes of guest memory behind the RAM that keep the guest's boot files; 0 without.
     pub firmware_bytes: u64,
     /// The devices in the order of their slots, at most [`MAX_DEVICES`].
     pub devices: Vec<DeviceInfo>,
@@ -59,16 +59,16 @@ pub struct Hello {
     pub vendor: String,
     /// The identity of the primary's arbiter, at most [`MAX_TEXT`] bytes: both hosts must have the same one.
     pub arbiter: String,
-    /// The VMs that this one descends from: their images may be overwritten.
+    /// The VMs from which this one descends: their images may be overwritten.
     pub lineage: Lineage,
-    /// The versions of the stream that the primary can write. In a `Hello` of version 3 it is that of the
-    /// preface, 2.
+    /// The versions of the stream that the primary can write. In a `Hello` of version 3 it is the version of
+    /// the preface, 2.
     pub versions: VersionRange,
 }
 
-/// The payload begins with this. Behind it stand the ranges of the layout and the devices, each with its
-/// count in a byte, the texts, each with its length in two, the ancestors with their count in a byte, and the
-/// range of versions.
+/// The payload begins with this. Then follow the ranges of the layout and the devices, each list with its
+/// count in one byte, the texts, each with its length in two bytes, the ancestors with their count in one
+/// byte, and the range of versions.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -108,7 +108,7 @@ struct RawVersions {
     newest: U32,
 }
 
-/// The first version of the payload with the versions of the stream.
+/// The first version of the payload that has the versions of the stream.
 const WITH_VERSIONS: u16 = 4;
 
 /// A device; its serial number follows as a text.

@@ -1,4 +1,4 @@
-//! What sections there are, their limits, and who may send them.
+//! The kinds of sections, their limits, and who may send them.
 
 use std::fmt;
 
@@ -59,9 +59,9 @@ pub enum SectionKind {
     DiskSums = 14,
     /// Which chunks of that part the standby wants.
     DiskWant = 15,
-    /// Chunks of a disk of the base synchronisation; written at once.
+    /// Chunks of a disk in the base synchronisation; written at once.
     DiskBlocks = 16,
-    /// What of the state has changed since the checkpoint before; from version 4 of the stream on.
+    /// The changes of the state since the previous checkpoint; from version 4 of the stream on.
     StateChanges = 17,
 }
 
@@ -92,7 +92,7 @@ impl SectionKind {
         Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
     }
 
-    /// The newest version of the payload: the one in a stream of the current version.
+    /// The newest version of the payload: the one that a stream of the current version has.
     pub fn version(self) -> u16 {
         self.version_in(ProtocolVersion::CURRENT)
     }
@@ -105,7 +105,7 @@ impl SectionKind {
     /// The version of the payload in a stream of this version.
     pub fn version_in(self, stream: ProtocolVersion) -> u16 {
         match self {
-            // 2: entries with the length of their data. 3, in checkpoints only: granules.
+            // Version 2 added the data length to entries, version 3 granules (in checkpoints only).
             Self::Pages => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
@@ -115,20 +115,21 @@ impl SectionKind {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
             },
-            // 2: devices. 3: the arbiter and the ancestors. 4: the versions of the stream, and whatever a later
-            // release appends.
+            // Version 2 added devices, version 3 the arbiter and the ancestors, version 4 the versions of the
+            // stream and whatever a later release appends.
             Self::Hello => match stream {
                 ProtocolVersion::V2 => 3,
                 ProtocolVersion::V3 | ProtocolVersion::V4 => 4,
             },
-            // 2: the version of the stream, and whatever a later release appends.
+            // Version 2 added the version of the stream and whatever a later release appends.
             Self::Accept => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
             },
-            // 0: there is none.
+            // 0: older streams do not have it.
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
-            // 2: totals of disk writes. (In a stream of version 4 the beginning's number of pages is a limit.)
+            // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
+            // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
             _ => 1,
         }

@@ -1,4 +1,4 @@
-//! Any message. Every parse function takes plain bytes and can be given anything.
+//! All messages. Every parse function takes plain bytes and accepts any input.
 
 use super::accept::Accept;
 use super::ack::Ack;
@@ -44,7 +44,7 @@ pub enum Message<'a> {
     DiskWrites {
         /// The checkpoint's number.
         checkpoint: u64,
-        /// The writes, in their order. They are still to be checked.
+        /// The writes, in order. They are still to be checked.
         writes: UncheckedRecords<'a>,
     },
     /// See [`CheckpointEnd`].
@@ -55,7 +55,8 @@ pub enum Message<'a> {
     DiskWant(DiskWant),
     /// Chunks of a disk of the base synchronisation.
     DiskBlocks {
-        /// The round: 1 for what was wanted by its sum, more for what was written meanwhile.
+        /// The round: 1 for chunks that were wanted by their sums, more for chunks that were written
+        /// meanwhile.
         round: u64,
         /// The chunks as writes. They are still to be checked.
         blocks: UncheckedRecords<'a>,
@@ -84,7 +85,7 @@ impl<'a> Message<'a> {
     }
 
     /// Parses a payload of a kind, in a version that [`SectionHeader::parse`](super::SectionHeader::parse)
-    /// has let pass. Takes any bytes.
+    /// has accepted. Takes any bytes.
     ///
     /// # Errors
     /// [`WireError::Malformed`].

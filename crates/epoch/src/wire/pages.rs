@@ -34,7 +34,7 @@ pub struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    /// Checks a payload: count, codecs, and that there are exactly as many bytes as the entries need.
+    /// Checks a payload: the count, the codecs, and that there are exactly as many bytes as the entries need.
     ///
     /// # Errors
     /// [`WireError::Malformed`].
@@ -87,9 +87,9 @@ impl<'a> Pages<'a> {
         self.entries.is_empty()
     }
 
-    /// The entries in their order.
+    /// The entries in order.
     pub fn entries(&self) -> impl Iterator<Item = PageEntry> + 'a {
-        // Checked by `parse`: none is left out.
+        // `parse` has checked them: none is left out.
         let version = self.version;
         self.entries.iter().filter_map(move |word| PageEntry::from_wire(version, word.get()).ok())
     }

@@ -1,4 +1,4 @@
-//! Reads sections from a stream with one buffer that never grows.
+//! Reads sections from a stream into one buffer that never grows.
 
 use std::io::{ErrorKind, Read};
 
@@ -8,36 +8,36 @@ use super::section::{HEADER_LEN, Section, SectionHeader};
 use super::version::{PREFACE_LEN, Preface, ProtocolVersion};
 use crate::image::limits::MAX_PAYLOAD;
 
-/// How far one read may run ahead of the section that is being collected: many small sections then cost one
-/// system call.
+/// How far one read may run ahead of the section that is being collected, so that many small sections cost
+/// one system call.
 const READ_AHEAD: usize = 256 * 1024;
 const BUFFER: usize = HEADER_LEN + MAX_PAYLOAD + READ_AHEAD;
 
 /// The receiving half of a connection.
 ///
-/// It works on blocking sockets, on sockets with a timeout and on non-blocking ones: after an error for which
-/// [`ReadError::is_retry`] holds, the same call goes on where it stopped. After any other error the reader is
-/// spent.
+/// It works on blocking sockets, on sockets with a timeout and on non-blocking ones. After an error for which
+/// [`ReadError::is_retry`] holds, the same call continues where it stopped. After any other error the reader
+/// is spent.
 #[derive(Debug)]
 pub struct SectionReader {
     buffer: Box<[u8]>,
-    /// The bytes not yet consumed are `buffer[start..end]`.
+    /// The bytes that are not yet consumed are `buffer[start..end]`.
     start: usize,
     end: usize,
     peer: Peer,
-    /// Nothing newer is read.
+    /// Newer versions are refused.
     newest: ProtocolVersion,
     next_sequence: u64,
     received: u64,
 }
 
 impl SectionReader {
-    /// A reader of what `peer` sends. Allocates its buffer (1.3 MiB), the only allocation it ever makes.
+    /// A reader of what `peer` sends. Its buffer (1.3 MiB) is the only allocation that it ever makes.
     pub fn new(peer: Peer) -> Self {
         Self::up_to(peer, ProtocolVersion::CURRENT)
     }
 
-    /// The same, as a release that knows no newer version than this one.
+    /// The same, as a release whose newest version is this one.
     pub fn up_to(peer: Peer, newest: ProtocolVersion) -> Self {
         Self {
             buffer: vec![0; BUFFER].into_boxed_slice(),
@@ -50,8 +50,8 @@ impl SectionReader {
         }
     }
 
-    /// Both sides have agreed on this version: nothing newer may come. Something older still may, which the
-    /// other side had written before it knew; each section says its version.
+    /// Both sides have agreed on this version: nothing newer may come. Older sections may still come, which
+    /// the other side had written before it knew; each section states its version.
     pub fn agree(&mut self, stream: ProtocolVersion) {
         self.newest = stream;
     }
@@ -62,7 +62,7 @@ impl SectionReader {
         self.received
     }
 
-    /// Reads the preface: the version in which the peer introduces itself. To be called once, first.
+    /// Reads the preface: the version in which the peer introduces itself. Call it once, first.
     ///
     /// # Errors
     /// See [`ReadError`]; a peer of another protocol or version is a [`ReadError::Wire`].
@@ -79,7 +79,7 @@ impl SectionReader {
         Ok(version)
     }
 
-    /// Reads the next section and checks it as far as it can be checked without looking into the payload.
+    /// Reads the next section and checks everything except the fields of its payload.
     ///
     /// # Errors
     /// See [`ReadError`].
@@ -87,7 +87,8 @@ impl SectionReader {
         self.fill(stream, HEADER_LEN)?;
         let mut bytes = [0; HEADER_LEN];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + HEADER_LEN]);
-        // Parsed again if a short read made the caller come back: 28 bytes of checksum, and no state to keep.
+        // Parsed again if a short read made the caller come back: that costs 28 bytes of checksum, and no
+        // state is kept.
         let header = SectionHeader::parse(&bytes)?;
         let SectionHeader { kind, version, .. } = header;
         if version > kind.version_in(self.newest) {

@@ -1,4 +1,4 @@
-//! The standby does not accept a primary. The payload is frozen: any two releases understand it.
+//! The standby does not accept a primary. The payload is frozen, so any two releases understand it.
 
 use zerocopy::little_endian::U16;
 
@@ -14,21 +14,21 @@ use crate::image::limits::MAX_REFUSE_TEXT;
 pub enum RefuseCode {
     /// Another primary is attached, or the standby is just deciding a takeover.
     Busy = 1,
-    /// The standby keeps its place for another VM.
+    /// The standby is reserved for another VM.
     WrongVm = 2,
     /// The VM has been seen in a newer generation: this primary is out of date.
     StaleGeneration = 3,
-    /// The versions of the protocol do not fit.
+    /// The versions of the protocol do not match.
     Version = 4,
     /// Not enough memory, CPUs, or another CPU vendor.
     Resources = 5,
-    /// The introduction made no sense.
+    /// The introduction is invalid.
     Malformed = 6,
     /// The standby is about to end.
     Leaving = 7,
-    /// The standby's devices do not fit: a disk is missing, of another size, or in use.
+    /// The standby's devices do not match: a disk is missing, of another size, or in use.
     Devices = 8,
-    /// An image of the standby has data that this VM does not descend from, and would be overwritten.
+    /// An image of the standby has data that would be overwritten and from which this VM does not descend.
     Overwrite = 9,
 }
 
@@ -54,7 +54,7 @@ impl RefuseCode {
 /// The standby does not accept this primary, and the connection ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refuse {
-    /// The reason, or the number of a reason that this release does not know.
+    /// The reason, or its number if this release does not know it.
     pub code: Result<RefuseCode, u16>,
     /// The reason in words, at most [`MAX_REFUSE_TEXT`] bytes.
     pub text: String,

@@ -1,4 +1,4 @@
-//! The section: a header of fixed size and a payload whose length is bounded by its kind.
+//! The section: a header of fixed size and a payload. The kind bounds the payload's length.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::error::WireError;
 use super::kind::SectionKind;
 
-/// The header as it stands in front of a payload.
+/// The header as it precedes a payload.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
 struct RawHeader {
@@ -71,7 +71,7 @@ impl SectionHeader {
     }
 
     /// What the chain of a checkpoint covers: the header without its own checksum. With it the chain would
-    /// cover nothing, since a CRC over any bytes followed by their CRC is the same for all bytes.
+    /// cover nothing, since the CRC over any bytes and their CRC is always the same.
     pub(crate) fn chained(self) -> [u8; CHECKED_LEN] {
         let mut bytes = [0; CHECKED_LEN];
         bytes.copy_from_slice(&self.encode()[..CHECKED_LEN]);
@@ -113,7 +113,7 @@ impl SectionHeader {
     }
 }
 
-/// A section whose header, sequence, sender and checksums are right. Its payload is still to be parsed.
+/// A section whose header, sequence, sender and checksums are right. Its payload is not yet parsed.
 #[derive(Debug, Clone, Copy)]
 pub struct Section<'a> {
     pub(crate) header: SectionHeader,
@@ -124,7 +124,7 @@ impl<'a> Section<'a> {
     /// Joins a header and a payload that were read separately.
     ///
     /// # Errors
-    /// [`WireError::PayloadChecksum`], or [`WireError::Malformed`] if the length is another one.
+    /// [`WireError::PayloadChecksum`], or [`WireError::Malformed`] if the length does not match.
     pub fn new(header: SectionHeader, payload: &'a [u8]) -> Result<Self, WireError> {
         let kind = header.kind;
         if payload.len() != header.length as usize {

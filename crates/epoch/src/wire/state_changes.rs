@@ -1,9 +1,9 @@
-//! The state of the open checkpoint as what has changed since the checkpoint before it on the same connection.
+//! The state of the open checkpoint, as its changes since the previous checkpoint on the same connection.
 //!
-//! The rule is that of pages, [`codec`](crate::codec): the sender compares with what it sent last on this
-//! connection, which is what the reader has. The table of the checkpoint is that of the one before, in its
-//! order, with the changes; sections that are not mentioned are as they were. So it has the same sections:
-//! when there are others, all are sent whole, and so they are in the first checkpoint. Kinds that are not kept
+//! The rule is the one for pages, in [`codec`](crate::codec): the sender compares with what it last sent on
+//! this connection, which is what the reader has. The table of the checkpoint is the previous table, in the
+//! same order, with the changes; sections that are not mentioned are unchanged. So both tables have the same
+//! sections: if not, all are sent whole, as in the first checkpoint. Kinds that are not kept
 //! ([`StateKind::is_kept`]) are sent whole, as sections of their own behind this one.
 
 use zerocopy::little_endian::{U16, U32, U64};
@@ -25,7 +25,8 @@ struct Head {
     sections: U16,
 }
 
-/// A changed section: `runs` runs follow, or, if that is [`WHOLE`], its version and length and all its bytes.
+/// A changed section. `runs` runs follow or, if it is [`WHOLE`], the section's version, its length and all
+/// its bytes.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Changed {
@@ -34,7 +35,7 @@ struct Changed {
     runs: U16,
 }
 
-/// Bytes that have changed: `length` bytes follow, for the section's bytes from `at` on.
+/// Changed bytes: `length` bytes follow, for the section's bytes from `at` on.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Run {
@@ -42,7 +43,7 @@ struct Run {
     length: U16,
 }
 
-/// Of a section that is sent whole, because its version or length has changed.
+/// The head of a section that is sent whole, because its version or length has changed.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Whole {
@@ -52,13 +53,13 @@ struct Whole {
 
 /// Instead of a number of runs.
 const WHOLE: u16 = u16::MAX;
-/// Most bytes of the payload. A checkpoint with more changes has its state sent whole.
+/// Most bytes of the payload. If there are more changes, the state is sent whole.
 pub(super) const MOST_BYTES: usize = 64 << 10;
-/// Equal bytes between two changes that are sent with them: a new run costs as much.
+/// This many equal bytes between two changes are sent with them: a new run costs as much.
 const GAP: usize = size_of::<Run>();
 const _: () = assert!(MAX_VCPU_STATE <= u16::MAX as usize + 1);
 
-/// The payload, checked as far as it can be without the state that it changes.
+/// The payload, checked as far as possible without the state that it changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateChanges<'a> {
     /// The checkpoint's number.
@@ -77,10 +78,10 @@ enum Change<'a> {
     },
 }
 
-/// Why changes cannot be made.
+/// Why changes cannot be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ChangeError {
-    /// There is no such section in the state before, or it comes out of order.
+    /// The previous state has no such section, or the section comes out of order.
     NoSection(StateKind, u16),
     /// A run is not within its section.
     Outside(StateKind, u16),
@@ -112,7 +113,7 @@ impl<'a> StateChanges<'a> {
         Ok(Self { checkpoint, count, sections })
     }
 
-    /// Makes of the state of the checkpoint before the one of this checkpoint, in the empty `table`.
+    /// Applies the changes to the state of the previous checkpoint. The result goes to the empty `table`.
     pub(crate) fn apply(&self, before: &StateBuf, table: &mut StateBuf) -> Result<(), ChangeError> {
         let mut fields = Fields::new(SectionKind::StateChanges, self.sections);
         // `parse` has read all of them.
@@ -170,12 +171,12 @@ fn run<'a>(fields: &mut Fields<'a>) -> Result<(usize, &'a [u8]), WireError> {
 }
 
 impl Encoder {
-    /// Appends a `StateChanges` section of the open checkpoint that makes `now` of `before`, the state of the
-    /// checkpoint before on this connection. It counts as all sections of `now` that are kept; the others are
-    /// to follow whole.
+    /// Appends a `StateChanges` section of the open checkpoint that turns `before`, the state of the previous
+    /// checkpoint on this connection, into `now`. It stands for all sections of `now` that are kept; the
+    /// others must follow whole.
     ///
-    /// Returns false, and has appended nothing, if that cannot be said as changes, or not in fewer bytes, or not
-    /// to this peer: then all of `now` is to be sent whole.
+    /// Returns false, and has appended nothing, if the changes cannot be expressed, or not in fewer bytes, or
+    /// not to this peer: then all of `now` must be sent whole.
     ///
     /// # Errors
     /// [`EncodeError::Order`].
@@ -212,7 +213,7 @@ fn kept(state: &StateBuf) -> impl Iterator<Item = StateSection<'_>> {
     state.sections().filter(|section| section.kind.is_kept())
 }
 
-/// Writes the payload, but for the checkpoint's number.
+/// Writes the payload, except for the checkpoint's number.
 fn put<'a>(out: &mut Vec<u8>, pairs: impl Iterator<Item = (StateSection<'a>, StateSection<'a>)>) {
     out.extend_from_slice(Head { checkpoint: U64::ZERO, sections: U16::ZERO }.as_bytes());
     let mut count = 0u16;
@@ -252,11 +253,11 @@ fn put_runs(out: &mut Vec<u8>, before: &[u8], now: &[u8]) -> u16 {
     let mut at = 0;
     while let Some(from) = first_difference(before, now, at) {
         let mut end = from + 1;
-        // As long as the next difference is so near that a run of its own would cost more.
+        // A difference this near joins the run: a run of its own would cost more.
         while let Some(next) = (end..now.len().min(end + GAP + 1)).find(|&at| before[at] != now[at]) {
             end = next + 1;
         }
-        // A section that is as long as can be may differ in one byte more than a run can have.
+        // A section of the greatest length may differ in one byte more than a run can have.
         let end = end.min(from + usize::from(u16::MAX));
         let run = Run { at: (from as u16).into(), length: ((end - from) as u16).into() };
         out.extend_from_slice(run.as_bytes());
@@ -267,7 +268,7 @@ fn put_runs(out: &mut Vec<u8>, before: &[u8], now: &[u8]) -> u16 {
     runs
 }
 
-/// Where the two, of one length, differ first from `at` on.
+/// Where the two, which have the same length, first differ from `at` on.
 fn first_difference(before: &[u8], now: &[u8], at: usize) -> Option<usize> {
     const STEP: usize = 64;
     let blocks = before[at..].chunks(STEP).zip(now[at..].chunks(STEP));
@@ -291,7 +292,7 @@ mod tests {
         table
     }
 
-    /// What comes of `before` by the changes that make `now` of it; None if they cannot be said.
+    /// Applies to `before` the changes that turn it into `now`; None if they cannot be expressed.
     fn changed(before: &StateBuf, now: &StateBuf) -> Option<(StateBuf, usize)> {
         let mut encoder = Encoder::speaking(ProtocolVersion::V4);
         let mut out = Vec::new();
@@ -335,7 +336,7 @@ mod tests {
         let two = table(&[(StateKind::Vcpu, 1, vec![1; 90]), (StateKind::Vm, 1, vec![1; 90])]);
         assert!(changed(&one, &two).is_none() && changed(&two, &one).is_none());
         assert!(changed(&StateBuf::default(), &one).is_none());
-        // What is not kept does not matter.
+        // Kinds that are not kept do not matter.
         let check = table(&[(StateKind::Vcpu, 1, vec![1; 90]), (StateKind::Check, 1, vec![1; 9])]);
         assert!(same(&changed(&check, &one).unwrap().0, &one));
         assert!(same(&changed(&one, &check).unwrap().0, &one));
@@ -389,7 +390,7 @@ mod tests {
             runs in prop_oneof![0..4u16, Just(WHOLE)],
         ) {
             let before = table(&before);
-            // A head that gets as far as the runs, and anything behind it.
+            // A head that parses up to the runs, and anything behind it.
             let mut payload = vec![7, 0, 0, 0, 0, 0, 0, 0, 1, 0];
             payload.extend(kind.to_le_bytes());
             payload.extend([0, 0]);

@@ -28,28 +28,28 @@ const MAGIC: [u8; 8] = *b"OUTLIVE\0";
 ///
 /// The policy:
 ///
-/// * Frozen forever, in every version: the preface, the section header, the numbers of the section kinds,
-///   and the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why
-///   they do not fit.
-/// * The two sides agree on a version. The preface, `Hello`, `Accept` and whatever else is said before that
-///   are in the version [`INTRODUCTION`](Self::INTRODUCTION), which grows much more seldom than the stream's.
-///   `Hello` has the versions that the primary writes, `Accept` the highest of them that the standby reads,
-///   and from then on both sides write that one.
-/// * A release that knows version 2 only reads no newer `Hello`: its payload had to end where that release
-///   expected. The range so cannot be hidden in it. It refuses with its own preface, which says that it
-///   speaks version 2, and the primary dials once more with a `Hello` of that version
+/// * Frozen forever, in every version: the preface, the section header, the numbers of the section kinds, and
+///   the payload of `Refuse` version 1. So any two releases can at least tell each other, in words, why they
+///   do not match.
+/// * The two sides agree on a version. The preface, `Hello`, `Accept` and everything else before the
+///   agreement are in the version [`INTRODUCTION`](Self::INTRODUCTION), which grows much less often than the
+///   stream's. `Hello` lists the versions that the primary writes, `Accept` the highest of them that the
+///   standby reads, and from then on both sides write that one.
+/// * A release that knows only version 2 reads no newer `Hello`: its payload had to end where that release
+///   expected. So the range cannot be hidden in it. That release refuses with its own preface, which says
+///   that it speaks version 2, and the primary dials once more with a `Hello` of that version
 ///   ([`introduction`](Self::introduction)). From version 3 on, fields may follow at the end of `Hello` and
-///   `Accept` that an older release skips, so one attempt is enough. What a standby must not skip is no such
-///   field: it is a new version of the stream, and a primary that needs it offers no older one.
-/// * Whoever changes the meaning of a stream as a whole (order, who speaks when) adds a variant here. Whoever
-///   changes one payload raises the version of that kind in
-///   [`SectionKind::version`](super::SectionKind::version) and keeps the parser of the old one while the last
-///   release that wrote it is supported.
-/// * A section's version is between that in the oldest stream that is read and the current one
-///   ([`SectionKind::version_in`](super::SectionKind::version_in)); the parser is given the version that it
+///   `Accept` that an older release skips, so one attempt is enough. A field that a standby must not skip
+///   cannot be added like this: it needs a new version of the stream, and a primary that needs it offers no
+///   older one.
+/// * A change of the meaning of the stream as a whole (order, who speaks when) adds a variant here. A change
+///   of one payload raises the version of that kind in [`SectionKind::version`](super::SectionKind::version),
+///   and the parser of the old one stays while the last release that wrote it is supported.
+/// * A section's version is between its version in the oldest stream that is read and the current one
+///   ([`SectionKind::version_in`](super::SectionKind::version_in)); the parser is given the version that was
 ///   found.
-/// * A codec of pages is used from the version on that brings it: [`has_codec`](Self::has_codec).
-/// * Unknown is refused, never skipped: a skipped section could be a page.
+/// * A page codec is used from the version that introduces it: [`has_codec`](Self::has_codec).
+/// * What is unknown is refused, never skipped: a skipped section could be a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum ProtocolVersion {
@@ -57,13 +57,13 @@ pub enum ProtocolVersion {
     /// (base pages, checkpoints of raw and zero pages and state sections, heartbeats with stamps, orderly
     /// end) was in no release.
     V2 = 2,
-    /// 3: pages say how long their data is, so that a codec can be added whose data has not always the same
-    /// length. GFNs have 40 bits. Both sides agree on a version; the introduction can have more fields.
-    /// Everything else is as in 2.
+    /// 3: pages state the length of their data, so a codec can be added whose data has no fixed length. GFNs
+    /// have 40 bits. Both sides agree on a version; the introduction can have more fields. Everything else is
+    /// as in 2.
     V3 = 3,
     /// 4: pages of checkpoints may be written as granules, the beginning of a checkpoint says how many pages
-    /// follow at most, and pages that have not changed since they were sent last do not follow. Of the state what
-    /// has changed may be sent. The state of the VM is a section of version 2.
+    /// follow at most, and pages that have not changed since they were last sent are left out. The state may
+    /// be sent as its changes. The state of the VM is a section of version 2.
     V4 = 4,
 }
 
@@ -72,7 +72,7 @@ impl ProtocolVersion {
     pub const CURRENT: Self = Self::V4;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
-    /// The newest version of the introduction: preface, `Hello` and `Accept`. To raise it costs a second
+    /// The newest version of the introduction: preface, `Hello` and `Accept`. Raising it costs a second
     /// attempt with every standby of an older release.
     pub const INTRODUCTION: Self = Self::V3;
 
@@ -86,9 +86,9 @@ impl ProtocolVersion {
         }
     }
 
-    /// Whether a page may be written down by this codec in a stream of this version. A new codec comes with a
-    /// new version of the stream and stands here with it; whoever encodes pages asks here, for the version
-    /// that was agreed on ([`Encoder::stream`](super::Encoder::stream)).
+    /// Whether a stream of this version may have pages of this codec. A new codec comes with a new version of
+    /// the stream and is added here. Code that encodes pages must ask here, for the version that was agreed
+    /// on ([`Encoder::stream`](super::Encoder::stream)).
     pub fn has_codec(self, codec: PageCodec) -> bool {
         match codec {
             PageCodec::Raw | PageCodec::Zero => self >= Self::V2,
@@ -96,8 +96,8 @@ impl ProtocolVersion {
         }
     }
 
-    /// The versions of state sections that every release reads which reads this version of the stream. A new
-    /// version of a section stands here with the version of the stream that it comes with.
+    /// The versions of state sections that every release which reads this version of the stream also reads. A
+    /// new version of a section is added here, under the version of the stream that introduces it.
     pub fn state_versions(self) -> StateVersions {
         match self {
             Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
@@ -105,14 +105,14 @@ impl ProtocolVersion {
         }
     }
 
-    /// In which version two sides introduce themselves that can write this one and none newer.
+    /// The version in which two sides introduce themselves if they can write this version and none newer.
     pub fn introduction(self) -> Self {
         self.min(Self::INTRODUCTION)
     }
 }
 
 /// The versions of the stream that a release reads and writes: all from the oldest to the newest. The numbers
-/// may be those of another release, so that this one has no names for them.
+/// may come from another release, so this one may have no names for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VersionRange {
     /// The oldest.
@@ -131,10 +131,10 @@ impl VersionRange {
         Self { oldest: version as u32, newest: version as u32 }
     }
 
-    /// The newest version that this release and the other have both.
+    /// The newest version that both this release and the other have.
     ///
     /// # Errors
-    /// In words for the other side, with both ranges and the remedy, if there is none.
+    /// If there is none: a text for the other side, with both ranges and the remedy.
     pub fn common(self, other: Self) -> Result<ProtocolVersion, String> {
         let newest = self.newest.min(other.newest);
         let oldest = self.oldest.max(other.oldest);
@@ -164,7 +164,7 @@ pub struct Preface {
 }
 
 impl Preface {
-    /// The preface of this release, as long as nothing says that the other side is older.
+    /// The preface of this release, unless the other side is known to be older.
     pub const CURRENT: Self = Self { version: ProtocolVersion::INTRODUCTION };
 
     /// The bytes to send.

@@ -67,7 +67,7 @@ pub(crate) fn hello() -> Hello {
     }
 }
 
-/// A page with a content that its GFN tells; every fifth is zero.
+/// A page whose content depends on its GFN; every fifth is zero.
 pub(crate) fn page(gfn: u64) -> Option<Vec<u8>> {
     (!gfn.is_multiple_of(5)).then(|| (0..PAGE_SIZE).map(|at| (gfn as usize * 7 + at / 3) as u8).collect())
 }
@@ -83,7 +83,7 @@ pub(crate) fn granules() -> Vec<u8> {
 pub(crate) struct Content {
     pub(crate) number: u64,
     pub(crate) flags: CheckpointFlags,
-    /// GFN and bytes; `None` is a page of zeroes, and less than a page are its granules behind their mask.
+    /// GFN and bytes; `None` is a page of zeroes, and less than a page is a mask with its granules.
     pub(crate) pages: Vec<(u64, Option<Vec<u8>>)>,
     /// SectionKind, version, index, bytes.
     pub(crate) state: Vec<(StateKind, u16, u16, Vec<u8>)>,
@@ -129,7 +129,8 @@ impl Content {
         self.state.iter().map(|(.., bytes)| bytes.len() as u32).sum()
     }
 
-    /// Appends the checkpoint to a stream, `per_section` pages in a section, a heartbeat in the middle.
+    /// Appends the checkpoint to a stream, with `per_section` pages in a section and a heartbeat in the
+    /// middle.
     pub(crate) fn encode(&self, encoder: &mut Encoder, out: &mut Vec<u8>, per_section: usize) {
         self.encode_after(None, encoder, out, per_section);
     }
@@ -142,7 +143,7 @@ impl Content {
         table
     }
 
-    /// The same behind another checkpoint: of the state only what has changed, if that can be.
+    /// The same after another checkpoint: only the changes of the state, if possible.
     fn encode_after(
         &self,
         before: Option<&Content>,
@@ -153,7 +154,7 @@ impl Content {
         let begin = CheckpointBegin {
             generation: GENERATION,
             number: self.number,
-            // From version 4 on at most so many.
+            // From version 4 on this is a limit.
             pages: self.pages.len() as u32 + if encoder.stream() >= ProtocolVersion::V4 { 3 } else { 0 },
             state_bytes: self.state_bytes(),
             disk_bytes: self.writes.len() as u32,
@@ -216,8 +217,8 @@ impl Content {
 /// Why a stream was refused, in words.
 pub(crate) type Refusal = String;
 
-/// Receives a whole stream of a primary the way a standby does, and returns the checkpoints that it would
-/// have acknowledged, and what ended the stream (`None`: a proper end between two sections).
+/// Receives a whole stream of a primary as a standby does. Returns the checkpoints that it would have
+/// acknowledged, and what ended the stream (`None`: a proper end between two sections).
 pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
     let mut source = stream;
     let mut reader = SectionReader::new(Peer::Primary);

@@ -1,5 +1,5 @@
-//! Damage of every kind: refused, never a panic, and never a whole checkpoint that is not the one that was
-//! sent.
+//! Damage of every kind: it is refused, never causes a panic, and never results in a whole checkpoint that is
+//! not the one that was sent.
 
 use crate::common::{Content, receive, small_stream};
 use outlive_epoch::{
@@ -8,7 +8,7 @@ use outlive_epoch::{
 };
 use proptest::prelude::*;
 
-/// Whatever was accepted must be a beginning of what was sent.
+/// Whether the accepted checkpoints are a beginning of those that were sent.
 fn is_beginning(received: &[Content], sent: &[Content]) -> bool {
     received.len() <= sent.len() && received.iter().zip(sent).all(|(a, b)| a == b)
 }
@@ -37,12 +37,11 @@ fn every_truncation_ends_between_sections_or_is_refused() {
         assert!(received.len() < sent.len() || length >= boundaries(&stream)[boundaries(&stream).len() - 2]);
         proper_ends += usize::from(refusal.is_none());
     }
-    // After the preface and after each section but the last; a stream of no byte at all is "closed before the
-    // preface".
+    // After the preface and after each section but the last; an empty stream is "closed before the preface".
     assert_eq!(proper_ends, boundaries(&stream).len() - 1);
 }
 
-/// Where the preface and the sections of a sound stream end.
+/// Where the preface and the sections of a valid stream end.
 fn boundaries(stream: &[u8]) -> Vec<usize> {
     let mut ends = vec![PREFACE_LEN];
     while let Some(header) =
@@ -81,7 +80,7 @@ fn sections_lost_doubled_or_swapped_are_refused() {
     }
 }
 
-/// A peer that numbers its sections anew after leaving some out is caught by totals and chain.
+/// Totals and chain catch a peer that leaves sections out and numbers the others anew.
 #[test]
 fn a_checkpoint_with_sections_of_another_is_refused() {
     let flags = CheckpointFlags { base_final: true, end: None };
@@ -94,7 +93,7 @@ fn a_checkpoint_with_sections_of_another_is_refused() {
         out
     });
     let ends = boundaries(&a);
-    // The second section of b (pages 1 and 2 with other bytes, sound in itself) in the place of a's.
+    // The second section of b (pages 1 and 2 with other bytes, valid in itself) in place of a's.
     let mixed = [&a[..ends[1]], &b[ends[1]..ends[2]], &a[ends[2]..]].concat();
     let (received, refusal) = receive(&mixed);
     assert!(received.is_empty());
@@ -131,7 +130,7 @@ proptest! {
     fn random_bytes_are_never_more_records_than_they_have_room_for(
         heads in proptest::collection::vec((0u16..4, 0u16..5, any::<u64>(), 0u64..40), 0..20),
     ) {
-        // Random heads one after another, their data is the heads behind them.
+        // Random heads one after another; the heads that follow are their data.
         let mut bytes = Vec::new();
         for (disk, op, offset, len) in heads {
             bytes.extend_from_slice(&[disk.to_le_bytes(), op.to_le_bytes(), [0; 2], [0; 2]].concat());
@@ -144,7 +143,7 @@ proptest! {
         }
     }
 
-    /// Wrong fields behind right checksums: a peer with an error of its own.
+    /// Wrong fields with right checksums: a peer that makes a mistake.
     #[test]
     fn a_wrong_byte_with_right_checksums_never_panics(at in any::<proptest::sample::Index>(), xor in 1u8..=255) {
         let (stream, _) = small_stream();

@@ -1,5 +1,4 @@
-//! The bytes of the format, committed: whoever changes them changes the format, and must say so in its
-//! version.
+//! The bytes of the format, committed: a change of them is a change of the format, and needs a new version.
 //!
 //! `OUTLIVE_WRITE_GOLDEN=1 cargo test -p outlive-epoch --test wire golden` writes the files anew.
 
@@ -29,7 +28,7 @@ fn the_primarys_stream_is_the_committed_one() {
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
-/// Release N reads what the releases before it have written, and writes the same bytes when it is told to.
+/// Release N reads what earlier releases wrote, and writes the same bytes when it is told to.
 #[test]
 fn the_streams_of_the_versions_before_are_read_and_written() {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");

@@ -1,4 +1,4 @@
-//! Pages of which only granules are sent, and pages that are not sent: from version 4 of the stream on.
+//! Pages of which only granules are sent, and pages that are not sent, from version 4 of the stream on.
 
 use outlive_epoch::{
     CheckpointBegin, CheckpointFlags, EncodeError, Encoder, IncomingError, Message, PAGE_SIZE, PageCodec,
@@ -70,7 +70,7 @@ fn a_side_that_agreed_on_an_older_version_refuses_granules() {
 
 #[test]
 fn a_mask_that_does_not_fit_its_granules_is_refused() {
-    // The entry has room for two granules; the mask has as many bits, or not.
+    // The entry has room for two granules; the mask may have that many bits or not.
     for (mask, fits) in
         [(3u64, true), (1 | 1 << 40, true), (1, false), (7, false), (0, false), (u64::MAX, false)]
     {
@@ -98,7 +98,7 @@ fn fewer_pages_than_the_limit_may_come_but_all_that_the_end_says() {
     encoder.checkpoint_end(&mut out, 0).unwrap();
     assert_eq!(received(&out).map(|content| content.pages.len()), Ok(1));
 
-    // Sections of a checkpoint that had two.
+    // Sections of a checkpoint of two sections.
     let (mut other, mut two) = current();
     other.checkpoint_begin(&mut two, &begin(3)).unwrap();
     for gfn in [9, 10] {
@@ -107,7 +107,7 @@ fn fewer_pages_than_the_limit_may_come_but_all_that_the_end_says() {
     let whole = two.len();
     other.checkpoint_end(&mut two, 0).unwrap();
     let mut end = two[whole..].to_vec();
-    // As number 2 of the stream, which is what it would be without the second page.
+    // With number 2 in the stream, which it would have without the second page.
     end[16] = 2;
     let crc = crc32fast::hash(&end[..28]);
     end[28..32].copy_from_slice(&crc.to_le_bytes());

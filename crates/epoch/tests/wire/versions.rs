@@ -10,13 +10,13 @@ use crate::common::{Content, hello};
 const V2: ProtocolVersion = ProtocolVersion::V2;
 const V3: ProtocolVersion = ProtocolVersion::V3;
 
-/// The versions of a release whose newest is this one.
+/// The versions of a release whose newest version is this one.
 fn range(newest: ProtocolVersion) -> VersionRange {
     VersionRange { newest: newest as u32, ..VersionRange::CURRENT }
 }
 
-/// A release that knows no newer version than `newest`, as a standby: reads an introduction, answers it, and
-/// returns what it has agreed to, with its encoder and its reader.
+/// A standby's release whose newest version is `newest`: reads an introduction, answers it, and returns the
+/// version that it agreed to, with its encoder and its reader.
 fn answer(newest: ProtocolVersion, mut from: &[u8], to: &mut Vec<u8>) -> Option<(Encoder, SectionReader)> {
     let mut reader = SectionReader::up_to(Peer::Primary, newest);
     let introduction = match reader.read_preface(&mut from) {
@@ -69,8 +69,9 @@ fn heard(
     (introduction, answer, reader)
 }
 
-/// Everything from the first attempt on: returns the version that was agreed on and the number of attempts.
-/// A checkpoint goes there, an acknowledgement comes back, and each section has the version of that stream.
+/// The whole conversation from the first attempt on: returns the version that was agreed on and the number of
+/// attempts. A checkpoint goes out, an acknowledgement comes back, and each section has the version of that
+/// stream.
 fn converse(primary: ProtocolVersion, standby: ProtocolVersion) -> (ProtocolVersion, u32) {
     let (mut introduction, mut attempts) = (primary.introduction(), 0);
     loop {
@@ -135,7 +136,7 @@ fn with_payload(section: &[u8], payload: &[u8]) -> Vec<u8> {
     [&header.encode()[..], payload].concat()
 }
 
-/// What a later release appends to its introduction does not keep this one from reading it.
+/// Whatever a later release appends to its introduction, this one can still read it.
 #[test]
 fn a_later_release_is_understood_as_long_as_it_has_a_version_of_ours() {
     let later = VersionRange { oldest: 3, newest: 12 };
@@ -182,7 +183,7 @@ fn what_is_newer_than_the_agreement_is_refused() {
     reader.read_preface(&mut source).unwrap();
     reader.read_section(&mut source).unwrap();
     reader.agree(V2);
-    // It goes on as if nothing had been agreed on.
+    // It continues as if nothing had been agreed on.
     let mut out = Vec::new();
     encoder.base_pages_head(&mut out, 1, [outlive_epoch::PageEntry::zero(1)].into_iter(), &[]).unwrap();
     let error = reader.read_section(&mut &out[..]).unwrap_err();

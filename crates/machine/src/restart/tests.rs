@@ -1,5 +1,5 @@
-//! A restarted machine against a new one, on real KVM: what a checkpoint saves of them is the same, whatever
-//! the guest has done before.
+//! A restarted machine against a new one, on real KVM: a checkpoint saves the same of both, whatever the
+//! guest has done before.
 
 // UNSAFETY: looks into the union of KVM's interrupt chips.
 #![allow(unsafe_code)]
@@ -80,10 +80,10 @@ impl InPause for Nothing {
     }
 }
 
-/// StateKind, index and field of what was saved; 0 for a section that is one.
+/// StateKind, index and field of the saved state; 0 for a section that is one field.
 type Saved = BTreeMap<(StateKind, u16, u16), Vec<u8>>;
 
-/// What a checkpoint saves, without what goes on through a restart: time.
+/// What a checkpoint saves, except for time, which continues through a restart.
 fn saved(machine: &mut Machine) -> Saved {
     let mut outgoing = Outgoing::new(16384, 0).unwrap();
     machine.checkpoint(&mut outgoing, After::Stay, &mut Nothing).unwrap();
@@ -106,7 +106,7 @@ fn saved(machine: &mut Machine) -> Saved {
             .filter(|msr| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(&words(msr)))
             .collect::<Vec<_>>()
             .concat();
-        // The processor says that a component is in use, which then may have the values of one that is not.
+        // The processor may say that a component is in use although its values are those of an unused one.
         let xsave = all.get_mut(&(StateKind::Vcpu, index, state::Item::Xsave as u16)).unwrap();
         xsave[512..520].fill(0);
     }
@@ -122,7 +122,7 @@ fn differences(one: &Saved, other: &Saved) -> Vec<(StateKind, u16, u16)> {
     one.iter().filter(|(key, bytes)| other[key] != **bytes).map(|(key, _)| *key).collect()
 }
 
-/// Gives every part of a vCPU a state that it has not when it is new.
+/// Gives every part of a vCPU a state that a new vCPU does not have.
 fn spoil_vcpu(fd: &VcpuFd, index: usize, msrs: &[u32]) {
     if index == 0 {
         fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED }).unwrap();
@@ -141,9 +141,9 @@ fn spoil_vcpu(fd: &VcpuFd, index: usize, msrs: &[u32]) {
         fd.set_xcrs(&xcrs).unwrap();
     }
     let mut xsave = fd.get_xsave().unwrap();
-    // An XMM register, and that the first two components are in use.
+    // An XMM register, and the bits that say that the first two components are in use.
     (xsave.region[40], xsave.region[128]) = (0x5a5a, 3);
-    // SAFETY: an XSAVE area as KVM has given it; no component is in it that needs more room.
+    // SAFETY: an XSAVE area as KVM returned it; no component in it needs more room.
     unsafe { fd.set_xsave(&xsave) }.unwrap();
     let mut debug = fd.get_debug_regs().unwrap();
     (debug.db[0], debug.dr7) = (0x1000, 0x401);
@@ -171,7 +171,7 @@ fn spoil_vcpu(fd: &VcpuFd, index: usize, msrs: &[u32]) {
     fd.set_vcpu_events(&events).unwrap();
 }
 
-/// Gives an MSR another value, if it takes one that can be thought of.
+/// Gives an MSR another value, if it takes any of those tried.
 fn spoil_msr(fd: &VcpuFd, index: u32) {
     let one = |data| {
         let entry = kvm_msr_entry { index, data, ..Default::default() };
@@ -190,7 +190,7 @@ fn spoil_chips(vm: &kvm_ioctls::VmFd) {
     for (chip_id, base) in [(KVM_IRQCHIP_PIC_MASTER, 0x20), (KVM_IRQCHIP_PIC_SLAVE, 0x28)] {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };
         vm.get_irqchip(&mut chip).unwrap();
-        // SAFETY: the variant that belongs to the number; any bytes are a state.
+        // SAFETY: the variant that belongs to the number; any bytes are a valid state.
         let pic = unsafe { &mut chip.chip.pic };
         (pic.irq_base, pic.isr, pic.auto_eoi, pic.init4) = (base, 1, 1, 1);
         vm.set_irqchip(&chip).unwrap();
@@ -210,7 +210,7 @@ fn spoil_chips(vm: &kvm_ioctls::VmFd) {
     vm.set_pit2(&pit).unwrap();
 }
 
-/// And to what the VMM itself keeps.
+/// And to the VMM's own state.
 fn spoil_devices(machine: &Machine) {
     for device in &machine.devices {
         let registers = device.registers();
@@ -229,8 +229,8 @@ fn spoil_devices(machine: &Machine) {
     machine.vcpus.set_asked(Some(PowerRequest::Reset(ResetWay::Keyboard)));
 }
 
-/// A start-up that has been sent to the second vCPU: KVM keeps it beside all that is saved, and forgets it
-/// when it is given events that say that there is none.
+/// Sends a start-up IPI to the second vCPU. KVM keeps it outside of all saved state, and forgets it when it
+/// is given events that say that there is none.
 fn send_startup(vm: &kvm_ioctls::VmFd) {
     const INIT: u32 = 5 << 8;
     const STARTUP: u32 = 6 << 8 | 0x9a;
@@ -259,8 +259,8 @@ fn spoil(machine: &mut Machine) {
     machine.irq_lines.trigger_all();
 }
 
-/// By construction: each part of the saved state is first shown to be another one, so that a part which the
-/// restart forgets is found.
+/// By construction: the test first shows that each part of the saved state differs, so it finds a part that
+/// the restart forgets.
 #[test]
 fn a_restarted_machine_is_a_new_one() {
     let dir = tempfile::tempdir().unwrap();
@@ -278,8 +278,9 @@ fn a_restarted_machine_is_a_new_one() {
     }
 }
 
-/// A kernel thread carries an edge from a device to the chips: one that is on its way when the guest restarts
-/// must not arrive in its next life, where the chips are as after power-on and let every line through.
+/// A kernel thread carries an edge from a device to the chips. An edge that is on its way when the guest
+/// restarts must not arrive in the guest's next life, where the chips are as after power-on and let every
+/// line through.
 #[test]
 fn an_interrupt_of_before_does_not_arrive_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();

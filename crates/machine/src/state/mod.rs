@@ -1,14 +1,14 @@
-//! Saved state: plain data in versioned sections, apart from the run-time types.
+//! Saved state: plain data in versioned sections, separate from the run-time types.
 //!
-//! A checkpoint's state is a row of sections {kind, version, index, bytes}. Which versions there are is in
-//! one table, [`StateKind::versions`]. Inside a section stand fields {id u16, length u32, bytes}, so that a
-//! later version can add one; a field that its version has and that is missing, too short or too long is
-//! refused before anything is changed.
+//! A checkpoint's state is a list of sections {kind, version, index, bytes}. One table,
+//! [`StateKind::versions`], has the versions. A section consists of fields {id u16, length u32, bytes}, so
+//! that a later version can add one; a field that belongs to the version and is missing, too short or too
+//! long is refused before anything is changed.
 
 use outlive_epoch::image::StateKind;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Why saved state was refused. Nothing was changed when one of these is returned before the VM ran.
+/// Why saved state was refused. If the VM has not run yet, nothing was changed when one of these is returned.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
     /// A section of a version that this release does not read.
@@ -25,7 +25,7 @@ pub enum StateError {
         /// The newest that is read.
         newest: u16,
     },
-    /// A section for a vCPU or device that this VM lacks, or one that is missing.
+    /// A section for a vCPU or device that this VM does not have, or a section that is missing.
     #[error("state section {kind:?} {index} is missing or does not belong to this VM")]
     Section {
         /// The section.
@@ -33,7 +33,7 @@ pub enum StateError {
         /// Its index.
         index: u16,
     },
-    /// A field that is cut short, of a wrong length or missing.
+    /// A field that is cut short, has a wrong length or is missing.
     #[error("state field {field} is missing or has a wrong length")]
     Field {
         /// Field number.
@@ -116,7 +116,7 @@ impl<'a> FieldReader<'a> {
     pub(crate) fn fields(&self) -> Vec<(u16, &'a [u8])> {
         let mut fields = Vec::new();
         let mut rest = self.from;
-        // PANIC: `new` has seen that the bytes are whole fields.
+        // PANIC: `new` has checked that the bytes are whole fields.
         while !rest.is_empty() {
             let (id, bytes, after) = split(rest).unwrap();
             fields.push((id, bytes));

@@ -1,4 +1,4 @@
-//! Copying the dirty pages of a stopped VM into staging, by all its threads.
+//! Copies the dirty pages of a stopped VM into staging, with all its threads.
 
 // UNSAFETY: several threads write disjoint slots of one staging buffer through its raw pointer.
 #![allow(unsafe_code)]
@@ -9,14 +9,14 @@ use outlive_dirty::Gfn;
 
 use crate::memory::{PAGE_SIZE, Ram};
 
-/// Pages that a thread takes at once: large enough that the shared counter does not matter, small
-/// enough that no thread waits long for the last one.
+/// Pages that a thread takes at once: so many that the shared counter does not matter, so few that no thread
+/// waits long for the last one.
 const SHARE: usize = 16;
 
-/// The copy that is going on: which pages, to where, and which are taken.
+/// The current copy: which pages, to where, and which are taken.
 ///
-/// The controller publishes a job before [`Command::Copy`] and waits for all threads before it
-/// touches the buffers again; in between a slot belongs to the thread that took it.
+/// The controller publishes a job before [`Command::Copy`] and waits for all threads before it touches the
+/// buffers again; in between, a slot belongs to the thread that took it.
 ///
 /// [`Command::Copy`]: super::rendezvous::Command::Copy
 #[derive(Debug)]
@@ -45,12 +45,12 @@ impl Default for CopyJob {
 }
 
 impl CopyJob {
-    /// Runs `helpers` (which makes other threads call [`work`](Self::work) and returns when they are
-    /// done) and this thread on the copy of `gfns` to `to`.
+    /// Copies `gfns` to `to`, on this thread and with `helpers`, which makes other threads call
+    /// [`work`](Self::work) and returns when they are done.
     ///
     /// # Errors
-    /// A frame that is not RAM: a list of dirty pages that has one is wrong, and a checkpoint made of it
-    /// would be a VM that never was. What is at `to` is then of no use.
+    /// A frame that is not RAM: a list of dirty pages with such a frame is wrong, and a checkpoint made of it
+    /// would be a VM that never was. The data at `to` is useless then.
     ///
     /// # Safety
     /// `to` must be valid for writes of `gfns.len()` pages and 4096-byte aligned, and nobody else may
@@ -90,8 +90,8 @@ impl CopyJob {
                 return;
             }
             for i in from..len.min(from + SHARE) {
-                // SAFETY: i < len, the slice that `run` was given, which outlives the job. Slot i of
-                // `to` is this thread's alone, because `next` hands every index out once.
+                // SAFETY: i < len, the slice that `run` was given, which outlives the job. Slot i of `to`
+                // belongs to this thread alone, because `next` hands every index out once.
                 unsafe {
                     let slot = to.add(i * PAGE_SIZE);
                     let gfn = *gfns.add(i);
@@ -108,7 +108,7 @@ impl CopyJob {
 mod tests {
     use super::*;
 
-    /// One rule for a frame that is not RAM, here as in a round of the base: an error, not a page of zeroes.
+    /// The same rule for a frame that is not RAM as in a round of the base: an error, not a page of zeroes.
     #[test]
     fn a_frame_that_is_not_ram_is_an_error() {
         let ram = Ram::new(64 << 20, 64).unwrap();

@@ -1,8 +1,8 @@
-//! A vCPU that has nothing to do, and what wakes it.
+//! A vCPU that has nothing to do, and its wake-up.
 //!
-//! The payload guest cannot use HLT (it runs at CPL3 without interrupts), so it asks to be idled by
-//! a port write. A wake that comes while the guest is still on its way to the port is kept: the next
-//! idle returns at once, so no wake is ever missed.
+//! The payload guest cannot use HLT (it runs at CPL3 without interrupts), so it asks to idle by a port write.
+//! If a wake-up comes while the guest is still on its way to the port, it is kept: the next idle returns at
+//! once, so no wake-up is ever missed.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -11,15 +11,15 @@ use crate::futex;
 
 const WOKEN: u32 = 1;
 const STOP: u32 = 2;
-/// The thread sleeps, or is about to: it must be woken. Otherwise the system call is saved.
+/// The thread sleeps, or is about to: it must be woken. Without this bit the system call is saved.
 const SLEEPS: u32 = 4;
 
 /// How an idle period ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Idle {
-    /// Somebody woke the vCPU, or the time was up: the guest goes on.
+    /// Somebody woke the vCPU, or the time is over: the guest runs on.
     Over,
-    /// The controller wants the thread; afterwards the vCPU may go on idling.
+    /// The controller wants the thread; afterwards the vCPU may idle again.
     Interrupted,
 }
 
@@ -30,7 +30,7 @@ pub(crate) struct IdleState {
 }
 
 impl IdleState {
-    /// Ends the idle period, or the next one when there is none.
+    /// Ends the idle period, or the next one if there is none.
     pub(crate) fn wake(&self) {
         self.set(WOKEN);
     }
@@ -54,7 +54,7 @@ impl IdleState {
     /// Idles until woken, interrupted or `deadline`.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Idle {
         loop {
-            // Nobody sleeps but this thread.
+            // Only this thread sleeps.
             let word = self.word.fetch_and(!SLEEPS, Ordering::AcqRel) & !SLEEPS;
             if word & WOKEN != 0 {
                 self.word.fetch_and(!WOKEN, Ordering::AcqRel);

@@ -2,12 +2,12 @@
 //! own dirty ring and copy their share of the pages.
 //!
 //! Ordering rules of a stop, each with its reason:
-//! 1. `immediate_exit` is set before the kick signal is sent: a signal that arrives between the
-//!    thread's last look at its order and `KVM_RUN` is otherwise lost.
-//! 2. The thread never clears `immediate_exit`; the controller does, before it publishes
-//!    [`Command::Run`], when every thread is parked. Otherwise a thread could wipe the next stop.
-//! 3. After an exit with a port or MMIO access there is one more `KVM_RUN` with `immediate_exit` set:
-//!    only that completes the access, so that the saved state is after it, not in its middle.
+//! 1. `immediate_exit` is set before the kick signal is sent: otherwise a signal that arrives between the
+//!    thread's last look at its order and `KVM_RUN` is lost.
+//! 2. The thread never clears `immediate_exit`; the controller does, before it publishes [`Command::Run`],
+//!    when every thread is parked. Otherwise a thread could erase the next stop.
+//! 3. After an exit with a port or MMIO access there is one more `KVM_RUN` with `immediate_exit` set: only
+//!    that completes the access, so that the state is saved after the access, not in the middle of it.
 //! 4. State is read before the ring is harvested: vCPU ioctls can write guest memory
 //!    (KVM_SET_MSRS of the wall clock, for example).
 
@@ -26,7 +26,7 @@ pub(crate) mod set;
 pub(crate) mod state;
 mod times;
 
-/// What the meeting point is made of. The model test puts what its checker has in their place.
+/// The primitives of the meeting point. The model test replaces them with those of its checker.
 mod sync {
     pub(super) use std::hint::spin_loop;
     pub(super) use std::sync::atomic::{AtomicU32, Ordering};

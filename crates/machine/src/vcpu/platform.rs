@@ -1,5 +1,5 @@
 //! The platform's ports: those of [`power`] for a Linux guest; idle, wake, power and debug console for the
-//! payload guest. Neither has the other's.
+//! payload guest. Neither guest has the other's ports.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,13 +15,13 @@ use crate::event::{PowerRequest, ResetWay};
 /// What a vCPU does after it wrote to a platform port.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum AfterPort {
-    /// Go on.
+    /// Run on.
     Continue,
     /// Idle until the deadline (none: until woken).
     Idle(Option<Instant>),
     /// The guest has ended itself.
     Power(PowerRequest),
-    /// The guest says that it panics, and goes on.
+    /// The guest reports a panic, and runs on.
     Panicked,
     /// Not a platform port.
     NotOurs,
@@ -29,17 +29,17 @@ pub(super) enum AfterPort {
 
 const CONSOLE_LINE: usize = 1024;
 
-/// State behind the ports that all vCPUs share.
+/// The state behind the ports, which all vCPUs share.
 pub(crate) struct Platform {
     idle: Vec<Arc<IdleState>>,
     console: Mutex<Vec<u8>>,
     guest: GuestKind,
-    /// The guest has ended itself: of several vCPUs that do, one counts.
+    /// Whether the guest has ended itself; if several vCPUs do so, one counts.
     ended: AtomicBool,
-    /// What it has asked for and not been given yet ([`PowerRequest::number`]): the access to the port is
-    /// over and will not come again, so a checkpoint has to carry it.
+    /// The guest's request that has not been carried out yet ([`PowerRequest::number`]). The access to the
+    /// port is over and will not come again, so a checkpoint has to carry the request.
     asked: AtomicU32,
-    /// The way of a reset ([`PowerRequest::way_number`]); written before `asked`.
+    /// How the guest asked for a reset ([`PowerRequest::way_number`]); written before `asked`.
     asked_by: AtomicU32,
     panicked: AtomicBool,
     complaints: Complaints,
@@ -47,13 +47,13 @@ pub(crate) struct Platform {
     printed: Complaints,
 }
 
-/// For which guest a machine is made: it decides which ports there are, and what a triple fault is.
+/// The guest for which a machine is made. It decides which ports there are, and what a triple fault means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GuestKind {
     /// The payload. A triple fault breaks it.
     Payload,
-    /// Linux, on what looks like a PC: a triple fault is a reset, by which kernels restart when no other way
-    /// has helped.
+    /// Linux, on hardware that looks like a PC: a triple fault is a reset, by which kernels restart when no
+    /// other way has helped.
     Linux,
 }
 
@@ -81,13 +81,13 @@ impl Platform {
         !self.ended.swap(true, Ordering::AcqRel)
     }
 
-    /// Notes what the guest asks for, or that it asks for nothing.
+    /// Notes the guest's request, or that it has none.
     pub(super) fn ask(&self, request: Option<PowerRequest>) {
         self.asked_by.store(request.map_or(0, PowerRequest::way_number), Ordering::Relaxed);
         self.asked.store(request.map_or(0, PowerRequest::number), Ordering::Release);
     }
 
-    /// What the guest has asked for and not been given.
+    /// The guest's request that has not been carried out yet.
     pub(super) fn asked(&self) -> Option<PowerRequest> {
         let number = self.asked.load(Ordering::Acquire);
         PowerRequest::from_numbers(number, self.asked_by.load(Ordering::Relaxed))
@@ -98,7 +98,7 @@ impl Platform {
         !self.panicked.swap(true, Ordering::AcqRel)
     }
 
-    /// The guest starts anew. No vCPU runs.
+    /// The guest restarts. No vCPU runs.
     pub(super) fn restart(&self) {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.ended.store(false, Ordering::Release);
@@ -202,8 +202,8 @@ mod tests {
         }
     }
 
-    /// Whoever may use ports in a Linux guest must not idle a vCPU beyond all interrupts, end the VM past its
-    /// kernel or fill the host's log.
+    /// A program in a Linux guest that may use ports must not idle a vCPU past all interrupts, end the VM
+    /// behind its kernel's back or fill the host's log.
     #[test]
     fn a_linux_guest_has_no_port_of_the_payload() {
         let platform = Platform::new(1, GuestKind::Linux);

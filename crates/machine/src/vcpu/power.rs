@@ -1,8 +1,8 @@
-//! The ports by which a Linux guest ends, restarts or says that it panics: the ACPI registers that its FADT
+//! The ports by which a Linux guest ends, restarts or reports a panic: the ACPI registers that its FADT
 //! names, the ways of older machines that kernels fall back to, and pvpanic.
 //!
-//! Nothing behind these ports has a state of its own. What a checkpoint carries is a request that nobody has
-//! carried out yet.
+//! Nothing behind these ports has its own state. A checkpoint carries a request that nobody has carried out
+//! yet.
 
 use super::platform::AfterPort;
 use crate::acpi::{RESET_VALUE, SOFT_OFF};
@@ -44,7 +44,7 @@ fn reset(way: ResetWay) -> AfterPort {
 pub(super) fn read(port: u16, data: &mut [u8]) -> bool {
     let [value] = data else { return false };
     *value = match port {
-        // Woken from no sleep; a keyboard controller that takes commands and has nothing to say.
+        // The guest woke from no sleep; the keyboard controller takes commands and has no data.
         ports::SLEEP_CONTROL | ports::SLEEP_STATUS | ports::RESET | KEYBOARD | RESET_CONTROL => 0,
         ports::PANIC => PANICKED | CRASH_LOADED,
         _ => return false,

@@ -1,18 +1,17 @@
-//! How one controller makes all vCPU threads do the same step and learns that they did.
+//! How one controller makes all vCPU threads do the same step and learns that they have done it.
 //!
-//! The controller writes a *command* (a sequence number and what to do) into one word, the threads
-//! count themselves into another. Both are futexes; there is no lock that two vCPUs could contend on
-//! (invariant 5).
+//! The controller writes a *command* (a sequence number and what to do) into one word; the threads count
+//! themselves into another. Both are futexes; there is no lock that two vCPUs could contend on (invariant 5).
 //!
-//! Order that makes it right: `arrived` is set to 0 *before* the command is published, and a thread
-//! counts itself in *after* its work, with release; the controller reads the count with acquire, so
-//! it sees everything that the threads wrote.
+//! This order makes it correct: `arrived` is set to 0 *before* the command is published, and a thread counts
+//! itself in *after* its work, with release; the controller reads the count with acquire, so it sees
+//! everything that the threads wrote.
 //!
-//! Whoever is about to sleep on a word says so in the word itself, in the bit [`SLEEPS`]. So the one
-//! that changes the word learns, by the same access, whether there is anybody to wake, and mostly saves
-//! the system call: while the guest runs no thread waits for an order.
+//! A thread that is about to sleep on a word says so in the word itself, in the bit [`SLEEPS`]. So the thread
+//! that changes the word learns, by the same access, whether there is anybody to wake, and mostly saves the
+//! system call: while the guest runs no thread waits for an order.
 //!
-//! Where there is a core for everybody, a wait looks at its word for a moment before it sleeps
+//! If there is a core for every thread, a wait watches its word for a moment before it sleeps
 //! ([`Rendezvous::new`]); the moment ends by itself, so nothing depends on it.
 //!
 //! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
@@ -25,7 +24,7 @@ use super::sync::{AtomicU32, Ordering, futex, spin_loop};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Command {
-    /// Stay out of the guest; the start.
+    /// Stay out of the guest; the initial command.
     Stay = 0,
     /// Run the guest until the next command.
     Run = 1,
@@ -35,7 +34,7 @@ pub(super) enum Command {
     Capture = 3,
     /// Copy the share of the dirty pages.
     Copy = 4,
-    /// Do the task that lies in the thread's slot.
+    /// Do the task in the thread's slot.
     Task = 5,
     /// End the thread.
     Quit = 6,
@@ -51,7 +50,7 @@ const COMMANDS: [Command; 7] = [
     Command::Quit,
 ];
 
-/// Somebody sleeps on the word, or is about to.
+/// A thread sleeps on the word, or is about to.
 const SLEEPS: u32 = 1 << 31;
 /// The sequence number of an order begins above its command, and ends below [`SLEEPS`].
 const SEQUENCE_SHIFT: u32 = 3;
@@ -78,18 +77,18 @@ impl Order {
 pub(super) struct Rendezvous {
     /// The [`Order`] in force.
     order: AtomicU32,
-    /// How many have carried it out.
+    /// How many threads have carried it out.
     arrived: AtomicU32,
     threads: u32,
     /// Threads that wait for the others, and how often all have met.
     waiting: AtomicU32,
     met: AtomicU32,
-    /// How often a wait looks before it sleeps.
+    /// How often a wait looks at its word before it sleeps.
     looks: u32,
 }
 
 impl Rendezvous {
-    /// A meeting point of so many threads, each of whose waits looks so often before it sleeps.
+    /// A meeting point of this many threads. Each wait looks at its word this often before it sleeps.
     pub(super) fn new(threads: u32, looks: u32) -> Self {
         Self {
             order: AtomicU32::new(Order::FIRST.0),
@@ -101,12 +100,12 @@ impl Rendezvous {
         }
     }
 
-    /// The order that is in force.
+    /// The order in force.
     pub(super) fn current(&self) -> Order {
         Order(self.order.load(Ordering::Acquire) & !SLEEPS)
     }
 
-    /// Whether there is one thread only, which has nobody to meet.
+    /// Whether there is only one thread, which has nobody to meet.
     pub(super) fn is_of_one(&self) -> bool {
         self.threads == 1
     }
@@ -116,7 +115,7 @@ impl Rendezvous {
     pub(super) fn publish(&self, command: Command) {
         self.arrived.store(0, Ordering::Relaxed);
         let next = self.current().following(command);
-        // Only threads that sleep have written to the word meanwhile.
+        // Only sleeping threads have written to the word meanwhile.
         if self.order.swap(next.0, Ordering::SeqCst) & SLEEPS != 0 {
             futex::wake_all(&self.order);
         }
@@ -129,11 +128,11 @@ impl Rendezvous {
         }
     }
 
-    /// The same, but not beyond `deadline`. The next command may be published only after every thread has
-    /// come.
+    /// The same, but at most until `deadline`. The next command may be published only after every thread has
+    /// arrived.
     ///
     /// # Errors
-    /// How many have not.
+    /// How many threads have not arrived.
     pub(super) fn wait_all_until(&self, deadline: Instant) -> Result<(), u32> {
         loop {
             let missing = self.missing();
@@ -148,7 +147,7 @@ impl Rendezvous {
         }
     }
 
-    /// How many have not carried out the last command.
+    /// How many threads have not carried out the last command.
     pub(super) fn missing(&self) -> u32 {
         self.threads - (self.arrived.load(Ordering::Acquire) & !SLEEPS)
     }
@@ -171,18 +170,18 @@ impl Rendezvous {
             if order != last {
                 return order;
             }
-            // The bit may be there already, or a new order may come: the next round tells.
+            // The bit may be set already, or a new order may come: the next round tells.
             sleep(&self.order, self.order.load(Ordering::Acquire) & SLEEPS | last.0, None);
         }
     }
 
-    /// Thread: waits until all threads are here, in a command that they all carry out. What each did before
-    /// is seen by all after.
+    /// Thread: waits until all threads are here, in a command that they all carry out. Afterwards every
+    /// thread sees what each did before.
     pub(super) fn meet(&self) {
-        // Before the count: once the last one is counted, `met` may change at any time.
+        // Before the count: once the last thread is counted, `met` may change at any time.
         let met = self.met.load(Ordering::Acquire) & !SLEEPS;
         if self.waiting.fetch_add(1, Ordering::AcqRel) + 1 == self.threads {
-            // Nobody comes again before `met` has changed.
+            // No thread comes again before `met` has changed.
             self.waiting.store(0, Ordering::Relaxed);
             if self.met.swap(met.wrapping_add(1) & !SLEEPS, Ordering::AcqRel) & SLEEPS != 0 {
                 futex::wake_all(&self.met);
@@ -204,7 +203,7 @@ impl Rendezvous {
         }
     }
 
-    /// Looks for a moment whether it is so.
+    /// Checks for a moment whether the condition comes true.
     fn comes(&self, is_so: impl Fn() -> bool) -> bool {
         (0..self.looks).any(|_| {
             spin_loop();
@@ -213,7 +212,7 @@ impl Rendezvous {
     }
 }
 
-/// Sleeps on `word` if it holds `seen`, and says so in it. May return for no reason.
+/// Sleeps on `word` if it holds `seen`, and says so in it. May return without a reason.
 fn sleep(word: &AtomicU32, seen: u32, timeout: Option<Duration>) {
     let slept = seen | SLEEPS;
     if seen == slept || word.compare_exchange(seen, slept, Ordering::AcqRel, Ordering::Relaxed).is_ok() {

@@ -1,5 +1,5 @@
-//! The meeting point under every interleaving of a few threads, by the loom model checker. A wake-up that is
-//! lost is a deadlock, which the checker reports.
+//! The meeting point under every interleaving of a few threads, by the loom model checker. A lost wake-up is
+//! a deadlock, which the checker reports.
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -10,8 +10,8 @@ mod sync {
     pub(super) use loom::hint::spin_loop;
     pub(super) use loom::sync::atomic::{AtomicU32, Ordering};
 
-    /// A futex as the kernel has it: it compares the word and goes to sleep in one step, and a wake is for
-    /// those who sleep on that word.
+    /// A futex as the kernel has it: it compares the word and goes to sleep in one step, and a wake-up is for
+    /// the threads that sleep on that word.
     pub(super) mod futex {
         use std::collections::HashMap;
         use std::time::Duration;
@@ -59,7 +59,7 @@ fn model(check: impl Fn() + Sync + Send + 'static) {
     builder.check(check);
 }
 
-/// Carries out orders until the last one; what it does in each is in `done`.
+/// Carries out orders until the last one; `done` records what it did in each.
 fn serve(meeting: &Rendezvous, done: &AtomicU32) {
     let mut last = Order::FIRST;
     while last.command() != Command::Quit {
@@ -103,8 +103,8 @@ fn two_threads_are_awaited() {
     });
 }
 
-/// No vCPU's state is saved before all are out of the guest: what each did before the meeting is done when
-/// any has met, in this pause and in the next.
+/// No vCPU's state is saved before all are out of the guest. When any thread has met, everything that each
+/// did before the meeting is done, in this pause and in the next.
 #[test]
 fn who_has_met_sees_that_all_are_out() {
     model(|| {

@@ -43,8 +43,8 @@ pub enum VcpuError {
         /// Why.
         source: HarvestError,
     },
-    /// This host cannot run it any more ([`MachineEvent::HostFault`]); what KVM says of its registers may be
-    /// of an earlier moment.
+    /// This host cannot run the vCPU any more ([`MachineEvent::HostFault`]); what KVM says of its registers
+    /// may belong to an earlier moment.
     #[error("vCPU {vcpu}: {why}")]
     HostFault {
         /// Which vCPU.
@@ -58,8 +58,8 @@ pub enum VcpuError {
 #[derive(Clone, Copy)]
 pub(super) struct ImmediateExit(*const AtomicU8);
 
-// SAFETY: the byte lies in the kvm_run mapping, which the `VcpuFd` in the vCPU's thread keeps mapped
-// until the thread has ended; `VcpuSet` uses it only before it joins the thread. Access is atomic.
+// SAFETY: the byte is in the kvm_run mapping, which the `VcpuFd` in the vCPU's thread keeps mapped until the
+// thread has ended; `VcpuSet` uses it only before it joins the thread. Access is atomic.
 unsafe impl Send for ImmediateExit {}
 // SAFETY: as above.
 unsafe impl Sync for ImmediateExit {}
@@ -75,7 +75,7 @@ impl ImmediateExit {
     }
 }
 
-/// Work that is done on a vCPU's own thread, outside the checkpoint cycle.
+/// Work on a vCPU's own thread, outside the checkpoint cycle.
 pub(super) type Task = Box<dyn FnOnce(&VcpuFd) -> Result<(), VcpuStateError> + Send>;
 
 /// What the controller shares with one vCPU's thread.
@@ -85,9 +85,10 @@ pub(super) struct VcpuSlot {
     pub(super) error: Mutex<Option<VcpuError>>,
     pub(super) immediate_exit: ImmediateExit,
     pub(super) marks: Marks,
-    /// The guest ended itself or crashed; the vCPU is not entered again until the guest starts anew.
+    /// The guest ended itself or crashed; the vCPU is not entered again until the guest restarts.
     pub(super) ended: AtomicBool,
-    /// Why this host cannot run the vCPU any more. For good: a restart of the guest does not mend the host.
+    /// Why this host cannot run the vCPU any more. It is permanent: a restart of the guest does not repair
+    /// the host.
     pub(super) fault: Mutex<Option<String>>,
 }
 
@@ -99,9 +100,9 @@ pub(super) struct Vcpu {
     slot: Arc<VcpuSlot>,
     shared: Arc<Shared>,
     idle: Arc<IdleState>,
-    /// Set while the guest has asked to be idled: until when, if at all.
+    /// Set while the guest has asked to idle: until when, if there is a limit.
     idling: Option<Option<Instant>>,
-    /// When it left the guest for a capture, until it goes back.
+    /// When the vCPU left the guest for a capture, until it goes back.
     left: Option<Instant>,
     last: LastRun,
 }
@@ -184,7 +185,7 @@ impl Vcpu {
                 }
             }
             if self.enter() == Entered::LogFull {
-                // An overrun is noted in the tracker; the next harvest reports it.
+                // The tracker notes an overrun; the next harvest reports it.
                 let exit = shared.tracker.get().map(|tracker| tracker.ring_full(usize::from(self.index)));
                 if let Some(Ok(RingExit::Resume)) = exit {
                     continue;
@@ -196,7 +197,7 @@ impl Vcpu {
         }
     }
 
-    /// One `KVM_RUN` and what its exit asks for.
+    /// One `KVM_RUN` and what its exit requires.
     fn enter(&mut self) -> Entered {
         let Self { fd, shared, last, .. } = self;
         *last = LastRun::Open;
@@ -210,7 +211,7 @@ impl Vcpu {
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data = std::ptr::from_mut(data);
-                // SAFETY: it is what this run has returned with.
+                // SAFETY: this run has just returned it.
                 for element in unsafe { port_io::elements(fd, data) } {
                     if !shared.platform.read(port, element) {
                         shared.pio.read(u64::from(port), element);
@@ -233,7 +234,7 @@ impl Vcpu {
                 return self.after_port(AfterPort::Power(request));
             }
             Ok(VcpuExit::Shutdown) => End::Guest("triple fault (KVM_EXIT_SHUTDOWN)".to_owned()),
-            // All that follows no guest asks for: the processor, KVM or the memory of this host.
+            // No guest causes any of the following: it is the processor, KVM or the memory of this host.
             Ok(VcpuExit::FailEntry(reason, cpu)) => End::Host(format!(
                 "the processor does not enter the guest (KVM_EXIT_FAIL_ENTRY, reason {reason:#x}, processor {cpu})"
             )),
@@ -245,7 +246,7 @@ impl Vcpu {
             Ok(other) => End::Host(format!("KVM came back with {other:?}")),
             Err(error) => match error.errno() {
                 libc::EINTR => {
-                    // KVM completes an access before it looks for signals (`kvm_arch_vcpu_ioctl_run`).
+                    // KVM completes an access before it checks for signals (`kvm_arch_vcpu_ioctl_run`).
                     *last = LastRun::Kicked;
                     return Entered::Interrupted;
                 }
@@ -257,7 +258,7 @@ impl Vcpu {
         Entered::Interrupted
     }
 
-    /// The vCPU is not entered again.
+    /// Marks the vCPU as ended: it is not entered again.
     fn end(&mut self, end: End) {
         let vcpu = self.index;
         if let End::Host(why) = &end {
@@ -292,13 +293,13 @@ impl Vcpu {
         Entered::Again
     }
 
-    /// Rule 3 above: enters with `immediate_exit` set until KVM says EINTR. An access that is split
-    /// in parts comes back with the next part, which is served like any other. SYNC_REGS are filled
-    /// by that last exit.
+    /// Rule 3 of the module: enters with `immediate_exit` set until KVM says EINTR. An access that is split
+    /// into parts comes back with the next part, which is served like any other. That last exit fills
+    /// SYNC_REGS.
     fn complete_io(&mut self) {
         self.slot.immediate_exit.set(1);
-        // KVM completes at most one access of 8 fragments; the bound is against a kernel that
-        // ignores immediate_exit, which would otherwise hang the stop.
+        // KVM completes at most one access of 8 fragments. The bound guards against a kernel that ignores
+        // immediate_exit, which would otherwise hang the stop.
         for _ in 0..1024 {
             match self.enter() {
                 Entered::Interrupted => return,
@@ -316,15 +317,15 @@ impl Vcpu {
         }
     }
 
-    /// No vCPU's state is read before all vCPUs are out of the guest. Otherwise one that still runs sends an
-    /// interrupt to one whose local APIC has been read already, and the checkpoint says that it was sent and
-    /// not that it came. What an access that is completed here sets off counts as running.
+    /// No vCPU's state is read before all vCPUs are out of the guest. Otherwise a vCPU that still runs could
+    /// send an interrupt to one whose local APIC has been read already, and the checkpoint would say that it
+    /// was sent and not that it arrived. Whatever the completion of an access here causes counts as running.
     fn capture(&mut self) {
         self.left.get_or_insert_with(Instant::now);
         let alone = self.shared.meeting.is_of_one();
-        // Each vCPU ioctl costs some 2 to 6 us of the pause. A vCPU that was kicked out has shown its
-        // registers, and without others none of them can change any more. But an INIT may have come, from
-        // itself.
+        // Each vCPU ioctl costs about 2 to 6 us of the pause. A vCPU that was kicked out has shown its
+        // registers, and if there are no other vCPUs none of its registers can change any more. But an INIT
+        // may have come, from the vCPU itself.
         let shown = alone && self.last == LastRun::Kicked && self.fd.sync_regs().events.smi.latched_init == 0;
         if !alone {
             if self.last == LastRun::Open {
@@ -334,8 +335,8 @@ impl Vcpu {
         }
         let mp_state = self.fd.get_mp_state();
         if !shown {
-            // After that, because it may change registers, and once for all: it completes what is in hand and
-            // shows the registers as they are.
+            // After that, because it may change registers, and exactly once: it completes the current access
+            // and shows the final registers.
             self.complete_io();
         }
         self.last = LastRun::Completed;
@@ -357,7 +358,7 @@ impl Vcpu {
         self.saver.save(&mut self.fd, &mp_state, &mut saved).map_err(failed)?;
         self.slot.marks.saved(self.shared.timeline);
         if let Some(tracker) = self.shared.tracker.get() {
-            // Rule 4 above: after the state.
+            // Rule 4 of the module: after the state.
             tracker.harvest_vcpu(usize::from(vcpu)).map_err(|source| VcpuError::Harvest { vcpu, source })?;
         }
         self.slot.marks.harvested(self.shared.timeline);
@@ -368,11 +369,11 @@ impl Vcpu {
 /// How the last `KVM_RUN` ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LastRun {
-    /// With an access, or what may be one: something may wait to be completed.
+    /// With an access, or what may be one: something may have to be completed.
     Open,
-    /// By a kick, with the registers as they are.
+    /// By a kick, with current registers.
     Kicked,
-    /// For a stop that is over. What has happened to the vCPU since, it has not shown.
+    /// For a stop that is over. The vCPU has not shown what has happened to it since.
     Completed,
 }
 

@@ -1,4 +1,4 @@
-//! All vCPUs of a VM, seen by the controller.
+//! All vCPUs of a VM, as the controller sees them.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
@@ -30,7 +30,7 @@ pub(crate) struct Shared {
     pub(super) events: EventSink,
     pub(super) copy: CopyJob,
     pub(super) ram: Arc<Ram>,
-    /// Set once, after the vCPUs exist, because the tracker maps their rings.
+    /// Set once, after the vCPUs are made, because the tracker maps their rings.
     pub(super) tracker: OnceLock<Arc<Tracker>>,
     pub(super) timeline: Timeline,
 }
@@ -52,10 +52,10 @@ pub(crate) struct VcpuSet {
     running: bool,
 }
 
-/// How often a wait of the vCPUs or of their controller looks before it sleeps. A core costs a wake-up of
-/// some 5 to 50 us each time; one that is needed by others must not be kept from them by somebody who waits.
+/// How often a wait of the vCPUs or of their controller looks at its word before it sleeps. A wake-up costs
+/// about 5 to 50 us each time. But a thread that waits must not keep a core from others that need it.
 fn looks(vcpus: usize) -> u32 {
-    /// Some 20 us, at 50 ns a look.
+    /// About 20 us, at 50 ns a look.
     const LOOKS: u32 = 400;
     // One for each vCPU, one for the controller, one for the link.
     let needed = vcpus + 2;
@@ -108,7 +108,7 @@ impl VcpuSet {
 
     /// Lets the guest run.
     pub(crate) fn run(&mut self) {
-        // Rule 2 of the module: every thread is parked, so nobody else writes immediate_exit.
+        // Rule 2 of the module: every thread is parked, so nothing else writes immediate_exit.
         for (index, slot) in self.slots.iter().enumerate() {
             slot.immediate_exit.set(0);
             self.shared.platform.idle(index).resume();
@@ -117,7 +117,7 @@ impl VcpuSet {
         self.running = true;
     }
 
-    /// Takes all vCPUs out of the guest, every I/O completed, and waits until they are.
+    /// Takes all vCPUs out of the guest, with every I/O completed, and waits until they are out.
     pub(crate) fn stop(&mut self) {
         self.order(Command::Stop);
         self.shared.meeting.wait_all();
@@ -131,7 +131,7 @@ impl VcpuSet {
     /// Waits until every vCPU has stopped, saved its state and harvested its ring.
     ///
     /// # Errors
-    /// The first error of a vCPU. All have stopped all the same.
+    /// The first error of a vCPU. All have stopped nevertheless.
     pub(crate) fn captured(&self) -> Result<(), VcpuError> {
         self.shared.meeting.wait_all();
         self.first_error()
@@ -142,12 +142,12 @@ impl VcpuSet {
         CaptureTimes::of(self.shared.timeline, self.slots.iter().map(|slot| &slot.marks))
     }
 
-    /// How the guest went on after the last capture; told once.
+    /// How the guest resumed after the last capture; returned once.
     pub(crate) fn take_return(&self) -> Option<Return> {
         Return::take(self.shared.timeline, self.slots.iter().map(|slot| &slot.marks))
     }
 
-    /// Waits for the same until `deadline`, without looking for errors.
+    /// Waits for the same until `deadline`, but does not check for errors.
     ///
     /// # Errors
     /// How many have not stopped. Nothing else may be ordered of the set then.
@@ -160,7 +160,7 @@ impl VcpuSet {
         read(&lock(&self.slots[index].saved))
     }
 
-    /// Copies pages of the stopped VM, with all vCPU threads when `parallel`.
+    /// Copies pages of the stopped VM, with all vCPU threads if `parallel`.
     ///
     /// # Errors
     /// As [`CopyJob::run`].
@@ -192,24 +192,24 @@ impl VcpuSet {
         self.first_error()
     }
 
-    /// What the guest has asked for and not been given yet: part of a checkpoint.
+    /// The guest's request that has not been carried out yet: part of a checkpoint.
     pub(crate) fn asked(&self) -> Option<PowerRequest> {
         self.shared.platform.asked()
     }
 
-    /// Takes over what the guest of a checkpoint had asked for.
+    /// Takes over the request of the checkpoint's guest.
     pub(crate) fn set_asked(&self, request: Option<PowerRequest>) {
         self.shared.platform.ask(request);
     }
 
-    /// Says again what the guest has asked for: whoever was told before is gone.
+    /// Reports the guest's request again: whoever was told before is gone.
     pub(crate) fn tell_asked(&self) {
         if let Some(request) = self.asked() {
             (self.shared.events)(MachineEvent::Power(request));
         }
     }
 
-    /// The guest starts anew: vCPUs that it had ended run again, and none idles. The VM must be stopped.
+    /// The guest restarts: vCPUs that it had ended run again, and none idles. The VM must be stopped.
     pub(crate) fn restart(&self) {
         self.shared.platform.restart();
         for (index, slot) in self.slots.iter().enumerate() {
@@ -218,7 +218,7 @@ impl VcpuSet {
         }
     }
 
-    /// Forgets what this host could not do.
+    /// Forgets the faults of this host.
     pub(crate) fn forget_faults(&self) {
         self.slots.iter().for_each(|slot| drop(lock(&slot.fault).take()));
     }
@@ -240,7 +240,7 @@ impl VcpuSet {
         first
     }
 
-    /// Publishes a command and, when the guest runs, makes every vCPU leave it.
+    /// Publishes a command and, if the guest runs, makes every vCPU leave it.
     fn order(&mut self, command: Command) {
         // Rule 1 of the module: immediate_exit, then the order, then the signal.
         if self.running {

@@ -1,4 +1,4 @@
-//! Save and restore of one vCPU, in the order that KVM requires.
+//! Saves and restores one vCPU, in the order that KVM requires.
 
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, Msrs, Xsave, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state,
@@ -84,7 +84,7 @@ pub enum VcpuStateError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
-    /// KVM took or gave fewer MSRs than asked.
+    /// KVM took or returned fewer MSRs than requested.
     #[error("MSR {index:#x} cannot be {verb}")]
     Msr {
         /// Number of the first MSR that failed.
@@ -100,12 +100,12 @@ pub enum VcpuStateError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
-    /// The guest was told of features that this host's processor or kernel does not have.
+    /// The guest was promised features that this host's processor or kernel does not have.
     #[error(
         "the VM's vCPUs have features that this host lacks ({0}): use hosts of the same model with the same kernel, or start the VM on the host that has fewer"
     )]
     Features(Missing),
-    /// The other host's TSC runs at another speed and this one cannot scale.
+    /// The other host's TSC runs at another speed and this host cannot scale its own.
     #[error(
         "the VM's TSC runs at {wanted} kHz, this host's at {here} kHz and it cannot scale: use hosts of the same model"
     )]
@@ -142,7 +142,8 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    /// Allocates the buffers; `indices` are the MSRs to save, `call` is how this host gives the XSAVE state.
+    /// Allocates the buffers; `indices` are the MSRs to save, `call` is how this host returns the XSAVE
+    /// state.
     pub(super) fn new(indices: &[u32], call: XsaveCall) -> Self {
         let entries: Vec<_> =
             indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
@@ -154,7 +155,7 @@ impl Saver {
         }
     }
 
-    /// Bytes that one saved vCPU takes at most.
+    /// The most bytes that one saved vCPU takes.
     pub(super) fn capacity(&self) -> usize {
         16 * 1024 + self.call.bytes() + size_of_val(self.msrs.as_slice())
     }
@@ -185,7 +186,7 @@ impl Saver {
     ) -> Result<(), VcpuStateError> {
         let field = item as u16;
         match item {
-            // Written first, by the caller.
+            // The caller has already written it, first.
             Item::MpState => {}
             Item::Regs => fields.put_plain::<kvm_regs>(field, &sync.regs),
             Item::Sregs => fields.put_plain(field, &without_interrupts(sync.sregs)),
@@ -212,15 +213,15 @@ impl Saver {
     }
 }
 
-/// Of the interrupts that are being delivered KVM sets bits in kvm_run and clears none (`__get_sregs` in
-/// arch/x86/kvm/x86.c), so those of earlier stops are among them. [`Item::Events`] says what is true.
+/// For interrupts that are being delivered KVM sets bits in kvm_run and clears none (`__get_sregs` in
+/// arch/x86/kvm/x86.c), so bits from earlier stops are still set. [`Item::Events`] has the true ones.
 fn without_interrupts(sregs: kvm_sregs) -> kvm_sregs {
     kvm_sregs { interrupt_bitmap: [0; 4], ..sregs }
 }
 
-/// KVM reads the deadline as 0 while its interrupt is on the way (Firecracker #4618): a deadline of
-/// "now" makes it fire again, a 0 would lose it. A guest that has no timer armed sees one early,
-/// masked by its own LVT.
+/// KVM returns the deadline as 0 while its interrupt is on the way (Firecracker #4618): a deadline of "now"
+/// makes it fire again, a 0 would lose it. A guest that has no timer armed sees one early, masked by its own
+/// LVT.
 fn fix_deadline(entries: &mut [kvm_msr_entry]) {
     let tsc = entries.iter().find(|e| e.index == MSR_IA32_TSC).map_or(0, |e| e.data);
     if let Some(deadline) = entries.iter_mut().find(|e| e.index == MSR_IA32_TSC_DEADLINE)
@@ -231,8 +232,8 @@ fn fix_deadline(entries: &mut [kvm_msr_entry]) {
 }
 
 mod xsave {
-    // UNSAFETY: KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, as many bytes as KVM_CAP_XSAVE2 says in a
-    // buffer of ours.
+    // UNSAFETY: KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, as many bytes of our buffer as KVM_CAP_XSAVE2
+    // says.
     #![allow(unsafe_code)]
 
     use super::{
@@ -261,7 +262,7 @@ mod xsave {
             // SAFETY: `self.xsave` was allocated with at least the size that KVM_CAP_XSAVE2 gave,
             // and no dynamic XSTATE feature is enabled by this process afterwards.
             ioctl(Item::Xsave, unsafe { fd.get_xsave2(&mut self.xsave) })?;
-            // Behind the length, with which the wrapper begins.
+            // Behind the length with which the wrapper begins.
             let head = std::ptr::from_ref(&self.xsave.as_fam_struct_ref().xsave).cast::<u8>();
             // SAFETY: the area and its tail are part of one allocation, together at least `bytes`
             // long, and all of it was zeroed at creation.
@@ -269,8 +270,8 @@ mod xsave {
         }
     }
 
-    /// `xsave_bytes` are those of this host. What a host saved that keeps fewer ends with components that are
-    /// not in use, whose bytes are zero.
+    /// `xsave_bytes` is this host's number. If the host that saved has fewer, the rest are components that
+    /// are not in use, whose bytes are zero.
     pub(super) fn restore(
         fd: &VcpuFd,
         fields: &FieldReader<'_>,
@@ -303,14 +304,14 @@ fn tail(xsave_bytes: usize) -> usize {
 /// What a restore does with the vCPU's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tsc {
-    /// Goes on from where it was saved, and by so many ticks more: the time that passed since.
+    /// Continues from where it was saved, plus this many ticks for the time that has passed since.
     Advance(u64),
-    /// Stays as it is: the guest is restarted, its host goes on.
+    /// Stays as it is: the guest is restarted, its host runs on.
     Keep,
 }
 
 impl Tsc {
-    /// `entry` as it is to be written, if at all.
+    /// `entry` as it must be written, if at all.
     fn apply(self, mut entry: kvm_msr_entry) -> Option<kvm_msr_entry> {
         match self {
             _ if entry.index != MSR_IA32_TSC => {}
@@ -321,10 +322,10 @@ impl Tsc {
     }
 }
 
-/// Makes KVM take the next TSC that is written for what it is. One that is less than a second from what it
-/// expects it takes for an attempt to keep the vCPUs together, and leaves the offset as it was
-/// (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c): a standby's second restore would so get the time of its
-/// first, which was on trial and came late, and the guest's TSC could go back. To be done on one vCPU before
+/// Makes KVM accept the next TSC that is written as it is. If the value is less than a second from what KVM
+/// expects, KVM takes it for an attempt to keep the vCPUs together, and leaves the offset as it was
+/// (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). A standby's second restore would then get the time of its
+/// first, which was a trial and came late, and the guest's TSC could go back. Call this on one vCPU before
 /// all others; they then follow the first that is restored.
 pub(crate) fn forget_time(fd: &VcpuFd) -> Result<(), VcpuStateError> {
     const FAR_SECONDS: u64 = 3600;
@@ -417,7 +418,7 @@ pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuSta
     let fields = FieldReader::new(bytes)?;
     let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
     let cpuid = CpuId::from_entries(&entries).map_err(|_| StateError::Field { field: FIELD_CPUID })?;
-    // Of the VM's own the second time, when it has been given to this vCPU.
+    // The second time these are the VM's own, because this vCPU has them already.
     let here = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(constant("KVM_GET_CPUID2"))?;
     if let Some(missing) = features::missing(&entries, here.as_slice()) {
         return Err(VcpuStateError::Features(missing));
@@ -468,7 +469,7 @@ mod tests {
         assert_eq!(entries[1].data, 1500);
     }
 
-    /// A vCPU of its own; none without KVM.
+    /// A separate vCPU; `None` without KVM.
     fn vcpu() -> Option<(Host, kvm_ioctls::VmFd, VcpuFd)> {
         let Ok(host) = Host::open() else {
             println!("skipped: no /dev/kvm");
@@ -495,7 +496,7 @@ mod tests {
         let restore = |fd: &VcpuFd, saved: &[u8], room| {
             xsave::restore(fd, &FieldReader::new(saved).unwrap(), room).unwrap();
         };
-        // What kernels expect: x87 control word, MXCSR, XMM3, and that they are in use.
+        // What kernels expect: x87 control word, MXCSR, XMM3, and that they are marked as in use.
         let mut wanted = area(&saved_by(XsaveCall::Legacy, &fd));
         wanted[..2].copy_from_slice(&0x027fu16.to_le_bytes());
         wanted[24..28].copy_from_slice(&0x1fa0u32.to_le_bytes());
@@ -528,8 +529,8 @@ mod tests {
         assert!(matches!(error, VcpuStateError::State(StateError::Field { .. })), "{error}");
     }
 
-    /// The standby restores a state on trial and then goes on taking pages: what KVM writes into guest memory
-    /// meanwhile would make the copy another than the VM.
+    /// The standby restores a state on trial and then takes more pages: if KVM wrote into guest memory
+    /// meanwhile, the copy would differ from the VM.
     #[test]
     fn a_restore_leaves_guest_memory_as_it_is() {
         let Some((host, vm, fd)) = vcpu() else { return };

@@ -1,13 +1,13 @@
 //! When each vCPU did its part of a pause.
 //!
-//! The threads write, before they arrive at the meeting point, and the controller reads, after it has waited
-//! for all of them. Only the way back into the guest is written when nobody waits: it is read at the next
+//! The threads write before they arrive at the meeting point, and the controller reads after it has waited
+//! for all of them. Only the way back into the guest is written while nobody waits: it is read at the next
 //! pause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What a vCPU's thread notes, in nanoseconds after the start of a [`Timeline`]; 0 is "not yet".
+/// What a vCPU's thread notes, in nanoseconds since the start of a [`Timeline`]; 0 means "not yet".
 #[derive(Debug, Default)]
 pub(super) struct Marks {
     /// It is out of the guest, and so are all others.
@@ -18,11 +18,11 @@ pub(super) struct Marks {
     harvested: AtomicU64,
     /// It goes back into the guest.
     back: AtomicU64,
-    /// So long it was not in the guest, before that.
+    /// How long it was out of the guest before that.
     away: AtomicU64,
 }
 
-/// Where [`Marks`] count from. One for all vCPUs of a machine.
+/// The start of the time that [`Marks`] count. All vCPUs of a machine share one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timeline(Instant);
 
@@ -58,7 +58,7 @@ impl Marks {
         let now = Instant::now();
         let away = now.saturating_duration_since(left);
         self.away.store(u64::try_from(away.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        // Release: who sees it sees how long, too.
+        // Release: whoever sees it also sees how long the vCPU was away.
         self.back.store(line.nanos(now), Ordering::Release);
     }
 }
@@ -68,9 +68,9 @@ impl Marks {
 pub(crate) struct CaptureTimes {
     /// When the last one was out of the guest.
     pub(crate) stopped: Instant,
-    /// What saving took the slowest one.
+    /// How long saving took the slowest vCPU.
     pub(crate) state: Duration,
-    /// What harvesting took the slowest one.
+    /// How long harvesting took the slowest vCPU.
     pub(crate) harvest: Duration,
     /// When the last one had done its part.
     pub(crate) done: Instant,
@@ -96,17 +96,17 @@ impl CaptureTimes {
     }
 }
 
-/// How the guest went on after a pause, as its vCPUs saw it.
+/// How the guest resumed after a pause, as its vCPUs saw it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Return {
     /// When the last one went back into the guest.
     pub(crate) back: Instant,
-    /// How long the one was away that was away longest: from its last exit to its next entry.
+    /// How long the vCPU that was away longest was away: from its last exit to its next entry.
     pub(crate) away: Duration,
 }
 
 impl Return {
-    /// What was noted since the last call.
+    /// The notes since the last call.
     pub(super) fn take<'a>(line: Timeline, marks: impl Iterator<Item = &'a Marks>) -> Option<Self> {
         let (mut last, mut longest) = (0, 0);
         for mark in marks {

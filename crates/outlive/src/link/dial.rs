@@ -1,4 +1,4 @@
-//! How a connection is made, from either end.
+//! Makes a connection, from either end.
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -12,7 +12,7 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// Connects to `address` (HOST:PORT); tries every address of the name.
 ///
 /// # Errors
-/// The error of the last address, or of the name.
+/// The error of the last address, or of the name resolution.
 pub(crate) fn dial(address: &str) -> io::Result<Connection> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
@@ -53,11 +53,11 @@ impl Listener {
     }
 }
 
-/// A new connection. Nothing was read from it yet, so no thread has waited for its peer.
+/// A new connection. Nothing has been read from it yet, so no thread has waited for its peer.
 pub(crate) struct NewConnection(tcp::Tcp);
 
 impl NewConnection {
-    /// The peer's address, for people.
+    /// The peer's address, for messages.
     pub(crate) fn peer(&self) -> String {
         self.0.peer()
     }

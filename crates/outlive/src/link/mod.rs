@@ -5,13 +5,13 @@
 //! standby   Reader ──► reader thread ──► decisions      the event's thread, after the decision ──► Writer
 //! ```
 //!
-//! A connection is taken apart into three: a [`Reader`] and a [`Writer`], each for one thread, and a
-//! [`Closer`] for everybody, which wakes whoever reads or writes. What carries the bytes is behind one trait,
-//! [`Transport`]:
+//! A connection is split into three: a [`Reader`] and a [`Writer`], each for one thread, and a [`Closer`] for
+//! everybody, which wakes the threads that read or write. One trait, [`Transport`], hides what carries the
+//! bytes:
 //!
-//! - `tcp.rs` is its first kind, and the only file that knows of sockets.
-//! - `dial.rs` says how a connection is made, from either end.
-//! - `sender.rs` is what a primary writes, `receiver.rs` what it reads.
+//! - `tcp.rs` is the first transport, and the only file that knows sockets.
+//! - `dial.rs` makes a connection, from either end.
+//! - `sender.rs` has what a primary writes, `receiver.rs` what it reads.
 
 mod dial;
 mod receiver;
@@ -29,8 +29,8 @@ pub(crate) use dial::{Listener, NewConnection, dial};
 pub(crate) use receiver::{Heard, receive};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
 
-/// What carries the bytes of a connection. One thread may read, another one write and any thread close, all
-/// at the same time.
+/// What carries the bytes of a connection. One thread may read, another may write and any thread may close
+/// it, all at the same time.
 pub(crate) trait Transport: Send + Sync {
     /// Like [`Read::read`]: waits for bytes, but not beyond the timeout.
     ///
@@ -44,7 +44,7 @@ pub(crate) trait Transport: Send + Sync {
     /// The operating system's.
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize>;
 
-    /// Writes what there is room for now. Never waits.
+    /// Writes as much as there is room for now. Never waits.
     ///
     /// # Errors
     /// The operating system's; `WouldBlock` when there is no room at all.
@@ -59,14 +59,14 @@ pub(crate) trait Transport: Send + Sync {
     /// Says that nothing more will be written; what was written still goes out.
     fn finish(&self);
 
-    /// Breaks the connection. Reads and writes end, also those that wait.
+    /// Breaks the connection. Reads and writes end, even those that wait.
     fn close(&self);
 
-    /// The peer's address, for people.
+    /// The peer's address, for messages.
     fn peer(&self) -> String;
 }
 
-/// A connection, taken apart.
+/// A connection, split into its ends.
 pub(crate) struct Connection {
     /// For the thread that reads.
     pub(crate) reader: Reader,
@@ -110,7 +110,7 @@ impl Read for Reader {
 pub(crate) struct Writer(Arc<dyn Transport>);
 
 impl Writer {
-    /// Writes what there is room for now. Never waits.
+    /// Writes as much as there is room for now. Never waits.
     ///
     /// # Errors
     /// The operating system's; `WouldBlock` when there is no room at all.

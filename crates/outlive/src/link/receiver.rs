@@ -1,4 +1,4 @@
-//! The thread that reads what a standby says to its primary.
+//! The thread that reads a standby's messages to its primary.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::Reader;
 
-/// What a standby says.
+/// What a standby sends.
 pub(crate) enum Heard {
     /// Its preface: it introduces itself in this version.
     Introduction(ProtocolVersion),
@@ -17,7 +17,7 @@ pub(crate) enum Heard {
     Agreed(ProtocolVersion),
     /// An event for the state machine.
     Event(PrimaryEvent),
-    /// Its request for chunks of a disk: for the state machine only a sign of life.
+    /// Its request for chunks of a disk: to the state machine only a sign of life.
     Want(DiskWant),
 }
 

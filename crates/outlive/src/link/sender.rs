@@ -22,19 +22,19 @@ use crate::disk::DiskSection;
 use crate::pulse::Pulse;
 use crate::vm::limits::REMEMBERED_PAGES;
 
-/// Bytes of pages, state or disk writes that are written at once, and that a section has at most. Between two
-/// writes a heartbeat may go out, so this is how much stands between one that is due and the link. Larger
-/// writes are no faster: 64 pages cost one system call.
+/// Most bytes of pages, state or disk writes in one write, and in one section. A heartbeat may go out between
+/// two writes, so at most this much is between a heartbeat that is due and the link. Larger writes are no
+/// faster: 64 pages cost one system call.
 pub(super) const BATCH_BYTES: usize = 256 << 10;
 const BATCH_PAGES: usize = BATCH_BYTES / PAGE_SIZE;
 const _: () = assert!(BATCH_PAGES <= MAX_PAGES_PER_SECTION);
 
-/// How long the thread of a link that is closed may take to end.
+/// How long the thread of a closed link may take to end.
 const LAST_STEPS: Duration = Duration::from_secs(1);
 
 /// One checkpoint, or a part of one that is larger than staging.
 pub(crate) struct CheckpointPart {
-    /// What was decided about it.
+    /// The decision about it.
     pub(crate) ticket: Ticket,
     /// Present on the first part: pages and state bytes of all parts together.
     pub(crate) totals: Option<(usize, usize)>,
@@ -44,11 +44,11 @@ pub(crate) struct CheckpointPart {
     pub(crate) staging: Outgoing,
 }
 
-/// What the thread is to write.
+/// Work for the thread.
 pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
-    /// Go on in this version of the stream, on which both sides have agreed.
+    /// Continue in this version of the stream, on which both sides have agreed.
     Speak(ProtocolVersion),
     /// Pages of the running guest, read when they are sent.
     BaseRound {
@@ -71,7 +71,7 @@ pub(crate) enum Job {
     Close,
 }
 
-/// What the thread reports.
+/// A report of the thread.
 pub(crate) enum SenderReport {
     /// The buffer can be used again.
     Free(Outgoing),
@@ -88,11 +88,11 @@ pub(crate) enum SenderReport {
     Shipped(Shipped),
     /// How the pages of a checkpoint, or of a part of one, were written down.
     Written(CodecCounts),
-    /// The link is gone. Jobs that come after this are thrown away.
+    /// The link is gone. Jobs that come after this are dropped.
     Failed(String),
 }
 
-/// What sending a checkpoint took, all its parts together.
+/// How long sending a checkpoint took, all its parts together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Shipped {
     /// Its number.
@@ -107,15 +107,15 @@ pub(crate) struct Shipped {
 
 /// The handle of a sender thread.
 pub(crate) struct Sender {
-    /// With the time of the order.
+    /// Each with the time of the order.
     jobs: Queue<(Instant, Job)>,
     closer: Closer,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Sender {
-    /// Starts the thread for a connection that begins in the version `introduction`. `report` is called on
-    /// it. Heartbeats are written while the pulse lasts.
+    /// Starts the thread for a connection that begins in the version `introduction`. The thread calls
+    /// `report`. It writes heartbeats while the pulse lasts.
     ///
     /// # Errors
     /// The operating system's.
@@ -165,14 +165,15 @@ impl Sender {
         self.closer.close();
     }
 
-    /// Lets the thread finish its queue, but not for longer than `patience`, and closes the link.
+    /// Lets the thread finish its queue, but for no longer than `patience`, and closes the link.
     pub(crate) fn finish(mut self, patience: Duration) {
         self.send(Job::Close);
         self.ends_within(patience);
         self.close_and_leave();
     }
 
-    /// Closes the link and lets its thread end. One that does not come is left behind: nobody waits for it.
+    /// Closes the link and lets its thread end. A thread that does not end in time is left behind: nobody
+    /// waits for it.
     pub(crate) fn close_and_leave(&mut self) {
         self.close();
         self.send(Job::Close);
@@ -182,7 +183,7 @@ impl Sender {
         self.thread = None;
     }
 
-    /// Waits for the thread's end, but not for longer than `patience`.
+    /// Waits for the thread's end, but for no longer than `patience`.
     fn ends_within(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
@@ -213,7 +214,7 @@ enum SendError {
     NoSuchPage,
 }
 
-/// Up to this byte of the heads, then these bytes of page data.
+/// First the heads up to this byte, then these bytes of page data.
 struct Cut {
     heads_end: usize,
     data: Range<usize>,
@@ -229,22 +230,22 @@ struct Work<R> {
     beaten: Instant,
     /// How pages are written down; see the rule in [`outlive_epoch::codec`].
     pages: PageWriter,
-    /// The writer has its memory.
+    /// Whether the writer has its memory.
     remembers: bool,
-    /// Of the section that is being put together.
+    /// The entries of the section that is being put together.
     entries: Vec<PageEntry>,
-    /// The state that was sent last; empty before the first checkpoint of a base.
+    /// The state that was last sent; empty before the first checkpoint of a base.
     state: StateBuf,
-    /// Places of pages of the checkpoint that had not changed.
+    /// Places of pages of the checkpoint that have not changed.
     unchanged: Vec<usize>,
     /// Everything but page data, for one write.
     heads: Vec<u8>,
     cuts: Vec<Cut>,
     /// Bytes of pages, state and disk writes in both.
     batched: usize,
-    /// Of the checkpoint whose parts are being sent.
+    /// About the checkpoint whose parts are being sent.
     shipped: Shipped,
-    /// Time in system calls that write, since it was last taken.
+    /// Time in system calls that write, since it was last read out.
     writing: Duration,
     report: R,
 }
@@ -312,7 +313,7 @@ impl<R: Fn(SenderReport)> Work<R> {
     fn beat(&mut self) -> Result<(), SendError> {
         self.beaten = Instant::now();
         if !self.pulse.lasts() {
-            // What the decisions have queued before may be written much later.
+            // What earlier decisions have queued may be written much later.
             return Ok(());
         }
         let stamp = self.stamp();
@@ -320,7 +321,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.flush(&[])
     }
 
-    /// Long jobs keep the peer informed that this side lives.
+    /// During a long job, tells the peer that this side lives.
     fn beat_if_due(&mut self) -> Result<(), SendError> {
         if self.beaten.elapsed() >= self.heartbeat { self.beat() } else { Ok(()) }
     }
@@ -417,7 +418,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.beat_if_due()
     }
 
-    /// The state of a checkpoint: what has changed of it, or all. It stands with its first part.
+    /// The state of a checkpoint: its changes, or all of it. It goes with the first part.
     fn state(&mut self, state: &StateBuf, data: &[u8]) -> Result<(), SendError> {
         if state.is_empty() {
             return Ok(());
@@ -432,13 +433,13 @@ impl<R: Fn(SenderReport)> Work<R> {
             self.batched += section.bytes.len();
         }
         if self.state.try_copy_from(state).is_err() {
-            // Then the next one is sent whole.
+            // Then the next state is sent whole.
             self.state.clear();
         }
         Ok(())
     }
 
-    /// The pages of a checkpoint, written down where they stand. The last of them may wait there.
+    /// The pages of a checkpoint, written down in place. The last of them may wait there.
     fn pages(&mut self, staging: &mut Outgoing) -> Result<(), SendError> {
         let (gfns, data) = staging.pages_mut();
         let (mut begin, mut end) = (0, 0);
@@ -458,7 +459,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.section_of_pages(begin..end, data)
     }
 
-    /// The entries that have been collected, with their data.
+    /// The collected entries, with their data.
     fn section_of_pages(&mut self, range: Range<usize>, data: &[u8]) -> Result<(), SendError> {
         if self.entries.is_empty() {
             return Ok(());
@@ -471,7 +472,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         Ok(())
     }
 
-    /// The writes to disks, behind the pages and the state that wait in `data` and the heads.
+    /// The writes to disks, behind the pages and the state that wait in `data` and in the heads.
     fn disk_writes(&mut self, writes: &RecordBuf, data: &[u8]) -> Result<(), SendError> {
         if writes.is_empty() {
             return Ok(());
@@ -488,14 +489,14 @@ impl<R: Fn(SenderReport)> Work<R> {
         Ok(())
     }
 
-    /// The payload of the section whose head was just written.
+    /// Adds the payload of the section whose head was just written.
     fn add(&mut self, data: Range<usize>) {
         self.batched += data.len();
         self.cuts.push(Cut { heads_end: self.heads.len(), data });
     }
 
-    /// Writes what waits if `more` bytes would make the batch too large. A heartbeat that is due goes before
-    /// them.
+    /// Writes the waiting bytes if `more` bytes would make the batch too large. A heartbeat that is due goes
+    /// first.
     fn make_room(&mut self, more: usize, data: &[u8]) -> Result<(), SendError> {
         if self.batched > 0 && self.batched + more > BATCH_BYTES {
             self.flush(data)?;

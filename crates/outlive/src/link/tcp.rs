@@ -14,18 +14,18 @@ use super::Transport;
 /// sender rarely waits.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// How many bytes may wait in the kernel before they are sent. Without a limit a socket takes its whole
-/// buffer of pages, megabytes, as fast as memory copies them. A heartbeat that is written then waits behind
-/// all of them, on a slow link for as long as the standby waits before it takes over. TCP's windows, which
-/// the round trip needs, bound the bytes in flight. See TCP_NOTSENT_LOWAT in tcp(7) and
-/// `tcp_stream_memory_free` in Linux's include/net/tcp.h.
+/// How many unsent bytes may wait in the kernel. Without a limit a socket fills its whole buffer with pages,
+/// megabytes, as fast as memory copies them. A heartbeat that is written then waits behind all of them, on a
+/// slow link for as long as the standby waits before it takes over. TCP's windows, which depend on the round
+/// trip, bound the bytes in flight. See TCP_NOTSENT_LOWAT in tcp(7) and `tcp_stream_memory_free` in Linux's
+/// include/net/tcp.h.
 const NOT_SENT: u32 = 128 << 10;
 
 /// A connected socket.
 pub(super) struct Tcp(TcpStream);
 
 impl Tcp {
-    /// Connects, but not for longer than `patience`.
+    /// Connects, but takes no longer than `patience`.
     ///
     /// # Errors
     /// The operating system's.
@@ -33,15 +33,15 @@ impl Tcp {
         TcpStream::connect_timeout(address, patience).map(Self)
     }
 
-    /// Sets the options of every link: it sends at once (no Nagle), its buffers are large, and few bytes wait
-    /// in them unsent.
+    /// Sets the options of every link: it sends at once (no Nagle), its buffers are large, and few unsent
+    /// bytes wait in them.
     ///
     /// # Errors
     /// The operating system's.
     pub(super) fn prepare(self) -> io::Result<Self> {
         self.0.set_nodelay(true)?;
         let socket = SockRef::from(&self.0);
-        // The kernel caps the size at its limits.
+        // The kernel caps the size at its own limits.
         socket.set_send_buffer_size(SOCKET_BUFFER)?;
         socket.set_recv_buffer_size(SOCKET_BUFFER)?;
         socket.set_tcp_notsent_lowat(NOT_SENT)?;

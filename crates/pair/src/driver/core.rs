@@ -1,4 +1,4 @@
-//! What both drivers are made of.
+//! The core of both drivers.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -37,7 +37,7 @@ impl Machine for Standby {
     }
 }
 
-/// What carries the actions of one event out.
+/// Carries out the actions of one event.
 pub(super) trait Hands<M: Machine> {
     /// An event was handled; its actions follow.
     fn decided(&mut self, machine: &M);
@@ -45,14 +45,14 @@ pub(super) trait Hands<M: Machine> {
     /// Carries one action out.
     ///
     /// # Errors
-    /// The event that says that it failed.
+    /// The event that reports the failure.
     fn carry_out(&mut self, machine: &M, action: M::Action, after: &mut After) -> Result<(), M::Event>;
 }
 
-/// Actions that one event brings, at most, in the usual course of things: no allocation in a pause.
+/// The most actions that one event normally brings: no allocation in a pause.
 const ACTIONS: usize = 32;
 
-/// A state machine, its actions on their way, and what the waiting thread was told.
+/// A state machine, its pending actions, and what the waiting thread was told.
 pub(super) struct Core<M: Machine> {
     pub(super) machine: M,
     actions: Vec<M::Action>,
@@ -68,12 +68,12 @@ impl<M: Machine> Core<M> {
         Self { machine, actions, failures, waits_until: None, bug }
     }
 
-    /// Hands an event in, carries out what follows, and what follows from its failures.
+    /// Hands an event in, carries out what follows, and what follows from any failures.
     pub(super) fn run(&mut self, now: Duration, event: M::Event, hands: &mut impl Hands<M>) -> After {
         let mut after = After::default();
         self.step(now, event, hands, &mut after);
-        // The actions of an event are all carried out before a failure of one of them is handed in, so each
-        // event meets a state in which everything decided before has been tried.
+        // All actions of an event are carried out before a failure of one of them is handed in. So each event
+        // meets a state in which everything decided before has been tried.
         while let Some(failure) = self.failures.pop_front() {
             self.step(now, failure, hands, &mut after);
         }

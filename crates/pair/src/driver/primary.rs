@@ -12,7 +12,7 @@ use crate::{
     PrimaryNote, Ticket, Wanted,
 };
 
-/// What the primary's decisions reach. See [the module](super) for the rules that all methods keep.
+/// The effects of the primary's decisions. [The module](super) has the rules that all methods keep.
 ///
 /// Errors are texts for people; the driver reports each to the state machine.
 pub trait PrimaryPorts {
@@ -20,7 +20,7 @@ pub trait PrimaryPorts {
     type Part;
 
     /// Connect to the standby at this index of the list, then report [`Event::Connected`] or
-    /// [`Event::DialFailed`]. Before `Connected` the connection is put into the ports.
+    /// [`Event::DialFailed`]. The connection is put into the ports before `Connected`.
     ///
     /// # Errors
     /// It cannot be tried.
@@ -29,77 +29,78 @@ pub trait PrimaryPorts {
     /// Queue preface and Hello.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), String>;
 
     /// Have the base synchronisation begun: pages go out in rounds while the guest runs, until a checkpoint
-    /// can be captured. Trouble with it is reported as [`Event::LinkLost`].
+    /// can be captured. A failure is reported as [`Event::LinkLost`].
     ///
     /// # Errors
-    /// Nobody is there to do it.
+    /// No thread is there to do it.
     fn start_base(&mut self, link: Link) -> Result<(), String>;
 
     /// Queue a checkpoint, or the next part of one, for the link of its ticket, and for no other.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn ship(&mut self, ticket: Ticket, part: Self::Part) -> Result<(), String>;
 
     /// Queue a heartbeat, with the time at which it is written.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn send_heartbeat(&mut self, link: Link) -> Result<(), String>;
 
     /// Queue the orderly end of the VM.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), String>;
 
-    /// Have the link closed, after what is queued for it if an end is, and the protection that used it ended.
-    /// Nothing of it is reported any more, or is ignored. The link may be one that is still being dialled.
+    /// Have the link closed (after everything queued for it, if an orderly end is queued), and have the
+    /// protection that used it ended. Later reports about it are not given, or are ignored. The link may be
+    /// one that is still being dialled.
     fn hang_up(&mut self, link: Link);
 
     /// Queue the question for the arbiter; its answer is reported as [`Event::Claimed`].
     ///
     /// # Errors
-    /// It cannot be asked now. It is tried again as if the arbiter were out of reach.
+    /// It cannot be asked now. The claim is repeated as if the arbiter were out of reach.
     fn claim(&mut self, generation: u64) -> Result<(), String>;
 
-    /// Have the generation given back if it is this side's, after the answer to the question for it.
+    /// Have the generation given back if it is this side's, once the question for it is answered.
     fn give_back(&mut self, generation: u64);
 
-    /// Until when output that is let out may leave; `None`: forever. Given after each event and before its
+    /// Until when output that is let out may leave; `None`: forever. Called after each event, before its
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
     fn set_lease(&mut self, until: Option<Duration>);
 
-    /// Until when heartbeats may be written; `None`: forever. Given with the lease, and checked before each
-    /// heartbeat with a fresh clock.
+    /// Until when heartbeats may be written; `None`: forever. Called together with the lease, and checked
+    /// before each heartbeat with a fresh clock.
     fn set_beats(&mut self, until: Option<Duration>);
 
     /// The valve: hold output from now on, for this epoch. In the pause.
     ///
     /// # Errors
-    /// It cannot be held; the protection does not begin.
+    /// Output cannot be held; the protection does not begin.
     fn hold(&mut self, epoch: u64) -> Result<(), String>;
 
     /// The valve: output from now on belongs to this epoch. In the pause.
     ///
     /// # Errors
-    /// It is not held, or not for that epoch; the protection ends.
+    /// Output is not held, or not for that epoch; the protection ends.
     fn begin_epoch(&mut self, epoch: u64) -> Result<(), String>;
 
-    /// The valve: what was held for epochs up to this one may leave. It leaves in the drain that
-    /// follows ([`After::drain`]), as far as the lease lasts.
+    /// The valve: output that was held for epochs up to this one may leave. It leaves in the drain that
+    /// follows ([`After::drain`]), while the lease lasts.
     fn commit(&mut self, through: u64);
 
-    /// The valve: everything held may leave, in its order, and from then on output passes through. What is
-    /// held leaves in the drain that follows. The VM goes on in this generation.
+    /// The valve: everything held may leave, in order, and from then on output passes through. Held output
+    /// leaves in the drain that follows. The VM goes on in this generation.
     fn open(&mut self, generation: u64);
 
-    /// The valve: throw everything held away, and all that follows. Another host runs the VM. What is on its
-    /// way has left, or never will, when the drain that follows is done.
+    /// The valve: throw away all held output, and all that follows. Another host runs the VM. When the drain
+    /// that follows is done, output on its way has left or never will.
     fn fence(&mut self, generation: u64, owner: String);
 
     /// Have the guest asked to shut itself down.
@@ -111,7 +112,7 @@ pub trait PrimaryPorts {
     /// Have the process ended, after what was queued before.
     fn exit(&mut self, reason: ExitReason);
 
-    /// Have something logged, not on this thread under this lock.
+    /// Have something logged, but not on this thread, which holds the lock.
     fn note(&mut self, note: PrimaryNote);
 }
 
@@ -119,14 +120,14 @@ pub trait PrimaryPorts {
 pub struct PrimaryDriver<P> {
     core: Core<Primary>,
     ports: P,
-    /// The checkpoint captured just now, until it is handed to the caller.
+    /// The ticket of the checkpoint captured just now, until the caller gets it.
     captured: Option<Ticket>,
     /// What the waiting thread was told.
     told: Option<Wanted>,
 }
 
 impl<P: PrimaryPorts> PrimaryDriver<P> {
-    /// A driver. Nothing is done before the first event: hand in a `Tick`.
+    /// A driver. It does nothing before the first event: hand in a `Tick`.
     pub fn new(machine: Primary, mut ports: P) -> Self {
         ports.set_lease(machine.may_release_until());
         ports.set_beats(machine.may_beat_until());
@@ -134,7 +135,7 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
         Self { core: Core::new(machine, bug), ports, captured: None, told: None }
     }
 
-    /// The state machine, to ask it.
+    /// The state machine, for questions.
     pub fn machine(&self) -> &Primary {
         &self.core.machine
     }
@@ -161,11 +162,11 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
         after
     }
 
-    /// The VM stands still and all of a checkpoint is in staging: what becomes of it? The ticket goes with
-    /// the pages, and is what [`ship`](Self::ship) wants; without one the checkpoint is of no use, and its
-    /// pages can be told to no standby any more. Allocates nothing, but if the link is lost by it.
+    /// The VM is stopped and all of a checkpoint is in staging: this decides about it. The ticket goes with
+    /// the pages, and [`ship`](Self::ship) needs it. Without a ticket the checkpoint is useless, and its
+    /// pages can no longer be sent to any standby. Allocates nothing, unless the capture loses the link.
     ///
-    /// Output from here on belongs to the next epoch, whatever the answer.
+    /// From here on output belongs to the next epoch, whatever the answer.
     pub fn captured(&mut self, now: Duration) -> (Option<Ticket>, After) {
         self.captured = None;
         let after = self.handle(now, Event::Captured);
@@ -175,7 +176,7 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     /// Queues a checkpoint, or the next part of one, for the link of its ticket.
     ///
     /// # Errors
-    /// The part, if that link is not in use any more.
+    /// The part, if that link is no longer in use.
     pub fn ship(&mut self, now: Duration, mut ticket: Ticket, part: P::Part) -> Result<After, P::Part> {
         if planted!(self.core.bug, TicketOnNewLink) {
             ticket.link = self.core.machine.link().unwrap_or(ticket.link);
@@ -189,8 +190,8 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
         })
     }
 
-    /// What the thread that waits may wait for: the checkpoint that is wanted, if one is, and the time at
-    /// which a `Tick` is due. [`After::wake`] says when this changes for the better.
+    /// What the waiting thread may wait for: the checkpoint that is wanted, if any, and the time at which a
+    /// `Tick` is due. [`After::wake`] says when this changes to something earlier.
     pub fn wait(&mut self) -> (Wanted, Option<Duration>) {
         let wanted = self.core.machine.wanted_capture();
         self.told = Some(wanted);
@@ -210,8 +211,8 @@ struct Carrying<'a, P> {
 }
 
 impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
-    /// The lease comes before the actions: what is let out asks it, and one that has ended must be known
-    /// before anything else is.
+    /// The lease comes before the actions: output that is let out asks it, and an ended lease must be known
+    /// before anything else.
     fn decided(&mut self, machine: &Primary) {
         if !planted!(self.bug, LeaseForgotten) {
             self.ports.set_lease(machine.may_release_until());
@@ -256,7 +257,7 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             Action::SendHeartbeat { link } => ports.send_heartbeat(link).map_err(|why| lost(link, why)),
             Action::SendEnd { link, reason } => ports.send_end(link, reason).map_err(|why| lost(link, why)),
             Action::Hangup { link } => {
-                // A ticket that nobody has yet is for a link that is gone.
+                // A ticket that nobody has received yet is for a link that is gone.
                 self.captured.take_if(|ticket| ticket.link == link);
                 ports.hang_up(link);
                 Ok(())

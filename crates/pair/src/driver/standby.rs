@@ -10,13 +10,13 @@
 //! ```
 //!
 //! * The reader never waits for the applier. A checkpoint that is staged while another one is applied waits
-//!   for its *acknowledgement*; its stamp was heard, and heartbeats are heard and answered all the while, so
-//!   a slow apply or a slow disk costs speed and not the protection. The primary has at most `slots` (of its
-//!   Hello) checkpoints unacknowledged, so `slots + 1` staging buffers are enough for the reader to go on
+//!   for its *acknowledgement*. But its stamp was heard, and heartbeats are heard and answered all the while,
+//!   so a slow apply or a slow disk costs speed and not the protection. The primary has at most `slots` (of
+//!   its Hello) unacknowledged checkpoints, so with `slots + 1` staging buffers the reader never waits,
 //!   whatever the applier does.
-//! * Before a checkpoint's `Staged` the reader puts the full buffer into the ports, under the same lock. The
-//!   buffer is the ports' until [`apply`](StandbyPorts::apply) hands it to the applier,
-//!   [`hang_up`](StandbyPorts::hang_up) drops it, or [`discard`](StandbyPorts::discard) does.
+//! * Before it reports a checkpoint as `Staged` the reader puts the full buffer into the ports, under the
+//!   same lock. The ports own the buffer until [`apply`](StandbyPorts::apply) hands it to the applier, or
+//!   [`hang_up`](StandbyPorts::hang_up) or [`discard`](StandbyPorts::discard) drops it.
 //! * After an `Applied` the applier gives the buffer back to the reader of that link, if there still is one.
 
 use std::time::Duration;
@@ -34,17 +34,17 @@ use crate::{
 /// A takeover that was won.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeOver {
-    /// From which connection the copy came.
+    /// The connection over which the copy came.
     pub link: Link,
-    /// The checkpoint that memory and state are at.
+    /// The checkpoint of memory and state.
     pub checkpoint: u64,
     /// The generation won.
     pub generation: u64,
-    /// The operator wants the VM ended in order at once.
+    /// Whether the operator wants the VM ended in order at once.
     pub stop: bool,
 }
 
-/// What the standby's decisions reach. See [the module](super) for the rules that all methods keep.
+/// The effects of the standby's decisions. [The module](super) has the rules that all methods keep.
 ///
 /// Bytes for a link are queued here and written in the drain ([`After::drain`]); an error of that write is
 /// reported as [`Event::LinkLost`]. Errors are texts for people; the driver reports each to the state
@@ -53,75 +53,76 @@ pub trait StandbyPorts {
     /// Queue preface and Accept.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String>;
 
     /// Queue preface and Refuse, and have the link closed after it.
     fn refuse(&mut self, link: Link, code: RefuseCode, text: String);
 
-    /// Have the base tried for a takeover, by the applier; report [`Event::Tried`]. Memory is not changed,
-    /// the machine may be.
+    /// Have the applier try the base for a takeover; report [`Event::Tried`]. Memory is not changed; the
+    /// machine may be.
     ///
     /// # Errors
-    /// Nobody is there to do it.
+    /// No thread is there to do it.
     fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
 
     /// Queue an acknowledgement.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String>;
 
-    /// Hand the staged checkpoint to the applier. It writes all of it to memory, keeps the state and gives
-    /// the writes to disks to their thread, whatever becomes of the link; then report [`Event::Applied`].
+    /// Hand the staged checkpoint to the applier. The applier writes all of it to memory, keeps the state and
+    /// gives the disk writes to their thread, whatever happens to the link; then report [`Event::Applied`].
     ///
     /// # Errors
-    /// Nobody is there to do it: this copy is worthless.
+    /// No thread is there to do it: this copy is worthless.
     fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
 
     /// Have the disks brought to the checkpoint, durably; report [`Event::Settled`] or [`Event::Failed`].
     ///
     /// # Errors
-    /// Nobody is there to do it: this copy is worthless.
+    /// No thread is there to do it: this copy is worthless.
     fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
 
-    /// Have what this process will leave of the copy say that it is given up, durably; report
+    /// Have whatever this process leaves of the copy say, durably, that it is given up; report
     /// [`Event::Released`].
     ///
     /// # Errors
-    /// Nobody is there to do it.
+    /// No thread is there to do it.
     fn release(&mut self, link: Link) -> Result<(), String>;
 
     /// Queue a heartbeat with this stamp.
     ///
     /// # Errors
-    /// The link takes nothing any more.
+    /// The link no longer accepts anything.
     fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String>;
 
     /// Queue the orderly leave.
     fn send_leave(&mut self, link: Link, reason: LeaveReason);
 
-    /// Have the link closed, after what is queued for it. Drop what is staged from it, whole or partial, but
-    /// for what the applier has.
+    /// Have the link closed, after what is queued for it. Drop everything that is staged from it, whole or
+    /// partial, except for what the applier has.
     fn hang_up(&mut self, link: Link);
 
-    /// Have the copy of this link thrown away by the applier, after what it does now; then report
+    /// Have the applier throw away the copy of this link, after its current work; then report
     /// [`Event::Discarded`]. No other primary is accepted before.
     fn discard(&mut self, link: Link);
 
     /// Queue the question for the arbiter; its answer is reported as [`Event::Claimed`].
     ///
     /// # Errors
-    /// It cannot be asked now. It is tried again as if the arbiter were out of reach.
+    /// It cannot be asked now. The claim is repeated as if the arbiter were out of reach.
     fn claim(&mut self, generation: u64) -> Result<(), String>;
 
-    /// Have the VM run from what is applied. The applier is idle then.
+    /// Have the VM run from the applied checkpoint. The applier is idle then.
     fn take_over(&mut self, order: TakeOver);
 
     /// Have the process ended, after what was queued before.
     fn exit(&mut self, reason: StandbyExit);
 
-    /// Have something logged, not on this thread under this lock. The time of a note is when it comes here.
+    /// Have something logged, but not on this thread, which holds the lock. The time of a note is the time of
+    /// this call.
     fn note(&mut self, note: StandbyNote);
 }
 
@@ -129,7 +130,7 @@ pub trait StandbyPorts {
 pub struct StandbyDriver<P> {
     core: Core<Standby>,
     ports: P,
-    /// The base pages at hand may be written.
+    /// Whether the current base pages may be written.
     base_may: bool,
 }
 
@@ -140,7 +141,7 @@ impl<P: StandbyPorts> StandbyDriver<P> {
         Self { core: Core::new(machine, bug), ports, base_may: false }
     }
 
-    /// The state machine, to ask it.
+    /// The state machine, for questions.
     pub fn machine(&self) -> &Standby {
         &self.core.machine
     }
@@ -155,7 +156,7 @@ impl<P: StandbyPorts> StandbyDriver<P> {
         &mut self.ports
     }
 
-    /// Whether this introduction would be accepted now: to be asked before memory is set aside for its VM.
+    /// Whether this introduction would be accepted now: ask this before memory is set aside for its VM.
     ///
     /// # Errors
     /// The code and the words for the refusal.
@@ -170,8 +171,8 @@ impl<P: StandbyPorts> StandbyDriver<P> {
         self.core.run(now, event, &mut hands)
     }
 
-    /// A section of base pages (or of the base synchronisation of disks) has arrived: whether it may be
-    /// written. The link stays the reader's to write for until it reads on.
+    /// A section of base pages (or of the base synchronisation of disks) has arrived: returns whether it may
+    /// be written. The permission lasts until the reader reads on.
     pub fn base_pages(&mut self, now: Duration, link: Link) -> (bool, After) {
         self.base_may = false;
         let after = self.handle(now, Event::BasePages { link });

@@ -1,8 +1,8 @@
-//! Logs that have no room left, and are emptied by a checkpoint.
+//! Logs that are full; a checkpoint empties them.
 
 use super::{Facts, Next, Rule, Why};
 
-/// Ends an epoch when a dirty ring is full: KVM holds the vCPU until it is emptied.
+/// Ends an epoch when a dirty ring is full: KVM holds the vCPU until the ring is emptied.
 #[derive(Debug)]
 pub struct DirtyLogFull;
 
@@ -12,7 +12,7 @@ impl Rule for DirtyLogFull {
     }
 }
 
-/// Ends an epoch when the log of disk writes is full: the guest's requests wait until it is emptied.
+/// Ends an epoch when the log of disk writes is full: the guest's requests wait until the log is emptied.
 #[derive(Debug)]
 pub struct DiskLogFull;
 

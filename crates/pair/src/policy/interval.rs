@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::{Facts, Next, Pause, Rule, Why};
 
-/// Ends an epoch a fixed time after the last one ended.
+/// Ends an epoch a fixed time after the previous one ended.
 ///
-/// The ends keep a rhythm: one that comes late does not make the next one late, so the rate of checkpoints is
-/// what was asked for. After a long pause the rhythm begins anew.
+/// The ends keep a rhythm: a late one does not make the next one late, so checkpoints come at the configured
+/// rate. After a long pause the rhythm begins anew.
 #[derive(Debug)]
 pub struct Interval {
     length: Duration,
@@ -28,7 +28,7 @@ impl Rule for Interval {
 
     fn ended(&mut self, pause: &Pause) {
         self.due = (self.due + self.length).max(pause.began + self.length / 2);
-        // Ends that another rule brought forward do not add up to one that is far away.
+        // Ends that another rule brought forward do not add up to a far-away one.
         self.due = self.due.min(pause.began + self.length);
     }
 }

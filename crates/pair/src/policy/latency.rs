@@ -1,12 +1,12 @@
-//! Epochs that end in time for a promise about output.
+//! Epochs that end in time to keep a promise about output.
 
 use std::time::Duration;
 
 use super::{Facts, Next, Pause, Rule, Why};
 
-/// Ends an epoch so that its first output is let out within a target time after the guest has sent it, as
-/// far as pause and commit take what they took the last time. A target that they alone exceed ends an epoch
-/// as soon as output is held.
+/// Ends an epoch so that its first output is let out within a target time after the guest has sent it,
+/// provided that pause and commit take as long as they last did. If they alone exceed the target, the epoch
+/// ends as soon as output is held.
 #[derive(Debug)]
 pub struct Latency {
     target: Duration,
@@ -14,7 +14,7 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// Output is to be held no longer than this.
+    /// Output is held for no longer than this.
     pub fn new(target: Duration) -> Self {
         Self { target, pause: Duration::ZERO }
     }
@@ -28,7 +28,7 @@ impl Rule for Latency {
     }
 
     fn ended(&mut self, pause: &Pause) {
-        // One long pause says little; a slow fall makes the rule careful for a few epochs.
+        // One long pause says little; the slow decay makes the rule careful for a few epochs.
         self.pause = pause.length().max(self.pause * 3 / 4);
     }
 }

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use super::{Facts, Next, Pause, Rule, Why};
 
-/// Ends an epoch that nothing else has ended: a takeover repeats no more of the guest's work than this.
+/// Ends an epoch that nothing else has ended: a takeover repeats at most this much of the guest's work.
 ///
-/// An epoch in which nothing has changed may last longer. Its checkpoint would say what the last one says.
+/// An epoch in which nothing has changed may last longer, because its checkpoint would equal the previous
+/// one.
 #[derive(Debug)]
 pub struct Longest {
     length: Duration,
@@ -15,13 +16,13 @@ pub struct Longest {
 }
 
 impl Longest {
-    /// Epochs of this length at most.
+    /// Epochs of at most this length.
     pub fn new(length: Duration) -> Self {
         Self { length, unchanged: length, resumed: Duration::ZERO }
     }
 
-    /// The same, and of `unchanged` as long as nothing changes; a change is in a checkpoint after `length` at
-    /// the latest all the same.
+    /// The same, but epochs may last `unchanged` as long as nothing changes. A change is still in a
+    /// checkpoint after `length` at the latest.
     pub fn unless_unchanged(length: Duration, unchanged: Duration) -> Self {
         Self { length, unchanged: unchanged.max(length), resumed: Duration::ZERO }
     }
@@ -33,8 +34,7 @@ impl Rule for Longest {
         if facts.changed || facts.now < due {
             return Next::from(due, facts, Why::Longest);
         }
-        // Nobody tells of a change. Half of the length, so that a look and the wish that follows it are in
-        // time.
+        // Nothing reports a change. Looking after half of the length leaves time for the wish that follows.
         Next::from(last, facts, Why::Longest).earlier(Next::At(facts.now + self.length / 2))
     }
 

@@ -1,25 +1,25 @@
-//! When does an epoch end? The one place that answers.
+//! The one place that decides when an epoch ends.
 //!
-//! The coordinator collects [`Facts`], asks [`Policy::next`], and does nothing until the time in the answer
-//! or until a fact changes. It reads no clock and no counter here: the answer follows from the facts alone.
+//! The coordinator collects [`Facts`], asks [`Policy::next`], and then waits until the time in the answer or
+//! until a fact changes. The policy reads no clock and no counter: the answer follows from the facts alone.
 //!
-//! A policy consists of [`Rule`]s, each in a file of its own; the one that wants the earliest end wins. Above
-//! them stands one guarantee, which no rule can break: **between two pauses the guest runs at least as long
-//! as the last pause took**, so it has half of the time however much the rules ask for. The only exception is
-//! a guest that KVM has stopped because a dirty ring is full: it has no use for run time.
+//! A policy consists of [`Rule`]s, each in its own file; the rule that wants the earliest end wins. Above
+//! them is one guarantee, which no rule can break: **between two pauses the guest runs at least as long as
+//! the last pause took**, so it has half of the time, however much the rules ask for. The only exception is a
+//! guest that KVM has stopped because a dirty ring is full: it cannot use run time.
 //!
 //! | rule | ends the epoch |
 //! |---|---|
-//! | [`Output`] | when output is held, and it has run for a moment |
+//! | [`Output`] | when output is held and the epoch has run for a moment |
 //! | [`Latency`] | in time to let output out within a target |
-//! | [`Longest`] | when it has run for so long; for longer if nothing has changed |
-//! | [`Interval`] | a fixed time after the last one ended |
-//! | [`DirtyTrigger`] | when so many pages are dirty |
+//! | [`Longest`] | when the epoch has run for this long; later if nothing has changed |
+//! | [`Interval`] | a fixed time after the previous one ended |
+//! | [`DirtyTrigger`] | when this many pages are dirty |
 //! | [`DiskLogFull`] | when the log of disk writes is full |
 //! | [`DirtyLogFull`] | when a dirty ring is full |
 //!
 //! A new rule is a file with a type that implements [`Rule`], and a line where the coordinator makes its
-//! policy. What it must know and is not in [`Facts`] yet is a field there.
+//! policy. If the rule needs a fact that is not in [`Facts`] yet, add a field there.
 
 mod full;
 mod interval;
@@ -40,39 +40,39 @@ pub use longest::Longest;
 pub use output::Output;
 pub use trigger::DirtyTrigger;
 
-/// What is known when the question is asked. All times are of one clock, which may be any.
+/// What is known when the policy is asked. All times come from one clock, which may be any.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Facts {
     /// The time.
     pub now: Duration,
-    /// Pages that this epoch has made dirty, as far as can be seen while the guest runs.
+    /// Pages that this epoch has dirtied, as far as can be seen while the guest runs.
     pub dirty_pages: u64,
-    /// Something has changed in this epoch that a checkpoint would carry, or may have as far as can be seen:
-    /// pages, or disks.
+    /// Whether this epoch has changed something that a checkpoint would carry, or may have as far as can be
+    /// seen: pages, or disks.
     pub changed: bool,
-    /// KVM holds a vCPU because its dirty ring is full.
+    /// Whether KVM holds a vCPU because its dirty ring is full.
     pub dirty_log_full: bool,
-    /// A disk has no room left in the log of writes; requests of the guest wait.
+    /// Whether a disk has no room left in the log of writes, so that requests of the guest wait.
     pub disk_log_full: bool,
-    /// Since when the oldest output of this epoch is held; `None`: none is.
+    /// Since when the oldest output of this epoch is held; `None` if no output is held.
     pub held_since: Option<Duration>,
-    /// From the end of a checkpoint's pause to its acknowledgement, the last time.
+    /// How long the last checkpoint took from the end of its pause to its acknowledgement.
     pub acknowledged_in: Option<Duration>,
 }
 
-/// A pause that is over, and with it an epoch.
+/// A finished pause; it also ended an epoch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pause {
     /// When the guest was stopped.
     pub began: Duration,
-    /// When it went on.
+    /// When it ran again.
     pub ended: Duration,
     /// Pages of the checkpoint.
     pub pages: u64,
 }
 
 impl Pause {
-    /// How long the guest stood still.
+    /// How long the guest was stopped.
     pub fn length(&self) -> Duration {
         self.ended.saturating_sub(self.began)
     }
@@ -90,7 +90,7 @@ pub enum Next {
 }
 
 impl Next {
-    /// At this time, which may be over.
+    /// At this time, which may be past.
     fn from(due: Duration, facts: &Facts, why: Why) -> Self {
         if facts.now >= due { Self::Now(why) } else { Self::At(due) }
     }
@@ -104,27 +104,27 @@ impl Next {
     }
 }
 
-/// What ends an epoch.
+/// The reason for the end of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Why {
     /// Its time is over.
     Interval,
     /// Output is held.
     Output,
-    /// Output would be held for longer than it is to be.
+    /// Output would be held for longer than it may be.
     Latency,
-    /// It has run for as long as one may.
+    /// The epoch has reached its greatest length.
     Longest,
-    /// So many pages are dirty.
+    /// This many pages are dirty.
     DirtyPages,
-    /// A dirty ring is full, and the guest stands still.
+    /// A dirty ring is full, and the guest is stopped.
     DirtyLogFull,
     /// The log of disk writes is full.
     DiskLogFull,
 }
 
 impl Why {
-    /// Whether the guest has no use for the run time that it is guaranteed.
+    /// Whether the guest cannot use the run time that it is guaranteed.
     fn guest_waits(self) -> bool {
         matches!(self, Self::DirtyLogFull)
     }
@@ -146,7 +146,7 @@ impl fmt::Display for Why {
 
 /// One reason to end an epoch.
 pub trait Rule: Send + fmt::Debug {
-    /// When the epoch should end, as far as this rule goes.
+    /// When the epoch should end, according to this rule.
     fn next(&self, facts: &Facts) -> Next;
 
     /// An epoch has ended, for whatever reason.
@@ -163,16 +163,16 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// A policy of these rules. Where two want an end at the same time, the first one's reason counts.
+    /// A policy of these rules. If two want an end at the same time, the first one's reason counts.
     pub fn new(rules: Vec<Box<dyn Rule>>) -> Self {
         Self { rules, last: Pause::default() }
     }
 
-    /// When the epoch ends that runs now.
+    /// When the running epoch ends.
     pub fn next(&self, facts: &Facts) -> Next {
         let wishes = self.rules.iter().map(|rule| rule.next(facts));
         let next = wishes.fold(Next::Nothing, |earliest, wish| match (earliest, wish) {
-            // A guest that stands still is helped at once, whoever else has a wish.
+            // A stopped guest is helped at once, whatever the other rules want.
             (Next::Now(_), Next::Now(why)) if why.guest_waits() => wish,
             _ => earliest.earlier(wish),
         });

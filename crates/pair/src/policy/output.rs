@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::{Facts, Next, Pause, Rule, Why};
 
-/// Ends an epoch as soon as output is held, but not before it has run for a moment: what comes in that time
-/// goes with the same checkpoint.
+/// Ends an epoch as soon as output is held, but not before it has run for a moment: output that comes in that
+/// time goes with the same checkpoint.
 ///
-/// An answer waits for the end of its epoch and for its commit. This rule takes the first wait away.
+/// An answer waits for the end of its epoch and for its commit. This rule removes the first wait.
 #[derive(Debug)]
 pub struct Output {
     coalesce: Duration,
@@ -15,7 +15,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// The usual moment. A guest answers a handful of requests in it, and it is of the size of a pause.
+    /// The usual moment. In it a guest answers a handful of requests, and it is about as long as a pause.
     pub const COALESCE: Duration = Duration::from_micros(80);
 
     /// Epochs with output are at least this long.

@@ -1,4 +1,4 @@
-//! What holds for every course of pauses and facts.
+//! Properties that hold for every course of pauses and facts.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ fn all(interval: Duration, pages: u64) -> Policy {
     ])
 }
 
-/// A policy of its own with the rules that every VM has.
+/// A separate policy with the rules that every VM has.
 fn with(rules: Vec<Box<dyn Rule>>) -> Policy {
     let common: [Box<dyn Rule>; 3] =
         [Box::new(DirtyLogFull), Box::new(DiskLogFull), Box::new(DirtyTrigger::new(2000))];
@@ -32,9 +32,9 @@ struct Course {
     pages_per_us: u64,
     log_full_after: Option<u64>,
     disk_full_after: Option<u64>,
-    /// The guest sends something.
+    /// When the guest sends something.
     held_after: Option<u64>,
-    /// It changes something.
+    /// When it changes something.
     changes_after: Option<u64>,
     late: u64,
     pause: u64,
@@ -67,7 +67,7 @@ fn course() -> impl Strategy<Value = Course> {
     )
 }
 
-/// What one epoch was like.
+/// How one epoch went.
 #[derive(Debug)]
 struct Epoch {
     why: Why,
@@ -75,7 +75,7 @@ struct Epoch {
     looks: u32,
 }
 
-/// Does what a coordinator does: asks, sleeps until the answer, until a log is full or until output is held,
+/// Acts as a coordinator: asks, sleeps until the answer, until a log is full or until output is held, and
 /// asks again.
 fn run(policy: &mut Policy, resumed: Duration, course: Course) -> (Epoch, Pause) {
     let full = |after: Option<u64>, now: Duration| after.is_some_and(|after| now >= resumed + us(after));
@@ -125,8 +125,8 @@ proptest! {
                 epoch.ran >= last || epoch.why == Why::DirtyLogFull,
                 "ran {:?} after a pause of {last:?}, ended by {}", epoch.ran, epoch.why
             );
-            // And it is not left to run for long: the interval, or as long as the pause, and how late the
-            // coordinator is.
+            // And the guest does not run for long: at most the interval, or as long as the pause, plus the
+            // coordinator's lateness.
             let longest = us(interval).max(last) + us(course.late) + us(interval);
             prop_assert!(epoch.ran <= longest, "ran {:?}, {longest:?} at most", epoch.ran);
             (resumed, last) = (pause.ended, pause.length());
@@ -151,7 +151,7 @@ proptest! {
         prop_assert_eq!(policy.next(&facts), Next::Now(Why::DirtyLogFull));
     }
 
-    /// Late wake-ups do not lower the rate that was asked for.
+    /// Late wake-ups do not lower the configured rate.
     #[test]
     fn short_pauses_keep_the_rhythm(interval in 500u64..3000, late in 0u64..200, pause in 10u64..100) {
         let mut policy = all(us(interval), u64::MAX);
@@ -177,7 +177,7 @@ fn dirty_pages_end_an_epoch_early_and_are_counted_often() {
     let (epoch, _) = run(&mut policy, pause.ended, course);
     assert_eq!((epoch.why, epoch.ran), (Why::DirtyPages, us(500)));
     assert!(epoch.looks <= 4, "{} looks", epoch.looks);
-    // And a guest that does nothing is left alone.
+    // And an idle guest is left alone.
     let (epoch, _) = run(&mut policy, pause.ended, QUIET);
     assert!(epoch.looks <= 8, "{} looks in 10 ms", epoch.looks);
 }
@@ -193,8 +193,8 @@ fn a_full_disk_log_ends_an_epoch_as_soon_as_the_guest_has_had_its_time() {
 }
 
 proptest! {
-    /// Output waits for the end of its epoch as long as it is said to, and no epoch ends for output alone before
-    /// it has run for the moment in which more of it may come.
+    /// Output waits for the end of its epoch no longer than stated, and no epoch ends for output alone before
+    /// it has run for the moment in which more output may come.
     #[test]
     fn output_ends_its_epoch(
         coalesce in 0u64..500,
@@ -217,8 +217,8 @@ proptest! {
         }
     }
 
-    /// A target that pause and commit leave room for is met, up to how late the coordinator is; it is used, so
-    /// that epochs are no shorter than they need to be.
+    /// If pause and commit leave room for a target, it is met, except for the coordinator's lateness. It is
+    /// also used up, so that epochs are no shorter than they need to be.
     #[test]
     fn a_target_for_output_is_met(
         target in 500u64..5000,
@@ -239,8 +239,8 @@ proptest! {
         }
     }
 
-    /// Nobody looks for a change all the time, and still it is in a checkpoint in time. Without one an epoch is
-    /// as long as it may be.
+    /// Nobody looks for changes all the time, and still they are in a checkpoint in time. Without a change an
+    /// epoch lasts as long as it may.
     #[test]
     fn what_changes_is_in_a_checkpoint_in_time(
         length in 1000u64..20_000,
@@ -268,7 +268,7 @@ proptest! {
     }
 }
 
-/// A rule that nobody has thought of yet is one more file.
+/// A rule that nobody has thought of yet needs only one more file.
 #[test]
 fn a_rule_of_its_own_takes_part() {
     #[derive(Debug)]

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::{Facts, Next, Pause, Rule, Why};
 
-/// Ends an epoch when so many pages are dirty, so that the pause for them stays short.
+/// Ends an epoch when this many pages are dirty, so that the pause for them stays short.
 ///
-/// Nobody says when a page becomes dirty, so the pages are counted again and again, the more often the sooner
-/// they may be too many.
+/// Nothing reports that a page becomes dirty, so the pages are counted again and again, the more often the
+/// sooner they may be too many.
 #[derive(Debug)]
 pub struct DirtyTrigger {
     pages: u64,
@@ -15,9 +15,9 @@ pub struct DirtyTrigger {
 }
 
 impl DirtyTrigger {
-    /// Time between two looks at the number of pages, at least.
+    /// The least time between two looks at the number of pages.
     const OFTEN: Duration = Duration::from_micros(250);
-    /// And at most. A vCPU makes some 300 to 2000 pages dirty in this time.
+    /// The most. A vCPU dirties about 300 to 2000 pages in this time.
     const SELDOM: Duration = Duration::from_millis(2);
 
     /// Ends an epoch at this number of pages.
@@ -25,7 +25,7 @@ impl DirtyTrigger {
         Self { pages, resumed: Duration::ZERO }
     }
 
-    /// Half of the time in which the pages are too many, if they come as they have come so far.
+    /// Half of the time until there will be too many pages, at the rate so far.
     fn look(&self, facts: &Facts) -> Duration {
         let ran = facts.now.saturating_sub(self.resumed).as_nanos();
         let left = u128::from(self.pages - facts.dirty_pages);

@@ -1,4 +1,4 @@
-//! What goes into and comes out of the primary's machine.
+//! The input and output of the primary's machine.
 
 use std::fmt;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::{ClaimResult, Link, LossReason, Timing};
 pub struct PrimaryConfig {
     /// The generation that this host owns.
     pub generation: u64,
-    /// The last checkpoint of the VM: 0 for a new VM, after a takeover the one it was resumed from.
+    /// The last checkpoint of the VM: 0 for a new VM; after a takeover, the one from which it was resumed.
     pub checkpoint: u64,
     /// How many standby addresses there are; they are tried in turn.
     pub standbys: usize,
@@ -25,20 +25,20 @@ pub struct PrimaryConfig {
 /// What happens to a primary.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PrimaryEvent {
-    /// Time has passed. Given by the thread that waits, takes checkpoints and follows, and by no other: it is
-    /// the sign that this thread gets on.
+    /// Time has passed. Only the thread that waits, takes checkpoints and follows may hand this in: it is the
+    /// sign that this thread makes progress.
     Tick,
     /// That thread begins something during which it gives no sign.
     LongWork {
         /// How long it may take.
         within: Duration,
     },
-    /// A connection dialled is up.
+    /// A dialled connection is up.
     Connected {
         /// Which.
         link: Link,
     },
-    /// A connection dialled could not be made. Every [`PrimaryAction::Dial`] must be answered with this or
+    /// A connection could not be made. Every [`PrimaryAction::Dial`] must be answered with this or
     /// `Connected`.
     DialFailed {
         /// Which.
@@ -62,7 +62,7 @@ pub enum PrimaryEvent {
         /// Why, in its words.
         text: String,
     },
-    /// Bytes have arrived that are no message yet.
+    /// Bytes have arrived that are not a whole message yet.
     Heard {
         /// On which connection.
         link: Link,
@@ -92,20 +92,20 @@ pub enum PrimaryEvent {
         /// Why.
         reason: LeaveReason,
     },
-    /// A connection ended, or cannot be used any more (damage; trouble of this side's own with tracking or
-    /// sending).
+    /// A connection ended, or cannot be used any more (damage; a failure of tracking or sending on this
+    /// side).
     LinkLost {
         /// Which.
         link: Link,
         /// Why.
         why: LossReason,
     },
-    /// The VM is paused and all of a checkpoint is in staging. Given inside the pause, and the answer is
+    /// The VM is paused and all of a checkpoint is in staging. Handed in inside the pause, and the answer is
     /// carried out inside it: output is held, or belongs to the next epoch, from the first instruction after
     /// it. After an [`End`](Self::End) or a [`Stop`](Self::Stop) it is the last one.
     Captured,
-    /// Output cannot be held. Must follow the [`PrimaryAction::HoldOutput`] before the ticket of that capture
-    /// is given to anybody: the machine counts on it that no standby has the base.
+    /// Output cannot be held. Must follow the [`PrimaryAction::HoldOutput`] before anybody is given the
+    /// ticket of that capture: the machine relies on no standby having the base.
     HoldFailed {
         /// For which connection.
         link: Link,
@@ -114,27 +114,27 @@ pub enum PrimaryEvent {
     },
     /// The arbiter's answer.
     Claimed {
-        /// To the claim of which generation.
+        /// The claimed generation.
         generation: u64,
         /// The answer.
         result: ClaimResult,
     },
-    /// The VM cannot run on this host any more, and ends here without a word: its standby goes on.
+    /// The VM cannot run on this host any more, and ends here without a word: its standby takes over.
     Unable,
     /// The guest has ended the VM. The first reason counts. No vCPU runs any more, and the coordinator
-    /// carries on until [`PrimaryAction::Exit`].
+    /// continues until [`PrimaryAction::Exit`].
     End {
         /// Why.
         reason: EndReason,
     },
     /// The operator wants the VM stopped.
     Stop {
-        /// The guest can be asked to shut itself down, and is, the first time.
+        /// Whether the guest can be asked to shut itself down; it is asked the first time.
         ask_guest: bool,
     },
 }
 
-/// What was decided about a checkpoint. It goes with the pages to the thread that sends them, so that nobody
+/// The decision about a checkpoint. It goes with the pages to the thread that sends them, so that nobody
 /// looks up again what may have changed since.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ticket {
@@ -174,7 +174,7 @@ pub enum PrimaryAction {
     /// From now on no output leaves; it is kept, with the number of its epoch. If that is impossible, report
     /// [`PrimaryEvent::HoldFailed`].
     HoldOutput {
-        /// The connection for whose sake.
+        /// The connection that requires it.
         link: Link,
         /// The epoch that begins.
         epoch: u64,
@@ -182,22 +182,22 @@ pub enum PrimaryAction {
     /// Output that is held from now on belongs to this epoch. If that is impossible, report
     /// [`PrimaryEvent::LinkLost`].
     BeginEpoch {
-        /// The connection for whose sake.
+        /// The connection that requires it.
         link: Link,
         /// The epoch that begins.
         epoch: u64,
     },
     /// Send the checkpoint just captured. All output produced before this pause belongs to it.
     Ship(Ticket),
-    /// The checkpoint just captured is of no use (the link was lost meanwhile): free its staging.
+    /// The checkpoint just captured is useless (the link was lost meanwhile): free its staging.
     DropCapture,
-    /// Let the output of all epochs up to this one out, asking
+    /// Let the output of all epochs up to this one out, but ask
     /// [`Primary::may_release`](crate::Primary::may_release) before each piece.
     Release {
         /// Number of the newest committed checkpoint.
         through: u64,
     },
-    /// Send a heartbeat with the time of this clock when it is written. Also between the sections of a long
+    /// Send a heartbeat with the time of this clock when it is written, even between the sections of a long
     /// checkpoint.
     SendHeartbeat {
         /// On which connection.
@@ -210,8 +210,8 @@ pub enum PrimaryAction {
         /// Why.
         reason: EndReason,
     },
-    /// Close a connection (what is queued for it may still go out), end the protection that used it. Output
-    /// that is held stays held.
+    /// Close a connection (bytes queued for it may still go out) and end the protection that used it. Held
+    /// output stays held.
     Hangup {
         /// Which.
         link: Link,
@@ -221,13 +221,13 @@ pub enum PrimaryAction {
         /// Which.
         generation: u64,
     },
-    /// Give a generation back that may have been won and cannot be used, once the question for it is answered:
-    /// its winner has never run the VM in it. The process does not end before.
+    /// Give back a generation that may have been won and cannot be used, once the question for it is
+    /// answered: its winner has never run the VM in it. The process does not end before that.
     GiveBack {
         /// Which.
         generation: u64,
     },
-    /// Let everything held out, in its order; from now on output passes through.
+    /// Let all held output out, in order; from now on output passes through.
     ReleaseAll {
         /// The generation in which the VM goes on.
         generation: u64,
@@ -236,14 +236,14 @@ pub enum PrimaryAction {
     AskGuest,
     /// Stop the vCPUs for good.
     StopGuest,
-    /// Another side owns the VM: throw held output away, and all that follows.
+    /// Another side owns the VM: throw away all held output, and all that follows.
     Fence {
         /// The generation that was lost.
         generation: u64,
-        /// Who has it.
+        /// The owner.
         owner: String,
     },
-    /// End the process, after what is queued before this has been carried out.
+    /// End the process, after everything queued before has been carried out.
     Exit {
         /// Why.
         reason: ExitReason,
@@ -252,15 +252,15 @@ pub enum PrimaryAction {
     Note(PrimaryNote),
 }
 
-/// What the log and the event stream should say.
+/// A note for the log and the event stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PrimaryNote {
-    /// A standby could not be reached; said once per reason.
+    /// A standby could not be reached; given once per reason.
     DialFailed {
         /// Why.
         why: String,
     },
-    /// A standby refused; said once per reason.
+    /// A standby refused; given once per reason.
     Refused {
         /// Why.
         code: Result<RefuseCode, u16>,
@@ -283,7 +283,7 @@ pub enum PrimaryNote {
     LinkLost {
         /// Why.
         why: LossReason,
-        /// Output is held until the arbiter has answered.
+        /// Whether output is held until the arbiter has answered.
         held: bool,
     },
     /// The arbiter is asked.
@@ -291,7 +291,7 @@ pub enum PrimaryNote {
         /// For which generation.
         generation: u64,
     },
-    /// The arbiter does not answer; said once per reason. Output stays held.
+    /// The arbiter does not answer; given once per reason. Output stays held.
     ArbiterUnreachable {
         /// Why.
         why: String,
@@ -312,7 +312,7 @@ pub enum ExitReason {
     Fenced {
         /// The generation that was lost.
         generation: u64,
-        /// Who has it.
+        /// The owner.
         owner: String,
     },
 }
@@ -331,10 +331,10 @@ impl fmt::Display for ExitReason {
     }
 }
 
-/// What checkpoint is wanted next.
+/// The checkpoint that is wanted next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// None: nobody to send it to, or no free slot.
+    /// None: there is no standby for it, or no free slot.
     Nothing,
     /// The first one, as soon as the base synchronisation has left few enough dirty pages.
     Base {

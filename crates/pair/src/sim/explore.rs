@@ -1,4 +1,4 @@
-//! New seeds on every run, and what is left of a schedule that fails when all is cut that it does not need.
+//! New seeds on every run. A schedule that fails is reduced to the faults that it needs.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
@@ -10,19 +10,19 @@ use super::world::Stats;
 use super::{from_environment, search};
 use crate::planted::Bug;
 
-/// Without a wish.
+/// How long, unless something else is asked for.
 const SECONDS: u64 = 10;
 /// Seeds between two looks at the clock.
 const CHUNK: u64 = 2_000;
 
-/// A schedule that fails, with as few of its faults as it needs.
+/// A schedule that fails, with as few faults as possible.
 struct Shrunk {
     strikes: Strikes,
     what: String,
 }
 
-/// Leaves out one fault after the other while the schedule still fails. What it then fails with may be
-/// something else; every failure is one.
+/// Leaves out one fault after the other while the schedule still fails. It may then fail with something else;
+/// every failure counts.
 fn shrink(seed: u64, faults: Faults, bug: Option<Bug>) -> Option<Shrunk> {
     let run = |left_out: BTreeSet<u32>| {
         let mut strikes = Strikes { left_out, drawn: 0 };
@@ -32,7 +32,7 @@ fn shrink(seed: u64, faults: Faults, bug: Option<Bug>) -> Option<Shrunk> {
     let mut least = run(BTreeSet::new())?;
     loop {
         let kept = (0..least.strikes.drawn).filter(|fault| !least.strikes.left_out.contains(fault));
-        // The last first: what comes after the failure is of no use at all.
+        // The last first: nothing after the failure matters.
         let smaller = kept.rev().find_map(|fault| {
             let mut left_out = least.strikes.left_out.clone();
             left_out.insert(fault);
@@ -45,7 +45,7 @@ fn shrink(seed: u64, faults: Faults, bug: Option<Bug>) -> Option<Shrunk> {
     }
 }
 
-/// Says what is left of a schedule that fails.
+/// Describes a reduced schedule that fails.
 fn describe(seed: u64, faults: Faults, bug: Option<Bug>, what: &str) -> String {
     let Some(mut shrunk) = shrink(seed, faults, bug) else {
         return format!("seed {seed}: {what}; it does not fail again");
@@ -64,7 +64,7 @@ fn describe(seed: u64, faults: Faults, bug: Option<Bug>, what: &str) -> String {
     )
 }
 
-/// The events, what became of the VM, and the faults by kind.
+/// Prints the events, what became of the VM, and the faults by kind.
 fn tell(seeds: Range<u64>, stats: &Stats, took: Duration) {
     println!(
         "seeds {} to {}: {} schedules, {} events in {} s; {} takeovers, {} times alone, {} ends, {} VMs lost to \
@@ -124,7 +124,7 @@ fn new_seeds_hold_the_invariants_too() {
     assert!(next > first && stats.events > 0);
 }
 
-/// What is left fails, and fails no more without any one of its faults.
+/// The reduced schedule fails, and no longer fails without any one of its faults.
 #[test]
 fn a_schedule_that_fails_is_cut_to_what_it_needs() {
     let mut cut = 0;

@@ -1,4 +1,4 @@
-//! What all simulated hosts do: their processes start, sleep, and end.
+//! Things that all simulated hosts do: their processes start, sleep, and end.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(super) enum Process {
 }
 
 impl World {
-    /// The process ends. `told` is whether its kernel lives to close its connections.
+    /// The process ends. `told` says whether its kernel lives to close its connections.
     pub(super) fn stop_process(&mut self, host: usize, told: bool) {
         let life = (host, self.hosts[host].life);
         if told {
@@ -56,13 +56,13 @@ impl World {
         }
     }
 
-    /// How long a thread takes until it does what is to be done after the lock: now and then another one
-    /// comes first.
+    /// How long a thread takes until it does its work after the lock: now and then another thread comes
+    /// first.
     pub(super) fn preempted(&mut self) -> u64 {
         if self.rng.one_in(60) { self.rng.range(0, 5000) } else { self.rng.range(0, 20) }
     }
 
-    /// The waiting thread of a process looks what is to be done.
+    /// The waiting thread of a process checks what is due.
     pub(super) fn look(&mut self, life: Life, number: u64) {
         let Host { wedged, busy_until, .. } = self.hosts[life.0];
         if wedged {

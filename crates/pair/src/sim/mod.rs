@@ -2,12 +2,12 @@
 //!
 //! One seed is one schedule, so a failure can be repeated: every assertion prints its seed, and
 //! `OUTLIVE_SIM_SEED=n cargo test -p outlive-pair -- --nocapture` runs it alone and prints what happens.
-//! `OUTLIVE_SIM_SEEDS=n` sets how many are run. [`explore`] runs new ones every time (`cargo xtask sim`).
+//! `OUTLIVE_SIM_SEEDS=n` sets the number of seeds. [`explore`] runs new ones every time (`cargo xtask sim`).
 //!
-//! What runs is the production drivers with their state machines and the production policy; the [`ports`]
-//! belong to the simulator, queue what is to be done, fail at times, and watch what is asked of them. The VM
-//! is a counter of steps whose outputs are the names of its states (see [`truth`]); the clocks of the hosts
-//! differ in offset and by up to 4 % in rate.
+//! The simulator runs the production drivers with their state machines and the production policy. The
+//! [`ports`] belong to the simulator: they queue effects, fail at times, and check what is asked of them. The
+//! VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the clocks of the
+//! hosts differ in offset and by up to 4 % in rate.
 
 mod explore;
 mod hosts;
@@ -41,7 +41,7 @@ fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Runs schedules until one violates an invariant; returns that seed and what it found.
+/// Runs schedules until one violates an invariant; returns its seed and the violation.
 fn search(seeds: Range<u64>, faults: Faults, bug: Option<Bug>) -> (Stats, Option<(u64, String)>) {
     let next = AtomicU64::new(seeds.start);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(4));
@@ -83,7 +83,7 @@ fn the_invariants_hold_in_every_schedule() {
     }
     println!("{count} schedules: {stats:?}");
     if count >= 1000 {
-        // A simulator that does not get anywhere proves nothing.
+        // A simulator that gets nowhere proves nothing.
         assert!(stats.takeovers > count / 4, "{stats:?}");
         assert!(
             stats.alone > count / 4 && stats.fenced > count / 20 && stats.standby_lost > count / 20,
@@ -101,7 +101,7 @@ fn the_invariants_hold_in_every_schedule() {
     }
 }
 
-/// What the whole is for: whatever strikes once, the VM lives on, or has ended in order.
+/// The purpose of it all: whatever single fault strikes, the VM lives on, or has ended in order.
 #[test]
 fn one_fault_never_costs_the_vm() {
     let seeds = from_environment("OUTLIVE_SIM_SEED").map_or(0..5_000, |seed| seed..seed + 1);
@@ -111,7 +111,8 @@ fn one_fault_never_costs_the_vm() {
     assert!(stats.takeovers > 500 && stats.alone > 500, "{stats:?}");
 }
 
-/// Without a fault nothing is lost, however slowly the standby applies: it costs time and not the protection.
+/// Without a fault nothing is lost, however slowly the standby applies: that costs time and not the
+/// protection.
 #[test]
 fn a_slow_standby_costs_no_protection() {
     let (stats, found) = search(0..1_000, Faults::None, None);
@@ -120,8 +121,8 @@ fn a_slow_standby_costs_no_protection() {
     assert_eq!((stats.links_lost, stats.unreachable, stats.takeovers), (0, 0, 0), "{stats:?}");
 }
 
-/// A thread that stands still for good on a host where everything else goes on costs neither the VM nor, with
-/// a third host, its protection.
+/// If one thread hangs for good on a host where everything else continues, that costs neither the VM nor,
+/// with a third host, its protection.
 #[test]
 fn a_host_whose_waiting_thread_stands_still_is_given_up() {
     let seeds = from_environment("OUTLIVE_SIM_SEED").map_or(0..3_000, |seed| seed..seed + 1);
@@ -131,7 +132,7 @@ fn a_host_whose_waiting_thread_stands_still_is_given_up() {
     assert_eq!(stats.vm_lost, 0, "{stats:?}");
 }
 
-/// A standby that is stopped in order hands its right over: the VM goes on at once, although nobody can ask
+/// A standby that is stopped in order hands its right over: the VM continues at once, although nobody can ask
 /// the arbiter.
 #[test]
 fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
@@ -141,7 +142,8 @@ fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
     assert_eq!((stats.unreachable, stats.takeovers), (0, 0), "{stats:?}");
 }
 
-/// A host that breaks while it asks the arbiter gives back what it may have won: its standby goes on.
+/// A host that breaks while it asks the arbiter gives back the generation that it may have won: its standby
+/// takes over.
 #[test]
 fn what_a_broken_host_has_won_is_not_lost() {
     let (stats, found) = search(0..2_000, Faults::Breaks, None);

@@ -1,5 +1,5 @@
-//! The ports of simulated hosts. They queue effects, which the world brings about once the driver has
-//! returned; they can fail; and they watch that the driver keeps its word.
+//! The ports of simulated hosts. They queue effects, which the world carries out once the driver has
+//! returned; they can fail; and they check that the driver keeps its word.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(super) enum PortFault {
     Settle,
 }
 
-/// Fails once.
+/// An action that fails once.
 #[derive(Default)]
 pub(super) struct Faults {
     pub(super) next: Option<PortFault>,
@@ -45,10 +45,10 @@ impl Faults {
     }
 }
 
-/// What becomes of a checkpoint, or of a part of one.
+/// A checkpoint, or a part of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SimPart {
-    /// The link that was in use when it was captured.
+    /// The link in use when it was captured.
     pub(super) captured_for: Link,
     pub(super) node: Node,
     pub(super) first: bool,
@@ -113,7 +113,7 @@ impl PrimarySide {
         }
     }
 
-    /// What was queued, a broken word, and how many actions failed.
+    /// The queued effects, a broken word, and how many actions failed.
     pub(super) fn taken(&mut self) -> (Vec<PrimaryEffect>, Option<String>, u64) {
         let failed = std::mem::take(&mut self.faults.failed);
         (std::mem::take(&mut self.effects), self.violation.take(), failed)
@@ -123,7 +123,7 @@ impl PrimarySide {
         self.violation.get_or_insert(what);
     }
 
-    /// The connection behind a link that is to carry something.
+    /// The connection of a link that must carry something.
     fn send(&mut self, link: Link, what: &str) -> Result<usize, String> {
         self.faults.strike(PortFault::Send)?;
         match self.lines.get(&link) {
@@ -285,19 +285,20 @@ pub(super) struct Buffer {
 pub(super) struct Copy {
     pub(super) link: Link,
     slots: u64,
-    /// Staging buffers in use: one is filled, others wait for their acknowledgement, one is applied.
+    /// Staging buffers in use: one is being filled, others wait for their acknowledgement, one is being
+    /// applied.
     pub(super) staging: Vec<Buffer>,
     pub(super) acked: Option<Buffer>,
-    /// The state that memory is, if it is one.
+    /// The state in memory, if memory is one state.
     pub(super) memory: Option<Node>,
     pub(super) applying: Option<u64>,
-    /// The base was restored for trial, and it went well.
+    /// Whether the base was restored on trial, successfully.
     pub(super) tried: bool,
-    /// The disks are at the committed checkpoint.
+    /// Whether the disks are at the committed checkpoint.
     pub(super) settled: bool,
-    /// Base pages were written over a committed state.
+    /// Whether base pages were written over a committed state.
     pub(super) spoiled: bool,
-    /// What is left of it says that it was given up.
+    /// Whether the rest of the copy says that it was given up.
     pub(super) released: bool,
 }
 
@@ -310,12 +311,12 @@ enum Heard {
 
 pub(super) struct StandbySide {
     pub(super) copy: Option<Copy>,
-    /// The arbiter was asked.
+    /// Whether the arbiter was asked.
     pub(super) claimed: bool,
     pub(super) outbox: VecDeque<Out>,
     pub(super) faults: Faults,
     lines: BTreeMap<Link, Heard>,
-    /// Something could not be sent over it: a link that is broken, although the other end may not know yet.
+    /// A link over which something could not be sent: it is broken, although the other end may not know yet.
     reset: Option<Link>,
     effects: Vec<StandbyEffect>,
     violation: Option<String>,
@@ -337,7 +338,7 @@ impl StandbySide {
         }
     }
 
-    /// A connection has introduced itself. `accepted`: memory was set aside for its VM.
+    /// A connection has introduced itself. `accepted` says whether memory was set aside for its VM.
     pub(super) fn introduced(&mut self, link: Link, slots: u64, accepted: bool) {
         self.lines.insert(link, Heard::Introduced);
         if accepted {
@@ -471,7 +472,7 @@ impl StandbyPorts for StandbySide {
         if reason == LeaveReason::Released && !promised {
             self.broken("hands its right over before it has written that down".into());
         }
-        // Never fails here: a leave that is lost is a link that is lost.
+        // Never fails here: a lost leave is a lost link.
         self.faults.next.take_if(|next| *next == PortFault::Send);
         self.send(link, Msg::Leave(reason)).ok();
     }

@@ -1,4 +1,4 @@
-//! The primary in the simulation: the program's threads, done with a queue, around the production driver.
+//! The primary in the simulation: a queue stands in for the program's threads, around the production driver.
 
 use std::time::Duration;
 
@@ -20,18 +20,18 @@ pub(super) struct PrimaryProcess {
     pub(super) driver: PrimaryDriver<PrimarySide>,
     /// What the VM has done.
     node: Node,
-    /// The vCPUs are stopped for good.
+    /// Whether the vCPUs are stopped for good.
     stopped: bool,
-    /// They are stopped for a checkpoint that goes out in parts.
+    /// Whether they are stopped for a checkpoint that goes out in parts.
     paused: bool,
-    /// Few enough dirty pages are left for the base-final checkpoint.
+    /// Set when few enough dirty pages are left for the base-final checkpoint.
     base_ready: Option<Link>,
     policy: Policy,
     /// When the first output of the epoch was held.
     held_since: Option<Duration>,
-    /// Drains that are still to come.
+    /// Number of drains still to come.
     drains: u32,
-    /// The link over which generation + 1 became disputed had been reset by a third party.
+    /// Whether a third party had reset the link over which generation + 1 became disputed.
     pub(super) excused: bool,
 }
 
@@ -87,7 +87,7 @@ impl World {
         }
     }
 
-    /// The lock is dropped: what was queued under it happens, and what was left to the caller.
+    /// The lock is dropped: the queued effects happen, and the work that was left to the caller.
     fn primary_after(&mut self, life: Life, after: After) {
         let (now, late) = (self.clock(life.0), self.preempted());
         let Some(p) = self.primary_of(life) else { return };
@@ -120,7 +120,7 @@ impl World {
                 Effect::AskGuest | Effect::StopGuest | Effect::StartBase { .. } | Effect::Exit(_)
             )
         {
-            // It is the waiting thread that would do it.
+            // The waiting thread would do it.
             return;
         }
         let clock = self.clock(life.0);
@@ -202,7 +202,8 @@ impl World {
         }
     }
 
-    /// The host is broken: the process ends, at once or when it has given back what it may have won.
+    /// The host is broken: the process ends, at once or after it has given back the generation that it may
+    /// have won.
     pub(super) fn breaks(&mut self, life: Life) {
         self.primary(life, PrimaryEvent::Unable);
         let Some(p) = self.primary_of(life) else { return };
@@ -215,7 +216,7 @@ impl World {
         }
     }
 
-    /// The thread that asks the arbiter has nothing else to do any more.
+    /// The thread that asks the arbiter has nothing else left to do.
     pub(super) fn gives_back(&mut self, life: Life) {
         let Some(generation) = self.hosts[life.0].gives_back else { return };
         if self.hosts[life.0].arbiter_cut_until > self.now {
@@ -310,7 +311,7 @@ impl World {
         }
     }
 
-    /// The coordinator looks what is to be done, and goes to sleep again.
+    /// The coordinator checks what is due, and goes to sleep again.
     pub(super) fn coordinate(&mut self, life: Life) {
         self.primary(life, PrimaryEvent::Tick);
         if self.rng.one_in(800) && !self.healed {
@@ -332,7 +333,7 @@ impl World {
         self.look_when(life, until);
     }
 
-    /// The coordinator is busy for longer than any patience, and has said so.
+    /// The coordinator is busy for longer than any patience, and has announced it.
     fn work_long(&mut self, life: Life) {
         let time = self.rng.range(1_000, 500_000);
         self.stats.long_works += 1;
@@ -356,7 +357,7 @@ impl World {
         }
     }
 
-    /// One checkpoint. Some are larger than staging: they go out in parts while the VM stands still.
+    /// One checkpoint. Some are larger than staging: they go out in parts while the VM is stopped.
     fn capture(&mut self, life: Life) {
         let now = self.believed(life.0);
         let Some(p) = self.primary_of(life) else { return };
@@ -373,7 +374,7 @@ impl World {
         }
     }
 
-    /// Sends the next part of a checkpoint, with so many left after it.
+    /// Sends the next part of a checkpoint; this many are left after it.
     pub(super) fn ship_part(&mut self, life: Life, ticket: Ticket, node: Node, first: bool, left: u32) {
         let now = self.clock(life.0);
         let sections = self.rng.range(0, 3) as u32;

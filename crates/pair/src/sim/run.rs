@@ -10,7 +10,7 @@ use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
 const FAULTS_FROM: u64 = 100_000;
-/// By then the VM is protected, also after a long work during its base: one fault must not cost it.
+/// By then the VM is protected, even after long work during its base: one fault must not cost it.
 const ONE_FAULT_FROM: u64 = 800_000;
 const FAULTS_UNTIL: u64 = 1_800_000;
 const CHECK_FROM: u64 = 3_300_000;
@@ -22,15 +22,15 @@ pub(super) enum Faults {
     None,
     One,
     Many,
-    /// One waiting thread stands still for good.
+    /// One waiting thread hangs for good.
     Wedge,
-    /// The link is cut, and while the primary asks the arbiter its host breaks.
+    /// The link is cut, and the primary's host breaks while it asks the arbiter.
     Breaks,
     /// The arbiter is out of reach for good, and a standby is stopped in order.
     Stop,
 }
 
-/// What the kinds of faults are that [`World::fault`] draws.
+/// The kinds of faults that [`World::fault`] draws.
 pub(super) const FAULT_NAMES: [&str; 22] = [
     "crash",
     "crash",
@@ -56,7 +56,7 @@ pub(super) const FAULT_NAMES: [&str; 22] = [
     "a thread wedges",
 ];
 
-/// Which of a schedule's faults strike: all but those that are left out.
+/// The faults of a schedule that strike: all except those that are left out.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Strikes {
     pub(super) left_out: BTreeSet<u32>,
@@ -76,7 +76,7 @@ pub(super) fn schedule(seed: u64, faults: Faults, bug: Option<Bug>) -> Result<St
     schedule_of(seed, faults, bug, &mut Strikes::default(), false)
 }
 
-/// The same without some of its faults; says how many there were. Prints what happens if that is wanted.
+/// The same without some of its faults; returns how many there were. Prints what happens if that is wanted.
 pub(super) fn schedule_of(
     seed: u64,
     faults: Faults,
@@ -147,15 +147,15 @@ impl World {
         }
     }
 
-    /// Somebody makes progress and is protected again, unless the VM has ended or was lost to a second fault.
+    /// Some host makes progress and is protected again, unless the VM has ended or was lost to a second
+    /// fault.
     fn check_liveness(&mut self, tip: usize) {
         if self.truth.ended {
             return;
         }
         let (newest, owner) = self.truth.newest();
         if !self.alive(owner) {
-            // The owner died. That may only be the end of the VM if nobody holds a committed checkpoint of
-            // it.
+            // The owner died. That may only end the VM if nobody holds a committed checkpoint of it.
             let holds = |process: &Process| matches!(process, Process::Standby(s) if s.driver.machine().committed().is_some());
             match self.hosts.iter().position(|host| holds(&host.process)) {
                 Some(host) => self
@@ -313,8 +313,8 @@ impl World {
         }
     }
 
-    /// A claim reaches the arbiter, or does not, or does and its answer is lost. It may come from a process
-    /// that has died.
+    /// A claim reaches the arbiter, or does not, or does and its answer is lost. The process that sent it may
+    /// have died.
     fn claim_arrives(&mut self, life: Life, generation: u64, base: (Node, bool)) {
         let cut = self.hosts[life.0].arbiter_cut_until > self.now;
         let mut result = ClaimResult::Unreachable { why: "no route".into() };
@@ -372,7 +372,7 @@ impl World {
             16 => self.swell_and_cut(),
             13 => self.strike_link(),
             17 => {
-                // Its disk no longer takes what it is given. Nobody notices before it must.
+                // Its disk no longer accepts writes. Nobody notices before it matters.
                 if let Process::Standby(s) = &mut self.hosts[host].process {
                     (s.bad_disk, s.bad_host) = (true, self.company && self.rng.one_in(2));
                 }
@@ -444,8 +444,8 @@ impl World {
         }
     }
 
-    /// Queues on the way swell, and then only the way to the standby is cut: old acknowledgements go on
-    /// arriving at a primary whose standby has long stopped hearing it.
+    /// Queues on the way swell, and then only the way to the standby is cut: old acknowledgements still
+    /// arrive at a primary that its standby has long stopped hearing.
     fn swell_and_cut(&mut self) {
         let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
         let [standby, primary] = self.conns[conn].ends;
@@ -454,8 +454,8 @@ impl World {
         self.after(start, Happening::Cut { from: primary.0, to: standby.0 });
     }
 
-    /// Trouble on one of the newest connections: a reset by a third party, damage, stray base pages, or
-    /// trouble at the primary itself.
+    /// A fault on one of the newest connections: a reset by a third party, damage, stray base pages, or a
+    /// fault at the primary itself.
     fn strike_link(&mut self) {
         let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
         match self.rng.range(0, 4) {
@@ -496,7 +496,7 @@ impl World {
         self.slow_until = now;
         self.arbiter_slow_until = now;
         if self.company {
-            // With more than one fault there may be nobody left who could succeed: the operator looks.
+            // After more than one fault nobody may be left who could succeed: the operator steps in.
             for host in 0..self.hosts.len() {
                 if self.hosts[host].wedged {
                     self.stop_process(host, true);

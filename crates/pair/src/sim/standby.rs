@@ -16,16 +16,16 @@ use crate::{
 pub(super) struct StandbyProcess {
     pub(super) driver: StandbyDriver<StandbySide>,
     drains: u32,
-    /// Its disks will not get to the committed checkpoint.
+    /// Whether its disks fail to reach the committed checkpoint.
     pub(super) bad_disk: bool,
-    /// It cannot resume the VM, and notices when it tries.
+    /// Whether it cannot resume the VM, and notices when it tries.
     pub(super) bad_host: bool,
-    /// The link was reset by a third party.
+    /// Whether a third party reset the link.
     pub(super) excused: bool,
 }
 
 impl StandbyProcess {
-    /// The state that a claim of this process is about.
+    /// The state on which a claim of this process is based.
     pub(super) fn claims_from(&self) -> Node {
         let copy = self.driver.ports().copy.as_ref();
         copy.and_then(|copy| copy.acked).map_or(0, |buffer| buffer.node)
@@ -91,7 +91,7 @@ impl World {
     fn standby_does(&mut self, life: Life, effect: Effect) {
         self.tell(life, &effect);
         if self.hosts[life.0].wedged && matches!(effect, Effect::TakeOver(_) | Effect::Exit(_)) {
-            // It is the waiting thread that would do it.
+            // The waiting thread would do it.
             return;
         }
         match effect {
@@ -133,7 +133,7 @@ impl World {
         }
     }
 
-    /// Some checkpoints are large, and some disks slow: longer than any patience.
+    /// Some checkpoints are large, and some disks slow: they take longer than any patience.
     fn time_to_apply(&mut self) -> u64 {
         match self.rng.range(0, 400) {
             _ if self.healed => self.rng.range(10, 4000),
@@ -166,7 +166,7 @@ impl World {
         self.stop_process(life.0, true);
     }
 
-    /// The main thread looks at the deadlines.
+    /// The main thread checks the deadlines.
     pub(super) fn wait_for_deadline(&mut self, life: Life) {
         self.standby(life, StandbyEvent::Tick);
         let Some(s) = self.standby_of(life) else { return };
@@ -174,7 +174,7 @@ impl World {
         self.look_when(life, until);
     }
 
-    /// The thread that handed in an event writes what was queued for links.
+    /// The thread that handed in an event writes the bytes queued for links.
     pub(super) fn write_out(&mut self, life: Life) {
         let Some(s) = self.standby_of(life) else { return };
         s.drains -= 1;
@@ -218,7 +218,7 @@ impl World {
         }
     }
 
-    /// What was queued for links goes out even if its thread comes too late.
+    /// Bytes queued for links go out even if their thread comes too late.
     pub(super) fn write_out_all(&mut self, life: Life) {
         if let Some(s) = self.standby_of(life) {
             s.drains += 1;
@@ -272,7 +272,7 @@ impl World {
         self.standby(life, StandbyEvent::Released { link, result });
     }
 
-    /// Something of the copy fails while nobody has asked for it.
+    /// A part of the copy fails while nobody has asked for it.
     pub(super) fn copy_fails(&mut self, life: Life) {
         let Some(s) = self.standby_of(life) else { return };
         let ports = s.driver.ports_mut();
@@ -285,7 +285,7 @@ impl World {
         }
     }
 
-    /// A message has arrived at the standby. The reader takes every one, whatever the applier does.
+    /// A message has arrived at the standby. The reader takes every message, whatever the applier does.
     pub(super) fn standby_hears(&mut self, life: Life, conn: usize, msg: Msg) {
         let link = Link(conn as u64);
         let early = self.bug == Some(Bug::AckWhilePartial);

@@ -1,9 +1,9 @@
-//! What an all-knowing observer sees, and the invariants it checks after every step.
+//! What an all-knowing observer sees, and the invariants that it checks after every step.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A state of the VM: everything it has done so far, as a node in the tree of all histories. Two hosts that
-/// ran the VM from the same checkpoint have different nodes with one common ancestor.
+/// A state of the VM: everything that it has done so far, as a node in the tree of all histories. Two hosts
+/// that ran the VM from the same checkpoint have different nodes with one common ancestor.
 pub(super) type Node = usize;
 
 /// One life of a process on a host.
@@ -18,13 +18,14 @@ pub(super) struct Truth {
     steps: Vec<Step>,
     /// The newest state whose output the world has seen.
     pub(super) tip: Node,
-    /// Who won which generation, and from which state the VM goes on in it.
+    /// Who won which generation, and the state from which the VM continues in it.
     won: BTreeMap<u64, (Life, Node)>,
     /// Generations in which the VM ran, or went on.
     used: BTreeSet<u64>,
-    /// The newest generation was won although its loser could not know: a third party reset the connection.
+    /// Whether the newest generation was won although its loser could not know: a third party reset the
+    /// connection.
     excused: bool,
-    /// The VM has ended in order.
+    /// Whether the VM has ended in order.
     pub(super) ended: bool,
     pub(super) violation: Option<String>,
 }
@@ -69,7 +70,7 @@ impl Truth {
         self.won.last_key_value().map_or((0, (0, 0)), |(generation, (life, _))| (*generation, *life))
     }
 
-    /// The arbiter's test-and-set. `base` is the state from which the claimer would go on.
+    /// The arbiter's test-and-set. `base` is the state from which the claimer would continue.
     pub(super) fn claim(
         &mut self,
         generation: u64,

@@ -1,4 +1,4 @@
-//! Held output of a simulated host: what the program's valve does, as simply as can be.
+//! Held output of a simulated host: what the program's valve does, in the simplest way.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -61,7 +61,7 @@ impl Valve {
     /// The guest sends something; returns what leaves at once.
     pub(super) fn push(&mut self, node: Node) -> Option<Node> {
         match self.mode {
-            // Nothing overtakes what is still to be drained.
+            // Nothing overtakes output that is still to be drained.
             Mode::Open if self.held.is_empty() => return Some(node),
             Mode::Open | Mode::Hold => self.held.push_back((self.epoch, node)),
             Mode::Discard => {}
@@ -83,7 +83,7 @@ impl Valve {
         self.is_let_out() && self.lease_lasts(now)
     }
 
-    /// Takes out what leaves next, at this true time.
+    /// Takes out the next output that leaves, at this true time.
     ///
     /// # Errors
     /// The lease has ended.

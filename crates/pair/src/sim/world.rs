@@ -61,14 +61,14 @@ pub(super) enum Msg {
         stamp: Duration,
     },
     Leave(LeaveReason),
-    /// The sender has closed the connection, or the kernel has done it for a dead process.
+    /// The sender has closed the connection, or the kernel has closed it for a dead process.
     Closed,
 }
 
 /// What happens at one moment.
 #[derive(Debug, Clone)]
 pub(super) enum Happening {
-    /// The oldest message of a direction arrives. 0: to the standby, 1: to the primary.
+    /// The oldest message of a direction arrives (0: to the standby, 1: to the primary).
     Deliver {
         conn: usize,
         side: usize,
@@ -80,7 +80,7 @@ pub(super) enum Happening {
     },
     /// The waiting thread of a process wakes up.
     Look(Life, u64),
-    /// A thread does what its call of the driver has left to it.
+    /// A thread does the work that its call of the driver has left to it.
     Drain(Life),
     Dialled {
         life: Life,
@@ -103,7 +103,7 @@ pub(super) enum Happening {
     ClaimArrives {
         life: Life,
         generation: u64,
-        /// The state from which the claimer would go on, and whether it is excused.
+        /// The state from which the claimer would continue, and whether it is excused.
         from: (Node, bool),
     },
     ClaimAnswered {
@@ -147,7 +147,7 @@ pub(super) enum Happening {
     /// The host that has the VM cannot run it any more.
     Breaks,
     GivesBack(Life),
-    /// Of the host that has the VM.
+    /// Crash the host that has the VM.
     CrashIfProtected,
     Cut {
         from: usize,
@@ -162,11 +162,11 @@ pub(super) struct Conn {
     pub(super) primary_link: Link,
     /// Messages under way to end 0 and to end 1.
     pub(super) queues: [VecDeque<Msg>; 2],
-    /// When the last message under way arrives: nothing overtakes.
+    /// When the last message under way arrives: nothing overtakes it.
     arrival: [u64; 2],
     /// Whether an end still wants to hear.
     pub(super) open: [bool; 2],
-    /// A third party has reset it.
+    /// Whether a third party has reset it.
     pub(super) broken: bool,
 }
 
@@ -175,20 +175,20 @@ pub(super) struct Host {
     /// Counts the lives of processes on this host.
     pub(super) life: u32,
     pub(super) frozen_until: u64,
-    /// The next event is handled with this time: it was read just before the process was stopped.
+    /// The next event is handled with this time, which was read just before the process was stopped.
     pub(super) stale: Option<u64>,
     pub(super) arbiter_cut_until: u64,
-    /// Its waiting thread stands still for good, while all others go on.
+    /// Whether its waiting thread hangs for good, while all others continue.
     pub(super) wedged: bool,
-    /// Its waiting thread is busy, and has said so.
+    /// Until when its waiting thread is busy, which it has announced.
     pub(super) busy_until: u64,
-    /// What it gives back before it ends, once nothing is asked any more.
+    /// The generation that it gives back before it ends, once no question is open.
     pub(super) gives_back: Option<u64>,
     pub(super) claims_open: u32,
     /// Its clock: offset in µs and rate in parts per thousand.
     offset: u64,
     rate: u64,
-    /// When the waiting thread is to wake up, and the number of that waking.
+    /// When the waiting thread must wake up, and the number of that waking.
     pub(super) look: Option<(u64, u64)>,
 }
 
@@ -201,26 +201,26 @@ pub(super) struct World {
     pub(super) bug: Option<Bug>,
     /// `cut[a][b]`: nothing gets from a to b before this time.
     pub(super) cut: Vec<Vec<u64>>,
-    /// Between these times messages are slow, and the longer the slower: queues on the way swell.
+    /// Between these times messages are slow, slower and slower: queues on the way swell.
     pub(super) slow_from: u64,
     pub(super) slow_until: u64,
     pub(super) slow_by: u64,
     pub(super) arbiter_slow_until: u64,
     pub(super) arbiter_slow_by: u64,
     pub(super) healed: bool,
-    /// Most checkpoints without an acknowledgement.
+    /// The most checkpoints without an acknowledgement.
     pub(super) slots: u64,
     /// When an epoch ends.
     pub(super) ending: Ending,
-    /// Its length in µs, the longest one where other things end it too.
+    /// Its length in µs, or the greatest length if other things end it too.
     pub(super) interval: u64,
-    /// A fault may bring further ones.
+    /// Whether a fault may bring further ones.
     pub(super) company: bool,
     /// The guest powers itself off when it has come this far.
     pub(super) guest_end: u32,
     pub(super) stats: Stats,
     pub(super) looks: u64,
-    /// Print what happens.
+    /// Whether to print what happens.
     pub(super) trace: bool,
     pub(super) strikes: Strikes,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
@@ -288,7 +288,7 @@ impl Stats {
     }
 }
 
-/// The policies, as the program has them.
+/// The policies that the program has.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ending {
     Interval,
@@ -383,7 +383,7 @@ impl World {
         self.at(self.now + delay, happening);
     }
 
-    /// The next thing to happen, not later than `until`.
+    /// The next thing to happen, but not later than `until`.
     pub(super) fn pop(&mut self, until: u64) -> Option<Happening> {
         let Reverse((time, _, slot)) = *self.queue.peek()?;
         if time > until {

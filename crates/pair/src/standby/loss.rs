@@ -20,8 +20,8 @@ impl Standby {
         let now = self.now;
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
-        // A link that fails at this side says nothing of the primary: it may be stopped, with a lease that
-        // still lasts, and would let output out when it goes on.
+        // A link that fails at this side says nothing about the primary: it may be stopped, with a lease that
+        // still lasts, and would let output out when it continues.
         let ask_at = match why {
             LossReason::Local(_) => heard + attached.timing.dead_after,
             _ => now,
@@ -73,8 +73,8 @@ impl Standby {
         }
     }
 
-    /// The stream is damaged, but the primary that sends it may be in good health: to take over from it would
-    /// harm the VM. So this side gives up its claim and starts again, and the primary, told so, does the
+    /// The stream is damaged, but the primary that sends it may be in good health: taking over from it would
+    /// harm the VM. So this side gives up its claim and starts again, and tells the primary, which does the
     /// same.
     pub(super) fn bad_stream(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
         if self.attached_mut(link).is_none() {
@@ -101,9 +101,9 @@ impl Standby {
         match &mut self.state {
             State::Leaving { .. } | State::TakenOver | State::Over => {}
             State::Settling { stop, .. } | State::Claiming { stop, .. } => {
-                // This may be the only side that has the VM, and the claim may have been heard already.
-                // Whoever walks away from it then leaves a VM that nobody runs and that the other side can
-                // never win.
+                // This may be the only side that has the VM, and the claim may have reached the arbiter
+                // already. To walk away then leaves a VM that nobody runs and that the other side can never
+                // win.
                 if !std::mem::replace(stop, true) {
                     out.push(Action::Note(Note::StopWaits));
                 }
@@ -121,7 +121,7 @@ impl Standby {
                     out.push(Action::Release { link: attached.link });
                 }
             }
-            // There is nothing that anybody could start from, and nothing that this side could ask for.
+            // Nobody could start from anything here, and this side could not ask for anything.
             State::Base(_) => self.leave(LeaveReason::Released, StandbyExit::Stopped, out),
             // The second stop waits for nothing.
             State::Listening | State::Discarding { .. } | State::Committed { .. } => {
@@ -130,7 +130,7 @@ impl Standby {
         }
     }
 
-    /// What is left of the copy says that it was given up, or cannot.
+    /// The rest of the copy says that it was given up, or cannot.
     pub(super) fn released(&mut self, link: Link, result: Result<(), String>, out: &mut Vec<Action>) {
         match &self.state {
             State::Committed { attached, releasing: Some(_), .. } if attached.link == link => {}
@@ -160,7 +160,7 @@ impl Standby {
             return;
         }
         match &mut self.state {
-            // The answer says whether there is more to be told than that this side failed.
+            // The answer decides whether more than this side's failure must be reported.
             State::Claiming { claim, failed, .. } if claim.is_open() => {
                 failed.get_or_insert(why);
             }
@@ -187,7 +187,7 @@ impl Standby {
                 out.push(Action::Note(Note::Won { generation }));
                 self.take_over(out);
             }
-            // The winner may be broken, and give the generation back.
+            // The winner may be broken, and may give the generation back.
             (Ok(Verdict::Lost { .. }), None) if !claim.lost_for(patience, now) => {}
             (Ok(Verdict::Lost { owner }), _) => {
                 out.push(Action::Discard { link: *link });
@@ -215,8 +215,8 @@ impl Standby {
         out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, stop });
     }
 
-    /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may be gone
-    /// after that acknowledgement, and what is left here would be older than what this side answered for.
+    /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may die after
+    /// that acknowledgement, and the copy here would be older than what this side answered for.
     fn exit(&mut self, exit: StandbyExit, out: &mut Vec<Action>) {
         let applying = match &self.state {
             State::Committed { attached, committed, .. } if committed.applying => {

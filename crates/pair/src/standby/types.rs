@@ -1,4 +1,4 @@
-//! What goes into and comes out of the standby's machine.
+//! The input and output of the standby's machine.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,14 +16,14 @@ pub struct StandbyConfig {
     pub timing: Timing,
 }
 
-/// What matters of a primary's Hello.
+/// The parts of a primary's Hello that matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Introduction {
     /// Its VM.
     pub vm: VmId,
     /// The generation in which it runs.
     pub generation: u64,
-    /// Most checkpoints that it has on their way without an acknowledgement, at least 1.
+    /// The most checkpoints that it sends without an acknowledgement, at least 1.
     pub slots: u64,
     /// The silence configured at the primary.
     pub dead_after: Duration,
@@ -32,12 +32,12 @@ pub struct Introduction {
 /// What happens to a standby.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StandbyEvent {
-    /// Time has passed. Given by the thread that waits and takes over, and by no other: it is the sign that
-    /// this thread gets on.
+    /// Time has passed. Only the thread that waits and takes over may hand this in: it is the sign that this
+    /// thread makes progress.
     Tick,
-    /// A connection brought a Hello that makes sense. The driver has asked [`Standby::would_accept`] before
-    /// it set memory aside for this VM; if there is not enough, it refuses by itself and this event is not
-    /// given.
+    /// A connection brought a valid Hello. The driver has asked [`Standby::would_accept`] before it set
+    /// memory aside for this VM; if there is not enough, it refuses by itself and this event is not handed
+    /// in.
     ///
     /// [`Standby::would_accept`]: crate::Standby::would_accept
     Hello {
@@ -65,7 +65,7 @@ pub enum StandbyEvent {
         link: Link,
     },
     /// A checkpoint is complete in its staging buffer and has passed every check that needs no trial. Nothing
-    /// of it is applied yet. It may come while an earlier one is applied or tried.
+    /// of it is applied yet. It may come while an earlier one is being applied or tried.
     Staged {
         /// On which connection.
         link: Link,
@@ -78,7 +78,7 @@ pub enum StandbyEvent {
     },
     /// [`StandbyAction::Try`] is done.
     Tried {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// The checkpoint's number.
         checkpoint: u64,
@@ -87,14 +87,14 @@ pub enum StandbyEvent {
     },
     /// [`StandbyAction::Apply`] is done, all of it.
     Applied {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// The checkpoint's number.
         checkpoint: u64,
     },
     /// [`StandbyAction::Settle`] is done.
     Settled {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// The checkpoint's number.
         checkpoint: u64,
@@ -102,12 +102,12 @@ pub enum StandbyEvent {
     /// [`StandbyAction::Discard`] is done: no work for that copy is under way any more, and its memory is
     /// free.
     Discarded {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
     },
     /// [`StandbyAction::Release`] is done, or could not be.
     Released {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
         /// Whether it is durable; if not, why, in words.
         result: Result<(), String>,
@@ -119,7 +119,7 @@ pub enum StandbyEvent {
         /// Why.
         reason: EndReason,
     },
-    /// A connection ended (also in the middle of a section: that is how a primary dies).
+    /// A connection ended, perhaps in the middle of a section: that is how a primary dies.
     LinkLost {
         /// Which.
         link: Link,
@@ -136,7 +136,7 @@ pub enum StandbyEvent {
     },
     /// The arbiter's answer.
     Claimed {
-        /// To the claim of which generation.
+        /// The claimed generation.
         generation: u64,
         /// The answer.
         result: ClaimResult,
@@ -145,7 +145,7 @@ pub enum StandbyEvent {
     Stop,
     /// Something failed here that makes this copy worthless (memory, the device set, a disk).
     Failed {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
         /// What, in words.
         why: String,
@@ -159,7 +159,7 @@ pub enum StandbyAction {
     Accept {
         /// On which connection.
         link: Link,
-        /// The generation, as the primary said it.
+        /// The generation, as the primary stated it.
         generation: u64,
         /// The silence that both sides use.
         dead_after: Duration,
@@ -175,14 +175,14 @@ pub enum StandbyAction {
     },
     /// Write the base pages just received to memory.
     ApplyBase {
-        /// From which connection.
+        /// The connection over which they came.
         link: Link,
     },
     /// Find out whether this host could resume the VM from the staged checkpoint, without a change to memory;
-    /// then report [`StandbyEvent::Tried`]. The base is tried before it is acknowledged, so that what this
-    /// host cannot do is found while the primary lives.
+    /// then report [`StandbyEvent::Tried`]. The base is tried before it is acknowledged, so that a failure of
+    /// this host is found while the primary lives.
     Try {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// Its number.
         checkpoint: u64,
@@ -199,10 +199,10 @@ pub enum StandbyAction {
         /// The newest stamp heard.
         stamp: Duration,
     },
-    /// Write the staged checkpoint to memory, all of it, whatever happens to the link meanwhile; then report
-    /// [`StandbyEvent::Applied`]. Further checkpoints are staged in other buffers meanwhile.
+    /// Write all of the staged checkpoint to memory, whatever happens to the link meanwhile; then report
+    /// [`StandbyEvent::Applied`]. Meanwhile further checkpoints are staged in other buffers.
     Apply {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// Its number.
         checkpoint: u64,
@@ -210,16 +210,16 @@ pub enum StandbyAction {
     /// Bring the disks to the committed checkpoint, durably, then report [`StandbyEvent::Settled`], or
     /// [`StandbyEvent::Failed`] if this side could not run the VM. Nothing is claimed before.
     Settle {
-        /// From which connection the checkpoint came.
+        /// The connection over which the checkpoint came.
         link: Link,
         /// Its number.
         checkpoint: u64,
     },
-    /// Make what this process will leave of the copy say, durably, that it is given up in order, so that
-    /// nobody starts from it; then report [`StandbyEvent::Released`]. It is at the committed checkpoint then,
-    /// and this side can still take over.
+    /// Make whatever this process leaves of the copy say, durably, that it is given up in order, so that
+    /// nobody starts from it; then report [`StandbyEvent::Released`]. The copy is at the committed checkpoint
+    /// then, and this side can still take over.
     Release {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
     },
     /// Send a heartbeat.
@@ -236,18 +236,18 @@ pub enum StandbyAction {
         /// Why.
         reason: LeaveReason,
     },
-    /// Close a connection (what is queued for it may still go out) and take nothing more from it. What came
-    /// over it and is neither acknowledged nor being tried is thrown away, whole or partial; memory keeps
-    /// the committed checkpoint.
+    /// Close a connection (bytes queued for it may still go out) and take nothing more from it. Everything
+    /// that came over it and is neither acknowledged nor being tried is thrown away, whole or partial; memory
+    /// keeps the committed checkpoint.
     Hangup {
         /// Which.
         link: Link,
     },
-    /// Throw everything away: staging, memory, state. If a `Try` or an `Apply` is still running, its end
-    /// comes first (the memory may soon belong to another VM); it need not be reported any more. Then report
+    /// Throw everything away: staging, memory, state. If a `Try` or an `Apply` is still running, wait for its
+    /// end (the memory may soon belong to another VM); it need not be reported any more. Then report
     /// [`StandbyEvent::Discarded`].
     Discard {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
     },
     /// Ask the arbiter for a generation; the answer comes back as [`StandbyEvent::Claimed`].
@@ -255,20 +255,20 @@ pub enum StandbyAction {
         /// Which.
         generation: u64,
     },
-    /// Run the VM, from what is applied. A [`Primary`](crate::Primary) with these numbers is its machine from
-    /// now on; this one is over.
+    /// Run the VM from the applied checkpoint. From now on a [`Primary`](crate::Primary) with these numbers
+    /// is its machine; this one is over.
     TakeOver {
-        /// From which connection the copy came.
+        /// The connection over which the copy came.
         link: Link,
-        /// The checkpoint that memory and state are at.
+        /// The checkpoint of memory and state.
         checkpoint: u64,
         /// The generation won.
         generation: u64,
-        /// The operator asked for a stop while this side was the only one that had the VM: end it in order
-        /// now.
+        /// Whether the operator asked for a stop while this side was the only one that had the VM: then end
+        /// it in order now.
         stop: bool,
     },
-    /// End the process, after what is queued before this has been carried out.
+    /// End the process, after everything queued before has been carried out.
     Exit {
         /// Why.
         reason: StandbyExit,
@@ -277,7 +277,7 @@ pub enum StandbyAction {
     Note(StandbyNote),
 }
 
-/// What the log and the event stream should say.
+/// A note for the log and the event stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StandbyNote {
     /// A primary was accepted.
@@ -306,7 +306,7 @@ pub enum StandbyNote {
         /// For which generation.
         generation: u64,
     },
-    /// The arbiter does not answer; said once per reason.
+    /// The arbiter does not answer; given once per reason.
     ArbiterUnreachable {
         /// Why.
         why: String,
@@ -319,12 +319,12 @@ pub enum StandbyNote {
     /// The operator's stop waits: this may be the only host that has the VM, so the arbiter must answer
     /// first.
     StopWaits,
-    /// The operator's stop goes on, but what is left of the copy could not be made to say so.
+    /// The operator's stop continues, but the rest of the copy could not be marked as given up.
     NotReleased {
         /// Why.
         why: String,
     },
-    /// What came over the link was refused; this side left and listens again.
+    /// Something that came over the link was refused; this side left and listens again.
     StreamRefused {
         /// What was wrong.
         why: String,
@@ -342,7 +342,7 @@ pub enum StandbyExit {
     Lost {
         /// The generation that was lost.
         generation: u64,
-        /// Who has it.
+        /// The owner.
         owner: String,
     },
     /// Something failed here.
@@ -370,7 +370,7 @@ impl fmt::Display for StandbyExit {
 pub enum StandbyStatus {
     /// Waits for a primary.
     Listening,
-    /// Gives the memory of an earlier copy back.
+    /// Frees the memory of an earlier copy.
     Discarding,
     /// Receives base pages; cannot take over.
     BaseSync,

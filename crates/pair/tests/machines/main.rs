@@ -1,4 +1,4 @@
-//! The two machines, one decision at a time. What they do together is the simulator's business.
+//! The two machines, one decision at a time. The simulator tests what they do together.
 
 mod primary;
 mod standby;

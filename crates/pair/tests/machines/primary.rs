@@ -20,7 +20,8 @@ impl Host {
         Self { machine: Primary::new(config, ms(0)), now: 0 }
     }
 
-    /// Hands in an event; returns all actions, with those of the waiting thread if it has to ask the arbiter.
+    /// Hands in an event; returns all actions, including those of the waiting thread if it has to ask the
+    /// arbiter.
     fn on(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
         let mut out = Vec::new();
         self.machine.handle(ms(self.now), event, &mut out);
@@ -31,7 +32,7 @@ impl Host {
         out
     }
 
-    /// Hands in an event; returns what is not a note and not a heartbeat.
+    /// Hands in an event; returns the actions without notes and heartbeats.
     fn acts(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
         let mut actions = self.on(event);
         actions.retain(|action| !matches!(action, Note(_) | SendHeartbeat { .. }));
@@ -74,7 +75,7 @@ fn ticket(number: u64, flags: CheckpointFlags) -> Ticket {
     Ticket { link: LINK, generation: 4, number, flags }
 }
 
-/// What a capture brings.
+/// The actions that a capture brings.
 fn ships(number: u64) -> [PrimaryAction; 2] {
     [BeginEpoch { link: LINK, epoch: number + 1 }, Ship(ticket(number, PLAIN))]
 }
@@ -143,7 +144,7 @@ fn an_ack_found_after_a_long_stop_releases_nothing() {
     assert!(!host.machine.may_release(ms(host.now)));
 }
 
-/// The lease is measured by stamps that came back, not by bytes that came in.
+/// The lease is measured by returned stamps, not by received bytes.
 #[test]
 fn old_stamps_do_not_extend_the_lease() {
     let mut host = Host::protected();
@@ -345,7 +346,7 @@ fn an_operator_asks_the_guest_first() {
     assert_eq!(Host::new(0).acts(Stop { ask_guest: false }), [StopGuest, exit]);
 }
 
-/// The guest's frames pass through, so the base must not become one that a standby can take over from.
+/// The guest's frames pass through, so no standby may be able to take over from this base.
 #[test]
 fn a_base_whose_output_cannot_be_held_is_none() {
     let failed = || HoldFailed { link: LINK, why: "no room".into() };
@@ -405,8 +406,8 @@ fn heartbeats_go_eight_times_in_the_agreed_silence() {
     assert_eq!(host.acts(Tick), [Hangup { link: LINK }]);
 }
 
-/// Dials, is connected and refused with these words. Returns the standby, and the pause before the next one
-/// is dialled, in milliseconds.
+/// Dials, is connected and refused with these words. Returns the standby, and the pause before the next
+/// dialling, in milliseconds.
 fn refused_once(host: &mut Host, text: &str) -> (usize, u64) {
     let dialled = host.acts(Tick);
     let [Dial { link, address }] = dialled[..] else { panic!("{dialled:?}") };
@@ -428,7 +429,7 @@ fn a_standby_that_refuses_again_and_again_is_asked_less_often() {
     for (times, factor) in [1, 2, 4, 8, 16, 25, 25].into_iter().enumerate() {
         assert_eq!(refused_once(&mut host, &size(512 + times as u64)), (0, factor * retry), "{times}");
     }
-    // It says something else: somebody does something about it.
+    // It says something else, so somebody is working on it.
     assert_eq!(refused_once(&mut host, "no tap"), (0, retry));
     assert_eq!(refused_once(&mut host, "no tap"), (0, 2 * retry));
     // It was away and is back.
@@ -440,7 +441,7 @@ fn a_standby_that_refuses_again_and_again_is_asked_less_often() {
     assert_eq!(refused_once(&mut host, "no tap"), (0, retry));
 }
 
-/// One of two refuses forever; the other one is not asked less often for that.
+/// One of two refuses forever; the other one is not asked less often because of it.
 #[test]
 fn a_standby_that_refuses_does_not_keep_the_other_one_waiting() {
     let mut host = Host::new(2);
@@ -518,7 +519,7 @@ fn a_host_that_breaks_gives_back_what_it_may_have_won() {
     assert_eq!(host.acts(Unable), [GiveBack { generation: 5 }]);
     assert_eq!(host.claimed(ClaimResult::Won), [], "it is not used any more");
     assert_eq!(host.machine.output(), OutputMode::Discard);
-    // An answer that says nothing: the claim may have been heard.
+    // An answer that decides nothing: the claim may have reached the arbiter.
     let mut host = Host::protected();
     host.acts(LinkLost { link: LINK, why: LossReason::Closed });
     host.claimed(ClaimResult::Unreachable { why: "no route".into() });

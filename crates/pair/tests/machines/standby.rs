@@ -35,7 +35,7 @@ fn lost() -> StandbyEvent {
     LinkLost { link: LINK, why: LossReason::Closed }
 }
 
-/// What the loss of the link brings, with this checkpoint applied.
+/// The actions at the loss of the link, with this checkpoint applied.
 fn gone_at(checkpoint: u64) -> [StandbyAction; 2] {
     [Hangup { link: LINK }, Settle { link: LINK, checkpoint }]
 }
@@ -65,7 +65,8 @@ impl Host {
         Self { machine: Standby::new(StandbyConfig { vm, timing: timing() }, ms(0)), now: 0 }
     }
 
-    /// Hands in an event; returns all actions, with those of the waiting thread if it has to ask the arbiter.
+    /// Hands in an event; returns all actions, including those of the waiting thread if it has to ask the
+    /// arbiter.
     fn on(&mut self, event: StandbyEvent) -> Vec<StandbyAction> {
         let mut out = Vec::new();
         self.machine.handle(ms(self.now), event, &mut out);
@@ -113,7 +114,7 @@ impl Host {
         self.acts(Claimed { generation: 5, result })
     }
 
-    /// The arbiter says so until it is believed; returns what follows.
+    /// The arbiter says so until this side believes it; returns what follows.
     fn lost_to(&mut self, owner: &str) -> Vec<StandbyAction> {
         let lost = || ClaimResult::Lost { owner: owner.into() };
         assert_eq!(self.claimed(lost()), [], "the winner may give the generation back");
@@ -177,7 +178,7 @@ fn a_checkpoint_is_acknowledged_applied_and_only_then_the_next() {
     assert_eq!(host.acts(applied(14)), []);
 }
 
-/// No more is on its way without an acknowledgement than the primary has said.
+/// The primary may not have more checkpoints on their way without an acknowledgement than it announced.
 #[test]
 fn what_waits_is_bounded() {
     let mut host = Host::protected();
@@ -188,7 +189,7 @@ fn what_waits_is_bounded() {
     assert!(matches!(actions[0], SendLeave { reason: LeaveReason::BadStream, .. }), "{actions:?}");
 }
 
-/// What this host cannot do is found while the primary lives, and heartbeats go on meanwhile.
+/// A failure of this host is found while the primary lives, and heartbeats continue meanwhile.
 #[test]
 fn a_base_is_tried_before_it_is_acknowledged() {
     let mut host = Host::attached();
@@ -231,7 +232,7 @@ fn the_next_primary_waits_until_the_last_copy_is_gone() {
     assert_eq!(host.refusal(Link(3), VM, 4), RefuseCode::Busy);
     host.acts(Discarded { link: LINK });
     assert!(matches!(host.acts(hello_of(Link(4), VM, 4))[..], [Accept { .. }]));
-    // What the last copy's threads still had to say is not about this one.
+    // Late reports from the last copy's threads do not concern this one.
     for event in [applied(11), settled(11), tried(11), Failed { link: LINK, why: "late".into() }] {
         assert_eq!(host.acts(event), []);
     }
@@ -274,7 +275,7 @@ fn a_dead_primary_is_succeeded() {
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, false)]);
 }
 
-/// SIGKILL closes the socket; every millisecond of waiting would be one of outage.
+/// SIGKILL closes the socket; every millisecond of waiting would be a millisecond of outage.
 #[test]
 fn a_closed_link_is_decided_at_once() {
     assert_eq!(Host::protected().acts(lost()), gone_at(11));
@@ -292,7 +293,7 @@ fn what_is_staged_but_not_acknowledged_is_dropped() {
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(12, false)]);
 }
 
-/// The link is read all the while, so silence is silence.
+/// The link is read all the while, so silence really is silence.
 #[test]
 fn a_slow_apply_is_no_silence_and_hides_none() {
     let mut host = Host::protected();
@@ -351,7 +352,7 @@ fn a_bad_stream_makes_the_standby_leave_not_take_over() {
         host.now += 10_000;
         assert_eq!(host.acts(Tick), [], "it has promised not to claim");
     }
-    // A stranger's rubbish is the stranger's.
+    // A stranger's damage concerns only the stranger.
     let stranger = BadStream { link: Link(9), why: "HTTP".into() };
     assert_eq!(Host::protected().acts(stranger), [Hangup { link: Link(9) }]);
 }
@@ -418,7 +419,7 @@ fn a_stop_leaves_in_order() {
     assert!(matches!(failed[..], [SendLeave { .. }, Hangup { .. }, Exit { .. }]));
 }
 
-/// The other side may be in the best of health. What is claimed and cannot be run runs nowhere.
+/// The other side may be in perfect health. A VM that is claimed and cannot be run runs nowhere.
 #[test]
 fn a_side_that_could_not_run_the_vm_does_not_ask_for_it() {
     let failed = || Failed { link: LINK, why: "input/output error".into() };
@@ -462,7 +463,7 @@ fn a_failure_during_arbitration_waits_for_the_answer() {
     assert_eq!(said(host.acts(failed())), "input/output error", "no question is open");
 }
 
-/// Whoever has asked the arbiter may already own the VM; walking away would leave it to nobody.
+/// A side that has asked the arbiter may already own the VM; if it walks away, nobody has the VM.
 #[test]
 fn a_stop_during_arbitration_waits_for_the_answer() {
     let mut host = Host::claiming();
@@ -549,7 +550,7 @@ fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
     twice.acts(Stop);
     assert_eq!(twice.acts(Stop), leaves(LeaveReason::Stopped));
 
-    // What is acknowledged is applied first.
+    // Acknowledged checkpoints are applied first.
     let mut busy = Host::protected();
     busy.acts(staged(12, PLAIN));
     assert_eq!(busy.acts(Stop), []);

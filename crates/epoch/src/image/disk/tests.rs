@@ -56,10 +56,10 @@ fn sections_are_cut_between_records() {
         found += section.iter().count();
         sections += 1;
     }
-    // The zeroing of nothing is left out.
+    // Zeroing nothing is left out.
     assert_eq!((found, sections), (299, 7));
     assert_eq!(RecordBuf::default().sections(MAX_RECORD_BYTES).count(), 0);
-    // What was read may have larger ones.
+    // Records that were read may have more data.
     let head = [1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0];
     let large = [&head[..], &vec![7; MAX_DISK_DATA]].concat();
     let mut buffer = RecordBuf::default();
@@ -155,7 +155,7 @@ proptest! {
                 Op::Flush => (0, DiskOp::Flush),
             };
             let write = DiskRecord { disk: *disk, offset, op };
-            // What changes nothing is no record.
+            // A write that changes nothing is no record.
             if buffer.push(write) && (op == DiskOp::Flush || !write.is_empty()) {
                 kept.push(write);
             }

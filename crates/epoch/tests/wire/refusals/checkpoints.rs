@@ -125,7 +125,7 @@ fn a_staging_buffer_serves_one_checkpoint_after_another() {
     }
 }
 
-/// A peer whose announcement and end agree, with the right chain, but which left a page out.
+/// A peer that left a page out: its announcement and its end agree, and the chain is right.
 #[test]
 fn fewer_pages_than_announced_are_refused() {
     let mut out = Vec::new();
@@ -171,7 +171,7 @@ fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
     let found = writes().len() as u32;
     let expected = IncomingError::Totals { number: 1, what: "bytes of disk writes", expected: 30, found };
     assert_eq!(stage_writes(30, &writes()), Err(expected));
-    // Announced and left out: the encoder does not do that.
+    // Announced and left out: the encoder cannot do that.
     let mut out = Vec::new();
     let mut encoder = Encoder::new();
     encoder.checkpoint_begin(&mut out, &CheckpointBegin { disk_bytes: 24, ..begin(1, 0, 0, BASE) }).unwrap();
@@ -181,7 +181,7 @@ fn disk_writes_outside_the_disks_or_beyond_the_announcement_are_refused() {
     assert!(encoder.checkpoint_end(&mut out, 0).is_ok());
 }
 
-/// A peer's records are looked at once, when they are collected: nothing of them may panic or be kept.
+/// A peer's records are checked once, when they are collected: bad ones never panic and are not kept.
 #[test]
 fn bytes_that_are_no_disk_records_are_refused() {
     let sound = writes();
@@ -198,7 +198,7 @@ fn bytes_that_are_no_disk_records_are_refused() {
     }
 }
 
-/// The room for disk writes goes away with them, so that nobody copies them, and comes back.
+/// The memory for disk writes goes away with them, so that nobody copies them, and comes back.
 #[test]
 fn disk_writes_are_handed_over_with_their_memory() {
     let (mut incoming, mut writes) = (incoming(), RecordBuf::default());

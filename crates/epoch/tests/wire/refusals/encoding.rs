@@ -1,4 +1,4 @@
-//! What an encoder refuses to write, and the largest that it writes.
+//! What an encoder refuses to write, and the largest sections that it writes.
 
 use outlive_epoch::{
     Ancestor, DeviceInfo, DeviceKind, DiskOp, DiskSums, DiskWant, EncodeError, Encoder, HEADER_LEN, Lineage,
@@ -39,7 +39,7 @@ fn the_encoder_refuses_what_no_reader_would_take() {
     encoder.checkpoint_end(&mut out, 0).unwrap();
 }
 
-/// The largest sections there can be fit their limits and the reader's buffer.
+/// The largest possible sections fit their limits and the reader's buffer.
 #[test]
 fn the_largest_sections_pass() {
     let gfns: Vec<u64> = (0..256).collect();
@@ -108,7 +108,7 @@ fn a_long_refusal_is_cut_at_a_character() {
     }
 }
 
-/// Invariant 5: what runs in every epoch allocates nothing.
+/// Invariant 5: code that runs in every epoch allocates nothing.
 #[test]
 fn a_full_section_of_pages_fits_the_promised_capacity() {
     let mut out = Vec::with_capacity(64 + 8 * 256);

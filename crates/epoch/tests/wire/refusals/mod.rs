@@ -1,4 +1,4 @@
-//! Every refusal has its own words, and leaves the sides able to go on.
+//! Every refusal has its own words, and both sides can continue after it.
 
 mod checkpoints;
 mod encoding;

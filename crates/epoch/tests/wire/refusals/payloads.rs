@@ -102,7 +102,7 @@ fn devices_that_make_no_sense_are_refused() {
     let mut out = Vec::new();
     let mut one = hello();
     one.devices.truncate(1);
-    // The version at whose end nothing may be left.
+    // In this version nothing may follow the last field.
     let old = ProtocolVersion::V2;
     Encoder::speaking(old).hello(&mut out, &one).unwrap();
     let payload = &out[HEADER_LEN..];

@@ -6,11 +6,10 @@ use super::sync::{AtomicU64, Ordering};
 
 type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
 
-/// How long the decision that let output out is good for.
+/// How long the decision to let output out remains valid.
 ///
 /// Between a commit and the write of a frame this process may be stopped for an hour, and meanwhile the
-/// standby may have won the VM. So [`holds`](Self::holds) is asked right before the write, with a fresh
-/// clock.
+/// standby may have won the VM. So ask [`holds`](Self::holds) right before the write, with a fresh clock.
 pub struct Lease {
     /// In nanoseconds of the clock.
     until: AtomicU64,
@@ -18,7 +17,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease by CLOCK_BOOTTIME, which goes on while the host sleeps. It holds until it is told otherwise.
+    /// A lease by CLOCK_BOOTTIME, which runs on while the host sleeps. It holds until it is set.
     pub fn new() -> Self {
         Self::with_clock(boot_time)
     }
@@ -35,7 +34,7 @@ impl Lease {
 
     /// Whether it holds at this moment.
     pub fn holds(&self) -> bool {
-        // The clock last: this thread may have been stopped before.
+        // The clock is read last: this thread may have been stopped before.
         let until = self.until.load(Ordering::SeqCst);
         nanos(self.now()) < until
     }
@@ -65,6 +64,6 @@ pub(super) fn nanos(time: Duration) -> u64 {
 /// The time since the host was started, its sleep included (CLOCK_BOOTTIME).
 fn boot_time() -> Duration {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
-    // It fails only for a clock that does not exist; Linux has this one since 2.6.39.
+    // It fails only for a clock that does not exist; Linux has had this one since 2.6.39.
     now.expect("CLOCK_BOOTTIME exists").into()
 }

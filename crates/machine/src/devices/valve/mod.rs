@@ -1,8 +1,8 @@
 //! Held output: **nothing produced in epoch N leaves the host before checkpoint N is committed.**
 //!
-//! Output is what cannot be taken back when the VM goes on from its last checkpoint elsewhere: the frames of
-//! the network card and the writes to a disk that both hosts use. All of it is behind one [`Valve`]. An order
-//! is given once, to the valve:
+//! Output is what cannot be taken back when the VM continues elsewhere from its last checkpoint: the frames
+//! of the network card and the writes to a disk that both hosts use. All of it is behind one [`Valve`]. Each
+//! order is given once, to the valve:
 //!
 //! ```text
 //!              hold, begin        commit       open         discard
@@ -15,15 +15,15 @@
 //!
 //! - **Orders** ([`hold`](Valve::hold), [`begin`](Valve::begin), [`commit`](Valve::commit),
 //!   [`open`](Valve::open), [`discard`](Valve::discard)) are O(number of outputs), make no system call and
-//!   wait for no lock that is held over one. So they may be given in the pause and under the lock of the
-//!   decision.
-//! - **[`drain`](Valve::drain)** carries out what was ordered, with as many system calls as it takes, after
-//!   that lock was dropped. Any thread may, several at once too: they follow each other. What an order let
-//!   out has left when a drain that began after the order returns. What passes through is drained by the
-//!   device's own thread, outside the gate, so that no pause waits for the sink.
-//! - **The first output of an epoch is told** to who ends epochs ([`on_held`](Valve::on_held)): noted inside
-//!   the gate by an atomic, told outside of it.
-//! - **Mode and lease are asked for each frame and each write**, right before its system call.
+//!   wait for no lock that is held over one. So they may be given in the pause and under the lock that guards
+//!   the decision.
+//! - **[`drain`](Valve::drain)** carries the orders out, with as many system calls as that takes, after that
+//!   lock was dropped. Any thread may drain, several even at once: they take turns. When a drain that began
+//!   after an order returns, everything that the order let out has left. Output that passes through is
+//!   drained by the device's own thread, outside the gate, so that no pause waits for the sink.
+//! - **The first output of an epoch is reported** to whoever ends epochs ([`on_held`](Valve::on_held)): noted
+//!   inside the gate by an atomic, reported outside of it.
+//! - **Mode and lease are checked for each frame and each write**, right before its system call.
 
 mod lease;
 mod permit;
@@ -36,19 +36,19 @@ use thiserror::Error;
 pub use lease::Lease;
 pub use permit::{Fate, Order, OutputMode, Permit, Tag};
 
-/// The primitives of the permission. The model test puts the ones of its checker in their place.
+/// The primitives of the permission. The model test replaces them with those of its checker.
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering};
 }
 
-/// Output of a machine that is held until its epoch is committed. What it may do it asks its [`Permit`].
+/// Output of a machine that is held until its epoch is committed. Its [`Permit`] says what may leave.
 pub trait HeldOutput: Send + Sync {
-    /// The newest epoch that has output held here. May say so for a moment longer than it is true.
+    /// The newest epoch that has output held here. The answer may lag behind for a moment.
     fn newest_held(&self) -> Option<u64>;
 
     /// Lets out, in order, what the permission allows and what was taken before this call; drops what was
-    /// discarded. When it returns after a discard, no frame is on its way to the sink, and no write is handed
-    /// to the storage any more.
+    /// discarded. When it returns after a discard, no frame is on its way to the sink, and no more writes are
+    /// handed to the storage.
     fn drain(&self);
 }
 
@@ -69,13 +69,13 @@ pub struct Valve {
 }
 
 impl Valve {
-    /// A valve in front of `outputs`, which ask `permit`.
+    /// A valve in front of `outputs`, which consult `permit`.
     pub fn new(permit: Arc<Permit>, outputs: Vec<Arc<dyn HeldOutput>>) -> Self {
         Self { permit, outputs }
     }
 
-    /// From now on output is held and belongs to `epoch`. In a pause, with the gate closed. Ends *discard*
-    /// for what is taken from now on.
+    /// From now on output is held and belongs to `epoch`. Call it in a pause, with the gate closed. It ends
+    /// *discard* for output that is taken from now on.
     ///
     /// # Errors
     ///
@@ -86,7 +86,8 @@ impl Valve {
         Ok(())
     }
 
-    /// From now on output belongs to `epoch`. In each pause, with the gate closed. Does not change the mode.
+    /// From now on output belongs to `epoch`. Call it in each pause, with the gate closed. It does not change
+    /// the mode.
     ///
     /// # Errors
     ///
@@ -98,27 +99,27 @@ impl Valve {
     }
 
     /// The checkpoints of all epochs up to `through` are committed: their output may leave, as long as the
-    /// lease holds. Output of the epoch that still runs stays whatever `through` says. [`drain`](Self::drain)
-    /// follows.
+    /// lease holds. Output of the running epoch stays, whatever `through` says. [`drain`](Self::drain) must
+    /// follow.
     pub fn commit(&self, through: u64) {
         self.permit.commit(through);
     }
 
     /// Everything held may leave, and from now on output leaves at once, behind it. For a VM that goes on
-    /// alone (its generation is won) or is not protected. Ends *discard* for what is taken from now on.
-    /// [`drain`](Self::drain) follows.
+    /// alone (its generation is won) or is not protected. It ends *discard* for output that is taken from now
+    /// on. [`drain`](Self::drain) must follow.
     pub fn open(&self) {
         self.permit.open();
     }
 
-    /// What is held and what is taken from now on never leaves. [`drain`](Self::drain) follows, and waits for
-    /// the frame that is being sent. A write to a shared disk that was let out and has not begun is given up;
-    /// the system calls under way end by themselves. The guest waits for its writes for good.
+    /// Held output and output that is taken from now on never leaves. [`drain`](Self::drain) must follow; it
+    /// waits for the frame that is being sent. A write to a shared disk that was let out and has not begun is
+    /// given up; system calls under way end by themselves. The guest waits for its writes forever.
     pub fn discard(&self) {
         self.permit.discard();
     }
 
-    /// Carries out what was ordered: see the module. Not in the pause and under no lock of the decision.
+    /// Carries out the orders: see the module. Not in the pause and not under a lock of the decision.
     pub fn drain(&self) {
         self.outputs.iter().for_each(|output| output.drain());
     }
@@ -128,9 +129,9 @@ impl Valve {
         self.permit.order().mode()
     }
 
-    /// Committed output may leave until this time of the lease's clock; `None`: forever. An order of whoever
-    /// decides, after each decision: what a thread has refused because the lease had just ended is refused no
-    /// more, or committed output would stay for as long as the VM is protected.
+    /// Committed output may leave until this time of the lease's clock; `None`: forever. Whoever decides
+    /// gives this order after each decision. It also takes back refusals: when a thread refused output
+    /// because the lease had just ended, that output would otherwise stay for as long as the VM is protected.
     pub fn renew(&self, until: Option<Duration>) {
         self.permit.renew(until);
     }
@@ -140,14 +141,14 @@ impl Valve {
         self.permit.lease()
     }
 
-    /// When the first output of the epoch that runs was held, on the lease's clock; none is held if nothing
-    /// is said.
+    /// When the first output of the running epoch was held, on the lease's clock; `None` if no output is
+    /// held.
     pub fn held_since(&self) -> Option<Duration> {
         self.permit.held_since()
     }
 
-    /// Has `tell` called when the first output of an epoch is held, by a device's thread, outside the gate
-    /// and without a lock. Once for all: a second listener is not taken.
+    /// Has a device's thread call `tell` when the first output of an epoch is held, outside the gate and
+    /// without a lock. Set it once: a second listener is ignored.
     pub fn on_held(&self, tell: impl Fn() + Send + Sync + 'static) {
         self.permit.on_held(tell);
     }

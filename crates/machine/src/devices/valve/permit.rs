@@ -1,8 +1,8 @@
-//! Whether output may leave: the word that all outputs of a machine ask.
+//! Whether output may leave: all outputs of a machine ask here.
 //!
 //! An *order* changes a few atomic words, so it never waits and is never half carried out. A device that
 //! takes output from the guest gets a [`Tag`] for it and keeps the two together. Before output leaves, its
-//! [`Fate`] is looked up, and the permission is asked once more right before the system call.
+//! device looks up its [`Fate`] and asks the permission once more, right before the system call.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -18,11 +18,11 @@ pub enum OutputMode {
     PassThrough = 0,
     /// It waits for the commit of its epoch.
     Hold = 1,
-    /// It is dropped: the VM is not (or no longer) the one that may speak.
+    /// It is dropped: this VM may not, or no longer, send.
     Discard = 2,
 }
 
-/// The order in force, as one word, so that it is seen whole:
+/// The order in force. It is one word, so that it is read as a whole:
 ///
 /// | bits | |
 /// |---|---|
@@ -70,7 +70,7 @@ impl Order {
     }
 }
 
-/// What is kept with output that was taken from the guest.
+/// What a device keeps with output that it took from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tag {
     /// The epoch that produced it.
@@ -81,7 +81,7 @@ pub struct Tag {
 }
 
 impl Tag {
-    /// Of nothing.
+    /// A tag of no output.
     pub const NONE: Self = Self { epoch: 0, mode: OutputMode::PassThrough, era: 0 };
 }
 
@@ -96,23 +96,23 @@ pub enum Fate {
     Dropped,
 }
 
-/// The permission to let output leave: mode, epoch, what is committed, lease.
+/// The permission to let output leave: mode, epoch, committed epochs, lease.
 #[derive(Debug)]
 pub struct Permit {
     order: AtomicU64,
-    /// The epoch that runs.
+    /// The running epoch.
     epoch: AtomicU64,
     /// Output of epochs below this one has been let out. Never above `epoch`.
     committed_below: AtomicU64,
     /// When the first output of the running epoch was held, in nanoseconds of the lease's clock; 0: none.
     held_since: AtomicU64,
-    /// Whether that is still to be told.
+    /// Whether that is still to be reported.
     untold: AtomicU64,
     listener: Listener,
     lease: Lease,
 }
 
-/// Who is told of the first output of an epoch.
+/// The listener for the first output of an epoch.
 #[derive(Default)]
 struct Listener(OnceLock<Box<dyn Fn() + Send + Sync>>);
 
@@ -138,16 +138,16 @@ impl Permit {
 
     /// The order in force.
     pub fn order(&self) -> Order {
-        // Acquire: what an order set before it was given is seen with it.
+        // Acquire: whatever was set before an order was given is seen with it.
         Order(self.order.load(Ordering::Acquire))
     }
 
-    /// The lease, which is asked for output that was held.
+    /// The lease, which is checked for output that was held.
     pub fn lease(&self) -> &Lease {
         &self.lease
     }
 
-    /// What to keep with output that is taken from the guest now. Inside the gate: so a hold, which is
+    /// The tag for output that is taken from the guest now. Call it inside the gate, so that a hold, which is
     /// ordered in a pause, comes before or after it.
     pub fn tag(&self) -> Tag {
         let order = self.order();
@@ -155,21 +155,22 @@ impl Permit {
         Tag { epoch, mode: order.mode(), era: order.era() }
     }
 
-    /// Output with this tag was taken. Inside the gate, as the tag; [`tell_held`](Self::tell_held) follows.
+    /// Output with this tag was taken. Call it inside the gate, like the tag; [`tell_held`](Self::tell_held)
+    /// must follow.
     pub fn note_held(&self, tag: Tag) {
         if tag.mode == OutputMode::Hold && self.held_since.load(Ordering::Relaxed) == 0 {
             let now = nanos(self.lease.now()).max(1);
             let first = self.held_since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
             if first.is_ok() {
-                // Release: who is told finds the time.
+                // Release: whoever is told finds the time.
                 self.untold.store(1, Ordering::Release);
             }
         }
     }
 
-    /// Tells who wants to know that the first output of an epoch is held, if that is new: once for each
-    /// epoch. Outside the gate and without a lock, since it may make a system call that wakes a thread. May
-    /// come when the epoch has ended already.
+    /// Tells the listener that the first output of an epoch is held, if that is new: once for each epoch.
+    /// Call it outside the gate and without a lock, since it may make a system call that wakes a thread. It
+    /// may come when the epoch has ended already.
     pub fn tell_held(&self) {
         if self.untold.load(Ordering::Relaxed) != 0
             && self.untold.swap(0, Ordering::AcqRel) != 0
@@ -179,13 +180,12 @@ impl Permit {
         }
     }
 
-    /// Has `tell` called as [`tell_held`](Self::tell_held) says. Once for all: a second listener is not
-    /// taken.
+    /// Has `tell` called as [`tell_held`](Self::tell_held) says. Set it once: a second listener is ignored.
     pub fn on_held(&self, tell: impl Fn() + Send + Sync + 'static) {
         self.listener.0.set(Box::new(tell)).ok();
     }
 
-    /// What may become, under this order, of what was taken.
+    /// What may become, under this order, of output with this tag.
     pub fn fate(&self, order: Order, tag: Tag) -> Fate {
         if order.mode() == OutputMode::Discard || order.era() != tag.era {
             Fate::Dropped
@@ -200,21 +200,21 @@ impl Permit {
         }
     }
 
-    /// Asked right before what [`fate`](Self::fate) found to leave under `order` is sent or handed over. When
-    /// the lease has ended this refuses everything until the next order.
+    /// Asked right before output that may leave under `order` ([`fate`](Self::fate)) is sent or handed over.
+    /// Once the lease has ended, this refuses everything until the next order.
     pub fn confirms(&self, order: Order) -> bool {
         if order.mode() == OutputMode::Hold && !self.lease.holds() {
-            // Unless another order has come, which knows nothing of this lease.
+            // Unless another order has come, which is independent of this lease.
             let refused = order.0 | REFUSED;
             self.order.compare_exchange(order.0, refused, Ordering::AcqRel, Ordering::Relaxed).ok();
             return false;
         }
-        // Last: the lease's clock may have been long in coming.
+        // Last: reading the lease's clock may have taken long.
         self.order() == order
     }
 
-    /// For what was let out and has waited since for its turn at the storage: whether it may be carried out
-    /// now.
+    /// For output that was let out and has waited since for its turn at the storage: whether it may be
+    /// carried out now.
     pub fn allows(&self, tag: Tag) -> bool {
         loop {
             let order = self.order();
@@ -230,14 +230,14 @@ impl Permit {
         }
     }
 
-    /// When the first output of the epoch that runs was held, on the lease's clock.
+    /// When the first output of the running epoch was held, on the lease's clock.
     pub fn held_since(&self) -> Option<Duration> {
         let nanos = self.held_since.load(Ordering::Relaxed);
         (nanos != 0).then(|| Duration::from_nanos(nanos))
     }
 
-    /// The lease lasts until then, and what was refused for the want of it is refused no more. A refusal may
-    /// come after this from a thread that has asked the lease before it; the next renewal takes it back.
+    /// The lease lasts until this time, and refusals because of its end are taken back. A thread that asked
+    /// the lease earlier may still refuse after this; the next renewal takes that back.
     pub(super) fn renew(&self, until: Option<Duration>) {
         self.lease.set(until);
         if self.order.load(Ordering::Acquire) & REFUSED != 0 && self.lease.holds() {
@@ -247,8 +247,8 @@ impl Permit {
 
     pub(super) fn hold(&self, epoch: u64) {
         self.give(|order| {
-            // What passed through and is still on its way has been let out already; what was held before
-            // begins to wait anew.
+            // Output that passed through and is still on its way has been let out already; output that was
+            // held before begins to wait anew.
             let passed = order.mode() == OutputMode::PassThrough;
             self.committed_below.store(if passed { epoch } else { 0 }, Ordering::Release);
             self.epoch.store(epoch, Ordering::Release);
@@ -258,14 +258,14 @@ impl Permit {
     }
 
     pub(super) fn begin(&self, epoch: u64) {
-        // An epoch that runs is not committed, also when numbers go back.
+        // A running epoch is not committed, even when numbers go back.
         self.committed_below.fetch_min(epoch, Ordering::AcqRel);
         self.epoch.store(epoch, Ordering::Release);
         self.held_since.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn commit(&self, through: u64) {
-        // A commit of the epoch that runs cannot be: such a call is a mistake and must not let anything out.
+        // The running epoch cannot be committed: such a call is a mistake and must not let anything out.
         let below = through.saturating_add(1).min(self.epoch.load(Ordering::Acquire));
         self.committed_below.fetch_max(below, Ordering::AcqRel);
     }
@@ -282,7 +282,7 @@ impl Permit {
         let mut order = self.order.load(Ordering::Acquire);
         loop {
             let next = Order(order).next(mode(Order(order)));
-            // Release: what `mode` has set is seen by whoever sees the order.
+            // Release: whoever sees the order sees what `mode` has set.
             match self.order.compare_exchange(order, next.0, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return,
                 Err(now) => order = now,

@@ -21,13 +21,13 @@ mod permit;
 use lease::Lease;
 use permit::{Fate, OutputMode, Permit, Tag};
 
-/// An output as the card's is: a queue, a lock over what leaves, and what has left.
+/// An output like the card's: a queue, a lock over what leaves, and what has left.
 struct Model {
     permit: Permit,
     held: Mutex<VecDeque<Tag>>,
     writer: Mutex<()>,
     left: Mutex<Vec<u64>>,
-    /// What is committed, said before the order is given.
+    /// What is committed. Set before the order is given.
     committed: AtomicU64,
     /// A discard has been carried out.
     silent: AtomicU64,
@@ -35,7 +35,8 @@ struct Model {
 
 impl Model {
     fn new(mode: OutputMode, leased: u64) -> Arc<Self> {
-        // A clock that has passed the lease after so many looks. The first output of an epoch is one too.
+        // A clock that has passed the lease after this many looks. The first output of an epoch is one of
+        // them.
         let looks = AtomicU64::new(0);
         let lease = Lease::with_clock(move || Duration::from_nanos(looks.fetch_add(1, Ordering::SeqCst)));
         lease.set((leased != u64::MAX).then(|| Duration::from_nanos(leased)));
@@ -91,7 +92,7 @@ impl Model {
         }
     }
 
-    /// As the receiver of an acknowledgement does it.
+    /// As the receiver of an acknowledgement does.
     fn commit(&self, through: u64) {
         self.committed.store(through, Ordering::SeqCst);
         self.permit.commit(through);
@@ -116,7 +117,7 @@ fn what_is_committed_leaves_and_nothing_before() {
             let model = model.clone();
             thread::spawn(move || model.commit(1))
         };
-        // The guest runs on and its device's thread drains too; then the next pause.
+        // The guest continues and its device's thread drains too; then the next pause.
         model.push();
         model.drain();
         model.permit.begin(3);
@@ -177,7 +178,7 @@ fn a_hold_while_output_passes_keeps_what_comes_after_it() {
             let model = model.clone();
             thread::spawn(move || model.drain())
         };
-        // The device's thread drains outside the gate, so a pause comes in between.
+        // The device's thread drains outside the gate, so a pause can come in between.
         model.permit.hold(1);
         model.push();
         device.join().unwrap();

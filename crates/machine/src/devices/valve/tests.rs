@@ -1,4 +1,4 @@
-//! The valve, and what tests of its outputs need.
+//! Tests of the valve, and helpers for tests of its outputs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::*;
 
-/// How often a lease still holds.
+/// How many more times a lease holds.
 pub(crate) struct Times {
     left: AtomicUsize,
     asked: AtomicUsize,
 }
 
 impl Times {
-    /// A lease that holds as often as [`set`](Self::set) says; at first always.
+    /// A lease that holds as many times as [`set`](Self::set) says; at first always.
     pub(crate) fn lease() -> (Arc<Self>, Lease) {
         let times = Arc::new(Self { left: AtomicUsize::new(usize::MAX), asked: AtomicUsize::new(0) });
         let asked = times.clone();
@@ -23,13 +23,13 @@ impl Times {
         (times, lease)
     }
 
-    /// From now on it holds so often.
+    /// From now on it holds this many times.
     pub(crate) fn set(&self, times: usize) {
         self.left.store(times, Ordering::SeqCst);
         self.asked.store(0, Ordering::SeqCst);
     }
 
-    /// How often it was asked since.
+    /// How often it was asked since then.
     pub(crate) fn asked(&self) -> usize {
         self.asked.load(Ordering::SeqCst)
     }
@@ -97,7 +97,8 @@ fn what_a_discard_has_caught_never_leaves() {
     assert_eq!(fate(&permit, permit.tag()), Fate::Leaves);
 }
 
-/// A thread that drains has seen the end of the lease, and whoever decides has heard of the standby in time.
+/// A thread that drains has seen the end of the lease, but whoever decides has heard from the standby in
+/// time.
 #[test]
 fn a_lease_that_is_renewed_takes_the_refusal_back() {
     let (permit, times) = permit(OutputMode::Hold);
@@ -133,7 +134,7 @@ fn a_lease_that_has_ended_refuses_all_until_the_next_order() {
     times.set(0);
     assert!(permit.confirms(permit.order()) && permit.allows(tag), "what passes through has no lease");
     assert_eq!(times.asked(), 0);
-    // A refusal that comes late is not one of the order that was given meanwhile.
+    // A late refusal does not apply to an order that was given meanwhile.
     permit.hold(2);
     let stale = permit.order();
     permit.hold(2);

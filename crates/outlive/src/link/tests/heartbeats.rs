@@ -1,4 +1,4 @@
-//! A heartbeat never waits behind more than a batch that was written after it was due, and behind little in
+//! A heartbeat never waits behind more than one batch that was written after it was due, and behind little in
 //! the kernel.
 
 use std::io::Read;
@@ -16,13 +16,13 @@ use super::rig::{self, Beat, HEARTBEAT, SlowLink, Written};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 
-/// What may be in front of a heartbeat that was written after it was due.
+/// How many bytes written after a heartbeat was due may be in front of it.
 const BATCH: usize = 256 << 10;
 /// Headers of the sections in a batch, and the fields before their data.
 const HEADS: usize = 8 << 10;
 
-/// Sends the jobs over a slow link and returns how many bytes went before each heartbeat that were written
-/// after it was due.
+/// Sends the jobs over a slow link. Returns, for each heartbeat, how many bytes that were written after it
+/// was due went before it.
 fn late_bytes(jobs: Vec<Job>) -> Vec<usize> {
     let clock = Clock::start();
     let written = Arc::new(Mutex::new(Written::default()));
@@ -38,7 +38,7 @@ fn late_bytes(jobs: Vec<Job>) -> Vec<usize> {
     let late =
         |(before, beat): (Duration, &Beat)| beat.position.saturating_sub(written.until(before + HEARTBEAT));
     let late: Vec<usize> = before.zip(&beats).map(late).collect();
-    // On a link of 8 MB a second two heartbeats are due in a batch, so one goes before each.
+    // On a link of 8 MB a second two heartbeats are due per batch, so one goes before each.
     assert!(beats.len() >= written.bytes.len() / (BATCH + HEADS) - 1, "{} heartbeats", beats.len());
     late
 }
@@ -79,12 +79,12 @@ fn one_goes_between_two_batches_of_a_checkpoint() {
     assert!(late.iter().all(|bytes| *bytes <= BATCH + HEADS), "{late:?}");
 }
 
-/// With a reader that takes 16 MiB a second, a heartbeat waits behind little more than what that reader's
-/// buffer holds: the kernel does not take megabytes of pages in front of it.
+/// If the reader takes 16 MiB a second, a heartbeat waits behind little more than that reader's buffer: the
+/// kernel does not take megabytes of pages in front of it.
 #[test]
 fn the_kernel_holds_little_in_front_of_one() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    // Accepted sockets inherit it; the kernel doubles it for its own needs.
+    // Accepted sockets inherit the size; the kernel doubles it for its own needs.
     let received = 64 << 10;
     SockRef::from(&listener).set_recv_buffer_size(received).unwrap();
     let address = listener.local_addr().unwrap().to_string();

@@ -1,4 +1,4 @@
-//! A sender with work to do, and what came out of it.
+//! A sender with work to do, and its output.
 
 use std::io::{self, IoSlice, Read};
 use std::sync::mpsc::{Receiver, channel};
@@ -16,7 +16,7 @@ use crate::pulse::Pulse;
 /// Time between two heartbeats that the sender owes.
 pub(super) const HEARTBEAT: Duration = Duration::from_millis(10);
 
-/// Bytes, and when they were written: the beginning of the write, and how many bytes there were after it.
+/// Bytes, and when they were written: the beginning of each write, and how many bytes there were after it.
 #[derive(Default)]
 pub(super) struct Written {
     pub(super) bytes: Vec<u8>,
@@ -73,7 +73,7 @@ impl Transport for SlowLink {
     }
 }
 
-/// A sender on a connection, and what it reports.
+/// A sender on a connection, and its reports.
 pub(super) fn sender(connection: Connection, clock: Clock) -> (Sender, Receiver<SenderReport>) {
     let (to, reports) = channel();
     let report = move |report| drop(to.send(report));
@@ -83,7 +83,7 @@ pub(super) fn sender(connection: Connection, clock: Clock) -> (Sender, Receiver<
     (Sender::start(writer, closer, clock, pulse, HEARTBEAT, version, report).unwrap(), reports)
 }
 
-/// A round of the base synchronisation: so many pages with something in them.
+/// A round of the base synchronisation: this many pages, none of them empty.
 pub(super) fn base_round(pages: u64) -> Job {
     let ram = Ram::new(64 << 20, 64).unwrap();
     let gfns: Vec<Gfn> = (1000..1000 + pages).map(Gfn).collect();

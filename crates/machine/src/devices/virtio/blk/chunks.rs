@@ -12,7 +12,7 @@ pub struct ChunkSet {
 }
 
 impl ChunkSet {
-    /// The empty set for a disk of `bytes` bytes; the last chunk may be a short one.
+    /// The empty set for a disk of `bytes` bytes; the last chunk may be shorter.
     pub fn for_disk(bytes: u64) -> Self {
         let chunks = bytes.div_ceil(CHUNK);
         Self { words: vec![0; chunks.div_ceil(64) as usize], chunks, count: 0 }
@@ -28,7 +28,7 @@ impl ChunkSet {
         self.count
     }
 
-    /// Whether none is.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
@@ -38,7 +38,7 @@ impl ChunkSet {
         chunk < self.chunks && self.words[(chunk / 64) as usize] & 1 << (chunk % 64) != 0
     }
 
-    /// Adds the chunks that `len` bytes from `offset` touch; what lies past the end of the disk is left out.
+    /// Adds the chunks that `len` bytes from `offset` touch; bytes past the end of the disk are left out.
     pub fn insert_bytes(&mut self, offset: u64, len: u64) {
         if len == 0 {
             return;
@@ -66,7 +66,7 @@ impl ChunkSet {
         }
     }
 
-    /// Takes all out.
+    /// Empties the set.
     pub fn clear(&mut self) {
         if !self.is_empty() {
             self.words.fill(0);

@@ -1,4 +1,4 @@
-//! The configuration space, the features and the limits the guest is told (virtio 1.2, 5.2).
+//! What the guest is told: the configuration space, the features and the limits (virtio 1.2, 5.2).
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -15,7 +15,7 @@ pub const SECTOR: u64 = 512;
 pub const MAX_DISK_QUEUES: u16 = 16;
 /// Largest size of a queue.
 pub const QUEUE_SIZE: u16 = 128;
-/// Most buffers of a request beside its header and its status.
+/// Most buffers of a request besides its header and its status.
 pub const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Largest buffer.
 pub const SEGMENT_BYTES: u32 = 32 << 10;
@@ -28,7 +28,7 @@ pub const MAX_DISCARD: u32 = 1 << 21;
 /// Most sectors of one range of zeroes: 64 MiB, because some file systems have to write the zeroes.
 pub const MAX_ZEROES: u32 = 1 << 17;
 
-/// Offset of the field `writeback`, the only one a driver writes.
+/// Offset of the field `writeback`, the only one that a driver writes.
 pub(super) const WRITEBACK: usize = 32;
 
 /// What a disk offers its driver.
@@ -41,8 +41,8 @@ pub(super) fn features(readonly: bool) -> u64 {
     COMMON_FEATURES | bits(&always) | 1 << VIRTIO_BLK_F_MQ | more
 }
 
-/// Whether a driver that accepted `features` and set `writeback` expects a write to be durable when it is
-/// complete, without a flush (virtio 1.2, 5.2.6.2).
+/// Whether a driver that accepted `features` and set `writeback` expects a write to be durable on completion,
+/// without a flush (virtio 1.2, 5.2.6.2).
 pub(super) fn writes_through(features: u64, writeback: bool) -> bool {
     let has = |bit: u32| features & 1 << bit != 0;
     if has(VIRTIO_BLK_F_CONFIG_WCE) { !writeback } else { !has(VIRTIO_BLK_F_FLUSH) }
@@ -56,7 +56,7 @@ pub(super) fn space(sectors: u64, queues: u16, writeback: bool) -> [u8; CONFIG_B
     put(8, &SEGMENT_BYTES.to_le_bytes());
     put(12, &SEGMENTS.to_le_bytes());
     put(20, &(SECTOR as u32).to_le_bytes());
-    // Topology: physical blocks of 8 sectors, so that file systems are laid out for pages of the host.
+    // Topology: physical blocks of 8 sectors, so that file systems are laid out for the host's pages.
     put(24, &[3, 0]);
     put(26, &8u16.to_le_bytes());
     put(WRITEBACK, &[u8::from(writeback)]);

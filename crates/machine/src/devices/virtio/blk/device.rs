@@ -31,7 +31,7 @@ use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome
 use crate::devices::virtio::worker::event;
 use crate::devices::virtio::{ActivateError, DeviceHost};
 
-/// What the user chooses about a disk.
+/// The user's choices about a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
     /// The raw image: a file or a block device.
@@ -44,12 +44,12 @@ pub struct DiskOptions {
     pub serial: Option<String>,
     /// Queues, 1 to 16: as many as there are vCPUs is usual.
     pub queues: u16,
-    /// What carries the requests to the disk.
+    /// The engine that carries out the requests.
     pub engine: EngineKind,
 }
 
 impl DiskOptions {
-    /// A disk of its own, to read and write, with one queue.
+    /// A disk that is not shared, to read and write, with one queue.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let engine = EngineKind::default();
         Self { path: path.into(), readonly: false, shared: false, serial: None, queues: 1, engine }
@@ -75,13 +75,13 @@ pub enum BlockError {
 
 /// A disk. It is passive until it goes live: the guest may set it up, but nothing is read or written before.
 ///
-/// The writes to a shared disk, which both hosts use, leave as the machine's
-/// [valve](crate::devices::valve) says; any other disk has nothing to do with it.
+/// The writes to a shared disk, which both hosts use, leave as the machine's [valve](crate::devices::valve)
+/// orders; other disks have nothing to do with it.
 pub type BlockDevice<M> = Slot<M, Disk>;
 
 impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
-    /// Opens the image and puts a disk in front of it, the disk number `index` of the machine. If it is
-    /// shared, its writes leave as `permit` says.
+    /// Opens the image and puts the machine's disk number `index` in front of it. If it is shared, its writes
+    /// leave as `permit` allows.
     ///
     /// # Errors
     /// [`BlockError`].
@@ -104,7 +104,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         Ok(device)
     }
 
-    /// A disk in front of an image whose requests are carried out by an engine, without its thread.
+    /// A disk, without its thread, in front of an image whose requests an engine carries out.
     pub(super) fn with_engine(
         options: &DiskOptions,
         index: u16,
@@ -138,7 +138,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         Ok(Self::without_thread(disk, requests, host)?)
     }
 
-    /// Which disk of the machine this is: the number of its records in the write log.
+    /// Which disk of the machine this is; its records in the write log have this number.
     pub fn index(&self) -> u16 {
         self.model().index
     }
@@ -148,7 +148,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.model().image.bytes()
     }
 
-    /// Whether its writes are output; if not, they are in the write log.
+    /// Whether its writes are output; if not, the write log has them.
     pub fn is_shared(&self) -> bool {
         self.model().shared
     }
@@ -163,7 +163,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.model().image.clone()
     }
 
-    /// What carries the requests to the disk: `io_uring` or `threads`.
+    /// The engine that carries out the requests: `io_uring` or `threads`.
     pub fn engine(&self) -> &'static str {
         self.model().engine.name()
     }
@@ -179,10 +179,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     }
 
     /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For
-    /// a checkpoint at which two copies of a disk are compared. The gate must be open meanwhile, and the
-    /// write log must not be full. Returns `true` if nothing is in flight; nothing is taken until
-    /// [`resume`](Self::resume). Returns `false` if it took longer than `limit`; the device has then resumed
-    /// by itself.
+    /// a checkpoint at which two copies of a disk are compared. Meanwhile the gate must be open, and the
+    /// write log must not be full. Returns `true` if nothing is in flight; no request is taken until
+    /// [`resume`](Self::resume). Returns `false` after `limit`; the device has then resumed by itself.
     #[must_use = "the device takes no requests until it is resumed"]
     pub fn rest_within(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
@@ -207,9 +206,9 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().wake_thread();
     }
 
-    /// Lets the writes to a shared disk that may leave go to the engine, oldest first. The lease is asked
-    /// before each: the moment it has ended, this and every later call lets nothing out until the valve is
-    /// ordered to hold or to open anew. A write that waits for an earlier one it overlaps goes with a later
+    /// Gives the writes to a shared disk that may leave to the engine, oldest first. The lease is checked
+    /// before each: once it has ended, this and every later call lets nothing out until the valve is ordered
+    /// to hold or to open anew. A write that waits for an earlier one that it overlaps leaves in a later
     /// call.
     pub fn let_out(&self) -> ReleasedWrites {
         self.shared().let_out()
@@ -251,7 +250,7 @@ impl<M: GuestMemory> Model<M> for Disk {
     }
 
     fn write_config(&self, requests: &mut Requests, offset: u64, data: &[u8]) {
-        // The one field that can be written; a disk that cannot be written to does not have it.
+        // The only field that a driver can write; a read-only disk does not have it.
         if let (config::WRITEBACK, [value @ (0 | 1)]) = (offset as usize, data)
             && !self.geometry.readonly
         {
@@ -259,12 +258,12 @@ impl<M: GuestMemory> Model<M> for Disk {
         }
     }
 
-    /// A driver that wants fewer queues than there are leaves the last ones alone (virtio 1.2, 5.2.5).
+    /// A driver that wants fewer queues does not use the last ones (virtio 1.2, 5.2.5).
     fn activate(&self, _requests: &mut Requests, queues: &Queues<M>) -> Result<(), ActivateError> {
         queues.need(0)
     }
 
-    /// Requests that the disk has begun run to their end, in order with those of the next driver.
+    /// Requests that the disk has begun are carried out to their end, in order with those of the next driver.
     fn reset(&self, requests: &mut Requests) {
         requests.abandon(self);
         requests.writeback = true;
@@ -321,8 +320,8 @@ impl<M: GuestMemory> Model<M> for Disk {
         0
     }
 
-    /// Operations are submitted outside the gate, so that the coordinator never waits for the kernel. Writes
-    /// to a shared disk that wait are output, and are told of.
+    /// Operations are submitted outside the gate, so that the coordinator never waits for the kernel. Waiting
+    /// writes to a shared disk are output, and are reported.
     fn rest(&self, shared: &Shared<M, Self>) {
         self.permit.tell_held();
         let mut sending = self.sending();
@@ -336,7 +335,7 @@ impl<M: GuestMemory> Model<M> for Disk {
     }
 }
 
-/// The serial number, filled up with zeroes.
+/// The serial number, padded with zeroes.
 fn serial(chosen: Option<&str>, index: u16) -> Result<[u8; SERIAL_BYTES], BlockError> {
     let text = chosen.map_or_else(|| format!("outlive-disk{index}"), str::to_owned);
     let plain = text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');

@@ -1,4 +1,4 @@
-//! What a disk is made of: what its requests, its held writes and its device work with.
+//! The parts of a disk, which its requests, its held writes and its device work with.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -14,14 +14,14 @@ use crate::devices::valve::Permit;
 
 /// What is special about a disk.
 ///
-/// `submissions` is held over system calls by whoever submits, and taken before the device's lock.
+/// The submitting thread holds `submissions` over system calls; it is locked before the device's lock.
 pub struct Disk {
-    /// Which disk of the machine.
+    /// Which disk of the machine it is.
     pub(super) index: u16,
     pub(super) image: Arc<Image>,
     pub(super) geometry: Geometry,
     pub(super) queues: u16,
-    /// A write is output.
+    /// Whether a write is output.
     pub(super) shared: bool,
     /// When writes to a shared disk may leave.
     pub(super) permit: Arc<Permit>,
@@ -30,15 +30,15 @@ pub struct Disk {
     /// Written when a full log has room again.
     pub(super) room: EventFd,
     pub(super) counters: Counters,
-    /// Of the disk's failures.
+    /// About the disk's failures.
     pub(super) complaints: Complaints,
-    /// Told after each batch while somebody waits for the disk to rest.
+    /// Notified after each batch while somebody waits for the disk to rest.
     pub(super) calm: Condvar,
     pub(super) submissions: Mutex<Vec<Submission>>,
 }
 
 impl Disk {
-    /// The right to submit, with what is submitted.
+    /// The right to submit, with the pending submissions.
     pub(super) fn sending(&self) -> MutexGuard<'_, Vec<Submission>> {
         self.submissions.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -15,22 +15,22 @@ use crate::devices::virtio::rig::{Rig, Ring, memory};
 
 /// Bytes of the guest's memory.
 pub const MEMORY: usize = 64 << 10;
-/// Bytes of the input that decide what happens; what follows is the guest's memory from address 0 on.
+/// Bytes of the input that control the run; the rest is the guest's memory from address 0 on.
 pub const CONTROL: usize = 8;
 /// Size of the two queues.
 pub const QUEUE: u16 = 16;
-/// Where each queue's descriptor table, available and used ring are.
+/// Addresses of each queue's descriptor table, available ring and used ring.
 pub const RINGS: [[u64; 3]; 2] = [[0, 0x100, 0x140], [0x200, 0x300, 0x340]];
 
 const SECTORS: u64 = 64;
 
 /// Boots a driver with features and queues that depend on `control`, with `data` in its memory, and has a
-/// disk work for it. Whatever the bytes: nothing panics, the work comes to an end, the image keeps its
-/// length, and the state can be saved and restored at any time.
+/// disk work for it. Whatever the bytes: nothing panics, the work ends, the image keeps its length, and the
+/// state can be saved and restored at any time.
 ///
 /// # Panics
 ///
-/// If the device does something it must not do.
+/// If the device does something forbidden.
 pub fn fuzz(data: &[u8]) {
     let Some((control, contents)) = data.split_first_chunk::<CONTROL>() else { return };
     let memory = memory(MEMORY);
@@ -70,7 +70,7 @@ pub fn fuzz(data: &[u8]) {
     }
     work(&device, &manual, &control[2..6]);
 
-    // Somewhere in the middle another disk continues from the saved state, and both come to an end.
+    // Halfway another disk continues from the saved state, and both finish.
     let mut saved = Vec::with_capacity(BlockState::BYTES);
     device.save(&mut saved);
     assert!(saved.len() <= BlockState::BYTES, "a state of {} bytes", saved.len());
@@ -92,7 +92,7 @@ pub fn fuzz(data: &[u8]) {
     assert!(memory.check_range(GuestAddress(0), MEMORY, vm_memory::Permissions::ReadWrite));
 }
 
-/// Some turns of the device and of the disk.
+/// A few turns of the device and of the disk.
 fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, choices: &[u8]) {
     for &choice in choices {
         device.turn();
@@ -109,12 +109,12 @@ fn work<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, 
     }
 }
 
-/// Lets everything that is left happen. The device must come to rest.
+/// Completes everything that is left. The device must come to rest.
 fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual, log: &WriteLog) {
     log.set_mode(LogMode::Off);
     device.let_out();
-    // The rings of both queues hold less than this many requests, unless the device overwrites them with new
-    // ones forever, which a driver may bring about: it is only itself that it keeps busy.
+    // The rings of both queues hold fewer requests than this, unless the device overwrites them with new ones
+    // forever. A driver may bring that about: it keeps only itself busy.
     for _ in 0..500 {
         let more = device.turn();
         if manual.complete_all() == 0 && !more {
@@ -123,7 +123,7 @@ fn finish<M: GuestMemory + Send + Sync>(device: &BlockDevice<M>, manual: &Manual
     }
 }
 
-/// Bytes of a descriptor, for whoever composes an input.
+/// Bytes of a descriptor, to compose an input.
 pub fn descriptor(at: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     let descriptor = Descriptor::new(at, len, flags, next);
     let mut bytes = [0; 16];

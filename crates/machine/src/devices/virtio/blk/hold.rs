@@ -1,14 +1,14 @@
 //! Writes to a shared disk: they are output.
 //!
-//! A disk that both hosts use does not go back to a checkpoint when the VM does, so a write to it must not
+//! A disk that both hosts use does not go back to a checkpoint when the VM does. So a write to it must not
 //! happen before the checkpoint of its epoch is committed: until then it stays in flight, with its data in
 //! its bounce buffer, and a read that overlaps it waits with it. A VM that is resumed elsewhere issues it
 //! again.
 //!
 //! A write that was let out may wait in the engine's queue for as long as the storage is slow or this process
-//! is stopped. Meanwhile the standby may have won the VM and carried out the same write, and others over it.
-//! So the engine asks for permission once more, right before each system call that changes the storage. A
-//! write that it may not carry out is held again.
+//! is stopped. Meanwhile the standby may have won the VM, carried out the same write, and overwritten it. So
+//! the engine asks for permission once more, right before each system call that changes the storage. A write
+//! that it may not carry out is held again.
 
 use vm_memory::GuestMemory;
 
@@ -23,12 +23,12 @@ pub struct ReleasedWrites {
     /// Writes, discards and write-zeroes that went to the disk.
     pub writes: u64,
     /// Whether everything that may leave has left, except for writes that wait for an earlier one that they
-    /// overlap; they go with a later drain. If not, the permission was withdrawn or output is discarded.
+    /// overlap; they leave in a later drain. If not, the permission was withdrawn or output is discarded.
     pub complete: bool,
 }
 
 impl Disk {
-    /// Whether this is a write that has not been given to the engine, and not discarded.
+    /// Whether this is a write that was neither given to the engine nor discarded.
     fn is_held(&self, order: Order, entry: &Entry) -> bool {
         matches!(entry.stage, Stage::Waiting | Stage::Filling(_))
             && entry.job.kind.changes()
@@ -80,7 +80,7 @@ impl<M: GuestMemory> Shared<M, Disk> {
         }
     }
 
-    /// The newest epoch of which a write is held.
+    /// The newest epoch that has a held write.
     pub(super) fn newest_held(&self) -> Option<u64> {
         let (disk, order) = (&self.model, self.model.permit.order());
         let core = self.core();
@@ -92,7 +92,7 @@ impl<M: GuestMemory> Shared<M, Disk> {
             .max()
     }
 
-    /// Writes that wait for their commit.
+    /// Number of writes that wait for their commit.
     pub(super) fn held(&self) -> u64 {
         let (disk, order) = (&self.model, self.model.permit.order());
         if !disk.shared || order.mode() != OutputMode::Hold {

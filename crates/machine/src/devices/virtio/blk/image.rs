@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::config::SECTOR;
 
-/// Why an image cannot be used. Each says what to do about it.
+/// Why an image cannot be used. Each message names the remedy.
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// There is no such file.
@@ -21,7 +21,7 @@ pub enum ImageError {
     NoPermission {
         /// Path of the image.
         path: PathBuf,
-        /// It was to be opened for reading only.
+        /// Whether it was to be opened for reading only.
         readonly: bool,
     },
     /// The file system, or the block device, cannot be written to.
@@ -38,7 +38,7 @@ pub enum ImageError {
         /// Its length.
         bytes: u64,
     },
-    /// Another VM, or a mount, has it.
+    /// Another VM, or a mount, uses it.
     #[error("the disk image {} is in use: stop the program that uses it, or, if it is meant to be shared, say `shared` in both", .0.display())]
     InUse(PathBuf),
     /// Anything else.
@@ -51,7 +51,7 @@ pub enum ImageError {
     },
 }
 
-/// An open image. The last bytes of a file that is not a whole number of sectors long are out of reach.
+/// An open image. If a file is not a whole number of sectors long, its last bytes are out of reach.
 #[derive(Debug)]
 pub struct Image {
     file: File,
@@ -61,10 +61,10 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens `path`. Unless `shared`, no one else who keeps to the rules can have it open at the same time:
-    /// it is locked (`flock`), a block device is opened exclusively.
+    /// Opens `path`. Unless `shared`, nobody else who follows the rules can have it open at the same time: it
+    /// is locked (`flock`), and a block device is opened exclusively.
     ///
-    /// The kernel lets go of a file a moment after io_uring is done with it, so an image that seems to be in
+    /// The kernel releases a file a moment after io_uring is done with it, so an image that seems to be in
     /// use is tried again for a tenth of a second.
     pub fn open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
         let mut tries = 10;
@@ -112,7 +112,7 @@ impl Image {
         &self.file
     }
 
-    /// Where it was opened.
+    /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -132,7 +132,7 @@ impl Image {
         self.readonly
     }
 
-    /// Fills `buffer` with what is at `offset`.
+    /// Fills `buffer` with the bytes at `offset`.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }

@@ -6,12 +6,12 @@ use super::engine::{Operation, ZEROES};
 use super::log::MAX_RECORD;
 use super::request::{Extent, RequestType, Status};
 
-/// How a range is made zero. If the host's file system cannot do it, the next way is tried.
+/// How a range is made zero. If the host's file system does not support one way, the next is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Method {
     PunchHole,
     ZeroRange,
-    /// Zeroes are written.
+    /// Write zeroes.
     Zeroes,
 }
 
@@ -20,9 +20,9 @@ enum Method {
 enum Phase {
     /// The operations of the request itself.
     Work,
-    /// Makes durable what they did.
+    /// Makes the request's changes durable.
     Sync,
-    /// Nothing more.
+    /// Nothing is left.
     Finished(Status),
 }
 
@@ -35,7 +35,7 @@ pub(super) enum After {
     Finished(Status, Option<i32>),
 }
 
-/// How far the changes of a job are in the log.
+/// How many of a job's changes are in the log.
 #[derive(Clone, Copy, Debug, Default)]
 struct Logged {
     bytes: u64,
@@ -43,11 +43,11 @@ struct Logged {
     flush: bool,
 }
 
-/// A request for the disk, with its position in its work.
+/// A request for the disk, and how far it is.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) kind: RequestType,
-    /// All of the disk that is concerned, from the first byte to the last.
+    /// The part of the disk that it concerns, from the first byte to the last.
     pub(super) span: Extent,
     /// Bytes of data.
     pub(super) len: usize,
@@ -55,7 +55,7 @@ pub(super) struct Job {
     pub(super) ranges: Vec<Extent>,
     /// The current range.
     current: usize,
-    /// Bytes done: of all data, or of the range in hand.
+    /// Bytes done: of all data, or of the current range.
     done: u64,
     method: Method,
     phase: Phase,
@@ -66,11 +66,11 @@ pub(super) struct Job {
     logged: Logged,
 }
 
-/// How often an operation is tried again because the host says so.
+/// How often an operation is repeated because the host says "try again".
 const MAX_RETRIES: u8 = 100;
 
 impl Job {
-    /// A job without work, to be filled by [`begin`](Self::begin).
+    /// A job without work; [`begin`](Self::begin) fills it.
     pub(super) fn idle() -> Self {
         Self {
             kind: RequestType::Flush,
@@ -144,7 +144,7 @@ impl Job {
     fn advance(&mut self, bytes: u64) -> After {
         match self.kind {
             RequestType::Read | RequestType::Write => {
-                // Nothing moved because the image has become shorter.
+                // No bytes moved because the image has become shorter.
                 if bytes == 0 {
                     return self.finish(Status::IoError, Some(libc::EIO));
                 }
@@ -173,7 +173,7 @@ impl Job {
         self.work_done()
     }
 
-    /// Passes over ranges without bytes, and ends the work behind the last range.
+    /// Skips empty ranges, and ends the work behind the last range.
     fn skip_empty(&mut self) {
         if !matches!(self.kind, RequestType::Discard | RequestType::WriteZeroes) {
             return;
@@ -205,9 +205,9 @@ impl Job {
         self.method = if unmap { Method::PunchHole } else { Method::ZeroRange };
     }
 
-    /// The host's file system cannot do what was asked.
+    /// The host's file system does not support the operation.
     fn other_method(&mut self) -> After {
-        // A discard is a hint. What was not discarded has not changed.
+        // A discard is a hint. A range that was not discarded has not changed.
         if self.kind == RequestType::Discard {
             return self.finish(Status::Ok, None);
         }
@@ -218,7 +218,7 @@ impl Job {
         After::Again
     }
 
-    /// The next thing this job has changed that is not in the log yet; `None` when all is.
+    /// The next change of this job that is not in the log yet; `None` when all are.
     pub(super) fn next_change<'a>(&self, disk: u16, buffer: &'a [u8]) -> Option<DiskRecord<'a>> {
         match self.kind {
             RequestType::Write if self.logged.bytes < self.done => {

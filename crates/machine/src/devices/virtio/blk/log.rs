@@ -12,17 +12,17 @@
 //! flight in the checkpoint, or the first part of one. That is harmless, because a resumed VM issues the
 //! request again. Writes that overlap are in the log in the order in which they reached the disk.
 //!
-//! The log is bounded. When a record finds no room the requests wait, their completion unpublished, until
-//! [`swap`](WriteLog::swap) brings an empty buffer.
+//! The log is bounded. When there is no room for a record the requests wait, their completion unpublished,
+//! until [`swap`](WriteLog::swap) brings an empty buffer.
 //!
 //! # Taking a copy of a disk that is in use
 //!
-//! Switch to `Track`, copy all chunks; then, round by round, [`swap_chunks`](WriteLog::swap_chunks) and copy
-//! what was written meanwhile. When little is left: switch to `Log` in the pause of a checkpoint M, take the
-//! chunks for the last time, copy them while the guest runs on. A chunk read now may already hold writes of
-//! later epochs; so the copy is whole only at the first checkpoint N that is taken *after* the last chunk was
-//! read, once the logs of the epochs M+1 to N have been applied on top of the chunks. What such a chunk may
-//! hold beyond N are writes in flight at N, which the checkpoint lists.
+//! Switch to `Track`, copy all chunks; then, round by round, call [`swap_chunks`](WriteLog::swap_chunks) and
+//! copy what was written meanwhile. When little is left, switch to `Log` in the pause of a checkpoint M, take
+//! the chunks for the last time, and copy them while the guest runs on. A chunk read now may already hold
+//! writes of later epochs. So the copy is whole only at the first checkpoint N that is taken *after* the last
+//! chunk was read, once the logs of the epochs M+1 to N have been applied on top of the chunks. Beyond N such
+//! a chunk can only hold writes in flight at N, which the checkpoint lists.
 
 use std::fmt;
 use std::io;
@@ -65,7 +65,7 @@ pub struct LogStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a record that found no room must be appended again"]
 pub(super) enum Appended {
-    /// It is in the log, or the mode wants none.
+    /// It is in the log, or the mode needs no record.
     Done,
     /// No room: try again when the event given to [`WriteLog::attach`] is written.
     Full,
@@ -73,7 +73,7 @@ pub(super) enum Appended {
 
 type OnFull = Box<dyn Fn() + Send + Sync>;
 
-/// The log of what was done to the disks of one machine.
+/// The log of changes to the disks of one machine.
 pub struct WriteLog {
     inner: Mutex<Inner>,
     on_full: OnFull,
@@ -82,7 +82,7 @@ pub struct WriteLog {
 struct Inner {
     mode: LogMode,
     buffer: RecordBuf,
-    /// The buffer was found full; whoever waits has to be woken by the next swap.
+    /// The buffer was found full; the next swap has to wake whoever waits.
     full: bool,
     disks: Vec<Disk>,
     stats: LogStats,
@@ -95,8 +95,8 @@ struct Disk {
 }
 
 impl WriteLog {
-    /// A log in mode `Off`, without a buffer. `on_full` is called when a write finds no room, once for each
-    /// buffer, on the thread of a device inside the gate: it must not block.
+    /// A log in mode `Off`, without a buffer. When a write finds no room, a device's thread calls `on_full`
+    /// inside the gate, once for each buffer: it must not block.
     pub fn new(on_full: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         let inner = Inner {
             mode: LogMode::Off,
@@ -113,19 +113,20 @@ impl WriteLog {
         self.inner().mode
     }
 
-    /// From now on completed writes are treated so. In a pause (gate closed), so that every write is treated
-    /// one way or the other as a whole. Marked chunks stay marked and logged records stay in the buffer.
+    /// From now on completed writes are treated this way. Call it in a pause (gate closed), so that every
+    /// write as a whole is treated one way or the other. Marked chunks stay marked and logged records stay in
+    /// the buffer.
     ///
-    /// Before `Log`, [`swap`](Self::swap) a buffer in: the first one has no room at all.
+    /// Before `Log`, [`swap`](Self::swap) a buffer in: the first buffer has no room at all.
     pub fn set_mode(&self, mode: LogMode) {
         let mut inner = self.inner();
         inner.mode = mode;
-        // Out of `Log` nothing waits for room any more.
+        // In other modes than `Log` nothing waits for room.
         inner.wake();
     }
 
-    /// Exchanges the buffer of the log, with what was logged since the last time, for `buffer`, which must be
-    /// empty. In a pause (gate closed); takes no time that depends on what is in them.
+    /// Exchanges the buffer of the log, with everything logged since the last time, for `buffer`, which must
+    /// be empty. Call it in a pause (gate closed); its time does not depend on the contents.
     ///
     /// # Panics
     ///
@@ -138,27 +139,28 @@ impl WriteLog {
         inner.wake();
     }
 
-    /// Bytes in the buffer now, and how many there is room for.
+    /// Bytes in the buffer now, and its capacity.
     pub fn fill(&self) -> (usize, usize) {
         let inner = self.inner();
         (inner.buffer.len(), inner.buffer.capacity())
     }
 
-    /// The empty set of chunks for a disk; `None` if the machine has no such disk, or does not replicate it.
+    /// The empty set of chunks for a disk; `None` if the machine does not have the disk or does not replicate
+    /// it.
     pub fn empty_chunks(&self, disk: u16) -> Option<ChunkSet> {
         let inner = self.inner();
         let disk = inner.disks.iter().find(|known| known.index == disk)?;
-        // Sets differ in nothing but their length.
+        // Sets differ only in their length.
         let bytes = disk.chunks.chunks() * super::chunks::CHUNK;
         drop(inner);
         Some(ChunkSet::for_disk(bytes))
     }
 
-    /// Exchanges the set of chunks that were marked since the last time for `chunks`. At any time. Returns
-    /// `false`, and does nothing, if there is no such disk or the set is for one of another size.
+    /// Exchanges the set of chunks that were marked since the last time for `chunks`, at any time. Returns
+    /// `false`, and does nothing, if there is no such disk or the set is for a disk of another size.
     ///
-    /// A write is marked when it completes: a chunk that is read after this is either free of it or will be
-    /// marked again.
+    /// A write is marked when it completes: a chunk that is read after this does not hold the write yet or
+    /// will be marked again.
     pub fn swap_chunks(&self, disk: u16, chunks: &mut ChunkSet) -> bool {
         let mut inner = self.inner();
         match inner.disks.iter_mut().find(|known| known.index == disk) {
@@ -175,7 +177,7 @@ impl WriteLog {
         self.inner().stats
     }
 
-    /// Takes note of a disk; `room` is written when a full log has room again.
+    /// Registers a disk; `room` is written when a full log has room again.
     pub(super) fn attach(&self, index: u16, bytes: u64, room: &EventFd) -> io::Result<()> {
         let disk = Disk { index, chunks: ChunkSet::for_disk(bytes), room: room.try_clone()? };
         let mut inner = self.inner();
@@ -184,8 +186,8 @@ impl WriteLog {
         Ok(())
     }
 
-    /// Notes that something was done to a disk. By the device thread, inside the gate, before the guest can
-    /// know of it. Data is at most [`MAX_RECORD`] bytes.
+    /// Notes a change of a disk. Called by the device thread, inside the gate, before the guest can know of
+    /// the change. Data is at most [`MAX_RECORD`] bytes.
     pub(super) fn append(&self, write: DiskRecord<'_>) -> Appended {
         let mut inner = self.inner();
         match inner.mode {
@@ -209,8 +211,8 @@ impl WriteLog {
         Appended::Done
     }
 
-    /// Notes that a write failed: nobody knows what the disk holds there. The chunks are marked in every mode
-    /// but `Off`.
+    /// Notes that a write failed: the contents of the disk there are unknown. The chunks are marked in every
+    /// mode but `Off`.
     pub(super) fn damaged(&self, disk: u16, offset: u64, len: u64) {
         let mut inner = self.inner();
         if inner.mode != LogMode::Off {

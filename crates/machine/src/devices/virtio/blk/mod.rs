@@ -7,21 +7,21 @@
 //! ```
 //!
 //! - [`device`]: the machine's handle. [`config`]: what the guest is told, and the limits.
-//! - `request`: what a driver asks for. `requests`: the way of a request, in short steps inside the gate;
+//! - `request`: what a driver asks for. `requests`: the path of a request, in short steps inside the gate;
 //!   `table`: the requests in flight and the order of those that overlap; `job`: the operations of one
 //!   request; `pool`: bounce buffers.
-//! - `engine`: the host's kernel does the work, outside the gate. [`image`]: what it works on.
+//! - `engine`: the host's kernel does the work, outside the gate. [`image`]: the image that it works on.
 //! - [`log`]: what a checkpoint learns of completed writes. [`chunks`]: which parts of a disk were written.
 //! - `hold`: writes to a shared disk wait for their commit.
 //! - [`persist`]: the saved state, with the requests in flight.
 //!
-//! # Over a checkpoint
+//! # Across a checkpoint
 //!
 //! A checkpoint does not wait for the disk. Requests in flight stay in flight; the checkpoint lists them, and
-//! a VM that is resumed elsewhere issues them again, in order. Reading is harmless to repeat; writing is,
-//! because the driver leaves the data alone until the request is complete, and because requests that overlap
-//! are carried out one after another, also across the repetition. What an interrupted write had done to the
-//! disk is not defined, as on any disk.
+//! a VM that is resumed elsewhere issues them again, in order. Repeating a read is harmless. So is repeating
+//! a write, because the driver leaves the data alone until the request is complete, and because requests that
+//! overlap are carried out one after another, also across the repetition. As on any disk, it is undefined
+//! what an interrupted write had done.
 //!
 //! # What a flush promises
 //!
@@ -36,7 +36,7 @@
 //! # Limits
 //!
 //! 16 queues of 128 chains; 256 requests in flight; 126 buffers of 32 KiB in a request; 16 MiB of bounce
-//! buffers. More stays with the guest until there is room.
+//! buffers. Anything more waits with the guest until there is room.
 
 pub mod chunks;
 pub mod config;

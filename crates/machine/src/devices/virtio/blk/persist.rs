@@ -1,8 +1,8 @@
-//! What is saved of a disk beside its registers.
+//! What is saved of a disk besides its registers.
 //!
 //! The contents of the disk are not saved: they are replicated, or shared. The requests in flight are saved:
-//! their chains are behind the position in the available ring and not in the used ring, so this list is the
-//! only trace of them. A restored device issues them again, oldest first, before it takes any other.
+//! the available ring is already past their chains and the used ring does not have them yet, so this list is
+//! the only trace of them. A restored device issues them again, oldest first, before it takes any other.
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
@@ -11,7 +11,7 @@ use super::SERIAL_BYTES;
 use super::table::MAX_IN_FLIGHT;
 use crate::devices::virtio::persist::{DecodeError, DeviceState, Fields, SavedState, TransportState};
 
-/// What a driver has been told of a disk, and has told it.
+/// What a driver has been told about a disk, and what it has told the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskFacts {
     /// Length of the disk.
@@ -61,7 +61,7 @@ pub enum Misfit {
     /// One host shares the disk and the other does not.
     #[error("the disk is {}shared in the state, and {}shared here: give it the same options on both hosts", if *.0 { "" } else { "not " }, if *.0 { "not " } else { "" })]
     Shared(bool),
-    /// A request in flight cannot be one.
+    /// A request in flight is impossible.
     #[error("no request of queue {queue} with head {head} can be in flight, or it is listed twice")]
     InFlight {
         /// The queue of the request.
@@ -69,14 +69,14 @@ pub enum Misfit {
         /// Its first descriptor.
         head: u16,
     },
-    /// The list of requests does not fit the positions in the rings.
+    /// The list of requests does not match the positions in the rings.
     #[error("queue {queue} has {expected} requests in flight, but {listed} are listed")]
     Count {
         /// Which queue.
         queue: u16,
-        /// What the positions in the rings say.
+        /// The number according to the positions in the rings.
         expected: u16,
-        /// What the list says.
+        /// The number according to the list.
         listed: u16,
     },
 }

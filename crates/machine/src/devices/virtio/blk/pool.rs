@@ -1,4 +1,4 @@
-//! Bounce buffers: the data of requests on its way between guest memory and the disk.
+//! Bounce buffers for the data of requests on its way between guest memory and the disk.
 //!
 //! The kernel reads and writes these while the guest runs and while checkpoints are taken; only the device
 //! thread touches guest memory, inside the gate.
@@ -12,10 +12,10 @@ const LARGEST: usize = SMALLEST << (CLASSES - 1);
 
 const _: () = assert!(LARGEST >= super::config::MAX_DATA, "the largest buffer holds any request");
 
-/// A bounce buffer: at least as many bytes as were asked for.
+/// A bounce buffer, at least as large as was asked for.
 pub(super) type Buffer = Vec<u8>;
 
-/// Buffers of a disk: never more than `limit` bytes of them.
+/// Buffers of a disk, never more than `limit` bytes in all.
 #[derive(Debug)]
 pub(super) struct Pool {
     free: [Vec<Buffer>; CLASSES],
@@ -25,12 +25,12 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// A pool of at most `limit` bytes, but one buffer of the largest size in any case.
+    /// A pool of at most `limit` bytes, but of one buffer of the largest size in any case.
     pub(super) fn new(limit: usize) -> Self {
         Self { free: Default::default(), bytes: 0, limit: limit.max(LARGEST) }
     }
 
-    /// Lends a buffer of at least `len` bytes; `None` if that would be too much memory now.
+    /// Lends a buffer of at least `len` bytes; `None` if that would now be too much memory.
     pub(super) fn lend(&mut self, len: usize) -> Option<Buffer> {
         if len == 0 {
             return Some(Buffer::new());

@@ -18,7 +18,7 @@ pub(super) const HEADER: usize = 16;
 /// Length of `struct virtio_blk_discard_write_zeroes`.
 const RANGE: usize = 16;
 
-/// The outcome of a request, as the driver is told.
+/// The outcome of a request, as the driver sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Status {
@@ -28,9 +28,9 @@ pub(super) enum Status {
 }
 
 impl Status {
-    /// Writes it to the last byte of a chain that is for the driver; there is one.
+    /// Writes it to the last byte that the device may write in the chain; there is one.
     pub(super) fn write<M: GuestMemory>(self, memory: &M, chain: &Chain) -> Result<(), GuestMemoryError> {
-        // A chain has at most as many descriptors of 4 GiB as the queue: it fits.
+        // A chain has at most as many descriptors of 4 GiB as the queue, so the position fits.
         chain.write(memory, (chain.driver_bytes() - 1) as usize, &[self as u8])
     }
 }
@@ -70,15 +70,15 @@ impl RequestType {
 /// What a request wants.
 #[derive(Debug)]
 pub(super) enum Wanted {
-    /// Work for the disk. `span` is all of the disk it concerns, from the first byte to the last.
+    /// Work for the disk. `span` is the part of the disk that it concerns, from the first byte to the last.
     Disk { kind: RequestType, span: Extent, len: usize },
     /// The serial number.
     Serial,
-    /// Nothing that this disk does.
+    /// A request that this disk does not support.
     Refused(Status),
 }
 
-/// The properties of a disk by which requests are judged.
+/// The properties of a disk that decide which requests are valid.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
     pub(super) sectors: u64,
@@ -91,7 +91,7 @@ impl Geometry {
         first.checked_add(sectors).is_some_and(|end| end <= self.sectors)
     }
 
-    /// Reads the request in a chain. Ranges to discard or to zero go to `ranges`.
+    /// Reads the request in a chain. The ranges to discard or to zero go to `ranges`.
     pub(super) fn judge<M: GuestMemory>(
         &self,
         memory: &M,
@@ -168,7 +168,7 @@ impl Geometry {
     fn range(&self, kind: RequestType, bytes: &[u8; RANGE]) -> Result<Extent, Status> {
         let sector = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| bytes[i]));
         let [count, flags] = [8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i])));
-        // The only flag there is belongs to write-zeroes (virtio 1.2, 5.2.6.2).
+        // The only flag belongs to write-zeroes (virtio 1.2, 5.2.6.2).
         let (known, most) = match kind {
             RequestType::WriteZeroes => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_ZEROES),
             _ => (0, MAX_DISCARD),

@@ -6,8 +6,8 @@
 //!                            held
 //! ```
 //!
-//! A step is short: it takes one request, or moves at most [`PIECE`] bytes. Between any two steps the
-//! coordinator may close the gate; everything in the table is then in flight.
+//! A step is short: it takes one request, or moves at most [`PIECE`] bytes. The coordinator may close the
+//! gate between any two steps; everything in the table is then in flight.
 
 use std::collections::VecDeque;
 
@@ -29,27 +29,27 @@ use crate::devices::virtio::slot::{Batch, Outcome};
 
 /// Most bytes moved to or from guest memory, or to the log, in one step.
 pub(super) const PIECE: usize = super::log::MAX_RECORD;
-/// Most steps of a batch, so that what was taken is submitted soon.
+/// Most steps of a batch, so that the batch's requests are submitted soon.
 const BATCH: usize = 64;
 /// Most bytes of bounce buffers of a disk.
 const BOUNCE_BYTES: usize = 16 << 20;
 
-/// The requests of a disk, and how far each is. Worked on inside the gate.
+/// The requests of a disk, and how far each is. Used inside the gate.
 pub struct Requests {
     pub(super) table: Table,
     pool: Pool,
     /// Requests of a saved state, to be taken before any other.
     pub(super) reissue: VecDeque<(u16, u16)>,
-    /// Operations for the engine, which gets them outside the gate.
+    /// Operations for the engine, which are submitted outside the gate.
     pub(super) outbox: Vec<Submission>,
     completions: Vec<Completion>,
     unblocked: Vec<u16>,
     filling: VecDeque<u16>,
     logging: VecDeque<u16>,
     delivering: VecDeque<u16>,
-    /// The log was full when it was last tried.
+    /// Whether the log was full at the last attempt.
     pub(super) log_stalled: bool,
-    /// Nothing new is taken.
+    /// Whether new requests are refused.
     pub(super) resting: bool,
     /// The queue whose turn it is.
     next_queue: usize,
@@ -81,7 +81,7 @@ impl Requests {
         }
     }
 
-    /// Takes what the engine has done, then does a batch of steps.
+    /// Takes the engine's results, then does a batch of steps.
     pub(super) fn batch<M: GuestMemory>(
         &mut self,
         disk: &Disk,
@@ -108,13 +108,13 @@ impl Requests {
         self.table.heads().count() + self.reissue.len()
     }
 
-    /// Queue and head of the requests the driver waits for, in the order in which they were taken.
+    /// Queue and head of the requests that the driver waits for, in the order in which they were taken.
     pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
         self.table.heads().chain(self.reissue.iter().copied())
     }
 
-    /// The driver no longer wants anything: requests that the disk has not begun are dropped; those that it
-    /// has begun run to their end and go into the log.
+    /// The driver wants nothing any more: requests that the disk has not begun are dropped; those that it has
+    /// begun are carried out to their end and logged.
     pub(super) fn abandon(&mut self, disk: &Disk) {
         self.reissue.clear();
         self.filling.clear();
@@ -127,7 +127,7 @@ impl Requests {
                     position += 1;
                 }
                 _ => {
-                    // Requests that waited for it are dropped in their turn.
+                    // Requests that waited for it are dropped in turn.
                     self.table.finished(token, |_| {});
                     self.free(token);
                 }
@@ -136,14 +136,14 @@ impl Requests {
         disk.counters.set_in_flight(0);
     }
 
-    /// Whether something is under way that ends by itself: everything but held writes and what waits for
-    /// them.
+    /// Whether something is under way that ends by itself: everything but held writes and the requests that
+    /// wait for them.
     pub(super) fn is_busy(&self) -> bool {
         let waits_for_commit = |stage| stage == Stage::Waiting;
         !self.reissue.is_empty() || self.table.iter().any(|(_, entry)| !waits_for_commit(entry.stage))
     }
 
-    /// Takes what the engine has done.
+    /// Takes the engine's results.
     fn collect(&mut self, disk: &Disk) {
         let mut completions = std::mem::take(&mut self.completions);
         disk.engine.reap(&mut completions);
@@ -170,8 +170,8 @@ impl Requests {
         }
     }
 
-    /// A change of a shared disk, on its way or in part done, has lost its permission: it is held again. It
-    /// was let out before, so it goes with whatever is let out next.
+    /// A change of a shared disk, under way or partly done, has lost its permission: it is held again. It was
+    /// let out before, so it leaves with the next writes that are let out.
     fn set_aside(&mut self, disk: &Disk, token: u16) {
         let entry = self.table.get_mut(token);
         if !entry.orphan {
@@ -200,7 +200,7 @@ impl Requests {
             || self.take_next(disk, queues)?)
     }
 
-    /// Takes the next request: of a saved state, or from the next queue that has one.
+    /// Takes the next request: one of a saved state, or one from the next queue that has any.
     fn take_next<M: GuestMemory>(&mut self, disk: &Disk, queues: &mut Queues<M>) -> Result<bool, Broken> {
         if self.starved || self.table.is_full() {
             return Ok(false);
@@ -214,7 +214,7 @@ impl Requests {
             return Ok(taken);
         }
         while queues.pending() != 0 && !self.resting {
-            // The lowest queue that is pending, from the one whose turn it is.
+            // The lowest pending queue, from the one whose turn it is.
             let ahead = queues.pending() >> self.next_queue << self.next_queue;
             let queue = if ahead != 0 { ahead } else { queues.pending() }.trailing_zeros() as usize;
             let head = match queues.ring(queue) {
@@ -235,7 +235,7 @@ impl Requests {
         Ok(false)
     }
 
-    /// Reads the request of a chain and begins it. `false` if there is no buffer for it now.
+    /// Reads the request of a chain and begins it. `false` if no buffer is free for it now.
     fn admit<M: GuestMemory>(
         &mut self,
         disk: &Disk,
@@ -325,7 +325,7 @@ impl Requests {
         }
     }
 
-    /// Has the engine do what the request needs next.
+    /// Has the engine carry out the request's next operation.
     pub(super) fn start(&mut self, disk: &Disk, token: u16) {
         let entry = self.table.get_mut(token);
         entry.stage = Stage::Running;
@@ -334,7 +334,7 @@ impl Requests {
                 let buffer = std::mem::take(&mut entry.buffer);
                 self.outbox.push(Submission { token, operation, buffer, tag: entry.tag });
             }
-            // A request for nothing, for example to zero no sectors.
+            // An empty request, for example to zero no sectors.
             None => self.disk_done(disk, token, Status::Ok),
         }
     }
@@ -357,7 +357,7 @@ impl Requests {
         self.unblocked = unblocked;
     }
 
-    /// Moves the next piece of what was changed to the log, in the order in which the disk was done.
+    /// Moves the next piece of a change to the log, in the order in which the disk finished the requests.
     fn log_next(&mut self, disk: &Disk) -> bool {
         let Some(&token) = self.logging.front() else { return false };
         if self.log_stalled {
@@ -382,7 +382,7 @@ impl Requests {
         true
     }
 
-    /// A request is done; only the driver has to be told, if it still wants to know.
+    /// A request is done; only the driver must be told, if it still wants to know.
     fn deliver(&mut self, token: u16, status: Status) {
         let entry = self.table.get_mut(token);
         if entry.orphan {
@@ -439,7 +439,7 @@ impl Disk {
         order.mode() == OutputMode::PassThrough && self.permit.fate(order, entry.tag) == Fate::Leaves
     }
 
-    /// Whether a write must not go on, because it was discarded.
+    /// Whether a write must not continue, because it was discarded.
     fn is_dropped(&self, entry: &Entry) -> bool {
         let changes = self.shared && entry.job.kind.changes();
         changes && self.permit.fate(self.permit.order(), entry.tag) == Fate::Dropped

@@ -3,9 +3,9 @@
 use crate::devices::counters::counters;
 
 counters! {
-    /// What has gone through a disk since its start.
+    /// Counters of a disk since its start.
     BlockStats, Counters:
-    /// Reads that the guest was told are done.
+    /// Reads that were reported to the guest as done.
     reads,
     /// Their bytes.
     read_bytes,
@@ -19,21 +19,21 @@ counters! {
     discards,
     /// Requests to write zeroes.
     zeroes,
-    /// Requests that failed, because of the host's disk or because they made no sense.
+    /// Requests that failed, because of the host's disk or because they were invalid.
     errors,
     /// Requests in flight now.
     in_flight,
-    /// Most requests in flight at one time.
+    /// The most requests in flight at one time.
     most_in_flight,
     /// Requests that had to wait for an earlier one that they overlap.
     serialised,
-    /// Writes to a shared disk that wait for the commit of their epoch now.
+    /// Writes to a shared disk that now wait for the commit of their epoch.
     held,
-    /// Writes to a shared disk that were held and then let go.
+    /// Writes to a shared disk that were held and then let out.
     released,
     /// How often completed writes found the write log full.
     log_full,
-    /// How often a request had to stay with the guest because bounce buffers were missing.
+    /// How often a request had to stay with the guest because no bounce buffer was free.
     no_room,
     /// Requests issued again after a restore.
     reissued,

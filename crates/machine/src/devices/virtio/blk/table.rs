@@ -1,8 +1,8 @@
 //! The requests in flight: taken from the driver and not yet given back.
 //!
-//! They are kept in the order in which they were taken. That is the order in which a restored device issues
-//! them again, and in which those that overlap are carried out: a request that changes the disk counts the
-//! earlier ones it overlaps and that are not done yet, and starts when it has none left to wait for.
+//! They are kept in the order in which they were taken. A restored device issues them again in that order,
+//! and those that overlap are carried out in it: a request that changes the disk counts the unfinished
+//! earlier requests that it overlaps, and starts when that count is zero.
 
 use super::config::QUEUE_SIZE;
 use super::job::Job;
@@ -28,7 +28,7 @@ pub(super) enum Stage {
     Waiting,
     /// The engine has it, or is about to get it.
     Running,
-    /// The disk is done with it; what it changed goes to the log.
+    /// The disk is done with it; its changes go to the log.
     Logging(Status),
     /// This many bytes of its data have been copied to guest memory.
     Delivering(Status, usize),
@@ -42,7 +42,7 @@ pub(super) struct Entry {
     pub(super) head: u16,
     /// The driver has reset the device: nobody is told when this is done.
     pub(super) orphan: bool,
-    /// How many earlier requests it overlaps that are not done.
+    /// How many unfinished earlier requests it overlaps.
     pub(super) waits: u16,
     /// When it was taken: says when a write to a shared disk may leave.
     pub(super) tag: Tag,
@@ -60,7 +60,7 @@ pub(super) struct Table {
     order: Vec<u16>,
     /// The heads in flight of each queue.
     heads: [u128; MAX_QUEUES],
-    /// The disk is shared: reads wait for overlapping writes, too.
+    /// Whether the disk is shared: reads then wait for overlapping writes, too.
     reads_wait: bool,
 }
 
@@ -98,17 +98,17 @@ impl Table {
         &mut self.entries[usize::from(token)]
     }
 
-    /// Those in flight, oldest first.
+    /// The requests in flight, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u16, &Entry)> {
         self.order.iter().map(|&token| (token, self.get(token)))
     }
 
-    /// The entries in use at some moment, oldest request first, to be walked while the table changes.
+    /// The entries that are in use now, oldest request first, to walk while the table changes.
     pub(super) fn token_at(&self, position: usize) -> Option<u16> {
         self.order.get(position).copied()
     }
 
-    /// Queue and head of each request the driver waits for, oldest first.
+    /// Queue and head of each request that the driver waits for, oldest first.
     pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
         self.iter().filter(|(_, entry)| !entry.orphan).map(|(_, entry)| (entry.queue, entry.head))
     }
@@ -118,13 +118,14 @@ impl Table {
         self.heads[usize::from(queue)] & 1 << head != 0
     }
 
-    /// The entry the next request will get, to read the request into.
+    /// The entry for the next request, to read the request into.
     pub(super) fn next_free(&mut self) -> Option<&mut Entry> {
         let token = *self.free.last()?;
         Some(self.get_mut(token))
     }
 
-    /// Takes [`next_free`](Self::next_free) into use; its job has begun. Counts what it has to wait for.
+    /// Takes [`next_free`](Self::next_free) into use; its job has begun. Counts the requests that it has to
+    /// wait for.
     pub(super) fn admit(&mut self, queue: u16, head: u16, tag: Tag, stage: Stage) -> Option<u16> {
         let token = self.free.pop()?;
         let job = &self.get(token).job;
@@ -137,8 +138,8 @@ impl Table {
         Some(token)
     }
 
-    /// The disk is done with `token` (or will never see it): those that waited for it wait for one less.
-    /// `done` gets each that waits for nothing any more. Call while its stage is still the old one.
+    /// The disk is done with `token` (or will never see it): the requests that waited for it wait for one
+    /// less. `done` gets each that no longer waits. Call this while the entry still has its old stage.
     pub(super) fn finished(&mut self, token: u16, mut done: impl FnMut(u16)) {
         let Some(position) = self.order.iter().position(|&it| it == token) else { return };
         for &later in &self.order[position + 1..] {

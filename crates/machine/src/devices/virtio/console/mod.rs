@@ -5,8 +5,8 @@
 //!        ◄── receive queue ─── thread ◄── PortInput
 //! ```
 //!
-//! It moves bytes in bulk, where the serial port takes a trap for each; but a kernel has it only after it has
-//! found its devices, so early messages and panics are on the serial port.
+//! It moves bytes in bulk, where the serial port takes one trap per byte. But a kernel has it only after it
+//! has found its devices, so early messages and panics are on the serial port.
 
 use std::convert::Infallible;
 use std::io;
@@ -33,11 +33,11 @@ const TX: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [64; 2];
 /// VIRTIO_CONSOLE_F_SIZE: the configuration space holds the size of the screen.
 const F_SIZE: u32 = 0;
-/// Bytes that are moved at once.
+/// Most bytes that are moved at once.
 const PART: usize = 4096;
-/// Longest output in one buffer; a checkpoint waits for the buffer in hand.
+/// Longest output in one buffer; a checkpoint waits for the current buffer.
 const MAX_OUTPUT: usize = 64 << 10;
-/// Most buffers a batch moves in one direction, so that the other one gets its turn.
+/// Most buffers that a batch moves in one direction, so that the other direction gets its turn.
 const BATCH: usize = 16;
 
 /// Columns and rows of the terminal that shows the console.
@@ -49,15 +49,15 @@ pub struct ScreenSize {
     pub rows: u16,
 }
 
-/// What every terminal has at least.
+/// The least that every terminal has.
 impl Default for ScreenSize {
     fn default() -> Self {
         Self { columns: 80, rows: 24 }
     }
 }
 
-/// What is saved: the size that the driver knows. Bytes that the guest has not taken yet are not: whoever
-/// typed them is attached to the old host.
+/// What is saved: the size that the driver knows. Input that the guest has not taken yet is not saved: the
+/// person who typed it is attached to the old host.
 impl DeviceState for ScreenSize {
     const VERSION: u16 = 1;
     const BYTES: usize = 4;
@@ -77,13 +77,13 @@ pub struct Console {
     end: PortEnd,
 }
 
-/// What a console works on.
+/// The parts that a console works on.
 pub struct Terminal {
     size: ScreenSize,
     buffer: Box<[u8; PART]>,
 }
 
-/// A console. It is passive until it goes live: nothing moves before.
+/// A console. It is passive until it goes live: no bytes move before.
 pub type ConsoleDevice<M> = Slot<M, Console>;
 
 impl<M: GuestMemory + Send + Sync + 'static> ConsoleDevice<M> {
@@ -92,7 +92,7 @@ impl<M: GuestMemory + Send + Sync + 'static> ConsoleDevice<M> {
     /// # Errors
     /// The operating system's, when it refuses the thread or its events.
     pub fn new(end: PortEnd, host: DeviceHost<M>) -> io::Result<Self> {
-        // Bytes for a machine of before are not for this one.
+        // Bytes for an earlier machine are not for this one.
         end.input.set_live(false);
         let terminal = Terminal { size: ScreenSize::default(), buffer: Box::new([0; PART]) };
         Self::start(Console { end }, terminal, host)
@@ -125,7 +125,7 @@ impl<M: GuestMemory> Model<M> for Console {
         }
     }
 
-    /// virtio 1.2, 5.3.4. Past the size there are max_nr_ports and emerg_wr, which belong to features that
+    /// virtio 1.2, 5.3.4. The size is followed by max_nr_ports and emerg_wr, which belong to features that
     /// are not offered.
     fn config(&self, terminal: &Terminal) -> [u8; CONFIG_BYTES] {
         let mut space = [0; CONFIG_BYTES];

@@ -1,7 +1,7 @@
-//! The entropy device: virtio-rng, fed by this host's kernel.
+//! The entropy device: virtio-rng. This host's kernel feeds it.
 //!
-//! What is given becomes part of the guest's memory, so a guest that is resumed elsewhere has the same bytes;
-//! only what it asks for afterwards comes from the other host.
+//! The bytes become part of the guest's memory, so a guest that is resumed elsewhere has the same ones; only
+//! bytes that it asks for afterwards come from the other host.
 
 use std::convert::Infallible;
 use std::io;
@@ -23,10 +23,10 @@ mod tests;
 
 /// Largest size of the queue.
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes that one request is given, some microseconds' worth: a checkpoint waits for the request in
-/// hand. A driver that wants more asks again; the used ring tells it how many it got.
+/// Most bytes that one request gets, some microseconds' worth: a checkpoint waits for the current request. A
+/// driver that wants more asks again; the used ring tells it how many bytes it got.
 const REQUEST: usize = 4096;
-/// What a request costs at least: answering one of a single byte takes about as long as so many bytes do.
+/// The least cost of a request: answering a request for one byte takes about as long as this many bytes do.
 const LEAST_COST: usize = 256;
 /// What requests may cost in one [`WINDOW`]: more than a kernel ever asks for, and too little to keep this
 /// host busy.
@@ -50,7 +50,7 @@ pub trait EntropySource: Send + Sync + 'static {
 pub struct HostEntropy(());
 
 impl HostEntropy {
-    /// Waits until the kernel has random bytes, as it does soon after its start; from then on it never waits
+    /// Waits until the kernel has random bytes, which is soon after its start; from then on it never waits
     /// again (random(7)).
     ///
     /// # Errors
@@ -74,23 +74,23 @@ pub struct Rng {
     failed: AtomicU64,
 }
 
-/// How fast it gives.
+/// The pace of the device.
 pub struct Pace {
     buffer: Box<[u8; REQUEST]>,
     budget: usize,
     /// When there is a new budget.
     renewed: Instant,
-    /// Requests wait until then.
+    /// Requests wait until this time.
     stalled: Option<Instant>,
-    /// The host's failure has been told.
+    /// Whether the host's failure has been reported.
     warned: bool,
 }
 
-/// An entropy device. It is passive until it goes live: nothing is given before.
+/// An entropy device. It is passive until it goes live: it gives nothing before.
 pub type RngDevice<M> = Slot<M, Rng>;
 
 impl<M: GuestMemory + Send + Sync + 'static> RngDevice<M> {
-    /// An entropy device fed by this host's kernel.
+    /// An entropy device. This host's kernel feeds it.
     ///
     /// # Errors
     /// The operating system's, when it refuses the thread, its events or random bytes.
@@ -98,7 +98,7 @@ impl<M: GuestMemory + Send + Sync + 'static> RngDevice<M> {
         Self::with_source(HostEntropy::new()?, host)
     }
 
-    /// An entropy device fed by `source`.
+    /// An entropy device. `source` feeds it.
     ///
     /// # Errors
     /// The operating system's, when it refuses the thread or its events.
@@ -125,7 +125,7 @@ impl<M: GuestMemory + Send + Sync + 'static> RngDevice<M> {
     }
 }
 
-/// There is nothing to save but the registers.
+/// Nothing but the registers is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RngState;
 

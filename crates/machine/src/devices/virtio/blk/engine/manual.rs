@@ -1,5 +1,5 @@
-//! An engine for tests: operations wait until the test lets them happen, in the order and with the outcome it
-//! chooses.
+//! An engine for tests: operations wait until the test carries them out, in the order and with the outcome
+//! that it chooses.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,13 +31,13 @@ impl Manual {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// What waits, oldest first.
+    /// The operations that wait, oldest first.
     pub(in super::super) fn waiting(&self) -> Vec<Operation> {
         lock(&self.shared.waiting).iter().map(|it| it.operation).collect()
     }
 
-    /// Lets the operation at `position` happen. `outcome` may put another result in the place of the true
-    /// one; with an error nothing happens to the disk.
+    /// Carries out the operation at `position`. `outcome` may replace its true result; with an error the disk
+    /// does not change.
     pub(in super::super) fn complete(&self, position: usize, outcome: Option<Result<usize, i32>>) {
         let Submission { token, operation, mut buffer, .. } = lock(&self.shared.waiting).remove(position);
         let result = match (outcome, operation) {
@@ -54,7 +54,7 @@ impl Manual {
         self.shared.event.write(1).expect("the counter of the event is far from full");
     }
 
-    /// Lets everything happen that waits, oldest first. Says how much that was.
+    /// Carries out everything that waits, oldest first. Returns how many operations that was.
     pub(in super::super) fn complete_all(&self) -> usize {
         let count = self.waiting().len();
         for _ in 0..count {

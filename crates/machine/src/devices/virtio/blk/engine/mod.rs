@@ -17,7 +17,7 @@ use super::image::Image;
 use super::pool::Buffer;
 use crate::devices::valve::{Permit, Tag};
 
-/// Which engine carries requests to the disk.
+/// The engine that carries requests to the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
     /// io_uring where the kernel has it and lets this process use it, threads elsewhere.
@@ -29,7 +29,8 @@ pub enum EngineKind {
     Threads,
 }
 
-/// One thing to do with the disk. Offsets and lengths in bytes; `from` is where in the buffer the data is.
+/// One operation on the disk. Offsets and lengths are in bytes; `from` is where in the buffer the data
+/// begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     Read {
@@ -57,12 +58,12 @@ pub(super) enum Operation {
         offset: u64,
         len: u64,
     },
-    /// Makes what was written durable.
+    /// Makes everything written durable.
     Sync,
 }
 
 impl Operation {
-    /// Whether it changes what is on the disk.
+    /// Whether it changes the disk's contents.
     pub(super) fn changes(&self) -> bool {
         !matches!(self, Self::Read { .. } | Self::Sync)
     }
@@ -78,44 +79,44 @@ pub(super) struct Submission {
     pub(super) token: u16,
     pub(super) operation: Operation,
     pub(super) buffer: Buffer,
-    /// Says whether a change of a shared disk may still be carried out.
+    /// Tells whether a change of a shared disk may still be carried out.
     pub(super) tag: Tag,
 }
 
-/// An operation that is done, or will not be.
+/// An operation that is done, or never will be.
 #[derive(Debug)]
 pub(super) struct Completion {
     pub(super) token: u16,
     pub(super) buffer: Buffer,
-    /// Bytes transferred (0 where the operation transfers none), or the error number. Nothing: it was not
+    /// Bytes transferred (0 where the operation transfers none), or the error number. `None`: it was not
     /// carried out, because the shared disk may not be changed.
     pub(super) result: Option<Result<usize, i32>>,
 }
 
 /// Carries operations out.
 pub(super) trait Engine: Send + Sync {
-    /// Begins all of them and leaves the list empty. Outside the gate: may take as long as the kernel
+    /// Begins all of them and empties the list. Call it outside the gate: the kernel may take as long as it
     /// pleases.
     ///
     /// An engine may tie an operation to the thread that submits it, so all but those of a shared disk come
     /// from the device's own thread.
     fn submit(&self, submissions: &mut Vec<Submission>);
 
-    /// Adds what is done to the list. Does not wait.
+    /// Adds finished operations to the list. Does not wait.
     fn reap(&self, completions: &mut Vec<Completion>);
 
-    /// Readable when something is done.
+    /// Readable when an operation is done.
     fn event(&self) -> &EventFd;
 
-    /// What it is called.
+    /// The engine's name.
     fn name(&self) -> &'static str;
 }
 
 /// An engine for `image` with at most `depth` operations under way.
 ///
-/// A shared disk has a permission, which the engine asks before each change. It gets threads: its writes are
-/// submitted by whoever commits an epoch, and io_uring cancels what a thread has submitted when that thread
-/// ends.
+/// For a shared disk there is a permission, which the engine asks before each change. Such a disk gets
+/// threads: its writes are submitted by whoever commits an epoch, and io_uring cancels the operations of a
+/// thread when that thread ends.
 pub(super) fn start(
     kind: EngineKind,
     image: &Arc<Image>,

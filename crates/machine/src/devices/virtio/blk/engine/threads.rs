@@ -1,4 +1,4 @@
-//! Requests carried out by a few threads with plain system calls.
+//! A few threads carry out requests with plain system calls.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -16,10 +16,10 @@ use crate::devices::valve::Permit;
 use crate::devices::virtio::worker::event;
 use crate::thread;
 
-/// As many operations run at the same time.
+/// How many operations run at the same time.
 const THREADS: usize = 4;
 
-/// The engine: a queue, the threads that empty it, and what they have done.
+/// The engine: a queue, the threads that empty it, and the finished operations.
 pub(in super::super) struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -29,7 +29,7 @@ struct Shared {
     image: Arc<Image>,
     /// Asked before each change of a shared disk.
     permit: Option<Arc<Permit>>,
-    /// A shared disk is changed no more.
+    /// Whether the shared disk must not be changed any more.
     over: AtomicBool,
     queue: Mutex<Queue>,
     filled: Condvar,
@@ -100,7 +100,7 @@ impl Drop for Threads {
 }
 
 impl Shared {
-    /// Carries operations out until the engine ends; then those that are left, but for changes of a shared
+    /// Carries operations out until the engine ends, then the remaining ones, except for changes of a shared
     /// disk.
     fn run(&self) {
         while let Some(Submission { token, operation, mut buffer, tag }) = self.next() {
@@ -131,8 +131,8 @@ impl Shared {
     }
 }
 
-/// Carries out one operation, waiting for the disk; asks before each system call whether it may. Bytes
-/// transferred or the error number; nothing if it may not.
+/// Carries out one operation, waiting for the disk; before each system call it asks whether it may. Returns
+/// bytes transferred or the error number; `None` if it may not.
 pub(super) fn carry_out(
     image: &Image,
     operation: Operation,

@@ -1,7 +1,7 @@
-//! Requests carried out by the kernel itself: io_uring.
+//! The kernel itself carries out requests: io_uring.
 
-// UNSAFETY: the kernel reads and writes buffers by address until it says that it is done; that they live and
-// stay where they are so long is what the one unsafe block of this file answers for.
+// UNSAFETY: the kernel reads and writes buffers by address until it says that it is done; the one unsafe
+// block of this file answers for their staying alive and in place until then.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -26,7 +26,7 @@ pub(in super::super) struct Uring {
 
 struct Inner {
     ring: IoUring,
-    /// By token: the buffer the kernel works on. A `Vec` keeps its bytes in place when it is moved.
+    /// By token: the buffer that the kernel works on. Moving a `Vec` keeps its bytes in place.
     under_way: Vec<Option<Buffer>>,
     count: usize,
     image: Arc<Image>,
@@ -95,7 +95,8 @@ impl Inner {
             let pushed = unsafe { self.ring.submission().push(&entry) };
             match pushed {
                 Ok(()) => return,
-                // Not with one entry for each token: left over from a kernel that was short of memory.
+                // Cannot happen with one entry per token, except for entries left over from a kernel that was
+                // short of memory.
                 Err(_) => self.enter(),
             }
         }

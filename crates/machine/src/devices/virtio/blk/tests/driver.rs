@@ -33,11 +33,11 @@ fn ring_at(queue: u16) -> u64 {
     RINGS + Ring::BYTES * u64::from(queue)
 }
 
-/// The driver of a disk with some queues. A request is put together in a slot, whose number is also the
-/// number of its first descriptor.
+/// The driver of a disk with several queues. A request is built in a slot, whose number is also the number of
+/// its first descriptor.
 pub(super) struct Driver {
     pub(super) memory: Arc<Memory>,
-    /// Requests use indirect tables; otherwise the queue's own descriptors, three for each slot.
+    /// Whether requests use indirect tables; otherwise they use the queue's own descriptors, three per slot.
     pub(super) indirect: AtomicBool,
 }
 
@@ -49,7 +49,7 @@ impl Driver {
         Self { memory: memory.clone(), indirect: AtomicBool::new(true) }
     }
 
-    /// The driver of a guest that goes on.
+    /// The driver of a guest that was resumed.
     pub(super) fn resumed(memory: &Arc<Memory>) -> Self {
         Self { memory: memory.clone(), indirect: AtomicBool::new(true) }
     }
@@ -80,12 +80,12 @@ impl Driver {
         self.ring(queue).set_index(index);
     }
 
-    /// How many chains were given back.
+    /// How many chains the device has given back.
     pub(super) fn used(&self, queue: u16) -> u16 {
         self.ring(queue).used_index()
     }
 
-    /// Head and length of what was given back as number `index`.
+    /// Head and length of the chain that was given back as number `index`.
     pub(super) fn used_entry(&self, queue: u16, index: u16) -> (u16, u32) {
         let (head, len) = self.ring(queue).used_entry(index);
         (head as u16, len)
@@ -95,7 +95,7 @@ impl Driver {
         self.ring(queue).put(index, descriptor);
     }
 
-    /// Lays a chain of buffers out and makes it available.
+    /// Lays out a chain of buffers and makes it available.
     pub(super) fn chain(&self, queue: u16, slot: u16, buffers: &[(u64, u32, u16)]) {
         let table = Self::slot(slot);
         let last = buffers.len() - 1;
@@ -105,7 +105,7 @@ impl Driver {
                 let descriptor = Descriptor::new(at, len, flags | more, index as u16 + 1);
                 self.set(table + 16 * index as u64, descriptor);
             } else {
-                // The heads are the slots; what follows is taken from the end of the table.
+                // The heads are the slots; the other descriptors are taken from the end of the table.
                 let place = |index: usize| match index {
                     0 => slot,
                     more => QUEUE / 2 + (slot * 4 + more as u16 - 1) % (QUEUE / 2),
@@ -121,7 +121,7 @@ impl Driver {
         self.offer(queue, slot);
     }
 
-    /// Puts header and a status that no device writes into a slot.
+    /// Puts a header and a status that no device writes into a slot.
     pub(super) fn header(&self, slot: u16, kind: u32, sector: u64) {
         let at = Self::slot(slot);
         self.set(at + HEADER, kind);

@@ -84,7 +84,7 @@ fn a_driver_may_use_fewer_queues() {
     rig.kick(1);
     rig.kick(3);
     wait_for("the write", || driver.used(1) == 1);
-    // The one that is needed is not there.
+    // The queue that is needed is missing.
     rig.write(0x70, 0);
     rig.write(0x70, 3);
     rig.write(0x24, 1);
@@ -102,7 +102,7 @@ fn buffers_may_be_cut_anywhere() {
         let rig = Rig::new(&memory, &options(&path, engine));
         let driver = rig.boot();
         rig.device.go_live(false);
-        // A header in three parts, the last of which goes on with data; data in crumbs.
+        // A header in three parts, whose last part also has data; the rest of the data in crumbs.
         let at = Driver::slot(0);
         let mut bytes = vec![1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0];
         bytes.extend((0..1024).map(|i| i as u8));
@@ -121,7 +121,7 @@ fn buffers_may_be_cut_anywhere() {
         rig.serve(&driver, 1);
         assert_eq!(driver.status(0), OK);
         assert_eq!(content(&path)[5 * 512..7 * 512], bytes[16..]);
-        // Read back: crumbs, and the status behind the data in one buffer.
+        // Read back: crumbs, and the status in one buffer with the end of the data.
         driver.header(1, 0, 5);
         let at = Driver::slot(1);
         let buffers = [
@@ -154,7 +154,7 @@ fn the_largest_request_and_one_more() {
         let rig = Rig::new(&memory, &options(&path, engine));
         let driver = rig.boot();
         rig.device.go_live(false);
-        // Data over all slots but the first ones.
+        // Data over all slots except for the first ones.
         let data = Driver::slot(2);
         let len = 126 * (32 << 10);
         let pattern: Vec<_> = (0..len).map(|i| (i / 512 * 7 + i) as u8).collect();
@@ -169,7 +169,7 @@ fn the_largest_request_and_one_more() {
             buffers.push((status, 1, WRITE));
             driver.chain(0, slot, &buffers);
         };
-        // In memory the pieces lie half a MiB apart.
+        // In memory the pieces are half a MiB apart.
         for piece in (0..8u64).rev() {
             let from = (len as u64 / 8 * piece) as usize;
             let part = &pattern[from..from + len / 8];
@@ -234,7 +234,7 @@ fn requests_that_make_no_sense_fail_alone() {
         assert_eq!(content(&path), before, "nothing of it has touched the disk");
         assert_eq!(rig.device.stats().errors, u64::from(slot));
         assert!(!rig.needs_reset());
-        // Ranges of nothing are fine.
+        // Empty ranges are valid.
         driver.ranges(0, 20, T_WRITE_ZEROES, &[(5, 0, 1), (100, 0, 0)]);
         driver.ranges(0, 21, T_DISCARD, &[(0, 0, 0)]);
         rig.serve(&driver, slot + 2);
@@ -322,7 +322,7 @@ fn more_than_there_are_bounce_buffers_for() {
         let rig = Rig::new(&memory, &options(&path, engine));
         let driver = rig.boot();
         rig.device.go_live(false);
-        // 16 requests of 2 MiB, all of the same memory.
+        // 16 requests of 2 MiB, all with the same memory.
         for slot in 0..16 {
             driver.header(slot, u32::from(slot % 2 == 0), u64::from(slot) * 4096);
             let [header, status] = Driver::ends(slot);

@@ -55,7 +55,7 @@ fn bytes_that_are_no_state_are_refused() {
 }
 
 proptest! {
-    /// Any bytes: no panic, and what is read is written again the same.
+    /// Any bytes: no panic, and whatever is read is written back the same.
     #[test]
     fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..300), version in any::<bool>()) {
         let mut bytes = bytes;
@@ -93,7 +93,7 @@ fn the_configuration_space() {
     let mut capacity = [0; 8];
     rig.registers.lock().unwrap().read(0x100, &mut capacity);
     assert_eq!(u64::from_le_bytes(capacity), 10 << 20);
-    // Only `writeback` can be written, and only with what it can be.
+    // Only `writeback` can be written, and only with a valid value.
     for (offset, value) in
         [(0x100, &[1u8, 2, 3, 4][..]), (0x120, &[2]), (0x120, &[0, 0, 0, 0]), (0x122, &[9])]
     {

@@ -214,7 +214,8 @@ fn a_shared_disk_is_not_replicated_and_any_other_is_not_held() {
     }
 }
 
-/// With the thread and threads for an engine: epochs at random, and what is on the disk is committed.
+/// With the device's thread and the engine of threads: random epochs, and everything on the disk is
+/// committed.
 #[test]
 fn the_disk_is_never_ahead_of_the_commits() {
     let (images, memory) = (Images::in_memory(), memory());
@@ -240,7 +241,7 @@ fn the_disk_is_never_ahead_of_the_commits() {
         epoch
     };
     for round in 0..100u16 {
-        // Each epoch writes its number into some sectors, once the slots for that are free.
+        // Each epoch writes its number into some sectors, once their slots are free.
         let slots = (round % 8) * 8..(round % 8) * 8 + 8;
         let mut epoch = next_epoch();
         wait_for("free slots", || {

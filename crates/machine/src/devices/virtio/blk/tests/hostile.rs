@@ -1,5 +1,5 @@
-//! Drivers that break the rules: the device stops, says so and touches nothing it should not; after a reset
-//! it works.
+//! Drivers that break the rules: the device stops, says so and touches nothing that it should not; after a
+//! reset it works.
 
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
@@ -10,7 +10,7 @@ use super::*;
 
 const OUTSIDE: u64 = MEMORY as u64;
 
-/// Has the device meet something bad, then resets it and checks that it works.
+/// Gives the device something bad, then resets it and checks that it works.
 fn meets(lay: impl Fn(&Driver)) {
     let (images, memory) = (Images::in_memory(), memory());
     let path = images.sparse("disk", 1 << 20);
@@ -23,7 +23,7 @@ fn meets(lay: impl Fn(&Driver)) {
     assert!(rig.needs_reset());
     assert!(rig.interrupts.get() > before && rig.read(0x60) & 2 == 2, "the driver is told");
     assert_eq!((driver.used(0), rig.device.in_flight()), (0, 0));
-    // It stays stopped, and can be saved and restored so.
+    // It stays stopped, and its state can be saved and restored.
     rig.run();
     let saved = rig.saved();
     rig.device.restore(&saved).unwrap();
@@ -37,7 +37,7 @@ fn meets(lay: impl Fn(&Driver)) {
     assert_eq!((driver.used(0), content(&path)[0]), (1, 1));
 }
 
-/// A chain with these buffers after its header and before its status.
+/// A chain with these buffers between its header and its status.
 fn one(buffers: &[(u64, u32, u16)]) {
     for kind in [0, 1, 4, 8, 11, 13, 77] {
         meets(|driver| {
@@ -147,7 +147,7 @@ fn indirect_tables_that_are_none() {
             driver.offer(0, 0);
         });
     }
-    // A table within a table; one that goes on in the ring; one longer than the queue.
+    // A table within a table; a table that continues in the ring; a table longer than the queue.
     meets(|driver| {
         driver.set(table, Descriptor::new(table, 16, INDIRECT, 0));
         driver.put(0, 0, Descriptor::new(table, 16, INDIRECT, 0));
@@ -205,8 +205,8 @@ fn a_chain_may_be_as_long_as_the_queue() {
     }
 }
 
-/// A descriptor that is not far from a good one, or any at all. Headers, ranges and data are anywhere from
-/// 0x400 on.
+/// A descriptor that is close to a good one, or any at all. Headers, ranges and data are anywhere from 0x400
+/// on.
 fn descriptor() -> impl Strategy<Value = [u8; 16]> {
     let at = prop_oneof![6 => (0x40u64..0x100).prop_map(|at| at * 16), 1 => 0u64..0x11000, 1 => any::<u64>()];
     let len = prop_oneof![
@@ -219,7 +219,7 @@ fn descriptor() -> impl Strategy<Value = [u8; 16]> {
     (at, len, flags, next).prop_map(|(at, len, flags, next)| fuzz::descriptor(at, len, flags, next))
 }
 
-/// Memory that a device makes something of: two queues, and headers behind them.
+/// Memory that makes sense to a device: two queues, and headers behind them.
 fn input() -> impl Strategy<Value = Vec<u8>> {
     let queue = || {
         (
@@ -245,7 +245,8 @@ fn input() -> impl Strategy<Value = Vec<u8>> {
                     put(ring_at as usize + 4 + 2 * slot, &head.to_le_bytes());
                 }
             }
-            // As a range to discard a header reads: its kind where the first sector is, then its sector.
+            // A header, read as a range to discard: its kind is where the first sector is, then comes its
+            // sector.
             for (slot, (kind, sector)) in headers.iter().enumerate() {
                 put(0x400 + slot * 16, &kind.to_le_bytes());
                 put(0x400 + slot * 16 + 8, &sector.to_le_bytes());

@@ -1,4 +1,4 @@
-//! Images of all kinds: odd, sparse, small, read-only, in use, and on a disk that is full.
+//! Images of all kinds: odd, sparse, small, read-only, in use, and on a full disk.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
@@ -92,7 +92,7 @@ fn an_image_that_shrinks_under_the_guest_fails_reads() {
     }
 }
 
-/// A small file system in memory, mounted for as long as this lives. `None` without the right to mount.
+/// A small file system in memory, mounted for as long as this lives. `None` without the permission to mount.
 struct Mount(Images);
 
 impl Mount {
@@ -132,7 +132,7 @@ fn a_full_file_system_fails_writes_and_is_survived() {
         let failed = (0..16).filter(|&slot| driver.status(slot) == IOERR).count();
         assert!((8..16).contains(&failed), "{failed} failed");
         assert_eq!(rig.device.stats().errors, failed as u64);
-        // Space comes back.
+        // The space is given back.
         driver.ranges(0, 0, T_DISCARD, &[(0, 16384, 0)]);
         rig.serve(&driver, 17);
         driver.write(0, 1, 10_000, &[2; 128 << 10]);

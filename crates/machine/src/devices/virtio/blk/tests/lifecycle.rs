@@ -40,7 +40,7 @@ fn a_checkpoint_does_not_wait_for_the_disk() {
     rig.gate.close();
     let saved = rig.saved();
     assert!(start.elapsed() < Duration::from_secs(1));
-    // The disk gets done with the gate closed, too; the guest learns of it afterwards.
+    // The disk finishes with the gate closed, too; the guest learns of it afterwards.
     rig.engine().complete(0, None);
     settle();
     assert_eq!((driver.used(0), rig.saved() == saved), (0, true));
@@ -56,7 +56,7 @@ fn a_checkpoint_does_not_wait_for_the_disk() {
     assert_eq!(content(&path)[0], 2);
 }
 
-/// Closes the gate after every step of a device that is about to do many.
+/// Closes the gate after every step of a device that has many to do.
 #[test]
 fn a_checkpoint_may_come_after_any_step() {
     let (images, memory) = (Images::in_memory(), memory());
@@ -140,7 +140,7 @@ fn requests_in_flight_are_issued_again_in_order() {
     assert_eq!(driver.data(2, 512), [9; 512]);
     let disk = content(&standby);
     assert_eq!([0, 512, 1024, 1536].map(|at| disk[at]), [1, 2, 3, 0]);
-    // And on.
+    // And once more.
     driver.write(1, 1, 3, &[4; 512]);
     rig.run();
     assert_eq!((driver.used(1), content(&standby)[1536]), (3, 4));

@@ -6,7 +6,7 @@ use super::super::{CHUNK, ChunkSet, LogMode, MAX_RECORD};
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
-/// What is in a buffer: offset in sectors, and what was done.
+/// What is in a buffer: the offset in sectors, and the operation.
 fn records(buffer: &RecordBuf) -> Vec<(u64, String)> {
     buffer
         .iter()
@@ -43,8 +43,8 @@ fn everything_that_changes_a_disk_is_logged_in_order() {
     driver.flush(0, 4);
     driver.write(0, 5, 500, &[2; 512]);
     rig.turn();
-    // The disk is done with them in another order. The discard takes two operations, and so do the zeroes in
-    // this file system.
+    // The disk finishes them in another order. The discard takes two operations, and so do the zeroes in this
+    // file system.
     rig.engine().complete(5, None);
     rig.run();
     let buffer = take(&rig.log);
@@ -106,7 +106,7 @@ fn what_failed_is_not_logged_but_what_was_done_before_it_is() {
     assert_eq!([0, 1, 2, 3].map(|slot| driver.status(slot)), [IOERR, IOERR, OK, IOERR]);
     let expected = [(0, "Data(1536 bytes)"), (300, "Zero(4096)")].map(|(at, op)| (at, op.to_owned()));
     assert_eq!(records(&take(&rig.log)), expected);
-    // Whoever compares the copies afterwards finds where they may differ.
+    // A later comparison of the copies finds where they may differ.
     let mut chunks = rig.log.empty_chunks(0).unwrap();
     assert!(rig.log.swap_chunks(0, &mut chunks));
     assert_eq!(chunks.iter().collect::<Vec<_>>(), [0, 2, 3]);
@@ -125,7 +125,7 @@ fn without_a_cache_a_write_is_followed_by_a_flush() {
 
 #[test]
 fn a_write_is_logged_before_the_guest_sees_it_complete() {
-    // The log has no room: nothing that belongs into it completes, everything else does.
+    // The log has no room: requests that must be logged do not complete, everything else does.
     let (images, memory) = (Images::in_memory(), memory());
     let (rig, driver) = logged(&images.sparse("disk", 1 << 20), &memory);
     let small = |bytes| {

@@ -1,4 +1,4 @@
-//! The disk with a driver of ours on one side and image files on the other.
+//! The disk with our own driver on one side and image files on the other.
 
 mod driver;
 mod engines;
@@ -71,7 +71,7 @@ impl Images {
         Self(tempfile::tempdir().unwrap())
     }
 
-    /// Somewhere in memory: faster, and another file system.
+    /// In memory: faster, and another file system.
     fn in_memory() -> Self {
         Self(tempfile::tempdir_in("/dev/shm").unwrap())
     }
@@ -129,14 +129,14 @@ impl Rig {
         Self::with_lease(memory, options, times, lease)
     }
 
-    /// A disk with a lease of the test's own.
+    /// A disk with the test's own lease.
     fn with_lease(memory: &Arc<Memory>, options: &DiskOptions, times: Arc<Times>, lease: Lease) -> Self {
         Self::build(memory, (times, lease), |log, permit, host| {
             (BlockDevice::new(options, 0, log, permit, host).unwrap(), None)
         })
     }
 
-    /// A disk whose operations happen when the test says so. Without a thread: [`turn`](Self::turn).
+    /// A disk whose operations happen when the test says so, without a thread: [`turn`](Self::turn).
     fn manual(memory: &Arc<Memory>, options: &DiskOptions) -> Self {
         Self::build(memory, Times::lease(), |log, permit, host| {
             let image = Arc::new(Image::open(&options.path, options.readonly, options.shared).unwrap());
@@ -191,7 +191,7 @@ impl Rig {
         self.valve.drain();
     }
 
-    /// Has the driver set up the device with fresh queues and all it offers.
+    /// Has the driver set up the device with fresh queues and all features that it offers.
     fn boot(&self) -> Driver {
         self.boot_with(self.offered(), 1)
     }
@@ -210,7 +210,7 @@ impl Rig {
         self.rig.kick(queue.into());
     }
 
-    /// Kicks queue 0 and waits until it has used `used` chains in all.
+    /// Kicks queue 0 and waits until the device has used `used` chains in all.
     fn serve(&self, driver: &Driver, used: u16) {
         self.kick(0);
         wait_for("the requests", || driver.used(0) == used || self.needs_reset());
@@ -222,12 +222,12 @@ impl Rig {
         self.manual.as_ref().unwrap()
     }
 
-    /// Does what the thread would do, until nothing is left to do without the disk.
+    /// Does the thread's work, until nothing is left to do without the disk.
     fn turn(&self) {
         while self.device.turn() {}
     }
 
-    /// Turns, and lets the disk do everything, until nothing is left to do.
+    /// Takes turns, and lets the disk do everything, until nothing is left to do.
     fn run(&self) {
         self.turn();
         while self.engine().complete_all() > 0 {

@@ -6,7 +6,7 @@ use super::super::engine::Operation;
 use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
-/// Where the operations that wait begin, in sectors.
+/// The first sectors of the waiting operations.
 fn waiting(rig: &Rig) -> Vec<u64> {
     let offset = |operation| match operation {
         Operation::Read { offset, .. }
@@ -37,7 +37,7 @@ fn writes_that_overlap_wait_for_each_other() {
     assert_eq!(waiting(&rig), [10, 12, 10, u64::MAX], "reads and flushes do not wait");
     assert_eq!(rig.device.stats().serialised, 3);
     assert_eq!(rig.device.in_flight(), 7);
-    // The second alone does not let the third go.
+    // The end of the second alone does not let the third start.
     rig.engine().complete(1, None);
     rig.turn();
     assert_eq!(waiting(&rig), [10, 10, u64::MAX]);
@@ -106,7 +106,7 @@ fn a_failed_read_tells_nothing() {
     let rig = Rig::manual(&memory, &DiskOptions::new(&path));
     let driver = rig.boot();
     rig.device.go_live(false);
-    // The bounce buffer has held something before.
+    // The bounce buffer has been used before.
     driver.read(0, 0, 0, 4096);
     rig.run();
     driver.fill(1, &[0x55; 4096]);
@@ -235,7 +235,7 @@ fn request() -> impl Strategy<Value = Request> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Whatever the order in which the disk gets done, the outcome is that of one request after another.
+    /// In whatever order the disk finishes, the outcome is that of one request after another.
     #[test]
     fn any_requests_in_any_order(
         requests in prop::collection::vec((request(), 0u16..3), 1..48),

@@ -5,13 +5,13 @@ use super::*;
 
 const WRITES: u16 = 40;
 
-/// A disk with threads for an engine, in epoch 1. Its permission takes a while, as slow storage would, and is
-/// given `times` times; counts how often it was asked for.
+/// A disk with the engine of threads, in epoch 1. Its permission takes a while, as slow storage would, and is
+/// given `times` times; the counter says how often it was asked for.
 fn rig(path: &Path, memory: &Arc<Memory>, times: usize) -> (Rig, Driver, Arc<Count>) {
     let asked = Arc::new(Count::default());
     let count = asked.clone();
     let lease = Lease::with_clock(move || {
-        // Whoever lets writes out always gets it.
+        // Threads that let writes out always get it.
         if std::thread::current().name() != Some("outlive-blk-io") {
             return Duration::ZERO;
         }
@@ -35,7 +35,7 @@ fn paused(rig: &Rig, work: impl FnOnce()) {
     rig.gate.open();
 }
 
-/// Commits the epoch with what the driver has written in it.
+/// Commits the epoch with this many writes of the driver.
 fn commit(rig: &Rig, writes: u64) {
     rig.kick(0);
     wait_for("the writes", || rig.device.stats().held == writes);
@@ -43,7 +43,7 @@ fn commit(rig: &Rig, writes: u64) {
     assert_eq!(rig.release(1).writes, writes);
 }
 
-/// Sector after sector, each of its own request.
+/// Writes sector after sector, each in its own request.
 fn write_all(driver: &Driver) {
     (0..WRITES).for_each(|slot| driver.write(0, slot, slot.into(), &[1; 512]));
 }
@@ -93,7 +93,7 @@ fn what_waits_for_slow_storage_is_discarded_and_issued_again_elsewhere() {
     settle();
     let reached = written(&path);
     assert!((4..20).contains(&reached), "{reached}");
-    // Neither a new protection nor going on alone brings back what another host may have done.
+    // Neither a new protection nor going on alone brings back writes that another host may have done.
     paused(&rig, || rig.valve.hold(2).unwrap());
     rig.release(1);
     rig.open();
@@ -150,7 +150,7 @@ fn discarding_ends_a_request_between_two_operations() {
     driver.read(0, 1, 100, 512);
     rig.turn();
     rig.discard();
-    // What is under way ends, here short of what was asked.
+    // The operation under way ends, here with fewer bytes than it asked for.
     rig.engine().complete(0, Some(Ok(512)));
     rig.run();
     rig.open();

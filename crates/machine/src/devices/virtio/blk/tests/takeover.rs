@@ -1,4 +1,4 @@
-//! The whole of it: a machine that is checkpointed under load, and machines that go on from its checkpoints.
+//! The whole: a machine that is checkpointed under load, and machines that continue from its checkpoints.
 
 use std::collections::VecDeque;
 
@@ -21,14 +21,14 @@ impl Random {
     }
 }
 
-/// The guest: its driver and what it expects of its disk.
+/// The guest: its driver and the disk contents that it expects.
 struct Guest {
     driver: Driver,
     free: VecDeque<u16>,
     /// How many requests it has offered, and how many it has seen used, as the rings count.
     offered: u16,
     seen: u16,
-    /// The disk, once everything offered is done.
+    /// The disk, once every offered request is done.
     disk: Vec<u8>,
 }
 
@@ -64,7 +64,7 @@ impl Guest {
     }
 }
 
-/// What the standby keeps of the disk.
+/// Applies the writes to the standby's copy of the disk.
 fn apply(replica: &mut [u8], buffer: &RecordBuf) {
     for DiskRecord { offset, op, .. } in buffer.iter() {
         let at = offset as usize;
@@ -137,7 +137,7 @@ fn a_machine_goes_on_from_any_checkpoint_with_the_disk_of_that_checkpoint() {
             rig.device.go_live(true);
             rig.gate.open();
             guest.driver = Driver::resumed(&memory_here);
-            // Not protected for a moment: nothing is logged until everything is done.
+            // Unprotected for a moment: nothing is logged until everything is done.
             wait_for("what was offered", || guest.driver.used(0) == guest.offered);
             reissued += rig.device.stats().reissued;
             let now = content(&path);

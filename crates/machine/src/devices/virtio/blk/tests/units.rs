@@ -1,4 +1,4 @@
-//! The small parts by themselves.
+//! The small parts on their own.
 
 use proptest::prelude::*;
 
@@ -17,7 +17,7 @@ fn buffers_are_bounded_and_used_again() {
         assert_eq!(pool.bytes(), 4096 + 4096 + 8192 + 65536 + (4 << 20));
         buffers.into_iter().for_each(|buffer| pool.give_back(buffer));
     }
-    // Small ones that nobody uses make room for large ones, and those in use do not.
+    // Small unused buffers make room for large ones, buffers in use do not.
     let large: Vec<_> = (0..2).map(|_| pool.lend(4 << 20).unwrap()).collect();
     assert_eq!(pool.bytes(), 8 << 20);
     assert!(pool.lend(1).is_none());

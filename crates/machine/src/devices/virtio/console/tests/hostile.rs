@@ -13,7 +13,7 @@ fn works(rig: &Rig<ConsoleDevice<Memory>>) {
 fn broken_drivers_stop_the_device_alone() {
     let setup = live();
     hostile(&setup.rig, 2, TX, 0, works);
-    // Input that waits makes the device look at the receive queue.
+    // Waiting input makes the device look at the receive queue.
     setup.end.input.push(&[b'k'; INPUT_BYTES]);
     hostile(&setup.rig, 2, RX, WRITE, |rig| {
         setup.end.input.push(b"k");

@@ -1,4 +1,4 @@
-//! The console with a driver of ours.
+//! The console with our own driver.
 
 mod hostile;
 
@@ -68,7 +68,7 @@ fn listen(rig: &Rig<ConsoleDevice<Memory>>, slot: u16, len: u32) {
     rig.kick(RX);
 }
 
-/// What the device has put into the buffer used as number `index`.
+/// The bytes that the device put into the buffer used as number `index`.
 fn heard(rig: &Rig<ConsoleDevice<Memory>>, index: u16) -> Vec<u8> {
     wait_for("input", || rig.ring(RX).used_index() > index);
     let (slot, len) = rig.ring(RX).used_entry(index);

@@ -1,4 +1,4 @@
-//! The entropy device with a driver of ours.
+//! The entropy device with our own driver.
 
 mod hostile;
 
@@ -13,7 +13,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use crate::devices::virtio::hostile::*;
 
-/// Gives 1, 2, 3 ... and can be told to give nothing. Counts what is asked of it.
+/// Gives 1, 2, 3 ... and can be told to give nothing. Counts the bytes that are asked of it.
 #[derive(Default)]
 struct Counter {
     next: AtomicU8,
@@ -131,7 +131,7 @@ fn ask_often(rig: &Rig<Device_>, len: u32) {
     wait_for("random bytes", || ring.used_index() == index.wrapping_add(QUEUE));
 }
 
-/// Many small requests cost this host no more than few large ones: each counts for a least number of bytes,
+/// Many small requests cost this host no more than a few large ones: each counts for a least number of bytes,
 /// and no more bytes are made than fit.
 #[test]
 fn small_requests_buy_no_more_of_the_hosts_time_than_large_ones() {
@@ -162,7 +162,7 @@ fn a_host_without_random_bytes_is_asked_again() {
     ring.offer(0);
     rig.kick(0);
     wait_for("the failure", || rig.device.failed() == 1);
-    // A pause is not held up, and the request belongs to the state.
+    // A pause does not wait, and the request belongs to the state.
     rig.gate.close();
     rig.saved();
     rig.gate.open();
