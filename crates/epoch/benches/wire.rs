@@ -1,6 +1,6 @@
-//! Measures what writing pages down for the standby costs, beside copying them, and in how many bytes they
-//! are sent, beside sending them raw: `cargo xtask bench wire`, or `cargo bench -p outlive-epoch --bench wire
-//! -- [--quick] [--json FILE]`.
+//! Measures what writing pages down for the standby costs, compared with copying them, and how many bytes
+//! they take, compared with raw pages: `cargo xtask bench wire`, or `cargo bench -p outlive-epoch --bench
+//! wire -- [--quick] [--json FILE]`.
 //!
 //! Bench and peer are measured in turns on the same pages, and the fastest round of each counts.
 

@@ -129,8 +129,8 @@ impl Outgoing {
         }
     }
 
-    /// `comparison` is the list of hot pages, and where those begin in the list of all pages of the
-    /// checkpoint, of which this buffer has those from `begin` on.
+    /// `comparison` is the list of hot pages, and where those begin in the checkpoint's list of all pages.
+    /// This buffer has the pages from `begin` on.
     pub(crate) fn compare_with(&mut self, comparison: Option<(Comparison, usize)>, begin: usize) {
         self.hot = comparison.map(|(comparison, first)| Hot { comparison, first, begin });
     }

@@ -93,7 +93,7 @@
 //! |---|---|
 //! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture, and without it no standby gets the base; [`PrimaryAction::ReleaseAll`] only follows a won claim |
 //! | 2 whole checkpoints | [`StandbyAction::Apply`] only for a checkpoint staged whole, in sequence, acknowledged, and after the one before it was applied; base pages are refused once a checkpoint is committed |
-//! | 3 one active side | whoever may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
+//! | 3 one active side | a side that may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
 //! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause, and a standby refuses more |
 //! | 7 protection fails, the VM goes on | every loss before the base-final capture leads to Alone at once, every later one after a won claim; a standby that could not run the VM never claims; a stream that a standby refuses makes it *leave*, not take over |
 //! | 8 orderly is not dead | the end of the VM is a flag of its last checkpoint; a standby that has committed it never claims |

@@ -35,7 +35,7 @@ pub use zero::squeeze_zero_pages;
 use crate::image::granules::{GRANULE, Granules, MASK_LEN, data_len};
 use crate::image::{PAGE_SIZE, PageData};
 
-/// Physical addresses of x86-64 have 52 bits, of which a page has 12.
+/// Physical addresses of x86-64 have 52 bits; 12 of them are the place in the page.
 const GFN_BITS: u32 = 40;
 const GFN_MASK: u64 = (1 << GFN_BITS) - 1;
 /// Where codec and length are in an entry of version 2, and the codec in one of version 1.
