@@ -1,4 +1,4 @@
-//! `outlive console` as a person and as a script meet it; the VM's side is played by the test.
+//! `outlive console` as a person and as a script use it; the test plays the VM's side.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -60,7 +60,7 @@ impl Person {
         !tcgetattr(&self.terminal).unwrap().local_flags.contains(LocalFlags::ICANON)
     }
 
-    /// Waits for the end of the program, and finds the terminal as it was.
+    /// Waits for the end of the program, and checks that the terminal is as it was.
     fn ended(mut self) {
         assert!(wait(&mut self.program).success());
         assert!(!self.is_raw(), "the terminal is as it was");

@@ -1,6 +1,6 @@
 //! Entering a namespace of one's own, as root and without any rights.
 //!
-//! A process can do it only before it has threads, and the usual test harness has threads. So this is a
+//! A process can do this only while it has one thread, and the usual test harness has more. So this is a
 //! harness of its own: it starts itself again for every test, and the child does the work on its only thread.
 
 use std::fs;
@@ -54,8 +54,8 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Starts this program again for one test. Tests that need root and do not have it count as passed, and say
-/// so.
+/// Starts this program again for one test. A test that needs root and does not have it counts as passed, and
+/// says so.
 fn run(name: &str, user: Option<u32>) -> bool {
     let root = nix::unistd::geteuid().is_root();
     if user.is_none() && !root {

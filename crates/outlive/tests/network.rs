@@ -1,5 +1,5 @@
-//! The network plumbing against the real kernel. Every test has network namespaces of its own, made on
-//! threads, so the tests run side by side and leave nothing behind.
+//! The network plumbing against the real kernel. Every test makes network namespaces of its own, on threads,
+//! so the tests run side by side and leave nothing behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{ErrorKind, Read, Write};
@@ -161,7 +161,7 @@ fn errors_say_what_is_wrong_and_what_there_is() {
             no_bridge,
             "cannot attach br0 to bridge lo: lo is no bridge; make one (ip link add br0 type bridge) or name another one"
         );
-        // The kernel's own words come along: here about a bridge in a bridge.
+        // The error includes the kernel's own words: here about a bridge in a bridge.
         netlink.create_bridge("br1").unwrap();
         let refused = netlink.attach("br1", "br0").unwrap_err().to_string();
         assert!(refused.contains("Can not enslave a bridge to a bridge"), "{refused}");
@@ -181,7 +181,7 @@ fn a_namespace_goes_with_its_handle() {
     };
     stays.run(connect).unwrap();
     drop(goes);
-    // Its cable is cut when the kernel removes it, which it does in the background.
+    // The kernel removes it in the background, and that cuts the cable.
     let deadline = Instant::now() + Duration::from_secs(20);
     while stays.run(|| Netlink::open().unwrap().exists("here").unwrap()).unwrap() {
         assert!(Instant::now() < deadline, "the namespace is still there");
@@ -232,7 +232,7 @@ fn many_namespaces_at_once_do_not_disturb_each_other() {
     assert_eq!(here, after);
 }
 
-/// A change of the network, by numbers from which the names are made.
+/// A change of the network, by numbers from which the test makes the names.
 #[derive(Debug, Clone, Copy)]
 enum Change {
     Bridge(u8),
@@ -255,7 +255,7 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// What should be there: for each name whether it is a bridge, its other end, its bridge, and whether it is
+/// The expected state: for each name, whether it is a bridge, its other end, its bridge, and whether it is
 /// up.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Expected(BTreeMap<u8, Interface>);
@@ -310,7 +310,7 @@ fn execute(netlink: &mut Netlink, change: Change) -> Result<(), NetlinkError> {
     }
 }
 
-/// What is there, in the form of [`Expected`] as far as the kernel tells it: name, bridge, up.
+/// The actual state, in the form of [`Expected`] as far as the kernel reports it: name, bridge, up.
 fn present(netlink: &mut Netlink) -> BTreeSet<(String, Option<String>, bool)> {
     let links = netlink.links().unwrap();
     let names: BTreeMap<u32, String> = links.iter().map(|link| (link.index, link.name.clone())).collect();

@@ -1,4 +1,4 @@
-//! Which generations can be won, and by whom.
+//! Which generations can be won, and by which claimant.
 
 use std::fs;
 
@@ -14,10 +14,10 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
     for _ in 0..3 {
         assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     }
-    // The same process may have opened it twice.
+    // The same process may open it twice.
     assert_eq!(open(directory.path()).claim(&VM, 1, "primary"), Claim::Won);
     assert_eq!(loser(arbiter.claim(&VM, 1, "standby")), "primary");
-    // Another VM is another matter.
+    // Another VM's claims are independent.
     assert_eq!(arbiter.claim(&OTHER_VM, 1, "standby"), Claim::Won);
     assert_eq!(arbiter.claim(&OTHER_VM, 2, "standby"), Claim::Won);
     assert_eq!(arbiter.highest(&VM).unwrap(), Some(1));
@@ -32,7 +32,7 @@ fn a_repeated_claim_is_won_again_but_not_by_another() {
     assert_eq!(names(directory.path()).len(), 4, "nothing but the marker and the claims");
 }
 
-/// A host that was stopped for long must not win an old generation whose file was tidied away.
+/// A host that was stopped for long must not win an old generation whose file was pruned.
 #[test]
 fn a_generation_below_the_highest_cannot_be_won() {
     let directory = directory();
@@ -45,7 +45,7 @@ fn a_generation_below_the_highest_cannot_be_won() {
     }
     assert!(loser(arbiter.claim(&VM, 4, "primary")).contains("generation 5, which is newer"));
     assert_eq!(arbiter.claim(&VM, 6, "primary"), Claim::Won);
-    // The winner of an old one is still its winner.
+    // The winner of an old generation is still its winner.
     assert_eq!(arbiter.claim(&VM, 5, "standby"), Claim::Won);
 }
 
@@ -80,8 +80,8 @@ fn old_claims_go_and_their_generations_cannot_be_won_again() {
         assert!(lost.contains("generation 20, which is newer, late"), "{lost}");
     }
 
-    // Claimants that were stopped between their look and their claim, while all others came and went: they
-    // find their own claims, alone in their places.
+    // Claimants that were stopped between their check and their claim, while all others came and went: they
+    // find their own claims, alone in the directory.
     let elsewhere = self::directory();
     claim_all(&mut open(elsewhere.path()), 5);
     for generation in [4, 5] {
@@ -89,7 +89,7 @@ fn old_claims_go_and_their_generations_cannot_be_won_again() {
         let lost = loser(open(directory.path()).claim(&VM, generation, "late"));
         assert!(lost.contains("generation 20, which is newer"), "{lost}");
     }
-    // Nor does that claim help anybody to the next generation.
+    // Nor does that claim help anyone to win the next generation.
     assert!(loser(open(directory.path()).claim(&VM, 6, "late")).contains("generation 20"));
     assert_eq!(stranger.claim(&VM, 21, "stranger"), Claim::Won);
     assert_eq!(stranger.highest(&VM).unwrap(), Some(21));

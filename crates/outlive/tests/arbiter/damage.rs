@@ -18,7 +18,7 @@ fn damage_is_never_a_win() {
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     let good = fs::read(claim_file(1)).unwrap();
 
-    // Nor is it a loss: if all sides took it for one, the VM would be gone for good.
+    // Nor is it a loss: if all sides treated it as one, the VM would be gone for good.
     let mut nobodys = |generation: u64| {
         let why = why(arbiter.claim(&VM, generation, "primary"));
         assert!(why.contains("is damaged") && why.contains("and delete the file"), "{why}");

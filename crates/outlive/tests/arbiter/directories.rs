@@ -1,4 +1,4 @@
-//! A directory that is not there, or is another one, is no arbiter.
+//! A directory that is missing, or is a different one, is not an arbiter.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -31,8 +31,8 @@ fn an_unreachable_directory_is_said_to_be_and_works_when_it_is_back() {
     assert_eq!(arbiter.claim(&VM, 2, "primary"), Claim::Won);
 }
 
-/// Those that knew the old directory cannot tell the new one from a mount point without its mount, so they
-/// wait. It is a good directory for VMs that are started from now on.
+/// A host that knew the old directory cannot tell the new one from a mount point without its mount, so it
+/// waits. The new directory is good for VMs that start from now on.
 #[test]
 fn a_directory_made_anew_in_its_place_is_no_arbiter_for_those_that_knew_the_old_one() {
     let parent = directory();
@@ -70,14 +70,14 @@ fn a_generation_cannot_be_won_again_after_the_directory_was_emptied() {
             assert_lost_claims(primary.claim(&VM, generation, "primary"));
             assert_lost_claims(standby.claim(&VM, generation, "standby"));
         }
-        // Somebody makes it an arbiter anew, and still no generation can be won.
+        // Somebody runs `init` on it again, and still no generation can be won.
         assert_lost_claims(open(directory.path()).claim(&VM, 2, "primary"));
         assert_eq!(names(directory.path()), ["outlive-arbiter"]);
     }
 }
 
-/// The standby's directory was mounted from the same file system that the mount point is on, and the mount
-/// disappears: there is an empty directory with the same device number.
+/// The standby's directory is mounted from the file system that also holds the mount point, and the mount
+/// disappears: an empty directory with the same device number remains.
 #[test]
 fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
     let parent = directory();
@@ -94,7 +94,7 @@ fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
     assert_lost_claims(standby.claim(&VM, 2, "standby"));
     assert!(standby.highest(&VM).is_err());
     assert!(names(&mount).is_empty(), "nothing may be written there");
-    // Neither does it help to make it an arbiter.
+    // Running `init` on it does not help either.
     assert_lost_claims(open(&mount).claim(&VM, 2, "standby"));
 
     fs::rename(&mount, &bare).unwrap();
@@ -103,8 +103,8 @@ fn a_mount_point_on_the_same_file_system_is_no_arbiter() {
     assert_eq!(loser(standby.claim(&VM, 2, "standby")), "primary");
 }
 
-/// A claimant can be stopped just before it writes its claim, and the directory be emptied meanwhile. It then
-/// finds its own claim there, all alone.
+/// A claimant can be stopped just before it writes its claim, and the directory can be emptied meanwhile. The
+/// claimant then finds its own claim there, all alone.
 #[test]
 fn a_claim_written_into_an_emptied_directory_is_not_won() {
     let directory = directory();
@@ -164,7 +164,7 @@ fn device(path: &Path) -> u64 {
     std::os::unix::fs::MetadataExt::dev(&fs::metadata(path).unwrap())
 }
 
-/// The mount point of a file server that is down is an empty directory like any other.
+/// The mount point of a file server that is down is just an empty directory.
 #[test]
 fn a_directory_becomes_an_arbiter_by_an_explicit_command_only() {
     let directory = directory();
@@ -181,7 +181,7 @@ fn a_directory_becomes_an_arbiter_by_an_explicit_command_only() {
     assert_eq!((done, again.identity()), (Initialized::Already, made.identity()));
     assert_eq!(open(directory.path()).identity(), made.identity());
 
-    // A directory with files of somebody else, and one that has claims and has lost its marker.
+    // A directory with somebody else's files, and one that has claims but has lost its marker.
     let mut arbiter = open(directory.path());
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     fs::remove_file(directory.path().join("outlive-arbiter")).unwrap();
@@ -194,7 +194,7 @@ fn a_directory_becomes_an_arbiter_by_an_explicit_command_only() {
     assert_eq!(names(strange.path()), ["letter.txt"]);
 }
 
-/// An arbiter of the release before kept all claims side by side.
+/// An arbiter of the previous release kept all claims side by side.
 #[test]
 fn an_arbiter_of_an_earlier_release_is_brought_up_to_date() {
     let directory = directory();

@@ -1,4 +1,4 @@
-//! Of many who claim at once one wins, whatever becomes of the others.
+//! Of many hosts that claim at once exactly one wins, whatever happens to the others.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +24,7 @@ fn of_many_threads_exactly_one_wins_and_the_others_know_who() {
         let racer = |number: usize| {
             let (barrier, path) = (&barrier, directory.path());
             move || {
-                // The directory itself is opened in a race too: all must agree which arbiter it is.
+                // Opening the directory is a race too: all must agree which arbiter it is.
                 barrier.wait();
                 let mut arbiter = open(path);
                 let owner = format!("thread {number}");
@@ -54,13 +54,13 @@ fn of_many_threads_exactly_one_wins_and_the_others_know_who() {
 
 const RACER_DIRECTORY: &str = "OUTLIVE_TEST_RACER";
 
-/// Not a test by itself: what the racing processes run. Claims one generation after the other and says which
-/// it won.
+/// Not a test by itself: the program that the racing processes run. It claims one generation after another
+/// and prints those that it won.
 #[test]
 fn racer() {
     let Ok(directory) = std::env::var(RACER_DIRECTORY) else { return };
     let mut arbiter = open(Path::new(&directory));
-    // All racers use one name on purpose: only the process tells them apart.
+    // All racers use one name on purpose: only the process distinguishes them.
     println!("\nready");
     while !Path::new(&directory).join("go").exists() {
         std::hint::spin_loop();
@@ -106,7 +106,7 @@ fn of_many_processes_exactly_one_wins() {
     assert!(winners.keys().copied().eq(1..=ROUNDS), "every generation was won by somebody");
 }
 
-/// Whatever a killed process had won stays won; whatever it was doing harms nobody.
+/// Every generation that a killed process had won stays won, and its unfinished work harms nobody.
 #[test]
 fn a_claimant_killed_at_any_moment_leaves_no_second_winner() {
     for round in 0..12_u64 {
@@ -130,7 +130,7 @@ fn a_claimant_killed_at_any_moment_leaves_no_second_winner() {
     }
 }
 
-/// Of many that make a directory an arbiter at once, all get the same one.
+/// If many processes make a directory an arbiter at once, all get the same one.
 #[test]
 fn an_arbiter_is_made_once() {
     for _ in 0..50 {
@@ -148,7 +148,7 @@ fn an_arbiter_is_made_once() {
     }
 }
 
-/// Everybody tidies up all the time.
+/// All racers prune all the time.
 #[test]
 fn with_claims_going_all_the_time_exactly_one_wins() {
     const THREADS: usize = 4;

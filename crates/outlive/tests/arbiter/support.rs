@@ -1,4 +1,4 @@
-//! What the tests of the arbiter share.
+//! Helpers that the tests of the arbiter share.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ pub(crate) const VM: VmId = VmId([0x5e; 16]);
 
 pub(crate) const OTHER_VM: VmId = VmId([0x5f; 16]);
 
-/// A directory in memory if there is such a place: the races need many rounds, not a disk.
+/// A directory in memory if there is one: the races need many rounds, not a disk.
 pub(crate) fn directory() -> TempDir {
     tempfile::Builder::new().prefix("outlive-arbiter-").tempdir_in(memory_or_temp()).unwrap()
 }
@@ -20,7 +20,7 @@ pub(crate) fn memory_or_temp() -> PathBuf {
     if tempfile::tempfile_in(memory).is_ok() { memory.to_path_buf() } else { std::env::temp_dir() }
 }
 
-/// The arbiter in a directory, which is made one if it is none.
+/// Opens the arbiter in a directory, and makes it an arbiter first if it is none.
 pub(crate) fn open(directory: &Path) -> FileArbiter {
     let made = || FileArbiter::init(directory).map(|(arbiter, _)| arbiter);
     FileArbiter::open(directory).or_else(|_| made()).unwrap()

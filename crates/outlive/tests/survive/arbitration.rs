@@ -1,4 +1,4 @@
-//! The arbiter's directory is out of reach when it is needed: nobody goes on, everybody says why, and when it
+//! The arbiter's directory is out of reach when it is needed: neither side goes on, both say why, and when it
 //! is back exactly one goes on.
 
 use std::fs;
@@ -9,7 +9,7 @@ use outlive::events::Event;
 
 use crate::support::{Process, Side, Witnesses, World, wait_until};
 
-/// How long it is looked at that nothing happens.
+/// How long a test watches that nothing happens.
 const WATCH: Duration = Duration::from_millis(1200);
 
 fn away(world: &World) -> PathBuf {
@@ -24,8 +24,8 @@ fn bring_arbiter_back(world: &World) {
     fs::rename(away(world), world.arbiter()).unwrap();
 }
 
-/// Waits until a host says that it cannot reach the arbiter, and checks that it says which one and what to
-/// do.
+/// Waits until a host says that it cannot reach the arbiter, and checks that the message names the arbiter
+/// and the remedy.
 fn wait_unreachable(world: &World, process: &mut Process) {
     let event = process.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterUnreachable { .. }));
     let Event::ArbiterUnreachable { why } = event else { unreachable!("the filter above") };
@@ -36,10 +36,10 @@ fn wait_unreachable(world: &World, process: &mut Process) {
     process.wait_says(&why, 1);
 }
 
-/// Nobody runs the VM for anybody to see: no frame leaves a host, no request is answered.
+/// Nobody outside can see the VM run: no frame leaves a host, no request is answered.
 fn assert_silence(world: &World, witnesses: &Witnesses) {
     let seen = || (world.frames_out(Side::A), world.frames_out(Side::B), witnesses.acked());
-    // What left before may still be on its way to the clients.
+    // Earlier frames may still be on their way to the clients.
     world.settled_frames_out(Side::A);
     world.settled_frames_out(Side::B);
     let before = seen();
@@ -47,7 +47,7 @@ fn assert_silence(world: &World, witnesses: &Witnesses) {
     assert_eq!(seen(), before, "frames of both hosts, answers to the clients");
 }
 
-/// The arbiter is missed before it is needed, on both hosts, and the VM does not notice.
+/// Both hosts notice the loss of the arbiter before they need it, and the VM does not notice.
 #[test]
 fn the_loss_of_the_arbiter_is_told_of_and_disturbs_nothing() {
     let Some(world) = World::new() else { return };

@@ -1,4 +1,5 @@
-//! Disks of both hosts: equal when the VM is protected, whole or known not to be, and never used by two.
+//! Disks of both hosts: equal while the VM is protected, whole or known not to be whole, and never used by
+//! two VMs.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -50,7 +51,7 @@ fn equal(world: &World) -> bool {
     fs::read(image(world, Side::A)).unwrap() == fs::read(image(world, Side::B)).unwrap()
 }
 
-/// The standby says so in its log; the primary may still speak of the one before.
+/// The standby says so in its log; the primary may still talk about the previous one.
 fn wait_whole(standby: &Process) {
     wait_until("the standby has the base", || standby.log().contains("this standby can take over"));
 }
@@ -75,7 +76,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     wait_sidecar(&world, Side::B, &[r#"role = "replica""#, "whole = true", "generation = 1"]);
     wait_sidecar(&world, Side::A, &[r#"role = "primary""#, "whole = true", "generation = 1"]);
     assert!(equal(&world));
-    // What is a hole stays one.
+    // A hole stays a hole.
     let blocks = |side| fs::metadata(image(&world, side)).unwrap().blocks() * 512;
     assert!(blocks(Side::B) < SIZE, "{} of {SIZE}", blocks(Side::B));
     let done = |e: &Event| matches!(e, Event::DiskSync { disk: 0, done_bytes: SIZE, total_bytes: SIZE, .. });
@@ -87,13 +88,13 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     wait_sidecar(&world, Side::B, &[r#"role = "primary""#, "whole = true", "generation = 2"]);
     assert!(!image(&world, Side::B).with_extension("img.journal").exists());
 
-    // The old image is out of date, and says so to whoever starts a VM on it.
+    // The old image is out of date; a VM that is started on it is refused with that reason.
     let mut stale = run(&world, Side::A);
     assert_eq!(stale.wait_exit(), 2);
     assert!(stale.log().contains("is out of date: it has generation 1"), "{}", stale.log());
     assert!(stale.log().contains("generation 2, won by standby on "), "{}", stale.log());
 
-    // As a standby's it is welcome; only what differs is sent.
+    // As a standby's image it is welcome; only the differences are sent.
     File::options()
         .write(true)
         .open(image(&world, Side::A))
@@ -130,7 +131,7 @@ fn images_that_do_not_fit_are_refused_with_the_remedy() {
     let b = world.standby_with(Side::B, &[]);
     wait_until("the number is refused", || a.log().contains("the VM has 1 disk, but this standby has 0"));
     drop(b);
-    // The primary's own image: somebody runs on it.
+    // The primary's own image: a VM runs on it.
     let mut busy = world.standby_with_failure(Side::B, &["--disk", &option(&world, Side::A)]);
     assert_eq!(busy.wait_exit(), 2);
     assert!(busy.log().contains("is in use: stop the program"), "{}", busy.log());

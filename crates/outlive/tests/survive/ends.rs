@@ -1,4 +1,4 @@
-//! Orderly is not dead: what ends on purpose is followed, not taken over.
+//! Orderly is not dead: the standby follows an end on purpose and does not take over.
 
 use nix::sys::signal::Signal;
 use outlive::events::Event;
@@ -58,7 +58,7 @@ fn a_guest_that_panics_ends_both_sides() {
     let (mut primary, mut standby) = world.protected(Side::A);
     let mut client = Client::connect(&world);
     client.send(&[b"DEBUG", b"PANIC"]).unwrap();
-    // The primary saw a failure; the standby has followed in order.
+    // The primary saw a failure; the standby followed in order.
     for (process, code) in [(&mut primary, 1), (&mut standby, 0)] {
         assert_eq!(process.wait_exit(), code);
         assert!(!process.took_over(), "a dead guest was taken over");
@@ -86,7 +86,7 @@ fn a_standby_that_is_stopped_leaves_and_can_be_replaced() {
     witnesses.finish(&world);
 }
 
-/// After a takeover the stop must reach the VM, not the standby that it ran in before.
+/// After a takeover the stop must reach the VM, not the standby that the process was before.
 #[test]
 fn a_planned_stop_after_a_takeover_ends_both_sides() {
     let Some(world) = World::new() else { return };
@@ -101,7 +101,7 @@ fn a_planned_stop_after_a_takeover_ends_both_sides() {
     }
 }
 
-/// A standby that is stopped in order hands its right over: the VM goes on at once although nobody can ask
+/// A standby that is stopped in order hands over its right: the VM continues at once although nobody can ask
 /// the arbiter, and the copy that is left starts nowhere.
 #[test]
 fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
@@ -119,7 +119,7 @@ fn an_orderly_stop_of_the_standby_needs_no_arbiter() {
     witnesses.hear_all();
     assert!(!active.has(|e| matches!(e, Event::Arbitrating { .. })), "{}", active.log());
     std::fs::rename(&away, &arbiter).unwrap();
-    // In the same generation it finds its next standby.
+    // In the same generation the primary finds its next standby.
     let mut standby = world.standby(Side::B);
     let again = active.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
     assert!(matches!(again, Event::Protected { generation: 1, .. }), "{again:?}");

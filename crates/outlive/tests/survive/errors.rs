@@ -1,4 +1,4 @@
-//! What a person meets who starts it wrongly: one line that says what to do, exit code 2, and nothing left
+//! A person starts the program wrongly and gets one line that says what to do, exit code 2, and nothing left
 //! behind.
 
 use std::fs;
@@ -43,7 +43,7 @@ impl Stage {
         self.dir.path().join(name).display().to_string()
     }
 
-    /// `outlive` with these arguments; `ARBITER` stands for a directory that is there.
+    /// `outlive` with these arguments; `ARBITER` is replaced by a directory that exists.
     fn command(&self, line: &str) -> Command {
         let arbiter = format!("file:{}", self.path("arbiter"));
         let mut command = Command::new(PROGRAM);
@@ -51,8 +51,8 @@ impl Stage {
         command
     }
 
-    /// Runs a command that must fail at once, and checks everything that is promised for that. The line on
-    /// standard error must contain all of `words`.
+    /// Runs a command that must fail at once, and checks every promise about that. The line on standard error
+    /// must contain all of `words`.
     fn refuses(&self, line: &str, words: &[&str]) {
         self.refuses_in(line, words, |command| command.output());
     }
@@ -138,7 +138,7 @@ fn a_machine_that_lacks_something() {
         return;
     }
     let Some(stage) = Stage::new() else { return };
-    // A directory that nobody has made an arbiter of, as the mount point of a file server that is down.
+    // A directory that is no arbiter, like the mount point of a file server that is down.
     let bare = stage.path("bare");
     fs::create_dir(&bare).unwrap();
     let init = format!("outlive arbiter init file:{bare}");
@@ -148,7 +148,7 @@ fn a_machine_that_lacks_something() {
         &["is not an arbiter", &init],
     );
     assert!(fs::read_dir(&bare).unwrap().next().is_none(), "nothing may be written there");
-    // A file where the arbiter's directory should be, and a directory that is not its own.
+    // A file instead of the arbiter's directory, and a directory that belongs to somebody else.
     fs::write(stage.path("file"), "").unwrap();
     stage.refuses(&format!("run --arbiter file:{}", stage.path("file")), &["not a directory"]);
     stage.refuses("run --memory 4096G", &["available", "--memory"]);
@@ -166,7 +166,7 @@ fn a_machine_that_lacks_something() {
     stage.refuses(&line, &[&addr.to_string(), "in use", "--listen"]);
 }
 
-/// A tap that another VM has.
+/// A tap that another VM uses.
 #[test]
 fn a_tap_that_is_busy() {
     if !has_kvm() {
@@ -184,13 +184,13 @@ fn a_tap_that_is_busy() {
     assert_eq!(stage.interfaces(), ["lo"], "its tap goes with it");
 }
 
-/// Mounts of this thread and of what it starts; the rest of the system does not see them.
+/// Mounts for this thread and the processes that it starts; the rest of the system does not see them.
 fn private_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
 }
 
-/// Shows `source` in the place of `target`.
+/// Mounts `source` over `target`.
 fn cover(source: &Path, target: &Path) {
     let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
     mount(Some(source), target, None::<&str>, flags, None::<&str>).unwrap();
@@ -224,7 +224,7 @@ fn no_kvm_and_no_tun() {
                 command.output()
             });
         }
-        // Something that is not the device that it should be.
+        // A file that is not the expected device.
         for line in [run, standby] {
             stage.refuses_in(line, &[name], |command| {
                 private_mounts();
@@ -242,7 +242,8 @@ fn no_permission() {
         return;
     }
     let Some(stage) = Stage::new() else { return };
-    // The program may lie where nobody else may look, so it goes where everybody may.
+    // The program may be in a directory that others cannot enter, so it is copied to a place that everybody
+    // can.
     let public = tempfile::Builder::new().prefix("outlive-public-").tempdir().unwrap();
     let everybody = |path: &Path, mode| {
         fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
@@ -257,7 +258,7 @@ fn no_permission() {
     for line in ["run --memory 64M", "run --memory 64M --net tap=t0", "demo"] {
         stage.refuses_in(line, &["/dev/kvm", "permission", "group"], nobody);
     }
-    // Some machines let everybody use KVM. Then it is the tap or the arbiter that this user may not touch.
+    // Some machines let every user use KVM. Then this user lacks access to the tap or the arbiter.
     everybody(stage.dir.path(), 0o755);
     let open = public.path().join("kvm");
     let device = MetadataExt::rdev(&fs::metadata("/dev/kvm").unwrap());

@@ -1,5 +1,4 @@
-//! SIGSTOP and SIGCONT: a host that was dead for everybody else and comes back in the middle of what it was
-//! doing.
+//! SIGSTOP and SIGCONT: a host that everybody else takes for dead comes back in the middle of its work.
 
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use outlive::events::Event;
 
 use crate::support::{Dice, Process, Proxy, Side, Way, Witnesses, World, wait_until};
 
-/// The one that was given up must end with code 3 and say to whom it lost.
+/// The host that was given up must end with code 3 and name the winner.
 fn assert_fenced(loser: &mut Process, generation: u64, winner: u32) {
     assert_eq!(loser.wait_exit(), 3, "a host that lost the arbitration exits with 3");
     let lost = loser.has(|e| {
@@ -24,8 +23,8 @@ fn assert_fenced(loser: &mut Process, generation: u64, winner: u32) {
     );
 }
 
-/// Stops the primary at random moments until the standby runs the VM, and lets it go on: it must not get one
-/// frame out.
+/// Stops the primary at random moments until the standby runs the VM, then lets it continue: it must not send
+/// a single frame.
 fn old_primaries_stay_silent(interval: &str, rounds: u64) {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
@@ -62,7 +61,7 @@ fn a_primary_that_was_stopped_until_the_takeover_lets_no_frame_out() {
     old_primaries_stay_silent("1ms", 6);
 }
 
-/// Only the silence that both sides agree on counts, and no limit of the connection's own: 3 s of 6.
+/// Only the silence that both sides agree on counts, and no limit of the connection's own: here 3 s of 6.
 #[test]
 fn a_primary_that_stands_still_for_less_than_that_keeps_its_standby() {
     let Some(world) = World::new() else { return };
@@ -80,14 +79,14 @@ fn a_primary_that_stands_still_for_less_than_that_keeps_its_standby() {
     witnesses.finish(&world);
 }
 
-/// With long epochs there is held output and an unread acknowledgement in the stopped process almost always.
+/// With long epochs the stopped process almost always has held output and an unread acknowledgement.
 #[test]
 fn nor_does_one_that_was_stopped_with_much_output_held() {
     old_primaries_stay_silent("30ms", 5);
 }
 
-/// Acknowledgements come while the process cannot read them. When it goes on it finds them, together with the
-/// output that they would have released in time.
+/// Acknowledgements arrive while the process cannot read them. When it continues it finds them, together with
+/// the output that they would have released in time.
 #[test]
 fn acknowledgements_found_after_a_stop_release_nothing() {
     let Some(world) = World::new() else { return };
@@ -131,7 +130,7 @@ fn a_stop_of_any_length_leaves_exactly_one_host_with_the_vm() {
     let mut known = 0;
     for _ in 0..6 {
         active.signal(Signal::SIGSTOP);
-        // Both patiences (350 and 500 ms) lie in this range.
+        // Both time limits (350 and 500 ms) are within this range.
         dice.sleep_below(Duration::from_millis(900));
         active.signal(Signal::SIGCONT);
         witnesses.hear_all();

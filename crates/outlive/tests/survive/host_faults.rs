@@ -1,5 +1,5 @@
-//! A host that is broken, not dead: KVM cannot run the guest any more, or a thread never comes back. The VM
-//! goes on elsewhere.
+//! A host that is broken, not dead: KVM can no longer run the guest, or a thread never comes back. The VM
+//! continues on the other host.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use outlive::events::Event;
 
 use crate::support::{Dice, Held, MEMORY, Process, Side, Witnesses, World, take_program_memory};
 
-/// What the guest may have run for before its host breaks.
+/// How long the guest may have run before its host breaks.
 const SPAN: Duration = Duration::from_millis(200);
 
-/// Breaks the host of a protected VM: it ends, and says why by these words, and the standby goes on.
+/// Breaks the host of a protected VM: it ends with these words as the reason, and the standby takes over.
 fn survives(words: &[&str], break_host: impl Fn(&Process) -> Option<Held>) {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
@@ -42,7 +42,7 @@ fn a_host_with_a_vcpu_that_does_not_stop_leaves_the_vm_to_its_standby() {
     survives(&["1 of 1 vCPUs did not stop in time"], |active| Some(Held::thread(active, "vcpu0")));
 }
 
-/// The same fault on the second host, soon after the takeover: it is the guest that breaks its hosts.
+/// The same fault on the second host, soon after the takeover: the guest itself breaks its hosts.
 #[test]
 fn a_guest_that_every_host_fails_on_has_crashed() {
     let Some(world) = World::new() else { return };

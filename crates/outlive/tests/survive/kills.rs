@@ -1,4 +1,4 @@
-//! SIGKILL, which is to a process what a power cut is to a host.
+//! SIGKILL, which does to a process what a power cut does to a host.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::support::{Dice, MemoryLoad, Process, Side, Witnesses, World, wait_unt
 
 /// Takeovers of the long run; `OUTLIVE_TAKEOVERS` sets another number.
 const TAKEOVERS: u64 = 50;
-/// A kill comes at any moment of this time after the VM is protected.
+/// A kill comes at a random moment within this time after the VM is protected.
 const SPAN: Duration = Duration::from_millis(300);
 
 /// The host that the VM runs on, and the one that protects it.
@@ -22,13 +22,12 @@ impl Pair {
         Pair { side: Side::A, active, standby }
     }
 
-    /// Waits until the standby that is there now could take over; the primary may still speak of the one
-    /// before it.
+    /// Waits until the current standby could take over; the primary may still talk about the previous one.
     fn wait_protected(&self) {
         wait_until("the standby has the base", || self.standby.log().contains("this standby can take over"));
     }
 
-    /// Kills the primary; the standby must take over and be protected by a new one in the dead one's place.
+    /// Kills the primary; the standby must take over, and a new one in the dead one's place must protect it.
     fn kill_primary(self, world: &World) -> Pair {
         self.active.kill();
         let mut active = self.standby;
@@ -38,7 +37,7 @@ impl Pair {
         Pair { side: self.side.other(), active, standby }
     }
 
-    /// Kills the standby; the VM must go on where it is.
+    /// Kills the standby; the VM must run on where it is.
     fn kill_standby(mut self, world: &World) -> Pair {
         self.standby.kill();
         self.standby = world.standby(self.side.other());
@@ -68,12 +67,11 @@ fn the_vm_goes_on_when_its_standby_is_killed_at_any_moment() {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
     let mut pair = Pair::start(&world, &[]);
-    // Enough memory in use that synchronising it takes a while.
+    // Enough used memory that synchronising it takes a while.
     let load = MemoryLoad::start(&world, 6000, 10_000);
     let witnesses = Witnesses::start(&world, 2);
     for round in 0..16 {
-        // Every other time it is killed whatever it is doing: not yet attached, in the middle of the base,
-        // protecting.
+        // Every second kill comes at any stage: not yet attached, in the middle of the base, protecting.
         dice.sleep_below(SPAN * 2);
         pair = pair.kill_standby(&world);
         if round % 2 == 0 {

@@ -1,4 +1,4 @@
-//! An image, an arbiter and a VM remember each other: what is typed in a hurry, with the wrong host, a
+//! An image, an arbiter and a VM remember each other: a command typed in a hurry, with the wrong host, a
 //! missing mount or a forgotten option, makes no second VM and destroys no image.
 
 use std::fs::{self, File};
@@ -43,7 +43,7 @@ fn run(world: &World, side: Side, options: &[&str]) -> Process {
     world.run_with(side, &[&["--standby", &there, "--disk", &disk(world, side)], options].concat())
 }
 
-/// The line with which a start is refused.
+/// The line that refuses a start.
 fn refusal(mut process: Process) -> String {
     assert_eq!(process.wait_exit(), 2, "{}", process.log());
     let log = process.log();
@@ -67,7 +67,7 @@ fn is_empty(directory: &Path) -> bool {
     fs::read_dir(directory).unwrap().next().is_none()
 }
 
-/// Host a dies, host b takes over, host a comes back, and somebody just starts the server again.
+/// Host a dies, host b takes over, host a comes back, and somebody simply starts the server again.
 #[test]
 fn a_stale_image_starts_nowhere() {
     let Some(world) = World::new() else { return };
@@ -90,20 +90,20 @@ fn a_stale_image_starts_nowhere() {
     let said = refusal(run(&world, Side::A, &["--arbiter", &at]));
     assert!(said.contains("is not an arbiter: mount") && said.contains("outlive arbiter init"), "{said}");
     assert!(is_empty(&bare), "something was written to the mount point");
-    // Somebody has made that an arbiter.
+    // Somebody ran `init` on it.
     let (other, _) = FileArbiter::init(&bare).unwrap();
     let said = refusal(run(&world, Side::A, &["--arbiter", &at]));
     assert!(said.contains("another arbiter") && said.contains(other.identity()), "{said}");
-    // The option is forgotten.
+    // The operator forgot the option.
     let said = refusal(world.run_without_arbiter(Side::A, &["--disk", &disk(&world, Side::A)]));
     assert!(
         said.contains("give the arbiter with --arbiter") && said.contains("--accept-no-arbiter"),
         "{said}"
     );
-    // Nothing is forgotten.
+    // The operator forgot nothing.
     let said = refusal(run(&world, Side::A, &[]));
     assert!(said.contains("is out of date: it has generation 1"), "{said}");
-    // The arbiter is emptied.
+    // Somebody emptied the arbiter.
     let (vm, away) = (vm_of(&before), world.dir().join("away"));
     fs::rename(world.arbiter().join(&vm), &away).unwrap();
     let said = refusal(run(&world, Side::A, &[]));
@@ -118,7 +118,7 @@ fn a_stale_image_starts_nowhere() {
     assert_eq!(client.ask("INCR n"), Ok(Value::Integer(2)));
     assert!(!b.ended());
 
-    // What was refused five times is welcome as a copy.
+    // The image that was refused five times is welcome as a copy.
     let a = standby(&world, Side::A, &[]);
     b.wait_protected();
     wait_until("host a has the base", || a.log().contains("this standby can take over"));
@@ -129,7 +129,7 @@ fn vm_of(sidecar: &str) -> String {
     line.trim_matches('"').to_owned()
 }
 
-/// Host b is lost for good after its takeover: the operator says so, and everybody remembers it.
+/// Host b is lost for good after its takeover: the operator says so, and image and arbiter remember it.
 #[test]
 fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     let Some(world) = World::new() else { return };
@@ -161,7 +161,7 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     );
     assert_ne!(vm_of(&now), old);
 
-    // Host b is back after all, with what was given up. Nobody overwrites it unasked.
+    // Host b comes back after all, with the state that was given up. Nobody overwrites it unasked.
     let before = fs::read(image(&world, Side::B)).unwrap();
     let b = standby(&world, Side::B, &[]);
     wait_until("host b's image is kept", || {
@@ -180,7 +180,7 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     assert!(known.contains(&old) && known.contains(&vm_of(&now)), "{known}");
 }
 
-/// The hosts are mixed up: the server's image is given to the standby, and the empty one is run.
+/// The hosts are mixed up: the standby gets the server's image, and `run` the empty one.
 #[test]
 fn a_standby_does_not_overwrite_a_server() {
     let Some(world) = World::new() else { return };
@@ -197,7 +197,7 @@ fn a_standby_does_not_overwrite_a_server() {
     drop(b);
     assert_eq!(fs::read(image(&world, Side::B)).unwrap(), before);
 
-    // A standby that is kept for another VM takes none.
+    // A standby that is kept for another VM refuses this one.
     make(&world, Side::B, false);
     let b = standby(&world, Side::B, &["--vm", "mail"]);
     wait_until("another VM is refused", || {
@@ -209,7 +209,7 @@ fn a_standby_does_not_overwrite_a_server() {
     drop(b);
 }
 
-/// Both hosts were stopped in order, and the server is started again, on either.
+/// Both hosts were stopped in order, and the server is started again, on either host.
 #[test]
 fn after_an_orderly_end_either_image_is_good() {
     let Some(world) = World::new() else { return };

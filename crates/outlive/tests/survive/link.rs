@@ -4,8 +4,8 @@ use outlive::events::Event;
 
 use crate::support::{Dice, Process, Proxy, Side, Way, Witnesses, World, wait_until};
 
-/// Waits until the hosts have settled who has the VM; the loser has ended with code 3. Returns the one that
-/// has it and whether that is the old primary.
+/// Waits until the hosts have settled which one has the VM; the loser has ended with code 3. Returns the
+/// winner and whether it is the old primary.
 fn settle(mut primary: Process, mut standby: Process) -> (Process, bool) {
     wait_until("one side has given up", || primary.ended() || standby.ended());
     let stays = standby.ended();
@@ -42,8 +42,8 @@ fn when_the_link_is_cut_exactly_one_side_goes_on() {
     witnesses.finish(&world);
 }
 
-/// The link carries one way only. What goes the other way is delayed forever, as on a link that loses
-/// everything.
+/// The link carries data only one way. Data in the other direction is delayed forever, as on a link that
+/// loses everything.
 fn one_way_is_lost(way: Way) {
     let Some(world) = World::new() else { return };
     let proxy = Proxy::start(&world, Side::A);

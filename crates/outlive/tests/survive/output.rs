@@ -1,4 +1,5 @@
-//! Output commit: nothing that the VM sends leaves its host before the standby has what it follows from.
+//! Output commit: nothing that the VM sends leaves its host before the standby has the state that it follows
+//! from.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +7,7 @@ use outlive::events::Event;
 
 use crate::support::{Client, Process, Proxy, Side, Value, Way, Witnesses, World};
 
-/// So long that no stall in these tests is taken for a death.
+/// So long that no stall in these tests counts as a death.
 const DEAD_AFTER: [&str; 2] = ["--dead-after", "20s"];
 
 /// A pair whose link goes through a proxy.
@@ -41,7 +42,8 @@ fn nothing_leaves_while_nothing_can_be_committed() {
     witnesses.finish(&world);
 }
 
-/// The link stalls, and then the host dies: what the clients have been told must be in what the standby has.
+/// The link stalls, and then the host dies: the standby must have every state that clients have been told
+/// about.
 #[test]
 fn nobody_has_heard_of_what_was_not_committed() {
     for round in 0..5 {
@@ -58,7 +60,7 @@ fn nobody_has_heard_of_what_was_not_committed() {
     }
 }
 
-/// Output ends its epoch. Otherwise each answer would wait for the longest one, here a second.
+/// Output ends its epoch. Otherwise each answer would wait for the longest epoch, here a second.
 #[test]
 fn an_answer_does_not_wait_for_the_longest_epoch() {
     const ANSWERS: u32 = 30;

@@ -1,4 +1,4 @@
-//! Whoever reads log and events may stop, hang or go away: that costs lines and nothing else.
+//! A reader of log or events may stop, hang or go away: that costs lines and nothing else.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
@@ -17,23 +17,23 @@ use crate::support::{Client, Log, Process, Readers, Side, Value, World, fill, wa
 /// Longer than the silence after which a primary counts as dead.
 const A_WHILE: Duration = Duration::from_millis(1500);
 
-/// A pipe that is full, for standard error, and the end that nobody reads.
+/// A full pipe for standard error, and its end that nobody reads.
 fn full_pipe() -> (Readers, OwnedFd) {
     let (read, write) = pipe().unwrap();
     fill(&write);
     (Readers { log: Log::Pipe(write), ..Readers::default() }, read)
 }
 
-/// A full pipe with a name, for events, and the end that nobody reads.
+/// A full named pipe for events, and its end that nobody reads.
 fn full_fifo(path: &Path) -> (Readers, File) {
     mkfifo(path, Mode::from_bits_truncate(0o600)).unwrap();
-    // For both directions, so that nobody waits for the other end.
+    // Opened in both directions, so that no side waits for the other.
     let fifo = OpenOptions::new().read(true).write(true).open(path).unwrap();
     fill(&fifo);
     (Readers { events: Some(path.to_owned()), ..Readers::default() }, fifo)
 }
 
-/// Everything that is said to somebody who begins to read, until `enough` of it.
+/// Everything that a new reader gets, until `enough` of it has come.
 fn read_until(from: impl AsFd, enough: impl Fn(&str) -> bool) -> String {
     let mut from = File::from(from.as_fd().try_clone_to_owned().unwrap());
     fcntl(&from, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -83,7 +83,7 @@ fn a_log_that_nobody_reads_costs_no_protection_and_no_takeover() {
     assert!(!lost, "the protection ended");
     let said = read_until(read_b, |said| said.contains("base_ms"));
     assert!(said.contains("TAKEN OVER"), "what the queue has room for is not lost: {said}");
-    // And one that nobody reads is not waited for at the end either.
+    // Nor does the program wait at the end for a pipe that nobody reads.
     standby.signal(Signal::SIGTERM);
     assert_eq!(standby.wait_exit(), 0);
 }
@@ -101,7 +101,7 @@ fn a_process_that_is_told_to_end_ends_although_nobody_reads() {
 #[test]
 fn a_log_that_was_closed_costs_nothing() {
     let Some(world) = World::new() else { return };
-    // One has a pipe whose reader is gone, the other has no standard error at all.
+    // One host has a pipe whose reader is gone, the other has no standard error at all.
     let (to, read) = full_pipe();
     drop(read);
     let mut standby = world.standby_for(Side::B, to);

@@ -1,10 +1,10 @@
-//! The clients that people have: `redis-cli` and `redis-benchmark`, and requests of unusual size.
+//! Clients that people use: `redis-cli` and `redis-benchmark`, and requests of unusual size.
 
 use std::process::Command;
 
 use crate::support::{Client, Side, Value, World};
 
-/// Runs a Redis tool in the clients' network; `None`, after saying so, where it is not installed.
+/// Runs a Redis tool in the clients' network; `None`, after saying so, if it is not installed.
 fn tool(world: &World, name: &str, arguments: &[&str]) -> Option<String> {
     let server = world.server();
     let mut command = Command::new(name);

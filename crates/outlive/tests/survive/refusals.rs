@@ -1,5 +1,4 @@
-//! What must be refused without harm: strangers, second primaries, and streams that arrive other than they
-//! were sent.
+//! Input that must be refused without harm: strangers, second primaries, and damaged streams.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -16,10 +15,10 @@ use crate::support::{
     Client, Dice, PATIENCE, Process, Proxy, Side, Value, Way, Witnesses, World, wait_until,
 };
 
-/// Strangers at once, more than a standby listens to.
+/// Strangers at once, more than a standby accepts.
 const CROWD: usize = 100;
 
-/// Nothing has happened to the protection of the VM.
+/// The protection of the VM is unharmed.
 fn assert_undisturbed(primary: &mut Process, standby: &mut Process) {
     for process in [primary, standby] {
         assert!(!process.ended());
@@ -45,7 +44,7 @@ fn until_closed(mut stream: TcpStream) -> Vec<u8> {
     said
 }
 
-/// The introduction of the real VM, by listening in place of its standby.
+/// The introduction of the real VM, received in place of its standby.
 fn overhear(world: &World) -> (Process, Hello) {
     let listener = world.on(Side::B, || TcpListener::bind(Side::B.addr())).unwrap();
     let primary = world.run(Side::A);
@@ -57,7 +56,7 @@ fn overhear(world: &World) -> (Process, Hello) {
     (primary, *hello)
 }
 
-/// A primary made of nothing but its protocol.
+/// A primary that consists only of its protocol.
 struct FakePrimary {
     stream: TcpStream,
     encoder: Encoder,
@@ -75,7 +74,8 @@ impl FakePrimary {
         fake
     }
 
-    /// Introduces itself until the standby accepts it: it may still be busy with the one before.
+    /// Introduces itself until the standby accepts it: the standby may still be busy with the previous
+    /// primary.
     fn accepted(world: &World, hello: &Hello) -> FakePrimary {
         let mut accepted = None;
         wait_until("the standby accepts a primary", || {
@@ -87,7 +87,7 @@ impl FakePrimary {
         accepted.unwrap()
     }
 
-    /// The next message that is no heartbeat, in words.
+    /// The next message that is not a heartbeat, in words.
     fn answer(&mut self) -> String {
         if !std::mem::replace(&mut self.greeted, true)
             && let Err(error) = self.reader.read_preface(&mut self.stream)
@@ -111,7 +111,7 @@ impl FakePrimary {
         assert!(until_closed(self.stream).is_empty(), "something came after a refusal");
     }
 
-    /// Sends a base that a standby would acknowledge if it had a machine's state in it, damaged by `damage`.
+    /// Sends a base that a standby would acknowledge if it contained a machine's state, damaged by `damage`.
     fn send_base(&mut self, hello: &Hello, damage: impl FnOnce(&mut Vec<u8>)) {
         let data = vec![0x5a; PAGE_SIZE];
         let entries = [PageEntry::raw(0x200)];
@@ -132,7 +132,7 @@ impl FakePrimary {
         bytes.extend_from_slice(&data);
         self.encoder.checkpoint_end(&mut bytes, 1).unwrap();
         damage(&mut bytes);
-        // It may hang up before it has read everything.
+        // The standby may hang up before it has read everything.
         drop(self.stream.write_all(&bytes));
     }
 }
@@ -153,15 +153,15 @@ fn strangers_at_the_standbys_port_disturb_nobody() {
         stream.shutdown(Shutdown::Write).ok();
         until_closed(stream);
     }
-    // A right preface and then noise; the length in it must not be believed.
+    // A correct preface and then noise; the length in it must not be believed.
     let mut stream = knock(&world);
     drop(stream.write_all(&[&Preface::CURRENT.encode()[..], &noise].concat()));
     until_closed(stream);
-    // More than it listens to at once, and none of them says a word.
+    // More connections than the standby accepts at once, all of them silent.
     let silent: Vec<TcpStream> = (0..CROWD).map(|_| knock(&world)).collect();
     witnesses.hear_all();
     silent.into_iter().for_each(|stream| assert!(until_closed(stream).is_empty()));
-    // Of many complaints about the same it may keep some to itself.
+    // The standby may drop some of many equal complaints.
     for complaint in [
         "not a primary",
         "does not speak the Outlive protocol",
@@ -198,7 +198,7 @@ fn a_second_primary_is_refused() {
     );
     wait_until("the second primary is told", || second.log().contains("another primary is attached"));
     standby.wait_says("refused a primary", 1);
-    // It runs all the same, and says that it is not protected.
+    // It runs all the same, and says that it is unprotected.
     let server = "10.77.0.3:6379".parse().unwrap();
     let mut client = world.lan(|| Client::open(server)).unwrap();
     assert_eq!(client.ask("INCR n"), Ok(Value::Integer(1)));
@@ -225,13 +225,13 @@ fn primaries_that_do_not_belong_here_are_refused() {
     witnesses.hear_all();
     assert_undisturbed(&mut primary, &mut standby);
 
-    // A standby without a primary has other reasons.
+    // A standby without a primary refuses for other reasons.
     standby.kill();
     primary.wait_for("alone", |e| matches!(e, Event::Won { generation: 2 }));
     primary.kill();
     let standby = world.standby(Side::B);
     FakePrimary::introduce(&world, &hello).assert_refused(RefuseCode::StaleGeneration);
-    // The arbiter does not know it: the two hosts were given different ones.
+    // The arbiter does not know it: the two hosts have different ones.
     FakePrimary::introduce(&world, &other).assert_refused(RefuseCode::Resources);
     for wrong in [
         Hello { generation: 2, vendor: "Other kvm".into(), ..hello.clone() },
@@ -241,7 +241,7 @@ fn primaries_that_do_not_belong_here_are_refused() {
     ] {
         FakePrimary::introduce(&world, &wrong).assert_refused(RefuseCode::Resources);
     }
-    // A list of devices from which no machine can be built: nothing is guessed instead.
+    // A list of devices from which no machine can be built: the standby guesses nothing.
     let mut twice = Hello { generation: 2, ..hello.clone() };
     twice.devices.extend(twice.devices.clone());
     FakePrimary::introduce(&world, &twice).assert_refused(RefuseCode::Devices);
@@ -262,7 +262,7 @@ fn damaged_bases_are_refused_and_the_standby_stays_good() {
         let mut fake = FakePrimary::accepted(&world, &hello);
         let place = dice.below(1 << 40);
         fake.send_base(&hello, |bytes| match round {
-            // Right as it is, but without a machine's state nobody could run it.
+            // Correct as it is, but without a machine's state nobody could run it.
             0 => {}
             _ if round % 2 == 0 => {
                 let at = (place % bytes.len() as u64) as usize;
@@ -275,8 +275,8 @@ fn damaged_bases_are_refused_and_the_standby_stays_good() {
         });
         fake.stream.shutdown(Shutdown::Write).ok();
         let answer = fake.answer();
-        // What is missing at the end looks like a primary that died; with no base there is nothing to take
-        // over.
+        // A stream that is cut at the end looks like a primary that died; without a base there is nothing to
+        // take over.
         let ends = ["the connection was closed", "closed"].iter().any(|end| answer.contains(end));
         assert!(answer == bad_stream || round % 2 == 1 && ends, "round {round}: {answer}");
     }
@@ -297,7 +297,7 @@ fn a_checkpoint_that_arrives_damaged_costs_only_the_protection() {
     let mut dice = Dice::new();
     let proxy = Proxy::start(&world, Side::A);
     let mut standby = world.standby(Side::B);
-    // Even the first word is damaged: the primary introduces itself once more.
+    // Even the first word is damaged: the primary introduces itself again.
     proxy.flip(Way::ToStandby, dice.below(1 << 40));
     let mut primary = world.run_with(Side::A, &["--standby", &proxy.addr()]);
     primary.wait_protected();
@@ -314,7 +314,7 @@ fn a_checkpoint_that_arrives_damaged_costs_only_the_protection() {
         primary.wait_for("alone", |e| matches!(e, Event::Won { .. }));
         witnesses.hear_all();
         if round % 4 >= 2 {
-            // Base pages are damaged as well, before anything is committed.
+            // Base pages are damaged too, before anything is committed.
             primary.wait_for("attached", |e| matches!(e, Event::StandbyAttached { .. }));
             proxy.flip(Way::ToStandby, place >> 1);
             proxy.wait_done();
@@ -326,7 +326,7 @@ fn a_checkpoint_that_arrives_damaged_costs_only_the_protection() {
     witnesses.finish(&world);
 }
 
-/// Where all the rest is missing nobody can see damage, only silence: the arbiter decides.
+/// If the whole rest is missing, a host sees no damage, only silence: the arbiter decides.
 #[test]
 fn a_checkpoint_that_stops_half_way_leaves_one_side_running() {
     let Some(world) = World::new() else { return };
@@ -355,7 +355,7 @@ fn a_damaged_acknowledgement_is_refused_by_the_primary() {
     let witnesses = Witnesses::start(&world, 2);
     proxy.flip(Way::ToPrimary, dice.below(1 << 40));
     primary.wait_for("unprotected", |e| matches!(e, Event::Unprotected { .. }));
-    // Both now ask the arbiter. Whoever wins, the clients must not notice.
+    // Both now ask the arbiter. Whichever wins, the clients must not notice.
     wait_until("one side has given up", || primary.ended() || standby.ended());
     let loser = if primary.ended() { &mut primary } else { &mut standby };
     assert_eq!(loser.wait_exit(), 3);
@@ -363,7 +363,7 @@ fn a_damaged_acknowledgement_is_refused_by_the_primary() {
     witnesses.finish(&world);
 }
 
-/// The other way round: whatever sits at the address of the standby must not harm the VM.
+/// The opposite direction: no program at the standby's address may harm the VM.
 #[test]
 fn a_standby_that_talks_nonsense_does_not_disturb_the_vm() {
     let Some(world) = World::new() else { return };
@@ -381,7 +381,7 @@ fn a_standby_that_talks_nonsense_does_not_disturb_the_vm() {
         stream.shutdown(Shutdown::Write).ok();
         until_closed(stream);
     }
-    // One that says nothing at all is given up after a while.
+    // A standby that says nothing at all is given up after a while.
     let (stream, _) = listener.accept().unwrap();
     until_closed(stream);
     assert!(!primary.ended());

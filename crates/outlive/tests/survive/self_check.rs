@@ -1,4 +1,4 @@
-//! The self-check: now and then all memory and the disks of both hosts are compared.
+//! The self-check: from time to time all memory and the disks of both hosts are compared.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -24,7 +24,7 @@ fn the_copy_equals_the_vm_at_every_hundredth_checkpoint_and_after_a_takeover() {
         world.run_with(Side::A, &[&["--standby", &Side::B.addr().to_string()], &CHECK[..]].concat());
     primary.wait_protected();
     let witnesses = Witnesses::start(&world, 4);
-    // The pages that are written most stay writable, and some of their writes change nothing.
+    // The most written pages stay writable, and some of their writes change nothing.
     let load = MemoryLoad::start(&world, 500, 200_000);
     for _ in 0..10 {
         wait_equal(&mut standby);
@@ -36,7 +36,7 @@ fn the_copy_equals_the_vm_at_every_hundredth_checkpoint_and_after_a_takeover() {
     witnesses.finish(&world);
 }
 
-/// Two hosts with an image each, and a guest that writes to it all the time.
+/// Two hosts with an image each, and a guest that writes to its image all the time.
 struct Writing {
     world: World,
     kernel: PathBuf,
@@ -65,7 +65,7 @@ impl Writing {
         self.world.dir().join(format!("{side:?}.img"))
     }
 
-    /// What a host is started with, but for the guest.
+    /// The options of a host, without those of the guest.
     fn options(&self, side: Side) -> Vec<String> {
         let there = side.other().addr().to_string();
         let disk = format!("path={}", self.image(side).display());
@@ -74,7 +74,7 @@ impl Writing {
 
     fn standby(&self, side: Side) -> Process {
         let mut options = self.options(side);
-        // At first nobody knows what the image is.
+        // At first the image is unknown.
         if !PathBuf::from(format!("{}.outlive", self.image(side).display())).exists() {
             options[3].push_str(",overwrite");
         }
@@ -87,7 +87,7 @@ impl Writing {
         self.world.run_with(side, &options.chain(more.iter().copied()).collect::<Vec<_>>())
     }
 
-    /// What the guest has written to, as a host has it.
+    /// The guest's disk contents, as a host has them.
     fn written(&self, side: Side) -> Vec<u8> {
         let mut bytes = vec![0; WRITTEN as usize];
         File::open(self.image(side)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
@@ -119,7 +119,7 @@ fn the_standbys_disk_equals_the_vms_while_the_guest_writes_and_after_takeovers()
     }
 }
 
-/// As many vCPUs as there may be, and memory on both sides of the devices' hole below 4 GiB.
+/// The largest number of vCPUs, and memory on both sides of the devices' hole below 4 GiB.
 #[test]
 fn the_largest_number_of_vcpus_is_taken_over() {
     let Some(writing) = Writing::new() else { return };
@@ -146,7 +146,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_mo
     primary.wait_protected();
     wait_equal(&mut standby);
     let image = File::options().read(true).write(true).open(writing.image(Side::B)).unwrap();
-    // Where the guest does not write.
+    // A place that the guest does not write.
     let at = SIZE - 4097;
     let mut byte = [0];
     image.read_exact_at(&mut byte, at).unwrap();
@@ -158,7 +158,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_mo
     assert!(standby.log().contains("SELF-CHECK FAILED: disk 0: "), "{}", standby.log());
     primary.wait_for("going on alone", |e| matches!(e, Event::Unprotected { .. }));
 
-    // Nobody starts from it, and a new base makes it good.
+    // No VM starts from it, and a new base repairs it.
     let sidecar = fs::read_to_string(format!("{}.outlive", writing.image(Side::B).display())).unwrap();
     assert!(sidecar.lines().any(|line| line == "whole = false"), "{sidecar}");
     let mut standby = writing.standby(Side::B);

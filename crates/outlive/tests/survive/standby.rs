@@ -1,4 +1,4 @@
-//! A standby whose own host gives it trouble: slow, stuck, or without room. It costs the guest speed, or the
+//! A standby whose own host causes trouble: slow, stuck, or without room. It costs the guest speed, or the
 //! standby is not accepted; it does not cost the protection, and never the VM.
 
 use std::fs::{self, File};
@@ -20,8 +20,8 @@ fn links_lost(process: &mut Process) -> usize {
     process.events().filter(|e| matches!(e, Event::LinkLost { .. })).count()
 }
 
-/// The standby's applier stands still in whatever it does: memory is not written for seconds. Clients wait;
-/// the hosts hear of each other all the time.
+/// The standby's applier is stuck: it writes no memory for seconds. Clients wait; the hosts hear each other
+/// all the time.
 #[test]
 fn an_apply_that_takes_long_costs_time_and_not_the_protection() {
     let Some(world) = World::new() else { return };
@@ -46,7 +46,7 @@ fn an_apply_that_takes_long_costs_time_and_not_the_protection() {
     witnesses.finish(&world);
 }
 
-/// A primary that dies while its standby is busy is succeeded all the same, from the last commit.
+/// If a primary dies while its standby is busy, the standby still takes over, from the last commit.
 #[test]
 fn a_primary_that_dies_during_a_long_apply_is_succeeded() {
     let Some(world) = World::new() else { return };
@@ -63,8 +63,8 @@ fn a_primary_that_dies_during_a_long_apply_is_succeeded() {
     witnesses.finish(&world);
 }
 
-/// Two hosts with an image each, and a guest that writes to its own all the time. The standby's is where the
-/// test says.
+/// Two hosts with an image each, and a guest that writes to its image all the time. The standby's image is
+/// where the test says.
 struct Writing {
     world: World,
     theirs: PathBuf,
@@ -74,7 +74,7 @@ impl Writing {
     fn new(world: World, theirs: &Path) -> Self {
         fs::write(world.dir().join("writer"), writer_kernel()).unwrap();
         let writing = Self { world, theirs: theirs.join("b.img") };
-        // Without holes, so that the images have all the room that they will ever take.
+        // Without holes, so that the images already have all the room that they will ever need.
         let content = vec![0xa5; SIZE as usize];
         for side in [Side::A, Side::B] {
             fs::write(writing.image(side), &content).unwrap();
@@ -101,7 +101,7 @@ impl Writing {
         self.world.run_with(Side::A, &["--standby", &there, "--disk", &disk, "--kernel", &kernel])
     }
 
-    /// What the guest has written to, as a host has it.
+    /// The guest's disk contents, as a host has them.
     fn written(&self, side: Side) -> Vec<u8> {
         let mut bytes = vec![0; WRITTEN as usize];
         File::open(self.image(side)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
@@ -125,8 +125,8 @@ fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
     active.wait_protected();
     writing.wait_written(Side::B);
     let stopped = Held::thread(&standby, "disks");
-    // What waits for the disk may wait for two seconds; from then on nothing is acknowledged, and no
-    // checkpoint is taken any more.
+    // Writes may wait for the disk for two seconds; after that the standby acknowledges nothing more, and the
+    // primary takes no checkpoint.
     std::thread::sleep(LONG);
     let before = checkpoints(&mut active);
     std::thread::sleep(LONG);

@@ -1,4 +1,4 @@
-//! Two releases of which one is older.
+//! Two releases, one of them older.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -10,8 +10,8 @@ use outlive_epoch::{Encoder, PREFACE_LEN, Preface, ProtocolVersion, RefuseCode};
 
 use crate::support::{Client, Side, Value, World};
 
-/// What a primary sees of a standby whose release knows version 2 of the stream alone: it refuses an
-/// introduction of a later one, and whatever it reads and writes has that version.
+/// The view of a primary whose standby knows only version 2 of the stream: the standby refuses a later
+/// introduction, and reads and writes only that version.
 struct OlderStandby {
     addr: String,
     refused: Arc<AtomicU32>,
@@ -46,7 +46,7 @@ impl OlderStandby {
     }
 }
 
-/// The words of that release.
+/// The messages of that release.
 fn refuse(mut primary: TcpStream) {
     let version = ProtocolVersion::V2;
     let mut out = Preface { version }.encode().to_vec();
@@ -58,8 +58,8 @@ fn refuse(mut primary: TcpStream) {
     drop(primary.read_to_end(&mut Vec::new()));
 }
 
-/// Carries everything both ways. What the standby begins with must be of version 2: an older primary would
-/// read nothing else.
+/// Passes everything on in both directions. The standby's first bytes must be of version 2: an older primary
+/// could read nothing else.
 fn join(primary: TcpStream, standby: TcpStream) {
     let ways =
         [(primary.try_clone().unwrap(), standby.try_clone().unwrap(), false), (standby, primary, true)];
@@ -96,7 +96,7 @@ fn a_vm_is_protected_and_taken_over_in_the_version_of_the_release_before() {
     standby.wait_takeover();
     assert_eq!(client.ask("GET release"), before);
 
-    // Without anybody older between them they use the newest version.
+    // Without the older release between them they use the newest version.
     let successor = world.standby(Side::A);
     standby.wait_protected();
     successor.wait_says(&format!("version={}", ProtocolVersion::CURRENT as u32), 1);

@@ -1,19 +1,19 @@
-//! One thread of a host stands still for good, and everything else of that host goes on: its sockets, its
-//! heartbeats' timers, its claims. Whoever does not do his part is given up, and the VM goes on.
+//! One thread of a host is stuck for good, and everything else of that host continues: its sockets, its
+//! heartbeats' timers, its claims. The stuck host is given up, and the VM continues.
 
 use outlive::events::Event;
 
 use crate::support::{Held, Process, Side, Witnesses, World, wait_until};
 
-/// Whose thread it is.
+/// Which host's thread.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Of {
     Primary,
     Standby,
 }
 
-/// Holds a thread of a protected VM's host: the VM goes on, on the host that `goes_on` says, and is protected
-/// again although the thread never moves.
+/// Holds a thread of a protected VM's host: the VM continues on the host that `goes_on` names, and is
+/// protected again although the thread never moves.
 fn survives(of: Of, thread: &str, goes_on: Option<Of>) {
     let Some(world) = World::new() else { return };
     let (mut active, mut standby) = world.protected(Side::A);
@@ -27,7 +27,7 @@ fn survives(of: Of, thread: &str, goes_on: Option<Of>) {
     }
     let (mut winner, loser, side) =
         if moved { (standby, active, Side::A) } else { (active, standby, Side::B) };
-    // Nobody can bury a process with a thread that is held.
+    // A process with a held thread cannot be reaped.
     let of_the_loser = moved == (of == Of::Primary);
     let held = (!of_the_loser).then_some(held);
     loser.kill();
@@ -72,7 +72,7 @@ fn a_standby_whose_applier_stands_still_is_dropped() {
     survives(Of::Standby, "applier", Some(Of::Primary));
 }
 
-/// The process with the coordinator that does not move ends, and says why.
+/// The process whose coordinator does not move ends, and says why.
 #[test]
 fn a_host_that_is_succeeded_because_it_stands_still_ends() {
     let Some(world) = World::new() else { return };
@@ -80,7 +80,7 @@ fn a_host_that_is_succeeded_because_it_stands_still_ends() {
     let held = Held::thread(&active, "outlive");
     standby.wait_takeover();
     active.wait_says("stands still", 1);
-    // Buries the process, whose first thread it is.
+    // Reaps the process, whose first thread this is.
     drop(held);
     assert!(!std::path::Path::new(&format!("/proc/{}", active.pid())).exists());
 }

@@ -1,4 +1,4 @@
-//! A client of the Redis protocol, apart from the program's own so that one mistake is not made twice.
+//! A client of the Redis protocol, separate from the program's own so that both do not share a mistake.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -85,12 +85,12 @@ impl Client {
         })
     }
 
-    /// Whether the server has closed the connection (waits for it).
+    /// Waits to see whether the server has closed the connection.
     pub(crate) fn is_closed(&mut self) -> bool {
         matches!(self.stream.fill_buf(), Ok(bytes) if bytes.is_empty())
     }
 
-    /// Closes the connection so that nothing of it stays at the server.
+    /// Closes the connection so that the server keeps nothing of it.
     pub(crate) fn close(mut self) -> Result<(), String> {
         self.stream.get_ref().shutdown(Shutdown::Write).map_err(|e| e.to_string())?;
         if self.is_closed() { Ok(()) } else { Err("the server did not close".into()) }

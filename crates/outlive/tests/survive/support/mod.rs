@@ -1,4 +1,4 @@
-//! Two hosts, a client network and what is done to them.
+//! Two hosts, a client network and the faults that a test causes.
 //!
 //! ```text
 //!            lan: br0 10.77.0.1/24 (clients)
@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Each of the three is a network namespace without a name, made on a thread. Hosts are processes of the
-//! program under test that end with their standard input, so nothing outlives a test, whatever way it ends.
-//! Waits are generous: this is about what happens, not about how fast.
+//! program under test that end with their standard input, so nothing outlives a test, however it ends. Waits
+//! are generous: these tests check what happens, not how fast.
 
 mod client;
 mod pipes;
@@ -95,7 +95,7 @@ impl Side {
     }
 }
 
-/// Who reads what a process says; files, if nothing else is asked for.
+/// Readers of a process's output; files by default.
 #[derive(Default)]
 pub(crate) struct Readers {
     pub(crate) log: Log,
@@ -211,7 +211,7 @@ impl World {
         self.on(Side::A, || Netlink::open().unwrap().set_up("link").unwrap());
     }
 
-    /// A program in the network of a host. Says whether it could do its work.
+    /// Runs a program in the network of a host. Returns whether it succeeded.
     pub(crate) fn command(&self, side: Side, words: &[&str]) -> bool {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null());
@@ -232,7 +232,7 @@ impl World {
         self.dir().to_owned()
     }
 
-    /// Takes [`World::keep`] back.
+    /// Undoes [`World::keep`].
     pub(crate) fn keep_no_more(&mut self) {
         self.dir.disable_cleanup(false);
     }
@@ -243,11 +243,11 @@ impl World {
     pub(crate) fn frames_out(&self, side: Side) -> u64 {
         let table = self.on(side, || fs::read_to_string("/proc/thread-self/net/dev").unwrap());
         let line = table.lines().find_map(|l| l.trim().strip_prefix("up:")).expect("the port is there");
-        // Eight columns of what was received, then bytes and frames sent.
+        // Eight columns about received data, then bytes and frames sent.
         line.split_whitespace().nth(9).unwrap().parse().unwrap()
     }
 
-    /// Like [`World::frames_out`], when the number has not changed for a while.
+    /// Like [`World::frames_out`], once the number has not changed for a while.
     pub(crate) fn settled_frames_out(&self, side: Side) -> u64 {
         let deadline = Instant::now() + PATIENCE;
         let mut before = self.frames_out(side);
@@ -270,7 +270,7 @@ impl World {
     /// `outlive run` on a host with these options.
     pub(crate) fn run_with(&self, side: Side, options: &[&str]) -> Process {
         let ip = format!("{VM}/24");
-        // The last is the built-in guest's.
+        // The last argument is the built-in guest's.
         let memory = MEMORY.to_string();
         let usual = [("--memory", memory.as_str()), ("--ip", &ip)];
         let usual = if options.contains(&"--kernel") { &usual[..1] } else { &usual };
@@ -296,19 +296,19 @@ impl World {
         process
     }
 
-    /// `outlive standby` on a host with options that it must refuse.
+    /// `outlive standby` on a host with options that the program must refuse.
     pub(crate) fn standby_with_failure(&self, side: Side, options: &[&str]) -> Process {
         self.start(side, &["standby", "--listen", &side.addr().to_string()], options, &[])
     }
 
-    /// `outlive run` on a host, with the other host as its standby, that speaks to these readers.
+    /// `outlive run` on a host, with the other host as its standby and with these readers.
     pub(crate) fn run_for(&self, side: Side, readers: Readers) -> Process {
         let (standby, ip) = (side.other().addr().to_string(), format!("{VM}/24"));
         let usual = [("--memory", "64M"), ("--ip", &ip)];
         self.start_for(side, &["run"], &["--standby", &standby], &usual, readers)
     }
 
-    /// `outlive standby` on a host that speaks to these readers. It may not listen yet when this returns.
+    /// `outlive standby` on a host with these readers. It may not listen yet when this returns.
     pub(crate) fn standby_for(&self, side: Side, readers: Readers) -> Process {
         let (listen, standby) = (side.addr().to_string(), side.other().addr().to_string());
         self.start_for(side, &["standby", "--listen", &listen], &["--standby", &standby], &[], readers)
@@ -392,7 +392,7 @@ fn namespace() -> Option<Namespace> {
     }
 }
 
-/// Whether VMs can run here; says so if not.
+/// Whether VMs can run here; prints a message if not.
 pub(crate) fn has_kvm() -> bool {
     let there = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     if !there {
@@ -401,7 +401,7 @@ pub(crate) fn has_kvm() -> bool {
     there
 }
 
-/// Waits until something holds.
+/// Waits until a condition holds.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
@@ -414,7 +414,7 @@ pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 pub(crate) struct Dice(fastrand::Rng);
 
 impl Dice {
-    /// Takes the seed from `OUTLIVE_SEED` or makes one; says which.
+    /// Takes the seed from `OUTLIVE_SEED` or makes one, and prints it.
     pub(crate) fn new() -> Dice {
         let seed = std::env::var("OUTLIVE_SEED").ok().map(|s| s.parse().expect("OUTLIVE_SEED is a number"));
         let seed = seed.unwrap_or_else(|| {
@@ -425,12 +425,12 @@ impl Dice {
         Dice::of(seed)
     }
 
-    /// The choices of a seed that is known already.
+    /// Random choices from a known seed.
     pub(crate) fn of(seed: u64) -> Dice {
         Dice(fastrand::Rng::with_seed(seed))
     }
 
-    /// The seed, as long as nothing was chosen.
+    /// The seed, until the first choice.
     pub(crate) fn seed(&self) -> u64 {
         self.0.get_seed()
     }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-/// Fills a pipe to its last byte. Whoever writes to it then waits until somebody reads.
+/// Fills a pipe to its last byte. A writer then waits until somebody reads.
 pub(crate) fn fill(pipe: impl AsFd) {
     let file = File::from(pipe.as_fd().try_clone_to_owned().unwrap());
     fcntl(&file, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();

@@ -22,7 +22,7 @@ pub(crate) struct Process {
     /// The start of a line that is not whole yet.
     rest: Vec<u8>,
     records: Vec<Record>,
-    /// Events before this one were waited for.
+    /// Tests have already waited for the events before this one.
     next: usize,
     /// Nobody reads its events at the moment.
     deaf: bool,
@@ -42,7 +42,7 @@ impl Process {
         }
     }
 
-    /// Its number.
+    /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -52,7 +52,7 @@ impl Process {
         kill(Pid::from_raw(self.pid() as i32), signal).unwrap();
     }
 
-    /// SIGKILL, as a power cut would end it; gone when this returns.
+    /// SIGKILL, like a power cut; the process is gone when this returns.
     pub(crate) fn kill(mut self) {
         self.end();
     }
@@ -62,8 +62,8 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// Waits until its log has these words so many times. Log and events are written by a thread each, so
-    /// what an event tells of is perhaps not in the log yet.
+    /// Waits until its log has these words this many times. Two threads write log and events, so the log may
+    /// not yet have the line for an event that was seen.
     pub(crate) fn wait_says(&self, words: &str, times: usize) {
         let deadline = Instant::now() + PATIENCE;
         while self.log().matches(words).count() < times {
@@ -92,13 +92,13 @@ impl Process {
         self.records.iter().map(|r| &r.event)
     }
 
-    /// Its events come through this pipe, which has no end that would be seen.
+    /// Its events come through this pipe, which never shows an end.
     pub(crate) fn read_from(&mut self, pipe: File) {
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         self.read = Some(pipe);
     }
 
-    /// Fills the pipe of its events and lets nobody read, or reads again.
+    /// Fills the pipe of its events and stops reading, or reads again.
     pub(crate) fn deafen(&mut self, deaf: bool) {
         if let Some(pipe) = self.read.as_ref().filter(|_| deaf) {
             super::fill(pipe);
@@ -113,7 +113,7 @@ impl Process {
         &self.records
     }
 
-    /// Waits for its end, whatever way.
+    /// Waits for its end, of any kind.
     pub(crate) fn wait_end(&mut self) {
         self.child.wait().unwrap();
     }
@@ -128,7 +128,7 @@ impl Process {
         self.events().any(wanted)
     }
 
-    /// Waits for an event after those that were waited for before.
+    /// Waits for an event after those that earlier calls waited for.
     pub(crate) fn wait_for(&mut self, what: &str, wanted: impl Fn(&Event) -> bool) -> Event {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -182,7 +182,7 @@ impl Process {
     }
 
     fn end(&mut self) {
-        // Both fail only for a child that was reaped already.
+        // Both fail only for a child that was already reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! A bad cable: stands between a primary and its standby and damages what goes through.
+//! A bad cable between a primary and its standby, which damages the data that passes through.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -16,14 +16,14 @@ pub(crate) enum Way {
     ToPrimary,
 }
 
-/// What happens to the next piece that goes one way.
+/// The damage to the next piece in one direction.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// One bit of it is turned over; the number picks which.
+    /// One bit is flipped; the number picks which.
     Flip(u64),
-    /// Some bytes of it are left out; the number picks where.
+    /// Some bytes are left out; the number picks where.
     Shorten(u64),
-    /// Its second half and all that follows are left out.
+    /// Its second half and everything after it are left out.
     Break,
 }
 
@@ -35,7 +35,7 @@ struct Shared {
     cuts: AtomicU64,
 }
 
-/// Lives on the host of the primary, which dials [`Proxy::addr`] instead of the standby.
+/// Runs on the host of the primary, which dials [`Proxy::addr`] instead of the standby.
 pub(crate) struct Proxy {
     addr: SocketAddr,
     shared: Arc<Shared>,
@@ -47,8 +47,8 @@ impl Proxy {
         let listener = world.on(side, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         let proxy = Proxy { addr: listener.local_addr().unwrap(), shared: Arc::default() };
         let (shared, standby) = (proxy.shared.clone(), side.other().addr());
-        // The thread is in the host's network. It ends with the test's process, as it holds nothing of the
-        // test.
+        // The thread is in the host's network. It ends with the test's process, because it holds nothing of
+        // the test.
         world.on(side, || {
             thread::spawn(move || {
                 for primary in listener.incoming().flatten() {
@@ -60,7 +60,7 @@ impl Proxy {
         proxy
     }
 
-    /// What the primary dials.
+    /// The address that the primary dials.
     pub(crate) fn addr(&self) -> String {
         self.addr.to_string()
     }
@@ -75,7 +75,8 @@ impl Proxy {
         self.damage(way, Fault::Shorten(place));
     }
 
-    /// Leaves half of the next piece and all after it out: the receiver waits for what never comes.
+    /// Leaves out half of the next piece and everything after it: the receiver waits for data that never
+    /// comes.
     pub(crate) fn break_off(&self, way: Way) {
         self.damage(way, Fault::Break);
     }
@@ -89,12 +90,12 @@ impl Proxy {
         wait_until("the fault is made", || self.shared.fault.lock().unwrap().is_none());
     }
 
-    /// Lets nothing more through one way, on all connections, until [`Proxy::flow`].
+    /// Stops one direction, on all connections, until [`Proxy::flow`].
     pub(crate) fn stall(&self, way: Way) {
         *self.shared.stalled.lock().unwrap() = Some(way);
     }
 
-    /// Ends the connections that are stalled; what was held back is lost.
+    /// Ends the stalled connections; held data is lost.
     pub(crate) fn cut(&self) {
         self.shared.cuts.fetch_add(1, Ordering::Relaxed);
     }
@@ -112,7 +113,7 @@ fn join(shared: &Arc<Shared>, primary: &TcpStream, standby: &TcpStream) {
         let shared = shared.clone();
         thread::spawn(move || {
             carry(&shared, way, &from, &to);
-            // An end is passed on one way; the other way ends by itself.
+            // An end is passed on in one direction; the other direction ends by itself.
             to.shutdown(Shutdown::Write).ok();
             from.shutdown(Shutdown::Read).ok();
         });
@@ -139,12 +140,12 @@ fn carry(shared: &Shared, way: Way, mut from: &TcpStream, mut to: &TcpStream) ->
     }
 }
 
-/// Bytes left out at most: so few that a heartbeat fills the hole and the receiver finds a wrong checksum. Of
-/// a larger hole nobody hears until the silence is taken for death, and then the arbiter decides
+/// Most bytes left out: so few that a heartbeat fills the hole and the receiver finds a wrong checksum.
+/// Nobody notices a larger hole until the silence counts as death, and then the arbiter decides
 /// ([`Proxy::break_off`]).
 const LARGEST_HOLE: usize = 32;
 
-/// Returns what is left of the length.
+/// Returns the remaining length.
 fn damage(piece: &mut [u8], fault: Fault) -> usize {
     let at = |place: u64, end: usize| (place % end as u64) as usize;
     match fault {

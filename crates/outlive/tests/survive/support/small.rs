@@ -20,19 +20,19 @@ impl Small {
         Small { place }
     }
 
-    /// Where it is.
+    /// Its path.
     pub(crate) fn path(&self) -> &Path {
         &self.place
     }
 
-    /// Leaves no room for anything.
+    /// Uses up all room.
     pub(crate) fn fill(&self) {
         let mut file = File::create(self.place.join("others")).unwrap();
         while file.write_all(&[1; 4096]).is_ok() {}
         assert!(File::create(self.place.join("one more")).and_then(|mut f| f.write_all(b"x")).is_err());
     }
 
-    /// Takes back what [`Small::fill`] did.
+    /// Undoes [`Small::fill`].
     pub(crate) fn make_room(&self) {
         fs::remove_file(self.place.join("others")).unwrap();
     }

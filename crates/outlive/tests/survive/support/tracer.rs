@@ -1,5 +1,5 @@
-//! A debugger's hand on a process under test: it holds a thread, or has the process take memory away from
-//! itself. Both are what only a broken host does.
+//! A debugger's hold on a process under test: it stops a thread, or makes the process take memory away from
+//! itself. Only a broken host does either.
 
 use std::fs;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use super::{Process, wait_until};
 
-/// A thread that runs no further. It goes on when this is dropped, if it still exists.
+/// A stopped thread. It continues when this is dropped, if it still exists.
 pub(crate) struct Held(Pid);
 
 impl Held {
@@ -26,7 +26,7 @@ impl Held {
         Held::stop(Pid::from_raw(task.to_str().unwrap().parse().unwrap()))
     }
 
-    /// Stops any thread; the number picks which. Returns its name as well, or nothing if it has just ended.
+    /// Stops any thread; the number picks which. Also returns its name, or nothing if it has just ended.
     pub(crate) fn any(process: &Process, number: u64) -> Option<(Held, String)> {
         let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).ok()?;
         let mut tasks: Vec<i32> =
@@ -46,7 +46,7 @@ impl Held {
         Held(thread)
     }
 
-    /// Has the stopped thread make a system call, if it is in one itself.
+    /// Makes the stopped thread do a system call, if it is in one itself.
     fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
         /// `syscall`
         const INSTRUCTION: u64 = 0x050f;
@@ -70,14 +70,14 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         if ptrace::detach(self.0, None) == Err(Errno::ESRCH) {
-            // It was killed meanwhile, and is ours to bury. It may still be on its way to its end: until it is
-            // buried nobody hears of the end of its process.
+            // It was killed meanwhile, and we must reap it. It may not have ended yet: until it is reaped
+            // nobody hears of the end of its process.
             waitpid(self.0, Some(WaitPidFlag::__WALL)).ok();
         }
     }
 }
 
-/// Takes from a process the memory behind its guest's program: the host cannot give it any more.
+/// Takes the memory behind its guest's program away from a process: the host can no longer provide it.
 pub(crate) fn take_program_memory(process: &Process, memory: u64) {
     let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid())).unwrap();
     let guest = maps.lines().filter_map(anonymous).find(|range| range.end - range.start == memory);
@@ -96,7 +96,7 @@ pub(crate) fn take_program_memory(process: &Process, memory: u64) {
     });
 }
 
-/// A line of `/proc/PID/maps` that is memory of no file.
+/// A line of `/proc/PID/maps` for memory that belongs to no file.
 fn anonymous(line: &str) -> Option<Range<u64>> {
     let mut words = line.split_whitespace();
     let (range, rights) = (words.next()?, words.next()?);
@@ -105,8 +105,8 @@ fn anonymous(line: &str) -> Option<Range<u64>> {
     (rights == "rw-p" && words.nth(2)? == "0").then_some(number(start)?..number(end)?)
 }
 
-/// Guest addresses of the pages that hold nothing but the payload's code: the guest does not write them, so
-/// no checkpoint copies them.
+/// Guest addresses of the pages that hold only the payload's code: the guest does not write them, so no
+/// checkpoint copies them.
 fn program() -> Range<u64> {
     const PAGE: u64 = 4096;
     let elf = outlive_guest::PAYLOAD;

@@ -1,7 +1,7 @@
-//! Clients that talk to the VM all the time and notice everything that is lost, doubled or broken.
+//! Clients that talk to the VM all the time and notice everything that is lost, duplicated or broken.
 //!
-//! A *lasting* witness has one connection for its whole life, a *changing* one a new connection for each
-//! command. None ever repeats a command, so every answer has exactly one right value.
+//! A *lasting* witness has one connection for its whole life, a *changing* one opens a new connection for
+//! each command. Neither ever repeats a command, so every answer has exactly one right value.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ struct Shared {
     gone: AtomicBool,
 }
 
-/// What a witness knows at its end.
+/// A witness's knowledge at its end.
 struct Tally {
     name: String,
     /// Value of its counter.
@@ -41,7 +41,7 @@ struct Tally {
 }
 
 impl Witnesses {
-    /// Starts witnesses: so many lasting ones and one changing.
+    /// Starts witnesses: this many lasting ones and one changing one.
     pub(crate) fn start(world: &World, lasting: u64) -> Witnesses {
         let server = world.server();
         let mut threads = Vec::new();
@@ -74,17 +74,17 @@ impl Witnesses {
         self.threads.iter().map(|(shared, _)| shared.acked.load(Ordering::Relaxed)).collect()
     }
 
-    /// Waits until every one has been served anew.
+    /// Waits until every witness has been served again.
     pub(crate) fn hear_all(&self) {
         let before = self.acked();
         wait_until("every client is served", || {
             let gone = self.threads.iter().any(|(shared, _)| shared.gone.load(Ordering::Relaxed));
-            // What it has to say comes with `finish`.
+            // `finish` reports its problem.
             gone || self.acked().iter().zip(&before).all(|(now, before)| *now >= before + 2)
         });
     }
 
-    /// Ends them and reads everything back over one more connection. Panics about whatever is wrong.
+    /// Ends them and reads everything back over one more connection. Panics if anything is wrong.
     pub(crate) fn finish(self, world: &World) {
         self.threads.iter().for_each(|(shared, _)| shared.stop.store(true, Ordering::Relaxed));
         let ends: Vec<_> = self.threads.into_iter().map(|(_, thread)| thread.join().unwrap()).collect();
@@ -175,18 +175,19 @@ impl Tally {
     }
 }
 
-/// A load inside the VM that writes its memory all over, and knows afterwards what each page must hold.
+/// A load inside the VM that writes all over its memory, and knows afterwards what each page must hold.
 pub(crate) struct MemoryLoad;
 
 impl MemoryLoad {
-    /// So many pages at so many writes a second, half of them to a tenth of the pages.
+    /// Writes to this many pages at this many writes a second, half of them to a tenth of the pages.
     pub(crate) fn start(world: &World, pages: u64, rate: u64) -> MemoryLoad {
         let reply = Client::connect(world).ask(&format!("WORK SET {pages} 50 {rate}"));
         assert_eq!(reply, Ok(Value::Status("OK".into())));
         MemoryLoad
     }
 
-    /// Has the VM compare all its pages. Panics if one is older than it should be, or a mix of two versions.
+    /// Makes the VM compare all its pages. Panics if a page is older than it should be, or a mix of two
+    /// versions.
     pub(crate) fn finish(self, world: &World) {
         let mut client = Client::connect(world);
         let reply = client.ask("WORK VERIFY").unwrap();

@@ -1,13 +1,13 @@
-//! A guest that writes to its disk without a pause: a few instructions in the place of a kernel, because the
-//! built-in guest leaves its disks alone.
+//! A guest that writes to its disk without a pause: a few instructions instead of a kernel, because the
+//! built-in guest does not use its disks.
 
-/// Where it is loaded, and begins.
+/// Its load address and entry point.
 const ENTRY: u64 = 0x20_0000;
-/// It writes to the first so many bytes of its disk.
+/// It writes to this many bytes at the start of its disk.
 pub(crate) const WRITTEN: u64 = 8 << 20;
 
-/// Sets up the disk in slot 1, behind the network card, with one queue, and writes blocks of 4 KiB, each when
-/// the one before it is complete, to pseudo-random places. A write that fails ends it in a crash.
+/// Sets up the disk in slot 1, behind the network card, with one queue. It writes blocks of 4 KiB to
+/// pseudo-random places, each when the previous one is complete. If a write fails, it crashes.
 #[rustfmt::skip]
 const CODE: &[u8] = &[
     // start:

@@ -1,7 +1,7 @@
-//! Clients that keep a history of everything they asked and were told, on keys that they share.
+//! Clients that record all their requests and answers, on keys that they share.
 //!
-//! Keys belong to a *chapter*. When a new chapter begins and every client has gone over to it, nobody waits for
-//! an answer about the old one: its history is whole, is read back once more and judged.
+//! Keys belong to a *chapter*. When a new chapter has begun for every client, nobody waits for an answer
+//! about the old one: its history is complete, is read back once more and judged.
 
 use std::collections::BTreeMap;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -16,12 +16,12 @@ use crate::support::{Client, Dice, Value, World, wait_until};
 const LASTING: usize = 4;
 const REGISTERS: u64 = 5;
 const COUNTERS: u64 = 2;
-/// Rest after each command, so that the machine is left to others as well.
+/// Rest after each command, to leave some of the machine to others.
 const REST: Duration = Duration::from_millis(3);
 
 /// A key: its chapter, whether it is a counter, and its number.
 type Key = (u64, bool, u64);
-/// What one client knows.
+/// A client's state.
 type Histories = BTreeMap<Key, Vec<Operation>>;
 
 fn name((chapter, counter, number): Key) -> String {
@@ -35,7 +35,7 @@ struct Shared {
     clients: Vec<Told>,
 }
 
-/// What the rest of the play sees of one client.
+/// The part of a client's state that the rest of the play sees.
 #[derive(Default)]
 struct Told {
     answers: AtomicU64,
@@ -59,7 +59,7 @@ pub(super) struct Auditor {
 }
 
 impl Auditor {
-    /// Starts them and waits until all are served.
+    /// Starts them and waits until all have been served.
     pub(super) fn start(world: &World, dice: &mut Dice) -> Auditor {
         let clients = (0..=LASTING).map(|_| Told::default()).collect();
         let shared = Arc::new(Shared { clients, ..Shared::default() });
@@ -75,7 +75,7 @@ impl Auditor {
         auditor
     }
 
-    /// Why a client could not go on, if one could not.
+    /// Why a client could not continue, if one could not.
     pub(super) fn broken(&self) -> Option<String> {
         self.shared.clients.iter().find_map(|client| lock(&client.broken).clone())
     }
@@ -85,7 +85,7 @@ impl Auditor {
         self.shared.clients.iter().map(|client| client.answers.load(Ordering::Relaxed)).collect()
     }
 
-    /// Whether every client was served since, and is waiting for nothing that it asked before.
+    /// Whether every client has been served since, and waits for no earlier answer.
     pub(super) fn heard_since(&self, before: &[u64]) -> bool {
         self.answers().iter().zip(before).all(|(now, before)| *now >= before + 2)
     }
@@ -102,7 +102,7 @@ impl Auditor {
         assert_eq!(self.broken(), None);
     }
 
-    /// Ends the chapter: reads its keys once more and judges it.
+    /// Ends the chapter: reads its keys once more and judges them.
     pub(super) fn judge(&mut self, world: &World) -> Result<(), Fault> {
         let chapter = self.shared.chapter.fetch_add(1, Ordering::Relaxed);
         self.hear_all();
@@ -119,7 +119,7 @@ impl Auditor {
         self.judge_all(last)
     }
 
-    /// Judges what there is when the VM has ended, whatever was not answered.
+    /// Judges the history when the VM has ended, including requests without an answer.
     pub(super) fn end(&mut self) -> Result<(), Fault> {
         self.stop();
         self.judge_all(Histories::new())
@@ -158,7 +158,7 @@ impl Auditor {
 
 impl Drop for Auditor {
     fn drop(&mut self) {
-        // Nobody waits for the threads: one that connects at the moment may take a minute, and holds nothing.
+        // Nobody waits for the threads: a thread that is connecting may take a minute, and holds nothing.
         self.stop();
     }
 }
@@ -168,7 +168,7 @@ fn keys(chapter: u64) -> impl Iterator<Item = Key> {
     registers.chain((0..COUNTERS).map(move |number| (chapter, true, number)))
 }
 
-/// What a key holds, as a number; 0 for nothing. Anything else is a number that nobody has written.
+/// The value of a key, as a number; 0 for none. Any other value gives a number that nobody has written.
 fn read_value(reply: Value) -> u64 {
     match reply {
         Value::Bulk(None) => 0,
@@ -204,7 +204,7 @@ impl Auditing {
         &self.shared.clients[self.number]
     }
 
-    /// The last client has a new connection for every few commands.
+    /// The last client opens a new connection after every few commands.
     fn talk(&mut self) -> Result<(), String> {
         let commands = if self.number == LASTING { 3 } else { u64::MAX };
         while !self.shared.stop.load(Ordering::Relaxed) {
@@ -225,7 +225,7 @@ impl Auditing {
     fn command(&mut self, client: &mut Client) -> Result<(), String> {
         let chapter = self.shared.chapter.load(Ordering::Relaxed);
         self.sent += 1;
-        // No two clients ever write the same.
+        // No two clients ever write the same value.
         let unique = (self.number as u64 + 1) << 40 | self.sent;
         let counter = self.dice.below(3) == 0;
         let key = (chapter, counter, self.dice.below(if counter { COUNTERS } else { REGISTERS }));
@@ -251,7 +251,7 @@ impl Auditing {
         Ok(())
     }
 
-    /// Puts an operation down when it is sent, and its answer in its place.
+    /// Records an operation when it is sent, and later its answer in the same place.
     fn note(&self, key: Key, operation: Operation, new: bool) {
         let mut histories = lock(&self.told().histories);
         let history = histories.entry(key).or_default();

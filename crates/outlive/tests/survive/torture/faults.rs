@@ -1,4 +1,4 @@
-//! What is done to the hosts.
+//! Faults of the hosts.
 
 use std::fs;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use super::play::Play;
 use crate::support::{Held, MEMORY, Side, World, take_program_memory};
 
-/// A kind of fault. `Owner` is the host that runs the VM, `Other` the one that stands by.
+/// A kind of fault. `Owner` is the host that runs the VM, `Other` is its standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     KillOwner,
@@ -37,7 +37,7 @@ pub(super) enum Kind {
 
 use Kind::*;
 
-/// All kinds, those that matter most more than once.
+/// All kinds; the most important ones occur more than once.
 const DRAWN: [Kind; 30] = [
     KillOwner,
     KillOwner,
@@ -71,20 +71,20 @@ const DRAWN: [Kind; 30] = [
     LeaveOther,
 ];
 
-/// By then a standby has given its primary up.
+/// By then a standby has given up its primary.
 const DEAD: Duration = Duration::from_millis(1200);
 
-/// One in so many rounds ends the VM in order, and another begins.
+/// One of this many rounds ends the VM in order, and another VM begins.
 const END_ONE_IN: u64 = 40;
 
 impl Kind {
-    /// The next one.
+    /// The next fault.
     pub(super) fn draw(play: &mut Play) -> Kind {
         if play.dice.below(END_ONE_IN) == 0 {
             return EndOwner;
         }
         let kind = DRAWN[play.dice.below(DRAWN.len() as u64) as usize];
-        // Soon after a takeover a host fault is taken for the guest's own doing.
+        // Soon after a takeover a host fault counts as the guest's own doing.
         if kind == TakeMemory && !play.may_take_memory() { HoldThreadOfOwner } else { kind }
     }
 
@@ -121,12 +121,12 @@ impl Kind {
         matches!(self, KillOwnerUnprotected | KillOtherUnprotected)
     }
 
-    /// A host that stands still has perhaps decided to send a frame, and does so when it goes on.
+    /// A stopped host may already have decided to send a frame, and sends it when it continues.
     pub(super) fn may_send_late(self) -> bool {
         matches!(self, StopOwner | HoldThreadOfOwner)
     }
 
-    /// What is needed for it and is missing on this machine.
+    /// A requirement that this machine lacks.
     pub(super) fn missing(self, world: &World) -> Option<&'static str> {
         let has = |words: &[&str]| world.command(Side::A, words);
         match self {
@@ -161,7 +161,7 @@ fn fast(world: &World, side: Side) -> bool {
     world.command(side, &["tc", "qdisc", "del", "dev", World::link(side), "root"])
 }
 
-/// What a host sends the other goes to an address that nobody has, until it is mended.
+/// Until this is undone, packets from one host to the other go to an address that nobody has.
 fn cut_from(world: &World, side: Side) {
     let (there, link) = (side.other().link_ip().to_string(), World::link(side));
     let words =
@@ -174,7 +174,7 @@ fn mend_from(world: &World, side: Side) {
     assert!(world.command(side, &["ip", "neigh", "del", &there, "dev", World::link(side)]));
 }
 
-/// Does it. When this returns the hosts are whole again, as far as they live.
+/// Carries out the fault. When this returns the hosts are whole again, if they live.
 pub(super) fn strike(play: &mut Play, kind: Kind) {
     let (owner, other) = (play.owner, play.owner.other());
     let length = Duration::from_micros(20_000 + play.dice.below(1_400_000));
@@ -190,11 +190,11 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         CutToOther => one_way(play, owner, length),
         CutToOwner => one_way(play, other, length),
         CutToOtherAndKill => {
-            // Before either side has given the other up: what leaves now is not committed, if it leaves.
+            // Neither side has given up the other yet: frames that leave now, if any, are not committed.
             cut_from(&play.world, owner);
             play.wait(length / 6);
             play.kill(owner);
-            // The kernel would go on sending for the dead.
+            // The kernel would continue to send for the dead process.
             play.wait(DEAD);
             mend_from(&play.world, owner);
         }

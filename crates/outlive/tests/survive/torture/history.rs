@@ -1,10 +1,10 @@
-//! Whether what clients were told can have happened in one order: linearizability of single keys.
+//! Whether the clients' answers can have happened in one order: linearizability of single keys.
 //!
-//! A *register* is written and read, and no value is written twice. Then each value and the reads of it form a
-//! cluster, and the question is decided by when the first operation of a cluster was over and the last one
-//! began (P. Gibbons, E. Korach: Testing Shared Memories, 1997; in the form of W. Golab, X. Li, M. Shah:
-//! Analyzing Consistency Properties for Fun and Profit, 2011). A *counter* tells each who adds to it its new
-//! value, which is the place of that operation in the order.
+//! A *register* is written and read, and no value is written twice. Then each value and its reads form a
+//! cluster, and the first end and the last start of a cluster's operations decide the question (P. Gibbons,
+//! E. Korach: Testing Shared Memories, 1997; in the form of W. Golab, X. Li, M. Shah: Analyzing Consistency
+//! Properties for Fun and Profit, 2011). A *counter* returns its new value to each client that adds to it;
+//! that value is the place of the operation in the order.
 //!
 //! An operation without an answer may have happened at any time after it was sent, or never.
 
@@ -17,17 +17,17 @@ pub(super) struct Operation {
     pub(super) what: What,
     /// When it was sent.
     pub(super) start: u64,
-    /// When its answer came, if it came.
+    /// When its answer came, if it did.
     pub(super) end: Option<u64>,
 }
 
-/// What was asked for, and for reads and additions what was answered.
+/// The request and, for reads and additions, the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum What {
     Write(u64),
     /// 0 for a key that nobody has written.
     Read(u64),
-    /// The counter's new value. Without an answer it means nothing.
+    /// The counter's new value. Without an answer it has no meaning.
     Add(u64),
 }
 
@@ -49,7 +49,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// A value with the operations that have to do with it.
+/// A value with its operations.
 #[derive(Clone, Copy, Debug)]
 struct Cluster {
     written: (u64, u64),
@@ -62,8 +62,8 @@ struct Cluster {
 /// Judges a register.
 pub(super) fn judge_register(operations: &[Operation]) -> Result<(), Fault> {
     let clusters = clusters(operations)?;
-    // A value that one operation was done with before another began lasted from the one to the other: nothing
-    // else can have been there in this time.
+    // If one operation with a value ended before another one began, the value lasted from that end to that
+    // start: the register cannot have held anything else in this time.
     let mut lasting: Vec<(u64, u64, u64)> = Vec::new();
     let mut passing = Vec::new();
     for (&value, cluster) in clusters.iter().filter(|(_, cluster)| cluster.answered) {
@@ -116,7 +116,7 @@ fn clusters(operations: &[Operation]) -> Result<BTreeMap<u64, Cluster>, Fault> {
 
 /// Judges a counter.
 pub(super) fn judge_counter(operations: &[Operation]) -> Result<(), Fault> {
-    // A read is what the next one to add would have been told, had it added nothing.
+    // A read returns what the next addition would have returned, had it added nothing.
     let mut told: Vec<(u64, bool, u64, u64)> = Vec::new();
     let mut open = Vec::new();
     for operation in operations {
@@ -129,7 +129,7 @@ pub(super) fn judge_counter(operations: &[Operation]) -> Result<(), Fault> {
     }
     told.sort_unstable();
     open.sort_unstable();
-    // From the last to the first: whoever comes later in the order cannot have been done before.
+    // From the last to the first: an operation later in the order cannot have ended earlier.
     let mut soonest = u64::MAX;
     let mut gaps = Vec::new();
     for (at, &(value, read, start, end)) in told.iter().enumerate().rev() {
@@ -145,8 +145,8 @@ pub(super) fn judge_counter(operations: &[Operation]) -> Result<(), Fault> {
         let top = if read { value } else { value.saturating_sub(1) };
         gaps.extend((known + 1..=top).rev().map(|gap| (gap, soonest)));
     }
-    // Each value that nobody was told belongs to somebody without an answer, who asked before the next was
-    // told. The one who asked first takes the first.
+    // Each value that no client was told belongs to an operation without an answer that was requested before
+    // the next value was returned. The earliest request takes the first.
     let mut open = open.into_iter();
     for (gap, until) in gaps.into_iter().rev() {
         if open.next().is_none_or(|start| until < start) {

@@ -1,9 +1,10 @@
-//! Torture: everything that hosts do to a VM, by a seed, for as long as wanted, while clients on shared keys
-//! check every answer and each host's cable is watched. `cargo xtask torture` runs it for minutes and hours.
+//! Torture: all kinds of faults of two hosts, drawn from a seed, for any length of time, while clients on
+//! shared keys check every answer and each host's cable is watched. `cargo xtask torture` runs it for minutes
+//! and hours.
 //!
-//! * [`play`]: the hosts, round after round; [`faults`]: what is done to them;
-//! * [`auditor`]: the clients; [`history`]: whether what they were told can be true;
-//! * [`sniffer`]: who sends; [`report`]: the table, the trace, the JSON file.
+//! * [`play`]: the hosts, round after round; [`faults`]: their faults;
+//! * [`auditor`]: the clients; [`history`]: whether their answers can be true;
+//! * [`sniffer`]: which host sends; [`report`]: the table, the trace, the JSON file.
 
 mod auditor;
 mod faults;
@@ -18,7 +19,7 @@ use crate::support::Dice;
 use play::Play;
 use report::Report;
 
-/// Without a wish.
+/// The default.
 const SECONDS: u64 = 20;
 
 #[test]

@@ -1,5 +1,5 @@
-//! Two hosts, round after round: something is done to them, then it is watched who has the VM, and what is
-//! missing is started again.
+//! Two hosts, round after round: a fault strikes, then the play checks which host has the VM and starts what
+//! is missing.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -20,32 +20,32 @@ use super::report::Report;
 use super::sniffer::{MAC, Owned, Sniffer, strangers};
 use crate::support::{Dice, Log, MEMORY, PATIENCE, Process, Readers, Side, Small, World, fill};
 
-/// An image that nobody writes: its sidecar and journal are what matters.
+/// An image that nobody writes: the test is about its sidecar and journal.
 const IMAGE: u64 = 4 << 20;
 /// Room for image, sidecar and a journal of 64 MiB.
 const ROOM_MIB: u64 = 76;
-/// Above it a host fault after a takeover is the host's again, as the program says (10 s).
+/// After this time a host fault after a takeover is the host's again, as in the program (10 s).
 const HOST_FAULT_AGAIN: Duration = Duration::from_secs(11);
-/// A standby that has the VM of a dead primary goes on within this time by far.
+/// A standby that takes over from a dead primary continues well within this time.
 const GONE: Duration = Duration::from_secs(3);
-/// Shorter rests would only be a busy loop of a host that cannot start.
+/// With shorter rests, a host that cannot start would only make a busy loop.
 const START_AGAIN: Duration = Duration::from_millis(300);
-/// The hosts' events are read so often.
+/// How often the hosts' events are read.
 const LISTEN: Duration = Duration::from_millis(20);
-/// A round's silence after its fault, so that whoever waits for the other has found it dead.
+/// A quiet time after each fault, so that a side that waits for the other has found it dead.
 const AFTER: Duration = Duration::from_millis(900);
 
-/// A process, and how it is heard.
+/// A process and its readers.
 struct Actor {
     process: Process,
     /// Was started to run the VM.
     first: bool,
     voice: Option<&'static str>,
-    /// What nobody reads.
+    /// The pipes that nobody reads.
     _unread: Option<OwnedFd>,
 }
 
-/// What became of the VM in a round.
+/// What happened to the VM in a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     GoesOn,
@@ -69,7 +69,7 @@ pub(super) struct Play {
 }
 
 impl Play {
-    /// A new VM in a new world, protected, with clients. `None` where no VM can run.
+    /// A new VM in a new world, protected, with clients. `None` if no VM can run.
     pub(super) fn new(dice: Dice, report: Report) -> Option<Play> {
         let mut world = World::new()?;
         let disks = Side::BOTH.map(|side| {
@@ -150,7 +150,7 @@ impl Play {
         outcome
     }
 
-    /// Waits until one host has the VM and serves it, and the other protects it.
+    /// Waits until one host has the VM and serves it, and the other one protects it.
     fn settle(&mut self, kind: Kind, protected: bool) -> Outcome {
         self.wait(AFTER);
         let before = self.auditor.as_ref().expect("clients").answers();
@@ -188,7 +188,7 @@ impl Play {
         }
     }
 
-    /// Buries who has ended, notes who has won, and says which host has the VM.
+    /// Reaps ended processes, records the winners, and says which host has the VM.
     fn look(&mut self) -> Option<Side> {
         let mut owners = Vec::new();
         for side in Side::BOTH {
@@ -210,7 +210,7 @@ impl Play {
         owners.into_iter().max_by_key(|owner| owner.0).map(|owner| owner.1)
     }
 
-    /// Takes note of every generation that a host has won.
+    /// Records every generation that a host has won.
     fn note_owner(&mut self, side: Side) {
         let Some(actor) = &mut self.actors[side as usize] else { return };
         let first = actor.first;
@@ -246,7 +246,7 @@ impl Play {
     fn bury(&mut self, side: Side) {
         let slot = &mut self.actors[side as usize];
         let Some(status) = slot.as_mut().and_then(|actor| actor.process.status()) else { return };
-        // It has said everything now.
+        // By now it has said everything.
         self.note_owner(side);
         self.actors[side as usize] = None;
         self.tell(format!("{side:?} ended: {status}"));
@@ -254,7 +254,7 @@ impl Play {
         assert!(decent, "the process of {side:?} broke down: {status}, signal {:?}", status.signal());
     }
 
-    /// What was sent by whom.
+    /// Which host sent what.
     fn watch(&mut self, kind: Kind) {
         self.look();
         for side in Side::BOTH {
@@ -270,7 +270,7 @@ impl Play {
         }
     }
 
-    /// Judges what the clients were told.
+    /// Judges the clients' answers.
     fn judge(&mut self) {
         let auditor = self.auditor.as_mut().expect("clients");
         let judged = auditor.judge(&self.world);
@@ -326,7 +326,7 @@ impl Play {
         self.report.tell(what);
     }
 
-    /// Lets time pass, and hears what the hosts say meanwhile.
+    /// Lets time pass, and reads the hosts' events meanwhile.
     pub(super) fn wait(&mut self, time: Duration) {
         let until = Instant::now() + time;
         while let Some(left) = until.checked_duration_since(Instant::now()) {
@@ -352,7 +352,7 @@ impl Play {
         }
     }
 
-    /// SIGKILL. What it has said is noted first, and what it says in its last moment as well.
+    /// SIGKILL. Its earlier events are recorded first, and those of its last moment as well.
     pub(super) fn kill(&mut self, side: Side) {
         self.signal(side, Signal::SIGKILL);
         if let Some(mut actor) = self.actors[side as usize].take() {
@@ -363,7 +363,7 @@ impl Play {
         }
     }
 
-    /// Nobody reads anybody's events, or they are read again.
+    /// Stops reading everybody's events, or reads them again.
     pub(super) fn deafen(&mut self, deaf: bool) {
         self.actors.iter_mut().flatten().for_each(|actor| actor.process.deafen(deaf));
     }
@@ -405,7 +405,7 @@ impl Play {
         }
     }
 
-    /// Its owner goes on alone meanwhile.
+    /// Meanwhile its owner goes on alone.
     fn start_after_its_end(&mut self, side: Side) {
         let owner = self.owner;
         let deadline = Instant::now() + PATIENCE;
@@ -417,12 +417,13 @@ impl Play {
         self.start(side, false);
     }
 
-    /// Starts the process of a host: `run` for a new VM, a standby else. How it is heard is drawn.
+    /// Starts the process of a host: `run` for a new VM, otherwise a standby. Its readers are drawn at
+    /// random.
     fn start(&mut self, side: Side, first: bool) {
         self.number += 1;
         let fifo = self.world.dir().join(format!("events-{}", self.number));
         mkfifo(&fifo, Mode::from_bits_truncate(0o600)).unwrap();
-        // For both directions, so that nobody waits for the other end.
+        // Opened in both directions, so that no side waits for the other.
         let events = OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
         fcntl(&events, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
         let mut readers = Readers { events: Some(fifo), ..Readers::default() };

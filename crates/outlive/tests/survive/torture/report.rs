@@ -1,4 +1,4 @@
-//! What was done to the hosts and what became of the VM, kind by kind; and the trace of a run.
+//! The faults of the hosts and what became of the VM, by kind of fault; and the trace of a run.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -11,13 +11,13 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Count {
     pub(super) injected: u64,
-    /// All clients were served again, and what they had been told was true.
+    /// All clients were served again, and their answers were true.
     pub(super) survived: u64,
-    /// The VM, or something acknowledged, is gone.
+    /// The VM, or an acknowledged write, is gone.
     pub(super) lost: u64,
-    /// Two hosts, or a command that was carried out twice.
+    /// Two hosts ran the VM, or a command was carried out twice.
     pub(super) doubled: u64,
-    /// The VM was not protected at the time, and ended.
+    /// The VM was unprotected at the time, and ended.
     pub(super) unprotected: u64,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Report {
     pub(super) takeovers: u64,
     pub(super) operations: u64,
     pub(super) frames: u64,
-    /// Single frames of committed epochs that a stopped host had in its hand and sent when it went on.
+    /// Single frames of committed epochs that a stopped host was about to send and sent when it continued.
     pub(super) late_frames: u64,
     pub(super) longest_wait_ms: u64,
     pub(super) kinds: BTreeMap<&'static str, Count>,

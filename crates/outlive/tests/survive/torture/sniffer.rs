@@ -1,4 +1,4 @@
-//! Who sends with the VM's address: every frame that leaves a host, with the kernel's time.
+//! Which host sends with the VM's address: every frame that leaves a host, with the kernel's time.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -21,7 +21,7 @@ use crate::support::{Side, World};
 
 /// The VM's address on the wire.
 pub(super) const MAC: [u8; 6] = [0x02, 0x00, 0x0a, 0x4d, 0x00, 0x02];
-/// The port of each host's bridge that leads to the clients.
+/// The port of each host's bridge towards the clients.
 const PORT: &str = "up";
 /// `PACKET_OUTGOING`
 const OUTGOING: u8 = 4;
@@ -51,7 +51,7 @@ impl Sniffer {
                     .unwrap();
             bind(socket.as_raw_fd(), &port).unwrap();
             setsockopt(&socket, sockopt::ReceiveTimestampns, &true).unwrap();
-            // As much as it may have; what is lost of it all the same is not seen, which excuses nobody.
+            // As large as allowed. Frames that are lost even so are not seen, which proves nobody innocent.
             setsockopt(&socket, sockopt::RcvBuf, &(8 << 20)).unwrap();
             thread::spawn(move || listen(&theirs, &socket));
         });
@@ -63,7 +63,7 @@ impl Sniffer {
         std::mem::take(&mut self.shared.frames.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// How many there were in all.
+    /// How many frames there were in all.
     pub(super) fn seen(&self) -> u64 {
         self.shared.seen.load(Ordering::Relaxed)
     }
@@ -88,7 +88,7 @@ fn listen(shared: &Shared, socket: &OwnedFd) {
     }
 }
 
-/// The next frame, if there is one: when it left, or nothing if it did not come from the VM.
+/// The next frame, if there is one: when it left, or nothing if the VM did not send it.
 fn frame(socket: &OwnedFd) -> Option<Option<u64>> {
     let mut addresses = [0; 12];
     let mut space = cmsg_space!(TimeSpec);
@@ -107,14 +107,14 @@ fn frame(socket: &OwnedFd) -> Option<Option<u64>> {
     Some(time.map(monotonic))
 }
 
-/// The kernel's time is of the clock on the wall.
+/// The kernel's time is wall-clock time.
 fn monotonic(time: TimeSpec) -> u64 {
     let wall = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME).unwrap());
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
     (now - wall.saturating_sub(Duration::from(time))).as_micros() as u64
 }
 
-/// A change of the VM's host: when it had won a generation.
+/// A change of the VM's host: when the host had won a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Owned {
     pub(super) since: u64,
@@ -122,7 +122,7 @@ pub(super) struct Owned {
     pub(super) side: Side,
 }
 
-/// The times of frames that were sent by a host that did not have the VM.
+/// The times of frames from a host that did not have the VM.
 pub(super) fn strangers(owners: &[Owned], side: Side, frames: &[u64]) -> Vec<u64> {
     let has = |time: u64| {
         let last = owners.iter().filter(|owner| owner.since <= time).max_by_key(|owner| owner.generation);
