@@ -1,8 +1,9 @@
-//! `cargo xtask fuzz`: LLVM's libFuzzer over everything that a guest, a peer or a file gives the program. Works
-//! with a stable compiler: what measures coverage is asked for by plain compiler flags.
+//! `cargo xtask fuzz`: LLVM's libFuzzer over everything that a guest, a peer or a file gives the program.
+//! Works with a stable compiler: plain compiler flags turn the measuring of coverage on.
 //!
-//! The targets are in `fuzz/`, their bodies in the crates (`fuzz.rs`). What is known to be interesting is in
-//! `fuzz/corpus/TARGET`; what a run finds goes to `target/fuzz/corpus/TARGET`, and to the former with `--keep`.
+//! The targets are in `fuzz/`, their bodies in the crates (`fuzz.rs`). Inputs known to be interesting are in
+//! `fuzz/corpus/TARGET`; a run puts new ones into `target/fuzz/corpus/TARGET`, and into the former with
+//! `--keep`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,16 +24,16 @@ Examples:
 The first input that breaks a target ends the run with exit code 1; the file that holds it is named. The build
 takes some minutes the first time and needs a C++ compiler, which is fetched if it is missing.";
 
-/// As `fuzz/src/main.rs` has them.
+/// The same as in `fuzz/src/main.rs`.
 const TARGETS: [&str; 11] =
     ["wire", "message", "incoming", "state", "sidecar", "journal", "kernel", "console", "rng", "net", "blk"];
 
-/// Seconds of each target without a wish.
+/// Seconds for each target by default.
 const SECONDS: u64 = 10;
-/// An input that takes so long is a finding.
+/// An input that takes this long is a finding.
 const LONGEST_SECONDS: u64 = 20;
 
-/// Coverage as libFuzzer wants it, without which it is blind.
+/// Coverage in the form that libFuzzer needs; without it the fuzzer is blind.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
                      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
                      -Cllvm-args=-sanitizer-coverage-trace-compares";
@@ -48,7 +49,7 @@ pub(crate) struct FuzzOptions {
     /// Run this input once
     #[arg(long, value_name = "FILE", conflicts_with_all = ["minutes", "keep"], requires = "target")]
     input: Option<PathBuf>,
-    /// Add what was found to the corpora of the project
+    /// Add new inputs to the corpora of the project
     #[arg(long)]
     keep: bool,
 }
@@ -77,9 +78,9 @@ pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<(), St
 /// The built program and its folders.
 struct Fuzzer {
     program: PathBuf,
-    /// What belongs to the project.
+    /// The project's corpus.
     corpora: PathBuf,
-    /// What is only here.
+    /// The corpus of this checkout only.
     found: PathBuf,
 }
 
@@ -88,7 +89,7 @@ impl Fuzzer {
         let target = workspace.target.join("fuzz");
         let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
         let mut build = workspace.cargo(["build", "--release", "--manifest-path", "fuzz/Cargo.toml"]);
-        // With a target of its own the flags are not for build scripts, which have no libFuzzer.
+        // With a target triple given, the flags do not apply to build scripts, which have no libFuzzer.
         build.args(["--target", HOST]).arg("--target-dir").arg(&target);
         build.env("RUSTFLAGS", format!("{flags} {FLAGS}").trim_start());
         let began = Instant::now();
@@ -117,7 +118,7 @@ impl Fuzzer {
         command.args([format!("-max_total_time={seconds}"), format!("-timeout={LONGEST_SECONDS}")]);
         command.args(["-print_final_stats=1", "-close_fd_mask=1", "-verbosity=0", "-max_len=16384"]);
         command.arg(format!("-artifact_prefix={}/", artifacts.display()));
-        // What is new goes to the first.
+        // New inputs go to the first.
         command.arg(found).arg(known);
         step(&mut command).map_err(|_| {
             StepError::Failed(format!(
@@ -128,7 +129,7 @@ impl Fuzzer {
         })
     }
 
-    /// Adds to the project's corpus what reaches something that it does not reach.
+    /// Adds inputs to the project's corpus that reach code that it does not reach.
     fn keep(&self, target: &str) -> Result<(), StepError> {
         let mut merge = self.command(target);
         merge.args(["-set_cover_merge=1", "-close_fd_mask=1", "-verbosity=0"]);
@@ -137,7 +138,7 @@ impl Fuzzer {
     }
 }
 
-/// Where tests run, they run here.
+/// Targets run here, as tests do.
 const HOST: &str = "x86_64-unknown-linux-gnu";
 
 fn make(folder: &Path) -> Result<(), StepError> {

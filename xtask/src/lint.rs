@@ -1,10 +1,10 @@
-//! Format, clippy, documentation, and what dependencies may be.
+//! Format, clippy, documentation, and rules for dependencies.
 
 use std::process::{Command, Stdio};
 
 use crate::run::{StepError, Workspace, step};
 
-/// The payload is no member of the workspace, so cargo does not come to it by itself.
+/// The payload is not a member of the workspace, so cargo does not check it with the rest.
 const PAYLOAD: &str = "guest/payload/Cargo.toml";
 
 /// Each feature of outlive-dirty by itself, none, and all: other VMMs take some of them. `self-test` brings
@@ -21,7 +21,7 @@ const DIRTY_FEATURES: [&str; 9] = [
     "vm-memory,self-test,tracing,log,uffd,planted-bug",
 ];
 
-/// Checks everything that needs no tests. All checks run, so that one run shows all there is to repair.
+/// Runs all checks that need no tests. All of them run, so that one run shows everything to repair.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), StepError> {
     let failed: Vec<String> = checks(workspace)
         .iter_mut()

@@ -70,7 +70,7 @@ enum Command {
     /// Measure, print a table, and draw plots in docs/bench
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchOptions),
-    /// Real hosts in network namespaces, killed, stopped, cut off and starved, and every answer checked
+    /// Torture real hosts in network namespaces: kill, stop, cut off and starve them, and check every answer
     #[command(after_help = torture::EXAMPLES)]
     Torture(torture::TortureOptions),
     /// Fuzz the parsers, loaders and devices, guided by coverage
@@ -79,7 +79,7 @@ enum Command {
     /// Simulate the protocol of two hosts with new seeds
     #[command(after_help = sim::EXAMPLES)]
     Sim(sim::SimOptions),
-    /// Change the decision code of the protocol in many small ways, and see whether its tests notice
+    /// Change the decision code of the protocol in many small ways, and list the changes that no test notices
     #[command(after_help = mutants::EXAMPLES)]
     Mutants(mutants::MutantsOptions),
     /// Test on hosts with other kernels, in QEMU's software emulation

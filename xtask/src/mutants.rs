@@ -1,8 +1,8 @@
-//! `cargo xtask mutants`: the decision code of `pair` with one small change after the other. Tests that still pass
-//! have not seen the change: either it changes nothing, or a test is missing.
+//! `cargo xtask mutants`: makes one small change after another to the decision code of `pair`. If the tests
+//! still pass, they have not noticed the change: either it changes nothing, or a test is missing.
 //!
-//! It works on a copy of the sources in `target/mutants`, a line at a time: comparisons, junctions, sums, negations
-//! and truths are turned round, single statements are left out.
+//! It works on a copy of the sources in `target/mutants`, a line at a time: it inverts comparisons, logical
+//! operators, sums, negations and truth values, and leaves out single statements.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -25,7 +25,7 @@ Examples:
 
 What nobody noticed is listed at the end (docs/proofs.md has the reasons for those that change nothing).";
 
-/// Where decisions are made.
+/// The files with the decisions.
 const FILES: [&str; 11] = [
     "claim.rs",
     "primary.rs",
@@ -41,7 +41,7 @@ const FILES: [&str; 11] = [
 ];
 const SOURCES: &str = "crates/pair/src";
 
-/// What is written in the place of what. rustfmt puts blanks around operators, so types are left alone.
+/// Replacements. rustfmt puts blanks around operators, so types are left alone.
 const CHANGES: [(&str, &[&str]); 15] = [
     (" == ", &[" != "]),
     (" != ", &[" == "]),
@@ -62,16 +62,16 @@ const CHANGES: [(&str, &[&str]); 15] = [
 
 #[derive(clap::Args)]
 pub(crate) struct MutantsOptions {
-    /// Only those of files whose name ends like this
+    /// Only changes in files whose name ends like this
     #[arg(long, value_name = "NAME")]
     file: Option<String>,
-    /// Only so many, drawn at random
+    /// Only this many, drawn at random
     #[arg(long, value_name = "N")]
     sample: Option<usize>,
-    /// Draws the same ones again
+    /// Draws the same changes again
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
-    /// Only lists them
+    /// Only lists the changes
     #[arg(long)]
     list: bool,
 }
@@ -85,11 +85,11 @@ struct Mutant {
     text: String,
 }
 
-/// What the tests said to one.
+/// The tests' verdict on one change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Noticed,
-    /// It does not compile.
+    /// The change does not compile.
     Nothing,
     Unnoticed,
 }
@@ -119,7 +119,7 @@ pub(crate) fn run(workspace: &Workspace, options: &MutantsOptions) -> Result<(),
             "the tests of outlive-pair fail without any change; mend them first".into(),
         ));
     }
-    // Building is part of it, and the next builds are shorter.
+    // The time includes building, and the next builds are shorter.
     let limit = began.elapsed() * 2 + Duration::from_secs(60);
     let (mut noticed, mut nothing, mut unnoticed) = (0, 0, Vec::new());
     for (number, mutant) in mutants.iter().enumerate() {
@@ -170,7 +170,7 @@ fn changes(file: &'static str, text: &str) -> Vec<Mutant> {
                 }
             }
         }
-        // A plant of the simulator is no decision.
+        // A planted mistake of the simulator is not a decision.
         if is_statement(trimmed) && !trimmed.contains("planted") {
             mutants.push(Mutant { file, line, text: String::new() });
         }
@@ -178,7 +178,7 @@ fn changes(file: &'static str, text: &str) -> Vec<Mutant> {
     mutants
 }
 
-/// A call or an assignment that is a line of its own.
+/// A call or an assignment on a line of its own.
 fn is_statement(code: &str) -> bool {
     let first = code.split(['(', ' ', '.', '[']).next().unwrap_or_default();
     let keywords =
@@ -189,7 +189,7 @@ fn is_statement(code: &str) -> bool {
     code.ends_with(';') && is_name && !keywords.contains(&first) && opens('(', ')') && opens('{', '}')
 }
 
-/// Keeps so many (splitmix64).
+/// Keeps this many (splitmix64).
 fn draw(mutants: &mut Vec<Mutant>, count: usize, seed: u64) {
     let mut state = seed;
     let mut below = |end: usize| {
@@ -205,7 +205,7 @@ fn draw(mutants: &mut Vec<Mutant>, count: usize, seed: u64) {
     }
 }
 
-/// The copy in which changes are made.
+/// The copy of the sources, in which changes are made.
 struct Nursery {
     sources: PathBuf,
     root: PathBuf,
@@ -257,7 +257,7 @@ impl Nursery {
         Ok(if self.cargo(&[], limit)? { Verdict::Unnoticed } else { Verdict::Noticed })
     }
 
-    /// Runs the tests. One that does not come to its end in time has noticed something, too.
+    /// Runs the tests. If they do not finish in time, they have noticed something, too.
     fn cargo(&self, more: &[&str], limit: Duration) -> Result<bool, StepError> {
         let mut command = Command::new(&self.cargo);
         command.args(["test", "--quiet", "--package", "outlive-pair", "--lib", "--tests"]).args(more);

@@ -1,5 +1,5 @@
-//! Debian packages that tests use: clients of the VM, and what emulates hosts. They are not needed to build
-//! or run Outlive.
+//! Debian packages that tests use: clients of the VM, and programs that emulate hosts. Building and running
+//! Outlive does not need them.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,7 +12,7 @@ use crate::run::{StepError, Workspace, output, step};
 
 pub(crate) struct Package {
     name: &'static str,
-    /// It is there if all these are.
+    /// It is present if all of these are.
     programs: &'static [&'static str],
     used_for: &'static str,
 }
@@ -31,7 +31,7 @@ pub(crate) const QEMU: Package = Package {
 
 pub(crate) const VIRTIOFSD: Package = Package {
     name: "virtiofsd",
-    // It is in no directory of programs; who needs it looks for it.
+    // It is in no directory of the PATH; its users search for it.
     programs: &["virtiofsd"],
     used_for: "a directory that nested hosts share",
 };
@@ -78,13 +78,13 @@ fn in_front(mut directories: Vec<PathBuf>, variable: &str) -> OsString {
 
 /// Makes sure that the clients are there, and returns the environment in which they are found.
 ///
-/// A package that cannot be fetched is no error: it says how to get it, and the tests that need it say that
-/// they are skipped.
+/// A package that cannot be fetched is no error: this prints how to get it, and the tests that need it say
+/// that they are skipped.
 pub(crate) fn prepare(workspace: &Workspace, fetch: bool) -> Vec<(&'static str, OsString)> {
     provide(workspace, &NEEDED, fetch)
 }
 
-/// The same for some packages.
+/// The same for certain packages.
 pub(crate) fn provide(
     workspace: &Workspace,
     packages: &[Package],
@@ -111,7 +111,7 @@ pub(crate) fn provide(
     unpacked.environment()
 }
 
-/// Where packages are unpacked that could not be installed.
+/// The directory of packages that could not be installed and were unpacked.
 pub(crate) fn unpacked(workspace: &Workspace) -> PathBuf {
     Unpacked::of(workspace).root
 }
@@ -151,7 +151,7 @@ fn install(names: &[&str]) -> Result<(), StepError> {
     })
 }
 
-/// Without root: downloads the packages with what they depend on and unpacks them below the target directory.
+/// Without root: downloads the packages with their dependencies and unpacks them below the target directory.
 fn unpack(names: &[&str], unpacked: &Unpacked) -> Result<(), StepError> {
     make_directory(&unpacked.root)?;
     let mut simulate = vec!["--simulate", "install", "--no-install-recommends"];

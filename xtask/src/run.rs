@@ -1,4 +1,4 @@
-//! Running the programs that do the work.
+//! Runs the programs that do the work.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
@@ -8,8 +8,8 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-/// After this silence it is looked whether the command has ended; if it has, and this passes again, its
-/// output is taken to be complete.
+/// After this silence, checks whether the command has ended; if it has, and the same time passes again, its
+/// output counts as complete.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a command of xtask failed.
@@ -23,7 +23,7 @@ pub(crate) enum StepError {
         /// Why.
         source: io::Error,
     },
-    /// A program ran and failed; it has said why.
+    /// A program ran and failed; its own output says why.
     #[error("{0} failed")]
     Failed(String),
     /// A file or directory could not be used.
@@ -39,7 +39,7 @@ pub(crate) enum StepError {
     Checks {
         /// How many.
         count: usize,
-        /// Which, one a line.
+        /// Which checks, one a line.
         failed: String,
     },
     /// Tests failed; the summary has been printed.
@@ -51,13 +51,13 @@ pub(crate) enum StepError {
 }
 
 impl StepError {
-    /// 2 for what the caller can change, 1 for what went wrong.
+    /// 2 for something that the caller can change, 1 for a failure.
     pub(crate) fn exit_code(&self) -> u8 {
         if matches!(self, StepError::Unusable(_)) { 2 } else { 1 }
     }
 }
 
-/// Where the sources and the build results are.
+/// Paths of the sources and the build results.
 pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     pub(crate) target: PathBuf,
@@ -65,7 +65,7 @@ pub(crate) struct Workspace {
 
 impl Workspace {
     pub(crate) fn find() -> Workspace {
-        // Where xtask was compiled is where it is used: cargo compiles it again in a checkout that was moved.
+        // xtask is used where it was compiled: cargo compiles it again in a checkout that was moved.
         let root =
             Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace").to_path_buf();
         let target = match std::env::var_os("CARGO_TARGET_DIR") {
@@ -101,16 +101,16 @@ pub(crate) fn step(command: &mut Command) -> Result<(), StepError> {
     if status.success() { Ok(()) } else { Err(StepError::Failed(describe(command))) }
 }
 
-/// Runs a command and gives every line of its output to `line`, after printing it.
+/// Runs a command and passes every line of its output to `line`, after printing it.
 ///
-/// Standard output and standard error come through one pipe, so that what cargo says of a test program stands
-/// before what the program says.
+/// Standard output and standard error come through one pipe, so that cargo's line about a test program
+/// precedes the program's output.
 pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
     eprintln!("==> {}", describe(command));
     let (output, input) = io::pipe().map_err(|source| start_error(command, source))?;
     let errors = input.try_clone().map_err(|source| start_error(command, source))?;
     let started = command.stdin(Stdio::null()).stdout(input).stderr(errors).spawn();
-    // Our ends of the pipe are in the command; without them the reader would never see the end.
+    // The command holds our ends of the pipe; without dropping them the reader would never see the end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = started.map_err(|source| start_error(command, source))?;
     let (sender, received) = channel();
@@ -137,7 +137,7 @@ pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result
     child.wait().map_err(|source| start_error(command, source))
 }
 
-/// Lines are bytes until here, because tests may print anything.
+/// Lines are bytes up to this point, because tests may print anything.
 pub(crate) fn send_lines(output: impl Read, sender: &Sender<String>) {
     let mut output = BufReader::new(output);
     let mut bytes = Vec::new();

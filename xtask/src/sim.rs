@@ -1,5 +1,5 @@
-//! `cargo xtask sim`: the simulator of the two hosts' protocol with new seeds on every run. The simulator is in
-//! `crates/pair/src/sim`, among that crate's tests; this chooses the seeds.
+//! `cargo xtask sim`: the simulator of the two hosts' protocol with new seeds on every run. The simulator is
+//! in `crates/pair/src/sim`, among that crate's tests; this command chooses the seeds.
 
 use crate::run::{StepError, Workspace, step};
 use crate::torture::{minutes, seconds};
@@ -21,7 +21,7 @@ pub(crate) struct SimOptions {
     /// How many new seeds
     #[arg(long, value_name = "N", conflicts_with = "seed", value_parser = clap::value_parser!(u64).range(1..))]
     seeds: Option<u64>,
-    /// This seed alone, with a trace
+    /// Only this seed, with a trace
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! What the tests said, taken from the output of `cargo test -- --show-output`.
+//! The results of the tests, from the output of `cargo test -- --show-output`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,13 +11,13 @@ pub(crate) struct Summary {
     /// Test and reason.
     skipped: BTreeMap<String, String>,
     ignored: usize,
-    /// What the summary adds to failures that have no test's name.
+    /// Additions of the summary to failures without a test's name.
     broken: Vec<String>,
-    /// The test program that is running, for names that are unique over the programs.
+    /// The running test program, so that names are unique over all programs.
     program: String,
     /// The next line may be the name of a failed test.
     listing: bool,
-    /// The test whose output is being read.
+    /// The test whose output follows.
     test: Option<String>,
 }
 
@@ -39,7 +39,7 @@ impl Summary {
             self.test = None;
         } else if line == "successes:" || line == "failures:" {
             self.test = None;
-            // The harness writes it twice, once before the output and once before the names.
+            // The harness prints it twice, once before the output and once before the names.
             self.listing = line == "failures:";
         } else if let Some(name) = line.strip_prefix("    ").filter(|_| listed) {
             self.failed.push(self.full_name(name));
@@ -47,7 +47,7 @@ impl Summary {
         }
     }
 
-    /// The lines that follow are of this test program, which cargo has not started.
+    /// The following lines belong to this test program, which cargo has not started.
     pub(crate) fn start_program(&mut self, name: &str) {
         self.program = name.to_string();
         self.test = None;
@@ -55,12 +55,12 @@ impl Summary {
 
     /// Passed, failed and skipped tests.
     pub(crate) fn counts(&self) -> [usize; 3] {
-        // A skipped test has passed for the harness.
+        // For the harness, a skipped test has passed.
         let passed = self.passed.saturating_sub(self.skipped.len());
         [passed, self.failed.len() + self.broken.len(), self.skipped.len() + self.ignored]
     }
 
-    /// Notes that a test program or cargo itself ended badly although no test failed by name.
+    /// Records that a test program or cargo itself failed although no test failed by name.
     pub(crate) fn ended_badly(&mut self, what: &str) {
         self.broken.push(what.to_string());
     }

@@ -16,14 +16,14 @@ pub(crate) struct TestOptions {
     /// Do not fetch missing Debian packages; tests that need them are skipped
     #[arg(long)]
     no_fetch: bool,
-    /// Of emulated hosts, try everything: dirty tracking and all proofs (an hour; see `cargo xtask nested`).
-    /// Without this, two proofs
+    /// Try everything on emulated hosts: dirty tracking and all proofs (an hour; see `cargo xtask nested`).
+    /// Without this, only two proofs
     #[arg(long)]
     nested: bool,
-    /// Leave emulated hosts out (some 8 minutes less the first time, 4 later)
+    /// Leave emulated hosts out (saves about 8 minutes the first time, 4 later)
     #[arg(long, conflicts_with = "nested")]
     no_nested: bool,
-    /// Fuzz each target for ten seconds as well (some 4 minutes, the build of the targets included)
+    /// Also fuzz each target for ten seconds (about 4 minutes, including the build of the targets)
     #[arg(long)]
     fuzz: bool,
 }
@@ -39,7 +39,7 @@ pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), St
     if !options.no_nested {
         nested::prepare(workspace, !options.no_fetch);
     }
-    // First only the build: an error in it is not a test that failed.
+    // First only the build: a build error is not a failed test.
     step(&mut workspace.cargo(["test", "--release", "--workspace", "--no-run"]))?;
     let mut commands = vec![workspace.cargo(["test", "--release", "--workspace"])];
     commands.extend(models::commands(workspace)?);
@@ -67,7 +67,7 @@ fn test(
     options: &TestOptions,
     summary: &mut Summary,
 ) -> Result<(), StepError> {
-    // All programs run even if one fails; what passed tests print is shown, see the crate's documentation.
+    // All programs run even if one fails; the output of passed tests is shown, see the crate's documentation.
     command.arg("--no-fail-fast").envs(environment.iter().cloned()).arg("--").arg("--show-output");
     command.args(&options.filter);
     let before = summary.failures();

@@ -1,5 +1,5 @@
-//! `cargo xtask torture`: two hosts, real processes, and everything that hosts do to a VM, for minutes or hours.
-//! The play itself is a test of the program (`crates/outlive/tests/survive/torture`); this gives it its time.
+//! `cargo xtask torture`: two hosts, real processes, and all kinds of faults, for minutes or hours. The play
+//! itself is a test of the program (`crates/outlive/tests/survive/torture`); this command sets its duration.
 
 use std::path::PathBuf;
 
@@ -22,15 +22,15 @@ pub(crate) struct TortureOptions {
     /// How long
     #[arg(long, value_name = "M", default_value_t = 3.0, value_parser = minutes)]
     minutes: f64,
-    /// Seed of all choices; a new one is taken and printed if it is missing
+    /// Seed for all choices; without it a new one is drawn and printed
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
-    /// Write the table to this file as well, as one JSON object
+    /// Also write the table to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Minutes as people write them: more than none, and not more than a month.
+/// Minutes as people write them: more than none, and at most a month.
 pub(crate) fn minutes(text: &str) -> Result<f64, String> {
     let minutes = text.parse::<f64>().ok().filter(|it| (0.01..=43_200.0).contains(it));
     minutes.ok_or_else(|| format!("'{text}' is no time; give minutes, for example 3 or 0.5"))
@@ -46,7 +46,7 @@ pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(),
         command.env("OUTLIVE_SEED", seed.to_string());
     }
     if let Some(json) = &options.json {
-        // The test runs in the folder of its crate.
+        // The test runs in the directory of its crate.
         let path =
             std::path::absolute(json).map_err(|source| StepError::File { path: json.clone(), source })?;
         command.env("OUTLIVE_TORTURE_JSON", path);

@@ -116,7 +116,7 @@ mod tests {
         rows::parse(&text.join("\n")).unwrap()
     }
 
-    /// That tags are closed in order and text has no bare `<` or `&`, which is what a browser stumbles over.
+    /// Checks that tags are closed in order and that text has no bare `<` or `&`, which browsers reject.
     fn assert_is_xml(text: &str) {
         let mut open: Vec<&str> = Vec::new();
         let mut rest = text;

@@ -46,14 +46,14 @@ A row of FILE:
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Bench {
-    /// Dirty tracking: harvest and rearm, whole epochs, fetch, each beside the bitmap
+    /// Dirty tracking: harvest and rearm, whole epochs, fetch, each compared with the bitmap
     Dirty,
     /// Live migration of VMs of 1, 64 and 512 GiB with outlive-dirty and with bitmaps; in two minutes
     Migrate,
-    /// The speed of a guest under write loads, beside the same guest unprotected, and the bytes of its checkpoints
-    /// beside raw pages
+    /// The speed of a guest under write loads, compared with the same guest unprotected, and the bytes of its
+    /// checkpoints, compared with raw pages
     Guest,
-    /// Writing pages down for the standby: time beside a copy of them, bytes beside raw pages
+    /// Encoding of pages for the standby: time compared with a copy, bytes compared with raw pages
     Wire,
 }
 
@@ -89,9 +89,9 @@ impl Bench {
     }
 }
 
-/// Runs the bench, then writes what it found.
+/// Runs the bench, then writes its results.
 pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), StepError> {
-    // What cannot work is said before the minutes of measuring, not after them.
+    // Problems are reported before the minutes of measuring, not after them.
     if options.what.runs_vms() {
         kvm(Path::new("/dev/kvm"))?;
     }
@@ -121,7 +121,7 @@ fn kvm(device: &Path) -> Result<(), StepError> {
     })
 }
 
-/// Leaves a file that is there as it is.
+/// Leaves an existing file as it is.
 fn writable(file: &Path) -> Result<(), StepError> {
     let opened = File::options().write(true).create(true).truncate(false).open(file);
     opened.map(drop).map_err(|error| cannot_write(file, &error))
@@ -136,7 +136,7 @@ fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Comma
         return example(workspace, options, found);
     }
     let mut command = workspace.cargo(["bench", "--package", options.what.package(), "--bench"]);
-    // Absolute, as cargo runs a bench in the directory of its package.
+    // Absolute, because cargo runs a bench in the directory of its package.
     command.args([options.what.name(), "--", "--json"]).arg(found);
     if options.quick {
         command.arg("--quick");
@@ -144,7 +144,7 @@ fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Comma
     command
 }
 
-/// A bench that is an example for users, too.
+/// A bench that is also an example for users.
 fn example(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
     let mut command = workspace.cargo(["run", "--release", "--package", options.what.package(), "--example"]);
     let cases =

@@ -224,7 +224,7 @@ impl Display for Hex {
     }
 }
 
-/// As few digits as tell it.
+/// As few digits as needed.
 fn number(value: f64) -> String {
     match value {
         value if value >= 10.0 || value.fract().abs() < 1e-9 => format!("{value:.0}"),

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// A value beside that of its peer, both from the same rounds.
+/// A value and that of its peer, both from the same rounds.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Row {
     pub(crate) bench: String,
-    /// What makes it differ from other rows of the bench: words, numbers, yes and no.
+    /// Properties that distinguish it from other rows of the bench: words, numbers, yes and no.
     pub(crate) case: BTreeMap<String, Value>,
     pub(crate) value: f64,
     pub(crate) unit: String,
@@ -19,7 +19,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// How many times less than its peer it is.
+    /// How many times smaller it is than its peer.
     pub(crate) fn ratio(&self) -> f64 {
         self.peer_value / self.value
     }
@@ -33,7 +33,7 @@ impl Row {
     }
 }
 
-/// Why a text is not rows.
+/// Why a text does not consist of rows.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RowError {
     #[error("row {line} is not a row: {source}")]

@@ -1,4 +1,4 @@
-//! A program in the background of a host. What it says is in files of the share, which outlive the host.
+//! A program in the background of a host. Its output goes to files of the share, which outlive the host.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,42 +7,42 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How often files are looked at.
+/// How often files are checked.
 const STEP: Duration = Duration::from_millis(20);
-/// For what comes at once.
+/// For things that come at once.
 const SOON: Duration = Duration::from_secs(20);
 /// Lines of the log in an error.
 const TAIL: usize = 30;
 
-/// A program did not do what it should.
+/// A program did not do its task.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BackgroundError {
     /// It took too long.
     #[error("{name} on host {host}: no {what} in {} s; its log ends with\n{log}", limit.as_secs())]
     TimeOut {
-        /// Which.
+        /// Which program.
         name: String,
-        /// Where.
+        /// On which host.
         host: usize,
         /// What did not come.
         what: String,
         /// How long it may take.
         limit: Duration,
-        /// What it said.
+        /// Its output.
         log: String,
     },
-    /// It has ended before.
+    /// It ended before.
     #[error("{name} on host {host} ended with {status} before {what}; its log ends with\n{log}")]
     Ended {
-        /// Which.
+        /// Which program.
         name: String,
-        /// Where.
+        /// On which host.
         host: usize,
         /// What did not come.
         what: String,
         /// Its exit status.
         status: i32,
-        /// What it said.
+        /// Its output.
         log: String,
     },
 }
@@ -51,7 +51,7 @@ pub(crate) enum BackgroundError {
 pub(crate) struct Background {
     pub(crate) host: usize,
     pub(crate) name: String,
-    /// The files' name without their ends.
+    /// The files' name without their extensions.
     base: PathBuf,
 }
 
@@ -66,7 +66,7 @@ impl Background {
         String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
     }
 
-    /// All that it has said.
+    /// All its output.
     pub(crate) fn log(&self) -> String {
         self.read(".log")
     }
@@ -91,7 +91,7 @@ impl Background {
         self.wait("end", limit, || self.status())
     }
 
-    /// Waits until something is there.
+    /// Waits until something is found.
     pub(crate) fn wait<T>(
         &self,
         what: &str,
@@ -101,7 +101,7 @@ impl Background {
         let start = Instant::now();
         let (name, host, what) = (self.name.clone(), self.host, what.to_string());
         loop {
-            // In this order: what it did just before its end counts.
+            // In this order: its output just before its end counts.
             let status = self.status();
             if let Some(found) = look() {
                 return Ok(found);

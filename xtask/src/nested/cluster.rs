@@ -1,5 +1,5 @@
 //! Nested hosts that see each other: a network for checkpoints, a network for clients, a directory that all
-//! see, and a disk each. Their power is cut by killing QEMU; their cables are cut at the harness's end.
+//! see, and a disk each. Killing QEMU cuts their power; their cables are cut at the harness's end.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,7 +19,7 @@ use super::share::{Share, ShareError, ShareServer, TAG};
 use crate::packages;
 use crate::run::Workspace;
 
-/// What a host needs to run `outlive`: KVM, its guest's network, its disk and its share.
+/// Everything that a host needs to run `outlive`: KVM, its guest's network, its disk and its share.
 const MODULES: [&str; 10] = [
     "kvm_amd",
     "tun",
@@ -32,17 +32,17 @@ const MODULES: [&str; 10] = [
     "virtiofs",
     "af_packet",
 ];
-/// Where the share is in a host, and where its disk is.
+/// Paths of the share and of the disk in a host.
 pub(crate) const SHARE: &str = "/share";
 pub(crate) const DATA: &str = "/data";
-/// The arbiter's directory, as a host sees it.
+/// The arbiter's directory, as the hosts see it.
 pub(crate) const ARBITER: &str = "/share/arbiter";
-/// The bridge in a host that its guests are on.
+/// The bridge of the guests in a host.
 pub(crate) const BRIDGE: &str = "br0";
-/// A short command in a host.
+/// Time for a short command in a host.
 const SHORT: Duration = Duration::from_secs(60);
 
-/// Why hosts do not do what they should.
+/// Why hosts do not work.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClusterError {
     /// There is no network for them.
@@ -68,16 +68,16 @@ pub(crate) enum ClusterError {
     /// It has no power now.
     #[error("host {0} is off")]
     Off(usize),
-    /// A command in a host ended with another status than 0.
+    /// A command in a host ended with an exit status other than 0.
     #[error("host {host}: {command} ended with {status}:\n{output}")]
     Command {
         /// Which host.
         host: usize,
-        /// What it was to do.
+        /// The command.
         command: String,
         /// The exit status.
         status: i32,
-        /// What it said.
+        /// Its output.
         output: String,
     },
     /// A program in the background.
@@ -91,13 +91,13 @@ pub(crate) enum ClusterError {
         /// Why.
         source: io::Error,
     },
-    /// Nothing to emulate a machine with.
+    /// There is nothing to emulate a machine with.
     #[error(transparent)]
     Qemu(HostError),
 }
 
 impl ClusterError {
-    /// Whether packages could not be fetched, or not be unpacked in a directory of their own.
+    /// Whether packages could not be fetched, or not unpacked in a directory of their own.
     pub(crate) fn is_about_packages(&self) -> bool {
         matches!(
             self,
@@ -106,7 +106,7 @@ impl ClusterError {
         )
     }
 
-    /// Whether something is missing on this machine, and not broken.
+    /// Whether something is missing on this machine, rather than broken.
     pub(crate) fn is_missing(&self) -> bool {
         matches!(
             self,
@@ -119,7 +119,7 @@ impl ClusterError {
     }
 }
 
-/// What a cluster is made of.
+/// The parts of a cluster.
 pub(crate) struct Options {
     /// The kernel of each host.
     pub(crate) kernels: Vec<Series>,
@@ -135,11 +135,11 @@ pub(crate) struct Options {
     pub(crate) guests: bool,
     /// Whether each has a serial line with a shell for a person.
     pub(crate) shell: bool,
-    /// Whether what is missing is fetched and built.
+    /// Whether missing parts are fetched and built.
     pub(crate) fetch: bool,
 }
 
-/// Hosts that see each other. All ends when this is dropped, and when the thread that started it ends.
+/// Hosts that see each other. Everything ends when this is dropped, or when the thread that started it ends.
 pub(crate) struct Cluster {
     hosts: Vec<Place>,
     qemu: Qemu,
@@ -153,10 +153,10 @@ pub(crate) struct Cluster {
     _directory: RunDirectory,
 }
 
-/// Where a host is, whether it has power or not.
+/// A host's place, whether it has power or not.
 struct Place {
     directory: PathBuf,
-    /// Keeps the directory's short name: those of sockets may not be long.
+    /// Keeps the directory with the short name: paths of sockets must be short.
     short: File,
     host: Option<(Host, Share)>,
 }
@@ -221,7 +221,7 @@ impl Cluster {
     fn spawn_host(&self, host: usize) -> Result<(Host, Share), ClusterError> {
         let place = &self.hosts[host - 1];
         let socket = place.socket("fs");
-        // Left by the file server of the last time.
+        // Left over by the previous file server.
         let _ = fs::remove_file(&socket);
         let share = self.server.serve(&self.share, &socket, &place.directory.join("share.log"))?;
         let machine = Machine {
@@ -277,7 +277,7 @@ impl Cluster {
         devices
     }
 
-    /// What makes a host of a machine that has just started.
+    /// Turns a machine that has just started into a host.
     fn set_up(&self, host: usize) -> String {
         let (link, clients) = (Net::Link, Net::Clients);
         let prefix = Net::PREFIX;
@@ -293,7 +293,7 @@ impl Cluster {
             format!("ip link set {} up", clients.card()),
             format!("ip link set {BRIDGE} up"),
         ];
-        // Whichever host comes first makes it; to the others it is one already.
+        // The first host makes it an arbiter; for the others it is one already.
         if let Some((program, _)) = self.options.programs.iter().find(|(path, _)| path.ends_with("/outlive"))
         {
             lines.push(format!("{program} arbiter init file:{ARBITER}"));
@@ -331,7 +331,7 @@ impl Cluster {
         Ok((status.map_err(|source| ClusterError::Host { host, source })?, output))
     }
 
-    /// The same for a short command that must succeed. Returns its output.
+    /// Runs a short command that must succeed. Returns its output.
     pub(crate) fn command(&mut self, host: usize, command: &str) -> Result<String, ClusterError> {
         let (status, output) = self.run(host, command, SHORT)?;
         if status == 0 {
@@ -340,8 +340,8 @@ impl Cluster {
         Err(ClusterError::Command { host, command: command.to_string(), status, output })
     }
 
-    /// Starts a program with its arguments in a host and does not wait for it. What it says goes to the
-    /// share, so that it can be read after the host has lost its power.
+    /// Starts a program with its arguments in a host and does not wait for it. Its output goes to the share,
+    /// so that it can be read after the host has lost its power.
     pub(crate) fn spawn(
         &mut self,
         host: usize,
@@ -366,7 +366,7 @@ impl Cluster {
         self.command(program.host, &format!("kill -{signal} {pid}")).map(drop)
     }
 
-    /// Takes a host's power away, in the middle of whatever it does.
+    /// Cuts a host's power, in the middle of whatever it does.
     pub(crate) fn cut_power(&mut self, host: usize) -> Result<(), ClusterError> {
         self.hosts[host - 1].host.take().map(drop).ok_or(ClusterError::Off(host))
     }
@@ -376,12 +376,12 @@ impl Cluster {
         self.hosts[host - 1].host.is_some()
     }
 
-    /// Stops a host for a while, clocks and all.
+    /// Stops a host for a while, including its clocks.
     pub(crate) fn freeze(&mut self, host: usize) -> Result<(), ClusterError> {
         self.host(host)?.freeze().map_err(|source| ClusterError::Host { host, source })
     }
 
-    /// Lets it go on.
+    /// Lets it continue.
     pub(crate) fn thaw(&mut self, host: usize) -> Result<(), ClusterError> {
         self.host(host)?.thaw().map_err(|source| ClusterError::Host { host, source })
     }
@@ -391,7 +391,7 @@ impl Cluster {
         Ok(self.network.set_cable(host, net, false)?)
     }
 
-    /// Mends it.
+    /// Repairs it.
     pub(crate) fn restore_link(&self, host: usize, net: Net) -> Result<(), ClusterError> {
         Ok(self.network.set_cable(host, net, true)?)
     }
@@ -401,7 +401,7 @@ impl Cluster {
         &self.share
     }
 
-    /// A program of this machine on the clients' network.
+    /// Runs a program of this machine on the clients' network.
     pub(crate) fn client(&self, program: &str) -> Command {
         self.network.command(program)
     }
@@ -424,7 +424,7 @@ impl Cluster {
         command
     }
 
-    /// The disk of a host, to look at while it is off.
+    /// The disk of a host, to read while the host is off.
     pub(crate) fn disk(&self, host: usize) -> PathBuf {
         self.hosts[host - 1].directory.join("disk")
     }

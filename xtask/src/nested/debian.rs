@@ -1,5 +1,5 @@
 //! Debian packages of any release, fetched and unpacked below the target directory. The machine's own package
-//! lists, settings and installed packages stay as they are.
+//! lists, settings and installed packages do not change.
 
 use std::fs;
 use std::io;
@@ -11,17 +11,17 @@ use crate::run::{StepError, output, step};
 
 pub(crate) const MIRROR: &str = "http://deb.debian.org/debian";
 const SECURITY: &str = "http://deb.debian.org/debian-security";
-/// Where suites go when their time is over.
+/// The archive of suites that are no longer on the mirrors.
 const ARCHIVE: &str = "http://archive.debian.org/debian";
 const ARCHIVED_SECURITY: &str = "http://archive.debian.org/debian-security";
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Written last. The number grows when more is unpacked than before.
 const COMPLETE: &str = "complete-2";
 
-/// Why packages are not there.
+/// Why packages are missing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FetchError {
-    /// apt-get has no key to check Debian's packages with.
+    /// apt-get has no key to verify Debian's packages.
     #[error(
         "no {KEYRING} here, to check Debian's packages with; to get it: apt-get install debian-archive-keyring"
     )]
@@ -42,9 +42,9 @@ pub(crate) enum FetchError {
 /// A release of Debian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Suite {
-    /// Security updates and all.
+    /// With security updates.
     Stable(&'static str),
-    /// One that may be on the mirrors no more.
+    /// A suite that may no longer be on the mirrors.
     Old(&'static str),
     /// Without security updates of its own.
     Unstable,
@@ -83,7 +83,7 @@ impl Suite {
 pub(crate) struct Packages<'a> {
     pub(crate) suite: Suite,
     pub(crate) directory: &'a Path,
-    /// What apt-get is asked to plan for.
+    /// The packages that apt-get plans for.
     pub(crate) asked: &'a [&'a str],
     /// Beginnings of names: the packages of the plan that are unpacked.
     pub(crate) wanted: &'a [&'a str],
@@ -95,7 +95,7 @@ impl Packages<'_> {
         self.directory.join(COMPLETE).exists()
     }
 
-    /// Fetches them as a whole: what is half done stays beside it and is thrown away the next time.
+    /// Fetches them as a whole: an unfinished download stays beside it and is thrown away the next time.
     pub(crate) fn fetch(&self) -> Result<(), FetchError> {
         if !Path::new(KEYRING).exists() {
             return Err(FetchError::NoKeyring);
@@ -163,7 +163,7 @@ fn apt(new: &Path) -> Command {
         "APT::Sandbox::User=root",
         "Acquire::Languages=none",
         "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
-        // Archived suites are not signed any more.
+        // Archived suites are no longer signed.
         "Acquire::Check-Valid-Until=false",
     ];
     for setting in settings {
@@ -172,14 +172,14 @@ fn apt(new: &Path) -> Command {
     command
 }
 
-/// The path with something at the end of its name.
+/// The path with a suffix.
 pub(crate) fn beside(path: &Path, end: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(end);
     name.into()
 }
 
-/// Removes a directory with all that is in it, if it is there.
+/// Removes a directory with its contents, if it exists.
 pub(crate) fn remove(directory: &Path) -> Result<(), FetchError> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error(directory)(error)),

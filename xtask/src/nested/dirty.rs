@@ -30,11 +30,11 @@ The exit code is 1 if a test failed, a host did not come up, or a kernel did not
 wrong options, or if there is no QEMU and it cannot be fetched.";
 
 const PACKAGE: &str = "outlive-dirty";
-/// Says which back end a kernel gets.
+/// Prints which back end a kernel gets.
 const EXAMPLE: &str = "readme";
-/// Shows what kernels do wrong.
+/// Shows the faults of kernels.
 const FINDINGS: &str = "kernel_findings";
-/// Tests that ask the kernel something. The others are the same everywhere.
+/// Tests that depend on the kernel. The others are the same everywhere.
 const TESTS: [&str; 8] = [
     "audit::tests",
     "backend::tests",
@@ -51,10 +51,10 @@ pub(crate) struct DirtyOptions {
     /// The host's kernel; can be given several times [default: all]
     #[arg(long, value_enum, value_name = "SERIES")]
     kernel: Vec<Series>,
-    /// Epochs of a test at most: on a real host they are 2000
+    /// Most epochs of a test: on a real host there are 2000
     #[arg(long, value_name = "NUMBER", default_value_t = 100, value_parser = clap::value_parser!(u64).range(20..))]
     epochs: u64,
-    /// Processors of a host. With one, what several vCPUs do is interleaved and never at the same time
+    /// Processors of a host. With one, the steps of several vCPUs are interleaved and never at the same time
     #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     cpus: u32,
     /// Run only tests whose name contains this; can be given several times
@@ -66,7 +66,7 @@ pub(crate) struct DirtyOptions {
     /// Minutes for the tests of one host
     #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
-    /// Take only what has been fetched before
+    /// Use only what has been fetched before
     #[arg(long)]
     no_fetch: bool,
 }
@@ -105,7 +105,7 @@ fn expected(series: Series) -> &'static str {
     if series == Series::Bullseye { "clear-log" } else { "ring" }
 }
 
-/// What came out on a host.
+/// The result on a host.
 struct Row {
     series: Series,
     release: String,
@@ -126,7 +126,7 @@ impl fmt::Display for Row {
 const HEAD: &str =
     "kernel  release                         back end    passed  failed  skipped           time";
 
-/// Runs the tests on every kernel, prints what came out, and fails if something did.
+/// Runs the tests on every kernel, prints the results, and fails if a test failed.
 pub(crate) fn run(workspace: &Workspace, options: &DirtyOptions) -> Result<(), StepError> {
     let qemu = match Qemu::get(workspace, !options.no_fetch) {
         Ok(qemu) => qemu,
@@ -163,7 +163,7 @@ pub(crate) fn run(workspace: &Workspace, options: &DirtyOptions) -> Result<(), S
     if summaries.iter().all(Summary::is_good) { Ok(()) } else { Err(StepError::TestsFailed) }
 }
 
-/// The part that belongs to `cargo xtask test`: one kernel and few epochs, some two minutes.
+/// The part for `cargo xtask test`: one kernel and few epochs, about two minutes.
 pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary) -> Result<(), StepError> {
     let series = Series::Bookworm;
     let options = DirtyOptions {
@@ -175,7 +175,7 @@ pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary
         limit: 15,
         no_fetch: !fetch,
     };
-    // The same as the tests, so that it is built already.
+    // With the same options as the tests, so that it is already built.
     let built = built(&mut workspace.cargo(["test", "--release", "--workspace", "--no-run"]))?;
     let programs = programs(&built)?;
     summary.start_program(&format!("outlive-dirty on {}", series.name()));
@@ -196,7 +196,7 @@ pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary
     Ok(())
 }
 
-/// Why nothing came out on a host.
+/// Why a host has no result.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
     #[error(transparent)]
@@ -270,7 +270,7 @@ fn built(cargo: &mut Command) -> Result<String, StepError> {
     output(cargo).ok_or_else(|| StepError::Failed(describe(cargo)))
 }
 
-/// What the host runs, by its path there.
+/// The programs that the host runs, by their paths there.
 fn programs(messages: &str) -> Result<[(&'static str, PathBuf); 3], StepError> {
     let find = |name: &str| {
         executable(messages, name)

@@ -21,33 +21,33 @@ use crate::run::{Workspace, send_lines};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const INIT: &[u8] = include_bytes!("init");
-/// What init says when commands may come.
+/// Init prints this when it accepts commands.
 const UP: &str = "outlive host is up";
 /// It takes 5 s on two free cores.
 const BOOT: Duration = Duration::from_secs(180);
 const POWER_OFF: Duration = Duration::from_secs(20);
 /// Lines of the console in an error.
 const TAIL: usize = 30;
-/// With nested paging, and without XSAVE and what needs it: QEMU 7.2 does not tell the host when a guest sets
-/// XCR0, so that a guest's kernel finds sizes that do not match (6.1 warns, 7.2 dies of it) and loses what it
-/// has set.
+/// With nested paging, and without XSAVE and features that need it: QEMU 7.2 does not tell the host when a
+/// guest sets XCR0. So a guest's kernel finds sizes that do not match (6.1 warns, 7.2 dies of it) and loses
+/// its setting.
 const PROCESSOR: &str = "max,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma";
-/// All processors in one thread. With a thread each, one that translates guest code while another patches it
-/// (static keys: KVM has some) runs on with what is half patched, and the kernel stops with "Oops: int3":
-/// 6.12 and 7.2 on QEMU 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
+/// All processors in one thread. With a thread each, a thread that translates guest code while another one
+/// patches it (static keys: KVM has some) continues with half-patched code, and the kernel stops with "Oops:
+/// int3": 6.12 and 7.2 on QEMU 7.2 within seconds, 7.2 on QEMU 10.0 after 33 s.
 const EMULATION: &str = "tcg,thread=single";
 
-/// With panic=-1 a panic is a reboot at once, which ends QEMU. The others are for a machine that has no time
-/// for the host: without the first its kernel stops when it counts too few timer interrupts at start, without
-/// the second it finds its clock unreliable, and KVM then has no good clock for guests.
+/// With panic=-1 a panic reboots at once, which ends QEMU. The others are for a machine that is too busy for
+/// the host: without the first its kernel stops when it counts too few timer interrupts at start; without the
+/// second it takes its clock for unreliable, and then KVM has no good clock for guests.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet no_timer_check tsc=reliable";
-/// For the answer of a host that gave none.
+/// Time for an answer of a host that gave none.
 const PROBE: Duration = Duration::from_secs(5);
 
-/// Why a host does not do what it should.
+/// Why a host does not work.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HostError {
-    /// Nothing to emulate a machine with.
+    /// There is nothing to emulate a machine with.
     #[error("no {PROGRAM} here; to get it: apt-get install qemu-system-x86")]
     NoQemu,
     /// Something could not be started.
@@ -66,12 +66,12 @@ pub(crate) enum HostError {
         /// Why.
         source: io::Error,
     },
-    /// The host has stopped by itself: a panic of its kernel, or an error of QEMU.
+    /// The host stopped by itself: a panic of its kernel, or an error of QEMU.
     #[error("the host stopped in {during}; its console ended with\n{console}")]
     Stopped {
-        /// What it was doing.
+        /// Its last task.
         during: String,
-        /// What stands on its console.
+        /// The end of its console output.
         console: String,
     },
     /// It took too long.
@@ -83,7 +83,7 @@ pub(crate) enum HostError {
         limit: Duration,
         /// Whether the host still does anything.
         state: String,
-        /// What stands on its console.
+        /// The end of its console output.
         console: String,
     },
     /// Its kernel's modules could not be put into the initramfs.
@@ -100,12 +100,12 @@ pub(crate) enum HostError {
 pub(crate) struct Qemu {
     program: PathBuf,
     environment: Vec<(&'static str, OsString)>,
-    /// Where it has its firmware, if not where it was built for.
+    /// Its directory of firmware, if that is not where QEMU was built for.
     data: Vec<PathBuf>,
 }
 
 impl Qemu {
-    /// Finds it, and fetches it first if it is not there.
+    /// Finds it, and fetches it first if it is missing.
     pub(crate) fn get(workspace: &Workspace, fetch: bool) -> Result<Qemu, HostError> {
         let environment = packages::provide(workspace, &[packages::QEMU], fetch);
         let program = packages::find(workspace, PROGRAM).ok_or(HostError::NoQemu)?;
@@ -119,7 +119,7 @@ impl Qemu {
     }
 }
 
-/// What a host is made of.
+/// The parts of a host.
 pub(crate) struct Machine<'a> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) cpus: u32,
@@ -132,7 +132,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) programs: &'a [(&'a str, PathBuf)],
     /// Further arguments for QEMU: network cards, disks.
     pub(crate) devices: &'a [String],
-    /// Where its cables end; none: it has no network cards.
+    /// Where its cables end; None: it has no network cards.
     pub(crate) network: Option<&'a Network>,
 }
 
@@ -207,7 +207,7 @@ impl Host {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets it go on as if nothing had been.
+    /// Lets it continue as if nothing had happened.
     pub(crate) fn thaw(&self) -> Result<(), HostError> {
         self.signal(Signal::SIGCONT)
     }
@@ -217,7 +217,7 @@ impl Host {
         kill(pid, signal).map_err(|_| self.stopped(signal.as_str()))
     }
 
-    /// Runs a line of shell and gives every line of its output to `line`. Returns the exit status.
+    /// Runs a line of shell and passes every line of its output to `line`. Returns the exit status.
     pub(crate) fn run(
         &mut self,
         command: &str,
@@ -228,7 +228,7 @@ impl Host {
         self.commands += 1;
         let mark = format!("outlive-{}-{}", std::process::id(), self.commands);
         self.send(&format!("{mark} {command}\n"), command)?;
-        // Init puts an empty line before the mark, which is none if the output did not end with a line's end.
+        // Init puts an empty line before the mark, which disappears if the output did not end with a newline.
         let mut empty = false;
         loop {
             let text = self.line(command, start, limit)?;
@@ -279,8 +279,8 @@ impl Host {
         }
     }
 
-    /// Finds out what there is to know of a host that gives no answer: whether its processor works, and
-    /// whether it answers to something else. The host is of no use afterwards.
+    /// Finds out as much as possible about a host that gives no answer: whether its processor works, and
+    /// whether it answers something else. Afterwards the host is useless.
     fn timed_out(&mut self, during: &str, limit: Duration) -> HostError {
         let before = self.processor_time();
         let sent = self.input.write_all(b"\nprobe echo alive\n").and_then(|()| self.input.flush());
@@ -295,11 +295,11 @@ impl Host {
         HostError::TimeOut { during: during.to_string(), limit, state, console: self.files.tail() }
     }
 
-    /// What QEMU has used so far.
+    /// QEMU's CPU time so far.
     fn processor_time(&self) -> Duration {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // Its name, which may hold anything, is in brackets; user and system time are the fields 14 and 15,
-        // in ticks.
+        // Its name, which may contain anything, is in brackets; user and system time are fields 14 and 15, in
+        // ticks.
         let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
         let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Duration::from_millis(ticks * 10)
@@ -322,7 +322,7 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     let mut command = match machine.network {
         Some(network) => network.command(&qemu.program),
         None => {
-            // So that it dies with us, however we die.
+            // So that it dies with us, however we end.
             let mut command = Command::new("setpriv");
             command.args(["--pdeathsig", "KILL", "--"]).arg(&qemu.program);
             command
@@ -333,7 +333,7 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
         command.arg("-L").arg(data);
     }
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-    // Memory that the file server of a share can see.
+    // Memory that the share's file server can see.
     let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", machine.memory_mib);
     command.args(["-machine", "q35,memory-backend=memory", "-object", &memory]);
     let processor = machine.lacks.map_or(PROCESSOR.to_owned(), |feature| format!("{PROCESSOR},-{feature}"));
@@ -341,7 +341,7 @@ fn command(qemu: &Qemu, machine: &Machine<'_>, files: &Files) -> Command {
     command.args(["-smp", &machine.cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
     command.arg("-kernel").arg(&machine.kernel.image).arg("-initrd").arg(files.path("initramfs"));
     command.args(["-append", KERNEL_COMMAND_LINE]);
-    // The console, then the line that commands come over.
+    // The console, then the line for commands.
     let mut console = OsString::from("file:");
     console.push(files.path("console"));
     command.arg("-serial").arg(console).args(["-serial", "stdio"]).args(machine.devices);
@@ -383,7 +383,7 @@ impl Files {
         self.directory.join(name)
     }
 
-    /// What QEMU said, and the end of what the kernel and init said.
+    /// The output of QEMU, and the end of that of the kernel and init.
     fn tail(&self) -> String {
         let text = |name| fs::read(self.path(name)).unwrap_or_default();
         let (errors, console) = (text("errors"), text("console"));
@@ -394,7 +394,7 @@ impl Files {
     }
 }
 
-/// Removes what a process has left that was killed.
+/// Removes the files of a process that was killed.
 fn remove_old(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

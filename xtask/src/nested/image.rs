@@ -1,6 +1,6 @@
-//! What the guests of nested hosts boot: stock Debian kernels with the initrds that Debian's own tools make
-//! for them, and a disk image with a Debian system, Redis and PostgreSQL. Built from packages in a directory
-//! below the target directory; nothing is installed on this machine.
+//! The kernels and disks that the guests of nested hosts boot: stock Debian kernels with initrds made by
+//! Debian's own tools, and a disk image with a Debian system, Redis and PostgreSQL. They are built from
+//! packages in a directory below the target directory; nothing is installed on this machine.
 
 mod build;
 
@@ -18,10 +18,10 @@ use crate::run::{StepError, Workspace};
 /// Why there are no guest images.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImageError {
-    /// They are not there and were not to be built.
+    /// They are missing and were not to be built.
     #[error("the guest images have not been built; without --no-fetch they are")]
     NotBuilt,
-    /// A Debian system is made in a chroot.
+    /// Making a Debian system takes a chroot.
     #[error("building the guest images needs root: run it as root, for example with sudo")]
     NotRoot,
     /// Packages are missing.
@@ -80,7 +80,7 @@ impl GuestKernel {
         }
     }
 
-    /// Which of the releases in the guest's system it is.
+    /// The kernel's number among the releases in the guest's system.
     fn is(self, release: &str) -> bool {
         let cloud = release.contains("-cloud-");
         match self {
@@ -99,7 +99,7 @@ pub(crate) struct GuestImage {
 }
 
 impl GuestImage {
-    /// The images, built if they are not there: some minutes.
+    /// The images; building them, if they are missing, takes some minutes.
     pub(crate) fn get(workspace: &Workspace, fetch: bool) -> Result<GuestImage, ImageError> {
         let nested = workspace.target.join("nested");
         let foreign = [Series::Trixie, Series::Sid].map(|series| Kernel::get(workspace, series, fetch));
@@ -129,7 +129,7 @@ impl GuestImage {
         self.directory.join(name)
     }
 
-    /// The guest's system as a directory, with the clients of its servers.
+    /// The guest's system as a directory, with the clients for its servers.
     pub(crate) fn root(&self) -> PathBuf {
         self.path("root")
     }
@@ -146,7 +146,7 @@ impl GuestImage {
     }
 }
 
-/// Removes the images of other keys.
+/// Removes images with other keys.
 fn remove_others(nested: &Path) -> Result<(), FetchError> {
     for entry in fs::read_dir(nested).map_err(file_error(nested))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

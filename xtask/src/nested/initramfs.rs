@@ -28,7 +28,7 @@ pub(crate) enum InitramfsError {
         /// Why.
         source: io::Error,
     },
-    /// It is not known which libraries a program needs.
+    /// The libraries of a program could not be determined.
     #[error("cannot find the libraries of {0} with ldd, which is in the Debian package libc-bin")]
     Libraries(PathBuf),
     /// A library of a program is not on this machine.
@@ -36,7 +36,7 @@ pub(crate) enum InitramfsError {
     Missing {
         /// Which.
         program: PathBuf,
-        /// What it needs.
+        /// The library that it needs.
         library: String,
     },
     /// A file of 4 GiB or more cannot be in such an archive.
@@ -44,10 +44,10 @@ pub(crate) enum InitramfsError {
     TooLarge(String),
 }
 
-/// The archive in the making. Directories come by themselves.
+/// The archive under construction. It adds directories by itself.
 pub(crate) struct Initramfs {
     bytes: Vec<u8>,
-    /// What is in it, by its path without the first `/`.
+    /// Its contents, by their path without the first `/`.
     names: BTreeSet<String>,
 }
 
@@ -59,7 +59,7 @@ impl Initramfs {
         archive
     }
 
-    /// An empty directory, unless it is there.
+    /// Adds an empty directory, unless it is there.
     pub(crate) fn directory(&mut self, path: &str) {
         let path = path.trim_start_matches('/');
         if self.names.contains(path) {
@@ -69,18 +69,18 @@ impl Initramfs {
         self.entry(path, DIRECTORY, (0, 0), &[]);
     }
 
-    /// A file that the host reads.
+    /// Adds a file that the host reads.
     pub(crate) fn file(&mut self, path: &str, contents: &[u8]) -> Result<(), InitramfsError> {
         self.put(path, FILE, contents)
     }
 
-    /// A file that the host runs.
+    /// Adds a file that the host runs.
     pub(crate) fn script(&mut self, path: &str, contents: &[u8]) -> Result<(), InitramfsError> {
         self.put(path, PROGRAM, contents)
     }
 
-    /// A program of this machine, with the libraries of this machine that it needs, which stay where they
-    /// are.
+    /// Adds a program of this machine, with the libraries of this machine that it needs, which keep their
+    /// paths.
     pub(crate) fn program(&mut self, path: &str, local: &Path) -> Result<(), InitramfsError> {
         let listed = output(Command::new("ldd").arg(local).env("LC_ALL", "C"));
         let listed = listed.ok_or_else(|| InitramfsError::Libraries(local.to_path_buf()))?;
@@ -101,7 +101,7 @@ impl Initramfs {
         self.bytes
     }
 
-    /// The first of two files of one name stays.
+    /// If two files have the same name, the first one stays.
     fn put(&mut self, path: &str, mode: u32, contents: &[u8]) -> Result<(), InitramfsError> {
         let path = path.trim_start_matches('/');
         if u32::try_from(contents.len()).is_err() {
@@ -120,7 +120,7 @@ impl Initramfs {
         }
     }
 
-    /// A head of 13 numbers of 8 digits, the name with a zero, the contents; both filled up to 4 bytes.
+    /// A header of 13 numbers of 8 digits, the name with a zero, the contents; both padded to 4 bytes.
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) {
         self.names.insert(name.to_string());
         let (number, links, length) = (self.names.len(), 1, contents.len());
@@ -150,7 +150,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, InitramfsError> {
     fs::read(path).map_err(|source| InitramfsError::Read { path: path.to_path_buf(), source })
 }
 
-/// The paths in what ldd says, or the name of a library that it has not found.
+/// The paths in the output of ldd, or the name of a library that it has not found.
 fn libraries(listed: &str) -> impl Iterator<Item = Result<&str, &str>> {
     listed.lines().filter_map(|line| {
         let (name, path) = match line.trim().split_once(" => ") {
@@ -160,7 +160,7 @@ fn libraries(listed: &str) -> impl Iterator<Item = Result<&str, &str>> {
         if path.starts_with("not found") {
             return Some(Err(name));
         }
-        // The kernel's own, and "statically linked", have no path.
+        // The kernel's own library, and "statically linked", have no path.
         path.starts_with('/').then(|| Ok(path.split(' ').next().unwrap_or(path)))
     })
 }
@@ -176,7 +176,7 @@ mod tests {
         contents: Vec<u8>,
     }
 
-    /// What is in an archive; checks what a reader relies on.
+    /// The contents of an archive; checks everything that a reader relies on.
     fn entries(bytes: &[u8]) -> Vec<Entry> {
         let mut entries = Vec::new();
         let mut at = 0;

@@ -7,16 +7,16 @@ use super::debian::{FetchError, Packages, Suite};
 use super::modules::{ModuleError, Modules};
 use crate::run::Workspace;
 
-/// The packages that are asked for. The cloud flavour is the smaller one and has KVM, too.
+/// The packages to ask for. The cloud flavour is smaller and has KVM, too.
 const ASKED: [&str; 2] = ["linux-image-cloud-amd64", "busybox-static"];
-/// Those of a plan that are unpacked: the rest is what an installed kernel needs, and ours is not.
+/// The packages of a plan to unpack: the rest is for an installed kernel, and ours is not installed.
 const UNPACKED: [&str; 5] =
     ["linux-image-", "linux-binary-", "linux-modules-", "linux-base-", "busybox-static"];
 
-/// Why there is no kernel.
+/// Why a kernel is missing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KernelError {
-    /// It is not there and was not to be fetched.
+    /// It is missing and was not to be fetched.
     #[error("kernel {kernel} has not been fetched; without --no-fetch it is")]
     NotFetched {
         /// Its name.
@@ -30,12 +30,12 @@ pub(crate) enum KernelError {
         /// What failed.
         source: FetchError,
     },
-    /// The packages are not as they used to be.
+    /// The packages have an unexpected layout.
     #[error("the packages of kernel {kernel} have no {what}; to fetch them again: rm -r {directory}")]
     Lacks {
         /// Its name.
         kernel: &'static str,
-        /// What is not in them.
+        /// What they lack.
         what: String,
         /// Where they are unpacked.
         directory: PathBuf,
@@ -57,7 +57,7 @@ pub(crate) enum Series {
     /// Debian 13
     #[value(name = "6.12")]
     Trixie,
-    /// What Debian unstable has
+    /// The newest kernel of Debian unstable
     #[value(name = "newest")]
     Sid,
 }
@@ -84,7 +84,7 @@ impl Series {
     }
 }
 
-/// A kernel that is unpacked.
+/// An unpacked kernel.
 pub(crate) struct Kernel {
     root: PathBuf,
     /// As `uname -r` gives it.
@@ -96,7 +96,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel, fetched if it is not there.
+    /// The kernel, fetched if it is missing.
     pub(crate) fn get(workspace: &Workspace, series: Series, fetch: bool) -> Result<Kernel, KernelError> {
         let directory = workspace.target.join("nested").join(format!("kernel-{}", series.name()));
         let packages =
@@ -130,7 +130,7 @@ impl Kernel {
         Ok(Kernel { root: directory.join("root"), release, image, busybox })
     }
 
-    /// Where its modules are.
+    /// The directory of its modules.
     pub(crate) fn modules_directory(&self) -> PathBuf {
         let directory = Path::new("lib/modules").join(&self.release);
         [self.root.join(&directory), self.root.join("usr").join(&directory)]
@@ -144,7 +144,7 @@ impl Kernel {
     }
 }
 
-/// The first name in a directory: of the one release that was unpacked.
+/// The first name in a directory: that of the only release that was unpacked.
 fn first_name(directory: &Path) -> Option<String> {
     let entry = fs::read_dir(directory).ok()?.next()?.ok()?;
     entry.file_name().into_string().ok()
@@ -171,7 +171,7 @@ mod tests {
         assert!(error.to_string().ends_with("rm -r /nowhere/kernel"), "{error}");
     }
 
-    /// On what has been fetched here.
+    /// On kernels that have been fetched here.
     #[test]
     fn modules_come_after_what_they_depend_on() {
         let workspace = Workspace::find();

@@ -34,27 +34,27 @@ enum What {
     /// Test dirty tracking on the kernel of each Debian release
     #[command(after_help = dirty::EXAMPLES)]
     Dirty(dirty::DirtyOptions),
-    /// Get a prompt on hosts that see each other, with everything to protect a Linux guest
+    /// Get a prompt on hosts that see each other, with everything needed to protect a Linux guest
     #[command(after_help = shell::EXAMPLES)]
     Shell(shell::ShellOptions),
-    /// Cut the power of hosts that run Linux guests, and see what is lost: nothing
+    /// Cut the power of hosts that run Linux guests, and check that nothing is lost
     #[command(after_help = proof::EXAMPLES)]
     Prove(proof::ProofOptions),
-    /// See it: a Debian guest with Redis on two emulated hosts, one of which loses its power (`outlive demo
+    /// Watch a Debian guest with Redis on two emulated hosts, one of which loses its power (`outlive demo
     /// --nested`)
     Demo,
-    /// Build the guest images, and say where they are
+    /// Build the guest images, and print where they are
     Images,
 }
 
-/// Fetches the kernel of the tests that start a host themselves. They say what is missing if that fails.
+/// Fetches the kernel for tests that start a host themselves. If that fails, they say what is missing.
 pub(crate) fn prepare(workspace: &Workspace, fetch: bool) {
     if let Err(error) = kernel::Kernel::get(workspace, kernel::Series::Bookworm, fetch) {
         eprintln!("xtask: {error}");
     }
 }
 
-/// What `cargo xtask test` runs of it.
+/// The part that `cargo xtask test` runs.
 pub(crate) fn in_tests(
     workspace: &Workspace,
     fetch: bool,

@@ -1,4 +1,4 @@
-//! The modules of a kernel, as a Debian package has them, put into an initramfs without kmod.
+//! Puts the modules of a kernel, as a Debian package has them, into an initramfs without kmod.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,10 +11,10 @@ use super::initramfs::{Initramfs, InitramfsError, read};
 /// Why modules cannot be put into an initramfs.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModuleError {
-    /// The kernel has none of that name.
+    /// The kernel has no module of that name.
     #[error("the kernel's packages in {directory} have no module {name}; to fetch them again, remove them")]
     Lacks {
-        /// Which.
+        /// Which module.
         name: String,
         /// Where the modules are.
         directory: PathBuf,
@@ -24,7 +24,7 @@ pub(crate) enum ModuleError {
     Unpack {
         /// Which.
         module: PathBuf,
-        /// What was to do it.
+        /// The program that should unpack it.
         program: PathBuf,
         /// Why.
         reason: String,
@@ -47,14 +47,14 @@ pub(crate) struct Modules {
     directory: PathBuf,
     /// Unpacks them.
     busybox: PathBuf,
-    /// By the names that the kernel knows them by.
+    /// By the names that the kernel uses.
     files: BTreeMap<String, PathBuf>,
-    /// In the kernel itself.
+    /// Built into the kernel.
     built_in: BTreeSet<String>,
 }
 
 impl Modules {
-    /// Those in a directory such as `/lib/modules/6.1.0-56-cloud-amd64`.
+    /// The modules in a directory such as `/lib/modules/6.1.0-56-cloud-amd64`.
     pub(crate) fn read(directory: PathBuf, busybox: &Path) -> Result<Modules, ModuleError> {
         let list = directory.join("modules.builtin");
         let list = fs::read_to_string(&list).map_err(file_error(&list))?;
@@ -68,7 +68,7 @@ impl Modules {
         self.files.contains_key(name)
     }
 
-    /// Puts modules and what they depend on into an initramfs, with their order in `/modules/order`.
+    /// Puts modules and their dependencies into an initramfs, with their order in `/modules/order`.
     pub(crate) fn add(&self, names: &[&str], to: &mut Initramfs) -> Result<(), ModuleError> {
         let mut order = Vec::new();
         for name in names {
@@ -143,7 +143,7 @@ fn module_name(path: &Path) -> Option<String> {
     matches!(end, "" | ".xz" | ".zst").then(|| name.replace('-', "_"))
 }
 
-/// What a module says in its section `.modinfo` that it depends on.
+/// The dependencies that a module lists in its section `.modinfo`.
 fn depends(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };

@@ -1,5 +1,5 @@
-//! The network of nested hosts: bridges in a network namespace that belongs to nobody but this process and
-//! what it starts. It is gone when the last of them is, however they end.
+//! The network of nested hosts: bridges in a network namespace that belongs only to this process and the
+//! processes that it starts. It disappears with the last of them, however they end.
 
 use std::fs::File;
 use std::io;
@@ -14,10 +14,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::run::describe;
 
-/// Of this process's own thread, whichever runs it.
+/// The calling thread's own.
 const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
-/// Why there is no network for hosts.
+/// Why hosts have no network.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
     /// Only root may make network namespaces that reach /dev/net/tun.
@@ -26,15 +26,15 @@ pub(crate) enum NetworkError {
     /// The kernel refuses a network namespace.
     #[error("cannot make a network namespace: {0}")]
     Namespace(io::Error),
-    /// `ip` could not be run.
+    /// `ip` could not be started.
     #[error("cannot run ip: {0}; to get it: apt-get install iproute2")]
     NoIp(io::Error),
-    /// `ip` has refused something.
+    /// `ip` refused a command.
     #[error("{command} failed: {reason}")]
     Ip {
         /// The command.
         command: String,
-        /// What it said.
+        /// Its output.
         reason: String,
     },
 }
@@ -50,7 +50,7 @@ pub(crate) enum Net {
 
 impl Net {
     pub(crate) const ALL: [Net; 2] = [Net::Link, Net::Clients];
-    /// Of all its addresses.
+    /// Prefix of all its addresses.
     pub(crate) const PREFIX: u8 = 24;
 
     fn bridge(self) -> &'static str {
@@ -60,7 +60,7 @@ impl Net {
         }
     }
 
-    /// The cable to a host, at the harness's end. Hosts are counted from 1.
+    /// The harness's end of the cable to a host. Hosts are counted from 1.
     pub(crate) fn cable(self, host: usize) -> String {
         format!("{}-{host}", self.bridge())
     }
@@ -90,7 +90,7 @@ impl Net {
         Ipv4Addr::new(10, Net::Clients.number(), 0, 100 + last_byte(guest))
     }
 
-    /// Address of the harness, where clients are.
+    /// Address of the harness, where the clients are.
     pub(crate) fn harness(self) -> Ipv4Addr {
         Ipv4Addr::new(10, self.number(), 0, 254)
     }
@@ -117,7 +117,7 @@ impl Network {
         if !nix::unistd::geteuid().is_root() {
             return Err(NetworkError::NotRoot);
         }
-        // A thread of its own goes there and ends; the open file keeps the namespace.
+        // A thread of its own enters it and ends; the open file keeps the namespace.
         let made = thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
             File::open(OWN_NAMESPACE)
@@ -134,7 +134,7 @@ impl Network {
         Ok(network)
     }
 
-    /// Puts a cable from each network to a host.
+    /// Connects a host to each network by a cable.
     pub(crate) fn add_host(&self, host: usize) -> Result<(), NetworkError> {
         for net in Net::ALL {
             let cable = net.cable(host);
@@ -144,7 +144,7 @@ impl Network {
         Ok(())
     }
 
-    /// Cuts or mends a cable. The host does not see that it has no carrier: frames are lost in silence.
+    /// Cuts or repairs a cable. The host still sees a carrier: frames are lost silently.
     pub(crate) fn set_cable(&self, host: usize, net: Net, up: bool) -> Result<(), NetworkError> {
         self.ip(&format!("link set {} {}", net.cable(host), if up { "up" } else { "down" }))
     }
@@ -168,7 +168,7 @@ impl Network {
         command
     }
 
-    /// A connection from the namespace; it stays there, whoever uses it.
+    /// A connection from the namespace; it stays there, whichever thread uses it.
     pub(crate) fn connect(&self, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
         let namespace = self.namespace.try_clone()?;
         let connecting = thread::spawn(move || {

@@ -1,8 +1,8 @@
-//! The third place: a directory of this machine that all hosts see, as a file server would give it to them.
-//! The arbiter is there, and what programs in hosts write is there after the host has lost its power.
+//! The third place: a directory of this machine that all hosts see, as if from a file server. It has the
+//! arbiter, and the output of programs in hosts stays there after the host has lost its power.
 //!
-//! It is virtiofs, because Debian's cloud kernels have no 9p. No host caches anything of it, so that files
-//! made with `link(2)`, O_EXCL and rename are made once and are seen by the others at once.
+//! It is virtiofs, because Debian's cloud kernels have no 9p. No host caches any of it, so files made with
+//! `link(2)`, O_EXCL and rename are made exactly once, and the other hosts see them at once.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::{io, thread};
 use crate::packages;
 use crate::run::Workspace;
 
-/// Where Debian has it: with QEMU until 12, then a package of its own, with other options.
+/// Debian's path: with QEMU until 12, then a package of its own, with other options.
 const OLD: &str = "usr/lib/qemu/virtiofsd";
 const NEW: &str = "usr/libexec/virtiofsd";
 const START: Duration = Duration::from_secs(20);
@@ -23,7 +23,7 @@ pub(crate) const TAG: &str = "share";
 /// Why hosts have no share.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShareError {
-    /// Nothing to serve it with.
+    /// There is no file server.
     #[error(
         "no virtiofsd here; to get it: apt-get install virtiofsd (Debian 12 has it in qemu-system-common)"
     )]
@@ -43,7 +43,7 @@ pub(crate) enum ShareError {
         program: PathBuf,
         /// What it should serve.
         directory: PathBuf,
-        /// What it said.
+        /// Its output.
         log: String,
     },
 }
@@ -54,7 +54,7 @@ pub(crate) struct ShareServer {
 }
 
 impl ShareServer {
-    /// Finds it, and fetches it first if it is not there.
+    /// Finds it, and fetches it first if it is missing.
     pub(crate) fn get(workspace: &Workspace, fetch: bool) -> Result<ShareServer, ShareError> {
         let unpacked = packages::unpacked(workspace);
         let find = || {
@@ -110,7 +110,7 @@ impl ShareServer {
     }
 }
 
-/// A share that is served to a host. It ends when this is dropped.
+/// A share served to a host. Serving ends when this is dropped.
 pub(crate) struct Share {
     server: Child,
 }

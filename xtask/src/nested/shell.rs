@@ -1,5 +1,5 @@
-//! `cargo xtask nested shell`: a person at nested hosts, with a prompt on each, and a hand on their power and
-//! cables.
+//! `cargo xtask nested shell`: nested hosts for a person, with a prompt on each and control of their power
+//! and cables.
 
 use std::fmt;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
@@ -30,7 +30,7 @@ Ctrl-] leaves a host for a menu, with which power and cables can be cut.";
 
 /// Ctrl-].
 const ESCAPE: u8 = 0x1d;
-/// How long a host may still talk after the end of a script.
+/// How long a host may still print after the end of a script.
 const SILENCE_MS: u16 = 3000;
 
 #[derive(clap::Args, Debug)]
@@ -38,7 +38,7 @@ pub(crate) struct ShellOptions {
     /// How many hosts
     #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=4))]
     hosts: u8,
-    /// A host's kernel; can be given for each host, the last is that of all further ones
+    /// A host's kernel; can be given once per host, and the last one applies to all further hosts
     #[arg(long, value_enum, value_name = "SERIES", default_value = "6.1")]
     kernel: Vec<Series>,
     /// MiB of memory of each host
@@ -50,7 +50,7 @@ pub(crate) struct ShellOptions {
     /// Hosts without disks and guest images
     #[arg(long)]
     no_guests: bool,
-    /// Take only what has been fetched and built before
+    /// Use only what has been fetched and built before
     #[arg(long)]
     no_fetch: bool,
     /// The program that hosts have as /bin/outlive [default: built from this workspace]
@@ -101,7 +101,7 @@ pub(crate) fn run(workspace: &Workspace, options: &ShellOptions) -> Result<(), S
     session(&mut cluster).map_err(step_error)
 }
 
-/// As an error of a command line.
+/// Like an error on the command line.
 pub(crate) fn step_error(error: ClusterError) -> StepError {
     if error.is_missing() {
         StepError::Unusable(error.to_string())
@@ -110,7 +110,7 @@ pub(crate) fn step_error(error: ClusterError) -> StepError {
     }
 }
 
-/// What a person asks for in the menu.
+/// A person's choice in the menu.
 #[derive(Debug, PartialEq, Eq)]
 enum Wish {
     Go(usize),
@@ -162,7 +162,7 @@ fn wish(line: &str, hosts: usize) -> Wish {
     wish.unwrap_or(Wish::Help)
 }
 
-/// Why a person is not at a host any more.
+/// Why a person has left a host.
 enum Left {
     Escape,
     InputEnded,
@@ -233,7 +233,7 @@ fn grant(cluster: &mut Cluster, wish: &Wish) -> Result<(), ClusterError> {
     }
 }
 
-/// Joins this terminal and a host's serial line.
+/// Connects this terminal to a host's serial line.
 fn attach(cluster: &mut Cluster, host: usize) -> Result<Left, ClusterError> {
     let path = cluster.shell_socket(host);
     let file_error = |source| ClusterError::File { path: path.clone(), source };
@@ -241,7 +241,7 @@ fn attach(cluster: &mut Cluster, host: usize) -> Result<Left, ClusterError> {
         cluster.command(host, &format!("stty -F /dev/ttyS2 {size}"))?;
     }
     let mut line = UnixStream::connect(&path).map_err(file_error)?;
-    // For a prompt.
+    // To get a prompt.
     line.write_all(b"\n").map_err(file_error)?;
     let _raw = RawTerminal::enter();
     copy(&mut line).map_err(file_error)
@@ -285,11 +285,11 @@ fn copy(line: &mut UnixStream) -> io::Result<Left> {
     }
 }
 
-/// A terminal that gives every key at once. Restored when this is dropped.
+/// A terminal that passes on every key at once. Restored when this is dropped.
 struct RawTerminal(Termios);
 
 impl RawTerminal {
-    /// `None` if the input is no terminal.
+    /// `None` if the input is not a terminal.
     fn enter() -> Option<RawTerminal> {
         let input = io::stdin();
         let before = tcgetattr(&input).ok()?;
@@ -306,7 +306,7 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Of the terminal, which the host cannot know.
+/// The terminal's properties, which the host cannot know.
 #[derive(Debug, PartialEq, Eq)]
 struct Size {
     rows: u16,

@@ -1,6 +1,6 @@
 use super::*;
 
-/// Starts hosts from what has been fetched before, or says why not.
+/// Starts hosts from files that were fetched before, or says why it cannot.
 fn cluster(kernels: Vec<Series>, guests: bool) -> Option<Cluster> {
     let options = Options {
         kernels,
@@ -59,8 +59,8 @@ fn two_hosts_see_each_other_until_one_has_no_power() {
     assert!(!directory.exists());
 }
 
-/// What the arbiter needs of the share: of several that give a file its name, one does, and all see it. Once
-/// with `link(2)` and once with O_EXCL; each time both hosts wait for each other first.
+/// The arbiter's requirement for the share: if several processes try to create the same name, one succeeds,
+/// and all see it. Once with `link(2)` and once with O_EXCL; each time both hosts wait for each other first.
 #[test]
 fn of_two_hosts_one_makes_a_file_on_the_share() {
     const ROUNDS: u32 = 30;

@@ -1,4 +1,4 @@
-//! How the guest images are built.
+//! Builds the guest images.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,7 +19,7 @@ use crate::run::{Workspace, step};
 
 /// The release of the guest's system.
 const SUITE: Suite = Suite::Stable("bookworm");
-/// What its system has beyond the packages that every system has.
+/// Packages of its system beyond those that every system has.
 const PACKAGES: [&str; 18] = [
     "systemd-sysv",
     "udev",
@@ -63,10 +63,10 @@ const DRIVERS: [&str; 10] = [
     "evdev",
     "pvpanic_mmio",
 ];
-/// What ext4 asks for by another name than its own, where the kernel does not have it built in.
+/// Modules that ext4 requests by an alias, on kernels that do not have them built in.
 const OPTIONAL: [&str; 1] = ["crc32c_generic"];
-/// The modules that are on the guest's disk, too. The others are in the initrds if Debian puts them there; a
-/// disk with all of them takes minutes to synchronise in emulation.
+/// Modules that are also on the guest's disk. Debian puts the others into the initrds if needed; a disk with
+/// all of them takes minutes to synchronise in emulation.
 const ON_DISK: [&str; 16] = [
     "arch",
     "crypto",
@@ -91,7 +91,7 @@ pub(super) const HOST_DISK: &str = "host.img";
 const ROOT_SIZE: &str = "1G";
 const HOST_DISK_SIZE: &str = "4G";
 
-/// Changes with everything that goes into the images but the versions of packages. To build them again from
+/// Changes with everything that goes into the images except the versions of packages. To rebuild them from
 /// newer packages, remove them.
 pub(super) fn key(kernels: &[Kernel]) -> u64 {
     let mut hasher = DefaultHasher::new();
@@ -144,7 +144,7 @@ impl<'a> Builder<'a> {
         step(command).map_err(failed)
     }
 
-    /// A program with mounts of its own, so that none is left.
+    /// A program with mounts of its own, so that none remains.
     fn alone(&self, program: &str) -> Command {
         let mut command = Command::new("unshare");
         command.args([
@@ -183,7 +183,7 @@ impl<'a> Builder<'a> {
             write(&path, contents)?;
             make_executable(&path)?;
         }
-        // The keyring is in the system by now, as apt's own.
+        // By now the keyring is in the system, as apt's own.
         let sources = SUITE.sources().swap_remove(0).replace(&format!("[signed-by={KEYRING}] "), "");
         write(&root.join("etc/apt/sources.list"), sources)?;
         let resolver = root.join("etc/resolv.conf");
@@ -204,13 +204,13 @@ impl<'a> Builder<'a> {
         done
     }
 
-    /// Adds a kernel of another release as if its packages were installed.
+    /// Adds a kernel of another release, as if its packages were installed.
     fn add_kernel(&self, kernel: &Kernel) -> Result<(), ImageError> {
         let modules = self.root().join("lib/modules").join(&kernel.release);
         let boot = |name: &str| self.root().join("boot").join(format!("{name}-{}", kernel.release));
         self.step(Command::new("cp").arg("--archive").arg(kernel.modules_directory()).arg(&modules))?;
         copy(&kernel.image, &boot("vmlinuz"))?;
-        // Beside the modules since 7.x, before that beside the kernel. mkinitramfs looks into it.
+        // Beside the modules since 7.x, beside the kernel before. mkinitramfs reads it.
         let configs =
             [modules.join("config"), kernel.image.with_file_name(format!("config-{}", kernel.release))];
         if let Some(config) = configs.iter().find(|path| path.is_file()) {
@@ -274,7 +274,7 @@ impl<'a> Builder<'a> {
         Ok(remove(&contents)?)
     }
 
-    /// An ext4 file system with what is in a directory; nothing is mounted for it.
+    /// An ext4 file system with the contents of a directory; this mounts nothing.
     fn file_system(&self, contents: &Path, name: &str, label: &str, size: &str) -> Result<(), ImageError> {
         packages::provide(self.workspace, &[packages::E2FSPROGS], true);
         let program = packages::find(self.workspace, "mke2fs").unwrap_or_else(|| "mke2fs".into());
@@ -284,7 +284,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Removes what is in a directory and below, but for what begins with one of these paths.
+/// Removes everything in a directory, except paths that begin with one of these.
 fn keep_only(directory: &Path, kept: &[PathBuf]) -> Result<(), FetchError> {
     let begins =
         |path: &Path, with: &Path| path.as_os_str().as_bytes().starts_with(with.as_os_str().as_bytes());

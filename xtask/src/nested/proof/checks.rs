@@ -1,4 +1,4 @@
-//! The self-check: at every so many checkpoints both hosts compare all memory and all disks.
+//! The self-check: after every so many checkpoints both hosts compare all memory and all disks.
 
 use std::thread;
 use std::time::Duration;
@@ -11,13 +11,14 @@ use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
 
 const IMAGE: &str = "small.img";
-/// Checkpoints between two comparisons of a guest that boots: it has few.
+/// Checkpoints between two comparisons, for a guest that boots: it has few.
 const EVERY: &str = "--self-check 20";
-/// Of a guest that writes little.
+/// The same for a guest that writes little.
 const OFTEN: &str = "--self-check 4";
-/// Of a database, whose disk rests while it is hashed.
+/// The same for a database, whose disk rests while it is hashed.
 const SELDOM: &str = "--self-check 100";
-/// Comparisons of the database, the time they may take, and what must be done between them.
+/// Comparisons of the database, the time that they may take, and the transactions that must complete between
+/// them.
 const COMPARISONS: usize = 3;
 const LOAD: Duration = Duration::from_secs(600);
 const TRANSACTIONS: u64 = 20;
@@ -47,8 +48,8 @@ fn over_a_boot(context: &Context<'_>) -> Result<(), ProofError> {
     equal(&stage, &standby, 2)
 }
 
-/// Protected when it was up long since: whatever the standby's own trial restore leaves in the copy's memory
-/// is not overwritten by the guest, as it would be while it boots.
+/// Protected long after the boot: the guest does not overwrite memory that the standby's trial restore
+/// changed in the copy, as it would while it boots.
 fn of_a_guest_at_rest(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     let guest = Guest { options: OFTEN, ..Guest::busybox(GuestKernel::BookwormCloud, "outlive.end=count") };

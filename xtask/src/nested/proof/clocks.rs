@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::stage::{SHORT, Stage};
 use super::{ProofError, ensure};
 
-/// Samples both clocks every 10 ms and writes down every step back. Ends with the number of samples.
+/// Samples both clocks every 10 ms and records every step back. Ends with the number of samples.
 const WATCH: &str = "perl -MTime::HiRes=clock_gettime,CLOCK_MONOTONIC,CLOCK_REALTIME,usleep -e '\
     open F, q(>), q(/run/clocks); F->autoflush; my ($m, $r, $n) = (0, 0, 0); \
     $SIG{TERM} = sub { print F qq(samples $n\\n); exit }; \
@@ -14,16 +14,16 @@ const WATCH: &str = "perl -MTime::HiRes=clock_gettime,CLOCK_MONOTONIC,CLOCK_REAL
     print F qq(monotonic back from $m to $a\\n) if $a < $m; print F qq(realtime back from $r to $b\\n) if $b < $r; \
     ($m, $r) = ($a, $b); $n++; usleep 10000 }' </dev/null >/dev/null 2>&1 & echo $!";
 const SOURCE: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
-/// What a kernel says when time or a processor was taken from it.
+/// Messages of a kernel that has lost time or a processor.
 const COMPLAINTS: &str = "dmesg | grep -i -E 'soft lockup|hard lockup|unstable|rcu.*stall|blocked for more|Call Trace|BUG:|\
                           WARNING:|time.*backward' || true";
-/// By how much the guest's date may have moved against ours at a takeover: the time that the last checkpoint
-/// was on its way, on hosts that share two processors. Far less than the gap.
+/// The most that the guest's date may shift relative to ours at a takeover: the time that the last checkpoint
+/// was under way, on hosts that share two processors. Far less than the gap.
 const TOLERANCE: Duration = Duration::from_secs(2);
-/// Times that the guest is asked for its date.
+/// How often the guest is asked for its date.
 const TRIES: u32 = 4;
 
-/// A watch on the clocks of a guest, from now on.
+/// Watches the clocks of a guest, from now on.
 pub(super) struct Clocks {
     /// An emulated guest loses ticks while it boots, and its kernel counts them until it has found its clock.
     ahead: Ahead,
@@ -38,7 +38,7 @@ impl Clocks {
         Ok(Clocks { ahead, source: stage.in_guest(SOURCE, SHORT)?, watch: watch.trim().to_string() })
     }
 
-    /// No clock went back, the wall clock is where it was, and the kernel has noticed nothing.
+    /// Checks that no clock went back, that the wall clock is right, and that the kernel has noticed nothing.
     pub(super) fn check(&self, stage: &Stage, takeovers: u32) -> Result<(), ProofError> {
         let ahead = ahead(stage)?;
         ensure(ahead.moved_at_least(&self.ahead) < (TOLERANCE * takeovers).as_secs_f64(), || {
@@ -59,8 +59,8 @@ impl Clocks {
     }
 }
 
-/// Between how many seconds the guest's date is ahead of ours. An answer waits for a checkpoint and so takes
-/// seconds: the date was read at some moment in between.
+/// Limits, in seconds, of how far the guest's date is ahead of ours. An answer waits for a checkpoint and so
+/// takes seconds: the date was read at some moment in between.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Ahead {
     least: f64,
@@ -68,7 +68,7 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// What both say. They contradict each other only if the date moved between them.
+    /// The common range of both. They contradict each other only if the date moved between them.
     fn and(self, other: Ahead) -> Ahead {
         Ahead { least: self.least.max(other.least), most: self.most.min(other.most) }
     }

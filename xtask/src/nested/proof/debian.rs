@@ -1,5 +1,5 @@
-//! A server as Debian makes it: its own kernel, its own initrd, systemd with all services, and nothing on the
-//! command line but `console=` and `root=` (and an address, which a server has in its files).
+//! A server as Debian installs it: its own kernel, its own initrd, systemd with all services, and only
+//! `console=` and `root=` on the command line (and an address, which a server has in its files).
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
 use crate::nested::network::Net;
 
-/// For systemd to be done with all services.
+/// Time for systemd to start all services.
 const STARTED: Duration = Duration::from_secs(300);
 const STATE: &str = "systemctl is-system-running --wait; systemctl --failed --no-legend --plain";
-/// What stays while nobody boots.
+/// Values that stay the same until the next boot.
 const BOOT: &str = "cat /proc/sys/kernel/random/boot_id; systemctl show --value -p InvocationID redis-server postgresql@15-main";
 const DEVICES: &str = "cat /sys/class/misc/hw_random/rng_current; ls /sys/block | tr '\\n' ' '; \
                        ls /sys/class/net | tr '\\n' ' '; ls /dev/hvc0 /dev/ttyS0 | tr '\\n' ' '";

@@ -23,9 +23,9 @@ use crate::run::Workspace;
 const IMAGE: &str = "files.img";
 const SIZE: &str = "48M";
 const LOAD: Duration = Duration::from_secs(10);
-/// How many of the last files are kept.
+/// How many of the newest files are kept.
 const KEPT: i64 = 200;
-/// Writes files named NUMBER-CHECKSUM, makes each and its name durable, and only then says its number.
+/// Writes files named NUMBER-CHECKSUM, makes each and its name durable, and only then prints its number.
 const WRITER: &str = "perl -MDigest::MD5=md5_hex -MIO::Handle -e '$| = 1; for (my $n = 0; ; $n++) { \
     my $data = join(q(), map { chr rand 256 } 1 .. 1 + rand 20000); my $name = qq(/files/$n-) . md5_hex($data); \
     open(F, q(>), q(/files/new)) or die; print F $data; F->flush or die; F->sync or die; close F; \
@@ -68,7 +68,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     Ok(())
 }
 
-/// The number of the last file that the guest has said is durable.
+/// The number of the last file that the guest has reported durable.
 struct Written(Arc<AtomicI64>);
 
 impl Written {
@@ -94,9 +94,8 @@ impl Written {
     }
 }
 
-/// Looks at the image of a host that has just taken over, while the guest stands still: with its journal
-/// replayed, the file system is clean, and all files are there that had been acknowledged before the power
-/// was cut.
+/// Checks the image of a host that has just taken over, while the guest is stopped: with its journal
+/// replayed, the file system is clean and has all files that had been acknowledged before the power cut.
 fn check_image(
     workspace: &Workspace,
     stage: &mut Stage,
@@ -109,7 +108,7 @@ fn check_image(
     stage.cluster.signal(&side.program, "CONT")?;
     let image = stage.cluster.share().join(IMAGE);
     let fsck = |arguments: &[&str]| output(program(workspace, "e2fsck").args(arguments).arg(&image));
-    // 1: what was to do was done.
+    // 1: fsck repaired something.
     let (status, said) = fsck(&["-y", "-E", "journal_only"])?;
     ensure(status <= 1, || format!("the journal cannot be replayed ({status}):\n{said}"))?;
     let (status, said) = fsck(&["-f", "-n"])?;

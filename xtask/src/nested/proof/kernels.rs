@@ -10,13 +10,13 @@ use crate::nested::kernel::Series;
 use crate::nested::network::Net;
 
 const IMAGE: &str = "small.img";
-/// For two boots and a reboot.
+/// Time for two boots and a reboot.
 const CYCLE: Duration = Duration::from_secs(240);
-/// For a guest to count on.
+/// Time for a guest to count further.
 const COUNT: Duration = Duration::from_secs(30);
 
-/// Every kernel with one and two vCPUs: it comes up, sees its devices, restarts, finds what it had written,
-/// switches off. Each host has a guest of its own and nothing to do with the other.
+/// Every kernel with one and two vCPUs: it boots, sees its devices, restarts, finds the data that it had
+/// written, and switches off. Each host has a guest of its own, independent of the other.
 pub(super) fn prove_guests(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
     for kernel in GuestKernel::ALL {
@@ -56,13 +56,13 @@ fn cycle(stage: &Stage, side: &Side, kernel: GuestKernel, vcpus: u32) -> Result<
     Ok(())
 }
 
-/// Every kernel of a host: the guest is protected with the best that the kernel has, and goes on.
+/// Every kernel of a host: the guest is protected by the best that the kernel has, and survives.
 pub(super) fn prove_hosts(context: &Context<'_>) -> Result<(), ProofError> {
     Series::ALL.into_iter().try_for_each(|series| pair(context, series))?;
     lesser(context)
 }
 
-/// A host whose processor has less refuses the guest, which goes on where it is.
+/// A host whose processor lacks a feature refuses the guest, which runs on where it is.
 fn lesser(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::unequal(context.workspace, context.fetch, &[Series::Bookworm; 2], Some("adx"))?;
     let guest = Guest::busybox(GuestKernel::BookwormCloud, "outlive.end=count");

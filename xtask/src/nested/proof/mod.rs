@@ -1,5 +1,4 @@
-//! `cargo xtask nested prove`: what Outlive promises, tried with stock Debian guests on hosts whose power is
-//! cut.
+//! `cargo xtask nested prove`: tests Outlive's promises with stock Debian guests on hosts whose power is cut.
 
 mod checks;
 mod clocks;
@@ -25,7 +24,7 @@ Examples:
   cargo xtask nested prove redis        one
   cargo xtask nested prove --list";
 
-/// Something that is claimed, and how it is tried.
+/// A claim, and how it is tested.
 struct Proof {
     name: &'static str,
     what: &'static str,
@@ -76,7 +75,7 @@ const PROOFS: [Proof; 8] = [
     },
 ];
 
-/// What a proof is run with.
+/// The options of a proof.
 struct Context<'a> {
     workspace: &'a Workspace,
     fetch: bool,
@@ -86,20 +85,20 @@ struct Context<'a> {
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct ProofOptions {
-    /// Only those whose name contains one of these
+    /// Only proofs whose name contains one of these
     name: Vec<String>,
-    /// Say what there is
+    /// List the proofs
     #[arg(long)]
     list: bool,
     /// Takeovers of the proof `restores`
     #[arg(long, value_name = "NUMBER", default_value_t = MANY, value_parser = clap::value_parser!(u32).range(1..))]
     restores: u32,
-    /// Take only what has been fetched and built before
+    /// Use only what has been fetched and built before
     #[arg(long)]
     no_fetch: bool,
 }
 
-/// Why something was not proved.
+/// Why a proof failed.
 #[derive(Debug, thiserror::Error)]
 enum ProofError {
     #[error(transparent)]
@@ -112,10 +111,10 @@ enum ProofError {
     /// A command in the guest failed.
     #[error("in the guest '{line}' ended with {status}:\n{output}")]
     InGuest { line: String, status: String, output: String },
-    /// A client of the guest could not go on.
+    /// A client of the guest could not continue.
     #[error("{what}: {source}")]
     Client { what: String, source: io::Error },
-    /// It is not so.
+    /// The claim is false.
     #[error("{0}")]
     Wrong(String),
 }
@@ -127,7 +126,7 @@ impl ProofError {
     }
 }
 
-/// Fails with a text unless it is so.
+/// Fails with a text unless the condition holds.
 fn ensure(is_so: bool, otherwise: impl FnOnce() -> String) -> Result<(), ProofError> {
     if is_so { Ok(()) } else { Err(ProofError::Wrong(otherwise())) }
 }
@@ -151,12 +150,12 @@ pub(crate) fn run(workspace: &Workspace, options: &ProofOptions) -> Result<(), S
     if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
 }
 
-/// Those that every test run has time for, and takeovers of the proof `restores` there.
+/// Proofs that every test run has time for, and the number of takeovers of the proof `restores` there.
 const QUICK: [&str; 2] = ["redis", "restores"];
 const FEW: u32 = 4;
 const MANY: u32 = 50;
 
-/// What `cargo xtask test` runs of it.
+/// The part that `cargo xtask test` runs.
 pub(crate) fn in_tests(
     workspace: &Workspace,
     fetch: bool,

@@ -15,16 +15,16 @@ use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
 use crate::nested::network::Net;
 
-/// Load before, between and after power cuts.
+/// Duration of load before, between and after power cuts.
 const LOAD: Duration = Duration::from_secs(10);
-/// For checks of the whole database, emulated twice.
+/// Time for checks of the whole database, emulated twice.
 const CHECK: Duration = Duration::from_secs(180);
-/// Nothing is printed if the database has not noticed anything.
+/// Prints nothing if the database has noticed nothing.
 const RECOVERIES: &str = "grep -i -E 'interrupted|not properly shut down|redo starts|recovery|PANIC|FATAL' \
                           /var/log/postgresql/postgresql-15-main.log || true";
 const AMCHECK: &str =
     "/usr/lib/postgresql/15/bin/pg_amcheck --username postgres --heapallindexed --parent-check postgres";
-/// What pgbench adds and takes is the same everywhere.
+/// The sums of pgbench's changes are the same in every table.
 const SUMS: &str = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(bbalance) FROM pgbench_branches), \
                     (SELECT sum(tbalance) FROM pgbench_tellers) = (SELECT sum(delta) FROM pgbench_history), \
                     (SELECT sum(bbalance) FROM pgbench_branches) = (SELECT sum(delta) FROM pgbench_history)";
@@ -52,11 +52,11 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     clocks.check(&stage, 2)
 }
 
-/// All that was acknowledged is there, and the database is in order.
+/// Everything acknowledged is there, and the database is in order.
 fn look_for(stage: &Stage, acknowledged: u64) -> Result<(), ProofError> {
     ensure(acknowledged > 50, || format!("only {acknowledged} transactions: too few to prove anything"))?;
     let query = |sql: &str| stage.in_guest(&format!("psql -U postgres -At -c \"{sql}\" postgres"), CHECK);
-    // The one that was on its way at the end may be there, too.
+    // The transaction that was under way at the end may be there, too.
     let found = query(&format!("SELECT count(*) FROM acknowledged WHERE number < {acknowledged}"))?;
     ensure(found.trim() == acknowledged.to_string(), || {
         format!("of {acknowledged} acknowledged transactions {} are there", found.trim())
@@ -90,7 +90,8 @@ impl Load {
         let (started, ready) = std::sync::mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
         let stops = Arc::clone(&stop);
-        // Started by a thread that lives as long: the client is killed when the thread that started it ends.
+        // Started by a thread that lives just as long: the client is killed when the thread that started it
+        // ends.
         let counter = thread::spawn(move || {
             let mut child = counter.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
             let _ = started.send(());
@@ -99,13 +100,12 @@ impl Load {
             let _ = child.wait();
             counted
         });
-        // It has failed if this fails, and says so at the end.
+        // If this fails, the client has failed and says so at the end.
         let _ = ready.recv();
         Ok(Load { benchmark, stop, counter: Some(counter) })
     }
 
-    /// Ends both, which have had one connection each all the time. Returns how many transactions were
-    /// acknowledged.
+    /// Ends both; each has had one connection all the time. Returns how many transactions were acknowledged.
     pub(super) fn end(mut self, stage: &Stage) -> Result<u64, ProofError> {
         let client = |source| ProofError::Client { what: "a client of PostgreSQL".into(), source };
         let ended = self.benchmark.try_wait().map_err(client)?;
@@ -129,7 +129,7 @@ impl Drop for Load {
     }
 }
 
-/// One transaction after the other: the next when the last was acknowledged.
+/// One transaction after another: each begins when the previous one is acknowledged.
 fn count(client: &mut Child, stop: &AtomicBool) -> io::Result<(u64, Duration)> {
     let (Some(mut input), Some(output)) = (client.stdin.take(), client.stdout.take()) else {
         return Err(io::ErrorKind::BrokenPipe.into());

@@ -1,4 +1,4 @@
-//! Redis in the guest, under load and watched by clients that know what was acknowledged to them.
+//! Redis in the guest, under load and watched by clients that remember their acknowledged writes.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -18,11 +18,11 @@ use crate::nested::network::Net;
 const CLIENTS: usize = 3;
 /// How long clients may wait for an answer: longer than a takeover.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Load before the power cut, and after the takeover: at least so long, and until each client has had so many
-/// answers.
+/// Load before the power cut, and after the takeover: at least this long, and until each client has had this
+/// many answers.
 const LOAD: Duration = Duration::from_secs(8);
 const ENOUGH: u64 = 30;
-/// For those answers.
+/// Time for those answers.
 const ANSWERS: Duration = Duration::from_secs(240);
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
@@ -46,11 +46,11 @@ struct Clients {
     benchmark: Child,
     stop: Arc<AtomicBool>,
     checkers: Vec<JoinHandle<io::Result<Checked>>>,
-    /// What each was told is written.
+    /// The acknowledged writes of each.
     acknowledged: Vec<Arc<AtomicU64>>,
 }
 
-/// What a client saw.
+/// A client's observations.
 struct Checked {
     acknowledged: u64,
     longest_gap: Duration,
@@ -107,7 +107,7 @@ impl Clients {
         Ok(())
     }
 
-    /// Ends the clients, each of which looks for all that it was told is written.
+    /// Ends the clients; each checks that all its acknowledged writes are there.
     fn check(&mut self, stage: &Stage) -> Result<(), ProofError> {
         let client = |source| ProofError::Client { what: "a client of Redis".into(), source };
         let ended = self.benchmark.try_wait().map_err(client)?;
@@ -134,7 +134,7 @@ impl Drop for Clients {
     }
 }
 
-/// Writes values one after the other until it is to stop, then reads them all, over the same connection.
+/// Writes values one after another until it is told to stop, then reads them all, over the same connection.
 fn check(
     stream: TcpStream,
     number: usize,
@@ -171,7 +171,7 @@ fn value(number: u64) -> String {
     format!("value-{}", number.wrapping_mul(0x9E37_79B9_7F4A_7C15))
 }
 
-/// A request and its answer: a status line, or the string that was asked for.
+/// A request and its answer: a status line, or the requested string.
 fn ask(stream: &mut TcpStream, answers: &mut impl BufRead, words: &[&str]) -> io::Result<String> {
     let mut request = format!("*{}\r\n", words.len());
     for word in words {
@@ -200,7 +200,7 @@ mod tests {
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&stop);
-        // A server that takes five writes and has forgotten the third.
+        // A server that accepts five writes and has forgotten the third.
         let server = thread::spawn(move || {
             let (mut peer, _) = listener.accept().unwrap();
             let mut lines = BufReader::new(peer.try_clone().unwrap()).lines();

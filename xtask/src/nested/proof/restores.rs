@@ -1,5 +1,5 @@
-//! Takeovers at random moments of a guest's boot: every guest goes on to user space. Both sides are processes
-//! of one host, and the one that runs the guest is killed, again and again during one boot.
+//! Takeovers at random moments of a guest's boot: every guest reaches user space. Both sides are processes of
+//! one host, and the one that runs the guest is killed, again and again during one boot.
 
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,7 +12,7 @@ use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
 
 const IMAGES: [&str; 2] = ["even.img", "odd.img"];
-/// From a base checkpoint to the kill, at most.
+/// Longest time from a base checkpoint to the kill.
 const LATEST_MS: u64 = 4000;
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
@@ -31,7 +31,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     Ok(())
 }
 
-/// One boot, with as many takeovers as it has time for. Returns how many.
+/// One boot, with as many takeovers as fit. Returns how many there were.
 fn boot(stage: &mut Stage, kernel: GuestKernel, random: &mut fastrand::Rng) -> Result<u32, ProofError> {
     for image in IMAGES {
         stage.cluster.command(1, &format!("rm -f {DATA}/{image}* && truncate -s 16M {DATA}/{image}"))?;

@@ -1,4 +1,4 @@
-//! What every proof stands on: hosts, one of which runs a Linux guest and another protects it.
+//! The basis of every proof: hosts, one of which runs a Linux guest while another one protects it.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -22,26 +22,25 @@ use crate::run::Workspace;
 const PORT: u16 = 7000;
 /// The guest's network card in a host.
 const TAP: &str = "vm0";
-/// What a guest says on its console when it has started all.
+/// A guest prints this on its console when everything has started.
 pub(super) const UP: &str = "outlive guest is up";
 /// The port of the guest's agent.
 const AGENT: u16 = 7777;
-/// Of hosts that are emulated: there a first write to a page after a checkpoint costs the better part of a
-/// millisecond.
+/// For emulated hosts: there the first write to a page after a checkpoint costs most of a millisecond.
 const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
-/// For a guest to come up.
+/// Time for a guest to start.
 pub(super) const BOOT: Duration = Duration::from_secs(300);
-/// For a synchronisation to be whole.
+/// Time for a full synchronisation.
 pub(super) const SYNC: Duration = Duration::from_secs(400);
-/// For a takeover.
+/// Time for a takeover.
 pub(super) const TAKEOVER: Duration = Duration::from_secs(60);
-/// For a short command in the guest.
+/// Time for a short command in the guest.
 pub(super) const SHORT: Duration = Duration::from_secs(120);
-/// For a connection to the guest.
+/// Time for a connection to the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// What a guest is made of.
+/// The parts of a guest.
 #[derive(Clone)]
 pub(super) struct Guest {
     pub(super) kernel: GuestKernel,
@@ -103,7 +102,7 @@ impl Guest {
     }
 }
 
-/// A side of the pair: a program in a host, and what it says of itself.
+/// A side of the pair: a program in a host, and its output.
 pub(super) struct Side {
     pub(super) program: Background,
     events: Events,
@@ -120,7 +119,7 @@ impl Side {
     }
 }
 
-/// Hosts, and a clock. What the programs on them said stays in `target/nested/logs` until the next one.
+/// Hosts, and a clock. The output of their programs stays in `target/nested/logs` until the next stage.
 pub(super) struct Stage {
     pub(super) cluster: Cluster,
     logs: PathBuf,
@@ -133,7 +132,7 @@ impl Stage {
         Stage::unequal(workspace, fetch, kernels, None)
     }
 
-    /// Hosts of which the last has a processor that lacks a feature.
+    /// Hosts, the last of which has a processor that lacks a feature.
     pub(super) fn unequal(
         workspace: &Workspace,
         fetch: bool,
@@ -181,8 +180,8 @@ impl Stage {
         guest: &Guest,
     ) -> Result<Side, ProofError> {
         let next = next.map(|next| format!(" --standby {}:{PORT}", Net::Link.host(next))).unwrap_or_default();
-        // The first standby's image is a copy that was made beforehand, so nobody knows what it is. Later
-        // ones are of the guest's own line.
+        // The first standby's image is a copy that was made beforehand, so it is unknown. Later ones are of
+        // the guest's own line.
         let word = if host == 1 { "" } else { ",overwrite" };
         let disks: String =
             guest.disks.iter().map(|image| format!(" --disk path={DATA}/{image}{word}")).collect();
@@ -202,30 +201,30 @@ impl Stage {
         self.start(host, TAP, &format!("{}{}{next}", guest.command(), guest.disks()))
     }
 
-    /// The guest on host 1, with this image for a disk, protected by [`Stage::standby_local`] with the next
+    /// The guest on host 1, with this image as its disk, protected by [`Stage::standby_local`] with the next
     /// number.
     pub(super) fn run_local(&mut self, guest: &Guest, image: &str, number: u16) -> Result<Side, ProofError> {
         let command = format!("{} --disk path={DATA}/{image}{}", guest.command(), next_local(number));
         self.start(1, &format!("vm{number}"), &command)
     }
 
-    /// A standby on the host that the guest runs on.
+    /// A standby on the host that runs the guest.
     pub(super) fn standby_local(&mut self, image: &str, number: u16) -> Result<Side, ProofError> {
         let listen = format!("standby --listen 127.0.0.1:{}", PORT + number);
-        // Its first image is a copy that nobody knows, too.
+        // Its first image is an unknown copy, too.
         let word = if number == 1 { ",overwrite" } else { "" };
         let command = format!("{listen} --disk path={DATA}/{image}{word}{}", next_local(number));
         self.start(1, &format!("vm{number}"), &command)
     }
 
-    /// Waits until the guest has started all that it was to start.
+    /// Waits until the guest has started everything.
     pub(super) fn wait_until_up(&self, side: &Side) -> Result<(), ProofError> {
         side.program.wait_for(UP, BOOT)?;
         self.say("the guest is up");
         Ok(())
     }
 
-    /// Waits until the loss of the host does no harm.
+    /// Waits until losing the host would do no harm.
     pub(super) fn wait_until_protected(&self, side: &Side) -> Result<(), ProofError> {
         let event = side.wait_for("protected", SYNC)?;
         self.say(&format!("protected, {} s after it began", event["base_ms"].as_u64().unwrap_or(0) / 1000));
@@ -233,8 +232,7 @@ impl Stage {
     }
 
     /// Starts the guest on host 1 and, when it is up, protects it with host 2. Not before: while a guest
-    /// boots it writes to all its memory, and emulated hosts have no time for that. Whether it could is what
-    /// other proofs are about.
+    /// boots it writes to all its memory, and emulated hosts are too slow for that. Other proofs cover it.
     pub(super) fn pair(&mut self, guest: &Guest, prepare: &str) -> Result<[Side; 2], ProofError> {
         let first = self.run(1, Some(2), guest)?;
         self.wait_until_up(&first)?;
@@ -246,7 +244,7 @@ impl Stage {
         Ok([first, second])
     }
 
-    /// Cuts a host's power, and waits until the other runs the guest.
+    /// Cuts a host's power, and waits until the other host runs the guest.
     pub(super) fn cut(&mut self, host: usize, next: &Side) -> Result<Value, ProofError> {
         self.say(&format!("cutting the power of host {host}"));
         self.cluster.cut_power(host)?;
@@ -310,7 +308,7 @@ fn ask(cluster: &Cluster, line: &str, limit: Duration) -> io::Result<(String, St
     let start = Instant::now();
     let mut stream = loop {
         match cluster.connect(Stage::agent(), CONNECT) {
-            // It starts when the guest says that it is up.
+            // The agent starts when the guest says that it is up.
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < CONNECT => {
                 thread::sleep(Duration::from_millis(100));
             }
