@@ -8,11 +8,11 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 /// A file of kvm-ioctls (0.25): `Kvm`, `VmFd` and `VcpuFd`, which do not implement `AsFd` themselves.
 ///
-/// The descriptor is borrowed for a call. Nothing here depends on how long the file lives: a
-/// [`crate::Tracker`] holds a duplicate of the VM's descriptor, and a ring that is mapped keeps its vCPU. With
+/// The descriptor is borrowed for one call. Nothing here depends on how long the file lives: a
+/// [`crate::Tracker`] holds a duplicate of the VM's descriptor, and a mapped ring keeps its vCPU. With
 /// another version of kvm-ioctls, or none, pass anything that is `AsFd`.
 pub trait KvmFile: sealed::Sealed {
-    /// The descriptor, as the functions of this crate take it.
+    /// The descriptor, in the form that the functions of this crate take.
     fn descriptor(&self) -> BorrowedFd<'_>;
 }
 

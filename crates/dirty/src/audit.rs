@@ -9,11 +9,11 @@ use std::os::unix::fs::FileExt;
 
 use crate::layout::{Gfn, MemoryLayout, MemorySlot, PAGE_SIZE};
 
-/// Remembers what is in guest memory, and tells which pages have changed without being reported.
+/// Remembers the contents of guest memory, and finds pages that have changed without being reported.
 ///
 /// A VMM that writes guest memory and forgets to mark it ([`crate::GlobalLog::mark_range`]) loses that write
 /// in every checkpoint, and nothing fails until somebody resumes one. So let its tests keep an auditor beside
-/// the tracker and ask it once an epoch, while the vCPUs and the devices stand still:
+/// the tracker and ask it once an epoch, while vCPUs and devices are stopped:
 ///
 /// ```no_run
 /// # fn audited(tracker: &outlive_dirty::Tracker) -> Result<(), Box<dyn std::error::Error>> {
@@ -30,15 +30,15 @@ use crate::layout::{Gfn, MemoryLayout, MemorySlot, PAGE_SIZE};
 /// # }
 /// ```
 ///
-/// A page written with the bytes that it had is no change. The auditor needs no KVM. It reads all memory that
-/// has ever been touched, in about 0.1 s a GiB, and keeps 16 bytes a page.
+/// Writing the same bytes again is no change. The auditor needs no KVM. It reads all memory that has ever
+/// been touched, in about 0.1 s a GiB, and keeps 16 bytes a page.
 pub struct Auditor {
     slots: Vec<Audited>,
     pagemap: File,
 }
 
 impl Auditor {
-    /// Remembers what is in the slots now.
+    /// Remembers the present contents of the slots.
     ///
     /// Pages of private anonymous memory that were never touched count as zero and are not touched either;
     /// all other memory is read.
@@ -64,7 +64,7 @@ impl Auditor {
     }
 
     /// The pages that have changed since the last call, or since [`Auditor::new`], and are not in `reported`;
-    /// in ascending order. The contents of now are those that the next call compares with.
+    /// in ascending order. The next call compares with the present contents.
     pub fn check(&mut self, reported: &[Gfn]) -> Vec<Gfn> {
         let mut reported = reported.to_vec();
         reported.sort_unstable();
@@ -77,7 +77,7 @@ impl Auditor {
         silent
     }
 
-    /// Looks at every page and calls `changed` for those that are not what they were.
+    /// Checks every page and calls `changed` for those that have changed.
     fn renew(&mut self, mut changed: impl FnMut(Gfn)) {
         let mut touched = Touched::new(&self.pagemap);
         for Audited { slot, digests, sparse } in &mut self.slots {
@@ -136,8 +136,8 @@ const fn keys() -> [u64; WORDS] {
     keys
 }
 
-/// The sum of (word + key) × (next word + next key) over the pairs of words, modulo 2^128, less that of a
-/// page of zeros.
+/// The sum of (word + key) × (next word + next key) over the pairs of words, modulo 2^128, minus the sum for
+/// a page of zeros.
 ///
 /// This is NH, the hash of UMAC (Black and others, CRYPTO 1999): two different contents, chosen without a
 /// look at the keys, have the same sum with a probability of at most 2^-64, however little they differ.
@@ -167,8 +167,8 @@ const OF_ZEROS: u128 = {
 // ----------------------------------------------------------------------------------
 
 /// Host addresses, from and to, of the private anonymous mappings of this process. Only there does "not in
-/// the page table" mean "zero": pages of files are elsewhere, and those of shared memory may be in another
-/// mapping.
+/// the page table" mean "zero": pages of files are stored elsewhere, and pages of shared memory may be in
+/// another mapping.
 fn anonymous_mappings() -> io::Result<Vec<(u64, u64)>> {
     let mut mappings: Vec<(u64, u64)> = Vec::new();
     for (start, end) in fs::read_to_string("/proc/self/maps")?.lines().filter_map(anonymous_mapping) {
@@ -180,8 +180,8 @@ fn anonymous_mappings() -> io::Result<Vec<(u64, u64)>> {
     Ok(mappings)
 }
 
-/// The range of a line of /proc/self/maps (`start-end rwxp offset device inode name`) that is private and no
-/// file.
+/// The range in a line of /proc/self/maps (`start-end rwxp offset device inode name`), if it is private and
+/// not of a file.
 fn anonymous_mapping(line: &str) -> Option<(u64, u64)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
@@ -196,11 +196,11 @@ fn is_covered(slot: &MemorySlot, mappings: &[(u64, u64)]) -> bool {
     mappings.iter().any(|&(from, to)| from <= slot.host_addr && end <= to)
 }
 
-/// What /proc/self/pagemap says of pages that are asked for in ascending order.
+/// The answers of /proc/self/pagemap about pages that are asked for in ascending order.
 struct Touched<'p> {
     pagemap: &'p File,
     entries: Vec<u8>,
-    /// The page that `entries` begin with.
+    /// The first page of `entries`.
     first: u64,
 }
 
@@ -215,7 +215,7 @@ impl<'p> Touched<'p> {
         Touched { pagemap, entries: Vec::new(), first: 0 }
     }
 
-    /// Whether a page (host address / page size) is known to the page table. True if nobody can tell.
+    /// Whether the page table knows a page (host address / page size). True if this cannot be found out.
     fn is_touched(&mut self, page: u64) -> bool {
         if page.wrapping_sub(self.first) >= self.entries.len() as u64 / 8 {
             self.first = page;
@@ -280,7 +280,7 @@ mod tests {
             unsafe { Auditor::new(&self.layout).unwrap() }
         }
 
-        /// Writes as devices should: marked.
+        /// Writes as devices should: with marks.
         fn write(&self, gpa: u64, value: u64) {
             self.memory.write_obj(value, GuestAddress(gpa)).unwrap();
         }
@@ -309,7 +309,7 @@ mod tests {
                 vm.write(5 * PAGE_SIZE, page + 1);
                 vm.write_silently(page * PAGE_SIZE + offset, 1);
                 assert_eq!(auditor.check(&vm.reported()), [Gfn(page)]);
-                // Said once.
+                // Reported once.
                 assert_eq!(auditor.check(&[]), []);
             }
         }
@@ -324,13 +324,13 @@ mod tests {
             vm.write(0x1ffc, u64::MAX / round);
             vm.write(0x1_0000_0008, round);
             vm.write_silently(0x3000, 7);
-            // Zeros where nothing ever was.
+            // Zeros where nothing has ever been written.
             vm.write_silently(0x5000, 0);
             let reported = vm.reported();
             assert_eq!(reported.len(), 3);
             assert_eq!(auditor.check(&reported), []);
         }
-        // A page may be reported and not changed, or be none of the VM.
+        // A page may be reported without a change, or not belong to the VM.
         assert_eq!(auditor.check(&[Gfn(9), Gfn(0x9_0000), Gfn(u64::MAX)]), []);
     }
 
@@ -413,7 +413,7 @@ mod tests {
     }
 
     proptest! {
-        /// Small numbers, equal words and neighbouring changes: what memory is full of.
+        /// Small numbers, equal words and neighbouring changes: typical contents of memory.
         #[test]
         fn other_contents_have_another_digest(
             base in prop::collection::vec(0u64..4, WORDS),

@@ -40,19 +40,20 @@ pub enum BackendChoice {
     Bitmap,
 }
 
-/// Which back end it is. `Display` gives "ring", "clear-log", "bitmap" and "uffd".
+/// The back end in use. `Display` gives "ring", "clear-log", "bitmap" and "uffd".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DirtyKind {
-    /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest is by dirty page.
+    /// KVM dirty ring, Linux 5.11 and later: the cost of a harvest grows with the dirty pages.
     Ring,
-    /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest is by page of
-    /// the VM, and hot pages can be left out.
+    /// KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG, Linux 5.2 and later: the cost of a harvest grows with the
+    /// size of the VM, and hot pages can be left out.
     ClearLog,
-    /// KVM_GET_DIRTY_LOG: the cost of a harvest is by page of the VM.
+    /// KVM_GET_DIRTY_LOG: the cost of a harvest grows with the size of the VM.
     Bitmap,
     /// userfaultfd with asynchronous write-protection, Linux 6.7 and later: memory that this process writes
-    /// itself, without KVM (`Tracker::of_memory`, feature `uffd`). The cost of a harvest is by page of memory.
+    /// itself, without KVM (`Tracker::of_memory`, feature `uffd`). The cost of a harvest grows with the
+    /// memory.
     Uffd,
 }
 
@@ -71,32 +72,32 @@ impl fmt::Display for DirtyKind {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProbeError {
-    /// The ring was demanded and this kernel has none.
+    /// The caller demanded the ring, and this kernel has none.
     #[error("this kernel has no KVM dirty ring (Linux 5.11 or later, KVM_CAP_DIRTY_LOG_RING)")]
     NoRing,
-    /// The clear-log was demanded and this kernel has none.
+    /// The caller demanded the clear-log, and this kernel has none.
     #[error("this kernel has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.2 or later)")]
     NoClearLog(#[source] io::Error),
-    /// The ring was demanded and KVM refused it.
+    /// The caller demanded the ring, and KVM refused it.
     #[error(
         "KVM refuses a dirty ring of {entries} entries; the ring is enabled before the first vCPU is made"
     )]
     Refused {
-        /// The size asked for.
+        /// The requested size.
         entries: u64,
-        /// What the kernel said: EINVAL if there is a vCPU already or the ring was enabled before.
+        /// The kernel's error: EINVAL if there is a vCPU already or the ring was enabled before.
         source: io::Error,
     },
-    /// On 64-bit Arm a bitmap stands beside the ring, and KVM refused it. The VM has a ring now and can have no
-    /// other log: make a new one, and probe it before its first memory slot.
+    /// On 64-bit Arm a bitmap is needed beside the ring, and KVM refused it. The VM has a ring now and can
+    /// have no other log: make a new VM, and probe it before its first memory slot.
     #[error("KVM refuses a bitmap beside the dirty ring: it is enabled before the first memory slot is made")]
     NoBackup(#[source] io::Error),
-    /// Dirty logging is by pages of the host, and everything here by pages of 4 KiB.
+    /// KVM logs by pages of the host, but everything here works by pages of 4 KiB.
     #[error("the pages of this host have {0} bytes, not 4096")]
     PageSize(u64),
 }
 
-/// The back end that a VM has been given.
+/// The back end of a VM.
 #[derive(Clone, Debug)]
 pub struct DirtyBackend {
     kind: DirtyKind,
@@ -145,7 +146,7 @@ impl DirtyBackend {
                     .or_else(|_| Ok(DirtyBackend::bitmap(vm, format!("no clear-log; {why}"))))
             })?,
         };
-        // Not info: it comes before everything is known to be there, and an error then is to stand alone.
+        // Not info: at this point later steps can still fail, and their error should stand alone.
         report::debug(format_args!("dirty tracking by {}: {}", chosen.kind, chosen.reason));
         Ok(chosen)
     }
@@ -190,7 +191,7 @@ impl DirtyBackend {
         let name =
             if capability == KVM_CAP_DIRTY_LOG_RING { "DIRTY_LOG_RING" } else { "DIRTY_LOG_RING_ACQ_REL" };
         let mut reason = format!("KVM_CAP_{name}, {entries} entries a vCPU");
-        // Where KVM writes guest memory without a vCPU (arm64), such pages are in no ring.
+        // Where KVM writes guest memory without a vCPU (arm64), those pages are in no ring.
         let backup = kvm::check_extension(kvm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) > 0;
         if backup {
             kvm::enable_cap(vm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, 0).map_err(ProbeError::NoBackup)?;
@@ -199,25 +200,25 @@ impl DirtyBackend {
         Ok(DirtyBackend { backup, ..DirtyBackend::of(DirtyKind::Ring, reason, entries as u32) })
     }
 
-    /// Whether what KVM writes without a vCPU is in a bitmap beside the rings.
+    /// Whether a bitmap beside the rings has the pages that KVM writes without a vCPU.
     pub(crate) fn has_backup(&self) -> bool {
         self.backup
     }
 
-    /// Which back end it is.
+    /// The kind of back end.
     pub fn kind(&self) -> DirtyKind {
         self.kind
     }
 
-    /// Why this one, in words for a log.
+    /// Why this back end was chosen, in words for a log.
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
     /// Proves, in a small VM of its own that is gone when this returns (about 20 ms), that this kernel leaves
-    /// out of a re-arm what it is told to, and measures what a trap and a copy cost: what
-    /// [`crate::HotPages::Auto`] needs. A kernel that fails gets no hot pages; the result is logged. It is tested
-    /// once in a process for each kind of back end.
+    /// pages out of a re-arm when told to, and measures the costs of a trap and a copy.
+    /// [`crate::HotPages::Auto`] needs both. A kernel that fails gets no hot pages; the result is logged.
+    /// Each kind of back end is tested once in a process.
     #[cfg(feature = "self-test")]
     #[must_use]
     pub fn with_self_test(mut self, kvm: impl AsFd) -> DirtyBackend {
@@ -236,13 +237,13 @@ impl DirtyBackend {
         self
     }
 
-    /// What [`DirtyBackend::with_self_test`] has found.
+    /// The result of [`DirtyBackend::with_self_test`].
     #[cfg(feature = "self-test")]
     pub fn self_test(&self) -> Option<&SelfTest> {
         self.self_test.as_ref()
     }
 
-    /// The rule that the measured costs make, or why no page can be hot.
+    /// The rule that follows from the measured costs, or why no page can be hot.
     pub(crate) fn hot_rule(&self, max_dirty_pages: usize) -> Result<HotRule, String> {
         #[cfg(not(feature = "self-test"))]
         return Err(format!("the feature self-test is off ({max_dirty_pages} pages an epoch at most)"));
@@ -254,8 +255,8 @@ impl DirtyBackend {
         }
     }
 
-    /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU, of
-    /// which at least three quarters stay free.
+    /// Pages that may stay unarmed. Each holds an entry of a ring, and all may be in the ring of one vCPU; at
+    /// least three quarters of that ring stay free.
     pub(crate) fn most_hot_pages(&self) -> usize {
         match self.kind {
             DirtyKind::Ring => self.ring_entries as usize / 4,
@@ -267,13 +268,13 @@ impl DirtyBackend {
     /// Entries of a ring that KVM keeps free.
     pub(crate) fn reserved(&self) -> u64 {
         let pml = std::fs::read_to_string("/sys/module/kvm_intel/parameters/pml");
-        // Without /sys (a jail) nobody can tell: then the smaller ring is the safe guess.
+        // Without /sys (a jail) this cannot be found out: then the smaller ring is the safe guess.
         let unknown = || !std::path::Path::new("/sys/module").exists();
         let has_pml = pml.map_or_else(|_| unknown(), |value| value.trim() == "Y");
         if has_pml { RESERVED + RESERVED_FOR_PML } else { RESERVED }
     }
 
-    /// Puts a bug in: one page in so many is lost. For tests that must notice it.
+    /// Plants a bug: one page in this many is lost. For tests that must notice it.
     #[cfg(any(test, feature = "planted-bug"))]
     #[must_use]
     pub fn with_planted_bug(mut self, every: u64) -> DirtyBackend {

@@ -33,9 +33,9 @@ impl Bits {
         self.words.get(index).is_some_and(|word| word.fetch_or(bit, Ordering::AcqRel) & bit == 0)
     }
 
-    /// Whether the bit is set, ordered against [`Bits::release`] of the same page: who finds it set has all
-    /// his earlier stores seen by whoever clears it. A plain load would not do: it could be overtaken by the
-    /// stores.
+    /// Whether the bit is set, ordered against [`Bits::release`] of the same page: if this finds the bit set,
+    /// the thread that clears it sees all earlier stores of the caller. A plain load would not do: the stores
+    /// could overtake it.
     pub(crate) fn is_claimed(&self, gfn: Gfn) -> bool {
         let (index, bit) = place(gfn);
         self.words.get(index).is_some_and(|word| word.fetch_or(0, Ordering::AcqRel) & bit != 0)
@@ -59,7 +59,7 @@ impl Bits {
         self.words.get(index).is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
     }
 
-    /// Clears the bits of the page and of up to 63 neighbours that share its word. For a caller who clears
+    /// Clears the bits of the page and of up to 63 neighbours that share its word. For a caller that clears
     /// all.
     pub(crate) fn release_word(&self, gfn: Gfn) {
         if let Some(word) = self.words.get(place(gfn).0) {
@@ -76,8 +76,8 @@ impl Bits {
         });
     }
 
-    /// Clears bits and hands out the pages that were set, until the sink says that the page it got is the last.
-    /// Returns how many bits are set behind it: O(pages of the VM / 64).
+    /// Clears bits and hands out the pages that were set, until the sink says that a page was the last.
+    /// Returns how many later bits are still set: O(pages of the VM / 64).
     pub(crate) fn release_while(&self, mut sink: impl FnMut(Gfn) -> bool) -> usize {
         let (mut wanted, mut left) = (true, 0);
         for (index, word) in self.words.iter().enumerate() {
@@ -121,7 +121,7 @@ impl Bits {
         count
     }
 
-    /// Takes the memory of the bits of a slot's pages, so that it is not taken in an epoch.
+    /// Takes the memory for the bits of a slot's pages, so that no epoch has to.
     pub(crate) fn populate(&self, slot: &MemorySlot) {
         self.words.populate_huge(place(slot.base).0..place(Gfn(slot.end() - 1)).0 + 1);
     }

@@ -21,10 +21,10 @@ pub enum StateSaved {}
 /// The dirty pages are known.
 #[derive(Debug)]
 pub enum Harvested {}
-/// The next write to each of them will be caught, so that their contents may be read.
+/// The next write to each of them will be caught, so their contents may be read.
 #[derive(Debug)]
 pub enum Rearmed {}
-/// They have been read.
+/// The pages have been read.
 #[derive(Debug)]
 pub enum Copied {}
 
@@ -68,7 +68,7 @@ pub struct Epoch<'t, S> {
     state: PhantomData<S>,
 }
 
-/// What the states have in common; on drop the guest may run and vCPU threads may harvest.
+/// The common part of the states; on drop the guest may run and vCPU threads may harvest.
 struct Ending<'t> {
     token: Token<'t>,
 }
@@ -103,13 +103,13 @@ impl<'t> Epoch<'t, Stopped> {
 }
 
 impl<'t> Epoch<'t, StateSaved> {
-    /// Takes every dirty page of the epoch: what vCPU threads have not taken of their rings, KVM's bitmap,
-    /// the global list; each page once, in one contiguous list.
+    /// Takes every dirty page of the epoch: from the rings, what vCPU threads have left there; KVM's bitmap;
+    /// the global list. Each page comes once, in one contiguous list.
     ///
     /// # Errors
-    /// The epoch is dropped then; begin again with [`Tracker::stopped`], the guest need not run in between.
-    /// After [`HarvestError::Overrun`] and [`HarvestError::Failed`] tracking is over. After any other the
-    /// pages taken so far come with the next harvest.
+    /// On an error the epoch is dropped; begin again with [`Tracker::stopped`], the guest need not run in
+    /// between. After [`HarvestError::Overrun`] and [`HarvestError::Failed`] tracking is over. After any
+    /// other error the pages taken so far come with the next harvest.
     pub fn harvest(self) -> Result<Epoch<'t, Harvested>, HarvestError> {
         self.tracker().harvest()?;
         Ok(self.becomes())
@@ -117,16 +117,16 @@ impl<'t> Epoch<'t, StateSaved> {
 }
 
 impl<'t> Epoch<'t, Harvested> {
-    /// How many pages are to be copied, hot ones included.
+    /// The number of pages to copy, including hot ones.
     pub fn count(&self) -> usize {
         self.tracker().flat().len()
     }
 
-    /// Makes the next write to each of the pages trap, but for hot ones. With the ring that is one
+    /// Makes the next write to each of the pages trap, except hot ones. With the ring that is one
     /// KVM_RESET_DIRTY_RINGS, with every signal blocked in this thread.
     ///
     /// # Errors
-    /// Any is the end of tracking: pages may have been written unseen. Synchronise in full by other means.
+    /// Any error ends tracking: pages may have been written unseen. Synchronise in full by other means.
     pub fn rearm(self) -> Result<Epoch<'t, Rearmed>, RearmError> {
         self.tracker().rearm()?;
         Ok(self.becomes())
@@ -134,7 +134,7 @@ impl<'t> Epoch<'t, Harvested> {
 }
 
 impl<'t> Epoch<'t, Rearmed> {
-    /// The pages to copy, each once, in no order. For more threads than this one there is [`Tracker::part`].
+    /// The pages to copy, each once, in no order. [`Tracker::part`] divides them among several threads.
     ///
     /// First [those that were written](Epoch::written), then [those that may have been](Epoch::hot).
     pub fn pages(&self) -> &[Gfn] {
@@ -144,8 +144,8 @@ impl<'t> Epoch<'t, Rearmed> {
     }
 
     /// The pages that a vCPU, a device or the kernel wrote in the epoch. (The first read of a page that KVM
-    /// has not mapped yet counts as a write, and so does all that was hot in an epoch that was dropped after
-    /// the re-arm.)
+    /// has not mapped yet counts as a write. So does every page that was hot in an epoch that was dropped
+    /// after the re-arm.)
     pub fn written(&self) -> &[Gfn] {
         &self.pages()[..self.tracker().written()]
     }
@@ -156,22 +156,23 @@ impl<'t> Epoch<'t, Rearmed> {
         &self.pages()[self.tracker().written()..]
     }
 
-    /// Says that the page at this place of [`Epoch::pages`] was compared with its last copy and is as it was.
-    /// A hot page that stays so for some epochs is armed again. Of other pages it says nothing.
+    /// Says that the page at this place of [`Epoch::pages`] was compared with its last copy and has not
+    /// changed. A hot page that stays unchanged for some epochs is armed again. For other pages this does
+    /// nothing.
     pub fn unchanged(&self, index: usize) {
         self.tracker().unchanged(index);
     }
 
-    /// What compares the hot pages of this epoch later, when it may be over: whoever has their last copies and
-    /// no part in the pause. With it, how many of [`Epoch::pages`] come before the hot ones that it knows: the
-    /// place that [`Comparison::unchanged`] wants is counted from there. None if there are no hot pages.
+    /// Compares the hot pages of this epoch later, when the epoch may be over: for code that has their last
+    /// copies but no part in the pause. Also returns how many of [`Epoch::pages`] come before the hot ones
+    /// that it knows: [`Comparison::unchanged`] counts places from there. None if there are no hot pages.
     pub fn comparison(&self) -> Option<(Comparison, usize)> {
         self.tracker().comparison()
     }
 
-    /// Adds the pages to `pages` and begins the next epoch, before they are copied: for a migration, whose
-    /// guest runs on while its pages are sent. What is written meanwhile is of the next epoch, whichever
-    /// contents were sent. `pages` grows where it has too little room; that is the only allocation.
+    /// Adds the pages to `pages` and begins the next epoch before they are copied: for a migration, whose
+    /// guest runs on while its pages are sent. Writes in the meantime belong to the next epoch, whichever
+    /// contents were sent. `pages` grows if it has too little room; that is the only allocation.
     pub fn run_then_copy(self, pages: &mut Vec<Gfn>) {
         pages.extend_from_slice(self.pages());
         self.copied().run();

@@ -46,7 +46,7 @@ impl Flat {
         self.len.store(0, Ordering::Release);
     }
 
-    /// Forgets the pages from this place on.
+    /// Forgets the pages from this place onwards.
     pub(crate) fn truncate(&self, len: usize) {
         self.len.store(len.min(self.len()), Ordering::Release);
     }

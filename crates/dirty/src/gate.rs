@@ -1,4 +1,5 @@
-//! Who may do what at the moment: vCPU threads harvest, or the epoch is closed, or its pages are being read.
+//! Decides what is allowed at the moment: vCPU threads harvest, or the epoch is closed, or its pages are
+//! being read.
 
 use crate::sync::{AtomicUsize, Ordering, spin_loop};
 
@@ -6,7 +7,7 @@ use crate::sync::{AtomicUsize, Ordering, spin_loop};
 const OFF: usize = 0;
 /// vCPU threads may harvest.
 const OPEN: usize = 1;
-/// The epoch is harvested; what KVM logs now is of the next one and stays where it is.
+/// The epoch is harvested; KVM's new entries belong to the next one and stay where they are.
 const CLOSED: usize = 2;
 /// As closed, and the pages may be read.
 const READABLE: usize = 3;
@@ -14,10 +15,10 @@ const READABLE: usize = 3;
 const STATE: usize = 3;
 const ONE_READER: usize = 4;
 
-/// Moved from one state to the next by the one thread that holds the epoch; asked by all.
+/// The one thread that holds the epoch moves it from one state to the next; all threads ask it.
 ///
-/// State and number of readers are one word, so that every change of the one is ordered against every change
-/// of the other.
+/// State and number of readers share one word, so that every change of one is ordered against every change of
+/// the other.
 pub(crate) struct Gate(AtomicUsize);
 
 impl Gate {
@@ -40,7 +41,7 @@ impl Gate {
         self.state() == OFF
     }
 
-    /// Whether a vCPU thread may harvest. Asked after it owns its list: a thread that closes the gate then
+    /// Whether a vCPU thread may harvest. It asks after it owns its list: a thread that closes the gate then
     /// finds the list owned, or has owned it before and is seen here.
     pub(crate) fn is_open(&self) -> bool {
         self.state() == OPEN
@@ -76,7 +77,7 @@ impl Gate {
         self.0.fetch_sub(ONE_READER, Ordering::Release);
     }
 
-    /// Lets nobody begin to read, and waits for those who do.
+    /// Lets no new reader begin, and waits for the present ones.
     pub(crate) fn end_reading(&self) {
         if self.state() == READABLE {
             self.close();

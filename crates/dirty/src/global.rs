@@ -10,8 +10,8 @@ use crate::layout::{Gfn, MemoryLayout, PAGE_SIZE};
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::words::Words;
 
-/// Pages that were written outside any vCPU: by device models, by `io_uring` and other kernel writes, and
-/// what did not fit in the list of a vCPU.
+/// Pages that were written outside any vCPU, by device models, `io_uring` and other kernel writes, and pages
+/// that did not fit into the list of a vCPU.
 ///
 /// Marking is lock-free, from any thread, and records only while a [`crate::Tracker`] is enabled; otherwise
 /// it is one load. **Mark after the write**, not before it: then a mark that has returned is in the next
@@ -41,8 +41,8 @@ pub struct GlobalLog {
 }
 
 impl GlobalLog {
-    /// A log over frame numbers below `pages_of_gfn_space` ([`crate::MemoryLayout::gfn_space`]) that lists up to
-    /// `capacity` pages an epoch; more of them cost time in the harvest, no loss.
+    /// A log over frame numbers below `pages_of_gfn_space` ([`crate::MemoryLayout::gfn_space`]) that lists up
+    /// to `capacity` pages an epoch. More pages cost time in the harvest but are not lost.
     ///
     /// # Panics
     /// If the address space for the bitmap (one bit a page) cannot be reserved.
@@ -50,8 +50,8 @@ impl GlobalLog {
         Arc::new(Self::build(pages_of_gfn_space, capacity))
     }
 
-    /// As [`GlobalLog::new`], over guest physical ranges (address and length in bytes, as `vm-memory` takes
-    /// them): for a log that is made before the memory whose writes it is to record.
+    /// Like [`GlobalLog::new`], over guest physical ranges (address and length in bytes, as `vm-memory` takes
+    /// them): for a log that is made before the memory whose writes it will record.
     ///
     /// # Panics
     /// As [`GlobalLog::new`].
@@ -83,7 +83,7 @@ impl GlobalLog {
     }
 
     /// Records that `len` bytes from guest physical address `gpa` have been written: the one function for
-    /// writes through raw pointers and by the kernel (`io_uring`, `readv`), after they are complete.
+    /// writes through raw pointers and by the kernel (`io_uring`, `readv`). Call it after they are complete.
     pub fn mark_range(&self, gpa: u64, len: u64) {
         if len == 0 || !self.enabled.load(Ordering::Acquire) {
             return;
@@ -113,7 +113,7 @@ impl GlobalLog {
         self.bits.pages()
     }
 
-    /// Marks beyond the frame numbers of the log. They are ignored; a VMM that has any has a bug.
+    /// Marks beyond the frame numbers of the log. They are ignored; a VMM that makes any has a bug.
     pub fn ignored(&self) -> u64 {
         self.beyond.load(Ordering::Relaxed)
     }
@@ -137,12 +137,12 @@ impl GlobalLog {
         if self.bits.is_claimed(gfn) {
             return;
         }
-        // Said before the bit is set: who then finds the bit set and returns leaves the harvest a hint, this
-        // one.
+        // Announced before the bit is set: a thread that finds the bit set and returns leaves the harvest a
+        // hint, namely this one.
         self.in_flight.fetch_add(1, Ordering::AcqRel);
         if self.bits.claim(gfn) {
             let place = self.tail.fetch_add(1, Ordering::AcqRel);
-            // A hint found in our place is of a marker that a harvest overtook, or we are that marker.
+            // A hint in our place belongs to a marker that a harvest overtook, or we are that marker.
             let lost_hint =
                 place >= self.capacity || self.hints[place].swap(gfn.0 + 1, Ordering::AcqRel) != 0;
             if lost_hint {
@@ -160,9 +160,9 @@ impl GlobalLog {
         });
     }
 
-    /// The same, until the sink says that the page it got is the last: what is left stays marked, and counts.
+    /// The same, until the sink says that a page was the last: the rest stays marked, and counts.
     pub(crate) fn drain_while(&self, mut sink: impl FnMut(Gfn) -> bool) {
-        // A marker on the way may have set a bit that made another one return, and have no hint yet.
+        // A marker under way may have set a bit that made another one return, and have no hint yet.
         let mut search = self.in_flight.load(Ordering::Acquire) != 0;
         let handed_out = self.tail.swap(0, Ordering::AcqRel);
         let mut left = handed_out;
@@ -172,20 +172,21 @@ impl GlobalLog {
             match page {
                 Some(gfn) if self.bits.release(gfn) => {
                     if !sink(gfn) {
-                        // The next one searches: places that are empty, or full of these hints, say nothing.
+                        // The next harvest searches: empty places, and places full of these hints, tell it
+                        // nothing.
                         self.overflow.store(true, Ordering::Release);
                         self.tail.fetch_add(left, Ordering::AcqRel);
                         return;
                     }
                 }
                 Some(_) => (),
-                // Its marker has set the bit and not come round to the hint, which would come where no
-                // harvest looks any more.
+                // Its marker has set the bit but not written the hint yet, which would come where no harvest
+                // reads any more.
                 None => search = true,
             }
         }
-        // Asked again: a marker that came meanwhile may have put its hint over one not read yet. Either it is
-        // seen in flight here, or its word of the overflow below.
+        // Asked again: a marker that came meanwhile may have put its hint over one that was not read yet.
+        // Either it is seen in flight here, or its overflow flag is seen below.
         search |= self.in_flight.load(Ordering::Acquire) != 0;
         search |= self.overflow.swap(false, Ordering::AcqRel) || handed_out > self.capacity;
         if search {
@@ -216,13 +217,13 @@ impl GlobalLog {
         self.enabled.store(true, Ordering::Release);
     }
 
-    /// Takes the memory of a slot that comes later.
+    /// Takes the memory for a slot that comes later.
     #[cfg(not(all(test, loom)))]
     pub(crate) fn populate(&self, slot: &MemorySlot) {
         self.bits.populate(slot);
     }
 
-    /// Forgets the marks of a slot. Hints of it stay, and are not believed.
+    /// Forgets the marks of a slot. Its hints stay, and are not believed.
     #[cfg(not(all(test, loom)))]
     pub(crate) fn forget(&self, slot: &MemorySlot) {
         self.bits.release_slot(slot);

@@ -12,27 +12,27 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::layout::Gfn;
 use crate::words::Words;
 
-/// When a page becomes hot, and when it is looked at again.
+/// When a page becomes hot, and when it is checked again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HotRule {
-    /// The epochs within which all these traps must come. A page that is written less often than once in so
-    /// many epochs is not worth copying in each: it is the cost of a trap divided by that of a copy, less a
-    /// margin. 0 makes no page hot.
+    /// The number of epochs within which all these traps must come. A page that is written less often than
+    /// once in that many epochs is not worth copying in each: it is the cost of a trap divided by that of a
+    /// copy, minus a margin. 0 makes no page hot.
     pub max_gap: u32,
-    /// So many traps within `max_gap` epochs make a page hot. At least 1.
+    /// This many traps within `max_gap` epochs make a page hot. At least 1.
     pub traps: u32,
-    /// Epochs after which a hot page is re-armed to see whether it is still written. Doubled (up to 32 times)
-    /// each time it was. At least 1.
+    /// Epochs after which a hot page is re-armed to see whether it is still written. The number doubles (up
+    /// to 32 times) each time it was. At least 1.
     pub probe_after: u32,
-    /// Hot pages at most. Each holds back an entry of a ring.
+    /// Most hot pages. Each holds back an entry of a ring.
     pub max_pages: usize,
 }
 
 impl HotRule {
-    /// The rule for a cost of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them, and
-    /// an epoch of at most so many dirty pages.
+    /// The rule for given costs of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them,
+    /// and for epochs of at most this many dirty pages.
     pub fn for_costs(fault_ns: u32, copy_ns: u32, max_dirty_pages: usize) -> HotRule {
-        // Half of what would pay: a hot page also costs the way to the standby.
+        // Half of the break-even: a hot page also has to go to the standby.
         let max_gap = (fault_ns / copy_ns.max(1) / 2).min(1000);
         HotRule { max_gap, traps: 4, probe_after: 64, max_pages: max_dirty_pages / 2 }
     }
@@ -44,25 +44,25 @@ pub enum HotPages {
     /// Every page is re-armed in every epoch.
     #[default]
     Off,
-    /// By the costs and the proof of [`crate::DirtyBackend::with_self_test`]; off where that was not passed or not
-    /// run.
+    /// By the costs and the proof of [`crate::DirtyBackend::with_self_test`]; off if that test failed or was
+    /// not run.
     Auto,
-    /// By this rule. It is on the caller that the kernel leaves out what it is told to leave out.
+    /// By this rule. The caller vouches that the kernel leaves pages out of a re-arm when told to.
     Rule(HotRule),
 }
 
-/// Part of the set that is looked at in an epoch.
+/// Part of the set that each epoch checks.
 const LOOK_AT: usize = 8;
-/// A page that is written again so soon after it was re-armed was rightly hot.
+/// A page that is written this soon after it was re-armed was rightly hot.
 const SOON: u16 = 2;
 /// Doublings of `probe_after`.
 const MAX_LEVEL: u64 = 5;
-/// Places in which the history of a page can be: a cache line.
+/// Places that can hold the history of a page: a cache line.
 const WAYS: usize = 8;
-/// So many epochs late a comparison may be and still count for the next look at its page.
+/// A comparison may be this many epochs late and still count for the next check of its page.
 const LATE: u64 = 4;
 
-/// What is known of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count
+/// The history of a page that was trapped lately, in a word: page (40 bits), the epoch in which the count
 /// began (16), traps since (4), level (4).
 #[derive(Clone, Copy)]
 struct Past {
@@ -86,8 +86,8 @@ impl Past {
     }
 }
 
-/// The hot pages and the memory of pages that may become so. All is changed by the one thread that holds the
-/// epoch, but what [`HotSet::unchanged`] and [`Comparison`] note by any.
+/// The hot pages and the history of pages that may become hot. The one thread that holds the epoch makes all
+/// changes, except the notes of [`HotSet::unchanged`] and [`Comparison`], which any thread makes.
 pub(crate) struct HotSet {
     rule: HotRule,
     pages: Words,
@@ -105,11 +105,12 @@ pub(crate) struct HotSet {
     cooled: AtomicU64,
 }
 
-/// The hot pages of one epoch, for whoever compares them with their last copies: [`crate::Epoch::comparison`].
+/// The hot pages of one epoch, for code that compares them with their last copies:
+/// [`crate::Epoch::comparison`].
 ///
-/// It may be used by any thread, without a lock, and also when the epoch is long over or the tracker is gone:
-/// what comes too late is of no effect. It only says which pages are to be armed again sooner; whatever is said,
-/// no write is missed.
+/// Any thread may use it, without a lock, even when the epoch is long over or the tracker is gone: late
+/// answers have no effect. It only makes pages be armed again sooner; whatever it is told, no write is
+/// missed.
 #[derive(Clone)]
 pub struct Comparison {
     set: Arc<HotSet>,
@@ -117,8 +118,8 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Says that in this epoch the page at this place of [`crate::Epoch::hot`] was as it had been. A hot page
-    /// that stays so for some epochs is armed again.
+    /// Says that in this epoch the page at this place of [`crate::Epoch::hot`] had not changed. A hot page
+    /// that stays unchanged for some epochs is armed again.
     pub fn unchanged(&self, place: usize, gfn: Gfn) {
         self.set.unchanged_in(self.epoch, place, gfn);
     }
@@ -179,7 +180,7 @@ impl HotSet {
         }
     }
 
-    /// The hot pages; the index of each is what [`HotSet::unchanged`] wants, until `cool`.
+    /// The hot pages; [`HotSet::unchanged`] takes the index of each, until `cool`.
     pub(crate) fn pages(&self) -> &[AtomicU64] {
         &self.pages[..self.len()]
     }
@@ -200,7 +201,7 @@ impl HotSet {
         let (place, past) = self.recall(gfn);
         let past = past.filter(|past| u32::from(past.age(epoch)) <= self.rule.max_gap);
         if past.is_none() && self.is_fresh(place, gfn) {
-            // Pages that take each other's places would never be known long enough. This one comes in when
+            // Pages that displace each other would never be known long enough. This one gets a place when
             // those have become hot, or have not been written for a while.
             return self.rule.traps == 1 && self.rule.max_gap > 0 && self.insert(gfn, 0);
         }
@@ -236,21 +237,20 @@ impl HotSet {
         epoch + after + scatter(gfn) % after.div_ceil(2)
     }
 
-    /// What compares the pages of the epoch that is ending.
+    /// Compares the pages of the epoch that is ending.
     pub(crate) fn comparison(self: &Arc<HotSet>) -> Comparison {
         Comparison { set: self.clone(), epoch: self.epoch.load(Ordering::Relaxed) }
     }
 
-    /// The hot page at this index was compared in the epoch that is ending, and found as it was.
+    /// The hot page at this index was compared in the epoch that is ending, and has not changed.
     pub(crate) fn unchanged(&self, index: usize) {
         let Some(page) = self.pages().get(index) else { return };
         let gfn = Gfn(page.load(Ordering::Relaxed));
         self.unchanged_in(self.epoch.load(Ordering::Relaxed), index, gfn);
     }
 
-    /// The same of an epoch that may be over. A page that has another index since is passed over, and so is
-    /// one that moves at this very moment: the streak may then be that of its neighbour, which costs it a trap
-    /// at most.
+    /// The same for an epoch that may be over. A page that has another index by now is skipped. A page that
+    /// moves at this very moment may get its neighbour's streak, which costs it one trap at most.
     fn unchanged_in(&self, epoch: u64, index: usize, gfn: Gfn) {
         let is_there = |page: &AtomicU64| page.load(Ordering::Relaxed) == gfn.0;
         if !self.pages().get(index).is_some_and(is_there) {
@@ -264,13 +264,13 @@ impl HotSet {
         self.found.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Pages that were found unchanged since this was last asked.
+    /// Pages that were found unchanged since the last call.
     pub(crate) fn take_found(&self) -> u64 {
         self.found.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes pages out of the set that are due for a probe or have been idle for long: some of it is looked
-    /// at in each epoch. They are to be armed.
+    /// Takes pages out of the set that are due for a probe or have been idle for long: each epoch checks some
+    /// of them. They are to be armed.
     pub(crate) fn cool(&self, mut sink: impl FnMut(Gfn)) {
         let epoch = self.epoch.load(Ordering::Relaxed);
         for _ in 0..self.len().div_ceil(LOOK_AT) {
@@ -287,7 +287,7 @@ impl HotSet {
                 let gfn = Gfn(self.pages[index].load(Ordering::Relaxed));
                 self.remove(index, len - 1);
                 // A probe: the next trap makes the page hot again at once and, if it comes soon, for longer.
-                // A page that was idle is as any other.
+                // An idle page becomes like any other.
                 let (traps, level) = if is_idle {
                     (0, 0)
                 } else {
@@ -322,7 +322,7 @@ impl HotSet {
         self.cooled.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Where the history of the page is, or else where it may go: the place of the page not seen for longest.
+    /// The place of the page's history, or the place where it may go: that of the page not seen for longest.
     fn recall(&self, gfn: Gfn) -> (usize, Option<Past>) {
         let epoch = self.epoch.load(Ordering::Relaxed);
         let first = self.set_of(gfn);
@@ -341,7 +341,7 @@ impl HotSet {
         (oldest.0, None)
     }
 
-    /// Whether another page has this place and is still of interest.
+    /// Whether another page has this place and still matters.
     fn is_fresh(&self, place: usize, gfn: Gfn) -> bool {
         let word = self.history[place].load(Ordering::Relaxed);
         let past = Past::unpack(word);
@@ -404,7 +404,7 @@ mod tests {
         assert_eq!((set.len(), set.counts()), (1, (1, 0)));
     }
 
-    /// Pages that are written at random, in 2 of 100 epochs each, do not pay and are not taken for hot ones.
+    /// Pages that are written at random, in 2 of 100 epochs each, do not pay and do not become hot.
     #[test]
     fn chance_makes_few_pages_hot() {
         let rule = HotRule::for_costs(6500, 250, 16_384);
@@ -485,7 +485,7 @@ mod tests {
         assert_eq!(set.len(), 20);
     }
 
-    /// Whoever compares later than in the pause, as a sender does, cools a page as well.
+    /// Code that compares after the pause, as a sender does, cools a page as well.
     #[test]
     fn a_comparison_may_be_late() {
         let set = Arc::new(set(HotRule { traps: 1, probe_after: 1_000_000, ..RULE }));

@@ -1,4 +1,4 @@
-//! What every ioctl has in common.
+//! The common part of all ioctls.
 
 use std::io;
 

@@ -31,30 +31,31 @@ ioctl_iow_nr!(KVM_ENABLE_CAP, KVMIO, 0xa3, kvm_enable_cap);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
-/// What dirty logging asks of the kernel for a VM. A trait so that tests can put a naive kernel behind it.
+/// The kernel's side of dirty logging for a VM. A trait so that tests can put a naive kernel behind it.
 pub(crate) trait Kernel: Send + Sync {
-    /// Turns the dirty log of a slot on or off. On write-protects every page of the slot.
+    /// Turns the dirty log of a slot on or off. Turning it on write-protects every page of the slot.
     fn set_logging(&self, slot: &MemorySlot, on: bool) -> io::Result<()>;
 
-    /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection also clears it
-    /// and write-protects its pages.
+    /// Copies the dirty bitmap of the slot to the front of `buffer`. Without manual protection it also clears
+    /// the bitmap and write-protects its pages.
     fn get_dirty_log(&self, slot: &MemorySlot, buffer: &Words) -> io::Result<()>;
 
     /// Clears the bits of the slot's dirty bitmap that are set in these words of `mask`, and write-protects
     /// their pages. Needs manual protection.
     fn clear_dirty_log(&self, slot: &MemorySlot, words: Range<usize>, mask: &Words) -> io::Result<()>;
 
-    /// Turns manual protection off, whoever has turned it on, and with it KVM_DIRTY_LOG_INITIALLY_SET.
+    /// Turns manual protection off, and KVM_DIRTY_LOG_INITIALLY_SET with it, even if the VMM turned it on.
     fn refuse_manual_protect(&self);
 
-    /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. vCPUs
-    /// are stopped.
+    /// Makes KVM write at least `entries` entries into the ring of a vCPU, and leaves memory as it was. The
+    /// vCPUs are stopped.
     fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()>;
 
-    /// A vCPU has come, for which entries may have to be minted.
+    /// A vCPU was added; entries may have to be minted for it.
     fn admit(&self, _vcpu: OwnedFd) {}
 
-    /// Frees the ring entries marked for reset and write-protects their pages: how many, over all rings.
+    /// Frees the ring entries marked for reset and write-protects their pages. Returns how many, over all
+    /// rings.
     fn reset_dirty_rings(&self) -> io::Result<u64>;
 }
 
@@ -117,12 +118,12 @@ impl Kernel for Vm {
     }
 
     fn refuse_manual_protect(&self) {
-        // It fails where there is no manual protection.
+        // This fails if there is no manual protection.
         set_manual_protect(self.vm.as_fd(), 0).ok();
     }
 
     fn mint(&self, vcpu: usize, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
-        // One is added while no epoch is open, so that nobody waits here.
+        // A vCPU is added while no epoch is open, so nobody waits here.
         let vcpus = self.vcpus.read().unwrap_or_else(PoisonError::into_inner);
         mint::mint(vcpus.get(vcpu).ok_or(io::ErrorKind::Unsupported)?, entries, layout)
     }
@@ -138,7 +139,7 @@ impl Kernel for Vm {
     }
 }
 
-/// Bytes in a page of the host, by which KVM logs.
+/// Bytes in a page of the host: KVM logs by these.
 pub(crate) fn page_size() -> u64 {
     // SAFETY: has no preconditions.
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0)
@@ -168,12 +169,12 @@ pub(crate) fn enable_ring(vm: BorrowedFd<'_>, capability: u32, bytes: u64) -> io
     enable_cap(vm, capability, bytes)
 }
 
-/// While it lives, no signal is delivered to this thread.
+/// While it lives, this thread gets no signal.
 ///
-/// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries, and the batch of up to
-/// 64 pages it had gathered is then freed without being write-protected: its next writes are lost. So each
-/// re-arm blocks all signals. A thread that ends epochs and holds one of these for as long as it does so
-/// saves that: two system calls, 0.7 to 1 µs an epoch. It must not change its signal mask meanwhile.
+/// Since Linux 6.17 a signal makes KVM_RESET_DIRTY_RINGS return between two entries; it then frees the batch
+/// of up to 64 pages that it had gathered without write-protecting them: their next writes are lost. So each
+/// re-arm blocks all signals. A thread that ends epochs and holds one of these all the time saves that: two
+/// system calls, 0.7 to 1 µs an epoch. It must not change its signal mask meanwhile.
 #[derive(Debug)]
 pub struct SignalsBlocked {
     before: Option<libc::sigset_t>,
@@ -182,7 +183,7 @@ pub struct SignalsBlocked {
 }
 
 thread_local! {
-    /// Whether one lives in this thread.
+    /// Whether this thread has one.
     static BLOCKED: Cell<bool> = const { Cell::new(false) };
 }
 

@@ -1,4 +1,4 @@
-//! The list of one vCPU, and who may write it.
+//! The list of one vCPU, and the right to write it.
 
 use std::io;
 
@@ -21,7 +21,7 @@ impl Lane {
         Ok(Lane { pages: Words::reserve(capacity)?, capacity, len, owned })
     }
 
-    /// Becomes the one writer, or None while another thread is: nobody ever waits here.
+    /// Becomes the one writer, or returns None while another thread is: nobody ever waits here.
     pub(crate) fn own(&self) -> Option<Owner<'_>> {
         let owned = self.owned.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
         owned.is_ok().then(|| Owner { lane: self })
@@ -43,7 +43,7 @@ impl Owner<'_> {
         self.lane.len.load(Ordering::Relaxed) >= self.lane.capacity
     }
 
-    /// Appends a page. The caller has seen that the list is not full.
+    /// Appends a page. The caller has checked that the list is not full.
     pub(crate) fn push(&self, gfn: Gfn) {
         let len = self.lane.len.load(Ordering::Relaxed);
         self.lane.pages[len].store(gfn.0, Ordering::Relaxed);

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Bytes in a guest page. Dirty logging is by 4 KiB pages whatever backs the slot.
+/// Bytes in a guest page. Dirty logging works by 4 KiB pages, whatever backs the slot.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// Guest frame number: guest physical address / 4096.
@@ -26,8 +26,8 @@ impl Gfn {
 }
 
 impl Gfn {
-    /// Sorts pages and joins neighbours: ranges in ascending order, as interfaces that take ranges want them
-    /// (a file of runs, Cloud Hypervisor's `MemoryRangeTable`). A page that is there twice counts once.
+    /// Sorts pages and joins neighbours into ranges in ascending order, for interfaces that take ranges (a
+    /// file of runs, Cloud Hypervisor's `MemoryRangeTable`). A page that occurs twice counts once.
     ///
     /// ```
     /// use outlive_dirty::Gfn;
@@ -51,10 +51,10 @@ impl fmt::Display for Gfn {
 
 /// A KVM memory slot of address space 0, as given to `KVM_SET_USER_MEMORY_REGION`.
 ///
-/// Its memory stays mapped, and the slot as it is, while a tracker lives; [`crate::Tracker::remove_slot`]
-/// says otherwise. Only plain writable slots: the tracker sets and clears `KVM_MEM_LOG_DIRTY_PAGES` with no
-/// other flag, so a read-only slot (which no guest write reaches) or one backed by guest_memfd must be left
-/// out of the layout.
+/// Its memory stays mapped, and the slot unchanged, while a tracker lives or until
+/// [`crate::Tracker::remove_slot`]. Only plain writable slots: the tracker sets and clears
+/// `KVM_MEM_LOG_DIRTY_PAGES` with no other flag, so leave out of the layout a read-only slot (which no guest
+/// write reaches) or one backed by guest_memfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySlot {
     /// The slot number given to KVM.
@@ -85,11 +85,11 @@ pub struct MemoryLayout {
     /// Slot number -> index in `slots` + 1; 0 for a number that is not ours.
     by_id: Vec<u32>,
     pages: u64,
-    /// What keeps the memory of the slots mapped.
+    /// The owner that keeps the memory of the slots mapped.
     owners: Vec<Owner>,
 }
 
-/// Anything whose life keeps memory mapped.
+/// Anything that keeps memory mapped while it lives.
 type Owner = Arc<dyn Any + Send + Sync>;
 
 /// Why a list of slots is no layout.
@@ -102,7 +102,7 @@ pub enum LayoutError {
     /// A slot has no pages.
     #[error("memory slot {0} is empty")]
     Empty(u32),
-    /// The number is not one KVM gives to user space (`KVM_USER_MEM_SLOTS`).
+    /// KVM does not give this number to user space (`KVM_USER_MEM_SLOTS`).
     #[error("memory slot number {0} is not below {MAX_SLOTS}")]
     Number(u32),
     /// Two slots have the same number.
@@ -168,7 +168,7 @@ impl MemoryLayout {
         Ok(MemoryLayout { slots, by_id, pages, owners })
     }
 
-    /// The same with one slot more.
+    /// The same with one more slot.
     pub(crate) fn with_slot(&self, slot: MemorySlot) -> Result<MemoryLayout, LayoutError> {
         Self::of_slots(self.slots.iter().copied().chain([slot]).collect(), self.owners.clone())
     }
@@ -185,9 +185,9 @@ impl MemoryLayout {
         self.slots.get(index)
     }
 
-    /// Keeps `owner` alive as long as this layout, its copies and the trackers made of them: whatever has the
-    /// slots' memory mapped (a `GuestMemoryMmap`, an `Arc` of the VMM's own type), so that it cannot be
-    /// unmapped while it is tracked.
+    /// Keeps `owner` alive as long as this layout, its copies and the trackers made of them. Give it whatever
+    /// keeps the slots' memory mapped (a `GuestMemoryMmap`, an `Arc` of the VMM's own type), so that the
+    /// memory cannot be unmapped while it is tracked.
     #[must_use]
     pub fn kept_by(mut self, owner: Arc<dyn Any + Send + Sync>) -> MemoryLayout {
         self.owners.push(owner);
@@ -204,7 +204,7 @@ impl MemoryLayout {
         self.slots.first().map(|slot| slot.base)
     }
 
-    /// Pages of the largest slot.
+    /// Pages in the largest slot.
     pub(crate) fn largest(&self) -> u64 {
         self.slots.iter().map(|slot| slot.pages).max().unwrap_or(0)
     }
@@ -219,8 +219,8 @@ impl MemoryLayout {
         Gfn(self.gfn_space().saturating_sub(1))
     }
 
-    /// Frame numbers from 0 to the end of the last slot, holes included: what [`crate::GlobalLog::new`]
-    /// wants.
+    /// Frame numbers from 0 to the end of the last slot, including holes: the argument of
+    /// [`crate::GlobalLog::new`].
     pub fn gfn_space(&self) -> u64 {
         self.slots.last().map_or(0, MemorySlot::end)
     }
@@ -248,10 +248,10 @@ impl MemoryLayout {
         self.slot_of(Gfn::of(gpa)).map(|slot| slot.host_addr + (gpa - slot.base.gpa()))
     }
 
-    /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page in the slot.
+    /// The page that a ring entry means: `slot` is `as_id << 16 | id`, `offset` a page within the slot.
     ///
     /// None for another address space (system management mode), a slot that is not in the layout (it may have
-    /// gone since the entry was written) or an offset behind its end.
+    /// gone since the entry was written) or an offset past its end.
     pub(crate) fn resolve(&self, slot: u32, offset: u64) -> Option<Gfn> {
         let slot = self.slot(slot)?;
         (offset < slot.pages).then(|| Gfn(slot.base.0 + offset))

@@ -18,11 +18,11 @@
 //! ```
 //!
 //! The order of the last line is a typestate ([`Epoch`]): reading the pages before they are re-armed, or
-//! re-arming what was not harvested, does not compile. An epoch that is dropped half way loses nothing; its
-//! pages are part of the next one.
+//! re-arming before the harvest, does not compile. An epoch that is dropped half way loses nothing; its pages
+//! are part of the next one.
 //!
-//! Slots and vCPUs come and go meanwhile: [`Tracker::add_slot`], [`Tracker::remove_slot`], [`Tracker::add_vcpu`],
-//! [`Tracker::park_vcpu`].
+//! Slots and vCPUs can come and go meanwhile: [`Tracker::add_slot`], [`Tracker::remove_slot`],
+//! [`Tracker::add_vcpu`], [`Tracker::park_vcpu`].
 //!
 //! # Verbs
 //!
@@ -43,16 +43,16 @@
 //!
 //! # Hot pages
 //!
-//! The trap at the first write of a page is what tracking costs the guest: some microseconds, against a tenth
-//! of one to harvest and re-arm it and a third to copy it. So pages that are written in nearly every epoch
-//! are not re-armed ([`TrackerConfig::hot`]): they stay writable, are reported in every epoch as ones that may have
-//! changed ([`Epoch::hot`]), and are armed again now and then to see whether they are still written. Every
-//! page is either armed or reported, so no write goes unseen. [`DirtyBackend::with_self_test`] proves that the
-//! kernel plays along and measures what it is worth.
+//! The trap at the first write of a page is the guest's cost of tracking: some microseconds, against a tenth
+//! of a microsecond to harvest and re-arm the page and a third to copy it. So pages that are written in
+//! nearly every epoch are not re-armed ([`TrackerConfig::hot`]): they stay writable, every epoch reports them
+//! as pages that may have changed ([`Epoch::hot`]), and they are armed again now and then to see whether they
+//! are still written. Every page is either armed or reported, so no write goes unseen.
+//! [`DirtyBackend::with_self_test`] proves that the kernel supports this and measures what it saves.
 //!
 //! # Limits and what happens at them
 //!
-//! Everything has a fixed capacity, and but for the last of these reaching it never loses a page:
+//! Everything has a fixed capacity. Reaching it never loses a page, except for the last of these:
 //!
 //! | full | then |
 //! |---|---|
@@ -66,14 +66,14 @@
 //!
 //! # What KVM does not see
 //!
-//! Writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device are in no KVM log. Give
-//! `vm-memory` the [`RegionLog`] as its bitmap type and call [`GlobalLog::mark_range`] for everything that
-//! goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds what a VMM forgets to
-//! mark.
+//! No log of KVM has the writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device.
+//! Give `vm-memory` the [`RegionLog`] as its bitmap type, and call [`GlobalLog::mark_range`] for everything
+//! that goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds the writes that a
+//! VMM forgets to mark.
 //!
 //! Memory that no KVM guest writes, but this process does, is tracked by `Tracker::of_memory` (feature `uffd`).
 
-// The models use a part of what they are compiled with.
+// The models use only a part of the compiled code.
 #![cfg_attr(all(test, loom), allow(dead_code))]
 
 #[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
@@ -156,7 +156,7 @@ pub use tracker::{
     RemoveSlotError, RingExit, Shard, SlotStart, Tracker, TrackerBusy, TrackerConfig, TrackerStats,
 };
 
-/// The exit reason with which KVM_RUN returns when the dirty ring of a vCPU is full, or its share of an exact
+/// KVM_RUN returns with this exit reason when the dirty ring of a vCPU is full, or its share of an exact
 /// trigger is used up; then call [`Tracker::ring_full`]. kvm-ioctls has no name for it:
 /// `VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)`.
 pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;

@@ -10,13 +10,13 @@ use crate::layout::{Gfn, LayoutError, MemoryLayout, MemorySlot, PAGE_SIZE};
 
 /// The bitmap type of a guest memory region whose writes go to a [`GlobalLog`]: with
 /// `GuestMemoryMmap<RegionLog>`, every `write_obj`, `write_slice`, `read_volatile_from` and so on marks the
-/// pages it wrote. What goes through `get_host_address` or a raw pointer does not; see
+/// pages that it wrote. Writes through `get_host_address` or a raw pointer do not; see
 /// [`GlobalLog::mark_range`].
 ///
 /// Build the region with `MmapRegionBuilder::new_with_bitmap(size, RegionLog::new(log, base_gfn))`, which
-/// wants `with_mmap_prot` and `with_mmap_flags` too, and join the regions by `GuestMemoryMmap::from_regions`.
-/// `GuestMemoryMmap::from_ranges`, which would make a bitmap of its own that belongs to no log, does not
-/// compile:
+/// also needs `with_mmap_prot` and `with_mmap_flags`, and join the regions by
+/// `GuestMemoryMmap::from_regions`. `GuestMemoryMmap::from_ranges` would make a bitmap of its own that
+/// belongs to no log, so it does not compile:
 ///
 /// ```compile_fail,E0277
 /// # use outlive_dirty::RegionLog;
@@ -24,7 +24,7 @@ use crate::layout::{Gfn, LayoutError, MemoryLayout, MemorySlot, PAGE_SIZE};
 /// let memory = GuestMemoryMmap::<RegionLog>::from_ranges(&[(GuestAddress(0), 0x4000)]);
 /// ```
 ///
-/// Memory that is tracked at some times only has `Option<RegionLog>`, which `vm-memory` knows as a bitmap.
+/// For memory that is tracked only at times use `Option<RegionLog>`, which `vm-memory` accepts as a bitmap.
 #[derive(Clone, Debug)]
 pub struct RegionLog {
     log: Arc<GlobalLog>,
@@ -58,10 +58,10 @@ impl Bitmap for RegionLog {
 
 impl MemoryLayout {
     /// The layout of a VM whose memory slots are the regions of `memory`, numbered from `first_slot` in the
-    /// order of their addresses. It keeps a copy of `memory`, and so the regions mapped.
+    /// order of their addresses. It keeps a copy of `memory`, so the regions stay mapped.
     ///
     /// # Errors
-    /// As [`MemoryLayout::new`]; [`LayoutError::NoAddress`] of a region that is not mapped here.
+    /// As [`MemoryLayout::new`]; [`LayoutError::NoAddress`] for a region that is not mapped here.
     pub fn of_memory<M>(memory: &M, first_slot: u32) -> Result<MemoryLayout, LayoutError>
     where
         M: GuestMemoryBackend + Clone + Send + Sync + 'static,

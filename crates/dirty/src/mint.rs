@@ -1,7 +1,7 @@
 //! Ring entries without a write of the guest.
 //!
-//! Holding entries back makes a ring smaller, to any size; but entries come only as the guest writes. KVM
-//! also logs what it writes itself while a vCPU is loaded: the wall clock of MSR_KVM_WALL_CLOCK_NEW, three
+//! Holding entries back makes a ring smaller, to any size; but entries come only when the guest writes. KVM
+//! also logs its own writes while a vCPU is loaded: the wall clock of MSR_KVM_WALL_CLOCK_NEW takes three
 //! writes of one page for each KVM_SET_MSRS of it (arch/x86/kvm/x86.c, kvm_write_wall_clock), whether the
 //! page is armed or not.
 // UNSAFETY: ioctls with untyped arguments, and a few bytes of guest memory put back as they were.
@@ -28,7 +28,7 @@ pub(crate) const ENTRIES_PER_WRITE: u64 = 3;
 const BATCH: usize = 32;
 /// `struct pvclock_wall_clock` is 12 bytes.
 const CLOCK_BYTES: usize = 16;
-/// Where in the page it is written: its end, because address 0 means no clock at all.
+/// Where in the page it is written: at its end, because address 0 means no clock at all.
 const OFFSET: u64 = PAGE_SIZE - CLOCK_BYTES as u64;
 
 /// `struct kvm_msrs` with its entries.
@@ -59,13 +59,13 @@ impl Msrs {
     }
 }
 
-/// Bytes of guest memory, to be put back as they were.
+/// Bytes of guest memory, to be restored.
 struct Saved {
     bytes: [Option<(*mut u8, u8)>; CLOCK_BYTES],
 }
 
 impl Saved {
-    /// What lies at a guest physical address, as far as it is memory of the layout.
+    /// The bytes at a guest physical address, as far as it is memory of the layout.
     fn at(gpa: u64, layout: &MemoryLayout) -> Saved {
         let byte = |offset: usize| {
             let gpa = gpa.checked_add(offset as u64)?;
@@ -84,11 +84,11 @@ impl Saved {
     }
 }
 
-/// Makes KVM write at least `entries` entries into the vCPU's ring, of the first page of the layout that is
-/// there and of the one that the register names. The VM is stopped.
+/// Makes KVM write at least `entries` entries into the vCPU's ring, for the first page of the layout that
+/// exists and for the page that the register names. The VM is stopped.
 ///
-/// The guest finds its memory and the register as they were. To let KVM know the register's old value again
-/// it must be set, which writes the clock there once more; those bytes are put back, too.
+/// The guest finds its memory and the register unchanged. Setting the register back to its old value writes
+/// the clock there once more; those bytes are restored, too.
 pub(crate) fn mint(vcpu: &OwnedFd, entries: u64, layout: &MemoryLayout) -> io::Result<()> {
     let before = Msrs::get(vcpu)?;
     let place = layout.first_page().ok_or(io::ErrorKind::NotFound)?.gpa() + OFFSET;

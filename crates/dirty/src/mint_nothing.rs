@@ -1,12 +1,12 @@
-//! Ring entries without a write of the guest: there is no way to them but that of x86. So a trigger is never
-//! exact here, and [`crate::Tracker::is_exact`] says so.
+//! Ring entries without a write of the guest: only x86 has a way to make them. So a trigger is never exact
+//! here, and [`crate::Tracker::is_exact`] says so.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
 use crate::layout::MemoryLayout;
 
-/// As on x86; of no meaning here.
+/// As on x86; without meaning here.
 pub(crate) const ENTRIES_PER_WRITE: u64 = 1;
 
 /// Makes no entries.

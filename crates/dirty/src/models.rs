@@ -79,7 +79,7 @@ fn no_write_is_lost_when_the_list_is_full() {
     writers_against_harvest([0, 1], 1);
 }
 
-/// The de-duplication: a mark that finds its page marked already, by a thread that is still on the way.
+/// The de-duplication: a mark finds its page marked already, by a thread that is still under way.
 #[test]
 fn a_returned_mark_is_in_the_next_harvest_even_if_another_marker_is_not_done() {
     loom::model(|| {
@@ -130,7 +130,7 @@ fn a_page_is_claimed_by_one_thread() {
     });
 }
 
-/// Three threads want to append to a list; those who may do so one after the other.
+/// Three threads want to append to a list; those that may do so come one after the other.
 #[test]
 fn a_list_has_one_writer_at_a_time() {
     loom::model(|| {
@@ -185,7 +185,7 @@ fn a_closed_epoch_takes_nothing_more() {
     });
 }
 
-/// A thread that got its part of the pages keeps the next epoch from changing them.
+/// A thread that holds its part of the pages keeps the next epoch from changing them.
 #[test]
 fn pages_do_not_change_under_a_reader() {
     loom::model(|| {
@@ -220,7 +220,7 @@ struct Page {
 impl Page {
     fn new() -> Arc<Page> {
         Arc::new(Page {
-            // It has been written once.
+            // The page has been written once.
             kvm: loom::sync::Mutex::new((false, 1)),
             value: [AtomicU64::new(1), AtomicU64::new(0)],
             trapped: Bits::reserve(64).unwrap(),
@@ -228,9 +228,9 @@ impl Page {
         })
     }
 
-    /// KVM logs first and lets the vCPU try again then, so the store may come after somebody has read the
-    /// entry. It never comes after the page was armed again: that flushes translations, and the store traps
-    /// once more.
+    /// KVM logs first and then lets the vCPU retry, so the store may come after somebody has read the entry.
+    /// It never comes after the page was armed again: that flushes translations, and the store traps once
+    /// more.
     fn vcpu_writes(&self, value: u64) {
         loop {
             let mut kvm = self.kvm.lock().unwrap();

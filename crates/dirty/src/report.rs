@@ -1,4 +1,4 @@
-//! Messages for the log of the VMM: to `tracing`, to `log`, to both or to nobody, as the features say.
+//! Messages for the log of the VMM: to `tracing`, to `log`, to both or to neither, depending on the features.
 
 use std::error::Error;
 use std::fmt::{self, Arguments};

@@ -1,4 +1,4 @@
-//! The atomics the lock-free parts are written with: those of `std`, or loom's when their models are checked.
+//! The atomics of the lock-free parts: those of `std`, or loom's when the models are checked.
 
 #[cfg(all(test, loom))]
 pub(crate) use loom::{

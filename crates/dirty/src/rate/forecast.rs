@@ -1,25 +1,25 @@
-//! What a migration or a protection would cost, from the rates of a VM.
+//! What a migration or protection would cost, from the rates of a VM.
 
 use std::time::Duration;
 
 use super::RateReport;
 use crate::layout::PAGE_SIZE;
 
-/// Rounds of pre-copy after which a migration is given up as one that does not end.
+/// Pre-copy rounds after which a migration counts as endless.
 const MAX_ROUNDS: u32 = 50;
-/// A round that is not shorter than the last one by this factor makes no progress.
+/// A round makes no progress unless it is shorter than the last one by this factor.
 const PROGRESS: f64 = 0.95;
 
-/// The way to the other host.
+/// The link to the other host.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
-    /// Payload that goes through it.
+    /// Its payload bandwidth.
     pub bytes_per_second: f64,
-    /// How long the guest may stand while the last pages are sent.
+    /// How long the guest may be stopped while the last pages are sent.
     pub downtime: Duration,
 }
 
-/// What is to be expected of a pre-copy migration.
+/// The forecast of a pre-copy migration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Migration {
@@ -27,42 +27,43 @@ pub struct Migration {
     pub rounds: u32,
     /// From the start until the guest runs on the other host.
     pub total: Duration,
-    /// How long the guest stands while the last pages are sent; state and devices come on top.
+    /// How long the guest is stopped while the last pages are sent; state and devices come on top.
     pub downtime: Duration,
-    /// All that is sent.
+    /// All bytes that are sent.
     pub bytes: f64,
-    /// What is left of the guest's speed on the way, with one vCPU writing: 1 is all of it.
+    /// The guest's remaining speed meanwhile, with one vCPU writing: 1 is full speed.
     pub speed: f64,
-    /// Whether the last round gets short enough. If not, the guest must be slowed down, or stands for longer.
+    /// Whether the last round gets short enough. If not, slow the guest down, or it will be stopped for
+    /// longer.
     pub converges: bool,
 }
 
-/// What a page costs: [`crate::SelfTest`] measures both.
+/// The costs of a page: [`crate::SelfTest`] measures both.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
     /// The trap at the first write to a page.
     pub fault: Duration,
-    /// To copy a page in the pause.
+    /// Copying a page in the pause.
     pub copy: Duration,
-    /// Of a pause without any page: stop the vCPUs, read their state, let them go on.
+    /// A pause without any page: stop the vCPUs, read their state, let them run on.
     pub pause: Duration,
 }
 
-/// What is to be expected of checkpoints at a steady interval.
+/// The forecast of checkpoints at a steady interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Protection {
     /// Different pages in an epoch.
     pub pages: f64,
-    /// What they need of the link, before they are made smaller.
+    /// Their bandwidth on the link, before compression.
     pub bytes_per_second: f64,
-    /// What is left of the guest's speed with one vCPU writing: 1 is all of it.
+    /// The guest's remaining speed with one vCPU writing: 1 is full speed.
     pub speed: f64,
 }
 
 impl RateReport {
-    /// Different pages written in such a time: as measured for 1, 10 and 100 ms, between and beyond them with
-    /// the same growth. None if nothing was measured.
+    /// Different pages written in this time: as measured for 1, 10 and 100 ms, with the same growth between
+    /// and beyond them. None if nothing was measured.
     pub fn unique_pages(&self, time: Duration) -> Option<f64> {
         let set = self.working_set;
         let measured = [(1e-3, set.in_1_ms), (1e-2, set.in_10_ms), (0.1, set.in_100_ms)];
@@ -71,10 +72,10 @@ impl RateReport {
         let time = time.as_secs_f64();
         let (first, last) = (points.first()?, points.last()?);
         if time <= first.0 {
-            // Fewer, but not in proportion: of the shortest time nothing more is known.
+            // Fewer, but not in proportion: nothing more is known about the shortest time.
             return Some(first.1 * time / first.0);
         }
-        // The stretch of the curve that the time lies in, or the last one.
+        // The part of the curve that contains the time, or the last part.
         let pair = points.windows(2).find(|pair| time <= pair[1].0).or_else(|| points.windows(2).last());
         let Some(&[(t0, p0), (t1, p1)]) = pair.map(|pair| <&[_; 2]>::try_from(pair).expect("two points"))
         else {
@@ -85,8 +86,8 @@ impl RateReport {
         Some(p1 * (time / t1).powf(growth))
     }
 
-    /// Pre-copy of so much memory, in bytes, round after round until the rest fits into the downtime. Without
-    /// a measured working set it is as if nothing were written.
+    /// Pre-copy of this much memory, in bytes, round after round until the rest fits into the downtime.
+    /// Without a measured working set it assumes that nothing is written.
     pub fn migration(&self, link: &Link, memory: u64, costs: &Costs) -> Migration {
         let all = memory as f64;
         let rest = |time: f64| {
@@ -115,7 +116,7 @@ impl RateReport {
         }
     }
 
-    /// A checkpoint each `interval`, hot pages or not: no page is left unarmed. None if no working set was
+    /// A checkpoint every `interval`, without hot pages: no page is left unarmed. None if no working set was
     /// measured.
     pub fn protection(&self, interval: Duration, costs: &Costs) -> Option<Protection> {
         let pages = self.unique_pages(interval)?;

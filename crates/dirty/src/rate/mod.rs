@@ -1,10 +1,10 @@
-//! How fast a VM dirties its memory: who writes, which pages, how many different ones in 1, 10 and 100 ms,
-//! and what a migration or a protection would cost that has not begun.
+//! How fast a VM dirties its memory: which vCPUs write, which pages, how many different ones in 1, 10 and 100
+//! ms, and an estimate of what a migration or protection would cost.
 //!
-//! A VMM makes a [`Window`] of each stretch of time in which it has found the dirty pages: an epoch, or what
-//! a [`RateSampler`] fetches every millisecond. It gives them to a [`RateMeter`] of its own, or writes
-//! them as lines to a socket, where another process has the meter: KVM answers its ioctls only to the process
-//! that made the VM, so a program beside it cannot look for itself. A window as a line of text
+//! A VMM makes a [`Window`] of each stretch of time in which it has found the dirty pages: of an epoch, or of
+//! the pages that a [`RateSampler`] fetches every millisecond. It gives them to a [`RateMeter`] of its own,
+//! or writes them as lines to a socket, and another process has the meter: KVM answers ioctls only to the
+//! process that made the VM, so another program cannot sample by itself. A window as a line of text
 //! ([`std::fmt::Display`] and [`std::str::FromStr`]) is the whole protocol:
 //!
 //! ```text
@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Frame numbers and counts of pages are hexadecimal and ascend; the other numbers are decimal. A field
-//! without values is `-`. A [`VmLine`] comes first, and readers pass over lines that begin with another word.
+//! without values is `-`. A [`VmLine`] comes first, and readers skip lines that begin with another word.
 //!
 //! ```
 //! use std::time::Duration;
@@ -74,7 +74,7 @@ struct Span {
     length: Duration,
     time: Duration,
     pages: HashSet<Gfn>,
-    /// Of the stretches that are over.
+    /// For the completed stretches.
     sum: f64,
     count: u64,
 }
@@ -88,11 +88,11 @@ impl Span {
     fn add(&mut self, window: &Window) {
         self.pages.extend(&window.pages);
         self.time += window.time;
-        // Windows do not divide a stretch exactly: it ends with the one that is nearest.
+        // Windows do not divide a stretch exactly: it ends with the nearest window.
         if self.time + window.time / 2 < self.length {
             return;
         }
-        // What is much longer or shorter tells nothing of this length.
+        // A much longer or shorter window tells nothing about this length.
         if (self.length * 2 / 3..=self.length * 3 / 2).contains(&self.time) {
             self.sum += self.pages.len() as f64;
             self.count += 1;
@@ -140,7 +140,7 @@ impl RateMeter {
         }
     }
 
-    /// What the windows until now have shown.
+    /// The results of all windows so far.
     pub fn report(&self) -> RateReport {
         let seconds = self.time.as_secs_f64().max(1e-9);
         let [in_1_ms, in_10_ms, in_100_ms] = self.sets.each_ref().map(Span::mean);
@@ -160,7 +160,7 @@ impl RateMeter {
     }
 }
 
-/// Different pages written in a stretch of time, in the mean of many. None where the windows were too long to
+/// Different pages written in a stretch of time, as a mean over many. None if the windows were too long to
 /// tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
@@ -177,21 +177,21 @@ pub struct WorkingSet {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RateReport {
-    /// How long was looked.
+    /// The total time of the windows.
     pub time: Duration,
-    /// In so many windows.
+    /// The number of windows.
     pub windows: u64,
-    /// Dirty pages a second by vCPU, each page once a window and vCPU. Empty if nobody knew whose they were.
+    /// Dirty pages a second by vCPU, each page once a window and vCPU. Empty if their vCPUs were not known.
     pub vcpus: Vec<f64>,
     /// Dirty pages a second that the VMM has marked.
     pub devices: f64,
-    /// Hot pages in a window: they are listed in each without being trapped, and may not have been written.
+    /// Hot pages in a window: each window lists them without a trap, and they may not have been written.
     pub hot: f64,
     /// Dirty pages a second of the whole VM, each page once a window.
     pub pages: f64,
-    /// How many different ones.
+    /// The number of different pages.
     pub working_set: WorkingSet,
-    /// Where.
+    /// The places of the dirty pages.
     pub map: HeatMap,
 }
 
@@ -206,7 +206,7 @@ pub struct HeatMap {
 }
 
 impl HeatMap {
-    /// A picture: a row for each 64 parts, from address 0 at the top, the darker the more is written.
+    /// A picture: a row for every 64 parts, from address 0 at the top; darker parts are written more.
     pub fn to_svg(&self, title: &str) -> String {
         svg::draw(self, title)
     }

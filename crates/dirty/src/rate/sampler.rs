@@ -11,12 +11,12 @@ use crate::tracker::{Fetch, Tracker};
 /// Pages that are fetched at once.
 const BUFFER: usize = 4096;
 
-/// Makes a [`Window`] of each stretch of time between two looks, while the guest runs.
+/// Makes a [`Window`] of each stretch of time between two samples, while the guest runs.
 ///
-/// It takes the dirty pages and arms them, so each page that is written is trapped once a window: looking
-/// every millisecond costs the guest what checkpoints every millisecond would. The pages are in the windows
-/// and nowhere else, so use it when nobody else wants them (before a migration begins), or hand them on.
-/// Whose pages they are is not known, and hot pages do not come: make the tracker with
+/// It takes the dirty pages and arms them, so each page that is written is trapped once a window: sampling
+/// every millisecond costs the guest as much as checkpoints every millisecond would. The pages are only in
+/// the windows, so use it when nobody else needs them (before a migration begins), or hand them on. It does
+/// not know which vCPU wrote a page, and hot pages do not appear: make the tracker with
 /// [`crate::HotPages::Off`].
 ///
 /// ```no_run
@@ -40,7 +40,7 @@ pub struct RateSampler<'t> {
 }
 
 impl<'t> RateSampler<'t> {
-    /// Begins: what was dirty before is taken and forgotten.
+    /// Begins: takes and forgets everything that was dirty before.
     ///
     /// # Errors
     /// As [`Tracker::fetch`]; the tracker must be enabled.
@@ -50,7 +50,7 @@ impl<'t> RateSampler<'t> {
         Ok(sampler)
     }
 
-    /// What has become dirty since the last call.
+    /// The pages that have become dirty since the last call.
     ///
     /// # Errors
     /// As [`Tracker::fetch`].

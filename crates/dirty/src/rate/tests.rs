@@ -12,7 +12,7 @@ const COSTS: Costs = Costs {
     pause: Duration::from_micros(50),
 };
 
-/// 100 pages for ever, and 5 new ones each millisecond.
+/// 100 pages forever, and 5 new ones each millisecond.
 fn steady() -> RateReport {
     let mut meter = RateMeter::new(1 << 20);
     for millisecond in 0..1000 {
@@ -31,7 +31,7 @@ fn rates_and_working_set() {
     assert_eq!((report.map.pages_per_cell, report.map.cells[0].round()), (512, 100e3));
 }
 
-/// Windows of 10 ms say nothing of a millisecond, and neither 4 nor 17 ms are 10.
+/// Windows of 10 ms say nothing about a millisecond, and neither 4 nor 17 ms are 10.
 #[test]
 fn what_windows_are_too_long_for_is_not_known() {
     let mut meter = RateMeter::new(1 << 20);
@@ -67,7 +67,7 @@ fn a_migration_ends_if_the_link_is_faster_than_the_guest() {
     let fast = report.migration(&link(2e9), 4 << 30, &COSTS);
     assert!(fast.converges && fast.downtime <= Duration::from_millis(1) && fast.rounds >= 1, "{fast:?}");
     assert!(fast.bytes > f64::from(1 << 30) * 4.0 && fast.total > Duration::from_millis(400));
-    // A trap for each page that is sent again, while the rounds go on.
+    // A trap for each page that is sent again, while the rounds continue.
     let again = (fast.bytes - f64::from(1 << 30) * 4.0) / 4096.0;
     let rounds = (fast.total - fast.downtime).as_secs_f64();
     assert!((fast.speed - rounds / (rounds + again * 6e-6)).abs() < 1e-9 && fast.speed < 1.0, "{fast:?}");

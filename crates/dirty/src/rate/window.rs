@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::layout::Gfn;
 
-/// The most pages that a line may stand for: 1 TiB. A peer's line is not to fill memory.
+/// The most pages that a line may stand for: 1 TiB. A peer's line must not fill memory.
 const MAX_PAGES: u64 = 1 << 28;
 const MAX_VCPUS: usize = 4096;
 
@@ -15,17 +15,17 @@ const MAX_VCPUS: usize = 4096;
 pub struct Window {
     /// How long the guest ran.
     pub time: Duration,
-    /// Dirty pages by vCPU: [`crate::Tracker::harvest_vcpu`]. Empty if it is not known.
+    /// Dirty pages by vCPU: [`crate::Tracker::harvest_vcpu`]. Empty if this is not known.
     pub vcpus: Vec<u64>,
     /// Pages that the VMM has marked.
     pub devices: u64,
-    /// Of the pages those that are hot: listed without having been trapped.
+    /// The hot pages among them: listed without a trap.
     pub hot: u64,
     /// Every dirty page once.
     pub pages: Vec<Gfn>,
 }
 
-/// What a VMM says before its windows: `vm gfn-space HEX fault-ns N copy-ns N`.
+/// The line that a VMM sends before its windows: `vm gfn-space HEX fault-ns N copy-ns N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VmLine {
     /// [`crate::GlobalLog::gfn_space`].
@@ -57,17 +57,17 @@ impl FromStr for VmLine {
     }
 }
 
-/// Why a line is no window.
+/// Why a line is not a window.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WindowError {
-    /// It begins with another word: pass over it.
+    /// It begins with another word: skip it.
     #[error("another line: {0:?}")]
     OtherLine(String),
-    /// A field is missing, or another one stands in its place.
+    /// A field is missing, or another one is in its place.
     #[error("the field {0:?} is not where it should be")]
     Field(&'static str),
-    /// A number is none, or does not fit.
+    /// A number is malformed or too large.
     #[error("{0:?} is not a number that can be here")]
     Number(String),
     /// Frame numbers do not ascend, or are too many.

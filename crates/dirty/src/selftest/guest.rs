@@ -56,7 +56,7 @@ pub(super) struct Machine {
     vcpu: VcpuFd,
     vm: VmFd,
     memory: Words,
-    /// What the last pass wrote.
+    /// The value that the last pass wrote.
     stamp: u64,
 }
 
@@ -103,7 +103,7 @@ impl Machine {
         fd(&self.vcpu)
     }
 
-    /// Has the guest write into every page, and says how long that took.
+    /// Makes the guest write into every page, and returns how long that took.
     pub(super) fn write_all(&mut self) -> Result<Duration, Failure> {
         self.stamp += 1;
         let mut regs = self.vcpu.get_regs().map_err(failed)?;
@@ -134,8 +134,8 @@ impl Machine {
         &self.memory[(FIRST as usize + page) * WORDS..][..WORDS]
     }
 
-    /// What it takes to copy a page out of the guest to a buffer that is in use: over all of its memory,
-    /// which like that of a real VM is more than the nearest caches hold.
+    /// The cost of copying a page out of the guest to a buffer that is in use: over all of the guest's
+    /// memory, which like that of a real VM is more than the nearest caches hold.
     pub(super) fn copy_time(&self) -> Result<Duration, SelfTestError> {
         // Page-aligned: 16 bytes off, as a large Vec is, makes the processor's string move ten times slower.
         let staging = Words::reserve(self.memory.len()).map_err(SelfTestError::at("allocate memory"))?;
@@ -155,7 +155,7 @@ impl Machine {
     }
 }
 
-/// Enables what the log needs, before the first vCPU.
+/// Enables everything that the log needs, before the first vCPU.
 fn enable(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>, way: Way) -> Result<(), SelfTestError> {
     let offered = |capabilities: &[u32], name| {
         let offered = capabilities.iter().find(|&&capability| kvm::check_extension(kvm, capability) > 0);
@@ -166,7 +166,7 @@ fn enable(kvm: BorrowedFd<'_>, vm: BorrowedFd<'_>, way: Way) -> Result<(), SelfT
             let rings = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
             (offered(&rings, "KVM dirty ring")?, u64::from(RING_ENTRIES) * 16)
         }
-        // Not KVM_DIRTY_LOG_INITIALLY_SET: the first write to a page is to trap.
+        // Not KVM_DIRTY_LOG_INITIALLY_SET: the first write to a page must trap.
         Way::ClearLog => (
             offered(&[KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2], "KVM_CLEAR_DIRTY_LOG")?,
             KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into(),

@@ -1,4 +1,4 @@
-//! The two logs that can leave pages out, each in the fewest lines: what they say, and giving pages back to
+//! The two logs that can leave pages out, each in the fewest lines: reading them, and giving pages back to
 //! them.
 
 use std::ops::Range;
@@ -13,8 +13,8 @@ use crate::layout::MemorySlot;
 use crate::source::ring::{DIRTY, Entry, Mapping, RESET};
 use crate::words::Words;
 
-/// A slot number that KVM gives to nobody, so that it passes over the entry. The offset stays: one near 2^64
-/// got past a bound check of kernels before 6.12.91 (CVE-2026-52969).
+/// A slot number that KVM gives to nobody, so that it skips the entry. The offset stays: one near 2^64 passed
+/// a bound check of kernels before 6.12.91 (CVE-2026-52969).
 const NO_SLOT: u32 = 0xffff;
 
 /// A set of pages.
@@ -31,7 +31,7 @@ enum Kept {
     Bitmap { buffer: Words },
 }
 
-/// Where the words of the pages are in the slot's bitmap.
+/// The place of the pages' words in the slot's bitmap.
 const BITS: Range<usize> = FIRST as usize / 64..FIRST as usize / 64 + PAGES / 64;
 
 impl Log {
@@ -59,8 +59,8 @@ impl Log {
         toggled.map_err(SelfTestError::at("turn dirty logging off and on"))
     }
 
-    /// The pages that are in the log: of a ring those that have come since the last call, of a bitmap all
-    /// that have not been given back.
+    /// The pages in the log: for a ring those that have come since the last call, for a bitmap all that have
+    /// not been given back.
     pub(super) fn dirty(&mut self) -> Result<Pages, SelfTestError> {
         let mut pages = [false; PAGES];
         match &mut self.kept {
@@ -87,8 +87,9 @@ impl Log {
         Ok(pages)
     }
 
-    /// Gives back the pages of `from`, which is all that came since the last time: in place of each the page
-    /// that `target` makes of it is to trap, or none. False if the kernel did not take back every entry.
+    /// Gives back the pages of `from`, which are all pages that came since the last time: in place of each,
+    /// the page that `target` makes of it will trap, or none. False if the kernel did not take back every
+    /// entry.
     pub(super) fn give_back(
         &mut self,
         from: &Pages,
@@ -124,8 +125,8 @@ impl Log {
         }
     }
 
-    /// What `dirty` gives when the pages of `new` were written for the first time since they were armed, and
-    /// all but those of `armed` have been written since then.
+    /// The expected result of `dirty` when the pages of `new` were written for the first time since they were
+    /// armed, and all pages but those of `armed` have been written since then.
     pub(super) fn expected(&self, new: &Pages, armed: &Pages) -> Pages {
         match self.kept {
             Kept::Ring { .. } => *new,

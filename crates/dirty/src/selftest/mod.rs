@@ -1,11 +1,10 @@
-//! A test at start-up, in a throw-away VM: can pages be left out of the re-arm on this kernel, and does it
-//! pay?
+//! A test at start-up, in a throw-away VM: can this kernel leave pages out of the re-arm, and does it pay?
 //!
-//! Leaving a bit of the bitmap set is documented (Documentation/virt/kvm/api.rst, 4.117). That a ring entry
-//! may be given back with another page in it is not: KVM takes slot and offset from the entry as user space
-//! left them (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset), and nothing promises that it always will. So it
-//! is tried out. And whether it pays is a matter of the machine: a write fault costs some 7 us under a shadow
-//! MMU and next to nothing with Intel's page modification logging.
+//! Leaving a bit of the bitmap set is documented (Documentation/virt/kvm/api.rst, 4.117). Giving a ring entry
+//! back with another page in it is not: KVM takes slot and offset from the entry as user space left them
+//! (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset), and nothing promises that it always will. So the test tries
+//! it. Whether it pays depends on the machine: a write fault costs about 7 us under a shadow MMU and next to
+//! nothing with Intel's page modification logging.
 
 #[cfg(target_arch = "x86_64")]
 mod guest;
@@ -30,7 +29,7 @@ use guest::Machine;
 #[cfg(target_arch = "x86_64")]
 use proof::{Proof, Twist};
 
-/// The log that is tested.
+/// The log under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// KVM dirty rings, whose entries are given back with another page in them or with none.
@@ -39,7 +38,7 @@ pub(crate) enum Way {
     ClearLog,
 }
 
-/// What a test in a throw-away VM has shown of this kernel on this machine.
+/// The results of a test in a throw-away VM for this kernel on this machine.
 ///
 /// `Display` gives a line for the log.
 #[derive(Clone, Debug)]
@@ -48,16 +47,16 @@ pub struct SelfTest {
     /// Whether a page that is left out of the re-arm stays writable without a fault and without being logged,
     /// and every page that is re-armed is logged at its next write. If not, what happened instead.
     pub selective: Result<(), String>,
-    /// What the first write to a re-armed page costs the guest, in nanoseconds: the median of passes over
-    /// pages that trap, less a pass over the same pages that do not. 0 if there was nothing to measure.
+    /// The cost of the first write to a re-armed page for the guest, in nanoseconds: the median of passes
+    /// over pages that trap, minus a pass over the same pages that do not. 0 if there was nothing to measure.
     pub fault_ns: u32,
-    /// What a copy of a page of 4 KiB from guest memory to a warm buffer costs, in nanoseconds (median).
+    /// The cost of copying a page of 4 KiB from guest memory to a warm buffer, in nanoseconds (median).
     pub copy_ns: u32,
-    /// How long the whole test took, with making and removing the VM.
+    /// How long the whole test took, including making and removing the VM.
     pub took: Duration,
 }
 
-/// Why the test could not be made. This says nothing about the kernel's dirty log.
+/// Why the test could not be run. This says nothing about the kernel's dirty log.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SelfTestError {
@@ -67,9 +66,9 @@ pub enum SelfTestError {
     /// A step of making or running the throw-away VM failed.
     #[error("cannot {step} for the self-test of dirty logging")]
     Step {
-        /// What was to be done.
+        /// The step.
         step: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -84,9 +83,9 @@ impl SelfTestError {
 /// Why the test ended early.
 #[cfg(target_arch = "x86_64")]
 enum Failure {
-    /// It could not be made.
+    /// It could not be run.
     Error(SelfTestError),
-    /// It was made, and the kernel or the guest did not do what they should.
+    /// It ran, and the kernel or the guest misbehaved.
     Unexpected(String),
 }
 
@@ -97,11 +96,11 @@ impl From<SelfTestError> for Failure {
     }
 }
 
-/// What was found of each way, in this process. A test that could not be made is tried again.
+/// The results for each kind of log, in this process. A test that could not be run is tried again.
 static FOUND: [Mutex<Option<SelfTest>>; 2] = [Mutex::new(None), Mutex::new(None)];
 
 impl SelfTest {
-    /// The result of the first [`SelfTest::run`] in this process that there was: the kernel stays the same.
+    /// The result of the first [`SelfTest::run`] in this process that had one: the kernel stays the same.
     ///
     /// # Errors
     /// As `run`.
@@ -110,7 +109,7 @@ impl SelfTest {
             Way::Ring => &FOUND[0],
             Way::ClearLog => &FOUND[1],
         };
-        // Held over the test: two at once would measure each other.
+        // Held during the test: two tests at once would measure each other.
         let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(test) = &*found {
             return Ok(test.clone());
@@ -121,12 +120,12 @@ impl SelfTest {
         Ok(test)
     }
 
-    /// Makes a VM of its own with one vCPU and 2 MiB of memory, tests, and removes the VM: some 15 ms, in
-    /// which the calling thread runs the vCPU.
+    /// Makes a VM of its own with one vCPU and 2 MiB of memory, tests, and removes the VM. It takes about 15
+    /// ms, in which the calling thread runs the vCPU.
     ///
     /// # Errors
-    /// If the VM cannot be made or run. A kernel that cannot leave pages out is no error but
-    /// [`SelfTest::selective`].
+    /// If the VM cannot be made or run. A kernel that cannot leave pages out is not an error;
+    /// [`SelfTest::selective`] says so.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn run(kvm: BorrowedFd<'_>, way: Way) -> Result<SelfTest, SelfTestError> {
         SelfTest::with(kvm, way, guest::PROGRAM, |_, target| target)
@@ -138,7 +137,7 @@ impl SelfTest {
         Err(SelfTestError::Missing("self-test of dirty logging on this architecture"))
     }
 
-    /// As `run`, with a guest and a way of giving back that need not be right.
+    /// As `run`, with a guest and a way of giving back that may be wrong.
     #[cfg(target_arch = "x86_64")]
     fn with(kvm: BorrowedFd<'_>, way: Way, program: &[u8], twist: Twist) -> Result<SelfTest, SelfTestError> {
         let started = Instant::now();
@@ -156,10 +155,10 @@ impl SelfTest {
         Ok(SelfTest { selective, fault_ns, copy_ns, took: started.elapsed() })
     }
 
-    /// How many epochs without a write may lie between two epochs with one, so that copying a page in every
-    /// epoch still costs less than faulting each time it is written: half of fault / copy, the other half
-    /// being a margin for what an unchanged page costs beyond its copy. 0: do not leave pages out at all,
-    /// because it does not work or does not pay.
+    /// How many epochs without a write may be between two epochs with one, so that copying a page in every
+    /// epoch still costs less than faulting each time it is written: half of fault / copy; the other half is
+    /// a margin for the further costs of an unchanged page. 0: do not leave pages out at all, because it does
+    /// not work or does not pay.
     pub fn max_gap(&self) -> u32 {
         if self.selective.is_err() { 0 } else { self.fault_ns / self.copy_ns.max(1) / 2 }
     }

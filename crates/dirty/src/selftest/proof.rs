@@ -1,4 +1,4 @@
-//! Leaves pages out of the re-arm in one pattern after the other, and sees what the kernel makes of it.
+//! Leaves pages out of the re-arm in one pattern after another, and checks the kernel's answer.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::guest::{Machine, PAGES};
 use super::log::{Log, Pages};
 use super::{Failure, SelfTestError, Way, median};
 
-/// What is really given back for a page, in place of what should be: where tests plant their mistakes.
+/// The page really given back instead of the right one: here tests plant their mistakes.
 pub(super) type Twist = fn(usize, Option<usize>) -> Option<usize>;
 
 const ROUNDS: usize = 3;
@@ -15,7 +15,7 @@ const CLASSES: usize = 16;
 const _: () = assert!(PAGES % CLASSES == 0);
 /// Pages that are armed when most are left out: two classes.
 const FEW: usize = PAGES / CLASSES * 2;
-/// Below this cost of a fault the noise is greater than what a few of them take.
+/// Below this cost of a fault, the noise exceeds the cost of a few faults.
 const MEASURABLE: Duration = Duration::from_nanos(500);
 
 pub(super) struct Proof<'a> {
@@ -24,7 +24,7 @@ pub(super) struct Proof<'a> {
     twist: Twist,
     /// Pages whose next write traps.
     armed: Pages,
-    /// Pages whose write trapped and which have not been given back.
+    /// Pages whose write trapped and that have not been given back.
     trapped: Pages,
     passes: Vec<Pass>,
 }
@@ -44,7 +44,7 @@ impl<'a> Proof<'a> {
     }
 
     pub(super) fn run(&mut self) -> Result<(), Failure> {
-        // So that every page is mapped: what is measured is faults on protected pages.
+        // So that every page is mapped: the test measures faults on protected pages.
         self.machine.write_all()?;
         (0..ROUNDS).try_for_each(|round| self.round(round))?;
         quiet(&self.passes, self.fault_time()).map_err(Failure::Unexpected)
@@ -66,7 +66,7 @@ impl<'a> Proof<'a> {
             _ => None,
         })?;
         self.pass("an eighth armed")?;
-        // Pages that were left out come back by the entries of others, whose own pages are now left out.
+        // Pages that were left out come back by the entries of others, whose own pages are left out now.
         self.give_back("with another eighth armed", |page| match class(page) {
             2 | 15 => at(page, PAGES - 2),
             _ => None,
@@ -76,7 +76,7 @@ impl<'a> Proof<'a> {
         self.pass("nothing armed")
     }
 
-    /// Has the guest write to every page: those that are armed are logged, and no others.
+    /// Makes the guest write to every page: the armed ones are logged, and no others.
     fn pass(&mut self, what: &str) -> Result<(), Failure> {
         let time = self.machine.write_all()?;
         let new = std::mem::replace(&mut self.armed, [false; PAGES]);
@@ -117,7 +117,7 @@ impl<'a> Proof<'a> {
         }
     }
 
-    /// What a fault costs: of every pass with faults, less the median of those without.
+    /// The cost of a fault: every pass with faults, minus the median of those without.
     pub(super) fn fault_time(&self) -> Duration {
         let without =
             median(self.passes.iter().filter(|pass| pass.traps == 0).map(|pass| pass.time).collect());
@@ -127,8 +127,8 @@ impl<'a> Proof<'a> {
 }
 
 /// Whether the pages left out were really written without a fault. A log that is a bitmap does not show it: a
-/// page may trap and be logged again without a difference. So by time, where a fault can be told from noise;
-/// noise only adds, and the shortest pass is the one to believe.
+/// page may trap and be logged again without a difference. So time decides, if a fault can be told from
+/// noise; noise only adds, so the shortest pass is the one to believe.
 fn quiet(passes: &[Pass], fault: Duration) -> Result<(), String> {
     let shortest = |traps| {
         passes.iter().filter(|pass| pass.traps == traps).map(|pass| pass.time).min().unwrap_or_default()

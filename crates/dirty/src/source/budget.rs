@@ -1,19 +1,19 @@
 //! How many pages each vCPU may dirty before KVM stops it.
 //!
-//! Rings have powers of two of entries; holding entries back leaves a vCPU any smaller number. For one vCPU
-//! that is the trigger. Several share it: each begins with a part, the rest is a pool, and a vCPU that has
-//! used up its part is given another one, ever smaller, until the pool is empty. So the VM never dirties more
-//! pages than the trigger, and what is left of it when the pool is empty is what the other vCPUs have not
-//! used of small parts.
+//! A ring has a power of two of entries; holding entries back leaves a vCPU any smaller number. For one vCPU
+//! that is the trigger. Several vCPUs share it: each begins with a part, the rest is a pool, and a vCPU that
+//! has used up its part gets another one, smaller each time, until the pool is empty. So the VM never dirties
+//! more pages than the trigger. What remains of it when the pool is empty is the unused rest of the other
+//! vCPUs' small parts.
 
 /// Parts do not get smaller than this: each costs an exit of KVM and a reset.
 const LEAST_GRANT: u64 = 16;
 
-/// The trigger of an epoch, shared out.
+/// The trigger of an epoch, divided.
 #[derive(Debug)]
 pub(super) struct Budget {
     vcpus: u64,
-    /// What each vCPU begins with; None if there is no exact trigger.
+    /// The first part of each vCPU; None if there is no exact trigger.
     part: Option<u64>,
     pool: u64,
     /// KVM cannot do it.
@@ -25,7 +25,7 @@ impl Budget {
         Budget { vcpus: vcpus as u64, part: None, pool: 0, off: false }
     }
 
-    /// Plans the next epoch: so many pages for all vCPUs, whose rings have room for so many.
+    /// Plans the next epoch: this many pages for all vCPUs, whose rings have room for this many.
     pub(super) fn plan(&mut self, room: Option<usize>, most: u64) {
         let Some(room) = room.filter(|_| !self.off) else {
             self.part = None;
@@ -38,7 +38,7 @@ impl Budget {
         self.pool = room - part * self.vcpus;
     }
 
-    /// So many vCPUs share the next plan.
+    /// This many vCPUs share the next plan.
     pub(super) fn set_vcpus(&mut self, vcpus: usize) {
         self.vcpus = vcpus.max(1) as u64;
     }
@@ -52,12 +52,12 @@ impl Budget {
         self.part = None;
     }
 
-    /// Entries that a ring must hold so that its vCPU has its part left.
+    /// Entries that a ring must hold so that its vCPU has only its part left.
     pub(super) fn share(&self, soft_limit: u64) -> u64 {
         self.part.map_or(0, |part| soft_limit.saturating_sub(part))
     }
 
-    /// A vCPU has used up what it had and its ring holds so many entries: how many it may give back.
+    /// A vCPU has used up its part and its ring holds this many entries: returns how many it may give back.
     pub(super) fn grant(&mut self, held: u64) -> u64 {
         if self.part.is_none() {
             return 0;

@@ -11,7 +11,7 @@ use crate::source::scan::scan;
 use crate::source::{HarvestError, Sink, SlotError};
 use crate::words::Words;
 
-/// The bitmap and a buffer for it. Whether fetching it clears it is for KVM to know: see the two back ends.
+/// The bitmap and a buffer for it. The two back ends decide whether fetching it also clears it.
 pub(super) struct DirtyLog {
     pub(super) kernel: Arc<dyn Kernel>,
     buffer: Words,
@@ -52,7 +52,7 @@ impl DirtyLog {
     }
 }
 
-/// Room for the bitmap of a slot of so many pages.
+/// Room for the bitmap of a slot of this many pages.
 pub(super) fn buffer(largest: u64) -> io::Result<Words> {
     Words::reserve(largest.div_ceil(64) as usize)
 }

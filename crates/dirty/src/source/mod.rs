@@ -31,20 +31,19 @@ pub(crate) use uffd::Uffd;
 #[cfg(any(test, feature = "uffd"))]
 pub use uffd_error::UffdError;
 
-/// Why dirty pages could not be taken. What was taken before the error comes with the next harvest.
+/// Why dirty pages could not be taken. Pages taken before the error come with the next harvest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HarvestError {
-    /// KVM wrote over ring entries before they were read (or calls an empty ring full, which is what follows
-    /// from that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory
-    /// with other means. It cannot happen to code that runs natively; kvm_pvm does it when it emulates CPL0
-    /// code.
+    /// KVM overwrote ring entries before they were read (or calls an empty ring full, which follows from
+    /// that), so dirty pages are lost. Fatal for tracking: the caller must synchronise all of memory by other
+    /// means. It cannot happen to code that runs natively; kvm_pvm does it when it emulates CPL0 code.
     #[error("the dirty ring of vCPU {vcpu} was overrun: dirty pages are lost, synchronise in full")]
     Overrun {
         /// The vCPU whose ring it is.
         vcpu: usize,
     },
-    /// Another thread is taking the pages of this vCPU at this moment: wait for it (a barrier) and harvest
+    /// Another thread is taking the pages of this vCPU at the moment: wait for it (a barrier) and harvest
     /// again.
     #[error("another thread is harvesting vCPU {vcpu}")]
     Busy {
@@ -79,8 +78,8 @@ pub enum RearmError {
     /// KVM_RESET_DIRTY_RINGS failed.
     #[error("cannot reset the dirty rings")]
     Reset(#[source] io::Error),
-    /// KVM freed another number of ring entries than were harvested: somebody else resets or marks entries of
-    /// this VM. Tracking cannot be trusted any more.
+    /// KVM freed a different number of ring entries than were harvested: somebody else resets or marks
+    /// entries of this VM. Tracking cannot be trusted any more.
     #[error("KVM reset {reset} dirty ring entries, not the {harvested} that were harvested")]
     Count {
         /// Entries that were harvested.
@@ -106,32 +105,30 @@ pub enum RearmError {
     },
 }
 
-/// What failed for a memory slot.
+/// The error for a memory slot.
 #[derive(Debug)]
 pub(crate) struct SlotError {
     pub(crate) slot: u32,
     pub(crate) source: io::Error,
 }
 
-/// Takes what a back end reports: a page, or something that is no page of the layout. False if there is no
-/// room for it now; it is then reported again by the next take.
+/// Takes each report of a back end: a page, or an entry that is no page of the layout. False if there is no
+/// room for it now; then the next take reports it again.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Option<Gfn>) -> bool;
 
-/// Hears of a page that will probably be reported soon, so that what belongs to it can be fetched into the
-/// cache.
+/// Gets a page that will probably be reported soon, so that its data can be fetched into the cache.
 pub(crate) type Hint<'a> = &'a dyn Fn(Gfn);
 
 /// How to arm.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
-    /// Pages that were taken and stay unarmed, each of which must be able to be armed later.
+    /// Pages that were taken and stay unarmed; it must be possible to arm each of them later.
     pub(crate) keep: usize,
-    /// Pages that vCPUs may dirty in the coming epoch before they are stopped, where the back end can do
-    /// that.
+    /// Pages that vCPUs may dirty in the coming epoch before they are stopped, if the back end can do that.
     pub(crate) room: Option<usize>,
     /// vCPUs run meanwhile.
     pub(crate) running: bool,
-    /// Arms all of memory, because an earlier call was not sure of what it did.
+    /// Arms all of memory, because an earlier call was not sure of its result.
     pub(crate) everything: bool,
 }
 
@@ -140,35 +137,35 @@ impl Plan {
     pub(crate) const RUNNING: Plan = Plan { keep: usize::MAX, room: None, running: true, everything: false };
 }
 
-/// What was armed.
+/// The armed pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Armed {
-    /// So many of the pages, from the first.
+    /// This many of the pages, from the first.
     pub(crate) pages: usize,
     /// All of memory was armed as well.
     pub(crate) everything: bool,
     /// KVM was interrupted, vCPUs ran, and the pages may not be armed after all.
     pub(crate) doubtful: bool,
-    /// [`MemoryLayout::first_page`] was written while KVM was made to write it as well, and is armed.
+    /// [`MemoryLayout::first_page`] was written while KVM was made to write it as well, and is armed now.
     pub(crate) first_page: bool,
 }
 
-/// A log that the kernel keeps of writes. A vCPU's part is taken by one thread at a time, the shared part by
-/// one thread at a time; `arm` may be called by any.
+/// The kernel's log of writes. One thread at a time takes a vCPU's part, and one thread at a time the shared
+/// part; any thread may call `arm`.
 pub(crate) trait Source: Send + Sync {
-    /// Takes memory for what epochs need of slots of so many pages at most.
+    /// Takes memory for epochs over slots of at most this many pages.
     fn populate(&self, largest: u64);
 
-    /// Makes the first write to every page of a slot trap that has come later, whatever its log was before.
+    /// Makes the first write to every page of a later slot trap, whatever its log was before.
     fn arm_slot(&self, _slot: &MemorySlot) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// A vCPU has come, with its ring if the back end has any, and with its descriptor if entries are to be
+    /// A vCPU was added, with its ring if the back end has any, and with its descriptor if entries are to be
     /// minted. One at a time.
     fn admit(&self, _ring: Option<Ring>, _vcpu: Option<OwnedFd>) {}
 
-    /// A vCPU does not run any more, or runs again.
+    /// A vCPU no longer runs, or runs again.
     fn park(&self, _vcpu: usize, _parked: bool) {}
 
     /// Makes the first write to every page trap.
@@ -177,7 +174,7 @@ pub(crate) trait Source: Send + Sync {
     /// Lets all writes through.
     fn disarm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError>;
 
-    /// Takes the pages that a vCPU logged, and says how many entries there were.
+    /// Takes the pages that a vCPU logged, and returns how many entries there were.
     fn take_vcpu(
         &self,
         layout: &MemoryLayout,
@@ -191,8 +188,8 @@ pub(crate) trait Source: Send + Sync {
         Ok(0)
     }
 
-    /// Takes pages that are in no vCPU's log and arms them in the same step, so that there is nothing to leave
-    /// out. An epoch is ending, or else a thread fetches.
+    /// Takes pages that are in no vCPU's log and arms them in the same step, so nothing can be left out.
+    /// Either an epoch is ending, or a thread fetches.
     fn take_armed(
         &self,
         _layout: &MemoryLayout,
@@ -220,23 +217,23 @@ pub(crate) trait Source: Send + Sync {
         true
     }
 
-    /// What KVM's word that the ring of this vCPU is full is worth.
+    /// Judges KVM's report that the ring of this vCPU is full.
     fn fullness(&self, _vcpu: usize) -> Fullness {
         Fullness::Never
     }
 
-    /// KVM says that the ring of this vCPU is full: whether it may write more after all, because the limit is
-    /// on all vCPUs together and others have left some of it.
+    /// KVM says that the ring of this vCPU is full. Returns whether the vCPU may write more after all,
+    /// because the limit covers all vCPUs together and others have left some of it.
     fn top_up(&self, _vcpu: usize) -> Result<bool, RearmError> {
         Ok(false)
     }
 
-    /// Entries held back, of all vCPUs.
+    /// Held entries of all vCPUs.
     fn credits(&self) -> u64 {
         0
     }
 
-    /// Whether vCPUs are stopped at the number of pages that was planned.
+    /// Whether vCPUs are stopped at the planned number of pages.
     fn is_exact(&self) -> bool {
         false
     }
@@ -245,7 +242,7 @@ pub(crate) trait Source: Send + Sync {
     fn begin(&self) {}
 }
 
-/// Turns KVM's logging of a slot on. First off: where it is on already, KVM would do nothing, and pages that
+/// Turns KVM's logging of a slot on. First off: if it is on already, KVM would do nothing, and pages that
 /// were written before would stay writable.
 fn turn_on(kernel: &dyn crate::kvm::Kernel, slot: &MemorySlot) -> io::Result<()> {
     kernel.set_logging(slot, false)?;

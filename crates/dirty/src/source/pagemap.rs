@@ -21,10 +21,10 @@ const UFFDIO: u32 = 0xaa;
 /// `UFFD_API`.
 const UFFD_API: u64 = 0xaa;
 /// `UFFD_USER_MODE_ONLY`: the descriptor does not handle faults of the kernel, which takes no privilege.
-/// Faults on write-protected pages are not *handled* in asynchronous mode: the kernel resolves them, its own
-/// included.
+/// Faults on write-protected pages are not *handled* in asynchronous mode: the kernel resolves them itself,
+/// including its own.
 const USER_MODE_ONLY: libc::c_int = 1;
-/// `UFFD_FEATURE_WP_ASYNC` (Linux 6.7): the kernel lets the writer go on and remembers the write.
+/// `UFFD_FEATURE_WP_ASYNC` (Linux 6.7): the kernel lets the writer continue and remembers the write.
 const WP_ASYNC: u64 = 1 << 15;
 /// `UFFD_FEATURE_WP_UNPOPULATED` (6.4): pages that do not exist yet can be protected.
 const WP_UNPOPULATED: u64 = 1 << 13;
@@ -63,7 +63,7 @@ struct Register {
     ioctls: u64,
 }
 
-/// `struct page_region`: addresses that have something in common.
+/// `struct page_region`: a range of addresses with the same properties.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Region {
@@ -103,13 +103,13 @@ pub(crate) struct WriteWatch {
     pagemap: File,
 }
 
-/// What one scan has found.
+/// The result of one scan.
 pub(crate) struct Found {
-    /// Regions written to the front of the buffer. Their pages are protected again, on an error too.
+    /// Regions written to the front of the buffer. Their pages are protected again, even after an error.
     pub(crate) regions: usize,
-    /// Where to go on: the end of the range when all of it was scanned.
+    /// Where to continue: the end of the range when all of it was scanned.
     pub(crate) next: u64,
-    /// Why the scan ended at `next`, if not for want of room.
+    /// Why the scan ended at `next`, if not for lack of room.
     pub(crate) error: Option<io::Error>,
 }
 
@@ -143,7 +143,7 @@ impl WriteWatch {
         checked(unsafe { ioctl_with_mut_ref(&self.fault, UFFDIO_REGISTER(), &mut request) }).map(drop)
     }
 
-    /// Ends it. The memory stays as it is and writers go on.
+    /// Ends tracking. The memory stays unchanged and writers continue.
     pub(crate) fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         let request = Extent { start: range.start, len: range.end - range.start };
         // SAFETY: the structure of the request, read only (the kernel's `_IOR` notwithstanding).
@@ -160,8 +160,8 @@ impl WriteWatch {
 
     /// Takes the written pages of the range, in order of address, and write-protects them in the same step.
     ///
-    /// Every `end` in `regions` is 0 before: an error of the kernel hides how many regions it has written,
-    /// and their pages are protected by then.
+    /// Set every `end` in `regions` to 0 before: an error of the kernel hides how many regions it has
+    /// written, and their pages are already protected.
     pub(crate) fn take(&self, range: Range<u64>, regions: &mut [Region]) -> Found {
         let mut retries = 0;
         loop {
@@ -175,8 +175,8 @@ impl WriteWatch {
                 retries += 1;
                 continue;
             }
-            // What lies before the last region has been scanned. `walk_end` is no better: there is an old
-            // value in it when the kernel has flushed its own buffer of 512 regions on the way.
+            // Everything before the last region has been scanned. `walk_end` is no better: it has an old
+            // value when the kernel has flushed its own buffer of 512 regions on the way.
             let last = regions[..count].last().map_or(range.start, |region| region.end);
             let complete = scanned.is_ok() && count < regions.len();
             return Found {
@@ -208,8 +208,8 @@ impl WriteWatch {
     }
 }
 
-/// Whether every page of the range belongs to some mapping; the scan passes over those that do not. Costs by
-/// the number of mappings, not of pages.
+/// Whether every page of the range belongs to some mapping; the scan skips pages that do not. The cost grows
+/// with the number of mappings, not of pages.
 pub(crate) fn is_mapped(range: Range<u64>) -> bool {
     // Since Linux 2.6.19 MS_ASYNC does nothing but look for holes (mm/msync.c).
     // SAFETY: reads and changes no memory.
@@ -223,13 +223,13 @@ fn checked(result: libc::c_int) -> io::Result<u64> {
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-/// Whether a scan may just be begun again.
+/// Whether a scan can simply be started again.
 fn is_passing<T>(scanned: &io::Result<T>) -> bool {
     let passing = [io::ErrorKind::Interrupted, io::ErrorKind::WouldBlock];
     scanned.as_ref().is_err_and(|error| passing.contains(&error.kind()))
 }
 
-/// Times that a scan is begun again without having found anything.
+/// How often a scan is started again without having found anything.
 const MAX_RETRIES: u32 = 1000;
 
 fn by_syscall() -> io::Result<OwnedFd> {

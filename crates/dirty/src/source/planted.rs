@@ -1,4 +1,4 @@
-//! A planted bug: a back end that loses one page in so many. Tests run with it to show that they would
+//! A planted bug: a back end that loses one page in this many. Tests run with it to show that they would
 //! notice.
 
 use std::io;
@@ -9,7 +9,7 @@ use crate::layout::{Gfn, MemoryLayout, MemorySlot};
 use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
-/// Puts the bug in, unless `every` is 0.
+/// Plants the bug, unless `every` is 0.
 pub(crate) fn wrap(source: Box<dyn Source>, every: u64) -> Box<dyn Source> {
     if every == 0 { source } else { Box::new(Leaky { source, every, seen: AtomicU64::new(0) }) }
 }

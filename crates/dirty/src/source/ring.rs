@@ -33,7 +33,8 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// Maps the ring of a vCPU. `entries` is what the ring was enabled with: KVM maps less without complaint.
+    /// Maps the ring of a vCPU. `entries` is the number that the ring was enabled with: KVM maps less without
+    /// complaint.
     pub(crate) fn of_vcpu(vcpu: BorrowedFd<'_>, entries: u32) -> io::Result<Mapping> {
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
         Self::map(libc::MAP_SHARED, vcpu.as_raw_fd(), offset as libc::off_t, entries)
@@ -65,8 +66,8 @@ impl Mapping {
 }
 
 impl Mapping {
-    /// Whether there is a ring behind the mapping. KVM maps this offset of any vCPU, and one whose VM has no
-    /// ring, or a smaller one, gives SIGBUS when it is touched; a read by the kernel gives EFAULT instead.
+    /// Whether there is a ring behind the mapping. KVM maps this offset of any vCPU; if its VM has no ring,
+    /// or a smaller one, touching it gives SIGBUS, but a read by the kernel gives EFAULT instead.
     pub(crate) fn is_backed(&self) -> bool {
         let mut last = [0u8; size_of::<Entry>()];
         let local = libc::iovec { iov_base: last.as_mut_ptr().cast(), iov_len: last.len() };
@@ -75,11 +76,11 @@ impl Mapping {
         // SAFETY: `last` is writable and as long as it says; the other address is only looked at by the
         // kernel, which reports what it cannot read.
         let read = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
-        // Forbidden (a seccomp filter): nobody can tell.
+        // Forbidden (by a seccomp filter): this cannot be found out.
         read >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT)
     }
 
-    /// Whether nobody has read what KVM has written: its first entry is still as KVM made it.
+    /// Whether nobody has read KVM's entries: its first entry is still as KVM made it.
     pub(crate) fn is_unread(&self) -> bool {
         self.entry(0).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
     }
@@ -107,14 +108,14 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-/// The ring has come round: KVM has written over entries nobody had read.
+/// The ring has wrapped: KVM has overwritten entries that nobody had read.
 #[derive(Debug)]
 pub(crate) struct Overrun;
 
 /// Entries that KVM keeps free behind the soft limit, at which it stops the vCPU (virt/kvm/dirty_ring.c,
 /// kvm_dirty_ring_get_rsvd_entries; KVM_DIRTY_RING_RSVD_ENTRIES).
 pub(crate) const RESERVED: u64 = 64;
-/// So many more with page modification logging of Intel processors (kvm_cpu_dirty_log_size).
+/// This many more with page modification logging of Intel processors (kvm_cpu_dirty_log_size).
 pub(crate) const RESERVED_FOR_PML: u64 = 512;
 
 /// A slot that no VM has (KVM_USER_MEM_SLOTS is 32764): the reset of such an entry frees it and arms no page.
@@ -122,32 +123,32 @@ pub(crate) const RESERVED_FOR_PML: u64 = 512;
 /// (CVE-2026-52969).
 const NO_SLOT: u32 = 0xffff;
 
-/// Entries that a hint is ahead: so many cache misses are under way at once.
+/// How many entries a hint is ahead: this many cache misses are under way at once.
 const AHEAD: u64 = 12;
 
-/// What KVM's word that a ring is full is worth.
+/// The truth of KVM's report that a ring is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fullness {
-    /// It is.
+    /// It is full.
     Full,
-    /// It is not, and may have been a moment ago.
+    /// It is not full, but may have been a moment ago.
     NotNow,
-    /// It was not when KVM said so before, and nothing has changed.
+    /// It was not full when KVM said so before, and nothing has changed.
     Never,
 }
 
 /// A ring and how far it has been read. Positions count from the start of the VM and never wrap.
 ///
 /// Entries between `freed` and `taken` are *held*: read, and not given back. Each is a credit, because KVM
-/// takes slot and offset from the entry when it resets it: whoever gives it back may write any page into it,
-/// and that page is the one that is armed.
+/// takes slot and offset from the entry when it resets it: the thread that gives it back may write any page
+/// into it, and KVM arms that page.
 pub(crate) struct Ring {
     entries: std::sync::Arc<Mapping>,
     /// Entries that KVM leaves free behind its soft limit.
     reserved: u64,
     /// First position not handed back to KVM by a reset.
     freed: AtomicU64,
-    /// First position not marked for a reset. Equal to `freed` but between marking and reset.
+    /// First position not marked for a reset. Equal to `freed` except between marking and reset.
     marked: AtomicU64,
     /// First position not taken.
     taken: AtomicU64,
@@ -178,8 +179,8 @@ impl Ring {
         self.entries.entry(position).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
     }
 
-    /// Where the ring is full: KVM must not have come this far. It grows when entries are marked, before KVM
-    /// frees them, so who has read an entry that KVM wrote into a place that was freed finds it grown.
+    /// Where the ring is full: KVM cannot have come this far. It grows when entries are marked, before KVM
+    /// frees them, so a thread that has read KVM's entry in a freed place finds it grown.
     fn limit(&self) -> u64 {
         self.marked.load(Ordering::Acquire) + u64::from(self.entries.entries)
     }
@@ -189,14 +190,14 @@ impl Ring {
         u64::from(self.entries.entries).saturating_sub(self.reserved)
     }
 
-    /// Hands out (slot, offset) of every new entry, in order, until the sink says no: that entry stays. One
-    /// thread at a time.
+    /// Hands out (slot, offset) of every new entry, in order, until the sink refuses one: that entry stays.
+    /// One thread at a time.
     ///
     /// An overrun shows as a ring without any entry that is free or marked for reset: KVM stops the vCPU at
     /// the soft limit, at least 64 entries earlier, so a full ring is no accident. The pages are handed out
     /// even so.
     ///
-    /// The hint gets what stands in an entry some places ahead: an entry to come, or anything.
+    /// The hint gets the contents of an entry some places ahead: a future entry, or anything else.
     pub(crate) fn take(
         &self,
         hint: impl Fn(u32, u64),
@@ -219,12 +220,12 @@ impl Ring {
             }
             position += 1;
         }
-        // Release: who gives entries back, on another thread, has them read.
+        // Release: the thread that gives entries back, perhaps another one, sees them read.
         self.taken.store(position, Ordering::Release);
         if position == limit { Err(Overrun) } else { Ok((position - start) as usize) }
     }
 
-    /// Entries since the epoch began, taken or not. Any thread, any time; looks at each entry once.
+    /// Entries since the epoch began, taken or not. Any thread, any time; reads each entry once.
     pub(crate) fn pending(&self) -> usize {
         let limit = self.limit();
         let seen = self.peeked.load(Ordering::Relaxed).max(self.taken.load(Ordering::Acquire));
@@ -238,9 +239,9 @@ impl Ring {
         position.saturating_sub(self.began.load(Ordering::Relaxed)) as usize
     }
 
-    /// What KVM's word that the ring is full is worth. The soft limit is not known exactly everywhere, so
-    /// this is generous: what it is to tell apart is a ring that KVM calls full although it is empty. Once
-    /// that may be: another thread has given entries back since KVM said so.
+    /// Judges KVM's report that the ring is full. The soft limit is not known exactly everywhere, so this is
+    /// generous: it only has to recognise a ring that KVM calls full although it is empty. That may happen
+    /// once: another thread has given entries back since KVM said so.
     pub(crate) fn fullness(&self) -> Fullness {
         let freed = self.freed.load(Ordering::Acquire);
         let limit = self.limit();
@@ -281,15 +282,15 @@ impl Ring {
         self.taken.load(Ordering::Acquire) - marked
     }
 
-    /// Marks the `count` oldest held entries for the next reset, each rewritten to the (slot, offset) it is
-    /// given, or to no page. One thread at a time; [`Ring::all_freed`] after the reset.
+    /// Marks the `count` oldest held entries for the next reset, each rewritten to the given (slot, offset),
+    /// or to no page. One thread at a time; call [`Ring::all_freed`] after the reset.
     ///
     /// In order, because KVM's reset stops at the first entry that is not marked.
     pub(crate) fn give_back(&self, count: u64, mut page: impl FnMut() -> Option<(u32, u64)>) {
         let start = self.marked.load(Ordering::Relaxed);
         let end = start + count;
-        // An entry that KVM has not written must never be marked: its reset index would overtake the other
-        // and the vCPU be called full forever.
+        // An entry that KVM has not written must never be marked: KVM's reset index would overtake the other
+        // one, and it would call the ring full forever.
         assert!(end <= self.taken.load(Ordering::Acquire), "an entry is given back that was not taken");
         for position in start..end {
             let entry = self.entries.entry(position);

@@ -1,11 +1,11 @@
-//! The dirty rings of all vCPUs, and what is given back to KVM at a re-arm.
+//! The dirty rings of all vCPUs, and the entries given back to KVM at a re-arm.
 //!
-//! An entry that was taken is held until something is to be armed with it. What is held and what is unarmed
-//! go together: each page that is unarmed has cost an entry, so there is one for each (pages dirtied by two
-//! vCPUs have cost two). Pages that are left out of a re-arm, because they are hot, leave theirs behind, and
-//! it is there when they cool. Entries beyond that are given back without a page.
+//! An entry that was taken is held until something is armed with it. The number of held entries follows from
+//! the unarmed pages: each unarmed page has cost an entry, so there is one for each (pages dirtied by two
+//! vCPUs have cost two). Pages that are left out of a re-arm, because they are hot, leave their entries
+//! behind, and those are there when the pages cool. Entries beyond that are given back without a page.
 //!
-//! Held entries also make a ring smaller, which is how vCPUs are stopped at an exact number of pages: see
+//! Held entries also make a ring smaller; this is how vCPUs are stopped at an exact number of pages: see
 //! `budget.rs`.
 
 use std::io;
@@ -22,7 +22,7 @@ use crate::source::log::DirtyLog;
 use crate::source::ring::{Fullness, Ring};
 use crate::source::{Armed, HarvestError, Hint, Plan, RearmError, Sink, SlotError, Source};
 
-/// So many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still
+/// This many resets in a row may free nothing. Signals are blocked; a debugger or the freezer can still
 /// interrupt.
 const MAX_IDLE_RESETS: u32 = 10_000;
 
@@ -33,19 +33,20 @@ pub(crate) struct Rings {
     rings: Box<[OnceLock<Ring>]>,
     /// Places that are taken.
     count: AtomicUsize,
-    /// vCPUs that do not run any more have no part of a trigger.
+    /// vCPUs that no longer run have no part of a trigger.
     parked: Box<[AtomicBool]>,
-    /// The bitmap of what KVM writes without a vCPU, on architectures whose KVM does so
+    /// The bitmap of KVM's writes without a vCPU, on architectures whose KVM makes such writes
     /// (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, arm64: the tables of the interrupt controller).
     backup: Option<DirtyLog>,
-    /// Who gives entries back and resets, one at a time. Nobody waits for it in a pause: vCPUs are stopped.
+    /// Held by the thread that gives entries back and resets, one at a time. Nobody waits for it in a pause:
+    /// vCPUs are stopped.
     resetting: Mutex<Budget>,
-    /// Only tests leave signals in, to see what they do.
+    /// Only tests leave signals unblocked, to see their effect.
     pub(crate) block_signals: bool,
 }
 
 impl Rings {
-    /// `most`: vCPUs that the VM may have, no fewer than there are rings.
+    /// `most`: the most vCPUs that the VM may have, no fewer than there are rings.
     pub(crate) fn new(kernel: Arc<dyn Kernel>, rings: Vec<Ring>, most: usize) -> Rings {
         let (count, budget) = (rings.len(), Budget::new(rings.len()));
         let places = rings.into_iter().map(OnceLock::from).chain(std::iter::repeat_with(OnceLock::new));
@@ -60,7 +61,7 @@ impl Rings {
         }
     }
 
-    /// With a bitmap beside the rings, which the VM has been given, for slots of so many pages.
+    /// With a bitmap beside the rings, which the VM has been given, for slots of this many pages.
     pub(crate) fn with_backup(mut self, largest: u64) -> io::Result<Rings> {
         self.backup = Some(DirtyLog::reserve(self.kernel.clone(), largest)?);
         Ok(self)
@@ -86,8 +87,9 @@ impl Rings {
         self.rings().map(Ring::held).sum()
     }
 
-    /// Gives `count` entries back, with the pages as far as they go: first of rings that hold more than their
-    /// share, then of all, by what they hold. A ring that holds the most has the least room for its vCPU.
+    /// Gives `count` entries back, filled with the pages as long as there are any: first from rings that hold
+    /// more than their share, then from all, in proportion. A ring that holds the most has the least room for
+    /// its vCPU.
     fn give_back(&self, layout: &MemoryLayout, pages: &[Gfn], count: u64, share: impl Fn(usize) -> u64) {
         let mut pages = pages.iter();
         let mut left = count;
@@ -149,7 +151,7 @@ impl Rings {
         Ok(())
     }
 
-    /// Makes every ring hold its share: mints what is missing and gives back what is too much.
+    /// Makes every ring hold its share: mints missing entries and gives surplus ones back.
     fn settle(&self, layout: &MemoryLayout, budget: &Budget, keep: u64) -> Result<Settled, RearmError> {
         let mut settled = Settled::default();
         let mut surplus = 0;
@@ -166,8 +168,8 @@ impl Rings {
         Ok(settled)
     }
 
-    /// Mints entries until the ring holds its share. What KVM logged for anybody else since the harvest is of
-    /// the next epoch and stays; then there is less than the share this time.
+    /// Mints entries until the ring holds its share. Entries that KVM logged for anybody else since the
+    /// harvest belong to the next epoch and stay; then there are fewer than the share this time.
     fn fill(&self, layout: &MemoryLayout, vcpu: usize, share: u64, settled: &mut Settled) {
         let ring = self.ring(vcpu);
         if ring.has_new() {
@@ -181,7 +183,7 @@ impl Rings {
         }
         let page = layout.first_page();
         let minted = ring.take(|_, _| (), |slot, offset| layout.resolve(slot, offset) == page);
-        // More of them than were minted: KVM wrote that page for somebody else, too.
+        // More entries than were minted: KVM wrote that page for somebody else, too.
         let expected = missing.div_ceil(ENTRIES_PER_WRITE) * ENTRIES_PER_WRITE;
         settled.doubtful |= minted.as_ref().is_ok_and(|&minted| minted as u64 > expected);
         if ring.held() < share && !ring.has_new() {
@@ -194,7 +196,7 @@ impl Rings {
     }
 }
 
-/// What became of a settlement.
+/// The result of a settlement.
 #[derive(Default)]
 struct Settled {
     /// A write to the first page of the layout may have gone unnoticed.
@@ -231,9 +233,9 @@ impl Source for Rings {
     }
 
     fn arm_all(&self, layout: &MemoryLayout) -> Result<(), SlotError> {
-        // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring lose the first
-        // write to every page, and neither refuses the other. A ring has no use for manual protection, so it
-        // is turned off.
+        // With KVM_DIRTY_LOG_INITIALLY_SET KVM would write-protect nothing here and a ring would lose the
+        // first write to every page, and KVM does not refuse the combination. A ring has no use for manual
+        // protection, so it is turned off.
         self.kernel.refuse_manual_protect();
         super::set_logging(&*self.kernel, layout, true)
     }
@@ -257,7 +259,8 @@ impl Source for Rings {
     }
 
     fn take_armed(&self, layout: &MemoryLayout, ending: bool, sink: Sink<'_>) -> Result<usize, HarvestError> {
-        // The bitmap beside the rings is searched whole for a few pages, and the kernel wants that done last.
+        // The bitmap beside the rings is searched whole for a few pages, and the kernel requires that this
+        // comes last.
         match &self.backup {
             Some(backup) if ending => backup.read(layout, sink),
             _ => Ok(0),
@@ -273,7 +276,7 @@ impl Source for Rings {
         }
         let held = self.held();
         let armed = held.min(pages.len() as u64);
-        // Whoever arms while vCPUs run knows nothing of what others have taken.
+        // A thread that arms while vCPUs run does not know what others have taken.
         let keep = if plan.running {
             held
         } else {
@@ -286,7 +289,7 @@ impl Source for Rings {
             budget.share(self.ring(vcpu).soft_limit()).max(if plan.running { 0 } else { even })
         });
         let interrupted = self.reset(count)?;
-        // An interrupted reset leaves out the pages of its entries, if they had any.
+        // An interrupted reset skips the pages of its entries, if they had any.
         let everything = !plan.running && (interrupted && armed > 0 || plan.everything);
         if everything {
             self.protect_all(layout)?;

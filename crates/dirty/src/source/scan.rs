@@ -2,13 +2,13 @@
 
 use crate::layout::{Gfn, MemorySlot};
 
-/// Words looked at together: most of a bitmap is empty, and a whole block is found so by a few vector
-/// instructions.
+/// Words read together: most of a bitmap is empty, and a few vector instructions recognise a whole empty
+/// block.
 const BLOCK: usize = 16;
 
-/// Hands out the pages whose bit is set, in order, until the sink says no. Returns how many it took.
+/// Hands out the pages whose bit is set, in order, until the sink refuses one. Returns how many it took.
 ///
-/// A bit behind the end of the slot is no page; KVM sets none.
+/// A bit past the end of the slot is no page; KVM sets none.
 pub(super) fn scan(words: &[u64], slot: &MemorySlot, sink: &mut dyn FnMut(Option<Gfn>) -> bool) -> usize {
     let mut found = 0;
     for (block, words) in words.chunks(BLOCK).enumerate() {

@@ -1,30 +1,30 @@
 //! Dirty pages of any memory of this process, without KVM: userfaultfd's asynchronous write-protect finds the
 //! writes, PAGEMAP_SCAN takes and protects again (both Linux 6.7 and later).
 //!
-//! What is seen is every write *through the mappings of the layout*: stores of any thread, and the kernel's
-//! on behalf of a system call (`read`, `preadv`; `process_vm_writev` that has ended before the take), also
-//! one that stores what was there before. The first write to a page after it was taken costs 1 to 2 us; a
-//! take costs by page of the layout, 0.3 to 1.1 ms a GiB, whether or not anything was written. In hugetlb
-//! memory a write makes the whole huge page dirty, and slots must be whole huge pages.
+//! It sees every write *through the mappings of the layout*: stores of any thread, and the kernel's on behalf
+//! of a system call (`read`, `preadv`; `process_vm_writev` that has ended before the take), even a store of
+//! the value that was there before. The first write to a page after it was taken costs 1 to 2 us. The cost of
+//! a take grows with the layout, 0.3 to 1.1 ms a GiB, whether or not anything was written. In hugetlb memory
+//! a write makes the whole huge page dirty, and slots must be whole huge pages.
 //!
-//! Not seen are writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes
-//! punched in it (`MADV_REMOVE`), and what is written to pages that were pinned before they were taken:
-//! registered `io_uring` buffers and vfio for as long as they are, `O_DIRECT` and `process_vm_writev` while
-//! the call is in flight. Its write fault came when it pinned; the take has cleared that, and the bytes come
-//! through the kernel's own mapping (docs/kernel-findings.md, pinned-write). Nor anything in a mapping of
-//! device memory.
+//! It does not see writes through another mapping of the same memory, `pwrite` to the memfd behind it, holes
+//! punched in it (`MADV_REMOVE`), and writes to pages that were pinned before they were taken: registered
+//! `io_uring` buffers and vfio for as long as they are pinned, `O_DIRECT` and `process_vm_writev` while the
+//! call is in flight. Its write fault came when it pinned; the take has cleared that, and the bytes come
+//! through the kernel's own mapping (docs/kernel-findings.md, pinned-write). Nor does it see anything in a
+//! mapping of device memory.
 //!
 //! # Where not to use it
 //!
-//! Not on the mapping that a KVM memory slot points to while its vCPUs run: every take invalidates what KVM
-//! has mapped of it, and the guest faults its memory in anew. A guest that writes 1000 pages an epoch was
-//! measured 275 times slower (25 us to 6.9 ms). Nor does it then save anything, KVM having dirty logs of its
-//! own. It is for:
+//! Do not use it on the mapping that a KVM memory slot points to while its vCPUs run: every take invalidates
+//! what KVM has mapped of it, and the guest faults its memory in anew. A guest that writes 1000 pages an
+//! epoch was measured 275 times slower (25 us to 6.9 ms). Nor would it save anything, since KVM has dirty
+//! logs of its own. Use it for:
 //!
 //! - device emulation that writes guest memory through a *second* mapping of the same memfd;
 //! - emulators, sandboxes and interpreters whose "guest" is threads of this process;
 //! - live migration and incremental snapshots of a process's own memory;
-//! - an independent check, in tests, of what else claims to know all the writes.
+//! - an independent check, in tests, of another mechanism that claims to know all the writes.
 
 use std::io;
 use std::ops::Range;
@@ -44,11 +44,11 @@ pub(crate) struct Uffd {
     scan: Mutex<Scan>,
 }
 
-/// Where the scan stands.
+/// How far the scan has come.
 struct Scan {
-    /// Regions outside of `left` have no end: see [`WriteWatch::take`].
+    /// Regions outside `left` have no end: see [`WriteWatch::take`].
     regions: Box<[Region]>,
-    /// Regions taken from the kernel, and so protected, that no sink has had yet. They belong to slot
+    /// Regions taken from the kernel, and so protected, that no sink has received yet. They belong to slot
     /// `index`.
     left: Range<usize>,
     /// Slot, as an index into the layout, and address at which the next scan begins.
@@ -59,7 +59,7 @@ struct Scan {
 }
 
 fn addresses(slot: &MemorySlot) -> Range<u64> {
-    // A range that ends beyond all addresses is the kernel's to refuse.
+    // The kernel refuses a range that ends beyond all addresses.
     slot.host_addr..slot.host_addr.saturating_add(slot.pages.saturating_mul(PAGE_SIZE))
 }
 
@@ -75,7 +75,7 @@ impl Uffd {
         Ok(Uffd { watch: WriteWatch::open()?, scan: Mutex::new(scan) })
     }
 
-    /// A sink that panics leaves the scan in order.
+    /// If a sink panics, the scan stays in order.
     fn scan(&self) -> MutexGuard<'_, Scan> {
         self.scan.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -95,18 +95,18 @@ impl Uffd {
         let registered = std::mem::take(&mut scan.registered);
         let slots = layout.slots()[..registered].iter().map(|slot| {
             let unregistered = self.watch.unregister(addresses(slot));
-            // What is not mapped any more has nothing to disarm.
+            // Memory that is no longer mapped has nothing to disarm.
             unregistered
                 .or_else(|error| if is_mapped(addresses(slot)) { Err(error) } else { Ok(()) })
                 .map_err(|source| SlotError { slot: slot.id, source })
         });
-        // All of them, whichever fails.
+        // All of them, even if one fails.
         slots.fold(Ok(()), Result::and)
     }
 }
 
 fn check_mapped(slot: &MemorySlot) -> io::Result<()> {
-    // Neither registering nor scanning finds fault with a hole.
+    // Neither registering nor scanning reports a hole.
     if is_mapped(addresses(slot)) { Ok(()) } else { Err(io::Error::other("a part of it is not mapped")) }
 }
 
@@ -116,8 +116,8 @@ impl Scan {
         (self.left, self.index, self.from) = (0..0, 0, 0);
     }
 
-    /// Takes all that is written, beginning where the last call ended, and once round: the pages of a slot
-    /// that is written without a pause do not keep those of the next one from a sink that has little room.
+    /// Takes everything that is written, beginning where the last call ended, and once round: the pages of a
+    /// slot that is written without a pause do not keep those of the next slot from a sink with little room.
     fn round(
         &mut self,
         watch: &WriteWatch,

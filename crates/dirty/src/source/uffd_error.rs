@@ -1,4 +1,4 @@
-//! What can be wrong with userfaultfd.
+//! Errors of userfaultfd.
 
 use std::io;
 
@@ -9,8 +9,8 @@ pub enum UffdError {
     /// The kernel is built without userfaultfd (`CONFIG_USERFAULTFD`).
     #[error("this kernel has no userfaultfd")]
     Missing,
-    /// userfaultfd is refused. What is asked of the kernel here needs no privilege, whatever
-    /// `vm.unprivileged_userfaultfd` says, so it is a filter that refuses: that of a container, as a rule.
+    /// userfaultfd is refused. The requests here need no privilege, whatever `vm.unprivileged_userfaultfd`
+    /// says, so a filter refuses them: usually that of a container.
     #[error(
         "userfaultfd is not permitted: allow the system call (a seccomp filter or security module forbids it), \
          or give access to /dev/userfaultfd"
@@ -25,7 +25,7 @@ pub enum UffdError {
     /// /proc/self/pagemap cannot be opened or scanned (no /proc, no `CONFIG_PROC_PAGE_MONITOR`).
     #[error("cannot scan /proc/self/pagemap")]
     Pagemap(#[source] io::Error),
-    /// Two slots have addresses in common: a write would be reported in one of them only.
+    /// Two slots share addresses: a write would be reported in only one of them.
     #[error("memory slots {0} and {1} have the same host addresses")]
     Shared(u32, u32),
 }
