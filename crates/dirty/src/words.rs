@@ -61,9 +61,9 @@ impl Words {
         }
     }
 
-    /// Fetches a word into the cache; a word that does not exist is no harm.
+    /// Fetches a word into the cache; a word that does not exist does no harm.
     pub(crate) fn prefetch(&self, index: usize) {
-        // Elsewhere there is no stable way to ask for it.
+        // Other architectures have no stable way to ask for it.
         #[cfg(not(target_arch = "x86_64"))]
         let _ = index;
         #[cfg(target_arch = "x86_64")]
@@ -74,7 +74,7 @@ impl Words {
         }
     }
 
-    /// As `populate`, in huge pages where the kernel gives them: for words that are used all over.
+    /// As `populate`, in huge pages if the kernel provides them: for words that are used all over.
     pub(crate) fn populate_huge(&self, range: Range<usize>) {
         let align = |index: usize| index / WORDS_PER_PAGE * WORDS_PER_PAGE;
         let (start, end) = (align(range.start), range.end.min(self.len));
@@ -148,7 +148,7 @@ impl Deref for Words {
 }
 
 impl Words {
-    /// Touches every page of the range, so that using it later takes no page fault.
+    /// Touches every page of the range, so that later use takes no page fault.
     pub(crate) fn populate(&self, range: Range<usize>) {
         let end = range.end.min(self.len());
         for word in self[range.start.min(end)..end].iter().step_by(WORDS_PER_PAGE) {

@@ -1,4 +1,4 @@
-//! The example program as its user meets it. Cargo builds examples before it runs tests, if it runs all
+//! The example program, used as a user would. Cargo builds examples before it runs tests, if it runs all
 //! tests.
 
 use std::io::{BufRead, BufReader};

@@ -1,4 +1,4 @@
-//! What documents show is what there is.
+//! Documents show what exists.
 
 use std::fs;
 use std::path::Path;

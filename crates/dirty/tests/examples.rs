@@ -1,5 +1,5 @@
-//! The other example programs as their users meet them. Cargo builds examples before it runs tests, if it
-//! runs all tests.
+//! The other example programs, used as a user would. Cargo builds examples before it runs tests, if it runs
+//! all tests.
 
 use std::fs;
 use std::path::PathBuf;
@@ -40,7 +40,7 @@ fn assert_wrong_option(name: &str, options: &[&str]) {
     assert!(message.starts_with(name) && message.lines().count() == 1, "{message}");
 }
 
-/// What one finding says, without the kernel's line.
+/// The output for one finding, without the kernel's line.
 fn finding(name: &str) -> Option<String> {
     let output = output("kernel_findings", &[name])?;
     let text = text(&output);
@@ -68,8 +68,7 @@ fn each_finding_comes_to_a_verdict() {
     assert_wrong_option("kernel_findings", &["bogus"]);
 }
 
-/// A documented limit. Should a kernel report these writes some day, it is the documentation that has to
-/// change.
+/// A documented limit. If a kernel reports these writes some day, the documentation has to change.
 #[test]
 fn a_write_through_a_pin_that_spans_a_take_is_not_seen() {
     let Some(said) = finding("pinned-write") else { return };

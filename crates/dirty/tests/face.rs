@@ -1,9 +1,9 @@
-//! What other programs can use of this crate is what `face.txt` lists: a name or a signature that changes
-//! unnoticed fails this test. A change that is meant: `OUTLIVE_WRITE_FACE=1 cargo test -p outlive-dirty --test
-//! face`, and a line in CHANGELOG.md.
+//! `face.txt` lists everything of this crate that other programs can use: a name or a signature that changes
+//! unnoticed fails this test. For a change that is meant: `OUTLIVE_WRITE_FACE=1 cargo test -p outlive-dirty
+//! --test face`, and a line in CHANGELOG.md.
 //!
-//! The list is read from the sources, so that it takes no other compiler than the one that builds the crate
-//! (rustdoc's JSON, which tools for this want, is for nightly ones).
+//! The list is read from the sources, so that it needs only the compiler that builds the crate (tools for
+//! this use rustdoc's JSON, which needs a nightly one).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use std::path::Path;
 use quote::ToTokens;
 use syn::{Attribute, Fields, ImplItem, Item, Signature, Type, UseTree, Visibility};
 
-/// Every item of the crate's files, but for tests.
+/// Every item in the crate's files, except tests.
 fn items(directory: &Path, all: &mut Vec<Item>) {
     let mut files: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
@@ -41,7 +41,7 @@ fn text(tokens: impl ToTokens) -> String {
     out
 }
 
-/// The attributes that are a promise.
+/// Attributes that are a promise.
 fn promises(attributes: &[Attribute]) -> String {
     let kept = ["derive", "non_exhaustive", "cfg", "must_use", "repr"];
     let is_kept = |it: &&Attribute| kept.iter().any(|name| it.path().is_ident(name));
@@ -150,7 +150,7 @@ fn the_face_is_what_the_list_says() {
     let crate_ = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut all = Vec::new();
     items(&crate_.join("src"), &mut all);
-    // What lib.rs and the public modules in it name.
+    // Everything that lib.rs and its public modules name.
     let mut public = BTreeSet::new();
     let root = syn::parse_file(&fs::read_to_string(crate_.join("src/lib.rs")).unwrap()).unwrap();
     for item in &root.items {

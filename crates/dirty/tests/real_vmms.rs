@@ -1,4 +1,4 @@
-//! The code of docs/real-vmms.md, run: how VMMs that are there already would use the library.
+//! The code of docs/real-vmms.md, run: how existing VMMs would use the library.
 // UNSAFETY: tells a tracker what memory the slots of a VM are; asks KVM from a child process.
 #![allow(unsafe_code)]
 
@@ -152,7 +152,7 @@ impl Machine {
         let tracker = Arc::new(tracker(&kvm, &vm, &memory, &log, backend, &vcpus)?);
         let vcpu = vcpus.remove(0);
         let mut machine = Machine { tracker, vcpu, vm, memory };
-        // What is written from now on was mapped before: its first reads are no writes.
+        // Maps the pages first: otherwise their first reads would count as writes.
         machine.write(1, 0, 600)?;
         Ok(Some(machine))
     }
@@ -187,7 +187,7 @@ fn rounds_of_a_migration_are_ranges() {
     }
 }
 
-/// A file without room.
+/// A file without free space.
 struct Full;
 
 impl FileExt for Full {
@@ -226,7 +226,7 @@ fn copy_all(memory: &GuestMemoryMmap<RegionLog>, file: &File) {
     file.write_all_at(&bytes, 0).unwrap();
 }
 
-/// Why a program beside the VMM cannot look for itself, whatever descriptors it is given.
+/// Why a program beside the VMM cannot sample by itself, whatever descriptors it gets.
 #[test]
 fn kvm_answers_only_the_process_that_made_the_vm() {
     let Some(machine) = Machine::new(BackendChoice::Bitmap).unwrap() else { return };

@@ -1,4 +1,4 @@
-//! Debug console and the end of everything.
+//! The debug console, and power-off.
 
 use core::fmt::{self, Write};
 use core::panic::PanicInfo;

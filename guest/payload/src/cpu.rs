@@ -30,7 +30,7 @@ pub fn wake(vcpus: u32) {
 /// Ends this run of the VM.
 pub fn power(how: u32) -> ! {
     out32(abi::PORT_POWER, how);
-    // The VMM stops us inside the OUT; a VMM that lets us go on finds us asleep.
+    // The VMM stops us inside the OUT; if it lets us continue, we sleep.
     loop {
         idle(abi::IDLE_FOREVER);
     }

@@ -9,12 +9,13 @@ use crate::logic::work::{Control, Step, Worker};
 use crate::pool::{Pool, PoolArena};
 use crate::virtio::Net;
 
-/// vCPU 0 looks for frames this long after the last thing it did, before it pays two exits for a sleep. The
-/// cores are shared with the VMM and often with a whole second VM, so it is short.
+/// vCPU 0 looks for frames this long after its last work, before it pays two exits for a sleep. The cores are
+/// shared with the VMM and often with a whole second VM, so it is short.
 const SPIN_US: u64 = 20;
-/// Writes of the load in one go: with dirty tracking each may cost a fault of 9 µs.
+/// Writes of the load in one slice: with dirty tracking each may cost a fault of 9 µs.
 const WORK_SLICE: u64 = 16;
-/// A worker sleeps at least this long, so that a high rate comes in small bursts and not in one exit a write.
+/// A worker sleeps at least this long, so that a high rate comes in small bursts instead of one exit per
+/// write.
 const WORK_TICK_US: u64 = 250;
 /// While the transmit queue is full, look again this soon: the device wakes us for received frames only.
 const FULL_QUEUE_US: u64 = 500;
@@ -22,7 +23,7 @@ const FULL_QUEUE_US: u64 = 500;
 /// The board of the work load, shared by all vCPUs.
 pub static CONTROL: Control = Control::new();
 
-/// Number of workers in a VM with so many vCPUs, and the vCPU of the first.
+/// Number of workers in a VM with this many vCPUs, and the vCPU of the first.
 fn workers(vcpus: u32) -> (u32, u32) {
     if vcpus == 1 { (1, 0) } else { (vcpus - 1, 1) }
 }
@@ -31,7 +32,7 @@ fn seed(info: &BootInfo) -> u64 {
     u64::from_le_bytes(core::array::from_fn(|i| info.random_seed[24 + i]))
 }
 
-/// What vCPU 0 knows about the machine.
+/// vCPU 0's knowledge of the machine.
 pub struct Host {
     facts: Facts,
     workers: u32,
@@ -79,7 +80,7 @@ struct OwnWork {
 }
 
 impl OwnWork {
-    /// When to go on.
+    /// When to continue.
     fn step(&mut self, now_us: u64) -> Option<u64> {
         match self.worker.step(&CONTROL, &mut self.arena, now_us, WORK_SLICE) {
             Step::Idle => None,
@@ -89,7 +90,7 @@ impl OwnWork {
     }
 }
 
-/// The life of vCPU 0.
+/// The main loop of vCPU 0.
 ///
 /// # Safety
 /// Called once, on vCPU 0.
@@ -124,7 +125,8 @@ pub unsafe fn serve(info: &BootInfo, pool: Pool, mut net: Net, mut server: Serve
             spin(&net, &mut clock, quiet_since + SPIN_US);
             continue;
         }
-        // Nothing was sent although a timer says "now" (a closed window, say): do not turn in circles on it.
+        // Nothing was sent although a timer says "now" (because of a closed window, for example): do not spin
+        // on it.
         let net_due = server.next_due(now).map(|due| due.max(now + SPIN_US));
         let due = [net_due, work_due, full].into_iter().flatten().min();
         let timeout = due.map_or(u64::from(MAX_SLEEP_US), |due| due.saturating_sub(now));
@@ -141,7 +143,7 @@ fn spin(net: &Net, clock: &mut Clock, until_us: u64) {
     }
 }
 
-/// The life of the other vCPUs.
+/// The main loop of the other vCPUs.
 ///
 /// # Safety
 /// Called once on each vCPU but 0, with its index.

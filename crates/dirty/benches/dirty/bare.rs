@@ -1,6 +1,6 @@
 //! The dirty ring with nothing around it: no lists, no dedupe, no checks, signals not blocked, and hot pages
-//! known beforehand. Not a peer but the floor: what the kernel's part of a ring costs on this machine
-//! (`--floor`).
+//! known beforehand. This is not a peer but the floor: the cost of the kernel's part of a ring on this
+//! machine (`--floor`).
 // UNSAFETY: the ring is memory shared with the kernel; ioctls.
 #![allow(unsafe_code)]
 
@@ -65,7 +65,7 @@ impl Bare {
         }
     }
 
-    /// Takes the entries. Pages for which `is_hot` holds stay writable, and are pages of every epoch.
+    /// Takes the entries. Pages for which `is_hot` holds stay writable, and belong to every epoch.
     pub(crate) fn harvest(&mut self, is_hot: impl Fn(Gfn) -> bool) {
         self.pages.clear();
         self.pages.extend_from_slice(&self.hot);

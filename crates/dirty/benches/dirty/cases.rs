@@ -1,4 +1,4 @@
-//! `dirty.harvest` and `dirty.epoch`: the cases, and who is compared with whom.
+//! `dirty.harvest` and `dirty.epoch`: the cases, and the peer of each.
 
 use std::io;
 
@@ -18,9 +18,9 @@ const HOT: [Line; 4] =
 const FLOOR: [Line; 4] =
     [(Method::Floor, 0), (Method::FloorHot, 50), (Method::FloorHot, 90), (Method::FloorHot, 100)];
 
-/// Back ends that the host has not are left out, once and for all, by `available`.
+/// `available` leaves out, once and for all, back ends that the host does not have.
 fn lines(dirty: u64, available: &[Line]) -> Vec<Line> {
-    // Of one page half cannot be hot.
+    // Half of one page cannot be hot.
     available.iter().copied().filter(|(_, hot)| *hot == 0 || dirty >= 10).collect()
 }
 
@@ -80,7 +80,7 @@ impl Against {
         Workload::new(self.gib, self.dirty, hot, self.pattern)
     }
 
-    /// Measures lines beside the plain bitmap, which writes the same pages in the same rounds.
+    /// Measures lines together with the plain bitmap, which writes the same pages in the same rounds.
     fn peer(
         &self,
         host: &Host,
@@ -144,7 +144,7 @@ fn whole_steps(mode: &Mode, peer: &Mode) -> String {
     format!("run/state/track/copy {}, bitmap {}", part(mode), part(peer))
 }
 
-/// The same pages in VMs of all sizes, each beside the smallest.
+/// The same pages in VMs of all sizes, each compared with the smallest.
 pub(crate) fn sizes(host: &Host, options: &Options, report: &mut Report) -> io::Result<()> {
     report.section(
         "dirty.harvest, by size of the VM: the same number of pages, either equally far apart in all VMs (in 1 GiB)\n\

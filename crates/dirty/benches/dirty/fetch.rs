@@ -1,4 +1,4 @@
-//! `dirty.fetch`: two threads that fetch at once, beside one.
+//! `dirty.fetch`: two threads that fetch at once, compared with one.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,12 +15,12 @@ use crate::report::{Case, Report, Row};
 use crate::workload::{Job, LOW, Pattern, Run, Workload};
 
 const VCPUS: usize = 2;
-/// Threads that do not begin together say nothing.
+/// Threads that do not begin together prove nothing.
 const MAX_LATE: Duration = Duration::from_micros(10);
-/// After so many turns of a waiting loop somebody else may have the processor.
+/// After this many turns a waiting loop yields the processor.
 const PATIENCE: u32 = 20_000;
 
-/// Whether the pages are re-armed too, and by how many threads it is done.
+/// Whether the pages are re-armed too, and by how many threads.
 type Mode = (bool, usize);
 const MODES: [Mode; 4] = [(false, 1), (false, 2), (true, 1), (true, 2)];
 
@@ -102,8 +102,8 @@ fn rounds(machine: &mut Machine, jobs: &[Job], cpus: &[usize], effort: Effort) -
     samples
 }
 
-/// Fetches what the vCPUs wrote, ends the epoch, and says how many microseconds the fetch took: from when the
-/// first thread began until the last had its pages. And whether a thread was disturbed.
+/// Fetches the pages that the vCPUs wrote, ends the epoch, and returns how many microseconds the fetch took,
+/// from the start of the first thread until the last had its pages; also whether a thread was disturbed.
 fn fetch(
     tracker: &Tracker,
     (rearm, threads): Mode,
@@ -128,7 +128,7 @@ fn fetch(
         let fetched = tracker.fetch(buffer, Fetch { rearm, ..Fetch::default() }).expect("fetch");
         let end = Instant::now();
         let disturbed = preemptions() != before;
-        // What is not measured is to disturb nobody.
+        // Work outside the measurement must disturb nobody.
         all_have(&done);
         Part { begin, end, disturbed, pages: fetched.rearm().expect("rearm").to_vec() }
     };
@@ -147,7 +147,7 @@ fn fetch(
     ((end - begin).as_nanos() as f64 / 1e3, late || parts.iter().any(|part| part.disturbed))
 }
 
-/// What one thread did.
+/// The result of one thread.
 struct Part {
     begin: Instant,
     end: Instant,
@@ -155,7 +155,7 @@ struct Part {
     pages: Vec<Gfn>,
 }
 
-/// Ends the epoch, in which nothing is left, and sees that every page has come once.
+/// Ends the epoch, which has nothing left, and checks that every page has come once.
 fn check(tracker: &Tracker, mut pages: Vec<Gfn>, jobs: &[Job]) {
     let epoch = tracker.stopped().state_saved().harvest().expect("harvest").rearm().expect("rearm");
     pages.extend(epoch.pages());
@@ -163,7 +163,7 @@ fn check(tracker: &Tracker, mut pages: Vec<Gfn>, jobs: &[Job]) {
     pages.sort_unstable();
     let mut written: Vec<Gfn> = jobs.iter().flat_map(Job::pages).collect();
     written.sort_unstable();
-    // The first epoch has the guest's parameters too: it has read them, and KVM has mapped them.
+    // The first epoch also has the guest's parameters: the guest has read them, and KVM has mapped them.
     pages.retain(|gfn| gfn.gpa() >= LOW);
     assert!(pages == written, "{} pages fetched, {} written", pages.len(), written.len());
 }

@@ -1,5 +1,4 @@
-//! What was promised, and what came of it. A goal that is missed is said, and no more: time is no reason to
-//! fail.
+//! The goals, and whether they were met. A missed goal is only reported: time is no reason to fail.
 
 use crate::report::{Case, Row, short, size};
 

@@ -1,5 +1,5 @@
-//! The VM that is measured: 64-bit code at CPL3 that writes the pages it is told to, and then says so by a
-//! port write. Its memory is reserved and not populated, so a VM of 1 TiB costs what its guest touches.
+//! The measured VM: 64-bit code at CPL3 that writes the pages that it is told to, and then reports it by a
+//! port write. Its memory is reserved and not populated, so a VM of 1 TiB costs only what its guest touches.
 // UNSAFETY: maps guest memory, gives it to KVM and reads and writes it through raw pointers.
 #![allow(unsafe_code)]
 
@@ -112,7 +112,7 @@ impl Vm {
         Ok(unsafe { self.fd.set_user_memory_region(region) }?)
     }
 
-    /// Tells a vCPU what to write in its next run, and lets its page tables map that.
+    /// Tells a vCPU what to write in its next run, and maps it in the vCPU's page tables.
     pub(crate) fn set_job(&mut self, vcpu: usize, stamp: u64, job: &Job) {
         job.runs().into_iter().for_each(|run| self.map_run(run));
         let words = [
@@ -215,7 +215,7 @@ impl Vcpu {
         }
     }
 
-    /// Reads what a checkpoint reads of a vCPU, by seven ioctls.
+    /// Reads the vCPU state of a checkpoint, by seven ioctls.
     pub(crate) fn read_state(&mut self) {
         let fd = &self.fd;
         black_box(fd.get_regs().expect("KVM_GET_REGS"));
@@ -252,7 +252,7 @@ impl Memory {
             return Err(io::Error::last_os_error());
         }
         let memory = Memory { base: NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?, len };
-        // Or else each scattered page would take 2 MiB.
+        // Otherwise each scattered page would take 2 MiB.
         // SAFETY: advice on the mapping just made.
         unsafe { libc::madvise(base, len as usize, libc::MADV_NOHUGEPAGE) };
         Ok(memory)

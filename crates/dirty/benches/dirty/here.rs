@@ -1,8 +1,8 @@
-//! The machine, in a line: a number without it says little.
+//! The machine, in a line: without it a number says little.
 
 use std::fs;
 
-/// Processor, kernel, and which module runs the VMs.
+/// Processor, kernel, and the module that runs the VMs.
 pub(crate) fn describe() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");

@@ -1,4 +1,4 @@
-//! A VM and what harvests it: one epoch, with the time of each step.
+//! A VM and its tracker: one epoch, with the time of each step.
 // UNSAFETY: tells the tracker what memory the slot of the VM is.
 #![allow(unsafe_code)]
 
@@ -18,7 +18,7 @@ use crate::workload::{Job, Workload};
 /// More than any epoch here has, hot pages and all.
 pub(crate) const MAX_DIRTY: usize = 8192;
 
-/// Who finds the dirty pages of a VM.
+/// The part that finds the dirty pages of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Method {
     /// KVM_GET_DIRTY_LOG and a plain search, without the library.
@@ -49,7 +49,7 @@ impl Method {
         matches!(self, Method::ClearLogHot | Method::RingHot | Method::FloorHot)
     }
 
-    /// What the library is asked for; None for what does without it.
+    /// The library's configuration; None for parts that do without it.
     pub(crate) fn choice(self) -> Option<BackendChoice> {
         match self {
             Method::Peer | Method::Floor | Method::FloorHot => None,
@@ -60,7 +60,7 @@ impl Method {
     }
 }
 
-/// The kernel's side of what is measured.
+/// The kernel's side of the measurement.
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
     /// The rule for hot pages; None if this kernel cannot leave pages out of a re-arm.
@@ -108,9 +108,9 @@ pub(crate) struct Epoch {
     pub(crate) run: f64,
     /// Reading the state of the vCPU.
     pub(crate) state: f64,
-    /// Taking the pages: of the peer KVM_GET_DIRTY_LOG, which re-arms them too.
+    /// Taking the pages: for the peer KVM_GET_DIRTY_LOG, which re-arms them too.
     pub(crate) harvest: f64,
-    /// Re-arming them: of the peer the search of the bitmap.
+    /// Re-arming them: for the peer, the search of the bitmap.
     pub(crate) rearm: f64,
     /// Copying them.
     pub(crate) copy: f64,
@@ -118,12 +118,12 @@ pub(crate) struct Epoch {
     pub(crate) begin: f64,
     /// Pages reported.
     pub(crate) pages: usize,
-    /// Pages of them whose write was trapped.
+    /// Those of them whose write was trapped.
     pub(crate) trapped: usize,
 }
 
 impl Epoch {
-    /// All that tracking costs in the pause.
+    /// The whole cost of tracking in the pause.
     pub(crate) fn tracking(&self) -> f64 {
         self.harvest + self.rearm + self.begin
     }
@@ -143,10 +143,10 @@ impl Clock {
     }
 }
 
-/// Where pages are copied to; warm, as it is in a VMM that does this hundreds of times a second.
+/// The destination of copies; warm, as in a VMM that does this hundreds of times a second.
 ///
-/// A mapping, so that its pages begin where pages begin: to 16 bytes behind that, where large blocks of the
-/// allocator lie, some AMD processors copy ten times slower.
+/// A mapping, so that its pages are page-aligned: 16 bytes further, where the allocator puts large blocks,
+/// some AMD processors copy ten times slower.
 pub(crate) struct Staging(Memory);
 
 impl Staging {
@@ -180,7 +180,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A VM whose dirty pages nobody looks for yet.
+    /// A VM whose dirty pages nobody tracks yet.
     pub(crate) fn new(host: &Host, gib: u64, vcpus: u64, method: Method) -> Machine {
         let Host { kvm, rule } = host;
         let mut backend = None;
@@ -201,8 +201,8 @@ impl Machine {
         self.method
     }
 
-    /// Lets the guest write every page that the workload will ever write, so that memory and page tables are
-    /// there. Before `enable`.
+    /// Makes the guest write every page that the workload will ever write, so that memory and page tables
+    /// exist. Call it before `enable`.
     pub(crate) fn touch(&mut self, workload: &Workload) {
         for epoch in 0..workload.lap() {
             let job = workload.job(epoch);
@@ -224,7 +224,7 @@ impl Machine {
                     Finder::Peer(Peer::new(self.vm.pages(), MAX_DIRTY))
                 } else {
                     let mut bare = Bare::new(&self.vm.vcpus[0], MAX_DIRTY);
-                    // What was written so far is not of interest.
+                    // Earlier writes do not matter.
                     bare.harvest(|_| false);
                     bare.reset(&self.vm.fd);
                     Finder::Floor(bare)
@@ -257,7 +257,7 @@ impl Machine {
         }
     }
 
-    /// Tells every vCPU to write its part, and lets it.
+    /// Tells every vCPU to write its part, and runs it.
     pub(crate) fn run_vcpus(&mut self, jobs: &[Job]) {
         self.stamp += 1;
         for (vcpu, job) in jobs.iter().enumerate() {
@@ -267,7 +267,7 @@ impl Machine {
     }
 
     /// An epoch of the first vCPU. With `staging` it is a whole one: state is read and pages are copied. With
-    /// `check` it is seen, between the steps, that every page written was reported.
+    /// `check` it verifies, between the steps, that every written page was reported.
     pub(crate) fn epoch(&mut self, job: &Job, mut staging: Option<&mut Staging>, check: bool) -> Epoch {
         let Machine { finder, vm, stamp, method, .. } = self;
         *stamp += 1;

@@ -1,9 +1,9 @@
-//! What dirty tracking costs, beside what it costs others: `cargo xtask bench dirty`, or
-//! `cargo bench -p outlive-dirty --bench dirty -- [--quick] [--json FILE]`.
+//! The cost of dirty tracking, compared with that of others: `cargo xtask bench dirty`, or `cargo bench -p
+//! outlive-dirty --bench dirty -- [--quick] [--json FILE]`.
 //!
-//! Every number stands beside that of a peer that was measured in the same rounds, in turns, because the
-//! machine is never as fast as a minute ago. `cargo test` runs the smallest case only, to see that the bench
-//! still works.
+//! Every number comes with that of a peer that was measured in the same rounds, in turns, because the
+//! machine's speed changes from minute to minute. `cargo test` runs only the smallest case, to check that the
+//! bench still works.
 
 mod bare;
 mod cases;
@@ -69,7 +69,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What the usual harness says at its end.
+/// The last line of the usual harness.
 fn passed(passed: usize, filtered: usize) -> ExitCode {
     println!(
         "\ntest result: ok. {passed} passed; 0 failed; 0 ignored; 0 measured; {filtered} filtered out; finished"

@@ -1,4 +1,4 @@
-//! Rounds, and what is made of their samples.
+//! Rounds, and the evaluation of their samples.
 
 use crate::machine::{Epoch, Machine, Staging};
 use crate::quiet::{preemptions, undisturbed};
@@ -17,7 +17,7 @@ impl Samples {
         self.0.push(value);
     }
 
-    /// The value below which the given share of them lies.
+    /// The value below which the given share of them is.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
@@ -46,7 +46,7 @@ pub(crate) struct Effort {
 }
 
 impl Effort {
-    /// As much as pays: epochs with few pages are short.
+    /// As many as are worthwhile: epochs with few pages are short.
     pub(crate) fn for_pages(rounds: usize, dirty: u64) -> Effort {
         let epochs = match dirty {
             0..=50 => 40,
@@ -59,7 +59,7 @@ impl Effort {
     }
 }
 
-/// One mode that is measured: a machine and what its guest writes. Several may use one machine.
+/// One measured mode: a machine and the writes of its guest. Several may use one machine.
 pub(crate) struct Mode {
     pub(crate) machine: usize,
     pub(crate) workload: Workload,
@@ -93,13 +93,13 @@ pub(crate) struct Field {
 }
 
 impl Field {
-    /// Adds a mode that has a machine of its own, and says its number.
+    /// Adds a mode with a machine of its own, and returns its number.
     pub(crate) fn add(&mut self, machine: Machine, workload: Workload) -> usize {
         self.machines.push(machine);
         self.share(self.machines.len() - 1, workload)
     }
 
-    /// Adds a mode on a machine that is there.
+    /// Adds a mode on an existing machine.
     pub(crate) fn share(&mut self, machine: usize, workload: Workload) -> usize {
         self.modes.push(Mode::new(machine, workload));
         self.modes.len() - 1
@@ -122,7 +122,7 @@ impl Field {
             }
         }
         for round in 0..effort.rounds {
-            // Each round starts elsewhere, so that none always follows the same.
+            // Each round starts elsewhere, so that no mode always follows the same one.
             for turn in 0..self.modes.len() {
                 let index = (turn + round) % self.modes.len();
                 let mode = &mut self.modes[index];

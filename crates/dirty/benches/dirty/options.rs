@@ -1,4 +1,4 @@
-//! What the command line asks for.
+//! The options of the command line.
 
 use std::path::PathBuf;
 
@@ -44,7 +44,7 @@ pub(crate) const QUICK: Scale = Scale {
     fetch_dirty: &[1000],
 };
 
-/// So little that it shows only that everything works.
+/// So little that it only shows that everything works.
 pub(crate) const SMOKE: Scale = Scale {
     rounds: 1,
     sizes: &[1],
@@ -63,7 +63,7 @@ pub(crate) struct Options {
     /// Also measure the ring without the library.
     pub(crate) floor: bool,
     pub(crate) json: Option<PathBuf>,
-    /// Under `cargo test`: be a test.
+    /// Under `cargo test`: run as a test.
     pub(crate) is_test: bool,
     /// Only name the tests.
     pub(crate) list: bool,
@@ -72,7 +72,7 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// As with other benches without the usual harness: `cargo bench` gives `--bench`, and without it the
+    /// As with other benches without the usual harness: `cargo bench` passes `--bench`; without it the
     /// program is run as a test, with the arguments of tests.
     pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         let (mut scale, mut json, mut filter) = (&FULL, None, None);

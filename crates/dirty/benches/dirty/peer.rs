@@ -1,5 +1,5 @@
-//! What other VMMs do: KVM_GET_DIRTY_LOG, then a search of the bitmap, word by word. It does not use the
-//! library, so that no change of the library moves what it is compared with.
+//! The method of other VMMs: KVM_GET_DIRTY_LOG, then a search of the bitmap, word by word. It does not use
+//! the library, so that no change of the library affects the comparison.
 // UNSAFETY: an ioctl with a pointer to the bitmap.
 #![allow(unsafe_code)]
 
@@ -19,7 +19,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// For a VM of so many pages in slot 0. Takes all memory that it will ever need.
+    /// For a VM of this many pages in slot 0. Takes all memory that it will ever need.
     pub(crate) fn new(pages: u64, max_dirty: usize) -> Peer {
         let mut peer = Peer { bitmap: vec![!0; pages.div_ceil(64) as usize], pages: vec![Gfn(0); max_dirty] };
         peer.pages.clear();

@@ -1,4 +1,4 @@
-//! Whether a measurement was disturbed: other programs want the processors too.
+//! Whether a measurement was disturbed: other programs use the processors too.
 // UNSAFETY: system calls that fill or read structures.
 #![allow(unsafe_code)]
 
@@ -57,7 +57,7 @@ impl Drop for Pinned {
     }
 }
 
-/// A sample in which no thread lost its processor, or else the last of a few. `sample` says whether it was
+/// A sample in which no thread lost its processor, or the last of a few. `sample` says whether it was
 /// disturbed.
 pub(crate) fn undisturbed<T>(mut sample: impl FnMut() -> (T, bool)) -> T {
     let mut tries = 1;

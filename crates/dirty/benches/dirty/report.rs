@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::measure::Summary;
 
-/// What was measured, beside what, in the same rounds.
+/// A measured value and that of its peer, from the same rounds.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
     pub(crate) bench: &'static str,
@@ -16,7 +16,7 @@ pub(crate) struct Row {
     pub(crate) value: Summary,
     pub(crate) peer: String,
     pub(crate) peer_value: Summary,
-    /// Where the time goes, for the table.
+    /// The steps that take the time, for the table.
     pub(crate) steps: String,
 }
 
@@ -27,12 +27,12 @@ pub(crate) struct Case {
     pub(crate) dirty: u64,
     pub(crate) pattern: &'static str,
     pub(crate) hot: u64,
-    /// Of `dirty.fetch`: threads, and whether the fetch re-arms.
+    /// For `dirty.fetch`: threads, and whether the fetch re-arms.
     pub(crate) fetch: Option<(usize, bool)>,
 }
 
 impl Row {
-    /// How many times less than the peer it is.
+    /// How many times smaller it is than the peer.
     pub(crate) fn ratio(&self) -> f64 {
         self.peer_value.median / self.value.median
     }
@@ -76,7 +76,7 @@ pub(crate) fn size(gib: u64) -> String {
     if gib >= 1024 { format!("{} TiB", gib / 1024) } else { format!("{gib} GiB") }
 }
 
-/// A number in JSON, with at most three digits behind the point and at least one.
+/// A number in JSON, with one to three digits after the point.
 fn number(value: f64) -> String {
     format!("{:?}", (value * 1e3).round() / 1e3)
 }
@@ -115,7 +115,7 @@ impl Report {
         println!("{}", row.line());
         if let Some(json) = &mut self.json {
             writeln!(json, "{}", row.json())?;
-            // So that a run that is cut short leaves what it had.
+            // So that a run that is cut short keeps its rows.
             json.flush()?;
         }
         self.rows.push(row);
@@ -127,7 +127,7 @@ impl Report {
     }
 }
 
-/// Part of the test: the format is as it was agreed on, to the letter.
+/// Part of the test: the format is as agreed, to the letter.
 pub(crate) fn check_format() {
     let case = Case { backend: "ring", vm_gib: 8, dirty: 300, pattern: "scattered", hot: 0, fetch: None };
     let of = |median| Summary { median, p10: median, p90: median };

@@ -1,14 +1,14 @@
-//! Which pages a guest writes in an epoch.
+//! The pages that a guest writes in an epoch.
 
 use outlive_dirty::{Gfn, PAGE_SIZE};
 
-/// A cold page comes back after so many epochs: far later than a hot one.
+/// A cold page returns after this many epochs: far later than a hot one.
 pub(crate) const POSITIONS: u64 = 72;
 const GIB: u64 = 1 << 30;
-/// All below is the guest's own: tables, code, parameters. Nothing of it is written while the guest runs.
+/// Everything below is the guest's own: tables, code, parameters. None of it is written while the guest runs.
 pub(crate) const LOW: u64 = 16 << 20;
 
-/// How the pages of an epoch lie.
+/// How the pages of an epoch are spread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pattern {
     /// Evenly over all of memory.
@@ -29,7 +29,7 @@ impl Pattern {
     }
 }
 
-/// So many pages from an address on.
+/// This many pages from an address on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) count: u64,
@@ -48,7 +48,7 @@ impl Run {
     }
 }
 
-/// What a vCPU writes in an epoch.
+/// The writes of a vCPU in an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Job {
     pub(crate) hot: Run,
@@ -86,7 +86,7 @@ impl Workload {
             Pattern::InOneGib if vm_gib > 1 => (vm_gib / 2 * GIB + LOW, (vm_gib / 2 + 1) * GIB),
             _ => (LOW, vm_gib * GIB),
         };
-        // Away from the end of what a large page maps.
+        // Away from the end of the range that a large page maps.
         Workload { dirty, hot_percent, pattern, base, span: end - (2 << 20) - base }
     }
 
@@ -98,7 +98,7 @@ impl Workload {
         if self.moves() { self.dirty * self.hot_percent / 100 } else { self.dirty }
     }
 
-    /// How many epochs it takes until every page has been written.
+    /// The number of epochs until every page has been written.
     pub(crate) fn lap(&self) -> u64 {
         if self.moves() && self.hot() < self.dirty { POSITIONS } else { 1 }
     }
@@ -109,7 +109,7 @@ impl Workload {
             Pattern::Contiguous => {
                 let run =
                     |count, first| Run { count, start: self.base + first * PAGE_SIZE, stride: PAGE_SIZE };
-                // Some pages between, so that it is never one run.
+                // With some pages in between, so that it is never one run.
                 Job { hot: run(hot, 0), cold: run(cold, hot + 64 + position * cold) }
             }
             // Hot pages have even numbers, cold ones odd.

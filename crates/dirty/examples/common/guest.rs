@@ -1,5 +1,5 @@
-//! A VM whose guest writes the pages that it is told to, for examples: 64-bit code at CPL3, which runs
-//! natively under every KVM. It knows nothing of outlive-dirty.
+//! A VM for examples, whose guest writes the pages that it is told to: 64-bit code at CPL3, which runs
+//! natively under every KVM. It does not use outlive-dirty.
 // UNSAFETY: maps guest memory, gives it to KVM, reads and writes it through raw pointers, and names the
 // guest's code by its symbols.
 #![allow(unsafe_code)]
@@ -17,7 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 pub(crate) const PAGE: u64 = 4096;
-/// The first page that a guest may be told to write; what it runs on lies before it.
+/// The first page that a guest may be told to write; the guest's own pages come before it.
 pub(crate) const DATA: u64 = 16 << 20;
 
 const CODE: u64 = 0x1000;
@@ -149,7 +149,7 @@ impl Drop for Mapping {
     }
 }
 
-/// Memory without a name that other mappings can have, too.
+/// Anonymous memory that other mappings can share.
 pub(crate) fn memfd(bytes: u64) -> io::Result<File> {
     // SAFETY: a constant name.
     let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
@@ -172,7 +172,7 @@ pub(crate) struct Region {
     pub(crate) address: u64,
 }
 
-/// Makes the slot, or changes what KVM logs of it.
+/// Makes the slot, or changes what KVM logs for it.
 pub(crate) fn set_region(vm: &VmFd, slot: u32, region: Region, flags: u32) -> io::Result<()> {
     let region = kvm_userspace_memory_region {
         slot,
@@ -192,7 +192,7 @@ pub(crate) fn enable_cap(vm: &VmFd, cap: u32, argument: u64) -> io::Result<()> {
 }
 
 /// Writes the guest's code, and page tables that map all of it one to one for user mode. Their accessed and
-/// dirty bits are set, so that nothing is ever written in them and they never are dirty pages. `end` is the
+/// dirty bits are set, so that nothing is ever written to them and they never are dirty pages. `end` is the
 /// highest guest physical address, `write` puts bytes at one of them.
 pub(crate) fn load(end: u64, mut write: impl FnMut(u64, &[u8])) {
     const TABLE: u64 = 0x67; // present, writable, user, accessed, dirty
@@ -209,7 +209,7 @@ pub(crate) fn load(end: u64, mut write: impl FnMut(u64, &[u8])) {
     }
 }
 
-/// Pages that the guest is to write.
+/// The pages for the guest to write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
     pub(crate) stamp: u64,
@@ -217,7 +217,7 @@ pub(crate) struct Job {
     pub(crate) ordered: (u64, u64, u64),
     /// First address, distance, number of pages, and how many of them are drawn.
     pub(crate) random: (u64, u64, u64, u64),
-    /// Addresses from the first on lie further up by the second.
+    /// Addresses from the first on are further up by the second.
     pub(crate) hole: (u64, u64),
 }
 
@@ -269,7 +269,7 @@ impl Vcpu {
         Ok(Vcpu { fd, seed: 0x9e37_79b9_7f4a_7c15 ^ (index + 1) })
     }
 
-    /// What the next run begins with.
+    /// The registers at the start of the next run.
     pub(crate) fn set_job(&mut self, job: &Job) -> io::Result<()> {
         let seed = self.fd.get_regs()?.r8;
         let regs = kvm_regs {

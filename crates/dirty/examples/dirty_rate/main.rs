@@ -1,9 +1,9 @@
-//! Who dirties what in a VM, and what a migration or a protection would cost: from the lines that a VMM
-//! writes to a socket (`outlive_dirty::rate`). `dirty_top --rates SOCKET` is such a VMM.
+//! Which vCPUs dirty how much in a VM, and what a migration or protection would cost: from the lines that a
+//! VMM writes to a socket (`outlive_dirty::rate`). `dirty_top --rates SOCKET` is such a VMM.
 //!
 //! KVM answers a VM's ioctls only in the process that made the VM (virt/kvm/kvm_main.c: `kvm->mm !=
-//! current->mm` is EIO), whoever has the descriptor; userfaultfd and soft-dirty could look from outside, but
-//! they unmap guest memory from the guest at each look. So the VMM looks, and tells.
+//! current->mm` is EIO), even if another process has the descriptor. userfaultfd and soft-dirty could work
+//! from outside, but each sample unmaps guest memory from the guest. So the VMM samples and reports.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -115,7 +115,7 @@ fn look(input: Box<dyn Read>, options: &Options) -> Result<(), Failure> {
     let mut vm: Option<VmLine> = None;
     let mut meter = None;
     let begin = Instant::now();
-    // A line of 1 GiB is nobody's.
+    // Nobody sends a line of 1 GiB.
     let mut lines = BufReader::new(input.take(1 << 30)).lines();
     while begin.elapsed() < options.time {
         let line = match lines.next() {

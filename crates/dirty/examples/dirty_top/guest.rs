@@ -1,4 +1,4 @@
-//! A VM whose guest does nothing but write pages: 64-bit user mode code, one job an epoch.
+//! A VM whose guest only writes pages: 64-bit user mode code, one job an epoch.
 // UNSAFETY: makes KVM memory slots, lends descriptors and names the guest's code by its symbols.
 #![allow(unsafe_code)]
 
@@ -80,7 +80,7 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// What a VMM does to get a tracker, in the order in which it must be done.
+    /// The steps by which a VMM gets a tracker, in the order in which they must be done.
     pub(crate) fn new(options: &Options) -> Result<Guest, Failure> {
         let kvm = Kvm::new().map_err(|error| format!("cannot open /dev/kvm: {error}"))?;
         let vm = kvm.create_vm()?;
@@ -90,7 +90,7 @@ impl Guest {
         let backend =
             DirtyBackend::probe(fd(&kvm), fd(&vm), options.backend, options.vcpus)?.with_self_test(fd(&kvm));
 
-        // 2. Memory, whose regions mark what the VMM itself writes in a global list.
+        // 2. Memory, whose regions mark the VMM's own writes in a global list.
         let global = GlobalLog::new(options.memory / PAGE_SIZE, 1024);
         let region = MmapRegionBuilder::new_with_bitmap(
             options.memory as usize,
@@ -191,7 +191,7 @@ impl Vcpu {
 
         let data_pages = (options.memory - DATA) / PAGE_SIZE;
         let hot = options.pages * options.hot / 100;
-        // The hot pages of all vCPUs lie alternately, evenly spread over memory.
+        // The hot pages of all vCPUs alternate, evenly spread over memory.
         let step = (data_pages / (options.pages * options.vcpus as u64)).max(1) * PAGE_SIZE;
         let job = kvm_regs {
             rip: CODE,
@@ -233,8 +233,8 @@ impl Vcpu {
         }
     }
 
-    /// Reads what a checkpoint needs of a vCPU (here the registers alone), first letting KVM finish the port
-    /// write.
+    /// Reads the vCPU state that a checkpoint needs (here only the registers), after letting KVM finish the
+    /// port write.
     pub(crate) fn save(&mut self) -> Result<kvm_regs, Failure> {
         self.fd.set_kvm_immediate_exit(1);
         let _interrupted = self.fd.run();

@@ -1,8 +1,8 @@
-//! A live table of dirty pages per vCPU, and an example of a VMM round `outlive-dirty`: `cargo run --release
+//! A live table of dirty pages per vCPU, and an example of a VMM with `outlive-dirty`: `cargo run --release
 //! -p outlive-dirty --example dirty_top -- --help`.
 //!
-//! `guest.rs` makes the VM and its tracker. Here are the epochs: vCPU threads that run, save their state and
-//! harvest their own pages, and one thread that ends each epoch.
+//! `guest.rs` makes the VM and its tracker. This file has the epochs: vCPU threads that run, save their state
+//! and harvest their own pages, and one thread that ends each epoch.
 
 mod guest;
 mod options;
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Says why in one line, with all causes.
+/// Prints why in one line, with all causes.
 fn failed(error: Failure, code: u8) -> ExitCode {
     let mut line = format!("dirty_top: {error}");
     let mut cause = error.source();
@@ -63,7 +63,7 @@ fn run(guest: Guest, options: &Options) -> Result<(), Failure> {
     let mut rates = options.rates.as_ref().map(|path| Rates::of(path, &guest)).transpose()?;
     let tracker = &guest.tracker;
     // From here on the first write to every page is noticed. A VMM that replicates now copies all of memory
-    // once, while the guest runs; from then on it needs only what the epochs bring.
+    // once, while the guest runs; after that it needs only the pages of the epochs.
     tracker.enable()?;
     thread::scope(|scope| {
         let (stopped, all_stopped) = channel();
@@ -76,7 +76,7 @@ fn run(guest: Guest, options: &Options) -> Result<(), Failure> {
         let vcpus: Vec<Sender<()>> = guest.vcpus.into_iter().enumerate().map(spawn).collect();
         let mut copies = Copies { memory: &guest.memory, hot: HashMap::new() };
         epochs(tracker, options, &vcpus, &all_stopped, &mut copies, &mut table, &mut rates)
-        // The senders are dropped here, which ends the threads.
+        // Dropping the senders here ends the threads.
     })?;
     tracker.disable()?;
     Ok(())
@@ -114,7 +114,7 @@ fn vcpu_thread(
 
 struct Stopped {
     index: usize,
-    /// What was in its ring; 0 if the back end has none.
+    /// Entries in its ring; 0 if the back end has none.
     pages: usize,
     took: Duration,
 }
@@ -164,15 +164,15 @@ fn epochs(
     Ok(())
 }
 
-/// What a standby has of the pages; here only the first word of hot ones.
+/// The standby's copy of the pages; here only the first word of hot ones.
 struct Copies<'g> {
     memory: &'g GuestMemoryMmap<RegionLog>,
     hot: HashMap<Gfn, u64>,
 }
 
 impl Copies<'_> {
-    /// Copies the pages of an epoch. Hot pages may have been written: who compares them with their last copy
-    /// need not send those that are the same, and the tracker learns which are not hot any more.
+    /// Copies the pages of an epoch. Hot pages may have been written: a caller that compares them with their
+    /// last copy need not send equal ones, and the tracker learns which are no longer hot.
     fn take(&mut self, epoch: &Epoch<'_, Rearmed>) -> Result<(), GuestMemoryError> {
         let first_hot = epoch.written().len();
         for (index, &gfn) in epoch.pages().iter().enumerate() {

@@ -1,5 +1,4 @@
-//! Hands the dirty pages of every epoch to whoever connects to a socket, as the lines of
-//! `outlive_dirty::rate`.
+//! Sends the dirty pages of every epoch to each client of a socket, as the lines of `outlive_dirty::rate`.
 
 use std::fs;
 use std::io::Write;
@@ -36,7 +35,7 @@ impl Rates {
         Ok(Rates { path, listener, vm, clients, window, since: Instant::now() })
     }
 
-    /// Notes what an epoch brought, in the pause: nothing is sent and, after the first large epoch, nothing
+    /// Records the pages of an epoch, in the pause: nothing is sent and, after the first large epoch, nothing
     /// allocated.
     pub(crate) fn note(&mut self, pages: &[Gfn]) {
         self.window.pages.clear();
@@ -45,7 +44,7 @@ impl Rates {
         }
     }
 
-    /// Sends it while the guest runs. Who does not read is let go: nobody waits for it.
+    /// Sends it while the guest runs. A client that does not read is dropped: nobody waits for it.
     pub(crate) fn send(&mut self, measured: &Measured) {
         let now = Instant::now();
         self.window.time = now - std::mem::replace(&mut self.since, now);

@@ -1,4 +1,4 @@
-//! What is printed: a table drawn again in place, or a line a second where the output is no terminal.
+//! The output: a table redrawn in place, or a line a second if the output is not a terminal.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use outlive_dirty::{DirtyKind, TrackerStats};
 use crate::guest::Guest;
 use crate::options::Options;
 
-/// What an epoch brought.
+/// The pages of an epoch.
 pub(crate) struct Measured {
     /// Pages in the ring of each vCPU.
     pub(crate) vcpus: Vec<usize>,
@@ -38,7 +38,7 @@ impl Sums {
 
 pub(crate) struct Table {
     title: Vec<String>,
-    /// What pages are called that are neither of a vCPU's ring nor hot.
+    /// The name for pages that are neither in a vCPU's ring nor hot.
     others: &'static str,
     terminal: bool,
     begin: Instant,
@@ -48,7 +48,7 @@ pub(crate) struct Table {
 }
 
 const CLEAR_LINE: &str = "\x1b[K";
-/// A line that is longer than the terminal is wide must not become two.
+/// A line longer than the terminal is wide must not become two.
 const NO_WRAP: &str = "\x1b[?7l";
 const WRAP: &str = "\x1b[?7h";
 /// Letters in the longest bar.
@@ -83,7 +83,7 @@ impl Table {
         }
     }
 
-    /// Takes an epoch in, and prints if it is time. False if nobody reads what is printed any more.
+    /// Adds an epoch, and prints if it is time. False if nobody reads the output any more.
     pub(crate) fn epoch(&mut self, measured: &Measured, stats: &TrackerStats) -> io::Result<bool> {
         for (sum, pages) in self.sums.vcpus.iter_mut().zip(&measured.vcpus) {
             *sum += pages;
@@ -101,7 +101,7 @@ impl Table {
         }
     }
 
-    /// Prints what came since the last time.
+    /// Prints everything since the last time.
     pub(crate) fn end(&mut self, stats: &TrackerStats) -> io::Result<()> {
         if self.sums.took.is_empty() {
             return Ok(());
@@ -184,7 +184,7 @@ struct Shown {
     /// Epochs a second.
     rate: f64,
     vcpus: Vec<f64>,
-    /// Pages that are neither of a vCPU's ring nor hot.
+    /// Pages that are neither in a vCPU's ring nor hot.
     others: f64,
     hot: f64,
     pages: f64,

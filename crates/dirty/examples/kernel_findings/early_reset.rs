@@ -1,5 +1,5 @@
-//! KVM takes any entry whose flags say RESET, whether it has ever written it or not. Three that it has not
-//! make its two indices cross: the ring counts as full from then on, with nothing in it.
+//! KVM takes any entry whose flags say RESET, even if it has never written that entry. Three such entries
+//! make its two indices cross: from then on the ring counts as full, with nothing in it.
 
 use crate::guest::{DATA, Job, PAGE, Stop};
 use crate::ring::RingVm;

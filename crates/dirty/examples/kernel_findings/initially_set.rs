@@ -1,6 +1,6 @@
-//! KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with KVM_DIRTY_LOG_INITIALLY_SET says that all bits of the log begin as
-//! set, so that enabling it need not write-protect anything. With a ring there are no such bits, and nothing
-//! is protected.
+//! KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with KVM_DIRTY_LOG_INITIALLY_SET makes all bits of the log begin as set,
+//! so that enabling it need not write-protect anything. With a ring there are no such bits, and nothing is
+//! protected.
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -11,7 +11,7 @@ use crate::ring::{RingVm, missed};
 use crate::{Failure, Verdict};
 
 const PAGES: u64 = 100;
-/// With page modification logging KVM wants at least 1024.
+/// With page modification logging KVM requires at least 1024.
 const ENTRIES: u32 = 4096;
 
 pub(crate) fn run() -> Result<Verdict, Failure> {

@@ -1,7 +1,7 @@
-//! Programs that show where Linux loses dirty pages, or the way to them, without a word.
-//! docs/kernel-findings.md explains each: `cargo run -p outlive-dirty --example kernel_findings -- all`.
+//! Programs that show where Linux loses dirty pages without a word, or nearly does. docs/kernel-findings.md
+//! explains each: `cargo run -p outlive-dirty --example kernel_findings -- all`.
 //!
-//! They use the system calls alone and nothing of outlive-dirty, so that what they show is the kernel's.
+//! They use only system calls and nothing of outlive-dirty, so that they show the kernel's behaviour.
 
 mod early_reset;
 #[path = "../common/guest.rs"]
@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// What a program has seen.
+/// The result of a program.
 enum Verdict {
     /// The kernel does it, with the figures.
     Shown(String),

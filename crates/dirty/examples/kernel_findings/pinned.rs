@@ -1,6 +1,6 @@
-//! A system call that pins a page and writes it later through the kernel's own mapping makes its write fault
-//! when it pins. A scan in between takes the page as written and protects it; the bytes come after that, and
-//! no fault tells.
+//! A system call that pins a page and writes it later through the kernel's own mapping takes its write fault
+//! when it pins. A scan in between takes the page as written and protects it; the bytes come after that,
+//! without a fault.
 //!
 //! Here the call is process_vm_writev, held between the two by a source page that is missing.
 // UNSAFETY: calls process_vm_writev with two mappings of its own.

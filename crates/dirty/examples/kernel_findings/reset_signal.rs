@@ -1,5 +1,5 @@
-//! A signal that is pending makes KVM_RESET_DIRTY_RINGS return between two entries (Linux 6.17). The pages
-//! that it has gathered by then, up to 64, have their entries cleared and counted, and are never
+//! A pending signal makes KVM_RESET_DIRTY_RINGS return between two entries (Linux 6.17). The entries of the
+//! pages that it has gathered by then, up to 64, are cleared and counted, but the pages are never
 //! write-protected.
 // UNSAFETY: sets a timer and a handler that does nothing.
 #![allow(unsafe_code)]
@@ -15,7 +15,7 @@ use crate::{Failure, Verdict};
 
 const PAGES: u64 = 3000;
 const EPOCHS: usize = 40;
-/// An emulated host gets through fewer.
+/// An emulated host completes fewer.
 const ENOUGH: Duration = Duration::from_secs(20);
 /// More than 64 pages apart, so that each is a batch of its own.
 const APART: u64 = 80 * PAGE;
@@ -44,7 +44,7 @@ pub(crate) fn run() -> Result<Verdict, Failure> {
 
 extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
-/// What came of some epochs.
+/// The result of some epochs.
 struct Outcome {
     epochs: usize,
     /// Resets that returned before all was done.
@@ -80,7 +80,7 @@ fn epochs(vm: &mut RingVm, stride: u64, blocked: bool) -> io::Result<Outcome> {
         vm.run(&Job::ordered(stamp, DATA, stride, PAGES))?;
         let harvested = vm.harvest().len() as u64;
         if epoch < 2 {
-            // How long a reset takes here, to put several signals into it.
+            // How long a reset takes here, to send several signals during it.
             let begin = Instant::now();
             vm.reset()?;
             period = (begin.elapsed() / 10).max(Duration::from_micros(50));
@@ -90,7 +90,7 @@ fn epochs(vm: &mut RingVm, stride: u64, blocked: bool) -> io::Result<Outcome> {
         outcome.epochs += 1;
         outcome.cut += usize::from(calls > 1);
         outcome.sums_right &= reset == harvested;
-        // And here it should be once more.
+        // And here every page should be there once more.
         let job = Job::ordered(stamp + 1, DATA, stride, PAGES);
         vm.run(&job)?;
         let listed = vm.harvest();
@@ -102,7 +102,7 @@ fn epochs(vm: &mut RingVm, stride: u64, blocked: bool) -> io::Result<Outcome> {
     Ok(outcome)
 }
 
-/// Resets until all entries are counted, and says how many calls that took.
+/// Resets until all entries are counted, and returns how many calls that took.
 fn reset_under_fire(vm: &RingVm, entries: u64, period: Duration, blocked: bool) -> io::Result<(u32, u64)> {
     let signal = |result: Result<(), _>| result.map_err(|_| io::Error::other("cannot block a signal"));
     if blocked {

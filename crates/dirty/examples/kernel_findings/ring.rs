@@ -70,7 +70,7 @@ impl RingVm {
         }
     }
 
-    /// Takes every entry that KVM has written, marks it to be reset, and gives the pages, by number.
+    /// Takes every entry that KVM has written, marks it for reset, and returns the pages, by number.
     pub(crate) fn harvest(&mut self) -> Vec<u64> {
         let mut pages = Vec::new();
         while let Some(page) = self.ring.take() {
@@ -79,7 +79,7 @@ impl RingVm {
         pages
     }
 
-    /// Marks entries that KVM has not written: what must not be done.
+    /// Marks entries that KVM has not written, which is forbidden.
     pub(crate) fn mark_unseen(&self, entries: u64) {
         (0..entries)
             .for_each(|index| self.ring.flags(self.ring.next + index).store(RESET, Ordering::Release));
@@ -92,7 +92,7 @@ impl RingVm {
         u64::try_from(count).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Forgets all that was logged, and has every page trapped anew.
+    /// Forgets all logged pages, and traps every page anew.
     pub(crate) fn begin_anew(&mut self) -> io::Result<()> {
         self.set_logging(false)?;
         self.set_logging(true)?;
@@ -102,7 +102,7 @@ impl RingVm {
     }
 }
 
-/// Of the pages of the job those that hold its stamp, and so were written, and are not in the list.
+/// The pages of the job that hold its stamp, and so were written, but are not in the list.
 pub(crate) fn missed(vm: &RingVm, job: &Job, listed: &[u64]) -> usize {
     let listed: HashSet<u64> = listed.iter().copied().collect();
     let (start, stride, count) = job.ordered;

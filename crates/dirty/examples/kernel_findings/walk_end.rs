@@ -1,5 +1,5 @@
-//! A scan of more than 512 regions flushes the kernel's buffer on its way, and what it has noted there as its
-//! end stays: `walk_end` is short of the end although all was reported.
+//! A scan of more than 512 regions flushes the kernel's buffer on its way, and the end that it records there
+//! stays: `walk_end` is short of the end although everything was reported.
 
 use crate::guest::{Mapping, PAGE};
 use crate::watch::Watch;

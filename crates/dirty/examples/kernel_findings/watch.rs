@@ -118,7 +118,7 @@ impl Faults {
         (&self.0).read_exact(&mut [0; 32])
     }
 
-    /// Gives the first page these contents; whoever waited for it goes on.
+    /// Gives the first page these contents; a thread that waited for it continues.
     pub(crate) fn fill(&self, memory: &Mapping, contents: &Mapping) -> io::Result<()> {
         let (to, from) = (memory.address(), contents.address());
         let mut request = CopyIn { to, from, len: PAGE, mode: 0, copied: 0 };
@@ -134,7 +134,7 @@ pub(crate) struct Watch<'m> {
     _faults: Faults,
 }
 
-/// What a scan has returned.
+/// The result of a scan.
 pub(crate) struct Scanned {
     pub(crate) extents: Vec<Extent>,
     pub(crate) walk_end: u64,
@@ -161,7 +161,7 @@ impl<'m> Watch<'m> {
         self.scan(65_536)
     }
 
-    /// At most so many extents; none: just protect.
+    /// At most this many extents; none: only protect.
     fn scan(&self, extents: usize) -> io::Result<Scanned> {
         let mut found = vec![Extent::default(); extents];
         let end = self.memory.address() + self.memory.bytes();

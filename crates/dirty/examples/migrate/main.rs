@@ -2,7 +2,7 @@
 //! outlive-dirty, `plain.rs` with KVM_GET_DIRTY_LOG and vm-memory's bitmap. Both memories are compared byte
 //! for byte after each.
 //!
-//! `cargo run --release -p outlive-dirty --example migrate -- --help`. What to copy from is `ours.rs`.
+//! `cargo run --release -p outlive-dirty --example migrate -- --help`. Copy from `ours.rs`.
 
 #[path = "../common/guest.rs"]
 mod guest;
@@ -25,7 +25,7 @@ use run::Gate;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// What is migrated, and how.
+/// What to migrate, and how.
 #[derive(Clone, Debug)]
 struct Case {
     gib: u64,
@@ -41,7 +41,7 @@ struct Case {
 }
 
 impl Case {
-    /// Dirty pages of outlive-dirty at which the guest is to be stopped.
+    /// Dirty pages in outlive-dirty at which to stop the guest.
     fn trigger(&self) -> usize {
         (2 * self.dirty_pages() as usize).clamp(1024, 16_384)
     }
@@ -51,11 +51,11 @@ impl Case {
     }
 }
 
-/// Times of a round. The next writes of the pages that were found are caught.
+/// Times of a round. The next writes to the found pages are caught.
 #[derive(Clone, Copy, Debug, Default)]
 struct Round {
     pages: usize,
-    /// To find the dirty pages and to have their next write caught.
+    /// Finding the dirty pages and arming the trap for their next write.
     find: Duration,
     send: Duration,
 }
@@ -69,22 +69,22 @@ impl Round {
     }
 }
 
-/// What came of a migration.
+/// The result of a migration.
 #[derive(Debug)]
 struct Outcome {
     method: String,
     turn_on: Duration,
     base: Duration,
     rounds: Vec<Round>,
-    /// Pages that were left when the guest stood.
+    /// Pages that were left when the guest stopped.
     last_pages: usize,
     /// From the request to stop until the other side has everything.
     downtime: Duration,
     total: Duration,
     turn_off: Duration,
-    /// Time of the guest for a page that it writes.
+    /// The guest's time for each page that it writes.
     guest_us: f64,
-    /// Pages that are not the same at both ends: none, or the migration has failed.
+    /// Pages that differ between both ends: none, or the migration has failed.
     different: u64,
 }
 
@@ -152,7 +152,7 @@ fn failed(message: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// False if a migration has lost something.
+/// False if a migration has lost a page.
 fn run(options: &Options) -> Result<bool, Failure> {
     let mut report = Report::new(options)?;
     let mut same = true;

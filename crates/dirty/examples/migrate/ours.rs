@@ -1,6 +1,6 @@
 //! Live migration with outlive-dirty: each thread fetches a shard of the dirty pages while the guest runs,
-//! copies its shard of the base beside that, and sends both over a connection of its own; the rest comes as
-//! one epoch.
+//! copies its shard of the base meanwhile, and sends both over a connection of its own; one epoch brings the
+//! rest.
 // UNSAFETY: tells the tracker what memory the slots of the VM are.
 #![allow(unsafe_code)]
 
@@ -46,7 +46,7 @@ pub(crate) fn migrate(case: &Case) -> Result<Outcome, Failure> {
     let gate = Gate::default();
     let work = Work { plan, vcpus: case.vcpus, pages: case.dirty_pages(), round: case.round };
     let ring_full = |vcpu: usize, wait: Duration| {
-        // The trigger, or a ring that is full: fetching makes room. The caller looks at its own flags.
+        // The trigger is reached, or a ring is full: fetching makes room. The caller checks its own flags.
         if tracker.ring_full(vcpu)? == RingExit::DirtyLogFull {
             tracker.wait_for_room(vcpu, wait)?;
         }
@@ -56,7 +56,7 @@ pub(crate) fn migrate(case: &Case) -> Result<Outcome, Failure> {
     let (memory, file) = (&*memory, &*file);
     let mut begin = Instant::now();
     if case.exact {
-        // While the vCPUs stand still, so that the trigger holds from the first page on.
+        // While the vCPUs are stopped, so that the trigger applies from the first page on.
         tracker.enable_stopped()?;
         outcome.turn_on = begin.elapsed();
     }
@@ -69,7 +69,7 @@ pub(crate) fn migrate(case: &Case) -> Result<Outcome, Failure> {
             tracker.enable()?;
             outcome.turn_on = begin.elapsed();
         }
-        // Everything that is there, in the order of the file, and from here on what changes comes by itself.
+        // All present pages, in the order of the file; from here on changed pages come by themselves.
         let base = vm::extents(file)?;
         let mut senders = pre_copy(&tracker, &plan, &base, senders, case, &mut outcome)?;
 
@@ -102,8 +102,8 @@ fn tracker(
     let config = TrackerConfig::default()
         .with_max_dirty_pages(4 * case.trigger())
         .with_trigger(case.trigger())
-        // With `exact` no more pages than this are ever left for the last epoch: at the trigger KVM stops the
-        // vCPUs until fetches have made room.
+        // With `exact` the last epoch never has more pages than this: at the trigger KVM stops the vCPUs
+        // until fetches have made room.
         .with_exact(case.exact)
         .with_hot(HotPages::Auto);
     let vcpus: Vec<_> = vm.vcpus.iter().map(|vcpu| vcpu.fd.descriptor()).collect();
@@ -138,7 +138,7 @@ fn pre_copy(
                     thread::sleep((case.round * round as u32).saturating_sub(begin.elapsed()));
                     rounds.push(fetcher.round(|_| true)?);
                     if index == 0 {
-                        // A pass over the dirty pages has been made: hot ones are not trapped any more.
+                        // A pass over the dirty pages is complete: hot ones are no longer trapped.
                         tracker.age()?;
                     }
                 }
@@ -168,8 +168,8 @@ struct Fetcher<'a> {
 }
 
 impl Fetcher<'_> {
-    /// Copies what there is of this shard, and fetches in between so that no ring fills up. A page that is
-    /// fetched before the base copy has come to it need not be sent: the copy reads it later.
+    /// Copies this shard, and fetches in between so that no ring fills up. A page that is fetched before the
+    /// base copy has reached it need not be sent: the copy reads it later.
     fn copy_base(&mut self, base: &[Range<u64>]) -> Result<(), Failure> {
         let pages = base.iter().flat_map(|extent| extent.clone().step_by(PAGE as usize));
         let gpas = pages.map(|offset| self.plan.gpa(offset));
@@ -177,8 +177,8 @@ impl Fetcher<'_> {
         let mut ours = gpas.filter(move |&gpa| shard.has(Gfn::of(gpa))).peekable();
         while ours.peek().is_some() {
             self.sender.send(ours.by_ref().take(CHUNK))?;
-            // All that was read by now lies below the next page of the base. A page that is new since the
-            // base was listed is none of it.
+            // Everything read so far is below the next page of the base. A page that appeared after the base
+            // was listed is not part of it.
             let next = ours.peek().copied().unwrap_or(u64::MAX);
             let plan = self.plan;
             let is_to_come = |gpa| gpa >= next && has(base, plan.offset(gpa));
@@ -199,7 +199,7 @@ impl Fetcher<'_> {
             let begin = Instant::now();
             self.sender.send(pages.iter().map(|gfn| gfn.gpa()).filter(|&gpa| is_wanted(gpa)))?;
             round.send += begin.elapsed();
-            // What comes while this is sent is of the next round.
+            // Pages that come while this is sent belong to the next round.
             if pages.len() < self.buffer.len() {
                 return Ok(round);
             }
@@ -213,7 +213,7 @@ fn has(base: &[Range<u64>], offset: u64) -> bool {
     base.get(next).is_some_and(|extent| extent.start <= offset)
 }
 
-/// The guest stands: what is left, split among the connections.
+/// The guest is stopped: the rest is divided among the connections.
 fn last_epoch(tracker: &Tracker, senders: &mut [Sender]) -> Result<usize, Failure> {
     let epoch = tracker.stopped().state_saved().harvest()?.rearm()?;
     let (pages, of) = (epoch.pages(), senders.len() as u32);
@@ -222,7 +222,7 @@ fn last_epoch(tracker: &Tracker, senders: &mut [Sender]) -> Result<usize, Failur
         for (index, sender) in senders.iter_mut().enumerate() {
             let shard = Shard::new(index as u32, of).expect("a shard for each sender");
             let ours = pages.iter().filter(move |&&gfn| shard.has(gfn)).map(|gfn| gfn.gpa());
-            // This connection is the only one that has ever sent these pages, so none comes too late.
+            // Only this connection has ever sent these pages, so no older copy comes later.
             threads.push(scope.spawn(move || sender.send(ours).and_then(|()| sender.finish())));
         }
         threads

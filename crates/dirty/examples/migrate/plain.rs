@@ -1,5 +1,5 @@
-//! Live migration as VMMs do it today: KVM_GET_DIRTY_LOG of each slot into a vector that is new each time,
-//! joined with the `AtomicBitmap` in which `vm-memory` notes what device models write.
+//! Live migration as VMMs do it today: KVM_GET_DIRTY_LOG of each slot into a new vector each time, joined
+//! with the `AtomicBitmap` in which `vm-memory` records the writes of device models.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -102,7 +102,7 @@ impl Log<'_> {
     }
 }
 
-/// The bitmap itself, which `GuestMemoryRegion::bitmap` gives a slice of only.
+/// The bitmap itself: `GuestMemoryRegion::bitmap` gives only a slice of it.
 trait BitmapOf {
     fn bitmap_of(&self) -> &AtomicBitmap;
 }
@@ -113,7 +113,7 @@ impl BitmapOf for vm_memory::GuestRegionMmap<AtomicBitmap> {
     }
 }
 
-/// Which connection sends a page: runs of 2 MiB in turn.
+/// The connection that sends a page: runs of 2 MiB in turn.
 fn stream_of(gpa: u64, streams: usize) -> usize {
     (gpa >> 21) as usize % streams
 }

@@ -15,13 +15,13 @@ use crate::vm::Plan;
 
 /// A step of the guest's work; a round has ten, or as many as fit.
 const STEP: Duration = Duration::from_millis(10);
-/// How long a vCPU waits for room in its ring before it looks whether it is to stop.
+/// How long a vCPU waits for room in its ring before it checks whether it should stop.
 const ROOM: Duration = Duration::from_millis(1);
 
-/// What to do when KVM says that the ring of a vCPU is full: wait so long for room.
+/// The action when KVM says that the ring of a vCPU is full: wait this long for room.
 pub(crate) type RingFull<'t> = dyn Fn(usize, Duration) -> Result<(), Failure> + Sync + 't;
 
-/// Stops the vCPUs and the device, and lets them go on.
+/// Stops the vCPUs and the device, and lets them continue.
 #[derive(Default)]
 pub(crate) struct Gate {
     stop: AtomicBool,
@@ -44,7 +44,7 @@ impl Gate {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes every KVM_RUN of now return.
+    /// Makes every present KVM_RUN return.
     fn kick(&self) {
         for &thread in &*self.threads() {
             // SAFETY: a signal with a handler that does nothing, to a thread of this process or to none.
@@ -52,7 +52,7 @@ impl Gate {
         }
     }
 
-    /// Ends when everything is to stop, or after so long.
+    /// Ends when everything should stop, or after this long.
     fn rest(&self, time: Duration) {
         let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.changed.wait_timeout_while(lock, time, |()| !self.is_stopping()));
@@ -68,7 +68,7 @@ pub(crate) struct Running<'s> {
     device: ScopedJoinHandle<'s, Result<(), Failure>>,
 }
 
-/// What the guest does.
+/// The work of the guest.
 #[derive(Clone, Copy)]
 pub(crate) struct Work {
     pub(crate) plan: Plan,
@@ -108,13 +108,13 @@ impl<'s> Running<'s> {
         Ok(Running { gate, vcpus, device })
     }
 
-    /// Stops everything, for good: this example does not resume the source. Returns once all stand.
+    /// Stops everything, for good: this example does not resume the source. Returns once all have stopped.
     pub(crate) fn stop(self) -> Result<(), Failure> {
         self.gate.stop.store(true, Ordering::SeqCst);
         drop(self.gate.lock.lock().unwrap_or_else(PoisonError::into_inner));
         self.gate.changed.notify_all();
         while self.gate.standing.load(Ordering::SeqCst) < self.vcpus.len() {
-            // A signal that comes just before KVM_RUN is lost, so it is sent until all stand.
+            // A signal just before KVM_RUN is lost, so it is sent until all have stopped.
             self.gate.kick();
             thread::sleep(Duration::from_micros(30));
         }
@@ -142,7 +142,7 @@ fn vcpu_thread(
         loop {
             match vcpu.run()? {
                 Stop::Done => break,
-                // Others fetch, which makes room; KVM would return at once again and again.
+                // Other threads fetch, which makes room; KVM would return at once again and again.
                 Stop::RingFull => ring_full(index, ROOM)?,
                 Stop::Kicked => (),
             }

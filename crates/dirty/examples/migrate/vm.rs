@@ -1,5 +1,5 @@
-//! The VM that is migrated, as VMMs of the rust-vmm crates have it: regions of `vm-memory` over one memfd,
-//! with a hole below 4 GiB, a slot for each, vCPU threads, and a device model that writes guest memory.
+//! The migrated VM, as VMMs of the rust-vmm crates make it: regions of `vm-memory` over one memfd, with a
+//! hole below 4 GiB, a slot for each, vCPU threads, and a device model that writes guest memory.
 // UNSAFETY: reads and writes guest memory through raw pointers.
 #![allow(unsafe_code)]
 
@@ -20,7 +20,7 @@ use crate::guest::{self, DATA, Job, PAGE, Region, Vcpu};
 
 const HOLE_END: u64 = 4 << 30;
 
-/// Where memory is: all of it, what lies below the hole, and which pages the guest writes.
+/// The places of memory: all of it, the part below the hole, and the pages that the guest writes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     pub(crate) bytes: u64,
@@ -67,7 +67,7 @@ impl Plan {
         job
     }
 
-    /// Writes so many of the touched pages: half of them always the same, the others drawn.
+    /// Writes this many of the touched pages: half of them always the same, the others drawn at random.
     pub(crate) fn step_job(&self, stamp: u64, index: u64, vcpus: u64, pages: u64) -> Job {
         let share = self.touched / vcpus;
         let start = DATA + index * share * self.stride;
@@ -136,7 +136,7 @@ impl<B: Bitmap + 'static> SourceVm<B> {
     }
 }
 
-/// Guest memory as those who send it see it: pointers, because the guest writes it meanwhile.
+/// Guest memory for threads that send it: pointers, because the guest writes it meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct View {
     low: *const u8,
@@ -150,7 +150,7 @@ unsafe impl Send for View {}
 unsafe impl Sync for View {}
 
 impl View {
-    /// Of memory that outlives every use of the view: callers keep the VM until their threads have ended.
+    /// Over memory that outlives every use of the view: callers keep the VM until their threads have ended.
     pub(crate) fn of<B: Bitmap + 'static>(vm: &SourceVm<B>) -> View {
         let at = |index: usize| std::ptr::with_exposed_provenance(vm.slots[index].address as usize);
         View { low: at(0), high: at(1), plan: vm.plan }
@@ -170,7 +170,7 @@ impl View {
     }
 }
 
-/// The parts of a file that hold anything, page by page.
+/// The parts of a file that hold data, page by page.
 pub(crate) fn extents(file: &File) -> io::Result<Vec<Range<u64>>> {
     let seek = |from: u64, whence| {
         // SAFETY: moves a position that nobody uses.
@@ -191,13 +191,13 @@ pub(crate) fn extents(file: &File) -> io::Result<Vec<Range<u64>>> {
     }
 }
 
-/// What a device model does: it writes a few of the touched pages through `vm-memory`, which marks them.
+/// The work of a device model: it writes a few of the touched pages through `vm-memory`, which marks them.
 pub(crate) fn device_writes<M: GuestMemoryBackend>(memory: &M, plan: &Plan, count: u64) -> Result<(), Failure>
 where
     M::R: GuestMemoryRegion,
 {
     for index in 0..8 {
-        // Not where the guest writes its stamp.
+        // A place where the guest does not write its stamp.
         let at = plan.touched_page((count * 8 + index).wrapping_mul(0x9e37_79b9)) + 2048;
         memory.write_obj(count, GuestAddress(at))?;
     }

@@ -51,7 +51,7 @@ impl Sender {
     }
 }
 
-/// Connections to a receiver, which writes what comes into its memory file.
+/// Connections to a receiver, which writes everything that it receives into its memory file.
 pub(crate) fn connect(
     streams: u32,
     view: View,

@@ -10,17 +10,17 @@ use crate::{BackendChoice, Tracker, TrackerConfig};
 const ROUNDS: u64 = 25;
 
 /// Writes until it is told to stop, each time with a new stamp: a page that is written unseen then differs
-/// from every copy made before.
+/// from every earlier copy.
 fn write_on(vcpu: &mut Vcpu, stamp: &AtomicU64, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let stamp = stamp.fetch_add(1, Ordering::Relaxed);
         vcpu.set_job(Job { stamp, writes: 3000, area: 1 });
-        // An exact trigger may stop it; then it writes no more until the epoch ends, or tracking does.
+        // An exact trigger may stop it; then it writes nothing more until the epoch or tracking ends.
         assert_ne!(vcpu.run(), Stop::Signal);
     }
 }
 
-/// Does `work` while all vCPUs write, and gives them some time before and after it.
+/// Does `work` while all vCPUs write, with some time for them before and after it.
 fn while_they_write<T>(vcpus: &mut [Vcpu], stamp: &AtomicU64, work: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

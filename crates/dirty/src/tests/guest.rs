@@ -1,5 +1,5 @@
-//! A real VM with the smallest guest that dirties memory: 64-bit code at CPL3 that writes a stamp into pages
-//! that it draws at random, a given number of times, and then says so by a port write.
+//! A real VM with the smallest guest that dirties memory: 64-bit code at CPL3 that writes a stamp into
+//! randomly drawn pages, a given number of times, and then reports it by a port write.
 // UNSAFETY: makes KVM memory slots and reads guest memory whole; test code.
 #![allow(unsafe_code)]
 
@@ -26,11 +26,11 @@ use crate::{
     TrackerConfig,
 };
 
-/// Where a slot may come that is not there at first: after the last one, and mapped by the guest.
+/// The place for a slot that does not exist at first: after the last one, and mapped by the guest.
 pub(super) const PLUG: (u64, u64) = (0x1_0080_0000, 2048);
-/// Where the guest may write: the base, and how many pages (a power of two).
+/// The area that the guest may write: its base, and how many pages (a power of two).
 pub(super) const AREAS: [(u64, u64); 2] = [(0x10_0000, 512), (0x1_0000_0000, 2048)];
-/// The slots: number, base, bytes. All else lies below 1 MiB.
+/// The slots: number, base, bytes. Everything else is below 1 MiB.
 const SLOTS: [(u32, u64, usize); 2] = [(0, 0, 3 << 20), (3, 0x1_0000_0000, 8 << 20)];
 const CODE: u64 = 0x1_0000;
 /// P, RW, US, A, D, PS: KVM has nothing to write in the guest's page tables.
@@ -50,7 +50,7 @@ const PROGRAM: &[u8] = &[
     0xe6, 0x10, 0xeb, 0xc9,                                     // out 0x10, al; from the start
 ];
 
-/// Where the program lies that reads: `rsi` first page, `rcx` pages.
+/// The place of the program that reads: `rsi` first page, `rcx` pages.
 const READING: u64 = CODE + 0x800;
 #[rustfmt::skip]
 const READ_PROGRAM: &[u8] = &[
@@ -60,7 +60,7 @@ const READ_PROGRAM: &[u8] = &[
     0xe6, 0x10, 0xeb, 0xfc,                   // out 0x10, al; again
 ];
 
-/// What a vCPU does in an epoch.
+/// The work of a vCPU in an epoch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Job {
     pub(super) stamp: u64,
@@ -77,18 +77,18 @@ pub(super) struct Guest {
     backend: DirtyBackend,
 }
 
-/// What a test wants of its VM.
+/// A test's requirements for its VM.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     pub(super) choice: BackendChoice,
     pub(super) config: TrackerConfig,
-    /// vCPUs that the VM begins with.
+    /// vCPUs at the beginning.
     pub(super) vcpus: usize,
     /// Whether signals are blocked while rings are reset.
     pub(super) block_signals: bool,
-    /// The back end loses one page in so many.
+    /// The back end loses one page in this many.
     pub(super) planted: u64,
-    /// The VMM turns manual protection on with these flags, after the probe.
+    /// After the probe, the VMM turns manual protection on with these flags.
     pub(super) manual: u64,
 }
 
@@ -269,7 +269,7 @@ impl Vcpu {
         assert_eq!(self.fd.set_msrs(&Msrs::from_entries(&[clock]).unwrap()).unwrap(), 1);
     }
 
-    /// What a VMM does to capture a vCPU: lets KVM complete the port write, then reads registers.
+    /// Captures a vCPU as a VMM does: lets KVM complete the port write, then reads registers.
     pub(super) fn save(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         assert!(matches!(self.run(), Stop::Signal | Stop::RingFull));
@@ -281,7 +281,7 @@ impl Vcpu {
 }
 
 impl Guest {
-    /// What a VMM gets that makes another tracker of the VM.
+    /// The result for a VMM that makes another tracker of the VM.
     pub(super) fn second_tracker(&self, vcpu: &Vcpu) -> Result<Tracker, crate::NewError> {
         let layout = self.tracker.layout().clone();
         let global = GlobalLog::new(layout.gfn_space(), 64);
@@ -303,7 +303,7 @@ impl Guest {
         unsafe { self.vm.set_user_memory_region(region) }.unwrap();
     }
 
-    /// Takes it away again.
+    /// Removes it again.
     pub(super) fn unmake_slot(&self, slot: MemorySlot) {
         self.make_slot(MemorySlot { pages: 0, ..slot }, false);
     }
@@ -313,7 +313,7 @@ impl Guest {
         Vcpu::new(&Kvm::new().unwrap(), &self.vm, index)
     }
 
-    /// The tracker hears of it.
+    /// Adds it to the tracker.
     pub(super) fn add_vcpu(&self, vcpu: &Vcpu) -> Result<usize, crate::AddVcpuError> {
         self.tracker.add_vcpu(fd(&vcpu.fd))
     }
@@ -339,16 +339,16 @@ impl Guest {
         &self.region(index)[range]
     }
 
-    /// A copy of all of memory: what a standby has after the base copy.
+    /// A copy of all memory, as a standby has it after the base copy.
     pub(super) fn shadow(&self) -> Shadow {
         Shadow((0..SLOTS.len()).map(|index| self.region(index).to_vec()).collect())
     }
 }
 
-/// What a standby has, made of reported pages only.
+/// A standby's copy, made only of reported pages.
 pub(super) struct Shadow(Vec<Vec<u8>>);
 
-/// Slot and place in it of a page.
+/// The slot of a page and its place in the slot.
 fn place(gfn: Gfn) -> (usize, std::ops::Range<usize>) {
     let index = SLOTS
         .iter()
@@ -393,7 +393,7 @@ pub(super) struct Rain {
 }
 
 impl Rain {
-    /// A signal for each of the threads in every period. They must outlive the rain.
+    /// Sends a signal to each of the threads in every period. They must outlive the rain.
     pub(super) fn on(threads: Vec<libc::pthread_t>, period: Duration) -> Rain {
         register_signal_handler(SIGRTMIN(), on_signal).unwrap();
         let stop = Arc::new(AtomicBool::new(false));

@@ -1,4 +1,4 @@
-//! Slots and vCPUs come and go on the kernel that runs here, while the guest writes.
+//! Slots and vCPUs come and go on the running kernel, while the guest writes.
 // UNSAFETY: gives memory to a VM and to its tracker; test code.
 #![allow(unsafe_code)]
 
@@ -17,7 +17,7 @@ const BASE: Gfn = Gfn(guest::PLUG.0 / 4096);
 const PAGES: u64 = guest::PLUG.1;
 const ROUNDS: u64 = 12;
 
-/// Memory of a slot that comes, and a copy that is made of what is reported of it.
+/// Memory of a new slot, and a copy made of its reported pages.
 struct Plugged {
     memory: Words,
     copy: Vec<u64>,
@@ -54,8 +54,8 @@ impl Plugged {
     }
 }
 
-/// Does `work` while vCPU 0 writes memory that was there and vCPU 1 the slot that comes, each time with a stamp
-/// of its own: a page that is written unseen differs from its copy.
+/// Does `work` while vCPU 0 writes old memory and vCPU 1 the new slot, each time with a new stamp: a page
+/// that is written unseen differs from its copy.
 fn while_they_write<T>(
     tracker: &Tracker,
     vcpus: &mut [Vcpu],
@@ -74,7 +74,7 @@ fn while_they_write<T>(
                     let stamp = stamp.fetch_add(1, Ordering::Relaxed);
                     vcpu.set_job_at(Job { stamp, writes: 500, area: 0 }, area);
                     assert_eq!(vcpu.run(), Stop::Done, "the ring has room for every page");
-                    // Entries are taken while the slot is not known yet, and while it comes.
+                    // Entries are taken before the slot is known, and while it is added.
                     match tracker.harvest_vcpu(index) {
                         Ok(_) | Err(HarvestError::Busy { .. }) => (),
                         Err(error) => panic!("{error}"),
@@ -90,7 +90,7 @@ fn while_they_write<T>(
     })
 }
 
-/// Ends the epoch and copies what it reports; how many pages of the slot that was.
+/// Ends the epoch and copies its reported pages; returns how many of them are in the slot.
 fn end(guest: &Guest, shadow: &mut Shadow, plugged: &mut Plugged) -> usize {
     let epoch = guest.tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
     let is_plugged = |gfn: &Gfn| (BASE.0..BASE.0 + PAGES).contains(&gfn.0);
@@ -167,8 +167,8 @@ slots_that_come! {
     a_clean_slot_on_a_bitmap: Bitmap, Clean;
 }
 
-/// A slot is refused by the number that was configured, by the global list and by other slots, and then nothing
-/// of it is tracked.
+/// A slot is refused by the configured number, by the global list and by other slots, and then nothing of it
+/// is tracked.
 #[test]
 fn a_slot_that_does_not_fit_is_refused() {
     let config = TrackerConfig { max_slots: 3, ..TrackerConfig::default() };
@@ -181,7 +181,7 @@ fn a_slot_that_does_not_fit_is_refused() {
     let high = MemorySlot { base: Gfn(1 << 30), ..slot };
     assert!(matches!(refused(high), AddSlotError::GlobalLogSize { slot: ID, .. }));
     assert!(matches!(refused(MemorySlot { base: Gfn(1), ..slot }), AddSlotError::Layout(_)));
-    // It is not in the VM, and KVM is told to make it at an address that it does not take.
+    // It is not in the VM, and KVM is told to make it at an address that it does not accept.
     let wild = MemorySlot { host_addr: 1 << 60, ..slot };
     assert!(matches!(refused(wild), AddSlotError::Protect { slot: ID, .. }));
     assert_eq!(guest.tracker.layout().slots().len(), 2);
@@ -220,7 +220,7 @@ fn a_vcpu_that_comes_is_tracked(choice: BackendChoice, exact: bool) {
         second
     });
     for stamp in 2..12 {
-        // Vcpu 1 is parked for some of the epochs.
+        // vCPU 1 is parked for some of the epochs.
         let runs = stamp % 4 != 3;
         if runs {
             guest.tracker.unpark_vcpu(1)
@@ -265,7 +265,8 @@ fn a_vcpu_that_comes_is_tracked_on_a_clear_log() {
     a_vcpu_that_comes_is_tracked(BackendChoice::ClearLog, false);
 }
 
-/// A ring that was read tells nobody where KVM writes next; one that only KVM has written to begins at its start.
+/// A ring that was read tells nobody where KVM writes next; a ring that only KVM has written to begins at its
+/// start.
 #[test]
 fn a_ring_that_was_read_is_refused() {
     let config = TrackerConfig { max_vcpus: 4, ..TrackerConfig::default() };

@@ -1,4 +1,4 @@
-//! A naive kernel: dirty logging as the KVM documentation tells it, with sets instead of page tables.
+//! A naive kernel: dirty logging as the KVM documentation describes it, with sets instead of page tables.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,7 +20,7 @@ use crate::{DirtyKind, NewError};
 /// Entries that KVM keeps free behind the soft limit.
 pub(super) const RESERVED: u64 = 16;
 
-/// Ends the epoch, and gives its pages in order.
+/// Ends the epoch, and returns its pages in order.
 pub(super) fn pages(tracker: &Tracker) -> Vec<u64> {
     let epoch = tracker.stopped().state_saved().harvest().unwrap().rearm().unwrap();
     let mut pages: Vec<_> = epoch.pages().iter().map(|gfn| gfn.0).collect();
@@ -38,7 +38,7 @@ struct FakeRing {
 
 #[derive(Default)]
 pub(super) struct State {
-    /// The slots that the VM has.
+    /// The slots of the VM.
     slots: Vec<MemorySlot>,
     rings: Vec<FakeRing>,
     /// Slot numbers that are logged.
@@ -47,17 +47,17 @@ pub(super) struct State {
     armed: BTreeSet<u64>,
     /// KVM's bitmap.
     bitmap: BTreeSet<u64>,
-    /// The next reset is interrupted after so many entries, and loses the batch it gathered.
+    /// The next reset is interrupted after this many entries, and loses the batch that it has gathered.
     pub(super) interrupt_after: Option<u64>,
-    /// So many KVM_GET_DIRTY_LOG succeed before one fails.
+    /// This many KVM_GET_DIRTY_LOG succeed before one fails.
     pub(super) fail_log_after: Option<u32>,
     /// KVM writes no wall clock.
     pub(super) no_mint: bool,
     /// How long KVM_GET_DIRTY_LOG takes.
     pub(super) log_takes: Duration,
-    /// Times that KVM_GET_DIRTY_LOG was called.
+    /// How often KVM_GET_DIRTY_LOG was called.
     pub(super) logs: u32,
-    /// Resets until now.
+    /// Resets so far.
     pub(super) resets: u64,
 }
 
@@ -79,7 +79,7 @@ impl FakeKernel {
         Self::tracker_of(layout, config, kind, ring_entries, global, config.max_vcpus)
     }
 
-    /// The same that begins with so many vCPUs.
+    /// The same with this many vCPUs at the beginning.
     pub(super) fn tracker_of(
         layout: MemoryLayout,
         config: TrackerConfig,
@@ -133,7 +133,7 @@ impl FakeKernel {
         }
     }
 
-    /// The VMM removes a slot: its log goes, and entries of it stay in the rings.
+    /// The VMM removes a slot: its log goes, and its entries stay in the rings.
     pub(super) fn remove_slot(&self, id: u32) {
         let mut state = self.state();
         let index = state.slots.iter().position(|slot| slot.id == id).unwrap();
@@ -143,7 +143,7 @@ impl FakeKernel {
         state.armed.retain(|&gfn| !slot.holds(Gfn(gfn)));
     }
 
-    /// A vCPU more: its ring, for the tracker.
+    /// Adds a vCPU and returns its ring, for the tracker.
     pub(super) fn add_vcpu(&self, entries: u32) -> Ring {
         let mapping = Arc::new(Mapping::anonymous(entries).unwrap());
         let ring = FakeRing { entries: mapping.clone(), size: entries.into(), dirty: 0, reset: 0 };
@@ -151,7 +151,7 @@ impl FakeKernel {
         Ring::new(mapping, RESERVED)
     }
 
-    /// Pages of a slot of this number that stand in the rings.
+    /// Pages of a slot of this number whose entries are in the rings.
     pub(super) fn logged_offsets(&self, id: u32) -> Vec<u64> {
         let state = self.state();
         let entries =
@@ -179,7 +179,7 @@ impl FakeKernel {
         }
     }
 
-    /// A write with its store, in one step as hardware does it. False if KVM does not let the vCPU run.
+    /// A write and its store, in one step as hardware does it. False if KVM does not let the vCPU run.
     pub(super) fn store(&self, vcpu: usize, gfn: Gfn, again: bool, cell: &AtomicU64, value: u64) -> bool {
         let slot = self.slot_of(gfn);
         let mut state = self.state();
@@ -204,7 +204,7 @@ impl FakeKernel {
         pages.filter(|gfn| !state.armed.contains(gfn)).map(Gfn).collect()
     }
 
-    /// Entries that KVM lets this vCPU write yet.
+    /// Entries that KVM still lets this vCPU write.
     pub(super) fn room(&self, vcpu: usize) -> u64 {
         let ring = &self.state().rings[vcpu];
         (ring.size - RESERVED).saturating_sub(ring.dirty - ring.reset)
@@ -227,7 +227,7 @@ impl FakeKernel {
     }
 }
 
-/// As KVM: without a look at what it writes over.
+/// As KVM does: without checking what it overwrites.
 fn push(ring: &mut FakeRing, slot: u32, offset: u64) {
     let entry = ring.entries.entry(ring.dirty);
     entry.slot.store(slot, Ordering::Relaxed);
@@ -293,7 +293,7 @@ impl Kernel for FakeKernel {
             let bits = mask[word].load(Ordering::Relaxed);
             for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {
                 let gfn = slot.base.0 + word as u64 * 64 + bit;
-                // KVM protects what was set only.
+                // KVM protects only pages whose bits were set.
                 if state.bitmap.remove(&gfn) {
                     state.armed.insert(gfn);
                 }
@@ -340,7 +340,7 @@ impl Kernel for FakeKernel {
                 entry.flags.store(0, Ordering::Release);
                 ring.reset += 1;
                 count += 1;
-                // Overtaking what KVM wrote would wedge the vCPU.
+                // Overtaking KVM's own entries would wedge the vCPU.
                 assert!(ring.reset <= ring.dirty, "an entry was given back that KVM had not written");
                 if batch.len() == 64 {
                     state.armed.extend(batch.drain(..).map(|gfn: Gfn| gfn.0));

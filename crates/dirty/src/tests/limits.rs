@@ -1,4 +1,4 @@
-//! What happens at each limit and at each trap of the kernel, one by one.
+//! The behaviour at each limit and at each trap of the kernel, one by one.
 
 use std::sync::Arc;
 
@@ -53,7 +53,7 @@ fn two_vcpus_report_the_same_pages_once() {
 #[test]
 fn full_lists_pass_pages_on() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10), 20);
-    // What does not fit stays in the ring.
+    // The rest stays in the ring.
     for round in 1..=3 {
         (0..100).for_each(|page| kernel.write(0, Gfn(page * 10), false));
         tracker.harvest_vcpu(0).unwrap();
@@ -117,7 +117,7 @@ fn a_full_ring_with_nothing_in_it_is_an_overrun() {
     tracker.harvest_vcpu(0).unwrap();
     assert_eq!(tracker.ring_full(0).unwrap(), RingExit::DirtyLogFull);
     pages(&tracker);
-    // The first time it may be that the ring was freed meanwhile.
+    // The first time, the ring may have been freed meanwhile.
     assert_eq!(tracker.ring_full(0).unwrap(), RingExit::Resume);
     assert!(matches!(tracker.ring_full(0), Err(HarvestError::Overrun { vcpu: 0 })));
     assert!(matches!(tracker.harvest_vcpu(0), Err(HarvestError::Overrun { vcpu: 0 })));

@@ -1,4 +1,4 @@
-//! Tests of the whole tracker: against a naive kernel of our own, and against the kernel that runs here.
+//! Tests of the whole tracker: against a naive kernel of our own, and against the running kernel.
 
 mod alloc;
 mod enable;

@@ -23,7 +23,7 @@ enum Step {
         pages: u64,
         again: bool,
     },
-    /// A device does.
+    /// A device writes pages from this one on.
     Mark {
         page: Index,
         pages: u64,
@@ -35,14 +35,14 @@ enum Step {
         rearm: bool,
         keep: bool,
     },
-    /// KVM logs what is no page of the layout.
+    /// KVM logs an entry that is no page of the layout.
     Nonsense {
         vcpu: Index,
         slot: u32,
         offset: u64,
     },
     AllDirty,
-    /// The VMM makes a slot; before the tracker hears of it the guest writes some of it.
+    /// The VMM makes a slot; the guest writes some of it before the tracker knows it.
     AddSlot {
         place: Index,
         pages: u64,
@@ -57,7 +57,7 @@ enum Step {
     },
     AddVcpu,
     Park(Index, bool),
-    /// Ends the epoch; with a number, drops it after so many steps.
+    /// Ends the epoch; with a number, drops it after this many steps.
     Epoch {
         drop_after: Option<u8>,
         interrupt_after: Option<u64>,
@@ -129,7 +129,7 @@ struct Setting {
 
 const MOST_VCPUS: usize = 5;
 const MOST_SLOTS: usize = 6;
-/// Frame numbers of the VM: what three slots take at most, and as much again.
+/// Frame numbers of the VM: the most that three slots take, and as much again.
 const SPACE: u64 = 2400;
 
 /// Rules under which pages become hot soon and cool soon.
@@ -164,7 +164,7 @@ fn settings() -> impl Strategy<Value = Setting> {
     )
 }
 
-/// The VM, the tracker, and what the tracker should say.
+/// The VM, the tracker, and the expected reports of the tracker.
 struct World {
     setting: Setting,
     kernel: FakeKernel,
@@ -177,9 +177,9 @@ struct World {
     /// Hot in an epoch that was dropped after its pages were armed: they are reported as written.
     maybe: BTreeSet<Gfn>,
     nonsense: u64,
-    /// For each vCPU whether it is parked.
+    /// For each vCPU, whether it is parked.
     parked: Vec<bool>,
-    /// The next harvest reports every page there is then.
+    /// Then the next harvest reports every page.
     all: bool,
     /// Slots were added.
     added: bool,
@@ -233,7 +233,7 @@ impl World {
                 for gfn in self.pages_from(page, pages) {
                     if !self.kernel.can_run(vcpu) {
                         let exit = self.tracker.ring_full(vcpu);
-                        // A ring of these sizes may be smaller than its reserve: KVM's word is not to be
+                        // A ring of these sizes may be smaller than its reserve: then KVM's report cannot be
                         // checked.
                         prop_assert!(exit.is_ok(), "{:?}", exit);
                         if exit.unwrap() == RingExit::DirtyLogFull {
@@ -309,7 +309,8 @@ impl World {
         early: u64,
         start: SlotStart,
     ) -> Result<(), TestCaseError> {
-        // In the first hole from there on, and with the first number that is free, which may be one of before.
+        // In the first hole from there on, and with the first free number, which an earlier slot may have
+        // had.
         let layout = self.tracker.layout();
         let is_free = |base: &u64| {
             let (base, end) = (*base, *base + pages);
@@ -325,7 +326,8 @@ impl World {
             prop_assert!(matches!(add(&self.tracker), Err(AddSlotError::Full(MOST_SLOTS))));
             return Ok(());
         }
-        // What is left in the rings of a slot of this number, and what the guest writes before, may be reported.
+        // Entries that are left in the rings of a slot of this number, and earlier writes of the guest, may
+        // be reported.
         let offsets = self.kernel.logged_offsets(id);
         self.maybe
             .extend(offsets.into_iter().filter(|&offset| offset < pages).map(|offset| Gfn(base + offset)));
@@ -477,7 +479,7 @@ impl World {
         self.all = false;
         prop_assert!(unique.iter().all(|gfn| self.tracker.layout().contains(*gfn)), "a page of no slot");
         prop_assert_eq!(self.tracker.pending() as u64, self.tracker.stats().hot);
-        // Each page that can be written without a trap is hot. The other way round not quite: an interrupted
+        // Each page that can be written without a trap is hot. The reverse is not quite true: an interrupted
         // reset arms everything, and a page that was fetched and armed may have been in another vCPU's ring
         // as well.
         let (unarmed, hot) = (self.kernel.unarmed(), self.tracker.hot_list().into_iter().collect());
@@ -489,7 +491,8 @@ impl World {
         self.check_room()
     }
 
-    /// With an exact trigger KVM lets the vCPUs write no more than it, and one vCPU exactly that.
+    /// With an exact trigger KVM lets the vCPUs write no more pages than it, and lets one vCPU write exactly
+    /// that many.
     fn check_room(&self) -> Result<(), TestCaseError> {
         let TrackerConfig { trigger, exact, .. } = self.setting.config;
         let running = || (0..self.parked.len()).filter(|&vcpu| !self.parked[vcpu]);
@@ -524,7 +527,7 @@ proptest! {
         for step in steps {
             world.step(step)?;
         }
-        // Whatever was dropped or failed on the way is still there at the end.
+        // Everything that was dropped or failed on the way is still there at the end.
         world.epoch(u8::MAX)?;
         world.epoch(u8::MAX)?;
         let stats = world.tracker.stats();

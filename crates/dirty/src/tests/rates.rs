@@ -1,4 +1,4 @@
-//! Windows of a tracker that is looked at while the guest runs.
+//! Windows of a tracker that is sampled while the guest runs.
 
 use super::kernel::FakeKernel;
 use crate::rate::{RateMeter, RateSampler};
@@ -19,7 +19,7 @@ fn each_window_has_what_was_written_in_it() {
         let mut meter = RateMeter::new(10_000);
         assert_eq!(sampler.window().unwrap().pages, [], "{kind}: what was before is forgotten");
         for round in 0..3 {
-            // More than are fetched at once, and the same page by the VMM.
+            // More pages than are fetched at once, and the same page written by the VMM.
             (0..5000).rev().for_each(|page| kernel.write(0, Gfn(round + page), false));
             tracker.global().mark(Gfn(9000));
             let window = sampler.window().unwrap();

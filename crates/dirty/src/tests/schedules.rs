@@ -1,5 +1,4 @@
-//! Schedules that are rare, one by one: each of them lost pages or ended tracking for nothing in an earlier
-//! version.
+//! Rare schedules, one by one: in an earlier version each of them lost pages or ended tracking without need.
 
 use std::time::Duration;
 
@@ -41,7 +40,7 @@ fn an_interrupted_reset_in_a_fetch_loses_nothing() {
     let mut buffer = [Gfn(0); 200];
     let got = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
     assert_eq!(got, 100);
-    // Some are not armed now, and are marked. A second fetch takes the marks.
+    // Some pages are not armed now, and are marked. A second fetch takes the marks.
     let again = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().len();
     assert_eq!(again, 0, "they are for the epoch, which arms everything");
     // The guest writes one of them after the copy.
@@ -99,7 +98,7 @@ fn minting_that_fails_half_way_leaves_the_rest_in_order() {
     assert_eq!(pages(&tracker), [3]);
 }
 
-/// Disable, while a vCPU thread is (for a moment) in its list.
+/// Disable, while a vCPU thread is using its list for a moment.
 #[test]
 fn a_disable_that_is_refused_loses_nothing() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(2, 100, 100), 256);
@@ -136,7 +135,7 @@ fn parked_credits_leave_room_in_every_ring() {
     assert_eq!(stuck, 0, "epochs of 200 in which vCPU 0 could not run at all");
 }
 
-/// Trigger beyond what the rings hold together.
+/// A trigger that exceeds the capacity of all rings together.
 #[test]
 fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, exact(2, 600, 1000), 256);
@@ -154,7 +153,7 @@ fn a_trigger_beyond_the_rings_takes_no_credit_of_a_page() {
     assert_eq!(pages(&tracker).len() as u64, page);
 }
 
-/// What `pending` says once pages were fetched.
+/// The result of `pending` after pages were fetched.
 #[test]
 fn pages_that_were_fetched_do_not_count() {
     let mut buffer = [Gfn(0); 200];
@@ -184,7 +183,7 @@ fn hot_pages_leave_half_of_the_trigger() {
     assert_eq!(guest.tracker.hot_rule().unwrap().max_pages, 50);
 }
 
-/// Where KVM writes next in a ring is known only to who has read it from the start.
+/// Only a reader that has read a ring from its start knows where KVM writes next in it.
 #[test]
 fn a_second_tracker_of_a_vm_is_refused() {
     let Some(mut guest) = guest::start(BackendChoice::Ring, config(1, 4000, 4000)) else { return };
@@ -197,7 +196,7 @@ fn a_second_tracker_of_a_vm_is_refused() {
     assert!(matches!(second, Err(NewError::RingUsed { vcpu: 0 })), "{second:?}");
 }
 
-/// A slot that the VMM has removed is not brought back by turning its log off.
+/// Turning its log off does not bring back a slot that the VMM has removed.
 #[test]
 fn a_slot_that_is_gone_stays_gone() {
     let Some(mut guest) = guest::start(BackendChoice::Ring, config(1, 4000, 4000)) else { return };
@@ -211,12 +210,12 @@ fn a_slot_that_is_gone_stays_gone() {
     guest.tracker.disable().unwrap();
     guest.tracker.enable_stopped().unwrap();
     vcpu.set_job(guest::Job { stamp: 2, writes: 100, area: 1 });
-    // The write is an exit to the VMM, or an error of the guest's: not memory.
+    // The write is an exit to the VMM, or an error of the guest: not memory.
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vcpu.run()));
     assert!(ended.is_err(), "the guest writes memory that was taken away");
 }
 
-/// Entries are minted with the first page of the VM. It may be gone.
+/// Entries are minted with the first page of the VM. That page may be gone.
 #[test]
 fn rings_are_filled_with_a_page_that_is_still_there() {
     let slot = |id, base| MemorySlot { id, base: Gfn(base), pages: 500, host_addr: 0 };
@@ -240,7 +239,7 @@ fn rings_are_filled_with_a_page_that_is_still_there() {
     assert!(tracker.stats().grants > 0);
 }
 
-/// What an epoch needs is taken when tracking is enabled: an epoch takes no page fault.
+/// Everything that an epoch needs is taken when tracking is enabled: an epoch takes no page fault.
 #[test]
 fn an_epoch_takes_no_page_fault() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 5000, 5000), 16_384);
@@ -250,11 +249,11 @@ fn an_epoch_takes_no_page_fault() {
     let epoch = epoch.harvest().unwrap();
     let taken = crate::words::faults() - before;
     assert_eq!(epoch.rearm().unwrap().pages().len(), 5000);
-    // The lists and the bitmap are 13 pages. A fault or two are of the code that runs for the first time.
+    // The lists and the bitmap are 13 pages. A fault or two come from code that runs for the first time.
     assert!(taken < 5, "{taken} page faults");
 }
 
-/// A fetcher that waits finds nothing to hold and holds nothing up.
+/// A fetcher that waits finds nothing to hold and blocks nothing.
 #[test]
 fn a_waiting_fetcher_does_not_hold_epochs_back() {
     let (_kernel, tracker) = tracker(DirtyKind::Ring, config(2, 1000, 1000), 256);
@@ -277,11 +276,11 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
         }
         end.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    // A thread that loses its core in the middle of a look may be in the way for longer than anybody waits.
+    // A thread that loses its core in the middle of a check may be in the way for longer than anybody waits.
     assert!(refused <= 20, "{refused} of 2000 epochs were refused");
 }
 
-/// It would be SIGBUS at the first touch of the ring.
+/// Touching the ring would give SIGBUS.
 #[test]
 fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
     let Some(guest) = guest::start(BackendChoice::Ring, config(1, 100, 100)) else { return };
@@ -290,8 +289,8 @@ fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
     assert!(matches!(tracker, Err(NewError::NotThisVm { vcpu: 0 })), "{tracker:?}");
 }
 
-/// A migration fetches in one long epoch. What a vCPU has used up comes back to it when its pages are
-/// fetched, and not to vCPUs that write nothing.
+/// A migration fetches in one long epoch. A vCPU gets its used part back when its pages are fetched; vCPUs
+/// that write nothing do not get it.
 #[test]
 fn a_vcpu_gets_back_what_fetches_take_of_it() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, exact(2, 400, 400), 4096);
@@ -317,7 +316,7 @@ fn a_vcpu_gets_back_what_fetches_take_of_it() {
     }
 }
 
-/// A wait for pages, and one for room, end when they are told to.
+/// A wait for pages and a wait for room end when they are told to.
 #[test]
 fn waits_can_be_ended() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 10_000, 10_000), 4096);
@@ -335,13 +334,13 @@ fn waits_can_be_ended() {
         let waiting = scope.spawn(move || tracker.wait_for_room(0, long).unwrap());
         std::thread::sleep(Duration::from_millis(20));
         assert!(!fetching.is_finished() && !waiting.is_finished());
-        // As often as it takes both threads to get to their waits.
+        // As often as both threads need to reach their waits.
         while !(fetching.is_finished() && waiting.is_finished()) {
             tracker.wake_fetchers();
             std::thread::sleep(Duration::from_millis(1));
         }
         assert!(fetching.join().unwrap() <= 10);
-        // Room, if the fetch came first.
+        // There is room if the fetch came first.
         waiting.join().unwrap();
     });
 }
@@ -364,7 +363,7 @@ fn pages_become_hot_between_fetches() {
         assert_eq!(fetched, 40, "{kind}: hot pages are not fetched");
         let unarmed = kernel.unarmed();
         assert!((0..20).all(|page| unarmed.contains(&Gfn(page))), "{kind}");
-        // A probe arms them, and has them fetched once more, because they may have changed.
+        // A probe arms them and makes them be fetched once more, because they may have changed.
         let mut probed = 0;
         for _ in 0..20 {
             tracker.age().unwrap();
@@ -377,8 +376,8 @@ fn pages_become_hot_between_fetches() {
     }
 }
 
-/// A look at a bitmap takes long where there is much memory, so a wait rests ten times as long after each: it
-/// took half a processor of an idle VM of 64 GiB.
+/// Checking a bitmap takes long with much memory, so a wait rests ten times as long after each check:
+/// otherwise it took half a processor for an idle VM of 64 GiB.
 #[test]
 fn a_wait_looks_seldom_where_looking_is_dear() {
     for kind in [DirtyKind::ClearLog, DirtyKind::Bitmap] {
@@ -388,12 +387,13 @@ fn a_wait_looks_seldom_where_looking_is_dear() {
         let how = Fetch { wait: Some(Duration::from_millis(200)), ..REARM };
         assert!(tracker.fetch(&mut [Gfn(0); 10], how).unwrap().is_empty());
         let looks = kernel.state().logs - before;
-        // 200 / (2 + 20), and the last look; without a rest there are some ninety.
+        // 200 / (2 + 20), and the last check; without a rest there are about ninety.
         assert!((2..=15).contains(&looks), "{looks} looks ({kind})");
     }
 }
 
-/// What is known without a system call, and the word that it is not known: the same on every back end.
+/// Counts that are known without a system call, or the answer that they are not known: the same on every back
+/// end.
 #[test]
 fn an_estimate_means_the_same_on_every_back_end() {
     for kind in [DirtyKind::Ring, DirtyKind::ClearLog, DirtyKind::Bitmap] {
@@ -410,7 +410,7 @@ fn an_estimate_means_the_same_on_every_back_end() {
     }
 }
 
-/// A slot that comes dirty is fetched piece by piece, and what is left of it counts.
+/// A slot that is added as dirty is fetched piece by piece, and the rest counts.
 #[test]
 fn marks_beyond_the_room_of_a_fetch_stay_and_count() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(1, 100, 100), 256);
@@ -433,7 +433,7 @@ fn pages_that_no_vcpu_wrote_come_with_the_epoch() {
     for _ in 0..3 {
         kernel.write(0, Gfn(3), false);
         [5, 7].into_iter().for_each(|page| kernel.write_without_vcpu(Gfn(page)));
-        // Logged for a vCPU, too, as an emulated store is.
+        // Also logged for a vCPU, as an emulated store is.
         kernel.write(1, Gfn(7), true);
         let mut buffer = [Gfn(0); 10];
         let fetched = tracker.fetch(&mut buffer, REARM).unwrap().rearm().unwrap().to_vec();

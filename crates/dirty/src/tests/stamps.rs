@@ -1,4 +1,4 @@
-//! The test that matters: guests write at random, and a copy made of nothing but the reported pages is
+//! The most important test: guests write at random, and a copy made of nothing but the reported pages is
 //! compared with guest memory after every epoch.
 // UNSAFETY: writes guest memory through a raw pointer, as kernel and device writes do.
 #![allow(unsafe_code)]
@@ -55,7 +55,7 @@ struct Outcome {
     stats: TrackerStats,
 }
 
-/// One epoch of a vCPU thread: run, then stop where the dice say, then save and harvest.
+/// One epoch of a vCPU thread: run, then stop at a random moment, then save and harvest.
 fn vcpu_epoch(vcpu: &mut Vcpu, index: usize, job: Job, tracker: &Tracker, random: &mut Random) -> u64 {
     vcpu.set_job(job);
     let mut interrupted = 0;
@@ -92,13 +92,13 @@ fn vcpu_epoch(vcpu: &mut Vcpu, index: usize, job: Job, tracker: &Tracker, random
 
 fn harvest(tracker: &Tracker, vcpu: usize) {
     match tracker.harvest_vcpu(vcpu) {
-        // A fetcher is at work in the list.
+        // A fetcher is using the list.
         Ok(_) | Err(HarvestError::Busy { .. }) => (),
         Err(error) => panic!("{error}"),
     }
 }
 
-/// What a device does while the guest runs: writes through `vm-memory`, and through a pointer.
+/// A device's work while the guest runs: it writes through `vm-memory`, and through a pointer.
 fn device_writes(guest: &Guest, stamp: u64, random: &mut Random) {
     for _ in 0..random.below(8) {
         let (base, pages) = AREAS[random.below(2) as usize];
@@ -112,16 +112,16 @@ fn device_writes(guest: &Guest, stamp: u64, random: &mut Random) {
     }
 }
 
-/// What happens beside the vCPUs.
+/// Activity beside the vCPUs.
 #[derive(Clone, Copy)]
 struct Weather {
     epochs: u64,
-    /// Between two signals to each thread.
+    /// Time between two signals to each thread.
     rain: Duration,
     /// Threads that fetch pages while the guest runs.
     fetchers: usize,
-    /// Shards that they fetch, in turn, each without a lock over reading and sending. With 0 there are none,
-    /// and a lock.
+    /// Shards to fetch, in turn, each without a lock over reading and sending. With 0 there are no shards but
+    /// a lock.
     shards: u32,
 }
 
@@ -175,7 +175,7 @@ fn run(mut guest: Guest, weather: Weather) -> Outcome {
             for _ in 0..count {
                 outcome.interrupted += has_stopped.recv().unwrap().0;
             }
-            // The fetchers end when the vCPUs have.
+            // The fetchers end after the vCPUs.
             running.store(0, Ordering::Relaxed);
             (0..weather.fetchers).for_each(|_| _ = has_stopped.recv().unwrap());
             end_epoch(&guest, &mut shadow.lock().unwrap(), &mut outcome, random.below(20) == 0);
@@ -190,7 +190,7 @@ fn run(mut guest: Guest, weather: Weather) -> Outcome {
     outcome
 }
 
-/// Copies pages while the guest runs: each is read after it was armed, and so its next write is caught.
+/// Copies pages while the guest runs: each is read after it was armed, so its next write is caught.
 fn fetcher_thread(
     (index, shard): (usize, Option<Shard>),
     jobs: Receiver<Job>,
@@ -217,7 +217,7 @@ fn fetcher_thread(
             }
             let room = random.below(51) as usize;
             let fetched = guest.tracker.fetch(&mut buffer[..room], how).unwrap();
-            // Sometimes it changes its mind.
+            // Sometimes it drops them.
             if random.below(10) != 0 {
                 let pages = fetched.rearm().unwrap();
                 if shard.is_some() {
@@ -231,7 +231,8 @@ fn fetcher_thread(
     }
 }
 
-/// Reads pages, and sends them a while later: whoever else has fetched one of them meanwhile is overtaken.
+/// Reads pages, and sends them a while later: any other thread that has fetched one of them meanwhile is
+/// overtaken.
 fn send_late(guest: &Guest, shadow: &Mutex<guest::Shadow>, pages: &[Gfn], random: &mut Random) {
     let read: Vec<_> = pages.iter().map(|&gfn| (gfn, guest.page(gfn).to_vec())).collect();
     if random.below(2) == 0 {
@@ -348,7 +349,7 @@ fn fetchers_miss_no_page_of_the_bitmap() {
     no_page_is_missed_by_fetchers(BackendChoice::Bitmap, config(2));
 }
 
-/// Each page is read and sent by one thread only, so no lock is needed over both.
+/// Only one thread reads and sends each page, so no lock is needed over both.
 #[test]
 fn shards_let_no_older_copy_overtake_a_newer_one() {
     for choice in [BackendChoice::Ring, BackendChoice::ClearLog, BackendChoice::Bitmap] {
@@ -360,7 +361,7 @@ fn shards_let_no_older_copy_overtake_a_newer_one() {
     }
 }
 
-/// The test above without what it is about: three threads that fetch the same shard overtake each other.
+/// The previous test without the shards: three threads that fetch the same shard overtake each other.
 #[test]
 fn without_shards_older_copies_overtake_newer_ones() {
     let Some(guest) = guest::start(BackendChoice::Ring, config(2)) else { return };
@@ -368,7 +369,7 @@ fn without_shards_older_copies_overtake_newer_ones() {
     assert!(outcome.missed > 0, "{outcome:?}");
 }
 
-/// One page in 10,000, or so many that a shorter run loses some.
+/// One page in 10,000, or more often, so that a shorter run loses some.
 #[test]
 fn the_test_notices_a_lost_page() {
     let epochs = epochs(500);
@@ -381,8 +382,8 @@ fn the_test_notices_a_lost_page() {
     }
 }
 
-/// A VMM that turns manual protection on behind our back, with everything dirty at first: a ring would lose
-/// the first write to every page.
+/// A VMM that turns manual protection on unnoticed, with everything dirty at first: a ring would lose the
+/// first write to every page.
 #[test]
 fn initially_set_is_refused() {
     for choice in [BackendChoice::Ring, BackendChoice::Bitmap] {
@@ -393,7 +394,7 @@ fn initially_set_is_refused() {
     }
 }
 
-/// Signals come at their densest while rings of thousands of pages are reset.
+/// The densest signals, while rings of thousands of pages are reset.
 #[test]
 fn blocked_signals_cut_no_reset_short() {
     let config = TrackerConfig { max_dirty_pages: 3000, trigger: 3000, ..config(1) };
@@ -403,9 +404,9 @@ fn blocked_signals_cut_no_reset_short() {
     assert_eq!(outcome.stats.full_rearms, 0);
 }
 
-/// With signals left in, this kernel loses pages at resets (6.17 and later). The tracker sees a reset that
-/// was cut short and write-protects everything. What nobody can see is a signal between the last entry and
-/// the end of the reset, which is why they are blocked.
+/// If signals are not blocked, this kernel loses pages at resets (6.17 and later). The tracker sees a reset
+/// that was cut short and write-protects everything. Nobody can see a signal between the last entry and the
+/// end of the reset; this is why signals are blocked.
 #[test]
 fn a_reset_that_is_cut_short_is_noticed() {
     let config = TrackerConfig { max_dirty_pages: 3000, trigger: 3000, ..config(1) };

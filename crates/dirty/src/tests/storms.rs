@@ -14,7 +14,7 @@ fn random(state: &mut u64) -> u64 {
     *state >> 33
 }
 
-/// Where threads wait while an epoch ends.
+/// The place where threads wait while an epoch ends.
 struct Barrier {
     stop: AtomicBool,
     parked: AtomicU64,
@@ -51,7 +51,7 @@ impl Barrier {
 }
 
 /// vCPUs, a device, fetchers and the thread that ends epochs, all at once over the naive kernel; epochs are
-/// dropped at each step. A copy made of what is reported is compared after every epoch.
+/// dropped at each step. After every epoch the test compares a copy made of the reported pages.
 fn storm(kind: DirtyKind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64) {
     const N: u64 = 600;
     let hot = if with_hot {
@@ -191,7 +191,7 @@ fn storm(kind: DirtyKind, is_exact: bool, with_hot: bool, ring: u32, epochs: u64
                 }
             }
             fetch_gate.stop(2);
-            // What a fetcher dropped or was refused comes with a further epoch.
+            // Pages that a fetcher dropped or was refused come with a later epoch.
             {
                 let epoch = tracker.stopped().state_saved().harvest().unwrap();
                 let epoch = match epoch.rearm() {
@@ -289,8 +289,8 @@ fn a_fetcher_beside_a_full_ring_on_kvm() {
             }
             assert!(total > 0);
         });
-        // Not for longer than that: where traps are slow the fetcher always comes before the ring is full, and
-        // nothing else takes the vCPU out of KVM_RUN.
+        // Not for longer: where traps are slow the fetcher always comes before the ring is full, and nothing
+        // else takes the vCPU out of KVM_RUN.
         let job = Job { stamp: 1, writes: 50_000, area: 1 };
         vcpu.set_job(job);
         while start.elapsed().as_secs() < 2 {

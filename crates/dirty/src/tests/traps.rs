@@ -1,4 +1,4 @@
-//! What the kernel that runs here does around its dirty log, and that none of it matters.
+//! Peculiarities of the running kernel around its dirty log, none of which matters.
 
 use std::collections::BTreeSet;
 
@@ -40,8 +40,8 @@ fn area(index: usize) -> impl Iterator<Item = Gfn> {
     (0..pages).map(move |page| Gfn(base / 4096 + page))
 }
 
-/// One vCPU stops after exactly as many pages as the trigger says, epoch after epoch, whatever the size of
-/// its ring.
+/// One vCPU stops after exactly as many pages as the trigger, epoch after epoch, whatever the size of its
+/// ring.
 #[test]
 fn an_exact_trigger_stops_one_vcpu_at_the_page() {
     for trigger in [1, 7, 41, 177, 500] {
@@ -82,8 +82,7 @@ fn hot_pages_count_in_an_exact_trigger() {
     }
 }
 
-/// Several vCPUs share the trigger. They never exceed it, and what is left is less than the parts they were
-/// given.
+/// Several vCPUs share the trigger. They never exceed it, and the unused rest is smaller than their parts.
 #[test]
 fn an_exact_trigger_is_shared_by_all_vcpus() {
     const TRIGGER: usize = 400;
@@ -108,7 +107,7 @@ fn an_exact_trigger_is_shared_by_all_vcpus() {
             });
             let entries = guest.tracker.pending();
             assert!(entries <= TRIGGER, "{entries} entries");
-            // Those that wrote nothing have kept a sixth of it each.
+            // Each vCPU that wrote nothing has kept a sixth of it.
             let unused = (3 - busy) * TRIGGER / 6;
             assert!(entries + unused + 3 >= TRIGGER, "{entries} entries, {busy} busy");
             assert!(end(&guest).0.len() <= entries);
@@ -135,16 +134,16 @@ fn pages_of_two_vcpus_come_once() {
         });
         let pages = end(&guest).0;
         assert!(area(0).all(|gfn| pages.contains(&gfn)));
-        // And at the first read of it that of the program; AMD's nested walk writes the three of the page
-        // tables.
+        // And at the program's first read, the page of the program; AMD's nested walk writes the three pages
+        // of the page tables.
         assert!(pages.len() as u64 <= AREAS[0].1 + 4, "{pages:?}");
     }
-    // How many depends on how the vCPUs were scheduled; `limits` has a case where it is all of them.
+    // The number depends on how the vCPUs were scheduled; `limits` has a case where it is all of them.
     println!("{} pages were in both rings", guest.tracker.stats().duplicates);
 }
 
-/// The slot of hot pages goes while ring entries are parked for them: they are reset later, for a slot that
-/// is not there, and the rest of memory is tracked as before.
+/// The slot of hot pages goes while ring entries are parked for them: the entries are reset later, for a slot
+/// that is gone, and the rest of memory is tracked as before.
 #[test]
 fn a_slot_that_is_gone_leaves_its_entries_behind() {
     let Some(mut guest) = guest::start(BackendChoice::Ring, TrackerConfig { hot: ALL_HOT, ..config(1) })
@@ -166,7 +165,7 @@ fn a_slot_that_is_gone_leaves_its_entries_behind() {
         let (pages, _) = end(&guest);
         assert!(area(0).all(|gfn| pages.contains(&gfn)));
     }
-    // All that is parked goes back: KVM counts the entries of a slot that is gone, too.
+    // All parked entries go back: KVM counts the entries of a slot that is gone, too.
     guest.tracker.disable().unwrap();
     assert_eq!(guest.tracker.stats().credits, 0);
 }
@@ -194,7 +193,7 @@ fn the_first_read_of_a_page_may_be_reported_and_later_ones_are_not() {
     for choice in [BackendChoice::Ring, BackendChoice::ClearLog, BackendChoice::Bitmap] {
         let Some(mut guest) = guest::start(choice, config(1)) else { return };
         let mut vcpu = guest.vcpus.remove(0);
-        // Memory that is there and that KVM has not mapped.
+        // Existing memory that KVM has not mapped.
         area(0).for_each(|gfn| guest.memory.write_obj(1u64, GuestAddress(gfn.gpa())).unwrap());
         guest.tracker.enable_stopped().unwrap();
         let mut reported = 0;

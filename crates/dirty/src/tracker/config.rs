@@ -1,11 +1,11 @@
-//! The limits of a tracker, and what its construction and its switch can answer.
+//! The limits of a tracker, and the errors of making it and of turning it on and off.
 
 use std::io;
 
 use crate::hot::HotPages;
 use crate::source::{HarvestError, RearmError};
 
-/// Limits chosen by the caller. Begin from [`TrackerConfig::default`] and name what is to be otherwise:
+/// Limits chosen by the caller. Begin from [`TrackerConfig::default`] and change what differs:
 ///
 /// ```
 /// use outlive_dirty::{HotPages, TrackerConfig};
@@ -15,35 +15,36 @@ use crate::source::{HarvestError, RearmError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TrackerConfig {
-    /// vCPUs of the VM at most, for [`crate::Tracker::add_vcpu`]. 0, the default: as many as descriptors are given,
-    /// and none can be added. Each costs address space only, until it comes.
+    /// The most vCPUs of the VM, for [`crate::Tracker::add_vcpu`]. 0, the default: as many as descriptors are
+    /// given, and none can be added. Each costs only address space until it is added.
     pub max_vcpus: usize,
-    /// Memory slots of the VM at most, at the same time, for [`crate::Tracker::add_slot`]. 0, the default: those of
-    /// the layout, and none can be added. Otherwise the lists are reserved (as address space, some 50 bytes a
-    /// page) for all the pages that the global list covers, which says how high slots may lie.
+    /// The most memory slots of the VM at the same time, for [`crate::Tracker::add_slot`]. 0, the default:
+    /// the slots of the layout, and none can be added. Otherwise the lists are reserved (as address space,
+    /// about 50 bytes a page) for all the pages that the global list covers, which limits how high slots may
+    /// be.
     pub max_slots: usize,
-    /// Dirty pages (of 4 KiB) an epoch is expected to have at most: memory for their lists is taken by
-    /// `enable`, 8 bytes a page for each vCPU and 24 for the VM. An epoch with more loses none, but takes
-    /// memory and time when it is harvested.
+    /// The most dirty pages (of 4 KiB) expected in an epoch: `enable` takes memory for their lists, 8 bytes a
+    /// page for each vCPU and 24 for the VM. An epoch with more pages loses none, but its harvest takes
+    /// memory and time.
     pub max_dirty_pages: usize,
     /// Dirty pages, over all vCPUs, the global list and the hot pages, at which
     /// [`crate::Tracker::should_stop`] becomes true.
     pub trigger: usize,
-    /// KVM itself stops the vCPUs at the trigger, with [`crate::KVM_EXIT_DIRTY_RING_FULL`]: ring back end
-    /// only, elsewhere it is polled, and [`crate::Tracker::is_exact`] says which. One vCPU stops after exactly
-    /// so many entries. Several together never exceed it (each may always write one page), and stop before it
-    /// by what the others left of their last parts. Device writes cannot stop a vCPU: poll `should_stop` for
-    /// them.
+    /// KVM itself stops the vCPUs at the trigger, with [`crate::KVM_EXIT_DIRTY_RING_FULL`]. Only the ring
+    /// back end can do this; elsewhere the trigger is polled, and [`crate::Tracker::is_exact`] says which.
+    /// One vCPU stops after exactly this many entries. Several together never exceed it (each may always
+    /// write one page), and stop before it by the unused rest of the others' last parts. Device writes cannot
+    /// stop a vCPU: poll `should_stop` for them.
     ///
-    /// Intel processors with page modification logging put up to 512 entries at once, so there it is a bound
-    /// from below only. Needs a ring larger than the trigger.
+    /// Intel processors with page modification logging add up to 512 entries at once, so there it is only a
+    /// lower bound. Needs a ring larger than the trigger.
     pub exact: bool,
-    /// Whether pages that are written all the time are left writable and reported in every epoch.
+    /// Whether pages that are written all the time stay writable and are reported in every epoch.
     pub hot: HotPages,
 }
 
 impl Default for TrackerConfig {
-    /// 16,384 pages an epoch, a trigger at half of them that is polled, no hot pages.
+    /// 16,384 pages an epoch, a polled trigger at half of them, no hot pages.
     fn default() -> TrackerConfig {
         TrackerConfig {
             max_vcpus: 0,
@@ -94,7 +95,7 @@ impl TrackerConfig {
     }
 }
 
-/// Why there is no tracker.
+/// Why a tracker could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NewError {
@@ -132,9 +133,9 @@ pub enum NewError {
     /// The global list does not cover all of memory.
     #[error("the global list covers {covered} frame numbers, the layout has {needed}")]
     GlobalLogSize {
-        /// What the global list was made for.
+        /// The frame numbers that the global list covers.
         covered: u64,
-        /// What the layout needs: [`crate::MemoryLayout::gfn_space`].
+        /// The frame numbers of the layout: [`crate::MemoryLayout::gfn_space`].
         needed: u64,
     },
     /// The global list belongs to another tracker.
@@ -145,16 +146,16 @@ pub enum NewError {
     Map {
         /// The vCPU.
         vcpu: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A vCPU has no ring of the back end's size: it is of another VM than the one that was probed.
+    /// A vCPU has no ring of the back end's size: it belongs to another VM than the one that was probed.
     #[error("vCPU {vcpu} has no dirty ring of this VM's size: is it a vCPU of another VM?")]
     NotThisVm {
         /// The vCPU.
         vcpu: usize,
     },
-    /// The ring of a vCPU has been read before, by another tracker, so nobody knows where KVM writes next.
+    /// Another tracker has read the ring of a vCPU before, so nobody knows where KVM writes next.
     #[error("the dirty ring of vCPU {vcpu} has been used before: make one tracker for the life of a VM")]
     RingUsed {
         /// The vCPU.
@@ -168,7 +169,7 @@ pub enum NewError {
     Reserve(#[source] io::Error),
 }
 
-/// Why tracking was not enabled. Nothing is left on.
+/// Why tracking was not enabled. Nothing stays on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnableError {
@@ -181,8 +182,8 @@ pub enum EnableError {
     /// A vCPU thread is harvesting: the VM is not stopped.
     #[error("vCPU {0} is being harvested")]
     Busy(usize),
-    /// The tracker has met a ring overrun or a wrong reset count, from which the rings of a VM do not
-    /// recover.
+    /// The tracker has met a ring overrun or a wrong reset count; the rings of a VM do not recover from
+    /// either.
     #[error("dirty tracking of this VM has failed earlier and cannot be enabled again")]
     Failed,
     /// KVM_SET_USER_MEMORY_REGION failed.
@@ -190,10 +191,10 @@ pub enum EnableError {
     Protect {
         /// The slot number.
         slot: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// What KVM had logged before could not be cleared away.
+    /// Entries that KVM had logged before could not be cleared.
     #[error("cannot clear the dirty log")]
     Leftovers(#[source] HarvestError),
     /// Fetched pages are not re-armed yet.
@@ -217,12 +218,12 @@ pub enum DisableError {
     /// Fetched pages are not re-armed yet: drop them first.
     #[error("fetched pages are not re-armed yet")]
     Fetching,
-    /// KVM_SET_USER_MEMORY_REGION failed; the slot stays logged, all else is off.
+    /// KVM_SET_USER_MEMORY_REGION failed; the slot is still logged, everything else is off.
     #[error("cannot turn off the dirty log of memory slot {slot}")]
     Protect {
         /// The slot number.
         slot: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }

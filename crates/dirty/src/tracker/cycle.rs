@@ -12,13 +12,13 @@ use crate::layout::Gfn;
 use crate::source::{Armed, HarvestError, Plan, RearmError};
 
 impl Tracker {
-    /// Takes what vCPU `vcpu` has logged into its own list, and says how many entries that were.
+    /// Moves the logged pages of vCPU `vcpu` into its own list, and returns how many entries there were.
     ///
     /// For the thread of that vCPU, after KVM_RUN and after it has read the vCPU's state (some vCPU ioctls
-    /// write guest memory); all vCPUs can do so at once, without a lock and without allocation. It may also
-    /// be called in the middle of an epoch. What does not fit in the list stays in the ring until the epoch
-    /// ends. Before [`crate::Epoch::run`] of an epoch already harvested, and while tracking is off, it leaves
-    /// everything where it is and returns 0.
+    /// write guest memory). All vCPUs can do this at once, without a lock and without allocation, even in the
+    /// middle of an epoch. Entries that do not fit into the list stay in the ring until the epoch ends. When
+    /// the epoch is harvested but [`crate::Epoch::run`] has not been called yet, and while tracking is off,
+    /// this leaves everything where it is and returns 0.
     ///
     /// # Panics
     /// If there is no such vCPU.
@@ -40,8 +40,8 @@ impl Tracker {
         taken
     }
 
-    /// Takes all that is dirty into one list. On an error, and if the epoch is dropped, that list stays and
-    /// the next harvest goes on from there.
+    /// Takes everything dirty into one list. On an error, and if the epoch is dropped, that list stays and
+    /// the next harvest continues it.
     pub(crate) fn harvest(&self) -> Result<(), HarvestError> {
         if self.gate.is_off() {
             return Err(HarvestError::NotEnabled);
@@ -50,7 +50,7 @@ impl Tracker {
         self.gate.close();
         // Either a thread that begins to fetch sees the gate closed, or it is counted here.
         fence(Ordering::SeqCst);
-        // Threads that fetch find the gate closed; those that were faster need some microseconds.
+        // Threads that fetch find the gate closed; earlier ones need some microseconds.
         let idle = soon(|| (self.fetchers.load(Ordering::Acquire) == 0).then_some(()));
         idle.ok_or(HarvestError::Fetching)?;
         self.flat.truncate(self.trapped_len.load(Ordering::Relaxed));
@@ -60,7 +60,7 @@ impl Tracker {
         self.list_marked();
         self.written_len.store(self.flat.len(), Ordering::Relaxed);
         if let Some(hot) = &self.hot {
-            // What leaves the set has not been armed yet: it may have changed as well.
+            // A page that leaves the set has not been armed yet: it may have changed as well.
             hot.cool(|gfn| self.to_arm.push(gfn));
             self.to_arm.for_each(|gfn| self.flat.push(gfn));
             self.first_hot.store(self.flat.len(), Ordering::Relaxed);
@@ -105,7 +105,8 @@ impl Tracker {
         }
     }
 
-    /// Adds the marked pages to the list, but those that are there as trapped ones or will be as hot ones.
+    /// Adds the marked pages to the list, except those that are in it as trapped pages or will be as hot
+    /// ones.
     fn list_marked(&self) {
         let mut repeated = 0;
         let any_unarmed = self.unarmed.load(Ordering::Relaxed) != 0;
@@ -119,8 +120,7 @@ impl Tracker {
         add(&self.counters.duplicates, repeated);
     }
 
-    /// Takes a vCPU's entries. `keep` gets each page that is unarmed since; false leaves the entry where it
-    /// is.
+    /// Takes a vCPU's entries. `keep` gets each page that became unarmed; false leaves the entry where it is.
     pub(super) fn take_vcpu(
         &self,
         vcpu: usize,
@@ -137,18 +137,18 @@ impl Tracker {
         taken
     }
 
-    /// The same for the log that belongs to no vCPU, of a back end that leaves pages unarmed.
+    /// The same for the log that belongs to no vCPU, with a back end that leaves pages unarmed.
     pub(super) fn take_shared(&self, mut keep: impl FnMut(Gfn) -> bool) -> Result<usize, HarvestError> {
         let mut count = Taken::default();
         let taken = self.source.take_shared(self.slots(), &mut |page| count.page(self, page, &mut keep));
-        // Pages that are left unarmed are in this log again each time: they are no duplicates.
+        // Pages that stay unarmed are in this log again each time: they are no duplicates.
         count.repeated = 0;
         count.note(self);
         self.found.fetch_add(count.new, Ordering::Relaxed);
         taken
     }
 
-    /// The same of what is armed in the same step.
+    /// The same for pages that are armed in the same step.
     pub(super) fn take_armed(&self, ending: bool, keep: impl Fn(Gfn)) -> Result<usize, HarvestError> {
         let mut ignored = 0;
         let taken = self.source.take_armed(self.slots(), ending, &mut |page| {
@@ -162,7 +162,7 @@ impl Tracker {
         taken
     }
 
-    /// Arms what was trapped, but for hot pages, and pages that are hot no more.
+    /// Arms trapped pages, except hot ones, and pages that are no longer hot.
     pub(crate) fn rearm(&self) -> Result<(), RearmError> {
         self.choose();
         self.arm()?;
@@ -173,7 +173,7 @@ impl Tracker {
         Ok(())
     }
 
-    /// What was trapped and is not hot is armed.
+    /// Trapped pages that are not hot are armed.
     fn choose(&self) {
         // SAFETY: only the holder of the epoch stores to the list, and that is this thread.
         let trapped = unsafe { &self.flat.slice()[..self.trapped_len.load(Ordering::Relaxed)] };
@@ -194,9 +194,9 @@ impl Tracker {
     fn arm(&self) -> Result<(), RearmError> {
         let pages = self.to_arm.len();
         let unarmed = self.unarmed.load(Ordering::Relaxed);
-        // The bits go first: a write that is trapped after it was armed must be listed anew.
+        // The bits go first: a write that is trapped after the page was armed must be listed again.
         if unarmed == pages {
-            // Nothing else is unarmed, so whole words can go.
+            // Nothing else is unarmed, so whole words can be cleared.
             self.to_arm.for_each(|gfn| self.trapped.release_word(gfn));
         } else {
             self.to_arm.for_each(|gfn| _ = self.trapped.release(gfn));
@@ -214,8 +214,8 @@ impl Tracker {
         Ok(())
     }
 
-    /// Each unarmed page has cost an entry, which is held until the page is armed. So if entries do not
-    /// suffice for all pages, somebody else gives them back.
+    /// Each unarmed page has cost an entry, which is held until the page is armed. So if there are not enough
+    /// entries for all pages, somebody else gives entries back.
     pub(super) fn arm_all_of(&self, pages: &[Gfn], plan: Plan) -> Result<Armed, RearmError> {
         let armed = self.source.arm(self.slots(), pages, plan).and_then(|armed| match armed.pages {
             all if all == pages.len() => Ok(armed),
@@ -250,7 +250,7 @@ impl Tracker {
         self.warn_of_ignored();
     }
 
-    /// The epoch was dropped after its pages were armed: they are listed as marked ones, for the next
+    /// The epoch was dropped after its pages were armed: they are listed as marked pages, for the next
     /// harvest.
     pub(crate) fn take_back(&self) {
         if !self.rearmed.swap(false, Ordering::Relaxed) {
@@ -265,7 +265,7 @@ impl Tracker {
         self.flat.clear();
     }
 
-    /// Lets vCPU threads harvest again, after `begin` or when an epoch was dropped on the way.
+    /// Lets vCPU threads harvest again, after `begin` or when an epoch was dropped half way.
     pub(crate) fn reopen(&self) {
         if !self.gate.is_off() {
             self.gate.open();
@@ -281,13 +281,13 @@ impl Tracker {
         self.written_len.load(Ordering::Relaxed)
     }
 
-    /// What compares the hot pages of the epoch, and how many of its pages come before them.
+    /// Compares the hot pages of the epoch, with the number of its pages that come before them.
     pub(crate) fn comparison(&self) -> Option<(Comparison, usize)> {
         let hot = self.hot.as_ref()?;
         Some((hot.comparison(), self.first_hot.load(Ordering::Relaxed).min(self.flat.len())))
     }
 
-    /// The page at this place of the list was compared and found as it was.
+    /// The page at this place of the list was compared and has not changed.
     pub(crate) fn unchanged(&self, index: usize) {
         let Some(hot) = &self.hot else { return };
         // The list ends with the hot pages, in the order of their set.
@@ -298,8 +298,8 @@ impl Tracker {
     }
 }
 
-/// What another thread lets us have within some 100 µs of looking: no sleep, and no wait for one that is not
-/// at work.
+/// Waits for something that another thread gives us within about 100 µs: without sleep, and without waiting
+/// for a thread that is not running.
 pub(super) fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     (0..10_000).find_map(|_| {
         let found = look();

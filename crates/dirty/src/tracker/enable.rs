@@ -1,4 +1,4 @@
-//! Tracking on and off: the only places where memory is taken and given back.
+//! Turns tracking on and off: the only places where memory is taken and given back.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -11,24 +11,24 @@ impl Tracker {
     /// Takes the memory of the lists and makes the first write to every page trap; the first epoch begins.
     ///
     /// The guest may run and devices may write its memory meanwhile: nothing waits for them, so this is no
-    /// pause, however large the VM is. Every page counts as clean from the moment this returns: what is in
-    /// memory then must be copied by other means (the base copy), which may go on while the guest runs. A
-    /// write that overlaps this call may be reported or not; the base copy has it.
+    /// pause, however large the VM is. When this returns, every page counts as clean: copy the present
+    /// contents of memory by other means (the base copy), while the guest runs if you like. A write that
+    /// overlaps this call may be reported or not; the base copy has it.
     ///
-    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) holds from the second epoch on, because what makes rings
-    /// smaller needs vCPUs that stand still: [`Tracker::enable_stopped`] does it at once.
+    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) applies from the second epoch on, because making
+    /// rings smaller needs stopped vCPUs: [`Tracker::enable_stopped`] does it at once.
     pub fn enable(&self) -> Result<(), EnableError> {
         self.turn_on(None)
     }
 
     /// As [`Tracker::enable`], for a VM whose vCPUs are all out of KVM_RUN until this returns: with
-    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) the trigger holds from the first epoch on. (With a vCPU inside
-    /// KVM_RUN this would wait for it.)
+    /// [`TrackerConfig::exact`](crate::TrackerConfig::exact) the trigger applies from the first epoch on.
+    /// (With a vCPU inside KVM_RUN this would wait for it.)
     pub fn enable_stopped(&self) -> Result<(), EnableError> {
         self.turn_on(self.room())
     }
 
-    /// `room`: pages that vCPUs, which stand still, may dirty in the first epoch.
+    /// `room`: pages that the stopped vCPUs may dirty in the first epoch.
     fn turn_on(&self, room: Option<usize>) -> Result<(), EnableError> {
         let _token = Token::take(self).ok_or(EnableError::EpochOpen)?;
         if !self.gate.is_off() {
@@ -66,9 +66,9 @@ impl Tracker {
         self.source.populate(self.slots().largest());
     }
 
-    /// What an earlier life of this tracker left in the rings is forgotten while KVM logs nothing. From then
-    /// on every entry is of the first epoch: an entry that is given back without its page, which the guest
-    /// may have written a moment ago, would leave that page writable and in no list.
+    /// Entries that an earlier life of this tracker left in the rings are forgotten while KVM logs nothing.
+    /// From then on every entry belongs to the first epoch. If an entry were given back without its page, and
+    /// the guest had written that page a moment ago, the page would stay writable and be in no list.
     fn arm_everything(&self, room: Option<usize>) -> Result<(), EnableError> {
         self.discard()?;
         let armed = self.source.arm_all(self.slots());
@@ -80,7 +80,7 @@ impl Tracker {
         Ok(())
     }
 
-    /// Stops tracking and frees the memory of the lists. Pages not yet reported are forgotten. The guest may
+    /// Stops tracking and frees the memory of the lists. Pages not reported yet are forgotten. The guest may
     /// run meanwhile.
     pub fn disable(&self) -> Result<(), DisableError> {
         let _token = Token::take(self).ok_or(DisableError::EpochOpen)?;
@@ -98,15 +98,15 @@ impl Tracker {
             return Err(DisableError::Busy(vcpu));
         }
         let disarmed = self.source.disarm_all(self.slots());
-        // After KVM has ended logging, so that no entry comes behind this. A ring left full would keep its
-        // vCPU from running forever. A failed ring is past help.
+        // After KVM has stopped logging, so that no entry comes later. A ring left full would keep its vCPU
+        // from running forever. A failed ring cannot be helped.
         if let Err(error) = self.discard() {
             report::warn(format_args!("the dirty log was not cleared: {}", report::Chain(&error)));
         }
         disarmed.map_err(|SlotError { slot, source }| DisableError::Protect { slot, source })
     }
 
-    /// Forgets what stands in the rings, and gives all of it back. KVM logs nothing meanwhile.
+    /// Forgets the entries in the rings, and gives all of them back. KVM logs nothing meanwhile.
     fn discard(&self) -> Result<(), EnableError> {
         for (vcpu, lane) in self.lanes().iter().enumerate() {
             let _owner = lane.own().ok_or(EnableError::Busy(vcpu))?;
@@ -121,14 +121,14 @@ impl Tracker {
         Ok(())
     }
 
-    /// Gives every entry back that is held, but for those that make the rings as small as `room` wants them.
+    /// Gives back every held entry, except those that make the rings as small as `room` requires.
     fn arm_nothing(&self, room: Option<usize>) -> Result<(), EnableError> {
         let plan = Plan { keep: 0, room, running: false, everything: false };
         let armed = self.source.arm(self.slots(), &[], plan);
         armed.map(drop).map_err(|error| EnableError::LeftoverReset(self.rearm_failed(error)))
     }
 
-    /// Err(vcpu) if that vCPU's thread is at work in its list.
+    /// Err(vcpu) if that vCPU's thread is using its list.
     fn release_memory(&self) -> Result<(), usize> {
         // All or nothing: a list that is cleared while tracking stays on is lost.
         let mut owners = Vec::new();

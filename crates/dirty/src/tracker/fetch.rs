@@ -1,5 +1,5 @@
-//! Pages taken while the epoch goes on, by any number of threads: live migration while the guest runs, or
-//! many threads sharing the work of a stop. KVM_MT_SUBLIST_FETCH of 2016.
+//! Any number of threads take pages before the epoch ends: live migration while the guest runs, or many
+//! threads that share the work of a stop. This is KVM_MT_SUBLIST_FETCH of 2016.
 // UNSAFETY: lends the list of what is to be armed to the back end, as a slice.
 #![allow(unsafe_code)]
 
@@ -20,21 +20,21 @@ use crate::source::{HarvestError, Plan, RearmError};
 /// Two threads that fetch at the same time may get the same page one after the other: A fetches P and reads
 /// it, the guest writes P, B fetches P, reads and sends it, and A sends its older copy last. So either one
 /// lock covers fetching, reading *and* sending, or each thread fetches a [`Shard`] of its own and sends over
-/// a connection of its own. The base copy is a reader like any other: it goes over the same lock, or each
-/// thread copies the pages of its own shard.
+/// a connection of its own. The base copy is a reader like any other: it takes the same lock, or each thread
+/// copies the pages of its own shard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fetch {
-    /// Waits so long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM tells nobody of a new page, so
-    /// a wait looks every 100 µs, less often where looking costs more, and at once when a vCPU finds its ring
+    /// Waits this long for a dirty page (MT_FETCH_WAIT); None does not wait. KVM announces no new page, so a
+    /// wait checks every 100 µs, less often where checking costs more, and at once when a vCPU finds its ring
     /// full. The trigger and [`Tracker::wake_fetchers`] end it, too.
     pub wait: Option<Duration>,
     /// Re-arms the pages before it returns (MT_FETCH_REARM), so that [`Fetched::rearm`] has nothing left to
     /// do.
     pub rearm: bool,
-    /// A wait goes on until so many pages of the VM, of all shards, are dirty. Only the ring knows that
+    /// A wait continues until this many pages of the VM, over all shards, are dirty. Only the ring knows this
     /// without a system call; with the other back ends a wait ends at the first page.
     pub at_least: usize,
-    /// Only pages of this part of the VM; None is all of it.
+    /// Only pages of this part of the VM; None means all of it.
     pub shard: Option<Shard>,
 }
 
@@ -48,7 +48,7 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// Neighbouring pages that are in one part: 2 MiB.
+    /// Neighbouring pages in the same part: 2 MiB.
     const RUN: u64 = 512;
 
     /// Part `index`, from 0, of `of`. None if there is no such part.
@@ -62,12 +62,13 @@ impl Shard {
     }
 }
 
-/// How often a wait looks, at most.
+/// How often a wait checks, at most.
 const LOOK: Duration = Duration::from_micros(100);
-/// A wait sleeps so many times what the last look took, so that it costs a tenth of a processor at most.
+/// A wait sleeps this many times the duration of the last check, so that it costs a tenth of a processor at
+/// most.
 const REST: u32 = 10;
 
-/// Rung when it is certainly worth a look.
+/// Rung when a check is certainly worthwhile.
 #[derive(Default)]
 pub(super) struct Bell {
     lock: Mutex<()>,
@@ -86,7 +87,7 @@ impl Bell {
         }
     }
 
-    /// Ends every wait of now.
+    /// Ends every present wait.
     fn wake(&self) {
         self.woken.fetch_add(1, Ordering::SeqCst);
         self.ring();
@@ -104,13 +105,13 @@ impl Bell {
 }
 
 impl Tracker {
-    /// Takes dirty pages of this epoch, as many as there are and the buffer holds, while the guest runs or
-    /// while it is stopped. Any number of threads at once, with shards of their own: see [`Fetch`].
+    /// Takes dirty pages of this epoch, as many as there are and the buffer holds, while the guest runs or is
+    /// stopped. Any number of threads can do this at once, with shards of their own: see [`Fetch`].
     ///
-    /// A page that was fetched is not part of the epoch any more: the caller has it and copies it after
+    /// A page that was fetched is no longer part of the epoch: the caller has it and copies it after
     /// [`Fetched::rearm`]. From then on its next write is caught, and it is fetched or harvested again. A
     /// page that becomes hot ([`Tracker::age`]) is fetched once more and then comes when the epoch ends.
-    /// Where the back end searches a bitmap (not the ring), so does every fetch.
+    /// Where the back end searches a bitmap (not with the ring), every fetch searches it too.
     ///
     /// Returns nothing, after the wait, while an epoch is being ended.
     ///
@@ -125,7 +126,7 @@ impl Tracker {
             let began = Instant::now();
             let left = end.map_or(Duration::ZERO, |end| end.saturating_duration_since(began));
             let is_over = || self.should_stop() || self.bell.woken.load(Ordering::SeqCst) != woken;
-            // What is taken is not waited with: an epoch could not end meanwhile.
+            // Taken pages are not held during a wait: otherwise an epoch could not end meanwhile.
             let few = self.source.counts() && self.pending() < how.at_least;
             if !few || left.is_zero() || is_over() {
                 fetched.take_or_nothing()?;
@@ -141,19 +142,19 @@ impl Tracker {
         Ok(fetched)
     }
 
-    /// Ends the wait of every [`Tracker::fetch`] and [`Tracker::wait_for_room`] that waits now, as a thread
-    /// does that is about to stop the VM.
+    /// Ends the wait of every [`Tracker::fetch`] and [`Tracker::wait_for_room`] that waits now, for a thread
+    /// that is about to stop the VM.
     pub fn wake_fetchers(&self) {
         self.bell.wake();
         self.room_bell.wake();
     }
 
-    /// Waits until the ring of this vCPU has room, at most so long, and says whether it has. For a vCPU's
-    /// thread that [`Tracker::ring_full`] has told [`super::RingExit::DirtyLogFull`] while other threads fetch:
-    /// what they take and re-arm makes room, and until then KVM would return at once, again and again. True
-    /// at once with the other back ends.
+    /// Waits until the ring of this vCPU has room, at most this long, and returns whether it has. For a
+    /// vCPU's thread that got [`super::RingExit::DirtyLogFull`] from [`Tracker::ring_full`] while other
+    /// threads fetch: the pages that they take and re-arm make room, and until then KVM would return at once,
+    /// again and again. Returns true at once with the other back ends.
     ///
-    /// [`Tracker::wake_fetchers`] ends the wait; so look at your own flags when this returns.
+    /// [`Tracker::wake_fetchers`] ends the wait, so check your own flags when this returns.
     ///
     /// # Errors
     /// Tracking has failed for good.
@@ -180,8 +181,8 @@ impl Tracker {
     }
 }
 
-/// Pages that were fetched. They can be seen only after [`Fetched::rearm`], because a page read before it is
-/// armed may be written afterwards and nobody would know. Dropped instead, they come again.
+/// Fetched pages. They become visible only after [`Fetched::rearm`], because a page read before it is armed
+/// may be written afterwards without anybody noticing. If this is dropped instead, they come again.
 #[must_use = "pages that are not re-armed come again"]
 pub struct Fetched<'t, 'b> {
     tracker: &'t Tracker,
@@ -192,7 +193,7 @@ pub struct Fetched<'t, 'b> {
     len: usize,
     foreign: usize,
     shard: Option<Shard>,
-    /// Counted among the fetchers: there are pages, or soon will be, that are not armed.
+    /// Counted among the fetchers: some pages are not armed, or soon will not be.
     held: bool,
 }
 
@@ -202,12 +203,12 @@ impl<'b> Fetched<'_, 'b> {
         self.len
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Arms the pages, unless the fetch has, and lends them for reading.
+    /// Arms the pages, unless the fetch has done so, and lends them for reading.
     ///
     /// # Errors
     /// As [`crate::Epoch::rearm`]: tracking is over.
@@ -226,7 +227,7 @@ impl<'b> Fetched<'_, 'b> {
         if !tracker.gate.is_open() {
             return Ok(());
         }
-        // Said before a list is owned: an epoch that finds no list owned finds this.
+        // Announced before a list is owned: an epoch that finds no list owned finds this.
         self.tracker.fetchers.fetch_add(1, Ordering::AcqRel);
         self.held = true;
         fence(Ordering::SeqCst);
@@ -254,7 +255,7 @@ impl<'b> Fetched<'_, 'b> {
         let lanes = tracker.lanes().len();
         let first = tracker.next_lane.fetch_add(1, Ordering::Relaxed);
         for vcpu in (0..lanes).map(|index| (first + index) % lanes) {
-            // A list that another thread is at work in is that thread's.
+            // A list that another thread is using is that thread's.
             let Some(owner) = tracker.lanes()[vcpu].own() else { continue };
             if !tracker.gate.is_open() {
                 return Ok(());
@@ -298,20 +299,21 @@ impl<'b> Fetched<'_, 'b> {
             if !tracker.slots().contains(gfn) {
                 ignored += 1;
             } else if tracker.trapped.is_claimed(gfn) {
-                // It is unarmed, so it is in a list, is fetched or is hot, and its copy is still to be made:
-                // after its bit is released, which comes after this look at it, and so with the write that
-                // was marked.
+                // It is unarmed, so it is in a list, is fetched or is hot, and its copy comes later: after
+                // its bit is released. The release comes after this check, and so after the write that was
+                // marked.
             } else if self.is_ours(gfn) && self.has_space() {
                 self.buffer[self.len] = gfn;
                 self.len += 1;
             } else {
-                // Another shard's: it stays marked. Its hint goes to a place of the list that was read already.
+                // It belongs to another shard: it stays marked. Its hint goes to a place of the list that was
+                // already read.
                 tracker.global.record(gfn);
             }
             self.has_space()
         });
         add(&tracker.counters.ignored, ignored);
-        // Asked afterwards: a thread that is in doubt says so before it marks. Such pages may be writable
+        // Asked afterwards: a thread that is unsure says so before it marks. Such pages may be writable
         // without a trap, and only an epoch, which arms everything, may take them.
         if tracker.doubtful.load(Ordering::Acquire) {
             self.buffer[first..self.len].iter().for_each(|&gfn| tracker.global.record(gfn));
@@ -328,8 +330,8 @@ impl<'b> Fetched<'_, 'b> {
         let armed = tracker
             .arm_fetched(&mut self.buffer[..self.trapped])
             .and_then(|()| tracker.arm_fetched(&mut self.buffer[foreign.clone()]));
-        // Armed and not read: they are marked, for a fetch of their shard, or the epoch. Not before they are
-        // armed, for whoever finds a mark takes its page for an armed one.
+        // Armed and not read: they are marked, for a fetch of their shard or the epoch. Only after they are
+        // armed, because a thread that finds a mark takes its page for armed.
         self.buffer[foreign].iter().for_each(|&gfn| tracker.global.record(gfn));
         add(&tracker.counters.fetched, self.len as u64);
         tracker.fetched.fetch_add(self.trapped + self.foreign, Ordering::Relaxed);
@@ -341,7 +343,7 @@ impl<'b> Fetched<'_, 'b> {
 }
 
 impl Tracker {
-    /// Arms pages that were fetched, but for those that are hot from now on. Puts them into another order.
+    /// Arms fetched pages, except those that are hot from now on. Changes their order.
     fn arm_fetched(&self, pages: &mut [Gfn]) -> Result<(), RearmError> {
         let cold = self.heat(pages);
         let pages = &pages[..cold];
@@ -362,10 +364,10 @@ impl Tracker {
         Ok(())
     }
 
-    /// Puts pages that are hot from now on behind the others, and says how many others there are. Hot pages
-    /// stay unarmed, and every epoch reports them until they cool.
+    /// Moves pages that are hot from now on behind the others, and returns how many others there are. Hot
+    /// pages stay unarmed, and every epoch reports them until they cool.
     fn heat(&self, pages: &mut [Gfn]) -> usize {
-        // Two threads do not wait for each other: a page that is not looked at is armed like any other.
+        // Two threads do not wait for each other: a page that is not examined is armed like any other.
         let (Some(hot), Some(_owner)) = (&self.hot, self.heating.own()) else { return pages.len() };
         let mut cold = 0;
         for index in 0..pages.len() {
@@ -377,9 +379,9 @@ impl Tracker {
         cold
     }
 
-    /// Lets the rule for hot pages take one step, as the end of an epoch does, without stopping anybody: for
-    /// a migration, which fetches in one long epoch. Pages that cool are armed and come with the next fetch.
-    /// Call it as often as a pass over the dirty pages is made. Nothing happens while an epoch is open.
+    /// Lets the rule for hot pages advance one step, as the end of an epoch does, without stopping anybody:
+    /// for a migration, which fetches in one long epoch. Pages that cool are armed and come with the next
+    /// fetch. Call it once for each pass over the dirty pages. Nothing happens while an epoch is open.
     ///
     /// # Errors
     /// As [`crate::Epoch::rearm`]: tracking is over.
@@ -409,7 +411,7 @@ impl Tracker {
 
 impl Drop for Fetched<'_, '_> {
     fn drop(&mut self) {
-        // A failure is on record, and said by the next fetch or harvest.
+        // A failure is recorded, and the next fetch or harvest reports it.
         self.arm().ok();
         // Armed and not read: they are marked, and come with the next fetch or harvest. `rearm` has taken the
         // buffer.

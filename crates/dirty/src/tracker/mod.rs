@@ -40,38 +40,37 @@ use slots::SlotTable;
 use stats::Counters;
 use vcpus::RingShape;
 
-/// What KVM's word that a ring is full means.
+/// The meaning of KVM's report that a ring is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum RingExit {
     /// The dirty log is full: the trigger is reached, or the ring is. End the epoch.
     DirtyLogFull,
-    /// The vCPU had used up its part of the trigger and has been given more: run on.
+    /// The vCPU had used up its part of the trigger and got more: run on.
     Resume,
 }
 
-/// Dirty pages of an epoch that has not ended, as far as they are known: [`Tracker::estimate`].
+/// Dirty pages of an epoch that has not ended, as far as known: [`Tracker::estimate`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Estimate {
-    /// Pages that KVM has logged for vCPUs and that were not fetched; pages of two vCPUs count twice. None
-    /// where only a system call can tell (clear-log, bitmap): then count what fetches bring.
+    /// Pages that KVM has logged for vCPUs and that were not fetched; pages of two vCPUs count twice. None if
+    /// only a system call can tell (clear-log, bitmap): then count the fetched pages.
     pub logged: Option<usize>,
     /// Pages that the VMM has marked.
     pub marked: usize,
-    /// Pages that are left writable and may have changed.
+    /// Pages that stay writable and may have changed.
     pub hot: usize,
 }
 
-/// Knows which pages of a VM changed in an epoch. Share it in an `Arc`.
+/// Finds the pages of a VM that changed in an epoch. Share it in an `Arc`.
 ///
 /// It holds a duplicate of the VM's descriptor, so the VM lives at least as long. Make **one tracker for the
-/// life of a VM** and enable and disable it as often as needed: where KVM writes next in a ring is known only
-/// to whoever has read it from its start. Slots come and go ([`Tracker::add_slot`],
-/// [`Tracker::remove_slot`]), and so do vCPUs ([`Tracker::add_vcpu`], [`Tracker::park_vcpu`]), up to the numbers
-/// in [`TrackerConfig`]. It is `Send` and `Sync`: any thread may call any method,
-/// vCPU threads `harvest_vcpu` and `ring_full` of their own vCPU, and one thread at a time holds the
-/// [`Epoch`].
+/// life of a VM** and enable and disable it as often as needed: only a reader that has read a ring from its
+/// start knows where KVM writes next in it. Slots come and go ([`Tracker::add_slot`],
+/// [`Tracker::remove_slot`]), and so do vCPUs ([`Tracker::add_vcpu`], [`Tracker::park_vcpu`]), up to the
+/// numbers in [`TrackerConfig`]. It is `Send` and `Sync`: any thread may call any method, vCPU threads call
+/// `harvest_vcpu` and `ring_full` for their own vCPU, and one thread at a time holds the [`Epoch`].
 ///
 /// # How a page goes through it
 ///
@@ -84,16 +83,16 @@ pub struct Tracker {
     config: TrackerConfig,
     kind: DirtyKind,
     source: Box<dyn Source>,
-    /// A list for each vCPU that there may be.
+    /// A list for each possible vCPU.
     lanes: Vec<Lane>,
-    /// vCPUs that there are.
+    /// The present number of vCPUs.
     vcpus: AtomicUsize,
-    /// What the rings are like, where there are any.
+    /// The properties of the rings, if there are any.
     ring: Option<RingShape>,
     global: Arc<GlobalLog>,
     /// Pages that were trapped and are not armed again: each is in a lane, in `flat`, in `hot` or fetched.
     trapped: Bits,
-    /// How many those are.
+    /// The number of these pages.
     unarmed: AtomicUsize,
     /// Pages in `marked`.
     seen: Bits,
@@ -103,31 +102,31 @@ pub struct Tracker {
     flat: Flat,
     trapped_len: AtomicUsize,
     written_len: AtomicUsize,
-    /// Where the hot pages begin in `flat`.
+    /// The place in `flat` where the hot pages begin.
     first_hot: AtomicUsize,
-    /// What the next re-arm arms: from the harvest on, pages that are hot no more; in the re-arm, trapped
-    /// ones.
+    /// Pages for the next re-arm to arm: after the harvest, those that are no longer hot; during the re-arm,
+    /// trapped ones.
     to_arm: Flat,
     hot: Option<Arc<HotSet>>,
     gate: Gate,
-    /// Somebody holds an epoch, or is in enable or disable.
+    /// Somebody holds an epoch, or runs enable or disable.
     epoch_open: AtomicBool,
-    /// The epoch that is open has been re-armed.
+    /// The open epoch has been re-armed.
     rearmed: AtomicBool,
     all: AtomicBool,
-    /// A re-arm while the guest ran was not sure of what it did: the next one arms everything.
+    /// A re-arm while the guest ran was not sure of its result: the next one arms everything.
     doubtful: AtomicBool,
     /// 0, or 1 + the vCPU whose ring was overrun, or `WRONG_RESET`.
     failed: AtomicUsize,
-    /// Threads in `fetch`, and what they have fetched and not re-armed.
+    /// Threads in `fetch`, and the pages that they have fetched but not re-armed.
     fetchers: AtomicUsize,
-    /// Where the next fetch begins, so that threads begin at different vCPUs.
+    /// The place where the next fetch begins, so that threads begin at different vCPUs.
     next_lane: AtomicUsize,
     /// Pages of this epoch that were in no vCPU's log.
     found: AtomicUsize,
     /// Trapped pages of this epoch that were fetched.
     fetched: AtomicUsize,
-    /// The part of the log that belongs to no vCPU is taken by one thread at a time.
+    /// One thread at a time takes the part of the log that belongs to no vCPU.
     shared: Lane,
     bell: Bell,
     /// Rung when entries were given back while the guest runs.
@@ -142,14 +141,14 @@ const WRONG_RESET: usize = usize::MAX;
 impl Tracker {
     /// Checks the limits, maps the rings and reserves (not takes) memory for the lists.
     ///
-    /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the vCPUs in the order
-    /// of the numbers that [`Tracker::harvest_vcpu`] is called with.
+    /// `vm` and `vcpus` are the descriptors of the VM that `backend` was probed for; the order of the vCPUs
+    /// gives the numbers that [`Tracker::harvest_vcpu`] takes.
     ///
     /// # Safety
     /// Every slot of the layout is in this VM, with this number, base and size and with the memory at its
     /// host address, which stays mapped, until the tracker is dropped or [`Tracker::remove_slot`] has
-    /// returned: turning a slot's log on or off tells KVM all of that anew and would make a slot that is not
-    /// there.
+    /// returned: turning a slot's log on or off tells KVM all of that again, and would create a slot that
+    /// does not exist.
     pub unsafe fn new(
         layout: MemoryLayout,
         config: TrackerConfig,
@@ -186,15 +185,15 @@ impl Tracker {
         Ok(tracker)
     }
 
-    /// A tracker of memory that this process writes itself, without KVM: userfaultfd with asynchronous
-    /// write-protection and PAGEMAP_SCAN (Linux 6.7). The host addresses of the layout's slots are what is
-    /// tracked; the frame numbers are the caller's own.
+    /// A tracker for memory that this process writes itself, without KVM: userfaultfd with asynchronous
+    /// write-protection and PAGEMAP_SCAN (Linux 6.7). It tracks the host addresses of the layout's slots; the
+    /// frame numbers are the caller's own.
     ///
-    /// Not for the mapping that a running guest's memory slot uses: each scan would make KVM map all of it
-    /// anew (275 times slower, measured). For a second mapping of the same memory, which device emulation
-    /// writes, for user-space emulators, and as an oracle. Writes through other mappings and `pwrite` to a memfd
-    /// are not seen, nor is a hole that MADV_REMOVE punches, nor what is written to a page that was pinned
-    /// before it was taken: registered buffers of `io_uring`, vfio, and any call in flight that pins
+    /// Do not use it on the mapping that a running guest's memory slot uses: each scan would make KVM map all
+    /// of it anew (275 times slower, measured). Use it on a second mapping of the same memory, which device
+    /// emulation writes, for user-space emulators, and as an oracle. It does not see writes through other
+    /// mappings and `pwrite` to a memfd, nor a hole that MADV_REMOVE punches, nor writes to a page that was
+    /// pinned before it was taken: registered buffers of `io_uring`, vfio, and any call in flight that pins
     /// (`process_vm_writev`, `O_DIRECT`). Let such calls end before pages are taken, or mark their pages when
     /// they have ended.
     #[cfg(any(test, feature = "uffd"))]
@@ -234,7 +233,7 @@ impl Tracker {
         if global.gfn_space() < needed {
             return Err(NewError::GlobalLogSize { covered: global.gfn_space(), needed });
         }
-        // What there may be is reserved as address space; memory is taken for what there is.
+        // The maximum is reserved as address space; memory is taken for the present slots and vCPUs.
         let (space, pages) = match max_slots {
             0 => (needed, layout.pages()),
             _ => (global.gfn_space(), global.gfn_space()),
@@ -301,7 +300,7 @@ impl Tracker {
         self.kind
     }
 
-    /// The memory slots that are tracked now: a copy.
+    /// The present memory slots: a copy.
     pub fn layout(&self) -> MemoryLayout {
         self.slots.copy()
     }
@@ -316,8 +315,8 @@ impl Tracker {
         self.hot.as_ref().map(|hot| hot.rule())
     }
 
-    /// Whether KVM stops the vCPUs at the trigger: [`TrackerConfig::exact`] was asked for, and this back end and
-    /// kernel can do it. Known once tracking is enabled.
+    /// Whether KVM stops the vCPUs at the trigger: the caller asked for [`TrackerConfig::exact`], and this
+    /// back end and kernel support it. Known once tracking is enabled.
     pub fn is_exact(&self) -> bool {
         self.source.is_exact()
     }
@@ -338,16 +337,16 @@ impl Tracker {
     /// Dirty pages of this epoch as far as they can be seen without a system call; duplicates count, and hot
     /// pages whether or not they are written. Any thread.
     ///
-    /// With the ring that is every entry KVM has published (on Intel processors with page modification
-    /// logging a running vCPU holds back up to 512); with the other back ends it is the global list only,
-    /// until the harvest or a fetch.
+    /// With the ring this counts every entry that KVM has published (on Intel processors with page
+    /// modification logging a running vCPU holds back up to 512). With the other back ends it counts only the
+    /// global list, until the harvest or a fetch.
     pub fn pending(&self) -> usize {
         let found = self.found.load(Ordering::Relaxed);
         let logged = self.source.pending() + found + self.global.pending() + self.hot_pages();
         logged.saturating_sub(self.fetched.load(Ordering::Relaxed))
     }
 
-    /// What is known of the epoch's dirty pages without a system call, the same on every back end: for the
+    /// The known part of the epoch's dirty pages, without a system call, the same on every back end: for the
     /// stop rule of a migration. Any thread.
     pub fn estimate(&self) -> Estimate {
         let fetched = self.fetched.load(Ordering::Relaxed);
@@ -380,17 +379,17 @@ impl Tracker {
         pages
     }
 
-    /// What vCPUs may dirty in the coming epoch, if KVM is to see to it.
+    /// The number of pages that vCPUs may dirty in the coming epoch, if KVM enforces it.
     fn room(&self) -> Option<usize> {
         self.config.exact.then(|| self.config.trigger.saturating_sub(self.hot_pages()).max(1))
     }
 
-    /// Checks KVM's word that a ring is full, and says what to do. Call it at once, in the thread of the
+    /// Checks KVM's report that a ring is full, and says what to do. Call it at once, in the thread of the
     /// vCPU, when KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
     ///
     /// # Errors
-    /// [`HarvestError::Overrun`] if KVM says so again and again of a ring that is not full: it has lost its
-    /// place and would say so forever.
+    /// [`HarvestError::Overrun`] if KVM keeps saying so about a ring that is not full: it has lost its place
+    /// and would say so forever.
     ///
     /// # Panics
     /// If there is no such vCPU.
@@ -398,7 +397,7 @@ impl Tracker {
         self.check()?;
         match self.source.fullness(vcpu) {
             Fullness::Full => (),
-            // A thread that fetches has made room since.
+            // A fetching thread has made room since.
             Fullness::NotNow => return Ok(RingExit::Resume),
             Fullness::Never => return Err(self.noted(HarvestError::Overrun { vcpu })),
         }
@@ -438,8 +437,8 @@ impl Tracker {
 
     /// The `index`-th of `of` nearly equal parts of the pages, for threads that copy together.
     ///
-    /// None unless the epoch is between `rearm` and `copied`: tell the threads after the one and hear from
-    /// them before the other. `copied` waits for parts that are held then, and spins: never call it in a
+    /// None unless the epoch is between `rearm` and `copied`: start the threads after `rearm` and wait for
+    /// them before `copied`. `copied` waits for parts that are still held, and spins: never call it in a
     /// thread that holds one.
     pub fn part(&self, index: usize, of: usize) -> Option<Part<'_>> {
         (index < of && self.gate.read()).then(|| {
@@ -468,8 +467,8 @@ impl Tracker {
         error
     }
 
-    /// A re-arm failed, and nobody knows what is armed: the end of tracking. A caller that cannot hand the
-    /// error on says [`HarvestError::Failed`], so it is logged here.
+    /// A re-arm failed, and nobody knows what is armed: tracking is over. A caller that cannot pass the error
+    /// on reports [`HarvestError::Failed`], so it is logged here.
     fn rearm_failed(&self, error: RearmError) -> RearmError {
         self.failed.store(WRONG_RESET, Ordering::Release);
         report::error(format_args!("dirty tracking has failed for good: {}", report::Chain(&error)));
@@ -510,7 +509,7 @@ impl fmt::Debug for Tracker {
     }
 }
 
-/// The right to end the epoch, or to enable and disable; there is one.
+/// The right to end the epoch, or to enable and disable; there is only one.
 pub(crate) struct Token<'t> {
     pub(crate) tracker: &'t Tracker,
 }

@@ -13,18 +13,18 @@ use crate::backend::DirtyKind;
 use crate::lane::Owner;
 use crate::layout::{Gfn, LayoutError, MemoryLayout, MemorySlot};
 
-/// What is known of the memory of a slot that is added: [`Tracker::add_slot`].
+/// What the caller knows about the memory of a new slot: [`Tracker::add_slot`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotStart {
-    /// Every page of it is reported, by the next epoch at the latest. Right whatever is in it.
+    /// Every page of it is reported, by the next epoch at the latest. Right for any contents.
     Dirty,
-    /// No page of it is reported before it is written after the call. What is in it when the call returns is
-    /// copied by the caller, or known on the other side (zeros, say). A write that overlaps the call may be
-    /// reported or not; the caller's copy has it.
+    /// A page is reported only when it is written after the call. The caller copies the contents that the
+    /// slot has when the call returns, or the other side knows them (zeros, say). A write that overlaps the
+    /// call may be reported or not; the caller's copy has it.
     Clean,
 }
 
-/// Why slots and vCPUs cannot come or go at this moment. Nothing has changed: try again.
+/// Why slots and vCPUs cannot come or go now. Nothing has changed: try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrackerBusy {
@@ -43,7 +43,7 @@ pub enum TrackerBusy {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddSlotError {
-    /// Not at this moment.
+    /// Not now.
     #[error(transparent)]
     Busy(#[from] TrackerBusy),
     /// There are as many slots as [`crate::TrackerConfig::max_slots`] allows.
@@ -56,21 +56,21 @@ pub enum AddSlotError {
         slot: u32,
         /// The first page after the slot.
         end: u64,
-        /// What the global list was made for.
+        /// The frame numbers that the global list covers.
         covered: u64,
     },
     /// It does not fit the other slots.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// KVM_SET_USER_MEMORY_REGION failed: the slot may not be in the VM as it was described.
+    /// KVM_SET_USER_MEMORY_REGION failed: the slot may not be in the VM as described.
     #[error("cannot turn on the dirty log of memory slot {slot}")]
     Protect {
         /// The slot number.
         slot: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Memory without KVM ([`DirtyKind::Uffd`]) has the slots that it began with.
+    /// Memory without KVM ([`DirtyKind::Uffd`]) keeps its first slots.
     #[error("this back end ({0}) cannot take further memory slots")]
     Unsupported(DirtyKind),
 }
@@ -79,22 +79,22 @@ pub enum AddSlotError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemoveSlotError {
-    /// Not at this moment.
+    /// Not now.
     #[error(transparent)]
     Busy(#[from] TrackerBusy),
     /// The layout has no slot of this number.
     #[error("there is no memory slot {0}")]
     Unknown(u32),
-    /// Memory without KVM ([`DirtyKind::Uffd`]) keeps the slots that it began with.
+    /// Memory without KVM ([`DirtyKind::Uffd`]) keeps its first slots.
     #[error("this back end ({0}) cannot give memory slots up")]
     Unsupported(DirtyKind),
 }
 
-/// The layout of now.
+/// The present layout.
 ///
-/// Rule: whoever reads it holds the token, or owns a list and has found the gate open since, or is counted
-/// among the fetchers and has found the gate open since. It is changed under [`Quiet`], which has all of that
-/// to itself. Others get a copy, under the lock.
+/// Rule: a reader holds the token, or owns a list and has found the gate open since, or is counted among the
+/// fetchers and has found the gate open since. Changes are made under [`Quiet`], which excludes all of these.
+/// Others get a copy, under the lock.
 pub(super) struct SlotTable {
     now: UnsafeCell<MemoryLayout>,
     change: Mutex<()>,
@@ -130,7 +130,7 @@ impl SlotTable {
     }
 }
 
-/// Nobody harvests, fetches, re-arms or ends an epoch until it is dropped.
+/// While it lives, nobody harvests, fetches, re-arms or ends an epoch.
 struct Quiet<'t> {
     owners: Vec<Owner<'t>>,
     token: Token<'t>,
@@ -169,27 +169,28 @@ impl Drop for Quiet<'_> {
 }
 
 impl Tracker {
-    /// The layout, for those who may read it: see [`SlotTable`].
+    /// The layout, for callers that may read it: see [`SlotTable`].
     pub(super) fn slots(&self) -> &MemoryLayout {
         // SAFETY: every caller holds the token, or owns a list or is counted as a fetcher and has found the gate
         // open since; the borrow does not outlive that.
         unsafe { self.slots.now() }
     }
 
-    /// Says that the VMM has made a memory slot (memory hotplug, virtio-mem), and tracks it from now on. The
-    /// guest may run, and may have written the slot already; whether its dirty log was on makes no difference.
+    /// Call this when the VMM has made a memory slot (memory hotplug, virtio-mem): it is tracked from now on.
+    /// The guest may run, and may have written the slot already; whether its dirty log was on makes no
+    /// difference.
     ///
-    /// **What is in the slot** when this returns is either reported ([`SlotStart::Dirty`], the choice that
-    /// cannot lose anything) or the caller's to copy ([`SlotStart::Clean`]). From then on every write is
-    /// reported, as of any other slot.
+    /// **The contents of the slot** when this returns are either reported ([`SlotStart::Dirty`], the choice
+    /// that cannot lose anything) or the caller's to copy ([`SlotStart::Clean`]). From then on every write is
+    /// reported, as in any other slot.
     ///
-    /// It takes memory and some milliseconds a GiB (KVM write-protects the slot), in which no epoch can begin and
-    /// fetches of bitmaps find nothing; vCPU threads harvest meanwhile, but for a moment in which they may hear
-    /// [`crate::HarvestError::Busy`]. Call it in a thread that may wait, not in the pause.
-    /// [`crate::TrackerConfig::max_slots`] says beforehand how many slots there may be.
+    /// This takes memory and some milliseconds a GiB (KVM write-protects the slot). Meanwhile no epoch can
+    /// begin and fetches of bitmaps find nothing; vCPU threads can harvest, except for a moment in which they
+    /// may get [`crate::HarvestError::Busy`]. Call it in a thread that may wait, not in the pause.
+    /// [`crate::TrackerConfig::max_slots`] limits the number of slots.
     ///
     /// # Errors
-    /// [`AddSlotError`]: nothing has changed, and of the slot nothing is tracked.
+    /// [`AddSlotError`]: nothing has changed, and nothing of the slot is tracked.
     ///
     /// # Safety
     /// As for [`Tracker::new`]: the slot is in this VM, with this number, base and size and with the memory at
@@ -216,7 +217,7 @@ impl Tracker {
         [&self.trapped, &self.seen].into_iter().for_each(|bits| bits.populate(&slot));
         self.global.populate(&slot);
         self.source.populate(layout.largest());
-        // First: an entry of the slot that KVM logs once its log is on must be known as one.
+        // First: an entry of the slot that KVM logs once its log is on must be recognised.
         self.slots.change(&quiet, layout);
         if let Err(source) = self.arm_slot(&mut quiet, &slot) {
             self.slots.change(&quiet, self.slots().without(slot.id));
@@ -230,16 +231,17 @@ impl Tracker {
         Ok(())
     }
 
-    /// Turns the log of a new slot on, while vCPU threads harvest and rings are fetched: that takes long.
+    /// Turns the log of a new slot on, while vCPU threads harvest and rings are fetched, because it takes
+    /// long.
     fn arm_slot<'t>(&'t self, quiet: &mut Quiet<'t>, slot: &MemorySlot) -> io::Result<()> {
-        // The two last lists stay: what belongs to no vCPU is not fetched, and nothing heats, while the slot is in
-        // the layout and its log is not on yet.
+        // The last two lists are kept: while the slot is in the layout and its log is not on yet, entries of
+        // no vCPU are not fetched, and nothing heats.
         let vcpus = quiet.owners.len() - 2;
         quiet.owners.drain(..vcpus);
         self.gate.open();
         let armed = self.source.arm_slot(slot);
         if armed.is_err() {
-            // Rare, and it may take as long as a thread that fetches needs.
+            // Rare, and may take as long as a fetching thread needs.
             self.gate.close();
             fence(Ordering::SeqCst);
             while self.fetchers.load(Ordering::Acquire) != 0 {
@@ -258,17 +260,17 @@ impl Tracker {
         armed
     }
 
-    /// Says that the VMM has removed a memory slot from the VM, or is about to: in either order. What has been
-    /// logged of it and not reported is forgotten: no page of the slot is listed any more, hot ones included.
-    /// The log of the slot is not turned on or off any more, which would bring it back. The number is free for
-    /// another slot.
+    /// Call this when the VMM has removed a memory slot from the VM, or is about to: the order does not
+    /// matter. Pages of the slot that were logged and not reported are forgotten: no page of it is listed any
+    /// more, including hot ones. The log of the slot is never turned on or off again, which would bring it
+    /// back. Another slot may use the number.
     ///
-    /// Entries of it that KVM has written to a ring, or writes yet, are passed over
-    /// ([`crate::TrackerStats::ignored`]), and so does KVM when they are given back (virt/kvm/dirty_ring.c,
-    /// kvm_reset_dirty_gfn: there is no such slot, or it is smaller). If a slot of the same number is added, some
-    /// of its pages may be reported because of such entries although nobody wrote them. If it is removed from KVM
-    /// first, a harvest or a fetch of a bitmap in between fails with [`crate::HarvestError::GetDirtyLog`]; nothing
-    /// is lost by that.
+    /// Entries of the slot that KVM has written to a ring, or still writes, are skipped
+    /// ([`crate::TrackerStats::ignored`]); KVM skips them too when they are given back
+    /// (virt/kvm/dirty_ring.c, kvm_reset_dirty_gfn: the slot does not exist, or is smaller). If a slot of the
+    /// same number is added, some of its pages may be reported because of such entries although nobody wrote
+    /// them. If the slot is removed from KVM first, a harvest or a fetch of a bitmap in between fails with
+    /// [`crate::HarvestError::GetDirtyLog`]; nothing is lost by that.
     ///
     /// # Errors
     /// [`RemoveSlotError`]: nothing has changed, and the slot's memory must stay where it is.
@@ -283,7 +285,7 @@ impl Tracker {
         Ok(())
     }
 
-    /// Forgets what is known of the pages of a slot.
+    /// Forgets everything known about the pages of a slot.
     fn forget(&self, quiet: &Quiet<'_>, slot: &MemorySlot) {
         let is_left = |gfn| !slot.holds(gfn);
         quiet.owners.iter().for_each(|owner| owner.retain(is_left));

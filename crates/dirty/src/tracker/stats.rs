@@ -1,10 +1,10 @@
-//! What a tracker has counted.
+//! The counters of a tracker.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::report;
 
-/// Counters since the tracker was made, but `hot` and `credits`, which are of this moment.
+/// Counters since the tracker was made, except `hot` and `credits`, which are present values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TrackerStats {
@@ -12,32 +12,32 @@ pub struct TrackerStats {
     pub epochs: u64,
     /// Pages of completed epochs, hot ones included.
     pub pages: u64,
-    /// Ring entries and marks of pages that were in the epoch already.
+    /// Ring entries and marks of pages that were already in the epoch.
     pub duplicates: u64,
-    /// Times that a vCPU's list was full and its further entries were left in the ring until the epoch ended.
+    /// How often a vCPU's list was full and its further entries were left in the ring until the epoch ended.
     pub spilled: u64,
     /// Epochs with more than `max_dirty_pages`.
     pub oversized: u64,
     /// Harvests that searched the global bitmap because the global list was full or a marker was at work.
     pub searches: u64,
-    /// Ring entries and marks that are no page of the layout.
+    /// Ring entries and marks that are not pages of the layout.
     pub ignored: u64,
     /// Resets that were interrupted, after which all of memory was write-protected anew.
     pub full_rearms: u64,
-    /// Pages that threads fetched while the epoch went on.
+    /// Pages that threads fetched before the epoch ended.
     pub fetched: u64,
     /// Hot pages now.
     pub hot: u64,
     /// Pages that became hot.
     pub heated: u64,
-    /// Pages that ceased to be hot, most of them to see whether they still are.
+    /// Pages that ceased to be hot, most of them as a probe.
     pub cooled: u64,
-    /// Traps that hot pages would have cost had each been written in every epoch: the most that was saved.
-    /// Each that the caller found [unchanged](crate::Epoch::unchanged) is taken off.
+    /// Traps that hot pages would have cost if each had been written in every epoch: the most that was saved.
+    /// Each page that the caller found [unchanged](crate::Epoch::unchanged) is subtracted.
     pub traps_avoided: u64,
     /// Ring entries held back now: for pages that are hot, and for an exact trigger.
     pub credits: u64,
-    /// Times that a vCPU at its limit was given more of the trigger.
+    /// How often a vCPU at its limit got more of the trigger.
     pub grants: u64,
 }
 
@@ -53,7 +53,7 @@ pub(super) struct Counters {
     pub(super) fetched: AtomicU64,
     pub(super) traps_avoided: AtomicU64,
     pub(super) grants: AtomicU64,
-    /// `ignored` when it was last warned of.
+    /// `ignored` at the last warning.
     pub(super) warned: AtomicU64,
 }
 
@@ -64,7 +64,7 @@ pub(super) fn add(counter: &AtomicU64, amount: u64) {
 }
 
 impl super::Tracker {
-    /// What was counted.
+    /// The counters.
     pub fn stats(&self) -> TrackerStats {
         let counters = &self.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

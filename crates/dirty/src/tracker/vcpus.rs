@@ -15,7 +15,7 @@ use crate::source::ring::{Mapping, Ring};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddVcpuError {
-    /// Not at this moment.
+    /// Not now.
     #[error(transparent)]
     Busy(#[from] TrackerBusy),
     /// There are as many vCPUs as [`crate::TrackerConfig::max_vcpus`] allows.
@@ -27,14 +27,14 @@ pub enum AddVcpuError {
     /// Its descriptor could not be duplicated.
     #[error("cannot duplicate the descriptor of vCPU {vcpu}")]
     Descriptor {
-        /// The number that it would have had.
+        /// The number that it would have got.
         vcpu: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// What the rings of a VM's vCPUs are like.
+/// The properties of the rings of a VM's vCPUs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RingShape {
     entries: u32,
@@ -46,8 +46,8 @@ impl RingShape {
         RingShape { entries: backend.ring_entries(), reserved: backend.reserved() }
     }
 
-    /// The ring of a vCPU. One that KVM has written to is taken only if nobody has read it: `fresh` asks for one
-    /// that KVM has not written to at all.
+    /// The ring of a vCPU. A ring that KVM has written to is accepted only if nobody has read it; `fresh`
+    /// demands one that KVM has not written to at all.
     pub(super) fn map(self, vcpu: usize, fd: BorrowedFd<'_>, fresh: bool) -> Result<Ring, NewError> {
         let mapping = Mapping::of_vcpu(fd, self.entries).map_err(|source| NewError::Map { vcpu, source })?;
         if !mapping.is_backed() {
@@ -61,23 +61,23 @@ impl RingShape {
 }
 
 impl Tracker {
-    /// The lists of the vCPUs that there are.
+    /// The lists of the present vCPUs.
     pub(super) fn lanes(&self) -> &[Lane] {
         &self.lanes[..self.vcpus()]
     }
 
-    /// vCPUs that the tracker knows, parked ones included.
+    /// vCPUs that the tracker knows, including parked ones.
     pub fn vcpus(&self) -> usize {
         self.vcpus.load(Ordering::Acquire)
     }
 
-    /// Says that the VMM has made a vCPU (vCPU hotplug), and tracks what it writes. Returns its number, the next
-    /// one. The other vCPUs may run; this one has not run yet: what it wrote before is in its ring and comes with
-    /// the next epoch, but an epoch that ended before did not have it.
+    /// Call this when the VMM has made a vCPU (vCPU hotplug): its writes are tracked. Returns its number, the
+    /// next one. The other vCPUs may run; this one must not have run yet: its earlier writes are in its ring
+    /// and come with the next epoch, but an epoch that ended before did not have them.
     ///
-    /// With [`crate::TrackerConfig::exact`] the trigger holds for it from the next epoch on.
-    /// [`crate::TrackerConfig::max_vcpus`] says beforehand how many there may be, and
-    /// [`DirtyBackend::probe`] makes the rings accordingly. It takes memory; call it outside the pause.
+    /// With [`crate::TrackerConfig::exact`] the trigger covers it from the next epoch on.
+    /// [`crate::TrackerConfig::max_vcpus`] limits the number of vCPUs, and [`DirtyBackend::probe`] sizes the
+    /// rings accordingly. This takes memory; call it outside the pause.
     ///
     /// # Errors
     /// [`AddVcpuError`]: nothing has changed.
@@ -106,7 +106,7 @@ impl Tracker {
         self.vcpus.store(number + 1, Ordering::Release);
     }
 
-    /// As [`Tracker::add_vcpu`], with a ring of a naive kernel.
+    /// As [`Tracker::add_vcpu`], with the ring of a naive kernel.
     #[cfg(test)]
     pub(crate) fn add_test_vcpu(&self, ring: Option<Ring>) -> Result<usize, AddVcpuError> {
         let token = Token::take(self).ok_or(TrackerBusy::EpochOpen)?;
@@ -118,9 +118,9 @@ impl Tracker {
         Ok(self.vcpus() - 1)
     }
 
-    /// Says that a vCPU does not run any more (it was unplugged; KVM keeps it until the VM goes). What it has
-    /// written is not forgotten: it comes with the next fetch or epoch. From the next epoch on it has no part of
-    /// an exact trigger. Any thread, any time.
+    /// Call this when a vCPU no longer runs (it was unplugged; KVM keeps it until the VM ends). Its writes
+    /// are not forgotten: they come with the next fetch or epoch. From the next epoch on it has no part of an
+    /// exact trigger. Any thread, any time.
     ///
     /// # Panics
     /// If there is no such vCPU.

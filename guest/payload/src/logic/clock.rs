@@ -1,10 +1,10 @@
 //! Time that only goes forward, from a time stamp counter that may jump.
 //!
 //! A takeover resumes the VM on another host with another counter. The guest must neither see time run
-//! backwards nor have all its timers expire at once because the other host was booted earlier, so a step that
+//! backwards nor have all its timers expire at once because the other host was booted earlier. So a step that
 //! no running guest can have made does not count at all.
 
-/// Largest step that is believed: twice the longest time a vCPU sleeps.
+/// Largest step that counts: twice the longest time that a vCPU sleeps.
 const MAX_STEP_US: u64 = 2_000_000;
 
 /// Longest sleep; a vCPU that idles longer would mistake the sleep for a jump.
@@ -16,7 +16,7 @@ pub struct Clock {
     tsc_khz: u64,
     last_tsc: u64,
     now_us: u64,
-    /// Counter ticks times 1000 that did not make up a whole microsecond yet.
+    /// Counter ticks times 1000 that have not made up a whole microsecond yet.
     rest: u64,
 }
 
@@ -30,7 +30,7 @@ impl Clock {
     pub fn update(&mut self, tsc: u64) -> u64 {
         let ticks = tsc.wrapping_sub(self.last_tsc);
         self.last_tsc = tsc;
-        // A counter that went back shows as a huge step here.
+        // A counter that went back appears as a huge step here.
         if ticks <= self.tsc_khz.saturating_mul(MAX_STEP_US / 1000) {
             let scaled = ticks.saturating_mul(1000).saturating_add(self.rest);
             self.now_us += scaled / self.tsc_khz;

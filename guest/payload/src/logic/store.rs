@@ -16,11 +16,11 @@ use super::resp::MAX_BULK;
 const NONE: u32 = u32::MAX;
 /// Entries are allocated in groups of this many.
 const GROUP: usize = 64;
-/// What an allocation costs beside its bytes, rounded up.
+/// The overhead of an allocation, rounded up.
 const ALLOCATION_COST: usize = 16;
-/// What a key costs beside the bytes of key and value.
+/// The overhead of a key, beside the bytes of key and value.
 pub const KEY_COST: usize = mem::size_of::<Entry>() + ALLOCATION_COST;
-/// The budget of bytes for which one bucket is made.
+/// The bytes of budget for each bucket.
 const BYTES_PER_BUCKET: usize = 256;
 
 /// Why a write was refused. The store is as it was before.
@@ -118,7 +118,7 @@ impl Store {
         Ok(len - key_len + tail.len())
     }
 
-    /// True when these pairs fit at once, were all keys new: the worst case.
+    /// True when these pairs fit at once even if all keys are new: the worst case.
     pub fn has_room<'a>(&self, pairs: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> bool {
         let need: usize = pairs.map(|(key, value)| KEY_COST + key.len() + value.len()).sum();
         self.used.saturating_add(need) <= self.limit
@@ -150,7 +150,7 @@ impl Store {
     /// Removes everything.
     pub fn clear(&mut self) {
         let groups = mem::take(&mut self.groups);
-        // Only the buckets in use: to write all of them would dirty megabytes for a handful of keys.
+        // Only the buckets in use: writing all of them would dirty megabytes for a handful of keys.
         for entry in groups.iter().flatten() {
             let bucket = self.bucket(entry.hash);
             self.buckets[bucket] = NONE;
@@ -315,7 +315,7 @@ mod tests {
         ]
     }
 
-    /// What the store says it uses is what it holds.
+    /// The memory that the store reports is the memory that it holds.
     fn check_accounting(store: &Store, oracle: &HashMap<Vec<u8>, Vec<u8>>) {
         assert_eq!(store.len(), oracle.len());
         assert!(store.used() <= store.limit());

@@ -1,4 +1,4 @@
-//! What it costs here.
+//! The costs on this machine.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Memory that cannot be tracked, or not any more; and that nothing is left behind.
+//! Memory that cannot be tracked, or no longer; and nothing is left behind.
 
 use std::fs;
 use std::io;
@@ -29,7 +29,7 @@ fn memory_that_is_unmapped_is_an_error() {
         }));
         assert_eq!((slot, pages), (3, vec![1, 60]));
         assert_eq!(error.to_string(), "a part of it is not mapped");
-        // Mapped again, it is not ours; what was found before it is handed out all the same.
+        // Mapped again, it is not ours; pages that were found before are handed out all the same.
         map(memory.page(20), 2, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1).unwrap();
         memory.store(2, 1);
         memory.store(4, 1);

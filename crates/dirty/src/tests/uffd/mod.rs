@@ -51,8 +51,8 @@ pub(super) fn map(at: *mut u8, pages: u64, flags: i32, fd: i32) -> io::Result<*m
     if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at.cast()) }
 }
 
-/// An address far from where the kernel puts mappings by itself: nothing of a test that runs beside this one
-/// comes into a hole that is made there, and no two mappings become one.
+/// An address far from the kernel's own choices for mappings: nothing of a parallel test gets into a hole
+/// that is made there, and no two mappings become one.
 pub(super) fn anywhere() -> *mut u8 {
     static NEXT: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
     std::ptr::with_exposed_provenance_mut(NEXT.fetch_add(1 << 36, Ordering::Relaxed))
@@ -136,7 +136,7 @@ impl Drop for Memory {
     }
 }
 
-/// One slot at page 256, and its armed tracker; None, after saying why, where the kernel cannot.
+/// One slot at page 256, and its armed tracker; None, after saying why, if the kernel cannot do it.
 pub(super) fn track(memory: &Memory) -> Option<(MemoryLayout, Uffd)> {
     let layout = MemoryLayout::new(vec![memory.slot(3, BASE)]).unwrap();
     let uffd = open(&layout)?;
@@ -214,7 +214,7 @@ impl Random {
 // --- system calls that write memory
 // -------------------------------------------------------------------------------
 
-/// A file that reads as 64 bytes of the same.
+/// A file of 64 equal bytes.
 pub(super) fn source_of_bytes() -> File {
     let mut file = memfd();
     file.write_all(&[7; 64]).unwrap();

@@ -1,4 +1,4 @@
-//! Takes with more or with less room than there are pages.
+//! Takes with more or with less room than pages.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::{Backing, Memory, NONE, REGIONS, Random, open, take, take_some, taken
 use crate::layout::MemoryLayout;
 use crate::source::Source;
 
-/// More regions than the kernel's own buffer has room for (512), and than ours has.
+/// More regions than fit into the kernel's own buffer (512), and than into ours.
 #[test]
 fn any_number_of_regions_comes_in_one_take() {
     let memory = Memory::new(Backing::Shared, 3 * REGIONS).unwrap();
@@ -43,7 +43,7 @@ fn a_sink_without_room_loses_nothing() {
             let room = random.below(3000) as usize;
             let some = take_some(&uffd, &layout, room);
             seen.extend_from_slice(&some);
-            // The rest at once, now and then.
+            // From time to time, the rest at once.
             if some.len() < room || random.below(8) == 0 {
                 seen.extend(take(&uffd, &layout).unwrap());
                 break;
@@ -72,8 +72,7 @@ fn a_slot_that_is_always_written_does_not_keep_the_next_one_out() {
         }
         assert!(calls < 20);
     }
-    // And a take with room finds all that was written by then, in front of and behind the place where it
-    // begins.
+    // A take with room finds all earlier writes, before and after the place where it begins.
     (0..512).for_each(|page| busy.store(page, 2));
     let all: BTreeSet<_> = take(&uffd, &layout).unwrap().into_iter().collect();
     assert_eq!(all, (0..512).collect());
@@ -88,7 +87,7 @@ fn leftovers_are_forgotten_when_tracking_begins_anew() {
     uffd.disarm_all(&layout).unwrap();
     uffd.arm_all(&layout).unwrap();
     assert_eq!(taken(&uffd, &layout), NONE);
-    // Arming what is armed is allowed, and makes it clean.
+    // Arming a page that is armed is allowed, and makes it clean.
     memory.store(1, 1);
     uffd.arm_all(&layout).unwrap();
     assert_eq!(taken(&uffd, &layout), NONE);

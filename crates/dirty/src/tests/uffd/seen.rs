@@ -30,7 +30,7 @@ fn writes_of_every_kind_are_seen_once() {
         }
         assert_eq!(taken(&uffd, &layout), [0, 99, 100, 150, 4095]);
         assert_eq!(taken(&uffd, &layout), NONE);
-        // The same value again is a write; a read is none.
+        // Writing the same value again is a write; reading is not.
         memory.store(150, 2);
         assert_eq!(
             memory.word(151, 0).load(Ordering::Relaxed) + memory.word(9, 0).load(Ordering::Relaxed),
@@ -53,7 +53,7 @@ fn writes_of_every_kind_are_seen_once() {
     }
 }
 
-/// Pages that are given back and come again as zero have changed; those of a memfd keep their contents.
+/// Pages that are given back and return as zero have changed; pages of a memfd keep their contents.
 #[test]
 fn pages_given_back() {
     for (backing, expected) in [(Backing::Private, &[5][..]), (Backing::Shared, &[])] {
@@ -67,8 +67,7 @@ fn pages_given_back() {
     }
 }
 
-/// The documented limits. Should a kernel report one of these some day, it is the documentation that has to
-/// change.
+/// The documented limits. If a kernel reports one of these some day, the documentation has to change.
 #[test]
 fn writes_past_the_mapping_are_not_seen() {
     let memory = Memory::new(Backing::Shared, 64).unwrap();
@@ -103,7 +102,7 @@ fn a_huge_page_of_hugetlb_is_dirty_as_a_whole() {
     assert_eq!((error.slot, error.source.raw_os_error()), (1, Some(libc::EINVAL)));
 }
 
-/// Transparent huge pages are split by a write, and tracked by small page.
+/// A write splits transparent huge pages, and they are tracked by small page.
 #[test]
 fn a_transparent_huge_page_is_not() {
     let memory = Memory::new(Backing::Private, 4096).unwrap();
@@ -119,7 +118,7 @@ fn a_transparent_huge_page_is_not() {
     }
 }
 
-/// No privilege is needed, with vm.unprivileged_userfaultfd at 0 too: the same test as nobody.
+/// No privilege is needed, even with vm.unprivileged_userfaultfd at 0: the same test as nobody.
 #[test]
 fn works_without_privileges() {
     if track(&Memory::new(Backing::Private, 1).unwrap()).is_none() {

@@ -1,5 +1,5 @@
 //! Two threads write at random, and a copy made of nothing but the reported pages is compared with memory
-//! after every epoch: of the back end alone, and of a tracker over it.
+//! after every epoch: once with the back end alone, and once with a tracker over it.
 
 use std::fs::File;
 use std::sync::RwLock;
@@ -50,7 +50,7 @@ impl Ram {
     }
 }
 
-/// What a standby has: the contents of pages as they were when they were copied.
+/// A standby's copy: the contents of pages when they were copied.
 struct Copy(Vec<u64>);
 
 impl Copy {
@@ -68,7 +68,7 @@ impl Copy {
         self.page(gfn).iter_mut().zip(ram.words(gfn)).for_each(|(old, now)| *old = now);
     }
 
-    /// Pages that are not as they are in memory. They are copied, so that each is counted once.
+    /// Pages that differ from memory. They are copied, so that each counts once.
     fn mend(&mut self, ram: &Ram) -> usize {
         let differs = |gfn: &u64| !ram.words(*gfn).eq(self.page(*gfn).iter().copied());
         let different: Vec<_> = ram.pages().filter(differs).collect();
@@ -81,7 +81,7 @@ impl Copy {
     }
 }
 
-/// Who has written a word: the writers say it in its lowest bits. Files read as bytes of 7.
+/// The writer of a word: writers put their number into its lowest bits. Files read as bytes of 7.
 fn writer_of(word: u64) -> &'static str {
     ["a store", "process_vm_writev", "a store to the other mapping", "preadv"][word as usize % 4]
 }
@@ -107,7 +107,7 @@ impl From<'_> {
         }
     }
 
-    /// Takes the others when nobody writes, and ends the epoch.
+    /// Takes the others while nobody writes, and ends the epoch.
     fn rest(&self, random: &mut Random) -> Vec<u64> {
         match self {
             From::BackEnd(uffd, layout) => take(uffd, layout).unwrap(),
@@ -154,7 +154,7 @@ impl Writer<'_> {
             let (page, place) = (random.below(memory.pages), random.below(WORDS as u64) as usize);
             let stamp = self.stamp.fetch_add(1, Ordering::Relaxed) << 2;
             match (random.below(16), self.global) {
-                // Not while pages are taken: the call may have pinned its page by then, and write it later.
+                // Not while pages are taken: the call may have pinned its page already, and write it later.
                 (0, _) => self.through_pins(|| {
                     by_process_vm_writev(memory.word(page, place).as_ptr().cast(), stamp | 1)
                 }),
@@ -170,7 +170,8 @@ impl Writer<'_> {
     }
 }
 
-/// Returns the pages reported, and those that had changed and were not. Every `lose`-th report is ignored.
+/// Returns the number of reported pages, and of those that had changed without a report. Every `lose`-th
+/// report is ignored.
 fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose: usize) -> (usize, usize) {
     let (file, stamp, stop) = (source_of_bytes(), AtomicU64::new(1), AtomicBool::new(false));
     let pins = RwLock::new(());
@@ -202,7 +203,7 @@ fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose
                 start
             })
             .collect();
-        // So that a thread that fails ends the test.
+        // So that a failing thread ends the test.
         drop(done);
         for _ in 0..epochs {
             stop.store(false, Ordering::Relaxed);
@@ -210,7 +211,7 @@ fn run(ram: &Ram, from: &From<'_>, global: Option<&GlobalLog>, epochs: u64, lose
             for _ in 0..random.below(3) {
                 std::thread::sleep(Duration::from_micros(random.below(100)));
                 let room = random.below(200) as usize;
-                // Copied while others write: what comes after the take must be reported again.
+                // Copied while others write: writes after the take must be reported again.
                 let pages = {
                     let _alone = pins.write().unwrap();
                     from.some(room, &mut random)

@@ -1,4 +1,4 @@
-//! The commands: what each takes, what it does, what it replies.
+//! The commands: their arguments, their work, their replies.
 
 mod connection;
 mod strings;
@@ -32,7 +32,7 @@ pub trait Machine {
     fn wake_workers(&mut self);
 }
 
-/// What the server has to do after a command. Its reply is in the output already where not said otherwise.
+/// The server's task after a command. The reply is in the output already unless stated otherwise.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Nothing.
@@ -43,13 +43,13 @@ pub enum Outcome {
     ListClients,
     /// Hold the connection until this verification is finished, then reply with its result.
     AwaitVerification(u32),
-    /// Execute nothing for so many microseconds, then reply OK.
+    /// Execute nothing for this many microseconds, then reply OK.
     Sleep(u64),
     /// Close all connections and power off.
     Shutdown,
 }
 
-/// Everything a command works on.
+/// Everything that a command works on.
 pub struct Context<'a> {
     /// The request.
     pub args: &'a Args,
@@ -57,11 +57,11 @@ pub struct Context<'a> {
     pub store: &'a mut Store,
     /// The machine.
     pub machine: &'a mut dyn Machine,
-    /// Who asks.
+    /// The client.
     pub client: &'a mut Client,
     /// Counters of the server.
     pub totals: &'a mut Totals,
-    /// Where the reply goes.
+    /// The destination of the reply.
     pub out: &'a mut Reply,
 }
 

@@ -71,16 +71,16 @@ fn store(cx: &mut Context<'_>, reply: fn(&mut Reply)) -> Outcome {
     }
 }
 
-/// Sets `key` and replies with the value it had.
+/// Sets `key` and replies with its old value.
 fn replace(cx: &mut Context<'_>, key: &[u8], value: &[u8]) -> Outcome {
-    // The old value must be in the output before it is overwritten, and must not be when the write is
+    // The old value must be in the output before it is overwritten, and must not be there if the write is
     // refused.
     let growth = value.len().saturating_sub(cx.store.get(key).map_or(0, <[u8]>::len));
     if growth > 0 && !cx.store.has_room([(key, value)].into_iter()) {
         return cx.refuse(StoreError::OutOfMemory);
     }
     cx.out.bulk_or_null(cx.store.get(key));
-    // With room in the budget this fails only when the heap is too fragmented, and then the reply is out
+    // With room in the budget this fails only if the heap is too fragmented, and then the reply is out
     // already.
     if cx.store.set(key, value).is_err() { Outcome::Close } else { Outcome::Done }
 }
@@ -119,7 +119,7 @@ pub(super) fn mset(cx: &mut Context<'_>) -> Outcome {
         return cx.fail("wrong number of arguments for 'mset' command");
     }
     let pairs = || (1..args.len()).step_by(2).map(|index| (args.get(index), args.get(index + 1)));
-    // All or nothing: no key is set when not all of them fit.
+    // All or nothing: if not all of them fit, no key is set.
     if !cx.store.has_room(pairs()) {
         return cx.refuse(StoreError::OutOfMemory);
     }

@@ -12,7 +12,7 @@ pub(super) const VERSION: &str = "7.2.0";
 /// Numbers about the machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Facts {
-    /// Microseconds since boot, without the time the VM stood still.
+    /// Microseconds since boot, without the time for which the VM was stopped.
     pub uptime_us: u64,
     /// vCPUs.
     pub vcpus: u32,
@@ -43,7 +43,7 @@ pub struct Totals {
     pub client_bytes: usize,
 }
 
-/// Who asks.
+/// The client.
 #[derive(Debug)]
 pub struct Client {
     /// Number of the connection, from 1.
@@ -96,7 +96,7 @@ pub(super) fn info(cx: &mut Context<'_>) -> Outcome {
             || (1..cx.args.len())
                 .any(|i| cx.is(i, name) || cx.is(i, "all") || cx.is(i, "default") || cx.is(i, "everything"))
     };
-    // Writing to a `Reply` never fails; when memory runs out the reply is marked as broken.
+    // Writing to a `Reply` never fails; if memory runs out the reply is marked as broken.
     if wanted("server") {
         let _ = write!(text, "# Server\r\nserver_name:outlive-payload\r\nredis_version:{VERSION}\r\n");
         let _ = write!(text, "redis_mode:standalone\r\narch_bits:64\r\ntcp_port:6379\r\n");
@@ -135,7 +135,7 @@ pub(super) fn info(cx: &mut Context<'_>) -> Outcome {
     Outcome::Done
 }
 
-/// The settings CONFIG GET knows.
+/// The settings that CONFIG GET knows.
 fn setting(cx: &Context<'_>, index: usize, value: &mut Reply) -> Option<&'static str> {
     let (name, number) = match index {
         0 => ("maxmemory", cx.store.limit()),

@@ -6,16 +6,16 @@ use super::{Context, Outcome, connection, strings, system, work};
 pub(super) struct Command {
     /// In lower case.
     pub(super) name: &'static str,
-    /// Number of arguments with the name; negative: at least so many.
+    /// Number of arguments with the name; negative: at least this many.
     pub(super) arity: i32,
     /// First key, last key (negative: from the end) and step between keys; zeros for none.
     pub(super) keys: (i32, i32, i32),
-    /// What it does.
+    /// Its function.
     pub(super) run: fn(&mut Context<'_>) -> Outcome,
 }
 
 impl Command {
-    /// True when the command takes so many arguments.
+    /// True when the command takes this many arguments.
     pub(super) fn takes(&self, count: usize) -> bool {
         let count = i32::try_from(count).unwrap_or(i32::MAX);
         if self.arity < 0 { count >= -self.arity } else { count == self.arity }

@@ -88,7 +88,7 @@ fn stat(cx: &mut Context<'_>) {
     }
 }
 
-/// The reply of WORK VERIFY: what all verifications since the last WORK SET found.
+/// The reply of WORK VERIFY: the findings of all verifications since the last WORK SET.
 pub fn verification_result(machine: &dyn Machine, out: &mut Reply) {
     let sum = total(machine);
     out.array(6);

@@ -14,7 +14,7 @@ pub const MAX_COMMAND: usize = 2 * MAX_BULK;
 /// Buffers longer than this are given back to the heap after use.
 const KEEP: usize = 16 << 10;
 
-/// Why a byte stream is not a request. The connection cannot go on after it; the text is Redis's own.
+/// Why a byte stream is not a request. The connection cannot continue after it; the text is Redis's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParseError {
     /// An inline command longer than [`MAX_LINE`].
@@ -197,7 +197,7 @@ fn unescape(byte: u8) -> u8 {
     }
 }
 
-/// What came of a piece of input.
+/// The result of feeding a piece of input.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Fed {
     /// All input was taken and no command is complete.
@@ -214,9 +214,9 @@ enum State {
     Inline,
     /// After `*`, in the number of arguments.
     Count,
-    /// Before or in the line `$length`; so many arguments are missing.
+    /// Before or in the line `$length`; this many arguments are missing.
     Length { missing: usize },
-    /// In an argument: so many of its bytes are missing, with the two of the line end.
+    /// In an argument: this many of its bytes are missing, including the two of the line end.
     Bulk { missing: usize, bytes: usize },
 }
 

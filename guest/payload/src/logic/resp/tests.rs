@@ -5,7 +5,7 @@ use super::*;
 
 type Command = Vec<Vec<u8>>;
 
-/// What a whole byte stream gives: its commands and the error that ended it.
+/// The result of a whole byte stream: its commands and the error that ended it.
 fn parse(pieces: &[&[u8]]) -> (Vec<Command>, Option<ParseError>) {
     let mut parser = Parser::default();
     let mut commands = Vec::new();

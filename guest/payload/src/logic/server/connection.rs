@@ -9,7 +9,7 @@ use super::super::command::{self, Client, Context, Machine, Outcome, Totals};
 use super::super::resp::{Fed, ParseError, Parser, Reply};
 use super::super::store::Store;
 
-/// A client that has so much unread output is not read from: it has to take its replies first.
+/// A client with this much unread output is not read from: it has to take its replies first.
 const OUTPUT_HIGH: usize = 64 << 10;
 /// Commands of one connection before the others get their turn.
 const COMMANDS_PER_TURN: usize = 64;
@@ -18,7 +18,7 @@ const FREE_BUFFER: usize = 64 << 10;
 /// After our end is closed, the client gets this long to close its own.
 const LINGER_US: u64 = 5_000_000;
 
-/// What the server has to do after a turn.
+/// The server's task after a turn.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
     /// Nothing until something happens.
@@ -27,7 +27,7 @@ pub(super) enum Next {
     Again,
     /// The connection is over.
     Remove,
-    /// DEBUG SLEEP: run no command for so many microseconds.
+    /// DEBUG SLEEP: run no command for this many microseconds.
     Sleep(u64),
     /// Append the list of clients to the output.
     ListClients,
@@ -35,7 +35,7 @@ pub(super) enum Next {
     Shutdown,
 }
 
-/// What a connection needs for its turn.
+/// The inputs of a connection's turn.
 pub(super) struct Turn<'a, 'b> {
     pub(super) socket: &'a mut Socket<'b>,
     pub(super) store: &'a mut Store,
@@ -106,7 +106,7 @@ impl Connection {
         );
     }
 
-    /// Sends, reads and executes what can be.
+    /// Sends, reads and executes as much as possible.
     pub(super) fn serve(&mut self, mut turn: Turn<'_, '_>) -> Next {
         match turn.socket.state() {
             // A reset during the handshake sends the socket back to LISTEN.

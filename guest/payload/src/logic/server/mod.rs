@@ -103,7 +103,7 @@ pub struct Address {
     pub gateway: [u8; 4],
 }
 
-/// What could not be had at start.
+/// The resource that was missing at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfMemory;
 
@@ -124,7 +124,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server on `device`. All memory it cannot do without is taken here.
+    /// A server on `device`. All memory that it cannot do without is taken here.
     pub fn new<D: Device>(
         device: &mut D,
         address: Address,
@@ -164,7 +164,7 @@ impl Server {
         if server.listeners.is_empty() { Err(OutOfMemory) } else { Ok(server) }
     }
 
-    /// Takes frames, runs commands, sends frames. True when there was or still is something to do.
+    /// Takes frames, runs commands, sends frames. True when there was or still is work.
     pub fn poll<D: NetDevice>(&mut self, device: &mut D, machine: &mut dyn Machine, now_us: u64) -> bool {
         let received = self.ingress(device, now_us);
         let more = self.serve(machine, now_us);
@@ -185,7 +185,7 @@ impl Server {
         [timer, awake, self.end_at].into_iter().flatten().min()
     }
 
-    /// True when the server was shut down and its clients know.
+    /// True when the server was shut down and its clients know it.
     pub fn is_finished(&self, now_us: u64) -> bool {
         let open = |connection: &Connection| {
             let state = self.sockets.get::<Socket>(connection.handle).state();
@@ -233,7 +233,8 @@ impl Server {
     }
 
     /// Hides the listening sockets from the stack, or shows them again. The stack gives a segment to the
-    /// first socket that would take it, so the repeated SYN of a connection would else open a second one.
+    /// first socket that would take it, so the repeated SYN of a connection would otherwise open a second
+    /// one.
     fn set_listening(&mut self, on: bool) {
         for handle in &self.listeners {
             let socket = self.sockets.get_mut::<Socket>(*handle);
@@ -246,8 +247,8 @@ impl Server {
         }
     }
 
-    /// Makes sure that a socket listens; gives up a connection that only waits for its end when there are too
-    /// many.
+    /// Makes sure that a socket listens; if there are too many, gives up a connection that only waits for its
+    /// end.
     fn make_listener(&mut self) -> bool {
         if self.listeners.is_empty() {
             let ended = |connection: &Connection| {
@@ -371,8 +372,7 @@ fn new_socket(buffer: usize) -> Result<Socket<'static>, OutOfMemory> {
     };
     let mut socket = Socket::new(ring()?, ring()?);
     socket.set_nagle_enabled(false);
-    // Acknowledge when the frames of a batch are served: with the reply where there is one, at once
-    // otherwise.
+    // Acknowledge when the frames of a batch are served: with the reply if there is one, otherwise at once.
     socket.set_ack_delay(None);
     socket.set_timeout(Some(net_duration(HANDSHAKE_TIMEOUT)));
     // Fails only for port 0 or an open socket.

@@ -2,7 +2,7 @@
 
 use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpEndpoint, IpProtocol, Ipv4Packet, TcpPacket};
 
-/// Who sent this frame, when it is a SYN (without ACK) for `port`.
+/// The sender of this frame, if it is a SYN (without ACK) for `port`.
 pub(super) fn remote_of_syn(frame: &[u8], port: u16) -> Option<IpEndpoint> {
     let ethernet = EthernetFrame::new_checked(frame).ok()?;
     if ethernet.ethertype() != EthernetProtocol::Ipv4 {

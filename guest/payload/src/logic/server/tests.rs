@@ -167,7 +167,7 @@ impl World {
         }
     }
 
-    /// Time passes: both sides work until nothing moves, then the clock advances.
+    /// Lets time pass: both sides work until nothing moves, then the clock advances.
     fn step(&mut self, us: u64) {
         for _ in 0..1000 {
             self.host_card.fetch();
@@ -253,7 +253,7 @@ fn a_lost_response_comes_again_within_100_ms() {
         assert_eq!(world.ask(client, "PING"), "+PONG\r\n");
         world.step(50_000);
     }
-    // The request arrives, all the server says from now on is lost, as at a takeover.
+    // The request arrives; everything that the server says from now on is lost, as at a takeover.
     *world.server_credit.borrow_mut() = 0;
     assert_eq!(world.ask(client, "INCR n"), "");
     *world.server_credit.borrow_mut() = usize::MAX;
@@ -265,7 +265,7 @@ fn a_lost_response_comes_again_within_100_ms() {
     }
     assert_eq!(reply, ":1\r\n");
     assert!(world.now_us - lost_at < 100_000, "only after {} us", world.now_us - lost_at);
-    // And the timer says so, so that the idle vCPU is woken for it.
+    // And the timer requests it, so that the idle vCPU is woken for it.
     assert_eq!(world.ask(client, "INCR n"), ":2\r\n");
 }
 
@@ -288,7 +288,7 @@ fn a_burst_of_connections_is_never_refused() {
     for client in &clients {
         assert_eq!(world.ask(*client, "PING"), "+PONG\r\n");
     }
-    // One too many is not reset: it keeps asking, and gets in when there is room.
+    // The connection beyond the limit is not reset: it keeps asking, and gets in when there is room.
     let late = world.dial();
     (0..50).for_each(|_| world.step(1000));
     assert_eq!(world.state(late), State::SynSent);
@@ -549,7 +549,7 @@ proptest::proptest! {
                 let _ = world.take(*client);
             }
         }
-        // Forged segments may have taken all places; those of dead connections come back.
+        // Forged segments may have taken all places; the places of dead connections come back.
         for client in clients {
             world.socket(client).abort();
         }

@@ -1,23 +1,22 @@
-//! How vCPU 0 tells the workers what to do, and what they tell it. Atomics only: the vCPUs share nothing
-//! else.
+//! How vCPU 0 gives orders to the workers, and how they report. Atomics only: the vCPUs share nothing else.
 
 use core::sync::atomic::Ordering::{Release, SeqCst};
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 use super::MAX_WORKERS;
 
-/// What `WORK SET` asks for, over all workers.
+/// The order of `WORK SET`, over all workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
     /// Pages written to; 0 is off.
     pub pages: u64,
     /// Share of the writes that go to the hot tenth of the pages, 0 to 100.
     pub hot_percent: u32,
-    /// Writes per second; 0 is as many as possible.
+    /// Writes per second; 0 means as many as possible.
     pub rate: u64,
 }
 
-/// What a worker has done since the last `WORK SET`.
+/// A worker's results since the last `WORK SET`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
     /// Writes.
@@ -126,7 +125,7 @@ impl Control {
         self.boards[..workers].iter().all(|board| board.setting_seen.load(SeqCst) == self.sequence())
     }
 
-    /// What worker `worker` reported.
+    /// The report of worker `worker`.
     pub fn stat(&self, worker: usize) -> Stat {
         let board = &self.boards[worker];
         Stat {
@@ -140,7 +139,7 @@ impl Control {
     /// Worker `worker` reports.
     pub(super) fn report(&self, worker: usize, stat: Stat, setting_seen: u32, verified: u32) {
         let board = &self.boards[worker];
-        // Plain stores but for the last: x86 keeps their order, and the last publishes the others.
+        // Plain stores except the last: x86 keeps their order, and the last publishes the others.
         board.writes.store(stat.writes, Release);
         board.checked.store(stat.checked, Release);
         board.stale.store(stat.stale, Release);

@@ -1,5 +1,6 @@
-//! What a work page holds: 16 words spread evenly, each computed from the page's number, its write counter
-//! and the word's place. So a mix of two versions, or another page's content, is found wherever it was torn.
+//! The contents of a work page: 16 words spread evenly, each computed from the page's number, its write
+//! counter and the word's place. So a mix of two versions, or another page's content, is found wherever it
+//! was torn.
 
 /// 64-bit words of a page.
 pub const PAGE_WORDS: usize = 512;
@@ -9,7 +10,7 @@ const STRIDE: usize = 32;
 /// One page of memory.
 pub type Page = [u64; PAGE_WORDS];
 
-/// What is wrong with a page.
+/// The fault of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
     /// It holds an older version: a write was lost.

@@ -13,15 +13,15 @@ pub trait Arena {
     fn counter(&mut self, index: u64) -> &mut u32;
 }
 
-/// Writes that were due but not made for longer than this are forgotten: after a pause the load does not run
-/// after the lost time.
+/// Writes that were due but not made for longer than this are forgotten: after a pause the load does not try
+/// to make up for lost time.
 const MAX_BACKLOG_US: u64 = 50_000;
 /// Pages cleared or compared count as this many writes of a slice.
 const PAGES_PER_WRITE: u64 = 8;
-/// One of so many pages is hot.
+/// One of this many pages is hot.
 const HOT_SHARE: u64 = 10;
 
-/// What the worker wants next.
+/// The worker's next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Nothing until the board changes.
@@ -92,7 +92,7 @@ impl Worker {
         step
     }
 
-    /// The share of worker `index` of `total` things.
+    /// The share of worker `index` in `total` things.
     fn share(&self, total: u64) -> u64 {
         let (workers, index) = (self.workers as u64, self.index as u64);
         total / workers + u64::from(index < total % workers)
@@ -115,7 +115,7 @@ impl Worker {
         (self.since_us, self.made) = (now_us, 0);
     }
 
-    /// Goes on with the verification asked for, if any. True while it is under way.
+    /// Continues the requested verification, if there is one. True while it is under way.
     fn verify(&mut self, control: &Control, arena: &mut impl Arena, budget: u64) -> bool {
         if self.verifying.is_none() && control.verification() != self.verified {
             self.verifying = Some((control.verification(), 0));
@@ -141,7 +141,7 @@ impl Worker {
     }
 
     fn write(&mut self, arena: &mut impl Arena, now_us: u64, budget: u64) -> Step {
-        // A worker whose share of a limited rate is nothing has nothing to do.
+        // A worker without a share of a limited rate has nothing to do.
         if self.pages == 0 || (self.setting.rate > 0 && self.rate == 0) {
             return Step::Idle;
         }
