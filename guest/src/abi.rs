@@ -1,4 +1,4 @@
-//! What the VMM and the payload guest agree on: addresses, ports and the boot information block.
+//! The contract between the VMM and the payload guest: addresses, ports and the boot information block.
 //!
 //! The payload includes this very file, so the two sides cannot drift apart. Everything here is plain `core`.
 //! All numbers are little endian in guest memory; all addresses are guest physical addresses (GPAs), which
@@ -106,7 +106,7 @@ pub const fn initial_rsp(index: u32) -> u64 {
     STACKS_ADDR + (index as u64 + 1) * STACK_SIZE - 8
 }
 
-/// What the VMM tells the payload at [`BOOT_INFO_ADDR`].
+/// The VMM's information for the payload, at [`BOOT_INFO_ADDR`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct BootInfo {

@@ -103,7 +103,7 @@ pub struct DirtyBackend {
     kind: DirtyKind,
     reason: String,
     ring_entries: u32,
-    /// A bitmap stands beside the rings.
+    /// There is a bitmap beside the rings.
     backup: bool,
     #[cfg(feature = "self-test")]
     self_test: Option<SelfTest>,

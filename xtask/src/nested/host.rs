@@ -100,7 +100,7 @@ pub(crate) enum HostError {
 pub(crate) struct Qemu {
     program: PathBuf,
     environment: Vec<(&'static str, OsString)>,
-    /// Its directory of firmware, if that is not where QEMU was built for.
+    /// The directories of its firmware, if they are not where it was built for.
     data: Vec<PathBuf>,
 }
 

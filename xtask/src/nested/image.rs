@@ -80,7 +80,7 @@ impl GuestKernel {
         }
     }
 
-    /// The kernel's number among the releases in the guest's system.
+    /// Whether a release in the guest's system is that of this kernel.
     fn is(self, release: &str) -> bool {
         let cloud = release.contains("-cloud-");
         match self {

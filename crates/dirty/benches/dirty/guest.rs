@@ -99,7 +99,7 @@ impl Vm {
         self.memory.len / PAGE_SIZE
     }
 
-    /// Makes the memory slot, or changes whether KVM logs what is written there.
+    /// Makes the memory slot, or changes whether KVM logs writes to it.
     pub(crate) fn set_logging(&self, on: bool) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
             slot: 0,

@@ -281,7 +281,7 @@ impl Vcpu {
 }
 
 impl Guest {
-    /// The result for a VMM that makes another tracker of the VM.
+    /// Tries to make a second tracker of the VM, as a wrong VMM would.
     pub(super) fn second_tracker(&self, vcpu: &Vcpu) -> Result<Tracker, crate::NewError> {
         let layout = self.tracker.layout().clone();
         let global = GlobalLog::new(layout.gfn_space(), 64);

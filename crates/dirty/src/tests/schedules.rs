@@ -426,7 +426,8 @@ fn marks_beyond_the_room_of_a_fetch_stay_and_count() {
     assert!(pages(&tracker).is_empty());
 }
 
-/// On 64-bit Arm KVM writes some pages on behalf of no vCPU, and a bitmap stands beside the rings for them.
+/// On 64-bit Arm KVM writes some pages on behalf of no vCPU, and the VM has a bitmap beside the rings for
+/// them.
 #[test]
 fn pages_that_no_vcpu_wrote_come_with_the_epoch() {
     let (kernel, tracker) = tracker(DirtyKind::Ring, config(2, 100, 100), 256);

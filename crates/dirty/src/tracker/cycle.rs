@@ -298,8 +298,8 @@ impl Tracker {
     }
 }
 
-/// Waits for something that another thread gives us within about 100 µs: without sleep, and without waiting
-/// for a thread that is not running.
+/// Waits, for about 100 µs at most, for something that another thread gives us: without sleep, and without
+/// waiting for a thread that is not running.
 pub(super) fn soon<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
     (0..10_000).find_map(|_| {
         let found = look();

@@ -54,7 +54,7 @@ pub mod status {
     pub const FAILED: u32 = 128;
 }
 
-/// A register window. Each access is an exit to the VMM (some 15 µs here): set-up only, but for
+/// A register window. Each access is an exit to the VMM (about 15 µs here), so it is used only for set-up and
 /// notifications.
 pub struct Registers {
     base: u64,

@@ -214,8 +214,8 @@ impl Net {
         self.mac
     }
 
-    /// Tells the device, where it asks for it, what was offered since the last call: at most one exit per
-    /// queue.
+    /// Tells the device, if it asks for it, which buffers were offered since the last call: at most one exit
+    /// per queue.
     pub fn flush(&mut self) {
         self.transmit.reclaim();
         for (queue, wanted) in
@@ -244,7 +244,7 @@ impl Net {
     }
 }
 
-/// Accepts VERSION_1, MAC and, where offered, EVENT_IDX. True when EVENT_IDX is on.
+/// Accepts VERSION_1, MAC and, if offered, EVENT_IDX. True when EVENT_IDX is on.
 fn negotiate(registers: &Registers) -> Result<bool, NetError> {
     let mut offered = 0;
     for half in [0, 1] {

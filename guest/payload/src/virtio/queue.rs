@@ -126,7 +126,8 @@ impl<const N: usize> Queue<N> {
         }
     }
 
-    /// Gives buffer `id` to the device; [`Queue::should_notify`] tells later whether it wants to be told.
+    /// Gives buffer `id` to the device; [`Queue::should_notify`] says later whether the device wants a
+    /// notification.
     pub fn offer(&mut self, id: u16) {
         let slot = usize::from(self.next_available) & (N - 1);
         self.available().ring[slot].store(id, Ordering::Relaxed);

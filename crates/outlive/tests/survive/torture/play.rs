@@ -24,7 +24,7 @@ use crate::support::{Dice, Log, MEMORY, PATIENCE, Process, Readers, Side, Small,
 const IMAGE: u64 = 4 << 20;
 /// Room for image, sidecar and a journal of 64 MiB.
 const ROOM_MIB: u64 = 76;
-/// After this time a host fault after a takeover is the host's again, as in the program (10 s).
+/// This long after a takeover a host fault is the host's again; the program says 10 s.
 const HOST_FAULT_AGAIN: Duration = Duration::from_secs(11);
 /// A standby that takes over from a dead primary continues well within this time.
 const GONE: Duration = Duration::from_secs(3);
