@@ -16,10 +16,6 @@ pub(crate) struct Claim {
     pub(crate) generation: u64,
     retry: Duration,
     asked: Option<Duration>,
-    /// Whether it was asked at least once, so that the generation may be won without an answer.
-    may_be_won: bool,
-    /// Since when the answer has been that it is lost.
-    lost_since: Option<Duration>,
     ask_at: Duration,
     reported: Option<String>,
 }
@@ -42,7 +38,7 @@ pub(crate) enum Verdict {
 
 impl Claim {
     pub(crate) fn new(generation: u64, ask_at: Duration, retry: Duration) -> Self {
-        Self { generation, retry, asked: None, may_be_won: false, lost_since: None, ask_at, reported: None }
+        Self { generation, retry, asked: None, ask_at, reported: None }
     }
 
     /// Call it after every event, carry the answer out and call it again until it is `Nothing`.
@@ -50,7 +46,6 @@ impl Claim {
         match self.asked {
             None if now >= self.ask_at => {
                 self.asked = Some(now);
-                self.may_be_won = true;
                 Step::Ask
             }
             Some(asked) if now.saturating_sub(asked) >= SLOW_ANSWER => {
@@ -58,20 +53,6 @@ impl Claim {
             }
             _ => Step::Nothing,
         }
-    }
-
-    /// Whether the generation may be this side's, whatever the answers said.
-    pub(crate) fn may_be_won(&self) -> bool {
-        self.may_be_won
-    }
-
-    /// A loss may be taken back: a winner that cannot run the VM gives the generation back. So this asks
-    /// again, until the generation has been lost for this long. Returns whether it has.
-    pub(crate) fn lost_for(&mut self, patience: Duration, now: Duration) -> bool {
-        let since = *self.lost_since.get_or_insert(now);
-        self.asked = None;
-        self.ask_at = now + self.retry;
-        now.saturating_sub(since) >= patience
     }
 
     /// Whether a question is open: then the claim may be won, whatever is decided here.

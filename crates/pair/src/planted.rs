@@ -27,7 +27,6 @@ pub(crate) enum Bug {
     StampsWithoutProgress,
     AnyThreadClaims,
     LeaveBeforePromise,
-    ClaimKeptByBroken,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -232,7 +232,6 @@ impl Primary {
             Event::End { reason } => self.end = self.end.or(Some(reason)),
             Event::Stop { ask_guest } => self.stop(ask_guest, out),
             Event::Captured => self.captured(out),
-            Event::Unable => self.unable(out),
             Event::HoldFailed { link, why } => self.hold_failed(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Connected { link } => self.connected(link, out),
@@ -589,17 +588,6 @@ impl Primary {
                 out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
             }
         }
-    }
-
-    /// This host is broken. It must not win what it has asked for: nobody could run the VM then.
-    fn unable(&mut self, out: &mut Vec<Action>) {
-        if let State::Arbitrating(claim) = &self.state
-            && claim.may_be_won()
-            && !planted!(self.bug, ClaimKeptByBroken)
-        {
-            out.push(Action::GiveBack { generation: claim.generation });
-        }
-        self.state = State::Over { fenced: true };
     }
 
     fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {

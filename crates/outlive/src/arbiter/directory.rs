@@ -178,13 +178,6 @@ impl Directory {
         fs::remove_dir(self.path.join(name))
     }
 
-    /// Removes a file, durably.
-    pub(super) fn withdraw(&self, name: &str) -> io::Result<()> {
-        self.remove(name)?;
-        let path = self.path.join(name);
-        sync_directory(path.parent().unwrap_or(&self.path))
-    }
-
     /// Makes a file and its name durable.
     pub(super) fn flush(&self, name: &str) -> io::Result<()> {
         let path = self.path.join(name);

@@ -262,18 +262,6 @@ impl Arbiter for FileArbiter {
         self.directory.remove_leftovers();
     }
 
-    fn give_back(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<(), ArbiterError> {
-        let text = record::claim_text(vm, generation, owner, self.process);
-        self.won.remove(&text);
-        self.checked(|arbiter| {
-            let name = record::claim_name(vm, generation);
-            match arbiter.directory.read(&name)? {
-                Found::Text(found) if found == text => arbiter.directory.withdraw(&name),
-                Found::Text(_) | Found::Nothing | Found::Garbage(_) => Ok(()),
-            }
-        })
-    }
-
     fn prober(&self) -> Prober {
         let (directory, identity) = (self.directory.clone(), self.identity.clone());
         let twin = Self { directory, process: self.process, identity, won: HashSet::new() };

@@ -123,10 +123,6 @@ pub trait Arbiter: Send {
     /// the same arbiter before they rely on it, and images remember it.
     fn identity(&self) -> &str;
 
-    /// Gives a generation back, if it is this claimant's: it is free again. For a winner that has not used it
-    /// and never will, and claims nothing after it. The error says what is wrong and what helps.
-    fn give_back(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<(), ArbiterError>;
-
     /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
     /// error says what is wrong and what helps.
     fn prober(&self) -> Prober;

@@ -2,14 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Arbiter, ArbiterError, Claim, VmId, process_token};
-
-/// Time between two attempts to give a generation back.
-const AGAIN: Duration = Duration::from_secs(1);
 
 /// The answer to one submitted claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +30,6 @@ pub struct Busy {
 /// The thread's orders.
 enum Request {
     Claim(u64),
-    GiveBack { generation: u64, done: Sender<()> },
     NoteEnd { why: String, done: Sender<()> },
 }
 
@@ -72,13 +68,6 @@ impl ClaimWorker {
                             arbiter.tidy(&vm);
                         }
                     }
-                    Request::GiveBack { generation, done } => {
-                        while let Err(why) = arbiter.give_back(&vm, generation, &owner) {
-                            tracing::error!("generation {generation} cannot be given back, trying on: {why}");
-                            std::thread::sleep(AGAIN);
-                        }
-                        done.send(()).ok();
-                    }
                     Request::NoteEnd { why, done } => {
                         if let Err(error) = note_end(arbiter.as_mut(), &vm, &why) {
                             tracing::warn!("cannot tell the arbiter that the VM has ended: {error}");
@@ -101,14 +90,6 @@ impl ClaimWorker {
         // This fails only if the thread panicked. Then it stays busy, which is safe: nobody goes on.
         let _ = self.requests.send(Request::Claim(generation));
         Ok(())
-    }
-
-    /// Gives a generation back that may have been won, after the claim that is under way. Never blocks; what is
-    /// returned hears of the end. Nothing else is asked of the arbiter any more.
-    pub fn give_back(&self, generation: u64) -> Receiver<()> {
-        let (done, answer) = channel();
-        let _ = self.requests.send(Request::GiveBack { generation, done });
-        answer
     }
 
     /// The handle by which the arbiter is told of the VM's end.
@@ -157,6 +138,7 @@ fn lock(under_way: &Mutex<Option<u64>>) -> MutexGuard<'_, Option<u64>> {
 mod tests {
     use super::super::{Ending, Win};
     use super::*;
+    use std::sync::mpsc::Receiver;
 
     /// An arbiter that answers when the test tells it to.
     struct Slow(Receiver<Claim>);
@@ -178,9 +160,6 @@ mod tests {
             Ok(())
         }
         fn tidy(&mut self, _: &VmId) {}
-        fn give_back(&mut self, _: &VmId, _: u64, _: &str) -> Result<(), ArbiterError> {
-            Ok(())
-        }
         fn prober(&self) -> super::super::Prober {
             Box::new(|| Ok(()))
         }
@@ -211,21 +190,5 @@ mod tests {
         // Dropping it with a claim under way does not wait.
         drop(worker);
         drop(answer);
-    }
-
-    #[test]
-    fn what_is_given_back_can_be_won_by_another() {
-        let directory = tempfile::tempdir().unwrap();
-        let (mut arbiter, _) = super::super::FileArbiter::init(directory.path()).unwrap();
-        let vm = VmId([1; 16]);
-        for generation in [1, 2] {
-            assert!(matches!(arbiter.claim(&vm, generation, "a"), Claim::Won));
-        }
-        arbiter.give_back(&vm, 2, "b").unwrap();
-        assert!(matches!(arbiter.claim(&vm, 2, "b"), Claim::Lost { owner } if owner == "a"));
-        arbiter.give_back(&vm, 2, "a").unwrap();
-        assert!(matches!(arbiter.claim(&vm, 2, "b"), Claim::Won));
-        arbiter.give_back(&vm, 2, "a").unwrap();
-        assert!(matches!(arbiter.claim(&vm, 2, "a"), Claim::Lost { owner } if owner == "b"));
     }
 }

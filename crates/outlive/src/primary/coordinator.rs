@@ -42,8 +42,6 @@ use crate::vm::End;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// A fault of the host that comes this soon after a takeover counts as the guest's crash.
 const SAME_FAULT: Duration = Duration::from_secs(10);
-/// How long an ending process tries to give back what it may have won.
-const GIVE_BACK: Duration = Duration::from_secs(60);
 /// How long the restart of a guest may take: what it boots from is read and written.
 const RESTART: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
@@ -377,20 +375,9 @@ impl Coordinator {
     /// word on the link and the standby takes over from there. Held output is lost with the process.
     fn give_up(&mut self, why: &str) -> End {
         let protected = self.with.driver.status() == PrimaryStatus::Protected;
-        let then = match self.with.driver.leave() {
-            None if protected => "leaving it to its standby",
-            None => "and no standby has it",
-            Some(given_back) => {
-                tracing::error!("the VM can no longer run here; a generation is being given back: {why}");
-                match given_back.recv_timeout(GIVE_BACK) {
-                    Ok(()) => "what it had asked of the arbiter is given back",
-                    Err(_) => {
-                        "and what it had asked of the arbiter is not given back: the VM may run nowhere"
-                    }
-                }
-            }
-        };
+        self.with.driver.leave();
         self.with.reporter.take();
+        let then = if protected { "leaving it to its standby" } else { "and no standby has it" };
         End::Failed(format!("the VM can no longer run here, {then}: {why}"))
     }
 

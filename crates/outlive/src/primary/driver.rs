@@ -6,7 +6,6 @@
 //! thread that read the acknowledgement sends the committed epoch's output.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -228,12 +227,9 @@ impl SharedDriver {
 
     /// Leaves the VM to its standby: throws output away and closes the link without a word, as when this
     /// process dies. Nothing is decided here from now on; above all, the closed link does not make this side
-    /// claim the next generation. Returns what hears when a generation is given back that this side may have
-    /// won just now: the process must not end before.
-    pub(super) fn leave(&self) -> Option<Receiver<()>> {
+    /// claim the next generation.
+    pub(super) fn leave(&self) {
         let mut driver = self.lock();
-        // It orders nothing that would have to be drained.
-        let _ = driver.handle(self.clock.now(), PrimaryEvent::Unable);
         self.left.store(true, Ordering::Relaxed);
         self.valve.discard();
         if let Some(connection) = driver.ports_mut().take_connection() {
@@ -241,7 +237,6 @@ impl SharedDriver {
             // Its thread may be writing; do not wait for it.
             std::mem::forget(connection);
         }
-        driver.ports_mut().take_given_back()
     }
 
     /// Sends what is queued and closes the link.

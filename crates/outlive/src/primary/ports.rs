@@ -5,7 +5,7 @@
 //! [`outlive_pair::driver`].
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender as Channel};
+use std::sync::mpsc::Sender as Channel;
 use std::time::Duration;
 
 use outlive_epoch::{EndReason, Hello, ProtocolVersion};
@@ -51,7 +51,6 @@ pub(crate) struct Ports {
     /// The orders' queue of the thread that makes and ends connections.
     errands: Channel<Errand>,
     claims: Option<ClaimWorker>,
-    given_back: Option<Receiver<()>>,
     totals: Arc<Totals>,
     pulse: Arc<Pulse>,
     connection: Option<Connection>,
@@ -78,7 +77,6 @@ impl Ports {
             inbox,
             errands,
             claims: None,
-            given_back: None,
             totals,
             pulse: Arc::new(Pulse::new(clock)),
             connection: None,
@@ -136,13 +134,6 @@ impl Ports {
     }
 }
 
-impl Ports {
-    /// Hears when a generation is given back, if one has to be.
-    pub(super) fn take_given_back(&mut self) -> Option<Receiver<()>> {
-        self.given_back.take()
-    }
-}
-
 impl PrimaryPorts for Ports {
     type Part = Box<CheckpointPart>;
 
@@ -190,10 +181,6 @@ impl PrimaryPorts for Ports {
     fn claim(&mut self, generation: u64) -> Result<(), String> {
         let claims = self.claims.as_ref().ok_or("this VM has no arbiter")?;
         claims.submit(generation).map_err(|busy| busy.to_string())
-    }
-
-    fn give_back(&mut self, generation: u64) {
-        self.given_back = self.claims.as_ref().map(|claims| claims.give_back(generation));
     }
 
     fn set_lease(&mut self, until: Option<Duration>) {

@@ -68,9 +68,6 @@ pub trait PrimaryPorts {
     /// It cannot be asked now. The claim is repeated as if the arbiter were out of reach.
     fn claim(&mut self, generation: u64) -> Result<(), String>;
 
-    /// Have the generation given back if it is this side's, once the question for it is answered.
-    fn give_back(&mut self, generation: u64);
-
     /// Until when output that is let out may leave; `None`: forever. Called after each event, before its
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
     fn set_lease(&mut self, until: Option<Duration>);
@@ -266,10 +263,6 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
                 let result = ClaimResult::Unreachable { why };
                 Event::Claimed { generation, result }
             }),
-            Action::GiveBack { generation } => {
-                ports.give_back(generation);
-                Ok(())
-            }
             Action::ReleaseAll { generation } => {
                 ports.open(generation);
                 after.drain |= !planted!(self.bug, ReleaseWithoutDrain);

@@ -119,8 +119,6 @@ pub enum PrimaryEvent {
         /// The answer.
         result: ClaimResult,
     },
-    /// The VM cannot run on this host any more, and ends here without a word: its standby takes over.
-    Unable,
     /// The guest has ended the VM. The first reason counts. No vCPU runs any more, and the coordinator
     /// continues until [`PrimaryAction::Exit`].
     End {
@@ -218,12 +216,6 @@ pub enum PrimaryAction {
     },
     /// Ask the arbiter for a generation; the answer comes back as [`PrimaryEvent::Claimed`].
     Claim {
-        /// Which.
-        generation: u64,
-    },
-    /// Give back a generation that may have been won and cannot be used, once the question for it is
-    /// answered: its winner has never run the VM in it. The process does not end before that.
-    GiveBack {
         /// Which.
         generation: u64,
     },

@@ -28,7 +28,6 @@ impl World {
         self.hosts[host].frozen_until = 0;
         self.hosts[host].stale = None;
         (self.hosts[host].wedged, self.hosts[host].busy_until) = (false, 0);
-        (self.hosts[host].gives_back, self.hosts[host].claims_open) = (None, 0);
         for conn in 0..self.conns.len() {
             for side in 0..2 {
                 if self.conns[conn].ends[side] == life && told {
@@ -112,13 +111,12 @@ impl World {
             Process::Standby(s) => (s.claims_from(), s.excused),
             Process::Down => return,
         };
-        self.hosts[life.0].claims_open += 1;
         let delay = self.arbiter_delay();
         self.after(delay, Happening::ClaimArrives { life, generation, from });
     }
 
     pub(super) fn arbiter_delay(&mut self) -> u64 {
-        let slow = if self.now < self.arbiter_slow_until { self.arbiter_slow_by } else { 1000 };
+        let slow = if self.now < self.arbiter_slow_until { 300_000 } else { 1000 };
         self.rng.range(50, slow)
     }
 }

@@ -66,7 +66,6 @@ pub(super) enum PrimaryEffect {
     End { conn: usize, reason: EndReason },
     HangUp { conn: Option<usize> },
     Claim { generation: u64 },
-    GiveBack { generation: u64 },
     Open { generation: u64 },
     Fence,
     AskGuest,
@@ -194,10 +193,6 @@ impl PrimaryPorts for PrimarySide {
         self.faults.strike(PortFault::Claim)?;
         self.effects.push(PrimaryEffect::Claim { generation });
         Ok(())
-    }
-
-    fn give_back(&mut self, generation: u64) {
-        self.effects.push(PrimaryEffect::GiveBack { generation });
     }
 
     fn set_lease(&mut self, until: Option<Duration>) {

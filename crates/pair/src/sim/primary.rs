@@ -152,10 +152,6 @@ impl World {
                 }
             }
             Effect::Claim { generation } => self.ask_arbiter(life, generation),
-            Effect::GiveBack { generation } => {
-                self.stats.given_back += 1;
-                self.hosts[life.0].gives_back = Some(generation);
-            }
             Effect::Open { generation } => {
                 if let Some(p) = self.primary_of(life) {
                     p.excused = false;
@@ -200,30 +196,6 @@ impl World {
         if part.last {
             self.send(conn, 0, Msg::End { stamp });
         }
-    }
-
-    /// The host is broken: the process ends, at once or after it has given back the generation that it may
-    /// have won.
-    pub(super) fn breaks(&mut self, life: Life) {
-        self.primary(life, PrimaryEvent::Unable);
-        let Some(p) = self.primary_of(life) else { return };
-        p.stopped = true;
-        if self.hosts[life.0].gives_back.is_none() {
-            return self.stop_process(life.0, true);
-        }
-        if self.hosts[life.0].claims_open == 0 {
-            self.gives_back(life);
-        }
-    }
-
-    /// The thread that asks the arbiter has nothing else left to do.
-    pub(super) fn gives_back(&mut self, life: Life) {
-        let Some(generation) = self.hosts[life.0].gives_back else { return };
-        if self.hosts[life.0].arbiter_cut_until > self.now {
-            return self.after(20_000, Happening::GivesBack(life));
-        }
-        self.truth.give_back(generation, life);
-        self.stop_process(life.0, true);
     }
 
     /// The thread that read an acknowledgement lets out what may leave, slowly at times; each piece is

@@ -24,8 +24,6 @@ pub(super) enum Faults {
     Many,
     /// One waiting thread hangs for good.
     Wedge,
-    /// The link is cut, and the primary's host breaks while it asks the arbiter.
-    Breaks,
     /// The arbiter is out of reach for good, and a standby is stopped in order.
     Stop,
 }
@@ -94,19 +92,11 @@ pub(super) fn schedule_of(
     }
     world.company = faults == Faults::Many;
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Breaks | Faults::Stop => 0,
+        Faults::None | Faults::Wedge | Faults::Stop => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
     };
     let from = if faults == Faults::One { ONE_FAULT_FROM } else { FAULTS_FROM };
-    if faults == Faults::Breaks {
-        let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL - 300_000);
-        (1..3).for_each(|to| world.at(time, Happening::Cut { from: 0, to }));
-        (1..3).for_each(|from| world.at(time, Happening::Cut { from, to: 0 }));
-        (world.arbiter_slow_by, world.arbiter_slow_until) = (100_000, time + 500_000);
-        let breaks = time + world.rng.range(60_000, 120_000);
-        world.at(breaks, Happening::Breaks);
-    }
     if faults == Faults::Stop {
         world.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = u64::MAX);
         let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
@@ -187,7 +177,6 @@ impl World {
         let life = match &happening {
             Happening::Look(life, _)
             | Happening::Drain(life)
-            | Happening::GivesBack(life)
             | Happening::VmStep(life)
             | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
@@ -227,16 +216,10 @@ impl World {
             }
             Happening::BaseRound { life, link, left } => self.base_round(life, link, left),
             Happening::ClaimArrives { life, generation, from } => self.claim_arrives(life, generation, from),
-            Happening::ClaimAnswered { life, generation, result } => {
-                self.hosts[life.0].claims_open -= 1;
-                match &self.hosts[life.0].process {
-                    Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
-                    _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
-                }
-                if self.alive(life) && self.hosts[life.0].claims_open == 0 {
-                    self.gives_back(life);
-                }
-            }
+            Happening::ClaimAnswered { life, generation, result } => match &self.hosts[life.0].process {
+                Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
+                _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
+            },
             Happening::Tried { life, link, number } => self.tried(life, link, number),
             Happening::Applied { life, link, number } => self.applied(life, link, number),
             Happening::Settled { life, link, number } => self.settled(life, link, number),
@@ -250,15 +233,6 @@ impl World {
             Happening::Fault => {
                 if self.strikes.next() {
                     self.fault();
-                }
-            }
-            Happening::GivesBack(life) => self.gives_back(life),
-            Happening::Breaks => {
-                let (_, owner) = self.truth.newest();
-                if let Process::Primary(p) = &self.hosts[owner.0].process
-                    && p.driver.machine().status() == PrimaryStatus::Arbitrating
-                {
-                    self.breaks(self.life(owner.0));
                 }
             }
             Happening::Wedge { host } => self.wedge(host),

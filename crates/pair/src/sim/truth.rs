@@ -1,6 +1,6 @@
 //! What an all-knowing observer sees, and the invariants that it checks after every step.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// A state of the VM: everything that it has done so far, as a node in the tree of all histories. Two hosts
 /// that ran the VM from the same checkpoint have different nodes with one common ancestor.
@@ -20,8 +20,6 @@ pub(super) struct Truth {
     pub(super) tip: Node,
     /// Who won which generation, and the state from which the VM continues in it.
     won: BTreeMap<u64, (Life, Node)>,
-    /// Generations in which the VM ran, or went on.
-    used: BTreeSet<u64>,
     /// Whether the newest generation was won although its loser could not know: a third party reset the
     /// connection.
     excused: bool,
@@ -34,15 +32,7 @@ impl Truth {
     pub(super) fn new(first: Life) -> Self {
         let root = Step { parent: 0, depth: 0 };
         let won = BTreeMap::from([(1, (first, 0))]);
-        Self {
-            steps: vec![root],
-            tip: 0,
-            won,
-            used: BTreeSet::new(),
-            excused: false,
-            ended: false,
-            violation: None,
-        }
+        Self { steps: vec![root], tip: 0, won, excused: false, ended: false, violation: None }
     }
 
     pub(super) fn fail(&mut self, what: String) {
@@ -94,20 +84,8 @@ impl Truth {
         Ok(())
     }
 
-    /// A winner that cannot use a generation gives it back.
-    pub(super) fn give_back(&mut self, generation: u64, life: Life) {
-        if self.won.get(&generation).is_none_or(|(owner, _)| *owner != life) {
-            return;
-        }
-        if self.used.contains(&generation) {
-            self.fail(format!("{life:?} gives {generation} back, in which it has run the VM"));
-        }
-        self.won.remove(&generation);
-    }
-
     /// A side goes live, or lets its output through again.
     pub(super) fn goes_on(&mut self, generation: u64, life: Life) {
-        self.used.insert(generation);
         if self.won.get(&generation).map(|(owner, _)| *owner) != Some(life) {
             self.fail(format!("invariant 3: {life:?} goes on in generation {generation} without owning it"));
         }

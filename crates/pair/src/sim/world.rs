@@ -144,9 +144,6 @@ pub(super) enum Happening {
     Stop {
         host: usize,
     },
-    /// The host that has the VM cannot run it any more.
-    Breaks,
-    GivesBack(Life),
     /// Crash the host that has the VM.
     CrashIfProtected,
     Cut {
@@ -182,9 +179,6 @@ pub(super) struct Host {
     pub(super) wedged: bool,
     /// Until when its waiting thread is busy, which it has announced.
     pub(super) busy_until: u64,
-    /// The generation that it gives back before it ends, once no question is open.
-    pub(super) gives_back: Option<u64>,
-    pub(super) claims_open: u32,
     /// Its clock: offset in µs and rate in parts per thousand.
     offset: u64,
     rate: u64,
@@ -206,7 +200,6 @@ pub(super) struct World {
     pub(super) slow_until: u64,
     pub(super) slow_by: u64,
     pub(super) arbiter_slow_until: u64,
-    pub(super) arbiter_slow_by: u64,
     pub(super) healed: bool,
     /// The most checkpoints without an acknowledgement.
     pub(super) slots: u64,
@@ -255,7 +248,6 @@ pub(super) struct Stats {
     pub(super) long_works: u64,
     /// Standbys that left and handed their right over.
     pub(super) handed_over: u64,
-    pub(super) given_back: u64,
     /// By kind.
     pub(super) faults: [u64; 32],
 }
@@ -283,7 +275,6 @@ impl Stats {
         self.wedged += other.wedged;
         self.long_works += other.long_works;
         self.handed_over += other.handed_over;
-        self.given_back += other.given_back;
         self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }
 }
@@ -323,8 +314,6 @@ impl World {
                 arbiter_cut_until: 0,
                 wedged: false,
                 busy_until: 0,
-                gives_back: None,
-                claims_open: 0,
                 offset: rng.range(0, 1_000_000_000),
                 rate: rng.range(960, 1041),
                 look: None,
@@ -348,7 +337,6 @@ impl World {
             slow_until: 0,
             slow_by: 0,
             arbiter_slow_until: 0,
-            arbiter_slow_by: 300_000,
             healed: false,
             company: true,
             guest_end: u32::MAX,

@@ -177,7 +177,6 @@ impl Standby {
     }
 
     pub(super) fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
-        let (now, patience) = (self.now, self.config.timing.dead_after * 2);
         let State::Claiming { link, claim, failed, .. } = &mut self.state else { return };
         let answer = claim.answer(self.now, generation, result, self.bug);
         match (answer, failed.take()) {
@@ -187,8 +186,6 @@ impl Standby {
                 out.push(Action::Note(Note::Won { generation }));
                 self.take_over(out);
             }
-            // The winner may be broken, and may give the generation back.
-            (Ok(Verdict::Lost { .. }), None) if !claim.lost_for(patience, now) => {}
             (Ok(Verdict::Lost { owner }), _) => {
                 out.push(Action::Discard { link: *link });
                 self.exit(StandbyExit::Lost { generation, owner }, out);

@@ -508,20 +508,3 @@ fn a_standby_that_hands_its_right_over_leaves_nothing_to_ask() {
     let mut host = Host::protected();
     assert_eq!(host.acts(leave(LeaveReason::Stopped)), [Hangup { link: LINK }, Claim { generation: 5 }]);
 }
-
-#[test]
-fn a_host_that_breaks_gives_back_what_it_may_have_won() {
-    let mut host = Host::protected();
-    assert_eq!(host.acts(Unable), [], "nothing was asked for: the standby goes on");
-    assert_eq!(host.machine.output(), OutputMode::Discard);
-    let mut host = Host::protected();
-    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
-    assert_eq!(host.acts(Unable), [GiveBack { generation: 5 }]);
-    assert_eq!(host.claimed(ClaimResult::Won), [], "it is not used any more");
-    assert_eq!(host.machine.output(), OutputMode::Discard);
-    // An answer that decides nothing: the claim may have reached the arbiter.
-    let mut host = Host::protected();
-    host.acts(LinkLost { link: LINK, why: LossReason::Closed });
-    host.claimed(ClaimResult::Unreachable { why: "no route".into() });
-    assert_eq!(host.acts(Unable), [GiveBack { generation: 5 }]);
-}

@@ -374,9 +374,6 @@ impl Arbiter for PowerCut {
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError> {
         self.arbiter.note_end(vm, generation, why)
     }
-    fn give_back(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<(), ArbiterError> {
-        self.arbiter.give_back(vm, generation, owner)
-    }
     fn prober(&self) -> crate::arbiter::Prober {
         self.arbiter.prober()
     }
