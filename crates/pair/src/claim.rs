@@ -16,6 +16,7 @@ pub(crate) struct Claim {
     pub(crate) generation: u64,
     retry: Duration,
     asked: Option<Duration>,
+    asked_once: bool,
     ask_at: Duration,
     reported: Option<String>,
 }
@@ -38,7 +39,7 @@ pub(crate) enum Verdict {
 
 impl Claim {
     pub(crate) fn new(generation: u64, ask_at: Duration, retry: Duration) -> Self {
-        Self { generation, retry, asked: None, ask_at, reported: None }
+        Self { generation, retry, asked: None, asked_once: false, ask_at, reported: None }
     }
 
     /// Call it after every event, carry the answer out and call it again until it is `Nothing`.
@@ -46,6 +47,7 @@ impl Claim {
         match self.asked {
             None if now >= self.ask_at => {
                 self.asked = Some(now);
+                self.asked_once = true;
                 Step::Ask
             }
             Some(asked) if now.saturating_sub(asked) >= SLOW_ANSWER => {
@@ -58,6 +60,11 @@ impl Claim {
     /// Whether a question is open: then the claim may be won, whatever is decided here.
     pub(crate) fn is_open(&self) -> bool {
         self.asked.is_some()
+    }
+
+    /// Whether the question may ever have been heard: then the claim may be won, also after "unreachable".
+    pub(crate) fn was_asked(&self) -> bool {
+        self.asked_once
     }
 
     pub(crate) fn deadline(&self) -> Option<Duration> {

@@ -65,6 +65,9 @@
 //!         Guarding --> Arbitrating: link lost, standby left
 //!         Guarding --> Alone: standby left and has handed its right over
 //!         Arbitrating --> Alone: won g+1, output released
+//!         Arbitrating --> Alone: standby has handed its right over before the arbiter was asked
+//!         Arbitrating --> Unrivalled: standby has handed its right over, output released
+//!         Unrivalled --> Alone: won g+1
 //!         Arbitrating --> Fenced: lost
 //!         Guarding --> Over: last checkpoint acknowledged
 //!     }
@@ -91,7 +94,7 @@
 //!
 //! | invariant (ARCHITECTURE.md) | here |
 //! |---|---|
-//! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture, and without it no standby gets the base; [`PrimaryAction::ReleaseAll`] only follows a won claim |
+//! | 1 output commit | [`PrimaryAction::Release`] follows only an Ack that came in time; [`PrimaryAction::HoldOutput`] is part of the base-final capture, and without it no standby gets the base; [`PrimaryAction::ReleaseAll`] only follows a won claim, or the word of the only rival that it has given its right up |
 //! | 2 whole checkpoints | [`StandbyAction::Apply`] only for a checkpoint staged whole, in sequence, acknowledged, and after the one before it was applied; base pages are refused once a checkpoint is committed |
 //! | 3 one active side | a side that may have a rival claims `generation + 1` and waits for the answer; no time-out ends that wait |
 //! | 6 bounded | at most `slots` checkpoints unacknowledged; [`Primary::wanted_capture`] says so before the pause, and a standby refuses more |

@@ -27,6 +27,8 @@ pub(crate) enum Bug {
     StampsWithoutProgress,
     AnyThreadClaims,
     LeaveBeforePromise,
+    RightThrownAway,
+    ClaimForgotten,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -1,15 +1,16 @@
 //! The host where the VM runs.
 
+mod loss;
 mod types;
 
 use std::time::Duration;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 
-use crate::claim::{Claim, Step, Verdict};
+use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
 use crate::redial::{Answer, Redial};
-use crate::{ClaimResult, Link, LossReason, Timing};
+use crate::{Link, LossReason, Timing};
 
 pub use types::{
     ExitReason, OutputMode, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus, Ticket,
@@ -55,8 +56,12 @@ enum State {
     /// The base-final checkpoint is captured, so the standby may become able to take over: output is held.
     Guarding(Attached, Guard),
     /// The link is gone and the standby may be able to take over: output is held until the arbiter has
-    /// answered.
-    Arbitrating(Claim),
+    /// answered, or until it is heard that the standby has handed its right over.
+    Arbitrating { link: Link, claim: Claim },
+    /// The standby has handed its right over, and the arbiter was asked before that was heard. Nobody else can
+    /// run the VM, so output passes. But the next generation may have been won without an answer, and no
+    /// standby is looked for before that is known: it would be told a generation that is out of date.
+    Unrivalled(Claim),
     /// Nothing happens any more.
     Over { fenced: bool },
 }
@@ -119,13 +124,13 @@ impl Primary {
     /// What the machine is doing.
     pub fn status(&self) -> PrimaryStatus {
         match &self.state {
-            State::Alone { .. } => PrimaryStatus::Alone,
+            State::Alone { .. } | State::Unrivalled(_) => PrimaryStatus::Alone,
             State::Dialling { .. } | State::Greeting { .. } => PrimaryStatus::Dialling,
             State::BaseSync(_) => PrimaryStatus::BaseSync,
             State::Guarding(_, guard) if guard.last => PrimaryStatus::Ending,
             State::Guarding(_, guard) if guard.acked < guard.base => PrimaryStatus::BaseCommit,
             State::Guarding(..) => PrimaryStatus::Protected,
-            State::Arbitrating(_) => PrimaryStatus::Arbitrating,
+            State::Arbitrating { .. } => PrimaryStatus::Arbitrating,
             State::Over { .. } => PrimaryStatus::Over,
         }
     }
@@ -133,7 +138,7 @@ impl Primary {
     /// Whether a frame that the guest sends now may leave at once or must wait.
     pub fn output(&self) -> OutputMode {
         match &self.state {
-            State::Guarding(..) | State::Arbitrating(_) => OutputMode::Hold,
+            State::Guarding(..) | State::Arbitrating { .. } => OutputMode::Hold,
             State::Over { fenced: true } => OutputMode::Discard,
             _ => OutputMode::PassThrough,
         }
@@ -152,7 +157,7 @@ impl Primary {
         match &self.state {
             _ if planted!(self.bug, StaleAckReleases) => None,
             State::Guarding(_, guard) => Some(guard.contact + self.timing.primary_patience()),
-            State::Arbitrating(_) | State::Over { fenced: true } => Some(Duration::ZERO),
+            State::Arbitrating { .. } | State::Over { fenced: true } => Some(Duration::ZERO),
             _ => None,
         }
     }
@@ -191,7 +196,9 @@ impl Primary {
         match &self.state {
             State::Dialling { link } | State::Greeting { link, .. } => Some(*link),
             State::BaseSync(attached) | State::Guarding(attached, _) => Some(attached.link),
-            State::Alone { .. } | State::Arbitrating(_) | State::Over { .. } => None,
+            State::Alone { .. } | State::Arbitrating { .. } | State::Unrivalled(_) | State::Over { .. } => {
+                None
+            }
         }
     }
 
@@ -206,7 +213,7 @@ impl Primary {
             State::Guarding(attached, guard) => {
                 Some(attached.beat_at.min(guard.contact + self.timing.primary_patience()))
             }
-            State::Arbitrating(claim) => claim.deadline(),
+            State::Arbitrating { claim, .. } | State::Unrivalled(claim) => claim.deadline(),
             State::Dialling { .. } | State::Over { .. } => None,
         }
     }
@@ -277,6 +284,7 @@ impl Primary {
         }
         let may_beat = !in_pause && self.may_beat_until().is_none_or(|end| self.now < end);
         let may_claim = waits || planted!(self.bug, AnyThreadClaims);
+        let held = matches!(self.state, State::Arbitrating { .. });
         match &mut self.state {
             State::Alone { dial_at } if self.config.standbys > 0 && self.now >= *dial_at => {
                 // Whichever was due first is due by now.
@@ -294,11 +302,11 @@ impl Primary {
                 out.push(Action::SendHeartbeat { link: attached.link });
             }
             // A host whose waiting thread hangs would win a VM that nobody takes care of.
-            State::Arbitrating(claim) if may_claim => loop {
+            State::Arbitrating { claim, .. } | State::Unrivalled(claim) if may_claim => loop {
                 match claim.step(self.now) {
                     Step::Nothing => break,
                     Step::Ask => out.push(Action::Claim { generation: claim.generation }),
-                    Step::Report(why) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
+                    Step::Report(why) => out.push(Action::Note(Note::ArbiterUnreachable { why, held })),
                 }
             },
             _ => {}
@@ -309,7 +317,7 @@ impl Primary {
     /// is committed or the arbiter has answered.
     fn end_if_possible(&mut self, reason: EndReason, out: &mut Vec<Action>) {
         match &self.state {
-            State::Alone { .. } => {}
+            State::Alone { .. } | State::Unrivalled(_) => {}
             State::Dialling { link } | State::Greeting { link, .. } => {
                 out.push(Action::Hangup { link: *link })
             }
@@ -317,10 +325,10 @@ impl Primary {
             State::Guarding(attached, guard) if guard.last && guard.acked == guard.shipped => {
                 self.say_end(attached.link, reason, out);
             }
-            State::Arbitrating(_) if planted!(self.bug, EndWithoutArbitration) => {
+            State::Arbitrating { .. } if planted!(self.bug, EndWithoutArbitration) => {
                 out.push(Action::ReleaseAll { generation: self.generation })
             }
-            State::Guarding(..) | State::Arbitrating(_) | State::Over { .. } => return,
+            State::Guarding(..) | State::Arbitrating { .. } | State::Over { .. } => return,
         }
         self.state = State::Over { fenced: false };
         out.push(Action::Exit { reason: ExitReason::Ended(reason) });
@@ -520,81 +528,5 @@ impl Primary {
         if first {
             out.push(Action::Note(Note::Protected { generation, checkpoint }));
         }
-    }
-
-    fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
-        match &self.state {
-            State::Dialling { link: dialled } if *dialled == link => {
-                self.dial_later(Answer::Nothing);
-                out.push(Action::Hangup { link });
-            }
-            State::Greeting { link: greeted, .. } if *greeted == link => {
-                self.dial_later(Answer::Nothing);
-                out.push(Action::Hangup { link });
-                self.say(Note::DialFailed { why: why.to_string() }, out);
-            }
-            State::BaseSync(attached) if attached.link == link => {
-                // This standby does not have a whole VM, so it cannot take over and there is nothing to
-                // decide.
-                self.dial_later(Answer::NoBase);
-                out.push(Action::Hangup { link });
-                out.push(Action::Note(Note::LinkLost { why, held: false }));
-            }
-            State::Guarding(attached, guard) if attached.link == link => {
-                let committed = guard.acked >= guard.base;
-                out.push(Action::Hangup { link });
-                out.push(Action::Note(Note::LinkLost { why, held: true }));
-                if planted!(self.bug, SkipArbitration)
-                    || planted!(self.bug, BaseLossClaimsNothingAfterCapture) && !committed
-                {
-                    return self.go_on_alone(self.generation + 1, out);
-                }
-                let claim = Claim::new(self.generation + 1, self.now, self.timing.retry);
-                out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
-                self.state = State::Arbitrating(claim);
-            }
-            _ => {}
-        }
-    }
-
-    /// The standby has left and handed its right over: nobody else can run the VM, so it continues at once,
-    /// in the same generation, without the arbiter.
-    fn released(&mut self, link: Link, out: &mut Vec<Action>) {
-        let why = LossReason::Left(LeaveReason::Released);
-        match &self.state {
-            State::Guarding(attached, _) if attached.link == link => {
-                out.push(Action::Hangup { link });
-                out.push(Action::Note(Note::LinkLost { why, held: false }));
-                self.go_on_alone(self.generation, out);
-            }
-            _ => self.link_lost(link, why, out),
-        }
-    }
-
-    fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
-        let State::Arbitrating(claim) = &mut self.state else { return };
-        match claim.answer(self.now, generation, result, self.bug) {
-            Err(Step::Report(why)) => out.push(Action::Note(Note::ArbiterUnreachable { why })),
-            Err(_) => {}
-            Ok(Verdict::Won) => {
-                out.push(Action::Note(Note::Won { generation }));
-                self.go_on_alone(generation, out);
-            }
-            Ok(Verdict::Lost { .. }) if planted!(self.bug, LoserGoesOn) => self.go_on_alone(generation, out),
-            Ok(Verdict::Lost { owner }) => {
-                self.state = State::Over { fenced: true };
-                out.push(Action::Fence { generation, owner: owner.clone() });
-                out.push(Action::StopGuest);
-                out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
-            }
-        }
-    }
-
-    fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {
-        self.generation = generation;
-        self.timing = self.config.timing;
-        self.redial.begin_anew(self.now);
-        self.state = State::Alone { dial_at: self.now };
-        out.push(Action::ReleaseAll { generation });
     }
 }

@@ -53,8 +53,12 @@ impl Notes {
                 tracing::info!(generation, "asking the arbiter; output is held until it answers");
                 self.events.emit(Event::Arbitrating { generation });
             }
-            Note::ArbiterUnreachable { why } => {
-                tracing::error!("arbiter not reachable, output stays held: {why}");
+            Note::HandedOver => {
+                tracing::warn!("the standby has handed its right over: the VM goes on here, UNPROTECTED");
+            }
+            Note::ArbiterUnreachable { why, held } => {
+                let what = if held { "output stays held" } else { "no new standby is looked for" };
+                tracing::error!("arbiter not reachable, {what}: {why}");
                 self.events.emit(Event::ArbiterUnreachable { why });
             }
             Note::Won { generation } => {

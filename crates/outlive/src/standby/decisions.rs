@@ -12,7 +12,7 @@ use outlive_pair::{
 };
 
 use super::notes;
-use super::outbox::Outbox;
+use super::outbox::{FAREWELL, Outbox};
 use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
 use crate::arbiter::{self, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
@@ -170,6 +170,15 @@ impl Decisions {
         };
         let deadline = Instant::now() + STUCK;
         while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// Gives the primary that this standby leaves time to read so, and to close: what this process has not
+    /// read when it ends would make the system reset the connection.
+    pub(super) fn wait_until_left(&self) {
+        let deadline = Instant::now() + FAREWELL;
+        while Instant::now() < deadline && self.with(|driver, _| (driver.ports().is_leaving(), NOTHING)) {
             std::thread::sleep(LOOK_AGAIN);
         }
     }

@@ -134,7 +134,11 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
             tracing::info!(primary = from, version = version as u32, "primary attached");
             reader.agree(version);
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
-            reader.run();
+            let mut rest = reader.run();
+            // What is left is of no use, but where this standby leaves, its last words must arrive.
+            if outbox.leaves() {
+                rest.drop_the_rest();
+            }
         }
         Err((code, text)) => decisions.refuse(number, code, text),
     }

@@ -185,6 +185,7 @@ impl Waiting {
             Some(None) => {}
             None => self.decisions.wait_until_discarded(),
         }
+        self.decisions.wait_until_left();
         reason
     }
 }

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use outlive_epoch::{EncodeError, Encoder, Preface, ProtocolVersion};
 
@@ -15,6 +16,8 @@ use crate::link::{Closer, Writer};
 
 /// How many bytes may wait here, after the socket has taken what it can.
 const MAX_WAITING: usize = 256 << 10;
+/// How long a peer may take to read that this standby leaves, and to close.
+pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The outbox; see the module.
 pub(super) struct Outbox {
@@ -36,6 +39,9 @@ struct Queue {
 pub(super) enum End {
     /// The peer reads the rest, and closes.
     Finish,
+    /// The same, with a peer that still sends: the connection is broken once it has had [`FAREWELL`]. Until
+    /// then its reader must drop what comes; see [`Reader::drop_the_rest`](crate::link::Reader::drop_the_rest).
+    Leave,
     /// The connection is broken.
     Close,
 }
@@ -95,6 +101,11 @@ impl Outbox {
         }
     }
 
+    /// Whether the last word is a leave.
+    pub(super) fn leaves(&self) -> bool {
+        self.queue().end == Some(End::Leave)
+    }
+
     /// Writes as much of the queue as fits, and ends the connection if that is due. Waits for nothing but
     /// another thread that does the same.
     pub(super) fn write(&self) {
@@ -133,6 +144,17 @@ impl Outbox {
     fn carry_out(&self, end: End) {
         match end {
             End::Finish => self.closer.finish(),
+            End::Leave => {
+                self.closer.finish();
+                let closer = self.closer.clone();
+                let waits = outlive_machine::spawn("farewell", move || {
+                    std::thread::sleep(FAREWELL);
+                    closer.close();
+                });
+                if waits.is_err() {
+                    self.closer.close();
+                }
+            }
             End::Close => self.closer.close(),
         }
     }
@@ -144,11 +166,11 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::net::TcpStream;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
-    use outlive_epoch::{Ack, Message, Peer, ReadError, SectionReader};
+    use outlive_epoch::{Ack, LeaveReason, Message, Peer, ReadError, SectionReader};
 
     use super::*;
     use crate::link::{Listener, Reader};
@@ -227,6 +249,42 @@ mod tests {
         let mut rest = Vec::new();
         peer.read_to_end(&mut rest).unwrap();
         assert!(!rest.is_empty(), "the socket took nothing");
+    }
+
+    fn leave(outbox: &Outbox) {
+        let put = outbox.put(|encoder, out| {
+            encoder.leave(out, LeaveReason::Released);
+            Ok(())
+        });
+        put.unwrap();
+        outbox.end(End::Leave);
+        outbox.write();
+    }
+
+    /// A primary in the middle of a checkpoint.
+    #[test]
+    fn a_leave_arrives_although_the_peer_still_sends() {
+        let (outbox, mut reader, mut peer) = connected();
+        leave(&outbox);
+        let reading = std::thread::spawn(move || reader.drop_the_rest());
+        for _ in 0..200 {
+            peer.write_all(&[0; 64 << 10]).expect("the connection is not reset");
+        }
+        let mut reader = SectionReader::new(Peer::Standby);
+        reader.read_preface(&mut peer).unwrap();
+        let section = reader.read_section(&mut peer).unwrap();
+        assert!(matches!(Message::parse(&section).unwrap(), Message::Leave(LeaveReason::Released)));
+        assert!(matches!(reader.read_section(&mut peer), Err(ReadError::Closed)));
+        drop(peer);
+        reading.join().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_does_not_close_is_not_waited_for() {
+        let (outbox, mut reader, _peer) = connected();
+        leave(&outbox);
+        // Returns; the peer is still there.
+        reader.drop_the_rest();
     }
 
     fn is_out(outbox: &Outbox) -> bool {

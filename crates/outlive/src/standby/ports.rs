@@ -106,12 +106,25 @@ pub(super) struct Ports {
     /// This host's name, for the answer to an introduction.
     host: String,
     deferred: Deferred,
+    /// The connection whose last word is a leave, before it is ended and until its thread has ended.
+    left: Option<Link>,
+    leaving: Option<Link>,
 }
 
 impl Ports {
     pub(super) fn new(inbox: Sender<MainMessage>) -> Self {
         let host = process::host_name();
-        Self { peers: Vec::new(), session: None, discards: None, inbox, host, deferred: Deferred::default() }
+        let deferred = Deferred::default();
+        Self {
+            peers: Vec::new(),
+            session: None,
+            discards: None,
+            inbox,
+            host,
+            deferred,
+            left: None,
+            leaving: None,
+        }
     }
 
     /// Adds a connection under a number that was not used before.
@@ -122,6 +135,12 @@ impl Ports {
     /// Forgets a connection whose thread has ended.
     pub(super) fn disconnect(&mut self, link: Link) {
         self.peers.retain(|(known, _)| *known != link);
+        self.leaving.take_if(|leaving| *leaving == link);
+    }
+
+    /// Whether a peer may not have read yet that this standby leaves.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving.is_some()
     }
 
     /// Sets the copy for the primary whose introduction comes next.
@@ -269,15 +288,17 @@ impl StandbyPorts for Ports {
             encoder.leave(out, reason);
             Ok(())
         });
-        put.ok();
+        self.left = put.ok().map(|()| link);
     }
 
     fn hang_up(&mut self, link: Link) {
         if let Some(outbox) = self.outbox(link) {
-            outbox.end(End::Close);
+            let leaves = self.left.take_if(|left| *left == link).is_some();
+            outbox.end(if leaves { End::Leave } else { End::Close });
+            self.leaving = leaves.then_some(link);
             self.touch(outbox);
         }
-        self.disconnect(link);
+        self.peers.retain(|(known, _)| *known != link);
         if let Ok(session) = self.session(link) {
             session.handover.hang_up();
         }

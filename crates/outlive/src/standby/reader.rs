@@ -81,7 +81,7 @@ impl SessionReader {
     }
 
     /// Serves the link until it ends.
-    pub(super) fn run(mut self) {
+    pub(super) fn run(mut self) -> link::Reader {
         let end = loop {
             if let Err(end) = self.next() {
                 break end;
@@ -93,6 +93,7 @@ impl SessionReader {
             End::Lost(why) => self.decisions.handle(Event::LinkLost { link, why }),
             End::Bad(why) => self.decisions.handle(Event::BadStream { link, why }),
         }
+        self.from
     }
 
     fn next(&mut self) -> Result<(), End> {

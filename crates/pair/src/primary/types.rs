@@ -283,10 +283,14 @@ pub enum PrimaryNote {
         /// For which generation.
         generation: u64,
     },
-    /// The arbiter does not answer; given once per reason. Output stays held.
+    /// It is heard only now that the lost standby has handed its right over: output is held no longer.
+    HandedOver,
+    /// The arbiter does not answer; given once per reason.
     ArbiterUnreachable {
         /// Why.
         why: String,
+        /// Output is held until it answers. If not, only the next standby waits for it.
+        held: bool,
     },
     /// The VM goes on alone.
     Won {

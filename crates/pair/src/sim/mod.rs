@@ -133,13 +133,14 @@ fn a_host_whose_waiting_thread_stands_still_is_given_up() {
 }
 
 /// A standby that is stopped in order hands its right over: the VM continues at once, although nobody can ask
-/// the arbiter.
+/// the arbiter, and although the primary may stand still or have lost the link when it hears of it.
 #[test]
 fn an_orderly_stop_of_the_standby_asks_no_arbiter() {
     let (stats, found) = search(0..2_000, Faults::Stop, None);
     assert_eq!(found, None);
     assert!(stats.alone > 1_500 && stats.handed_over > 1_500, "{stats:?}");
-    assert_eq!((stats.unreachable, stats.takeovers), (0, 0), "{stats:?}");
+    assert!(stats.unreachable > 50, "{stats:?}");
+    assert_eq!(stats.takeovers, 0, "{stats:?}");
 }
 
 /// Each of these mistakes in the machines or in the drivers must be found, or the simulator is blind there.
@@ -166,6 +167,7 @@ fn every_planted_mistake_is_found() {
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
         Bug::LeaveBeforePromise,
+        Bug::ClaimForgotten,
         Bug::ActionsReversed,
         Bug::ActsOnAttachedLink,
         Bug::FailureSwallowed,
@@ -180,7 +182,9 @@ fn every_planted_mistake_is_found() {
     ];
     let of_progress = [Bug::BeatsWithoutProgress, Bug::StampsWithoutProgress, Bug::AnyThreadClaims];
     let many = bugs.into_iter().map(|bug| (bug, Faults::Many));
-    let all = many.chain(of_progress.into_iter().map(|bug| (bug, Faults::Wedge)));
+    let all = many
+        .chain([(Bug::RightThrownAway, Faults::Stop)])
+        .chain(of_progress.into_iter().map(|bug| (bug, Faults::Wedge)));
     let mut blind = Vec::new();
     for (bug, faults) in all {
         match search(0..100_000, faults, Some(bug)).1 {

@@ -101,6 +101,7 @@ pub(super) fn schedule_of(
         world.hosts.iter_mut().for_each(|host| host.arbiter_cut_until = u64::MAX);
         let time = world.rng.range(FAULTS_FROM, FAULTS_UNTIL);
         (1..3).for_each(|host| world.at(time, Happening::Stop { host }));
+        world.stands_still_at_leave = world.rng.one_in(2);
     }
     if faults == Faults::Wedge {
         let (time, host) = (world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL), world.rng.range(0, 3) as usize);
@@ -167,7 +168,9 @@ impl World {
             self.truth
                 .fail(format!("{owner:?} owns generation {newest}, is {status:?} and lets nothing out"));
         }
-        if status != PrimaryStatus::Protected {
+        // Whoever may own the next generation looks for no standby before the arbiter has said so.
+        let waits = status == PrimaryStatus::Alone && self.hosts[owner.0].arbiter_cut_until == u64::MAX;
+        if status != PrimaryStatus::Protected && !waits {
             self.truth.fail(format!("{owner:?} found no new standby; it is {status:?}"));
         }
     }
@@ -264,8 +267,9 @@ impl World {
             return self.at(at, Happening::Deliver { conn, side });
         }
         let life = self.conns[conn].ends[side];
-        let hears = self.alive(life) && self.conns[conn].open[side];
         let Some(msg) = self.conns[conn].queues[side].pop_front() else { return };
+        // What the kernel had when the connection was closed is read to its end.
+        let hears = self.alive(life) && (self.conns[conn].open[side] || matches!(msg, Msg::Leave(_)));
         match side {
             _ if !hears => {}
             0 => self.standby_hears(life, conn, msg),
@@ -404,7 +408,7 @@ impl World {
         }
     }
 
-    fn freeze(&mut self, host: usize, until: u64) {
+    pub(super) fn freeze(&mut self, host: usize, until: u64) {
         if !matches!(self.hosts[host].process, Process::Down) {
             self.hosts[host].frozen_until = until;
             self.hosts[host].stale = self.rng.one_in(2).then_some(self.now);

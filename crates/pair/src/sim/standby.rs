@@ -1,6 +1,6 @@
 //! The standby in the simulation: reader, applier and main thread around the production driver.
 
-use outlive_epoch::LeaveReason;
+use outlive_epoch::{LeaveReason, RefuseCode};
 
 use super::hosts::Process;
 use super::ports::{Buffer, Out, PortFault, StandbyEffect as Effect, StandbySide};
@@ -10,7 +10,7 @@ use super::world::{Happening, Msg, World};
 use crate::planted::{Bug, Planted};
 use crate::{
     After, Introduction, Link, LossReason, Standby, StandbyConfig, StandbyDriver, StandbyEvent, StandbyExit,
-    StandbyNote, TakeOver,
+    StandbyNote, StandbyPorts, TakeOver,
 };
 
 pub(super) struct StandbyProcess {
@@ -184,6 +184,11 @@ impl World {
                 Out::Send(link, msg) => {
                     self.stats.left += u64::from(matches!(msg, Msg::Leave(_)));
                     self.stats.handed_over += u64::from(matches!(msg, Msg::Leave(LeaveReason::Released)));
+                    if matches!(msg, Msg::Leave(_)) && self.rng.one_in(8) {
+                        // The peer's thread that writes meets the end of the connection before its thread that
+                        // reads has got to the leave.
+                        self.after(10, Happening::Reset { conn: link.0 as usize, side: 1 });
+                    }
                     self.send(link.0 as usize, 1, msg);
                 }
                 Out::Close(link) => self.close(link.0 as usize, 0),
@@ -264,6 +269,10 @@ impl World {
 
     pub(super) fn released(&mut self, life: Life, link: Link) {
         let fails = self.rng.one_in(8) && self.company;
+        if self.stands_still_at_leave {
+            let (until, (_, owner)) = (self.now + self.rng.range(1_000, 300_000), self.truth.newest());
+            self.freeze(owner.0, until);
+        }
         let Some(s) = self.standby_of(life) else { return };
         let result = if fails { Err("no room".to_owned()) } else { Ok(()) };
         if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
@@ -293,6 +302,10 @@ impl World {
         let Some(s) = self.standby_of(life) else { return };
         let event = match msg {
             Msg::Hello(hello) => {
+                let asks = self.hosts[life.0].arbiter_cut_until <= self.now;
+                if asks && hello.generation < self.truth.newest().0 {
+                    return self.refuse_stale(life, link);
+                }
                 self.hello(life, link, hello);
                 StandbyEvent::Hello { link, hello }
             }
@@ -334,6 +347,15 @@ impl World {
             other => StandbyEvent::BadStream { link, why: format!("{other:?}") },
         };
         self.standby(life, event);
+    }
+
+    /// The arbiter knows a newer generation, so the standby refuses by itself.
+    fn refuse_stale(&mut self, life: Life, link: Link) {
+        let Some(s) = self.standby_of(life) else { return };
+        let ports = s.driver.ports_mut();
+        ports.introduced(link, 0, false);
+        ports.refuse(link, RefuseCode::StaleGeneration, "the arbiter knows a newer generation".into());
+        self.standby_after(life, After { drain: true, wake: false });
     }
 
     /// Memory is set aside for a VM that would be accepted.

@@ -209,6 +209,8 @@ pub(super) struct World {
     pub(super) interval: u64,
     /// Whether a fault may bring further ones.
     pub(super) company: bool,
+    /// The owner is stopped just before a standby hands its right over.
+    pub(super) stands_still_at_leave: bool,
     /// The guest powers itself off when it has come this far.
     pub(super) guest_end: u32,
     pub(super) stats: Stats,
@@ -339,6 +341,7 @@ impl World {
             arbiter_slow_until: 0,
             healed: false,
             company: true,
+            stands_still_at_leave: false,
             guest_end: u32::MAX,
             stats: Stats::default(),
             looks: 0,

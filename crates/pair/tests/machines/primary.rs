@@ -205,7 +205,7 @@ fn an_arbiter_out_of_reach_is_asked_again_and_reported_once() {
     let why = || "no route".to_owned();
     for round in 0..20 {
         let actions = host.on(Claimed { generation: 5, result: ClaimResult::Unreachable { why: why() } });
-        let note = Note(PrimaryNote::ArbiterUnreachable { why: why() });
+        let note = Note(PrimaryNote::ArbiterUnreachable { why: why(), held: true });
         assert_eq!(actions.contains(&note), round == 0);
         assert_eq!(host.acts(Tick), []);
         assert_eq!(host.machine.next_deadline(), Some(ms(host.now + 200)));
@@ -222,7 +222,7 @@ fn an_arbiter_that_does_not_answer_is_reported() {
     host.acts(lost());
     assert_eq!(host.machine.next_deadline(), Some(ms(host.now + 1000)));
     host.now += 1000;
-    let note = Note(PrimaryNote::ArbiterUnreachable { why: "no answer for 1 s".into() });
+    let note = Note(PrimaryNote::ArbiterUnreachable { why: "no answer for 1 s".into(), held: true });
     assert_eq!(host.on(Tick), [note], "and not asked a second time");
     assert_eq!(host.machine.next_deadline(), None);
     assert_eq!(host.claimed(ClaimResult::Won)[0], ReleaseAll { generation: 5 });
@@ -507,4 +507,51 @@ fn a_standby_that_hands_its_right_over_leaves_nothing_to_ask() {
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
     let mut host = Host::protected();
     assert_eq!(host.acts(leave(LeaveReason::Stopped)), [Hangup { link: LINK }, Claim { generation: 5 }]);
+}
+
+fn released() -> PrimaryEvent {
+    Leave { link: LINK, reason: LeaveReason::Released }
+}
+
+/// SIGSTOP before the leave, SIGCONT when the silence is over: the clock comes first, and the leave behind it.
+#[test]
+fn a_right_that_is_handed_over_counts_after_a_long_stop() {
+    let mut host = Host::protected();
+    host.now += 700;
+    let mut out = Vec::new();
+    host.machine.handle(ms(host.now), released(), &mut out);
+    out.retain(|action| !matches!(action, Note(_)));
+    assert_eq!(out[..2], [Hangup { link: LINK }, ReleaseAll { generation: 4 }]);
+    assert!(!out.iter().any(|action| matches!(action, Claim { .. })), "{out:?}");
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+}
+
+/// The next generation may be won unheard: the guest goes on, and the next standby waits for the answer.
+#[test]
+fn a_right_that_is_handed_over_ends_the_wait_for_the_arbiter() {
+    let unreachable = || ClaimResult::Unreachable { why: "no route".into() };
+    for asked_again in [false, true] {
+        let mut host = Host::protected();
+        assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Claim { generation: 5 }]);
+        if asked_again {
+            assert_eq!(host.claimed(unreachable()), []);
+        }
+        let other = Leave { link: Link(7), reason: LeaveReason::Released };
+        assert_eq!(host.acts(other), [], "of another link");
+        assert_eq!(host.acts(released()), [ReleaseAll { generation: 4 }]);
+        assert_eq!((host.machine.output(), host.machine.generation()), (OutputMode::PassThrough, 4));
+        assert!(host.machine.may_release(ms(host.now)));
+        if !asked_again {
+            assert_eq!(host.claimed(unreachable()), []);
+        }
+        host.now += 1000;
+        assert_eq!(host.acts(Tick), [Claim { generation: 5 }], "and nobody is dialled");
+        let won = host.claimed(ClaimResult::Won);
+        assert_eq!(won, [ReleaseAll { generation: 5 }, Dial { link: Link(1), address: 0 }]);
+    }
+    let mut host = Host::protected();
+    host.acts(lost());
+    host.acts(released());
+    let ended = ExitReason::Ended(EndReason::PowerOff);
+    assert_eq!(host.acts(End { reason: EndReason::PowerOff }), [Exit { reason: ended }]);
 }

@@ -1,0 +1,98 @@
+//! From the loss of the link until it is known who runs the VM.
+
+use outlive_epoch::LeaveReason;
+
+use super::{Action, ExitReason, Note, Primary, State};
+use crate::claim::{Claim, Step, Verdict};
+use crate::planted::planted;
+use crate::redial::Answer;
+use crate::{ClaimResult, Link, LossReason};
+
+impl Primary {
+    pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Dialling { link: dialled } if *dialled == link => {
+                self.dial_later(Answer::Nothing);
+                out.push(Action::Hangup { link });
+            }
+            State::Greeting { link: greeted, .. } if *greeted == link => {
+                self.dial_later(Answer::Nothing);
+                out.push(Action::Hangup { link });
+                self.say(Note::DialFailed { why: why.to_string() }, out);
+            }
+            State::BaseSync(attached) if attached.link == link => {
+                // This standby does not have a whole VM, so it cannot take over and there is nothing to
+                // decide.
+                self.dial_later(Answer::NoBase);
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: false }));
+            }
+            State::Guarding(attached, guard) if attached.link == link => {
+                let committed = guard.acked >= guard.base;
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: true }));
+                if planted!(self.bug, SkipArbitration)
+                    || planted!(self.bug, BaseLossClaimsNothingAfterCapture) && !committed
+                {
+                    return self.go_on_alone(self.generation + 1, out);
+                }
+                let claim = Claim::new(self.generation + 1, self.now, self.timing.retry);
+                out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
+                self.state = State::Arbitrating { link, claim };
+            }
+            _ => {}
+        }
+    }
+
+    /// The standby has left and handed its right over: nobody else can run the VM. What it said last may be
+    /// heard after its link was declared lost: the thread that writes met the end of the connection first, or
+    /// this process stood still for a while.
+    pub(super) fn released(&mut self, link: Link, out: &mut Vec<Action>) {
+        let why = LossReason::Left(LeaveReason::Released);
+        match &self.state {
+            State::Guarding(attached, _) if attached.link == link => {
+                out.push(Action::Hangup { link });
+                out.push(Action::Note(Note::LinkLost { why, held: false }));
+                self.go_on_alone(self.generation, out);
+            }
+            State::Arbitrating { .. } if planted!(self.bug, RightThrownAway) => {}
+            State::Arbitrating { link: lost, claim } if *lost == link => {
+                out.push(Action::Note(Note::HandedOver));
+                if !claim.was_asked() || planted!(self.bug, ClaimForgotten) {
+                    return self.go_on_alone(self.generation, out);
+                }
+                self.state = State::Unrivalled(claim.clone());
+                out.push(Action::ReleaseAll { generation: self.generation });
+            }
+            _ => self.link_lost(link, why, out),
+        }
+    }
+
+    pub(super) fn claimed(&mut self, generation: u64, result: ClaimResult, out: &mut Vec<Action>) {
+        let held = matches!(self.state, State::Arbitrating { .. });
+        let (State::Arbitrating { claim, .. } | State::Unrivalled(claim)) = &mut self.state else { return };
+        match claim.answer(self.now, generation, result, self.bug) {
+            Err(Step::Report(why)) => out.push(Action::Note(Note::ArbiterUnreachable { why, held })),
+            Err(_) => {}
+            Ok(Verdict::Won) => {
+                out.push(Action::Note(Note::Won { generation }));
+                self.go_on_alone(generation, out);
+            }
+            Ok(Verdict::Lost { .. }) if planted!(self.bug, LoserGoesOn) => self.go_on_alone(generation, out),
+            Ok(Verdict::Lost { owner }) => {
+                self.state = State::Over { fenced: true };
+                out.push(Action::Fence { generation, owner: owner.clone() });
+                out.push(Action::StopGuest);
+                out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
+            }
+        }
+    }
+
+    fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {
+        self.generation = generation;
+        self.timing = self.config.timing;
+        self.redial.begin_anew(self.now);
+        self.state = State::Alone { dial_at: self.now };
+        out.push(Action::ReleaseAll { generation });
+    }
+}
