@@ -20,6 +20,12 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::Incoming;
 
+/// An applier that has nothing else to do fetches its work within this time, on the busiest host.
+const FETCHES: Duration = Duration::from_secs(3);
+/// And by the time it was looked for this often: after a stop of the whole process the clock alone says
+/// nothing.
+const LOOKS: u32 = 8;
+
 /// The handover; see the module.
 pub(super) struct Handover {
     state: Mutex<State>,
@@ -41,6 +47,8 @@ struct State {
     work: Option<(Held, Doing)>,
     /// Since when the applier has something to do that is not done.
     doing: Option<Instant>,
+    /// How often it was looked whether the applier has fetched its work, and it had not.
+    looks: u32,
     /// Whether the link is gone: then nothing more is taken from the reader.
     hung_up: bool,
     reader_gone: bool,
@@ -89,6 +97,7 @@ impl Handover {
             bytes: 0,
             work: None,
             doing: None,
+            looks: 0,
             hung_up: false,
             reader_gone: false,
             end: None,
@@ -143,6 +152,7 @@ impl Handover {
         state.work = state.staged.pop_front().map(|held| (held, doing));
         // An applier that does not come for it is as bad as one that does not get done.
         state.doing = Some(Instant::now());
+        state.looks = 0;
         Ok(())
     }
 
@@ -169,6 +179,17 @@ impl Handover {
         state.end.get_or_insert(how);
         self.room.notify_all();
         self.work.notify_one();
+    }
+
+    /// Whether the applier stands still: it was idle, and does not fetch what it was given. A slow disk is no
+    /// reason for that, so it is found much sooner than work that takes long. To be asked now and then.
+    pub(super) fn is_deserted(&self) -> bool {
+        let mut state = self.lock();
+        if state.work.is_none() {
+            return false;
+        }
+        state.looks = state.looks.saturating_add(1);
+        state.looks >= LOOKS && state.doing.is_some_and(|since| since.elapsed() >= FETCHES)
     }
 
     /// For how long the applier has not got done with what it was given.

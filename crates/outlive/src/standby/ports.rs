@@ -161,7 +161,11 @@ impl Ports {
     /// What keeps the copy from following the VM, if it is hopeless.
     pub(super) fn stuck(&self) -> Option<(Link, String)> {
         let session = self.session.as_ref()?;
-        session.stuck().map(|why| (session.link, why))
+        let deserted = || {
+            let deserted = session.handover.is_deserted();
+            deserted.then(|| "this standby's applier does not fetch its work".to_owned())
+        };
+        session.stuck().or_else(deserted).map(|why| (session.link, why))
     }
 
     /// Queues the answer to sums.
