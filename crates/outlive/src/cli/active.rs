@@ -38,6 +38,11 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
+    /// Socket on which outlive status asks this process [default: named after the VM, in /run/outlive or
+    /// $XDG_RUNTIME_DIR/outlive]
+    #[arg(long, value_name = "PATH")]
+    pub status: Option<PathBuf>,
+
     /// Where the guest's serial port and console go: a directory for their sockets (see outlive console), or
     /// stdio
     #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]

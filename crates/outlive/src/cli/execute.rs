@@ -1,9 +1,11 @@
 //! From a command to its exit code.
 
 use super::{Command, RunOptions, StandbyOptions};
+use crate::events::Role;
 use crate::standby::{Outcome, Waiting};
+use crate::status::{Server, Standing};
 use crate::vm::{End, Launch};
-use crate::{arbiter, check, console, demo, disk, exit, logs, primary, ui};
+use crate::{arbiter, check, console, demo, disk, exit, logs, primary, status, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -11,6 +13,7 @@ impl Command {
         match self {
             Self::Run(options) => run(options),
             Self::Standby(options) => standby(options),
+            Self::Status(options) => status::command(options),
             Self::Console(options) => console::command(options),
             Self::Arbiter(options) => arbiter::command(options),
             Self::Image(options) => disk::command(options),
@@ -21,16 +24,30 @@ impl Command {
 }
 
 fn run(options: &RunOptions) -> u8 {
-    match logs::never_wait().and_then(|()| primary::start(options)) {
-        Ok(launch) => go_on(launch),
+    let standing = Standing::new(Role::Primary, Some(&options.name), "the VM is being started");
+    let ready = logs::never_wait().and_then(|()| {
+        // Before the VM, so that a bad place is refused before anything is done.
+        let server = Server::open(options.active.status.as_deref(), &standing)?;
+        let launch = primary::start(options, standing.clone())?;
+        Ok((server.or_else(|| Server::open_usual(&options.name, standing)), launch))
+    });
+    match ready {
+        Ok((_server, launch)) => go_on(launch),
         Err(line) => exit::usage(line),
     }
 }
 
 /// Waits as a standby; after a takeover this process is the VM's primary.
 fn standby(options: &StandbyOptions) -> u8 {
-    let waiting = match logs::never_wait().and_then(|()| Waiting::prepare(options)) {
-        Ok(waiting) => waiting,
+    let standing = Standing::new(Role::Standby, options.vm.as_deref(), "no primary has come yet");
+    let ready = logs::never_wait().and_then(|()| {
+        options.refuse_itself()?;
+        let server = Server::open(options.active.status.as_deref(), &standing)?;
+        let waiting = Waiting::prepare(options, standing.clone())?;
+        Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), waiting))
+    });
+    let (_server, waiting) = match ready {
+        Ok(ready) => ready,
         Err(line) => return exit::usage(line),
     };
     let events = waiting.events().clone();

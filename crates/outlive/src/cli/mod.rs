@@ -10,6 +10,7 @@ mod execute;
 mod image;
 mod run;
 mod standby;
+mod status;
 mod values;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
+pub use status::StatusOptions;
 pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
 
 /// A virtual machine that outlives its host.
@@ -61,6 +63,8 @@ pub enum Command {
     Run(RunOptions),
     /// Wait for a VM to protect and take over when its host dies
     Standby(StandbyOptions),
+    /// Say whether the VMs on this host are protected, and what the loss of a host would mean now
+    Status(StatusOptions),
     /// Attach a terminal to the serial port or the console of a VM on this host
     Console(ConsoleOptions),
     /// Make, list and prune arbiters: the third places that say who may run a VM

@@ -1,11 +1,13 @@
 //! `outlive standby`.
 
+use std::net::{IpAddr, UdpSocket};
 use std::str::FromStr;
 
 use clap::Args;
 
 use super::active::ActiveOptions;
 use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_standby_card};
+use crate::process;
 
 /// `outlive standby`.
 #[derive(Clone, Debug, Args)]
@@ -35,6 +37,65 @@ pub struct StandbyOptions {
     /// Options that apply once the VM runs here.
     #[command(flatten)]
     pub active: ActiveOptions,
+}
+
+impl StandbyOptions {
+    /// Refuses a standby that would be its own, as far as that can be known without asking a name server.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn refuse_itself(&self) -> Result<(), String> {
+        match self.active.standbys.iter().find(|standby| self.listens_at(standby)) {
+            Some(standby) => Err(format!(
+                "--standby {standby} is this standby itself (--listen {}): give the other host's address",
+                self.listen
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn listens_at(&self, standby: &str) -> bool {
+        let (Some((listens, port)), Some((host, its_port))) = (split(&self.listen), split(standby)) else {
+            return false;
+        };
+        // Port 0 is any free one, which nobody can have named.
+        if port != its_port || port == 0 {
+            return false;
+        }
+        let (listens, host) = (listens.to_ascii_lowercase(), host.to_ascii_lowercase());
+        match (address(&listens), address(&host)) {
+            (Some(listens), Some(host)) => {
+                listens == host || host.is_unspecified() || listens.is_unspecified() && is_of_this_host(host)
+            }
+            (Some(listens), None) => {
+                listens.is_unspecified() && host == process::host_name().to_ascii_lowercase()
+            }
+            (None, _) => listens == host,
+        }
+    }
+
+    /// The name of its socket for `outlive status`, where none is given.
+    pub(crate) fn status_name(&self) -> String {
+        let port = split(&self.listen).map_or(0, |(_, port)| port);
+        format!("{}.standby-{port}", self.vm.as_deref().unwrap_or("any"))
+    }
+}
+
+/// Host, without brackets, and port.
+fn split(text: &str) -> Option<(&str, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let host = host.strip_prefix('[').and_then(|it| it.strip_suffix(']')).unwrap_or(host);
+    Some((host, port.parse().ok()?))
+}
+
+fn address(host: &str) -> Option<IpAddr> {
+    let host = if host == "localhost" { "127.0.0.1" } else { host };
+    host.parse().ok()
+}
+
+/// Only an address of its own is one that a host can bind.
+fn is_of_this_host(address: IpAddr) -> bool {
+    UdpSocket::bind((address, 0)).is_ok()
 }
 
 const STANDBY_EXAMPLES: &str = "\

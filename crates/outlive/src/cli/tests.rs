@@ -64,6 +64,38 @@ fn protection_needs_an_arbiter() {
 }
 
 #[test]
+fn a_standby_that_is_its_own_is_refused() {
+    let refused = |listen: &str, standby: &str| {
+        let words = ["outlive", "standby", "--arbiter", "file:/x", "--listen", listen, "--standby", standby];
+        let Command::Standby(options) = Cli::try_parse_from(words).unwrap().command else { unreachable!() };
+        options.refuse_itself().is_err()
+    };
+    for (listen, standby) in [
+        ("10.0.0.5:7000", "10.0.0.5:7000"),
+        ("0.0.0.0:7000", "127.0.0.1:7000"),
+        ("[::]:7000", "[::1]:7000"),
+        ("0.0.0.0:7000", "localhost:7000"),
+        ("127.0.0.1:7000", "LocalHost:7000"),
+        ("127.0.0.1:7000", "0.0.0.0:7000"),
+        ("hosta:7000", "HostA:7000"),
+    ] {
+        assert!(refused(listen, standby), "{listen} {standby}");
+    }
+    let own = format!("{}:7000", crate::process::host_name());
+    assert!(refused("0.0.0.0:7000", &own), "{own}");
+    for (listen, standby) in [
+        ("0.0.0.0:7000", "127.0.0.1:7001"),
+        // TEST-NET-1, which no host has (RFC 5737).
+        ("0.0.0.0:7000", "192.0.2.1:7000"),
+        ("10.0.0.5:7000", "10.0.0.6:7000"),
+        ("0.0.0.0:7000", "no-such-host.invalid:7000"),
+        ("0.0.0.0:0", "127.0.0.1:7000"),
+    ] {
+        assert!(!refused(listen, standby), "{listen} {standby}");
+    }
+}
+
+#[test]
 fn disks_are_read() {
     let disk: DiskSpec = "path=/srv/a.img,readonly,serial=db-1,queues=4".parse().unwrap();
     assert_eq!((disk.path.as_path(), disk.readonly, disk.shared), (Path::new("/srv/a.img"), true, false));

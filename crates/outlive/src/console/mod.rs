@@ -7,8 +7,8 @@
 //!        ◄── port ◄── PortInput ◄──── sockets, standard input
 //! ```
 //!
-//! - `hub`: what was printed lately. `server`: the thread that serves everyone. `socket`, `client`, `stdio`:
-//!   those it serves.
+//! - `hub`: what was printed lately. `server`: the thread that serves everyone. `client`, `stdio`: those it
+//!   serves.
 //! - `attach`: the other end, `outlive console`. `terminal`: what both do with a person's terminal.
 //!
 //! The guest waits for none of this. A reader that is too slow loses the oldest bytes and is told how many.
@@ -19,7 +19,6 @@ mod attach;
 mod client;
 mod hub;
 mod server;
-mod socket;
 mod stdio;
 mod terminal;
 
@@ -35,10 +34,10 @@ use outlive_machine::devices::port::PortEnd;
 
 use self::hub::Hub;
 use self::server::{Served, Server};
-use self::socket::Listener;
 use self::stdio::Stdio;
 use crate::cli::ConsoleSpec;
 use crate::process::Signals;
+use crate::socket::{BindError, Listener};
 
 pub use attach::command;
 pub(crate) use terminal::restore_terminal;
@@ -91,7 +90,7 @@ impl Console {
             let end = PortEnd::new(hub.clone()).map_err(failed)?;
             let listener = match spec {
                 Some(ConsoleSpec::Directory(directory)) => {
-                    Some(Listener::bind(&directory.join(port.name()))?)
+                    Some(Listener::bind(&directory.join(port.name())).map_err(no_socket)?)
                 }
                 _ => None,
             };
@@ -120,6 +119,16 @@ impl Console {
     /// terminal back. For a process that ends while other threads still hold the console.
     pub(crate) fn close(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+fn no_socket(error: BindError) -> String {
+    match &error {
+        BindError::Taken(path) => {
+            format!("another VM has its console at {}: give --console another directory", path.display())
+        }
+        BindError::TooLong(_) => format!("{error}: give --console a shorter path"),
+        _ => format!("{error}: give --console another directory"),
     }
 }
 

@@ -16,8 +16,8 @@ use outlive_machine::devices::port::{PortInput, PortSink};
 
 use super::client::{Client, Fate};
 use super::hub::Hub;
-use super::socket::Listener;
 use super::stdio::Stdio;
+use crate::socket::Listener;
 
 /// How many clients one port may have.
 const MAX_CLIENTS: usize = 16;

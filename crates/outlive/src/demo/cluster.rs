@@ -229,6 +229,12 @@ impl Cluster {
             .arg("--exit-with-stdin")
             .stdout(Stdio::null())
             .stderr(File::create(&log)?);
+        // A killed process leaves its socket: better here than in the host's folder. The path of a socket has
+        // little room.
+        let status = self.dir.path().join(format!("{name}.sock"));
+        if socket2::SockAddr::unix(&status).is_ok() {
+            command.arg("--status").arg(status);
+        }
         let guard = Guard::spawn(&mut command)?;
         let pid = guard.pid();
         self.nodes.push(Node {

@@ -36,6 +36,7 @@ use crate::events::{Event, EventWriter};
 use crate::link::SenderReport;
 use crate::process;
 use crate::report::Reporter;
+use crate::status::Standing;
 use crate::vm::End;
 
 /// How long an ending process lets its last messages go out.
@@ -75,6 +76,8 @@ pub(super) struct Setup {
     pub(super) totals: Arc<Totals>,
     /// Events.
     pub(super) events: EventWriter,
+    /// What `outlive status` tells.
+    pub(super) standing: Arc<Standing>,
     /// Reports the counters; stopped before the last event is written.
     pub(super) reporter: Option<Reporter>,
 }
@@ -119,7 +122,7 @@ impl Coordinator {
             over: None,
             blamed: false,
             restarts: Restarts::default(),
-            notes: Notes::new(with.events.clone(), with.totals.clone()),
+            notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
             with,
         }
     }

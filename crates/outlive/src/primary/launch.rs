@@ -15,6 +15,7 @@ use super::ports::Ports;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
+use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
 use crate::events::EventWriter;
@@ -51,6 +52,16 @@ fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter)
     pulse::watch(dead_after / 10, lasts, gone).map_err(|e| format!("cannot start a thread: {e}"))
 }
 
+/// Why a VM that begins to run here is not protected yet.
+fn unprotected_because(options: &ActiveOptions, checkpoint: u64) -> &'static str {
+    match (options.standbys.is_empty(), checkpoint) {
+        (true, 0) => "no --standby is given",
+        (true, _) => "this host took the VM over, and has no --standby itself",
+        (false, 0) => "no standby has been attached yet",
+        (false, _) => "this host took the VM over, and its own standby is not attached yet",
+    }
+}
+
 fn coordinate(launch: Launch) -> Result<End, String> {
     let Launch {
         machine,
@@ -63,6 +74,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         sidecars,
         events,
         stop,
+        standing,
         ..
     } = launch;
     let (queue, inbox) = inbox();
@@ -82,6 +94,13 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     let hello = vm::hello(&machine, &identity, &options)?;
     let totals = Totals::new(identity.checkpoint);
     totals.set_generation(identity.generation);
+    let counted = totals.clone();
+    standing.runs_here(
+        &identity.provenance.name,
+        identity.generation,
+        unprotected_because(&options, identity.checkpoint),
+        move || counted.progress(),
+    );
     let output = machine.net().map(|net| net.output().clone());
     let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
@@ -145,6 +164,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         staging_pages: options.max_dirty * 2,
         totals,
         events,
+        standing,
         reporter,
     };
     let end = Coordinator::new(setup).run();

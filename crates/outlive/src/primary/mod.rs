@@ -28,6 +28,7 @@ use crate::console::{Console, Port};
 use crate::disk::{self, Accepted, Start};
 use crate::events::{self, Event, Role};
 use crate::process;
+use crate::status::Standing;
 use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy};
 
 pub(crate) use launch::run;
@@ -38,7 +39,7 @@ pub(crate) use launch::run;
 ///
 /// # Errors
 /// One line that names the remedy.
-pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
+pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, String> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
     let written: Vec<&Path> =
@@ -76,6 +77,9 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
     });
     let watch = arbiter.as_ref().map(|arbiter| Watch::start(arbiter.prober(), events.clone()).map(Arc::new));
     let watch = watch.transpose().map_err(|e| format!("cannot start a thread: {e}"))?;
+    if let Some(watch) = &watch {
+        standing.watch(watch);
+    }
     machine.go_live(false);
     machine.resume();
     if machine.net().is_none() {
@@ -105,6 +109,7 @@ pub(crate) fn start(options: &RunOptions) -> Result<Launch, String> {
         events,
         stop,
         console,
+        standing,
     })
 }
 

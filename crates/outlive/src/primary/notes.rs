@@ -8,6 +8,7 @@ use outlive_pair::PrimaryNote as Note;
 
 use super::stats::Totals;
 use crate::events::{Event, EventWriter};
+use crate::status::Standing;
 
 /// The log repeats after this time that no standby can be reached.
 const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
@@ -16,52 +17,69 @@ const UNREACHABLE_AGAIN: Duration = Duration::from_secs(60);
 pub(super) struct Notes {
     events: EventWriter,
     totals: Arc<Totals>,
+    standing: Arc<Standing>,
     /// When the log last said that no standby can be reached.
     unreachable_since: Option<Instant>,
 }
 
 impl Notes {
-    pub(super) fn new(events: EventWriter, totals: Arc<Totals>) -> Self {
-        Self { events, totals, unreachable_since: None }
+    pub(super) fn new(events: EventWriter, totals: Arc<Totals>, standing: Arc<Standing>) -> Self {
+        Self { events, totals, standing, unreachable_since: None }
     }
 
     /// Writes one note. `standby` is where the link of the note leads to.
     pub(super) fn say(&mut self, note: Note, standby: Option<String>) {
         match note {
             Note::DialFailed { why } => self.unreachable(&why),
-            Note::Refused { text, .. } => tracing::warn!("standby refused: {text}"),
+            Note::Refused { text, .. } => {
+                self.standing.now(&format!("the standby refuses: {text}"));
+                tracing::warn!("standby refused: {text}");
+            }
             Note::Attached { .. } => {
                 self.unreachable_since = None;
                 let addr = standby.unwrap_or_default();
+                self.standing.peer(&addr);
+                self.standing.now(&format!("synchronising with {addr}"));
                 tracing::info!(standby = %addr, "standby attached, base synchronisation begins");
                 self.events.emit(Event::StandbyAttached { addr });
             }
             Note::Protected { generation, checkpoint } => {
                 let base_ms = self.totals.base_ms();
                 self.totals.protected(true);
+                self.standing.protected(generation);
                 tracing::info!(generation, checkpoint, base_ms, "protected");
                 self.events.emit(Event::Protected { generation, checkpoint, base_ms });
             }
             Note::LinkLost { why, held } => {
                 self.totals.protected(false);
                 let why = why.to_string();
+                self.standing.unprotected(&format!("the standby was lost: {why}"));
                 tracing::warn!(held_output = held, "standby lost: {why}");
                 self.events.emit(Event::LinkLost { reason: why.clone() });
                 self.events.emit(Event::Unprotected { why });
             }
             Note::Arbitrating { generation } => {
+                self.standing.asking("asking the arbiter who goes on");
                 tracing::info!(generation, "asking the arbiter; output is held until it answers");
                 self.events.emit(Event::Arbitrating { generation });
             }
             Note::HandedOver => {
+                self.standing.goes_on("it has handed its right over");
                 tracing::warn!("the standby has handed its right over: the VM goes on here, UNPROTECTED");
             }
             Note::ArbiterUnreachable { why, held } => {
                 let what = if held { "output stays held" } else { "no new standby is looked for" };
+                let now = format!("the arbiter cannot be reached, {what}: {why}");
+                if held {
+                    self.standing.asking(&now)
+                } else {
+                    self.standing.goes_on(&now)
+                }
                 tracing::error!("arbiter not reachable, {what}: {why}");
                 self.events.emit(Event::ArbiterUnreachable { why });
             }
             Note::Won { generation } => {
+                self.standing.won(generation);
                 tracing::warn!(generation, "won: the VM goes on here, UNPROTECTED");
                 self.events.emit(Event::Won { generation });
             }
@@ -70,6 +88,7 @@ impl Notes {
 
     /// The primary tries again and again; the reason may differ each time although nothing has changed.
     fn unreachable(&mut self, why: &str) {
+        self.standing.now(&format!("no standby can be reached: {why}"));
         if self.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
             self.unreachable_since = Some(Instant::now());
             tracing::warn!("standby not reachable, still trying: {why}");

@@ -13,6 +13,7 @@ use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
 use crate::report::{COUNTERS, Reporter, Schedule, ThreadReport};
+use crate::status::Progress;
 
 /// How many checkpoints may be in flight: more than there are buffers.
 const MAX_IN_FLIGHT: usize = 64;
@@ -34,8 +35,13 @@ pub(crate) struct Totals {
 struct InFlight {
     /// The newest committed one.
     committed: u64,
-    /// Those that are sent and not committed, with the time at which the last byte was written.
-    sent: VecDeque<(u64, Instant)>,
+    /// Those that are sent and not committed, with the time at which the last byte was written, and how many
+    /// bytes had been sent by then.
+    sent: VecDeque<(u64, Instant, u64)>,
+    /// When the newest commit was heard of.
+    committed_at: Option<Instant>,
+    /// How many bytes had been sent when the newest committed checkpoint was.
+    committed_bytes: u64,
 }
 
 impl Totals {
@@ -51,6 +57,8 @@ impl Totals {
             in_flight: Mutex::new(InFlight {
                 committed: checkpoint,
                 sent: VecDeque::with_capacity(MAX_IN_FLIGHT),
+                committed_at: None,
+                committed_bytes: 0,
             }),
             phases: Phases::new(),
             dirty_pages: Recorded::new(histogram()),
@@ -67,8 +75,10 @@ impl Totals {
         let mut in_flight = self.in_flight();
         self.committed.fetch_add(through.saturating_sub(in_flight.committed), Ordering::Relaxed);
         in_flight.committed = in_flight.committed.max(through);
-        while let Some((_, sent)) = in_flight.sent.pop_front_if(|(number, _)| *number <= through) {
+        in_flight.committed_at = Some(Instant::now());
+        while let Some((_, sent, bytes)) = in_flight.sent.pop_front_if(|(number, ..)| *number <= through) {
             self.phases.record(Phase::Acknowledge, sent.elapsed());
+            in_flight.committed_bytes = bytes;
         }
     }
 
@@ -96,8 +106,10 @@ impl Totals {
         if shipped.number <= in_flight.committed {
             // The acknowledgement came before the write of the last byte returned.
             self.phases.record(Phase::Acknowledge, Duration::ZERO);
+            in_flight.committed_bytes = self.bytes.load(Ordering::Relaxed);
         } else if in_flight.sent.len() < MAX_IN_FLIGHT {
-            in_flight.sent.push_back((shipped.number, Instant::now()));
+            let bytes = self.bytes.load(Ordering::Relaxed);
+            in_flight.sent.push_back((shipped.number, Instant::now(), bytes));
         }
     }
 
@@ -158,6 +170,19 @@ impl Totals {
             bytes: self.bytes.load(Ordering::Relaxed),
             held_frames: output.map_or(0, |o| o.stats().held_frames),
             pages: *self.pages(),
+        }
+    }
+
+    /// How far the standby is behind.
+    pub(crate) fn progress(&self) -> Progress {
+        let in_flight = self.in_flight();
+        let waiting =
+            in_flight.sent.back().map(|(.., bytes)| bytes.saturating_sub(in_flight.committed_bytes));
+        Progress {
+            checkpoint: in_flight.committed,
+            since_commit: in_flight.committed_at.map(|at| at.elapsed()),
+            in_flight: in_flight.sent.len() as u64,
+            bytes_in_flight: waiting.or(Some(0)),
         }
     }
 
@@ -259,8 +284,13 @@ mod tests {
         totals.shipped(&shipped(11));
         assert_eq!(counted(&totals, Phase::Acknowledge), 2);
         assert_eq!(totals.committed.load(Ordering::Relaxed), 4);
+        totals.sent(500);
         totals.shipped(&shipped(12));
+        let Progress { checkpoint, in_flight, bytes_in_flight, since_commit } = totals.progress();
+        assert_eq!((checkpoint, in_flight, bytes_in_flight), (11, 1, Some(500)));
+        assert!(since_commit.is_some());
         totals.base_begins();
+        assert_eq!(totals.progress().in_flight, 0);
         totals.committed(13);
         assert_eq!(counted(&totals, Phase::Acknowledge), 0, "that link is gone");
     }

@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::console::Console;
 use crate::disk::{DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
+use crate::status::Standing;
 
 /// Whether a decision was made or not, what the ports were given to do is done.
 const NOTHING: After = After { drain: false, wake: false };
@@ -33,6 +34,8 @@ pub(super) struct Equipment {
     /// Looks whether the arbiter is there.
     pub(super) watch: Arc<Watch>,
     pub(super) events: EventWriter,
+    /// What `outlive status` tells.
+    pub(super) standing: Arc<Standing>,
 }
 
 /// The driver; see the module.

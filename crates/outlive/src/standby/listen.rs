@@ -133,6 +133,9 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
         Ok((admitted, version)) => {
             tracing::info!(primary = from, version = version as u32, "primary attached");
             reader.agree(version);
+            let standing = &decisions.equipment.standing;
+            standing.vm(&hello.name, hello.generation);
+            standing.peer(&from);
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
             let mut rest = reader.run();
             // What is left is of no use, but where this standby leaves, its last words must arrive.

@@ -42,6 +42,7 @@ use crate::disk::CopyEnd;
 use crate::events::{self, Event, EventWriter, Role};
 use crate::link::Listener;
 use crate::report::Reporter;
+use crate::status::Standing;
 use crate::vm::{Launch, Relay};
 use crate::{disk, process};
 use decisions::{Decisions, Equipment};
@@ -70,7 +71,7 @@ impl Waiting {
     ///
     /// # Errors
     /// One line that names the remedy.
-    pub(crate) fn prepare(options: &StandbyOptions) -> Result<Self, String> {
+    pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, String> {
         let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
         if let Some(net) = &options.net {
             copy::try_card(net)?;
@@ -88,7 +89,9 @@ impl Waiting {
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.prober(), events.clone());
         let watch = Arc::new(watch.map_err(|e| format!("cannot start a thread: {e}"))?);
-        let equipment = Equipment { host, options: options.clone(), console, watch, events: events.clone() };
+        standing.watch(&watch);
+        let equipment =
+            Equipment { host, options: options.clone(), console, watch, events: events.clone(), standing };
         let decisions = Decisions::new(equipment, queue.clone());
         events.emit(Event::Started {
             role: Role::Standby,
@@ -125,7 +128,7 @@ impl Waiting {
     }
 
     fn wait(&self) -> Outcome {
-        let mut notes = Notes::new(self.events().clone());
+        let mut notes = Notes::new(self.events().clone(), self.decisions.equipment.standing.clone());
         loop {
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
             match self.inbox.recv_timeout(timeout) {

@@ -1,11 +1,13 @@
 //! What the log and the event stream say about a standby's decisions. The main thread writes it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::RefuseCode;
 use outlive_pair::StandbyNote as Note;
 
 use crate::events::{Event, EventWriter};
+use crate::status::Standing;
 
 /// The times of the steps of a takeover.
 #[derive(Clone, Copy, Debug)]
@@ -23,16 +25,17 @@ pub(super) struct Times {
 /// The writer; see the module.
 pub(super) struct Notes {
     events: EventWriter,
+    standing: Arc<Standing>,
     times: Times,
     /// The refusal that was logged last.
     last_refusal: String,
 }
 
 impl Notes {
-    pub(super) fn new(events: EventWriter) -> Self {
+    pub(super) fn new(events: EventWriter, standing: Arc<Standing>) -> Self {
         let now = Instant::now();
         let times = Times { detect: Duration::ZERO, declared: now, settled: now, won: now };
-        Self { events, times, last_refusal: String::new() }
+        Self { events, standing, times, last_refusal: String::new() }
     }
 
     /// The times of the takeover that is under way.
@@ -52,26 +55,39 @@ impl Notes {
     pub(super) fn note(&mut self, at: Instant, note: Note) {
         match note {
             // The thread that heard the primary logs it with its address.
-            Note::Attached { .. } => {}
+            Note::Attached { .. } => {
+                self.standing.unprotected("a primary is attached, its base is not committed yet")
+            }
             Note::Protected { generation, checkpoint } => {
+                self.standing.protected(generation);
                 tracing::info!(generation, checkpoint, "base committed: this standby can take over");
             }
             Note::LinkLost { why, silent, committed } => {
                 self.times = Times { detect: silent, declared: at, settled: at, won: at };
+                let lost = format!("the primary was lost: {why}");
+                if committed {
+                    self.standing.unprotected(&lost);
+                    self.standing.asking("the copy is being made ready");
+                } else {
+                    self.standing.no_copy(&lost);
+                }
                 tracing::warn!(can_take_over = committed, "primary lost: {why}");
                 self.events.emit(Event::LinkLost { reason: why.to_string() });
             }
             Note::Arbitrating { generation } => {
                 (self.times.settled, self.times.won) = (at, at);
+                self.standing.asking("asking the arbiter for the VM");
                 tracing::info!(generation, "asking the arbiter");
                 self.events.emit(Event::Arbitrating { generation });
             }
             Note::ArbiterUnreachable { why } => {
+                self.standing.asking(&format!("the arbiter cannot be reached: {why}"));
                 tracing::error!("arbiter not reachable, this standby waits: {why}");
                 self.events.emit(Event::ArbiterUnreachable { why });
             }
             Note::Won { generation } => {
                 self.times.won = at;
+                self.standing.won(generation);
                 self.events.emit(Event::Won { generation });
             }
             Note::StopWaits => {
@@ -83,6 +99,7 @@ impl Notes {
                 );
             }
             Note::StreamRefused { why } => {
+                self.standing.no_copy(&format!("what the primary sent was refused: {why}"));
                 tracing::error!("refused what the primary sent; the primary is told and goes on: {why}");
             }
         }

@@ -172,8 +172,10 @@ impl SessionReader {
             stamp: Duration::from_micros(checkpoint.stamp_us()),
         };
         self.expect = Expect::Number(checkpoint.number() + 1);
+        let number = checkpoint.number();
         self.admitted.handover.0.stage(held);
         self.decisions.handle(event);
+        self.decisions.equipment.standing.staged(number);
         Ok(())
     }
 

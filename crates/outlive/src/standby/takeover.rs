@@ -85,5 +85,6 @@ pub(super) fn take_over(
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),
         console: console.clone(),
+        standing: equipment.standing.clone(),
     })
 }

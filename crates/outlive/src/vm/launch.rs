@@ -12,6 +12,7 @@ use crate::cli::ActiveOptions;
 use crate::console::Console;
 use crate::disk::{Provenance, Sidecars};
 use crate::events::EventWriter;
+use crate::status::Standing;
 
 /// Who the VM is, and how far it has come.
 pub(crate) struct Identity {
@@ -53,6 +54,8 @@ pub(crate) struct Launch {
     pub(crate) stop: Option<EndReason>,
     /// The host's ends of its ports; closed after the machine is gone.
     pub(crate) console: Arc<Console>,
+    /// What `outlive status` tells.
+    pub(crate) standing: Arc<Standing>,
 }
 
 /// How the work of a side ended.

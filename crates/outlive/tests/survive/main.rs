@@ -20,6 +20,7 @@ mod redis;
 mod refusals;
 mod self_check;
 mod standby;
+mod status;
 mod support;
 mod torture;
 mod versions;

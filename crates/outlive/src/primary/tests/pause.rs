@@ -18,11 +18,12 @@ use outlive_pair::{PrimaryStatus, Wanted};
 use super::rig::{BOUND, Free, Stuck, connected, wait_for};
 use crate::cli::Ending;
 use crate::disk::Sidecars;
-use crate::events::EventWriter;
+use crate::events::{EventWriter, Role};
 use crate::link::CheckpointPart;
 use crate::primary::capture;
 use crate::primary::coordinator::{Coordinator, Setup};
 use crate::primary::self_check::SelfCheck;
+use crate::status::Standing;
 use crate::vm::limits::SLOTS;
 
 /// Dirty pages at which an epoch ends.
@@ -123,6 +124,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         ),
         totals: rig.totals,
         events: EventWriter::disabled(),
+        standing: Standing::new(Role::Primary, None, "a test"),
         reporter: None,
     };
     let mut coordinator = Coordinator::new(setup);

@@ -358,6 +358,10 @@ impl World {
             }
         };
         process.args(command).args(options).arg("--exit-with-stdin").arg("--events").arg(&events);
+        if !options.contains(&"--status") {
+            // The usual place is the host's, and a killed process leaves its socket there.
+            process.arg("--status").arg(file("sock"));
+        }
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }

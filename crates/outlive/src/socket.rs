@@ -1,0 +1,157 @@
+//! Sockets in the file system, for clients on this host: those of the consoles and of `outlive status`.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+/// How often, and with which pauses, a folder is asked for that another process is working in.
+const LOCK_TRIES: (u32, Duration) = (100, Duration::from_millis(10));
+
+/// A listening socket that only its owner may use. Dropping it removes the file.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) socket: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, so that a file that someone else has put there since is not removed.
+    file: (u64, u64),
+}
+
+/// Why there is no socket. The caller knows which option helps.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BindError {
+    /// Another process has it.
+    #[error("another process listens at {}", .0.display())]
+    Taken(PathBuf),
+    /// Something else has the name.
+    #[error("{} is in the way and is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The kernel's limit is 107 bytes.
+    #[error("{} is too long for a socket", .0.display())]
+    TooLong(PathBuf),
+    /// There is no such directory, and none can be made.
+    #[error("cannot make the directory {}: {error}", .path.display())]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The operating system does not make it.
+    #[error("cannot make the socket {}: {error}", .path.display())]
+    Refused {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+impl Listener {
+    /// Listens at `path`, whose directory is made if it is missing. A socket on which nobody listens any more
+    /// is replaced.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub(crate) fn bind(path: &Path) -> Result<Self, BindError> {
+        let refused = |error: io::Error| BindError::Refused { path: path.to_owned(), error };
+        let address = SockAddr::unix(path).map_err(|_| BindError::TooLong(path.to_owned()))?;
+        let _lock = make_directory(path)?;
+        make_room(path, &address)?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(refused)?;
+        // The file takes the socket's mode, so there is no moment at which others may connect.
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|error| refused(error.into()))?;
+        socket.bind(&address).map_err(refused)?;
+        let file = identity(path).map_err(refused)?;
+        let listener =
+            Self { socket: UnixListener::from(OwnedFd::from(socket)), path: path.to_owned(), file };
+        listener.listen().map_err(refused)?;
+        Ok(listener)
+    }
+
+    /// Where it is.
+    #[cfg(test)]
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn listen(&self) -> io::Result<()> {
+        socket2::SockRef::from(&self.socket).listen(8)?;
+        self.socket.set_nonblocking(true)
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            // If it is gone already, that is fine.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Connects without waiting: a process that stands still does not hold this one up
+/// ([`ErrorKind::WouldBlock`]).
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+    connect_to(&SockAddr::unix(path)?)
+}
+
+fn connect_to(address: &SockAddr) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    socket.connect(address)?;
+    socket.set_nonblocking(false)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}
+
+/// Makes the directory and locks it, so that two processes do not replace the same old socket and one of
+/// them loses its new one. A lock that does not come, or that the file system does not have, is done without.
+fn make_directory(path: &Path) -> Result<Option<Flock<File>>, BindError> {
+    let Some(directory) = path.parent() else { return Ok(None) };
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(|error| BindError::Directory { path: directory.to_owned(), error })?;
+    let Ok(mut file) = File::open(directory) else { return Ok(None) };
+    for _ in 0..LOCK_TRIES.0 {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((again, Errno::EWOULDBLOCK)) => file = again,
+            Err(_) => return Ok(None),
+        }
+        std::thread::sleep(LOCK_TRIES.1);
+    }
+    Ok(None)
+}
+
+/// Removes a socket on which nobody listens.
+fn make_room(path: &Path, address: &SockAddr) -> Result<(), BindError> {
+    let refused = |error: io::Error| BindError::Refused { path: path.to_owned(), error };
+    match fs::symlink_metadata(path) {
+        Ok(file) if file.file_type().is_socket() => {}
+        Ok(_) => return Err(BindError::NotASocket(path.to_owned())),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(refused(error)),
+    }
+    match connect_to(address) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(refused),
+        // Whoever it is: it is there, or cannot be known not to be.
+        _ => Err(BindError::Taken(path.to_owned())),
+    }
+}

@@ -1,0 +1,350 @@
+//! What `outlive status` tells: as JSON, and as a line.
+
+use std::fmt::{self, Write as _};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::standing::{Facts, Progress};
+use crate::arbiter::Sight;
+use crate::events::Role;
+
+/// The state of one process. Times of the day are RFC 3339 in UTC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of the VM; `null` for a standby that no primary has come to yet.
+    pub vm: Option<String>,
+    /// The process.
+    pub pid: u32,
+    /// Whether the VM runs here.
+    pub role: Role,
+    /// Whether a whole checkpoint is committed and every later one follows.
+    pub protected: bool,
+    /// Why not.
+    pub why: Option<String>,
+    /// Since when.
+    pub since: String,
+    /// The generation that runs the VM.
+    pub generation: Option<u64>,
+    /// The other host's address: the standby's as the primary was given it, or where the primary's connection
+    /// came from.
+    pub peer: Option<String>,
+    /// The newest committed checkpoint.
+    pub checkpoint: Option<u64>,
+    /// Milliseconds since its commit.
+    pub committed_ms_ago: Option<u64>,
+    /// Checkpoints that are sent and not committed; only a protected primary knows it.
+    pub in_flight: Option<u64>,
+    /// Bytes sent since the last commit; likewise.
+    pub bytes_in_flight: Option<u64>,
+    /// What is known of the arbiter; `null` if there is none.
+    pub arbiter: Option<ArbiterSight>,
+    /// What the loss of this host would mean now.
+    pub loss_of_this_host: Survival,
+    /// What the loss of the other one would.
+    pub loss_of_other_host: Survival,
+}
+
+/// What is known of the arbiter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArbiterSight {
+    /// When it was last written to.
+    pub seen: Option<String>,
+    /// Milliseconds since then.
+    pub seen_ms_ago: Option<u64>,
+    /// Why it is lost, if it is.
+    pub lost: Option<String>,
+}
+
+/// What the loss of a host would mean.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Survival {
+    /// Whether the VM would go on, without anybody's help.
+    pub survived: bool,
+    /// How, or why not.
+    pub what: String,
+    /// How many milliseconds of the guest's work would be lost, about. None of it was answered to anyone.
+    pub lost_ms: Option<u64>,
+}
+
+impl Status {
+    pub(super) fn new(facts: &Facts, sight: Option<&Sight>, progress: Progress, now: SystemTime) -> Self {
+        let since_commit = progress.since_commit.map(millis);
+        let [this, other] = survivals(facts, sight.is_some_and(|it| it.lost.is_some()), since_commit);
+        let counts = facts.protected && facts.role == Role::Primary;
+        let why = match &facts.now {
+            Some(now) => format!("{}; {now}", facts.why),
+            None => facts.why.clone(),
+        };
+        Self {
+            vm: facts.vm.clone(),
+            pid: std::process::id(),
+            role: facts.role,
+            protected: facts.protected,
+            why: (!facts.protected).then_some(why),
+            since: time(facts.since),
+            generation: facts.generation,
+            peer: facts.peer.clone(),
+            checkpoint: (progress.checkpoint > 0).then_some(progress.checkpoint),
+            committed_ms_ago: since_commit,
+            in_flight: counts.then_some(progress.in_flight),
+            bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
+            arbiter: sight.map(|sight| ArbiterSight {
+                seen: sight.seen.map(time),
+                seen_ms_ago: sight.seen.map(|at| millis(now.duration_since(at).unwrap_or_default())),
+                lost: sight.lost.clone(),
+            }),
+            loss_of_this_host: this,
+            loss_of_other_host: other,
+        }
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    time.as_millis() as u64
+}
+
+fn time(at: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(at).to_string()
+}
+
+/// What the loss of this host, and of the other one, would mean. Whoever goes on asks the arbiter first.
+fn survivals(facts: &Facts, arbiter_lost: bool, since_commit: Option<u64>) -> [Survival; 2] {
+    let says = |survived, what: &str, lost_ms| Survival { survived, what: what.to_owned(), lost_ms };
+    let if_asked = |what: &str, else_what: &str, lost_ms| {
+        says(!arbiter_lost, if arbiter_lost { else_what } else { what }, lost_ms)
+    };
+    match (facts.role, facts.protected, facts.asking) {
+        (Role::Primary, true, _) => [
+            if_asked(
+                "the standby takes over from the last checkpoint",
+                "the standby would wait until the arbiter is back",
+                since_commit,
+            ),
+            if_asked(
+                "the VM goes on here, unprotected",
+                "the VM's output would be held here until the arbiter is back",
+                Some(0),
+            ),
+        ],
+        (Role::Primary, false, true) => [
+            says(false, "not known before the arbiter has answered", None),
+            if_asked(
+                "it is lost already: the VM goes on here once the arbiter has answered",
+                "it is lost already: the VM's output is held here until the arbiter is back",
+                Some(0),
+            ),
+        ],
+        (Role::Primary, false, false) => [
+            says(false, "all that is in the VM's memory would be lost", None),
+            says(true, "the VM runs here and needs no other host", Some(0)),
+        ],
+        (Role::Standby, true, _) => [
+            if_asked(
+                "the VM goes on at its primary, unprotected",
+                "the VM's output would be held at its primary until the arbiter is back",
+                Some(0),
+            ),
+            if_asked(
+                "this host takes over from the last checkpoint",
+                "this host would wait until the arbiter is back",
+                since_commit,
+            ),
+        ],
+        (Role::Standby, false, true) => [
+            says(false, "this may be the only host that has the VM", None),
+            if_asked(
+                "it is lost already: this host takes over if the arbiter lets it",
+                "it is lost already: this host waits until the arbiter is back",
+                since_commit,
+            ),
+        ],
+        (Role::Standby, false, false) => [
+            says(true, "no VM depends on this host", Some(0)),
+            says(false, "this host has no whole copy of a VM", None),
+        ],
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.vm.as_deref().unwrap_or("(no VM yet)"))?;
+        let peer = self.peer.as_deref().unwrap_or("another host");
+        match (self.role, self.protected) {
+            (Role::Primary, true) => write!(f, ": primary, protected by {peer}")?,
+            (Role::Standby, true) => write!(f, ": standby, protects the VM of {peer}")?,
+            (Role::Primary, false) => f.write_str(": primary, UNPROTECTED")?,
+            (Role::Standby, false) => f.write_str(": standby, UNPROTECTED")?,
+        }
+        write!(f, " since {}", self.since)?;
+        if let Some(why) = &self.why {
+            write!(f, ": {why}")?;
+        }
+        f.write_str(&self.progress())?;
+        match &self.arbiter {
+            None => f.write_str("; no arbiter")?,
+            Some(ArbiterSight { lost: Some(why), seen_ms_ago, .. }) => {
+                write!(f, "; ARBITER LOST, {}: {why}", seen(*seen_ms_ago))?;
+            }
+            Some(ArbiterSight { seen_ms_ago, .. }) => write!(f, "; arbiter {}", seen(*seen_ms_ago))?,
+        }
+        write!(f, "; loss of this host: {}", self.loss_of_this_host)?;
+        write!(f, "; loss of the other: {}", self.loss_of_other_host)
+    }
+}
+
+impl Status {
+    fn progress(&self) -> String {
+        let mut text = self.generation.map_or_else(String::new, |it| format!("; generation {it}"));
+        // Writing to a string does not fail.
+        if let Some(checkpoint) = self.checkpoint {
+            write!(text, "; checkpoint {checkpoint} committed").ok();
+            if let Some(ms) = self.committed_ms_ago {
+                write!(text, " {} ago", span(ms)).ok();
+            }
+        }
+        if let Some(count) = self.in_flight {
+            write!(text, ", {count} in flight").ok();
+            if let Some(bytes) = self.bytes_in_flight.filter(|&bytes| bytes > 0) {
+                write!(text, " ({} KiB)", bytes.div_ceil(1024)).ok();
+            }
+        }
+        text
+    }
+}
+
+impl fmt::Display for Survival {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", if self.survived { "survived" } else { "NOT SURVIVED" }, self.what)?;
+        match self.lost_ms.filter(|&ms| ms > 0) {
+            Some(ms) => write!(f, " (about {} of its work is lost, none of it answered)", span(ms)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn seen(ms_ago: Option<u64>) -> String {
+    ms_ago.map_or_else(|| "not seen yet".to_owned(), |ms| format!("seen {} ago", span(ms)))
+}
+
+fn span(ms: u64) -> String {
+    // A long time needs no milliseconds.
+    let ms = if ms >= 10_000 { ms / 1000 * 1000 } else { ms };
+    humantime::format_duration(Duration::from_millis(ms)).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Standing;
+    use super::*;
+
+    const CLEAR: Sight = Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None };
+
+    fn counted() -> Progress {
+        Progress {
+            checkpoint: 812,
+            since_commit: Some(Duration::from_millis(3)),
+            in_flight: 2,
+            bytes_in_flight: Some(12_000),
+        }
+    }
+
+    fn primary() -> std::sync::Arc<Standing> {
+        let standing = Standing::new(Role::Primary, Some("web"), "starting");
+        standing.runs_here("web", 1, "no --standby is given", counted);
+        standing
+    }
+
+    /// What is known of it, with a wall clock and an arbiter of the test's.
+    fn at(standing: &Standing, sight: Option<&Sight>) -> Status {
+        let mut facts = standing.facts();
+        facts.since = SystemTime::UNIX_EPOCH;
+        Status::new(&facts, sight, counted(), SystemTime::UNIX_EPOCH + Duration::from_secs(61))
+    }
+
+    #[test]
+    fn a_primary_says_what_protects_it_and_what_would_be_lost() {
+        let standing = primary();
+        let status = at(&standing, None);
+        assert_eq!(
+            status.to_string(),
+            "web: primary, UNPROTECTED since 1970-01-01T00:00:00Z: no --standby is given; generation 1; \
+             checkpoint 812 committed 3ms ago; no arbiter; loss of this host: NOT SURVIVED, all that is in \
+             the VM's memory would be lost; loss of the other: survived, the VM runs here and needs no \
+             other host"
+        );
+        standing.peer("hostb:7000");
+        standing.protected(1);
+        let status = at(&standing, Some(&CLEAR));
+        assert_eq!(
+            status.to_string(),
+            "web: primary, protected by hostb:7000 since 1970-01-01T00:00:00Z; generation 1; checkpoint 812 \
+             committed 3ms ago, 2 in flight (12 KiB); arbiter seen 1m 1s ago; loss of this host: survived, \
+             the standby takes over from the last checkpoint (about 3ms of its work is lost, none of it \
+             answered); loss of the other: survived, the VM goes on here, unprotected"
+        );
+        let lost = Sight { lost: Some("stale handle".into()), ..CLEAR };
+        let status = at(&standing, Some(&lost));
+        assert!(
+            status.protected && !status.loss_of_this_host.survived && !status.loss_of_other_host.survived
+        );
+        assert!(status.to_string().contains("ARBITER LOST, seen 1m 1s ago: stale handle"), "{status}");
+        standing.unprotected("the standby was lost");
+        standing.asking("asking the arbiter");
+        let status = at(&standing, Some(&CLEAR));
+        assert_eq!(status.why.as_deref(), Some("the standby was lost; asking the arbiter"));
+        assert!(!status.loss_of_this_host.survived);
+        standing.won(2);
+        standing.now("not reachable");
+        let status = at(&standing, Some(&CLEAR));
+        assert_eq!((status.generation, status.in_flight), (Some(2), None));
+        assert_eq!(status.why.as_deref(), Some("the standby was lost; not reachable"));
+    }
+
+    #[test]
+    fn a_standby_says_whether_it_can_take_over() {
+        let standing = Standing::new(Role::Standby, None, "no primary has come yet");
+        let status = standing.status();
+        assert!(!status.protected && status.checkpoint.is_none() && status.arbiter.is_none());
+        assert!(status.to_string().starts_with("(no VM yet): standby, UNPROTECTED since "), "{status}");
+        standing.vm("web", 4);
+        standing.peer("10.0.0.1:555");
+        standing.protected(4);
+        standing.staged(77);
+        let status = standing.status();
+        assert_eq!((status.checkpoint, status.generation), (Some(77), Some(4)));
+        assert!(status.loss_of_other_host.survived && status.loss_of_other_host.lost_ms.is_some());
+        assert!(status.to_string().contains("standby, protects the VM of 10.0.0.1:555"), "{status}");
+        standing.unprotected("the primary was lost");
+        standing.asking("asking the arbiter");
+        standing.won(5);
+        let status = standing.status();
+        assert!(!status.loss_of_this_host.survived && status.loss_of_other_host.survived);
+        standing.runs_here("web", 5, "it was taken over", counted);
+        let status = standing.status();
+        assert_eq!((status.role, status.checkpoint, status.peer), (Role::Primary, Some(812), None));
+    }
+
+    #[test]
+    fn the_json_has_every_field_and_comes_back() {
+        let standing = primary();
+        standing.peer("hostb:7000");
+        standing.protected(1);
+        let status = at(&standing, Some(&CLEAR));
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["role"], "primary");
+        assert_eq!(json["why"], serde_json::Value::Null);
+        assert_eq!(json["since"], "1970-01-01T00:00:00Z");
+        assert_eq!(json["bytes_in_flight"], 12_000);
+        assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
+        assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
+        assert_eq!(json.as_object().unwrap().len(), 15);
+        let mut newer = json.clone();
+        newer["something"] = 1.into();
+        assert_eq!(
+            serde_json::from_value::<Status>(newer).unwrap(),
+            status,
+            "a newer release may add fields"
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! `outlive status`: asks processes on this host.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Status, place};
+use crate::cli::StatusOptions;
+use crate::{exit, socket};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest answer.
+const LONGEST: u64 = 64 << 10;
+
+/// `outlive status`: returns the exit code.
+pub fn command(options: &StatusOptions) -> u8 {
+    let answers = match &options.socket {
+        Some(path) => one(path),
+        None => all(&place::folders()),
+    };
+    let printed = answers.and_then(|answers| {
+        print(&answers, options.json, &mut io::stdout().lock()).map_err(|e| format!("cannot print: {e}"))?;
+        Ok(code(&answers))
+    });
+    printed.unwrap_or_else(exit::usage)
+}
+
+/// What one socket says.
+#[derive(Debug, Serialize)]
+struct Answer {
+    socket: PathBuf,
+    #[serde(flatten)]
+    said: Said,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Said {
+    Status(Box<Status>),
+    /// The process is there, but nothing of use came from it.
+    Nothing {
+        error: String,
+    },
+}
+
+fn code(answers: &[Answer]) -> u8 {
+    let protected = |it: &Answer| matches!(&it.said, Said::Status(status) if status.protected);
+    if answers.iter().all(protected) { exit::OK } else { exit::FAILED }
+}
+
+fn one(path: &Path) -> Result<Vec<Answer>, String> {
+    let hint = "give the --status path of a running outlive run or standby, or none to see all";
+    match ask(path) {
+        Ok(said) => Ok(vec![Answer { socket: path.to_owned(), said }]),
+        Err(error) => Err(match error.kind() {
+            ErrorKind::NotFound => format!("there is no socket at {}: {hint}", path.display()),
+            ErrorKind::ConnectionRefused => format!("nobody answers at {} any more: {hint}", path.display()),
+            _ => format!("cannot ask at {}: {error}; {hint}", path.display()),
+        }),
+    }
+}
+
+fn all(folders: &[PathBuf]) -> Result<Vec<Answer>, String> {
+    let files = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
+    let mut sockets: Vec<PathBuf> = files.map(|file| file.path()).collect();
+    sockets.retain(|path| path.extension().is_some_and(|it| it == place::ENDING));
+    sockets.sort();
+    // Those of dead processes and of other users say nothing.
+    let answer = |socket: PathBuf| Some(Answer { said: ask(&socket).ok()?, socket });
+    let answers: Vec<Answer> = sockets.into_iter().filter_map(answer).collect();
+    if answers.is_empty() {
+        let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+        let folders = folders.join(" or ");
+        return Err(format!(
+            "no VM or standby that you may ask runs on this host (none answers in {folders}): give the path \
+             of its --status with --socket, or ask as the user who runs it"
+        ));
+    }
+    Ok(answers)
+}
+
+/// Asks one process.
+///
+/// # Errors
+/// The operating system's, when there is no such process.
+fn ask(path: &Path) -> io::Result<Said> {
+    let nothing = |error: String| Ok(Said::Nothing { error });
+    let socket = match socket::connect(path) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            return nothing("too many wait for its answer: it stands still".into());
+        }
+        socket => socket?,
+    };
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let mut bytes = Vec::new();
+    match socket.take(LONGEST).read_to_end(&mut bytes) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            nothing(format!("it has not answered for {} s", PATIENCE.as_secs()))
+        }
+        Err(error) => nothing(format!("its answer is lost: {error}")),
+        Ok(_) => match serde_json::from_slice(&bytes) {
+            Ok(status) => Ok(Said::Status(status)),
+            Err(error) => nothing(format!("its answer is not understood: {error}")),
+        },
+    }
+}
+
+fn print(answers: &[Answer], json: bool, out: &mut impl Write) -> io::Result<()> {
+    if json {
+        return writeln!(out, "{}", serde_json::to_string_pretty(answers)?);
+    }
+    answers.iter().try_for_each(|answer| match &answer.said {
+        Said::Status(status) => writeln!(out, "{status}"),
+        Said::Nothing { error } => writeln!(out, "{}: {error}", answer.socket.display()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::super::{Server, Standing};
+    use super::*;
+    use crate::events::Role;
+    use crate::socket::Listener;
+
+    #[test]
+    fn all_that_answer_are_listed_and_each_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let folders = [directory.path().join("missing"), directory.path().to_owned()];
+        let error = all(&folders).unwrap_err();
+        assert!(error.contains("--socket"), "{error}");
+        drop(UnixListener::bind(directory.path().join("dead.sock")).unwrap());
+        all(&folders).unwrap_err();
+
+        let (a, b) = (directory.path().join("a.sock"), directory.path().join("b.sock"));
+        let first = Standing::new(Role::Primary, Some("a"), "why");
+        let second = Standing::new(Role::Standby, None, "none has come");
+        let servers = [(&a, &first), (&b, &second)]
+            .map(|(path, standing)| Server::start(Listener::bind(path).unwrap(), standing.clone()).unwrap());
+        first.protected(1);
+        assert_eq!((code(&one(&a).unwrap()), code(&one(&b).unwrap())), (exit::OK, exit::FAILED));
+        let answers = all(&folders).unwrap();
+        assert_eq!(code(&answers), exit::FAILED);
+        second.protected(1);
+        assert_eq!(code(&all(&folders).unwrap()), exit::OK);
+        let mut out = Vec::new();
+        print(&answers, false, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.starts_with("a: primary, protected"), "{text}");
+        let mut out = Vec::new();
+        print(&answers, true, &mut out).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!((&json[0]["vm"], &json[1]["protected"]), (&"a".into(), &false.into()));
+        assert_eq!(json[1]["socket"], b.to_str().unwrap());
+        drop(servers);
+        assert!(!a.exists() && !b.exists());
+        assert!(one(&a).unwrap_err().contains("no socket"));
+    }
+
+    /// Clients that stay and do not read, more than a socket has room for, hold nobody up.
+    #[test]
+    fn clients_that_do_not_read_are_let_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let standing = Standing::new(Role::Primary, Some("a"), "why");
+        let server = Server::start(Listener::bind(&path).unwrap(), standing).unwrap();
+        let mut idle = Vec::new();
+        while idle.len() < 40 {
+            match socket::connect(&path) {
+                Ok(client) => idle.push(client),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+        assert!(matches!(wait_for(&path), Said::Status(_)));
+        for mut client in idle {
+            let mut text = String::new();
+            client.read_to_string(&mut text).expect("it has hung up");
+            assert!(text.ends_with("}\n"), "{text}");
+        }
+        drop(server);
+    }
+
+    fn wait_for(path: &Path) -> Said {
+        loop {
+            match ask(path).unwrap() {
+                Said::Nothing { .. } => thread::sleep(Duration::from_millis(5)),
+                said => return said,
+            }
+        }
+    }
+
+    #[test]
+    fn a_process_that_stands_still_is_told_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let waiting: Vec<_> = std::iter::from_fn(|| socket::connect(&path).ok()).collect();
+        let answers = all(&[directory.path().to_owned()]).unwrap();
+        assert!(matches!(&answers[0].said, Said::Nothing { error } if error.contains("stands still")));
+        assert_eq!(code(&answers), exit::FAILED);
+        drop((waiting, listener));
+    }
+}

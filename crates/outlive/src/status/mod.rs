@@ -1,0 +1,19 @@
+//! `outlive status`: what a running primary or standby says of itself to whoever looks.
+//!
+//! - `standing`: what is known, kept by those who write log and events. `answer`: what follows from it, as
+//!   JSON and as a line.
+//! - `place`: where the socket is. `server`: the thread that answers there.
+//! - `command`: the other end, `outlive status`.
+//!
+//! Nobody who decides, or runs the guest, waits for any of this.
+
+mod answer;
+mod command;
+mod place;
+mod server;
+mod standing;
+
+pub use answer::{ArbiterSight, Status, Survival};
+pub use command::command;
+pub(crate) use server::Server;
+pub(crate) use standing::{Progress, Standing};

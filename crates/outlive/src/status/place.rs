@@ -1,0 +1,98 @@
+//! Where the sockets of `outlive status` are.
+
+use std::path::{Path, PathBuf};
+
+use crate::socket::{BindError, Listener};
+
+/// How many processes of one name a folder has room for.
+const SAME_NAME: u32 = 64;
+/// How the names of sockets end.
+pub(super) const ENDING: &str = "sock";
+
+/// The folders, best first: the whole host's, the user's.
+pub(super) fn folders() -> Vec<PathBuf> {
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|it| it.is_absolute());
+    [Some("/run/outlive".into()), of_user.map(|folder| folder.join("outlive"))]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// Listens where the user says.
+///
+/// # Errors
+/// One line with the remedy.
+pub(super) fn listen(path: &Path) -> Result<Listener, String> {
+    Listener::bind(path).map_err(|e| format!("{e}: give --status another path"))
+}
+
+/// Listens in the first of these folders that can be used, under this name.
+///
+/// # Errors
+/// Why there is none.
+pub(super) fn listen_in(folders: &[PathBuf], name: &str) -> Result<Listener, String> {
+    let mut why = "there is no folder for its socket".to_owned();
+    for folder in folders {
+        match listen_as(folder, name) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => why = error.to_string(),
+        }
+    }
+    Err(why)
+}
+
+/// The first name that no other living process has: NAME, NAME-2, ...
+fn listen_as(folder: &Path, name: &str) -> Result<Listener, BindError> {
+    let good = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    let name: String = name.chars().map(good).collect();
+    let mut number = 1;
+    loop {
+        let file = if number == 1 { format!("{name}.{ENDING}") } else { format!("{name}-{number}.{ENDING}") };
+        match Listener::bind(&folder.join(file)) {
+            Err(BindError::Taken(_) | BindError::NotASocket(_)) if number < SAME_NAME => number += 1,
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn living_processes_do_not_collide_and_dead_ones_are_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (no, yes) = (directory.path().join("file"), directory.path().join("run"));
+        fs::write(&no, "").unwrap();
+        let listen = || listen_in(&[no.join("outlive"), yes.clone()], "a/b").unwrap();
+        let name = |it: &Listener| it.path().strip_prefix(&yes).unwrap().to_str().unwrap().to_owned();
+        // Left by a process that was killed.
+        fs::create_dir(&yes).unwrap();
+        drop(UnixListener::bind(yes.join("a_b.sock")).unwrap());
+        let (first, second) = (listen(), listen());
+        assert_eq!((name(&first), name(&second)), ("a_b.sock".into(), "a_b-2.sock".into()));
+        assert_eq!(fs::metadata(first.path()).unwrap().permissions().mode() & 0o777, 0o600);
+        drop(first);
+        assert_eq!(name(&listen()), "a_b.sock");
+        drop(second);
+        assert_eq!(fs::read_dir(&yes).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_place_that_a_user_names_is_that_or_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let first = super::listen(&path).unwrap();
+        // Nobody answers there, and there is no more room for those who ask.
+        let asking: Vec<_> = (0..100).map_while(|_| crate::socket::connect(&path).ok()).collect();
+        assert!((1..100).contains(&asking.len()));
+        let error = super::listen(&path).unwrap_err();
+        assert!(error.contains("another process") && error.contains("--status"), "{error}");
+        drop(first);
+        super::listen(&path).unwrap();
+    }
+}

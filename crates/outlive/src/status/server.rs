@@ -1,0 +1,112 @@
+//! The thread that answers `outlive status`.
+//!
+//! A client gets what is known at that moment, in one write that does not wait, and is let go. So a client
+//! that does not read holds nothing, and there is never more than one.
+
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Standing, place};
+use crate::socket::Listener;
+
+/// Time between two answers, in milliseconds: clients that ask all the time cost no core.
+const PACE: u8 = 5;
+/// Time until the next try when a client cannot be accepted, in milliseconds.
+const TROUBLE: u8 = 100;
+
+/// The running thread. Dropping it ends the thread and removes the socket.
+#[derive(Debug)]
+pub(crate) struct Server {
+    quit: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Answers at the place that the user names, if any.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn open(path: Option<&Path>, standing: &Arc<Standing>) -> Result<Option<Self>, String> {
+        let Some(path) = path else { return Ok(None) };
+        let started = Self::start(place::listen(path)?, standing.clone());
+        started.map(Some).map_err(|e| format!("cannot start a thread: {e}"))
+    }
+
+    /// Answers at the usual place under this name. Without any there is no answer, and the log says so.
+    pub(crate) fn open_usual(name: &str, standing: Arc<Standing>) -> Option<Self> {
+        place::listen_in(&place::folders(), name)
+            .and_then(|listener| Self::start(listener, standing).map_err(|e| format!("no thread: {e}")))
+            .inspect_err(|why| {
+                tracing::warn!("`outlive status` cannot see this process: {why}; give --status PATH");
+            })
+            .ok()
+    }
+
+    pub(super) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {
+        let quit = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let told = quit.clone();
+        let thread = outlive_machine::spawn("status", move || serve(&listener, &standing, &told))?;
+        Ok(Self { quit, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Fails only if the counter is full, and then the thread is being woken anyway.
+        let _ = self.quit.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread of `outlive status` had panicked");
+        }
+    }
+}
+
+fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
+    let wait = |with_clients: bool, timeout: PollTimeout| {
+        let quits = PollFd::new(quit.as_fd(), PollFlags::POLLIN);
+        let comes = PollFd::new(listener.socket.as_fd(), PollFlags::POLLIN);
+        let mut fds = [quits, comes];
+        let fds = &mut fds[..if with_clients { 2 } else { 1 }];
+        match poll(fds, timeout) {
+            Ok(_) => !fds[0].any().unwrap_or(true),
+            Err(Errno::EINTR) => true,
+            Err(error) => {
+                tracing::error!(%error, "`outlive status` sees this process no more");
+                false
+            }
+        }
+    };
+    while wait(true, PollTimeout::NONE) {
+        let pause = match listener.socket.accept() {
+            Ok((client, _)) => {
+                answer(client, standing);
+                PACE
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => PACE,
+            Err(_) => TROUBLE,
+        };
+        if !wait(false, PollTimeout::from(pause)) {
+            return;
+        }
+    }
+}
+
+/// The answer fits into a socket's buffer; a client with less room has itself to blame.
+fn answer(mut client: UnixStream, standing: &Standing) {
+    // Plain data: this cannot fail.
+    let mut line = serde_json::to_vec(&standing.status()).expect("a status is plain data");
+    line.push(b'\n');
+    if client.set_nonblocking(true).is_ok() {
+        // The client may be gone.
+        let _ = client.write(&line);
+    }
+}

@@ -1,0 +1,192 @@
+//! What is known of this process' part in the protection of a VM.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use super::answer::Status;
+use crate::arbiter::Watch;
+use crate::events::{Role, now_us};
+
+/// How far the checkpoints are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// The newest committed one; 0 for none.
+    pub(crate) checkpoint: u64,
+    /// Time since its commit.
+    pub(crate) since_commit: Option<Duration>,
+    /// Those that are sent and not committed.
+    pub(crate) in_flight: u64,
+    /// Bytes sent since the last commit.
+    pub(crate) bytes_in_flight: Option<u64>,
+}
+
+/// Counts checkpoints for whoever asks.
+type Counter = Arc<dyn Fn() -> Progress + Send + Sync>;
+
+/// The facts; see the module.
+#[derive(Clone)]
+pub(super) struct Facts {
+    pub(super) vm: Option<String>,
+    pub(super) role: Role,
+    pub(super) protected: bool,
+    /// When `protected` became what it is.
+    pub(super) since: SystemTime,
+    /// Why there is no protection, while there is none.
+    pub(super) why: String,
+    /// What stands in its way at the moment, if that is known.
+    pub(super) now: Option<String>,
+    /// The other side is lost, and the arbiter has not said yet who goes on.
+    pub(super) asking: bool,
+    pub(super) generation: Option<u64>,
+    pub(super) peer: Option<String>,
+    watch: Option<Weak<Watch>>,
+    counter: Option<Counter>,
+}
+
+/// Keeps the facts. Its lock is held for a few instructions only.
+pub(crate) struct Standing {
+    facts: Mutex<Facts>,
+    /// A standby's newest checkpoint, and when it came ([`now_us`]). A primary has a counter.
+    staged: AtomicU64,
+    staged_us: AtomicU64,
+}
+
+impl Standing {
+    /// Of a process that has just begun.
+    pub(crate) fn new(role: Role, vm: Option<&str>, why: &str) -> Arc<Self> {
+        let facts = Facts {
+            vm: vm.map(str::to_owned),
+            role,
+            protected: false,
+            since: SystemTime::now(),
+            why: why.to_owned(),
+            now: None,
+            asking: false,
+            generation: None,
+            peer: None,
+            watch: None,
+            counter: None,
+        };
+        Arc::new(Self { facts: Mutex::new(facts), staged: AtomicU64::new(0), staged_us: AtomicU64::new(0) })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut self.facts.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Looks at the arbiter through this watch from now on, but does not keep it alive.
+    pub(crate) fn watch(&self, watch: &Arc<Watch>) {
+        self.change(|facts| facts.watch = Some(Arc::downgrade(watch)));
+    }
+
+    /// The VM runs here, in this generation. `counter` knows its checkpoints.
+    pub(crate) fn runs_here(
+        &self,
+        vm: &str,
+        generation: u64,
+        why: &str,
+        counter: impl Fn() -> Progress + Send + Sync + 'static,
+    ) {
+        self.unprotected(why);
+        self.change(|facts| {
+            facts.role = Role::Primary;
+            facts.vm = Some(vm.to_owned());
+            facts.generation = Some(generation);
+            facts.peer = None;
+            facts.counter = Some(Arc::new(counter));
+        });
+    }
+
+    /// Whom this process protects the VM with, or whose VM it protects.
+    pub(crate) fn peer(&self, address: &str) {
+        self.change(|facts| facts.peer = Some(address.to_owned()));
+    }
+
+    /// Which VM it is, as its primary says.
+    pub(crate) fn vm(&self, name: &str, generation: u64) {
+        self.change(|facts| (facts.vm, facts.generation) = (Some(name.to_owned()), Some(generation)));
+    }
+
+    /// A base is committed.
+    pub(crate) fn protected(&self, generation: u64) {
+        self.change(|facts| {
+            if !std::mem::replace(&mut facts.protected, true) {
+                facts.since = SystemTime::now();
+            }
+            facts.generation = Some(generation);
+            (facts.now, facts.asking) = (None, false);
+        });
+    }
+
+    /// There is no protection, or no longer.
+    pub(crate) fn unprotected(&self, why: &str) {
+        self.change(|facts| {
+            if std::mem::replace(&mut facts.protected, false) {
+                facts.since = SystemTime::now();
+            }
+            why.clone_into(&mut facts.why);
+            (facts.now, facts.asking) = (None, false);
+        });
+    }
+
+    /// A standby has thrown its copy away.
+    pub(crate) fn no_copy(&self, why: &str) {
+        self.staged.store(0, Ordering::Relaxed);
+        self.unprotected(why);
+    }
+
+    /// What stands in the way of a protection at the moment, or that it is on its way.
+    pub(crate) fn now(&self, now: &str) {
+        self.change(|facts| facts.now = Some(now.to_owned()));
+    }
+
+    /// The arbiter is asked who goes on, or does not answer.
+    pub(crate) fn asking(&self, now: &str) {
+        self.change(|facts| (facts.now, facts.asking) = (Some(now.to_owned()), true));
+    }
+
+    /// The VM goes on here, whatever the arbiter says.
+    pub(crate) fn goes_on(&self, now: &str) {
+        self.change(|facts| (facts.now, facts.asking) = (Some(now.to_owned()), false));
+    }
+
+    /// The arbiter has given this generation to this host.
+    pub(crate) fn won(&self, generation: u64) {
+        self.change(|facts| {
+            facts.generation = Some(generation);
+            // A standby does not run the VM before its last commit is applied.
+            facts.asking = facts.role == Role::Standby;
+            facts.now = None;
+        });
+    }
+
+    /// A standby has the whole of a checkpoint.
+    pub(crate) fn staged(&self, checkpoint: u64) {
+        self.staged.store(checkpoint, Ordering::Relaxed);
+        self.staged_us.store(now_us(), Ordering::Relaxed);
+    }
+
+    /// What all this says.
+    pub(crate) fn status(&self) -> Status {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sight = facts.watch.as_ref().and_then(Weak::upgrade).map(|watch| watch.sight());
+        let progress = facts.counter.as_ref().map_or_else(|| self.of_standby(), |counter| counter());
+        Status::new(&facts, sight.as_ref(), progress, SystemTime::now())
+    }
+
+    #[cfg(test)]
+    pub(super) fn facts(&self) -> Facts {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn of_standby(&self) -> Progress {
+        let checkpoint = self.staged.load(Ordering::Relaxed);
+        let since = now_us().saturating_sub(self.staged_us.load(Ordering::Relaxed));
+        Progress {
+            checkpoint,
+            since_commit: (checkpoint > 0).then_some(Duration::from_micros(since)),
+            ..Progress::default()
+        }
+    }
+}
