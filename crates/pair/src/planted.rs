@@ -29,6 +29,7 @@ pub(crate) enum Bug {
     LeaveBeforePromise,
     RightThrownAway,
     ClaimForgotten,
+    CaptureForAnyLink,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -226,11 +226,11 @@ impl Primary {
             self.look_at_clock(out);
         }
         // A pause has no room for anything that can wait, and a heartbeat can.
-        let in_pause = matches!(event, Event::Captured);
+        let in_pause = matches!(event, Event::Captured { .. });
         // Only the waiting thread hands these in.
         let waits = matches!(event, Event::Tick);
         match event {
-            Event::Tick | Event::Captured => self.alive_until = self.now + self.timing.dead_after,
+            Event::Tick | Event::Captured { .. } => self.alive_until = self.now + self.timing.dead_after,
             Event::LongWork { within } => self.alive_until = self.now + within + self.timing.dead_after,
             _ => {}
         }
@@ -238,7 +238,7 @@ impl Primary {
             Event::Tick | Event::LongWork { .. } => {}
             Event::End { reason } => self.end = self.end.or(Some(reason)),
             Event::Stop { ask_guest } => self.stop(ask_guest, out),
-            Event::Captured => self.captured(out),
+            Event::Captured { link, base } => self.captured(link, base, out),
             Event::HoldFailed { link, why } => self.hold_failed(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Connected { link } => self.connected(link, out),
@@ -433,10 +433,11 @@ impl Primary {
 
     /// A checkpoint was captured. This is called inside the pause, so its answer holds for every frame after
     /// it.
-    fn captured(&mut self, out: &mut Vec<Action>) {
+    fn captured(&mut self, wanted: Link, base: bool, out: &mut Vec<Action>) {
+        let any = planted!(self.bug, CaptureForAnyLink);
         let (number, end, generation) = (self.checkpoint + 1, self.end, self.generation);
         let (link, base_final) = match &mut self.state {
-            State::BaseSync(attached) => {
+            State::BaseSync(attached) if (attached.link == wanted && base) || any => {
                 // The standby can only take over after it has heard of this capture: the lease starts now.
                 let guard = Guard {
                     base: number,
@@ -455,16 +456,15 @@ impl Primary {
                 (link, true)
             }
             State::Guarding(attached, guard)
-                if guard.shipped - guard.acked >= self.config.slots || guard.last =>
+                if guard.shipped - guard.acked >= self.config.slots
+                    || guard.last
+                    || attached.link != wanted
+                    || base =>
             {
                 // The pages of this epoch have been harvested and cannot be harvested again, so this standby
                 // can never receive them.
-                let link = attached.link;
-                self.link_lost(
-                    link,
-                    LossReason::Local("a checkpoint was captured without a free slot".into()),
-                    out,
-                );
+                let (link, why) = (attached.link, "a checkpoint was captured that was not due");
+                self.link_lost(link, LossReason::Local(why.into()), out);
                 out.push(Action::DropCapture);
                 return;
             }

@@ -7,9 +7,9 @@ use outlive_pair::policy::{
     DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Latency, Longest, Next, Output, Pause, Policy,
     Rule,
 };
-use outlive_pair::{After, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
+use outlive_pair::{After, Link, LossReason, PrimaryEvent, PrimaryStatus, Ticket, Wanted};
 
-use super::coordinator::Coordinator;
+use super::coordinator::{Coordinator, Protection};
 use super::driver::SharedDriver;
 use super::pool::Pool;
 use super::ports::Commit;
@@ -114,9 +114,8 @@ impl Coordinator {
 
     /// Takes the wanted checkpoint, and hands it to the sender.
     pub(super) fn capture(&mut self, wanted: Wanted) -> Result<(), CaptureError> {
-        let Some(pool) = self.protection.as_ref().map(|protection| protection.pool.clone()) else {
-            return Ok(());
-        };
+        let Some(Protection { link, pool, .. }) = &self.protection else { return Ok(()) };
+        let (of, pool) = (Of { link: *link, base: matches!(wanted, Wanted::Base { .. }) }, pool.clone());
         let Some(mut staging) = pool.take() else { return Ok(()) };
         self.captures += 1;
         if let Some(disks) = self.with.self_check.before(self.captures) {
@@ -130,7 +129,7 @@ impl Coordinator {
         let protected = self.with.driver.status() == PrimaryStatus::Protected;
         self.with.machine.set_stop_budget(protected.then_some(self.with.stop_budget));
         let began = self.with.driver.clock().now();
-        let (result, decided) = self.pause(&mut staging, then, &pool);
+        let (result, decided) = self.pause(&mut staging, then, &pool, of);
         let ended = self.with.driver.clock().now();
         self.with.self_check.after();
         let report = match result {
@@ -163,9 +162,10 @@ impl Coordinator {
         staging: &mut Outgoing,
         then: Then,
         pool: &Pool,
+        of: Of,
     ) -> (Result<CaptureReport, CaptureError>, Decided) {
         let mut inside =
-            InsidePause { driver: &self.with.driver, pool, pages: 0, decided: Decided::default() };
+            InsidePause { driver: &self.with.driver, pool, of, pages: 0, decided: Decided::default() };
         let result = self.with.machine.checkpoint(staging, then, &mut inside);
         (result, inside.decided)
     }
@@ -190,6 +190,15 @@ impl Coordinator {
     }
 }
 
+/// What a pause is for. Meanwhile the standby may leave, and another one may accept.
+#[derive(Clone, Copy)]
+pub(super) struct Of {
+    /// The connection of the protection.
+    pub(super) link: Link,
+    /// Whether it is to be the base.
+    pub(super) base: bool,
+}
+
 /// What was decided in a pause.
 #[derive(Default)]
 pub(super) struct Decided {
@@ -205,6 +214,7 @@ pub(super) struct Decided {
 struct InsidePause<'a> {
     driver: &'a SharedDriver,
     pool: &'a Pool,
+    of: Of,
     /// The pages and state bytes of all parts.
     pages: usize,
     decided: Decided,
@@ -213,7 +223,7 @@ struct InsidePause<'a> {
 impl InPause for InsidePause<'_> {
     fn counted(&mut self, pages: usize) {
         self.pages = pages;
-        (self.decided.ticket, self.decided.after) = self.driver.captured();
+        (self.decided.ticket, self.decided.after) = self.driver.captured(self.of.link, self.of.base);
     }
 
     fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {

@@ -140,8 +140,9 @@ impl SharedDriver {
     }
 
     /// A checkpoint is captured. Called inside the pause; what it leaves to do is done after the pause.
-    pub(super) fn captured(&self) -> (Option<Ticket>, After) {
-        self.lock().captured(self.clock.now())
+    /// `link` and `base` say what was wanted when the pause began.
+    pub(super) fn captured(&self, link: Link, base: bool) -> (Option<Ticket>, After) {
+        self.lock().captured(self.clock.now(), link, base)
     }
 
     /// Queues a checkpoint, or a part of one, for the link of its ticket. If that link is no longer in use,

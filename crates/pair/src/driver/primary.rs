@@ -164,9 +164,10 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     /// pages can no longer be sent to any standby. Allocates nothing, unless the capture loses the link.
     ///
     /// From here on output belongs to the next epoch, whatever the answer.
-    pub fn captured(&mut self, now: Duration) -> (Option<Ticket>, After) {
+    /// `link` and `base` say what was wanted when the pause began.
+    pub fn captured(&mut self, now: Duration, link: Link, base: bool) -> (Option<Ticket>, After) {
         self.captured = None;
-        let after = self.handle(now, Event::Captured);
+        let after = self.handle(now, Event::Captured { link, base });
         (self.captured.take(), after)
     }
 

@@ -102,8 +102,15 @@ pub enum PrimaryEvent {
     },
     /// The VM is paused and all of a checkpoint is in staging. Handed in inside the pause, and the answer is
     /// carried out inside it: output is held, or belongs to the next epoch, from the first instruction after
-    /// it. After an [`End`](Self::End) or a [`Stop`](Self::Stop) it is the last one.
-    Captured,
+    /// it. After an [`End`](Self::End) or a [`Stop`](Self::Stop) it is the last one. A pause takes time, and
+    /// meanwhile the standby may leave and another one may accept: what was captured for one is no base for
+    /// the other.
+    Captured {
+        /// For which connection the pause began.
+        link: Link,
+        /// Whether it began as [`Wanted::Base`].
+        base: bool,
+    },
     /// Output cannot be held. Must follow the [`PrimaryAction::HoldOutput`] before anybody is given the
     /// ticket of that capture: the machine relies on no standby having the base.
     HoldFailed {

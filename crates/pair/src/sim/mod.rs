@@ -93,6 +93,7 @@ fn the_invariants_hold_in_every_schedule() {
             stats.unreachable > count / 20 && stats.late_frames > 0 && stats.left > count / 50,
             "{stats:?}"
         );
+        assert!(stats.long_pauses > count / 100, "{stats:?}");
         assert!(stats.unsettled > count / 100 && stats.failed > count / 10, "{stats:?}");
         assert!(stats.tried > count && stats.slow_applies > count / 10, "{stats:?}");
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
@@ -168,6 +169,7 @@ fn every_planted_mistake_is_found() {
         Bug::AckUntried,
         Bug::LeaveBeforePromise,
         Bug::ClaimForgotten,
+        Bug::CaptureForAnyLink,
         Bug::ActionsReversed,
         Bug::ActsOnAttachedLink,
         Bug::FailureSwallowed,

@@ -181,6 +181,7 @@ impl World {
             Happening::Look(life, _)
             | Happening::Drain(life)
             | Happening::VmStep(life)
+            | Happening::Counted { life, .. }
             | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
             | Happening::BaseRound { life, .. }
@@ -214,8 +215,9 @@ impl World {
             },
             Happening::Dialled { life, link, target } => self.dialled(life, link, target),
             Happening::VmStep(life) => self.vm_step(life),
-            Happening::ShipPart { life, ticket, node, left } => {
-                self.ship_part(life, ticket, node, false, left)
+            Happening::Counted { life, link, base } => self.counted(life, link, base),
+            Happening::ShipPart { life, captured_for, ticket, node, left } => {
+                self.ship_part(life, captured_for, (ticket, node), false, left)
             }
             Happening::BaseRound { life, link, left } => self.base_round(life, link, left),
             Happening::ClaimArrives { life, generation, from } => self.claim_arrives(life, generation, from),

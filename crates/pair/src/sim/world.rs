@@ -88,6 +88,12 @@ pub(super) enum Happening {
         target: usize,
     },
     VmStep(Life),
+    /// The pages of a pause are harvested.
+    Counted {
+        life: Life,
+        link: Link,
+        base: bool,
+    },
     BaseRound {
         life: Life,
         link: Link,
@@ -96,6 +102,7 @@ pub(super) enum Happening {
     /// The next part of a checkpoint that is larger than staging.
     ShipPart {
         life: Life,
+        captured_for: Link,
         ticket: Ticket,
         node: Node,
         left: u32,
@@ -248,6 +255,7 @@ pub(super) struct Stats {
     pub(super) links_lost: u64,
     pub(super) wedged: u64,
     pub(super) long_works: u64,
+    pub(super) long_pauses: u64,
     /// Standbys that left and handed their right over.
     pub(super) handed_over: u64,
     /// By kind.
@@ -276,6 +284,7 @@ impl Stats {
         self.links_lost += other.links_lost;
         self.wedged += other.wedged;
         self.long_works += other.long_works;
+        self.long_pauses += other.long_pauses;
         self.handed_over += other.handed_over;
         self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }

@@ -52,7 +52,7 @@ impl Host {
     fn protected() -> Self {
         let mut host = Self::attached();
         let base = CheckpointFlags { base_final: true, end: None };
-        assert_eq!(host.acts(Captured), [HoldOutput { link: LINK, epoch: 12 }, Ship(ticket(11, base))]);
+        assert_eq!(host.acts(BASE), [HoldOutput { link: LINK, epoch: 12 }, Ship(ticket(11, base))]);
         host.now += 1;
         assert_eq!(host.acts(ack(11, host.now)), [Release { through: 11 }]);
         assert_eq!(host.machine.status(), PrimaryStatus::Protected);
@@ -65,6 +65,8 @@ impl Host {
 }
 
 const LINK: Link = Link(0);
+const BASE: PrimaryEvent = Captured { link: LINK, base: true };
+const EPOCH: PrimaryEvent = Captured { link: LINK, base: false };
 const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };
 
 fn ack(checkpoint: u64, stamp: u64) -> PrimaryEvent {
@@ -89,7 +91,7 @@ fn output_passes_until_the_base_is_captured_and_waits_from_then_on() {
     let mut host = Host::attached();
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
     assert_eq!(host.machine.wanted_capture(), Wanted::Base { link: LINK });
-    host.acts(Captured);
+    host.acts(BASE);
     assert_eq!(host.machine.output(), OutputMode::Hold);
     assert_eq!(host.machine.status(), PrimaryStatus::BaseCommit);
     assert_eq!(host.machine.epoch(), 12, "frames after the pause belong to the next checkpoint");
@@ -101,8 +103,8 @@ fn output_passes_until_the_base_is_captured_and_waits_from_then_on() {
 #[test]
 fn each_ack_releases_up_to_itself() {
     let mut host = Host::protected();
-    assert_eq!(host.acts(Captured), ships(12));
-    assert_eq!(host.acts(Captured), ships(13));
+    assert_eq!(host.acts(EPOCH), ships(12));
+    assert_eq!(host.acts(EPOCH), ships(13));
     assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
     assert_eq!(host.acts(ack(13, 1)), [Release { through: 13 }]);
 }
@@ -110,22 +112,22 @@ fn each_ack_releases_up_to_itself() {
 #[test]
 fn captures_stop_when_all_slots_are_taken() {
     let mut host = Host::protected();
-    host.acts(Captured);
+    host.acts(EPOCH);
     assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
-    host.acts(Captured);
+    host.acts(EPOCH);
     assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
     host.acts(ack(12, 1));
     assert_eq!(host.machine.wanted_capture(), Wanted::Epoch);
-    host.acts(Captured);
+    host.acts(EPOCH);
     // A driver that does not ask loses its protection, and nothing worse.
-    assert_eq!(host.acts(Captured), [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]);
+    assert_eq!(host.acts(EPOCH), [Hangup { link: LINK }, DropCapture, Claim { generation: 5 }]);
 }
 
 /// SIGSTOP, takeover, SIGCONT: the first thing this process sees is an Ack that waited in its socket.
 #[test]
 fn an_ack_found_after_a_long_stop_releases_nothing() {
     let mut host = Host::protected();
-    host.acts(Captured);
+    host.acts(EPOCH);
     host.now += 700;
     assert!(!host.machine.may_release(ms(host.now)), "not even what was decided before the stop");
     assert_eq!(host.acts(ack(12, 1)), [Hangup { link: LINK }, Claim { generation: 5 }]);
@@ -172,7 +174,7 @@ fn a_standby_lost_before_the_base_is_captured_costs_nothing() {
         let mut host = Host::attached();
         assert_eq!(host.acts(event), [Hangup { link: LINK }]);
         assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
-        assert_eq!(host.acts(Captured), [DropCapture], "one that was under way");
+        assert_eq!(host.acts(BASE), [DropCapture], "one that was under way");
         host.now += 200;
         assert_eq!(host.acts(Tick), [Dial { link: Link(1), address: 0 }]);
     }
@@ -256,7 +258,7 @@ fn events_of_an_old_link_are_ignored() {
 fn acks_that_are_not_due_break_the_link() {
     for (checkpoint, generation) in [(12, 4), (10, 4), (11, 3)] {
         let mut host = Host::attached();
-        host.acts(Captured);
+        host.acts(BASE);
         let event = Ack { link: LINK, generation, checkpoint, stamp: ms(0) };
         assert_eq!(host.acts(event), [Hangup { link: LINK }, Claim { generation: 5 }]);
     }
@@ -298,12 +300,12 @@ fn a_standby_that_never_answers_hello_is_given_up() {
 fn the_end_of_the_vm_is_committed_before_it_is_carried_out() {
     for reason in [EndReason::PowerOff, EndReason::Reset, EndReason::Stopped, EndReason::Crash] {
         let mut host = Host::protected();
-        host.acts(Captured);
+        host.acts(EPOCH);
         assert_eq!(host.acts(End { reason }), []);
         assert_eq!(host.machine.wanted_capture(), Wanted::Last(reason));
         let flags = CheckpointFlags { base_final: false, end: Some(reason) };
         let last = Ship(ticket(13, flags));
-        assert_eq!(host.acts(Captured), [BeginEpoch { link: LINK, epoch: 14 }, last]);
+        assert_eq!(host.acts(EPOCH), [BeginEpoch { link: LINK, epoch: 14 }, last]);
         assert_eq!(host.machine.wanted_capture(), Wanted::Nothing);
         assert_eq!(host.acts(ack(12, 1)), [Release { through: 12 }]);
         let exit = Exit { reason: ExitReason::Ended(reason) };
@@ -351,7 +353,7 @@ fn an_operator_asks_the_guest_first() {
 fn a_base_whose_output_cannot_be_held_is_none() {
     let failed = || HoldFailed { link: LINK, why: "no room".into() };
     let mut host = Host::attached();
-    host.acts(Captured);
+    host.acts(BASE);
     assert_eq!(host.acts(failed()), [Hangup { link: LINK }, ReleaseAll { generation: 4 }]);
     assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
     assert_eq!(host.machine.output(), OutputMode::PassThrough);
@@ -364,7 +366,7 @@ fn a_base_whose_output_cannot_be_held_is_none() {
 fn a_pause_sends_nothing() {
     let mut host = Host::protected();
     host.now += 125;
-    assert_eq!(host.on(Captured), ships(12));
+    assert_eq!(host.on(EPOCH), ships(12));
     assert_eq!(host.on(Tick), [SendHeartbeat { link: LINK }]);
 }
 
@@ -374,7 +376,7 @@ fn an_end_whose_link_is_lost_waits_for_the_arbiter() {
     let ending = || {
         let mut host = Host::protected();
         host.acts(End { reason });
-        host.acts(Captured);
+        host.acts(EPOCH);
         assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Claim { generation: 5 }]);
         host
     };
@@ -477,7 +479,7 @@ fn heartbeats_are_earned_by_the_thread_that_waits() {
     assert_eq!(host.machine.may_beat_until(), Some(ms(2126)));
     // A pause is its work too, and long work is announced.
     host.now = 1200;
-    host.on(Captured);
+    host.on(EPOCH);
     assert_eq!(host.machine.may_beat_until(), Some(ms(2200)));
     host.on(LongWork { within: ms(10_000) });
     assert_eq!(host.machine.may_beat_until(), Some(ms(12_200)));
@@ -554,4 +556,24 @@ fn a_right_that_is_handed_over_ends_the_wait_for_the_arbiter() {
     host.acts(released());
     let ended = ExitReason::Ended(EndReason::PowerOff);
     assert_eq!(host.acts(End { reason: EndReason::PowerOff }), [Exit { reason: ended }]);
+}
+
+/// The pause for one standby is long; meanwhile it leaves, and another one accepts.
+#[test]
+fn what_was_captured_for_one_standby_is_no_base_for_another() {
+    let mut host = Host::protected();
+    host.acts(released());
+    let next = Link(1);
+    host.acts(Connected { link: next });
+    assert_eq!(host.acts(Accepted { link: next, dead_after: ms(500) }), [StartBase { link: next }]);
+    assert_eq!(host.acts(EPOCH), [DropCapture]);
+    assert_eq!(host.acts(Captured { link: next, base: false }), [DropCapture]);
+    assert_eq!(host.acts(BASE), [DropCapture]);
+    assert_eq!(host.machine.status(), PrimaryStatus::BaseSync);
+    let flags = CheckpointFlags { base_final: true, end: None };
+    let ticket = Ticket { link: next, ..ticket(12, flags) };
+    let base = host.acts(Captured { link: next, base: true });
+    assert_eq!(base, [HoldOutput { link: next, epoch: 13 }, Ship(ticket)]);
+    // Pages that were harvested for another link are lost to this one.
+    assert_eq!(host.acts(EPOCH)[..2], [Hangup { link: next }, DropCapture]);
 }

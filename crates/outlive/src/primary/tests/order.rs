@@ -14,7 +14,8 @@ use crate::primary::driver::SharedDriver;
 use crate::primary::inbox::Inbox;
 
 fn number(driver: &SharedDriver) -> Option<u64> {
-    let (ticket, after) = driver.captured();
+    let base = matches!(driver.wanted(), Wanted::Base { .. });
+    let (ticket, after) = driver.captured(LINK, base);
     assert!(!after.drain, "a pause lets nothing out");
     ticket.map(|ticket| ticket.number)
 }

@@ -20,7 +20,7 @@ use crate::cli::Ending;
 use crate::disk::Sidecars;
 use crate::events::{EventWriter, Role};
 use crate::link::CheckpointPart;
-use crate::primary::capture;
+use crate::primary::capture::{self, Of};
 use crate::primary::coordinator::{Coordinator, Setup};
 use crate::primary::self_check::SelfCheck;
 use crate::status::Standing;
@@ -145,11 +145,12 @@ fn allocations_of_a_pause(coordinator: &mut Coordinator) -> u64 {
     turn_until(coordinator, |it| {
         it.with.driver.wanted() == Wanted::Epoch && it.protection.as_ref().unwrap().pool.has_free()
     });
-    let pool = coordinator.protection.as_ref().unwrap().pool.clone();
+    let protection = coordinator.protection.as_ref().unwrap();
+    let (pool, of) = (protection.pool.clone(), Of { link: protection.link, base: false });
     let mut staging = pool.take().unwrap();
     let mut taken = None;
     let counted = allocation_counter::measure(|| {
-        taken = Some(coordinator.pause(&mut staging, Then::Resume, &pool));
+        taken = Some(coordinator.pause(&mut staging, Then::Resume, &pool, of));
     });
     let (report, decided) = taken.unwrap();
     let (ticket, pages) = (decided.ticket.unwrap(), report.unwrap().pages);
