@@ -222,7 +222,8 @@ impl Replica {
         self.queue.push(self.queue.lock(), Job::Release);
     }
 
-    /// Ends the standby in order: brings its images to the last commit, durably, and removes the journal.
+    /// Ends the standby in order: brings its images to the last commit, durably, and removes the journal. After
+    /// [`release`](Self::release) the sidecars say what `end` says: `Released` only if the primary may have heard.
     /// Waits as long as that takes, unless a disk finishes nothing at all.
     ///
     /// # Errors

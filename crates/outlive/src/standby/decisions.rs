@@ -177,6 +177,11 @@ impl Decisions {
         }
     }
 
+    /// Whether the primary may have heard that it has no rival any more.
+    pub(super) fn has_handed_over(&self) -> bool {
+        self.with(|driver, _| (driver.ports().has_handed_over(), NOTHING))
+    }
+
     /// Gives the primary that this standby leaves time to read so, and to close: what this process has not
     /// read when it ends would make the system reset the connection.
     pub(super) fn wait_until_left(&self) {

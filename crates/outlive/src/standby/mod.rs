@@ -177,7 +177,10 @@ impl Waiting {
         self.decisions.finish();
         // Bring the disks to the last commit before the process ends; the next process replays a journal that
         // stays.
-        let end = matches!(reason, StandbyExit::Followed(_)).then_some(CopyEnd::Followed);
+        let end = match reason {
+            StandbyExit::Followed(_) => Some(CopyEnd::Followed),
+            _ => self.decisions.has_handed_over().then_some(CopyEnd::Released),
+        };
         match self.decisions.take_session().map(Session::into_copy) {
             Some(Some(copy)) => {
                 if let Err(why) = copy.disks().leave(end) {

@@ -109,6 +109,8 @@ pub(super) struct Ports {
     /// The connection whose last word is a leave, before it is ended and until its thread has ended.
     left: Option<Link>,
     leaving: Option<Link>,
+    /// Whether the primary may have heard that it has no rival any more.
+    handed_over: bool,
 }
 
 impl Ports {
@@ -124,6 +126,7 @@ impl Ports {
             deferred,
             left: None,
             leaving: None,
+            handed_over: false,
         }
     }
 
@@ -136,6 +139,11 @@ impl Ports {
     pub(super) fn disconnect(&mut self, link: Link) {
         self.peers.retain(|(known, _)| *known != link);
         self.leaving.take_if(|leaving| *leaving == link);
+    }
+
+    /// Whether the primary may have heard that it has no rival any more.
+    pub(super) fn has_handed_over(&self) -> bool {
+        self.handed_over
     }
 
     /// Whether a peer may not have read yet that this standby leaves.
@@ -293,6 +301,7 @@ impl StandbyPorts for Ports {
             Ok(())
         });
         self.left = put.ok().map(|()| link);
+        self.handed_over |= self.left.is_some() && reason == LeaveReason::Released;
     }
 
     fn hang_up(&mut self, link: Link) {

@@ -45,6 +45,8 @@ pub(super) struct Worker<T> {
     journal: Option<PathBuf>,
     /// The last checkpoint, once the applier is gone.
     left_at: u64,
+    /// Whether the sidecars say, or soon say, that the copy was given up.
+    released: bool,
     /// Whether the sidecars say that the images are not whole.
     tainted: bool,
     buffer: Vec<u8>,
@@ -73,6 +75,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             applier: None,
             journal: None,
             left_at: 0,
+            released: false,
             tainted: false,
             buffer: vec![0; DISK_CHUNK],
             pending_since: None,
@@ -101,11 +104,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 Job::Commit { number, base, records } => self.commit(number, base, records),
                 Job::Check { number, hashes } => self.check(number, &hashes),
                 // Do now what a takeover needs from the disks: a won generation cannot be given back.
-                Job::Settle { checkpoint } => {
-                    self.leave(None).map(|()| (self.tell)(DiskEvent::Settled { checkpoint }))
-                }
+                Job::Settle { checkpoint } => self.leave(None).map(|()| {
+                    self.take_back(None);
+                    (self.tell)(DiskEvent::Settled { checkpoint });
+                }),
                 Job::Release => self.release(),
-                Job::Leave { end, done } => self.answered(&done, |worker| worker.leave(end)),
+                Job::Leave { end, done } => self.answered(&done, |worker| worker.leave_for_good(end)),
                 Job::BecomePrimary { generation, done } => {
                     self.answered(&done, |worker| worker.become_primary(generation))
                 }
@@ -365,9 +369,29 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     /// Ends the copy as one that the VM goes on without, and says whether whoever finds it will know that.
     fn release(&mut self) -> Result<(), String> {
+        self.released = self.applier.is_some();
         self.leave(Some(CopyEnd::Released))?;
         (self.tell)(DiskEvent::Released(self.sidecars.written_within(RELEASE_PATIENCE)));
         Ok(())
+    }
+
+    /// The process ends. The copy stays given up only if the primary may have heard so.
+    fn leave_for_good(&mut self, end: Option<CopyEnd>) -> Result<(), String> {
+        self.leave(end)?;
+        if end != Some(CopyEnd::Released) && self.take_back(end) {
+            self.sidecars.written_within(RELEASE_PATIENCE).ok();
+        }
+        Ok(())
+    }
+
+    /// The right was not handed over after all: the copy may be the newest one, and must not be refused as one
+    /// without which the VM continued. Returns whether the sidecars are written again.
+    fn take_back(&mut self, end: Option<CopyEnd>) -> bool {
+        let released = std::mem::take(&mut self.released);
+        if released {
+            self.sidecars.say(Saying { end, ..self.replica(true, self.left_at, None) });
+        }
+        released
     }
 
     /// Ends this standby's copy: brings the images to the last commit, durably, and says so in the sidecars,

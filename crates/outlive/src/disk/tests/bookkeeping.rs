@@ -193,3 +193,32 @@ fn what_will_be_needed_is_missed_before_a_primary_is_accepted() {
     drop(replica);
     assert!(!standby.journal().exists());
 }
+
+/// The newest copy must not be refused because of a leave that was never sent; one that was sent counts for good.
+#[test]
+fn a_copy_stays_given_up_only_if_the_primary_may_have_heard() {
+    for (blocked, end) in [(false, None), (true, None), (false, Some(CopyEnd::Released))] {
+        let standby = Standby::new();
+        let (replica, told) = standby.start().unwrap();
+        commit(&replica, 1, true, b"base");
+        commit(&replica, 2, false, b"last");
+        wait_until("the base is on the image", || {
+            Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
+        });
+        if blocked {
+            standby.block();
+        }
+        replica.release();
+        assert!(told.iter().any(|event| matches!(event, DiskEvent::Released(_))));
+        if blocked {
+            standby.unblock();
+        }
+        assert_eq!(replica.leave(end), Ok(()));
+        wait_until("the sidecar says so", || {
+            let sidecar = standby.sidecar();
+            (sidecar.end, sidecar.checkpoint, sidecar.whole) == (end, 2, true)
+        });
+        drop(replica);
+        assert_eq!(standby.sidecar().end, end);
+    }
+}
