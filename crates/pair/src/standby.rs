@@ -41,8 +41,9 @@ struct Staged {
     flags: CheckpointFlags,
 }
 
-/// How long an orderly stop waits until the rest of the copy says that it was given up. Without that the
-/// primary has to ask the arbiter.
+/// How long an orderly stop waits at most until the rest of the copy says that it was given up. Without that
+/// the primary has to ask the arbiter. From when the copy's turn has come, the patience with a silent host
+/// bounds it too: nothing is acknowledged meanwhile, and the guest's clients wait.
 const RELEASE: Duration = Duration::from_secs(5);
 
 /// The committed checkpoint: acknowledged, and applied or being applied.
@@ -380,7 +381,10 @@ impl Standby {
             },
             _ => return,
         }
+        let patience = self.attached().map_or(Duration::ZERO, |attached| attached.timing.dead_after);
         match result {
+            // The answer says "protected", which is true only where somebody would take over.
+            Ok(()) if !self.gets_on(self.now, patience) => self.give_up(link, out),
             Ok(()) => self.commit(out),
             Err(why) => self.bad_stream(link, why, out),
         }
@@ -419,7 +423,8 @@ impl Standby {
                 if attached.link == from && committed.checkpoint == checkpoint =>
             {
                 committed.applying = false;
-                if releasing.is_some() {
+                if let Some(until) = releasing {
+                    *until = (*until).min(self.now + attached.timing.dead_after);
                     out.push(Action::Release { link: from });
                 }
                 self.commit(out);

@@ -90,6 +90,16 @@ impl Standby {
         self.discard(link, out);
     }
 
+    /// The thread that would run the VM hangs: this side protects nobody, and says so before it is relied on.
+    pub(super) fn give_up(&mut self, link: Link, out: &mut Vec<Action>) {
+        let why = LossReason::Local("the thread of this standby that takes over hangs".into());
+        let silent = self.attached().map_or(self.now, |attached| self.now - attached.heard);
+        out.push(Action::SendLeave { link, reason: LeaveReason::Failed });
+        out.push(Action::Hangup { link });
+        out.push(Action::Note(Note::LinkLost { why, silent, committed: false }));
+        self.discard(link, out);
+    }
+
     /// Nothing of this VM is kept. The next one must wait until its memory is free.
     fn discard(&mut self, link: Link, out: &mut Vec<Action>) {
         out.push(Action::Discard { link });
@@ -118,6 +128,7 @@ impl Standby {
             {
                 *releasing = Some(self.now + RELEASE);
                 if !committed.applying {
+                    *releasing = Some(self.now + attached.timing.dead_after.min(RELEASE));
                     out.push(Action::Release { link: attached.link });
                 }
             }

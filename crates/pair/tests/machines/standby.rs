@@ -189,6 +189,7 @@ fn a_base_is_tried_before_it_is_acknowledged() {
     for _ in 0..40 {
         host.now += 125;
         assert_eq!(host.acts(Heartbeat { link: LINK, stamp: ms(77) }), []);
+        assert_eq!(host.acts(Tick), []);
     }
     assert_eq!(host.acts(tried(12)), [], "that is not what was tried");
     assert_eq!(host.acts(tried(11)), [ack(11), apply(11)]);
@@ -532,12 +533,11 @@ fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
 
     let mut slow = Host::protected();
     slow.acts(Stop);
-    for time in (500..5000).step_by(500) {
-        slow.now = time;
-        assert_eq!(slow.acts(Heartbeat { link: LINK, stamp: ms(time) }), []);
-        slow.acts(Tick);
-    }
-    slow.now = 5000;
+    slow.now = 999;
+    assert_eq!(slow.acts(Heartbeat { link: LINK, stamp: ms(999) }), []);
+    assert_eq!(slow.acts(Tick), []);
+    // Meanwhile nothing is acknowledged, so the guest's clients wait no longer than for a silent host.
+    slow.now = 1000;
     assert_eq!(slow.acts(Tick), leaves(LeaveReason::Stopped));
 
     let mut twice = Host::protected();
@@ -548,7 +548,14 @@ fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
     let mut busy = Host::protected();
     busy.acts(staged(12, PLAIN));
     assert_eq!(busy.acts(Stop), []);
+    busy.now = 900;
+    busy.acts(Heartbeat { link: LINK, stamp: ms(900) });
     assert_eq!(busy.acts(applied(12)), [Release { link: LINK }]);
+    busy.now = 1800;
+    busy.acts(Heartbeat { link: LINK, stamp: ms(1800) });
+    assert_eq!(busy.acts(Tick), [], "the apply would have made them wait anyway");
+    busy.now = 1900;
+    assert_eq!(busy.acts(Tick), leaves(LeaveReason::Stopped));
 
     // The primary dies before it was told: this is the only side that has the VM.
     let mut alone = Host::protected();
@@ -557,4 +564,28 @@ fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
     assert_eq!(alone.acts(released(Ok(()))), []);
     assert_eq!(alone.acts(settled(11)), [Claim { generation: 5 }]);
     assert_eq!(alone.claimed(ClaimResult::Won), [taken_over(11, true)]);
+}
+
+/// The acknowledgement of the base says that this side would take over.
+#[test]
+fn a_standby_whose_thread_that_takes_over_hangs_commits_no_base() {
+    for hangs in [false, true] {
+        let mut host = Host::attached();
+        host.acts(staged(11, BASE));
+        for time in (500..=1500).step_by(500) {
+            host.now = time;
+            host.acts(Heartbeat { link: LINK, stamp: ms(time) });
+            if !hangs {
+                host.acts(Tick);
+            }
+        }
+        let leave = SendLeave { link: LINK, reason: LeaveReason::Failed };
+        let gives_up = [leave, Hangup { link: LINK }, Discard { link: LINK }];
+        let actions = host.acts(tried(11));
+        if hangs {
+            assert_eq!(actions, gives_up);
+        } else {
+            assert_eq!(actions.len(), 2, "{actions:?}");
+        }
+    }
 }
