@@ -5,7 +5,8 @@
 //!
 //! A policy consists of [`Rule`]s, each in its own file; the rule that wants the earliest end wins. Above
 //! them is one guarantee, which no rule can break: **between two pauses the guest runs at least as long as
-//! the last pause took**, so it has half of the time, however much the rules ask for. The only exception is a
+//! the last pause took**, so it has half of the time, however much the rules ask for. A pause counts
+//! as no longer than the one before it, or than 100 ms if that was shorter. The only exception is a
 //! guest that KVM has stopped because a dirty ring is full: it cannot use run time.
 //!
 //! | rule | ends the epoch |
@@ -160,12 +161,20 @@ pub trait Rule: Send + fmt::Debug {
 pub struct Policy {
     rules: Vec<Box<dyn Rule>>,
     last: Pause,
+    /// How long the guest runs at least after it.
+    guaranteed: Duration,
 }
+
+/// How long the guest runs at least after a pause that is long as none before it: ten times the longest epoch of
+/// the default policies. So it still has most of the time that an exception takes from a few epochs, and output
+/// is not held for seconds because one self-check, or one stall of the host, took seconds. Where long pauses
+/// follow each other, the guest has half of the time.
+const AFTER_EXCEPTION: Duration = Duration::from_millis(100);
 
 impl Policy {
     /// A policy of these rules. If two want an end at the same time, the first one's reason counts.
     pub fn new(rules: Vec<Box<dyn Rule>>) -> Self {
-        Self { rules, last: Pause::default() }
+        Self { rules, last: Pause::default(), guaranteed: Duration::ZERO }
     }
 
     /// When the running epoch ends.
@@ -176,7 +185,7 @@ impl Policy {
             (Next::Now(_), Next::Now(why)) if why.guest_waits() => wish,
             _ => earliest.earlier(wish),
         });
-        let earliest = self.last.ended + self.last.length();
+        let earliest = self.last.ended + self.guaranteed;
         match next {
             Next::Now(why) if facts.now < earliest && !why.guest_waits() => Next::At(earliest),
             Next::At(time) => Next::At(time.max(earliest)),
@@ -186,6 +195,7 @@ impl Policy {
 
     /// An epoch has ended. Allocates nothing.
     pub fn ended(&mut self, pause: &Pause) {
+        self.guaranteed = pause.length().min(self.last.length().max(AFTER_EXCEPTION));
         self.last = *pause;
         self.rules.iter_mut().for_each(|rule| rule.ended(pause));
     }

@@ -285,3 +285,34 @@ fn a_rule_of_its_own_takes_part() {
     facts.acknowledged_in = Some(us(450));
     assert!(matches!(policy.next(&facts), Next::Now(_)));
 }
+
+proptest! {
+    /// One self-check or one stall of the host costs its own time, and not as much again.
+    #[test]
+    fn a_long_pause_is_copied_only_if_it_is_no_exception(
+        pauses in prop::collection::vec(1u64..5_000_000, 2..20),
+        held_after in 0u64..20_000,
+    ) {
+        let mut policy = all(us(1000), 1000);
+        let (mut resumed, mut before, mut last) = (us(1_000_000), us(0), us(0));
+        for pause in pauses {
+            let course = Course {
+                pages_per_us: 1,
+                log_full_after: None,
+                disk_full_after: None,
+                held_after: Some(held_after),
+                changes_after: None,
+                late: 0,
+                pause,
+            };
+            let (epoch, pause) = run(&mut policy, resumed, course);
+            let least = last.min(before.max(us(100_000)));
+            prop_assert!(epoch.ran >= least, "ran {:?} after pauses of {before:?}, {last:?}", epoch.ran);
+            prop_assert!(
+                epoch.ran <= least.max(us(2_000)),
+                "ran {:?} after pauses of {before:?}, {last:?}", epoch.ran
+            );
+            (resumed, before, last) = (pause.ended, last, pause.length());
+        }
+    }
+}
