@@ -82,5 +82,5 @@ fn saved_bytes_are_checked() {
     );
     bytes[0] = 1;
     let old = rig.device.take_over(&bytes).unwrap_err();
-    assert!(old.to_string().contains("version 1, this release knows 2"), "{old}");
+    assert!(old.to_string().contains("version 1, but this release knows 2"), "{old}");
 }
