@@ -118,16 +118,15 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Makes the directory and locks it, so that two processes do not replace the same old socket and one of
+/// Makes the directory, but not those above it: a mistyped path leaves nothing behind. Locks it, so that two processes do not replace the same old socket and one of
 /// them loses its new one. A lock that does not come, or that the file system does not have, is done without.
 fn make_directory(path: &Path) -> Result<Option<Flock<File>>, BindError> {
     let Some(directory) = path.parent() else { return Ok(None) };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(|error| BindError::Directory { path: directory.to_owned(), error })?;
+    match fs::DirBuilder::new().mode(0o700).create(directory) {
+        Err(_) if directory.is_dir() => {}
+        made => made.map_err(|error| BindError::Directory { path: directory.to_owned(), error })?,
+    }
     let Ok(mut file) = File::open(directory) else { return Ok(None) };
     for _ in 0..LOCK_TRIES.0 {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

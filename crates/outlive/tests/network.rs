@@ -151,6 +151,7 @@ fn errors_say_what_is_wrong_and_what_there_is() {
         );
         let missing = netlink.attach("br0", "br7").unwrap_err().to_string();
         assert!(missing.starts_with("no interface named br7: cannot attach br0 to bridge br7"), "{missing}");
+        assert!(missing.contains("(interfaces here: lo);"), "br0 cannot join itself: {missing}");
         assert!(matches!(netlink.create_bridge("br0"), Err(NetlinkError::Exists { .. })));
         assert!(matches!(netlink.create_veth("br0", "b"), Err(NetlinkError::Exists { .. })));
         assert!(matches!(netlink.create_veth("a", "br0"), Err(NetlinkError::Exists { .. })));

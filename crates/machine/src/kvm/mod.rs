@@ -48,6 +48,9 @@ pub enum HostError {
     /// Any other error on opening.
     #[error("cannot open /dev/kvm: {0}")]
     Open(io::Error),
+    /// Another device or file has this name.
+    #[error("/dev/kvm is not KVM: give this machine or container the real device")]
+    NotKvm,
     /// The API version is not 12, which it has been since 2007.
     #[error("KVM API version {0} is not 12: Outlive does not know this KVM")]
     ApiVersion(i32),
@@ -109,8 +112,11 @@ impl Host {
             libc::EACCES | libc::EPERM => HostError::Permission,
             errno => HostError::Open(io::Error::from_raw_os_error(errno)),
         })?;
-        if kvm.get_api_version() != 12 {
-            return Err(HostError::ApiVersion(kvm.get_api_version()));
+        match kvm.get_api_version() {
+            12 => {}
+            // The ioctl fails: another device lies at this path.
+            version if version < 0 => return Err(HostError::NotKvm),
+            version => return Err(HostError::ApiVersion(version)),
         }
         for (cap, name) in NEEDED {
             if !kvm.check_extension(cap) {

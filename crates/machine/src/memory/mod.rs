@@ -37,7 +37,7 @@ pub type GuestMemory = GuestMemoryMmap<RegionLog>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not one that a guest can have.
-    #[error("guest memory cannot have {0} bytes: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB")]
+    #[error("guest memory cannot have {}: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB", amount(*.0))]
     Size(u64),
     /// More than any kernel and initrd need.
     #[error("a boot image of {0} bytes is too large: the limit is 4 GiB")]
@@ -53,6 +53,16 @@ pub enum MemoryError {
     /// The regions do not form a memory.
     #[error("guest memory regions do not fit together: {0}")]
     Regions(String),
+}
+
+/// As a person would write it: in the largest unit that it is a whole number of.
+fn amount(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let whole = |(shift, _): &&(u32, &str)| bytes > 0 && bytes.trailing_zeros() >= *shift;
+    match units.iter().find(whole) {
+        Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
+        None => format!("{bytes} bytes"),
+    }
 }
 
 /// The ranges of a guest with `bytes` of memory, whole pages each.

@@ -31,7 +31,7 @@ pub use command::command;
 pub use error::{ArbiterError, ArbiterFault, ArbiterSpecError};
 pub use file::{FileArbiter, Initialized};
 pub use outlive_epoch::VmId;
-pub(crate) use watch::{Sight, Watch};
+pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
 use crate::process;

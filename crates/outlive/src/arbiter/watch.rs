@@ -4,6 +4,7 @@
 //! says when it takes too long. Nobody waits for either, and nothing is decided by what they find.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -27,9 +28,19 @@ pub(crate) struct Sight {
     pub(crate) lost: Option<String>,
 }
 
+/// What this host is to the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Here {
+    /// It runs here.
+    Runs,
+    /// It may be taken over here. Whether its primary still lives is unknown.
+    Waits,
+}
+
 /// A watch over an arbiter. It ends when this is dropped.
 pub(crate) struct Watch {
     sight: Arc<Mutex<Sight>>,
+    runs_here: Arc<AtomicBool>,
     _ends: Sender<()>,
 }
 
@@ -38,13 +49,14 @@ impl Watch {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(prober: Prober, events: EventWriter) -> io::Result<Self> {
-        Self::with(prober, events, (EVERY, PATIENCE))
+    pub(crate) fn start(prober: Prober, events: EventWriter, here: Here) -> io::Result<Self> {
+        Self::with(prober, events, here, (EVERY, PATIENCE))
     }
 
     fn with(
         mut prober: Prober,
         events: EventWriter,
+        here: Here,
         (every, patience): (Duration, Duration),
     ) -> io::Result<Self> {
         let ((ask, asked), (answer, answers), (end, ended)) = (channel(), channel(), channel());
@@ -52,11 +64,18 @@ impl Watch {
         outlive_machine::spawn("arbiter-probe", move || {
             while asked.recv().is_ok() && answer.send(prober()).is_ok() {}
         })?;
-        let watcher = Watcher { sight: sight.clone(), events, lost_at: None, told: None };
+        let runs_here = Arc::new(AtomicBool::new(here == Here::Runs));
+        let (watched, runs) = (sight.clone(), runs_here.clone());
+        let watcher = Watcher { sight: watched, runs_here: runs, events, lost_at: None, told: None };
         outlive_machine::spawn("arbiter-watch", move || {
             watcher.run(&ask, &answers, &ended, (every, patience));
         })?;
-        Ok(Self { sight, _ends: end })
+        Ok(Self { sight, runs_here, _ends: end })
+    }
+
+    /// This host has taken the VM over.
+    pub(crate) fn taken_over(&self) {
+        self.runs_here.store(true, Ordering::Relaxed);
     }
 
     /// What is known now.
@@ -67,6 +86,7 @@ impl Watch {
 
 struct Watcher {
     sight: Arc<Mutex<Sight>>,
+    runs_here: Arc<AtomicBool>,
     events: EventWriter,
     lost_at: Option<Instant>,
     /// When the loss was told of last.
@@ -120,13 +140,23 @@ impl Watcher {
         self.lost_at.get_or_insert_with(Instant::now);
         if self.told.is_none_or(|told| told.elapsed() >= AGAIN) {
             self.told = Some(Instant::now());
-            tracing::warn!(
-                "THE ARBITER IS LOST: the VM runs on, but nobody could take it over, or go on alone, now: {why}"
-            );
+            tracing::warn!("THE ARBITER IS LOST: {}: {why}", consequence(here(&self.runs_here)));
         }
         if first {
             self.events.emit(Event::ArbiterLost { why });
         }
+    }
+}
+
+fn here(runs_here: &AtomicBool) -> Here {
+    if runs_here.load(Ordering::Relaxed) { Here::Runs } else { Here::Waits }
+}
+
+/// What the loss means to this host.
+fn consequence(here: Here) -> &'static str {
+    match here {
+        Here::Runs => "the VM runs on, but nobody could take it over, or go on alone, now",
+        Here::Waits => "this standby cannot take the VM over now",
     }
 }
 
@@ -169,7 +199,7 @@ mod tests {
         std::fs::create_dir(&place).unwrap();
         let (arbiter, _) = FileArbiter::init(&place).unwrap();
         let (events, heard) = observed();
-        let watch = Watch::with(arbiter.prober(), events, (SOON, BOUND)).unwrap();
+        let watch = Watch::with(arbiter.prober(), events, Here::Waits, (SOON, BOUND)).unwrap();
         wait_for("the first probe", || watch.sight().seen.is_some());
         assert!(heard.try_recv().is_err(), "while all is well nothing is said");
         std::fs::rename(&place, &away).unwrap();
@@ -192,7 +222,7 @@ mod tests {
         let (go, gate) = channel::<()>();
         let prober: Prober = Box::new(move || gate.recv().map_err(|_| "gone".to_owned()));
         let (events, heard) = observed();
-        let watch = Watch::with(prober, events, (SOON, SOON * 5)).unwrap();
+        let watch = Watch::with(prober, events, Here::Waits, (SOON, SOON * 5)).unwrap();
         assert!(
             matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterLost { why } if why.contains("answered"))
         );
@@ -200,5 +230,15 @@ mod tests {
         assert!(matches!(heard.recv_timeout(BOUND).unwrap(), Event::ArbiterBack { .. }));
         // With a probe under way: no waiting.
         drop(watch);
+    }
+
+    /// A standby does not know whether its primary lives, so it says nothing of the VM until it runs it.
+    #[test]
+    fn a_loss_means_something_else_to_each_host() {
+        let prober: Prober = Box::new(|| Ok(()));
+        let watch = Watch::with(prober, EventWriter::disabled(), Here::Waits, (SOON, BOUND)).unwrap();
+        assert!(!consequence(here(&watch.runs_here)).contains("runs on"));
+        watch.taken_over();
+        assert!(consequence(here(&watch.runs_here)).contains("the VM runs on"));
     }
 }

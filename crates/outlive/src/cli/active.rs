@@ -34,7 +34,9 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
 
-    /// Write events as JSON lines to this file (- for standard output); it grows by some megabytes a minute
+    /// Append events as JSON lines to this file (- for standard output). It grows by about a megabyte in the
+    /// first minute and some tens of kilobytes a minute later: up to a gigabyte or more a month. To rotate it,
+    /// copy and truncate: it stays open
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
@@ -43,8 +45,8 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "PATH")]
     pub status: Option<PathBuf>,
 
-    /// Where the guest's serial port and console go: a directory for their sockets (see outlive console), or
-    /// stdio
+    /// Where the guest's serial port and console go: a directory for their sockets, which is made if it is
+    /// missing (see outlive console), or stdio
     #[arg(long, value_name = "DIR|stdio", value_parser = ConsoleSpec::from_str)]
     pub console: Option<ConsoleSpec>,
 

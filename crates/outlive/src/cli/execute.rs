@@ -24,12 +24,13 @@ impl Command {
 }
 
 fn run(options: &RunOptions) -> u8 {
-    let standing = Standing::new(Role::Primary, Some(&options.name), "the VM is being started");
+    let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
     let ready = logs::never_wait().and_then(|()| {
         // Before the VM, so that a bad place is refused before anything is done.
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         let launch = primary::start(options, standing.clone())?;
-        Ok((server.or_else(|| Server::open_usual(&options.name, standing)), launch))
+        let name = &launch.identity.provenance.name;
+        Ok((server.or_else(|| Server::open_usual(name, standing)), launch))
     });
     match ready {
         Ok((_server, launch)) => go_on(launch),

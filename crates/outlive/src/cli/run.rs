@@ -5,22 +5,21 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
 
 use super::active::ActiveOptions;
-use super::values::{DiskSpec, IpSpec, NetSpec, parse_name, parse_size};
+use super::values::{DiskSpec, IpSpec, NetSpec, parse_name, parse_size, parse_vcpus};
 use crate::disk::DangerKind;
 
 /// `outlive run`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunOptions {
-    /// Name of the VM, for people
-    #[arg(long, default_value = "vm", value_parser = parse_name)]
-    pub name: String,
+    /// Name of the VM, for people [default: the name that its images have, else vm]
+    #[arg(long, value_parser = parse_name)]
+    pub name: Option<String>,
 
     /// Virtual CPUs
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = RangedU64ValueParser::<u8>::new().range(1..=32))]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_vcpus)]
     pub vcpus: u8,
 
     /// Memory, for example 256M or 2G [default: 1G for Linux, else 256M]
@@ -65,13 +64,13 @@ pub struct RunOptions {
     #[arg(long, value_name = "N", hide = true)]
     pub seed: Option<u64>,
 
-    /// The accepted dangers.
-    #[command(flatten)]
-    pub accept: AcceptOptions,
-
     /// Options that apply while the VM runs here.
     #[command(flatten)]
     pub active: ActiveOptions,
+
+    /// The accepted dangers. They come last, because their heading holds for all options after it.
+    #[command(flatten)]
+    pub accept: AcceptOptions,
 }
 
 /// Starts that may give something up, or run a VM twice. Each is refused without its own option and is

@@ -63,6 +63,19 @@ fn protection_needs_an_arbiter() {
     assert!(standby(&["--listen", "0.0.0.0:7000", "--net", "tap=t,mac=02:00:00:00:00:01"]).is_err());
 }
 
+/// A heading holds for all options after it, so those of a flattened struct may take others along.
+#[test]
+fn only_dangers_stand_under_their_heading() {
+    let cli = Cli::command();
+    for command in ["run", "standby"] {
+        let command = cli.find_subcommand(command).unwrap();
+        for option in command.get_arguments() {
+            let danger = option.get_id().as_str().starts_with("accept_");
+            assert_eq!(option.get_help_heading().is_some(), danger, "{option}");
+        }
+    }
+}
+
 #[test]
 fn a_standby_that_is_its_own_is_refused() {
     let refused = |listen: &str, standby: &str| {
@@ -124,6 +137,10 @@ fn a_linux_guest_has_its_options() {
     assert!(parse(&["--kernel", "vmlinuz"]).is_ok());
     assert!(parse(&["--kernel", "vmlinuz", "--initrd", "i", "--append", "a b", "--disk", "path=d"]).is_ok());
     assert!(parse(&["--kernel", "vmlinuz", "--vcpus", "32"]).is_ok());
+    for bad in ["x", "0", "33", "-1"] {
+        let error = parse(&["--vcpus", bad]).unwrap_err().to_string();
+        assert!(bad == "-1" || error.contains(&format!("'{bad}' is not a number from 1 to 32")), "{error}");
+    }
     for bad in [&["--initrd", "i"][..], &["--append", "a"], &["--vcpus", "33"]] {
         assert!(parse(bad).is_err(), "{bad:?}");
     }

@@ -12,7 +12,7 @@ pub struct NetSpec {
     pub tap: String,
     /// Bridge that the tap joins.
     pub bridge: Option<String>,
-    /// The card's address; without it, one is made from the VM's id.
+    /// The card's address; without it, one is made from the VM's id, or from the built-in guest's `--ip`.
     pub mac: Option<[u8; 6]>,
     /// Pairs of queues, 1 to 8.
     pub queues: u8,
@@ -169,6 +169,11 @@ pub(super) fn parse_dead_after(text: &str) -> Result<Duration, String> {
         return Err(format!("'{text}' is out of range: give 20ms to 60s"));
     }
     Ok(time)
+}
+
+pub(super) fn parse_vcpus(text: &str) -> Result<u8, String> {
+    let number = text.parse().ok().filter(|number| (1..=32).contains(number));
+    number.ok_or_else(|| format!("'{text}' is not a number from 1 to 32"))
 }
 
 pub(super) fn parse_name(text: &str) -> Result<String, String> {

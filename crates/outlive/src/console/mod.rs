@@ -51,6 +51,9 @@ pub(crate) enum Port {
     Hvc0,
 }
 
+/// What a person is shown instead of the ports of the built-in guest.
+const NO_PORTS: &str = "the built-in guest prints its messages in the log of `outlive run`\r\n";
+
 impl Port {
     /// Every port, in the order of [`Console::ends`].
     const ALL: [Self; 2] = [Self::Serial, Self::Hvc0];
@@ -69,6 +72,8 @@ impl Port {
 #[derive(Debug)]
 pub(crate) struct Console {
     ends: [PortEnd; 2],
+    /// Somebody may look.
+    shown: bool,
     server: Mutex<Option<Server>>,
 }
 
@@ -107,12 +112,19 @@ impl Console {
         }
         let server = Server::start(ports).map_err(failed)?;
         let ends = ends.try_into().map_err(|_| "a port is missing".to_owned())?;
-        Ok(Self { ends, server: Mutex::new(Some(server)) })
+        Ok(Self { ends, shown: spec.is_some(), server: Mutex::new(Some(server)) })
     }
 
     /// The host's end of a port, for a machine. Several machines may have it, one after the other.
     pub(crate) fn end(&self, port: Port) -> PortEnd {
         self.ends[port as usize].clone()
+    }
+
+    /// Tells everyone who looks that the guest has none of these ports: the built-in one.
+    pub(crate) fn prints_nothing(&self) {
+        for end in self.ends.iter().filter(|_| self.shown) {
+            end.sink.write(NO_PORTS.as_bytes());
+        }
     }
 
     /// Does what dropping the console does: shows the remaining output, removes the sockets and gives the

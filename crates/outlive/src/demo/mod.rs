@@ -48,6 +48,8 @@ use crate::process::Signals;
 use crate::{check, exit, logs};
 
 const TUN: &str = "/dev/net/tun";
+/// How many kills a second may be asked for. A small VM is protected again half a second after a kill.
+const PER_SECOND: u64 = 2;
 const BRIDGE: &str = "br0";
 /// The clients' address on the bridge, the VM's address, and the length of their common prefix.
 const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -87,6 +89,17 @@ pub enum DemoError {
         memory: String,
         /// Free memory of this machine.
         available_mib: u64,
+    },
+    /// A kill needs a protected VM, and protection takes a moment to come back.
+    #[error(
+        "{kills} kills in {seconds} s are too many: between two kills a new host must get all of the VM, so give \
+         at most {PER_SECOND} a second (more --seconds or fewer --kills)"
+    )]
+    TooOften {
+        /// As they were asked for.
+        kills: u32,
+        /// The time for them.
+        seconds: u64,
     },
     /// The network namespace could not be made.
     #[error(transparent)]
@@ -139,6 +152,7 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     if options.nested {
         return Err(nested::become_it());
     }
+    check_kills(options)?;
     check_machine(options)?;
     check_json(options)?;
     // Before any thread is there; it is read by one, which must not be there before the namespace.
@@ -201,6 +215,12 @@ fn play(options: &DemoOptions, seed: u64) -> Play {
         rate: options.rate,
         seed,
     }
+}
+
+/// Refuses kills that cannot be spread over the time.
+fn check_kills(options: &DemoOptions) -> Result<(), DemoError> {
+    let DemoOptions { kills, seconds, .. } = *options;
+    if u64::from(kills) > seconds * PER_SECOND { Err(DemoError::TooOften { kills, seconds }) } else { Ok(()) }
 }
 
 /// Reports what is missing before anything is made; the processes would find out only later.

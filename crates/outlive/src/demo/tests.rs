@@ -227,3 +227,25 @@ fn an_interrupt_ends_it_early_and_in_order() {
     assert!(!folder.exists(), "{folder:?}");
     nothing_left(&stage);
 }
+
+#[test]
+fn kills_that_come_faster_than_protection_are_refused() {
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        options: crate::cli::DemoOptions,
+    }
+    let check = |kills, seconds| {
+        let args = ["demo", "--kills", kills, "--seconds", seconds];
+        super::check_kills(&Program::try_parse_from(args).unwrap().options)
+    };
+    let refused = check("100", "1").unwrap_err();
+    assert_eq!(refused.exit_code(), 2);
+    assert!(refused.to_string().contains("at most 2 a second"), "{refused}");
+    check("3", "1").unwrap_err();
+    for (kills, seconds) in [("0", "1"), ("2", "1"), ("3", "20"), ("50", "300")] {
+        check(kills, seconds).unwrap();
+    }
+}

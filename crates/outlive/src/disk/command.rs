@@ -88,8 +88,12 @@ struct Shown {
     generation: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     arbiter: Option<String>,
+    #[serde(skip)]
+    never_had_an_arbiter: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     accepted: Vec<Accepted>,
+    /// Another program has it now.
+    in_use: bool,
     /// Why no VM starts from the image as it is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     refusals: Vec<String>,
@@ -106,7 +110,9 @@ impl Shown {
             whole: None,
             generation: None,
             arbiter: None,
+            never_had_an_arbiter: false,
             accepted: Vec::new(),
+            in_use: prepare::is_in_use(image),
             refusals: Vec::new(),
         };
         let sidecar = match Sidecar::read(image) {
@@ -126,6 +132,7 @@ impl Shown {
         shown.whole = Some(sidecar.whole);
         shown.generation = Some(standing.generation);
         shown.arbiter = arbiter.id().map(str::to_owned);
+        shown.never_had_an_arbiter = *arbiter == KnownArbiter::None;
         shown.accepted = sidecar.accepted;
         if !sidecar.whole {
             shown.refusals.push(PrepareError::NotWhole(image.to_path_buf()).to_string());
@@ -139,7 +146,7 @@ impl Shown {
         match (&self.vm, self.generation) {
             (Some(vm), Some(generation)) => {
                 let role = if self.role == Some(Role::Replica) { "a standby's copy" } else { "the VM's own" };
-                let name = self.name.as_deref().unwrap_or_default();
+                let name = self.name.as_deref().filter(|name| !name.is_empty()).unwrap_or("(no name)");
                 let (disk, whole) = (self.disk.unwrap_or_default(), self.whole == Some(true));
                 let whole = if whole { "" } else { ", not whole" };
                 print(
@@ -148,16 +155,23 @@ impl Shown {
                         "{image}: disk {disk} of VM {name} ({vm}), generation {generation}, {role}{whole}"
                     ),
                 )?;
-                let arbiter = self.arbiter.as_deref().unwrap_or("none, or unknown");
+                let unsaid = if self.never_had_an_arbiter { "none yet" } else { "unknown" };
+                let arbiter = self.arbiter.as_deref().unwrap_or(unsaid);
                 print(out, &format!("  arbiter: {arbiter}"))?;
             }
             _ if self.refusals.is_empty() => {
-                print(out, &format!("{image}: belongs to no VM; a new VM would start from it"))?;
+                let start = if self.in_use { "" } else { "; a new VM would start from it" };
+                print(out, &format!("{image}: belongs to no VM{start}"))?;
             }
             _ => print(out, &format!("{image}: its sidecar cannot be read"))?,
         }
         for Accepted { at, host, about, .. } in &self.accepted {
             print(out, &format!("  accepted {at} on {host}: {about}"))?;
+        }
+        if self.in_use {
+            print(out, "  in use now")?;
+        } else if self.vm.is_some() && self.refusals.is_empty() {
+            print(out, "  a VM would start from it")?;
         }
         self.refusals.iter().try_for_each(|why| print(out, &format!("  cannot start: {why}")))
     }
@@ -172,7 +186,7 @@ fn show(
     let mut arbiter = open(arbiter)?;
     let mut all = Vec::new();
     for image in images {
-        prepare::exists(image)?;
+        prepare::is_an_image(image)?;
         all.push(Shown::of(image, arbiter.as_deref_mut())?);
     }
     if json {
@@ -189,11 +203,13 @@ fn accept(
     out: &mut impl Write,
 ) -> Result<(), CommandError> {
     let mut arbiter = open(arbiter)?;
+    images.iter().try_for_each(|image| prepare::is_an_image(image))?;
     // The images stay locked until the sidecars are written, so that nobody runs on them.
     let _locked: Vec<_> = images.iter().map(|image| prepare::open(image)).collect::<Result<_, _>>()?;
     let mut known = Vec::new();
     for image in images {
-        Shown::of(image, arbiter.as_deref_mut())?.print(out)?;
+        // It is locked here, so it is in no other use.
+        Shown { in_use: false, ..Shown::of(image, arbiter.as_deref_mut())? }.print(out)?;
         known.extend(Sidecar::read(image).ok().flatten());
     }
     let earlier: Vec<&Provenance> = known.iter().map(|sidecar| &sidecar.provenance).collect();
@@ -293,7 +309,8 @@ mod tests {
         assert_eq!(now.accepted.len(), 1);
         // A standby of the old VM can no longer take over.
         assert!(matches!(arbiter.claim(&VM, 2, "standby"), Claim::Lost { .. }));
-        assert!(!show(false).contains("cannot start"), "{}", show(false));
+        assert!(show(false).ends_with("  a VM would start from it\n"), "{}", show(false));
+        assert!(show(false).contains("arbiter: none yet"), "{}", show(false));
 
         // The remedy where nothing can be read.
         fs::write(beside(&image, "outlive"), "damaged").unwrap();
@@ -302,6 +319,25 @@ mod tests {
         assert!(Sidecar::read(&image).unwrap().unwrap().whole);
         let held = fs::File::options().read(true).write(true).open(&image).unwrap();
         held.lock().unwrap();
+        assert!(show(false).ends_with("  in use now\n"), "{}", show(false));
+        assert!(show(false).contains("VM (no name) ("), "{}", show(false));
         assert!(accept(true).1.unwrap_err().contains("is in use"));
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_like_by_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let missing = directory.path().join("a.img");
+        for (path, why) in [
+            (directory.path(), "is neither a file nor a block device"),
+            (&missing, "a.img does not exist: correct the path"),
+        ] {
+            let path = [path.to_owned()];
+            let (text, shown) = printed(|out| show(&path, None, false, out));
+            let accepted = printed(|out| accept(&path, None, None, true, out)).1;
+            for refused in [shown.unwrap_err(), accepted.unwrap_err()] {
+                assert!(text.is_empty() && refused.contains(why), "{text}{refused}");
+            }
+        }
     }
 }

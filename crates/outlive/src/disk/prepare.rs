@@ -59,6 +59,9 @@ pub(crate) enum PrepareError {
     /// A directory, a socket or the like.
     #[error("{0} is neither a file nor a block device: give a raw disk image")]
     NotDisk(PathBuf),
+    /// An image that must be there is not.
+    #[error("the disk image {0} does not exist: correct the path")]
+    Missing(PathBuf),
     /// There is no room for one block.
     #[error(
         "the disk image {image} has {bytes} bytes, less than one block: make it as large as the primary's with \
@@ -235,9 +238,23 @@ fn can_be_a_disk(path: &Path) -> Result<(), PrepareError> {
     Ok(())
 }
 
-/// Whether an image of this name exists.
-pub(super) fn exists(path: &Path) -> Result<(), PrepareError> {
-    std::fs::metadata(path).map(drop).map_err(|error| not_opened(path, error))
+/// Refuses what is no disk image at all.
+pub(super) fn is_an_image(path: &Path) -> Result<(), PrepareError> {
+    let about = std::fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => PrepareError::Missing(path.to_path_buf()),
+        _ => not_opened(path, error),
+    })?;
+    let kind = about.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(PrepareError::NotDisk(path.to_path_buf()))
+    }
+}
+
+/// Whether a program has the image for writing now, as far as this user may find out.
+pub(super) fn is_in_use(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Whether an image exists and no VM runs on it. How it will be used is known only when the primary connects.

@@ -23,6 +23,9 @@ use super::standing::{Danger, Standing};
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
+/// The name of a VM to which nobody has given one.
+const UNNAMED: &str = "vm";
+
 /// An image with its sidecar and standing.
 struct Known {
     path: PathBuf,
@@ -91,14 +94,15 @@ pub(crate) struct Start {
 }
 
 impl Start {
-    /// Decides which VM starts from `images`: those that it writes to and does not share. Changes nothing.
+    /// Decides which VM starts from `images`: those that it writes to and does not share. Without a `name` it
+    /// keeps the one that it has. Changes nothing.
     ///
     /// # Errors
     /// One line with the remedy for the first danger that is not accepted.
     pub(crate) fn plan(
         images: &[&Path],
         mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
-        name: &str,
+        name: Option<&str>,
         accept: &[DangerKind],
     ) -> Result<Self, StartError> {
         let mut known = Vec::new();
@@ -131,7 +135,7 @@ impl Start {
     fn of(
         known: Vec<Known>,
         arbiter: Option<String>,
-        name: &str,
+        name: Option<&str>,
         mut accepted: Vec<Accepted>,
     ) -> Result<Self, StartError> {
         accepted.dedup();
@@ -148,7 +152,9 @@ impl Start {
         let ends = if forks { ends(&known) } else { Vec::new() };
         let generation = if arbiter.is_some() { generation } else { 1 };
         let arbiter = arbiter.map_or(KnownArbiter::None, KnownArbiter::Id);
-        let provenance = Provenance { vm, name: name.to_owned(), arbiter, lineage };
+        let old_name = known.first().map(|first| first.sidecar.provenance.name.as_str());
+        let name = name.or_else(|| old_name.filter(|name| !name.is_empty())).unwrap_or(UNNAMED).to_owned();
+        let provenance = Provenance { vm, name, arbiter, lineage };
         Ok(Self { provenance, generation, known, forks, ends, accepted })
     }
 

@@ -119,7 +119,7 @@ impl Netlink {
     /// Makes an interface a port of a bridge. It leaves the bridge that it was in.
     pub fn attach(&mut self, name: &str, bridge: &str) -> Result<(), NetlinkError> {
         let what = format!("attach {name} to bridge {bridge}");
-        let target = self.find(bridge, &what)?;
+        let target = self.find(bridge, &what).map_err(|error| error.without(name))?;
         // The kernel would first take the interface out of its present bridge and then refuse.
         if target.kind.as_deref() != Some("bridge") {
             return Err(NetlinkError::NotBridge { what, name: bridge.to_string() });
@@ -243,8 +243,7 @@ impl Netlink {
     /// The error for a missing interface. It lists those that exist: the usual cause is a wrong namespace.
     fn no_interface(&mut self, name: &str, what: &str) -> NetlinkError {
         let names: Vec<String> = self.links().unwrap_or_default().into_iter().map(|link| link.name).collect();
-        let present = if names.is_empty() { "none".to_string() } else { names.join(", ") };
-        NetlinkError::NoInterface { name: name.to_string(), what: what.to_string(), present }
+        NetlinkError::NoInterface { name: name.to_string(), what: what.to_string(), present: names }
     }
 
     fn index_for(&mut self, name: &str, what: &str) -> Result<u32, NetlinkError> {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use outlive_epoch::DeviceKind;
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::capture;
@@ -28,6 +29,9 @@ const NOTE_PATIENCE: Duration = Duration::from_secs(2);
 /// Runs the VM until it ends here.
 pub(crate) fn run(launch: Launch) -> End {
     let console = launch.console.clone();
+    if launch.identity.devices.iter().all(|device| device.kind != DeviceKind::Serial) {
+        console.prints_nothing();
+    }
     let end = coordinate(launch).unwrap_or_else(End::Failed);
     // The machine is gone, and with it everything that prints.
     console.close();

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use outlive_machine::{Host, MacAddr, Machine, MachineEvent, Options, OutputMode};
 
-use crate::arbiter::{self, Watch};
+use crate::arbiter::{self, Here, Watch};
 use crate::cli::RunOptions;
 use crate::console::{Console, Port};
 use crate::disk::{self, Accepted, Start};
@@ -50,12 +50,14 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     disk::refuse_unfinished(&others).map_err(|e| e.to_string())?;
     let mut arbiter =
         options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
-    let start = Start::plan(&written, arbiter.as_deref_mut(), &options.name, &options.accept.dangers())
-        .map_err(|e| e.to_string())?;
+    let start =
+        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())
+            .map_err(|e| e.to_string())?;
     let vm = start.provenance.vm;
     let (machine_events, stops) = (Relay::new(), Relay::new());
-    let mac = vm::mac_of(options.net.as_ref(), vm);
     let guest = Guest::read(options)?;
+    let built_in = (!guest.is_linux()).then_some(options.ip.address);
+    let mac = vm::mac_of(options.net.as_ref(), vm, built_in);
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
     let mut machine = make_machine(options, &guest, mac, &console, &machine_events)?;
     guest.load(&mut machine)?;
@@ -70,12 +72,14 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     }
     events.emit(Event::Started {
         role: Role::Primary,
-        vm: Some(options.name.clone()),
+        vm: Some(start.provenance.name.clone()),
         vcpus: Some(options.vcpus.into()),
         memory: Some(options.memory_bytes()),
         tracker: Some(machine.tracker().kind().to_string()),
     });
-    let watch = arbiter.as_ref().map(|arbiter| Watch::start(arbiter.prober(), events.clone()).map(Arc::new));
+    let watch = arbiter
+        .as_ref()
+        .map(|arbiter| Watch::start(arbiter.prober(), events.clone(), Here::Runs).map(Arc::new));
     let watch = watch.transpose().map_err(|e| format!("cannot start a thread: {e}"))?;
     if let Some(watch) = &watch {
         standing.watch(watch);
@@ -86,7 +90,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         tracing::warn!("no --net: the VM has no network card, so nobody can reach it");
     }
     let tracker = machine.tracker().kind();
-    tracing::info!(vm = %vm, name = %options.name, %tracker, "VM started, unprotected");
+    tracing::info!(vm = %vm, name = %start.provenance.name, %tracker, "VM started, unprotected");
     let identity = Identity {
         provenance: start.provenance,
         vcpus: options.vcpus,

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outlive_pair::PrimaryNote as Note;
+use outlive_epoch::LeaveReason;
+use outlive_pair::{LossReason, PrimaryNote as Note};
 
 use super::stats::Totals;
 use crate::events::{Event, EventWriter};
@@ -52,9 +53,14 @@ impl Notes {
             }
             Note::LinkLost { why, held } => {
                 self.totals.protected(false);
+                let in_order = matches!(why, LossReason::Left(LeaveReason::Released));
                 let why = why.to_string();
                 self.standing.unprotected(&format!("the standby was lost: {why}"));
-                tracing::warn!(held_output = held, "standby lost: {why}");
+                if in_order && !held {
+                    tracing::info!("standby left in order; the VM goes on here, UNPROTECTED: {why}");
+                } else {
+                    tracing::warn!(held_output = held, "standby lost: {why}");
+                }
                 self.events.emit(Event::LinkLost { reason: why.clone() });
                 self.events.emit(Event::Unprotected { why });
             }

@@ -35,7 +35,7 @@ use std::time::Duration;
 use outlive_machine::Host;
 use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
 
-use crate::arbiter::{self, Watch};
+use crate::arbiter::{self, Here, Watch};
 use crate::cli::StandbyOptions;
 use crate::console::Console;
 use crate::disk::CopyEnd;
@@ -87,7 +87,7 @@ impl Waiting {
         let (queue, inbox) = channel();
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
-        let watch = Watch::start(arbiter.prober(), events.clone());
+        let watch = Watch::start(arbiter.prober(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(|e| format!("cannot start a thread: {e}"))?);
         standing.watch(&watch);
         let equipment =
@@ -166,7 +166,10 @@ impl Waiting {
             takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
         });
         match taken_over {
-            Ok(launch) => Outcome::TakenOver(Box::new(launch)),
+            Ok(launch) => {
+                self.decisions.equipment.watch.taken_over();
+                Outcome::TakenOver(Box::new(launch))
+            }
             // The generation is won and cannot be given back: nobody else may run this VM now, so say so
             // loudly.
             Err(why) => Outcome::Failed(format!("takeover failed, the VM runs nowhere: {why}")),

@@ -71,7 +71,10 @@ impl Notes {
                 } else {
                     self.standing.no_copy(&lost);
                 }
-                tracing::warn!(can_take_over = committed, "primary lost: {why}");
+                let nowhere = "; the base was not complete, so this host cannot run the VM: if its host is gone, \
+                               it runs nowhere now, and is started there again";
+                let nowhere = if committed { "" } else { nowhere };
+                tracing::warn!(can_take_over = committed, "primary lost: {why}{nowhere}");
                 self.events.emit(Event::LinkLost { reason: why.to_string() });
             }
             Note::Arbitrating { generation } => {
@@ -91,7 +94,10 @@ impl Notes {
                 self.events.emit(Event::Won { generation });
             }
             Note::StopWaits => {
-                tracing::warn!("the stop waits for the arbiter: this may be the only host that has the VM");
+                tracing::warn!(
+                    "the stop waits for the arbiter: this may be the only host that has the VM. When it answers, \
+                     this host takes the VM over and stops it in order; only SIGKILL ends the wait"
+                );
             }
             Note::NotReleased { why } => {
                 tracing::warn!(

@@ -77,6 +77,8 @@ mod tests {
         let line = "guest memory cannot have 5 bytes: it must be a multiple of 1 MiB, from 32 MiB to 64 TiB: give \
                     --memory such a size";
         assert_eq!(size.with_remedy(), line);
+        let huge = outlive_machine::ranges(100 << 40).unwrap_err().to_string();
+        assert!(huge.starts_with("guest memory cannot have 100 TiB: "), "{huge}");
         assert_eq!(CreateError::from(size).with_remedy(), line);
         let linux = |error: LinuxBootError| StartLinuxError::from(error).with_remedy();
         let kernel = LinuxBootError::from(KernelError::Memory(1 << 30));

@@ -113,10 +113,9 @@ impl Standby {
             State::Settling { stop, .. } | State::Claiming { stop, .. } => {
                 // This may be the only side that has the VM, and the claim may have reached the arbiter
                 // already. To walk away then leaves a VM that nobody runs and that the other side can never
-                // win.
-                if !std::mem::replace(stop, true) {
-                    out.push(Action::Note(Note::StopWaits));
-                }
+                // win. Each stop is told so.
+                *stop = true;
+                out.push(Action::Note(Note::StopWaits));
             }
             State::Committed { attached, .. } if planted!(self.bug, LeaveBeforePromise) => {
                 let link = attached.link;

@@ -463,7 +463,7 @@ fn a_failure_during_arbitration_waits_for_the_answer() {
 fn a_stop_during_arbitration_waits_for_the_answer() {
     let mut host = Host::claiming();
     assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)]);
-    assert_eq!(host.on(Stop), [], "said once");
+    assert_eq!(host.on(Stop), [Note(StandbyNote::StopWaits)], "each is told so");
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
     let mut host = Host::protected();
     host.acts(lost());

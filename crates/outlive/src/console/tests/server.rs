@@ -291,3 +291,28 @@ fn pipes_will_do_for_a_terminal() {
     assert!(reader.join().unwrap().len() >= HISTORY);
     assert!(stopped.lock().unwrap().is_empty());
 }
+
+#[test]
+fn a_mistyped_directory_leaves_nothing_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let deep = directory.path().join("no").join("such");
+    let error = Console::open(Some(&ConsoleSpec::Directory(deep)), |_| ()).unwrap_err();
+    assert!(
+        error.contains("cannot make the directory") && error.contains("give --console another"),
+        "{error}"
+    );
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    // The last one is made, and is no obstacle when it exists.
+    for name in ["serial", "hvc0"] {
+        drop(Listener::bind(&directory.path().join("vm").join(name)).unwrap());
+    }
+}
+
+#[test]
+fn who_attaches_to_the_built_in_guest_is_told_where_it_prints() {
+    let directory = tempfile::tempdir().unwrap();
+    let (console, _guest) = open(directory.path());
+    console.prints_nothing();
+    let told = read_to(&mut attach(directory.path()), b"\n");
+    assert_eq!(told, b"the built-in guest prints its messages in the log of `outlive run`\r\n");
+}

@@ -61,7 +61,8 @@ impl Stage {
     fn plan(&mut self, images: &[&str], accept: &[DangerKind]) -> Result<Start, String> {
         let images: Vec<PathBuf> = images.iter().map(|name| self.image(name)).collect();
         let paths: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
-        Start::plan(&paths, Some(&mut self.arbiter), "server", accept).map_err(|error| error.to_string())
+        Start::plan(&paths, Some(&mut self.arbiter), Some("server"), accept)
+            .map_err(|error| error.to_string())
     }
 
     fn disks(&self, images: &[&str]) -> Vec<(u16, PathBuf)> {
@@ -129,13 +130,13 @@ fn a_vm_started_anew_from_an_image_is_not_taken_over_any_more() {
 fn a_vm_without_an_arbiter_can_have_one_later() {
     let mut stage = Stage::new();
     let image = stage.image("a");
-    let start = Start::plan(&[&image], None, "server", &[]).unwrap();
+    let start = Start::plan(&[&image], None, Some("server"), &[]).unwrap();
     start.carry_out(&stage.disks(&["a"]), None).unwrap();
     assert_eq!((start.generation, Sidecar::read(&image).unwrap()), (1, None));
 
     let alone = Provenance { arbiter: KnownArbiter::None, ..provenance(OTHER) };
     Sidecar::primary(&alone, 0, None).write(&image).unwrap();
-    let start = Start::plan(&[&image], None, "server", &[]).unwrap();
+    let start = Start::plan(&[&image], None, Some("server"), &[]).unwrap();
     start.carry_out(&stage.disks(&["a"]), None).unwrap();
     assert_eq!((start.provenance.vm, start.generation, stage.read("a").generation), (OTHER, 1, 0));
     let start = stage.start(&["a"], &[]).unwrap();
@@ -262,7 +263,7 @@ fn an_image_of_a_vm_with_an_arbiter_does_not_start_without_it() {
         }
         sidecar.write(&image).unwrap();
         let plan = |accept: &[DangerKind]| {
-            Start::plan(&[&image], None, "server", accept).map_err(|error| error.to_string())
+            Start::plan(&[&image], None, Some("server"), accept).map_err(|error| error.to_string())
         };
         let error = plan(&[]).map(drop).unwrap_err();
         assert!(
@@ -480,4 +481,23 @@ fn a_standby_does_not_overwrite_what_its_process_has_won() {
     (2..=5).for_each(|generation| stage.win(VM, generation));
     let error = overwrite(&mut stage, "b", false).unwrap_err();
     assert!(error.contains("generation 5 of this VM"), "{error}");
+}
+
+#[test]
+fn a_vm_keeps_its_name_unless_it_is_given_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("a.img");
+    fs::write(&image, [7; 4096]).unwrap();
+    let place = directory.path().join("arbiter");
+    fs::create_dir(&place).unwrap();
+    let (mut arbiter, _) = FileArbiter::init(&place).unwrap();
+    let disks = [(0, image.clone())];
+    let mut named = |name| {
+        let start = Start::plan(&[&image], Some(&mut arbiter), name, &[]).unwrap();
+        start.carry_out(&disks, Some(&mut arbiter)).unwrap();
+        start.provenance.name
+    };
+    assert_eq!(named(None), "vm");
+    assert_eq!(named(Some("server")), "server");
+    assert_eq!(named(None), "server");
 }

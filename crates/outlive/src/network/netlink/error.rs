@@ -26,15 +26,16 @@ pub enum NetlinkError {
     },
     /// There is no such interface in this network namespace.
     #[error(
-        "no interface named {name}: cannot {what} (interfaces here: {present}); make it first, or name another one"
+        "no interface named {name}: cannot {what} (interfaces here: {}); make it first, or name another one",
+        listed(.present)
     )]
     NoInterface {
         /// The name that was asked for.
         name: String,
         /// What was being done.
         what: String,
-        /// The names that exist, separated by commas.
-        present: String,
+        /// The names that exist and could be meant.
+        present: Vec<String>,
     },
     /// The interface exists already.
     #[error("cannot {what}: an interface of this name already exists; delete it or choose another name")]
@@ -82,6 +83,20 @@ pub enum NetlinkError {
         /// What is wrong with it.
         problem: &'static str,
     },
+}
+
+impl NetlinkError {
+    /// The same without an interface that cannot be the one that was meant.
+    pub(super) fn without(mut self, name: &str) -> Self {
+        if let Self::NoInterface { present, .. } = &mut self {
+            present.retain(|other| other != name);
+        }
+        self
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "none".to_string() } else { names.join(", ") }
 }
 
 fn detail(message: &str) -> String {
