@@ -21,7 +21,7 @@ use crate::layout::{Gfn, MemoryLayout, MemorySlot, PAGE_SIZE};
 ///
 /// tracker.enable()?;
 /// // SAFETY: the slots are mapped until the end of the test, and nobody writes them now or at `check`.
-/// let mut auditor = unsafe { Auditor::new(tracker.layout())? };
+/// let mut auditor = unsafe { Auditor::new(&tracker.layout())? };
 /// // ... the guest runs and stops; devices write, mark and stop ...
 /// let epoch = tracker.stopped().state_saved().harvest()?.rearm()?;
 /// assert_eq!(auditor.check(epoch.pages()), [], "pages that somebody wrote and did not report");

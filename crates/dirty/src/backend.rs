@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
@@ -97,18 +99,32 @@ pub enum ProbeError {
     PageSize(u64),
 }
 
-/// The back end of a VM.
+/// The back end of a VM, for one tracker at a time: its clones know of each other.
+///
+/// Two probes of one VM do not. KVM refuses a second ring, but not a second clear-log or bitmap, nor one in
+/// another process: two trackers then take each other's pages, unnoticed. So probe a VM once.
 #[derive(Clone, Debug)]
 pub struct DirtyBackend {
     kind: DirtyKind,
     reason: String,
     ring_entries: u32,
+    /// A tracker uses it; shared by all clones.
+    taken: Arc<AtomicBool>,
     /// There is a bitmap beside the rings.
     backup: bool,
     #[cfg(feature = "self-test")]
     self_test: Option<SelfTest>,
     #[cfg(any(test, feature = "planted-bug"))]
     planted: u64,
+}
+
+/// A tracker's right to the back end, until it is dropped.
+pub(crate) struct BackendClaim(Arc<AtomicBool>);
+
+impl Drop for BackendClaim {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl DirtyBackend {
@@ -156,6 +172,7 @@ impl DirtyBackend {
             kind,
             reason,
             ring_entries,
+            taken: Arc::default(),
             backup: false,
             #[cfg(feature = "self-test")]
             self_test: None,
@@ -198,6 +215,17 @@ impl DirtyBackend {
             reason += ", with a bitmap";
         }
         Ok(DirtyBackend { backup, ..DirtyBackend::of(DirtyKind::Ring, reason, entries as u32) })
+    }
+
+    /// The right to track with it. None while another tracker has it.
+    pub(crate) fn claim(&self) -> Option<BackendClaim> {
+        (!self.taken.swap(true, Ordering::AcqRel)).then(|| BackendClaim(self.taken.clone()))
+    }
+
+    /// What a second probe of the same VM gives.
+    #[cfg(test)]
+    pub(crate) fn probed_again(&self) -> DirtyBackend {
+        DirtyBackend { taken: Arc::default(), ..self.clone() }
     }
 
     /// Whether a bitmap beside the rings has the pages that KVM writes without a vCPU.

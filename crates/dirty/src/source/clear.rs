@@ -105,7 +105,12 @@ impl Source for ClearLog {
         });
         if !pages.is_empty() {
             for slot in layout.slots() {
-                self.clear_slot(slot, pages).map_err(|source| RearmError::Clear { slot: slot.id, source })?;
+                match self.clear_slot(slot, pages) {
+                    // KVM has no log of this slot: the VMM has removed it, and its pages need no trap. If it only
+                    // turned the log off, nothing is lost in silence: every harvest fails until it is on again.
+                    Err(source) if source.raw_os_error() == Some(libc::ENOENT) => (),
+                    cleared => cleared.map_err(|source| RearmError::Clear { slot: slot.id, source })?,
+                }
             }
         }
         debug_assert!(!plan.everything, "KVM_CLEAR_DIRTY_LOG is never in doubt");

@@ -217,9 +217,9 @@ pub(crate) trait Source: Send + Sync {
         true
     }
 
-    /// Judges KVM's report that the ring of this vCPU is full.
+    /// Judges KVM's report that the ring of this vCPU is full. Without rings nothing is lost by such a report.
     fn fullness(&self, _vcpu: usize) -> Fullness {
-        Fullness::Never
+        Fullness::NotNow
     }
 
     /// KVM says that the ring of this vCPU is full. Returns whether the vCPU may write more after all,

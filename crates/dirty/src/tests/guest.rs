@@ -282,12 +282,31 @@ impl Vcpu {
 
 impl Guest {
     /// Tries to make a second tracker of the VM, as a wrong VMM would.
-    pub(super) fn second_tracker(&self, vcpu: &Vcpu) -> Result<Tracker, crate::NewError> {
-        let layout = self.tracker.layout().clone();
+    pub(super) fn second_tracker(
+        &self,
+        vcpu: &Vcpu,
+        backend: DirtyBackend,
+    ) -> Result<Tracker, crate::NewError> {
+        let layout = self.tracker.layout();
         let global = GlobalLog::new(layout.gfn_space(), 64);
-        let (config, backend) = (self.tracker.config(), self.backend.clone());
+        self.tracker_of(layout, vcpu, backend, global)
+    }
+
+    pub(super) fn tracker_of(
+        &self,
+        layout: MemoryLayout,
+        vcpu: &Vcpu,
+        backend: DirtyBackend,
+        global: Arc<GlobalLog>,
+    ) -> Result<Tracker, crate::NewError> {
+        let config = self.tracker.config();
         // SAFETY: the slots of the VM, and their memory, are those of the first one.
         unsafe { Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)]) }
+    }
+
+    /// The back end of the tracker.
+    pub(super) fn backend(&self) -> DirtyBackend {
+        self.backend.clone()
     }
 
     /// Makes a slot, with its dirty log on or off.

@@ -135,7 +135,7 @@ fn nothing_is_lost(choice: BackendChoice, start: SlotStart) {
             assert_eq!((plugged.differences(), shadow.differences(&guest).len()), (0, 0), "round {round}");
             while_they_write(&guest.tracker, &mut vcpus, &stamp, || ());
         }
-        // In either order.
+        // In the right order, and in the wrong one, which costs nothing here.
         if round % 4 < 2 {
             guest.unmake_slot(slot);
             guest.tracker.remove_slot(ID).unwrap();

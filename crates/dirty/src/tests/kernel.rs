@@ -289,6 +289,9 @@ impl Kernel for FakeKernel {
                 && words.end as u64 <= slot.pages.div_ceil(64)
         );
         let mut state = self.state();
+        if !state.logged.contains(&slot.id) {
+            return Err(io::Error::from_raw_os_error(libc::ENOENT));
+        }
         for word in words {
             let bits = mask[word].load(Ordering::Relaxed);
             for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
-    DirtyKind, EnableError, Gfn, GlobalLog, HarvestError, MemoryLayout, MemorySlot, NewError, RingExit,
-    Tracker, TrackerConfig, TrackerStats,
+    DirtyKind, EnableError, Gfn, GlobalLog, HarvestError, HotPages, HotRule, MemoryLayout, MemorySlot,
+    NewError, RingExit, Tracker, TrackerConfig, TrackerStats,
 };
 
 const PAGES: u64 = 1000;
@@ -194,6 +194,88 @@ fn disable_and_enable_wait_for_the_epoch() {
     tracker.disable().unwrap();
     let epoch = tracker.stopped().state_saved().harvest();
     assert!(matches!(epoch, Err(HarvestError::NotEnabled)));
+}
+
+/// A call of another thread that excludes epochs is waited for, and a second epoch is not.
+#[test]
+fn the_end_of_an_epoch_waits_for_what_ends_by_itself() {
+    let (_, tracker) = tracker(DirtyKind::Ring, config(1, 10), 10);
+    let token = tracker.own_token().unwrap();
+    assert!(tracker.try_stopped().is_none());
+    std::thread::scope(|scope| {
+        let ending = scope.spawn(|| pages(&tracker).len());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        drop(token);
+        assert_eq!(ending.join().expect("it waits"), 0);
+    });
+    let epoch = tracker.stopped();
+    assert!(tracker.try_stopped().is_none());
+    let second = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(tracker.stopped())));
+    assert_eq!(second.unwrap_err().downcast_ref(), Some(&"one epoch at a time"));
+    drop(epoch);
+    pages(&tracker);
+}
+
+/// Without rings, KVM's report that one is full means nothing, and tracking goes on.
+#[test]
+fn without_rings_no_ring_is_full() {
+    for kind in [DirtyKind::ClearLog, DirtyKind::Bitmap] {
+        let (kernel, tracker) = tracker(kind, config(2, 10), 10);
+        for _ in 0..3 {
+            assert_eq!(tracker.ring_full(1).unwrap(), RingExit::Resume);
+        }
+        kernel.write(1, Gfn(7), false);
+        assert_eq!(pages(&tracker), [7]);
+        let panics = |call: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).is_err();
+        assert!(panics(&|| drop(tracker.ring_full(2))));
+        assert!(panics(&|| drop(tracker.wait_for_room(2, Default::default()))));
+    }
+}
+
+/// The wrong order: a slot goes from KVM while a fetch, an epoch or the set of hot pages has pages of it. No
+/// harvest succeeds until the tracker is told, and then tracking goes on.
+#[test]
+fn a_slot_that_goes_too_early_does_not_end_tracking() {
+    let slot = |id: u32| MemorySlot { id, base: Gfn(u64::from(id) * 100), pages: 100, host_addr: 0 };
+    let rule = HotRule { max_gap: 4, traps: 1, probe_after: 2, max_pages: 50 };
+    for case in ["fetched", "epoch", "hot"] {
+        let hot = if case == "hot" { HotPages::Rule(rule) } else { HotPages::Off };
+        let config = TrackerConfig { max_slots: 2, hot, ..config(1, 50) };
+        let layout = MemoryLayout::new(vec![slot(0), slot(1)]).unwrap();
+        let global = GlobalLog::new(200, 10);
+        let (kernel, tracker) =
+            FakeKernel::tracker(layout, config, DirtyKind::ClearLog, 256, global).unwrap();
+        tracker.enable().unwrap();
+        [3, 103].into_iter().for_each(|page| kernel.write(0, Gfn(page), false));
+        let mut buffer = [Gfn(0); 10];
+        match case {
+            "fetched" => {
+                let fetched = tracker.fetch(&mut buffer, Default::default()).unwrap();
+                kernel.remove_slot(1);
+                assert_eq!(fetched.rearm().unwrap().len(), 2);
+            }
+            "epoch" => {
+                let epoch = tracker.stopped().state_saved().harvest().unwrap();
+                kernel.remove_slot(1);
+                epoch.rearm().unwrap().copied().run();
+            }
+            _ => {
+                pages(&tracker);
+                assert_eq!(tracker.hot_list().len(), 2);
+                kernel.remove_slot(1);
+                (0..6).for_each(|_| tracker.age().unwrap());
+                assert_eq!(tracker.hot_list(), []);
+            }
+        }
+        kernel.write(0, Gfn(5), false);
+        let harvest = tracker.stopped().state_saved().harvest();
+        assert!(matches!(harvest, Err(HarvestError::GetDirtyLog { slot: 1, .. })), "{case}");
+        tracker.remove_slot(1).unwrap();
+        let pages = pages(&tracker);
+        assert!(pages.contains(&5) && pages.iter().all(|&page| page < 100), "{case}: {pages:?}");
+        tracker.disable().unwrap();
+        tracker.enable().unwrap();
+    }
 }
 
 #[test]

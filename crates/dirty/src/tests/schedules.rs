@@ -192,8 +192,29 @@ fn a_second_tracker_of_a_vm_is_refused() {
     vcpu.set_job(guest::Job { stamp: 1, writes: 100, area: 1 });
     assert_eq!(vcpu.run(), guest::Stop::Done);
     guest.tracker.disable().unwrap();
-    let second = guest.second_tracker(&vcpu);
+    let second = guest.second_tracker(&vcpu, guest.backend());
+    assert!(matches!(second, Err(NewError::BackendTaken)), "{second:?}");
+    let second = guest.second_tracker(&vcpu, guest.backend().probed_again());
     assert!(matches!(second, Err(NewError::RingUsed { vcpu: 0 })), "{second:?}");
+}
+
+/// Where no ring shows it: the back end is free again when its tracker is dropped, or was not made.
+#[test]
+fn a_back_end_has_one_tracker_at_a_time() {
+    let Some(guest) = guest::start(BackendChoice::Bitmap, config(1, 100, 100)) else { return };
+    let backend = guest.backend().probed_again();
+    let small = GlobalLog::new(1, 1);
+    let slots = guest.tracker.layout();
+    let (tracker, vcpu) = (|| guest.second_tracker(&guest.vcpus[0], backend.clone()), &guest.vcpus[0]);
+    assert!(matches!(
+        guest.tracker_of(slots, vcpu, backend.clone(), small),
+        Err(NewError::GlobalLogSize { .. })
+    ));
+    let first = tracker().unwrap();
+    first.enable().unwrap();
+    assert!(matches!(tracker(), Err(NewError::BackendTaken)));
+    drop(first);
+    tracker().unwrap().enable().unwrap();
 }
 
 /// Turning its log off does not bring back a slot that the VMM has removed.
@@ -285,7 +306,7 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
 fn a_vcpu_of_a_vm_without_a_ring_is_refused() {
     let Some(guest) = guest::start(BackendChoice::Ring, config(1, 100, 100)) else { return };
     let Some(other) = guest::start(BackendChoice::Bitmap, config(1, 100, 100)) else { return };
-    let tracker = guest.second_tracker(&other.vcpus[0]);
+    let tracker = guest.second_tracker(&other.vcpus[0], guest.backend().probed_again());
     assert!(matches!(tracker, Err(NewError::NotThisVm { vcpu: 0 })), "{tracker:?}");
 }
 

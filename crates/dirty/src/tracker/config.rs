@@ -138,6 +138,10 @@ pub enum NewError {
         /// The frame numbers of the layout: [`crate::MemoryLayout::gfn_space`].
         needed: u64,
     },
+    /// Another tracker of this back end lives. Two would take each other's pages, and the first to be dropped
+    /// turns the log of both off.
+    #[error("the back end is in use by another tracker: make one tracker for the life of a VM")]
+    BackendTaken,
     /// The global list belongs to another tracker.
     #[error("the global list is in use by another tracker")]
     GlobalLogTaken,

@@ -162,6 +162,7 @@ impl Tracker {
     /// # Panics
     /// If there is no such vCPU.
     pub fn wait_for_room(&self, vcpu: usize, wait: Duration) -> Result<bool, HarvestError> {
+        assert!(vcpu < self.vcpus(), "there is no vCPU {vcpu}");
         let end = Instant::now().checked_add(wait);
         let woken = self.room_bell.woken.load(Ordering::SeqCst);
         loop {

@@ -13,9 +13,10 @@ mod vcpus;
 use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use crate::backend::{DirtyBackend, DirtyKind};
+use crate::backend::{BackendClaim, DirtyBackend, DirtyKind};
 use crate::bits::Bits;
 use crate::epoch::{Epoch, Part, Stopped};
 use crate::flat::Flat;
@@ -83,6 +84,8 @@ pub struct Tracker {
     config: TrackerConfig,
     kind: DirtyKind,
     source: Box<dyn Source>,
+    /// Lets the back end go when everything is off. None in memory without KVM.
+    _claim: Option<BackendClaim>,
     /// A list for each possible vCPU.
     lanes: Vec<Lane>,
     /// The present number of vCPUs.
@@ -109,8 +112,8 @@ pub struct Tracker {
     to_arm: Flat,
     hot: Option<Arc<HotSet>>,
     gate: Gate,
-    /// Somebody holds an epoch, or runs enable or disable.
-    epoch_open: AtomicBool,
+    /// Who holds the [`Token`]: `FREE`, `EPOCH` or `CHANGE`.
+    token: AtomicU8,
     /// The open epoch has been re-armed.
     rearmed: AtomicBool,
     all: AtomicBool,
@@ -157,6 +160,7 @@ impl Tracker {
         vm: impl AsFd,
         vcpus: &[impl AsFd],
     ) -> Result<Tracker, NewError> {
+        let claim = backend.claim().ok_or(NewError::BackendTaken)?;
         let vcpus: Vec<_> = vcpus.iter().map(AsFd::as_fd).collect();
         let minting: &[_] = if config.exact { &vcpus } else { &[] };
         let kernel = Arc::new(Vm::new(vm.as_fd(), minting).map_err(NewError::Vm)?);
@@ -182,6 +186,7 @@ impl Tracker {
         let rule = rule(&config, &backend, &layout);
         let mut tracker = Self::with(layout, config, backend.kind(), source, rule, global, vcpus.len())?;
         tracker.ring = (backend.kind() == DirtyKind::Ring).then_some(shape);
+        tracker._claim = Some(claim);
         Ok(tracker)
     }
 
@@ -263,6 +268,7 @@ impl Tracker {
             config,
             kind,
             source,
+            _claim: None,
             lanes,
             vcpus: AtomicUsize::new(vcpus),
             ring: None,
@@ -278,7 +284,7 @@ impl Tracker {
             to_arm,
             hot,
             gate: Gate::new(),
-            epoch_open: AtomicBool::new(false),
+            token: AtomicU8::new(FREE),
             rearmed: AtomicBool::new(false),
             all: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
@@ -385,7 +391,8 @@ impl Tracker {
     }
 
     /// Checks KVM's report that a ring is full, and says what to do. Call it at once, in the thread of the
-    /// vCPU, when KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`.
+    /// vCPU, when KVM_RUN has returned `KVM_EXIT_DIRTY_RING_FULL`. Where there are no rings it says
+    /// [`RingExit::Resume`].
     ///
     /// # Errors
     /// [`HarvestError::Overrun`] if KVM keeps saying so about a ring that is not full: it has lost its place
@@ -394,6 +401,7 @@ impl Tracker {
     /// # Panics
     /// If there is no such vCPU.
     pub fn ring_full(&self, vcpu: usize) -> Result<RingExit, HarvestError> {
+        assert!(vcpu < self.vcpus(), "there is no vCPU {vcpu}");
         self.check()?;
         match self.source.fullness(vcpu) {
             Fullness::Full => (),
@@ -424,15 +432,36 @@ impl Tracker {
 
     /// Begins to end the epoch: every vCPU is out of KVM_RUN, and no device writes guest memory.
     ///
+    /// Waits for a call of another thread that excludes epochs: [`Tracker::age`] and [`Tracker::add_vcpu`]
+    /// (microseconds), [`Tracker::remove_slot`], and [`Tracker::add_slot`], [`Tracker::enable`] and
+    /// [`Tracker::disable`] (milliseconds a GiB). [`Tracker::try_stopped`] does not wait.
+    ///
     /// # Panics
     /// If an epoch is open already: there is one at a time.
     pub fn stopped(&self) -> Epoch<'_, Stopped> {
-        self.try_stopped().expect("one epoch at a time")
+        loop {
+            let token = cycle::soon(|| match Token::take_for(self, EPOCH) {
+                Err(EPOCH) => panic!("one epoch at a time"),
+                taken => taken.ok(),
+            });
+            if let Some(token) = token {
+                return Epoch::begin(token);
+            }
+            // Not a yield: the other thread may have a lower priority than this one.
+            std::thread::sleep(Duration::from_micros(20));
+        }
     }
 
-    /// As [`Tracker::stopped`], but None if an epoch is open or tracking is being enabled or disabled.
+    /// As [`Tracker::stopped`], but None if an epoch is open, or if another thread enables or disables
+    /// tracking, adds or removes a slot, adds a vCPU or lets hot pages [age](Tracker::age) at this moment.
     pub fn try_stopped(&self) -> Option<Epoch<'_, Stopped>> {
-        Token::take(self).map(Epoch::begin)
+        Token::take_for(self, EPOCH).ok().map(Epoch::begin)
+    }
+
+    /// Excludes epochs, as the calls do that change the VM.
+    #[cfg(test)]
+    pub(crate) fn own_token(&self) -> Option<Token<'_>> {
+        Token::take(self)
     }
 
     /// The `index`-th of `of` nearly equal parts of the pages, for threads that copy together.
@@ -509,20 +538,34 @@ impl fmt::Debug for Tracker {
     }
 }
 
-/// The right to end the epoch, or to enable and disable; there is only one.
+/// Nobody holds the token.
+const FREE: u8 = 0;
+/// An epoch holds it.
+const EPOCH: u8 = 1;
+/// A call holds it that changes what epochs work on, and that ends by itself.
+const CHANGE: u8 = 2;
+
+/// The right to end the epoch, to enable and disable, to change slots and vCPUs, or to let hot pages age;
+/// there is only one.
 pub(crate) struct Token<'t> {
     pub(crate) tracker: &'t Tracker,
 }
 
 impl<'t> Token<'t> {
+    /// For a call that ends by itself.
     fn take(tracker: &'t Tracker) -> Option<Token<'t>> {
-        let taken = tracker.epoch_open.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
-        taken.is_ok().then(|| Token { tracker })
+        Token::take_for(tracker, CHANGE).ok()
+    }
+
+    /// Err says who holds it.
+    fn take_for(tracker: &'t Tracker, holder: u8) -> Result<Token<'t>, u8> {
+        let taken = tracker.token.compare_exchange(FREE, holder, Ordering::Acquire, Ordering::Relaxed);
+        taken.map(|_| Token { tracker })
     }
 }
 
 impl Drop for Token<'_> {
     fn drop(&mut self) {
-        self.tracker.epoch_open.store(false, Ordering::Release);
+        self.tracker.token.store(FREE, Ordering::Release);
     }
 }

@@ -28,8 +28,9 @@ pub enum SlotStart {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrackerBusy {
-    /// An epoch is open, or tracking is being enabled or disabled.
-    #[error("an epoch is open: try again after it")]
+    /// An epoch is open, or another thread enables or disables tracking, adds or removes a slot, adds a vCPU
+    /// or lets hot pages [age](Tracker::age) at this moment.
+    #[error("an epoch is open, or another call excludes epochs: try again after it")]
     EpochOpen,
     /// Threads hold fetched pages that they have not re-armed.
     #[error("fetched pages are not re-armed yet: try again")]
@@ -260,17 +261,20 @@ impl Tracker {
         armed
     }
 
-    /// Call this when the VMM has removed a memory slot from the VM, or is about to: the order does not
-    /// matter. Pages of the slot that were logged and not reported are forgotten: no page of it is listed any
-    /// more, including hot ones. The log of the slot is never turned on or off again, which would bring it
-    /// back. Another slot may use the number.
+    /// Call this before the VMM removes a memory slot from the VM; **when it has returned, remove the slot
+    /// from KVM**. Pages of the slot that were logged and not reported are forgotten: no page of it is listed
+    /// any more, including hot ones. The log of the slot is never turned on or off again. Another slot may use
+    /// the number.
     ///
     /// Entries of the slot that KVM has written to a ring, or still writes, are skipped
     /// ([`crate::TrackerStats::ignored`]); KVM skips them too when they are given back
     /// (virt/kvm/dirty_ring.c, kvm_reset_dirty_gfn: the slot does not exist, or is smaller). If a slot of the
     /// same number is added, some of its pages may be reported because of such entries although nobody wrote
-    /// them. If the slot is removed from KVM first, a harvest or a fetch of a bitmap in between fails with
-    /// [`crate::HarvestError::GetDirtyLog`]; nothing is lost by that.
+    /// them.
+    ///
+    /// The other order breaks the promise of [`Tracker::new`]: turning tracking on or off in between, or
+    /// dropping the tracker, would make the slot again at its old host address. Until this is called, a harvest
+    /// or a fetch of a bitmap fails with [`crate::HarvestError::GetDirtyLog`]; nothing is lost by that.
     ///
     /// # Errors
     /// [`RemoveSlotError`]: nothing has changed, and the slot's memory must stay where it is.
