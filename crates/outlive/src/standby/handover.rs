@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::Incoming;
 
-/// An applier that has nothing else to do fetches its work within this time, on the busiest host.
-const FETCHES: Duration = Duration::from_secs(3);
+/// An applier that has nothing else to do fetches its work within this time, on the busiest host. Servers
+/// give a handshake some ten seconds, and the guest's answers are held meanwhile.
+const FETCHES: Duration = Duration::from_secs(6);
 /// And by the time it was looked for this often: after a stop of the whole process the clock alone says
 /// nothing.
 const LOOKS: u32 = 8;
