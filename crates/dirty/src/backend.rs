@@ -132,7 +132,7 @@ impl DirtyBackend {
     /// and on 64-bit Arm before the first memory slot.
     ///
     /// `kvm` is `/dev/kvm`, `vm` the VM, `max_vcpus` the number of vCPUs that it will ever have. With kvm-ioctls
-    /// [`crate::KvmFile::descriptor`] borrows the descriptors.
+    /// `KvmFile::descriptor` borrows the descriptors.
     ///
     /// Each vCPU's ring gets 65536 / `max_vcpus` entries, rounded up to a power of two, at least 8192 and at most
     /// what KVM allows (65536): large enough that the dirty trigger and not a full ring ends the epoch. The

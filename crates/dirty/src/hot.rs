@@ -29,7 +29,7 @@ pub struct HotRule {
 }
 
 impl HotRule {
-    /// The rule for given costs of a trap and of a copy in nanoseconds, as [`crate::SelfTest`] measures them,
+    /// The rule for given costs of a trap and of a copy in nanoseconds, as `SelfTest` measures them,
     /// and for epochs of at most this many dirty pages.
     pub fn for_costs(fault_ns: u32, copy_ns: u32, max_dirty_pages: usize) -> HotRule {
         // Half of the break-even: a hot page also has to go to the standby.
@@ -44,7 +44,7 @@ pub enum HotPages {
     /// Every page is re-armed in every epoch.
     #[default]
     Off,
-    /// By the costs and the proof of [`crate::DirtyBackend::with_self_test`]; off if that test failed or was
+    /// By the costs and the proof of `DirtyBackend::with_self_test` (feature `self-test`); off if that test failed or was
     /// not run.
     Auto,
     /// By this rule. The caller vouches that the kernel leaves pages out of a re-arm when told to.

@@ -117,7 +117,7 @@ pub enum LayoutError {
     /// KVM wants page-aligned memory.
     #[error("the host address of memory slot {0} is not a multiple of the page size")]
     Unaligned(u32),
-    /// The memory of a slot is not in this process: [`MemoryLayout::of_memory`].
+    /// The memory of a slot is not in this process: `MemoryLayout::of_memory`.
     #[error("the memory of slot {0} has no address in this process")]
     NoAddress(u32),
 }

@@ -39,7 +39,7 @@
 //! | `KVM_RESET_DIRTY_PAGES` | [`Epoch::rearm`], [`Fetched::rearm`] |
 //! | `KVM_MT_DIRTY_TRIGGER` | [`TrackerConfig::trigger`], [`TrackerConfig::exact`]; [`Tracker::should_stop`], [`Tracker::pending`] without a system call |
 //! | `KVM_EXIT_DIRTY_LOG_FULL` | `KVM_EXIT_DIRTY_RING_FULL`, of which [`Tracker::ring_full`] says what it means: [`RingExit`] |
-//! | the global list | [`GlobalLog`], [`RegionLog`] |
+//! | the global list | [`GlobalLog`], `RegionLog` |
 //!
 //! # Hot pages
 //!
@@ -48,7 +48,7 @@
 //! nearly every epoch are not re-armed ([`TrackerConfig::hot`]): they stay writable, every epoch reports them
 //! as pages that may have changed ([`Epoch::hot`]), and they are armed again now and then to see whether they
 //! are still written. Every page is either armed or reported, so no write goes unseen.
-//! [`DirtyBackend::with_self_test`] proves that the kernel supports this and measures what it saves.
+//! `DirtyBackend::with_self_test` proves that the kernel supports this and measures what it saves.
 //!
 //! # Limits and what happens at them
 //!
@@ -67,7 +67,7 @@
 //! # What KVM does not see
 //!
 //! No log of KVM has the writes by the VMM itself, by `io_uring`, `readv`, vhost or a passed-through device.
-//! Give `vm-memory` the [`RegionLog`] as its bitmap type, and call [`GlobalLog::mark_range`] for everything
+//! Give `vm-memory` the `RegionLog` as its bitmap type, and call [`GlobalLog::mark_range`] for everything
 //! that goes through a raw pointer or is written by the kernel. [`audit::Auditor`] finds the writes that a
 //! VMM forgets to mark.
 //!

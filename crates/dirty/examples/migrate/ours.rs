@@ -102,8 +102,8 @@ fn tracker(
     let config = TrackerConfig::default()
         .with_max_dirty_pages(4 * case.trigger())
         .with_trigger(case.trigger())
-        // With `exact` the last epoch never has more pages than this: at the trigger KVM stops the vCPUs
-        // until fetches have made room.
+        // With `exact` the last epoch never has more pages than this, while every shard is fetched: at the
+        // trigger KVM stops the vCPUs until fetches have made room.
         .with_exact(case.exact)
         .with_hot(HotPages::Auto);
     let vcpus: Vec<_> = vm.vcpus.iter().map(|vcpu| vcpu.fd.descriptor()).collect();
@@ -126,7 +126,8 @@ fn pre_copy(
         let barrier = &barrier;
         let spawn = |(index, sender): (usize, Sender)| {
             let shard = Shard::new(index as u32, of).expect("a shard for each sender");
-            let mut fetcher = Fetcher { tracker, plan, shard, sender, buffer: vec![Gfn(0); 8192] };
+            let mut fetcher =
+                Fetcher { tracker, plan, shard, shards: of, sender, buffer: vec![Gfn(0); 8192] };
             scope.spawn(move || -> Result<_, Failure> {
                 let begin = Instant::now();
                 fetcher.copy_base(base)?;
@@ -163,6 +164,7 @@ struct Fetcher<'a> {
     tracker: &'a Tracker,
     plan: &'a Plan,
     shard: Shard,
+    shards: u32,
     sender: Sender,
     buffer: Vec<Gfn>,
 }
@@ -187,9 +189,9 @@ impl Fetcher<'_> {
         Ok(())
     }
 
-    /// Fetches, re-arms and sends those of the pages that are wanted, until nothing is left.
+    /// Fetches, re-arms and sends those of the pages that are wanted, until little is left.
     fn round(&mut self, is_wanted: impl Fn(u64) -> bool) -> Result<Round, Failure> {
-        let mut round = Round::default();
+        let (mut round, mut left) = (Round::default(), self.shards);
         let how = Fetch { rearm: true, shard: Some(self.shard), ..Fetch::default() };
         loop {
             let begin = Instant::now();
@@ -199,8 +201,12 @@ impl Fetcher<'_> {
             let begin = Instant::now();
             self.sender.send(pages.iter().map(|gfn| gfn.gpa()).filter(|&gpa| is_wanted(gpa)))?;
             round.send += begin.elapsed();
-            // Pages that come while this is sent belong to the next round.
-            if pages.len() < self.buffer.len() {
+            // Pages of other shards take places of the buffer too, so a fetch that does not fill it may leave
+            // some of ours: one more for each shard. Not until nothing comes, as the guest may be faster than
+            // this: what is left belongs to the next round, and at last to the epoch.
+            let count = pages.len();
+            left -= u32::from(count < self.buffer.len());
+            if count == 0 || left == 0 {
                 return Ok(round);
             }
         }

@@ -38,7 +38,7 @@ pub struct Migration {
     pub converges: bool,
 }
 
-/// The costs of a page: [`crate::SelfTest`] measures both.
+/// The costs of a page: `SelfTest` measures both.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
     /// The trap at the first write to a page.

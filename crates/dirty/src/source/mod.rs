@@ -161,6 +161,11 @@ pub(crate) trait Source: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// The vCPU that has this ring already, which nobody has read.
+    fn owner_of(&self, _ring: &Ring) -> Option<usize> {
+        None
+    }
+
     /// A vCPU was added, with its ring if the back end has any, and with its descriptor if entries are to be
     /// minted. One at a time.
     fn admit(&self, _ring: Option<Ring>, _vcpu: Option<OwnedFd>) {}

@@ -35,6 +35,10 @@ impl Source for Leaky {
         self.source.arm_slot(slot)
     }
 
+    fn owner_of(&self, ring: &Ring) -> Option<usize> {
+        self.source.owner_of(ring)
+    }
+
     fn admit(&self, ring: Option<Ring>, vcpu: Option<OwnedFd>) {
         self.source.admit(ring, vcpu);
     }

@@ -85,6 +85,19 @@ impl Mapping {
         self.entry(0).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_MASK == DIRTY
     }
 
+    /// Whether both are mappings of one ring: a mark in the last entry of this one appears in the other. Nobody
+    /// has read this ring, so KVM, which stops the vCPU earlier, has not written that entry.
+    pub(crate) fn is_same(&self, other: &Mapping) -> bool {
+        // No page has this offset.
+        const MARK: u64 = u64::MAX;
+        let here = &self.entry(u64::from(self.entries) - 1).offset;
+        let there = &other.entry(u64::from(other.entries) - 1).offset;
+        let before = here.swap(MARK, Ordering::SeqCst);
+        let is_same = there.load(Ordering::SeqCst) == MARK;
+        here.store(before, Ordering::SeqCst);
+        is_same
+    }
+
     /// Whether KVM has written entries: the first ones are not as KVM makes them. (The very first page of
     /// slot 0 alone leaves no trace.)
     pub(crate) fn is_used(&self) -> bool {
@@ -259,6 +272,11 @@ impl Ring {
         }
     }
 
+    /// Whether both read one ring of KVM. Nobody has read this one.
+    pub(crate) fn is_same(&self, other: &Ring) -> bool {
+        self.entries.is_same(&other.entries)
+    }
+
     /// Whether KVM lets the vCPU write another entry.
     pub(crate) fn has_room(&self) -> bool {
         let freed = self.freed.load(Ordering::Acquire);
@@ -342,6 +360,14 @@ mod tests {
 
     fn flags(mapping: &Mapping, position: u64) -> u32 {
         mapping.entry(position).flags.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn a_ring_knows_its_other_mapping() {
+        let [one, two] = [0; 2].map(|_| Arc::new(Mapping::anonymous(256).unwrap()));
+        let [first, again, other] = [&one, &one, &two].map(|of| Ring::new(of.clone(), 64));
+        assert!(first.is_same(&again) && !first.is_same(&other) && !other.is_same(&first));
+        assert!(!one.is_used() && one.entry(255).offset.load(Ordering::Relaxed) == 0, "the mark is gone");
     }
 
     #[test]

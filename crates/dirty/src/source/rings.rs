@@ -214,6 +214,10 @@ impl Source for Rings {
         super::turn_on(&*self.kernel, slot)
     }
 
+    fn owner_of(&self, ring: &Ring) -> Option<usize> {
+        self.rings().position(|other| ring.is_same(other))
+    }
+
     fn admit(&self, ring: Option<Ring>, vcpu: Option<OwnedFd>) {
         let mut budget = self.resetting.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.count.load(Ordering::Relaxed);

@@ -289,19 +289,20 @@ impl Guest {
     ) -> Result<Tracker, crate::NewError> {
         let layout = self.tracker.layout();
         let global = GlobalLog::new(layout.gfn_space(), 64);
-        self.tracker_of(layout, vcpu, backend, global)
+        self.tracker_of(layout, &[vcpu], backend, global)
     }
 
     pub(super) fn tracker_of(
         &self,
         layout: MemoryLayout,
-        vcpu: &Vcpu,
+        vcpus: &[&Vcpu],
         backend: DirtyBackend,
         global: Arc<GlobalLog>,
     ) -> Result<Tracker, crate::NewError> {
-        let config = self.tracker.config();
+        let config = TrackerConfig { max_vcpus: vcpus.len(), ..self.tracker.config() };
+        let vcpus: Vec<_> = vcpus.iter().map(|vcpu| fd(&vcpu.fd)).collect();
         // SAFETY: the slots of the VM, and their memory, are those of the first one.
-        unsafe { Tracker::new(layout, config, backend, global, fd(&self.vm), &[fd(&vcpu.fd)]) }
+        unsafe { Tracker::new(layout, config, backend, global, fd(&self.vm), &vcpus) }
     }
 
     /// The back end of the tracker.

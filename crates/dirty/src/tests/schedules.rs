@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::guest;
 use super::kernel::{FakeKernel, RESERVED, pages};
 use crate::{
-    BackendChoice, DirtyKind, DisableError, Fetch, Gfn, GlobalLog, HotPages, HotRule, MemoryLayout,
-    MemorySlot, NewError, RemoveSlotError, RingExit, Tracker, TrackerConfig,
+    AddVcpuError, BackendChoice, DirtyKind, DisableError, Fetch, Gfn, GlobalLog, HotPages, HotRule,
+    MemoryLayout, MemorySlot, NewError, RemoveSlotError, RingExit, Tracker, TrackerConfig,
 };
 
 const PAGES: u64 = 20_000;
@@ -205,9 +205,10 @@ fn a_back_end_has_one_tracker_at_a_time() {
     let backend = guest.backend().probed_again();
     let small = GlobalLog::new(1, 1);
     let slots = guest.tracker.layout();
-    let (tracker, vcpu) = (|| guest.second_tracker(&guest.vcpus[0], backend.clone()), &guest.vcpus[0]);
+    let vcpu = &guest.vcpus[0];
+    let tracker = || guest.second_tracker(vcpu, backend.clone());
     assert!(matches!(
-        guest.tracker_of(slots, vcpu, backend.clone(), small),
+        guest.tracker_of(slots, &[vcpu], backend.clone(), small),
         Err(NewError::GlobalLogSize { .. })
     ));
     let first = tracker().unwrap();
@@ -299,6 +300,21 @@ fn a_waiting_fetcher_does_not_hold_epochs_back() {
     });
     // A thread that loses its core in the middle of a check may be in the way for longer than anybody waits.
     assert!(refused <= 20, "{refused} of 2000 epochs were refused");
+}
+
+/// Two readers of one ring would give its entries back twice.
+#[test]
+fn a_vcpu_that_is_given_twice_is_refused() {
+    let setup = guest::Setup { vcpus: 1, ..guest::Setup::of(BackendChoice::Ring, config(3, 100, 100)) };
+    let Some(guest) = guest::start_with(setup) else { return };
+    let vcpu = &guest.vcpus[0];
+    let (layout, backend) = (guest.tracker.layout(), guest.backend().probed_again());
+    let global = GlobalLog::new(layout.gfn_space(), 64);
+    let tracker = guest.tracker_of(layout, &[vcpu, vcpu], backend, global);
+    assert!(matches!(tracker, Err(NewError::SameVcpu { vcpu: 1, other: 0 })), "{tracker:?}");
+    let added = guest.add_vcpu(vcpu);
+    assert!(matches!(added, Err(AddVcpuError::Ring(NewError::SameVcpu { vcpu: 1, other: 0 }))), "{added:?}");
+    assert_eq!(guest.add_vcpu(&guest.new_vcpu(1)).unwrap(), 1);
 }
 
 /// Touching the ring would give SIGBUS.

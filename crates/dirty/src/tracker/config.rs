@@ -34,7 +34,8 @@ pub struct TrackerConfig {
     /// back end can do this; elsewhere the trigger is polled, and [`crate::Tracker::is_exact`] says which.
     /// One vCPU stops after exactly this many entries. Several together never exceed it (each may always
     /// write one page), and stop before it by the unused rest of the others' last parts. Device writes cannot
-    /// stop a vCPU: poll `should_stop` for them.
+    /// stop a vCPU: poll `should_stop` for them. While pages are fetched by [`crate::Shard`] it holds only as
+    /// long as every shard is fetched: a fetch also re-arms pages of other shards, which makes room for more.
     ///
     /// Intel processors with page modification logging add up to 512 entries at once, so there it is only a
     /// lower bound. Needs a ring larger than the trigger.
@@ -153,11 +154,21 @@ pub enum NewError {
         /// The kernel's error.
         source: io::Error,
     },
-    /// A vCPU has no ring of the back end's size: it belongs to another VM than the one that was probed.
+    /// A vCPU has no ring of the back end's size: it belongs to another VM than the one that was probed. Only
+    /// the size is compared: a vCPU of another VM whose ring is as large or larger is accepted, and the writes
+    /// of the vCPU that it stands for go unseen.
     #[error("vCPU {vcpu} has no dirty ring of this VM's size: is it a vCPU of another VM?")]
     NotThisVm {
         /// The vCPU.
         vcpu: usize,
+    },
+    /// The descriptors of two vCPUs are of one and the same.
+    #[error("vCPUs {other} and {vcpu} have the same dirty ring: was one descriptor given twice?")]
+    SameVcpu {
+        /// The vCPU.
+        vcpu: usize,
+        /// An earlier one.
+        other: usize,
     },
     /// Another tracker has read the ring of a vCPU before, so nobody knows where KVM writes next.
     #[error("the dirty ring of vCPU {vcpu} has been used before: make one tracker for the life of a VM")]

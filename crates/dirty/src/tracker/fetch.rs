@@ -113,6 +113,10 @@ impl Tracker {
     /// page that becomes hot ([`Tracker::age`]) is fetched once more and then comes when the epoch ends.
     /// Where the back end searches a bitmap (not with the ring), every fetch searches it too.
     ///
+    /// With a [`Shard`], fewer pages than the buffer holds do not mean that nothing is left: pages of other
+    /// shards took the other places, and are marked for their own fetches. Fetch again until nothing comes; a
+    /// later fetch or the epoch brings what is left even then.
+    ///
     /// Returns nothing, after the wait, while an epoch is being ended.
     ///
     /// # Errors
@@ -143,7 +147,8 @@ impl Tracker {
     }
 
     /// Ends the wait of every [`Tracker::fetch`] and [`Tracker::wait_for_room`] that waits now, for a thread
-    /// that is about to stop the VM.
+    /// that is about to stop the VM. A wait that begins after this is not ended: set your flag first, and keep
+    /// waits short.
     pub fn wake_fetchers(&self) {
         self.bell.wake();
         self.room_bell.wake();

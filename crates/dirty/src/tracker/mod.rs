@@ -58,7 +58,7 @@ pub struct Estimate {
     /// Pages that KVM has logged for vCPUs and that were not fetched; pages of two vCPUs count twice. None if
     /// only a system call can tell (clear-log, bitmap): then count the fetched pages.
     pub logged: Option<usize>,
-    /// Pages that the VMM has marked.
+    /// Pages that the VMM has marked, and those that fetches have taken for other shards or given up.
     pub marked: usize,
     /// Pages that stay writable and may have changed.
     pub hot: usize,
@@ -168,8 +168,7 @@ impl Tracker {
         let shape = RingShape::of(&backend);
         let source: Box<dyn Source> = match backend.kind() {
             DirtyKind::Ring => {
-                let rings = vcpus.iter().enumerate().map(|(vcpu, fd)| shape.map(vcpu, *fd, true));
-                let rings = Rings::new(kernel, rings.collect::<Result<_, _>>()?, config.max_vcpus);
+                let rings = Rings::new(kernel, shape.map_all(&vcpus)?, config.max_vcpus);
                 Box::new(if backend.has_backup() {
                     rings.with_backup(largest).map_err(NewError::Reserve)?
                 } else {

@@ -46,6 +46,19 @@ impl RingShape {
         RingShape { entries: backend.ring_entries(), reserved: backend.reserved() }
     }
 
+    /// The rings of the first vCPUs.
+    pub(super) fn map_all(self, vcpus: &[BorrowedFd<'_>]) -> Result<Vec<Ring>, NewError> {
+        let mut rings: Vec<Ring> = Vec::new();
+        for (vcpu, fd) in vcpus.iter().enumerate() {
+            let ring = self.map(vcpu, *fd, true)?;
+            if let Some(other) = rings.iter().position(|other| ring.is_same(other)) {
+                return Err(NewError::SameVcpu { vcpu, other });
+            }
+            rings.push(ring);
+        }
+        Ok(rings)
+    }
+
     /// The ring of a vCPU. A ring that KVM has written to is accepted only if nobody has read it; `fresh`
     /// demands one that KVM has not written to at all.
     pub(super) fn map(self, vcpu: usize, fd: BorrowedFd<'_>, fresh: bool) -> Result<Ring, NewError> {
@@ -90,6 +103,9 @@ impl Tracker {
         let fd = vcpu.as_fd();
         let ring =
             self.ring.map(|ring| ring.map(number, fd, false)).transpose().map_err(AddVcpuError::Ring)?;
+        if let Some(other) = ring.as_ref().and_then(|ring| self.source.owner_of(ring)) {
+            return Err(AddVcpuError::Ring(NewError::SameVcpu { vcpu: number, other }));
+        }
         let descriptor = self.config.exact.then(|| fd.try_clone_to_owned()).transpose();
         let descriptor = descriptor.map_err(|source| AddVcpuError::Descriptor { vcpu: number, source })?;
         self.source.admit(ring, descriptor);
