@@ -6,17 +6,17 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use outlive_machine::devices::line_log::LineLog;
 use outlive_machine::devices::port::{PortInput, PortSink};
 
 use super::client::{Client, Fate};
 use super::hub::Hub;
 use super::stdio::Stdio;
+use crate::serving::ServingThread;
 use crate::socket::Listener;
 
 /// How many clients one port may have.
@@ -39,36 +39,19 @@ pub(crate) struct Served {
 /// The running thread. Dropping it shows the remaining output and ends the thread.
 #[derive(Debug)]
 pub(crate) struct Server {
-    quit: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _thread: ServingThread,
 }
 
 impl Server {
     pub(crate) fn start(ports: Vec<Served>) -> io::Result<Self> {
-        let quit = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let thread = {
-            let quit = quit.clone();
-            outlive_machine::spawn("console", move || Loop { ports, quit }.run())?
-        };
-        Ok(Self { quit, thread: Some(thread) })
+        let thread = ServingThread::start("console", move |quit| Loop { ports, quit }.run())?;
+        Ok(Self { _thread: thread })
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Fails only if the counter is full, and then the thread is being woken anyway.
-        let _ = self.quit.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the console's thread had panicked");
-        }
-    }
-}
-
-struct Loop {
+struct Loop<'a> {
     ports: Vec<Served>,
-    quit: Arc<EventFd>,
+    quit: &'a EventFd,
 }
 
 /// What an entry of the poll set belongs to.
@@ -83,7 +66,7 @@ enum Who {
     Screen(usize),
 }
 
-impl Loop {
+impl Loop<'_> {
     fn run(mut self) {
         let mut buffer = vec![0; 4096];
         let mut last = None;

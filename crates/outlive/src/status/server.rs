@@ -8,13 +8,13 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
 use super::{Standing, place};
+use crate::serving::ServingThread;
 use crate::socket::Listener;
 
 /// Time between two answers, in milliseconds: clients that ask all the time cost no core.
@@ -25,8 +25,7 @@ const TROUBLE: u8 = 100;
 /// The running thread. Dropping it ends the thread and removes the socket.
 #[derive(Debug)]
 pub(crate) struct Server {
-    quit: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _thread: ServingThread,
 }
 
 impl Server {
@@ -51,22 +50,8 @@ impl Server {
     }
 
     pub(super) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {
-        let quit = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let told = quit.clone();
-        let thread = outlive_machine::spawn("status", move || serve(&listener, &standing, &told))?;
-        Ok(Self { quit, thread: Some(thread) })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Fails only if the counter is full, and then the thread is being woken anyway.
-        let _ = self.quit.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread of `outlive status` had panicked");
-        }
+        let thread = ServingThread::start("status", move |quit| serve(&listener, &standing, quit))?;
+        Ok(Self { _thread: thread })
     }
 }
 
