@@ -57,7 +57,9 @@ pub use irq::IrqLineError;
 pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, Progress, StartError};
 pub use map::{Range, SLOTS, SlotAddress, slot_address};
-pub use memory::{GuestMemory, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, ranges};
+pub use memory::{
+    GuestMemory, LockError, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, lock_memory, ranges,
+};
 pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};
 pub use restore::RestoreError;

@@ -26,6 +26,7 @@ mod primary;
 mod process;
 mod pulse;
 mod report;
+mod sentinel;
 mod serving;
 mod socket;
 mod standby;

@@ -9,6 +9,7 @@
 
 mod copy;
 mod hash;
+mod lock;
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::map::{HOLE_END, HOLE_START, Range};
 
 pub(crate) use copy::copy_page;
 pub use copy::is_zero_page;
+pub use lock::{LockError, lock_memory};
 
 /// Bytes in a page, on the guest's side and on the wire.
 pub const PAGE_SIZE: usize = 4096;

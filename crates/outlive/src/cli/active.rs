@@ -34,6 +34,11 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
 
+    /// Keep all memory of this process in RAM: the guest's memory is never swapped, neither here nor on the side
+    /// that waits. Needs CAP_IPC_LOCK, which root usually has, or an unlimited RLIMIT_MEMLOCK
+    #[arg(long)]
+    pub lock_memory: bool,
+
     /// Append events as JSON lines to this file (- for standard output). It grows by about a megabyte in the
     /// first minute and some tens of kilobytes a minute later: up to a gigabyte or more a month. To rotate it,
     /// copy and truncate: it stays open

@@ -4,8 +4,8 @@ use super::{Command, RunOptions, StandbyOptions};
 use crate::events::Role;
 use crate::standby::{Outcome, Waiting};
 use crate::status::{Server, Standing};
-use crate::vm::{End, Launch};
-use crate::{arbiter, check, console, demo, disk, exit, logs, primary, status, ui};
+use crate::vm::{self, End, Launch};
+use crate::{arbiter, check, console, demo, disk, exit, logs, primary, sentinel, status, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -19,13 +19,16 @@ impl Command {
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
+            Self::Sentinel => sentinel::command(),
         }
     }
 }
 
 fn run(options: &RunOptions) -> u8 {
+    sentinel::start();
     let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
     let ready = logs::never_wait().and_then(|()| {
+        vm::lock_memory(options.active.lock_memory)?;
         // Before the VM, so that a bad place is refused before anything is done.
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         let launch = primary::start(options, standing.clone())?;
@@ -40,8 +43,10 @@ fn run(options: &RunOptions) -> u8 {
 
 /// Waits as a standby; after a takeover this process is the VM's primary.
 fn standby(options: &StandbyOptions) -> u8 {
+    sentinel::start();
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), "no primary has come yet");
     let ready = logs::never_wait().and_then(|()| {
+        vm::lock_memory(options.active.lock_memory)?;
         options.refuse_itself()?;
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         let waiting = Waiting::prepare(options, standing.clone())?;

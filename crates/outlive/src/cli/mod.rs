@@ -75,4 +75,7 @@ pub enum Command {
     Demo(DemoOptions),
     /// Say whether this machine can run VMs, and what to do about each thing that is missing
     Check(CheckOptions),
+    /// End the links of a parent process that was killed
+    #[command(hide = true)]
+    Sentinel,
 }

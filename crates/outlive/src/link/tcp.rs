@@ -3,12 +3,14 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{MsgFlags, send};
 use socket2::SockRef;
 
 use super::Transport;
+use crate::sentinel::{self, Guarded};
 
 /// How many bytes the kernel may buffer each way: a whole checkpoint of a few hundred pages, so that the
 /// sender rarely waits.
@@ -22,40 +24,52 @@ const SOCKET_BUFFER: usize = 4 << 20;
 const NOT_SENT: u32 = 128 << 10;
 
 /// A connected socket.
-pub(super) struct Tcp(TcpStream);
+pub(super) struct Tcp(Arc<TcpStream>, Option<Guarded>);
 
 impl Tcp {
+    fn new(stream: TcpStream) -> Self {
+        Self(Arc::new(stream), None)
+    }
+
     /// Connects, but takes no longer than `patience`.
     ///
     /// # Errors
     /// The operating system's.
     pub(super) fn connect(address: &SocketAddr, patience: Duration) -> io::Result<Self> {
-        TcpStream::connect_timeout(address, patience).map(Self)
+        TcpStream::connect_timeout(address, patience).map(Self::new)
     }
 
     /// Sets the options of every link: it sends at once (no Nagle), its buffers are large, and few unsent
-    /// bytes wait in them.
+    /// bytes wait in them. It ends with this process.
     ///
     /// # Errors
     /// The operating system's.
-    pub(super) fn prepare(self) -> io::Result<Self> {
+    pub(super) fn prepare(mut self) -> io::Result<Self> {
         self.0.set_nodelay(true)?;
-        let socket = SockRef::from(&self.0);
+        let socket = SockRef::from(&*self.0);
         // The kernel caps the size at its own limits.
         socket.set_send_buffer_size(SOCKET_BUFFER)?;
         socket.set_recv_buffer_size(SOCKET_BUFFER)?;
         socket.set_tcp_notsent_lowat(NOT_SENT)?;
+        self.1 = sentinel::guard(&self.0);
         Ok(self)
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        // Closing the socket ends no connection of which the sentinel has a duplicate.
+        self.close();
     }
 }
 
 impl Transport for Tcp {
     fn read(&self, to: &mut [u8]) -> io::Result<usize> {
-        (&self.0).read(to)
+        (&*self.0).read(to)
     }
 
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize> {
-        (&self.0).write_vectored(from)
+        (&*self.0).write_vectored(from)
     }
 
     fn write_now(&self, from: &[u8]) -> io::Result<usize> {
@@ -107,6 +121,6 @@ impl Listener {
     /// # Errors
     /// The operating system's.
     pub(super) fn accept(&self) -> io::Result<Tcp> {
-        self.0.accept().map(|(stream, _)| Tcp(stream))
+        self.0.accept().map(|(stream, _)| Tcp::new(stream))
     }
 }

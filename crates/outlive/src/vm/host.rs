@@ -23,6 +23,14 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
     }
 }
 
+/// Keeps the memory of this process out of swap, if that is wanted.
+///
+/// # Errors
+/// One line with the remedy.
+pub(crate) fn lock_memory(wanted: bool) -> Result<(), String> {
+    if wanted { outlive_machine::lock_memory().map_err(|e| e.with_remedy()) } else { Ok(()) }
+}
+
 /// Refuses to start protection if its buffers would take more than half of the memory that this host has
 /// left: the VM itself must not suffer.
 ///

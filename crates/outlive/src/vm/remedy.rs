@@ -4,7 +4,7 @@
 use std::error::Error;
 
 use outlive_machine::{
-    BootError, CreateError, KernelError, LinuxBootError, MemoryError, OutgoingError, StartError,
+    BootError, CreateError, KernelError, LinuxBootError, LockError, MemoryError, OutgoingError, StartError,
     StartLinuxError,
 };
 
@@ -49,6 +49,18 @@ impl Remedy for CreateError {
 impl Remedy for OutgoingError {
     fn remedy(&self) -> Option<&'static str> {
         Some("lower --max-dirty")
+    }
+}
+
+impl Remedy for LockError {
+    fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Limit(_) => Some(
+                "give it CAP_IPC_LOCK, which root usually has, or lift the limit (`ulimit -l unlimited`, or LimitMEMLOCK=infinity in the \
+                 systemd unit), or leave out --lock-memory",
+            ),
+            Self::Refused(_) => Some("leave out --lock-memory"),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod readers;
 mod redis;
 mod refusals;
 mod self_check;
+mod sentinel;
 mod standby;
 mod status;
 mod support;

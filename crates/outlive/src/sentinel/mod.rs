@@ -1,0 +1,187 @@
+//! A dead host's links end at once, however much memory it had.
+//!
+//! The kernel closes the sockets of a killed process only after it has freed the memory of the process, and a
+//! VM's memory takes it 15 ms a gigabyte and more. So the standby would learn of the death late. In Linux each
+//! thread of a dying process gives up its memory first (`exit_mm`) and then its descriptors (`exit_files`), but
+//! only the last of them has to free the memory. A thread with a table of descriptors of its own, which is not
+//! the last, closes them within microseconds.
+//!
+//! ```text
+//! this process   keeper-1: writing end of a pipe ──────────┐ the first pipe that ends
+//!                keeper-2: writing end of another pipe ────┤
+//!                everybody else: the links ──duplicates──► the sentinel, a child process: ends the links
+//! ```
+//!
+//! - There are two keepers, because one of them may be the last thread.
+//! - The *sentinel* is this program again (`child.rs`). It has duplicates of the links, and `shutdown(2)` ends a
+//!   connection although the dying process still has it. It does nothing else with a link, and nothing at all
+//!   before a pipe ends. No thread ends a keeper, so a pipe ends only with the process.
+//! - Nobody depends on the sentinel. If it dies, another is started; without one, links end as late as the
+//!   kernel ends them. Messages to it never wait. A stopped sentinel is woken when this process dies
+//!   (`PR_SET_PDEATHSIG` with SIGCONT), because its duplicates would keep the links alive.
+//! - Whoever is done with a link must end it by `shutdown`, not by closing it, for the same reason.
+
+mod child;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
+use nix::unistd::pipe2;
+
+pub(crate) use child::command;
+
+/// The pause before a sentinel that has ended is replaced. It grows while they end soon.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+
+static SENTINEL: OnceLock<Arc<Shared>> = OnceLock::new();
+
+/// Starts keepers and sentinel. Call it first: descriptors that are open now stay open in the keepers, too.
+/// Without it, or when it fails, links end when the kernel ends them.
+pub(crate) fn start() {
+    if let Err(error) = try_start() {
+        tracing::warn!(%error, "no sentinel: a standby will learn late when this process is killed");
+    }
+}
+
+fn try_start() -> io::Result<()> {
+    let pipes = [keeper("keeper-1")?, keeper("keeper-2")?];
+    let shared = Arc::new(Shared::default());
+    let first = shared.start_child(&pipes)?;
+    let serving = shared.clone();
+    // Their parent, for the kernel, is the thread that starts them.
+    outlive_machine::spawn("sentinel", move || serving.replace(first, &pipes))?;
+    SENTINEL.set(shared).map_err(|_| io::Error::other("it was started twice"))
+}
+
+/// Starts a thread that keeps the writing end of a pipe until the process ends. Returns the reading end.
+fn keeper(name: &str) -> io::Result<OwnedFd> {
+    let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
+    let (tell, told) = channel();
+    outlive_machine::spawn(name, move || {
+        let unshared = unshare(CloneFlags::CLONE_FILES);
+        if tell.send(unshared).is_ok() && unshared.is_ok() {
+            loop {
+                std::thread::park();
+            }
+        }
+    })?;
+    told.recv().map_err(io::Error::other)??;
+    // From here on the keeper's table has the only one.
+    drop(writing);
+    Ok(reading)
+}
+
+#[derive(Default)]
+struct Shared(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// To the sentinel, while there is one.
+    channel: Option<OwnedFd>,
+    links: BTreeMap<u64, Weak<TcpStream>>,
+    next: u64,
+}
+
+impl Shared {
+    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn start_child(&self, pipes: &[OwnedFd; 2]) -> io::Result<Child> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let child = Command::new("/proc/self/exe")
+            .arg0("outlive")
+            .arg("sentinel")
+            .stdin(theirs)
+            .stdout(pipes[0].try_clone()?)
+            .stderr(pipes[1].try_clone()?)
+            // What a terminal sends to this process is not for it.
+            .process_group(0)
+            .spawn()?;
+        self.with(|state| {
+            for (number, link) in &state.links {
+                if let Some(link) = link.upgrade() {
+                    send(&ours, child::Order::Guard, *number, Some(link.as_raw_fd()));
+                }
+            }
+            state.channel = Some(ours);
+        });
+        Ok(child)
+    }
+
+    /// Starts another sentinel whenever one has ended.
+    fn replace(&self, first: Child, pipes: &[OwnedFd; 2]) {
+        let (shortest, longest) = PAUSE;
+        let (mut child, mut pause) = (Some(first), shortest);
+        loop {
+            let began = Instant::now();
+            let how = child.take().map(|mut child| child.wait());
+            self.with(|state| state.channel = None);
+            if let Some(how) = how {
+                let how = how.map_or_else(|error| error.to_string(), |status| status.to_string());
+                tracing::warn!(how, "the sentinel has ended, another is started");
+            }
+            pause = if began.elapsed() > longest { shortest } else { pause };
+            std::thread::sleep(pause);
+            pause = (pause * 4).min(longest);
+            match self.start_child(pipes) {
+                Ok(started) => child = Some(started),
+                Err(error) => tracing::warn!(%error, "cannot start a sentinel"),
+            }
+        }
+    }
+}
+
+/// Never waits. A message that cannot be sent costs the sentinel's help for a link, or a descriptor.
+fn send(channel: &OwnedFd, order: child::Order, number: u64, link: Option<RawFd>) {
+    let text = order.message(number);
+    let links = [link.unwrap_or(-1)];
+    let with = [ControlMessage::ScmRights(&links)];
+    let with = if link.is_some() { &with[..] } else { &[] };
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    if let Err(error) = sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&text)], with, flags, None) {
+        tracing::debug!(%error, number, "the sentinel does not hear of a link");
+    }
+}
+
+/// A link that ends with this process. Dropping it ends the sentinel's interest in it, not the link.
+#[derive(Debug)]
+pub(crate) struct Guarded(u64);
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let Some(shared) = SENTINEL.get() else { return };
+        shared.with(|state| {
+            state.links.remove(&self.0);
+            if let Some(channel) = &state.channel {
+                send(channel, child::Order::Release, self.0, None);
+            }
+        });
+    }
+}
+
+/// Ends this link as soon as this process dies. `None` without a sentinel.
+pub(crate) fn guard(link: &Arc<TcpStream>) -> Option<Guarded> {
+    SENTINEL.get()?.with(|state| {
+        let number = state.next;
+        state.next += 1;
+        state.links.insert(number, Arc::downgrade(link));
+        if let Some(channel) = &state.channel {
+            send(channel, child::Order::Guard, number, Some(link.as_raw_fd()));
+        }
+        Some(Guarded(number))
+    })
+}

@@ -1,0 +1,106 @@
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::child::{Links, Order};
+use super::*;
+
+/// A link: the end of this host, which stays open, and the peer's.
+fn link() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    (ours, theirs)
+}
+
+/// A sentinel in this process, and its parent's ends.
+struct Rig {
+    orders: OwnedFd,
+    theirs: OwnedFd,
+    reading: Vec<OwnedFd>,
+    writing: Vec<OwnedFd>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (orders, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let pipes = [pipe2(OFlag::O_CLOEXEC).unwrap(), pipe2(OFlag::O_CLOEXEC).unwrap()];
+        let (reading, writing) = pipes.into_iter().unzip();
+        Self { orders, theirs, reading, writing }
+    }
+
+    fn serve(&self) {
+        let pipes: [BorrowedFd<'_>; 2] = [self.reading[0].as_fd(), self.reading[1].as_fd()];
+        Links::default().serve(self.theirs.as_fd(), pipes).unwrap();
+    }
+}
+
+fn hears_the_end(peer: &mut TcpStream) -> bool {
+    match peer.read(&mut [0; 8]) {
+        Ok(count) => count == 0,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            false
+        }
+    }
+}
+
+#[test]
+fn the_end_of_either_pipe_ends_the_links_although_their_sockets_are_open() {
+    for dead in [0, 1] {
+        let mut rig = Rig::new();
+        let (mut kept, mut released) = (link(), link());
+        send(&rig.orders, Order::Guard, 1, Some(kept.0.as_raw_fd()));
+        send(&rig.orders, Order::Guard, 2, Some(released.0.as_raw_fd()));
+        send(&rig.orders, Order::Release, 2, None);
+        kept.0.write_all(b"last").unwrap();
+        rig.writing.remove(dead);
+        rig.serve();
+        kept.1.set_nonblocking(false).unwrap();
+        let mut heard = Vec::new();
+        kept.1.read_to_end(&mut heard).unwrap();
+        assert_eq!(heard, b"last", "what was on its way arrives first");
+        assert!(!hears_the_end(&mut released.1), "a link that its owner was done with");
+    }
+}
+
+#[test]
+fn a_sentinel_that_is_replaced_ends_no_link() {
+    let mut rig = Rig::new();
+    let (mut ours, mut theirs) = link();
+    send(&rig.orders, Order::Guard, 1, Some(ours.as_raw_fd()));
+    send(&rig.orders, Order::Guard, u64::MAX, None);
+    rig.orders = rig.theirs.try_clone().unwrap();
+    rig.serve();
+    assert!(!hears_the_end(&mut theirs));
+    ours.write_all(b"goes on").unwrap();
+}
+
+#[test]
+fn a_keeper_alone_has_its_pipe_and_nothing_that_was_opened_since() {
+    let reading = keeper("keeper-test").unwrap();
+    let since = fs::File::open("/proc/self/exe").unwrap();
+    let mut on = [PollFd::new(reading.as_fd(), PollFlags::empty())];
+    assert_eq!(poll(&mut on, PollTimeout::ZERO), Ok(0), "the pipe has a writing end");
+    let named = |task: &fs::DirEntry| {
+        fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == "keeper-test")
+    };
+    let tasks = fs::read_dir("/proc/self/task").unwrap().map(Result::unwrap);
+    let keeper = tasks.into_iter().find(named).expect("the thread is there");
+    let table = keeper.path().join("fd");
+    let link_of = |fd: RawFd| fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+    let pipe = link_of(reading.as_raw_fd());
+    let held = |table: &std::path::Path| {
+        let fds = fs::read_dir(table).unwrap().map(Result::unwrap);
+        fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == pipe)).count()
+    };
+    assert_eq!((held(&table), held("/proc/self/fd".as_ref())), (2, 1), "of the pipe's ends");
+    let number = since.as_raw_fd().to_string();
+    let there = fs::read_link(table.join(number));
+    assert!(there.is_err() || there.unwrap() != link_of(since.as_raw_fd()));
+}
