@@ -12,6 +12,7 @@ use crate::devices::virtio::blk::LogMode;
 use crate::machine::Machine;
 use crate::outgoing::Outgoing;
 use crate::vcpu::VcpuError;
+use crate::vcpu::lent::Who;
 use crate::vm_state::{self, VmStateError};
 
 /// From this many pages on, waking the vCPU threads for the copy pays off: two wakes cost about as much as
@@ -25,7 +26,7 @@ const STOP_GRACE: Duration = Duration::from_millis(100);
 /// long as the same vCPU is the slowest in all of them.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptureReport {
-    /// From the order to stop to the order to run again.
+    /// From the order to stop, which is given when the devices rest, to the order to run again.
     pub pause: Duration,
     /// Until all vCPUs were out of the guest, with their I/O completed.
     pub stop: Duration,
@@ -33,7 +34,8 @@ pub struct CaptureReport {
     pub state: Duration,
     /// Taking the dirty pages: those of the slowest vCPU's ring, then the others.
     pub harvest: Duration,
-    /// From the end of the last vCPU's part until this thread continued, with the devices at rest.
+    /// From the end of the last vCPU's part until the thread that ends the pause continued: the same thread, as
+    /// a rule.
     pub handover: Duration,
     /// Re-arming the traps.
     pub rearm: Duration,
@@ -43,6 +45,8 @@ pub struct CaptureReport {
     pub copy: Duration,
     /// Dirty pages, all parts together.
     pub pages: usize,
+    /// When the pause was over: the order to run again was given, or was due if the VM stays stopped.
+    pub ended: Instant,
     /// How the guest resumed after the checkpoint *before* this one, which was not known earlier.
     pub returned: Option<Returned>,
 }
@@ -122,8 +126,8 @@ impl CaptureError {
     }
 }
 
-/// What the caller does inside the pause.
-pub trait InPause {
+/// What the caller does inside the pause. The thread that calls it may be a vCPU's, while the caller's waits.
+pub trait InPause: Send {
     /// The dirty pages are counted and the gate is closed: from this moment on held output belongs to the
     /// next epoch. Must not block.
     fn counted(&mut self, pages: usize);
@@ -181,6 +185,8 @@ impl Machine {
     /// [`CaptureError`]; the VM stays stopped then.
     pub fn take_dirty(&mut self, gfns: &mut Vec<Gfn>) -> Result<(), CaptureError> {
         let begun = self.begin()?;
+        self.wait_stopped(&begun)?;
+        self.all_stopped()?;
         // The pages are read only after the rearm; the types of `outlive_dirty` ensure that.
         let epoch = self.tracker.stopped().state_saved().harvest()?.rearm()?;
         gfns.extend_from_slice(epoch.pages());
@@ -192,14 +198,19 @@ impl Machine {
     /// Takes a checkpoint: state and dirty pages since the last one, into `staging`.
     ///
     /// The order inside the pause, and why:
-    /// 1. vCPUs stop with their I/O completed. When all have stopped, so that none can send another an
+    /// 1. The gate closes, so that devices are between two requests. The guest still runs: the rest of a
+    ///    device's request is no part of the pause.
+    /// 2. vCPUs stop with their I/O completed. When all have stopped, so that none can send another an
     ///    interrupt, they save their state, then harvest their rings: state first, because vCPU ioctls can
     ///    dirty guest pages.
-    /// 2. The gate closes, so that devices are between two requests.
     /// 3. VM and device state, after the vCPUs, whose last exits may have raised interrupts.
     /// 4. The rest of the dirty pages, after every possible writer is still; then rearm.
     /// 5. `in_pause.counted`: from here on the guest's output belongs to the next epoch.
     /// 6. Copy. 7. Resume.
+    ///
+    /// As a rule the vCPU's thread that comes last does everything from 3 on, and goes back into the guest: to wake
+    /// the caller's thread would take longer than most of the steps. The caller's thread does it if a pause takes
+    /// long anyway.
     ///
     /// # Errors
     /// [`CaptureError`]; the VM stays stopped then and nothing is lost: pages of a failed capture are in the
@@ -210,8 +221,40 @@ impl Machine {
         after: After,
         in_pause: &mut dyn InPause,
     ) -> Result<CaptureReport, CaptureError> {
-        let began = Instant::now();
+        let short = self.check_due.is_none() && self.tracker.pending() <= staging.capacity();
         let begun = self.begin()?;
+        let lends = short && begun.was_running && after == After::Resume;
+        let mut result = None;
+        if lends {
+            let shared = self.vcpus.shared();
+            let (vcpus, mut in_grace) = (self.vcpus.len(), false);
+            let mut end = |who| result = Some(self.end_pause(who, &begun, staging, after, in_pause));
+            let late = || (!std::mem::replace(&mut in_grace, true)).then(grace);
+            let lent = shared.lend(&mut end, begun.deadline, late);
+            lent.map_err(|missing| Stuck::Vcpus { missing, vcpus })?;
+        } else {
+            self.wait_stopped(&begun)?;
+            result = Some(self.end_pause(Who::Controller, &begun, staging, after, in_pause));
+        }
+        // PANIC: `end_pause` has returned, or its thread has panicked.
+        let report = result.expect("the pause is over")?;
+        if after == After::Resume {
+            // What a vCPU's thread has left.
+            self.release(begun.was_running);
+        }
+        Ok(report)
+    }
+
+    /// The vCPUs have stopped and done their part; does the rest, on either thread.
+    fn end_pause(
+        &mut self,
+        who: Who,
+        begun: &Begun,
+        staging: &mut Outgoing,
+        after: After,
+        in_pause: &mut dyn InPause,
+    ) -> Result<CaptureReport, CaptureError> {
+        let returned = self.all_stopped()?;
         let vcpus = self.vcpus.capture_times();
         let gathered = Instant::now();
         self.save_shared_state(staging)?;
@@ -228,24 +271,28 @@ impl Machine {
         let mut rest = pages;
         while rest.len() > staging.capacity() {
             let (first, more) = rest.split_at(staging.capacity());
-            self.copy_pages(first, staging)?;
+            self.copy_pages(who, first, staging)?;
             staging.compare_with(comparison.clone(), pages.len() - rest.len());
             in_pause.spill(staging).map_err(CaptureError::Spill)?;
             staging.clear_state();
             staging.disk_writes_mut().clear();
             rest = more;
         }
-        self.copy_pages(rest, staging)?;
+        self.copy_pages(who, rest, staging)?;
         staging.compare_with(comparison, pages.len() - rest.len());
         let count = pages.len();
         let copied = Instant::now();
         epoch.copied().run();
         if after == After::Resume {
             self.copied_at = Some(copied);
-            self.release(begun.was_running);
+            // After a long stop the guest is told of it by all vCPUs' threads, and one of them is this.
+            if who == Who::Controller || !self.stopped_long() {
+                self.release(begun.was_running);
+            }
         }
+        let (began, ended) = (begun.began, Instant::now());
         Ok(CaptureReport {
-            pause: began.elapsed(),
+            pause: ended - began,
             stop: vcpus.stopped.saturating_duration_since(began),
             state: vcpus.state + (saved - gathered),
             harvest: vcpus.harvest + (harvested - saved),
@@ -254,39 +301,48 @@ impl Machine {
             decide: decided - rearmed,
             copy: copied - decided,
             pages: count,
-            returned: begun.returned,
+            ended,
+            returned,
         })
     }
 
+    /// Stops the devices, then orders the vCPUs to stop.
     fn begin(&mut self) -> Result<Begun, CaptureError> {
         if !self.tracker.is_enabled() {
             return Err(CaptureError::NotTracking);
         }
-        let was_running = self.begin_stop();
         let deadline = self.stop_budget.map(|budget| Instant::now() + budget);
-        self.vcpus.begin_capture();
-        if let Some(deadline) = deadline {
-            // If this whole process was stopped, with this thread, the deadline says nothing about the
-            // others. So each wait lasts a moment longer, counted from when this thread runs again.
-            let grace = || Instant::now() + STOP_GRACE;
-            if !self.gate.close_until(deadline) && !self.gate.close_until(grace()) {
-                return Err(CaptureError::Stuck(Stuck::Devices));
+        let rest = match deadline {
+            Some(deadline) => self.gate.close_until(deadline) || self.gate.close_until(grace()),
+            None => {
+                self.gate.close();
+                true
             }
-            let vcpus = self.vcpus.len();
-            let stopped = self.vcpus.stopped_until(deadline);
-            let stopped = stopped.or_else(|_| self.vcpus.stopped_until(grace()));
-            stopped.map_err(|missing| Stuck::Vcpus { missing, vcpus })?;
-        }
-        self.gate.close();
+        };
+        let was_running = self.begin_stop();
+        let began = Instant::now();
+        self.vcpus.begin_capture();
+        if rest { Ok(Begun { was_running, began, deadline }) } else { Err(Stuck::Devices.into()) }
+    }
+
+    /// Waits until the vCPUs have stopped.
+    fn wait_stopped(&self, begun: &Begun) -> Result<(), Stuck> {
+        let Some(deadline) = begun.deadline else { return Ok(()) };
+        let vcpus = self.vcpus.len();
+        let stopped = self.vcpus.stopped_until(deadline).or_else(|_| self.vcpus.stopped_until(grace()));
+        stopped.map_err(|missing| Stuck::Vcpus { missing, vcpus })
+    }
+
+    /// The vCPUs have stopped. Returns how the guest resumed after the checkpoint before: they have left the
+    /// guest again, so it is known how they entered it the last time.
+    fn all_stopped(&mut self) -> Result<Option<Returned>, CaptureError> {
         self.vcpus.captured()?;
         self.progress.bump();
-        // The vCPUs have left the guest again, so it is known how they entered it the last time.
         let back = self.vcpus.take_return();
-        let returned = self.copied_at.take().zip(back).map(|(copied, it)| Returned {
+        Ok(self.copied_at.take().zip(back).map(|(copied, it)| Returned {
             resume: it.back.saturating_duration_since(copied),
             vcpu_pause: it.away,
-        });
-        Ok(Begun { was_running, returned })
+        }))
     }
 
     fn save_shared_state(&mut self, staging: &mut Outgoing) -> Result<(), CaptureError> {
@@ -324,18 +380,27 @@ impl Machine {
         Ok(())
     }
 
-    fn copy_pages(&self, gfns: &[Gfn], staging: &mut Outgoing) -> Result<(), CaptureError> {
+    fn copy_pages(&self, who: Who, gfns: &[Gfn], staging: &mut Outgoing) -> Result<(), CaptureError> {
         let parallel = gfns.len() >= PARALLEL_COPY;
         let filled = staging.fill(gfns, |gfns, to| {
             // SAFETY: `fill` lends room for all of `gfns`, page-aligned, and waits for this closure.
-            unsafe { self.vcpus.copy(gfns, to, parallel) }
+            unsafe { self.vcpus.copy(who, gfns, to, parallel) }
         });
         filled.map_err(CaptureError::NotRam)
     }
 }
 
+/// A pause that has begun.
 struct Begun {
     was_running: bool,
-    /// About the checkpoint before.
-    returned: Option<Returned>,
+    /// When the vCPUs were ordered to stop.
+    began: Instant,
+    /// Until when they may take.
+    deadline: Option<Instant>,
+}
+
+/// If this whole process was stopped, with this thread, a deadline says nothing about the others. So each wait
+/// lasts a moment longer, counted from when this thread runs again.
+fn grace() -> Instant {
+    Instant::now() + STOP_GRACE
 }

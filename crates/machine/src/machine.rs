@@ -400,15 +400,21 @@ impl Machine {
     pub(crate) fn release(&mut self, run: bool) {
         if run && !self.running {
             self.running = true;
-            if self.stopped_at.take().is_some_and(|at| at.elapsed() >= LONG_STOP) {
+            if self.stopped_long() {
                 self.tell_of_stop();
             }
+            self.stopped_at = None;
             // The guest first, since it is what waits: a device that it asks for meanwhile is told by its
             // doorbell, and stays behind the gate until the next line. Nothing of the guest's is done by a
             // vCPU's own thread that needs the gate.
             self.vcpus.run();
             self.gate.open();
         }
+    }
+
+    /// Whether the guest has been stopped for so long that it must be told.
+    pub(crate) fn stopped_long(&self) -> bool {
+        self.stopped_at.is_some_and(|at| at.elapsed() >= LONG_STOP)
     }
 
     /// Tells the guest's watchdogs that the guest was stopped, so that they do not take it for a lockup

@@ -4,8 +4,9 @@
 //! Ordering rules of a stop, each with its reason:
 //! 1. `immediate_exit` is set before the kick signal is sent: otherwise a signal that arrives between the
 //!    thread's last look at its order and `KVM_RUN` is lost.
-//! 2. The thread never clears `immediate_exit`; the controller does, before it publishes [`Command::Run`],
-//!    when every thread is parked. Otherwise a thread could erase the next stop.
+//! 2. A thread never clears `immediate_exit`; the controller does, before it publishes [`Command::Run`],
+//!    when every thread is parked. Otherwise a thread could erase the next stop. The thread that ends a pause in
+//!    the controller's place ([`lent`]) does it in the controller's place, while the controller waits for it.
 //! 3. After an exit with a port or MMIO access there is one more `KVM_RUN` with `immediate_exit` set: only
 //!    that completes the access, so that the state is saved after the access, not in the middle of it.
 //! 4. State is read before the ring is harvested: vCPU ioctls can write guest memory
@@ -13,6 +14,7 @@
 
 mod copying;
 pub(crate) mod idle;
+pub(crate) mod lent;
 pub(crate) mod platform;
 mod port_io;
 mod power;

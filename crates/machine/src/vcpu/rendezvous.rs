@@ -15,6 +15,11 @@
 //! ([`Rendezvous::new`]); the moment ends by itself, so nothing depends on it.
 //!
 //! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
+//!
+//! The controller can [lend](Rendezvous::lend) what it would do once all threads have arrived: then the thread
+//! that arrives last does it. So nobody waits for the controller to wake up, and the last thread goes on with the
+//! next command, which it has published itself. Who does it is decided in one word, together with the count:
+//! exactly one, either the last thread or the controller, and nobody after it was [revoked](Rendezvous::revoke).
 
 use std::time::{Duration, Instant};
 
@@ -55,6 +60,23 @@ const SLEEPS: u32 = 1 << 31;
 /// The sequence number of an order begins above its command, and ends below [`SLEEPS`].
 const SEQUENCE_SHIFT: u32 = 3;
 
+/// In the count of arrivals: the controller has lent its part.
+const LENT: u32 = 1 << 30;
+/// The count itself.
+const COUNT: u32 = LENT - 1;
+
+/// How far the lent part is.
+mod part {
+    /// It is not done.
+    pub(super) const OPEN: u32 = 0;
+    /// It is done.
+    pub(super) const DONE: u32 = 1;
+    /// It is not done, and the controller is called to help.
+    pub(super) const CALLED: u32 = 2;
+    /// The controller helps.
+    pub(super) const HELPED: u32 = 3;
+}
+
 /// A command together with its sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Order(u32);
@@ -83,6 +105,8 @@ pub(super) struct Rendezvous {
     /// Threads that wait for the others, and how often all have met.
     waiting: AtomicU32,
     met: AtomicU32,
+    /// How far the part is that the controller has lent: see [`part`].
+    part: AtomicU32,
     /// How often a wait looks at its word before it sleeps.
     looks: u32,
 }
@@ -96,6 +120,7 @@ impl Rendezvous {
             threads,
             waiting: AtomicU32::new(0),
             met: AtomicU32::new(0),
+            part: AtomicU32::new(part::DONE),
             looks,
         }
     }
@@ -149,7 +174,7 @@ impl Rendezvous {
 
     /// How many threads have not carried out the last command.
     pub(super) fn missing(&self) -> u32 {
-        self.threads - (self.arrived.load(Ordering::Acquire) & !SLEEPS)
+        self.threads - (self.arrived.load(Ordering::Acquire) & COUNT)
     }
 
     fn wait_arrival(&self, timeout: Option<Duration>) {
@@ -157,7 +182,7 @@ impl Rendezvous {
             return;
         }
         let arrived = self.arrived.load(Ordering::Acquire);
-        if arrived & !SLEEPS < self.threads {
+        if arrived & COUNT < self.threads {
             sleep(&self.arrived, arrived, timeout);
         }
     }
@@ -195,11 +220,93 @@ impl Rendezvous {
         }
     }
 
-    /// Thread: says that the last command is carried out.
-    pub(super) fn arrive(&self) {
+    /// Thread: says that the last command is carried out. Returns whether this thread is to do what the
+    /// controller has lent; then it sees what all others did.
+    pub(super) fn arrive(&self) -> bool {
         let before = self.arrived.fetch_add(1, Ordering::AcqRel);
-        if (before & !SLEEPS) + 1 == self.threads && before & SLEEPS != 0 {
+        if (before & COUNT) + 1 < self.threads {
+            return false;
+        }
+        if before & SLEEPS != 0 {
             futex::wake_all(&self.arrived);
+        }
+        before & LENT != 0
+    }
+
+    /// Controller: lends its part of the last command to the thread that arrives last. Returns false if all
+    /// have arrived: then the part stays with the controller.
+    pub(super) fn lend(&self) -> bool {
+        self.part.store(part::OPEN, Ordering::Relaxed);
+        self.arrived.fetch_or(LENT, Ordering::AcqRel) & COUNT < self.threads
+    }
+
+    /// Controller: takes the lent part back, unless it is being done. The count of those that have not arrived,
+    /// or `None` if it is too late.
+    pub(super) fn revoke(&self) -> Option<u32> {
+        let before = self.arrived.fetch_and(!LENT, Ordering::AcqRel);
+        // Without the bit the next command has been published already.
+        let missing = self.threads.saturating_sub(before & COUNT);
+        (before & LENT != 0 && missing > 0).then_some(missing)
+    }
+
+    /// Controller: waits until the lent part is done, at most until `deadline`, and does `help` when it is
+    /// called. Returns whether it is done; then the controller sees what the thread did.
+    pub(super) fn wait_done(&self, deadline: Option<Instant>, help: impl Fn()) -> bool {
+        loop {
+            let seen = self.part.load(Ordering::Acquire);
+            match seen & !SLEEPS {
+                part::DONE => return true,
+                part::CALLED => self.help(&help),
+                _ if self.comes(|| self.part.load(Ordering::Acquire) != seen) => {}
+                _ => {
+                    let left = deadline.map(|it| it.saturating_duration_since(Instant::now()));
+                    if left.is_some_and(|left| left.is_zero()) {
+                        return false;
+                    }
+                    sleep(&self.part, seen, left);
+                }
+            }
+        }
+    }
+
+    fn help(&self, help: impl Fn()) {
+        let (called, helped) = (part::CALLED, part::HELPED);
+        // It may not be wanted any more.
+        if self.part.compare_exchange(called, helped, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            help();
+            self.set_part(part::OPEN);
+        }
+    }
+
+    /// Thread with the lent part: calls the controller to help. The call costs a system call, and the thread
+    /// need not wait until the controller has woken up.
+    pub(super) fn call(&self) {
+        self.set_part(part::CALLED);
+    }
+
+    /// Thread with the lent part: help is no longer wanted. Waits for the controller if it is helping.
+    pub(super) fn call_off(&self) {
+        let (called, open) = (part::CALLED, part::OPEN);
+        if self.part.compare_exchange(called, open, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            return;
+        }
+        loop {
+            let seen = self.part.load(Ordering::Acquire);
+            if seen & !SLEEPS != part::HELPED {
+                return;
+            }
+            sleep(&self.part, seen, None);
+        }
+    }
+
+    /// Thread with the lent part: it is done. What was lent must not be touched any more.
+    pub(super) fn done(&self) {
+        self.set_part(part::DONE);
+    }
+
+    fn set_part(&self, now: u32) {
+        if self.part.swap(now, Ordering::AcqRel) & SLEEPS != 0 {
+            futex::wake_all(&self.part);
         }
     }
 

@@ -125,3 +125,119 @@ fn who_has_met_sees_that_all_are_out() {
         other.join().unwrap();
     });
 }
+
+/// Carries out orders until the last, and does what is lent: counts it, and gives the last order.
+fn serve_and_end(meeting: &Rendezvous, done: &AtomicU32, ended: &AtomicU32, threads: u32) {
+    let mut last = Order::FIRST;
+    while last.command() != Command::Quit {
+        last = meeting.next(last);
+        done.fetch_add(1, Ordering::Relaxed);
+        if meeting.arrive() {
+            assert_eq!(done.load(Ordering::Relaxed), threads, "one has not done its part");
+            ended.fetch_add(1, Ordering::Relaxed);
+            meeting.publish(Command::Quit);
+            meeting.done();
+        }
+    }
+}
+
+fn lends(threads: u32) {
+    model(move || {
+        let meeting = Arc::new(Rendezvous::new(threads, 0));
+        let (done, ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let running: Vec<_> = (0..threads)
+            .map(|_| {
+                let (meeting, done, ended) = (meeting.clone(), done.clone(), ended.clone());
+                thread::spawn(move || serve_and_end(&meeting, &done, &ended, threads))
+            })
+            .collect();
+        meeting.publish(Command::Capture);
+        if meeting.lend() {
+            assert!(meeting.wait_done(None, || ()));
+        } else {
+            assert_eq!(done.load(Ordering::Relaxed), threads, "one has not done its part");
+            ended.fetch_add(1, Ordering::Relaxed);
+            meeting.publish(Command::Quit);
+        }
+        assert_eq!(ended.load(Ordering::Relaxed), 1);
+        running.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(ended.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// What the controller has lent is done exactly once, when all have arrived, and the controller sees it.
+#[test]
+fn what_is_lent_to_one_thread_is_done_once() {
+    lends(1);
+}
+
+#[test]
+fn what_is_lent_to_two_threads_is_done_once() {
+    lends(2);
+}
+
+/// Either the controller gets back what it has lent, and then nobody does it, or it is done, although whoever does
+/// it has published another command meanwhile.
+#[test]
+fn what_is_taken_back_is_done_by_nobody() {
+    model(|| {
+        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let ended = Arc::new(AtomicU32::new(0));
+        let thread = {
+            let (meeting, ended) = (meeting.clone(), ended.clone());
+            thread::spawn(move || {
+                meeting.next(Order::FIRST);
+                if meeting.arrive() {
+                    meeting.publish(Command::Run);
+                    ended.fetch_add(1, Ordering::Relaxed);
+                    meeting.done();
+                }
+            })
+        };
+        meeting.publish(Command::Capture);
+        let done = if !meeting.lend() {
+            0
+        } else if meeting.revoke().is_some() {
+            // Whatever it was that was lent is gone now.
+            0
+        } else {
+            assert!(meeting.wait_done(None, || ()));
+            1
+        };
+        assert_eq!(ended.load(Ordering::Relaxed), done);
+        thread.join().unwrap();
+        assert_eq!(ended.load(Ordering::Relaxed), done);
+    });
+}
+
+/// The controller helps only between the call and the calling off.
+#[test]
+fn nobody_helps_after_the_calling_off() {
+    model(|| {
+        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let open = Arc::new(AtomicU32::new(0));
+        let thread = {
+            let (meeting, open) = (meeting.clone(), open.clone());
+            thread::spawn(move || {
+                meeting.next(Order::FIRST);
+                if meeting.arrive() {
+                    open.store(1, Ordering::Relaxed);
+                    meeting.call();
+                    meeting.call_off();
+                    open.store(0, Ordering::Relaxed);
+                    meeting.done();
+                }
+            })
+        };
+        meeting.publish(Command::Capture);
+        if meeting.lend() {
+            let help = || {
+                assert_eq!(open.load(Ordering::Relaxed), 1, "it is too early");
+                thread::yield_now();
+                assert_eq!(open.load(Ordering::Relaxed), 1, "it is too late");
+            };
+            assert!(meeting.wait_done(None, help));
+        }
+        thread.join().unwrap();
+    });
+}

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::lent::{Lent, Who};
 use super::rendezvous::{Command, Order, Rendezvous};
 
 #[test]
@@ -18,7 +19,10 @@ fn every_thread_carries_out_every_command_once() {
                 loop {
                     last = meeting.next(last);
                     match last.command() {
-                        Command::Quit => return meeting.arrive(),
+                        Command::Quit => {
+                            meeting.arrive();
+                            return;
+                        }
                         Command::Copy => done.fetch_add(1, Ordering::Relaxed),
                         _ => 0,
                     };
@@ -83,4 +87,122 @@ fn nobody_goes_on_before_all_have_met() {
         }
     });
     Rendezvous::new(1, 0).meet();
+}
+
+/// Carries out orders with the machine's own carrier of lent work, until the last.
+fn serve(meeting: &Rendezvous, lent: &Lent, done: &AtomicU64) {
+    let mut last = Order::FIRST;
+    loop {
+        last = meeting.next(last);
+        done.fetch_add(1, Ordering::Relaxed);
+        if meeting.arrive() {
+            lent.take(meeting);
+        }
+        if last.command() == Command::Quit {
+            return;
+        }
+    }
+}
+
+#[test]
+fn what_is_lent_is_done_once_after_every_thread_by_whoever_comes_last() {
+    const THREADS: u64 = 3;
+    let (meeting, lent, done) = (Rendezvous::new(THREADS as u32, 0), Lent::default(), AtomicU64::new(0));
+    let mut by = [0u32; 2];
+    std::thread::scope(|scope| {
+        (0..THREADS).for_each(|_| {
+            scope.spawn(|| serve(&meeting, &lent, &done));
+        });
+        for round in 0..2_000 {
+            meeting.publish(Command::Capture);
+            if round % 7 == 0 {
+                meeting.wait_all();
+            }
+            let mut times = 0;
+            let mut work = |who| {
+                times += 1;
+                by[who as usize] += 1;
+                assert_eq!(done.load(Ordering::Relaxed), THREADS * (2 * round + 1), "all have come");
+                // The one that does it gives the next order too.
+                meeting.publish(Command::Copy);
+            };
+            lent.lend(&meeting, &mut work, None, || None, || ()).unwrap();
+            assert_eq!(times, 1, "round {round}");
+            meeting.wait_all();
+        }
+        meeting.publish(Command::Quit);
+    });
+    assert!(by[Who::Controller as usize] > 0 && by[Who::LastVcpu as usize] > 0, "{by:?}");
+}
+
+#[test]
+fn what_is_taken_back_is_done_by_nobody() {
+    let (meeting, lent) = (Rendezvous::new(2, 0), Lent::default());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            meeting.next(Order::FIRST);
+            assert!(!meeting.arrive());
+        });
+        meeting.publish(Command::Capture);
+        while meeting.missing() == 2 {
+            std::thread::yield_now();
+        }
+        let (mut asked, now) = (0, Instant::now());
+        let late = || {
+            asked += 1;
+            (asked < 3).then_some(now)
+        };
+        let result = lent.lend(&meeting, &mut |_| panic!("too late"), Some(now), late, || ());
+        assert_eq!((result, asked), (Err(1), 3));
+        // The second comes after all.
+        assert!(!meeting.arrive(), "what is gone would be done");
+    });
+}
+
+#[test]
+fn the_controller_helps_when_it_is_called_and_is_waited_for() {
+    let (meeting, lent, helped) = (Rendezvous::new(1, 0), Lent::default(), AtomicU64::new(0));
+    let count = || helped.load(Ordering::Relaxed);
+    let mut lends = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut last = Order::FIRST;
+            while last.command() != Command::Quit {
+                last = meeting.next(last);
+                // Mostly after the controller has lent its part.
+                std::thread::sleep(Duration::from_millis(2));
+                if meeting.arrive() {
+                    lent.take(&meeting);
+                }
+            }
+        });
+        for _ in 0..20 {
+            meeting.publish(Command::Capture);
+            let mut work = |who| {
+                if who == Who::Controller {
+                    return;
+                }
+                lends += 1;
+                for round in 0..100 {
+                    let before = count();
+                    meeting.call();
+                    while round % 2 == 0 && count() == before {
+                        std::thread::yield_now();
+                    }
+                    meeting.call_off();
+                    // From here on nobody helps.
+                    let now = count();
+                    std::thread::yield_now();
+                    assert_eq!(count(), now);
+                }
+            };
+            let help = || {
+                std::thread::yield_now();
+                helped.fetch_add(1, Ordering::Relaxed);
+            };
+            lent.lend(&meeting, &mut work, None, || None, help).unwrap();
+        }
+        meeting.publish(Command::Quit);
+    });
+    assert!(lends > 0 && count() >= 50 * lends, "{} of {lends}", count());
 }

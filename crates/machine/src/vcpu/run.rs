@@ -158,13 +158,20 @@ impl Vcpu {
                     self.complete_io();
                     self.last = LastRun::Completed;
                 }
-                Command::Capture => self.capture(),
+                Command::Capture => {
+                    self.capture();
+                    if shared.meeting.arrive() {
+                        shared.lent.take(&shared.meeting);
+                    }
+                    continue;
+                }
                 Command::Copy => shared.copy.work(&shared.ram),
                 Command::Task => self.do_task(),
                 Command::Quit => {
                     // The kvm_run mapping goes with `self`, so the controller must not touch
                     // `immediate_exit` after this arrival; it only joins.
-                    return shared.meeting.arrive();
+                    shared.meeting.arrive();
+                    return;
                 }
             }
             shared.meeting.arrive();

@@ -10,6 +10,7 @@ use outlive_dirty::{Gfn, Tracker};
 use vmm_sys_util::signal::Killable;
 
 use super::copying::CopyJob;
+use super::lent::{Lent, Who, Work};
 use super::platform::Platform;
 use super::rendezvous::{Command, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
@@ -29,10 +30,28 @@ pub(crate) struct Shared {
     pub(super) mmio: Arc<Bus>,
     pub(super) events: EventSink,
     pub(super) copy: CopyJob,
+    pub(super) lent: Lent,
     pub(super) ram: Arc<Ram>,
     /// Set once, after the vCPUs are made, because the tracker maps their rings.
     pub(super) tracker: OnceLock<Arc<Tracker>>,
     pub(super) timeline: Timeline,
+}
+
+impl Shared {
+    /// Controller: has the thread that arrives last do `work`, after [`VcpuSet::begin_capture`]; see
+    /// [`Lent::lend`]. For the time of `work` the set is that thread's.
+    ///
+    /// # Errors
+    /// How many vCPUs have not stopped in time. Nobody does `work` then, and nothing else may be ordered of the
+    /// set.
+    pub(crate) fn lend(
+        &self,
+        work: &mut Work<'_>,
+        deadline: Option<Instant>,
+        late: impl FnMut() -> Option<Instant>,
+    ) -> Result<(), u32> {
+        self.lent.lend(&self.meeting, work, deadline, late, || self.copy.work(&self.ram))
+    }
 }
 
 /// The parts that the vCPU threads work on.
@@ -81,6 +100,7 @@ impl VcpuSet {
             mmio: parts.mmio,
             events: parts.events,
             copy: CopyJob::default(),
+            lent: Lent::default(),
             ram: parts.ram,
             tracker: OnceLock::new(),
             timeline: Timeline::start(),
@@ -160,7 +180,14 @@ impl VcpuSet {
         read(&lock(&self.slots[index].saved))
     }
 
-    /// Copies pages of the stopped VM, with all vCPU threads if `parallel`.
+    /// What the set shares with its threads.
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// Copies pages of the stopped VM, with several threads if `parallel`: the controller's, and those of the
+    /// vCPUs. If there is one vCPU and its thread ends the pause, the controller comes to help as soon as it is
+    /// awake.
     ///
     /// # Errors
     /// As [`CopyJob::run`].
@@ -168,11 +195,20 @@ impl VcpuSet {
     /// # Safety
     /// As [`CopyJob::run`].
     #[allow(unsafe_code)] // UNSAFETY: passes the caller's promise on.
-    pub(crate) unsafe fn copy(&self, gfns: &[Gfn], to: *mut u8, parallel: bool) -> Result<(), Gfn> {
+    pub(crate) unsafe fn copy(&self, who: Who, gfns: &[Gfn], to: *mut u8, parallel: bool) -> Result<(), Gfn> {
         let shared = &self.shared;
         let helpers = parallel.then_some(|| {
+            if who == Who::LastVcpu && self.len() == 1 {
+                shared.meeting.call();
+                shared.copy.work(&shared.ram);
+                return shared.meeting.call_off();
+            }
             shared.meeting.publish(Command::Copy);
             shared.copy.work(&shared.ram);
+            if who == Who::LastVcpu {
+                // It is one of those that are awaited.
+                shared.meeting.arrive();
+            }
             shared.meeting.wait_all();
         });
         // SAFETY: the caller's promise; `helpers` waits for all threads.

@@ -128,9 +128,10 @@ impl Coordinator {
         let then = if last { Then::Stay } else { Then::Resume };
         let protected = self.with.driver.status() == PrimaryStatus::Protected;
         self.with.machine.set_stop_budget(protected.then_some(self.with.stop_budget));
-        let began = self.with.driver.clock().now();
-        let (result, decided) = self.pause(&mut staging, then, &pool, of);
-        let ended = self.with.driver.clock().now();
+        let driver = self.with.driver.clone();
+        let mut inside = InsidePause::new(&driver, &pool, of);
+        let result = self.pause(&mut staging, then, &mut inside);
+        let decided = inside.decided;
         self.with.self_check.after();
         let report = match result {
             Ok(report) => report,
@@ -140,6 +141,9 @@ impl Coordinator {
             }
         };
         self.full = FullLogs::default();
+        // Not this thread's time: the guest runs on without waiting for it.
+        let ended = self.with.driver.clock().now().saturating_sub(report.ended.elapsed());
+        let began = ended.saturating_sub(report.pause);
         self.with.policy.ended(&Pause { began, ended, pages: report.pages as u64 });
         match decided.ticket {
             Some(ticket) => {
@@ -156,18 +160,15 @@ impl Coordinator {
     }
 
     /// The pause itself. Between stopping and resuming the vCPUs nothing is allocated, and no lock is waited
-    /// for that another thread holds over a system call (invariant 5).
+    /// for that another thread holds over a system call (invariant 5). A vCPU's thread does most of it, while
+    /// this one waits.
     pub(super) fn pause(
         &mut self,
         staging: &mut Outgoing,
         then: Then,
-        pool: &Pool,
-        of: Of,
-    ) -> (Result<CaptureReport, CaptureError>, Decided) {
-        let mut inside =
-            InsidePause { driver: &self.with.driver, pool, of, pages: 0, decided: Decided::default() };
-        let result = self.with.machine.checkpoint(staging, then, &mut inside);
-        (result, inside.decided)
+        inside: &mut dyn InPause,
+    ) -> Result<CaptureReport, CaptureError> {
+        self.with.machine.checkpoint(staging, then, inside)
     }
 
     /// The vCPUs are stopped and a checkpoint is half taken. Protection starts anew; the VM continues once
@@ -211,13 +212,13 @@ pub(super) struct Decided {
 }
 
 /// The work while the vCPUs are stopped.
-struct InsidePause<'a> {
+pub(super) struct InsidePause<'a> {
     driver: &'a SharedDriver,
     pool: &'a Pool,
     of: Of,
     /// The pages and state bytes of all parts.
     pages: usize,
-    decided: Decided,
+    pub(super) decided: Decided,
 }
 
 impl InPause for InsidePause<'_> {
@@ -237,7 +238,11 @@ impl InPause for InsidePause<'_> {
     }
 }
 
-impl InsidePause<'_> {
+impl<'a> InsidePause<'a> {
+    pub(super) fn new(driver: &'a SharedDriver, pool: &'a Pool, of: Of) -> Self {
+        Self { driver, pool, of, pages: 0, decided: Decided::default() }
+    }
+
     /// The next free buffer. Only an oversized checkpoint needs it; the VM waits for the link.
     fn next_buffer(&self) -> Result<Outgoing, String> {
         loop {
