@@ -35,6 +35,7 @@ Examples:
   cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
   cargo xtask bench wire --quick               how fast pages are written down for the standby
   cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
+  cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
 Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
 printed as missed and is no error. The exit code is 2 if the bench cannot run here (no /dev/kvm) or FILE cannot be
@@ -55,6 +56,8 @@ enum Bench {
     Guest,
     /// Encoding of pages for the standby: time compared with a copy, bytes compared with raw pages
     Wire,
+    /// The pause of a checkpoint as a vCPU sees it, compared with its floor: kick, state and copy on bare KVM
+    Pause,
 }
 
 impl Bench {
@@ -64,6 +67,7 @@ impl Bench {
             Bench::Migrate => "migrate",
             Bench::Guest => "guest",
             Bench::Wire => "wire",
+            Bench::Pause => "pause",
         }
     }
 
@@ -72,6 +76,7 @@ impl Bench {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
             Bench::Guest => "outlive",
             Bench::Wire => "outlive-epoch",
+            Bench::Pause => "outlive-machine",
         }
     }
 
@@ -84,7 +89,7 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest | Bench::Wire => Vec::new(),
+            Bench::Guest | Bench::Wire | Bench::Pause => Vec::new(),
         }
     }
 }
@@ -204,6 +209,11 @@ mod tests {
         assert!(full.ends_with("--example migrate -- --gib 1,64,512 --rounds 8 --json /f"), "{full}");
         let wire = words(&parse(&["wire"]).unwrap());
         assert!(wire.ends_with(" bench --package outlive-epoch --bench wire -- --json /f"), "{wire}");
+        let pause = words(&parse(&["pause", "--quick"]).unwrap());
+        assert!(
+            pause.ends_with(" bench --package outlive-machine --bench pause -- --json /f --quick"),
+            "{pause}"
+        );
     }
 
     #[test]
