@@ -3,11 +3,11 @@
 use crate::abi::{self, BootInfo};
 use crate::cpu;
 use crate::logic::clock::{Clock, MAX_SLEEP_US};
-use crate::logic::command::{Facts, Machine};
+use crate::logic::command::{Disk, Facts, Machine};
 use crate::logic::server::{NetDevice, Server};
 use crate::logic::work::{Control, Step, Worker};
 use crate::pool::{Pool, PoolArena};
-use crate::virtio::Net;
+use crate::virtio::{Blk, Net};
 
 /// vCPU 0 looks for frames this long after its last work, before it pays two exits for a sleep. The cores are
 /// shared with the VMM and often with a whole second VM, so it is short.
@@ -19,6 +19,9 @@ const WORK_SLICE: u64 = 16;
 const WORK_TICK_US: u64 = 250;
 /// While the transmit queue is full, look again this soon: the device wakes us for received frames only.
 const FULL_QUEUE_US: u64 = 500;
+
+/// Windows behind the network card's that may hold a disk.
+const OTHER_DEVICES: u64 = 4;
 
 /// The board of the work load, shared by all vCPUs.
 pub static CONTROL: Control = Control::new();
@@ -38,6 +41,11 @@ pub struct Host {
     workers: u32,
     first_worker: u32,
     worker_pages: u64,
+    /// The network card's window; the other devices' follow.
+    windows: u64,
+    /// The first disk, from the first command that asks for it: a VM whose clients never do is as if it had
+    /// no driver.
+    disk: Option<Option<Blk>>,
 }
 
 impl Host {
@@ -45,13 +53,25 @@ impl Host {
     pub fn new(info: &BootInfo, pool: &Pool) -> Self {
         let (workers, first_worker) = workers(info.vcpus);
         let facts = Facts { vcpus: info.vcpus, memory_bytes: info.memory_bytes, ..Facts::default() };
-        Self { facts, workers, first_worker, worker_pages: pool.pages_per_worker(workers.into()) }
+        let worker_pages = pool.pages_per_worker(workers.into());
+        Self { facts, workers, first_worker, worker_pages, windows: info.net_mmio_base, disk: None }
     }
 }
 
 impl Machine for Host {
     fn facts(&self) -> Facts {
         self.facts
+    }
+
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        let base = self.windows;
+        let find = || {
+            let windows = (1..=OTHER_DEVICES).map(|slot| base + slot * abi::NET_MMIO_SIZE);
+            // SAFETY: the page tables map the whole device window, and a window without a device reads as one
+            // without a disk. Nobody else drives disks, and this runs once.
+            windows.filter_map(|window| unsafe { Blk::new(window) }).next()
+        };
+        self.disk.get_or_insert_with(find).as_mut().map(|disk| disk as &mut dyn Disk)
     }
 
     fn control(&self) -> &Control {

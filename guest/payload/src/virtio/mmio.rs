@@ -8,7 +8,7 @@ pub mod reg {
     pub const MAGIC: u64 = 0x000;
     /// 2 for the modern layout.
     pub const VERSION: u64 = 0x004;
-    /// 1 is a network card.
+    /// 1 is a network card, 2 a disk.
     pub const DEVICE_ID: u64 = 0x008;
     /// Feature bits the device offers, by [`DEVICE_FEATURES_SEL`].
     pub const DEVICE_FEATURES: u64 = 0x010;
@@ -36,7 +36,7 @@ pub mod reg {
     pub const QUEUE_DRIVER: u64 = 0x090;
     /// Used ring, low half; the high half follows.
     pub const QUEUE_DEVICE: u64 = 0x0a0;
-    /// Device configuration: the MAC address.
+    /// Device configuration: the MAC address, the disk's size.
     pub const CONFIG: u64 = 0x100;
 }
 

@@ -1,10 +1,12 @@
-//! A split virtqueue (virtio 1.2, section 2.7) of single-descriptor buffers.
+//! A split virtqueue (virtio 1.2, section 2.7) of single-descriptor buffers, or of one chain at a time.
 
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 use core::{mem, ptr};
 
 /// Descriptor flag: the device writes into the buffer.
 pub const DESC_WRITE: u16 = 2;
+/// Descriptor flag: the buffer continues in the next descriptor.
+const DESC_NEXT: u16 = 1;
 /// Flag of the available ring: do not interrupt (without EVENT_IDX).
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// Flag of the used ring: do not notify (without EVENT_IDX).
@@ -117,8 +119,19 @@ impl<const N: usize> Queue<N> {
 
     /// Writes descriptor `id`.
     pub fn describe(&mut self, id: u16, address: u64, len: u32, flags: u16) {
+        self.put(id, Descriptor { address, len, flags, next: 0 });
+    }
+
+    /// Writes one buffer of several parts (address, length, flags), which has all descriptors from the first.
+    pub fn describe_chain(&mut self, parts: &[(u64, u32, u16)]) {
+        for (id, &(address, len, flags)) in parts.iter().enumerate() {
+            let next = if id + 1 < parts.len() { DESC_NEXT } else { 0 };
+            self.put(id as u16, Descriptor { address, len, flags: flags | next, next: id as u16 + 1 });
+        }
+    }
+
+    fn put(&mut self, id: u16, descriptor: Descriptor) {
         assert!(usize::from(id) < N, "descriptor index out of range");
-        let descriptor = Descriptor { address, len, flags, next: 0 };
         // SAFETY: inside the table by the assertion; the device does not own descriptor `id` now, since
         // buffers are offered once and described only while we own them.
         unsafe {

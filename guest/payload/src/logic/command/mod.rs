@@ -1,6 +1,7 @@
 //! The commands: their arguments, their work, their replies.
 
 mod connection;
+mod disk;
 mod strings;
 mod system;
 mod table;
@@ -11,6 +12,7 @@ mod tests;
 
 use alloc::vec::Vec;
 
+pub use disk::{BLOCK, Disk};
 pub use system::{Client, Facts, Totals};
 pub use work::verification_result;
 
@@ -22,6 +24,8 @@ use super::work::Control;
 pub trait Machine {
     /// Numbers for INFO and WORK STAT.
     fn facts(&self) -> Facts;
+    /// The first disk, if the VM has one that can be used.
+    fn disk(&mut self) -> Option<&mut dyn Disk>;
     /// The board of the work load.
     fn control(&self) -> &Control;
     /// Number of its workers.

@@ -1,6 +1,6 @@
 //! The table of commands.
 
-use super::{Context, Outcome, connection, strings, system, work};
+use super::{Context, Outcome, connection, disk, strings, system, work};
 
 /// One command.
 pub(super) struct Command {
@@ -36,7 +36,7 @@ const fn command(
 }
 
 /// All commands, the frequent ones first: the search is linear.
-pub(super) static COMMANDS: [Command; 34] = [
+pub(super) static COMMANDS: [Command; 35] = [
     command("get", 2, ONE, strings::get),
     command("set", -3, ONE, strings::set),
     command("incr", 2, ONE, strings::incr),
@@ -71,6 +71,7 @@ pub(super) static COMMANDS: [Command; 34] = [
     command("shutdown", -1, NONE, system::shutdown),
     command("debug", -2, NONE, system::debug),
     command("work", -2, NONE, work::work),
+    command("disk", -2, NONE, disk::disk),
 ];
 
 /// The command of this name, in any case.

@@ -5,11 +5,44 @@ use super::*;
 struct Bench {
     control: Control,
     woken: usize,
+    disk: Option<Blocks>,
+}
+
+/// A disk of three blocks.
+#[derive(Default)]
+struct Blocks {
+    blocks: [Vec<u8>; 3],
+    broken: bool,
+    synced: usize,
+}
+
+impl Disk for Blocks {
+    fn blocks(&self) -> u64 {
+        3
+    }
+
+    fn read(&mut self, block: u64) -> Option<&[u8]> {
+        (!self.broken).then(|| &self.blocks[block as usize][..])
+    }
+
+    fn write(&mut self, block: u64, text: &[u8]) -> bool {
+        self.blocks[block as usize] = [text, &vec![0; BLOCK - text.len()]].concat();
+        !self.broken
+    }
+
+    fn sync(&mut self) -> bool {
+        self.synced += 1;
+        !self.broken
+    }
 }
 
 impl Machine for Bench {
     fn facts(&self) -> Facts {
         Facts { vcpus: 3, memory_bytes: 1 << 28, ..Facts::default() }
+    }
+
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        self.disk.as_mut().map(|disk| disk as &mut dyn Disk)
     }
 
     fn control(&self) -> &Control {
@@ -40,7 +73,7 @@ impl Session {
     fn new(limit: usize) -> Self {
         Self {
             store: Store::new(limit, (1, 2)).unwrap(),
-            machine: Bench { control: Control::new(), woken: 0 },
+            machine: Bench { control: Control::new(), woken: 0, disk: None },
             client: Client::new(7),
             totals: Totals::default(),
         }
@@ -175,7 +208,7 @@ fn connection_commands() {
         ("client setinfo lib-name x", "+OK|"),
         ("client no-evict on", "+OK|"),
         ("client what", "-ERR unknown subcommand 'what'. Try CLIENT HELP.|"),
-        ("command count", ":34|"),
+        ("command count", ":35|"),
         ("command docs", "*0|"),
         ("command info get nope", "*2|*6|$3|get|:2|*0|:1|:1|:1|*-1|"),
         ("config get max*s", "*0|"),
@@ -215,4 +248,35 @@ fn work() {
     assert!(stat.ends_with("$15|writes_per_vcpu|*3|:0|:0|:0|"), "{stat}");
     assert_eq!(session.run("work verify").1, Outcome::AwaitVerification(1));
     session.check(&[("work off", "+OK|"), ("work what", "-ERR try WORK SET <pages> <hot-percent> <writes-per-second>, WORK OFF, WORK STAT or WORK VERIFY|")]);
+}
+
+#[test]
+fn disk() {
+    let mut session = Session::new(1 << 20);
+    session.check(&[("DISK SIZE", "-ERR this VM has no disk|")]);
+    session.machine.disk = Some(Blocks::default());
+    let range = "-ERR the disk has 3 blocks, 0 is the first|";
+    let usage = "-ERR try DISK WRITE <block> <text>, DISK READ <block>, DISK SYNC or DISK SIZE|";
+    session.check(&[
+        ("DISK SIZE", ":3|"),
+        ("disk read 2", "$-1|"),
+        ("disk write 2 some-longer-text", "+OK|"),
+        ("DISK WRITE 2 text", "+OK|"),
+        ("DISK READ 2", "$4|text|"),
+        ("DISK READ 0", "$-1|"),
+        ("DISK SYNC", "+OK|"),
+        ("DISK READ 3", range),
+        ("DISK READ -1", range),
+        ("DISK WRITE x y", range),
+        ("DISK WRITE 1", usage),
+        ("DISK SYNC 1", usage),
+        ("DISK FORMAT", usage),
+    ]);
+    let long = format!("DISK WRITE 1 {}", "x".repeat(BLOCK + 1));
+    session.check(&[(&long, "-ERR a block has 4096 bytes|"), ("DISK READ 1", "$-1|")]);
+    let disk = session.machine.disk.as_mut().unwrap();
+    assert_eq!(disk.synced, 1);
+    disk.broken = true;
+    let broken = "-ERR the disk reports an error|";
+    session.check(&[("DISK READ 2", broken), ("DISK WRITE 2 z", broken), ("DISK SYNC", broken)]);
 }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 
-use super::super::command::Facts;
+use super::super::command::{Disk, Facts};
 use super::super::work::{Control, Setting};
 use super::*;
 
@@ -97,6 +97,10 @@ struct Bench(Control);
 impl Machine for Bench {
     fn facts(&self) -> Facts {
         Facts::default()
+    }
+
+    fn disk(&mut self) -> Option<&mut dyn Disk> {
+        None
     }
 
     fn control(&self) -> &Control {
