@@ -17,6 +17,7 @@ mod client;
 mod pipes;
 mod process;
 mod proxy;
+mod slow;
 mod small;
 mod tracer;
 mod witness;
@@ -38,8 +39,9 @@ pub(crate) use client::{Client, Value};
 pub(crate) use pipes::fill;
 pub(crate) use process::Process;
 pub(crate) use proxy::{Proxy, Way};
+pub(crate) use slow::{Pace, Slow};
 pub(crate) use small::Small;
-pub(crate) use tracer::{Held, take_program_memory};
+pub(crate) use tracer::{Held, take_all_memory, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
 pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
 
@@ -117,6 +119,7 @@ pub(crate) struct World {
     lan: Namespace,
     hosts: [Namespace; 2],
     started: AtomicU32,
+    arbiter: PathBuf,
     dir: tempfile::TempDir,
 }
 
@@ -129,9 +132,9 @@ impl World {
         let lan = namespace()?;
         let hosts = [namespace()?, namespace()?];
         let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
-        let world = World { lan, hosts, started: AtomicU32::new(0), dir };
-        fs::create_dir(world.arbiter()).unwrap();
-        FileArbiter::init(&world.arbiter()).unwrap();
+        let arbiter = dir.path().join("arbiter");
+        let mut world = World { lan, hosts, started: AtomicU32::new(0), arbiter: arbiter.clone(), dir };
+        world.place_arbiter(arbiter);
         world.cable();
         Some(world)
     }
@@ -193,7 +196,14 @@ impl World {
 
     /// The arbiter's directory.
     pub(crate) fn arbiter(&self) -> PathBuf {
-        self.dir().join("arbiter")
+        self.arbiter.clone()
+    }
+
+    /// Makes a new arbiter in another place, for processes that start from now on.
+    pub(crate) fn place_arbiter(&mut self, place: PathBuf) {
+        fs::create_dir(&place).unwrap();
+        FileArbiter::init(&place).unwrap();
+        self.arbiter = place;
     }
 
     /// The VM's Redis server.

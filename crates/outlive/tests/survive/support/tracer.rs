@@ -46,24 +46,32 @@ impl Held {
         Held(thread)
     }
 
-    /// Makes the stopped thread do a system call, if it is in one itself.
+    /// Makes the stopped thread do a system call, if it is in one itself. A process that ends meanwhile counts
+    /// as having done it.
     fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
+        match self.try_call(number, arguments) {
+            Err(Errno::ESRCH) => Some(0),
+            result => result.unwrap(),
+        }
+    }
+
+    fn try_call(&self, number: i64, arguments: [u64; 3]) -> nix::Result<Option<i64>> {
         /// `syscall`
         const INSTRUCTION: u64 = 0x050f;
-        let before = ptrace::getregs(self.0).unwrap();
+        let before = ptrace::getregs(self.0)?;
         let at = before.rip - 2;
-        if ptrace::read(self.0, at as *mut _).ok()? as u64 & 0xffff != INSTRUCTION {
-            return None;
+        if ptrace::read(self.0, at as *mut _)? as u64 & 0xffff != INSTRUCTION {
+            return Ok(None);
         }
         let mut call = before;
         (call.rip, call.rax, call.orig_rax) = (at, number as u64, u64::MAX);
         (call.rdi, call.rsi, call.rdx) = (arguments[0], arguments[1], arguments[2]);
-        ptrace::setregs(self.0, call).unwrap();
-        ptrace::step(self.0, None).unwrap();
-        waitpid(self.0, Some(WaitPidFlag::__WALL)).unwrap();
-        let result = ptrace::getregs(self.0).unwrap().rax as i64;
-        ptrace::setregs(self.0, before).unwrap();
-        Some(result)
+        ptrace::setregs(self.0, call)?;
+        ptrace::step(self.0, None)?;
+        waitpid(self.0, Some(WaitPidFlag::__WALL))?;
+        let result = ptrace::getregs(self.0)?.rax as i64;
+        ptrace::setregs(self.0, before)?;
+        Ok(Some(result))
     }
 }
 
@@ -79,11 +87,26 @@ impl Drop for Held {
 
 /// Takes the memory behind its guest's program away from a process: the host can no longer provide it.
 pub(crate) fn take_program_memory(process: &Process, memory: u64) {
-    let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid())).unwrap();
-    let guest = maps.lines().filter_map(anonymous).find(|range| range.end - range.start == memory);
-    let guest = guest.expect("the guest's memory").start;
+    let guest = guest_memory(process, memory).expect("the guest's memory").start;
     let program = program();
-    let (start, length) = (guest + program.start, program.end - program.start);
+    take(process, guest + program.start..guest + program.end);
+}
+
+/// Takes all memory of the guest, or of its copy, away from a process. Does nothing if it has none at the
+/// moment.
+pub(crate) fn take_all_memory(process: &Process, memory: u64) {
+    if let Some(guest) = guest_memory(process, memory) {
+        take(process, guest);
+    }
+}
+
+fn guest_memory(process: &Process, memory: u64) -> Option<Range<u64>> {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", process.pid())).unwrap();
+    maps.lines().filter_map(anonymous).find(|range| range.end - range.start == memory)
+}
+
+fn take(process: &Process, range: Range<u64>) {
+    let (start, length) = (range.start, range.end - range.start);
     wait_until("the process is in a system call", || {
         let main = Held::stop(Pid::from_raw(process.pid() as i32));
         match main.call(SYS_mprotect, [start, length, PROT_NONE as u64]) {

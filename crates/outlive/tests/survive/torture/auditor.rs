@@ -2,30 +2,92 @@
 //!
 //! Keys belong to a *chapter*. When a new chapter has begun for every client, nobody waits for an answer
 //! about the old one: its history is complete, is read back once more and judged.
+//!
+//! Keys are in the guest's memory or on its disk. The disk outlives the loss of both hosts, and the next
+//! auditor inherits the history of its blocks.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::disk::{BLOCK, BLOCKS};
 use super::history::{Fault, Operation, What, judge_counter, judge_register};
 use crate::support::{Client, Dice, Value, World, wait_until};
 
 const LASTING: usize = 4;
 const REGISTERS: u64 = 5;
 const COUNTERS: u64 = 2;
+const ON_DISK: u64 = 4;
+/// Chapters whose blocks are in different places.
+const PLACES: u64 = BLOCKS / ON_DISK;
+/// One of this many commands to the disk is followed by one that makes it durable.
+const SYNC_ONE_IN: u64 = 4;
 /// Rest after each command, to leave some of the machine to others.
 const REST: Duration = Duration::from_millis(3);
 
-/// A key: its chapter, whether it is a counter, and its number.
-type Key = (u64, bool, u64);
+/// What is behind a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Sort {
+    Register,
+    Counter,
+    /// A register in a block of the disk.
+    Block,
+}
+
+/// A key: its chapter, its sort and its number.
+type Key = (u64, Sort, u64);
 /// A client's state.
 type Histories = BTreeMap<Key, Vec<Operation>>;
 
-fn name((chapter, counter, number): Key) -> String {
-    format!("{}{number}:{chapter}", if counter { 'c' } else { 'r' })
+fn name((chapter, sort, number): Key) -> String {
+    let letter = match sort {
+        Sort::Register => 'r',
+        Sort::Counter => 'c',
+        Sort::Block => 'd',
+    };
+    format!("{letter}{number}:{chapter}")
+}
+
+/// The block of a key on the disk.
+fn place((chapter, _, number): Key) -> u64 {
+    chapter % PLACES * ON_DISK + number
+}
+
+/// The request that reads a key.
+fn reading(key: Key) -> String {
+    if key.1 == Sort::Block { format!("DISK READ {}", place(key)) } else { format!("GET {}", name(key)) }
+}
+
+/// The value of a key, as a number; 0 for none. Any other value gives a number that nobody has written.
+fn value(key: Key, reply: Value) -> u64 {
+    match reply {
+        Value::Bulk(None) => 0,
+        Value::Bulk(Some(text)) if key.1 == Sort::Block => value_of_block(key, &text),
+        Value::Bulk(Some(text)) => number(&text),
+        _ => u64::MAX,
+    }
+}
+
+/// The same for the text in a key's block. A text of another chapter is from before this one.
+fn value_of_block(key: Key, text: &[u8]) -> u64 {
+    let colon = text.iter().position(|byte| *byte == b':');
+    let (chapter, value) = text.split_at(colon.unwrap_or(text.len()));
+    match number(chapter) {
+        _ if text.is_empty() => 0,
+        chapter if chapter == key.0 => number(value.get(1..).unwrap_or_default()),
+        chapter if chapter < key.0 => 0,
+        _ => u64::MAX,
+    }
+}
+
+fn number(text: &[u8]) -> u64 {
+    std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).unwrap_or(u64::MAX)
 }
 
 #[derive(Default)]
@@ -56,21 +118,51 @@ pub(super) struct Auditor {
     began: Instant,
     /// Operations judged.
     pub(super) judged: u64,
+    /// The values in the blocks of the last chapter that was judged.
+    last_blocks: Vec<(Key, u64)>,
+}
+
+/// What survives both hosts: the blocks' histories, which are not judged yet.
+pub(super) struct Estate {
+    blocks: Histories,
+    began: Instant,
+    chapter: u64,
 }
 
 impl Auditor {
     /// Starts them and waits until all have been served.
     pub(super) fn start(world: &World, dice: &mut Dice) -> Auditor {
+        Auditor::start_in(world, dice, 1, Instant::now())
+    }
+
+    /// Starts them after a loss of both hosts and judges what the earlier ones left.
+    pub(super) fn start_after(
+        world: &World,
+        dice: &mut Dice,
+        estate: Estate,
+    ) -> (Auditor, Result<(), Fault>) {
+        // A request of the last chapter may still be on its way to a block.
+        let mut auditor = Auditor::start_in(world, dice, estate.chapter + 2, estate.began);
+        let keys: Vec<Key> = estate.blocks.keys().copied().collect();
+        let mut all = auditor.read(world, keys.into_iter());
+        for (key, operations) in estate.blocks {
+            all.entry(key).or_default().extend(operations);
+        }
+        let judged = auditor.judge_these(all);
+        (auditor, judged)
+    }
+
+    fn start_in(world: &World, dice: &mut Dice, chapter: u64, began: Instant) -> Auditor {
         let clients = (0..=LASTING).map(|_| Told::default()).collect();
-        let shared = Arc::new(Shared { clients, ..Shared::default() });
-        let (server, began) = (world.server(), Instant::now());
+        let shared = Arc::new(Shared { clients, chapter: chapter.into(), ..Shared::default() });
+        let server = world.server();
         for number in 0..=LASTING {
             let dice = Dice::of(dice.below(u64::MAX));
             let auditing = Auditing { shared: shared.clone(), number, server, began, dice, sent: 0 };
             // A thread stays in the network of the thread that started it.
             world.lan(|| thread::spawn(move || auditing.run()));
         }
-        let auditor = Auditor { shared, server, began, judged: 0 };
+        let auditor = Auditor { shared, server, began, judged: 0, last_blocks: Vec::new() };
         auditor.hear_all();
         auditor
     }
@@ -106,17 +198,49 @@ impl Auditor {
     pub(super) fn judge(&mut self, world: &World) -> Result<(), Fault> {
         let chapter = self.shared.chapter.fetch_add(1, Ordering::Relaxed);
         self.hear_all();
-        let mut last = Histories::new();
+        let last = self.read(world, keys(chapter));
+        let blocks = last.iter().filter(|(key, _)| key.1 == Sort::Block);
+        self.last_blocks = blocks
+            .filter_map(|(key, operations)| match operations[0].what {
+                What::Read(value) => Some((*key, value)),
+                _ => None,
+            })
+            .collect();
+        self.judge_all(last)
+    }
+
+    /// Reads keys once more.
+    fn read(&self, world: &World, keys: impl Iterator<Item = Key> + Send) -> Histories {
         world.lan(|| {
             let mut client = Client::open(self.server).unwrap();
-            for key in keys(chapter) {
+            keys.map(|key| {
                 let start = self.began.elapsed().as_nanos() as u64;
-                let value = read_value(client.ask(&format!("GET {}", name(key))).unwrap());
+                let value = value(key, client.ask(&reading(key)).unwrap());
                 let end = Some(self.began.elapsed().as_nanos() as u64);
-                last.insert(key, vec![Operation { what: What::Read(value), start, end }]);
+                (key, vec![Operation { what: What::Read(value), start, end }])
+            })
+            .collect()
+        })
+    }
+
+    /// Compares the blocks of the last chapter that was judged, which nobody writes any more, with an image.
+    /// Returns how many there were.
+    pub(super) fn compare(&self, image: &Path) -> Result<u64, String> {
+        let file = File::open(image).map_err(|error| format!("{}: {error}", image.display()))?;
+        for &(key, due) in &self.last_blocks {
+            let mut bytes = vec![0; BLOCK];
+            file.read_exact_at(&mut bytes, place(key) * BLOCK as u64).map_err(|error| error.to_string())?;
+            let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            let found = value_of_block(key, &bytes[..end]);
+            if found != due {
+                return Err(format!(
+                    "{} is {found} in {}, and the guest reads {due}",
+                    name(key),
+                    image.display()
+                ));
             }
-        });
-        self.judge_all(last)
+        }
+        Ok(self.last_blocks.len() as u64)
     }
 
     /// Judges the history when the VM has ended, including requests without an answer.
@@ -125,19 +249,42 @@ impl Auditor {
         self.judge_all(Histories::new())
     }
 
-    fn judge_all(&mut self, mut all: Histories) -> Result<(), Fault> {
+    /// The same when the VM will start again from its disk.
+    pub(super) fn end_for_now(&mut self) -> (Estate, Result<(), Fault>) {
+        self.stop();
+        let mut all = self.collect(Histories::new());
+        let blocks: Histories = all.extract_if(.., |key, _| key.1 == Sort::Block).collect();
+        let chapter = self.shared.chapter.load(Ordering::Relaxed);
+        (Estate { blocks, began: self.began, chapter }, self.judge_these(all))
+    }
+
+    fn judge_all(&mut self, last: Histories) -> Result<(), Fault> {
+        let all = self.collect(last);
+        self.judge_these(all)
+    }
+
+    /// The histories of all chapters that have ended.
+    fn collect(&self, mut all: Histories) -> Histories {
         let chapter = self.shared.chapter.load(Ordering::Relaxed);
         let stopped = self.shared.stop.load(Ordering::Relaxed);
         for client in &self.shared.clients {
             let mut histories = lock(&client.histories);
-            let going_on = if stopped { Histories::new() } else { histories.split_off(&(chapter, false, 0)) };
+            let going_on =
+                if stopped { Histories::new() } else { histories.split_off(&(chapter, Sort::Register, 0)) };
             for (key, operations) in std::mem::replace(&mut *histories, going_on) {
                 all.entry(key).or_default().extend(operations);
             }
         }
+        all
+    }
+
+    fn judge_these(&mut self, all: Histories) -> Result<(), Fault> {
         for (key, operations) in all {
             self.judged += operations.len() as u64;
-            let judged = if key.1 { judge_counter(&operations) } else { judge_register(&operations) };
+            let judged = match key.1 {
+                Sort::Counter => judge_counter(&operations),
+                Sort::Register | Sort::Block => judge_register(&operations),
+            };
             judged.map_err(|fault| match fault {
                 Fault::Lost(what) => Fault::Lost(format!("{}: {what}", name(key))),
                 Fault::Doubled(what) => Fault::Doubled(format!("{}: {what}", name(key))),
@@ -164,19 +311,8 @@ impl Drop for Auditor {
 }
 
 fn keys(chapter: u64) -> impl Iterator<Item = Key> {
-    let registers = (0..REGISTERS).map(move |number| (chapter, false, number));
-    registers.chain((0..COUNTERS).map(move |number| (chapter, true, number)))
-}
-
-/// The value of a key, as a number; 0 for none. Any other value gives a number that nobody has written.
-fn read_value(reply: Value) -> u64 {
-    match reply {
-        Value::Bulk(None) => 0,
-        Value::Bulk(Some(text)) => {
-            String::from_utf8(text).ok().and_then(|text| text.parse().ok()).unwrap_or(u64::MAX)
-        }
-        _ => u64::MAX,
-    }
+    let sorts = [(Sort::Register, REGISTERS), (Sort::Counter, COUNTERS), (Sort::Block, ON_DISK)];
+    sorts.into_iter().flat_map(move |(sort, count)| (0..count).map(move |number| (chapter, sort, number)))
 }
 
 /// One client at work.
@@ -227,12 +363,19 @@ impl Auditing {
         self.sent += 1;
         // No two clients ever write the same value.
         let unique = (self.number as u64 + 1) << 40 | self.sent;
-        let counter = self.dice.below(3) == 0;
-        let key = (chapter, counter, self.dice.below(if counter { COUNTERS } else { REGISTERS }));
-        let (what, line) = match (counter, self.dice.below(2)) {
-            (true, _) => (What::Add(0), format!("INCR {}", name(key))),
-            (false, 0) => (What::Write(unique), format!("SET {} {unique}", name(key))),
-            (false, _) => (What::Read(0), format!("GET {}", name(key))),
+        let (sort, count) = match self.dice.below(9) {
+            0..3 => (Sort::Counter, COUNTERS),
+            3..7 => (Sort::Register, REGISTERS),
+            _ => (Sort::Block, ON_DISK),
+        };
+        let key = (chapter, sort, self.dice.below(count));
+        let (what, line) = match (sort, self.dice.below(2)) {
+            (Sort::Counter, _) => (What::Add(0), format!("INCR {}", name(key))),
+            (Sort::Register, 0) => (What::Write(unique), format!("SET {} {unique}", name(key))),
+            (Sort::Block, 0) => {
+                (What::Write(unique), format!("DISK WRITE {} {chapter}:{unique}", place(key)))
+            }
+            _ => (What::Read(0), reading(key)),
         };
         let start = self.began.elapsed();
         self.note(key, Operation { what, start: start.as_nanos() as u64, end: None }, true);
@@ -241,13 +384,19 @@ impl Auditing {
         let what = match (what, reply) {
             (What::Add(_), Value::Integer(value)) => What::Add(value.try_into().unwrap_or(0)),
             (What::Write(_), Value::Status(text)) if text == "OK" => what,
-            (What::Read(_), reply @ Value::Bulk(_)) => What::Read(read_value(reply)),
+            (What::Read(_), reply @ Value::Bulk(_)) => What::Read(value(key, reply)),
             (_, reply) => return Err(format!("{line} was answered with {reply:?}")),
         };
         let operation = Operation { what, start: start.as_nanos() as u64, end: Some(end.as_nanos() as u64) };
         self.note(key, operation, false);
         self.told().longest_us.fetch_max((end - start).as_micros() as u64, Ordering::Relaxed);
         self.told().answers.fetch_add(1, Ordering::Relaxed);
+        if sort == Sort::Block && self.dice.below(SYNC_ONE_IN) == 0 {
+            let reply = client.ask("DISK SYNC")?;
+            if reply != Value::Status("OK".into()) {
+                return Err(format!("DISK SYNC was answered with {reply:?}"));
+            }
+        }
         Ok(())
     }
 
@@ -259,5 +408,29 @@ impl Auditing {
             Some(last) if !new => *last = operation,
             _ => history.push(operation),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_with_a_text_of_an_earlier_chapter_has_no_value_yet() {
+        let key = (70, Sort::Block, 3);
+        assert_eq!(value(key, Value::Bulk(None)), 0);
+        assert_eq!(value(key, Value::Bulk(Some(b"70:17".to_vec()))), 17);
+        assert_eq!(value(key, Value::Bulk(Some(b"6:17".to_vec()))), 0);
+        for never in [&b"71:17"[..], b"17", b"70", b"70:", b"70:x", b"\xff", b":1"] {
+            assert_eq!(value(key, Value::Bulk(Some(never.to_vec()))), u64::MAX, "{never:?}");
+        }
+    }
+
+    #[test]
+    fn the_blocks_of_neighbouring_chapters_are_in_different_places() {
+        let places =
+            |chapter| keys(chapter).filter(|key| key.1 == Sort::Block).map(place).collect::<Vec<_>>();
+        assert!(places(9).iter().all(|place| !places(10).contains(place) && !places(8).contains(place)));
+        assert!((0..2 * PLACES).flat_map(places).all(|place| place < BLOCKS));
     }
 }

@@ -3,10 +3,12 @@
 use std::fs;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use outlive::network::Netlink;
 
 use super::play::Play;
-use crate::support::{Held, MEMORY, Side, World, take_program_memory};
+use crate::support::{Held, MEMORY, Pace, Side, World, take_all_memory, take_program_memory};
 
 /// A kind of fault. `Owner` is the host that runs the VM, `Other` is its standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,20 +17,33 @@ pub(super) enum Kind {
     KillOther,
     KillOwnerUnprotected,
     KillOtherUnprotected,
+    KillBoth,
     StopOwner,
     StopOther,
     HoldThreadOfOwner,
     HoldThreadOfOther,
     TakeMemory,
+    TakeMemoryOfOther,
     CutLink,
     CutToOther,
     CutToOwner,
     CutToOtherAndKill,
+    CutUplink,
     SlowLink,
     SlowLinkAndKill,
     ArbiterGoneAndKillOwner,
     ArbiterGoneAndKillOther,
     ArbiterGoneAndCut,
+    SlowArbiterAndKill,
+    SlowArbiterAndCut,
+    SlowArbiterAndLeave,
+    SlowDiskOfOwner,
+    SlowDiskOfOther,
+    SlowDisksAndKill,
+    StillDiskOfOwner,
+    StillDiskOfOther,
+    StillDiskAndKill,
+    BrokenDiskOfOther,
     FullDiskAndKill,
     DeafEventsAndKill,
     LeaveOther,
@@ -37,88 +52,96 @@ pub(super) enum Kind {
 
 use Kind::*;
 
-/// All kinds; the most important ones occur more than once.
-const DRAWN: [Kind; 30] = [
-    KillOwner,
-    KillOwner,
-    KillOwner,
-    KillOther,
-    KillOwnerUnprotected,
-    KillOtherUnprotected,
-    StopOwner,
-    StopOwner,
-    StopOwner,
-    StopOther,
-    HoldThreadOfOwner,
-    HoldThreadOfOwner,
-    HoldThreadOfOther,
-    TakeMemory,
-    CutLink,
-    CutLink,
-    CutToOther,
-    CutToOther,
-    CutToOwner,
-    CutToOwner,
-    CutToOtherAndKill,
-    CutToOtherAndKill,
-    SlowLink,
-    SlowLinkAndKill,
-    ArbiterGoneAndKillOwner,
-    ArbiterGoneAndKillOther,
-    ArbiterGoneAndCut,
-    FullDiskAndKill,
-    DeafEventsAndKill,
-    LeaveOther,
+/// All kinds, each with its weight and its name in the table.
+const KINDS: [(Kind, u64, &str); 35] = [
+    (KillOwner, 12, "SIGKILL of the primary"),
+    (KillOther, 2, "SIGKILL of the standby"),
+    (KillOwnerUnprotected, 1, "SIGKILL of the primary, early"),
+    (KillOtherUnprotected, 1, "SIGKILL of the standby, early"),
+    (KillBoth, 3, "SIGKILL of both"),
+    (StopOwner, 3, "SIGSTOP of the primary"),
+    (StopOther, 1, "SIGSTOP of the standby"),
+    (HoldThreadOfOwner, 2, "a thread of the primary is held"),
+    (HoldThreadOfOther, 1, "a thread of the standby is held"),
+    (TakeMemory, 1, "the primary loses memory"),
+    (TakeMemoryOfOther, 1, "the standby loses memory"),
+    (CutLink, 2, "link cut"),
+    (CutToOther, 2, "link cut towards the standby"),
+    (CutToOwner, 2, "link cut towards the primary"),
+    (CutToOtherAndKill, 2, "link cut, SIGKILL of the primary"),
+    (CutUplink, 1, "uplink of the primary down"),
+    (SlowLink, 1, "slow link"),
+    (SlowLinkAndKill, 2, "slow link, SIGKILL of the primary"),
+    (ArbiterGoneAndKillOwner, 1, "no arbiter, SIGKILL of the primary"),
+    (ArbiterGoneAndKillOther, 1, "no arbiter, SIGKILL of the standby"),
+    (ArbiterGoneAndCut, 1, "no arbiter, link cut"),
+    (SlowArbiterAndKill, 2, "slow arbiter, SIGKILL of the primary"),
+    (SlowArbiterAndCut, 1, "slow arbiter, link cut"),
+    (SlowArbiterAndLeave, 1, "slow arbiter, orderly stop of the standby"),
+    (SlowDiskOfOwner, 1, "slow disk of the primary"),
+    (SlowDiskOfOther, 1, "slow disk of the standby"),
+    (SlowDisksAndKill, 2, "slow disks, SIGKILL of the primary"),
+    (StillDiskOfOwner, 1, "the primary's disk stands still"),
+    (StillDiskOfOther, 1, "the standby's disk stands still"),
+    (StillDiskAndKill, 1, "the primary's disk stands still, SIGKILL"),
+    (BrokenDiskOfOther, 1, "errors of the standby's disk"),
+    (FullDiskAndKill, 2, "full disks, SIGKILL of the primary"),
+    (DeafEventsAndKill, 2, "events unread, SIGKILL of the primary"),
+    (LeaveOther, 2, "orderly stop of the standby"),
+    (EndOwner, 1, "orderly stop of the VM"),
 ];
 
 /// By then a standby has given up its primary.
 const DEAD: Duration = Duration::from_millis(1200);
-
-/// One of this many rounds ends the VM in order, and another VM begins.
-const END_ONE_IN: u64 = 40;
+/// A quiet time after a fault that one side may not have noticed yet.
+const AFTER: Duration = Duration::from_millis(900);
+/// Longer than any fault lasts.
+const FOR_EVER: Duration = Duration::from_secs(600);
 
 impl Kind {
     /// The next fault.
     pub(super) fn draw(play: &mut Play) -> Kind {
-        if play.dice.below(END_ONE_IN) == 0 {
-            return EndOwner;
-        }
-        let kind = DRAWN[play.dice.below(DRAWN.len() as u64) as usize];
+        let mut left = play.dice.below(KINDS.iter().map(|(_, weight, _)| weight).sum());
+        let drawn = KINDS.iter().find(|(_, weight, _)| {
+            let found = left < *weight;
+            left = left.saturating_sub(*weight);
+            found
+        });
+        let kind = drawn.expect("below the sum").0;
         // Soon after a takeover a host fault counts as the guest's own doing.
         if kind == TakeMemory && !play.may_take_memory() { HoldThreadOfOwner } else { kind }
     }
 
     /// Its name in the table.
     pub(super) fn name(self) -> &'static str {
-        match self {
-            KillOwner => "SIGKILL of the primary",
-            KillOther => "SIGKILL of the standby",
-            KillOwnerUnprotected => "SIGKILL of the primary, early",
-            KillOtherUnprotected => "SIGKILL of the standby, early",
-            StopOwner => "SIGSTOP of the primary",
-            StopOther => "SIGSTOP of the standby",
-            HoldThreadOfOwner => "a thread of the primary is held",
-            HoldThreadOfOther => "a thread of the standby is held",
-            TakeMemory => "the primary loses memory",
-            CutLink => "link cut",
-            CutToOther => "link cut towards the standby",
-            CutToOwner => "link cut towards the primary",
-            CutToOtherAndKill => "link cut, SIGKILL of the primary",
-            SlowLink => "slow link",
-            SlowLinkAndKill => "slow link, SIGKILL of the primary",
-            ArbiterGoneAndKillOwner => "no arbiter, SIGKILL of the primary",
-            ArbiterGoneAndKillOther => "no arbiter, SIGKILL of the standby",
-            ArbiterGoneAndCut => "no arbiter, link cut",
-            FullDiskAndKill => "full disks, SIGKILL of the primary",
-            DeafEventsAndKill => "events unread, SIGKILL",
-            LeaveOther => "orderly stop of the standby",
-            EndOwner => "orderly stop of the VM",
-        }
+        KINDS.iter().find(|it| it.0 == self).expect("every kind is there").2
     }
 
     /// Whether it strikes before the VM is protected again.
     pub(super) fn is_early(self) -> bool {
         matches!(self, KillOwnerUnprotected | KillOtherUnprotected)
+    }
+
+    /// Whether no host is left that has the VM in its memory.
+    pub(super) fn ends_both(self) -> bool {
+        self == KillBoth
+    }
+
+    /// How long to wait before the hosts are judged. Everybody notices the end of a process at once; other
+    /// faults may come to light only when they are over.
+    pub(super) fn rest(self) -> Duration {
+        let ends = matches!(
+            self,
+            KillOwner
+                | KillOther
+                | KillOwnerUnprotected
+                | KillOtherUnprotected
+                | KillBoth
+                | LeaveOther
+                | SlowArbiterAndLeave
+                | EndOwner
+        );
+        if ends { Duration::ZERO } else { AFTER }
     }
 
     /// A stopped host may already have decided to send a frame, and sends it when it continues.
@@ -127,12 +150,20 @@ impl Kind {
     }
 
     /// A requirement that this machine lacks.
-    pub(super) fn missing(self, world: &World) -> Option<&'static str> {
+    pub(super) fn missing(self, play: &Play) -> Option<&'static str> {
+        let world = &play.world;
         let has = |words: &[&str]| world.command(Side::A, words);
         match self {
             CutToOther | CutToOwner | CutToOtherAndKill if !has(&["ip", "-V"]) => Some("ip"),
             SlowLink | SlowLinkAndKill if !slow(world, Side::A, "100mbit") || !fast(world, Side::A) => {
                 Some("tc, or the kernel's tbf")
+            }
+            SlowArbiterAndKill | SlowArbiterAndCut | SlowArbiterAndLeave | SlowDiskOfOwner
+            | SlowDiskOfOther | SlowDisksAndKill | StillDiskOfOwner | StillDiskOfOther | StillDiskAndKill
+            | BrokenDiskOfOther
+                if !play.third.can_be_slow() =>
+            {
+                Some("FUSE")
             }
             _ => None,
         }
@@ -180,12 +211,23 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
     let length = Duration::from_micros(20_000 + play.dice.below(1_400_000));
     match kind {
         KillOwner | KillOwnerUnprotected => play.kill(owner),
-        KillOther | KillOtherUnprotected => play.kill(other),
+        KillOther | KillOtherUnprotected => {
+            play.kill(other);
+            play.unprotected();
+        }
+        KillBoth => {
+            let first = if play.dice.below(2) == 0 { owner } else { other };
+            play.kill_both(first);
+        }
         StopOwner => stop(play, owner, length),
         StopOther => stop(play, other, length),
         HoldThreadOfOwner => hold(play, owner, length),
         HoldThreadOfOther => hold(play, other, length),
         TakeMemory => take_program_memory(play.process(owner), MEMORY),
+        TakeMemoryOfOther => {
+            play.doomed = Some(other);
+            take_all_memory(play.process(other), MEMORY);
+        }
         CutLink => cut(play, length),
         CutToOther => one_way(play, owner, length),
         CutToOwner => one_way(play, other, length),
@@ -198,6 +240,7 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             play.wait(DEAD);
             mend_from(&play.world, owner);
         }
+        CutUplink => uplink(play, length),
         SlowLink => slowly(play, |play| play.wait(length)),
         SlowLinkAndKill => slowly(play, |play| {
             play.wait(length / 2);
@@ -207,6 +250,33 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         ArbiterGoneAndKillOwner => no_arbiter(play, length, |play| play.kill(owner)),
         ArbiterGoneAndKillOther => no_arbiter(play, length, |play| play.kill(other)),
         ArbiterGoneAndCut => no_arbiter(play, length, |play| cut(play, length)),
+        SlowArbiterAndKill => slow_arbiter(play, length, |play| play.kill(owner)),
+        SlowArbiterAndCut => slow_arbiter(play, length, |play| cut(play, length)),
+        SlowArbiterAndLeave => slow_arbiter(play, length, |play| play.leave(other)),
+        SlowDiskOfOwner => slow_disks(play, &[owner], |play| play.wait(length)),
+        SlowDiskOfOther => slow_disks(play, &[other], |play| play.wait(length)),
+        SlowDisksAndKill => slow_disks(play, &Side::BOTH, |play| {
+            play.wait(length / 2);
+            play.kill(owner);
+            play.wait(length);
+        }),
+        StillDiskOfOwner => still_disk(play, owner, |play| play.wait(length)),
+        StillDiskOfOther => still_disk(play, other, |play| play.wait(length)),
+        StillDiskAndKill => {
+            still_disk(play, owner, |play| {
+                play.wait(length / 4);
+                // Its last request keeps the process, with its sockets, until the disk answers.
+                play.signal(owner, Signal::SIGKILL);
+                play.wait(length);
+            });
+            play.kill(owner);
+        }
+        BrokenDiskOfOther => {
+            let error = Some(Errno::EIO);
+            play.disks[other as usize].set(Pace { error, ..Pace::default() });
+            play.wait(length);
+            play.disks[other as usize].set(Pace::default());
+        }
         FullDiskAndKill => full(play, length),
         DeafEventsAndKill => {
             play.deafen(true);
@@ -215,7 +285,7 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             play.wait(length);
             play.deafen(false);
         }
-        LeaveOther => play.signal(other, Signal::SIGTERM),
+        LeaveOther => play.leave(other),
         EndOwner => play.signal(owner, Signal::SIGTERM),
     }
 }
@@ -256,7 +326,7 @@ fn slowly(play: &mut Play, meanwhile: impl FnOnce(&mut Play)) {
 }
 
 fn no_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
-    let (here, away) = (play.world.arbiter(), play.world.dir().join("away"));
+    let (here, away) = (play.world.arbiter(), play.world.arbiter().with_file_name("away"));
     fs::rename(&here, &away).unwrap();
     meanwhile(play);
     play.wait(length);
@@ -269,4 +339,39 @@ fn full(play: &mut Play, length: Duration) {
     play.kill(play.owner);
     play.wait(length);
     play.disks.iter().for_each(|disk| disk.make_room());
+}
+
+fn uplink(play: &mut Play, length: Duration) {
+    let owner = play.owner;
+    play.world.on(owner, || Netlink::open().unwrap().set_down("up").unwrap());
+    play.wait(2 * length);
+    play.world.on(owner, || Netlink::open().unwrap().set_up("up").unwrap());
+}
+
+fn milliseconds(play: &mut Play, from: u64, to: u64) -> Duration {
+    Duration::from_millis(from + play.dice.below(to - from))
+}
+
+fn slow_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
+    let (sync, write) = (milliseconds(play, 50, 1500), milliseconds(play, 0, 100));
+    play.tell(format!("{sync:?} for each change in the arbiter"));
+    play.third.set(Pace { write, sync, ..Pace::default() });
+    meanwhile(play);
+    play.wait(2 * length);
+    play.third.set(Pace::default());
+}
+
+fn slow_disks(play: &mut Play, sides: &[Side], meanwhile: impl FnOnce(&mut Play)) {
+    let (write, sync) = (milliseconds(play, 1, 30), milliseconds(play, 20, 400));
+    play.tell(format!("{write:?} for each write, {sync:?} to make them durable"));
+    sides.iter().for_each(|&side| play.disks[side as usize].set(Pace { write, sync, ..Pace::default() }));
+    meanwhile(play);
+    sides.iter().for_each(|&side| play.disks[side as usize].set(Pace::default()));
+}
+
+fn still_disk(play: &mut Play, side: Side, meanwhile: impl FnOnce(&mut Play)) {
+    let disk = side as usize;
+    play.disks[disk].set(Pace { write: FOR_EVER, read: FOR_EVER, sync: FOR_EVER, error: None });
+    meanwhile(play);
+    play.disks[disk].set(Pace::default());
 }

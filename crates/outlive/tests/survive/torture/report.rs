@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -21,10 +22,11 @@ pub(super) struct Count {
     pub(super) unprotected: u64,
 }
 
-/// The whole run.
-#[derive(Debug, Serialize)]
-pub(super) struct Report {
+/// The whole run, over all pairs of hosts.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Totals {
     pub(super) seed: u64,
+    pub(super) pairs: u64,
     pub(super) seconds: u64,
     pub(super) rounds: u64,
     pub(super) takeovers: u64,
@@ -32,101 +34,132 @@ pub(super) struct Report {
     pub(super) frames: u64,
     /// Single frames of committed epochs that a stopped host was about to send and sent when it continued.
     pub(super) late_frames: u64,
+    /// Blocks that were compared with the images of both hosts.
+    pub(super) blocks: u64,
     pub(super) longest_wait_ms: u64,
+    /// What could not be right, if anything.
+    pub(super) failure: Option<String>,
     pub(super) kinds: BTreeMap<&'static str, Count>,
-    #[serde(skip)]
+}
+
+/// What all pairs of hosts report to.
+pub(super) struct Report {
+    totals: Mutex<Totals>,
     began: Instant,
-    #[serde(skip)]
-    trace: Vec<String>,
-    #[serde(skip)]
-    pub(super) folder: Option<PathBuf>,
-    #[serde(skip)]
     json: Option<PathBuf>,
+    /// When the file was last written.
+    written: Mutex<Instant>,
 }
 
 /// Lines of the trace that a failure shows.
 const SHOWN: usize = 40;
+/// So often the file is written: a run that is killed leaves what it found.
+const WRITE: Duration = Duration::from_secs(10);
 
 impl Report {
-    pub(super) fn new(seed: u64, json: Option<PathBuf>) -> Report {
-        Report {
-            seed,
-            seconds: 0,
-            rounds: 0,
-            takeovers: 0,
-            operations: 0,
-            frames: 0,
-            late_frames: 0,
-            longest_wait_ms: 0,
-            kinds: BTreeMap::new(),
-            began: Instant::now(),
-            trace: Vec::new(),
-            folder: None,
-            json,
-        }
+    pub(super) fn new(seed: u64, pairs: u64, json: Option<PathBuf>) -> Report {
+        let totals = Mutex::new(Totals { seed, pairs, ..Totals::default() });
+        Report { totals, began: Instant::now(), json, written: Mutex::new(Instant::now()) }
     }
 
     pub(super) fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
 
-    pub(super) fn kind(&mut self, kind: &'static str) -> &mut Count {
-        self.kinds.entry(kind).or_default()
+    pub(super) fn totals(&self) -> MutexGuard<'_, Totals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a line into the trace.
-    pub(super) fn tell(&mut self, what: impl fmt::Display) {
-        self.trace.push(format!("{:9.3} {what}", self.elapsed().as_secs_f64()));
+    /// Changes the counts of a kind of fault.
+    pub(super) fn count(&self, kind: &'static str, change: impl FnOnce(&mut Count)) {
+        change(self.totals().kinds.entry(kind).or_default());
     }
 
-    fn table(&self) -> String {
+    /// Writes the file now and then.
+    pub(super) fn write_sometimes(&self) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if written.elapsed() > WRITE {
+            *written = Instant::now();
+            self.write();
+        }
+    }
+
+    /// Writes the file, if one is wanted.
+    pub(super) fn write(&self) {
+        let mut totals = self.totals();
+        totals.seconds = self.elapsed().as_secs();
+        let Some(json) = &self.json else { return };
+        let text = serde_json::to_string_pretty(&*totals).unwrap_or_default() + "\n";
+        if let Err(error) = std::fs::write(json, text) {
+            println!("cannot write {}: {error}", json.display());
+        }
+    }
+
+    pub(super) fn table(&self) -> String {
+        let totals = self.totals();
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "{:34}{:>10}{:>10}{:>6}{:>9}{:>15}",
+            "{:38}{:>10}{:>10}{:>6}{:>9}{:>15}",
             "kind", "injected", "survived", "lost", "doubled", "not protected"
         );
-        for (kind, count) in &self.kinds {
+        for (kind, count) in &totals.kinds {
             let Count { injected, survived, lost, doubled, unprotected } = count;
             let _ =
-                writeln!(text, "{kind:34}{injected:>10}{survived:>10}{lost:>6}{doubled:>9}{unprotected:>15}");
+                writeln!(text, "{kind:38}{injected:>10}{survived:>10}{lost:>6}{doubled:>9}{unprotected:>15}");
         }
         let _ = write!(
             text,
-            "{} rounds and {} takeovers in {} s, seed {}; {} answers judged, {} frames watched, {} late ones; \
-             longest wait {} ms",
-            self.rounds,
-            self.takeovers,
-            self.seconds,
-            self.seed,
-            self.operations,
-            self.frames,
-            self.late_frames,
-            self.longest_wait_ms
+            "{} rounds and {} takeovers in {} s on {} pairs of hosts, seed {}; {} answers judged, {} frames \
+             watched, {} late ones; {} blocks compared with the images; longest wait {} ms",
+            totals.rounds,
+            totals.takeovers,
+            totals.seconds,
+            totals.pairs,
+            totals.seed,
+            totals.operations,
+            totals.frames,
+            totals.late_frames,
+            totals.blocks,
+            totals.longest_wait_ms
         );
         text
     }
 }
 
-impl Drop for Report {
+/// What one pair of hosts has done.
+pub(super) struct Trace {
+    pub(super) report: Arc<Report>,
+    /// Repeats the pair's choices.
+    seed: u64,
+    lines: Vec<String>,
+    pub(super) folder: Option<PathBuf>,
+}
+
+impl Trace {
+    pub(super) fn new(report: Arc<Report>, seed: u64) -> Trace {
+        Trace { report, seed, lines: Vec::new(), folder: None }
+    }
+
+    /// Puts a line into the trace.
+    pub(super) fn tell(&mut self, what: impl fmt::Display) {
+        self.lines.push(format!("{:9.3} {what}", self.report.elapsed().as_secs_f64()));
+    }
+}
+
+impl Drop for Trace {
     fn drop(&mut self) {
-        self.seconds = self.elapsed().as_secs();
-        if std::thread::panicking() {
-            println!("the last that was done:");
-            let from = self.trace.len().saturating_sub(SHOWN);
-            self.trace[from..].iter().for_each(|line| println!("{line}"));
-            if let Some(folder) = &self.folder {
-                let trace = folder.join("trace");
-                std::fs::write(&trace, self.trace.join("\n") + "\n").ok();
-                println!("trace, logs and events were kept in {}", folder.display());
-            }
+        if !std::thread::panicking() {
+            return;
         }
-        println!("{}", self.table());
-        if let Some(json) = &self.json {
-            let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-            if let Err(error) = std::fs::write(json, text) {
-                println!("cannot write {}: {error}", json.display());
-            }
+        println!("seed {}: the last that was done:", self.seed);
+        let from = self.lines.len().saturating_sub(SHOWN);
+        self.lines[from..].iter().for_each(|line| println!("{line}"));
+        let last = self.lines.last().cloned().unwrap_or_default();
+        self.report.totals().failure.get_or_insert(format!("seed {}: {last}", self.seed));
+        if let Some(folder) = &self.folder {
+            std::fs::write(folder.join("trace"), self.lines.join("\n") + "\n").ok();
+            println!("trace, logs and events were kept in {}", folder.display());
         }
     }
 }
