@@ -8,10 +8,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Instant;
 
 use crate::packages;
-use crate::run::{StepError, Workspace, step};
+use crate::run::{StepError, Workspace, collect, niced, step};
 use crate::torture::{minutes, seconds};
 
 pub(crate) const EXAMPLES: &str = "\
@@ -75,6 +76,30 @@ pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<(), St
     Ok(())
 }
 
+/// The part that `cargo xtask test` runs beside other tests, for [`SECONDS`] of each target and with all other
+/// work first. The output is in a file, which an error names.
+pub(crate) fn in_tests(workspace: &Workspace) -> Result<(), StepError> {
+    let fuzzer = Fuzzer::build_with(workspace, |build| collect(&mut niced(build), |_| {}).map(drop))?;
+    let fuzz = |target: &&str| {
+        let mut lines = Vec::new();
+        let mut command = niced(&fuzzer.fuzzing(target, SECONDS)?);
+        let status = collect(&mut command, |line| lines.push(line.to_string()))?;
+        if status.success() {
+            return Ok(());
+        }
+        let log = fuzzer.found.join(format!("{target}.log"));
+        fs::write(&log, lines.join("\n") + "\n").ok();
+        Err(StepError::Failed(format!("the fuzz target {target}, see {}; it", log.display())))
+    };
+    // Two at a time: a target has one thread.
+    let (one, other) = TARGETS.split_at(TARGETS.len() / 2);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| other.iter().try_for_each(fuzz));
+        let one = one.iter().try_for_each(fuzz);
+        one.and(other.join().unwrap_or_else(|_| Err(StepError::Failed("fuzzing".into()))))
+    })
+}
+
 /// The built program and its folders.
 struct Fuzzer {
     program: PathBuf,
@@ -86,15 +111,23 @@ struct Fuzzer {
 
 impl Fuzzer {
     fn build(workspace: &Workspace) -> Result<Fuzzer, StepError> {
+        let began = Instant::now();
+        let fuzzer = Fuzzer::build_with(workspace, step)?;
+        eprintln!("the fuzz targets were built in {} s", began.elapsed().as_secs());
+        Ok(fuzzer)
+    }
+
+    fn build_with(
+        workspace: &Workspace,
+        run: impl FnOnce(&mut Command) -> Result<(), StepError>,
+    ) -> Result<Fuzzer, StepError> {
         let target = workspace.target.join("fuzz");
         let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
         let mut build = workspace.cargo(["build", "--release", "--manifest-path", "fuzz/Cargo.toml"]);
         // With a target triple given, the flags do not apply to build scripts, which have no libFuzzer.
         build.args(["--target", HOST]).arg("--target-dir").arg(&target);
         build.env("RUSTFLAGS", format!("{flags} {FLAGS}").trim_start());
-        let began = Instant::now();
-        step(&mut build)?;
-        eprintln!("the fuzz targets were built in {} s", began.elapsed().as_secs());
+        run(&mut build)?;
         Ok(Fuzzer {
             program: target.join(HOST).join("release/outlive-fuzz"),
             corpora: workspace.root.join("fuzz/corpus"),
@@ -108,7 +141,7 @@ impl Fuzzer {
         command
     }
 
-    fn fuzz(&self, target: &str, seconds: u64) -> Result<(), StepError> {
+    fn fuzzing(&self, target: &str, seconds: u64) -> Result<Command, StepError> {
         let (known, found) = (self.corpora.join(target), self.found.join("corpus").join(target));
         let artifacts = self.found.join("artifacts").join(target);
         for folder in [&known, &found, &artifacts] {
@@ -120,7 +153,12 @@ impl Fuzzer {
         command.arg(format!("-artifact_prefix={}/", artifacts.display()));
         // New inputs go to the first.
         command.arg(found).arg(known);
-        step(&mut command).map_err(|_| {
+        Ok(command)
+    }
+
+    fn fuzz(&self, target: &str, seconds: u64) -> Result<(), StepError> {
+        let artifacts = self.found.join("artifacts").join(target);
+        step(&mut self.fuzzing(target, seconds)?).map_err(|_| {
             StepError::Failed(format!(
                 "the fuzz target {target}; its input is in {}, and cargo xtask fuzz --target {target} --input FILE \
                  runs it again. It",

@@ -19,6 +19,7 @@ mod models;
 mod mutants;
 mod nested;
 mod packages;
+mod phases;
 mod run;
 mod sim;
 mod summary;
@@ -54,7 +55,8 @@ Examples:
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run all tests: fetches missing Debian packages, then the workspace, the loom models, a nested host
+    /// Run all tests: fetches missing Debian packages, then the workspace, torture, fuzzing, the loom models,
+    /// nested hosts
     #[command(after_help = TEST_EXAMPLES)]
     Test(test::TestOptions),
     /// Check format, clippy and documentation, without changing anything

@@ -83,6 +83,20 @@ impl Workspace {
     }
 }
 
+/// The same command, which lets all others go first.
+pub(crate) fn niced(command: &Command) -> Command {
+    let mut niced = Command::new("nice");
+    niced.args(["-n", "10"]).arg(command.get_program()).args(command.get_args());
+    command.get_current_dir().map(|directory| niced.current_dir(directory));
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => niced.env(name, value),
+            None => niced.env_remove(name),
+        };
+    }
+    niced
+}
+
 /// The command as a line for people, without the environment.
 pub(crate) fn describe(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or_default();
@@ -107,6 +121,14 @@ pub(crate) fn step(command: &mut Command) -> Result<(), StepError> {
 /// precedes the program's output.
 pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
     eprintln!("==> {}", describe(command));
+    collect(command, |text| {
+        println!("{text}");
+        line(text);
+    })
+}
+
+/// The same without printing.
+pub(crate) fn collect(command: &mut Command, mut line: impl FnMut(&str)) -> Result<ExitStatus, StepError> {
     let (output, input) = io::pipe().map_err(|source| start_error(command, source))?;
     let errors = input.try_clone().map_err(|source| start_error(command, source))?;
     let started = command.stdin(Stdio::null()).stdout(input).stderr(errors).spawn();
@@ -118,10 +140,7 @@ pub(crate) fn lines(command: &mut Command, mut line: impl FnMut(&str)) -> Result
     let mut ended = None;
     loop {
         match received.recv_timeout(PATIENCE) {
-            Ok(text) => {
-                println!("{text}");
-                line(&text);
-            }
+            Ok(text) => line(&text),
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if ended.is_some() => {
                 eprintln!(
@@ -172,6 +191,16 @@ mod tests {
         let (seen, status) = shell("echo one; echo two >&2; printf 'th\\377ree\\r\\n'; printf four; exit 3");
         assert_eq!(seen, ["one", "two", "th\u{fffd}ree", "four"]);
         assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn a_niced_command_is_the_same_command() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $(nice) $OUTLIVE_A ${OUTLIVE_B:-none} $PWD"]).current_dir("/usr");
+        command.env("OUTLIVE_A", "a").env("OUTLIVE_B", "b").env_remove("OUTLIVE_B");
+        let before: i32 = output(&mut Command::new("nice")).unwrap().trim().parse().unwrap();
+        let line = output(&mut niced(&command)).unwrap();
+        assert_eq!(line.trim(), format!("{} a none /usr", (before + 10).min(19)));
     }
 
     #[test]

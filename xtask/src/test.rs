@@ -2,11 +2,13 @@
 
 use std::ffi::OsString;
 use std::process::Command;
+use std::thread;
 use std::time::Instant;
 
+use crate::phases::{Phases, timed};
 use crate::run::{StepError, Workspace, describe, lines, step};
 use crate::summary::Summary;
-use crate::{fuzz, models, nested, packages};
+use crate::{fuzz, models, nested, packages, torture};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct TestOptions {
@@ -23,42 +25,92 @@ pub(crate) struct TestOptions {
     /// Leave emulated hosts out (saves about 8 minutes the first time, 4 later)
     #[arg(long, conflicts_with = "nested")]
     no_nested: bool,
-    /// Also fuzz each target for ten seconds (about 4 minutes, including the build of the targets)
+    /// Do not fuzz; otherwise each target gets ten seconds, beside the tests
     #[arg(long)]
-    fuzz: bool,
+    no_fuzz: bool,
 }
+
+/// An environment for tests.
+type Environment = Vec<(&'static str, OsString)>;
 
 /// Runs everything, prints the summary, and fails if a test failed.
 pub(crate) fn run(workspace: &Workspace, options: &TestOptions) -> Result<(), StepError> {
     let start = Instant::now();
-    let mut environment = packages::prepare(workspace, !options.no_fetch);
+    let mut phases = Phases::default();
+    let mut summary = Summary::default();
+    let mut environment = phases.time("Debian packages", || fetch_packages(workspace, options));
     // Longer than under plain `cargo test`; other tests run meanwhile.
-    for (name, seconds) in [("OUTLIVE_TORTURE_SECONDS", "120"), ("OUTLIVE_SIM_SECONDS", "60")] {
+    for (name, seconds) in [(torture::SECONDS, "180"), ("OUTLIVE_SIM_SECONDS", "60")] {
         environment.push((name, std::env::var_os(name).unwrap_or(seconds.into())));
     }
-    if !options.no_nested {
-        nested::prepare(workspace, !options.no_fetch);
-    }
-    // First only the build: a build error is not a failed test.
-    step(&mut workspace.cargo(["test", "--release", "--workspace", "--no-run"]))?;
-    let mut commands = vec![workspace.cargo(["test", "--release", "--workspace"])];
-    commands.extend(models::commands(workspace)?);
-    let mut summary = Summary::default();
-    for command in &mut commands {
-        test(command, &environment, options, &mut summary)?;
-    }
-    if options.fuzz
-        && let Err(error) = fuzz::run(workspace, &fuzz::FuzzOptions::default())
-    {
-        summary.ended_badly(&error.to_string());
-    }
+    build(workspace, options, &mut phases)?;
+    thread::scope(|scope| -> Result<(), StepError> {
+        // Both leave most of the processors to the tests: torture waits, fuzzing lets everything else go first.
+        let all = options.filter.is_none();
+        let torture = all.then(|| scope.spawn(|| timed(|| torture::in_tests(workspace, &environment))));
+        let fuzzing = (all && !options.no_fuzz).then(|| scope.spawn(|| timed(|| fuzz::in_tests(workspace))));
+        let mut tests = workspace.cargo(["test", "--release", "--workspace"]);
+        phases.time("tests", || test(&mut tests, &environment, options, &mut summary))?;
+        for command in &mut models::commands(workspace)? {
+            phases.time("loom models", || test(command, &environment, options, &mut summary))?;
+        }
+        if let Some(Ok((ended, time))) = torture.map(thread::ScopedJoinHandle::join) {
+            phases.beside("torture, beside the tests", time);
+            let (output, status) = ended?;
+            let before = summary.failures();
+            for line in output {
+                println!("{line}");
+                // It has passed once, in the tests that left it out.
+                if !line.starts_with("test result: ok") {
+                    summary.line(&line);
+                }
+            }
+            if !status.success() && summary.failures() == before {
+                summary.ended_badly(&format!("torture ({status})"));
+            }
+        }
+        if let Some(Ok((ended, time))) = fuzzing.map(thread::ScopedJoinHandle::join) {
+            phases.beside("fuzzing, beside the tests", time);
+            if let Err(error) = ended {
+                summary.ended_badly(&error.to_string());
+            }
+        }
+        Ok(())
+    })?;
     if !options.no_nested && options.filter.is_none() {
-        nested::in_tests(workspace, !options.no_fetch, options.nested, &mut summary)?;
+        let proofs = || nested::in_tests(workspace, !options.no_fetch, options.nested, &mut summary);
+        phases.time("emulated hosts", proofs)?;
     }
     let seconds = start.elapsed().as_secs();
-    println!("\ntests took {} min {} s, build included", seconds / 60, seconds % 60);
+    println!("\n{phases}\ntests took {} min {} s, build included", seconds / 60, seconds % 60);
     println!("{summary}");
     if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+}
+
+fn fetch_packages(workspace: &Workspace, options: &TestOptions) -> Environment {
+    if options.filter.is_none() && !options.no_fuzz {
+        packages::provide(workspace, &[packages::COMPILER], !options.no_fetch);
+    }
+    packages::prepare(workspace, !options.no_fetch)
+}
+
+/// Builds the tests, and meanwhile fetches what emulated hosts need: one waits for the processors, the other
+/// for the network. A build error is not a failed test.
+fn build(workspace: &Workspace, options: &TestOptions, phases: &mut Phases) -> Result<(), StepError> {
+    let images = options.filter.is_none();
+    thread::scope(|scope| {
+        let fetching = (!options.no_nested)
+            .then(|| scope.spawn(|| timed(|| nested::prepare(workspace, !options.no_fetch, images))));
+        let mut build = workspace.cargo(["test", "--release", "--workspace", "--no-run"]);
+        phases.time("build", || step(&mut build))?;
+        if let Some(fetching) = fetching {
+            let waited = phases.time("waiting for the guest images", || fetching.join());
+            if let Ok(((), time)) = waited {
+                phases.beside("guest images, beside the build", time);
+            }
+        }
+        Ok(())
+    })
 }
 
 fn test(
@@ -69,7 +121,11 @@ fn test(
 ) -> Result<(), StepError> {
     // All programs run even if one fails; the output of passed tests is shown, see the crate's documentation.
     command.arg("--no-fail-fast").envs(environment.iter().cloned()).arg("--").arg("--show-output");
-    command.args(&options.filter);
+    match &options.filter {
+        Some(filter) => command.arg(filter),
+        // It runs beside the others.
+        None => command.env(torture::SECONDS, "0"),
+    };
     let before = summary.failures();
     let status = lines(command, |line| summary.line(line))?;
     if !status.success() && summary.failures() == before {

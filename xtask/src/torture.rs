@@ -1,16 +1,19 @@
 //! `cargo xtask torture`: two hosts, real processes, and all kinds of faults, for minutes or hours. The play
 //! itself is a test of the program (`crates/outlive/tests/survive/torture`); this command sets its duration.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
 
 use crate::packages;
-use crate::run::{StepError, Workspace, step};
+use crate::run::{StepError, Workspace, collect, step};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
   cargo xtask torture                       three minutes with a new seed
   cargo xtask torture --minutes 60 --json torture.json
   cargo xtask torture --seed 17             the choices of seed 17 once more
+  cargo xtask torture --pairs 4             four pairs of hosts at once, with seeds one after the other
 
 At the end a table says by kind of fault how often it was injected and what became of the VM. The first answer
 that cannot be true, the first frame of a host that does not have the VM, and a VM that nobody runs although a
@@ -25,6 +28,9 @@ pub(crate) struct TortureOptions {
     /// Seed for all choices; without it a new one is drawn and printed
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
+    /// Pairs of hosts at a time, each with a VM of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pairs: u64,
     /// Also write the table to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -40,8 +46,9 @@ pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(),
     let environment = packages::provide(workspace, &[packages::IPROUTE], true);
     let mut command =
         workspace.cargo(["test", "--release", "--package", "outlive", "--test", "survive", "--"]);
-    command.args(["--exact", "torture::the_vm_survives_everything_once_and_again", "--nocapture"]);
-    command.envs(environment).env("OUTLIVE_TORTURE_SECONDS", seconds(options.minutes).to_string());
+    command.args(["--exact", PLAY, "--nocapture"]);
+    command.env("OUTLIVE_TORTURE_PAIRS", options.pairs.to_string());
+    command.envs(environment).env(SECONDS, seconds(options.minutes).to_string());
     if let Some(seed) = options.seed {
         command.env("OUTLIVE_SEED", seed.to_string());
     }
@@ -52,6 +59,28 @@ pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(),
         command.env("OUTLIVE_TORTURE_JSON", path);
     }
     step(&mut command)
+}
+
+/// How long the test takes, for the environment; 0 leaves it out.
+pub(crate) const SECONDS: &str = "OUTLIVE_TORTURE_SECONDS";
+/// The name of the test.
+const PLAY: &str = "torture::the_vm_survives_everything_once_and_again";
+
+/// The part that `cargo xtask test` runs beside other tests: most of the time it waits. Returns its output.
+pub(crate) fn in_tests(
+    workspace: &Workspace,
+    environment: &[(&'static str, OsString)],
+) -> Result<(Vec<String>, ExitStatus), StepError> {
+    let mut output = Vec::new();
+    let status = collect(&mut test_command(workspace, environment), |line| output.push(line.to_string()))?;
+    Ok((output, status))
+}
+
+fn test_command(workspace: &Workspace, environment: &[(&'static str, OsString)]) -> Command {
+    // The whole workspace, so that cargo takes what it has built for the other tests.
+    let mut command = workspace.cargo(["test", "--release", "--workspace", "--test", "survive", "--"]);
+    command.args(["--exact", PLAY, "--show-output"]).envs(environment.iter().cloned());
+    command
 }
 
 pub(crate) fn seconds(minutes: f64) -> u64 {

@@ -47,9 +47,13 @@ enum What {
     Images,
 }
 
-/// Fetches the kernel for tests that start a host themselves. If that fails, they say what is missing.
-pub(crate) fn prepare(workspace: &Workspace, fetch: bool) {
+/// Fetches the kernel for tests that start a host themselves and, with `images`, the images of the guests. If
+/// that fails, the tests and proofs say what is missing.
+pub(crate) fn prepare(workspace: &Workspace, fetch: bool, images: bool) {
     if let Err(error) = kernel::Kernel::get(workspace, kernel::Series::Bookworm, fetch) {
+        eprintln!("xtask: {error}");
+    }
+    if images && let Err(error) = image::GuestImage::get(workspace, fetch) {
         eprintln!("xtask: {error}");
     }
 }

@@ -162,7 +162,7 @@ pub(crate) fn in_tests(
     all: bool,
     summary: &mut Summary,
 ) -> Result<(), StepError> {
-    step(&mut workspace.cargo(["build", "--release", "--package", "outlive"]))?;
+    // The build of the tests has just made the program.
     let context = Context { workspace, fetch, restores: if all { MANY } else { FEW } };
     prove(&context, PROOFS.iter().filter(|proof| all || QUICK.contains(&proof.name)), summary);
     Ok(())
