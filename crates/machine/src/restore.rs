@@ -67,7 +67,7 @@ impl Machine {
             let (host, saved, constant) = (self.host.clone(), saved[index].clone(), constants[index].clone());
             let first_offset = first_offset.clone();
             Box::new(move |fd| {
-                let khz = state::restore_constant(fd, &constant)?;
+                let khz = state::restore_constant(fd, &constant, &host)?;
                 let ticks = tsc::ticks(elapsed + from.elapsed(), khz);
                 state::restore(fd, &saved, &host, state::Tsc::Advance(ticks))?;
                 if index == 0

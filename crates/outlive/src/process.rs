@@ -99,14 +99,25 @@ pub(crate) fn host_name() -> String {
     if name.is_empty() { "unknown".into() } else { name }
 }
 
+/// Revision of the microcode of this host's first processor; 0 if the kernel does not say it.
+pub(crate) fn microcode() -> u64 {
+    let digits = |text: String| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    of_processor("microcode").and_then(digits).unwrap_or(0)
+}
+
+/// A line about the first processor in /proc/cpuinfo.
+fn of_processor(name: &str) -> Option<String> {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    cpu.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == name).then(|| value.trim().to_owned())
+    })
+}
+
 /// CPU vendor and KVM module, for example `AuthenticAMD kvm_amd`: the state of one vendor cannot be loaded on
 /// another.
 pub(crate) fn vendor() -> String {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let vendor = cpu
-        .lines()
-        .find_map(|line| line.strip_prefix("vendor_id")?.split_once(':'))
-        .map_or("unknown", |(_, value)| value.trim());
+    let vendor = of_processor("vendor_id").unwrap_or_else(|| "unknown".to_owned());
     let module = ["kvm_intel", "kvm_amd", "kvm_pvm"]
         .into_iter()
         .find(|module| std::path::Path::new("/sys/module").join(module).exists())

@@ -64,11 +64,14 @@ pub struct Hello {
     /// The versions of the stream that the primary can write. In a `Hello` of version 3 it is the version of
     /// the preface, 2.
     pub versions: VersionRange,
+    /// Revision of the microcode of the primary's processor; 0 if unknown, and for releases that do not say
+    /// it. A standby with another one may still take over: what differs in features is in the state.
+    pub microcode: u64,
 }
 
 /// The payload begins with this. Then follow the ranges of the layout and the devices, each list with its
 /// count in one byte, the texts, each with its length in two bytes, the ancestors with their count in one
-/// byte, and the range of versions.
+/// byte, the range of versions, and, unless it is 0, the revision of the microcode.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -162,6 +165,9 @@ impl Hello {
             let VersionRange { oldest, newest } = self.versions;
             let versions = RawVersions { oldest: oldest.into(), newest: newest.into() };
             out.extend_from_slice(versions.as_bytes());
+            if self.microcode != 0 {
+                out.extend_from_slice(&self.microcode.to_le_bytes());
+            }
         }
     }
 
@@ -181,13 +187,14 @@ impl Hello {
         let mut text = || fields.text(MAX_TEXT);
         let (name, host, tracker, vendor, arbiter) = (text()?, text()?, text()?, text()?, text()?);
         let lineage = parse_lineage(&mut fields)?;
-        let versions = if version >= WITH_VERSIONS {
+        let (versions, microcode) = if version >= WITH_VERSIONS {
             let versions = parse_versions(&mut fields)?;
+            let microcode = if fields.len() > 0 { fields.fixed::<U64>()?.get() } else { 0 };
             fields.skip_later();
-            versions
+            (versions, microcode)
         } else {
             fields.end()?;
-            VersionRange::only(ProtocolVersion::V2)
+            (VersionRange::only(ProtocolVersion::V2), 0)
         };
         Ok(Self {
             vm: VmId(head.vm),
@@ -213,6 +220,7 @@ impl Hello {
             arbiter,
             lineage,
             versions,
+            microcode,
         })
     }
 }

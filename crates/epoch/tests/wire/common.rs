@@ -64,6 +64,7 @@ pub(crate) fn hello() -> Hello {
         arbiter: "0123456789abcdef0123456789abcdef".into(),
         lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 12 }]),
         versions: VersionRange::CURRENT,
+        microcode: 0,
     }
 }
 

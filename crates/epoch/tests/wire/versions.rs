@@ -154,6 +154,27 @@ fn a_later_release_is_understood_as_long_as_it_has_a_version_of_ours() {
     assert_eq!(accept.unwrap().version, ProtocolVersion::CURRENT);
 }
 
+/// The microcode came without a new version: releases before it read the rest, and are read without it.
+#[test]
+fn a_primary_may_or_may_not_say_its_microcode() {
+    let stream = |microcode| {
+        let (mut encoder, mut out) = (Encoder::speaking(ProtocolVersion::INTRODUCTION), Vec::new());
+        encoder.hello(&mut out, &Hello { microcode, ..crate::common::hello() }).unwrap();
+        out
+    };
+    let parse = |section: &[u8]| match Message::parse_payload(
+        SectionKind::Hello,
+        SectionKind::Hello.version(),
+        &section[HEADER_LEN..],
+    ) {
+        Ok(Message::Hello(hello)) => *hello,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(parse(&stream(0xb00_0040)), Hello { microcode: 0xb00_0040, ..crate::common::hello() });
+    assert_eq!(parse(&stream(0)), crate::common::hello());
+    assert_eq!(stream(0xb00_0040).len(), stream(0).len() + 8);
+}
+
 #[test]
 fn without_a_common_version_both_ranges_and_the_remedy_are_named() {
     for (versions, host) in [

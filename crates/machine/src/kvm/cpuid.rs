@@ -49,6 +49,9 @@ const SILENT: [u32; 9] = [0xa, 0x12, 0x14, 0x1c, 0x1d, 0x1e, 0x8000_000a, 0x8000
 /// Leaves of topology, which are rewritten.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
+/// Sub-leaves that are empty: the places of tiles in the vector state.
+const SILENT_PARTS: [(u32, u32); 2] = [(0xd, 17), (0xd, 18)];
+
 const KVM_FEATURES: u32 = 0x4000_0001;
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -78,7 +81,7 @@ pub(super) fn of_vcpu(offer: &CpuId, index: u8, vcpus: u8, tsc_deadline: bool) -
 }
 
 fn hide(entry: &mut kvm_cpuid_entry2) {
-    if SILENT.contains(&entry.function) {
+    if SILENT.contains(&entry.function) || SILENT_PARTS.contains(&(entry.function, entry.index)) {
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
     }
     for (leaf, subleaf, register, bits) in HIDDEN {
@@ -165,6 +168,8 @@ mod tests {
             entry(0xa, 0, all),
             entry(0xb, 0, all),
             entry(0xd, 1, all),
+            entry(0xd, 17, all),
+            entry(0xd, 18, all),
             entry(0x1d, 0, all),
             entry(0x1e, 0, all),
             entry(0x1f, 0, all),
@@ -190,6 +195,7 @@ mod tests {
         assert_eq!(find(&entries, 7, 0).ecx & 1 << 7, 0, "shadow stacks");
         assert_eq!(find(&entries, 7, 0).edx & (1 << 22 | 1 << 24 | 1 << 25), 0, "tiles");
         assert_eq!((find(&entries, 0x1d, 0).eax, find(&entries, 0x1e, 0).ebx), (0, 0), "tiles");
+        assert_eq!((find(&entries, 0xd, 17).eax, find(&entries, 0xd, 18).eax), (0, 0), "tiles");
         assert_eq!(find(&entries, KVM_FEATURES, 0).eax, !(1 << 4 | 1 << 10 | 1 << 14));
         assert_ne!(first.ecx & HYPERVISOR, 0);
     }

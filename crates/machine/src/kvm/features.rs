@@ -1,5 +1,4 @@
-//! Compares the processor features that a guest was told of with this host's: a guest does not ask again
-//! after a takeover, and KVM accepts any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
+//! Compares the processor that a guest was told of with this host's: a guest does not ask again after a takeover, and KVM accepts any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
 
 use std::fmt;
 
@@ -67,6 +66,72 @@ pub(crate) fn missing(guest: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> 
     })
 }
 
+/// In what a guest's processor and this host's differ though the host lacks no feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// This host's physical addresses are shorter, so the guest would use addresses that fault here.
+    AddressBits {
+        /// The guest's.
+        guest: u32,
+        /// This host's.
+        here: u32,
+    },
+    /// A part of the vector state has another size or place, so the saved bytes would land in the wrong
+    /// registers.
+    VectorState {
+        /// The number of the part, which is its bit in XCR0.
+        part: u32,
+        /// The guest's size and place, in bytes.
+        guest: (u32, u32),
+        /// This host's.
+        here: (u32, u32),
+    },
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddressBits { guest, here } => {
+                write!(f, "the VM has physical addresses of {guest} bits, this host has {here}")
+            }
+            Self::VectorState { part, guest, here } => write!(
+                f,
+                "part {part} of the vector state has {} bytes at byte {} in the VM, and {} at {} here",
+                guest.0, guest.1, here.0, here.1
+            ),
+        }
+    }
+}
+
+const ADDRESSES: u32 = 0x8000_0008;
+/// Physical addresses of processors without the leaf [`ADDRESSES`].
+const FEWEST_ADDRESS_BITS: u32 = 36;
+const XSAVE: u32 = 0xd;
+/// The first two parts are in the legacy area, whose layout is fixed.
+const FIRST_PART: u32 = 2;
+
+/// The first difference that matters between the processor of `guest` and this host's.
+pub(crate) fn misfit(guest: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> Option<Misfit> {
+    let bits = |entries| match registers_of(entries, ADDRESSES, 0)[0] & 0xff {
+        0 => FEWEST_ADDRESS_BITS,
+        bits => bits,
+    };
+    let (guests, own) = (bits(guest), bits(here));
+    if guests > own {
+        return Some(Misfit::AddressBits { guest: guests, here: own });
+    }
+    let [low, _, _, high] = registers_of(guest, XSAVE, 0);
+    let parts = u64::from(high) << 32 | u64::from(low);
+    let place = |entries, part| {
+        let [size, offset, ..] = registers_of(entries, XSAVE, part);
+        (size, offset)
+    };
+    (FIRST_PART..63).filter(|part| parts >> part & 1 == 1).find_map(|part| {
+        let (guest, here) = (place(guest, part), place(here, part));
+        (guest != here).then_some(Misfit::VectorState { part, guest, here })
+    })
+}
+
 /// A missing leaf has no features.
 fn registers_of(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> [u32; 4] {
     let found = entries.iter().find(|entry| (entry.function, entry.index) == (leaf, subleaf));
@@ -103,5 +168,32 @@ mod tests {
             entry(0x8000_0001, 0, [0, 0, 0, 1 << 9]),
         ];
         assert_eq!(missing(&guest, &[]), None);
+    }
+
+    #[test]
+    fn vector_state_that_lies_elsewhere_and_addresses_that_are_too_long_do_not_fit() {
+        let avx = |size, offset| entry(0xd, 2, [size, offset, 0, 0]);
+        let parts = entry(0xd, 0, [0b1_0000_0111, 0, 0, 0]);
+        let pkru = entry(0xd, 8, [0x40, 0x340, 0, 0]);
+        let guest = [parts, avx(0x100, 0x240), pkru, entry(0x8000_0008, 0, [0x3028, 0, 0, 0])];
+        assert_eq!(misfit(&guest, &guest), None);
+        let more = [guest[0], guest[1], guest[2], entry(0x8000_0008, 0, [0x3030, 0, 0, 0])];
+        assert_eq!(misfit(&guest, &more), None, "a guest may have shorter addresses than its host");
+        let found = misfit(&more, &guest).unwrap().to_string();
+        assert_eq!(found, "the VM has physical addresses of 48 bits, this host has 40");
+        let found = misfit(&guest, &[guest[0], guest[1], guest[2]]).unwrap();
+        assert_eq!(found, Misfit::AddressBits { guest: 40, here: 36 });
+
+        let elsewhere = [guest[0], guest[1], entry(0xd, 8, [0x40, 0xa80, 0, 0]), guest[3]];
+        let found = misfit(&guest, &elsewhere).unwrap().to_string();
+        assert_eq!(
+            found,
+            "part 8 of the vector state has 64 bytes at byte 832 in the VM, and 64 at 2688 here"
+        );
+        let larger = [guest[0], avx(0x200, 0x240), guest[2], guest[3]];
+        assert!(matches!(misfit(&guest, &larger), Some(Misfit::VectorState { part: 2, .. })));
+        // A part that the guest does not have may lie anywhere.
+        let without = [entry(0xd, 0, [0b111, 0, 0, 0]), guest[1], guest[3]];
+        assert_eq!(misfit(&without, &elsewhere), None);
     }
 }

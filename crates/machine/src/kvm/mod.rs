@@ -2,31 +2,18 @@
 
 mod cpuid;
 pub(crate) mod features;
+pub(crate) mod msrs;
 
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES,
+    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::map::{KVM_IDENTITY_MAP, KVM_TSS};
 
-/// Time-stamp counter.
-pub(crate) const MSR_IA32_TSC: u32 = 0x10;
-/// MSR_KVM_WALL_CLOCK and its newer number. Setting one only makes KVM write the time of day into guest
-/// memory (`kvm_write_wall_clock` in arch/x86/kvm/x86.c), so a restore would change the copy that a
-/// checkpoint gave.
-const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
-/// Deadline of the local APIC's timer, in TSC ticks.
-pub(crate) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// Feature switches of the processor.
-pub(crate) const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
-/// Whether memory types are set, and the default type.
-pub(crate) const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// The rest of the memory type registers, which guests may set and KVM does not list.
-const MTRRS: [std::ops::RangeInclusive<u32>; 4] =
-    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f];
 /// The smallest XSAVE state, in bytes.
 pub(crate) const XSAVE_BYTES: usize = size_of::<kvm_bindings::kvm_xsave>();
 /// How many vCPUs a VM may have in this version.
@@ -173,21 +160,35 @@ impl Host {
         // PANIC: it has at most two entries more than KVM's own list, which is far below the limit.
         let cpuid = CpuId::from_entries(&entries).expect("a few dozen entries");
         vcpu.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+        self.enforce_hidden_features(&vcpu);
         Ok(vcpu)
     }
 
-    /// The MSRs of KVM's list that this vCPU can read.
+    /// Makes KVM refuse its own features to a guest that CPUID does not tell of them. Otherwise a guest could
+    /// still switch asynchronous page faults on, and wait for ever after a takeover.
+    fn enforce_hidden_features(&self, vcpu: &VcpuFd) {
+        let mut enforce = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..Default::default() };
+        enforce.args[0] = 1;
+        if vcpu.enable_cap(&enforce).is_err() {
+            tracing::debug!(
+                "this kernel cannot keep a guest from hidden features of KVM (before Linux 5.10)"
+            );
+        }
+    }
+
+    /// The MSRs of a vCPU's state.
     pub(crate) fn readable_msrs(&self, vcpu: &VcpuFd) -> Result<Vec<u32>, HostError> {
-        let list = self.kvm.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
-        let readable = |index: &u32| {
-            let entry = kvm_bindings::kvm_msr_entry { index: *index, ..Default::default() };
-            kvm_bindings::Msrs::from_entries(&[entry])
-                .is_ok_and(|mut msrs| vcpu.get_msrs(&mut msrs).is_ok_and(|got| got == 1))
-        };
-        let mtrrs = MTRRS.into_iter().flatten().chain([MSR_MTRR_DEF_TYPE]);
-        let mtrrs = mtrrs.filter(|index| !list.as_slice().contains(index));
-        let all = list.as_slice().iter().copied().chain(mtrrs);
-        Ok(all.filter(|index| !WALL_CLOCK.contains(index)).filter(readable).collect())
+        msrs::of_vcpu(&self.kvm, vcpu)
+    }
+
+    /// IA32_ARCH_CAPABILITIES as this host can promise it to a guest.
+    pub(crate) fn capabilities(&self) -> u64 {
+        msrs::capabilities(&self.kvm)
+    }
+
+    /// What KVM can give to guests on this host.
+    pub(crate) fn offer(&self) -> &CpuId {
+        &self.cpuid
     }
 }
 
@@ -201,3 +202,33 @@ const NEEDED: [(Cap, &str); 8] = [
     (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{Msrs, kvm_msr_entry};
+
+    use super::*;
+
+    /// Switching asynchronous page faults on, for which KVM would need the guest's memory, is not tried: the
+    /// address of their tokens is enough to see whether KVM answers.
+    #[test]
+    fn a_feature_of_kvm_that_is_hidden_cannot_be_used() {
+        const ASYNC_PF: u32 = 0x4b56_4d02;
+        const STEAL_TIME: u32 = 0x4b56_4d03;
+        let Ok(host) = Host::open() else { return println!("skipped: no /dev/kvm") };
+        if host.kvm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into()) == 0 {
+            return println!("skipped: this kernel does not enforce features");
+        }
+        let vm = host.create_vm().unwrap();
+        let vcpu = host.create_vcpu(&vm, 0, 1).unwrap();
+        let taken = |index, data| {
+            let entry = kvm_msr_entry { index, data, ..Default::default() };
+            vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap()
+        };
+        assert_eq!(taken(ASYNC_PF, 0x1000), 0);
+        assert_eq!(taken(STEAL_TIME, 0), 1, "a feature that guests have");
+        // The CPUID that a checkpoint brings is enforced too.
+        vcpu.set_cpuid2(&vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap()).unwrap();
+        assert_eq!(taken(ASYNC_PF, 0x1000), 0);
+    }
+}

@@ -25,7 +25,8 @@ use crate::devices::port::{NoSink, PortEnd};
 use crate::devices::valve::OutputMode;
 use crate::devices::virtio::blk::DiskOptions;
 use crate::event::{PowerRequest, ResetWay};
-use crate::kvm::{Host, HostError, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use crate::kvm::msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use crate::kvm::{Host, HostError};
 use crate::machine::Options;
 use crate::outgoing::Outgoing;
 use crate::state::FieldReader;
@@ -306,4 +307,52 @@ fn an_interrupt_of_before_does_not_arrive_after_a_restart() {
         }),
         "the lines are connected again"
     );
+}
+
+/// The flag is for watchdogs: without it a guest takes the time in which it did not run for a lockup of its
+/// own.
+#[test]
+fn a_guest_that_was_stopped_for_long_is_told_so() {
+    const CLOCK: u32 = 0x4b56_4d01;
+    const PAGE: u64 = 0x300;
+    /// `flags` of `struct pvclock_vcpu_time_info`.
+    const FLAGS: usize = 29;
+    const GUEST_STOPPED: u8 = 2;
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut machine) = booted(dir.path()) else { return };
+    machine
+        .vcpus
+        .on_each(|index| {
+            Box::new(move |fd| {
+                let entry = kvm_msr_entry { index: CLOCK, data: PAGE << 12 | 1, ..Default::default() };
+                if index == 0 {
+                    assert_eq!(fd.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
+                }
+                Ok(())
+            })
+        })
+        .unwrap();
+    let ram = machine.ram().clone();
+    let clock = || {
+        let mut page = [0; crate::memory::PAGE_SIZE];
+        assert!(ram.read_page(outlive_dirty::Gfn(PAGE), &mut page));
+        page
+    };
+    let wait_for = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !done() {
+            assert!(std::time::Instant::now() < deadline, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    machine.resume();
+    wait_for("KVM writes the clock", &|| clock()[..4] != [0; 4]);
+    let was_running = machine.quiesce();
+    machine.release(was_running);
+    assert_eq!(clock()[FLAGS] & GUEST_STOPPED, 0, "a stop of a moment");
+    let was_running = machine.quiesce();
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    machine.release(was_running);
+    wait_for("the flag", &|| clock()[FLAGS] & GUEST_STOPPED != 0);
+    machine.quiesce();
 }

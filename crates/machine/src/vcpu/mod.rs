@@ -15,6 +15,7 @@
 mod copying;
 pub(crate) mod idle;
 pub(crate) mod lent;
+mod msrs;
 pub(crate) mod platform;
 mod port_io;
 mod power;

@@ -6,8 +6,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use crate::kvm::features::{self, Missing};
-use crate::kvm::{Host, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE, XSAVE_BYTES, XsaveCall};
+use super::msrs;
+use crate::kvm::features::{self, Misfit, Missing};
+use crate::kvm::msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use crate::kvm::{Host, XSAVE_BYTES, XsaveCall};
 use crate::state::{FieldReader, FieldWriter, StateError};
 
 /// One part of a vCPU's state. The numbers are field numbers of a [`StateKind::Vcpu`] section.
@@ -92,6 +94,31 @@ pub enum VcpuStateError {
         /// "read" or "written".
         verb: &'static str,
     },
+    /// After a restore a register does not have the value that the VM had.
+    #[error(
+        "MSR {index:#x} is {wanted:#x} in the VM, and {}: use hosts of the same model with the same microcode and kernel",
+        .here.map_or("this host does not have it".to_owned(), |here| format!("{here:#x} here"))
+    )]
+    MsrDiffers {
+        /// Number of the first such MSR.
+        index: u32,
+        /// The VM's value.
+        wanted: u64,
+        /// The value here; `None` if it cannot be read.
+        here: Option<u64>,
+    },
+    /// The guest was told that it is safe from attacks to which this host's processor is open.
+    #[error(
+        "the VM's processor was said to be safe where this host's is not (bits {bits:#x} of IA32_ARCH_CAPABILITIES {told:#x} there, {here:#x} here): use hosts of the same model with the same microcode and kernel, or start the VM on the weaker host"
+    )]
+    Vulnerable {
+        /// The bits in which this host is weaker.
+        bits: u64,
+        /// What the guest was told.
+        told: u64,
+        /// This host's.
+        here: u64,
+    },
     /// CPUID or TSC frequency.
     #[error("{what}: {source}")]
     Constant {
@@ -105,6 +132,9 @@ pub enum VcpuStateError {
         "the VM's vCPUs have features that this host lacks ({0}): use hosts of the same model with the same kernel, or start the VM on the host that has fewer"
     )]
     Features(Missing),
+    /// The guest's processor is built in another way than this host's.
+    #[error("{0}: use hosts of the same model")]
+    Misfit(Misfit),
     /// The other host's TSC runs at another speed and this host cannot scale its own.
     #[error(
         "the VM's TSC runs at {wanted} kHz, this host's at {here} kHz and it cannot scale: use hosts of the same model"
@@ -130,13 +160,16 @@ pub enum VcpuStateError {
     State(#[from] StateError),
 }
 
-fn ioctl<T>(item: Item, result: Result<T, kvm_ioctls::Error>) -> Result<T, VcpuStateError> {
+pub(super) fn ioctl<T>(item: Item, result: Result<T, kvm_ioctls::Error>) -> Result<T, VcpuStateError> {
     result.map_err(|source| VcpuStateError::Ioctl { item, source })
 }
 
 /// Buffers for one vCPU's state, allocated once, so that saving allocates nothing (invariant 5).
 pub(super) struct Saver {
-    msrs: Msrs,
+    /// As many in each as KVM reads at once.
+    msrs: Vec<Msrs>,
+    /// All of them.
+    entries: Vec<kvm_msr_entry>,
     xsave: Xsave,
     call: XsaveCall,
 }
@@ -147,9 +180,11 @@ impl Saver {
     pub(super) fn new(indices: &[u32], call: XsaveCall) -> Self {
         let entries: Vec<_> =
             indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        // PANIC: a chunk is no longer than KVM's longest list.
+        let list = |chunk: &[kvm_msr_entry]| Msrs::from_entries(chunk).expect("a short list");
         Self {
-            // PANIC: KVM's own index list is shorter than KVM_MAX_MSR_ENTRIES.
-            msrs: Msrs::from_entries(&entries).unwrap_or_else(|_| Msrs::new(0).expect("empty list")),
+            msrs: entries.chunks(msrs::MOST_AT_ONCE).map(list).collect(),
+            entries,
             xsave: Xsave::new(tail(call.bytes())).unwrap_or_else(|_| Xsave::new(0).expect("empty tail")),
             call,
         }
@@ -157,7 +192,7 @@ impl Saver {
 
     /// The most bytes that one saved vCPU takes.
     pub(super) fn capacity(&self) -> usize {
-        16 * 1024 + self.call.bytes() + size_of_val(self.msrs.as_slice())
+        16 * 1024 + self.call.bytes() + size_of_val(&self.entries[..])
     }
 
     /// Reads the state of a stopped vCPU. `mp_state` was read before the `KVM_RUN` that filled
@@ -202,13 +237,17 @@ impl Saver {
     }
 
     fn save_msrs(&mut self, fd: &VcpuFd, fields: &mut FieldWriter<'_>) -> Result<(), VcpuStateError> {
-        let got = ioctl(Item::Msrs, fd.get_msrs(&mut self.msrs))?;
-        let entries = self.msrs.as_mut_slice();
-        if got < entries.len() {
-            return Err(VcpuStateError::Msr { index: entries[got].index, verb: "read" });
+        self.entries.clear();
+        for chunk in &mut self.msrs {
+            let got = ioctl(Item::Msrs, fd.get_msrs(chunk))?;
+            let read = chunk.as_slice();
+            if let Some(missing) = read.get(got) {
+                return Err(VcpuStateError::Msr { index: missing.index, verb: "read" });
+            }
+            self.entries.extend_from_slice(read);
         }
-        fix_deadline(entries);
-        fields.put_plain(Item::Msrs as u16, entries);
+        fix_deadline(&mut self.entries);
+        fields.put_plain(Item::Msrs as u16, &self.entries[..]);
         Ok(())
     }
 }
@@ -312,7 +351,7 @@ pub(crate) enum Tsc {
 
 impl Tsc {
     /// `entry` as it must be written, if at all.
-    fn apply(self, mut entry: kvm_msr_entry) -> Option<kvm_msr_entry> {
+    pub(super) fn apply(self, mut entry: kvm_msr_entry) -> Option<kvm_msr_entry> {
         match self {
             _ if entry.index != MSR_IA32_TSC => {}
             Self::Advance(ticks) => entry.data = entry.data.wrapping_add(ticks),
@@ -362,38 +401,16 @@ pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Resul
             }
             Item::DebugRegs => ioctl(item, fd.set_debug_regs(&fields.get_plain(field)?))?,
             Item::Lapic => ioctl(item, fd.set_lapic(&fields.get_plain::<kvm_lapic_state>(field)?))?,
-            Item::Msrs => restore_msrs(fd, &fields, |index| index != MSR_IA32_TSC_DEADLINE, tsc)?,
-            Item::TscDeadline => restore_msrs(fd, &fields, |index| index == MSR_IA32_TSC_DEADLINE, tsc)?,
+            Item::Msrs => msrs::restore(fd, &saved_msrs(&fields)?, host, tsc)?,
+            Item::TscDeadline => msrs::restore_deadline(fd, &saved_msrs(&fields)?)?,
             Item::Events => ioctl(item, fd.set_vcpu_events(&fields.get_plain(field)?))?,
         }
     }
     Ok(())
 }
 
-fn restore_msrs(
-    fd: &VcpuFd,
-    fields: &FieldReader<'_>,
-    chosen: impl Fn(u32) -> bool,
-    tsc: Tsc,
-) -> Result<(), VcpuStateError> {
-    let field = Item::Msrs as u16;
-    let saved: Vec<kvm_msr_entry> = fields.get_array(field)?;
-    let entries: Vec<_> =
-        saved.into_iter().filter(|e| chosen(e.index)).filter_map(|e| tsc.apply(e)).collect();
-    let mut rest = &entries[..];
-    while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(kvm_bindings::KVM_MAX_MSR_ENTRIES)];
-        let msrs = Msrs::from_entries(chunk).map_err(|_| StateError::Field { field })?;
-        let written = ioctl(Item::Msrs, fd.set_msrs(&msrs))?;
-        if written == 0 {
-            // Some listed MSRs are read-only unless a feature is on; their value is the host's own.
-            tracing::debug!(msr = format!("{:#x}", rest[0].index), "MSR not writable, left as it is");
-            rest = &rest[1..];
-        } else {
-            rest = &rest[written..];
-        }
-    }
-    Ok(())
+fn saved_msrs(fields: &FieldReader<'_>) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
+    Ok(fields.get_array(Item::Msrs as u16)?)
 }
 
 /// Fields of a [`StateKind::VcpuConstant`](outlive_epoch::image::StateKind::VcpuConstant) section.
@@ -413,7 +430,7 @@ pub(crate) fn save_constant(fd: &VcpuFd, to: &mut Vec<u8>) -> Result<(), VcpuSta
 
 /// Gives a vCPU that has never run the CPUID and TSC frequency of the VM that it continues. Returns the
 /// frequency in kHz.
-pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuStateError> {
+pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8], host: &Host) -> Result<u32, VcpuStateError> {
     let constant = |what| move |source| VcpuStateError::Constant { what, source };
     let fields = FieldReader::new(bytes)?;
     let entries: Vec<kvm_cpuid_entry2> = fields.get_array(FIELD_CPUID)?;
@@ -422,6 +439,9 @@ pub(crate) fn restore_constant(fd: &VcpuFd, bytes: &[u8]) -> Result<u32, VcpuSta
     let here = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(constant("KVM_GET_CPUID2"))?;
     if let Some(missing) = features::missing(&entries, here.as_slice()) {
         return Err(VcpuStateError::Features(missing));
+    }
+    if let Some(misfit) = features::misfit(&entries, host.offer().as_slice()) {
+        return Err(VcpuStateError::Misfit(misfit));
     }
     fd.set_cpuid2(&cpuid).map_err(constant("KVM_SET_CPUID2"))?;
     let wanted: u32 = fields.get_plain(FIELD_TSC_KHZ)?;
@@ -439,7 +459,7 @@ pub(crate) fn make_runnable(fd: &VcpuFd) -> Result<(), VcpuStateError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use outlive_dirty::Gfn;
 
     use super::*;
@@ -470,7 +490,7 @@ mod tests {
     }
 
     /// A separate vCPU; `None` without KVM.
-    fn vcpu() -> Option<(Host, kvm_ioctls::VmFd, VcpuFd)> {
+    pub(in crate::vcpu) fn vcpu() -> Option<(Host, kvm_ioctls::VmFd, VcpuFd)> {
         let Ok(host) = Host::open() else {
             println!("skipped: no /dev/kvm");
             return None;
@@ -551,7 +571,8 @@ mod tests {
         let mut saver = Saver::new(&host.readable_msrs(&fd).unwrap(), XsaveCall::Legacy);
         let mut saved = Vec::new();
         saver.save_msrs(&fd, &mut FieldWriter::new(&mut saved)).unwrap();
-        restore_msrs(&fd, &FieldReader::new(&saved).unwrap(), |_| true, Tsc::Advance(0)).unwrap();
+        let saved = saved_msrs(&FieldReader::new(&saved).unwrap()).unwrap();
+        msrs::restore(&fd, &saved, &host, Tsc::Advance(0)).unwrap();
         assert_eq!(ram.hash(), before, "the first bytes of the page: {:?}", &page()[..16]);
     }
 
@@ -561,8 +582,8 @@ mod tests {
         let mut saved = Vec::new();
         save_constant(&fd, &mut saved).unwrap();
         let other = host.create_vcpu(&vm, 1, 2).unwrap();
-        restore_constant(&other, &saved).unwrap();
-        restore_constant(&other, &saved).unwrap();
+        restore_constant(&other, &saved, &host).unwrap();
+        restore_constant(&other, &saved, &host).unwrap();
 
         let mut entries = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
         let first = entries.as_mut_slice().iter_mut().find(|entry| entry.function == 1).unwrap();
@@ -572,7 +593,7 @@ mod tests {
         fields.put_plain(FIELD_CPUID, entries.as_slice());
         fields.put_plain(FIELD_TSC_KHZ, &fd.get_tsc_khz().unwrap());
         let third = host.create_vcpu(&vm, 2, 3).unwrap();
-        let error = restore_constant(&third, &saved).unwrap_err().to_string();
+        let error = restore_constant(&third, &saved, &host).unwrap_err().to_string();
         assert!(error.contains("lacks (CPUID leaf 0x1.0 ECX 0x20)"), "{error}");
     }
 }

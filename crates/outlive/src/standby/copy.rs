@@ -185,5 +185,31 @@ fn check(hello: &Hello) -> Result<(), String> {
             hello.vendor
         ));
     }
+    let microcode = process::microcode();
+    if differs(hello.microcode, microcode) {
+        tracing::warn!(
+            primary = format!("{:#x}", hello.microcode),
+            here = format!("{microcode:#x}"),
+            "the hosts' processors have different microcode: what it changes of their features is compared with \
+             the VM's, but give both hosts the same"
+        );
+    }
     Ok(())
+}
+
+/// Whether both revisions are known, and not the same.
+fn differs(there: u64, here: u64) -> bool {
+    there != 0 && here != 0 && there != here
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_microcode_that_both_hosts_know_can_differ() {
+        assert!(differs(0xb00_0040, 0xb00_0041));
+        assert!(!differs(0xb00_0040, 0xb00_0040));
+        assert!(!differs(0, 0xb00_0040) && !differs(0xb00_0040, 0));
+    }
 }

@@ -167,6 +167,7 @@ mod tests {
             arbiter: String::new(),
             lineage: Default::default(),
             versions: VersionRange::CURRENT,
+            microcode: 0,
         })
     }
 

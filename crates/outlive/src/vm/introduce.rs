@@ -79,5 +79,6 @@ pub(crate) fn hello(
         arbiter: provenance.arbiter.id().unwrap_or_default().to_owned(),
         lineage: provenance.lineage.clone(),
         versions: VersionRange::CURRENT,
+        microcode: process::microcode(),
     })
 }

@@ -4,7 +4,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use crate::kvm::{MSR_IA32_MISC_ENABLE, MSR_MTRR_DEF_TYPE};
+use crate::kvm::msrs::{MSR_IA32_MISC_ENABLE, MSR_MTRR_DEF_TYPE};
 use crate::map::linux::{DESCRIPTORS as DESCRIPTORS_AT, PAGE_TABLES, ZERO_PAGE};
 use crate::vcpu::state::{Item, VcpuStateError};
 

@@ -102,6 +102,7 @@ pub(super) fn hello() -> Hello {
         arbiter: String::new(),
         lineage: Default::default(),
         versions: VersionRange::CURRENT,
+        microcode: 0,
     }
 }
 
