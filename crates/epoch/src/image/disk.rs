@@ -201,12 +201,14 @@ pub struct RecordBuf {
     /// The capacity that was asked for; the vector may have more.
     capacity: usize,
     flush: bool,
+    /// Bytes that the records make zero.
+    zeroed: u64,
 }
 
 impl RecordBuf {
     /// An empty buffer for records of `bytes` bytes in all, counting [`DISK_RECORD_LEN`] for each.
     pub fn with_capacity(bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bytes), capacity: bytes, flush: false }
+        Self { bytes: Vec::with_capacity(bytes), capacity: bytes, flush: false, zeroed: 0 }
     }
 
     /// Gives an empty buffer another capacity, keeping its memory if that is enough. The number may come from
@@ -236,6 +238,12 @@ impl RecordBuf {
         self.bytes.len()
     }
 
+    /// Bytes that carrying the records out may write: a few bytes of a record can make a gigabyte zero, and
+    /// some file systems have to write it.
+    pub fn work(&self) -> usize {
+        usize::try_from(self.zeroed).unwrap_or(usize::MAX).saturating_add(self.len())
+    }
+
     /// Whether the buffer has no record.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
@@ -250,6 +258,7 @@ impl RecordBuf {
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.flush = false;
+        self.zeroed = 0;
     }
 
     /// Adds a write. Data of more than [`DISK_RECORD_DATA`] becomes several records; a write of no bytes that
@@ -277,7 +286,10 @@ impl RecordBuf {
             }
             DiskOp::Zero(0) => {}
             DiskOp::Zero(_) | DiskOp::Flush if self.room() < DISK_RECORD_LEN => return false,
-            DiskOp::Zero(len) => self.put(disk, OP_ZERO, offset, len, &[]),
+            DiskOp::Zero(len) => {
+                self.put(disk, OP_ZERO, offset, len, &[]);
+                self.zeroed = self.zeroed.saturating_add(len);
+            }
             DiskOp::Flush => {
                 self.put(disk, OP_FLUSH, 0, 0, &[]);
                 self.flush = true;
@@ -299,9 +311,13 @@ impl RecordBuf {
         disks: &[u64],
     ) -> Result<(), RecordError> {
         assert!(records.len() <= self.room(), "no room for {} bytes of records", records.len());
-        let mut flush = self.flush;
-        records.walk(disks, |record| flush |= record.op == DiskOp::Flush)?;
-        self.flush = flush;
+        let (mut flush, mut zeroed) = (self.flush, self.zeroed);
+        records.walk(disks, |record| match record.op {
+            DiskOp::Flush => flush = true,
+            DiskOp::Zero(len) => zeroed = zeroed.saturating_add(len),
+            DiskOp::Data(_) => {}
+        })?;
+        (self.flush, self.zeroed) = (flush, zeroed);
         self.bytes.extend_from_slice(records.0);
         Ok(())
     }

@@ -10,6 +10,9 @@ use super::journal::{Journal, JournalError};
 
 /// A journal that has grown to this size is emptied, after the images were made durable.
 pub(crate) const JOURNAL_BYTES: u64 = 64 << 20;
+/// The same for what its records may cost. Who opens the images after a loss of power carries all of it out
+/// again, and a small record can make a gigabyte zero.
+pub(crate) const JOURNAL_WORK: usize = 4 << 30;
 
 /// The journal and the images of one VM. The module `disk` explains the order.
 pub(crate) struct Applier<S> {
@@ -18,7 +21,10 @@ pub(crate) struct Applier<S> {
     images: Vec<Option<S>>,
     /// Records in the journal, perhaps not yet durable, that are not yet in the images.
     pending: Vec<(u64, RecordBuf)>,
-    pending_bytes: usize,
+    /// [`RecordBuf::work`] of the pending records.
+    pending_work: usize,
+    /// The same of all that is in the journal.
+    journal_work: usize,
     /// Records that are in the images.
     spent: Vec<RecordBuf>,
     /// The newest checkpoint whose writes are in the images.
@@ -29,24 +35,27 @@ impl<S: Store> Applier<S> {
     /// The images are at `checkpoint` and durable, the journal is empty.
     pub(crate) fn new(journal: Journal<S>, images: Vec<Option<S>>, checkpoint: u64) -> Self {
         let (pending, spent) = (Vec::new(), Vec::new());
-        Self { journal, images, pending, pending_bytes: 0, spent, applied: checkpoint }
+        Self { journal, images, pending, pending_work: 0, journal_work: 0, spent, applied: checkpoint }
     }
 
     /// Takes the writes of the next committed checkpoint. Returns whether the guest asked for a flush in it.
     pub(crate) fn commit(&mut self, number: u64, records: RecordBuf) -> io::Result<bool> {
-        if !self.journal.is_empty() && self.journal.len() + records.len() as u64 > JOURNAL_BYTES {
+        let work = records.work();
+        let is_long = self.journal.len() + records.len() as u64 > JOURNAL_BYTES;
+        if !self.journal.is_empty() && (is_long || self.journal_work.saturating_add(work) > JOURNAL_WORK) {
             self.settle()?;
         }
         self.journal.append(number, records.records().bytes())?;
         let flush = records.has_flush();
-        self.pending_bytes += records.len();
+        self.pending_work = self.pending_work.saturating_add(work);
+        self.journal_work = self.journal_work.saturating_add(work);
         self.pending.push((number, records));
         Ok(flush)
     }
 
-    /// How many bytes wait for [`harden`](Self::harden).
-    pub(crate) fn pending_bytes(&self) -> usize {
-        self.pending_bytes
+    /// How many bytes, zeroes too, wait for [`harden`](Self::harden).
+    pub(crate) fn pending_work(&self) -> usize {
+        self.pending_work
     }
 
     /// Makes the journal durable, then writes the waiting records into the images.
@@ -60,7 +69,7 @@ impl<S: Store> Applier<S> {
             self.applied = number;
             self.spent.push(records);
         }
-        self.pending_bytes = 0;
+        self.pending_work = 0;
         Ok(())
     }
 
@@ -71,6 +80,7 @@ impl<S: Store> Applier<S> {
         if !self.journal.is_empty() {
             sync_all(&self.images)?;
             self.journal.reset(self.applied)?;
+            self.journal_work = 0;
         }
         Ok(self.applied)
     }

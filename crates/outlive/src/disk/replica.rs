@@ -176,7 +176,7 @@ impl Replica {
             return self.queue.give_back(records);
         }
         let mut waiting = self.queue.lock();
-        while waiting.is_full(records.len()) && waiting.failed.is_none() {
+        while waiting.is_full(records.work()) && waiting.failed.is_none() {
             waiting = self.queue.room.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         self.queue.push(waiting, Job::Commit { number, base, records });

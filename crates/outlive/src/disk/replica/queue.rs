@@ -12,7 +12,7 @@ use outlive_machine::DiskHash;
 use crate::disk::image::Sum;
 use crate::disk::sidecar::CopyEnd;
 
-/// How many bytes of committed writes may wait.
+/// How many bytes may wait to be written: data, and ranges to be made zero.
 pub(super) const QUEUE_BYTES: usize = 256 << 20;
 /// How long a committed write may wait for the disks' thread. A takeover waits for everything in this queue,
 /// so this bounds the wait on a slow disk, where [`QUEUE_BYTES`] may take minutes.
@@ -38,7 +38,9 @@ impl Job {
     pub(super) fn bytes(&self) -> usize {
         match self {
             Self::Sums { sums, .. } => 64 + sums.as_ref().map_or(0, |sums| sums.len() * size_of::<Sum>()),
-            Self::Blocks(records) | Self::Commit { records, .. } => 64 + records.len(),
+            Self::Blocks(records) => 64 + records.len(),
+            // A takeover waits for all of it, so ranges of zeroes count by what they may cost.
+            Self::Commit { records, .. } => records.work().saturating_add(64),
             Self::Check { .. }
             | Self::Settle { .. }
             | Self::Release
@@ -188,6 +190,20 @@ mod tests {
         assert!(waiting(QUEUE_TIME, 5).is_full(1), "a slow disk");
         // A long comparison is no sign of a slow disk: it ends when enough waits.
         assert!(!Waiting { checking: true, ..waiting(QUEUE_TIME, 5) }.is_full(1));
+    }
+
+    /// A guest that discards its disk writes a few bytes for each gigabyte.
+    #[test]
+    fn ranges_of_zeroes_count_by_their_length() {
+        let queue = Queue::default();
+        let mut records = records(1000);
+        assert!(records.push(DiskRecord { disk: 0, offset: 0, op: DiskOp::Zero(1 << 30) }));
+        let work = records.work();
+        assert!(!queue.lock().is_full(work), "one alone must come all the same");
+        queue.push(queue.lock(), Job::Commit { number: 1, base: false, records });
+        assert!(queue.lock().is_full(1));
+        assert!(matches!(queue.pop(None, None), Some(Job::Commit { .. })));
+        assert_eq!(queue.lock().bytes, 0);
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             return (None, None);
         };
         let now = Instant::now();
-        if applier.pending_bytes() == 0 {
+        if applier.pending_work() == 0 {
             return (Some(now + IDLE), None);
         }
         let hard = self.pending_since.unwrap_or(now) + HARDEN;
@@ -268,7 +268,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             self.say(self.replica(true, number, self.journal.clone()));
             return Ok(());
         }
-        if applier.pending_bytes() >= HARDEN_BYTES { self.harden() } else { Ok(()) }
+        if applier.pending_work() >= HARDEN_BYTES { self.harden() } else { Ok(()) }
     }
 
     /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
@@ -318,7 +318,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// Does what is due when no job comes.
     fn harden_or_empty(&mut self) -> Result<(), String> {
         match &self.applier {
-            Some(applier) if applier.pending_bytes() > 0 => self.harden(),
+            Some(applier) if applier.pending_work() > 0 => self.harden(),
             _ => self.settle(),
         }
     }
