@@ -25,22 +25,29 @@ impl DeviceKind {
     }
 }
 
-/// How a disk is used. On the wire a `u16`: bit 0 read-only, bit 1 shared.
+/// How a disk is used. On the wire a `u16`: bit 0 read-only, bit 1 shared, bit 2 sectors of 4096 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DeviceFlags {
     /// The guest cannot write to it.
     pub read_only: bool,
     /// Both hosts see the same disk: a write is output and is not replicated.
     pub shared: bool,
+    /// Its sectors have 4096 bytes, and not 512. A guest finds its partitions by the size of a sector, so
+    /// both hosts must show the same. A standby of a release that does not know the flag refuses it.
+    pub large_sectors: bool,
 }
 
 impl DeviceFlags {
     pub(crate) fn to_wire(self) -> u16 {
-        u16::from(self.read_only) | u16::from(self.shared) << 1
+        u16::from(self.read_only) | u16::from(self.shared) << 1 | u16::from(self.large_sectors) << 2
     }
 
     pub(crate) fn from_wire(word: u16) -> Option<Self> {
-        (word < 4).then_some(Self { read_only: word & 1 != 0, shared: word & 2 != 0 })
+        (word < 8).then_some(Self {
+            read_only: word & 1 != 0,
+            shared: word & 2 != 0,
+            large_sectors: word & 4 != 0,
+        })
     }
 }
 

@@ -24,7 +24,7 @@ pub(crate) fn incoming() -> Incoming {
 fn devices() -> Vec<DeviceInfo> {
     let disk = |read_only, shared, size, serial: &str| DeviceInfo {
         kind: DeviceKind::Disk,
-        flags: DeviceFlags { read_only, shared },
+        flags: DeviceFlags { read_only, shared, ..Default::default() },
         queues: 2,
         size,
         serial: serial.into(),

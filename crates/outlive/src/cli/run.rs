@@ -41,7 +41,7 @@ pub struct RunOptions {
 
     /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest
     /// leaves its disks alone
-    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]", value_parser = DiskSpec::from_str)]
+    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N][,sector=BYTES]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 
     /// Network card: a tap interface that is created, and the bridge that it joins

@@ -2,6 +2,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use outlive_machine::SectorSize;
 
 use super::values::{parse_interval, parse_mac};
 use super::*;
@@ -115,8 +116,13 @@ fn disks_are_read() {
     assert_eq!((disk.serial.as_deref(), disk.queues), (Some("db-1"), 4));
     let disk: DiskSpec = "path=b.img,shared".parse().unwrap();
     assert_eq!((disk.shared, disk.queues), (true, 1));
+    assert_eq!(disk.sectors, None);
+    let disk: DiskSpec = "path=c.img,sector=4096".parse().unwrap();
+    assert_eq!(disk.sectors, Some(SectorSize::Large));
     for bad in [
         "",
+        "path=a,sector=1024",
+        "path=a,sector=",
         "readonly",
         "path=",
         "path=a,size=3",

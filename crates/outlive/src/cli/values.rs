@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use outlive_machine::SectorSize;
+
 /// A network card: `tap=NAME[,bridge=BR][,mac=MAC][,queues=N]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetSpec {
@@ -181,7 +183,7 @@ pub(super) fn parse_name(text: &str) -> Result<String, String> {
     if good { Ok(text.into()) } else { Err("a name has 1 to 64 visible ASCII characters".into()) }
 }
 
-/// A disk: `path=FILE[,readonly][,shared][,serial=TEXT][,queues=N]`.
+/// A disk: `path=FILE[,readonly][,shared][,serial=TEXT][,queues=N][,sector=BYTES]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
     /// A raw image or a block device.
@@ -192,6 +194,8 @@ pub struct DiskSpec {
     pub shared: bool,
     /// What the guest reads as the disk's serial number, up to 20 characters.
     pub serial: Option<String>,
+    /// Size of the guest's sectors; if not given, that of a block device, and 512 bytes for a file.
+    pub sectors: Option<SectorSize>,
     /// Request queues, 1 to 16.
     pub queues: u8,
 }
@@ -200,7 +204,9 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut spec = Self { path: PathBuf::new(), readonly: false, shared: false, serial: None, queues: 1 };
+        let (readonly, shared) = (false, false);
+        let mut spec =
+            Self { path: PathBuf::new(), readonly, shared, serial: None, sectors: None, queues: 1 };
         for part in text.split(',') {
             match (part, part.split_once('=')) {
                 ("readonly", _) => spec.readonly = true,
@@ -208,9 +214,10 @@ impl FromStr for DiskSpec {
                 (_, Some(("path", path))) => spec.path = path.into(),
                 (_, Some(("serial", serial))) => spec.serial = Some(parse_serial(serial)?),
                 (_, Some(("queues", number))) => spec.queues = parse_queues(number, 16)?,
+                (_, Some(("sector", bytes))) => spec.sectors = Some(parse_sector(bytes)?),
                 _ => {
                     return Err(format!(
-                        "'{part}' is not path=FILE, readonly, shared, serial=TEXT or queues=N"
+                        "'{part}' is not path=FILE, readonly, shared, serial=TEXT, queues=N or sector=BYTES"
                     ));
                 }
             }
@@ -231,6 +238,11 @@ fn parse_serial(text: &str) -> Result<String, String> {
     } else {
         Err(format!("'{text}' is not a serial number of 1 to 20 visible ASCII characters"))
     }
+}
+
+fn parse_sector(text: &str) -> Result<SectorSize, String> {
+    let size = text.parse().ok().and_then(SectorSize::from_bytes);
+    size.ok_or_else(|| format!("sector={text}: give 512 or 4096"))
 }
 
 fn parse_queues(text: &str, most: u8) -> Result<u8, String> {

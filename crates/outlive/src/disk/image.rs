@@ -40,12 +40,12 @@ impl Store for File {
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        let (start, length) = (offset as i64, len as i64);
-        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(self, hole, start, length) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => write_zeroes(self, offset, len),
-            other => Ok(other?),
-        }
+        zero(
+            &|offset, len| punch_hole(self, offset, len),
+            &|offset, len| write_zeroes(self, offset, len),
+            offset,
+            len,
+        )
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -67,6 +67,38 @@ impl Store for File {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The largest sectors of a block device.
+const LARGEST_SECTOR: u64 = 4096;
+
+/// Makes a range zero: as a hole if that is possible, or else by writing. Of a block device only whole
+/// sectors can become a hole, and its sectors may be larger than those that the guest sees.
+fn zero(
+    punch: &impl Fn(u64, u64) -> Result<(), Errno>,
+    write: &impl Fn(u64, u64) -> io::Result<()>,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    match punch(offset, len) {
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => write(offset, len),
+        Err(Errno::EINVAL) => {
+            let end = offset + len;
+            let (first, last) =
+                (offset.next_multiple_of(LARGEST_SECTOR), end / LARGEST_SECTOR * LARGEST_SECTOR);
+            if first >= last || punch(first, last - first).is_err() {
+                return write(offset, len);
+            }
+            write(offset, first - offset)?;
+            write(last, end - last)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn punch_hole(file: &File, offset: u64, len: u64) -> Result<(), Errno> {
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, hole, offset as i64, len as i64)
 }
 
 fn write_zeroes(file: &File, mut offset: u64, len: u64) -> io::Result<()> {
@@ -162,6 +194,38 @@ mod tests {
         assert_eq!(reader.range(u64::MAX).1, 0);
         assert_eq!(reader.sum(6, &mut buffer).unwrap(), ZERO_SUM);
         assert_eq!(reader.sum(10, &mut buffer).unwrap(), *blake3::hash(&[8; 700]).as_bytes());
+    }
+
+    /// A block device whose sectors have 4096 bytes makes holes of whole sectors only.
+    #[test]
+    fn of_a_range_that_is_not_whole_sectors_the_inner_ones_become_a_hole() {
+        let holes = std::cell::RefCell::new(Vec::new());
+        let written = std::cell::RefCell::new(Vec::new());
+        let punch = |offset: u64, len: u64| {
+            if !offset.is_multiple_of(4096) || !len.is_multiple_of(4096) {
+                return Err(Errno::EINVAL);
+            }
+            holes.borrow_mut().push((offset, len));
+            Ok(())
+        };
+        let write = |offset, len| {
+            written.borrow_mut().push((offset, len));
+            Ok(())
+        };
+        for (range, hole, rest) in [
+            ((4096, 8192), vec![(4096, 8192)], vec![]),
+            ((512, 12_288), vec![(4096, 8192)], vec![(512, 3584), (12_288, 512)]),
+            ((512, 4096), vec![], vec![(512, 4096)]),
+            ((4608, 512), vec![], vec![(4608, 512)]),
+        ] {
+            zero(&punch, &write, range.0, range.1).unwrap();
+            assert_eq!((holes.take(), written.take()), (hole, rest), "{range:?}");
+        }
+        let none = |_, _| Err(Errno::EOPNOTSUPP);
+        zero(&none, &write, 0, 1 << 20).unwrap();
+        assert_eq!(written.take(), [(0, 1 << 20)]);
+        let broken = |_, _| Err(Errno::EIO);
+        assert!(zero(&broken, &write, 0, 4096).is_err() && written.take().is_empty());
     }
 
     #[test]

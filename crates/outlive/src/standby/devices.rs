@@ -2,7 +2,7 @@
 //! decides alone: no device is guessed from the kind of guest.
 
 use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode};
-use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine};
+use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{StandbyDisk, StandbyOptions};
@@ -80,12 +80,18 @@ fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
     hello.devices.iter().filter(|device| device.kind == DeviceKind::Disk)
 }
 
+/// The guest has seen them, so this host's device may have others.
+fn sectors(info: &DeviceInfo) -> SectorSize {
+    if info.flags.large_sectors { SectorSize::Large } else { SectorSize::Small }
+}
+
 /// The VM's disks on this host's images.
 pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskOptions> {
     let describe = |(info, disk): (&DeviceInfo, &StandbyDisk)| DiskOptions {
         readonly: info.flags.read_only,
         shared: info.flags.shared,
         serial: (!info.serial.is_empty()).then(|| info.serial.clone()),
+        sectors: Some(sectors(info)),
         queues: info.queues,
         ..DiskOptions::new(&disk.path)
     };

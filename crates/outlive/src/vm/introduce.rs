@@ -1,7 +1,7 @@
 //! How a primary introduces its VM. A standby builds its machine from this alone.
 
 use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits, VersionRange};
-use outlive_machine::Machine;
+use outlive_machine::{Machine, SectorSize};
 
 use super::limits::{self, MAX_STATE_BYTES, SLOTS};
 use super::{Disk, Identity};
@@ -26,7 +26,11 @@ pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -
         let spec = options.disks.get(index);
         DeviceInfo {
             kind: DeviceKind::Disk,
-            flags: DeviceFlags { read_only: disk.is_readonly(), shared: disk.is_shared() },
+            flags: DeviceFlags {
+                read_only: disk.is_readonly(),
+                shared: disk.is_shared(),
+                large_sectors: disk.sector_size() == SectorSize::Large,
+            },
             queues: spec.map_or(1, |spec| spec.queues.into()),
             size: disk.capacity_bytes(),
             serial: spec.and_then(|spec| spec.serial.clone()).unwrap_or_default(),

@@ -17,8 +17,8 @@ pub(crate) fn card(net: &NetSpec, mac: MacAddr) -> NetConfig {
 
 /// A disk's options.
 pub(crate) fn disk_options(spec: &DiskSpec) -> DiskOptions {
-    let DiskSpec { path, readonly, shared, serial, queues } = spec.clone();
-    DiskOptions { readonly, shared, serial, queues: queues.into(), ..DiskOptions::new(path) }
+    let DiskSpec { path, readonly, shared, serial, sectors, queues } = spec.clone();
+    DiskOptions { readonly, shared, serial, sectors, queues: queues.into(), ..DiskOptions::new(path) }
 }
 
 /// The card's address: the given one, or one that is locally administered, so it cannot collide with a

@@ -11,6 +11,33 @@ use crate::devices::virtio::slot::CONFIG_BYTES;
 
 /// Bytes of a sector, the unit of addresses and lengths.
 pub const SECTOR: u64 = 512;
+
+/// Bytes of the blocks in which a guest divides its disk: partition tables count in them, and file systems
+/// write no smaller ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum SectorSize {
+    /// 512, which almost every disk has or pretends to have.
+    #[default]
+    Small = 512,
+    /// 4096: disks that are called 4Kn.
+    Large = 4096,
+}
+
+impl SectorSize {
+    /// How many bytes it has.
+    pub fn bytes(self) -> u64 {
+        self as u64
+    }
+
+    /// The size with this many bytes.
+    pub fn from_bytes(bytes: u64) -> Option<Self> {
+        [Self::Small, Self::Large].into_iter().find(|size| size.bytes() == bytes)
+    }
+}
+
+/// Bytes that the host's storage writes as a whole, or a multiple of it.
+const HOST_BLOCK: u64 = 4096;
 /// Most queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = 16;
 /// Largest size of a queue.
@@ -49,21 +76,24 @@ pub(super) fn writes_through(features: u64, writeback: bool) -> bool {
 }
 
 /// The configuration space: `struct virtio_blk_config`.
-pub(super) fn space(sectors: u64, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
+pub(super) fn space(sectors: u64, size: SectorSize, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &sectors.to_le_bytes());
     put(8, &SEGMENT_BYTES.to_le_bytes());
     put(12, &SEGMENTS.to_le_bytes());
-    put(20, &(SECTOR as u32).to_le_bytes());
-    // Topology: physical blocks of 8 sectors, so that file systems are laid out for the host's pages.
-    put(24, &[3, 0]);
-    put(26, &8u16.to_le_bytes());
+    put(20, &(size as u32).to_le_bytes());
+    // Topology, in sectors of that size: how many make a physical block, as a power of two, and the least that
+    // should be written at once. So file systems are laid out for the host's pages.
+    let blocks = HOST_BLOCK / size.bytes();
+    put(24, &[blocks.trailing_zeros() as u8, 0]);
+    put(26, &(blocks as u16).to_le_bytes());
     put(WRITEBACK, &[u8::from(writeback)]);
     put(34, &queues.to_le_bytes());
     put(36, &MAX_DISCARD.to_le_bytes());
     put(40, &(MAX_RANGES as u32).to_le_bytes());
-    put(44, &8u32.to_le_bytes());
+    // The alignment of discards, in units of 512 bytes.
+    put(44, &((HOST_BLOCK / SECTOR) as u32).to_le_bytes());
     put(48, &MAX_ZEROES.to_le_bytes());
     put(52, &(MAX_RANGES as u32).to_le_bytes());
     put(56, &[1]);

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestMemory;
 
 use super::SERIAL_BYTES;
-use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE};
+use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE, SectorSize};
 use super::disk::Disk;
 use super::engine::{self, Engine, EngineKind};
 use super::hold::ReleasedWrites;
@@ -42,6 +42,9 @@ pub struct DiskOptions {
     pub shared: bool,
     /// Serial number, at most 20 printable ASCII characters; `outlive-diskN` if not given.
     pub serial: Option<String>,
+    /// Size of the guest's sectors; if not given, that of a block device, and 512 bytes for a file. A guest
+    /// finds its partitions by it, so a VM has the same on both hosts.
+    pub sectors: Option<SectorSize>,
     /// Queues, 1 to 16: as many as there are vCPUs is usual.
     pub queues: u16,
     /// The engine that carries out the requests.
@@ -52,7 +55,15 @@ impl DiskOptions {
     /// A disk that is not shared, to read and write, with one queue.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let engine = EngineKind::default();
-        Self { path: path.into(), readonly: false, shared: false, serial: None, queues: 1, engine }
+        Self {
+            path: path.into(),
+            readonly: false,
+            shared: false,
+            serial: None,
+            sectors: None,
+            queues: 1,
+            engine,
+        }
     }
 }
 
@@ -96,7 +107,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
             return Err(BlockError::Queues(options.queues));
         }
         serial(options.serial.as_deref(), index)?;
-        let image = Arc::new(Image::open(&options.path, options.readonly, options.shared)?);
+        let image = Arc::new(Image::open(&options.path, options.readonly, options.shared, options.sectors)?);
         let asked = options.shared.then(|| permit.clone());
         let engine = engine::start(options.engine, &image, MAX_IN_FLIGHT as u16, asked)?;
         let mut device = Self::with_engine(options, index, log, permit, host, (image, engine))?;
@@ -146,6 +157,11 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     /// Length of the disk.
     pub fn capacity_bytes(&self) -> u64 {
         self.model().image.bytes()
+    }
+
+    /// The size of the sectors that the guest sees.
+    pub fn sector_size(&self) -> SectorSize {
+        self.model().image.sector_size()
     }
 
     /// Whether its writes are output; if not, the write log has them.
@@ -246,7 +262,7 @@ impl<M: GuestMemory> Model<M> for Disk {
     }
 
     fn config(&self, requests: &Requests) -> [u8; CONFIG_BYTES] {
-        config::space(self.geometry.sectors, self.queues, requests.writeback)
+        config::space(self.geometry.sectors, self.image.sector_size(), self.queues, requests.writeback)
     }
 
     fn write_config(&self, requests: &mut Requests, offset: u64, data: &[u8]) {

@@ -41,7 +41,7 @@ pub fn fuzz(data: &[u8]) {
     file.as_file().set_len(SECTORS * 512).expect("a small file");
     let shared = control[0] & 1 != 0;
     let options = DiskOptions { shared, queues: 2, ..DiskOptions::new(file.as_path()) };
-    let open = || Arc::new(Image::open(&options.path, false, true).expect("an image"));
+    let open = || Arc::new(Image::open(&options.path, false, true, None).expect("an image"));
     let log = WriteLog::new(|| {});
     log.swap(&mut RecordBuf::with_capacity(usize::from(control[1]) << 8));
     log.set_mode(if control[0] & 2 != 0 { LogMode::Log } else { LogMode::Track });

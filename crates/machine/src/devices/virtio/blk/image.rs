@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::config::SECTOR;
+use super::config::{SECTOR, SectorSize};
 
 /// Why an image cannot be used. Each message names the remedy.
 #[derive(Debug, Error)]
@@ -38,6 +38,24 @@ pub enum ImageError {
         /// Its length.
         bytes: u64,
     },
+    /// The image has no whole number of the sectors that were asked for.
+    #[error("the disk image {} has {bytes} bytes, no multiple of {}: make it longer with `truncate -s {} {}`, or leave `sector` out", .path.display(), .size.bytes(), bytes.next_multiple_of(.size.bytes()), .path.display())]
+    Length {
+        /// Path of the image.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// Length of a sector.
+        size: SectorSize,
+    },
+    /// A block device whose sectors are neither of the two sizes.
+    #[error("the block device {} has sectors of {bytes} bytes: use one with sectors of 512 or 4096, or say `sector=4096`", .path.display())]
+    Sectors {
+        /// Path of the device.
+        path: PathBuf,
+        /// Length of its sectors.
+        bytes: u64,
+    },
     /// Another VM, or a mount, uses it.
     #[error("the disk image {} is in use: stop the program that uses it, or, if it is meant to be shared, say `shared` in both", .0.display())]
     InUse(PathBuf),
@@ -57,6 +75,7 @@ pub struct Image {
     file: File,
     path: PathBuf,
     sectors: u64,
+    sector_size: SectorSize,
     readonly: bool,
 }
 
@@ -64,12 +83,23 @@ impl Image {
     /// Opens `path`. Unless `shared`, nobody else who follows the rules can have it open at the same time: it
     /// is locked (`flock`), and a block device is opened exclusively.
     ///
+    /// The guest sees sectors of size `sectors`; if not given, of the size that a block device has, and of 512
+    /// bytes for a file.
+    ///
     /// The kernel releases a file a moment after io_uring is done with it, so an image that seems to be in
     /// use is tried again for a tenth of a second.
-    pub fn open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn open(
+        path: &Path,
+        readonly: bool,
+        shared: bool,
+        sectors: Option<SectorSize>,
+    ) -> Result<Self, ImageError> {
         let mut tries = 10;
         loop {
-            match Self::try_open(path, readonly, shared) {
+            match Self::try_open(path, readonly, shared, sectors) {
                 Err(ImageError::InUse(_)) if tries > 0 => std::thread::sleep(Duration::from_millis(10)),
                 result => return result,
             }
@@ -77,7 +107,12 @@ impl Image {
         }
     }
 
-    fn try_open(path: &Path, readonly: bool, shared: bool) -> Result<Self, ImageError> {
+    fn try_open(
+        path: &Path,
+        readonly: bool,
+        shared: bool,
+        sectors: Option<SectorSize>,
+    ) -> Result<Self, ImageError> {
         let other = |source| ImageError::Other { path: path.into(), source };
         let kind = fs::metadata(path).map_err(|error| open_error(path, readonly, error))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -104,7 +139,19 @@ impl Image {
         if bytes < SECTOR {
             return Err(ImageError::TooSmall { path: path.into(), bytes });
         }
-        Ok(Self { file, path: path.into(), sectors: bytes / SECTOR, readonly })
+        let sector_size = match sectors {
+            Some(size) => size,
+            None if kind.is_block_device() => {
+                let bytes = device::sector_bytes(&file).map_err(other)?;
+                SectorSize::from_bytes(bytes)
+                    .ok_or_else(|| ImageError::Sectors { path: path.into(), bytes })?
+            }
+            None => SectorSize::Small,
+        };
+        if sector_size == SectorSize::Large && !bytes.is_multiple_of(sector_size.bytes()) {
+            return Err(ImageError::Length { path: path.into(), bytes, size: sector_size });
+        }
+        Ok(Self { file, path: path.into(), sectors: bytes / SECTOR, sector_size, readonly })
     }
 
     /// The open file, for threads that read parts of it.
@@ -122,7 +169,12 @@ impl Image {
         self.sectors * SECTOR
     }
 
-    /// Length of the disk in sectors.
+    /// The size of the sectors that the guest sees.
+    pub fn sector_size(&self) -> SectorSize {
+        self.sector_size
+    }
+
+    /// Length of the disk in units of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
@@ -135,6 +187,29 @@ impl Image {
     /// Fills `buffer` with the bytes at `offset`.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
+    }
+}
+
+mod device {
+    // UNSAFETY: BLKSSZGET writes an int of ours.
+    #![allow(unsafe_code)]
+
+    use std::fs::File;
+    use std::io;
+
+    use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+
+    /// include/uapi/linux/fs.h; a number without direction and size, as old ones are.
+    const BLKSSZGET: libc::c_ulong = 0x1268;
+
+    /// Bytes of the sectors of a block device.
+    pub(super) fn sector_bytes(device: &File) -> io::Result<u64> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the kernel writes one int, which is ours.
+        if unsafe { ioctl_with_mut_ref(device, BLKSSZGET, &mut bytes) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(u64::try_from(bytes).unwrap_or(0))
     }
 }
 

@@ -130,7 +130,9 @@ impl Job {
                 self.retries += 1;
                 After::Again
             }
-            (Phase::Work, Err(libc::EOPNOTSUPP))
+            // EINVAL: a block device's sectors are larger than the guest's, and the range is no whole number
+            // of them.
+            (Phase::Work, Err(libc::EOPNOTSUPP | libc::EINVAL))
                 if self.kind != RequestType::Read && self.kind != RequestType::Write =>
             {
                 self.other_method()
@@ -205,7 +207,7 @@ impl Job {
         self.method = if unmap { Method::PunchHole } else { Method::ZeroRange };
     }
 
-    /// The host's file system does not support the operation.
+    /// The host's storage cannot do the operation, or not with this range.
     fn other_method(&mut self) -> After {
         // A discard is a hint. A range that was not discarded has not changed.
         if self.kind == RequestType::Discard {

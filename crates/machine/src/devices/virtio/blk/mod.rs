@@ -60,6 +60,7 @@ pub mod fuzz;
 mod tests;
 
 pub use chunks::{CHUNK, ChunkSet};
+pub use config::SectorSize;
 pub use device::{BlockDevice, BlockError, DiskOptions};
 pub use disk::Disk;
 pub use engine::EngineKind;

@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
-use tracing::{error, warn};
+use tracing::error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::image::Image;
 use super::super::pool::Buffer;
 use super::{Completion, Engine, Operation, Submission, ZERO};
+use crate::devices::complaints::{Complaints, complain};
 use crate::devices::virtio::worker::event;
 
 /// The engine: a ring, and the buffers of the operations under way.
@@ -30,6 +31,7 @@ struct Inner {
     under_way: Vec<Option<Buffer>>,
     count: usize,
     image: Arc<Image>,
+    complaints: Complaints,
 }
 
 impl Uring {
@@ -45,7 +47,10 @@ impl Uring {
         let event = event()?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let under_way = (0..depth).map(|_| None).collect();
-        Ok(Self { inner: Mutex::new(Inner { ring, under_way, count: 0, image }), event })
+        Ok(Self {
+            inner: Mutex::new(Inner { ring, under_way, count: 0, image, complaints: Complaints::default() }),
+            event,
+        })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -104,7 +109,6 @@ impl Inner {
 
     /// Makes the kernel take what was pushed.
     fn enter(&mut self) {
-        let mut told = false;
         loop {
             match self.ring.submit() {
                 Ok(_) if self.ring.submission().is_empty() => return,
@@ -112,9 +116,7 @@ impl Inner {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     // The kernel is short of memory for the moment; the requests stay in the ring.
-                    if !std::mem::replace(&mut told, true) {
-                        warn!(%error, "io_uring takes no requests now; trying again");
-                    }
+                    complain!(warn, self.complaints, %error, "io_uring takes no requests now; trying again");
                     std::thread::sleep(Duration::from_millis(1));
                 }
             }

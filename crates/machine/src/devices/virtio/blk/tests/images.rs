@@ -8,7 +8,7 @@ use super::driver::{T_DISCARD, T_WRITE_ZEROES};
 use super::*;
 
 fn open(path: &Path, readonly: bool, shared: bool) -> Result<Image, ImageError> {
-    Image::open(path, readonly, shared)
+    Image::open(path, readonly, shared, None)
 }
 
 #[test]

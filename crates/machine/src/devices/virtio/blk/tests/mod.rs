@@ -10,6 +10,7 @@ mod lifecycle;
 mod logging;
 mod order;
 mod permit;
+mod sectors;
 mod takeover;
 mod units;
 
@@ -139,7 +140,7 @@ impl Rig {
     /// A disk whose operations happen when the test says so, without a thread: [`turn`](Self::turn).
     fn manual(memory: &Arc<Memory>, options: &DiskOptions) -> Self {
         Self::build(memory, Times::lease(), |log, permit, host| {
-            let image = Arc::new(Image::open(&options.path, options.readonly, options.shared).unwrap());
+            let image = Arc::new(Image::open(&options.path, options.readonly, options.shared, None).unwrap());
             let manual = Manual::new(image.clone()).unwrap();
             let engine = Box::new(manual.clone());
             let device = BlockDevice::with_engine(options, 0, log, permit, host, (image, engine)).unwrap();
