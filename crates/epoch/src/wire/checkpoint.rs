@@ -3,12 +3,12 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::encoder::{EncodeError, Encoder};
+use super::encoder::Encoder;
 use super::end::EndReason;
-use super::error::WireError;
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
-use super::version::ProtocolVersion;
+use super::open::{Open, Totals};
 
 /// What is special about a checkpoint. On the wire a `u32`: bit 0 base_final, bits 8..16 the end reason or 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -129,49 +129,6 @@ impl CheckpointEnd {
     }
 }
 
-/// A checkpoint that has begun and not ended: how much of it was sent.
-pub(super) struct Open {
-    begin: CheckpointBegin,
-    pages: u32,
-    state_bytes: u32,
-    disk_bytes: u32,
-    /// Over the headers of its sections.
-    pub(super) chain: crc32fast::Hasher,
-}
-
-impl Open {
-    /// Each of these adds what a section brings, and returns the checkpoint's number.
-    pub(super) fn add_pages(&mut self, pages: usize) -> u64 {
-        self.pages = self.pages.saturating_add(pages as u32);
-        self.begin.number
-    }
-
-    pub(super) fn add_state(&mut self, bytes: usize) -> u64 {
-        self.state_bytes = self.state_bytes.saturating_add(bytes as u32);
-        self.begin.number
-    }
-
-    pub(super) fn add_disk_writes(&mut self, bytes: usize) -> u64 {
-        self.disk_bytes = self.disk_bytes.saturating_add(bytes as u32);
-        self.begin.number
-    }
-
-    fn check_totals(&self, stream: ProtocolVersion) -> Result<(), EncodeError> {
-        let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
-        let at_most = stream >= ProtocolVersion::V4 && self.pages <= pages;
-        for (what, announced, sent) in [
-            ("pages", if at_most { self.pages } else { pages }, self.pages),
-            ("bytes of state", state_bytes, self.state_bytes),
-            ("bytes of disk writes", disk_bytes, self.disk_bytes),
-        ] {
-            if announced != sent {
-                return Err(EncodeError::Totals { number, what, announced, sent });
-            }
-        }
-        Ok(())
-    }
-}
-
 impl Encoder {
     /// Appends [`CheckpointBegin`].
     ///
@@ -191,8 +148,8 @@ impl Encoder {
             flags: begin.flags.to_wire().into(),
             disk_bytes: begin.disk_bytes.into(),
         };
-        let chain = crc32fast::Hasher::new();
-        self.open = Some(Open { begin: *begin, pages: 0, state_bytes: 0, disk_bytes: 0, chain });
+        let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = *begin;
+        self.open = Some(Open::new(number, Totals { pages, state_bytes, disk_bytes }));
         self.chained(out, SectionKind::CheckpointBegin, &[], |out| out.extend_from_slice(payload.as_bytes()));
         Ok(())
     }
@@ -207,12 +164,12 @@ impl Encoder {
         let open = self.open("the end of a checkpoint that was not begun")?;
         open.check_totals(stream)?;
         let end = End {
-            number: open.begin.number.into(),
+            number: open.number.into(),
             stamp_us: stamp_us.into(),
-            pages: open.pages.into(),
-            state_bytes: open.state_bytes.into(),
+            pages: open.sent.pages.into(),
+            state_bytes: open.sent.state_bytes.into(),
             chain: open.chain.clone().finalize().into(),
-            disk_bytes: open.disk_bytes.into(),
+            disk_bytes: open.sent.disk_bytes.into(),
         };
         self.open = None;
         self.section(out, SectionKind::CheckpointEnd, &[], |out| out.extend_from_slice(end.as_bytes()));

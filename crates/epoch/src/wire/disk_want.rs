@@ -4,8 +4,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::disk_sums::check_window;
-use super::encoder::{EncodeError, Encoder, check_length};
-use super::error::WireError;
+use super::encoder::{Encoder, check_length};
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use crate::image::limits::MAX_SUMS;

@@ -3,8 +3,8 @@
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
 
-use super::encoder::{EncodeError, Encoder, check_length};
-use super::error::WireError;
+use super::encoder::{Encoder, check_length};
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use crate::image::limits::{MAX_PAYLOAD, MAX_RECORD_BYTES};

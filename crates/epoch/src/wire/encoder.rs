@@ -3,63 +3,11 @@
 //!
 //! Each message's method is in the message's file.
 
-use super::checkpoint::Open;
+use super::error::EncodeError;
 use super::kind::SectionKind;
+use super::open::Open;
 use super::section::{HEADER_LEN, SectionHeader};
 use super::version::ProtocolVersion;
-use crate::codec::PageCodec;
-use crate::image::limits::MAX_PAGES_PER_SECTION;
-
-/// A caller's mistake. Nothing was appended and the stream can continue.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EncodeError {
-    /// A text or a state section beyond its limit.
-    #[error("{field} has {length} bytes; the limit is {limit}")]
-    TooLong {
-        /// Which field.
-        field: &'static str,
-        /// Its length.
-        length: usize,
-        /// The limit.
-        limit: usize,
-    },
-    /// More pages than a section may have.
-    #[error("{0} pages in one section; the limit is {MAX_PAGES_PER_SECTION}")]
-    TooManyPages(usize),
-    /// A page written in a way that the peer, or the kind of section, does not support.
-    #[error("a page written as {codec:?} in version {version} of {kind:?}")]
-    Codec {
-        /// How it is written.
-        codec: PageCodec,
-        /// The kind of section.
-        kind: SectionKind,
-        /// Its version.
-        version: u16,
-    },
-    /// Entries and data do not belong together.
-    #[error("the entries need {expected} bytes of data, not {found}")]
-    DataLength {
-        /// Bytes that the entries need.
-        expected: usize,
-        /// Bytes given.
-        found: usize,
-    },
-    /// Pages, state or an end without a checkpoint, or a checkpoint inside another one.
-    #[error("{0}")]
-    Order(&'static str),
-    /// More or less was sent than the checkpoint's beginning said.
-    #[error("checkpoint {number} was announced with {announced} {what} and has {sent}")]
-    Totals {
-        /// The checkpoint's number.
-        number: u64,
-        /// Pages, bytes of state, or bytes of disk records.
-        what: &'static str,
-        /// In the beginning.
-        announced: u32,
-        /// Sent.
-        sent: u32,
-    },
-}
 
 /// The sending half of a connection: numbers the sections and keeps the totals and the chain of the open
 /// checkpoint.

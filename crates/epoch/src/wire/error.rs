@@ -1,8 +1,10 @@
-//! What can be wrong with bytes from the wire.
+//! What can be wrong with bytes from the wire, and with what a caller wants to write.
 
 use std::io;
 
 use super::kind::{Peer, SectionKind};
+use crate::codec::PageCodec;
+use crate::image::limits::MAX_PAGES_PER_SECTION;
 
 /// Bytes from the other side that this release does not accept. The connection is of no further use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -141,4 +143,55 @@ impl ReadError {
     pub fn is_retry(&self) -> bool {
         matches!(self, Self::Io(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
+}
+
+/// A caller's mistake. Nothing was appended and the stream can continue.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// A text or a state section beyond its limit.
+    #[error("{field} has {length} bytes; the limit is {limit}")]
+    TooLong {
+        /// Which field.
+        field: &'static str,
+        /// Its length.
+        length: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// More pages than a section may have.
+    #[error("{0} pages in one section; the limit is {MAX_PAGES_PER_SECTION}")]
+    TooManyPages(usize),
+    /// A page written in a way that the peer, or the kind of section, does not support.
+    #[error("a page written as {codec:?} in version {version} of {kind:?}")]
+    Codec {
+        /// How it is written.
+        codec: PageCodec,
+        /// The kind of section.
+        kind: SectionKind,
+        /// Its version.
+        version: u16,
+    },
+    /// Entries and data do not belong together.
+    #[error("the entries need {expected} bytes of data, not {found}")]
+    DataLength {
+        /// Bytes that the entries need.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// Pages, state or an end without a checkpoint, or a checkpoint inside another one.
+    #[error("{0}")]
+    Order(&'static str),
+    /// More or less was sent than the checkpoint's beginning said.
+    #[error("checkpoint {number} was announced with {announced} {what} and has {sent}")]
+    Totals {
+        /// The checkpoint's number.
+        number: u64,
+        /// Pages, bytes of state, or bytes of disk records.
+        what: &'static str,
+        /// In the beginning.
+        announced: u32,
+        /// Sent.
+        sent: u32,
+    },
 }

@@ -3,8 +3,8 @@
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::encoder::{EncodeError, Encoder};
-use super::error::WireError;
+use super::encoder::Encoder;
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use crate::codec::{EntryError, PageEntry, is_sound, with_data};

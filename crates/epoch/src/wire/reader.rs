@@ -4,8 +4,9 @@ use std::io::{ErrorKind, Read};
 
 use super::error::{ReadError, WireError};
 use super::kind::Peer;
+use super::preface::{PREFACE_LEN, Preface};
 use super::section::{HEADER_LEN, Section, SectionHeader};
-use super::version::{PREFACE_LEN, Preface, ProtocolVersion};
+use super::version::ProtocolVersion;
 use crate::image::limits::MAX_PAYLOAD;
 
 /// How far one read may run ahead of the section that is being collected, so that many small sections cost

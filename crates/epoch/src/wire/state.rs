@@ -3,8 +3,8 @@
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::encoder::{EncodeError, Encoder, check_length};
-use super::error::WireError;
+use super::encoder::{Encoder, check_length};
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use crate::image::{StateKind, StateSection};

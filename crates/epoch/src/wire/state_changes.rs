@@ -9,8 +9,8 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::encoder::{EncodeError, Encoder};
-use super::error::WireError;
+use super::encoder::Encoder;
+use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use super::version::ProtocolVersion;

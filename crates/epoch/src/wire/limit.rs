@@ -1,0 +1,28 @@
+//! How long a section may be. Apart from the kinds: it knows every message, and every message knows its kind.
+
+use super::disk_sums::DISK_SUM_LEN;
+use super::kind::SectionKind;
+use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state, state_changes};
+use crate::image::limits::{MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
+
+impl SectionKind {
+    /// Most bytes of the payload.
+    pub fn limit(self) -> u32 {
+        let bytes = match self {
+            Self::Hello => 4096,
+            Self::Accept => 256,
+            Self::Refuse => 512,
+            Self::BasePages | Self::Pages | Self::DiskWrites | Self::DiskBlocks => MAX_PAYLOAD,
+            Self::CheckpointBegin => checkpoint::BEGIN_LEN,
+            Self::CheckpointEnd => checkpoint::END_LEN,
+            Self::State => state::HEAD_LEN + MAX_VCPU_STATE,
+            Self::StateChanges => state_changes::MOST_BYTES,
+            Self::Ack => ack::LEN,
+            Self::Heartbeat => heartbeat::LEN,
+            Self::End | Self::Leave => end::LEN,
+            Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
+            Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,
+        };
+        bytes as u32
+    }
+}
