@@ -53,7 +53,8 @@ fn code(end: &End) -> u8 {
     }
 }
 
-fn text(end: &End) -> String {
+/// What the end is, for a person.
+pub(crate) fn text(end: &End) -> String {
     match end {
         End::Primary(reason) => reason.to_string(),
         End::Standby(reason) => reason.to_string(),

@@ -21,6 +21,7 @@ mod link;
 pub mod logs;
 mod lossy;
 pub mod network;
+mod notify;
 mod phases;
 mod primary;
 mod process;

@@ -35,6 +35,17 @@ pub(crate) fn on_stop(
     Ok(())
 }
 
+/// Keeps a closed terminal from ending this process: nobody has asked for a takeover, and the VM runs on. It
+/// starts a thread that lives as long as the process.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn outlive_the_terminal() -> io::Result<()> {
+    Signals::take(&[Signal::SIGHUP])?.each("hangup", |_| {
+        tracing::info!("the terminal was closed (SIGHUP): nothing ends; SIGTERM ends this process in order");
+    })
+}
+
 /// Signals that are read and not delivered.
 ///
 /// They are blocked in the thread that takes them and in those that it starts from then on; threads of

@@ -73,9 +73,9 @@ impl Watch {
         Ok(Self { sight, runs_here, _ends: end })
     }
 
-    /// This host has taken the VM over.
-    pub(crate) fn taken_over(&self) {
-        self.runs_here.store(true, Ordering::Relaxed);
+    /// This host has become something else to the VM.
+    pub(crate) fn is_now(&self, here: Here) {
+        self.runs_here.store(here == Here::Runs, Ordering::Relaxed);
     }
 
     /// What is known now.
@@ -238,7 +238,7 @@ mod tests {
         let prober: Prober = Box::new(|| Ok(()));
         let watch = Watch::with(prober, EventWriter::disabled(), Here::Waits, (SOON, BOUND)).unwrap();
         assert!(!consequence(here(&watch.runs_here)).contains("runs on"));
-        watch.taken_over();
+        watch.is_now(Here::Runs);
         assert!(consequence(here(&watch.runs_here)).contains("the VM runs on"));
     }
 }

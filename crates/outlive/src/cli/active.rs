@@ -8,7 +8,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 
 use super::epochs::EpochOptions;
-use super::values::{ConsoleSpec, parse_dead_after, parse_host_port};
+use super::values::{ConsoleSpec, parse_dead_after, parse_host_port, parse_stop_within};
 
 /// Options that a primary and a standby share: what the VM does once it runs here.
 #[derive(Clone, Debug, Args)]
@@ -29,6 +29,11 @@ pub struct ActiveOptions {
     /// dies is noticed at once
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
     pub dead_after: Duration,
+
+    /// How long the guest may take to shut down after a first SIGTERM or SIGINT; then the VM is stopped as by a
+    /// second one
+    #[arg(long, default_value = "120s", value_name = "TIME", value_parser = parse_stop_within)]
+    pub stop_within: Duration,
 
     /// How dirty pages are found
     #[arg(long, default_value = "auto", value_name = "NAME")]

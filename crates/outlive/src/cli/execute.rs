@@ -1,11 +1,16 @@
 //! From a command to its exit code.
 
+use outlive_epoch::EndReason;
+use outlive_pair::{ExitReason, StandbyExit};
+
+use super::part;
 use super::{Command, RunOptions, StandbyOptions};
-use crate::events::Role;
-use crate::standby::{Outcome, Waiting};
+use crate::disk::Part;
+use crate::events::{Event, Role};
+use crate::standby::{Door, Outcome, Post};
 use crate::status::{Server, Standing};
 use crate::vm::{self, End, Launch};
-use crate::{arbiter, check, console, demo, disk, exit, logs, primary, sentinel, status, ui};
+use crate::{arbiter, check, console, demo, disk, exit, logs, notify, primary, sentinel, status, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -26,47 +31,135 @@ impl Command {
 
 fn run(options: &RunOptions) -> u8 {
     sentinel::start();
-    let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
     let ready = logs::never_wait().and_then(|()| {
         vm::lock_memory(options.active.lock_memory)?;
-        // Before the VM, so that a bad place is refused before anything is done.
-        let server = Server::open(options.active.status.as_deref(), &standing)?;
-        let launch = primary::start(options, standing.clone())?;
-        let name = &launch.identity.provenance.name;
-        Ok((server.or_else(|| Server::open_usual(name, standing)), launch))
+        if let Some(standby) = options.as_standby(None) {
+            standby.refuse_itself()?;
+        }
+        match part::of(options)? {
+            Part::Starts { .. } => start(options),
+            Part::Waits { why, name } => wait(options, &why, name.as_deref()),
+        }
     });
     match ready {
-        Ok((_server, launch)) => go_on(launch),
+        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby),
         Err(line) => exit::usage(line),
     }
 }
 
-/// Waits as a standby; after a takeover this process is the VM's primary.
+/// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
+type Ready = (Option<Server>, Option<Launch>, Option<Post>);
+
+fn start(options: &RunOptions) -> Result<Ready, String> {
+    let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
+    // Before the VM, so that a bad place is refused before anything is done.
+    let server = Server::open(options.active.status.as_deref(), &standing)?;
+    let door = options.listen.as_deref().map(Door::reserve).transpose()?;
+    let launch = primary::start(options, standing.clone())?;
+    if options.or_standby {
+        let why = "this host has the newest image of the VM".to_owned();
+        launch.events.emit(Event::Decided { starts: true, why });
+    }
+    let name = &launch.identity.provenance.name;
+    let post = match door.zip(options.as_standby(Some(name))) {
+        Some((door, options)) => Post::of(options, door, &launch)?,
+        None => None,
+    };
+    Ok((server.or_else(|| Server::open_usual(name, standing)), Some(launch), post))
+}
+
+/// Waits although a VM could be started, because this host is not the one to start it.
+fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, String> {
+    let standby = options.as_standby(name).ok_or("--or-standby needs --listen and --arbiter")?;
+    let (server, post) = stand_by(&standby, why)?;
+    tracing::warn!("this host does not start the VM and waits as its standby: {why}");
+    post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
+    Ok((server, None, Some(post)))
+}
+
+fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), String> {
+    let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
+    options.refuse_itself()?;
+    let server = Server::open(options.active.status.as_deref(), &standing)?;
+    let post = Post::prepare(options, standing.clone())?;
+    Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), post))
+}
+
 fn standby(options: &StandbyOptions) -> u8 {
     sentinel::start();
-    let standing = Standing::new(Role::Standby, options.vm.as_deref(), "no primary has come yet");
     let ready = logs::never_wait().and_then(|()| {
         vm::lock_memory(options.active.lock_memory)?;
-        options.refuse_itself()?;
-        let server = Server::open(options.active.status.as_deref(), &standing)?;
-        let waiting = Waiting::prepare(options, standing.clone())?;
-        Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), waiting))
+        stand_by(options, "no primary has come yet")
     });
-    let (_server, waiting) = match ready {
-        Ok(ready) => ready,
-        Err(line) => return exit::usage(line),
-    };
-    let events = waiting.events().clone();
-    match waiting.run() {
-        Outcome::TakenOver(launch) => go_on(*launch),
-        Outcome::Ended(reason) => exit::conclude(&End::Standby(reason), &events),
-        Outcome::Failed(why) => exit::conclude(&End::Failed(why), &events),
+    match ready {
+        Ok((_server, post)) => Life::begin(None, Some(post), false),
+        Err(line) => exit::usage(line),
     }
 }
 
-/// Runs a VM on this host to its end.
-fn go_on(launch: Launch) -> u8 {
-    let events = launch.events.clone();
-    ui::show_progress(&events);
-    exit::conclude(&primary::run(launch), &events)
+/// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and
+/// who has lost the VM to another host is its standby: so the roles follow each other until one of them ends.
+struct Life {
+    post: Option<Post>,
+    /// The other host starts a crashed guest again.
+    is_restarted: bool,
+    shown: bool,
+}
+
+impl Life {
+    /// Begins with a VM, or as a standby at its post. Returns the exit code.
+    fn begin(mut launch: Option<Launch>, post: Option<Post>, is_restarted: bool) -> u8 {
+        notify::ready();
+        let of_launch = launch.as_ref().map(|it| (it.events.clone(), it.console.clone()));
+        let mut life = Self { post, is_restarted, shown: false };
+        let end = loop {
+            let end = match (launch.take(), &mut life.post) {
+                (Some(launch), _) => life.run_vm(launch),
+                (None, Some(post)) => match post.wait() {
+                    Outcome::TakenOver(taken) => {
+                        launch = Some(*taken);
+                        continue;
+                    }
+                    Outcome::Ended(reason) => End::Standby(reason),
+                    Outcome::Failed(why) => End::Failed(why),
+                },
+                (None, None) => End::Failed("there is neither a VM nor a place to wait for one".into()),
+            };
+            if !life.goes_on(&end) {
+                break end;
+            }
+        };
+        // Threads that still wait for connections also hold the console, so it is not dropped.
+        let (events, console) = match (&of_launch, &life.post) {
+            (Some((events, console)), _) => (events, &**console),
+            (None, Some(post)) => (post.events(), post.console()),
+            (None, None) => return exit::FAILED,
+        };
+        notify::stopping();
+        console.close();
+        exit::conclude(&end, events)
+    }
+
+    fn run_vm(&mut self, launch: Launch) -> End {
+        if !std::mem::replace(&mut self.shown, true) {
+            ui::show_progress(&launch.events);
+        }
+        primary::run(launch)
+    }
+
+    /// Goes back to the standby's role if that is what follows. An operator who has asked for a stop gets it.
+    fn goes_on(&mut self, end: &End) -> bool {
+        let follows = match end {
+            End::Primary(ExitReason::Fenced { .. }) | End::Standby(StandbyExit::Lost { .. }) => true,
+            // Whoever supervises the other host starts the VM there again.
+            End::Standby(StandbyExit::Followed(EndReason::Crash)) => self.is_restarted,
+            _ => false,
+        };
+        let Some(post) = self.post.as_mut().filter(|post| follows && post.stays()) else { return false };
+        if post.stops().was_used() {
+            return false;
+        }
+        let back = post.back(&exit::text(end));
+        back.inspect_err(|why| tracing::error!("this host cannot be the VM's standby: {why}")).is_ok()
+    }
 }

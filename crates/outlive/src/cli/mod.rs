@@ -8,6 +8,7 @@ mod demo;
 mod epochs;
 mod execute;
 mod image;
+mod part;
 mod run;
 mod standby;
 mod status;

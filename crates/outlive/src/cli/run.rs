@@ -7,7 +7,10 @@ use std::str::FromStr;
 use clap::Args;
 
 use super::active::ActiveOptions;
-use super::values::{DiskSpec, IpSpec, NetSpec, parse_name, parse_size, parse_vcpus};
+use super::standby::StandbyOptions;
+use super::values::{
+    DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_vcpus,
+};
 use crate::disk::DangerKind;
 
 /// `outlive run`.
@@ -59,6 +62,19 @@ pub struct RunOptions {
     /// The third place that says who may run the VM: a directory that both hosts see
     #[arg(long, value_name = "file:DIR")]
     pub arbiter: Option<String>,
+
+    /// Address on which this process waits as the VM's standby once another host has won the VM [default: it
+    /// ends with exit code 3]
+    #[arg(long, value_name = "ADDR:PORT", requires = "arbiter", value_parser = parse_listen)]
+    pub listen: Option<String>,
+
+    /// Start the VM only if this host has its newest image, else wait as its standby. So both hosts can be
+    /// started with the same command, at any time and in any order
+    #[arg(long, requires_all = ["listen", "arbiter", "disks"], conflicts_with_all = [
+        "accept_stale_image", "accept_replica", "accept_other_arbiter", "accept_lost_claims",
+        "accept_foreign_image",
+    ])]
+    pub or_standby: bool,
 
     /// Seed of the guest's random numbers [default: fresh random numbers]
     #[arg(long, value_name = "N", hide = true)]
@@ -124,6 +140,23 @@ impl RunOptions {
     pub fn memory_bytes(&self) -> u64 {
         self.memory.unwrap_or(if self.kernel.is_some() { 1 << 30 } else { 256 << 20 })
     }
+
+    /// What this process would have been given as the VM's standby, if it may become one.
+    pub(crate) fn as_standby(&self, name: Option<&str>) -> Option<StandbyOptions> {
+        let (listen, arbiter) = (self.listen.clone()?, self.arbiter.clone()?);
+        // The rest of card and disks comes from the primary.
+        let card = |net: &NetSpec| NetSpec { mac: None, queues: 1, ..net.clone() };
+        let disk = |disk: &DiskSpec| StandbyDisk { path: disk.path.clone(), overwrite: false };
+        Some(StandbyOptions {
+            listen,
+            arbiter,
+            net: self.net.as_ref().map(card),
+            disks: self.disks.iter().map(disk).collect(),
+            vm: name.map(str::to_owned),
+            once: false,
+            active: self.active.clone(),
+        })
+    }
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -136,5 +169,9 @@ Examples:
   outlive run --kernel /boot/vmlinuz-6.1.0-40-amd64 --initrd /boot/initrd.img-6.1.0-40-amd64 \\
       --append 'console=ttyS0 root=/dev/vda1' --disk path=/srv/server.img --console stdio
       a Linux server from its disk image, with its console on this terminal
+  outlive run --listen 0.0.0.0:7000 --standby hostb:7000 --arbiter file:/srv/arbiter --disk path=/srv/server.img ...
+      a VM whose host becomes its standby by itself, should the other host win it
+  outlive run --or-standby --listen 0.0.0.0:7000 --standby hostb:7000 --arbiter file:/srv/arbiter ...
+      the same on both hosts (with the other host as --standby): the one with the newest image starts the VM
   outlive run --vcpus 2 --memory 1G --policy interval --interval 500us --max-dirty 8192 ...
       two checkpoints a millisecond, whatever the guest does";

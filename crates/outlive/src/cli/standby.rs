@@ -34,6 +34,10 @@ pub struct StandbyOptions {
     #[arg(long, value_name = "NAME|ID", value_parser = parse_name)]
     pub vm: Option<String>,
 
+    /// End with exit code 3 once another host has won the VM, instead of waiting as its standby again
+    #[arg(long)]
+    pub once: bool,
+
     /// Options that apply once the VM runs here.
     #[command(flatten)]
     pub active: ActiveOptions,
@@ -47,7 +51,7 @@ impl StandbyOptions {
     pub(crate) fn refuse_itself(&self) -> Result<(), String> {
         match self.active.standbys.iter().find(|standby| self.listens_at(standby)) {
             Some(standby) => Err(format!(
-                "--standby {standby} is this standby itself (--listen {}): give the other host's address",
+                "--standby {standby} is this host itself (--listen {}): give the other host's address",
                 self.listen
             )),
             None => Ok(()),

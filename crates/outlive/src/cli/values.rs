@@ -173,6 +173,14 @@ pub(super) fn parse_dead_after(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
+pub(super) fn parse_stop_within(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    if time < Duration::from_millis(100) || time > Duration::from_secs(3600) {
+        return Err(format!("'{text}' is out of range: give 100ms to 3600s"));
+    }
+    Ok(time)
+}
+
 pub(super) fn parse_vcpus(text: &str) -> Result<u8, String> {
     let number = text.parse().ok().filter(|number| (1..=32).contains(number));
     number.ok_or_else(|| format!("'{text}' is not a number from 1 to 32"))

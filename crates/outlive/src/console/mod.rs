@@ -36,7 +36,7 @@ use self::hub::Hub;
 use self::server::{Served, Server};
 use self::stdio::Stdio;
 use crate::cli::ConsoleSpec;
-use crate::process::Signals;
+use crate::process::{self, Signals};
 use crate::socket::{BindError, Listener};
 
 pub use attach::command;
@@ -109,6 +109,10 @@ impl Console {
             let (input, log) = (end.input.clone(), LineLog::new(port.name()));
             ports.push(Served { hub, input, log, listener, stdio, clients: Vec::new(), logged: 0 });
             ends.push(end);
+        }
+        // At a person's terminal, its end is the VM's.
+        if !matches!(spec, Some(ConsoleSpec::Stdio)) {
+            process::outlive_the_terminal().map_err(failed)?;
         }
         let server = Server::start(ports).map_err(failed)?;
         let ends = ends.try_into().map_err(|_| "a port is missing".to_owned())?;

@@ -206,7 +206,7 @@ impl Cluster {
     /// Starts a process that waits for a VM to protect.
     pub(super) fn start_standby(&mut self, host: Host) -> io::Result<()> {
         let mut command = Command::new(&self.shape.program);
-        command.args(["standby", "--listen", host.addr()]);
+        command.args(["standby", "--once", "--listen", host.addr()]);
         self.start(host, command)
     }
 

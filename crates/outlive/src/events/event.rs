@@ -37,6 +37,13 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tracker: Option<String>,
     },
+    /// With `--or-standby`: what this host does with the VM.
+    Decided {
+        /// It starts the VM; if not, it waits as the VM's standby.
+        starts: bool,
+        /// Why, for a person.
+        why: String,
+    },
     /// An operator has accepted a danger, by an option.
     Accepted {
         /// Which danger, for example `stale_image`.
@@ -142,6 +149,12 @@ pub enum Event {
         generation: u64,
         /// Who has it, as the arbiter says.
         owner: String,
+    },
+    /// Another host has the VM: this process has dropped what it had of it and waits as the VM's standby.
+    /// `Listening` follows once it does.
+    BackToStandby {
+        /// Why, for a person.
+        why: String,
     },
     /// The VM runs, but nothing would take over if this host died.
     Unprotected {

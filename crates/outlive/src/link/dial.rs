@@ -28,12 +28,20 @@ pub(crate) fn dial(address: &str) -> io::Result<Connection> {
 pub(crate) struct Listener(tcp::Listener);
 
 impl Listener {
-    /// Listens on `address` (HOST:PORT).
+    /// Takes `address` (HOST:PORT). Connections are refused until [`listen`](Self::listen).
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn bind(address: &str) -> io::Result<Self> {
-        tcp::Listener::bind(address).map(Self)
+    pub(crate) fn reserve(address: &str) -> io::Result<Self> {
+        tcp::Listener::reserve(address).map(Self)
+    }
+
+    /// Accepts connections from now on.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn listen(&self) -> io::Result<()> {
+        self.0.listen()
     }
 
     /// The address, with the port that the system chose if port 0 was asked for.

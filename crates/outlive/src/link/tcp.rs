@@ -1,13 +1,13 @@
 //! A connection over TCP.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{MsgFlags, send};
-use socket2::SockRef;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::Transport;
 use crate::sentinel::{self, Guarded};
@@ -22,6 +22,9 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// trip, bound the bytes in flight. See TCP_NOTSENT_LOWAT in tcp(7) and `tcp_stream_memory_free` in Linux's
 /// include/net/tcp.h.
 const NOT_SENT: u32 = 128 << 10;
+
+/// How many connections may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A connected socket.
 pub(super) struct Tcp(Arc<TcpStream>, Option<Guarded>);
@@ -100,12 +103,35 @@ impl Transport for Tcp {
 pub(super) struct Listener(TcpListener);
 
 impl Listener {
-    /// Listens on `address` (HOST:PORT).
+    /// Takes `address` (HOST:PORT). Connections are refused until [`listen`](Self::listen).
+    ///
+    /// # Errors
+    /// The operating system's, or that of the name's resolution.
+    pub(super) fn reserve(address: &str) -> io::Result<Self> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in address.to_socket_addrs()? {
+            match Self::bind(address) {
+                Ok(socket) => return Ok(Self(socket.into())),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn bind(address: SocketAddr) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+        // Connections of the last process may still be on their way out.
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    }
+
+    /// Accepts connections from now on.
     ///
     /// # Errors
     /// The operating system's.
-    pub(super) fn bind(address: &str) -> io::Result<Self> {
-        TcpListener::bind(address).map(Self)
+    pub(super) fn listen(&self) -> io::Result<()> {
+        SockRef::from(&self.0).listen(BACKLOG)
     }
 
     /// The address, with the port that the system chose.

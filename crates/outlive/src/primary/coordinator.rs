@@ -34,10 +34,10 @@ use crate::arbiter::Watch;
 use crate::disk::{Saying, Sidecars};
 use crate::events::{Event, EventWriter};
 use crate::link::SenderReport;
-use crate::process;
 use crate::report::Reporter;
 use crate::status::Standing;
 use crate::vm::End;
+use crate::{notify, process};
 
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -62,6 +62,8 @@ pub(super) struct Setup {
     pub(super) took_over: Option<Instant>,
     /// How long a stop of the machine may take while a standby waits.
     pub(super) stop_budget: Duration,
+    /// How long the guest may take to shut down.
+    pub(super) stop_within: Duration,
     /// When an epoch ends.
     pub(super) policy: Policy,
     /// How many pages a buffer has room for.
@@ -107,6 +109,8 @@ pub(super) struct Coordinator {
     /// Whether the guest counts as crashed because no host can run it.
     pub(super) blamed: bool,
     restarts: Restarts,
+    /// When the guest that was asked to shut down is stopped.
+    stop_due: Option<Instant>,
     notes: Notes,
 }
 
@@ -122,6 +126,7 @@ impl Coordinator {
             over: None,
             blamed: false,
             restarts: Restarts::default(),
+            stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
             with,
         }
@@ -147,6 +152,7 @@ impl Coordinator {
 
     /// Waits for one thing and does it. Returns the end if it was the last.
     pub(super) fn turn(&mut self) -> Option<End> {
+        notify::alive();
         if let Some(message) = self.wait()
             && let Some(end) = self.take(message)
         {
@@ -154,6 +160,7 @@ impl Coordinator {
         }
         self.with.driver.handle(PrimaryEvent::Tick);
         self.restart_if_due();
+        self.stop_if_due();
         if let Err(error) = self.capture_if_due() {
             self.capture_failed(&error);
         }
@@ -173,7 +180,8 @@ impl Coordinator {
         let until = [waiting.deadline, epoch_ends].into_iter().flatten().min();
         let until = until.map(|until| until.saturating_sub(now));
         let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
-        let timeout = [until, until_restart].into_iter().flatten().min().unwrap_or(IDLE);
+        let until_stop = self.stop_due.map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = [until, until_restart, until_stop].into_iter().flatten().min().unwrap_or(IDLE);
         self.with.inbox.next_within(timeout)
     }
 
@@ -299,11 +307,25 @@ impl Coordinator {
         }
     }
 
-    /// The operator wants the VM stopped. A Linux guest is asked first, by its power button.
+    /// The operator wants the VM stopped. A Linux guest is asked first, by its power button, and has a limited
+    /// time: a service manager that waits in vain kills this process, and the standby would take over what the
+    /// operator wants stopped.
     fn stop(&mut self, why: &'static str) {
         tracing::info!("{why}: stopping the VM");
         let ask_guest = why != process::ORPHANED && self.with.machine.can_reset();
+        if ask_guest {
+            self.stop_due.get_or_insert(Instant::now() + self.with.stop_within);
+        }
         self.with.driver.handle(PrimaryEvent::Stop { ask_guest });
+    }
+
+    /// Stops a guest that was asked to shut down and has not done so in time.
+    fn stop_if_due(&mut self) {
+        if self.stop_due.take_if(|due| Instant::now() >= *due).is_some() {
+            let secs = self.with.stop_within.as_secs_f32();
+            tracing::warn!("the guest has not shut down within {secs} s (--stop-within): stopping the VM");
+            self.with.driver.handle(PrimaryEvent::Stop { ask_guest: false });
+        }
     }
 
     fn ask_guest(&mut self) {

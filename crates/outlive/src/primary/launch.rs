@@ -26,16 +26,14 @@ use crate::{exit, logs, pulse};
 /// How long the end of a VM waits for the arbiter to note it. The note is for people only.
 const NOTE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Runs the VM until it ends here.
+/// Runs the VM until it ends here. Unless this host has failed, the machine is gone when this returns, and with
+/// it everything that prints, sends or writes: its devices wait for what is under way.
 pub(crate) fn run(launch: Launch) -> End {
     let console = launch.console.clone();
     if launch.identity.devices.iter().all(|device| device.kind != DeviceKind::Serial) {
         console.prints_nothing();
     }
-    let end = coordinate(launch).unwrap_or_else(End::Failed);
-    // The machine is gone, and with it everything that prints.
-    console.close();
-    end
+    coordinate(launch).unwrap_or_else(End::Failed)
 }
 
 /// Ends this process without a word when the coordinator of a protected VM does not move, for so long that
@@ -131,10 +129,13 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     links::start(errands, &driver, plan).map_err(|e| format!("cannot start a thread: {e}"))?;
     let mut end_notes = None;
     if let Some(arbiter) = arbiter {
-        let (told, events) = (driver.clone(), events.clone());
+        // The driver has the thread, so the thread must not keep the driver.
+        let (told, events) = (Arc::downgrade(&driver), events.clone());
         let owner = arbiter::owner("primary");
         let claims = ClaimWorker::start(arbiter, identity.provenance.vm, owner, move |result| {
-            told.claimed(result.generation, result.claim, &events);
+            if let Some(driver) = told.upgrade() {
+                driver.claimed(result.generation, result.claim, &events);
+            }
         });
         let claims = claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?;
         end_notes = Some(claims.end_notes());
@@ -164,6 +165,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         took_over: (identity.checkpoint > 0).then(Instant::now),
         // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,
+        stop_within: options.stop_within,
         policy: capture::policy(ending, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         totals,

@@ -26,6 +26,7 @@ use crate::status::Standing;
 const NOTHING: After = After { drain: false, wake: false };
 
 /// What this host provides for a standby.
+#[derive(Clone)]
 pub(super) struct Equipment {
     pub(super) host: Arc<Host>,
     pub(super) options: StandbyOptions,

@@ -33,18 +33,63 @@ const INTRODUCTION: Duration = Duration::from_secs(2);
 /// How many checkpoints in flight a primary may request buffers for.
 const MAX_SLOTS: u32 = 64;
 
-/// Starts the thread that accepts connections.
-///
-/// # Errors
-/// The operating system's.
-pub(super) fn start(listener: Listener, decisions: Arc<Decisions>) -> io::Result<()> {
-    outlive_machine::spawn("listen", move || {
-        accept_all(&listener, &decisions);
-    })?;
-    Ok(())
+/// Who decides about new connections.
+type Inside = Arc<Mutex<Option<Arc<Decisions>>>>;
+
+/// The port of this process. It is claimed at the start, so that a wrong address is reported at once, and stays
+/// when the process changes its role.
+pub(crate) struct Door {
+    address: String,
+    /// Until the thread has it that accepts connections.
+    listener: Option<Listener>,
+    inside: Inside,
 }
 
-fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
+impl Door {
+    /// Claims an address. Connections are refused until the door is opened.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn reserve(address: &str) -> Result<Self, String> {
+        let failed = |e| cannot_listen(address, &e);
+        let listener = Listener::reserve(address).map_err(failed)?;
+        let address = listener.address().map_or_else(|_| address.to_owned(), |it| it.to_string());
+        Ok(Self { address, listener: Some(listener), inside: Inside::default() })
+    }
+
+    /// Lets connections wait at the door until it is opened.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(super) fn listen(&self) -> Result<(), String> {
+        let listens = self.listener.as_ref().map_or(Ok(()), Listener::listen);
+        listens.map_err(|e| cannot_listen(&self.address, &e))
+    }
+
+    /// From now on these decisions hear everyone who comes.
+    ///
+    /// # Errors
+    /// One line.
+    pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), String> {
+        self.listen()?;
+        *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(decisions);
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let inside = self.inside.clone();
+        let started = outlive_machine::spawn("listen", move || accept_all(&listener, &inside));
+        started.map(drop).map_err(|e| format!("cannot start a thread: {e}"))
+    }
+
+    /// The address, with the port that the system chose if port 0 was asked for.
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+fn cannot_listen(address: &str, error: &io::Error) -> String {
+    format!("cannot listen on {address}: {error}; give --listen a free address of this host")
+}
+
+fn accept_all(listener: &Listener, inside: &Inside) {
     let heard = Arc::new(AtomicUsize::new(0));
     let numbers = AtomicU64::new(0);
     let limit = Arc::new(RateLimit::default());
@@ -66,7 +111,9 @@ fn accept_all(listener: &Listener, decisions: &Arc<Decisions>) {
             continue;
         }
         let number = Link(numbers.fetch_add(1, Ordering::Relaxed));
-        let (decisions, count, limit) = (decisions.clone(), heard.clone(), limit.clone());
+        let decisions = inside.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(decisions) = decisions else { continue };
+        let (count, limit) = (heard.clone(), limit.clone());
         let started = outlive_machine::spawn("session", move || {
             serve(&decisions, incoming, number, &limit);
             decisions.disconnect(number);

@@ -30,7 +30,7 @@ mod takeover;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outlive_machine::Host;
 use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
@@ -40,17 +40,30 @@ use crate::cli::StandbyOptions;
 use crate::console::Console;
 use crate::disk::CopyEnd;
 use crate::events::{self, Event, EventWriter, Role};
-use crate::link::Listener;
 use crate::report::Reporter;
 use crate::status::Standing;
 use crate::vm::{Launch, Relay};
-use crate::{disk, process};
+use crate::{disk, notify, process};
 use decisions::{Decisions, Equipment};
+pub(crate) use listen::Door;
 use notes::Notes;
 use ports::{MainMessage, Session};
 
+/// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
+/// let go: the kernel frees a tap and an image a moment after their last user.
+const AGAIN: Duration = Duration::from_millis(250);
+const LET_GO: Duration = Duration::from_secs(15);
+
+/// What a process needs to be a standby, whenever it is one. It is claimed at the start and kept while the VM
+/// runs here, so that a host that loses the VM can protect it at once.
+pub(crate) struct Post {
+    equipment: Equipment,
+    door: Door,
+    stops: Relay<&'static str>,
+}
+
 /// A standby that listens.
-pub(crate) struct Waiting {
+struct Waiting {
     decisions: Arc<Decisions>,
     inbox: Receiver<MainMessage>,
     stops: Relay<&'static str>,
@@ -66,33 +79,27 @@ pub(crate) enum Outcome {
     Failed(String),
 }
 
-impl Waiting {
-    /// Checks what can be checked without a primary, and listens.
+impl Post {
+    /// Of a process that begins as a standby: checks what can be checked without a primary.
     ///
     /// # Errors
     /// One line that names the remedy.
     pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, String> {
         let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
-        if let Some(net) = &options.net {
-            copy::try_card(net)?;
-        }
-        disk::for_standby(&options.disks).map_err(|e| e.to_string())?;
-        let listener = Listener::bind(&options.listen).map_err(|e| {
-            format!("cannot listen on {}: {e}; give --listen a free address of this host", options.listen)
-        })?;
+        check(options)?;
+        let door = Door::reserve(&options.listen)?;
+        door.listen()?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
         // before.
         let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
         let events = events::open(options.active.events.as_deref())?;
-        let (queue, inbox) = channel();
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.prober(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(|e| format!("cannot start a thread: {e}"))?);
         standing.watch(&watch);
-        let equipment =
-            Equipment { host, options: options.clone(), console, watch, events: events.clone(), standing };
-        let decisions = Decisions::new(equipment, queue.clone());
+        process::on_stop(options.active.exit_with_stdin, stops.sender())
+            .map_err(|e| format!("cannot watch signals: {e}"))?;
         events.emit(Event::Started {
             role: Role::Standby,
             vm: None,
@@ -100,36 +107,99 @@ impl Waiting {
             memory: None,
             tracker: None,
         });
-        let addr = listener.address().map_or_else(|_| options.listen.clone(), |a| a.to_string());
-        listen::start(listener, decisions.clone()).map_err(|e| format!("cannot start a thread: {e}"))?;
-        tracing::info!(%addr, "standby waits for a primary");
-        events.emit(Event::Listening { addr });
-        process::on_stop(options.active.exit_with_stdin, stops.sender())
-            .map_err(|e| format!("cannot watch signals: {e}"))?;
-        stops.connect(move |why| drop(queue.send(MainMessage::Stop(why))));
-        Ok(Self { decisions, inbox, stops })
+        let equipment = Equipment { host, options: options.clone(), console, watch, events, standing };
+        Ok(Self { equipment, door, stops })
+    }
+
+    /// Of a process that begins with the VM, and has claimed `door`. `None` if the VM has no arbiter: nobody
+    /// can win it then.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn of(options: StandbyOptions, door: Door, launch: &Launch) -> Result<Option<Self>, String> {
+        let Some(watch) = launch.watch.clone() else { return Ok(None) };
+        let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+        let (console, events) = (launch.console.clone(), launch.events.clone());
+        let standing = launch.standing.clone();
+        let equipment = Equipment { host, options, console, watch, events, standing };
+        Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
+    }
+
+    /// Whether this process stays as a standby when another host has won the VM.
+    pub(crate) fn stays(&self) -> bool {
+        !self.equipment.options.once
+    }
+
+    /// Goes back to the standby's role: another host has the VM, and `why` says so. What this process had of
+    /// the VM is gone when this is called: it sends nothing and writes to no disk any more.
+    ///
+    /// # Errors
+    /// One line: this host cannot be a standby.
+    pub(crate) fn back(&mut self, why: &str) -> Result<(), String> {
+        let Equipment { options, watch, events, standing, .. } = &self.equipment;
+        watch.is_now(Here::Waits);
+        standing.waits_here(why);
+        tracing::warn!("{why}; this process waits as its standby now");
+        events.emit(Event::BackToStandby { why: why.to_owned() });
+        // Whoever asks for a stop now asks the standby.
+        self.stops.disconnect();
+        let deadline = Instant::now() + LET_GO;
+        loop {
+            match check(options) {
+                Err(why) if Instant::now() < deadline => tracing::debug!("not yet: {why}"),
+                checked => return checked,
+            }
+            std::thread::sleep(AGAIN);
+        }
     }
 
     /// The event stream.
     pub(crate) fn events(&self) -> &EventWriter {
-        &self.decisions.equipment.events
+        &self.equipment.events
+    }
+
+    /// The host's ends of the VM's ports.
+    pub(crate) fn console(&self) -> &Console {
+        &self.equipment.console
+    }
+
+    /// The operator's orders to stop.
+    pub(crate) fn stops(&self) -> &Relay<&'static str> {
+        &self.stops
     }
 
     /// Waits until the VM is taken over or this standby is no longer useful.
-    pub(crate) fn run(self) -> Outcome {
+    pub(crate) fn wait(&mut self) -> Outcome {
+        let (queue, inbox) = channel();
+        let decisions = Decisions::new(self.equipment.clone(), queue.clone());
+        if let Err(why) = self.door.open(decisions.clone()) {
+            return Outcome::Failed(why);
+        }
+        let addr = self.door.address().to_owned();
+        tracing::info!(%addr, "standby waits for a primary");
+        self.events().emit(Event::Listening { addr });
+        self.stops.connect(move |why| drop(queue.send(MainMessage::Stop(why))));
         let _threads = Reporter::of_threads(self.events().clone())
             .inspect_err(|error| tracing::warn!(%error, "no statistics"));
-        let outcome = self.wait();
-        if !matches!(outcome, Outcome::TakenOver(_)) {
-            // Threads that still wait for connections also hold it, so it is not dropped.
-            self.decisions.equipment.console.close();
-        }
-        outcome
+        Waiting { decisions, inbox, stops: self.stops.clone() }.wait()
     }
+}
 
+/// Checks that the card can be made here and the images can be a standby's, and brings them to their last
+/// commit.
+fn check(options: &StandbyOptions) -> Result<(), String> {
+    if let Some(net) = &options.net {
+        copy::try_card(net)?;
+    }
+    disk::for_standby(&options.disks).map_err(|e| e.to_string())
+}
+
+impl Waiting {
     fn wait(&self) -> Outcome {
-        let mut notes = Notes::new(self.events().clone(), self.decisions.equipment.standing.clone());
+        let mut notes =
+            Notes::new(self.decisions.equipment.events.clone(), self.decisions.equipment.standing.clone());
         loop {
+            notify::alive();
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
             match self.inbox.recv_timeout(timeout) {
                 Ok(MainMessage::Wake) => {}
@@ -167,7 +237,7 @@ impl Waiting {
         });
         match taken_over {
             Ok(launch) => {
-                self.decisions.equipment.watch.taken_over();
+                self.decisions.equipment.watch.is_now(Here::Runs);
                 Outcome::TakenOver(Box::new(launch))
             }
             // The generation is won and cannot be given back: nobody else may run this VM now, so say so

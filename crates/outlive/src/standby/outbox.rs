@@ -180,7 +180,8 @@ mod tests {
 
     /// An outbox and the other end of its connection. The reader keeps the socket open.
     fn connected() -> (Outbox, Reader, TcpStream) {
-        let listener = Listener::bind("127.0.0.1:0").unwrap();
+        let listener = Listener::reserve("127.0.0.1:0").unwrap();
+        listener.listen().unwrap();
         let peer = TcpStream::connect(listener.address().unwrap()).unwrap();
         let connection = listener.accept().unwrap().open().unwrap();
         (Outbox::new(connection.writer, connection.closer), connection.reader, peer)

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use super::answer::Status;
 use crate::arbiter::Watch;
 use crate::events::{Role, now_us};
+use crate::notify;
 
 /// How far the checkpoints are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +45,23 @@ pub(super) struct Facts {
     counter: Option<Counter>,
 }
 
+impl Facts {
+    /// The facts in a line, for the service manager.
+    fn line(&self) -> String {
+        let vm = self.vm.as_deref().unwrap_or("any VM");
+        let role = match self.role {
+            Role::Primary => format!("{vm} runs here"),
+            Role::Standby => format!("standby of {vm}"),
+        };
+        let peer = self.peer.as_ref().map_or_else(String::new, |peer| format!(" with {peer}"));
+        match (self.protected, &self.now) {
+            (true, _) => format!("{role}, protected{peer}"),
+            (false, Some(now)) => format!("{role}, UNPROTECTED: {}; {now}", self.why),
+            (false, None) => format!("{role}, UNPROTECTED: {}", self.why),
+        }
+    }
+}
+
 /// Keeps the facts. Its lock is held for a few instructions only.
 pub(crate) struct Standing {
     facts: Mutex<Facts>,
@@ -72,7 +90,12 @@ impl Standing {
     }
 
     fn change(&self, change: impl FnOnce(&mut Facts)) {
-        change(&mut self.facts.lock().unwrap_or_else(PoisonError::into_inner));
+        let line = {
+            let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+            change(&mut facts);
+            facts.line()
+        };
+        notify::status(&line);
     }
 
     /// Looks at the arbiter through this watch from now on, but does not keep it alive.
@@ -95,6 +118,16 @@ impl Standing {
             facts.generation = Some(generation);
             facts.peer = None;
             facts.counter = Some(Arc::new(counter));
+        });
+    }
+
+    /// Another host has the VM: this process waits as its standby.
+    pub(crate) fn waits_here(&self, why: &str) {
+        self.no_copy(why);
+        self.change(|facts| {
+            facts.role = Role::Standby;
+            facts.peer = None;
+            facts.counter = None;
         });
     }
 

@@ -4,12 +4,14 @@
 //! coordinator that listens to both comes later, and at a takeover it is a different one.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Messages that are sent while no receiver is connected wait; the next receiver gets them first, in their
 /// order. They are few: events of a machine that does not run yet, or an operator's stops.
 pub(crate) struct Relay<T> {
     target: Arc<Mutex<Target<T>>>,
+    used: Arc<AtomicBool>,
 }
 
 enum Target<T> {
@@ -20,12 +22,13 @@ enum Target<T> {
 impl<T: Send + 'static> Relay<T> {
     /// A relay without a receiver.
     pub(crate) fn new() -> Self {
-        Self { target: Arc::new(Mutex::new(Target::Waiting(VecDeque::new()))) }
+        Self { target: Arc::new(Mutex::new(Target::Waiting(VecDeque::new()))), used: Arc::default() }
     }
 
     /// Hands a message to the receiver, or keeps it until there is one. Blocks no longer than the receiver
     /// does.
     pub(crate) fn send(&self, message: T) {
+        self.used.store(true, Ordering::Release);
         match &mut *self.lock() {
             Target::Waiting(waiting) => waiting.push_back(message),
             // Under the lock, so that a message does not overtake one that waited.
@@ -47,6 +50,11 @@ impl<T: Send + 'static> Relay<T> {
         *self.lock() = Target::Waiting(VecDeque::new());
     }
 
+    /// Whether anything was ever sent.
+    pub(crate) fn was_used(&self) -> bool {
+        self.used.load(Ordering::Acquire)
+    }
+
     /// [`send`](Self::send) as a function, for a sender.
     pub(crate) fn sender(&self) -> impl Fn(T) + Send + Sync + Clone + use<T> {
         let relay = self.clone();
@@ -60,7 +68,7 @@ impl<T: Send + 'static> Relay<T> {
 
 impl<T> Clone for Relay<T> {
     fn clone(&self) -> Self {
-        Self { target: self.target.clone() }
+        Self { target: self.target.clone(), used: self.used.clone() }
     }
 }
 

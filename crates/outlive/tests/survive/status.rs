@@ -124,6 +124,6 @@ fn a_standby_that_is_its_own_is_refused() {
         let command = ["standby", "--listen", listen];
         let mut process = world.start_for(Side::B, &command, &["--standby", &own], &[], Readers::default());
         assert_eq!(process.wait_exit(), 2);
-        process.wait_says("is this standby itself", 1);
+        process.wait_says("is this host itself", 1);
     }
 }

@@ -118,6 +118,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         inbox: rig.inbox,
         took_over: None,
         stop_budget: Duration::from_secs(20),
+        stop_within: Duration::from_secs(60),
         policy: capture::policy(Ending::Interval(Duration::from_millis(1)), MAX_DIRTY),
         staging_pages: 2 * MAX_DIRTY,
         replicates_disks: false,

@@ -299,8 +299,13 @@ impl World {
         self.standby_with(side, &["--standby", &side.other().addr().to_string()])
     }
 
-    /// `outlive standby` on a host with these options. It listens when this returns.
+    /// `outlive standby` on a host with these options. It listens when this returns, and ends if it loses the VM.
     pub(crate) fn standby_with(&self, side: Side, options: &[&str]) -> Process {
+        self.staying_standby_with(side, &[options, &["--once"]].concat())
+    }
+
+    /// `outlive standby` on a host with these options. It listens when this returns, and stays if it loses the VM.
+    pub(crate) fn staying_standby_with(&self, side: Side, options: &[&str]) -> Process {
         let mut process = self.start(side, &["standby", "--listen", &side.addr().to_string()], options, &[]);
         process.wait_for("listening", |e| matches!(e, Event::Listening { .. }));
         process
@@ -321,7 +326,8 @@ impl World {
     /// `outlive standby` on a host with these readers. It may not listen yet when this returns.
     pub(crate) fn standby_for(&self, side: Side, readers: Readers) -> Process {
         let (listen, standby) = (side.addr().to_string(), side.other().addr().to_string());
-        self.start_for(side, &["standby", "--listen", &listen], &["--standby", &standby], &[], readers)
+        let command = ["standby", "--once", "--listen", &listen];
+        self.start_for(side, &command, &["--standby", &standby], &[], readers)
     }
 
     /// Starts a process on a host; options that are not given get their usual value.

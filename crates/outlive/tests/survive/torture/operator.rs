@@ -183,7 +183,7 @@ impl Play {
         let process = if first {
             self.world.start_for(side, &["run"], &run, &[], readers)
         } else {
-            self.world.start_for(side, &["standby", "--listen", &listen], &usual, &[], readers)
+            self.world.start_for(side, &["standby", "--once", "--listen", &listen], &usual, &[], readers)
         };
         let mut actor = Actor { process, first, born: None, voice, _unread: unread };
         actor.process.read_from(events);

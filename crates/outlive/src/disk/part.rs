@@ -1,0 +1,149 @@
+//! Which part this host has in a VM whose two hosts are started with the same command: it starts the VM, or it
+//! waits as the VM's standby.
+//!
+//! Only the images' sidecars and the arbiter say so, and neither of them is asked to trust the other host:
+//!
+//! | this host's images | part |
+//! |---|---|
+//! | the VM's own, in its newest generation | it starts the VM |
+//! | as they were at the VM's orderly end | it starts the VM, but lets the host on which the VM ran come first |
+//! | empty, not whole, of an older generation, given up | it waits: it has nothing, or the other host has more |
+//! | a standby's copy in the newest generation | it waits: the host where the VM ran has its own, perhaps newer image |
+//! | anything that nobody can judge | neither; an operator must look |
+//!
+//! A copy is never started here by itself. Its commits are durable a little later than they are acknowledged, so
+//! after a power cut of both hosts the other image may have answers that clients have seen and the copy has not.
+//! If two hosts nevertheless begin at the same time, the arbiter lets one of them win.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::blank::{self, Content};
+use super::provenance::DangerKind;
+use super::sidecar::{CopyEnd, Role, Sidecar, SidecarError};
+use super::standing::Standing;
+use crate::arbiter::{Arbiter, ArbiterError};
+
+/// How long an image without a sidecar is searched, apart from its ends.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a copy that followed the VM to its end waits for the host on which the VM ran.
+const AFTER_YOU: Duration = Duration::from_secs(15);
+
+/// The part of this host; see the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// It starts the VM, once other hosts have had this time to take it over or to start it.
+    Starts {
+        /// How long, apart from what a takeover takes.
+        after: Duration,
+        /// Whether another host may be about to take the VM over.
+        may_be_taken_over: bool,
+    },
+    /// It waits as the VM's standby.
+    Waits {
+        /// Why it does not start the VM, for a person.
+        why: String,
+        /// The VM's name, if the images know it.
+        name: Option<String>,
+    },
+}
+
+/// Why nobody but an operator can say.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PartError {
+    /// No image remembers anything.
+    #[error(
+        "--or-standby needs a --disk that the VM writes to and that is not shared: only its image remembers \
+         whether this host has the newest state of the VM"
+    )]
+    NoImage,
+    /// A sidecar cannot be read.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// An image cannot be read.
+    #[error("cannot read the disk image {image}: {source}")]
+    Read {
+        /// The image.
+        image: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// An image with data belongs to no VM.
+    #[error(
+        "the disk image {0} has data and belongs to no VM, so nobody knows whether it is the server or something \
+         else: run `outlive image accept --yes {0}` once, on the host that has the server, and give the other \
+         host an empty image"
+    )]
+    Unknown(PathBuf),
+    /// The arbiter does not answer.
+    #[error("the arbiter cannot say whether the disk image {image} is up to date: {source}")]
+    Arbiter {
+        /// The image.
+        image: PathBuf,
+        /// Why.
+        source: ArbiterError,
+    },
+    /// Nobody can judge it. The text has the remedy.
+    #[error("{0}")]
+    Unclear(String),
+}
+
+impl Part {
+    /// Decides from the images that the VM writes to and does not share. Changes nothing.
+    ///
+    /// # Errors
+    /// One line with the remedy.
+    pub(crate) fn decide(
+        images: &[&Path],
+        arbiter: &mut (dyn Arbiter + 'static),
+        name: Option<&str>,
+    ) -> Result<Self, PartError> {
+        if images.is_empty() {
+            return Err(PartError::NoImage);
+        }
+        let mut name = name.map(str::to_owned);
+        let mut waits: Option<String> = None;
+        let (mut after, mut may_be_taken_over) = (Duration::ZERO, false);
+        for image in images {
+            let Some(sidecar) = Sidecar::read(image)? else {
+                waits.get_or_insert(blank(image)?);
+                continue;
+            };
+            let known = &sidecar.provenance.name;
+            name = name.or_else(|| Some(known.clone()).filter(|name| !name.is_empty()));
+            let standing = Standing::of(&sidecar, Some(&mut *arbiter))
+                .map_err(|source| PartError::Arbiter { image: image.to_path_buf(), source })?;
+            if !sidecar.whole {
+                waits.get_or_insert_with(|| format!("the disk image {} is not whole", image.display()));
+            }
+            for danger in &standing.dangers {
+                let text = danger.refusal(image);
+                match danger.kind() {
+                    DangerKind::StaleImage | DangerKind::Replica => waits.get_or_insert(text),
+                    _ => return Err(PartError::Unclear(text)),
+                };
+            }
+            may_be_taken_over |= standing.highest.is_some() && sidecar.end.is_none();
+            if standing.role == Role::Replica && sidecar.end == Some(CopyEnd::Followed) {
+                after = AFTER_YOU;
+            }
+        }
+        Ok(match waits {
+            Some(why) => Self::Waits { why, name },
+            None => Self::Starts { after, may_be_taken_over },
+        })
+    }
+}
+
+/// Why a host with an image without a sidecar waits: the image is empty.
+fn blank(image: &Path) -> Result<String, PartError> {
+    let failed = |source| PartError::Read { image: image.to_path_buf(), source };
+    let file = File::open(image).map_err(failed)?;
+    match blank::scan(&file, PATIENCE).map_err(failed)? {
+        Content::Blank | Content::BlankInSamples => {
+            Ok(format!("the disk image {} is empty", image.display()))
+        }
+        Content::Data { .. } => Err(PartError::Unknown(image.to_path_buf())),
+    }
+}
