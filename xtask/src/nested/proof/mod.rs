@@ -6,6 +6,7 @@ mod debian;
 mod files;
 mod kernels;
 mod postgres;
+mod reboot;
 mod redis;
 mod restores;
 mod stage;
@@ -32,7 +33,7 @@ struct Proof {
 }
 
 /// All of them.
-const PROOFS: [Proof; 8] = [
+const PROOFS: [Proof; 9] = [
     Proof {
         name: "guests",
         what: "Debian's kernels come up with 1 and 2 vCPUs, see their devices, restart and switch off",
@@ -47,6 +48,11 @@ const PROOFS: [Proof; 8] = [
         name: "debian",
         what: "Debian with its own initrd, systemd and all services goes on after a power cut",
         run: debian::prove,
+    },
+    Proof {
+        name: "reboot",
+        what: "systemd's reboot of Debian with disk and card works, alone, protected and after a takeover",
+        run: reboot::prove,
     },
     Proof {
         name: "redis",

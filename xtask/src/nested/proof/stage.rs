@@ -29,6 +29,8 @@ const AGENT: u16 = 7777;
 /// For emulated hosts: there the first write to a page after a checkpoint costs most of a millisecond.
 const INTERVAL: &str = "500ms";
 const DEAD_AFTER: &str = "5s";
+/// An emulated guest takes long to shut down.
+const STOP_WITHIN: &str = "600s";
 /// Time for a guest to start.
 pub(super) const BOOT: Duration = Duration::from_secs(300);
 /// Time for a full synchronisation.
@@ -166,7 +168,7 @@ impl Stage {
         let events = format!("{host}/events-{}", self.sides);
         let program = format!(
             "/bin/outlive {command} --arbiter file:{ARBITER} --net tap={tap},bridge={BRIDGE} \
-             --policy interval --interval {INTERVAL} --dead-after {DEAD_AFTER} --console stdio --events {SHARE}/{events}"
+             --policy interval --interval {INTERVAL} --dead-after {DEAD_AFTER} --stop-within {STOP_WITHIN} --console stdio --events {SHARE}/{events}"
         );
         let program = self.cluster.spawn(host, "outlive", &program)?;
         Ok(Side { program, events: Events::new(self.cluster.share().join(events)) })
