@@ -6,6 +6,7 @@ mod bookkeeping;
 mod check;
 mod journal;
 mod pair;
+mod part;
 mod power;
 mod prepare;
 mod replay;
