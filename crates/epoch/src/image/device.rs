@@ -78,3 +78,17 @@ impl DeviceInfo {
         if replicated { self.size } else { 0 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_of_a_disk_comes_back_and_others_are_unknown() {
+        for word in 0..8 {
+            assert_eq!(DeviceFlags::from_wire(word).map(DeviceFlags::to_wire), Some(word));
+        }
+        let large = DeviceFlags { large_sectors: true, ..DeviceFlags::default() };
+        assert_eq!((large.to_wire(), DeviceFlags::from_wire(8)), (4, None));
+    }
+}

@@ -114,7 +114,7 @@ fn devices_that_make_no_sense_are_refused() {
         (device, 0, "unknown kind of device (0x0)"),
         (device, 6, "unknown kind of device (0x6)"),
         (device + 1, 1, "a reserved field is not zero (0x1)"),
-        (device + 2, 4, "unknown device flags (0x4)"),
+        (device + 2, 8, "unknown device flags (0x8)"),
         (device + 13, 0x80, "a disk larger than every disk (0x8000000000000000)"),
         (device + 14, 21, "a text is longer than its limit (0x15)"),
         (payload.len() - 25, 17, "more ancestors than a VM remembers (0x11)"),
