@@ -1,5 +1,8 @@
 //! Threads: named, undisturbed by signals, and punctual where it matters.
 
+// UNSAFETY: the priority of a thread is set by system calls that no safe wrapper of our dependencies offers.
+#![allow(unsafe_code)]
+
 use std::io;
 use std::sync::Once;
 use std::thread::{Builder, JoinHandle};
@@ -40,6 +43,20 @@ fn block_signals() {
 pub fn precise_timers() {
     if let Err(error) = prctl::set_timerslack(1000) {
         tracing::debug!(%error, "timed waits end late");
+    }
+}
+
+/// Lets the calling thread run before all others of the host, as far as this process may decide that. For
+/// threads that sleep, and that must not wait for a core when their moment comes.
+pub fn urgent() {
+    let first = libc::sched_param { sched_priority: 1 };
+    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: both calls concern the calling thread only, and read a structure of ours.
+    let failed = unsafe {
+        libc::sched_setscheduler(0, policy, &first) != 0 && libc::setpriority(libc::PRIO_PROCESS, 0, -20) != 0
+    };
+    if failed {
+        tracing::debug!(error = %io::Error::last_os_error(), "a thread that should be urgent is not");
     }
 }
 

@@ -54,6 +54,7 @@ pub(crate) fn command() -> u8 {
         // of its dead parent alive.
         prctl::set_pdeathsig(Signal::SIGCONT)
     });
+    outlive_machine::urgent();
     let (orders, first, second) = (stdin(), stdout(), stderr());
     let serve = || Links::default().serve(orders.as_fd(), [first.as_fd(), second.as_fd()]);
     match hardened.map_err(io::Error::from).and_then(|()| serve()) {
