@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::events::Event;
 
-use crate::support::{Client, Process, Side, Value, Witnesses, World, wait_until};
+use crate::support::{Client, MemoryLoad, Process, Side, Value, Witnesses, World, wait_until};
 
 /// The processes that this one has started, and that are still there.
 fn sentinels(pid: u32) -> Vec<u32> {
@@ -164,6 +164,8 @@ fn detection(mib: u64) -> Option<u64> {
     fill_memory(&world, &active);
     let mut standby = world.standby(Side::B);
     active.wait_protected();
+    // A guest that does nothing is seldom heard, and the time counts from when the host was last heard.
+    let _load = MemoryLoad::start(&world, 50, 100_000);
     std::thread::sleep(std::time::Duration::from_secs(1));
     active.kill();
     let heard = standby.wait_for("the new primary", |e| matches!(e, Event::Takeover { .. }));
