@@ -163,8 +163,8 @@ impl Floor {
         Ok(Self { go, quit, parts, threads, immediate_exits, _vm: vm, memory })
     }
 
-    /// Lets the guest run for `epoch`, then measures.
-    pub(crate) fn round(&mut self, epoch: Duration) -> Duration {
+    /// Lets the guest run for `epoch`, then measures: kick, state, copy.
+    pub(crate) fn round(&mut self, epoch: Duration) -> [Duration; 3] {
         self.immediate_exits.iter().for_each(|it| it.set(0));
         self.go.wait();
         std::thread::sleep(epoch);
@@ -174,7 +174,7 @@ impl Floor {
         let parts: Vec<Part> = self.threads.iter().filter_map(|_| self.parts.recv().ok()).collect();
         let longest = |of: fn(&Part) -> Duration| parts.iter().map(of).max().unwrap_or_default();
         let out = parts.iter().map(|part| part.out).max().unwrap_or(began);
-        (out - began) + longest(|part| part.state) + longest(|part| part.copy)
+        [out - began, longest(|part| part.state), longest(|part| part.copy)]
     }
 }
 

@@ -134,6 +134,8 @@ struct Measured {
     phases: [Vec<f64>; 8],
     pages: Vec<f64>,
     floor: Vec<f64>,
+    /// Kick, state, copy.
+    floor_parts: [Vec<f64>; 3],
 }
 
 const PHASES: [&str; 8] = ["stop", "state", "harvest", "handover", "rearm", "decide", "copy", "resume"];
@@ -156,9 +158,10 @@ fn measure(host: &Arc<Host>, case: &Case, rounds: usize) -> Measured {
             // In turns, because what else this machine does changes all the time.
             machine.pause();
             for _ in 0..batch {
-                let found = us(floor.round(EPOCH));
+                let found = floor.round(EPOCH).map(us);
                 if round > 0 {
-                    measured.floor.push(found);
+                    measured.floor.push(found.iter().sum());
+                    measured.floor_parts.iter_mut().zip(found).for_each(|(all, one)| all.push(one));
                 }
             }
             machine.resume();
@@ -222,6 +225,8 @@ fn report(case: &Case, measured: &Measured) -> String {
     let phases = PHASES.iter().zip(&measured.phases);
     let phases = phases.map(|(name, all)| format!("{name} {:.1}", quantile(all, 50)));
     println!("          {}", phases.collect::<Vec<_>>().join(", "));
+    let [kick, state, copy] = measured.floor_parts.each_ref().map(|all| quantile(all, 50));
+    println!("          floor: kick {kick:.1}, state {state:.1}, copy {copy:.1}");
     let row = |percent: usize| {
         format!(
             "{{\"bench\":\"pause.vcpu\",\"case\":{{\"vcpus\":{},\"pages\":{},\"percentile\":{percent}}},\

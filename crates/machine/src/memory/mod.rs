@@ -20,8 +20,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::map::{HOLE_END, HOLE_START, Range};
 
-pub(crate) use copy::copy_page;
 pub use copy::is_zero_page;
+pub(crate) use copy::{Stores, copy_page, finish_copies};
 pub use lock::{LockError, lock_memory};
 
 /// Bytes in a page, on the guest's side and on the wire.
@@ -261,19 +261,19 @@ impl Ram {
     pub fn read_page(&self, gfn: Gfn, to: &mut [u8; PAGE_SIZE]) -> bool {
         let Some(host) = self.host(gfn) else { return false };
         // SAFETY: `host` is a whole mapped page and `to` a whole page of ours.
-        unsafe { copy_page(host, to.as_mut_ptr()) };
+        unsafe { copy_page(host, to.as_mut_ptr(), Stores::Cached) };
         true
     }
 
-    /// Copies a page of the guest to `to`, which need not be initialised. Returns false when the
-    /// guest has no such page.
+    /// Copies a page of the guest to `to`, which need not be initialised. Returns false when the guest has no
+    /// such page. After streaming stores [`finish_copies`] must follow.
     ///
     /// # Safety
-    /// `to` must be valid for writes of a page, 32-byte aligned, and no one else may touch it.
-    pub(crate) unsafe fn read_page_to(&self, gfn: Gfn, to: *mut u8) -> bool {
+    /// `to` must be valid for writes of a page, and no one else may touch it.
+    pub(crate) unsafe fn read_page_to(&self, gfn: Gfn, to: *mut u8, stores: Stores) -> bool {
         let Some(host) = self.host(gfn) else { return false };
         // SAFETY: `host` is a whole mapped page; the caller vouches for `to`.
-        unsafe { copy_page(host, to) };
+        unsafe { copy_page(host, to, stores) };
         true
     }
 

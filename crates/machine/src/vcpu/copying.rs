@@ -7,11 +7,14 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use outlive_dirty::Gfn;
 
-use crate::memory::{PAGE_SIZE, Ram};
+use crate::memory::{PAGE_SIZE, Ram, Stores, finish_copies};
 
 /// Pages that a thread takes at once: so many that the shared counter does not matter, so few that no thread
 /// waits long for the last one.
 const SHARE: usize = 16;
+
+/// With so few pages staging stays in the cache from one checkpoint to the next.
+const CACHED: usize = 64;
 
 /// The current copy: which pages, to where, and which are taken.
 ///
@@ -84,10 +87,12 @@ impl CopyJob {
     pub(crate) fn work(&self, ram: &Ram) {
         let len = self.len.load(Ordering::Acquire);
         let (gfns, to) = (self.gfns.load(Ordering::Relaxed), self.to.load(Ordering::Relaxed));
+        let stores = if len <= CACHED { Stores::Cached } else { Stores::Streaming };
         loop {
             let from = self.next.fetch_add(SHARE, Ordering::Relaxed);
             if from >= len {
-                return;
+                // Before this thread says that it is done.
+                return finish_copies();
             }
             for i in from..len.min(from + SHARE) {
                 // SAFETY: i < len, the slice that `run` was given, which outlives the job. Slot i of `to`
@@ -95,7 +100,7 @@ impl CopyJob {
                 unsafe {
                     let slot = to.add(i * PAGE_SIZE);
                     let gfn = *gfns.add(i);
-                    if !ram.read_page_to(gfn, slot) {
+                    if !ram.read_page_to(gfn, slot, stores) {
                         self.outside.store(gfn.0, Ordering::Relaxed);
                     }
                 }

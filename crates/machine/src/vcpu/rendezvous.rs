@@ -11,8 +11,8 @@
 //! that changes the word learns, by the same access, whether there is anybody to wake, and mostly saves the
 //! system call: while the guest runs no thread waits for an order.
 //!
-//! If there is a core for every thread, a wait watches its word for a moment before it sleeps
-//! ([`Rendezvous::new`]); the moment ends by itself, so nothing depends on it.
+//! If there is a core for every thread, a wait watches its word for a moment before it sleeps ([`Looks`]); the
+//! moment ends by itself, so nothing depends on it.
 //!
 //! Within a command the threads can [`meet`](Rendezvous::meet) without the controller.
 //!
@@ -88,6 +88,11 @@ impl Order {
         COMMANDS[(self.0 & 7) as usize % COMMANDS.len()]
     }
 
+    /// Whether the next order comes soon: the others are in the same pause.
+    fn is_short(self) -> bool {
+        matches!(self.command(), Command::Capture | Command::Copy)
+    }
+
     fn following(self, command: Command) -> Self {
         let sequence = (self.0 >> SEQUENCE_SHIFT).wrapping_add(1);
         Self((sequence << SEQUENCE_SHIFT | command as u32) & !SLEEPS)
@@ -107,13 +112,23 @@ pub(super) struct Rendezvous {
     met: AtomicU32,
     /// How far the part is that the controller has lent: see [`part`].
     part: AtomicU32,
-    /// How often a wait looks at its word before it sleeps.
-    looks: u32,
+    looks: Looks,
+}
+
+/// How often a wait looks at its word before it sleeps.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Looks {
+    /// Threads that wait for each other in a [meeting](Rendezvous::meet).
+    pub(super) meeting: u32,
+    /// A thread that waits for the next order within a pause.
+    pub(super) within: u32,
+    /// Any other wait.
+    pub(super) other: u32,
 }
 
 impl Rendezvous {
-    /// A meeting point of this many threads. Each wait looks at its word this often before it sleeps.
-    pub(super) fn new(threads: u32, looks: u32) -> Self {
+    /// A meeting point of this many threads.
+    pub(super) fn new(threads: u32, looks: Looks) -> Self {
         Self {
             order: AtomicU32::new(Order::FIRST.0),
             arrived: AtomicU32::new(0),
@@ -178,7 +193,7 @@ impl Rendezvous {
     }
 
     fn wait_arrival(&self, timeout: Option<Duration>) {
-        if self.comes(|| self.missing() == 0) {
+        if comes(self.looks.other, || self.missing() == 0) {
             return;
         }
         let arrived = self.arrived.load(Ordering::Acquire);
@@ -189,7 +204,8 @@ impl Rendezvous {
 
     /// Thread: waits for an order other than `last`.
     pub(super) fn next(&self, last: Order) -> Order {
-        self.comes(|| self.current() != last);
+        let looks = if last.is_short() { self.looks.within } else { self.looks.other };
+        comes(looks, || self.current() != last);
         loop {
             let order = self.current();
             if order != last {
@@ -214,7 +230,7 @@ impl Rendezvous {
             return;
         }
         let now = || self.met.load(Ordering::Acquire);
-        self.comes(|| now() & !SLEEPS != met);
+        comes(self.looks.meeting, || now() & !SLEEPS != met);
         while now() & !SLEEPS == met {
             sleep(&self.met, now() & SLEEPS | met, None);
         }
@@ -257,7 +273,7 @@ impl Rendezvous {
             match seen & !SLEEPS {
                 part::DONE => return true,
                 part::CALLED => self.help(&help),
-                _ if self.comes(|| self.part.load(Ordering::Acquire) != seen) => {}
+                _ if comes(self.looks.other, || self.part.load(Ordering::Acquire) != seen) => {}
                 _ => {
                     let left = deadline.map(|it| it.saturating_duration_since(Instant::now()));
                     if left.is_some_and(|left| left.is_zero()) {
@@ -309,14 +325,14 @@ impl Rendezvous {
             futex::wake_all(&self.part);
         }
     }
+}
 
-    /// Checks for a moment whether the condition comes true.
-    fn comes(&self, is_so: impl Fn() -> bool) -> bool {
-        (0..self.looks).any(|_| {
-            spin_loop();
-            is_so()
-        })
-    }
+/// Checks for a moment whether the condition comes true.
+fn comes(looks: u32, is_so: impl Fn() -> bool) -> bool {
+    (0..looks).any(|_| {
+        spin_loop();
+        is_so()
+    })
 }
 
 /// Sleeps on `word` if it holds `seen`, and says so in it. May return without a reason.

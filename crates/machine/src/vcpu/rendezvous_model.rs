@@ -51,7 +51,7 @@ mod sync {
 #[allow(clippy::duplicate_mod, reason = "compiled once for threads and once for the model")]
 mod checked;
 
-use checked::{Command, Order, Rendezvous};
+use checked::{Command, Looks, Order, Rendezvous};
 
 fn model(check: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
@@ -72,7 +72,7 @@ fn serve(meeting: &Rendezvous, done: &AtomicU32) {
 #[test]
 fn each_order_is_carried_out_once_by_all_and_nobody_sleeps_on() {
     model(|| {
-        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let meeting = Arc::new(Rendezvous::new(1, Looks::default()));
         let done = Arc::new(AtomicU32::new(0));
         let thread = {
             let (meeting, done) = (meeting.clone(), done.clone());
@@ -90,7 +90,7 @@ fn each_order_is_carried_out_once_by_all_and_nobody_sleeps_on() {
 #[test]
 fn two_threads_are_awaited() {
     model(|| {
-        let meeting = Arc::new(Rendezvous::new(2, 0));
+        let meeting = Arc::new(Rendezvous::new(2, Looks::default()));
         let done = Arc::new(AtomicU32::new(0));
         let threads = [(); 2].map(|()| {
             let (meeting, done) = (meeting.clone(), done.clone());
@@ -108,7 +108,7 @@ fn two_threads_are_awaited() {
 #[test]
 fn who_has_met_sees_that_all_are_out() {
     model(|| {
-        let meeting = Arc::new(Rendezvous::new(2, 0));
+        let meeting = Arc::new(Rendezvous::new(2, Looks::default()));
         let out = Arc::new(AtomicU32::new(0));
         let pauses = |meeting: &Rendezvous, out: &AtomicU32| {
             for round in 1..=2 {
@@ -143,7 +143,7 @@ fn serve_and_end(meeting: &Rendezvous, done: &AtomicU32, ended: &AtomicU32, thre
 
 fn lends(threads: u32) {
     model(move || {
-        let meeting = Arc::new(Rendezvous::new(threads, 0));
+        let meeting = Arc::new(Rendezvous::new(threads, Looks::default()));
         let (done, ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
         let running: Vec<_> = (0..threads)
             .map(|_| {
@@ -181,7 +181,7 @@ fn what_is_lent_to_two_threads_is_done_once() {
 #[test]
 fn what_is_taken_back_is_done_by_nobody() {
     model(|| {
-        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let meeting = Arc::new(Rendezvous::new(1, Looks::default()));
         let ended = Arc::new(AtomicU32::new(0));
         let thread = {
             let (meeting, ended) = (meeting.clone(), ended.clone());
@@ -214,7 +214,7 @@ fn what_is_taken_back_is_done_by_nobody() {
 #[test]
 fn nobody_helps_after_the_calling_off() {
     model(|| {
-        let meeting = Arc::new(Rendezvous::new(1, 0));
+        let meeting = Arc::new(Rendezvous::new(1, Looks::default()));
         let open = Arc::new(AtomicU32::new(0));
         let thread = {
             let (meeting, open) = (meeting.clone(), open.clone());

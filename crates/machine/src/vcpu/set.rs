@@ -12,7 +12,7 @@ use vmm_sys_util::signal::Killable;
 use super::copying::CopyJob;
 use super::lent::{Lent, Who, Work};
 use super::platform::Platform;
-use super::rendezvous::{Command, Rendezvous};
+use super::rendezvous::{Command, Looks, Rendezvous};
 use super::run::{Task, Vcpu, VcpuError, VcpuSlot, lock};
 use super::state::Saver;
 use super::times::{CaptureTimes, Return, Timeline};
@@ -71,14 +71,21 @@ pub(crate) struct VcpuSet {
     running: bool,
 }
 
-/// How often a wait of the vCPUs or of their controller looks at its word before it sleeps. A wake-up costs
-/// about 5 to 50 us each time. But a thread that waits must not keep a core from others that need it.
-fn looks(vcpus: usize) -> u32 {
+/// How long the waits of this many vCPUs and of their controller watch before they sleep. A wake-up costs about
+/// 5 to 50 us each time, and on a busy host a thread that sleeps may get its core back only after milliseconds. But
+/// a thread that waits must not keep a core from others that need it.
+fn looks(vcpus: usize) -> Looks {
     /// About 20 us, at 50 ns a look.
-    const LOOKS: u32 = 400;
+    const SHORT: u32 = 400;
+    /// 75 us: the rest of the pause of a small checkpoint.
+    const LONG: u32 = 1500;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // Each vCPU has just used one, and the thread that it waits for has one. In a meeting the other one may have
+    // none: then a thread that sleeps gives it its own.
+    let within = if cores >= vcpus { LONG } else { 0 };
     // One for each vCPU, one for the controller, one for the link.
-    let needed = vcpus + 2;
-    if std::thread::available_parallelism().is_ok_and(|cores| cores.get() >= needed) { LOOKS } else { 0 }
+    let other = if cores >= vcpus + 2 { SHORT } else { 0 };
+    Looks { meeting: other, within, other }
 }
 
 impl VcpuSet {
