@@ -60,11 +60,13 @@ pub enum SectionKind {
     DiskBlocks = 16,
     /// The changes of the state since the previous checkpoint; from version 4 of the stream on.
     StateChanges = 17,
+    /// Whether the standby's host reaches the guest's clients; from version 5 of the stream on.
+    Reach = 18,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -82,6 +84,7 @@ impl SectionKind {
         Self::DiskWant,
         Self::DiskBlocks,
         Self::StateChanges,
+        Self::Reach,
     ];
 
     /// The kind with this number.
@@ -106,25 +109,26 @@ impl SectionKind {
             Self::Pages => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
-                ProtocolVersion::V4 => 3,
+                ProtocolVersion::V4 | ProtocolVersion::V5 => 3,
             },
             Self::BasePages => match stream {
                 ProtocolVersion::V2 => 1,
-                ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
+                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 2,
             },
             // Version 2 added devices, version 3 the arbiter and the ancestors, version 4 the versions of the
             // stream and whatever a later release appends.
             Self::Hello => match stream {
                 ProtocolVersion::V2 => 3,
-                ProtocolVersion::V3 | ProtocolVersion::V4 => 4,
+                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 4,
             },
             // Version 2 added the version of the stream and whatever a later release appends.
             Self::Accept => match stream {
                 ProtocolVersion::V2 => 1,
-                ProtocolVersion::V3 | ProtocolVersion::V4 => 2,
+                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 2,
             },
             // 0: older streams do not have it.
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
+            Self::Reach => u16::from(stream >= ProtocolVersion::V5),
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
@@ -136,7 +140,9 @@ impl SectionKind {
     pub fn may_come_from(self, peer: Peer) -> bool {
         match self {
             Self::Heartbeat => true,
-            Self::Accept | Self::Refuse | Self::Ack | Self::Leave | Self::DiskWant => peer == Peer::Standby,
+            Self::Accept | Self::Refuse | Self::Ack | Self::Leave | Self::DiskWant | Self::Reach => {
+                peer == Peer::Standby
+            }
             Self::Hello
             | Self::BasePages
             | Self::CheckpointBegin

@@ -2,7 +2,7 @@
 
 use super::disk_sums::DISK_SUM_LEN;
 use super::kind::SectionKind;
-use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, state, state_changes};
+use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, reach, state, state_changes};
 use crate::image::limits::{MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
 impl SectionKind {
@@ -19,6 +19,7 @@ impl SectionKind {
             Self::StateChanges => state_changes::MOST_BYTES,
             Self::Ack => ack::LEN,
             Self::Heartbeat => heartbeat::LEN,
+            Self::Reach => reach::LEN,
             Self::End | Self::Leave => end::LEN,
             Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
             Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,

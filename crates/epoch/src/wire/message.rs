@@ -13,7 +13,7 @@ use super::pages::Pages;
 use super::refuse::Refuse;
 use super::section::Section;
 use super::state_changes::StateChanges;
-use super::{disk_writes, end, heartbeat, state};
+use super::{disk_writes, end, heartbeat, reach, state};
 use crate::image::{StateSection, UncheckedRecords};
 
 /// Any message, parsed and checked.
@@ -69,6 +69,8 @@ pub enum Message<'a> {
         /// Microseconds of the primary's clock.
         stamp_us: u64,
     },
+    /// Whether the standby's host reaches the guest's clients; `None` if it does not know.
+    Reach(Option<bool>),
     /// The VM has ended in order.
     End(EndReason),
     /// The standby leaves and will not take over.
@@ -115,6 +117,7 @@ impl<'a> Message<'a> {
             }
             SectionKind::Ack => Self::Ack(Ack::parse(payload)?),
             SectionKind::Heartbeat => Self::Heartbeat { stamp_us: heartbeat::parse(payload)? },
+            SectionKind::Reach => Self::Reach(reach::parse(payload)?),
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
         })
@@ -138,6 +141,7 @@ impl<'a> Message<'a> {
             Self::DiskBlocks { .. } => SectionKind::DiskBlocks,
             Self::Ack(_) => SectionKind::Ack,
             Self::Heartbeat { .. } => SectionKind::Heartbeat,
+            Self::Reach(_) => SectionKind::Reach,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
         }

@@ -18,6 +18,7 @@ mod message;
 mod open;
 mod pages;
 mod preface;
+mod reach;
 mod reader;
 mod refuse;
 mod section;

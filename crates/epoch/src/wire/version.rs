@@ -46,11 +46,13 @@ pub enum ProtocolVersion {
     /// follow at most, and pages that have not changed since they were last sent are left out. The state may
     /// be sent as its changes. The state of the VM is a section of version 2.
     V4 = 4,
+    /// 5: the standby says whether its host reaches the guest's clients.
+    V5 = 5,
 }
 
 impl ProtocolVersion {
     /// The newest version that this release reads and writes.
-    pub const CURRENT: Self = Self::V4;
+    pub const CURRENT: Self = Self::V5;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
     /// The newest version of the introduction: preface, `Hello` and `Accept`. Raising it costs a second
@@ -63,6 +65,7 @@ impl ProtocolVersion {
             2 => Some(Self::V2),
             3 => Some(Self::V3),
             4 => Some(Self::V4),
+            5 => Some(Self::V5),
             _ => None,
         }
     }
@@ -82,7 +85,7 @@ impl ProtocolVersion {
     pub fn state_versions(self) -> StateVersions {
         match self {
             Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
-            Self::V4 => StateVersions::NEWEST,
+            Self::V4 | Self::V5 => StateVersions::NEWEST,
         }
     }
 

@@ -23,8 +23,8 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v4.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v4.bin")).unwrap();
+    check("primary-v5.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v5.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
@@ -32,13 +32,16 @@ fn the_primarys_stream_is_the_committed_one() {
 #[test]
 fn the_streams_of_the_versions_before_are_read_and_written() {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    for (name, version) in [("primary-v2.bin", ProtocolVersion::V2), ("primary-v3.bin", ProtocolVersion::V3)]
-    {
+    for (name, version) in [
+        ("primary-v2.bin", ProtocolVersion::V2),
+        ("primary-v3.bin", ProtocolVersion::V3),
+        ("primary-v4.bin", ProtocolVersion::V4),
+    ] {
         let golden = std::fs::read(directory.join(name)).unwrap();
         let (stream, contents) = crate::common::stream_of(version);
         assert_eq!(crate::common::receive(&golden), (contents, None), "{name}");
         check(name, &stream);
-        assert_ne!(stream, crate::common::small_stream().0);
+        assert_ne!(stream, crate::common::small_stream().0, "{name}");
     }
 }
 
@@ -47,6 +50,7 @@ fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v2.bin", ProtocolVersion::V2);
     standbys_stream("standby-v3.bin", ProtocolVersion::V3);
     standbys_stream("standby-v4.bin", ProtocolVersion::V4);
+    standbys_stream("standby-v5.bin", ProtocolVersion::V5);
 }
 
 fn standbys_stream(name: &str, version: ProtocolVersion) {
@@ -60,6 +64,8 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     encoder.heartbeat(&mut out, 123_456);
     let want = DiskWant { disk: 1, first: 14, count: 2, wanted: vec![0, 1] };
     encoder.disk_want(&mut out, &want).unwrap();
+    let reach = (version >= ProtocolVersion::V5).then_some([None, Some(false), Some(true)]);
+    reach.into_iter().flatten().for_each(|reaches| encoder.reach(&mut out, reaches));
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
     check(name, &out);
@@ -71,6 +77,9 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     assert_eq!(next(), format!("{:?}", Message::Ack(ack)));
     assert_eq!(next(), "Heartbeat { stamp_us: 123456 }");
     assert_eq!(next(), format!("{:?}", Message::DiskWant(want)));
+    for reaches in reach.into_iter().flatten() {
+        assert_eq!(next(), format!("Reach({reaches:?})"));
+    }
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);
 }
