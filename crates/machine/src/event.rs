@@ -99,6 +99,15 @@ pub enum MachineEvent {
         /// What KVM said.
         why: String,
     },
+    /// This host's disk has failed a request of the guest, which has done nothing wrong. The guest does not
+    /// know yet: the request stays in flight until [`Machine::tell_disk_errors`](crate::Machine), so that a
+    /// VM that goes on elsewhere issues it again.
+    DiskFault {
+        /// Which disk of the machine.
+        disk: u16,
+        /// What the host said.
+        why: String,
+    },
     /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
     DirtyLogFull,
     /// The log of disk writes is full in this epoch; further writes wait for the next checkpoint.

@@ -226,7 +226,9 @@ impl Machine {
         let mut disks = Vec::new();
         for (index, disk) in options.disks.iter().enumerate() {
             let (index, log, permit) = (index as u16, write_log.clone(), permit.clone());
-            disks.push(board.add(|host| BlockDevice::new(disk, index, log, permit, host))?);
+            let device = board.add(|host| BlockDevice::new(disk, index, log, permit, host))?;
+            device.report_faults_to(options.events.clone());
+            disks.push(device);
         }
         if options.rng {
             board.add(|host| RngDevice::new(host).map_err(BoardError::Start))?;
@@ -351,6 +353,12 @@ impl Machine {
     /// The disks, in the order of [`Options::disks`].
     pub fn disks(&self) -> &[Arc<BlockDevice<GuestMemory>>] {
         &self.disks
+    }
+
+    /// Lets the guest hear of the requests that the disks of this host have failed
+    /// ([`MachineEvent::DiskFault`]).
+    pub fn tell_disk_errors(&self) {
+        self.disks.iter().for_each(|disk| disk.tell_errors());
     }
 
     /// All held output: of the network card and of the shared disks.

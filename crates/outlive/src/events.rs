@@ -2,7 +2,8 @@
 //!
 //! `outlive run --events FILE` and `outlive standby --events FILE` write it, `outlive demo`, tests and
 //! monitors read it. Every line carries `"event"`, the sender's `pid` and `t_us`, the time on
-//! `CLOCK_MONOTONIC` in microseconds, so the lines of all processes of one host can be put in order.
+//! `CLOCK_MONOTONIC` in microseconds, so the lines of all processes of one host can be put in order; `time`, the
+//! time of day; and once it is known, the VM (`vm_name`, `vm_id`).
 //!
 //! Readers must skip fields and events that they do not know; [`Event::Unknown`] stands for the latter.
 
@@ -14,10 +15,10 @@ mod writer;
 
 use nix::time::{ClockId, clock_gettime};
 
-pub use event::{Event, Measured, PageCounts, Record, Role, Stats, ThreadTime};
+pub use event::{Event, Measured, PageCounts, Part, Record, Role, Stats, ThreadTime};
 pub use histogram::{HISTOGRAM_MAX, add_pairs, histogram, pairs};
 pub use writer::EventWriter;
-pub(crate) use writer::open;
+pub(crate) use writer::{EventsTo, open};
 
 pub use crate::disk::DangerKind;
 

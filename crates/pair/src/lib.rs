@@ -122,7 +122,9 @@
 //! out, and every millisecond of waiting would be a millisecond of outage. If a third party resets a
 //! connection whose two ends live, both ask the arbiter and one of them stops. Until the reset reaches it,
 //! the loser can still release output that the winner's VM has produced too - never output that the winner's
-//! VM does not know (invariant 1).
+//! VM does not know (invariant 1). If both hosts write to the same storage
+//! ([`Introduction::shared_storage`]), the standby waits until the primary's lease has ended, whatever ends the
+//! connection.
 
 #![forbid(unsafe_code)]
 
@@ -143,8 +145,8 @@ use outlive_epoch::LeaveReason;
 
 pub use driver::{After, PrimaryDriver, PrimaryPorts, StandbyDriver, StandbyPorts, TakeOver};
 pub use primary::{
-    ExitReason, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus,
-    Ticket, Wanted,
+    Broken, ExitReason, Kept, OutputMode, Primary, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote,
+    PrimaryStatus, Ticket, Wanted,
 };
 pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
@@ -214,6 +216,9 @@ pub struct Timing {
     pub retry: Duration,
     /// How long a primary waits for the answer to its Hello: the standby first finds memory for the whole VM.
     pub greeting: Duration,
+    /// How long a VM that was taken over stays, whatever is broken at its new host: otherwise two hosts with
+    /// the same fault would hand it to each other for ever.
+    pub handback: Duration,
 }
 
 impl Timing {
@@ -227,9 +232,20 @@ impl Timing {
     /// The usual wait for the answer to Hello.
     pub const GREETING: Duration = Duration::from_secs(5);
 
+    /// The usual stay.
+    pub const HANDBACK: Duration = Duration::from_secs(10);
+
+    /// How many times longer the VM stays when the network is broken, which comes and goes.
+    pub const NETWORK_RESTS: u32 = 6;
+
     /// Timing with the usual pauses between attempts.
     pub fn new(dead_after: Duration) -> Self {
-        Self { dead_after, retry: Self::RETRY, greeting: Self::GREETING.max(dead_after) }
+        Self {
+            dead_after,
+            retry: Self::RETRY,
+            greeting: Self::GREETING.max(dead_after),
+            handback: Self::HANDBACK,
+        }
     }
 
     /// The primary's patience: shorter than the standby's, so that it falls silent first.

@@ -30,6 +30,10 @@ pub(crate) enum Bug {
     RightThrownAway,
     ClaimForgotten,
     CaptureForAnyLink,
+    ClaimsWithinLease,
+    GivenToNobody,
+    HandedBackAtOnce,
+    GivenToTheCutOff,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -1,5 +1,6 @@
 //! The host where the VM runs.
 
+mod broken;
 mod loss;
 mod types;
 
@@ -12,6 +13,7 @@ use crate::planted::{Planted, planted};
 use crate::redial::{Answer, Redial};
 use crate::{Link, LossReason, Timing};
 
+pub use broken::{Broken, Kept};
 pub use types::{
     ExitReason, OutputMode, PrimaryAction, PrimaryConfig, PrimaryEvent, PrimaryNote, PrimaryStatus, Ticket,
     Wanted,
@@ -84,6 +86,8 @@ pub struct Primary {
     redial: Redial,
     /// The last note about dialling, so that it is given once and not five times a second.
     said: Option<Note>,
+    /// What is broken at this host.
+    faults: broken::Faults,
     /// Until when the waiting thread is believed to make progress.
     alive_until: Duration,
     now: Duration,
@@ -104,6 +108,7 @@ impl Primary {
             next_link: 0,
             redial: Redial::new(config.standbys, now),
             said: None,
+            faults: broken::Faults::none((config.checkpoint > 0).then_some(now)),
             alive_until: now + config.timing.dead_after,
             now,
             bug: Planted::default(),
@@ -253,6 +258,12 @@ impl Primary {
             Event::Leave { link, reason: LeaveReason::Released } => self.released(link, out),
             Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
+            Event::Broken { what, again } => self.broken(what, again),
+            Event::Mended { what } => self.mended(what),
+            Event::StandbyReaches { link, reaches } => self.standby_reaches(link, reaches),
+        }
+        if !in_pause {
+            self.look_at_faults(out);
         }
         self.go_on(in_pause, waits, out);
     }
@@ -373,6 +384,7 @@ impl Primary {
         }
         self.timing.dead_after = self.config.timing.dead_after.max(dead_after);
         self.said = None;
+        self.faults.forget_standby();
         let attached = Attached { link, beat_at: self.now, heard: self.now };
         self.state = State::BaseSync(attached);
         out.push(Action::StartBase { link });

@@ -27,6 +27,7 @@ struct Attached {
     generation: u64,
     timing: Timing,
     slots: u64,
+    shared_storage: bool,
     heard: Duration,
     /// The newest stamp heard.
     stamp: Duration,
@@ -314,6 +315,7 @@ impl Standby {
             generation: hello.generation,
             timing: Timing { dead_after, ..self.config.timing },
             slots: hello.slots,
+            shared_storage: hello.shared_storage,
             heard: self.now,
             stamp: Duration::ZERO,
             beat_at: self.now,

@@ -8,7 +8,13 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 
 use super::epochs::EpochOptions;
-use super::values::{ConsoleSpec, parse_dead_after, parse_host_port, parse_stop_within};
+use super::values::{
+    ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence_timeout, parse_host_port,
+    parse_stop_within, parse_uplink_timeout,
+};
+use crate::events::EventsTo;
+use crate::network::UplinkSpec;
+use crate::standby::Fence;
 
 /// Options that a primary and a standby share: what the VM does once it runs here.
 #[derive(Clone, Debug, Args)]
@@ -35,6 +41,30 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "120s", value_name = "TIME", value_parser = parse_stop_within)]
     pub stop_within: Duration,
 
+    /// Time after which a disk of this host that does not answer a request counts as broken: a protected VM is
+    /// then left to its standby, as when the disk reports an error (off: wait for ever)
+    #[arg(long, default_value = "30s", value_name = "TIME|off")]
+    pub disk_timeout: DiskTimeout,
+
+    /// The host's interface to the guest's clients. While it is lost, a protected VM is left to a standby that
+    /// reaches them (auto: the ports of the tap's bridge that are no taps; none: do not look)
+    #[arg(long, default_value = "auto", value_name = "NAME|auto|none", value_parser = UplinkSpec::from_str)]
+    pub uplink: UplinkSpec,
+
+    /// How long the way to the clients must be lost before it counts
+    #[arg(long, default_value = "2s", value_name = "TIME", value_parser = parse_uplink_timeout)]
+    pub uplink_timeout: Duration,
+
+    /// Shell command that cuts the lost primary off, for example from a shared disk, before a VM that this host has
+    /// won runs here. It is repeated until it succeeds; the VM waits. It is told OUTLIVE_VM, OUTLIVE_VM_ID,
+    /// OUTLIVE_GENERATION, OUTLIVE_PEER (HOST:PORT) and OUTLIVE_ATTEMPT
+    #[arg(long, value_name = "COMMAND")]
+    pub fence: Option<String>,
+
+    /// How long the fence command may take before it is killed and repeated
+    #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_fence_timeout)]
+    pub fence_timeout: Duration,
+
     /// How dirty pages are found
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
@@ -45,10 +75,18 @@ pub struct ActiveOptions {
     pub lock_memory: bool,
 
     /// Append events as JSON lines to this file (- for standard output). It grows by about a megabyte in the
-    /// first minute and some tens of kilobytes a minute later: up to a gigabyte or more a month. To rotate it,
-    /// copy and truncate: it stays open
+    /// first minute and some tens of kilobytes a minute later: up to a gigabyte or more a month
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+
+    /// Rename the file of events to FILE.1 and begin a new one before it becomes larger than this. The file must
+    /// be this process' own
+    #[arg(long, value_name = "SIZE", requires = "events", value_parser = parse_events_max)]
+    pub events_max: Option<u64>,
+
+    /// How many old files of events are kept with --events-max
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(0..=1000))]
+    pub events_keep: u32,
 
     /// Socket on which outlive status asks this process [default: named after the VM, in /run/outlive or
     /// $XDG_RUNTIME_DIR/outlive]
@@ -68,6 +106,18 @@ pub struct ActiveOptions {
     /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
     #[arg(long, hide = true)]
     pub exit_with_stdin: bool,
+}
+
+impl ActiveOptions {
+    /// What cuts a lost primary off, if anything does.
+    pub(crate) fn fence(&self) -> Option<Fence> {
+        self.fence.clone().map(|command| Fence { command, limit: self.fence_timeout })
+    }
+
+    /// Where events go.
+    pub(crate) fn events_to(&self) -> EventsTo {
+        EventsTo { path: self.events.clone(), max: self.events_max, keep: self.events_keep }
+    }
 }
 
 /// Which dirty-page tracker.

@@ -110,5 +110,7 @@ Examples:
       the same for a VM with a disk; to make the image: truncate --size SIZE server.img
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --standby hosta:7000
       the same, and protects the VM with host a after a takeover
+  outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=/dev/mapper/lun --fence /usr/local/sbin/preempt-hosta
+      a disk that both hosts see: host a loses its reservation before the VM runs here
 
 The link is not encrypted in this version: use a network that only the two hosts share.";

@@ -181,6 +181,49 @@ pub(super) fn parse_stop_within(text: &str) -> Result<Duration, String> {
     Ok(time)
 }
 
+pub(super) fn parse_uplink_timeout(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    if time < Duration::from_millis(100) || time > Duration::from_secs(60) {
+        return Err(format!("'{text}' is out of range: give 100ms to 60s"));
+    }
+    Ok(time)
+}
+
+pub(super) fn parse_events_max(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes < 64 << 10 {
+        return Err(format!("'{text}' is too small: give 64K or more"));
+    }
+    Ok(bytes)
+}
+
+pub(super) fn parse_fence_timeout(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    if time < Duration::from_millis(100) || time > Duration::from_secs(3600) {
+        return Err(format!("'{text}' is out of range: give 100ms to 1h"));
+    }
+    Ok(time)
+}
+
+/// How long a disk may take to answer; `None`: as long as it likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskTimeout(pub Option<Duration>);
+
+impl FromStr for DiskTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        let time = parse_time(text)?;
+        if time < Duration::from_secs(1) || time > Duration::from_secs(3600) {
+            return Err(format!("'{text}' is out of range: give 1s to 1h, or off"));
+        }
+        Ok(Self(Some(time)))
+    }
+}
+
 pub(super) fn parse_vcpus(text: &str) -> Result<u8, String> {
     let number = text.parse().ok().filter(|number| (1..=32).contains(number));
     number.ok_or_else(|| format!("'{text}' is not a number from 1 to 32"))

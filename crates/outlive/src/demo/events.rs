@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     fn at(t_us: u64, event: Event) -> Record {
-        Record { event, t_us, pid: 1 }
+        Record::of(event, t_us, 1)
     }
 
     #[test]

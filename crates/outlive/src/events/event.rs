@@ -16,6 +16,18 @@ pub enum Role {
     Standby,
 }
 
+/// A part of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// A virtual CPU, or KVM.
+    Vcpu,
+    /// A disk's image.
+    Disk,
+    /// The network of the guest's clients.
+    Network,
+}
+
 /// One thing that happened. Times are microseconds unless the name says otherwise.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -60,6 +72,23 @@ pub enum Event {
     StandbyAttached {
         /// The standby's `HOST:PORT`.
         addr: String,
+    },
+    /// A standby has accepted a primary; the base begins.
+    PrimaryAttached {
+        /// Where the primary connected from.
+        addr: String,
+    },
+    /// A standby has the base: from here on it can take the VM over.
+    Ready {
+        /// The generation that runs the VM.
+        generation: u64,
+        /// Number of the base checkpoint.
+        checkpoint: u64,
+    },
+    /// A standby has refused what its primary sent, and can no longer take over.
+    StreamRefused {
+        /// Why, for a person.
+        why: String,
     },
     /// How far the base checkpoint is.
     BaseProgress {
@@ -160,6 +189,42 @@ pub enum Event {
     Unprotected {
         /// Why, for a person.
         why: String,
+    },
+    /// The VM is unprotected for a long time; said after a minute, and then every ten.
+    StillUnprotected {
+        /// Why, for a person.
+        why: String,
+        /// For how long, in seconds.
+        for_s: u64,
+    },
+    /// A part of this host is broken, while the VM runs on it.
+    HostFault {
+        /// Which part.
+        part: Part,
+        /// What is wrong, for a person.
+        why: String,
+        /// Why the VM stays here, for a person; `null`: it was left to its standby, and this process ends. (A
+        /// process whose vCPU fails ends without a standby, too.)
+        kept: Option<String>,
+    },
+    /// It is well again.
+    HostMended {
+        /// Which part.
+        part: Part,
+    },
+    /// The command of `--fence` has not cut the lost primary off; it is run again, and the VM waits.
+    FenceFailed {
+        /// Which run it was, from 1.
+        attempt: u32,
+        /// Why, for a person.
+        why: String,
+    },
+    /// The command of `--fence` has cut the lost primary off.
+    PeerFenced {
+        /// Which run it was, from 1.
+        attempt: u32,
+        /// Time since the first run began, in milliseconds.
+        took_ms: u64,
     },
     /// A standby resumed the VM from the last committed checkpoint.
     Takeover {
@@ -287,4 +352,20 @@ pub struct Record {
     pub t_us: u64,
     /// Who says so.
     pub pid: u32,
+    /// When, on the clock of the wall: RFC 3339, UTC, with milliseconds.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub time: String,
+    /// Which VM it is about, once that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_name: Option<String>,
+    /// Its identity over all hosts and generations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_id: Option<String>,
+}
+
+impl Record {
+    /// A line without what only people need.
+    pub fn of(event: Event, t_us: u64, pid: u32) -> Self {
+        Self { event, t_us, pid, time: String::new(), vm_name: None, vm_id: None }
+    }
 }

@@ -1,4 +1,5 @@
 use std::fs::OpenOptions;
+use std::path::Path;
 use std::time::Duration;
 
 use super::*;
@@ -15,6 +16,10 @@ fn every_event() -> Vec<Event> {
         Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
         Event::Listening { addr: "127.0.0.1:7000".into() },
         Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
+        Event::PrimaryAttached { addr: "10.0.0.1:555".into() },
+        Event::Ready { generation: 1, checkpoint: 3 },
+        Event::StreamRefused { why: "damage".into() },
+        Event::StillUnprotected { why: "no standby".into(), for_s: 60 },
         Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
         Event::GuestPanicked,
         Event::GuestRestarted { how: "a triple fault".into() },
@@ -36,6 +41,10 @@ fn every_event() -> Vec<Event> {
         Event::Won { generation: 2 },
         Event::Lost { generation: 2, owner: "b".into() },
         Event::Unprotected { why: "no standby".into() },
+        Event::HostFault { part: Part::Disk, why: "no space".into(), kept: Some("alone".into()) },
+        Event::FenceFailed { attempt: 1, why: "exit status: 1".into() },
+        Event::PeerFenced { attempt: 2, took_ms: 700 },
+        Event::HostMended { part: Part::Network },
         Event::Takeover {
             generation: 2,
             checkpoint: 99,
@@ -112,8 +121,65 @@ fn a_reader_that_stops_costs_events_and_is_told_how_many() {
 
 #[test]
 fn the_line_looks_as_documented() {
-    let record = Record { event: Event::Won { generation: 2 }, t_us: 5, pid: 7 };
+    let record = Record::of(Event::Won { generation: 2 }, 5, 7);
     assert_eq!(serde_json::to_string(&record).unwrap(), r#"{"event":"won","generation":2,"t_us":5,"pid":7}"#);
+}
+
+fn lines(path: &Path) -> Vec<Record> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn every_line_has_the_time_of_the_wall_and_the_vm_once_it_is_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("events");
+    let writer = EventWriter::open(&path).unwrap();
+    let before = std::time::SystemTime::now();
+    writer.emit(Event::Listening { addr: "a:1".into() });
+    assert!(writer.finish());
+    writer.of_vm("shop", "0123");
+    writer.emit(Event::Won { generation: 2 });
+    assert!(writer.finish());
+    let records = lines(&path);
+    assert_eq!((&records[0].vm_name, &records[0].vm_id), (&None, &None));
+    assert_eq!(records[1].vm_name.as_deref().zip(records[1].vm_id.as_deref()), Some(("shop", "0123")));
+    for record in records {
+        let time = humantime::parse_rfc3339(&record.time).unwrap();
+        assert!(time + Duration::from_millis(1) >= before, "{}", record.time);
+        assert!(record.time.ends_with('Z') && time <= std::time::SystemTime::now(), "{}", record.time);
+    }
+}
+
+#[test]
+fn a_full_file_makes_room_for_the_next_and_the_oldest_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("events");
+    let to = EventsTo { path: Some(path.clone()), max: Some(4096), keep: 3 };
+    let writer = open(&to).unwrap();
+    let count = 200;
+    for generation in 0..count {
+        writer.emit(Event::Won { generation });
+        while !writer.finish() {}
+    }
+    let name = |number: u32| directory.path().join(format!("events.{number}"));
+    let files = [name(3), name(2), name(1), path.clone()];
+    let mut found = Vec::new();
+    for file in &files {
+        assert!(std::fs::metadata(file).unwrap().len() <= 4096);
+        found.extend(lines(file).into_iter().map(|record| record.event));
+    }
+    assert!(!name(4).exists());
+    // The last ones are there, without a gap.
+    let first = count - found.len() as u64;
+    let expected: Vec<Event> = (first..count).map(|generation| Event::Won { generation }).collect();
+    assert_eq!(found, expected);
+    assert!(first > 0);
+    // The next process goes on in the same file.
+    let writer = open(&to).unwrap();
+    writer.emit(Event::Won { generation: count });
+    assert!(writer.finish());
+    assert!(lines(&path).len() > 1 || lines(&name(1)).len() > 1);
 }
 
 #[test]

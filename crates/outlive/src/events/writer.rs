@@ -1,11 +1,11 @@
 //! The writer of the stream, with its thread.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use super::{Event, Record, now_us};
 use crate::lines::LineFile;
@@ -30,19 +30,33 @@ pub struct EventWriter {
 /// Sees every event on the thread that emits it.
 type Observer = Box<dyn Fn(&Event) + Send + Sync>;
 
+/// Name and identity of the VM that lines are about.
+type Vm = Mutex<Option<(String, String)>>;
+
 #[derive(Default)]
 struct Shared {
     stream: Option<LossyWriter<(u64, Event)>>,
+    vm: Arc<Vm>,
     observer: OnceLock<Observer>,
+}
+
+/// Where events go.
+#[derive(Clone, Debug)]
+pub(crate) struct EventsTo {
+    pub(crate) path: Option<PathBuf>,
+    /// A file that would become larger than so many bytes is renamed, and a new one begun.
+    pub(crate) max: Option<u64>,
+    /// How many old files are kept.
+    pub(crate) keep: u32,
 }
 
 /// Opens the event stream of an option.
 ///
 /// # Errors
 /// One line with the remedy.
-pub(crate) fn open(path: Option<&Path>) -> Result<EventWriter, String> {
-    let Some(path) = path else { return Ok(EventWriter::disabled()) };
-    EventWriter::open(path)
+pub(crate) fn open(to: &EventsTo) -> Result<EventWriter, String> {
+    let Some(path) = &to.path else { return Ok(EventWriter::disabled()) };
+    EventWriter::open_with(path, to.max, to.keep)
         .map_err(|e| format!("cannot write events to {}: {e}; give --events another file", path.display()))
 }
 
@@ -58,14 +72,28 @@ impl EventWriter {
     ///
     /// The file cannot be created or opened, or standard output is closed.
     pub fn open(target: &Path) -> io::Result<Self> {
-        let file = if target.as_os_str() == "-" {
-            File::from(io::stdout().as_fd().try_clone_to_owned()?)
+        Self::open_with(target, None, 0)
+    }
+
+    fn open_with(target: &Path, max: Option<u64>, keep: u32) -> io::Result<Self> {
+        let (file, rotation) = if target.as_os_str() == "-" {
+            (File::from(io::stdout().as_fd().try_clone_to_owned()?), None)
         } else {
-            OpenOptions::new().create(true).append(true).open(target)?
+            let file = append_to(target)?;
+            let about = file.metadata()?;
+            // A pipe or a terminal has no length.
+            let max = max.filter(|_| about.is_file());
+            (file, max.map(|max| Rotation { path: target.to_owned(), max, keep, len: about.len() }))
         };
-        let stream =
-            LossyWriter::start("events", WAITING, Stream { file: LineFile::new(file), failed: false })?;
-        Ok(Self { shared: Arc::new(Shared { stream: Some(stream), observer: OnceLock::new() }) })
+        let vm = Arc::<Vm>::default();
+        let stream = Stream { file: LineFile::new(file), rotation, vm: vm.clone(), failed: false };
+        let stream = LossyWriter::start("events", WAITING, stream)?;
+        Ok(Self { shared: Arc::new(Shared { stream: Some(stream), vm, observer: OnceLock::new() }) })
+    }
+
+    /// From now on lines say that they are about this VM.
+    pub(crate) fn of_vm(&self, name: &str, id: &str) {
+        *self.shared.vm.lock().unwrap_or_else(PoisonError::into_inner) = Some((name.into(), id.into()));
     }
 
     /// Also passes every event from now on to an observer in this process, on the thread that emits it, so
@@ -98,17 +126,23 @@ impl EventWriter {
 /// The stream as its thread writes it.
 struct Stream {
     file: LineFile,
+    rotation: Option<Rotation>,
+    vm: Arc<Vm>,
     /// Whether the last line could not be written, and the log has said so.
     failed: bool,
 }
 
 impl Stream {
     fn put(&mut self, t_us: u64, event: Event) -> io::Result<()> {
-        let record = Record { event, t_us, pid: std::process::id() };
+        let mut record = Record::of(event, t_us, std::process::id());
+        let age = Duration::from_micros(now_us().saturating_sub(t_us));
+        record.time = humantime::format_rfc3339_millis(SystemTime::now() - age).to_string();
+        let vm = self.vm.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        (record.vm_name, record.vm_id) = vm.unzip();
         // Numbers, strings and lists only: this cannot fail.
         let mut line = serde_json::to_vec(&record).expect("an event is plain data");
         line.push(b'\n');
-        let result = self.file.write(&line);
+        let result = self.make_room(line.len()).and_then(|()| self.file.write(&line));
         if let Err(error) = &result
             && !self.failed
         {
@@ -118,6 +152,56 @@ impl Stream {
         self.failed = result.is_err();
         result
     }
+}
+
+impl Stream {
+    /// Begins a new file if the line does not fit into this one.
+    fn make_room(&mut self, bytes: usize) -> io::Result<()> {
+        let Some(rotation) = &mut self.rotation else { return Ok(()) };
+        let bytes = bytes as u64;
+        if rotation.len > 0 && rotation.len + bytes > rotation.max {
+            self.file = LineFile::new(rotation.rotate()?);
+        }
+        rotation.len += bytes;
+        Ok(())
+    }
+}
+
+/// Files that are renamed when they are full: `events`, `events.1`, `events.2`; the largest number is the oldest.
+struct Rotation {
+    path: PathBuf,
+    max: u64,
+    keep: u32,
+    /// Length of the present file.
+    len: u64,
+}
+
+impl Rotation {
+    fn old(&self, number: u32) -> PathBuf {
+        let mut name = self.path.clone().into_os_string();
+        name.push(format!(".{number}"));
+        name.into()
+    }
+
+    fn rotate(&mut self) -> io::Result<File> {
+        for number in (1..self.keep).rev() {
+            match fs::rename(self.old(number), self.old(number + 1)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        if self.keep > 0 {
+            fs::rename(&self.path, self.old(1))?;
+        } else {
+            fs::remove_file(&self.path)?;
+        }
+        self.len = 0;
+        append_to(&self.path)
+    }
+}
+
+fn append_to(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
 }
 
 impl Sink for Stream {

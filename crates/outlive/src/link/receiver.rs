@@ -75,6 +75,7 @@ fn next(
             tell(Heard::Want(wanted));
             PrimaryEvent::Heard { link }
         }
+        Message::Reach(reaches) => PrimaryEvent::StandbyReaches { link, reaches },
         Message::Leave(reason) => PrimaryEvent::Leave { link, reason },
         // The reader refuses messages that a standby never sends.
         _ => PrimaryEvent::Heard { link },

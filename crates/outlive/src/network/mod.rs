@@ -1,14 +1,18 @@
 //! Network plumbing: bridges, virtual cables, addresses and network namespaces, made by the program itself.
 //!
-//! Two parts:
+//! Three parts:
 //!
 //! * [`Netlink`] speaks rtnetlink to the kernel, one request and one answer at a time. No command of the
 //!   system (`ip`, `brctl`) is needed and no runtime is started.
 //! * [`namespace`] makes network namespaces without a name, which leave nothing behind: they end with the
 //!   last process or handle in them.
+//! * [`UplinkSpec`] names what is watched to know whether the guest's clients can be reached.
 
 pub mod namespace;
 mod netlink;
+mod uplink;
 
 pub use namespace::{EnterError, Namespace, enter_own_namespace};
 pub use netlink::{Link, Netlink, NetlinkError};
+pub use uplink::UplinkSpec;
+pub(crate) use uplink::{Place, Uplink};

@@ -7,6 +7,7 @@
 //! ```text
 //! capture.rs   when an epoch ends, and the pause
 //! base.rs      the base synchronisation of memory; disks.rs that of the disks
+//! broken.rs     disks and networks that fail while the VM runs
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
 //! notes.rs     log lines and events about them
 //! ```
@@ -22,6 +23,7 @@ use outlive_pair::policy::Policy;
 use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
 
 use super::base::Base;
+use super::broken::Faults;
 use super::capture::{Due, FullLogs};
 use super::driver::SharedDriver;
 use super::inbox::{Inbox, Messages};
@@ -32,7 +34,7 @@ use super::self_check::SelfCheck;
 use super::stats::Totals;
 use crate::arbiter::Watch;
 use crate::disk::{Saying, Sidecars};
-use crate::events::{Event, EventWriter};
+use crate::events::{Event, EventWriter, Part};
 use crate::link::SenderReport;
 use crate::report::Reporter;
 use crate::status::Standing;
@@ -42,7 +44,7 @@ use crate::{notify, process};
 /// How long an ending process lets its last messages go out.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// A fault of the host that comes this soon after a takeover counts as the guest's crash.
-const SAME_FAULT: Duration = Duration::from_secs(10);
+pub(super) const SAME_FAULT: Duration = Duration::from_secs(10);
 /// How long the restart of a guest may take: what it boots from is read and written.
 const RESTART: Duration = Duration::from_secs(10);
 /// How long the coordinator sleeps if nothing is due.
@@ -60,10 +62,14 @@ pub(super) struct Setup {
     pub(super) arbiter_watch: Option<Arc<Watch>>,
     /// When the VM was taken over, if it did not start here.
     pub(super) took_over: Option<Instant>,
+    /// Whether it has a standby, or had one: it is not meant to be unprotected.
+    pub(super) wants_protection: bool,
     /// How long a stop of the machine may take while a standby waits.
     pub(super) stop_budget: Duration,
     /// How long the guest may take to shut down.
     pub(super) stop_within: Duration,
+    /// After how long a disk that does not answer counts as broken, if it ever does.
+    pub(super) disk_timeout: Option<Duration>,
     /// When an epoch ends.
     pub(super) policy: Policy,
     /// How many pages a buffer has room for.
@@ -108,6 +114,8 @@ pub(super) struct Coordinator {
     pub(super) over: Option<String>,
     /// Whether the guest counts as crashed because no host can run it.
     pub(super) blamed: bool,
+    /// What is broken at this host while the VM runs.
+    pub(super) faults: Faults,
     restarts: Restarts,
     /// When the guest that was asked to shut down is stopped.
     stop_due: Option<Instant>,
@@ -125,6 +133,7 @@ impl Coordinator {
             captures: 0,
             over: None,
             blamed: false,
+            faults: Faults::default(),
             restarts: Restarts::default(),
             stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
@@ -161,6 +170,10 @@ impl Coordinator {
         self.with.driver.handle(PrimaryEvent::Tick);
         self.restart_if_due();
         self.stop_if_due();
+        self.look_at_disks();
+        if self.with.wants_protection {
+            self.notes.remind();
+        }
         if let Err(error) = self.capture_if_due() {
             self.capture_failed(&error);
         }
@@ -203,6 +216,9 @@ impl Coordinator {
             Inbox::Note(note) => self.note(note),
             Inbox::AskGuest => self.ask_guest(),
             Inbox::StopGuest => self.with.machine.pause(),
+            Inbox::Network(broken) => self.network(broken),
+            Inbox::GiveAway(what) => self.give_away(what),
+            Inbox::Endure(what, kept) => self.endure(what, kept),
             Inbox::Stop(why) => self.stop(why),
             Inbox::Exit(reason) => return Some(self.exit(reason)),
         }
@@ -250,6 +266,7 @@ impl Coordinator {
             // The failed checkpoint came first.
             MachineEvent::HostFault { .. } if self.blamed => {}
             MachineEvent::HostFault { vcpu, why } => self.host_fault(vcpu, &why),
+            MachineEvent::DiskFault { why, .. } => self.disk_fault(why),
         }
     }
 
@@ -267,7 +284,9 @@ impl Coordinator {
             self.with.machine.blame_guest();
             return self.end(EndReason::Crash);
         }
-        self.over = Some(format!("a fault of this host, vCPU {vcpu}: {why}"));
+        let why = format!("a fault of this host, vCPU {vcpu}: {why}");
+        self.with.events.emit(Event::HostFault { part: Part::Vcpu, why: why.clone(), kept: None });
+        self.over = Some(why);
     }
 
     /// The guest asks for a restart; a guest that cannot restart ends.
@@ -399,7 +418,7 @@ impl Coordinator {
     /// The VM can no longer run on this host. A committed checkpoint is whole, so this process ends without a
     /// word on the link and the standby takes over from there. Held output is lost with the process.
     fn give_up(&mut self, why: &str) -> End {
-        let protected = self.with.driver.status() == PrimaryStatus::Protected;
+        let protected = self.faults.given_away || self.with.driver.status() == PrimaryStatus::Protected;
         self.with.driver.leave();
         self.with.reporter.take();
         let then = if protected { "leaving it to its standby" } else { "and no standby has it" };

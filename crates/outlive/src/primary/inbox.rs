@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
-use outlive_pair::{ExitReason, Link, PrimaryNote};
+use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote};
 
 use super::pool::Pool;
 use super::self_check::Hashed;
@@ -128,6 +128,12 @@ pub(crate) enum Inbox {
     AskGuest,
     /// Stop the vCPUs for good.
     StopGuest,
+    /// The VM is left to its standby, because this is broken here.
+    GiveAway(Broken),
+    /// The way to the guest's clients is lost, and why; or it is there again.
+    Network(Option<String>),
+    /// The VM stays although this is broken.
+    Endure(Broken, Kept),
     /// End the process.
     Exit(ExitReason),
     /// The operator wants the VM stopped.

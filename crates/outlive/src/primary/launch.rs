@@ -77,6 +77,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         events,
         stop,
         standing,
+        uplink,
         ..
     } = launch;
     let (queue, inbox) = inbox();
@@ -84,6 +85,10 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     machine_events.connect(move |event| drop(to.send(Inbox::Machine(event))));
     let to = queue.clone();
     stops.connect(move |why| drop(to.send(Inbox::Stop(why))));
+    let to = queue.clone();
+    if let Some(uplink) = uplink {
+        uplink.listen(move |sight| drop(to.send(Inbox::Network(sight.clone().err()))));
+    }
     let clock = Clock::start();
     let timing = Timing::new(options.dead_after);
     let config = PrimaryConfig {
@@ -162,10 +167,12 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         driver,
         inbox,
         arbiter_watch,
+        wants_protection: !options.standbys.is_empty() || identity.checkpoint > 0,
         took_over: (identity.checkpoint > 0).then(Instant::now),
         // A host that gives no sign of life for this long counts as dead.
         stop_budget: options.dead_after,
         stop_within: options.stop_within,
+        disk_timeout: options.disk_timeout.0,
         policy: capture::policy(ending, options.max_dirty),
         staging_pages: options.max_dirty * 2,
         totals,

@@ -1,6 +1,7 @@
 //! The host where the VM runs: `outlive run`, and a standby after its takeover.
 
 mod base;
+mod broken;
 mod capture;
 mod coordinator;
 mod disks;
@@ -11,6 +12,7 @@ mod links;
 mod notes;
 mod pool;
 mod ports;
+mod reminder;
 mod restarts;
 mod self_check;
 mod stats;
@@ -61,8 +63,9 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let console = Arc::new(Console::open(active.console.as_ref(), stops.sender())?);
     let mut machine = make_machine(options, &guest, mac, &console, &machine_events)?;
     guest.load(&mut machine)?;
+    let uplink = vm::watch_uplink(options.net.as_ref(), active)?;
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
-    let events = events::open(active.events.as_deref())?;
+    let events = events::open(&active.events_to())?;
     process::on_stop(active.exit_with_stdin, stops.sender())
         .map_err(|e| format!("cannot watch signals: {e}"))?;
     start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut()).map_err(|e| e.to_string())?;
@@ -70,6 +73,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         tracing::warn!(?danger, "ACCEPTED: {about}");
         events.emit(Event::Accepted { danger: *danger, about: about.clone() });
     }
+    events.of_vm(&start.provenance.name, &vm.to_string());
     events.emit(Event::Started {
         role: Role::Primary,
         vm: Some(start.provenance.name.clone()),
@@ -113,6 +117,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         events,
         stop,
         console,
+        uplink,
         standing,
     })
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use outlive_epoch::LeaveReason;
 use outlive_pair::{LossReason, PrimaryNote as Note};
 
+use super::reminder::Reminder;
 use super::stats::Totals;
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
@@ -19,13 +20,23 @@ pub(super) struct Notes {
     events: EventWriter,
     totals: Arc<Totals>,
     standing: Arc<Standing>,
+    reminder: Reminder,
     /// When the log last said that no standby can be reached.
     unreachable_since: Option<Instant>,
 }
 
 impl Notes {
     pub(super) fn new(events: EventWriter, totals: Arc<Totals>, standing: Arc<Standing>) -> Self {
-        Self { events, totals, standing, unreachable_since: None }
+        Self { events, totals, standing, reminder: Reminder::default(), unreachable_since: None }
+    }
+
+    /// Says that the VM is unprotected, if it is time to say so again.
+    pub(super) fn remind(&mut self) {
+        if let Some(lasts) = self.reminder.due(self.totals.is_protected(), Instant::now()) {
+            let (why, for_s) = (self.standing.why(), lasts.as_secs());
+            tracing::warn!("the VM has been UNPROTECTED for {} min: {why}", for_s / 60);
+            self.events.emit(Event::StillUnprotected { why, for_s });
+        }
     }
 
     /// Writes one note. `standby` is where the link of the note leads to.
@@ -83,6 +94,11 @@ impl Notes {
                 }
                 tracing::error!("arbiter not reachable, {what}: {why}");
                 self.events.emit(Event::ArbiterUnreachable { why });
+            }
+            // Told of with its reason, where the reason is known.
+            Note::GivenAway { .. } => {
+                self.totals.protected(false);
+                self.standing.unprotected("the VM was left to its standby");
             }
             Note::Won { generation } => {
                 self.standing.won(generation);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use outlive_epoch::{EndReason, Hello, ProtocolVersion};
 use outlive_machine::{OutputMode, Valve};
-use outlive_pair::{ExitReason, Link, PrimaryNote, PrimaryPorts, Ticket};
+use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote, PrimaryPorts, Ticket};
 
 use super::inbox::{Inbox, Queue};
 use super::links::Errand;
@@ -215,6 +215,20 @@ impl PrimaryPorts for Ports {
 
     fn fence(&mut self, _generation: u64, _owner: String) {
         self.valve.discard();
+    }
+
+    /// The link closes at once, by a thread that waits for nobody: the standby hears of it even if the
+    /// coordinator does not come.
+    fn give_away(&mut self, what: Broken) {
+        self.valve.discard();
+        if let Some(connection) = self.connection.take() {
+            self.errands.send(Errand::Close(connection)).ok();
+        }
+        self.tell(Inbox::GiveAway(what));
+    }
+
+    fn endure(&mut self, what: Broken, why: Kept) {
+        self.tell(Inbox::Endure(what, why));
     }
 
     fn ask_guest(&mut self) {

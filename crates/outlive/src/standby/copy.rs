@@ -8,6 +8,7 @@ use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, Options, Output
 
 use super::decisions::Equipment;
 use super::devices;
+use super::fence::About;
 use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
 use crate::cli::NetSpec;
@@ -155,6 +156,11 @@ impl VmCopy {
     /// The machine.
     pub(super) fn machine(&mut self) -> &mut Machine {
         &mut self.machine
+    }
+
+    /// What a fence command is told of the VM that has been won in this generation.
+    pub(super) fn about(&self, generation: u64, peer: String) -> About {
+        About { name: self.hello.name.clone(), vm: self.hello.vm.to_string(), generation, peer }
     }
 
     /// Takes the copy apart.

@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::console::Console;
 use crate::disk::{DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
+use crate::network::Uplink;
 use crate::status::Standing;
 
 /// Whether a decision was made or not, what the ports were given to do is done.
@@ -34,6 +35,8 @@ pub(super) struct Equipment {
     pub(super) console: Arc<Console>,
     /// Looks whether the arbiter is there.
     pub(super) watch: Arc<Watch>,
+    /// Watches this host's way to the guest's clients.
+    pub(super) uplink: Option<Arc<Uplink>>,
     pub(super) events: EventWriter,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
@@ -53,7 +56,8 @@ impl Decisions {
         let clock = Clock::start();
         let timing = Timing::new(equipment.options.active.dead_after);
         let machine = Standby::new(StandbyConfig { vm: None, timing }, clock.now());
-        let driver = Mutex::new(StandbyDriver::new(machine, Ports::new(inbox.clone())));
+        let driver =
+            Mutex::new(StandbyDriver::new(machine, Ports::new(inbox.clone(), equipment.uplink.clone())));
         Arc::new(Self { driver, clock, inbox, equipment })
     }
 

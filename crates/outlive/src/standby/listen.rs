@@ -22,6 +22,7 @@ use super::outbox::Outbox;
 use super::ports::Session;
 use super::reader::{Admitted, ReaderEnd, SessionReader};
 use crate::arbiter::{self, Arbiter};
+use crate::events::Event;
 use crate::link::{Connection, Listener, NewConnection, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
@@ -183,6 +184,9 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
             let standing = &decisions.equipment.standing;
             standing.vm(&hello.name, hello.generation);
             standing.peer(&from);
+            let events = &decisions.equipment.events;
+            events.of_vm(&hello.name, &hello.vm.to_string());
+            events.emit(Event::PrimaryAttached { addr: from.to_string() });
             let reader = SessionReader::new(decisions.clone(), number, stream, reader, admitted);
             let mut rest = reader.run();
             // What is left is of no use, but where this standby leaves, its last words must arrive.
@@ -256,6 +260,7 @@ fn admit(
         generation: hello.generation,
         slots: hello.limits.slots.into(),
         dead_after: Duration::from_micros(hello.dead_after_us),
+        shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
     decisions.would_accept(&introduction)?;
     let Hello { vm, name, .. } = hello;

@@ -12,6 +12,7 @@
 //! ports.rs      what the decisions reach
 //! outbox.rs     what is said to the primary
 //! notes.rs      what log and events say
+//! fence.rs      the operator's command that cuts the lost primary off
 //! takeover.rs   from the copy to the running VM
 //! ```
 
@@ -19,6 +20,7 @@ mod applier;
 mod copy;
 mod decisions;
 mod devices;
+mod fence;
 mod handover;
 mod listen;
 mod notes;
@@ -42,9 +44,10 @@ use crate::disk::CopyEnd;
 use crate::events::{self, Event, EventWriter, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{Launch, Relay};
+use crate::vm::{self, Launch, Relay};
 use crate::{disk, notify, process};
 use decisions::{Decisions, Equipment};
+pub(crate) use fence::Fence;
 pub(crate) use listen::Door;
 use notes::Notes;
 use ports::{MainMessage, Session};
@@ -89,10 +92,11 @@ impl Post {
         check(options)?;
         let door = Door::reserve(&options.listen)?;
         door.listen()?;
+        let uplink = vm::watch_uplink(options.net.as_ref(), &options.active)?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
         // before.
         let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
-        let events = events::open(options.active.events.as_deref())?;
+        let events = events::open(&options.active.events_to())?;
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.prober(), events.clone(), Here::Waits);
@@ -107,7 +111,8 @@ impl Post {
             memory: None,
             tracker: None,
         });
-        let equipment = Equipment { host, options: options.clone(), console, watch, events, standing };
+        let options = options.clone();
+        let equipment = Equipment { host, options, console, watch, uplink, events, standing };
         Ok(Self { equipment, door, stops })
     }
 
@@ -120,8 +125,8 @@ impl Post {
         let Some(watch) = launch.watch.clone() else { return Ok(None) };
         let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
         let (console, events) = (launch.console.clone(), launch.events.clone());
-        let standing = launch.standing.clone();
-        let equipment = Equipment { host, options, console, watch, events, standing };
+        let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
+        let equipment = Equipment { host, options, console, watch, uplink, events, standing };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
     }
 
@@ -136,7 +141,10 @@ impl Post {
     /// # Errors
     /// One line: this host cannot be a standby.
     pub(crate) fn back(&mut self, why: &str) -> Result<(), String> {
-        let Equipment { options, watch, events, standing, .. } = &self.equipment;
+        let Equipment { options, watch, uplink, events, standing, .. } = &self.equipment;
+        if let Some(uplink) = uplink {
+            uplink.stands_by();
+        }
         watch.is_now(Here::Waits);
         standing.waits_here(why);
         tracing::warn!("{why}; this process waits as its standby now");

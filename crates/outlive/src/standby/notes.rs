@@ -61,6 +61,7 @@ impl Notes {
             Note::Protected { generation, checkpoint } => {
                 self.standing.protected(generation);
                 tracing::info!(generation, checkpoint, "base committed: this standby can take over");
+                self.events.emit(Event::Ready { generation, checkpoint });
             }
             Note::LinkLost { why, silent, committed } => {
                 self.times = Times { detect: silent, declared: at, settled: at, won: at };
@@ -106,6 +107,7 @@ impl Notes {
             }
             Note::StreamRefused { why } => {
                 self.standing.no_copy(&format!("what the primary sent was refused: {why}"));
+                self.events.emit(Event::StreamRefused { why: why.clone() });
                 tracing::error!("refused what the primary sent; the primary is told and goes on: {why}");
             }
         }

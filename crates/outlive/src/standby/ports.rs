@@ -14,6 +14,7 @@ use super::handover::{Doing, Ending, Handover};
 use super::outbox::{End, Outbox};
 use crate::arbiter::ClaimWorker;
 use crate::disk::{Replica, STUCK};
+use crate::network::Uplink;
 use crate::process;
 
 /// Time between two checks of a thread that ends soon.
@@ -103,6 +104,10 @@ pub(super) struct Ports {
     /// The thread that throws the last session's copy away, or has done so.
     discards: Option<JoinHandle<Option<VmCopy>>>,
     inbox: Sender<MainMessage>,
+    /// Watches this host's way to the guest's clients.
+    uplink: Option<Arc<Uplink>>,
+    /// What was last said of it, and on which connection.
+    told_reach: Option<(Link, Option<bool>)>,
     /// This host's name, for the answer to an introduction.
     host: String,
     deferred: Deferred,
@@ -114,7 +119,7 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    pub(super) fn new(inbox: Sender<MainMessage>) -> Self {
+    pub(super) fn new(inbox: Sender<MainMessage>, uplink: Option<Arc<Uplink>>) -> Self {
         let host = process::host_name();
         let deferred = Deferred::default();
         Self {
@@ -122,6 +127,8 @@ impl Ports {
             session: None,
             discards: None,
             inbox,
+            uplink,
+            told_reach: None,
             host,
             deferred,
             left: None,
@@ -288,8 +295,15 @@ impl StandbyPorts for Ports {
     }
 
     fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
+        let reach = (link, self.uplink.as_ref().and_then(|uplink| uplink.reaches()));
+        let changed = self.told_reach != Some(reach);
+        self.told_reach = Some(reach);
         self.put(link, |encoder, out| {
             encoder.heartbeat(out, micros(stamp));
+            // An older primary would not know it.
+            if changed && encoder.stream() >= ProtocolVersion::V5 {
+                encoder.reach(out, reach.1);
+            }
             Ok(())
         })
     }

@@ -1,8 +1,8 @@
 //! From the copy to the running VM.
 //!
-//! The order and its reasons: the generation is won before anything here runs (invariant 3). State is
-//! restored and devices are wired while the vCPUs are stopped. Output is opened before the vCPUs run, so that
-//! the first frame is not dropped. Queues are kicked and the network is told where the VM went before the
+//! The order and its reasons: the generation is won before anything here runs (invariant 3). The lost
+//! primary is fenced before anything of the VM is touched. State is restored and devices are wired while the
+//! vCPUs are stopped. Output is opened before the vCPUs run, so that the first frame is not dropped. Queues are kicked and the network is told where the VM went before the
 //! vCPUs run, because a notification that was under way when the primary died is in no checkpoint.
 
 use std::time::Instant;
@@ -12,6 +12,7 @@ use outlive_pair::TakeOver;
 
 use super::copy::VmCopy;
 use super::decisions::Equipment;
+use super::fence::fence;
 use super::notes::Times;
 use crate::events::Event;
 use crate::vm::{Launch, Relay};
@@ -29,6 +30,10 @@ pub(super) fn take_over(
 ) -> Result<Launch, String> {
     let TakeOver { checkpoint, generation, stop, .. } = order;
     let Equipment { options, console, events, .. } = equipment;
+    if let Some(command) = options.active.fence() {
+        let about = copy.about(generation, equipment.standing.peer_address());
+        fence(&command, &about, events, &equipment.standing);
+    }
     // The guest may write to its disks only when the copy has nothing left to write.
     copy.disks().become_primary(generation)?;
     copy.restore()?;
@@ -85,6 +90,7 @@ pub(super) fn take_over(
         events: events.clone(),
         stop: stop.then_some(EndReason::Stopped),
         console: console.clone(),
+        uplink: equipment.uplink.clone(),
         standing: equipment.standing.clone(),
     })
 }

@@ -136,6 +136,18 @@ impl Standing {
         self.change(|facts| facts.peer = Some(address.to_owned()));
     }
 
+    /// Why there is no protection, and what stands in its way at the moment.
+    pub(crate) fn why(&self) -> String {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        facts.now.as_ref().map_or_else(|| facts.why.clone(), |now| format!("{}; {now}", facts.why))
+    }
+
+    /// Whom it is or was, or nothing.
+    pub(crate) fn peer_address(&self) -> String {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        facts.peer.clone().unwrap_or_default()
+    }
+
     /// Which VM it is, as its primary says.
     pub(crate) fn vm(&self, name: &str, generation: u64) {
         self.change(|facts| (facts.vm, facts.generation) = (Some(name.to_owned()), Some(generation)));

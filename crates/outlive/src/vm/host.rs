@@ -1,10 +1,12 @@
 //! What a VM needs from the host that it runs on.
 
+use std::sync::Arc;
+
 use super::Remedy;
 use super::limits::REMEMBERED_PAGES;
 use crate::check;
-use crate::cli::NetSpec;
-use crate::network::{Netlink, NetlinkError};
+use crate::cli::{ActiveOptions, NetSpec};
+use crate::network::{Netlink, NetlinkError, Place, Uplink, UplinkSpec};
 
 /// Refuses a VM for which this host has too little memory.
 ///
@@ -67,6 +69,28 @@ pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
         netlink.attach(&net.tap, bridge).map_err(text)?;
     }
     if tap.up { Ok(()) } else { netlink.set_up(&net.tap).map_err(text) }
+}
+
+/// Watches this host's way to the guest's clients, if the guest has a card. Without the watch a VM runs as well,
+/// so only a name that does not fit is an error.
+///
+/// # Errors
+/// One line with the remedy.
+pub(crate) fn watch_uplink(
+    net: Option<&NetSpec>,
+    options: &ActiveOptions,
+) -> Result<Option<Arc<Uplink>>, String> {
+    let (uplink, lost_after) = (options.uplink.clone(), options.uplink_timeout);
+    if let UplinkSpec::Named(name) = &uplink {
+        if net.is_none() {
+            return Err(format!("--uplink {name} makes no sense without --net: leave it out"));
+        }
+        Netlink::open().and_then(|mut netlink| netlink.link(name)).map_err(|e| format!("--uplink: {e}"))?;
+    }
+    let Some(net) = net else { return Ok(None) };
+    let (tap, bridge) = (net.tap.clone(), net.bridge.clone());
+    let watch = Uplink::start(Place { uplink, tap, bridge, lost_after });
+    Ok(watch.inspect_err(|error| tracing::warn!("nobody watches this host's uplink: {error}")).ok())
 }
 
 /// The message for a host without random numbers.

@@ -12,6 +12,7 @@ use crate::cli::ActiveOptions;
 use crate::console::Console;
 use crate::disk::{Provenance, Sidecars};
 use crate::events::EventWriter;
+use crate::network::Uplink;
 use crate::status::Standing;
 
 /// Who the VM is, and how far it has come.
@@ -54,6 +55,8 @@ pub(crate) struct Launch {
     pub(crate) stop: Option<EndReason>,
     /// The host's ends of its ports; closed after the machine is gone.
     pub(crate) console: Arc<Console>,
+    /// Watches this host's way to the guest's clients.
+    pub(crate) uplink: Option<Arc<Uplink>>,
     /// What `outlive status` tells.
     pub(crate) standing: Arc<Standing>,
 }

@@ -25,7 +25,7 @@ mod remedy;
 
 pub(crate) use disks::{Disk, replicated};
 pub(crate) use guest::Guest;
-pub(crate) use host::{check_memory, check_staging, join_bridge, lock_memory, no_random};
+pub(crate) use host::{check_memory, check_staging, join_bridge, lock_memory, no_random, watch_uplink};
 pub(crate) use introduce::{devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};

@@ -1,7 +1,10 @@
 //! A host that is broken, not dead: KVM can no longer run the guest, or a thread never comes back. The VM
 //! continues on the other host.
 
+use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
+
+use nix::sys::signal::Signal;
 
 use outlive::events::Event;
 
@@ -53,6 +56,33 @@ fn a_guest_that_every_host_fails_on_has_crashed() {
     assert_eq!(standby.wait_exit(), 1);
     assert!(standby.log().contains("soon after the takeover"), "{}", standby.log());
     assert!(standby.has(|e| matches!(e, Event::Ended { reason, .. } if reason.contains("crash"))));
+}
+
+/// A page of this host's memory is broken, and the thread that touches it gets SIGBUS: a vCPU's, the one
+/// that sends pages, or a device's. The kernel repeats the signal with each touch;
+/// the first one only takes the standard library's handler away.
+#[test]
+fn a_memory_error_in_any_thread_leaves_the_vm_to_its_standby() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    for (side, thread) in [(Side::A, "vcpu0"), (Side::B, "sender"), (Side::A, "outlive-net")] {
+        witnesses.hear_all();
+        while !active.ended() {
+            if let Some(held) = Held::find(&active, thread) {
+                held.strike(Signal::SIGBUS);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let status = active.status().expect("it has ended");
+        assert_eq!(status.signal(), Some(Signal::SIGBUS as i32), "{thread}: {status}\n{}", active.log());
+        standby.wait_takeover();
+        active = standby;
+        standby = world.standby(side);
+        active.wait_protected();
+    }
+    witnesses.hear_all();
+    witnesses.finish(&world);
 }
 
 /// Without a standby a host fault is the end of the VM, and no crash of the guest.

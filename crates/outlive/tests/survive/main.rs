@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 
 mod arbitration;
+mod broken_disks;
 mod disks;
 mod ends;
 mod errors;
+mod fence;
 mod freeze;
 mod host_faults;
 mod kills;
@@ -26,5 +28,6 @@ mod status;
 mod supervised;
 mod support;
 mod torture;
+mod uplinks;
 mod versions;
 mod wedged;

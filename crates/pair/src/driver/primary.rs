@@ -8,8 +8,8 @@ use super::After;
 use super::core::{Core, Hands};
 use crate::planted::{Planted, planted};
 use crate::{
-    ClaimResult, ExitReason, Link, LossReason, Primary, PrimaryAction as Action, PrimaryEvent as Event,
-    PrimaryNote, Ticket, Wanted,
+    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, Primary, PrimaryAction as Action,
+    PrimaryEvent as Event, PrimaryNote, Ticket, Wanted,
 };
 
 /// The effects of the primary's decisions. [The module](super) has the rules that all methods keep.
@@ -99,6 +99,13 @@ pub trait PrimaryPorts {
     /// The valve: throw away all held output, and all that follows. Another host runs the VM. When the drain
     /// that follows is done, output on its way has left or never will.
     fn fence(&mut self, generation: u64, owner: String);
+
+    /// The valve: throw away all held output, and all that follows. Then have the process ended without a word,
+    /// as if this host had died: no orderly end, no leave; the standby takes the VM over.
+    fn give_away(&mut self, what: Broken);
+
+    /// The VM stays although this is broken: tell, and let the guest hear of its disk's failures.
+    fn endure(&mut self, what: Broken, why: Kept);
 
     /// Have the guest asked to shut itself down.
     fn ask_guest(&mut self);
@@ -280,6 +287,15 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             Action::Fence { generation, owner } => {
                 ports.fence(generation, owner);
                 after.drain = true;
+                Ok(())
+            }
+            Action::GiveAway { what } => {
+                ports.give_away(what);
+                after.drain = true;
+                Ok(())
+            }
+            Action::Endure { what, why } => {
+                ports.endure(what, why);
                 Ok(())
             }
             Action::Exit { reason } => {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 
+use super::broken::{Broken, Kept};
 use crate::{ClaimResult, Link, LossReason, Timing};
 
 /// What a primary must know at its start.
@@ -132,6 +133,26 @@ pub enum PrimaryEvent {
         /// Why.
         reason: EndReason,
     },
+    /// Something is broken at this host, and the guest will suffer from it. The answer is
+    /// [`PrimaryAction::GiveAway`] or [`PrimaryAction::Endure`], now or later.
+    Broken {
+        /// What.
+        what: Broken,
+        /// Whether it has met the VM on its last host, too, as far as that can be told.
+        again: bool,
+    },
+    /// It is broken no longer.
+    Mended {
+        /// What.
+        what: Broken,
+    },
+    /// The standby says whether its host reaches the network of the guest's clients.
+    StandbyReaches {
+        /// On which connection.
+        link: Link,
+        /// `None`: it does not know.
+        reaches: Option<bool>,
+    },
     /// The operator wants the VM stopped.
     Stop {
         /// Whether the guest can be asked to shut itself down; it is asked the first time.
@@ -242,6 +263,19 @@ pub enum PrimaryAction {
         /// The owner.
         owner: String,
     },
+    /// End the process without a word, as if this host had died: the standby takes the VM over. Throw away all
+    /// held output and all that follows, first of all.
+    GiveAway {
+        /// What is broken here.
+        what: Broken,
+    },
+    /// The VM stays although this is broken. The guest hears of a disk's failure now.
+    Endure {
+        /// What is broken.
+        what: Broken,
+        /// Why the VM stays.
+        why: Kept,
+    },
     /// End the process, after everything queued before has been carried out.
     Exit {
         /// Why.
@@ -298,6 +332,11 @@ pub enum PrimaryNote {
         why: String,
         /// Output is held until it answers. If not, only the next standby waits for it.
         held: bool,
+    },
+    /// The VM was left to its standby.
+    GivenAway {
+        /// What is broken here.
+        what: Broken,
     },
     /// The VM goes on alone.
     Won {

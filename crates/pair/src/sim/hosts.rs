@@ -106,9 +106,10 @@ impl World {
     }
 
     pub(super) fn ask_arbiter(&mut self, life: Life, generation: u64) {
+        let excuses = !self.shared_storage;
         let from = match &self.hosts[life.0].process {
-            Process::Primary(p) => (p.node(), p.excused),
-            Process::Standby(s) => (s.claims_from(), s.excused),
+            Process::Primary(p) => (p.node(), p.excused && excuses),
+            Process::Standby(s) => (s.claims_from(), s.excused && excuses),
             Process::Down => return,
         };
         let delay = self.arbiter_delay();

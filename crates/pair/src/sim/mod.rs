@@ -9,6 +9,7 @@
 //! VM is a counter of steps whose outputs are the names of its states (see [`truth`]); the clocks of the
 //! hosts differ in offset and by up to 4 % in rate.
 
+mod broken;
 mod explore;
 mod hosts;
 mod ports;
@@ -29,12 +30,14 @@ use run::Faults;
 use world::Stats;
 
 const DEAD_AFTER: Duration = Duration::from_millis(100);
+/// Much longer than a base takes.
+const HANDBACK: Duration = Duration::from_millis(200);
 const RETRY: Duration = Duration::from_millis(20);
 /// Time between two steps of the VM in µs, on average.
 const STEP: u64 = 6_000;
 
 fn timing() -> Timing {
-    Timing { dead_after: DEAD_AFTER, retry: RETRY, greeting: DEAD_AFTER }
+    Timing { dead_after: DEAD_AFTER, retry: RETRY, greeting: DEAD_AFTER, handback: HANDBACK }
 }
 
 fn from_environment(name: &str) -> Option<u64> {
@@ -98,6 +101,7 @@ fn the_invariants_hold_in_every_schedule() {
         assert!(stats.tried > count && stats.slow_applies > count / 10, "{stats:?}");
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
+        assert!(stats.given_away > count / 50 && stats.endured > count / 50, "{stats:?}");
         assert!(stats.vm_lost < count / 4, "{stats:?}");
     }
 }
@@ -170,6 +174,10 @@ fn every_planted_mistake_is_found() {
         Bug::LeaveBeforePromise,
         Bug::ClaimForgotten,
         Bug::CaptureForAnyLink,
+        Bug::ClaimsWithinLease,
+        Bug::GivenToNobody,
+        Bug::HandedBackAtOnce,
+        Bug::GivenToTheCutOff,
         Bug::ActionsReversed,
         Bug::ActsOnAttachedLink,
         Bug::FailureSwallowed,

@@ -11,7 +11,8 @@ use super::valve::Valve;
 use super::world::Msg;
 use crate::planted::Bug;
 use crate::{
-    ExitReason, Link, PrimaryNote, PrimaryPorts, StandbyExit, StandbyNote, StandbyPorts, TakeOver, Ticket,
+    Broken, ExitReason, Kept, Link, PrimaryNote, PrimaryPorts, StandbyExit, StandbyNote, StandbyPorts,
+    TakeOver, Ticket,
 };
 
 /// An action that fails the next time.
@@ -70,6 +71,8 @@ pub(super) enum PrimaryEffect {
     Fence,
     AskGuest,
     StopGuest,
+    GiveAway { what: Broken },
+    Endure { what: Broken, why: Kept },
     Exit(ExitReason),
     Note(PrimaryNote),
 }
@@ -228,6 +231,15 @@ impl PrimaryPorts for PrimarySide {
     fn fence(&mut self, _: u64, _: String) {
         self.valve.discard();
         self.effects.push(PrimaryEffect::Fence);
+    }
+
+    fn give_away(&mut self, what: Broken) {
+        self.valve.discard();
+        self.effects.push(PrimaryEffect::GiveAway { what });
+    }
+
+    fn endure(&mut self, what: Broken, why: Kept) {
+        self.effects.push(PrimaryEffect::Endure { what, why });
     }
 
     fn ask_guest(&mut self) {

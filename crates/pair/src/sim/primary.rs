@@ -12,8 +12,8 @@ use super::{STEP, timing};
 use crate::planted::{Planted, planted};
 use crate::policy::{Facts, Next, Pause, Policy};
 use crate::{
-    After, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver, PrimaryEvent,
-    PrimaryNote, Ticket, Wanted,
+    After, Broken, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver,
+    PrimaryEvent, PrimaryNote, Ticket, Wanted,
 };
 
 pub(super) struct PrimaryProcess {
@@ -29,6 +29,12 @@ pub(super) struct PrimaryProcess {
     policy: Policy,
     /// When the first output of the epoch was held.
     held_since: Option<Duration>,
+    /// When the VM came from another host.
+    pub(super) came: Option<Duration>,
+    /// Whether it was said to be protected, and no longer not to be.
+    pub(super) protected: bool,
+    /// What the standby has said of its way to the clients.
+    pub(super) standby_reaches: Option<bool>,
     /// Number of drains still to come.
     drains: u32,
     /// Whether a third party had reset the link over which generation + 1 became disputed.
@@ -63,15 +69,26 @@ impl World {
             base_ready: None,
             policy: self.ending.policy(Duration::from_micros(self.interval)),
             held_since: None,
+            came: (checkpoint > 0).then_some(now),
+            protected: false,
+            standby_reaches: None,
             drains: 0,
             excused: false,
         }));
         let life = (host, self.hosts[host].life);
         self.after(1, Happening::VmStep(life));
+        if checkpoint > 0 && self.hosts[host].disk_fails_until > self.now {
+            // What was in flight is issued again.
+            let delay = self.rng.range(10, 2_000);
+            self.after(delay, Happening::DiskFails(life));
+        }
+        if self.hosts[host].cut_off_until > self.now {
+            self.primary(life, PrimaryEvent::Broken { what: Broken::Network, again: false });
+        }
         self.coordinate(life);
     }
 
-    fn primary_of(&mut self, life: Life) -> Option<&mut PrimaryProcess> {
+    pub(super) fn primary_of(&mut self, life: Life) -> Option<&mut PrimaryProcess> {
         match &mut self.hosts[life.0].process {
             Process::Primary(p) => Some(p),
             _ => None,
@@ -131,8 +148,10 @@ impl World {
                 self.after(delay, Happening::Dialled { life, link, target });
             }
             Effect::Hello { conn, generation } => {
-                let (slots, dead_after) = (self.slots, timing().dead_after);
-                self.send(conn, 0, Msg::Hello(Introduction { vm: VM, generation, slots, dead_after }));
+                let (slots, dead_after, shared_storage) =
+                    (self.slots, timing().dead_after, self.shared_storage);
+                let hello = Introduction { vm: VM, generation, slots, dead_after, shared_storage };
+                self.send(conn, 0, Msg::Hello(hello));
             }
             Effect::StartBase { link } => {
                 let left = self.rng.range(1, 4) as u32;
@@ -160,6 +179,8 @@ impl World {
                 self.truth.goes_on(generation, life);
             }
             Effect::Fence => self.stats.fenced += 1,
+            Effect::GiveAway { what } => self.gives_away(life, what),
+            Effect::Endure { what, why } => self.endures(life, what, why),
             Effect::AskGuest => {
                 if let Some(p) = self.primary_of(life) {
                     let node = p.node;
@@ -178,8 +199,14 @@ impl World {
                 }
                 self.stop_process(life.0, true);
             }
-            Effect::Note(PrimaryNote::Protected { .. }) => self.stats.protected += 1,
-            Effect::Note(PrimaryNote::LinkLost { .. }) => self.stats.links_lost += 1,
+            Effect::Note(PrimaryNote::Protected { .. }) => {
+                self.stats.protected += 1;
+                self.primary_of(life).into_iter().for_each(|p| p.protected = true);
+            }
+            Effect::Note(PrimaryNote::LinkLost { .. }) => {
+                self.stats.links_lost += 1;
+                self.primary_of(life).into_iter().for_each(|p| p.protected = false);
+            }
             Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
             Effect::Note(_) => {}
         }
@@ -431,7 +458,15 @@ impl World {
     /// A message has arrived at the primary.
     pub(super) fn primary_hears(&mut self, life: Life, conn: usize, msg: Msg) {
         let link = self.conns[conn].primary_link;
+        if let Some(p) = self.primary_of(life) {
+            match &msg {
+                Msg::Accept { .. } => p.standby_reaches = None,
+                Msg::Reaches(reaches) => p.standby_reaches = Some(*reaches),
+                _ => {}
+            }
+        }
         let event = match msg {
+            Msg::Reaches(reaches) => PrimaryEvent::StandbyReaches { link, reaches: Some(reaches) },
             Msg::Accept { dead_after } => PrimaryEvent::Accepted { link, dead_after },
             Msg::Refuse(code, text) => PrimaryEvent::Refused { link, code: Ok(code), text },
             Msg::Beat { stamp } => PrimaryEvent::Heartbeat { link, stamp },

@@ -29,7 +29,7 @@ pub(super) enum Faults {
 }
 
 /// The kinds of faults that [`World::fault`] draws.
-pub(super) const FAULT_NAMES: [&str; 22] = [
+pub(super) const FAULT_NAMES: [&str; 24] = [
     "crash",
     "crash",
     "crash of the owner",
@@ -52,6 +52,8 @@ pub(super) const FAULT_NAMES: [&str; 22] = [
     "action fails",
     "action fails",
     "a thread wedges",
+    "disks fail",
+    "cut off from the clients",
 ];
 
 /// The faults of a schedule that strike: all except those that are left out.
@@ -181,6 +183,7 @@ impl World {
             Happening::Look(life, _)
             | Happening::Drain(life)
             | Happening::VmStep(life)
+            | Happening::DiskFails(life)
             | Happening::Counted { life, .. }
             | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
@@ -215,6 +218,8 @@ impl World {
             },
             Happening::Dialled { life, link, target } => self.dialled(life, link, target),
             Happening::VmStep(life) => self.vm_step(life),
+            Happening::DiskFails(life) => self.disk_fails(life),
+            Happening::Reconnected { host } => self.reconnected(host),
             Happening::Counted { life, link, base } => self.counted(life, link, base),
             Happening::ShipPart { life, captured_for, ticket, node, left } => {
                 self.ship_part(life, captured_for, (ticket, node), false, left)
@@ -318,7 +323,7 @@ impl World {
         let host = self.rng.range(0, 3) as usize;
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
-        let kind = self.rng.range(0, 22);
+        let kind = self.rng.range(0, 24);
         self.stats.faults[kind as usize] += 1;
         let name = FAULT_NAMES.get(kind as usize).unwrap_or(&"other");
         self.tell((host, 0), &format_args!("fault {kind} ({name}) until {until}"));
@@ -369,6 +374,8 @@ impl World {
             18 => self.copy_fails(self.life(host)),
             19 | 20 => self.port_fails(host),
             21 => self.wedge(host),
+            22 => self.disks_fail(until),
+            23 => self.cut_off(host, until),
             _ => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process {
@@ -466,12 +473,17 @@ impl World {
         self.healed = true;
         self.cut.iter_mut().flatten().for_each(|until| *until = (*until).min(now));
         for host in &mut self.hosts {
+            host.disk_fails_until = host.disk_fails_until.min(now);
             if host.arbiter_cut_until != u64::MAX {
                 host.arbiter_cut_until = now.min(host.arbiter_cut_until);
             }
             if let Process::Standby(s) = &mut host.process {
                 s.bad_host = false;
             }
+        }
+        for host in 0..self.hosts.len() {
+            self.hosts[host].cut_off_until = now.min(self.hosts[host].cut_off_until);
+            self.reconnected(host);
         }
         self.slow_until = now;
         self.arbiter_slow_until = now;

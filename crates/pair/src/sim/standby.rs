@@ -189,7 +189,12 @@ impl World {
                         // reads has got to the leave.
                         self.after(10, Happening::Reset { conn: link.0 as usize, side: 1 });
                     }
+                    let accepted = matches!(msg, Msg::Accept { .. });
                     self.send(link.0 as usize, 1, msg);
+                    if accepted {
+                        let reaches = self.hosts[life.0].cut_off_until <= self.now;
+                        self.send(link.0 as usize, 1, Msg::Reaches(reaches));
+                    }
                 }
                 Out::Close(link) => self.close(link.0 as usize, 0),
             }

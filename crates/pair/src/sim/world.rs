@@ -61,6 +61,8 @@ pub(super) enum Msg {
         stamp: Duration,
     },
     Leave(LeaveReason),
+    /// Whether the standby's host reaches the guest's clients.
+    Reaches(bool),
     /// The sender has closed the connection, or the kernel has closed it for a dead process.
     Closed,
 }
@@ -88,6 +90,12 @@ pub(super) enum Happening {
         target: usize,
     },
     VmStep(Life),
+    /// The host's disk fails a request of the guest.
+    DiskFails(Life),
+    /// A host's way to the guest's clients is there again.
+    Reconnected {
+        host: usize,
+    },
     /// The pages of a pause are harvested.
     Counted {
         life: Life,
@@ -182,6 +190,10 @@ pub(super) struct Host {
     /// The next event is handled with this time, which was read just before the process was stopped.
     pub(super) stale: Option<u64>,
     pub(super) arbiter_cut_until: u64,
+    /// Until when its disk fails every request.
+    pub(super) disk_fails_until: u64,
+    /// Until when it is cut off from the guest's clients.
+    pub(super) cut_off_until: u64,
     /// Whether its waiting thread hangs for good, while all others continue.
     pub(super) wedged: bool,
     /// Until when its waiting thread is busy, which it has announced.
@@ -210,6 +222,9 @@ pub(super) struct World {
     pub(super) healed: bool,
     /// The most checkpoints without an acknowledgement.
     pub(super) slots: u64,
+    /// Whether output goes to storage that both hosts use: nothing may be let out after another host has won,
+    /// whoever has struck the connection.
+    pub(super) shared_storage: bool,
     /// When an epoch ends.
     pub(super) ending: Ending,
     /// Its length in µs, or the greatest length if other things end it too.
@@ -258,6 +273,9 @@ pub(super) struct Stats {
     pub(super) long_pauses: u64,
     /// Standbys that left and handed their right over.
     pub(super) handed_over: u64,
+    /// VMs that were left to their standby because something was broken, and that stayed nevertheless.
+    pub(super) given_away: u64,
+    pub(super) endured: u64,
     /// By kind.
     pub(super) faults: [u64; 32],
 }
@@ -286,6 +304,8 @@ impl Stats {
         self.long_works += other.long_works;
         self.long_pauses += other.long_pauses;
         self.handed_over += other.handed_over;
+        self.given_away += other.given_away;
+        self.endured += other.endured;
         self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }
 }
@@ -323,6 +343,8 @@ impl World {
                 frozen_until: 0,
                 stale: None,
                 arbiter_cut_until: 0,
+                disk_fails_until: 0,
+                cut_off_until: 0,
                 wedged: false,
                 busy_until: 0,
                 offset: rng.range(0, 1_000_000_000),
@@ -332,10 +354,12 @@ impl World {
             .collect();
         let count = hosts.len();
         let (slots, interval) = (rng.range(1, 5), rng.range(6_000, 24_000));
+        let shared_storage = rng.one_in(4);
         let ending = Ending::ALL[rng.range(0, Ending::ALL.len() as u64) as usize];
         Self {
             now: 0,
             slots,
+            shared_storage,
             ending,
             interval,
             rng,

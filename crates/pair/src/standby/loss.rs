@@ -17,12 +17,16 @@ impl Standby {
     }
 
     pub(super) fn link_lost(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
-        let now = self.now;
+        let (now, bug) = (self.now, self.bug);
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
         // A link that fails at this side says nothing about the primary: it may be stopped, with a lease that
-        // still lasts, and would let output out when it continues.
+        // still lasts, and would let output out when it continues. Nor does the end of a connection that
+        // somebody else has reset; frames may then leave twice, but a write to storage that both sides use
+        // must not land after this side's own.
+        let storage = attached.shared_storage && !planted!(bug, ClaimsWithinLease);
         let ask_at = match why {
+            _ if storage => heard + attached.timing.dead_after,
             LossReason::Local(_) => heard + attached.timing.dead_after,
             _ => now,
         };

@@ -27,6 +27,10 @@ pub struct Introduction {
     pub slots: u64,
     /// The silence configured at the primary.
     pub dead_after: Duration,
+    /// Whether both hosts write to the same storage. A write that the primary has let out may wait in its
+    /// kernel or in a queue, and the end of a connection does not stop it. So this side lets the primary's
+    /// lease run out before it asks for the VM, even when the connection ends.
+    pub shared_storage: bool,
 }
 
 /// What happens to a standby.

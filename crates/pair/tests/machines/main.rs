@@ -1,5 +1,6 @@
 //! The two machines, one decision at a time. The simulator tests what they do together.
 
+mod broken;
 mod primary;
 mod standby;
 

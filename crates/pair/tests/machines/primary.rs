@@ -9,9 +9,9 @@ use outlive_pair::{
 use super::{ms, timing};
 
 /// A primary and the time.
-struct Host {
-    machine: Primary,
-    now: u64,
+pub(crate) struct Host {
+    pub(crate) machine: Primary,
+    pub(crate) now: u64,
 }
 
 impl Host {
@@ -33,15 +33,20 @@ impl Host {
     }
 
     /// Hands in an event; returns the actions without notes and heartbeats.
-    fn acts(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
+    pub(crate) fn acts(&mut self, event: PrimaryEvent) -> Vec<PrimaryAction> {
         let mut actions = self.on(event);
         actions.retain(|action| !matches!(action, Note(_) | SendHeartbeat { .. }));
         actions
     }
 
     /// Up to the base synchronisation on link 0.
-    fn attached() -> Self {
+    pub(crate) fn attached() -> Self {
+        Self::attached_at(0)
+    }
+
+    fn attached_at(now: u64) -> Self {
         let mut host = Self::new(1);
+        host.now = now;
         assert_eq!(host.acts(Tick), [Dial { link: LINK, address: 0 }]);
         assert_eq!(host.acts(Connected { link: LINK }), [SendHello { link: LINK, generation: 4 }]);
         assert_eq!(host.acts(Accepted { link: LINK, dead_after: ms(500) }), [StartBase { link: LINK }]);
@@ -49,8 +54,12 @@ impl Host {
     }
 
     /// Up to "protected"; checkpoint 11 is the base.
-    fn protected() -> Self {
-        let mut host = Self::attached();
+    pub(crate) fn protected() -> Self {
+        Self::protected_at(0)
+    }
+
+    pub(crate) fn protected_at(now: u64) -> Self {
+        let mut host = Self::attached_at(now);
         let base = CheckpointFlags { base_final: true, end: None };
         assert_eq!(host.acts(BASE), [HoldOutput { link: LINK, epoch: 12 }, Ship(ticket(11, base))]);
         host.now += 1;
@@ -59,12 +68,17 @@ impl Host {
         host
     }
 
+    /// The arbiter answers.
+    pub(crate) fn win(&mut self) -> Vec<PrimaryAction> {
+        self.claimed(ClaimResult::Won)
+    }
+
     fn claimed(&mut self, result: ClaimResult) -> Vec<PrimaryAction> {
         self.acts(Claimed { generation: 5, result })
     }
 }
 
-const LINK: Link = Link(0);
+pub(crate) const LINK: Link = Link(0);
 const BASE: PrimaryEvent = Captured { link: LINK, base: true };
 const EPOCH: PrimaryEvent = Captured { link: LINK, base: false };
 const PLAIN: CheckpointFlags = CheckpointFlags { base_final: false, end: None };

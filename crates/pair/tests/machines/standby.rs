@@ -20,7 +20,11 @@ struct Host {
 }
 
 fn hello_of(link: Link, vm: VmId, generation: u64) -> StandbyEvent {
-    Hello { link, hello: Introduction { vm, generation, slots: 2, dead_after: ms(400) } }
+    Hello { link, hello: introduction(vm, generation) }
+}
+
+fn introduction(vm: VmId, generation: u64) -> Introduction {
+    Introduction { vm, generation, slots: 2, dead_after: ms(400), shared_storage: false }
 }
 
 fn staged(checkpoint: u64, flags: CheckpointFlags) -> StandbyEvent {
@@ -84,16 +88,26 @@ impl Host {
     }
 
     fn attached() -> Self {
+        Self::attached_with(false)
+    }
+
+    fn attached_with(shared_storage: bool) -> Self {
         let mut host = Self::new(None);
         let accept = Accept { link: LINK, generation: 4, dead_after: ms(1000) };
-        assert_eq!(host.acts(hello_of(LINK, VM, 4)), [accept], "the longer patience of the two");
+        let hello = Introduction { shared_storage, ..introduction(VM, 4) };
+        let accepted = host.acts(Hello { link: LINK, hello });
+        assert_eq!(accepted, [accept], "the longer patience of the two");
         assert_eq!(host.acts(BasePages { link: LINK }), [ApplyBase { link: LINK }]);
         host
     }
 
     /// Checkpoint 11, the base, is committed and applied.
     fn protected() -> Self {
-        let mut host = Self::attached();
+        Self::protected_with(false)
+    }
+
+    fn protected_with(shared_storage: bool) -> Self {
+        let mut host = Self::attached_with(shared_storage);
         assert_eq!(host.acts(staged(11, BASE)), [Try { link: LINK, checkpoint: 11 }]);
         assert_eq!(host.machine.committed(), None);
         assert_eq!(host.acts(tried(11)), [ack(11), apply(11)]);
@@ -498,6 +512,21 @@ fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
     host.on(Heartbeat { link: LINK, stamp: ms(290) });
     host.now = 400;
     host.on(LinkLost { link: LINK, why: LossReason::Local("a write failed".into()) });
+    assert_eq!(host.acts(settled(11)), []);
+    host.now = 1299;
+    assert_eq!(host.acts(Tick), []);
+    host.now = 1300;
+    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+}
+
+/// A write that the primary has let out could otherwise land after this side's own.
+#[test]
+fn a_primary_with_shared_storage_is_given_the_time_of_its_lease_however_the_link_ends() {
+    let mut host = Host::protected_with(true);
+    host.now = 300;
+    host.on(Heartbeat { link: LINK, stamp: ms(290) });
+    host.now = 400;
+    host.on(lost());
     assert_eq!(host.acts(settled(11)), []);
     host.now = 1299;
     assert_eq!(host.acts(Tick), []);

@@ -35,10 +35,24 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Whether its administrator has switched it on (`IFF_UP`).
     pub up: bool,
+    /// Whether it has a carrier: its cable is plugged in (`IFF_LOWER_UP`).
+    pub carrier: bool,
     /// Number of the bridge that it is attached to.
     pub bridge: Option<u32>,
     /// Its kind: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
     pub kind: Option<String>,
+}
+
+impl Link {
+    /// Whether it is a tap, which leads to a guest.
+    pub fn is_tap(&self) -> bool {
+        self.kind.as_deref() == Some("tun")
+    }
+
+    /// Whether it may lead out of this host, unlike a tap or a cable between namespaces.
+    pub fn is_outward(&self) -> bool {
+        !matches!(self.kind.as_deref(), Some("tun" | "veth" | "dummy"))
+    }
 }
 
 /// Reads the messages of one datagram and keeps the answers to request number `sequence`. True when that request
@@ -107,8 +121,9 @@ pub(super) fn parse_link(bytes: &[u8], what: &str) -> Result<Link, NetlinkError>
     let index = u32_at(bytes, 4).ok_or_else(|| bad("an interface without a number"))?;
     let flags = u32_at(bytes, 8).ok_or_else(|| bad("an interface without flags"))?;
     let attributes = bytes.get(IFINFOMSG..).ok_or_else(|| bad("an interface without attributes"))?;
-    let up = LinkFlags::from_bits_retain(flags).contains(LinkFlags::Up);
-    let mut link = Link { name: String::new(), index, mac: None, up, bridge: None, kind: None };
+    let flags = LinkFlags::from_bits_retain(flags);
+    let (up, carrier) = (flags.contains(LinkFlags::Up), flags.contains(LinkFlags::LowerUp));
+    let mut link = Link { name: String::new(), index, mac: None, up, carrier, bridge: None, kind: None };
     for attribute in NlasIterator::new(attributes).filter_map(Result::ok) {
         match attribute.kind() {
             IFLA_IFNAME => link.name = text(attribute.value()),

@@ -117,6 +117,8 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         driver: rig.driver,
         inbox: rig.inbox,
         took_over: None,
+        disk_timeout: None,
+        wants_protection: false,
         stop_budget: Duration::from_secs(20),
         stop_within: Duration::from_secs(60),
         policy: capture::policy(Ending::Interval(Duration::from_millis(1)), MAX_DIRTY),

@@ -7,6 +7,7 @@ use std::ops::Range;
 use nix::errno::Errno;
 use nix::libc::{PROT_NONE, SYS_mprotect};
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
@@ -24,6 +25,18 @@ impl Held {
         });
         let task = named.unwrap_or_else(|| panic!("no thread {name}")).file_name();
         Held::stop(Pid::from_raw(task.to_str().unwrap().parse().unwrap()))
+    }
+
+    /// Stops the thread of this name, if there is one that can be stopped.
+    pub(crate) fn find(process: &Process, name: &str) -> Option<Held> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).ok()?;
+        let named = tasks.filter_map(Result::ok).find(|task| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        })?;
+        let thread = Pid::from_raw(named.file_name().to_str()?.parse().ok()?);
+        ptrace::attach(thread).ok()?;
+        waitpid(thread, Some(WaitPidFlag::__WALL)).ok()?;
+        Some(Held(thread))
     }
 
     /// Stops any thread; the number picks which. Also returns its name, or nothing if it has just ended.
@@ -44,6 +57,14 @@ impl Held {
         ptrace::attach(thread).unwrap();
         waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
         Held(thread)
+    }
+
+    /// Lets the thread continue with this signal, as if it had caused it.
+    pub(crate) fn strike(self, signal: Signal) {
+        // Fails if it was killed meanwhile; then dropping it reaps it.
+        if ptrace::detach(self.0, signal).is_ok() {
+            std::mem::forget(self);
+        }
     }
 
     /// Makes the stopped thread do a system call, if it is in one itself. A process that ends meanwhile counts

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -30,6 +30,7 @@ use crate::devices::virtio::ring::Queues;
 use crate::devices::virtio::slot::{Batch, CONFIG_BYTES, Identity, Model, Outcome, Shared, Slot};
 use crate::devices::virtio::worker::event;
 use crate::devices::virtio::{ActivateError, DeviceHost};
+use crate::event::EventSink;
 
 /// The user's choices about a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,6 +143,7 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
             room,
             counters: Counters::default(),
             complaints: Complaints::default(),
+            faults: OnceLock::new(),
             calm: Condvar::new(),
             submissions: Mutex::new(Vec::with_capacity(MAX_IN_FLIGHT)),
         };
@@ -192,6 +194,27 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     /// How many requests the guest waits for.
     pub fn in_flight(&self) -> usize {
         self.shared().core().model.in_flight()
+    }
+
+    /// From now on tells `sink` when the host's disk fails a request ([`MachineEvent::DiskFault`]), and keeps
+    /// the failure from the guest until [`tell_errors`](Self::tell_errors). Only the first call counts.
+    ///
+    /// [`MachineEvent::DiskFault`]: crate::MachineEvent::DiskFault
+    pub fn report_faults_to(&self, sink: EventSink) {
+        self.model().faults.set(sink).ok();
+    }
+
+    /// Lets the guest hear of the requests that the host's disk has failed so far.
+    pub fn tell_errors(&self) {
+        self.shared().core().model.tell_failed = true;
+        self.shared().wake_thread();
+    }
+
+    /// For how long the host's disk has not answered a request. Zero if it has none. A request that it has
+    /// failed is answered.
+    pub fn unanswered_for(&self) -> Duration {
+        let oldest = self.shared().core().model.oldest_at_disk();
+        oldest.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For

@@ -1,6 +1,6 @@
 //! The parts of a disk, which its requests, its held writes and its device work with.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -11,6 +11,7 @@ use super::request::Geometry;
 use super::stats::Counters;
 use crate::devices::complaints::Complaints;
 use crate::devices::valve::Permit;
+use crate::event::EventSink;
 
 /// What is special about a disk.
 ///
@@ -32,6 +33,9 @@ pub struct Disk {
     pub(super) counters: Counters,
     /// About the disk's failures.
     pub(super) complaints: Complaints,
+    /// Is told of requests that the host's disk has failed, and decides when the guest hears of them. Without
+    /// it the guest hears at once.
+    pub(super) faults: OnceLock<EventSink>,
     /// Notified after each batch while somebody waits for the disk to rest.
     pub(super) calm: Condvar,
     pub(super) submissions: Mutex<Vec<Submission>>,

@@ -10,6 +10,7 @@
 //! gate between any two steps; everything in the table is then in flight.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use vm_memory::GuestMemory;
 
@@ -26,6 +27,7 @@ use crate::devices::valve::{Fate, OutputMode};
 use crate::devices::virtio::chain::Broken;
 use crate::devices::virtio::ring::Queues;
 use crate::devices::virtio::slot::{Batch, Outcome};
+use crate::event::MachineEvent;
 
 /// Most bytes moved to or from guest memory, or to the log, in one step.
 pub(super) const PIECE: usize = super::log::MAX_RECORD;
@@ -47,6 +49,11 @@ pub struct Requests {
     filling: VecDeque<u16>,
     logging: VecDeque<u16>,
     delivering: VecDeque<u16>,
+    /// Requests that the host's disk has failed, each with the error number. They count as in flight until
+    /// the guest may hear of them.
+    failed: VecDeque<(u16, i32)>,
+    /// Whether the guest is to hear of them.
+    pub(super) tell_failed: bool,
     /// Whether the log was full at the last attempt.
     pub(super) log_stalled: bool,
     /// Whether new requests are refused.
@@ -72,6 +79,8 @@ impl Requests {
             filling: list(),
             logging: list(),
             delivering: list(),
+            failed: VecDeque::with_capacity(MAX_IN_FLIGHT),
+            tell_failed: false,
             log_stalled: false,
             resting: false,
             next_queue: 0,
@@ -87,6 +96,9 @@ impl Requests {
         disk: &Disk,
         batch: Batch<'_, M>,
     ) -> Result<Outcome, Broken> {
+        if std::mem::take(&mut self.tell_failed) {
+            self.fail_all(disk);
+        }
         self.collect(disk);
         let Batch { mut queues, pass } = batch;
         let mut more = false;
@@ -161,13 +173,51 @@ impl Requests {
         match entry.job.done(result) {
             After::Again if disk.is_dropped(entry) => self.set_aside(disk, token),
             After::Again => self.start(disk, token),
-            After::Finished(status, error) => {
-                if let Some(number) = error {
-                    self.complain(disk, token, number);
-                }
-                self.disk_done(disk, token, status);
-            }
+            After::Finished(_, Some(number)) => self.disk_failed(disk, token, number),
+            After::Finished(status, None) => self.disk_done(disk, token, status),
         }
+    }
+
+    /// The host's disk failed a request. Whoever wants to know decides what becomes of it: it may give the VM
+    /// to another host, whose disk works. So until then nothing of the failure is in the log or in guest
+    /// memory, and a checkpoint lists the request as in flight.
+    fn disk_failed(&mut self, disk: &Disk, token: u16, number: i32) {
+        let why = self.complain(disk, token, number);
+        match disk.faults.get() {
+            Some(tell) if !self.table.get(token).orphan => {
+                self.table.get_mut(token).since = None;
+                self.failed.push_back((token, number));
+                // One answer is for all that have failed until then.
+                if self.failed.len() == 1 {
+                    tell(MachineEvent::DiskFault { disk: disk.index, why });
+                }
+            }
+            _ => self.fail(disk, token),
+        }
+    }
+
+    /// The guest hears of the failed requests.
+    fn fail_all(&mut self, disk: &Disk) {
+        while let Some((token, _)) = self.failed.pop_front() {
+            self.fail(disk, token);
+        }
+    }
+
+    fn fail(&mut self, disk: &Disk, token: u16) {
+        let job = &self.table.get(token).job;
+        if job.kind.changes() && !disk.shared {
+            disk.log.damaged(disk.index, job.span.offset, job.span.len);
+        }
+        self.disk_done(disk, token, Status::IoError);
+    }
+
+    /// Since when the host's disk has the request that it has had for the longest time.
+    pub(super) fn oldest_at_disk(&self) -> Option<Instant> {
+        self.table
+            .iter()
+            .filter(|(_, entry)| entry.stage == Stage::Running)
+            .filter_map(|(_, it)| it.since)
+            .min()
     }
 
     /// A change of a shared disk, under way or partly done, has lost its permission: it is held again. It was
@@ -329,6 +379,7 @@ impl Requests {
     pub(super) fn start(&mut self, disk: &Disk, token: u16) {
         let entry = self.table.get_mut(token);
         entry.stage = Stage::Running;
+        entry.since = Some(Instant::now());
         match entry.job.operation() {
             Some(operation) => {
                 let buffer = std::mem::take(&mut entry.buffer);
@@ -421,14 +472,13 @@ impl Requests {
     }
 
     /// The host's disk failed.
-    fn complain(&self, disk: &Disk, token: u16, number: i32) {
+    fn complain(&self, disk: &Disk, token: u16, number: i32) -> String {
         let job = &self.table.get(token).job;
-        if job.kind.changes() && !disk.shared {
-            disk.log.damaged(disk.index, job.span.offset, job.span.len);
-        }
         let error = std::io::Error::from_raw_os_error(number);
         complain!(warn, disk.complaints, disk = disk.index, offset = job.span.offset, len = job.span.len,
             kind = ?job.kind, %error, "the host's disk failed a request of the guest");
+        let (kind, len, offset) = (job.kind, job.span.len, job.span.offset);
+        format!("disk {}, {kind:?} of {len} bytes at {offset}: {error}", disk.index)
     }
 }
 

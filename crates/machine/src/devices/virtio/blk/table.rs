@@ -4,6 +4,8 @@
 //! and those that overlap are carried out in it: a request that changes the disk counts the unfinished
 //! earlier requests that it overlaps, and starts when that count is zero.
 
+use std::time::Instant;
+
 use super::config::QUEUE_SIZE;
 use super::job::Job;
 use super::pool::Buffer;
@@ -44,6 +46,8 @@ pub(super) struct Entry {
     pub(super) orphan: bool,
     /// How many unfinished earlier requests it overlaps.
     pub(super) waits: u16,
+    /// Since when the host's disk has it, in this stage.
+    pub(super) since: Option<Instant>,
     /// When it was taken: says when a write to a shared disk may leave.
     pub(super) tag: Tag,
     pub(super) chain: Chain,
@@ -72,6 +76,7 @@ impl Table {
             head: 0,
             orphan: false,
             waits: 0,
+            since: None,
             tag: Tag::NONE,
             chain: Chain::default(),
             job: Job::idle(),
@@ -167,6 +172,7 @@ impl Table {
             self.heads[usize::from(entry.queue)] &= !(1 << entry.head);
         }
         entry.stage = Stage::Free;
+        entry.since = None;
         let buffer = std::mem::take(&mut entry.buffer);
         self.order.retain(|&it| it != token);
         self.free.push(token);

@@ -2,6 +2,7 @@
 
 mod driver;
 mod engines;
+mod faults;
 mod formats;
 mod hold;
 mod hostile;

@@ -1,0 +1,136 @@
+//! Fencing: a command of the operator that cuts the lost primary off from what both hosts share, before the VM
+//! runs here. The generation is won by then, so the old primary has stopped as soon as it knows; the command is for
+//! one that does not know yet, or whose kernel still has writes to a shared disk.
+//!
+//! Without a success the VM does not run: a command that fails, or takes too long, is run again.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::events::{Event, EventWriter};
+use crate::status::Standing;
+
+/// Time between two looks at the command.
+const LOOK: Duration = Duration::from_millis(5);
+/// How long a killed command may take to end before it is left alone.
+const KILLED: Duration = Duration::from_secs(1);
+/// The pause before the second run; it doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What the operator has asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct Fence {
+    /// For the shell.
+    pub(crate) command: String,
+    /// How long one run may take.
+    pub(crate) limit: Duration,
+}
+
+/// What the command is told, as variables of its environment.
+pub(super) struct About {
+    pub(super) name: String,
+    pub(super) vm: String,
+    /// The generation that this host has won.
+    pub(super) generation: u64,
+    /// The lost primary, as it connected.
+    pub(super) peer: String,
+}
+
+/// Runs the command until it succeeds.
+pub(super) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
+    let began = Instant::now();
+    let mut pause = FIRST_PAUSE;
+    for attempt in 1_u32.. {
+        tracing::info!(attempt, "fencing the lost primary");
+        match run(fence, about, attempt) {
+            Ok(()) => {
+                let took_ms = began.elapsed().as_millis() as u64;
+                tracing::info!(attempt, took_ms, "fenced");
+                return events.emit(Event::PeerFenced { attempt, took_ms });
+            }
+            Err(why) => {
+                tracing::error!(attempt, "the VM does not run yet: {why}; running it again");
+                standing.asking(&format!("the VM waits for the fencing: {why}"));
+                events.emit(Event::FenceFailed { attempt, why });
+            }
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), String> {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &fence.command]).stdin(Stdio::null()).stdout(Stdio::null());
+    command.env("OUTLIVE_VM", &about.name).env("OUTLIVE_VM_ID", &about.vm).env("OUTLIVE_PEER", &about.peer);
+    command.env("OUTLIVE_GENERATION", about.generation.to_string());
+    command.env("OUTLIVE_ATTEMPT", attempt.to_string());
+    // A group of its own, so that it can be killed with its children.
+    let mut child =
+        command.process_group(0).spawn().map_err(|e| format!("the fence command cannot be run: {e}"))?;
+    match ends_within(&mut child, fence.limit) {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(format!("the fence command failed ({status})")),
+        None => {
+            // Fails only if it has just ended.
+            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+            ends_within(&mut child, KILLED);
+            Err(format!(
+                "the fence command did not end within {} s and was killed",
+                fence.limit.as_secs_f32()
+            ))
+        }
+    }
+}
+
+fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let until = Instant::now() + limit;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),
+            _ => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn about() -> About {
+        let (name, vm, peer) = ("shop".into(), "0123".into(), "10.0.0.1:40000".into());
+        About { name, vm, generation: 7, peer }
+    }
+
+    #[test]
+    fn the_command_is_told_what_it_is_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let words = "$OUTLIVE_VM $OUTLIVE_VM_ID $OUTLIVE_GENERATION $OUTLIVE_PEER $OUTLIVE_ATTEMPT";
+        let command = format!("echo {words} > {}", out.display());
+        run(&Fence { command, limit: Duration::from_secs(60) }, &about(), 3).unwrap();
+        assert_eq!(std::fs::read_to_string(out).unwrap(), "shop 0123 7 10.0.0.1:40000 3\n");
+    }
+
+    #[test]
+    fn a_command_that_fails_hangs_or_is_missing_is_no_success() {
+        let fails =
+            |command: &str, limit| run(&Fence { command: command.into(), limit }, &about(), 1).unwrap_err();
+        let long = Duration::from_secs(60);
+        assert!(fails("exit 3", long).contains("exit status: 3"));
+        assert!(fails("kill -9 $$", long).contains("signal: 9"));
+        assert!(fails("/no/such/command", long).contains("exit status: 127"));
+        // Its children go with it.
+        let began = Instant::now();
+        let why = fails("sleep 600 & sleep 600; true", Duration::from_millis(100));
+        assert!(why.contains("did not end within 0.1 s"), "{why}");
+        assert!(began.elapsed() < long);
+    }
+}

@@ -1,0 +1,109 @@
+//! Hosts on which the VM still runs although their disk fails or the guest's clients cannot reach them.
+
+use super::HANDBACK;
+use super::hosts::Process;
+use super::truth::Life;
+use super::world::{Happening, Msg, World};
+use crate::{Broken, Kept, Link, PrimaryEvent, PrimaryStatus};
+
+impl World {
+    /// The disk of the VM's host fails every request for a while; at times all disks do.
+    pub(super) fn disks_fail(&mut self, until: u64) {
+        let (_, owner) = self.truth.newest();
+        let all = self.company && self.rng.one_in(3);
+        for (host, it) in self.hosts.iter_mut().enumerate() {
+            if all || host == owner.0 {
+                it.disk_fails_until = until;
+            }
+        }
+        self.after(1, Happening::DiskFails(owner));
+    }
+
+    /// A request of the guest fails, and the guest does not know yet.
+    pub(super) fn disk_fails(&mut self, life: Life) {
+        if self.hosts[life.0].disk_fails_until > self.now {
+            self.primary(life, PrimaryEvent::Broken { what: Broken::Disk, again: false });
+        }
+    }
+
+    /// The host loses its way to the guest's clients; at times all hosts do.
+    pub(super) fn cut_off(&mut self, host: usize, until: u64) {
+        let all = self.company && self.rng.one_in(3);
+        let (_, owner) = self.truth.newest();
+        let struck = if self.rng.one_in(2) { owner.0 } else { host };
+        for host in (0..self.hosts.len()).filter(|host| all || *host == struck) {
+            self.hosts[host].cut_off_until = until;
+            self.at(until, Happening::Reconnected { host });
+            self.tells_its_way(host);
+        }
+    }
+
+    pub(super) fn reconnected(&mut self, host: usize) {
+        if self.hosts[host].cut_off_until <= self.now {
+            self.tells_its_way(host);
+        }
+    }
+
+    /// Whoever watches the host's network says what it sees.
+    fn tells_its_way(&mut self, host: usize) {
+        let reaches = self.hosts[host].cut_off_until <= self.now;
+        let life = (host, self.hosts[host].life);
+        let conn = match &self.hosts[host].process {
+            Process::Primary(_) => {
+                let what = Broken::Network;
+                let broken = PrimaryEvent::Broken { what, again: false };
+                return self.primary(life, if reaches { PrimaryEvent::Mended { what } } else { broken });
+            }
+            Process::Standby(s) => s.driver.ports().copy.as_ref().map(|copy| copy.link),
+            Process::Down => None,
+        };
+        if let Some(Link(conn)) = conn.filter(|conn| self.conns[conn.0 as usize].open[0]) {
+            self.send(conn as usize, 1, Msg::Reaches(reaches));
+        }
+    }
+
+    /// The process ends without a word.
+    pub(super) fn gives_away(&mut self, life: Life, what: Broken) {
+        self.stats.given_away += 1;
+        let now = self.clock(life.0);
+        let Some(p) = self.primary_of(life) else { return };
+        let (protected, reaches) = (p.protected, p.standby_reaches);
+        let soon = p.came.is_some_and(|came| now < came + HANDBACK);
+        if !protected {
+            self.truth.fail(format!("{life:?} gives the VM away although nobody has it"));
+        }
+        if soon {
+            self.truth.fail(format!("{life:?} hands the VM back at once"));
+        }
+        if what == Broken::Network && reaches != Some(true) {
+            self.truth.fail(format!("{life:?} gives the VM to a host that is cut off as well"));
+        }
+        if self.hosts[life.0].wedged {
+            // Its connections are closed by other threads.
+            for conn in 0..self.conns.len() {
+                if self.conns[conn].ends[1] == life {
+                    self.close(conn, 1);
+                }
+            }
+        } else {
+            self.stop_process(life.0, true);
+        }
+    }
+
+    /// The VM stays, and the guest hears of its disk's error.
+    pub(super) fn endures(&mut self, life: Life, what: Broken, why: Kept) {
+        self.stats.endured += 1;
+        let Some(p) = self.primary_of(life) else { return };
+        let protected = p.driver.machine().status() == PrimaryStatus::Protected;
+        let wrong = match why {
+            Kept::Unprotected => protected,
+            // The time of the decision may be that of a process that was stopped.
+            Kept::JustTakenOver => p.came.is_none(),
+            Kept::StandbyCutOff => p.standby_reaches != Some(false),
+            Kept::StandbySilent => p.standby_reaches.is_some(),
+        };
+        if wrong {
+            self.truth.fail(format!("{life:?} keeps the VM with a broken {what:?} because of {why:?}"));
+        }
+    }
+}
