@@ -4,6 +4,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use crate::support::{Pace, Slow, Small, World};
 
 /// Bytes of a block, as the guest's command `DISK` counts.
@@ -31,7 +33,10 @@ impl Place {
     /// For a host, with an image of zeroes.
     pub(super) fn of_host(world: &World, letter: char) -> Place {
         let place = Place::new(world, &format!("disk-{letter}"), ROOM_MIB);
-        File::create(place.image()).unwrap().set_len(BLOCKS * BLOCK as u64).unwrap();
+        // With all its room: an image with holes cannot be written on a full file system, which costs the
+        // protection, and no host survives its own loss then.
+        let image = File::create(place.image()).unwrap();
+        fallocate(&image, FallocateFlags::empty(), 0, BLOCKS as i64 * BLOCK as i64).unwrap();
         place
     }
 
