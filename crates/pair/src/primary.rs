@@ -256,7 +256,7 @@ impl Primary {
                 self.ack(link, generation, checkpoint, stamp, out)
             }
             Event::Leave { link, reason: LeaveReason::Released } => self.released(link, out),
-            Event::Leave { link, reason } => self.link_lost(link, LossReason::Left(reason), out),
+            Event::Leave { link, reason } => self.left(link, reason, out),
             Event::LinkLost { link, why } => self.link_lost(link, why, out),
             Event::Broken { what, again } => self.broken(what, again),
             Event::Mended { what } => self.mended(what),
@@ -507,11 +507,7 @@ impl Primary {
                 if attached.link == link && guard.acked < guard.base && guard.shipped == guard.base => {}
             _ => return,
         }
-        self.dial_later(Answer::NoBase);
-        out.push(Action::Hangup { link });
-        out.push(Action::Note(Note::LinkLost { why: LossReason::Local(why), held: false }));
-        // A part of the output may be held.
-        out.push(Action::ReleaseAll { generation: self.generation });
+        self.no_base(link, LossReason::Local(why), out);
     }
 
     fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration, out: &mut Vec<Action>) {

@@ -44,6 +44,27 @@ impl Primary {
         }
     }
 
+    /// The standby leaves, with its right. One that has not acknowledged the base has no right: it had nothing
+    /// whole before, and what it acknowledges comes before its leave on the same connection. So nobody is asked,
+    /// and no generation is used up, however often a standby fails at the base.
+    pub(super) fn left(&mut self, link: Link, reason: LeaveReason, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Guarding(attached, guard) if attached.link == link && guard.acked < guard.base => {
+                self.no_base(link, LossReason::Left(reason), out);
+            }
+            _ => self.link_lost(link, LossReason::Left(reason), out),
+        }
+    }
+
+    /// The base was captured, but no standby can have it: the VM continues in its generation.
+    pub(super) fn no_base(&mut self, link: Link, why: LossReason, out: &mut Vec<Action>) {
+        self.dial_later(Answer::NoBase);
+        out.push(Action::Hangup { link });
+        out.push(Action::Note(Note::LinkLost { why, held: false }));
+        // A part of the output may be held.
+        out.push(Action::ReleaseAll { generation: self.generation });
+    }
+
     /// The standby has left and handed its right over: nobody else can run the VM. What it said last may be
     /// heard after its link was declared lost: the thread that writes met the end of the connection first, or
     /// this process stood still for a while.

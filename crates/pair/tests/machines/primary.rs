@@ -214,6 +214,39 @@ fn a_standby_lost_after_it_must_be_won_against() {
     }
 }
 
+/// It had nothing whole, and says so itself. One that only is lost may have acknowledged the base.
+#[test]
+fn a_standby_that_leaves_before_it_has_the_base_costs_no_generation() {
+    for reason in [LeaveReason::BadStream, LeaveReason::Failed, LeaveReason::Stopped] {
+        let mut host = Host::attached();
+        host.acts(BASE);
+        assert_eq!(host.machine.output(), OutputMode::Hold);
+        let leave = Leave { link: LINK, reason };
+        assert_eq!(host.acts(leave), [Hangup { link: LINK }, ReleaseAll { generation: 4 }], "{reason:?}");
+        assert_eq!((host.machine.status(), host.machine.generation()), (PrimaryStatus::Alone, 4));
+        assert_eq!(host.machine.output(), OutputMode::PassThrough);
+        // It fails again and again, and is asked more and more seldom.
+        let mut pauses = Vec::new();
+        for round in 1..9 {
+            let (link, before) = (Link(round), host.now);
+            while !host.acts(Tick).contains(&Dial { link, address: 0 }) {
+                host.now += 50;
+                assert!(host.now < before + 60_000);
+            }
+            pauses.push(host.now - before);
+            host.acts(Connected { link });
+            host.acts(Accepted { link, dead_after: ms(500) });
+            host.acts(Captured { link, base: true });
+            let leave = Leave { link, reason };
+            assert_eq!(host.acts(leave), [Hangup { link }, ReleaseAll { generation: 4 }]);
+        }
+        assert!(pauses.is_sorted() && pauses[7] >= 10 * pauses[0], "{pauses:?}");
+    }
+    let mut host = Host::attached();
+    host.acts(BASE);
+    assert_eq!(host.acts(lost()), [Hangup { link: LINK }, Claim { generation: 5 }]);
+}
+
 #[test]
 fn an_arbiter_out_of_reach_is_asked_again_and_reported_once() {
     let mut host = Host::protected();
