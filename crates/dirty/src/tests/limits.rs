@@ -232,6 +232,32 @@ fn without_rings_no_ring_is_full() {
     }
 }
 
+/// In a first copy each page that is reported is sent, changed or not.
+#[test]
+fn no_page_becomes_hot_while_that_is_switched_off() {
+    let rule = HotRule { max_gap: 4, traps: 2, probe_after: 6, max_pages: 50 };
+    for kind in [DirtyKind::Ring, DirtyKind::ClearLog] {
+        let (kernel, tracker) =
+            tracker(kind, TrackerConfig { hot: HotPages::Rule(rule), ..config(1, 50) }, 50);
+        let epochs = |count| {
+            (0..count).for_each(|_| {
+                (0..20).for_each(|page| kernel.write(0, Gfn(page), false));
+                assert_eq!(pages(&tracker).len(), 20, "{kind}");
+            })
+        };
+        tracker.set_heating(false);
+        epochs(10);
+        assert_eq!((tracker.estimate().hot, pages(&tracker).len()), (0, 0), "{kind}");
+        tracker.set_heating(true);
+        epochs(3);
+        assert_eq!(tracker.estimate().hot, 20, "{kind}");
+        // It holds for pages that are not hot yet.
+        tracker.set_heating(false);
+        epochs(2);
+        assert_eq!(tracker.estimate().hot, 20, "{kind}");
+    }
+}
+
 /// The wrong order: a slot goes from KVM while a fetch, an epoch or the set of hot pages has pages of it. No
 /// harvest succeeds until the tracker is told, and then tracking goes on.
 #[test]

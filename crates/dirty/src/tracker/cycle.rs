@@ -177,7 +177,7 @@ impl Tracker {
     fn choose(&self) {
         // SAFETY: only the holder of the epoch stores to the list, and that is this thread.
         let trapped = unsafe { &self.flat.slice()[..self.trapped_len.load(Ordering::Relaxed)] };
-        let Some(hot) = &self.hot else {
+        let Some(hot) = self.heating_set() else {
             trapped.iter().for_each(|&gfn| self.to_arm.push(gfn));
             return;
         };

@@ -374,7 +374,7 @@ impl Tracker {
     /// pages stay unarmed, and every epoch reports them until they cool.
     fn heat(&self, pages: &mut [Gfn]) -> usize {
         // Two threads do not wait for each other: a page that is not examined is armed like any other.
-        let (Some(hot), Some(_owner)) = (&self.hot, self.heating.own()) else { return pages.len() };
+        let (Some(hot), Some(_owner)) = (self.heating_set(), self.heating.own()) else { return pages.len() };
         let mut cold = 0;
         for index in 0..pages.len() {
             if !hot.trapped(pages[index]) {

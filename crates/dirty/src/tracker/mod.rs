@@ -111,6 +111,8 @@ pub struct Tracker {
     /// trapped ones.
     to_arm: Flat,
     hot: Option<Arc<HotSet>>,
+    /// Whether pages may become hot.
+    heats: AtomicBool,
     gate: Gate,
     /// Who holds the [`Token`]: `FREE`, `EPOCH` or `CHANGE`.
     token: AtomicU8,
@@ -282,6 +284,7 @@ impl Tracker {
             first_hot: AtomicUsize::new(0),
             to_arm,
             hot,
+            heats: AtomicBool::new(true),
             gate: Gate::new(),
             token: AtomicU8::new(FREE),
             rearmed: AtomicBool::new(false),
@@ -318,6 +321,18 @@ impl Tracker {
     /// The rule by which pages become hot; None if none do.
     pub fn hot_rule(&self) -> Option<HotRule> {
         self.hot.as_ref().map(|hot| hot.rule())
+    }
+
+    /// Whether pages may become hot from now on, if there is a rule for them; at first they may. Pages that are
+    /// hot already stay so until they cool. For the rounds of a migration or of a first copy, in which a page
+    /// that is reported without having changed is sent once more each time. Any thread, any time.
+    pub fn set_heating(&self, heats: bool) {
+        self.heats.store(heats, Ordering::Relaxed);
+    }
+
+    /// The hot pages, if trapped pages may join them now.
+    fn heating_set(&self) -> Option<&HotSet> {
+        self.hot.as_deref().filter(|_| self.heats.load(Ordering::Relaxed))
     }
 
     /// Whether KVM stops the vCPUs at the trigger: the caller asked for [`TrackerConfig::exact`], and this
