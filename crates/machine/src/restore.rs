@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::image::{StateKind, StateSection};
+use outlive_epoch::image::{StateKind, StateSection, StateVersions, VcpuConstant};
 
 use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
@@ -34,6 +34,34 @@ pub enum RestoreError {
 }
 
 impl Machine {
+    /// What the first vCPU is restored with, and the others as well, but for their numbers.
+    pub fn constant(&self) -> VcpuConstant {
+        let version = StateVersions::NEWEST.of(StateKind::VcpuConstant);
+        VcpuConstant { version, bytes: self.constants.first().cloned().unwrap_or_default() }
+    }
+
+    /// Checks whether the vCPUs of this machine, which has not run yet, can go on with this state of another
+    /// one's. A restore checks it again, with everything else.
+    ///
+    /// # Errors
+    /// What this host lacks.
+    pub fn try_constant(&mut self, constant: VcpuConstant) -> Result<(), RestoreError> {
+        let VcpuConstant { version, bytes } = constant;
+        if !StateKind::VcpuConstant.versions().contains(&version) {
+            // The checkpoints come in a version that both sides have.
+            return Ok(());
+        }
+        let bytes = Arc::new(bytes);
+        self.vcpus.on_each(|index| {
+            let bytes = bytes.clone();
+            Box::new(move |fd| {
+                // One is enough: they are all on this host.
+                if index == 0 { state::restore_constant(fd, &bytes).map(drop) } else { Ok(()) }
+            })
+        })?;
+        Ok(())
+    }
+
     /// Sets a machine that has never run to a checkpoint's state. Memory must already match the checkpoint.
     /// `elapsed` is the time since the checkpoint arrived, by this host's own clock. The guest's time stamp
     /// counter and kvmclock advance by it, so its time never goes back and its wall clock stays right; the

@@ -51,6 +51,22 @@ impl DeviceFlags {
     }
 }
 
+/// How a network card is connected. The same on both hosts, because the guest relies on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wiring {
+    /// The largest packet in bytes that the guest was told it may send (MTU); `None`: it was told nothing.
+    pub mtu: Option<u16>,
+    /// The VLAN that the card's frames belong to on the host's bridge, 1 to [`Wiring::MAX_VLAN`].
+    pub vlan: Option<u16>,
+}
+
+impl Wiring {
+    /// The smallest MTU: that of IPv4.
+    pub const MIN_MTU: u16 = 68;
+    /// The largest VLAN.
+    pub const MAX_VLAN: u16 = 4094;
+}
+
 /// One device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -64,12 +80,22 @@ pub struct DeviceInfo {
     pub size: u64,
     /// A disk's serial number, at most [`MAX_SERIAL`](super::limits::MAX_SERIAL) bytes.
     pub serial: String,
+    /// Of a network card: how it is connected. On the wire, bit 3 of the flags says that it follows. A release
+    /// that does not know it refuses the flag.
+    pub wiring: Wiring,
 }
 
 impl DeviceInfo {
     /// A device with nothing but a kind and queues.
     pub fn new(kind: DeviceKind, queues: u16) -> Self {
-        Self { kind, flags: DeviceFlags::default(), queues, size: 0, serial: String::new() }
+        Self {
+            kind,
+            flags: DeviceFlags::default(),
+            queues,
+            size: 0,
+            serial: String::new(),
+            wiring: Wiring::default(),
+        }
     }
 
     /// Bytes of the disk that are replicated: 0 for a device that is no disk, is shared or is read-only.

@@ -13,11 +13,11 @@ mod page;
 mod state;
 mod vm;
 
-pub use device::{DeviceFlags, DeviceInfo, DeviceKind};
+pub use device::{DeviceFlags, DeviceInfo, DeviceKind, Wiring};
 pub use disk::{DISK_RECORD_LEN, DiskOp, DiskRecord, DiskRecords, RecordBuf, RecordError, UncheckedRecords};
 pub use granules::{GRANULE, Granules};
 pub use layout::{GfnRange, Layout, LayoutError};
 pub use lineage::{Ancestor, Lineage};
 pub use page::{PAGE_SIZE, PageData, is_zero};
-pub use state::{StateBuf, StateKind, StateSection, StateVersions};
+pub use state::{StateBuf, StateKind, StateSection, StateVersions, VcpuConstant};
 pub use vm::{VmId, VmIdError};

@@ -107,6 +107,17 @@ pub struct StateSection<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What every vCPU of the VM is restored with, beside its number: CPUID and TSC frequency. Most of what a host can
+/// lack is in it, so the standby looks at it before anything is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VcpuConstant {
+    /// Version of the bytes.
+    pub version: u16,
+    /// A section of constant state, that of the first vCPU: at most
+    /// [`MAX_VCPU_CONSTANT`] bytes.
+    pub bytes: Vec<u8>,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Span {
     kind: StateKind,

@@ -8,8 +8,10 @@ use super::error::{EncodeError, WireError};
 use super::fields::Fields;
 use super::kind::SectionKind;
 use super::version::{ProtocolVersion, VersionRange};
-use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT};
-use crate::image::{Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VmId};
+use crate::image::limits::{MAX_ANCESTORS, MAX_DEVICES, MAX_RANGES, MAX_SERIAL, MAX_TEXT, MAX_VCPU_CONSTANT};
+use crate::image::{
+    Ancestor, DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Layout, Lineage, VcpuConstant, VmId, Wiring,
+};
 
 /// What the primary promises not to exceed. The standby sizes its staging accordingly, or refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,11 +69,13 @@ pub struct Hello {
     /// Revision of the microcode of the primary's processor; 0 if unknown, and for releases that do not say
     /// it. A standby with another one may still take over: what differs in features is in the state.
     pub microcode: u64,
+    /// What the host must be able to do; `None` from an older release.
+    pub vcpu: Option<VcpuConstant>,
 }
 
 /// The payload begins with this. Then follow the ranges of the layout and the devices, each list with its
 /// count in one byte, the texts, each with its length in two bytes, the ancestors with their count in one
-/// byte, the range of versions, and, unless it is 0, the revision of the microcode.
+/// byte, the range of versions, and, unless nothing follows, the revision of the microcode and [`RawExtra`]s.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct Head {
@@ -111,8 +115,31 @@ struct RawVersions {
     newest: U32,
 }
 
+/// What a later release has added: a number, and bytes that an older release skips.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawExtra {
+    number: U16,
+    version: U16,
+    length: U32,
+}
+
+/// The number of [`VcpuConstant`].
+const EXTRA_VCPU: u16 = 1;
+
 /// The first version of the payload that has the versions of the stream.
 const WITH_VERSIONS: u16 = 4;
+
+/// In the flags of a device: a [`RawWiring`] follows its serial number.
+const WIRED: u16 = 1 << 3;
+
+/// How a network card is connected; 0 means none.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawWiring {
+    mtu: U16,
+    vlan: U16,
+}
 
 /// A device; its serial number follows as a text.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -127,6 +154,7 @@ struct Device {
 
 impl Hello {
     fn put(&self, version: u16, out: &mut Vec<u8>) {
+        let start = out.len();
         let limits = &self.limits;
         let head = Head {
             vm: self.vm.0,
@@ -165,8 +193,19 @@ impl Hello {
             let VersionRange { oldest, newest } = self.versions;
             let versions = RawVersions { oldest: oldest.into(), newest: newest.into() };
             out.extend_from_slice(versions.as_bytes());
-            if self.microcode != 0 {
+            let (microcode, extra) = (size_of::<u64>(), size_of::<RawExtra>());
+            // Older releases read no longer introduction, and a standby that does not get it finds out later.
+            let room = (SectionKind::Hello.limit() as usize).saturating_sub(out.len() - start);
+            let fits = |vcpu: &&VcpuConstant| microcode + extra + vcpu.bytes.len() <= room;
+            let vcpu = self.vcpu.as_ref().filter(fits);
+            if self.microcode != 0 || vcpu.is_some() {
                 out.extend_from_slice(&self.microcode.to_le_bytes());
+            }
+            if let Some(VcpuConstant { version, bytes }) = vcpu {
+                let (number, version) = (EXTRA_VCPU.into(), (*version).into());
+                let extra = RawExtra { number, version, length: (bytes.len() as u32).into() };
+                out.extend_from_slice(extra.as_bytes());
+                out.extend_from_slice(bytes);
             }
         }
     }
@@ -183,18 +222,17 @@ impl Hello {
             other => return Err(fields.malformed("the network flag is neither 0 nor 1", other.into())),
         };
         let layout = parse_layout(&mut fields)?;
-        let devices = parse_devices(&mut fields)?;
+        let devices = parse_devices(&mut fields, version)?;
         let mut text = || fields.text(MAX_TEXT);
         let (name, host, tracker, vendor, arbiter) = (text()?, text()?, text()?, text()?, text()?);
         let lineage = parse_lineage(&mut fields)?;
-        let (versions, microcode) = if version >= WITH_VERSIONS {
+        let (versions, microcode, vcpu) = if version >= WITH_VERSIONS {
             let versions = parse_versions(&mut fields)?;
             let microcode = if fields.len() > 0 { fields.fixed::<U64>()?.get() } else { 0 };
-            fields.skip_later();
-            (versions, microcode)
+            (versions, microcode, parse_extras(fields)?)
         } else {
             fields.end()?;
-            (VersionRange::only(ProtocolVersion::V2), 0)
+            (VersionRange::only(ProtocolVersion::V2), 0, None)
         };
         Ok(Self {
             vm: VmId(head.vm),
@@ -221,8 +259,26 @@ impl Hello {
             lineage,
             versions,
             microcode,
+            vcpu,
         })
     }
+}
+
+/// Takes the extra that this release knows. What a later one has added, in whatever form, is skipped.
+fn parse_extras(mut fields: Fields<'_>) -> Result<Option<VcpuConstant>, WireError> {
+    let mut vcpu = None;
+    while let Ok(RawExtra { number, version, length }) = fields.fixed::<RawExtra>() {
+        let length = length.get() as usize;
+        if number.get() == EXTRA_VCPU && length > MAX_VCPU_CONSTANT {
+            return Err(fields.malformed("the state of a vCPU is longer than its limit", length as u64));
+        }
+        let Ok(bytes) = fields.bytes(length) else { break };
+        if number.get() == EXTRA_VCPU {
+            vcpu = Some(VcpuConstant { version: version.get(), bytes: bytes.to_vec() });
+        }
+    }
+    fields.skip_later();
+    Ok(vcpu)
 }
 
 fn parse_versions(fields: &mut Fields<'_>) -> Result<VersionRange, WireError> {
@@ -255,39 +311,62 @@ fn parse_layout(fields: &mut Fields<'_>) -> Result<Layout, WireError> {
     Layout::new(ranges).map_err(|_| fields.malformed("the memory ranges are no layout, count", count as u64))
 }
 
-fn parse_devices(fields: &mut Fields<'_>) -> Result<Vec<DeviceInfo>, WireError> {
+fn parse_devices(fields: &mut Fields<'_>, version: u16) -> Result<Vec<DeviceInfo>, WireError> {
     let count = usize::from(*fields.fixed::<u8>()?);
     if count > MAX_DEVICES {
         return Err(fields.malformed("more devices than a VM has", count as u64));
     }
-    (0..count).map(|_| parse_device(fields)).collect()
+    (0..count).map(|_| parse_device(fields, version)).collect()
 }
 
 fn put_device(out: &mut Vec<u8>, device: &DeviceInfo) {
+    let Wiring { mtu, vlan } = device.wiring;
+    let is_wired = mtu.is_some() || vlan.is_some();
+    let wired = if is_wired { WIRED } else { 0 };
     let fixed = Device {
         kind: device.kind as u8,
         zero: 0,
-        flags: device.flags.to_wire().into(),
+        flags: (device.flags.to_wire() | wired).into(),
         queues: device.queues.into(),
         size: device.size.into(),
     };
     out.extend_from_slice(fixed.as_bytes());
     put_text(out, &device.serial);
+    if is_wired {
+        let raw = RawWiring { mtu: mtu.unwrap_or(0).into(), vlan: vlan.unwrap_or(0).into() };
+        out.extend_from_slice(raw.as_bytes());
+    }
 }
 
-fn parse_device(fields: &mut Fields<'_>) -> Result<DeviceInfo, WireError> {
+fn parse_device(fields: &mut Fields<'_>, version: u16) -> Result<DeviceInfo, WireError> {
     let device: &Device = fields.fixed()?;
     let kind = DeviceKind::from_wire(device.kind)
         .ok_or_else(|| fields.malformed("unknown kind of device", device.kind.into()))?;
     fields.reserved(&[device.zero])?;
     let word = device.flags.get();
-    let flags =
-        DeviceFlags::from_wire(word).ok_or_else(|| fields.malformed("unknown device flags", word.into()))?;
+    let known = if kind == DeviceKind::Net && version >= WITH_VERSIONS { WIRED } else { 0 };
+    let flags = DeviceFlags::from_wire(word & !known)
+        .ok_or_else(|| fields.malformed("unknown device flags", word.into()))?;
     let size = device.size.get();
     if size > i64::MAX as u64 {
         return Err(fields.malformed("a disk larger than every disk", size));
     }
-    Ok(DeviceInfo { kind, flags, queues: device.queues.get(), size, serial: fields.text(MAX_SERIAL)? })
+    let (queues, serial) = (device.queues.get(), fields.text(MAX_SERIAL)?);
+    let wiring = if word & known != 0 { parse_wiring(fields)? } else { Wiring::default() };
+    Ok(DeviceInfo { kind, flags, queues, size, serial, wiring })
+}
+
+fn parse_wiring(fields: &mut Fields<'_>) -> Result<Wiring, WireError> {
+    let RawWiring { mtu, vlan } = fields.fixed()?;
+    let (mtu, vlan) = (mtu.get(), vlan.get());
+    if mtu != 0 && mtu < Wiring::MIN_MTU {
+        return Err(fields.malformed("an MTU smaller than every network's", mtu.into()));
+    }
+    if vlan > Wiring::MAX_VLAN {
+        return Err(fields.malformed("a VLAN larger than every VLAN", vlan.into()));
+    }
+    let unless_zero = |value: u16| (value != 0).then_some(value);
+    Ok(Wiring { mtu: unless_zero(mtu), vlan: unless_zero(vlan) })
 }
 
 impl Encoder {
@@ -308,6 +387,9 @@ impl Encoder {
         check_length("the list of devices", hello.devices.len(), MAX_DEVICES)?;
         for DeviceInfo { serial, .. } in &hello.devices {
             check_length("a disk's serial number", serial.len(), MAX_SERIAL)?;
+        }
+        if let Some(vcpu) = &hello.vcpu {
+            check_length("the state of a vCPU", vcpu.bytes.len(), MAX_VCPU_CONSTANT)?;
         }
         let version = self.version_of(SectionKind::Hello);
         self.section(out, SectionKind::Hello, &[], |out| hello.put(version, out));

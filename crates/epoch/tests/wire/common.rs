@@ -25,9 +25,9 @@ fn devices() -> Vec<DeviceInfo> {
     let disk = |read_only, shared, size, serial: &str| DeviceInfo {
         kind: DeviceKind::Disk,
         flags: DeviceFlags { read_only, shared, ..Default::default() },
-        queues: 2,
         size,
         serial: serial.into(),
+        ..DeviceInfo::new(DeviceKind::Disk, 2)
     };
     vec![
         DeviceInfo::new(DeviceKind::Net, 1),
@@ -65,6 +65,7 @@ pub(crate) fn hello() -> Hello {
         lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 12 }]),
         versions: VersionRange::CURRENT,
         microcode: 0,
+        vcpu: None,
     }
 }
 

@@ -1,8 +1,9 @@
 //! Two releases agree on a version of the stream.
 
 use outlive_epoch::{
-    Accept, Encoder, HEADER_LEN, Hello, Message, Peer, Preface, ProtocolVersion, ReadError, Refuse,
-    RefuseCode, SectionHeader, SectionKind, SectionReader, VersionRange, WireError,
+    Accept, Encoder, HEADER_LEN, Hello, MAX_VCPU_CONSTANT, Message, Peer, Preface, ProtocolVersion,
+    ReadError, Refuse, RefuseCode, SectionHeader, SectionKind, SectionReader, VcpuConstant, VersionRange,
+    WireError, Wiring,
 };
 
 use crate::common::{Content, hello};
@@ -173,6 +174,57 @@ fn a_primary_may_or_may_not_say_its_microcode() {
     assert_eq!(parse(&stream(0xb00_0040)), Hello { microcode: 0xb00_0040, ..crate::common::hello() });
     assert_eq!(parse(&stream(0)), crate::common::hello());
     assert_eq!(stream(0xb00_0040).len(), stream(0).len() + 8);
+}
+
+fn told(hello: &Hello) -> Hello {
+    let mut section = Vec::new();
+    Encoder::new().hello(&mut section, hello).unwrap();
+    assert!(section.len() - HEADER_LEN <= SectionKind::Hello.limit() as usize, "an older release refuses it");
+    let version = SectionKind::Hello.version_in(ProtocolVersion::INTRODUCTION);
+    match Message::parse_payload(SectionKind::Hello, version, &section[HEADER_LEN..]).unwrap() {
+        Message::Hello(hello) => *hello,
+        _ => panic!("it was an introduction"),
+    }
+}
+
+#[test]
+fn the_wiring_of_a_card_is_told() {
+    for (mtu, vlan) in [(None, None), (Some(9000), None), (None, Some(4094)), (Some(65_521), Some(1))] {
+        let mut hello = hello();
+        hello.devices[0].wiring = Wiring { mtu, vlan };
+        assert_eq!(told(&hello), hello);
+        // A release that does not know the wiring refuses, and does not guess.
+        let mut section = Vec::new();
+        Encoder::speaking(V2).hello(&mut section, &hello).unwrap();
+        let version = SectionKind::Hello.version_in(V2);
+        let old = Message::parse_payload(SectionKind::Hello, version, &section[HEADER_LEN..]);
+        assert_eq!(old.is_ok(), mtu.is_none() && vlan.is_none(), "{:?}", old.map(|_| ()));
+    }
+    for (mtu, vlan, why) in [
+        (Some(67), None, "an MTU smaller than every network's (0x43)"),
+        (None, Some(4095), "a VLAN larger than every VLAN (0xfff)"),
+    ] {
+        let mut hello = hello();
+        hello.devices[0].wiring = Wiring { mtu, vlan };
+        let mut section = Vec::new();
+        Encoder::new().hello(&mut section, &hello).unwrap();
+        let version = SectionKind::Hello.version_in(ProtocolVersion::INTRODUCTION);
+        let error = Message::parse_payload(SectionKind::Hello, version, &section[HEADER_LEN..]).map(|_| ());
+        assert_eq!(error.map_err(|e| e.to_string()), Err(format!("section Hello: {why}")));
+    }
+}
+
+#[test]
+fn what_a_vcpu_is_restored_with_is_told_as_far_as_there_is_room() {
+    for (length, fits) in [(0, true), (2400, true), (3900, false), (MAX_VCPU_CONSTANT, false)] {
+        let vcpu = VcpuConstant { version: 1, bytes: (0..length).map(|at| at as u8).collect() };
+        let hello = Hello { vcpu: Some(vcpu), ..hello() };
+        let told = told(&hello);
+        assert_eq!(told.vcpu, hello.vcpu.filter(|_| fits), "{length} bytes");
+    }
+    let long = VcpuConstant { version: 1, bytes: vec![0; MAX_VCPU_CONSTANT + 1] };
+    let long = Hello { vcpu: Some(long), ..hello() };
+    assert!(Encoder::new().hello(&mut Vec::new(), &long).is_err());
 }
 
 #[test]

@@ -47,8 +47,9 @@ pub struct RunOptions {
     #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N][,sector=BYTES]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 
-    /// Network card: a tap interface that is created, and the bridge that it joins
-    #[arg(long, value_name = "tap=NAME[,bridge=BR][,mac=MAC][,queues=N]", value_parser = NetSpec::from_str)]
+    /// Network card: a tap interface that is created, and the bridge that it joins. mtu=9000 tells the guest that
+    /// its packets may be so large; vlan=10 puts the bridge's port into a VLAN. The standby's card gets the same
+    #[arg(long, value_name = "tap=NAME[,bridge=BR][,mac=MAC][,queues=N][,mtu=N][,vlan=N]", value_parser = NetSpec::from_str)]
     pub net: Option<NetSpec>,
 
     /// IPv4 address of the built-in guest with its prefix length

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use outlive_epoch::Wiring;
 use outlive_machine::SectorSize;
 
-/// A network card: `tap=NAME[,bridge=BR][,mac=MAC][,queues=N]`.
+/// A network card: `tap=NAME[,bridge=BR][,mac=MAC][,queues=N][,mtu=N][,vlan=N]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetSpec {
     /// Name of the tap interface, 1 to 15 characters.
@@ -18,27 +19,62 @@ pub struct NetSpec {
     pub mac: Option<[u8; 6]>,
     /// Pairs of queues, 1 to 8.
     pub queues: u8,
+    /// The largest packet that the guest is told it may send.
+    pub mtu: Option<u16>,
+    /// The VLAN of the bridge's port.
+    pub vlan: Option<u16>,
+}
+
+impl NetSpec {
+    /// What both hosts must have alike.
+    pub fn wiring(&self) -> Wiring {
+        Wiring { mtu: self.mtu, vlan: self.vlan }
+    }
 }
 
 impl FromStr for NetSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut spec = Self { tap: String::new(), bridge: None, mac: None, queues: 1 };
+        let (tap, bridge, mac, mtu, vlan) = Default::default();
+        let mut spec = Self { tap, bridge, mac, queues: 1, mtu, vlan };
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("tap", name)) => spec.tap = interface_name(name)?,
                 Some(("bridge", name)) => spec.bridge = Some(interface_name(name)?),
                 Some(("mac", mac)) => spec.mac = Some(parse_mac(mac)?),
                 Some(("queues", number)) => spec.queues = parse_queues(number, 8)?,
-                _ => return Err(format!("'{part}' is not tap=NAME, bridge=NAME, mac=MAC or queues=N")),
+                Some(("mtu", bytes)) => spec.mtu = Some(parse_mtu(bytes)?),
+                Some(("vlan", number)) => spec.vlan = Some(parse_vlan(number)?),
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not tap=NAME, bridge=NAME, mac=MAC, queues=N, mtu=N or vlan=N"
+                    ));
+                }
             }
         }
         if spec.tap.is_empty() {
             return Err("tap=NAME is missing".into());
         }
+        if spec.vlan.is_some() && spec.bridge.is_none() {
+            return Err("vlan= is the VLAN of a bridge's port: give bridge=NAME as well".into());
+        }
         Ok(spec)
     }
+}
+
+/// The largest MTU of a tap.
+const MAX_MTU: u16 = 65_521;
+
+fn parse_mtu(text: &str) -> Result<u16, String> {
+    // 1280 is what IPv6 needs; a Linux guest gives it up below that.
+    let mtu = text.parse().ok().filter(|mtu| (1280..=MAX_MTU).contains(mtu));
+    mtu.ok_or_else(|| format!("'{text}' is not an MTU from 1280 to {MAX_MTU}, for example 9000"))
+}
+
+fn parse_vlan(text: &str) -> Result<u16, String> {
+    let vlan = text.parse().ok().filter(|vlan| (1..=Wiring::MAX_VLAN).contains(vlan));
+    vlan.ok_or_else(|| format!("'{text}' is not a VLAN from 1 to {}", Wiring::MAX_VLAN))
 }
 
 fn interface_name(name: &str) -> Result<String, String> {
@@ -150,8 +186,10 @@ pub(super) fn parse_listen(text: &str) -> Result<String, String> {
 
 pub(super) fn parse_standby_card(text: &str) -> Result<NetSpec, String> {
     let spec: NetSpec = text.parse()?;
-    if spec.mac.is_some() || text.contains("queues=") {
-        return Err("mac= and queues= belong to outlive run: a standby's card is like the VM's".into());
+    if spec.mac.is_some() || text.contains("queues=") || spec.mtu.is_some() || spec.vlan.is_some() {
+        return Err(
+            "mac=, queues=, mtu= and vlan= belong to outlive run: a standby's card is like the VM's".into()
+        );
     }
     Ok(spec)
 }
@@ -177,6 +215,14 @@ pub(super) fn parse_stop_within(text: &str) -> Result<Duration, String> {
     let time = parse_time(text)?;
     if time < Duration::from_millis(100) || time > Duration::from_secs(3600) {
         return Err(format!("'{text}' is out of range: give 100ms to 3600s"));
+    }
+    Ok(time)
+}
+
+pub(super) fn parse_max_pause(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text)?;
+    if time < Duration::from_millis(5) || time > Duration::from_secs(10) {
+        return Err(format!("'{text}' is out of range: give 5ms to 10s"));
     }
     Ok(time)
 }

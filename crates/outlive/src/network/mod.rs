@@ -13,6 +13,6 @@ mod netlink;
 mod uplink;
 
 pub use namespace::{EnterError, Namespace, enter_own_namespace};
-pub use netlink::{Link, Netlink, NetlinkError};
+pub use netlink::{BridgeVlans, Link, Netlink, NetlinkError};
 pub use uplink::UplinkSpec;
 pub(crate) use uplink::{Place, Uplink};

@@ -5,6 +5,7 @@
 
 mod answer;
 mod error;
+mod vlan;
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -26,7 +27,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 
-pub use answer::Link;
+pub use answer::{BridgeVlans, Link};
 pub use error::NetlinkError;
 
 use crate::process;
@@ -118,14 +119,19 @@ impl Netlink {
 
     /// Makes an interface a port of a bridge. It leaves the bridge that it was in.
     pub fn attach(&mut self, name: &str, bridge: &str) -> Result<(), NetlinkError> {
-        let what = format!("attach {name} to bridge {bridge}");
-        let target = self.find(bridge, &what).map_err(|error| error.without(name))?;
         // The kernel would first take the interface out of its present bridge and then refuse.
+        let port = LinkAttribute::Controller(self.bridge(name, bridge)?.index);
+        self.set_link(name, attaching(name, bridge), |link| link.attributes.push(port))
+    }
+
+    /// The bridge that an interface is to be attached to.
+    pub fn bridge(&mut self, port: &str, bridge: &str) -> Result<Link, NetlinkError> {
+        let what = attaching(port, bridge);
+        let target = self.find(bridge, &what).map_err(|error| error.without(port))?;
         if target.kind.as_deref() != Some("bridge") {
             return Err(NetlinkError::NotBridge { what, name: bridge.to_string() });
         }
-        let port = LinkAttribute::Controller(target.index);
-        self.set_link(name, what, |link| link.attributes.push(port))
+        Ok(target)
     }
 
     /// Takes an interface out of its bridge. It is no error if it is in none.
@@ -156,6 +162,12 @@ impl Netlink {
         self.set_link(name, format!("set the hardware address of {name}"), |link| {
             link.attributes.push(address)
         })
+    }
+
+    /// Lets an interface carry packets of up to so many bytes, without their Ethernet header.
+    pub fn set_mtu(&mut self, name: &str, mtu: u32) -> Result<(), NetlinkError> {
+        let mtu_of = LinkAttribute::Mtu(mtu);
+        self.set_link(name, format!("set the MTU of {name} to {mtu}"), |link| link.attributes.push(mtu_of))
     }
 
     /// Adds an IPv4 address with its prefix length; the route to that network comes with it.
@@ -305,6 +317,10 @@ fn receive(socket: &Socket) -> io::Result<(Vec<u8>, SocketAddr)> {
             Ok((_, sender)) => return Ok((buffer, sender)),
         }
     }
+}
+
+fn attaching(name: &str, bridge: &str) -> String {
+    format!("attach {name} to bridge {bridge}")
 }
 
 fn check_name(name: &str) -> Result<(), NetlinkError> {

@@ -31,7 +31,7 @@ use crate::disk::{self, Accepted, Start};
 use crate::events::{self, Event, Role};
 use crate::process;
 use crate::status::Standing;
-use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy};
+use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy, TapPlace};
 
 pub(crate) use launch::run;
 
@@ -131,6 +131,7 @@ fn make_machine(
     machine_events: &Relay<MachineEvent>,
 ) -> Result<Machine, String> {
     let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+    let place = options.net.as_ref().map(|net| TapPlace::look(net, net.wiring())).transpose()?;
     let machine_options = Options {
         vcpus: options.vcpus,
         memory: options.memory_bytes(),
@@ -147,6 +148,6 @@ fn make_machine(
         events: Arc::new(machine_events.sender()),
     };
     let machine = Machine::new(host, &machine_options).map_err(|e| e.with_remedy())?;
-    vm::join_bridge(options.net.as_ref())?;
+    place.map(TapPlace::join).transpose()?;
     Ok(machine)
 }

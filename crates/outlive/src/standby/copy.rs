@@ -1,13 +1,14 @@
 //! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint,
 //! and that checkpoint's state.
 
+use std::fmt;
 use std::sync::Arc;
 
-use outlive_epoch::{Checkpoint, Hello, RefuseCode};
+use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
 use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, StateShape, Tap};
 
 use super::decisions::Equipment;
-use super::devices;
+use super::devices::{self, Card};
 use super::fence::About;
 use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
@@ -16,7 +17,7 @@ use crate::console::Port;
 use crate::disk::{DiskEvent, Provenance, Replica};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, Identity, Relay};
+use crate::vm::{self, Identity, Relay, TapPlace};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -43,8 +44,9 @@ pub(super) struct CopyParts {
 /// Checks at the start that the card can be made, so that a wrong name is reported at once and not when the
 /// first primary comes.
 pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
+    let place = TapPlace::look(net, Wiring::default())?;
     let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
-    vm::join_bridge(Some(net))?;
+    place.join()?;
     drop(tap);
     Ok(())
 }
@@ -67,13 +69,19 @@ impl VmCopy {
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
-        let card = |(pairs, net)| NetConfig { pairs, ..vm::card(net, mac) };
+        let card = plan.card.zip(options.net.as_ref());
+        let place = card.map(|(card, net)| TapPlace::look(net, card.wiring)).transpose().map_err(refuse)?;
+        let card = card.map(|(Card { pairs, wiring }, net)| NetConfig {
+            pairs,
+            mtu: wiring.mtu,
+            ..vm::card(net, mac)
+        });
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
             firmware_bytes: hello.firmware_bytes,
             output: OutputMode::Discard,
-            net: plan.pairs.zip(options.net.as_ref()).map(card),
+            net: card,
             disks: devices::disk_options(hello, options),
             rng: plan.rng,
             console: plan.console.then(|| console.end(Port::Hvc0)),
@@ -83,10 +91,11 @@ impl VmCopy {
             max_dirty: options.active.max_dirty * 2,
             events: Arc::new(machine_events.sender()),
         };
-        let machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
-        if plan.pairs.is_some() {
-            vm::join_bridge(options.net.as_ref()).map_err(refuse)?;
+        let mut machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
+        if let Some(vcpu) = &hello.vcpu {
+            machine.try_constant(vcpu.clone()).map_err(|e| refuse(cannot_resume(&e)))?;
         }
+        place.map(TapPlace::join).transpose().map_err(refuse)?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let disks = devices::replica_disks(&machine, hello, options, &provenance, arbiter.as_mut())?;
         let disks = Replica::start(disks, provenance, hello.generation, tell).map_err(refuse)?;
@@ -135,8 +144,7 @@ impl VmCopy {
     /// # Errors
     /// What this host cannot do.
     pub(super) fn try_restore(&mut self, base: &Checkpoint<'_>) -> Result<(), String> {
-        StateSink::try_restore(&mut self.machine, base)
-            .map_err(|e| format!("this host cannot resume the VM: {e}"))
+        StateSink::try_restore(&mut self.machine, base).map_err(|e| cannot_resume(&e))
     }
 
     /// Where committed checkpoints go, in this order.
@@ -176,6 +184,10 @@ impl VmCopy {
         let Self { machine, machine_events, arbiter, .. } = self;
         CopyParts { machine, machine_events, identity, arbiter }
     }
+}
+
+fn cannot_resume(why: &impl fmt::Display) -> String {
+    format!("this host cannot resume the VM: {why}")
 }
 
 /// Whether this host can run the VM.

@@ -1,7 +1,7 @@
 //! The devices of the VM that a primary introduced, and what this host makes of them. The primary's list
 //! decides alone: no device is guessed from the kind of guest.
 
-use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode};
+use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode, Wiring};
 use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize};
 
 use crate::arbiter::Arbiter;
@@ -9,11 +9,20 @@ use crate::cli::{StandbyDisk, StandbyOptions};
 use crate::disk::{Provenance, ReplicaDisk, Target};
 use crate::vm;
 
+/// What a network card must be like, because the guest has seen it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Card {
+    /// Queue pairs.
+    pub(super) pairs: u16,
+    /// How it is connected.
+    pub(super) wiring: Wiring,
+}
+
 /// Which devices a machine must have, besides its disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Queue pairs of the network card, if there is one.
-    pub(super) pairs: Option<u16>,
+    /// The network card, if there is one.
+    pub(super) card: Option<Card>,
     /// A source of random numbers.
     pub(super) rng: bool,
     /// A console.
@@ -28,7 +37,7 @@ pub(super) struct Plan {
 /// One line for the primary.
 pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, String> {
     let plan = board(hello)?;
-    if plan.pairs.is_some() && options.net.is_none() {
+    if plan.card.is_some() && options.net.is_none() {
         return Err("the VM has a network card, but this standby has none: give it --net tap=NAME".into());
     }
     let (wanted, given) = (disks_of(hello).count(), options.disks.len());
@@ -47,7 +56,7 @@ pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, Stri
 fn board(hello: &Hello) -> Result<Plan, String> {
     let mut plan = Plan::default();
     let mut last = None;
-    for DeviceInfo { kind, queues, .. } in &hello.devices {
+    for DeviceInfo { kind, queues, wiring, .. } in &hello.devices {
         let follows =
             last.is_none_or(|last| last < *kind as u8 || *kind == DeviceKind::Disk && last == *kind as u8);
         let fits = vm::fixed_queues(*kind).is_none_or(|fixed| fixed == *queues);
@@ -56,14 +65,14 @@ fn board(hello: &Hello) -> Result<Plan, String> {
         }
         last = Some(*kind as u8);
         match kind {
-            DeviceKind::Net => plan.pairs = Some(*queues),
+            DeviceKind::Net => plan.card = Some(Card { pairs: *queues, wiring: *wiring }),
             DeviceKind::Disk => {}
             DeviceKind::Rng => plan.rng = true,
             DeviceKind::Console => plan.console = true,
             DeviceKind::Serial => plan.serial = true,
         }
     }
-    if plan.pairs.is_some() == hello.mac.is_some() { Ok(plan) } else { Err(unknown(hello)) }
+    if plan.card.is_some() == hello.mac.is_some() { Ok(plan) } else { Err(unknown(hello)) }
 }
 
 fn unknown(hello: &Hello) -> String {
@@ -174,6 +183,7 @@ mod tests {
             lineage: Default::default(),
             versions: VersionRange::CURRENT,
             microcode: 0,
+            vcpu: None,
         })
     }
 
@@ -181,11 +191,12 @@ mod tests {
     fn the_list_alone_says_what_is_built() {
         use DeviceKind::{Console, Disk, Net, Rng, Serial};
         assert_eq!(board_of(&[], false), Ok(Plan::default()));
-        assert_eq!(board_of(&[(Net, 4)], true), Ok(Plan { pairs: Some(4), ..Plan::default() }));
+        let card = |pairs| Some(Card { pairs, wiring: Wiring::default() });
+        assert_eq!(board_of(&[(Net, 4)], true), Ok(Plan { card: card(4), ..Plan::default() }));
         let serial = Plan { serial: true, ..Plan::default() };
         assert_eq!(board_of(&[(Disk, 1), (Disk, 8), (Serial, 0)], false), Ok(serial));
         let all = [(Net, 1), (Disk, 1), (Rng, 1), (Console, 2), (Serial, 0)];
-        let plan = Plan { pairs: Some(1), rng: true, console: true, serial: true };
+        let plan = Plan { card: card(1), rng: true, console: true, serial: true };
         assert_eq!(board_of(&all, true), Ok(plan));
         for (wrong, mac) in [
             (&[(Disk, 1), (Net, 1)][..], true),

@@ -53,24 +53,6 @@ pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Re
     }
 }
 
-/// Switches the tap on and attaches it to its bridge.
-///
-/// # Errors
-/// One line with the remedy.
-pub(crate) fn join_bridge(net: Option<&NetSpec>) -> Result<(), String> {
-    let Some(net) = net else { return Ok(()) };
-    let text = |e: NetlinkError| e.to_string();
-    let mut netlink = Netlink::open().map_err(text)?;
-    let tap = netlink.link(&net.tap).map_err(text)?;
-    // What an administrator has set up already needs no rights of ours.
-    if let Some(bridge) = &net.bridge
-        && !(tap.bridge.is_some() && tap.bridge == netlink.index(bridge).ok())
-    {
-        netlink.attach(&net.tap, bridge).map_err(text)?;
-    }
-    if tap.up { Ok(()) } else { netlink.set_up(&net.tap).map_err(text) }
-}
-
 /// Watches this host's way to the guest's clients, if the guest has a card. Without the watch a VM runs as well,
 /// so only a name that does not fit is an error.
 ///

@@ -21,19 +21,21 @@ pub(crate) fn fixed_queues(kind: DeviceKind) -> Option<u16> {
 
 /// The devices of a machine in the order of their slots, and the serial port, which has no slot.
 pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -> Vec<DeviceInfo> {
-    let card = options.net.as_ref().map(|net| DeviceInfo::new(DeviceKind::Net, net.queues.into()));
+    let card = options.net.as_ref().map(|net| DeviceInfo {
+        wiring: net.wiring(),
+        ..DeviceInfo::new(DeviceKind::Net, net.queues.into())
+    });
     let describe = |(index, disk): (usize, &Disk)| {
         let spec = options.disks.get(index);
         DeviceInfo {
-            kind: DeviceKind::Disk,
             flags: DeviceFlags {
                 read_only: disk.is_readonly(),
                 shared: disk.is_shared(),
                 large_sectors: disk.sector_size() == SectorSize::Large,
             },
-            queues: spec.map_or(1, |spec| spec.queues.into()),
             size: disk.capacity_bytes(),
             serial: spec.and_then(|spec| spec.serial.clone()).unwrap_or_default(),
+            ..DeviceInfo::new(DeviceKind::Disk, spec.map_or(1, |spec| spec.queues.into()))
         }
     };
     let disks = machine.disks().iter().enumerate().map(describe);
@@ -84,5 +86,6 @@ pub(crate) fn hello(
         lineage: provenance.lineage.clone(),
         versions: VersionRange::CURRENT,
         microcode: process::microcode(),
+        vcpu: Some(machine.constant()),
     })
 }

@@ -2,7 +2,8 @@
 //! takeover. Neither uses the other's code, both use this.
 //!
 //! ```text
-//! host.rs       whether this host has the memory; the card's place in its network
+//! host.rs       whether this host has the memory
+//! tap.rs        the card's place in the host's network
 //! guest.rs      what boots
 //! options.rs    from the command line to the machine's options
 //! introduce.rs  what a primary tells its standby about the VM
@@ -22,12 +23,14 @@ pub(crate) mod limits;
 mod options;
 mod relay;
 mod remedy;
+mod tap;
 
 pub(crate) use disks::{Disk, replicated};
 pub(crate) use guest::Guest;
-pub(crate) use host::{check_memory, check_staging, join_bridge, lock_memory, no_random, watch_uplink};
+pub(crate) use host::{check_memory, check_staging, lock_memory, no_random, watch_uplink};
 pub(crate) use introduce::{devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::Relay;
 pub(crate) use remedy::Remedy;
+pub(crate) use tap::TapPlace;

@@ -12,7 +12,7 @@ const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 
 
 /// A network card's options.
 pub(crate) fn card(net: &NetSpec, mac: MacAddr) -> NetConfig {
-    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), limits: OUTPUT_LIMITS }
+    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
 }
 
 /// A disk's options.

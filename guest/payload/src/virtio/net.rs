@@ -2,7 +2,8 @@
 //!
 //! Memory, packed so that a quiet epoch dirties few pages: one page with everything that changes all the time
 //! (both available and used rings), one with the transmit descriptors, 256-byte transmit buffers for the
-//! frames of a request-response load, reused last-in-first-out, and 2 KiB buffers for the others.
+//! frames of a request-response load, reused last-in-first-out, and 2 KiB buffers for the others, or larger ones
+//! if the card says that the network carries more.
 
 use alloc::alloc::{Layout, alloc_zeroed};
 use alloc::vec::Vec;
@@ -23,12 +24,20 @@ const TX_SIZE: usize = 128;
 /// Of the transmit buffers, this many are small.
 const TX_SMALL: usize = 96;
 const SMALL_BUFFER: usize = 256;
-const LARGE_BUFFER: usize = 2048;
+/// Large buffers are a multiple of this.
+const LARGE_STEP: usize = 2048;
 /// `struct virtio_net_hdr` of a VIRTIO_F_VERSION_1 device.
 const HEADER: usize = 12;
-/// Largest Ethernet frame without checksum.
-const MAX_FRAME: usize = 1514;
+/// Length of an Ethernet header.
+const ETHERNET: usize = 14;
+/// The MTU of a card that says nothing.
+const USUAL_MTU: usize = 1500;
+/// No larger packets are sent: more would only take memory.
+const MOST_MTU: usize = 9216;
+/// Where the configuration has the MTU.
+const CONFIG_MTU: u64 = 10;
 
+const FEATURE_MTU: u64 = 1 << 3;
 const FEATURE_MAC: u64 = 1 << 5;
 const FEATURE_EVENT_IDX: u64 = 1 << 29;
 const FEATURE_VERSION_1: u64 = 1 << 32;
@@ -63,7 +72,7 @@ impl fmt::Display for NetError {
 /// A block of zeroed memory shared with the device, never freed.
 fn shared_block(len: usize) -> Result<u64, NetError> {
     let layout = Layout::from_size_align(len, 4096).map_err(|_| NetError::Memory)?;
-    // SAFETY: the layout is not empty (all callers pass constants).
+    // SAFETY: the layout is not empty: no caller passes 0.
     let block = unsafe { alloc_zeroed(layout) };
     if block.is_null() { Err(NetError::Memory) } else { Ok(block as u64) }
 }
@@ -71,17 +80,19 @@ fn shared_block(len: usize) -> Result<u64, NetError> {
 struct Receive {
     queue: Queue<RX_SIZE>,
     buffers: u64,
+    /// Length of a buffer.
+    large: usize,
 }
 
 impl Receive {
     fn address(&self, id: u16) -> u64 {
-        self.buffers + u64::from(id) * LARGE_BUFFER as u64
+        self.buffers + u64::from(id) * self.large as u64
     }
 
     /// The next frame, without its virtio header; a malformed length gives an empty one.
     fn peek(&self) -> Option<(u16, &[u8])> {
         let (id, len) = self.queue.peek_used()?;
-        let len = (len as usize).clamp(HEADER, LARGE_BUFFER) - HEADER;
+        let len = (len as usize).clamp(HEADER, self.large) - HEADER;
         // SAFETY: buffer `id` lies in our block (`peek_used` checks the id) and is ours until offered again.
         Some((id, unsafe { slice::from_raw_parts((self.address(id) + HEADER as u64) as *const u8, len) }))
     }
@@ -99,13 +110,15 @@ struct Transmit {
     buffers: u64,
     small_free: Vec<u16>,
     large_free: Vec<u16>,
+    /// Length of a large buffer.
+    large: usize,
     sent: u64,
 }
 
 impl Transmit {
     fn address(&self, id: u16) -> u64 {
         let id = usize::from(id);
-        let large = id.saturating_sub(TX_SMALL) * LARGE_BUFFER;
+        let large = id.saturating_sub(TX_SMALL) * self.large;
         self.buffers + (id.min(TX_SMALL) * SMALL_BUFFER + large) as u64
     }
 
@@ -125,7 +138,7 @@ impl Transmit {
     }
 
     fn send<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
-        assert!(len <= MAX_FRAME, "frame longer than the announced MTU");
+        assert!(HEADER + len <= self.large, "frame longer than the announced MTU");
         let small = if HEADER + len <= SMALL_BUFFER { self.small_free.pop() } else { None };
         let id = small
             .or_else(|| self.large_free.pop())
@@ -146,6 +159,7 @@ impl Transmit {
 pub struct Net {
     registers: Registers,
     mac: [u8; 6],
+    mtu: usize,
     receive: Receive,
     transmit: Transmit,
     kicks: u64,
@@ -168,7 +182,7 @@ impl Net {
         }
         let result = Self::start(&registers);
         match result {
-            Ok((mac, receive, transmit)) => Ok(Self { registers, mac, receive, transmit, kicks: 0 }),
+            Ok((mac, mtu, receive, transmit)) => Ok(Self { registers, mac, mtu, receive, transmit, kicks: 0 }),
             Err(error) => {
                 registers.write(reg::STATUS, status::FAILED);
                 Err(error)
@@ -176,16 +190,24 @@ impl Net {
         }
     }
 
-    fn start(registers: &Registers) -> Result<([u8; 6], Receive, Transmit), NetError> {
+    fn start(registers: &Registers) -> Result<([u8; 6], usize, Receive, Transmit), NetError> {
         let mut state = status::ACKNOWLEDGE | status::DRIVER;
         registers.write(reg::STATUS, 0);
         registers.write(reg::STATUS, state);
-        let event_idx = negotiate(registers)?;
+        let features = negotiate(registers)?;
+        let event_idx = features & FEATURE_EVENT_IDX != 0;
         state |= status::FEATURES_OK;
         registers.write(reg::STATUS, state);
         if registers.read(reg::STATUS) & status::FEATURES_OK == 0 {
             return Err(NetError::Features);
         }
+        let config = |index| registers.read_config(index);
+        let mtu = if features & FEATURE_MTU != 0 {
+            usize::from(u16::from_le_bytes([config(CONFIG_MTU), config(CONFIG_MTU + 1)])).min(MOST_MTU)
+        } else {
+            USUAL_MTU
+        };
+        let large = (HEADER + ETHERNET + mtu).next_multiple_of(LARGE_STEP);
         let (rx_parts, tx_parts) = ring_parts()?;
         // SAFETY: `ring_parts` gives fresh zeroed blocks that nothing else uses.
         let (rx_queue, tx_queue) =
@@ -194,19 +216,20 @@ impl Net {
         announce(registers, TX_QUEUE, TX_SIZE, tx_parts)?;
         let transmit = Transmit {
             queue: tx_queue,
-            buffers: shared_block(TX_SMALL * SMALL_BUFFER + (TX_SIZE - TX_SMALL) * LARGE_BUFFER)?,
+            buffers: shared_block(TX_SMALL * SMALL_BUFFER + (TX_SIZE - TX_SMALL) * large)?,
             small_free: free_list(0..TX_SMALL as u16)?,
             large_free: free_list(TX_SMALL as u16..TX_SIZE as u16)?,
+            large,
             sent: 0,
         };
-        let mut receive = Receive { queue: rx_queue, buffers: shared_block(RX_SIZE * LARGE_BUFFER)? };
+        let mut receive = Receive { queue: rx_queue, buffers: shared_block(RX_SIZE * large)?, large };
         for id in 0..RX_SIZE as u16 {
-            receive.queue.describe(id, receive.address(id), LARGE_BUFFER as u32, DESC_WRITE);
+            receive.queue.describe(id, receive.address(id), large as u32, DESC_WRITE);
             receive.queue.offer(id);
         }
-        let mac = core::array::from_fn(|i| registers.read_config(i as u64));
+        let mac = core::array::from_fn(|i| config(i as u64));
         registers.write(reg::STATUS, state | status::DRIVER_OK);
-        Ok((mac, receive, transmit))
+        Ok((mac, mtu, receive, transmit))
     }
 
     /// The card's hardware address.
@@ -244,14 +267,14 @@ impl Net {
     }
 }
 
-/// Accepts VERSION_1, MAC and, if offered, EVENT_IDX. True when EVENT_IDX is on.
-fn negotiate(registers: &Registers) -> Result<bool, NetError> {
+/// Accepts VERSION_1, MAC and, if offered, MTU and EVENT_IDX. Returns what is accepted.
+fn negotiate(registers: &Registers) -> Result<u64, NetError> {
     let mut offered = 0;
     for half in [0, 1] {
         registers.write(reg::DEVICE_FEATURES_SEL, half);
         offered |= u64::from(registers.read(reg::DEVICE_FEATURES)) << (32 * half);
     }
-    let wanted = offered & (FEATURE_MAC | FEATURE_EVENT_IDX | FEATURE_VERSION_1);
+    let wanted = offered & (FEATURE_MTU | FEATURE_MAC | FEATURE_EVENT_IDX | FEATURE_VERSION_1);
     if wanted & (FEATURE_MAC | FEATURE_VERSION_1) != FEATURE_MAC | FEATURE_VERSION_1 {
         return Err(NetError::Features);
     }
@@ -259,7 +282,7 @@ fn negotiate(registers: &Registers) -> Result<bool, NetError> {
         registers.write(reg::DRIVER_FEATURES_SEL, half);
         registers.write(reg::DRIVER_FEATURES, (wanted >> (32 * half)) as u32);
     }
-    Ok(wanted & FEATURE_EVENT_IDX != 0)
+    Ok(wanted)
 }
 
 /// Two pages: all rings and the (constant) receive descriptors in the first, the transmit descriptors in the
@@ -337,7 +360,7 @@ impl Device for Net {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = MAX_FRAME;
+        capabilities.max_transmission_unit = ETHERNET + self.mtu;
         capabilities
     }
 }

@@ -20,9 +20,13 @@ const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
+const IFLA_BR_VLAN_DEFAULT_PVID: u16 = 39;
 
 /// What the kernel reports of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +45,19 @@ pub struct Link {
     pub bridge: Option<u32>,
     /// Its kind: `bridge`, `veth`, `tun` (taps too). `None` for hardware and the loopback.
     pub kind: Option<String>,
+    /// Most bytes of a packet, without the Ethernet header; 0 if the kernel does not say.
+    pub mtu: u32,
+    /// Of a bridge: how it treats VLANs.
+    pub vlans: BridgeVlans,
+}
+
+/// How a bridge treats VLANs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BridgeVlans {
+    /// Whether it looks at them.
+    pub filtering: bool,
+    /// The VLAN of untagged frames at a new port; 0 for none.
+    pub default_pvid: u16,
 }
 
 impl Link {
@@ -123,20 +140,45 @@ pub(super) fn parse_link(bytes: &[u8], what: &str) -> Result<Link, NetlinkError>
     let attributes = bytes.get(IFINFOMSG..).ok_or_else(|| bad("an interface without attributes"))?;
     let flags = LinkFlags::from_bits_retain(flags);
     let (up, carrier) = (flags.contains(LinkFlags::Up), flags.contains(LinkFlags::LowerUp));
-    let mut link = Link { name: String::new(), index, mac: None, up, carrier, bridge: None, kind: None };
+    let (mac, bridge, kind, vlans) = Default::default();
+    let mut link = Link { name: String::new(), index, mac, up, carrier, bridge, kind, mtu: 0, vlans };
+    let mut data = Vec::new();
     for attribute in NlasIterator::new(attributes).filter_map(Result::ok) {
         match attribute.kind() {
             IFLA_IFNAME => link.name = text(attribute.value()),
             IFLA_ADDRESS => link.mac = attribute.value().try_into().ok(),
             IFLA_MASTER => link.bridge = u32_at(attribute.value(), 0),
+            IFLA_MTU => link.mtu = u32_at(attribute.value(), 0).unwrap_or(0),
             IFLA_LINKINFO => {
-                let mut info = NlasIterator::new(attribute.value()).filter_map(Result::ok);
-                link.kind = info.find(|it| it.kind() == IFLA_INFO_KIND).map(|it| text(it.value()));
+                for info in NlasIterator::new(attribute.value()).filter_map(Result::ok) {
+                    match info.kind() {
+                        IFLA_INFO_KIND => link.kind = Some(text(info.value())),
+                        IFLA_INFO_DATA => data = info.value().to_vec(),
+                        _ => {}
+                    }
+                }
             }
             _ => {}
         }
     }
+    // Other kinds have other attributes with these numbers.
+    if link.kind.as_deref() == Some("bridge") {
+        link.vlans = parse_vlans(&data);
+    }
     Ok(link)
+}
+
+fn parse_vlans(data: &[u8]) -> BridgeVlans {
+    let mut vlans = BridgeVlans::default();
+    for attribute in NlasIterator::new(data).filter_map(Result::ok) {
+        let value = attribute.value();
+        match (attribute.kind(), value.len()) {
+            (IFLA_BR_VLAN_FILTERING, 1) => vlans.filtering = value[0] != 0,
+            (IFLA_BR_VLAN_DEFAULT_PVID, 2) => vlans.default_pvid = u16_at(value, 0),
+            _ => {}
+        }
+    }
+    vlans
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -103,6 +103,7 @@ pub(super) fn hello() -> Hello {
         lineage: Default::default(),
         versions: VersionRange::CURRENT,
         microcode: 0,
+        vcpu: None,
     }
 }
 

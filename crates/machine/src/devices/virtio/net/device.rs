@@ -50,6 +50,10 @@ pub struct NetConfig {
     pub mac: MacAddr,
     /// How many queue pairs the guest may use: 1 to [`MAX_PAIRS`]. The same on both hosts.
     pub pairs: u16,
+    /// The largest packet that the guest is told it may send, in bytes without the Ethernet header. `None`: it is
+    /// told nothing and believes in 1500. The same on both hosts: a driver that has accepted it relies on it. The
+    /// tap must carry as much.
+    pub mtu: Option<u16>,
     /// How much output may be held.
     pub limits: OutputLimits,
 }
@@ -77,6 +81,8 @@ pub enum NetError {
 pub struct Net {
     pub(super) port: Arc<dyn FramePort>,
     pub(super) output: Arc<Output>,
+    /// The largest packet that the driver is told of.
+    pub(super) mtu: Option<u16>,
     pub(super) counters: Counters,
     /// Limits log lines about the tap's failures.
     pub(super) complaints: Complaints,
@@ -126,7 +132,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         }
         let tap = Arc::new(Tap::with_queues(&config.tap, config.pairs)?);
         let output = Output::new(tap.clone(), config.limits, permit)?;
-        Ok(Self::with_port(config.mac, tap, Arc::new(output), host)?)
+        Ok(Self::with(config.mac, Net { mtu: config.mtu, ..Net::new(tap, Arc::new(output)) }, host)?)
     }
 
     /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives
@@ -140,7 +146,11 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         output: Arc<Output>,
         host: DeviceHost<M>,
     ) -> io::Result<Self> {
-        let mut slot = Self::without_thread(Net::new(port, output), Card::new(mac), host)?;
+        Self::with(mac, Net::new(port, output), host)
+    }
+
+    pub(super) fn with(mac: MacAddr, net: Net, host: DeviceHost<M>) -> io::Result<Self> {
+        let mut slot = Self::without_thread(net, Card::new(mac), host)?;
         slot.start_thread()?;
         // The thread knows all queues of the port now, and tells it that none but the first are in use.
         slot.shared().wake_thread();
@@ -192,7 +202,7 @@ impl Card {
 impl Net {
     pub(super) fn new(port: Arc<dyn FramePort>, output: Arc<Output>) -> Self {
         let (counters, complaints, port_settings, announcing) = Default::default();
-        Self { port, output, counters, complaints, port_settings, announcing }
+        Self { port, output, mtu: None, counters, complaints, port_settings, announcing }
     }
 
     fn announce_if_due(&self) {
@@ -254,11 +264,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         let pairs = self.port.pairs();
         let mut queue_sizes = vec![FRAMES; 2 * pairs];
         queue_sizes.push(COMMANDS);
-        Identity { device_type: VIRTIO_ID_NET, features: offered(pairs), queue_sizes }
+        Identity { device_type: VIRTIO_ID_NET, features: offered(pairs, self.mtu), queue_sizes }
     }
 
-    /// Address, link, number of queue pairs (virtio 1.2, 5.1.4). The link is always up; a device with one
-    /// pair does not say how many it has.
+    /// Address, link, number of queue pairs, largest packet (virtio 1.2, 5.1.4). The link is always up; a device
+    /// with one pair does not say how many it has.
     fn config(&self, card: &Card) -> [u8; CONFIG_BYTES] {
         let asks = if card.settings.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         let status = (VIRTIO_NET_S_LINK_UP | asks) as u16;
@@ -268,6 +278,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         space[..6].copy_from_slice(&card.settings.mac.0);
         space[6..8].copy_from_slice(&status.to_le_bytes());
         space[8..10].copy_from_slice(&pairs.to_le_bytes());
+        space[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         space
     }
 

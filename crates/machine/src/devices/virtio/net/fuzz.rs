@@ -49,7 +49,7 @@ pub struct Reached {
 /// Runs the device over what `data` says.
 pub fn run(data: &[u8]) -> Reached {
     let mut source = Source(data);
-    let features = effective(source.number::<8>() & offered(PAIRS) | 1 << 32);
+    let features = effective(source.number::<8>() & offered(PAIRS, None) | 1 << 32);
     let limits = OutputLimits { frames: 8, bytes: MAX_PACKET };
     let hold = source.byte() & 1 != 0;
     let mode = if hold { OutputMode::Hold } else { OutputMode::PassThrough };

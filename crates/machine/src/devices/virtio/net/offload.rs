@@ -12,8 +12,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
     VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
 };
 
@@ -52,9 +52,12 @@ pub(super) const MQ: u64 = bit(VIRTIO_NET_F_MQ);
 /// What the host may leave to the guest: these bits also name them on the control queue.
 pub(super) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
 
-/// The features that a device with this many queue pairs offers.
-pub(super) const fn offered(pairs: usize) -> u64 {
-    let several = if pairs > 1 { MQ } else { 0 };
+/// The driver is told how large its packets may be.
+pub(super) const MTU: u64 = bit(VIRTIO_NET_F_MTU);
+
+/// The features that a device with this many queue pairs offers, and with a largest packet or without.
+pub(super) const fn offered(pairs: usize, mtu: Option<u16>) -> u64 {
+    let several = (if pairs > 1 { MQ } else { 0 }) | (if mtu.is_some() { MTU } else { 0 });
     let transmit = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
     let control = CTRL_VQ | CTRL_RX | CTRL_MAC_ADDR | CTRL_GUEST_OFFLOADS | GUEST_ANNOUNCE;
     let simple = bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_STATUS) | MRG_RXBUF;

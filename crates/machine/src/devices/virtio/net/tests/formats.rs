@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::devices::virtio::net::announce::{Schedule, rarp};
+use crate::devices::virtio::net::device::Net;
 use crate::devices::virtio::net::mac::MacError;
 use crate::devices::virtio::net::persist::NetState;
 use crate::devices::virtio::persist::DecodeError;
@@ -83,4 +84,34 @@ fn saved_bytes_are_checked() {
     bytes[0] = 1;
     let old = rig.device.take_over(&bytes).unwrap_err();
     assert!(old.to_string().contains("version 1, but this release knows 2"), "{old}");
+}
+
+/// Told or not told, a guest stays with it: its driver relies on what it has accepted.
+#[test]
+fn a_driver_is_told_the_largest_packet_if_there_is_one() {
+    const F_MTU: u64 = 1 << 3;
+    let memory = memory();
+    let with = |mtu| {
+        let mut rig = Rig::usual(&memory);
+        let (port, output) = (rig.port.clone(), rig.output.output.clone());
+        let net = Net { mtu, ..Net::new(port, output) };
+        rig.rig = rig::Rig::on(memory.clone(), |host| NetDevice::with(MAC, net, host).unwrap());
+        rig
+    };
+    let (told, untold) = (with(Some(9000)), with(None));
+    assert_eq!((told.offered() & F_MTU, untold.offered() & F_MTU), (F_MTU, 0));
+    let mtu = |rig: &Rig<'_>| {
+        let mut config = [0; 2];
+        rig.device.registers().lock().unwrap().read(0x10a, &mut config);
+        u16::from_le_bytes(config)
+    };
+    assert_eq!((mtu(&told), mtu(&untold)), (9000, 0));
+    told.negotiate(FEATURES | F_MTU);
+    let relies = told.saved();
+    let next = with(Some(9000));
+    next.device.take_over(&relies).unwrap();
+    assert_eq!(mtu(&next), 9000);
+    assert!(with(None).device.take_over(&relies).is_err(), "nobody would tell it again after a reset");
+    untold.negotiate(FEATURES);
+    with(None).device.take_over(&untold.saved()).unwrap();
 }
