@@ -53,10 +53,10 @@ impl Machine {
         }
         let bytes = Arc::new(bytes);
         self.vcpus.on_each(|index| {
-            let bytes = bytes.clone();
+            let (bytes, host) = (bytes.clone(), self.host.clone());
             Box::new(move |fd| {
                 // One is enough: they are all on this host.
-                if index == 0 { state::restore_constant(fd, &bytes).map(drop) } else { Ok(()) }
+                if index == 0 { state::restore_constant(fd, &bytes, &host).map(drop) } else { Ok(()) }
             })
         })?;
         Ok(())

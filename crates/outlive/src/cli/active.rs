@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use super::epochs::EpochOptions;
 use super::values::{
     ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence_timeout, parse_host_port,
-    parse_stop_within, parse_uplink_timeout,
+    parse_max_pause, parse_stop_within, parse_uplink_timeout,
 };
 use crate::events::EventsTo;
 use crate::network::UplinkSpec;
@@ -64,6 +64,11 @@ pub struct ActiveOptions {
     /// How long the fence command may take before it is killed and repeated
     #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_fence_timeout)]
     pub fence_timeout: Duration,
+
+    /// How long the guest may stand still when it is first copied to a standby. A guest that writes faster than the
+    /// link carries is held for shorter times, so that little is left for the last stop
+    #[arg(long, default_value = "300ms", value_name = "TIME", value_parser = parse_max_pause)]
+    pub max_pause: Duration,
 
     /// How dirty pages are found
     #[arg(long, default_value = "auto", value_name = "NAME")]

@@ -219,7 +219,14 @@ mod tests {
                 ..Measured::default()
             })
         };
-        let protected = || Event::Protected { generation: 1, checkpoint: 1, base_ms: 9 };
+        let protected = || Event::Protected {
+            generation: 1,
+            checkpoint: 1,
+            base_ms: 9,
+            rounds: 2,
+            held_ms: 0,
+            longest_stop_us: 0,
+        };
         let mut first = Tenure::default();
         // New totals replace the previous ones, measurements are added. The time after the last totals
         // (killed here) is not counted.

@@ -102,6 +102,20 @@ pub enum Event {
         #[serde(default)]
         planned_pages: u64,
     },
+    /// The base synchronisation cannot come to its end, because the guest writes faster than the link carries.
+    /// The guest runs freely until the next attempt.
+    BaseStalled {
+        /// Pages that are left.
+        pages: u64,
+        /// Bytes that the link carries in a second.
+        link_bytes_per_s: u64,
+        /// How long the guest would have to stop for those pages, in milliseconds.
+        stop_ms: u64,
+        /// How long it may (`--max-pause`), in milliseconds.
+        max_pause_ms: u64,
+        /// The next attempt begins after this time, in milliseconds.
+        again_ms: u64,
+    },
     /// The guest's kernel panicked; what follows is its own decision.
     GuestPanicked,
     /// The guest restarted. It stays protected.
@@ -135,6 +149,16 @@ pub enum Event {
         checkpoint: u64,
         /// How long the base took, in milliseconds.
         base_ms: u64,
+        /// Rounds in which memory was sent.
+        #[serde(default)]
+        rounds: u32,
+        /// For how long the guest was held meanwhile, in milliseconds, because it wrote faster than the link
+        /// carries.
+        #[serde(default)]
+        held_ms: u64,
+        /// The longest time that it stood still for that, or at the last stop.
+        #[serde(default)]
+        longest_stop_us: u64,
     },
     /// Totals since this process became the active side; sent every 200 ms at first, every 2 s in the long
     /// run, and at the end.
@@ -282,6 +306,9 @@ pub struct Stats {
     pub bytes: u64,
     /// Frames that wait for their checkpoint's commit right now.
     pub held_frames: u64,
+    /// For how long the guest was held, because it wrote faster than the link carries.
+    #[serde(default)]
+    pub guest_held_us: u64,
     /// How the pages of checkpoints were written down.
     #[serde(default)]
     pub pages: PageCounts,

@@ -25,7 +25,15 @@ fn every_event() -> Vec<Event> {
         Event::GuestRestarted { how: "a triple fault".into() },
         Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
         Event::SelfCheck { checkpoint: 100, difference: None },
-        Event::Protected { generation: 1, checkpoint: 3, base_ms: 120 },
+        Event::Protected {
+            generation: 1,
+            checkpoint: 3,
+            base_ms: 120,
+            rounds: 2,
+            held_ms: 9,
+            longest_stop_us: 700,
+        },
+        Event::BaseStalled { pages: 9, link_bytes_per_s: 8, stop_ms: 7, max_pause_ms: 6, again_ms: 5 },
         Event::Stats(Stats { rate_hz: 812.5, ..Stats::default() }),
         Event::Measured(Measured {
             span_us: 1,

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 pub(crate) use dial::{Listener, NewConnection, dial};
 pub(crate) use receiver::{Heard, receive};
-pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, Shipped};
+pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, SentRound, Shipped};
 
 /// What carries the bytes of a connection. One thread may read, another may write and any thread may close
 /// it, all at the same time.

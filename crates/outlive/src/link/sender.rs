@@ -71,6 +71,16 @@ pub(crate) enum Job {
     Close,
 }
 
+/// A base round that was sent.
+pub(crate) struct SentRound {
+    /// The list, which can be used again.
+    pub(crate) gfns: Vec<Gfn>,
+    /// Bytes that were written to the link.
+    pub(crate) bytes: u64,
+    /// In this time.
+    pub(crate) took: Duration,
+}
+
 /// A report of the thread.
 pub(crate) enum SenderReport {
     /// The buffer can be used again.
@@ -80,8 +90,8 @@ pub(crate) enum SenderReport {
         /// How many in this step.
         pages: u64,
     },
-    /// A base round is sent; the list can be used again.
-    BaseRoundDone(Vec<Gfn>),
+    /// A base round is sent.
+    BaseRoundDone(SentRound),
     /// Bytes written since the last report.
     Sent(u64),
     /// A checkpoint is sent to its end.
@@ -147,6 +157,7 @@ impl Sender {
             batched: 0,
             shipped: Shipped::default(),
             writing: Duration::ZERO,
+            written: 0,
             report,
         };
         let thread = outlive_machine::spawn("sender", move || {
@@ -247,6 +258,8 @@ struct Work<R> {
     shipped: Shipped,
     /// Time in system calls that write, since it was last read out.
     writing: Duration,
+    /// Bytes written to the link so far.
+    written: u64,
     report: R,
 }
 
@@ -277,8 +290,10 @@ impl<R: Fn(SenderReport)> Work<R> {
                 Ok(())
             }
             Job::BaseRound { round, gfns, ram } => {
+                let (began, before) = (Instant::now(), self.written);
                 self.base_round(round, &gfns, &ram)?;
-                (self.report)(SenderReport::BaseRoundDone(gfns));
+                let (bytes, took) = (self.written - before, began.elapsed());
+                (self.report)(SenderReport::BaseRoundDone(SentRound { gfns, bytes, took }));
                 Ok(())
             }
             Job::Disk(section) => self.disk(&section),
@@ -531,6 +546,7 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.heads.clear();
         self.cuts.clear();
         self.batched = 0;
+        self.written += total as u64;
         (self.report)(SenderReport::Sent(total as u64));
         Ok(())
     }

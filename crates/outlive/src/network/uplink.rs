@@ -319,6 +319,8 @@ mod tests {
             carrier: true,
             bridge,
             kind: kind.map(str::to_owned),
+            mtu: 1500,
+            vlans: Default::default(),
         }
     }
 

@@ -92,7 +92,8 @@ impl Coordinator {
             changed: pages.logged != Some(0)
                 || pages.marked + pages.hot > 0
                 || machine.write_log().fill().0 > 0,
-            dirty_log_full: self.full.dirty,
+            // A guest that is held can use no more run time either.
+            dirty_log_full: self.full.dirty || self.held.is_some(),
             disk_log_full: self.full.disk,
             held_since: self.with.driver.held_since(),
             acknowledged_in: self.acknowledged_in,
@@ -145,6 +146,10 @@ impl Coordinator {
         let ended = self.with.driver.clock().now().saturating_sub(report.ended.elapsed());
         let began = ended.saturating_sub(report.pause);
         self.with.policy.ended(&Pause { began, ended, pages: report.pages as u64 });
+        self.last_epoch.ended(began, ended, report.pages);
+        if then == Then::Resume {
+            self.let_go();
+        }
         match decided.ticket {
             Some(ticket) => {
                 let totals = (decided.sent_parts == 0).then_some((report.pages, staging.state().len()));

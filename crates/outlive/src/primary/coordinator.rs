@@ -8,6 +8,7 @@
 //! capture.rs   when an epoch ends, and the pause
 //! base.rs      the base synchronisation of memory; disks.rs that of the disks
 //! broken.rs     disks and networks that fail while the VM runs
+//! hold.rs      holds a guest that writes more than the link carries; brake.rs, converge.rs: how much, how long
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
 //! notes.rs     log lines and events about them
 //! ```
@@ -26,6 +27,7 @@ use super::base::Base;
 use super::broken::Faults;
 use super::capture::{Due, FullLogs};
 use super::driver::SharedDriver;
+use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
 use super::notes::Notes;
 use super::pool::Pool;
@@ -74,6 +76,8 @@ pub(super) struct Setup {
     pub(super) policy: Policy,
     /// How many pages a buffer has room for.
     pub(super) staging_pages: usize,
+    /// How long the guest may stand still at the end of the base synchronisation.
+    pub(super) longest_pause: Duration,
     /// Whether there are disks whose writes are part of a checkpoint.
     pub(super) replicates_disks: bool,
     /// Keeps the sidecars of the disks' images.
@@ -108,6 +112,11 @@ pub(super) struct Coordinator {
     pub(super) on_their_way: VecDeque<(u64, Duration)>,
     /// How long the last commit took.
     pub(super) acknowledged_in: Option<Duration>,
+    /// The guest is held back.
+    pub(super) held: Option<Held>,
+    /// When it was last decided whether the guest is held, on the driver's clock.
+    pub(super) looked_at: Duration,
+    pub(super) last_epoch: LastEpoch,
     /// The number of checkpoints of this process.
     pub(super) captures: u64,
     /// Why the VM can no longer run here.
@@ -130,6 +139,9 @@ impl Coordinator {
             full: FullLogs::default(),
             on_their_way: VecDeque::with_capacity(16),
             acknowledged_in: None,
+            held: None,
+            looked_at: Duration::ZERO,
+            last_epoch: LastEpoch::default(),
             captures: 0,
             over: None,
             blamed: false,
@@ -169,6 +181,7 @@ impl Coordinator {
         }
         self.with.driver.handle(PrimaryEvent::Tick);
         self.restart_if_due();
+        self.try_base_again();
         self.stop_if_due();
         self.look_at_disks();
         if self.with.wants_protection {
@@ -184,6 +197,7 @@ impl Coordinator {
     fn wait(&mut self) -> Option<Inbox> {
         let waiting = self.with.driver.wait();
         self.note_commit(waiting.committed);
+        let look = self.hold_or_let_go(waiting.wanted);
         let now = self.with.driver.clock().now();
         let epoch_ends = match self.due(waiting.wanted) {
             Due::Now => Some(now),
@@ -194,7 +208,7 @@ impl Coordinator {
         let until = until.map(|until| until.saturating_sub(now));
         let until_restart = self.restarts.due().map(|due| due.saturating_duration_since(Instant::now()));
         let until_stop = self.stop_due.map(|due| due.saturating_duration_since(Instant::now()));
-        let timeout = [until, until_restart, until_stop].into_iter().flatten().min().unwrap_or(IDLE);
+        let timeout = [until, until_restart, until_stop, look].into_iter().flatten().min().unwrap_or(IDLE);
         self.with.inbox.next_within(timeout)
     }
 
@@ -381,7 +395,7 @@ impl Coordinator {
                     base.sent(pages);
                 }
             }
-            SenderReport::BaseRoundDone(gfns) => self.base_round_done(link, gfns),
+            SenderReport::BaseRoundDone(sent) => self.base_round_done(link, sent),
             // Handled where they are reported: see `links.rs`.
             SenderReport::Free(_)
             | SenderReport::Sent(_)
@@ -400,6 +414,7 @@ impl Coordinator {
 
     /// Lets the guest run, if it may.
     pub(super) fn resume(&mut self) {
+        self.end_hold();
         if self.with.driver.guest_may_run() {
             self.with.machine.resume();
         }
@@ -410,6 +425,8 @@ impl Coordinator {
             protection.pool.close();
         }
         self.on_their_way.clear();
+        // Nothing has to be sent any more. Whoever ends the protection lets the guest run, if it may.
+        self.end_hold();
         self.with.self_check.cancel();
         self.with.machine.disable_tracking();
         self.with.machine.write_log().set_mode(LogMode::Off);

@@ -122,6 +122,11 @@ impl DiskBase {
         self.phase == Phase::Done
     }
 
+    /// Whether the log has begun, and the standby has everything that is not in it.
+    pub(super) fn is_done(&self) -> bool {
+        self.phase == Phase::Done
+    }
+
     /// Takes a report.
     pub(super) fn report(&mut self, report: SyncReport) -> Next {
         match report {

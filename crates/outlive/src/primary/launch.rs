@@ -175,6 +175,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         disk_timeout: options.disk_timeout.0,
         policy: capture::policy(ending, options.max_dirty),
         staging_pages: options.max_dirty * 2,
+        longest_pause: options.max_pause,
         totals,
         events,
         standing,

@@ -1,11 +1,14 @@
 //! The host where the VM runs: `outlive run`, and a standby after its takeover.
 
 mod base;
+mod brake;
 mod broken;
 mod capture;
+mod converge;
 mod coordinator;
 mod disks;
 mod driver;
+mod hold;
 mod inbox;
 mod launch;
 mod links;

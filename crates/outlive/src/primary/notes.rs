@@ -8,7 +8,7 @@ use outlive_epoch::LeaveReason;
 use outlive_pair::{LossReason, PrimaryNote as Note};
 
 use super::reminder::Reminder;
-use super::stats::Totals;
+use super::stats::{BaseCost, Totals};
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
 
@@ -59,8 +59,16 @@ impl Notes {
                 let base_ms = self.totals.base_ms();
                 self.totals.protected(true);
                 self.standing.protected(generation);
-                tracing::info!(generation, checkpoint, base_ms, "protected");
-                self.events.emit(Event::Protected { generation, checkpoint, base_ms });
+                let BaseCost { rounds, held_ms, longest_stop_us } = self.totals.base_cost();
+                tracing::info!(generation, checkpoint, base_ms, rounds, held_ms, "protected");
+                self.events.emit(Event::Protected {
+                    generation,
+                    checkpoint,
+                    base_ms,
+                    rounds,
+                    held_ms,
+                    longest_stop_us,
+                });
             }
             Note::LinkLost { why, held } => {
                 self.totals.protected(false);

@@ -26,9 +26,33 @@ pub(crate) struct Totals {
     pages: Mutex<PageCounts>,
     protected: AtomicBool,
     base_began: Mutex<Option<Instant>>,
+    held: Mutex<HeldTime>,
     in_flight: Mutex<InFlight>,
     phases: Phases,
     dirty_pages: Recorded,
+}
+
+/// For how long the guest was held back.
+#[derive(Clone, Copy, Debug, Default)]
+struct HeldTime {
+    total: Duration,
+    /// How long it was at the beginning of the base synchronisation.
+    before_base: Duration,
+    /// The longest time that the guest stood still since then.
+    longest: Duration,
+    /// Rounds of the base synchronisation.
+    rounds: u32,
+}
+
+/// How the guest fared in a base synchronisation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BaseCost {
+    /// Rounds of memory.
+    pub(crate) rounds: u32,
+    /// Milliseconds for which the guest was held, all together.
+    pub(crate) held_ms: u64,
+    /// The longest time in microseconds that it stood still.
+    pub(crate) longest_stop_us: u64,
 }
 
 /// How far the checkpoints are.
@@ -54,6 +78,7 @@ impl Totals {
             pages: Mutex::default(),
             protected: AtomicBool::new(false),
             base_began: Mutex::new(None),
+            held: Mutex::default(),
             in_flight: Mutex::new(InFlight {
                 committed: checkpoint,
                 sent: VecDeque::with_capacity(MAX_IN_FLIGHT),
@@ -123,6 +148,34 @@ impl Totals {
         // What was in flight on an earlier link never arrives.
         self.in_flight().sent.clear();
         *self.base_began.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        let mut held = self.held_time();
+        *held = HeldTime { total: held.total, before_base: held.total, ..HeldTime::default() };
+    }
+
+    fn held_time(&self) -> MutexGuard<'_, HeldTime> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest was held back for so long.
+    pub(crate) fn held(&self, took: Duration) {
+        let mut held = self.held_time();
+        held.total += took;
+        held.longest = held.longest.max(took);
+    }
+
+    /// The base is captured, after so many rounds.
+    pub(crate) fn base_rounds(&self, rounds: u32) {
+        self.held_time().rounds = rounds;
+    }
+
+    /// How the guest has fared since the base synchronisation began.
+    pub(crate) fn base_cost(&self) -> BaseCost {
+        let held = *self.held_time();
+        BaseCost {
+            rounds: held.rounds,
+            held_ms: (held.total - held.before_base).as_millis() as u64,
+            longest_stop_us: held.longest.as_micros() as u64,
+        }
     }
 
     /// Time since base synchronisation began, in milliseconds.
@@ -169,6 +222,7 @@ impl Totals {
             rate_hz,
             bytes: self.bytes.load(Ordering::Relaxed),
             held_frames: output.map_or(0, |o| o.stats().held_frames),
+            guest_held_us: self.held_time().total.as_micros() as u64,
             pages: *self.pages(),
         }
     }

@@ -116,7 +116,14 @@ mod tests {
         assert_eq!((bar.position(), bar.length(), bar.message().as_str()), (12 << 12, Some(16 << 12), "2"));
         assert_eq!((bars.disks[&1].position(), bars.disks[&1].length()), (4, Some(8)));
         for end in [
-            Event::Protected { generation: 1, checkpoint: 1, base_ms: 1 },
+            Event::Protected {
+                generation: 1,
+                checkpoint: 1,
+                base_ms: 1,
+                rounds: 2,
+                held_ms: 0,
+                longest_stop_us: 0,
+            },
             Event::LinkLost { reason: String::new() },
         ] {
             bars.show(&memory(13));

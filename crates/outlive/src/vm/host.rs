@@ -6,7 +6,7 @@ use super::Remedy;
 use super::limits::REMEMBERED_PAGES;
 use crate::check;
 use crate::cli::{ActiveOptions, NetSpec};
-use crate::network::{Netlink, NetlinkError, Place, Uplink, UplinkSpec};
+use crate::network::{Netlink, Place, Uplink, UplinkSpec};
 
 /// Refuses a VM for which this host has too little memory.
 ///

@@ -36,12 +36,12 @@ fn ip(world: &World, side: Side, words: &str) {
 /// chosen the bridge's address and MTU, unless `chosen`.
 fn administer(world: &World, side: Side, chosen: bool) {
     ip(world, side, "link delete br0");
-    ip(world, side, "link set up mtu 9000");
+    ip(world, side, "link set dev up mtu 9000");
     ip(world, side, "link add br0 type bridge");
     if chosen {
         ip(world, side, "link set br0 address 02:12:34:56:78:9a");
     }
-    ip(world, side, "link set up master br0");
+    ip(world, side, "link set dev up master br0");
     if chosen {
         ip(world, side, "link set br0 mtu 8000");
     }

@@ -241,6 +241,16 @@ fn primaries_that_do_not_belong_here_are_refused() {
     ] {
         FakePrimary::introduce(&world, &wrong).assert_refused(RefuseCode::Resources);
     }
+    // A guest that was told of features that this host lacks: all of leaf 7. An entry begins with leaf, subleaf
+    // and flags, and has EAX and EBX behind them.
+    let mut other_processor = Hello { generation: 2, ..hello.clone() };
+    let bytes = &mut other_processor.vcpu.as_mut().expect("there is room for it").bytes;
+    let begin = [7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
+    let leaf = bytes.windows(12).position(|it| it == begin).expect("leaf 7");
+    bytes[leaf + 16..leaf + 20].fill(0xff);
+    let answer = FakePrimary::introduce(&world, &other_processor).answer();
+    let lacks = "this host cannot resume the VM: vCPU 0: the VM's vCPUs have features that this host lacks";
+    assert!(answer.contains("Resources") && answer.contains(lacks), "{answer}");
     // A list of devices from which no machine can be built: the standby guesses nothing.
     let mut twice = Hello { generation: 2, ..hello.clone() };
     twice.devices.extend(twice.devices.clone());

@@ -123,6 +123,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         stop_within: Duration::from_secs(60),
         policy: capture::policy(Ending::Interval(Duration::from_millis(1)), MAX_DIRTY),
         staging_pages: 2 * MAX_DIRTY,
+        longest_pause: Duration::from_secs(20),
         replicates_disks: false,
         sidecars: Arc::new(
             Sidecars::start(Vec::new(), crate::disk::tests::provenance(VmId([1; 16]))).unwrap(),

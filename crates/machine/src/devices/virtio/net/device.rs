@@ -132,7 +132,7 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         }
         let tap = Arc::new(Tap::with_queues(&config.tap, config.pairs)?);
         let output = Output::new(tap.clone(), config.limits, permit)?;
-        Ok(Self::with(config.mac, Net { mtu: config.mtu, ..Net::new(tap, Arc::new(output)) }, host)?)
+        Ok(Self::with(config.mac, Net::new(tap, Arc::new(output)).telling(config.mtu), host)?)
     }
 
     /// A network device that takes frames from `port`, which has at most [`MAX_PAIRS`] pairs, and gives
@@ -203,6 +203,11 @@ impl Net {
     pub(super) fn new(port: Arc<dyn FramePort>, output: Arc<Output>) -> Self {
         let (counters, complaints, port_settings, announcing) = Default::default();
         Self { port, output, mtu: None, counters, complaints, port_settings, announcing }
+    }
+
+    /// The same, but the driver is told of a largest packet or not.
+    pub(super) fn telling(self, mtu: Option<u16>) -> Self {
+        Self { mtu, ..self }
     }
 
     fn announce_if_due(&self) {

@@ -94,7 +94,7 @@ fn a_driver_is_told_the_largest_packet_if_there_is_one() {
     let with = |mtu| {
         let mut rig = Rig::usual(&memory);
         let (port, output) = (rig.port.clone(), rig.output.output.clone());
-        let net = Net { mtu, ..Net::new(port, output) };
+        let net = Net::new(port, output).telling(mtu);
         rig.rig = rig::Rig::on(memory.clone(), |host| NetDevice::with(MAC, net, host).unwrap());
         rig
     };
