@@ -121,6 +121,20 @@ pub(crate) fn apply(store: &impl Store, record: &DiskRecord<'_>) -> io::Result<(
     }
 }
 
+/// The chunk that a record fills from its first byte to its last, and its sum then.
+pub(crate) fn whole_chunk(record: &DiskRecord<'_>, disk_bytes: u64) -> Option<(u64, Sum)> {
+    let (chunk, size) = (record.offset / DISK_CHUNK as u64, DISK_CHUNK as u64);
+    let whole = record.offset.is_multiple_of(size)
+        && record.len() == size.min(disk_bytes.saturating_sub(record.offset));
+    let sum = match record.op {
+        DiskOp::Data(bytes) if is_zero(bytes) => ZERO_SUM,
+        DiskOp::Data(bytes) => *blake3::hash(bytes).as_bytes(),
+        DiskOp::Zero(_) => ZERO_SUM,
+        DiskOp::Flush => return None,
+    };
+    (whole && !record.is_empty()).then_some((chunk, sum))
+}
+
 /// How many chunks a disk of this many bytes has.
 pub(crate) fn chunks(bytes: u64) -> u64 {
     bytes.div_ceil(DISK_CHUNK as u64)

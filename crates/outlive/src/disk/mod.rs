@@ -4,7 +4,8 @@
 //! ```text
 //! primary   write log of the machine ──► sender ──► link          sync.rs: what differs, found by sums, sent in the background
 //! standby   link ──► staged, acknowledged ──► replica.rs (a thread) ──► journal.rs ──► image.rs
-//! both      sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: the thread that writes it
+//! both      book.rs: what this process knows of its images' contents, so that it need not read all of them again
+//!           sidecar.rs: whose copy an image is, and whether it is whole; sidecars.rs: the thread that writes it
 //! a start   prepare.rs: brings images to their last commit; standing.rs: whether the VM may go on with them;
 //!           start.rs: as which VM, in which generation; overwrite.rs, blank.rs: what a standby may overwrite
 //! ```
@@ -22,6 +23,7 @@
 
 mod apply;
 mod blank;
+mod book;
 mod command;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
@@ -41,6 +43,7 @@ mod sync;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub(crate) use book::{Book, Books};
 pub(crate) use command::command;
 pub(crate) use hash::contents as hash_contents;
 pub(crate) use overwrite::Target;

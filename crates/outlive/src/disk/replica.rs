@@ -21,6 +21,7 @@ use std::time::Duration;
 use outlive_epoch::{DiskSums, DiskWant, RecordBuf, UncheckedRecords};
 use outlive_machine::DiskHash;
 
+use super::book::Book;
 use super::image::{Sum, chunks};
 use super::provenance::{Accepted, Provenance};
 use super::sidecar::CopyEnd;
@@ -47,6 +48,8 @@ pub(crate) struct ReplicaDisk {
     pub(crate) read_only: bool,
     /// What an operator has accepted so that it may be overwritten.
     pub(crate) accepted: Option<Accepted>,
+    /// What is known of its contents.
+    pub(crate) book: Book,
 }
 
 /// What the disks report.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use outlive_epoch::{DISK_CHUNK, DISK_RECORD_LEN, DiskOp, DiskRecord, DiskWant, MAX_ZERO_CHUNKS, RecordBuf};
 
+use super::book::Book;
 use super::image::{ChunkReader, Sum, chunks};
 
 /// Chunks in a window: 4 MiB.
@@ -44,6 +45,8 @@ pub(crate) struct SourceDisk {
     pub(crate) bytes: u64,
     /// Whether the guest may write to it meanwhile. If not, the standby only compares.
     pub(crate) written: bool,
+    /// What is known of its contents, without anything that was written before the log began to mark.
+    pub(crate) book: Book,
 }
 
 /// Which chunks the guest has written to.
@@ -88,6 +91,8 @@ pub(crate) enum SyncReport {
         total_bytes: u64,
         /// Bytes of chunks sent, in all rounds.
         sent_bytes: u64,
+        /// Bytes of chunks read to be compared, of all disks. Holes and what is known are not read.
+        read_bytes: u64,
     },
     /// The standby has the disks, except for what is being written.
     Synced,
@@ -151,6 +156,7 @@ impl DiskSync {
             round: 1,
             buffer: vec![0; DISK_CHUNK],
             sent_bytes: 0,
+            read_bytes: 0,
             reported: Instant::now(),
         };
         outlive_machine::spawn("disk-sync", move || {
@@ -215,6 +221,7 @@ struct Rounds<C, S, T> {
     round: u64,
     buffer: Vec<u8>,
     sent_bytes: u64,
+    read_bytes: u64,
     reported: Instant,
 }
 
@@ -314,7 +321,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
         first: u64,
         end: u64,
     ) -> Result<(u64, Vec<Sum>), Option<io::Error>> {
-        let SourceDisk { file, bytes, .. } = &self.disks[disk];
+        let SourceDisk { file, bytes, book, .. } = &self.disks[disk];
         let mut reader = ChunkReader::new(file, *bytes);
         let mut zeroes = 0;
         while first + zeroes < end && zeroes < u64::from(MAX_ZERO_CHUNKS) && reader.is_hole(first + zeroes)? {
@@ -326,7 +333,17 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
                 if self.stop.is.load(Ordering::Relaxed) {
                     return Err(None);
                 }
-                sums.push(reader.sum(chunk, &mut self.buffer)?);
+                // Later rounds are about chunks that were written just now.
+                let known = if self.round == 1 { book.sum(chunk) } else { None };
+                let sum = match known {
+                    Some(sum) => sum,
+                    None => {
+                        self.read_bytes += reader.range(chunk).1 as u64;
+                        reader.sum(chunk, &mut self.buffer)?
+                    }
+                };
+                book.note(chunk, sum);
+                sums.push(sum);
             }
         }
         Ok((zeroes, sums))
@@ -404,6 +421,7 @@ impl<C: Changed, S: Fn(DiskSection), T: Fn(SyncReport)> Rounds<C, S, T> {
             done_bytes: (chunks * DISK_CHUNK as u64).min(bytes),
             total_bytes: bytes,
             sent_bytes: self.sent_bytes,
+            read_bytes: self.read_bytes,
         });
     }
 }

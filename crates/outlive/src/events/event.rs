@@ -140,6 +140,10 @@ pub enum Event {
         total_bytes: u64,
         /// Bytes sent so far, of all disks.
         sent_bytes: u64,
+        /// Bytes read so far to be compared, of all disks. What this process has read before is read again only if
+        /// it was written since.
+        #[serde(default)]
+        read_bytes: u64,
     },
     /// The base checkpoint is committed: from here on the VM survives the loss of this host.
     Protected {

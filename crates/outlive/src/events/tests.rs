@@ -23,7 +23,13 @@ fn every_event() -> Vec<Event> {
         Event::BaseProgress { round: 1, sent_pages: 10, total_pages: 65536, planned_pages: 65600 },
         Event::GuestPanicked,
         Event::GuestRestarted { how: "a triple fault".into() },
-        Event::DiskSync { disk: 1, done_bytes: 1 << 20, total_bytes: 1 << 30, sent_bytes: 65536 },
+        Event::DiskSync {
+            disk: 1,
+            done_bytes: 1 << 20,
+            total_bytes: 1 << 30,
+            sent_bytes: 65536,
+            read_bytes: 0,
+        },
         Event::SelfCheck { checkpoint: 100, difference: None },
         Event::Protected {
             generation: 1,

@@ -203,7 +203,7 @@ impl Coordinator {
         let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
         pool.open(buffers.collect::<Result<_, _>>()?);
         with.machine.next_is_base(version.state_versions());
-        let disks = DiskBase::start(&with.machine, &with.driver, link, &with.events)?;
+        let disks = DiskBase::start(&with.machine, &with.driver, link, &with.books, &with.events)?;
         // So far no page is worth leaving unprotected: a hot one would be in every round.
         with.machine.tracker().set_heating(false);
         // Half, so that the guest may write something more before it stands still.

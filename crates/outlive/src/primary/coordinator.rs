@@ -26,6 +26,7 @@ use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
 use super::base::Base;
 use super::broken::Faults;
 use super::capture::{Due, FullLogs};
+use super::disks;
 use super::driver::SharedDriver;
 use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
@@ -35,7 +36,7 @@ use super::restarts::Restarts;
 use super::self_check::SelfCheck;
 use super::stats::Totals;
 use crate::arbiter::Watch;
-use crate::disk::{Saying, Sidecars};
+use crate::disk::{Books, Saying, Sidecars};
 use crate::events::{Event, EventWriter, Part};
 use crate::link::SenderReport;
 use crate::report::Reporter;
@@ -80,6 +81,8 @@ pub(super) struct Setup {
     pub(super) longest_pause: Duration,
     /// Whether there are disks whose writes are part of a checkpoint.
     pub(super) replicates_disks: bool,
+    /// What is known of the disks' images.
+    pub(super) books: Books,
     /// Keeps the sidecars of the disks' images.
     pub(super) sidecars: Arc<Sidecars>,
     /// Compares both copies now and then.
@@ -446,6 +449,7 @@ impl Coordinator {
         self.with.machine.pause();
         // Committed output leaves now; after this, nothing else does.
         self.with.driver.finish_output();
+        disks::let_go(&self.with.machine, &self.with.books);
         self.with.driver.finish(FAREWELL);
         // Its last report comes before the end.
         self.with.reporter.take();

@@ -9,7 +9,7 @@ use outlive_pair::Link;
 
 use super::driver::SharedDriver;
 use super::inbox::Inbox;
-use crate::disk::{Changed, DiskSync, SourceDisk, SyncReport};
+use crate::disk::{Book, Books, Changed, DiskSync, SourceDisk, SyncReport};
 use crate::events::{Event, EventWriter};
 use crate::link::Job;
 use crate::vm::limits::DISK_BYTES;
@@ -28,6 +28,31 @@ impl Changed for Marks {
             && self.0.swap_chunks(disk, &mut marked)
         {
             chunks.extend(ChunkSet::iter(&marked));
+        }
+    }
+}
+
+/// Forgets what the machine has written. The order is in `disk/book.rs`.
+fn forget_touched(log: &WriteLog, disk: u16, book: &Book) {
+    if let Some(mut touched) = log.empty_chunks(disk)
+        && log.swap_touched(disk, &mut touched)
+    {
+        book.forget_all_of(&touched);
+    }
+}
+
+/// A machine that stands still lets go of its images: what it has written, and what is still under way, is
+/// forgotten. Its engine ends only with it.
+pub(super) fn let_go(machine: &Machine, books: &Books) {
+    let log = machine.write_log();
+    for disk in machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly()) {
+        let image = disk.image();
+        // A new owner, so that a synchronisation that is still reading notes nothing more.
+        let book = books.opened(image.path(), image.file(), disk.capacity_bytes());
+        forget_touched(log, disk.index(), &book);
+        if let Some(mut changing) = log.empty_chunks(disk.index()) {
+            disk.add_changing(&mut changing);
+            book.forget_all_of(&changing);
         }
     }
 }
@@ -74,22 +99,25 @@ impl DiskBase {
         machine: &Machine,
         driver: &Arc<SharedDriver>,
         link: Link,
+        books: &Books,
         events: &EventWriter,
     ) -> Result<Option<Self>, String> {
+        let log = machine.write_log().clone();
         let mut disks = Vec::new();
         for disk in machine.disks().iter().filter(|disk| !disk.is_shared()) {
             let image = disk.image();
             let file = image.file().try_clone().map_err(|e| e.to_string())?;
-            let (index, bytes) = (disk.index(), disk.capacity_bytes());
-            disks.push(SourceDisk { index, file, bytes, written: !disk.is_readonly() });
+            let (index, bytes, written) = (disk.index(), disk.capacity_bytes(), !disk.is_readonly());
+            let book = if written { books.opened(image.path(), &file, bytes) } else { Book::none() };
+            disks.push(SourceDisk { index, file, bytes, written, book });
         }
         if disks.is_empty() {
             return Ok(None);
         }
-        let log = machine.write_log().clone();
         // A write that completes from here on is marked; a write that completed before is in the image that
-        // is read now.
+        // is read now, and its chunk is forgotten.
         log.set_mode(LogMode::Track);
+        disks.iter().for_each(|disk| forget_touched(&log, disk.index, &disk.book));
         let (sending, telling) = (driver.clone(), driver.clone());
         let sync = DiskSync::start(
             disks,
@@ -130,8 +158,8 @@ impl DiskBase {
     /// Takes a report.
     pub(super) fn report(&mut self, report: SyncReport) -> Next {
         match report {
-            SyncReport::Progress { disk, done_bytes, total_bytes, sent_bytes } => {
-                self.events.emit(Event::DiskSync { disk, done_bytes, total_bytes, sent_bytes });
+            SyncReport::Progress { disk, done_bytes, total_bytes, sent_bytes, read_bytes } => {
+                self.events.emit(Event::DiskSync { disk, done_bytes, total_bytes, sent_bytes, read_bytes });
                 Next::Wait
             }
             SyncReport::Synced => {

@@ -78,6 +78,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         stop,
         standing,
         uplink,
+        books,
         ..
     } = launch;
     let (queue, inbox) = inbox();
@@ -162,6 +163,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     let setup = Setup {
         sidecars: sidecars.map_err(|e| format!("cannot start a thread: {e}"))?,
         replicates_disks: !replicated.is_empty(),
+        books,
         self_check: SelfCheck::new(options.self_check, &machine, queue),
         machine,
         driver,

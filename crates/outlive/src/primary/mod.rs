@@ -30,7 +30,7 @@ use outlive_machine::{Host, MacAddr, Machine, MachineEvent, Options, OutputMode}
 use crate::arbiter::{self, Here, Watch};
 use crate::cli::RunOptions;
 use crate::console::{Console, Port};
-use crate::disk::{self, Accepted, Start};
+use crate::disk::{self, Accepted, Books, Start};
 use crate::events::{self, Event, Role};
 use crate::process;
 use crate::status::Standing;
@@ -122,6 +122,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         console,
         uplink,
         standing,
+        books: Books::default(),
     })
 }
 

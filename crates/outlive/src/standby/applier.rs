@@ -110,6 +110,8 @@ impl Applier {
         // Nobody else holds memory or disks by then, so this frees them.
         handover.wait_for_reader();
         drop(copy);
+        // Its disks are at their last commit, and nobody writes to them.
+        decisions.equipment.books.close();
         decisions.handle(Event::Discarded { link });
     }
 }

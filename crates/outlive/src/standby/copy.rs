@@ -62,7 +62,7 @@ impl VmCopy {
         mut arbiter: Box<dyn Arbiter>,
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, (RefuseCode, String)> {
-        let Equipment { host, options, console, .. } = equipment;
+        let Equipment { host, options, console, books, .. } = equipment;
         let refuse = |text: String| (RefuseCode::Resources, text);
         check(hello).map_err(refuse)?;
         let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
@@ -97,7 +97,7 @@ impl VmCopy {
         }
         place.map(TapPlace::join).transpose().map_err(refuse)?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
-        let disks = devices::replica_disks(&machine, hello, options, &provenance, arbiter.as_mut())?;
+        let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
         let disks = Replica::start(disks, provenance, hello.generation, tell).map_err(refuse)?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello

@@ -18,7 +18,7 @@ use crate::arbiter::{self, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
-use crate::disk::{DiskEvent, STUCK};
+use crate::disk::{Books, DiskEvent, STUCK};
 use crate::events::{self, EventWriter};
 use crate::network::Uplink;
 use crate::status::Standing;
@@ -38,6 +38,8 @@ pub(super) struct Equipment {
     /// Watches this host's way to the guest's clients.
     pub(super) uplink: Option<Arc<Uplink>>,
     pub(super) events: EventWriter,
+    /// What is known of this host's images.
+    pub(super) books: Books,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
 }

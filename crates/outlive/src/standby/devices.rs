@@ -6,7 +6,7 @@ use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize
 
 use crate::arbiter::Arbiter;
 use crate::cli::{StandbyDisk, StandbyOptions};
-use crate::disk::{Provenance, ReplicaDisk, Target};
+use crate::disk::{Book, Books, Provenance, ReplicaDisk, Target};
 use crate::vm;
 
 /// What a network card must be like, because the guest has seen it.
@@ -114,6 +114,7 @@ pub(super) fn replica_disks(
     hello: &Hello,
     options: &StandbyOptions,
     provenance: &Provenance,
+    books: &Books,
     arbiter: &mut (dyn Arbiter + 'static),
 ) -> Result<Vec<Option<ReplicaDisk>>, (RefuseCode, String)> {
     let mut disks = Vec::new();
@@ -129,6 +130,7 @@ pub(super) fn replica_disks(
             let target = Target { path, file, overwrite: given.overwrite };
             let accepted = target.check(provenance, hello.generation, arbiter);
             replica.accepted = accepted.map_err(|text| (RefuseCode::Overwrite, text))?;
+            replica.book = books.open(&replica.path, &replica.file, replica.bytes);
         }
         disks.push(Some(replica));
     }
@@ -153,7 +155,8 @@ fn replica_disk(disk: &BlockDevice<GuestMemory>, info: &DeviceInfo) -> Result<Op
         return Ok(None);
     }
     let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only, accepted: None }))
+    let book = Book::none();
+    Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only, accepted: None, book }))
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
 use crate::arbiter::{self, Here, Watch};
 use crate::cli::StandbyOptions;
 use crate::console::Console;
-use crate::disk::CopyEnd;
+use crate::disk::{Books, CopyEnd};
 use crate::events::{self, Event, EventWriter, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
@@ -111,8 +111,8 @@ impl Post {
             memory: None,
             tracker: None,
         });
-        let options = options.clone();
-        let equipment = Equipment { host, options, console, watch, uplink, events, standing };
+        let (options, books) = (options.clone(), Books::default());
+        let equipment = Equipment { host, options, console, watch, uplink, events, books, standing };
         Ok(Self { equipment, door, stops })
     }
 
@@ -126,7 +126,8 @@ impl Post {
         let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
-        let equipment = Equipment { host, options, console, watch, uplink, events, standing };
+        let books = launch.books.clone();
+        let equipment = Equipment { host, options, console, watch, uplink, events, books, standing };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
     }
 
@@ -141,7 +142,8 @@ impl Post {
     /// # Errors
     /// One line: this host cannot be a standby.
     pub(crate) fn back(&mut self, why: &str) -> Result<(), String> {
-        let Equipment { options, watch, uplink, events, standing, .. } = &self.equipment;
+        let Equipment { options, watch, uplink, events, books, standing, .. } = &self.equipment;
+        books.close();
         if let Some(uplink) = uplink {
             uplink.stands_by();
         }

@@ -92,5 +92,6 @@ pub(super) fn take_over(
         console: console.clone(),
         uplink: equipment.uplink.clone(),
         standing: equipment.standing.clone(),
+        books: equipment.books.clone(),
     })
 }

@@ -110,7 +110,8 @@ mod tests {
         let mut bars = Bars::default();
         let memory =
             |sent_pages| Event::BaseProgress { round: 2, sent_pages, total_pages: 10, planned_pages: 16 };
-        bars.show(&Event::DiskSync { disk: 1, done_bytes: 4, total_bytes: 8, sent_bytes: 2 });
+        let read_bytes = 4;
+        bars.show(&Event::DiskSync { disk: 1, done_bytes: 4, total_bytes: 8, sent_bytes: 2, read_bytes });
         bars.show(&memory(12));
         let bar = bars.memory.clone().unwrap();
         assert_eq!((bar.position(), bar.length(), bar.message().as_str()), (12 << 12, Some(16 << 12), "2"));

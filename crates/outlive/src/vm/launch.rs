@@ -10,7 +10,7 @@ use super::Relay;
 use crate::arbiter::{Arbiter, Watch};
 use crate::cli::ActiveOptions;
 use crate::console::Console;
-use crate::disk::{Provenance, Sidecars};
+use crate::disk::{Books, Provenance, Sidecars};
 use crate::events::EventWriter;
 use crate::network::Uplink;
 use crate::status::Standing;
@@ -59,6 +59,8 @@ pub(crate) struct Launch {
     pub(crate) uplink: Option<Arc<Uplink>>,
     /// What `outlive status` tells.
     pub(crate) standing: Arc<Standing>,
+    /// What is known of the images on this host.
+    pub(crate) books: Books,
 }
 
 /// How the work of a side ended.

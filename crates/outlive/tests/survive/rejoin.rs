@@ -1,11 +1,13 @@
 //! A host that has lost the VM to another one is the VM's standby again, in the same process.
 
+use std::fs::{self, File};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{Dice, Process, Side, Witnesses, World, wait_until};
+use crate::support::{Dice, Process, Side, WRITTEN, Witnesses, World, wait_until, writer_kernel};
 
 /// Both hosts, the one on `side` with the VM. Neither ends when it loses the VM.
 fn staying(world: &World, side: Side) -> (Process, Process) {
@@ -98,4 +100,86 @@ fn an_address_that_is_taken_is_refused_before_the_vm_starts() {
     let mut refused = world.run_with(Side::A, &["--listen", &here, "--standby", &here]);
     assert_eq!(refused.wait_exit(), 2);
     assert!(refused.log().contains("is this host itself"), "{}", refused.log());
+}
+
+const SIZE: u64 = 96 << 20;
+
+fn image(world: &World, side: Side) -> PathBuf {
+    world.dir().join(format!("{side:?}.img"))
+}
+
+/// Both hosts with a disk without holes and a guest that writes to it all the time.
+fn writing(world: &World, options: &[&str]) -> (Process, Process) {
+    let writer = world.dir().join("writer");
+    fs::write(&writer, writer_kernel()).unwrap();
+    let server: Vec<u8> = (0..SIZE).step_by(4).flat_map(|at| (at as u32 | 1).to_le_bytes()).collect();
+    fs::write(image(world, Side::A), server).unwrap();
+    File::create(image(world, Side::B)).unwrap().set_len(SIZE).unwrap();
+    let disks = Side::BOTH.map(|side| format!("path={}", image(world, side).display()));
+    let (here, there) = (Side::A.addr().to_string(), Side::B.addr().to_string());
+    let waits = ["--standby", &here, "--disk", &disks[1]];
+    let standby = world.staying_standby_with(Side::B, &[&waits, options].concat());
+    let kernel = writer.to_str().unwrap();
+    let runs = ["--kernel", kernel, "--disk", &disks[0], "--standby", &there, "--listen", &here];
+    let mut primary = world.run_with(Side::A, &[&runs, options].concat());
+    primary.wait_protected();
+    (primary, standby)
+}
+
+/// Bytes of its disk that a primary has read to compare them, in its last synchronisation.
+fn compared(process: &mut Process) -> u64 {
+    let read = process.events().filter_map(|e| match e {
+        Event::DiskSync { read_bytes, .. } => Some(*read_bytes),
+        _ => None,
+    });
+    read.last().expect("a synchronisation")
+}
+
+/// Neither host reads the whole disk again when a host that has lost the VM comes back, and the images are equal
+/// in the end, although the old primary has written on after its last commit.
+#[test]
+fn a_host_that_comes_back_is_synchronised_with_what_was_written_since() {
+    let Some(world) = World::new() else { return };
+    // The guest is deaf to its power button.
+    let (mut active, mut standby) = writing(&world, &["--stop-within", "500ms"]);
+    assert!(compared(&mut active) >= SIZE);
+    for _ in 0..3 {
+        // Writes are under way whenever this comes.
+        active.signal(Signal::SIGSTOP);
+        standby.wait_takeover();
+        std::thread::sleep(Duration::from_millis(300));
+        active.signal(Signal::SIGCONT);
+        standby.wait_protected();
+        let read = compared(&mut standby);
+        assert!(read <= WRITTEN + (4 << 20), "{read} bytes of {SIZE} were read again");
+        (active, standby) = (standby, active);
+    }
+    active.signal(Signal::SIGTERM);
+    assert_eq!((active.wait_exit(), standby.wait_exit()), (0, 0));
+    let images = Side::BOTH.map(|side| fs::read(image(&world, side)).unwrap());
+    // The guest was stopped, so the one write that it had under way may be on the primary's disk alone.
+    let blocks = images[0].chunks(4096).zip(images[1].chunks(4096)).enumerate();
+    let differ: Vec<usize> = blocks.filter(|(_, (a, b))| a != b).map(|(block, _)| block).collect();
+    assert!(differ.len() <= 1, "the images differ in blocks {differ:?}");
+}
+
+/// The same, with all memory and both disks compared all the time.
+#[test]
+fn a_host_that_comes_back_has_the_vms_disks() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = writing(&world, &["--self-check", "20"]);
+    let checks = |it: &mut Process| it.events().filter(|e| matches!(e, Event::SelfCheck { .. })).count();
+    for _ in 0..2 {
+        active.signal(Signal::SIGSTOP);
+        standby.wait_takeover();
+        active.signal(Signal::SIGCONT);
+        standby.wait_protected();
+        (active, standby) = (standby, active);
+        let before = checks(&mut standby);
+        wait_until("the hosts were compared", || checks(&mut standby) > before + 1);
+    }
+    for host in [&mut active, &mut standby] {
+        assert!(!host.has(|e| matches!(e, Event::SelfCheck { difference: Some(_), .. })), "{}", host.log());
+        assert!(!host.ended());
+    }
 }

@@ -138,6 +138,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     fn note(&self, result: Result<(), String>) {
         if let Err(why) = result {
+            // What the images contain now is anybody's guess.
+            self.disks.iter().flatten().for_each(|disk| disk.book.forget_everything());
             self.queue.lock().failed.get_or_insert_with(|| why.clone());
             self.queue.room.notify_all();
             (self.tell)(DiskEvent::Failed(why));
@@ -179,11 +181,20 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             let theirs = sums.map_or(ZERO_SUM, |sums| sums[at as usize]);
             let chunk = first + u64::from(at);
             let mut buffer = std::mem::take(&mut self.buffer);
-            let ReplicaDisk { file, path, bytes, read_only, .. } = self.disk(disk)?;
+            let may_note = self.applier.is_none();
+            let ReplicaDisk { file, path, bytes, read_only, book, .. } = self.disk(disk)?;
             let mut reader = ChunkReader::new(file, *bytes);
             let range = reader.range(chunk);
-            let ours =
-                reader.sum(chunk, &mut buffer).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let ours = match book.sum(chunk) {
+                Some(sum) => sum,
+                None => reader
+                    .sum(chunk, &mut buffer)
+                    .map_err(|e| format!("cannot read {}: {e}", path.display()))?,
+            };
+            // Commits reach the image later than they are forgotten.
+            if may_note {
+                book.note(chunk, ours);
+            }
             let read_only = *read_only;
             if ours != theirs && read_only {
                 return Err(format!(
@@ -197,9 +208,13 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             }
             if theirs == ZERO_SUM {
                 self.taint()?;
-                let ReplicaDisk { file, path, .. } = self.disk(disk)?;
+                let ReplicaDisk { file, path, book, .. } = self.disk(disk)?;
+                book.forget(chunk);
                 file.zero(range.0, range.1 as u64)
                     .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+                if may_note {
+                    book.note(chunk, ZERO_SUM);
+                }
             } else {
                 wanted.push(at as u16);
                 self.queue.wanted.fetch_add(range.1 as u64, Ordering::Relaxed);
@@ -212,8 +227,14 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     fn write_blocks(&mut self, records: RecordBuf) -> Result<(), String> {
         self.taint()?;
         for record in records.iter() {
-            let ReplicaDisk { file, path, .. } = self.disk(record.disk)?;
+            let ReplicaDisk { file, path, bytes, book, .. } = self.disk(record.disk)?;
+            book.forget_range(record.offset, record.len());
             image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            if self.applier.is_none()
+                && let Some((chunk, sum)) = image::whole_chunk(&record, *bytes)
+            {
+                book.note(chunk, sum);
+            }
         }
         self.queue.give_back(records);
         Ok(())
@@ -256,6 +277,9 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     fn commit(&mut self, number: u64, base: bool, records: RecordBuf) -> Result<(), String> {
         if base {
             self.begin_journal(number)?;
+        }
+        for record in records.iter() {
+            self.disk(record.disk)?.book.forget_range(record.offset, record.len());
         }
         let journal_failed = journal_failed(&self.journal);
         let applier = self.applier.as_mut().ok_or("a commit before the base")?;

@@ -11,7 +11,7 @@ use outlive_epoch::{DiskOp, VmId};
 
 use super::provenance;
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
-use crate::disk::{DiskEvent, Replica, ReplicaDisk, for_run};
+use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, for_run};
 
 const VM: VmId = VmId([6; 16]);
 const SIZE: u64 = 1 << 20;
@@ -54,7 +54,14 @@ impl Standby {
         let path = self.image();
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let (tell, told) = channel();
-        let disks = vec![Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false, accepted: None })];
+        let disks = vec![Some(ReplicaDisk {
+            path,
+            file,
+            bytes: SIZE,
+            read_only: false,
+            accepted: None,
+            book: Book::none(),
+        })];
         Ok((Replica::start(disks, provenance(VM), 7, move |it| drop(tell.send(it)))?, told))
     }
 

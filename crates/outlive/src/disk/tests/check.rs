@@ -11,7 +11,7 @@ use outlive_machine::DiskHash;
 
 use super::provenance;
 use crate::disk::sidecar::{Sidecar, beside};
-use crate::disk::{DiskEvent, Replica, ReplicaDisk, hash_contents};
+use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, hash_contents};
 
 const SIZE: u64 = 64 << 20;
 
@@ -34,9 +34,23 @@ impl Standby {
         };
         let ((path, file), (read_only, other), (_, vm)) = (open("disk"), open("read-only"), open("vm"));
         let disks = vec![
-            Some(ReplicaDisk { path, file, bytes: SIZE, read_only: false, accepted: None }),
+            Some(ReplicaDisk {
+                path,
+                file,
+                bytes: SIZE,
+                read_only: false,
+                accepted: None,
+                book: Book::none(),
+            }),
             None,
-            Some(ReplicaDisk { path: read_only, file: other, bytes: SIZE, read_only: true, accepted: None }),
+            Some(ReplicaDisk {
+                path: read_only,
+                file: other,
+                bytes: SIZE,
+                read_only: true,
+                accepted: None,
+                book: Book::none(),
+            }),
         ];
         let (tell, told) = channel();
         let replica =

@@ -125,6 +125,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
         staging_pages: 2 * MAX_DIRTY,
         longest_pause: Duration::from_secs(20),
         replicates_disks: false,
+        books: crate::disk::Books::default(),
         sidecars: Arc::new(
             Sidecars::start(Vec::new(), crate::disk::tests::provenance(VmId([1; 16]))).unwrap(),
         ),

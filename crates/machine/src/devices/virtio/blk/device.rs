@@ -11,6 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestMemory;
 
 use super::SERIAL_BYTES;
+use super::chunks::ChunkSet;
 use super::config::{self, MAX_DISK_QUEUES, QUEUE_SIZE, SectorSize};
 use super::disk::Disk;
 use super::engine::{self, Engine, EngineKind};
@@ -215,6 +216,12 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
     pub fn unanswered_for(&self) -> Duration {
         let oldest = self.shared().core().model.oldest_at_disk();
         oldest.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// Adds the chunks that requests in flight may have changed, or may still change. Complete once the machine
+    /// stands still: the engine carries out what it has, but no request begins.
+    pub fn add_changing(&self, chunks: &mut ChunkSet) {
+        self.shared().core().model.add_changing(chunks);
     }
 
     /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For

@@ -12,6 +12,11 @@
 //! flight in the checkpoint, or the first part of one. That is harmless, because a resumed VM issues the
 //! request again. Writes that overlap are in the log in the order in which they reached the disk.
 //!
+//! **Touched.** Whatever the mode, a write that has reached its disk also *touches* its chunks, for whoever
+//! remembers what an image contains: at the latest when the request is complete, and also if it failed or finds
+//! no room in the log. A request that is still in flight may have changed the disk without touching anything;
+//! [`BlockDevice::add_changing`](super::BlockDevice::add_changing) knows those.
+//!
 //! The log is bounded. When there is no room for a record the requests wait, their completion unpublished,
 //! until [`swap`](WriteLog::swap) brings an empty buffer.
 //!
@@ -91,6 +96,7 @@ struct Inner {
 struct Disk {
     index: u16,
     chunks: ChunkSet,
+    touched: ChunkSet,
     room: EventFd,
 }
 
@@ -172,6 +178,19 @@ impl WriteLog {
         }
     }
 
+    /// Exchanges the set of chunks that were touched since the last time for `chunks`, at any time. Returns
+    /// `false`, and does nothing, if there is no such disk or the set is for a disk of another size.
+    pub fn swap_touched(&self, disk: u16, chunks: &mut ChunkSet) -> bool {
+        let mut inner = self.inner();
+        match inner.disks.iter_mut().find(|known| known.index == disk) {
+            Some(known) if known.touched.chunks() == chunks.chunks() => {
+                std::mem::swap(&mut known.touched, chunks);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// The counters.
     pub fn stats(&self) -> LogStats {
         self.inner().stats
@@ -179,7 +198,8 @@ impl WriteLog {
 
     /// Registers a disk; `room` is written when a full log has room again.
     pub(super) fn attach(&self, index: u16, bytes: u64, room: &EventFd) -> io::Result<()> {
-        let disk = Disk { index, chunks: ChunkSet::for_disk(bytes), room: room.try_clone()? };
+        let (chunks, touched) = (ChunkSet::for_disk(bytes), ChunkSet::for_disk(bytes));
+        let disk = Disk { index, chunks, touched, room: room.try_clone()? };
         let mut inner = self.inner();
         inner.disks.retain(|known| known.index != index);
         inner.disks.push(disk);
@@ -190,6 +210,8 @@ impl WriteLog {
     /// the change. Data is at most [`MAX_RECORD`] bytes.
     pub(super) fn append(&self, write: DiskRecord<'_>) -> Appended {
         let mut inner = self.inner();
+        // Before anything else: a write that finds no room has changed the disk all the same.
+        inner.touch(write.disk, write.offset, write.len());
         match inner.mode {
             LogMode::Off => return Appended::Done,
             LogMode::Track => inner.mark(write.disk, write.offset, write.len()),
@@ -211,10 +233,11 @@ impl WriteLog {
         Appended::Done
     }
 
-    /// Notes that a write failed: the contents of the disk there are unknown. The chunks are marked in every
-    /// mode but `Off`.
+    /// Notes that a write failed: the contents of the disk there are unknown. The chunks are touched, and marked
+    /// in every mode but `Off`.
     pub(super) fn damaged(&self, disk: u16, offset: u64, len: u64) {
         let mut inner = self.inner();
+        inner.touch(disk, offset, len);
         if inner.mode != LogMode::Off {
             inner.mark(disk, offset, len);
         }
@@ -229,6 +252,12 @@ impl Inner {
     fn mark(&mut self, disk: u16, offset: u64, len: u64) {
         if let Some(disk) = self.disks.iter_mut().find(|known| known.index == disk) {
             disk.chunks.insert_bytes(offset, len);
+        }
+    }
+
+    fn touch(&mut self, disk: u16, offset: u64, len: u64) {
+        if let Some(disk) = self.disks.iter_mut().find(|known| known.index == disk) {
+            disk.touched.insert_bytes(offset, len);
         }
     }
 

@@ -15,6 +15,7 @@ use std::time::Instant;
 use vm_memory::GuestMemory;
 
 use super::SERIAL_BYTES;
+use super::chunks::ChunkSet;
 use super::config::writes_through;
 use super::disk::Disk;
 use super::engine::{Completion, Submission};
@@ -123,6 +124,14 @@ impl Requests {
     /// Queue and head of the requests that the driver waits for, in the order in which they were taken.
     pub(super) fn heads(&self) -> impl Iterator<Item = (u16, u16)> {
         self.table.heads().chain(self.reissue.iter().copied())
+    }
+
+    /// Adds the chunks of all requests in the table that change the disk, whatever their stage: a request that has
+    /// not begun costs no more than a chunk that is read once more.
+    pub(super) fn add_changing(&self, chunks: &mut ChunkSet) {
+        for (_, entry) in self.table.iter().filter(|(_, entry)| entry.job.kind.changes()) {
+            chunks.insert_bytes(entry.job.span.offset, entry.job.span.len);
+        }
     }
 
     /// The driver wants nothing any more: requests that the disk has not begun are dropped; those that it has
