@@ -1,6 +1,6 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
-//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`,
-//! `cargo xtask fuzz`, `cargo xtask nested`.
+//! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask model`,
+//! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -15,6 +15,7 @@
 mod bench;
 mod fuzz;
 mod lint;
+mod model;
 mod models;
 mod mutants;
 mod nested;
@@ -81,6 +82,9 @@ enum Command {
     /// Simulate the protocol of two hosts with new seeds
     #[command(after_help = sim::EXAMPLES)]
     Sim(sim::SimOptions),
+    /// Check every order of events in the arbitration of two or three hosts, within bounds
+    #[command(after_help = model::EXAMPLES)]
+    Model(model::ModelOptions),
     /// Change the decision code of the protocol in many small ways, and list the changes that no test notices
     #[command(after_help = mutants::EXAMPLES)]
     Mutants(mutants::MutantsOptions),
@@ -110,6 +114,7 @@ fn main() -> ExitCode {
         Command::Torture(options) => torture::run(&workspace, &options),
         Command::Fuzz(options) => fuzz::run(&workspace, &options),
         Command::Sim(options) => sim::run(&workspace, &options),
+        Command::Model(options) => model::run(&workspace, &options),
         Command::Mutants(options) => mutants::run(&workspace, &options),
         Command::Nested(options) => nested::run(&workspace, &options),
     };

@@ -12,6 +12,7 @@ const SLOW_ANSWER: Duration = Duration::from_secs(1);
 /// question is open at a time, and there is no time-out: a host that stops waiting without an answer breaks
 /// invariant 3.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 pub(crate) struct Claim {
     pub(crate) generation: u64,
     retry: Duration,
@@ -97,6 +98,13 @@ impl Claim {
                 Err(self.report(why))
             }
         }
+    }
+
+    /// For the model; see `primary/age.rs`.
+    #[cfg(test)]
+    pub(crate) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
+        self.asked.as_mut().map(move_back);
+        move_back(&mut self.ask_at);
     }
 
     fn report(&mut self, why: String) -> Step {

@@ -130,6 +130,8 @@
 
 mod claim;
 pub mod driver;
+#[cfg(test)]
+mod model;
 mod planted;
 pub mod policy;
 mod primary;
@@ -159,7 +161,7 @@ pub use standby::{
 pub struct Link(pub u64);
 
 /// What the arbiter answered to a claim.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ClaimResult {
     /// The generation belongs to the claimer. A repeated claim of one's own generation is won again.
     Won,
@@ -176,7 +178,7 @@ pub enum ClaimResult {
 }
 
 /// Why a link is of no further use.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum LossReason {
     /// The other side closed it.
     Closed,
@@ -206,7 +208,7 @@ impl fmt::Display for LossReason {
 }
 
 /// The times of both machines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Timing {
     /// Silence after which the other side is taken for dead. The two sides use the larger of their two
     /// values.

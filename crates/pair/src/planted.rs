@@ -2,7 +2,7 @@
 
 /// A mistake, named after what the machine then does.
 #[cfg(test)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Bug {
     ReleaseBeforeAck,
     NoHoldAtBaseFinal,
@@ -34,6 +34,7 @@ pub(crate) enum Bug {
     GivenToNobody,
     HandedBackAtOnce,
     GivenToTheCutOff,
+    ImpatientStandby,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,
@@ -45,12 +46,18 @@ pub(crate) enum Bug {
     TicketOnNewLink,
     LeaseForgotten,
     WakeForgotten,
+    ReleaseLate,
     // Mistakes of the valve.
     HeldUntold,
+    // Mistakes of the arbiter and of a start from an image, in the worlds of simulator and model.
+    TwoWinners,
+    AnyArbiter,
+    StaleImageStarts,
 }
 
 /// The mistake planted in one machine.
 #[derive(Debug, Clone, Copy, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 pub(crate) struct Planted(#[cfg(test)] pub(crate) Option<Bug>);
 
 /// A function, so that lints do not take the answer for a constant.

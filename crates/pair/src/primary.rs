@@ -1,5 +1,7 @@
 //! The host where the VM runs.
 
+#[cfg(test)]
+mod age;
 mod broken;
 mod loss;
 mod types;
@@ -25,6 +27,7 @@ use PrimaryNote as Note;
 
 /// A link that carries base pages or checkpoints.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 struct Attached {
     link: Link,
     /// When the next heartbeat is due.
@@ -35,6 +38,7 @@ struct Attached {
 
 /// What is known about checkpoints from the base-final capture on.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 struct Guard {
     base: u64,
     shipped: u64,
@@ -46,6 +50,7 @@ struct Guard {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 enum State {
     /// Output passes through, no standby.
     Alone { dial_at: Duration },
@@ -70,6 +75,7 @@ enum State {
 
 /// The state machine of the primary. The crate's documentation says how to drive it.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub struct Primary {
     config: PrimaryConfig,
     /// The times that the two sides agreed on; the configured ones while there is no standby.

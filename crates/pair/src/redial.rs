@@ -10,6 +10,7 @@ use crate::Timing;
 
 /// The outcome of dialling a standby.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) enum Answer {
     /// It could not be reached.
     Nothing,
@@ -26,6 +27,7 @@ impl Answer {
 }
 
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 struct Standby {
     not_before: Duration,
     pause: Duration,
@@ -34,6 +36,7 @@ struct Standby {
 
 /// See the module.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub(crate) struct Redial {
     standbys: Vec<Standby>,
     /// The one that was last dialled.
@@ -67,6 +70,12 @@ impl Redial {
         }
         let due = self.standbys.iter().map(|standby| standby.not_before).min().unwrap_or(now);
         due.max(now + timing.retry)
+    }
+
+    /// For the model; see `primary/age.rs`.
+    #[cfg(test)]
+    pub(crate) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
+        self.standbys.iter_mut().for_each(|standby| move_back(&mut standby.not_before));
     }
 
     /// All are dialled at once, and earlier answers are forgotten: the situation is different now.

@@ -11,7 +11,7 @@ use super::kind::SectionKind;
 use super::open::{Open, Totals};
 
 /// What is special about a checkpoint. On the wire a `u32`: bit 0 base_final, bits 8..16 the end reason or 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct CheckpointFlags {
     /// The first checkpoint: together with the base pages it makes the standby's first whole copy.
     pub base_final: bool,

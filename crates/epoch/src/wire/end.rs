@@ -8,7 +8,7 @@ use super::fields::Fields;
 use super::kind::SectionKind;
 
 /// How a VM ends in order. The standby follows it and does not take over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum EndReason {
     /// The guest powered itself off.
@@ -41,7 +41,7 @@ impl fmt::Display for EndReason {
 }
 
 /// Why a standby leaves although nothing is wrong with the primary. It will not take over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum LeaveReason {
     /// The operator stopped the standby.

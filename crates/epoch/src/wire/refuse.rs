@@ -9,7 +9,7 @@ use super::kind::SectionKind;
 use crate::image::limits::MAX_REFUSE_TEXT;
 
 /// Why a standby does not accept a primary. The numbers are frozen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum RefuseCode {
     /// Another primary is attached, or the standby is just deciding a takeover.

@@ -254,6 +254,8 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::Release { through } => {
                 let through = if planted!(self.bug, CommitThroughEpoch) { machine.epoch() } else { through };
+                let late = if planted!(self.bug, ReleaseLate) { 50 } else { 0 };
+                let through = through.saturating_sub(late);
                 ports.commit(through);
                 after.drain |=
                     !planted!(self.bug, ReleaseWithoutDrain) && !planted!(self.bug, DrainBeforeCommit);

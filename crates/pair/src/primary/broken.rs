@@ -8,7 +8,7 @@ use super::{Action, Guard, Note, Primary, State};
 use crate::planted::planted;
 
 /// What is broken at this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Broken {
     /// A disk: it fails a request of the guest, or does not answer. The guest does not know yet.
     Disk,
@@ -17,7 +17,7 @@ pub enum Broken {
 }
 
 /// Why the VM stays on a host where something is broken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kept {
     /// No standby has it.
     Unprotected,
@@ -43,6 +43,7 @@ impl fmt::Display for Kept {
 
 /// What is known to be broken.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub(super) struct Faults {
     /// A disk, whose guest waits for the decision; and whether it was the same on the last host.
     disk: Option<bool>,
@@ -59,6 +60,12 @@ impl Faults {
     /// Nothing is broken. The VM came to this host then, if it came from another one.
     pub(super) fn none(came: Option<Duration>) -> Self {
         Self { disk: None, network: false, said: None, standby_reaches: None, came }
+    }
+
+    /// For the model; see `age.rs`.
+    #[cfg(test)]
+    pub(super) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
+        self.came.as_mut().map(move_back);
     }
 
     /// Another standby, or none.

@@ -9,7 +9,7 @@ use super::broken::{Broken, Kept};
 use crate::{ClaimResult, Link, LossReason, Timing};
 
 /// What a primary must know at its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PrimaryConfig {
     /// The generation that this host owns.
     pub generation: u64,
@@ -162,7 +162,7 @@ pub enum PrimaryEvent {
 
 /// The decision about a checkpoint. It goes with the pages to the thread that sends them, so that nobody
 /// looks up again what may have changed since.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket {
     /// The only connection over which the checkpoint may be sent.
     pub link: Link,
@@ -286,7 +286,7 @@ pub enum PrimaryAction {
 }
 
 /// A note for the log and the event stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PrimaryNote {
     /// A standby could not be reached; given once per reason.
     DialFailed {

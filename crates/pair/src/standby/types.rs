@@ -8,7 +8,7 @@ use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
 use crate::{ClaimResult, Link, LossReason, Timing};
 
 /// What a standby must know at its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StandbyConfig {
     /// The only VM that it accepts; `None` for any.
     pub vm: Option<VmId>,
@@ -17,7 +17,7 @@ pub struct StandbyConfig {
 }
 
 /// The parts of a primary's Hello that matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Introduction {
     /// Its VM.
     pub vm: VmId,
@@ -336,7 +336,7 @@ pub enum StandbyNote {
 }
 
 /// Why a standby's process ends.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum StandbyExit {
     /// The VM ended in order.
     Followed(EndReason),
