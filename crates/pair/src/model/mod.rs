@@ -138,7 +138,7 @@ fn the_model_finds_every_planted_mistake() {
     ];
     let mut blind = Vec::new();
     for (bug, numbers) in mistakes {
-        match explore(bounds(numbers, Some(bug)), Duration::from_secs(60)) {
+        match explore(bounds(numbers, Some(bug)), Duration::from_secs(600)) {
             Some(what) => println!("{bug:?}: {what}"),
             None => blind.push(bug),
         }

@@ -55,7 +55,7 @@ impl World {
                 return self.primary(life, if reaches { PrimaryEvent::Mended { what } } else { broken });
             }
             Process::Standby(s) => s.driver.ports().copy.as_ref().map(|copy| copy.link),
-            Process::Down => None,
+            Process::Starting | Process::Down => None,
         };
         if let Some(Link(conn)) = conn.filter(|conn| self.conns[conn.0 as usize].open[0]) {
             self.send(conn as usize, 1, Msg::Reaches(reaches));

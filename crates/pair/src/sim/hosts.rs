@@ -13,6 +13,8 @@ pub(super) const VM: VmId = VmId([7; 16]);
 
 pub(super) enum Process {
     Down,
+    /// `outlive run` on an image: it has asked for the next generation.
+    Starting,
     Primary(Box<PrimaryProcess>),
     Standby(Box<StandbyProcess>),
 }
@@ -36,8 +38,7 @@ impl World {
             }
         }
         if !self.truth.ended {
-            let delay = self.rng.range(20_000, 300_000);
-            self.after(delay, Happening::Restart { host });
+            self.restart_later(host);
         }
     }
 
@@ -77,7 +78,7 @@ impl World {
         match &self.hosts[life.0].process {
             Process::Primary(_) => self.coordinate(life),
             Process::Standby(_) => self.wait_for_deadline(life),
-            Process::Down => {}
+            Process::Starting | Process::Down => {}
         }
     }
 
@@ -110,8 +111,13 @@ impl World {
         let from = match &self.hosts[life.0].process {
             Process::Primary(p) => (p.node(), p.excused && excuses),
             Process::Standby(s) => (s.claims_from(), s.excused && excuses),
+            Process::Starting => (self.hosts[life.0].image.map_or(0, |image| image.node), false),
             Process::Down => return,
         };
+        if !self.disturbed {
+            self.truth.fail(format!("{life:?} asks the arbiter although nothing has gone wrong"));
+        }
+        let from = (from.0, from.1 || self.clock_failed);
         let delay = self.arbiter_delay();
         self.after(delay, Happening::ClaimArrives { life, generation, from });
     }

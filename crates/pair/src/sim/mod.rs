@@ -12,6 +12,7 @@
 mod broken;
 mod explore;
 mod hosts;
+mod images;
 mod ports;
 mod primary;
 mod run;
@@ -29,15 +30,15 @@ use crate::planted::Bug;
 use run::Faults;
 use world::Stats;
 
-const DEAD_AFTER: Duration = Duration::from_millis(100);
 /// Much longer than a base takes.
 const HANDBACK: Duration = Duration::from_millis(200);
-const RETRY: Duration = Duration::from_millis(20);
 /// Time between two steps of the VM in µs, on average.
 const STEP: u64 = 6_000;
 
-fn timing() -> Timing {
-    Timing { dead_after: DEAD_AFTER, retry: RETRY, greeting: DEAD_AFTER, handback: HANDBACK }
+/// The times of one schedule.
+fn timing(dead_after_ms: u64, retry_ms: u64) -> Timing {
+    let dead_after = Duration::from_millis(dead_after_ms);
+    Timing { dead_after, retry: Duration::from_millis(retry_ms), greeting: dead_after, handback: HANDBACK }
 }
 
 fn from_environment(name: &str) -> Option<u64> {
@@ -97,7 +98,7 @@ fn the_invariants_hold_in_every_schedule() {
             "{stats:?}"
         );
         assert!(stats.long_pauses > count / 100, "{stats:?}");
-        assert!(stats.unsettled > count / 100 && stats.failed > count / 10, "{stats:?}");
+        assert!(stats.unsettled > count / 200 && stats.failed > count / 10, "{stats:?}");
         assert!(stats.tried > count && stats.slow_applies > count / 10, "{stats:?}");
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
@@ -189,6 +190,11 @@ fn every_planted_mistake_is_found() {
         Bug::LeaseForgotten,
         Bug::WakeForgotten,
         Bug::HeldUntold,
+        Bug::ImpatientStandby,
+        Bug::ReleaseLate,
+        Bug::TwoWinners,
+        Bug::AnyArbiter,
+        Bug::StaleImageStarts,
     ];
     let of_progress = [Bug::BeatsWithoutProgress, Bug::StampsWithoutProgress, Bug::AnyThreadClaims];
     let many = bugs.into_iter().map(|bug| (bug, Faults::Many));

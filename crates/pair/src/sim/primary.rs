@@ -4,17 +4,22 @@ use std::time::Duration;
 
 use outlive_epoch::EndReason;
 
+use super::STEP;
 use super::hosts::{Process, VM};
+use super::images::Image;
 use super::ports::{PrimaryEffect as Effect, PrimarySide, SimPart};
 use super::truth::{Life, Node};
 use super::world::{Happening, Msg, World};
-use super::{STEP, timing};
 use crate::planted::{Planted, planted};
 use crate::policy::{Facts, Next, Pause, Policy};
 use crate::{
     After, Broken, ExitReason, Introduction, Link, LossReason, Primary, PrimaryConfig, PrimaryDriver,
     PrimaryEvent, PrimaryNote, Ticket, Wanted,
 };
+
+/// The longest time in µs for which output may be held, as long as nothing goes wrong and besides what is known
+/// to be slow: an epoch, a large checkpoint in parts, and as many applies as there are slots.
+const LONGEST_HELD: u64 = 600_000;
 
 pub(super) struct PrimaryProcess {
     pub(super) driver: PrimaryDriver<PrimarySide>,
@@ -57,10 +62,12 @@ impl World {
     pub(super) fn start_primary(&mut self, host: usize, generation: u64, checkpoint: u64, node: Node) {
         let now = self.clock(host);
         let standbys = self.hosts.len() - 1;
-        let config = PrimaryConfig { generation, checkpoint, standbys, slots: self.slots, timing: timing() };
+        let config =
+            PrimaryConfig { generation, checkpoint, standbys, slots: self.slots, timing: self.timing };
         let mut machine = Primary::new(config, now);
         machine.bug = Planted(self.bug);
         self.hosts[host].look = None;
+        self.hosts[host].image = Some(Image::primary(generation, self.hosts[host].life, node));
         self.hosts[host].process = Process::Primary(Box::new(PrimaryProcess {
             driver: PrimaryDriver::new(machine, PrimarySide::new()),
             node,
@@ -149,7 +156,7 @@ impl World {
             }
             Effect::Hello { conn, generation } => {
                 let (slots, dead_after, shared_storage) =
-                    (self.slots, timing().dead_after, self.shared_storage);
+                    (self.slots, self.timing.dead_after, self.shared_storage);
                 let hello = Introduction { vm: VM, generation, slots, dead_after, shared_storage };
                 self.send(conn, 0, Msg::Hello(hello));
             }
@@ -174,6 +181,12 @@ impl World {
             Effect::Open { generation } => {
                 if let Some(p) = self.primary_of(life) {
                     p.excused = false;
+                }
+                // The sidecar is written later, and perhaps never.
+                if self.rng.one_in(2)
+                    && let Some(image) = &mut self.hosts[life.0].image
+                {
+                    image.generation = generation;
                 }
                 self.stats.alone += 1;
                 self.truth.goes_on(generation, life);
@@ -252,7 +265,16 @@ impl World {
             let delay = self.preempted();
             self.after(delay, Happening::Drain(life));
         }
-        out.into_iter().for_each(|node| self.truth.output(node, generation, life));
+        for (node, at) in out {
+            let held = (self.now - self.slowness().min(self.now)).saturating_sub(at);
+            if !self.disturbed {
+                self.stats.longest_held = self.stats.longest_held.max(held);
+            }
+            if !self.disturbed && held > LONGEST_HELD {
+                self.truth.fail(format!("{life:?} has held output for {held} µs and nothing has gone wrong"));
+            }
+            self.truth.output(node, generation, life);
+        }
     }
 
     pub(super) fn vm_step(&mut self, life: Life) {
@@ -270,14 +292,19 @@ impl World {
     }
 
     fn guest_sends(&mut self, life: Life, node: Node) {
-        let (now, bug) = (self.clock(life.0), Planted(self.bug));
+        let (now, bug, at) =
+            (self.clock(life.0), Planted(self.bug), self.now - self.slowness().min(self.now));
         let ends = self.truth.depth(node) >= self.guest_end;
         let Some(p) = self.primary_of(life) else { return };
         p.node = node;
         p.stopped |= ends;
+        if let Some(image) = &mut self.hosts[life.0].image {
+            image.node = node;
+        }
+        let Some(p) = self.primary_of(life) else { return };
         let generation = p.driver.machine().generation();
         let first = p.held_since.is_none();
-        match p.driver.ports_mut().valve.push(node) {
+        match p.driver.ports_mut().valve.push(node, at) {
             Some(node) => self.truth.output(node, generation, life),
             None => {
                 p.held_since.get_or_insert(now);
@@ -336,6 +363,7 @@ impl World {
     fn work_long(&mut self, life: Life) {
         let time = self.rng.range(1_000, 500_000);
         self.stats.long_works += 1;
+        self.slow_for(time);
         self.primary(life, PrimaryEvent::LongWork { within: Duration::from_micros(time * 2) });
         self.hosts[life.0].busy_until = self.now + time;
         self.look_within(life, 10);
@@ -372,6 +400,7 @@ impl World {
         }
         if time >= 100_000 {
             self.stats.long_pauses += 1;
+            self.slow_for(time);
             self.primary(life, PrimaryEvent::LongWork { within: Duration::from_micros(time * 2) });
         }
         let Some(p) = self.primary_of(life) else { return };

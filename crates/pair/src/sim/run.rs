@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::hosts::Process;
 use super::ports::PortFault;
 use super::truth::{Life, Node};
-use super::world::{Happening, Msg, Stats, World};
+use super::world::{Happening, Host, Msg, Stats, World};
 use crate::planted::Bug;
 use crate::{ClaimResult, Link, LossReason, PrimaryEvent, PrimaryStatus, StandbyEvent};
 
@@ -13,6 +13,8 @@ const FAULTS_FROM: u64 = 100_000;
 /// By then the VM is protected, even after long work during its base: one fault must not cost it.
 const ONE_FAULT_FROM: u64 = 800_000;
 const FAULTS_UNTIL: u64 = 1_800_000;
+/// By then everybody has done what they do by themselves.
+const OPERATOR_FROM: u64 = 2_700_000;
 const CHECK_FROM: u64 = 3_300_000;
 const END: u64 = 3_700_000;
 
@@ -29,7 +31,7 @@ pub(super) enum Faults {
 }
 
 /// The kinds of faults that [`World::fault`] draws.
-pub(super) const FAULT_NAMES: [&str; 24] = [
+pub(super) const FAULT_NAMES: [&str; 31] = [
     "crash",
     "crash",
     "crash of the owner",
@@ -54,6 +56,13 @@ pub(super) const FAULT_NAMES: [&str; 24] = [
     "a thread wedges",
     "disks fail",
     "cut off from the clients",
+    "disk lost",
+    "power cut of all hosts",
+    "clock stands still or jumps",
+    "arbiter forgets",
+    "another arbiter's directory",
+    "slow disk",
+    "slow disk",
 ];
 
 /// The faults of a schedule that strike: all except those that are left out.
@@ -93,6 +102,7 @@ pub(super) fn schedule_of(
         world.start_standby(host);
     }
     world.company = faults == Faults::Many;
+    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop);
     let count = match faults {
         Faults::None | Faults::Wedge | Faults::Stop => 0,
         Faults::One => 1,
@@ -118,6 +128,7 @@ pub(super) fn schedule_of(
         world.at(time, Happening::Fault);
     }
     world.at(FAULTS_UNTIL, Happening::Heal);
+    (0..3).for_each(|time| world.at(OPERATOR_FROM + time * 200_000, Happening::Operator));
     world.run_until(CHECK_FROM);
     let tip = world.truth.tip;
     world.run_until(END);
@@ -154,7 +165,8 @@ impl World {
                 Some(host) => self
                     .truth
                     .fail(format!("host {host} holds the VM of generation {newest} and does not run it")),
-                None => self.stats.vm_lost += 1,
+                None if self.disk_lost => self.stats.vm_lost += 1,
+                None => self.check_images(newest),
             }
             return;
         }
@@ -174,6 +186,20 @@ impl World {
         let waits = status == PrimaryStatus::Alone && self.hosts[owner.0].arbiter_cut_until == u64::MAX;
         if status != PrimaryStatus::Protected && !waits {
             self.truth.fail(format!("{owner:?} found no new standby; it is {status:?}"));
+        }
+    }
+
+    /// The VM runs nowhere, and nobody alive has it. Then no image may have all that the world has seen.
+    fn check_images(&mut self, newest: u64) {
+        let whole = |host: &Host| {
+            host.image.is_some_and(|image| image.whole && self.truth.is_past_of(self.truth.tip, image.node))
+        };
+        match self.hosts.iter().position(whole) {
+            Some(host) => self.truth.fail(format!(
+                "the VM of generation {newest} runs nowhere although the image of host {host} is whole: {:?}",
+                self.hosts[host].image
+            )),
+            None => self.stats.vm_lost += 1,
         }
     }
 
@@ -228,6 +254,7 @@ impl World {
             Happening::ClaimArrives { life, generation, from } => self.claim_arrives(life, generation, from),
             Happening::ClaimAnswered { life, generation, result } => match &self.hosts[life.0].process {
                 Process::Primary(_) => self.primary(life, PrimaryEvent::Claimed { generation, result }),
+                Process::Starting => self.image_answered(life, generation, &result),
                 _ => self.standby(life, StandbyEvent::Claimed { generation, result }),
             },
             Happening::Tried { life, link, number } => self.tried(life, link, number),
@@ -235,11 +262,8 @@ impl World {
             Happening::Settled { life, link, number } => self.settled(life, link, number),
             Happening::Released { life, link } => self.released(life, link),
             Happening::Discarded { life, link } => self.standby(life, StandbyEvent::Discarded { link }),
-            Happening::Restart { host } => {
-                if matches!(self.hosts[host].process, Process::Down) && !self.truth.ended {
-                    self.start_standby(host);
-                }
-            }
+            Happening::Restart { host } => self.restart(host),
+            Happening::Operator => self.operator(),
             Happening::Fault => {
                 if self.strikes.next() {
                     self.fault();
@@ -303,7 +327,16 @@ impl World {
     fn claim_arrives(&mut self, life: Life, generation: u64, base: (Node, bool)) {
         let cut = self.hosts[life.0].arbiter_cut_until > self.now;
         let mut result = ClaimResult::Unreachable { why: "no route".into() };
-        if !cut || self.rng.one_in(3) {
+        let swapped = self.hosts[life.0].swapped_until > self.now;
+        let forgot = self.arbiter_forgot_until > self.now;
+        if swapped && self.bug == Some(Bug::AnyArbiter) {
+            result = ClaimResult::Won;
+        } else if forgot && self.bug == Some(Bug::TwoWinners) {
+            self.truth.forget(generation);
+        }
+        // An arbiter that is another one, or that lacks the claim before this one, takes none.
+        let refuses = swapped || forgot && self.bug != Some(Bug::TwoWinners);
+        if !refuses && (!cut || self.rng.one_in(3)) {
             let verdict = self.truth.claim(generation, life, base.0, base.1);
             if !cut {
                 result = match verdict {
@@ -323,7 +356,8 @@ impl World {
         let host = self.rng.range(0, 3) as usize;
         let other = (host + self.rng.range(1, 3) as usize) % 3;
         let until = self.now + self.rng.range(5_000, 400_000);
-        let kind = self.rng.range(0, 24);
+        let kind = self.rng.range(0, FAULT_NAMES.len() as u64);
+        self.disturbed = true;
         self.stats.faults[kind as usize] += 1;
         let name = FAULT_NAMES.get(kind as usize).unwrap_or(&"other");
         self.tell((host, 0), &format_args!("fault {kind} ({name}) until {until}"));
@@ -376,6 +410,17 @@ impl World {
             21 => self.wedge(host),
             22 => self.disks_fail(until),
             23 => self.cut_off(host, until),
+            24 => {
+                self.crash(host);
+                (self.hosts[host].image, self.disk_lost) = (None, true);
+            }
+            // Of one fault the VM must survive what is in its memory.
+            25 if !self.company => self.crash(host),
+            25 => (0..self.hosts.len()).for_each(|host| self.crash(host)),
+            26 => self.clock_fails(host, until),
+            27 => self.arbiter_forgot_until = until,
+            28 => self.hosts[host].swapped_until = until,
+            29 | 30 => self.hosts[host].slow_disk_until = until + 300_000,
             _ => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process {
@@ -402,7 +447,7 @@ impl World {
             Process::Standby(s) => {
                 s.driver.ports_mut().faults.next = pick(&[Send, Claim, Try, Apply, Settle]);
             }
-            Process::Down => {}
+            Process::Starting | Process::Down => {}
         }
     }
 
@@ -477,6 +522,8 @@ impl World {
             if host.arbiter_cut_until != u64::MAX {
                 host.arbiter_cut_until = now.min(host.arbiter_cut_until);
             }
+            host.swapped_until = now;
+            host.slow_disk_until = now;
             if let Process::Standby(s) = &mut host.process {
                 s.bad_host = false;
             }
@@ -487,6 +534,7 @@ impl World {
         }
         self.slow_until = now;
         self.arbiter_slow_until = now;
+        self.arbiter_forgot_until = now;
         if self.company {
             // After more than one fault nobody may be left who could succeed: the operator steps in.
             for host in 0..self.hosts.len() {

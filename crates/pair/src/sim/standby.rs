@@ -3,8 +3,8 @@
 use outlive_epoch::{LeaveReason, RefuseCode};
 
 use super::hosts::Process;
+use super::images::Image;
 use super::ports::{Buffer, Out, PortFault, StandbyEffect as Effect, StandbySide};
-use super::timing;
 use super::truth::{Life, Node};
 use super::world::{Happening, Msg, World};
 use crate::planted::{Bug, Planted};
@@ -35,7 +35,7 @@ impl StandbyProcess {
 impl World {
     pub(super) fn start_standby(&mut self, host: usize) {
         let now = self.clock(host);
-        let mut machine = Standby::new(StandbyConfig { vm: None, timing: timing() }, now);
+        let mut machine = Standby::new(StandbyConfig { vm: None, timing: self.timing }, now);
         machine.bug = Planted(self.bug);
         self.hosts[host].life += 1;
         self.hosts[host].look = None;
@@ -104,18 +104,19 @@ impl World {
             Effect::Try { link, checkpoint } => {
                 let slow = if self.rng.one_in(10) && !self.healed { 200_000 } else { 5_000 };
                 let delay = self.rng.range(10, slow);
+                self.slow_for(delay);
                 self.after(delay, Happening::Tried { life, link, number: checkpoint });
             }
             Effect::Apply { link, checkpoint } => {
-                let delay = self.time_to_apply();
+                let delay = self.time_to_apply() + self.slowness_of_disk(life.0);
                 self.after(delay, Happening::Applied { life, link, number: checkpoint });
             }
             Effect::Settle { link, checkpoint } => {
-                let delay = self.rng.range(10, 50_000);
+                let delay = self.rng.range(10, 50_000) + self.slowness_of_disk(life.0);
                 self.after(delay, Happening::Settled { life, link, number: checkpoint });
             }
             Effect::Release { link } => {
-                let delay = self.rng.range(10, 50_000);
+                let delay = self.rng.range(10, 50_000) + self.slowness_of_disk(life.0);
                 self.after(delay, Happening::Released { life, link });
             }
             Effect::Discard { link } => {
@@ -125,7 +126,12 @@ impl World {
                 let delay = self.rng.range(10, 30_000);
                 self.after(delay, Happening::Discarded { life, link });
             }
-            Effect::Claim { generation } => self.ask_arbiter(life, generation),
+            Effect::Claim { generation } => {
+                if let Some(image) = &mut self.hosts[life.0].image {
+                    image.released = false;
+                }
+                self.ask_arbiter(life, generation);
+            }
             Effect::TakeOver(order) => self.take_over(life, order),
             Effect::Exit(reason) => self.standby_exits(life, &reason),
             Effect::Note(StandbyNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,
@@ -139,7 +145,9 @@ impl World {
             _ if self.healed => self.rng.range(10, 4000),
             0 => {
                 self.stats.slow_applies += 1;
-                self.rng.range(100_000, 400_000)
+                let time = self.rng.range(100_000, 400_000);
+                self.slow_for(time);
+                time
             }
             1..20 => 40_000,
             _ => self.rng.range(10, 4000),
@@ -182,6 +190,9 @@ impl World {
         for out in out {
             match out {
                 Out::Send(link, msg) => {
+                    if let (Msg::Leave(reason), Some(image)) = (&msg, &mut self.hosts[life.0].image) {
+                        image.released &= *reason == LeaveReason::Released;
+                    }
                     self.stats.left += u64::from(matches!(msg, Msg::Leave(_)));
                     self.stats.handed_over += u64::from(matches!(msg, Msg::Leave(LeaveReason::Released)));
                     if matches!(msg, Msg::Leave(_)) && self.rng.one_in(8) {
@@ -253,6 +264,14 @@ impl World {
             copy.staging.retain(|buffer| buffer.number != number);
             copy.applying.take_if(|applying| *applying == number);
             copy.memory = buffer.filter(|buffer| buffer.whole).map(|buffer| buffer.node);
+            if let (Some(node), Some(image)) = (copy.memory, &mut self.hosts[life.0].image) {
+                (image.node, image.whole) = (node, true);
+            }
+        }
+        let Some(s) = self.standby_of(life) else { return };
+        if s.bad_disk && self.rng.one_in(4) {
+            let why = "no space left on device".into();
+            return self.standby(life, StandbyEvent::Failed { link, why });
         }
         self.standby(life, StandbyEvent::Applied { link, checkpoint: number });
     }
@@ -283,6 +302,9 @@ impl World {
         if let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link) {
             copy.released = result.is_ok();
         }
+        if let Some(image) = &mut self.hosts[life.0].image {
+            image.released = result.is_ok();
+        }
         self.standby(life, StandbyEvent::Released { link, result });
     }
 
@@ -307,8 +329,10 @@ impl World {
         let Some(s) = self.standby_of(life) else { return };
         let event = match msg {
             Msg::Hello(hello) => {
-                let asks = self.hosts[life.0].arbiter_cut_until <= self.now;
-                if asks && hello.generation < self.truth.newest().0 {
+                // Only if it is out of reach from the beginning on, this is not asked.
+                let asks = self.hosts[life.0].arbiter_cut_until != u64::MAX;
+                let stale = hello.generation < self.truth.newest().0;
+                if asks && (stale || self.cannot_reach_arbiter(life.0)) {
                     return self.refuse_stale(life, link);
                 }
                 self.hello(life, link, hello);
@@ -369,6 +393,10 @@ impl World {
         if let Some(s) = self.standby_of(life) {
             let accepted = s.driver.would_accept(now, &hello).is_ok();
             s.driver.ports_mut().introduced(link, hello.slots, accepted);
+            if accepted {
+                // Its blocks are overwritten from now on.
+                self.hosts[life.0].image = Some(Image::copy(hello.generation, life.1));
+            }
         }
     }
 }

@@ -49,7 +49,7 @@ impl Truth {
         self.steps.len() - 1
     }
 
-    fn is_past_of(&self, past: Node, mut node: Node) -> bool {
+    pub(super) fn is_past_of(&self, past: Node, mut node: Node) -> bool {
         while self.steps[node].depth > self.steps[past].depth {
             node = self.steps[node].parent;
         }
@@ -58,6 +58,16 @@ impl Truth {
 
     pub(super) fn newest(&self) -> (u64, Life) {
         self.won.last_key_value().map_or((0, (0, 0)), |(generation, (life, _))| (*generation, *life))
+    }
+
+    /// The newest generation that a process has won.
+    pub(super) fn newest_of(&self, life: Life) -> Option<u64> {
+        self.won.iter().rev().find(|(_, (owner, _))| *owner == life).map(|(generation, _)| *generation)
+    }
+
+    /// For a planted mistake: the arbiter no longer knows who won this generation.
+    pub(super) fn forget(&mut self, generation: u64) {
+        self.won.remove(&generation);
     }
 
     /// The arbiter's test-and-set. `base` is the state from which the claimer would continue.

@@ -17,7 +17,8 @@ pub(super) struct Valve {
     epoch: u64,
     committed: u64,
     lease: Option<Duration>,
-    held: VecDeque<(u64, Node)>,
+    /// Epoch, output, and when it was held, less slowness that explains the wait.
+    held: VecDeque<(u64, Node, u64)>,
 }
 
 impl Valve {
@@ -59,11 +60,11 @@ impl Valve {
     }
 
     /// The guest sends something; returns what leaves at once.
-    pub(super) fn push(&mut self, node: Node) -> Option<Node> {
+    pub(super) fn push(&mut self, node: Node, at: u64) -> Option<Node> {
         match self.mode {
             // Nothing overtakes output that is still to be drained.
             Mode::Open if self.held.is_empty() => return Some(node),
-            Mode::Open | Mode::Hold => self.held.push_back((self.epoch, node)),
+            Mode::Open | Mode::Hold => self.held.push_back((self.epoch, node, at)),
             Mode::Discard => {}
         }
         None
@@ -71,7 +72,7 @@ impl Valve {
 
     fn is_let_out(&self) -> bool {
         let front = self.held.front();
-        front.is_some_and(|(epoch, _)| self.mode == Mode::Open || *epoch <= self.committed)
+        front.is_some_and(|(epoch, ..)| self.mode == Mode::Open || *epoch <= self.committed)
     }
 
     fn lease_lasts(&self, now: Duration) -> bool {
@@ -87,11 +88,11 @@ impl Valve {
     ///
     /// # Errors
     /// The lease has ended.
-    pub(super) fn drain(&mut self, now: Duration) -> Result<Option<Node>, ()> {
+    pub(super) fn drain(&mut self, now: Duration) -> Result<Option<(Node, u64)>, ()> {
         match self.is_let_out() {
             false => Ok(None),
             true if !self.lease_lasts(now) => Err(()),
-            true => Ok(self.held.pop_front().map(|(_, node)| node)),
+            true => Ok(self.held.pop_front().map(|(_, node, at)| (node, at))),
         }
     }
 }

@@ -7,11 +7,12 @@ use std::time::Duration;
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode};
 
 use super::hosts::Process;
+use super::images::Image;
 use super::run::Strikes;
 use super::truth::{Life, Node, Truth};
 use crate::planted::Bug;
 use crate::policy::{Interval, Latency, Longest, Output, Policy};
-use crate::{ClaimResult, Introduction, Link, Ticket};
+use crate::{ClaimResult, Introduction, Link, Ticket, Timing};
 
 /// Random numbers that the seed of the schedule repeats.
 pub(super) struct Rng(fastrand::Rng);
@@ -152,6 +153,8 @@ pub(super) enum Happening {
     Restart {
         host: usize,
     },
+    /// The operator looks whether the VM runs.
+    Operator,
     Fault,
     Wedge {
         host: usize,
@@ -194,13 +197,18 @@ pub(super) struct Host {
     pub(super) disk_fails_until: u64,
     /// Until when it is cut off from the guest's clients.
     pub(super) cut_off_until: u64,
+    /// Until when another directory is mounted where it looks for the arbiter.
+    pub(super) swapped_until: u64,
+    /// Until when its disk is slow.
+    pub(super) slow_disk_until: u64,
+    pub(super) image: Option<Image>,
     /// Whether its waiting thread hangs for good, while all others continue.
     pub(super) wedged: bool,
     /// Until when its waiting thread is busy, which it has announced.
     pub(super) busy_until: u64,
     /// Its clock: offset in µs and rate in parts per thousand.
-    offset: u64,
-    rate: u64,
+    pub(super) offset: u64,
+    pub(super) rate: u64,
     /// When the waiting thread must wake up, and the number of that waking.
     pub(super) look: Option<(u64, u64)>,
 }
@@ -219,7 +227,19 @@ pub(super) struct World {
     pub(super) slow_until: u64,
     pub(super) slow_by: u64,
     pub(super) arbiter_slow_until: u64,
+    /// Until when the arbiter does not know its claims: it was emptied, or is an old copy.
+    pub(super) arbiter_forgot_until: u64,
     pub(super) healed: bool,
+    /// Whether anything has gone wrong so far.
+    pub(super) disturbed: bool,
+    /// Whether a clock has stood still or jumped: leases rely on clocks that do not. Whoever has lost may then
+    /// let out what was committed, and nothing else.
+    pub(super) clock_failed: bool,
+    pub(super) timing: Timing,
+    pub(super) slow_total: u64,
+    pub(super) slow_end: u64,
+    /// Whether the disk of a host was lost.
+    pub(super) disk_lost: bool,
     /// The most checkpoints without an acknowledgement.
     pub(super) slots: u64,
     /// Whether output goes to storage that both hosts use: nothing may be let out after another host has won,
@@ -263,6 +283,10 @@ pub(super) struct Stats {
     pub(super) left: u64,
     pub(super) unsettled: u64,
     pub(super) vm_lost: u64,
+    /// VMs that were started again from an image.
+    pub(super) restarted: u64,
+    /// The longest time in µs that output was held, less what announced slowness explains.
+    pub(super) longest_held: u64,
     /// Actions that failed.
     pub(super) failed: u64,
     pub(super) tried: u64,
@@ -296,6 +320,8 @@ impl Stats {
         self.left += other.left;
         self.unsettled += other.unsettled;
         self.vm_lost += other.vm_lost;
+        self.restarted += other.restarted;
+        self.longest_held = self.longest_held.max(other.longest_held);
         self.failed += other.failed;
         self.tried += other.tried;
         self.slow_applies += other.slow_applies;
@@ -345,6 +371,9 @@ impl World {
                 arbiter_cut_until: 0,
                 disk_fails_until: 0,
                 cut_off_until: 0,
+                swapped_until: 0,
+                slow_disk_until: 0,
+                image: None,
                 wedged: false,
                 busy_until: 0,
                 offset: rng.range(0, 1_000_000_000),
@@ -356,6 +385,7 @@ impl World {
         let (slots, interval) = (rng.range(1, 5), rng.range(6_000, 24_000));
         let shared_storage = rng.one_in(4);
         let ending = Ending::ALL[rng.range(0, Ending::ALL.len() as u64) as usize];
+        let timing = super::timing(rng.range(60, 181), rng.range(8, 25));
         Self {
             now: 0,
             slots,
@@ -372,7 +402,14 @@ impl World {
             slow_until: 0,
             slow_by: 0,
             arbiter_slow_until: 0,
+            arbiter_forgot_until: 0,
             healed: false,
+            disturbed: false,
+            clock_failed: false,
+            timing,
+            slow_total: 0,
+            slow_end: 0,
+            disk_lost: false,
             company: true,
             stands_still_at_leave: false,
             guest_end: u32::MAX,
