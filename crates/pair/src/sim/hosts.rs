@@ -43,7 +43,10 @@ impl World {
     }
 
     pub(super) fn close(&mut self, conn: usize, side: usize) {
-        if std::mem::replace(&mut self.conns[conn].open[side], false) {
+        let was_open = std::mem::replace(&mut self.conns[conn].open[side], false);
+        // Whoever has reset a connection lets nothing more through, at times: the other side hears of no end.
+        let swallowed = self.conns[conn].broken && self.rng.one_in(2);
+        if was_open && !swallowed {
             self.send(conn, 1 - side, Msg::Closed);
         }
     }

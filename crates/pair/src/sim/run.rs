@@ -28,6 +28,8 @@ pub(super) enum Faults {
     Wedge,
     /// The arbiter is out of reach for good, and a standby is stopped in order.
     Stop,
+    /// Both hosts write to the same storage, and a connection is reset at the standby's end.
+    Storage,
 }
 
 /// The kinds of faults that [`World::fault`] draws.
@@ -104,7 +106,7 @@ pub(super) fn schedule_of(
     world.company = faults == Faults::Many;
     world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop);
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Stop => 0,
+        Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
     };
@@ -122,6 +124,11 @@ pub(super) fn schedule_of(
         if world.rng.one_in(2) {
             world.at(time + 1_000_000, Happening::CrashIfProtected);
         }
+    }
+    if faults == Faults::Storage {
+        world.shared_storage = true;
+        let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
+        world.at(time, Happening::ResetAtStandby);
     }
     for _ in 0..count {
         let time = world.rng.range(from, FAULTS_UNTIL);
@@ -288,6 +295,7 @@ impl World {
                     self.cut[from][to] = self.now + 300_000;
                 }
             }
+            Happening::ResetAtStandby => self.reset_at_standby(),
             Happening::Heal => self.heal(),
         }
     }
@@ -511,6 +519,17 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Messages become slow, and then the newest connection ends for the standby; the primary hears of it late, or
+    /// never.
+    fn reset_at_standby(&mut self) {
+        let Some(conn) = self.conns.iter().rposition(|conn| conn.open == [true; 2]) else { return };
+        self.conns[conn].broken = true;
+        let until = self.now + 300_000;
+        (self.slow_from, self.slow_until, self.slow_by) = (self.now, until, self.rng.range(5_000, 40_000));
+        let delay = self.rng.range(20_000, 120_000);
+        self.after(delay, Happening::Reset { conn, side: 0 });
     }
 
     fn heal(&mut self) {

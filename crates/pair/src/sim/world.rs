@@ -168,6 +168,8 @@ pub(super) enum Happening {
         from: usize,
         to: usize,
     },
+    /// A third party resets the newest connection at the standby's end.
+    ResetAtStandby,
     Heal,
 }
 
