@@ -98,7 +98,8 @@ impl FakePrimary {
             match self.reader.read_section(&mut self.stream) {
                 Err(error) => return error.to_string(),
                 Ok(section) => match Message::parse(&section).unwrap() {
-                    Message::Heartbeat { .. } => {}
+                    // A standby of a stream of version 5 says whether it reaches the clients.
+                    Message::Heartbeat { .. } | Message::Reach(_) => {}
                     other => return format!("{other:?}"),
                 },
             }
