@@ -158,6 +158,14 @@ impl Start {
         Ok(Self { provenance, generation, known, forks, ends, accepted })
     }
 
+    /// The newest generation, if a takeover by an earlier process of this host won it and did not come to its end:
+    /// then nobody knows whether the lost primary was fenced off. A sidecar says that its image is the VM's own
+    /// only after that. Ask before [`Start::carry_out`], which says so.
+    pub(crate) fn unfenced(&self) -> Option<u64> {
+        let won = |it: &&Known| it.sidecar.role == Role::Replica && it.standing.role == Role::Primary;
+        self.known.iter().find(won).map(|it| it.standing.generation)
+    }
+
     /// What was accepted for this start.
     pub(crate) fn accepted(&self) -> &[Accepted] {
         &self.accepted

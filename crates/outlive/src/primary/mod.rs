@@ -32,9 +32,10 @@ use crate::cli::RunOptions;
 use crate::console::{Console, Port};
 use crate::disk::{self, Accepted, Books, Start};
 use crate::events::{self, Event, Role};
-use crate::process;
+use crate::standby::{About, fence};
 use crate::status::Standing;
 use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy, TapPlace};
+use crate::{notify, process};
 
 pub(crate) use launch::run;
 
@@ -71,12 +72,20 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let events = events::open(&active.events_to())?;
     process::on_stop(active.exit_with_stdin, stops.sender())
         .map_err(|e| format!("cannot watch signals: {e}"))?;
+    events.of_vm(&start.provenance.name, &vm.to_string());
+    // Before the images become the VM's own: a process that is killed meanwhile must fence after its restart, too.
+    if let Some((generation, command)) = start.unfenced().zip(active.fence()) {
+        let peer = active.standbys.first().cloned().unwrap_or_default();
+        let about = About { name: start.provenance.name.clone(), vm: vm.to_string(), generation, peer };
+        // The command has no time limit, but the start of a service has one.
+        notify::ready();
+        fence(&command, &about, &events, &standing);
+    }
     start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut()).map_err(|e| e.to_string())?;
     for Accepted { danger, about, .. } in start.accepted() {
         tracing::warn!(?danger, "ACCEPTED: {about}");
         events.emit(Event::Accepted { danger: *danger, about: about.clone() });
     }
-    events.of_vm(&start.provenance.name, &vm.to_string());
     events.emit(Event::Started {
         role: Role::Primary,
         vm: Some(start.provenance.name.clone()),

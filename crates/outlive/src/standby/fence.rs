@@ -2,7 +2,8 @@
 //! runs here. The generation is won by then, so the old primary has stopped as soon as it knows; the command is for
 //! one that does not know yet, or whose kernel still has writes to a shared disk.
 //!
-//! Without a success the VM does not run: a command that fails, or takes too long, is run again.
+//! Without a success the VM does not run: a command that fails, or takes too long, is run again. A process that is
+//! started again before the first success begins with it, too: see `Start::unfenced`.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -12,10 +13,13 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::events::{Event, EventWriter};
+use crate::notify;
 use crate::status::Standing;
 
 /// Time between two looks at the command.
 const LOOK: Duration = Duration::from_millis(5);
+/// Time between two signs of life while nothing is done.
+const SIGN: Duration = Duration::from_millis(50);
 /// How long a killed command may take to end before it is left alone.
 const KILLED: Duration = Duration::from_secs(1);
 /// The pause before the second run; it doubles with each.
@@ -33,17 +37,18 @@ pub(crate) struct Fence {
 }
 
 /// What the command is told, as variables of its environment.
-pub(super) struct About {
-    pub(super) name: String,
-    pub(super) vm: String,
+pub(crate) struct About {
+    pub(crate) name: String,
+    pub(crate) vm: String,
     /// The generation that this host has won.
-    pub(super) generation: u64,
-    /// The lost primary, as it connected.
-    pub(super) peer: String,
+    pub(crate) generation: u64,
+    /// The lost primary, as it connected, or after a restart as `--standby` names it.
+    pub(crate) peer: String,
 }
 
-/// Runs the command until it succeeds.
-pub(super) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
+/// Runs the command until it succeeds. Call it on the thread that decides: meanwhile it gives the process' signs
+/// of life, because a service manager that kills the process would kill the only copy of the VM.
+pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;
     for attempt in 1_u32.. {
@@ -60,8 +65,16 @@ pub(super) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
                 events.emit(Event::FenceFailed { attempt, why });
             }
         }
-        std::thread::sleep(pause);
+        rest(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+fn rest(pause: Duration) {
+    let until = Instant::now() + pause;
+    while let Some(left) = until.checked_duration_since(Instant::now()) {
+        notify::alive();
+        std::thread::sleep(left.min(SIGN));
     }
 }
 
@@ -92,6 +105,7 @@ fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), String> {
 fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     let until = Instant::now() + limit;
     loop {
+        notify::alive();
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
             Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),

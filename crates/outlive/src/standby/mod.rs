@@ -47,7 +47,7 @@ use crate::status::Standing;
 use crate::vm::{self, Launch, Relay};
 use crate::{disk, notify, process};
 use decisions::{Decisions, Equipment};
-pub(crate) use fence::Fence;
+pub(crate) use fence::{About, Fence, fence};
 pub(crate) use listen::Door;
 use notes::Notes;
 use ports::{MainMessage, Session};

@@ -1,10 +1,12 @@
 //! The operator's fence command runs before the VM does, and the VM waits for its success.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 
 use outlive::events::Event;
 
-use crate::support::{Side, Witnesses, World, wait_until};
+use crate::support::{Process, Side, Witnesses, World, wait_until};
 
 /// It fails once, then hangs once, then works. It writes down what it was told.
 const SCRIPT: &str = r#"
@@ -19,6 +21,8 @@ esac
 #[test]
 fn the_vm_waits_for_a_fence_command_that_fails_or_hangs() {
     let Some(world) = World::new() else { return };
+    let manager = UnixDatagram::bind(world.manager()).unwrap();
+    manager.set_nonblocking(true).unwrap();
     let (script, dir) = (world.dir().join("fence"), world.dir().display().to_string());
     fs::write(&script, SCRIPT).unwrap();
     let command = format!("sh {} {dir}", script.display());
@@ -34,8 +38,10 @@ fn the_vm_waits_for_a_fence_command_that_fails_or_hangs() {
     standby.wait_for("failing to fence", failed(1, "exit status: 1"));
     standby.wait_for("killing the command", failed(2, "did not end within 0.3 s"));
     assert!(!standby.took_over());
+    signs_of_life(&manager);
     // The third run would be killed, too.
     standby.wait_for("killing the command", failed(3, "did not end"));
+    assert!(signs_of_life(&manager) >= 3, "a service manager would kill the only copy of the VM");
     assert!(!standby.took_over(), "the VM runs although nobody has fenced its old host");
     fs::write(world.dir().join("let"), "").unwrap();
     let fenced = standby.wait_for("fencing", |e| matches!(e, Event::PeerFenced { .. }));
@@ -48,4 +54,55 @@ fn the_vm_waits_for_a_fence_command_that_fails_or_hangs() {
     let first: Vec<&str> = told.lines().next().unwrap().split(' ').collect();
     assert_eq!((first[0], first[1]), ("1", "2"));
     assert!(first[2].starts_with("10.99.0.1:") && !first[3].is_empty() && first[4].len() >= 32, "{told}");
+}
+
+/// How often a process has said that it lives, since the last look.
+fn signs_of_life(manager: &UnixDatagram) -> usize {
+    let mut message = [0; 256];
+    let messages =
+        std::iter::from_fn(|| manager.recv(&mut message).ok().map(|n| message[..n] == *b"WATCHDOG=1"));
+    messages.filter(|it| *it).count()
+}
+
+/// The takeover's process is killed while it fences in vain, and started again, twice: the VM does not run here
+/// before the command has succeeded.
+#[test]
+fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
+    let Some(world) = World::new() else { return };
+    let image = |side: Side| -> PathBuf { world.dir().join(format!("{side:?}.img")) };
+    Side::BOTH.iter().for_each(|side| File::create(image(*side)).unwrap().set_len(1 << 20).unwrap());
+    let (told, opened) = (world.dir().join("told"), world.dir().join("let"));
+    let command =
+        format!("echo $OUTLIVE_GENERATION $OUTLIVE_PEER >> {}; test -e {}", told.display(), opened.display());
+    let (here, there) = (Side::B.addr().to_string(), Side::A.addr().to_string());
+    let disk = |side| format!("path={}", image(side).display());
+    let both = ["--standby", &there, "--fence", &command, "--disk", &disk(Side::B)];
+    let mut standby = world.standby_with(Side::B, &both);
+    let mut active = world.run_with(Side::A, &["--standby", &here, "--disk", &disk(Side::A)]);
+    active.wait_protected();
+    active.kill();
+    let fails = |process: &mut Process| {
+        process.wait_for("failing to fence", |e| matches!(e, Event::FenceFailed { attempt: 2, .. }));
+        assert!(!process.has(|e| matches!(e, Event::Started { vm: Some(_), .. })), "the VM runs unfenced");
+    };
+    fails(&mut standby);
+    standby.kill();
+    let again = || world.run_with(Side::B, &[&both[..], &["--or-standby", "--listen", &here]].concat());
+    let mut restarted = again();
+    fails(&mut restarted);
+    assert_eq!(world.frames_out(Side::B), 0);
+    restarted.kill();
+    let mut restarted = again();
+    fails(&mut restarted);
+    fs::write(opened, "").unwrap();
+    restarted.wait_for("fencing", |e| matches!(e, Event::PeerFenced { .. }));
+    restarted.wait_for("the VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
+    let told = fs::read_to_string(told).unwrap();
+    assert!(told.lines().all(|line| line.starts_with("2 10.99.0.1:")), "{told}");
+    // It is fenced once.
+    let asked = told.lines().count();
+    restarted.kill();
+    let mut restarted = again();
+    restarted.wait_for("the VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
+    assert_eq!(fs::read_to_string(world.dir().join("told")).unwrap().lines().count(), asked);
 }

@@ -381,9 +381,17 @@ impl World {
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }
+        if self.manager().exists() {
+            process.env("NOTIFY_SOCKET", self.manager()).env("WATCHDOG_USEC", "300000");
+        }
         process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
         let child = self.host(side).spawn(&mut process).unwrap();
         Process::new(child, events, log)
+    }
+
+    /// The socket of a service manager that wants a sign of life every 300 ms, where a test has made one.
+    pub(crate) fn manager(&self) -> PathBuf {
+        self.dir().join("manager")
     }
 
     /// A VM on host `side`, protected by the other host: the primary and its standby.
