@@ -5,11 +5,16 @@ use std::time::{Duration, Instant};
 
 use super::RunOptions;
 use crate::arbiter;
-use crate::disk::Part;
+use crate::disk::{Part, STUCK};
+use crate::primary::{Answer, ask};
 
-/// What a standby needs at most from the loss of its primary to its claim, beyond the silence that it waits for.
+/// What a standby usually needs from the loss of its primary to its claim, beyond the silence that it waits for.
 /// A host that is started again sooner would win the VM from its standby and boot it anew.
 const TAKEOVER: Duration = Duration::from_secs(3);
+/// What it needs at most: disks and applier that take longer count as stuck, and it gives up.
+const SLOW_TAKEOVER: Duration = STUCK.saturating_add(TAKEOVER);
+/// Time between two questions.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// Decides. A VM that another host may be about to take over is left to it for a while: then that host has a
 /// running copy of what this one could only boot again.
@@ -25,18 +30,41 @@ pub(super) fn of(options: &RunOptions) -> Result<Part, String> {
     let mut decide =
         || Part::decide(&written, arbiter.as_mut(), options.name.as_deref()).map_err(|e| e.to_string());
     let began = Instant::now();
+    let mut said = None;
     loop {
         let part = decide()?;
         let Part::Starts { after, may_be_taken_over } = &part else { return Ok(part) };
-        let takeover = if *may_be_taken_over { TAKEOVER + options.active.dead_after } else { Duration::ZERO };
-        let wait = (*after + takeover).saturating_sub(began.elapsed());
-        if wait.is_zero() {
+        let (mut wait, mut why) = (*after, None);
+        // The question comes after the decision: whoever has not won the VM by then, and says that it is not
+        // about to, does not win it later.
+        if *may_be_taken_over {
+            let (takeover, slow) = takeover(&options.active.standbys);
+            (wait, why) = (wait + takeover + options.active.dead_after, slow);
+        }
+        let left = wait.saturating_sub(began.elapsed());
+        if left.is_zero() {
             return Ok(part);
         }
-        if began.elapsed() < wait {
-            let secs = wait.as_secs_f32();
-            tracing::info!("this host starts the VM in {secs:.1} s, unless another one has it by then");
+        if said.replace(why.clone()) != Some(why.clone()) {
+            let (secs, why) = (left.as_secs_f32(), why.map_or_else(String::new, |why| format!(": {why}")));
+            tracing::info!("this host starts the VM in {secs:.1} s, unless another one has it by then{why}");
         }
-        std::thread::sleep(wait);
+        std::thread::sleep(left.min(AGAIN));
+    }
+}
+
+/// How long the other hosts may take to take a VM over, and why that may be long.
+fn takeover(others: &[String]) -> (Duration, Option<String>) {
+    let slow = others.iter().find_map(|address| match ask(address) {
+        Answer::Idle => None,
+        Answer::Busy(why) => Some(format!("{address} may be taking it over: {why}")),
+        Answer::Unknown(why) => Some(format!("{address} may be taking it over and does not say: {why}")),
+    });
+    match slow {
+        None if others.is_empty() => {
+            (SLOW_TAKEOVER, Some("no --standby says whether it is taking the VM over".into()))
+        }
+        None => (TAKEOVER, None),
+        why => (SLOW_TAKEOVER, why),
     }
 }

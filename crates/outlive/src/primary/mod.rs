@@ -1,5 +1,6 @@
 //! The host where the VM runs: `outlive run`, and a standby after its takeover.
 
+mod ask;
 mod base;
 mod brake;
 mod broken;
@@ -37,6 +38,7 @@ use crate::status::Standing;
 use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy, TapPlace};
 use crate::{notify, process};
 
+pub(crate) use ask::{Answer, ask};
 pub(crate) use launch::run;
 
 /// Starts a new VM. Everything that can be wrong with options or machine is found here, before the guest

@@ -270,7 +270,11 @@ fn admit(
         return Err((RefuseCode::WrongVm, text));
     }
     let refuse = |text: String| (RefuseCode::Resources, text);
-    if hello.limits.slots == 0 || hello.limits.slots > MAX_SLOTS {
+    if hello.limits.slots == 0 {
+        // The question of `primary/ask.rs`.
+        return Err(refuse("it only asked whether this standby is taking a VM over, which it is not".into()));
+    }
+    if hello.limits.slots > MAX_SLOTS {
         let slots = hello.limits.slots;
         return Err(refuse(format!("{slots} checkpoints in flight is not between 1 and {MAX_SLOTS}")));
     }

@@ -195,6 +195,33 @@ fn a_primary_that_is_started_again_at_once_leaves_the_vm_to_its_standby() {
     witnesses.finish(&world);
 }
 
+/// The standby is so slow that it has not noticed the loss of its primary when that is started again.
+#[test]
+fn a_primary_that_is_started_again_leaves_the_vm_to_a_standby_that_is_slow() {
+    let Some(world) = World::new() else { return };
+    install(&world);
+    accept(&world, Side::A);
+    let (mut b, mut a) = (start(&world, Side::B), start(&world, Side::A));
+    a.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    witnesses.hear_all();
+    b.signal(Signal::SIGSTOP);
+    a.kill();
+    let mut a = start(&world, Side::A);
+    a.wait_says("may be taking it over and does not say", 1);
+    // Longer than a takeover usually takes.
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(
+        !a.has(|e| matches!(e, Event::Started { vm: Some(_), .. })),
+        "it boots what its standby has whole"
+    );
+    b.signal(Signal::SIGCONT);
+    b.wait_takeover();
+    wait_waits(&mut a);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
 /// A guest that is deaf to its power button is stopped in time, and the standby does not take it over.
 #[test]
 fn a_stop_has_a_time_limit() {
