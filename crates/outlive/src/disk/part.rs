@@ -9,6 +9,7 @@
 //! | as they were at the VM's orderly end | it starts the VM, but lets the host on which the VM ran come first |
 //! | empty, not whole, of an older generation, given up | it waits: it has nothing, or the other host has more |
 //! | a standby's copy in the newest generation | it waits: the host where the VM ran has its own, perhaps newer image |
+//! | one of the VM's own in its newest generation, and one of no VM: a new disk, or a lost one | neither; an operator must say which |
 //! | anything that nobody can judge | neither; an operator must look |
 //!
 //! A copy is never started here by itself. Its commits are durable a little later than they are acknowledged, so
@@ -84,6 +85,19 @@ pub(crate) enum PartError {
         /// Why.
         source: ArbiterError,
     },
+    /// The VM has one disk more than it had, or has lost one. Both hosts would wait for each other.
+    #[error(
+        "the disk image {own} is the VM's own in its newest generation, but {other} belongs to no VM: if {other} is \
+         a new disk of it, run this command once without --or-standby, here, and give the other host an empty \
+         image for that disk; if it replaces one that is lost, bring that back, or start the VM once from the \
+         other host's copy, there, with --accept-replica in place of --or-standby"
+    )]
+    NewDisk {
+        /// The VM's own.
+        own: PathBuf,
+        /// Of no VM.
+        other: PathBuf,
+    },
     /// Nobody can judge it. The text has the remedy.
     #[error("{0}")]
     Unclear(String),
@@ -104,16 +118,20 @@ impl Part {
         }
         let mut name = name.map(str::to_owned);
         let mut waits: Option<String> = None;
+        let (mut own, mut unknown) = (None, Vec::new());
         let (mut after, mut may_be_taken_over) = (Duration::ZERO, false);
         for image in images {
             let Some(sidecar) = Sidecar::read(image)? else {
-                waits.get_or_insert(blank(image)?);
+                unknown.push(image);
                 continue;
             };
             let known = &sidecar.provenance.name;
             name = name.or_else(|| Some(known.clone()).filter(|name| !name.is_empty()));
             let standing = Standing::of(&sidecar, Some(&mut *arbiter))
                 .map_err(|source| PartError::Arbiter { image: image.to_path_buf(), source })?;
+            if sidecar.whole && standing.role == Role::Primary && standing.dangers.is_empty() {
+                own = own.or(Some(image));
+            }
             if !sidecar.whole {
                 waits.get_or_insert_with(|| format!("the disk image {} is not whole", image.display()));
             }
@@ -128,6 +146,12 @@ impl Part {
             if standing.role == Role::Replica && sidecar.end == Some(CopyEnd::Followed) {
                 after = AFTER_YOU;
             }
+        }
+        for image in unknown {
+            if let Some(own) = own {
+                return Err(PartError::NewDisk { own: own.to_path_buf(), other: image.to_path_buf() });
+            }
+            waits.get_or_insert(blank(image)?);
         }
         Ok(match waits {
             Some(why) => Self::Waits { why, name },

@@ -9,9 +9,9 @@ use outlive_epoch::VmId;
 
 use super::provenance;
 use crate::arbiter::{Arbiter, Claim, FileArbiter};
-use crate::disk::Part;
 use crate::disk::provenance::{KnownArbiter, Provenance};
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar};
+use crate::disk::{Part, Start};
 
 const VM: VmId = VmId([9; 16]);
 
@@ -96,9 +96,41 @@ fn whoever_has_less_than_another_host_may_have_waits() {
     both(&host, 3, |_| {});
     host.has(1, 3, |it| it.whole = false);
     assert!(host.waits().contains("is not whole"));
+    both(&host, 3, |it| it.role = Role::Replica);
+    fs::remove_file(host.directory.path().join("a.outlive")).unwrap();
+    assert!(host.waits().contains("--accept-replica"));
+    both(&host, 2, |_| {});
     fs::remove_file(host.directory.path().join("b.outlive")).unwrap();
-    assert!(host.waits().contains("b is empty"));
     assert!(matches!(host.part(), Ok(Part::Waits { name, .. }) if name.as_deref() == Some("server")));
+}
+
+/// Both hosts got an empty image for a new disk. If the host with the VM's own image waited as well, the VM would
+/// never run again.
+#[test]
+fn a_new_disk_is_not_waited_with_and_joins_the_vm_by_the_remedy() {
+    let mut host = Host::new();
+    for data in [false, true] {
+        host.has(0, 3, |_| {});
+        fs::remove_file(host.directory.path().join("b.outlive")).ok();
+        if data {
+            let image = File::options().write(true).open(&host.images()[1]).unwrap();
+            image.write_all_at(b"data", 4096).unwrap();
+        }
+        let refused = host.part().unwrap_err();
+        assert!(refused.contains("new disk") && refused.contains("without --or-standby"), "{refused}");
+    }
+    // The other host has a copy and an empty image: it waits for this one.
+    host.has(0, 3, |it| it.role = Role::Replica);
+    File::create(&host.images()[1]).unwrap().set_len(1 << 20).unwrap();
+    assert!(host.waits().contains("--accept-replica"));
+    // The remedy: a start without --or-standby.
+    host.has(0, 3, |_| {});
+    let images = host.images();
+    let written: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
+    let start = Start::plan(&written, Some(&mut host.arbiter), None, &[]).unwrap();
+    let disks = [(0, images[0].clone()), (1, images[1].clone())];
+    start.carry_out(&disks, Some(&mut host.arbiter)).unwrap();
+    assert!(matches!(host.part(), Ok(Part::Starts { .. })));
 }
 
 #[test]
