@@ -14,7 +14,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use outlive_machine::{DiskHash, Machine};
 
@@ -24,6 +25,12 @@ use crate::vm::Disk;
 
 /// How long a disk may take to complete what is in flight. With a full log it needs a checkpoint first.
 const REST: Duration = Duration::from_secs(5);
+
+/// How long the end of the machine waits for the thread, which has the disks and with them their last writes:
+/// until they rest, and for the read of an image that is under way.
+const LAST: Duration = Duration::from_secs(10);
+/// Time between two looks at the thread.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Disks that rest. They continue when this is dropped.
 struct Resting(Vec<Disk>);
@@ -59,13 +66,32 @@ pub(super) struct SelfCheck {
     disks: Vec<Disk>,
     inbox: Queue,
     state: State,
+    /// Ends with the check that it does.
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A machine whose process goes on, as a standby with the same images, is gone with all of its disks.
+impl Drop for SelfCheck {
+    fn drop(&mut self) {
+        self.cancel();
+        let Some(thread) = self.thread.take() else { return };
+        let until = Instant::now() + LAST;
+        while !thread.is_finished() {
+            if Instant::now() >= until {
+                return tracing::warn!("a disk does not end the self-check's last read");
+            }
+            std::thread::sleep(LOOK);
+        }
+        // What it has of the disks goes with it, also if it panicked.
+        thread.join().ok();
+    }
 }
 
 impl SelfCheck {
     /// A check of the machine every so many checkpoints.
     pub(super) fn new(every: Option<u64>, machine: &Machine, inbox: Queue) -> Self {
         let replicated = machine.disks().iter().filter(|disk| !disk.is_shared() && !disk.is_readonly());
-        Self { every, disks: replicated.cloned().collect(), inbox, state: State::Idle }
+        Self { every, disks: replicated.cloned().collect(), inbox, state: State::Idle, thread: None }
     }
 
     /// The checkpoint of this number is about to be taken. Returns the hashes of the disks if it should carry
@@ -118,7 +144,8 @@ impl SelfCheck {
             inbox.send(Inbox::DisksHashed(Hashed { wanted: asked, found })).ok();
         });
         match thread {
-            Ok(_) => self.state = State::Hashing(wanted),
+            // The one before has sent its result.
+            Ok(thread) => (self.state, self.thread) = (State::Hashing(wanted), Some(thread)),
             Err(error) => tracing::warn!(%error, "no self-check: cannot start a thread"),
         }
     }
@@ -144,4 +171,28 @@ fn hash(disks: Vec<Disk>, wanted: &AtomicBool) -> Option<(Resting, Vec<DiskHash>
         hashes.push(DiskHash { disk: index, hash: hash.ok()?? });
     }
     Some((resting, hashes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::primary::inbox::inbox;
+
+    #[test]
+    fn the_check_is_gone_only_when_its_thread_has_let_the_disks_go() {
+        let (disk, wanted) = (Arc::new(()), Arc::new(AtomicBool::new(true)));
+        let (kept, asked) = (disk.clone(), wanted.clone());
+        let thread = std::thread::spawn(move || {
+            while asked.load(Ordering::Relaxed) {
+                std::thread::sleep(LOOK);
+            }
+            // A last write.
+            std::thread::sleep(Duration::from_millis(100));
+            drop(kept);
+        });
+        let (state, thread) = (State::Hashing(wanted), Some(thread));
+        let check = SelfCheck { every: Some(1), disks: Vec::new(), inbox: inbox().0, state, thread };
+        drop(check);
+        assert_eq!(Arc::strong_count(&disk), 1);
+    }
 }
