@@ -42,7 +42,7 @@ fn run(options: &RunOptions) -> u8 {
         }
     });
     match ready {
-        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby),
+        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
         Err(line) => exit::usage(line),
     }
 }
@@ -92,28 +92,28 @@ fn standby(options: &StandbyOptions) -> u8 {
         stand_by(options, "no primary has come yet")
     });
     match ready {
-        Ok((_server, post)) => Life::begin(None, Some(post), false),
+        Ok((_server, post)) => Life::begin(None, Some(post), None),
         Err(line) => exit::usage(line),
     }
 }
 
 /// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and
 /// who has lost the VM to another host is its standby: so the roles follow each other until one of them ends.
-struct Life {
+struct Life<'a> {
     post: Option<Post>,
-    /// The other host starts a crashed guest again.
-    is_restarted: bool,
+    /// Both hosts were started with this command, and one of them starts a crashed guest again.
+    both: Option<&'a RunOptions>,
     shown: bool,
 }
 
-impl Life {
+impl<'a> Life<'a> {
     /// Begins with a VM, or as a standby at its post. Returns the exit code.
-    fn begin(mut launch: Option<Launch>, post: Option<Post>, is_restarted: bool) -> u8 {
+    fn begin(mut launch: Option<Launch>, post: Option<Post>, both: Option<&'a RunOptions>) -> u8 {
         notify::ready();
         let of_launch = launch.as_ref().map(|it| (it.events.clone(), it.console.clone()));
-        let mut life = Self { post, is_restarted, shown: false };
+        let mut life = Self { post, both, shown: false };
         let end = loop {
-            let end = match (launch.take(), &mut life.post) {
+            let mut end = match (launch.take(), &mut life.post) {
                 (Some(launch), _) => life.run_vm(launch),
                 (None, Some(post)) => match post.wait() {
                     Outcome::TakenOver(taken) => {
@@ -125,7 +125,7 @@ impl Life {
                 },
                 (None, None) => End::Failed("there is neither a VM nor a place to wait for one".into()),
             };
-            if !life.goes_on(&end) {
+            if !life.goes_on(&mut end) {
                 break end;
             }
         };
@@ -148,14 +148,31 @@ impl Life {
     }
 
     /// Goes back to the standby's role if that is what follows. An operator who has asked for a stop gets it.
-    fn goes_on(&mut self, end: &End) -> bool {
-        let follows = match end {
-            End::Primary(ExitReason::Fenced { .. }) | End::Standby(StandbyExit::Lost { .. }) => true,
-            // Whoever supervises the other host starts the VM there again.
-            End::Standby(StandbyExit::Followed(EndReason::Crash)) => self.is_restarted,
-            _ => false,
+    fn goes_on(&mut self, end: &mut End) -> bool {
+        let crashed = match end {
+            End::Primary(ExitReason::Fenced { .. }) | End::Standby(StandbyExit::Lost { .. }) => None,
+            End::Standby(StandbyExit::Followed(EndReason::Crash)) if self.both.is_some() => self.both,
+            _ => return false,
         };
-        let Some(post) = self.post.as_mut().filter(|post| follows && post.stays()) else { return false };
+        let Some(post) = self.post.as_mut().filter(|post| post.stays()) else { return false };
+        if let Some(options) = crashed.filter(|_| !post.stops().was_used()) {
+            tracing::warn!("{}; its host comes first to start it again", exit::text(end));
+            // Whoever supervises that host starts the VM there, if the host is still there. If it is not, nobody
+            // but this host can, and a new process does.
+            match part::of(options) {
+                Ok(Part::Waits { .. }) => {}
+                Ok(Part::Starts { .. }) => {
+                    let why =
+                        "the guest crashed and its host has not started it again: start this command again";
+                    *end = End::Failed(why.into());
+                    return false;
+                }
+                Err(why) => {
+                    *end = End::Failed(why);
+                    return false;
+                }
+            }
+        }
         if post.stops().was_used() {
             return false;
         }

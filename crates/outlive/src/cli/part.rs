@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::RunOptions;
-use crate::arbiter;
 use crate::disk::{Part, STUCK};
 use crate::primary::{Answer, ask};
+use crate::{arbiter, notify};
 
 /// What a standby usually needs from the loss of its primary to its claim, beyond the silence that it waits for.
 /// A host that is started again sooner would win the VM from its standby and boot it anew.
@@ -49,6 +49,8 @@ pub(super) fn of(options: &RunOptions) -> Result<Part, String> {
             let (secs, why) = (left.as_secs_f32(), why.map_or_else(String::new, |why| format!(": {why}")));
             tracing::info!("this host starts the VM in {secs:.1} s, unless another one has it by then{why}");
         }
+        // A standby whose guest has crashed asks, too.
+        notify::alive();
         std::thread::sleep(left.min(AGAIN));
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{PROGRAM, Process, Side, Witnesses, World, wait_until, writer_kernel};
+use crate::support::{Client, PROGRAM, Process, Side, Witnesses, World, wait_until, writer_kernel};
 
 const SIZE: u64 = 16 << 20;
 
@@ -193,6 +193,31 @@ fn a_primary_that_is_started_again_at_once_leaves_the_vm_to_its_standby() {
         witnesses.hear_all();
     }
     witnesses.finish(&world);
+}
+
+fn crash_guest(world: &World, mut host: Process) {
+    let mut client = Client::connect(world);
+    client.send(&[b"DEBUG", b"PANIC"]).unwrap();
+    assert_eq!(host.wait_exit(), 1);
+}
+
+/// The guest crashes, and then its host stays away, too.
+#[test]
+fn a_crashed_guest_is_started_again_by_its_host_or_else_by_the_other_one() {
+    let Some(world) = World::new() else { return };
+    install(&world);
+    accept(&world, Side::A);
+    let (mut b, mut a) = (start(&world, Side::B), start(&world, Side::A));
+    a.wait_protected();
+    crash_guest(&world, a);
+    let mut a = start(&world, Side::A);
+    a.wait_protected();
+    b.wait_says("its host comes first", 1);
+    crash_guest(&world, a);
+    assert_eq!(b.wait_exit(), 1, "it waits for a host that does not come back");
+    assert!(b.log().contains("its host has not started it again"), "{}", b.log());
+    // What a service manager does.
+    wait_runs(&mut start(&world, Side::B));
 }
 
 /// The standby is so slow that it has not noticed the loss of its primary when that is started again.
