@@ -107,6 +107,8 @@ pub enum MachineEvent {
         disk: u16,
         /// What the host said.
         why: String,
+        /// Whether the request was in flight on another host before: what is broken there may be the same.
+        again: bool,
     },
     /// KVM's own limit of dirty pages is reached; the vCPU waits for the next checkpoint.
     DirtyLogFull,

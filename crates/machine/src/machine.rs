@@ -355,6 +355,11 @@ impl Machine {
         &self.disks
     }
 
+    /// Whether the disks of this host have failed requests of which the guest has not heard.
+    pub fn has_failed_requests(&self) -> bool {
+        self.disks.iter().any(|disk| disk.has_failed())
+    }
+
     /// Lets the guest hear of the requests that the disks of this host have failed
     /// ([`MachineEvent::DiskFault`]).
     pub fn tell_disk_errors(&self) {

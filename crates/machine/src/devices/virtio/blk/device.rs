@@ -224,6 +224,16 @@ impl<M: GuestMemory + Send + Sync + 'static> BlockDevice<M> {
         self.shared().core().model.add_changing(chunks);
     }
 
+    /// Whether the host's disk has failed requests of which the guest has not heard.
+    pub fn has_failed(&self) -> bool {
+        self.shared().core().model.has_failed()
+    }
+
+    /// Whether the host's disk has a request that was in flight on another host when the VM came from there.
+    pub fn has_reissued(&self) -> bool {
+        self.shared().core().model.has_reissued()
+    }
+
     /// Takes no new requests and waits until none is in flight, except for held writes of a shared disk. For
     /// a checkpoint at which two copies of a disk are compared. Meanwhile the gate must be open, and the
     /// write log must not be full. Returns `true` if nothing is in flight; no request is taken until

@@ -43,6 +43,8 @@ pub struct Requests {
     pool: Pool,
     /// Requests of a saved state, to be taken before any other.
     pub(super) reissue: VecDeque<(u16, u16)>,
+    /// Whether the request that is being taken is one of those.
+    reissuing: bool,
     /// Operations for the engine, which are submitted outside the gate.
     pub(super) outbox: Vec<Submission>,
     completions: Vec<Completion>,
@@ -74,6 +76,7 @@ impl Requests {
             table: Table::new(shared),
             pool: Pool::new(BOUNCE_BYTES),
             reissue: VecDeque::with_capacity(MAX_IN_FLIGHT),
+            reissuing: false,
             outbox: Vec::with_capacity(MAX_IN_FLIGHT),
             completions: Vec::with_capacity(MAX_IN_FLIGHT),
             unblocked: Vec::with_capacity(MAX_IN_FLIGHT),
@@ -194,11 +197,13 @@ impl Requests {
         let why = self.complain(disk, token, number);
         match disk.faults.get() {
             Some(tell) if !self.table.get(token).orphan => {
-                self.table.get_mut(token).since = None;
+                let entry = self.table.get_mut(token);
+                entry.since = None;
+                let again = entry.reissued;
                 self.failed.push_back((token, number));
                 // One answer is for all that have failed until then.
-                if self.failed.len() == 1 {
-                    tell(MachineEvent::DiskFault { disk: disk.index, why });
+                if self.failed.len() == 1 || again {
+                    tell(MachineEvent::DiskFault { disk: disk.index, why, again });
                 }
             }
             _ => self.fail(disk, token),
@@ -227,6 +232,16 @@ impl Requests {
             .filter(|(_, entry)| entry.stage == Stage::Running)
             .filter_map(|(_, it)| it.since)
             .min()
+    }
+
+    /// Whether there are failed requests of which the guest has not heard.
+    pub(super) fn has_failed(&self) -> bool {
+        !self.failed.is_empty()
+    }
+
+    /// Whether the host's disk has a request that was in flight on another host before.
+    pub(super) fn has_reissued(&self) -> bool {
+        self.table.iter().any(|(_, it)| it.reissued && it.stage == Stage::Running && it.since.is_some())
     }
 
     /// A change of a shared disk, under way or partly done, has lost its permission: it is held again. It was
@@ -265,7 +280,10 @@ impl Requests {
             return Ok(false);
         }
         if let Some(&(queue, head)) = self.reissue.front() {
-            let taken = self.admit(disk, queues, queue, head)?;
+            self.reissuing = true;
+            let taken = self.admit(disk, queues, queue, head);
+            self.reissuing = false;
+            let taken = taken?;
             if taken {
                 self.reissue.pop_front();
                 disk.counters.reissued.add(1);
@@ -336,6 +354,7 @@ impl Requests {
         };
         entry.buffer = buffer;
         entry.job.begin(kind, span, len, writes_through(features, self.writeback));
+        entry.reissued = self.reissuing;
         let stage = if kind == RequestType::Write { Stage::Filling(0) } else { Stage::Waiting };
         let tag = disk.permit.tag();
         let Some(token) = self.table.admit(queue, head, tag, stage) else { return Ok(false) };

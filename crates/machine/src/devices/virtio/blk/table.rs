@@ -44,6 +44,8 @@ pub(super) struct Entry {
     pub(super) head: u16,
     /// The driver has reset the device: nobody is told when this is done.
     pub(super) orphan: bool,
+    /// It was in flight on another host before.
+    pub(super) reissued: bool,
     /// How many unfinished earlier requests it overlaps.
     pub(super) waits: u16,
     /// Since when the host's disk has it, in this stage.
@@ -75,6 +77,7 @@ impl Table {
             queue: 0,
             head: 0,
             orphan: false,
+            reissued: false,
             waits: 0,
             since: None,
             tag: Tag::NONE,

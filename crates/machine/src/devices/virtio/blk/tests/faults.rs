@@ -41,7 +41,7 @@ fn an_error_of_the_hosts_disk_is_kept_from_the_guest_and_the_request_stays_in_fl
     rig.turn();
     let event = told.lock().unwrap()[0].clone();
     assert!(
-        matches!(&event, MachineEvent::DiskFault { disk: 0, why } if why.contains("No space")),
+        matches!(&event, MachineEvent::DiskFault { disk: 0, why, again: false } if why.contains("No space")),
         "{event:?}"
     );
     // One report is enough until it is answered.
@@ -63,6 +63,45 @@ fn an_error_of_the_hosts_disk_is_kept_from_the_guest_and_the_request_stays_in_fl
     there.run();
     assert_eq!((resumed.used(0), [0, 1, 2].map(|slot| resumed.status(slot))), (3, [OK; 3]));
     assert_eq!(content(&other)[3 * 512..5 * 512], [[2; 512], [1; 512]].concat());
+}
+
+#[test]
+fn a_request_of_the_last_host_that_fails_here_too_is_told_apart() {
+    let (images, first) = (Images::in_memory(), memory());
+    let path = images.sparse("disk", 1 << 20);
+    let rig = Rig::manual(&first, &DiskOptions::new(&path));
+    let driver = rig.boot();
+    rig.device.go_live(false);
+    driver.write(0, 1, 3, &[1; 512]);
+    rig.turn();
+    let (second, other, mut state) = (copy(&first), images.sparse("other", 1 << 20), Vec::new());
+    rig.device.save(&mut state);
+    let there = Rig::manual(&second, &DiskOptions::new(&other));
+    let told = told(&there);
+    let resumed = Driver::resumed(&second);
+    there.device.restore(&state).unwrap();
+    there.device.go_live(false);
+    // Another one fails first.
+    resumed.write(0, 2, 100, &[2; 512]);
+    there.turn();
+    assert!(there.device.has_reissued());
+    there.engine().complete(1, Some(Err(libc::EIO)));
+    there.engine().complete(0, Some(Err(libc::EIO)));
+    there.turn();
+    let again: Vec<_> = told
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|event| match event {
+            MachineEvent::DiskFault { again, .. } => *again,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(again, [false, true]);
+    assert!(there.device.has_failed() && !there.device.has_reissued());
+    there.device.tell_errors();
+    there.run();
+    assert!(!there.device.has_failed());
 }
 
 #[test]
