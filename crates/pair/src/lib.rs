@@ -240,6 +240,10 @@ impl Timing {
     /// How many times longer the VM stays when the network is broken, which comes and goes.
     pub const NETWORK_RESTS: u32 = 6;
 
+    /// For how many times [`dead_after`](Self::dead_after) a primary at whose host something is broken lets its
+    /// standby ask the arbiter first.
+    pub const GIVES_WAY: u32 = 4;
+
     /// Timing with the usual pauses between attempts.
     pub fn new(dead_after: Duration) -> Self {
         Self {

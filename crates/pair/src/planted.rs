@@ -34,6 +34,8 @@ pub(crate) enum Bug {
     GivenToNobody,
     HandedBackAtOnce,
     GivenToTheCutOff,
+    GivenToAStandbyThatLeaves,
+    GivenAwayWhileEnding,
     ImpatientStandby,
     // Mistakes of the drivers.
     ActionsReversed,

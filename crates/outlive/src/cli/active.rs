@@ -41,8 +41,8 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "120s", value_name = "TIME", value_parser = parse_stop_within)]
     pub stop_within: Duration,
 
-    /// Time after which a disk of this host that does not answer a request counts as broken: a protected VM is
-    /// then left to its standby, as when the disk reports an error (off: wait for ever)
+    /// Time after which a disk of this host, unless it is shared, that does not answer a request counts as
+    /// broken: a protected VM is then left to its standby, as when the disk reports an error (off: wait for ever)
     #[arg(long, default_value = "30s", value_name = "TIME|off")]
     pub disk_timeout: DiskTimeout,
 

@@ -15,4 +15,4 @@ mod uplink;
 pub use namespace::{EnterError, Namespace, enter_own_namespace};
 pub use netlink::{BridgeVlans, Link, Netlink, NetlinkError};
 pub use uplink::UplinkSpec;
-pub(crate) use uplink::{Place, Uplink};
+pub(crate) use uplink::{Place, Sight, Uplink};

@@ -2,7 +2,8 @@
 //! of its uplink, and the tap's place in its bridge.
 //!
 //! The kernel reports every change of an interface; a look at all of them follows. A carrier may come and go for a
-//! while, so a loss counts once it has lasted for some time, and so does a return.
+//! while, so a loss counts once it has lasted for some time, and so does a return. But a host that is asked whether
+//! it could take a VM over does not say yes while a loss is under way: both hosts may be losing the network at once.
 
 use std::fmt;
 use std::os::fd::AsFd;
@@ -75,7 +76,7 @@ pub(crate) struct Place {
 /// What is seen: `Ok`, or why the clients cannot be reached; `None` if nothing tells.
 pub(crate) type Sight = Option<Result<(), String>>;
 
-type Listener = Box<dyn Fn(&Result<(), String>) + Send>;
+type Listener = Box<dyn Fn(&Sight) + Send>;
 
 /// The watch; see the module. Its thread lives as long as the process.
 pub(crate) struct Uplink {
@@ -84,6 +85,8 @@ pub(crate) struct Uplink {
 
 struct State {
     sight: Sight,
+    /// Whether a loss is seen that does not count yet.
+    losing: bool,
     /// Whether the VM runs here, so that its tap must be in place.
     runs_here: bool,
     /// Hears of changes.
@@ -96,7 +99,7 @@ impl Uplink {
     /// # Errors
     /// The operating system's.
     pub(crate) fn start(place: Place) -> std::io::Result<Arc<Self>> {
-        let state = State { sight: None, runs_here: false, listener: None };
+        let state = State { sight: None, losing: false, runs_here: false, listener: None };
         let uplink = Arc::new(Self { state: Mutex::new(state) });
         if place.uplink != UplinkSpec::None {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
@@ -108,16 +111,17 @@ impl Uplink {
         Ok(uplink)
     }
 
-    /// Whether this host reaches the clients, as far as it knows.
+    /// Whether this host reaches the clients, as far as it knows. Not while a loss is under way.
     pub(crate) fn reaches(&self) -> Option<bool> {
-        self.state().sight.as_ref().map(Result::is_ok)
+        self.state().reaches()
     }
 
-    /// The VM runs here from now on. `listener` hears of a loss that is there already, and of every change.
-    pub(crate) fn listen(&self, listener: impl Fn(&Result<(), String>) + Send + 'static) {
+    /// The VM runs here from now on. `listener` hears of a loss that is there already, and of every change; also
+    /// when nothing tells any more.
+    pub(crate) fn listen(&self, listener: impl Fn(&Sight) + Send + 'static) {
         let mut state = self.state();
-        if let Some(lost @ Err(_)) = &state.sight {
-            listener(lost);
+        if let Some(Err(_)) = &state.sight {
+            listener(&state.sight);
         }
         state.runs_here = true;
         state.listener = Some(Box::new(listener));
@@ -144,6 +148,7 @@ impl Uplink {
             if let Some(sight) = steady.see(seen, Instant::now()) {
                 self.tell(sight);
             }
+            self.state().losing = steady.is_losing();
             let wait = steady.due().map_or(LOOK, |due| due.saturating_duration_since(Instant::now()));
             let wait =
                 PollTimeout::try_from(wait.min(LOOK) + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
@@ -159,7 +164,7 @@ impl Uplink {
     fn tell(&self, sight: Sight) {
         let mut state = self.state();
         match (&sight, &state.listener) {
-            (Some(change), Some(listener)) => listener(change),
+            (_, Some(listener)) => listener(&sight),
             (Some(Err(why)), None) => {
                 tracing::warn!(
                     "this host is cut off from the clients' network, and would not get the VM: {why}"
@@ -175,6 +180,12 @@ impl Uplink {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn reaches(&self) -> Option<bool> {
+        self.sight.as_ref().map(|sight| sight.is_ok() && !self.losing)
     }
 }
 
@@ -221,6 +232,11 @@ impl Steady {
             Some((Some(Ok(())), _)) => Duration::ZERO,
             _ => self.lost_after,
         }
+    }
+
+    /// Whether a loss is seen that does not count yet.
+    fn is_losing(&self) -> bool {
+        matches!(self.change, Some((Some(Err(_)) | None, _)))
     }
 
     /// When the change under way counts.
@@ -400,8 +416,10 @@ mod tests {
         assert_eq!(steady.see(Some(Ok(())), at(0)), Some(Some(Ok(()))));
         assert_eq!(steady.see(down(), at(100)), None);
         assert_eq!(steady.due(), Some(at(2100)));
+        assert!(steady.is_losing());
         // It flaps.
         assert_eq!(steady.see(Some(Ok(())), at(2000)), None);
+        assert!(!steady.is_losing());
         assert_eq!(steady.see(down(), at(2010)), None);
         assert_eq!(steady.see(down(), at(4000)), None);
         assert_eq!(steady.see(down(), at(4010)), Some(down()));
@@ -410,5 +428,27 @@ mod tests {
         assert_eq!(steady.see(down(), at(7999)), None);
         assert_eq!(steady.see(Some(Ok(())), at(8000)), None);
         assert_eq!(steady.see(Some(Ok(())), at(11_000)), Some(Some(Ok(()))));
+    }
+
+    fn uplink(sight: Sight) -> Uplink {
+        Uplink { state: Mutex::new(State { sight, losing: false, runs_here: false, listener: None }) }
+    }
+
+    #[test]
+    fn a_host_does_not_say_that_it_reaches_the_clients_while_it_is_losing_them() {
+        let uplink = uplink(Some(Ok(())));
+        assert_eq!(uplink.reaches(), Some(true));
+        uplink.state().losing = true;
+        assert_eq!(uplink.reaches(), Some(false));
+    }
+
+    #[test]
+    fn whoever_listens_hears_that_nothing_tells_any_more() {
+        let uplink = uplink(None);
+        let (told, heard) = std::sync::mpsc::channel();
+        uplink.listen(move |sight| told.send(sight.clone()).unwrap());
+        uplink.tell(lost("the uplink is gone".into()));
+        uplink.tell(None);
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), [lost("the uplink is gone".into()), None]);
     }
 }

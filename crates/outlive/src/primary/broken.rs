@@ -7,11 +7,15 @@ use outlive_pair::{Broken, Kept, PrimaryEvent};
 
 use super::coordinator::{Coordinator, SAME_FAULT};
 use crate::events::{Event, Part};
+use crate::network::Sight;
 
 /// How often the disks are checked for requests that they do not answer.
 const LOOK: Duration = Duration::from_secs(1);
 /// A fault that comes again and again is told of this often.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
+
+/// A fault this soon after one that the last host had, too, counts as the same.
+const SAME_LASTS: Duration = Duration::from_secs(600);
 
 /// What is known of faults; see the module.
 #[derive(Debug, Default)]
@@ -23,16 +27,32 @@ pub(super) struct Faults {
     looked: Option<Instant>,
     /// When a disk's fault was last told of.
     told: Option<Instant>,
-    /// The VM was left to its standby.
-    pub(super) given_away: bool,
+    /// A request has not been answered in time.
+    late: bool,
+    /// When a fault last counted as that of the last host.
+    same: Option<Instant>,
+    /// Why the VM was left to its standby, until it is known whether that has taken it over.
+    pub(super) given_away: Option<String>,
 }
 
 impl Coordinator {
-    /// This host's disk has failed a request; the guest does not know yet.
-    pub(super) fn disk_fault(&mut self, why: String) {
+    /// This host's disk has failed a request; the guest does not know yet. `again`: it was in flight on the last
+    /// host, too.
+    pub(super) fn disk_fault(&mut self, why: String, again: bool) {
         self.faults.disk = why;
-        let soon = self.came_within(SAME_FAULT);
-        self.with.driver.handle(PrimaryEvent::Broken { what: Broken::Disk, again: soon });
+        let again = self.is_the_same(again, SAME_FAULT);
+        self.with.driver.handle(PrimaryEvent::Broken { what: Broken::Disk, again });
+    }
+
+    /// Whether a fault counts as that of the last host, so that handing the VM back would not help: it met a
+    /// request of the last host, it came soon, or one that counted came not long ago.
+    fn is_the_same(&mut self, again: bool, soon: Duration) -> bool {
+        let lasts = self.faults.same.is_some_and(|at| at.elapsed() < SAME_LASTS);
+        let same = again || lasts || self.came_within(soon);
+        if same {
+            self.faults.same = Some(Instant::now());
+        }
+        same
     }
 
     /// Whether the VM was taken over so recently.
@@ -40,33 +60,47 @@ impl Coordinator {
         self.with.took_over.is_some_and(|at| at.elapsed() < time)
     }
 
-    /// A disk that does not answer is as bad as one that fails. After a takeover what was in flight is issued
-    /// again, so storage that both hosts share would not answer the second one either.
+    /// A disk of this host that does not answer is as bad as one that fails. After a takeover what was in flight is issued
+    /// again, so storage that is behind both hosts' images would not answer the second one either.
     pub(super) fn look_at_disks(&mut self) {
         let Some(limit) = self.with.disk_timeout else { return };
         if self.faults.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return;
         }
         self.faults.looked = Some(Instant::now());
-        let late = self.with.machine.disks().iter().find(|disk| disk.unanswered_for() >= limit);
-        if let Some(disk) = late {
-            let (index, secs) = (disk.index(), limit.as_secs_f32());
-            self.faults.disk = format!("disk {index} has not answered a request for {secs} s");
-            let again = self.came_within(SAME_FAULT + limit);
+        // A write that a shared disk has not answered cannot be recalled: if it were carried out after a takeover,
+        // it would destroy what the new host has written since.
+        let mut own = self.with.machine.disks().iter().filter(|disk| !disk.is_shared());
+        let late = own.find(|disk| disk.unanswered_for() >= limit);
+        let late = late.map(|disk| (disk.index(), disk.has_reissued()));
+        if let Some((index, again)) = late {
+            self.faults.late = true;
+            self.faults.disk =
+                format!("disk {index} has not answered a request for {} s", limit.as_secs_f32());
+            let again = self.is_the_same(again, SAME_FAULT + limit);
             self.with.driver.handle(PrimaryEvent::Broken { what: Broken::Disk, again });
+        } else if std::mem::take(&mut self.faults.late) && !self.with.machine.has_failed_requests() {
+            tracing::info!("this host's disks answer again");
+            self.with.events.emit(Event::HostMended { part: Part::Disk });
+            self.with.driver.handle(PrimaryEvent::Mended { what: Broken::Disk });
         }
     }
 
-    /// The network of the guest's clients is out of reach, or is there again.
-    pub(super) fn network(&mut self, broken: Option<String>) {
+    /// The network of the guest's clients is out of reach, or is there again, or nothing tells.
+    pub(super) fn network(&mut self, sight: Sight) {
         let what = Broken::Network;
-        match broken {
-            Some(why) => {
+        match sight {
+            Some(Err(why)) => {
                 tracing::warn!("this host is cut off from the clients' network: {why}");
                 self.faults.network = why;
                 self.with.driver.handle(PrimaryEvent::Broken { what, again: false });
             }
+            // What nobody can tell moves no VM.
             None => {
+                tracing::warn!("nothing tells any more whether this host reaches the clients' network");
+                self.with.driver.handle(PrimaryEvent::Mended { what });
+            }
+            Some(Ok(())) => {
                 tracing::info!("this host reaches the clients' network again");
                 self.with.events.emit(Event::HostMended { part: Part::Network });
                 self.with.driver.handle(PrimaryEvent::Mended { what });
@@ -74,12 +108,14 @@ impl Coordinator {
         }
     }
 
-    /// The VM is left to its standby.
+    /// The VM is left to its standby. This process keeps it until the arbiter has said who has it.
     pub(super) fn give_away(&mut self, what: Broken) {
         let why = self.why(what);
-        self.faults.given_away = true;
+        tracing::error!(
+            "{why}; the VM is left to its standby, and kept until it is known whether that takes it"
+        );
         self.with.events.emit(Event::HostFault { part: part(what), why: why.clone(), kept: None });
-        self.over = Some(why);
+        self.faults.given_away = Some(why);
     }
 
     /// The VM stays. The guest hears now of requests that have failed.

@@ -251,6 +251,9 @@ impl Coordinator {
             // The sidecars must say that the images are the newest.
             self.with.sidecars.say(Saying::primary(*generation));
         }
+        if matches!(note, PrimaryNote::Won { .. } | PrimaryNote::HandedOver) {
+            self.faults.given_away = None;
+        }
         let protected = matches!(note, PrimaryNote::Protected { .. });
         self.notes.say(note, standby);
         if protected && let Some(why) = self.with.arbiter_watch.as_ref().and_then(|watch| watch.sight().lost)
@@ -283,7 +286,7 @@ impl Coordinator {
             // The failed checkpoint came first.
             MachineEvent::HostFault { .. } if self.blamed => {}
             MachineEvent::HostFault { vcpu, why } => self.host_fault(vcpu, &why),
-            MachineEvent::DiskFault { why, .. } => self.disk_fault(why),
+            MachineEvent::DiskFault { why, again, .. } => self.disk_fault(why, again),
         }
     }
 
@@ -438,7 +441,8 @@ impl Coordinator {
     /// The VM can no longer run on this host. A committed checkpoint is whole, so this process ends without a
     /// word on the link and the standby takes over from there. Held output is lost with the process.
     fn give_up(&mut self, why: &str) -> End {
-        let protected = self.faults.given_away || self.with.driver.status() == PrimaryStatus::Protected;
+        let protected =
+            self.faults.given_away.is_some() || self.with.driver.status() == PrimaryStatus::Protected;
         self.with.driver.leave();
         self.with.reporter.take();
         let then = if protected { "leaving it to its standby" } else { "and no standby has it" };
@@ -446,6 +450,10 @@ impl Coordinator {
     }
 
     fn exit(&mut self, reason: ExitReason) -> End {
+        if let (ExitReason::Fenced { .. }, Some(why)) = (&reason, self.faults.given_away.clone()) {
+            // Its standby has the VM. The machine may have a disk that never answers.
+            return self.give_up(&why);
+        }
         self.with.machine.pause();
         // Committed output leaves now; after this, nothing else does.
         self.with.driver.finish_output();

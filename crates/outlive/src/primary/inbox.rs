@@ -18,6 +18,7 @@ use super::pool::Pool;
 use super::self_check::Hashed;
 use crate::disk::SyncReport;
 use crate::link::SenderReport;
+use crate::network::Sight;
 
 /// Both ends, for messages to the calling thread.
 pub(crate) fn inbox() -> (Queue, Messages) {
@@ -130,8 +131,8 @@ pub(crate) enum Inbox {
     StopGuest,
     /// The VM is left to its standby, because this is broken here.
     GiveAway(Broken),
-    /// The way to the guest's clients is lost, and why; or it is there again.
-    Network(Option<String>),
+    /// The way to the guest's clients is lost, and why; or it is there again; or nothing tells.
+    Network(Sight),
     /// The VM stays although this is broken.
     Endure(Broken, Kept),
     /// End the process.

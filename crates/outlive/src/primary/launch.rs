@@ -88,7 +88,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     stops.connect(move |why| drop(to.send(Inbox::Stop(why))));
     let to = queue.clone();
     if let Some(uplink) = uplink {
-        uplink.listen(move |sight| drop(to.send(Inbox::Network(sight.clone().err()))));
+        uplink.listen(move |sight| drop(to.send(Inbox::Network(sight.clone()))));
     }
     let clock = Clock::start();
     let timing = Timing::new(options.dead_after);

@@ -217,13 +217,7 @@ impl PrimaryPorts for Ports {
         self.valve.discard();
     }
 
-    /// The link closes at once, by a thread that waits for nobody: the standby hears of it even if the
-    /// coordinator does not come.
     fn give_away(&mut self, what: Broken) {
-        self.valve.discard();
-        if let Some(connection) = self.connection.take() {
-            self.errands.send(Errand::Close(connection)).ok();
-        }
         self.tell(Inbox::GiveAway(what));
     }
 

@@ -100,8 +100,8 @@ pub trait PrimaryPorts {
     /// that follows is done, output on its way has left or never will.
     fn fence(&mut self, generation: u64, owner: String);
 
-    /// The valve: throw away all held output, and all that follows. Then have the process ended without a word,
-    /// as if this host had died: no orderly end, no leave; the standby takes the VM over.
+    /// The VM is left to its standby, because this is broken: tell. The link closes next, without an orderly end,
+    /// and output stays held until it is known whether the standby has taken the VM over.
     fn give_away(&mut self, what: Broken);
 
     /// The VM stays although this is broken: tell, and let the guest hear of its disk's failures.
@@ -293,7 +293,6 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::GiveAway { what } => {
                 ports.give_away(what);
-                after.drain = true;
                 Ok(())
             }
             Action::Endure { what, why } => {

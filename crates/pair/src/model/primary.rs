@@ -85,7 +85,7 @@ impl World {
                 valve.held.clear();
             }
             Action::StopGuest => self.primary(host)?.stopped = true,
-            // The process ends without a word; its kernel closes its connections.
+            // Here the process dies then. The simulator has it wait for the arbiter.
             Action::GiveAway { .. } => self.stop_process(host, true),
             Action::Exit { reason } => {
                 if let ExitReason::Ended(_) = reason {

@@ -4,7 +4,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Action, Guard, Note, Primary, State};
+use super::{Action, ExitReason, Guard, Note, Primary, State};
+use crate::Timing;
+use crate::claim::Claim;
 use crate::planted::planted;
 
 /// What is broken at this host.
@@ -24,6 +26,10 @@ pub enum Kept {
     /// It has come only just now, or the same was broken on its last host: two hosts must not hand it to each
     /// other for ever.
     JustTakenOver,
+    /// Its operator has asked for its stop, and the standby may not know: the VM would run on there.
+    Stopping,
+    /// It was left to a standby only just now, and that one did not come for it.
+    NotTaken,
     /// The standby's host is cut off from the clients' network, too.
     StandbyCutOff,
     /// The standby does not say whether its host reaches the clients' network.
@@ -34,7 +40,11 @@ impl fmt::Display for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unprotected => "no standby has this VM",
-            Self::JustTakenOver => "this host has taken the VM over only just now",
+            Self::JustTakenOver => {
+                "it has come to this host only just now, or its last host had the same fault"
+            }
+            Self::Stopping => "its operator has asked for its stop",
+            Self::NotTaken => "its standby has not taken it over, only just now",
             Self::StandbyCutOff => "the standby's host is cut off from that network, too",
             Self::StandbySilent => "the standby does not say whether its host reaches that network",
         })
@@ -54,18 +64,31 @@ pub(super) struct Faults {
     standby_reaches: Option<bool>,
     /// When the VM came to this host from another.
     came: Option<Duration>,
+    /// It is left to its standby, and the arbiter has not answered yet.
+    giving: bool,
+    /// When it was last known that a standby had not come for it.
+    not_taken: Option<Duration>,
 }
 
 impl Faults {
     /// Nothing is broken. The VM came to this host then, if it came from another one.
     pub(super) fn none(came: Option<Duration>) -> Self {
-        Self { disk: None, network: false, said: None, standby_reaches: None, came }
+        Self {
+            disk: None,
+            network: false,
+            said: None,
+            standby_reaches: None,
+            came,
+            giving: false,
+            not_taken: None,
+        }
     }
 
     /// For the model; see `age.rs`.
     #[cfg(test)]
     pub(super) fn age(&mut self, move_back: &dyn Fn(&mut Duration)) {
         self.came.as_mut().map(move_back);
+        self.not_taken.as_mut().map(move_back);
     }
 
     /// Another standby, or none.
@@ -141,13 +164,19 @@ impl Primary {
             State::Guarding(..) => {}
             _ => return Verdict::Stay(Kept::Unprotected),
         }
+        if self.guest_asked && !planted!(self.bug, GivenAwayWhileEnding) {
+            return Verdict::Stay(Kept::Stopping);
+        }
         let rest = match what {
             Broken::Disk => self.config.timing.handback,
-            Broken::Network => self.config.timing.handback * crate::Timing::NETWORK_RESTS,
+            Broken::Network => self.config.timing.handback * Timing::NETWORK_RESTS,
         };
         let just_came = self.faults.came.is_some_and(|came| self.now < came + rest);
         if (just_came || again) && !planted!(self.bug, HandedBackAtOnce) {
             return Verdict::Stay(Kept::JustTakenOver);
+        }
+        if self.faults.not_taken.is_some_and(|at| self.now < at + rest) {
+            return Verdict::Stay(Kept::NotTaken);
         }
         match self.faults.standby_reaches {
             _ if what == Broken::Disk || planted!(self.bug, GivenToTheCutOff) => Verdict::Go,
@@ -157,11 +186,43 @@ impl Primary {
         }
     }
 
-    /// The VM goes to its standby: this side ends without a word, as if its host had died. Nothing it has
-    /// held leaves any more, and it asks the arbiter nothing, or it could win against its own standby.
+    /// The VM is left to its standby: the link closes, and nothing leaves any more. Whether anybody comes for it
+    /// is not known. The standby may be leaving, may have died within the lease, or its disk may be broken, too.
+    /// So the VM and all that is held are kept until the arbiter has answered. It is asked late, so that this
+    /// side does not win against its own standby. If it says that nobody came, the VM goes on here.
     fn give_away(&mut self, what: Broken, out: &mut Vec<Action>) {
-        self.state = State::Over { fenced: true };
         out.push(Action::GiveAway { what });
         out.push(Action::Note(Note::GivenAway { what }));
+        let State::Guarding(attached, _) = &self.state else { return };
+        let link = attached.link;
+        out.push(Action::Hangup { link });
+        if planted!(self.bug, GivenToAStandbyThatLeaves) {
+            self.state = State::Over { fenced: true };
+            let reason = ExitReason::Fenced { generation: self.generation + 1, owner: String::new() };
+            return out.push(Action::Exit { reason });
+        }
+        self.faults.giving = true;
+        let claim = Claim::new(self.generation + 1, self.now + self.way(), self.timing.retry);
+        self.state = State::Arbitrating { link, claim };
+    }
+
+    /// For how long the standby is let ahead at the arbiter.
+    fn way(&self) -> Duration {
+        self.timing.dead_after * Timing::GIVES_WAY
+    }
+
+    /// When this side may ask the arbiter after the loss of the link. Where something is broken the other host
+    /// is the better one, unless that is known to be cut off as well.
+    pub(super) fn may_ask_from(&self) -> Duration {
+        let broken = self.faults.disk.is_some() || self.faults.network;
+        let better = broken && self.faults.standby_reaches != Some(false);
+        self.now + if better { self.way() } else { Duration::ZERO }
+    }
+
+    /// The VM goes on here, without a standby.
+    pub(super) fn nobody_came(&mut self) {
+        if std::mem::take(&mut self.faults.giving) {
+            self.faults.not_taken = Some(self.now);
+        }
     }
 }

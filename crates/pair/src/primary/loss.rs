@@ -36,7 +36,7 @@ impl Primary {
                 {
                     return self.go_on_alone(self.generation + 1, out);
                 }
-                let claim = Claim::new(self.generation + 1, self.now, self.timing.retry);
+                let claim = Claim::new(self.generation + 1, self.may_ask_from(), self.timing.retry);
                 out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
                 self.state = State::Arbitrating { link, claim };
             }
@@ -110,6 +110,7 @@ impl Primary {
     }
 
     fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {
+        self.nobody_came();
         self.generation = generation;
         self.timing = self.config.timing;
         self.redial.begin_anew(self.now);

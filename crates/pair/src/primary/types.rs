@@ -263,8 +263,9 @@ pub enum PrimaryAction {
         /// The owner.
         owner: String,
     },
-    /// End the process without a word, as if this host had died: the standby takes the VM over. Throw away all
-    /// held output and all that follows, first of all.
+    /// The VM is left to its standby: its link closes next, and what is held stays held. Whether the standby
+    /// takes it over is known when the arbiter has answered. [`Fence`](Self::Fence): it has. Otherwise the VM
+    /// goes on here.
     GiveAway {
         /// What is broken here.
         what: Broken,

@@ -7,10 +7,11 @@ use super::world::{Happening, Msg, World};
 use crate::{Broken, Kept, Link, PrimaryEvent, PrimaryStatus};
 
 impl World {
-    /// The disk of the VM's host fails every request for a while; at times all disks do.
+    /// The disk of the VM's host fails every request for a while; at times all disks do, on storage that all
+    /// hosts use.
     pub(super) fn disks_fail(&mut self, until: u64) {
         let (_, owner) = self.truth.newest();
-        let all = self.company && self.rng.one_in(3);
+        let all = self.rng.one_in(3);
         for (host, it) in self.hosts.iter_mut().enumerate() {
             if all || host == owner.0 {
                 it.disk_fails_until = until;
@@ -62,13 +63,17 @@ impl World {
         }
     }
 
-    /// The process ends without a word.
+    /// The VM is left to its standby, whether or not that can take it.
     pub(super) fn gives_away(&mut self, life: Life, what: Broken) {
         self.stats.given_away += 1;
         let now = self.clock(life.0);
         let Some(p) = self.primary_of(life) else { return };
-        let (protected, reaches) = (p.protected, p.standby_reaches);
+        let (protected, reaches, asked) = (p.protected, p.standby_reaches, p.asked);
+        p.gave = true;
         let soon = p.came.is_some_and(|came| now < came + HANDBACK);
+        if asked {
+            self.truth.fail(format!("{life:?} gives a VM away whose operator wants it stopped"));
+        }
         if !protected {
             self.truth.fail(format!("{life:?} gives the VM away although nobody has it"));
         }
@@ -77,16 +82,6 @@ impl World {
         }
         if what == Broken::Network && reaches != Some(true) {
             self.truth.fail(format!("{life:?} gives the VM to a host that is cut off as well"));
-        }
-        if self.hosts[life.0].wedged {
-            // Its connections are closed by other threads.
-            for conn in 0..self.conns.len() {
-                if self.conns[conn].ends[1] == life {
-                    self.close(conn, 1);
-                }
-            }
-        } else {
-            self.stop_process(life.0, true);
         }
     }
 
@@ -99,6 +94,8 @@ impl World {
             Kept::Unprotected => protected,
             // The time of the decision may be that of a process that was stopped.
             Kept::JustTakenOver => p.came.is_none(),
+            Kept::NotTaken => !p.gave,
+            Kept::Stopping => !p.asked,
             Kept::StandbyCutOff => p.standby_reaches != Some(false),
             Kept::StandbySilent => p.standby_reaches.is_some(),
         };

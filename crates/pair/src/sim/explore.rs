@@ -128,8 +128,10 @@ fn new_seeds_hold_the_invariants_too() {
 #[test]
 fn a_schedule_that_fails_is_cut_to_what_it_needs() {
     let mut cut = 0;
-    for bug in [Bug::SkipArbitration, Bug::StaleAckReleases, Bug::ReleaseBeforeAck] {
-        let (seed, _) = search(0..20_000, Faults::Many, Some(bug)).1.expect("a planted mistake is found");
+    let bugs = [Bug::SkipArbitration, Bug::StaleAckReleases, Bug::ReleaseBeforeAck];
+    for (bug, first) in bugs.into_iter().flat_map(|bug| [(bug, 0), (bug, 1_000), (bug, 2_000)]) {
+        let seeds = first..first + 20_000;
+        let (seed, _) = search(seeds, Faults::Many, Some(bug)).1.expect("a planted mistake is found");
         let shrunk = shrink(seed, Faults::Many, Some(bug)).expect("it fails again");
         let Strikes { left_out, drawn } = shrunk.strikes;
         cut += left_out.len();

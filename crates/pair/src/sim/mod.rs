@@ -188,6 +188,7 @@ fn every_planted_mistake_is_found() {
         Bug::GivenToNobody,
         Bug::HandedBackAtOnce,
         Bug::GivenToTheCutOff,
+        Bug::GivenAwayWhileEnding,
         Bug::ActionsReversed,
         Bug::ActsOnAttachedLink,
         Bug::FailureSwallowed,
@@ -207,7 +208,11 @@ fn every_planted_mistake_is_found() {
     ];
     let of_progress = [Bug::BeatsWithoutProgress, Bug::StampsWithoutProgress, Bug::AnyThreadClaims];
     let many = bugs.into_iter().map(|bug| (bug, Faults::Many));
-    let first = [(Bug::RightThrownAway, Faults::Stop), (Bug::ClaimsWithinLease, Faults::Storage)];
+    let first = [
+        (Bug::RightThrownAway, Faults::Stop),
+        (Bug::ClaimsWithinLease, Faults::Storage),
+        (Bug::GivenToAStandbyThatLeaves, Faults::One),
+    ];
     let of_progress = of_progress.into_iter().map(|bug| (bug, Faults::Wedge));
     let all = first.into_iter().chain(of_progress).chain(many);
     let mut blind = Vec::new();

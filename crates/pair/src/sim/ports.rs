@@ -234,7 +234,6 @@ impl PrimaryPorts for PrimarySide {
     }
 
     fn give_away(&mut self, what: Broken) {
-        self.valve.discard();
         self.effects.push(PrimaryEffect::GiveAway { what });
     }
 

@@ -40,6 +40,10 @@ pub(super) struct PrimaryProcess {
     pub(super) protected: bool,
     /// What the standby has said of its way to the clients.
     pub(super) standby_reaches: Option<bool>,
+    /// Whether the guest was asked to shut down.
+    pub(super) asked: bool,
+    /// Whether it was ever left to a standby.
+    pub(super) gave: bool,
     /// Number of drains still to come.
     drains: u32,
     /// Whether a third party had reset the link over which generation + 1 became disputed.
@@ -79,6 +83,8 @@ impl World {
             came: (checkpoint > 0).then_some(now),
             protected: false,
             standby_reaches: None,
+            asked: false,
+            gave: false,
             drains: 0,
             excused: false,
         }));
@@ -196,6 +202,7 @@ impl World {
             Effect::Endure { what, why } => self.endures(life, what, why),
             Effect::AskGuest => {
                 if let Some(p) = self.primary_of(life) {
+                    p.asked = true;
                     let node = p.node;
                     self.guest_end = self.truth.depth(node) + self.rng.range(1, 5) as u32;
                 }
@@ -216,8 +223,8 @@ impl World {
                 self.stats.protected += 1;
                 self.primary_of(life).into_iter().for_each(|p| p.protected = true);
             }
-            Effect::Note(PrimaryNote::LinkLost { .. }) => {
-                self.stats.links_lost += 1;
+            Effect::Note(note @ (PrimaryNote::LinkLost { .. } | PrimaryNote::GivenAway { .. })) => {
+                self.stats.links_lost += u64::from(matches!(note, PrimaryNote::LinkLost { .. }));
                 self.primary_of(life).into_iter().for_each(|p| p.protected = false);
             }
             Effect::Note(PrimaryNote::ArbiterUnreachable { .. }) => self.stats.unreachable += 1,

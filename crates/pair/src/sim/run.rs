@@ -104,7 +104,7 @@ pub(super) fn schedule_of(
         world.start_standby(host);
     }
     world.company = faults == Faults::Many;
-    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop);
+    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop | Faults::Storage);
     let count = match faults {
         Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage => 0,
         Faults::One => 1,
@@ -173,6 +173,7 @@ impl World {
                     .truth
                     .fail(format!("host {host} holds the VM of generation {newest} and does not run it")),
                 None if self.disk_lost => self.stats.vm_lost += 1,
+                None if !self.company => self.truth.fail("one fault has cost the VM".into()),
                 None => self.check_images(newest),
             }
             return;

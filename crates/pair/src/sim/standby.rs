@@ -277,8 +277,10 @@ impl World {
     }
 
     pub(super) fn settled(&mut self, life: Life, link: Link, number: u64) {
+        let fails = self.hosts[life.0].disk_fails_until > self.now && self.rng.one_in(2);
         let Some(s) = self.standby_of(life) else { return };
-        let bad = s.bad_disk;
+        // At times a disk that fails has room in its cache, so that what remains is on it all the same.
+        let bad = s.bad_disk || fails;
         let event = if bad {
             StandbyEvent::Failed { link, why: "input/output error".into() }
         } else {

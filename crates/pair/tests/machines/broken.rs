@@ -1,13 +1,22 @@
 //! Something is broken at the primary's host: who keeps the VM.
 
-use outlive_pair::PrimaryAction::{Endure, GiveAway};
-use outlive_pair::PrimaryEvent::{Broken as Breaks, LinkLost, Mended, StandbyReaches, Tick};
-use outlive_pair::{Broken, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus};
+use std::time::Duration;
+
+use outlive_epoch::LeaveReason;
+use outlive_pair::PrimaryAction::{
+    self, Claim, Endure, Exit, Fence, GiveAway, Hangup, ReleaseAll, StopGuest,
+};
+use outlive_pair::PrimaryEvent::{Broken as Breaks, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
+use outlive_pair::{
+    Broken, ClaimResult, ExitReason, Kept, Link, LossReason, OutputMode, PrimaryEvent, PrimaryStatus,
+};
 
 use super::primary::{Host, LINK};
 
 const DISK: PrimaryEvent = Breaks { what: Broken::Disk, again: false };
 const NETWORK: PrimaryEvent = Breaks { what: Broken::Network, again: false };
+
+const GIVEN: [PrimaryAction; 2] = [GiveAway { what: Broken::Disk }, Hangup { link: LINK }];
 
 fn reaches(reaches: bool) -> PrimaryEvent {
     StandbyReaches { link: LINK, reaches: Some(reaches) }
@@ -21,12 +30,58 @@ fn settled() -> Host {
 #[test]
 fn a_disk_that_fails_gives_a_protected_vm_away_and_nothing_leaves_any_more() {
     let mut host = settled();
-    assert_eq!(host.acts(DISK), [GiveAway { what: Broken::Disk }]);
-    assert_eq!((host.machine.status(), host.machine.output()), (PrimaryStatus::Over, OutputMode::Discard));
-    // It does not ask for the VM that it has given away.
+    assert_eq!(host.acts(DISK), GIVEN);
+    assert_eq!(
+        (host.machine.status(), host.machine.output()),
+        (PrimaryStatus::Arbitrating, OutputMode::Hold)
+    );
+    assert!(!host.machine.may_release(Duration::from_millis(host.now)));
+    // The standby asks first.
     assert_eq!(host.acts(LinkLost { link: LINK, why: LossReason::Closed }), []);
-    host.now += 10_000;
     assert_eq!(host.acts(Tick), []);
+    host.now += 10_000;
+    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+    let owner = "b".to_owned();
+    let lost = host.acts(Claimed { generation: 5, result: ClaimResult::Lost { owner: owner.clone() } });
+    let reason = ExitReason::Fenced { generation: 5, owner: owner.clone() };
+    assert_eq!(lost, [Fence { generation: 5, owner }, StopGuest, Exit { reason }]);
+}
+
+#[test]
+fn a_vm_that_nobody_comes_for_goes_on_and_its_guest_hears_of_the_error() {
+    let mut host = settled();
+    host.acts(DISK);
+    host.now += 10_000;
+    host.acts(Tick);
+    let won = host.win();
+    assert_eq!(won[0], ReleaseAll { generation: 5 });
+    assert!(won.contains(&Endure { what: Broken::Disk, why: Kept::Unprotected }), "{won:?}");
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+}
+
+#[test]
+fn a_vm_that_is_left_to_a_standby_that_was_leaving_goes_on_at_once() {
+    let mut host = settled();
+    host.acts(DISK);
+    let released = host.acts(Leave { link: LINK, reason: LeaveReason::Released });
+    assert_eq!(released[0], ReleaseAll { generation: 4 });
+    assert!(released.contains(&Endure { what: Broken::Disk, why: Kept::Unprotected }), "{released:?}");
+}
+
+#[test]
+fn a_host_that_is_cut_off_from_the_clients_lets_the_other_one_ask_first() {
+    let claims = |events: &[PrimaryEvent]| {
+        let mut host = settled();
+        events.iter().for_each(|event| drop(host.acts(event.clone())));
+        host.acts(LinkLost { link: LINK, why: LossReason::Closed });
+        let at_once = host.acts(Tick).contains(&Claim { generation: 5 });
+        host.now += 10_000;
+        at_once || !host.acts(Tick).contains(&Claim { generation: 5 })
+    };
+    assert!(!claims(&[NETWORK]));
+    // Not if the other one is no better.
+    assert!(claims(&[reaches(false), NETWORK]));
+    assert!(claims(&[NETWORK, Mended { what: Broken::Network }]));
 }
 
 #[test]
@@ -67,7 +122,8 @@ fn a_vm_whose_clients_are_cut_off_goes_to_a_standby_that_reaches_them() {
     assert_eq!(host.acts(reaches(false)), []);
     // Of another connection.
     assert_eq!(host.acts(StandbyReaches { link: Link(77), reaches: Some(true) }), []);
-    assert_eq!(host.acts(reaches(true)), [GiveAway { what: Broken::Network }]);
+    let given = host.acts(reaches(true));
+    assert_eq!(given, [GiveAway { what: Broken::Network }, Hangup { link: LINK }]);
 }
 
 #[test]
@@ -77,4 +133,13 @@ fn a_network_that_is_mended_in_time_moves_nothing() {
     assert_eq!(host.acts(Mended { what: Broken::Network }), []);
     assert_eq!(host.acts(reaches(true)), []);
     assert_eq!(host.machine.status(), PrimaryStatus::Protected);
+}
+
+#[test]
+fn a_vm_whose_operator_has_asked_for_its_stop_stays() {
+    let mut host = settled();
+    host.acts(reaches(true));
+    assert_eq!(host.acts(PrimaryEvent::Stop { ask_guest: true }), [PrimaryAction::AskGuest]);
+    assert_eq!(host.acts(NETWORK), [Endure { what: Broken::Network, why: Kept::Stopping }]);
+    assert_eq!(host.acts(DISK), [Endure { what: Broken::Disk, why: Kept::Stopping }]);
 }
