@@ -285,9 +285,13 @@ impl Machine {
         epoch.copied().run();
         if after == After::Resume {
             self.copied_at = Some(copied);
-            // After a long stop the guest is told of it by all vCPUs' threads, and one of them is this.
-            if who == Who::Controller || !self.stopped_long() {
-                self.release(begun.was_running);
+            match who {
+                Who::Controller => self.release(begun.was_running),
+                // After a long stop the guest is told of it by all vCPUs' threads, and one of them is this: the
+                // controller tells it. The clock is looked at once: if it were looked at again on the way, the
+                // stop could have become long, and this thread would wait for itself.
+                Who::LastVcpu if self.stopped_long() => {}
+                Who::LastVcpu => self.release_untold(begun.was_running),
             }
         }
         let (began, ended) = (begun.began, Instant::now());

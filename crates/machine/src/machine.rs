@@ -409,13 +409,20 @@ impl Machine {
         was_running
     }
 
-    /// Undoes [`quiesce`](Self::quiesce) when the VM ran before it.
+    /// Undoes [`quiesce`](Self::quiesce) when the VM ran before it. For the controller only: after a long stop it
+    /// waits for every vCPU's thread.
     pub(crate) fn release(&mut self, run: bool) {
+        if run && !self.running && self.stopped_long() {
+            self.tell_of_stop();
+        }
+        self.release_untold(run);
+    }
+
+    /// The same without a word to the guest, however long it was stopped. Waits for no vCPU's thread, so any of
+    /// them may do it.
+    pub(crate) fn release_untold(&mut self, run: bool) {
         if run && !self.running {
             self.running = true;
-            if self.stopped_long() {
-                self.tell_of_stop();
-            }
             self.stopped_at = None;
             // The guest first, since it is what waits: a device that it asks for meanwhile is told by its
             // doorbell, and stays behind the gate until the next line. Nothing of the guest's is done by a

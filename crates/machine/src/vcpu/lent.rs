@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::Instant;
 
-use super::rendezvous::Rendezvous;
+use super::rendezvous::{Order, Rendezvous};
 
 /// Which thread ends a pause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,15 +60,20 @@ impl Lent {
         Ok(())
     }
 
-    /// The thread for which [`Rendezvous::arrive`] has returned true: does what was lent.
-    pub(super) fn take(&self, meeting: &Rendezvous) {
+    /// The thread for which [`Rendezvous::arrive`] has returned true for the order `last`: does what was lent.
+    /// Returns the order that this thread has carried out last.
+    pub(super) fn take(&self, meeting: &Rendezvous, last: Order) -> Order {
         // Also if `work` panics: the controller must not wait for ever.
-        let _done = Done(meeting);
+        let done = Done(meeting);
         let work = self.0.load(Ordering::Relaxed).cast::<&mut Work<'_>>();
         // SAFETY: `lend` has stored the address of its own `work`. It returns only after `Done`, because it could
         // not revoke: `arrive` returns true to one thread, and to none after a revocation. Meanwhile it does not
         // touch `work`, which may be sent. The lifetime that is made up here ends before that.
         unsafe { (*work)(Who::LastVcpu) };
+        // Before `Done`: after it the controller may publish the next order, which nobody has carried out.
+        let carried_out = meeting.carried_out(last);
+        drop(done);
+        carried_out
     }
 }
 

@@ -189,7 +189,7 @@ impl Rendezvous {
 
     /// How many threads have not carried out the last command.
     pub(super) fn missing(&self) -> u32 {
-        self.threads - (self.arrived.load(Ordering::Acquire) & COUNT)
+        self.threads.saturating_sub(self.arrived.load(Ordering::Acquire) & COUNT)
     }
 
     fn wait_arrival(&self, timeout: Option<Duration>) {
@@ -313,6 +313,14 @@ impl Rendezvous {
             }
             sleep(&self.part, seen, None);
         }
+    }
+
+    /// Thread with the lent part, which it has taken for the order `last`, before [`done`](Self::done): the order
+    /// that it has carried out last. If the copy that it ordered is still in force, it has done its own share and
+    /// has counted itself in. A second time would count for the next order, which the controller publishes.
+    pub(super) fn carried_out(&self, last: Order) -> Order {
+        let order = self.current();
+        if order.command() == Command::Copy { order } else { last }
     }
 
     /// Thread with the lent part: it is done. What was lent must not be touched any more.

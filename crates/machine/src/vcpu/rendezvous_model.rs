@@ -54,8 +54,13 @@ mod checked;
 use checked::{Command, Looks, Order, Rendezvous};
 
 fn model(check: impl Fn() + Sync + Send + 'static) {
+    model_with(2, check);
+}
+
+/// As often as `preemptions` a thread is held up where it need not wait.
+fn model_with(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(2);
+    builder.preemption_bound = Some(preemptions);
     builder.check(check);
 }
 
@@ -174,6 +179,67 @@ fn what_is_lent_to_one_thread_is_done_once() {
 #[test]
 fn what_is_lent_to_two_threads_is_done_once() {
     lends(2);
+}
+
+/// Carries out orders until the last. Whoever ends the pause orders a copy, does its own share, and leaves the next
+/// order to the controller: so it is after a copy that failed, and after a long pause.
+fn serve_and_copy(meeting: &Rendezvous, done: &AtomicU32) {
+    let mut last = Order::FIRST;
+    while last.command() != Command::Quit {
+        last = meeting.next(last);
+        done.fetch_add(1, Ordering::Relaxed);
+        if meeting.arrive() {
+            meeting.publish(Command::Copy);
+            done.fetch_add(1, Ordering::Relaxed);
+            meeting.arrive();
+            meeting.wait_all();
+            last = meeting.carried_out(last);
+            meeting.done();
+        }
+    }
+}
+
+fn copies(threads: u32, preemptions: usize) {
+    model_with(preemptions, move || {
+        let meeting = Arc::new(Rendezvous::new(threads, Looks::default()));
+        let done = Arc::new(AtomicU32::new(0));
+        let running: Vec<_> = (0..threads)
+            .map(|_| {
+                let (meeting, done) = (meeting.clone(), done.clone());
+                thread::spawn(move || serve_and_copy(&meeting, &done))
+            })
+            .collect();
+        meeting.publish(Command::Capture);
+        if meeting.lend() {
+            assert!(meeting.wait_done(None, || ()));
+        } else {
+            meeting.publish(Command::Copy);
+            meeting.wait_all();
+        }
+        assert_eq!(done.load(Ordering::Relaxed), 2 * threads, "one has carried out an order twice");
+        meeting.publish(Command::Quit);
+        meeting.wait_all();
+        assert_eq!(
+            done.load(Ordering::Relaxed),
+            3 * threads,
+            "all are said to have carried out the last order"
+        );
+        running.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(meeting.missing(), 0);
+        assert_eq!(done.load(Ordering::Relaxed), 3 * threads, "one has carried out an order twice");
+    });
+}
+
+/// A thread that ends a pause counts itself in once for each order, whatever comes after it.
+#[test]
+fn a_thread_that_orders_a_copy_does_its_share_once() {
+    copies(1, 2);
+}
+
+#[test]
+fn of_two_threads_the_one_that_orders_a_copy_does_its_share_once() {
+    // One is enough to find a second arrival, and two take minutes.
+    copies(2, 1);
 }
 
 /// Either the controller gets back what it has lent, and then nobody does it, or it is done, although whoever does

@@ -100,7 +100,7 @@ fn serve(meeting: &Rendezvous, lent: &Lent, done: &AtomicU64) {
         last = meeting.next(last);
         done.fetch_add(1, Ordering::Relaxed);
         if meeting.arrive() {
-            lent.take(meeting);
+            last = lent.take(meeting, last);
         }
         if last.command() == Command::Quit {
             return;
@@ -129,7 +129,7 @@ fn what_is_lent_is_done_once_after_every_thread_by_whoever_comes_last() {
                 by[who as usize] += 1;
                 assert_eq!(done.load(Ordering::Relaxed), THREADS * (2 * round + 1), "all have come");
                 // The one that does it gives the next order too.
-                meeting.publish(Command::Copy);
+                meeting.publish(Command::Stop);
             };
             lent.lend(&meeting, &mut work, None, || None, || ()).unwrap();
             assert_eq!(times, 1, "round {round}");
@@ -138,6 +138,38 @@ fn what_is_lent_is_done_once_after_every_thread_by_whoever_comes_last() {
         meeting.publish(Command::Quit);
     });
     assert!(by[Who::Controller as usize] > 0 && by[Who::LastVcpu as usize] > 0, "{by:?}");
+}
+
+#[test]
+fn whoever_orders_a_copy_and_does_its_share_does_not_do_it_again() {
+    const THREADS: u64 = 2;
+    let (meeting, lent, done) =
+        (Rendezvous::new(THREADS as u32, Looks::default()), Lent::default(), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        (0..THREADS).for_each(|_| {
+            scope.spawn(|| serve(&meeting, &lent, &done));
+        });
+        let mut lends = 0;
+        for round in 0..500 {
+            meeting.publish(Command::Capture);
+            let mut work = |who| {
+                meeting.publish(Command::Copy);
+                if who == Who::LastVcpu {
+                    lends += 1;
+                    done.fetch_add(1, Ordering::Relaxed);
+                    meeting.arrive();
+                }
+                meeting.wait_all();
+            };
+            lent.lend(&meeting, &mut work, None, || None, || ()).unwrap();
+            // As after a copy that has failed: the next order is the controller's.
+            meeting.publish(Command::Stop);
+            meeting.wait_all();
+            assert_eq!(done.load(Ordering::Relaxed), 3 * THREADS * (round + 1), "round {round}");
+        }
+        meeting.publish(Command::Quit);
+        assert!(lends > 0);
+    });
 }
 
 #[test]
@@ -177,7 +209,7 @@ fn the_controller_helps_when_it_is_called_and_is_waited_for() {
                 // Mostly after the controller has lent its part.
                 std::thread::sleep(Duration::from_millis(2));
                 if meeting.arrive() {
-                    lent.take(&meeting);
+                    last = lent.take(&meeting, last);
                 }
             }
         });

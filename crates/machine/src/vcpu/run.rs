@@ -161,7 +161,7 @@ impl Vcpu {
                 Command::Capture => {
                     self.capture();
                     if shared.meeting.arrive() {
-                        shared.lent.take(&shared.meeting);
+                        order = shared.lent.take(&shared.meeting, order);
                     }
                     continue;
                 }
