@@ -86,11 +86,12 @@ impl Links {
             let over = |pipe: &PollFd<'_>| pipe.any() == Some(true);
             let dead = over(&on[1]) || over(&on[2]);
             // Also when the parent is dead: links that it had told of are still on their way.
-            let dismissed = self.listen(orders.as_raw_fd())?;
+            let heard = self.listen(orders.as_raw_fd());
+            // Whatever it has heard: the links that it has are its last duty.
             if dead {
                 self.end();
             }
-            if dead || dismissed {
+            if heard? || dead {
                 return Ok(());
             }
         }
@@ -122,7 +123,7 @@ impl Links {
         }
     }
 
-    fn carry_out(&mut self, order: Option<(Order, u64)>, links: &[RawFd]) {
+    pub(super) fn carry_out(&mut self, order: Option<(Order, u64)>, links: &[RawFd]) {
         let unused = match (order, links) {
             (Some((Order::Guard, number)), &[link]) if self.0.len() < MOST => self.0.insert(number, link),
             (Some((Order::Release, number)), _) => self.0.remove(&number),

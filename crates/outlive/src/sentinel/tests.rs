@@ -1,7 +1,7 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -67,6 +67,22 @@ fn the_end_of_either_pipe_ends_the_links_although_their_sockets_are_open() {
         assert_eq!(heard, b"last", "what was on its way arrives first");
         assert!(!hears_the_end(&mut released.1), "a link that its owner was done with");
     }
+}
+
+/// What it hears of last may be no order at all: here its parent is dead and there is nothing to hear it by.
+#[test]
+fn a_sentinel_that_cannot_hear_its_dead_parent_ends_the_links_that_it_has() {
+    let mut rig = Rig::new();
+    let (ours, mut theirs) = link();
+    let mut links = Links::default();
+    links.carry_out(Some((Order::Guard, 1)), &[ours.try_clone().unwrap().into_raw_fd()]);
+    rig.writing.remove(1);
+    let deaf = fs::File::open("/dev/null").unwrap();
+    let pipes = [rig.reading[0].as_fd(), rig.reading[1].as_fd()];
+    let error = links.serve(deaf.as_fd(), pipes).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::libc::ENOTSOCK));
+    theirs.set_nonblocking(false).unwrap();
+    assert!(hears_the_end(&mut theirs));
 }
 
 #[test]
