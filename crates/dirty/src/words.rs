@@ -7,6 +7,8 @@
 use std::io;
 use std::ops::{Deref, Range};
 
+#[cfg(not(all(test, loom)))]
+use crate::report;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Words of 8 bytes in a page of the host.
@@ -49,16 +51,45 @@ impl Words {
         Ok(Words { base, len })
     }
 
-    /// Gives the memory back; every word reads as zero again.
+    /// Gives the memory back; every word reads as zero again. Touches no word, because most have no memory, and
+    /// would get some; in a process whose memory is locked (`mlockall`) they would keep it.
     pub(crate) fn clear_all(&self) {
+        // Locked memory takes more: one more call since Linux 5.18, three before.
+        let given = self.advise(libc::MADV_DONTNEED)
+            || self.advise(libc::MADV_DONTNEED_LOCKED)
+            || self.give_back_unlocked();
+        if !given {
+            self.clear_what_is_set();
+        }
+    }
+
+    /// Whether the kernel has taken the advice, which may make every word zero.
+    fn advise(&self, advice: libc::c_int) -> bool {
         // SAFETY: exactly our private anonymous mapping; a reader sees the old or a zero word, as with
         // stores.
-        let failed =
-            unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, libc::MADV_DONTNEED) } != 0;
-        if failed {
-            // Locked memory (mlockall) cannot be given back.
-            self.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        unsafe { libc::madvise(self.base.as_ptr().cast(), self.len * 8, advice) == 0 }
+    }
+
+    /// Gives back memory that is locked, and locks what comes in its place. Whether it worked.
+    fn give_back_unlocked(&self) -> bool {
+        let (at, bytes) = (self.base.as_ptr().cast(), self.len * 8);
+        // SAFETY: exactly our mapping, whose contents neither call changes.
+        if unsafe { libc::munlock(at, bytes) } != 0 {
+            return false;
         }
+        let given = self.advise(libc::MADV_DONTNEED);
+        // SAFETY: as above.
+        if unsafe { libc::mlock2(at, bytes, libc::MLOCK_ONFAULT) } != 0 {
+            let why = io::Error::last_os_error();
+            report::warn(format_args!("lists of dirty pages are not locked in memory any more: {why}"));
+        }
+        given
+    }
+
+    /// A word without memory reads as zero without getting any: only the others are written.
+    fn clear_what_is_set(&self) {
+        let set = self.iter().filter(|word| word.load(Ordering::Relaxed) != 0);
+        set.for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// Fetches a word into the cache; a word that does not exist does no harm.
@@ -186,6 +217,41 @@ mod tests {
         assert_eq!(faults(), before);
         words[0].store(1, Ordering::Relaxed);
         assert!(faults() > before, "the count works");
+    }
+
+    /// With `--lock-memory` a list that is given back must not be made real as a whole, and locked.
+    #[test]
+    fn locked_words_are_given_back_without_touching_the_rest() {
+        const PAGES: usize = 2048;
+        let words = Words::reserve(PAGES * WORDS_PER_PAGE).unwrap();
+        let (at, bytes) = (words.base.as_ptr().cast(), words.len * 8);
+        // SAFETY: exactly the mapping of `words`.
+        if unsafe { libc::mlock2(at, bytes, libc::MLOCK_ONFAULT) } != 0 {
+            return println!("skipped: this user may not lock 8 MiB: {}", io::Error::last_os_error());
+        }
+        assert!(!words.advise(libc::MADV_DONTNEED), "locked memory is not given back as a matter of course");
+        let resident = || {
+            let mut pages = vec![0_u8; PAGES];
+            // SAFETY: a byte for each page of the mapping.
+            assert_eq!(unsafe { libc::mincore(at, bytes, pages.as_mut_ptr()) }, 0);
+            pages.into_iter().filter(|page| page & 1 != 0).count()
+        };
+        let before_linux_5_18 = |words: &Words| assert!(words.give_back_unlocked());
+        for way in ["all", "before Linux 5.18"] {
+            let clear = if way == "all" { Words::clear_all } else { before_linux_5_18 };
+            words[700].store(7, Ordering::Relaxed);
+            words[PAGES * WORDS_PER_PAGE - 1].store(7, Ordering::Relaxed);
+            assert_eq!(resident(), 2, "{way}");
+            clear(&words);
+            assert_eq!(resident(), 0, "{way}");
+            assert!(!words.advise(libc::MADV_DONTNEED), "{way}: it is locked as before");
+            assert_eq!(words[700].load(Ordering::Relaxed), 0, "{way}");
+            assert_eq!(words[PAGES * WORDS_PER_PAGE - 1].load(Ordering::Relaxed), 0, "{way}");
+            words.clear_all();
+        }
+        words[700].store(7, Ordering::Relaxed);
+        words.clear_what_is_set();
+        assert_eq!(words[700].load(Ordering::Relaxed), 0);
     }
 
     #[test]

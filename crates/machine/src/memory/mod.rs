@@ -311,14 +311,6 @@ impl Ram {
         }
         true
     }
-
-    /// Gives every page back to the host; the guest then reads zeros. For a VM that is not running.
-    pub fn discard_all(&self) {
-        for m in &self.mapped {
-            // SAFETY: the range is exactly one of our anonymous private mappings.
-            unsafe { libc::madvise(m.host.cast(), m.pages as usize * PAGE_SIZE, libc::MADV_DONTNEED) };
-        }
-    }
 }
 
 impl std::fmt::Debug for Ram {
