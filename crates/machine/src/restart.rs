@@ -164,7 +164,10 @@ impl Machine {
             }
             ResetStep::Vcpus => self.vcpus.on_each(|index| {
                 let (host, fresh) = (self.host.clone(), self.fresh.vcpus[index].clone());
-                Box::new(move |fd| state::restore(fd, &fresh, &host, state::Tsc::Keep))
+                Box::new(move |fd| {
+                    // As this host made it.
+                    state::restore(fd, &fresh, &host, state::Tsc::Keep, state::Unkept::Refuse)
+                })
             })?,
             ResetStep::Chips => {
                 vm_state::restore(&self.vm, FRESH_VERSION, &self.fresh.vm, Clock::Keep)?;

@@ -10,6 +10,7 @@ use crate::devices::{DeviceRestoreError, serial};
 use crate::machine::Machine;
 use crate::state::StateError;
 use crate::tsc;
+use crate::vcpu::state::Unkept;
 use crate::vcpu::{VcpuError, state};
 use crate::vm_state::{self, Clock, VmStateError};
 
@@ -73,10 +74,36 @@ impl Machine {
     /// 3. Clock, PIT, chips: before any vCPU runs.
     /// 4. Devices: after the chips, whose state would overwrite an interrupt that the devices raise.
     ///
+    /// A vCPU's register that this host does not keep is an error in the log only: the checkpoint may be all that
+    /// is left of the VM. [`try_restore`](Self::try_restore) has refused what could be known before.
+    ///
     /// # Errors
     /// [`RestoreError`]. The machine must not be run then.
     pub fn restore(
         &mut self,
+        constants: &[Vec<u8>],
+        sections: &[StateSection<'_>],
+        elapsed: Duration,
+    ) -> Result<(), RestoreError> {
+        self.restore_or(Unkept::Report, constants, sections, elapsed)
+    }
+
+    /// The same as a trial, as long as another host has the VM: a register that this host does not keep is an
+    /// error. The machine can be restored again.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. The machine must not be run then.
+    pub fn try_restore(
+        &mut self,
+        constants: &[Vec<u8>],
+        sections: &[StateSection<'_>],
+    ) -> Result<(), RestoreError> {
+        self.restore_or(Unkept::Refuse, constants, sections, Duration::ZERO)
+    }
+
+    fn restore_or(
+        &mut self,
+        unkept: Unkept,
         constants: &[Vec<u8>],
         sections: &[StateSection<'_>],
         elapsed: Duration,
@@ -97,7 +124,7 @@ impl Machine {
             Box::new(move |fd| {
                 let khz = state::restore_constant(fd, &constant, &host)?;
                 let ticks = tsc::ticks(elapsed + from.elapsed(), khz);
-                state::restore(fd, &saved, &host, state::Tsc::Advance(ticks))?;
+                state::restore(fd, &saved, &host, state::Tsc::Advance(ticks), unkept)?;
                 if index == 0
                     && let Some(offset) = tsc::offset(fd)
                 {

@@ -12,12 +12,22 @@ use crate::state::StateError;
 /// Most registers of one ioctl (MAX_IO_MSRS in arch/x86/kvm/x86.c, which is refused itself).
 pub(super) const MOST_AT_ONCE: usize = 255;
 
+/// What becomes of a state with a register that this host does not keep as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unkept {
+    /// It is refused: another host can have the VM.
+    Refuse,
+    /// It is accepted, and an error in the log names the register: no other host has the VM.
+    Report,
+}
+
 /// Restores all of them but the deadline.
 pub(super) fn restore(
     fd: &VcpuFd,
     saved: &[kvm_msr_entry],
     host: &Host,
     tsc: Tsc,
+    unkept: Unkept,
 ) -> Result<(), VcpuStateError> {
     let cpuid = fd
         .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -27,7 +37,13 @@ pub(super) fn restore(
     let chosen = saved.iter().filter(|it| it.index != MSR_IA32_TSC_DEADLINE && msrs::is_state(it.index));
     let entries: Vec<_> = chosen.filter_map(|it| tsc.apply(*it)).collect();
     write(fd, &entries)?;
-    read_back(fd, &entries)
+    read_back(fd, &entries, |differs| match unkept {
+        Unkept::Refuse => Err(differs),
+        Unkept::Report => {
+            tracing::error!("THE VM RUNS ON WITH A REGISTER THAT IS NOT AS IT WAS: {differs}");
+            Ok(())
+        }
+    })
 }
 
 /// Restores the deadline. It is not read back: it may be over already.
@@ -70,7 +86,11 @@ fn write(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
 
 /// Compares what the vCPU has now with what it should have. A register that cannot be read counts as 0, which
 /// is what newer kernels return for one that CPUID hides.
-fn read_back(fd: &VcpuFd, wanted: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
+fn read_back(
+    fd: &VcpuFd,
+    wanted: &[kvm_msr_entry],
+    differs: impl Fn(VcpuStateError) -> Result<(), VcpuStateError>,
+) -> Result<(), VcpuStateError> {
     let mut rest = wanted;
     while !rest.is_empty() {
         let mut found = list(rest)?;
@@ -82,7 +102,7 @@ fn read_back(fd: &VcpuFd, wanted: &[kvm_msr_entry]) -> Result<(), VcpuStateError
         for (wanted, here) in rest.iter().zip(read.chain(unreadable)) {
             // Time goes on.
             if here.unwrap_or(0) != wanted.data && wanted.index != MSR_IA32_TSC {
-                return Err(VcpuStateError::MsrDiffers { index: wanted.index, wanted: wanted.data, here });
+                differs(VcpuStateError::MsrDiffers { index: wanted.index, wanted: wanted.data, here })?;
             }
         }
         rest = &rest[count..];
@@ -131,7 +151,7 @@ mod tests {
         set(&mut entries, PAT, 0x0000_0106_0007_0406);
         set(&mut entries, 0xc000_0082, 0xffff_ffff_8100_0000);
         let Some((host, _vm, other)) = vcpu() else { return };
-        restore(&other, &entries, &host, Tsc::Keep).unwrap();
+        restore(&other, &entries, &host, Tsc::Keep, Unkept::Refuse).unwrap();
         restore_deadline(&other, &entries).unwrap();
         let found = saved(&host, &other);
         for entry in entries.iter().filter(|it| it.index != MSR_IA32_TSC) {
@@ -145,7 +165,7 @@ mod tests {
         let Some((host, _vm, fd)) = vcpu() else { return };
         let refused = |entry: kvm_msr_entry| {
             let entries = [msr(PAT, 6), entry, msr(0xc000_0082, 9)];
-            restore(&fd, &entries, &host, Tsc::Keep).unwrap_err().to_string()
+            restore(&fd, &entries, &host, Tsc::Keep, Unkept::Refuse).unwrap_err().to_string()
         };
         let text = refused(msr(KERNEL_GS_BASE, NOT_CANONICAL));
         assert!(text.contains("MSR 0xc0000102 is 0x8000000000000000 in the VM, and 0x0 here"), "{text}");
@@ -155,6 +175,20 @@ mod tests {
         assert!(text.contains("MSR 0xc0010015 is 0x40 in the VM, and 0x0 here"), "{text}");
     }
 
+    /// Whoever has won the VM has the only one: it runs with what this host can keep.
+    #[test]
+    fn a_takeover_goes_on_without_a_register_that_this_host_does_not_keep() {
+        let Some((host, _vm, fd)) = vcpu() else { return };
+        let entries =
+            [msr(PAT, 6), msr(KERNEL_GS_BASE, NOT_CANONICAL), msr(0x1234_5678, 7), msr(0xc000_0082, 9)];
+        assert!(restore(&fd, &entries, &host, Tsc::Keep, Unkept::Refuse).is_err());
+        restore(&fd, &entries, &host, Tsc::Keep, Unkept::Report).unwrap();
+        let mut found = list(&[msr(PAT, 0), msr(0xc000_0082, 0)]).unwrap();
+        assert_eq!(fd.get_msrs(&mut found).unwrap(), 2);
+        let found: Vec<_> = found.as_slice().iter().map(|it| it.data).collect();
+        assert_eq!(found, [6, 9], "all others are there");
+    }
+
     /// Some registers can only be read, and others are not there at all on one of the hosts.
     #[test]
     fn a_refusal_that_changes_nothing_is_accepted() {
@@ -162,7 +196,7 @@ mod tests {
         // No state, whatever another release saved of it.
         let nobodys = [0x4000_0020, 0x480, 0x345].map(|index| msr(index, 77));
         let unknown = [msr(0x1234_5678, 0), msr(KERNEL_GS_BASE, 5), msr(0x1234_5679, 0)];
-        restore(&fd, &[&nobodys[..], &unknown[..]].concat(), &host, Tsc::Keep).unwrap();
+        restore(&fd, &[&nobodys[..], &unknown[..]].concat(), &host, Tsc::Keep, Unkept::Refuse).unwrap();
         let mut found = list(&[msr(KERNEL_GS_BASE, 0)]).unwrap();
         fd.get_msrs(&mut found).unwrap();
         assert_eq!(found.as_slice()[0].data, 5, "those behind a refused one are written");
@@ -172,9 +206,9 @@ mod tests {
     fn more_registers_than_kvm_takes_at_once_are_all_compared() {
         let Some((host, _vm, fd)) = vcpu() else { return };
         let mut entries = vec![msr(KERNEL_GS_BASE, 5); 2 * MOST_AT_ONCE + 3];
-        restore(&fd, &entries, &host, Tsc::Keep).unwrap();
+        restore(&fd, &entries, &host, Tsc::Keep, Unkept::Refuse).unwrap();
         entries[MOST_AT_ONCE + 1] = msr(KERNEL_GS_BASE, NOT_CANONICAL);
-        assert!(restore(&fd, &entries, &host, Tsc::Keep).is_err());
+        assert!(restore(&fd, &entries, &host, Tsc::Keep, Unkept::Refuse).is_err());
     }
 
     #[test]
@@ -195,7 +229,9 @@ mod tests {
             return println!("skipped: no guest of this host reads IA32_ARCH_CAPABILITIES");
         }
         let claims = !host.capabilities() & !(1 << 2 | 1 << 19);
-        let error = restore(&fd, &[msr(MSR_IA32_ARCH_CAPABILITIES, claims)], &host, Tsc::Keep).unwrap_err();
+        let error =
+            restore(&fd, &[msr(MSR_IA32_ARCH_CAPABILITIES, claims)], &host, Tsc::Keep, Unkept::Refuse)
+                .unwrap_err();
         assert!(matches!(error, VcpuStateError::Vulnerable { .. }), "{error}");
     }
 }

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::msrs;
+pub(crate) use super::msrs::Unkept;
 use crate::kvm::features::{self, Misfit, Missing};
 use crate::kvm::msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
 use crate::kvm::{Host, XSAVE_BYTES, XsaveCall};
@@ -383,7 +384,13 @@ fn one_msr(index: u32, data: u64) -> Result<Msrs, VcpuStateError> {
 }
 
 /// Writes a saved state into a vCPU that has never run or is stopped.
-pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Result<(), VcpuStateError> {
+pub(crate) fn restore(
+    fd: &VcpuFd,
+    bytes: &[u8],
+    host: &Host,
+    tsc: Tsc,
+    unkept: Unkept,
+) -> Result<(), VcpuStateError> {
     let fields = FieldReader::new(bytes)?;
     for (item, _reason) in RESTORE_ORDER {
         let field = item as u16;
@@ -401,7 +408,7 @@ pub(crate) fn restore(fd: &VcpuFd, bytes: &[u8], host: &Host, tsc: Tsc) -> Resul
             }
             Item::DebugRegs => ioctl(item, fd.set_debug_regs(&fields.get_plain(field)?))?,
             Item::Lapic => ioctl(item, fd.set_lapic(&fields.get_plain::<kvm_lapic_state>(field)?))?,
-            Item::Msrs => msrs::restore(fd, &saved_msrs(&fields)?, host, tsc)?,
+            Item::Msrs => msrs::restore(fd, &saved_msrs(&fields)?, host, tsc, unkept)?,
             Item::TscDeadline => msrs::restore_deadline(fd, &saved_msrs(&fields)?)?,
             Item::Events => ioctl(item, fd.set_vcpu_events(&fields.get_plain(field)?))?,
         }
@@ -572,7 +579,7 @@ pub(super) mod tests {
         let mut saved = Vec::new();
         saver.save_msrs(&fd, &mut FieldWriter::new(&mut saved)).unwrap();
         let saved = saved_msrs(&FieldReader::new(&saved).unwrap()).unwrap();
-        msrs::restore(&fd, &saved, &host, Tsc::Advance(0)).unwrap();
+        msrs::restore(&fd, &saved, &host, Tsc::Advance(0), Unkept::Refuse).unwrap();
         assert_eq!(ram.hash(), before, "the first bytes of the page: {:?}", &page()[..16]);
     }
 

@@ -2,7 +2,7 @@
 //! commit is one more sink.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{Checkpoint, Incoming, MAX_STATE_SECTIONS, PageData, StateBuf, StateKind};
@@ -100,7 +100,7 @@ impl StateSink {
         let (constants, sections) =
             base.state().sections().partition::<Vec<_>, _>(|it| it.kind == StateKind::VcpuConstant);
         let constants: Vec<_> = constants.into_iter().map(|it| it.bytes.to_vec()).collect();
-        machine.restore(&constants, &sections, Duration::ZERO)
+        machine.try_restore(&constants, &sections)
     }
 }
 
