@@ -254,7 +254,9 @@ impl<'a> InsidePause<'a> {
             if let Some(buffer) = self.pool.take_within(BUFFER_PATIENCE) {
                 return Ok(buffer);
             }
-            self.driver.handle(PrimaryEvent::Tick);
+            // A look at the clock. Not a tick: that is for the thread that waits, and a vCPU's thread may do this
+            // in its place. A claim that is due is made after the pause, by the one that waits.
+            self.driver.handle(PrimaryEvent::LongWork { within: Duration::ZERO });
             if !matches!(
                 self.driver.status(),
                 PrimaryStatus::Protected | PrimaryStatus::BaseCommit | PrimaryStatus::Ending

@@ -29,7 +29,8 @@ pub enum PrimaryEvent {
     /// Time has passed. Only the thread that waits, takes checkpoints and follows may hand this in: it is the
     /// sign that this thread makes progress.
     Tick,
-    /// That thread begins something during which it gives no sign.
+    /// That thread begins something during which it gives no sign. In a pause whoever ends it for that thread may
+    /// hand this in as well.
     LongWork {
         /// How long it may take.
         within: Duration,
