@@ -291,7 +291,7 @@ pub struct DiskSpec {
     pub shared: bool,
     /// What the guest reads as the disk's serial number, up to 20 characters.
     pub serial: Option<String>,
-    /// Size of the guest's sectors; if not given, that of a block device, and 512 bytes for a file.
+    /// Size of the guest's sectors; 512 bytes if not given.
     pub sectors: Option<SectorSize>,
     /// Request queues, 1 to 16.
     pub queues: u8,

@@ -44,8 +44,8 @@ pub struct DiskOptions {
     pub shared: bool,
     /// Serial number, at most 20 printable ASCII characters; `outlive-diskN` if not given.
     pub serial: Option<String>,
-    /// Size of the guest's sectors; if not given, that of a block device, and 512 bytes for a file. A guest
-    /// finds its partitions by it, so a VM has the same on both hosts.
+    /// Size of the guest's sectors; 512 bytes if not given, whatever the storage has. A guest finds its
+    /// partitions by it, so a VM has the same on both hosts.
     pub sectors: Option<SectorSize>,
     /// Queues, 1 to 16: as many as there are vCPUs is usual.
     pub queues: u16,

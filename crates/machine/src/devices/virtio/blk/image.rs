@@ -48,14 +48,6 @@ pub enum ImageError {
         /// Length of a sector.
         size: SectorSize,
     },
-    /// A block device whose sectors are neither of the two sizes.
-    #[error("the block device {} has sectors of {bytes} bytes: use one with sectors of 512 or 4096, or say `sector=4096`", .path.display())]
-    Sectors {
-        /// Path of the device.
-        path: PathBuf,
-        /// Length of its sectors.
-        bytes: u64,
-    },
     /// Another VM, or a mount, uses it.
     #[error("the disk image {} is in use: stop the program that uses it, or, if it is meant to be shared, say `shared` in both", .0.display())]
     InUse(PathBuf),
@@ -139,15 +131,9 @@ impl Image {
         if bytes < SECTOR {
             return Err(ImageError::TooSmall { path: path.into(), bytes });
         }
-        let sector_size = match sectors {
-            Some(size) => size,
-            None if kind.is_block_device() => {
-                let bytes = device::sector_bytes(&file).map_err(other)?;
-                SectorSize::from_bytes(bytes)
-                    .ok_or_else(|| ImageError::Sectors { path: path.into(), bytes })?
-            }
-            None => SectorSize::Small,
-        };
+        // Not those of a block device: the VM's hosts may store its disk on different ones, and a guest that
+        // starts with other sectors sees another disk.
+        let sector_size = sectors.unwrap_or(SectorSize::Small);
         if sector_size == SectorSize::Large && !bytes.is_multiple_of(sector_size.bytes()) {
             return Err(ImageError::Length { path: path.into(), bytes, size: sector_size });
         }
@@ -187,29 +173,6 @@ impl Image {
     /// Fills `buffer` with the bytes at `offset`.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
-    }
-}
-
-mod device {
-    // UNSAFETY: BLKSSZGET writes an int of ours.
-    #![allow(unsafe_code)]
-
-    use std::fs::File;
-    use std::io;
-
-    use vmm_sys_util::ioctl::ioctl_with_mut_ref;
-
-    /// include/uapi/linux/fs.h; a number without direction and size, as old ones are.
-    const BLKSSZGET: libc::c_ulong = 0x1268;
-
-    /// Bytes of the sectors of a block device.
-    pub(super) fn sector_bytes(device: &File) -> io::Result<u64> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: the kernel writes one int, which is ours.
-        if unsafe { ioctl_with_mut_ref(device, BLKSSZGET, &mut bytes) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(u64::try_from(bytes).unwrap_or(0))
     }
 }
 
