@@ -76,11 +76,12 @@ fn value(key: Key, reply: Value) -> u64 {
 
 /// The same for the text in a key's block. A text of another chapter is from before this one.
 fn value_of_block(key: Key, text: &[u8]) -> u64 {
-    let colon = text.iter().position(|byte| *byte == b':');
-    let (chapter, value) = text.split_at(colon.unwrap_or(text.len()));
+    let Some(colon) = text.iter().position(|byte| *byte == b':') else {
+        return if text.is_empty() { 0 } else { u64::MAX };
+    };
+    let (chapter, value) = (&text[..colon], &text[colon + 1..]);
     match number(chapter) {
-        _ if text.is_empty() => 0,
-        chapter if chapter == key.0 => number(value.get(1..).unwrap_or_default()),
+        chapter if chapter == key.0 => number(value),
         chapter if chapter < key.0 => 0,
         _ => u64::MAX,
     }
