@@ -182,7 +182,9 @@ impl Net {
         }
         let result = Self::start(&registers);
         match result {
-            Ok((mac, mtu, receive, transmit)) => Ok(Self { registers, mac, mtu, receive, transmit, kicks: 0 }),
+            Ok((mac, mtu, receive, transmit)) => {
+                Ok(Self { registers, mac, mtu, receive, transmit, kicks: 0 })
+            }
             Err(error) => {
                 registers.write(reg::STATUS, status::FAILED);
                 Err(error)
