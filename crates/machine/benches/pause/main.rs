@@ -6,6 +6,8 @@
 //! of the guest, the system calls that read the state of one, and a copy of the pages that bypasses the cache,
 //! divided among the vCPUs. No link and no standby is involved.
 
+#[path = "../../tests/support/elf.rs"]
+mod elf;
 mod floor;
 
 use std::fs::File;
@@ -19,10 +21,9 @@ use outlive_machine::{
     After, CaptureReport, Host, InPause, Machine, Options, Outgoing, OutputMode, PayloadOptions,
 };
 
+use elf::elf;
 use floor::Floor;
 
-/// Where the guest is linked.
-const IMAGE: u64 = 0x20_0000;
 /// The first page that it writes.
 const DATA: u64 = 0x40_0000;
 const MEMORY: u64 = 64 << 20;
@@ -62,27 +63,6 @@ fn guest(pages: u32) -> Vec<u8> {
     code.extend([0xff, 0xc9, 0x75, 0xf3]); // dec ecx; jnz next
     code.extend([0xeb, 0xe9]); // jmp again
     elf(&code)
-}
-
-/// A static ELF program of this code.
-fn elf(code: &[u8]) -> Vec<u8> {
-    let mut elf = vec![0u8; 120];
-    elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
-    elf[16..18].copy_from_slice(&2u16.to_le_bytes());
-    elf[18..20].copy_from_slice(&62u16.to_le_bytes());
-    elf[24..32].copy_from_slice(&IMAGE.to_le_bytes());
-    elf[32..40].copy_from_slice(&64u64.to_le_bytes());
-    elf[54..56].copy_from_slice(&56u16.to_le_bytes());
-    elf[56..58].copy_from_slice(&1u16.to_le_bytes());
-    let header = &mut elf[64..];
-    header[..4].copy_from_slice(&1u32.to_le_bytes());
-    header[8..16].copy_from_slice(&120u64.to_le_bytes());
-    header[24..32].copy_from_slice(&IMAGE.to_le_bytes());
-    for at in [32, 40] {
-        header[at..at + 8].copy_from_slice(&(code.len() as u64).to_le_bytes());
-    }
-    elf.extend_from_slice(code);
-    elf
 }
 
 /// A protected machine that runs the guest.

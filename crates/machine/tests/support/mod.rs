@@ -1,13 +1,15 @@
 //! Guests of a few instructions, and the machines that run them.
 
+mod elf;
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use outlive_dirty::BackendChoice;
 use outlive_machine::{Host, HostError, Machine, MachineEvent, Options, OutputMode, PayloadOptions, PortEnd};
 
-/// Where the guests are linked.
-pub(crate) const IMAGE: u64 = 0x20_0000;
+pub(crate) use elf::elf;
+
 /// First counter of a guest.
 pub(crate) const A: u64 = 0x40_0000;
 /// Second counter of a guest.
@@ -57,27 +59,6 @@ pub(crate) const STRING_READER: &[u8] = &[
     0xb9, 4, 0, 0, 0, 0xf3, 0x6c, // mov ecx, 4; rep insb
     0xb8, 1, 0, 0, 0, 0x66, 0xba, 0x08, 0x05, 0xef, 0xeb, 0xfe, // out 0x508, 1; jmp $
 ];
-
-/// A static ELF program of this code.
-pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
-    let mut elf = vec![0u8; 120];
-    elf[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
-    elf[16..18].copy_from_slice(&2u16.to_le_bytes());
-    elf[18..20].copy_from_slice(&62u16.to_le_bytes());
-    elf[24..32].copy_from_slice(&IMAGE.to_le_bytes());
-    elf[32..40].copy_from_slice(&64u64.to_le_bytes());
-    elf[54..56].copy_from_slice(&56u16.to_le_bytes());
-    elf[56..58].copy_from_slice(&1u16.to_le_bytes());
-    let header = &mut elf[64..];
-    header[..4].copy_from_slice(&1u32.to_le_bytes());
-    header[8..16].copy_from_slice(&120u64.to_le_bytes());
-    header[24..32].copy_from_slice(&IMAGE.to_le_bytes());
-    for at in [32, 40] {
-        header[at..at + 8].copy_from_slice(&(code.len() as u64).to_le_bytes());
-    }
-    elf.extend_from_slice(code);
-    elf
-}
 
 /// The host's KVM, or a skip that is counted.
 pub(crate) fn host() -> Option<Arc<Host>> {

@@ -18,6 +18,14 @@ fn told(rig: &Rig) -> Told {
     told
 }
 
+/// A live disk in this memory, whose requests the test completes, with its driver.
+fn live(images: &Images, memory: &Arc<Memory>) -> (Rig, Told, Driver) {
+    let rig = Rig::manual(memory, &DiskOptions::new(images.sparse("disk", 1 << 20)));
+    let (told, driver) = (told(&rig), rig.boot());
+    rig.device.go_live(false);
+    (rig, told, driver)
+}
+
 fn count(told: &Told) -> usize {
     told.lock().unwrap().len()
 }
@@ -25,11 +33,7 @@ fn count(told: &Told) -> usize {
 #[test]
 fn an_error_of_the_hosts_disk_is_kept_from_the_guest_and_the_request_stays_in_flight() {
     let (images, first) = (Images::in_memory(), memory());
-    let path = images.sparse("disk", 1 << 20);
-    let rig = Rig::manual(&first, &DiskOptions::new(&path));
-    let told = told(&rig);
-    let driver = rig.boot();
-    rig.device.go_live(false);
+    let (rig, told, driver) = live(&images, &first);
     rig.log.swap(&mut RecordBuf::with_capacity(1 << 20));
     rig.log.set_mode(LogMode::Log);
     driver.write(0, 0, 3, &[1; 1024]);
@@ -68,10 +72,7 @@ fn an_error_of_the_hosts_disk_is_kept_from_the_guest_and_the_request_stays_in_fl
 #[test]
 fn a_request_of_the_last_host_that_fails_here_too_is_told_apart() {
     let (images, first) = (Images::in_memory(), memory());
-    let path = images.sparse("disk", 1 << 20);
-    let rig = Rig::manual(&first, &DiskOptions::new(&path));
-    let driver = rig.boot();
-    rig.device.go_live(false);
+    let (rig, _, driver) = live(&images, &first);
     driver.write(0, 1, 3, &[1; 512]);
     rig.turn();
     let (second, other, mut state) = (copy(&first), images.sparse("other", 1 << 20), Vec::new());
@@ -107,11 +108,7 @@ fn a_request_of_the_last_host_that_fails_here_too_is_told_apart() {
 #[test]
 fn the_guest_hears_of_an_error_once_it_is_to_hear() {
     let (images, memory) = (Images::in_memory(), memory());
-    let path = images.sparse("disk", 1 << 20);
-    let rig = Rig::manual(&memory, &DiskOptions::new(&path));
-    let told = told(&rig);
-    let driver = rig.boot();
-    rig.device.go_live(false);
+    let (rig, told, driver) = live(&images, &memory);
     driver.write(0, 0, 3, &[1; 512]);
     driver.write(0, 1, 3, &[2; 512]);
     rig.turn();
@@ -152,11 +149,7 @@ fn errors_of_the_guest_are_not_the_hosts() {
 #[test]
 fn a_failed_request_of_a_driver_that_has_reset_the_disk_goes_with_it() {
     let (images, memory) = (Images::in_memory(), memory());
-    let path = images.sparse("disk", 1 << 20);
-    let rig = Rig::manual(&memory, &DiskOptions::new(&path));
-    let told = told(&rig);
-    let driver = rig.boot();
-    rig.device.go_live(false);
+    let (rig, told, driver) = live(&images, &memory);
     for slot in 0..2 {
         driver.write(0, slot, 3 + 8 * u64::from(slot), &[1; 512]);
     }
@@ -181,11 +174,7 @@ fn a_failed_request_of_a_driver_that_has_reset_the_disk_goes_with_it() {
 #[test]
 fn a_disk_that_does_not_answer_is_seen() {
     let (images, memory) = (Images::in_memory(), memory());
-    let path = images.sparse("disk", 1 << 20);
-    let rig = Rig::manual(&memory, &DiskOptions::new(&path));
-    let told = told(&rig);
-    let driver = rig.boot();
-    rig.device.go_live(false);
+    let (rig, told, driver) = live(&images, &memory);
     assert_eq!(rig.device.unanswered_for(), Duration::ZERO);
     driver.read(0, 0, 3, 512);
     rig.turn();
