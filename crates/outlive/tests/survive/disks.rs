@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use outlive::events::Event;
@@ -13,17 +12,13 @@ use crate::support::{Dice, Process, Side, World, wait_until};
 const SIZE: u64 = 48 << 20;
 
 /// An image of one host.
-fn image(world: &World, side: Side) -> PathBuf {
-    world.dir().join(format!("{side:?}.img"))
-}
-
 fn option(world: &World, side: Side) -> String {
-    format!("path={}", image(world, side).display())
+    format!("path={}", world.image(side).display())
 }
 
 /// A sparse image with data here and there.
 fn make(world: &World, side: Side, dice: &mut Dice) {
-    let file = File::create(image(world, side)).unwrap();
+    let file = File::create(world.image(side)).unwrap();
     file.set_len(SIZE).unwrap();
     for _ in 0..60 {
         let bytes = vec![dice.below(255) as u8 + 1; 1 + dice.below(200_000) as usize];
@@ -32,7 +27,7 @@ fn make(world: &World, side: Side, dice: &mut Dice) {
 }
 
 fn sidecar(world: &World, side: Side) -> String {
-    let mut path = image(world, side).into_os_string();
+    let mut path = world.image(side).into_os_string();
     path.push(".outlive");
     fs::read_to_string(path).unwrap_or_default()
 }
@@ -48,7 +43,7 @@ fn run(world: &World, side: Side) -> Process {
 }
 
 fn equal(world: &World) -> bool {
-    fs::read(image(world, Side::A)).unwrap() == fs::read(image(world, Side::B)).unwrap()
+    fs::read(world.image(Side::A)).unwrap() == fs::read(world.image(Side::B)).unwrap()
 }
 
 /// The standby says so in its log; the primary may still talk about the previous one.
@@ -69,7 +64,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
     make(&world, Side::A, &mut dice);
-    File::create(image(&world, Side::B)).unwrap().set_len(SIZE).unwrap();
+    File::create(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
     let b = standby(&world, Side::B);
     let mut a = run(&world, Side::A);
     a.wait_protected();
@@ -77,7 +72,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     wait_sidecar(&world, Side::A, &[r#"role = "primary""#, "whole = true", "generation = 1"]);
     assert!(equal(&world));
     // A hole stays a hole.
-    let blocks = |side| fs::metadata(image(&world, side)).unwrap().blocks() * 512;
+    let blocks = |side| fs::metadata(world.image(side)).unwrap().blocks() * 512;
     assert!(blocks(Side::B) < SIZE, "{} of {SIZE}", blocks(Side::B));
     let done = |e: &Event| matches!(e, Event::DiskSync { disk: 0, done_bytes: SIZE, total_bytes: SIZE, .. });
     assert!(a.has(done));
@@ -86,7 +81,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     let mut b = b;
     assert_eq!(b.wait_takeover(), 2);
     wait_sidecar(&world, Side::B, &[r#"role = "primary""#, "whole = true", "generation = 2"]);
-    assert!(!image(&world, Side::B).with_extension("img.journal").exists());
+    assert!(!world.image(Side::B).with_extension("img.journal").exists());
 
     // The old image is out of date; a VM that is started on it is refused with that reason.
     let mut stale = run(&world, Side::A);
@@ -97,7 +92,7 @@ fn an_image_is_synchronised_and_follows_the_vm_through_takeovers() {
     // As a standby's image it is welcome; only the differences are sent.
     File::options()
         .write(true)
-        .open(image(&world, Side::A))
+        .open(world.image(Side::A))
         .unwrap()
         .write_all_at(&[0xee; 5], 1 << 20)
         .unwrap();
@@ -123,7 +118,7 @@ fn images_that_do_not_fit_are_refused_with_the_remedy() {
     assert_eq!(missing.wait_exit(), 2);
     assert!(missing.log().contains("does not exist: make one with `truncate"), "{}", missing.log());
 
-    File::create(image(&world, Side::B)).unwrap().set_len(SIZE - 512).unwrap();
+    File::create(world.image(Side::B)).unwrap().set_len(SIZE - 512).unwrap();
     let a = run(&world, Side::A);
     let b = standby(&world, Side::B);
     wait_until("the size is refused", || a.log().contains(&format!("truncate -s {SIZE}")));
@@ -135,7 +130,7 @@ fn images_that_do_not_fit_are_refused_with_the_remedy() {
     let mut busy = world.standby_with_failure(Side::B, &["--disk", &option(&world, Side::A)]);
     assert_eq!(busy.wait_exit(), 2);
     assert!(busy.log().contains("is in use: stop the program"), "{}", busy.log());
-    File::options().write(true).open(image(&world, Side::B)).unwrap().set_len(SIZE).unwrap();
+    File::options().write(true).open(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
     let b = standby(&world, Side::B);
     wait_whole(&b);
     assert!(equal(&world));
@@ -146,7 +141,7 @@ fn a_synchronisation_that_breaks_leaves_an_image_that_nobody_starts_from() {
     let Some(world) = World::new() else { return };
     let mut dice = Dice::new();
     make(&world, Side::A, &mut dice);
-    File::create(image(&world, Side::B)).unwrap().set_len(SIZE).unwrap();
+    File::create(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
     let mut a = run(&world, Side::A);
     let mut broken = false;
     for _ in 0..20 {
@@ -160,8 +155,8 @@ fn a_synchronisation_that_breaks_leaves_an_image_that_nobody_starts_from() {
             broken = true;
             break;
         }
-        fs::remove_file(image(&world, Side::B).with_extension("img.outlive")).ok();
-        File::create(image(&world, Side::B)).unwrap().set_len(SIZE).unwrap();
+        fs::remove_file(world.image(Side::B).with_extension("img.outlive")).ok();
+        File::create(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
     }
     assert!(broken, "no kill came in time");
     let mut refused = world.run_with(Side::B, &["--disk", &option(&world, Side::B)]);

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
 
 use outlive::events::Event;
 
@@ -69,13 +68,12 @@ fn signs_of_life(manager: &UnixDatagram) -> usize {
 #[test]
 fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
     let Some(world) = World::new() else { return };
-    let image = |side: Side| -> PathBuf { world.dir().join(format!("{side:?}.img")) };
-    Side::BOTH.iter().for_each(|side| File::create(image(*side)).unwrap().set_len(1 << 20).unwrap());
+    Side::BOTH.iter().for_each(|side| File::create(world.image(*side)).unwrap().set_len(1 << 20).unwrap());
     let (told, opened) = (world.dir().join("told"), world.dir().join("let"));
     let command =
         format!("echo $OUTLIVE_GENERATION $OUTLIVE_PEER >> {}; test -e {}", told.display(), opened.display());
     let (here, there) = (Side::B.addr().to_string(), Side::A.addr().to_string());
-    let disk = |side| format!("path={}", image(side).display());
+    let disk = |side| format!("path={}", world.image(side).display());
     let both = ["--standby", &there, "--fence", &command, "--disk", &disk(Side::B)];
     let mut standby = world.standby_with(Side::B, &both);
     let mut active = world.run_with(Side::A, &["--standby", &here, "--disk", &disk(Side::A)]);

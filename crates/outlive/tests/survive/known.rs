@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
@@ -14,17 +14,13 @@ use crate::support::{Client, PROGRAM, Process, Side, Value, World, wait_until};
 
 const SIZE: u64 = 16 << 20;
 
-fn image(world: &World, side: Side) -> PathBuf {
-    world.dir().join(format!("{side:?}.img"))
-}
-
 fn disk(world: &World, side: Side) -> String {
-    format!("path={}", image(world, side).display())
+    format!("path={}", world.image(side).display())
 }
 
 /// An image with a little data, or with none.
 fn make(world: &World, side: Side, data: bool) {
-    let file = File::create(image(world, side)).unwrap();
+    let file = File::create(world.image(side)).unwrap();
     file.set_len(SIZE).unwrap();
     if data {
         file.write_all_at(b"the server", 1 << 20).unwrap();
@@ -52,7 +48,7 @@ fn refusal(mut process: Process) -> String {
 }
 
 fn sidecar(world: &World, side: Side) -> String {
-    let mut path = image(world, side).into_os_string();
+    let mut path = world.image(side).into_os_string();
     path.push(".outlive");
     fs::read_to_string(path).unwrap()
 }
@@ -143,7 +139,7 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     b.kill();
     let old = vm_of(&sidecar(&world, Side::A));
     let spec = format!("file:{}", world.arbiter().display());
-    let shown = outlive(&["image", "show", "--arbiter", &spec, image(&world, Side::A).to_str().unwrap()]);
+    let shown = outlive(&["image", "show", "--arbiter", &spec, world.image(Side::A).to_str().unwrap()]);
     assert!(
         shown.contains("generation 1, the VM's own") && shown.contains("--accept-stale-image"),
         "{shown}"
@@ -162,14 +158,14 @@ fn a_stale_image_is_accepted_with_a_word_that_is_remembered() {
     assert_ne!(vm_of(&now), old);
 
     // Host b comes back after all, with the state that was given up. Nobody overwrites it unasked.
-    let before = fs::read(image(&world, Side::B)).unwrap();
+    let before = fs::read(world.image(Side::B)).unwrap();
     let b = standby(&world, Side::B, &[]);
     wait_until("host b's image is kept", || {
         a.log().contains("generation 2 of another VM vm (") && a.log().contains("nothing is overwritten")
     });
     assert!(!a.has(|e| matches!(e, Event::Protected { .. })));
     drop(b);
-    assert_eq!(fs::read(image(&world, Side::B)).unwrap(), before);
+    assert_eq!(fs::read(world.image(Side::B)).unwrap(), before);
     let word = format!("{},overwrite", disk(&world, Side::B));
     let b = standby(&world, Side::B, &["--disk", &word]);
     a.wait_protected();
@@ -186,7 +182,7 @@ fn a_standby_does_not_overwrite_a_server() {
     let Some(world) = World::new() else { return };
     make(&world, Side::A, false);
     make(&world, Side::B, true);
-    let before = fs::read(image(&world, Side::B)).unwrap();
+    let before = fs::read(world.image(Side::B)).unwrap();
     let b = standby(&world, Side::B, &[]);
     let mut a = run(&world, Side::A, &[]);
     wait_until("both sides say so", || {
@@ -195,7 +191,7 @@ fn a_standby_does_not_overwrite_a_server() {
     a.wait_says("nothing is overwritten", 1);
     assert!(!a.has(|e| matches!(e, Event::StandbyAttached { .. })));
     drop(b);
-    assert_eq!(fs::read(image(&world, Side::B)).unwrap(), before);
+    assert_eq!(fs::read(world.image(Side::B)).unwrap(), before);
 
     // A standby that is kept for another VM refuses this one.
     make(&world, Side::B, false);

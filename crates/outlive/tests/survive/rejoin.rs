@@ -1,7 +1,6 @@
 //! A host that has lost the VM to another one is the VM's standby again, in the same process.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -104,18 +103,14 @@ fn an_address_that_is_taken_is_refused_before_the_vm_starts() {
 
 const SIZE: u64 = 96 << 20;
 
-fn image(world: &World, side: Side) -> PathBuf {
-    world.dir().join(format!("{side:?}.img"))
-}
-
 /// Both hosts with a disk without holes and a guest that writes to it all the time.
 fn writing(world: &World, options: &[&str]) -> (Process, Process) {
     let writer = world.dir().join("writer");
     fs::write(&writer, writer_kernel()).unwrap();
     let server: Vec<u8> = (0..SIZE).step_by(4).flat_map(|at| (at as u32 | 1).to_le_bytes()).collect();
-    fs::write(image(world, Side::A), server).unwrap();
-    File::create(image(world, Side::B)).unwrap().set_len(SIZE).unwrap();
-    let disks = Side::BOTH.map(|side| format!("path={}", image(world, side).display()));
+    fs::write(world.image(Side::A), server).unwrap();
+    File::create(world.image(Side::B)).unwrap().set_len(SIZE).unwrap();
+    let disks = Side::BOTH.map(|side| format!("path={}", world.image(side).display()));
     let (here, there) = (Side::A.addr().to_string(), Side::B.addr().to_string());
     let waits = ["--standby", &here, "--disk", &disks[1]];
     let standby = world.staying_standby_with(Side::B, &[&waits, options].concat());
@@ -156,7 +151,7 @@ fn a_host_that_comes_back_is_synchronised_with_what_was_written_since() {
     }
     active.signal(Signal::SIGTERM);
     assert_eq!((active.wait_exit(), standby.wait_exit()), (0, 0));
-    let images = Side::BOTH.map(|side| fs::read(image(&world, side)).unwrap());
+    let images = Side::BOTH.map(|side| fs::read(world.image(side)).unwrap());
     // The guest was stopped, so the one write that it had under way may be on the primary's disk alone.
     let blocks = images[0].chunks(4096).zip(images[1].chunks(4096)).enumerate();
     let differ: Vec<usize> = blocks.filter(|(_, (a, b))| a != b).map(|(block, _)| block).collect();

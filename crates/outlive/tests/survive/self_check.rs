@@ -50,7 +50,7 @@ impl Writing {
         let writing = Self { world, kernel };
         let mut dice = Dice::new();
         for side in [Side::A, Side::B] {
-            let file = File::create(writing.image(side)).unwrap();
+            let file = File::create(writing.world.image(side)).unwrap();
             file.set_len(SIZE).unwrap();
             // Different data, and holes in different places.
             for _ in 0..60 {
@@ -61,21 +61,17 @@ impl Writing {
         Some(writing)
     }
 
-    fn image(&self, side: Side) -> PathBuf {
-        self.world.dir().join(format!("{side:?}.img"))
-    }
-
     /// The options of a host, without those of the guest.
     fn options(&self, side: Side) -> Vec<String> {
         let there = side.other().addr().to_string();
-        let disk = format!("path={}", self.image(side).display());
+        let disk = format!("path={}", self.world.image(side).display());
         [&["--standby", &there, "--disk", &disk], &CHECK[..]].concat().into_iter().map(Into::into).collect()
     }
 
     fn standby(&self, side: Side) -> Process {
         let mut options = self.options(side);
         // At first the image is unknown.
-        if !PathBuf::from(format!("{}.outlive", self.image(side).display())).exists() {
+        if !PathBuf::from(format!("{}.outlive", self.world.image(side).display())).exists() {
             options[3].push_str(",overwrite");
         }
         self.world.standby_with(side, &options.iter().map(String::as_str).collect::<Vec<_>>())
@@ -90,7 +86,7 @@ impl Writing {
     /// The guest's disk contents, as a host has them.
     fn written(&self, side: Side) -> Vec<u8> {
         let mut bytes = vec![0; WRITTEN as usize];
-        File::open(self.image(side)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        File::open(self.world.image(side)).unwrap().read_exact_at(&mut bytes, 0).unwrap();
         bytes
     }
 
@@ -145,7 +141,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_mo
     let mut primary = writing.run(Side::A, &[]);
     primary.wait_protected();
     wait_equal(&mut standby);
-    let image = File::options().read(true).write(true).open(writing.image(Side::B)).unwrap();
+    let image = File::options().read(true).write(true).open(writing.world.image(Side::B)).unwrap();
     // A place that the guest does not write.
     let at = SIZE - 4097;
     let mut byte = [0];
@@ -159,7 +155,7 @@ fn a_byte_that_differs_on_the_standbys_disk_is_found_and_the_image_is_used_no_mo
     primary.wait_for("going on alone", |e| matches!(e, Event::Unprotected { .. }));
 
     // No VM starts from it, and a new base repairs it.
-    let sidecar = fs::read_to_string(format!("{}.outlive", writing.image(Side::B).display())).unwrap();
+    let sidecar = fs::read_to_string(format!("{}.outlive", writing.world.image(Side::B).display())).unwrap();
     assert!(sidecar.lines().any(|line| line == "whole = false"), "{sidecar}");
     let mut standby = writing.standby(Side::B);
     primary.wait_protected();

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::events::Event;
 
-use crate::support::{Client, MemoryLoad, Process, Side, Value, Witnesses, World, wait_until};
+use crate::support::{Client, MemoryLoad, Process, Side, Witnesses, World, wait_until};
 
 /// The processes that this one has started, and that are still there.
 fn sentinels(pid: u32) -> Vec<u32> {
@@ -134,9 +134,7 @@ fn resident(pid: u32) -> u64 {
 /// Has the guest write to all of its memory but its program's own heap.
 fn fill_memory(world: &World, vm: &Process) {
     let mut client = Client::connect(world);
-    let Ok(Value::Array(fields)) = client.ask("WORK STAT") else { panic!("no statistics") };
-    let at = fields.iter().position(|field| *field == Value::Bulk(Some("max_pages".into()))).unwrap();
-    let Value::Integer(pages) = fields[at + 1] else { panic!("{fields:?}") };
+    let pages = client.work("max_pages");
     client.ask(&format!("WORK SET {pages} 0 0")).unwrap();
     wait_until("the guest has written its memory", || resident(vm.pid()) > pages as u64 * 4096 / 20 * 19);
     client.ask("WORK OFF").unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use outlive::events::Event;
 
-use crate::support::{Client, MemoryLoad, Process, Side, Value, Witnesses, World};
+use crate::support::{Client, MemoryLoad, Process, Side, Witnesses, World};
 
 /// The longest pause of these tests.
 const MAX_PAUSE: Duration = Duration::from_millis(300);
@@ -20,14 +20,6 @@ fn slow_down(world: &World, mbit: u32) -> bool {
         println!("skipped: no token bucket filter (tc, sch_tbf)");
     }
     slow
-}
-
-/// Work writes so far.
-fn writes(client: &mut Client) -> i64 {
-    let Ok(Value::Array(fields)) = client.ask("WORK STAT") else { panic!("no statistics") };
-    let at = fields.iter().position(|field| *field == Value::Bulk(Some("writes".into()))).unwrap();
-    let Value::Integer(writes) = fields[at + 1] else { panic!("no number") };
-    writes
 }
 
 fn assert_never_lost(process: &mut Process) {
@@ -46,9 +38,9 @@ fn protects(mbit: u32, pages: u64, more: &[&str]) {
     let mut primary = world.run_with(Side::A, &options);
     let load = MemoryLoad::start(&world, pages, 200_000);
     let mut client = Client::connect(&world);
-    let (alone, began) = (writes(&mut client), std::time::Instant::now());
+    let (alone, began) = (client.work("writes"), std::time::Instant::now());
     std::thread::sleep(Duration::from_millis(500));
-    let before = writes(&mut client);
+    let before = client.work("writes");
     let alone = (before - alone) as f64 / began.elapsed().as_secs_f64();
     let mut standby = world.standby(Side::B);
     let protected = primary.wait_for("protected", |e| matches!(e, Event::Protected { .. }));
@@ -64,7 +56,7 @@ fn protects(mbit: u32, pages: u64, more: &[&str]) {
     assert!((2..24).contains(&rounds), "{rounds} rounds");
     // Held for no longer than that; the rest is for a busy machine.
     assert!(longest_stop_us < 5 * MAX_PAUSE.as_micros() as u64, "it stood still for {longest_stop_us} µs");
-    let during = (writes(&mut client) - before) as f64 / (base_ms as f64 / 1000.0);
+    let during = (client.work("writes") - before) as f64 / (base_ms as f64 / 1000.0);
     println!("writes a second: {alone:.0} alone, {during:.0} in the meantime");
     let witnesses = Witnesses::start(&world, 1);
     std::thread::sleep(Duration::from_secs(2));

@@ -51,6 +51,16 @@ impl Client {
         self.call(&words)
     }
 
+    /// A number of `WORK STAT`. Panics if there is none of this name.
+    pub(crate) fn work(&mut self, name: &str) -> i64 {
+        let Value::Array(fields) = self.ask("WORK STAT").unwrap() else { panic!("no statistics") };
+        let at = fields.iter().position(|field| *field == Value::Bulk(Some(name.into())));
+        match at.map(|at| &fields[at + 1]) {
+            Some(Value::Integer(number)) => *number,
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
     /// Sends a command without waiting for the reply.
     pub(crate) fn send(&mut self, words: &[&[u8]]) -> Result<(), String> {
         let mut request = format!("*{}\r\n", words.len()).into_bytes();

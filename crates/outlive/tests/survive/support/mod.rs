@@ -194,6 +194,11 @@ impl World {
         self.dir.path()
     }
 
+    /// A host's image, where a test gives it one.
+    pub(crate) fn image(&self, side: Side) -> PathBuf {
+        self.dir().join(format!("{side:?}.img"))
+    }
+
     /// The arbiter's directory.
     pub(crate) fn arbiter(&self) -> PathBuf {
         self.arbiter.clone()

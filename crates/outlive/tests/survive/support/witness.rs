@@ -192,14 +192,7 @@ impl MemoryLoad {
         let mut client = Client::connect(world);
         let reply = client.ask("WORK VERIFY").unwrap();
         assert!(!matches!(reply, Value::Error(_)), "{reply:?}");
-        let Value::Array(fields) = client.ask("WORK STAT").unwrap() else { panic!("no statistics") };
-        let number = |name: &str| {
-            let at = fields.iter().position(|f| *f == Value::Bulk(Some(name.into())));
-            match at.map(|at| &fields[at + 1]) {
-                Some(Value::Integer(number)) => *number,
-                other => panic!("{name}: {other:?}"),
-            }
-        };
+        let mut number = |name: &str| client.work(name);
         let (writes, checked) = (number("writes"), number("verified_pages"));
         println!("{writes} memory writes, {checked} pages compared");
         assert!(writes > 0 && checked > 0);
