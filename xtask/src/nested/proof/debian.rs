@@ -1,17 +1,11 @@
 //! A server as Debian installs it: its own kernel, its own initrd, systemd with all services, and only
 //! `console=` and `root=` on the command line (and an address, which a server has in its files).
 
-use std::time::Duration;
-
 use super::stage::{Guest, SHORT, Stage};
 use super::{Context, ProofError, ensure};
 use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
-use crate::nested::network::Net;
 
-/// Time for systemd to start all services.
-const STARTED: Duration = Duration::from_secs(300);
-const STATE: &str = "systemctl is-system-running --wait; systemctl --failed --no-legend --plain";
 /// Values that stay the same until the next boot.
 const BOOT: &str = "cat /proc/sys/kernel/random/boot_id; systemctl show --value -p InvocationID redis-server postgresql@15-main";
 const DEVICES: &str = "cat /sys/class/misc/hw_random/rng_current; ls /sys/block | tr '\\n' ' '; \
@@ -21,16 +15,10 @@ const SERVERS: &str =
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
-    let guest = Guest {
-        stock_initrd: true,
-        memory: "512M",
-        append: format!("root=/dev/vda outlive.ip={}/{}", Net::guest(1), Net::PREFIX),
-        ..Guest::debian(GuestKernel::BookwormGeneric, "")
-    };
+    let guest = Guest::server(GuestKernel::BookwormGeneric);
     let first = stage.run(1, Some(2), &guest)?;
     stage.wait_until_up(&first)?;
-    let state = stage.in_guest(STATE, STARTED)?;
-    ensure(state.trim() == "running", || format!("not all services have started: {state}"))?;
+    stage.all_services_run()?;
     let devices = stage.in_guest(DEVICES, SHORT)?;
     for expected in ["virtio_rng.0", "vda", "eth0", "/dev/hvc0", "/dev/ttyS0"] {
         ensure(devices.contains(expected), || format!("there is no {expected} among {devices}"))?;
@@ -44,8 +32,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     stage.cut(1, &second)?;
     let after = (stage.in_guest(BOOT, SHORT)?, stage.in_guest(SERVERS, SHORT)?);
     ensure(after == (boot, servers), || format!("it is not the same boot: {after:?}"))?;
-    let state = stage.in_guest(STATE, SHORT)?;
-    ensure(state.trim() == "running", || format!("a service has failed since: {state}"))?;
+    stage.all_services_run()?;
     stage.say("the same boot, no service was started again or has failed");
     stage.press_power_button(&second)
 }

@@ -7,11 +7,9 @@ use super::stage::{BOOT, Guest, SHORT, Side, Stage, UP};
 use super::{Context, ProofError, ensure};
 use crate::nested::image::GuestKernel;
 use crate::nested::kernel::Series;
-use crate::nested::network::Net;
 
 /// Time for systemd to start all services.
 const STARTED: Duration = Duration::from_secs(300);
-const STATE: &str = "systemctl is-system-running --wait; systemctl --failed --no-legend --plain";
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 /// A little later, so that the agent can answer.
 const REBOOT: &str = "systemd-run --on-active=2 systemctl reboot";
@@ -23,12 +21,7 @@ const PROTECTED_BOOT: Duration = Duration::from_secs(1500);
 
 pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
     let mut stage = Stage::new(context.workspace, context.fetch, &[Series::Bookworm; 2])?;
-    let guest = Guest {
-        stock_initrd: true,
-        memory: "512M",
-        append: format!("root=/dev/vda outlive.ip={}/{}", Net::guest(1), Net::PREFIX),
-        ..Guest::debian(GuestKernel::BookwormCloud, "")
-    };
+    let guest = Guest::server(GuestKernel::BookwormCloud);
     let first = stage.run(1, Some(2), &guest)?;
     stage.wait_until_up(&first)?;
     reboot(&stage, &first, BOOT, "alone")?;
@@ -46,8 +39,7 @@ pub(super) fn prove(context: &Context<'_>) -> Result<(), ProofError> {
 
 /// Has the guest restart and checks that it is the same machine, up once more, after exactly one restart.
 fn reboot(stage: &Stage, side: &Side, limit: Duration, how: &str) -> Result<(), ProofError> {
-    let state = stage.in_guest(STATE, STARTED)?;
-    ensure(state.trim() == "running", || format!("not all services have started: {state}"))?;
+    stage.all_services_run()?;
     let servers = stage.in_guest(USE, SHORT)?;
     ensure(servers.trim() == "PONG\n100000", || format!("the servers say {servers}"))?;
     let ups = || side.program.log().matches(UP).count();
@@ -57,8 +49,7 @@ fn reboot(stage: &Stage, side: &Side, limit: Duration, how: &str) -> Result<(), 
         (side.all("guest_restarted").len() > restarts).then_some(())
     })?;
     side.program.wait("the guest to be up again", limit, || (ups() > before).then_some(()))?;
-    let state = stage.in_guest(STATE, STARTED)?;
-    ensure(state.trim() == "running", || format!("a service has not started again: {state}"))?;
+    stage.all_services_run()?;
     let (servers, other) = (stage.in_guest(USE, SHORT)?, stage.in_guest(BOOT_ID, SHORT)?);
     ensure(servers.trim() == "PONG\n100000", || format!("after the restart the servers say {servers}"))?;
     ensure(other != id, || "it is the same boot".into())?;

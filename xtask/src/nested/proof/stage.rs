@@ -39,6 +39,9 @@ pub(super) const SYNC: Duration = Duration::from_secs(400);
 pub(super) const TAKEOVER: Duration = Duration::from_secs(60);
 /// Time for a short command in the guest.
 pub(super) const SHORT: Duration = Duration::from_secs(120);
+/// Time for systemd to start all services.
+const STARTED: Duration = Duration::from_secs(300);
+const STATE: &str = "systemctl is-system-running --wait; systemctl --failed --no-legend --plain";
 /// Time for a connection to the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -72,6 +75,17 @@ impl Guest {
             ),
             disks: vec!["root.img".into()],
             options: "",
+        }
+    }
+
+    /// The same as Debian installs it: its own initrd and systemd, with an address, which a server has in its
+    /// files.
+    pub(super) fn server(kernel: GuestKernel) -> Guest {
+        Guest {
+            stock_initrd: true,
+            memory: "512M",
+            append: format!("root=/dev/vda outlive.ip={}/{}", Net::guest(1), Net::PREFIX),
+            ..Guest::debian(kernel, "")
         }
     }
 
@@ -281,6 +295,12 @@ impl Stage {
 
     pub(super) fn agent() -> SocketAddr {
         SocketAddr::new(Net::guest(1).into(), AGENT)
+    }
+
+    /// Waits until systemd has started all services of a server, and checks that none has failed.
+    pub(super) fn all_services_run(&self) -> Result<(), ProofError> {
+        let state = self.in_guest(STATE, STARTED)?;
+        ensure(state.trim() == "running", || format!("not all services run: {state}"))
     }
 
     /// Runs a line of shell in the guest, from outside. Returns its output.
