@@ -42,16 +42,19 @@ impl Coordinator {
         let now = self.with.driver.clock().now();
         let ran = if self.held.is_some() { Duration::ZERO } else { now.saturating_sub(self.looked_at) };
         self.looked_at = now;
-        let tracker = self.with.machine.tracker();
-        let counted = tracker.estimate().logged.map(|_| tracker.pending());
         let Some(protection) = &mut self.protection else { return Step::Run(None) };
+        let tracker = self.with.machine.tracker();
+        let counted = || tracker.estimate().logged.map(|_| tracker.pending());
         if let Some(base) = &mut protection.base {
-            return base.step(now, ran, counted);
+            return base.step(now, ran, counted());
         }
-        let written = counted.unwrap_or_else(|| self.last_epoch.expected(now));
         let must_wait = wanted == Wanted::Nothing || !protection.pool.has_free();
         // Once held it stays so until the checkpoint is taken: see `Coordinator::facts`.
-        if written >= self.with.staging_pages && (must_wait || self.held.is_some()) {
+        if !must_wait && self.held.is_none() {
+            return Step::Run(None);
+        }
+        let written = counted().unwrap_or_else(|| self.last_epoch.expected(now));
+        if written >= self.with.staging_pages {
             Step::Hold(HELD_LOOK)
         } else {
             Step::Run(must_wait.then_some(LOOK))

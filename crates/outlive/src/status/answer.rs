@@ -72,16 +72,12 @@ impl Status {
         let since_commit = progress.since_commit.map(millis);
         let [this, other] = survivals(facts, sight.is_some_and(|it| it.lost.is_some()), since_commit);
         let counts = facts.protected && facts.role == Role::Primary;
-        let why = match &facts.now {
-            Some(now) => format!("{}; {now}", facts.why),
-            None => facts.why.clone(),
-        };
         Self {
             vm: facts.vm.clone(),
             pid: std::process::id(),
             role: facts.role,
             protected: facts.protected,
-            why: (!facts.protected).then_some(why),
+            why: (!facts.protected).then(|| facts.reason()),
             since: time(facts.since),
             generation: facts.generation,
             peer: facts.peer.clone(),

@@ -46,6 +46,11 @@ pub(super) struct Facts {
 }
 
 impl Facts {
+    /// Why there is no protection, and what stands in its way at the moment.
+    pub(super) fn reason(&self) -> String {
+        self.now.as_ref().map_or_else(|| self.why.clone(), |now| format!("{}; {now}", self.why))
+    }
+
     /// The facts in a line, for the service manager.
     fn line(&self) -> String {
         let vm = self.vm.as_deref().unwrap_or("any VM");
@@ -54,10 +59,10 @@ impl Facts {
             Role::Standby => format!("standby of {vm}"),
         };
         let peer = self.peer.as_ref().map_or_else(String::new, |peer| format!(" with {peer}"));
-        match (self.protected, &self.now) {
-            (true, _) => format!("{role}, protected{peer}"),
-            (false, Some(now)) => format!("{role}, UNPROTECTED: {}; {now}", self.why),
-            (false, None) => format!("{role}, UNPROTECTED: {}", self.why),
+        if self.protected {
+            format!("{role}, protected{peer}")
+        } else {
+            format!("{role}, UNPROTECTED: {}", self.reason())
         }
     }
 }
@@ -138,8 +143,7 @@ impl Standing {
 
     /// Why there is no protection, and what stands in its way at the moment.
     pub(crate) fn why(&self) -> String {
-        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-        facts.now.as_ref().map_or_else(|| facts.why.clone(), |now| format!("{}; {now}", facts.why))
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).reason()
     }
 
     /// Whom it is or was, or nothing.
