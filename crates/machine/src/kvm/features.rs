@@ -1,4 +1,7 @@
-//! Compares the processor that a guest was told of with this host's: a guest does not ask again after a takeover, and KVM accepts any CPUID (Documentation/virt/kvm/api.rst, KVM_SET_CPUID2).
+//! Compares the processor that a guest was told of with this host's.
+//!
+//! A guest does not ask again after a takeover, and KVM accepts any CPUID (Documentation/virt/kvm/api.rst,
+//! KVM_SET_CPUID2).
 
 use std::fmt;
 

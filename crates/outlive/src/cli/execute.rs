@@ -98,7 +98,7 @@ fn standby(options: &StandbyOptions) -> u8 {
 }
 
 /// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and
-/// who has lost the VM to another host is its standby: so the roles follow each other until one of them ends.
+/// a host that has lost it to the other one is its standby: so the roles follow each other until one of them ends.
 struct Life<'a> {
     post: Option<Post>,
     /// Both hosts were started with this command, and one of them starts a crashed guest again.

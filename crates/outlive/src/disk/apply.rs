@@ -10,7 +10,7 @@ use super::journal::{Journal, JournalError};
 
 /// A journal that has grown to this size is emptied, after the images were made durable.
 pub(crate) const JOURNAL_BYTES: u64 = 64 << 20;
-/// The same for what its records may cost. Who opens the images after a loss of power carries all of it out
+/// The same for what its records may cost. Whoever opens the images after a loss of power carries all of it out
 /// again, and a small record can make a gigabyte zero.
 pub(crate) const JOURNAL_WORK: usize = 4 << 30;
 

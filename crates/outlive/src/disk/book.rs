@@ -7,7 +7,7 @@
 //!
 //! **Ordering rules**
 //!
-//! 1. *Forget, then write.* Who writes to an image outside a machine (the standby's disks' thread) forgets the
+//! 1. *Forget, then write.* Whoever writes to an image outside a machine (the standby's disks' thread) forgets the
 //!    chunk first. A commit forgets its chunks when it comes, although it reaches the image later, and from the
 //!    base on nothing is noted any more.
 //! 2. *Touched when complete.* While a machine has the image, each of its writes is in the set of touched chunks

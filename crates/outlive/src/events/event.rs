@@ -231,8 +231,9 @@ pub enum Event {
         part: Part,
         /// What is wrong, for a person.
         why: String,
-        /// Why the VM stays here, for a person; `null`: it was left to its standby, and this process ends. (A
-        /// process whose vCPU fails ends without a standby, too.)
+        /// Why the VM stays here, for a person; `null`: it is left to its standby, and this process ends, after
+        /// a broken disk or network only when the arbiter has answered. (A process whose vCPU fails ends without
+        /// a standby, too.)
         kept: Option<String>,
     },
     /// It is well again.

@@ -60,8 +60,9 @@ impl Coordinator {
         self.with.took_over.is_some_and(|at| at.elapsed() < time)
     }
 
-    /// A disk of this host that does not answer is as bad as one that fails. After a takeover what was in flight is issued
-    /// again, so storage that is behind both hosts' images would not answer the second one either.
+    /// A disk of this host that does not answer is as bad as one that fails. After a takeover what was in
+    /// flight is issued again, so storage that is behind both hosts' images would not answer the second one
+    /// either.
     pub(super) fn look_at_disks(&mut self) {
         let Some(limit) = self.with.disk_timeout else { return };
         if self.faults.looked.is_some_and(|looked| looked.elapsed() < LOOK) {

@@ -7,7 +7,7 @@
 //! ```text
 //! capture.rs   when an epoch ends, and the pause
 //! base.rs      the base synchronisation of memory; disks.rs that of the disks
-//! broken.rs     disks and networks that fail while the VM runs
+//! broken.rs    disks and networks that fail while the VM runs
 //! hold.rs      holds a guest that writes more than the link carries; brake.rs, converge.rs: how much, how long
 //! driver.rs    the decisions; ports.rs what they reach; links.rs connections
 //! notes.rs     log lines and events about them

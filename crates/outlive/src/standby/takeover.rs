@@ -2,8 +2,9 @@
 //!
 //! The order and its reasons: the generation is won before anything here runs (invariant 3). The lost
 //! primary is fenced before anything of the VM is touched. State is restored and devices are wired while the
-//! vCPUs are stopped. Output is opened before the vCPUs run, so that the first frame is not dropped. Queues are kicked and the network is told where the VM went before the
-//! vCPUs run, because a notification that was under way when the primary died is in no checkpoint.
+//! vCPUs are stopped. Output is opened before the vCPUs run, so that the first frame is not dropped. Queues
+//! are kicked and the network is told where the VM went before the vCPUs run, because a notification that was
+//! under way when the primary died is in no checkpoint.
 
 use std::time::Instant;
 

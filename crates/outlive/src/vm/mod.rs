@@ -2,7 +2,7 @@
 //! takeover. Neither uses the other's code, both use this.
 //!
 //! ```text
-//! host.rs       whether this host has the memory
+//! host.rs       what this host must have: memory, locked if asked for, and an uplink that is watched
 //! tap.rs        the card's place in the host's network
 //! guest.rs      what boots
 //! options.rs    from the command line to the machine's options

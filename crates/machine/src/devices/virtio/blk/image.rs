@@ -75,8 +75,8 @@ impl Image {
     /// Opens `path`. Unless `shared`, nobody else who follows the rules can have it open at the same time: it
     /// is locked (`flock`), and a block device is opened exclusively.
     ///
-    /// The guest sees sectors of size `sectors`; if not given, of the size that a block device has, and of 512
-    /// bytes for a file.
+    /// The guest sees sectors of size `sectors`; if not given, of 512 bytes, whatever the storage has: it must
+    /// not change for the guest when the storage does.
     ///
     /// The kernel releases a file a moment after io_uring is done with it, so an image that seems to be in
     /// use is tried again for a tenth of a second.
