@@ -182,6 +182,7 @@ fn a_full_file_system_beside_the_standbys_image_stops_no_takeover() {
         sidecar.contains("generation = 2") && sidecar.contains(r#"role = "primary""#)
     });
     assert!(!standby.ended());
+    drop(small);
 }
 
 #[test]
@@ -197,4 +198,5 @@ fn a_standby_without_room_for_its_journal_is_not_accepted() {
     assert!(!active.has(|e| matches!(e, Event::Protected { .. })));
     assert!(sidecar(&writing.image(Side::B)).is_empty(), "nothing was written to its image");
     drop(standby);
+    drop(small);
 }
