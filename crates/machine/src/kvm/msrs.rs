@@ -1,7 +1,7 @@
 //! Model-specific registers: which of them are part of a vCPU's state, and what they tell a guest about the
 //! faults of its processor.
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::HostError;
@@ -76,9 +76,34 @@ pub(crate) fn false_promises(told: u64, here: u64) -> u64 {
     told & !here & !WEAKNESSES | here & !told & WEAKNESSES
 }
 
+/// Stack and entry point of SYSENTER.
+const SYSENTER: [u32; 2] = [0x175, 0x176];
+/// The first letters of AMD's and Hygon's names in EBX of CPUID leaf 0.
+const AMD: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+
+/// The bits of a register that mean something to a guest with this CPUID. AMD's processors have SYSENTER in
+/// 32-bit mode only. A guest's own write keeps the upper halves of its registers, and KVM's does not
+/// (`svm_set_msr` in arch/x86/kvm/svm/svm.c).
+pub(crate) fn used_bits(index: u32, cpuid: &[kvm_cpuid_entry2]) -> u64 {
+    let amd = || cpuid.iter().any(|leaf| leaf.function == 0 && AMD.contains(&leaf.ebx));
+    if SYSENTER.contains(&index) && amd() { u32::MAX.into() } else { u64::MAX }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amds_sysenter_has_32_bits() {
+        let vendor =
+            |name: &[u8; 4]| [kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*name), ..Default::default() }];
+        for name in [b"Auth", b"Hygo"] {
+            assert_eq!(SYSENTER.map(|index| used_bits(index, &vendor(name))), [0xffff_ffff; 2]);
+            assert_eq!(used_bits(0x174, &vendor(name)), u64::MAX, "the segment is not cut");
+        }
+        assert_eq!(used_bits(0x175, &vendor(b"Genu")), u64::MAX);
+        assert_eq!(used_bits(0x175, &[]), u64::MAX);
+    }
 
     #[test]
     fn a_safer_host_keeps_every_promise_and_a_weaker_one_does_not() {

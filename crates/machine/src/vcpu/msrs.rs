@@ -37,7 +37,7 @@ pub(super) fn restore(
     let chosen = saved.iter().filter(|it| it.index != MSR_IA32_TSC_DEADLINE && msrs::is_state(it.index));
     let entries: Vec<_> = chosen.filter_map(|it| tsc.apply(*it)).collect();
     write(fd, &entries)?;
-    read_back(fd, &entries, |differs| match unkept {
+    read_back(fd, &entries, cpuid.as_slice(), |differs| match unkept {
         Unkept::Refuse => Err(differs),
         Unkept::Report => {
             tracing::error!("THE VM RUNS ON WITH A REGISTER THAT IS NOT AS IT WAS: {differs}");
@@ -89,6 +89,7 @@ fn write(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
 fn read_back(
     fd: &VcpuFd,
     wanted: &[kvm_msr_entry],
+    cpuid: &[kvm_cpuid_entry2],
     differs: impl Fn(VcpuStateError) -> Result<(), VcpuStateError>,
 ) -> Result<(), VcpuStateError> {
     let mut rest = wanted;
@@ -100,8 +101,9 @@ fn read_back(
         let unreadable = (got < found.as_slice().len()).then_some(None);
         let count = got + unreadable.iter().len();
         for (wanted, here) in rest.iter().zip(read.chain(unreadable)) {
+            let other = (here.unwrap_or(0) ^ wanted.data) & msrs::used_bits(wanted.index, cpuid);
             // Time goes on.
-            if here.unwrap_or(0) != wanted.data && wanted.index != MSR_IA32_TSC {
+            if other != 0 && wanted.index != MSR_IA32_TSC {
                 differs(VcpuStateError::MsrDiffers { index: wanted.index, wanted: wanted.data, here })?;
             }
         }

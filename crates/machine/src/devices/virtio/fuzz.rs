@@ -77,7 +77,8 @@ fn drive<D: Device>(
         for index in 0..queues {
             rig.add_queue(index, &Ring::new(&memory, RINGS[index as usize], QUEUE));
         }
-        rig.start();
+        // With these contents a device may break as soon as it starts, and then asks for a reset.
+        rig.ready();
         (0..queues).for_each(|index| rig.kick(index));
     }
     for access in accesses.chunks_exact(ACCESS) {

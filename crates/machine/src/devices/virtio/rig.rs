@@ -119,9 +119,14 @@ impl<D: Device> Rig<D> {
         self.write(0x44, 1);
     }
 
-    /// The driver is ready.
-    pub(super) fn start(&self) {
+    /// The driver says that it is ready.
+    pub(super) fn ready(&self) {
         self.write(0x70, 15);
+    }
+
+    /// The driver is ready, and the device starts.
+    pub(super) fn start(&self) {
+        self.ready();
         assert_eq!(self.read(0x70), 15, "the device starts");
     }
 
