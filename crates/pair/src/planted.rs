@@ -33,6 +33,7 @@ pub(crate) enum Bug {
     ClaimsWithinLease,
     GivenToNobody,
     HandedBackAtOnce,
+    SameFaultHandedBack,
     GivenToTheCutOff,
     GivenToAStandbyThatLeaves,
     GivenAwayWhileEnding,

@@ -172,6 +172,7 @@ impl Primary {
             Broken::Network => self.config.timing.handback * Timing::NETWORK_RESTS,
         };
         let just_came = self.faults.came.is_some_and(|came| self.now < came + rest);
+        let again = again && !planted!(self.bug, SameFaultHandedBack);
         if (just_came || again) && !planted!(self.bug, HandedBackAtOnce) {
             return Verdict::Stay(Kept::JustTakenOver);
         }

@@ -22,9 +22,15 @@ impl World {
 
     /// A request of the guest fails, and the guest does not know yet.
     pub(super) fn disk_fails(&mut self, life: Life) {
-        if self.hosts[life.0].disk_fails_until > self.now {
-            self.primary(life, PrimaryEvent::Broken { what: Broken::Disk, again: false });
+        if self.hosts[life.0].disk_fails_until <= self.now {
+            return;
         }
+        // Whether it is the request that failed on the last host is the program's knowledge.
+        let same = self.rng.one_in(2);
+        let Some(p) = self.primary_of(life) else { return };
+        let again = same && p.came.is_some();
+        p.same_fault |= again;
+        self.primary(life, PrimaryEvent::Broken { what: Broken::Disk, again });
     }
 
     /// The host loses its way to the guest's clients; at times all hosts do.
@@ -69,10 +75,14 @@ impl World {
         let now = self.clock(life.0);
         let Some(p) = self.primary_of(life) else { return };
         let (protected, reaches, asked) = (p.protected, p.standby_reaches, p.asked);
+        let same = what == Broken::Disk && p.same_fault;
         p.gave = true;
         let soon = p.came.is_some_and(|came| now < came + HANDBACK);
         if asked {
             self.truth.fail(format!("{life:?} gives a VM away whose operator wants it stopped"));
+        }
+        if same {
+            self.truth.fail(format!("{life:?} hands the VM back with the fault that it came with"));
         }
         if !protected {
             self.truth.fail(format!("{life:?} gives the VM away although nobody has it"));
@@ -90,10 +100,11 @@ impl World {
         self.stats.endured += 1;
         let Some(p) = self.primary_of(life) else { return };
         let protected = p.driver.machine().status() == PrimaryStatus::Protected;
+        let same = what == Broken::Disk && std::mem::take(&mut p.same_fault);
         let wrong = match why {
             Kept::Unprotected => protected,
             // The time of the decision may be that of a process that was stopped.
-            Kept::JustTakenOver => p.came.is_none(),
+            Kept::JustTakenOver => p.came.is_none() && !same,
             Kept::NotTaken => !p.gave,
             Kept::Stopping => !p.asked,
             Kept::StandbyCutOff => p.standby_reaches != Some(false),

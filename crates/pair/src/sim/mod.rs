@@ -187,6 +187,7 @@ fn every_planted_mistake_is_found() {
         Bug::CaptureForAnyLink,
         Bug::GivenToNobody,
         Bug::HandedBackAtOnce,
+        Bug::SameFaultHandedBack,
         Bug::GivenToTheCutOff,
         Bug::GivenAwayWhileEnding,
         Bug::ActionsReversed,

@@ -44,6 +44,8 @@ pub(super) struct PrimaryProcess {
     pub(super) asked: bool,
     /// Whether it was ever left to a standby.
     pub(super) gave: bool,
+    /// Whether the disk's error, which is not decided yet, is the one that the VM had on its last host.
+    pub(super) same_fault: bool,
     /// Number of drains still to come.
     drains: u32,
     /// Whether a third party had reset the link over which generation + 1 became disputed.
@@ -85,6 +87,7 @@ impl World {
             standby_reaches: None,
             asked: false,
             gave: false,
+            same_fault: false,
             drains: 0,
             excused: false,
         }));
