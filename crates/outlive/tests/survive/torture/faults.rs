@@ -18,6 +18,7 @@ pub(super) enum Kind {
     KillOwnerUnprotected,
     KillOtherUnprotected,
     KillBoth,
+    KillBothAndOneCommand,
     StopOwner,
     StopOther,
     HoldThreadOfOwner,
@@ -43,6 +44,7 @@ pub(super) enum Kind {
     StillDiskOfOwner,
     StillDiskOfOther,
     StillDiskAndKill,
+    BrokenDiskOfOwner,
     BrokenDiskOfOther,
     FullDiskAndKill,
     DeafEventsAndKill,
@@ -53,12 +55,13 @@ pub(super) enum Kind {
 use Kind::*;
 
 /// All kinds, each with its weight and its name in the table.
-const KINDS: [(Kind, u64, &str); 35] = [
+const KINDS: [(Kind, u64, &str); 37] = [
     (KillOwner, 12, "SIGKILL of the primary"),
     (KillOther, 2, "SIGKILL of the standby"),
     (KillOwnerUnprotected, 1, "SIGKILL of the primary, early"),
     (KillOtherUnprotected, 1, "SIGKILL of the standby, early"),
-    (KillBoth, 3, "SIGKILL of both"),
+    (KillBoth, 2, "SIGKILL of both"),
+    (KillBothAndOneCommand, 2, "SIGKILL of both, then --or-standby on both"),
     (StopOwner, 3, "SIGSTOP of the primary"),
     (StopOther, 1, "SIGSTOP of the standby"),
     (HoldThreadOfOwner, 2, "a thread of the primary is held"),
@@ -84,6 +87,7 @@ const KINDS: [(Kind, u64, &str); 35] = [
     (StillDiskOfOwner, 1, "the primary's disk stands still"),
     (StillDiskOfOther, 1, "the standby's disk stands still"),
     (StillDiskAndKill, 1, "the primary's disk stands still, SIGKILL"),
+    (BrokenDiskOfOwner, 2, "errors of the primary's disk"),
     (BrokenDiskOfOther, 1, "errors of the standby's disk"),
     (FullDiskAndKill, 2, "full disks, SIGKILL of the primary"),
     (DeafEventsAndKill, 2, "events unread, SIGKILL of the primary"),
@@ -109,7 +113,8 @@ impl Kind {
         });
         let kind = drawn.expect("below the sum").0;
         // Soon after a takeover a host fault counts as the guest's own doing.
-        if kind == TakeMemory && !play.may_take_memory() { HoldThreadOfOwner } else { kind }
+        let of_host = matches!(kind, TakeMemory | BrokenDiskOfOwner);
+        if of_host && !play.host_fault_is_the_hosts() { HoldThreadOfOwner } else { kind }
     }
 
     /// Its name in the table.
@@ -124,7 +129,12 @@ impl Kind {
 
     /// Whether no host is left that has the VM in its memory.
     pub(super) fn ends_both(self) -> bool {
-        self == KillBoth
+        matches!(self, KillBoth | KillBothAndOneCommand)
+    }
+
+    /// Whether the same command starts both hosts afterwards.
+    pub(super) fn has_one_command(self) -> bool {
+        self == KillBothAndOneCommand
     }
 
     /// How long to wait before the hosts are judged. Everybody notices the end of a process at once; other
@@ -137,6 +147,7 @@ impl Kind {
                 | KillOwnerUnprotected
                 | KillOtherUnprotected
                 | KillBoth
+                | KillBothAndOneCommand
                 | LeaveOther
                 | SlowArbiterAndLeave
                 | EndOwner
@@ -160,7 +171,7 @@ impl Kind {
             }
             SlowArbiterAndKill | SlowArbiterAndCut | SlowArbiterAndLeave | SlowDiskOfOwner
             | SlowDiskOfOther | SlowDisksAndKill | StillDiskOfOwner | StillDiskOfOther | StillDiskAndKill
-            | BrokenDiskOfOther
+            | BrokenDiskOfOwner | BrokenDiskOfOther
                 if !play.third.can_be_slow() =>
             {
                 Some("FUSE")
@@ -215,7 +226,7 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             play.kill(other);
             play.unprotected();
         }
-        KillBoth => {
+        KillBoth | KillBothAndOneCommand => {
             let first = if play.dice.below(2) == 0 { owner } else { other };
             play.kill_both(first);
         }
@@ -271,12 +282,10 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             });
             play.kill(owner);
         }
-        BrokenDiskOfOther => {
-            let error = Some(Errno::EIO);
-            play.disks[other as usize].set(Pace { error, ..Pace::default() });
-            play.wait(length);
-            play.disks[other as usize].set(Pace::default());
-        }
+        // Without a standby the guest would hear of it, as it should.
+        BrokenDiskOfOwner if !play.is_protected(owner) => {}
+        BrokenDiskOfOwner => broken_disk(play, owner, length),
+        BrokenDiskOfOther => broken_disk(play, other, length),
         FullDiskAndKill => full(play, length),
         DeafEventsAndKill => {
             play.deafen(true);
@@ -367,6 +376,13 @@ fn slow_disks(play: &mut Play, sides: &[Side], meanwhile: impl FnOnce(&mut Play)
     sides.iter().for_each(|&side| play.disks[side as usize].set(Pace { write, sync, ..Pace::default() }));
     meanwhile(play);
     sides.iter().for_each(|&side| play.disks[side as usize].set(Pace::default()));
+}
+
+fn broken_disk(play: &mut Play, side: Side, length: Duration) {
+    let disk = side as usize;
+    play.disks[disk].set(Pace { error: Some(Errno::EIO), ..Pace::default() });
+    play.wait(length);
+    play.disks[disk].set(Pace::default());
 }
 
 fn still_disk(play: &mut Play, side: Side, meanwhile: impl FnOnce(&mut Play)) {

@@ -22,11 +22,22 @@ const LISTEN: Duration = Duration::from_millis(20);
 /// This long after a takeover a host fault is the host's again; the program says 10 s.
 const HOST_FAULT_AGAIN: Duration = Duration::from_secs(11);
 
+/// What a process is started as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Primary,
+    Standby,
+    /// The hosts decide.
+    Either,
+}
+
 /// A process and its readers.
 pub(super) struct Actor {
     pub(super) process: Process,
-    /// Was started to run the VM.
+    /// Was started to run the VM, and has not left it to the other host.
     pub(super) first: bool,
+    /// Decides itself whether it starts the VM.
+    pub(super) decides: bool,
     /// The generation in which it started the VM.
     pub(super) born: Option<u64>,
     voice: Option<&'static str>,
@@ -45,7 +56,7 @@ impl Play {
         }
     }
 
-    pub(super) fn may_take_memory(&self) -> bool {
+    pub(super) fn host_fault_is_the_hosts(&self) -> bool {
         self.took_over.elapsed() > HOST_FAULT_AGAIN
     }
 
@@ -130,7 +141,7 @@ impl Play {
         for side in Side::BOTH {
             let waited = self.started[side as usize].elapsed() > START_AGAIN;
             if self.actors[side as usize].is_none() && waited {
-                self.start(side, false);
+                self.start(side, Part::Standby);
             }
         }
     }
@@ -146,9 +157,8 @@ impl Play {
         self.look();
     }
 
-    /// Starts the process of a host: `run` for a new VM, otherwise a standby. Its readers are drawn at
-    /// random.
-    pub(super) fn start(&mut self, side: Side, first: bool) {
+    /// Starts the process of a host. Its readers are drawn at random.
+    pub(super) fn start(&mut self, side: Side, part: Part) {
         self.number += 1;
         let fifo = self.world.dir().join(format!("events-{}", self.number));
         mkfifo(&fifo, Mode::from_bits_truncate(0o600)).unwrap();
@@ -180,12 +190,18 @@ impl Play {
         let net = format!("tap=vm0,bridge=br0,mac={mac}");
         let usual = ["--standby", &there, "--disk", &disk];
         let run = [&usual[..], &["--memory", &memory, "--ip", "10.77.0.2/24", "--net", &net]].concat();
-        let process = if first {
-            self.world.start_for(side, &["run"], &run, &[], readers)
-        } else {
-            self.world.start_for(side, &["standby", "--once", "--listen", &listen], &usual, &[], readers)
+        let process = match part {
+            Part::Primary => self.world.start_for(side, &["run"], &run, &[], readers),
+            Part::Standby => {
+                self.world.start_for(side, &["standby", "--once", "--listen", &listen], &usual, &[], readers)
+            }
+            Part::Either => {
+                self.world.start_for(side, &["run", "--or-standby", "--listen", &listen], &run, &[], readers)
+            }
         };
-        let mut actor = Actor { process, first, born: None, voice, _unread: unread };
+        let first = part != Part::Standby;
+        let decides = part == Part::Either;
+        let mut actor = Actor { process, first, decides, born: None, voice, _unread: unread };
         actor.process.read_from(events);
         if let Some(voice) = actor.voice {
             self.harmless(voice);

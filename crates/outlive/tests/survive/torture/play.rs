@@ -11,7 +11,7 @@ use super::auditor::Auditor;
 use super::disk::Place;
 use super::faults::{self, Kind};
 use super::history::Fault;
-use super::operator::Actor;
+use super::operator::{Actor, Part};
 use super::report::Trace;
 use super::sniffer::{Owned, Sniffer, strangers};
 use crate::support::{Dice, PATIENCE, Side, World};
@@ -72,8 +72,8 @@ impl Play {
             trace,
         };
         play.tell("a new VM");
-        play.start(Side::B, false);
-        play.start(Side::A, true);
+        play.start(Side::B, Part::Standby);
+        play.start(Side::A, Part::Primary);
         play.protected_again();
         play.auditor = Some(Auditor::start(&play.world, &mut play.dice));
         Some(play)
@@ -105,7 +105,7 @@ impl Play {
             let other = self.owner.other();
             self.kill(other);
             self.unprotected();
-            self.start(other, false);
+            self.start(other, Part::Standby);
             // The base takes some tens of milliseconds.
             self.wait(rest / 2);
         } else {
@@ -141,7 +141,11 @@ impl Play {
         self.told(judged);
         let newest =
             self.owners.iter().max_by_key(|owner| owner.generation).map_or(Side::A, |owner| owner.side);
-        if !(self.starts_from_its_image(newest) || self.starts_from_its_image(newest.other())) {
+        let starts = match kind.has_one_command() {
+            true => self.either_starts(newest),
+            false => self.starts_from_its_image(newest) || self.starts_from_its_image(newest.other()),
+        };
+        if !starts {
             self.fail(kind, true, "no host starts the VM from its image");
         }
         self.protected_again();
@@ -152,8 +156,8 @@ impl Play {
 
     /// Starts the VM on this host, as an operator would: a host that refuses names the other one.
     fn starts_from_its_image(&mut self, side: Side) -> bool {
-        self.start(side.other(), false);
-        self.start(side, true);
+        self.start(side.other(), Part::Standby);
+        self.start(side, Part::Primary);
         let deadline = Instant::now() + PATIENCE;
         loop {
             let runs = self.look();
@@ -165,6 +169,26 @@ impl Play {
                 self.tell(format!("{side:?} does not start the VM"));
                 self.kill(side);
                 self.kill(side.other());
+                return false;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Starts both hosts with one command, as service managers do after a power cut. They decide.
+    fn either_starts(&mut self, first: Side) -> bool {
+        self.start(first, Part::Either);
+        let rest = Duration::from_micros(self.dice.below(1_500_000));
+        self.wait(rest);
+        self.start(first.other(), Part::Either);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(owner) = self.look() {
+                self.owner = owner;
+                return true;
+            }
+            if Instant::now() > deadline || !self.all_live() {
+                self.tell("neither host starts the VM");
                 return false;
             }
             thread::sleep(Duration::from_millis(5));
@@ -216,7 +240,8 @@ impl Play {
             self.bury(side);
             let Some(actor) = &mut self.actors[side as usize] else { continue };
             let mut generation = actor.born.unwrap_or(0);
-            let mut has = actor.first;
+            // A host that may still leave it to the other one has it only once it has started it.
+            let mut has = actor.first && (actor.born.is_some() || !actor.decides);
             for event in actor.process.events() {
                 match event {
                     Event::Takeover { generation: won, .. } => (has, generation) = (true, *won),
@@ -234,12 +259,13 @@ impl Play {
     pub(super) fn note_owner(&mut self, side: Side) {
         let disk = &self.disks[side as usize];
         let Some(actor) = &mut self.actors[side as usize] else { return };
-        let first = actor.first;
+        let mut first = actor.first;
         let mut won = Vec::new();
         let mut takeovers = Vec::new();
         for record in actor.process.records() {
             match record.event {
-                Event::Started { .. } if first => {
+                Event::Decided { starts: false, .. } => first = false,
+                Event::Started { vm: Some(_), .. } if first => {
                     // A VM that starts has this generation; its sidecar was written before.
                     let generation = *actor.born.get_or_insert_with(|| disk.generation().unwrap_or(1));
                     won.push((record.t_us, generation));
@@ -249,6 +275,7 @@ impl Play {
                 _ => {}
             }
         }
+        actor.first = first;
         for (since, generation) in won {
             let new = Owned { since, generation, side };
             if self.owners.contains(&new) {
