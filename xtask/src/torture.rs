@@ -13,6 +13,7 @@ Examples:
   cargo xtask torture                       three minutes with a new seed
   cargo xtask torture --minutes 60 --json torture.json
   cargo xtask torture --seed 17             the choices of seed 17 once more
+  cargo xtask torture --kind disk           only faults with 'disk' in their name
   cargo xtask torture --pairs 4             four pairs of hosts at once, with seeds one after the other
 
 At the end a table says by kind of fault how often it was injected and what became of the VM. The first answer
@@ -31,6 +32,9 @@ pub(crate) struct TortureOptions {
     /// Pairs of hosts at a time, each with a VM of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
     pairs: u64,
+    /// Only faults whose name in the table contains this
+    #[arg(long, value_name = "TEXT")]
+    kind: Option<String>,
     /// Also write the table to this file, as one JSON object
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -51,6 +55,9 @@ pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(),
     command.envs(environment).env(SECONDS, seconds(options.minutes).to_string());
     if let Some(seed) = options.seed {
         command.env("OUTLIVE_SEED", seed.to_string());
+    }
+    if let Some(kind) = &options.kind {
+        command.env("OUTLIVE_TORTURE_KIND", kind);
     }
     if let Some(json) = &options.json {
         // The test runs in the directory of its crate.

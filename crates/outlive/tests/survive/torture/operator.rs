@@ -56,8 +56,9 @@ impl Play {
         }
     }
 
-    pub(super) fn host_fault_is_the_hosts(&self) -> bool {
-        self.took_over.elapsed() > HOST_FAULT_AGAIN
+    /// Soon after a takeover a host fault counts as the guest's own doing.
+    pub(super) fn wait_until_a_host_fault_is_the_hosts(&mut self) {
+        self.wait(HOST_FAULT_AGAIN.saturating_sub(self.took_over.elapsed()));
     }
 
     /// The living process of a host.
