@@ -42,6 +42,8 @@ pub(super) const SHORT: Duration = Duration::from_secs(120);
 /// Time for systemd to start all services.
 const STARTED: Duration = Duration::from_secs(300);
 const STATE: &str = "systemctl is-system-running --wait; systemctl --failed --no-legend --plain";
+/// Time between the guest's word that it is up and its agent, on a busy machine.
+const AGENT_STARTS: Duration = Duration::from_secs(120);
 /// Time for a connection to the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -331,7 +333,9 @@ fn ask(cluster: &Cluster, line: &str, limit: Duration) -> io::Result<(String, St
     let mut stream = loop {
         match cluster.connect(Stage::agent(), CONNECT) {
             // The agent starts when the guest says that it is up.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < CONNECT => {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < AGENT_STARTS =>
+            {
                 thread::sleep(Duration::from_millis(100));
             }
             connected => break connected?,
