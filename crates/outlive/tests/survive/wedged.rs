@@ -76,11 +76,13 @@ fn a_standby_whose_applier_stands_still_is_dropped() {
 #[test]
 fn a_host_that_is_succeeded_because_it_stands_still_ends() {
     let Some(world) = World::new() else { return };
-    let (active, mut standby) = world.protected(Side::A);
+    let (mut active, mut standby) = world.protected(Side::A);
     let held = Held::thread(&active, "outlive");
     standby.wait_takeover();
     active.wait_says("stands still", 1);
-    // Reaps the process, whose first thread this is.
+    let threads = format!("/proc/{}/task", active.pid());
+    wait_until("all others end", || std::fs::read_dir(&threads).map_or(0, Iterator::count) <= 1);
+    // The first thread's end is heard of only when nobody holds it.
     drop(held);
-    assert!(!std::path::Path::new(&format!("/proc/{}", active.pid())).exists());
+    wait_until("the process ends", || active.status().is_some());
 }

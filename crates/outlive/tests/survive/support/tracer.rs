@@ -8,13 +8,17 @@ use nix::errno::Errno;
 use nix::libc::{PROT_NONE, SYS_mprotect};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::{Process, wait_until};
 
 /// A stopped thread. It continues when this is dropped, if it still exists.
-pub(crate) struct Held(Pid);
+pub(crate) struct Held {
+    thread: Pid,
+    /// It is the first thread of its process, whose end belongs to whoever started the process.
+    first: bool,
+}
 
 impl Held {
     /// Stops the thread of this name.
@@ -24,7 +28,7 @@ impl Held {
             fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
         });
         let task = named.unwrap_or_else(|| panic!("no thread {name}")).file_name();
-        Held::stop(Pid::from_raw(task.to_str().unwrap().parse().unwrap()))
+        Held::try_stop(process, task.to_str().unwrap().parse().unwrap()).unwrap()
     }
 
     /// Stops the thread of this name, if there is one that can be stopped.
@@ -33,10 +37,7 @@ impl Held {
         let named = tasks.filter_map(Result::ok).find(|task| {
             fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
         })?;
-        let thread = Pid::from_raw(named.file_name().to_str()?.parse().ok()?);
-        ptrace::attach(thread).ok()?;
-        waitpid(thread, Some(WaitPidFlag::__WALL)).ok()?;
-        Some(Held(thread))
+        Held::try_stop(process, named.file_name().to_str()?.parse().ok()?).ok()
     }
 
     /// Stops any thread; the number picks which. Also returns its name, or nothing if it has just ended.
@@ -47,22 +48,46 @@ impl Held {
         tasks.sort_unstable();
         let task = *tasks.get((number % tasks.len().max(1) as u64) as usize)?;
         let name = fs::read_to_string(format!("/proc/{}/task/{task}/comm", process.pid())).ok()?;
-        let thread = Pid::from_raw(task);
-        ptrace::attach(thread).ok()?;
-        waitpid(thread, Some(WaitPidFlag::__WALL)).ok()?;
-        Some((Held(thread), name.trim_end().to_owned()))
+        Some((Held::try_stop(process, task).ok()?, name.trim_end().to_owned()))
     }
 
-    fn stop(thread: Pid) -> Held {
-        ptrace::attach(thread).unwrap();
-        waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-        Held(thread)
+    fn try_stop(process: &Process, thread: i32) -> nix::Result<Held> {
+        let held = Held { thread: Pid::from_raw(thread), first: thread == process.pid() as i32 };
+        if let Err(error) = ptrace::attach(held.thread) {
+            std::mem::forget(held);
+            return Err(error);
+        }
+        held.wait_until_stopped()?;
+        Ok(held)
+    }
+
+    /// Takes a stop, and leaves an end where it is.
+    fn wait_until_stopped(&self) -> nix::Result<()> {
+        let (id, all) = (Id::Pid(self.thread), WaitPidFlag::__WALL | WaitPidFlag::WSTOPPED);
+        match waitid(id, all | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)? {
+            WaitStatus::Exited(..) | WaitStatus::Signaled(..) => Err(Errno::ESRCH),
+            // Nothing is there any more if it has just been killed.
+            _ => match waitid(Id::Pid(self.thread), all | WaitPidFlag::WNOHANG)? {
+                WaitStatus::StillAlive => Err(Errno::ESRCH),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// Waits for the end of a thread that was killed. Until it is reaped nobody hears of the end of its process.
+    fn wait_for_its_end(&self) {
+        if self.first {
+            let flags = WaitPidFlag::__WALL | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+            waitid(Id::Pid(self.thread), flags).ok();
+        } else {
+            waitpid(self.thread, Some(WaitPidFlag::__WALL)).ok();
+        }
     }
 
     /// Lets the thread continue with this signal, as if it had caused it.
     pub(crate) fn strike(self, signal: Signal) {
         // Fails if it was killed meanwhile; then dropping it reaps it.
-        if ptrace::detach(self.0, signal).is_ok() {
+        if ptrace::detach(self.thread, signal).is_ok() {
             std::mem::forget(self);
         }
     }
@@ -79,29 +104,27 @@ impl Held {
     fn try_call(&self, number: i64, arguments: [u64; 3]) -> nix::Result<Option<i64>> {
         /// `syscall`
         const INSTRUCTION: u64 = 0x050f;
-        let before = ptrace::getregs(self.0)?;
+        let before = ptrace::getregs(self.thread)?;
         let at = before.rip - 2;
-        if ptrace::read(self.0, at as *mut _)? as u64 & 0xffff != INSTRUCTION {
+        if ptrace::read(self.thread, at as *mut _)? as u64 & 0xffff != INSTRUCTION {
             return Ok(None);
         }
         let mut call = before;
         (call.rip, call.rax, call.orig_rax) = (at, number as u64, u64::MAX);
         (call.rdi, call.rsi, call.rdx) = (arguments[0], arguments[1], arguments[2]);
-        ptrace::setregs(self.0, call)?;
-        ptrace::step(self.0, None)?;
-        waitpid(self.0, Some(WaitPidFlag::__WALL))?;
-        let result = ptrace::getregs(self.0)?.rax as i64;
-        ptrace::setregs(self.0, before)?;
+        ptrace::setregs(self.thread, call)?;
+        ptrace::step(self.thread, None)?;
+        self.wait_until_stopped()?;
+        let result = ptrace::getregs(self.thread)?.rax as i64;
+        ptrace::setregs(self.thread, before)?;
         Ok(Some(result))
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if ptrace::detach(self.0, None) == Err(Errno::ESRCH) {
-            // It was killed meanwhile, and we must reap it. It may not have ended yet: until it is reaped
-            // nobody hears of the end of its process.
-            waitpid(self.0, Some(WaitPidFlag::__WALL)).ok();
+        if ptrace::detach(self.thread, None) == Err(Errno::ESRCH) {
+            self.wait_for_its_end();
         }
     }
 }
@@ -129,7 +152,8 @@ fn guest_memory(process: &Process, memory: u64) -> Option<Range<u64>> {
 fn take(process: &Process, range: Range<u64>) {
     let (start, length) = (range.start, range.end - range.start);
     wait_until("the process is in a system call", || {
-        let main = Held::stop(Pid::from_raw(process.pid() as i32));
+        // A process that has ended meanwhile has no memory.
+        let Ok(main) = Held::try_stop(process, process.pid() as i32) else { return true };
         match main.call(SYS_mprotect, [start, length, PROT_NONE as u64]) {
             None => false,
             Some(result) => {
