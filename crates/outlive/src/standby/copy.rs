@@ -98,7 +98,8 @@ impl VmCopy {
         place.map(TapPlace::join).transpose().map_err(refuse)?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
-        let disks = Replica::start(disks, provenance, hello.generation, tell).map_err(refuse)?;
+        let disks =
+            Replica::start(disks, provenance, hello.generation, tell).map_err(|e| refuse(e.to_string()))?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout

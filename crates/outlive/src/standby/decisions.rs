@@ -122,8 +122,11 @@ impl Decisions {
                 notes::compared(&self.equipment.events, checkpoint, difference.as_deref());
             }
             DiskEvent::Settled { checkpoint } => self.handle(Event::Settled { link, checkpoint }),
-            DiskEvent::Released(result) => self.handle(Event::Released { link, result }),
-            DiskEvent::Failed(why) => self.handle(Event::Failed { link, why }),
+            DiskEvent::Released(result) => {
+                let result = result.map_err(|error| error.to_string());
+                self.handle(Event::Released { link, result });
+            }
+            DiskEvent::Failed(why) => self.handle(Event::Failed { link, why: why.to_string() }),
         }
     }
 

@@ -129,7 +129,7 @@ pub(super) fn replica_disks(
             let ReplicaDisk { path, file, .. } = &replica;
             let target = Target { path, file, overwrite: given.overwrite };
             let accepted = target.check(provenance, hello.generation, arbiter);
-            replica.accepted = accepted.map_err(|text| (RefuseCode::Overwrite, text))?;
+            replica.accepted = accepted.map_err(|error| (RefuseCode::Overwrite, error.to_string()))?;
             replica.book = books.open(&replica.path, &replica.file, replica.bytes);
         }
         disks.push(Some(replica));

@@ -36,7 +36,7 @@ pub(super) fn take_over(
         fence(&command, &about, events, &equipment.standing);
     }
     // The guest may write to its disks only when the copy has nothing left to write.
-    copy.disks().become_primary(generation)?;
+    copy.disks().become_primary(generation).map_err(|e| e.to_string())?;
     copy.restore()?;
     let machine = copy.machine();
     if let Some(net) = machine.net() {
