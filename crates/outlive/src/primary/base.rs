@@ -19,7 +19,7 @@ use crate::disk::SyncReport;
 use crate::events::{Event, EventWriter};
 use crate::link::{Job, SentRound};
 use crate::vm::limits::{DISK_BYTES, SLOTS};
-use crate::vm::{Remedy, check_staging};
+use crate::vm::{Remedied, check_staging};
 
 /// Time between two progress events.
 const REPORT: Duration = Duration::from_millis(100);
@@ -199,8 +199,9 @@ impl Coordinator {
         with.totals.base_begins();
         let pages = with.staging_pages.min(with.machine.ram().pages() as usize);
         let disk_bytes = if with.replicates_disks { DISK_BYTES } else { 0 };
-        check_staging(pages, disk_bytes, SLOTS)?;
-        let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
+        check_staging(pages, disk_bytes, SLOTS).map_err(|e| e.to_string())?;
+        let buffers =
+            (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| Remedied(e).to_string()));
         pool.open(buffers.collect::<Result<_, _>>()?);
         with.machine.next_is_base(version.state_versions());
         let disks = DiskBase::start(&with.machine, &with.driver, link, &with.books, &with.events)?;

@@ -99,7 +99,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         slots: limits::SLOTS,
         timing,
     };
-    let hello = vm::hello(&machine, &identity, &options)?;
+    let hello = vm::hello(&machine, &identity, &options).map_err(|e| e.to_string())?;
     let totals = Totals::new(identity.checkpoint);
     totals.set_generation(identity.generation);
     let counted = totals.clone();

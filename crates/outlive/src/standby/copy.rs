@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
+use outlive_machine::devices::virtio::net::TapError;
 use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, StateShape, Tap};
 
 use super::decisions::Equipment;
@@ -17,7 +18,7 @@ use crate::console::Port;
 use crate::disk::{DiskEvent, Provenance, Replica};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, Identity, Relay, TapPlace};
+use crate::vm::{self, Identity, PlaceError, Relay, TapPlace};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -41,11 +42,25 @@ pub(super) struct CopyParts {
     pub(super) arbiter: Box<dyn Arbiter>,
 }
 
+/// Why the VM's card cannot be made here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CardError {
+    /// It has no place in the network.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// There is no tap for it.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
 /// Checks at the start that the card can be made, so that a wrong name is reported at once and not when the
 /// first primary comes.
-pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
+///
+/// # Errors
+/// See [`CardError`].
+pub(super) fn try_card(net: &NetSpec) -> Result<(), CardError> {
     let place = TapPlace::look(net, Wiring::default())?;
-    let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
+    let tap = Tap::with_queues(&net.tap, net.queues.into())?;
     place.join()?;
     drop(tap);
     Ok(())
@@ -70,7 +85,10 @@ impl VmCopy {
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
         let card = plan.card.zip(options.net.as_ref());
-        let place = card.map(|(card, net)| TapPlace::look(net, card.wiring)).transpose().map_err(refuse)?;
+        let place = card
+            .map(|(card, net)| TapPlace::look(net, card.wiring))
+            .transpose()
+            .map_err(|e| refuse(e.to_string()))?;
         let card = card.map(|(Card { pairs, wiring }, net)| NetConfig {
             pairs,
             mtu: wiring.mtu,
@@ -95,7 +113,7 @@ impl VmCopy {
         if let Some(vcpu) = &hello.vcpu {
             machine.try_constant(vcpu.clone()).map_err(|e| refuse(cannot_resume(&e)))?;
         }
-        place.map(TapPlace::join).transpose().map_err(refuse)?;
+        place.map(TapPlace::join).transpose().map_err(|e| refuse(e.to_string()))?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
         let disks =
@@ -196,7 +214,7 @@ fn check(hello: &Hello) -> Result<(), String> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
         return Err(format!("a VM with {} vCPUs cannot run here", hello.vcpus));
     }
-    vm::check_memory(hello.memory_bytes)?;
+    vm::check_memory(hello.memory_bytes).map_err(|e| e.to_string())?;
     let vendor = process::vendor();
     if vendor != hello.vendor {
         return Err(format!(

@@ -37,6 +37,17 @@ const MAX_SLOTS: u32 = 64;
 /// Who decides about new connections.
 type Inside = Arc<Mutex<Option<Arc<Decisions>>>>;
 
+/// Why nobody can come to this host.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DoorError {
+    /// The address is not this host's, or not free.
+    #[error("cannot listen on {address}: {source}; give --listen a free address of this host")]
+    Listen { address: String, source: io::Error },
+    /// Nobody would hear who comes.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+}
+
 /// The port of this process. It is claimed at the start, so that a wrong address is reported at once, and stays
 /// when the process changes its role.
 pub(crate) struct Door {
@@ -50,9 +61,9 @@ impl Door {
     /// Claims an address. Connections are refused until the door is opened.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn reserve(address: &str) -> Result<Self, String> {
-        let failed = |e| cannot_listen(address, &e);
+    /// See [`DoorError`].
+    pub(crate) fn reserve(address: &str) -> Result<Self, DoorError> {
+        let failed = |source| DoorError::Listen { address: address.to_owned(), source };
         let listener = Listener::reserve(address).map_err(failed)?;
         let address = listener.address().map_or_else(|_| address.to_owned(), |it| it.to_string());
         Ok(Self { address, listener: Some(listener), inside: Inside::default() })
@@ -61,33 +72,29 @@ impl Door {
     /// Lets connections wait at the door until it is opened.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(super) fn listen(&self) -> Result<(), String> {
+    /// See [`DoorError`].
+    pub(super) fn listen(&self) -> Result<(), DoorError> {
         let listens = self.listener.as_ref().map_or(Ok(()), Listener::listen);
-        listens.map_err(|e| cannot_listen(&self.address, &e))
+        listens.map_err(|source| DoorError::Listen { address: self.address.clone(), source })
     }
 
     /// From now on these decisions hear everyone who comes.
     ///
     /// # Errors
-    /// One line.
-    pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), String> {
+    /// See [`DoorError`].
+    pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), DoorError> {
         self.listen()?;
         *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(decisions);
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let inside = self.inside.clone();
         let started = outlive_machine::spawn("listen", move || accept_all(&listener, &inside));
-        started.map(drop).map_err(|e| format!("cannot start a thread: {e}"))
+        started.map(drop).map_err(DoorError::NoThread)
     }
 
     /// The address, with the port that the system chose if port 0 was asked for.
     pub(super) fn address(&self) -> &str {
         &self.address
     }
-}
-
-fn cannot_listen(address: &str, error: &io::Error) -> String {
-    format!("cannot listen on {address}: {error}; give --listen a free address of this host")
 }
 
 fn accept_all(listener: &Listener, inside: &Inside) {
