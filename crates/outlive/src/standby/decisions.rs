@@ -8,7 +8,7 @@ use outlive_epoch::{RefuseCode, VmId};
 use outlive_machine::Host;
 use outlive_pair::{
     After, ClaimResult, Introduction, Link, Standby, StandbyConfig, StandbyDriver, StandbyEvent as Event,
-    StandbyStatus, Timing,
+    StandbyStatus, Timing, Unwelcome,
 };
 
 use super::notes;
@@ -74,7 +74,7 @@ impl Decisions {
     }
 
     /// Whether this introduction would be accepted now.
-    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), Unwelcome> {
         self.with(|driver, now| (driver.would_accept(now, hello), NOTHING))
     }
 
@@ -165,7 +165,10 @@ impl Decisions {
             let follows =
                 matches!(driver.machine().status(), StandbyStatus::BaseSync | StandbyStatus::Protected);
             match driver.ports().stuck().filter(|_| follows) {
-                Some((link, why)) => ((), after.and(driver.handle(now, Event::Failed { link, why }))),
+                Some((link, stuck)) => {
+                    let why = stuck.to_string();
+                    ((), after.and(driver.handle(now, Event::Failed { link, why })))
+                }
                 None => ((), after),
             }
         });

@@ -269,7 +269,7 @@ fn admit(
         dead_after: Duration::from_micros(hello.dead_after_us),
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
-    decisions.would_accept(&introduction)?;
+    decisions.would_accept(&introduction).map_err(|why| (why.code(), why.to_string()))?;
     let Hello { vm, name, .. } = hello;
     let kept_for = decisions.equipment.options.vm.as_ref();
     if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
