@@ -1,5 +1,6 @@
 //! The standby's driver behind its lock, shared by all threads.
 
+use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use outlive_pair::{
 use super::notes;
 use super::outbox::{FAREWELL, Outbox};
 use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
-use crate::arbiter::{self, Claim, ClaimWorker, Watch};
+use crate::arbiter::{self, ArbiterSpecError, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
@@ -42,6 +43,17 @@ pub(super) struct Equipment {
     pub(super) books: Books,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
+}
+
+/// Why nobody can claim a VM for this host.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClaimsError {
+    /// The arbiter cannot be used.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// Nobody would ask it.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
 }
 
 /// The driver; see the module.
@@ -131,8 +143,11 @@ impl Decisions {
     }
 
     /// Starts a thread that claims generations of `vm` and reports here.
-    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, String> {
-        let arbiter = arbiter::parse(&self.equipment.options.arbiter).map_err(|e| e.to_string())?;
+    ///
+    /// # Errors
+    /// See [`ClaimsError`].
+    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, ClaimsError> {
+        let arbiter = arbiter::parse(&self.equipment.options.arbiter)?;
         let decisions = self.clone();
         ClaimWorker::start(arbiter, arbiter::VmId(vm.0), arbiter::owner("standby"), move |answer| {
             let generation = answer.generation;
@@ -147,7 +162,7 @@ impl Decisions {
             };
             decisions.handle(Event::Claimed { generation, result });
         })
-        .map_err(|e| format!("cannot start a thread: {e}"))
+        .map_err(ClaimsError::NoThread)
     }
 
     /// How long the main thread may sleep if nobody wakes it.

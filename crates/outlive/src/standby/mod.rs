@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! listen.rs     accepts connections, hears their introduction, refuses those that do not belong here
+//! refusal.rs    why it does
 //! reader.rs     a thread: hears an accepted primary all the time; writes the base, stages checkpoints
 //! handover.rs   the buffers between reader and applier
 //! applier.rs    a thread: tries the base, applies acknowledged checkpoints, owns the copy
@@ -27,6 +28,7 @@ mod notes;
 mod outbox;
 mod ports;
 mod reader;
+mod refusal;
 mod sinks;
 mod takeover;
 
@@ -53,6 +55,7 @@ pub(crate) use fence::{About, Fence, fence};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
+use takeover::TakeoverError;
 
 /// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
 /// let go: the kernel frees a tap and an image a moment after their last user.
@@ -288,8 +291,7 @@ impl Waiting {
             }
         }
         let session = self.decisions.take_session().filter(|session| session.link == order.link);
-        let copy =
-            session.and_then(Session::into_copy).ok_or_else(|| "there is no copy of the VM".to_owned());
+        let copy = session.and_then(Session::into_copy).ok_or(TakeoverError::NoCopy);
         let taken_over = copy.and_then(|copy| {
             takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
         });

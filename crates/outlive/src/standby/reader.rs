@@ -186,7 +186,7 @@ impl SessionReader {
         // After the base, CPUID and TSC frequency of the base apply unless there are new ones.
         let known = if constants == 0 && self.expect != Expect::Base { shape.constants() } else { constants };
         shape.check(known, checkpoint.state().sections()).map_err(|e| e.to_string())?;
-        let hashes = hashes(checkpoint).transpose()?;
+        let hashes = hashes(checkpoint).transpose().map_err(|e| e.to_string())?;
         disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks)).map_err(|e| e.to_string())
     }
 }
