@@ -28,9 +28,10 @@ mod tap;
 pub(crate) use disks::{Disk, replicated};
 pub(crate) use guest::{Guest, GuestError, LoadError};
 pub(crate) use host::{
-    NoRandom, UplinkError, VmMemoryError, check_memory, check_staging, lock_memory, watch_uplink,
+    NoRandom, StagingTooLarge, UplinkError, VmMemoryError, check_memory, check_staging, lock_memory,
+    watch_uplink,
 };
-pub(crate) use introduce::{devices, fixed_queues, hello};
+pub(crate) use introduce::{IntroductionError, devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::Relay;
