@@ -272,13 +272,13 @@ impl DirtyBackend {
     }
 
     /// The rule that follows from the measured costs, or why no page can be hot.
-    pub(crate) fn hot_rule(&self, max_dirty_pages: usize) -> Result<HotRule, String> {
+    pub(crate) fn hot_rule(&self, max_dirty_pages: usize) -> Result<HotRule, NoHotRule> {
         #[cfg(not(feature = "self-test"))]
-        return Err(format!("the feature self-test is off ({max_dirty_pages} pages an epoch at most)"));
+        return Err(NoHotRule::Off { max_dirty_pages });
         #[cfg(feature = "self-test")]
         {
-            let test = self.self_test.as_ref().ok_or("there was no self-test")?;
-            test.selective.clone()?;
+            let test = self.self_test.as_ref().ok_or(NoHotRule::NotTested)?;
+            test.selective.clone().map_err(NoHotRule::NotSelective)?;
             Ok(HotRule::for_costs(test.fault_ns, test.copy_ns, max_dirty_pages))
         }
     }
@@ -320,6 +320,23 @@ impl DirtyBackend {
     pub fn ring_entries(&self) -> u32 {
         self.ring_entries
     }
+}
+
+/// Why no page can be hot.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NoHotRule {
+    /// Nothing is measured in this build.
+    #[cfg(not(feature = "self-test"))]
+    #[error("the feature self-test is off ({max_dirty_pages} pages an epoch at most)")]
+    Off { max_dirty_pages: usize },
+    /// Nothing was measured.
+    #[cfg(feature = "self-test")]
+    #[error("there was no self-test")]
+    NotTested,
+    /// This kernel leaves no page out. The text is the test's.
+    #[cfg(feature = "self-test")]
+    #[error("{0}")]
+    NotSelective(String),
 }
 
 fn ring_entries(vcpus: usize, largest: u64) -> u64 {

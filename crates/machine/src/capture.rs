@@ -61,6 +61,9 @@ pub struct Returned {
     pub vcpu_pause: Duration,
 }
 
+/// Why a part of a checkpoint could not be sent. Only its receiver knows what can go wrong there.
+pub type SpillError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a checkpoint failed. The VM stays stopped when one of these is returned.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -78,7 +81,7 @@ pub enum CaptureError {
     Rearm(#[from] RearmError),
     /// The part that did not fit into staging could not be sent.
     #[error("the checkpoint is larger than staging and its first part could not be sent: {0}")]
-    Spill(String),
+    Spill(#[source] SpillError),
     /// A frame that is not RAM was reported dirty.
     #[error("dirty tracking reported GFN {:#x}, which is not RAM of the VM", .0.0)]
     NotRam(Gfn),
@@ -136,8 +139,8 @@ pub trait InPause: Send {
     /// in its place) can be filled again. The VM stays stopped until then.
     ///
     /// # Errors
-    /// A text, when the link is gone.
-    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String>;
+    /// The receiver's, when it can take no more.
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError>;
 }
 
 /// What happens to the VM after a capture.

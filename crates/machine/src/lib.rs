@@ -44,7 +44,7 @@ mod vm_state;
 pub use acpi::AcpiError;
 pub use board::BoardError;
 pub use boot::{BootError, FirmwareError, KernelError, LinuxBoot, LinuxBootError, PayloadOptions};
-pub use capture::{After, CaptureError, CaptureReport, InPause, Returned, Stuck};
+pub use capture::{After, CaptureError, CaptureReport, InPause, Returned, SpillError, Stuck};
 pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::BackendChoice;
 use outlive_machine::{
-    After, CaptureError, InPause, Machine, MachineEvent, Outgoing, PAGE_SIZE, PayloadOptions, Stuck,
-    VcpuError,
+    After, CaptureError, InPause, Machine, MachineEvent, Outgoing, PAGE_SIZE, PayloadOptions, SpillError,
+    Stuck, VcpuError,
 };
 use support::{A, POWER_OFF, TWO_COUNTERS, booted, elf, host, options};
 
@@ -24,7 +24,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _outgoing: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _outgoing: &mut Outgoing) -> Result<(), SpillError> {
         Err("a checkpoint in parts".into())
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::{BackendChoice, Gfn};
 use outlive_epoch::image::{StateKind, StateSection};
-use outlive_machine::{After, InPause, Machine, Outgoing, PAGE_SIZE};
+use outlive_machine::{After, InPause, Machine, Outgoing, PAGE_SIZE, SpillError};
 use vm_memory::{Bytes, GuestAddress};
 
 use support::{booted, host, machine};
@@ -104,7 +104,7 @@ struct Whole;
 
 impl InPause for Whole {
     fn counted(&mut self, _: usize) {}
-    fn spill(&mut self, _: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _: &mut Outgoing) -> Result<(), SpillError> {
         Err("more pages than were expected".into())
     }
 }

@@ -9,7 +9,7 @@ use outlive_dirty::BackendChoice;
 use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::{
     After, Host, HostError, InPause, LinuxBoot, Machine, MachineEvent, NoSink, Options, Outgoing, OutputMode,
-    PortEnd, PowerRequest, ResetWay,
+    PortEnd, PowerRequest, ResetWay, SpillError,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -138,7 +138,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), SpillError> {
         Err("a checkpoint in parts".into())
     }
 }

@@ -10,7 +10,7 @@ use outlive_epoch::image::{StateKind, StateSection};
 use outlive_machine::state::StateError;
 use outlive_machine::{
     After, CaptureReport, CheckError, Hashes, InPause, Machine, MachineEvent, NoSink, Outgoing, PAGE_SIZE,
-    PortEnd, PowerRequest, RestoreError,
+    PortEnd, PowerRequest, RestoreError, SpillError,
 };
 use support::{
     A, B, CRASH, IDLER, MEMORY, PORT_READER, POWER_OFF, STRING_READER, TWO_COUNTERS, boot, booted, host,
@@ -34,7 +34,7 @@ impl InPause for Parts {
         self.counted = pages;
     }
 
-    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError> {
         self.spilled.extend(pages(staging));
         self.state.extend(sections(staging));
         Ok(())

@@ -15,7 +15,7 @@ use nix::unistd::{getpid, gettid};
 use outlive_dirty::BackendChoice;
 use outlive_epoch::image::StateVersions;
 use outlive_machine::{
-    After, DiskOptions, InPause, MAX_VCPUS, Machine, NoSink, Options, Outgoing, PortEnd, SLOTS,
+    After, DiskOptions, InPause, MAX_VCPUS, Machine, NoSink, Options, Outgoing, PortEnd, SLOTS, SpillError,
 };
 use support::{TWO_COUNTERS, boot, host, options};
 use tempfile::NamedTempFile;
@@ -57,7 +57,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), SpillError> {
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use outlive_dirty::BackendChoice;
 use outlive_epoch::image::{StateKind, StateSection, StateVersions};
 use outlive_machine::state::StateError;
 use outlive_machine::{
-    After, InPause, Machine, MachineEvent, Outgoing, PowerRequest, ResetWay, RestoreError,
+    After, InPause, Machine, MachineEvent, Outgoing, PowerRequest, ResetWay, RestoreError, SpillError,
 };
 use support::{booted, host, machine};
 
@@ -33,7 +33,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _: usize) {}
 
-    fn spill(&mut self, _: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _: &mut Outgoing) -> Result<(), SpillError> {
         Ok(())
     }
 }

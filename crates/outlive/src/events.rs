@@ -18,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 pub use event::{Event, Measured, PageCounts, Part, Record, Role, Stats, ThreadTime};
 pub use histogram::{HISTOGRAM_MAX, add_pairs, histogram, pairs};
 pub use writer::EventWriter;
-pub(crate) use writer::{EventsTo, open};
+pub(crate) use writer::{EventsError, EventsTo, open};
 
 pub use crate::disk::DangerKind;
 

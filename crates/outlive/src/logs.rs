@@ -39,17 +39,26 @@ pub fn init() {
         .init();
 }
 
+/// Why nothing can be logged.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LogError {
+    /// Standard error is closed, or there is no thread for it.
+    #[error("cannot write a log: {0}")]
+    Start(#[from] io::Error),
+    /// There is a writer already.
+    #[error("logging was started twice")]
+    Twice,
+}
+
 /// From now on nothing in this process waits for the reader of standard error.
 ///
 /// # Errors
-/// One line.
-pub(crate) fn never_wait() -> Result<(), String> {
-    let failed = |error: io::Error| format!("cannot write a log: {error}");
+/// See [`LogError`].
+pub(crate) fn never_wait() -> Result<(), LogError> {
     // Not std's handle: it has a lock, and a write that does not end would hold it.
-    let file = File::from(io::stderr().as_fd().try_clone_to_owned().map_err(failed)?);
-    let writer =
-        LossyWriter::start("log", WAITING, StandardErrorSink(LineFile::new(file))).map_err(failed)?;
-    WRITER.set(writer).map_err(|_| "logging was started twice".to_owned())?;
+    let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let writer = LossyWriter::start("log", WAITING, StandardErrorSink(LineFile::new(file)))?;
+    WRITER.set(writer).map_err(|_| LogError::Twice)?;
     std::panic::set_hook(Box::new(on_panic));
     Ok(())
 }

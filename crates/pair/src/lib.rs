@@ -152,7 +152,7 @@ pub use primary::{
 };
 pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
-    StandbyStatus,
+    StandbyStatus, Unwelcome,
 };
 
 /// One connection. The primary's machine numbers those it dials; the standby's driver numbers those it

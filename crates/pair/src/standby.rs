@@ -4,11 +4,12 @@
 mod age;
 mod loss;
 mod types;
+mod unwelcome;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
+use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, VmId};
 
 use crate::claim::{Claim, Step};
 use crate::planted::{Planted, planted};
@@ -17,6 +18,7 @@ use crate::{Link, LossReason, Timing};
 pub use types::{
     Introduction, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote, StandbyStatus,
 };
+pub use unwelcome::Unwelcome;
 
 use StandbyAction as Action;
 use StandbyEvent as Event;
@@ -162,49 +164,26 @@ impl Standby {
     /// Whether a Hello would be accepted now.
     ///
     /// # Errors
-    /// The code and the words for the refusal.
-    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
-        if let Some(vm) = self.config.vm
-            && vm != hello.vm
+    /// See [`Unwelcome`].
+    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), Unwelcome> {
+        if let Some(served) = self.config.vm
+            && served != hello.vm
         {
-            return Err((
-                RefuseCode::WrongVm,
-                format!("this standby is kept for VM {vm}, not for {}", hello.vm),
-            ));
+            return Err(Unwelcome::WrongVm { served, introduced: hello.vm });
         }
-        let refuse = |code, text: &str| Err((code, text.to_owned()));
         match &self.state {
             State::Listening if self.gets_on(now, self.config.timing.dead_after * 2) => {}
-            State::Listening => {
-                return refuse(RefuseCode::Busy, "the thread of this standby that takes over stands still");
-            }
-            State::Discarding { .. } => {
-                return refuse(RefuseCode::Busy, "this standby still frees the memory of its last copy");
-            }
-            State::Base(_) | State::Committed { .. } => {
-                return refuse(RefuseCode::Busy, "another primary is attached");
-            }
-            State::Settling { .. } | State::Claiming { .. } => {
-                return refuse(
-                    RefuseCode::Busy,
-                    "this standby has lost its primary and is about to take over",
-                );
-            }
-            State::TakenOver => {
-                return refuse(RefuseCode::Busy, "this standby has taken a VM over and protects no other");
-            }
-            State::Leaving { .. } | State::Over => {
-                return refuse(RefuseCode::Leaving, "this standby is about to end");
-            }
+            State::Listening => return Err(Unwelcome::StandsStill),
+            State::Discarding { .. } => return Err(Unwelcome::Discarding),
+            State::Base(_) | State::Committed { .. } => return Err(Unwelcome::Attached),
+            State::Settling { .. } | State::Claiming { .. } => return Err(Unwelcome::TakingOver),
+            State::TakenOver => return Err(Unwelcome::TakenOver),
+            State::Leaving { .. } | State::Over => return Err(Unwelcome::Ending),
         }
         match self.seen {
-            Some((vm, seen)) if vm == hello.vm && hello.generation < seen => Err((
-                RefuseCode::StaleGeneration,
-                format!(
-                    "generation {} is out of date: this VM was seen in generation {seen}",
-                    hello.generation
-                ),
-            )),
+            Some((vm, seen)) if vm == hello.vm && hello.generation < seen => {
+                Err(Unwelcome::Stale { introduced: hello.generation, seen })
+            }
             _ => Ok(()),
         }
     }
@@ -312,8 +291,8 @@ impl Standby {
     }
 
     fn hello(&mut self, link: Link, hello: Introduction, out: &mut Vec<Action>) {
-        if let Err((code, text)) = self.would_accept(self.now, &hello) {
-            out.push(Action::Refuse { link, code, text });
+        if let Err(why) = self.would_accept(self.now, &hello) {
+            out.push(Action::Refuse { link, code: why.code(), text: why.to_string() });
             return;
         }
         let dead_after = self.config.timing.dead_after.max(hello.dead_after);

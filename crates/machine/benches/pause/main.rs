@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::BackendChoice;
 use outlive_machine::{
-    After, CaptureReport, Host, InPause, Machine, Options, Outgoing, OutputMode, PayloadOptions,
+    After, CaptureReport, Host, InPause, Machine, Options, Outgoing, OutputMode, PayloadOptions, SpillError,
 };
 
 use elf::elf;
@@ -43,7 +43,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _staging: &mut Outgoing) -> Result<(), SpillError> {
         Err("there are more pages than the guest writes".into())
     }
 }

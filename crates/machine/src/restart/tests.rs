@@ -20,7 +20,7 @@ use virtio_bindings::virtio_mmio::{
 
 use super::*;
 use crate::boot::linux::tests::bzimage;
-use crate::capture::{After, InPause};
+use crate::capture::{After, InPause, SpillError};
 use crate::devices::port::{NoSink, PortEnd};
 use crate::devices::valve::OutputMode;
 use crate::devices::virtio::blk::DiskOptions;
@@ -76,7 +76,7 @@ struct Nothing;
 impl InPause for Nothing {
     fn counted(&mut self, _pages: usize) {}
 
-    fn spill(&mut self, _outgoing: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, _outgoing: &mut Outgoing) -> Result<(), SpillError> {
         Err("a checkpoint in parts".into())
     }
 }

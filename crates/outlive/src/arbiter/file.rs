@@ -265,9 +265,7 @@ impl Arbiter for FileArbiter {
     fn prober(&self) -> Prober {
         let (directory, identity) = (self.directory.clone(), self.identity.clone());
         let twin = Self { directory, process: self.process, identity, won: HashSet::new() };
-        Box::new(move || {
-            twin.checked(|arbiter| arbiter.directory.try_writing()).map_err(|error| error.to_string())
-        })
+        Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()))
     }
 
     fn identity(&self) -> &str {

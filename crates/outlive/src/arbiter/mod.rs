@@ -37,7 +37,7 @@ pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 use crate::process;
 
 /// Tries whether an arbiter could be claimed at; see [`Arbiter::prober`].
-pub type Prober = Box<dyn FnMut() -> Result<(), String> + Send>;
+pub type Prober = Box<dyn FnMut() -> Result<(), ArbiterError> + Send>;
 
 /// The answer to a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::Prober;
+use super::{ArbiterError, Prober};
 use crate::events::{Event, EventWriter};
 
 /// Time between two probes.
@@ -97,7 +97,7 @@ impl Watcher {
     fn run(
         mut self,
         ask: &Sender<()>,
-        answers: &Receiver<Result<(), String>>,
+        answers: &Receiver<Result<(), ArbiterError>>,
         ended: &Receiver<()>,
         (every, patience): (Duration, Duration),
     ) {
@@ -116,7 +116,7 @@ impl Watcher {
             };
             match answer {
                 Ok(()) => self.seen(),
-                Err(why) => self.lost(why),
+                Err(error) => self.lost(error.to_string()),
             }
             if ended.recv_timeout(every) != Err(RecvTimeoutError::Timeout) {
                 return;
@@ -167,7 +167,7 @@ fn lock(sight: &Mutex<Sight>) -> MutexGuard<'_, Sight> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbiter::{Arbiter, FileArbiter};
+    use crate::arbiter::{Arbiter, ArbiterFault, FileArbiter};
 
     const SOON: Duration = Duration::from_millis(2);
     const BOUND: Duration = Duration::from_secs(60);
@@ -220,7 +220,8 @@ mod tests {
     #[test]
     fn a_probe_that_hangs_is_a_loss_and_holds_nobody_up() {
         let (go, gate) = channel::<()>();
-        let prober: Prober = Box::new(move || gate.recv().map_err(|_| "gone".to_owned()));
+        let gone = |_| ArbiterError { directory: "/arbiter".into(), fault: ArbiterFault::ClaimGone };
+        let prober: Prober = Box::new(move || gate.recv().map_err(gone));
         let (events, heard) = observed();
         let watch = Watch::with(prober, events, Here::Waits, (SOON, SOON * 5)).unwrap();
         assert!(

@@ -1,15 +1,19 @@
 //! From a command to its exit code.
 
 use outlive_epoch::EndReason;
+use outlive_machine::{HostError, LockError};
 use outlive_pair::{ExitReason, StandbyExit};
 
-use super::part;
+use super::part::{self, PartError};
+use super::standby::ItsOwnStandby;
 use super::{Command, RunOptions, StandbyOptions};
 use crate::disk::Part;
 use crate::events::{Event, Role};
-use crate::standby::{Door, Outcome, Post};
-use crate::status::{Server, Standing};
-use crate::vm::{self, End, Launch};
+use crate::logs::LogError;
+use crate::primary::StartError;
+use crate::standby::{Door, DoorError, Outcome, Post, PostError};
+use crate::status::{Server, ServerError, Standing};
+use crate::vm::{self, End, Launch, Remedied};
 use crate::{arbiter, check, console, demo, disk, exit, logs, notify, primary, sentinel, status, ui};
 
 impl Command {
@@ -29,28 +33,65 @@ impl Command {
     }
 }
 
+/// Why neither a VM nor a standby begins.
+#[derive(Debug, thiserror::Error)]
+enum BeginError {
+    /// Nothing can be logged.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// Memory cannot be locked, as `--lock-memory` wants it.
+    #[error(transparent)]
+    LockMemory(#[from] Remedied<LockError>),
+    /// The options name this host as its own standby.
+    #[error(transparent)]
+    Itself(#[from] ItsOwnStandby),
+    /// Nobody can say whether this host starts the VM or waits.
+    #[error(transparent)]
+    Part(#[from] PartError),
+    /// An option is missing.
+    #[error("--or-standby needs --listen and --arbiter")]
+    CannotWait,
+    /// `outlive status` would get no answer.
+    #[error(transparent)]
+    Status(#[from] ServerError),
+    /// The address of a standby is not free.
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    /// The VM cannot be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// This host cannot be a standby.
+    #[error(transparent)]
+    Post(#[from] PostError),
+    /// This host cannot be a standby later, because it cannot run a VM.
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
+
 fn run(options: &RunOptions) -> u8 {
     sentinel::start();
-    let ready = logs::never_wait().and_then(|()| {
-        vm::lock_memory(options.active.lock_memory)?;
-        if let Some(standby) = options.as_standby(None) {
-            standby.refuse_itself()?;
-        }
-        match part::of(options)? {
-            Part::Starts { .. } => start(options),
-            Part::Waits { why, name } => wait(options, &why, name.as_deref()),
-        }
-    });
-    match ready {
+    match begin_run(options) {
         Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
         Err(line) => exit::usage(line),
+    }
+}
+
+fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
+    logs::never_wait()?;
+    vm::lock_memory(options.active.lock_memory)?;
+    if let Some(standby) = options.as_standby(None) {
+        standby.refuse_itself()?;
+    }
+    match part::of(options)? {
+        Part::Starts { .. } => start(options),
+        Part::Waits { why, name } => wait(options, &why, name.as_deref()),
     }
 }
 
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
-fn start(options: &RunOptions) -> Result<Ready, String> {
+fn start(options: &RunOptions) -> Result<Ready, BeginError> {
     let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
     // Before the VM, so that a bad place is refused before anything is done.
     let server = Server::open(options.active.status.as_deref(), &standing)?;
@@ -69,15 +110,15 @@ fn start(options: &RunOptions) -> Result<Ready, String> {
 }
 
 /// Waits although a VM could be started, because this host is not the one to start it.
-fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, String> {
-    let standby = options.as_standby(name).ok_or("--or-standby needs --listen and --arbiter")?;
+fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
+    let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
     let (server, post) = stand_by(&standby, why)?;
     tracing::warn!("this host does not start the VM and waits as its standby: {why}");
     post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
     Ok((server, None, Some(post)))
 }
 
-fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), String> {
+fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
@@ -87,14 +128,16 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
 
 fn standby(options: &StandbyOptions) -> u8 {
     sentinel::start();
-    let ready = logs::never_wait().and_then(|()| {
-        vm::lock_memory(options.active.lock_memory)?;
-        stand_by(options, "no primary has come yet")
-    });
-    match ready {
+    match begin_standby(options) {
         Ok((_server, post)) => Life::begin(None, Some(post), None),
         Err(line) => exit::usage(line),
     }
+}
+
+fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
+    logs::never_wait()?;
+    vm::lock_memory(options.active.lock_memory)?;
+    stand_by(options, "no primary has come yet")
 }
 
 /// The life of a process that has a VM or waits for one. After a takeover a standby is the VM's primary, and
@@ -168,7 +211,7 @@ impl<'a> Life<'a> {
                     return false;
                 }
                 Err(why) => {
-                    *end = End::Failed(why);
+                    *end = End::Failed(why.to_string());
                     return false;
                 }
             }

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::RunOptions;
-use crate::disk::{Part, STUCK};
+use crate::arbiter::ArbiterSpecError;
+use crate::disk::{self, Part, STUCK};
 use crate::primary::{Answer, ask};
 use crate::{arbiter, notify};
 
@@ -16,19 +17,29 @@ const SLOW_TAKEOVER: Duration = STUCK.saturating_add(TAKEOVER);
 /// Time between two questions.
 const AGAIN: Duration = Duration::from_millis(500);
 
+/// Why the part of this host is unknown.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PartError {
+    /// The option `--arbiter` is wrong.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// Images and arbiter do not say.
+    #[error(transparent)]
+    Undecided(#[from] disk::PartError),
+}
+
 /// Decides. A VM that another host may be about to take over is left to it for a while: then that host has a
 /// running copy of what this one could only boot again.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(super) fn of(options: &RunOptions) -> Result<Part, String> {
+/// See [`PartError`].
+pub(super) fn of(options: &RunOptions) -> Result<Part, PartError> {
     let now = Part::Starts { after: Duration::ZERO, may_be_taken_over: false };
     let Some(place) = options.arbiter.as_deref().filter(|_| options.or_standby) else { return Ok(now) };
     let written: Vec<&Path> =
         options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    let mut arbiter = arbiter::parse(place).map_err(|e| e.to_string())?;
-    let mut decide =
-        || Part::decide(&written, arbiter.as_mut(), options.name.as_deref()).map_err(|e| e.to_string());
+    let mut arbiter = arbiter::parse(place)?;
+    let mut decide = || Part::decide(&written, arbiter.as_mut(), options.name.as_deref());
     let began = Instant::now();
     let mut said = None;
     loop {

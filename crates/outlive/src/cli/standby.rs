@@ -43,17 +43,22 @@ pub struct StandbyOptions {
     pub active: ActiveOptions,
 }
 
+/// A standby that would have itself for a standby once the VM runs here.
+#[derive(Debug, thiserror::Error)]
+#[error("--standby {standby} is this host itself (--listen {listen}): give the other host's address")]
+pub(crate) struct ItsOwnStandby {
+    standby: String,
+    listen: String,
+}
+
 impl StandbyOptions {
     /// Refuses a standby that would be its own, as far as that can be known without asking a name server.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn refuse_itself(&self) -> Result<(), String> {
+    /// See [`ItsOwnStandby`].
+    pub(crate) fn refuse_itself(&self) -> Result<(), ItsOwnStandby> {
         match self.active.standbys.iter().find(|standby| self.listens_at(standby)) {
-            Some(standby) => Err(format!(
-                "--standby {standby} is this host itself (--listen {}): give the other host's address",
-                self.listen
-            )),
+            Some(standby) => Err(ItsOwnStandby { standby: standby.clone(), listen: self.listen.clone() }),
             None => Ok(()),
         }
     }

@@ -27,14 +27,36 @@ pub fn command(options: &ConsoleOptions) -> u8 {
     }
 }
 
-fn attach(options: &ConsoleOptions) -> Result<u8, String> {
+/// What helps against a wrong path.
+const HINT: &str = "give the directory that outlive run or standby has as --console";
+
+/// Why nothing is attached.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    /// There is no such socket.
+    #[error("there is no console at {}: {HINT}", .0.display())]
+    NoConsole(PathBuf),
+    /// The VM has ended or moved.
+    #[error("no VM has its console at {} now: {HINT}", .0.display())]
+    NoVm(PathBuf),
+    /// The socket is for its owner only.
+    #[error("the console at {} belongs to another user: attach as the one who runs the VM", .0.display())]
+    OfAnotherUser(PathBuf),
+    /// The operating system refuses for another reason.
+    #[error("cannot attach to {}: {source}; {HINT}", .path.display())]
+    Refused { path: PathBuf, source: io::Error },
+    /// The person's end.
+    #[error("cannot use this terminal: {0}")]
+    Terminal(#[from] io::Error),
+}
+
+fn attach(options: &ConsoleOptions) -> Result<u8, AttachError> {
     let (path, socket) = connect(&options.path)?;
-    let failed = |error: io::Error| format!("cannot use this terminal: {error}");
-    let keyboard = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
-    let screen = File::from(io::stdout().as_fd().try_clone_to_owned().map_err(failed)?);
-    let signals = Signals::take(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT]).map_err(failed)?;
+    let keyboard = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let screen = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let signals = Signals::take(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
     // Last, so that no error finds the terminal raw.
-    let terminal = RawTerminal::take(&keyboard).map_err(failed)?;
+    let terminal = RawTerminal::take(&keyboard)?;
     let is_terminal = terminal.is_some();
     if is_terminal {
         logs::say(&format!("[attached to {}; Ctrl-] detaches]\r", path.display()));
@@ -79,23 +101,17 @@ fn farewell(end: io::Result<End>, is_terminal: bool) -> u8 {
 }
 
 /// The socket that an argument names: itself, or the serial port's in a directory.
-fn connect(path: &Path) -> Result<(PathBuf, UnixStream), String> {
+fn connect(path: &Path) -> Result<(PathBuf, UnixStream), AttachError> {
     let path = if path.is_dir() { path.join("serial") } else { path.to_owned() };
-    let hint = "give the directory that outlive run or standby has as --console";
-    let socket = UnixStream::connect(&path).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => format!("there is no console at {}: {hint}", path.display()),
-        ErrorKind::ConnectionRefused => {
-            format!("no VM has its console at {} now: {hint}", path.display())
-        }
-        ErrorKind::PermissionDenied => {
-            format!(
-                "the console at {} belongs to another user: attach as the one who runs the VM",
-                path.display()
-            )
-        }
-        _ => format!("cannot attach to {}: {error}; {hint}", path.display()),
-    })?;
-    Ok((path, socket))
+    match UnixStream::connect(&path) {
+        Ok(socket) => Ok((path, socket)),
+        Err(source) => Err(match source.kind() {
+            ErrorKind::NotFound => AttachError::NoConsole(path),
+            ErrorKind::ConnectionRefused => AttachError::NoVm(path),
+            ErrorKind::PermissionDenied => AttachError::OfAnotherUser(path),
+            _ => AttachError::Refused { path, source },
+        }),
+    }
 }
 
 /// How an attachment ended.

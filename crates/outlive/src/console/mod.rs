@@ -26,6 +26,7 @@ mod terminal;
 mod tests;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::signal::Signal;
@@ -67,6 +68,33 @@ impl Port {
     }
 }
 
+/// Why there is no console.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConsoleError {
+    /// The operating system refuses something.
+    #[error("cannot start the console: {0}")]
+    Start(#[from] io::Error),
+    /// Another VM is shown in that directory.
+    #[error("another VM has its console at {}: give --console another directory", .0.display())]
+    Taken(PathBuf),
+    /// The path is no name for a socket.
+    #[error("{0}: give --console a shorter path")]
+    TooLong(#[source] BindError),
+    /// There can be no socket in that directory.
+    #[error("{0}: give --console another directory")]
+    NoSocket(#[source] BindError),
+}
+
+impl From<BindError> for ConsoleError {
+    fn from(error: BindError) -> Self {
+        match error {
+            BindError::Taken(path) => Self::Taken(path),
+            BindError::TooLong(_) => Self::TooLong(error),
+            _ => Self::NoSocket(error),
+        }
+    }
+}
+
 /// The host's ends of the guest's ports, and their clients. It is made before the machine and closed after
 /// it; then the sockets are gone and the terminal is as it was.
 #[derive(Debug)]
@@ -82,40 +110,39 @@ impl Console {
     /// terminal.
     ///
     /// # Errors
-    /// One line with the remedy.
+    /// See [`ConsoleError`].
     pub(crate) fn open(
         spec: Option<&ConsoleSpec>,
         stop: impl Fn(&'static str) + Send + Clone + 'static,
-    ) -> Result<Self, String> {
-        let failed = |error: io::Error| format!("cannot start the console: {error}");
-        let mut ends = Vec::new();
+    ) -> Result<Self, ConsoleError> {
         let mut ports = Vec::new();
-        for port in Port::ALL {
-            let hub = Arc::new(Hub::new().map_err(failed)?);
-            let end = PortEnd::new(hub.clone()).map_err(failed)?;
+        let mut make = |port: Port| -> Result<PortEnd, ConsoleError> {
+            let hub = Arc::new(Hub::new()?);
+            let end = PortEnd::new(hub.clone())?;
             let listener = match spec {
                 Some(ConsoleSpec::Directory(directory)) => {
-                    Some(Listener::bind(&directory.join(port.name())).map_err(no_socket)?)
+                    Some(Listener::bind(&directory.join(port.name()))?)
                 }
                 _ => None,
             };
             let stdio = match (spec, port) {
                 (Some(ConsoleSpec::Stdio), Port::Serial) => {
-                    on_hangup(stop.clone()).map_err(failed)?;
-                    Some(Stdio::take(&hub, Box::new(stop.clone())).map_err(failed)?)
+                    on_hangup(stop.clone())?;
+                    Some(Stdio::take(&hub, Box::new(stop.clone()))?)
                 }
                 _ => None,
             };
             let (input, log) = (end.input.clone(), LineLog::new(port.name()));
             ports.push(Served { hub, input, log, listener, stdio, clients: Vec::new(), logged: 0 });
-            ends.push(end);
-        }
+            Ok(end)
+        };
+        let [serial, hvc0] = Port::ALL;
+        let ends = [make(serial)?, make(hvc0)?];
         // At a person's terminal, its end is the VM's.
         if !matches!(spec, Some(ConsoleSpec::Stdio)) {
-            process::outlive_the_terminal().map_err(failed)?;
+            process::outlive_the_terminal()?;
         }
-        let server = Server::start(ports).map_err(failed)?;
-        let ends = ends.try_into().map_err(|_| "a port is missing".to_owned())?;
+        let server = Server::start(ports)?;
         Ok(Self { ends, shown: spec.is_some(), server: Mutex::new(Some(server)) })
     }
 
@@ -135,16 +162,6 @@ impl Console {
     /// terminal back. For a process that ends while other threads still hold the console.
     pub(crate) fn close(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-}
-
-fn no_socket(error: BindError) -> String {
-    match &error {
-        BindError::Taken(path) => {
-            format!("another VM has its console at {}: give --console another directory", path.display())
-        }
-        BindError::TooLong(_) => format!("{error}: give --console a shorter path"),
-        _ => format!("{error}: give --console another directory"),
     }
 }
 

@@ -267,10 +267,12 @@ mod tests {
 
     const VM: VmId = VmId([9; 16]);
 
-    fn printed(work: impl FnOnce(&mut Vec<u8>) -> Result<(), CommandError>) -> (String, Result<(), String>) {
+    fn printed(
+        work: impl FnOnce(&mut Vec<u8>) -> Result<(), CommandError>,
+    ) -> (String, Result<(), CommandError>) {
         let mut out = Vec::new();
         let result = work(&mut out);
-        (String::from_utf8(out).unwrap(), result.map_err(|error| error.to_string()))
+        (String::from_utf8(out).unwrap(), result)
     }
 
     #[test]
@@ -300,7 +302,10 @@ mod tests {
         assert_eq!((&json[0]["vm"], &json[0]["whole"]), (&VM.to_string().into(), &false.into()));
 
         let (text, refused) = accept(false);
-        assert!(text.contains(&VM.to_string()) && refused.unwrap_err().contains("add --yes"), "{text}");
+        assert!(
+            text.contains(&VM.to_string()) && refused.unwrap_err().to_string().contains("add --yes"),
+            "{text}"
+        );
         assert_eq!(Sidecar::read(&image).unwrap(), Some(torn));
         accept(true).1.unwrap();
         let now = Sidecar::read(&image).unwrap().unwrap();
@@ -321,7 +326,7 @@ mod tests {
         held.lock().unwrap();
         assert!(show(false).ends_with("  in use now\n"), "{}", show(false));
         assert!(show(false).contains("VM (no name) ("), "{}", show(false));
-        assert!(accept(true).1.unwrap_err().contains("is in use"));
+        assert!(accept(true).1.unwrap_err().to_string().contains("is in use"));
     }
 
     #[test]
@@ -335,7 +340,7 @@ mod tests {
             let path = [path.to_owned()];
             let (text, shown) = printed(|out| show(&path, None, false, out));
             let accepted = printed(|out| accept(&path, None, None, true, out)).1;
-            for refused in [shown.unwrap_err(), accepted.unwrap_err()] {
+            for refused in [shown.unwrap_err().to_string(), accepted.unwrap_err().to_string()] {
                 assert!(text.is_empty() && refused.contains(why), "{text}{refused}");
             }
         }

@@ -5,19 +5,41 @@
 //! operator has said `overwrite`.
 
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::blank::{self, Content};
 use super::provenance::{Accepted, DangerKind, Provenance};
-use super::sidecar::Sidecar;
+use super::sidecar::{Sidecar, SidecarError};
 use super::standing::Standing;
 use super::start::record;
-use crate::arbiter::Arbiter;
+use crate::arbiter::{Arbiter, ArbiterError};
 
 /// How long an image without a sidecar is searched, apart from its ends, while a primary waits for the
 /// answer.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Why an image is not overwritten.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OverwriteError {
+    /// Its sidecar cannot be read.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// It cannot be searched for data.
+    #[error("cannot read {}: {source}", .image.display())]
+    Read { image: PathBuf, source: io::Error },
+    /// The arbiter does not answer.
+    #[error("the arbiter cannot say what the standby's images are: {0}")]
+    Unknown(#[source] ArbiterError),
+    /// It may be the only copy of something.
+    #[error(
+        "the disk image {} holds {holds}: nothing is overwritten; give the right image, or say --disk \
+         path=...,overwrite",
+        .image.display()
+    )]
+    Holds { image: PathBuf, holds: String },
+}
 
 /// An image of a standby, opened for writing, and whether it may be overwritten.
 pub(crate) struct Target<'a> {
@@ -34,15 +56,15 @@ impl Target<'_> {
     /// operator's word accepted, if it was needed.
     ///
     /// # Errors
-    /// One line with the remedy.
+    /// See [`OverwriteError`].
     pub(crate) fn check(
         &self,
         provenance: &Provenance,
         generation: u64,
         arbiter: &mut (dyn Arbiter + 'static),
-    ) -> Result<Option<Accepted>, String> {
+    ) -> Result<Option<Accepted>, OverwriteError> {
         let holds = match Sidecar::read(self.path) {
-            Err(error) if !self.overwrite => return Err(error.to_string()),
+            Err(error) if !self.overwrite => return Err(error.into()),
             Err(error) => Some(format!("an image whose sidecar is damaged: {error}")),
             Ok(None) => self.data()?.map(|at| format!("data (at byte {at}) and is no standby's copy")),
             Ok(Some(sidecar)) => stranger(&sidecar, provenance, generation, arbiter)?,
@@ -54,17 +76,14 @@ impl Target<'_> {
                 tracing::warn!(image = %self.path.display(), "OVERWRITTEN as asked for: {about}");
                 Ok(Some(record(DangerKind::Overwrite, about)))
             }
-            Some(holds) => Err(format!(
-                "the disk image {} holds {holds}: nothing is overwritten; give the right image, or say --disk path=...,overwrite",
-                self.path.display()
-            )),
+            Some(holds) => Err(OverwriteError::Holds { image: self.path.to_owned(), holds }),
         }
     }
 
     /// The place of the image's first data.
-    fn data(&self) -> Result<Option<u64>, String> {
+    fn data(&self) -> Result<Option<u64>, OverwriteError> {
         let found = blank::scan(self.file, PATIENCE);
-        match found.map_err(|e| format!("cannot read {}: {e}", self.path.display()))? {
+        match found.map_err(|source| OverwriteError::Read { image: self.path.to_owned(), source })? {
             Content::Data { at } => Ok(Some(at)),
             Content::Blank => Ok(None),
             Content::BlankInSamples => {
@@ -84,12 +103,10 @@ fn stranger(
     provenance: &Provenance,
     generation: u64,
     arbiter: &mut (dyn Arbiter + 'static),
-) -> Result<Option<String>, String> {
+) -> Result<Option<String>, OverwriteError> {
     let Provenance { vm, name, .. } = &sidecar.provenance;
     // Its process may have won a generation and died before the sidecar said so; the arbiter knows.
-    let own = Standing::of(sidecar, Some(arbiter))
-        .map_err(|why| format!("the arbiter cannot say what the standby's images are: {why}"))?
-        .generation;
+    let own = Standing::of(sidecar, Some(arbiter)).map_err(OverwriteError::Unknown)?.generation;
     if provenance.includes(generation, *vm, own) {
         return Ok(None);
     }

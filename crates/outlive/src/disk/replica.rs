@@ -7,6 +7,7 @@
 //! checkpoint, and so slows the guest down; the reader keeps reading the link meanwhile.
 
 mod claims;
+mod error;
 mod queue;
 mod worker;
 
@@ -25,7 +26,8 @@ use super::book::Book;
 use super::image::{Sum, chunks};
 use super::provenance::{Accepted, Provenance};
 use super::sidecar::CopyEnd;
-use super::sidecars::{Image, Sidecars};
+use super::sidecars::{Image, Sidecars, SidecarsError};
+pub(crate) use error::{ReplicaEndError, ReplicaError, ReplicaStartError, UnfitError};
 use queue::{Job, Queue};
 use worker::Worker;
 
@@ -70,9 +72,9 @@ pub(crate) enum DiskEvent {
         checkpoint: u64,
     },
     /// The sidecars say, durably, that the copy was given up; or why they do not.
-    Released(Result<(), String>),
+    Released(Result<(), SidecarsError>),
     /// The disks are of no further use.
-    Failed(String),
+    Failed(Arc<ReplicaError>),
 }
 
 /// The standby's disks. Dropping it brings them to the last commit, durably, and ends the thread.
@@ -89,15 +91,15 @@ impl Replica {
     /// a disk that both hosts share.
     ///
     /// # Errors
-    /// One line.
+    /// See [`ReplicaStartError`].
     pub(crate) fn start(
         disks: Vec<Option<ReplicaDisk>>,
         provenance: Provenance,
         generation: u64,
         tell: impl Fn(DiskEvent) + Send + 'static,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, ReplicaStartError> {
         let claimed = claims::claim(&disks)?;
-        let no_thread = |error| format!("the standby cannot start a thread: {error}");
+        let no_thread = ReplicaStartError::NoThread;
         let queue = Arc::new(Queue::default());
         let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();
         let written = disks.iter().enumerate().filter_map(|(index, disk)| {
@@ -126,15 +128,13 @@ impl Replica {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub(crate) fn sums(&self, window: &DiskSums<'_>) -> Result<(), String> {
+    pub(crate) fn sums(&self, window: &DiskSums<'_>) -> Result<(), UnfitError> {
         let DiskSums { disk, first, count, sums } = *window;
         let known = self.disks.get(usize::from(disk)).copied().flatten();
-        let (bytes, _) = known.ok_or_else(|| format!("sums of disk {disk}, which is not replicated"))?;
-        if first + u64::from(count) > chunks(bytes) {
-            return Err(format!(
-                "sums of chunks {first}+{count} of disk {disk}, which has {}",
-                chunks(bytes)
-            ));
+        let (bytes, _) = known.ok_or(UnfitError::SumsOfNone(disk))?;
+        let has = chunks(bytes);
+        if first + u64::from(count) > has {
+            return Err(UnfitError::SumsBeyond { disk, first, count, has });
         }
         self.push_base(Job::Sums { disk, first, count, sums: sums.map(<[Sum]>::to_vec) })
     }
@@ -143,24 +143,24 @@ impl Replica {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub(crate) fn blocks(&self, blocks: UncheckedRecords<'_>) -> Result<(), String> {
+    pub(crate) fn blocks(&self, blocks: UncheckedRecords<'_>) -> Result<(), UnfitError> {
         let mut records = self.queue.buffer();
-        records.empty_for(blocks.len()).map_err(|_| "no memory for the blocks of a disk")?;
-        records.check_and_append(blocks, &self.sizes()).map_err(|error| error.to_string())?;
+        records.empty_for(blocks.len()).map_err(|_| UnfitError::NoMemory)?;
+        records.check_and_append(blocks, &self.sizes())?;
         if records.has_flush() {
-            return Err("a flush among the blocks of a disk".into());
+            return Err(UnfitError::Flush);
         }
         let bytes = records.iter().map(|block| block.len()).sum();
         let wanted =
             self.queue.wanted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |w| w.checked_sub(bytes));
-        wanted.map_err(|_| "blocks that were not asked for".to_owned())?;
+        wanted.map_err(|_| UnfitError::NotWanted)?;
         self.push_base(Job::Blocks(records))
     }
 
-    fn push_base(&self, job: Job) -> Result<(), String> {
+    fn push_base(&self, job: Job) -> Result<(), UnfitError> {
         let waiting = self.queue.lock();
         if waiting.bytes + job.bytes() > BASE_BYTES {
-            return Err("more bytes of the disks than may be under way".into());
+            return Err(UnfitError::TooMuch);
         }
         self.queue.push(waiting, job);
         Ok(())
@@ -194,10 +194,10 @@ impl Replica {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub(crate) fn check_hashes(&self, hashes: &[DiskHash]) -> Result<(), String> {
+    pub(crate) fn check_hashes(&self, hashes: &[DiskHash]) -> Result<(), UnfitError> {
         let sizes = self.sizes();
         match hashes.iter().find(|it| sizes.get(usize::from(it.disk)).is_none_or(|size| *size == 0)) {
-            Some(it) => Err(format!("a hash of disk {}, which is not replicated", it.disk)),
+            Some(it) => Err(UnfitError::HashOfNone(it.disk)),
             None => Ok(()),
         }
     }
@@ -231,19 +231,15 @@ impl Replica {
     ///
     /// # Errors
     /// What failed, now or before.
-    pub(crate) fn leave(&self, end: Option<CopyEnd>) -> Result<(), String> {
+    pub(crate) fn leave(&self, end: Option<CopyEnd>) -> Result<(), ReplicaEndError> {
         let (done, answer) = channel();
         self.queue.push(self.queue.lock(), Job::Leave { end, done });
         loop {
             match answer.recv_timeout(Duration::from_millis(100)) {
-                Ok(result) => return result,
-                Err(RecvTimeoutError::Timeout) if self.is_stuck() => {
-                    return Err(
-                        "they do not answer; the journal has what is committed and not in the images".into(),
-                    );
-                }
+                Ok(result) => return Ok(result?),
+                Err(RecvTimeoutError::Timeout) if self.is_stuck() => return Err(ReplicaEndError::NoAnswer),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err("the thread of the disks is gone".into()),
+                Err(RecvTimeoutError::Disconnected) => return Err(ReplicaEndError::NoThread),
             }
         }
     }
@@ -254,10 +250,10 @@ impl Replica {
     ///
     /// # Errors
     /// What failed, now or before. That a sidecar cannot be written is no failure.
-    pub(crate) fn become_primary(&self, generation: u64) -> Result<(), String> {
+    pub(crate) fn become_primary(&self, generation: u64) -> Result<(), ReplicaEndError> {
         let (done, answer) = channel();
         self.queue.push(self.queue.lock(), Job::BecomePrimary { generation, done });
-        answer.recv().unwrap_or_else(|_| Err("the thread of the disks is gone".into()))
+        Ok(answer.recv().map_err(|_| ReplicaEndError::NoThread)??)
     }
 
     /// The keeper of the images' sidecars, which outlives this.

@@ -36,6 +36,25 @@ pub(super) fn nobody_writes(patience: Duration) -> Option<MutexGuard<'static, ()
     }
 }
 
+/// Why the sidecars do not say what they must.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum SidecarsError {
+    /// The last attempt failed.
+    #[error(transparent)]
+    Failed(#[from] Arc<WriteError>),
+    /// An attempt takes long.
+    #[error("the file system of the disk images' .outlive files does not answer")]
+    NoAnswer,
+}
+
+/// A sidecar could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}: {source}", .file.display())]
+pub(crate) struct WriteError {
+    file: PathBuf,
+    source: io::Error,
+}
+
 /// What the sidecars of all images of a VM must say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Saying {
@@ -93,7 +112,7 @@ struct State {
     said: u64,
     done: u64,
     /// Why the last attempt failed, if it did.
-    failed: Option<String>,
+    failed: Option<Arc<WriteError>>,
     closed: bool,
 }
 
@@ -128,17 +147,17 @@ impl Sidecars {
     ///
     /// # Errors
     /// Why it is not durable; the thread tries again.
-    pub(crate) fn written_within(&self, patience: Duration) -> Result<(), String> {
+    pub(crate) fn written_within(&self, patience: Duration) -> Result<(), SidecarsError> {
         let deadline = Instant::now() + patience;
         let mut state = self.shared.lock();
         let said = state.said;
         while state.done < said {
             if let Some(why) = &state.failed {
-                return Err(why.clone());
+                return Err(why.clone().into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err("the file system of the disk images' .outlive files does not answer".into());
+                return Err(SidecarsError::NoAnswer);
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -194,13 +213,14 @@ impl Keeper {
                     }
                 }
                 Err(why) => {
-                    if warned.as_ref() != Some(&why) {
-                        tracing::warn!("{why}; Outlive tries again, and the VM does not wait for it");
-                        warned = Some(why.clone());
+                    let text = why.to_string();
+                    if warned.as_ref() != Some(&text) {
+                        tracing::warn!("{text}; Outlive tries again, and the VM does not wait for it");
+                        warned = Some(text);
                     }
                     // A newer statement came meanwhile: try that one at once.
                     if state.said == number {
-                        state.failed = Some(why);
+                        state.failed = Some(Arc::new(why));
                     }
                 }
             }
@@ -228,7 +248,7 @@ impl Keeper {
         }
     }
 
-    fn write(&self, saying: &Saying) -> Result<(), String> {
+    fn write(&self, saying: &Saying) -> Result<(), WriteError> {
         let Saying { generation, role, whole, end, checkpoint, journal, obsolete } = saying.clone();
         for Image { disk, path: image, accepted } in &self.images {
             let sidecar = Sidecar {
@@ -243,9 +263,7 @@ impl Keeper {
                 process: Some(self.process.to_owned()),
                 accepted: accepted.iter().cloned().collect(),
             };
-            sidecar
-                .write(image)
-                .map_err(|e| format!("cannot write {}: {e}", beside(image, "outlive").display()))?;
+            sidecar.write(image).map_err(|source| WriteError { file: beside(image, "outlive"), source })?;
         }
         if let Some(path) = obsolete
             && let Err(error) = fs::remove_file(&path)
@@ -293,7 +311,7 @@ mod tests {
         let blocked = beside(&image, "outlive.new");
         fs::create_dir(&blocked).unwrap();
         sidecars.say(Saying { obsolete: Some(journal.clone()), ..Saying::primary(4) });
-        let why = sidecars.written_within(SOON).unwrap_err();
+        let why = sidecars.written_within(SOON).unwrap_err().to_string();
         assert!(why.contains("cannot write") && why.contains("root.img.outlive"), "{why}");
         sidecars.say(Saying::primary(5));
         assert!(sidecars.written_within(SOON).is_err());

@@ -50,14 +50,21 @@ pub(crate) struct EventsTo {
     pub(crate) keep: u32,
 }
 
+/// The event stream cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write events to {}: {source}; give --events another file", .path.display())]
+pub(crate) struct EventsError {
+    path: PathBuf,
+    source: io::Error,
+}
+
 /// Opens the event stream of an option.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(crate) fn open(to: &EventsTo) -> Result<EventWriter, String> {
+/// See [`EventsError`].
+pub(crate) fn open(to: &EventsTo) -> Result<EventWriter, EventsError> {
     let Some(path) = &to.path else { return Ok(EventWriter::disabled()) };
-    EventWriter::open_with(path, to.max, to.keep)
-        .map_err(|e| format!("cannot write events to {}: {e}; give --events another file", path.display()))
+    EventWriter::open_with(path, to.max, to.keep).map_err(|source| EventsError { path: path.clone(), source })
 }
 
 impl EventWriter {

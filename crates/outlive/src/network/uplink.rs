@@ -73,8 +73,40 @@ pub(crate) struct Place {
     pub(crate) lost_after: Duration,
 }
 
+/// What keeps this host from the clients.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CutOff {
+    /// The bridge was there once.
+    #[error("the bridge {0} is gone")]
+    BridgeGone(String),
+    /// The bridge is switched off.
+    #[error("the bridge {0} is down")]
+    BridgeDown(String),
+    /// The VM's tap is not there.
+    #[error("the tap {0} is gone")]
+    TapGone(String),
+    /// The VM's tap is switched off.
+    #[error("the tap {0} is down")]
+    TapDown(String),
+    /// The VM's tap is connected to nothing.
+    #[error("the tap {0} is in no bridge any more")]
+    TapAlone(String),
+    /// The uplink that the user has named is not there.
+    #[error("the uplink {0} is gone")]
+    UplinkGone(String),
+    /// The last uplink has left the bridge.
+    #[error("the uplink {0} is no port of the bridge any more")]
+    UplinkAlone(String),
+    /// All uplinks are switched off.
+    #[error("the uplink {0} is down")]
+    UplinkDown(String),
+    /// No uplink has a carrier.
+    #[error("the uplink {0} has no carrier")]
+    NoCarrier(String),
+}
+
 /// What is seen: `Ok`, or why the clients cannot be reached; `None` if nothing tells.
-pub(crate) type Sight = Option<Result<(), String>>;
+pub(crate) type Sight = Option<Result<(), CutOff>>;
 
 type Listener = Box<dyn Fn(&Sight) + Send>;
 
@@ -265,17 +297,17 @@ impl Known {
         }
         let bridge = self.bridge.as_deref().map(|name| named(name).ok_or(name));
         let bridge = match bridge {
-            Some(Err(name)) => return lost(format!("the bridge {name} is gone")),
-            Some(Ok(bridge)) if !bridge.up => return lost(format!("the bridge {} is down", bridge.name)),
+            Some(Err(name)) => return lost(CutOff::BridgeGone(name.into())),
+            Some(Ok(bridge)) if !bridge.up => return lost(CutOff::BridgeDown(bridge.name.clone())),
             Some(Ok(bridge)) => Some(bridge),
             None => None,
         };
         if runs_here {
             match tap {
-                None => return lost(format!("the tap {} is gone", place.tap)),
-                Some(tap) if !tap.up => return lost(format!("the tap {} is down", place.tap)),
+                None => return lost(CutOff::TapGone(place.tap.clone())),
+                Some(tap) if !tap.up => return lost(CutOff::TapDown(place.tap.clone())),
                 Some(tap) if self.bridge.is_some() && tap.bridge.is_none() => {
-                    return lost(format!("the tap {} is in no bridge any more", place.tap));
+                    return lost(CutOff::TapAlone(place.tap.clone()));
                 }
                 Some(_) => {}
             }
@@ -283,7 +315,7 @@ impl Known {
         match &place.uplink {
             UplinkSpec::None => None,
             UplinkSpec::Named(name) => match named(name) {
-                None => lost(format!("the uplink {name} is gone")),
+                None => lost(CutOff::UplinkGone(name.clone())),
                 Some(link) => of_uplinks(&[link]),
             },
             UplinkSpec::Auto => {
@@ -298,9 +330,7 @@ impl Known {
                 }
                 match &self.uplink {
                     None => None,
-                    Some(gone) if uplinks.is_empty() => {
-                        lost(format!("the uplink {gone} is no port of the bridge any more"))
-                    }
+                    Some(gone) if uplinks.is_empty() => lost(CutOff::UplinkAlone(gone.clone())),
                     Some(_) => of_uplinks(&uplinks),
                 }
             }
@@ -314,11 +344,12 @@ fn of_uplinks(uplinks: &[&Link]) -> Sight {
         return Some(Ok(()));
     }
     let names: Vec<&str> = uplinks.iter().map(|link| link.name.as_str()).collect();
-    let state = if uplinks.iter().any(|link| link.up) { "has no carrier" } else { "is down" };
-    lost(format!("the uplink {} {state}", names.join(", ")))
+    let names = names.join(", ");
+    let is_up = uplinks.iter().any(|link| link.up);
+    lost(if is_up { CutOff::NoCarrier(names) } else { CutOff::UplinkDown(names) })
 }
 
-fn lost(why: String) -> Sight {
+fn lost(why: CutOff) -> Sight {
     Some(Err(why))
 }
 
@@ -355,7 +386,7 @@ mod tests {
     }
 
     fn why(sight: Sight) -> String {
-        sight.expect("it is known").expect_err("it is lost")
+        sight.expect("it is known").expect_err("it is lost").to_string()
     }
 
     #[test]
@@ -412,7 +443,7 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut steady = Steady::new(Duration::from_secs(2));
-        let down = || lost("no carrier".into());
+        let down = || lost(CutOff::NoCarrier("eth0".into()));
         assert_eq!(steady.see(Some(Ok(())), at(0)), Some(Some(Ok(()))));
         assert_eq!(steady.see(down(), at(100)), None);
         assert_eq!(steady.due(), Some(at(2100)));
@@ -447,8 +478,9 @@ mod tests {
         let uplink = uplink(None);
         let (told, heard) = std::sync::mpsc::channel();
         uplink.listen(move |sight| told.send(sight.clone()).unwrap());
-        uplink.tell(lost("the uplink is gone".into()));
+        let gone = lost(CutOff::UplinkGone("eth0".into()));
+        uplink.tell(gone.clone());
         uplink.tell(None);
-        assert_eq!(heard.try_iter().collect::<Vec<_>>(), [lost("the uplink is gone".into()), None]);
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), [gone, None]);
     }
 }

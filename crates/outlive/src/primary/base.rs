@@ -5,24 +5,44 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use outlive_dirty::Gfn;
+use outlive_dirty::{EnableError, Gfn};
 use outlive_epoch::ProtocolVersion;
-use outlive_machine::{LogMode, Outgoing, Ram};
+use outlive_machine::{LogMode, Outgoing, OutgoingError, Ram};
 use outlive_pair::{Link, LossReason, PrimaryEvent, Wanted};
 
 use super::brake::{Brake, Step};
 use super::converge::{Converge, Hopeless, Then};
 use super::coordinator::{Coordinator, Protection};
-use super::disks::{DiskBase, Next};
+use super::disks::{DiskBase, DiskBaseError, Next};
 use super::pool::Pool;
 use crate::disk::SyncReport;
 use crate::events::{Event, EventWriter};
 use crate::link::{Job, SentRound};
 use crate::vm::limits::{DISK_BYTES, SLOTS};
-use crate::vm::{Remedy, check_staging};
+use crate::vm::{Remedied, StagingTooLarge, check_staging};
 
 /// Time between two progress events.
 const REPORT: Duration = Duration::from_millis(100);
+
+/// Why protection cannot start.
+#[derive(Debug, thiserror::Error)]
+enum BaseError {
+    /// The buffers would take too much memory.
+    #[error(transparent)]
+    Staging(#[from] StagingTooLarge),
+    /// There is no memory for a buffer.
+    #[error(transparent)]
+    Buffer(#[from] Remedied<OutgoingError>),
+    /// The synchronisation of the disks cannot begin.
+    #[error(transparent)]
+    Disks(#[from] DiskBaseError),
+    /// It failed. The text is its report's.
+    #[error("cannot synchronise the disks: {0}")]
+    DisksFailed(String),
+    /// The tracking of dirty pages cannot begin.
+    #[error(transparent)]
+    Tracking(#[from] EnableError),
+}
 
 /// One base synchronisation.
 pub(crate) struct Base {
@@ -185,7 +205,7 @@ impl Coordinator {
         let prepared = self.prepare_base(link, &pool, version);
         let base = match prepared {
             Ok(base) => base,
-            Err(why) => return self.base_failed(link, why),
+            Err(error) => return self.base_failed(link, &error),
         };
         let disks_first = base.disks.as_ref().is_some_and(DiskBase::comes_first);
         self.protection = Some(Protection { link, pool, base: Some(base) });
@@ -194,13 +214,13 @@ impl Coordinator {
         }
     }
 
-    fn prepare_base(&mut self, link: Link, pool: &Pool, version: ProtocolVersion) -> Result<Base, String> {
+    fn prepare_base(&mut self, link: Link, pool: &Pool, version: ProtocolVersion) -> Result<Base, BaseError> {
         let with = &mut self.with;
         with.totals.base_begins();
         let pages = with.staging_pages.min(with.machine.ram().pages() as usize);
         let disk_bytes = if with.replicates_disks { DISK_BYTES } else { 0 };
         check_staging(pages, disk_bytes, SLOTS)?;
-        let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(|e| e.with_remedy()));
+        let buffers = (0..SLOTS).map(|_| Outgoing::new(pages, disk_bytes).map_err(Remedied));
         pool.open(buffers.collect::<Result<_, _>>()?);
         with.machine.next_is_base(version.state_versions());
         let disks = DiskBase::start(&with.machine, &with.driver, link, &with.books, &with.events)?;
@@ -210,7 +230,8 @@ impl Coordinator {
         Ok(Base::new(with.events.clone(), disks, with.longest_pause, pages / 2))
     }
 
-    fn base_failed(&mut self, link: Link, why: String) {
+    fn base_failed(&mut self, link: Link, error: &BaseError) {
+        let why = error.to_string();
         tracing::error!("protection cannot start: {why}");
         self.with.machine.write_log().set_mode(LogMode::Off);
         self.with.driver.handle(PrimaryEvent::LinkLost { link, why: LossReason::Local(why) });
@@ -225,7 +246,7 @@ impl Coordinator {
     /// The standby has the disks, if there are any: memory follows.
     fn begin_memory(&mut self, link: Link) {
         if let Err(error) = self.with.machine.enable_tracking() {
-            return self.base_failed(link, error.to_string());
+            return self.base_failed(link, &error.into());
         }
         // After tracking began, so a page that is touched later is dirty. The standby's memory is zero, like
         // every page that was never touched here.
@@ -248,7 +269,7 @@ impl Coordinator {
             Next::Wait => {}
             Next::Memory => self.begin_memory(link),
             Next::Final => self.after_round(link),
-            Next::Fail(why) => self.base_failed(link, format!("cannot synchronise the disks: {why}")),
+            Next::Fail(why) => self.base_failed(link, &BaseError::DisksFailed(why)),
         }
     }
 

@@ -93,7 +93,7 @@ impl Coordinator {
         match sight {
             Some(Err(why)) => {
                 tracing::warn!("this host is cut off from the clients' network: {why}");
-                self.faults.network = why;
+                self.faults.network = why.to_string();
                 self.with.driver.handle(PrimaryEvent::Broken { what, again: false });
             }
             // What nobody can tell moves no VM.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing, VcpuError};
+use outlive_machine::{After as Then, CaptureError, CaptureReport, InPause, Outgoing, SpillError, VcpuError};
 use outlive_pair::policy::{
     DirtyLogFull, DirtyTrigger, DiskLogFull, Facts, Interval, Latency, Longest, Next, Output, Pause, Policy,
     Rule,
@@ -216,6 +216,11 @@ pub(super) struct Decided {
     sent_parts: usize,
 }
 
+/// Nobody takes the rest of an oversized checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[error("the standby was lost")]
+struct StandbyLost;
+
 /// The work while the vCPUs are stopped.
 pub(super) struct InsidePause<'a> {
     driver: &'a SharedDriver,
@@ -232,7 +237,7 @@ impl InPause for InsidePause<'_> {
         (self.decided.ticket, self.decided.after) = self.driver.captured(self.of.link, self.of.base);
     }
 
-    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError> {
         let Some(ticket) = self.decided.ticket else { return Ok(()) };
         let next = self.next_buffer()?;
         let staging = std::mem::replace(staging, next);
@@ -249,7 +254,7 @@ impl<'a> InsidePause<'a> {
     }
 
     /// The next free buffer. Only an oversized checkpoint needs it; the VM waits for the link.
-    fn next_buffer(&self) -> Result<Outgoing, String> {
+    fn next_buffer(&self) -> Result<Outgoing, StandbyLost> {
         loop {
             if let Some(buffer) = self.pool.take_within(BUFFER_PATIENCE) {
                 return Ok(buffer);
@@ -261,7 +266,7 @@ impl<'a> InsidePause<'a> {
                 self.driver.status(),
                 PrimaryStatus::Protected | PrimaryStatus::BaseCommit | PrimaryStatus::Ending
             ) {
-                return Err("the standby was lost".into());
+                return Err(StandbyLost);
             }
         }
     }

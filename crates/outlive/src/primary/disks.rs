@@ -1,6 +1,7 @@
 //! The disks of the VM that runs here: what the coordinator does with them while a standby is synchronised,
 //! and how the writes to shared ones wait for their commit.
 
+use std::io;
 use std::sync::Arc;
 
 use outlive_epoch::{DiskWant, RecordBuf};
@@ -84,6 +85,17 @@ pub(super) enum Next {
     Fail(String),
 }
 
+/// Why a synchronisation of the disks cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DiskBaseError {
+    /// The system has no descriptor left.
+    #[error(transparent)]
+    File(io::Error),
+    /// Nobody would read the disks.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+}
+
 /// The disks in one base synchronisation.
 pub(super) struct DiskBase {
     sync: DiskSync,
@@ -95,18 +107,21 @@ pub(super) struct DiskBase {
 
 impl DiskBase {
     /// Begins, if there is a disk to synchronise.
+    ///
+    /// # Errors
+    /// See [`DiskBaseError`].
     pub(super) fn start(
         machine: &Machine,
         driver: &Arc<SharedDriver>,
         link: Link,
         books: &Books,
         events: &EventWriter,
-    ) -> Result<Option<Self>, String> {
+    ) -> Result<Option<Self>, DiskBaseError> {
         let log = machine.write_log().clone();
         let mut disks = Vec::new();
         for disk in machine.disks().iter().filter(|disk| !disk.is_shared()) {
             let image = disk.image();
-            let file = image.file().try_clone().map_err(|e| e.to_string())?;
+            let file = image.file().try_clone().map_err(DiskBaseError::File)?;
             let (index, bytes, written) = (disk.index(), disk.capacity_bytes(), !disk.is_readonly());
             let book = if written { books.opened(image.path(), &file, bytes) } else { Book::none() };
             disks.push(SourceDisk { index, file, bytes, written, book });
@@ -125,7 +140,7 @@ impl DiskBase {
             move |section| sending.send(link, Job::Disk(section)),
             move |report| telling.tell(Inbox::DiskSync(link, report)),
         )
-        .map_err(|e| format!("cannot start a thread: {e}"))?;
+        .map_err(DiskBaseError::NoThread)?;
         Ok(Some(Self { sync, log, phase: Phase::Syncing, catch_ups: 0, events: events.clone() }))
     }
 

@@ -1,5 +1,6 @@
 //! From a running machine to its coordinator: the same for a first start and after a takeover.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
 use crate::events::EventWriter;
-use crate::vm::{self, End, Launch, limits};
+use crate::vm::{self, End, IntroductionError, Launch, limits};
 use crate::{exit, logs, pulse};
 
 /// How long the end of a VM waits for the arbiter to note it. The note is for people only.
@@ -33,12 +34,26 @@ pub(crate) fn run(launch: Launch) -> End {
     if launch.identity.devices.iter().all(|device| device.kind != DeviceKind::Serial) {
         console.prints_nothing();
     }
-    coordinate(launch).unwrap_or_else(End::Failed)
+    coordinate(launch).unwrap_or_else(|error| End::Failed(error.to_string()))
+}
+
+/// Why a VM that runs has no coordinator.
+#[derive(Debug, thiserror::Error)]
+enum CoordinateError {
+    /// No standby could have a copy of it.
+    #[error(transparent)]
+    Introduction(#[from] IntroductionError),
+    /// Nobody would make connections, look after the coordinator or write sidecars.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+    /// Nobody would ask the arbiter.
+    #[error("cannot start the arbiter's thread: {0}")]
+    NoClaims(#[source] io::Error),
 }
 
 /// Ends this process without a word when the coordinator of a protected VM does not move, for so long that
 /// others take this host for dead: its standby learns of it at once.
-fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter) -> Result<(), String> {
+fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter) -> io::Result<()> {
     let (watched, events) = (Arc::downgrade(driver), events.clone());
     let leaving = watched.clone();
     let lasts = move || Some(watched.upgrade()?.pulse().lasts());
@@ -51,7 +66,7 @@ fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter)
             std::process::exit(code.into());
         }
     };
-    pulse::watch(dead_after / 10, lasts, gone).map_err(|e| format!("cannot start a thread: {e}"))
+    pulse::watch(dead_after / 10, lasts, gone)
 }
 
 /// Why a VM that begins to run here is not protected yet.
@@ -64,7 +79,7 @@ fn unprotected_because(options: &ActiveOptions, checkpoint: u64) -> &'static str
     }
 }
 
-fn coordinate(launch: Launch) -> Result<End, String> {
+fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     let Launch {
         machine,
         machine_events,
@@ -132,7 +147,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
         totals: totals.clone(),
         inbox: queue.clone(),
     };
-    links::start(errands, &driver, plan).map_err(|e| format!("cannot start a thread: {e}"))?;
+    links::start(errands, &driver, plan).map_err(CoordinateError::NoThread)?;
     let mut end_notes = None;
     if let Some(arbiter) = arbiter {
         // The driver has the thread, so the thread must not keep the driver.
@@ -143,11 +158,11 @@ fn coordinate(launch: Launch) -> Result<End, String> {
                 driver.claimed(result.generation, result.claim, &events);
             }
         });
-        let claims = claims.map_err(|e| format!("cannot start the arbiter's thread: {e}"))?;
+        let claims = claims.map_err(CoordinateError::NoClaims)?;
         end_notes = Some(claims.end_notes());
         driver.set_claims(claims);
     }
-    watch(&driver, timing.dead_after, &events)?;
+    watch(&driver, timing.dead_after, &events).map_err(CoordinateError::NoThread)?;
     let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
         .ok();
@@ -161,7 +176,7 @@ fn coordinate(launch: Launch) -> Result<End, String> {
     };
     let sidecars = sidecars.map_or_else(start_sidecars, Ok);
     let setup = Setup {
-        sidecars: sidecars.map_err(|e| format!("cannot start a thread: {e}"))?,
+        sidecars: sidecars.map_err(CoordinateError::NoThread)?,
         replicates_disks: !replicated.is_empty(),
         books,
         self_check: SelfCheck::new(options.self_check, &machine, queue),

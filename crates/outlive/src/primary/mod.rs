@@ -23,44 +23,101 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use outlive_machine::{Host, MacAddr, Machine, MachineEvent, Options, OutputMode};
+use outlive_machine::{CreateError, Host, HostError, MacAddr, Machine, MachineEvent, Options, OutputMode};
 
-use crate::arbiter::{self, Here, Watch};
+use crate::arbiter::{self, ArbiterSpecError, Here, Watch};
 use crate::cli::RunOptions;
-use crate::console::{Console, Port};
-use crate::disk::{self, Accepted, Books, Start};
-use crate::events::{self, Event, Role};
+use crate::console::{Console, ConsoleError, Port};
+use crate::disk::{self, Accepted, Books, PrepareError, Start};
+use crate::events::{self, Event, EventsError, Role};
 use crate::standby::{About, fence};
 use crate::status::Standing;
-use crate::vm::{self, Guest, Identity, Launch, Relay, Remedy, TapPlace};
+use crate::vm::{
+    self, Guest, GuestError, Identity, Launch, LoadError, PlaceError, Relay, Remedied, TapPlace, UplinkError,
+    VmMemoryError,
+};
 use crate::{notify, process};
 
 pub(crate) use ask::{Answer, ask};
 pub(crate) use launch::run;
+
+/// Why a VM cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// It cannot have its memory here.
+    #[error(transparent)]
+    Memory(#[from] VmMemoryError),
+    /// Its images cannot be used.
+    #[error(transparent)]
+    Images(#[from] PrepareError),
+    /// The option `--arbiter` is wrong.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// No VM starts from these images.
+    #[error(transparent)]
+    Plan(#[from] disk::StartError),
+    /// There is nothing to boot.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// There is no console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The machine cannot be made.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Nobody could watch the way to the clients.
+    #[error(transparent)]
+    Uplink(#[from] UplinkError),
+    /// There is no event stream.
+    #[error(transparent)]
+    Events(#[from] EventsError),
+    /// An order to stop would not be heard.
+    #[error("cannot watch signals: {0}")]
+    Signals(#[source] io::Error),
+    /// Nobody would watch the arbiter.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+}
+
+/// Why a machine cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MachineError {
+    /// This host cannot run any.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// It cannot be wired to the network.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It cannot be as the options say.
+    #[error(transparent)]
+    Create(#[from] Remedied<CreateError>),
+}
 
 /// Starts a new VM. Everything that can be wrong with options or machine is found here, before the guest
 /// runs; an error undoes everything made so far. The arbiter is written to last, because a won generation
 /// stays won.
 ///
 /// # Errors
-/// One line that names the remedy.
-pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, String> {
+/// See [`StartError`].
+pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, StartError> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
     let written: Vec<&Path> =
         options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    disk::for_run(&written).map_err(|e| e.to_string())?;
+    disk::for_run(&written)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
-    disk::refuse_unfinished(&others).map_err(|e| e.to_string())?;
-    let mut arbiter =
-        options.arbiter.as_deref().map(arbiter::parse).transpose().map_err(|e| e.to_string())?;
+    disk::refuse_unfinished(&others)?;
+    let mut arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose()?;
     let start =
-        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())
-            .map_err(|e| e.to_string())?;
+        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())?;
     let vm = start.provenance.vm;
     let (machine_events, stops) = (Relay::new(), Relay::new());
     let guest = Guest::read(options)?;
@@ -72,8 +129,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let uplink = vm::watch_uplink(options.net.as_ref(), active)?;
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
     let events = events::open(&active.events_to())?;
-    process::on_stop(active.exit_with_stdin, stops.sender())
-        .map_err(|e| format!("cannot watch signals: {e}"))?;
+    process::on_stop(active.exit_with_stdin, stops.sender()).map_err(StartError::Signals)?;
     events.of_vm(&start.provenance.name, &vm.to_string());
     // Before the images become the VM's own: a process that is killed meanwhile must fence after its restart, too.
     if let Some((generation, command)) = start.unfenced().zip(active.fence()) {
@@ -83,7 +139,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         notify::ready();
         fence(&command, &about, &events, &standing);
     }
-    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut()).map_err(|e| e.to_string())?;
+    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?;
     for Accepted { danger, about, .. } in start.accepted() {
         tracing::warn!(?danger, "ACCEPTED: {about}");
         events.emit(Event::Accepted { danger: *danger, about: about.clone() });
@@ -98,7 +154,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let watch = arbiter
         .as_ref()
         .map(|arbiter| Watch::start(arbiter.prober(), events.clone(), Here::Runs).map(Arc::new));
-    let watch = watch.transpose().map_err(|e| format!("cannot start a thread: {e}"))?;
+    let watch = watch.transpose().map_err(StartError::NoThread)?;
     if let Some(watch) = &watch {
         standing.watch(watch);
     }
@@ -144,8 +200,8 @@ fn make_machine(
     mac: MacAddr,
     console: &Console,
     machine_events: &Relay<MachineEvent>,
-) -> Result<Machine, String> {
-    let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+) -> Result<Machine, MachineError> {
+    let host = Arc::new(Host::open()?);
     let place = options.net.as_ref().map(|net| TapPlace::look(net, net.wiring())).transpose()?;
     let machine_options = Options {
         vcpus: options.vcpus,
@@ -162,7 +218,7 @@ fn make_machine(
         max_dirty: options.active.max_dirty * 2,
         events: Arc::new(machine_events.sender()),
     };
-    let machine = Machine::new(host, &machine_options).map_err(|e| e.with_remedy())?;
+    let machine = Machine::new(host, &machine_options).map_err(Remedied)?;
     place.map(TapPlace::join).transpose()?;
     Ok(machine)
 }

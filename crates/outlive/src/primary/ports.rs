@@ -9,14 +9,14 @@ use std::sync::mpsc::Sender as Channel;
 use std::time::Duration;
 
 use outlive_epoch::{EndReason, Hello, ProtocolVersion};
-use outlive_machine::{OutputMode, Valve};
+use outlive_machine::{EpochError, OutputMode, Valve};
 use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote, PrimaryPorts, Ticket};
 
 use super::inbox::{Inbox, Queue};
 use super::links::Errand;
 use super::pool::Pool;
 use super::stats::Totals;
-use crate::arbiter::ClaimWorker;
+use crate::arbiter::{Busy, ClaimWorker};
 use crate::clock::Clock;
 use crate::link::{CheckpointPart, Job, Sender};
 use crate::pulse::Pulse;
@@ -39,6 +39,35 @@ pub(super) struct Commit {
     pub(super) number: u64,
     /// When its acknowledgement came, on the driver's clock.
     pub(super) at: Duration,
+}
+
+/// Why a decision cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PortError {
+    /// The thread that makes connections has ended.
+    #[error("the thread that makes connections is gone")]
+    NoDialler,
+    /// Nothing more goes out there.
+    #[error("the link is closed")]
+    Closed,
+    /// The standby has not accepted yet.
+    #[error("no version of the stream was agreed on")]
+    NoVersion,
+    /// The coordinator has ended.
+    #[error("the coordinator is gone")]
+    NoCoordinator,
+    /// There is nobody to ask.
+    #[error("this VM has no arbiter")]
+    NoArbiter,
+    /// The arbiter still owes an answer.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// Output cannot belong to this epoch.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    /// Output would not wait for its commit.
+    #[error("output is in mode {0:?} but should be held")]
+    NotHeld(OutputMode),
 }
 
 /// The implementation of [`PrimaryPorts`]; see the module.
@@ -123,8 +152,8 @@ impl Ports {
         self.committed
     }
 
-    fn send(&self, link: Link, job: impl FnOnce() -> Job) -> Result<(), String> {
-        let connection = self.connection(link).ok_or("the link is closed")?;
+    fn send(&self, link: Link, job: impl FnOnce() -> Job) -> Result<(), PortError> {
+        let connection = self.connection(link).ok_or(PortError::Closed)?;
         connection.sender.send(job());
         Ok(())
     }
@@ -136,33 +165,34 @@ impl Ports {
 
 impl PrimaryPorts for Ports {
     type Part = Box<CheckpointPart>;
+    type Failure = PortError;
 
-    fn dial(&mut self, link: Link, address: usize) -> Result<(), String> {
+    fn dial(&mut self, link: Link, address: usize) -> Result<(), PortError> {
         let sent = self.errands.send(Errand::Dial { link, address });
-        sent.map_err(|_| "the thread that makes connections is gone".into())
+        sent.map_err(|_| PortError::NoDialler)
     }
 
-    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), String> {
+    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), PortError> {
         let hello = Hello { generation, ..self.hello.clone() };
         self.send(link, || Job::Hello(Box::new(hello)))
     }
 
-    fn start_base(&mut self, link: Link) -> Result<(), String> {
-        let connection = self.connection(link).ok_or("the link is closed")?;
-        let version = connection.version.ok_or("no version of the stream was agreed on")?;
+    fn start_base(&mut self, link: Link) -> Result<(), PortError> {
+        let connection = self.connection(link).ok_or(PortError::Closed)?;
+        let version = connection.version.ok_or(PortError::NoVersion)?;
         let start = Inbox::StartBase(link, connection.pool.clone(), version);
-        self.inbox.send(start).map_err(|_| "the coordinator is gone".into())
+        self.inbox.send(start).map_err(|_| PortError::NoCoordinator)
     }
 
-    fn ship(&mut self, ticket: Ticket, part: Box<CheckpointPart>) -> Result<(), String> {
+    fn ship(&mut self, ticket: Ticket, part: Box<CheckpointPart>) -> Result<(), PortError> {
         self.send(ticket.link, || Job::Checkpoint(part))
     }
 
-    fn send_heartbeat(&mut self, link: Link) -> Result<(), String> {
+    fn send_heartbeat(&mut self, link: Link) -> Result<(), PortError> {
         self.send(link, || Job::Heartbeat)
     }
 
-    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), String> {
+    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), PortError> {
         self.ending = true;
         self.send(link, || Job::End(reason))
     }
@@ -178,9 +208,9 @@ impl PrimaryPorts for Ports {
         }
     }
 
-    fn claim(&mut self, generation: u64) -> Result<(), String> {
-        let claims = self.claims.as_ref().ok_or("this VM has no arbiter")?;
-        claims.submit(generation).map_err(|busy| busy.to_string())
+    fn claim(&mut self, generation: u64) -> Result<(), PortError> {
+        let claims = self.claims.as_ref().ok_or(PortError::NoArbiter)?;
+        Ok(claims.submit(generation)?)
     }
 
     fn set_lease(&mut self, until: Option<Duration>) {
@@ -191,14 +221,14 @@ impl PrimaryPorts for Ports {
         self.pulse.set(until);
     }
 
-    fn hold(&mut self, epoch: u64) -> Result<(), String> {
-        self.valve.hold(epoch).map_err(|error| error.to_string())
+    fn hold(&mut self, epoch: u64) -> Result<(), PortError> {
+        Ok(self.valve.hold(epoch)?)
     }
 
-    fn begin_epoch(&mut self, epoch: u64) -> Result<(), String> {
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), PortError> {
         match self.valve.mode() {
-            OutputMode::Hold => self.valve.begin(epoch).map_err(|error| error.to_string()),
-            mode => Err(format!("output is in mode {mode:?} but should be held")),
+            OutputMode::Hold => Ok(self.valve.begin(epoch)?),
+            mode => Err(PortError::NotHeld(mode)),
         }
     }
 

@@ -12,13 +12,29 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use outlive_epoch::{Checkpoint, Incoming, StateKind};
-use outlive_machine::Hashes;
+use outlive_machine::state::StateError;
+use outlive_machine::{CheckError, Hashes};
 use outlive_pair::{Link, StandbyEvent as Event};
 
 use super::copy::VmCopy;
 use super::decisions::Decisions;
 use super::handover::{Doing, Ending, Handover};
 use super::notes;
+use super::sinks::SinkError;
+
+/// Why a copy is worthless.
+#[derive(Debug, thiserror::Error)]
+enum ApplyError {
+    /// A committed checkpoint cannot be kept.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The VM's hashes cannot be read.
+    #[error(transparent)]
+    Hashes(#[from] StateError),
+    /// The copy is not the VM.
+    #[error(transparent)]
+    Differs(#[from] CheckError),
+}
 
 /// What the thread works with; see the module.
 pub(super) struct Applier {
@@ -70,19 +86,22 @@ impl Applier {
         let whole = staged.checkpoint()?;
         let checkpoint = whole.number();
         Some(match doing {
-            Doing::Try => Event::Tried { link, checkpoint, result: self.copy.try_restore(&whole) },
+            Doing::Try => {
+                let result = self.copy.try_restore(&whole).map_err(|error| error.to_string());
+                Event::Tried { link, checkpoint, result }
+            }
             Doing::Apply => match self.apply(staged) {
                 Ok(()) => Event::Applied { link, checkpoint },
-                Err(why) => Event::Failed { link, why },
+                Err(error) => Event::Failed { link, why: error.to_string() },
             },
         })
     }
 
-    fn apply(&mut self, staged: &mut Incoming) -> Result<(), String> {
+    fn apply(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {
         self.copy.sinks().into_iter().try_for_each(|sink| sink.commit(staged))?;
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
         match hashes(&checkpoint).transpose()? {
-            Some(hashes) => self.compare(checkpoint.number(), hashes),
+            Some(hashes) => Ok(self.compare(checkpoint.number(), hashes)?),
             None => Ok(()),
         }
     }
@@ -90,13 +109,11 @@ impl Applier {
     /// Compares the copy with the VM, if the checkpoint has the hashes of the VM. A copy that differs must
     /// never run. Nobody writes to the copy's memory until the checkpoint is reported as applied. The disks'
     /// thread compares the disks.
-    fn compare(&self, checkpoint: u64, hashes: Hashes) -> Result<(), String> {
+    fn compare(&self, checkpoint: u64, hashes: Hashes) -> Result<(), CheckError> {
         let events = &self.decisions.equipment.events;
-        if let Err(difference) = hashes.compare_memory(&self.copy.ram()) {
-            let why = difference.to_string();
-            notes::compared(events, checkpoint, Some(&why));
-            return Err(why);
-        }
+        hashes
+            .compare_memory(&self.copy.ram())
+            .inspect_err(|differs| notes::compared(events, checkpoint, Some(&differs.to_string())))?;
         if hashes.disks.is_empty() {
             notes::compared(events, checkpoint, None);
         } else {
@@ -117,7 +134,7 @@ impl Applier {
 }
 
 /// The hashes of the VM in the checkpoint, to compare a copy with; `None` if it has none.
-pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, String>> {
+pub(super) fn hashes(checkpoint: &Checkpoint<'_>) -> Option<Result<Hashes, StateError>> {
     let section = checkpoint.state().find(StateKind::Check, 0)?;
-    Some(Hashes::decode(section.bytes).map_err(|e| e.to_string()))
+    Some(Hashes::decode(section.bytes))
 }

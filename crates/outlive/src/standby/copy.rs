@@ -1,23 +1,26 @@
 //! The standby's copy of the VM: a machine that has never run, memory as of the last committed checkpoint,
 //! and that checkpoint's state.
 
-use std::fmt;
 use std::sync::Arc;
 
 use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
-use outlive_machine::{MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, StateShape, Tap};
+use outlive_machine::devices::virtio::net::TapError;
+use outlive_machine::{
+    CreateError, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, RestoreError,
+    StateShape, Tap,
+};
 
 use super::decisions::Equipment;
-use super::devices::{self, Card};
+use super::devices::{self, Card, DisksError, PlanError};
 use super::fence::About;
 use super::sinks::{CommitSink, DiskSink, MemorySink, StateSink};
 use crate::arbiter::Arbiter;
 use crate::cli::NetSpec;
 use crate::console::Port;
-use crate::disk::{DiskEvent, Provenance, Replica};
+use crate::disk::{DiskEvent, Provenance, Replica, ReplicaStartError};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, Identity, Relay, TapPlace};
+use crate::vm::{self, Identity, PlaceError, Relay, TapPlace, VmMemoryError};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -41,36 +44,100 @@ pub(super) struct CopyParts {
     pub(super) arbiter: Box<dyn Arbiter>,
 }
 
+/// Why the VM's card cannot be made here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CardError {
+    /// It has no place in the network.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// There is no tap for it.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
 /// Checks at the start that the card can be made, so that a wrong name is reported at once and not when the
 /// first primary comes.
-pub(super) fn try_card(net: &NetSpec) -> Result<(), String> {
+///
+/// # Errors
+/// See [`CardError`].
+pub(super) fn try_card(net: &NetSpec) -> Result<(), CardError> {
     let place = TapPlace::look(net, Wiring::default())?;
-    let tap = Tap::with_queues(&net.tap, net.queues.into()).map_err(|e| e.to_string())?;
+    let tap = Tap::with_queues(&net.tap, net.queues.into())?;
     place.join()?;
     drop(tap);
     Ok(())
 }
 
+/// Why this host cannot have a copy of the VM.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CopyError {
+    /// It has more vCPUs than this release knows, or none.
+    #[error("a VM with {0} vCPUs cannot run here")]
+    Vcpus(u32),
+    /// It cannot have its memory here.
+    #[error(transparent)]
+    Memory(#[from] VmMemoryError),
+    /// The hosts' processors are of two makers.
+    #[error("the VM runs on {there}, but this host is {here}: it cannot load the VM's state")]
+    Vendor { there: String, here: String },
+    /// It cannot have its devices here.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Its card has no place in the network.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The machine cannot be made.
+    #[error(transparent)]
+    Machine(#[from] CreateError),
+    /// Its vCPUs would not run here.
+    #[error(transparent)]
+    CannotResume(#[from] CannotResume),
+    /// The images cannot be its disks.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    /// The thread of the disks cannot begin.
+    #[error(transparent)]
+    Replica(#[from] ReplicaStartError),
+    /// Its memory has another layout.
+    #[error("this release lays guest memory out differently: run the same release on both hosts")]
+    Layout,
+}
+
+impl CopyError {
+    /// The code for the primary's program.
+    pub(super) fn code(&self) -> RefuseCode {
+        match self {
+            Self::Disks(DisksError::Overwrite(_)) => RefuseCode::Overwrite,
+            Self::Plan(_) | Self::Disks(_) => RefuseCode::Devices,
+            _ => RefuseCode::Resources,
+        }
+    }
+}
+
+/// This host lacks something that the VM has seen.
+#[derive(Debug, thiserror::Error)]
+#[error("this host cannot resume the VM: {0}")]
+pub(super) struct CannotResume(#[from] RestoreError);
+
 impl VmCopy {
     /// Makes the machine for the VM that a primary introduced.
     ///
     /// # Errors
-    /// The refusal for the primary.
+    /// See [`CopyError`].
     pub(super) fn new(
         hello: &Hello,
         equipment: &Equipment,
         mut arbiter: Box<dyn Arbiter>,
         tell: impl Fn(DiskEvent) + Send + 'static,
-    ) -> Result<Self, (RefuseCode, String)> {
+    ) -> Result<Self, CopyError> {
         let Equipment { host, options, console, books, .. } = equipment;
-        let refuse = |text: String| (RefuseCode::Resources, text);
-        check(hello).map_err(refuse)?;
-        let plan = devices::plan(hello, options).map_err(|text| (RefuseCode::Devices, text))?;
+        check(hello)?;
+        let plan = devices::plan(hello, options)?;
         let machine_events = Relay::new();
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
         let card = plan.card.zip(options.net.as_ref());
-        let place = card.map(|(card, net)| TapPlace::look(net, card.wiring)).transpose().map_err(refuse)?;
+        let place = card.map(|(card, net)| TapPlace::look(net, card.wiring)).transpose()?;
         let card = card.map(|(Card { pairs, wiring }, net)| NetConfig {
             pairs,
             mtu: wiring.mtu,
@@ -91,14 +158,14 @@ impl VmCopy {
             max_dirty: options.active.max_dirty * 2,
             events: Arc::new(machine_events.sender()),
         };
-        let mut machine = Machine::new(host.clone(), &machine_options).map_err(|e| refuse(e.to_string()))?;
+        let mut machine = Machine::new(host.clone(), &machine_options)?;
         if let Some(vcpu) = &hello.vcpu {
-            machine.try_constant(vcpu.clone()).map_err(|e| refuse(cannot_resume(&e)))?;
+            machine.try_constant(vcpu.clone()).map_err(CannotResume)?;
         }
-        place.map(TapPlace::join).transpose().map_err(refuse)?;
+        place.map(TapPlace::join).transpose()?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
-        let disks = Replica::start(disks, provenance, hello.generation, tell).map_err(refuse)?;
+        let disks = Replica::start(disks, provenance, hello.generation, tell)?;
         let ram = machine.ram().clone();
         let same_layout = ram.slots().iter().map(|s| (s.base.0, s.pages)).eq(hello
             .layout
@@ -106,9 +173,7 @@ impl VmCopy {
             .iter()
             .map(|r| (r.start, r.pages)));
         if !same_layout {
-            return Err(refuse(
-                "this release lays guest memory out differently: run the same release on both hosts".into(),
-            ));
+            return Err(CopyError::Layout);
         }
         let state_bytes = hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES) as usize;
         Ok(Self {
@@ -143,8 +208,8 @@ impl VmCopy {
     ///
     /// # Errors
     /// What this host cannot do.
-    pub(super) fn try_restore(&mut self, base: &Checkpoint<'_>) -> Result<(), String> {
-        StateSink::try_restore(&mut self.machine, base).map_err(|e| cannot_resume(&e))
+    pub(super) fn try_restore(&mut self, base: &Checkpoint<'_>) -> Result<(), CannotResume> {
+        Ok(StateSink::try_restore(&mut self.machine, base)?)
     }
 
     /// Where committed checkpoints go, in this order.
@@ -157,8 +222,8 @@ impl VmCopy {
     ///
     /// # Errors
     /// What failed.
-    pub(super) fn restore(&mut self) -> Result<(), String> {
-        self.state.restore(&mut self.machine).map_err(|e| e.to_string())
+    pub(super) fn restore(&mut self) -> Result<(), RestoreError> {
+        self.state.restore(&mut self.machine)
     }
 
     /// The machine.
@@ -186,22 +251,15 @@ impl VmCopy {
     }
 }
 
-fn cannot_resume(why: &impl fmt::Display) -> String {
-    format!("this host cannot resume the VM: {why}")
-}
-
 /// Whether this host can run the VM.
-fn check(hello: &Hello) -> Result<(), String> {
+fn check(hello: &Hello) -> Result<(), CopyError> {
     if hello.vcpus == 0 || hello.vcpus > u32::from(outlive_machine::MAX_VCPUS) {
-        return Err(format!("a VM with {} vCPUs cannot run here", hello.vcpus));
+        return Err(CopyError::Vcpus(hello.vcpus));
     }
     vm::check_memory(hello.memory_bytes)?;
     let vendor = process::vendor();
     if vendor != hello.vendor {
-        return Err(format!(
-            "the VM runs on {}, but this host is {vendor}: it cannot load the VM's state",
-            hello.vendor
-        ));
+        return Err(CopyError::Vendor { there: hello.vendor.clone(), here: vendor });
     }
     let microcode = process::microcode();
     if differs(hello.microcode, microcode) {

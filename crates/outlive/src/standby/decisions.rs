@@ -1,5 +1,6 @@
 //! The standby's driver behind its lock, shared by all threads.
 
+use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,13 +9,13 @@ use outlive_epoch::{RefuseCode, VmId};
 use outlive_machine::Host;
 use outlive_pair::{
     After, ClaimResult, Introduction, Link, Standby, StandbyConfig, StandbyDriver, StandbyEvent as Event,
-    StandbyStatus, Timing,
+    StandbyStatus, Timing, Unwelcome,
 };
 
 use super::notes;
 use super::outbox::{FAREWELL, Outbox};
 use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
-use crate::arbiter::{self, Claim, ClaimWorker, Watch};
+use crate::arbiter::{self, ArbiterSpecError, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
 use crate::console::Console;
@@ -42,6 +43,17 @@ pub(super) struct Equipment {
     pub(super) books: Books,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
+}
+
+/// Why nobody can claim a VM for this host.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClaimsError {
+    /// The arbiter cannot be used.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// Nobody would ask it.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
 }
 
 /// The driver; see the module.
@@ -74,7 +86,7 @@ impl Decisions {
     }
 
     /// Whether this introduction would be accepted now.
-    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+    pub(super) fn would_accept(&self, hello: &Introduction) -> Result<(), Unwelcome> {
         self.with(|driver, now| (driver.would_accept(now, hello), NOTHING))
     }
 
@@ -122,14 +134,20 @@ impl Decisions {
                 notes::compared(&self.equipment.events, checkpoint, difference.as_deref());
             }
             DiskEvent::Settled { checkpoint } => self.handle(Event::Settled { link, checkpoint }),
-            DiskEvent::Released(result) => self.handle(Event::Released { link, result }),
-            DiskEvent::Failed(why) => self.handle(Event::Failed { link, why }),
+            DiskEvent::Released(result) => {
+                let result = result.map_err(|error| error.to_string());
+                self.handle(Event::Released { link, result });
+            }
+            DiskEvent::Failed(why) => self.handle(Event::Failed { link, why: why.to_string() }),
         }
     }
 
     /// Starts a thread that claims generations of `vm` and reports here.
-    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, String> {
-        let arbiter = arbiter::parse(&self.equipment.options.arbiter).map_err(|e| e.to_string())?;
+    ///
+    /// # Errors
+    /// See [`ClaimsError`].
+    pub(super) fn claim_worker(self: &Arc<Self>, vm: VmId) -> Result<ClaimWorker, ClaimsError> {
+        let arbiter = arbiter::parse(&self.equipment.options.arbiter)?;
         let decisions = self.clone();
         ClaimWorker::start(arbiter, arbiter::VmId(vm.0), arbiter::owner("standby"), move |answer| {
             let generation = answer.generation;
@@ -144,7 +162,7 @@ impl Decisions {
             };
             decisions.handle(Event::Claimed { generation, result });
         })
-        .map_err(|e| format!("cannot start a thread: {e}"))
+        .map_err(ClaimsError::NoThread)
     }
 
     /// How long the main thread may sleep if nobody wakes it.
@@ -162,7 +180,10 @@ impl Decisions {
             let follows =
                 matches!(driver.machine().status(), StandbyStatus::BaseSync | StandbyStatus::Protected);
             match driver.ports().stuck().filter(|_| follows) {
-                Some((link, why)) => ((), after.and(driver.handle(now, Event::Failed { link, why }))),
+                Some((link, stuck)) => {
+                    let why = stuck.to_string();
+                    ((), after.and(driver.handle(now, Event::Failed { link, why })))
+                }
                 None => ((), after),
             }
         });

@@ -1,12 +1,15 @@
 //! The devices of the VM that a primary introduced, and what this host makes of them. The primary's list
 //! decides alone: no device is guessed from the kind of guest.
 
-use outlive_epoch::{DeviceInfo, DeviceKind, Hello, RefuseCode, Wiring};
+use std::io;
+use std::path::PathBuf;
+
+use outlive_epoch::{DeviceInfo, DeviceKind, Hello, Wiring};
 use outlive_machine::{BlockDevice, DiskOptions, GuestMemory, Machine, SectorSize};
 
 use crate::arbiter::Arbiter;
 use crate::cli::{StandbyDisk, StandbyOptions};
-use crate::disk::{Book, Books, Provenance, ReplicaDisk, Target};
+use crate::disk::{Book, Books, OverwriteError, Provenance, ReplicaDisk, Target};
 use crate::vm;
 
 /// What a network card must be like, because the guest has seen it.
@@ -31,29 +34,59 @@ pub(super) struct Plan {
     pub(super) serial: bool,
 }
 
+/// Why the VM's devices cannot be built here.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum PlanError {
+    /// Another release has other devices, or another order of them.
+    #[error(
+        "this release builds no machine with these devices ({list}; {mac} network address): run the same release on both hosts"
+    )]
+    Unknown { list: String, mac: &'static str },
+    /// This standby has no network for the card.
+    #[error("the VM has a network card, but this standby has none: give it --net tap=NAME")]
+    NoCard,
+    /// This standby has images for fewer disks, or for more.
+    #[error(
+        "the VM has {wanted} disk{}, but this standby has {given}: give it --disk path=FILE for each, in the \
+         primary's order",
+        if *.wanted == 1 { "" } else { "s" }
+    )]
+    Disks { wanted: usize, given: usize },
+}
+
+/// Why this host's images cannot be the VM's disks.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DisksError {
+    /// An image is too small, or too large.
+    #[error(
+        "disk {disk} has {there} bytes at the primary and {} has {here}: make it as large with `truncate -s {there} {}`",
+        .image.display(), .image.display()
+    )]
+    Size { disk: u16, image: PathBuf, there: u64, here: u64 },
+    /// The system has no descriptor left.
+    #[error("{}: {source}", .image.display())]
+    File { image: PathBuf, source: io::Error },
+    /// An image may be the only copy of something else.
+    #[error(transparent)]
+    Overwrite(#[from] OverwriteError),
+}
+
 /// What to build, if this host has everything that it needs.
 ///
 /// # Errors
-/// One line for the primary.
-pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, String> {
+/// See [`PlanError`].
+pub(super) fn plan(hello: &Hello, options: &StandbyOptions) -> Result<Plan, PlanError> {
     let plan = board(hello)?;
     if plan.card.is_some() && options.net.is_none() {
-        return Err("the VM has a network card, but this standby has none: give it --net tap=NAME".into());
+        return Err(PlanError::NoCard);
     }
     let (wanted, given) = (disks_of(hello).count(), options.disks.len());
-    if wanted == given {
-        return Ok(plan);
-    }
-    Err(format!(
-        "the VM has {wanted} disk{}, but this standby has {given}: give it --disk path=FILE for each, in \
-         the primary's order",
-        if wanted == 1 { "" } else { "s" }
-    ))
+    if wanted == given { Ok(plan) } else { Err(PlanError::Disks { wanted, given }) }
 }
 
 /// Checks that a machine of this release can have these devices in this order: a card, disks, and one of each
 /// other kind.
-fn board(hello: &Hello) -> Result<Plan, String> {
+fn board(hello: &Hello) -> Result<Plan, PlanError> {
     let mut plan = Plan::default();
     let mut last = None;
     for DeviceInfo { kind, queues, wiring, .. } in &hello.devices {
@@ -75,14 +108,11 @@ fn board(hello: &Hello) -> Result<Plan, String> {
     if plan.card.is_some() == hello.mac.is_some() { Ok(plan) } else { Err(unknown(hello)) }
 }
 
-fn unknown(hello: &Hello) -> String {
+fn unknown(hello: &Hello) -> PlanError {
     let describe = |it: &DeviceInfo| format!("{:?} with {} queues", it.kind, it.queues);
     let list: Vec<String> = hello.devices.iter().map(describe).collect();
     let mac = if hello.mac.is_some() { "a" } else { "no" };
-    format!(
-        "this release builds no machine with these devices ({}; {mac} network address): run the same release on both hosts",
-        list.join(", ")
-    )
+    PlanError::Unknown { list: list.join(", "), mac }
 }
 
 fn disks_of(hello: &Hello) -> impl Iterator<Item = &DeviceInfo> {
@@ -109,6 +139,9 @@ pub(super) fn disk_options(hello: &Hello, options: &StandbyOptions) -> Vec<DiskO
 
 /// The images for the disks' thread, if they are as large as the primary's and may be overwritten. They are
 /// locked by now, so their contents stay as they are.
+///
+/// # Errors
+/// See [`DisksError`].
 pub(super) fn replica_disks(
     machine: &Machine,
     hello: &Hello,
@@ -116,20 +149,17 @@ pub(super) fn replica_disks(
     provenance: &Provenance,
     books: &Books,
     arbiter: &mut (dyn Arbiter + 'static),
-) -> Result<Vec<Option<ReplicaDisk>>, (RefuseCode, String)> {
+) -> Result<Vec<Option<ReplicaDisk>>, DisksError> {
     let mut disks = Vec::new();
     for ((disk, info), given) in machine.disks().iter().zip(disks_of(hello)).zip(&options.disks) {
-        let unfit = |text| (RefuseCode::Devices, text);
-        let replica = replica_disk(disk, info).map_err(unfit)?;
-        let Some(mut replica) = replica else {
+        let Some(mut replica) = replica_disk(disk, info)? else {
             disks.push(None);
             continue;
         };
         if !replica.read_only {
             let ReplicaDisk { path, file, .. } = &replica;
             let target = Target { path, file, overwrite: given.overwrite };
-            let accepted = target.check(provenance, hello.generation, arbiter);
-            replica.accepted = accepted.map_err(|text| (RefuseCode::Overwrite, text))?;
+            replica.accepted = target.check(provenance, hello.generation, arbiter)?;
             replica.book = books.open(&replica.path, &replica.file, replica.bytes);
         }
         disks.push(Some(replica));
@@ -138,23 +168,20 @@ pub(super) fn replica_disks(
 }
 
 /// An image that is as large as the primary's; `None` for one that both hosts share.
-fn replica_disk(disk: &BlockDevice<GuestMemory>, info: &DeviceInfo) -> Result<Option<ReplicaDisk>, String> {
+fn replica_disk(
+    disk: &BlockDevice<GuestMemory>,
+    info: &DeviceInfo,
+) -> Result<Option<ReplicaDisk>, DisksError> {
     let (image, bytes) = (disk.image(), disk.capacity_bytes());
     let path = image.path().to_path_buf();
     if bytes != info.size {
-        return Err(format!(
-            "disk {} has {} bytes at the primary and {} has {bytes}: make it as large with `truncate -s {} {}`",
-            disk.index(),
-            info.size,
-            path.display(),
-            info.size,
-            path.display()
-        ));
+        let (there, here) = (info.size, bytes);
+        return Err(DisksError::Size { disk: disk.index(), image: path, there, here });
     }
     if info.flags.shared {
         return Ok(None);
     }
-    let file = image.file().try_clone().map_err(|e| format!("{}: {e}", path.display()))?;
+    let file = image.file().try_clone().map_err(|source| DisksError::File { image: path.clone(), source })?;
     let book = Book::none();
     Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only, accepted: None, book }))
 }
@@ -165,7 +192,7 @@ mod tests {
 
     use super::*;
 
-    fn board_of(kinds: &[(DeviceKind, u16)], mac: bool) -> Result<Plan, String> {
+    fn board_of(kinds: &[(DeviceKind, u16)], mac: bool) -> Result<Plan, PlanError> {
         board(&Hello {
             vm: VmId([1; 16]),
             generation: 1,
@@ -212,12 +239,12 @@ mod tests {
             (&[(Net, 1)], false),
             (&[], true),
         ] {
-            let refused = board_of(wrong, mac).unwrap_err();
+            let refused = board_of(wrong, mac).unwrap_err().to_string();
             assert!(refused.contains("run the same release on both hosts"), "{refused}");
             assert_eq!(refused.lines().count(), 1);
         }
         assert_eq!(
-            board_of(&[(Disk, 1), (Rng, 9)], true).unwrap_err(),
+            board_of(&[(Disk, 1), (Rng, 9)], true).unwrap_err().to_string(),
             "this release builds no machine with these devices (Disk with 1 queues, Rng with 9 queues; a network address): run the same release on both hosts"
         );
     }

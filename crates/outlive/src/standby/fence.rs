@@ -5,6 +5,7 @@
 //! Without a success the VM does not run: a command that fails, or takes too long, is run again. A process that is
 //! started again before the first success begins with it, too: see `Start::unfenced`.
 
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -46,6 +47,20 @@ pub(crate) struct About {
     pub(crate) peer: String,
 }
 
+/// Why a run of the command is no success.
+#[derive(Debug, thiserror::Error)]
+enum FenceError {
+    /// There is no process for it.
+    #[error("the fence command cannot be run: {0}")]
+    Run(#[source] io::Error),
+    /// It says so.
+    #[error("the fence command failed ({0})")]
+    Failed(ExitStatus),
+    /// It did not get done.
+    #[error("the fence command did not end within {} s and was killed", .0.as_secs_f32())]
+    Killed(Duration),
+}
+
 /// Runs the command until it succeeds. Call it on the thread that decides: meanwhile it gives the process' signs
 /// of life, because a service manager that kills the process would kill the only copy of the VM.
 pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
@@ -59,7 +74,8 @@ pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
                 tracing::info!(attempt, took_ms, "fenced");
                 return events.emit(Event::PeerFenced { attempt, took_ms });
             }
-            Err(why) => {
+            Err(error) => {
+                let why = error.to_string();
                 tracing::error!(attempt, "the VM does not run yet: {why}; running it again");
                 standing.asking(&format!("the VM waits for the fencing: {why}"));
                 events.emit(Event::FenceFailed { attempt, why });
@@ -78,26 +94,22 @@ fn rest(pause: Duration) {
     }
 }
 
-fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), String> {
+fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), FenceError> {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", &fence.command]).stdin(Stdio::null()).stdout(Stdio::null());
     command.env("OUTLIVE_VM", &about.name).env("OUTLIVE_VM_ID", &about.vm).env("OUTLIVE_PEER", &about.peer);
     command.env("OUTLIVE_GENERATION", about.generation.to_string());
     command.env("OUTLIVE_ATTEMPT", attempt.to_string());
     // A group of its own, so that it can be killed with its children.
-    let mut child =
-        command.process_group(0).spawn().map_err(|e| format!("the fence command cannot be run: {e}"))?;
+    let mut child = command.process_group(0).spawn().map_err(FenceError::Run)?;
     match ends_within(&mut child, fence.limit) {
         Some(status) if status.success() => Ok(()),
-        Some(status) => Err(format!("the fence command failed ({status})")),
+        Some(status) => Err(FenceError::Failed(status)),
         None => {
             // Fails only if it has just ended.
             let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
             ends_within(&mut child, KILLED);
-            Err(format!(
-                "the fence command did not end within {} s and was killed",
-                fence.limit.as_secs_f32()
-            ))
+            Err(FenceError::Killed(fence.limit))
         }
     }
 }
@@ -135,8 +147,9 @@ mod tests {
 
     #[test]
     fn a_command_that_fails_hangs_or_is_missing_is_no_success() {
-        let fails =
-            |command: &str, limit| run(&Fence { command: command.into(), limit }, &about(), 1).unwrap_err();
+        let fails = |command: &str, limit| {
+            run(&Fence { command: command.into(), limit }, &about(), 1).unwrap_err().to_string()
+        };
         let long = Duration::from_secs(60);
         assert!(fails("exit 3", long).contains("exit status: 3"));
         assert!(fails("kill -9 $$", long).contains("signal: 9"));

@@ -89,6 +89,17 @@ pub(super) enum NoBuffer {
     Overrun,
 }
 
+/// Why the applier takes no checkpoint.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum GiveError {
+    /// Another one comes next, or none.
+    #[error("checkpoint {due} is due, but {staged:?} is staged")]
+    NotNext { due: u64, staged: Option<u64> },
+    /// It has one, or none any more.
+    #[error("the applier is busy")]
+    Busy,
+}
+
 impl Handover {
     /// A handover of these buffers, which together may hold this many bytes.
     pub(super) fn new(free: Vec<Incoming>, budget: u64) -> Self {
@@ -140,15 +151,15 @@ impl Handover {
     /// there is time.
     ///
     /// # Errors
-    /// The next one is another checkpoint, or the applier is not idle.
-    pub(super) fn give(&self, checkpoint: u64, doing: Doing) -> Result<(), String> {
+    /// See [`GiveError`].
+    pub(super) fn give(&self, checkpoint: u64, doing: Doing) -> Result<(), GiveError> {
         let mut state = self.lock();
-        let number = state.staged.front().and_then(|held| held.buffer.checkpoint()).map(|it| it.number());
-        if number != Some(checkpoint) {
-            return Err(format!("checkpoint {checkpoint} is due, but {number:?} is staged"));
+        let staged = state.staged.front().and_then(|held| held.buffer.checkpoint()).map(|it| it.number());
+        if staged != Some(checkpoint) {
+            return Err(GiveError::NotNext { due: checkpoint, staged });
         }
         if state.work.is_some() || state.end.is_some() {
-            return Err("the applier is busy".into());
+            return Err(GiveError::Busy);
         }
         state.work = state.staged.pop_front().map(|held| (held, doing));
         // An applier that does not come for it is as bad as one that does not get done.

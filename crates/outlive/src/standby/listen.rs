@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::{
-    Hello, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode, SectionReader,
-    VersionRange, WireError,
+    Hello, IncomingError, IncomingLimits, Message, PAGE_SIZE, Peer, ProtocolVersion, ReadError, RefuseCode,
+    SectionReader, VersionRange, WireError,
 };
 use outlive_pair::{Introduction, Link};
 
@@ -21,6 +21,7 @@ use super::handover::{Ending, Handover};
 use super::outbox::Outbox;
 use super::ports::Session;
 use super::reader::{Admitted, ReaderEnd, SessionReader};
+use super::refusal::Refusal;
 use crate::arbiter::{self, Arbiter};
 use crate::events::Event;
 use crate::link::{Connection, Listener, NewConnection, Reader};
@@ -32,10 +33,21 @@ const MAX_HEARD: usize = 64;
 const INTRODUCTION: Duration = Duration::from_secs(2);
 
 /// How many checkpoints in flight a primary may request buffers for.
-const MAX_SLOTS: u32 = 64;
+pub(super) const MAX_SLOTS: u32 = 64;
 
 /// Who decides about new connections.
 type Inside = Arc<Mutex<Option<Arc<Decisions>>>>;
+
+/// Why nobody can come to this host.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DoorError {
+    /// The address is not this host's, or not free.
+    #[error("cannot listen on {address}: {source}; give --listen a free address of this host")]
+    Listen { address: String, source: io::Error },
+    /// Nobody would hear who comes.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+}
 
 /// The port of this process. It is claimed at the start, so that a wrong address is reported at once, and stays
 /// when the process changes its role.
@@ -50,9 +62,9 @@ impl Door {
     /// Claims an address. Connections are refused until the door is opened.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn reserve(address: &str) -> Result<Self, String> {
-        let failed = |e| cannot_listen(address, &e);
+    /// See [`DoorError`].
+    pub(crate) fn reserve(address: &str) -> Result<Self, DoorError> {
+        let failed = |source| DoorError::Listen { address: address.to_owned(), source };
         let listener = Listener::reserve(address).map_err(failed)?;
         let address = listener.address().map_or_else(|_| address.to_owned(), |it| it.to_string());
         Ok(Self { address, listener: Some(listener), inside: Inside::default() })
@@ -61,33 +73,29 @@ impl Door {
     /// Lets connections wait at the door until it is opened.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(super) fn listen(&self) -> Result<(), String> {
+    /// See [`DoorError`].
+    pub(super) fn listen(&self) -> Result<(), DoorError> {
         let listens = self.listener.as_ref().map_or(Ok(()), Listener::listen);
-        listens.map_err(|e| cannot_listen(&self.address, &e))
+        listens.map_err(|source| DoorError::Listen { address: self.address.clone(), source })
     }
 
     /// From now on these decisions hear everyone who comes.
     ///
     /// # Errors
-    /// One line.
-    pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), String> {
+    /// See [`DoorError`].
+    pub(super) fn open(&mut self, decisions: Arc<Decisions>) -> Result<(), DoorError> {
         self.listen()?;
         *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(decisions);
         let Some(listener) = self.listener.take() else { return Ok(()) };
         let inside = self.inside.clone();
         let started = outlive_machine::spawn("listen", move || accept_all(&listener, &inside));
-        started.map(drop).map_err(|e| format!("cannot start a thread: {e}"))
+        started.map(drop).map_err(DoorError::NoThread)
     }
 
     /// The address, with the port that the system chose if port 0 was asked for.
     pub(super) fn address(&self) -> &str {
         &self.address
     }
-}
-
-fn cannot_listen(address: &str, error: &io::Error) -> String {
-    format!("cannot listen on {address}: {error}; give --listen a free address of this host")
 }
 
 fn accept_all(listener: &Listener, inside: &Inside) {
@@ -194,7 +202,7 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
                 rest.drop_the_rest();
             }
         }
-        Err((code, text)) => decisions.refuse(number, code, text),
+        Err(refusal) => decisions.refuse(number, refusal.code(), refusal.to_string()),
     }
 }
 
@@ -245,8 +253,6 @@ impl RateLimit {
     }
 }
 
-type Refusal = (RefuseCode, String);
-
 /// Checks everything that speaks against this primary, and allocates memory for its VM. Returns the version
 /// of the stream, too, that both sides have.
 fn admit(
@@ -254,7 +260,7 @@ fn admit(
     link: Link,
     hello: &Hello,
 ) -> Result<(Admitted, ProtocolVersion), Refusal> {
-    let version = VersionRange::CURRENT.common(hello.versions).map_err(|text| (RefuseCode::Version, text))?;
+    let version = VersionRange::CURRENT.common(hello.versions).map_err(Refusal::Version)?;
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
@@ -266,40 +272,35 @@ fn admit(
     let Hello { vm, name, .. } = hello;
     let kept_for = decisions.equipment.options.vm.as_ref();
     if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
-        let text = format!("this standby is kept for VM {served}, not for {name} ({vm})");
-        return Err((RefuseCode::WrongVm, text));
+        return Err(Refusal::WrongVm { served: served.clone(), name: name.clone(), vm: *vm });
     }
-    let refuse = |text: String| (RefuseCode::Resources, text);
-    if hello.limits.slots == 0 {
-        // The question of `primary/ask.rs`.
-        return Err(refuse("it only asked whether this standby is taking a VM over, which it is not".into()));
-    }
-    if hello.limits.slots > MAX_SLOTS {
-        let slots = hello.limits.slots;
-        return Err(refuse(format!("{slots} checkpoints in flight is not between 1 and {MAX_SLOTS}")));
+    match hello.limits.slots {
+        0 => return Err(Refusal::OnlyAsked),
+        slots if slots > MAX_SLOTS => return Err(Refusal::Slots(slots)),
+        _ => {}
     }
     let arbiter = same_arbiter(decisions, hello)?;
     let told = decisions.clone();
     let copy = VmCopy::new(hello, &decisions.equipment, arbiter, move |event| told.disks(link, event))?;
     let (ram, disks, shape) = (copy.ram(), copy.disks(), copy.shape());
-    let handover = Arc::new(buffers(hello, &disks.sizes()).map_err(refuse)?);
-    let claims = decisions.claim_worker(hello.vm).map_err(refuse)?;
+    let handover = Arc::new(buffers(hello, &disks.sizes())?);
+    let claims = decisions.claim_worker(hello.vm)?;
     let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy };
-    let applier = applier.start().map_err(|e| refuse(format!("cannot start a thread: {e}")))?;
+    let applier = applier.start().map_err(Refusal::NoThread)?;
     let session =
         Session { link, version, handover: handover.clone(), disks: Arc::downgrade(&disks), claims, applier };
     let admitted = Admitted { ram, disks, shape, handover: ReaderEnd(handover) };
     decisions.hello(link, introduction, session).map_err(|session| {
         // Another primary was faster, and the refusal has been sent. The applier frees the copy.
         session.handover.end(Ending::Discard);
-        (RefuseCode::Busy, "another primary is attached".to_owned())
+        Refusal::Attached
     })?;
     Ok((admitted, version))
 }
 
 /// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for the
 /// checkpoint that is being applied.
-fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
+fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, IncomingError> {
     let limits = IncomingLimits {
         max_pages: hello.limits.max_pages.min(u32::try_from(hello.layout.pages()).unwrap_or(u32::MAX)),
         max_state_bytes: hello.limits.max_state_bytes.min(ACCEPTED_STATE_BYTES),
@@ -308,7 +309,7 @@ fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
     };
     let buffer = || {
         let buffer = outlive_epoch::Incoming::new(limits, hello.layout.clone(), hello.generation);
-        buffer.map(|buffer| buffer.with_disks(disks.to_vec())).map_err(|e| e.to_string())
+        buffer.map(|buffer| buffer.with_disks(disks.to_vec()))
     };
     let buffers = (0..=hello.limits.slots).map(|_| buffer()).collect::<Result<_, _>>()?;
     let largest = u64::from(limits.max_pages) * PAGE_SIZE as u64
@@ -321,25 +322,18 @@ fn buffers(hello: &Hello, disks: &[u64]) -> Result<Handover, String> {
 /// the arbiter before it connected, so this side must find that generation there.
 fn same_arbiter(decisions: &Decisions, hello: &Hello) -> Result<Box<dyn Arbiter>, Refusal> {
     let spec = &decisions.equipment.options.arbiter;
-    let mut here = arbiter::parse(spec).map_err(|e| (RefuseCode::Busy, e.to_string()))?;
-    if hello.arbiter != here.identity() {
-        let text = format!(
-            "the standby's arbiter {spec} (id {}) is not the primary's (id {}): give both hosts the same directory",
-            here.identity(),
-            hello.arbiter
-        );
-        return Err((RefuseCode::Resources, text));
+    let mut arbiter = arbiter::parse(spec)?;
+    let spec = spec.clone();
+    if hello.arbiter != arbiter.identity() {
+        let (here, there) = (arbiter.identity().to_owned(), hello.arbiter.clone());
+        return Err(Refusal::OtherArbiter { spec, here, there });
     }
-    match here.highest(&arbiter::VmId(hello.vm.0)) {
-        Ok(Some(highest)) if highest == hello.generation => Ok(here),
-        Ok(Some(highest)) if highest > hello.generation => Err((
-            RefuseCode::StaleGeneration,
-            format!("generation {} is out of date: the arbiter knows generation {highest}", hello.generation),
-        )),
-        Ok(_) => Err((
-            RefuseCode::Resources,
-            format!("the standby's arbiter {spec} does not know this VM: give both hosts the same directory"),
-        )),
-        Err(why) => Err((RefuseCode::Busy, format!("the standby's arbiter {spec} cannot be read: {why}"))),
+    match arbiter.highest(&arbiter::VmId(hello.vm.0)) {
+        Ok(Some(highest)) if highest == hello.generation => Ok(arbiter),
+        Ok(Some(highest)) if highest > hello.generation => {
+            Err(Refusal::Stale { introduced: hello.generation, highest })
+        }
+        Ok(_) => Err(Refusal::UnknownVm(spec)),
+        Err(source) => Err(Refusal::Arbiter { spec, source }),
     }
 }

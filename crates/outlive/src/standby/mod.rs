@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! listen.rs     accepts connections, hears their introduction, refuses those that do not belong here
+//! refusal.rs    why it does
 //! reader.rs     a thread: hears an accepted primary all the time; writes the base, stages checkpoints
 //! handover.rs   the buffers between reader and applier
 //! applier.rs    a thread: tries the base, applies acknowledged checkpoints, owns the copy
@@ -27,35 +28,82 @@ mod notes;
 mod outbox;
 mod ports;
 mod reader;
+mod refusal;
 mod sinks;
 mod takeover;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use outlive_machine::Host;
+use outlive_machine::{Host, HostError};
 use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
 
-use crate::arbiter::{self, Here, Watch};
+use crate::arbiter::{self, ArbiterSpecError, Here, Watch};
 use crate::cli::StandbyOptions;
-use crate::console::Console;
-use crate::disk::{Books, CopyEnd};
-use crate::events::{self, Event, EventWriter, Role};
+use crate::console::{Console, ConsoleError};
+use crate::disk::{Books, CopyEnd, PrepareError};
+use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{self, Launch, Relay};
+use crate::vm::{self, Launch, Relay, UplinkError};
 use crate::{disk, notify, process};
+use copy::CardError;
 use decisions::{Decisions, Equipment};
 pub(crate) use fence::{About, Fence, fence};
-pub(crate) use listen::Door;
+pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
+use takeover::TakeoverError;
 
 /// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
 /// let go: the kernel frees a tap and an image a moment after their last user.
 const AGAIN: Duration = Duration::from_millis(250);
 const LET_GO: Duration = Duration::from_secs(15);
+
+/// Why this host cannot be a standby.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PostError {
+    /// It cannot run a VM.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// What it has for the VM cannot be used.
+    #[error(transparent)]
+    Parts(#[from] PartsError),
+    /// Nobody can come to it.
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    /// Nobody could watch the way to the clients.
+    #[error(transparent)]
+    Uplink(#[from] UplinkError),
+    /// The option `--arbiter` is wrong.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// There is no event stream.
+    #[error(transparent)]
+    Events(#[from] EventsError),
+    /// There is no console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Nobody would watch the arbiter.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+    /// An order to stop would not be heard.
+    #[error("cannot watch signals: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// Why what this host has for a VM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PartsError {
+    /// The card.
+    #[error(transparent)]
+    Card(#[from] CardError),
+    /// The images.
+    #[error(transparent)]
+    Images(#[from] PrepareError),
+}
 
 /// What a process needs to be a standby, whenever it is one. It is claimed at the start and kept while the VM
 /// runs here, so that a host that loses the VM can protect it at once.
@@ -86,24 +134,23 @@ impl Post {
     /// Of a process that begins as a standby: checks what can be checked without a primary.
     ///
     /// # Errors
-    /// One line that names the remedy.
-    pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, String> {
-        let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+    /// See [`PostError`].
+    pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, PostError> {
+        let host = Arc::new(Host::open()?);
         check(options)?;
         let door = Door::reserve(&options.listen)?;
         door.listen()?;
         let uplink = vm::watch_uplink(options.net.as_ref(), &options.active)?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
         // before.
-        let arbiter = arbiter::parse(&options.arbiter).map_err(|e| e.to_string())?;
+        let arbiter = arbiter::parse(&options.arbiter)?;
         let events = events::open(&options.active.events_to())?;
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.prober(), events.clone(), Here::Waits);
-        let watch = Arc::new(watch.map_err(|e| format!("cannot start a thread: {e}"))?);
+        let watch = Arc::new(watch.map_err(PostError::NoThread)?);
         standing.watch(&watch);
-        process::on_stop(options.active.exit_with_stdin, stops.sender())
-            .map_err(|e| format!("cannot watch signals: {e}"))?;
+        process::on_stop(options.active.exit_with_stdin, stops.sender()).map_err(PostError::Signals)?;
         events.emit(Event::Started {
             role: Role::Standby,
             vm: None,
@@ -120,10 +167,14 @@ impl Post {
     /// can win it then.
     ///
     /// # Errors
-    /// One line.
-    pub(crate) fn of(options: StandbyOptions, door: Door, launch: &Launch) -> Result<Option<Self>, String> {
+    /// This host cannot run a VM.
+    pub(crate) fn of(
+        options: StandbyOptions,
+        door: Door,
+        launch: &Launch,
+    ) -> Result<Option<Self>, HostError> {
         let Some(watch) = launch.watch.clone() else { return Ok(None) };
-        let host = Arc::new(Host::open().map_err(|e| e.to_string())?);
+        let host = Arc::new(Host::open()?);
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
         let books = launch.books.clone();
@@ -140,8 +191,8 @@ impl Post {
     /// the VM is gone when this is called: it sends nothing and writes to no disk any more.
     ///
     /// # Errors
-    /// One line: this host cannot be a standby.
-    pub(crate) fn back(&mut self, why: &str) -> Result<(), String> {
+    /// This host cannot be a standby.
+    pub(crate) fn back(&mut self, why: &str) -> Result<(), PartsError> {
         let Equipment { options, watch, uplink, events, books, standing, .. } = &self.equipment;
         books.close();
         if let Some(uplink) = uplink {
@@ -183,7 +234,7 @@ impl Post {
         let (queue, inbox) = channel();
         let decisions = Decisions::new(self.equipment.clone(), queue.clone());
         if let Err(why) = self.door.open(decisions.clone()) {
-            return Outcome::Failed(why);
+            return Outcome::Failed(why.to_string());
         }
         let addr = self.door.address().to_owned();
         tracing::info!(%addr, "standby waits for a primary");
@@ -197,11 +248,11 @@ impl Post {
 
 /// Checks that the card can be made here and the images can be a standby's, and brings them to their last
 /// commit.
-fn check(options: &StandbyOptions) -> Result<(), String> {
+fn check(options: &StandbyOptions) -> Result<(), PartsError> {
     if let Some(net) = &options.net {
         copy::try_card(net)?;
     }
-    disk::for_standby(&options.disks).map_err(|e| e.to_string())
+    Ok(disk::for_standby(&options.disks)?)
 }
 
 impl Waiting {
@@ -240,8 +291,7 @@ impl Waiting {
             }
         }
         let session = self.decisions.take_session().filter(|session| session.link == order.link);
-        let copy =
-            session.and_then(Session::into_copy).ok_or_else(|| "there is no copy of the VM".to_owned());
+        let copy = session.and_then(Session::into_copy).ok_or(TakeoverError::NoCopy);
         let taken_over = copy.and_then(|copy| {
             takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
         });

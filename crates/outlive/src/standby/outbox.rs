@@ -19,6 +19,20 @@ const MAX_WAITING: usize = 256 << 10;
 /// How long a peer may take to read that this standby leaves, and to close.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
 
+/// Why a connection takes no message.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PutError {
+    /// It ends after what is queued.
+    #[error("the connection is being closed")]
+    Closing,
+    /// Too much waits for the peer.
+    #[error("the primary does not read what this standby sends")]
+    NotRead,
+    /// The message is too long.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+}
+
 /// The outbox; see the module.
 pub(super) struct Outbox {
     queue: Mutex<Queue>,
@@ -73,24 +87,24 @@ impl Outbox {
     /// [`write`](Self::write).
     ///
     /// # Errors
-    /// The connection takes no more messages.
+    /// See [`PutError`].
     pub(super) fn put(
         &self,
         encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> Result<(), EncodeError>,
-    ) -> Result<(), String> {
+    ) -> Result<(), PutError> {
         let mut queue = self.queue();
         let Queue { encoder, greeted, bytes, end } = &mut *queue;
         if end.is_some() {
-            return Err("the connection is being closed".into());
+            return Err(PutError::Closing);
         }
         if bytes.len() > MAX_WAITING {
             *end = Some(End::Close);
-            return Err("the primary does not read what this standby sends".into());
+            return Err(PutError::NotRead);
         }
         if !std::mem::replace(greeted, true) {
             bytes.extend_from_slice(&Preface { version: encoder.stream() }.encode());
         }
-        encode(encoder, bytes).map_err(|e| e.to_string())
+        Ok(encode(encoder, bytes)?)
     }
 
     /// Ends the connection after what is queued.
@@ -187,7 +201,7 @@ mod tests {
         (Outbox::new(connection.writer, connection.closer), connection.reader, peer)
     }
 
-    fn ack(outbox: &Outbox, number: u64) -> Result<(), String> {
+    fn ack(outbox: &Outbox, number: u64) -> Result<(), PutError> {
         outbox.put(|encoder, out| {
             encoder.ack(out, &Ack { generation: 1, number, stamp_us: number });
             Ok(())
@@ -239,7 +253,7 @@ mod tests {
         let why = loop {
             number += 1;
             if let Err(why) = ack(&outbox, number) {
-                break why;
+                break why.to_string();
             }
             outbox.write();
             assert!(began.elapsed() < Duration::from_secs(60));

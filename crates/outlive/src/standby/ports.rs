@@ -10,8 +10,8 @@ use outlive_epoch::{Accept, Ack, DiskWant, EncodeError, Encoder, LeaveReason, Pr
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
 use super::copy::VmCopy;
-use super::handover::{Doing, Ending, Handover};
-use super::outbox::{End, Outbox};
+use super::handover::{Doing, Ending, GiveError, Handover};
+use super::outbox::{End, Outbox, PutError};
 use crate::arbiter::ClaimWorker;
 use crate::disk::{Replica, STUCK};
 use crate::network::Uplink;
@@ -36,6 +36,37 @@ pub(super) enum MainMessage {
     Exit(StandbyExit),
 }
 
+/// Why a decision cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PortError {
+    /// Its thread has ended.
+    #[error("the connection is gone")]
+    NoConnection,
+    /// The connection takes no message.
+    #[error(transparent)]
+    Put(#[from] PutError),
+    /// The copy was thrown away, or belongs to another connection.
+    #[error("there is no copy of the VM")]
+    NoCopy,
+    /// The applier takes no checkpoint.
+    #[error(transparent)]
+    Give(#[from] GiveError),
+}
+
+/// What keeps a copy from following the VM, and will not end by itself.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Stuck {
+    /// A disk finishes nothing.
+    #[error("the disks of this standby have not answered for {} s", STUCK.as_secs())]
+    Disks,
+    /// The applier does not get done.
+    #[error("this standby has worked on one checkpoint for {} s", STUCK.as_secs())]
+    Applier,
+    /// The applier stands still.
+    #[error("this standby's applier does not fetch its work")]
+    Deserted,
+}
+
 /// The part of a VM's copy that decisions reach.
 pub(super) struct Session {
     pub(super) link: Link,
@@ -50,13 +81,11 @@ pub(super) struct Session {
 
 impl Session {
     /// What keeps this copy from following the VM, if it is hopeless.
-    fn stuck(&self) -> Option<String> {
-        let secs = STUCK.as_secs();
+    fn stuck(&self) -> Option<Stuck> {
         if self.disks.upgrade().is_some_and(|disks| disks.is_stuck()) {
-            return Some(format!("the disks of this standby have not answered for {secs} s"));
+            return Some(Stuck::Disks);
         }
-        let busy = self.handover.busy_for() >= STUCK;
-        busy.then(|| format!("this standby has worked on one checkpoint for {secs} s"))
+        (self.handover.busy_for() >= STUCK).then_some(Stuck::Applier)
     }
 
     /// The copy, once its applier has no more work. `None` if it was thrown away, or if the applier takes
@@ -174,17 +203,14 @@ impl Ports {
     }
 
     /// What keeps the copy from following the VM, if it is hopeless.
-    pub(super) fn stuck(&self) -> Option<(Link, String)> {
+    pub(super) fn stuck(&self) -> Option<(Link, Stuck)> {
         let session = self.session.as_ref()?;
-        let deserted = || {
-            let deserted = session.handover.is_deserted();
-            deserted.then(|| "this standby's applier does not fetch its work".to_owned())
-        };
+        let deserted = || session.handover.is_deserted().then_some(Stuck::Deserted);
         session.stuck().or_else(deserted).map(|why| (session.link, why))
     }
 
     /// Queues the answer to sums.
-    pub(super) fn want(&mut self, link: Link, want: &DiskWant) -> Result<(), String> {
+    pub(super) fn want(&mut self, link: Link, want: &DiskWant) -> Result<(), PortError> {
         self.put(link, |encoder, out| encoder.disk_want(out, want))
     }
 
@@ -217,19 +243,23 @@ impl Ports {
         &mut self,
         link: Link,
         encode: impl FnOnce(&mut Encoder, &mut Vec<u8>) -> Result<(), EncodeError>,
-    ) -> Result<(), String> {
-        let outbox = self.outbox(link).ok_or("the connection is gone")?;
+    ) -> Result<(), PortError> {
+        let outbox = self.outbox(link).ok_or(PortError::NoConnection)?;
         let result = outbox.put(encode);
         self.touch(outbox);
-        result
+        Ok(result?)
     }
 
-    fn session(&self, link: Link) -> Result<&Session, String> {
+    fn session(&self, link: Link) -> Result<&Session, PortError> {
         let session = self.session.as_ref().filter(|session| session.link == link);
-        session.ok_or_else(|| "there is no copy of the VM".into())
+        session.ok_or(PortError::NoCopy)
     }
 
-    fn give(&mut self, link: Link, checkpoint: u64, doing: Doing) -> Result<(), String> {
+    fn disks(&self, link: Link) -> Result<Arc<Replica>, PortError> {
+        self.session(link)?.disks.upgrade().ok_or(PortError::NoCopy)
+    }
+
+    fn give(&mut self, link: Link, checkpoint: u64, doing: Doing) -> Result<(), PortError> {
         let handover = self.session(link)?.handover.clone();
         handover.give(checkpoint, doing)?;
         self.deferred.applier = Some(handover);
@@ -247,7 +277,9 @@ fn micros(time: Duration) -> u64 {
 }
 
 impl StandbyPorts for Ports {
-    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String> {
+    type Failure = PortError;
+
+    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), PortError> {
         let version = self.session(link)?.version;
         let (dead_after_us, host) = (micros(dead_after), self.host.clone());
         let accept = Accept { generation, dead_after_us, host, version };
@@ -266,11 +298,17 @@ impl StandbyPorts for Ports {
         self.tell(MainMessage::Refused(code, text));
     }
 
-    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), PortError> {
         self.give(link, checkpoint, Doing::Try)
     }
 
-    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String> {
+    fn ack(
+        &mut self,
+        link: Link,
+        generation: u64,
+        checkpoint: u64,
+        stamp: Duration,
+    ) -> Result<(), PortError> {
         let ack = Ack { generation, number: checkpoint, stamp_us: micros(stamp) };
         self.put(link, |encoder, out| {
             encoder.ack(out, &ack);
@@ -278,23 +316,21 @@ impl StandbyPorts for Ports {
         })
     }
 
-    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), PortError> {
         self.give(link, checkpoint, Doing::Apply)
     }
 
-    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
-        let disks = self.session(link)?.disks.upgrade().ok_or("there is no copy of the VM")?;
-        disks.settle(checkpoint);
+    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), PortError> {
+        self.disks(link)?.settle(checkpoint);
         Ok(())
     }
 
-    fn release(&mut self, link: Link) -> Result<(), String> {
-        let disks = self.session(link)?.disks.upgrade().ok_or("there is no copy of the VM")?;
-        disks.release();
+    fn release(&mut self, link: Link) -> Result<(), PortError> {
+        self.disks(link)?.release();
         Ok(())
     }
 
-    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
+    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), PortError> {
         let reach = (link, self.uplink.as_ref().and_then(|uplink| uplink.reaches()));
         let changed = self.told_reach != Some(reach);
         self.told_reach = Some(reach);
@@ -339,8 +375,8 @@ impl StandbyPorts for Ports {
         }
     }
 
-    fn claim(&mut self, generation: u64) -> Result<(), String> {
-        let session = self.session.as_ref().ok_or("there is no copy of the VM")?;
+    fn claim(&mut self, generation: u64) -> Result<(), PortError> {
+        let session = self.session.as_ref().ok_or(PortError::NoCopy)?;
         // Busy means that the answer to the earlier claim is still due.
         let _ = session.claims.submit(generation);
         Ok(())

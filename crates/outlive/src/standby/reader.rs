@@ -113,8 +113,8 @@ impl SessionReader {
                 match &message {
                     Message::BasePages(pages) => write_pages(ram, pages.iter())
                         .map_err(|gfn| format!("GFN {gfn:#x} is outside the VM's memory")),
-                    Message::DiskSums(window) => disks.sums(window),
-                    Message::DiskBlocks { blocks, .. } => disks.blocks(*blocks),
+                    Message::DiskSums(window) => disks.sums(window).map_err(|e| e.to_string()),
+                    Message::DiskBlocks { blocks, .. } => disks.blocks(*blocks).map_err(|e| e.to_string()),
                     _ => Ok(()),
                 }
                 .map_err(End::Bad)
@@ -186,8 +186,8 @@ impl SessionReader {
         // After the base, CPUID and TSC frequency of the base apply unless there are new ones.
         let known = if constants == 0 && self.expect != Expect::Base { shape.constants() } else { constants };
         shape.check(known, checkpoint.state().sections()).map_err(|e| e.to_string())?;
-        let hashes = hashes(checkpoint).transpose()?;
-        disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks))
+        let hashes = hashes(checkpoint).transpose().map_err(|e| e.to_string())?;
+        disks.check_hashes(hashes.as_ref().map_or(&[], |it| &it.disks)).map_err(|e| e.to_string())
     }
 }
 

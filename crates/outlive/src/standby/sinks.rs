@@ -10,6 +10,14 @@ use outlive_machine::{Machine, Ram, RestoreError};
 
 use crate::disk::Replica;
 
+/// Why a committed checkpoint cannot be kept: this host has failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SinkError {
+    /// A page has no place. Every GFN was checked against the layout, so this is an error in this program.
+    #[error("GFN {0:#x} of an acknowledged checkpoint cannot be written")]
+    Page(u64),
+}
+
 /// Takes every committed checkpoint, in order, on the applier's thread. The acknowledgement has been sent:
 /// anything wrong with a checkpoint was found before.
 pub(super) trait CommitSink {
@@ -17,18 +25,16 @@ pub(super) trait CommitSink {
     ///
     /// # Errors
     /// This host has failed, and the copy is worthless.
-    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String>;
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), SinkError>;
 }
 
 /// The VM's memory.
 pub(super) struct MemorySink(pub(super) Arc<Ram>);
 
 impl CommitSink for MemorySink {
-    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), SinkError> {
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
-        // `Incoming` has checked every GFN against the layout, so this is an error in this program.
-        write_pages(&self.0, checkpoint.pages())
-            .map_err(|gfn| format!("GFN {gfn:#x} of an acknowledged checkpoint cannot be written"))
+        write_pages(&self.0, checkpoint.pages()).map_err(SinkError::Page)
     }
 }
 
@@ -56,7 +62,7 @@ pub(super) fn write_pages<'a>(
 pub(super) struct DiskSink(pub(super) Arc<Replica>);
 
 impl CommitSink for DiskSink {
-    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), SinkError> {
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
         let (number, base) = (checkpoint.number(), checkpoint.flags().base_final);
         let mut writes = self.0.buffer();
@@ -105,7 +111,7 @@ impl StateSink {
 }
 
 impl CommitSink for StateSink {
-    fn commit(&mut self, staged: &mut Incoming) -> Result<(), String> {
+    fn commit(&mut self, staged: &mut Incoming) -> Result<(), SinkError> {
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
         self.kept_at = Instant::now();
         self.kept.clear();

@@ -9,26 +9,42 @@
 use std::time::Instant;
 
 use outlive_epoch::EndReason;
+use outlive_machine::RestoreError;
 use outlive_pair::TakeOver;
 
 use super::copy::VmCopy;
 use super::decisions::Equipment;
 use super::fence::fence;
 use super::notes::Times;
+use crate::disk::ReplicaEndError;
 use crate::events::Event;
 use crate::vm::{Launch, Relay};
+
+/// Why the VM cannot run here, although its generation is won.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TakeoverError {
+    /// The copy was thrown away.
+    #[error("there is no copy of the VM")]
+    NoCopy,
+    /// Its disks are not at the last commit.
+    #[error(transparent)]
+    Disks(#[from] ReplicaEndError),
+    /// Its state does not fit.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
 
 /// Restores and resumes the VM.
 ///
 /// # Errors
-/// Why the VM cannot run here.
+/// See [`TakeoverError`].
 pub(super) fn take_over(
     mut copy: VmCopy,
     order: TakeOver,
     times: Times,
     equipment: &Equipment,
     stops: &Relay<&'static str>,
-) -> Result<Launch, String> {
+) -> Result<Launch, TakeoverError> {
     let TakeOver { checkpoint, generation, stop, .. } = order;
     let Equipment { options, console, events, .. } = equipment;
     if let Some(command) = options.active.fence() {

@@ -22,10 +22,42 @@ pub fn command(options: &StatusOptions) -> u8 {
         None => all(&place::folders()),
     };
     let printed = answers.and_then(|answers| {
-        print(&answers, options.json, &mut io::stdout().lock()).map_err(|e| format!("cannot print: {e}"))?;
+        print(&answers, options.json, &mut io::stdout().lock()).map_err(StatusError::Print)?;
         Ok(code(&answers))
     });
     printed.unwrap_or_else(exit::usage)
+}
+
+/// What helps against a wrong path.
+const HINT: &str = "give the --status path of a running outlive run or standby, or none to see all";
+
+/// Why there is no status to show.
+#[derive(Debug, thiserror::Error)]
+enum StatusError {
+    /// The path leads nowhere.
+    #[error("there is no socket at {}: {HINT}", .0.display())]
+    NoSocket(PathBuf),
+    /// The process has ended.
+    #[error("nobody answers at {} any more: {HINT}", .0.display())]
+    Gone(PathBuf),
+    /// The operating system refuses for another reason.
+    #[error("cannot ask at {}: {source}; {HINT}", .path.display())]
+    Refused { path: PathBuf, source: io::Error },
+    /// Nobody answers at the usual places.
+    #[error(
+        "no VM or standby that you may ask runs on this host (none answers in {}): give the path of its --status \
+         with --socket, or ask as the user who runs it",
+        listed(.0)
+    )]
+    Nobody(Vec<PathBuf>),
+    /// The status cannot be shown.
+    #[error("cannot print: {0}")]
+    Print(#[source] io::Error),
+}
+
+fn listed(folders: &[PathBuf]) -> String {
+    let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+    folders.join(" or ")
 }
 
 /// What one socket says.
@@ -51,19 +83,19 @@ fn code(answers: &[Answer]) -> u8 {
     if answers.iter().all(protected) { exit::OK } else { exit::FAILED }
 }
 
-fn one(path: &Path) -> Result<Vec<Answer>, String> {
-    let hint = "give the --status path of a running outlive run or standby, or none to see all";
-    match ask(path) {
-        Ok(said) => Ok(vec![Answer { socket: path.to_owned(), said }]),
-        Err(error) => Err(match error.kind() {
-            ErrorKind::NotFound => format!("there is no socket at {}: {hint}", path.display()),
-            ErrorKind::ConnectionRefused => format!("nobody answers at {} any more: {hint}", path.display()),
-            _ => format!("cannot ask at {}: {error}; {hint}", path.display()),
+fn one(path: &Path) -> Result<Vec<Answer>, StatusError> {
+    let path = path.to_owned();
+    match ask(&path) {
+        Ok(said) => Ok(vec![Answer { socket: path, said }]),
+        Err(source) => Err(match source.kind() {
+            ErrorKind::NotFound => StatusError::NoSocket(path),
+            ErrorKind::ConnectionRefused => StatusError::Gone(path),
+            _ => StatusError::Refused { path, source },
         }),
     }
 }
 
-fn all(folders: &[PathBuf]) -> Result<Vec<Answer>, String> {
+fn all(folders: &[PathBuf]) -> Result<Vec<Answer>, StatusError> {
     let files = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
     let mut sockets: Vec<PathBuf> = files.map(|file| file.path()).collect();
     sockets.retain(|path| path.extension().is_some_and(|it| it == place::ENDING));
@@ -72,12 +104,7 @@ fn all(folders: &[PathBuf]) -> Result<Vec<Answer>, String> {
     let answer = |socket: PathBuf| Some(Answer { said: ask(&socket).ok()?, socket });
     let answers: Vec<Answer> = sockets.into_iter().filter_map(answer).collect();
     if answers.is_empty() {
-        let folders: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
-        let folders = folders.join(" or ");
-        return Err(format!(
-            "no VM or standby that you may ask runs on this host (none answers in {folders}): give the path \
-             of its --status with --socket, or ask as the user who runs it"
-        ));
+        return Err(StatusError::Nobody(folders.to_vec()));
     }
     Ok(answers)
 }
@@ -132,7 +159,7 @@ mod tests {
     fn all_that_answer_are_listed_and_each_counts() {
         let directory = tempfile::tempdir().unwrap();
         let folders = [directory.path().join("missing"), directory.path().to_owned()];
-        let error = all(&folders).unwrap_err();
+        let error = all(&folders).unwrap_err().to_string();
         assert!(error.contains("--socket"), "{error}");
         drop(UnixListener::bind(directory.path().join("dead.sock")).unwrap());
         all(&folders).unwrap_err();
@@ -160,7 +187,7 @@ mod tests {
         assert_eq!(json[1]["socket"], b.to_str().unwrap());
         drop(servers);
         assert!(!a.exists() && !b.exists());
-        assert!(one(&a).unwrap_err().contains("no socket"));
+        assert!(one(&a).unwrap_err().to_string().contains("no socket"));
     }
 
     /// Clients that stay and do not read, more than a socket has room for, hold nobody up.

@@ -15,5 +15,5 @@ mod standing;
 
 pub use answer::{ArbiterSight, Status, Survival};
 pub use command::command;
-pub(crate) use server::Server;
+pub(crate) use server::{Server, ServerError};
 pub(crate) use standing::{Progress, Standing};

@@ -18,24 +18,40 @@ pub(super) fn folders() -> Vec<PathBuf> {
         .collect()
 }
 
+/// There can be no socket where the user says.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}: give --status another path")]
+pub(crate) struct BadPlace(#[from] BindError);
+
 /// Listens where the user says.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(super) fn listen(path: &Path) -> Result<Listener, String> {
-    Listener::bind(path).map_err(|e| format!("{e}: give --status another path"))
+/// See [`BadPlace`].
+pub(super) fn listen(path: &Path) -> Result<Listener, BadPlace> {
+    Ok(Listener::bind(path)?)
+}
+
+/// Why there is no socket at a usual place.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoPlace {
+    /// None is known.
+    #[error("there is no folder for its socket")]
+    NoFolder,
+    /// The last one that was tried does not take it.
+    #[error(transparent)]
+    Folder(#[from] BindError),
 }
 
 /// Listens in the first of these folders that can be used, under this name.
 ///
 /// # Errors
-/// Why there is none.
-pub(super) fn listen_in(folders: &[PathBuf], name: &str) -> Result<Listener, String> {
-    let mut why = "there is no folder for its socket".to_owned();
+/// See [`NoPlace`].
+pub(super) fn listen_in(folders: &[PathBuf], name: &str) -> Result<Listener, NoPlace> {
+    let mut why = NoPlace::NoFolder;
     for folder in folders {
         match listen_as(folder, name) {
             Ok(listener) => return Ok(listener),
-            Err(error) => why = error.to_string(),
+            Err(error) => why = error.into(),
         }
     }
     Err(why)
@@ -90,7 +106,7 @@ mod tests {
         // Nobody answers there, and there is no more room for those who ask.
         let asking: Vec<_> = (0..100).map_while(|_| crate::socket::connect(&path).ok()).collect();
         assert!((1..100).contains(&asking.len()));
-        let error = super::listen(&path).unwrap_err();
+        let error = super::listen(&path).unwrap_err().to_string();
         assert!(error.contains("another process") && error.contains("--status"), "{error}");
         drop(first);
         super::listen(&path).unwrap();

@@ -6,14 +6,15 @@
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-use super::{Standing, place};
+use super::Standing;
+use super::place::{self, BadPlace, NoPlace};
 use crate::serving::ServingThread;
 use crate::socket::Listener;
 
@@ -21,6 +22,26 @@ use crate::socket::Listener;
 const PACE: u8 = 5;
 /// Time until the next try when a client cannot be accepted, in milliseconds.
 const TROUBLE: u8 = 100;
+
+/// Why `outlive status` gets no answer at the place that the user names.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServerError {
+    /// There can be no socket.
+    #[error(transparent)]
+    Place(#[from] BadPlace),
+    /// Nobody would answer there.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+}
+
+/// Why it gets none at the usual place.
+#[derive(Debug, thiserror::Error)]
+enum UsualError {
+    #[error(transparent)]
+    Place(#[from] NoPlace),
+    #[error("no thread: {0}")]
+    NoThread(#[source] io::Error),
+}
 
 /// The running thread. Dropping it ends the thread and removes the socket.
 #[derive(Debug)]
@@ -32,21 +53,25 @@ impl Server {
     /// Answers at the place that the user names, if any.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn open(path: Option<&Path>, standing: &Arc<Standing>) -> Result<Option<Self>, String> {
+    /// See [`ServerError`].
+    pub(crate) fn open(path: Option<&Path>, standing: &Arc<Standing>) -> Result<Option<Self>, ServerError> {
         let Some(path) = path else { return Ok(None) };
         let started = Self::start(place::listen(path)?, standing.clone());
-        started.map(Some).map_err(|e| format!("cannot start a thread: {e}"))
+        started.map(Some).map_err(ServerError::NoThread)
     }
 
     /// Answers at the usual place under this name. Without any there is no answer, and the log says so.
     pub(crate) fn open_usual(name: &str, standing: Arc<Standing>) -> Option<Self> {
-        place::listen_in(&place::folders(), name)
-            .and_then(|listener| Self::start(listener, standing).map_err(|e| format!("no thread: {e}")))
+        Self::start_in(&place::folders(), name, standing)
             .inspect_err(|why| {
                 tracing::warn!("`outlive status` cannot see this process: {why}; give --status PATH");
             })
             .ok()
+    }
+
+    fn start_in(folders: &[PathBuf], name: &str, standing: Arc<Standing>) -> Result<Self, UsualError> {
+        let listener = place::listen_in(folders, name)?;
+        Self::start(listener, standing).map_err(UsualError::NoThread)
     }
 
     pub(super) fn start(listener: Listener, standing: Arc<Standing>) -> io::Result<Self> {

@@ -1,16 +1,57 @@
 //! What the VM boots: the user's Linux kernel, or the built-in guest.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use outlive_guest::PAYLOAD;
-use outlive_machine::{LinuxBoot, Machine, PayloadOptions};
+use outlive_machine::{FirmwareError, LinuxBoot, Machine, PayloadOptions, StartError, StartLinuxError};
 
-use super::{Remedy, no_random};
+use super::{NoRandom, Remedied};
 use crate::cli::RunOptions;
 use crate::process;
 
 /// How many vCPUs the built-in guest has room for.
 const PAYLOAD_VCPUS: u8 = outlive_guest::abi::MAX_VCPUS as u8;
+
+/// Why there is nothing to boot.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GuestError {
+    /// The built-in guest has fewer vCPUs.
+    #[error(
+        "the built-in guest has 1 to {PAYLOAD_VCPUS} vCPUs, not {0}; a Linux guest (--kernel) may have more"
+    )]
+    Vcpus(u8),
+    /// The built-in guest would have no seed.
+    #[error(transparent)]
+    NoRandom(#[from] NoRandom),
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}; give {option} another file", .path.display())]
+    Read { path: PathBuf, option: &'static str, source: io::Error },
+    /// A directory, a device or the like.
+    #[error("{} is not a regular file; give {option} another one", .path.display())]
+    NotAFile { path: PathBuf, option: &'static str },
+    /// A file does not fit into the guest.
+    #[error(
+        "{} has {} MiB and the guest's memory {} MiB: give {option} another file, or give the guest more memory \
+         with --memory",
+        .path.display(), .bytes >> 20, .memory >> 20
+    )]
+    TooLarge { path: PathBuf, option: &'static str, bytes: u64, memory: u64 },
+    /// The files cannot be kept for the guest's restarts.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
+}
+
+/// Why the guest cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    /// The built-in guest.
+    #[error(transparent)]
+    BuiltIn(#[from] Remedied<StartError>),
+    /// A Linux kernel.
+    #[error(transparent)]
+    Linux(#[from] Remedied<StartLinuxError>),
+}
 
 /// What the VM boots.
 pub(crate) enum Guest {
@@ -24,26 +65,23 @@ impl Guest {
     /// Reads what the options name.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn read(options: &RunOptions) -> Result<Self, String> {
+    /// See [`GuestError`].
+    pub(crate) fn read(options: &RunOptions) -> Result<Self, GuestError> {
         let Some(kernel) = &options.kernel else { return Self::built_in(options) };
         let memory = options.memory_bytes();
         let kernel = file(kernel, "--kernel", memory)?;
         let initrd = options.initrd.as_deref().map(|path| file(path, "--initrd", memory)).transpose()?;
-        let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.append.clone());
-        Ok(Self::Linux(Box::new(boot.map_err(|e| e.to_string())?)))
+        let boot = LinuxBoot::new(kernel, initrd.unwrap_or_default(), options.append.clone())?;
+        Ok(Self::Linux(Box::new(boot)))
     }
 
-    fn built_in(options: &RunOptions) -> Result<Self, String> {
+    fn built_in(options: &RunOptions) -> Result<Self, GuestError> {
         if options.vcpus > PAYLOAD_VCPUS {
-            return Err(format!(
-                "the built-in guest has 1 to {PAYLOAD_VCPUS} vCPUs, not {}; a Linux guest (--kernel) may have more",
-                options.vcpus
-            ));
+            return Err(GuestError::Vcpus(options.vcpus));
         }
         let random_seed = match options.seed {
             Some(seed) => std::array::from_fn(|i| (seed.rotate_left(i as u32 * 7) as u8) ^ i as u8),
-            None => process::random().map_err(no_random)?,
+            None => process::random().map_err(NoRandom)?,
         };
         Ok(Self::BuiltIn(PayloadOptions {
             ipv4: options.ip.address.octets(),
@@ -69,31 +107,27 @@ impl Guest {
     /// Loads it into the machine.
     ///
     /// # Errors
-    /// One line.
-    pub(crate) fn load(&self, machine: &mut Machine) -> Result<(), String> {
+    /// See [`LoadError`].
+    pub(crate) fn load(&self, machine: &mut Machine) -> Result<(), LoadError> {
         match self {
-            Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(|e| e.with_remedy()),
-            Self::Linux(boot) => machine.boot_linux(boot).map_err(|e| e.with_remedy()),
+            Self::BuiltIn(options) => machine.boot_payload(PAYLOAD, options).map_err(Remedied)?,
+            Self::Linux(boot) => machine.boot_linux(boot).map_err(Remedied)?,
         }
+        Ok(())
     }
 }
 
 /// Reads a file that goes into the guest's memory.
-fn file(path: &Path, option: &str, memory: u64) -> Result<Vec<u8>, String> {
-    let place = path.display();
-    let unreadable = |e: std::io::Error| format!("cannot read {place}: {e}; give {option} another file");
+fn file(path: &Path, option: &'static str, memory: u64) -> Result<Vec<u8>, GuestError> {
+    let unreadable = |source| GuestError::Read { path: path.to_owned(), option, source };
     let about = std::fs::metadata(path).map_err(unreadable)?;
     // A wrong path may lead to a disk image, or to a file without an end.
     if !about.is_file() {
-        return Err(format!("{place} is not a regular file; give {option} another one"));
+        return Err(GuestError::NotAFile { path: path.to_owned(), option });
     }
-    if about.len() >= memory {
-        return Err(format!(
-            "{place} has {} MiB and the guest's memory {} MiB: give {option} another file, or give the \
-             guest more memory with --memory",
-            about.len() >> 20,
-            memory >> 20
-        ));
+    let bytes = about.len();
+    if bytes >= memory {
+        return Err(GuestError::TooLarge { path: path.to_owned(), option, bytes, memory });
     }
     std::fs::read(path).map_err(unreadable)
 }
@@ -107,10 +141,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("root.img");
         std::fs::File::create(&image).unwrap().set_len(1 << 40).unwrap();
-        let error = file(&image, "--initrd", 64 << 20).unwrap_err();
+        let error = file(&image, "--initrd", 64 << 20).unwrap_err().to_string();
         assert!(error.contains("has 1048576 MiB and the guest's memory 64 MiB: give --initrd"), "{error}");
         for path in ["/dev/zero", "/tmp"] {
-            let error = file(Path::new(path), "--kernel", 64 << 20).unwrap_err();
+            let error = file(Path::new(path), "--kernel", 64 << 20).unwrap_err().to_string();
             assert!(error.contains("not a regular file; give --kernel"), "{error}");
         }
     }

@@ -1,26 +1,38 @@
 //! What a VM needs from the host that it runs on.
 
+use std::io;
 use std::sync::Arc;
 
-use super::Remedy;
+use outlive_machine::{LockError, MemoryError};
+
+use super::Remedied;
 use super::limits::REMEMBERED_PAGES;
 use crate::check;
 use crate::cli::{ActiveOptions, NetSpec};
-use crate::network::{Netlink, Place, Uplink, UplinkSpec};
+use crate::network::{Netlink, NetlinkError, Place, Uplink, UplinkSpec};
+
+/// Why a VM cannot have its memory here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmMemoryError {
+    /// No VM has so much.
+    #[error(transparent)]
+    Size(#[from] Remedied<MemoryError>),
+    /// This host has less.
+    #[error(
+        "a VM with {} MiB of memory does not fit: this host has {} MiB available; give the VM less with --memory",
+        .bytes >> 20, .available >> 20
+    )]
+    TooLittle { bytes: u64, available: u64 },
+}
 
 /// Refuses a VM for which this host has too little memory.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
-    outlive_machine::ranges(bytes).map_err(|e| e.with_remedy())?;
+/// See [`VmMemoryError`].
+pub(crate) fn check_memory(bytes: u64) -> Result<(), VmMemoryError> {
+    outlive_machine::ranges(bytes).map_err(Remedied)?;
     match check::available_memory_bytes() {
-        Some(available) if bytes > available => Err(format!(
-            "a VM with {} MiB of memory does not fit: this host has {} MiB available; give the VM less with \
-             --memory",
-            bytes >> 20,
-            available >> 20
-        )),
+        Some(available) if bytes > available => Err(VmMemoryError::TooLittle { bytes, available }),
         _ => Ok(()),
     }
 }
@@ -28,46 +40,64 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), String> {
 /// Keeps the memory of this process out of swap, if that is wanted.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(crate) fn lock_memory(wanted: bool) -> Result<(), String> {
-    if wanted { outlive_machine::lock_memory().map_err(|e| e.with_remedy()) } else { Ok(()) }
+/// The system does not allow it.
+pub(crate) fn lock_memory(wanted: bool) -> Result<(), Remedied<LockError>> {
+    if wanted { outlive_machine::lock_memory().map_err(Remedied) } else { Ok(()) }
+}
+
+/// The buffers of checkpoints do not fit into this host's memory.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "protection needs {} MiB for checkpoints in flight and for what was sent of them, and this host has {} MiB \
+     available; lower --max-dirty",
+    .bytes >> 20, .available >> 20
+)]
+pub(crate) struct StagingTooLarge {
+    bytes: u64,
+    available: u64,
 }
 
 /// Refuses to start protection if its buffers would take more than half of the memory that this host has
 /// left: the VM itself must not suffer.
 ///
 /// # Errors
-/// One line with the remedy.
-pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), String> {
+/// See [`StagingTooLarge`].
+pub(crate) fn check_staging(pages: usize, disk_bytes: usize, buffers: u64) -> Result<(), StagingTooLarge> {
     // One more buffer for disk writes: the one that is being filled.
     let pages = pages as u64 * buffers + REMEMBERED_PAGES as u64;
     let bytes = pages * outlive_machine::PAGE_SIZE as u64 + disk_bytes as u64 * (buffers + 1);
     match check::available_memory_bytes() {
-        Some(available) if bytes > available / 2 => Err(format!(
-            "protection needs {} MiB for checkpoints in flight and for what was sent of them, and this host has \
-             {} MiB available; lower --max-dirty",
-            bytes >> 20,
-            available >> 20
-        )),
+        Some(available) if bytes > available / 2 => Err(StagingTooLarge { bytes, available }),
         _ => Ok(()),
     }
+}
+
+/// Why an uplink cannot be watched.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UplinkError {
+    /// A VM without a card has no clients.
+    #[error("--uplink {0} makes no sense without --net: leave it out")]
+    NoCard(String),
+    /// The interface that was named is not there.
+    #[error("--uplink: {0}")]
+    Interface(#[from] NetlinkError),
 }
 
 /// Watches this host's way to the guest's clients, if the guest has a card. Without the watch a VM runs as well,
 /// so only a name that does not fit is an error.
 ///
 /// # Errors
-/// One line with the remedy.
+/// See [`UplinkError`].
 pub(crate) fn watch_uplink(
     net: Option<&NetSpec>,
     options: &ActiveOptions,
-) -> Result<Option<Arc<Uplink>>, String> {
+) -> Result<Option<Arc<Uplink>>, UplinkError> {
     let (uplink, lost_after) = (options.uplink.clone(), options.uplink_timeout);
     if let UplinkSpec::Named(name) = &uplink {
         if net.is_none() {
-            return Err(format!("--uplink {name} makes no sense without --net: leave it out"));
+            return Err(UplinkError::NoCard(name.clone()));
         }
-        Netlink::open().and_then(|mut netlink| netlink.link(name)).map_err(|e| format!("--uplink: {e}"))?;
+        Netlink::open().and_then(|mut netlink| netlink.link(name))?;
     }
     let Some(net) = net else { return Ok(None) };
     let (tap, bridge) = (net.tap.clone(), net.bridge.clone());
@@ -75,7 +105,7 @@ pub(crate) fn watch_uplink(
     Ok(watch.inspect_err(|error| tracing::warn!("nobody watches this host's uplink: {error}")).ok())
 }
 
-/// The message for a host without random numbers.
-pub(crate) fn no_random(error: std::io::Error) -> String {
-    format!("this host has no random numbers: {error}")
-}
+/// The operating system gives no random numbers.
+#[derive(Debug, thiserror::Error)]
+#[error("this host has no random numbers: {0}")]
+pub(crate) struct NoRandom(#[source] pub(crate) io::Error);

@@ -1,6 +1,8 @@
 //! How a primary introduces its VM. A standby builds its machine from this alone.
 
-use outlive_epoch::{DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, Limits, VersionRange};
+use outlive_epoch::{
+    DeviceFlags, DeviceInfo, DeviceKind, GfnRange, Hello, Layout, LayoutError, Limits, VersionRange,
+};
 use outlive_machine::{Machine, SectorSize};
 
 use super::limits::{self, MAX_STATE_BYTES, SLOTS};
@@ -45,21 +47,32 @@ pub(crate) fn devices(machine: &Machine, options: &RunOptions, is_linux: bool) -
     card.into_iter().chain(disks).chain(linux).collect()
 }
 
+/// Why a VM cannot be introduced: no standby could have a copy of it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IntroductionError {
+    /// Of its memory.
+    #[error("guest memory has an impossible layout: {0}")]
+    Layout(#[source] LayoutError),
+    /// A checkpoint counts fewer pages.
+    #[error("the VM has too much memory to be protected")]
+    TooLarge,
+}
+
 /// The introduction.
 ///
 /// # Errors
-/// What part of the VM cannot be replicated.
+/// See [`IntroductionError`].
 pub(crate) fn hello(
     machine: &Machine,
     identity: &Identity,
     options: &ActiveOptions,
-) -> Result<Hello, String> {
+) -> Result<Hello, IntroductionError> {
     let provenance = &identity.provenance;
     let ram = machine.ram();
     let ranges = ram.slots().iter().map(|s| GfnRange { start: s.base.0, pages: s.pages }).collect();
-    let layout = Layout::new(ranges).map_err(|e| format!("guest memory has an impossible layout: {e}"))?;
+    let layout = Layout::new(ranges).map_err(IntroductionError::Layout)?;
     let firmware_bytes = (layout.pages() * outlive_machine::PAGE_SIZE as u64).saturating_sub(ram.bytes());
-    let max_pages = u32::try_from(ram.pages()).map_err(|_| "the VM has too much memory to be protected")?;
+    let max_pages = u32::try_from(ram.pages()).map_err(|_| IntroductionError::TooLarge)?;
     Ok(Hello {
         vm: provenance.vm,
         generation: identity.generation,

@@ -26,11 +26,14 @@ mod remedy;
 mod tap;
 
 pub(crate) use disks::{Disk, replicated};
-pub(crate) use guest::Guest;
-pub(crate) use host::{check_memory, check_staging, lock_memory, no_random, watch_uplink};
-pub(crate) use introduce::{devices, fixed_queues, hello};
+pub(crate) use guest::{Guest, GuestError, LoadError};
+pub(crate) use host::{
+    NoRandom, StagingTooLarge, UplinkError, VmMemoryError, check_memory, check_staging, lock_memory,
+    watch_uplink,
+};
+pub(crate) use introduce::{IntroductionError, devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::Relay;
-pub(crate) use remedy::Remedy;
-pub(crate) use tap::TapPlace;
+pub(crate) use remedy::Remedied;
+pub(crate) use tap::{PlaceError, TapPlace};

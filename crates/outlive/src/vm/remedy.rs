@@ -22,6 +22,11 @@ pub(crate) trait Remedy: Error {
     }
 }
 
+/// An error of the machine, shown with its remedy.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.with_remedy())]
+pub(crate) struct Remedied<E: Remedy + 'static>(#[source] pub(crate) E);
+
 const MORE_MEMORY: &str = "give the VM more with --memory";
 
 impl Remedy for MemoryError {

@@ -13,7 +13,7 @@
 //! A tap that was there before belongs to somebody else: nothing of it is changed, except that it is attached and
 //! switched on if it is not.
 
-use super::no_random;
+use super::NoRandom;
 use crate::cli::NetSpec;
 use crate::network::{Link, Netlink, NetlinkError};
 use crate::process;
@@ -23,6 +23,44 @@ use outlive_epoch::Wiring;
 const USUAL_MTU: u32 = 1500;
 /// The first byte of a tap's address: the highest that is locally administered and not multicast.
 const HIGH: u8 = 0xfe;
+
+/// Why a card cannot have its place.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlaceError {
+    /// The kernel does not tell, or does not change something.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The bridge would follow the tap's MTU.
+    #[error(
+        "the tap {tap} has an MTU of {has} and would reduce that of the bridge {bridge}, which is {wide}: set it \
+         first, with `ip link set {tap} mtu {wide}`"
+    )]
+    NarrowTap { tap: String, has: u32, bridge: String, wide: u32 },
+    /// The guest would send larger frames than the network takes.
+    #[error(
+        "the VM's card has mtu={told}, but {narrow} carries {has} bytes at most: set it and the network behind it to \
+         {told} (`ip link set {narrow} mtu {told}`), or give outlive run a smaller mtu="
+    )]
+    NarrowNetwork { told: u32, narrow: String, has: u32 },
+    /// There is no bridge to be in a VLAN of.
+    #[error("the VM's card is in VLAN {0} of a bridge: give --net bridge=NAME")]
+    NoBridge(u16),
+    /// A tap that somebody else has made keeps its VLAN.
+    #[error(
+        "the tap {tap} was there before and stays as it is, so vlan={vlan} cannot be set: delete it, or set its \
+         VLAN yourself (`bridge vlan add dev {tap} vid {vlan} pvid untagged`) and leave vlan= out"
+    )]
+    VlanOfOthers { tap: String, vlan: u16 },
+    /// The bridge has no VLANs.
+    #[error(
+        "the VM's card is in VLAN {vlan}, but the bridge {bridge} does not look at VLANs: switch that on with \
+         `ip link set {bridge} type bridge vlan_filtering 1`"
+    )]
+    NoVlans { vlan: u16, bridge: String },
+    /// A new tap would have no address.
+    #[error(transparent)]
+    NoRandom(#[from] NoRandom),
+}
 
 /// A card's place, which was looked at before its tap was opened; see the module.
 pub(crate) struct TapPlace {
@@ -38,16 +76,16 @@ impl TapPlace {
     /// Looks at the place of a card that is to be wired like this. The tap is not opened yet.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn look(net: &NetSpec, wiring: Wiring) -> Result<Self, String> {
-        let mut netlink = Netlink::open().map_err(text)?;
+    /// See [`PlaceError`].
+    pub(crate) fn look(net: &NetSpec, wiring: Wiring) -> Result<Self, PlaceError> {
+        let mut netlink = Netlink::open()?;
         let before = match netlink.link(&net.tap) {
             Ok(link) => Some(link),
             Err(NetlinkError::NoInterface { .. }) => None,
-            Err(other) => return Err(text(other)),
+            Err(other) => return Err(other.into()),
         };
         let bridge = match &net.bridge {
-            Some(name) => Some(netlink.bridge(&net.tap, name).map_err(text)?),
+            Some(name) => Some(netlink.bridge(&net.tap, name)?),
             None => None,
         };
         let place = Self { netlink, tap: net.tap.clone(), wiring, before, bridge };
@@ -62,46 +100,31 @@ impl TapPlace {
         self.before.as_ref().or(self.bridge.as_ref()).map_or(told, |link| link.mtu)
     }
 
-    fn check_mtu(&self) -> Result<(), String> {
+    fn check_mtu(&self) -> Result<(), PlaceError> {
         let (tap, has) = (&self.tap, self.mtu());
         if let Some(bridge) = self.bridge.as_ref().filter(|bridge| !self.is_port_of(bridge))
             && has < bridge.mtu
         {
-            return Err(format!(
-                "the tap {tap} has an MTU of {has} and would reduce that of the bridge {}, which is {}: set it \
-                 first, with `ip link set {tap} mtu {}`",
-                bridge.name, bridge.mtu, bridge.mtu
-            ));
+            let (tap, bridge, wide) = (tap.clone(), bridge.name.clone(), bridge.mtu);
+            return Err(PlaceError::NarrowTap { tap, has, bridge, wide });
         }
         match self.wiring.mtu.map(u32::from) {
             Some(told) if told > has => {
                 let narrow = self.before.as_ref().or(self.bridge.as_ref()).map_or(tap, |link| &link.name);
-                Err(format!(
-                    "the VM's card has mtu={told}, but {narrow} carries {has} bytes at most: set it and the network \
-                     behind it to {told} (`ip link set {narrow} mtu {told}`), or give outlive run a smaller mtu="
-                ))
+                Err(PlaceError::NarrowNetwork { told, narrow: narrow.clone(), has })
             }
             _ => Ok(()),
         }
     }
 
-    fn check_vlan(&self) -> Result<(), String> {
+    fn check_vlan(&self) -> Result<(), PlaceError> {
         let Some(vlan) = self.wiring.vlan else { return Ok(()) };
-        let Some(bridge) = &self.bridge else {
-            return Err(format!("the VM's card is in VLAN {vlan} of a bridge: give --net bridge=NAME"));
-        };
-        let (tap, name) = (&self.tap, &bridge.name);
+        let bridge = self.bridge.as_ref().ok_or(PlaceError::NoBridge(vlan))?;
         if self.before.is_some() {
-            return Err(format!(
-                "the tap {tap} was there before and stays as it is, so vlan={vlan} cannot be set: delete it, or \
-                 set its VLAN yourself (`bridge vlan add dev {tap} vid {vlan} pvid untagged`) and leave vlan= out"
-            ));
+            return Err(PlaceError::VlanOfOthers { tap: self.tap.clone(), vlan });
         }
         if !bridge.vlans.filtering {
-            return Err(format!(
-                "the VM's card is in VLAN {vlan}, but the bridge {name} does not look at VLANs: switch that on with \
-                 `ip link set {name} type bridge vlan_filtering 1`"
-            ));
+            return Err(PlaceError::NoVlans { vlan, bridge: bridge.name.clone() });
         }
         Ok(())
     }
@@ -113,8 +136,8 @@ impl TapPlace {
     /// Puts the tap, which is open now, into its place, and switches it on.
     ///
     /// # Errors
-    /// One line with the remedy.
-    pub(crate) fn join(mut self) -> Result<(), String> {
+    /// See [`PlaceError`].
+    pub(crate) fn join(mut self) -> Result<(), PlaceError> {
         if self.before.is_none() {
             self.prepare()?;
         }
@@ -122,53 +145,49 @@ impl TapPlace {
             // What an administrator has set up already needs no rights of ours.
             if !self.is_port_of(&bridge) {
                 self.keep_address(&bridge)?;
-                self.netlink.attach(&self.tap, &bridge.name).map_err(text)?;
+                self.netlink.attach(&self.tap, &bridge.name)?;
             }
             self.enter_vlan(&bridge)?;
         }
         if self.before.as_ref().is_some_and(|tap| tap.up) {
             return Ok(());
         }
-        self.netlink.set_up(&self.tap).map_err(text)
+        Ok(self.netlink.set_up(&self.tap)?)
     }
 
     /// Gives a new tap its MTU and its address.
-    fn prepare(&mut self) -> Result<(), String> {
+    fn prepare(&mut self) -> Result<(), PlaceError> {
         let mtu = self.mtu();
-        let tap = self.netlink.link(&self.tap).map_err(text)?;
+        let tap = self.netlink.link(&self.tap)?;
         if tap.mtu != mtu {
-            self.netlink.set_mtu(&self.tap, mtu).map_err(text)?;
+            self.netlink.set_mtu(&self.tap, mtu)?;
         }
         // Random, because the taps of both hosts are in one network.
-        let tail = process::random::<5>().map_err(no_random)?;
+        let tail = process::random::<5>().map_err(NoRandom)?;
         let mut mac = [HIGH; 6];
         mac[1..].copy_from_slice(&tail);
-        self.netlink.set_mac(&self.tap, mac).map_err(text)
+        Ok(self.netlink.set_mac(&self.tap, mac)?)
     }
 
     /// Keeps a bridge from taking the tap's address, before it is attached.
-    fn keep_address(&mut self, bridge: &Link) -> Result<(), String> {
-        let (Some(own), links) = (bridge.mac, self.netlink.links().map_err(text)?) else { return Ok(()) };
+    fn keep_address(&mut self, bridge: &Link) -> Result<(), PlaceError> {
+        let (Some(own), links) = (bridge.mac, self.netlink.links()?) else { return Ok(()) };
         let tap = links.iter().find(|link| link.name == self.tap).and_then(|link| link.mac);
         let ports = links.iter().filter(|link| link.bridge == Some(bridge.index));
         let lowest = ports.filter_map(|port| port.mac).min();
         if tap.is_some_and(|tap| lowest.is_none_or(|lowest| tap < lowest)) {
-            return self.netlink.set_mac(&bridge.name, own).map_err(text);
+            self.netlink.set_mac(&bridge.name, own)?;
         }
         Ok(())
     }
 
-    fn enter_vlan(&mut self, bridge: &Link) -> Result<(), String> {
+    fn enter_vlan(&mut self, bridge: &Link) -> Result<(), PlaceError> {
         let Some(vlan) = self.wiring.vlan else { return Ok(()) };
-        self.netlink.set_port_vlan(&self.tap, vlan).map_err(text)?;
+        self.netlink.set_port_vlan(&self.tap, vlan)?;
         let default = bridge.vlans.default_pvid;
         if default != 0 && default != vlan {
-            self.netlink.remove_port_vlan(&self.tap, default).map_err(text)?;
+            self.netlink.remove_port_vlan(&self.tap, default)?;
         }
         Ok(())
     }
-}
-
-fn text(error: NetlinkError) -> String {
-    error.to_string()
 }

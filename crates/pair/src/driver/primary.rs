@@ -1,5 +1,6 @@
 //! The primary's driver.
 
+use std::fmt;
 use std::time::Duration;
 
 use outlive_epoch::EndReason;
@@ -13,49 +14,50 @@ use crate::{
 };
 
 /// The effects of the primary's decisions. [The module](super) has the rules that all methods keep.
-///
-/// Errors are texts for people; the driver reports each to the state machine.
 pub trait PrimaryPorts {
     /// A checkpoint in staging, or a part of one.
     type Part;
+    /// Why a method cannot do its work. Nothing is decided by it: the driver reports it to the state machine in
+    /// words, for a person.
+    type Failure: fmt::Display;
 
     /// Connect to the standby at this index of the list, then report [`Event::Connected`] or
     /// [`Event::DialFailed`]. The connection is put into the ports before `Connected`.
     ///
     /// # Errors
     /// It cannot be tried.
-    fn dial(&mut self, link: Link, address: usize) -> Result<(), String>;
+    fn dial(&mut self, link: Link, address: usize) -> Result<(), Self::Failure>;
 
     /// Queue preface and Hello.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), String>;
+    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), Self::Failure>;
 
     /// Have the base synchronisation begun: pages go out in rounds while the guest runs, until a checkpoint
     /// can be captured. A failure is reported as [`Event::LinkLost`].
     ///
     /// # Errors
     /// No thread is there to do it.
-    fn start_base(&mut self, link: Link) -> Result<(), String>;
+    fn start_base(&mut self, link: Link) -> Result<(), Self::Failure>;
 
     /// Queue a checkpoint, or the next part of one, for the link of its ticket, and for no other.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn ship(&mut self, ticket: Ticket, part: Self::Part) -> Result<(), String>;
+    fn ship(&mut self, ticket: Ticket, part: Self::Part) -> Result<(), Self::Failure>;
 
     /// Queue a heartbeat, with the time at which it is written.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn send_heartbeat(&mut self, link: Link) -> Result<(), String>;
+    fn send_heartbeat(&mut self, link: Link) -> Result<(), Self::Failure>;
 
     /// Queue the orderly end of the VM.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), String>;
+    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), Self::Failure>;
 
     /// Have the link closed (after everything queued for it, if an orderly end is queued), and have the
     /// protection that used it ended. Later reports about it are not given, or are ignored. The link may be
@@ -66,7 +68,7 @@ pub trait PrimaryPorts {
     ///
     /// # Errors
     /// It cannot be asked now. The claim is repeated as if the arbiter were out of reach.
-    fn claim(&mut self, generation: u64) -> Result<(), String>;
+    fn claim(&mut self, generation: u64) -> Result<(), Self::Failure>;
 
     /// Until when output that is let out may leave; `None`: forever. Called after each event, before its
     /// actions. Each piece of output is checked against it right before it leaves, with a fresh clock.
@@ -80,13 +82,13 @@ pub trait PrimaryPorts {
     ///
     /// # Errors
     /// Output cannot be held; the protection does not begin.
-    fn hold(&mut self, epoch: u64) -> Result<(), String>;
+    fn hold(&mut self, epoch: u64) -> Result<(), Self::Failure>;
 
     /// The valve: output from now on belongs to this epoch. In the pause.
     ///
     /// # Errors
     /// Output is not held, or not for that epoch; the protection ends.
-    fn begin_epoch(&mut self, epoch: u64) -> Result<(), String>;
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), Self::Failure>;
 
     /// The valve: output that was held for epochs up to this one may leave. It leaves in the drain that
     /// follows ([`After::drain`]), while the lease lasts.
@@ -204,8 +206,8 @@ impl<P: PrimaryPorts> PrimaryDriver<P> {
     }
 }
 
-fn lost(link: Link, why: String) -> Event {
-    Event::LinkLost { link, why: LossReason::Local(why) }
+fn lost(link: Link, why: impl fmt::Display) -> Event {
+    Event::LinkLost { link, why: LossReason::Local(why.to_string()) }
 }
 
 /// The ports while an event is carried out.
@@ -229,14 +231,14 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
         let ports = &mut *self.ports;
         match action {
             Action::Dial { link, address } => {
-                ports.dial(link, address).map_err(|why| Event::DialFailed { link, why })
+                ports.dial(link, address).map_err(|why| Event::DialFailed { link, why: why.to_string() })
             }
             Action::SendHello { link, generation } => {
                 ports.send_hello(link, generation).map_err(|why| lost(link, why))
             }
             Action::StartBase { link } => ports.start_base(link).map_err(|why| lost(link, why)),
             Action::HoldOutput { link, epoch } => {
-                ports.hold(epoch).map_err(|why| Event::HoldFailed { link, why })
+                ports.hold(epoch).map_err(|why| Event::HoldFailed { link, why: why.to_string() })
             }
             Action::BeginEpoch { link, epoch } => ports.begin_epoch(epoch).map_err(|why| lost(link, why)),
             Action::Ship(ticket) => {
@@ -270,7 +272,7 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
                 Ok(())
             }
             Action::Claim { generation } => ports.claim(generation).map_err(|why| {
-                let result = ClaimResult::Unreachable { why };
+                let result = ClaimResult::Unreachable { why: why.to_string() };
                 Event::Claimed { generation, result }
             }),
             Action::ReleaseAll { generation } => {

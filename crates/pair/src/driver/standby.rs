@@ -19,6 +19,7 @@
 //!   [`hang_up`](StandbyPorts::hang_up) or [`discard`](StandbyPorts::discard) drops it.
 //! * After an `Applied` the applier gives the buffer back to the reader of that link, if there still is one.
 
+use std::fmt;
 use std::time::Duration;
 
 use outlive_epoch::{LeaveReason, RefuseCode};
@@ -28,7 +29,7 @@ use super::core::{Core, Hands};
 use crate::planted::{Planted, planted};
 use crate::{
     ClaimResult, Introduction, Link, LossReason, Standby, StandbyAction as Action, StandbyEvent as Event,
-    StandbyExit, StandbyNote,
+    StandbyExit, StandbyNote, Unwelcome,
 };
 
 /// A takeover that was won.
@@ -47,14 +48,17 @@ pub struct TakeOver {
 /// The effects of the standby's decisions. [The module](super) has the rules that all methods keep.
 ///
 /// Bytes for a link are queued here and written in the drain ([`After::drain`]); an error of that write is
-/// reported as [`Event::LinkLost`]. Errors are texts for people; the driver reports each to the state
-/// machine.
+/// reported as [`Event::LinkLost`].
 pub trait StandbyPorts {
+    /// Why a method cannot do its work. Nothing is decided by it: the driver reports it to the state machine in
+    /// words, for a person.
+    type Failure: fmt::Display;
+
     /// Queue preface and Accept.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), String>;
+    fn accept(&mut self, link: Link, generation: u64, dead_after: Duration) -> Result<(), Self::Failure>;
 
     /// Queue preface and Refuse, and have the link closed after it.
     fn refuse(&mut self, link: Link, code: RefuseCode, text: String);
@@ -64,39 +68,45 @@ pub trait StandbyPorts {
     ///
     /// # Errors
     /// No thread is there to do it.
-    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), Self::Failure>;
 
     /// Queue an acknowledgement.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String>;
+    fn ack(
+        &mut self,
+        link: Link,
+        generation: u64,
+        checkpoint: u64,
+        stamp: Duration,
+    ) -> Result<(), Self::Failure>;
 
     /// Hand the staged checkpoint to the applier. The applier writes all of it to memory, keeps the state and
     /// gives the disk writes to their thread, whatever happens to the link; then report [`Event::Applied`].
     ///
     /// # Errors
     /// No thread is there to do it: this copy is worthless.
-    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), Self::Failure>;
 
     /// Have the disks brought to the checkpoint, durably; report [`Event::Settled`] or [`Event::Failed`].
     ///
     /// # Errors
     /// No thread is there to do it: this copy is worthless.
-    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String>;
+    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), Self::Failure>;
 
     /// Have whatever this process leaves of the copy say, durably, that it is given up; report
     /// [`Event::Released`].
     ///
     /// # Errors
     /// No thread is there to do it.
-    fn release(&mut self, link: Link) -> Result<(), String>;
+    fn release(&mut self, link: Link) -> Result<(), Self::Failure>;
 
     /// Queue a heartbeat with this stamp.
     ///
     /// # Errors
     /// The link no longer accepts anything.
-    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String>;
+    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), Self::Failure>;
 
     /// Queue the orderly leave.
     fn send_leave(&mut self, link: Link, reason: LeaveReason);
@@ -113,7 +123,7 @@ pub trait StandbyPorts {
     ///
     /// # Errors
     /// It cannot be asked now. The claim is repeated as if the arbiter were out of reach.
-    fn claim(&mut self, generation: u64) -> Result<(), String>;
+    fn claim(&mut self, generation: u64) -> Result<(), Self::Failure>;
 
     /// Have the VM run from the applied checkpoint. The applier is idle then.
     fn take_over(&mut self, order: TakeOver);
@@ -159,8 +169,8 @@ impl<P: StandbyPorts> StandbyDriver<P> {
     /// Whether this introduction would be accepted now: ask this before memory is set aside for its VM.
     ///
     /// # Errors
-    /// The code and the words for the refusal.
-    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), (RefuseCode, String)> {
+    /// See [`Unwelcome`].
+    pub fn would_accept(&self, now: Duration, hello: &Introduction) -> Result<(), Unwelcome> {
         self.core.machine.would_accept(now, hello)
     }
 
@@ -186,8 +196,12 @@ impl<P: StandbyPorts> StandbyDriver<P> {
     }
 }
 
-fn lost(link: Link, why: String) -> Event {
-    Event::LinkLost { link, why: LossReason::Local(why) }
+fn lost(link: Link, why: impl fmt::Display) -> Event {
+    Event::LinkLost { link, why: LossReason::Local(why.to_string()) }
+}
+
+fn failed(link: Link, why: impl fmt::Display) -> Event {
+    Event::Failed { link, why: why.to_string() }
 }
 
 /// The ports while an event is carried out.
@@ -225,21 +239,22 @@ impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
                 Ok(())
             }
             Action::Try { link, checkpoint } => {
-                self.ports.try_base(link, checkpoint).map_err(|why| Event::Failed { link, why })
+                self.ports.try_base(link, checkpoint).map_err(|why| failed(link, why))
             }
             Action::Ack { link, generation, checkpoint, stamp } => {
                 after.drain |= wrote;
                 self.ports.ack(link, generation, checkpoint, stamp).map_err(|why| lost(link, why))
             }
             Action::Apply { link, checkpoint } => {
-                self.ports.apply(link, checkpoint).map_err(|why| Event::Failed { link, why })
+                self.ports.apply(link, checkpoint).map_err(|why| failed(link, why))
             }
             Action::Settle { link, checkpoint } => {
-                self.ports.settle(link, checkpoint).map_err(|why| Event::Failed { link, why })
+                self.ports.settle(link, checkpoint).map_err(|why| failed(link, why))
             }
-            Action::Release { link } => {
-                self.ports.release(link).map_err(|why| Event::Released { link, result: Err(why) })
-            }
+            Action::Release { link } => self.ports.release(link).map_err(|why| {
+                let result = Err(why.to_string());
+                Event::Released { link, result }
+            }),
             Action::SendHeartbeat { link, stamp } => {
                 after.drain |= wrote;
                 self.ports.send_heartbeat(link, stamp).map_err(|why| lost(link, why))
@@ -260,7 +275,7 @@ impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
                 Ok(())
             }
             Action::Claim { generation } => self.ports.claim(generation).map_err(|why| {
-                let result = ClaimResult::Unreachable { why };
+                let result = ClaimResult::Unreachable { why: why.to_string() };
                 Event::Claimed { generation, result }
             }),
             Action::TakeOver { link, checkpoint, generation, stop } => {

@@ -29,6 +29,17 @@ pub(super) enum PortFault {
     Settle,
 }
 
+/// Why a simulated port fails.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PortFailure {
+    /// The world has ordered it.
+    #[error("{0:?} fails")]
+    Struck(PortFault),
+    /// The driver has broken its word.
+    #[error("{0:?} is not up")]
+    NotUp(Link),
+}
+
 /// An action that fails once.
 #[derive(Default)]
 pub(super) struct Faults {
@@ -37,12 +48,12 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    fn strike(&mut self, fault: PortFault) -> Result<(), String> {
+    fn strike(&mut self, fault: PortFault) -> Result<(), PortFailure> {
         if self.next.take_if(|next| *next == fault).is_none() {
             return Ok(());
         }
         self.failed += 1;
-        Err(format!("{fault:?} fails"))
+        Err(PortFailure::Struck(fault))
     }
 }
 
@@ -126,14 +137,13 @@ impl PrimarySide {
     }
 
     /// The connection of a link that must carry something.
-    fn send(&mut self, link: Link, what: &str) -> Result<usize, String> {
+    fn send(&mut self, link: Link, what: &str) -> Result<usize, PortFailure> {
         self.faults.strike(PortFault::Send)?;
         match self.lines.get(&link) {
             Some(Line::Up(conn)) => Ok(*conn),
             other => {
-                let why = format!("sends {what} over {link:?}, which is {other:?}");
-                self.broken(why.clone());
-                Err(why)
+                self.broken(format!("sends {what} over {link:?}, which is {other:?}"));
+                Err(PortFailure::NotUp(link))
             }
         }
     }
@@ -141,8 +151,9 @@ impl PrimarySide {
 
 impl PrimaryPorts for PrimarySide {
     type Part = SimPart;
+    type Failure = PortFailure;
 
-    fn dial(&mut self, link: Link, address: usize) -> Result<(), String> {
+    fn dial(&mut self, link: Link, address: usize) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Dial)?;
         self.lines.retain(|_, line| *line != Line::Down);
         self.lines.insert(link, Line::Dialling);
@@ -150,19 +161,19 @@ impl PrimaryPorts for PrimarySide {
         Ok(())
     }
 
-    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), String> {
+    fn send_hello(&mut self, link: Link, generation: u64) -> Result<(), PortFailure> {
         let conn = self.send(link, "Hello")?;
         self.effects.push(PrimaryEffect::Hello { conn, generation });
         Ok(())
     }
 
-    fn start_base(&mut self, link: Link) -> Result<(), String> {
+    fn start_base(&mut self, link: Link) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::StartBase)?;
         self.effects.push(PrimaryEffect::StartBase { link });
         Ok(())
     }
 
-    fn ship(&mut self, ticket: Ticket, part: SimPart) -> Result<(), String> {
+    fn ship(&mut self, ticket: Ticket, part: SimPart) -> Result<(), PortFailure> {
         if part.captured_for != ticket.link {
             let link = ticket.link;
             self.broken(format!("ships over {link:?} what was captured for {:?}", part.captured_for));
@@ -172,13 +183,13 @@ impl PrimaryPorts for PrimarySide {
         Ok(())
     }
 
-    fn send_heartbeat(&mut self, link: Link) -> Result<(), String> {
+    fn send_heartbeat(&mut self, link: Link) -> Result<(), PortFailure> {
         let conn = self.send(link, "a heartbeat")?;
         self.effects.push(PrimaryEffect::Beat { conn });
         Ok(())
     }
 
-    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), String> {
+    fn send_end(&mut self, link: Link, reason: EndReason) -> Result<(), PortFailure> {
         let conn = self.send(link, "the end")?;
         self.effects.push(PrimaryEffect::End { conn, reason });
         Ok(())
@@ -192,7 +203,7 @@ impl PrimaryPorts for PrimarySide {
         self.effects.push(PrimaryEffect::HangUp { conn });
     }
 
-    fn claim(&mut self, generation: u64) -> Result<(), String> {
+    fn claim(&mut self, generation: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Claim)?;
         self.effects.push(PrimaryEffect::Claim { generation });
         Ok(())
@@ -204,13 +215,13 @@ impl PrimaryPorts for PrimarySide {
 
     fn set_beats(&mut self, _: Option<Duration>) {}
 
-    fn hold(&mut self, epoch: u64) -> Result<(), String> {
+    fn hold(&mut self, epoch: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Hold)?;
         self.valve.hold(epoch);
         Ok(())
     }
 
-    fn begin_epoch(&mut self, epoch: u64) -> Result<(), String> {
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::BeginEpoch)?;
         self.valve.begin_epoch(epoch);
         Ok(())
@@ -387,7 +398,7 @@ impl StandbySide {
         self.violation.get_or_insert(what);
     }
 
-    fn send(&mut self, link: Link, msg: Msg) -> Result<(), String> {
+    fn send(&mut self, link: Link, msg: Msg) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Send).inspect_err(|_| self.reset = Some(link))?;
         match self.lines.get(&link) {
             Some(Heard::Introduced | Heard::Accepted) => self.outbox.push_back(Out::Send(link, msg)),
@@ -402,7 +413,9 @@ impl StandbySide {
 }
 
 impl StandbyPorts for StandbySide {
-    fn accept(&mut self, link: Link, _: u64, dead_after: Duration) -> Result<(), String> {
+    type Failure = PortFailure;
+
+    fn accept(&mut self, link: Link, _: u64, dead_after: Duration) -> Result<(), PortFailure> {
         self.send(link, Msg::Accept { dead_after })?;
         self.lines.insert(link, Heard::Accepted);
         Ok(())
@@ -416,13 +429,19 @@ impl StandbyPorts for StandbySide {
         self.outbox.push_back(Out::Close(link));
     }
 
-    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+    fn try_base(&mut self, link: Link, checkpoint: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Try)?;
         self.effects.push(StandbyEffect::Try { link, checkpoint });
         Ok(())
     }
 
-    fn ack(&mut self, link: Link, generation: u64, checkpoint: u64, stamp: Duration) -> Result<(), String> {
+    fn ack(
+        &mut self,
+        link: Link,
+        generation: u64,
+        checkpoint: u64,
+        stamp: Duration,
+    ) -> Result<(), PortFailure> {
         let early = self.bug == Some(Bug::AckWhilePartial);
         match &mut self.copy {
             Some(copy) if copy.link == link => {
@@ -441,7 +460,7 @@ impl StandbyPorts for StandbySide {
         self.send(link, Msg::Ack { generation, number: checkpoint, stamp })
     }
 
-    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+    fn apply(&mut self, link: Link, checkpoint: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Apply)?;
         let acked = self.acked();
         match &mut self.copy {
@@ -454,13 +473,13 @@ impl StandbyPorts for StandbySide {
         Ok(())
     }
 
-    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), String> {
+    fn settle(&mut self, link: Link, checkpoint: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Settle)?;
         self.effects.push(StandbyEffect::Settle { link, checkpoint });
         Ok(())
     }
 
-    fn release(&mut self, link: Link) -> Result<(), String> {
+    fn release(&mut self, link: Link) -> Result<(), PortFailure> {
         let applying = self.copy.as_ref().is_some_and(|copy| copy.applying.is_some());
         if applying {
             self.broken("gives a copy up in the middle of a commit".into());
@@ -469,7 +488,7 @@ impl StandbyPorts for StandbySide {
         Ok(())
     }
 
-    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), String> {
+    fn send_heartbeat(&mut self, link: Link, stamp: Duration) -> Result<(), PortFailure> {
         self.send(link, Msg::Beat { stamp })
     }
 
@@ -502,7 +521,7 @@ impl StandbyPorts for StandbySide {
         self.effects.push(StandbyEffect::Discard { link });
     }
 
-    fn claim(&mut self, generation: u64) -> Result<(), String> {
+    fn claim(&mut self, generation: u64) -> Result<(), PortFailure> {
         self.faults.strike(PortFault::Claim)?;
         self.claimed = true;
         self.effects.push(StandbyEffect::Claim { generation });

@@ -122,12 +122,12 @@ fn sockets_are_for_their_owner_and_replace_stale_ones() {
         assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
     }
     let spec = ConsoleSpec::Directory(inside.clone());
-    let error = Console::open(Some(&spec), |_| ()).unwrap_err();
+    let error = Console::open(Some(&spec), |_| ()).unwrap_err().to_string();
     assert!(error.contains("another VM has its console"), "{error}");
     attach(&inside);
     drop(console);
     fs::write(inside.join("hvc0"), "precious").unwrap();
-    let error = Console::open(Some(&spec), |_| ()).unwrap_err();
+    let error = Console::open(Some(&spec), |_| ()).unwrap_err().to_string();
     assert!(error.contains("not a socket"), "{error}");
     assert_eq!(fs::read(inside.join("hvc0")).unwrap(), b"precious");
     assert!(!inside.join("serial").exists(), "what was made before the error is gone");
@@ -296,7 +296,7 @@ fn pipes_will_do_for_a_terminal() {
 fn a_mistyped_directory_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
     let deep = directory.path().join("no").join("such");
-    let error = Console::open(Some(&ConsoleSpec::Directory(deep)), |_| ()).unwrap_err();
+    let error = Console::open(Some(&ConsoleSpec::Directory(deep)), |_| ()).unwrap_err().to_string();
     assert!(
         error.contains("cannot make the directory") && error.contains("give --console another"),
         "{error}"

@@ -14,6 +14,20 @@ use crate::disk::apply::JOURNAL_BYTES;
 use crate::disk::sidecar::{Sidecar, beside};
 use crate::disk::sidecars::nobody_writes;
 
+/// Why something cannot be claimed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClaimError {
+    /// A thread of an earlier copy still writes.
+    #[error("the .outlive files of the last copy are still being written; the standby tries again")]
+    StillWritten,
+    /// There is no journal, or no room for it.
+    #[error("the standby cannot set {} MiB aside for the journal {}: {source}", JOURNAL_BYTES >> 20, .journal.display())]
+    Journal { journal: PathBuf, source: io::Error },
+    /// A sidecar could not be written.
+    #[error("the standby cannot write {}: {source}", .file.display())]
+    Sidecar { file: PathBuf, source: io::Error },
+}
+
 /// How long a claim waits while the sidecars of an earlier copy are being written.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -30,25 +44,18 @@ pub(super) struct ClaimedJournal {
 /// Claims a journal beside the first image that is written, if any, and tries to write sidecars.
 ///
 /// # Errors
-/// One line that names the file.
-pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJournal>, String> {
+/// See [`ClaimError`].
+pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJournal>, ClaimError> {
     let mut written = disks.iter().flatten().filter(|disk| !disk.read_only).peekable();
     let Some(first) = written.peek() else { return Ok(None) };
     // Held until the end: a writer of an earlier copy would take what is claimed here for its own.
-    let Some(_nobody_writes) = nobody_writes(PATIENCE) else {
-        return Err("the .outlive files of the last copy are still being written; the standby tries \
-        again"
-            .into());
-    };
-    let path = beside(&first.path, "journal");
-    let claimed = ClaimedJournal::open(&path).map_err(|error| {
-        let (place, room) = (path.display(), JOURNAL_BYTES >> 20);
-        format!("the standby cannot set {room} MiB aside for the journal {place}: {error}")
-    })?;
+    let _nobody_writes = nobody_writes(PATIENCE).ok_or(ClaimError::StillWritten)?;
+    let journal = beside(&first.path, "journal");
+    let claimed = ClaimedJournal::open(&journal).map_err(|source| ClaimError::Journal { journal, source })?;
     for ReplicaDisk { path, .. } in written {
-        if let Err(error) = Sidecar::probe(path) {
+        if let Err(source) = Sidecar::probe(path) {
             claimed.give_up();
-            return Err(format!("the standby cannot write {}: {error}", beside(path, "outlive").display()));
+            return Err(ClaimError::Sidecar { file: beside(path, "outlive"), source });
         }
     }
     Ok(Some(claimed))

@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use outlive_epoch::RecordBuf;
 use outlive_machine::DiskHash;
 
+use super::error::ReplicaError;
 use crate::disk::image::Sum;
 use crate::disk::sidecar::CopyEnd;
 
@@ -22,6 +23,9 @@ const SPARE_BUFFERS: usize = 64;
 /// A buffer that has grown larger than this is not kept.
 const SPARE_BYTES: usize = 1 << 20;
 
+/// What the disks' thread answers to whoever waits for it.
+pub(super) type Answer = Result<(), Arc<ReplicaError>>;
+
 pub(super) enum Job {
     Sums { disk: u16, first: u64, count: u32, sums: Option<Vec<Sum>> },
     Blocks(RecordBuf),
@@ -29,8 +33,8 @@ pub(super) enum Job {
     Check { number: u64, hashes: Vec<DiskHash> },
     Settle { checkpoint: u64 },
     Release,
-    Leave { end: Option<CopyEnd>, done: Sender<Result<(), String>> },
-    BecomePrimary { generation: u64, done: Sender<Result<(), String>> },
+    Leave { end: Option<CopyEnd>, done: Sender<Answer> },
+    BecomePrimary { generation: u64, done: Sender<Answer> },
     Close,
 }
 
@@ -56,7 +60,7 @@ pub(super) struct Waiting {
     /// With the time at which they came.
     jobs: VecDeque<(Instant, Job)>,
     pub(super) bytes: usize,
-    pub(super) failed: Option<String>,
+    pub(super) failed: Option<Arc<ReplicaError>>,
     /// Since when the thread has worked on a job that must not take long.
     working: Option<Instant>,
     /// The thread compares the disks with the VM's. That takes as long as reading them, and it ends when

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -12,7 +12,8 @@ use outlive_epoch::{DISK_CHUNK, DiskWant, RecordBuf, VmId};
 use outlive_machine::DiskHash;
 
 use super::claims::ClaimedJournal;
-use super::queue::{Job, Queue};
+use super::error::ReplicaError;
+use super::queue::{Answer, Job, Queue};
 use super::{DiskEvent, ReplicaDisk, STUCK};
 use crate::disk::apply::Applier;
 use crate::disk::hash;
@@ -92,35 +93,42 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 self.note(result);
                 continue;
             };
-            if self.queue.lock().failed.is_some() {
-                if self.refuse(job) {
+            let failed = self.queue.lock().failed.clone();
+            if let Some(why) = failed {
+                if refuse(job, why) {
                     return;
                 }
                 continue;
             }
-            let result = match job {
-                Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref()),
-                Job::Blocks(records) => self.write_blocks(records),
-                Job::Commit { number, base, records } => self.commit(number, base, records),
-                Job::Check { number, hashes } => self.check(number, &hashes),
-                // Do now what a takeover needs from the disks: a won generation cannot be given back.
-                Job::Settle { checkpoint } => self.leave(None).map(|()| {
-                    self.take_back(None);
-                    (self.tell)(DiskEvent::Settled { checkpoint });
-                }),
-                Job::Release => self.release(),
-                Job::Leave { end, done } => self.answered(&done, |worker| worker.leave_for_good(end)),
-                Job::BecomePrimary { generation, done } => {
-                    self.answered(&done, |worker| worker.become_primary(generation))
-                }
-                Job::Close => {
-                    let result = self.leave(None);
-                    self.note(result);
-                    return self.claimed.take().map_or((), ClaimedJournal::give_up);
-                }
-            };
+            let last = matches!(job, Job::Close);
+            let result = self.carry_out(job);
             self.note(result);
+            if last {
+                return self.claimed.take().map_or((), ClaimedJournal::give_up);
+            }
         }
+    }
+
+    fn carry_out(&mut self, job: Job) -> Result<(), Arc<ReplicaError>> {
+        match job {
+            Job::Sums { disk, first, count, sums } => self.compare(disk, first, count, sums.as_deref())?,
+            Job::Blocks(records) => self.write_blocks(records)?,
+            Job::Commit { number, base, records } => self.commit(number, base, records)?,
+            Job::Check { number, hashes } => self.check(number, &hashes)?,
+            // Do now what a takeover needs from the disks: a won generation cannot be given back.
+            Job::Settle { checkpoint } => {
+                self.leave(None)?;
+                self.take_back(None);
+                (self.tell)(DiskEvent::Settled { checkpoint });
+            }
+            Job::Release => self.release()?,
+            Job::Leave { end, done } => self.answered(&done, |worker| worker.leave_for_good(end))?,
+            Job::BecomePrimary { generation, done } => {
+                self.answered(&done, |worker| worker.become_primary(generation))?;
+            }
+            Job::Close => self.leave(None)?,
+        }
+        Ok(())
     }
 
     /// When there is something to do without a job.
@@ -136,8 +144,8 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         (Some(if self.flush { now } else { hard }), Some(hard))
     }
 
-    fn note(&self, result: Result<(), String>) {
-        if let Err(why) = result {
+    fn note(&self, result: Result<(), impl Into<Arc<ReplicaError>>>) {
+        if let Err(why) = result.map_err(Into::<Arc<ReplicaError>>::into) {
             // What the images contain now is anybody's guess.
             self.disks.iter().flatten().for_each(|disk| disk.book.forget_everything());
             self.queue.lock().failed.get_or_insert_with(|| why.clone());
@@ -146,36 +154,33 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         }
     }
 
-    /// A job that comes after a failure. Returns whether it was the last.
-    fn refuse(&self, job: Job) -> bool {
-        let why = self.queue.lock().failed.clone().unwrap_or_default();
-        if let Job::Leave { done, .. } | Job::BecomePrimary { done, .. } = &job {
-            done.send(Err(why)).ok();
-        }
-        matches!(job, Job::Close)
-    }
-
     fn answered(
         &mut self,
-        done: &Sender<Result<(), String>>,
-        work: impl FnOnce(&mut Self) -> Result<(), String>,
-    ) -> Result<(), String> {
-        let result = work(self);
+        done: &Sender<Answer>,
+        work: impl FnOnce(&mut Self) -> Result<(), ReplicaError>,
+    ) -> Answer {
+        let result = work(self).map_err(Arc::new);
         done.send(result.clone()).ok();
         result
     }
 
-    fn disk(&self, disk: u16) -> Result<&ReplicaDisk, String> {
+    fn disk(&self, disk: u16) -> Result<&ReplicaDisk, ReplicaError> {
         let known = self.disks.get(usize::from(disk)).and_then(Option::as_ref);
-        known.ok_or_else(|| format!("disk {disk} is not replicated"))
+        known.ok_or(ReplicaError::NotReplicated(disk))
     }
 
     /// Compares a window. Zeroes at once what must be zero, and asks for everything else that differs.
-    fn compare(&mut self, disk: u16, first: u64, count: u32, sums: Option<&[Sum]>) -> Result<(), String> {
+    fn compare(
+        &mut self,
+        disk: u16,
+        first: u64,
+        count: u32,
+        sums: Option<&[Sum]>,
+    ) -> Result<(), ReplicaError> {
         let mut wanted = Vec::new();
         if count == 0 {
             let ReplicaDisk { file, path, .. } = self.disk(disk)?;
-            file.sync().map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            file.sync().map_err(unwritten(path))?;
         }
         for at in 0..count {
             let theirs = sums.map_or(ZERO_SUM, |sums| sums[at as usize]);
@@ -187,9 +192,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             let range = reader.range(chunk);
             let ours = match book.sum(chunk) {
                 Some(sum) => sum,
-                None => reader
-                    .sum(chunk, &mut buffer)
-                    .map_err(|e| format!("cannot read {}: {e}", path.display()))?,
+                None => reader.sum(chunk, &mut buffer).map_err(unread(path))?,
             };
             // Commits reach the image later than they are forgotten.
             if may_note {
@@ -197,10 +200,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             }
             let read_only = *read_only;
             if ours != theirs && read_only {
-                return Err(format!(
-                    "disk {disk} is read-only, so it is not synchronised, and {} differs from the primary's: copy the primary's file there",
-                    path.display()
-                ));
+                return Err(ReplicaError::ReadOnlyDiffers { disk, image: path.clone() });
             }
             self.buffer = buffer;
             if ours == theirs {
@@ -210,8 +210,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 self.taint()?;
                 let ReplicaDisk { file, path, book, .. } = self.disk(disk)?;
                 book.forget(chunk);
-                file.zero(range.0, range.1 as u64)
-                    .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+                file.zero(range.0, range.1 as u64).map_err(unwritten(path))?;
                 if may_note {
                     book.note(chunk, ZERO_SUM);
                 }
@@ -224,12 +223,12 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    fn write_blocks(&mut self, records: RecordBuf) -> Result<(), String> {
+    fn write_blocks(&mut self, records: RecordBuf) -> Result<(), ReplicaError> {
         self.taint()?;
         for record in records.iter() {
             let ReplicaDisk { file, path, bytes, book, .. } = self.disk(record.disk)?;
             book.forget_range(record.offset, record.len());
-            image::apply(file, &record).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            image::apply(file, &record).map_err(unwritten(path))?;
             if self.applier.is_none()
                 && let Some((chunk, sum)) = image::whole_chunk(&record, *bytes)
             {
@@ -241,7 +240,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// Called before an image is written outside the journal: it is between two checkpoints from now on.
-    fn taint(&mut self) -> Result<(), String> {
+    fn taint(&mut self) -> Result<(), ReplicaError> {
         if !std::mem::replace(&mut self.tainted, true) {
             self.say_first(self.replica(false, 0, None))?;
         }
@@ -262,9 +261,9 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// Writes into the sidecars what they must say before anything else happens to the images.
-    fn say_first(&self, saying: Saying) -> Result<(), String> {
+    fn say_first(&self, saying: Saying) -> Result<(), ReplicaError> {
         self.sidecars.say(saying);
-        self.sidecars.written_within(STUCK)
+        Ok(self.sidecars.written_within(STUCK)?)
     }
 
     /// Writes into the sidecars what may be written late without harm.
@@ -274,7 +273,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         self.sidecars.written_within(SIDECAR_PATIENCE).ok();
     }
 
-    fn commit(&mut self, number: u64, base: bool, records: RecordBuf) -> Result<(), String> {
+    fn commit(&mut self, number: u64, base: bool, records: RecordBuf) -> Result<(), ReplicaError> {
         if base {
             self.begin_journal(number)?;
         }
@@ -282,7 +281,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
             self.disk(record.disk)?.book.forget_range(record.offset, record.len());
         }
         let journal_failed = journal_failed(&self.journal);
-        let applier = self.applier.as_mut().ok_or("a commit before the base")?;
+        let applier = self.applier.as_mut().ok_or(ReplicaError::NoBase)?;
         let flush = applier.commit(number, records).map_err(journal_failed)?;
         self.flush |= flush;
         self.pending_since.get_or_insert_with(Instant::now);
@@ -296,7 +295,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// The base is complete but for its last checkpoint: from here on every write goes through the journal.
-    fn begin_journal(&mut self, number: u64) -> Result<(), String> {
+    fn begin_journal(&mut self, number: u64) -> Result<(), ReplicaError> {
         // The base's last writes go to the images before a sidecar names this journal. Images that needed no
         // block so far still have the sidecar of an earlier checkpoint, which would say that half of those
         // writes are a whole image.
@@ -309,22 +308,21 @@ impl<T: Fn(DiskEvent)> Worker<T> {
                 sizes.push(0);
                 continue;
             };
-            let unwritten = |e: io::Error| format!("cannot write {}: {e}", disk.path.display());
-            disk.file.sync().map_err(unwritten)?;
-            images.push(Some(disk.file.try_clone().map_err(unwritten)?));
+            disk.file.sync().map_err(unwritten(&disk.path))?;
+            images.push(Some(disk.file.try_clone().map_err(unwritten(&disk.path))?));
             sizes.push(disk.bytes);
         }
-        let ClaimedJournal { path, file, .. } = self.claimed.take().ok_or("no disk is replicated")?;
-        let failed = |e: io::Error| format!("cannot write the journal {}: {e}", path.display());
+        let ClaimedJournal { path, file, .. } = self.claimed.take().ok_or(ReplicaError::NoJournal)?;
         let identity = Identity { vm: self.vm, generation: self.generation, sizes };
         let before = number.saturating_sub(1);
-        let journal = Journal::create(file, identity, before).map_err(failed)?;
+        let journal = Journal::create(file, identity, before)
+            .map_err(|source| ReplicaError::Journal { journal: path.clone(), source })?;
         self.applier = Some(Applier::new(journal, images, before));
         self.journal = Some(path);
         Ok(())
     }
 
-    fn harden(&mut self) -> Result<(), String> {
+    fn harden(&mut self) -> Result<(), ReplicaError> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
@@ -340,7 +338,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// Does what is due when no job comes.
-    fn harden_or_empty(&mut self) -> Result<(), String> {
+    fn harden_or_empty(&mut self) -> Result<(), ReplicaError> {
         match &self.applier {
             Some(applier) if applier.pending_work() > 0 => self.harden(),
             _ => self.settle(),
@@ -349,25 +347,21 @@ impl<T: Fn(DiskEvent)> Worker<T> {
 
     /// Compares the images with the VM's disks at the checkpoint that was committed last. Commits wait
     /// meanwhile, in memory. Images that differ no longer belong to any VM, and are marked so.
-    fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), String> {
+    fn check(&mut self, number: u64, hashes: &[DiskHash]) -> Result<(), ReplicaError> {
         self.harden()?;
         for &DiskHash { disk, hash: wanted } in hashes {
             let ReplicaDisk { file, path, bytes, .. } = self.disk(disk)?;
-            let here = hash::contents(file, *bytes, || !self.queue.is_urgent())
-                .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+            let here = hash::contents(file, *bytes, || !self.queue.is_urgent()).map_err(unread(path))?;
             let Some(here) = here else {
                 tracing::info!(checkpoint = number, "self-check: given up, because more urgent work waits");
                 return Ok(());
             };
             if here != wanted {
-                let why = format!(
-                    "disk {disk}: the image {} is not the VM's disk: hash {here:#018x}, should be {wanted:#018x}",
-                    path.display()
-                );
+                let why = ReplicaError::Differs { disk, image: path.clone(), here, wanted };
                 self.applier = None;
                 let obsolete = self.journal.take();
                 self.say_first(Saying { obsolete, ..self.replica(false, 0, None) })?;
-                (self.tell)(DiskEvent::Checked { checkpoint: number, difference: Some(why.clone()) });
+                (self.tell)(DiskEvent::Checked { checkpoint: number, difference: Some(why.to_string()) });
                 return Err(why);
             }
         }
@@ -375,7 +369,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<(), String> {
+    fn settle(&mut self) -> Result<(), ReplicaError> {
         self.flush = false;
         self.pending_since = None;
         let failed = journal_failed(&self.journal);
@@ -384,7 +378,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
         settled.map_err(failed)
     }
 
-    fn become_primary(&mut self, generation: u64) -> Result<(), String> {
+    fn become_primary(&mut self, generation: u64) -> Result<(), ReplicaError> {
         self.leave(None)?;
         self.generation = generation;
         self.say(Saying { checkpoint: self.left_at, ..Saying::primary(generation) });
@@ -392,7 +386,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// Ends the copy as one that the VM goes on without, and says whether whoever finds it will know that.
-    fn release(&mut self) -> Result<(), String> {
+    fn release(&mut self) -> Result<(), ReplicaError> {
         self.released = self.applier.is_some();
         self.leave(Some(CopyEnd::Released))?;
         (self.tell)(DiskEvent::Released(self.sidecars.written_within(RELEASE_PATIENCE)));
@@ -400,7 +394,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 
     /// The process ends. The copy stays given up only if the primary may have heard so.
-    fn leave_for_good(&mut self, end: Option<CopyEnd>) -> Result<(), String> {
+    fn leave_for_good(&mut self, end: Option<CopyEnd>) -> Result<(), ReplicaError> {
         self.leave(end)?;
         if end != Some(CopyEnd::Released) && self.take_back(end) {
             self.sidecars.written_within(RELEASE_PATIENCE).ok();
@@ -421,7 +415,7 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     /// Ends this standby's copy: brings the images to the last commit, durably, and says so in the sidecars,
     /// without a journal. If the sidecars cannot be written now, the empty journal stays, because they name
     /// it; replaying it changes nothing.
-    fn leave(&mut self, end: Option<CopyEnd>) -> Result<(), String> {
+    fn leave(&mut self, end: Option<CopyEnd>) -> Result<(), ReplicaError> {
         self.settle()?;
         if let Some(applier) = self.applier.take() {
             self.left_at = applier.applied();
@@ -432,7 +426,23 @@ impl<T: Fn(DiskEvent)> Worker<T> {
     }
 }
 
-fn journal_failed(path: &Option<PathBuf>) -> impl Fn(io::Error) -> String + use<> {
-    let path = path.clone().unwrap_or_default();
-    move |error| format!("cannot write the disks or their journal {}: {error}", path.display())
+/// A job that comes after a failure. Returns whether it was the last.
+fn refuse(job: Job, why: Arc<ReplicaError>) -> bool {
+    if let Job::Leave { done, .. } | Job::BecomePrimary { done, .. } = &job {
+        done.send(Err(why)).ok();
+    }
+    matches!(job, Job::Close)
+}
+
+fn unread(image: &Path) -> impl FnOnce(io::Error) -> ReplicaError + '_ {
+    move |source| ReplicaError::Read { image: image.to_owned(), source }
+}
+
+fn unwritten(image: &Path) -> impl FnOnce(io::Error) -> ReplicaError + '_ {
+    move |source| ReplicaError::Write { image: image.to_owned(), source }
+}
+
+fn journal_failed(path: &Option<PathBuf>) -> impl FnOnce(io::Error) -> ReplicaError + use<> {
+    let journal = path.clone().unwrap_or_default();
+    move |source| ReplicaError::Apply { journal, source }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use outlive_epoch::{DiskOp, VmId};
 
 use super::provenance;
+use crate::disk::replica::ReplicaStartError;
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
 use crate::disk::{Book, DiskEvent, Replica, ReplicaDisk, for_run};
 
@@ -50,7 +51,7 @@ impl Standby {
         }
     }
 
-    fn start(&self) -> Result<(Replica, Receiver<DiskEvent>), String> {
+    fn start(&self) -> Result<(Replica, Receiver<DiskEvent>), ReplicaStartError> {
         let path = self.image();
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let (tell, told) = channel();
@@ -130,7 +131,7 @@ fn a_standby_that_ends_in_order_keeps_the_journal_that_its_sidecar_names() {
         Sidecar::read(&standby.image()).unwrap().is_some_and(|s| s.whole)
     });
     standby.block();
-    assert_eq!(replica.leave(None), Ok(()));
+    replica.leave(None).unwrap();
     drop(replica);
     assert_eq!(standby.sidecar().journal, Some(standby.journal()));
     assert!(standby.journal().exists());
@@ -171,7 +172,7 @@ fn a_copy_that_was_given_up_says_so_before_the_primary_hears_of_it() {
         // The primary died before it heard of it: this side takes over all the same.
         replica.settle(2);
         assert!(matches!(told.recv().unwrap(), DiskEvent::Settled { checkpoint: 2 }));
-        assert_eq!(replica.become_primary(8), Ok(()));
+        replica.become_primary(8).unwrap();
         let sidecar = standby.sidecar();
         assert_eq!((sidecar.role, sidecar.end, sidecar.generation), (Role::Primary, None, 8));
     }
@@ -181,13 +182,13 @@ fn a_copy_that_was_given_up_says_so_before_the_primary_hears_of_it() {
 fn what_will_be_needed_is_missed_before_a_primary_is_accepted() {
     let standby = Standby::new();
     standby.block();
-    let why = standby.start().err().unwrap();
+    let why = standby.start().err().unwrap().to_string();
     assert!(why.contains("cannot write") && why.contains("disk.outlive"), "{why}");
     standby.unblock();
     // A directory where the journal is to be.
     fs::remove_file(standby.journal()).ok();
     fs::create_dir(standby.journal()).unwrap();
-    let why = standby.start().err().unwrap();
+    let why = standby.start().err().unwrap().to_string();
     assert!(why.contains("cannot set 64 MiB aside for the journal"), "{why}");
     assert_eq!(why.lines().count(), 1);
     fs::remove_dir(standby.journal()).unwrap();
@@ -220,7 +221,7 @@ fn a_copy_stays_given_up_only_if_the_primary_may_have_heard() {
         if blocked {
             standby.unblock();
         }
-        assert_eq!(replica.leave(end), Ok(()));
+        replica.leave(end).unwrap();
         wait_until("the sidecar says so", || {
             let sidecar = standby.sidecar();
             (sidecar.end, sidecar.checkpoint, sidecar.whole) == (end, 2, true)

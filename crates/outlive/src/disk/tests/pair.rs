@@ -11,6 +11,7 @@ use outlive_epoch::{DISK_CHUNK, DiskOp, DiskSums, DiskWant, RecordBuf, Unchecked
 
 use super::provenance;
 use crate::disk::journal::Journal;
+use crate::disk::replica::{ReplicaError, UnfitError};
 use crate::disk::sidecar::{Role, Sidecar, beside};
 use crate::disk::{
     Book, Books, Changed, DiskEvent, DiskSection, DiskSync, Replica, ReplicaDisk, SourceDisk, SyncReport,
@@ -135,7 +136,7 @@ impl Pair {
                 idle = false;
                 match told {
                     DiskEvent::Want(want) => self.sync.as_ref().unwrap().want(want),
-                    DiskEvent::Failed(why) => return SyncReport::Failed(why),
+                    DiskEvent::Failed(why) => return SyncReport::Failed(why.to_string()),
                     DiskEvent::Checked { .. } | DiskEvent::Settled { .. } | DiskEvent::Released(_) => {
                         panic!("nobody asked for it")
                     }
@@ -154,7 +155,7 @@ impl Pair {
     }
 
     /// Settles at this checkpoint; what the replica says to that.
-    fn settled(&self, checkpoint: u64) -> Result<u64, String> {
+    fn settled(&self, checkpoint: u64) -> Result<u64, Arc<ReplicaError>> {
         self.replica.settle(checkpoint);
         loop {
             match self.told.recv_timeout(Duration::from_secs(20)).unwrap() {
@@ -165,7 +166,7 @@ impl Pair {
         }
     }
 
-    fn carry(&mut self, section: &DiskSection) -> Result<(), String> {
+    fn carry(&mut self, section: &DiskSection) -> Result<(), UnfitError> {
         match section {
             DiskSection::Sums { disk, first, count, sums } => self.replica.sums(&DiskSums {
                 disk: *disk,
@@ -272,7 +273,7 @@ fn what_both_sides_have_seen_before_is_not_read_again() {
     pair.commit(50, true, &[(7 * CHUNK, &[1; 100])], false);
     pair.write(9 * CHUNK, &[2; 100]);
     pair.commit(51, false, &[(20 * CHUNK, &[4; 100])], true);
-    assert_eq!(pair.settled(51), Ok(51));
+    assert_eq!(pair.settled(51).unwrap(), 51);
 
     let mut pair = Pair::over_again(pair);
     assert_eq!(pair.until_report(), SyncReport::Synced);
@@ -319,7 +320,7 @@ fn commits_go_through_the_journal_into_the_image() {
 
     pair.commit(80, false, &[(0, b"the last")], false);
     // Before this host asks for the VM, what a takeover would have to write is written.
-    assert_eq!(pair.settled(80), Ok(80));
+    assert_eq!(pair.settled(80).unwrap(), 80);
     expected[..8].copy_from_slice(b"the last");
     assert!(pair.content("standby")[0] == expected);
     let sidecar = pair.sidecar().unwrap();
@@ -385,22 +386,20 @@ fn sums_and_blocks_out_of_bounds_are_refused() {
         assert!(sums(disk, first, count).is_err(), "{disk} {first} {count}");
     }
     let block = |disk, offset, op| pair.replica.blocks(as_received(&super::records(&[(disk, offset, op)])));
-    assert_eq!(block(0, 0, DiskOp::Data(&[1])), Err("blocks that were not asked for".into()));
+    let refused = |disk, offset, op| block(disk, offset, op).unwrap_err().to_string();
+    assert_eq!(refused(0, 0, DiskOp::Data(&[1])), "blocks that were not asked for");
     for (disk, offset, op) in [
         (0, SIZES[0], DiskOp::Zero(1)),
         (1, 0, DiskOp::Zero(1)),
         (2, 0, DiskOp::Data(&[1])),
         (9, 0, DiskOp::Zero(1)),
     ] {
-        assert!(
-            block(disk, offset, op).unwrap_err().contains("is outside the VM's disks"),
-            "{disk} {offset}"
-        );
+        assert!(refused(disk, offset, op).contains("is outside the VM's disks"), "{disk} {offset}");
     }
-    assert_eq!(block(0, 0, DiskOp::Flush), Err("a flush among the blocks of a disk".into()));
+    assert_eq!(refused(0, 0, DiskOp::Flush), "a flush among the blocks of a disk");
     let cut = super::records(&[(0, 0, DiskOp::Data(&[1]))]);
     let cut = UncheckedRecords::new(&cut.records().bytes()[..24]);
-    assert!(pair.replica.blocks(cut).unwrap_err().contains("a disk record ends early"));
+    assert!(pair.replica.blocks(cut).unwrap_err().to_string().contains("a disk record ends early"));
 }
 
 #[test]
@@ -440,7 +439,7 @@ fn an_image_is_no_longer_whole_while_the_last_writes_of_a_base_reach_it() {
     let mut pair = Pair::new(differing);
     assert_eq!(pair.until_report(), SyncReport::Synced);
     pair.commit(9, true, &[], false);
-    assert_eq!(pair.settled(9), Ok(9));
+    assert_eq!(pair.settled(9).unwrap(), 9);
     let mut pair = Pair::over_again(pair);
     assert_eq!(pair.until_report(), SyncReport::Synced);
     let image = images(pair.directory.path(), "standby")[0].clone();

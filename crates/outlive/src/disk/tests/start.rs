@@ -417,7 +417,8 @@ fn overwrite(stage: &mut Stage, image: &str, asked_for: bool) -> Result<bool, St
     let lineage = Lineage::new([Ancestor { vm: OTHER, through: 2 }]);
     let incoming = Provenance { arbiter, lineage, ..provenance(VM) };
     let target = Target { path: &path, file: &file, overwrite: asked_for };
-    target.check(&incoming, 4, &mut stage.arbiter).map(|accepted| accepted.is_some())
+    let accepted = target.check(&incoming, 4, &mut stage.arbiter).map_err(|error| error.to_string())?;
+    Ok(accepted.is_some())
 }
 
 #[test]

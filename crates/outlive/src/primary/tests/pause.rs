@@ -14,6 +14,7 @@ use outlive_epoch::{
 };
 use outlive_machine::{
     After as Then, Host, HostError, InPause, Machine, Options, Outgoing, OutputMode, PayloadOptions,
+    SpillError,
 };
 use outlive_pair::{PrimaryStatus, Wanted};
 
@@ -160,7 +161,7 @@ impl InPause for Counted<'_> {
         self.allocations += allocation_counter::measure(|| self.inside.counted(pages)).count_total;
     }
 
-    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), String> {
+    fn spill(&mut self, staging: &mut Outgoing) -> Result<(), SpillError> {
         self.inside.spill(staging)
     }
 }

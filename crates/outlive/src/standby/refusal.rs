@@ -1,0 +1,85 @@
+//! Why a standby refuses a primary that introduces itself.
+
+use std::io;
+
+use outlive_epoch::{IncomingError, RefuseCode, VmId};
+use outlive_pair::Unwelcome;
+
+use super::copy::CopyError;
+use super::decisions::ClaimsError;
+use super::listen::MAX_SLOTS;
+use crate::arbiter::{ArbiterError, ArbiterSpecError};
+
+/// See the module. The words go to the primary, with the [code](Self::code).
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    /// The releases have no version of the stream in common. The text has both ranges and the remedy.
+    #[error("{0}")]
+    Version(String),
+    /// The decisions are against it.
+    #[error(transparent)]
+    Unwelcome(#[from] Unwelcome),
+    /// This standby is for another VM.
+    #[error("this standby is kept for VM {served}, not for {name} ({vm})")]
+    WrongVm { served: String, name: String, vm: VmId },
+    /// No primary has come: it was the question of `primary/ask.rs`.
+    #[error("it only asked whether this standby is taking a VM over, which it is not")]
+    OnlyAsked,
+    /// It wants more buffers than there are for anybody.
+    #[error("{0} checkpoints in flight is not between 1 and {MAX_SLOTS}")]
+    Slots(u32),
+    /// The arbiter of this standby cannot be used.
+    #[error(transparent)]
+    Place(#[from] ArbiterSpecError),
+    /// The hosts have two arbiters.
+    #[error(
+        "the standby's arbiter {spec} (id {here}) is not the primary's (id {there}): give both hosts the same directory"
+    )]
+    OtherArbiter { spec: String, here: String, there: String },
+    /// Somebody has won the VM since.
+    #[error("generation {introduced} is out of date: the arbiter knows generation {highest}")]
+    Stale { introduced: u64, highest: u64 },
+    /// The arbiter has not seen the primary's claim.
+    #[error("the standby's arbiter {0} does not know this VM: give both hosts the same directory")]
+    UnknownVm(String),
+    /// The arbiter does not answer.
+    #[error("the standby's arbiter {spec} cannot be read: {source}")]
+    Arbiter { spec: String, source: ArbiterError },
+    /// This host cannot have a copy of the VM.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// There is no memory for checkpoints.
+    #[error(transparent)]
+    Buffers(#[from] IncomingError),
+    /// Nobody could claim the VM.
+    #[error(transparent)]
+    Claims(#[from] ClaimsError),
+    /// Nobody would apply checkpoints.
+    #[error("cannot start a thread: {0}")]
+    NoThread(#[source] io::Error),
+    /// Another primary was faster.
+    #[error("another primary is attached")]
+    Attached,
+}
+
+impl Refusal {
+    /// The code for the primary's program.
+    pub(super) fn code(&self) -> RefuseCode {
+        match self {
+            Self::Version(_) => RefuseCode::Version,
+            Self::Unwelcome(why) => why.code(),
+            Self::WrongVm { .. } => RefuseCode::WrongVm,
+            Self::Stale { .. } => RefuseCode::StaleGeneration,
+            Self::Copy(why) => why.code(),
+            // Nothing is wrong with the primary: it may try again.
+            Self::Place(_) | Self::Arbiter { .. } | Self::Attached => RefuseCode::Busy,
+            Self::OnlyAsked
+            | Self::Slots(_)
+            | Self::OtherArbiter { .. }
+            | Self::UnknownVm(_)
+            | Self::Buffers(_)
+            | Self::Claims(_)
+            | Self::NoThread(_) => RefuseCode::Resources,
+        }
+    }
+}
