@@ -37,6 +37,9 @@ pub(crate) enum Bug {
     GivenToAStandbyThatLeaves,
     GivenAwayWhileEnding,
     ImpatientStandby,
+    RepeatsUncommitted,
+    RepeatsWhatHasLeft,
+    GivesCommittedInput,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,
