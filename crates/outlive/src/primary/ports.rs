@@ -18,7 +18,7 @@ use super::pool::Pool;
 use super::stats::Totals;
 use crate::arbiter::ClaimWorker;
 use crate::clock::Clock;
-use crate::link::{CheckpointPart, Job, Sender};
+use crate::link::{CheckpointPart, FrameTail, Job, Sender};
 use crate::pulse::Pulse;
 
 /// A connection in use.
@@ -51,6 +51,8 @@ pub(crate) struct Ports {
     /// The orders' queue of the thread that makes and ends connections.
     errands: Channel<Errand>,
     claims: Option<ClaimWorker>,
+    /// What a standby gets copies of.
+    tail: Option<FrameTail>,
     totals: Arc<Totals>,
     pulse: Arc<Pulse>,
     connection: Option<Connection>,
@@ -77,6 +79,7 @@ impl Ports {
             inbox,
             errands,
             claims: None,
+            tail: None,
             totals,
             pulse: Arc::new(Pulse::new(clock)),
             connection: None,
@@ -88,6 +91,11 @@ impl Ports {
     /// Gives the ports the thread that makes claims.
     pub(super) fn set_claims(&mut self, claims: ClaimWorker) {
         self.claims = Some(claims);
+    }
+
+    /// Standbys that can use them get copies of these frames.
+    pub(super) fn copying(self, tail: Option<FrameTail>) -> Self {
+        Self { tail, ..self }
     }
 
     /// Whether this side may still say that it lives.
@@ -109,7 +117,7 @@ impl Ports {
     pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
             connection.version = Some(version);
-            connection.sender.send(Job::Speak(version));
+            connection.sender.send(Job::Speak(version, self.tail.clone()));
         }
     }
 

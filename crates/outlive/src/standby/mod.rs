@@ -12,6 +12,7 @@
 //! ports.rs      what the decisions reach
 //! outbox.rs     what is said to the primary
 //! notes.rs      what log and events say
+//! tail.rs       copies of frames that no checkpoint has
 //! fence.rs      the operator's command that cuts the lost primary off
 //! takeover.rs   from the copy to the running VM
 //! ```
@@ -28,6 +29,7 @@ mod outbox;
 mod ports;
 mod reader;
 mod sinks;
+mod tail;
 mod takeover;
 
 use std::sync::Arc;
@@ -51,6 +53,8 @@ pub(crate) use fence::{About, Fence, fence};
 pub(crate) use listen::Door;
 use notes::Notes;
 use ports::{MainMessage, Session};
+use tail::Tail;
+use takeover::Won;
 
 /// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
 /// let go: the kernel frees a tap and an image a moment after their last user.
@@ -240,10 +244,13 @@ impl Waiting {
             }
         }
         let session = self.decisions.take_session().filter(|session| session.link == order.link);
+        let frames = session.as_ref().map(|session| session.tail.clone());
         let copy =
             session.and_then(Session::into_copy).ok_or_else(|| "there is no copy of the VM".to_owned());
+        let frames = frames.unwrap_or_else(|| Arc::new(Tail::new(false)));
         let taken_over = copy.and_then(|copy| {
-            takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
+            let won = Won { order, times: notes.times(), frames };
+            takeover::take_over(copy, won, &self.decisions.equipment, &self.stops)
         });
         match taken_over {
             Ok(launch) => {
