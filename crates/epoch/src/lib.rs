@@ -31,11 +31,13 @@
 //!     loop checkpoints; the first one has the flag base_final
 //!         P->>S: CheckpointBegin {generation, number, totals, flags}
 //!         P->>S: Pages, State, StateChanges, DiskWrites ...
+//!         P->>S: Output {frames that the guest has sent in this epoch}
 //!         P->>S: CheckpointEnd {number, stamp, totals, chain}
 //!         S->>P: Ack {generation, number, stamp}
 //!     end
 //!     par at any time, also inside a checkpoint
 //!         P->>S: Heartbeat {stamp}
+//!         P->>S: Input {frames that the guest was given}, Released {through which epoch output has left}
 //!         S->>P: Heartbeat {newest stamp heard}
 //!     end
 //!     opt orderly end
@@ -81,6 +83,14 @@
 //! length or version changed. Sections that did not change are not mentioned. The totals of a checkpoint
 //! count its whole state, so they also show whether the changes were applied to the right one.
 //!
+//! # The frame tail
+//!
+//! From version 6 of the stream on. `Input` has copies of frames that the guest was given, each with the number of
+//! the checkpoint that will have it; `Output` has copies of frames that the guest has sent in the epoch of the
+//! open checkpoint. They belong to no checkpoint, and its chain does not cover them. `Released` says through
+//! which epoch all output has left. A takeover from checkpoint N gives the guest the input of later epochs, and
+//! sends the output of epochs up to N again that is not known to have left.
+//!
 //! # Stamps
 //!
 //! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each
@@ -113,5 +123,5 @@ pub use wire::{
     Accept, Ack, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN, DiskSums, DiskWant,
     EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages,
     Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind,
-    SectionReader, VersionRange, WireError,
+    SectionReader, TailBuf, TailFrame, TailFrames, VersionRange, WireError,
 };

@@ -51,7 +51,10 @@ pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valv
 pub use devices::virtio::blk::{
     BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LogMode, SectorSize, WriteLog,
 };
-pub use devices::virtio::net::{MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits, Tap};
+pub use devices::virtio::net::{
+    Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits,
+    PER_EPOCH, Started, Tap,
+};
 pub use event::{EventSink, MachineEvent, PowerRequest, ResetWay};
 pub use irq::IrqLineError;
 pub use kvm::{Host, HostError, MAX_VCPUS};

@@ -139,6 +139,7 @@ mod redial;
 #[cfg(test)]
 mod sim;
 mod standby;
+mod tail;
 
 use std::fmt;
 use std::time::Duration;
@@ -154,6 +155,7 @@ pub use standby::{
     Introduction, Standby, StandbyAction, StandbyConfig, StandbyEvent, StandbyExit, StandbyNote,
     StandbyStatus, Unwelcome,
 };
+pub use tail::TailUse;
 
 /// One connection. The primary's machine numbers those it dials; the standby's driver numbers those it
 /// accepts, and never uses a number twice.

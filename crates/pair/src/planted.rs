@@ -38,6 +38,9 @@ pub(crate) enum Bug {
     GivenToAStandbyThatLeaves,
     GivenAwayWhileEnding,
     ImpatientStandby,
+    RepeatsUncommitted,
+    RepeatsWhatHasLeft,
+    GivesCommittedInput,
     // Mistakes of the drivers.
     ActionsReversed,
     ActsOnAttachedLink,

@@ -37,6 +37,8 @@ struct Attached {
     /// The newest stamp heard.
     stamp: Duration,
     beat_at: Duration,
+    /// Through which epoch the primary's output is known to have left.
+    released: u64,
     /// Checkpoints that are staged whole and not acknowledged, the oldest first.
     staged: VecDeque<Staged>,
 }
@@ -90,6 +92,7 @@ enum State {
         link: Link,
         claim: Claim,
         committed: Committed,
+        released: u64,
         stop: bool,
     },
     /// Whichever side wins the next generation runs the VM.
@@ -97,6 +100,7 @@ enum State {
         link: Link,
         claim: Claim,
         checkpoint: u64,
+        released: u64,
         stop: bool,
         failed: Option<String>,
     },
@@ -213,6 +217,7 @@ impl Standby {
             Event::Hello { link, hello } => self.hello(link, hello, out),
             Event::Heard { link } => self.heard(link, Duration::ZERO),
             Event::Heartbeat { link, stamp } => self.heard(link, stamp),
+            Event::OutputReleased { link, through } => self.output_released(link, through),
             Event::BasePages { link } => self.base_pages(link, out),
             Event::Staged { link, checkpoint, flags, stamp } => {
                 self.heard(link, stamp);
@@ -306,6 +311,7 @@ impl Standby {
             heard: self.now,
             stamp: Duration::ZERO,
             beat_at: self.now,
+            released: 0,
             staged: VecDeque::new(),
         });
         out.push(Action::Accept { link, generation: hello.generation, dead_after });
@@ -321,6 +327,13 @@ impl Standby {
         if let Some(attached) = self.attached_mut(link) {
             attached.heard = now;
             attached.stamp = attached.stamp.max(stamp);
+        }
+    }
+
+    /// No sign of life: whoever sends it may be alive where the thread that takes checkpoints is not.
+    fn output_released(&mut self, link: Link, through: u64) {
+        if let Some(attached) = self.attached_mut(link) {
+            attached.released = attached.released.max(through);
         }
     }
 

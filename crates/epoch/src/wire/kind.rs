@@ -62,11 +62,17 @@ pub enum SectionKind {
     StateChanges = 17,
     /// Whether the standby's host reaches the guest's clients; from version 5 of the stream on.
     Reach = 18,
+    /// Frames that the guest was given and that no checkpoint has; from version 6 of the stream on.
+    Input = 19,
+    /// Frames that the guest has sent in the open checkpoint's epoch; from version 6 of the stream on.
+    Output = 20,
+    /// Through which epoch the guest's output has left; from version 6 of the stream on.
+    Released = 21,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -85,6 +91,9 @@ impl SectionKind {
         Self::DiskBlocks,
         Self::StateChanges,
         Self::Reach,
+        Self::Input,
+        Self::Output,
+        Self::Released,
     ];
 
     /// The kind with this number.
@@ -109,26 +118,27 @@ impl SectionKind {
             Self::Pages => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
-                ProtocolVersion::V4 | ProtocolVersion::V5 => 3,
+                ProtocolVersion::V4 | ProtocolVersion::V5 | ProtocolVersion::V6 => 3,
             },
             Self::BasePages => match stream {
                 ProtocolVersion::V2 => 1,
-                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 2,
+                _ => 2,
             },
             // Version 2 added devices, version 3 the arbiter and the ancestors, version 4 the versions of the
             // stream and whatever a later release appends.
             Self::Hello => match stream {
                 ProtocolVersion::V2 => 3,
-                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 4,
+                _ => 4,
             },
             // Version 2 added the version of the stream and whatever a later release appends.
             Self::Accept => match stream {
                 ProtocolVersion::V2 => 1,
-                ProtocolVersion::V3 | ProtocolVersion::V4 | ProtocolVersion::V5 => 2,
+                _ => 2,
             },
             // 0: older streams do not have it.
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
             Self::Reach => u16::from(stream >= ProtocolVersion::V5),
+            Self::Input | Self::Output | Self::Released => u16::from(stream >= ProtocolVersion::V6),
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
@@ -153,6 +163,9 @@ impl SectionKind {
             | Self::DiskWrites
             | Self::DiskSums
             | Self::DiskBlocks
+            | Self::Input
+            | Self::Output
+            | Self::Released
             | Self::End => peer == Peer::Primary,
         }
     }

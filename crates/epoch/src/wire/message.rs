@@ -7,13 +7,14 @@ use super::disk_sums::DiskSums;
 use super::disk_want::DiskWant;
 use super::end::{EndReason, LeaveReason};
 use super::error::WireError;
+use super::frames::TailFrames;
 use super::hello::Hello;
 use super::kind::SectionKind;
 use super::pages::Pages;
 use super::refuse::Refuse;
 use super::section::Section;
 use super::state_changes::StateChanges;
-use super::{disk_writes, end, heartbeat, reach, state};
+use super::{disk_writes, end, heartbeat, reach, released, state};
 use crate::image::{StateSection, UncheckedRecords};
 
 /// Any message, parsed and checked.
@@ -71,6 +72,15 @@ pub enum Message<'a> {
     },
     /// Whether the standby's host reaches the guest's clients; `None` if it does not know.
     Reach(Option<bool>),
+    /// Frames that the guest was given and that no checkpoint has.
+    Input(TailFrames<'a>),
+    /// Frames that the guest has sent in the open checkpoint's epoch.
+    Output(TailFrames<'a>),
+    /// All output of the guest has left that it has sent in the epochs up to this one.
+    Released {
+        /// The epoch.
+        through: u64,
+    },
     /// The VM has ended in order.
     End(EndReason),
     /// The standby leaves and will not take over.
@@ -118,6 +128,9 @@ impl<'a> Message<'a> {
             SectionKind::Ack => Self::Ack(Ack::parse(payload)?),
             SectionKind::Heartbeat => Self::Heartbeat { stamp_us: heartbeat::parse(payload)? },
             SectionKind::Reach => Self::Reach(reach::parse(payload)?),
+            SectionKind::Input => Self::Input(TailFrames::parse(kind, payload)?),
+            SectionKind::Output => Self::Output(TailFrames::parse(kind, payload)?),
+            SectionKind::Released => Self::Released { through: released::parse(payload)? },
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
         })
@@ -142,6 +155,9 @@ impl<'a> Message<'a> {
             Self::Ack(_) => SectionKind::Ack,
             Self::Heartbeat { .. } => SectionKind::Heartbeat,
             Self::Reach(_) => SectionKind::Reach,
+            Self::Input(_) => SectionKind::Input,
+            Self::Output(_) => SectionKind::Output,
+            Self::Released { .. } => SectionKind::Released,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
         }

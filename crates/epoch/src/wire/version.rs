@@ -48,11 +48,14 @@ pub enum ProtocolVersion {
     V4 = 4,
     /// 5: the standby says whether its host reaches the guest's clients.
     V5 = 5,
+    /// 6: frames that no checkpoint has: what the guest was given since the last one, and what it has sent, with
+    /// word of what has left.
+    V6 = 6,
 }
 
 impl ProtocolVersion {
     /// The newest version that this release reads and writes.
-    pub const CURRENT: Self = Self::V5;
+    pub const CURRENT: Self = Self::V6;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
     /// The newest version of the introduction: preface, `Hello` and `Accept`. Raising it costs a second
@@ -66,6 +69,7 @@ impl ProtocolVersion {
             3 => Some(Self::V3),
             4 => Some(Self::V4),
             5 => Some(Self::V5),
+            6 => Some(Self::V6),
             _ => None,
         }
     }
@@ -85,7 +89,7 @@ impl ProtocolVersion {
     pub fn state_versions(self) -> StateVersions {
         match self {
             Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
-            Self::V4 | Self::V5 => StateVersions::NEWEST,
+            Self::V4 | Self::V5 | Self::V6 => StateVersions::NEWEST,
         }
     }
 

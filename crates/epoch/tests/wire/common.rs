@@ -4,7 +4,7 @@ use outlive_epoch::{
     Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
     DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
     PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf, SectionReader,
-    StateBuf, StateKind, StateSection, UncheckedRecords, VersionRange, VmId,
+    StateBuf, StateKind, StateSection, TailBuf, TailFrame, UncheckedRecords, VersionRange, VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -112,6 +112,15 @@ pub(crate) fn record_buf(records: &[(u16, u64, DiskOp<'_>)]) -> RecordBuf {
     buffer
 }
 
+/// Two frames of this epoch.
+pub(crate) fn tail(epoch: u64) -> TailBuf {
+    let mut frames = TailBuf::default();
+    for (pair, packet) in [(0, &[7; 72][..]), (1, &[8; 13])] {
+        assert!(frames.push(TailFrame { epoch, pair, packet }));
+    }
+    frames
+}
+
 impl Content {
     pub(crate) fn new(number: u64, flags: CheckpointFlags, gfns: &[u64]) -> Self {
         Self {
@@ -179,6 +188,10 @@ impl Content {
             out.extend_from_slice(&data);
         }
         encoder.heartbeat(out, 77);
+        if encoder.stream() >= ProtocolVersion::V6 {
+            encoder.released(out, self.number - 2).unwrap();
+            encoder.input(out, &tail(self.number + 1)).unwrap();
+        }
         let before = before.map(Content::state).unwrap_or_default();
         let changes = encoder.state_changes(out, &before, &self.state()).unwrap();
         let rest = self.state.iter().filter(|(kind, ..)| !(changes && kind.is_kept()));
@@ -191,6 +204,9 @@ impl Content {
             let writes = UncheckedRecords::new(&self.writes).check(&disks()).unwrap();
             encoder.disk_writes_head(out, writes).unwrap();
             out.extend_from_slice(&self.writes);
+        }
+        if encoder.stream() >= ProtocolVersion::V6 {
+            encoder.output(out, &tail(self.number)).unwrap();
         }
         encoder.checkpoint_end(out, 123_456).unwrap();
     }
@@ -246,6 +262,9 @@ pub(crate) fn receive(stream: &[u8]) -> (Vec<Content>, Option<Refusal>) {
                 | Message::DiskSums(_)
                 | Message::DiskBlocks { .. }
                 | Message::Heartbeat { .. }
+                | Message::Input(_)
+                | Message::Output(_)
+                | Message::Released { .. }
                 | Message::End(_)
         ) {
             continue;

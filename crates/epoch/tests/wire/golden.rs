@@ -23,8 +23,8 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v5.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v5.bin")).unwrap();
+    check("primary-v6.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v6.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
@@ -36,6 +36,7 @@ fn the_streams_of_the_versions_before_are_read_and_written() {
         ("primary-v2.bin", ProtocolVersion::V2),
         ("primary-v3.bin", ProtocolVersion::V3),
         ("primary-v4.bin", ProtocolVersion::V4),
+        ("primary-v5.bin", ProtocolVersion::V5),
     ] {
         let golden = std::fs::read(directory.join(name)).unwrap();
         let (stream, contents) = crate::common::stream_of(version);
@@ -51,6 +52,7 @@ fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v3.bin", ProtocolVersion::V3);
     standbys_stream("standby-v4.bin", ProtocolVersion::V4);
     standbys_stream("standby-v5.bin", ProtocolVersion::V5);
+    standbys_stream("standby-v6.bin", ProtocolVersion::V6);
 }
 
 fn standbys_stream(name: &str, version: ProtocolVersion) {

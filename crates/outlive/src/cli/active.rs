@@ -74,6 +74,12 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
 
+    /// Frames that a takeover would lose: the primary sends its standby copies of what the guest has received since
+    /// the last checkpoint, and of what it has sent and may not have left. The guest is given the former, and the
+    /// latter is sent again, instead of waiting for TCP to do so (off: neither sent nor used)
+    #[arg(long, default_value = "on", value_name = "on|off")]
+    pub frame_tail: Switch,
+
     /// Keep all memory of this process in RAM: the guest's memory is never swapped, neither here nor on the side
     /// that waits. Needs CAP_IPC_LOCK, which root usually has, or an unlimited RLIMIT_MEMLOCK
     #[arg(long)]
@@ -122,6 +128,27 @@ impl ActiveOptions {
     /// Where events go.
     pub(crate) fn events_to(&self) -> EventsTo {
         EventsTo { path: self.events.clone(), max: self.events_max, keep: self.events_keep }
+    }
+}
+
+/// Something that is done or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Done
+    On,
+    /// Not done
+    Off,
+}
+
+impl Switch {
+    /// As an argument.
+    pub(crate) fn name(self) -> &'static str {
+        if self.is_on() { "on" } else { "off" }
+    }
+
+    /// Whether it is done.
+    pub fn is_on(self) -> bool {
+        self == Self::On
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 
+use super::active::Switch;
 use super::epochs::EpochOptions;
 use super::values::parse_size;
 
@@ -40,6 +41,10 @@ pub struct DemoOptions {
     #[command(flatten)]
     pub epochs: EpochOptions,
 
+    /// Whether frames that a takeover would lose are kept (off: clients wait until TCP sends them again)
+    #[arg(long, default_value = "on", value_name = "on|off")]
+    pub frame_tail: Switch,
+
     /// Seed for the times of the kills [default: a random one, which is printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -51,7 +56,7 @@ pub struct DemoOptions {
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "seed", "json", "rate"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "seed", "json", "rate"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
@@ -65,6 +70,7 @@ Examples:
   outlive demo --kills 50 --seconds 300         a long row of takeovers
   outlive demo --memory 1G --vcpus 2 --json result.json
   outlive demo --nested                         a Debian guest on two emulated hosts, a power cut
+  outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

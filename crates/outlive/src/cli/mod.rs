@@ -19,7 +19,7 @@ mod tests;
 
 use clap::{Parser, Subcommand};
 
-pub use active::{ActiveOptions, TrackerChoice};
+pub use active::{ActiveOptions, Switch, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use check::CheckOptions;
 pub use console::ConsoleOptions;

@@ -68,7 +68,8 @@ pub(super) struct Shape {
     pub(super) vm_ip: String,
     pub(super) vcpus: u32,
     pub(super) memory: String,
-    pub(super) epochs: Vec<String>,
+    /// Further options of `outlive run` and `outlive standby`.
+    pub(super) options: Vec<String>,
     pub(super) seed: u64,
 }
 
@@ -220,7 +221,7 @@ impl Cluster {
         arbiter.push(self.dir.arbiter());
         command
             .args(["--standby", host.other().addr()])
-            .args(&self.shape.epochs)
+            .args(&self.shape.options)
             .args(["--net", &format!("tap={},bridge={}", host.tap(), self.shape.bridge)])
             .arg("--arbiter")
             .arg(arbiter)

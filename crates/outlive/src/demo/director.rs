@@ -242,7 +242,15 @@ impl Director {
 
     fn note_takeover(&mut self, host: Host, record: &Record) {
         let Event::Takeover {
-            detect_us, settle_us, arbitrate_us, restore_us, first_packet_us, total_us, ..
+            detect_us,
+            settle_us,
+            arbitrate_us,
+            restore_us,
+            first_packet_us,
+            total_us,
+            input_given,
+            output_repeated,
+            ..
         } = record.event
         else {
             return;
@@ -255,8 +263,16 @@ impl Director {
             self.superseded = Some((old, Instant::now() + SUPERSEDED_LIMIT));
             self.status.say(&format!("host {host} took host {old} for dead"));
         }
-        let times =
-            TakeoverTimes { detect_us, settle_us, arbitrate_us, restore_us, first_packet_us, total_us };
+        let times = TakeoverTimes {
+            detect_us,
+            settle_us,
+            arbitrate_us,
+            restore_us,
+            first_packet_us,
+            total_us,
+            input_given,
+            output_repeated,
+        };
         self.takeovers.push((record.pid, times));
         self.status.say(&format!(
             "host {host} took over in {} (detection {}, settling {}, arbitration {}, restore {})",

@@ -248,6 +248,8 @@ mod tests {
             restore_us: 1,
             first_packet_us: None,
             total_us: 4,
+            input_given: 0,
+            output_repeated: 0,
         };
         let mut second = Tenure::default();
         for record in [

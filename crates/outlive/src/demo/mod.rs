@@ -194,6 +194,12 @@ fn finish(options: &DemoOptions, summary: &Summary, cluster: Cluster) -> Result<
     Ok(summary.exit_code())
 }
 
+/// Options that both commands have.
+fn shared_options(options: &DemoOptions) -> Vec<String> {
+    let tail = ["--frame-tail", options.frame_tail.name()].map(str::to_owned);
+    options.epochs.to_args().into_iter().chain(tail).collect()
+}
+
 fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {
     Ok(Shape {
         program: std::env::current_exe()?,
@@ -201,7 +207,7 @@ fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {
         vm_ip: format!("{VM}/{PREFIX}"),
         vcpus: options.vcpus,
         memory: options.memory.clone(),
-        epochs: options.epochs.to_args(),
+        options: shared_options(options),
         seed,
     })
 }

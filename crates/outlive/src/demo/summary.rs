@@ -31,6 +31,9 @@ pub(super) struct TakeoverTimes {
     pub(super) first_packet_us: Option<u64>,
     /// From detection to restore.
     pub(super) total_us: u64,
+    /// Frames that the guest was given, and that were sent again.
+    pub(super) input_given: u64,
+    pub(super) output_repeated: u64,
 }
 
 /// One of the times, where it is known.
@@ -78,6 +81,7 @@ struct Json<'a> {
     broken_connections: usize,
     takeover_ms: Spread,
     client_gap_ms: Spread,
+    frame_tail: Tail,
     checkpoints: u64,
     rate_hz: f64,
     pause_us: Pauses,
@@ -87,6 +91,13 @@ struct Json<'a> {
     tracker: &'a str,
     phases_us: BTreeMap<&'a str, Times>,
     threads: BTreeMap<&'a str, Scheduled>,
+}
+
+/// Frames of all takeovers.
+#[derive(Serialize)]
+struct Tail {
+    input_given: u64,
+    output_repeated: u64,
 }
 
 /// `null` where nothing was measured.
@@ -145,6 +156,13 @@ impl Summary {
         }
     }
 
+    fn tail(&self) -> Tail {
+        Tail {
+            input_given: self.takeovers.iter().map(|it| it.input_given).sum(),
+            output_repeated: self.takeovers.iter().map(|it| it.output_repeated).sum(),
+        }
+    }
+
     /// The result as one line of JSON.
     pub(super) fn to_json(&self) -> String {
         let measured = &self.totals.measured;
@@ -159,6 +177,7 @@ impl Summary {
             broken_connections: self.broken.len(),
             takeover_ms: spread(self.takeovers.iter().map(|t| t.total_us).collect()),
             client_gap_ms: spread(self.gaps_us.clone()),
+            frame_tail: self.tail(),
             checkpoints: self.totals.checkpoints,
             rate_hz: rounded(self.totals.rate_hz),
             pause_us: Pauses {
@@ -305,6 +324,13 @@ impl Summary {
             let (p50, max) = of(part);
             writeln!(f, "    {name:<18} p50 {p50}, max {max}")?;
         }
+        let Tail { input_given, output_repeated } = self.tail();
+        writeln!(
+            f,
+            "    frame tail         {} frames given to the guest, {} sent again, in all takeovers",
+            grouped(input_given),
+            grouped(output_repeated)
+        )?;
         Ok(())
     }
 
@@ -400,7 +426,14 @@ mod tests {
             threads: [("vcpu0".to_owned(), ThreadTime { run_us: 3_000, wait_us: 1_000, switches: 40 })]
                 .into(),
         });
-        let takeover = |total_us| TakeoverTimes { total_us, first_packet_us: Some(7), ..Default::default() };
+        let (first_packet_us, input_given, output_repeated) = (Some(7), 2, 1);
+        let takeover = |total_us| TakeoverTimes {
+            total_us,
+            first_packet_us,
+            input_given,
+            output_repeated,
+            ..Default::default()
+        };
         Summary {
             failure: None,
             interrupted: false,
@@ -428,6 +461,7 @@ mod tests {
             json!({
                 "result": "ok", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
                 "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
+                "frame_tail": {"input_given": 6, "output_repeated": 3},
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
                 "pages": {"raw": 1, "zero": 2, "granules": 3, "granule_bytes": 4, "unchanged": 5}, "tracker": "ring",
@@ -496,6 +530,7 @@ mod tests {
             "p50 300 ms, max 400 ms",
             "p50 7.0 ms, max 9.0 ms",
             "812 a second",
+            "6 frames given to the guest, 3 sent again",
             "pause                p50 50 µs, p99 99 µs, max 100 µs",
             "rearm              p50 0.4 µs",
             "vcpu0           25 % of the time it wanted to run, 25 µs each time",

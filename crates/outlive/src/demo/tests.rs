@@ -54,7 +54,7 @@ while kill -0 "$(active)" 2>/dev/null; do sleep 0.01; done
 @TAKEOVER@
 on_stage $$
 say '"event":"first_packet","after_us":4000'
-say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"settle_us":50,"arbitrate_us":200,"restore_us":3000,"total_us":3350'
+say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"settle_us":50,"arbitrate_us":200,"restore_us":3000,"total_us":3350,"input_given":3,"output_repeated":1'
 live
 "#;
 
@@ -96,7 +96,7 @@ impl Stage {
             vm_ip: "10.77.0.2/24".into(),
             vcpus: 1,
             memory: "256M".into(),
-            epochs: Vec::new(),
+            options: Vec::new(),
             seed: 7,
         };
         let time = Duration::from_secs(2);

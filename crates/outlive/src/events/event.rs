@@ -275,6 +275,12 @@ pub enum Event {
         first_packet_us: Option<u64>,
         /// Sum of the four times from detection to restore.
         total_us: u64,
+        /// Frames of the lost primary's input that the guest is given here.
+        #[serde(default)]
+        input_given: u64,
+        /// Frames of committed epochs that were sent again here, because they may not have left there.
+        #[serde(default)]
+        output_repeated: u64,
     },
     /// The resumed VM sent its first frame.
     FirstPacket {

@@ -68,6 +68,8 @@ fn every_event() -> Vec<Event> {
             restore_us: 3_000,
             first_packet_us: None,
             total_us: 504_200,
+            input_given: 3,
+            output_repeated: 2,
         },
         Event::FirstPacket { after_us: 4_000 },
         Event::EventsLost { count: 12 },

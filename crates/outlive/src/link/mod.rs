@@ -11,11 +11,12 @@
 //!
 //! - `tcp.rs` is the first transport, and the only file that knows sockets.
 //! - `dial.rs` makes a connection, from either end.
-//! - `sender.rs` has what a primary writes, `receiver.rs` what it reads.
+//! - `sender.rs` has what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
 
 mod dial;
 mod receiver;
 mod sender;
+mod tail;
 mod tcp;
 
 #[cfg(test)]
@@ -28,6 +29,7 @@ use std::time::Duration;
 pub(crate) use dial::{Listener, NewConnection, dial};
 pub(crate) use receiver::{Heard, receive};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, SentRound, Shipped};
+pub(crate) use tail::FrameTail;
 
 /// What carries the bytes of a connection. One thread may read, another may write and any thread may close
 /// it, all at the same time.

@@ -16,6 +16,7 @@ use outlive_epoch::{
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
 
+use super::tail::{FrameTail, Writing};
 use super::{Closer, Writer};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
@@ -48,8 +49,11 @@ pub(crate) struct CheckpointPart {
 pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
-    /// Continue in this version of the stream, on which both sides have agreed.
-    Speak(ProtocolVersion),
+    /// Continue in this version of the stream, on which both sides have agreed, and with copies of these frames
+    /// if that version has them.
+    Speak(ProtocolVersion, Option<FrameTail>),
+    /// Send the copies of what the guest was given.
+    Tail,
     /// Pages of the running guest, read when they are sent.
     BaseRound {
         /// The round, from 1.
@@ -140,6 +144,8 @@ impl Sender {
     ) -> io::Result<Self> {
         let (jobs, inbox) = channel();
         let work = Work {
+            bell: jobs.clone(),
+            tail: None,
             to,
             closer: closer.clone(),
             encoder: Encoder::speaking(introduction),
@@ -232,6 +238,10 @@ struct Cut {
 }
 
 struct Work<R> {
+    /// This thread's own queue.
+    bell: Queue<(Instant, Job)>,
+    /// Copies of the guest's frames.
+    tail: Option<Writing>,
     to: Writer,
     closer: Closer,
     encoder: Encoder,
@@ -285,10 +295,16 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.encoder.hello(&mut self.heads, &hello)?;
                 self.flush(&[])
             }
-            Job::Speak(version) => {
+            Job::Speak(version, tail) => {
                 self.encoder.speak(version);
+                let bell = self.bell.clone();
+                let ring = move || drop(bell.send((Instant::now(), Job::Tail)));
+                self.tail = tail
+                    .filter(|_| version >= ProtocolVersion::V6)
+                    .map(|frames| Writing::start(frames, ring));
                 Ok(())
             }
+            Job::Tail => self.send_tail(),
             Job::BaseRound { round, gfns, ram } => {
                 let (began, before) = (Instant::now(), self.written);
                 self.base_round(round, &gfns, &ram)?;
@@ -331,13 +347,27 @@ impl<R: Fn(SenderReport)> Work<R> {
             // What earlier decisions have queued may be written much later.
             return Ok(());
         }
+        if let Some(tail) = &mut self.tail {
+            tail.put_released(&mut self.encoder, &mut self.heads)?;
+        }
         let stamp = self.stamp();
         self.encoder.heartbeat(&mut self.heads, stamp);
         self.flush(&[])
     }
 
-    /// During a long job, tells the peer that this side lives.
+    /// Writes what the guest was given meanwhile. Nothing else may wait to be written.
+    fn send_tail(&mut self) -> Result<(), SendError> {
+        let Some(tail) = &mut self.tail else { return Ok(()) };
+        tail.put_input(&mut self.encoder, &mut self.heads)?;
+        if self.heads.is_empty() {
+            return Ok(());
+        }
+        self.flush(&[])
+    }
+
+    /// During a long job, tells the peer that this side lives, and what the guest was given.
     fn beat_if_due(&mut self) -> Result<(), SendError> {
+        self.send_tail()?;
         if self.beaten.elapsed() >= self.heartbeat { self.beat() } else { Ok(()) }
     }
 
@@ -412,6 +442,10 @@ impl<R: Fn(SenderReport)> Work<R> {
 
     fn checkpoint(&mut self, part: &mut CheckpointPart) -> Result<(), SendError> {
         let Ticket { generation, number, flags, .. } = part.ticket;
+        if let Some(tail) = &mut self.tail {
+            tail.put_released(&mut self.encoder, &mut self.heads)?;
+            tail.put_input(&mut self.encoder, &mut self.heads)?;
+        }
         if let Some((pages, state_bytes)) = part.totals {
             let (pages, state_bytes) = (pages as u32, state_bytes as u32);
             // Like the state, the writes to disks are all in the first part.
@@ -424,6 +458,9 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.state(part.staging.state(), data)?;
         self.disk_writes(part.staging.disk_writes(), data)?;
         if part.last {
+            if let Some(tail) = &mut self.tail {
+                tail.put_output(number, &mut self.encoder, &mut self.heads)?;
+            }
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }

@@ -21,6 +21,7 @@ use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
 use crate::events::EventWriter;
+use crate::link::FrameTail;
 use crate::vm::{self, End, IntroductionError, Launch, limits};
 use crate::{exit, logs, pulse};
 
@@ -132,7 +133,9 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         let bell = queue.bell();
         valve.on_held(move || bell.ring());
     }
-    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone());
+    let tail = machine.net().filter(|_| options.frame_tail.is_on());
+    let tail = tail.map(|net| FrameTail { input: net.input_tail().clone(), output: net.output().clone() });
+    let ports = Ports::new(hello, clock, valve.clone(), queue.clone(), errand, totals.clone()).copying(tail);
     let driver = SharedDriver::new(
         Primary::new(config, clock.now()),
         ports,

@@ -18,7 +18,7 @@ use super::pool::Pool;
 use super::stats::Totals;
 use crate::arbiter::{Busy, ClaimWorker};
 use crate::clock::Clock;
-use crate::link::{CheckpointPart, Job, Sender};
+use crate::link::{CheckpointPart, FrameTail, Job, Sender};
 use crate::pulse::Pulse;
 
 /// A connection in use.
@@ -80,6 +80,8 @@ pub(crate) struct Ports {
     /// The orders' queue of the thread that makes and ends connections.
     errands: Channel<Errand>,
     claims: Option<ClaimWorker>,
+    /// What a standby gets copies of.
+    tail: Option<FrameTail>,
     totals: Arc<Totals>,
     pulse: Arc<Pulse>,
     connection: Option<Connection>,
@@ -106,6 +108,7 @@ impl Ports {
             inbox,
             errands,
             claims: None,
+            tail: None,
             totals,
             pulse: Arc::new(Pulse::new(clock)),
             connection: None,
@@ -117,6 +120,11 @@ impl Ports {
     /// Gives the ports the thread that makes claims.
     pub(super) fn set_claims(&mut self, claims: ClaimWorker) {
         self.claims = Some(claims);
+    }
+
+    /// Standbys that can use them get copies of these frames.
+    pub(super) fn copying(self, tail: Option<FrameTail>) -> Self {
+        Self { tail, ..self }
     }
 
     /// Whether this side may still say that it lives.
@@ -138,7 +146,7 @@ impl Ports {
     pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
             connection.version = Some(version);
-            connection.sender.send(Job::Speak(version));
+            connection.sender.send(Job::Speak(version, self.tail.clone()));
         }
     }
 

@@ -22,6 +22,7 @@ use super::outbox::Outbox;
 use super::ports::Session;
 use super::reader::{Admitted, ReaderEnd, SessionReader};
 use super::refusal::Refusal;
+use super::tail::Tail;
 use crate::arbiter::{self, Arbiter};
 use crate::events::Event;
 use crate::link::{Connection, Listener, NewConnection, Reader};
@@ -287,9 +288,17 @@ fn admit(
     let claims = decisions.claim_worker(hello.vm)?;
     let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy };
     let applier = applier.start().map_err(Refusal::NoThread)?;
-    let session =
-        Session { link, version, handover: handover.clone(), disks: Arc::downgrade(&disks), claims, applier };
-    let admitted = Admitted { ram, disks, shape, handover: ReaderEnd(handover) };
+    let tail = Arc::new(Tail::new(decisions.equipment.options.active.frame_tail.is_on()));
+    let session = Session {
+        link,
+        version,
+        handover: handover.clone(),
+        tail: tail.clone(),
+        disks: Arc::downgrade(&disks),
+        claims,
+        applier,
+    };
+    let admitted = Admitted { ram, disks, shape, tail, handover: ReaderEnd(handover) };
     decisions.hello(link, introduction, session).map_err(|session| {
         // Another primary was faster, and the refusal has been sent. The applier frees the copy.
         session.handover.end(Ending::Discard);

@@ -13,6 +13,7 @@
 //! ports.rs      what the decisions reach
 //! outbox.rs     what is said to the primary
 //! notes.rs      what log and events say
+//! tail.rs       copies of frames that no checkpoint has
 //! fence.rs      the operator's command that cuts the lost primary off
 //! takeover.rs   from the copy to the running VM
 //! ```
@@ -30,6 +31,7 @@ mod ports;
 mod reader;
 mod refusal;
 mod sinks;
+mod tail;
 mod takeover;
 
 use std::io;
@@ -55,7 +57,8 @@ pub(crate) use fence::{About, Fence, fence};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
-use takeover::TakeoverError;
+use tail::Tail;
+use takeover::{TakeoverError, Won};
 
 /// How often, and how long, a process that goes back to the standby's role tries to get back what it has just
 /// let go: the kernel frees a tap and an image a moment after their last user.
@@ -291,9 +294,12 @@ impl Waiting {
             }
         }
         let session = self.decisions.take_session().filter(|session| session.link == order.link);
+        let frames = session.as_ref().map(|session| session.tail.clone());
         let copy = session.and_then(Session::into_copy).ok_or(TakeoverError::NoCopy);
+        let frames = frames.unwrap_or_else(|| Arc::new(Tail::new(false)));
         let taken_over = copy.and_then(|copy| {
-            takeover::take_over(copy, order, notes.times(), &self.decisions.equipment, &self.stops)
+            let won = Won { order, times: notes.times(), frames };
+            takeover::take_over(copy, won, &self.decisions.equipment, &self.stops)
         });
         match taken_over {
             Ok(launch) => {

@@ -12,6 +12,7 @@ use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 use super::copy::VmCopy;
 use super::handover::{Doing, Ending, GiveError, Handover};
 use super::outbox::{End, Outbox, PutError};
+use super::tail::Tail;
 use crate::arbiter::ClaimWorker;
 use crate::disk::{Replica, STUCK};
 use crate::network::Uplink;
@@ -73,6 +74,8 @@ pub(super) struct Session {
     /// The version of the stream that both sides have.
     pub(super) version: ProtocolVersion,
     pub(super) handover: Arc<Handover>,
+    /// Copies of the guest's frames.
+    pub(super) tail: Arc<Tail>,
     /// The copy's disks; its applier drops them.
     pub(super) disks: Weak<Replica>,
     pub(super) claims: ClaimWorker,
@@ -309,6 +312,9 @@ impl StandbyPorts for Ports {
         checkpoint: u64,
         stamp: Duration,
     ) -> Result<(), PortError> {
+        if let Ok(session) = self.session(link) {
+            session.tail.committed(checkpoint);
+        }
         let ack = Ack { generation, number: checkpoint, stamp_us: micros(stamp) };
         self.put(link, |encoder, out| {
             encoder.ack(out, &ack);

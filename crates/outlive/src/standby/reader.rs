@@ -16,6 +16,7 @@ use super::applier::hashes;
 use super::decisions::Decisions;
 use super::handover::{Handover, Held, NoBuffer};
 use super::sinks::write_pages;
+use super::tail::Tail;
 use crate::disk::Replica;
 use crate::link;
 
@@ -24,6 +25,7 @@ pub(super) struct Admitted {
     pub(super) ram: Arc<Ram>,
     pub(super) disks: Arc<Replica>,
     pub(super) shape: StateShape,
+    pub(super) tail: Arc<Tail>,
     /// The last field, so that nothing of the copy is held when the applier learns of the reader's end.
     pub(super) handover: ReaderEnd,
 }
@@ -104,7 +106,7 @@ impl SessionReader {
             ReadError::Wire(error) => End::Bad(error.to_string()),
         })?;
         let message = Message::parse(&section).map_err(|error| End::Bad(error.to_string()))?;
-        let Admitted { ram, disks, handover, .. } = &self.admitted;
+        let Admitted { ram, disks, tail, handover, .. } = &self.admitted;
         match &message {
             Message::BasePages(_) | Message::DiskSums(_) | Message::DiskBlocks { .. } => {
                 if !self.decisions.base_pages(link) {
@@ -122,6 +124,20 @@ impl SessionReader {
             Message::Heartbeat { stamp_us } => {
                 let stamp = Duration::from_micros(*stamp_us);
                 self.decisions.handle(Event::Heartbeat { link, stamp });
+                Ok(())
+            }
+            // No sign of life: it comes from a device's thread, which may go on where no checkpoint is taken.
+            Message::Input(frames) => {
+                tail.input(frames);
+                Ok(())
+            }
+            Message::Output(frames) => {
+                tail.output(frames);
+                Ok(())
+            }
+            &Message::Released { through } => {
+                tail.released(through);
+                self.decisions.handle(Event::OutputReleased { link, through });
                 Ok(())
             }
             Message::End(reason) => {

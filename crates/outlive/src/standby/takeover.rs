@@ -5,7 +5,11 @@
 //! vCPUs are stopped. Output is opened before the vCPUs run, so that the first frame is not dropped. Queues
 //! are kicked and the network is told where the VM went before the vCPUs run, because a notification that was
 //! under way when the primary died is in no checkpoint.
+//!
+//! The frame tail comes between the two: what may not have left the primary is in the output before the guest can
+//! send anything, and what died with the primary is in the card before the card looks at this host's tap.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use outlive_epoch::EndReason;
@@ -16,6 +20,7 @@ use super::copy::VmCopy;
 use super::decisions::Equipment;
 use super::fence::fence;
 use super::notes::Times;
+use super::tail::{Spent, Tail};
 use crate::disk::ReplicaEndError;
 use crate::events::Event;
 use crate::vm::{Launch, Relay};
@@ -34,18 +39,27 @@ pub(super) enum TakeoverError {
     Restore(#[from] RestoreError),
 }
 
+/// A takeover that was won.
+pub(super) struct Won {
+    /// The decision.
+    pub(super) order: TakeOver,
+    /// The times of its steps.
+    pub(super) times: Times,
+    /// What came of the guest's frames.
+    pub(super) frames: Arc<Tail>,
+}
+
 /// Restores and resumes the VM.
 ///
 /// # Errors
 /// See [`TakeoverError`].
 pub(super) fn take_over(
     mut copy: VmCopy,
-    order: TakeOver,
-    times: Times,
+    won: Won,
     equipment: &Equipment,
     stops: &Relay<&'static str>,
 ) -> Result<Launch, TakeoverError> {
-    let TakeOver { checkpoint, generation, stop, .. } = order;
+    let Won { order: TakeOver { checkpoint, generation, tail, stop, .. }, times, frames } = won;
     let Equipment { options, console, events, .. } = equipment;
     if let Some(command) = options.active.fence() {
         let about = copy.about(generation, equipment.standing.peer_address());
@@ -62,9 +76,13 @@ pub(super) fn take_over(
             told.emit(Event::FirstPacket { after_us });
         });
     }
-    // No held output needs a drain.
     machine.valve().open();
+    let spent = machine.net().map_or(Spent::default(), |net| {
+        frames.spend(tail, |it| net.repeat(it.pair, it.packet), |it| net.give(it.pair, it.packet))
+    });
     machine.go_live(true);
+    // What is repeated. An answer to it is not thrown away any more, as what waited in the tap is.
+    machine.valve().drain();
     machine.resume();
     let running = Instant::now();
     let micros =
@@ -83,6 +101,8 @@ pub(super) fn take_over(
         restore_us,
         first_packet_us: None,
         total_us,
+        input_given: spent.input_given,
+        output_repeated: spent.output_repeated,
     });
     tracing::warn!(
         generation,
@@ -91,6 +111,8 @@ pub(super) fn take_over(
         settle_us,
         arbitrate_us,
         restore_us,
+        input_given = spent.input_given,
+        output_repeated = spent.output_repeated,
         "TAKEN OVER: the VM runs here, unprotected"
     );
     let sidecars = Some(copy.disks().sidecars());

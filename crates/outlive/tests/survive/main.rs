@@ -29,6 +29,7 @@ mod standby;
 mod status;
 mod supervised;
 mod support;
+mod tail;
 mod torture;
 mod uplinks;
 mod versions;

@@ -29,7 +29,7 @@ use super::core::{Core, Hands};
 use crate::planted::{Planted, planted};
 use crate::{
     ClaimResult, Introduction, Link, LossReason, Standby, StandbyAction as Action, StandbyEvent as Event,
-    StandbyExit, StandbyNote, Unwelcome,
+    StandbyExit, StandbyNote, TailUse, Unwelcome,
 };
 
 /// A takeover that was won.
@@ -41,6 +41,8 @@ pub struct TakeOver {
     pub checkpoint: u64,
     /// The generation won.
     pub generation: u64,
+    /// Which frames of the tail are used.
+    pub tail: TailUse,
     /// Whether the operator wants the VM ended in order at once.
     pub stop: bool,
 }
@@ -278,8 +280,8 @@ impl<P: StandbyPorts> Hands<Standby> for Carrying<'_, P> {
                 let result = ClaimResult::Unreachable { why: why.to_string() };
                 Event::Claimed { generation, result }
             }),
-            Action::TakeOver { link, checkpoint, generation, stop } => {
-                self.ports.take_over(TakeOver { link, checkpoint, generation, stop });
+            Action::TakeOver { link, checkpoint, generation, tail, stop } => {
+                self.ports.take_over(TakeOver { link, checkpoint, generation, tail, stop });
                 Ok(())
             }
             Action::Exit { reason } => {

@@ -104,6 +104,7 @@ fn the_invariants_hold_in_every_schedule() {
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
         assert!(stats.given_away > count / 50 && stats.endured > count / 50, "{stats:?}");
         assert!(stats.vm_lost < count / 4, "{stats:?}");
+        assert!(stats.given > count && stats.repeated > count / 10, "{stats:?}");
     }
 }
 
@@ -202,6 +203,9 @@ fn every_planted_mistake_is_found() {
         Bug::WakeForgotten,
         Bug::HeldUntold,
         Bug::ImpatientStandby,
+        Bug::RepeatsUncommitted,
+        Bug::RepeatsWhatHasLeft,
+        Bug::GivesCommittedInput,
         Bug::ReleaseLate,
         Bug::TwoWinners,
         Bug::AnyArbiter,

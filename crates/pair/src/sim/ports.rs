@@ -317,6 +317,11 @@ pub(super) struct Copy {
     pub(super) spoiled: bool,
     /// Whether the rest of the copy says that it was given up.
     pub(super) released: bool,
+    /// Copies of input and of output, with their epochs.
+    pub(super) input: Vec<(u64, Node)>,
+    pub(super) output: Vec<(u64, Node)>,
+    /// Through which epoch the primary has said that its output has left.
+    pub(super) left: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -370,6 +375,9 @@ impl StandbySide {
                 settled: false,
                 spoiled: false,
                 released: false,
+                input: Vec::new(),
+                output: Vec::new(),
+                left: 0,
             });
         }
     }

@@ -173,8 +173,11 @@ impl World {
                 let left = self.rng.range(1, 4) as u32;
                 self.after(200, Happening::BaseRound { life, link, left });
             }
-            Effect::Ship { conn, ticket, part } => self.ship(conn, ticket, part, clock),
-            Effect::Beat { conn } => self.send(conn, 0, Msg::Beat { stamp: clock }),
+            Effect::Ship { conn, ticket, part } => self.ship(life, conn, ticket, part, clock),
+            Effect::Beat { conn } => {
+                self.tell_released(life, conn);
+                self.send(conn, 0, Msg::Beat { stamp: clock });
+            }
             Effect::End { conn, reason } => self.send(conn, 0, Msg::VmEnd(reason)),
             Effect::HangUp { conn } => {
                 let broken = conn.is_some_and(|conn| self.conns[conn].broken);
@@ -235,8 +238,23 @@ impl World {
         }
     }
 
-    fn ship(&mut self, conn: usize, ticket: Ticket, part: SimPart, stamp: Duration) {
+    fn tell_released(&mut self, life: Life, conn: usize) {
+        if let Some(p) = self.primary_of(life) {
+            let through = p.driver.ports().valve.released_through();
+            self.send(conn, 0, Msg::Released { through });
+        }
+    }
+
+    /// Copies of what the guest was given and has sent go over as well, as far as there is room for them.
+    fn copy(&mut self, conn: usize, msg: Msg) {
+        if !self.rng.one_in(10) {
+            self.send(conn, 0, msg);
+        }
+    }
+
+    fn ship(&mut self, life: Life, conn: usize, ticket: Ticket, part: SimPart, stamp: Duration) {
         if part.first {
+            self.tell_released(life, conn);
             let Ticket { number, flags, .. } = ticket;
             self.send(conn, 0, Msg::Begin { number, node: part.node, flags });
         }
@@ -244,6 +262,11 @@ impl World {
             self.send(conn, 0, Msg::Part);
         }
         if part.last {
+            let epoch = ticket.number;
+            let sent = self.primary_of(life).map(|p| p.driver.ports().valve.held_for(epoch));
+            for node in sent.into_iter().flatten() {
+                self.copy(conn, Msg::Output { epoch, node });
+            }
             self.send(conn, 0, Msg::End { stamp });
         }
     }
@@ -314,6 +337,9 @@ impl World {
         let Some(p) = self.primary_of(life) else { return };
         let generation = p.driver.machine().generation();
         let first = p.held_since.is_none();
+        let (ports, epoch) = (p.driver.ports(), p.driver.ports().valve.epoch());
+        let conn =
+            p.driver.machine().link().filter(|_| ports.valve.holds()).and_then(|link| ports.conn(link));
         match p.driver.ports_mut().valve.push(node, at) {
             Some(node) => self.truth.output(node, generation, life),
             None => {
@@ -323,6 +349,9 @@ impl World {
                 }
                 self.expect_a_look(life, now);
             }
+        }
+        if let Some(conn) = conn {
+            self.copy(conn, Msg::Input { epoch, node });
         }
         if ends && !self.hosts[life.0].wedged {
             self.primary(life, PrimaryEvent::End { reason: EndReason::PowerOff });

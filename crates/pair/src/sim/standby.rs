@@ -4,13 +4,13 @@ use outlive_epoch::{LeaveReason, RefuseCode};
 
 use super::hosts::Process;
 use super::images::Image;
-use super::ports::{Buffer, Out, PortFault, StandbyEffect as Effect, StandbySide};
+use super::ports::{Buffer, Copy, Out, PortFault, StandbyEffect as Effect, StandbySide};
 use super::truth::{Life, Node};
 use super::world::{Happening, Msg, World};
 use crate::planted::{Bug, Planted};
 use crate::{
     After, Introduction, Link, LossReason, Standby, StandbyConfig, StandbyDriver, StandbyEvent, StandbyExit,
-    StandbyNote, StandbyPorts, TakeOver,
+    StandbyNote, StandbyPorts, TailUse, TakeOver,
 };
 
 pub(super) struct StandbyProcess {
@@ -213,7 +213,7 @@ impl World {
     }
 
     fn take_over(&mut self, life: Life, order: TakeOver) {
-        let TakeOver { link, checkpoint, generation, stop } = order;
+        let TakeOver { link, checkpoint, generation, tail, stop } = order;
         let Some(s) = self.standby_of(life) else { return };
         let Some(copy) = s.driver.ports_mut().copy.take().filter(|copy| copy.link == link) else {
             return self.truth.fail(format!("{life:?} takes over without a copy"));
@@ -233,9 +233,30 @@ impl World {
         self.truth.goes_on(generation, life);
         self.stats.takeovers += 1;
         self.write_out_all(life);
+        self.use_tail(life, generation, tail, &copy, acked.node);
         self.start_primary(life.0, generation, checkpoint, acked.node);
         if stop {
             self.primary(life, crate::PrimaryEvent::Stop { ask_guest: false });
+        }
+    }
+
+    /// The guest is given what died with the primary, and what may not have left is sent again.
+    fn use_tail(&mut self, life: Life, generation: u64, tail: TailUse, copy: &Copy, from: Node) {
+        let mut before = from;
+        for &(_, node) in copy.input.iter().filter(|it| tail.gives(it.0)) {
+            if !self.truth.is_past_of(before, node) || node == before {
+                self.truth.fail(format!("{life:?} gives the guest what it has had, or in another order"));
+            }
+            before = node;
+            self.stats.given += 1;
+        }
+        for &(epoch, node) in copy.output.iter().filter(|it| tail.repeats(it.0)) {
+            if epoch <= copy.left {
+                self.truth
+                    .fail(format!("{life:?} repeats output of epoch {epoch}, which it knows to have left"));
+            }
+            self.truth.output(node, generation, life);
+            self.stats.repeated += 1;
         }
     }
 
@@ -373,6 +394,29 @@ impl World {
                 }
             }
             Msg::Beat { stamp } => StandbyEvent::Heartbeat { link, stamp },
+            Msg::Input { epoch, node } => {
+                // Not heard: it comes from a device's thread, which may go on where no checkpoint is taken.
+                return s
+                    .driver
+                    .ports_mut()
+                    .fed_by(link)
+                    .into_iter()
+                    .for_each(|it| it.input.push((epoch, node)));
+            }
+            Msg::Output { epoch, node } => {
+                return s
+                    .driver
+                    .ports_mut()
+                    .fed_by(link)
+                    .into_iter()
+                    .for_each(|it| it.output.push((epoch, node)));
+            }
+            Msg::Released { through } => {
+                self.standby(life, StandbyEvent::OutputReleased { link, through });
+                // With this the link may have been found to be lost.
+                let copy = self.standby_of(life).and_then(|s| s.driver.ports_mut().fed_by(link));
+                return copy.into_iter().for_each(|it| it.left = it.left.max(through));
+            }
             Msg::VmEnd(reason) => StandbyEvent::End { link, reason },
             Msg::Closed => StandbyEvent::LinkLost { link, why: LossReason::Closed },
             other => StandbyEvent::BadStream { link, why: format!("{other:?}") },

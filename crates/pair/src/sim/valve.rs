@@ -46,6 +46,17 @@ impl Valve {
         self.epoch
     }
 
+    /// What is held for this epoch.
+    pub(super) fn held_for(&self, epoch: u64) -> Vec<Node> {
+        self.held.iter().filter(|it| it.0 == epoch).map(|it| it.1).collect()
+    }
+
+    /// Through which epoch everything that was held has left.
+    pub(super) fn released_through(&self) -> u64 {
+        let oldest = self.held.front().map_or(self.epoch, |it| it.0);
+        if self.holds() { oldest.min(self.epoch).saturating_sub(1) } else { 0 }
+    }
+
     pub(super) fn commit(&mut self, through: u64) {
         self.committed = self.committed.max(through);
     }

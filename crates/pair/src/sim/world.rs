@@ -49,6 +49,20 @@ pub(super) enum Msg {
     Beat {
         stamp: Duration,
     },
+    /// A copy of what the guest was given in an epoch, and then did.
+    Input {
+        epoch: u64,
+        node: Node,
+    },
+    /// A copy of what the guest has sent in an epoch.
+    Output {
+        epoch: u64,
+        node: Node,
+    },
+    /// Through which epoch output has left.
+    Released {
+        through: u64,
+    },
     VmEnd(EndReason),
     /// Damage on the way, or a primary with an error.
     Bad,
@@ -302,6 +316,9 @@ pub(super) struct Stats {
     /// VMs that were left to their standby because something was broken, and that stayed nevertheless.
     pub(super) given_away: u64,
     pub(super) endured: u64,
+    /// Frames of the tail: given to the guest, and sent again, at takeovers.
+    pub(super) given: u64,
+    pub(super) repeated: u64,
     /// By kind.
     pub(super) faults: [u64; 32],
 }
@@ -316,6 +333,8 @@ impl Stats {
         self.protected += other.protected;
         self.released += other.released;
         self.late_frames += other.late_frames;
+        self.given += other.given;
+        self.repeated += other.repeated;
         self.unreachable += other.unreachable;
         self.ended += other.ended;
         self.followed += other.followed;

@@ -5,7 +5,7 @@ use outlive_epoch::{EndReason, LeaveReason};
 use super::{Action, Attached, Committed, Note, RELEASE, Standby, StandbyExit, State};
 use crate::claim::{Claim, Step, Verdict};
 use crate::planted::planted;
-use crate::{ClaimResult, Link, LossReason};
+use crate::{ClaimResult, Link, LossReason, TailUse};
 
 impl Standby {
     pub(super) fn end(&mut self, link: Link, reason: EndReason, out: &mut Vec<Action>) {
@@ -20,6 +20,7 @@ impl Standby {
         let (now, bug) = (self.now, self.bug);
         let Some(attached) = self.attached_mut(link) else { return };
         let (heard, generation, retry) = (attached.heard, attached.generation, attached.timing.retry);
+        let released = attached.released;
         // A link that fails at this side says nothing about the primary: it may be stopped, with a lease that
         // still lasts, and would let output out when it continues. Nor does the end of a connection that
         // somebody else has reset; frames may then leave twice, but a write to storage that both sides use
@@ -53,7 +54,7 @@ impl Standby {
             out.push(Action::Note(Note::StopWaits));
         }
         let (committed, claim) = (*committed, Claim::new(generation + 1, ask_at, retry));
-        self.state = State::Settling { link, claim, committed, stop };
+        self.state = State::Settling { link, claim, committed, released, stop };
         if !applying || planted!(self.bug, TakeOverBeforeApplied) {
             out.push(Action::Settle { link, checkpoint });
         }
@@ -64,14 +65,14 @@ impl Standby {
 
     /// This side could run the VM now, so it may ask for it.
     pub(super) fn settled(&mut self, from: Link, settled: u64, out: &mut Vec<Action>) {
-        let State::Settling { link, claim, committed, stop } = &mut self.state else { return };
-        let (link, checkpoint, stop) = (*link, committed.checkpoint, *stop);
+        let State::Settling { link, claim, committed, released, stop } = &mut self.state else { return };
+        let (link, checkpoint, released, stop) = (*link, committed.checkpoint, *released, *stop);
         if link != from || checkpoint != settled {
             return;
         }
         let claim = claim.clone();
         out.push(Action::Note(Note::Arbitrating { generation: claim.generation }));
-        self.state = State::Claiming { link, claim, checkpoint, stop, failed: None };
+        self.state = State::Claiming { link, claim, checkpoint, released, stop, failed: None };
         if planted!(self.bug, TakeOverWithoutWin) {
             self.take_over(out);
         }
@@ -218,12 +219,22 @@ impl Standby {
     }
 
     fn take_over(&mut self, out: &mut Vec<Action>) {
-        let State::Claiming { link, claim, checkpoint, stop, .. } =
+        let State::Claiming { link, claim, checkpoint, released, stop, .. } =
             std::mem::replace(&mut self.state, State::TakenOver)
         else {
             return;
         };
-        out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, stop });
+        let mut tail = TailUse::at(checkpoint, released);
+        if planted!(self.bug, RepeatsUncommitted) {
+            tail.repeated_through = u64::MAX;
+        }
+        if planted!(self.bug, RepeatsWhatHasLeft) {
+            tail.repeated_after = 0;
+        }
+        if planted!(self.bug, GivesCommittedInput) {
+            tail.given_after = checkpoint.saturating_sub(1);
+        }
+        out.push(Action::TakeOver { link, checkpoint, generation: claim.generation, tail, stop });
     }
 
     /// Ends the process, but not while an acknowledged checkpoint is half applied: the primary may die after

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use outlive_epoch::{CheckpointFlags, EndReason, LeaveReason, RefuseCode, VmId};
 
-use crate::{ClaimResult, Link, LossReason, Timing};
+use crate::{ClaimResult, Link, LossReason, TailUse, Timing};
 
 /// What a standby must know at its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,6 +61,13 @@ pub enum StandbyEvent {
         link: Link,
         /// Time of the primary's clock.
         stamp: Duration,
+    },
+    /// The primary says that all output of the guest has left that belongs to the epochs up to this one.
+    OutputReleased {
+        /// On which connection.
+        link: Link,
+        /// The epoch.
+        through: u64,
     },
     /// A section of base pages has arrived. It may be written to memory only if the answer is
     /// [`StandbyAction::ApplyBase`].
@@ -268,6 +275,8 @@ pub enum StandbyAction {
         checkpoint: u64,
         /// The generation won.
         generation: u64,
+        /// Which frames of the tail are used.
+        tail: TailUse,
         /// Whether the operator asked for a stop while this side was the only one that had the VM: then end
         /// it in order now.
         stop: bool,

@@ -1,8 +1,8 @@
 //! Payloads whose fields make no sense.
 
 use outlive_epoch::{
-    DeviceKind, EncodeError, Encoder, HEADER_LEN, Message, ProtocolVersion, SectionKind, StateKind,
-    StateSection,
+    DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_FRAMES_BYTES, MAX_PACKET_BYTES, Message,
+    ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
 };
 
 use super::{BASE, begin};
@@ -95,6 +95,67 @@ fn windows_that_make_no_sense_are_refused() {
     ] {
         assert_eq!(want(length, count, positions), Err(format!("section DiskWant: {why}")));
     }
+}
+
+#[test]
+fn frames_that_make_no_sense_are_refused() {
+    let head = |length: u32, reserved: u16| {
+        let parts =
+            [&9u64.to_le_bytes()[..], &length.to_le_bytes(), &3u16.to_le_bytes(), &reserved.to_le_bytes()];
+        parts.concat()
+    };
+    for kind in [SectionKind::Input, SectionKind::Output] {
+        let parse = |payload: &[u8]| {
+            let parsed = Message::parse_payload(kind, kind.version(), payload);
+            parsed.map(|_| ()).map_err(|error| error.to_string())
+        };
+        assert_eq!(parse(&[]), Ok(()));
+        assert_eq!(parse(&[&head(1, 0)[..], &[5]].concat()), Ok(()));
+        let most = MAX_PACKET_BYTES as u32;
+        assert_eq!(parse(&[&head(most, 0)[..], &vec![5; MAX_PACKET_BYTES]].concat()), Ok(()));
+        for (length, reserved, rest, why) in [
+            (0, 0, &[][..], "a packet of an impossible length (0x0)"),
+            (most + 1, 0, &[], "a packet of an impossible length (0x1001e)"),
+            (u32::MAX, 0, &[], "a packet of an impossible length (0xffffffff)"),
+            (2, 0, &[1], "the payload ends early, bytes missing (0x1)"),
+            (2, 0, &[1, 1, 1], "the payload ends early, bytes missing (0xf)"),
+            (2, 0x700, &[1, 1], "a reserved field is not zero (0x7)"),
+        ] {
+            let found = parse(&[&head(length, reserved)[..], rest].concat());
+            assert_eq!(found, Err(format!("section {kind:?}: {why}")));
+        }
+    }
+    let released = |payload: &[u8]| Message::parse_payload(SectionKind::Released, 1, payload).is_ok();
+    assert!(released(&[0xff; 8]) && !released(&[0; 7]) && !released(&[0; 9]));
+}
+
+#[test]
+fn frames_are_put_together_as_far_as_there_is_room() {
+    let mut frames = TailBuf::default();
+    let packets: Vec<Vec<u8>> = (1..200).map(|number| vec![number as u8; number * 400]).collect();
+    fn frame(packet: &[u8]) -> TailFrame<'_> {
+        TailFrame { epoch: 5, pair: 2, packet }
+    }
+    assert!(!frames.push(frame(&[])) && !frames.push(frame(&vec![0; MAX_PACKET_BYTES + 1])));
+    let fit = packets.iter().take_while(|packet| frames.push(frame(packet))).count();
+    assert!(fit > 10 && frames.len() <= MAX_FRAMES_BYTES && !frames.is_empty());
+    let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V6));
+    encoder.input(&mut out, &frames).unwrap();
+    let message = Message::parse_payload(SectionKind::Input, 1, &out[HEADER_LEN..]).unwrap();
+    let Message::Input(read) = message else { panic!("{message:?}") };
+    assert!(read.iter().eq(packets[..fit].iter().map(|packet| frame(packet))));
+    frames.clear();
+    assert!(frames.push(frame(&vec![0; MAX_PACKET_BYTES])));
+}
+
+/// An older standby must never see what it does not know.
+#[test]
+fn an_older_stream_has_no_frames() {
+    let mut encoder = Encoder::speaking(ProtocolVersion::V5);
+    let (mut out, frames) = (Vec::new(), TailBuf::default());
+    let errors =
+        [encoder.input(&mut out, &frames), encoder.output(&mut out, &frames), encoder.released(&mut out, 3)];
+    assert!(errors.iter().all(|it| matches!(it, Err(EncodeError::Order(_)))) && out.is_empty());
 }
 
 #[test]

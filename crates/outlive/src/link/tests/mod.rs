@@ -1,4 +1,5 @@
-//! Heartbeats get through, however much else is to be sent.
+//! Heartbeats get through, however much else is to be sent, and copies of the guest's frames in their order.
 
 mod heartbeats;
 mod rig;
+mod tail;

@@ -9,7 +9,7 @@ use outlive_pair::StandbyAction::{self, *};
 use outlive_pair::StandbyEvent::{self, *};
 use outlive_pair::{
     ClaimResult, Introduction, Link, LossReason, Standby, StandbyConfig, StandbyExit, StandbyNote,
-    StandbyStatus,
+    StandbyStatus, TailUse,
 };
 
 use super::{ms, timing};
@@ -71,7 +71,7 @@ fn tried(checkpoint: u64) -> StandbyEvent {
 }
 
 fn taken_over(checkpoint: u64, stop: bool) -> StandbyAction {
-    TakeOver { link: LINK, checkpoint, generation: 5, stop }
+    TakeOver { link: LINK, checkpoint, generation: 5, tail: TailUse::at(checkpoint, 0), stop }
 }
 
 impl Host {

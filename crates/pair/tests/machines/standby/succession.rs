@@ -279,3 +279,40 @@ fn a_standby_that_is_stopped_hands_its_right_over_when_that_is_written_down() {
     assert_eq!(alone.acts(settled(11)), [Claim { generation: 5 }]);
     assert_eq!(alone.claimed(ClaimResult::Won), [taken_over(11, true)]);
 }
+
+/// Frames of the tail: input that no checkpoint has, and output that may not have left.
+#[test]
+fn a_takeover_gives_uncommitted_input_and_repeats_committed_output_only() {
+    let through = |through| OutputReleased { link: LINK, through };
+    let mut host = Host::protected();
+    host.acts(staged(12, PLAIN));
+    host.acts(applied(12));
+    host.acts(staged(13, PLAIN));
+    assert_eq!(host.acts(through(10)), []);
+    host.acts(through(11));
+    host.acts(through(9));
+    host.acts(OutputReleased { link: Link(99), through: 12 });
+    host.acts(staged(14, PLAIN));
+    host.acts(lost());
+    host.acts(through(13));
+    host.acts(applied(13));
+    host.acts(settled(13));
+    let actions = host.claimed(ClaimResult::Won);
+    let [TakeOver { checkpoint: 13, tail, .. }] = actions[..] else { panic!("{actions:?}") };
+    assert_eq!(tail, TailUse::at(13, 11));
+    let epochs = |uses: &dyn Fn(u64) -> bool| (0..20).filter(|&epoch| uses(epoch)).collect::<Vec<_>>();
+    assert_eq!(epochs(&|epoch| tail.repeats(epoch)), [12, 13]);
+    assert_eq!(epochs(&|epoch| tail.gives(epoch)), [14, 15, 16, 17, 18, 19]);
+}
+
+/// Whatever a primary claims about its output, nothing uncommitted is repeated.
+#[test]
+fn a_primary_that_says_nonsense_of_its_output_costs_only_the_repetition() {
+    let mut host = Host::protected();
+    host.acts(OutputReleased { link: LINK, through: u64::MAX });
+    host.acts(lost());
+    host.acts(settled(11));
+    let actions = host.claimed(ClaimResult::Won);
+    let [TakeOver { tail, .. }] = actions[..] else { panic!("{actions:?}") };
+    assert!((0..20).all(|epoch| !tail.repeats(epoch)) && tail.gives(12) && !tail.gives(11));
+}

@@ -15,9 +15,10 @@ use super::control::Settings;
 use super::frames::{Bounce, Pair, bounce, rx_bit};
 use super::mac::MacAddr;
 use super::offload::{CTRL_VQ, GUEST_ANNOUNCE, GUEST_OFFLOADS, MQ, effective, offered};
-use super::output::{MAX_PACKET, Output, OutputLimits};
+use super::output::{MAX_PACKET, Output, OutputLimits, Pushed};
 use super::persist::{CardState, ImpossibleSetting};
 use super::stats::{Counters, NetStats};
+use super::tail::InputTail;
 use super::tap::{FramePort, Tap, TapError};
 use crate::devices::complaints::{Complaints, complain};
 use crate::devices::valve::Permit;
@@ -81,6 +82,8 @@ pub enum NetError {
 pub struct Net {
     pub(super) port: Arc<dyn FramePort>,
     pub(super) output: Arc<Output>,
+    /// Copies of what the guest is given.
+    pub(super) input: Arc<InputTail>,
     /// The largest packet that the driver is told of.
     pub(super) mtu: Option<u16>,
     pub(super) counters: Counters,
@@ -162,6 +165,41 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         &self.model().output
     }
 
+    /// Copies of what the guest is given, for a standby.
+    pub fn input_tail(&self) -> &Arc<InputTail> {
+        &self.model().input
+    }
+
+    /// Has the guest given a packet that another host had given it in an epoch that died with that host. It
+    /// comes before everything from the port. After a restore and before the machine goes live. Returns whether
+    /// there is a driver to give it to; a packet that its driver cannot take is dropped later, as one from the
+    /// port.
+    pub fn give(&self, pair: u16, packet: &[u8]) -> bool {
+        let mut core = self.shared().core();
+        let card = &mut core.model;
+        // A pair that is not in use is not looked at.
+        let used = usize::from(card.settings.pairs).min(card.pairs.len());
+        let index = if usize::from(pair) < used { pair.into() } else { 0 };
+        if packet.len() > MAX_PACKET || used == 0 {
+            return false;
+        }
+        card.pairs[index].given.push_back(packet.into());
+        true
+    }
+
+    /// Sends a packet again that the guest has sent in a committed epoch, on another host, and that may not have
+    /// left there. After the output was opened and before the machine goes live, so that nothing of the guest
+    /// comes before it; a [drain](Output::drain) must follow. Returns whether the packet was taken.
+    pub fn repeat(&self, pair: u16, packet: &[u8]) -> bool {
+        let mut core = self.shared().core();
+        let card = &mut core.model;
+        let features = card.features;
+        let room = card.buffer.get_mut(..packet.len()).filter(|room| room.len() <= MAX_PACKET);
+        let Some(room) = room else { return false };
+        room.copy_from_slice(packet);
+        self.model().send(pair.into(), room, features) == Some(Pushed::Taken)
+    }
+
     /// Address of the guest's interface.
     pub fn mac(&self) -> MacAddr {
         self.shared().core().model.settings.mac
@@ -197,12 +235,17 @@ impl Card {
     fn forget_waiting(&mut self) -> u64 {
         self.pairs.iter_mut().filter_map(|pair| pair.waiting.take()).count() as u64
     }
+
+    /// Forgets the frames that another host has given.
+    fn forget_given(&mut self) -> u64 {
+        self.pairs.iter_mut().map(|pair| pair.given.drain(..).count() as u64).sum()
+    }
 }
 
 impl Net {
     pub(super) fn new(port: Arc<dyn FramePort>, output: Arc<Output>) -> Self {
-        let (counters, complaints, port_settings, announcing) = Default::default();
-        Self { port, output, mtu: None, counters, complaints, port_settings, announcing }
+        let (input, counters, complaints, port_settings, announcing) = Default::default();
+        Self { port, output, input, mtu: None, counters, complaints, port_settings, announcing }
     }
 
     /// The same, but the driver is told of a largest packet or not.
@@ -326,7 +369,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
         let result = run();
         if card.settings != before {
             // Waiting frames were meant for the old settings.
-            self.counters.rx_dropped.add(card.forget_waiting());
+            self.counters.rx_dropped.add(card.forget_waiting() + card.forget_given());
             // The port has to be told, and pairs that come into use to be looked at.
             queues.look_at(!0);
             outcome.more = true;
@@ -370,6 +413,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Model<M> for Net {
     /// Frames that pass through leave here, so a pause does not wait for the tap.
     fn rest(&self, _shared: &Shared<M, Self>) {
         self.output.rest();
+        self.input.tell();
     }
 
     /// Throws away the frames that have waited in the tap. With `announce`, asks the driver, if it knows how,

@@ -1,5 +1,6 @@
 //! Moving frames between the guest's queues and the outside, a batch at a time.
 
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 
 use vm_memory::GuestMemory;
@@ -10,6 +11,7 @@ use super::offload::{ETHERNET, HEADER, Header, MRG_RXBUF};
 use super::output::{MAX_FRAME, Pushed};
 use crate::devices::complaints::complain;
 use crate::devices::gate::Pass;
+use crate::devices::valve::OutputMode;
 use crate::devices::virtio::chain::{Broken, Chain};
 use crate::devices::virtio::ring::{Answer, Queues, Ring, Served, Used};
 
@@ -41,6 +43,9 @@ pub(super) struct Pair {
     /// A frame of so many bytes, with its header, waits in `buffer` for more receive buffers. It is not part
     /// of a checkpoint: like the frames in the tap it may be lost.
     pub(super) waiting: Option<usize>,
+    /// Packets that come before those of the port: what another host has given this guest in an epoch that died
+    /// with it. Not part of a checkpoint either.
+    pub(super) given: VecDeque<Box<[u8]>>,
     buffer: Bounce,
     /// The receive buffers of one frame; has room for as many as a queue has.
     used: Vec<Used>,
@@ -109,7 +114,7 @@ impl Net {
             }
             chain.read(memory, 0, packet)?;
             // The frame stays with the guest; the output tells when there is room.
-            full = self.send(pair, packet, features) == Pushed::Full;
+            full = self.send(pair, packet, features) == Some(Pushed::Full);
             Ok(if full { Answer::Later } else { Answer::Used(0) })
         })?;
         // A guest that could not send for lack of room may have gone idle.
@@ -124,17 +129,18 @@ impl Net {
         Ok((served, wake))
     }
 
-    /// Gives a packet of the guest to the output, with a header that says only what it may say.
-    fn send(&self, pair: usize, packet: &mut [u8], features: u64) -> Pushed {
-        let Some((header, frame)) = packet.split_first_chunk_mut::<HEADER>() else { return Pushed::Taken };
+    /// Gives a packet of the guest to the output, with a header that says only what it may say. `None` if it is no
+    /// packet that can be sent; it is counted.
+    pub(super) fn send(&self, pair: usize, packet: &mut [u8], features: u64) -> Option<Pushed> {
+        let (header, frame) = packet.split_first_chunk_mut::<HEADER>()?;
         let len = frame.len();
         if len < ETHERNET {
             self.counters.tx_runts.add(1);
-            return Pushed::Taken;
+            return None;
         }
         let Some(sent) = Header::read(header).to_send(len, features) else {
             self.counters.tx_bad_headers.add(1);
-            return Pushed::Taken;
+            return None;
         };
         *header = sent.bytes();
         let pushed = self.output.push(pair, packet);
@@ -142,7 +148,7 @@ impl Net {
             self.counters.tx_frames.add(1);
             self.counters.tx_bytes.add(len as u64);
         }
-        pushed
+        Some(pushed)
     }
 
     /// Delivers frames from the port to the guest until there are no more frames or no more buffers. Frames
@@ -172,7 +178,7 @@ impl Net {
             }
             let len = match pair.waiting.take() {
                 Some(len) => len,
-                None => match self.fetch(index, &mut pair.buffer, offloads) {
+                None => match self.fetch(index, pair, offloads) {
                     Fetched::Packet(len) => len,
                     Fetched::Unfit => {
                         tried += 1;
@@ -184,6 +190,7 @@ impl Net {
             tried += 1;
             match pair.deliver(ring, memory, len, merge)? {
                 Delivered::Yes => {
+                    self.copy_to_tail(index, &pair.buffer[..len]);
                     self.counters.rx_frames.add(1);
                     self.counters.rx_bytes.add((len - HEADER) as u64);
                     served.done += 1;
@@ -201,18 +208,31 @@ impl Net {
         Ok(served)
     }
 
-    /// Takes the next frame from the port into the buffer.
-    fn fetch(&self, pair: usize, buffer: &mut Bounce, offloads: u64) -> Fetched {
-        let len = loop {
-            match self.port.receive(pair, &mut buffer[..]) {
-                Ok(len) => break len,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Fetched::Nothing,
-                Err(error) => {
-                    complain!(warn, self.complaints, %error, "cannot read from the tap");
-                    return Fetched::Nothing;
-                }
+    /// The guest has this packet now, and the standby should get a copy: see [`InputTail`](super::tail::InputTail).
+    fn copy_to_tail(&self, pair: usize, packet: &[u8]) {
+        if self.input.is_on() {
+            // Inside the gate, so a capture comes before or after the frame and this.
+            let tag = self.output.tag();
+            if tag.mode == OutputMode::Hold {
+                self.input.push(tag.epoch, pair, packet);
             }
+        }
+    }
+
+    /// Takes the next frame, a given one or one from the port, into the pair's buffer.
+    fn fetch(&self, index: usize, pair: &mut Pair, offloads: u64) -> Fetched {
+        let buffer = &mut pair.buffer;
+        let given = pair.given.pop_front().filter(|packet| packet.len() <= buffer.len());
+        let len = match given {
+            Some(packet) => {
+                buffer[..packet.len()].copy_from_slice(&packet);
+                self.counters.rx_given.add(1);
+                packet.len()
+            }
+            None => match self.fetch_from_port(index, buffer) {
+                Some(len) => len,
+                None => return Fetched::Nothing,
+            },
         };
         let header = buffer.first_chunk_mut::<HEADER>().filter(|_| len <= HEADER + MAX_FRAME);
         let fit = header.filter(|_| len >= HEADER + ETHERNET).and_then(|header| {
@@ -227,12 +247,27 @@ impl Net {
             }
         }
     }
+
+    fn fetch_from_port(&self, pair: usize, buffer: &mut Bounce) -> Option<usize> {
+        loop {
+            match self.port.receive(pair, &mut buffer[..]) {
+                Ok(len) => return Some(len),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                Err(error) => {
+                    complain!(warn, self.complaints, %error, "cannot read from the tap");
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 impl Pair {
     pub(super) fn new(queue_size: u16) -> Self {
         let used = Vec::with_capacity(queue_size.into());
-        Self { waiting: None, buffer: bounce(), used, chains: Default::default() }
+        let given = VecDeque::new();
+        Self { waiting: None, given, buffer: bounce(), used, chains: Default::default() }
     }
 
     /// Puts the packet of `len` bytes in the buffer into receive buffers: one, or with `merge` as many as it

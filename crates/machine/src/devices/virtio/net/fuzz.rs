@@ -73,12 +73,14 @@ pub fn run(data: &[u8]) -> Reached {
 
     let line = Arc::new(InterruptLine::new(Arc::<Count>::default()));
     let mut queues = Queues::new(memory, features, line, queues);
-    let net = Net::new(port, output.clone());
+    let net = Net::new(port.clone(), output.clone());
+    let _ = net.input.start(Arc::new(|| {}));
     let mut card = Card::new(MacAddr([2, 0, 0, 0, 0, 1]));
     card.features = features;
     card.pairs = (0..PAIRS).map(|_| Pair::new(SIZE)).collect();
     card.control = Some(2 * PAIRS);
     card.settings.announce = true;
+    use_tail(&net, &mut card, &port.frames);
     let gate = DeviceGate::new();
     let pass = gate.enter();
     let mut reached = Reached::default();
@@ -100,7 +102,30 @@ pub fn run(data: &[u8]) -> Reached {
     let valve = Valve::new(permit, vec![output]);
     valve.open();
     valve.drain();
+    let mut copy = Vec::new();
+    while net.input.take(&mut copy).is_some() {
+        let Some((header, frame)) = copy.split_first_chunk() else { panic!("a packet without header") };
+        let header = Header::read(header);
+        assert_eq!(
+            header.to_deliver(features),
+            Some(header),
+            "what the guest was given is given elsewhere too"
+        );
+        assert!(!frame.is_empty());
+    }
     Reached { stats: net.counters.read(), ..reached }
+}
+
+/// The same frames as from the port, as if another host had sent copies of them: input and output.
+fn use_tail(net: &Net, card: &mut Card, frames: &[(usize, [u8; HEADER])]) {
+    for (number, &(len, header)) in frames.iter().enumerate() {
+        let mut packet = vec![0; len];
+        let head = len.min(HEADER);
+        packet[..head].copy_from_slice(&header[..head]);
+        card.pairs[number % PAIRS].given.push_back(packet.clone().into());
+        packet.truncate(MAX_PACKET);
+        let _ = net.send(number % PAIRS, &mut packet, card.features);
+    }
 }
 
 /// What a queue's chains should be, and mostly are.

@@ -27,7 +27,6 @@
 //! Frames and bytes are bounded and allocated at the start. A full ring refuses the frame and leaves it with
 //! the guest; [`Output::space`] is written when there is room again.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -35,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::offload::HEADER;
+use super::ring::{Frame, FrameRing};
 use crate::devices::valve::{Fate, HeldOutput, Order, OutputMode, Permit, Tag};
 
 /// Longest frame in bytes: the largest IP packet, Ethernet header, one VLAN tag; no checksum. A guest that
@@ -274,6 +274,29 @@ impl Output {
         }
     }
 
+    /// Copies a frame that is held for this epoch: the first one whose number is at least `from`. Returns its
+    /// number and its queue pair, and how many bytes it has; `None` after the last. For whoever tells the standby
+    /// what a checkpoint's epoch has sent, while that epoch is not committed. Any thread may call this.
+    pub fn copy_held(&self, epoch: u64, from: u64, copy: &mut Vec<u8>) -> Option<(u64, u16)> {
+        let ring = self.ring();
+        let frame = ring.held(epoch, from)?;
+        copy.clear();
+        copy.extend_from_slice(frame.packet);
+        Some((frame.label.number, frame.pair))
+    }
+
+    /// All that was held for the epochs up to this one has left, or there was nothing. 0 if that is not known.
+    pub fn released_through(&self) -> u64 {
+        let ring = self.ring();
+        let oldest = ring.frames.front().map(|front| front.label.tag.epoch);
+        // Asked with the ring locked: the running epoch's output may come later, but none of an epoch before.
+        let tag = self.permit.tag();
+        if tag.mode != OutputMode::Hold {
+            return 0;
+        }
+        oldest.unwrap_or(tag.epoch).min(tag.epoch).saturating_sub(1)
+    }
+
     /// Calls `then` once, right after the next frame of the guest that leaves: the end of a takeover as the
     /// clients see it. Runs on the thread that sent the frame; must be short.
     pub fn on_first_frame(&self, then: impl FnOnce() + Send + 'static) {
@@ -283,6 +306,11 @@ impl Output {
     /// Written when a push was refused and there is room again, or when the device's thread could not drain.
     pub fn space(&self) -> &EventFd {
         &self.space
+    }
+
+    /// The tag of what passes through the card now. Inside the gate.
+    pub(super) fn tag(&self) -> Tag {
+        self.permit.tag()
     }
 
     /// What happens to frames now.
@@ -295,7 +323,8 @@ impl Output {
         let mut ring = self.ring();
         ring.drop_discarded(&self.permit, self.permit.order());
         self.note_newest(&ring);
-        OutputStats { held_frames: ring.slots.len() as u64, held_bytes: ring.held_bytes as u64, ..ring.stats }
+        let (held_frames, held_bytes) = (ring.frames.len() as u64, ring.frames.bytes() as u64);
+        OutputStats { held_frames, held_bytes, ..ring.stats }
     }
 
     fn passes(&self, order: Order) -> bool {
@@ -324,7 +353,7 @@ impl Output {
     }
 
     fn note_newest(&self, ring: &Ring) {
-        let newest = ring.slots.back().map_or(0, |slot| slot.tag.epoch.saturating_add(1));
+        let newest = ring.frames.newest().map_or(0, |it| it.tag.epoch.saturating_add(1));
         self.newest.store(newest, Ordering::Release);
     }
 
@@ -372,16 +401,12 @@ impl std::fmt::Debug for Output {
     }
 }
 
-/// A frame with its header: `len` bytes of the arena from `offset`.
+/// What is kept with a frame.
 #[derive(Clone, Copy, Debug)]
-struct Slot {
+struct Label {
     tag: Tag,
-    /// The queue pair it came from.
-    pair: u16,
     /// Counts the frames ever pushed: tells whether the front is still the frame that was copied out.
     number: u64,
-    offset: usize,
-    len: usize,
 }
 
 /// The frames on their way out, and all that must change together with them.
@@ -390,15 +415,8 @@ struct Ring {
     someone_waits: bool,
     first_frame: Option<FirstFrame>,
     stats: OutputStats,
-    limits: OutputLimits,
     next_number: u64,
-    held_bytes: usize,
-    /// Never longer than `limits.frames`, for which it has room from the start.
-    slots: VecDeque<Slot>,
-    /// Frames one after another; one that does not fit before the end begins at the start again.
-    arena: Box<[u8]>,
-    /// Where the next frame goes, if it fits there.
-    tail: usize,
+    frames: FrameRing<Label>,
 }
 
 impl Ring {
@@ -407,55 +425,30 @@ impl Ring {
             someone_waits: false,
             first_frame: None,
             stats: OutputStats::default(),
-            limits,
             next_number: 0,
-            held_bytes: 0,
-            slots: VecDeque::with_capacity(limits.frames),
-            arena: vec![0; limits.bytes].into_boxed_slice(),
-            tail: 0,
+            frames: FrameRing::new(limits),
         }
     }
 
     fn push(&mut self, pair: usize, packet: &[u8], tag: Tag) -> Pushed {
-        let room = if self.slots.len() < self.limits.frames { self.room(packet.len()) } else { None };
-        let Some(offset) = room else {
+        let label = Label { tag, number: self.next_number };
+        if !self.frames.push(label, pair as u16, packet) {
             self.someone_waits = true;
             self.stats.full += 1;
             return Pushed::Full;
-        };
-        self.arena[offset..offset + packet.len()].copy_from_slice(packet);
-        self.tail = offset + packet.len();
-        let number = self.next_number;
-        self.slots.push_back(Slot { tag, pair: pair as u16, number, offset, len: packet.len() });
-        self.next_number += 1;
-        self.held_bytes += packet.len();
-        self.stats.most_frames = self.stats.most_frames.max(self.slots.len() as u64);
-        self.stats.most_bytes = self.stats.most_bytes.max(self.held_bytes as u64);
-        Pushed::Taken
-    }
-
-    /// Where `len` bytes in one piece are free.
-    fn room(&self, len: usize) -> Option<usize> {
-        let Some(front) = self.slots.front() else {
-            return (len <= self.arena.len()).then_some(0);
-        };
-        let head = front.offset;
-        if self.tail > head {
-            // Free: from the tail to the end, and from the start to the head.
-            if self.arena.len() - self.tail >= len { Some(self.tail) } else { (head >= len).then_some(0) }
-        } else {
-            // The frames go round the end; free: from the tail to the head.
-            (head - self.tail >= len).then_some(self.tail)
         }
+        self.next_number += 1;
+        self.stats.most_frames = self.stats.most_frames.max(self.frames.len() as u64);
+        self.stats.most_bytes = self.stats.most_bytes.max(self.frames.bytes() as u64);
+        Pushed::Taken
     }
 
     /// Takes the frames out that a discard has caught: they are the oldest ones.
     fn drop_discarded(&mut self, permit: &Permit, order: Order) {
-        while let Some(slot) = self.slots.front()
-            && permit.fate(order, slot.tag) == Fate::Dropped
+        while let Some(front) = self.frames.front()
+            && permit.fate(order, front.label.tag) == Fate::Dropped
         {
-            self.held_bytes -= slot.len;
-            self.slots.pop_front();
+            self.frames.pop();
             self.stats.discarded_frames += 1;
         }
     }
@@ -467,25 +460,32 @@ impl Ring {
         if order.mode() == OutputMode::Discard || order.is_refused() {
             return Next::Forbidden;
         }
-        let front = self.slots.front().filter(|slot| slot.number < last);
-        let Some(slot) = front.filter(|slot| permit.fate(order, slot.tag) == Fate::Leaves) else {
+        let front = self.frames.front().filter(|front| front.label.number < last);
+        let Some(front) = front.filter(|front| permit.fate(order, front.label.tag) == Fate::Leaves) else {
             return Next::Nothing;
         };
-        copy[..slot.len].copy_from_slice(&self.arena[slot.offset..slot.offset + slot.len]);
-        Next::Frame { len: slot.len, pair: slot.pair, number: slot.number, order }
+        let len = front.packet.len();
+        copy[..len].copy_from_slice(front.packet);
+        Next::Frame { len, pair: front.pair, number: front.label.number, order }
     }
 
     /// Takes the frame that has left out of the ring, unless a discard has done so meanwhile.
     fn sent(&mut self, number: u64, refused: bool) -> Option<FirstFrame> {
         self.stats.refused_frames += u64::from(refused);
-        if let Some(slot) = self.slots.front().filter(|slot| slot.number == number) {
-            match slot.tag.mode {
+        if let Some(front) = self.frames.front().filter(|front| front.label.number == number) {
+            match front.label.tag.mode {
                 OutputMode::Hold => self.stats.released_frames += 1,
                 _ => self.stats.passed_frames += 1,
             }
-            self.held_bytes -= slot.len;
-            self.slots.pop_front();
+            self.frames.pop();
         }
         self.first_frame.take()
+    }
+
+    /// The frame of this epoch with the smallest number from `from` on. Epochs in the ring never go back.
+    fn held(&self, epoch: u64, from: u64) -> Option<Frame<'_, Label>> {
+        let place = self.frames.place_after(|it| it.tag.epoch < epoch || it.number < from);
+        let frame = self.frames.get(place)?;
+        (frame.label.tag.epoch == epoch && frame.label.tag.mode == OutputMode::Hold).then_some(frame)
     }
 }

@@ -10,6 +10,8 @@ counters! {
     rx_frames,
     /// Their bytes.
     rx_bytes,
+    /// Frames among them, or dropped, that came from another host's tail and not from the port.
+    rx_given,
     /// Frames that the guest could not take: longer than its buffers, or with work left that its driver has
     /// not agreed to do.
     rx_dropped,

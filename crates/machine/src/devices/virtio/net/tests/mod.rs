@@ -9,6 +9,7 @@ mod offload;
 mod output;
 mod pairs;
 mod pause;
+mod tail;
 mod tap;
 mod tap_offload;
 mod traffic;
