@@ -347,23 +347,30 @@ impl Play {
     /// Compares the last chapter's blocks with the images: at once with the primary's, now and then with the
     /// standby's, which follows.
     fn compare(&mut self, kind: Kind) {
-        let auditor = self.auditor.as_ref().expect("clients");
-        let mut found = auditor.compare(&self.disks[self.owner as usize].image_behind());
+        let mut found = self.blocks_on(self.owner);
         if found.is_ok() && self.dice.below(COMPARE_ONE_IN) == 0 {
             let deadline = Instant::now() + PATIENCE;
-            let image = self.disks[self.owner.other() as usize].image_behind();
             loop {
-                found = auditor.compare(&image).map(|blocks| 2 * blocks);
+                found = self.blocks_on(self.owner.other()).map(|blocks| 2 * blocks);
                 if found.is_ok() || Instant::now() > deadline {
                     break;
                 }
                 thread::sleep(Duration::from_millis(20));
+                // On a busy machine the hosts may lose each other meanwhile, and whoever ends comes back.
+                self.owner = self.look().unwrap_or(self.owner);
+                self.start_missing();
             }
         }
         match found {
             Ok(blocks) => self.trace.report.totals().blocks += blocks,
             Err(why) => self.fail(kind, true, &why),
         }
+    }
+
+    /// Compares the last chapter's blocks with a host's image.
+    fn blocks_on(&self, side: Side) -> Result<u64, String> {
+        let auditor = self.auditor.as_ref().expect("clients");
+        auditor.compare(&self.disks[side as usize].image_behind())
     }
 
     fn fail(&mut self, kind: Kind, lost: bool, what: &str) -> ! {
