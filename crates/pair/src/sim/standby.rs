@@ -396,26 +396,25 @@ impl World {
             Msg::Beat { stamp } => StandbyEvent::Heartbeat { link, stamp },
             Msg::Input { epoch, node } => {
                 // Not heard: it comes from a device's thread, which may go on where no checkpoint is taken.
-                return s
-                    .driver
-                    .ports_mut()
-                    .fed_by(link)
-                    .into_iter()
-                    .for_each(|it| it.input.push((epoch, node)));
+                if let Some(copy) = s.driver.ports_mut().fed_by(link) {
+                    copy.input.push((epoch, node));
+                }
+                return;
             }
             Msg::Output { epoch, node } => {
-                return s
-                    .driver
-                    .ports_mut()
-                    .fed_by(link)
-                    .into_iter()
-                    .for_each(|it| it.output.push((epoch, node)));
+                if let Some(copy) = s.driver.ports_mut().fed_by(link) {
+                    copy.output.push((epoch, node));
+                }
+                return;
             }
             Msg::Released { through } => {
                 self.standby(life, StandbyEvent::OutputReleased { link, through });
                 // With this the link may have been found to be lost.
                 let copy = self.standby_of(life).and_then(|s| s.driver.ports_mut().fed_by(link));
-                return copy.into_iter().for_each(|it| it.left = it.left.max(through));
+                if let Some(copy) = copy {
+                    copy.left = copy.left.max(through);
+                }
+                return;
             }
             Msg::VmEnd(reason) => StandbyEvent::End { link, reason },
             Msg::Closed => StandbyEvent::LinkLost { link, why: LossReason::Closed },

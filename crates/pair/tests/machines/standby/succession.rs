@@ -201,13 +201,12 @@ fn a_stop_during_arbitration_waits_for_the_answer() {
     assert_eq!(host.claimed(ClaimResult::Won), [taken_over(11, true)]);
 }
 
-#[test]
-fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
-    let mut host = Host::protected();
+/// The primary was heard last at 300 ms, and its lease lasts for one second from then.
+fn asks_when_the_lease_is_over(mut host: Host, lost: StandbyEvent) {
     host.now = 300;
     host.on(Heartbeat { link: LINK, stamp: ms(290) });
     host.now = 400;
-    host.on(LinkLost { link: LINK, why: LossReason::Local("a write failed".into()) });
+    host.on(lost);
     assert_eq!(host.acts(settled(11)), []);
     host.now = 1299;
     assert_eq!(host.acts(Tick), []);
@@ -215,19 +214,16 @@ fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
     assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
 }
 
+#[test]
+fn a_link_that_fails_here_gives_the_primary_the_time_of_its_lease() {
+    let why = LossReason::Local("a write failed".into());
+    asks_when_the_lease_is_over(Host::protected(), LinkLost { link: LINK, why });
+}
+
 /// A write that the primary has let out could otherwise land after this side's own.
 #[test]
 fn a_primary_with_shared_storage_is_given_the_time_of_its_lease_however_the_link_ends() {
-    let mut host = Host::protected_with(true);
-    host.now = 300;
-    host.on(Heartbeat { link: LINK, stamp: ms(290) });
-    host.now = 400;
-    host.on(lost());
-    assert_eq!(host.acts(settled(11)), []);
-    host.now = 1299;
-    assert_eq!(host.acts(Tick), []);
-    host.now = 1300;
-    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+    asks_when_the_lease_is_over(Host::protected_with(true), lost());
 }
 
 #[test]
