@@ -54,6 +54,7 @@ pub const MAX_ZERO_CHUNKS: u32 = 16 * 1024;
 
 /// Most bytes of any payload: a `Pages` section with the most raw pages.
 pub const MAX_PAYLOAD: usize = 16 + MAX_PAGES_PER_SECTION * (8 + PAGE_SIZE);
+
 /// Most bytes of a frame of the guest's network with its virtio-net header: the largest IP packet, Ethernet header
 /// and one VLAN tag behind it.
 pub const MAX_PACKET_BYTES: usize = 12 + 14 + 4 + 65_535;

@@ -74,9 +74,9 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub tracker: TrackerChoice,
 
-    /// Frames that a takeover would lose: the primary sends its standby copies of what the guest has received since
-    /// the last checkpoint, and of what it has sent and may not have left. The guest is given the former, and the
-    /// latter is sent again, instead of waiting for TCP to do so (off: neither sent nor used)
+    /// Save frames that a takeover would lose, so that clients need not wait until TCP repeats them: the primary
+    /// sends its standby copies of the frames that no checkpoint has yet, and of output that may not have left. At
+    /// a takeover the guest gets the former, and the latter is sent again (off: nothing is copied or used)
     #[arg(long, default_value = "on", value_name = "on|off")]
     pub frame_tail: Switch,
 

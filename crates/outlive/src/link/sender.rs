@@ -238,7 +238,8 @@ struct Cut {
 }
 
 struct Work<R> {
-    /// This thread's own queue.
+    /// This thread's own queue, by which the card's thread wakes it. So the queue never ends by itself: the thread
+    /// ends with [`Job::Close`], which [`Sender`] sends in any case.
     bell: Queue<(Instant, Job)>,
     /// Copies of the guest's frames.
     tail: Option<Writing>,

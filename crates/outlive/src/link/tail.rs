@@ -26,7 +26,7 @@ pub(super) struct Writing {
     started: Started,
     /// Frames of the next section.
     frames: TailBuf,
-    /// The frame in hand, if it is one.
+    /// The frame in hand.
     packet: Vec<u8>,
     /// Through which epoch the standby was last told that output has left.
     told: u64,

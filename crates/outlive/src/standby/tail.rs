@@ -13,7 +13,8 @@ use outlive_pair::TailUse;
 const KEPT: OutputLimits = OutputLimits { frames: 1024, bytes: 1 << 20 };
 const NOTHING: OutputLimits = OutputLimits { frames: 0, bytes: 0 };
 
-/// The tail of one session; see the module. Its lock is held for moments only, and nothing is freed under it.
+/// The tail of one session; see the module. Its lock is held for moments only, except by the takeover, after which
+/// nobody wants it. Nothing is freed under it.
 pub(super) struct Tail(Mutex<Kept>);
 
 struct Kept {

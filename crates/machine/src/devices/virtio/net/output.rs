@@ -44,6 +44,9 @@ pub const MAX_FRAME: usize = 14 + 4 + 65_535;
 /// Longest packet: a frame with its header.
 pub const MAX_PACKET: usize = HEADER + MAX_FRAME;
 
+// Every frame of the guest fits into the frame tail.
+const _: () = assert!(MAX_PACKET == outlive_epoch::MAX_PACKET_BYTES);
+
 /// Where frames go: the tap, or a test that writes them down.
 pub trait FrameSink: Send + Sync {
     /// Sends one packet: a frame behind the header that says what is left to do about it. It comes from the
@@ -275,8 +278,8 @@ impl Output {
     }
 
     /// Copies a frame that is held for this epoch: the first one whose number is at least `from`. Returns its
-    /// number and its queue pair, and how many bytes it has; `None` after the last. For whoever tells the standby
-    /// what a checkpoint's epoch has sent, while that epoch is not committed. Any thread may call this.
+    /// number and its queue pair; `None` after the last. For whoever tells the standby what a checkpoint's epoch
+    /// has sent, while that epoch is not committed. Any thread may call this.
     pub fn copy_held(&self, epoch: u64, from: u64, copy: &mut Vec<u8>) -> Option<(u64, u16)> {
         let ring = self.ring();
         let frame = ring.held(epoch, from)?;

@@ -10,7 +10,8 @@
 //!                  outside the gate ── tell ─────────────────►
 //! ```
 //!
-//! Best effort: a frame that finds no room here is not copied. The guest gets it in any case, and nobody waits.
+//! Best effort: a frame that finds no room here is not copied. The guest gets it in any case. Nobody waits for
+//! room, and the lock is held for the copying of one frame at a time.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
