@@ -23,12 +23,7 @@ pub(crate) struct Held {
 impl Held {
     /// Stops the thread of this name.
     pub(crate) fn thread(process: &Process, name: &str) -> Held {
-        let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
-        let named = tasks.filter_map(Result::ok).find(|task| {
-            fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
-        });
-        let task = named.unwrap_or_else(|| panic!("no thread {name}")).file_name();
-        Held::try_stop(process, task.to_str().unwrap().parse().unwrap()).unwrap()
+        Held::find(process, name).unwrap_or_else(|| panic!("no thread {name} that can be stopped"))
     }
 
     /// Stops the thread of this name, if there is one that can be stopped.
@@ -152,8 +147,11 @@ fn guest_memory(process: &Process, memory: u64) -> Option<Range<u64>> {
 fn take(process: &Process, range: Range<u64>) {
     let (start, length) = (range.start, range.end - range.start);
     wait_until("the process is in a system call", || {
-        // A process that has ended meanwhile has no memory.
-        let Ok(main) = Held::try_stop(process, process.pid() as i32) else { return true };
+        let main = match Held::try_stop(process, process.pid() as i32) {
+            // A process that has ended meanwhile has no memory.
+            Err(Errno::ESRCH) => return true,
+            held => held.unwrap(),
+        };
         match main.call(SYS_mprotect, [start, length, PROT_NONE as u64]) {
             None => false,
             Some(result) => {

@@ -287,7 +287,9 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             play.kill(owner);
         }
         // Without a standby the guest would hear of it, as it should.
-        BrokenDiskOfOwner if !play.is_protected(owner) => {}
+        BrokenDiskOfOwner if !play.is_protected(owner) => {
+            play.tell("it is not protected any more, so its disk is left alone");
+        }
         BrokenDiskOfOwner => broken_disk(play, owner, length),
         BrokenDiskOfOther => broken_disk(play, other, length),
         FullDiskAndKill => full(play, length),

@@ -34,11 +34,7 @@ pub(super) enum Part {
 /// A process and its readers.
 pub(super) struct Actor {
     pub(super) process: Process,
-    /// Was started to run the VM, and has not left it to the other host.
-    pub(super) first: bool,
-    /// Decides itself whether it starts the VM.
-    pub(super) decides: bool,
-    /// The generation in which it started the VM.
+    /// The generation in which it started the VM, if it has.
     pub(super) born: Option<u64>,
     voice: Option<&'static str>,
     /// The pipes that nobody reads.
@@ -200,9 +196,7 @@ impl Play {
                 self.world.start_for(side, &["run", "--or-standby", "--listen", &listen], &run, &[], readers)
             }
         };
-        let first = part != Part::Standby;
-        let decides = part == Part::Either;
-        let mut actor = Actor { process, first, decides, born: None, voice, _unread: unread };
+        let mut actor = Actor { process, born: None, voice, _unread: unread };
         actor.process.read_from(events);
         if let Some(voice) = actor.voice {
             self.harmless(voice);

@@ -240,8 +240,7 @@ impl Play {
             self.bury(side);
             let Some(actor) = &mut self.actors[side as usize] else { continue };
             let mut generation = actor.born.unwrap_or(0);
-            // A host that may still leave it to the other one has it only once it has started it.
-            let mut has = actor.first && (actor.born.is_some() || !actor.decides);
+            let mut has = actor.born.is_some();
             for event in actor.process.events() {
                 match event {
                     Event::Takeover { generation: won, .. } => (has, generation) = (true, *won),
@@ -259,13 +258,11 @@ impl Play {
     pub(super) fn note_owner(&mut self, side: Side) {
         let disk = &self.disks[side as usize];
         let Some(actor) = &mut self.actors[side as usize] else { return };
-        let mut first = actor.first;
         let mut won = Vec::new();
         let mut takeovers = Vec::new();
         for record in actor.process.records() {
             match record.event {
-                Event::Decided { starts: false, .. } => first = false,
-                Event::Started { vm: Some(_), .. } if first => {
+                Event::Started { vm: Some(_), .. } => {
                     // A VM that starts has this generation; its sidecar was written before.
                     let generation = *actor.born.get_or_insert_with(|| disk.generation().unwrap_or(1));
                     won.push((record.t_us, generation));
@@ -275,7 +272,7 @@ impl Play {
                 _ => {}
             }
         }
-        actor.first = first;
+        let started = actor.born.is_some();
         for (since, generation) in won {
             let new = Owned { since, generation, side };
             if self.owners.contains(&new) {
@@ -287,7 +284,7 @@ impl Play {
                 panic!("{twice}");
             }
             self.trace.tell(format_args!("{side:?} has generation {generation}"));
-            if takeovers.contains(&generation) || generation > 1 && !first {
+            if takeovers.contains(&generation) || generation > 1 && !started {
                 self.took_over = Instant::now();
                 self.trace.report.totals().takeovers += u64::from(takeovers.contains(&generation));
             }
