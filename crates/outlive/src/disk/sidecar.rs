@@ -11,6 +11,7 @@
 //! checkpoint = 77
 //! arbiter = "9c01..."       # missing if the VM has never had one
 //! process = "51d0..."       # what that process wins at the arbiter belongs to this image
+//! earlier = ["07be..."]     # and what these win, which had it before: a claim may still be on its way
 //! journal = "/srv/server.img.journal"
 //! host = "hostb"
 //! written = "2026-01-31T12:00:00Z"
@@ -28,7 +29,8 @@
 //!
 //! Because of `process`, a power cut between a won claim and the sidecar's next version leaves no image that
 //! nobody may start: the claim has the token of the process that won it, and the sidecar had that token
-//! before the process could claim.
+//! before the process could claim. Because of `earlier`, this is so too when a claim lands only after its process
+//! died and the next one has looked at the arbiter.
 
 mod old;
 mod place;
@@ -46,6 +48,9 @@ pub(in crate::disk) use text::now;
 
 /// How many records of what operators accepted are kept.
 const ACCEPTED_KEPT: usize = 8;
+
+/// How many processes that had an image before are kept. Each asked for a generation and got no answer.
+const EARLIER_KEPT: usize = 8;
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +94,9 @@ pub(crate) struct Sidecar {
     /// The token of the process that has, or had, the image. Whatever generation of the VM that process won,
     /// it won for this image.
     pub(crate) process: Option<String>,
+    /// The processes that had the image before, oldest first, since its generation was won: the same holds for
+    /// them.
+    pub(crate) earlier: Vec<String>,
     /// What operators have accepted, newest last.
     pub(crate) accepted: Vec<Accepted>,
 }
@@ -139,6 +147,18 @@ impl Sidecar {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(SidecarError::Io { path, source }),
         }
+    }
+
+    /// The processes whose wins are this image's.
+    pub(in crate::disk) fn claimants(&self) -> impl Iterator<Item = &str> {
+        self.earlier.iter().chain(&self.process).map(String::as_str)
+    }
+
+    /// The image goes from the processes that had it to this one.
+    pub(in crate::disk) fn handed_to(&self, process: &str) -> Self {
+        let mut earlier: Vec<_> = self.claimants().filter(|it| *it != process).map(str::to_owned).collect();
+        earlier.drain(..earlier.len().saturating_sub(EARLIER_KEPT));
+        Self { process: Some(process.to_owned()), earlier, ..self.clone() }
     }
 
     /// Writes the sidecar of an image: after this returns it is durable, and until then the old one is whole.
@@ -205,6 +225,7 @@ mod tests {
             disk: 2,
             journal: Some("/srv/with space/root.img.journal".into()),
             process: Some("51d0".repeat(8)),
+            earlier: vec!["07be".repeat(8), "9c3f".repeat(8)],
             accepted: Vec::new(),
         }
     }
@@ -221,7 +242,7 @@ mod tests {
         File::create(&image).unwrap();
         assert_eq!(Sidecar::read(&image).unwrap(), None);
         let provenance = Provenance { arbiter: KnownArbiter::None, ..sidecar().provenance };
-        let bare = Sidecar { process: None, end: None, provenance, ..sidecar() };
+        let bare = Sidecar { process: None, earlier: Vec::new(), end: None, provenance, ..sidecar() };
         let primary = Sidecar { role: Role::Primary, whole: false, journal: None, ..bare };
         for sidecar in [sidecar(), primary] {
             sidecar.write(&image).unwrap();
@@ -233,6 +254,16 @@ mod tests {
         let link = directory.path().join("link.img");
         std::os::unix::fs::symlink(&image, &link).unwrap();
         assert!(Sidecar::read(&link).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_sidecar_remembers_the_processes_that_had_its_image() {
+        let tokens: Vec<_> = (0..12).map(|number| format!("{number:032x}")).collect();
+        let first = Sidecar { process: None, earlier: Vec::new(), ..sidecar() };
+        let last = tokens.iter().fold(first, |sidecar, token| sidecar.handed_to(token));
+        assert_eq!(last.claimants().collect::<Vec<_>>(), tokens[3..]);
+        // Nobody is there twice.
+        assert_eq!(last.handed_to(&tokens[11]), last);
     }
 
     #[test]
@@ -265,7 +296,7 @@ mod tests {
             ("disk = 2\n", "", 0),
             ("version = 2", "version = 3", 0),
             ("generation = 4", "generation", 9),
-            ("through = 3", "through = 3\nhow = 4", 20),
+            ("through = 3", "through = 3\nhow = 4", 21),
         ] {
             assert!(good.contains(from), "{from}");
             let error = Sidecar::parse(&good.replace(from, to)).unwrap_err();
@@ -292,7 +323,10 @@ mod tests {
             arbiter: KnownArbiter::Unsaid,
             lineage: Lineage::default(),
         };
-        assert_eq!(old, Sidecar { provenance: expected, process: None, end: None, ..sidecar() });
+        assert_eq!(
+            old,
+            Sidecar { provenance: expected, process: None, earlier: Vec::new(), end: None, ..sidecar() }
+        );
         old.write(&image).unwrap();
         assert!(fs::read_to_string(beside(&image, "outlive")).unwrap().contains("version = 2"));
         assert_eq!(Sidecar::read(&image).unwrap(), Some(old), "nothing is lost");

@@ -261,6 +261,7 @@ impl Keeper {
                 disk: *disk,
                 journal: journal.clone(),
                 process: Some(self.process.to_owned()),
+                earlier: Vec::new(),
                 accepted: accepted.iter().cloned().collect(),
             };
             sidecar.write(image).map_err(|source| WriteError { file: beside(image, "outlive"), source })?;

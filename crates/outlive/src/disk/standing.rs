@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::provenance::{DangerKind, KnownArbiter};
 use super::sidecar::{CopyEnd, Role, Sidecar};
-use crate::arbiter::{Arbiter, ArbiterError};
+use crate::arbiter::{Arbiter, ArbiterError, Win};
 
 /// What speaks against starting a VM from an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,12 +155,10 @@ impl Standing {
         let history = arbiter.history(&provenance.vm)?;
         let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
         // A process that wins a generation keeps its images. It may have died before their sidecars said so.
-        let own = |token: &str| {
-            let mut wins = history.iter().rev();
-            let own = wins.find(|win| win.winner.as_ref().is_some_and(|winner| winner.process == token));
-            own.map(|win| win.generation)
+        let own = |win: &&Win| {
+            win.winner.as_ref().is_some_and(|winner| sidecar.claimants().any(|token| token == winner.process))
         };
-        let won = sidecar.process.as_deref().and_then(own).filter(|won| won > generation);
+        let won = history.iter().rev().find(own).map(|win| win.generation).filter(|won| won > generation);
         let (generation, role) = won.map_or((*generation, *role), |won| (won, Role::Primary));
         let mut dangers = Vec::new();
         match highest {

@@ -196,7 +196,7 @@ impl Start {
             // the next sidecar.
             for Known { path, sidecar, standing } in &self.known {
                 let Standing { generation, role, .. } = *standing;
-                let intent = Sidecar { generation, role, process: Some(process.into()), ..sidecar.clone() };
+                let intent = Sidecar { generation, role, ..sidecar.handed_to(process) };
                 intent.write(path).map_err(|e| cannot_write(path, e))?;
             }
         }
@@ -279,6 +279,7 @@ impl Sidecar {
             disk: 0,
             journal: None,
             process: process.map(str::to_owned),
+            earlier: Vec::new(),
             accepted: Vec::new(),
         }
     }

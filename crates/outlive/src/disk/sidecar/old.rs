@@ -54,6 +54,7 @@ pub(super) fn parse(text: &str) -> Result<Sidecar, usize> {
         disk: disk.ok_or(0usize)?,
         journal,
         process: None,
+        earlier: Vec::new(),
         accepted: Vec::new(),
     })
 }

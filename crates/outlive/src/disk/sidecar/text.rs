@@ -28,6 +28,8 @@ struct Text {
     checkpoint: u64,
     arbiter: Option<String>,
     process: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<String>,
     journal: Option<PathBuf>,
     /// Name of the host that wrote it.
     host: String,
@@ -68,6 +70,7 @@ impl Sidecar {
             checkpoint: *checkpoint,
             arbiter: provenance.arbiter.to_text(),
             process: self.process.clone(),
+            earlier: self.earlier.clone(),
             journal: self.journal.clone(),
             host: process::host_name(),
             written: now(),
@@ -113,6 +116,7 @@ impl Sidecar {
             disk: text.disk,
             journal: text.journal,
             process: text.process,
+            earlier: text.earlier,
             accepted: text.accepted,
         })
     }

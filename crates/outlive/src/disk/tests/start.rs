@@ -332,6 +332,14 @@ fn a_generation_that_was_won_and_not_written_down_orphans_nobody() {
         let start = stage.start(&["mine"], &[]).unwrap();
         assert_eq!((start.provenance.vm, start.generation), (VM, 3), "{role:?}");
     }
+    // So does a claim that lands only after another process of this host has looked and written its own token.
+    let mut stage = Stage::new();
+    let dead = Sidecar { process: Some(me.into()), ..stage.sidecar() };
+    dead.handed_to("07be").handed_to("9c3f").write(&stage.image("mine")).unwrap();
+    stage.win(VM, 2);
+    let start = stage.start(&["mine"], &[]).unwrap();
+    assert_eq!((start.provenance.vm, start.generation), (VM, 3));
+    assert_eq!(stage.read("mine").earlier, [""; 0], "what is won is in nobody else's hands");
     // One that was won before another was is no excuse.
     let mut stage = Stage::new();
     let claimed = stage.directory.path().join("arbiter").join(VM.to_string()).join("3");
