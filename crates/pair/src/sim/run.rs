@@ -490,7 +490,8 @@ impl World {
 
     pub(super) fn freeze(&mut self, host: usize, until: u64) {
         if !matches!(self.hosts[host].process, Process::Down) {
-            self.hosts[host].frozen_until = until;
+            // A second fault wakes nobody: the clock of a host that stands still would go back.
+            self.hosts[host].frozen_until = self.hosts[host].frozen_until.max(until);
             self.hosts[host].stale = self.rng.one_in(2).then_some(self.now);
         }
     }
