@@ -109,9 +109,9 @@ pub(crate) enum MachineError {
 pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, StartError> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
-    let written: Vec<&Path> =
-        options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    disk::for_run(&written)?;
+    let written = options.written();
+    let paths: Vec<&Path> = written.iter().map(|(_, path)| *path).collect();
+    disk::for_run(&paths)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
