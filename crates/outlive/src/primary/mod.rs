@@ -18,6 +18,7 @@ mod pool;
 mod ports;
 mod reminder;
 mod restarts;
+mod rivals;
 mod self_check;
 mod stats;
 #[cfg(test)]
@@ -183,6 +184,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         generation: start.generation,
         checkpoint: 0,
     };
+    let place = options.arbiter.clone();
     let options = active.clone();
     let (sidecars, stop) = (None, None);
     Ok(Launch {
@@ -191,6 +193,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         stops,
         identity,
         arbiter,
+        place,
         watch,
         options,
         sidecars,
