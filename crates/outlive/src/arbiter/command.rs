@@ -5,11 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::prune::{self, Mode};
 use super::record::vm_name;
-use super::{
-    Arbiter, ArbiterError, ArbiterSpecError, Ending, FileArbiter, Initialized, VmId, Win, parse_place,
-};
+use super::{Arbiter, ArbiterError, ArbiterSpecError, Ending, Initialized, Mode, VmId, Win};
 use crate::cli::{ArbiterCommand, ArbiterOptions};
 use crate::exit;
 
@@ -52,17 +49,13 @@ enum CommandError {
 }
 
 fn init(place: &str, out: &mut impl Write) -> Result<(), CommandError> {
-    let (arbiter, done) = parse_place(place).and_then(FileArbiter::init)?;
+    let (arbiter, done) = super::init(place)?;
     let what = match done {
         Initialized::Made => "is now an arbiter",
         Initialized::Already => "is already an arbiter; nothing was changed",
         Initialized::Upgraded => "was brought up to date and keeps all its claims",
     };
     print(out, &format!("{place} {what}: id {}", arbiter.identity()))
-}
-
-fn open(place: &str) -> Result<FileArbiter, ArbiterSpecError> {
-    parse_place(place).and_then(FileArbiter::open)
 }
 
 /// A generation, for people and as JSON.
@@ -116,7 +109,7 @@ struct Vm {
 }
 
 impl Vm {
-    fn read(arbiter: &mut FileArbiter, vm: &VmId) -> Result<Self, CommandError> {
+    fn read(arbiter: &mut dyn Arbiter, vm: &VmId) -> Result<Self, CommandError> {
         let generations = arbiter.history(vm)?.into_iter().map(Generation::from).collect();
         Ok(Self { vm: vm_name(vm), generations, ended: arbiter.ending(vm)?.map(End::from) })
     }
@@ -139,9 +132,9 @@ struct Inventory<'a> {
 }
 
 fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
-    let mut arbiter = open(place)?;
+    let mut arbiter = super::parse(place)?;
     let vms: Vec<Vm> =
-        arbiter.vms()?.iter().map(|vm| Vm::read(&mut arbiter, vm)).collect::<Result<_, _>>()?;
+        arbiter.vms()?.iter().map(|vm| Vm::read(arbiter.as_mut(), vm)).collect::<Result<_, _>>()?;
     if json {
         return print_json(out, &Inventory { arbiter: arbiter.identity(), vms });
     }
@@ -150,9 +143,9 @@ fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandErro
 }
 
 fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
-    let mut arbiter = open(place)?;
-    let id = find(&arbiter, vm)?;
-    let vm = Vm::read(&mut arbiter, &id)?;
+    let mut arbiter = super::parse(place)?;
+    let id = find(arbiter.as_mut(), vm)?;
+    let vm = Vm::read(arbiter.as_mut(), &id)?;
     if json {
         return print_json(out, &Inventory { arbiter: arbiter.identity(), vms: vec![vm] });
     }
@@ -165,7 +158,7 @@ fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), C
 }
 
 /// The only VM whose id begins with this text.
-fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, CommandError> {
+fn find(arbiter: &mut dyn Arbiter, beginning: &str) -> Result<VmId, CommandError> {
     let mut vms = arbiter.vms()?;
     vms.retain(|vm| vm_name(vm).starts_with(beginning));
     match vms[..] {
@@ -201,12 +194,12 @@ fn prune(
     json: bool,
     out: &mut impl Write,
 ) -> Result<(), CommandError> {
-    let arbiter = open(place)?;
+    let mut arbiter = super::parse(place)?;
     let mut vms = Vec::new();
     for vm in arbiter.vms()? {
-        let generations = arbiter.checked(|arbiter| prune::superseded(arbiter, &vm, mode))?;
+        let generations = arbiter.prune(&vm, mode)?;
         let forgotten = match forget {
-            Some(age) => arbiter.checked(|arbiter| prune::forget(arbiter, &vm, age, mode))?,
+            Some(age) => arbiter.forget(&vm, age, mode)?,
             None => false,
         };
         if forgotten || !generations.is_empty() {
@@ -263,7 +256,7 @@ fn print(out: &mut impl Write, text: &str) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbiter::Claim;
+    use crate::arbiter::{Claim, FileArbiter};
 
     const VM: VmId = VmId([0xab; 16]);
     const OTHER: VmId = VmId([0xac; 16]);

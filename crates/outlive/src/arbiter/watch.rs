@@ -167,7 +167,7 @@ fn lock(sight: &Mutex<Sight>) -> MutexGuard<'_, Sight> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbiter::{Arbiter, ArbiterFault, FileArbiter};
+    use crate::arbiter::{Arbiter, DirectoryFault, FileArbiter};
 
     const SOON: Duration = Duration::from_millis(2);
     const BOUND: Duration = Duration::from_secs(60);
@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn a_probe_that_hangs_is_a_loss_and_holds_nobody_up() {
         let (go, gate) = channel::<()>();
-        let gone = |_| ArbiterError { directory: "/arbiter".into(), fault: ArbiterFault::ClaimGone };
+        let gone = |_| ArbiterError::Directory { directory: "/arbiter".into(), fault: DirectoryFault::ClaimGone };
         let prober: Prober = Box::new(move || gate.recv().map_err(gone));
         let (events, heard) = observed();
         let watch = Watch::with(prober, events, Here::Waits, (SOON, SOON * 5)).unwrap();
