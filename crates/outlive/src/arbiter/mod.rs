@@ -8,6 +8,9 @@
 //! ```text
 //! registry.rs   the kinds of arbiters, by the words before the colon
 //! file/         a directory that both hosts see
+//! etcd/         an etcd cluster
+//! served/       a directory of a third machine, served by `outlive arbiter serve`
+//! manual/       an operator
 //! record.rs     what is written down of a claim, whatever the kind
 //! worker.rs     claims on a separate thread, because a dead server can block a claim for long
 //! watch.rs      probes the arbiter while all is well
@@ -16,9 +19,12 @@
 
 mod command;
 mod error;
+mod etcd;
 mod file;
+mod manual;
 mod record;
 mod registry;
+mod served;
 mod watch;
 mod worker;
 
@@ -28,9 +34,12 @@ use std::time::{Duration, SystemTime};
 
 pub use command::command;
 pub use error::{ArbiterError, ArbiterSpecError};
+pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
 pub use file::{DirectoryFault, FileArbiter, FileSpecError};
+pub(crate) use manual::{NotTaken, Word, desk};
 pub use outlive_epoch::VmId;
 pub use registry::{init, parse};
+pub use served::{ServeError, ServedFault, ServedSpecError};
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
@@ -122,6 +131,15 @@ pub trait Arbiter: Send {
     /// Generation 1 is that of a new VM. Any other can only be won where the generation before it was won: an
     /// arbiter that lost its memory counts as unreachable, not as new.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
+
+    /// Another host has shown that it runs this VM in this generation. Only an arbiter that is a person needs to
+    /// hear so: it has no memory of its own.
+    fn introduced(&mut self, _vm: &VmId, _generation: u64) {}
+
+    /// Whether claims wait for a person.
+    fn is_a_person(&self) -> bool {
+        false
+    }
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
     /// wrong and names the remedy.

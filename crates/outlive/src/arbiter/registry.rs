@@ -1,6 +1,6 @@
 //! The kinds of arbiters.
 
-use super::{Arbiter, ArbiterSpecError, Initialized, file};
+use super::{Arbiter, ArbiterSpecError, Initialized, etcd, file, manual, served};
 
 /// Opens the arbiter at a place.
 type Open = fn(&str) -> Result<Box<dyn Arbiter>, ArbiterSpecError>;
@@ -18,7 +18,12 @@ struct Kind {
     init: Init,
 }
 
-const KINDS: [Kind; 1] = [Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init }];
+const KINDS: [Kind; 4] = [
+    Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init },
+    Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init },
+    Kind { scheme: "outlive", form: served::FORM, open: served::open, init: served::init },
+    Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init },
+];
 
 /// The kind of an `--arbiter` option, and the place after the colon.
 fn find(text: &str) -> Result<(&'static Kind, &str), ArbiterSpecError> {

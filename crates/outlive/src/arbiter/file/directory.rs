@@ -68,9 +68,9 @@ impl Directory {
         match self.read(MARKER)? {
             Found::Nothing => Ok(None),
             Found::Garbage(problem) => Err(DirectoryFault::DamagedMarker(problem)),
-            Found::Text(text) => Marker::parse(&text)
-                .map(Some)
-                .ok_or_else(|| DirectoryFault::DamagedMarker("this release does not write such a file".into())),
+            Found::Text(text) => Marker::parse(&text).map(Some).ok_or_else(|| {
+                DirectoryFault::DamagedMarker("this release does not write such a file".into())
+            }),
         }
     }
 

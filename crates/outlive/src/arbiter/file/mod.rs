@@ -51,7 +51,8 @@ use super::{
 };
 
 /// How to write it.
-pub(super) const FORM: &str = "file:DIR, where DIR is a directory that both hosts see, for example file:/srv/outlive";
+pub(super) const FORM: &str =
+    "file:DIR, where DIR is a directory that both hosts see, for example file:/srv/outlive";
 
 /// Opens the arbiter of an `--arbiter` option.
 pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
@@ -128,9 +129,14 @@ impl FileArbiter {
 
     /// The same arbiter, once more.
     fn twin(&self) -> Self {
+        self.on_behalf_of(&self.process)
+    }
+
+    /// The same arbiter, for claims of the process that has this token.
+    pub(super) fn on_behalf_of(&self, process: &str) -> Self {
         Self {
             directory: self.directory.clone(),
-            process: self.process.clone(),
+            process: process.to_owned(),
             identity: self.identity.clone(),
             won: HashSet::new(),
         }
