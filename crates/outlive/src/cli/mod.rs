@@ -24,7 +24,7 @@ pub use active::{ActiveOptions, Switch, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use check::CheckOptions;
 pub use console::ConsoleOptions;
-pub use demo::DemoOptions;
+pub use demo::{DemoArbiter, DemoOptions};
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use run::{AcceptOptions, RunOptions};
