@@ -5,6 +5,7 @@ use outlive_machine::{HostError, LockError};
 use outlive_pair::{ExitReason, StandbyExit};
 
 use super::part::{self, PartError};
+use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
 use super::{Command, RunOptions, StandbyOptions};
 use crate::disk::Part;
@@ -42,6 +43,9 @@ enum BeginError {
     /// Memory cannot be locked, as `--lock-memory` wants it.
     #[error(transparent)]
     LockMemory(#[from] Remedied<LockError>),
+    /// Options do not go together.
+    #[error(transparent)]
+    Sense(#[from] SenseError),
     /// The options name this host as its own standby.
     #[error(transparent)]
     Itself(#[from] ItsOwnStandby),
@@ -78,6 +82,7 @@ fn run(options: &RunOptions) -> u8 {
 
 fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     logs::never_wait()?;
+    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
@@ -136,6 +141,7 @@ fn standby(options: &StandbyOptions) -> u8 {
 
 fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
     logs::never_wait()?;
+    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     stand_by(options, "no primary has come yet")
 }
@@ -193,7 +199,8 @@ impl<'a> Life<'a> {
     /// Goes back to the standby's role if that is what follows. An operator who has asked for a stop gets it.
     fn goes_on(&mut self, end: &mut End) -> bool {
         let crashed = match end {
-            End::Primary(ExitReason::Fenced { .. }) | End::Standby(StandbyExit::Lost { .. }) => None,
+            End::Primary(ExitReason::Fenced { .. })
+            | End::Standby(StandbyExit::Lost { .. } | StandbyExit::Failed(_)) => None,
             End::Standby(StandbyExit::Followed(EndReason::Crash)) if self.both.is_some() => self.both,
             _ => return false,
         };
@@ -218,6 +225,13 @@ impl<'a> Life<'a> {
         }
         if post.stops().was_used() {
             return false;
+        }
+        if matches!(end, End::Standby(StandbyExit::Failed(_))) {
+            let back = post.back_after_failure(&exit::text(end));
+            if !back {
+                *end = End::Standby(StandbyExit::Stopped);
+            }
+            return back;
         }
         let back = post.back(&exit::text(end));
         back.inspect_err(|why| tracing::error!("this host cannot be the VM's standby: {why}")).is_ok()
