@@ -76,6 +76,10 @@ fn run(options: &RunOptions) -> u8 {
     sentinel::start();
     match begin_run(options) {
         Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
+        Err(BeginError::Start(why @ StartError::Stopped)) => {
+            tracing::warn!("{why}");
+            exit::OK
+        }
         Err(line) => exit::usage(line),
     }
 }

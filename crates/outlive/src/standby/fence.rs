@@ -75,9 +75,27 @@ impl fmt::Display for LastLine {
     }
 }
 
-/// Runs the command until it succeeds. Call it on the thread that decides: meanwhile it gives the process' signs
+/// What an operator's order to stop means while the command fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// There is none.
+    No,
+    /// Nothing is lost if this process ends.
+    Now,
+    /// This process has the only copy of the VM.
+    Later,
+}
+
+/// Runs the command until it succeeds, and returns true; or until there is an order to stop now, and returns false. Call it on the thread that decides: meanwhile it gives the process' signs
 /// of life, because a service manager that kills the process would kill the only copy of the VM.
-pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
+pub(crate) fn fence(
+    fence: &Fence,
+    about: &About,
+    events: &EventWriter,
+    standing: &Standing,
+    stop: impl Fn() -> Stop,
+) -> bool {
+    let mut said = false;
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;
     for attempt in 1_u32.. {
@@ -86,7 +104,8 @@ pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
             Ok(()) => {
                 let took_ms = began.elapsed().as_millis() as u64;
                 tracing::info!(attempt, took_ms, "fenced");
-                return events.emit(Event::PeerFenced { attempt, took_ms });
+                events.emit(Event::PeerFenced { attempt, took_ms });
+                return true;
             }
             Err(error) => {
                 let why = error.to_string();
@@ -95,15 +114,28 @@ pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
                 events.emit(Event::FenceFailed { attempt, why });
             }
         }
-        rest(pause);
+        rest(pause, &stop);
+        match stop() {
+            Stop::Now => return false,
+            Stop::Later if !std::mem::replace(&mut said, true) => tracing::warn!(
+                "told to stop, but this process has the only copy of the VM: it ends in order once the fence command has \
+                 succeeded and the VM runs"
+            ),
+            _ => {}
+        }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+    // Nobody counts that far.
+    false
 }
 
-fn rest(pause: Duration) {
+fn rest(pause: Duration, stop: &impl Fn() -> Stop) {
     let until = Instant::now() + pause;
     while let Some(left) = until.checked_duration_since(Instant::now()) {
         notify::alive();
+        if stop() == Stop::Now {
+            return;
+        }
         std::thread::sleep(left.min(SIGN));
     }
 }

@@ -53,7 +53,7 @@ use crate::vm::{self, Launch, Relay, UplinkError};
 use crate::{disk, notify, process};
 use copy::CardError;
 use decisions::{Decisions, Equipment};
-pub(crate) use fence::{About, Fence, fence};
+pub(crate) use fence::{About, Fence, Stop, fence};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};

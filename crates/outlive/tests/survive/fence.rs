@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
+use nix::sys::signal::Signal;
 use nix::unistd::pipe;
 use outlive::events::Event;
 
@@ -92,6 +93,11 @@ fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
     fails(&mut restarted);
     assert_eq!(world.frames_out(Side::B), 0);
     restarted.kill();
+    let mut restarted = again();
+    fails(&mut restarted);
+    // Told to stop, it ends at once: the next start goes on fencing.
+    restarted.signal(Signal::SIGTERM);
+    assert_eq!(restarted.wait_exit(), 0);
     let mut restarted = again();
     fails(&mut restarted);
     fs::write(opened, "").unwrap();

@@ -137,7 +137,10 @@ fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
     let before = checkpoints(&mut active);
     std::thread::sleep(LONG);
     assert_eq!(checkpoints(&mut active), before, "the backlog is bounded in time");
+    let slow = |e: &Event| matches!(e, Event::StandbySlow { behind_ms: 1000.., .. });
+    assert_eq!(active.events().filter(|e| slow(e)).count(), 1, "{}", active.log());
     drop(stopped);
+    active.wait_for("told that the standby is back", |e| matches!(e, Event::StandbyCaughtUp { .. }));
     wait_until("checkpoints go on", || checkpoints(&mut active) > before + 10);
     writing.wait_written(Side::B);
     assert_eq!((links_lost(&mut active), links_lost(&mut standby)), (0, 0));
