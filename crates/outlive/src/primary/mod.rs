@@ -19,6 +19,7 @@ mod pool;
 mod ports;
 mod reminder;
 mod restarts;
+mod rivals;
 mod self_check;
 mod stats;
 #[cfg(test)]
@@ -133,9 +134,9 @@ pub(crate) enum MachineError {
 pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, StartError> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
-    let written: Vec<&Path> =
-        options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    disk::for_run(&written)?;
+    let written = options.written();
+    let paths: Vec<&Path> = written.iter().map(|(_, path)| *path).collect();
+    disk::for_run(&paths)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
@@ -220,6 +221,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         generation: start.generation,
         checkpoint: 0,
     };
+    let place = options.arbiter.clone();
     let options = active.clone();
     let (sidecars, stop) = (None, None);
     Ok(Launch {
@@ -228,6 +230,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         stops,
         identity,
         arbiter,
+        place,
         watch,
         options,
         sidecars,

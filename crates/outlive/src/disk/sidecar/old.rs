@@ -53,6 +53,7 @@ pub(super) fn parse(text: &str) -> Result<Sidecar, usize> {
         checkpoint: checkpoint.ok_or(0usize)?,
         disk: disk.ok_or(0usize)?,
         journal,
+        disks: None,
         process: None,
         earlier: Vec::new(),
         accepted: Vec::new(),
