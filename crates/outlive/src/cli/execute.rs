@@ -1,5 +1,7 @@
 //! From a command to its exit code.
 
+use std::sync::Arc;
+
 use outlive_epoch::EndReason;
 use outlive_machine::{HostError, LockError};
 use outlive_pair::{ExitReason, StandbyExit};
@@ -91,20 +93,51 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
-    match part::of(options)? {
-        Part::Starts { .. } => start(options),
-        Part::Waits { why, name } => wait(options, &why, name.as_deref()),
+    if !options.or_standby {
+        let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
+        return start(options, Place::claim(options, standing)?);
+    }
+    // The question may take most of a minute. Meanwhile the process can be asked, and a second one with the same
+    // command finds the place taken.
+    let undecided = "it is not decided yet which host starts the VM";
+    let standing = Standing::new(Role::Standby, options.name.as_deref(), undecided);
+    let place = Place::claim(options, standing.clone())?;
+    match part::of(options, |now| standing.now(now))? {
+        Part::Starts { .. } => {
+            standing.starts_here(STARTS);
+            start(options, place)
+        }
+        Part::Waits { why, name } => wait(options, place, &why, name.as_deref()),
+    }
+}
+
+/// Why a VM that starts is not protected.
+const STARTS: &str = "the VM is being started";
+
+/// Where a process is found: by `outlive status`, and by primaries. It is claimed before anything is done, so that a
+/// bad place is refused at once.
+struct Place {
+    standing: Arc<Standing>,
+    server: Option<Server>,
+    door: Option<Door>,
+}
+
+impl Place {
+    fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
+        let server = Server::open(options.active.status.as_deref(), &standing)?;
+        // Without a name the images' own is known only later.
+        let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
+        let server = server.or_else(|| Server::open_usual(named?, standing.clone()));
+        let door = options.listen.as_deref().map(Door::reserve).transpose()?;
+        Ok(Self { standing, server, door })
     }
 }
 
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
-fn start(options: &RunOptions) -> Result<Ready, BeginError> {
-    let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
-    // Before the VM, so that a bad place is refused before anything is done.
-    let server = Server::open(options.active.status.as_deref(), &standing)?;
-    let door = options.listen.as_deref().map(Door::reserve).transpose()?;
+fn start(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
+    let Place { standing, server, door } = place;
     let launch = primary::start(options, standing.clone())?;
     if options.or_standby {
         let why = "this host has the newest image of the VM".to_owned();
@@ -119,9 +152,13 @@ fn start(options: &RunOptions) -> Result<Ready, BeginError> {
 }
 
 /// Waits although a VM could be started, because this host is not the one to start it.
-fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
+fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
     let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
-    let (server, post) = stand_by(&standby, why)?;
+    let Place { standing, server, door } = place;
+    standing.waits_here(why);
+    let door = door.ok_or(BeginError::CannotWait)?;
+    let post = Post::prepare(&standby, door, standing.clone())?;
+    let server = server.or_else(|| Server::open_usual(&standby.status_name(), standing));
     tracing::warn!("this host does not start the VM and waits as its standby: {why}");
     post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
     Ok((server, None, Some(post)))
@@ -131,7 +168,8 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
-    let post = Post::prepare(options, standing.clone())?;
+    let door = Door::reserve(&options.listen)?;
+    let post = Post::prepare(options, door, standing.clone())?;
     Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), post))
 }
 
@@ -213,7 +251,7 @@ impl<'a> Life<'a> {
             tracing::warn!("{}; its host comes first to start it again", exit::text(end));
             // Whoever supervises that host starts the VM there, if the host is still there. If it is not, nobody
             // but this host can, and a new process does.
-            match part::of(options) {
+            match part::of(options, |_| {}) {
                 Ok(Part::Waits { .. }) => {}
                 Ok(Part::Starts { .. }) => {
                     let why =

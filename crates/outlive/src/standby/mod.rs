@@ -141,10 +141,13 @@ impl Post {
     ///
     /// # Errors
     /// See [`PostError`].
-    pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, PostError> {
+    pub(crate) fn prepare(
+        options: &StandbyOptions,
+        door: Door,
+        standing: Arc<Standing>,
+    ) -> Result<Self, PostError> {
         let host = Arc::new(Host::open()?);
         check(options)?;
-        let door = Door::reserve(&options.listen)?;
         door.listen()?;
         let uplink = vm::watch_uplink(options.net.as_ref(), &options.active)?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
