@@ -23,6 +23,19 @@ pub(crate) struct Listener {
     path: PathBuf,
     /// Device and inode of the file, so that a file that someone else has put there since is not removed.
     file: (u64, u64),
+    /// Goes after the file.
+    _made: Option<MadeDirectory>,
+}
+
+/// A directory that was made for a socket. Dropping it removes it, unless somebody else uses it by then.
+#[derive(Debug)]
+struct MadeDirectory(PathBuf);
+
+impl Drop for MadeDirectory {
+    fn drop(&mut self) {
+        // Fails if it is not empty.
+        let _ = fs::remove_dir(&self.0);
+    }
 }
 
 /// Why there is no socket. The caller knows which option helps.
@@ -62,17 +75,31 @@ impl Listener {
     /// # Errors
     /// See [`BindError`].
     pub(crate) fn bind(path: &Path) -> Result<Self, BindError> {
+        match Self::try_bind(path) {
+            // The process that made the directory has just removed it.
+            Err(BindError::Refused { error, .. }) if error.kind() == ErrorKind::NotFound => {
+                Self::try_bind(path)
+            }
+            bound => bound,
+        }
+    }
+
+    fn try_bind(path: &Path) -> Result<Self, BindError> {
         let refused = |error: io::Error| BindError::Refused { path: path.to_owned(), error };
         let address = SockAddr::unix(path).map_err(|_| BindError::TooLong(path.to_owned()))?;
-        let _lock = make_directory(path)?;
+        let (made, _lock) = make_directory(path)?;
         make_room(path, &address)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(refused)?;
         // The file takes the socket's mode, so there is no moment at which others may connect.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|error| refused(error.into()))?;
         socket.bind(&address).map_err(refused)?;
         let file = identity(path).map_err(refused)?;
-        let listener =
-            Self { socket: UnixListener::from(OwnedFd::from(socket)), path: path.to_owned(), file };
+        let listener = Self {
+            socket: UnixListener::from(OwnedFd::from(socket)),
+            path: path.to_owned(),
+            file,
+            _made: made,
+        };
         listener.listen().map_err(refused)?;
         Ok(listener)
     }
@@ -118,26 +145,27 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Makes the directory, but not those above it: a mistyped path leaves nothing behind. Locks it, so that two
+/// Makes the directory, which goes with the socket, but not those above it: a mistyped path leaves nothing behind. Locks it, so that two
 /// processes do not replace the same old socket and one of them loses its new one. A lock that does not come,
 /// or that the file system does not have, is done without.
-fn make_directory(path: &Path) -> Result<Option<Flock<File>>, BindError> {
-    let Some(directory) = path.parent() else { return Ok(None) };
+fn make_directory(path: &Path) -> Result<(Option<MadeDirectory>, Option<Flock<File>>), BindError> {
+    let Some(directory) = path.parent() else { return Ok((None, None)) };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-    match fs::DirBuilder::new().mode(0o700).create(directory) {
-        Err(_) if directory.is_dir() => {}
-        made => made.map_err(|error| BindError::Directory { path: directory.to_owned(), error })?,
-    }
-    let Ok(mut file) = File::open(directory) else { return Ok(None) };
+    let made = match fs::DirBuilder::new().mode(0o700).create(directory) {
+        Err(_) if directory.is_dir() => None,
+        Err(error) => return Err(BindError::Directory { path: directory.to_owned(), error }),
+        Ok(()) => Some(MadeDirectory(directory.to_owned())),
+    };
+    let Ok(mut file) = File::open(directory) else { return Ok((made, None)) };
     for _ in 0..LOCK_TRIES.0 {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(Some(lock)),
+            Ok(lock) => return Ok((made, Some(lock))),
             Err((again, Errno::EWOULDBLOCK)) => file = again,
-            Err(_) => return Ok(None),
+            Err(_) => return Ok((made, None)),
         }
         std::thread::sleep(LOCK_TRIES.1);
     }
-    Ok(None)
+    Ok((made, None))
 }
 
 /// Removes a socket on which nobody listens.
@@ -153,5 +181,30 @@ fn make_room(path: &Path, address: &SockAddr) -> Result<(), BindError> {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(refused),
         // Whoever it is: it is there, or cannot be known not to be.
         _ => Err(BindError::Taken(path.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_was_made_for_a_socket_goes_with_it() {
+        let there = tempfile::tempdir().unwrap();
+        let (made, path) = (there.path().join("typo"), there.path().join("typo/socket"));
+        drop(Listener::bind(&path).unwrap());
+        assert!(!made.exists());
+        // Neither one that somebody else uses, nor one that was there before.
+        let first = Listener::bind(&path).unwrap();
+        let second = Listener::bind(&made.join("other")).unwrap();
+        drop(first);
+        assert!(second.path().exists());
+        drop(second);
+        assert!(made.exists());
+        drop(Listener::bind(&path).unwrap());
+        assert!(made.exists());
+        // Nor does a failure leave one.
+        let long = there.path().join("long").join("x".repeat(80)).join("x".repeat(80));
+        assert!(Listener::bind(&long).is_err() && !there.path().join("long").exists());
     }
 }

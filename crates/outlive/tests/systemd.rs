@@ -3,15 +3,21 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const UNIT: &str = "outlive@.service";
 const PROGRAM: &str = "/usr/local/bin/outlive";
+const LEAVER: &str = "/usr/local/lib/outlive/leave-to-standby";
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd")
+}
 
 fn unit() -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd");
-    fs::read_to_string(folder.join(UNIT)).unwrap()
+    fs::read_to_string(folder().join(UNIT)).unwrap()
 }
 
 /// What systemd has to say about a unit; nothing if it is right. `None` where systemd is not installed.
@@ -19,7 +25,9 @@ fn verify(unit: &str) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
     // The program need not be installed on this machine.
     let path = folder.path().join(UNIT);
-    fs::write(&path, unit.replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"))).unwrap();
+    let leaver = folder().join("leave-to-standby").canonicalize().unwrap();
+    let unit = unit.replace(PROGRAM, env!("CARGO_BIN_EXE_outlive")).replace(LEAVER, leaver.to_str().unwrap());
+    fs::write(&path, unit).unwrap();
     let said = match Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&path).output() {
         Ok(output) => output.stdout.into_iter().chain(output.stderr),
         Err(error) => {
@@ -53,8 +61,7 @@ fn systemd_waits_for_longer_than_the_guest_may_take() {
 fn the_command_of_the_unit_is_one() {
     let unit = unit();
     let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../systemd");
-    let example = fs::read_to_string(folder.join("example.conf")).unwrap();
+    let example = fs::read_to_string(folder().join("example.conf")).unwrap();
     let options = example.lines().find_map(|line| line.strip_prefix("OUTLIVE_OPTIONS=")).unwrap();
     let options = options.trim_matches('"');
     let line = command.replace("$OUTLIVE_OPTIONS", options).replace("%i", "web");
@@ -63,4 +70,54 @@ fn the_command_of_the_unit_is_one() {
     let output = Command::new("sh").arg("-c").arg(format!("{line} --arbiter-typo")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("--arbiter-typo") && said.contains("unexpected argument"), "{said}");
+}
+
+/// Whether `ExecStop=` kills the process when systemd and the process say this. The process is another one here.
+fn leaves(system: &str, role: &str, protected: bool, survived: bool) -> bool {
+    let there = tempfile::tempdir().unwrap();
+    let mut process = Command::new("sleep").arg("600").spawn().unwrap();
+    // A second process on this host, of another VM, says the opposite.
+    let answer = |pid: u32, role: &str, protected: bool, survived: bool| {
+        let loss = format!(r#""loss_of_this_host": {{ "survived": {survived}, "what": "words" }}"#);
+        let arbiter = r#""arbiter": { "place": "file:/x" }"#;
+        format!(
+            r#"{{ "socket": "/x", "vm": "web", "pid": {pid}, "role": "{role}", "protected": {protected}, {arbiter}, {loss} }}"#
+        )
+    };
+    let other = |pid| answer(pid, "primary", !protected, !survived);
+    let answers = [other(1), answer(process.id(), role, protected, survived), other(process.id() * 10)];
+    let answers = format!("[\n{}\n]", answers.join(",\n").replace(", ", ",\n    "));
+    fs::write(there.path().join("answers"), answers).unwrap();
+    let fake = |name: &str, script: String| {
+        let path = there.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    // It fails for every state but `running`.
+    fake("systemctl", format!("echo {system}; test {system} = running"));
+    fake("outlive", format!("cat {}/answers; exit 1", there.path().display()));
+    let path = format!("{}:{}", there.path().display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new(folder().join("leave-to-standby"));
+    let status = command.env("PATH", path).env("MAINPID", process.id().to_string()).status().unwrap();
+    assert!(status.success());
+    let killed = process.try_wait().unwrap().is_some_and(|status| status.signal() == Some(9)) || {
+        // The signal may be on its way.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        process.try_wait().unwrap().is_some()
+    };
+    process.kill().unwrap();
+    process.wait().unwrap();
+    killed
+}
+
+#[test]
+fn only_a_system_that_stops_leaves_its_vm_and_only_to_a_standby_that_can_have_it() {
+    assert!(leaves("stopping", "primary", true, true));
+    assert!(!leaves("running", "primary", true, true), "an operator wants the VM stopped");
+    assert!(!leaves("degraded", "primary", true, true));
+    assert!(!leaves("stopping", "standby", true, true), "a standby leaves in order");
+    assert!(!leaves("stopping", "primary", false, false), "nobody else has the VM");
+    assert!(!leaves("stopping", "primary", true, false), "nobody could take it over now");
+    let exec = format!("ExecStop=-{LEAVER}");
+    assert!(unit().lines().any(|line| line == exec));
 }

@@ -28,21 +28,23 @@ pub struct ActiveOptions {
     pub epochs: EpochOptions,
 
     /// Number of dirty pages that triggers an early checkpoint; staging has room for twice as many
+    /// (16 to 262144)
     #[arg(long, default_value_t = 2048, value_name = "PAGES", value_parser = RangedU64ValueParser::<usize>::new().range(16..=262_144))]
     pub max_dirty: usize,
 
-    /// Silence after which the peer counts as dead; the longer value of the two hosts applies. A process that
-    /// dies is noticed at once
+    /// Silence after which the peer counts as dead; the longer value of the two hosts applies, 20ms to
+    /// 60s. A process that dies is noticed at once
     #[arg(long, default_value = "500ms", value_name = "TIME", value_parser = parse_dead_after)]
     pub dead_after: Duration,
 
     /// How long the guest may take to shut down after a first SIGTERM or SIGINT; then the VM is stopped as by a
-    /// second one
+    /// second one (100ms to 1h)
     #[arg(long, default_value = "120s", value_name = "TIME", value_parser = parse_stop_within)]
     pub stop_within: Duration,
 
     /// Time after which a disk of this host, unless it is shared, that does not answer a request counts as
-    /// broken: a protected VM is then left to its standby, as when the disk reports an error (off: wait for ever)
+    /// broken: a protected VM is then left to its standby, as when the disk reports an error (1s to 1h; off:
+    /// wait for ever)
     #[arg(long, default_value = "30s", value_name = "TIME|off")]
     pub disk_timeout: DiskTimeout,
 
@@ -51,9 +53,9 @@ pub struct ActiveOptions {
     #[arg(long, default_value = "auto", value_name = "NAME|auto|none", value_parser = UplinkSpec::from_str)]
     pub uplink: UplinkSpec,
 
-    /// How long the way to the clients must be lost before it counts
-    #[arg(long, default_value = "2s", value_name = "TIME", value_parser = parse_uplink_timeout)]
-    pub uplink_timeout: Duration,
+    /// How long the way to the clients must be lost before it counts, 100ms to 60s [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = parse_uplink_timeout)]
+    pub uplink_timeout: Option<Duration>,
 
     /// Shell command that cuts the lost primary off, for example from a shared disk, before a VM that this host has
     /// won runs here. It is repeated until it succeeds; the VM waits. It is told OUTLIVE_VM, OUTLIVE_VM_ID,
@@ -61,12 +63,12 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "COMMAND")]
     pub fence: Option<String>,
 
-    /// How long the fence command may take before it is killed and repeated
+    /// How long the fence command may take before it is killed and repeated, 100ms to 1h
     #[arg(long, default_value = "30s", value_name = "TIME", value_parser = parse_fence_timeout)]
     pub fence_timeout: Duration,
 
     /// How long the guest may stand still when it is first copied to a standby. A guest that writes faster than the
-    /// link carries is held for shorter times, so that little is left for the last stop
+    /// link carries is held for shorter times, so that little is left for the last stop (5ms to 10s)
     #[arg(long, default_value = "300ms", value_name = "TIME", value_parser = parse_max_pause)]
     pub max_pause: Duration,
 
@@ -90,12 +92,12 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
-    /// Rename the file of events to FILE.1 and begin a new one before it becomes larger than this. The file must
+    /// Rename the file of events to FILE.1 and begin a new one before it becomes larger than this (64K or more). The file must
     /// be this process' own
     #[arg(long, value_name = "SIZE", requires = "events", value_parser = parse_events_max)]
     pub events_max: Option<u64>,
 
-    /// How many old files of events are kept with --events-max
+    /// How many old files of events are kept with --events-max, 0 to 1000
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = RangedU64ValueParser::<u32>::new().range(0..=1000))]
     pub events_keep: u32,
 
@@ -123,6 +125,11 @@ impl ActiveOptions {
     /// What cuts a lost primary off, if anything does.
     pub(crate) fn fence(&self) -> Option<Fence> {
         self.fence.clone().map(|command| Fence { command, limit: self.fence_timeout })
+    }
+
+    /// How long the way to the clients must be lost before it counts.
+    pub(crate) fn uplink_lost_after(&self) -> Duration {
+        self.uplink_timeout.unwrap_or(Duration::from_secs(2))
     }
 
     /// Where events go.

@@ -14,12 +14,12 @@ pub struct EpochOptions {
     pub policy: PolicyChoice,
 
     /// Instead of a policy, a target: output is let out so soon after the guest has sent it, as far as pause
-    /// and link allow
+    /// and link allow (100us to 1s)
     #[arg(long, value_name = "TIME", conflicts_with = "policy", value_parser = parse_interval)]
     pub latency: Option<Duration>,
 
     /// Time between two checkpoints with --policy interval, for example 1ms or 500us; the longest time with
-    /// any other [default: 1ms with --policy interval, else 10ms]
+    /// any other 100us to 1s [default: 1ms with --policy interval, else 10ms]
     #[arg(long, value_name = "TIME", value_parser = parse_interval)]
     pub interval: Option<Duration>,
 }

@@ -1,10 +1,13 @@
 //! From a command to its exit code.
 
+use std::sync::Arc;
+
 use outlive_epoch::EndReason;
 use outlive_machine::{HostError, LockError};
 use outlive_pair::{ExitReason, StandbyExit};
 
 use super::part::{self, PartError};
+use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
 use super::{Command, RunOptions, StandbyOptions};
 use crate::disk::Part;
@@ -45,6 +48,9 @@ enum BeginError {
     /// Memory cannot be locked, as `--lock-memory` wants it.
     #[error(transparent)]
     LockMemory(#[from] Remedied<LockError>),
+    /// Options do not go together.
+    #[error(transparent)]
+    Sense(#[from] SenseError),
     /// The options name this host as its own standby.
     #[error(transparent)]
     Itself(#[from] ItsOwnStandby),
@@ -75,30 +81,66 @@ fn run(options: &RunOptions) -> u8 {
     sentinel::start();
     match begin_run(options) {
         Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
+        Err(BeginError::Start(why @ StartError::Stopped)) => {
+            tracing::warn!("{why}");
+            exit::OK
+        }
         Err(line) => exit::usage(line),
     }
 }
 
 fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     logs::never_wait()?;
+    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
-    match part::of(options)? {
-        Part::Starts { .. } => start(options),
-        Part::Waits { why, name } => wait(options, &why, name.as_deref()),
+    if !options.or_standby {
+        let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
+        return start(options, Place::claim(options, standing)?);
+    }
+    // The question may take most of a minute. Meanwhile the process can be asked, and a second one with the same
+    // command finds the place taken.
+    let undecided = "it is not decided yet which host starts the VM";
+    let standing = Standing::new(Role::Standby, options.name.as_deref(), undecided);
+    let place = Place::claim(options, standing.clone())?;
+    match part::of(options, |now| standing.now(now))? {
+        Part::Starts { .. } => {
+            standing.starts_here(STARTS);
+            start(options, place)
+        }
+        Part::Waits { why, name } => wait(options, place, &why, name.as_deref()),
+    }
+}
+
+/// Why a VM that starts is not protected.
+const STARTS: &str = "the VM is being started";
+
+/// Where a process is found: by `outlive status`, and by primaries. It is claimed before anything is done, so that a
+/// bad place is refused at once.
+struct Place {
+    standing: Arc<Standing>,
+    server: Option<Server>,
+    door: Option<Door>,
+}
+
+impl Place {
+    fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
+        let server = Server::open(options.active.status.as_deref(), &standing)?;
+        // Without a name the images' own is known only later.
+        let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
+        let server = server.or_else(|| Server::open_usual(named?, standing.clone()));
+        let door = options.listen.as_deref().map(Door::reserve).transpose()?;
+        Ok(Self { standing, server, door })
     }
 }
 
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
-fn start(options: &RunOptions) -> Result<Ready, BeginError> {
-    let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
-    // Before the VM, so that a bad place is refused before anything is done.
-    let server = Server::open(options.active.status.as_deref(), &standing)?;
-    let door = options.listen.as_deref().map(Door::reserve).transpose()?;
+fn start(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
+    let Place { standing, server, door } = place;
     let launch = primary::start(options, standing.clone())?;
     if options.or_standby {
         let why = "this host has the newest image of the VM".to_owned();
@@ -113,9 +155,13 @@ fn start(options: &RunOptions) -> Result<Ready, BeginError> {
 }
 
 /// Waits although a VM could be started, because this host is not the one to start it.
-fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
+fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
     let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
-    let (server, post) = stand_by(&standby, why)?;
+    let Place { standing, server, door } = place;
+    standing.waits_here(why);
+    let door = door.ok_or(BeginError::CannotWait)?;
+    let post = Post::prepare(&standby, door, standing.clone())?;
+    let server = server.or_else(|| Server::open_usual(&standby.status_name(), standing));
     tracing::warn!("this host does not start the VM and waits as its standby: {why}");
     post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
     Ok((server, None, Some(post)))
@@ -125,7 +171,8 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
-    let post = Post::prepare(options, standing.clone())?;
+    let door = Door::reserve(&options.listen)?;
+    let post = Post::prepare(options, door, standing.clone())?;
     Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), post))
 }
 
@@ -139,6 +186,7 @@ fn standby(options: &StandbyOptions) -> u8 {
 
 fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
     logs::never_wait()?;
+    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     stand_by(options, "no primary has come yet")
 }
@@ -196,7 +244,8 @@ impl<'a> Life<'a> {
     /// Goes back to the standby's role if that is what follows. An operator who has asked for a stop gets it.
     fn goes_on(&mut self, end: &mut End) -> bool {
         let crashed = match end {
-            End::Primary(ExitReason::Fenced { .. }) | End::Standby(StandbyExit::Lost { .. }) => None,
+            End::Primary(ExitReason::Fenced { .. })
+            | End::Standby(StandbyExit::Lost { .. } | StandbyExit::Failed(_)) => None,
             End::Standby(StandbyExit::Followed(EndReason::Crash)) if self.both.is_some() => self.both,
             _ => return false,
         };
@@ -205,7 +254,7 @@ impl<'a> Life<'a> {
             tracing::warn!("{}; its host comes first to start it again", exit::text(end));
             // Whoever supervises that host starts the VM there, if the host is still there. If it is not, nobody
             // but this host can, and a new process does.
-            match part::of(options) {
+            match part::of(options, |_| {}) {
                 Ok(Part::Waits { .. }) => {}
                 Ok(Part::Starts { .. }) => {
                     let why =
@@ -221,6 +270,13 @@ impl<'a> Life<'a> {
         }
         if post.stops().was_used() {
             return false;
+        }
+        if matches!(end, End::Standby(StandbyExit::Failed(_))) {
+            let back = post.back_after_failure(&exit::text(end));
+            if !back {
+                *end = End::Standby(StandbyExit::Stopped);
+            }
+            return back;
         }
         let back = post.back(&exit::text(end));
         back.inspect_err(|why| tracing::error!("this host cannot be the VM's standby: {why}")).is_ok()

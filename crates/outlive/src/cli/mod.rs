@@ -10,6 +10,7 @@ mod execute;
 mod image;
 mod part;
 mod run;
+mod sense;
 mod standby;
 mod status;
 mod values;

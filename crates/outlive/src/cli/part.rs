@@ -28,11 +28,11 @@ pub(super) enum PartError {
 }
 
 /// Decides. A VM that another host may be about to take over is left to it for a while: then that host has a
-/// running copy of what this one could only boot again.
+/// running copy of what this one could only boot again. `tell` hears what is waited for.
 ///
 /// # Errors
 /// See [`PartError`].
-pub(super) fn of(options: &RunOptions) -> Result<Part, PartError> {
+pub(super) fn of(options: &RunOptions, tell: impl Fn(&str)) -> Result<Part, PartError> {
     let now = Part::Starts { after: Duration::ZERO, may_be_taken_over: false };
     let Some(place) = options.arbiter.as_deref().filter(|_| options.or_standby) else { return Ok(now) };
     let written = options.written();
@@ -56,7 +56,10 @@ pub(super) fn of(options: &RunOptions) -> Result<Part, PartError> {
         }
         if said.replace(why.clone()) != Some(why.clone()) {
             let (secs, why) = (left.as_secs_f32(), why.map_or_else(String::new, |why| format!(": {why}")));
-            tracing::info!("this host starts the VM in {secs:.1} s, unless another one has it by then{why}");
+            let now =
+                format!("this host starts the VM in {secs:.1} s, unless another one has it by then{why}");
+            tracing::info!("{now}");
+            tell(&now);
         }
         // A standby whose guest has crashed asks, too.
         notify::alive();

@@ -21,7 +21,7 @@ pub struct RunOptions {
     #[arg(long, value_parser = parse_name)]
     pub name: Option<String>,
 
-    /// Virtual CPUs
+    /// Virtual CPUs, 1 to 32
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_vcpus)]
     pub vcpus: u8,
 

@@ -21,9 +21,13 @@ fn sizes_and_times_are_read() {
         assert!(parse_size(bad).is_err(), "{bad}");
     }
     assert_eq!(parse_time("500us"), Ok(Duration::from_micros(500)));
-    for bad in ["", "ms", "1", "1h", "-1ms"] {
+    for bad in ["", "ms", "1", "1d", "-1ms", "99999999999999999999h", "9999999999999999999h"] {
         assert!(parse_time(bad).is_err(), "{bad}");
     }
+    assert_eq!(
+        (parse_time("5m"), parse_time("1h")),
+        (Ok(Duration::from_secs(300)), Ok(Duration::from_secs(3600)))
+    );
     assert!(parse_interval("1us").is_err() && parse_interval("1ms").is_ok());
 }
 
@@ -50,7 +54,10 @@ fn protection_needs_an_arbiter() {
     assert!(parse(&[]).is_ok());
     assert!(parse(&["--standby", "b:7000"]).is_err());
     assert!(parse(&["--standby", "b:7000", "--arbiter", "file:/x"]).is_ok());
-    assert!(parse(&["--ip", "10.0.0.1"]).is_err());
+    for bad in ["10.0.0.1", "10.0.0.0/24", "10.0.0.255/24", "10.0.0.4/30", "10.0.0.7/30"] {
+        assert!(parse(&["--ip", bad]).is_err(), "{bad}");
+    }
+    assert!(parse(&["--ip", "10.0.1.255/23"]).is_err() && parse(&["--ip", "10.0.0.255/23"]).is_ok());
     assert!(parse(&["--nonsense"]).is_err());
     for bad in ["b", "b:", ":7000", "b:0", "b:70000", ""] {
         assert!(parse(&["--standby", bad, "--arbiter", "file:/x"]).is_err(), "{bad}");

@@ -123,9 +123,18 @@ impl FromStr for IpSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("'{text}' is not ADDRESS/LENGTH, for example 10.77.0.2/24");
         let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-        let address = address.parse().map_err(|_| wrong())?;
+        let address: Ipv4Addr = address.parse().map_err(|_| wrong())?;
         let prefix = prefix.parse().ok().filter(|p| (1..=30).contains(p)).ok_or_else(wrong)?;
-        Ok(Self { address, prefix })
+        let hosts = u32::MAX >> prefix;
+        match address.to_bits() & hosts {
+            0 => Err(format!(
+                "'{text}' is the address of a network: give one of its hosts, for example with .2 at the end"
+            )),
+            host if host == hosts => {
+                Err(format!("'{text}' is the broadcast address of its network: give one of its hosts"))
+            }
+            _ => Ok(Self { address, prefix }),
+        }
     }
 }
 
@@ -148,18 +157,20 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
-/// A time: a number with us, ms or s.
+/// A time: a number with us, ms, s, m or h.
 ///
 /// # Errors
 /// One line that shows a right one.
 pub fn parse_time(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{text}' is not a time like 500us, 1ms or 2s");
+    let wrong = || format!("'{text}' is not a time like 500us, 1ms, 2s, 5m or 1h");
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let number: u64 = digits.parse().map_err(|_| wrong())?;
     match &text[digits.len()..] {
         "us" => Ok(Duration::from_micros(number)),
         "ms" => Ok(Duration::from_millis(number)),
         "s" => Ok(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs).ok_or_else(wrong),
+        "h" => number.checked_mul(3600).map(Duration::from_secs).ok_or_else(wrong),
         _ => Err(wrong()),
     }
 }
@@ -214,7 +225,7 @@ pub(super) fn parse_dead_after(text: &str) -> Result<Duration, String> {
 pub(super) fn parse_stop_within(text: &str) -> Result<Duration, String> {
     let time = parse_time(text)?;
     if time < Duration::from_millis(100) || time > Duration::from_secs(3600) {
-        return Err(format!("'{text}' is out of range: give 100ms to 3600s"));
+        return Err(format!("'{text}' is out of range: give 100ms to 1h"));
     }
     Ok(time)
 }

@@ -248,6 +248,19 @@ pub enum Event {
         /// Which part.
         part: Part,
     },
+    /// A protected VM has had no commit for a second although checkpoints wait for one: its standby, or the link, is
+    /// slow. Clients wait as long; the protection goes on. At most once in ten seconds.
+    StandbySlow {
+        /// Milliseconds since the last commit.
+        behind_ms: u64,
+        /// How many checkpoints wait.
+        in_flight: u64,
+    },
+    /// Commits come again.
+    StandbyCaughtUp {
+        /// How many milliseconds that took.
+        slow_ms: u64,
+    },
     /// The command of `--fence` has not cut the lost primary off; it is run again, and the VM waits.
     FenceFailed {
         /// Which run it was, from 1.

@@ -3,9 +3,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 
 use super::{Event, Record, now_us};
 use crate::lines::LineFile;
@@ -207,8 +211,27 @@ impl Rotation {
     }
 }
 
+/// Opens without waiting: a VM must not wait for whoever reads its events. A named pipe that has no reader yet is
+/// opened in both directions. So the reader may come, go and come back at any time, and a collector that is down
+/// keeps no VM from starting.
 fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).custom_flags(OFlag::O_NONBLOCK.bits());
+    match options.open(path) {
+        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) && is_fifo(path) => {
+            let file = options.read(true).create(false).open(path)?;
+            tracing::warn!(
+                path = %path.display(),
+                "nobody reads this named pipe yet: events wait there for a reader, and are lost when it is full"
+            );
+            Ok(file)
+        }
+        opened => opened,
+    }
+}
+
+fn is_fifo(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|about| about.file_type().is_fifo())
 }
 
 impl Sink for Stream {

@@ -2,6 +2,7 @@
 
 mod ask;
 mod base;
+mod behind;
 mod brake;
 mod broken;
 mod capture;
@@ -35,7 +36,7 @@ use crate::cli::{ActiveOptions, RunOptions};
 use crate::console::{Console, ConsoleError, Port};
 use crate::disk::{self, Accepted, Books, PrepareError, Start};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
-use crate::standby::{About, fence};
+use crate::standby::{About, Stop, fence};
 use crate::status::Standing;
 use crate::vm::{
     self, Guest, GuestError, Identity, Launch, LoadError, PlaceError, Relay, Remedied, TapPlace, UplinkError,
@@ -85,6 +86,29 @@ pub(crate) enum StartError {
     /// Nobody would watch the arbiter.
     #[error("cannot start a thread: {0}")]
     NoThread(#[source] io::Error),
+    /// An operator wants it so.
+    #[error(
+        "told to stop while the VM waited for its fencing: it has not run here, and the next start goes on fencing"
+    )]
+    Stopped,
+}
+
+/// Why a VM does not begin.
+#[derive(Debug, thiserror::Error)]
+enum BeginError {
+    #[error(transparent)]
+    Plan(#[from] disk::StartError),
+    #[error("told to stop")]
+    Stopped,
+}
+
+impl From<BeginError> for StartError {
+    fn from(error: BeginError) -> Self {
+        match error {
+            BeginError::Plan(error) => Self::Plan(error),
+            BeginError::Stopped => Self::Stopped,
+        }
+    }
 }
 
 /// Why a machine cannot be made.
@@ -135,14 +159,24 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     process::on_stop(active.exit_with_stdin, stops.sender()).map_err(StartError::Signals)?;
     standing.tells(&events);
     events.of_vm(&start.provenance.name, &vm.to_string());
+    // Before the fencing, which may take long: `outlive status` tells of the arbiter.
+    let watch = arbiter
+        .as_ref()
+        .map(|arbiter| Watch::start(arbiter.as_ref(), events.clone(), Here::Runs).map(Arc::new));
+    let watch = watch.transpose().map_err(StartError::NoThread)?;
+    if let Some(watch) = &watch {
+        standing.watch(watch);
+    }
     let begin = |start: &Start, arbiter: &mut Option<Box<dyn Arbiter>>| {
-        fence_earlier(start, active, &events, &standing);
-        start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())
+        if !fence_earlier(start, active, &events, &standing, &stops) {
+            return Err(BeginError::Stopped);
+        }
+        Ok(start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?)
     };
     match begin(&start, &mut arbiter) {
         // Perhaps by an earlier process that had this very image, and whose claim landed only after its death.
         // If so, the second look at the arbiter tells; if not, its error names the winner.
-        Err(taken_over @ disk::StartError::TakenOver { .. }) => {
+        Err(BeginError::Plan(taken_over @ disk::StartError::TakenOver { .. })) => {
             start = plan(&mut arbiter)?;
             // A fork would be another VM than the one that the machine was made for.
             if start.provenance.vm != vm {
@@ -163,20 +197,23 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         memory: Some(options.memory_bytes()),
         tracker: Some(machine.tracker().kind().to_string()),
     });
-    let watch = arbiter
-        .as_ref()
-        .map(|arbiter| Watch::start(arbiter.as_ref(), events.clone(), Here::Runs).map(Arc::new));
-    let watch = watch.transpose().map_err(StartError::NoThread)?;
-    if let Some(watch) = &watch {
-        standing.watch(watch);
-    }
     machine.go_live(false);
     machine.resume();
     if machine.net().is_none() {
         tracing::warn!("no --net: the VM has no network card, so nobody can reach it");
     }
     let tracker = machine.tracker().kind();
-    tracing::info!(vm = %vm, name = %start.provenance.name, %tracker, "VM started, unprotected");
+    let disks: Vec<_> = options.disks.iter().map(|disk| disk.path.display().to_string()).collect();
+    tracing::info!(
+        vm = %vm,
+        name = %start.provenance.name,
+        vcpus = options.vcpus,
+        memory_mib = options.memory_bytes() >> 20,
+        disks = disks.join(","),
+        mac = options.net.as_ref().map(|_| mac.to_string()),
+        %tracker,
+        "VM started, unprotected"
+    );
     let identity = Identity {
         provenance: start.provenance,
         vcpus: options.vcpus,
@@ -209,14 +246,21 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
 
 /// Fences off the host that an earlier process of this one took over from, if nobody knows whether that was done.
 /// Comes before the images become the VM's own: a process that is killed meanwhile must fence after its restart, too.
-fn fence_earlier(start: &Start, active: &ActiveOptions, events: &EventWriter, standing: &Standing) {
-    let Some((generation, command)) = start.unfenced().zip(active.fence()) else { return };
+/// Returns false if the operator wants this process to end meanwhile: nothing is lost by that.
+fn fence_earlier(
+    start: &Start,
+    active: &ActiveOptions,
+    events: &EventWriter,
+    standing: &Standing,
+    stops: &Relay<&'static str>,
+) -> bool {
+    let Some((generation, command)) = start.unfenced().zip(active.fence()) else { return true };
     let peer = active.standbys.first().cloned().unwrap_or_default();
     let vm = start.provenance.vm.to_string();
     let about = About { name: start.provenance.name.clone(), vm, generation, peer };
     // The command has no time limit, but the start of a service has one.
     notify::ready();
-    fence(&command, &about, events, standing);
+    fence(&command, &about, events, standing, || if stops.was_used() { Stop::Now } else { Stop::No })
 }
 
 /// Makes the machine and attaches its card to the bridge.

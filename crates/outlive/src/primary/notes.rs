@@ -49,7 +49,10 @@ impl Notes {
             }
             Note::Attached { .. } => {
                 self.unreachable_since = None;
-                let addr = standby.unwrap_or_default();
+                // A link that is lost already has no address; what follows says so.
+                let Some(addr) = standby else {
+                    return tracing::debug!("a standby accepted, and the link to it is lost already");
+                };
                 self.standing.peer(&addr);
                 self.standing.now(&format!("synchronising with {addr}"));
                 tracing::info!(standby = %addr, "standby attached, base synchronisation begins");

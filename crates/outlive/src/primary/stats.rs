@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 use outlive_epoch::CodecCounts;
 use outlive_machine::{CaptureReport, Output};
 
+use super::behind::Behind;
 use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
@@ -194,6 +195,11 @@ impl Totals {
         self.protected.store(is, Ordering::Relaxed);
     }
 
+    /// Whether there is a protection.
+    pub(crate) fn is_protected(&self) -> bool {
+        self.protected.load(Ordering::Relaxed)
+    }
+
     /// A checkpoint was captured. Called after its pause.
     pub(crate) fn captured(&self, report: &CaptureReport) {
         let CaptureReport { pause, stop, state, harvest, handover, rearm, decide, copy, .. } = *report;
@@ -255,13 +261,25 @@ pub(crate) fn report(
     events: EventWriter,
 ) -> std::io::Result<Reporter> {
     let mut counters = CounterReport::new(totals.clone(), output);
-    let mut measured = MeasuredReport::new(totals);
+    let mut measured = MeasuredReport::new(totals.clone());
+    let mut behind = Behind::default();
     Reporter::start(move |last| {
         if let Some(stats) = counters.due(last) {
             events.emit(Event::Stats(stats));
         }
         if let Some(measured) = measured.due(last) {
             events.emit(Event::Measured(measured));
+        }
+        if let Some(event) = behind.look(totals.is_protected(), &totals.progress(), Instant::now()) {
+            match &event {
+                Event::StandbySlow { behind_ms, in_flight } => tracing::warn!(
+                    behind_ms,
+                    in_flight,
+                    "the standby is slow: the guest's clients wait for it, the protection goes on"
+                ),
+                _ => tracing::info!("the standby has caught up"),
+            }
+            events.emit(event);
         }
     })
 }

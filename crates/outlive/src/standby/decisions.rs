@@ -195,14 +195,16 @@ impl Decisions {
     }
 
     /// Waits until the last copy is thrown away, if one is, but not forever.
-    pub(super) fn wait_until_discarded(&self) {
+    /// Returns whether none is left.
+    pub(super) fn wait_until_discarded(&self) -> bool {
         let Some(thread) = self.with(|driver, _| (driver.ports_mut().take_discards(), NOTHING)) else {
-            return;
+            return true;
         };
         let deadline = Instant::now() + STUCK;
         while !thread.is_finished() && Instant::now() < deadline {
             std::thread::sleep(LOOK_AGAIN);
         }
+        thread.is_finished()
     }
 
     /// Whether the primary may have heard that it has no rival any more.

@@ -5,7 +5,10 @@
 //! Without a success the VM does not run: a command that fails, or takes too long, is run again. A process that is
 //! started again before the first success begins with it, too: see `Start::unfenced`.
 
-use std::io;
+mod output;
+
+use std::fmt;
+use std::io::{self, PipeWriter};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -16,6 +19,7 @@ use nix::unistd::Pid;
 use crate::events::{Event, EventWriter};
 use crate::notify;
 use crate::status::Standing;
+use output::Output;
 
 /// Time between two looks at the command.
 const LOOK: Duration = Duration::from_millis(5);
@@ -54,16 +58,44 @@ enum FenceError {
     #[error("the fence command cannot be run: {0}")]
     Run(#[source] io::Error),
     /// It says so.
-    #[error("the fence command failed ({0})")]
-    Failed(ExitStatus),
+    #[error("the fence command failed ({0}){1}")]
+    Failed(ExitStatus, LastLine),
     /// It did not get done.
-    #[error("the fence command did not end within {} s and was killed", .0.as_secs_f32())]
-    Killed(Duration),
+    #[error("the fence command did not end within {} s and was killed{}", .0.as_secs_f32(), .1)]
+    Killed(Duration, LastLine),
 }
 
-/// Runs the command until it succeeds. Call it on the thread that decides: meanwhile it gives the process' signs
+/// What the command said last, if it said anything.
+#[derive(Debug)]
+struct LastLine(Option<String>);
+
+impl fmt::Display for LastLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(Ok(()), |line| write!(f, ": {line}"))
+    }
+}
+
+/// What an operator's order to stop means while the command fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// There is none.
+    No,
+    /// Nothing is lost if this process ends.
+    Now,
+    /// This process has the only copy of the VM.
+    Later,
+}
+
+/// Runs the command until it succeeds, and returns true; or until there is an order to stop now, and returns false. Call it on the thread that decides: meanwhile it gives the process' signs
 /// of life, because a service manager that kills the process would kill the only copy of the VM.
-pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing: &Standing) {
+pub(crate) fn fence(
+    fence: &Fence,
+    about: &About,
+    events: &EventWriter,
+    standing: &Standing,
+    stop: impl Fn() -> Stop,
+) -> bool {
+    let mut said = false;
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;
     for attempt in 1_u32.. {
@@ -72,7 +104,8 @@ pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
             Ok(()) => {
                 let took_ms = began.elapsed().as_millis() as u64;
                 tracing::info!(attempt, took_ms, "fenced");
-                return events.emit(Event::PeerFenced { attempt, took_ms });
+                events.emit(Event::PeerFenced { attempt, took_ms });
+                return true;
             }
             Err(error) => {
                 let why = error.to_string();
@@ -81,43 +114,67 @@ pub(crate) fn fence(fence: &Fence, about: &About, events: &EventWriter, standing
                 events.emit(Event::FenceFailed { attempt, why });
             }
         }
-        rest(pause);
+        rest(pause, &stop);
+        match stop() {
+            Stop::Now => return false,
+            Stop::Later if !std::mem::replace(&mut said, true) => tracing::warn!(
+                "told to stop, but this process has the only copy of the VM: it ends in order once the fence command has \
+                 succeeded and the VM runs"
+            ),
+            _ => {}
+        }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+    // Nobody counts that far.
+    false
 }
 
-fn rest(pause: Duration) {
+fn rest(pause: Duration, stop: &impl Fn() -> Stop) {
     let until = Instant::now() + pause;
     while let Some(left) = until.checked_duration_since(Instant::now()) {
         notify::alive();
+        if stop() == Stop::Now {
+            return;
+        }
         std::thread::sleep(left.min(SIGN));
     }
 }
 
 fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), FenceError> {
-    let mut command = Command::new("/bin/sh");
-    command.args(["-c", &fence.command]).stdin(Stdio::null()).stdout(Stdio::null());
-    command.env("OUTLIVE_VM", &about.name).env("OUTLIVE_VM_ID", &about.vm).env("OUTLIVE_PEER", &about.peer);
-    command.env("OUTLIVE_GENERATION", about.generation.to_string());
-    command.env("OUTLIVE_ATTEMPT", attempt.to_string());
-    // A group of its own, so that it can be killed with its children.
-    let mut child = command.process_group(0).spawn().map_err(FenceError::Run)?;
-    match ends_within(&mut child, fence.limit) {
-        Some(status) if status.success() => Ok(()),
-        Some(status) => Err(FenceError::Failed(status)),
+    let (mut output, to) = Output::open(attempt).map_err(FenceError::Run)?;
+    let mut child = start(fence, about, attempt, to).map_err(FenceError::Run)?;
+    match ends_within(&mut child, fence.limit, &mut output) {
+        Some(status) if status.success() => {
+            output.finish();
+            Ok(())
+        }
+        Some(status) => Err(FenceError::Failed(status, LastLine(output.finish()))),
         None => {
             // Fails only if it has just ended.
             let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-            ends_within(&mut child, KILLED);
-            Err(FenceError::Killed(fence.limit))
+            ends_within(&mut child, KILLED, &mut output);
+            Err(FenceError::Killed(fence.limit, LastLine(output.finish())))
         }
     }
 }
 
-fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+/// Starts it. The standard library gives a child no blocked signal and the usual effect of SIGPIPE.
+fn start(fence: &Fence, about: &About, attempt: u32, to: PipeWriter) -> io::Result<Child> {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &fence.command]).stdin(Stdio::null()).stdout(to.try_clone()?).stderr(to);
+    command.env("OUTLIVE_VM", &about.name).env("OUTLIVE_VM_ID", &about.vm).env("OUTLIVE_PEER", &about.peer);
+    command.env("OUTLIVE_GENERATION", about.generation.to_string());
+    command.env("OUTLIVE_ATTEMPT", attempt.to_string());
+    // A group of its own, so that it can be killed with its children.
+    command.process_group(0).spawn()
+}
+
+/// Waits for the end of the command itself, not for that of its children, who may hold the pipe open.
+fn ends_within(child: &mut Child, limit: Duration, output: &mut Output) -> Option<ExitStatus> {
     let until = Instant::now() + limit;
     loop {
         notify::alive();
+        output.drain();
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
             Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),
@@ -159,5 +216,23 @@ mod tests {
         let why = fails("sleep 600 & sleep 600; true", Duration::from_millis(100));
         assert!(why.contains("did not end within 0.1 s"), "{why}");
         assert!(began.elapsed() < long);
+    }
+
+    #[test]
+    fn what_the_command_says_is_in_the_reason_and_nothing_that_it_says_stops_it() {
+        let long = Duration::from_secs(60);
+        let run = |command: &str, limit| run(&Fence { command: command.into(), limit }, &about(), 1);
+        let why = |command: &str, limit| run(command, limit).unwrap_err().to_string();
+        let said = why("echo first; echo the controller says no >&2; exit 3", long);
+        assert!(said.ends_with("(exit status: 3): the controller says no"), "{said}");
+        let said = why("printf 'no answer\\033[2J yet'; sleep 600", Duration::from_millis(300));
+        assert!(said.ends_with("was killed: no answer [2J yet"), "{said}");
+        // Far more than a pipe holds, in one line and in many.
+        run("head -c 1000000 /dev/zero | tr '\\0' x; seq 200000; seq 200000 >&2", long).unwrap();
+        assert!(why("yes", Duration::from_millis(300)).ends_with("was killed: y"));
+        // A child that keeps the pipe keeps nobody.
+        let began = Instant::now();
+        run("echo started; sleep 30 & exit 0", long).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(20));
     }
 }

@@ -270,15 +270,17 @@ fn admit(
         shared_storage: hello.devices.iter().any(|device| device.flags.shared),
     };
     decisions.would_accept(&introduction)?;
+    // Before anything that a primary must be: whoever asks has made no VM yet.
+    if hello.limits.slots == 0 {
+        return Err(Refusal::OnlyAsked);
+    }
     let Hello { vm, name, .. } = hello;
     let kept_for = decisions.equipment.options.vm.as_ref();
     if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
         return Err(Refusal::WrongVm { served: served.clone(), name: name.clone(), vm: *vm });
     }
-    match hello.limits.slots {
-        0 => return Err(Refusal::OnlyAsked),
-        slots if slots > MAX_SLOTS => return Err(Refusal::Slots(slots)),
-        _ => {}
+    if hello.limits.slots > MAX_SLOTS {
+        return Err(Refusal::Slots(hello.limits.slots));
     }
     let arbiter = same_arbiter(decisions, hello)?;
     let told = decisions.clone();

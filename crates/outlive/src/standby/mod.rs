@@ -40,12 +40,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use outlive_machine::{Host, HostError};
-use outlive_pair::{StandbyEvent, StandbyExit, TakeOver};
+use outlive_pair::{StandbyEvent, StandbyExit, StandbyNote, TakeOver};
 
 use crate::arbiter::{self, ArbiterSpecError, Here, Watch};
 use crate::cli::StandbyOptions;
 use crate::console::{Console, ConsoleError};
-use crate::disk::{Books, CopyEnd, PrepareError};
+use crate::disk::{Books, CopyEnd, PrepareError, ReplicaEndError};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
@@ -53,7 +53,7 @@ use crate::vm::{self, Launch, Relay, UplinkError};
 use crate::{disk, notify, process};
 use copy::CardError;
 use decisions::{Decisions, Equipment};
-pub(crate) use fence::{About, Fence, fence};
+pub(crate) use fence::{About, Fence, Stop, fence};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
@@ -64,6 +64,9 @@ use takeover::{TakeoverError, Won};
 /// let go: the kernel frees a tap and an image a moment after their last user.
 const AGAIN: Duration = Duration::from_millis(250);
 const LET_GO: Duration = Duration::from_secs(15);
+/// How long a process whose copy has failed waits until it offers to hold another one, as long as systemd would wait
+/// before it started a new one: what failed will most likely fail again.
+const AFTER_FAILURE: Duration = Duration::from_secs(5);
 
 /// Why this host cannot be a standby.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +130,7 @@ struct Waiting {
 pub(crate) enum Outcome {
     /// The VM runs here and wants a coordinator.
     TakenOver(Box<Launch>),
-    /// It ends.
+    /// It ends. If its copy has failed, nothing of that copy is left, and it never asked for the VM.
     Ended(StandbyExit),
     /// It failed. The text is for a person.
     Failed(String),
@@ -138,10 +141,13 @@ impl Post {
     ///
     /// # Errors
     /// See [`PostError`].
-    pub(crate) fn prepare(options: &StandbyOptions, standing: Arc<Standing>) -> Result<Self, PostError> {
+    pub(crate) fn prepare(
+        options: &StandbyOptions,
+        door: Door,
+        standing: Arc<Standing>,
+    ) -> Result<Self, PostError> {
         let host = Arc::new(Host::open()?);
         check(options)?;
-        let door = Door::reserve(&options.listen)?;
         door.listen()?;
         let uplink = vm::watch_uplink(options.net.as_ref(), &options.active)?;
         // Opening the arbiter and the event stream may make files, so everything that is likely to fail comes
@@ -197,7 +203,39 @@ impl Post {
     /// # Errors
     /// This host cannot be a standby.
     pub(crate) fn back(&mut self, why: &str) -> Result<(), PartsError> {
-        let Equipment { options, watch, uplink, events, books, standing, .. } = &self.equipment;
+        self.waits_again(why);
+        let deadline = Instant::now() + LET_GO;
+        loop {
+            match check(&self.equipment.options) {
+                Err(why) if Instant::now() < deadline => tracing::debug!("not yet: {why}"),
+                checked => return checked,
+            }
+            std::thread::sleep(AGAIN);
+        }
+    }
+
+    /// Goes back to the standby's role after this host's copy has failed, as soon as that is possible: a full file
+    /// system must have room again, for example. Returns false if the operator wants a stop meanwhile.
+    pub(crate) fn back_after_failure(&mut self, why: &str) -> bool {
+        self.waits_again(why);
+        let mut said = String::new();
+        loop {
+            self.rest();
+            if self.stops.was_used() {
+                return false;
+            }
+            let Err(why) = check(&self.equipment.options) else { return true };
+            let why = why.to_string();
+            if why != said {
+                tracing::error!("this host cannot be the VM's standby yet: {why}; trying again");
+                self.equipment.standing.waits_here(&why);
+                said = why;
+            }
+        }
+    }
+
+    fn waits_again(&mut self, why: &str) {
+        let Equipment { watch, uplink, events, books, standing, .. } = &self.equipment;
         books.close();
         if let Some(uplink) = uplink {
             uplink.stands_by();
@@ -208,12 +246,13 @@ impl Post {
         events.emit(Event::BackToStandby { why: why.to_owned() });
         // Whoever asks for a stop now asks the standby.
         self.stops.disconnect();
-        let deadline = Instant::now() + LET_GO;
-        loop {
-            match check(options) {
-                Err(why) if Instant::now() < deadline => tracing::debug!("not yet: {why}"),
-                checked => return checked,
-            }
+    }
+
+    /// Waits a while, because this host's copy has just failed. An order to stop ends it.
+    fn rest(&self) {
+        let until = Instant::now() + AFTER_FAILURE;
+        while Instant::now() < until && !self.stops.was_used() {
+            notify::alive();
             std::thread::sleep(AGAIN);
         }
     }
@@ -261,6 +300,7 @@ fn check(options: &StandbyOptions) -> Result<(), PartsError> {
 
 impl Waiting {
     fn wait(&self) -> Outcome {
+        let mut asked = false;
         let mut notes =
             Notes::new(self.decisions.equipment.events.clone(), self.decisions.equipment.standing.clone());
         loop {
@@ -272,10 +312,13 @@ impl Waiting {
                     tracing::info!("{why}");
                     self.decisions.handle(StandbyEvent::Stop);
                 }
-                Ok(MainMessage::Note(at, note)) => notes.note(at, note),
+                Ok(MainMessage::Note(at, note)) => {
+                    asked |= matches!(note, StandbyNote::Arbitrating { .. });
+                    notes.note(at, note);
+                }
                 Ok(MainMessage::Refused(code, text)) => notes.refused(code, text),
                 Ok(MainMessage::TakeOver(order)) => return self.take_over(order, &notes),
-                Ok(MainMessage::Exit(reason)) => return Outcome::Ended(self.leave(reason)),
+                Ok(MainMessage::Exit(reason)) => return self.leave(reason, asked),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Outcome::Failed("the standby's threads have ended".into());
@@ -313,7 +356,7 @@ impl Waiting {
         }
     }
 
-    fn leave(&self, reason: StandbyExit) -> StandbyExit {
+    fn leave(&self, reason: StandbyExit, asked: bool) -> Outcome {
         self.decisions.finish();
         // Bring the disks to the last commit before the process ends; the next process replays a journal that
         // stays.
@@ -321,17 +364,23 @@ impl Waiting {
             StandbyExit::Followed(_) => Some(CopyEnd::Followed),
             _ => self.decisions.has_handed_over().then_some(CopyEnd::Released),
         };
-        match self.decisions.take_session().map(Session::into_copy) {
-            Some(Some(copy)) => {
-                if let Err(why) = copy.disks().leave(end) {
+        let gone = match self.decisions.take_session().map(Session::into_copy) {
+            Some(Some(copy)) => match copy.disks().leave(end) {
+                Ok(()) | Err(ReplicaEndError::Failed(_)) => true,
+                Err(why) => {
                     tracing::error!("the disks: {why}");
+                    false
                 }
-            }
+            },
             // Its applier does not end; the process ends without it.
-            Some(None) => {}
+            Some(None) => false,
             None => self.decisions.wait_until_discarded(),
-        }
+        };
         self.decisions.wait_until_left();
-        reason
+        match reason {
+            // What is left of this copy would be in the way of the next, or the VM may be this host's.
+            StandbyExit::Failed(_) if asked || !gone => Outcome::Failed(reason.to_string()),
+            _ => Outcome::Ended(reason),
+        }
     }
 }

@@ -9,6 +9,8 @@ use outlive_pair::StandbyNote as Note;
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
 
+use super::refusal::ONLY_ASKED;
+
 /// The times of the steps of a takeover.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
@@ -45,6 +47,9 @@ impl Notes {
 
     /// Logs that a primary was refused. It asks five times a second.
     pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
+        if text == ONLY_ASKED {
+            return tracing::debug!("another host {text}");
+        }
         if self.last_refusal != text {
             tracing::warn!(?code, "refused a primary: {text}");
             self.last_refusal = text;

@@ -18,7 +18,7 @@ use outlive_pair::TakeOver;
 
 use super::copy::VmCopy;
 use super::decisions::Equipment;
-use super::fence::fence;
+use super::fence::{Stop, fence};
 use super::notes::Times;
 use super::tail::{Spent, Tail};
 use crate::disk::ReplicaEndError;
@@ -63,7 +63,9 @@ pub(super) fn take_over(
     let Equipment { options, console, events, .. } = equipment;
     if let Some(command) = options.active.fence() {
         let about = copy.about(generation, equipment.standing.peer_address());
-        fence(&command, &about, events, &equipment.standing);
+        // It cannot end: its memory is the only copy of the VM. An order to stop is for the VM once it runs.
+        let stop = || if stops.was_used() { Stop::Later } else { Stop::No };
+        fence(&command, &about, events, &equipment.standing, stop);
     }
     // The guest may write to its disks only when the copy has nothing left to write.
     copy.disks().become_primary(generation)?;

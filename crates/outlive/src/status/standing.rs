@@ -134,6 +134,12 @@ impl Standing {
         });
     }
 
+    /// This host starts the VM.
+    pub(crate) fn starts_here(&self, why: &str) {
+        self.unprotected(why);
+        self.change(|facts| facts.role = Role::Primary);
+    }
+
     /// Another host has the VM: this process waits as its standby.
     pub(crate) fn waits_here(&self, why: &str) {
         self.no_copy(why);

@@ -92,7 +92,7 @@ pub(crate) fn watch_uplink(
     net: Option<&NetSpec>,
     options: &ActiveOptions,
 ) -> Result<Option<Arc<Uplink>>, UplinkError> {
-    let (uplink, lost_after) = (options.uplink.clone(), options.uplink_timeout);
+    let (uplink, lost_after) = (options.uplink.clone(), options.uplink_lost_after());
     if let UplinkSpec::Named(name) = &uplink {
         if net.is_none() {
             return Err(UplinkError::NoCard(name.clone()));

@@ -1,11 +1,14 @@
 //! The operator's fence command runs before the VM does, and the VM waits for its success.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
+use nix::sys::signal::Signal;
+use nix::unistd::pipe;
 use outlive::events::Event;
 
-use crate::support::{Process, Side, Witnesses, World, wait_until};
+use crate::support::{Log, Process, Readers, Side, Witnesses, World, fill, wait_until};
 
 /// It fails once, then hangs once, then works. It writes down what it was told.
 const SCRIPT: &str = r#"
@@ -92,6 +95,11 @@ fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
     restarted.kill();
     let mut restarted = again();
     fails(&mut restarted);
+    // Told to stop, it ends at once: the next start goes on fencing.
+    restarted.signal(Signal::SIGTERM);
+    assert_eq!(restarted.wait_exit(), 0);
+    let mut restarted = again();
+    fails(&mut restarted);
     fs::write(opened, "").unwrap();
     restarted.wait_for("fencing", |e| matches!(e, Event::PeerFenced { .. }));
     restarted.wait_for("the VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
@@ -103,4 +111,33 @@ fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
     let mut restarted = again();
     restarted.wait_for("the VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
     assert_eq!(fs::read_to_string(world.dir().join("told")).unwrap().lines().count(), asked);
+}
+
+/// A command that speaks must not wait for, or die of, a standard error that nobody reads or that is closed.
+#[test]
+fn a_fence_command_that_speaks_succeeds_whoever_reads_the_log() {
+    let Some(world) = World::new() else { return };
+    let full = || {
+        let (read, write) = pipe().unwrap();
+        fill(&write);
+        (read, write)
+    };
+    let (kept, blocked): (OwnedFd, OwnedFd) = full();
+    let (gone, no_reader) = full();
+    drop(gone);
+    let command = "seq 20000; seq 20000 >&2; echo fenced >&2";
+    for (number, log) in (1..).zip([Log::Pipe(blocked), Log::Pipe(no_reader), Log::Closed]) {
+        let readers = Readers { log, ..Readers::default() };
+        let (here, there) = (Side::B.addr().to_string(), Side::A.addr().to_string());
+        let options = ["--standby", &there, "--fence", command, "--fence-timeout", "20s"];
+        let command = ["standby", "--once", "--listen", &here];
+        let mut standby = world.start_for(Side::B, &command, &options, &[], readers);
+        let mut active = world.run(Side::A);
+        active.wait_protected();
+        active.kill();
+        let fenced = standby.wait_for("fencing", |e| matches!(e, Event::PeerFenced { .. }));
+        assert!(matches!(fenced, Event::PeerFenced { attempt: 1, .. }), "run {number}: {fenced:?}");
+        standby.wait_takeover();
+    }
+    drop(kept);
 }

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -134,4 +135,20 @@ fn events_that_nobody_reads_cost_no_protection_and_no_takeover() {
         said.lines().filter(|line| !line.is_empty()).map(serde_json::from_str).collect();
     let records = records.unwrap_or_else(|error| panic!("a line was torn: {error} in {said}"));
     assert!(records.iter().any(|record| matches!(record.event, Event::Takeover { generation: 2, .. })));
+}
+
+#[test]
+fn a_named_pipe_for_events_that_has_no_reader_yet_holds_up_no_start() {
+    let Some(world) = World::new() else { return };
+    let path = world.dir().join("later");
+    mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+    let mut primary = world.run_for(Side::A, Readers { events: Some(path.clone()), ..Readers::default() });
+    wait_until("the VM runs", || Client::connect(&world).ask("INCR n") == Ok(Value::Integer(1)));
+    assert!(primary.log().contains("nobody reads this named pipe yet"), "{}", primary.log());
+    let reader = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(&path).unwrap();
+    read_until(&reader, |said| said.contains(r#""started""#));
+    primary.signal(Signal::SIGTERM);
+    let said = read_until(&reader, |said| said.contains(r#""ended""#));
+    assert!(said.lines().all(|line| serde_json::from_str::<Record>(line).is_ok()), "{said}");
+    assert_eq!(primary.wait_exit(), 0);
 }

@@ -1,11 +1,12 @@
 //! A standby whose own host causes trouble: slow, stuck, or without room. It costs the guest speed, or the
 //! standby is not accepted; it does not cost the protection, and never the VM.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use outlive::events::Event;
 
 use crate::support::{
@@ -94,6 +95,11 @@ impl Writing {
         self.world.standby_with(Side::B, &["--disk", &disk])
     }
 
+    fn staying_standby(&self) -> Process {
+        let disk = format!("path={},overwrite", self.image(Side::B).display());
+        self.world.staying_standby_with(Side::B, &["--disk", &disk])
+    }
+
     fn run(&self) -> Process {
         let there = Side::B.addr().to_string();
         let disk = format!("path={}", self.image(Side::A).display());
@@ -131,7 +137,10 @@ fn a_disk_that_stands_still_costs_time_and_not_the_protection() {
     let before = checkpoints(&mut active);
     std::thread::sleep(LONG);
     assert_eq!(checkpoints(&mut active), before, "the backlog is bounded in time");
+    let slow = |e: &Event| matches!(e, Event::StandbySlow { behind_ms: 1000.., .. });
+    assert_eq!(active.events().filter(|e| slow(e)).count(), 1, "{}", active.log());
     drop(stopped);
+    active.wait_for("told that the standby is back", |e| matches!(e, Event::StandbyCaughtUp { .. }));
     wait_until("checkpoints go on", || checkpoints(&mut active) > before + 10);
     writing.wait_written(Side::B);
     assert_eq!((links_lost(&mut active), links_lost(&mut standby)), (0, 0));
@@ -198,5 +207,53 @@ fn a_standby_without_room_for_its_journal_is_not_accepted() {
     assert!(!active.has(|e| matches!(e, Event::Protected { .. })));
     assert!(sidecar(&writing.image(Side::B)).is_empty(), "nothing was written to its image");
     drop(standby);
+    drop(small);
+}
+
+/// A sparse image takes no room until it is filled, so the standby asks for all of it before the base comes.
+#[test]
+fn a_standby_without_room_for_its_image_is_not_accepted() {
+    let Some(world) = World::new() else { return };
+    // The journal takes 64 of them.
+    let small = Small::mount(world.dir().join("small"), 70);
+    let writing = Writing::new(world, small.path());
+    for side in [Side::A, Side::B] {
+        let image = writing.image(side);
+        fs::remove_file(&image).unwrap();
+        File::create(image).unwrap().set_len(16 << 20).unwrap();
+    }
+    let standby = writing.standby();
+    let mut active = writing.run();
+    let line = "still need 16 MiB for the holes that they have";
+    wait_until("the primary is told", || active.log().contains(line));
+    wait_until("the standby says so", || standby.log().contains(line));
+    assert!(!active.has(|e| matches!(e, Event::BaseProgress { .. } | Event::Protected { .. })));
+    assert!(sidecar(&writing.image(Side::B)).is_empty(), "nothing was written to its image");
+    drop(standby);
+    drop(small);
+}
+
+/// Others fill the file system after the standby was accepted: its copy is lost, and the process stays.
+#[test]
+fn a_standby_whose_file_system_fills_up_waits_for_room_at_its_post() {
+    let Some(world) = World::new() else { return };
+    let small = Small::mount(world.dir().join("small"), 120);
+    let writing = Writing::new(world, small.path());
+    let mut standby = writing.staying_standby();
+    let mut active = writing.run();
+    active.wait_protected();
+    let stopped = Held::thread(&standby, "disks");
+    let image = OpenOptions::new().write(true).open(writing.image(Side::B)).unwrap();
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&image, hole, 0, SIZE as i64).unwrap();
+    small.fill();
+    drop(stopped);
+    standby.wait_for(
+        "back at its post",
+        |e| matches!(e, Event::BackToStandby { why } if why.contains("No space")),
+    );
+    assert!(!standby.ended());
+    small.make_room();
+    active.wait_protected();
     drop(small);
 }

@@ -276,3 +276,21 @@ fn a_closed_terminal_ends_nothing() {
     assert!(!a.ended() && !b.ended() && !b.took_over() && !a.has(|e| matches!(e, Event::LinkLost { .. })));
     witnesses.finish(&world);
 }
+
+/// The host waits for its peer, which does not come. Meanwhile it answers, and nobody takes its place.
+#[test]
+fn a_host_that_waits_before_it_starts_the_vm_can_be_asked_and_is_alone() {
+    let Some(world) = World::new() else { return };
+    let (standby, active) = protected(&world);
+    power_cut(&world, active, standby);
+    let socket = world.dir().join("asked").display().to_string();
+    let mut waiting = start_with(&world, Side::A, &["--status", &socket]);
+    wait_until("it says what it waits for", || {
+        let said = Command::new(PROGRAM).args(["status", "--socket", &socket]).output().unwrap();
+        String::from_utf8_lossy(&said.stdout).contains("this host starts the VM in")
+    });
+    let mut second = start(&world, Side::A);
+    assert_eq!(second.wait_exit(), 2);
+    assert!(second.log().contains("cannot listen on"), "{}", second.log());
+    assert!(!waiting.ended());
+}

@@ -29,7 +29,7 @@ pub enum Unwelcome {
     #[error("this standby has taken a VM over and protects no other")]
     TakenOver,
     /// The process ends.
-    #[error("this standby is about to end")]
+    #[error("this standby takes no primary now: it ends, or gives its last copy up")]
     Ending,
     /// The VM has run in a later generation since.
     #[error("generation {introduced} is out of date: this VM was seen in generation {seen}")]

@@ -1,13 +1,17 @@
 //! What a standby's disks will need from their file systems. It is claimed and tried before a primary is
 //! accepted: afterwards the VM may be protected, and a full file system would be found too late.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::geteuid;
 
 use super::ReplicaDisk;
 use crate::disk::apply::JOURNAL_BYTES;
@@ -23,10 +27,22 @@ pub(crate) enum ClaimError {
     /// There is no journal, or no room for it.
     #[error("the standby cannot set {} MiB aside for the journal {}: {source}", JOURNAL_BYTES >> 20, .journal.display())]
     Journal { journal: PathBuf, source: io::Error },
+    /// The file system of an image would be full before the image is.
+    #[error(
+        "no room for the VM's disks at the standby: the images on the file system of {} still need {} MiB for the holes \
+         that they have, and {} MiB are free: make room there",
+        .image.display(), .needed.div_ceil(MIB), .free / MIB
+    )]
+    Room { image: PathBuf, needed: u64, free: u64 },
+    /// Nobody knows what room there is.
+    #[error("cannot find out what room there is for {}: {source}", .image.display())]
+    UnknownRoom { image: PathBuf, source: io::Error },
     /// A sidecar could not be written.
     #[error("the standby cannot write {}: {source}", .file.display())]
     Sidecar { file: PathBuf, source: io::Error },
 }
+
+const MIB: u64 = 1 << 20;
 
 /// How long a claim waits while the sidecars of an earlier copy are being written.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -52,13 +68,41 @@ pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJourn
     let _nobody_writes = nobody_writes(PATIENCE).ok_or(ClaimError::StillWritten)?;
     let journal = beside(&first.path, "journal");
     let claimed = ClaimedJournal::open(&journal).map_err(|source| ClaimError::Journal { journal, source })?;
-    for ReplicaDisk { path, .. } in written {
-        if let Err(source) = Sidecar::probe(path) {
+    let probed = written.clone().try_for_each(|ReplicaDisk { path, .. }| {
+        Sidecar::probe(path).map_err(|source| ClaimError::Sidecar { file: beside(path, "outlive"), source })
+    });
+    match probed.and_then(|()| room(written)) {
+        Ok(()) => Ok(Some(claimed)),
+        Err(why) => {
             claimed.give_up();
-            return Err(ClaimError::Sidecar { file: beside(path, "outlive"), source });
+            Err(why)
         }
     }
-    Ok(Some(claimed))
+}
+
+/// Whether the file systems have room for what the images lack, now that the journal has its own. An image is as
+/// large as the VM's disk; the guest may fill all of it, and after a takeover this host has nobody to leave the VM to.
+fn room<'a>(written: impl Iterator<Item = &'a ReplicaDisk>) -> Result<(), ClaimError> {
+    let mut file_systems = BTreeMap::<u64, (PathBuf, u64)>::new();
+    for ReplicaDisk { path, bytes, .. } in written {
+        let unknown = |source| ClaimError::UnknownRoom { image: path.clone(), source };
+        let about = fs::metadata(path).map_err(unknown)?;
+        // A block device has its room.
+        if about.is_file() {
+            let (_, needed) = file_systems.entry(about.dev()).or_insert_with(|| (path.clone(), 0));
+            *needed += bytes.saturating_sub(about.blocks() * 512);
+        }
+    }
+    for (image, needed) in file_systems.into_values().filter(|(_, needed)| *needed > 0) {
+        let unknown = |errno: Errno| ClaimError::UnknownRoom { image: image.clone(), source: errno.into() };
+        let about = statvfs(&image).map_err(unknown)?;
+        let blocks = if geteuid().is_root() { about.blocks_free() } else { about.blocks_available() };
+        let free = blocks.saturating_mul(about.fragment_size());
+        if free < needed {
+            return Err(ClaimError::Room { image, needed, free });
+        }
+    }
+    Ok(())
 }
 
 impl ClaimedJournal {

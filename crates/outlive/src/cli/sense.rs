@@ -1,0 +1,208 @@
+//! Options that are right one by one and make no sense together, or on this machine. Each is refused in one line.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use outlive_machine::SectorSize;
+
+use super::values::{ConsoleSpec, DiskSpec};
+use super::{ActiveOptions, RunOptions, StandbyOptions};
+use crate::network::UplinkSpec;
+
+/// What makes no sense.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SenseError {
+    /// One stream for two.
+    #[error("--console stdio and --events - both take standard output: give --events a file")]
+    OneOutput,
+    /// The same standby, asked twice.
+    #[error("--standby {0} is given twice: give each standby once")]
+    SameStandby(String),
+    /// A time for something that is not done.
+    #[error("--uplink-timeout has no effect with --uplink none: leave one of them out")]
+    NoUplink,
+    /// Nothing is ever won.
+    #[error("--fence needs --arbiter: without one this host never takes a VM over, and has nobody to fence")]
+    FenceWithoutArbiter,
+    /// This process never takes over.
+    #[error(
+        "--fence has no effect here: give --listen, so that this host can take the VM over, or a --disk that an earlier \
+         process may have taken over"
+    )]
+    FenceWithoutPart,
+    /// Nobody to wait for.
+    #[error("--or-standby needs --standby HOST:PORT: name the other host")]
+    NoOtherHost,
+    /// Two disks of the guest would overwrite each other.
+    #[error("the disk image {} is given twice: give each disk an image of its own", .0.display())]
+    SameImage(PathBuf),
+    /// A part of a sector.
+    #[error(
+        "the disk image {} has {bytes} bytes, no multiple of its sector of {sector}, so the guest would not see its end: \
+         make it longer with `truncate -s {} {}`",
+        .image.display(), bytes.next_multiple_of(*sector), .image.display()
+    )]
+    PartOfSector { image: PathBuf, bytes: u64, sector: u64 },
+    /// A pipe would be waited for, a terminal read.
+    #[error("{} is neither a file nor a block device: give the path of a raw disk image", .0.display())]
+    NotAnImage(PathBuf),
+}
+
+impl RunOptions {
+    /// Refuses what makes no sense together.
+    ///
+    /// # Errors
+    /// See [`SenseError`].
+    pub(super) fn make_sense(&self) -> Result<(), SenseError> {
+        self.active.make_sense()?;
+        if self.active.fence.is_some() {
+            if self.arbiter.is_none() {
+                return Err(SenseError::FenceWithoutArbiter);
+            }
+            if self.listen.is_none() && self.disks.is_empty() {
+                return Err(SenseError::FenceWithoutPart);
+            }
+        }
+        if self.or_standby && self.active.standbys.is_empty() {
+            return Err(SenseError::NoOtherHost);
+        }
+        images(self.disks.iter().map(|disk| disk.path.as_path()))?;
+        self.disks.iter().try_for_each(whole_sectors)
+    }
+}
+
+impl StandbyOptions {
+    /// Refuses what makes no sense together.
+    ///
+    /// # Errors
+    /// See [`SenseError`].
+    pub(super) fn make_sense(&self) -> Result<(), SenseError> {
+        self.active.make_sense()?;
+        images(self.disks.iter().map(|disk| disk.path.as_path()))
+    }
+}
+
+impl ActiveOptions {
+    fn make_sense(&self) -> Result<(), SenseError> {
+        let to_stdout = self.events.as_deref().is_some_and(|path| path == Path::new("-"));
+        if to_stdout && self.console == Some(ConsoleSpec::Stdio) {
+            return Err(SenseError::OneOutput);
+        }
+        let mut known = HashSet::new();
+        if let Some(twice) = self.standbys.iter().find(|it| !known.insert(it.to_ascii_lowercase())) {
+            return Err(SenseError::SameStandby(twice.clone()));
+        }
+        if self.uplink_timeout.is_some() && matches!(self.uplink, UplinkSpec::None) {
+            return Err(SenseError::NoUplink);
+        }
+        Ok(())
+    }
+}
+
+/// Looks at the images without opening them: opening a named pipe would wait for its other end. An image that is
+/// missing is somebody else's to complain about.
+fn images<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), SenseError> {
+    let mut known = HashSet::new();
+    for path in paths {
+        let Ok(about) = fs::metadata(path) else { continue };
+        let kind = about.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(SenseError::NotAnImage(path.to_owned()));
+        }
+        // Two names of a block device may be two files.
+        let identity = if kind.is_file() { (about.dev(), about.ino()) } else { (u64::MAX, about.rdev()) };
+        if !known.insert(identity) {
+            return Err(SenseError::SameImage(path.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn whole_sectors(disk: &DiskSpec) -> Result<(), SenseError> {
+    let length = || -> io::Result<Option<u64>> {
+        let about = fs::metadata(&disk.path)?;
+        Ok(about.is_file().then_some(about.len()))
+    };
+    let sector = disk.sectors.unwrap_or(SectorSize::Small).bytes();
+    match length() {
+        // An image that is empty has its own line.
+        Ok(Some(bytes)) if bytes > sector && !bytes.is_multiple_of(sector) => {
+            Err(SenseError::PartOfSector { image: disk.path.clone(), bytes, sector })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use clap::Parser;
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    /// What is said of a command line; nothing if it makes sense.
+    fn said(line: &str) -> String {
+        let words = ["outlive"].into_iter().chain(line.split_whitespace());
+        let checked = match Cli::try_parse_from(words).unwrap().command {
+            Command::Run(options) => options.make_sense(),
+            Command::Standby(options) => options.make_sense(),
+            _ => unreachable!("the tests give none"),
+        };
+        checked.map_or_else(|why| why.to_string(), |()| String::new())
+    }
+
+    #[test]
+    fn options_that_make_no_sense_together_are_refused() {
+        let arbiter = "--arbiter file:/srv/arbiter";
+        let standby = format!("standby --listen 0.0.0.0:7000 {arbiter}");
+        for (line, expected) in [
+            ("run --console stdio --events -".to_owned(), "--events a file"),
+            (format!("{standby} --console stdio --events -"), "--events a file"),
+            (format!("run {arbiter} --standby b:7000 --standby B:7000"), "given twice"),
+            ("run --uplink none --uplink-timeout 2s".into(), "--uplink-timeout has no effect"),
+            ("run --fence true".into(), "--fence needs --arbiter"),
+            (format!("run --fence true {arbiter}"), "--fence has no effect"),
+            (format!("run {arbiter} --or-standby --listen :1 --disk path=/x"), "name the other host"),
+        ] {
+            let line = line.replace(":1 ", "0.0.0.0:1 ");
+            assert!(said(&line).contains(expected), "{line}: {}", said(&line));
+        }
+        for line in [
+            "run --console stdio --events /tmp/events",
+            "run --uplink none",
+            "run --uplink-timeout 3s",
+            &format!("run --fence true {arbiter} --listen 0.0.0.0:1"),
+            &format!("{standby} --fence true --standby a:7000 --standby b:7000"),
+        ] {
+            assert_eq!(said(line), "", "{line}");
+        }
+    }
+
+    #[test]
+    fn images_that_cannot_be_the_guests_disks_are_refused_without_opening_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let make = |name: &str, bytes| File::create(path(name)).unwrap().set_len(bytes).unwrap();
+        (make("a", 1 << 20), make("odd", (1 << 20) + 100), make("half", (1 << 20) + 512));
+        fs::hard_link(path("a"), path("same")).unwrap();
+        mkfifo(Path::new(&path("pipe")), Mode::S_IRWXU).unwrap();
+        let run = |disks: &[&str]| {
+            let disks = disks.iter().map(|disk| format!(" --disk path={}", path(disk)));
+            said(&format!("run{}", disks.collect::<String>()))
+        };
+        assert_eq!(run(&["a", "half", "missing"]), "");
+        assert!(run(&["a", "same"]).contains("is given twice"));
+        assert!(run(&["odd"]).contains("truncate -s 1049088"), "{}", run(&["odd"]));
+        assert!(run(&["half,sector=4096"]).contains("truncate -s 1052672"));
+        assert!(run(&["pipe"]).contains("is neither a file nor a block device"));
+        let standby = format!("standby --listen 0.0.0.0:1 --arbiter file:/x --disk path={}", path("pipe"));
+        assert!(said(&standby).contains("is neither a file nor a block device"));
+    }
+}
