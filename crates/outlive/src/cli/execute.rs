@@ -6,15 +6,16 @@ use outlive_pair::{ExitReason, StandbyExit};
 
 use super::part::{self, PartError};
 use super::standby::ItsOwnStandby;
-use super::{Command, RunOptions, StandbyOptions};
+use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
 use crate::disk::Part;
 use crate::events::{Event, Role};
+use crate::link::SecurityError;
 use crate::logs::LogError;
 use crate::primary::StartError;
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied};
-use crate::{arbiter, check, console, demo, disk, exit, logs, notify, primary, sentinel, status, ui};
+use crate::{arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, sentinel, status, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -25,6 +26,7 @@ impl Command {
             Self::Status(options) => status::command(options),
             Self::Console(options) => console::command(options),
             Self::Arbiter(options) => arbiter::command(options),
+            Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
@@ -45,6 +47,9 @@ enum BeginError {
     /// The options name this host as its own standby.
     #[error(transparent)]
     Itself(#[from] ItsOwnStandby),
+    /// Links cannot be made as the options say.
+    #[error(transparent)]
+    Security(#[from] SecurityError),
     /// Nobody can say whether this host starts the VM or waits.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -82,6 +87,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
+    check_security(&options.active, options.listen.as_deref())?;
     match part::of(options)? {
         Part::Starts { .. } => start(options),
         Part::Waits { why, name } => wait(options, &why, name.as_deref()),
@@ -91,8 +97,20 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
+/// Finds out at the start what the first link would. A process without links needs no keys.
+fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), SecurityError> {
+    let addresses = || options.standbys.iter().map(String::as_str).chain(listen);
+    if addresses().next().is_none() {
+        return Ok(());
+    }
+    options.security().check(addresses())
+}
+
 fn start(options: &RunOptions) -> Result<Ready, BeginError> {
     let standing = Standing::new(Role::Primary, options.name.as_deref(), "the VM is being started");
+    if options.listen.is_some() || !options.active.standbys.is_empty() {
+        standing.link(options.active.security().kind());
+    }
     // Before the VM, so that a bad place is refused before anything is done.
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = options.listen.as_deref().map(Door::reserve).transpose()?;
@@ -120,6 +138,7 @@ fn wait(options: &RunOptions, why: &str, name: Option<&str>) -> Result<Ready, Be
 
 fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
+    standing.link(options.active.security().kind());
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let post = Post::prepare(options, standing.clone())?;
@@ -137,6 +156,7 @@ fn standby(options: &StandbyOptions) -> u8 {
 fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
     logs::never_wait()?;
     vm::lock_memory(options.active.lock_memory)?;
+    check_security(&options.active, Some(&options.listen))?;
     stand_by(options, "no primary has come yet")
 }
 

@@ -47,6 +47,7 @@ impl Notes {
     pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
         if self.last_refusal != text {
             tracing::warn!(?code, "refused a primary: {text}");
+            self.events.emit(Event::PrimaryRefused { why: text.clone() });
             self.last_refusal = text;
         }
     }

@@ -9,6 +9,7 @@ use super::copy::CopyError;
 use super::decisions::ClaimsError;
 use super::listen::MAX_SLOTS;
 use crate::arbiter::{ArbiterError, ArbiterSpecError};
+use crate::link::MayNot;
 
 /// See the module. The words go to the primary, with the [code](Self::code).
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +17,9 @@ pub(super) enum Refusal {
     /// The releases have no version of the stream in common. The text has both ranges and the remedy.
     #[error("{0}")]
     Version(String),
+    /// The primary's host has no right to it.
+    #[error(transparent)]
+    MayNot(#[from] MayNot),
     /// The decisions are against it.
     #[error(transparent)]
     Unwelcome(#[from] Unwelcome),
@@ -68,7 +72,7 @@ impl Refusal {
         match self {
             Self::Version(_) => RefuseCode::Version,
             Self::Unwelcome(why) => why.code(),
-            Self::WrongVm { .. } => RefuseCode::WrongVm,
+            Self::WrongVm { .. } | Self::MayNot(_) => RefuseCode::WrongVm,
             Self::Stale { .. } => RefuseCode::StaleGeneration,
             Self::Copy(why) => why.code(),
             // Nothing is wrong with the primary: it may try again.

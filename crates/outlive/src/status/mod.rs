@@ -15,5 +15,7 @@ mod standing;
 
 pub use answer::{ArbiterSight, Status, Survival};
 pub use command::command;
+
+pub use crate::link::LinkKind;
 pub(crate) use server::{Server, ServerError};
 pub(crate) use standing::{Progress, Standing};

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use super::answer::Status;
 use crate::arbiter::Watch;
 use crate::events::{Role, now_us};
+use crate::link::LinkKind;
 use crate::notify;
 
 /// How far the checkpoints are.
@@ -41,6 +42,7 @@ pub(super) struct Facts {
     pub(super) asking: bool,
     pub(super) generation: Option<u64>,
     pub(super) peer: Option<String>,
+    pub(super) link: Option<LinkKind>,
     watch: Option<Weak<Watch>>,
     counter: Option<Counter>,
 }
@@ -88,6 +90,7 @@ impl Standing {
             asking: false,
             generation: None,
             peer: None,
+            link: None,
             watch: None,
             counter: None,
         };
@@ -106,6 +109,11 @@ impl Standing {
     /// Looks at the arbiter through this watch from now on, but does not keep it alive.
     pub(crate) fn watch(&self, watch: &Arc<Watch>) {
         self.change(|facts| facts.watch = Some(Arc::downgrade(watch)));
+    }
+
+    /// What protects the links of this process.
+    pub(crate) fn link(&self, kind: LinkKind) {
+        self.change(|facts| facts.link = Some(kind));
     }
 
     /// The VM runs here, in this generation. `counter` knows its checkpoints.

@@ -7,11 +7,13 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use outlive::arbiter::FileArbiter;
+use outlive::keys::{self, Grant, Order};
 use outlive::network::{EnterError, Namespace, Netlink};
 
 use crate::support::{PROGRAM, has_kvm};
@@ -36,7 +38,11 @@ impl Stage {
         let arbiter = dir.path().join("arbiter");
         fs::create_dir(&arbiter).unwrap();
         FileArbiter::init(&arbiter).unwrap();
-        Some(Stage { network, dir })
+        let stage = Stage { network, dir };
+        let life = Duration::from_secs(3600);
+        keys::init(stage.path("keys").as_ref(), &Order { host: "a".into(), grant: Grant::ALL, life })
+            .unwrap();
+        Some(stage)
     }
 
     fn path(&self, name: &str) -> String {
@@ -48,6 +54,9 @@ impl Stage {
         let arbiter = format!("file:{}", self.path("arbiter"));
         let mut command = Command::new(PROGRAM);
         command.args(line.split_whitespace().map(|word| word.replace("ARBITER", &arbiter)));
+        if ["--standby", "--listen"].iter().any(|it| line.contains(it)) && !line.contains("--insecure") {
+            command.args(["--keys", &self.path("keys")]);
+        }
         command
     }
 

@@ -27,6 +27,7 @@ mod sentinel;
 mod slow_link;
 mod standby;
 mod status;
+mod strangers;
 mod supervised;
 mod support;
 mod tail;
