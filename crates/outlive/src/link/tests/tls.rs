@@ -40,7 +40,7 @@ fn what_both_ends_write_at_once_arrives_whole_and_in_order() {
     let (a, b) = connected(&keys_in(dir.path(), Grant::ALL)).unwrap();
     let b = b.unwrap();
     assert_eq!((a.host.unwrap().name, b.host.unwrap().name), ("hostb".into(), "hosta".into()));
-    let bytes: Vec<u8> = (0..TOTAL).map(|at| (at * 31 >> 8) as u8).collect();
+    let bytes: Vec<u8> = (0..TOTAL).map(|at| ((at * 31) >> 8) as u8).collect();
     let bytes = &bytes;
     let check = |mut reader: super::super::Reader| {
         let (mut got, mut at) = (vec![0; 70_001], 0);
