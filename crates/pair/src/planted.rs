@@ -59,6 +59,7 @@ pub(crate) enum Bug {
     TwoWinners,
     AnyArbiter,
     StaleImageStarts,
+    EarlierClaimForgotten,
 }
 
 /// The mistake planted in one machine.

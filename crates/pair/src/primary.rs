@@ -252,6 +252,7 @@ impl Primary {
             Event::Captured { link, base } => self.captured(link, base, out),
             Event::HoldFailed { link, why } => self.hold_failed(link, why, out),
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
+            Event::Superseded { generation, owner } => self.superseded(generation, owner, out),
             Event::Connected { link } => self.connected(link, out),
             Event::DialFailed { link, why } => self.dial_failed(link, why, out),
             Event::Accepted { link, dead_after } => self.accepted(link, dead_after, out),

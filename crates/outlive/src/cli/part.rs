@@ -1,6 +1,5 @@
 //! Which part this host has, with `--or-standby`: asked until it is certain.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::RunOptions;
@@ -37,8 +36,7 @@ pub(super) enum PartError {
 pub(super) fn of(options: &RunOptions) -> Result<Part, PartError> {
     let now = Part::Starts { after: Duration::ZERO, may_be_taken_over: false };
     let Some(place) = options.arbiter.as_deref().filter(|_| options.or_standby) else { return Ok(now) };
-    let written: Vec<&Path> =
-        options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
+    let written = options.written();
     let mut arbiter = arbiter::parse(place)?;
     let mut decide = || Part::decide(&written, arbiter.as_mut(), options.name.as_deref());
     let began = Instant::now();

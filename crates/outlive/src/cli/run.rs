@@ -1,7 +1,7 @@
 //! `outlive run`.
 
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
@@ -73,7 +73,7 @@ pub struct RunOptions {
     /// started with the same command, at any time and in any order
     #[arg(long, requires_all = ["listen", "arbiter", "disks"], conflicts_with_all = [
         "accept_stale_image", "accept_replica", "accept_other_arbiter", "accept_lost_claims",
-        "accept_foreign_image",
+        "accept_foreign_image", "accept_moved_image", "accept_other_disks",
     ])]
     pub or_standby: bool,
 
@@ -91,8 +91,8 @@ pub struct RunOptions {
 }
 
 /// Starts that may give something up, or run a VM twice. Each is refused without its own option and is
-/// written to the log, the events and the image's sidecar. All but `--accept-replica` begin a new VM with the
-/// old one as ancestor.
+/// written to the log, the events and the image's sidecar. All but `--accept-replica`, `--accept-moved-image` and
+/// `--accept-other-disks` begin a new VM with the old one as ancestor.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What may be given up (each only after `outlive image show`)")]
 pub struct AcceptOptions {
@@ -119,6 +119,15 @@ pub struct AcceptOptions {
     /// Make one VM of images that belonged to several
     #[arg(long)]
     pub accept_foreign_image: bool,
+
+    /// Start although an image is not the file that its sidecar was written for (it was copied, restored, made anew
+    /// or cut); no other copy of the VM may run
+    #[arg(long)]
+    pub accept_moved_image: bool,
+
+    /// Start with the VM's disks in another order, or without some of them
+    #[arg(long)]
+    pub accept_other_disks: bool,
 }
 
 impl AcceptOptions {
@@ -131,6 +140,8 @@ impl AcceptOptions {
             (self.accept_lost_claims, DangerKind::LostClaims),
             (self.accept_no_arbiter, DangerKind::NoArbiter),
             (self.accept_foreign_image, DangerKind::ForeignImage),
+            (self.accept_moved_image, DangerKind::MovedImage),
+            (self.accept_other_disks, DangerKind::OtherDisks),
         ];
         named.into_iter().filter(|(is, _)| *is).map(|(_, danger)| danger).collect()
     }
@@ -140,6 +151,12 @@ impl RunOptions {
     /// Bytes of guest memory.
     pub fn memory_bytes(&self) -> u64 {
         self.memory.unwrap_or(if self.kernel.is_some() { 1 << 30 } else { 256 << 20 })
+    }
+
+    /// The disks that the VM writes to and does not share, with their positions among all disks.
+    pub(crate) fn written(&self) -> Vec<(u16, &Path)> {
+        let written = self.disks.iter().zip(0..).filter(|(disk, _)| !disk.readonly && !disk.shared);
+        written.map(|(disk, number)| (number, disk.path.as_path())).collect()
     }
 
     /// What this process would have been given as the VM's standby, if it may become one.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::prepare::{self, PrepareError};
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::sidecar::{Role, Sidecar};
-use super::standing::Standing;
+use super::standing::{Danger, Standing};
 use super::start::{SidecarNotWritten, cannot_write, new_vm, record};
 use crate::arbiter::{self, Arbiter, ArbiterError, ArbiterSpecError, Claim};
 use crate::cli::{ImageCommand, ImageOptions};
@@ -115,15 +115,16 @@ impl Shown {
             in_use: prepare::is_in_use(image),
             refusals: Vec::new(),
         };
-        let sidecar = match Sidecar::read(image) {
+        let (sidecar, stamp) = match Sidecar::read_stamped(image) {
             Ok(None) => return Ok(shown),
-            Ok(Some(sidecar)) => sidecar,
+            Ok(Some(read)) => read,
             Err(error) => {
                 shown.refusals.push(error.to_string());
                 return Ok(shown);
             }
         };
-        let standing = Standing::of(&sidecar, arbiter)?;
+        let mut standing = Standing::of(&sidecar, arbiter)?;
+        standing.dangers.extend(stamp.and_then(|stamp| stamp.differs(image)).map(Danger::Moved));
         let Provenance { vm, name, arbiter, .. } = &sidecar.provenance;
         shown.vm = Some(vm.to_string());
         shown.name = Some(name.clone());
@@ -230,7 +231,8 @@ fn accept(
         let before = Shown::of(image, None)?;
         let before = before.vm.map_or_else(|| "of no VM".into(), |vm| format!("of VM {vm}"));
         let accepted = vec![record(DangerKind::Unknown, format!("accepted as it is; it was {before}"))];
-        let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
+        let fresh = Sidecar::primary(&provenance, 0, None);
+        let sidecar = Sidecar { disk: disk as u16, accepted, ..fresh };
         sidecar.write(image).map_err(|e| cannot_write(image, e))?;
     }
     print(out, &format!("VM {}: begins with these images", provenance.vm))

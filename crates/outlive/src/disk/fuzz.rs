@@ -15,8 +15,8 @@ use super::sidecar::Sidecar;
 /// If it is not.
 pub fn sidecar(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    if let Ok(sidecar) = Sidecar::parse(text) {
-        let again = sidecar.text().expect("what was read can be written");
+    if let Ok((sidecar, stamp)) = Sidecar::parse(text) {
+        let again = sidecar.text(stamp).expect("what was read can be written");
         assert!(Sidecar::parse(&again).is_ok(), "what was written can be read: {again}");
     }
 }

@@ -37,6 +37,7 @@ mod provenance;
 mod replica;
 mod sidecar;
 mod sidecars;
+mod stamp;
 mod standing;
 mod start;
 mod sync;

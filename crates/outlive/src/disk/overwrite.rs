@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::blank::{self, Content};
 use super::provenance::{Accepted, DangerKind, Provenance};
 use super::sidecar::{Sidecar, SidecarError};
+use super::stamp::Differs;
 use super::standing::Standing;
 use super::start::record;
 use crate::arbiter::{Arbiter, ArbiterError};
@@ -63,11 +64,15 @@ impl Target<'_> {
         generation: u64,
         arbiter: &mut (dyn Arbiter + 'static),
     ) -> Result<Option<Accepted>, OverwriteError> {
-        let holds = match Sidecar::read(self.path) {
+        let holds = match Sidecar::read_stamped(self.path) {
             Err(error) if !self.overwrite => return Err(error.into()),
             Err(error) => Some(format!("an image whose sidecar is damaged: {error}")),
             Ok(None) => self.data()?.map(|at| format!("data (at byte {at}) and is no standby's copy")),
-            Ok(Some(sidecar)) => stranger(&sidecar, provenance, generation, arbiter)?,
+            // Its sidecar was written for another file, and says nothing about this one.
+            Ok(Some((_, Some(stamp)))) if stamp.differs(self.path) == Some(Differs::File) => {
+                self.data()?.map(|at| format!("data (at byte {at}) and is not the file of its sidecar"))
+            }
+            Ok(Some((sidecar, _))) => stranger(&sidecar, provenance, generation, arbiter)?,
         };
         match holds {
             None => Ok(None),

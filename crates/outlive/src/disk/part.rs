@@ -8,6 +8,7 @@
 //! | the VM's own, in its newest generation | it starts the VM |
 //! | as they were at the VM's orderly end | it starts the VM, but lets the host on which the VM ran come first |
 //! | empty, not whole, of an older generation, given up | it waits: it has nothing, or the other host has more |
+//! | empty, and not the file that its sidecar was written for | it waits: what the sidecar speaks of is lost |
 //! | a standby's copy in the newest generation | it waits: the host where the VM ran has its own, perhaps newer image |
 //! | one of the VM's own in its newest generation, and one of no VM: a new disk, or a lost one | neither; an operator must say which |
 //! | anything that nobody can judge | neither; an operator must look |
@@ -23,7 +24,8 @@ use std::time::Duration;
 use super::blank::{self, Content};
 use super::provenance::DangerKind;
 use super::sidecar::{CopyEnd, Role, Sidecar, SidecarError};
-use super::standing::Standing;
+use super::stamp::Differs;
+use super::standing::{Danger, Given, Standing};
 use crate::arbiter::{Arbiter, ArbiterError};
 
 /// How long an image without a sidecar is searched, apart from its ends.
@@ -109,7 +111,7 @@ impl Part {
     /// # Errors
     /// One line with the remedy.
     pub(crate) fn decide(
-        images: &[&Path],
+        images: &[(u16, &Path)],
         arbiter: &mut (dyn Arbiter + 'static),
         name: Option<&str>,
     ) -> Result<Self, PartError> {
@@ -120,11 +122,22 @@ impl Part {
         let mut waits: Option<String> = None;
         let (mut own, mut unknown) = (None, Vec::new());
         let (mut after, mut may_be_taken_over) = (Duration::ZERO, false);
-        for image in images {
-            let Some(sidecar) = Sidecar::read(image)? else {
+        for given in Given::all(images) {
+            let image = given.image;
+            let Some((sidecar, stamp)) = Sidecar::read_stamped(image)? else {
                 unknown.push(image);
                 continue;
             };
+            let misplaced = given.dangers(&sidecar, stamp.as_ref());
+            // A new file in the place of a lost one has nothing of what the sidecar says.
+            if misplaced.iter().any(|it| *it == Danger::Moved(Differs::File)) && is_blank(image)? {
+                let image = image.display();
+                waits.get_or_insert_with(|| format!("the disk image {image} is empty, and was made anew"));
+                continue;
+            }
+            if let Some(danger) = misplaced.first() {
+                return Err(PartError::Unclear(danger.refusal(image)));
+            }
             let known = &sidecar.provenance.name;
             name = name.or_else(|| Some(known.clone()).filter(|name| !name.is_empty()));
             let standing = Standing::of(&sidecar, Some(&mut *arbiter))
@@ -162,12 +175,15 @@ impl Part {
 
 /// Why a host with an image without a sidecar waits: the image is empty.
 fn blank(image: &Path) -> Result<String, PartError> {
+    match is_blank(image)? {
+        true => Ok(format!("the disk image {} is empty", image.display())),
+        false => Err(PartError::Unknown(image.to_path_buf())),
+    }
+}
+
+fn is_blank(image: &Path) -> Result<bool, PartError> {
     let failed = |source| PartError::Read { image: image.to_path_buf(), source };
     let file = File::open(image).map_err(failed)?;
-    match blank::scan(&file, PATIENCE).map_err(failed)? {
-        Content::Blank | Content::BlankInSamples => {
-            Ok(format!("the disk image {} is empty", image.display()))
-        }
-        Content::Data { .. } => Err(PartError::Unknown(image.to_path_buf())),
-    }
+    let content = blank::scan(&file, PATIENCE).map_err(failed)?;
+    Ok(matches!(content, Content::Blank | Content::BlankInSamples))
 }

@@ -105,6 +105,10 @@ pub enum DangerKind {
     NoArbiter,
     /// The images belong to several VMs.
     ForeignImage,
+    /// The image is not the file that its sidecar was written for: it was copied, restored, made anew or cut.
+    MovedImage,
+    /// The disks are given in another order, or not all of them.
+    OtherDisks,
     /// The image is not whole, or its sidecar is unreadable, and the operator has restored it.
     Unknown,
     /// An image of a standby with data of its own is overwritten.
@@ -121,6 +125,8 @@ impl DangerKind {
             Self::LostClaims => "--accept-lost-claims",
             Self::NoArbiter => "--accept-no-arbiter",
             Self::ForeignImage => "--accept-foreign-image",
+            Self::MovedImage => "--accept-moved-image",
+            Self::OtherDisks => "--accept-other-disks",
             Self::Unknown | Self::Overwrite => "",
         }
     }

@@ -5,15 +5,21 @@
 //! vm = "3f2a..."            # the VM; the same over restarts and takeovers
 //! name = "server"
 //! disk = 0
+//! disks = 1                 # so many that the VM writes to
 //! role = "replica"          # or "primary": the VM runs, or ran, on it
 //! whole = true              # false while it is being synchronised
 //! generation = 4            # in which it was written last; 0 if the VM has no arbiter
 //! checkpoint = 77
 //! arbiter = "9c01..."       # missing if the VM has never had one
 //! process = "51d0..."       # what that process wins at the arbiter belongs to this image
+//! earlier = ["07be..."]     # and what these win, which had it before: a claim may still be on its way
 //! journal = "/srv/server.img.journal"
 //! host = "hostb"
 //! written = "2026-01-31T12:00:00Z"
+//!
+//! [image]                   # the file that all this is said of
+//! bytes = 8589934592
+//! file = "2621443-1769..."  # its number and birth, where a file system keeps them
 //!
 //! [[ancestors]]             # the VMs that it was begun from, by an operator's word
 //! vm = "77aa..."
@@ -28,7 +34,8 @@
 //!
 //! Because of `process`, a power cut between a won claim and the sidecar's next version leaves no image that
 //! nobody may start: the claim has the token of the process that won it, and the sidecar had that token
-//! before the process could claim.
+//! before the process could claim. Because of `earlier`, this is so too when a claim lands only after its process
+//! died and the next one has looked at the arbiter.
 
 mod old;
 mod place;
@@ -41,11 +48,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::provenance::{Accepted, Provenance};
+use super::stamp::Stamp;
 pub(crate) use place::beside;
 pub(in crate::disk) use text::now;
 
 /// How many records of what operators accepted are kept.
 const ACCEPTED_KEPT: usize = 8;
+
+/// How many processes that had an image before are kept. Each asked for a generation and got no answer.
+const EARLIER_KEPT: usize = 8;
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,11 +95,16 @@ pub(crate) struct Sidecar {
     pub(crate) checkpoint: u64,
     /// Its position among the VM's disks.
     pub(crate) disk: u16,
+    /// How many disks the VM writes to and does not share; `None` in sidecars of earlier releases.
+    pub(crate) disks: Option<u16>,
     /// The journal that may have writes for it.
     pub(crate) journal: Option<PathBuf>,
     /// The token of the process that has, or had, the image. Whatever generation of the VM that process won,
     /// it won for this image.
     pub(crate) process: Option<String>,
+    /// The processes that had the image before, oldest first, since its generation was won: the same holds for
+    /// them.
+    pub(crate) earlier: Vec<String>,
     /// What operators have accepted, newest last.
     pub(crate) accepted: Vec<Accepted>,
 }
@@ -128,6 +144,14 @@ impl Sidecar {
     /// # Errors
     /// [`SidecarError`].
     pub(crate) fn read(image: &Path) -> Result<Option<Self>, SidecarError> {
+        Ok(Self::read_stamped(image)?.map(|(sidecar, _)| sidecar))
+    }
+
+    /// The same, with the stamp of the file that it was written for; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`SidecarError`].
+    pub(crate) fn read_stamped(image: &Path) -> Result<Option<(Self, Option<Stamp>)>, SidecarError> {
         let path = beside(image, "outlive");
         match fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text).map(Some).map_err(|(line, why)| SidecarError::Malformed {
@@ -141,12 +165,32 @@ impl Sidecar {
         }
     }
 
-    /// Writes the sidecar of an image: after this returns it is durable, and until then the old one is whole.
-    /// What was accepted for the image stays in it.
+    /// The processes whose wins are this image's.
+    pub(in crate::disk) fn claimants(&self) -> impl Iterator<Item = &str> {
+        self.earlier.iter().chain(&self.process).map(String::as_str)
+    }
+
+    /// The image goes from the processes that had it to this one.
+    pub(in crate::disk) fn handed_to(&self, process: &str) -> Self {
+        let mut earlier: Vec<_> = self.claimants().filter(|it| *it != process).map(str::to_owned).collect();
+        earlier.drain(..earlier.len().saturating_sub(EARLIER_KEPT));
+        Self { process: Some(process.to_owned()), earlier, ..self.clone() }
+    }
+
+    /// Writes the sidecar of an image, for the file that is there now: after this returns it is durable, and until
+    /// then the old one is whole. What was accepted for the image stays in it.
     ///
     /// # Errors
     /// The file system's.
     pub(crate) fn write(&self, image: &Path) -> io::Result<()> {
+        self.write_for(image, Stamp::of(image).ok())
+    }
+
+    /// The same for the file with this stamp.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn write_for(&self, image: &Path, stamp: Option<Stamp>) -> io::Result<()> {
         let path = beside(image, "outlive");
         let new = beside(image, "outlive.new");
         let directory = path.parent().unwrap_or(Path::new("/"));
@@ -155,7 +199,7 @@ impl Sidecar {
         accepted
             .extend(self.accepted.iter().filter(|new| !accepted.contains(new)).cloned().collect::<Vec<_>>());
         accepted.drain(..accepted.len().saturating_sub(ACCEPTED_KEPT));
-        let text = Self { accepted, ..self.clone() }.text().map_err(io::Error::other)?;
+        let text = Self { accepted, ..self.clone() }.text(stamp).map_err(io::Error::other)?;
         let mut file = File::create(&new)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
@@ -203,8 +247,10 @@ mod tests {
             end: Some(CopyEnd::Released),
             checkpoint: 77,
             disk: 2,
+            disks: Some(3),
             journal: Some("/srv/with space/root.img.journal".into()),
             process: Some("51d0".repeat(8)),
+            earlier: vec!["07be".repeat(8), "9c3f".repeat(8)],
             accepted: Vec::new(),
         }
     }
@@ -221,7 +267,7 @@ mod tests {
         File::create(&image).unwrap();
         assert_eq!(Sidecar::read(&image).unwrap(), None);
         let provenance = Provenance { arbiter: KnownArbiter::None, ..sidecar().provenance };
-        let bare = Sidecar { process: None, end: None, provenance, ..sidecar() };
+        let bare = Sidecar { process: None, earlier: Vec::new(), end: None, provenance, ..sidecar() };
         let primary = Sidecar { role: Role::Primary, whole: false, journal: None, ..bare };
         for sidecar in [sidecar(), primary] {
             sidecar.write(&image).unwrap();
@@ -233,6 +279,16 @@ mod tests {
         let link = directory.path().join("link.img");
         std::os::unix::fs::symlink(&image, &link).unwrap();
         assert!(Sidecar::read(&link).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_sidecar_remembers_the_processes_that_had_its_image() {
+        let tokens: Vec<_> = (0..12).map(|number| format!("{number:032x}")).collect();
+        let first = Sidecar { process: None, earlier: Vec::new(), ..sidecar() };
+        let last = tokens.iter().fold(first, |sidecar, token| sidecar.handed_to(token));
+        assert_eq!(last.claimants().collect::<Vec<_>>(), tokens[3..]);
+        // Nobody is there twice.
+        assert_eq!(last.handed_to(&tokens[11]), last);
     }
 
     #[test]
@@ -253,19 +309,19 @@ mod tests {
 
     #[test]
     fn nonsense_is_named_by_its_line() {
-        let good = sidecar().text().unwrap();
-        assert_eq!(Sidecar::parse(&good), Ok(sidecar()));
+        let good = sidecar().text(None).unwrap();
+        assert_eq!(Sidecar::parse(&good), Ok((sidecar(), None)));
         for (from, to, line) in [
             ("vm = \"3031", "vm = \"30x1", 0),
             ("vm = \"3031", "vm = \"303", 0),
-            ("role = \"replica\"", "role = \"other\"", 6),
-            ("whole = true", "whole = perhaps", 7),
-            ("checkpoint = 77", "checkpoint = -1", 10),
+            ("role = \"replica\"", "role = \"other\"", 7),
+            ("whole = true", "whole = perhaps", 8),
+            ("checkpoint = 77", "checkpoint = -1", 11),
             ("disk = 2", "colour = 5", 5),
             ("disk = 2\n", "", 0),
             ("version = 2", "version = 3", 0),
-            ("generation = 4", "generation", 9),
-            ("through = 3", "through = 3\nhow = 4", 20),
+            ("generation = 4", "generation", 10),
+            ("through = 3", "through = 3\nhow = 4", 22),
         ] {
             assert!(good.contains(from), "{from}");
             let error = Sidecar::parse(&good.replace(from, to)).unwrap_err();
@@ -292,7 +348,17 @@ mod tests {
             arbiter: KnownArbiter::Unsaid,
             lineage: Lineage::default(),
         };
-        assert_eq!(old, Sidecar { provenance: expected, process: None, end: None, ..sidecar() });
+        assert_eq!(
+            old,
+            Sidecar {
+                provenance: expected,
+                disks: None,
+                process: None,
+                earlier: Vec::new(),
+                end: None,
+                ..sidecar()
+            }
+        );
         old.write(&image).unwrap();
         assert!(fs::read_to_string(beside(&image, "outlive")).unwrap().contains("version = 2"));
         assert_eq!(Sidecar::read(&image).unwrap(), Some(old), "nothing is lost");

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::provenance::{Accepted, Provenance};
 use super::sidecar::{CopyEnd, Role, Sidecar, beside};
+use super::stamp::Stamp;
 use crate::arbiter::process_token;
 
 /// Time between two attempts.
@@ -124,7 +125,9 @@ impl Sidecars {
     pub(crate) fn start(images: Vec<Image>, provenance: Provenance) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let process = process_token()?;
-        let keeper = Keeper { shared: shared.clone(), images, provenance, process };
+        // The files that this process has open, whatever comes into their places later.
+        let stamps = images.iter().map(|image| Stamp::of(&image.path).ok()).collect();
+        let keeper = Keeper { shared: shared.clone(), images, stamps, provenance, process };
         outlive_machine::spawn("sidecars", move || {
             keeper.run();
         })?;
@@ -182,6 +185,8 @@ impl Shared {
 struct Keeper {
     shared: Arc<Shared>,
     images: Vec<Image>,
+    /// One for each image.
+    stamps: Vec<Option<Stamp>>,
     provenance: Provenance,
     process: &'static str,
 }
@@ -250,7 +255,7 @@ impl Keeper {
 
     fn write(&self, saying: &Saying) -> Result<(), WriteError> {
         let Saying { generation, role, whole, end, checkpoint, journal, obsolete } = saying.clone();
-        for Image { disk, path: image, accepted } in &self.images {
+        for (Image { disk, path: image, accepted }, stamp) in self.images.iter().zip(&self.stamps) {
             let sidecar = Sidecar {
                 provenance: self.provenance.clone(),
                 generation,
@@ -259,11 +264,15 @@ impl Keeper {
                 end,
                 checkpoint,
                 disk: *disk,
+                disks: u16::try_from(self.images.len()).ok(),
                 journal: journal.clone(),
                 process: Some(self.process.to_owned()),
+                earlier: Vec::new(),
                 accepted: accepted.iter().cloned().collect(),
             };
-            sidecar.write(image).map_err(|source| WriteError { file: beside(image, "outlive"), source })?;
+            sidecar
+                .write_for(image, stamp.clone())
+                .map_err(|source| WriteError { file: beside(image, "outlive"), source })?;
         }
         if let Some(path) = obsolete
             && let Err(error) = fs::remove_file(&path)

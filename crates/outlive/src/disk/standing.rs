@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use super::provenance::{DangerKind, KnownArbiter};
-use super::sidecar::{CopyEnd, Role, Sidecar};
-use crate::arbiter::{Arbiter, ArbiterError};
+use super::sidecar::{CopyEnd, Role, Sidecar, beside};
+use super::stamp::{Differs, Stamp};
+use crate::arbiter::{Arbiter, ArbiterError, Win};
 
 /// What speaks against starting a VM from an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,41 @@ pub(crate) enum Danger {
     LostClaims { generation: u64, highest: Option<u64> },
     /// The image knows an arbiter (perhaps not which), and none was given.
     NoArbiter { known: Option<String> },
+    /// The image is not the file that its sidecar was written for.
+    Moved(Differs),
+    /// The image was another one of the VM's disks.
+    OtherPlace { was: u16, given: u16 },
+    /// The VM had more disks.
+    Missing { had: u16, given: usize },
+}
+
+/// One of the images that a VM is to start from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given<'a> {
+    /// Its position among the VM's disks.
+    pub(crate) disk: u16,
+    /// The image.
+    pub(crate) image: &'a Path,
+    /// How many images are given.
+    pub(crate) of: usize,
+}
+
+impl<'a> Given<'a> {
+    /// Images with their positions.
+    pub(crate) fn all(images: &'a [(u16, &'a Path)]) -> impl Iterator<Item = Self> + use<'a> {
+        images.iter().map(|&(disk, image)| Self { disk, image, of: images.len() })
+    }
+
+    /// What speaks against using the image in this place with a sidecar that has this stamp.
+    pub(super) fn dangers(&self, sidecar: &Sidecar, stamp: Option<&Stamp>) -> Vec<Danger> {
+        let moved = stamp.and_then(|stamp| stamp.differs(self.image)).map(Danger::Moved);
+        let (was, given) = (sidecar.disk, self.disk);
+        // Earlier releases do not say how many there were, and some of their sidecars do not say which one this is.
+        let place = sidecar.disks.filter(|_| was != given).map(|_| Danger::OtherPlace { was, given });
+        let (had, given) = (sidecar.disks.unwrap_or(0), self.of);
+        let missing = (usize::from(had) > given).then_some(Danger::Missing { had, given });
+        moved.into_iter().chain(place).chain(missing).collect()
+    }
 }
 
 impl Danger {
@@ -31,11 +67,14 @@ impl Danger {
             Self::OtherArbiter { .. } => DangerKind::OtherArbiter,
             Self::LostClaims { .. } => DangerKind::LostClaims,
             Self::NoArbiter { .. } => DangerKind::NoArbiter,
+            Self::Moved(_) => DangerKind::MovedImage,
+            Self::OtherPlace { .. } | Self::Missing { .. } => DangerKind::OtherDisks,
         }
     }
 
     /// One line with the remedy.
     pub(super) fn refusal(&self, image: &Path) -> String {
+        let image_path = image;
         let (image, option) = (image.display(), self.kind().option());
         match self {
             Self::Stale { generation, newest, owner } => {
@@ -78,6 +117,20 @@ impl Danger {
                      without it with {option}"
                 )
             }
+            Self::Moved(differs) => format!(
+                "the disk image {image} is not the file that {} was written for: {differs}, so nobody knows whether \
+                 it has the VM's newest state; bring that file back; or, if this is the VM's newest state and no \
+                 other copy of it runs, start with {option}",
+                beside(image_path, "outlive").display()
+            ),
+            Self::OtherPlace { was, given } => format!(
+                "the disk image {image} was disk {was} of its VM and is given as disk {given}: give the disks in \
+                 their order; or, if the guest is to see them like this, start with {option}"
+            ),
+            Self::Missing { had, given } => format!(
+                "the disk image {image} belongs to a VM that writes to {had} disks, and {given} are given: give all \
+                 of them; or, if the guest does without the others from now on, start with {option}"
+            ),
         }
     }
 
@@ -101,6 +154,9 @@ impl Danger {
                 format!("VM {vm}: an arbiter that does not know generation {generation}")
             }
             Self::NoArbiter { .. } => format!("VM {vm}: no arbiter"),
+            Self::Moved(differs) => format!("VM {vm}: another file in the image's place: {differs}"),
+            Self::OtherPlace { was, given } => format!("VM {vm}: disk {was} becomes disk {given}"),
+            Self::Missing { had, given } => format!("VM {vm}: {given} of its {had} disks"),
         }
     }
 }
@@ -155,12 +211,10 @@ impl Standing {
         let history = arbiter.history(&provenance.vm)?;
         let (newest, highest) = (history.last(), history.last().map(|win| win.generation));
         // A process that wins a generation keeps its images. It may have died before their sidecars said so.
-        let own = |token: &str| {
-            let mut wins = history.iter().rev();
-            let own = wins.find(|win| win.winner.as_ref().is_some_and(|winner| winner.process == token));
-            own.map(|win| win.generation)
+        let own = |win: &&Win| {
+            win.winner.as_ref().is_some_and(|winner| sidecar.claimants().any(|token| token == winner.process))
         };
-        let won = sidecar.process.as_deref().and_then(own).filter(|won| won > generation);
+        let won = history.iter().rev().find(own).map(|win| win.generation).filter(|won| won > generation);
         let (generation, role) = won.map_or((*generation, *role), |won| (won, Role::Primary));
         let mut dangers = Vec::new();
         match highest {

@@ -19,7 +19,7 @@ use outlive_epoch::{Ancestor, Lineage, VmId};
 
 use super::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use super::sidecar::{Role, Sidecar, SidecarError, beside, now};
-use super::standing::{Danger, Standing};
+use super::standing::{Danger, Given, Standing};
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::process;
 
@@ -94,23 +94,25 @@ pub(crate) struct Start {
 }
 
 impl Start {
-    /// Decides which VM starts from `images`: those that it writes to and does not share. Without a `name` it
-    /// keeps the one that it has. Changes nothing.
+    /// Decides which VM starts from `images`: those that it writes to and does not share, with their positions among
+    /// all disks. Without a `name` it keeps the one that it has. Changes nothing.
     ///
     /// # Errors
     /// One line with the remedy for the first danger that is not accepted.
     pub(crate) fn plan(
-        images: &[&Path],
+        images: &[(u16, &Path)],
         mut arbiter: Option<&mut (dyn Arbiter + 'static)>,
         name: Option<&str>,
         accept: &[DangerKind],
     ) -> Result<Self, StartError> {
         let mut known = Vec::new();
         let mut accepted = Vec::new();
-        for path in images {
-            let Some(sidecar) = Sidecar::read(path)? else { continue };
-            let standing = Standing::of(&sidecar, arbiter.as_deref_mut())
+        for given in Given::all(images) {
+            let path = given.image;
+            let Some((sidecar, stamp)) = Sidecar::read_stamped(path)? else { continue };
+            let mut standing = Standing::of(&sidecar, arbiter.as_deref_mut())
                 .map_err(|why| StartError::Unknown { image: path.to_path_buf(), why: why.to_string() })?;
+            standing.dangers.extend(given.dangers(&sidecar, stamp.as_ref()));
             for danger in &standing.dangers {
                 if !accept.contains(&danger.kind()) {
                     return Err(StartError::Danger { image: path.to_path_buf(), danger: danger.clone() });
@@ -139,9 +141,10 @@ impl Start {
         mut accepted: Vec<Accepted>,
     ) -> Result<Self, StartError> {
         accepted.dedup();
-        // A standby's copy continues its VM's line, like a takeover; everything else that must be accepted
-        // forks it.
-        let forks = accepted.iter().any(|it| it.danger != DangerKind::Replica);
+        // A standby's copy continues its VM's line, like a takeover. So does an image that was moved, and disks in
+        // another order: an operator says that they are the VM's newest state. Everything else forks the line.
+        let continues = [DangerKind::Replica, DangerKind::MovedImage, DangerKind::OtherDisks];
+        let forks = accepted.iter().any(|it| !continues.contains(&it.danger));
         let (vm, lineage, generation) = match known.first() {
             Some(first) if !forks => {
                 let generation = first.standing.generation;
@@ -196,7 +199,7 @@ impl Start {
             // the next sidecar.
             for Known { path, sidecar, standing } in &self.known {
                 let Standing { generation, role, .. } = *standing;
-                let intent = Sidecar { generation, role, process: Some(process.into()), ..sidecar.clone() };
+                let intent = Sidecar { generation, role, ..sidecar.handed_to(process) };
                 intent.write(path).map_err(|e| cannot_write(path, e))?;
             }
         }
@@ -257,8 +260,8 @@ impl Start {
     ) -> Result<(), StartError> {
         for (disk, path) in disks {
             let accepted = self.accepted.clone();
-            let sidecar =
-                Sidecar { disk: *disk, accepted, ..Sidecar::primary(provenance, generation, Some(process)) };
+            let fresh = Sidecar::primary(provenance, generation, Some(process));
+            let sidecar = Sidecar { disk: *disk, disks: u16::try_from(disks.len()).ok(), accepted, ..fresh };
             sidecar.write(path).map_err(|e| cannot_write(path, e))?;
         }
         Ok(())
@@ -277,8 +280,10 @@ impl Sidecar {
             end: None,
             checkpoint: 0,
             disk: 0,
+            disks: None,
             journal: None,
             process: process.map(str::to_owned),
+            earlier: Vec::new(),
             accepted: Vec::new(),
         }
     }

@@ -215,6 +215,11 @@ impl SharedDriver {
         self.handle(PrimaryEvent::Claimed { generation, result });
     }
 
+    /// The generation in which the VM runs here.
+    pub(super) fn generation(&self) -> u64 {
+        self.lock().machine().generation()
+    }
+
     /// Since when the oldest output of the running epoch is held, on the driver's clock.
     pub(super) fn held_since(&self) -> Option<Duration> {
         self.valve.held_since().map(|since| self.clock.since_start(since))

@@ -14,6 +14,7 @@ use super::driver::SharedDriver;
 use super::inbox::{Inbox, inbox};
 use super::links::{self, Plan};
 use super::ports::Ports;
+use super::rivals;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
@@ -87,6 +88,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         stops,
         identity,
         arbiter,
+        place,
         watch: arbiter_watch,
         options,
         sidecars,
@@ -166,6 +168,10 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         let claims = claims.map_err(CoordinateError::NoClaims)?;
         end_notes = Some(claims.end_notes());
         driver.set_claims(claims);
+    }
+    if let Some(place) = place {
+        rivals::watch(place, identity.provenance.vm, &driver, events.clone())
+            .map_err(CoordinateError::NoThread)?;
     }
     watch(&driver, timing.dead_after, &events).map_err(CoordinateError::NoThread)?;
     let reporter = report(totals.clone(), output, events.clone())

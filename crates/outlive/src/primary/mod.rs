@@ -18,6 +18,7 @@ mod pool;
 mod ports;
 mod reminder;
 mod restarts;
+mod rivals;
 mod self_check;
 mod stats;
 #[cfg(test)]
@@ -29,11 +30,11 @@ use std::sync::Arc;
 
 use outlive_machine::{CreateError, Host, HostError, MacAddr, Machine, MachineEvent, Options, OutputMode};
 
-use crate::arbiter::{self, ArbiterSpecError, Here, Watch};
-use crate::cli::RunOptions;
+use crate::arbiter::{self, Arbiter, ArbiterSpecError, Here, Watch};
+use crate::cli::{ActiveOptions, RunOptions};
 use crate::console::{Console, ConsoleError, Port};
 use crate::disk::{self, Accepted, Books, PrepareError, Start};
-use crate::events::{self, Event, EventsError, Role};
+use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::standby::{About, fence};
 use crate::status::Standing;
 use crate::vm::{
@@ -109,15 +110,17 @@ pub(crate) enum MachineError {
 pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, StartError> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
-    let written: Vec<&Path> =
-        options.disks.iter().filter(|d| !d.readonly && !d.shared).map(|d| d.path.as_path()).collect();
-    disk::for_run(&written)?;
+    let written = options.written();
+    let paths: Vec<&Path> = written.iter().map(|(_, path)| *path).collect();
+    disk::for_run(&paths)?;
     let others: Vec<&Path> =
         options.disks.iter().filter(|d| d.readonly || d.shared).map(|d| d.path.as_path()).collect();
     disk::refuse_unfinished(&others)?;
     let mut arbiter = options.arbiter.as_deref().map(arbiter::parse).transpose()?;
-    let start =
-        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())?;
+    let plan = |arbiter: &mut Option<Box<dyn Arbiter>>| {
+        Start::plan(&written, arbiter.as_deref_mut(), options.name.as_deref(), &options.accept.dangers())
+    };
+    let mut start = plan(&mut arbiter)?;
     let vm = start.provenance.vm;
     let (machine_events, stops) = (Relay::new(), Relay::new());
     let guest = Guest::read(options)?;
@@ -131,15 +134,23 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let events = events::open(&active.events_to())?;
     process::on_stop(active.exit_with_stdin, stops.sender()).map_err(StartError::Signals)?;
     events.of_vm(&start.provenance.name, &vm.to_string());
-    // Before the images become the VM's own: a process that is killed meanwhile must fence after its restart, too.
-    if let Some((generation, command)) = start.unfenced().zip(active.fence()) {
-        let peer = active.standbys.first().cloned().unwrap_or_default();
-        let about = About { name: start.provenance.name.clone(), vm: vm.to_string(), generation, peer };
-        // The command has no time limit, but the start of a service has one.
-        notify::ready();
-        fence(&command, &about, &events, &standing);
+    let begin = |start: &Start, arbiter: &mut Option<Box<dyn Arbiter>>| {
+        fence_earlier(start, active, &events, &standing);
+        start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())
+    };
+    match begin(&start, &mut arbiter) {
+        // Perhaps by an earlier process that had this very image, and whose claim landed only after its death.
+        // If so, the second look at the arbiter tells; if not, its error names the winner.
+        Err(taken_over @ disk::StartError::TakenOver { .. }) => {
+            start = plan(&mut arbiter)?;
+            // A fork would be another VM than the one that the machine was made for.
+            if start.provenance.vm != vm {
+                return Err(taken_over.into());
+            }
+            begin(&start, &mut arbiter)?;
+        }
+        begun => begun?,
     }
-    start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?;
     for Accepted { danger, about, .. } in start.accepted() {
         tracing::warn!(?danger, "ACCEPTED: {about}");
         events.emit(Event::Accepted { danger: *danger, about: about.clone() });
@@ -173,6 +184,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         generation: start.generation,
         checkpoint: 0,
     };
+    let place = options.arbiter.clone();
     let options = active.clone();
     let (sidecars, stop) = (None, None);
     Ok(Launch {
@@ -181,6 +193,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         stops,
         identity,
         arbiter,
+        place,
         watch,
         options,
         sidecars,
@@ -191,6 +204,18 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         standing,
         books: Books::default(),
     })
+}
+
+/// Fences off the host that an earlier process of this one took over from, if nobody knows whether that was done.
+/// Comes before the images become the VM's own: a process that is killed meanwhile must fence after its restart, too.
+fn fence_earlier(start: &Start, active: &ActiveOptions, events: &EventWriter, standing: &Standing) {
+    let Some((generation, command)) = start.unfenced().zip(active.fence()) else { return };
+    let peer = active.standbys.first().cloned().unwrap_or_default();
+    let vm = start.provenance.vm.to_string();
+    let about = About { name: start.provenance.name.clone(), vm, generation, peer };
+    // The command has no time limit, but the start of a service has one.
+    notify::ready();
+    fence(&command, &about, events, standing);
 }
 
 /// Makes the machine and attaches its card to the bridge.

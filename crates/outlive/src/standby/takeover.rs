@@ -123,6 +123,7 @@ pub(super) fn take_over(
         stops: stops.clone(),
         identity: parts.identity,
         arbiter: Some(parts.arbiter),
+        place: Some(options.arbiter.clone()),
         watch: Some(equipment.watch.clone()),
         options: options.active.clone(),
         sidecars,

@@ -43,6 +43,8 @@ pub(crate) struct Launch {
     pub(crate) identity: Identity,
     /// The arbiter that gives generations.
     pub(crate) arbiter: Option<Box<dyn Arbiter>>,
+    /// Where the arbiter is, as in `--arbiter`.
+    pub(crate) place: Option<String>,
     /// Who looks whether it is there.
     pub(crate) watch: Option<Arc<Watch>>,
     /// Options.

@@ -11,7 +11,8 @@
 //! * **VLAN.** The port is in its VLAN, and out of the bridge's default one, before it is switched on.
 //!
 //! A tap that was there before belongs to somebody else: nothing of it is changed, except that it is attached and
-//! switched on if it is not.
+//! switched on if it is not. Unless it has gone meanwhile: a tap that belonged to a copy of the VM that this process
+//! is just discarding gives way to a new one of the same name.
 
 use super::NoRandom;
 use crate::cli::NetSpec;
@@ -138,6 +139,9 @@ impl TapPlace {
     /// # Errors
     /// See [`PlaceError`].
     pub(crate) fn join(mut self) -> Result<(), PlaceError> {
+        // As it is now, and only if it is still the same: the kernel gives no number twice.
+        let now = self.netlink.link(&self.tap)?;
+        self.before = self.before.take().filter(|before| before.index == now.index).map(|_| now);
         if self.before.is_none() {
             self.prepare()?;
         }
@@ -189,5 +193,61 @@ impl TapPlace {
             self.netlink.remove_port_vlan(&self.tap, default)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use outlive_machine::Tap;
+
+    use super::*;
+    use crate::network::Namespace;
+
+    fn card() -> NetSpec {
+        "tap=vm0,bridge=br0".parse().unwrap()
+    }
+
+    fn link(name: &str) -> Link {
+        Netlink::open().unwrap().link(name).unwrap()
+    }
+
+    /// Runs in a network with a bridge.
+    fn beside_a_bridge(work: impl FnOnce() + Send) {
+        let Ok(namespace) = Namespace::new() else { return println!("skipped: no network namespaces") };
+        let ready = || Netlink::open().and_then(|mut netlink| netlink.create_bridge("br0")).unwrap();
+        namespace.run(|| (ready(), work())).unwrap();
+    }
+
+    #[test]
+    fn a_new_tap_takes_the_place_of_one_that_goes_after_the_look() {
+        beside_a_bridge(|| {
+            let first = TapPlace::look(&card(), Wiring::default()).unwrap();
+            let old = Tap::open("vm0").unwrap();
+            first.join().unwrap();
+            let next = TapPlace::look(&card(), Wiring::default()).unwrap();
+            drop(old);
+            let _new = Tap::open("vm0").unwrap();
+            assert!(!link("vm0").up, "it is another one");
+            next.join().unwrap();
+            let tap = link("vm0");
+            assert!(tap.up);
+            assert_eq!(tap.bridge, Some(link("br0").index));
+            assert_eq!(tap.mac.unwrap()[0], HIGH);
+        });
+    }
+
+    #[test]
+    fn a_tap_of_somebody_else_keeps_its_address() {
+        beside_a_bridge(|| {
+            let _theirs = Tap::with_queues("vm0", 2).unwrap();
+            let mac = [2, 0, 0, 0, 0, 7];
+            Netlink::open().unwrap().set_mac("vm0", mac).unwrap();
+            let place = TapPlace::look(&card(), Wiring::default()).unwrap();
+            let _ours = Tap::with_queues("vm0", 2).unwrap();
+            place.join().unwrap();
+            let tap = link("vm0");
+            assert!(tap.up && tap.bridge.is_some());
+            assert_eq!(tap.mac, Some(mac));
+        });
     }
 }

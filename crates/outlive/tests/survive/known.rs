@@ -228,3 +228,53 @@ fn after_an_orderly_end_either_image_is_good() {
     wait_until("host a has the copy", || sidecar(&world, Side::A).contains("generation = 2"));
     drop(a);
 }
+
+/// Somebody copied a running VM's image with its sidecar, and starts the copy on the other host.
+#[test]
+fn a_copy_is_refused_and_never_runs_beside_its_original() {
+    let Some(world) = World::new() else { return };
+    make(&world, Side::A, true);
+    let mut original = run(&world, Side::A, &[]);
+    original.wait_for("running", |e| matches!(e, Event::Started { .. }));
+    fs::copy(world.image(Side::A), world.image(Side::B)).unwrap();
+    fs::write(format!("{}.outlive", world.image(Side::B).display()), sidecar(&world, Side::A)).unwrap();
+    let said = refusal(run(&world, Side::B, &[]));
+    assert!(said.contains("is not the file that") && said.contains("--accept-moved-image"), "{said}");
+    assert!(!original.ended());
+    // The operator insists. Whoever has the newest generation runs the VM, and nobody else.
+    let mut copy = run(&world, Side::B, &["--accept-moved-image"]);
+    copy.wait_for("the word in the events", |e| {
+        matches!(e, Event::Accepted { danger: DangerKind::MovedImage, .. })
+    });
+    assert_eq!(original.wait_exit(), 3, "{}", original.log());
+    assert!(original.has(|e| matches!(e, Event::Lost { generation: 2, .. })), "{}", original.log());
+    assert!(original.log().contains("somebody has started an image of this VM elsewhere"));
+    assert!(!copy.ended());
+}
+
+/// The host's newest image was lost. Somebody put an empty one in its place, and the sidecar is still there.
+#[test]
+fn an_empty_file_in_the_place_of_the_newest_image_takes_the_other_one_along_nowhere() {
+    let Some(world) = World::new() else { return };
+    make(&world, Side::A, true);
+    make(&world, Side::B, false);
+    let mut b = standby(&world, Side::B, &[]);
+    let mut a = run(&world, Side::A, &[]);
+    a.wait_protected();
+    a.signal(Signal::SIGTERM);
+    assert_eq!((a.wait_exit(), b.wait_exit()), (0, 0));
+    fs::remove_file(world.image(Side::A)).unwrap();
+    make(&world, Side::A, false);
+    let said = refusal(run(&world, Side::A, &[]));
+    assert!(said.contains("is not the file that"), "{said}");
+    // As a standby it is welcome: it has nothing.
+    let a = standby(&world, Side::A, &[]);
+    let mut b = run(&world, Side::B, &[]);
+    b.wait_protected();
+    wait_until("host a has the base", || a.log().contains("this standby can take over"));
+    for side in [Side::A, Side::B] {
+        let mut data = [0; 10];
+        File::open(world.image(side)).unwrap().read_exact_at(&mut data, 1 << 20).unwrap();
+        assert_eq!(&data, b"the server", "{side:?}");
+    }
+}

@@ -56,6 +56,12 @@ fn a_vm_whose_tap_is_taken_out_of_its_bridge_goes_to_its_standby() {
 }
 
 #[test]
+fn a_vm_whose_tap_is_switched_off_goes_to_its_standby() {
+    let switch_off = |world: &World| world.on(Side::A, || Netlink::open().unwrap().set_down("vm0").unwrap());
+    moves(switch_off, "the tap vm0 is down");
+}
+
+#[test]
 fn a_vm_stays_while_its_standby_is_cut_off_too_and_goes_when_that_is_over() {
     let Some(world) = World::new() else { return };
     let options = ["--uplink-timeout", "300ms"];

@@ -100,13 +100,29 @@ impl Primary {
                 self.go_on_alone(generation, out);
             }
             Ok(Verdict::Lost { .. }) if planted!(self.bug, LoserGoesOn) => self.go_on_alone(generation, out),
-            Ok(Verdict::Lost { owner }) => {
-                self.state = State::Over { fenced: true };
-                out.push(Action::Fence { generation, owner: owner.clone() });
-                out.push(Action::StopGuest);
-                out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
-            }
+            Ok(Verdict::Lost { owner }) => self.fenced(generation, owner, out),
         }
+    }
+
+    /// The VM runs elsewhere, by somebody's hand. A claim that is under way says the same, or that this process has
+    /// won after all.
+    pub(super) fn superseded(&mut self, generation: u64, owner: String, out: &mut Vec<Action>) {
+        let waits =
+            matches!(self.state, State::Arbitrating { .. } | State::Unrivalled(_) | State::Over { .. });
+        if waits || generation <= self.generation {
+            return;
+        }
+        if let Some(link) = self.link() {
+            out.push(Action::Hangup { link });
+        }
+        self.fenced(generation, owner, out);
+    }
+
+    fn fenced(&mut self, generation: u64, owner: String, out: &mut Vec<Action>) {
+        self.state = State::Over { fenced: true };
+        out.push(Action::Fence { generation, owner: owner.clone() });
+        out.push(Action::StopGuest);
+        out.push(Action::Exit { reason: ExitReason::Fenced { generation, owner } });
     }
 
     fn go_on_alone(&mut self, generation: u64, out: &mut Vec<Action>) {

@@ -121,6 +121,14 @@ pub enum PrimaryEvent {
         /// Why, in words.
         why: String,
     },
+    /// Another process has won a newer generation, and no question of this one was open: somebody has started an
+    /// image of the VM elsewhere. Whoever has the newest generation runs the VM, and nobody else.
+    Superseded {
+        /// The newest generation.
+        generation: u64,
+        /// Who won it.
+        owner: String,
+    },
     /// The arbiter's answer.
     Claimed {
         /// The claimed generation.

@@ -90,7 +90,7 @@ fn tell(seeds: Range<u64>, stats: &Stats, took: Duration) {
 #[test]
 fn new_seeds_hold_the_invariants_too() {
     if let Some(seed) = from_environment("OUTLIVE_SIM_ONE") {
-        for faults in [Faults::Many, Faults::One] {
+        for faults in [Faults::Many, Faults::One, Faults::Power] {
             if let Err(what) = run::schedule(seed, faults, None) {
                 panic!("{}", describe(seed, faults, None, &what));
             }
@@ -108,9 +108,8 @@ fn new_seeds_hold_the_invariants_too() {
     while wanted.map_or(began.elapsed() < time, |wanted| next - first < wanted) {
         let left = wanted.map_or(CHUNK, |wanted| (first + wanted - next).min(CHUNK));
         let seeds = next..next + left;
-        for (faults, seeds) in
-            [(Faults::Many, seeds.clone()), (Faults::One, seeds.start..seeds.start + left / 4)]
-        {
+        let fewer = seeds.start..seeds.start + left / 4;
+        for (faults, seeds) in [(Faults::Many, seeds), (Faults::One, fewer.clone()), (Faults::Power, fewer)] {
             let (some, found) = search(seeds, faults, None);
             if let Some((seed, what)) = found {
                 panic!("{}", describe(seed, faults, None, &what));

@@ -13,8 +13,10 @@ pub(super) struct Image {
     pub(super) generation: u64,
     /// A standby's copy, or the VM's own disk.
     pub(super) replica: bool,
-    /// The process that wrote the sidecar: what it has won belongs to this image.
+    /// The process that wrote the sidecar, and the first of those that had the image before: what they have won
+    /// belongs to this image.
     pub(super) process: u32,
+    pub(super) since: u32,
     /// What the VM has done up to this state of its disk.
     pub(super) node: Node,
     pub(super) whole: bool,
@@ -24,11 +26,11 @@ pub(super) struct Image {
 
 impl Image {
     pub(super) fn primary(generation: u64, process: u32, node: Node) -> Self {
-        Self { generation, replica: false, process, node, whole: true, released: false }
+        Self { generation, replica: false, process, since: process, node, whole: true, released: false }
     }
 
     pub(super) fn copy(generation: u64, process: u32) -> Self {
-        Self { generation, replica: true, process, node: 0, whole: false, released: false }
+        Self { generation, replica: true, process, since: process, node: 0, whole: false, released: false }
     }
 }
 
@@ -44,7 +46,7 @@ impl World {
     fn may_start(&self, host: usize) -> Option<u64> {
         let image = self.hosts[host].image.filter(|image| image.whole)?;
         let newest = self.truth.newest().0;
-        let own = self.truth.newest_of((host, image.process));
+        let own = (image.since..=image.process).filter_map(|life| self.truth.newest_of((host, life))).max();
         let won = own.filter(|own| *own > image.generation);
         let stale = won.unwrap_or(image.generation) < newest && self.bug != Some(Bug::StaleImageStarts);
         let copy = won.is_none() && (image.replica || image.released);
@@ -55,7 +57,10 @@ impl World {
     /// later: first its standby has a chance.
     pub(super) fn restart_later(&mut self, host: usize) {
         let had_it = self.hosts[host].image.is_some_and(|image| !image.replica);
-        let delay = self.rng.range(20_000, 300_000) + if had_it { 200_000 } else { 0 };
+        let delay = match self.quick_restarts {
+            true => self.rng.range(1_000, 200_000),
+            false => self.rng.range(20_000, 300_000) + if had_it { 200_000 } else { 0 },
+        };
         self.after(delay, Happening::Restart { host });
     }
 
@@ -78,11 +83,15 @@ impl World {
         self.hosts[host].life += 1;
         let life = (host, self.hosts[host].life);
         if let Some(image) = &mut self.hosts[host].image {
-            // Before it asks, the sidecar names the process that may win.
+            // Before it asks, the sidecar names the process that may win, beside those that had the image before:
+            // their claims may be on their way.
             if image.generation + 1 < generation {
                 (image.generation, image.replica, image.released) = (generation - 1, false, false);
             }
             image.process = life.1;
+            if self.bug == Some(Bug::EarlierClaimForgotten) {
+                image.since = life.1;
+            }
         }
         self.hosts[host].look = None;
         self.hosts[host].process = Process::Starting;

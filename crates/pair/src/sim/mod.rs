@@ -160,6 +160,17 @@ fn storage_that_both_hosts_use_is_written_by_one_of_them() {
     assert!(stats.takeovers > 20 && stats.alone > 500, "{stats:?}");
 }
 
+/// Claims of processes that lost their power land when other processes of the same hosts have already looked at the
+/// arbiter. One of the images is started, whoever has won.
+#[test]
+fn a_late_claim_of_a_dead_process_orphans_no_image() {
+    let seeds = from_environment("OUTLIVE_SIM_SEED").map_or(0..3_000, |seed| seed..seed + 1);
+    let (stats, found) = search(seeds, Faults::Power, None);
+    assert_eq!(found, None);
+    assert!(stats.restarted > 2_000, "{stats:?}");
+    assert_eq!(stats.vm_lost, 0, "{stats:?}");
+}
+
 /// Each of these mistakes in the machines or in the drivers must be found, or the simulator is blind there.
 #[test]
 fn every_planted_mistake_is_found() {
@@ -217,6 +228,7 @@ fn every_planted_mistake_is_found() {
         (Bug::RightThrownAway, Faults::Stop),
         (Bug::ClaimsWithinLease, Faults::Storage),
         (Bug::GivenToAStandbyThatLeaves, Faults::One),
+        (Bug::EarlierClaimForgotten, Faults::Power),
     ];
     let of_progress = of_progress.into_iter().map(|bug| (bug, Faults::Wedge));
     let all = first.into_iter().chain(of_progress).chain(many);

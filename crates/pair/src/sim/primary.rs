@@ -40,7 +40,7 @@ pub(super) struct PrimaryProcess {
     pub(super) protected: bool,
     /// What the standby has said of its way to the clients.
     pub(super) standby_reaches: Option<bool>,
-    /// Whether the guest was asked to shut down.
+    /// Whether the operator wants the VM stopped, so that the guest is asked to shut down.
     pub(super) asked: bool,
     /// Whether it was ever left to a standby.
     pub(super) gave: bool,
@@ -153,7 +153,10 @@ impl World {
                 Effect::AskGuest | Effect::StopGuest | Effect::StartBase { .. } | Effect::Exit(_)
             )
         {
-            // The waiting thread would do it.
+            // The waiting thread would do it. The decision is made even so.
+            if let (Effect::AskGuest, Some(p)) = (&effect, self.primary_of(life)) {
+                p.asked = true;
+            }
             return;
         }
         let clock = self.clock(life.0);

@@ -30,6 +30,8 @@ pub(super) enum Faults {
     Stop,
     /// Both hosts write to the same storage, and a connection is reset at the standby's end.
     Storage,
+    /// The hosts lose each other, and all of them lose power while the arbiter, which is slow, has their claims.
+    Power,
 }
 
 /// The kinds of faults that [`World::fault`] draws.
@@ -103,10 +105,10 @@ pub(super) fn schedule_of(
     for host in 1..3 {
         world.start_standby(host);
     }
-    world.company = faults == Faults::Many;
-    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop | Faults::Storage);
+    world.company = matches!(faults, Faults::Many | Faults::Power);
+    world.disturbed = matches!(faults, Faults::Wedge | Faults::Stop | Faults::Storage | Faults::Power);
     let count = match faults {
-        Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage => 0,
+        Faults::None | Faults::Wedge | Faults::Stop | Faults::Storage | Faults::Power => 0,
         Faults::One => 1,
         Faults::Many => world.rng.range(1, 7),
     };
@@ -129,6 +131,15 @@ pub(super) fn schedule_of(
         world.shared_storage = true;
         let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
         world.at(time, Happening::ResetAtStandby);
+    }
+    if faults == Faults::Power {
+        let time = world.rng.range(ONE_FAULT_FROM, FAULTS_UNTIL);
+        (world.arbiter_slow_until, world.quick_restarts) = (FAULTS_UNTIL, true);
+        for (from, to) in [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)] {
+            world.at(time, Happening::Cut { from, to });
+        }
+        let time = time + world.rng.range(10_000, 500_000);
+        world.at(time, Happening::PowerCut);
     }
     for _ in 0..count {
         let time = world.rng.range(from, FAULTS_UNTIL);
@@ -296,6 +307,7 @@ impl World {
                     self.cut[from][to] = self.now + 300_000;
                 }
             }
+            Happening::PowerCut => self.power_cut(),
             Happening::ResetAtStandby => self.reset_at_standby(),
             Happening::Heal => self.heal(),
         }
@@ -356,6 +368,11 @@ impl World {
         }
         let delay = self.arbiter_delay();
         self.after(delay, Happening::ClaimAnswered { life, generation, result });
+    }
+
+    /// All hosts lose power.
+    fn power_cut(&mut self) {
+        (0..self.hosts.len()).for_each(|host| self.crash(host));
     }
 
     fn fault(&mut self) {
@@ -425,7 +442,7 @@ impl World {
             }
             // Of one fault the VM must survive what is in its memory.
             25 if !self.company => self.crash(host),
-            25 => (0..self.hosts.len()).for_each(|host| self.crash(host)),
+            25 => self.power_cut(),
             26 => self.clock_fails(host, until),
             27 => self.arbiter_forgot_until = until,
             28 => self.hosts[host].swapped_until = until,
@@ -473,7 +490,8 @@ impl World {
 
     pub(super) fn freeze(&mut self, host: usize, until: u64) {
         if !matches!(self.hosts[host].process, Process::Down) {
-            self.hosts[host].frozen_until = until;
+            // A second fault wakes nobody: the clock of a host that stands still would go back.
+            self.hosts[host].frozen_until = self.hosts[host].frozen_until.max(until);
             self.hosts[host].stale = self.rng.one_in(2).then_some(self.now);
         }
     }

@@ -184,6 +184,7 @@ pub(super) enum Happening {
     },
     /// A third party resets the newest connection at the standby's end.
     ResetAtStandby,
+    PowerCut,
     Heal,
 }
 
@@ -267,6 +268,8 @@ pub(super) struct World {
     pub(super) interval: u64,
     /// Whether a fault may bring further ones.
     pub(super) company: bool,
+    /// Supervisors start processes again soon, those of a host that had the VM too.
+    pub(super) quick_restarts: bool,
     /// The owner is stopped just before a standby hands its right over.
     pub(super) stands_still_at_leave: bool,
     /// The guest powers itself off when it has come this far.
@@ -432,6 +435,7 @@ impl World {
             slow_end: 0,
             disk_lost: false,
             company: true,
+            quick_restarts: false,
             stands_still_at_leave: false,
             guest_end: u32::MAX,
             stats: Stats::default(),

@@ -53,7 +53,9 @@ pub(super) fn parse(text: &str) -> Result<Sidecar, usize> {
         checkpoint: checkpoint.ok_or(0usize)?,
         disk: disk.ok_or(0usize)?,
         journal,
+        disks: None,
         process: None,
+        earlier: Vec::new(),
         accepted: Vec::new(),
     })
 }

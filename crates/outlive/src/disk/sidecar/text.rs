@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CopyEnd, Role, Sidecar, old};
 use crate::disk::provenance::{Accepted, KnownArbiter, Provenance};
+use crate::disk::stamp::Stamp;
 use crate::process;
 
 /// Version of the text that this release writes.
@@ -21,6 +22,8 @@ struct Text {
     vm: String,
     name: String,
     disk: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    disks: Option<u16>,
     role: Role,
     whole: bool,
     end: Option<CopyEnd>,
@@ -28,10 +31,14 @@ struct Text {
     checkpoint: u64,
     arbiter: Option<String>,
     process: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<String>,
     journal: Option<PathBuf>,
     /// Name of the host that wrote it.
     host: String,
     written: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    image: Option<Stamp>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     ancestors: Vec<AncestorText>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -51,8 +58,8 @@ pub(in crate::disk) fn now() -> String {
 }
 
 impl Sidecar {
-    pub(in crate::disk) fn text(&self) -> Result<String, toml::ser::Error> {
-        let Self { provenance, generation, role, whole, end, checkpoint, disk, .. } = self;
+    pub(in crate::disk) fn text(&self, image: Option<Stamp>) -> Result<String, toml::ser::Error> {
+        let Self { provenance, generation, role, whole, end, checkpoint, disk, disks, .. } = self;
         let ancestors = provenance.lineage.ancestors().iter();
         let ancestors =
             ancestors.map(|it| AncestorText { vm: it.vm.to_string(), through: it.through }).collect();
@@ -61,6 +68,7 @@ impl Sidecar {
             vm: provenance.vm.to_string(),
             name: provenance.name.clone(),
             disk: *disk,
+            disks: *disks,
             role: *role,
             whole: *whole,
             end: *end,
@@ -68,9 +76,11 @@ impl Sidecar {
             checkpoint: *checkpoint,
             arbiter: provenance.arbiter.to_text(),
             process: self.process.clone(),
+            earlier: self.earlier.clone(),
             journal: self.journal.clone(),
             host: process::host_name(),
             written: now(),
+            image,
             ancestors,
             accepted: self.accepted.clone(),
         })?;
@@ -79,10 +89,11 @@ impl Sidecar {
         ))
     }
 
-    /// On an error, returns the invalid line and why.
-    pub(in crate::disk) fn parse(text: &str) -> Result<Self, (usize, String)> {
+    /// Returns the stamp of the image, too. On an error, returns the invalid line and why.
+    pub(in crate::disk) fn parse(text: &str) -> Result<(Self, Option<Stamp>), (usize, String)> {
         if old::is_old(text) {
-            return old::parse(text).map_err(|line| (line, "Outlive does not write this".into()));
+            let old = old::parse(text).map_err(|line| (line, "Outlive does not write this".into()))?;
+            return Ok((old, None));
         }
         let text: Text = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
@@ -103,7 +114,7 @@ impl Sidecar {
             arbiter: KnownArbiter::from_text(text.arbiter),
             lineage: Lineage::new(ancestors?),
         };
-        Ok(Self {
+        let sidecar = Self {
             provenance,
             generation: text.generation,
             role: text.role,
@@ -111,9 +122,12 @@ impl Sidecar {
             end: text.end,
             checkpoint: text.checkpoint,
             disk: text.disk,
+            disks: text.disks,
             journal: text.journal,
             process: text.process,
+            earlier: text.earlier,
             accepted: text.accepted,
-        })
+        };
+        Ok((sidecar, text.image))
     }
 }

@@ -47,8 +47,8 @@ impl Host {
 
     fn part(&mut self) -> Result<Part, String> {
         let images = self.images();
-        let images: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
-        Part::decide(&images, &mut self.arbiter, None).map_err(|error| error.to_string())
+        let given: Vec<(u16, &Path)> = (0..).zip(images.iter().map(PathBuf::as_path)).collect();
+        Part::decide(&given, &mut self.arbiter, None).map_err(|error| error.to_string())
     }
 
     fn waits(&mut self) -> String {
@@ -126,11 +126,43 @@ fn a_new_disk_is_not_waited_with_and_joins_the_vm_by_the_remedy() {
     // The remedy: a start without --or-standby.
     host.has(0, 3, |_| {});
     let images = host.images();
-    let written: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
+    let written: Vec<(u16, &Path)> = (0..).zip(images.iter().map(PathBuf::as_path)).collect();
     let start = Start::plan(&written, Some(&mut host.arbiter), None, &[]).unwrap();
     let disks = [(0, images[0].clone()), (1, images[1].clone())];
     start.carry_out(&disks, Some(&mut host.arbiter)).unwrap();
     assert!(matches!(host.part(), Ok(Part::Starts { .. })));
+}
+
+/// Host a's file was lost, and somebody made an empty one in its place. The sidecar is still there and says that the
+/// VM's newest state is in it.
+#[test]
+fn a_new_empty_file_beside_an_old_sidecar_starts_no_vm() {
+    let mut host = Host::new();
+    both(&host, 3, |_| {});
+    assert!(matches!(host.part(), Ok(Part::Starts { .. })));
+    let [image, _] = host.images();
+    fs::remove_file(&image).unwrap();
+    let file = File::create(&image).unwrap();
+    file.set_len(1 << 20).unwrap();
+    if matches!(host.part(), Ok(Part::Starts { .. })) && !is_steady(&image) {
+        return println!("skipped: a file system with steady numbers for the tests' directory");
+    }
+    assert!(host.waits().contains("is empty, and was made anew"));
+    // A file with data may be anything, and so may one that has lost its end.
+    file.write_all_at(b"data", 4096).unwrap();
+    let refused = host.part().unwrap_err();
+    assert!(
+        refused.contains("is not the file that") && refused.contains("--accept-moved-image"),
+        "{refused}"
+    );
+    both(&host, 3, |_| {});
+    file.set_len(1 << 19).unwrap();
+    let refused = host.part().unwrap_err();
+    assert!(refused.contains("has 524288 bytes and had 1048576"), "{refused}");
+}
+
+fn is_steady(image: &Path) -> bool {
+    format!("{:?}", crate::disk::stamp::Stamp::of(image).unwrap()).contains("Some")
 }
 
 #[test]

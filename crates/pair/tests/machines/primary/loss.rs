@@ -34,6 +34,33 @@ fn a_standby_lost_after_it_must_be_won_against() {
     }
 }
 
+/// An operator has started a copy of the image on another host: that host has won the next generation.
+#[test]
+fn a_vm_that_was_started_elsewhere_stops_here() {
+    let superseded = |generation| Superseded { generation, owner: "primary on c".into() };
+    let fenced = |generation| {
+        let owner = "primary on c".to_owned();
+        let reason = ExitReason::Fenced { generation, owner: owner.clone() };
+        [Fence { generation, owner }, StopGuest, Exit { reason }]
+    };
+    let mut alone = Host::new(0);
+    alone.acts(Tick);
+    assert_eq!(alone.acts(superseded(4)), [], "its own generation");
+    assert_eq!(alone.acts(superseded(5)), fenced(5));
+    assert_eq!(alone.acts(superseded(6)), [], "it is over");
+    for mut host in [Host::attached(), Host::protected()] {
+        let acts = host.acts(superseded(5));
+        assert_eq!(acts[0], Hangup { link: LINK }, "its standby cannot win this generation either");
+        assert_eq!(acts[1..], fenced(5));
+        assert_eq!(host.machine.output(), OutputMode::Discard);
+    }
+    // Its own claim is under way: that one's answer decides.
+    let mut host = Host::protected();
+    host.acts(lost());
+    assert_eq!(host.acts(superseded(5)), []);
+    assert_eq!(host.win()[0], ReleaseAll { generation: 5 });
+}
+
 /// It had nothing whole, and says so itself. One that only is lost may have acknowledged the base.
 #[test]
 fn a_standby_that_leaves_before_it_has_the_base_costs_no_generation() {

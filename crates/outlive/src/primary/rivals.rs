@@ -1,0 +1,83 @@
+//! Looks now and then whether somebody else has won a newer generation of the VM that runs here. By the protocol
+//! nobody can while this host is heard; but an operator may have started a copy of an image elsewhere.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use outlive_epoch::VmId;
+use outlive_pair::PrimaryEvent;
+
+use super::driver::SharedDriver;
+use crate::arbiter::{self, Arbiter, process_token};
+use crate::events::{Event, EventWriter};
+
+/// Time between two looks.
+const EVERY: Duration = Duration::from_secs(10);
+/// Time between two questions whether the driver is still there.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Starts the thread, which has a connection of its own to the arbiter at `place`: a look that takes long holds up
+/// no claim. It ends with its driver. An arbiter that does not answer is the watch's to report.
+///
+/// # Errors
+/// The operating system's.
+pub(super) fn watch(
+    place: String,
+    vm: VmId,
+    driver: &Arc<SharedDriver>,
+    events: EventWriter,
+) -> io::Result<()> {
+    let token = process_token()?;
+    let driver = Arc::downgrade(driver);
+    outlive_machine::spawn("rivals", move || {
+        while rests(&driver) {
+            let newest = arbiter::parse(&place).ok().and_then(|mut it| newest(it.as_mut(), &vm, token));
+            let Some((generation, owner)) = newest else { continue };
+            let Some(driver) = driver.upgrade() else { return };
+            if driver.generation() < generation {
+                tracing::error!(generation, owner, "somebody has started an image of this VM elsewhere");
+                events.emit(Event::Lost { generation, owner: owner.clone() });
+                driver.handle(PrimaryEvent::Superseded { generation, owner });
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Rests, and returns whether the driver is still there.
+fn rests(driver: &Weak<SharedDriver>) -> bool {
+    (0..EVERY.as_secs() / LOOK.as_secs()).all(|_| {
+        std::thread::sleep(LOOK);
+        driver.strong_count() > 0
+    })
+}
+
+/// The newest generation and its winner, if that is another process.
+fn newest(arbiter: &mut dyn Arbiter, vm: &VmId, token: &str) -> Option<(u64, String)> {
+    let win = arbiter.history(vm).ok()?.pop()?;
+    let winner = win.winner.filter(|winner| winner.process != token)?;
+    Some((win.generation, winner.owner))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::arbiter::{Claim, FileArbiter};
+
+    #[test]
+    fn only_another_process_is_a_rival() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut arbiter, _) = FileArbiter::init(directory.path()).unwrap();
+        let (vm, token) = (VmId([7; 16]), process_token().unwrap());
+        assert_eq!(newest(&mut arbiter, &vm, token), None);
+        assert_eq!(arbiter.claim(&vm, 1, "primary on host a"), Claim::Won);
+        assert_eq!(newest(&mut arbiter, &vm, token), None);
+        let rival = Some((1, "primary on host a".to_owned()));
+        assert_eq!(newest(&mut arbiter, &vm, "another process"), rival);
+        fs::remove_dir_all(directory.path()).unwrap();
+        assert_eq!(newest(&mut arbiter, &vm, "another process"), None, "nobody knows");
+    }
+}
