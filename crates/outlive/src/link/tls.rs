@@ -325,11 +325,14 @@ fn explained(error: io::Error) -> io::Error {
             ErrorKind::InvalidData,
             "it does not speak TLS 1.3: give both hosts keys, or --insecure".to_owned(),
         ),
+        Some(rustls::Error::NoCertificatesPresented) => (
+            ErrorKind::PermissionDenied,
+            "it has shown no certificate: `outlive keys issue` makes one".to_owned(),
+        ),
         Some(other) => (ErrorKind::InvalidData, format!("TLS: {other}")),
         None if error.kind() == ErrorKind::UnexpectedEof => (
             ErrorKind::ConnectionAborted,
-            "it has hung up before it had shown a certificate: is it a standby with --insecure, or an older release?"
-                .to_owned(),
+            "it has hung up before it had shown a certificate: has it no keys, or is it an older release?".to_owned(),
         ),
         None if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
             (ErrorKind::TimedOut, format!("it has not shown a certificate within {} s", HANDSHAKE.as_secs()))
