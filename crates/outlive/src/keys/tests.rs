@@ -35,7 +35,7 @@ fn a_directory_says_whose_it_is_and_what_it_allows() {
     assert_eq!((&b.host.grant, &b.host), (&grant, &made));
     assert_eq!(a.cas, b.cas);
     assert!(b.host.left(SystemTime::now()) > YEAR - Duration::from_secs(60));
-    assert_eq!(files(&here), [CA_KEY, CAS, HOST, ISSUED, REVOKED].map(String::from).as_slice());
+    assert_eq!(files(&here), [CAS, CA_KEY, HOST, ISSUED, REVOKED].map(String::from).as_slice());
     assert_eq!(files(&there), [CAS, HOST, REVOKED].map(String::from).as_slice(), "no key of the CA");
     assert_eq!(files(dir.path()), ["a", "b"], "nothing else is left");
     assert!(matches!(issue(&there, &order("hostc"), &dir.path().join("c")), Err(MakeError::NoCa(_))));

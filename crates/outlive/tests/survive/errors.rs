@@ -54,7 +54,10 @@ impl Stage {
         let arbiter = format!("file:{}", self.path("arbiter"));
         let mut command = Command::new(PROGRAM);
         command.args(line.split_whitespace().map(|word| word.replace("ARBITER", &arbiter)));
-        if ["--standby", "--listen"].iter().any(|it| line.contains(it)) && !line.contains("--insecure") {
+        if ["--standby", "--listen"].iter().any(|it| line.contains(it))
+            && !line.contains("--insecure")
+            && !line.contains("--keys")
+        {
             command.args(["--keys", &self.path("keys")]);
         }
         command
@@ -106,6 +109,20 @@ impl Stage {
         found.sort();
         found
     }
+}
+
+#[test]
+fn links_without_keys_are_refused() {
+    let Some(stage) = Stage::new() else { return };
+    let standby = "standby --arbiter ARBITER --listen";
+    stage.refuses(&format!("{standby} 0.0.0.0:7000 --insecure"), &["0.0.0.0:7000", "outlive keys init"]);
+    let none = stage.path("none");
+    stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {none}"), &["has no keys", "outlive keys init"]);
+    let keys = stage.path("keys");
+    fs::set_permissions(format!("{keys}/host.pem"), fs::Permissions::from_mode(0o644)).unwrap();
+    stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {keys}"), &["mode 0644", "chmod 600"]);
+    stage.refuses(&format!("keys init {keys}"), &["is there already", "outlive keys rotate"]);
+    stage.refuses(&format!("keys issue --host b --keys {keys}-b"), &["ca.pem is not here"]);
 }
 
 #[test]

@@ -123,3 +123,28 @@ fn a_changed_record_is_wrong_and_not_the_end() {
     let error = b.reader.read(&mut got).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
 }
+
+/// Why the end that listens refuses, and what the other end learns when it reads.
+fn refused(keys: &[PathBuf; 2]) -> [String; 2] {
+    let (mut dialled, accepted) = connected(keys).unwrap();
+    let learned = dialled.reader.read(&mut [0; 10]).unwrap_err();
+    [accepted.err().unwrap().to_string(), learned.to_string()]
+}
+
+#[test]
+fn revoked_and_expired_hosts_are_refused_and_do_not_learn_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = keys_in(dir.path(), Grant::ALL);
+    let late = dir.path().join("late");
+    let order = Order { life: Duration::ZERO, ..order("late", Grant::ALL) };
+    keys::issue(&keys[0], &order, &late).unwrap();
+    std::thread::sleep(Duration::from_millis(1100));
+    let [why, learned] = refused(&[late, keys[1].clone()]);
+    assert!(why.contains("has expired"), "{why}");
+    assert!(learned.contains("does not accept this host's certificate"), "{learned}");
+    let serial = keys::load(&keys[0]).unwrap().host.serial;
+    keys::revoke(&keys[1], &serial).unwrap();
+    let [why, learned] = refused(&keys);
+    assert!(why.contains("of hosta is revoked"), "{why}");
+    assert!(learned.contains("does not accept this host's certificate"), "{learned}");
+}
