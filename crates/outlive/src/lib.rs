@@ -16,6 +16,7 @@ pub mod events;
 pub mod exit;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+pub mod keys;
 mod lines;
 mod link;
 pub mod logs;

@@ -297,6 +297,9 @@ impl Cluster {
         if let Some((program, _)) = self.options.programs.iter().find(|(path, _)| path.ends_with("/outlive"))
         {
             lines.push(format!("{program} arbiter init file:{ARBITER}"));
+            // The same with keys, except that a second attempt is refused. All hosts share one certificate.
+            lines.push(format!("({program} keys init {SHARE}/keys --host hosts 2>/dev/null || true)"));
+            lines.push(format!("mkdir -p /etc/outlive && ln -sfn {SHARE}/keys /etc/outlive/keys"));
         }
         for other in 1..=self.hosts.len() {
             lines.push(format!("echo {} host-{other} >>/etc/hosts", link.host(other)));

@@ -13,6 +13,7 @@ use super::values::{
     parse_max_pause, parse_stop_within, parse_uplink_timeout,
 };
 use crate::events::EventsTo;
+use crate::link::Security;
 use crate::network::UplinkSpec;
 use crate::standby::Fence;
 
@@ -22,6 +23,16 @@ pub struct ActiveOptions {
     /// Standby to protect the VM with (repeat for alternatives; asked in turn until one accepts)
     #[arg(long = "standby", value_name = "HOST:PORT", requires = "arbiter", value_parser = parse_host_port)]
     pub standbys: Vec<String>,
+
+    /// Directory with this host's keys, which protect the link and say which VMs each host may send or hold; see
+    /// outlive keys [default: /etc/outlive/keys]
+    #[arg(long, value_name = "DIR")]
+    pub keys: Option<PathBuf>,
+
+    /// Do without keys: whoever reaches the link can read the VM and run it elsewhere. Only for addresses of this
+    /// host, unless the variable OUTLIVE_INSECURE_NETWORK is 1, which is for tests
+    #[arg(long, conflicts_with = "keys")]
+    pub insecure: bool,
 
     /// When a checkpoint is taken
     #[command(flatten)]
@@ -122,6 +133,11 @@ pub struct ActiveOptions {
 }
 
 impl ActiveOptions {
+    /// What protects the links.
+    pub(crate) fn security(&self) -> Security {
+        Security::of(self.keys.as_deref(), self.insecure)
+    }
+
     /// What cuts a lost primary off, if anything does.
     pub(crate) fn fence(&self) -> Option<Fence> {
         self.fence.clone().map(|command| Fence { command, limit: self.fence_timeout })

@@ -58,10 +58,14 @@ pub struct DemoOptions {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
+    /// Do without TLS between the hosts, to compare
+    #[arg(long)]
+    pub insecure: bool,
+
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate", "insecure"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
@@ -99,6 +103,7 @@ Examples:
   outlive demo --nested                         a Debian guest on two emulated hosts, a power cut
   outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
   outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve
+  outlive demo --insecure                       the same without TLS between the hosts, to compare
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

@@ -9,15 +9,16 @@ use outlive_pair::{ExitReason, StandbyExit};
 use super::part::{self, PartError};
 use super::sense::SenseError;
 use super::standby::ItsOwnStandby;
-use super::{Command, RunOptions, StandbyOptions};
+use super::{ActiveOptions, Command, RunOptions, StandbyOptions};
 use crate::disk::Part;
 use crate::events::{Event, Role};
+use crate::link::SecurityError;
 use crate::logs::LogError;
 use crate::primary::StartError;
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied};
-use crate::{arbiter, check, console, demo, disk, exit, logs, notify, primary, sentinel, status, ui};
+use crate::{arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, sentinel, status, ui};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -31,6 +32,7 @@ impl Command {
             Self::GoOnAlone(options) => status::go_on_alone(options),
             Self::GiveUp(options) => status::give_up(options),
             Self::Arbiter(options) => arbiter::command(options),
+            Self::Keys(options) => keys::command(options),
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
@@ -54,6 +56,9 @@ enum BeginError {
     /// The options name this host as its own standby.
     #[error(transparent)]
     Itself(#[from] ItsOwnStandby),
+    /// Links cannot be made as the options say.
+    #[error(transparent)]
+    Security(#[from] SecurityError),
     /// Nobody can say whether this host starts the VM or waits.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -96,6 +101,7 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
     }
+    check_security(&options.active, options.listen.as_deref())?;
     if !options.or_standby {
         let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
         return start(options, Place::claim(options, standing)?);
@@ -139,8 +145,20 @@ impl Place {
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
 type Ready = (Option<Server>, Option<Launch>, Option<Post>);
 
+/// Finds out at the start what the first link would. A process without links needs no keys.
+fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), SecurityError> {
+    let addresses = || options.standbys.iter().map(String::as_str).chain(listen);
+    if addresses().next().is_none() {
+        return Ok(());
+    }
+    options.security().check(addresses())
+}
+
 fn start(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
     let Place { standing, server, door } = place;
+    if options.listen.is_some() || !options.active.standbys.is_empty() {
+        standing.link(options.active.security().kind());
+    }
     let launch = primary::start(options, standing.clone())?;
     if options.or_standby {
         let why = "this host has the newest image of the VM".to_owned();
@@ -169,6 +187,7 @@ fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Re
 
 fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
+    standing.link(options.active.security().kind());
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;
@@ -188,6 +207,7 @@ fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), Beg
     logs::never_wait()?;
     options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
+    check_security(&options.active, Some(&options.listen))?;
     stand_by(options, "no primary has come yet")
 }
 

@@ -8,6 +8,7 @@ mod demo;
 mod epochs;
 mod execute;
 mod image;
+mod keys;
 mod part;
 mod run;
 mod sense;
@@ -28,6 +29,7 @@ pub use console::ConsoleOptions;
 pub use demo::{DemoArbiter, DemoOptions};
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
+pub use keys::{DaysOption, GrantOptions, KeysCommand, KeysOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
@@ -51,6 +53,7 @@ const EXAMPLES: &str = "\
 Examples:
   outlive check                      what this machine has and what it lacks
   outlive demo                       see a VM survive three kills, on this machine alone
+  outlive keys init                  keys that the hosts know each other by; outlive keys issue makes the other host's
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0
   outlive run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0 root=/dev/vda1' --disk path=server.img
   outlive run --standby hostb:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --ip 10.0.0.5/24
@@ -79,6 +82,8 @@ pub enum Command {
     GiveUp(WordOptions),
     /// Make, serve, list and prune arbiters: the third places that say who may run a VM
     Arbiter(ArbiterOptions),
+    /// Make, show, renew and revoke the keys that hosts know each other by
+    Keys(KeysOptions),
     /// Show whose a disk image is, and take it as it is
     Image(ImageOptions),
     /// Kill a protected VM again and again on this machine and count what was lost

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::RunOptions;
 use crate::arbiter::ArbiterSpecError;
 use crate::disk::{self, Part, STUCK};
+use crate::link::Security;
 use crate::primary::{Answer, ask};
 use crate::{arbiter, notify};
 
@@ -47,7 +48,7 @@ pub(super) fn of(options: &RunOptions, tell: impl Fn(&str)) -> Result<Part, Part
         // The question comes after the decision: whoever has not won the VM by then, and says that it is not
         // about to, does not win it later.
         if *may_be_taken_over {
-            let (takeover, slow) = takeover(&options.active.standbys);
+            let (takeover, slow) = takeover(&options.active.standbys, &options.active.security());
             (wait, why) = (wait + takeover + options.active.dead_after, slow);
         }
         let left = wait.saturating_sub(began.elapsed());
@@ -68,8 +69,8 @@ pub(super) fn of(options: &RunOptions, tell: impl Fn(&str)) -> Result<Part, Part
 }
 
 /// How long the other hosts may take to take a VM over, and why that may be long.
-fn takeover(others: &[String]) -> (Duration, Option<String>) {
-    let slow = others.iter().find_map(|address| match ask(address) {
+fn takeover(others: &[String], security: &Security) -> (Duration, Option<String>) {
+    let slow = others.iter().find_map(|address| match ask(address, security) {
         Answer::Idle => None,
         Answer::Busy(why) => Some(format!("{address} may be taking it over: {why}")),
         Answer::Unknown(why) => Some(format!("{address} may be taking it over and does not say: {why}")),

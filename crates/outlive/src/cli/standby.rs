@@ -119,4 +119,4 @@ Examples:
   outlive standby --listen 0.0.0.0:7000 --arbiter file:/srv/arbiter --net tap=vm0,bridge=br0 --disk path=/dev/mapper/lun --fence /usr/local/sbin/preempt-hosta
       a disk that both hosts see: host a loses its reservation before the VM runs here
 
-The link is not encrypted in this version: use a network that only the two hosts share.";
+The link needs keys of both hosts: outlive keys init on one, outlive keys issue for the other (docs/trust.md).";

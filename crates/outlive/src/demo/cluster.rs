@@ -6,12 +6,18 @@ use std::io;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use nix::unistd::mkdtemp;
 
 use super::arbiter::Arbiter;
 use super::events::{Tail, Tenure};
 use crate::events::Record;
+use crate::keys::{self, Grant, Order};
+use crate::link::LinkKind;
+
+/// How long the demo's keys count: longer than any demo.
+const KEYS_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// One of the two places where the VM can run. In real use these are two machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +73,8 @@ pub(super) struct Shape {
     pub(super) vm_ip: String,
     pub(super) vcpus: u32,
     pub(super) memory: String,
+    /// What protects the link between the hosts.
+    pub(super) link: LinkKind,
     /// Further options of `outlive run` and `outlive standby`.
     pub(super) options: Vec<String>,
     pub(super) seed: u64,
@@ -81,11 +89,19 @@ pub(super) struct WorkDir {
 impl WorkDir {
     pub(super) fn create() -> io::Result<Self> {
         let path = mkdtemp(&std::env::temp_dir().join("outlive-demo-XXXXXX")).map_err(io::Error::from)?;
-        Ok(Self { path })
+        let dir = Self { path };
+        let order = |host| Order { host: format!("host-{host}"), grant: Grant::ALL, life: KEYS_LIFE };
+        keys::init(&dir.keys(Host::A), &order(Host::A)).map_err(io::Error::other)?;
+        keys::issue(&dir.keys(Host::A), &order(Host::B), &dir.keys(Host::B)).map_err(io::Error::other)?;
+        Ok(dir)
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    fn keys(&self, host: Host) -> PathBuf {
+        self.path.join(format!("keys-{host}"))
     }
 
     /// Keeps the directory.
@@ -185,6 +201,11 @@ impl Cluster {
         self.arbiter.kind()
     }
 
+    /// What protects the link between the hosts.
+    pub(super) fn link(&self) -> LinkKind {
+        self.shape.link
+    }
+
     /// Starts the process that boots the VM.
     pub(super) fn start_primary(&mut self, host: Host) -> io::Result<()> {
         let shape = &self.shape;
@@ -226,6 +247,10 @@ impl Cluster {
             .arg("--exit-with-stdin")
             .stdout(Stdio::null())
             .stderr(File::create(&log)?);
+        match self.shape.link {
+            LinkKind::Tls13 => command.arg("--keys").arg(self.dir.keys(host)),
+            LinkKind::Plain => command.arg("--insecure"),
+        };
         // A killed process leaves its socket: better here than in the host's folder. The path of a socket has
         // little room.
         let status = self.dir.path().join(format!("{name}.sock"));
@@ -312,7 +337,7 @@ impl Cluster {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
 

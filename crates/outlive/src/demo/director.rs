@@ -432,6 +432,7 @@ impl Director {
             longest_gap_us: reports.iter().map(|r| r.gaps.longest_us()).max().unwrap_or(0),
             longest_connect_us: reports.iter().map(|r| r.longest_connect_us).max().unwrap_or(0),
             clients: self.play.clients,
+            link: self.cluster.link(),
             connections,
             totals: Totals::of(self.cluster.nodes().iter().map(|n| &n.tenure)),
             arbiter: self.cluster.arbiter(),

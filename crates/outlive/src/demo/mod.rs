@@ -46,6 +46,7 @@ use self::cluster::{Cluster, Shape, WorkDir};
 use self::director::{Director, Play, Stop};
 use self::summary::Summary;
 use crate::cli::{DemoOptions, parse_size};
+use crate::link::LinkKind;
 use crate::network::{EnterError, Netlink, NetlinkError, enter_own_namespace};
 use crate::process::Signals;
 use crate::{check, exit, logs};
@@ -219,6 +220,7 @@ fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {
         vm_ip: format!("{VM}/{PREFIX}"),
         vcpus: options.vcpus,
         memory: options.memory.clone(),
+        link: if options.insecure { LinkKind::Plain } else { LinkKind::Tls13 },
         options: shared_options(options),
         seed,
     })

@@ -11,6 +11,7 @@ use super::status::{grouped, time, time_ns};
 use super::verify::Verdict;
 use crate::events::{PageCounts, ThreadTime};
 use crate::exit;
+use crate::link::LinkKind;
 use crate::phases::Phase;
 
 /// Exit code after Ctrl-C, as in a shell.
@@ -71,6 +72,8 @@ pub(super) struct Summary {
     pub(super) arbiter: &'static str,
     /// Name of the dirty tracker.
     pub(super) tracker: String,
+    /// What protected the link between the hosts.
+    pub(super) link: LinkKind,
 }
 
 #[derive(Serialize)]
@@ -92,6 +95,7 @@ struct Json<'a> {
     sent_bytes: u64,
     pages: PageCounts,
     tracker: &'a str,
+    link: LinkKind,
     phases_us: BTreeMap<&'a str, Times>,
     threads: BTreeMap<&'a str, Scheduled>,
 }
@@ -193,6 +197,7 @@ impl Summary {
             sent_bytes: self.totals.bytes,
             pages: self.totals.pages,
             tracker: &self.tracker,
+            link: self.link,
             phases_us: self.phases().map(|(phase, times)| (phase.name(), microseconds(times))).collect(),
             threads: measured.threads.iter().map(|(name, time)| (name.as_str(), scheduled(time))).collect(),
         };
@@ -455,6 +460,7 @@ mod tests {
             totals,
             arbiter: "file",
             tracker: "ring".into(),
+            link: LinkKind::Tls13,
         }
     }
 
@@ -470,6 +476,7 @@ mod tests {
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
                 "pages": {"raw": 1, "zero": 2, "granules": 3, "granule_bytes": 4, "unchanged": 5}, "tracker": "ring",
+                "link": "tls1.3",
                 "phases_us": {
                     "pause": {"p50": 50.2, "p99": 99.3, "max": 100.4},
                     "rearm": {"p50": 0.4, "p99": 0.4, "max": 0.4},

@@ -104,6 +104,7 @@ impl Stage {
             vm_ip: "10.77.0.2/24".into(),
             vcpus: 1,
             memory: "256M".into(),
+            link: crate::link::LinkKind::Tls13,
             options: Vec::new(),
             seed: 7,
         };

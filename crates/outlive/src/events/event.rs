@@ -73,6 +73,24 @@ pub enum Event {
         /// The standby's `HOST:PORT`.
         addr: String,
     },
+    /// A connection to a standby's port was refused before it had introduced itself; at most one a second is told.
+    ConnectionRefused {
+        /// Where it came from.
+        from: String,
+        /// Why, for a person.
+        why: String,
+    },
+    /// A standby has refused a primary; not told again while the reason stays the same.
+    PrimaryRefused {
+        /// Why, for a person.
+        why: String,
+    },
+    /// A primary reaches no standby, or is refused before it could introduce itself; told now and then while that
+    /// lasts.
+    StandbyUnreachable {
+        /// Why, for a person.
+        why: String,
+    },
     /// A standby has accepted a primary; the base begins.
     PrimaryAttached {
         /// Where the primary connected from.

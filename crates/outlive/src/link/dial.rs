@@ -4,24 +4,58 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
-use super::{Connection, Transport, tcp};
+use outlive_epoch::VmId;
+
+use super::tls::Tls;
+use super::{Connection, Security, Transport, tcp};
+use crate::keys::Right;
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(1);
 
-/// Connects to `address` (HOST:PORT); tries every address of the name.
+/// A host that has a certificate, but not this right.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "host {host} may not {right} VM {vm}: give it a certificate that allows it (`outlive keys issue --host {host} \
+     --vm {vm}`)"
+)]
+pub(crate) struct MayNot {
+    /// Whose certificate it is.
+    pub(crate) host: String,
+    /// What it may not.
+    pub(crate) right: Right,
+    /// With which VM.
+    pub(crate) vm: VmId,
+}
+
+/// Connects to `address` (HOST:PORT); tries every address of the name. With keys, the host there must have a
+/// certificate, and if `vm` is given, one that allows it to hold this VM.
 ///
 /// # Errors
-/// The error of the last address, or of the name resolution.
-pub(crate) fn dial(address: &str) -> io::Result<Connection> {
+/// The error of the last address, of the name resolution, or of the keys.
+pub(crate) fn dial(address: &str, security: &Security, vm: Option<VmId>) -> io::Result<Connection> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
         match tcp::Tcp::connect(&address, CONNECT) {
-            Ok(connected) => return Ok(Connection::over(connected.prepare()?)),
+            Ok(connected) => return secured(connected.begin()?, security, vm),
             Err(error) => last = error,
         }
     }
     Err(last)
+}
+
+fn secured(mut tcp: tcp::Tcp, security: &Security, vm: Option<VmId>) -> io::Result<Connection> {
+    let Security::Keys(directory) = security else {
+        tcp.prepare()?;
+        return Ok(Connection::over(tcp, None));
+    };
+    let (mut tls, host) = Tls::dial(tcp, directory)?;
+    if let Some(vm) = vm.filter(|vm| !host.grant.allows(Right::Hold, vm)) {
+        let refused = MayNot { host: host.name, right: Right::Hold, vm };
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, refused));
+    }
+    tls.tcp().prepare()?;
+    Ok(Connection::over(tls, Some(host)))
 }
 
 /// The port that primaries connect to.
@@ -70,11 +104,34 @@ impl NewConnection {
         self.0.peer()
     }
 
-    /// Makes it a connection. Call it on a thread that may wait for this peer.
+    /// What ends it while [`open`](Self::open) waits.
+    pub(crate) fn hangup(&self) -> Hangup {
+        Hangup(self.0.hangup())
+    }
+
+    /// Makes it a connection; with keys, only if the peer has a certificate. Call it on a thread that may wait for
+    /// this peer.
     ///
     /// # Errors
-    /// The operating system's.
-    pub(crate) fn open(self) -> io::Result<Connection> {
-        self.0.prepare().map(Connection::over)
+    /// The operating system's, or that of the keys.
+    pub(crate) fn open(self, security: &Security) -> io::Result<Connection> {
+        let mut tcp = self.0.begin()?;
+        let Security::Keys(directory) = security else {
+            tcp.prepare()?;
+            return Ok(Connection::over(tcp, None));
+        };
+        let (mut tls, host) = Tls::accept(tcp, directory)?;
+        tls.tcp().prepare()?;
+        Ok(Connection::over(tls, Some(host)))
+    }
+}
+
+/// Ends a connection that its peer keeps waiting.
+pub(crate) struct Hangup(tcp::Hangup);
+
+impl Hangup {
+    /// Whoever waits for the peer returns.
+    pub(crate) fn hang_up(&self) {
+        self.0.hang_up();
     }
 }

@@ -10,14 +10,19 @@
 //! bytes:
 //!
 //! - `tcp.rs` is the first transport, and the only file that knows sockets.
+//! - `tls.rs` is the other one, over the first; `verify.rs` judges certificates.
+//! - `security.rs` has what links are made with: keys, or nothing.
 //! - `dial.rs` makes a connection, from either end.
 //! - `sender.rs` has what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
 
 mod dial;
 mod receiver;
+mod security;
 mod sender;
 mod tail;
 mod tcp;
+mod tls;
+mod verify;
 
 #[cfg(test)]
 mod tests;
@@ -26,8 +31,11 @@ use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use dial::{Listener, NewConnection, dial};
+use crate::keys::Certificate;
+pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial};
 pub(crate) use receiver::{Heard, receive};
+pub use security::LinkKind;
+pub(crate) use security::{Security, SecurityError};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, SentRound, Shipped};
 pub(crate) use tail::FrameTail;
 
@@ -46,10 +54,11 @@ pub(crate) trait Transport: Send + Sync {
     /// The operating system's.
     fn write(&self, from: &[IoSlice<'_>]) -> io::Result<usize>;
 
-    /// Writes as much as there is room for now. Never waits.
+    /// Writes as much as there is room for now. Never waits. After an error the next call must begin with the same
+    /// bytes: some of them may be on their way in another form.
     ///
     /// # Errors
-    /// The operating system's; `WouldBlock` when there is no room at all.
+    /// The operating system's; `WouldBlock` when there is not enough room.
     fn write_now(&self, from: &[u8]) -> io::Result<usize>;
 
     /// Sets how long a read may wait; `None` means until bytes come.
@@ -76,15 +85,18 @@ pub(crate) struct Connection {
     pub(crate) writer: Writer,
     /// For the thread that ends it.
     pub(crate) closer: Closer,
+    /// Who is at the other end, if it has shown that.
+    pub(crate) host: Option<Certificate>,
 }
 
 impl Connection {
-    fn over(transport: impl Transport + 'static) -> Self {
+    fn over(transport: impl Transport + 'static, host: Option<Certificate>) -> Self {
         let transport: Arc<dyn Transport> = Arc::new(transport);
         Self {
             reader: Reader(transport.clone()),
             writer: Writer(transport.clone()),
             closer: Closer(transport),
+            host,
         }
     }
 }
@@ -129,10 +141,11 @@ impl Read for Reader {
 pub(crate) struct Writer(Arc<dyn Transport>);
 
 impl Writer {
-    /// Writes as much as there is room for now. Never waits.
+    /// Writes as much as there is room for now. Never waits. After an error the next call must begin with the same
+    /// bytes.
     ///
     /// # Errors
-    /// The operating system's; `WouldBlock` when there is no room at all.
+    /// The operating system's; `WouldBlock` when there is not enough room.
     pub(crate) fn write_now(&self, from: &[u8]) -> io::Result<usize> {
         self.0.write_now(from)
     }

@@ -1,5 +1,6 @@
 //! The thread that reads a standby's messages to its primary.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use outlive_epoch::{
@@ -36,6 +37,9 @@ pub(crate) fn receive(mut from: Reader, link: Link, tell: impl Fn(Heard)) {
     let why = match error {
         Some(ReadError::Closed) | None => LossReason::Closed,
         Some(ReadError::Truncated { .. }) => LossReason::Closed,
+        Some(ReadError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
+            LossReason::Protocol(error.to_string())
+        }
         Some(ReadError::Io(error)) => LossReason::Error(error.to_string()),
         Some(error @ ReadError::Wire(_)) => LossReason::Protocol(error.to_string()),
     };

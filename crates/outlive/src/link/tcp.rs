@@ -34,6 +34,11 @@ impl Tcp {
         Self(Arc::new(stream), None)
     }
 
+    /// What ends it from elsewhere.
+    pub(super) fn hangup(&self) -> Hangup {
+        Hangup(self.0.clone())
+    }
+
     /// Connects, but takes no longer than `patience`.
     ///
     /// # Errors
@@ -42,20 +47,38 @@ impl Tcp {
         TcpStream::connect_timeout(address, patience).map(Self::new)
     }
 
-    /// Sets the options of every link: it sends at once (no Nagle), its buffers are large, and few unsent
-    /// bytes wait in them. It ends with this process.
+    /// What is set before the other end is known: it sends at once (no Nagle).
     ///
     /// # Errors
     /// The operating system's.
-    pub(super) fn prepare(mut self) -> io::Result<Self> {
+    pub(super) fn begin(self) -> io::Result<Self> {
         self.0.set_nodelay(true)?;
+        Ok(self)
+    }
+
+    /// Sets the options of every link: its buffers are large, and few unsent bytes wait in them. It ends with this
+    /// process.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
         let socket = SockRef::from(&*self.0);
         // The kernel caps the size at its own limits.
         socket.set_send_buffer_size(SOCKET_BUFFER)?;
         socket.set_recv_buffer_size(SOCKET_BUFFER)?;
         socket.set_tcp_notsent_lowat(NOT_SENT)?;
         self.1 = sentinel::guard(&self.0);
-        Ok(self)
+        Ok(())
+    }
+}
+
+/// Ends a connection that somebody else waits for.
+pub(super) struct Hangup(Arc<TcpStream>);
+
+impl Hangup {
+    /// Whoever reads or writes returns.
+    pub(super) fn hang_up(&self) {
+        self.0.shutdown(Shutdown::Both).ok();
     }
 }
 

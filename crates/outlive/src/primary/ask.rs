@@ -11,7 +11,7 @@ use outlive_epoch::{
     Refuse, RefuseCode, SectionReader, VersionRange, VmId,
 };
 
-use crate::link;
+use crate::link::{self, Security};
 use crate::process;
 
 /// How long each part of the answer may take.
@@ -29,8 +29,8 @@ pub(crate) enum Answer {
 }
 
 /// Asks the standby at `address` (HOST:PORT). Takes a few seconds at most.
-pub(crate) fn ask(address: &str) -> Answer {
-    let connection = match link::dial(address) {
+pub(crate) fn ask(address: &str, security: &Security) -> Answer {
+    let connection = match link::dial(address, security, None) {
         Ok(connection) => connection,
         // The host is there, and no process of it listens.
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Answer::Idle,
@@ -48,7 +48,7 @@ pub(crate) fn ask(address: &str) -> Answer {
 }
 
 fn refusal(connection: link::Connection) -> Result<Refuse, ReadError> {
-    let link::Connection { mut reader, mut writer, closer: _closer } = connection;
+    let link::Connection { mut reader, mut writer, closer: _closer, host: _ } = connection;
     reader.set_timeout(Some(ANSWER))?;
     let mut bytes = Preface { version: ProtocolVersion::INTRODUCTION }.encode().to_vec();
     let mut encoder = Encoder::speaking(ProtocolVersion::INTRODUCTION);
@@ -106,7 +106,7 @@ mod tests {
             let Message::Hello(hello) = Message::parse(&section).unwrap() else { panic!("no Hello") };
             with(stream, *hello);
         });
-        let answer = ask(&address);
+        let answer = ask(&address, &Security::Open);
         standby.join().unwrap();
         answer
     }
@@ -135,6 +135,6 @@ mod tests {
         // Nobody accepts it.
         assert!(matches!(answers(|_, hello| assert_eq!(hello.limits.slots, 0)), Answer::Unknown(_)));
         let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        assert!(matches!(ask(&nobody), Answer::Idle));
+        assert!(matches!(ask(&nobody, &Security::Open), Answer::Idle));
     }
 }

@@ -148,6 +148,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
     );
     let plan = Plan {
         standbys: options.standbys.clone(),
+        security: options.security(),
+        vm: identity.provenance.vm,
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),

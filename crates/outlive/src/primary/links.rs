@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender as Channel, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use outlive_epoch::{ProtocolVersion, RefuseCode};
+use outlive_epoch::{ProtocolVersion, RefuseCode, VmId};
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
 use super::driver::SharedDriver;
@@ -13,7 +13,7 @@ use super::inbox::{Inbox, Queue};
 use super::pool::Pool;
 use super::ports::Connection;
 use super::stats::Totals;
-use crate::link::{self, Heard, Sender, SenderReport};
+use crate::link::{self, Heard, Security, Sender, SenderReport};
 
 /// The thread's orders.
 pub(crate) enum Errand {
@@ -27,6 +27,10 @@ pub(crate) enum Errand {
 pub(crate) struct Plan {
     /// Addresses of the standbys.
     pub(crate) standbys: Vec<String>,
+    /// What protects the connections.
+    pub(crate) security: Security,
+    /// The VM, which the standby must be allowed to hold.
+    pub(crate) vm: VmId,
     /// Time between two heartbeats of a sender's own.
     pub(crate) heartbeat: Duration,
     /// Counts what is sent.
@@ -63,7 +67,7 @@ fn serve(errands: &Receiver<Errand>, driver: &Weak<SharedDriver>, plan: &Plan) {
             Errand::Close(mut connection) => connection.sender.close_and_leave(),
             Errand::Dial { link, address: index } => {
                 let address = &plan.standbys[index];
-                let dialled = link::dial(address);
+                let dialled = link::dial(address, &plan.security, Some(plan.vm));
                 let Some(driver) = driver.upgrade() else { return };
                 let standby = Standby { link, address, index, older: &older };
                 let connected = dialled.and_then(|connection| connect(&driver, plan, &standby, connection));
@@ -103,7 +107,7 @@ fn connect(
     connection: link::Connection,
 ) -> std::io::Result<()> {
     let &Standby { link, address, index, older } = standby;
-    let link::Connection { reader, writer, closer } = connection;
+    let link::Connection { reader, writer, closer, host: _ } = connection;
     let introduction = older.with(index, Option::take).unwrap_or(ProtocolVersion::INTRODUCTION);
     let pool = Arc::new(Pool::default());
     let report = reporter(link, pool.clone(), Arc::downgrade(driver), plan);

@@ -125,6 +125,7 @@ impl Notes {
         if self.unreachable_since.is_none_or(|told| told.elapsed() >= UNREACHABLE_AGAIN) {
             self.unreachable_since = Some(Instant::now());
             tracing::warn!("standby not reachable, still trying: {why}");
+            self.events.emit(Event::StandbyUnreachable { why: why.to_owned() });
         } else {
             tracing::debug!("standby not reachable: {why}");
         }

@@ -1,7 +1,8 @@
 //! The standby's port: it hears every connection, and refuses all but the one primary that belongs here.
 //!
 //! Every connection has its own thread until it is accepted or refused, so that a silent connection cannot
-//! keep the primary out; their number is bounded.
+//! keep the primary out; their number is bounded ([`HalfOpen`]). With keys, nothing of what a connection sends is
+//! read as Outlive's before its host has shown a certificate.
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -17,6 +18,7 @@ use outlive_pair::{Introduction, Link};
 use super::applier::Applier;
 use super::copy::VmCopy;
 use super::decisions::Decisions;
+use super::half_open::HalfOpen;
 use super::handover::{Ending, Handover};
 use super::outbox::Outbox;
 use super::ports::Session;
@@ -25,11 +27,13 @@ use super::refusal::Refusal;
 use super::tail::Tail;
 use crate::arbiter::{self, Arbiter};
 use crate::events::Event;
-use crate::link::{Connection, Listener, NewConnection, Reader};
+use crate::keys::{Certificate, Right};
+use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
-/// How many connections may be heard at the same time. One is the primary's.
-const MAX_HEARD: usize = 64;
+/// How many connections may be heard at the same time: one is the primary's, and those that [`HalfOpen`] has let
+/// go need a moment to end.
+const MAX_HEARD: usize = 128;
 /// How long a connection may take to introduce itself, from its first byte to its last.
 const INTRODUCTION: Duration = Duration::from_secs(2);
 
@@ -103,6 +107,7 @@ fn accept_all(listener: &Listener, inside: &Inside) {
     let heard = Arc::new(AtomicUsize::new(0));
     let numbers = AtomicU64::new(0);
     let limit = Arc::new(RateLimit::default());
+    let half_open = Arc::new(HalfOpen::default());
     loop {
         let incoming = match listener.accept() {
             Ok(incoming) => incoming,
@@ -123,30 +128,46 @@ fn accept_all(listener: &Listener, inside: &Inside) {
         let number = Link(numbers.fetch_add(1, Ordering::Relaxed));
         let decisions = inside.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(decisions) = decisions else { continue };
-        let (count, limit) = (heard.clone(), limit.clone());
+        if half_open.enter(number, incoming.hangup()) && limit.allows() {
+            tracing::warn!("too many connections that say nothing; the oldest are dropped");
+        }
+        let (count, limit, waiting) = (heard.clone(), limit.clone(), half_open.clone());
         let started = outlive_machine::spawn("session", move || {
-            serve(&decisions, incoming, number, &limit);
+            serve(&decisions, incoming, number, &limit, &waiting);
+            waiting.leave(number);
             decisions.disconnect(number);
             count.fetch_sub(1, Ordering::AcqRel);
         });
         if let Err(error) = started {
             heard.fetch_sub(1, Ordering::AcqRel);
+            half_open.leave(number);
             tracing::warn!(%error, "cannot start a thread for a connection");
         }
     }
 }
 
-fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limit: &RateLimit) {
+fn serve(
+    decisions: &Arc<Decisions>,
+    incoming: NewConnection,
+    number: Link,
+    limit: &RateLimit,
+    half_open: &HalfOpen,
+) {
     let from = incoming.peer();
-    let outbox;
-    let mut stream = match incoming.open() {
-        Ok(Connection { reader, writer, closer }) => {
+    let (outbox, sender);
+    let mut stream = match incoming.open(&decisions.equipment.options.active.security()) {
+        Ok(Connection { reader, writer, closer, host }) => {
+            sender = host;
             outbox = Arc::new(Outbox::new(writer, closer));
             decisions.connect(number, outbox.clone());
             reader
         }
         Err(error) => {
-            tracing::warn!(from, %error, "cannot serve a connection");
+            if limit.allows() {
+                tracing::warn!(from, "refused a connection: {error}");
+                let (events, why) = (&decisions.equipment.events, error.to_string());
+                events.emit(Event::ConnectionRefused { from, why });
+            }
             return;
         }
     };
@@ -179,6 +200,7 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
             return;
         }
     };
+    half_open.leave(number);
     // From here on the decisions measure the silence, with the limit that both sides agreed on.
     if let Err(error) = stream.set_timeout(None) {
         tracing::warn!(from, %error, "cannot serve a connection");
@@ -186,7 +208,7 @@ fn serve(decisions: &Arc<Decisions>, incoming: NewConnection, number: Link, limi
         let text = format!("the standby cannot serve this connection: {error}");
         return decisions.refuse(number, RefuseCode::Busy, text);
     }
-    match admit(decisions, number, &hello) {
+    match admit(decisions, number, &hello, sender.as_ref()) {
         Ok((admitted, version)) => {
             tracing::info!(primary = from, version = version as u32, "primary attached");
             reader.agree(version);
@@ -260,8 +282,10 @@ fn admit(
     decisions: &Arc<Decisions>,
     link: Link,
     hello: &Hello,
+    sender: Option<&Certificate>,
 ) -> Result<(Admitted, ProtocolVersion), Refusal> {
     let version = VersionRange::CURRENT.common(hello.versions).map_err(Refusal::Version)?;
+    may_send(hello, sender)?;
     let introduction = Introduction {
         vm: hello.vm,
         generation: hello.generation,
@@ -307,6 +331,16 @@ fn admit(
         Refusal::Attached
     })?;
     Ok((admitted, version))
+}
+
+/// A question about no VM needs no right: see `primary/ask.rs`.
+fn may_send(hello: &Hello, sender: Option<&Certificate>) -> Result<(), Refusal> {
+    match sender {
+        Some(host) if hello.limits.slots > 0 && !host.grant.allows(Right::Send, &hello.vm) => {
+            Err(MayNot { host: host.name.clone(), right: Right::Send, vm: hello.vm }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The buffers of a session: one for each checkpoint that may wait for its acknowledgement, and one for the

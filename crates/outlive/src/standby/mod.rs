@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! listen.rs     accepts connections, hears their introduction, refuses those that do not belong here
+//! half_open.rs  those that have not introduced themselves
 //! refusal.rs    why it does
 //! reader.rs     a thread: hears an accepted primary all the time; writes the base, stages checkpoints
 //! handover.rs   the buffers between reader and applier
@@ -23,6 +24,7 @@ mod copy;
 mod decisions;
 mod devices;
 mod fence;
+mod half_open;
 mod handover;
 mod listen;
 mod notes;

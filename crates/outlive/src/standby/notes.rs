@@ -52,6 +52,7 @@ impl Notes {
         }
         if self.last_refusal != text {
             tracing::warn!(?code, "refused a primary: {text}");
+            self.events.emit(Event::PrimaryRefused { why: text.clone() });
             self.last_refusal = text;
         }
     }

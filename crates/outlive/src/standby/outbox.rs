@@ -187,7 +187,7 @@ mod tests {
     use outlive_epoch::{Ack, LeaveReason, Message, Peer, ReadError, SectionReader};
 
     use super::*;
-    use crate::link::{Listener, Reader};
+    use crate::link::{Listener, Reader, Security};
 
     /// How many messages a socket takes even if its peer does not read.
     const MANY: u64 = 1000;
@@ -197,7 +197,7 @@ mod tests {
         let listener = Listener::reserve("127.0.0.1:0").unwrap();
         listener.listen().unwrap();
         let peer = TcpStream::connect(listener.address().unwrap()).unwrap();
-        let connection = listener.accept().unwrap().open().unwrap();
+        let connection = listener.accept().unwrap().open(&Security::Open).unwrap();
         (Outbox::new(connection.writer, connection.closer), connection.reader, peer)
     }
 

@@ -2,6 +2,7 @@
 //! their places, checkpoints into staging. The thread never waits for the applier or for a disk, so the
 //! primary is heard and answered whatever those do.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,6 +103,8 @@ impl SessionReader {
         let link = self.link;
         let section = self.sections.read_section(&mut self.from).map_err(|error| match error {
             ReadError::Closed | ReadError::Truncated { .. } => End::Lost(LossReason::Closed),
+            // A record that was changed on its way: TLS says so before a message is looked at.
+            ReadError::Io(error) if error.kind() == ErrorKind::InvalidData => End::Bad(error.to_string()),
             ReadError::Io(error) => End::Lost(LossReason::Error(error.to_string())),
             ReadError::Wire(error) => End::Bad(error.to_string()),
         })?;

@@ -9,6 +9,7 @@ use super::copy::CopyError;
 use super::decisions::ClaimsError;
 use super::listen::MAX_SLOTS;
 use crate::arbiter::{ArbiterError, ArbiterSpecError};
+use crate::link::MayNot;
 
 /// What a host is told that has only asked. It is no primary, and no line for an operator.
 pub(super) const ONLY_ASKED: &str = "it only asked whether this standby is taking a VM over, which it is not";
@@ -19,6 +20,9 @@ pub(super) enum Refusal {
     /// The releases have no version of the stream in common. The text has both ranges and the remedy.
     #[error("{0}")]
     Version(String),
+    /// The primary's host has no right to it.
+    #[error(transparent)]
+    MayNot(#[from] MayNot),
     /// The decisions are against it.
     #[error(transparent)]
     Unwelcome(#[from] Unwelcome),
@@ -71,7 +75,7 @@ impl Refusal {
         match self {
             Self::Version(_) => RefuseCode::Version,
             Self::Unwelcome(why) => why.code(),
-            Self::WrongVm { .. } => RefuseCode::WrongVm,
+            Self::WrongVm { .. } | Self::MayNot(_) => RefuseCode::WrongVm,
             Self::Stale { .. } => RefuseCode::StaleGeneration,
             Self::Copy(why) => why.code(),
             // Nothing is wrong with the primary: it may try again.

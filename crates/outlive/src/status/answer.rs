@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::standing::{Facts, Progress};
 use crate::arbiter::Sight;
 use crate::events::Role;
+use crate::link::LinkKind;
 
 /// The state of one process. Times of the day are RFC 3339 in UTC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,9 @@ pub struct Status {
     /// The other host's address: the standby's as the primary was given it, or where the primary's connection
     /// came from.
     pub peer: Option<String>,
+    /// What protects the links of this process; `null` if it has none.
+    #[serde(default)]
+    pub link: Option<LinkKind>,
     /// The newest committed checkpoint.
     pub checkpoint: Option<u64>,
     /// Milliseconds since its commit.
@@ -85,6 +89,7 @@ impl Status {
             since: time(facts.since),
             generation: facts.generation,
             peer: facts.peer.clone(),
+            link: facts.link,
             checkpoint: (progress.checkpoint > 0).then_some(progress.checkpoint),
             committed_ms_ago: since_commit,
             in_flight: counts.then_some(progress.in_flight),
@@ -179,6 +184,9 @@ impl fmt::Display for Status {
         write!(f, " since {}", self.since)?;
         if let Some(why) = &self.why {
             write!(f, ": {why}")?;
+        }
+        if self.link == Some(LinkKind::Plain) {
+            f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
         }
         f.write_str(&self.progress())?;
         match &self.arbiter {
@@ -350,7 +358,8 @@ mod tests {
         assert_eq!(json["bytes_in_flight"], 12_000);
         assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
-        assert_eq!(json.as_object().unwrap().len(), 15);
+        assert_eq!(json["link"], serde_json::Value::Null);
+        assert_eq!(json.as_object().unwrap().len(), 16);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

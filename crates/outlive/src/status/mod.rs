@@ -17,6 +17,8 @@ mod word;
 
 pub use answer::{ArbiterSight, Status, Survival};
 pub use command::command;
+
+pub use crate::link::LinkKind;
 pub(crate) use server::{Server, ServerError};
 pub(crate) use standing::{Progress, Standing};
 pub(crate) use word::{give_up, go_on_alone, take_over};

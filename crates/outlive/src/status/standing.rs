@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use super::answer::Status;
 use crate::arbiter::Watch;
 use crate::events::{EventWriter, Role, now_us};
+use crate::link::LinkKind;
 use crate::notify;
 
 /// How far the checkpoints are.
@@ -41,6 +42,7 @@ pub(super) struct Facts {
     pub(super) asking: bool,
     pub(super) generation: Option<u64>,
     pub(super) peer: Option<String>,
+    pub(super) link: Option<LinkKind>,
     watch: Option<Weak<Watch>>,
     counter: Option<Counter>,
     /// Where an operator's decisions are told.
@@ -90,6 +92,7 @@ impl Standing {
             asking: false,
             generation: None,
             peer: None,
+            link: None,
             watch: None,
             counter: None,
             events: None,
@@ -114,6 +117,11 @@ impl Standing {
     /// Tells what an operator decides as events from now on.
     pub(crate) fn tells(&self, events: &EventWriter) {
         self.change(|facts| facts.events = Some(events.clone()));
+    }
+
+    /// What protects the links of this process.
+    pub(crate) fn link(&self, kind: LinkKind) {
+        self.change(|facts| facts.link = Some(kind));
     }
 
     /// The VM runs here, in this generation. `counter` knows its checkpoints.

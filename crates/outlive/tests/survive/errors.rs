@@ -7,11 +7,13 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use outlive::arbiter::FileArbiter;
+use outlive::keys::{self, Grant, Order};
 use outlive::network::{EnterError, Namespace, Netlink};
 
 use crate::support::{PROGRAM, has_kvm};
@@ -36,7 +38,11 @@ impl Stage {
         let arbiter = dir.path().join("arbiter");
         fs::create_dir(&arbiter).unwrap();
         FileArbiter::init(&arbiter).unwrap();
-        Some(Stage { network, dir })
+        let stage = Stage { network, dir };
+        let life = Duration::from_secs(3600);
+        keys::init(stage.path("keys").as_ref(), &Order { host: "a".into(), grant: Grant::ALL, life })
+            .unwrap();
+        Some(stage)
     }
 
     fn path(&self, name: &str) -> String {
@@ -48,6 +54,12 @@ impl Stage {
         let arbiter = format!("file:{}", self.path("arbiter"));
         let mut command = Command::new(PROGRAM);
         command.args(line.split_whitespace().map(|word| word.replace("ARBITER", &arbiter)));
+        if ["--standby", "--listen"].iter().any(|it| line.contains(it))
+            && !line.contains("--insecure")
+            && !line.contains("--keys")
+        {
+            command.args(["--keys", &self.path("keys")]);
+        }
         command
     }
 
@@ -97,6 +109,20 @@ impl Stage {
         found.sort();
         found
     }
+}
+
+#[test]
+fn links_without_keys_are_refused() {
+    let Some(stage) = Stage::new() else { return };
+    let standby = "standby --arbiter ARBITER --listen";
+    stage.refuses(&format!("{standby} 0.0.0.0:7000 --insecure"), &["0.0.0.0:7000", "outlive keys init"]);
+    let none = stage.path("none");
+    stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {none}"), &["has no keys", "outlive keys init"]);
+    let keys = stage.path("keys");
+    fs::set_permissions(format!("{keys}/host.pem"), fs::Permissions::from_mode(0o644)).unwrap();
+    stage.refuses(&format!("{standby} 127.0.0.1:7000 --keys {keys}"), &["mode 0644", "chmod 600"]);
+    stage.refuses(&format!("keys init {keys}"), &["is there already", "outlive keys rotate"]);
+    stage.refuses(&format!("keys issue --host b --keys {keys}-b"), &["ca.pem is not here"]);
 }
 
 #[test]

@@ -28,6 +28,7 @@ mod sentinel;
 mod slow_link;
 mod standby;
 mod status;
+mod strangers;
 mod supervised;
 mod support;
 mod tail;

@@ -140,7 +140,7 @@ impl FakePrimary {
 
 #[test]
 fn strangers_at_the_standbys_port_disturb_nobody() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = World::plain() else { return };
     let mut dice = Dice::new();
     let (mut primary, mut standby) = world.protected(Side::A);
     let witnesses = Witnesses::start(&world, 2);
@@ -211,7 +211,7 @@ fn a_second_primary_is_refused() {
 
 #[test]
 fn primaries_that_do_not_belong_here_are_refused() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = World::plain() else { return };
     let (mut primary, hello) = overhear(&world);
     let mut standby = world.standby(Side::B);
     primary.wait_protected();
@@ -263,7 +263,7 @@ fn primaries_that_do_not_belong_here_are_refused() {
 
 #[test]
 fn damaged_bases_are_refused_and_the_standby_stays_good() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = World::plain() else { return };
     let mut dice = Dice::new();
     let (primary, hello) = overhear(&world);
     primary.kill();
@@ -377,7 +377,7 @@ fn a_damaged_acknowledgement_is_refused_by_the_primary() {
 /// The opposite direction: no program at the standby's address may harm the VM.
 #[test]
 fn a_standby_that_talks_nonsense_does_not_disturb_the_vm() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = World::plain() else { return };
     let mut dice = Dice::new();
     let listener = world.on(Side::A, || TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap();
     let nonsense = listener.local_addr().unwrap().to_string();

@@ -80,7 +80,7 @@ fn join(primary: TcpStream, standby: TcpStream) {
 
 #[test]
 fn a_vm_is_protected_and_taken_over_in_the_version_of_the_release_before() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = World::plain() else { return };
     let mut standby = world.standby(Side::B);
     let older = OlderStandby::start(&world, Side::A);
     let mut primary = world.run_with(Side::A, &["--standby", &older.addr]);

@@ -11,7 +11,7 @@ use outlive_machine::Outgoing;
 use outlive_pair::{Link, Ticket};
 use socket2::SockRef;
 
-use super::super::{CheckpointPart, Connection, Job, SenderReport, dial};
+use super::super::{CheckpointPart, Connection, Job, Security, SenderReport, dial};
 use super::rig::{self, Beat, HEARTBEAT, SlowLink, Written};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
@@ -26,7 +26,7 @@ const HEADS: usize = 8 << 10;
 fn late_bytes(jobs: Vec<Job>) -> Vec<usize> {
     let clock = Clock::start();
     let written = Arc::new(Mutex::new(Written::default()));
-    let connection = Connection::over(SlowLink { clock, written: written.clone() });
+    let connection = Connection::over(SlowLink { clock, written: written.clone() }, None);
     let (sender, reports) = rig::sender(connection, clock);
     let began = clock.now();
     jobs.into_iter().for_each(|job| sender.send(job));
@@ -89,7 +89,7 @@ fn the_kernel_holds_little_in_front_of_one() {
     SockRef::from(&listener).set_recv_buffer_size(received).unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let clock = Clock::start();
-    let (sender, _reports) = rig::sender(dial(&address).unwrap(), clock);
+    let (sender, _reports) = rig::sender(dial(&address, &Security::Open, None).unwrap(), clock);
     sender.send(rig::base_round(8192));
     sender.send(Job::Close);
     let (mut stream, _) = listener.accept().unwrap();

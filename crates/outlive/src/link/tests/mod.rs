@@ -3,3 +3,4 @@
 mod heartbeats;
 mod rig;
 mod tail;
+mod tls;

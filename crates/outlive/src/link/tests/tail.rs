@@ -39,7 +39,7 @@ impl Rig {
         let valve = Valve::new(permit, vec![output.clone()]);
         let tail = FrameTail { input: Arc::new(InputTail::default()), output };
         let (clock, written) = (Clock::start(), Arc::new(Mutex::new(Written::default())));
-        let connection = Connection::over(SlowLink { clock, written: written.clone() });
+        let connection = Connection::over(SlowLink { clock, written: written.clone() }, None);
         let (sender, reports) = rig::sender(connection, clock);
         sender.send(Job::Speak(version, Some(tail.clone())));
         // The thread has done so when it has written this.

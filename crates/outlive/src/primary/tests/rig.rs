@@ -17,6 +17,7 @@ use super::super::links::{self, Plan};
 use super::super::ports::Ports;
 use super::super::stats::Totals;
 use crate::clock::Clock;
+use crate::link::Security;
 
 /// How long anything may take on a busy machine.
 pub(super) const BOUND: Duration = Duration::from_secs(30);
@@ -131,6 +132,8 @@ pub(super) fn connected(output: Arc<Stuck>, standby: SocketAddr) -> Rig {
     let driver = SharedDriver::new(machine, ports, clock, valve.clone(), queue.clone(), totals.clone());
     let plan = Plan {
         standbys: vec![standby.to_string()],
+        security: Security::Open,
+        vm: VmId([1; 16]),
         heartbeat: timing.heartbeat(),
         totals: totals.clone(),
         inbox: queue.clone(),

@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use outlive::arbiter::FileArbiter;
 use outlive::events::Event;
+use outlive::keys::{self, Grant, Order};
 use outlive::network::{EnterError, Namespace, Netlink};
 
 pub(crate) use client::{Client, Value};
@@ -51,6 +52,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_outlive");
 /// Where a standby listens.
 pub(crate) const PORT: u16 = 7000;
+
+/// How long keys count.
+const KEYS_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// Memory of a VM whose size is not given, in bytes.
 pub(crate) const MEMORY: u64 = 64 << 20;
@@ -120,6 +124,8 @@ pub(crate) struct World {
     hosts: [Namespace; 2],
     started: AtomicU32,
     arbiter: PathBuf,
+    /// Its links are neither encrypted nor authenticated.
+    is_plain: bool,
     dir: tempfile::TempDir,
 }
 
@@ -133,10 +139,28 @@ impl World {
         let hosts = [namespace()?, namespace()?];
         let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
         let arbiter = dir.path().join("arbiter");
-        let mut world = World { lan, hosts, started: AtomicU32::new(0), arbiter: arbiter.clone(), dir };
+        let mut world =
+            World { lan, hosts, started: AtomicU32::new(0), arbiter: arbiter.clone(), is_plain: false, dir };
         world.place_arbiter(arbiter);
+        world.make_keys();
         world.cable();
         Some(world)
+    }
+
+    /// The same for a test that speaks the protocol itself: the links have no TLS.
+    pub(crate) fn plain() -> Option<World> {
+        World::new().map(|world| World { is_plain: true, ..world })
+    }
+
+    fn make_keys(&self) {
+        let order = |host: &str| Order { host: host.into(), grant: Grant::ALL, life: KEYS_LIFE };
+        keys::init(&self.keys(Side::A), &order("hosta")).unwrap();
+        keys::issue(&self.keys(Side::A), &order("hostb"), &self.keys(Side::B)).unwrap();
+    }
+
+    /// The keys of a host.
+    pub(crate) fn keys(&self, side: Side) -> PathBuf {
+        self.dir().join(format!("keys-{}", side.letter()))
     }
 
     fn cable(&self) {
@@ -387,6 +411,11 @@ impl World {
         if !options.contains(&"--status") {
             // The usual place is the host's, and a killed process leaves its socket there.
             process.arg("--status").arg(file("sock"));
+        }
+        if self.is_plain {
+            process.arg("--insecure").env("OUTLIVE_INSECURE_NETWORK", "1");
+        } else if !options.contains(&"--keys") {
+            process.arg("--keys").arg(self.keys(side));
         }
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);

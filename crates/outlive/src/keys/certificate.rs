@@ -1,0 +1,92 @@
+//! What a certificate says.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::grant::Grant;
+
+/// A certificate of a host or of a CA, read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Certificate {
+    /// The host that it belongs to; for a CA its name.
+    pub name: String,
+    /// What the host may do.
+    pub grant: Grant,
+    /// The serial number, as hexadecimal digits.
+    pub serial: String,
+    /// From when on it counts.
+    pub from: SystemTime,
+    /// Until when.
+    pub until: SystemTime,
+}
+
+/// Why a certificate cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CertificateError {
+    /// It is none.
+    #[error("it is not a certificate")]
+    Malformed,
+    /// It belongs to no host.
+    #[error("it names no host")]
+    NoHost,
+}
+
+impl Certificate {
+    /// Reads a host's certificate. Whoever trusts what it says must have verified it.
+    ///
+    /// # Errors
+    /// See [`CertificateError`].
+    pub fn of_host(der: &[u8]) -> Result<Self, CertificateError> {
+        let (_, read) = X509Certificate::from_der(der).map_err(|_| CertificateError::Malformed)?;
+        let names = read.subject_alternative_name().map_err(|_| CertificateError::Malformed)?;
+        let names = names.map_or(&[][..], |names| &names.value.general_names);
+        let host = names.iter().find_map(|name| match name {
+            GeneralName::DNSName(host) => Some((*host).to_owned()),
+            _ => None,
+        });
+        let uris = names.iter().filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
+        Ok(Self::read(&read, host.ok_or(CertificateError::NoHost)?, Grant::from_names(uris)))
+    }
+
+    /// Reads a CA's certificate.
+    ///
+    /// # Errors
+    /// See [`CertificateError`].
+    pub fn of_ca(der: &[u8]) -> Result<Self, CertificateError> {
+        let (_, read) = X509Certificate::from_der(der).map_err(|_| CertificateError::Malformed)?;
+        let name =
+            read.subject().iter_common_name().find_map(|it| it.as_str().ok()).unwrap_or("a CA").to_owned();
+        Ok(Self::read(&read, name, Grant::from_names([].into_iter())))
+    }
+
+    fn read(read: &X509Certificate<'_>, name: String, grant: Grant) -> Self {
+        let at = |seconds: i64| UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+        let validity = read.validity();
+        let serial = read.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect();
+        let (from, until) = (at(validity.not_before.timestamp()), at(validity.not_after.timestamp()));
+        Self { name, grant, serial, from, until }
+    }
+
+    /// What is left of it; nothing once it has expired.
+    pub fn left(&self, now: SystemTime) -> Duration {
+        self.until.duration_since(now).unwrap_or_default()
+    }
+
+    /// The complaint about a certificate that ends soon or has ended.
+    pub(crate) fn complaint(&self, now: SystemTime) -> Option<String> {
+        let left = self.left(now);
+        let at = humantime::format_rfc3339_seconds(self.until);
+        match left.as_secs() / (24 * 3600) {
+            _ if left.is_zero() => Some(format!("the certificate of {} has EXPIRED at {at}", self.name)),
+            days if left < super::SOON => {
+                Some(format!("the certificate of {} expires in {days} days, at {at}", self.name))
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! `outlive keys`.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::SystemTime;
+
+use serde::Serialize;
+
+use super::certificate::{Certificate, CertificateError};
+use super::load::{self, LoadError, Loaded};
+use super::make::{self, MakeError, Order};
+use super::{Grant, Right, Vms};
+use crate::cli::{GrantOptions, KeysCommand, KeysOptions};
+use crate::{exit, process};
+
+/// Why a command of `outlive keys` failed.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    /// The keys cannot be made.
+    #[error(transparent)]
+    Make(#[from] MakeError),
+    /// The keys cannot be used.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A certificate cannot be read.
+    #[error("a CA's certificate cannot be read: {0}")]
+    Certificate(#[from] CertificateError),
+    /// The result cannot be shown.
+    #[error("cannot print: {0}")]
+    Print(#[from] io::Error),
+}
+
+/// Carries the command out. Returns the exit code.
+pub fn command(options: &KeysOptions) -> u8 {
+    let mut out = io::stdout().lock();
+    let done = match &options.command {
+        KeysCommand::Init { directory, host, grant } => init(directory, host.as_deref(), grant, &mut out),
+        KeysCommand::Issue { host, keys, to, grant } => issue(keys, host, to.as_deref(), grant, &mut out),
+        KeysCommand::Rotate { keys, ca, forget_old_cas, days } => {
+            let days = days.life();
+            rotate(keys, *ca, *forget_old_cas, days, &mut out)
+        }
+        KeysCommand::Show { keys, json } => show(keys, *json, &mut out),
+        KeysCommand::Revoke { who, keys } => revoke(keys, who, &mut out),
+    };
+    match done {
+        Ok(()) => exit::OK,
+        Err(line) => exit::usage(line),
+    }
+}
+
+/// What the options give a host: both rights to all VMs, unless they choose.
+fn grant(options: &GrantOptions) -> Grant {
+    let ids = options.vms();
+    let vms = if ids.is_empty() { Vms::Any } else { Vms::Only(ids) };
+    let both = options.send == options.hold;
+    let give = |is: bool| if is || both { vms.clone() } else { Vms::NONE };
+    Grant { send: give(options.send), hold: give(options.hold) }
+}
+
+fn init(
+    place: &Path,
+    host: Option<&str>,
+    about: &GrantOptions,
+    out: &mut dyn Write,
+) -> Result<(), CommandError> {
+    let host = host.map_or_else(process::host_name, str::to_owned);
+    let order = Order { host, grant: grant(about), life: about.days.life() };
+    let made = make::init(place, &order)?;
+    let place = place.display();
+    writeln!(out, "{place} has a new CA and the keys of {}", Told(&made))?;
+    writeln!(
+        out,
+        "for the other host: outlive keys issue --keys {place} --host NAME, and copy what it makes"
+    )?;
+    Ok(())
+}
+
+fn issue(
+    keys: &Path,
+    host: &str,
+    to: Option<&Path>,
+    about: &GrantOptions,
+    out: &mut dyn Write,
+) -> Result<(), CommandError> {
+    let order = Order { host: host.to_owned(), grant: grant(about), life: about.days.life() };
+    let usual = format!("{host}.keys");
+    let to = to.unwrap_or(Path::new(&usual));
+    let made = make::issue(keys, &order, to)?;
+    let to = to.display();
+    writeln!(out, "{to} has the keys of {}", Told(&made))?;
+    writeln!(out, "copy it, for example with scp -rp {to} root@{host}:{}, and remove it here", super::USUAL)?;
+    Ok(())
+}
+
+fn rotate(
+    keys: &Path,
+    ca: bool,
+    forget: bool,
+    life: std::time::Duration,
+    out: &mut dyn Write,
+) -> Result<(), CommandError> {
+    let place = keys.display();
+    if ca {
+        let made = make::rotate_ca(keys)?;
+        writeln!(out, "{place} has a new CA, {}; the old one still counts", made.name)?;
+        writeln!(out, "now copy {place}/{} to every host, then renew every host's keys", super::CAS)?;
+    } else if forget {
+        let made = make::forget_old_cas(keys)?;
+        writeln!(
+            out,
+            "only certificates of {} count in {place} now; copy {} to every host",
+            made.name,
+            super::CAS
+        )?;
+    } else {
+        let made = make::rotate(keys, life)?;
+        writeln!(
+            out,
+            "{place} has new keys of {}; links that are open go on with the old ones",
+            Told(&made)
+        )?;
+    }
+    Ok(())
+}
+
+fn revoke(keys: &Path, who: &str, out: &mut dyn Write) -> Result<(), CommandError> {
+    let serials = make::revoke(keys, who)?;
+    let file = keys.join(super::REVOKED);
+    writeln!(out, "revoked {}: copy {} to every host", serials.join(", "), file.display())?;
+    writeln!(out, "a link that is open goes on until it ends: restart the standby to end it now")?;
+    Ok(())
+}
+
+/// A host's certificate in a line.
+struct Told<'a>(&'a Certificate);
+
+impl std::fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Certificate { name, grant, serial, until, .. } = self.0;
+        write!(f, "{name}: {grant}, until {}, serial {serial}", day(*until))
+    }
+}
+
+fn day(at: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(at).to_string()[..10].to_owned()
+}
+
+/// A certificate, as JSON.
+#[derive(Debug, Serialize)]
+struct Entry {
+    name: String,
+    serial: String,
+    until: String,
+    days_left: u64,
+    revoked: bool,
+    /// Nothing for a CA.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    send: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    hold: Vec<String>,
+}
+
+impl Entry {
+    fn new(about: &Certificate, keys: &Loaded) -> Self {
+        let names = |vms: &Vms| match vms {
+            Vms::Any => vec!["any".to_owned()],
+            Vms::Only(ids) => ids.iter().map(ToString::to_string).collect(),
+        };
+        Self {
+            name: about.name.clone(),
+            serial: about.serial.clone(),
+            until: humantime::format_rfc3339_seconds(about.until).to_string(),
+            days_left: about.left(SystemTime::now()).as_secs() / (24 * 3600),
+            revoked: keys.revoked.has(&about.serial),
+            send: names(&about.grant.send),
+            hold: names(&about.grant.hold),
+        }
+    }
+}
+
+/// What `outlive keys show` says.
+#[derive(Debug, Serialize)]
+struct Shown {
+    host: Entry,
+    cas: Vec<Entry>,
+    /// Whether certificates can be made here.
+    makes_certificates: bool,
+    issued: Vec<Entry>,
+    revoked: usize,
+    warnings: Vec<String>,
+}
+
+fn show(keys: &Path, json: bool, out: &mut dyn Write) -> Result<(), CommandError> {
+    let loaded = load::load(keys)?;
+    let cas = loaded.cas.iter().map(|ca| Certificate::of_ca(ca)).collect::<Result<Vec<_>, _>>()?;
+    let issued = make::issued(keys)?;
+    let warnings = warnings(&loaded, &cas);
+    if json {
+        let shown = Shown {
+            host: Entry::new(&loaded.host, &loaded),
+            cas: cas.iter().map(|ca| Entry::new(ca, &loaded)).collect(),
+            makes_certificates: make::own_ca(keys)?.is_some(),
+            issued: issued.iter().map(|it| Entry::new(it, &loaded)).collect(),
+            revoked: loaded.revoked.len(),
+            warnings,
+        };
+        writeln!(out, "{}", serde_json::to_string(&shown).map_err(io::Error::other)?)?;
+        return Ok(());
+    }
+    writeln!(out, "host     {}", Told(&loaded.host))?;
+    for ca in &cas {
+        writeln!(out, "CA       {}, until {}", ca.name, day(ca.until))?;
+    }
+    if let Some(ca) = make::own_ca(keys)? {
+        writeln!(out, "key of   {}", ca.name)?;
+    }
+    for it in &issued {
+        let revoked = if loaded.revoked.has(&it.serial) { ", REVOKED" } else { "" };
+        writeln!(out, "made     {}{revoked}", Told(it))?;
+    }
+    if !loaded.revoked.is_empty() {
+        writeln!(out, "revoked  {}", loaded.revoked.len())?;
+    }
+    for warning in warnings {
+        writeln!(out, "WARNING  {warning}")?;
+    }
+    Ok(())
+}
+
+fn warnings(keys: &Loaded, cas: &[Certificate]) -> Vec<String> {
+    let now = SystemTime::now();
+    let mut all: Vec<String> =
+        [&keys.host].into_iter().chain(cas).filter_map(|it| it.complaint(now)).collect();
+    if keys.revoked.has(&keys.host.serial) {
+        all.push(format!("the certificate of this host, {}, is revoked", keys.host.name));
+    }
+    for right in [Right::Send, Right::Hold] {
+        let vms = if right == Right::Send { &keys.host.grant.send } else { &keys.host.grant.hold };
+        if *vms == Vms::NONE {
+            all.push(format!("this host may {right} no VM: it can be one side of a pair only"));
+        }
+    }
+    all
+}

@@ -1,0 +1,165 @@
+//! Which VMs a host may send to others, and which it may hold for them.
+//!
+//! A certificate has each right as a name of kind URI: `outlive:send:any`, `outlive:hold:3f2a...` (a VM's id). So
+//! `openssl x509 -text` shows them, and no library that verifies certificates stumbles over an extension that it
+//! does not know.
+
+use std::fmt;
+
+use outlive_epoch::VmId;
+
+/// The scheme of the names.
+const SCHEME: &str = "outlive:";
+
+/// What a host may do with a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Right {
+    /// Run it, and send its checkpoints to a standby.
+    Send,
+    /// Have a copy of it, and take it over.
+    Hold,
+}
+
+impl Right {
+    const BOTH: [Self; 2] = [Self::Send, Self::Hold];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Send => "send",
+            Self::Hold => "hold",
+        }
+    }
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// A choice of VMs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Vms {
+    /// All, also those that do not exist yet.
+    Any,
+    /// These, by their ids. A VM's name is no right: whoever starts a VM chooses it.
+    Only(Vec<VmId>),
+}
+
+impl Vms {
+    /// None.
+    pub const NONE: Self = Self::Only(Vec::new());
+
+    fn has(&self, vm: &VmId) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(ids) => ids.contains(vm),
+        }
+    }
+
+    fn add(&mut self, more: Option<VmId>) {
+        match (&mut *self, more) {
+            (Self::Any, _) => {}
+            (_, None) => *self = Self::Any,
+            (Self::Only(ids), Some(id)) => ids.push(id),
+        }
+    }
+}
+
+impl fmt::Display for Vms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("any VM"),
+            Self::Only(ids) if ids.is_empty() => f.write_str("no VM"),
+            Self::Only(ids) => {
+                let ids: Vec<String> = ids.iter().map(VmId::to_string).collect();
+                write!(f, "VM {}", ids.join(", "))
+            }
+        }
+    }
+}
+
+/// The rights of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// What it may send.
+    pub send: Vms,
+    /// What it may hold.
+    pub hold: Vms,
+}
+
+impl Grant {
+    /// Both rights to all VMs: what a host of a pair needs.
+    pub const ALL: Self = Self { send: Vms::Any, hold: Vms::Any };
+
+    fn of(&self, right: Right) -> &Vms {
+        match right {
+            Right::Send => &self.send,
+            Right::Hold => &self.hold,
+        }
+    }
+
+    /// Whether it has this right to this VM.
+    pub fn allows(&self, right: Right, vm: &VmId) -> bool {
+        self.of(right).has(vm)
+    }
+
+    /// The names in a certificate.
+    pub(super) fn to_names(&self) -> Vec<String> {
+        let names = |right: Right| match self.of(right) {
+            Vms::Any => vec![format!("{SCHEME}{right}:any")],
+            Vms::Only(ids) => ids.iter().map(|id| format!("{SCHEME}{right}:{id}")).collect(),
+        };
+        Right::BOTH.into_iter().flat_map(names).collect()
+    }
+
+    /// Reads the names of a certificate. What it does not know gives no right.
+    pub(super) fn from_names<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut grant = Self { send: Vms::NONE, hold: Vms::NONE };
+        for name in names {
+            let Some((right, vm)) = name.strip_prefix(SCHEME).and_then(|rest| rest.split_once(':')) else {
+                continue;
+            };
+            let vms = match right {
+                "send" => &mut grant.send,
+                "hold" => &mut grant.hold,
+                _ => continue,
+            };
+            match (vm, vm.parse()) {
+                ("any", _) => vms.add(None),
+                (_, Ok(id)) => vms.add(Some(id)),
+                _ => {}
+            }
+        }
+        grant
+    }
+}
+
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.send == self.hold {
+            write!(f, "may send and hold {}", self.send)
+        } else {
+            write!(f, "may send {}, may hold {}", self.send, self.hold)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rights_come_back_from_their_names_and_strange_names_give_none() {
+        let (one, two) = (VmId([1; 16]), VmId([2; 16]));
+        let grant = Grant { send: Vms::Only(vec![one, two]), hold: Vms::Any };
+        let names = grant.to_names();
+        assert_eq!(names.last().unwrap(), "outlive:hold:any");
+        assert_eq!(Grant::from_names(names.iter().map(String::as_str)), grant);
+        assert!(grant.allows(Right::Send, &two) && !grant.allows(Right::Send, &VmId([3; 16])));
+        let strange =
+            ["outlive:send", "outlive:send:", "outlive:send:ANY", "outlive:run:any", "https:send:any", ""];
+        let none = Grant { send: Vms::NONE, hold: Vms::NONE };
+        assert_eq!(Grant::from_names(strange.into_iter()), none);
+    }
+}

@@ -1,0 +1,52 @@
+//! Keys of the links: a private CA, certificates of hosts, and `outlive keys`.
+//!
+//! ```text
+//! certificate.rs   what a certificate says: which host, until when, which VMs it may send or hold
+//! grant.rs         those rights, and how they are written in a certificate
+//! load.rs          what a link needs of a directory of keys, and who may read the directory
+//! make.rs          makes directories, certificates and CAs
+//! revoked.rs       the list of certificates that count no longer
+//! command.rs       `outlive keys`
+//! ```
+//!
+//! A directory of keys:
+//!
+//! ```text
+//! ca.crt           the CAs whose certificates this host accepts; two while one replaces the other
+//! host.pem         the private key of this host and its certificate: one file, so that it changes at once
+//! revoked          certificates that count no longer, one serial number a line
+//! ca.pem           the private key of the CA and its certificate; only where certificates are made
+//! issued/          the certificates that were made here
+//! ```
+//!
+//! Every link reads the directory anew, so new files apply to the next link and an old one goes on.
+
+mod certificate;
+mod command;
+mod grant;
+mod load;
+mod make;
+mod revoked;
+
+#[cfg(test)]
+mod tests;
+
+pub use certificate::{Certificate, CertificateError};
+pub use command::command;
+pub use grant::{Grant, Right, Vms};
+pub use load::{LoadError, Loaded, load};
+pub use make::{MakeError, Order, forget_old_cas, init, issue, revoke, rotate, rotate_ca};
+pub use revoked::Revoked;
+
+/// Where keys are if `--keys` does not say it.
+pub const USUAL: &str = "/etc/outlive/keys";
+
+/// The file names; see the module.
+const CAS: &str = "ca.crt";
+const CA_KEY: &str = "ca.pem";
+const HOST: &str = "host.pem";
+const REVOKED: &str = "revoked";
+const ISSUED: &str = "issued";
+
+/// How long before its end a certificate is complained about.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);

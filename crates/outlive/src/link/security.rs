@@ -1,0 +1,137 @@
+//! What the links of this process are protected with.
+
+use std::net::{IpAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::keys::{self, LoadError, Loaded};
+
+/// The variable that allows `--insecure` on networks, for tests that have one to themselves.
+const INSECURE_NETWORK: &str = "OUTLIVE_INSECURE_NETWORK";
+
+/// What protects a link, for people and programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkKind {
+    /// TLS 1.3 with certificates of both ends.
+    #[serde(rename = "tls1.3")]
+    Tls13,
+    /// Nothing: whoever reaches the port can read and write everything.
+    #[serde(rename = "plain")]
+    Plain,
+}
+
+/// What links are made with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Security {
+    /// Nothing protects them.
+    Open,
+    /// TLS, with the keys in this directory.
+    Keys(PathBuf),
+}
+
+/// Why links cannot be made as the options say.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SecurityError {
+    /// The keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] LoadError),
+    /// They are over.
+    #[error("{0}: no host would accept it; renew it with `outlive keys rotate` or `outlive keys issue`")]
+    Expired(String),
+    /// An open link on a network.
+    #[error(
+        "--insecure would open the VM to everybody who reaches {0}: it is for addresses of this host alone; \
+         `outlive keys init` makes keys"
+    )]
+    Network(String),
+}
+
+impl Security {
+    /// By the options `--keys` and `--insecure`.
+    pub(crate) fn of(keys: Option<&Path>, insecure: bool) -> Self {
+        if insecure {
+            return Self::Open;
+        }
+        Self::Keys(keys.unwrap_or(Path::new(keys::USUAL)).to_owned())
+    }
+
+    /// What it is, for people and programs.
+    pub(crate) fn kind(&self) -> LinkKind {
+        match self {
+            Self::Open => LinkKind::Plain,
+            Self::Keys(_) => LinkKind::Tls13,
+        }
+    }
+
+    /// Checks at the start of a process what the first link would find: that the keys can be used, or that links
+    /// without keys do not leave this host.
+    ///
+    /// # Errors
+    /// See [`SecurityError`].
+    pub(crate) fn check<'a>(
+        &self,
+        mut addresses: impl Iterator<Item = &'a str>,
+    ) -> Result<(), SecurityError> {
+        match self {
+            Self::Keys(directory) => {
+                let keys = keys::load(directory)?;
+                let now = SystemTime::now();
+                match keys.host.complaint(now).filter(|_| keys.host.left(now).is_zero()) {
+                    Some(complaint) => return Err(SecurityError::Expired(complaint)),
+                    None => complain(&keys),
+                }
+            }
+            Self::Open => {
+                let allowed = std::env::var_os(INSECURE_NETWORK).is_some_and(|it| it == "1");
+                let leaves = addresses.find(|address| !allowed && !stays_here(address));
+                if let Some(address) = leaves {
+                    return Err(SecurityError::Network(address.to_owned()));
+                }
+                tracing::warn!(
+                    "INSECURE: the link is neither encrypted nor authenticated; whoever reaches it can read the VM's \
+                     memory and run it elsewhere"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Complains once a day about a certificate that is about to end.
+pub(super) fn complain(keys: &Loaded) {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now();
+    let Some(complaint) = keys.host.complaint(now) else { return };
+    let day = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / (24 * 3600);
+    if LAST.swap(day, Ordering::Relaxed) != day {
+        tracing::warn!("{complaint}: no new link is made then; renew it with `outlive keys rotate`");
+    }
+}
+
+/// Whether an address (HOST:PORT) can be reached from this host alone.
+fn stays_here(address: &str) -> bool {
+    let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+    address.to_socket_addrs().is_ok_and(|all| {
+        let all: Vec<_> = all.collect();
+        !all.is_empty() && all.iter().all(|it| loopback(it.ip()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_link_does_not_leave_the_host() {
+        for here in ["127.0.0.1:7000", "[::1]:7000", "localhost:7000", "127.1.2.3:1"] {
+            assert!(stays_here(here), "{here}");
+        }
+        for away in ["0.0.0.0:7000", "[::]:7000", "10.0.0.1:7000", "192.0.2.1:1", "no.such.host.invalid:7000"]
+        {
+            assert!(!stays_here(away), "{away}");
+        }
+    }
+}
