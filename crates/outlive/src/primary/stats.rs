@@ -195,11 +195,6 @@ impl Totals {
         self.protected.store(is, Ordering::Relaxed);
     }
 
-    /// Whether there is a protection.
-    pub(crate) fn is_protected(&self) -> bool {
-        self.protected.load(Ordering::Relaxed)
-    }
-
     /// A checkpoint was captured. Called after its pause.
     pub(crate) fn captured(&self, report: &CaptureReport) {
         let CaptureReport { pause, stop, state, harvest, handover, rearm, decide, copy, .. } = *report;
