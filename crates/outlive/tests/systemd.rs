@@ -22,9 +22,9 @@ fn unit() -> String {
 
 /// What systemd has to say about a unit; nothing if it is right. `None` where systemd is not installed.
 fn verify(unit: &str) -> Option<String> {
-    let folder = tempfile::tempdir().unwrap();
+    let there = tempfile::tempdir().unwrap();
     // The program need not be installed on this machine.
-    let path = folder.path().join(UNIT);
+    let path = there.path().join(UNIT);
     let leaver = folder().join("leave-to-standby").canonicalize().unwrap();
     let unit = unit.replace(PROGRAM, env!("CARGO_BIN_EXE_outlive")).replace(LEAVER, leaver.to_str().unwrap());
     fs::write(&path, unit).unwrap();
