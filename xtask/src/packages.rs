@@ -17,11 +17,14 @@ pub(crate) struct Package {
     used_for: &'static str,
 }
 
-const NEEDED: [Package; 1] = [Package {
-    name: "redis-tools",
-    programs: &["redis-cli", "redis-benchmark"],
-    used_for: "real Redis clients for the guest's server",
-}];
+const NEEDED: [Package; 2] = [
+    Package {
+        name: "redis-tools",
+        programs: &["redis-cli", "redis-benchmark"],
+        used_for: "real Redis clients for the guest's server",
+    },
+    Package { name: "etcd-server", programs: &["etcd"], used_for: "real etcd clusters as arbiters" },
+];
 
 pub(crate) const QEMU: Package = Package {
     name: "qemu-system-x86",

@@ -5,11 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::prune::{self, Mode};
 use super::record::vm_name;
-use super::{
-    Arbiter, ArbiterError, ArbiterSpecError, Ending, FileArbiter, Initialized, VmId, Win, parse_place,
-};
+use super::{Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, VmId, Win};
 use crate::cli::{ArbiterCommand, ArbiterOptions};
 use crate::exit;
 
@@ -20,6 +17,15 @@ pub fn command(options: &ArbiterOptions) -> u8 {
         ArbiterCommand::Init { place } => init(place, &mut out),
         ArbiterCommand::List { place, json } => list(place, *json, &mut out),
         ArbiterCommand::Show { place, vm, json } => show(place, vm, *json, &mut out),
+        ArbiterCommand::Release { place, vm, yes } => release(place, vm, *yes, &mut out),
+        // It holds no lock on standard output while it runs.
+        ArbiterCommand::Serve { listen, directory, insecure, exit_with_stdin } => {
+            drop(out);
+            return match super::served::serve(directory, *listen, *insecure, *exit_with_stdin) {
+                Ok(()) => exit::OK,
+                Err(line) => exit::usage(line),
+            };
+        }
         ArbiterCommand::Prune { place, forget_ended, dry_run, json } => {
             let mode = if *dry_run { Mode::Name } else { Mode::Remove };
             prune(place, *forget_ended, mode, *json, &mut out)
@@ -46,23 +52,30 @@ enum CommandError {
     /// Several VMs have such an id.
     #[error("the ids of {count} begin with '{beginning}': give more of the id")]
     SeveralVms { count: String, beginning: String },
+    /// The operator has not said yes.
+    #[error(
+        "nothing was changed: make sure that no host runs this VM, then add --yes; no host goes on with it after that"
+    )]
+    NotConfirmed,
+    /// Another host has just won.
+    #[error("{owner} has just won generation {generation} of this VM: look at that host first")]
+    JustWon { owner: String, generation: u64 },
+    /// The arbiter does not answer to a claim.
+    #[error("the arbiter cannot be used: {0}; say it again when it can")]
+    Claim(String),
     /// The result cannot be shown.
     #[error("cannot print: {0}")]
     Print(#[from] io::Error),
 }
 
 fn init(place: &str, out: &mut impl Write) -> Result<(), CommandError> {
-    let (arbiter, done) = parse_place(place).and_then(FileArbiter::init)?;
+    let (arbiter, done) = super::init(place)?;
     let what = match done {
         Initialized::Made => "is now an arbiter",
         Initialized::Already => "is already an arbiter; nothing was changed",
         Initialized::Upgraded => "was brought up to date and keeps all its claims",
     };
     print(out, &format!("{place} {what}: id {}", arbiter.identity()))
-}
-
-fn open(place: &str) -> Result<FileArbiter, ArbiterSpecError> {
-    parse_place(place).and_then(FileArbiter::open)
 }
 
 /// A generation, for people and as JSON.
@@ -116,7 +129,7 @@ struct Vm {
 }
 
 impl Vm {
-    fn read(arbiter: &mut FileArbiter, vm: &VmId) -> Result<Self, CommandError> {
+    fn read(arbiter: &mut dyn Arbiter, vm: &VmId) -> Result<Self, CommandError> {
         let generations = arbiter.history(vm)?.into_iter().map(Generation::from).collect();
         Ok(Self { vm: vm_name(vm), generations, ended: arbiter.ending(vm)?.map(End::from) })
     }
@@ -139,9 +152,9 @@ struct Inventory<'a> {
 }
 
 fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
-    let mut arbiter = open(place)?;
+    let mut arbiter = super::parse(place)?;
     let vms: Vec<Vm> =
-        arbiter.vms()?.iter().map(|vm| Vm::read(&mut arbiter, vm)).collect::<Result<_, _>>()?;
+        arbiter.vms()?.iter().map(|vm| Vm::read(arbiter.as_mut(), vm)).collect::<Result<_, _>>()?;
     if json {
         return print_json(out, &Inventory { arbiter: arbiter.identity(), vms });
     }
@@ -150,9 +163,9 @@ fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandErro
 }
 
 fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
-    let mut arbiter = open(place)?;
-    let id = find(&arbiter, vm)?;
-    let vm = Vm::read(&mut arbiter, &id)?;
+    let mut arbiter = super::parse(place)?;
+    let id = find(arbiter.as_mut(), vm)?;
+    let vm = Vm::read(arbiter.as_mut(), &id)?;
     if json {
         return print_json(out, &Inventory { arbiter: arbiter.identity(), vms: vec![vm] });
     }
@@ -164,8 +177,30 @@ fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), C
     }
 }
 
+/// What a released VM has as its end.
+const RELEASED: &str = "an operator released it";
+
+/// Wins the next generation of a VM, so that nobody else can, and notes its end in it.
+fn release(place: &str, vm: &str, yes: bool, out: &mut impl Write) -> Result<(), CommandError> {
+    let mut arbiter = super::parse(place)?;
+    let id = find(arbiter.as_mut(), vm)?;
+    let vm = Vm::read(arbiter.as_mut(), &id)?;
+    print(out, &format!("VM {}  {}", vm.vm, vm.state()))?;
+    if !yes {
+        return Err(CommandError::NotConfirmed);
+    }
+    let generation = arbiter.highest(&id)?.map_or(1, |highest| highest + 1);
+    match arbiter.claim(&id, generation, &super::owner("operator, released")) {
+        Claim::Won => {}
+        Claim::Lost { owner } => return Err(CommandError::JustWon { owner, generation }),
+        Claim::Unreachable { why } => return Err(CommandError::Claim(why)),
+    }
+    arbiter.note_end(&id, generation, RELEASED)?;
+    print(out, &format!("VM {}  released in generation {generation}: no host goes on with it", vm.vm))
+}
+
 /// The only VM whose id begins with this text.
-fn find(arbiter: &FileArbiter, beginning: &str) -> Result<VmId, CommandError> {
+fn find(arbiter: &mut dyn Arbiter, beginning: &str) -> Result<VmId, CommandError> {
     let mut vms = arbiter.vms()?;
     vms.retain(|vm| vm_name(vm).starts_with(beginning));
     match vms[..] {
@@ -201,12 +236,12 @@ fn prune(
     json: bool,
     out: &mut impl Write,
 ) -> Result<(), CommandError> {
-    let arbiter = open(place)?;
+    let mut arbiter = super::parse(place)?;
     let mut vms = Vec::new();
     for vm in arbiter.vms()? {
-        let generations = arbiter.checked(|arbiter| prune::superseded(arbiter, &vm, mode))?;
+        let generations = arbiter.prune(&vm, mode)?;
         let forgotten = match forget {
-            Some(age) => arbiter.checked(|arbiter| prune::forget(arbiter, &vm, age, mode))?,
+            Some(age) => arbiter.forget(&vm, age, mode)?,
             None => false,
         };
         if forgotten || !generations.is_empty() {
@@ -263,7 +298,7 @@ fn print(out: &mut impl Write, text: &str) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbiter::Claim;
+    use crate::arbiter::FileArbiter;
 
     const VM: VmId = VmId([0xab; 16]);
     const OTHER: VmId = VmId([0xac; 16]);
@@ -335,6 +370,20 @@ mod tests {
         assert!(!directory.path().join(OTHER.to_string()).exists());
         let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
         assert_eq!(text, "nothing to remove\n");
+    }
+
+    #[test]
+    fn a_released_vm_is_nobodys_and_can_be_forgotten() {
+        let (_directory, place, mut arbiter) = place();
+        let error = release(&place, "abab", false, &mut Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("--yes"), "{error}");
+        assert_eq!(arbiter.highest(&VM).unwrap(), Some(12));
+        let text = printed(|out| release(&place, "abab", true, out));
+        assert!(text.contains("released in generation 13"), "{text}");
+        assert!(matches!(arbiter.claim(&VM, 13, "standby"), Claim::Lost { .. }));
+        assert_eq!(arbiter.ending(&VM).unwrap().unwrap().why, RELEASED);
+        let text = printed(|out| prune(&place, Some(Duration::ZERO), Mode::Remove, false, out));
+        assert!(text.contains(&format!("{VM}  forgotten")), "{text}");
     }
 
     /// A VM that was started again after its end has not ended.

@@ -6,31 +6,40 @@
 //! lease takes part, so a host that was stopped for an hour and then continues can do no harm.
 //!
 //! ```text
-//! file.rs       the built-in kind: a directory that both hosts see
-//! directory.rs  its files; record.rs what is in them; prune.rs which of them are removed
-//! worker.rs     claims on a separate thread, because a dead file server can block a claim forever
+//! registry.rs   the kinds of arbiters, by the words before the colon
+//! file/         a directory that both hosts see
+//! etcd/         an etcd cluster
+//! served/       a directory of a third machine, served by `outlive arbiter serve`
+//! manual/       an operator
+//! record.rs     what is written down of a claim, whatever the kind
+//! worker.rs     claims on a separate thread, because a dead server can block a claim for long
 //! watch.rs      probes the arbiter while all is well
 //! command.rs    `outlive arbiter`
 //! ```
 
 mod command;
-mod directory;
 mod error;
+mod etcd;
 mod file;
-mod prune;
+mod manual;
 mod record;
+mod registry;
+mod served;
 mod watch;
 mod worker;
 
 use std::io;
-use std::path::Path;
 use std::sync::OnceLock;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 pub use command::command;
-pub use error::{ArbiterError, ArbiterFault, ArbiterSpecError};
-pub use file::{FileArbiter, Initialized};
+pub use error::{ArbiterError, ArbiterSpecError};
+pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
+pub use file::{DirectoryFault, FileArbiter, FileSpecError};
+pub(crate) use manual::{NotTaken, Word, desk};
 pub use outlive_epoch::VmId;
+pub use registry::{init, parse};
+pub use served::{ServeError, ServedFault, ServedSpecError};
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
@@ -87,6 +96,30 @@ pub struct Ending {
     pub at: Option<SystemTime>,
 }
 
+/// How many of a VM's newest claims stay. The decisions need only one; the others tell a host that comes back
+/// late who took its place.
+pub const KEPT: usize = 8;
+
+/// Whether something is removed or only named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// It is removed.
+    Remove,
+    /// It would be removed.
+    Name,
+}
+
+/// What [`init`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initialized {
+    /// The place is now an arbiter.
+    Made,
+    /// It already was one; nothing was changed.
+    Already,
+    /// It was one of an earlier release, with the same identity and claims.
+    Upgraded,
+}
+
 /// A place where each generation of a VM is won by exactly one claimant.
 pub trait Arbiter: Send {
     /// Claims a generation. May block for long.
@@ -98,6 +131,15 @@ pub trait Arbiter: Send {
     /// Generation 1 is that of a new VM. Any other can only be won where the generation before it was won: an
     /// arbiter that lost its memory counts as unreachable, not as new.
     fn claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Claim;
+
+    /// Another host has shown that it runs this VM in this generation. Only an arbiter that is a person needs to
+    /// hear so: it has no memory of its own.
+    fn introduced(&mut self, _vm: &VmId, _generation: u64) {}
+
+    /// Whether claims wait for a person.
+    fn is_a_person(&self) -> bool {
+        false
+    }
 
     /// The highest generation of this VM that was ever won, `None` before the first. The error says what is
     /// wrong and names the remedy.
@@ -116,8 +158,25 @@ pub trait Arbiter: Send {
     /// wrong and names the remedy.
     fn note_end(&mut self, vm: &VmId, generation: u64, why: &str) -> Result<(), ArbiterError>;
 
+    /// The VMs that the arbiter knows, in the order of their ids. The error says what is wrong and names the
+    /// remedy.
+    fn vms(&mut self) -> Result<Vec<VmId>, ArbiterError>;
+
+    /// Removes all claims of a VM but the newest [`KEPT`], so that none of their generations can be won again.
+    /// Returns their generations. The error says what is wrong and names the remedy.
+    fn prune(&mut self, vm: &VmId, mode: Mode) -> Result<Vec<u64>, ArbiterError>;
+
+    /// Removes everything about a VM that ended in order at least `age` ago and has not been started again
+    /// since. The arbiter then does not know the VM of its images, and they start only with an explicit option.
+    /// Returns whether the VM was old enough. The error says what is wrong and names the remedy.
+    fn forget(&mut self, vm: &VmId, age: Duration, mode: Mode) -> Result<bool, ArbiterError>;
+
     /// Removes what is no longer useful. Call it when nobody waits.
-    fn tidy(&mut self, vm: &VmId);
+    fn tidy(&mut self, vm: &VmId) {
+        if let Err(why) = self.prune(vm, Mode::Remove) {
+            tracing::debug!("cannot remove old claims: {why}");
+        }
+    }
 
     /// The arbiter's own name, which never changes. Two hosts compare it to make sure that they were given
     /// the same arbiter before they rely on it, and images remember it.
@@ -126,19 +185,6 @@ pub trait Arbiter: Send {
     /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
     /// error says what is wrong and what helps.
     fn prober(&self) -> Prober;
-}
-
-/// Opens the arbiter of an `--arbiter` option: `file:DIR`.
-pub fn parse(text: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
-    Ok(Box::new(FileArbiter::open(parse_place(text)?)?))
-}
-
-/// The directory of an `--arbiter` option.
-fn parse_place(text: &str) -> Result<&Path, ArbiterSpecError> {
-    match text.strip_prefix("file:") {
-        Some(directory) if !directory.is_empty() => Ok(Path::new(directory)),
-        _ => Err(ArbiterSpecError::Form(text.to_string())),
-    }
 }
 
 /// A name for this process as an owner, for people: role, host and process number.
@@ -165,6 +211,8 @@ fn random_hex() -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn refusal(text: &str) -> String {
@@ -176,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_wrong_option_gets_one_line_with_the_remedy() {
-        for text in ["", "file", "file:", "etcd:127.0.0.1", "/srv/outlive"] {
+        for text in ["", "file", "file:", "zookeeper:127.0.0.1", "/srv/outlive"] {
             assert!(refusal(text).contains("write file:DIR"), "{text}");
         }
         assert!(refusal("file:/no/such/directory").contains("create it, or mount it"));

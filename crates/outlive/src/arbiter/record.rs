@@ -1,4 +1,4 @@
-//! Names and texts of the files in an arbiter's directory.
+//! Names and texts of what arbiters write down: of the files in a directory, and of the values in etcd.
 
 use outlive_epoch::VmId;
 
@@ -87,6 +87,20 @@ pub(super) fn claim_text(vm: &VmId, generation: u64, owner: &str, process: &str)
     format!("{CLAIM_TITLE}\nvm {vm}\ngeneration {generation}\nowner {owner}\ntoken {process}\n{LAST_LINE}\n")
 }
 
+/// The same with a time, in seconds since 1970, for arbiters that keep no times themselves.
+pub(super) fn claim_text_at(vm: &VmId, generation: u64, owner: &str, process: &str, at: u64) -> String {
+    let owner = printable(owner);
+    format!(
+        "{CLAIM_TITLE}\nvm {vm}\ngeneration {generation}\nowner {owner}\ntoken {process}\nat {at}\n{LAST_LINE}\n"
+    )
+}
+
+/// The time in a text that has one.
+pub(super) fn parse_at(text: &str) -> Option<u64> {
+    let at = field(text, CLAIM_TITLE, "at").or_else(|| field(text, END_TITLE, "at"));
+    at?.parse().ok()
+}
+
 /// Owner and process of a claim; `None` if the claim is not whole.
 pub(super) fn parse_claim(text: &str) -> Option<(&str, &str)> {
     Some((field(text, CLAIM_TITLE, "owner")?, field(text, CLAIM_TITLE, "token")?))
@@ -95,6 +109,12 @@ pub(super) fn parse_claim(text: &str) -> Option<(&str, &str)> {
 pub(super) fn ended_text(vm: &VmId, generation: u64, why: &str) -> String {
     let why = printable(why);
     format!("{END_TITLE}\nvm {vm}\ngeneration {generation}\nwhy {why}\n{LAST_LINE}\n")
+}
+
+/// The same with a time, as [`claim_text_at`].
+pub(super) fn ended_text_at(vm: &VmId, generation: u64, why: &str, at: u64) -> String {
+    let why = printable(why);
+    format!("{END_TITLE}\nvm {vm}\ngeneration {generation}\nwhy {why}\nat {at}\n{LAST_LINE}\n")
 }
 
 /// Why a VM ended.
@@ -110,6 +130,6 @@ fn field<'a>(text: &'a str, title: &str, name: &str) -> Option<&'a str> {
 }
 
 /// Makes a text for people one line of reasonable length.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().take(LONGEST_TEXT).map(|c| if c.is_control() { '?' } else { c }).collect()
 }

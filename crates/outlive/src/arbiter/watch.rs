@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{ArbiterError, Prober};
+use super::{Arbiter, ArbiterError, Prober};
 use crate::events::{Event, EventWriter};
 
 /// Time between two probes.
@@ -26,6 +26,8 @@ pub(crate) struct Sight {
     pub(crate) seen: Option<SystemTime>,
     /// Why it is lost, if it is.
     pub(crate) lost: Option<String>,
+    /// It is a person, who must be asked.
+    pub(crate) is_a_person: bool,
 }
 
 /// What this host is to the VM.
@@ -41,6 +43,7 @@ pub(crate) enum Here {
 pub(crate) struct Watch {
     sight: Arc<Mutex<Sight>>,
     runs_here: Arc<AtomicBool>,
+    is_a_person: bool,
     _ends: Sender<()>,
 }
 
@@ -49,8 +52,9 @@ impl Watch {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(prober: Prober, events: EventWriter, here: Here) -> io::Result<Self> {
-        Self::with(prober, events, here, (EVERY, PATIENCE))
+    pub(crate) fn start(arbiter: &dyn Arbiter, events: EventWriter, here: Here) -> io::Result<Self> {
+        let watch = Self::with(arbiter.prober(), events, here, (EVERY, PATIENCE))?;
+        Ok(Self { is_a_person: arbiter.is_a_person(), ..watch })
     }
 
     fn with(
@@ -70,7 +74,7 @@ impl Watch {
         outlive_machine::spawn("arbiter-watch", move || {
             watcher.run(&ask, &answers, &ended, (every, patience));
         })?;
-        Ok(Self { sight, runs_here, _ends: end })
+        Ok(Self { sight, runs_here, is_a_person: false, _ends: end })
     }
 
     /// This host has become something else to the VM.
@@ -80,7 +84,7 @@ impl Watch {
 
     /// What is known now.
     pub(crate) fn sight(&self) -> Sight {
-        lock(&self.sight).clone()
+        Sight { is_a_person: self.is_a_person, ..lock(&self.sight).clone() }
     }
 }
 
@@ -125,7 +129,7 @@ impl Watcher {
     }
 
     fn seen(&mut self) {
-        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), lost: None };
+        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), lost: None, is_a_person: false };
         if let Some(since) = self.lost_at.take() {
             self.told = None;
             let lost_ms = since.elapsed().as_millis() as u64;
@@ -167,7 +171,7 @@ fn lock(sight: &Mutex<Sight>) -> MutexGuard<'_, Sight> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbiter::{Arbiter, ArbiterFault, FileArbiter};
+    use crate::arbiter::{DirectoryFault, FileArbiter};
 
     const SOON: Duration = Duration::from_millis(2);
     const BOUND: Duration = Duration::from_secs(60);
@@ -220,7 +224,8 @@ mod tests {
     #[test]
     fn a_probe_that_hangs_is_a_loss_and_holds_nobody_up() {
         let (go, gate) = channel::<()>();
-        let gone = |_| ArbiterError { directory: "/arbiter".into(), fault: ArbiterFault::ClaimGone };
+        let gone =
+            |_| ArbiterError::Directory { directory: "/arbiter".into(), fault: DirectoryFault::ClaimGone };
         let prober: Prober = Box::new(move || gate.recv().map_err(gone));
         let (events, heard) = observed();
         let watch = Watch::with(prober, events, Here::Waits, (SOON, SOON * 5)).unwrap();

@@ -136,7 +136,7 @@ fn lock(under_way: &Mutex<Option<u64>>) -> MutexGuard<'_, Option<u64>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Ending, Win};
+    use super::super::{Ending, Mode, Win};
     use super::*;
     use std::sync::mpsc::Receiver;
 
@@ -159,7 +159,15 @@ mod tests {
         fn note_end(&mut self, _: &VmId, _: u64, _: &str) -> Result<(), ArbiterError> {
             Ok(())
         }
-        fn tidy(&mut self, _: &VmId) {}
+        fn vms(&mut self) -> Result<Vec<VmId>, ArbiterError> {
+            Ok(Vec::new())
+        }
+        fn prune(&mut self, _: &VmId, _: Mode) -> Result<Vec<u64>, ArbiterError> {
+            Ok(Vec::new())
+        }
+        fn forget(&mut self, _: &VmId, _: Duration, _: Mode) -> Result<bool, ArbiterError> {
+            Ok(false)
+        }
         fn prober(&self) -> super::super::Prober {
             Box::new(|| Ok(()))
         }

@@ -1,5 +1,7 @@
 //! `outlive arbiter`.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -18,16 +20,17 @@ pub struct ArbiterOptions {
 /// The commands of `outlive arbiter`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ArbiterCommand {
-    /// Make an empty directory an arbiter: once, on one host, with the shared file system mounted
+    /// Make an empty directory, or a prefix without keys in an etcd cluster, an arbiter: once, on one host, with
+    /// the shared file system mounted
     Init {
-        /// The directory, as in --arbiter
-        #[arg(value_name = "file:DIR")]
+        /// The arbiter, as in --arbiter
+        #[arg(value_name = "ARBITER")]
         place: String,
     },
     /// List the VMs that an arbiter knows: who won the newest generation of each, and how long ago
     List {
-        /// The directory, as in --arbiter
-        #[arg(value_name = "file:DIR")]
+        /// The arbiter, as in --arbiter
+        #[arg(value_name = "ARBITER")]
         place: String,
         /// Print JSON
         #[arg(long)]
@@ -35,8 +38,8 @@ pub enum ArbiterCommand {
     },
     /// Show all that an arbiter knows of one VM
     Show {
-        /// The directory, as in --arbiter
-        #[arg(value_name = "file:DIR")]
+        /// The arbiter, as in --arbiter
+        #[arg(value_name = "ARBITER")]
         place: String,
         /// The VM's id, or its first characters
         #[arg(value_name = "VM")]
@@ -45,10 +48,41 @@ pub enum ArbiterCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Let a VM go that runs nowhere any more: its next generation is won, so no host goes on with it, and its end
+    /// is noted. To start it again, outlive run then needs --accept-stale-image
+    Release {
+        /// The arbiter, as in --arbiter
+        #[arg(value_name = "ARBITER")]
+        place: String,
+        /// The VM's id, or its first characters
+        #[arg(value_name = "VM")]
+        vm: String,
+        /// Do it: without this option only say what would be done
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Serve the arbiter in a directory of this machine, a third one, to hosts that have --arbiter outlive:HOST:PORT
+    Serve {
+        /// Address to listen on. What is said there is not encrypted, so it must be this machine's own or come
+        /// with --insecure
+        #[arg(long, value_name = "ADDR:PORT")]
+        listen: SocketAddr,
+        /// The directory that outlive arbiter init file:DIR has made an arbiter. Its disk must keep what it has
+        /// confirmed
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
+        /// Listen on an address that other machines reach: whoever can reach it can win every generation of every
+        /// VM. For networks that only the hosts are on, and for tests
+        #[arg(long)]
+        insecure: bool,
+        /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
+        #[arg(long, hide = true)]
+        exit_with_stdin: bool,
+    },
     /// Remove claims that were superseded long ago, and keep the newest of each VM
     Prune {
-        /// The directory, as in --arbiter
-        #[arg(value_name = "file:DIR")]
+        /// The arbiter, as in --arbiter
+        #[arg(value_name = "ARBITER")]
         place: String,
         /// Also forget VMs that ended in order at least this long ago, for example 30days. The arbiter then
         /// no longer knows their images, and they start only with --accept-lost-claims
@@ -68,4 +102,12 @@ Examples:
   outlive arbiter init file:/srv/arbiter                  once, on one host; then check that the other host sees the same:
   outlive arbiter list file:/srv/arbiter                  its first line has the arbiter's id
   outlive arbiter show file:/srv/arbiter 3f2a             the generations of one VM, with their owners
-  outlive arbiter prune file:/srv/arbiter --dry-run --forget-ended 90days";
+  outlive arbiter prune file:/srv/arbiter --dry-run --forget-ended 90days
+  outlive arbiter release file:/srv/arbiter 3f2a --yes    a VM whose hosts are gone: nobody goes on with it
+
+  outlive arbiter init 'etcd:https://10.0.0.1:2379,https://10.0.0.2:2379?ca=/etc/outlive/etcd-ca.pem'
+                                                          the same in an etcd cluster
+
+  outlive arbiter init file:/var/lib/outlive-arbiter      on a small third machine; then, as a service:
+  outlive arbiter serve --directory /var/lib/outlive-arbiter --listen 10.0.0.9:7010 --insecure
+                                                          hosts have --arbiter 'outlive:10.0.0.9:7010?insecure'";

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 
 use super::active::Switch;
@@ -45,6 +46,10 @@ pub struct DemoOptions {
     #[arg(long, default_value = "on", value_name = "on|off")]
     pub frame_tail: Switch,
 
+    /// Who says which host goes on
+    #[arg(long, default_value = "file", value_name = "KIND")]
+    pub arbiter: DemoArbiter,
+
     /// Seed for the times of the kills [default: a random one, which is printed]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -56,12 +61,34 @@ pub struct DemoOptions {
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "seed", "json", "rate"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
     #[arg(long, default_value_t = 2_000, value_name = "N", hide = true, value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
     pub rate: u32,
+}
+
+/// The arbiter of a demo. Like everything of it, it is on this machine and goes with the demo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DemoArbiter {
+    /// A directory
+    File,
+    /// A directory that outlive arbiter serve serves
+    Own,
+    /// An etcd cluster of three members (needs the program etcd)
+    Etcd,
+}
+
+impl DemoArbiter {
+    /// As an argument.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Own => "own",
+            Self::Etcd => "etcd",
+        }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -71,6 +98,7 @@ Examples:
   outlive demo --memory 1G --vcpus 2 --json result.json
   outlive demo --nested                         a Debian guest on two emulated hosts, a power cut
   outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
+  outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

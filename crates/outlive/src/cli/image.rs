@@ -24,7 +24,7 @@ pub enum ImageCommand {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<PathBuf>,
         /// The arbiter that knows whether the VM went on elsewhere
-        #[arg(long, value_name = "file:DIR")]
+        #[arg(long, value_name = "ARBITER")]
         arbiter: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -37,7 +37,7 @@ pub enum ImageCommand {
         #[arg(value_name = "IMAGE", required = true)]
         images: Vec<PathBuf>,
         /// The arbiter of the VM that the images belonged to: its standby can then no longer take over
-        #[arg(long, value_name = "file:DIR")]
+        #[arg(long, value_name = "ARBITER")]
         arbiter: Option<String>,
         /// Name of the new VM [default: the old one's]
         #[arg(long, value_name = "NAME", value_parser = parse_name)]

@@ -14,6 +14,7 @@ mod sense;
 mod standby;
 mod status;
 mod values;
+mod word;
 
 #[cfg(test)]
 mod tests;
@@ -24,13 +25,14 @@ pub use active::{ActiveOptions, Switch, TrackerChoice};
 pub use arbiter::{ArbiterCommand, ArbiterOptions};
 pub use check::CheckOptions;
 pub use console::ConsoleOptions;
-pub use demo::DemoOptions;
+pub use demo::{DemoArbiter, DemoOptions};
 pub use epochs::{Ending, EpochOptions, PolicyChoice};
 pub use image::{ImageCommand, ImageOptions};
 pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
 pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
+pub use word::WordOptions;
 
 /// A virtual machine that outlives its host.
 ///
@@ -69,7 +71,13 @@ pub enum Command {
     Status(StatusOptions),
     /// Attach a terminal to the serial port or the console of a VM on this host
     Console(ConsoleOptions),
-    /// Make, list and prune arbiters: the third places that say who may run a VM
+    /// Give a VM with --arbiter manual to this host, its standby, after its primary was lost
+    TakeOver(WordOptions),
+    /// Let a VM with --arbiter manual go on at this host, where it ran, after its standby was lost
+    GoOnAlone(WordOptions),
+    /// Leave a VM with --arbiter manual to the other host, which has been given it
+    GiveUp(WordOptions),
+    /// Make, serve, list and prune arbiters: the third places that say who may run a VM
     Arbiter(ArbiterOptions),
     /// Show whose a disk image is, and take it as it is
     Image(ImageOptions),

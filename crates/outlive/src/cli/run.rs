@@ -60,8 +60,9 @@ pub struct RunOptions {
     #[arg(long, value_name = "ADDR", requires = "net", conflicts_with = "kernel")]
     pub gateway: Option<Ipv4Addr>,
 
-    /// The third place that says who may run the VM: a directory that both hosts see
-    #[arg(long, value_name = "file:DIR")]
+    /// The third place that says who may run the VM: file:DIR, a directory that both hosts see; etcd:URL,...;
+    /// outlive:HOST:PORT, where outlive arbiter serve listens; or manual, an operator (docs/arbitration.md)
+    #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
 
     /// Address on which this process waits as the VM's standby once another host has won the VM [default: it

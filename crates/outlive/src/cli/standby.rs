@@ -17,8 +17,9 @@ pub struct StandbyOptions {
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
     pub listen: String,
 
-    /// The third place that says who may run the VM: a directory that both hosts see
-    #[arg(long, value_name = "file:DIR")]
+    /// The third place that says who may run the VM: file:DIR, a directory that both hosts see; etcd:URL,...;
+    /// outlive:HOST:PORT, where outlive arbiter serve listens; or manual, an operator (docs/arbitration.md)
+    #[arg(long, value_name = "ARBITER")]
     pub arbiter: String,
 
     /// Network card of the VM on this host: a tap interface that is created, and the bridge that it joins

@@ -162,3 +162,13 @@ fn a_linux_guest_has_its_options() {
     assert_eq!("./stdio".parse(), Ok(ConsoleSpec::Directory("./stdio".into())));
     assert!("".parse::<ConsoleSpec>().is_err());
 }
+
+#[test]
+fn an_operators_word_names_a_generation() {
+    for command in ["take-over", "go-on-alone", "give-up"] {
+        assert!(Cli::try_parse_from(["outlive", command, "--generation", "2"]).is_ok());
+        assert!(Cli::try_parse_from(["outlive", command]).is_err());
+        // The first is won by whoever makes the VM.
+        assert!(Cli::try_parse_from(["outlive", command, "--generation", "1"]).is_err());
+    }
+}

@@ -1,6 +1,5 @@
 //! The two hosts of the demo: processes of this same program, and their files. Nothing is left behind.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
@@ -10,8 +9,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::unistd::mkdtemp;
 
+use super::arbiter::Arbiter;
 use super::events::{Tail, Tenure};
-use crate::arbiter::FileArbiter;
 use crate::events::Record;
 
 /// One of the two places where the VM can run. In real use these are two machines.
@@ -82,18 +81,11 @@ pub(super) struct WorkDir {
 impl WorkDir {
     pub(super) fn create() -> io::Result<Self> {
         let path = mkdtemp(&std::env::temp_dir().join("outlive-demo-XXXXXX")).map_err(io::Error::from)?;
-        let dir = Self { path };
-        fs::create_dir(dir.arbiter())?;
-        FileArbiter::init(&dir.arbiter()).map_err(io::Error::other)?;
-        Ok(dir)
+        Ok(Self { path })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
-    }
-
-    fn arbiter(&self) -> PathBuf {
-        self.path.join("arbiter")
     }
 
     /// Keeps the directory.
@@ -179,12 +171,18 @@ pub(super) struct Cluster {
     shape: Shape,
     /// Dropped after the processes: fields are dropped in this order.
     nodes: Vec<Node>,
+    arbiter: Arbiter,
     dir: WorkDir,
 }
 
 impl Cluster {
-    pub(super) fn new(shape: Shape, dir: WorkDir) -> Self {
-        Self { shape, nodes: Vec::new(), dir }
+    pub(super) fn new(shape: Shape, arbiter: Arbiter, dir: WorkDir) -> Self {
+        Self { shape, nodes: Vec::new(), arbiter, dir }
+    }
+
+    /// The kind of the arbiter.
+    pub(super) fn arbiter(&self) -> &'static str {
+        self.arbiter.kind()
     }
 
     /// Starts the process that boots the VM.
@@ -217,14 +215,12 @@ impl Cluster {
         let events = self.dir.path().join(format!("{name}.events"));
         let log = self.dir.path().join(format!("{name}.log"));
         let tail = Tail::create(&events)?;
-        let mut arbiter = OsString::from("file:");
-        arbiter.push(self.dir.arbiter());
         command
             .args(["--standby", host.other().addr()])
             .args(&self.shape.options)
             .args(["--net", &format!("tap={},bridge={}", host.tap(), self.shape.bridge)])
             .arg("--arbiter")
-            .arg(arbiter)
+            .arg(self.arbiter.place())
             .arg("--events")
             .arg(&events)
             .arg("--exit-with-stdin")
@@ -308,8 +304,8 @@ impl Cluster {
 
     /// Ends everything but keeps the directory with logs and events, and returns its path.
     pub(super) fn end_and_keep(self) -> PathBuf {
-        let Self { nodes, dir, .. } = self;
-        drop(nodes);
+        let Self { nodes, arbiter, dir, .. } = self;
+        drop((nodes, arbiter));
         dir.keep()
     }
 }
@@ -363,7 +359,7 @@ mod tests {
     fn the_directory_goes_unless_it_is_kept() {
         let dir = WorkDir::create().unwrap();
         let path = dir.path().to_owned();
-        assert!(path.join("arbiter").is_dir());
+        assert!(path.is_dir());
         drop(dir);
         assert!(!path.exists());
         let path = WorkDir::create().unwrap().keep();

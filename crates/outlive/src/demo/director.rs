@@ -434,6 +434,7 @@ impl Director {
             clients: self.play.clients,
             connections,
             totals: Totals::of(self.cluster.nodes().iter().map(|n| &n.tenure)),
+            arbiter: self.cluster.arbiter(),
             tracker: if self.trackers.is_empty() { "unknown".into() } else { self.trackers.join("+") },
         }
     }

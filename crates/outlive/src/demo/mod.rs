@@ -6,10 +6,12 @@
 //! write over TCP, and at the end everything that was acknowledged is read back.
 //!
 //! * `director`: the course of the demo, `cluster`: the processes, `events`: what they report;
+//! * `arbiter`: who says which host goes on;
 //! * `load`: the clients (`client`, `ledger`, `gaps`), `verify`: the judge;
 //! * `status` and `summary`: what a person sees;
 //! * `nested`: a Linux guest and emulated hosts instead.
 
+mod arbiter;
 mod client;
 mod cluster;
 mod director;
@@ -39,6 +41,7 @@ use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGTERM};
 use outlive_machine::{Host, HostError};
 use thiserror::Error;
 
+use self::arbiter::Arbiter;
 use self::cluster::{Cluster, Shape, WorkDir};
 use self::director::{Director, Play, Stop};
 use self::summary::Summary;
@@ -101,6 +104,12 @@ pub enum DemoError {
         /// The time for them.
         seconds: u64,
     },
+    /// The program is not installed.
+    #[error("--arbiter etcd needs the program etcd: apt-get install etcd-server; or choose --arbiter own")]
+    NoEtcd,
+    /// Something else is installed, or it does not start.
+    #[error("the demo's arbiter does not start: {0}; choose --arbiter file")]
+    Arbiter(String),
     /// The network namespace could not be made.
     #[error(transparent)]
     Namespace(#[from] EnterError),
@@ -155,6 +164,7 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     check_kills(options)?;
     check_machine(options)?;
     check_json(options)?;
+    Arbiter::check(options.arbiter)?;
     // Before any thread is there; it is read by one, which must not be there before the namespace.
     let signals = Signals::take(&[SIGINT, SIGTERM, SIGHUP])?;
     enter_own_namespace()?;
@@ -163,7 +173,9 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one("seed") % 1_000_000);
     let plural = if options.kills == 1 { "" } else { "s" };
     logs::say(&format!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds));
-    let cluster = Cluster::new(shape(options, seed)?, WorkDir::create()?);
+    let (shape, dir) = (shape(options, seed)?, WorkDir::create()?);
+    let arbiter = Arbiter::start(options.arbiter, &shape.program, dir.path())?;
+    let cluster = Cluster::new(shape, arbiter, dir);
     let (summary, cluster) = match Director::new(play(options, seed), cluster, interrupt).run() {
         Ok(end) => end,
         Err(Stop::Environment(words)) => return Err(DemoError::Refused(words)),

@@ -67,6 +67,8 @@ pub(super) struct Summary {
     pub(super) connections: u64,
     /// The checkpoints.
     pub(super) totals: Totals,
+    /// Kind of the arbiter.
+    pub(super) arbiter: &'static str,
     /// Name of the dirty tracker.
     pub(super) tracker: String,
 }
@@ -74,6 +76,7 @@ pub(super) struct Summary {
 #[derive(Serialize)]
 struct Json<'a> {
     result: &'a str,
+    arbiter: &'a str,
     kills: u32,
     acked: u64,
     lost: u64,
@@ -170,6 +173,7 @@ impl Summary {
         let pages = |q: f64| measured.dirty_pages.value_at_quantile(q);
         let json = Json {
             result: if self.ok() { "ok" } else { "failed" },
+            arbiter: self.arbiter,
             kills: self.kills,
             acked: self.verdict.acked,
             lost: self.verdict.damage.lost,
@@ -449,6 +453,7 @@ mod tests {
             clients: 4,
             connections: 700,
             totals,
+            arbiter: "file",
             tracker: "ring".into(),
         }
     }
@@ -459,7 +464,7 @@ mod tests {
         assert_eq!(
             json,
             json!({
-                "result": "ok", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
+                "result": "ok", "arbiter": "file", "kills": 3, "acked": 12345, "lost": 0, "duplicated": 0, "broken_connections": 0,
                 "takeover_ms": {"p50": 7.0, "max": 9.0}, "client_gap_ms": {"p50": 300.0, "max": 400.0},
                 "frame_tail": {"input_given": 6, "output_repeated": 3},
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},

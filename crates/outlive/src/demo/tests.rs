@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use super::arbiter::Arbiter;
 use super::cluster::{Cluster, Shape, WorkDir};
 use super::director::{Director, Play, Stop};
 use super::fake::{FakeServer, Fault};
 use super::summary::Summary;
+use crate::cli::DemoArbiter;
 use crate::phases::Phase;
 
 /// An actor. The file `active` beside the arbiter's directory holds the process that runs the VM.
@@ -58,6 +60,12 @@ say '"event":"takeover","generation":2,"checkpoint":9,"detect_us":100,"settle_us
 live
 "#;
 
+fn cluster(shape: Shape) -> Cluster {
+    let dir = WorkDir::create().unwrap();
+    let arbiter = Arbiter::start(DemoArbiter::File, &shape.program, dir.path()).unwrap();
+    Cluster::new(shape, arbiter, dir)
+}
+
 /// Holds the script, and the processes' list for the check at the end.
 struct Stage {
     folder: PathBuf,
@@ -101,7 +109,7 @@ impl Stage {
         };
         let time = Duration::from_secs(2);
         let play = Play { vm: server.addr(), time, kills, clients: 2, rate: 2_000, seed: 7 };
-        Director::new(play, Cluster::new(shape, WorkDir::create().unwrap()), interrupt.clone()).run()
+        Director::new(play, cluster(shape), interrupt.clone()).run()
     }
 
     /// Processes of this stage that still exist.

@@ -195,6 +195,13 @@ pub enum Event {
         /// For how long it was lost, in milliseconds.
         lost_ms: u64,
     },
+    /// An operator has decided about `generation`, because the arbiter is `manual`.
+    OperatorDecided {
+        /// The generation decided about.
+        generation: u64,
+        /// Whether it is this host's; else it is the other one's.
+        here: bool,
+    },
     /// This side won `generation` and may run the VM.
     Won {
         /// The generation won.

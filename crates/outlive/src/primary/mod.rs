@@ -157,11 +157,12 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
     let events = events::open(&active.events_to())?;
     process::on_stop(active.exit_with_stdin, stops.sender()).map_err(StartError::Signals)?;
+    standing.tells(&events);
     events.of_vm(&start.provenance.name, &vm.to_string());
     // Before the fencing, which may take long: `outlive status` tells of the arbiter.
     let watch = arbiter
         .as_ref()
-        .map(|arbiter| Watch::start(arbiter.prober(), events.clone(), Here::Runs).map(Arc::new));
+        .map(|arbiter| Watch::start(arbiter.as_ref(), events.clone(), Here::Runs).map(Arc::new));
     let watch = watch.transpose().map_err(StartError::NoThread)?;
     if let Some(watch) = &watch {
         standing.watch(watch);

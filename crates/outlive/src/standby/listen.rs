@@ -339,7 +339,9 @@ fn same_arbiter(decisions: &Decisions, hello: &Hello) -> Result<Box<dyn Arbiter>
         let (here, there) = (arbiter.identity().to_owned(), hello.arbiter.clone());
         return Err(Refusal::OtherArbiter { spec, here, there });
     }
-    match arbiter.highest(&arbiter::VmId(hello.vm.0)) {
+    let vm = arbiter::VmId(hello.vm.0);
+    arbiter.introduced(&vm, hello.generation);
+    match arbiter.highest(&vm) {
         Ok(Some(highest)) if highest == hello.generation => Ok(arbiter),
         Ok(Some(highest)) if highest > hello.generation => {
             Err(Refusal::Stale { introduced: hello.generation, highest })

@@ -156,9 +156,10 @@ impl Post {
         let events = events::open(&options.active.events_to())?;
         let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
-        let watch = Watch::start(arbiter.prober(), events.clone(), Here::Waits);
+        let watch = Watch::start(arbiter.as_ref(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(PostError::NoThread)?);
         standing.watch(&watch);
+        standing.tells(&events);
         process::on_stop(options.active.exit_with_stdin, stops.sender()).map_err(PostError::Signals)?;
         events.emit(Event::Started {
             role: Role::Standby,

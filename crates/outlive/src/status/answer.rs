@@ -71,6 +71,10 @@ impl Status {
     pub(super) fn new(facts: &Facts, sight: Option<&Sight>, progress: Progress, now: SystemTime) -> Self {
         let since_commit = progress.since_commit.map(millis);
         let [this, other] = survivals(facts, sight.is_some_and(|it| it.lost.is_some()), since_commit);
+        let [this, other] = [this, other].map(|survival| match sight {
+            Some(sight) if sight.is_a_person && facts.protected | facts.asking => survival.by_a_person(),
+            _ => survival,
+        });
         let counts = facts.protected && facts.role == Role::Primary;
         Self {
             vm: facts.vm.clone(),
@@ -209,6 +213,14 @@ impl Status {
     }
 }
 
+impl Survival {
+    /// The same where a person decides who goes on.
+    fn by_a_person(self) -> Self {
+        let what = format!("an operator must decide (--arbiter manual); then {}", self.what);
+        Self { survived: false, what, ..self }
+    }
+}
+
 impl fmt::Display for Survival {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {}", if self.survived { "survived" } else { "NOT SURVIVED" }, self.what)?;
@@ -234,7 +246,7 @@ mod tests {
     use super::super::Standing;
     use super::*;
 
-    const CLEAR: Sight = Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None };
+    const CLEAR: Sight = Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false };
 
     fn counted() -> Progress {
         Progress {
@@ -285,6 +297,10 @@ mod tests {
             status.protected && !status.loss_of_this_host.survived && !status.loss_of_other_host.survived
         );
         assert!(status.to_string().contains("ARBITER LOST, seen 1m 1s ago: stale handle"), "{status}");
+        let person = Sight { is_a_person: true, ..CLEAR };
+        let status = at(&standing, Some(&person));
+        assert!(!status.loss_of_this_host.survived && !status.loss_of_other_host.survived);
+        assert!(status.loss_of_this_host.what.starts_with("an operator must decide"), "{status}");
         standing.unprotected("the standby was lost");
         standing.asking("asking the arbiter");
         let status = at(&standing, Some(&CLEAR));

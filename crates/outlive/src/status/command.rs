@@ -1,6 +1,7 @@
 //! `outlive status`: asks processes on this host.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -122,6 +123,8 @@ fn ask(path: &Path) -> io::Result<Said> {
         socket => socket?,
     };
     socket.set_read_timeout(Some(PATIENCE))?;
+    // There is no more to come: the process need not wait for an operator's word.
+    let _ = socket.shutdown(Shutdown::Write);
     let mut bytes = Vec::new();
     match socket.take(LONGEST).read_to_end(&mut bytes) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => {

@@ -4,6 +4,7 @@
 //!   JSON and as a line.
 //! - `place`: where the socket is. `server`: the thread that answers there.
 //! - `command`: the other end, `outlive status`.
+//! - `word`: an operator's word in the other direction, for a VM whose arbiter is a person.
 //!
 //! Nobody who decides, or runs the guest, waits for any of this.
 
@@ -12,8 +13,10 @@ mod command;
 mod place;
 mod server;
 mod standing;
+mod word;
 
 pub use answer::{ArbiterSight, Status, Survival};
 pub use command::command;
 pub(crate) use server::{Server, ServerError};
 pub(crate) use standing::{Progress, Standing};
+pub(crate) use word::{give_up, go_on_alone, take_over};

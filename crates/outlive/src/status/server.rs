@@ -15,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::Standing;
 use super::place::{self, BadPlace, NoPlace};
+use super::word;
 use crate::serving::ServingThread;
 use crate::socket::Listener;
 
@@ -112,8 +113,11 @@ fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
 
 /// The answer fits into a socket's buffer; a client with less room has itself to blame.
 fn answer(mut client: UnixStream, standing: &Standing) {
-    // Plain data: this cannot fail.
-    let mut line = serde_json::to_vec(&standing.status()).expect("a status is plain data");
+    let mut line = match word::heard(&mut client) {
+        Some(order) => word::obey(order, standing),
+        // Plain data: this cannot fail.
+        None => serde_json::to_vec(&standing.status()).expect("a status is plain data"),
+    };
     line.push(b'\n');
     if client.set_nonblocking(true).is_ok() {
         // The client may be gone.

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::answer::Status;
 use crate::arbiter::Watch;
-use crate::events::{Role, now_us};
+use crate::events::{EventWriter, Role, now_us};
 use crate::notify;
 
 /// How far the checkpoints are.
@@ -43,6 +43,8 @@ pub(super) struct Facts {
     pub(super) peer: Option<String>,
     watch: Option<Weak<Watch>>,
     counter: Option<Counter>,
+    /// Where an operator's decisions are told.
+    pub(super) events: Option<EventWriter>,
 }
 
 impl Facts {
@@ -90,6 +92,7 @@ impl Standing {
             peer: None,
             watch: None,
             counter: None,
+            events: None,
         };
         Arc::new(Self { facts: Mutex::new(facts), staged: AtomicU64::new(0), staged_us: AtomicU64::new(0) })
     }
@@ -106,6 +109,11 @@ impl Standing {
     /// Looks at the arbiter through this watch from now on, but does not keep it alive.
     pub(crate) fn watch(&self, watch: &Arc<Watch>) {
         self.change(|facts| facts.watch = Some(Arc::downgrade(watch)));
+    }
+
+    /// Tells what an operator decides as events from now on.
+    pub(crate) fn tells(&self, events: &EventWriter) {
+        self.change(|facts| facts.events = Some(events.clone()));
     }
 
     /// The VM runs here, in this generation. `counter` knows its checkpoints.
@@ -230,7 +238,7 @@ impl Standing {
         Status::new(&facts, sight.as_ref(), progress, SystemTime::now())
     }
 
-    #[cfg(test)]
+    /// The facts at this moment.
     pub(super) fn facts(&self) -> Facts {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arbiters;
 mod arbitration;
 mod broken_disks;
 mod disks;

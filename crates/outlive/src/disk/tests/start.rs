@@ -3,11 +3,12 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use outlive_epoch::{Ancestor, Lineage, VmId};
 
 use super::provenance;
-use crate::arbiter::{Arbiter, ArbiterError, Claim, Ending, FileArbiter, Win, process_token};
+use crate::arbiter::{Arbiter, ArbiterError, Claim, Ending, FileArbiter, Mode, Win, process_token};
 use crate::disk::provenance::{DangerKind, KnownArbiter, Provenance};
 use crate::disk::sidecar::{CopyEnd, Role, Sidecar, beside};
 use crate::disk::{Start, Target};
@@ -440,8 +441,14 @@ impl Arbiter for PowerCut {
     fn prober(&self) -> crate::arbiter::Prober {
         self.arbiter.prober()
     }
-    fn tidy(&mut self, vm: &VmId) {
-        self.arbiter.tidy(vm);
+    fn vms(&mut self) -> Result<Vec<VmId>, ArbiterError> {
+        self.arbiter.vms()
+    }
+    fn prune(&mut self, vm: &VmId, mode: Mode) -> Result<Vec<u64>, ArbiterError> {
+        self.arbiter.prune(vm, mode)
+    }
+    fn forget(&mut self, vm: &VmId, age: Duration, mode: Mode) -> Result<bool, ArbiterError> {
+        self.arbiter.forget(vm, age, mode)
     }
     fn identity(&self) -> &str {
         self.arbiter.identity()

@@ -27,7 +27,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -187,6 +187,11 @@ impl World {
     /// Runs something in the clients' network.
     pub(crate) fn lan<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.lan.run(work).unwrap()
+    }
+
+    /// Starts a program on a third machine, which is in the clients' network.
+    pub(crate) fn spawn_third(&self, command: &mut Command) -> Child {
+        self.lan.spawn(command).unwrap()
     }
 
     /// The folder of this world, which goes with it.

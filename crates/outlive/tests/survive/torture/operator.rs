@@ -77,6 +77,10 @@ impl Play {
             actor.process.wait_end();
             self.actors[side as usize] = Some(actor);
             self.note_owner(side);
+            if side == self.owner && !self.is_protected(side) {
+                // It had lost its standby a moment before, to the same fault or to a machine without time.
+                self.died_alone = true;
+            }
             self.actors[side as usize] = None;
         }
     }

@@ -36,6 +36,8 @@ pub(super) struct Play {
     auditor: Option<Auditor>,
     /// May end by a signal: its memory was taken away.
     pub(super) doomed: Option<Side>,
+    /// The host with the VM was killed when it had no standby: then the VM may be lost.
+    pub(super) died_alone: bool,
     pub(super) disks: [Place; 2],
     pub(super) third: Place,
     pub(super) world: World,
@@ -61,6 +63,7 @@ impl Play {
             sniffers,
             auditor: None,
             doomed: None,
+            died_alone: false,
             disks,
             third,
             world,
@@ -120,7 +123,7 @@ impl Play {
         }
         self.wait(kind.rest());
         let outcome = self.settle(kind, protected);
-        self.doomed = None;
+        (self.doomed, self.died_alone) = (None, false);
         self.watch(kind);
         self.trace.report.count(kind.name(), |count| match outcome {
             Outcome::Ended if kind != Kind::EndOwner => count.unprotected += 1,
@@ -216,7 +219,7 @@ impl Play {
             let since = *homeless.get_or_insert_with(Instant::now);
             if runs.is_some() {
                 homeless = None;
-            } else if since.elapsed() > GONE && !protected {
+            } else if since.elapsed() > GONE && (!protected || self.died_alone) {
                 return Outcome::Ended;
             }
             if let Some(why) = self.auditor.as_ref().and_then(Auditor::broken) {

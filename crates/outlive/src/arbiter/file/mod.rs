@@ -31,39 +31,56 @@
 //! Only `outlive arbiter init` makes a directory an arbiter: the mount point of a file system that is not
 //! mounted must not look like an arbiter that knows no VM yet.
 //!
-//! [`KEPT`]: super::prune::KEPT
+//! [`KEPT`]: super::KEPT
+
+mod directory;
+mod fault;
+mod prune;
 
 use std::collections::HashSet;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
-use super::directory::{Directory, Found, unusable};
+use self::directory::{Directory, Found, unusable};
+pub use self::fault::{DirectoryFault, FileSpecError};
 use super::record::{self, MARKER, Marker};
 use super::{
-    Arbiter, ArbiterError, ArbiterFault, ArbiterSpecError, Claim, Ending, Prober, VmId, Win, Winner,
+    Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, Prober, VmId, Win, Winner,
+    process_token, random_hex,
 };
-use super::{process_token, prune, random_hex};
+
+/// How to write it.
+pub(super) const FORM: &str =
+    "file:DIR, where DIR is a directory that both hosts see, for example file:/srv/outlive";
+
+/// Opens the arbiter of an `--arbiter` option.
+pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
+    Ok(Box::new(FileArbiter::open(parse(place)?)?))
+}
+
+/// Makes the directory of an `--arbiter` option an arbiter.
+pub(super) fn init(place: &str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError> {
+    let (arbiter, done) = FileArbiter::init(parse(place)?)?;
+    Ok((Box::new(arbiter), done))
+}
+
+fn parse(place: &str) -> Result<&Path, ArbiterSpecError> {
+    if place.is_empty() {
+        return Err(ArbiterSpecError::Form("file:".to_owned()));
+    }
+    Ok(Path::new(place))
+}
 
 /// An arbiter in a directory that both hosts see.
 pub struct FileArbiter {
-    pub(super) directory: Directory,
-    /// Distinguishes this process from all others, past ones included.
-    process: &'static str,
+    directory: Directory,
+    /// Distinguishes the claimant's process from all others, past ones included.
+    process: String,
     /// What the marker said when the directory was opened.
     identity: String,
     /// The text of each claim of ours that was answered with `Won`.
     won: HashSet<String>,
-}
-
-/// What [`FileArbiter::init`] did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Initialized {
-    /// The directory is now an arbiter.
-    Made,
-    /// It already was one; nothing was changed.
-    Already,
-    /// It was one of an earlier release, with the same identity and claims.
-    Upgraded,
 }
 
 impl FileArbiter {
@@ -71,15 +88,15 @@ impl FileArbiter {
     ///
     /// # Errors
     /// Why this is no arbiter, or not one that this host can write to.
-    pub fn open(path: &Path) -> Result<FileArbiter, ArbiterSpecError> {
+    pub fn open(path: &Path) -> Result<FileArbiter, FileSpecError> {
         let directory = Directory::at(path)?;
         let identity = match read_marker(&directory, path)? {
             Some(Marker::Current(identity)) => identity,
-            Some(Marker::Old(_)) => return Err(ArbiterSpecError::Old(path.to_path_buf())),
-            None => return Err(ArbiterSpecError::NotArbiter(path.to_path_buf())),
+            Some(Marker::Old(_)) => return Err(FileSpecError::Old(path.to_path_buf())),
+            None => return Err(FileSpecError::NotArbiter(path.to_path_buf())),
         };
         directory.try_writing().map_err(|error| unusable(path, error))?;
-        let process = process_token().map_err(|error| unusable(path, error))?;
+        let process = process_token().map_err(|error| unusable(path, error))?.to_owned();
         Ok(FileArbiter { directory, process, identity, won: HashSet::new() })
     }
 
@@ -89,7 +106,7 @@ impl FileArbiter {
     ///
     /// # Errors
     /// Why the directory cannot be one. Nothing was changed then.
-    pub fn init(path: &Path) -> Result<(FileArbiter, Initialized), ArbiterSpecError> {
+    pub fn init(path: &Path) -> Result<(FileArbiter, Initialized), FileSpecError> {
         let directory = Directory::at(path)?;
         let failed = |error: io::Error| unusable(path, error);
         let done = match read_marker(&directory, path)? {
@@ -110,9 +127,24 @@ impl FileArbiter {
         Ok((FileArbiter::open(path)?, done))
     }
 
-    fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, ArbiterFault> {
+    /// The same arbiter, once more.
+    fn twin(&self) -> Self {
+        self.on_behalf_of(&self.process)
+    }
+
+    /// The same arbiter, for claims of the process that has this token.
+    pub(super) fn on_behalf_of(&self, process: &str) -> Self {
+        Self {
+            directory: self.directory.clone(),
+            process: process.to_owned(),
+            identity: self.identity.clone(),
+            won: HashSet::new(),
+        }
+    }
+
+    fn try_claim(&mut self, vm: &VmId, generation: u64, owner: &str) -> Result<Claim, DirectoryFault> {
         self.directory.check(&self.identity)?;
-        let text = record::claim_text(vm, generation, owner, self.process);
+        let text = record::claim_text(vm, generation, owner, &self.process);
         let claim = self.find_or_publish(vm, generation, &text)?;
         if claim != Claim::Won || self.won.contains(&text) {
             return Ok(claim);
@@ -132,7 +164,7 @@ impl FileArbiter {
     }
 
     /// Who owns this generation after an attempt to make it ours. `text` is our claim.
-    fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, ArbiterFault> {
+    fn find_or_publish(&self, vm: &VmId, generation: u64, text: &str) -> Result<Claim, DirectoryFault> {
         let name = record::claim_name(vm, generation);
         if let Some(claim) = self.judge(&name, text)? {
             return Ok(claim);
@@ -148,12 +180,12 @@ impl FileArbiter {
         match (self.judge(&name, text)?, published) {
             (Some(claim), _) => Ok(claim),
             (None, Err(error)) => Err(error.into()),
-            (None, Ok(())) => Err(ArbiterFault::ClaimGone),
+            (None, Ok(())) => Err(DirectoryFault::ClaimGone),
         }
     }
 
     /// A generation that is newer than this one ends every claim to it.
-    fn newer(&self, vm: &VmId, generation: u64) -> Result<Option<Claim>, ArbiterFault> {
+    fn newer(&self, vm: &VmId, generation: u64) -> Result<Option<Claim>, DirectoryFault> {
         let highest = self.find_highest(vm)?;
         Ok(highest.filter(|highest| *highest > generation).map(|highest| {
             let owner = self.win(vm, highest).winner.map_or_else(String::new, |it| format!(", {}", it.owner));
@@ -163,12 +195,12 @@ impl FileArbiter {
 
     /// Makes sure that the claim before this one is here. Whoever it belongs to, it shows that this is the
     /// place where the generations of this VM are won. The first generation of a new VM has none before it.
-    fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), ArbiterFault> {
+    fn check_predecessor(&self, vm: &VmId, generation: u64) -> Result<(), DirectoryFault> {
         if generation <= 1 {
             return Ok(());
         }
         match self.directory.read(&record::claim_name(vm, generation - 1))? {
-            Found::Nothing => Err(ArbiterFault::LostClaims),
+            Found::Nothing => Err(DirectoryFault::LostClaims),
             Found::Text(_) | Found::Garbage(_) => Ok(()),
         }
     }
@@ -177,8 +209,8 @@ impl FileArbiter {
     ///
     /// Nobody can tell who owns a damaged claim. If both sides took it for lost, the VM would be gone for
     /// good, so both wait for an operator.
-    fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, ArbiterFault> {
-        let damaged = |problem: String| ArbiterFault::DamagedClaim { name: name.to_owned(), problem };
+    fn judge(&self, name: &str, text: &str) -> Result<Option<Claim>, DirectoryFault> {
+        let damaged = |problem: String| DirectoryFault::DamagedClaim { name: name.to_owned(), problem };
         match self.directory.read(name)? {
             Found::Nothing => Ok(None),
             Found::Garbage(problem) => Err(damaged(problem)),
@@ -211,12 +243,12 @@ impl FileArbiter {
         Ok(names.iter().filter_map(|name| record::parse_claim_name(name)).max())
     }
 
-    fn unreachable(&self, fault: ArbiterFault) -> ArbiterError {
-        ArbiterError { directory: self.directory.path().to_path_buf(), fault }
+    fn unreachable(&self, fault: DirectoryFault) -> ArbiterError {
+        ArbiterError::Directory { directory: self.directory.path().to_path_buf(), fault }
     }
 
     /// Uses the directory after making sure that it is still the one that was opened.
-    pub(super) fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, ArbiterError> {
+    fn checked<T>(&self, work: impl FnOnce(&Self) -> io::Result<T>) -> Result<T, ArbiterError> {
         let done = self.directory.check(&self.identity).and_then(|()| Ok(work(self)?));
         done.map_err(|fault| self.unreachable(fault))
     }
@@ -254,17 +286,29 @@ impl Arbiter for FileArbiter {
         })
     }
 
-    fn tidy(&mut self, vm: &VmId) {
-        let pruned = self.checked(|arbiter| prune::superseded(arbiter, vm, prune::Mode::Remove));
-        if let Err(why) = pruned {
-            tracing::debug!("cannot remove old claims: {why}");
+    fn vms(&mut self) -> Result<Vec<VmId>, ArbiterError> {
+        self.checked(|arbiter| {
+            let names = arbiter.directory.names("")?;
+            let mut vms: Vec<VmId> = names.iter().filter_map(|name| record::parse_vm_name(name)).collect();
+            vms.sort_unstable();
+            Ok(vms)
+        })
+    }
+
+    fn prune(&mut self, vm: &VmId, mode: Mode) -> Result<Vec<u64>, ArbiterError> {
+        let pruned = self.checked(|arbiter| prune::superseded(arbiter, vm, mode));
+        if mode == Mode::Remove {
+            self.directory.remove_leftovers();
         }
-        self.directory.remove_leftovers();
+        pruned
+    }
+
+    fn forget(&mut self, vm: &VmId, age: Duration, mode: Mode) -> Result<bool, ArbiterError> {
+        self.checked(|arbiter| prune::forget(arbiter, vm, age, mode))
     }
 
     fn prober(&self) -> Prober {
-        let (directory, identity) = (self.directory.clone(), self.identity.clone());
-        let twin = Self { directory, process: self.process, identity, won: HashSet::new() };
+        let twin = self.twin();
         Box::new(move || twin.checked(|arbiter| arbiter.directory.try_writing()))
     }
 
@@ -273,18 +317,18 @@ impl Arbiter for FileArbiter {
     }
 }
 
-fn read_marker(directory: &Directory, path: &Path) -> Result<Option<Marker>, ArbiterSpecError> {
-    let unusable = |fault| ArbiterSpecError::Unusable { directory: path.to_path_buf(), fault };
+fn read_marker(directory: &Directory, path: &Path) -> Result<Option<Marker>, FileSpecError> {
+    let unusable = |fault| FileSpecError::Unusable { directory: path.to_path_buf(), fault };
     directory.read_marker().map_err(unusable)
 }
 
 /// A directory in use for something else is most likely the wrong one. A directory with claims and without a
 /// marker was an arbiter, and a new identity would hide that.
-fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), ArbiterSpecError> {
+fn refuse_strangers(directory: &Directory, path: &Path) -> Result<(), FileSpecError> {
     let names = directory.names("").map_err(|error| unusable(path, error))?;
     let usual = |name: &String| name.starts_with('.') || name == "lost+found" || name == MARKER;
     match names.into_iter().find(|name| !usual(name)) {
-        Some(found) => Err(ArbiterSpecError::NotEmpty { directory: path.to_path_buf(), found }),
+        Some(found) => Err(FileSpecError::NotEmpty { directory: path.to_path_buf(), found }),
         None => Ok(()),
     }
 }

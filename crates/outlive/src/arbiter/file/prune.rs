@@ -6,22 +6,9 @@
 use std::io;
 use std::time::{Duration, SystemTime};
 
+use super::FileArbiter;
 use super::directory::Found;
-use super::file::FileArbiter;
-use super::{ArbiterError, Ending, VmId, record};
-
-/// How many of a VM's newest claims stay. The decisions need only one; the others tell a host that comes back
-/// late who took its place.
-pub(super) const KEPT: usize = 8;
-
-/// Whether something is removed or only named.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
-    /// It is removed.
-    Remove,
-    /// It would be removed.
-    Name,
-}
+use crate::arbiter::{Ending, KEPT, Mode, VmId, record};
 
 /// Removes all claims of a VM but the newest [`KEPT`]. Returns their generations.
 ///
@@ -108,18 +95,5 @@ impl FileArbiter {
         let Found::Text(text) = self.directory.read(&name)? else { return Ok(None) };
         let at = self.directory.written(&name);
         Ok(record::parse_ended(&text).map(|why| Ending { generation, why: why.to_owned(), at }))
-    }
-
-    /// The VMs that the arbiter knows, in the order of their ids.
-    ///
-    /// # Errors
-    /// The file system's, with the remedy.
-    pub fn vms(&self) -> Result<Vec<VmId>, ArbiterError> {
-        self.checked(|arbiter| {
-            let names = arbiter.directory.names("")?;
-            let mut vms: Vec<VmId> = names.iter().filter_map(|name| record::parse_vm_name(name)).collect();
-            vms.sort_unstable();
-            Ok(vms)
-        })
     }
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 
-use super::record::{MARKER, Marker};
-use super::{ArbiterFault, ArbiterSpecError, process_token, random_hex};
+use super::{DirectoryFault, FileSpecError};
+use crate::arbiter::record::{MARKER, Marker};
+use crate::arbiter::{process_token, random_hex};
 
 const TEMP_PREFIX: &str = ".outlive-";
 const TEMP_SUFFIX: &str = ".tmp";
@@ -38,14 +39,14 @@ pub(super) struct Directory {
 
 impl Directory {
     /// An existing directory.
-    pub(super) fn at(path: &Path) -> Result<Self, ArbiterSpecError> {
+    pub(super) fn at(path: &Path) -> Result<Self, FileSpecError> {
         // Absolute, so that it stays the same directory if the process changes its own.
         let absolute = std::path::absolute(path).map_err(|error| unusable(path, error))?;
         match fs::metadata(&absolute) {
             Ok(metadata) if metadata.is_dir() => Ok(Self { path: absolute, device: metadata.dev() }),
-            Ok(_) => Err(ArbiterSpecError::NotDirectory(path.to_path_buf())),
+            Ok(_) => Err(FileSpecError::NotDirectory(path.to_path_buf())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err(ArbiterSpecError::Missing(path.to_path_buf()))
+                Err(FileSpecError::Missing(path.to_path_buf()))
             }
             Err(error) => Err(unusable(path, error)),
         }
@@ -63,13 +64,13 @@ impl Directory {
         self.remove(&name)
     }
 
-    pub(super) fn read_marker(&self) -> Result<Option<Marker>, ArbiterFault> {
+    pub(super) fn read_marker(&self) -> Result<Option<Marker>, DirectoryFault> {
         match self.read(MARKER)? {
             Found::Nothing => Ok(None),
-            Found::Garbage(problem) => Err(ArbiterFault::DamagedMarker(problem)),
-            Found::Text(text) => Marker::parse(&text)
-                .map(Some)
-                .ok_or_else(|| ArbiterFault::DamagedMarker("this release does not write such a file".into())),
+            Found::Garbage(problem) => Err(DirectoryFault::DamagedMarker(problem)),
+            Found::Text(text) => Marker::parse(&text).map(Some).ok_or_else(|| {
+                DirectoryFault::DamagedMarker("this release does not write such a file".into())
+            }),
         }
     }
 
@@ -77,16 +78,16 @@ impl Directory {
     ///
     /// If the shared file system is not mounted, its mount point is an ordinary empty directory: each host
     /// would win there alone.
-    pub(super) fn check(&self, identity: &str) -> Result<(), ArbiterFault> {
+    pub(super) fn check(&self, identity: &str) -> Result<(), DirectoryFault> {
         let metadata = fs::metadata(&self.path)?;
         match self.read_marker()? {
             Some(Marker::Current(found)) if found == identity => Ok(()),
             Some(Marker::Current(found) | Marker::Old(found)) => {
-                Err(ArbiterFault::OtherArbiter { found, opened: identity.to_owned() })
+                Err(DirectoryFault::OtherArbiter { found, opened: identity.to_owned() })
             }
-            None if metadata.dev() != self.device => Err(ArbiterFault::OtherFileSystem),
+            None if metadata.dev() != self.device => Err(DirectoryFault::OtherFileSystem),
             // A marker written now would only hide that the claims are gone.
-            None => Err(ArbiterFault::MarkerGone),
+            None => Err(DirectoryFault::MarkerGone),
         }
     }
 
@@ -231,6 +232,6 @@ fn os_error(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
-pub(super) fn unusable(directory: &Path, error: io::Error) -> ArbiterSpecError {
-    ArbiterSpecError::Unusable { directory: directory.to_path_buf(), fault: error.into() }
+pub(super) fn unusable(directory: &Path, error: io::Error) -> FileSpecError {
+    FileSpecError::Unusable { directory: directory.to_path_buf(), fault: error.into() }
 }

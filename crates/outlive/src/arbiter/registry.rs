@@ -1,0 +1,57 @@
+//! The kinds of arbiters.
+
+use super::{Arbiter, ArbiterSpecError, Initialized, etcd, file, manual, served};
+
+/// Opens the arbiter at a place.
+type Open = fn(&str) -> Result<Box<dyn Arbiter>, ArbiterSpecError>;
+/// Makes a place an arbiter.
+type Init = fn(&str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError>;
+
+/// A kind of arbiter. To add one, implement [`Arbiter`], add a line to [`KINDS`], and let the tests in
+/// `tests/arbiter/conformance` run over it.
+struct Kind {
+    /// The word before the colon in `--arbiter`.
+    scheme: &'static str,
+    /// How to write the rest, for people.
+    form: &'static str,
+    open: Open,
+    init: Init,
+}
+
+const KINDS: [Kind; 4] = [
+    Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init },
+    Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init },
+    Kind { scheme: "outlive", form: served::FORM, open: served::open, init: served::init },
+    Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init },
+];
+
+/// The kind of an `--arbiter` option, and the place after the colon.
+fn find(text: &str) -> Result<(&'static Kind, &str), ArbiterSpecError> {
+    let (scheme, place) = text.split_once(':').unwrap_or((text, ""));
+    let kind = KINDS.iter().find(|kind| kind.scheme == scheme);
+    kind.map(|kind| (kind, place)).ok_or_else(|| ArbiterSpecError::Form(text.to_owned()))
+}
+
+/// Opens the arbiter of an `--arbiter` option.
+///
+/// # Errors
+/// Why it is none, or why this host cannot use it; one line that names the remedy.
+pub fn parse(text: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
+    let (kind, place) = find(text)?;
+    (kind.open)(place)
+}
+
+/// Makes the place of an `--arbiter` option an arbiter: an operator says that this is the place.
+///
+/// # Errors
+/// Why it cannot be one; nothing was changed then. One line that names the remedy.
+pub fn init(text: &str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError> {
+    let (kind, place) = find(text)?;
+    (kind.init)(place)
+}
+
+/// How an arbiter is written, for people.
+pub(super) fn forms() -> String {
+    let forms: Vec<&str> = KINDS.iter().map(|kind| kind.form).collect();
+    forms.join("; or ")
+}

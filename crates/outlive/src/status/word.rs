@@ -1,0 +1,229 @@
+//! An operator's word about a generation, for a VM whose arbiter is `manual`: from the command to the process that
+//! waits for it, through the socket of `outlive status`.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Standing, place};
+use crate::arbiter::{NotTaken, Word, desk};
+use crate::cli::WordOptions;
+use crate::events::{Event, Role};
+use crate::{exit, socket};
+
+/// How long a client may take to say something. One that only wants the status says at once that it does not. Clients
+/// that do neither are many, and must not hold up the others.
+const HEARS: Duration = Duration::from_millis(5);
+/// How often a word is said to a process that has not heard it in that time, and has told its status instead.
+const TRIES: usize = 20;
+/// The longest word, in bytes.
+const LONGEST: usize = 256;
+/// How long the answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What an operator says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "word", rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Order {
+    /// The standby shall have this generation.
+    TakeOver { generation: u64 },
+    /// The host where the VM ran shall have it.
+    GoOnAlone { generation: u64 },
+    /// The other host shall have it.
+    GiveUp { generation: u64 },
+}
+
+/// What became of it.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Outcome {
+    Done(String),
+    Refused(String),
+}
+
+/// Why it is not taken.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the other host is seen, or was not lost: there is nothing to decide ({0})")]
+    Seen(String),
+    #[error("the VM ran here: say `outlive go-on-alone`, or take it over at its standby")]
+    RanHere,
+    #[error("this is the standby: say `outlive take-over`, or let the VM go on where it ran")]
+    IsStandby,
+    #[error(transparent)]
+    NotTaken(#[from] NotTaken),
+}
+
+/// What a client of the status socket says, if it says anything.
+pub(super) fn heard(client: &mut UnixStream) -> Option<Order> {
+    client.set_read_timeout(Some(HEARS)).ok()?;
+    let mut bytes = [0; LONGEST];
+    let length = client.read(&mut bytes).ok()?;
+    serde_json::from_slice(bytes.get(..length)?).ok()
+}
+
+/// Carries an order out. Returns the answer, as a line of JSON.
+pub(super) fn obey(order: Order, standing: &Standing) -> Vec<u8> {
+    let outcome = match carry_out(order, standing) {
+        Ok(done) => Outcome::Done(done),
+        Err(why) => {
+            tracing::warn!("an operator's word was refused: {why}");
+            Outcome::Refused(why.to_string())
+        }
+    };
+    // Plain data: this cannot fail.
+    serde_json::to_vec(&outcome).expect("an outcome is plain data")
+}
+
+fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
+    let facts = standing.facts();
+    // Before a claim is open, the other host lives as far as this one knows.
+    if !facts.asking {
+        let why = if facts.protected { "the VM is protected".to_owned() } else { facts.reason() };
+        return Err(Refused::Seen(why));
+    }
+    let (generation, word) = match (order, facts.role) {
+        (Order::TakeOver { generation }, Role::Standby)
+        | (Order::GoOnAlone { generation }, Role::Primary) => (generation, Word::Here),
+        (Order::GiveUp { generation }, _) => (generation, Word::There),
+        (Order::TakeOver { .. }, Role::Primary) => return Err(Refused::RanHere),
+        (Order::GoOnAlone { .. }, Role::Standby) => return Err(Refused::IsStandby),
+    };
+    let vm = desk().decide(generation, word)?;
+    let here = word == Word::Here;
+    let whose = if here { "THIS HOST'S" } else { "the other host's" };
+    tracing::warn!(%vm, generation, "AN OPERATOR HAS DECIDED: the generation is {whose}");
+    if let Some(events) = &facts.events {
+        events.emit(Event::OperatorDecided { generation, here });
+    }
+    Ok(format!("generation {generation} of VM {vm} is {}", whose.to_lowercase()))
+}
+
+/// Why a command has come to nothing.
+#[derive(Debug, thiserror::Error)]
+enum WordError {
+    /// Nobody is there.
+    #[error(
+        "no VM or standby that you may ask runs on this host: give the path of its --status with --socket"
+    )]
+    Nobody,
+    /// Several are there.
+    #[error("several processes answer on this host: say which with --socket ({0})")]
+    Several(String),
+    /// It cannot be asked.
+    #[error("cannot speak with the process at {}: {source}; `outlive status` shows those that run", .path.display())]
+    Silent { path: PathBuf, source: io::Error },
+    /// It says no.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// Nobody would read it.
+    #[error("cannot print: {0}")]
+    Print(#[source] io::Error),
+}
+
+/// `outlive take-over`: returns the exit code.
+pub(crate) fn take_over(options: &WordOptions) -> u8 {
+    command(options, Order::TakeOver { generation: options.generation })
+}
+
+/// `outlive go-on-alone`: returns the exit code.
+pub(crate) fn go_on_alone(options: &WordOptions) -> u8 {
+    command(options, Order::GoOnAlone { generation: options.generation })
+}
+
+/// `outlive give-up`: returns the exit code.
+pub(crate) fn give_up(options: &WordOptions) -> u8 {
+    command(options, Order::GiveUp { generation: options.generation })
+}
+
+fn command(options: &WordOptions, order: Order) -> u8 {
+    let said =
+        options.socket.clone().map_or_else(|| only(&place::folders()), Ok).and_then(|path| say(&path, order));
+    let printed = said.and_then(|done| writeln!(io::stdout().lock(), "{done}").map_err(WordError::Print));
+    printed.map_or_else(exit::usage, |()| exit::OK)
+}
+
+/// The only process that answers.
+fn only(folders: &[PathBuf]) -> Result<PathBuf, WordError> {
+    let files = folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten();
+    let mut sockets: Vec<PathBuf> = files.map(|file| file.path()).collect();
+    sockets.retain(|path| {
+        path.extension().is_some_and(|it| it == place::ENDING) && socket::connect(path).is_ok()
+    });
+    match &sockets[..] {
+        [] => Err(WordError::Nobody),
+        [one] => Ok(one.clone()),
+        _ => {
+            let names: Vec<String> = sockets.iter().map(|path| path.display().to_string()).collect();
+            Err(WordError::Several(names.join(", ")))
+        }
+    }
+}
+
+fn say(path: &Path, order: Order) -> Result<String, WordError> {
+    let answer = || -> io::Result<Outcome> {
+        let mut socket = socket::connect(path)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.write_all(&serde_json::to_vec(&order)?)?;
+        socket.shutdown(Shutdown::Write)?;
+        let mut bytes = Vec::new();
+        socket.take(64 << 10).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    };
+    let not_heard = |said: &io::Result<Outcome>| {
+        said.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::InvalidData)
+    };
+    let last = answer();
+    let said = if not_heard(&last) {
+        (1..TRIES).map(|_| answer()).find(|it| !not_heard(it)).unwrap_or(last)
+    } else {
+        last
+    };
+    match said {
+        Ok(Outcome::Done(done)) => Ok(done),
+        Ok(Outcome::Refused(why)) => Err(WordError::Refused(why)),
+        Err(source) => Err(WordError::Silent { path: path.to_owned(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::socket::Listener;
+    use crate::status::Server;
+
+    #[test]
+    fn a_word_is_refused_while_the_other_host_is_seen() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        let standing = Standing::new(Role::Primary, Some("a"), "why");
+        let server = Server::start(Listener::bind(&path).unwrap(), standing.clone()).unwrap();
+        let refused = |order| say(&path, order).unwrap_err().to_string();
+        standing.protected(1);
+        assert!(refused(Order::GoOnAlone { generation: 2 }).contains("the other host is seen"));
+        standing.unprotected("the standby was lost");
+        assert!(refused(Order::GoOnAlone { generation: 2 }).contains("the standby was lost"));
+        standing.asking("asking the arbiter");
+        assert!(refused(Order::TakeOver { generation: 2 }).contains("outlive go-on-alone"));
+        // Another arbiter than a person is asked.
+        assert!(refused(Order::GoOnAlone { generation: 2 }).contains("nobody waits for a word"));
+        assert_eq!(only(&[directory.path().to_owned()]).unwrap(), path);
+        drop(server);
+        assert!(matches!(only(&[directory.path().to_owned()]), Err(WordError::Nobody)));
+        assert!(matches!(say(&path, Order::GiveUp { generation: 1 }), Err(WordError::Silent { .. })));
+    }
+
+    #[test]
+    fn nonsense_is_no_word() {
+        for text in ["", "x", "{}", r#"{"word":"take_over"}"#, r#"{"word":"take_over","generation":-1}"#] {
+            let (mut one, mut other) = UnixStream::pair().unwrap();
+            one.write_all(text.as_bytes()).unwrap();
+            drop(one);
+            assert_eq!(heard(&mut other), None, "{text}");
+        }
+    }
+}

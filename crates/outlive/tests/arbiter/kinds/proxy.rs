@@ -1,0 +1,73 @@
+//! A proxy between a host and an arbiter, which loses answers or everything.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread::spawn;
+
+use crate::conformance::Reach;
+
+#[derive(Clone)]
+struct State {
+    reach: Arc<Mutex<Reach>>,
+    target: Arc<Mutex<SocketAddr>>,
+}
+
+/// The proxy. Its thread ends with its last connection.
+pub(crate) struct Proxy {
+    pub(crate) address: SocketAddr,
+    state: State,
+}
+
+impl Proxy {
+    pub(crate) fn before(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = State { reach: Arc::new(Mutex::new(Reach::Here)), target: Arc::new(Mutex::new(target)) };
+        let accepted = state.clone();
+        spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                accepted.join(client);
+            }
+        });
+        Self { address, state }
+    }
+
+    pub(crate) fn reach(&self, reach: Reach) {
+        *self.state.reach.lock().unwrap() = reach;
+    }
+
+    pub(crate) fn target(&self, target: SocketAddr) {
+        *self.state.target.lock().unwrap() = target;
+    }
+}
+
+impl State {
+    fn join(&self, client: TcpStream) {
+        let target = *self.target.lock().unwrap();
+        if *self.reach.lock().unwrap() == Reach::Away {
+            return;
+        }
+        let Ok(server) = TcpStream::connect(target) else { return };
+        let (there, back) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+        let (one, other) = (self.clone(), self.clone());
+        spawn(move || one.copy(there, server, false));
+        spawn(move || other.copy(back, client, true));
+    }
+
+    fn copy(&self, mut from: TcpStream, mut to: TcpStream, is_answer: bool) {
+        let mut buffer = [0; 8192];
+        loop {
+            let length = from.read(&mut buffer).unwrap_or(0);
+            let lost = match *self.reach.lock().unwrap() {
+                Reach::Here => false,
+                Reach::Away => true,
+                Reach::Deaf => is_answer,
+            };
+            if length == 0 || lost || to.write_all(&buffer[..length]).is_err() {
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The arbiter that Outlive serves.
+
+use std::cell::RefCell;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use outlive::arbiter::{self, Claim, FileArbiter};
+use socket2::{Domain, Socket, Type};
+use tempfile::TempDir;
+
+use super::proxy::Proxy;
+use super::server::{Server, command};
+use crate::conformance::{Place, Reach, all, answer};
+use crate::support::{VM, directory, empty, why};
+
+/// A server behind a proxy.
+struct Served {
+    directory: TempDir,
+    proxy: Proxy,
+    /// All that were started: the newest serves.
+    servers: Mutex<Vec<(Server, Option<TempDir>)>>,
+}
+
+fn made() -> TempDir {
+    let directory = directory();
+    FileArbiter::init(directory.path()).unwrap();
+    directory
+}
+
+impl Served {
+    fn make() -> Self {
+        let directory = made();
+        let server = Server::start(directory.path(), "127.0.0.1:0");
+        let proxy = Proxy::before(server.address);
+        Self { directory, proxy, servers: Mutex::new(vec![(server, None)]) }
+    }
+}
+
+impl Place for Served {
+    fn text(&self) -> String {
+        format!("outlive:{}", self.proxy.address)
+    }
+
+    fn reach(&self, reach: Reach) -> bool {
+        self.proxy.reach(reach);
+        true
+    }
+
+    fn empty(&self) {
+        empty(self.directory.path(), "outlive-arbiter");
+    }
+
+    fn swap(&self) {
+        let other = made();
+        let server = Server::start(other.path(), "127.0.0.1:0");
+        self.proxy.target(server.address);
+        self.servers.lock().unwrap().push((server, Some(other)));
+    }
+}
+
+#[test]
+fn a_served_arbiter_conforms() {
+    all(&|| Box::new(Served::make()), 60);
+}
+
+/// A server that stands still is out of reach, and nobody waits for it for long.
+#[test]
+fn a_frozen_server_is_out_of_reach_within_seconds() {
+    let directory = made();
+    let server = Server::start(directory.path(), "127.0.0.1:0");
+    let mut arbiter = arbiter::parse(&format!("outlive:{}", server.address)).unwrap();
+    assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
+    kill(Pid::from_raw(server.pid()), Signal::SIGSTOP).unwrap();
+    let start = Instant::now();
+    assert!(why(arbiter.claim(&VM, 2, "primary")).contains("does not answer"));
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    kill(Pid::from_raw(server.pid()), Signal::SIGCONT).unwrap();
+    assert_eq!(answer(arbiter.as_mut(), 2, "primary"), Claim::Won);
+    kill(Pid::from_raw(server.pid()), Signal::SIGTERM).unwrap();
+    assert_eq!(server.wait(), Some(0), "SIGTERM ends it in order");
+}
+
+/// A connection from another address of this machine.
+fn stranger(to: SocketAddr) -> Option<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+    socket.connect(&to.into()).ok()?;
+    let socket = TcpStream::from(socket);
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    Some(socket)
+}
+
+/// Strangers who send nonsense, too much, or nothing at all, in numbers.
+#[test]
+fn strangers_get_nothing_and_hold_nobody_up() {
+    let directory = made();
+    let server = Server::start(directory.path(), "127.0.0.1:0");
+    let mut arbiter = arbiter::parse(&format!("outlive:{}", server.address)).unwrap();
+    let idle: Vec<_> = (0..100).filter_map(|_| stranger(server.address)).collect();
+    for generation in 1..=20 {
+        assert_eq!(arbiter.claim(&VM, generation, "primary"), Claim::Won, "beside {} idle ones", idle.len());
+    }
+    drop(idle);
+    let long = "x".repeat(1 << 20);
+    let (known, vm) = (arbiter.identity().to_owned(), VM.to_string());
+    let token = "a".repeat(32);
+    let claim = |arbiter: &str, generation: u64, process: &str, vm: &str| {
+        format!(
+            r#"{{"version":1,"arbiter":"{arbiter}","ask":"claim","vm":"{vm}","generation":{generation},"owner":"x","process":"{process}"}}"#
+        )
+    };
+    let lines = [
+        "".to_owned(),
+        "GET / HTTP/1.1".to_owned(),
+        "{}".to_owned(),
+        long,
+        r#"{"version":2,"ask":"open"}"#.to_owned(),
+        r#"{"version":1,"ask":"vms"}"#.to_owned(),
+        claim("another", 21, &token, &vm),
+        claim(&known, 0, &token, &vm),
+        claim(&known, 21, "a\\nowner me", &vm),
+        claim(&known, 21, &token, "../../etc"),
+        claim(&known, u64::MAX, &token, &vm),
+    ];
+    for line in lines {
+        let said = RefCell::new(String::new());
+        let Some(mut socket) = stranger(server.address) else { panic!("nobody listens") };
+        // It may hang up before it has read all.
+        let _ = socket.write_all(format!("{line}\n").as_bytes());
+        let _ = socket.read_to_string(&mut said.borrow_mut());
+        let said = said.into_inner();
+        assert!(!said.contains("won"), "{line}: {said}");
+    }
+    assert_eq!(arbiter.highest(&VM).unwrap(), Some(20));
+}
+
+/// What is wrong is said in one line, with exit code 2, and nothing is left behind.
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let (bare, made) = (directory(), made());
+    for (directory, address, remedy) in [
+        (bare.path(), "127.0.0.1:0", "outlive arbiter init file:"),
+        (made.path(), "0.0.0.0:0", "--insecure"),
+        (made.path(), "192.0.2.1:1", "--insecure"),
+        (std::path::Path::new("/no/such/directory"), "127.0.0.1:0", "create it"),
+        (made.path(), "nonsense", "--help"),
+    ] {
+        let out = command(directory, address).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(2), "{said}");
+        assert!(said.contains(remedy) && said.trim().lines().count() == 1, "{said}");
+    }
+    assert_eq!(fs::read_dir(bare.path()).unwrap().count(), 0);
+    // Two at one address.
+    let server = Server::start(made.path(), "127.0.0.1:0");
+    let out = command(made.path(), &server.address.to_string()).output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    // Nobody listens there.
+    let address = server.address;
+    server.kill();
+    let error = arbiter::parse(&format!("outlive:{address}")).map(drop).unwrap_err().to_string();
+    assert!(error.contains("outlive arbiter serve"), "{error}");
+}

@@ -1,0 +1,224 @@
+//! Takeovers with each kind of arbiter that is reached over the network, and what its failures mean: while it cannot
+//! say who goes on, nobody does; when it can, one host does.
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use outlive::arbiter::{self, FileArbiter};
+use outlive::events::Event;
+use outlive::network::Netlink;
+
+use crate::support::{PROGRAM, Process, Side, Witnesses, World, wait_until};
+
+/// A third machine on the clients' network, which both hosts reach.
+const THIRD: &str = "10.77.0.1";
+
+/// Nobody is to take over before a test wants it, on a machine that is busy with the servers. A process that dies is
+/// noticed at once all the same.
+const DEAD_AFTER: &str = "3s";
+
+/// Gives both hosts an address on the clients' network.
+fn join_clients_network(world: &World) {
+    for (side, last) in [(Side::A, 11), (Side::B, 12)] {
+        let address = Ipv4Addr::new(10, 77, 0, last);
+        world.on(side, || Netlink::open().unwrap().add_address("br0", address, 24).unwrap());
+    }
+}
+
+/// A server on the third machine. Killed and reaped when dropped.
+struct Server(Child);
+
+impl Server {
+    fn start(world: &World, mut command: Command, name: &str) -> Self {
+        let log = File::create(world.dir().join(format!("{name}.log"))).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        Self(world.spawn_third(&mut command))
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn standby(world: &World, side: Side, arbiter: &str) -> Process {
+    let other = side.other().addr().to_string();
+    world.standby_with(side, &["--standby", &other, "--arbiter", arbiter, "--dead-after", DEAD_AFTER])
+}
+
+fn protected(world: &World, arbiter: &str) -> (Process, Process) {
+    let standby = standby(world, Side::B, arbiter);
+    let other = Side::B.addr().to_string();
+    let options = ["--standby", &other, "--arbiter", arbiter, "--dead-after", DEAD_AFTER];
+    let mut primary = world.run_with(Side::A, &options);
+    primary.wait_protected();
+    (primary, standby)
+}
+
+/// The primary dies while the arbiter cannot say who goes on. The standby waits until it can.
+fn while_nobody_can_say_the_standby_waits(primary: Process, standby: &mut Process, mend: impl FnOnce()) {
+    primary.kill();
+    standby.wait_for("without its arbiter", |e| matches!(e, Event::ArbiterUnreachable { .. }));
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(!standby.took_over());
+    mend();
+    assert_eq!(standby.wait_takeover(), 2);
+}
+
+fn etcd_member(world: &World, number: u16) -> Server {
+    let url = |port: u16, number: u16| format!("http://{THIRD}:{}", port + number);
+    let all: Vec<String> = (0..3).map(|it| format!("m{it}={}", url(2400, it))).collect();
+    let mut command = Command::new("etcd");
+    command.args(["--name", &format!("m{number}"), "--initial-cluster", &all.join(",")]);
+    command.args(["--listen-client-urls", &url(2379, number), "--advertise-client-urls", &url(2379, number)]);
+    command.args(["--listen-peer-urls", &url(2400, number)]);
+    command.args(["--initial-advertise-peer-urls", &url(2400, number)]);
+    command.arg("--data-dir").arg(world.dir().join(format!("m{number}")));
+    Server::start(world, command, &format!("m{number}"))
+}
+
+#[test]
+fn with_etcd_one_host_goes_on_whatever_a_minority_of_its_members_does() {
+    let Some(world) = World::new() else { return };
+    if !Command::new("etcd").arg("--version").output().is_ok_and(|out| out.status.success()) {
+        println!("skipped: no etcd (apt-get install etcd-server)");
+        return;
+    }
+    join_clients_network(&world);
+    let mut members: Vec<Server> = (0..3).map(|number| etcd_member(&world, number)).collect();
+    let urls: Vec<String> = (0..3).map(|number| format!("http://{THIRD}:{}", 2379 + number)).collect();
+    let arbiter = format!("etcd:{}", urls.join(","));
+    wait_until("a cluster that answers", || world.lan(|| arbiter::init(&arbiter).is_ok()));
+    let (primary, mut taken) = protected(&world, &arbiter);
+    let witnesses = Witnesses::start(&world, 2);
+    witnesses.hear_all();
+    // Two of three stand still: no majority.
+    members[0].signal(SIGSTOP);
+    members[1].signal(SIGSTOP);
+    while_nobody_can_say_the_standby_waits(primary, &mut taken, || {
+        members[0].signal(SIGCONT);
+        members[1].signal(SIGCONT);
+    });
+    witnesses.hear_all();
+    // A member dies together with the primary.
+    let mut second = standby(&world, Side::A, &arbiter);
+    taken.wait_protected();
+    members.remove(0);
+    taken.kill();
+    assert_eq!(second.wait_takeover(), 3);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+fn serve(world: &World, name: &str) -> Server {
+    let directory = world.dir().join("served");
+    let mut command = Command::new(PROGRAM);
+    command.args(["arbiter", "serve", "--insecure", "--listen", &format!("{THIRD}:7010"), "--directory"]);
+    command.arg(directory);
+    let server = Server::start(world, command, name);
+    let log = world.dir().join(format!("{name}.log"));
+    wait_until("a server that listens", || fs::read_to_string(&log).unwrap().contains(" listens on "));
+    server
+}
+
+#[test]
+fn with_a_served_arbiter_one_host_goes_on_and_nobody_while_it_is_down() {
+    let Some(world) = World::new() else { return };
+    join_clients_network(&world);
+    fs::create_dir(world.dir().join("served")).unwrap();
+    FileArbiter::init(&world.dir().join("served")).unwrap();
+    let server = serve(&world, "first");
+    let arbiter = format!("outlive:{THIRD}:7010?insecure");
+    let (primary, mut taken) = protected(&world, &arbiter);
+    let witnesses = Witnesses::start(&world, 2);
+    witnesses.hear_all();
+    drop(server);
+    let mut again = None;
+    while_nobody_can_say_the_standby_waits(primary, &mut taken, || again = Some(serve(&world, "second")));
+    witnesses.hear_all();
+    // The link is cut while it answers: one wins, and the other one hears who.
+    let mut second = standby(&world, Side::A, &arbiter);
+    taken.wait_protected();
+    world.cut_link();
+    wait_until("one side gives up", || taken.ended() || second.ended());
+    let loser = if taken.ended() { &mut taken } else { &mut second };
+    assert_eq!(loser.wait_exit(), 3);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// An operator's word, said to the process with this socket. Returns the exit code and what was said.
+fn word(socket: &Path, words: &[&str]) -> (Option<i32>, String) {
+    let out = Command::new(PROGRAM).args(words).arg("--socket").arg(socket).output().unwrap();
+    let said = [out.stdout, out.stderr].concat();
+    (out.status.code(), String::from_utf8(said).unwrap())
+}
+
+fn words(options: &[String; 8]) -> [&str; 8] {
+    options.each_ref().map(String::as_str)
+}
+
+#[test]
+fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
+    let Some(world) = World::new() else { return };
+    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
+    let options = |side: Side, socket: &Path| {
+        let other = side.other().addr().to_string();
+        [
+            "--standby",
+            &other,
+            "--arbiter",
+            "manual",
+            "--status",
+            socket.to_str().unwrap(),
+            "--dead-after",
+            DEAD_AFTER,
+        ]
+        .map(str::to_owned)
+    };
+    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
+    let mut standby = world.standby_with(Side::B, &words(&at_b));
+    let mut primary = world.run_with(Side::A, &words(&at_a));
+    primary.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    witnesses.hear_all();
+    for (socket, command) in [(&a, "go-on-alone"), (&b, "take-over"), (&a, "give-up")] {
+        let (code, said) = word(socket, &[command, "--generation", "2"]);
+        assert!(code == Some(2) && said.contains("the other host is seen"), "{said}");
+    }
+    world.cut_link();
+    for host in [&mut primary, &mut standby] {
+        let asks = |e: &Event| matches!(e, Event::ArbiterUnreachable { why } if why.contains("AN OPERATOR MUST DECIDE"));
+        host.wait_for("asking an operator", asks);
+    }
+    for (socket, command, generation, why) in [
+        (&a, "take-over", "2", "the VM ran here"),
+        (&b, "go-on-alone", "2", "this is the standby"),
+        (&b, "take-over", "3", "generation 2 is to be decided"),
+        (&b, "take-over", "1", "--help"),
+    ] {
+        let (code, said) = word(socket, &[command, "--generation", generation]);
+        assert!(code == Some(2) && said.contains(why) && said.trim().lines().count() == 1, "{said}");
+    }
+    assert!(!standby.took_over() && !primary.has(|e| matches!(e, Event::Won { .. })));
+    let (code, said) = word(&b, &["take-over", "--generation", "2"]);
+    assert!(code == Some(0) && said.contains("this host's"), "{said}");
+    assert_eq!(standby.wait_takeover(), 2);
+    assert!(standby.has(|e| matches!(e, Event::OperatorDecided { generation: 2, here: true })));
+    let (code, said) = word(&a, &["give-up", "--generation", "2"]);
+    assert!(code == Some(0), "{said}");
+    assert_eq!(primary.wait_exit(), 3);
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
