@@ -130,7 +130,7 @@ impl Part {
             };
             let misplaced = given.dangers(&sidecar, stamp.as_ref());
             // A new file in the place of a lost one has nothing of what the sidecar says.
-            if misplaced.iter().any(|it| *it == Danger::Moved(Differs::File)) && is_blank(image)? {
+            if misplaced.contains(&Danger::Moved(Differs::File)) && is_blank(image)? {
                 let image = image.display();
                 waits.get_or_insert_with(|| format!("the disk image {image} is empty, and was made anew"));
                 continue;
