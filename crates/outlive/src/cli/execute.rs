@@ -59,6 +59,9 @@ enum BeginError {
     /// Links cannot be made as the options say.
     #[error(transparent)]
     Security(#[from] SecurityError),
+    /// Another process has an image.
+    #[error(transparent)]
+    Held(#[from] disk::PrepareError),
     /// Nobody can say whether this host starts the VM or waits.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -111,7 +114,11 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     let undecided = "it is not decided yet which host starts the VM";
     let standing = Standing::new(Role::Standby, options.name.as_deref(), undecided);
     let place = Place::claim(options, standing.clone())?;
-    match part::of(options, |now| standing.now(now))? {
+    // Only until it is decided: what follows locks them itself.
+    let held = disk::hold(options.written().into_iter().map(|(_, path)| path))?;
+    let part = part::of(options, |now| standing.now(now))?;
+    drop(held);
+    match part {
         Part::Starts { .. } => {
             standing.starts_here(STARTS);
             start(options, place)

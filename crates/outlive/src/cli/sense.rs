@@ -190,7 +190,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let make = |name: &str, bytes| File::create(path(name)).unwrap().set_len(bytes).unwrap();
-        (make("a", 1 << 20), make("odd", (1 << 20) + 100), make("half", (1 << 20) + 512));
+        for (name, bytes) in [("a", 1 << 20), ("odd", (1 << 20) + 100), ("half", (1 << 20) + 512)] {
+            make(name, bytes);
+        }
         fs::hard_link(path("a"), path("same")).unwrap();
         mkfifo(Path::new(&path("pipe")), Mode::S_IRWXU).unwrap();
         let run = |disks: &[&str]| {

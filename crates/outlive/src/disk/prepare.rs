@@ -303,6 +303,16 @@ fn lock(path: &Path, attempt: impl Fn() -> Result<(), TryLockError>) -> Result<(
     }
 }
 
+/// Holds images that this process may start a VM from, so that no other process begins to use them, until what is
+/// returned is dropped. An image that cannot be opened is somebody else's to complain about.
+///
+/// # Errors
+/// One is in use.
+pub(crate) fn hold<'a>(images: impl Iterator<Item = &'a Path>) -> Result<Vec<File>, PrepareError> {
+    let opened = images.filter_map(|path| Some((path, File::open(path).ok()?)));
+    opened.map(|(path, file)| lock(path, || file.try_lock()).map(|()| file)).collect()
+}
+
 /// Opens an image for writing and locks it.
 pub(super) fn open(path: &Path) -> Result<File, PrepareError> {
     let file =
