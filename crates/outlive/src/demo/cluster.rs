@@ -17,7 +17,7 @@ use crate::keys::{self, Grant, Order};
 use crate::link::LinkKind;
 
 /// How long the demo's keys count: longer than any demo.
-const KEYS_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+const KEYS_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 
 /// One of the two places where the VM can run. In real use these are two machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -54,7 +54,7 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_outlive");
 pub(crate) const PORT: u16 = 7000;
 
 /// How long keys count.
-const KEYS_LIFE: Duration = Duration::from_secs(24 * 3600);
+const KEYS_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 
 /// Memory of a VM whose size is not given, in bytes.
 pub(crate) const MEMORY: u64 = 64 << 20;
