@@ -86,8 +86,9 @@ pub(crate) enum Stop {
     Later,
 }
 
-/// Runs the command until it succeeds, and returns true; or until there is an order to stop now, and returns false. Call it on the thread that decides: meanwhile it gives the process' signs
-/// of life, because a service manager that kills the process would kill the only copy of the VM.
+/// Runs the command until it succeeds, and returns true; or until there is an order to stop now, and returns false.
+/// Call it on the thread that decides: meanwhile it gives the process' signs of life, because a service manager that
+/// kills the process would kill the only copy of the VM.
 pub(crate) fn fence(
     fence: &Fence,
     about: &About,
