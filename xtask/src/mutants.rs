@@ -23,7 +23,7 @@ Examples:
   cargo xtask mutants --sample 20 --seed 7    twenty, drawn by a seed
   cargo xtask mutants --list                  only says what would be changed
 
-What nobody noticed is listed at the end (docs/proofs.md has the reasons for those that change nothing).";
+What nobody noticed is listed at the end.";
 
 /// The files with the decisions.
 const FILES: [&str; 11] = [
