@@ -17,13 +17,14 @@ pub(crate) struct Package {
     used_for: &'static str,
 }
 
-const NEEDED: [Package; 2] = [
+const NEEDED: [Package; 3] = [
     Package {
         name: "redis-tools",
         programs: &["redis-cli", "redis-benchmark"],
         used_for: "real Redis clients for the guest's server",
     },
     Package { name: "etcd-server", programs: &["etcd"], used_for: "real etcd clusters as arbiters" },
+    Package { name: "shellcheck", programs: &["shellcheck"], used_for: "a look at the shell scripts" },
 ];
 
 pub(crate) const QEMU: Package = Package {
