@@ -108,6 +108,7 @@ Examples:
   outlive arbiter init 'etcd:https://10.0.0.1:2379,https://10.0.0.2:2379?ca=/etc/outlive/etcd-ca.pem'
                                                           the same in an etcd cluster
 
-  outlive arbiter init file:/var/lib/outlive-arbiter      on a small third machine; then, as a service:
+  mkdir -p /var/lib/outlive-arbiter; outlive arbiter init file:/var/lib/outlive-arbiter
+                                                          on a small third machine; then, as a service:
   outlive arbiter serve --directory /var/lib/outlive-arbiter --listen 10.0.0.9:7010 --insecure
                                                           hosts have --arbiter 'outlive:10.0.0.9:7010?insecure'";

@@ -89,7 +89,13 @@ fn issue(
     let made = make::issue(keys, &order, to)?;
     let to = to.display();
     writeln!(out, "{to} has the keys of {}", Told(&made))?;
-    writeln!(out, "copy it, for example with scp -rp {to} root@{host}:{}, and remove it here", super::USUAL)?;
+    let there = super::USUAL;
+    // The same for the first keys and for new ones: a directory that is there stays, and its files are replaced.
+    writeln!(
+        out,
+        "copy its files and remove it here: ssh root@{host} mkdir -p -m 700 {there} && scp -p {to}/* \
+         root@{host}:{there}/ && rm -r {to}"
+    )?;
     Ok(())
 }
 

@@ -197,7 +197,8 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         memory: Some(options.memory_bytes()),
         tracker: Some(machine.tracker().kind().to_string()),
     });
-    machine.go_live(false);
+    // The network may still know the VM at the host where it ran last, and a guest need not send anything.
+    machine.go_live(true);
     machine.resume();
     if machine.net().is_none() {
         tracing::warn!("no --net: the VM has no network card, so nobody can reach it");
