@@ -231,8 +231,7 @@ fn accept(
         let before = Shown::of(image, None)?;
         let before = before.vm.map_or_else(|| "of no VM".into(), |vm| format!("of VM {vm}"));
         let accepted = vec![record(DangerKind::Unknown, format!("accepted as it is; it was {before}"))];
-        let fresh = Sidecar::primary(&provenance, 0, None);
-        let sidecar = Sidecar { disk: disk as u16, accepted, ..fresh };
+        let sidecar = Sidecar { disk: disk as u16, accepted, ..Sidecar::primary(&provenance, 0, None) };
         sidecar.write(image).map_err(|e| cannot_write(image, e))?;
     }
     print(out, &format!("VM {}: begins with these images", provenance.vm))

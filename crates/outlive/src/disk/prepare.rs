@@ -11,6 +11,7 @@ use super::apply::recover;
 use super::image::Store;
 use super::journal::{Identity, Journal};
 use super::sidecar::{Sidecar, SidecarError};
+use super::stamp::Differs;
 use super::start::{SidecarNotWritten, cannot_write};
 use crate::cli::StandbyDisk;
 
@@ -59,6 +60,13 @@ pub(crate) enum PrepareError {
     /// A directory, a socket or the like.
     #[error("{0} is neither a file nor a block device: give a raw disk image")]
     NotDisk(PathBuf),
+    /// A journal has writes for another file than the one that is there.
+    #[error(
+        "the disk image {image} is not the file that its sidecar was written for, and the journal {journal} still has \
+         writes for that one: bring that file back; or, if this image is good as it is, run `outlive image accept {image}`",
+        image = .image.display(), journal = .journal.display()
+    )]
+    Moved { image: PathBuf, journal: PathBuf },
     /// An image that must be there is not.
     #[error("the disk image {0} does not exist: correct the path")]
     Missing(PathBuf),
@@ -98,6 +106,12 @@ pub(crate) fn for_run(paths: &[&Path]) -> Result<(), PrepareError> {
         if !sidecar.whole {
             return Err(PrepareError::NotWhole(path.to_path_buf()));
         }
+        // Its writes would go into the wrong file, and be missing in the right one.
+        if let Some(journal) = &sidecar.journal
+            && is_another(path)?
+        {
+            return Err(PrepareError::Moved { image: path.to_path_buf(), journal: journal.clone() });
+        }
     }
     replay(paths, &sidecars)
 }
@@ -136,8 +150,20 @@ pub(crate) fn for_standby(disks: &[StandbyDisk]) -> Result<(), PrepareError> {
     }
     let kept: Vec<&Path> =
         disks.iter().filter(|disk| !disk.overwrite).map(|disk| disk.path.as_path()).collect();
-    let replayed = read_sidecars(&kept).and_then(|sidecars| replay(&kept, &sidecars));
+    let replayed = own_sidecars(&kept).and_then(|sidecars| replay(&kept, &sidecars));
     replayed.map_err(|error| PrepareError::OrOverwrite(Box::new(error)))
+}
+
+/// The sidecars of those images that are still the files that they were written for.
+fn own_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, PrepareError> {
+    let own = |path: &&Path| Ok(if is_another(path)? { None } else { Sidecar::read(path)? });
+    paths.iter().map(own).collect()
+}
+
+/// Whether an image has a sidecar that was written for another file.
+fn is_another(image: &Path) -> Result<bool, PrepareError> {
+    let stamp = Sidecar::read_stamped(image)?.and_then(|(_, stamp)| stamp);
+    Ok(stamp.is_some_and(|stamp| stamp.differs(image) == Some(Differs::File)))
 }
 
 fn read_sidecars(paths: &[&Path]) -> Result<Vec<Option<Sidecar>>, PrepareError> {

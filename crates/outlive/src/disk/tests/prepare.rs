@@ -9,6 +9,7 @@ use super::provenance;
 use crate::cli::StandbyDisk;
 use crate::disk::journal::{Identity, Journal};
 use crate::disk::sidecar::{Role, Sidecar, beside};
+use crate::disk::stamp::Stamp;
 
 const VM: VmId = VmId([3; 16]);
 
@@ -69,6 +70,34 @@ fn a_journal_is_replayed_before_the_images_are_used() {
         for_run(&paths).unwrap();
         refuse_unfinished(&paths).unwrap();
     }
+}
+
+/// The original's journal is no business of a copy: its writes would be missing where they belong.
+#[test]
+fn a_journal_is_not_replayed_into_another_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = left_by_a_kill(directory.path());
+    let journal = beside(&images[0], "journal");
+    let whole = fs::read(&journal).unwrap();
+    let away = directory.path().join("away.img");
+    for image in &images {
+        fs::rename(image, &away).unwrap();
+        fs::copy(&away, image).unwrap();
+        fs::remove_file(&away).unwrap();
+    }
+    if !Stamp::of(&images[0]).unwrap().is_certain() {
+        return println!("skipped: a file system with steady numbers for the tests' directory");
+    }
+    let paths = [images[0].as_path(), images[1].as_path()];
+    let error = for_run(&paths).unwrap_err();
+    assert!(error.contains("is not the file that") && error.contains("still has writes"), "{error}");
+    // What becomes of the image is decided when a primary comes.
+    for_standby(&paths).unwrap();
+    for image in &images {
+        assert_eq!(fs::read(image).unwrap(), [0; 4096]);
+        assert!(Sidecar::read(image).unwrap().unwrap().journal.is_some(), "nobody has judged it anew");
+    }
+    assert_eq!(fs::read(&journal).unwrap(), whole);
 }
 
 #[test]
