@@ -254,7 +254,7 @@ impl Primary {
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Superseded { generation, owner } => self.superseded(generation, owner, out),
             Event::Connected { link } => self.connected(link, out),
-            Event::DialFailed { link, why } => self.dial_failed(link, why, out),
+            Event::DialFailed { link, why, lasts } => self.dial_failed(link, why, lasts, out),
             Event::Accepted { link, dead_after } => self.accepted(link, dead_after, out),
             Event::Refused { link, code, text } => self.refused(link, code, text, out),
             Event::Heard { link } => self.heard(link),
@@ -378,9 +378,9 @@ impl Primary {
         }
     }
 
-    fn dial_failed(&mut self, link: Link, why: String, out: &mut Vec<Action>) {
+    fn dial_failed(&mut self, link: Link, why: String, lasts: bool, out: &mut Vec<Action>) {
         if matches!(self.state, State::Dialling { link: dialled } if dialled == link) {
-            self.dial_later(Answer::Nothing);
+            self.dial_later(if lasts { Answer::refused(&why) } else { Answer::Nothing });
             self.say(Note::DialFailed { why }, out);
         }
     }

@@ -28,6 +28,12 @@ pub(crate) struct MayNot {
     pub(crate) vm: VmId,
 }
 
+/// Whether the next attempt would most likely fail the same way: the keys of one of the hosts do not count, or the
+/// other end does not speak TLS.
+pub(crate) fn lasts(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData)
+}
+
 /// Connects to `address` (HOST:PORT); tries every address of the name. With keys, the host there must have a
 /// certificate, and if `vm` is given, one that allows it to hold this VM.
 ///

@@ -66,8 +66,8 @@ impl Tls {
     /// # Errors
     /// The keys cannot be used, or the other end is refused or refuses. The text has the remedy.
     pub(super) fn dial(tcp: Tcp, directory: &Path) -> io::Result<(Self, Certificate)> {
-        let keys = keys::load(directory).map_err(io::Error::other)?;
-        let verifier = Verifier::new(&keys).map_err(io::Error::other)?;
+        let keys = keys::load(directory).map_err(denied)?;
+        let verifier = Verifier::new(&keys).map_err(denied)?;
         let config = ClientConfig::builder_with_provider(verifier.provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
@@ -88,8 +88,8 @@ impl Tls {
     /// # Errors
     /// See [`dial`](Self::dial).
     pub(super) fn accept(tcp: Tcp, directory: &Path) -> io::Result<(Self, Certificate)> {
-        let keys = keys::load(directory).map_err(io::Error::other)?;
-        let verifier = Verifier::new(&keys).map_err(io::Error::other)?;
+        let keys = keys::load(directory).map_err(denied)?;
+        let verifier = Verifier::new(&keys).map_err(denied)?;
         let config = ServerConfig::builder_with_provider(verifier.provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
@@ -307,6 +307,11 @@ impl Write for Until<'_> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// This host's own keys are no good.
+fn denied(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(ErrorKind::PermissionDenied, why)
 }
 
 /// Why a session ended, with the remedy. Its kind says whether the bytes were wrong (`InvalidData`).

@@ -72,7 +72,8 @@ fn serve(errands: &Receiver<Errand>, driver: &Weak<SharedDriver>, plan: &Plan) {
                 let standby = Standby { link, address, index, older: &older };
                 let connected = dialled.and_then(|connection| connect(&driver, plan, &standby, connection));
                 if let Err(error) = connected {
-                    driver.handle(PrimaryEvent::DialFailed { link, why: format!("{address}: {error}") });
+                    let (why, lasts) = (format!("{address}: {error}"), link::lasts(&error));
+                    driver.handle(PrimaryEvent::DialFailed { link, why, lasts });
                 }
             }
         }

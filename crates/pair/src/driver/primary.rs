@@ -230,9 +230,11 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
     fn carry_out(&mut self, machine: &Primary, action: Action, after: &mut After) -> Result<(), Event> {
         let ports = &mut *self.ports;
         match action {
-            Action::Dial { link, address } => {
-                ports.dial(link, address).map_err(|why| Event::DialFailed { link, why: why.to_string() })
-            }
+            Action::Dial { link, address } => ports.dial(link, address).map_err(|why| Event::DialFailed {
+                link,
+                why: why.to_string(),
+                lasts: false,
+            }),
             Action::SendHello { link, generation } => {
                 ports.send_hello(link, generation).map_err(|why| lost(link, why))
             }

@@ -114,7 +114,7 @@ impl World {
         let there = &self.hosts[target];
         let listens = matches!(there.process, Process::Standby(_)) && !there.paused;
         if !listens || self.is_cut(host, target) || self.is_cut(target, host) {
-            return Event::DialFailed { link, why: "connection refused".into() };
+            return Event::DialFailed { link, why: "connection refused".into(), lasts: false };
         }
         let ends = [self.life(target), self.life(host)];
         let (id, open, queues, reset) = (self.free_id(), [true; 2], Default::default(), false);

@@ -47,6 +47,8 @@ pub enum PrimaryEvent {
         link: Link,
         /// Why, in words.
         why: String,
+        /// Whether it would fail the same way at once: then the next attempt comes later and later.
+        lasts: bool,
     },
     /// The standby accepted.
     Accepted {

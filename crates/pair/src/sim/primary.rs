@@ -522,7 +522,10 @@ impl World {
             }
             self.primary(life, PrimaryEvent::Connected { link });
         } else {
-            self.primary(life, PrimaryEvent::DialFailed { link, why: "connection refused".into() });
+            self.primary(
+                life,
+                PrimaryEvent::DialFailed { link, why: "connection refused".into(), lasts: false },
+            );
         }
     }
 

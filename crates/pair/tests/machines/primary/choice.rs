@@ -61,10 +61,25 @@ fn a_standby_that_refuses_again_and_again_is_asked_less_often() {
     // It was away and is back.
     let dialled = host.acts(Tick);
     let [Dial { link, .. }] = dialled[..] else { panic!("{dialled:?}") };
-    host.acts(DialFailed { link, why: "connection refused".into() });
+    host.acts(DialFailed { link, why: "connection refused".into(), lasts: false });
     assert_eq!(host.machine.next_deadline(), Some(ms(host.now + retry)));
     host.now += retry;
     assert_eq!(refused_once(&mut host, "no tap"), (0, retry));
+}
+
+/// A certificate that does not count will not count in a moment either.
+#[test]
+fn a_standby_that_cannot_be_reached_for_good_is_asked_more_and_more_seldom() {
+    let mut host = Host::new(1);
+    let mut pauses = Vec::new();
+    for _ in 0..7 {
+        let [Dial { link, .. }] = host.acts(Tick)[..] else { panic!("it dials") };
+        host.acts(DialFailed { link, why: "its certificate has expired".into(), lasts: true });
+        let next = host.machine.next_deadline().unwrap().as_millis() as u64;
+        pauses.push(next - host.now);
+        host.now = next;
+    }
+    assert_eq!(pauses, [200, 400, 800, 1600, 3200, 5000, 5000]);
 }
 
 /// One of two refuses forever; the other one is not asked less often because of it.
@@ -81,7 +96,7 @@ fn a_standby_that_refuses_does_not_keep_the_other_one_waiting() {
             host.acts(Connected { link });
             host.acts(Refused { link, code: Ok(RefuseCode::Busy), text: "taken".into() });
         } else {
-            host.acts(DialFailed { link, why: "no route".into() });
+            host.acts(DialFailed { link, why: "no route".into(), lasts: false });
         }
         host.now = host.machine.next_deadline().unwrap().as_millis() as u64;
     }
