@@ -215,9 +215,23 @@ impl SharedDriver {
         self.handle(PrimaryEvent::Claimed { generation, result });
     }
 
-    /// The generation in which the VM runs here.
-    pub(super) fn generation(&self) -> u64 {
-        self.lock().machine().generation()
+    /// Another process has won this generation. While this side asks for one itself, or is over, the answer to that
+    /// tells.
+    pub(super) fn superseded(&self, generation: u64, owner: String, events: &EventWriter) {
+        let (status, own) = {
+            let driver = self.lock();
+            (driver.machine().status(), driver.machine().generation())
+        };
+        if own >= generation || matches!(status, PrimaryStatus::Arbitrating | PrimaryStatus::Over) {
+            return;
+        }
+        tracing::error!(
+            generation,
+            owner,
+            "another process has won this VM: an image of it was started elsewhere"
+        );
+        events.emit(Event::Lost { generation, owner: owner.clone() });
+        self.handle(PrimaryEvent::Superseded { generation, owner });
     }
 
     /// Since when the oldest output of the running epoch is held, on the driver's clock.

@@ -5,12 +5,10 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use outlive_epoch::VmId;
-use outlive_pair::PrimaryEvent;
-
 use super::driver::SharedDriver;
 use crate::arbiter::{self, Arbiter, process_token};
-use crate::events::{Event, EventWriter};
+use crate::events::EventWriter;
+use outlive_epoch::VmId;
 
 /// Time between two looks.
 const EVERY: Duration = Duration::from_secs(10);
@@ -31,15 +29,14 @@ pub(super) fn watch(
     let token = process_token()?;
     let driver = Arc::downgrade(driver);
     outlive_machine::spawn("rivals", move || {
+        // Opened by this thread, which may wait for it, and once: opening writes to the arbiter.
+        let mut arbiter = None;
         while rests(&driver) {
-            let newest = arbiter::parse(&place).ok().and_then(|mut it| newest(it.as_mut(), &vm, token));
+            arbiter = arbiter.or_else(|| arbiter::parse(&place).ok());
+            let newest = arbiter.as_mut().and_then(|it| newest(it.as_mut(), &vm, token));
             let Some((generation, owner)) = newest else { continue };
             let Some(driver) = driver.upgrade() else { return };
-            if driver.generation() < generation {
-                tracing::error!(generation, owner, "somebody has started an image of this VM elsewhere");
-                events.emit(Event::Lost { generation, owner: owner.clone() });
-                driver.handle(PrimaryEvent::Superseded { generation, owner });
-            }
+            driver.superseded(generation, owner, &events);
         }
     })?;
     Ok(())

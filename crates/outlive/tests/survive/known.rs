@@ -248,13 +248,13 @@ fn a_copy_is_refused_and_never_runs_beside_its_original() {
     });
     assert_eq!(original.wait_exit(), 3, "{}", original.log());
     assert!(original.has(|e| matches!(e, Event::Lost { generation: 2, .. })), "{}", original.log());
-    assert!(original.log().contains("somebody has started an image of this VM elsewhere"));
+    assert!(original.log().contains("an image of it was started elsewhere"));
     assert!(!copy.ended());
 }
 
 /// The host's newest image was lost. Somebody put an empty one in its place, and the sidecar is still there.
 #[test]
-fn an_empty_file_in_the_place_of_the_newest_image_takes_the_other_one_along_nowhere() {
+fn an_empty_file_in_the_place_of_the_newest_image_destroys_nothing() {
     let Some(world) = World::new() else { return };
     make(&world, Side::A, true);
     make(&world, Side::B, false);
