@@ -93,24 +93,6 @@ pub(crate) enum StartError {
     Stopped,
 }
 
-/// Why a VM does not begin.
-#[derive(Debug, thiserror::Error)]
-enum BeginError {
-    #[error(transparent)]
-    Plan(#[from] disk::StartError),
-    #[error("told to stop")]
-    Stopped,
-}
-
-impl From<BeginError> for StartError {
-    fn from(error: BeginError) -> Self {
-        match error {
-            BeginError::Plan(error) => Self::Plan(error),
-            BeginError::Stopped => Self::Stopped,
-        }
-    }
-}
-
 /// Why a machine cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MachineError {
@@ -169,18 +151,18 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     }
     let begin = |start: &Start, arbiter: &mut Option<Box<dyn Arbiter>>| {
         if !fence_earlier(start, active, &events, &standing, &stops) {
-            return Err(BeginError::Stopped);
+            return Err(StartError::Stopped);
         }
         Ok(start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?)
     };
     match begin(&start, &mut arbiter) {
         // Perhaps by an earlier process that had this very image, and whose claim landed only after its death.
         // If so, the second look at the arbiter tells; if not, its error names the winner.
-        Err(BeginError::Plan(taken_over @ disk::StartError::TakenOver { .. })) => {
+        Err(taken_over @ StartError::Plan(disk::StartError::TakenOver { .. })) => {
             start = plan(&mut arbiter)?;
             // A fork would be another VM than the one that the machine was made for.
             if start.provenance.vm != vm {
-                return Err(taken_over.into());
+                return Err(taken_over);
             }
             begin(&start, &mut arbiter)?;
         }
