@@ -15,6 +15,7 @@ use outlive_pair::{
 use super::notes;
 use super::outbox::{FAREWELL, Outbox};
 use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
+use super::refusal::Refusal;
 use crate::arbiter::{self, ArbiterSpecError, Claim, ClaimWorker, Watch};
 use crate::cli::StandbyOptions;
 use crate::clock::Clock;
@@ -106,6 +107,13 @@ impl Decisions {
             outlive_pair::StandbyPorts::refuse(driver.ports_mut(), link, code, text);
             ((), NOTHING)
         });
+    }
+
+    /// Answers a host that has only asked. It is no primary, and no line for an operator.
+    pub(super) fn answer(&self, link: Link, refusal: &Refusal) {
+        tracing::debug!("another host: {refusal}");
+        let (code, text) = (refusal.code(), refusal.to_string());
+        self.with(|driver, _| (driver.ports_mut().turn_away(link, code, &text), NOTHING));
     }
 
     /// Takes a primary's introduction, with the copy that was made for its VM. If the decision has changed

@@ -225,6 +225,7 @@ fn serve(
                 rest.drop_the_rest();
             }
         }
+        Err(refusal @ Refusal::OnlyAsked) => decisions.answer(number, &refusal),
         Err(refusal) => decisions.refuse(number, refusal.code(), refusal.to_string()),
     }
 }

@@ -9,8 +9,6 @@ use outlive_pair::StandbyNote as Note;
 use crate::events::{Event, EventWriter};
 use crate::status::Standing;
 
-use super::refusal::ONLY_ASKED;
-
 /// The times of the steps of a takeover.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
@@ -47,9 +45,6 @@ impl Notes {
 
     /// Logs that a primary was refused. It asks five times a second.
     pub(super) fn refused(&mut self, code: RefuseCode, text: String) {
-        if text == ONLY_ASKED {
-            return tracing::debug!("another host {text}");
-        }
         if self.last_refusal != text {
             tracing::warn!(?code, "refused a primary: {text}");
             self.events.emit(Event::PrimaryRefused { why: text.clone() });

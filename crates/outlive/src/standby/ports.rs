@@ -180,6 +180,18 @@ impl Ports {
         self.leaving.take_if(|leaving| *leaving == link);
     }
 
+    /// Answers a connection with a refusal, and ends it.
+    pub(super) fn turn_away(&mut self, link: Link, code: RefuseCode, text: &str) {
+        let put = self.put(link, |encoder, out| {
+            encoder.refuse(out, code, text);
+            Ok(())
+        });
+        if let Some(outbox) = self.outbox(link) {
+            outbox.end(if put.is_ok() { End::Finish } else { End::Close });
+        }
+        self.disconnect(link);
+    }
+
     /// Whether the primary may have heard that it has no rival any more.
     pub(super) fn has_handed_over(&self) -> bool {
         self.handed_over
@@ -290,14 +302,7 @@ impl StandbyPorts for Ports {
     }
 
     fn refuse(&mut self, link: Link, code: RefuseCode, text: String) {
-        let put = self.put(link, |encoder, out| {
-            encoder.refuse(out, code, &text);
-            Ok(())
-        });
-        if let Some(outbox) = self.outbox(link) {
-            outbox.end(if put.is_ok() { End::Finish } else { End::Close });
-        }
-        self.disconnect(link);
+        self.turn_away(link, code, &text);
         self.tell(MainMessage::Refused(code, text));
     }
 

@@ -11,9 +11,6 @@ use super::listen::MAX_SLOTS;
 use crate::arbiter::{ArbiterError, ArbiterSpecError};
 use crate::link::MayNot;
 
-/// What a host is told that has only asked. It is no primary, and no line for an operator.
-pub(super) const ONLY_ASKED: &str = "it only asked whether this standby is taking a VM over, which it is not";
-
 /// See the module. The words go to the primary, with the [code](Self::code).
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refusal {
@@ -30,7 +27,7 @@ pub(super) enum Refusal {
     #[error("this standby is kept for VM {served}, not for {name} ({vm})")]
     WrongVm { served: String, name: String, vm: VmId },
     /// No primary has come: it was the question of `primary/ask.rs`.
-    #[error("{ONLY_ASKED}")]
+    #[error("it only asked whether this standby is taking a VM over, which it is not")]
     OnlyAsked,
     /// It wants more buffers than there are for anybody.
     #[error("{0} checkpoints in flight is not between 1 and {MAX_SLOTS}")]
