@@ -145,9 +145,9 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Makes the directory, which goes with the socket, but not those above it: a mistyped path leaves nothing behind. Locks it, so that two
-/// processes do not replace the same old socket and one of them loses its new one. A lock that does not come,
-/// or that the file system does not have, is done without.
+/// Makes the directory, which goes with the socket, but not those above it: a mistyped path leaves nothing behind.
+/// Locks it, so that two processes do not replace the same old socket and one of them loses its new one. A lock that
+/// does not come, or that the file system does not have, is done without.
 fn make_directory(path: &Path) -> Result<(Option<MadeDirectory>, Option<Flock<File>>), BindError> {
     let Some(directory) = path.parent() else { return Ok((None, None)) };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };

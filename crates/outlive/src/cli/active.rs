@@ -103,8 +103,8 @@ pub struct ActiveOptions {
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
 
-    /// Rename the file of events to FILE.1 and begin a new one before it becomes larger than this (64K or more). The file must
-    /// be this process' own
+    /// Rename the file of events to FILE.1 and begin a new one before it becomes larger than this (64K or more). The file
+    /// must be this process' own
     #[arg(long, value_name = "SIZE", requires = "events", value_parser = parse_events_max)]
     pub events_max: Option<u64>,
 

@@ -113,12 +113,13 @@ pub fn issue(directory: &Path, order: &Order, to: &Path) -> Result<Certificate, 
     let ca = open_ca(directory)?;
     let cas = text(&directory.join(CAS))?;
     let made = ca.make(order)?;
+    // First: one that is handed out and not known here could not be revoked by its host's name.
+    note_issued(directory, &made)?;
     let about = new_directory(to, &cas, &made, None)?;
     // A host that cannot refuse what was revoked before would accept it.
     if directory.join(REVOKED).exists() {
         replace(&to.join(REVOKED), &text(&directory.join(REVOKED))?, 0o600)?;
     }
-    note_issued(directory, &made)?;
     Ok(about)
 }
 
@@ -130,8 +131,8 @@ pub fn rotate(directory: &Path, life: Duration) -> Result<Certificate, MakeError
     let old = load::load(directory)?.host;
     let ca = open_ca(directory)?;
     let made = ca.make(&Order { host: old.name, grant: old.grant, life })?;
-    replace(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
     note_issued(directory, &made)?;
+    replace(&directory.join(HOST), &format!("{}{}", made.key, made.certificate), 0o600)?;
     Ok(made.about)
 }
 
