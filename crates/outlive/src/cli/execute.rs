@@ -1,5 +1,6 @@
 //! From a command to its exit code.
 
+use std::io;
 use std::sync::Arc;
 
 use outlive_epoch::EndReason;
@@ -17,8 +18,10 @@ use crate::logs::LogError;
 use crate::primary::StartError;
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{Server, ServerError, Standing};
-use crate::vm::{self, End, Launch, Remedied};
-use crate::{arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, sentinel, status, ui};
+use crate::vm::{self, End, Launch, Remedied, Stops};
+use crate::{
+    arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, process, sentinel, status, ui,
+};
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -62,6 +65,9 @@ enum BeginError {
     /// Another process has an image.
     #[error(transparent)]
     Held(#[from] disk::PrepareError),
+    /// An order to stop would not be heard.
+    #[error("cannot watch signals: {0}")]
+    Signals(#[source] io::Error),
     /// Nobody can say whether this host starts the VM or waits.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -89,7 +95,7 @@ fn run(options: &RunOptions) -> u8 {
     sentinel::start();
     match begin_run(options) {
         Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
-        Err(BeginError::Start(why @ StartError::Stopped)) => {
+        Err(why @ (BeginError::Start(StartError::Stopped) | BeginError::Part(PartError::Stopped))) => {
             tracing::warn!("{why}");
             exit::OK
         }
@@ -107,35 +113,56 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     check_security(&options.active, options.listen.as_deref())?;
     if !options.or_standby {
         let standing = Standing::new(Role::Primary, options.name.as_deref(), STARTS);
-        return start(options, Place::claim(options, standing)?);
+        let place = Place::claim(options, standing)?;
+        let launch = launch(options, &place)?;
+        return started(options, place, launch);
     }
     // The question may take most of a minute. Meanwhile the process can be asked, and a second one with the same
     // command finds the place taken.
     let undecided = "it is not decided yet which host starts the VM";
     let standing = Standing::new(Role::Standby, options.name.as_deref(), undecided);
-    let place = Place::claim(options, standing.clone())?;
-    // Only until it is decided: what follows locks them itself.
-    let held = disk::hold(options.written().into_iter().map(|(_, path)| path))?;
-    let part = part::of(options, |now| standing.now(now))?;
-    drop(held);
-    match part {
-        Part::Starts { .. } => {
-            standing.starts_here(STARTS);
-            start(options, place)
+    let place = Place::claim(options, standing)?;
+    start_or_wait(options, place)
+}
+
+/// Starts the VM if it is this host's part, and waits as its standby if not. If another host wins the VM between the
+/// decision and the claim, this one asks once more.
+fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
+    let mut lost = None;
+    loop {
+        // Only until it is decided: what follows locks them itself.
+        let held = disk::hold(options.written().into_iter().map(|(_, path)| path))?;
+        let part = part::of(options, &place.stops, |now| place.standing.now(now))?;
+        drop(held);
+        match (part, lost.take()) {
+            (Part::Waits { why, name }, _) => return wait(options, place, &why, name.as_deref()),
+            // The arbiter said that another host has the VM, and now it says that none has.
+            (Part::Starts { .. }, Some(why)) => return Err(StartError::Plan(why).into()),
+            (Part::Starts { .. }, None) => {
+                place.standing.starts_here(STARTS);
+                match launch(options, &place) {
+                    Ok(launch) => return started(options, place, launch),
+                    Err(StartError::Plan(why)) if why.tells_of_another_host() => {
+                        tracing::warn!("{why}; looking again which host starts the VM");
+                        lost = Some(why);
+                    }
+                    Err(why) => return Err(why.into()),
+                }
+            }
         }
-        Part::Waits { why, name } => wait(options, place, &why, name.as_deref()),
     }
 }
 
 /// Why a VM that starts is not protected.
 const STARTS: &str = "the VM is being started";
 
-/// Where a process is found: by `outlive status`, and by primaries. It is claimed before anything is done, so that a
-/// bad place is refused at once.
+/// Where a process is reached: by `outlive status`, by primaries, and by orders to stop. It is claimed before anything
+/// is done, so that a bad place is refused at once.
 struct Place {
     standing: Arc<Standing>,
     server: Option<Server>,
     door: Option<Door>,
+    stops: Stops,
 }
 
 impl Place {
@@ -145,8 +172,16 @@ impl Place {
         let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
         let server = server.or_else(|| Server::open_usual(named?, standing.clone()));
         let door = options.listen.as_deref().map(Door::reserve).transpose()?;
-        Ok(Self { standing, server, door })
+        let stops = hear_stops(&options.active)?;
+        Ok(Self { standing, server, door, stops })
     }
+}
+
+/// From now on an order to stop no longer kills the process: whoever has a turn asks for it, or gets it.
+fn hear_stops(options: &ActiveOptions) -> Result<Stops, BeginError> {
+    let stops = Stops::new();
+    process::on_stop(options.exit_with_stdin, stops.sender()).map_err(BeginError::Signals)?;
+    Ok(stops)
 }
 
 /// A VM that runs, or a post at which one is waited for, or both; and whoever answers `outlive status`.
@@ -161,12 +196,15 @@ fn check_security(options: &ActiveOptions, listen: Option<&str>) -> Result<(), S
     options.security().check(addresses())
 }
 
-fn start(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
-    let Place { standing, server, door } = place;
+fn launch(options: &RunOptions, place: &Place) -> Result<Launch, StartError> {
     if options.listen.is_some() || !options.active.standbys.is_empty() {
-        standing.link(options.active.security().kind());
+        place.standing.link(options.active.security().kind());
     }
-    let launch = primary::start(options, standing.clone())?;
+    primary::start(options, place.standing.clone(), place.stops.clone())
+}
+
+fn started(options: &RunOptions, place: Place, launch: Launch) -> Result<Ready, BeginError> {
+    let Place { standing, server, door, .. } = place;
     if options.or_standby {
         let why = "this host has the newest image of the VM".to_owned();
         launch.events.emit(Event::Decided { starts: true, why });
@@ -182,10 +220,10 @@ fn start(options: &RunOptions, place: Place) -> Result<Ready, BeginError> {
 /// Waits although a VM could be started, because this host is not the one to start it.
 fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Result<Ready, BeginError> {
     let standby = options.as_standby(name).ok_or(BeginError::CannotWait)?;
-    let Place { standing, server, door } = place;
+    let Place { standing, server, door, stops } = place;
     standing.waits_here(why);
     let door = door.ok_or(BeginError::CannotWait)?;
-    let post = Post::prepare(&standby, door, standing.clone())?;
+    let post = Post::prepare(&standby, door, standing.clone(), stops)?;
     let server = server.or_else(|| Server::open_usual(&standby.status_name(), standing));
     tracing::warn!("this host does not start the VM and waits as its standby: {why}");
     post.events().emit(Event::Decided { starts: false, why: why.to_owned() });
@@ -198,7 +236,8 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;
-    let post = Post::prepare(options, door, standing.clone())?;
+    let stops = hear_stops(&options.active)?;
+    let post = Post::prepare(options, door, standing.clone(), stops)?;
     Ok((server.or_else(|| Server::open_usual(&options.status_name(), standing)), post))
 }
 
@@ -281,8 +320,9 @@ impl<'a> Life<'a> {
             tracing::warn!("{}; its host comes first to start it again", exit::text(end));
             // Whoever supervises that host starts the VM there, if the host is still there. If it is not, nobody
             // but this host can, and a new process does.
-            match part::of(options, |_| {}) {
+            match part::of(options, post.stops(), |_| {}) {
                 Ok(Part::Waits { .. }) => {}
+                Err(PartError::Stopped) => return false,
                 Ok(Part::Starts { .. }) => {
                     let why =
                         "the guest crashed and its host has not started it again: start this command again";

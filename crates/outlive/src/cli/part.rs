@@ -7,6 +7,7 @@ use crate::arbiter::ArbiterSpecError;
 use crate::disk::{self, Part, STUCK};
 use crate::link::Security;
 use crate::primary::{Answer, ask};
+use crate::vm::Stops;
 use crate::{arbiter, notify};
 
 /// What a standby usually needs from the loss of its primary to its claim, beyond the silence that it waits for.
@@ -26,14 +27,17 @@ pub(super) enum PartError {
     /// Images and arbiter do not say.
     #[error(transparent)]
     Undecided(#[from] disk::PartError),
+    /// An operator wants it so.
+    #[error("told to stop while it was not decided which host starts the VM: nothing was changed")]
+    Stopped,
 }
 
 /// Decides. A VM that another host may be about to take over is left to it for a while: then that host has a
-/// running copy of what this one could only boot again. `tell` hears what is waited for.
+/// running copy of what this one could only boot again. `tell` hears what is waited for, and an order to stop ends it.
 ///
 /// # Errors
 /// See [`PartError`].
-pub(super) fn of(options: &RunOptions, tell: impl Fn(&str)) -> Result<Part, PartError> {
+pub(super) fn of(options: &RunOptions, stops: &Stops, tell: impl Fn(&str)) -> Result<Part, PartError> {
     let now = Part::Starts { after: Duration::ZERO, may_be_taken_over: false };
     let Some(place) = options.arbiter.as_deref().filter(|_| options.or_standby) else { return Ok(now) };
     let written = options.written();
@@ -43,6 +47,9 @@ pub(super) fn of(options: &RunOptions, tell: impl Fn(&str)) -> Result<Part, Part
     let mut said = None;
     loop {
         let part = decide()?;
+        if stops.was_used() {
+            return Err(PartError::Stopped);
+        }
         let Part::Starts { after, may_be_taken_over } = &part else { return Ok(part) };
         let (mut wait, mut why) = (*after, None);
         // The question comes after the decision: whoever has not won the VM by then, and says that it is not

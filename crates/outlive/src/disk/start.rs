@@ -71,6 +71,14 @@ pub(crate) enum StartError {
     NoRandom(#[source] io::Error),
 }
 
+impl StartError {
+    /// Whether another host has the VM, by the word of the arbiter.
+    pub(crate) fn tells_of_another_host(&self) -> bool {
+        let stale = |danger: &Danger| danger.kind() == DangerKind::StaleImage;
+        matches!(self, Self::TakenOver { .. }) || matches!(self, Self::Danger { danger, .. } if stale(danger))
+    }
+}
+
 /// A sidecar could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {}: {source}; let this user write there", beside(.image, "outlive").display())]

@@ -36,13 +36,13 @@ use crate::cli::{ActiveOptions, RunOptions};
 use crate::console::{Console, ConsoleError, Port};
 use crate::disk::{self, Accepted, Books, PrepareError, Start};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
+use crate::notify;
 use crate::standby::{About, Stop, fence};
 use crate::status::Standing;
 use crate::vm::{
-    self, Guest, GuestError, Identity, Launch, LoadError, PlaceError, Relay, Remedied, TapPlace, UplinkError,
-    VmMemoryError,
+    self, Guest, GuestError, Identity, Launch, LoadError, PlaceError, Relay, Remedied, Stops, TapPlace,
+    UplinkError, VmMemoryError,
 };
-use crate::{notify, process};
 
 pub(crate) use ask::{Answer, ask};
 pub(crate) use launch::run;
@@ -80,15 +80,12 @@ pub(crate) enum StartError {
     /// There is no event stream.
     #[error(transparent)]
     Events(#[from] EventsError),
-    /// An order to stop would not be heard.
-    #[error("cannot watch signals: {0}")]
-    Signals(#[source] io::Error),
     /// Nobody would watch the arbiter.
     #[error("cannot start a thread: {0}")]
     NoThread(#[source] io::Error),
     /// An operator wants it so.
     #[error(
-        "told to stop while the VM waited for its fencing: it has not run here, and the next start goes on fencing"
+        "told to stop before the VM was started: it has not run here, and the next start does the same again"
     )]
     Stopped,
 }
@@ -113,7 +110,11 @@ pub(crate) enum MachineError {
 ///
 /// # Errors
 /// See [`StartError`].
-pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Launch, StartError> {
+pub(crate) fn start(
+    options: &RunOptions,
+    standing: Arc<Standing>,
+    stops: Stops,
+) -> Result<Launch, StartError> {
     let active = &options.active;
     vm::check_memory(options.memory_bytes())?;
     let written = options.written();
@@ -128,7 +129,7 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     };
     let mut start = plan(&mut arbiter)?;
     let vm = start.provenance.vm;
-    let (machine_events, stops) = (Relay::new(), Relay::new());
+    let machine_events = Relay::new();
     let guest = Guest::read(options)?;
     let built_in = (!guest.is_linux()).then_some(options.ip.address);
     let mac = vm::mac_of(options.net.as_ref(), vm, built_in);
@@ -138,7 +139,6 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
     let uplink = vm::watch_uplink(options.net.as_ref(), active)?;
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
     let events = events::open(&active.events_to())?;
-    process::on_stop(active.exit_with_stdin, stops.sender()).map_err(StartError::Signals)?;
     standing.tells(&events);
     events.of_vm(&start.provenance.name, &vm.to_string());
     // Before the fencing, which may take long: `outlive status` tells of the arbiter.
@@ -150,7 +150,8 @@ pub(crate) fn start(options: &RunOptions, standing: Arc<Standing>) -> Result<Lau
         standing.watch(watch);
     }
     let begin = |start: &Start, arbiter: &mut Option<Box<dyn Arbiter>>| {
-        if !fence_earlier(start, active, &events, &standing, &stops) {
+        // A guest that has not run need not be asked to shut down.
+        if !fence_earlier(start, active, &events, &standing, &stops) || stops.was_used() {
             return Err(StartError::Stopped);
         }
         Ok(start.carry_out(&vm::replicated(&machine), arbiter.as_deref_mut())?)
@@ -235,7 +236,7 @@ fn fence_earlier(
     active: &ActiveOptions,
     events: &EventWriter,
     standing: &Standing,
-    stops: &Relay<&'static str>,
+    stops: &Stops,
 ) -> bool {
     let Some((generation, command)) = start.unfenced().zip(active.fence()) else { return true };
     let peer = active.standbys.first().cloned().unwrap_or_default();

@@ -51,8 +51,8 @@ use crate::disk::{Books, CopyEnd, PrepareError, ReplicaEndError};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{self, Launch, Relay, UplinkError};
-use crate::{disk, notify, process};
+use crate::vm::{self, Launch, Stops, UplinkError};
+use crate::{disk, notify};
 use copy::CardError;
 use decisions::{Decisions, Equipment};
 pub(crate) use fence::{About, Fence, Stop, fence};
@@ -97,9 +97,6 @@ pub(crate) enum PostError {
     /// Nobody would watch the arbiter.
     #[error("cannot start a thread: {0}")]
     NoThread(#[source] io::Error),
-    /// An order to stop would not be heard.
-    #[error("cannot watch signals: {0}")]
-    Signals(#[source] io::Error),
 }
 
 /// Why what this host has for a VM cannot be used.
@@ -118,14 +115,14 @@ pub(crate) enum PartsError {
 pub(crate) struct Post {
     equipment: Equipment,
     door: Door,
-    stops: Relay<&'static str>,
+    stops: Stops,
 }
 
 /// A standby that listens.
 struct Waiting {
     decisions: Arc<Decisions>,
     inbox: Receiver<MainMessage>,
-    stops: Relay<&'static str>,
+    stops: Stops,
 }
 
 /// How a standby's wait ended.
@@ -147,6 +144,7 @@ impl Post {
         options: &StandbyOptions,
         door: Door,
         standing: Arc<Standing>,
+        stops: Stops,
     ) -> Result<Self, PostError> {
         let host = Arc::new(Host::open()?);
         check(options)?;
@@ -156,13 +154,11 @@ impl Post {
         // before.
         let arbiter = arbiter::parse(&options.arbiter)?;
         let events = events::open(&options.active.events_to())?;
-        let stops = Relay::new();
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.as_ref(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(PostError::NoThread)?);
         standing.watch(&watch);
         standing.tells(&events);
-        process::on_stop(options.active.exit_with_stdin, stops.sender()).map_err(PostError::Signals)?;
         events.emit(Event::Started {
             role: Role::Standby,
             vm: None,
@@ -270,7 +266,7 @@ impl Post {
     }
 
     /// The operator's orders to stop.
-    pub(crate) fn stops(&self) -> &Relay<&'static str> {
+    pub(crate) fn stops(&self) -> &Stops {
         &self.stops
     }
 

@@ -23,7 +23,7 @@ use super::notes::Times;
 use super::tail::{Spent, Tail};
 use crate::disk::ReplicaEndError;
 use crate::events::Event;
-use crate::vm::{Launch, Relay};
+use crate::vm::{Launch, Stops};
 
 /// Why the VM cannot run here, although its generation is won.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +57,7 @@ pub(super) fn take_over(
     mut copy: VmCopy,
     won: Won,
     equipment: &Equipment,
-    stops: &Relay<&'static str>,
+    stops: &Stops,
 ) -> Result<Launch, TakeoverError> {
     let Won { order: TakeOver { checkpoint, generation, tail, stop, .. }, times, frames } = won;
     let Equipment { options, console, events, .. } = equipment;

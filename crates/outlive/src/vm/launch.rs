@@ -6,7 +6,7 @@ use outlive_epoch::{DeviceInfo, EndReason};
 use outlive_machine::{MacAddr, Machine, MachineEvent};
 use outlive_pair::{ExitReason, StandbyExit};
 
-use super::Relay;
+use super::{Relay, Stops};
 use crate::arbiter::{Arbiter, Watch};
 use crate::cli::ActiveOptions;
 use crate::console::Console;
@@ -38,7 +38,7 @@ pub(crate) struct Launch {
     /// What the machine reports.
     pub(crate) machine_events: Relay<MachineEvent>,
     /// The operator's orders to stop the VM, and why.
-    pub(crate) stops: Relay<&'static str>,
+    pub(crate) stops: Stops,
     /// Who it is.
     pub(crate) identity: Identity,
     /// The arbiter that gives generations.

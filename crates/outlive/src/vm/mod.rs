@@ -34,6 +34,6 @@ pub(crate) use host::{
 pub(crate) use introduce::{IntroductionError, devices, fixed_queues, hello};
 pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
-pub(crate) use relay::Relay;
+pub(crate) use relay::{Relay, Stops};
 pub(crate) use remedy::Remedied;
 pub(crate) use tap::{PlaceError, TapPlace};

@@ -14,6 +14,9 @@ pub(crate) struct Relay<T> {
     used: Arc<AtomicBool>,
 }
 
+/// An operator's orders to stop, with the reason.
+pub(crate) type Stops = Relay<&'static str>;
+
 enum Target<T> {
     Waiting(VecDeque<T>),
     Connected(Box<dyn Fn(T) + Send>),

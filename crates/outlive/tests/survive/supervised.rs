@@ -3,13 +3,14 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use outlive::events::Event;
 
-use crate::support::{Client, PROGRAM, Process, Side, Witnesses, World, wait_until, writer_kernel};
+use crate::support::{Client, Held, PROGRAM, Process, Side, Witnesses, World, wait_until, writer_kernel};
 
 const SIZE: u64 = 16 << 20;
 
@@ -60,12 +61,17 @@ fn wait_runs(process: &mut Process) {
     process.wait_for("a primary", |e| matches!(e, Event::Started { vm: Some(_), .. }));
 }
 
-/// The standby's image is durable a little later than the base is committed.
-fn wait_whole(world: &World, side: Side) {
+fn sidecar(world: &World, side: Side) -> PathBuf {
     let mut sidecar = world.image(side).into_os_string();
     sidecar.push(".outlive");
+    sidecar.into()
+}
+
+/// The standby's image is durable a little later than the base is committed.
+fn wait_whole(world: &World, side: Side) {
     wait_until("the copy is whole", || {
-        fs::read_to_string(&sidecar).is_ok_and(|it| it.contains("whole = true") && it.contains("replica"))
+        fs::read_to_string(sidecar(world, side))
+            .is_ok_and(|it| it.contains("whole = true") && it.contains("replica"))
     });
 }
 
@@ -294,4 +300,46 @@ fn a_host_that_waits_before_it_starts_the_vm_can_be_asked_and_is_alone() {
     assert!(!second.log().contains("starts the VM in"), "it waits for a place that is taken");
     assert!(second.log().contains("in use"), "{}", second.log());
     assert!(!waiting.ended());
+}
+
+/// An operator ends it meanwhile: nothing has begun, so nothing is asked of a guest.
+#[test]
+fn a_host_that_waits_before_it_starts_the_vm_can_be_told_to_stop() {
+    let Some(world) = World::new() else { return };
+    let (standby, active) = protected(&world);
+    power_cut(&world, active, standby);
+    let before = fs::read_to_string(sidecar(&world, Side::A)).unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut waiting = start(&world, Side::A);
+        waiting.wait_says("this host starts the VM in", 1);
+        waiting.signal(signal);
+        assert_eq!(waiting.wait_exit(), 0, "{}", waiting.log());
+        assert!(waiting.log().contains("told to stop while it was not decided"), "{}", waiting.log());
+    }
+    assert_eq!(fs::read_to_string(sidecar(&world, Side::A)).unwrap(), before);
+}
+
+/// Between the decision of a host to start the VM and its claim another host wins it. The slow one has a standby's
+/// work to do, and its service manager none.
+#[test]
+fn a_host_that_loses_its_claim_waits_as_the_standby() {
+    let Some(world) = World::new() else { return };
+    let (a, b) = protected(&world);
+    power_cut(&world, a, b);
+    let mut b = start(&world, Side::B);
+    wait_waits(&mut b);
+    let mut a = start(&world, Side::A);
+    a.wait_says("this host starts the VM in", 1);
+    // It makes its machine after the decision and before the claim.
+    let held = Held::first(&a);
+    held.wait_until_it_opens("/dev/kvm");
+    b.kill();
+    let (there, disk) = (Side::A.addr().to_string(), format!("path={}", world.image(Side::B).display()));
+    let mut b = world.run_with(Side::B, &["--standby", &there, "--disk", &disk, "--accept-replica"]);
+    wait_runs(&mut b);
+    drop(held);
+    assert!(wait_waits(&mut a).contains("is out of date"));
+    a.wait_says("looking again which host starts the VM", 1);
+    b.wait_protected();
+    assert!(!a.has(|e| matches!(e, Event::Started { vm: Some(_), .. })));
 }

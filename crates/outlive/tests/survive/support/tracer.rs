@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::Range;
 
 use nix::errno::Errno;
-use nix::libc::{PROT_NONE, SYS_mprotect};
+use nix::libc::{PROT_NONE, SYS_mprotect, SYS_openat};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
@@ -33,6 +33,11 @@ impl Held {
             fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
         })?;
         Held::try_stop(process, named.file_name().to_str()?.parse().ok()?).ok()
+    }
+
+    /// Stops the first thread of the process.
+    pub(crate) fn first(process: &Process) -> Held {
+        Held::try_stop(process, process.pid() as i32).unwrap()
     }
 
     /// Stops any thread; the number picks which. Also returns its name, or nothing if it has just ended.
@@ -77,6 +82,29 @@ impl Held {
         } else {
             waitpid(self.thread, Some(WaitPidFlag::__WALL)).ok();
         }
+    }
+
+    /// Lets the thread continue until it is about to open this file.
+    pub(crate) fn wait_until_it_opens(&self, file: &str) {
+        loop {
+            ptrace::syscall(self.thread, None).unwrap();
+            self.wait_until_stopped().unwrap();
+            let registers = ptrace::getregs(self.thread).unwrap();
+            if registers.orig_rax as i64 == SYS_openat
+                && self.text(registers.rsi, file.len()) == file.as_bytes()
+            {
+                return;
+            }
+        }
+    }
+
+    /// So many bytes of the thread's memory, or fewer if it has no more.
+    fn text(&self, at: u64, length: usize) -> Vec<u8> {
+        let word = |number| ptrace::read(self.thread, (at + number * 8) as *mut _).map(i64::to_ne_bytes);
+        let words = (0..length.div_ceil(8) as u64).map_while(|number| word(number).ok());
+        let mut bytes: Vec<u8> = words.flatten().collect();
+        bytes.truncate(length);
+        bytes
     }
 
     /// Lets the thread continue with this signal, as if it had caused it.
