@@ -43,8 +43,8 @@ pub struct RunOptions {
     pub append: String,
 
     /// Disk of the guest: a raw image or a block device (repeat for more: vda, vdb ...); the built-in guest
-    /// leaves its disks alone
-    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,serial=TEXT][,queues=N][,sector=BYTES]", value_parser = DiskSpec::from_str)]
+    /// leaves its disks alone. With thin, a standby may have less room than the whole image takes
+    #[arg(long = "disk", value_name = "path=FILE[,readonly][,shared][,thin][,serial=TEXT][,queues=N][,sector=BYTES]", value_parser = DiskSpec::from_str)]
     pub disks: Vec<DiskSpec>,
 
     /// Network card: a tap interface that is created, and the bridge that it joins. mtu=9000 tells the guest that
@@ -165,7 +165,8 @@ impl RunOptions {
         let (listen, arbiter) = (self.listen.clone()?, self.arbiter.clone()?);
         // The rest of card and disks comes from the primary.
         let card = |net: &NetSpec| NetSpec { mac: None, queues: 1, ..net.clone() };
-        let disk = |disk: &DiskSpec| StandbyDisk { path: disk.path.clone(), overwrite: false };
+        let disk =
+            |disk: &DiskSpec| StandbyDisk { path: disk.path.clone(), overwrite: false, thin: disk.thin };
         Some(StandbyOptions {
             listen,
             arbiter,

@@ -27,8 +27,9 @@ pub struct StandbyOptions {
     pub net: Option<NetSpec>,
 
     /// Image on this host for each of the VM's disks, in their order. The primary's data overwrites it if it
-    /// holds nothing or an older state of the same VM; with overwrite, whatever it holds
-    #[arg(long = "disk", value_name = "path=FILE[,overwrite]", value_parser = StandbyDisk::from_str)]
+    /// holds nothing or an older state of the same VM; with overwrite, whatever it holds. With thin, its file
+    /// system need not have room for all of it
+    #[arg(long = "disk", value_name = "path=FILE[,overwrite][,thin]", value_parser = StandbyDisk::from_str)]
     pub disks: Vec<StandbyDisk>,
 
     /// Serve this VM only [default: any that its images allow]

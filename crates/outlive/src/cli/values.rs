@@ -291,7 +291,7 @@ pub(super) fn parse_name(text: &str) -> Result<String, String> {
     if good { Ok(text.into()) } else { Err("a name has 1 to 64 visible ASCII characters".into()) }
 }
 
-/// A disk: `path=FILE[,readonly][,shared][,serial=TEXT][,queues=N][,sector=BYTES]`.
+/// A disk: `path=FILE[,readonly][,shared][,thin][,serial=TEXT][,queues=N][,sector=BYTES]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
     /// A raw image or a block device.
@@ -300,6 +300,8 @@ pub struct DiskSpec {
     pub readonly: bool,
     /// Both hosts see the same disk, so its writes wait for their commit and nothing is copied.
     pub shared: bool,
+    /// The file system of a standby's copy need not have room for all of it.
+    pub thin: bool,
     /// What the guest reads as the disk's serial number, up to 20 characters.
     pub serial: Option<String>,
     /// Size of the guest's sectors; 512 bytes if not given.
@@ -312,26 +314,33 @@ impl FromStr for DiskSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (readonly, shared) = (false, false);
+        let (readonly, shared, thin) = (false, false, false);
         let mut spec =
-            Self { path: PathBuf::new(), readonly, shared, serial: None, sectors: None, queues: 1 };
+            Self { path: PathBuf::new(), readonly, shared, thin, serial: None, sectors: None, queues: 1 };
         for part in text.split(',') {
             match (part, part.split_once('=')) {
                 ("readonly", _) => spec.readonly = true,
                 ("shared", _) => spec.shared = true,
+                ("thin", _) => spec.thin = true,
                 (_, Some(("path", path))) => spec.path = path.into(),
                 (_, Some(("serial", serial))) => spec.serial = Some(parse_serial(serial)?),
                 (_, Some(("queues", number))) => spec.queues = parse_queues(number, 16)?,
                 (_, Some(("sector", bytes))) => spec.sectors = Some(parse_sector(bytes)?),
                 _ => {
                     return Err(format!(
-                        "'{part}' is not path=FILE, readonly, shared, serial=TEXT, queues=N or sector=BYTES"
+                        "'{part}' is not path=FILE, readonly, shared, thin, serial=TEXT, queues=N or sector=BYTES"
                     ));
                 }
             }
         }
         if spec.path.as_os_str().is_empty() {
             return Err("path=FILE is missing".into());
+        }
+        if spec.thin && (spec.shared || spec.readonly) {
+            return Err(
+                "thin is about a standby's copy of a disk, and a shared or read-only one is not copied"
+                    .into(),
+            );
         }
         if spec.shared && spec.readonly {
             return Err("a disk that nobody writes does not need shared: give readonly alone".into());
@@ -357,28 +366,35 @@ fn parse_queues(text: &str, most: u8) -> Result<u8, String> {
     text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or(format!("'{text}' queues: give 1 to {most}"))
 }
 
-/// A standby's disk: `path=FILE[,overwrite]`. Everything else comes from the primary.
+/// A standby's disk: `path=FILE[,overwrite][,thin]`. Everything else comes from the primary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StandbyDisk {
     /// The image.
     pub path: PathBuf,
     /// It is overwritten whatever it holds.
     pub overwrite: bool,
+    /// Its file system need not have room for all of it.
+    pub thin: bool,
 }
 
 impl FromStr for StandbyDisk {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (text, overwrite) = text.strip_suffix(",overwrite").map_or((text, false), |path| (path, true));
-        match text.strip_prefix("path=") {
-            Some(path) if !path.is_empty() && !path.contains(',') => {
-                Ok(Self { path: path.into(), overwrite })
+        let mut disk = Self { path: PathBuf::new(), overwrite: false, thin: false };
+        for part in text.split(',') {
+            match (part, part.strip_prefix("path=")) {
+                ("overwrite", _) => disk.overwrite = true,
+                ("thin", _) => disk.thin = true,
+                (_, Some(path)) => disk.path = path.into(),
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not path=FILE, overwrite or thin; the rest of a disk belongs to outlive run"
+                    ));
+                }
             }
-            _ => Err(format!(
-                "'{text}' is not path=FILE or path=FILE,overwrite; the rest of a disk belongs to outlive run"
-            )),
         }
+        if disk.path.as_os_str().is_empty() { Err("path=FILE is missing".into()) } else { Ok(disk) }
     }
 }
 

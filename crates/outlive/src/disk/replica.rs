@@ -50,6 +50,8 @@ pub(crate) struct ReplicaDisk {
     pub(crate) read_only: bool,
     /// What an operator has accepted so that it may be overwritten.
     pub(crate) accepted: Option<Accepted>,
+    /// Its file system need not have room for all of it.
+    pub(crate) thin: bool,
     /// What is known of its contents.
     pub(crate) book: Book,
 }

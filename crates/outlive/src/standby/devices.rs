@@ -156,6 +156,7 @@ pub(super) fn replica_disks(
             disks.push(None);
             continue;
         };
+        replica.thin = given.thin;
         if !replica.read_only {
             let ReplicaDisk { path, file, .. } = &replica;
             let target = Target { path, file, overwrite: given.overwrite };
@@ -183,7 +184,8 @@ fn replica_disk(
     }
     let file = image.file().try_clone().map_err(|source| DisksError::File { image: path.clone(), source })?;
     let book = Book::none();
-    Ok(Some(ReplicaDisk { path, file, bytes, read_only: info.flags.read_only, accepted: None, book }))
+    let read_only = info.flags.read_only;
+    Ok(Some(ReplicaDisk { path, file, bytes, read_only, accepted: None, thin: false, book }))
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub(crate) fn card(net: &NetSpec, mac: MacAddr) -> NetConfig {
 
 /// A disk's options.
 pub(crate) fn disk_options(spec: &DiskSpec) -> DiskOptions {
-    let DiskSpec { path, readonly, shared, serial, sectors, queues } = spec.clone();
+    let DiskSpec { path, readonly, shared, serial, sectors, queues, .. } = spec.clone();
     DiskOptions { readonly, shared, serial, sectors, queues: queues.into(), ..DiskOptions::new(path) }
 }
 

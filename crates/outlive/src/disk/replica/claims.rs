@@ -30,7 +30,8 @@ pub(crate) enum ClaimError {
     /// The file system of an image would be full before the image is.
     #[error(
         "no room for the VM's disks at the standby: the images on the file system of {} still need {} MiB for the holes \
-         that they have, and {} MiB are free: make room there",
+         that they have, and {} MiB are free: make room there, or give --disk path=...,thin, if its file system or an operator sees to it \
+         that there is room in time",
         .image.display(), .needed.div_ceil(MIB), .free / MIB
     )]
     Room { image: PathBuf, needed: u64, free: u64 },
@@ -71,7 +72,7 @@ pub(super) fn claim(disks: &[Option<ReplicaDisk>]) -> Result<Option<ClaimedJourn
     let probed = written.clone().try_for_each(|ReplicaDisk { path, .. }| {
         Sidecar::probe(path).map_err(|source| ClaimError::Sidecar { file: beside(path, "outlive"), source })
     });
-    match probed.and_then(|()| room(written)) {
+    match probed.and_then(|()| room(written.filter(|disk| !disk.thin))) {
         Ok(()) => Ok(Some(claimed)),
         Err(why) => {
             claimed.give_up();

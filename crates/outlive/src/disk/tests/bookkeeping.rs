@@ -61,6 +61,7 @@ impl Standby {
             bytes: SIZE,
             read_only: false,
             accepted: None,
+            thin: false,
             book: Book::none(),
         })];
         Ok((Replica::start(disks, provenance(VM), 7, move |it| drop(tell.send(it)))?, told))

@@ -40,6 +40,7 @@ impl Standby {
                 bytes: SIZE,
                 read_only: false,
                 accepted: None,
+                thin: false,
                 book: Book::none(),
             }),
             None,
@@ -49,6 +50,7 @@ impl Standby {
                 bytes: SIZE,
                 read_only: true,
                 accepted: None,
+                thin: false,
                 book: Book::none(),
             }),
         ];

@@ -71,6 +71,7 @@ fn start_replica(directory: &Path, books: &Books) -> (Replica, Receiver<DiskEven
             bytes: SIZES[at],
             read_only: at == 1,
             accepted: None,
+            thin: false,
             book: books.open(&paths[at], &open(&paths[at]), SIZES[at]),
         })
     };
