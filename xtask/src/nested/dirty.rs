@@ -264,7 +264,7 @@ fn on_host(
 }
 
 /// Builds with cargo, and returns its messages.
-fn built(cargo: &mut Command) -> Result<String, StepError> {
+pub(super) fn built(cargo: &mut Command) -> Result<String, StepError> {
     cargo.args(["--message-format", "json-render-diagnostics"]);
     eprintln!("==> {}", describe(cargo));
     output(cargo).ok_or_else(|| StepError::Failed(describe(cargo)))
@@ -280,7 +280,7 @@ fn programs(messages: &str) -> Result<[(&'static str, PathBuf); 3], StepError> {
 }
 
 /// The program of a target in cargo's messages.
-fn executable(messages: &str, name: &str) -> Option<PathBuf> {
+pub(super) fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     let target = |name: &str| name.replace('-', "_");
     messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()).find_map(
         |message| {

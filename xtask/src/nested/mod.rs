@@ -17,6 +17,7 @@ mod network;
 mod proof;
 mod share;
 mod shell;
+mod survive;
 
 use clap::Subcommand;
 
@@ -34,6 +35,9 @@ enum What {
     /// Test dirty tracking on the kernel of each Debian release
     #[command(after_help = dirty::EXAMPLES)]
     Dirty(dirty::DirtyOptions),
+    /// Run the tests with whole VMs on an emulated host, also on a machine without `/dev/kvm`
+    #[command(after_help = survive::EXAMPLES)]
+    Survive(survive::SurviveOptions),
     /// Get a prompt on hosts that see each other, with everything needed to protect a Linux guest
     #[command(after_help = shell::EXAMPLES)]
     Shell(shell::ShellOptions),
@@ -74,6 +78,7 @@ pub(crate) fn in_tests(
 pub(crate) fn run(workspace: &Workspace, options: &NestedOptions) -> Result<(), StepError> {
     match &options.what {
         What::Dirty(options) => dirty::run(workspace, options),
+        What::Survive(options) => survive::run(workspace, options),
         What::Shell(options) => shell::run(workspace, options),
         What::Demo => proof::demo(workspace),
         What::Prove(options) => proof::run(workspace, options),

@@ -1,0 +1,143 @@
+//! `cargo xtask nested survive`: the tests with whole VMs that are killed and taken over, on an emulated host. So they
+//! can be run on a machine without `/dev/kvm`, and on a kernel and a kind of KVM that the machine does not have.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::dirty::{built, executable, quoted};
+use super::host::{Host, HostError, Machine, Qemu};
+use super::kernel::{Kernel, KernelError, Series};
+use crate::run::{StepError, Workspace};
+use crate::summary::Summary;
+
+pub(crate) const EXAMPLES: &str = "\
+Examples:
+  cargo xtask nested survive rejoin                  the tests whose names contain this
+  cargo xtask nested survive takeover fence::        those of several
+  cargo xtask nested survive --kernel newest kills   on Debian's newest kernel
+  cargo xtask nested survive --release known         with the programs as users have them
+
+An emulated host is ten to thirty times as slow as this machine. Tests about time fail there, and the machine must have
+little else to do. Fetches the kernel and QEMU if they are missing.
+
+The exit code is 1 if a test failed or the host did not come up; 2 for wrong options, or if there is no QEMU.";
+
+const PACKAGE: &str = "outlive";
+const TESTS: &str = "survive";
+/// What the tests' hosts and networks are made of.
+const MODULES: [&str; 6] = ["kvm_amd", "tun", "bridge", "veth", "fuse", "loop"];
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct SurviveOptions {
+    /// Run only tests whose name contains one of these
+    #[arg(value_name = "TEXT", required = true)]
+    filter: Vec<String>,
+    /// The host's kernel
+    #[arg(long, value_enum, value_name = "SERIES", default_value = "6.12")]
+    kernel: Series,
+    /// Its memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 3072, value_parser = clap::value_parser!(u32).range(1024..))]
+    memory: u32,
+    /// Minutes for the tests
+    #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    limit: u64,
+    /// Build with optimisations
+    #[arg(long)]
+    release: bool,
+    /// Use only what has been fetched before
+    #[arg(long)]
+    no_fetch: bool,
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
+
+pub(crate) fn run(workspace: &Workspace, options: &SurviveOptions) -> Result<(), StepError> {
+    let qemu = Qemu::get(workspace, !options.no_fetch).map_err(|error| match error {
+        HostError::NoQemu => StepError::Unusable(error.to_string()),
+        error => StepError::Failed(format!("finding QEMU ({error})")),
+    })?;
+    let profile: &[&str] = if options.release { &["--release"] } else { &[] };
+    let cargo = ["test", "--package", PACKAGE, "--test", TESTS, "--no-run"];
+    let messages = built(workspace.cargo(cargo).args(profile))?;
+    let find = |name: &str| {
+        executable(&messages, name)
+            .ok_or_else(|| StepError::Failed(format!("finding {name} in what cargo built")))
+    };
+    let (tests, program) = (find(TESTS)?, find(PACKAGE)?);
+    let mut summary = Summary::default();
+    summary.start_program(options.kernel.name());
+    if let Err(error) = on_host(workspace, &qemu, [tests, program], options, &mut summary) {
+        println!("{error}");
+        summary.ended_badly(error.to_string().lines().next().unwrap_or_default());
+    }
+    println!("\n{summary}");
+    if summary.is_good() { Ok(()) } else { Err(StepError::TestsFailed) }
+}
+
+fn on_host(
+    workspace: &Workspace,
+    qemu: &Qemu,
+    [tests, program]: [PathBuf; 2],
+    options: &SurviveOptions,
+    summary: &mut Summary,
+) -> Result<(), RunError> {
+    let kernel = Kernel::get(workspace, options.kernel, !options.no_fetch)?;
+    let start = Instant::now();
+    let say = |line: &str| println!("{:6} {:4} s  {line}", options.kernel.name(), start.elapsed().as_secs());
+    say(&format!("starting a host with {}", kernel.release));
+    // The tests look for the program where cargo has built it.
+    let place = program.display().to_string();
+    let machine = Machine {
+        kernel: &kernel,
+        cpus: 1,
+        lacks: None,
+        memory_mib: options.memory,
+        modules: &MODULES,
+        programs: &[("/tests", tests), (&place, program)],
+        devices: &[],
+        network: None,
+    };
+    let mut host = Host::start(workspace, qemu, &machine)?;
+    let filter: Vec<String> = options.filter.iter().map(|text| quoted(text)).collect();
+    let command = format!("RUST_BACKTRACE=1 /tests --test-threads 1 --show-output {}", filter.join(" "));
+    let status = host.run(&command, Duration::from_secs(options.limit * 60), |line| {
+        say(line);
+        summary.line(line);
+    })?;
+    if status != 0 && summary.is_good() {
+        summary.ended_badly(&format!("the tests ended with {status}"));
+    } else if summary.counts() == [0; 3] {
+        summary.ended_badly("no test has such a name");
+    }
+    host.power_off()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: SurviveOptions,
+    }
+
+    #[test]
+    fn options() {
+        let parse = |words: &[&str]| Cli::try_parse_from([&["survive"], words].concat());
+        let options = parse(&["kills", "fence::", "--kernel", "newest"]).unwrap().options;
+        assert_eq!((options.filter.len(), options.kernel), (2, Series::Sid));
+        for wrong in [&[][..], &["kills", "--memory", "100"], &["kills", "--kernel", "4.19"]] {
+            assert_eq!(parse(wrong).map(|_| ()).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+}
