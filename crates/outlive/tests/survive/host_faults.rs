@@ -13,9 +13,9 @@ use crate::support::{Dice, Held, MEMORY, Process, Side, Witnesses, World, take_p
 /// How long the guest may have run before its host breaks.
 const SPAN: Duration = Duration::from_millis(200);
 
-/// Breaks the host of a protected VM: it ends with these words as the reason, and the standby takes over.
-fn survives(words: &[&str], break_host: impl Fn(&Process) -> Option<Held>) {
-    let Some(world) = World::new() else { return };
+/// Breaks the host of a protected VM: it ends, and the standby takes over. Returns the host's exit code and log.
+fn survives(break_host: impl Fn(&Process) -> Option<Held>) -> Option<(i32, String)> {
+    let world = World::new()?;
     let mut dice = Dice::new();
     let (mut active, mut standby) = world.protected(Side::A);
     let witnesses = Witnesses::start(&world, 4);
@@ -23,26 +23,37 @@ fn survives(words: &[&str], break_host: impl Fn(&Process) -> Option<Held>) {
     let held = break_host(&active);
     standby.wait_takeover();
     drop(held);
-    assert_eq!(active.wait_exit(), 1, "{}", active.log());
-    let log = active.log();
-    assert!(words.iter().all(|word| log.contains(word)), "no {words:?} in\n{log}");
+    let code = active.wait_exit();
     let _new = world.standby(Side::A);
     standby.wait_protected();
     witnesses.hear_all();
     witnesses.finish(&world);
+    Some((code, active.log()))
 }
 
 #[test]
 fn a_host_whose_kvm_fails_leaves_the_vm_to_its_standby() {
-    survives(&["a fault of this host", "leaving it to its standby"], |active| {
+    let ended = survives(|active| {
         take_program_memory(active, MEMORY);
         None
     });
+    let Some((code, log)) = ended else { return };
+    let words = ["a fault of this host", "leaving it to its standby"];
+    assert!(code == 1 && words.iter().all(|word| log.contains(word)), "{code}\n{log}");
 }
 
+/// The vCPU may have stopped in the midst of something that the coordinator waits for, and on a busy machine the
+/// standby may be faster than whoever notices it first.
 #[test]
 fn a_host_with_a_vcpu_that_does_not_stop_leaves_the_vm_to_its_standby() {
-    survives(&["1 of 1 vCPUs did not stop in time"], |active| Some(Held::thread(active, "vcpu0")));
+    let ended = survives(|active| Some(Held::thread(active, "vcpu0")));
+    let Some((code, log)) = ended else { return };
+    let noticed = ["1 of 1 vCPUs did not stop in time", "the thread that takes its checkpoints stands still"];
+    let good = match code {
+        1 => noticed.iter().any(|word| log.contains(word)),
+        code => code == 3,
+    };
+    assert!(good, "{code}\n{log}");
 }
 
 /// The same fault on the second host, soon after the takeover: the guest itself breaks its hosts.
