@@ -55,8 +55,9 @@ pub(crate) fn run(workspace: &Workspace, options: &UpgradeOptions) -> Result<(),
         return Ok(());
     }
     let environment = packages::provide(workspace, &[packages::IPROUTE], true);
-    let mut command = workspace.cargo(["test", "--profile", options.profile(), "--package", "outlive"]);
-    // Each test has two hosts and their clients on the processors.
+    let mut command = workspace.cargo(["test", "--profile", options.profile(), "--workspace"]);
+    // The whole workspace, so that cargo takes what it has built for other tests. Each test has two hosts and their
+    // clients on the processors.
     command
         .args(["--test", "survive", "--", "--show-output", "--test-threads", "2"])
         .arg(format!("upgrade::{}", options.filter));
