@@ -1,8 +1,9 @@
-//! Format, clippy, documentation, and rules for dependencies.
+//! Format, clippy, documentation, rules for dependencies, and the last release.
 
 use std::process::{Command, Stdio};
 
-use crate::run::{StepError, Workspace, step};
+use crate::run::{StepError, Workspace, describe, step};
+use crate::{dependencies, releases};
 
 /// The payload is not a member of the workspace, so cargo does not check it with the rest.
 const PAYLOAD: &str = "guest/payload/Cargo.toml";
@@ -23,11 +24,11 @@ const DIRTY_FEATURES: [&str; 9] = [
 
 /// Runs all checks that need no tests. All of them run, so that one run shows everything to repair.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), StepError> {
-    let failed: Vec<String> = checks(workspace)
-        .iter_mut()
-        .filter_map(|check| step(check).err())
-        .map(|error| error.to_string())
-        .collect();
+    let steps = checks(workspace).into_iter().map(|mut check| step(&mut check));
+    eprintln!("==> licences, bans and sources of dependencies; the last release");
+    let own = [dependencies::check(workspace), releases::check(workspace)];
+    let failed: Vec<String> =
+        own.into_iter().chain(steps).filter_map(Result::err).map(|error| error.to_string()).collect();
     match failed.len() {
         0 => Ok(()),
         count => Err(StepError::Checks { count, failed: failed.join("\n  ") }),
@@ -46,11 +47,27 @@ fn checks(workspace: &Workspace) -> Vec<Command> {
         documentation(workspace),
     ];
     checks.extend(DIRTY_FEATURES.map(|features| dirty_with(workspace, features)));
-    if has_deny() {
-        checks.push(workspace.cargo(["deny", "--offline", "check", "licenses", "bans", "sources"]));
+    checks.extend(deny(workspace));
+    checks
+}
+
+/// cargo-deny, which has rules that [`dependencies`] does not know, and a list of known flaws.
+fn deny(workspace: &Workspace) -> Vec<Command> {
+    if !has_deny() {
+        println!(
+            "skipped: known flaws of dependencies (`cargo install cargo-deny --locked` brings what looks for them)"
+        );
+        return Vec::new();
+    }
+    let deny = |words: &[&str]| workspace.cargo([&["deny"], words].concat());
+    let mut checks = vec![deny(&["--offline", "check", "licenses", "bans", "sources"])];
+    let mut fetch = deny(&["fetch", "db"]);
+    eprintln!("==> {}", describe(&fetch));
+    if fetch.stdin(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+        checks.push(deny(&["check", "--disable-fetch", "advisories"]));
     } else {
         println!(
-            "skipped: licences and sources of dependencies (`cargo install cargo-deny --locked` brings what checks them)"
+            "skipped: known flaws of dependencies (their list cannot be fetched: `cargo deny fetch db` says why)"
         );
     }
     checks

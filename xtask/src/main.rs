@@ -1,6 +1,6 @@
 //! Developer commands: `cargo xtask test`, `cargo xtask lint`, `cargo xtask ci`, `cargo xtask docs`,
 //! `cargo xtask bench`, `cargo xtask torture`, `cargo xtask sim`, `cargo xtask model`,
-//! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask nested`.
+//! `cargo xtask mutants`, `cargo xtask fuzz`, `cargo xtask upgrade`, `cargo xtask nested`.
 //!
 //! # Tests that cannot run
 //!
@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod dependencies;
 mod fuzz;
 mod lint;
 mod model;
@@ -21,11 +22,13 @@ mod mutants;
 mod nested;
 mod packages;
 mod phases;
+mod releases;
 mod run;
 mod sim;
 mod summary;
 mod test;
 mod torture;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -51,6 +54,7 @@ Examples:
   cargo xtask torture --minutes 60     two hosts and everything that hosts do to a VM, by a seed
   cargo xtask fuzz --minutes 60        libFuzzer over all that guests, peers and files can bring
   cargo xtask sim --minutes 60         the simulator of the protocol, with new seeds
+  cargo xtask upgrade                  the last release and this tree on one pair of hosts
   cargo xtask nested dirty             dirty tracking on the kernels of four Debian releases, emulated
   cargo xtask nested shell             two emulated hosts with Linux guests to protect, and a prompt on each";
 
@@ -60,7 +64,7 @@ enum Command {
     /// nested hosts
     #[command(after_help = TEST_EXAMPLES)]
     Test(test::TestOptions),
-    /// Check format, clippy and documentation, without changing anything
+    /// Check format, clippy, documentation, dependencies and the last release, without changing anything
     Lint,
     /// Run what CI runs: lint, then test
     Ci,
@@ -88,6 +92,9 @@ enum Command {
     /// Change the decision code of the protocol in many small ways, and list the changes that no test notices
     #[command(after_help = mutants::EXAMPLES)]
     Mutants(mutants::MutantsOptions),
+    /// Run the last release and this tree on one pair of hosts, and upgrade a protected pair
+    #[command(after_help = upgrade::EXAMPLES)]
+    Upgrade(upgrade::UpgradeOptions),
     /// Test on hosts with other kernels, in QEMU's software emulation
     Nested(nested::NestedOptions),
 }
@@ -116,6 +123,7 @@ fn main() -> ExitCode {
         Command::Sim(options) => sim::run(&workspace, &options),
         Command::Model(options) => model::run(&workspace, &options),
         Command::Mutants(options) => mutants::run(&workspace, &options),
+        Command::Upgrade(options) => upgrade::run(&workspace, &options),
         Command::Nested(options) => nested::run(&workspace, &options),
     };
     match result {

@@ -16,6 +16,8 @@ pub mod events;
 pub mod exit;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+#[cfg(test)]
+mod golden;
 pub mod keys;
 mod lines;
 mod link;

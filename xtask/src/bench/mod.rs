@@ -1,6 +1,7 @@
 //! `cargo xtask bench`.
 
 mod dirty;
+mod last;
 mod migrate;
 mod plot;
 mod rows;
@@ -14,14 +15,18 @@ use rows::Row;
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct BenchOptions {
-    /// What to measure
-    what: Bench,
+    /// What to measure [default: with --quick dirty, wire, pause and guest, in less than five minutes]
+    #[arg(required_unless_present = "quick")]
+    what: Option<Bench>,
     /// Also write every row to FILE, one JSON object a line
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Fewer cases, in less than a minute; draws no plots
     #[arg(long)]
     quick: bool,
+    /// Make these the last figures of the tree, in docs/bench: later runs are shown beside them
+    #[arg(long)]
+    keep: bool,
     /// Leave the plots in docs/bench as they are
     #[arg(long)]
     no_plot: bool,
@@ -30,6 +35,7 @@ pub(crate) struct BenchOptions {
 pub(crate) const EXAMPLES: &str = "\
 Examples:
   cargo xtask bench dirty                      all cases, in about four minutes, and new plots in docs/bench
+  cargo xtask bench --quick                    a look at everything, beside the last figures (docs/bench); as root
   cargo xtask bench dirty --quick              a first look
   cargo xtask bench dirty --json dirty.jsonl   the rows for a program
   cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
@@ -94,29 +100,45 @@ impl Bench {
     }
 }
 
-/// Runs the bench, then writes its results.
+/// Runs the bench, or several, then writes the results.
 pub(crate) fn run(workspace: &Workspace, options: &BenchOptions) -> Result<(), StepError> {
+    let all = [Bench::Dirty, Bench::Wire, Bench::Pause, Bench::Guest];
+    let chosen = options.what.as_ref().map_or(&all[..], std::slice::from_ref);
     // Problems are reported before the minutes of measuring, not after them.
-    if options.what.runs_vms() {
+    if chosen.iter().any(|what| what.runs_vms()) {
         kvm(Path::new("/dev/kvm"))?;
     }
     options.json.as_deref().map(writable).transpose()?;
-    let found = workspace.target.join("bench").join(format!("{}.jsonl", options.what.name()));
-    let directory = found.parent().expect("a file in a directory");
-    fs::create_dir_all(directory).map_err(|source| StepError::File { path: directory.into(), source })?;
-    step(&mut command(workspace, options, &found))?;
-
-    let text =
-        fs::read_to_string(&found).map_err(|source| StepError::File { path: found.clone(), source })?;
-    let rows = rows::parse(&text).map_err(|error| StepError::Failed(format!("the bench ({error})")))?;
-    if let Some(file) = &options.json {
-        fs::write(file, &text).map_err(|error| cannot_write(file, &error))?;
-        println!("{} rows in {}", rows.len(), file.display());
+    let mut texts = String::new();
+    let mut tables = String::new();
+    for &what in chosen {
+        let text = measure(workspace, options, what)?;
+        let rows = rows::parse(&text).map_err(|error| StepError::Failed(format!("the bench ({error})")))?;
+        let last = last::place(&workspace.root, what.name(), options.quick);
+        tables += &last::beside(&last, &rows);
+        if options.keep {
+            fs::write(&last, &text).map_err(|error| cannot_write(&last, &error))?;
+        }
+        if !options.no_plot && !options.quick {
+            draw(&workspace.root.join("docs/bench"), what.plots(&rows))?;
+        }
+        texts += &text;
     }
-    if !options.no_plot && !options.quick {
-        draw(&workspace.root.join("docs/bench"), options.what.plots(&rows))?;
+    println!("\n{tables}");
+    if let Some(file) = &options.json {
+        fs::write(file, &texts).map_err(|error| cannot_write(file, &error))?;
+        println!("{} rows in {}", texts.lines().count(), file.display());
     }
     Ok(())
+}
+
+/// Runs one bench. Returns its rows as text.
+fn measure(workspace: &Workspace, options: &BenchOptions, what: Bench) -> Result<String, StepError> {
+    let found = workspace.target.join("bench").join(format!("{}.jsonl", what.name()));
+    let directory = found.parent().expect("a file in a directory");
+    fs::create_dir_all(directory).map_err(|source| StepError::File { path: directory.into(), source })?;
+    step(&mut command(workspace, options, what, &found))?;
+    fs::read_to_string(&found).map_err(|source| StepError::File { path: found, source })
 }
 
 fn kvm(device: &Path) -> Result<(), StepError> {
@@ -136,13 +158,13 @@ fn cannot_write(file: &Path, error: &std::io::Error) -> StepError {
     StepError::Unusable(format!("cannot write {}: {error}", file.display()))
 }
 
-fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
-    if options.what == Bench::Migrate {
-        return example(workspace, options, found);
+fn command(workspace: &Workspace, options: &BenchOptions, what: Bench, found: &Path) -> Command {
+    if what == Bench::Migrate {
+        return example(workspace, options, what, found);
     }
-    let mut command = workspace.cargo(["bench", "--package", options.what.package(), "--bench"]);
+    let mut command = workspace.cargo(["bench", "--package", what.package(), "--bench"]);
     // Absolute, because cargo runs a bench in the directory of its package.
-    command.args([options.what.name(), "--", "--json"]).arg(found);
+    command.args([what.name(), "--", "--json"]).arg(found);
     if options.quick {
         command.arg("--quick");
     }
@@ -150,11 +172,11 @@ fn command(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Comma
 }
 
 /// A bench that is also an example for users.
-fn example(workspace: &Workspace, options: &BenchOptions, found: &Path) -> Command {
-    let mut command = workspace.cargo(["run", "--release", "--package", options.what.package(), "--example"]);
+fn example(workspace: &Workspace, options: &BenchOptions, what: Bench, found: &Path) -> Command {
+    let mut command = workspace.cargo(["run", "--release", "--package", what.package(), "--example"]);
     let cases =
         if options.quick { ["--gib", "1", "--rounds", "2"] } else { ["--gib", "1,64,512", "--rounds", "8"] };
-    command.arg(options.what.name()).arg("--").args(cases).arg("--json").arg(found);
+    command.arg(what.name()).arg("--").args(cases).arg("--json").arg(found);
     command
 }
 
@@ -188,11 +210,12 @@ mod tests {
         let options = parse(&["dirty", "--quick", "--json", "x.jsonl", "--no-plot"]).unwrap();
         assert_eq!(
             (options.what, options.quick, options.no_plot, options.json),
-            (Bench::Dirty, true, true, Some("x.jsonl".into()))
+            (Some(Bench::Dirty), true, true, Some("x.jsonl".into()))
         );
         let options = parse(&["dirty"]).unwrap();
         assert!(!options.quick && !options.no_plot && options.json.is_none());
         assert!(parse(&[]).is_err());
+        assert_eq!(parse(&["--quick"]).unwrap().what, None);
         assert!(parse(&["nothing"]).is_err());
         assert!(parse(&["dirty", "--json"]).is_err());
     }
@@ -200,8 +223,10 @@ mod tests {
     #[test]
     fn the_bench_is_started_with_the_options() {
         let workspace = Workspace { root: "/w".into(), target: "/w/target".into() };
-        let words =
-            |options: &BenchOptions| crate::run::describe(&command(&workspace, options, Path::new("/f")));
+        let words = |options: &BenchOptions| {
+            let what = options.what.unwrap();
+            crate::run::describe(&command(&workspace, options, what, Path::new("/f")))
+        };
         let full = words(&parse(&["dirty"]).unwrap());
         assert!(full.ends_with(" bench --package outlive-dirty --bench dirty -- --json /f"), "{full}");
         assert!(words(&parse(&["dirty", "--quick"]).unwrap()).ends_with("--json /f --quick"));

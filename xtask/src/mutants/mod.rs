@@ -24,7 +24,7 @@ use std::thread;
 
 use self::find::{Site, What};
 use self::known::Known;
-use self::nursery::{Nursery, Verdict};
+use self::nursery::{Nursery, Round, Verdict};
 use crate::run::{StepError, Workspace};
 
 pub(crate) const EXAMPLES: &str = "\
@@ -117,7 +117,10 @@ pub(crate) fn run(workspace: &Workspace, options: &MutantsOptions) -> Result<(),
     nursery.check_without_changes()?;
     let before = mutants.len();
     mutants.retain(|mutant| !nursery.does_not_compile(mutant.number));
-    let unnoticed = try_all(&nursery, &mutants, options.jobs)?;
+    let every: Vec<&Mutant> = mutants.iter().collect();
+    let suspects = try_all(&nursery, &every, Round::Quick, options.jobs)?;
+    println!("the whole simulator, for {} of {}", suspects.len(), every.len());
+    let unnoticed = try_all(&nursery, &suspects, Round::Thorough, options.jobs)?;
     let (accepted, missing): (Vec<_>, Vec<_>) =
         unnoticed.into_iter().partition(|mutant| known.reason(mutant).is_some());
     println!(
@@ -135,17 +138,18 @@ pub(crate) fn run(workspace: &Workspace, options: &MutantsOptions) -> Result<(),
     }
 }
 
-/// Runs the tests with each change. Returns those that no test has noticed, in their order.
+/// Runs a round of the tests with each change. Returns those that no test has noticed, in their order.
 fn try_all<'a>(
     nursery: &Nursery,
-    mutants: &'a [Mutant],
+    mutants: &[&'a Mutant],
+    round: Round,
     jobs: Option<usize>,
 ) -> Result<Vec<&'a Mutant>, StepError> {
     let jobs = jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
     let (next, unnoticed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
-        while let Some(mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let verdict = nursery.judge(mutant.number)?;
+        while let Some(&mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let verdict = nursery.judge(mutant.number, round)?;
             let at = mutant.number as usize;
             println!("{at:4} {verdict:?}: {mutant}");
             if verdict == Verdict::Unnoticed {

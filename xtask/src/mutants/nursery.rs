@@ -34,8 +34,8 @@ pub(super) struct Nursery {
     root: PathBuf,
     target: PathBuf,
     cargo: PathBuf,
-    /// The tests' programs, the quick ones first.
-    programs: Vec<Program>,
+    /// Runs of the tests, the quick ones first.
+    steps: Vec<Step>,
     /// Changes that do not compile. They are not in the build.
     dropped: BTreeSet<u32>,
 }
@@ -52,14 +52,14 @@ impl Nursery {
             root,
             target: workspace.target.join("mutants/target"),
             cargo: std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into(),
-            programs: Vec::new(),
+            steps: Vec::new(),
             dropped: BTreeSet::new(),
         };
         loop {
             nursery.write(sources)?;
             println!("building the tests with all changes but {}", nursery.dropped.len());
             match nursery.compile()? {
-                Compiled::Programs(programs) => nursery.programs = programs,
+                Compiled::Steps(steps) => nursery.steps = steps,
                 Compiled::Not(numbers) => {
                     let before = nursery.dropped.len();
                     nursery.dropped.extend(numbers);
@@ -80,19 +80,19 @@ impl Nursery {
         self.dropped.contains(&number)
     }
 
-    /// Runs the tests without any change, and notes how long they take.
+    /// Runs all tests without any change, and notes how long they take.
     ///
     /// # Errors
     /// They fail.
     pub(super) fn check_without_changes(&mut self) -> Result<(), StepError> {
-        for number in 0..self.programs.len() {
+        for number in 0..self.steps.len() {
             let began = Instant::now();
-            if !self.passes(&self.programs[number].path, 0, Duration::from_secs(3600))? {
+            if !self.passes(&self.steps[number], 0, Duration::from_secs(3600))? {
                 return Err(StepError::Unusable(
                     "the tests of outlive-pair fail without any change; mend them first".into(),
                 ));
             }
-            self.programs[number].limit = began.elapsed() * 4 + Duration::from_secs(10);
+            self.steps[number].limit = began.elapsed() * 4 + Duration::from_secs(10);
         }
         Ok(())
     }
@@ -102,26 +102,25 @@ impl Nursery {
     ///
     /// # Errors
     /// They cannot be run.
-    pub(super) fn judge(&self, number: u32) -> Result<Verdict, StepError> {
-        for Program { path, limit } in &self.programs {
-            if !self.passes(path, number, *limit)? {
+    pub(super) fn judge(&self, number: u32, round: Round) -> Result<Verdict, StepError> {
+        for step in self.steps.iter().filter(|step| step.round == round) {
+            if !self.passes(step, number, step.limit)? {
                 return Ok(Verdict::Noticed);
             }
         }
         Ok(Verdict::Unnoticed)
     }
 
-    fn passes(&self, program: &Path, number: u32, limit: Duration) -> Result<bool, StepError> {
-        let failed = |source| StepError::Start { program: program.display().to_string(), source };
+    fn passes(&self, step: &Step, number: u32, limit: Duration) -> Result<bool, StepError> {
+        let failed = |source| StepError::Start { program: step.program.display().to_string(), source };
         let mut command = Command::new("prlimit");
-        command.arg(format!("--as={MEMORY}")).arg("--").arg(program);
+        command.arg(format!("--as={MEMORY}")).arg("--").arg(&step.program);
         // Planted mistakes are for the tests, and these changes are for the code.
         command.args(["--test-threads", "1", "--skip", "planted", "--skip", "a_schedule_that_fails"]);
+        command.args(step.words);
         command.current_dir(self.root.join("crates/pair")).env("OUTLIVE_MUTANT", number.to_string());
-        command
-            .env("OUTLIVE_SIM_SECONDS", "1")
-            .env("OUTLIVE_SIM_SEEDS", "4000")
-            .env("OUTLIVE_MODEL_SECONDS", "2");
+        command.env("OUTLIVE_SIM_SECONDS", "1").env("OUTLIVE_MODEL_SECONDS", "2");
+        command.env("OUTLIVE_SIM_SEEDS", if step.round == Round::Quick { "1500" } else { "10000" });
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
         let mut child = command.spawn().map_err(failed)?;
         let saw_failure = watch_for_failure(&mut child);
@@ -171,22 +170,43 @@ impl Nursery {
         if !output.status.success() {
             return Ok(Compiled::Not(messages.flat_map(|message| numbers_of_error(&message)).collect()));
         }
-        let paths = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
-        let mut programs: Vec<_> = paths.map(|path| Program { path, limit: Duration::ZERO }).collect();
+        let programs = messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
         // The crate's own program has the simulator.
-        programs.sort_by_key(|program| file_name(&program.path).starts_with("outlive_pair"));
-        Ok(Compiled::Programs(programs))
+        let (own, others): (Vec<PathBuf>, Vec<_>) =
+            programs.partition(|program| file_name(program).starts_with("outlive_pair"));
+        let step = |program: &PathBuf, round, words| {
+            let (program, limit) = (program.clone(), Duration::ZERO);
+            Step { program, round, words, limit }
+        };
+        let quick = others.iter().map(|program| step(program, Round::Quick, &[][..]));
+        let of_own = |program| QUICK.iter().map(move |words| step(program, Round::Quick, *words));
+        let thorough = own.iter().map(|program| step(program, Round::Thorough, &["sim::"][..]));
+        Ok(Compiled::Steps(quick.chain(own.iter().flat_map(of_own)).chain(thorough).collect()))
     }
 }
 
-/// A program with tests, and how long it may run.
-struct Program {
-    path: PathBuf,
+/// The crate's own quick tests: without the simulator, then a little of it.
+const QUICK: [&[&str]; 2] = [&["--skip", "sim::"], &["sim::the_invariants_hold_in_every_schedule"]];
+
+/// Which tests run with a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Round {
+    /// Those that take seconds. They notice nearly everything.
+    Quick,
+    /// The whole simulator, for changes that the others have not noticed.
+    Thorough,
+}
+
+/// A run of a program with tests, and how long it may take.
+struct Step {
+    program: PathBuf,
+    round: Round,
+    words: &'static [&'static str],
     limit: Duration,
 }
 
 enum Compiled {
-    Programs(Vec<Program>),
+    Steps(Vec<Step>),
     /// The changes that the compiler complains of.
     Not(BTreeSet<u32>),
 }

@@ -5,6 +5,9 @@
 //! that a later version can add one; a field that belongs to the version and is missing, too short or too
 //! long is refused before anything is changed.
 
+#[cfg(test)]
+mod golden;
+
 use outlive_epoch::image::StateKind;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 

@@ -21,6 +21,8 @@ mod command;
 mod error;
 mod etcd;
 mod file;
+#[cfg(test)]
+mod golden;
 mod manual;
 mod record;
 mod registry;

@@ -37,6 +37,8 @@
 //! before the process could claim. Because of `earlier`, this is so too when a claim lands only after its process
 //! died and the next one has looked at the arbiter.
 
+#[cfg(test)]
+mod golden;
 mod old;
 mod place;
 mod text;

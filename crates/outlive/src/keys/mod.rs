@@ -23,6 +23,8 @@
 
 mod certificate;
 mod command;
+#[cfg(test)]
+mod golden;
 mod grant;
 mod load;
 mod make;

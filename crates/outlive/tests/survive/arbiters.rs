@@ -18,12 +18,15 @@ use crate::support::{PROGRAM, Process, Side, Witnesses, World, wait_until};
 /// A third machine on the clients' network, which both hosts reach.
 const THIRD: &str = "10.77.0.1";
 
+/// The arbiter that is served there.
+pub(crate) const SERVED: &str = "outlive:10.77.0.1:7010?insecure";
+
 /// Nobody is to take over before a test wants it, on a machine that is busy with the servers. A process that dies is
 /// noticed at once all the same.
 const DEAD_AFTER: &str = "3s";
 
 /// Gives both hosts an address on the clients' network.
-fn join_clients_network(world: &World) {
+pub(crate) fn join_clients_network(world: &World) {
     for (side, last) in [(Side::A, 11), (Side::B, 12)] {
         let address = Ipv4Addr::new(10, 77, 0, last);
         world.on(side, || Netlink::open().unwrap().add_address("br0", address, 24).unwrap());
@@ -31,7 +34,7 @@ fn join_clients_network(world: &World) {
 }
 
 /// A server on the third machine. Killed and reaped when dropped.
-struct Server(Child);
+pub(crate) struct Server(Child);
 
 impl Server {
     fn start(world: &World, mut command: Command, name: &str) -> Self {
@@ -52,12 +55,12 @@ impl Drop for Server {
     }
 }
 
-fn standby(world: &World, side: Side, arbiter: &str) -> Process {
+pub(crate) fn standby(world: &World, side: Side, arbiter: &str) -> Process {
     let other = side.other().addr().to_string();
     world.standby_with(side, &["--standby", &other, "--arbiter", arbiter, "--dead-after", DEAD_AFTER])
 }
 
-fn protected(world: &World, arbiter: &str) -> (Process, Process) {
+pub(crate) fn protected(world: &World, arbiter: &str) -> (Process, Process) {
     let standby = standby(world, Side::B, arbiter);
     let other = Side::B.addr().to_string();
     let options = ["--standby", &other, "--arbiter", arbiter, "--dead-after", DEAD_AFTER];
@@ -122,8 +125,13 @@ fn with_etcd_one_host_goes_on_whatever_a_minority_of_its_members_does() {
 }
 
 fn serve(world: &World, name: &str) -> Server {
+    serve_with(world, Path::new(PROGRAM), name)
+}
+
+/// Serves the directory `served` of this world with this program.
+pub(crate) fn serve_with(world: &World, program: &Path, name: &str) -> Server {
     let directory = world.dir().join("served");
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program);
     command.args(["arbiter", "serve", "--insecure", "--listen", &format!("{THIRD}:7010"), "--directory"]);
     command.arg(directory);
     let server = Server::start(world, command, name);
@@ -139,8 +147,7 @@ fn with_a_served_arbiter_one_host_goes_on_and_nobody_while_it_is_down() {
     fs::create_dir(world.dir().join("served")).unwrap();
     FileArbiter::init(&world.dir().join("served")).unwrap();
     let server = serve(&world, "first");
-    let arbiter = format!("outlive:{THIRD}:7010?insecure");
-    let (primary, mut taken) = protected(&world, &arbiter);
+    let (primary, mut taken) = protected(&world, SERVED);
     let witnesses = Witnesses::start(&world, 2);
     witnesses.hear_all();
     drop(server);
@@ -148,7 +155,7 @@ fn with_a_served_arbiter_one_host_goes_on_and_nobody_while_it_is_down() {
     while_nobody_can_say_the_standby_waits(primary, &mut taken, || again = Some(serve(&world, "second")));
     witnesses.hear_all();
     // The link is cut while it answers: one wins, and the other one hears who.
-    let mut second = standby(&world, Side::A, &arbiter);
+    let mut second = standby(&world, Side::A, SERVED);
     taken.wait_protected();
     world.cut_link();
     wait_until("one side gives up", || taken.ended() || second.ended());

@@ -33,6 +33,7 @@ mod supervised;
 mod support;
 mod tail;
 mod torture;
+mod upgrade;
 mod uplinks;
 mod versions;
 mod wedged;

@@ -113,6 +113,14 @@ fn number(text: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
+    /// A key that changes is a claim that the release before does not find.
+    #[test]
+    fn keys_are_those_of_the_release_before() {
+        let (keys, vm) = (Keys::below("outlive"), VmId(*b"0123456789abcdef"));
+        let names = [keys.marker(), keys.probe(), keys.claim(&vm, 7), keys.ended(&vm, 7)];
+        crate::golden::keeps("etcd-keys.txt", &format!("{}\n", names.join("\n")));
+    }
+
     #[test]
     fn keys_are_in_the_order_of_generations_and_are_read_back() {
         let (keys, vm) = (Keys::below("a/b"), VmId([0xab; 16]));

@@ -280,6 +280,61 @@ mod tests {
         assert_eq!(heard::<Answer>(b"{\"answer\":\"won\"}\n").unwrap(), Answer::Won);
     }
 
+    /// Every question and every answer, one a line.
+    #[test]
+    fn all_lines_are_those_that_the_release_before_understands() {
+        let vm = || Vm(VmId(*b"0123456789abcdef"));
+        let process = Token("51d0".repeat(8));
+        let seventh = NonZeroU64::new(7).unwrap();
+        let asks = [
+            Ask::Open,
+            Ask::Claim { vm: vm(), generation: seventh, owner: "standby on host b".into(), process },
+            Ask::Highest { vm: vm() },
+            Ask::History { vm: vm() },
+            Ask::Ending { vm: vm() },
+            Ask::NoteEnd { vm: vm(), generation: 7, why: "the guest has switched off".into() },
+            Ask::Vms,
+            Ask::Prune { vm: vm(), remove: true },
+            Ask::Forget { vm: vm(), age_s: 86_400, remove: false },
+        ];
+        let win = |winner: Option<(String, String)>, at| SentWin { generation: 7, winner, at };
+        let ending = SentEnding { generation: 7, why: "stopped".into(), at: Some(1_769_860_800) };
+        let answers = [
+            Answer::Arbiter { identity: "5f".repeat(16) },
+            Answer::Won,
+            Answer::Lost { owner: "primary on host a".into() },
+            Answer::Highest { generation: Some(7) },
+            Answer::Highest { generation: None },
+            Answer::History {
+                wins: vec![win(Some(("b".into(), "51d0".repeat(8))), Some(1_769_860_800)), win(None, None)],
+            },
+            Answer::Ending { ending: Some(ending) },
+            Answer::Ending { ending: None },
+            Answer::Noted,
+            Answer::Vms { vms: vec![vm()] },
+            Answer::Pruned { generations: vec![1, 2] },
+            Answer::Forgotten { forgotten: true },
+            Answer::OtherArbiter { identity: "9c".repeat(16) },
+            Answer::Unable { why: "the directory is full: make room".into() },
+            Answer::Refused { why: "not understood".into() },
+        ];
+        let mut out = Vec::new();
+        for ask in &asks {
+            let arbiter = (*ask != Ask::Open).then(|| "5f".repeat(16));
+            say(&mut out, &Question { version: VERSION, arbiter, ask: ask.clone() }).unwrap();
+        }
+        answers.iter().for_each(|answer| say(&mut out, answer).unwrap());
+        let golden = crate::golden::keeps("arbiter-served-v1.jsonl", &String::from_utf8(out).unwrap());
+        let lines: Vec<String> = golden.lines().map(|line| format!("{line}\n")).collect();
+        let (questions, replies) = lines.split_at(asks.len());
+        for (ask, line) in asks.iter().zip(questions) {
+            assert_eq!(heard::<Question>(line.as_bytes()).unwrap().ask, *ask);
+        }
+        for (answer, line) in answers.iter().zip(replies) {
+            assert_eq!(heard::<Answer>(line.as_bytes()).unwrap(), *answer);
+        }
+    }
+
     #[test]
     fn garbage_is_refused_and_never_panics() {
         let long = [vec![b'x'; LONGEST_QUESTION + 1], vec![b'\n']].concat();

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -111,7 +111,8 @@ impl ClaimedJournal {
         let directory = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(directory)?;
         let mut options = OpenOptions::new();
-        options.read(true).write(true).truncate(false);
+        // What the guest writes is in it, whoever may read the folder.
+        options.read(true).write(true).truncate(false).mode(0o600);
         let (file, made) = match options.clone().create_new(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (options.open(path)?, false),
             other => (other?, true),

@@ -59,6 +59,16 @@ pub(in crate::disk) fn now() -> String {
 
 impl Sidecar {
     pub(in crate::disk) fn text(&self, image: Option<Stamp>) -> Result<String, toml::ser::Error> {
+        self.text_of(image, &process::host_name(), &now())
+    }
+
+    /// The same, as a host writes it at some time.
+    pub(super) fn text_of(
+        &self,
+        image: Option<Stamp>,
+        host: &str,
+        written: &str,
+    ) -> Result<String, toml::ser::Error> {
         let Self { provenance, generation, role, whole, end, checkpoint, disk, disks, .. } = self;
         let ancestors = provenance.lineage.ancestors().iter();
         let ancestors =
@@ -78,8 +88,8 @@ impl Sidecar {
             process: self.process.clone(),
             earlier: self.earlier.clone(),
             journal: self.journal.clone(),
-            host: process::host_name(),
-            written: now(),
+            host: host.to_owned(),
+            written: written.to_owned(),
             image,
             ancestors,
             accepted: self.accepted.clone(),

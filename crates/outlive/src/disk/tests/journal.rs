@@ -144,11 +144,7 @@ fn a_journal_of_the_first_format_is_replayed() {
     let (file, epochs, _) = three_epochs();
     let written = file.seen();
     let first = bytes.iter().zip(&written).position(|(a, b)| a != b);
-    assert_eq!(
-        (first, bytes.len()),
-        (None, written.len()),
-        "if it is meant, raise the version of the format"
-    );
+    assert_eq!((first, bytes.len()), (None, written.len()), "{}", crate::golden::REMEDY);
     assert_eq!(replay(&File::new(bytes.to_vec(), &Power::steady())), (40, Some(44), epochs));
 }
 

@@ -1,7 +1,7 @@
 //! A synchronisation and a replica, joined by a wire that is no wire.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -318,6 +318,9 @@ fn commits_go_through_the_journal_into_the_image() {
     assert!(sidecar.whole && sidecar.checkpoint == 50);
     assert_eq!((sidecar.provenance.vm, sidecar.generation), (VmId([5; 16]), 7));
     assert_eq!(sidecar.journal.as_deref().map(fs::canonicalize).unwrap().unwrap(), journal);
+
+    let mode = fs::metadata(&journal).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "it has what the guest writes");
 
     pair.commit(80, false, &[(0, b"the last")], false);
     // Before this host asks for the VM, what a takeover would have to write is written.

@@ -122,6 +122,8 @@ pub(crate) enum Log {
 pub(crate) struct World {
     lan: Namespace,
     hosts: [Namespace; 2],
+    /// What each host has installed.
+    programs: [PathBuf; 2],
     started: AtomicU32,
     arbiter: PathBuf,
     /// Its links are neither encrypted nor authenticated.
@@ -139,8 +141,15 @@ impl World {
         let hosts = [namespace()?, namespace()?];
         let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
         let arbiter = dir.path().join("arbiter");
-        let mut world =
-            World { lan, hosts, started: AtomicU32::new(0), arbiter: arbiter.clone(), is_plain: false, dir };
+        let mut world = World {
+            lan,
+            hosts,
+            programs: [PROGRAM.into(), PROGRAM.into()],
+            started: AtomicU32::new(0),
+            arbiter: arbiter.clone(),
+            is_plain: false,
+            dir,
+        };
         world.place_arbiter(arbiter);
         world.make_keys();
         world.cable();
@@ -201,6 +210,16 @@ impl World {
             Side::A => &self.hosts[0],
             Side::B => &self.hosts[1],
         }
+    }
+
+    /// Installs a program on a host: it is what starts there from now on. What runs there goes on.
+    pub(crate) fn install(&mut self, side: Side, program: PathBuf) {
+        self.programs[side as usize] = program;
+    }
+
+    /// The program that a host has installed.
+    pub(crate) fn program(&self, side: Side) -> &Path {
+        &self.programs[side as usize]
     }
 
     /// Runs something in the network of a host.
@@ -398,12 +417,13 @@ impl World {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let file = |kind| self.dir().join(format!("{number}-{}.{kind}", side.letter()));
         let (events, log) = (readers.events.unwrap_or_else(|| file("events")), file("log"));
+        let program = self.program(side);
         let (mut process, stderr) = match readers.log {
-            Log::File => (Command::new(PROGRAM), fs::File::create(&log).unwrap().into()),
-            Log::Pipe(pipe) => (Command::new(PROGRAM), Stdio::from(pipe)),
+            Log::File => (Command::new(program), fs::File::create(&log).unwrap().into()),
+            Log::Pipe(pipe) => (Command::new(program), Stdio::from(pipe)),
             Log::Closed => {
                 let mut shell = Command::new("sh");
-                shell.args(["-c", r#"exec "$0" "$@" 2>&-"#, PROGRAM]);
+                shell.args(["-c", r#"exec "$0" "$@" 2>&-"#]).arg(program);
                 (shell, Stdio::null())
             }
         };
@@ -425,7 +445,7 @@ impl World {
         }
         process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
         let child = self.host(side).spawn(&mut process).unwrap();
-        Process::new(child, events, log)
+        Process::new(child, events, log, program == Path::new(PROGRAM))
     }
 
     /// The socket of a service manager that wants a sign of life every 300 ms, where a test has made one.
