@@ -21,6 +21,8 @@ pub(crate) enum Bug {
     TakeOverAfterEnd,
     BaseAfterCommit,
     ClaimAfterLeave,
+    DiffersAndClaims,
+    DiffersTakesOver,
     ClaimNeverRepeated,
     AckUntried,
     BeatsWithoutProgress,
