@@ -22,7 +22,6 @@ pub(crate) enum Bug {
     BaseAfterCommit,
     ClaimAfterLeave,
     DiffersAndClaims,
-    DiffersTakesOver,
     ClaimNeverRepeated,
     AckUntried,
     BeatsWithoutProgress,

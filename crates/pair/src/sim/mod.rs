@@ -194,7 +194,6 @@ fn every_planted_mistake_is_found() {
         Bug::BaseAfterCommit,
         Bug::ClaimAfterLeave,
         Bug::DiffersAndClaims,
-        Bug::DiffersTakesOver,
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
         Bug::LeaveBeforePromise,

@@ -297,6 +297,7 @@ impl World {
             let why = "no space left on device".into();
             return self.standby(life, StandbyEvent::Failed { link, why });
         }
+        let Some(s) = self.standby_of(life) else { return };
         if std::mem::take(&mut s.differs)
             && let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link)
         {

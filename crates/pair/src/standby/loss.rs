@@ -201,7 +201,6 @@ impl Standby {
                 out.push(Action::Note(Note::Differs { why }));
                 self.discard(from, out);
             }
-            State::Settling { .. } if planted!(self.bug, DiffersTakesOver) => {}
             _ => self.failed(from, why, out),
         }
     }
