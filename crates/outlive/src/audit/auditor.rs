@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use outlive_dirty::Gfn;
@@ -18,6 +18,10 @@ const IDLE: Duration = Duration::from_millis(200);
 const FULL: Duration = Duration::from_millis(2);
 /// How often a page is read again because an epoch ended meanwhile; then it has its turn later.
 const TRIES: u32 = 3;
+/// How long the end of the VM here waits for this thread, which may be in memory that is swapped out to a disk that
+/// does not answer, and how often it looks.
+const LAST: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(1);
 
 /// What the auditor reads.
 pub(crate) struct Source {
@@ -31,7 +35,7 @@ pub(crate) struct Source {
 /// The thread. Dropping this ends it, and it lets go of the VM's memory.
 pub(crate) struct AuditThread {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl AuditThread {
@@ -49,16 +53,17 @@ impl AuditThread {
                 thread::park_timeout(auditor.step(&mut pace));
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, thread })
     }
 }
 
 impl Drop for AuditThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            thread.join().ok();
+        self.thread.thread().unpark();
+        let until = Instant::now() + LAST;
+        while !self.thread.is_finished() && Instant::now() < until {
+            thread::sleep(LOOK);
         }
     }
 }

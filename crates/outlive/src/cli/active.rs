@@ -129,7 +129,7 @@ pub struct ActiveOptions {
     pub self_check: Option<u64>,
 
     /// Share of a core, in percent, that each host may take to compare pages of both hosts all the time; a copy that
-    /// differs is made anew. A pass over a GiB takes about a minute at 0.5 (0.01 to 100; off: never)
+    /// differs is made anew (0.01 to 100; off: never)
     #[arg(long, default_value = "0.5", value_name = "PERCENT|off", value_parser = AuditShare::from_str)]
     pub audit: AuditShare,
 

@@ -492,7 +492,8 @@ impl<R: Fn(SenderReport)> Work<R> {
             // The copy is made anew.
             return audit.forget();
         }
-        if part.totals.is_some() {
+        // Nobody takes over what has ended.
+        if part.totals.is_some() && flags.end.is_none() {
             self.picked = Some(audit.take(number));
         }
         if let Some(picked) = &mut self.picked {

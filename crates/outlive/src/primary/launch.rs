@@ -210,7 +210,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         standing,
         reporter,
     };
-    // It lets go of the memory before the machine is gone.
+    // Dropped before this returns, and with it what it holds of the VM's memory.
     let audit = (!options.audit.is_off()).then(|| {
         let source =
             Source { ram: setup.machine.ram().clone(), epoch: Box::new(move || valve.running_epoch()) };

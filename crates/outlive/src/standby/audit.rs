@@ -193,6 +193,23 @@ mod tests {
     }
 
     #[test]
+    fn a_page_costs_a_few_microseconds_at_most() {
+        let ram = Arc::new(Ram::new(64 << 20, 64).unwrap());
+        let gfns: Vec<Gfn> = ram.gfns().collect();
+        gfns.iter().for_each(|gfn| assert!(ram.write_page(*gfn, &PAGE)));
+        let sum =
+            |first: u64| (first..first + 64).map(|gfn| page_sum(Gfn(gfn), &PAGE)).fold(0, u64::wrapping_add);
+        let spans = (0..gfns.len() as u64).step_by(64);
+        let spans: Vec<_> = spans.map(|first| AuditSpan { first, mask: u64::MAX, sum: sum(first) }).collect();
+        let mut comparing = Comparing::new(ram, "100".parse().unwrap());
+        assert_eq!(comparing.compare(1, &spans), Ok(()));
+        let each = comparing.spent / comparing.so_far.pages as u32;
+        println!("{} pages, {each:?} each", comparing.so_far.pages);
+        assert_eq!(comparing.so_far.pages, gfns.len() as u64);
+        assert!(each < Duration::from_micros(20), "{each:?}");
+    }
+
+    #[test]
     fn a_host_compares_no_more_than_its_share() {
         let (_, mut comparing) = copy();
         comparing.share = "0.01".parse().unwrap();
