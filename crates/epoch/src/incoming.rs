@@ -7,8 +7,8 @@ pub use error::IncomingError;
 use crate::codec::{PageEntry, with_data};
 use crate::image::{Layout, PAGE_SIZE, PageData, RecordBuf, StateBuf, StateSection, UncheckedRecords};
 use crate::wire::{
-    ChangeError, CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section, SectionKind,
-    StateChanges,
+    Audit, AuditSpan, ChangeError, CheckpointBegin, CheckpointEnd, CheckpointFlags, Message, Pages, Section,
+    SectionKind, StateChanges,
 };
 
 /// Bytes of each kind that a buffer keeps when it is reset. An ordinary checkpoint then needs no allocation,
@@ -72,6 +72,8 @@ pub struct Incoming {
     /// Disk writes. Its capacity is what the checkpoint announced, because the memory may be handed over with
     /// the writes.
     writes: RecordBuf,
+    /// Sums of pages to compare.
+    audit: Vec<AuditSpan>,
     /// Bytes of each disk; 0 for one that is not replicated.
     disks: Vec<u64>,
     /// One bit per page of the layout: whether the page is already in this checkpoint. Cleared by walking
@@ -106,6 +108,7 @@ impl Incoming {
             state: reserve_state(&limits)?,
             before: StateBuf::default(),
             writes: RecordBuf::default(),
+            audit: Vec::new(),
             disks: Vec::new(),
             seen: zeroed(seen_len)?,
             layout,
@@ -137,6 +140,7 @@ impl Incoming {
         self.state.clear();
         self.before.clear();
         self.writes.clear();
+        self.audit.clear();
         self.phase = Phase::Idle;
     }
 
@@ -151,8 +155,8 @@ impl Incoming {
     }
 
     /// Takes one section of the checkpoint; `message` is its parsed payload. Returns whether the checkpoint
-    /// is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites` and `CheckpointEnd` belong
-    /// here; anything else is refused.
+    /// is whole. `CheckpointBegin`, `Pages`, `State`, `StateChanges`, `DiskWrites`, `Audit` and `CheckpointEnd`
+    /// belong here; anything else is refused.
     ///
     /// # Errors
     /// See [`IncomingError`]. The checkpoint is then lost; the committed one before it is not touched.
@@ -196,6 +200,7 @@ impl Incoming {
                 | Message::State { .. }
                 | Message::StateChanges(_)
                 | Message::DiskWrites { .. }
+                | Message::Audit(_)
                 | Message::CheckpointEnd(_),
             ) => None,
             (Phase::Idle, _) => Some("outside a checkpoint"),
@@ -212,6 +217,7 @@ impl Incoming {
             Message::State { checkpoint, state } => self.state(*checkpoint, state)?,
             Message::StateChanges(changes) => self.state_changes(changes)?,
             Message::DiskWrites { checkpoint, writes } => self.disk_writes(*checkpoint, *writes)?,
+            Message::Audit(audit) => self.audit(audit)?,
             Message::CheckpointEnd(end) => {
                 self.end(end)?;
                 return Ok(true);
@@ -347,6 +353,24 @@ impl Incoming {
         appended.map_err(|source| IncomingError::Records { number, source })
     }
 
+    fn audit(&mut self, audit: &Audit<'_>) -> Result<(), IncomingError> {
+        let number = self.begin.number;
+        if audit.checkpoint != number {
+            return Err(IncomingError::Number { expected: number, found: audit.checkpoint });
+        }
+        if !self.audit.is_empty() {
+            return Err(IncomingError::Order { kind: SectionKind::Audit, place: "twice in a checkpoint" });
+        }
+        for span in audit.spans() {
+            let outside = span.gfns().find(|gfn| self.layout.index(*gfn).is_none());
+            if let Some(gfn) = outside {
+                return Err(IncomingError::OutsideLayout { gfn });
+            }
+            self.audit.push(span);
+        }
+        Ok(())
+    }
+
     fn end(&mut self, end: &CheckpointEnd) -> Result<(), IncomingError> {
         let CheckpointBegin { number, pages, state_bytes, disk_bytes, .. } = self.begin;
         if end.number != number {
@@ -406,6 +430,11 @@ impl<'a> Checkpoint<'a> {
     /// The state sections, in the order received. None appears twice.
     pub fn state(&self) -> &'a StateBuf {
         &self.incoming.state
+    }
+
+    /// Sums of pages as they are at this checkpoint, to be compared with the copy. All pages are RAM of the layout.
+    pub fn audit(&self) -> &'a [AuditSpan] {
+        &self.incoming.audit
     }
 
     /// The disk writes in the order in which the guest's requests completed. Each lies within its disk.

@@ -32,6 +32,7 @@
 //!         P->>S: CheckpointBegin {generation, number, totals, flags}
 //!         P->>S: Pages, State, StateChanges, DiskWrites ...
 //!         P->>S: Output {frames that the guest has sent in this epoch}
+//!         P->>S: Audit {sums of some pages}
 //!         P->>S: CheckpointEnd {number, stamp, totals, chain}
 //!         S->>P: Ack {generation, number, stamp}
 //!     end
@@ -39,6 +40,7 @@
 //!         P->>S: Heartbeat {stamp}
 //!         P->>S: Input {frames that the guest was given}, Released {through which epoch output has left}
 //!         S->>P: Heartbeat {newest stamp heard}
+//!         S->>P: Audited {pages compared, what differs}
 //!     end
 //!     opt orderly end
 //!         P->>S: End {reason}
@@ -91,6 +93,12 @@
 //! which epoch all output has left. A takeover from checkpoint N gives the guest the input of later epochs, and
 //! sends the output of epochs up to N again that is not known to have left.
 //!
+//! # The audit
+//!
+//! From version 7 of the stream on. `Audit`, in front of a checkpoint's end, has sums of some pages as they are at
+//! that checkpoint. The standby compares them with its copy when it has applied that checkpoint, and before the
+//! next. `Audited` says how far it is and what differs; a standby whose copy differs leaves.
+//!
 //! # Stamps
 //!
 //! The primary puts the time of its own clock, in microseconds, into heartbeats and into the end of each
@@ -120,8 +128,8 @@ pub use image::{
 };
 pub use incoming::{Checkpoint, Expect, Incoming, IncomingError, IncomingLimits};
 pub use wire::{
-    Accept, Ack, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN, DiskSums, DiskWant,
-    EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message, PREFACE_LEN, Pages,
-    Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section, SectionHeader, SectionKind,
-    SectionReader, TailBuf, TailFrame, TailFrames, VersionRange, WireError,
+    Accept, Ack, Audit, AuditSpan, Audited, CheckpointBegin, CheckpointEnd, CheckpointFlags, DISK_SUM_LEN,
+    DiskSums, DiskWant, EncodeError, Encoder, EndReason, HEADER_LEN, Hello, LeaveReason, Limits, Message,
+    PREFACE_LEN, Pages, Peer, Preface, ProtocolVersion, ReadError, Refuse, RefuseCode, Section,
+    SectionHeader, SectionKind, SectionReader, TailBuf, TailFrame, TailFrames, VersionRange, WireError,
 };

@@ -61,7 +61,8 @@ pub use kvm::{Host, HostError, MAX_VCPUS};
 pub use machine::{CreateError, Machine, Options, Progress, StartError};
 pub use map::{Range, SLOTS, SlotAddress, slot_address};
 pub use memory::{
-    GuestMemory, LockError, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, is_zero_page, lock_memory, ranges,
+    GuestMemory, LockError, MIN_MEMORY, MemoryError, PAGE_SIZE, Ram, TouchedPages, is_zero_page, lock_memory,
+    page_sum, ranges,
 };
 pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};

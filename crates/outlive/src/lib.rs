@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arbiter;
+mod audit;
 pub mod check;
 pub mod cli;
 mod clock;

@@ -21,6 +21,7 @@ pub(crate) enum Bug {
     TakeOverAfterEnd,
     BaseAfterCommit,
     ClaimAfterLeave,
+    DiffersAndClaims,
     ClaimNeverRepeated,
     AckUntried,
     BeatsWithoutProgress,

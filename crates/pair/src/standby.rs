@@ -234,6 +234,7 @@ impl Standby {
             Event::Claimed { generation, result } => self.claimed(generation, result, out),
             Event::Stop => self.stop(out),
             Event::Failed { link, why } => self.failed(link, why, out),
+            Event::Differs { link, why } => self.differs(link, why, out),
         }
         self.go_on(waits, out);
     }

@@ -52,6 +52,9 @@ pub const MAX_SUMS: usize = 256;
 /// Most chunks that a `DiskSums` section without sums may declare to be zero.
 pub const MAX_ZERO_CHUNKS: u32 = 16 * 1024;
 
+/// Most spans of an `Audit` section. A checkpoint has at most one such section.
+pub const MAX_AUDIT_SPANS: usize = 1024;
+
 /// Most bytes of any payload: a `Pages` section with the most raw pages.
 pub const MAX_PAYLOAD: usize = 16 + MAX_PAGES_PER_SECTION * (8 + PAGE_SIZE);
 

@@ -56,11 +56,14 @@ pub enum LeaveReason {
     /// generation after this one, and what is left of its copy says so durably. A primary that does not know
     /// this reason asks the arbiter, as after any other reason.
     Released = 5,
+    /// The standby's copy is not the VM: a page differs. It has thrown the copy away and waits for a new base. Only
+    /// where the stream has audits, from version 7 on.
+    Differs = 6,
 }
 
 impl LeaveReason {
     pub(super) fn from_wire(number: u8) -> Option<Self> {
-        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed, Self::Released]
+        [Self::Stopped, Self::BadStream, Self::Failed, Self::Followed, Self::Released, Self::Differs]
             .into_iter()
             .find(|reason| *reason as u8 == number)
     }
@@ -74,6 +77,7 @@ impl fmt::Display for LeaveReason {
             Self::Failed => "the standby failed",
             Self::Followed => "the standby followed the end of the VM",
             Self::Released => "the standby was stopped, and has handed its right to the VM over",
+            Self::Differs => "the standby's copy differs from the VM, and was thrown away",
         })
     }
 }

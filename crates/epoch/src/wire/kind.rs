@@ -68,11 +68,16 @@ pub enum SectionKind {
     Output = 20,
     /// Through which epoch the guest's output has left; from version 6 of the stream on.
     Released = 21,
+    /// Sums of pages as they are at the open checkpoint, for the standby to compare; from version 7 of the stream
+    /// on.
+    Audit = 22,
+    /// What the standby has compared so far, and whether it differs; from version 7 of the stream on.
+    Audited = 23,
 }
 
 impl SectionKind {
     /// Every kind, in the order of the numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Hello,
         Self::Accept,
         Self::Refuse,
@@ -94,6 +99,8 @@ impl SectionKind {
         Self::Input,
         Self::Output,
         Self::Released,
+        Self::Audit,
+        Self::Audited,
     ];
 
     /// The kind with this number.
@@ -118,7 +125,7 @@ impl SectionKind {
             Self::Pages => match stream {
                 ProtocolVersion::V2 => 1,
                 ProtocolVersion::V3 => 2,
-                ProtocolVersion::V4 | ProtocolVersion::V5 | ProtocolVersion::V6 => 3,
+                _ => 3,
             },
             Self::BasePages => match stream {
                 ProtocolVersion::V2 => 1,
@@ -139,6 +146,7 @@ impl SectionKind {
             Self::StateChanges => u16::from(stream >= ProtocolVersion::V4),
             Self::Reach => u16::from(stream >= ProtocolVersion::V5),
             Self::Input | Self::Output | Self::Released => u16::from(stream >= ProtocolVersion::V6),
+            Self::Audit | Self::Audited => u16::from(stream >= ProtocolVersion::V7),
             // Version 2 added the totals of disk writes. (In a stream of version 4 the beginning's number of
             // pages is a limit.)
             Self::CheckpointBegin | Self::CheckpointEnd => 2,
@@ -150,9 +158,13 @@ impl SectionKind {
     pub fn may_come_from(self, peer: Peer) -> bool {
         match self {
             Self::Heartbeat => true,
-            Self::Accept | Self::Refuse | Self::Ack | Self::Leave | Self::DiskWant | Self::Reach => {
-                peer == Peer::Standby
-            }
+            Self::Accept
+            | Self::Refuse
+            | Self::Ack
+            | Self::Leave
+            | Self::DiskWant
+            | Self::Reach
+            | Self::Audited => peer == Peer::Standby,
             Self::Hello
             | Self::BasePages
             | Self::CheckpointBegin
@@ -166,6 +178,7 @@ impl SectionKind {
             | Self::Input
             | Self::Output
             | Self::Released
+            | Self::Audit
             | Self::End => peer == Peer::Primary,
         }
     }

@@ -2,8 +2,10 @@
 
 use super::disk_sums::DISK_SUM_LEN;
 use super::kind::SectionKind;
-use super::{ack, checkpoint, disk_sums, disk_want, end, heartbeat, reach, released, state, state_changes};
-use crate::image::limits::{MAX_FRAMES_BYTES, MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
+use super::{
+    ack, audit, checkpoint, disk_sums, disk_want, end, heartbeat, reach, released, state, state_changes,
+};
+use crate::image::limits::{MAX_AUDIT_SPANS, MAX_FRAMES_BYTES, MAX_PAYLOAD, MAX_SUMS, MAX_VCPU_STATE};
 
 impl SectionKind {
     /// Most bytes of the payload.
@@ -22,6 +24,8 @@ impl SectionKind {
             Self::Reach => reach::LEN,
             Self::Input | Self::Output => MAX_FRAMES_BYTES,
             Self::Released => released::LEN,
+            Self::Audit => audit::HEAD_LEN + MAX_AUDIT_SPANS * audit::SPAN_LEN,
+            Self::Audited => audit::REPORT_LEN,
             Self::End | Self::Leave => end::LEN,
             Self::DiskSums => disk_sums::HEAD_LEN + MAX_SUMS * DISK_SUM_LEN,
             Self::DiskWant => disk_want::HEAD_LEN + MAX_SUMS * 2,

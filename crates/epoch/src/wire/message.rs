@@ -2,6 +2,7 @@
 
 use super::accept::Accept;
 use super::ack::Ack;
+use super::audit::{Audit, Audited};
 use super::checkpoint::{CheckpointBegin, CheckpointEnd};
 use super::disk_sums::DiskSums;
 use super::disk_want::DiskWant;
@@ -81,6 +82,10 @@ pub enum Message<'a> {
         /// The epoch.
         through: u64,
     },
+    /// See [`Audit`].
+    Audit(Audit<'a>),
+    /// See [`Audited`].
+    Audited(Audited),
     /// The VM has ended in order.
     End(EndReason),
     /// The standby leaves and will not take over.
@@ -131,6 +136,8 @@ impl<'a> Message<'a> {
             SectionKind::Input => Self::Input(TailFrames::parse(kind, payload)?),
             SectionKind::Output => Self::Output(TailFrames::parse(kind, payload)?),
             SectionKind::Released => Self::Released { through: released::parse(payload)? },
+            SectionKind::Audit => Self::Audit(Audit::parse(payload)?),
+            SectionKind::Audited => Self::Audited(Audited::parse(payload)?),
             SectionKind::End => Self::End(end::parse(kind, payload, EndReason::from_wire)?),
             SectionKind::Leave => Self::Leave(end::parse(kind, payload, LeaveReason::from_wire)?),
         })
@@ -158,6 +165,8 @@ impl<'a> Message<'a> {
             Self::Input(_) => SectionKind::Input,
             Self::Output(_) => SectionKind::Output,
             Self::Released { .. } => SectionKind::Released,
+            Self::Audit(_) => SectionKind::Audit,
+            Self::Audited(_) => SectionKind::Audited,
             Self::End(_) => SectionKind::End,
             Self::Leave(_) => SectionKind::Leave,
         }

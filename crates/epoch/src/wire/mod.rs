@@ -2,6 +2,7 @@
 
 mod accept;
 mod ack;
+mod audit;
 mod checkpoint;
 mod disk_sums;
 mod disk_want;
@@ -30,6 +31,7 @@ mod version;
 
 pub use accept::Accept;
 pub use ack::Ack;
+pub use audit::{Audit, AuditSpan, Audited};
 pub use checkpoint::{CheckpointBegin, CheckpointEnd, CheckpointFlags};
 pub use disk_sums::{DISK_SUM_LEN, DiskSums};
 pub use disk_want::DiskWant;

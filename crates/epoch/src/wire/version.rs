@@ -51,11 +51,14 @@ pub enum ProtocolVersion {
     /// 6: frames that no checkpoint has: what the guest was given since the last one, and what it has sent, with
     /// word of what has left.
     V6 = 6,
+    /// 7: sums of some pages in a checkpoint, which the standby compares with its copy; it says how far it is, and
+    /// may leave because its copy differs.
+    V7 = 7,
 }
 
 impl ProtocolVersion {
     /// The newest version that this release reads and writes.
-    pub const CURRENT: Self = Self::V6;
+    pub const CURRENT: Self = Self::V7;
     /// The oldest version that this release reads and writes.
     pub const OLDEST: Self = Self::V2;
     /// The newest version of the introduction: preface, `Hello` and `Accept`. Raising it costs a second
@@ -70,6 +73,7 @@ impl ProtocolVersion {
             4 => Some(Self::V4),
             5 => Some(Self::V5),
             6 => Some(Self::V6),
+            7 => Some(Self::V7),
             _ => None,
         }
     }
@@ -89,7 +93,7 @@ impl ProtocolVersion {
     pub fn state_versions(self) -> StateVersions {
         match self {
             Self::V2 | Self::V3 => StateVersions::NEWEST.with(StateKind::Vm, 1),
-            Self::V4 | Self::V5 | Self::V6 => StateVersions::NEWEST,
+            Self::V4 | Self::V5 | Self::V6 | Self::V7 => StateVersions::NEWEST,
         }
     }
 

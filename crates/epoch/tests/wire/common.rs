@@ -1,10 +1,11 @@
 //! Streams for the tests, made through the public interface as a sender makes them.
 
 use outlive_epoch::{
-    Ancestor, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp, DiskRecord,
-    DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits, Lineage, Message,
-    PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf, SectionReader,
-    StateBuf, StateKind, StateSection, TailBuf, TailFrame, UncheckedRecords, VersionRange, VmId,
+    Ancestor, AuditSpan, CheckpointBegin, CheckpointFlags, DeviceFlags, DeviceInfo, DeviceKind, DiskOp,
+    DiskRecord, DiskSums, Encoder, Expect, GfnRange, Hello, Incoming, IncomingLimits, Layout, Limits,
+    Lineage, Message, PAGE_SIZE, PageData, PageEntry, Peer, Preface, ProtocolVersion, ReadError, RecordBuf,
+    SectionReader, StateBuf, StateKind, StateSection, TailBuf, TailFrame, UncheckedRecords, VersionRange,
+    VmId,
 };
 
 pub(crate) const GENERATION: u64 = 3;
@@ -91,6 +92,8 @@ pub(crate) struct Content {
     pub(crate) state: Vec<(StateKind, u16, u16, Vec<u8>)>,
     /// Records of disk writes.
     pub(crate) writes: Vec<u8>,
+    /// Sums of pages.
+    pub(crate) audit: Vec<AuditSpan>,
 }
 
 /// One record of each kind, on both replicated disks.
@@ -133,6 +136,7 @@ impl Content {
                 (StateKind::Device, 2, 0, Vec::new()),
             ],
             writes: writes().records().bytes().to_vec(),
+            audit: Vec::new(),
         }
     }
 
@@ -208,6 +212,9 @@ impl Content {
         if encoder.stream() >= ProtocolVersion::V6 {
             encoder.output(out, &tail(self.number)).unwrap();
         }
+        if !self.audit.is_empty() {
+            encoder.audit(out, &self.audit).unwrap();
+        }
         encoder.checkpoint_end(out, 123_456).unwrap();
     }
 
@@ -228,6 +235,7 @@ impl Content {
             pages: pages.collect(),
             state: state.collect(),
             writes: checkpoint.disk_writes().records().bytes().to_vec(),
+            audit: checkpoint.audit().to_vec(),
         })
     }
 }
@@ -302,6 +310,12 @@ pub(crate) fn stream_of(version: ProtocolVersion) -> (Vec<u8>, Vec<Content>) {
         contents[1].state[0].3[7] = 9;
         contents[1].state[1].3 = vec![0xa6; 12];
         contents[1].state.push((StateKind::Check, 1, 0, vec![5; 6]));
+    }
+    if version >= ProtocolVersion::V7 {
+        contents[1].audit = vec![
+            AuditSpan { first: 64, mask: 1 << 63 | 5, sum: 0x0123_4567_89ab_cdef },
+            AuditSpan { first: 0x10_0000, mask: u64::MAX, sum: u64::MAX },
+        ];
     }
     let introduction = version.introduction();
     let mut out = Preface { version: introduction }.encode().to_vec();

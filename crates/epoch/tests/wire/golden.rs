@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use outlive_epoch::{
-    Accept, Ack, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion, RefuseCode,
+    Accept, Ack, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion, RefuseCode,
     SectionKind, SectionReader,
 };
 
@@ -29,8 +29,8 @@ fn check(name: &str, bytes: &[u8]) {
 #[test]
 fn the_primarys_stream_is_the_committed_one() {
     let (stream, contents) = crate::common::small_stream();
-    check("primary-v6.bin", &stream);
-    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v6.bin")).unwrap();
+    check("primary-v7.bin", &stream);
+    let golden = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/primary-v7.bin")).unwrap();
     assert_eq!(crate::common::receive(&golden), (contents, None));
 }
 
@@ -43,6 +43,7 @@ fn the_streams_of_the_versions_before_are_read_and_written() {
         ("primary-v3.bin", ProtocolVersion::V3),
         ("primary-v4.bin", ProtocolVersion::V4),
         ("primary-v5.bin", ProtocolVersion::V5),
+        ("primary-v6.bin", ProtocolVersion::V6),
     ] {
         let golden = std::fs::read(directory.join(name)).unwrap();
         let (stream, contents) = crate::common::stream_of(version);
@@ -83,6 +84,7 @@ fn the_standbys_stream_is_the_committed_one() {
     standbys_stream("standby-v4.bin", ProtocolVersion::V4);
     standbys_stream("standby-v5.bin", ProtocolVersion::V5);
     standbys_stream("standby-v6.bin", ProtocolVersion::V6);
+    standbys_stream("standby-v7.bin", ProtocolVersion::V7);
 }
 
 fn standbys_stream(name: &str, version: ProtocolVersion) {
@@ -98,6 +100,10 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     encoder.disk_want(&mut out, &want).unwrap();
     let reach = (version >= ProtocolVersion::V5).then_some([None, Some(false), Some(true)]);
     reach.into_iter().flatten().for_each(|reaches| encoder.reach(&mut out, reaches));
+    let audited = Audited { checkpoint: 40, pages: 1 << 33, spent_ns: 5_000_000, differs: None };
+    let differs = Audited { checkpoint: 41, differs: Some((64, 1 << 63 | 5)), ..audited };
+    let audits = (version >= ProtocolVersion::V7).then_some([audited, differs]);
+    audits.iter().flatten().for_each(|audited| encoder.audited(&mut out, audited).unwrap());
     encoder.leave(&mut out, LeaveReason::Stopped);
     encoder.refuse(&mut out, RefuseCode::Busy, "another primary is attached");
     check(name, &out);
@@ -111,6 +117,9 @@ fn standbys_stream(name: &str, version: ProtocolVersion) {
     assert_eq!(next(), format!("{:?}", Message::DiskWant(want)));
     for reaches in reach.into_iter().flatten() {
         assert_eq!(next(), format!("Reach({reaches:?})"));
+    }
+    for audited in audits.iter().flatten() {
+        assert_eq!(next(), format!("{:?}", Message::Audited(*audited)));
     }
     assert_eq!(next(), "Leave(Stopped)");
     assert_eq!(next(), r#"Refuse(Refuse { code: Ok(Busy), text: "another primary is attached" })"#);

@@ -22,6 +22,7 @@ use crate::map::{HOLE_END, HOLE_START, Range};
 
 pub use copy::is_zero_page;
 pub(crate) use copy::{Stores, copy_page, finish_copies};
+pub use hash::{TouchedPages, page_sum};
 pub use lock::{LockError, lock_memory};
 
 /// Bytes in a page, on the guest's side and on the wire.
@@ -31,6 +32,9 @@ pub const MIN_MEMORY: u64 = 32 << 20;
 
 /// How many bytes a boot image may have.
 const FIRMWARE_MAX: u64 = 4 << 30;
+
+/// Of an entry of `/proc/self/pagemap`: present, or swapped out.
+const KNOWN: u64 = 0b11 << 62;
 
 /// Guest memory whose writes by device models are logged for the next checkpoint (invariant 4).
 pub type GuestMemory = GuestMemoryMmap<RegionLog>;
@@ -222,7 +226,6 @@ impl Ram {
     /// # Errors
     /// The operating system's; then take [`gfns`](Self::gfns).
     pub fn touched(&self) -> std::io::Result<Vec<Gfn>> {
-        const KNOWN: u64 = 0b11 << 62;
         const CHUNK: u64 = 64 << 10;
         let pagemap = std::fs::File::open("/proc/self/pagemap")?;
         let mut entries = vec![0u8; CHUNK as usize * 8];
@@ -241,6 +244,19 @@ impl Ram {
             }
         }
         Ok(touched)
+    }
+
+    /// Reads the entries of the pages from `first` on. Returns false if the guest has not all of them, or the
+    /// system does not tell.
+    fn read_pagemap(&self, pagemap: &std::fs::File, first: Gfn, entries: &mut [u8]) -> bool {
+        let count = entries.len() as u64 / 8;
+        let last = first.0.checked_add(count - 1).map(Gfn);
+        let (Some(begin), Some(end)) = (self.host(first), last.and_then(|last| self.host(last))) else {
+            return false;
+        };
+        // Both are in one mapping, or their distance would be another one.
+        let together = (end as usize).wrapping_sub(begin as usize) == (count as usize - 1) * PAGE_SIZE;
+        together && pagemap.read_exact_at(entries, begin as u64 / PAGE_SIZE as u64 * 8).is_ok()
     }
 
     /// Whether the guest has this page.

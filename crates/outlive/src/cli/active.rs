@@ -12,6 +12,7 @@ use super::values::{
     ConsoleSpec, DiskTimeout, parse_dead_after, parse_events_max, parse_fence_timeout, parse_host_port,
     parse_max_pause, parse_stop_within, parse_uplink_timeout,
 };
+use crate::audit::AuditShare;
 use crate::events::EventsTo;
 use crate::link::Security;
 use crate::network::UplinkSpec;
@@ -126,6 +127,11 @@ pub struct ActiveOptions {
     /// memory is hashed, and its disks rest while they are hashed. For tests
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     pub self_check: Option<u64>,
+
+    /// Share of a core, in percent, that each host may take to compare pages of both hosts all the time; a copy that
+    /// differs is made anew (0.01 to 100; off: never)
+    #[arg(long, default_value = "0.5", value_name = "PERCENT|off", value_parser = AuditShare::from_str)]
+    pub audit: AuditShare,
 
     /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
     #[arg(long, hide = true)]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::AuditProgress;
 use crate::disk::DangerKind;
 
 /// Which of the two commands wrote a [`Event::Started`].
@@ -147,6 +148,16 @@ pub enum Event {
         checkpoint: u64,
         /// How the copy differs; `null` when it is the same.
         difference: Option<String>,
+    },
+    /// The audit, which compares pages all the time, has found that the standby's copy is not the VM. The copy is
+    /// thrown away and made anew. Both hosts say so.
+    AuditDiffers {
+        /// The checkpoint at which pages were compared.
+        checkpoint: u64,
+        /// Frame number of the first of the 64 pages that were compared together.
+        first_page: u64,
+        /// Which of them were compared; bit 0 is the first. At least one of them differs.
+        mask: u64,
     },
     /// How far the synchronisation of a disk is.
     DiskSync {
@@ -361,6 +372,27 @@ pub struct Stats {
     /// How the pages of checkpoints were written down.
     #[serde(default)]
     pub pages: PageCounts,
+    /// What the audit has compared.
+    #[serde(default)]
+    pub audit: AuditCounts,
+}
+
+/// What the audit has compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditCounts {
+    /// Pages that the standby has compared.
+    pub pages: u64,
+    /// How often all pages of the VM have had their turn.
+    pub rounds: u64,
+    /// How often a copy was found to differ.
+    pub differences: u64,
+}
+
+impl From<AuditProgress> for AuditCounts {
+    fn from(progress: AuditProgress) -> Self {
+        let AuditProgress { pages, rounds, differences, .. } = progress;
+        Self { pages, rounds, differences }
+    }
 }
 
 /// How the pages of checkpoints were written down for the standby. All together are the pages that were

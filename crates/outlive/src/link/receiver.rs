@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use outlive_epoch::{
-    DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader, WireError,
+    Audited, DiskWant, Message, Peer, ProtocolVersion, ReadError, SectionKind, SectionReader, WireError,
 };
 use outlive_pair::{Link, LossReason, PrimaryEvent};
 
@@ -20,6 +20,8 @@ pub(crate) enum Heard {
     Event(PrimaryEvent),
     /// Its request for chunks of a disk: to the state machine only a sign of life.
     Want(DiskWant),
+    /// How far it is with comparing pages: to the state machine only a sign of life.
+    Audited(Audited),
 }
 
 /// Reads the link until it ends and turns every message into what was heard. Runs on its own thread. It calls
@@ -77,6 +79,10 @@ fn next(
         }
         Message::DiskWant(wanted) => {
             tell(Heard::Want(wanted));
+            PrimaryEvent::Heard { link }
+        }
+        Message::Audited(audited) => {
+            tell(Heard::Audited(audited));
             PrimaryEvent::Heard { link }
         }
         Message::Reach(reaches) => PrimaryEvent::StandbyReaches { link, reaches },

@@ -18,6 +18,7 @@ use outlive_pair::Ticket;
 
 use super::tail::{FrameTail, Writing};
 use super::{Closer, Writer};
+use crate::audit::{Audit, Picked, Taking};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 use crate::pulse::Pulse;
@@ -50,8 +51,8 @@ pub(crate) enum Job {
     /// The introduction.
     Hello(Box<Hello>),
     /// Continue in this version of the stream, on which both sides have agreed, and with copies of these frames
-    /// if that version has them.
-    Speak(ProtocolVersion, Option<FrameTail>),
+    /// and sums of these pages if that version has them.
+    Speak(ProtocolVersion, Option<FrameTail>, Option<Arc<Audit>>),
     /// Send the copies of what the guest was given.
     Tail,
     /// Pages of the running guest, read when they are sent.
@@ -146,6 +147,8 @@ impl Sender {
         let work = Work {
             bell: jobs.clone(),
             tail: None,
+            audit: None,
+            picked: None,
             to,
             closer: closer.clone(),
             encoder: Encoder::speaking(introduction),
@@ -243,6 +246,10 @@ struct Work<R> {
     bell: Queue<(Instant, Job)>,
     /// Copies of the guest's frames.
     tail: Option<Writing>,
+    /// Sums of the guest's pages.
+    audit: Option<Taking>,
+    /// Those of the checkpoint whose parts are being sent.
+    picked: Option<Picked>,
     to: Writer,
     closer: Closer,
     encoder: Encoder,
@@ -296,13 +303,14 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.encoder.hello(&mut self.heads, &hello)?;
                 self.flush(&[])
             }
-            Job::Speak(version, tail) => {
+            Job::Speak(version, tail, audit) => {
                 self.encoder.speak(version);
                 let bell = self.bell.clone();
                 let ring = move || drop(bell.send((Instant::now(), Job::Tail)));
                 self.tail = tail
                     .filter(|_| version >= ProtocolVersion::V6)
                     .map(|frames| Writing::start(frames, ring));
+                self.audit = audit.filter(|_| version >= ProtocolVersion::V7).map(Taking::start);
                 Ok(())
             }
             Job::Tail => self.send_tail(),
@@ -454,6 +462,7 @@ impl<R: Fn(SenderReport)> Work<R> {
             let begin = CheckpointBegin { generation, number, pages, state_bytes, disk_bytes, flags };
             self.encoder.checkpoint_begin(&mut self.heads, &begin)?;
         }
+        self.pick(part);
         self.pages(&mut part.staging)?;
         let data = part.staging.page_bytes();
         self.state(part.staging.state(), data)?;
@@ -462,6 +471,9 @@ impl<R: Fn(SenderReport)> Work<R> {
             if let Some(tail) = &mut self.tail {
                 tail.put_output(number, &mut self.encoder, &mut self.heads)?;
             }
+            if let Some(picked) = self.picked.take().filter(|picked| !picked.is_empty()) {
+                self.encoder.audit(&mut self.heads, &picked.spans())?;
+            }
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
         }
@@ -469,6 +481,24 @@ impl<R: Fn(SenderReport)> Work<R> {
         self.unchanged.drain(..).for_each(|place| part.staging.unchanged(place));
         (self.report)(SenderReport::Written(self.pages.take_counts()));
         self.beat_if_due()
+    }
+
+    /// Takes the sums for a checkpoint with its first part. Those of pages that this part has are made anew, before
+    /// the pages are written down in place.
+    fn pick(&mut self, part: &CheckpointPart) {
+        let Some(audit) = &self.audit else { return };
+        let Ticket { number, flags, .. } = part.ticket;
+        if flags.base_final {
+            // The copy is made anew.
+            return audit.forget();
+        }
+        // Nobody takes over what has ended.
+        if part.totals.is_some() && flags.end.is_none() {
+            self.picked = Some(audit.take(number));
+        }
+        if let Some(picked) = &mut self.picked {
+            picked.captured(part.staging.gfns(), part.staging.page_bytes());
+        }
     }
 
     /// The state of a checkpoint: its changes, or all of it. It goes with the first part.

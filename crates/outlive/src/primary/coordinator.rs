@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_dirty::SignalsBlocked;
-use outlive_epoch::EndReason;
+use outlive_epoch::{Audited, EndReason};
 use outlive_machine::{LogMode, Machine, MachineEvent, PowerRequest, ResetWay};
 use outlive_pair::policy::Policy;
 use outlive_pair::{ExitReason, Link, PrimaryEvent, PrimaryNote, PrimaryStatus};
@@ -228,6 +228,7 @@ impl Coordinator {
                 }
             }
             Inbox::DiskSync(link, report) => self.disk_report(link, report),
+            Inbox::Audited(audited) => self.audited(&audited),
             Inbox::DisksHashed(hashed) => self.with.self_check.hashed(hashed),
             Inbox::Detached(link) => self.detached(link),
             Inbox::Note(note) => self.note(note),
@@ -408,6 +409,20 @@ impl Coordinator {
             | SenderReport::Shipped(_)
             | SenderReport::Written(_)
             | SenderReport::Failed(_) => {}
+        }
+    }
+
+    /// The standby has compared pages. If they differ, it leaves next, and its copy is made anew.
+    fn audited(&mut self, audited: &Audited) {
+        self.with.totals.audit().heard(audited);
+        if let Some((first, mask)) = audited.differs {
+            let checkpoint = audited.checkpoint;
+            tracing::error!(
+                checkpoint,
+                "AUDIT: the standby's copy differs from the VM in one of the pages from GFN {first:#x} on \
+                 (mask {mask:#x}); it is made anew. Test the memory of both hosts"
+            );
+            self.with.events.emit(Event::AuditDiffers { checkpoint, first_page: first, mask });
         }
     }
 

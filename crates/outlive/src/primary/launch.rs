@@ -18,6 +18,7 @@ use super::rivals;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
+use crate::audit::{AuditThread, Source};
 use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
@@ -142,7 +143,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         Primary::new(config, clock.now()),
         ports,
         clock,
-        valve,
+        valve.clone(),
         queue.clone(),
         totals.clone(),
     );
@@ -209,6 +210,14 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         standing,
         reporter,
     };
+    // Dropped before this returns, and with it what it holds of the VM's memory.
+    let audit = (!options.audit.is_off()).then(|| {
+        let source =
+            Source { ram: setup.machine.ram().clone(), epoch: Box::new(move || valve.running_epoch()) };
+        AuditThread::start(setup.totals.audit().clone(), source, options.audit)
+    });
+    let _audit =
+        audit.transpose().inspect_err(|error| tracing::warn!(%error, "no audit: cannot start a thread"));
     let end = Coordinator::new(setup).run();
     if let (End::Primary(ExitReason::Ended(why)), Some(notes)) = (&end, end_notes) {
         notes.note(&why.to_string(), NOTE_PATIENCE);

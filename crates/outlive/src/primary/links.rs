@@ -121,6 +121,7 @@ fn connect(
         link::receive(reader, link, |heard| match heard {
             Heard::Introduction(version) => theirs.set(version),
             Heard::Agreed(version) => receiving.agreed(link, version),
+            Heard::Audited(audited) => receiving.tell(Inbox::Audited(audited)),
             Heard::Want(want) => receiving.tell(Inbox::DiskWant(link, want)),
             Heard::Event(PrimaryEvent::Refused { code: Ok(RefuseCode::Version), .. })
                 if theirs.get() < introduction =>

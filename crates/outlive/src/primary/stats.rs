@@ -10,6 +10,7 @@ use outlive_epoch::CodecCounts;
 use outlive_machine::{CaptureReport, Output};
 
 use super::behind::Behind;
+use crate::audit::Audit;
 use crate::events::{Event, EventWriter, Measured, PageCounts, Stats, histogram};
 use crate::link::Shipped;
 use crate::phases::{Phase, Phases, Recorded, histogram_ns};
@@ -31,6 +32,7 @@ pub(crate) struct Totals {
     in_flight: Mutex<InFlight>,
     phases: Phases,
     dirty_pages: Recorded,
+    audit: Arc<Audit>,
 }
 
 /// For how long the guest was held back.
@@ -88,7 +90,13 @@ impl Totals {
             }),
             phases: Phases::new(),
             dirty_pages: Recorded::new(histogram()),
+            audit: Arc::default(),
         })
+    }
+
+    /// The comparison of pages with the standby's.
+    pub(crate) fn audit(&self) -> &Arc<Audit> {
+        &self.audit
     }
 
     /// The generation that runs the VM from now on.
@@ -225,6 +233,7 @@ impl Totals {
             held_frames: output.map_or(0, |o| o.stats().held_frames),
             guest_held_us: self.held_time().total.as_micros() as u64,
             pages: *self.pages(),
+            audit: self.audit.progress().into(),
         }
     }
 
@@ -238,6 +247,7 @@ impl Totals {
             since_commit: in_flight.committed_at.map(|at| at.elapsed()),
             in_flight: in_flight.sent.len() as u64,
             bytes_in_flight: waiting.or(Some(0)),
+            audit: self.audit.progress(),
         }
     }
 
@@ -353,7 +363,7 @@ mod tests {
         assert_eq!(totals.committed.load(Ordering::Relaxed), 4);
         totals.sent(500);
         totals.shipped(&shipped(12));
-        let Progress { checkpoint, in_flight, bytes_in_flight, since_commit } = totals.progress();
+        let Progress { checkpoint, in_flight, bytes_in_flight, since_commit, .. } = totals.progress();
         assert_eq!((checkpoint, in_flight, bytes_in_flight), (11, 1, Some(500)));
         assert!(since_commit.is_some());
         totals.base_begins();

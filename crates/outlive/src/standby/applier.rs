@@ -16,11 +16,13 @@ use outlive_machine::state::StateError;
 use outlive_machine::{CheckError, Hashes};
 use outlive_pair::{Link, StandbyEvent as Event};
 
+use super::audit::{Comparing, Difference};
 use super::copy::VmCopy;
-use super::decisions::Decisions;
+use super::decisions::{Decisions, Equipment};
 use super::handover::{Doing, Ending, Handover};
 use super::notes;
 use super::sinks::SinkError;
+use crate::events;
 
 /// Why a copy is worthless.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +36,9 @@ enum ApplyError {
     /// The copy is not the VM.
     #[error(transparent)]
     Differs(#[from] CheckError),
+    /// A page of the copy is not the VM's.
+    #[error(transparent)]
+    Audit(#[from] Difference),
 }
 
 /// What the thread works with; see the module.
@@ -42,6 +47,7 @@ pub(super) struct Applier {
     pub(super) link: Link,
     pub(super) handover: Arc<Handover>,
     pub(super) copy: VmCopy,
+    pub(super) audit: Comparing,
 }
 
 impl Applier {
@@ -92,6 +98,10 @@ impl Applier {
             }
             Doing::Apply => match self.apply(staged) {
                 Ok(()) => Event::Applied { link, checkpoint },
+                Err(error @ ApplyError::Audit(_)) => {
+                    self.decisions.equipment.differences.note();
+                    Event::Differs { link, why: error.to_string() }
+                }
                 Err(error) => Event::Failed { link, why: error.to_string() },
             },
         })
@@ -100,10 +110,25 @@ impl Applier {
     fn apply(&mut self, staged: &mut Incoming) -> Result<(), ApplyError> {
         self.copy.sinks().into_iter().try_for_each(|sink| sink.commit(staged))?;
         let Some(checkpoint) = staged.checkpoint() else { return Ok(()) };
+        self.compare_pages(&checkpoint)?;
         match hashes(&checkpoint).transpose()? {
             Some(hashes) => Ok(self.compare(checkpoint.number(), hashes)?),
             None => Ok(()),
         }
+    }
+
+    /// Compares some pages with the VM's, and tells the primary of it now and then.
+    fn compare_pages(&mut self, checkpoint: &Checkpoint<'_>) -> Result<(), Difference> {
+        let result = self.audit.compare(checkpoint.number(), checkpoint.audit());
+        let Equipment { events, standing, .. } = &self.decisions.equipment;
+        if let Err(Difference { checkpoint, first, mask }) = result {
+            events.emit(events::Event::AuditDiffers { checkpoint, first_page: first, mask });
+        }
+        if let Some((audited, more)) = self.audit.due(result.is_err()) {
+            standing.audited(more, result.is_err());
+            self.decisions.audited(self.link, &audited);
+        }
+        result
     }
 
     /// Compares the copy with the VM, if the checkpoint has the hashes of the VM. A copy that differs must
@@ -123,7 +148,8 @@ impl Applier {
     }
 
     fn discard(self) {
-        let Self { decisions, link, handover, copy } = self;
+        let Self { decisions, link, handover, copy, audit } = self;
+        drop(audit);
         // Nobody else holds memory or disks by then, so this frees them.
         handover.wait_for_reader();
         drop(copy);

@@ -5,13 +5,14 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{RefuseCode, VmId};
+use outlive_epoch::{Audited, RefuseCode, VmId};
 use outlive_machine::Host;
 use outlive_pair::{
     After, ClaimResult, Introduction, Link, Standby, StandbyConfig, StandbyDriver, StandbyEvent as Event,
     StandbyStatus, Timing, Unwelcome,
 };
 
+use super::audit::Differences;
 use super::notes;
 use super::outbox::{FAREWELL, Outbox};
 use super::ports::{LOOK_AGAIN, MainMessage, Ports, Session};
@@ -44,6 +45,8 @@ pub(super) struct Equipment {
     pub(super) books: Books,
     /// What `outlive status` tells.
     pub(super) standing: Arc<Standing>,
+    /// How often copies on this host were found not to be the VM.
+    pub(super) differences: Arc<Differences>,
 }
 
 /// Why nobody can claim a VM for this host.
@@ -129,6 +132,12 @@ impl Decisions {
             let after = driver.handle(now, Event::Hello { link, hello });
             (session.map_or(Ok(()), Err), after)
         })
+    }
+
+    /// Tells the primary how far the comparison of pages is.
+    pub(super) fn audited(&self, link: Link, audited: &Audited) {
+        // The connection may be gone.
+        self.with(|driver, _| (driver.ports_mut().audited(link, audited).ok(), NOTHING));
     }
 
     /// Takes an event of a session's disks.

@@ -16,6 +16,7 @@ use outlive_epoch::{
 use outlive_pair::{Introduction, Link};
 
 use super::applier::Applier;
+use super::audit::Comparing;
 use super::copy::VmCopy;
 use super::decisions::Decisions;
 use super::half_open::HalfOpen;
@@ -304,6 +305,7 @@ fn admit(
     if let Some(served) = kept_for.filter(|it| *it != name && **it != vm.to_string()) {
         return Err(Refusal::WrongVm { served: served.clone(), name: name.clone(), vm: *vm });
     }
+    decisions.equipment.differences.check()?;
     if hello.limits.slots > MAX_SLOTS {
         return Err(Refusal::Slots(hello.limits.slots));
     }
@@ -313,7 +315,8 @@ fn admit(
     let (ram, disks, shape) = (copy.ram(), copy.disks(), copy.shape());
     let handover = Arc::new(buffers(hello, &disks.sizes())?);
     let claims = decisions.claim_worker(hello.vm)?;
-    let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy };
+    let audit = Comparing::new(ram.clone(), decisions.equipment.options.active.audit);
+    let applier = Applier { decisions: decisions.clone(), link, handover: handover.clone(), copy, audit };
     let applier = applier.start().map_err(Refusal::NoThread)?;
     let tail = Arc::new(Tail::new(decisions.equipment.options.active.frame_tail.is_on()));
     let session = Session {

@@ -7,6 +7,7 @@
 //! reader.rs     a thread: hears an accepted primary all the time; writes the base, stages checkpoints
 //! handover.rs   the buffers between reader and applier
 //! applier.rs    a thread: tries the base, applies acknowledged checkpoints, owns the copy
+//! audit.rs      compares pages of the copy with the VM's
 //! sinks.rs      where a committed checkpoint goes: memory, state, disks
 //! copy.rs       the VM's copy: machine, memory, the state of the last committed checkpoint, disks
 //! devices.rs    the VM's devices on this host
@@ -20,6 +21,7 @@
 //! ```
 
 mod applier;
+mod audit;
 mod copy;
 mod decisions;
 mod devices;
@@ -167,7 +169,9 @@ impl Post {
             tracker: None,
         });
         let (options, books) = (options.clone(), Books::default());
-        let equipment = Equipment { host, options, console, watch, uplink, events, books, standing };
+        let differences = Arc::default();
+        let equipment =
+            Equipment { host, options, console, watch, uplink, events, books, standing, differences };
         Ok(Self { equipment, door, stops })
     }
 
@@ -186,7 +190,9 @@ impl Post {
         let (console, events) = (launch.console.clone(), launch.events.clone());
         let (standing, uplink) = (launch.standing.clone(), launch.uplink.clone());
         let books = launch.books.clone();
-        let equipment = Equipment { host, options, console, watch, uplink, events, books, standing };
+        let differences = Arc::default();
+        let equipment =
+            Equipment { host, options, console, watch, uplink, events, books, standing, differences };
         Ok(Some(Self { equipment, door, stops: launch.stops.clone() }))
     }
 

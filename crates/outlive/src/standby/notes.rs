@@ -106,6 +106,12 @@ impl Notes {
                     "the primary will need the arbiter: this standby cannot hand its right over: {why}"
                 );
             }
+            Note::Differs { why } => {
+                self.standing.no_copy(&format!("it was thrown away: {why}"));
+                tracing::error!(
+                    "AUDIT: {why}; the copy is thrown away, and the primary is asked for a new one"
+                );
+            }
             Note::StreamRefused { why } => {
                 self.standing.no_copy(&format!("what the primary sent was refused: {why}"));
                 self.events.emit(Event::StreamRefused { why: why.clone() });

@@ -6,7 +6,9 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use outlive_epoch::{Accept, Ack, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion, RefuseCode};
+use outlive_epoch::{
+    Accept, Ack, Audited, DiskWant, EncodeError, Encoder, LeaveReason, ProtocolVersion, RefuseCode,
+};
 use outlive_pair::{Link, StandbyExit, StandbyNote, StandbyPorts, TakeOver};
 
 use super::copy::VmCopy;
@@ -227,6 +229,11 @@ impl Ports {
     /// Queues the answer to sums.
     pub(super) fn want(&mut self, link: Link, want: &DiskWant) -> Result<(), PortError> {
         self.put(link, |encoder, out| encoder.disk_want(out, want))
+    }
+
+    /// Queues how far the comparison of pages is.
+    pub(super) fn audited(&mut self, link: Link, audited: &Audited) -> Result<(), PortError> {
+        self.put(link, |encoder, out| encoder.audited(out, audited))
     }
 
     /// Ends every connection after sending what is queued.

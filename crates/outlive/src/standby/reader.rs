@@ -152,6 +152,7 @@ impl SessionReader {
             | Message::State { .. }
             | Message::StateChanges(_)
             | Message::DiskWrites { .. }
+            | Message::Audit(_)
             | Message::CheckpointEnd(_) => {
                 if let Message::CheckpointBegin(begin) = &message
                     && self.filling.is_none()

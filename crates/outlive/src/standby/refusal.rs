@@ -5,6 +5,7 @@ use std::io;
 use outlive_epoch::{IncomingError, RefuseCode, VmId};
 use outlive_pair::Unwelcome;
 
+use super::audit::TooOften;
 use super::copy::CopyError;
 use super::decisions::ClaimsError;
 use super::listen::MAX_SLOTS;
@@ -61,6 +62,9 @@ pub(super) enum Refusal {
     /// Nobody would apply checkpoints.
     #[error("cannot start a thread: {0}")]
     NoThread(#[source] io::Error),
+    /// Copies on this host differ from the VM again and again.
+    #[error(transparent)]
+    Differed(#[from] TooOften),
     /// Another primary was faster.
     #[error("another primary is attached")]
     Attached,
@@ -83,6 +87,7 @@ impl Refusal {
             | Self::UnknownVm(_)
             | Self::Buffers(_)
             | Self::Claims(_)
+            | Self::Differed(_)
             | Self::NoThread(_) => RefuseCode::Resources,
         }
     }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::standing::{Facts, Progress};
 use crate::arbiter::Sight;
+use crate::audit::AuditProgress;
 use crate::events::Role;
 use crate::link::LinkKind;
 
@@ -41,12 +42,56 @@ pub struct Status {
     pub in_flight: Option<u64>,
     /// Bytes sent since the last commit; likewise.
     pub bytes_in_flight: Option<u64>,
+    /// What the audit has compared; `null` if it has compared nothing yet.
+    #[serde(default)]
+    pub audit: Option<Audited>,
     /// What is known of the arbiter; `null` if there is none.
     pub arbiter: Option<ArbiterSight>,
     /// What the loss of this host would mean now.
     pub loss_of_this_host: Survival,
     /// What the loss of the other one would.
     pub loss_of_other_host: Survival,
+}
+
+/// What the audit, which compares pages of both hosts all the time, has done in this process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Audited {
+    /// Pages compared.
+    pub pages: u64,
+    /// How often all pages of the VM have had their turn. Only the host where the VM runs knows.
+    pub rounds: u64,
+    /// When they had the last time.
+    pub round_ended: Option<String>,
+    /// Milliseconds since then.
+    pub round_ended_ms_ago: Option<u64>,
+    /// How often a copy was found to differ.
+    pub differences: u64,
+}
+
+impl Audited {
+    fn new(progress: AuditProgress, now: SystemTime) -> Option<Self> {
+        let AuditProgress { pages, rounds, round_ended, differences } = progress;
+        (pages > 0 || differences > 0).then(|| Self {
+            pages,
+            rounds,
+            round_ended: round_ended.map(time),
+            round_ended_ms_ago: round_ended.map(|at| millis(now.duration_since(at).unwrap_or_default())),
+            differences,
+        })
+    }
+}
+
+impl fmt::Display for Audited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "audit: {} pages compared", self.pages)?;
+        if let Some(ms) = self.round_ended_ms_ago {
+            write!(f, ", all of them {} ago", span(ms))?;
+        }
+        match self.differences {
+            0 => f.write_str(", no difference"),
+            count => write!(f, ", COPY DIFFERED {count} TIMES"),
+        }
+    }
 }
 
 /// What is known of the arbiter.
@@ -94,6 +139,7 @@ impl Status {
             committed_ms_ago: since_commit,
             in_flight: counts.then_some(progress.in_flight),
             bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
+            audit: Audited::new(progress.audit, now),
             arbiter: sight.map(|sight| ArbiterSight {
                 seen: sight.seen.map(time),
                 seen_ms_ago: sight.seen.map(|at| millis(now.duration_since(at).unwrap_or_default())),
@@ -189,6 +235,9 @@ impl fmt::Display for Status {
             f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
         }
         f.write_str(&self.progress())?;
+        if let Some(audit) = &self.audit {
+            write!(f, "; {audit}")?;
+        }
         match &self.arbiter {
             None => f.write_str("; no arbiter")?,
             Some(ArbiterSight { lost: Some(why), seen_ms_ago, .. }) => {
@@ -262,6 +311,7 @@ mod tests {
             since_commit: Some(Duration::from_millis(3)),
             in_flight: 2,
             bytes_in_flight: Some(12_000),
+            audit: AuditProgress::default(),
         }
     }
 
@@ -359,7 +409,7 @@ mod tests {
         assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
-        assert_eq!(json.as_object().unwrap().len(), 16);
+        assert_eq!(json.as_object().unwrap().len(), 17);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

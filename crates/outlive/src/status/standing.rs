@@ -1,11 +1,12 @@
 //! What is known of this process' part in the protection of a VM.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use super::answer::Status;
 use crate::arbiter::Watch;
+use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::LinkKind;
 use crate::notify;
@@ -21,6 +22,8 @@ pub(crate) struct Progress {
     pub(crate) in_flight: u64,
     /// Bytes sent since the last commit.
     pub(crate) bytes_in_flight: Option<u64>,
+    /// How far the comparison of pages is.
+    pub(crate) audit: AuditProgress,
 }
 
 /// Counts checkpoints for whoever asks.
@@ -77,6 +80,8 @@ pub(crate) struct Standing {
     /// A standby's newest checkpoint, and when it came ([`now_us`]). A primary has a counter.
     staged: AtomicU64,
     staged_us: AtomicU64,
+    /// What a standby has compared. A primary has a counter.
+    audit: Mutex<AuditProgress>,
 }
 
 impl Standing {
@@ -97,7 +102,12 @@ impl Standing {
             counter: None,
             events: None,
         };
-        Arc::new(Self { facts: Mutex::new(facts), staged: AtomicU64::new(0), staged_us: AtomicU64::new(0) })
+        Arc::new(Self {
+            facts: Mutex::new(facts),
+            staged: AtomicU64::new(0),
+            staged_us: AtomicU64::new(0),
+            audit: Mutex::default(),
+        })
     }
 
     fn change(&self, change: impl FnOnce(&mut Facts)) {
@@ -238,6 +248,17 @@ impl Standing {
         self.staged_us.store(now_us(), Ordering::Relaxed);
     }
 
+    /// A standby has compared so many pages more.
+    pub(crate) fn audited(&self, pages: u64, differs: bool) {
+        let mut audit = self.compared();
+        audit.pages += pages;
+        audit.differences += u64::from(differs);
+    }
+
+    fn compared(&self) -> MutexGuard<'_, AuditProgress> {
+        self.audit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What all this says.
     pub(crate) fn status(&self) -> Status {
         let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -257,6 +278,7 @@ impl Standing {
         Progress {
             checkpoint,
             since_commit: (checkpoint > 0).then_some(Duration::from_micros(since)),
+            audit: *self.compared(),
             ..Progress::default()
         }
     }

@@ -7,6 +7,7 @@
 
 mod arbiters;
 mod arbitration;
+mod audit;
 mod broken_disks;
 mod disks;
 mod ends;

@@ -99,6 +99,7 @@ fn the_invariants_hold_in_every_schedule() {
         );
         assert!(stats.long_pauses > count / 100, "{stats:?}");
         assert!(stats.unsettled > count / 200 && stats.failed > count / 10, "{stats:?}");
+        assert!(stats.differed > count / 100, "{stats:?}");
         assert!(stats.tried > count && stats.slow_applies > count / 10, "{stats:?}");
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
@@ -192,6 +193,7 @@ fn every_planted_mistake_is_found() {
         Bug::TakeOverAfterEnd,
         Bug::BaseAfterCommit,
         Bug::ClaimAfterLeave,
+        Bug::DiffersAndClaims,
         Bug::ClaimNeverRepeated,
         Bug::AckUntried,
         Bug::LeaveBeforePromise,

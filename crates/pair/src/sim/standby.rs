@@ -20,6 +20,8 @@ pub(super) struct StandbyProcess {
     pub(super) bad_disk: bool,
     /// Whether it cannot resume the VM, and notices when it tries.
     pub(super) bad_host: bool,
+    /// Whether a comparison at the next apply finds that its copy is not the VM.
+    pub(super) differs: bool,
     /// Whether a third party reset the link.
     pub(super) excused: bool,
 }
@@ -44,6 +46,7 @@ impl World {
             drains: 0,
             bad_disk: false,
             bad_host: false,
+            differs: false,
             excused: false,
         }));
     }
@@ -294,6 +297,16 @@ impl World {
             let why = "no space left on device".into();
             return self.standby(life, StandbyEvent::Failed { link, why });
         }
+        let Some(s) = self.standby_of(life) else { return };
+        if std::mem::take(&mut s.differs)
+            && let Some(copy) = s.driver.ports_mut().copy.as_mut().filter(|copy| copy.link == link)
+        {
+            // From here on it is known.
+            copy.spoiled = true;
+            self.stats.differed += 1;
+            let why = "a page differs".into();
+            return self.standby(life, StandbyEvent::Differs { link, why });
+        }
         self.standby(life, StandbyEvent::Applied { link, checkpoint: number });
     }
 
@@ -333,7 +346,12 @@ impl World {
 
     /// A part of the copy fails while nobody has asked for it.
     pub(super) fn copy_fails(&mut self, life: Life) {
+        let differs = self.rng.one_in(2);
         let Some(s) = self.standby_of(life) else { return };
+        if differs {
+            s.differs = true;
+            return;
+        }
         let ports = s.driver.ports_mut();
         match &ports.copy {
             Some(copy) if !ports.claimed => {

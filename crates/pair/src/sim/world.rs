@@ -301,6 +301,8 @@ pub(super) struct Stats {
     pub(super) followed: u64,
     pub(super) left: u64,
     pub(super) unsettled: u64,
+    /// Copies that were found not to be the VM.
+    pub(super) differed: u64,
     pub(super) vm_lost: u64,
     /// VMs that were started again from an image.
     pub(super) restarted: u64,
@@ -343,6 +345,7 @@ impl Stats {
         self.followed += other.followed;
         self.left += other.left;
         self.unsettled += other.unsettled;
+        self.differed += other.differed;
         self.vm_lost += other.vm_lost;
         self.restarted += other.restarted;
         self.longest_held = self.longest_held.max(other.longest_held);

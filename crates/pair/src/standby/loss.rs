@@ -183,6 +183,28 @@ impl Standby {
         }
     }
 
+    /// The copy is not the VM, so it is no committed checkpoint, and must never run. While the primary lives it
+    /// is told, and sends a new base: this side is as good as before. Once the link is gone nobody takes this
+    /// copy over. The other side may still run the VM; if it does not, the VM is lost, which everybody sees,
+    /// and the disks are as of the last commit. A VM that goes on with wrong memory harms what was acknowledged,
+    /// and nobody sees it.
+    pub(super) fn differs(&mut self, from: Link, why: String, out: &mut Vec<Action>) {
+        match &self.state {
+            State::Base(attached) | State::Committed { attached, releasing: None, .. }
+                if attached.link == from =>
+            {
+                out.push(Action::SendLeave { link: from, reason: LeaveReason::Differs });
+                if planted!(self.bug, DiffersAndClaims) {
+                    return self.link_lost(from, LossReason::Closed, out);
+                }
+                out.push(Action::Hangup { link: from });
+                out.push(Action::Note(Note::Differs { why }));
+                self.discard(from, out);
+            }
+            _ => self.failed(from, why, out),
+        }
+    }
+
     pub(super) fn leave(&mut self, reason: LeaveReason, exit: StandbyExit, out: &mut Vec<Action>) {
         if let Some(Attached { link, .. }) = self.attached() {
             out.push(Action::SendLeave { link: *link, reason });

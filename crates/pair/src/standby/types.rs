@@ -154,6 +154,13 @@ pub enum StandbyEvent {
     },
     /// The operator wants this standby stopped.
     Stop,
+    /// A comparison with the VM has shown that this copy is not the VM. Nothing else is wrong with this side.
+    Differs {
+        /// The connection over which the copy came.
+        link: Link,
+        /// What differs, in words.
+        why: String,
+    },
     /// Something failed here that makes this copy worthless (memory, the device set, a disk).
     Failed {
         /// The connection over which the copy came.
@@ -340,6 +347,11 @@ pub enum StandbyNote {
     /// Something that came over the link was refused; this side left and listens again.
     StreamRefused {
         /// What was wrong.
+        why: String,
+    },
+    /// The copy was found not to be the VM, and is thrown away; this side left and listens again.
+    Differs {
+        /// What differs.
         why: String,
     },
 }

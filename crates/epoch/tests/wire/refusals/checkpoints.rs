@@ -1,8 +1,8 @@
 //! Checkpoints that must not be staged.
 
 use outlive_epoch::{
-    CheckpointBegin, DiskOp, Encoder, Expect, HEADER_LEN, IncomingError, PageEntry, RecordBuf, RecordError,
-    SectionKind, StateKind, StateSection,
+    AuditSpan, CheckpointBegin, DiskOp, Encoder, Expect, HEADER_LEN, IncomingError, PageEntry,
+    ProtocolVersion, RecordBuf, RecordError, SectionKind, StateKind, StateSection,
 };
 
 use super::{BASE, PLAIN, begin, header, raw, stage, staged};
@@ -80,6 +80,22 @@ fn pages_outside_the_layout_or_twice_are_refused() {
         }
     });
     assert_eq!(error, Err(IncomingError::DuplicateState { kind: StateKind::Device, index: 2, number: 1 }));
+}
+
+#[test]
+fn sums_of_pages_outside_the_layout_of_another_checkpoint_or_twice_are_refused() {
+    let span = |first, mask| AuditSpan { first, mask, sum: 9 };
+    let with = |audits: &[&[AuditSpan]]| {
+        let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V7));
+        encoder.checkpoint_begin(&mut out, &begin(1, 0, 0, BASE)).unwrap();
+        audits.iter().for_each(|spans| encoder.audit(&mut out, spans).unwrap());
+        stage(&mut incoming(), &out)
+    };
+    // The layout has 1000 pages from 0 and from 0x10_0000 on.
+    assert_eq!(with(&[&[span(960, 1 << 39), span(0x10_0000, 1)]]), Ok(false));
+    assert_eq!(with(&[&[span(960, 1 << 40)]]), Err(IncomingError::OutsideLayout { gfn: 1000 }));
+    let twice = IncomingError::Order { kind: SectionKind::Audit, place: "twice in a checkpoint" };
+    assert_eq!(with(&[&[span(0, 1)], &[span(64, 1)]]), Err(twice));
 }
 
 #[test]

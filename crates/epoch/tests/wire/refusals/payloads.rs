@@ -1,8 +1,8 @@
 //! Payloads whose fields make no sense.
 
 use outlive_epoch::{
-    DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_FRAMES_BYTES, MAX_PACKET_BYTES, Message,
-    ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
+    Audited, DeviceKind, EncodeError, Encoder, HEADER_LEN, MAX_AUDIT_SPANS, MAX_FRAMES_BYTES,
+    MAX_PACKET_BYTES, Message, ProtocolVersion, SectionKind, StateKind, StateSection, TailBuf, TailFrame,
 };
 
 use super::{BASE, begin};
@@ -146,6 +146,35 @@ fn frames_are_put_together_as_far_as_there_is_room() {
     assert!(read.iter().eq(packets[..fit].iter().map(|packet| frame(packet))));
     frames.clear();
     assert!(frames.push(frame(&vec![0; MAX_PACKET_BYTES])));
+}
+
+#[test]
+fn sums_of_pages_that_make_no_sense_are_refused() {
+    let parse = |spans: &[[u64; 3]], more: &[u8]| {
+        let words = [7].into_iter().chain(spans.as_flattened().iter().copied());
+        let payload: Vec<u8> = words.flat_map(u64::to_le_bytes).chain(more.iter().copied()).collect();
+        Message::parse_payload(SectionKind::Audit, 1, &payload).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(parse(&[[64, 1, 0], [128, u64::MAX, 3]], &[]), Ok(()));
+    assert_eq!(parse(&[], &[]), Ok(()));
+    for (spans, more, why) in [
+        (&[[65, 1, 0]][..], &[][..], "a span that begins at no multiple of 64 (0x41)"),
+        (&[[u64::MAX - 63, 1, 0]], &[], "a span that begins at no multiple of 64 (0xffffffffffffffc0)"),
+        (&[[64, 0, 9]], &[], "a span without pages (0x40)"),
+        (&[[64, 1, 0]], &[1, 2], "bytes are left over (0x2)"),
+        (&[[64, 1, 0]; MAX_AUDIT_SPANS + 1], &[], "more spans than a section may have (0x401)"),
+    ] {
+        assert_eq!(parse(spans, more), Err(format!("section Audit: {why}")));
+    }
+}
+
+#[test]
+fn an_older_stream_has_no_audits() {
+    let (mut out, mut encoder) = (Vec::new(), Encoder::speaking(ProtocolVersion::V6));
+    let errors = [encoder.audit(&mut out, &[]), encoder.audited(&mut out, &Audited::default())];
+    assert!(errors.iter().all(|it| matches!(it, Err(EncodeError::Order(_)))) && out.is_empty());
+    let outside = Encoder::speaking(ProtocolVersion::V7).audit(&mut out, &[]);
+    assert!(matches!(outside, Err(EncodeError::Order(_))) && out.is_empty());
 }
 
 /// An older standby must never see what it does not know.

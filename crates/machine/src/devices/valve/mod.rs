@@ -141,6 +141,14 @@ impl Valve {
         self.permit.lease()
     }
 
+    /// The running epoch, while output is held. It changes in the pause, when the checkpoint of the epoch before has
+    /// its dirty pages: whoever finds the same number before and after it has read guest memory has read what is of
+    /// that epoch, and every page that was written in it is in its checkpoint.
+    pub fn running_epoch(&self) -> Option<u64> {
+        let tag = self.permit.tag();
+        (tag.mode == OutputMode::Hold).then_some(tag.epoch)
+    }
+
     /// When the first output of the running epoch was held, on the lease's clock; `None` if no output is
     /// held.
     pub fn held_since(&self) -> Option<Duration> {

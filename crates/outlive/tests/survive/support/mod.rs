@@ -42,7 +42,7 @@ pub(crate) use process::Process;
 pub(crate) use proxy::{Proxy, Way};
 pub(crate) use slow::{Pace, Slow};
 pub(crate) use small::Small;
-pub(crate) use tracer::{Held, take_all_memory, take_program_memory};
+pub(crate) use tracer::{Held, flip_program_bit, take_all_memory, take_program_memory};
 pub(crate) use witness::{MemoryLoad, Witnesses};
 pub(crate) use writer::{WRITTEN, kernel as writer_kernel};
 

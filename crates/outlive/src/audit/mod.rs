@@ -1,0 +1,190 @@
+//! The audit: while the VM runs, some pages of both hosts are compared all the time.
+//!
+//! A page may be compared only as of one checkpoint. The primary's auditor (`auditor.rs`) reads pages while the
+//! guest runs, and notes with each sum the epoch in which it has read the page, from the first byte to the last.
+//! A page that the guest has not written in that epoch is, at the checkpoint that ends it, what was read; a page
+//! that it has written is in that checkpoint, whole. So the sender, which has both, sends sums of the checkpoint
+//! ([`Picked`]), and nothing of all this happens in the pause. The standby compares when it has applied that
+//! checkpoint, before the next (`standby/audit.rs`).
+//!
+//! ```text
+//! primary   auditor ──(epoch, page, sum)──► Audit ──► sender: what the checkpoint has itself is hashed there
+//! standby   applier: applied N, compares, N+1 ──Audited──► primary: how far, how long it took, what differs
+//! ```
+
+mod auditor;
+mod pace;
+mod picked;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use outlive_epoch::Audited;
+use outlive_machine::PAGE_SIZE;
+
+pub(crate) use auditor::{AuditThread, Source};
+pub(crate) use pace::Share as AuditShare;
+pub(crate) use pace::{Pace, Share, thread_time};
+pub(crate) use picked::Picked;
+
+/// How many pages one checkpoint is compared by at most: the standby compares before it commits the next.
+pub(crate) const MOST: usize = 1024;
+const _: () = assert!(MOST <= outlive_epoch::MAX_AUDIT_SPANS);
+
+/// A page, aligned so that it is read fast.
+#[repr(C, align(64))]
+pub(crate) struct Page(pub(crate) [u8; PAGE_SIZE]);
+
+impl Page {
+    /// One on the heap.
+    pub(crate) fn new() -> Box<Self> {
+        Box::new(Self([0; PAGE_SIZE]))
+    }
+}
+
+/// What was read of a page in an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sample {
+    /// The epoch in which the page was read, from the first byte to the last.
+    pub(crate) epoch: u64,
+    /// The page.
+    pub(crate) gfn: u64,
+    /// Its hash.
+    pub(crate) sum: u64,
+}
+
+/// How far an audit is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct AuditProgress {
+    /// Pages that the standby has compared, since this process became the active side.
+    pub(crate) pages: u64,
+    /// How often all pages have had their turn.
+    pub(crate) rounds: u64,
+    /// When the last of those rounds ended.
+    pub(crate) round_ended: Option<SystemTime>,
+    /// How often a copy was found to differ.
+    pub(crate) differences: u64,
+}
+
+/// What auditor and senders share; see the module.
+#[derive(Default)]
+pub(crate) struct Audit {
+    waiting: Mutex<Waiting>,
+    /// Links that take samples.
+    takers: AtomicUsize,
+    /// How long the standby needs for a page, in nanoseconds.
+    theirs_ns: AtomicU64,
+    progress: Mutex<(AuditProgress, Audited)>,
+}
+
+/// Samples that wait for the checkpoint of their epoch.
+#[derive(Default)]
+struct Waiting {
+    samples: Vec<Sample>,
+    /// Pages whose samples came too late.
+    missed: Vec<u64>,
+}
+
+/// While a link has this, samples are taken for it.
+pub(crate) struct Taking(Arc<Audit>);
+
+impl Taking {
+    /// Takes from now on, and nothing that waits from before.
+    pub(crate) fn start(audit: Arc<Audit>) -> Self {
+        audit.waiting().samples.clear();
+        audit.takers.fetch_add(1, Ordering::Relaxed);
+        Self(audit)
+    }
+
+    /// The sums for the checkpoint that ends this epoch. Samples of earlier epochs are of no use any more.
+    pub(crate) fn take(&self, epoch: u64) -> Picked {
+        let mut waiting = self.0.waiting();
+        let Waiting { samples, missed } = &mut *waiting;
+        let mut sums = Vec::new();
+        samples.retain(|sample| {
+            if sample.epoch == epoch {
+                sums.push((sample.gfn, sample.sum));
+            } else if sample.epoch < epoch && missed.len() < MOST {
+                missed.push(sample.gfn);
+            }
+            sample.epoch > epoch
+        });
+        drop(waiting);
+        Picked::new(sums)
+    }
+
+    /// A base begins: whatever waits is of another copy.
+    pub(crate) fn forget(&self) {
+        self.0.waiting().samples.clear();
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        self.0.takers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Audit {
+    /// Whether a link takes samples.
+    fn is_wanted(&self) -> bool {
+        self.takers.load(Ordering::Relaxed) > 0
+    }
+
+    /// How many more samples may wait.
+    fn room(&self) -> usize {
+        MOST.saturating_sub(self.waiting().samples.len())
+    }
+
+    /// Has samples wait for their checkpoints.
+    fn offer(&self, samples: &mut Vec<Sample>) {
+        self.waiting().samples.append(samples);
+    }
+
+    /// Takes a page whose sample came too late.
+    fn missed(&self) -> Option<u64> {
+        self.waiting().missed.pop()
+    }
+
+    /// How long the standby needs for a page.
+    fn theirs(&self) -> Duration {
+        Duration::from_nanos(self.theirs_ns.load(Ordering::Relaxed))
+    }
+
+    /// All pages have had their turn.
+    fn round_ended(&self) {
+        let (progress, _) = &mut *self.counted();
+        progress.rounds += 1;
+        progress.round_ended = Some(SystemTime::now());
+    }
+
+    /// Takes the standby's word.
+    pub(crate) fn heard(&self, word: &Audited) {
+        let (progress, before) = &mut *self.counted();
+        // A new link counts anew.
+        let earlier = if word.pages >= before.pages { *before } else { Audited::default() };
+        let pages = word.pages - earlier.pages;
+        progress.pages += pages;
+        progress.differences += u64::from(word.differs.is_some());
+        *before = *word;
+        if let Some(each) = word.spent_ns.saturating_sub(earlier.spent_ns).checked_div(pages) {
+            self.theirs_ns.store(each, Ordering::Relaxed);
+        }
+    }
+
+    /// How far it is.
+    pub(crate) fn progress(&self) -> AuditProgress {
+        self.counted().0
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counted(&self) -> MutexGuard<'_, (AuditProgress, Audited)> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,111 @@
+//! How much of a core an audit may take.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+
+/// The time that this thread has had a core.
+pub(crate) fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+/// A share of one core, or nothing at all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// From 0 to 1.
+    of_a_core: f64,
+}
+
+impl Share {
+    /// Nothing at all.
+    pub const OFF: Self = Self { of_a_core: 0.0 };
+
+    /// Whether it is nothing at all.
+    pub fn is_off(self) -> bool {
+        self.of_a_core == 0.0
+    }
+
+    /// How long a time must be in which this share of it is `spent`.
+    pub(crate) fn time_for(self, spent: Duration) -> Duration {
+        if self.is_off() { Duration::MAX } else { spent.div_f64(self.of_a_core) }
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self::OFF);
+        }
+        let percent = text.strip_suffix('%').unwrap_or(text).parse::<f64>().ok();
+        match percent.filter(|percent| (0.01..=100.0).contains(percent)) {
+            Some(percent) => Ok(Self { of_a_core: percent / 100.0 }),
+            None => Err(format!("'{text}' is no share of a core: give 0.01 to 100 (percent), or off")),
+        }
+    }
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_off() { f.write_str("off") } else { write!(f, "{}", self.of_a_core * 100.0) }
+    }
+}
+
+/// Keeps one thread to its share.
+pub(crate) struct Pace {
+    share: Share,
+    spent: Duration,
+    since: Instant,
+}
+
+impl Pace {
+    /// From now on, for the thread that calls it.
+    pub(crate) fn start(share: Share) -> Self {
+        Self { share, spent: thread_time(), since: Instant::now() }
+    }
+
+    /// How long this thread must rest now. `theirs` is what its work since the last call costs the other host, which
+    /// has the same share.
+    pub(crate) fn rest(&mut self, theirs: Duration) -> Duration {
+        let (spent, now) = (thread_time(), Instant::now());
+        let cost = spent.saturating_sub(std::mem::replace(&mut self.spent, spent)).max(theirs);
+        let took = now.saturating_duration_since(std::mem::replace(&mut self.since, now));
+        let rest = self.share.time_for(cost).saturating_sub(took);
+        // The rest is no part of what the next work takes.
+        self.since += rest;
+        rest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read_and_written() {
+        for (text, shown) in [("0.5", "0.5"), ("100", "100"), ("2%", "2"), ("off", "off"), ("0.01", "0.01")] {
+            assert_eq!(text.parse::<Share>().unwrap().to_string(), shown);
+        }
+        for wrong in ["", "0", "101", "-1", "nan", "much", "0.001", "%"] {
+            assert!(wrong.parse::<Share>().unwrap_err().contains("give 0.01 to 100"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_slower_of_both_hosts_sets_the_pace() {
+        let mut pace = Pace::start("10".parse().unwrap());
+        let rest = pace.rest(Duration::from_millis(50));
+        assert!((Duration::from_millis(400)..=Duration::from_millis(500)).contains(&rest), "{rest:?}");
+        // This thread's own work.
+        let began = thread_time();
+        while thread_time() - began < Duration::from_millis(20) {
+            std::hint::spin_loop();
+        }
+        let mut pace = Pace { since: Instant::now(), spent: began, ..pace };
+        let rest = pace.rest(Duration::ZERO);
+        assert!(rest >= Duration::from_millis(150), "{rest:?}");
+    }
+}
