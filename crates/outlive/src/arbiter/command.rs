@@ -9,6 +9,7 @@ use super::record::vm_name;
 use super::{Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, VmId, Win};
 use crate::cli::{ArbiterCommand, ArbiterOptions};
 use crate::exit;
+use crate::link::Security;
 
 /// `outlive arbiter`: returns the exit code.
 pub fn command(options: &ArbiterOptions) -> u8 {
@@ -19,9 +20,10 @@ pub fn command(options: &ArbiterOptions) -> u8 {
         ArbiterCommand::Show { place, vm, json } => show(place, vm, *json, &mut out),
         ArbiterCommand::Release { place, vm, yes } => release(place, vm, *yes, &mut out),
         // It holds no lock on standard output while it runs.
-        ArbiterCommand::Serve { listen, directory, insecure, exit_with_stdin } => {
+        ArbiterCommand::Serve { listen, directory, keys, insecure, exit_with_stdin } => {
             drop(out);
-            return match super::served::serve(directory, *listen, *insecure, *exit_with_stdin) {
+            let security = Security::of(keys.as_deref(), *insecure);
+            return match super::served::serve(directory, listen, security, *exit_with_stdin) {
                 Ok(()) => exit::OK,
                 Err(line) => exit::usage(line),
             };

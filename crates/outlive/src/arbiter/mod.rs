@@ -39,10 +39,11 @@ pub use file::{DirectoryFault, FileArbiter, FileSpecError};
 pub(crate) use manual::{NotTaken, Word, desk};
 pub use outlive_epoch::VmId;
 pub use registry::{init, parse};
-pub use served::{ServeError, ServedFault, ServedSpecError};
+pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
+use crate::link::LinkKind;
 use crate::process;
 
 /// Tries whether an arbiter could be claimed at; see [`Arbiter::prober`].
@@ -181,6 +182,11 @@ pub trait Arbiter: Send {
     /// The arbiter's own name, which never changes. Two hosts compare it to make sure that they were given
     /// the same arbiter before they rely on it, and images remember it.
     fn identity(&self) -> &str;
+
+    /// What protects the way to it; `None` where there is no such way.
+    fn link(&self) -> Option<LinkKind> {
+        None
+    }
 
     /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
     /// error says what is wrong and what helps.

@@ -87,8 +87,9 @@ enum BeginError {
 
 fn run(options: &RunOptions) -> u8 {
     sentinel::start();
-    match begin_run(options) {
-        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
+    let options = options.with_keys();
+    match begin_run(&options) {
+        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(&options)),
         Err(BeginError::Start(why @ StartError::Stopped)) => {
             tracing::warn!("{why}");
             exit::OK
@@ -204,7 +205,7 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
 
 fn standby(options: &StandbyOptions) -> u8 {
     sentinel::start();
-    match begin_standby(options) {
+    match begin_standby(&options.with_keys()) {
         Ok((_server, post)) => Life::begin(None, Some(post), None),
         Err(line) => exit::usage(line),
     }

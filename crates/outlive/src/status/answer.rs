@@ -58,6 +58,12 @@ pub struct ArbiterSight {
     pub seen_ms_ago: Option<u64>,
     /// Why it is lost, if it is.
     pub lost: Option<String>,
+    /// What protects the way to it; `null` for a directory, etcd (its URLs say it) and an operator.
+    #[serde(default)]
+    pub link: Option<LinkKind>,
+    /// It is a person (`--arbiter manual`): nothing is tried while all is well.
+    #[serde(default)]
+    pub is_operator: bool,
 }
 
 /// What the loss of a host would mean.
@@ -95,9 +101,15 @@ impl Status {
             in_flight: counts.then_some(progress.in_flight),
             bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
             arbiter: sight.map(|sight| ArbiterSight {
-                seen: sight.seen.map(time),
-                seen_ms_ago: sight.seen.map(|at| millis(now.duration_since(at).unwrap_or_default())),
+                // Nobody looks whether a person is awake.
+                seen: sight.seen.filter(|_| !sight.is_a_person).map(time),
+                seen_ms_ago: sight
+                    .seen
+                    .filter(|_| !sight.is_a_person)
+                    .map(|at| millis(now.duration_since(at).unwrap_or_default())),
                 lost: sight.lost.clone(),
+                link: sight.link,
+                is_operator: sight.is_a_person,
             }),
             loss_of_this_host: this,
             loss_of_other_host: other,
@@ -191,10 +203,13 @@ impl fmt::Display for Status {
         f.write_str(&self.progress())?;
         match &self.arbiter {
             None => f.write_str("; no arbiter")?,
+            Some(ArbiterSight { is_operator: true, .. }) => f.write_str("; arbiter: an operator (manual)")?,
             Some(ArbiterSight { lost: Some(why), seen_ms_ago, .. }) => {
                 write!(f, "; ARBITER LOST, {}: {why}", seen(*seen_ms_ago))?;
             }
-            Some(ArbiterSight { seen_ms_ago, .. }) => write!(f, "; arbiter {}", seen(*seen_ms_ago))?,
+            Some(ArbiterSight { seen_ms_ago, link, .. }) => {
+                write!(f, "; arbiter{} {}", way(*link), seen(*seen_ms_ago))?;
+            }
         }
         write!(f, "; loss of this host: {}", self.loss_of_this_host)?;
         write!(f, "; loss of the other: {}", self.loss_of_other_host)
@@ -239,6 +254,15 @@ impl fmt::Display for Survival {
     }
 }
 
+/// The way to the arbiter, for people.
+fn way(link: Option<LinkKind>) -> &'static str {
+    match link {
+        None => "",
+        Some(LinkKind::Tls13) => " over TLS 1.3",
+        Some(LinkKind::Plain) => " over an INSECURE way",
+    }
+}
+
 fn seen(ms_ago: Option<u64>) -> String {
     ms_ago.map_or_else(|| "not seen yet".to_owned(), |ms| format!("seen {} ago", span(ms)))
 }
@@ -254,7 +278,8 @@ mod tests {
     use super::super::Standing;
     use super::*;
 
-    const CLEAR: Sight = Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false };
+    const CLEAR: Sight =
+        Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false, link: None };
 
     fn counted() -> Progress {
         Progress {
@@ -309,6 +334,13 @@ mod tests {
         let status = at(&standing, Some(&person));
         assert!(!status.loss_of_this_host.survived && !status.loss_of_other_host.survived);
         assert!(status.loss_of_this_host.what.starts_with("an operator must decide"), "{status}");
+        assert!(status.to_string().contains("; arbiter: an operator (manual); "), "{status}");
+        let sight = status.arbiter.as_ref().unwrap();
+        assert!(sight.is_operator && sight.seen.is_none(), "nobody looks whether a person is awake");
+        let served = Sight { link: Some(LinkKind::Tls13), ..CLEAR };
+        let status = at(&standing, Some(&served));
+        assert!(status.to_string().contains("; arbiter over TLS 1.3 seen 1m 1s ago; "), "{status}");
+        assert_eq!(serde_json::to_value(&status).unwrap()["arbiter"]["link"], "tls1.3");
         standing.unprotected("the standby was lost");
         standing.asking("asking the arbiter");
         let status = at(&standing, Some(&CLEAR));

@@ -5,9 +5,11 @@ mod etcd_cluster;
 mod etcd_faults;
 mod etcd_tls;
 mod file;
+mod keys;
 mod proxy;
 mod served;
 mod served_kills;
+mod served_tls;
 mod server;
 
 use crate::conformance;

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::spawn;
 
@@ -11,6 +12,7 @@ use crate::conformance::Reach;
 struct State {
     reach: Arc<Mutex<Reach>>,
     target: Arc<Mutex<SocketAddr>>,
+    connections: Arc<AtomicUsize>,
 }
 
 /// The proxy. Its thread ends with its last connection.
@@ -23,14 +25,21 @@ impl Proxy {
     pub(crate) fn before(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { reach: Arc::new(Mutex::new(Reach::Here)), target: Arc::new(Mutex::new(target)) };
+        let (reach, target) = (Arc::new(Mutex::new(Reach::Here)), Arc::new(Mutex::new(target)));
+        let state = State { reach, target, connections: Arc::default() };
         let accepted = state.clone();
         spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
+                accepted.connections.fetch_add(1, Ordering::Relaxed);
                 accepted.join(client);
             }
         });
         Self { address, state }
+    }
+
+    /// How many there have been.
+    pub(crate) fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::Relaxed)
     }
 
     pub(crate) fn reach(&self, reach: Reach) {

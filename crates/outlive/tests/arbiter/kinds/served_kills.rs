@@ -1,4 +1,4 @@
-//! The server of an arbiter, killed again and again while claimants race: what it has answered stays so.
+//! The server of an arbiter, killed again and again while claimants race over TLS: what it has answered stays so.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use outlive::arbiter::{self, Claim, FileArbiter};
 
+use super::keys::{self, Keys};
 use super::server::Server;
 use crate::conformance::answer;
 use crate::support::{VM, directory};
@@ -18,9 +19,11 @@ const TIME: Duration = Duration::from_secs(3);
 fn a_server_killed_at_any_moment_loses_no_answer() {
     let directory = directory();
     FileArbiter::init(directory.path()).unwrap();
-    let server = Server::start(directory.path(), "127.0.0.1:0");
+    let keys = Keys::make();
+    let arbiter_keys = keys.arbiter();
+    let server = Server::start(directory.path(), "127.0.0.1:0", Some(&arbiter_keys));
     let address = server.address.to_string();
-    let place = format!("outlive:{address}");
+    let place = keys::place(&address, &keys.host());
     let ends = AtomicBool::new(false);
     let (kills, wins) = scope(|threads| {
         let racer = |number: usize| {
@@ -48,7 +51,7 @@ fn a_server_killed_at_any_moment_loses_no_answer() {
             sleep(Duration::from_millis(30 + 17 * (kills % 7)));
             server.kill();
             kills += 1;
-            server = Server::start(directory.path(), &address);
+            server = Server::start(directory.path(), &address, Some(&arbiter_keys));
         }
         ends.store(true, Ordering::Relaxed);
         let wins: Vec<(String, Vec<(u64, Claim)>)> =
