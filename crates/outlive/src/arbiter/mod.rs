@@ -9,6 +9,7 @@
 //! registry.rs   the kinds of arbiters, by the words before the colon
 //! file/         a directory that both hosts see
 //! etcd/         an etcd cluster
+//! fuzz.rs       what a stranger may say to a served arbiter, for fuzzers
 //! served/       a directory of a third machine, served by `outlive arbiter serve`
 //! manual/       an operator
 //! record.rs     what is written down of a claim, whatever the kind
@@ -21,6 +22,8 @@ mod command;
 mod error;
 mod etcd;
 mod file;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod manual;
 mod record;
 mod registry;
@@ -36,7 +39,7 @@ pub use command::command;
 pub use error::{ArbiterError, ArbiterSpecError};
 pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
 pub use file::{DirectoryFault, FileArbiter, FileSpecError};
-pub(crate) use manual::{NotTaken, Word, desk};
+pub(crate) use manual::{NotTaken, Taken, Word, desk};
 pub use outlive_epoch::VmId;
 pub use registry::{init, parse};
 pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};

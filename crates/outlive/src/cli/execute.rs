@@ -128,6 +128,11 @@ fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     }
 }
 
+/// An operator's word is refused while the other host is seen.
+fn look_for_others(standing: &Standing, options: &ActiveOptions) {
+    standing.others(&options.standbys, &options.security());
+}
+
 /// Why a VM that starts is not protected.
 const STARTS: &str = "the VM is being started";
 
@@ -141,6 +146,7 @@ struct Place {
 
 impl Place {
     fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
+        look_for_others(&standing, &options.active);
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         // Without a name the images' own is known only later.
         let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
@@ -196,6 +202,7 @@ fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Re
 fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     standing.link(options.active.security().kind());
+    look_for_others(&standing, &options.active);
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;

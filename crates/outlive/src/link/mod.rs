@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::keys::Certificate;
-pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts};
+pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts, was_reached};
 pub(crate) use receiver::{Heard, receive};
 pub use security::LinkKind;
 pub(crate) use security::{Security, SecurityError, may_be_open, usable};

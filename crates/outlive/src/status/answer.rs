@@ -82,9 +82,13 @@ impl Status {
         let since_commit = progress.since_commit.map(millis);
         let [this, other] = survivals(facts, sight.is_some_and(|it| it.lost.is_some()), since_commit);
         let [this, other] = [this, other].map(|survival| match sight {
-            Some(sight) if sight.is_a_person && facts.protected | facts.asking => survival.by_a_person(),
+            Some(sight) if sight.is_a_person && facts.protected => survival.by_a_person(),
             _ => survival,
         });
+        let [this, other] = match sight {
+            Some(sight) if sight.is_a_person && facts.asking => Survival::waiting_for_a_person(facts.role),
+            _ => [this, other],
+        };
         let counts = facts.protected && facts.role == Role::Primary;
         Self {
             vm: facts.vm.clone(),
@@ -237,6 +241,20 @@ impl Status {
 }
 
 impl Survival {
+    /// Of this host and the other one, while an operator has not said who goes on.
+    fn waiting_for_a_person(role: Role) -> [Self; 2] {
+        let says = |what: &str| Self { survived: false, what: what.to_owned(), lost_ms: None };
+        let word = match role {
+            Role::Primary => {
+                "it is lost already: an operator must decide; `outlive go-on-alone` lets the VM go on here"
+            }
+            Role::Standby => {
+                "it is lost already: an operator must decide; `outlive take-over` lets the VM go on here"
+            }
+        };
+        [says("an operator must decide first which host goes on"), says(word)]
+    }
+
     /// The same where a person decides who goes on.
     fn by_a_person(self) -> Self {
         let what = format!("an operator must decide (--arbiter manual); then {}", self.what);
@@ -343,6 +361,9 @@ mod tests {
         assert_eq!(serde_json::to_value(&status).unwrap()["arbiter"]["link"], "tls1.3");
         standing.unprotected("the standby was lost");
         standing.asking("asking the arbiter");
+        let status = at(&standing, Some(&person));
+        let words = &status.loss_of_other_host.what;
+        assert!(words.contains("`outlive go-on-alone`") && !words.contains("arbiter"), "{words}");
         let status = at(&standing, Some(&CLEAR));
         assert_eq!(status.why.as_deref(), Some("the standby was lost; asking the arbiter"));
         assert!(!status.loss_of_this_host.survived);

@@ -14,6 +14,8 @@
 //! pace.rs       how soon a host that is refused asks again
 //! ```
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod guests;
 mod pace;
 mod place;

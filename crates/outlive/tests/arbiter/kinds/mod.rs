@@ -3,6 +3,7 @@
 mod etcd;
 mod etcd_cluster;
 mod etcd_faults;
+mod etcd_partitions;
 mod etcd_tls;
 mod file;
 mod keys;

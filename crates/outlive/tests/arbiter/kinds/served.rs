@@ -40,7 +40,7 @@ impl Served {
         let directory = made();
         let keys = Keys::make();
         let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
-        let proxy = Proxy::before(server.address);
+        let proxy = Proxy::before_tls(server.address);
         Self { keys, directory, proxy, servers: Mutex::new(vec![(server, None)]) }
     }
 }
