@@ -45,6 +45,7 @@ struct Lab {
     members: Vec<Namespace>,
     hosts: Vec<Namespace>,
     _switch: Namespace,
+    prefix: &'static str,
     processes: Vec<Child>,
     _directory: TempDir,
 }
@@ -62,7 +63,8 @@ fn namespace() -> Option<Namespace> {
 }
 
 impl Lab {
-    fn build() -> Option<Self> {
+    /// A process remembers how far it has seen a cluster, by its URLs and prefix; so each lab has a prefix of its own.
+    fn build(prefix: &'static str) -> Option<Self> {
         if !has_etcd() {
             return None;
         }
@@ -112,14 +114,14 @@ impl Lab {
         let directory = directory();
         let processes = members.iter().enumerate().map(|(number, member)| start(number, member, &directory));
         let processes = processes.collect();
-        Some(Self { members, hosts, _switch: switch, processes, _directory: directory })
+        Some(Self { members, hosts, _switch: switch, prefix, processes, _directory: directory })
     }
 
     /// As in `--arbiter` of a host. All reach the same cluster, at other addresses.
     fn place(&self, host: usize) -> String {
         let urls: Vec<String> =
             (0..MEMBERS).map(|member| format!("http://{}:2379", client(host, member))).collect();
-        format!("etcd:{}/partitions", urls.join(","))
+        format!("etcd:{}/{}", urls.join(","), self.prefix)
     }
 
     fn on<R: Send>(&self, host: usize, work: impl FnOnce() -> R + Send) -> R {
@@ -193,7 +195,7 @@ fn start(number: usize, member: &Namespace, directory: &TempDir) -> Child {
 /// The host that reaches only a minority is told so, the other one wins, and nobody wins twice when all is mended.
 #[test]
 fn a_host_that_reaches_only_a_minority_wins_nothing() {
-    let Some(lab) = Lab::build() else { return };
+    let Some(lab) = Lab::build("minority") else { return };
     lab.init();
     let (mut first, mut second) = (lab.open(0), lab.open(1));
     assert_eq!(lab.on(0, || answer(first.as_mut(), 1, "first")), Claim::Won);
@@ -224,7 +226,7 @@ fn a_host_that_reaches_only_a_minority_wins_nothing() {
 /// Claims go on while members lose one another and hosts lose members.
 #[test]
 fn members_that_are_cut_off_during_claims_leave_one_winner_each() {
-    let Some(lab) = Lab::build() else { return };
+    let Some(lab) = Lab::build("cut") else { return };
     lab.init();
     let (lab, ends) = (&lab, AtomicBool::new(false));
     let said: Vec<(String, Vec<(u64, Claim)>)> = scope(|threads| {
