@@ -8,13 +8,14 @@ use std::sync::OnceLock;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 11] = [
+const TARGETS: [(&str, Target); 12] = [
     ("wire", wire::stream),
     ("message", wire::message),
     ("incoming", wire::incoming),
     ("state", outlive_machine::fuzz::state),
     ("sidecar", outlive::fuzz::sidecar),
     ("journal", outlive::fuzz::journal),
+    ("served", outlive::fuzz::served),
     ("kernel", outlive_machine::fuzz::kernel),
     ("console", outlive_machine::fuzz::console),
     ("rng", outlive_machine::fuzz::rng),

@@ -26,8 +26,10 @@ The first input that breaks a target ends the run with exit code 1; the file tha
 takes some minutes the first time and needs a C++ compiler, which is fetched if it is missing.";
 
 /// The same as in `fuzz/src/main.rs`.
-const TARGETS: [&str; 11] =
-    ["wire", "message", "incoming", "state", "sidecar", "journal", "kernel", "console", "rng", "net", "blk"];
+const TARGETS: [&str; 12] = [
+    "wire", "message", "incoming", "state", "sidecar", "journal", "served", "kernel", "console", "rng",
+    "net", "blk",
+];
 
 /// Seconds for each target by default.
 const SECONDS: u64 = 10;

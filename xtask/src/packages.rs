@@ -23,9 +23,12 @@ const NEEDED: [Package; 3] = [
         programs: &["redis-cli", "redis-benchmark"],
         used_for: "real Redis clients for the guest's server",
     },
-    Package { name: "etcd-server", programs: &["etcd"], used_for: "real etcd clusters as arbiters" },
+    ETCD,
     Package { name: "shellcheck", programs: &["shellcheck"], used_for: "a look at the shell scripts" },
 ];
+
+pub(crate) const ETCD: Package =
+    Package { name: "etcd-server", programs: &["etcd"], used_for: "real etcd clusters as arbiters" };
 
 pub(crate) const QEMU: Package = Package {
     name: "qemu-system-x86",

@@ -14,6 +14,7 @@ Examples:
   cargo xtask torture --minutes 60 --json torture.json
   cargo xtask torture --seed 17             the choices of seed 17 once more
   cargo xtask torture --kind disk           only faults with 'disk' in their name
+  cargo xtask torture --arbiter own         with the arbiter that Outlive serves, which suffers as well
   cargo xtask torture --pairs 4             four pairs of hosts at once, with seeds one after the other
 
 At the end a table says by kind of fault how often it was injected and what became of the VM. The first answer
@@ -32,6 +33,9 @@ pub(crate) struct TortureOptions {
     /// Pairs of hosts at a time, each with a VM of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
     pairs: u64,
+    /// Who says which host has the VM
+    #[arg(long, value_name = "KIND", value_parser = ["file", "own", "etcd"], default_value = "file")]
+    arbiter: String,
     /// Only faults whose name in the table contains this
     #[arg(long, value_name = "TEXT")]
     kind: Option<String>,
@@ -47,11 +51,14 @@ pub(crate) fn minutes(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(workspace: &Workspace, options: &TortureOptions) -> Result<(), StepError> {
-    let environment = packages::provide(workspace, &[packages::IPROUTE], true);
+    let etcd = (options.arbiter == "etcd").then_some(packages::ETCD);
+    let needed: Vec<_> = [packages::IPROUTE].into_iter().chain(etcd).collect();
+    let environment = packages::provide(workspace, &needed, true);
     let mut command =
         workspace.cargo(["test", "--release", "--package", "outlive", "--test", "survive", "--"]);
     command.args(["--exact", PLAY, "--nocapture"]);
     command.env("OUTLIVE_TORTURE_PAIRS", options.pairs.to_string());
+    command.env("OUTLIVE_TORTURE_ARBITER", &options.arbiter);
     command.envs(environment).env(SECONDS, seconds(options.minutes).to_string());
     if let Some(seed) = options.seed {
         command.env("OUTLIVE_SEED", seed.to_string());

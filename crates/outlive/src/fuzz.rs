@@ -1,5 +1,7 @@
-//! Entry points for fuzzers: the files that stand beside an image. Whatever the bytes are, nothing panics.
+//! Entry points for fuzzers: the files that stand beside an image, and what is said to a served arbiter. Whatever the
+//! bytes are, nothing panics.
 
+pub use crate::arbiter::fuzz::served;
 pub use crate::disk::fuzz::{journal, sidecar};
 
 #[cfg(test)]
@@ -12,7 +14,8 @@ mod tests {
     #[test]
     fn what_fuzzers_found_breaks_nothing() {
         let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
-        let targets: [(&str, Target); 2] = [("sidecar", super::sidecar), ("journal", super::journal)];
+        let targets: [(&str, Target); 3] =
+            [("sidecar", super::sidecar), ("journal", super::journal), ("served", super::served)];
         for (name, target) in targets {
             let inputs = fs::read_dir(corpora.join(name)).unwrap();
             let count = inputs.map(|input| target(&fs::read(input.unwrap().path()).unwrap())).count();

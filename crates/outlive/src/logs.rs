@@ -9,8 +9,8 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::panic::PanicHookInfo;
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -88,6 +88,22 @@ fn on_panic(panic: &PanicHookInfo<'_>) {
     say(&text);
     if let Some(writer) = WRITER.get() {
         writer.flush(PANIC_WORDS);
+    }
+}
+
+/// Lets a line into the log once a second, so that connections cannot fill the disk.
+#[derive(Default)]
+pub(crate) struct RateLimit(Mutex<Option<Instant>>);
+
+impl RateLimit {
+    /// Whether a line may be written now.
+    pub(crate) fn allows(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let allows = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
+        if allows {
+            *last = Some(Instant::now());
+        }
+        allows
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const UNIT: &str = "outlive@.service";
+const ARBITER: &str = "outlive-arbiter.service";
 const PROGRAM: &str = "/usr/local/bin/outlive";
 const LEAVER: &str = "/usr/local/lib/outlive/leave-to-standby";
 
@@ -20,11 +21,15 @@ fn unit() -> String {
     fs::read_to_string(folder().join(UNIT)).unwrap()
 }
 
+fn arbiter() -> String {
+    fs::read_to_string(folder().join(ARBITER)).unwrap()
+}
+
 /// What systemd has to say about a unit; nothing if it is right. `None` where systemd is not installed.
-fn verify(unit: &str) -> Option<String> {
+fn verify(name: &str, unit: &str) -> Option<String> {
     let away = tempfile::tempdir().unwrap();
     // The program need not be installed on this machine.
-    let path = away.path().join(UNIT);
+    let path = away.path().join(name);
     let leaver = folder().join("leave-to-standby").canonicalize().unwrap();
     let unit = unit.replace(PROGRAM, env!("CARGO_BIN_EXE_outlive")).replace(LEAVER, leaver.to_str().unwrap());
     fs::write(&path, unit).unwrap();
@@ -42,10 +47,12 @@ fn verify(unit: &str) -> Option<String> {
 
 #[test]
 fn systemd_understands_every_line_of_the_unit() {
-    let Some(said) = verify(&unit()) else { return };
-    assert_eq!(said, "");
-    let wrong = unit().replace("RestartSec=", "RestartSek=");
-    assert!(verify(&wrong).unwrap().contains("RestartSek"), "the check checks nothing");
+    for (name, unit) in [(UNIT, unit()), (ARBITER, arbiter())] {
+        let Some(said) = verify(name, &unit) else { return };
+        assert_eq!(said, "", "{name}");
+        let wrong = unit.replace("RestartSec=", "RestartSek=");
+        assert!(verify(name, &wrong).unwrap().contains("RestartSek"), "the check checks nothing");
+    }
 }
 
 /// SIGKILL would be a takeover of what an operator wants stopped.
@@ -70,6 +77,51 @@ fn the_command_of_the_unit_is_one() {
     let output = Command::new("sh").arg("-c").arg(format!("{line} --arbiter-typo")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("--arbiter-typo") && said.contains("unexpected argument"), "{said}");
+}
+
+/// The arbiter's unit serves the directory that its head says how to make, on an address that it can listen on.
+#[test]
+fn the_command_of_the_arbiters_unit_serves() {
+    let unit = arbiter();
+    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    assert!(
+        unit.contains("outlive arbiter init file:/var/lib/outlive-arbiter ")
+            && command.contains(" /var/lib/outlive-arbiter ")
+    );
+    let there = tempfile::tempdir().unwrap();
+    let (directory, keys) = (there.path().join("arbiter"), there.path().join("keys"));
+    let run = |words: &str| {
+        let words = words.split_whitespace().collect::<Vec<_>>();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outlive"));
+        assert!(command.args(&words).output().unwrap().status.success(), "{words:?}");
+    };
+    fs::create_dir(&directory).unwrap();
+    run(&format!("arbiter init file:{}", directory.display()));
+    run(&format!("keys init {} --arbiter", keys.display()));
+    let line = command
+        .replace("/var/lib/outlive-arbiter", directory.to_str().unwrap())
+        .replace(PROGRAM, env!("CARGO_BIN_EXE_outlive"))
+        .replace(":7010", ":0");
+    let manager = there.path().join("manager");
+    let socket = std::os::unix::net::UnixDatagram::bind(&manager).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let mut server = Command::new("sh")
+        .arg("-c")
+        .arg(format!("exec {line}"))
+        .env("OUTLIVE_ARBITER_OPTIONS", format!("--keys {}", keys.display()))
+        .env("NOTIFY_SOCKET", &manager)
+        .spawn()
+        .unwrap();
+    let mut said = [0; 256];
+    let length = socket.recv(&mut said);
+    let status = nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(server.id() as i32),
+        nix::sys::signal::Signal::SIGTERM,
+    );
+    let ended = server.wait().unwrap();
+    let said = String::from_utf8_lossy(&said[..length.unwrap()]).into_owned();
+    assert!(said.contains("READY=1") && status.is_ok(), "{said}");
+    assert_eq!(ended.code(), Some(0));
 }
 
 /// Whether `ExecStop=` kills the process when systemd and the process say this. The process is another one here.

@@ -9,6 +9,7 @@ use super::record::vm_name;
 use super::{Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, VmId, Win};
 use crate::cli::{ArbiterCommand, ArbiterOptions};
 use crate::exit;
+use crate::link::Security;
 
 /// `outlive arbiter`: returns the exit code.
 pub fn command(options: &ArbiterOptions) -> u8 {
@@ -19,9 +20,10 @@ pub fn command(options: &ArbiterOptions) -> u8 {
         ArbiterCommand::Show { place, vm, json } => show(place, vm, *json, &mut out),
         ArbiterCommand::Release { place, vm, yes } => release(place, vm, *yes, &mut out),
         // It holds no lock on standard output while it runs.
-        ArbiterCommand::Serve { listen, directory, insecure, exit_with_stdin } => {
+        ArbiterCommand::Serve { listen, directory, keys, insecure, exit_with_stdin } => {
             drop(out);
-            return match super::served::serve(directory, *listen, *insecure, *exit_with_stdin) {
+            let security = Security::of(keys.as_deref(), *insecure);
+            return match super::served::serve(directory, listen, security, *exit_with_stdin) {
                 Ok(()) => exit::OK,
                 Err(line) => exit::usage(line),
             };
@@ -159,8 +161,17 @@ fn list(place: &str, json: bool, out: &mut impl Write) -> Result<(), CommandErro
         return print_json(out, &Inventory { arbiter: arbiter.identity(), vms });
     }
     print(out, &format!("arbiter {}, {}", arbiter.identity(), counted(vms.len(), "VM")))?;
-    vms.iter().try_for_each(|vm| print(out, &format!("{}  {}", vm.vm, vm.state())))
+    vms.iter().try_for_each(|vm| print(out, &format!("{}  {}", vm.vm, vm.state())))?;
+    let open = vms.iter().filter(|vm| vm.ended.is_none()).count();
+    if open > 0 {
+        print(out, &format!("{} {NO_END}", counted(open, "VM")))?;
+    }
+    Ok(())
 }
+
+/// An arbiter learns of generations and of orderly ends, and of nothing else.
+const NO_END: &str = "without an end: running, or lost with the host that won it last. `outlive status` on that host says \
+                      which; `outlive arbiter release ARBITER VM --yes` lets a VM go whose hosts are gone";
 
 fn show(place: &str, vm: &str, json: bool, out: &mut impl Write) -> Result<(), CommandError> {
     let mut arbiter = super::parse(place)?;
@@ -334,6 +345,7 @@ mod tests {
             text.contains("ended ") && text.contains(" in generation 1: the guest powered off"),
             "{text}"
         );
+        assert!(text.contains("\n1 VM without an end: ") && text.contains("arbiter release"), "{text}");
         let text = printed(|out| show(&place, "abab", false, out));
         assert_eq!(text.matches("generation ").count(), 12, "{text}");
         assert!(!text.contains(&OTHER.to_string()), "{text}");

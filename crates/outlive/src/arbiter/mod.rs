@@ -9,6 +9,7 @@
 //! registry.rs   the kinds of arbiters, by the words before the colon
 //! file/         a directory that both hosts see
 //! etcd/         an etcd cluster
+//! fuzz.rs       what a stranger may say to a served arbiter, for fuzzers
 //! served/       a directory of a third machine, served by `outlive arbiter serve`
 //! manual/       an operator
 //! record.rs     what is written down of a claim, whatever the kind
@@ -21,6 +22,8 @@ mod command;
 mod error;
 mod etcd;
 mod file;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod golden;
 mod manual;
@@ -38,13 +41,14 @@ pub use command::command;
 pub use error::{ArbiterError, ArbiterSpecError};
 pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
 pub use file::{DirectoryFault, FileArbiter, FileSpecError};
-pub(crate) use manual::{NotTaken, Word, desk};
+pub(crate) use manual::{NotTaken, Taken, Word, desk};
 pub use outlive_epoch::VmId;
 pub use registry::{init, parse};
-pub use served::{ServeError, ServedFault, ServedSpecError};
+pub use served::{ServeError, ServedFault, ServedSpecError, with_keys};
 pub(crate) use watch::{Here, Sight, Watch};
 pub use worker::{Busy, ClaimResult, ClaimWorker, EndNotes};
 
+use crate::link::LinkKind;
 use crate::process;
 
 /// Tries whether an arbiter could be claimed at; see [`Arbiter::prober`].
@@ -183,6 +187,11 @@ pub trait Arbiter: Send {
     /// The arbiter's own name, which never changes. Two hosts compare it to make sure that they were given
     /// the same arbiter before they rely on it, and images remember it.
     fn identity(&self) -> &str;
+
+    /// What protects the way to it; `None` where there is no such way.
+    fn link(&self) -> Option<LinkKind> {
+        None
+    }
 
     /// What tries, by writing, whether a claim could be made now. For another thread: it may block for long. The
     /// error says what is wrong and what helps.

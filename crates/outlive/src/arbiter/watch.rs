@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Arbiter, ArbiterError, Prober};
 use crate::events::{Event, EventWriter};
+use crate::link::LinkKind;
 
 /// Time between two probes.
 const EVERY: Duration = Duration::from_secs(10);
@@ -28,6 +29,8 @@ pub(crate) struct Sight {
     pub(crate) lost: Option<String>,
     /// It is a person, who must be asked.
     pub(crate) is_a_person: bool,
+    /// What protects the way to it, if there is one.
+    pub(crate) link: Option<LinkKind>,
 }
 
 /// What this host is to the VM.
@@ -44,6 +47,7 @@ pub(crate) struct Watch {
     sight: Arc<Mutex<Sight>>,
     runs_here: Arc<AtomicBool>,
     is_a_person: bool,
+    link: Option<LinkKind>,
     _ends: Sender<()>,
 }
 
@@ -54,7 +58,7 @@ impl Watch {
     /// The operating system's.
     pub(crate) fn start(arbiter: &dyn Arbiter, events: EventWriter, here: Here) -> io::Result<Self> {
         let watch = Self::with(arbiter.prober(), events, here, (EVERY, PATIENCE))?;
-        Ok(Self { is_a_person: arbiter.is_a_person(), ..watch })
+        Ok(Self { is_a_person: arbiter.is_a_person(), link: arbiter.link(), ..watch })
     }
 
     fn with(
@@ -74,7 +78,7 @@ impl Watch {
         outlive_machine::spawn("arbiter-watch", move || {
             watcher.run(&ask, &answers, &ended, (every, patience));
         })?;
-        Ok(Self { sight, runs_here, is_a_person: false, _ends: end })
+        Ok(Self { sight, runs_here, is_a_person: false, link: None, _ends: end })
     }
 
     /// This host has become something else to the VM.
@@ -84,7 +88,7 @@ impl Watch {
 
     /// What is known now.
     pub(crate) fn sight(&self) -> Sight {
-        Sight { is_a_person: self.is_a_person, ..lock(&self.sight).clone() }
+        Sight { is_a_person: self.is_a_person, link: self.link, ..lock(&self.sight).clone() }
     }
 }
 
@@ -129,7 +133,7 @@ impl Watcher {
     }
 
     fn seen(&mut self) {
-        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), lost: None, is_a_person: false };
+        *lock(&self.sight) = Sight { seen: Some(SystemTime::now()), ..Sight::default() };
         if let Some(since) = self.lost_at.take() {
             self.told = None;
             let lost_ms = since.elapsed().as_millis() as u64;

@@ -1,12 +1,11 @@
 //! `outlive arbiter`.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::values::parse_age;
+use super::values::{parse_age, parse_listen};
 
 /// `outlive arbiter`.
 #[derive(Clone, Debug, Args)]
@@ -63,17 +62,20 @@ pub enum ArbiterCommand {
     },
     /// Serve the arbiter in a directory of this machine, a third one, to hosts that have --arbiter outlive:HOST:PORT
     Serve {
-        /// Address to listen on. What is said there is not encrypted, so it must be this machine's own or come
-        /// with --insecure
-        #[arg(long, value_name = "ADDR:PORT")]
-        listen: SocketAddr,
+        /// Address to listen on, or a name of this machine
+        #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
+        listen: String,
         /// The directory that outlive arbiter init file:DIR has made an arbiter. Its disk must keep what it has
         /// confirmed
         #[arg(long, value_name = "DIR")]
         directory: PathBuf,
-        /// Listen on an address that other machines reach: whoever can reach it can win every generation of every
-        /// VM. For networks that only the hosts are on, and for tests
-        #[arg(long)]
+        /// Directory with this machine's keys, of the CA that the hosts' keys are of. Its certificate must allow it to
+        /// be an arbiter: outlive keys issue --arbiter [default: /etc/outlive/keys]
+        #[arg(long, value_name = "DIR")]
+        keys: Option<PathBuf>,
+        /// Do without keys: whoever reaches the address can win every generation of every VM. Only for addresses of
+        /// this machine, for tests; hosts then have ?insecure behind the port
+        #[arg(long, conflicts_with = "keys")]
         insecure: bool,
         /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
         #[arg(long, hide = true)]
@@ -109,6 +111,9 @@ Examples:
                                                           the same in an etcd cluster
 
   mkdir -p /var/lib/outlive-arbiter; outlive arbiter init file:/var/lib/outlive-arbiter
-                                                          on a small third machine; then, as a service:
-  outlive arbiter serve --directory /var/lib/outlive-arbiter --listen 10.0.0.9:7010 --insecure
-                                                          hosts have --arbiter 'outlive:10.0.0.9:7010?insecure'";
+                                                          on a small third machine; its keys, where the CA is:
+  outlive keys issue --host third --arbiter               copy them there, then as a service (systemd/):
+  outlive arbiter serve --directory /var/lib/outlive-arbiter --listen 0.0.0.0:7010
+                                                          hosts have --arbiter outlive:third:7010
+  outlive arbiter list outlive:third:7010                 with the keys in /etc/outlive/keys; others:
+  outlive arbiter list 'outlive:third:7010?keys=/root/keys'";

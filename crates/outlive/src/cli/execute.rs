@@ -93,8 +93,9 @@ enum BeginError {
 
 fn run(options: &RunOptions) -> u8 {
     sentinel::start();
-    match begin_run(options) {
-        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(options)),
+    let options = options.with_keys();
+    match begin_run(&options) {
+        Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(&options)),
         Err(why @ (BeginError::Start(StartError::Stopped) | BeginError::Part(PartError::Stopped))) => {
             tracing::warn!("{why}");
             exit::OK
@@ -153,6 +154,11 @@ fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError
     }
 }
 
+/// An operator's word is refused while the other host is seen.
+fn look_for_others(standing: &Standing, options: &ActiveOptions) {
+    standing.others(&options.standbys, &options.security());
+}
+
 /// Why a VM that starts is not protected.
 const STARTS: &str = "the VM is being started";
 
@@ -167,6 +173,7 @@ struct Place {
 
 impl Place {
     fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
+        look_for_others(&standing, &options.active);
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         // Without a name the images' own is known only later.
         let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
@@ -233,6 +240,7 @@ fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Re
 fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     standing.link(options.active.security().kind());
+    look_for_others(&standing, &options.active);
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;
@@ -243,7 +251,7 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
 
 fn standby(options: &StandbyOptions) -> u8 {
     sentinel::start();
-    match begin_standby(options) {
+    match begin_standby(&options.with_keys()) {
         Ok((_server, post)) => Life::begin(None, Some(post), None),
         Err(line) => exit::usage(line),
     }

@@ -99,6 +99,11 @@ pub struct GrantOptions {
     #[arg(long)]
     pub hold: bool,
 
+    /// It may be the arbiter: serve generations to hosts with outlive arbiter serve. Without --vm, --send and --hold it
+    /// then may neither run nor hold VMs, as suits a third machine
+    #[arg(long)]
+    pub arbiter: bool,
+
     /// How long the certificate counts.
     #[command(flatten)]
     pub days: DaysOption,
@@ -145,6 +150,7 @@ Examples:
   outlive keys issue --host hostb                    the second host's keys; then:
   scp -rp hostb.keys root@hostb:/etc/outlive/keys
   outlive keys issue --host hostb --vm 3f2a... --hold    a host that may only hold copies of one VM
+  outlive keys issue --host third --arbiter          the machine on which outlive arbiter serve runs
   outlive keys show                                  names, rights, expiry, warnings
   outlive keys rotate                                a new key and certificate for this host
   outlive keys rotate --ca                           a new CA; docs/trust.md has the steps

@@ -80,7 +80,9 @@ fn takeover(others: &[String], security: &Security) -> (Duration, Option<String>
     let slow = others.iter().find_map(|address| match ask(address, security) {
         Answer::Idle => None,
         Answer::Busy(why) => Some(format!("{address} may be taking it over: {why}")),
-        Answer::Unknown(why) => Some(format!("{address} may be taking it over and does not say: {why}")),
+        Answer::Unknown(why) | Answer::Unreachable(why) => {
+            Some(format!("{address} may be taking it over and does not say: {why}"))
+        }
     });
     match slow {
         None if others.is_empty() => {

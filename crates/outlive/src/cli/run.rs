@@ -11,6 +11,7 @@ use super::standby::StandbyOptions;
 use super::values::{
     DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_listen, parse_name, parse_size, parse_vcpus,
 };
+use crate::arbiter;
 use crate::disk::DangerKind;
 
 /// `outlive run`.
@@ -149,6 +150,13 @@ impl AcceptOptions {
 }
 
 impl RunOptions {
+    /// The same, with the arbiter asked with this process's keys.
+    pub(crate) fn with_keys(&self) -> Self {
+        let arbiter = self.arbiter.as_deref();
+        let arbiter = arbiter.map(|it| arbiter::with_keys(it, self.active.keys.as_deref()));
+        Self { arbiter, ..self.clone() }
+    }
+
     /// Bytes of guest memory.
     pub fn memory_bytes(&self) -> u64 {
         self.memory.unwrap_or(if self.kernel.is_some() { 1 << 30 } else { 256 << 20 })

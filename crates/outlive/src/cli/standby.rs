@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::active::ActiveOptions;
 use super::values::{NetSpec, StandbyDisk, parse_listen, parse_name, parse_standby_card};
+use crate::arbiter;
 use crate::process;
 
 /// `outlive standby`.
@@ -54,6 +55,12 @@ pub(crate) struct ItsOwnStandby {
 }
 
 impl StandbyOptions {
+    /// The same, with the arbiter asked with this process's keys.
+    pub(crate) fn with_keys(&self) -> Self {
+        let arbiter = arbiter::with_keys(&self.arbiter, self.active.keys.as_deref());
+        Self { arbiter, ..self.clone() }
+    }
+
     /// Refuses a standby that would be its own, as far as that can be known without asking a name server.
     ///
     /// # Errors

@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::DemoError;
-use super::cluster::Guard;
+use super::cluster::{Guard, Host, WorkDir};
 use crate::arbiter::{self, ArbiterSpecError, FileArbiter};
 use crate::cli::DemoArbiter;
+use crate::link::LinkKind;
 
 /// Where it is served. The ports are free: the network namespace is the demo's own.
 const SERVED: &str = "127.0.0.1:7010";
@@ -42,18 +43,31 @@ impl Arbiter {
         if kind == DemoArbiter::Etcd && missing() { Err(DemoError::NoEtcd) } else { Ok(()) }
     }
 
-    /// Starts it; its files are in `dir`.
+    /// Starts it; its files are in `dir`. With TLS it is served with these keys; the hosts have others.
     ///
     /// # Errors
     /// It does not start.
-    pub(super) fn start(kind: DemoArbiter, program: &Path, dir: &Path) -> Result<Self, DemoError> {
+    pub(super) fn start(
+        kind: DemoArbiter,
+        program: &Path,
+        dir: &WorkDir,
+        link: LinkKind,
+    ) -> Result<Self, DemoError> {
+        let (keys, host) = (dir.arbiter_keys(), dir.keys(Host::A));
+        let dir = dir.path();
         let (place, processes) = match kind {
             DemoArbiter::File => (directory(dir)?, Vec::new()),
-            DemoArbiter::Own => (format!("outlive:{SERVED}").into(), vec![serve(program, dir)?]),
+            DemoArbiter::Own => {
+                let (end, keys) = match link {
+                    LinkKind::Tls13 => ("", Some(&*keys)),
+                    LinkKind::Plain => ("?insecure", None),
+                };
+                (format!("outlive:{SERVED}{end}").into(), vec![serve(program, dir, keys)?])
+            }
             DemoArbiter::Etcd => (format!("etcd:http://{ETCD}").into(), members(dir)?),
         };
         let arbiter = Self { kind, place, _processes: processes };
-        arbiter.wait()?;
+        arbiter.wait(&host)?;
         Ok(arbiter)
     }
 
@@ -67,9 +81,9 @@ impl Arbiter {
         &self.place
     }
 
-    /// Waits until it answers.
-    fn wait(&self) -> Result<(), DemoError> {
-        let place = self.place.to_string_lossy();
+    /// Waits until it answers a host with these keys.
+    fn wait(&self, keys: &Path) -> Result<(), DemoError> {
+        let place = arbiter::with_keys(&self.place.to_string_lossy(), Some(keys));
         let ask: fn(&str) -> Result<(), ArbiterSpecError> = match self.kind {
             DemoArbiter::File => return Ok(()),
             DemoArbiter::Own => |place| arbiter::parse(place).map(drop),
@@ -95,11 +109,15 @@ fn directory(dir: &Path) -> Result<OsString, DemoError> {
     Ok(place)
 }
 
-fn serve(program: &Path, dir: &Path) -> Result<Guard, DemoError> {
+fn serve(program: &Path, dir: &Path, keys: Option<&Path>) -> Result<Guard, DemoError> {
     directory(dir)?;
     let mut command = Command::new(program);
     command.args(["arbiter", "serve", "--exit-with-stdin", "--listen", SERVED, "--directory"]);
     command.arg(dir.join("arbiter"));
+    match keys {
+        Some(keys) => command.arg("--keys").arg(keys),
+        None => command.arg("--insecure"),
+    };
     start(&mut command, dir, "arbiter")
 }
 

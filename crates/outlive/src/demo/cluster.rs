@@ -90,9 +90,14 @@ impl WorkDir {
     pub(super) fn create() -> io::Result<Self> {
         let path = mkdtemp(&std::env::temp_dir().join("outlive-demo-XXXXXX")).map_err(io::Error::from)?;
         let dir = Self { path };
-        let order = |host| Order { host: format!("host-{host}"), grant: Grant::ALL, life: KEYS_LIFE };
-        keys::init(&dir.keys(Host::A), &order(Host::A)).map_err(io::Error::other)?;
-        keys::issue(&dir.keys(Host::A), &order(Host::B), &dir.keys(Host::B)).map_err(io::Error::other)?;
+        let order = |host: &str, grant| Order { host: host.to_owned(), grant, life: KEYS_LIFE };
+        let ca = dir.keys(Host::A);
+        keys::init(&ca, &order("host-a", Grant::ALL)).map_err(io::Error::other)?;
+        let others =
+            [("host-b", Grant::ALL, dir.keys(Host::B)), ("third", Grant::ARBITER, dir.arbiter_keys())];
+        for (host, grant, to) in others {
+            keys::issue(&ca, &order(host, grant), &to).map_err(io::Error::other)?;
+        }
         Ok(dir)
     }
 
@@ -100,8 +105,12 @@ impl WorkDir {
         &self.path
     }
 
-    fn keys(&self, host: Host) -> PathBuf {
+    pub(super) fn keys(&self, host: Host) -> PathBuf {
         self.path.join(format!("keys-{host}"))
+    }
+
+    pub(super) fn arbiter_keys(&self) -> PathBuf {
+        self.path.join("keys-arbiter")
     }
 
     /// Keeps the directory.

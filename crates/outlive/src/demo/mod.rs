@@ -175,7 +175,7 @@ pub fn run(options: &DemoOptions) -> Result<u8, DemoError> {
     let plural = if options.kills == 1 { "" } else { "s" };
     logs::say(&format!("outlive demo: {} kill{plural} in {} s, seed {seed}", options.kills, options.seconds));
     let (shape, dir) = (shape(options, seed)?, WorkDir::create()?);
-    let arbiter = Arbiter::start(options.arbiter, &shape.program, dir.path())?;
+    let arbiter = Arbiter::start(options.arbiter, &shape.program, &dir, shape.link)?;
     let cluster = Cluster::new(shape, arbiter, dir);
     let (summary, cluster) = match Director::new(play(options, seed), cluster, interrupt).run() {
         Ok(end) => end,

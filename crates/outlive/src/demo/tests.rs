@@ -62,7 +62,7 @@ live
 
 fn cluster(shape: Shape) -> Cluster {
     let dir = WorkDir::create().unwrap();
-    let arbiter = Arbiter::start(DemoArbiter::File, &shape.program, dir.path()).unwrap();
+    let arbiter = Arbiter::start(DemoArbiter::File, &shape.program, &dir, shape.link).unwrap();
     Cluster::new(shape, arbiter, dir)
 }
 

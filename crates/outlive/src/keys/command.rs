@@ -49,13 +49,17 @@ pub fn command(options: &KeysOptions) -> u8 {
     }
 }
 
-/// What the options give a host: both rights to all VMs, unless they choose.
+/// What the options give a host: both rights to all VMs, unless they choose. An arbiter has no VMs, unless they say so.
 fn grant(options: &GrantOptions) -> Grant {
+    let chooses = options.send || options.hold || !options.vm.is_empty();
+    if options.arbiter && !chooses {
+        return Grant::ARBITER;
+    }
     let ids = options.vms();
     let vms = if ids.is_empty() { Vms::Any } else { Vms::Only(ids) };
     let both = options.send == options.hold;
     let give = |is: bool| if is || both { vms.clone() } else { Vms::NONE };
-    Grant { send: give(options.send), hold: give(options.hold) }
+    Grant { send: give(options.send), hold: give(options.hold), arbiter: options.arbiter }
 }
 
 fn init(
@@ -165,6 +169,9 @@ struct Entry {
     send: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     hold: Vec<String>,
+    /// It may serve an arbiter.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    arbiter: bool,
 }
 
 impl Entry {
@@ -181,6 +188,7 @@ impl Entry {
             revoked: keys.revoked.has(&about.serial),
             send: names(&about.grant.send),
             hold: names(&about.grant.hold),
+            arbiter: about.grant.arbiter,
         }
     }
 }
@@ -241,7 +249,9 @@ fn warnings(keys: &Loaded, cas: &[Certificate]) -> Vec<String> {
     if keys.revoked.has(&keys.host.serial) {
         all.push(format!("the certificate of this host, {}, is revoked", keys.host.name));
     }
-    for right in [Right::Send, Right::Hold] {
+    // An arbiter needs neither.
+    let rights = [Right::Send, Right::Hold].into_iter().filter(|_| !keys.host.grant.arbiter);
+    for right in rights {
         let vms = if right == Right::Send { &keys.host.grant.send } else { &keys.host.grant.hold };
         if *vms == Vms::NONE {
             all.push(format!("this host may {right} no VM: it can be one side of a pair only"));

@@ -1,6 +1,7 @@
-//! Which VMs a host may send to others, and which it may hold for them.
+//! Which VMs a host may send to others, which it may hold for them, and whether it may be their arbiter.
 //!
-//! A certificate has each right as a name of kind URI: `outlive:send:any`, `outlive:hold:3f2a...` (a VM's id). So
+//! A certificate has each right as a name of kind URI: `outlive:send:any`, `outlive:hold:3f2a...` (a VM's id),
+//! `outlive:arbitrate:any`. So
 //! `openssl x509 -text` shows them, and no library that verifies certificates stumbles over an extension that it
 //! does not know.
 
@@ -10,6 +11,8 @@ use outlive_epoch::VmId;
 
 /// The scheme of the names.
 const SCHEME: &str = "outlive:";
+/// The right of an arbiter.
+const ARBITRATE: &str = "arbitrate";
 
 /// What a host may do with a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,11 +89,17 @@ pub struct Grant {
     pub send: Vms,
     /// What it may hold.
     pub hold: Vms,
+    /// Whether it may serve an arbiter. Hosts of VMs may not: one of them could win every generation.
+    pub arbiter: bool,
 }
 
 impl Grant {
     /// Both rights to all VMs: what a host of a pair needs.
-    pub const ALL: Self = Self { send: Vms::Any, hold: Vms::Any };
+    pub const ALL: Self = Self { send: Vms::Any, hold: Vms::Any, arbiter: false };
+    /// No right at all.
+    pub const NONE: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: false };
+    /// That of a third machine, which has no VMs.
+    pub const ARBITER: Self = Self { send: Vms::NONE, hold: Vms::NONE, arbiter: true };
 
     fn of(&self, right: Right) -> &Vms {
         match right {
@@ -104,18 +113,24 @@ impl Grant {
         self.of(right).has(vm)
     }
 
+    /// Whether it has any right to this VM.
+    pub fn concerns(&self, vm: &VmId) -> bool {
+        Right::BOTH.into_iter().any(|right| self.allows(right, vm))
+    }
+
     /// The names in a certificate.
     pub(super) fn to_names(&self) -> Vec<String> {
         let names = |right: Right| match self.of(right) {
             Vms::Any => vec![format!("{SCHEME}{right}:any")],
             Vms::Only(ids) => ids.iter().map(|id| format!("{SCHEME}{right}:{id}")).collect(),
         };
-        Right::BOTH.into_iter().flat_map(names).collect()
+        let arbiter = self.arbiter.then(|| format!("{SCHEME}{ARBITRATE}:any"));
+        Right::BOTH.into_iter().flat_map(names).chain(arbiter).collect()
     }
 
     /// Reads the names of a certificate. What it does not know gives no right.
     pub(super) fn from_names<'a>(names: impl Iterator<Item = &'a str>) -> Self {
-        let mut grant = Self { send: Vms::NONE, hold: Vms::NONE };
+        let mut grant = Self::NONE;
         for name in names {
             let Some((right, vm)) = name.strip_prefix(SCHEME).and_then(|rest| rest.split_once(':')) else {
                 continue;
@@ -123,6 +138,10 @@ impl Grant {
             let vms = match right {
                 "send" => &mut grant.send,
                 "hold" => &mut grant.hold,
+                ARBITRATE => {
+                    grant.arbiter |= vm == "any";
+                    continue;
+                }
                 _ => continue,
             };
             match (vm, vm.parse()) {
@@ -137,6 +156,13 @@ impl Grant {
 
 impl fmt::Display for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.arbiter {
+            f.write_str("may be the arbiter")?;
+            if (&self.send, &self.hold) == (&Vms::NONE, &Vms::NONE) {
+                return Ok(());
+            }
+            f.write_str(", ")?;
+        }
         if self.send == self.hold {
             write!(f, "may send and hold {}", self.send)
         } else {
@@ -152,14 +178,36 @@ mod tests {
     #[test]
     fn rights_come_back_from_their_names_and_strange_names_give_none() {
         let (one, two) = (VmId([1; 16]), VmId([2; 16]));
-        let grant = Grant { send: Vms::Only(vec![one, two]), hold: Vms::Any };
+        let grant = Grant { send: Vms::Only(vec![one, two]), hold: Vms::Any, arbiter: false };
         let names = grant.to_names();
         assert_eq!(names.last().unwrap(), "outlive:hold:any");
         assert_eq!(Grant::from_names(names.iter().map(String::as_str)), grant);
         assert!(grant.allows(Right::Send, &two) && !grant.allows(Right::Send, &VmId([3; 16])));
-        let strange =
-            ["outlive:send", "outlive:send:", "outlive:send:ANY", "outlive:run:any", "https:send:any", ""];
-        let none = Grant { send: Vms::NONE, hold: Vms::NONE };
-        assert_eq!(Grant::from_names(strange.into_iter()), none);
+        let strange = [
+            "outlive:send",
+            "outlive:send:",
+            "outlive:send:ANY",
+            "outlive:run:any",
+            "https:send:any",
+            "",
+            "outlive:arbitrate:",
+        ];
+        assert_eq!(Grant::from_names(strange.into_iter()), Grant::NONE);
+    }
+
+    /// No right to VMs is one to arbitrate, and the other way round.
+    #[test]
+    fn an_arbiter_is_no_host_of_vms() {
+        for grant in [Grant::ARBITER, Grant { arbiter: true, ..Grant::ALL }, Grant::ALL] {
+            let names = grant.to_names();
+            assert_eq!(Grant::from_names(names.iter().map(String::as_str)), grant, "{names:?}");
+        }
+        let vm = VmId([1; 16]);
+        assert!(!Grant::ARBITER.concerns(&vm) && Grant::ALL.concerns(&vm) && !Grant::ALL.arbiter);
+        assert_eq!(Grant::ARBITER.to_string(), "may be the arbiter");
+        assert_eq!(
+            Grant { arbiter: true, ..Grant::ALL }.to_string(),
+            "may be the arbiter, may send and hold any VM"
+        );
     }
 }

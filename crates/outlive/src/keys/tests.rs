@@ -28,7 +28,7 @@ fn a_directory_says_whose_it_is_and_what_it_allows() {
     let dir = tempfile::tempdir().unwrap();
     let (here, there) = (dir.path().join("a"), dir.path().join("b"));
     init(&here, &order("hosta")).unwrap();
-    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId([9; 16])]) };
+    let grant = Grant { send: Vms::NONE, hold: Vms::Only(vec![VmId([9; 16])]), arbiter: false };
     let made = issue(&here, &Order { grant: grant.clone(), ..order("hostb") }, &there).unwrap();
     let (a, b) = (load(&here).unwrap(), load(&there).unwrap());
     assert_eq!((a.host.name.as_str(), b.host.name.as_str()), ("hosta", "hostb"));

@@ -34,6 +34,14 @@ pub(crate) fn lasts(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData)
 }
 
+/// Whether somebody was there, although nothing came of it: the system says why nobody could be reached, and what a
+/// host did that was reached is in words of our own.
+pub(crate) fn was_reached(error: &io::Error) -> bool {
+    let of_system = error.get_ref().is_none() || error.kind() == io::ErrorKind::NotFound;
+    let broken = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+    broken || !of_system
+}
+
 /// Connects to `address` (HOST:PORT); tries every address of the name. With keys, the host there must have a
 /// certificate, and if `vm` is given, one that allows it to hold this VM.
 ///
@@ -41,7 +49,8 @@ pub(crate) fn lasts(error: &io::Error) -> bool {
 /// The error of the last address, of the name resolution, or of the keys.
 pub(crate) fn dial(address: &str, security: &Security, vm: Option<VmId>) -> io::Result<Connection> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in address.to_socket_addrs()? {
+    let addresses = address.to_socket_addrs();
+    for address in addresses.map_err(|error| io::Error::new(io::ErrorKind::NotFound, error))? {
         match tcp::Tcp::connect(&address, CONNECT) {
             Ok(connected) => return secured(connected.begin()?, security, vm),
             Err(error) => last = error,

@@ -13,6 +13,7 @@
 //! - `tls.rs` is the other one, over the first; `verify.rs` judges certificates.
 //! - `security.rs` has what links are made with: keys, or nothing.
 //! - `dial.rs` makes a connection, from either end.
+//! - `talk.rs` is a short conversation over TLS with somebody else than the other host of a pair.
 //! - `sender.rs` has what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
 
 mod dial;
@@ -20,6 +21,7 @@ mod receiver;
 mod security;
 mod sender;
 mod tail;
+mod talk;
 mod tcp;
 mod tls;
 mod verify;
@@ -32,12 +34,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::keys::Certificate;
-pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts};
+pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts, was_reached};
 pub(crate) use receiver::{Heard, receive};
 pub use security::LinkKind;
-pub(crate) use security::{Security, SecurityError};
+pub(crate) use security::{Security, SecurityError, may_be_open, usable};
 pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, SentRound, Shipped};
 pub(crate) use tail::FrameTail;
+pub(crate) use talk::Talk;
 
 /// What carries the bytes of a connection. One thread may read, another may write and any thread may close
 /// it, all at the same time.

@@ -77,17 +77,10 @@ impl Security {
     ) -> Result<(), SecurityError> {
         match self {
             Self::Keys(directory) => {
-                let keys = keys::load(directory)?;
-                let now = SystemTime::now();
-                match keys.host.complaint(now).filter(|_| keys.host.left(now).is_zero()) {
-                    Some(complaint) => return Err(SecurityError::Expired(complaint)),
-                    None => complain(&keys),
-                }
+                usable(directory)?;
             }
             Self::Open => {
-                let allowed = std::env::var_os(INSECURE_NETWORK).is_some_and(|it| it == "1");
-                let leaves = addresses.find(|address| !allowed && !stays_here(address));
-                if let Some(address) = leaves {
+                if let Some(address) = addresses.find(|address| !may_be_open(address)) {
                     return Err(SecurityError::Network(address.to_owned()));
                 }
                 tracing::warn!(
@@ -100,6 +93,20 @@ impl Security {
     }
 }
 
+/// Reads the keys in a directory, unless they are over.
+///
+/// # Errors
+/// See [`SecurityError`].
+pub(crate) fn usable(directory: &Path) -> Result<Loaded, SecurityError> {
+    let keys = keys::load(directory)?;
+    let now = SystemTime::now();
+    if let Some(complaint) = keys.host.complaint(now).filter(|_| keys.host.left(now).is_zero()) {
+        return Err(SecurityError::Expired(complaint));
+    }
+    complain(&keys);
+    Ok(keys)
+}
+
 /// Complains once a day about a certificate that is about to end.
 pub(super) fn complain(keys: &Loaded) {
     static LAST: AtomicU64 = AtomicU64::new(0);
@@ -109,6 +116,12 @@ pub(super) fn complain(keys: &Loaded) {
     if LAST.swap(day, Ordering::Relaxed) != day {
         tracing::warn!("{complaint}: no new link is made then; renew it with `outlive keys rotate`");
     }
+}
+
+/// Whether what is said at an address (HOST:PORT) may go without keys: it does not leave this host, or a test has the
+/// network to itself.
+pub(crate) fn may_be_open(address: &str) -> bool {
+    std::env::var_os(INSECURE_NETWORK).is_some_and(|it| it == "1") || stays_here(address)
 }
 
 /// Whether an address (HOST:PORT) can be reached from this host alone.

@@ -29,11 +29,13 @@ const BACKLOG: i32 = 128;
 /// A connected socket.
 pub(super) struct Tcp(Arc<TcpStream>, Option<Guarded>);
 
-impl Tcp {
-    fn new(stream: TcpStream) -> Self {
+impl From<TcpStream> for Tcp {
+    fn from(stream: TcpStream) -> Self {
         Self(Arc::new(stream), None)
     }
+}
 
+impl Tcp {
     /// What ends it from elsewhere.
     pub(super) fn hangup(&self) -> Hangup {
         Hangup(self.0.clone())
@@ -44,7 +46,7 @@ impl Tcp {
     /// # Errors
     /// The operating system's.
     pub(super) fn connect(address: &SocketAddr, patience: Duration) -> io::Result<Self> {
-        TcpStream::connect_timeout(address, patience).map(Self::new)
+        TcpStream::connect_timeout(address, patience).map(Self::from)
     }
 
     /// What is set before the other end is known: it sends at once (no Nagle).
@@ -170,6 +172,6 @@ impl Listener {
     /// # Errors
     /// The operating system's.
     pub(super) fn accept(&self) -> io::Result<Tcp> {
-        self.0.accept().map(|(stream, _)| Tcp::new(stream))
+        self.0.accept().map(|(stream, _)| Tcp::from(stream))
     }
 }

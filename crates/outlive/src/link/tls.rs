@@ -17,6 +17,7 @@ use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
 use super::Transport;
+use super::security::complain;
 use super::tcp::Tcp;
 use super::verify::Verifier;
 use crate::keys::{self, Certificate};
@@ -67,6 +68,7 @@ impl Tls {
     /// The keys cannot be used, or the other end is refused or refuses. The text has the remedy.
     pub(super) fn dial(tcp: Tcp, directory: &Path) -> io::Result<(Self, Certificate)> {
         let keys = keys::load(directory).map_err(denied)?;
+        complain(&keys);
         let verifier = Verifier::new(&keys).map_err(denied)?;
         let config = ClientConfig::builder_with_provider(verifier.provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -89,6 +91,7 @@ impl Tls {
     /// See [`dial`](Self::dial).
     pub(super) fn accept(tcp: Tcp, directory: &Path) -> io::Result<(Self, Certificate)> {
         let keys = keys::load(directory).map_err(denied)?;
+        complain(&keys);
         let verifier = Verifier::new(&keys).map_err(denied)?;
         let config = ServerConfig::builder_with_provider(verifier.provider())
             .with_protocol_versions(&[&rustls::version::TLS13])

@@ -26,6 +26,8 @@ pub(crate) enum Answer {
     Busy(String),
     /// It does not say: it may be taking a VM over.
     Unknown(String),
+    /// There is no way to it now. Of that host nothing is known.
+    Unreachable(String),
 }
 
 /// Asks the standby at `address` (HOST:PORT). Takes a few seconds at most.
@@ -34,7 +36,9 @@ pub(crate) fn ask(address: &str, security: &Security) -> Answer {
         Ok(connection) => connection,
         // The host is there, and no process of it listens.
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Answer::Idle,
-        Err(error) => return Answer::Unknown(error.to_string()),
+        // It is there, and does not let this host in, or says nothing.
+        Err(error) if link::was_reached(&error) => return Answer::Unknown(error.to_string()),
+        Err(error) => return Answer::Unreachable(error.to_string()),
     };
     match refusal(connection) {
         Ok(Refuse { code: Ok(RefuseCode::Busy), text }) => Answer::Busy(text),
@@ -134,6 +138,18 @@ mod tests {
         assert!(matches!(stuck, Answer::Unknown(_)), "{stuck:?}");
         // Nobody accepts it.
         assert!(matches!(answers(|_, hello| assert_eq!(hello.limits.slots, 0)), Answer::Unknown(_)));
+        // With keys: a process that is stopped is there, and one behind a cut cable is not known to be.
+        let keys = tempfile::tempdir().unwrap();
+        let keys = keys.path().join("keys");
+        let life = Duration::from_secs(3600);
+        let order = crate::keys::Order { host: "a".into(), grant: crate::keys::Grant::ALL, life };
+        crate::keys::init(&keys, &order).unwrap();
+        let stopped = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = stopped.local_addr().unwrap().to_string();
+        let answer = ask(&address, &Security::Keys(keys.clone()));
+        assert!(matches!(answer, Answer::Unknown(_)), "{answer:?}");
+        let answer = ask("no.such.host.invalid:7000", &Security::Keys(keys));
+        assert!(matches!(answer, Answer::Unreachable(_)), "{answer:?}");
         let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         assert!(matches!(ask(&nobody, &Security::Open), Answer::Idle));
     }

@@ -97,13 +97,16 @@ impl Notes {
             }
             Note::ArbiterUnreachable { why, held } => {
                 let what = if held { "output stays held" } else { "no new standby is looked for" };
-                let now = format!("the arbiter cannot be reached, {what}: {why}");
+                let now = match self.standing.asks_a_person() {
+                    true => format!("{what}: {why}"),
+                    false => format!("the arbiter cannot be reached, {what}: {why}"),
+                };
                 if held {
                     self.standing.asking(&now)
                 } else {
                     self.standing.goes_on(&now)
                 }
-                tracing::error!("arbiter not reachable, {what}: {why}");
+                tracing::error!("{now}");
                 self.events.emit(Event::ArbiterUnreachable { why });
             }
             // Told of with its reason, where the reason is known.

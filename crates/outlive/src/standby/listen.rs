@@ -30,6 +30,7 @@ use crate::arbiter::{self, Arbiter};
 use crate::events::Event;
 use crate::keys::{Certificate, Right};
 use crate::link::{Connection, Listener, MayNot, NewConnection, Reader};
+use crate::logs::RateLimit;
 use crate::vm::limits::{ACCEPTED_DISK_BYTES, ACCEPTED_STATE_BYTES, ACCEPTED_STATE_SECTIONS};
 
 /// How many connections may be heard at the same time: one is the primary's, and those that [`HalfOpen`] has let
@@ -260,21 +261,6 @@ impl Read for Until<'_> {
         }
         self.stream.set_timeout(Some(left))?;
         self.stream.read(to)
-    }
-}
-
-/// Lets a line into the log once a second, so that connections cannot fill the disk.
-#[derive(Default)]
-struct RateLimit(Mutex<Option<Instant>>);
-
-impl RateLimit {
-    fn allows(&self) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let allows = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
-        if allows {
-            *last = Some(Instant::now());
-        }
-        allows
     }
 }
 

@@ -86,8 +86,12 @@ impl Notes {
                 self.events.emit(Event::Arbitrating { generation });
             }
             Note::ArbiterUnreachable { why } => {
-                self.standing.asking(&format!("the arbiter cannot be reached: {why}"));
-                tracing::error!("arbiter not reachable, this standby waits: {why}");
+                let now = match self.standing.asks_a_person() {
+                    true => format!("this standby waits: {why}"),
+                    false => format!("the arbiter cannot be reached, this standby waits: {why}"),
+                };
+                self.standing.asking(&now);
+                tracing::error!("{now}");
                 self.events.emit(Event::ArbiterUnreachable { why });
             }
             Note::Won { generation } => {

@@ -103,6 +103,12 @@ pub struct ArbiterSight {
     pub seen_ms_ago: Option<u64>,
     /// Why it is lost, if it is.
     pub lost: Option<String>,
+    /// What protects the way to it; `null` for a directory, etcd (its URLs say it) and an operator.
+    #[serde(default)]
+    pub link: Option<LinkKind>,
+    /// It is a person (`--arbiter manual`): nothing is tried while all is well.
+    #[serde(default)]
+    pub is_operator: bool,
 }
 
 /// What the loss of a host would mean.
@@ -121,9 +127,13 @@ impl Status {
         let since_commit = progress.since_commit.map(millis);
         let [this, other] = survivals(facts, sight.is_some_and(|it| it.lost.is_some()), since_commit);
         let [this, other] = [this, other].map(|survival| match sight {
-            Some(sight) if sight.is_a_person && facts.protected | facts.asking => survival.by_a_person(),
+            Some(sight) if sight.is_a_person && facts.protected => survival.by_a_person(),
             _ => survival,
         });
+        let [this, other] = match sight {
+            Some(sight) if sight.is_a_person && facts.asking => Survival::waiting_for_a_person(facts.role),
+            _ => [this, other],
+        };
         let counts = facts.protected && facts.role == Role::Primary;
         Self {
             vm: facts.vm.clone(),
@@ -141,9 +151,15 @@ impl Status {
             bytes_in_flight: progress.bytes_in_flight.filter(|_| counts),
             audit: Audited::new(progress.audit, now),
             arbiter: sight.map(|sight| ArbiterSight {
-                seen: sight.seen.map(time),
-                seen_ms_ago: sight.seen.map(|at| millis(now.duration_since(at).unwrap_or_default())),
+                // Nobody looks whether a person is awake.
+                seen: sight.seen.filter(|_| !sight.is_a_person).map(time),
+                seen_ms_ago: sight
+                    .seen
+                    .filter(|_| !sight.is_a_person)
+                    .map(|at| millis(now.duration_since(at).unwrap_or_default())),
                 lost: sight.lost.clone(),
+                link: sight.link,
+                is_operator: sight.is_a_person,
             }),
             loss_of_this_host: this,
             loss_of_other_host: other,
@@ -240,10 +256,13 @@ impl fmt::Display for Status {
         }
         match &self.arbiter {
             None => f.write_str("; no arbiter")?,
+            Some(ArbiterSight { is_operator: true, .. }) => f.write_str("; arbiter: an operator (manual)")?,
             Some(ArbiterSight { lost: Some(why), seen_ms_ago, .. }) => {
                 write!(f, "; ARBITER LOST, {}: {why}", seen(*seen_ms_ago))?;
             }
-            Some(ArbiterSight { seen_ms_ago, .. }) => write!(f, "; arbiter {}", seen(*seen_ms_ago))?,
+            Some(ArbiterSight { seen_ms_ago, link, .. }) => {
+                write!(f, "; arbiter{} {}", way(*link), seen(*seen_ms_ago))?;
+            }
         }
         write!(f, "; loss of this host: {}", self.loss_of_this_host)?;
         write!(f, "; loss of the other: {}", self.loss_of_other_host)
@@ -271,6 +290,20 @@ impl Status {
 }
 
 impl Survival {
+    /// Of this host and the other one, while an operator has not said who goes on.
+    fn waiting_for_a_person(role: Role) -> [Self; 2] {
+        let says = |what: &str| Self { survived: false, what: what.to_owned(), lost_ms: None };
+        let word = match role {
+            Role::Primary => {
+                "it is lost already: an operator must decide; `outlive go-on-alone` lets the VM go on here"
+            }
+            Role::Standby => {
+                "it is lost already: an operator must decide; `outlive take-over` lets the VM go on here"
+            }
+        };
+        [says("an operator must decide first which host goes on"), says(word)]
+    }
+
     /// The same where a person decides who goes on.
     fn by_a_person(self) -> Self {
         let what = format!("an operator must decide (--arbiter manual); then {}", self.what);
@@ -285,6 +318,15 @@ impl fmt::Display for Survival {
             Some(ms) => write!(f, " (about {} of its work is lost, none of it answered)", span(ms)),
             None => Ok(()),
         }
+    }
+}
+
+/// The way to the arbiter, for people.
+fn way(link: Option<LinkKind>) -> &'static str {
+    match link {
+        None => "",
+        Some(LinkKind::Tls13) => " over TLS 1.3",
+        Some(LinkKind::Plain) => " over an INSECURE way",
     }
 }
 
@@ -303,7 +345,8 @@ mod tests {
     use super::super::Standing;
     use super::*;
 
-    const CLEAR: Sight = Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false };
+    const CLEAR: Sight =
+        Sight { seen: Some(SystemTime::UNIX_EPOCH), lost: None, is_a_person: false, link: None };
 
     fn counted() -> Progress {
         Progress {
@@ -359,8 +402,18 @@ mod tests {
         let status = at(&standing, Some(&person));
         assert!(!status.loss_of_this_host.survived && !status.loss_of_other_host.survived);
         assert!(status.loss_of_this_host.what.starts_with("an operator must decide"), "{status}");
+        assert!(status.to_string().contains("; arbiter: an operator (manual); "), "{status}");
+        let sight = status.arbiter.as_ref().unwrap();
+        assert!(sight.is_operator && sight.seen.is_none(), "nobody looks whether a person is awake");
+        let served = Sight { link: Some(LinkKind::Tls13), ..CLEAR };
+        let status = at(&standing, Some(&served));
+        assert!(status.to_string().contains("; arbiter over TLS 1.3 seen 1m 1s ago; "), "{status}");
+        assert_eq!(serde_json::to_value(&status).unwrap()["arbiter"]["link"], "tls1.3");
         standing.unprotected("the standby was lost");
         standing.asking("asking the arbiter");
+        let status = at(&standing, Some(&person));
+        let words = &status.loss_of_other_host.what;
+        assert!(words.contains("`outlive go-on-alone`") && !words.contains("arbiter"), "{words}");
         let status = at(&standing, Some(&CLEAR));
         assert_eq!(status.why.as_deref(), Some("the standby was lost; asking the arbiter"));
         assert!(!status.loss_of_this_host.survived);

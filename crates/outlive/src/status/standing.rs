@@ -8,7 +8,7 @@ use super::answer::Status;
 use crate::arbiter::Watch;
 use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
-use crate::link::LinkKind;
+use crate::link::{LinkKind, Security};
 use crate::notify;
 
 /// How far the checkpoints are.
@@ -50,6 +50,8 @@ pub(super) struct Facts {
     counter: Option<Counter>,
     /// Where an operator's decisions are told.
     pub(super) events: Option<EventWriter>,
+    /// Where the other host may be found, and with which keys.
+    pub(super) others: Option<(Vec<String>, Security)>,
 }
 
 impl Facts {
@@ -101,6 +103,7 @@ impl Standing {
             watch: None,
             counter: None,
             events: None,
+            others: None,
         };
         Arc::new(Self {
             facts: Mutex::new(facts),
@@ -127,6 +130,17 @@ impl Standing {
     /// Tells what an operator decides as events from now on.
     pub(crate) fn tells(&self, events: &EventWriter) {
         self.change(|facts| facts.events = Some(events.clone()));
+    }
+
+    /// Where the other host may be found: it is looked for before an operator's word counts.
+    pub(crate) fn others(&self, addresses: &[String], security: &Security) {
+        self.change(|facts| facts.others = Some((addresses.to_vec(), security.clone())));
+    }
+
+    /// Whether claims wait for a person.
+    pub(crate) fn asks_a_person(&self) -> bool {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        facts.watch.as_ref().and_then(Weak::upgrade).is_some_and(|watch| watch.sight().is_a_person)
     }
 
     /// What protects the links of this process.

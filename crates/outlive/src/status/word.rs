@@ -2,17 +2,19 @@
 //! waits for it, through the socket of `outlive status`.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::standing::Facts;
 use super::{Standing, place};
-use crate::arbiter::{NotTaken, Word, desk};
+use crate::arbiter::{NotTaken, Taken, Word, desk};
 use crate::cli::WordOptions;
 use crate::events::{Event, Role};
+use crate::primary::{Answer, ask};
 use crate::{exit, socket};
 
 /// How long a client may take to say something. One that only wants the status says at once that it does not. Clients
@@ -23,7 +25,7 @@ const TRIES: usize = 20;
 /// The longest word, in bytes.
 const LONGEST: usize = 256;
 /// How long the answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What an operator says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +37,16 @@ pub(super) enum Order {
     GoOnAlone { generation: u64 },
     /// The other host shall have it.
     GiveUp { generation: u64 },
+}
+
+impl Order {
+    /// The word, and about which generation.
+    fn parts(self) -> (Word, u64) {
+        match self {
+            Self::TakeOver { generation } | Self::GoOnAlone { generation } => (Word::Here, generation),
+            Self::GiveUp { generation } => (Word::There, generation),
+        }
+    }
 }
 
 /// What became of it.
@@ -50,6 +62,11 @@ enum Outcome {
 enum Refused {
     #[error("the other host is seen, or was not lost: there is nothing to decide ({0})")]
     Seen(String),
+    #[error(
+        "the other host is seen at {address} ({why}): say `outlive give-up --generation {generation}` there first, or \
+         switch that host off"
+    )]
+    Answers { address: String, why: String, generation: u64 },
     #[error("the VM ran here: say `outlive go-on-alone`, or take it over at its standby")]
     RanHere,
     #[error("this is the standby: say `outlive take-over`, or let the VM go on where it ran")]
@@ -81,6 +98,13 @@ pub(super) fn obey(order: Order, standing: &Standing) -> Vec<u8> {
 
 fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
     let facts = standing.facts();
+    let (said, its) = order.parts();
+    // An operator who is not sure whether it was heard says it again.
+    if desk().decided(its).is_some()
+        && let Taken::Before(vm) = desk().decide(its, said)?
+    {
+        return Ok(format!("generation {its} of VM {vm} is {said} already: nothing was changed"));
+    }
     // Before a claim is open, the other host lives as far as this one knows.
     if !facts.asking {
         let why = if facts.protected { "the VM is protected".to_owned() } else { facts.reason() };
@@ -93,9 +117,12 @@ fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
         (Order::TakeOver { .. }, Role::Primary) => return Err(Refused::RanHere),
         (Order::GoOnAlone { .. }, Role::Standby) => return Err(Refused::IsStandby),
     };
-    let vm = desk().decide(generation, word)?;
+    if word == Word::Here {
+        unless_seen(&facts, generation)?;
+    }
+    let (Taken::Now(vm) | Taken::Before(vm)) = desk().decide(generation, word)?;
     let here = word == Word::Here;
-    let whose = if here { "THIS HOST'S" } else { "the other host's" };
+    let whose = if here { "THIS HOST'S".to_owned() } else { word.to_string() };
     tracing::warn!(%vm, generation, "AN OPERATOR HAS DECIDED: the generation is {whose}");
     if let Some(events) = &facts.events {
         events.emit(Event::OperatorDecided { generation, here });
@@ -103,12 +130,41 @@ fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
     Ok(format!("generation {generation} of VM {vm} is {}", whose.to_lowercase()))
 }
 
+/// Refuses while the other host can be reached and may have the VM, or a copy that it waits with. It takes some
+/// seconds at most.
+fn unless_seen(facts: &Facts, generation: u64) -> Result<(), Refused> {
+    let Some((addresses, security)) = &facts.others else { return Ok(()) };
+    let peer = facts.peer.as_deref().unwrap_or_default();
+    // The host of this VM, and none that could be its standby as well: that one may have another VM.
+    for address in addresses.iter().filter(|address| *address == peer || same_host(address, peer)) {
+        let why = match ask(address, security) {
+            Answer::Idle | Answer::Unreachable(_) => continue,
+            Answer::Busy(why) | Answer::Unknown(why) => why,
+        };
+        return Err(Refused::Answers { address: address.clone(), why, generation });
+    }
+    Ok(())
+}
+
+/// Whether two addresses (HOST:PORT) are of one host.
+fn same_host(one: &str, other: &str) -> bool {
+    let hosts = |address: &str| -> Vec<IpAddr> {
+        address
+            .to_socket_addrs()
+            .map(|all| all.map(|it| it.ip().to_canonical()).collect())
+            .unwrap_or_default()
+    };
+    let others = hosts(other);
+    hosts(one).iter().any(|host| others.contains(host))
+}
+
 /// Why a command has come to nothing.
 #[derive(Debug, thiserror::Error)]
 enum WordError {
     /// Nobody is there.
     #[error(
-        "no VM or standby that you may ask runs on this host: give the path of its --status with --socket"
+        "no VM or standby that you may ask runs on this host: give the path of its --status with --socket; after \
+         `give-up` a process has ended, unless it waits as the standby"
     )]
     Nobody,
     /// Several are there.

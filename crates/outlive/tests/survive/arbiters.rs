@@ -18,7 +18,7 @@ use crate::support::{PROGRAM, Process, Side, Witnesses, World, wait_until};
 /// A third machine on the clients' network, which both hosts reach.
 const THIRD: &str = "10.77.0.1";
 
-/// The arbiter that is served there.
+/// The arbiter that is served there without keys.
 pub(crate) const SERVED: &str = "outlive:10.77.0.1:7010?insecure";
 
 /// Nobody is to take over before a test wants it, on a machine that is busy with the servers. A process that dies is
@@ -124,15 +124,24 @@ fn with_etcd_one_host_goes_on_whatever_a_minority_of_its_members_does() {
     witnesses.finish(&world);
 }
 
-fn serve(world: &World, name: &str) -> Server {
-    serve_with(world, Path::new(PROGRAM), name)
-}
-
-/// Serves the directory `served` of this world with this program.
+/// Serves the directory `served` of this world with this program, without keys: the first release had none for it.
 pub(crate) fn serve_with(world: &World, program: &Path, name: &str) -> Server {
     let directory = world.dir().join("served");
     let mut command = Command::new(program);
     command.args(["arbiter", "serve", "--insecure", "--listen", &format!("{THIRD}:7010"), "--directory"]);
+    command.env("OUTLIVE_INSECURE_NETWORK", "1");
+    start_serving(world, command, &directory, name)
+}
+
+fn serve(world: &World, name: &str) -> Server {
+    let directory = world.dir().join("served");
+    let mut command = Command::new(PROGRAM);
+    command.arg("arbiter").arg("serve").arg("--keys").arg(world.arbiter_keys());
+    command.args(["--listen", &format!("{THIRD}:7010"), "--directory"]);
+    start_serving(world, command, &directory, name)
+}
+
+fn start_serving(world: &World, mut command: Command, directory: &Path, name: &str) -> Server {
     command.arg(directory);
     let server = Server::start(world, command, name);
     let log = world.dir().join(format!("{name}.log"));
@@ -147,7 +156,9 @@ fn with_a_served_arbiter_one_host_goes_on_and_nobody_while_it_is_down() {
     fs::create_dir(world.dir().join("served")).unwrap();
     FileArbiter::init(&world.dir().join("served")).unwrap();
     let server = serve(&world, "first");
-    let (primary, mut taken) = protected(&world, SERVED);
+    // With the keys of each host's own process.
+    let arbiter = format!("outlive:{THIRD}:7010");
+    let (primary, mut taken) = protected(&world, &arbiter);
     let witnesses = Witnesses::start(&world, 2);
     witnesses.hear_all();
     drop(server);
@@ -155,7 +166,7 @@ fn with_a_served_arbiter_one_host_goes_on_and_nobody_while_it_is_down() {
     while_nobody_can_say_the_standby_waits(primary, &mut taken, || again = Some(serve(&world, "second")));
     witnesses.hear_all();
     // The link is cut while it answers: one wins, and the other one hears who.
-    let mut second = standby(&world, Side::A, SERVED);
+    let mut second = standby(&world, Side::A, &arbiter);
     taken.wait_protected();
     world.cut_link();
     wait_until("one side gives up", || taken.ended() || second.ended());
@@ -223,9 +234,70 @@ fn with_an_operator_as_arbiter_nobody_goes_on_before_the_word() {
     assert!(code == Some(0) && said.contains("this host's"), "{said}");
     assert_eq!(standby.wait_takeover(), 2);
     assert!(standby.has(|e| matches!(e, Event::OperatorDecided { generation: 2, here: true })));
+    // Whoever is not sure says it again, and whoever changes their mind is late.
+    let (code, said) = word(&b, &["take-over", "--generation", "2"]);
+    assert!(code == Some(0) && said.contains("this host's already: nothing was changed"), "{said}");
+    let (code, said) = word(&b, &["give-up", "--generation", "2"]);
+    assert!(code == Some(2) && said.contains("cannot be taken back"), "{said}");
     let (code, said) = word(&a, &["give-up", "--generation", "2"]);
     assert!(code == Some(0), "{said}");
     assert_eq!(primary.wait_exit(), 3);
+    assert!(primary.log().contains("the other host, by an operator's word"), "{}", primary.log());
     witnesses.hear_all();
     witnesses.finish(&world);
+}
+
+/// The hosts see each other again before the operator has decided: then one of them is told first that it has lost.
+#[test]
+fn an_operators_word_is_refused_while_the_other_host_answers() {
+    let Some(world) = World::new() else { return };
+    let [a, b] = ["a", "b"].map(|name| world.dir().join(name));
+    let options = |side: Side, socket: &Path| {
+        let other = side.other().addr().to_string();
+        let status = socket.to_str().unwrap();
+        ["--standby", &other, "--arbiter", "manual", "--status", status, "--dead-after", DEAD_AFTER]
+            .map(str::to_owned)
+    };
+    let (at_a, at_b) = (options(Side::A, &a), options(Side::B, &b));
+    let mut standby = world.standby_with(Side::B, &words(&at_b));
+    let mut primary = world.run_with(Side::A, &words(&at_a));
+    primary.wait_protected();
+    world.cut_link();
+    for host in [&mut primary, &mut standby] {
+        host.wait_for("asking an operator", |e| matches!(e, Event::ArbiterUnreachable { .. }));
+    }
+    // What an operator sees first.
+    let told = |socket: &Path| {
+        let out = Command::new(PROGRAM).args(["status", "--socket"]).arg(socket).output().unwrap();
+        String::from_utf8(out.stdout).unwrap()
+    };
+    for (socket, command) in [(&a, "`outlive go-on-alone`"), (&b, "`outlive take-over`")] {
+        let said = told(socket);
+        assert!(said.contains("AN OPERATOR MUST DECIDE") && said.contains(command), "{said}");
+        assert!(said.contains("; arbiter: an operator (manual)"), "{said}");
+        assert!(!said.contains("the arbiter cannot be reached") && !said.contains("seen"), "{said}");
+    }
+    world.mend_link();
+    let (code, said) = word(&a, &["go-on-alone", "--generation", "2"]);
+    let seen = format!("the other host is seen at {}", Side::B.addr());
+    assert!(
+        code == Some(2) && said.contains(&seen) && said.contains("`outlive give-up --generation 2`"),
+        "{said}"
+    );
+    assert!(!primary.has(|e| matches!(e, Event::Won { .. })));
+    // A process that is stopped may go on.
+    standby.signal(SIGSTOP);
+    let (code, said) = word(&a, &["go-on-alone", "--generation", "2"]);
+    assert!(code == Some(2) && said.contains(&seen), "{said}");
+    standby.signal(SIGCONT);
+    let (code, said) = word(&b, &["give-up", "--generation", "2"]);
+    assert!(code == Some(0), "{said}");
+    assert_eq!(standby.wait_exit(), 3);
+    let (code, said) = word(&b, &["give-up", "--generation", "2"]);
+    assert!(code == Some(2) && said.trim().lines().count() == 1, "{said}");
+    let (code, said) = word(&a, &["go-on-alone", "--generation", "2"]);
+    assert!(code == Some(0) && said.contains("this host's"), "{said}");
+    primary.wait_for("alone", |e| matches!(e, Event::Won { generation: 2 }));
+    let (code, said) = word(&a, &["go-on-alone", "--generation", "2"]);
+    assert!(code == Some(0) && said.contains("already"), "{said}");
 }

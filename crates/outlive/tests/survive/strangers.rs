@@ -210,7 +210,7 @@ fn who_has_no_right_gets_nothing_and_disturbs_nobody() {
 #[test]
 fn hosts_without_the_right_to_a_vm_are_refused_on_both_sides() {
     let Some(world) = World::new() else { return };
-    let none = Grant { send: Vms::NONE, hold: Vms::NONE };
+    let none = Grant::NONE;
     let other = Vms::Only(vec![outlive::arbiter::VmId([7; 16])]);
     let make = |name: &str, grant: Grant| {
         let to = world.dir().join(name);

@@ -9,6 +9,7 @@
 //! has been one's: it lacks the claims, like every arbiter that has lost them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -56,12 +57,38 @@ pub(crate) enum Word {
     There,
 }
 
+impl fmt::Display for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Here => "this host's",
+            Self::There => "the other host's",
+        })
+    }
+}
+
+/// What became of a word that is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// It decides.
+    Now(VmId),
+    /// The same word was said before.
+    Before(VmId),
+}
+
 /// Why an operator's word is not taken.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum NotTaken {
     /// Nobody waits for one.
     #[error("nobody waits for a word: no VM of this process has --arbiter manual and a lost peer")]
     NothingAsked,
+    /// A word was said already, and another one.
+    #[error("generation {generation} was decided already, and is {whose}: a word cannot be taken back")]
+    Decided {
+        /// Which it was.
+        generation: u64,
+        /// Whose it is.
+        whose: Word,
+    },
     /// It is another generation.
     #[error("generation {asked} is to be decided, not {said}: look at `outlive status` again")]
     OtherGeneration {
@@ -93,11 +120,30 @@ impl Desk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes an operator's word about the generation that is to be decided. Returns which VM it was about.
+    /// What was said of a generation in this process, while nothing waits for a word.
+    pub(crate) fn decided(&self, generation: u64) -> Option<(VmId, Word)> {
+        // A VM's first generation is nobody's word.
+        let said = |line: &Line| match line.theirs {
+            Some(theirs) if theirs == generation => Some(Word::There),
+            _ => line.ours.contains_key(&generation).then_some(Word::Here),
+        };
+        let lines = self.lines();
+        if lines.values().any(|line| line.asked.is_some()) {
+            return None;
+        }
+        lines.iter().filter(|_| generation > 1).find_map(|(vm, line)| Some((*vm, said(line)?)))
+    }
+
+    /// Takes an operator's word about the generation that is to be decided. The same word may be said again.
     ///
     /// # Errors
     /// See [`NotTaken`].
-    pub(crate) fn decide(&self, generation: u64, word: Word) -> Result<VmId, NotTaken> {
+    pub(crate) fn decide(&self, generation: u64, word: Word) -> Result<Taken, NotTaken> {
+        match self.decided(generation) {
+            Some((vm, said)) if said == word => return Ok(Taken::Before(vm)),
+            Some((_, whose)) => return Err(NotTaken::Decided { generation, whose }),
+            None => {}
+        }
         let mut lines = self.lines();
         // A process has one VM.
         let asked = lines.iter_mut().find(|(_, line)| line.asked.is_some()).ok_or(NotTaken::NothingAsked)?;
@@ -111,7 +157,7 @@ impl Desk {
             Word::Here => drop(line.ours.insert(asked, (owner, SystemTime::now()))),
             Word::There => line.theirs = Some(asked),
         }
-        Ok(*vm)
+        Ok(Taken::Now(*vm))
     }
 
     fn claim(&self, vm: &VmId, generation: u64, owner: &str) -> Claim {
@@ -121,8 +167,11 @@ impl Desk {
         if let Some((winner, _)) = line.ours.get(&generation) {
             return if *winner == owner { Claim::Won } else { Claim::Lost { owner: winner.clone() } };
         }
-        if line.theirs == Some(generation) || line.newest >= generation {
-            let owner = format!("the other host in generation {}, by an operator's word", line.newest);
+        if line.theirs == Some(generation) {
+            return Claim::Lost { owner: "the other host, by an operator's word".into() };
+        }
+        if line.newest >= generation {
+            let owner = format!("the other host, which has had generation {} since", line.newest);
             return Claim::Lost { owner };
         }
         if generation == 1 {
@@ -247,18 +296,27 @@ mod tests {
             }
         }
         assert_eq!(standby.desk.decide(1, Word::Here), Err(NotTaken::OtherGeneration { asked: 2, said: 1 }));
-        assert_eq!(standby.desk.decide(2, Word::Here), Ok(VM));
+        assert_eq!(standby.desk.decided(2), None);
+        assert_eq!(standby.desk.decide(2, Word::Here), Ok(Taken::Now(VM)));
+        // An operator who is not sure says it again, before and after the claim.
+        assert_eq!(standby.desk.decide(2, Word::Here), Ok(Taken::Before(VM)));
+        let taken_back = Err(NotTaken::Decided { generation: 2, whose: Word::Here });
+        assert_eq!(standby.desk.decide(2, Word::There), taken_back);
         assert_eq!(standby.claim(&VM, 2, "somebody"), Claim::Won);
         assert!(matches!(standby.claim(&VM, 2, "somebody else"), Claim::Lost { .. }));
-        assert_eq!(primary.desk.decide(2, Word::There), Ok(VM));
+        assert_eq!(primary.desk.decide(2, Word::There), Ok(Taken::Now(VM)));
         for _ in 0..2 {
-            assert!(
-                matches!(primary.claim(&VM, 2, "somebody"), Claim::Lost { owner } if owner.contains("operator"))
-            );
+            assert_eq!(primary.desk.decide(2, Word::There), Ok(Taken::Before(VM)));
+            let owner = "the other host, by an operator's word".to_owned();
+            assert_eq!(primary.claim(&VM, 2, "somebody"), Claim::Lost { owner });
         }
-        // A word is for one question only.
+        // Nobody has said a word about a VM's first generation.
+        assert_eq!(primary.desk.decided(1), None);
+        // A word is for one question only, and one about an older question is no answer to this.
         assert!(matches!(standby.claim(&VM, 3, "somebody"), Claim::Unreachable { .. }));
         assert_eq!(primary.desk.decide(3, Word::Here), Err(NotTaken::NothingAsked));
+        let other = Err(NotTaken::OtherGeneration { asked: 3, said: 2 });
+        assert_eq!(standby.desk.decide(2, Word::Here), other);
     }
 
     /// A process that has missed a generation must not be given a later one.

@@ -7,36 +7,40 @@
 //!
 //! ```text
 //! protocol.rs   questions and answers
-//! transport.rs  the way between the two; TLS goes in here
+//! transport.rs  the way between the two: TLS, and who may be the arbiter
 //! server.rs     `outlive arbiter serve`
+//! guests.rs     its connections, which are few
+//! place.rs      where an arbiter is, and with which keys it is asked
+//! pace.rs       how soon a host that is refused asks again
 //! ```
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
+mod guests;
+mod pace;
+mod place;
 mod protocol;
 mod server;
 mod transport;
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::num::NonZeroU64;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use self::protocol::{Answer, Ask, LONGEST_ANSWER, Question, Token, VERSION, Vm, hear, say};
+use self::pace::Pace;
+pub(super) use self::place::FORM;
+use self::place::Way;
+pub use self::place::with_keys;
+use self::protocol::{Answer, Ask, Question, Token, VERSION, Vm};
 pub use self::server::ServeError;
 pub(super) use self::server::serve;
-use self::transport::{Wrap, is_private, plain, prepare};
 use super::{
     Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, Prober, VmId, Win,
     process_token,
 };
-
-/// How to write it, for people.
-pub(super) const FORM: &str =
-    "outlive:HOST:PORT[?insecure], where `outlive arbiter serve` listens, for example outlive:127.0.0.1:7010";
-/// How long a connection may take.
-const CONNECT: Duration = Duration::from_secs(1);
-/// How long a question and its answer may take. The server writes to its disk meanwhile.
-const PATIENCE: Duration = Duration::from_secs(2);
+use crate::link::LinkKind;
 
 /// What is wrong with a served arbiter.
 #[derive(Debug, thiserror::Error)]
@@ -65,10 +69,26 @@ pub enum ServedFault {
     },
     /// Others can be on the way.
     #[error(
-        "{0} is not this machine, and the way to it is not encrypted: add ?insecure if nobody but your hosts can be \
-         on it"
+        "{0} is not this machine, and ?insecure is for this machine alone: leave it out, and give this host and that \
+         machine keys (`outlive keys`)"
     )]
     NotPrivate(SocketAddr),
+    /// The keys of one of the two do not count, or there are none.
+    #[error("{0}")]
+    Keys(String),
+    /// It does not speak as an arbiter without keys does.
+    #[error("its answer is none without TLS: leave out ?insecure if it is served with keys")]
+    NotPlain,
+    /// This host has no right to the VM.
+    #[error("it refuses this host: {0}")]
+    Forbidden(String),
+}
+
+impl ServedFault {
+    /// Whether the next attempt would most likely fail in the same way.
+    fn lasts(&self) -> bool {
+        matches!(self, Self::Keys(_) | Self::NotPlain | Self::Forbidden(_) | Self::NotPrivate(_))
+    }
 }
 
 /// Why a served arbiter cannot be used.
@@ -104,56 +124,6 @@ pub(super) fn init(place: &str) -> Result<(Box<dyn Arbiter>, Initialized), Arbit
     })
 }
 
-/// The way to a served arbiter.
-#[derive(Clone)]
-struct Way {
-    /// Host and port.
-    address: String,
-    /// Others may be on the way.
-    insecure: bool,
-    wrap: Wrap,
-}
-
-impl Way {
-    fn parse(place: &str) -> Option<Self> {
-        let (address, option) = place.split_once('?').unwrap_or((place, ""));
-        let (host, port) = address.rsplit_once(':')?;
-        let good = !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0);
-        let known = option.is_empty() || option == "insecure";
-        (good && known).then(|| Self {
-            address: address.to_owned(),
-            insecure: !option.is_empty(),
-            wrap: plain(),
-        })
-    }
-
-    /// Asks once. An error leaves open whether the question was heard.
-    fn ask(&self, question: &Question) -> Result<Answer, ServedFault> {
-        let unanswered = |error: io::Error| ServedFault::Unanswered(error.to_string());
-        let until = Instant::now() + PATIENCE;
-        let mut stream = (self.wrap)(self.connect()?).map_err(unanswered)?;
-        say(&mut stream, question).map_err(unanswered)?;
-        hear(&mut stream, LONGEST_ANSWER, until).map_err(unanswered)
-    }
-
-    fn connect(&self) -> Result<TcpStream, ServedFault> {
-        let mut why = "its name has no address".to_owned();
-        let addresses =
-            self.address.to_socket_addrs().map_err(|error| ServedFault::Unanswered(error.to_string()))?;
-        for address in addresses {
-            if !self.insecure && !is_private(address.ip()) {
-                return Err(ServedFault::NotPrivate(address));
-            }
-            let socket = TcpStream::connect_timeout(&address, CONNECT);
-            match socket.and_then(|socket| prepare(&socket, PATIENCE).map(|()| socket)) {
-                Ok(socket) => return Ok(socket),
-                Err(error) => why = error.to_string(),
-            }
-        }
-        Err(ServedFault::Unanswered(why))
-    }
-}
-
 /// An arbiter that Outlive serves.
 #[derive(Clone)]
 struct ServedArbiter {
@@ -163,6 +133,7 @@ struct ServedArbiter {
     process: &'static str,
     /// What the server said when it was opened.
     identity: String,
+    pace: Pace,
 }
 
 impl fmt::Debug for ServedArbiter {
@@ -175,14 +146,15 @@ impl ServedArbiter {
     fn open(text: &str) -> Result<Self, ServedSpecError> {
         let way = Way::parse(text).ok_or_else(|| ServedSpecError::Form(text.to_owned()))?;
         let place = format!("outlive:{text}");
-        let opened = way.ask(&Question { version: VERSION, arbiter: None, ask: Ask::Open });
+        let question = Question { version: VERSION, arbiter: None, ask: Ask::Open };
+        let opened = way.check().and_then(|()| way.ask(&question));
         let identity = match opened.and_then(expect) {
             Ok(Answer::Arbiter { identity }) => identity,
             Ok(other) => return Err(ServedSpecError::Unusable { place, fault: nonsense(&other) }),
             Err(fault) => return Err(ServedSpecError::Unusable { place, fault }),
         };
         let process = process_token().map_err(ServedSpecError::NoRandom)?;
-        Ok(Self { place, way, process, identity })
+        Ok(Self { place, way, process, identity, pace: Pace::default() })
     }
 
     fn ask(&self, ask: Ask) -> Result<Answer, ServedFault> {
@@ -211,6 +183,7 @@ fn expect(answer: Answer) -> Result<Answer, ServedFault> {
     match answer {
         Answer::Unable { why } => Err(ServedFault::Unable(why)),
         Answer::Refused { why } => Err(ServedFault::Refused(why)),
+        Answer::Forbidden { why } => Err(ServedFault::Forbidden(why)),
         answer => Ok(answer),
     }
 }
@@ -229,13 +202,19 @@ impl Arbiter for ServedArbiter {
         else {
             return Claim::Unreachable { why: "there is no generation 0".into() };
         };
-        let why = match self.ask(Ask::Claim { vm: Vm(*vm), generation, owner, process }) {
+        if let Some(why) = self.pace.rests() {
+            return Claim::Unreachable { why };
+        }
+        let fault = match self.ask(Ask::Claim { vm: Vm(*vm), generation, owner, process }) {
             Ok(Answer::Won) => return Claim::Won,
             Ok(Answer::Lost { owner }) => return Claim::Lost { owner },
             Ok(other) => nonsense(&other),
             Err(fault) => fault,
         };
-        Claim::Unreachable { why: self.fails(why).to_string() }
+        let lasts = fault.lasts();
+        let why = self.fails(fault).to_string();
+        self.pace.note(&why, lasts);
+        Claim::Unreachable { why }
     }
 
     fn highest(&mut self, vm: &VmId) -> Result<Option<u64>, ArbiterError> {
@@ -293,6 +272,10 @@ impl Arbiter for ServedArbiter {
         &self.identity
     }
 
+    fn link(&self) -> Option<LinkKind> {
+        Some(self.way.link())
+    }
+
     fn prober(&self) -> Prober {
         let twin = self.clone();
         Box::new(move || {
@@ -315,8 +298,10 @@ mod tests {
             assert!(error.contains("outlive:HOST:PORT"), "{text}: {error}");
         }
         // An address for documentation: nobody is asked there.
-        let error = ServedArbiter::open("192.0.2.1:7010").unwrap_err().to_string();
-        assert!(error.contains("?insecure"), "{error}");
+        let error = ServedArbiter::open("192.0.2.1:7010?insecure").unwrap_err().to_string();
+        assert!(error.contains("?insecure is for this machine alone"), "{error}");
+        let error = ServedArbiter::open("127.0.0.1:1?keys=/no/such/directory").unwrap_err().to_string();
+        assert!(error.contains("outlive keys init") && error.contains("?insecure"), "{error}");
         let error = init("host:1").map(drop).unwrap_err().to_string();
         assert!(error.contains("outlive arbiter init file:DIR"), "{error}");
     }

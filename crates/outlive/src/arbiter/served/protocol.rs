@@ -113,6 +113,22 @@ pub(super) enum Ask {
     Forget { vm: Vm, age_s: u64, remove: bool },
 }
 
+impl Ask {
+    /// The VM that it is about.
+    pub(super) fn vm(&self) -> Option<&VmId> {
+        match self {
+            Self::Open | Self::Vms => None,
+            Self::Claim { vm: Vm(vm), .. }
+            | Self::Highest { vm: Vm(vm) }
+            | Self::History { vm: Vm(vm) }
+            | Self::Ending { vm: Vm(vm) }
+            | Self::NoteEnd { vm: Vm(vm), .. }
+            | Self::Prune { vm: Vm(vm), .. }
+            | Self::Forget { vm: Vm(vm), .. } => Some(vm),
+        }
+    }
+}
+
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
@@ -154,6 +170,10 @@ pub(super) enum Answer {
     },
     /// The question is not understood.
     Refused {
+        why: String,
+    },
+    /// Whoever asks has no right to the VM. The text is for people and has the remedy.
+    Forbidden {
         why: String,
     },
 }
@@ -223,6 +243,9 @@ pub(super) fn say(stream: &mut dyn Write, words: &impl Serialize) -> io::Result<
     stream.flush()
 }
 
+/// What is wrong with words of another protocol.
+const NOT_JSON: &str = "that is no line of JSON; does one side use TLS, and the other --insecure?";
+
 /// Reads a line of at most so many bytes.
 ///
 /// # Errors
@@ -238,6 +261,10 @@ pub(super) fn hear<T: DeserializeOwned>(
     loop {
         let length = stream.read(&mut piece)?;
         let piece = &piece[..length];
+        // Nobody waits for the end of what cannot be a line: TLS, or another protocol.
+        if line.is_empty() && piece.first().is_some_and(|&first| first != b'{') {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, NOT_JSON));
+        }
         let end = piece.iter().position(|&byte| byte == b'\n');
         line.extend_from_slice(&piece[..end.unwrap_or(length)]);
         if line.len() > longest {

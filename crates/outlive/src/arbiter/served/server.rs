@@ -1,35 +1,37 @@
 //! `outlive arbiter serve`: the test-and-set of a directory, for hosts that reach it over the network.
 //!
-//! Each connection has a thread for its one question, and there are never more than [`MOST`] of them, nor more than
-//! [`MOST_OF_ONE`] of one address. A question must be whole within [`PATIENCE`]. So whoever connects and says
-//! nothing, too much or nonsense holds up nothing for long.
+//! Each connection has a thread for its one question, and there is room for few of them (`guests.rs`). A question must
+//! be whole within [`PATIENCE`]. So whoever connects and says nothing, too much or nonsense holds up nothing for long.
+//! With keys nothing that a connection sends is read as a question before its host has shown a certificate, and a
+//! question about a VM is answered only if the certificate names the VM.
 
-use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
+use super::guests::{Entrance, Guest, Guests};
 use super::protocol::{Answer, Ask, LONGEST_QUESTION, Question, VERSION, Vm, hear, say};
-use super::transport::{Wrap, is_private, plain, prepare};
+use super::transport::{NoArbiter, prepare, to_host};
 use crate::arbiter::file::FileSpecError;
 use crate::arbiter::{Arbiter, ArbiterError, Claim, FileArbiter, Mode, VmId};
+use crate::keys::Certificate;
+use crate::link::{Security, SecurityError, may_be_open, usable};
+use crate::logs::RateLimit;
 use crate::serving::ServingThread;
 use crate::{logs, notify, process};
 
-/// How many questions are answered at once.
-const MOST: usize = 64;
-/// How many of one address.
-const MOST_OF_ONE: usize = 16;
 /// How long a question may take to arrive, and an answer to leave.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often connections that have had their time are looked for, in milliseconds.
+const LOOK: u16 = 500;
 /// Time until the next try when a connection cannot be accepted, in milliseconds.
 const TROUBLE: u8 = 100;
 
@@ -41,15 +43,28 @@ pub enum ServeError {
     Directory(#[from] FileSpecError),
     /// Others could listen and speak.
     #[error(
-        "{0} can be reached from other machines, and what is said there is not encrypted: listen on 127.0.0.1, or \
-         add --insecure if nobody but your hosts can reach it"
+        "--insecure would let everybody who reaches {0} win every generation of every VM: it is for addresses of this \
+         machine alone; leave it out, and give this machine keys (`outlive keys issue --arbiter`)"
     )]
-    NotPrivate(SocketAddr),
+    NotPrivate(String),
+    /// The keys cannot be used.
+    #[error("{0}; --insecure does without keys, for addresses of this machine alone")]
+    Keys(String),
+    /// The keys are those of a host of VMs.
+    #[error("the certificate in {keys} does not let this machine be an arbiter: {why}")]
+    NoRight {
+        /// Where the keys are.
+        keys: String,
+        /// What it lacks, and the remedy.
+        why: String,
+    },
     /// The address cannot be used.
-    #[error("cannot listen on {address}: {source}; choose another address with --listen")]
+    #[error(
+        "cannot listen on {address}: {source}; give --listen an address of this machine, for example 0.0.0.0:7010"
+    )]
     Listen {
-        /// Where.
-        address: SocketAddr,
+        /// Where, as it was given.
+        address: String,
         /// The system's error.
         source: io::Error,
     },
@@ -64,29 +79,26 @@ pub enum ServeError {
 /// See [`ServeError`]. Nothing was changed then.
 pub(in crate::arbiter) fn serve(
     directory: &Path,
-    address: SocketAddr,
-    insecure: bool,
+    address: &str,
+    security: Security,
     exit_with_stdin: bool,
 ) -> Result<(), ServeError> {
-    if !insecure && !is_private(address.ip()) {
-        return Err(ServeError::NotPrivate(address));
-    }
+    check(&security, address)?;
     let arbiter = FileArbiter::open(directory)?;
-    let listen = |source| ServeError::Listen { address, source };
-    let listener = TcpListener::bind(address).map_err(listen)?;
-    listener.set_nonblocking(true).map_err(listen)?;
-    let address = listener.local_addr().map_err(listen)?;
+    let (listener, address) =
+        listen(address).map_err(|source| ServeError::Listen { address: address.to_owned(), source })?;
     let (told, stops) = channel();
     process::on_stop(exit_with_stdin, move |why| {
         // Nobody listens once this returns.
         let _ = told.send(why);
     })
     .map_err(ServeError::System)?;
-    if !is_private(address.ip()) {
-        tracing::warn!("--insecure: whoever reaches {address} can win every generation of every VM");
+    if security == Security::Open {
+        tracing::warn!("INSECURE: whoever reaches {address} can win every generation of every VM");
     }
     logs::say(&format!("arbiter {} listens on {address}", arbiter.identity()));
-    let server = Server { arbiter: Arc::new(arbiter), wrap: plain(), guests: Arc::default() };
+    let (guests, limit) = (Arc::default(), Arc::default());
+    let server = Server { arbiter: Arc::new(arbiter), security, guests, limit };
     let thread = ServingThread::start("arbiter-serve", move |quit| server.run(&listener, quit));
     let thread = thread.map_err(ServeError::System)?;
     notify::ready();
@@ -98,45 +110,38 @@ pub(in crate::arbiter) fn serve(
     Ok(())
 }
 
+/// Finds out at the start what the first host would: that the keys can be used and are an arbiter's, or that an
+/// arbiter without keys is for this machine alone.
+fn check(security: &Security, address: &str) -> Result<(), ServeError> {
+    match security {
+        Security::Open if may_be_open(address) => Ok(()),
+        Security::Open => Err(ServeError::NotPrivate(address.to_owned())),
+        Security::Keys(directory) => {
+            let keys = usable(directory).map_err(|why: SecurityError| ServeError::Keys(why.to_string()))?;
+            NoArbiter::check(&keys.host).map_err(|why| ServeError::NoRight {
+                keys: directory.display().to_string(),
+                why: why.to_string(),
+            })
+        }
+    }
+}
+
+/// Listens on the first address of a name that is this machine's.
+fn listen(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
+    // It tries one address after the other.
+    let listener = TcpListener::bind(&*address.to_socket_addrs()?.collect::<Vec<_>>())?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
+}
+
 #[derive(Clone)]
 struct Server {
     arbiter: Arc<FileArbiter>,
-    wrap: Wrap,
+    security: Security,
     guests: Arc<Guests>,
-}
-
-/// How many connections each address has.
-#[derive(Default)]
-struct Guests(Mutex<HashMap<IpAddr, usize>>);
-
-/// A connection that counts.
-struct Guest {
-    guests: Arc<Guests>,
-    address: IpAddr,
-}
-
-impl Guests {
-    fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Guest> {
-        let mut guests = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: usize = guests.values().sum();
-        let of_one = guests.entry(address).or_default();
-        if all >= MOST || *of_one >= MOST_OF_ONE {
-            guests.retain(|_, count| *count > 0);
-            return None;
-        }
-        *of_one += 1;
-        Some(Guest { guests: self.clone(), address })
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let mut guests = self.guests.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = guests.get_mut(&self.address) {
-            *count = count.saturating_sub(1);
-        }
-        guests.retain(|_, count| *count > 0);
-    }
+    /// Of the lines about strangers.
+    limit: Arc<RateLimit>,
 }
 
 impl Server {
@@ -146,11 +151,13 @@ impl Server {
                 PollFd::new(quit.as_fd(), PollFlags::POLLIN),
                 PollFd::new(listener.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut fds, PollTimeout::NONE) {
+            let look = if self.guests.is_empty() { PollTimeout::NONE } else { PollTimeout::from(LOOK) };
+            match poll(&mut fds, look) {
                 Ok(_) if fds[0].any().unwrap_or(true) => return,
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return tracing::error!(%error, "no connection can be waited for any more"),
             }
+            self.guests.end_after(PATIENCE);
             match listener.accept() {
                 Ok((socket, from)) => self.receive(socket, from.ip()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
@@ -164,27 +171,49 @@ impl Server {
     }
 
     fn receive(&self, socket: TcpStream, from: IpAddr) {
-        let Some(guest) = self.guests.admit(from) else {
-            return tracing::debug!(%from, "too many connections");
+        let guest = match self.guests.admit(&socket, from) {
+            Ok(Entrance::Free(guest)) => guest,
+            Ok(Entrance::Instead(guest)) => {
+                self.complain(|| "too many connections that say nothing; the oldest are dropped".into());
+                guest
+            }
+            Ok(Entrance::Full) => {
+                return self.complain(|| format!("too many connections; one of {from} is dropped"));
+            }
+            Err(error) => {
+                return self.complain(|| format!("a connection of {from} cannot be answered: {error}"));
+            }
         };
         let server = self.clone();
         let started = outlive_machine::spawn("arbiter-client", move || {
-            if let Err(error) = server.answer(socket) {
-                tracing::debug!(%from, %error, "a connection came to nothing");
+            if let Err(error) = server.answer(socket, &guest) {
+                server.complain(|| format!("refused a connection of {from}: {error}"));
             }
-            drop(guest);
         });
         if let Err(error) = started {
             tracing::warn!(%error, "a connection is not answered: no thread");
         }
     }
 
-    fn answer(&self, socket: TcpStream) -> io::Result<()> {
+    /// Strangers cannot fill the log.
+    fn complain(&self, line: impl FnOnce() -> String) {
+        if self.limit.allows() {
+            tracing::warn!("{}", line());
+        }
+    }
+
+    fn answer(&self, socket: TcpStream, guest: &Guest) -> io::Result<()> {
         socket.set_nonblocking(false)?;
         prepare(&socket, PATIENCE)?;
-        let mut stream = (self.wrap)(socket)?;
+        let (mut stream, host) = to_host(socket, &self.security, PATIENCE)?;
+        if host.is_some() {
+            guest.is_known();
+        }
         let answer = match hear::<Question>(&mut stream, LONGEST_QUESTION, Instant::now() + PATIENCE) {
-            Ok(question) => self.reply(question),
+            Ok(question) => {
+                guest.is_known();
+                self.reply(question, host.as_ref())
+            }
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 Answer::Refused { why: error.to_string() }
             }
@@ -195,7 +224,7 @@ impl Server {
         say(&mut stream, &answer)
     }
 
-    fn reply(&self, question: Question) -> Answer {
+    fn reply(&self, question: Question, host: Option<&Certificate>) -> Answer {
         if question.version != VERSION {
             let why = format!("its version is {VERSION}, not {}", question.version);
             return Answer::Refused { why };
@@ -210,10 +239,15 @@ impl Server {
             }
             _ => {}
         }
-        self.carry_out(question.ask).unwrap_or_else(|error| Answer::Unable { why: error.to_string() })
+        if let Err(forbidden) = may_ask(&question.ask, host) {
+            self.complain(|| forbidden.to_string());
+            return Answer::Forbidden { why: forbidden.to_string() };
+        }
+        let answer = self.carry_out(question.ask, host);
+        answer.unwrap_or_else(|error| Answer::Unable { why: error.to_string() })
     }
 
-    fn carry_out(&self, ask: Ask) -> Result<Answer, ArbiterError> {
+    fn carry_out(&self, ask: Ask, host: Option<&Certificate>) -> Result<Answer, ArbiterError> {
         let mode = |remove| if remove { Mode::Remove } else { Mode::Name };
         let mut arbiter = self.arbiter.on_behalf_of("");
         Ok(match ask {
@@ -234,7 +268,11 @@ impl Server {
                 arbiter.note_end(&vm, generation, &why)?;
                 Answer::Noted
             }
-            Ask::Vms => Answer::Vms { vms: arbiter.vms()?.into_iter().map(Vm).collect() },
+            Ask::Vms => {
+                let mut vms = arbiter.vms()?;
+                vms.retain(|vm| host.is_none_or(|host| host.grant.concerns(vm)));
+                Answer::Vms { vms: vms.into_iter().map(Vm).collect() }
+            }
             Ask::Prune { vm: Vm(vm), remove } => {
                 Answer::Pruned { generations: arbiter.prune(&vm, mode(remove))? }
             }
@@ -243,6 +281,27 @@ impl Server {
                 Answer::Forgotten { forgotten }
             }
         })
+    }
+}
+
+/// A host that has nothing to do with a VM.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "host {host} may neither send nor hold VM {vm}: give it a certificate that allows it (`outlive keys issue --host \
+     {host} --vm {vm}`)"
+)]
+struct Forbidden {
+    host: String,
+    vm: VmId,
+}
+
+/// Whoever may send or hold a VM may ask for its generations, and nobody else.
+fn may_ask(ask: &Ask, host: Option<&Certificate>) -> Result<(), Forbidden> {
+    match (host, ask.vm()) {
+        (Some(host), Some(vm)) if !host.grant.concerns(vm) => {
+            Err(Forbidden { host: host.name.clone(), vm: *vm })
+        }
+        _ => Ok(()),
     }
 }
 

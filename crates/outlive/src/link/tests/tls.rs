@@ -77,7 +77,7 @@ fn what_both_ends_write_at_once_arrives_whole_and_in_order() {
 #[test]
 fn a_standby_that_may_not_hold_the_vm_and_strangers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let others = Grant { send: Vms::Any, hold: Vms::Only(vec![outlive_epoch::VmId([6; 16])]) };
+    let others = Grant { send: Vms::Any, hold: Vms::Only(vec![outlive_epoch::VmId([6; 16])]), ..Grant::NONE };
     let keys = keys_in(dir.path(), others);
     let why = connected(&keys).err().unwrap().to_string();
     assert!(why.contains("host hostb may not hold VM 05050505"), "{why}");

@@ -41,8 +41,17 @@ fn members_that_fail_during_claims_leave_one_winner_each() {
         ends.store(true, Ordering::Relaxed);
         racers.into_iter().map(|racer| racer.join().unwrap()).collect()
     });
+    let winners = one_winner_each(&said);
+    let highest = arbiter::parse(&place).unwrap().highest(&VM).unwrap();
+    assert_eq!(highest, winners.keys().next_back().copied());
+    println!("{} generations won", winners.len());
+    assert!(winners.len() > 20, "there was a race: {}", winners.len());
+}
+
+/// What the claimants were told fits together: each generation has at most one winner, and everybody names the same.
+pub(super) fn one_winner_each(said: &[(String, Vec<(u64, Claim)>)]) -> BTreeMap<u64, &str> {
     let mut winners: BTreeMap<u64, &str> = BTreeMap::new();
-    for (owner, said) in &said {
+    for (owner, said) in said {
         for (generation, _) in said.iter().filter(|(_, claim)| *claim == Claim::Won) {
             assert_eq!(winners.insert(*generation, owner), None, "generation {generation} was won twice");
         }
@@ -52,10 +61,7 @@ fn members_that_fail_during_claims_leave_one_winner_each() {
             assert_eq!(Some(&owner.as_str()), winners.get(generation), "generation {generation}");
         }
     }
-    let highest = arbiter::parse(&place).unwrap().highest(&VM).unwrap();
-    assert_eq!(highest, winners.keys().next_back().copied());
-    println!("{} generations won", winners.len());
-    assert!(winners.len() > 20, "there was a race: {}", winners.len());
+    winners
 }
 
 fn fail_one_after_the_other(cluster: &mut Cluster) {

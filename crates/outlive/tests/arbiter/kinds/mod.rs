@@ -3,11 +3,14 @@
 mod etcd;
 mod etcd_cluster;
 mod etcd_faults;
+mod etcd_partitions;
 mod etcd_tls;
 mod file;
+mod keys;
 mod proxy;
 mod served;
 mod served_kills;
+mod served_tls;
 mod server;
 
 use crate::conformance;

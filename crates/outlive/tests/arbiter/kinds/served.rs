@@ -10,16 +10,19 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use outlive::arbiter::{self, Claim, FileArbiter};
+use outlive::keys::{Grant, Order};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
+use super::keys::{self, Keys};
 use super::proxy::Proxy;
 use super::server::{Server, command};
 use crate::conformance::{Place, Reach, all, answer};
 use crate::support::{VM, directory, empty, why};
 
-/// A server behind a proxy.
+/// A server behind a proxy, with keys.
 struct Served {
+    keys: Keys,
     directory: TempDir,
     proxy: Proxy,
     /// All that were started: the newest serves.
@@ -35,15 +38,16 @@ fn made() -> TempDir {
 impl Served {
     fn make() -> Self {
         let directory = made();
-        let server = Server::start(directory.path(), "127.0.0.1:0");
-        let proxy = Proxy::before(server.address);
-        Self { directory, proxy, servers: Mutex::new(vec![(server, None)]) }
+        let keys = Keys::make();
+        let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
+        let proxy = Proxy::before_tls(server.address);
+        Self { keys, directory, proxy, servers: Mutex::new(vec![(server, None)]) }
     }
 }
 
 impl Place for Served {
     fn text(&self) -> String {
-        format!("outlive:{}", self.proxy.address)
+        keys::place(self.proxy.address, &self.keys.host())
     }
 
     fn reach(&self, reach: Reach) -> bool {
@@ -57,7 +61,7 @@ impl Place for Served {
 
     fn swap(&self) {
         let other = made();
-        let server = Server::start(other.path(), "127.0.0.1:0");
+        let server = Server::start(other.path(), "127.0.0.1:0", Some(&self.keys.arbiter()));
         self.proxy.target(server.address);
         self.servers.lock().unwrap().push((server, Some(other)));
     }
@@ -72,8 +76,9 @@ fn a_served_arbiter_conforms() {
 #[test]
 fn a_frozen_server_is_out_of_reach_within_seconds() {
     let directory = made();
-    let server = Server::start(directory.path(), "127.0.0.1:0");
-    let mut arbiter = arbiter::parse(&format!("outlive:{}", server.address)).unwrap();
+    let keys = Keys::make();
+    let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
+    let mut arbiter = arbiter::parse(&keys::place(server.address, &keys.host())).unwrap();
     assert_eq!(arbiter.claim(&VM, 1, "primary"), Claim::Won);
     kill(Pid::from_raw(server.pid()), Signal::SIGSTOP).unwrap();
     let start = Instant::now();
@@ -95,12 +100,12 @@ fn stranger(to: SocketAddr) -> Option<TcpStream> {
     Some(socket)
 }
 
-/// Strangers who send nonsense, too much, or nothing at all, in numbers.
+/// Strangers who send nonsense, too much, or nothing at all, in numbers, where no keys keep them out.
 #[test]
 fn strangers_get_nothing_and_hold_nobody_up() {
     let directory = made();
-    let server = Server::start(directory.path(), "127.0.0.1:0");
-    let mut arbiter = arbiter::parse(&format!("outlive:{}", server.address)).unwrap();
+    let server = Server::start(directory.path(), "127.0.0.1:0", None);
+    let mut arbiter = arbiter::parse(&format!("outlive:{}?insecure", server.address)).unwrap();
     let idle: Vec<_> = (0..100).filter_map(|_| stranger(server.address)).collect();
     for generation in 1..=20 {
         assert_eq!(arbiter.claim(&VM, generation, "primary"), Claim::Won, "beside {} idle ones", idle.len());
@@ -143,26 +148,36 @@ fn strangers_get_nothing_and_hold_nobody_up() {
 #[test]
 fn what_cannot_be_served_is_refused() {
     let (bare, made) = (directory(), made());
-    for (directory, address, remedy) in [
-        (bare.path(), "127.0.0.1:0", "outlive arbiter init file:"),
-        (made.path(), "0.0.0.0:0", "--insecure"),
-        (made.path(), "192.0.2.1:1", "--insecure"),
-        (std::path::Path::new("/no/such/directory"), "127.0.0.1:0", "create it"),
-        (made.path(), "nonsense", "--help"),
+    let keys = Keys::make();
+    let (ours, hosts, none) = (keys.arbiter(), keys.host(), keys.of("none"));
+    keys.issue(&Order { life: Duration::ZERO, ..keys::order("late", Grant::ARBITER) });
+    let late = keys.of("late");
+    let away = std::path::Path::new("/no/such/directory");
+    for (directory, address, keys, remedy) in [
+        (bare.path(), "127.0.0.1:0", None, "outlive arbiter init file:"),
+        (made.path(), "0.0.0.0:0", None, "outlive keys issue --arbiter"),
+        (made.path(), "192.0.2.1:1", None, "outlive keys issue --arbiter"),
+        (away, "127.0.0.1:0", None, "create it"),
+        (made.path(), "nonsense", None, "--help"),
+        (made.path(), "no.such.host.invalid:7010", Some(&ours), "--listen an address of this machine"),
+        (made.path(), "192.0.2.1:1", Some(&ours), "--listen an address of this machine"),
+        (made.path(), "127.0.0.1:0", Some(&none), "outlive keys init"),
+        (made.path(), "127.0.0.1:0", Some(&late), "outlive keys rotate"),
+        (made.path(), "127.0.0.1:0", Some(&hosts), "`outlive keys issue --host hosta --arbiter`"),
     ] {
-        let out = command(directory, address).output().unwrap();
+        let out = command(directory, address, keys.map(|it| it.as_path())).output().unwrap();
         let said = String::from_utf8(out.stderr).unwrap();
         assert_eq!(out.status.code(), Some(2), "{said}");
         assert!(said.contains(remedy) && said.trim().lines().count() == 1, "{said}");
     }
     assert_eq!(fs::read_dir(bare.path()).unwrap().count(), 0);
     // Two at one address.
-    let server = Server::start(made.path(), "127.0.0.1:0");
-    let out = command(made.path(), &server.address.to_string()).output().unwrap();
+    let server = Server::start(made.path(), "localhost:0", Some(&ours));
+    let out = command(made.path(), &server.address.to_string(), Some(&ours)).output().unwrap();
     assert_eq!(out.status.code(), Some(2));
     // Nobody listens there.
     let address = server.address;
     server.kill();
-    let error = arbiter::parse(&format!("outlive:{address}")).map(drop).unwrap_err().to_string();
+    let error = arbiter::parse(&keys::place(address, &hosts)).map(drop).unwrap_err().to_string();
     assert!(error.contains("outlive arbiter serve"), "{error}");
 }

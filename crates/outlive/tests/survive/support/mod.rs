@@ -126,6 +126,8 @@ pub(crate) struct World {
     programs: [PathBuf; 2],
     started: AtomicU32,
     arbiter: PathBuf,
+    /// What processes are given as --arbiter, if it is not that directory.
+    asked: Option<String>,
     /// Its links are neither encrypted nor authenticated.
     is_plain: bool,
     dir: tempfile::TempDir,
@@ -134,9 +136,11 @@ pub(crate) struct World {
 impl World {
     /// `None`, after saying why, where no VM can run.
     pub(crate) fn new() -> Option<World> {
-        if !has_kvm() {
-            return None;
-        }
+        if has_kvm() { World::without_vms() } else { None }
+    }
+
+    /// The same for a test that runs no VM. `None`, after saying why, without root.
+    pub(crate) fn without_vms() -> Option<World> {
         let lan = namespace()?;
         let hosts = [namespace()?, namespace()?];
         let dir = tempfile::Builder::new().prefix("outlive-survive-").tempdir().unwrap();
@@ -147,6 +151,7 @@ impl World {
             programs: [PROGRAM.into(), PROGRAM.into()],
             started: AtomicU32::new(0),
             arbiter: arbiter.clone(),
+            asked: None,
             is_plain: false,
             dir,
         };
@@ -165,6 +170,58 @@ impl World {
         let order = |host: &str| Order { host: host.into(), grant: Grant::ALL, life: KEYS_LIFE };
         keys::init(&self.keys(Side::A), &order("hosta")).unwrap();
         keys::issue(&self.keys(Side::A), &order("hostb"), &self.keys(Side::B)).unwrap();
+        let third = Order { grant: Grant::ARBITER, ..order("third") };
+        keys::issue(&self.keys(Side::A), &third, &self.arbiter_keys()).unwrap();
+    }
+
+    /// The keys of a third machine that serves an arbiter.
+    pub(crate) fn arbiter_keys(&self) -> PathBuf {
+        self.dir().join("keys-third")
+    }
+
+    /// Gives both hosts an interface, `end`, to a network with a third machine, which has so many addresses there:
+    /// 10.66.0.1 and those after it.
+    pub(crate) fn join_third(&self, addresses: usize) {
+        self.lan(|| {
+            let mut netlink = Netlink::open().unwrap();
+            netlink.create_bridge("third").unwrap();
+            for last in 1..=addresses {
+                netlink.add_address("third", Ipv4Addr::new(10, 66, 0, last as u8), 24).unwrap();
+            }
+            for side in Side::BOTH {
+                let port = format!("third-{}", side.letter());
+                netlink.create_veth(&port, "end").unwrap();
+                netlink.move_to_namespace("end", self.host(side).as_fd()).unwrap();
+                netlink.attach(&port, "third").unwrap();
+                netlink.set_up(&port).unwrap();
+            }
+            netlink.set_up("third").unwrap();
+        });
+        for (side, last) in [(Side::A, 101), (Side::B, 102)] {
+            self.on(side, || {
+                let mut netlink = Netlink::open().unwrap();
+                netlink.add_address("end", Ipv4Addr::new(10, 66, 0, last), 24).unwrap();
+                netlink.set_up("end").unwrap();
+            });
+        }
+    }
+
+    /// Cuts a host off from the third machine, or joins it again.
+    pub(crate) fn see_third(&self, side: Side, sees: bool) {
+        self.on(side, || {
+            let mut netlink = Netlink::open().unwrap();
+            if sees { netlink.set_up("end") } else { netlink.set_down("end") }.unwrap();
+        });
+    }
+
+    /// What processes that start now have as --arbiter.
+    pub(crate) fn asked(&self) -> String {
+        self.asked.clone().unwrap_or_else(|| format!("file:{}", self.arbiter().display()))
+    }
+
+    /// Processes that start from now on have this --arbiter.
+    pub(crate) fn ask_arbiter(&mut self, text: String) {
+        self.asked = Some(text);
     }
 
     /// The keys of a host.
@@ -397,7 +454,7 @@ impl World {
         usual: &[(&str, &str)],
         readers: Readers,
     ) -> Process {
-        let arbiter = format!("file:{}", self.arbiter().display());
+        let arbiter = self.asked();
         let always = [("--net", "tap=vm0,bridge=br0"), ("--arbiter", &arbiter)];
         self.spawn_for(side, command, options, &[usual, &always].concat(), readers)
     }
@@ -436,6 +493,9 @@ impl World {
             process.arg("--insecure").env("OUTLIVE_INSECURE_NETWORK", "1");
         } else if !options.contains(&"--keys") {
             process.arg("--keys").arg(self.keys(side));
+        }
+        if options.iter().any(|option| option.ends_with("?insecure")) {
+            process.env("OUTLIVE_INSECURE_NETWORK", "1");
         }
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);

@@ -1,6 +1,5 @@
 //! Faults of the hosts.
 
-use std::fs;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -35,6 +34,13 @@ pub(super) enum Kind {
     ArbiterGoneAndKillOwner,
     ArbiterGoneAndKillOther,
     ArbiterGoneAndCut,
+    ArbiterKilledAndKillOwner,
+    ArbiterKilledAndCut,
+    ArbiterFrozenAndKillOwner,
+    ArbiterFrozenAndCut,
+    ArbiterHiddenFromOwnerAndCut,
+    ArbiterHiddenFromOtherAndCut,
+    ArbiterHiddenFromOtherAndKill,
     SlowArbiterAndKill,
     SlowArbiterAndCut,
     SlowArbiterAndLeave,
@@ -55,7 +61,7 @@ pub(super) enum Kind {
 use Kind::*;
 
 /// All kinds, each with its weight and its name in the table.
-const KINDS: [(Kind, u64, &str); 37] = [
+const KINDS: [(Kind, u64, &str); 44] = [
     (KillOwner, 12, "SIGKILL of the primary"),
     (KillOther, 2, "SIGKILL of the standby"),
     (KillOwnerUnprotected, 1, "SIGKILL of the primary, early"),
@@ -78,6 +84,13 @@ const KINDS: [(Kind, u64, &str); 37] = [
     (ArbiterGoneAndKillOwner, 1, "no arbiter, SIGKILL of the primary"),
     (ArbiterGoneAndKillOther, 1, "no arbiter, SIGKILL of the standby"),
     (ArbiterGoneAndCut, 1, "no arbiter, link cut"),
+    (ArbiterKilledAndKillOwner, 3, "SIGKILL of the arbiter and of the primary"),
+    (ArbiterKilledAndCut, 2, "SIGKILL of the arbiter, link cut"),
+    (ArbiterFrozenAndKillOwner, 3, "SIGSTOP of the arbiter, SIGKILL of the primary"),
+    (ArbiterFrozenAndCut, 2, "SIGSTOP of the arbiter, link cut"),
+    (ArbiterHiddenFromOwnerAndCut, 2, "the primary cannot reach the arbiter, link cut"),
+    (ArbiterHiddenFromOtherAndCut, 2, "the standby cannot reach the arbiter, link cut"),
+    (ArbiterHiddenFromOtherAndKill, 2, "the standby cannot reach the arbiter, SIGKILL of the primary"),
     (SlowArbiterAndKill, 2, "slow arbiter, SIGKILL of the primary"),
     (SlowArbiterAndCut, 1, "slow arbiter, link cut"),
     (SlowArbiterAndLeave, 1, "slow arbiter, orderly stop of the standby"),
@@ -106,7 +119,12 @@ impl Kind {
     /// The next fault.
     pub(super) fn draw(play: &mut Play) -> Kind {
         let wanted = std::env::var("OUTLIVE_TORTURE_KIND").unwrap_or_default();
-        let wanted = || KINDS.iter().filter(|(.., name)| name.contains(&wanted));
+        let served = play.third.is_served();
+        let wanted = || {
+            KINDS
+                .iter()
+                .filter(|(kind, _, name)| name.contains(&wanted) && (served || !kind.strikes_a_server()))
+        };
         assert!(wanted().next().is_some(), "no fault's name contains OUTLIVE_TORTURE_KIND");
         let mut left = play.dice.below(wanted().map(|(_, weight, _)| weight).sum());
         let drawn = wanted().find(|(_, weight, _)| {
@@ -124,6 +142,20 @@ impl Kind {
     /// Its name in the table.
     pub(super) fn name(self) -> &'static str {
         KINDS.iter().find(|it| it.0 == self).expect("every kind is there").2
+    }
+
+    /// Whether it needs an arbiter with a server.
+    fn strikes_a_server(self) -> bool {
+        matches!(
+            self,
+            ArbiterKilledAndKillOwner
+                | ArbiterKilledAndCut
+                | ArbiterFrozenAndKillOwner
+                | ArbiterFrozenAndCut
+                | ArbiterHiddenFromOwnerAndCut
+                | ArbiterHiddenFromOtherAndCut
+                | ArbiterHiddenFromOtherAndKill
+        )
     }
 
     /// Whether it strikes before the VM is protected again.
@@ -173,10 +205,12 @@ impl Kind {
             SlowLink | SlowLinkAndKill if !slow(world, Side::A, "100mbit") || !fast(world, Side::A) => {
                 Some("tc, or the kernel's tbf")
             }
-            SlowArbiterAndKill | SlowArbiterAndCut | SlowArbiterAndLeave | SlowDiskOfOwner
-            | SlowDiskOfOther | SlowDisksAndKill | StillDiskOfOwner | StillDiskOfOther | StillDiskAndKill
-            | BrokenDiskOfOwner | BrokenDiskOfOther
-                if !play.third.can_be_slow() =>
+            SlowArbiterAndKill | SlowArbiterAndCut | SlowArbiterAndLeave if !play.third.can_be_slow() => {
+                Some("slow arbiter of this kind")
+            }
+            SlowDiskOfOwner | SlowDiskOfOther | SlowDisksAndKill | StillDiskOfOwner | StillDiskOfOther
+            | StillDiskAndKill | BrokenDiskOfOwner | BrokenDiskOfOther
+                if !play.disks[0].can_be_slow() =>
             {
                 Some("FUSE")
             }
@@ -265,6 +299,13 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         ArbiterGoneAndKillOwner => no_arbiter(play, length, |play| play.kill(owner)),
         ArbiterGoneAndKillOther => no_arbiter(play, length, |play| play.kill(other)),
         ArbiterGoneAndCut => no_arbiter(play, length, |play| cut(play, length)),
+        ArbiterKilledAndKillOwner => killed_arbiter(play, length, |play| play.kill(owner)),
+        ArbiterKilledAndCut => killed_arbiter(play, length, |play| play.world.cut_link()),
+        ArbiterFrozenAndKillOwner => frozen_arbiter(play, length, |play| play.kill(owner)),
+        ArbiterFrozenAndCut => frozen_arbiter(play, length, |play| cut(play, length)),
+        ArbiterHiddenFromOwnerAndCut => hidden_arbiter(play, owner, length, |play| cut(play, length)),
+        ArbiterHiddenFromOtherAndCut => hidden_arbiter(play, other, length, |play| cut(play, length)),
+        ArbiterHiddenFromOtherAndKill => hidden_arbiter(play, other, length, |play| play.kill(owner)),
         SlowArbiterAndKill => slow_arbiter(play, length, |play| play.kill(owner)),
         SlowArbiterAndCut => slow_arbiter(play, length, |play| cut(play, length)),
         SlowArbiterAndLeave => slow_arbiter(play, length, |play| play.leave(other)),
@@ -341,11 +382,38 @@ fn slowly(play: &mut Play, meanwhile: impl FnOnce(&mut Play)) {
 }
 
 fn no_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
-    let (here, away) = (play.world.arbiter(), play.world.arbiter().with_file_name("away"));
-    fs::rename(&here, &away).unwrap();
+    play.third.lose(&play.world);
     meanwhile(play);
     play.wait(length);
-    fs::rename(&away, &here).unwrap();
+    play.third.back(&play.world);
+}
+
+/// Its server is killed and started again, one moment after the other, while the hosts ask it. Of a cluster each member
+/// in turn.
+fn killed_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
+    meanwhile(play);
+    for number in 0..6 {
+        play.third.kill_one(&play.world, number);
+        let rest = Duration::from_micros(play.dice.below(400_000));
+        play.wait(rest);
+    }
+    play.wait(length);
+    play.world.mend_link();
+}
+
+fn frozen_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
+    play.third.signal(Signal::SIGSTOP);
+    meanwhile(play);
+    // A question to it takes two seconds to come to nothing.
+    play.wait(3 * length);
+    play.third.signal(Signal::SIGCONT);
+}
+
+fn hidden_arbiter(play: &mut Play, from: Side, length: Duration, meanwhile: impl FnOnce(&mut Play)) {
+    play.world.see_third(from, false);
+    meanwhile(play);
+    play.wait(length);
+    play.world.see_third(from, true);
 }
 
 fn full(play: &mut Play, length: Duration) {

@@ -3,7 +3,8 @@
 //! and hours.
 //!
 //! * [`play`]: the hosts, round after round; [`faults`]: their faults;
-//! * [`operator`]: starts their processes; [`disk`]: the file systems of their images and of the arbiter;
+//! * [`operator`]: starts their processes; [`disk`]: the file systems of their images and of the arbiter; [`third`]: the
+//!   arbiter, of which there are three kinds;
 //! * [`auditor`]: the clients; [`history`]: whether their answers can be true;
 //! * [`sniffer`]: which host sends; [`report`]: the table, the trace, the JSON file.
 
@@ -15,6 +16,7 @@ mod operator;
 mod play;
 mod report;
 mod sniffer;
+mod third;
 
 use std::sync::Arc;
 use std::thread;

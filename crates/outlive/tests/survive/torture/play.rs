@@ -14,6 +14,7 @@ use super::history::Fault;
 use super::operator::{Actor, Part};
 use super::report::Trace;
 use super::sniffer::{Owned, Sniffer, strangers};
+use super::third::{Arbiter, Third};
 use crate::support::{Dice, PATIENCE, Side, World};
 
 /// A standby that takes over from a dead primary continues well within this time.
@@ -39,7 +40,7 @@ pub(super) struct Play {
     /// The host with the VM was killed when it had no standby: then the VM may be lost.
     pub(super) died_alone: bool,
     pub(super) disks: [Place; 2],
-    pub(super) third: Place,
+    pub(super) third: Third,
     pub(super) world: World,
     pub(super) dice: Dice,
     pub(super) owner: Side,
@@ -54,7 +55,7 @@ impl Play {
     pub(super) fn new(dice: Dice, mut trace: Trace) -> Option<Play> {
         let mut world = World::new()?;
         let disks = Side::BOTH.map(|side| Place::of_host(&world, side.letter()));
-        let third = Place::of_arbiter(&mut world);
+        let third = Third::start(&mut world, Arbiter::wanted());
         let sniffers = Side::BOTH.map(|side| Sniffer::start(&world, side));
         trace.folder = Some(world.keep());
         let mut play = Play {
@@ -74,7 +75,7 @@ impl Play {
             number: 0,
             trace,
         };
-        play.tell("a new VM");
+        play.tell(format!("a new VM; its arbiter: {:?}", play.third.arbiter));
         play.start(Side::B, Part::Standby);
         play.start(Side::A, Part::Primary);
         play.protected_again();

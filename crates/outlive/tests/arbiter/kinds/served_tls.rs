@@ -1,0 +1,290 @@
+//! Who may ask the arbiter that Outlive serves, and who may be it.
+
+use std::fs;
+use std::io::Read;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{scope, sleep};
+use std::time::{Duration, Instant};
+
+use outlive::arbiter::{self, Arbiter, Claim, FileArbiter, Mode};
+use outlive::keys::{self as made, Grant, Order, Vms};
+use tempfile::TempDir;
+
+use super::keys::{self, Keys, order};
+use super::proxy::Proxy;
+use super::server::Server;
+use crate::conformance::answer;
+use crate::support::{OTHER_VM, VM, directory, why};
+
+/// A server complains about strangers once a second.
+const COMPLAINT: Duration = Duration::from_millis(1100);
+
+/// An arbiter that is served with keys.
+struct Stage {
+    keys: Keys,
+    server: Server,
+    directory: TempDir,
+}
+
+impl Stage {
+    fn set() -> Self {
+        let (keys, directory) = (Keys::make(), directory());
+        FileArbiter::init(directory.path()).unwrap();
+        let server = Server::start(directory.path(), "127.0.0.1:0", Some(&keys.arbiter()));
+        Self { keys, server, directory }
+    }
+
+    /// Opens it with these keys.
+    fn open(&self, keys: &Path) -> Result<Box<dyn Arbiter>, String> {
+        arbiter::parse(&keys::place(self.server.address, keys)).map_err(|error| error.to_string())
+    }
+
+    fn refusal(&self, keys: &Path) -> String {
+        self.open(keys).map(drop).unwrap_err()
+    }
+
+    /// Of another host of the same CA.
+    fn issue(&self, order: &Order) -> PathBuf {
+        self.keys.issue(order);
+        self.keys.of(&order.host)
+    }
+}
+
+#[test]
+fn who_has_no_key_that_counts_gets_nothing() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    let foreign = stage.keys.of("foreign");
+    made::init(&foreign, &order("hosta", Grant { arbiter: true, ..Grant::ALL })).unwrap();
+    let late = stage.issue(&Order { life: Duration::ZERO, ..order("late", Grant::ALL) });
+    let thief = stage.issue(&order("thief", Grant::ALL));
+    made::revoke(&stage.keys.arbiter(), "thief").unwrap();
+    // Each side judges: a host of another CA does not believe the arbiter either.
+    assert!(stage.refusal(&foreign).contains("its certificate is of another CA"));
+    for (keys, logged) in [(&late, "its certificate has expired"), (&thief, "of thief is revoked")] {
+        sleep(COMPLAINT);
+        let told = stage.refusal(keys);
+        assert!(told.contains("does not accept this host's certificate"), "{told}");
+        stage.server.wait_says(logged);
+    }
+    // Without TLS.
+    let plain = format!("outlive:{}?insecure", stage.server.address);
+    let told = arbiter::parse(&plain).map(drop).unwrap_err().to_string();
+    assert!(told.contains("leave out ?insecure"), "{told}");
+    // An arbiter that was opened in time is refused, too, once the keys count no longer.
+    assert_eq!(host.claim(&VM, 2, "primary"), Claim::Won);
+    made::revoke(&stage.keys.arbiter(), "hosta").unwrap();
+    let told = why(host.claim(&VM, 3, "primary"));
+    assert!(told.contains("does not accept this host's certificate"), "{told}");
+    assert!(host.prober()().is_err());
+    // With a new certificate it goes on, and has not been started again.
+    stage.issue(&order("hosta", Grant::ALL));
+    assert_eq!(answer(host.as_mut(), 3, "primary"), Claim::Won);
+}
+
+#[test]
+fn a_host_with_keys_and_an_arbiter_without_do_not_speak() {
+    let (keys, directory) = (Keys::make(), directory());
+    FileArbiter::init(directory.path()).unwrap();
+    let server = Server::start(directory.path(), "127.0.0.1:0", None);
+    let told = arbiter::parse(&keys::place(server.address, &keys.host())).map(drop).unwrap_err().to_string();
+    assert!(told.contains("it does not speak TLS 1.3"), "{told}");
+    arbiter::parse(&format!("outlive:{}?insecure", server.address)).unwrap();
+}
+
+/// A certificate for another VM is one of the same CA, and no more.
+#[test]
+fn a_host_asks_about_the_vms_of_its_certificate_and_about_no_others() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    for vm in [&VM, &OTHER_VM] {
+        assert_eq!(host.claim(vm, 1, "primary"), Claim::Won);
+    }
+    for (name, grant) in [
+        ("sender", Grant { send: Vms::Only(vec![VM]), ..Grant::NONE }),
+        ("holder", Grant { hold: Vms::Only(vec![VM]), ..Grant::NONE }),
+    ] {
+        let mut its = stage.open(&stage.issue(&order(name, grant))).unwrap();
+        let next = its.highest(&VM).unwrap().unwrap() + 1;
+        assert_eq!(its.claim(&VM, next, name), Claim::Won);
+        let told = why(its.claim(&OTHER_VM, 2, name));
+        assert!(told.contains(&format!("host {name} may neither send nor hold VM {OTHER_VM}")), "{told}");
+        assert!(told.contains(&format!("`outlive keys issue --host {name} --vm {OTHER_VM}`")), "{told}");
+        let refused: [Result<(), _>; 6] = [
+            its.highest(&OTHER_VM).map(drop),
+            its.history(&OTHER_VM).map(drop),
+            its.ending(&OTHER_VM).map(drop),
+            its.note_end(&OTHER_VM, 1, "x"),
+            its.prune(&OTHER_VM, Mode::Remove).map(drop),
+            its.forget(&OTHER_VM, Duration::ZERO, Mode::Remove).map(drop),
+        ];
+        assert!(
+            refused.iter().all(|it| it.as_ref().is_err_and(|why| why.to_string().contains("may neither")))
+        );
+        assert_eq!(its.vms().unwrap(), [VM], "it does not even learn of the other one");
+    }
+    assert_eq!(host.vms().unwrap(), [VM, OTHER_VM]);
+    assert_eq!(host.highest(&OTHER_VM).unwrap(), Some(1));
+    // The arbiter's own certificate has no VM.
+    assert!(stage.open(&stage.keys.arbiter()).unwrap().vms().unwrap().is_empty());
+}
+
+/// Any host of VMs has a certificate of the same CA. It must not be able to let another host win what it wants.
+#[test]
+fn a_host_of_vms_cannot_pose_as_the_arbiter() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    assert_eq!(host.claim(&VM, 1, "primary"), Claim::Won);
+    let impostor = stage.issue(&order("hostb", Grant::ALL));
+    fs::copy(impostor.join("host.pem"), stage.keys.arbiter().join("host.pem")).unwrap();
+    let told = why(host.claim(&VM, 2, "primary"));
+    assert!(told.contains("host hostb may not be the arbiter"), "{told}");
+    assert!(told.contains("`outlive keys issue --host hostb --arbiter`"), "{told}");
+    assert!(stage.refusal(&stage.keys.host()).contains("may not be the arbiter"));
+}
+
+/// A claim is repeated five times a second. A refusal lasts.
+#[test]
+fn a_host_that_is_refused_asks_more_and_more_seldom() {
+    let stage = Stage::set();
+    let proxy = Proxy::before(stage.server.address);
+    let keys = stage.issue(&order("other", Grant { send: Vms::Only(vec![OTHER_VM]), ..Grant::NONE }));
+    let mut its = arbiter::parse(&keys::place(proxy.address, &keys)).unwrap();
+    let (before, start) = (proxy.connections(), Instant::now());
+    let mut said = 0;
+    while start.elapsed() < Duration::from_secs(4) {
+        assert!(why(its.claim(&VM, 1, "x")).contains("may neither send nor hold"));
+        said += 1;
+        sleep(Duration::from_millis(100));
+    }
+    let asked = proxy.connections() - before;
+    assert!(said > 20 && (2..=6).contains(&asked), "{asked} questions for {said} claims");
+    // Each VM is another matter only for whoever asks about both; this one is asked with a new right soon.
+    stage.issue(&order("other", Grant::ALL));
+    assert_eq!(answer(its.as_mut(), 1, "x"), Claim::Won);
+}
+
+#[test]
+fn keys_and_cas_are_renewed_while_claims_are_made() {
+    let stage = Stage::set();
+    let (ends, keys) = (AtomicBool::new(false), &stage.keys);
+    let won = scope(|threads| {
+        let claims = threads.spawn(|| {
+            let mut host = stage.open(&keys.host()).unwrap();
+            let mut generation = 0;
+            while !ends.load(Ordering::Relaxed) {
+                generation += 1;
+                assert_eq!(host.claim(&VM, generation, "primary"), Claim::Won, "without a retry");
+            }
+            generation
+        });
+        let pause = || sleep(Duration::from_millis(300));
+        pause();
+        made::rotate(&keys.arbiter(), Duration::from_secs(3600)).unwrap();
+        keys.issue(&order("hosta", Grant::ALL));
+        pause();
+        made::rotate_ca(&keys.arbiter()).unwrap();
+        keys.copy("ca.crt");
+        pause();
+        made::rotate(&keys.arbiter(), Duration::from_secs(3600)).unwrap();
+        pause();
+        keys.issue(&order("hosta", Grant::ALL));
+        pause();
+        made::forget_old_cas(&keys.arbiter()).unwrap();
+        keys.copy("ca.crt");
+        pause();
+        ends.store(true, Ordering::Relaxed);
+        claims.join().unwrap()
+    });
+    println!("{won} generations");
+    assert!(won > 20, "{won}");
+    assert_eq!(made::load(&keys.host()).unwrap().cas.len(), 1);
+    assert!(made::load(&keys.arbiter()).unwrap().host.grant.arbiter, "the right stays");
+}
+
+/// Connections that never show a certificate come from this very address, and faster than they are ended.
+#[test]
+fn a_flood_of_half_open_connections_holds_nobody_up_and_fills_no_log() {
+    let stage = Stage::set();
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    let ends = AtomicBool::new(false);
+    let (flood, longest) = scope(|threads| {
+        let flood = threads.spawn(|| {
+            let (mut open, mut count) = (std::collections::VecDeque::new(), 0);
+            while !ends.load(Ordering::Relaxed) {
+                // Half of a record, and then nothing.
+                if let Ok(mut stranger) = TcpStream::connect(stage.server.address) {
+                    let _ = std::io::Write::write_all(&mut stranger, &[0x16, 3, 1, 2]);
+                    open.push_back(stranger);
+                    count += 1;
+                }
+                if open.len() > 200 {
+                    open.pop_front();
+                }
+                sleep(Duration::from_millis(5));
+            }
+            count
+        });
+        sleep(Duration::from_millis(300));
+        let mut longest = Duration::ZERO;
+        for generation in 1..=30 {
+            let start = Instant::now();
+            assert_eq!(answer(host.as_mut(), generation, "primary"), Claim::Won);
+            longest = longest.max(start.elapsed());
+        }
+        ends.store(true, Ordering::Relaxed);
+        (flood.join().unwrap(), longest)
+    });
+    println!("{flood} strangers, {longest:?} for the longest claim");
+    assert!(flood > 50 && longest < Duration::from_secs(10), "{flood}, {longest:?}");
+    let log = stage.server.log();
+    assert!(log.iter().any(|line| line.contains("the oldest are dropped")), "{log:#?}");
+    assert!(log.len() < 30, "{} lines in the log", log.len());
+    // Whoever says nothing is not waited for.
+    let mut silent = TcpStream::connect(stage.server.address).unwrap();
+    silent.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let start = Instant::now();
+    let _ = silent.read(&mut [0; 100]);
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn what_an_operator_does_goes_over_tls_too() {
+    let stage = Stage::set();
+    let place = keys::place(stage.server.address, &stage.keys.host());
+    let mut host = stage.open(&stage.keys.host()).unwrap();
+    for generation in 1..=12 {
+        assert_eq!(host.claim(&VM, generation, "primary"), Claim::Won);
+    }
+    let run = |words: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_outlive")).args(words).output().unwrap();
+        (out.status.code(), String::from_utf8([out.stdout, out.stderr].concat()).unwrap())
+    };
+    let (vm, known) = (VM.to_string(), host.identity().to_owned());
+    for (words, said) in [
+        (&["arbiter", "list", &place][..], known.as_str()),
+        (&["arbiter", "show", &place, &vm], "generation 12"),
+        (&["arbiter", "prune", &place], "generations 1 to 4"),
+        (&["arbiter", "release", &place, &vm, "--yes"], "released in generation 13"),
+    ] {
+        let (code, text) = run(words);
+        assert!(code == Some(0) && text.contains(said), "{words:?}: {text}");
+    }
+    let (code, text) = run(&["arbiter", "init", &place]);
+    assert!(code == Some(2) && text.contains("outlive arbiter init file:DIR"), "{text}");
+    // With keys for another VM, or none.
+    let other = stage.issue(&order("other", Grant { send: Vms::Only(vec![OTHER_VM]), ..Grant::NONE }));
+    let (code, text) = run(&["arbiter", "release", &keys::place(stage.server.address, &other), &vm, "--yes"]);
+    assert!(code == Some(2) && text.contains("knows no VM"), "{text}");
+    let none = stage.keys.of("none");
+    let (code, text) = run(&["arbiter", "list", &keys::place(stage.server.address, &none)]);
+    assert!(
+        code == Some(2) && text.contains("outlive keys init") && text.trim().lines().count() == 1,
+        "{text}"
+    );
+    drop(stage.directory);
+}
