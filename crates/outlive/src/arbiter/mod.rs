@@ -38,6 +38,7 @@ pub use etcd::{EtcdFault, EtcdFormError, EtcdSpecError, SecretError};
 pub use file::{DirectoryFault, FileArbiter, FileSpecError};
 pub(crate) use manual::{NotTaken, Word, desk};
 pub use outlive_epoch::VmId;
+pub(crate) use registry::needs;
 pub use registry::{init, parse};
 pub use served::{ServeError, ServedFault, ServedSpecError};
 pub(crate) use watch::{Here, Sight, Watch};

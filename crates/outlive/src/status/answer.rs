@@ -9,6 +9,7 @@ use super::standing::{Facts, Progress};
 use crate::arbiter::Sight;
 use crate::events::Role;
 use crate::link::LinkKind;
+use crate::sandbox;
 
 /// The state of one process. Times of the day are RFC 3339 in UTC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,10 @@ pub struct Status {
     /// What protects the links of this process; `null` if it has none.
     #[serde(default)]
     pub link: Option<LinkKind>,
+    /// Whether this process is confined: it has no rights of root, and no thread makes a system call that it does not
+    /// need.
+    #[serde(default)]
+    pub sandbox: bool,
     /// The newest committed checkpoint.
     pub checkpoint: Option<u64>,
     /// Milliseconds since its commit.
@@ -90,6 +95,7 @@ impl Status {
             generation: facts.generation,
             peer: facts.peer.clone(),
             link: facts.link,
+            sandbox: sandbox::is_on(),
             checkpoint: (progress.checkpoint > 0).then_some(progress.checkpoint),
             committed_ms_ago: since_commit,
             in_flight: counts.then_some(progress.in_flight),
@@ -359,7 +365,8 @@ mod tests {
         assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
-        assert_eq!(json.as_object().unwrap().len(), 16);
+        assert_eq!(json["sandbox"], false, "a test is not confined");
+        assert_eq!(json.as_object().unwrap().len(), 17);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

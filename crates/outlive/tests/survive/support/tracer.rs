@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::Range;
 
 use nix::errno::Errno;
-use nix::libc::{PROT_NONE, SYS_mprotect};
+use nix::libc::{AT_FDCWD, PROT_NONE, SYS_mprotect, SYS_openat};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
@@ -89,11 +89,24 @@ impl Held {
 
     /// Makes the stopped thread do a system call, if it is in one itself. A process that ends meanwhile counts
     /// as having done it.
-    fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
+    pub(crate) fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
         match self.try_call(number, arguments) {
             Err(Errno::ESRCH) => Some(0),
             result => result.unwrap(),
         }
+    }
+
+    /// Makes the stopped thread open a file, if it is in a system call itself. Returns what the kernel answers.
+    pub(crate) fn open(&self, path: &str, flags: i32) -> Option<i64> {
+        // Far below what the thread uses of its stack.
+        let at = ptrace::getregs(self.thread).unwrap().rsp - 8192 & !7;
+        let mut text = path.as_bytes().to_vec();
+        text.resize((path.len() + 1).next_multiple_of(8), 0);
+        for (number, word) in text.chunks_exact(8).enumerate() {
+            let word = i64::from_ne_bytes(word.try_into().unwrap());
+            ptrace::write(self.thread, (at + 8 * number as u64) as *mut _, word).unwrap();
+        }
+        self.call(SYS_openat, [AT_FDCWD as u64, at, flags as u64])
     }
 
     fn try_call(&self, number: i64, arguments: [u64; 3]) -> nix::Result<Option<i64>> {
