@@ -27,8 +27,8 @@ use clap::ValueEnum;
 use landlock::RulesetError;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
-use places::Lack;
 pub(crate) use places::was_made;
+use places::{Lack, NotOurs};
 pub(crate) use plan::Plan;
 pub(crate) use privileges::PrivilegeError;
 use roles::Role;
@@ -45,6 +45,17 @@ pub enum Mode {
     Off,
 }
 
+impl Mode {
+    /// As an argument.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Log => "log",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// Why a process cannot be confined.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SandboxError {
@@ -54,6 +65,9 @@ pub(crate) enum SandboxError {
     /// Nobody would have the rights that are needed later.
     #[error(transparent)]
     Steward(#[from] StewardError),
+    /// A place is somebody else's.
+    #[error(transparent)]
+    NotOurs(#[from] NotOurs),
     /// Landlock.
     #[error("cannot confine this process to its files (Landlock): {0}; --sandbox off does without")]
     Places(#[from] RulesetError),
@@ -109,6 +123,7 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     let steward = Steward::start(&plan.charter)?;
     privileges::raise_limits();
     privileges::drop_all(plan.user.as_ref())?;
+    plan.places.check()?;
     match plan.places.enforce()? {
         None => {}
         Some(Lack::NotThere | Lack::NotEnabled) => tracing::warn!(

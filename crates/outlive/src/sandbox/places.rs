@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -14,7 +14,9 @@ use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
-use nix::unistd::User;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, Uid, User, faccessat};
 
 /// The newest rights that are asked for. A kernel that knows fewer of them takes those that it knows.
 const NEWEST: ABI = ABI::V7;
@@ -39,6 +41,28 @@ const ALWAYS_READ: [&str; 16] = [
 ];
 /// Where libraries are on systems that keep them elsewhere, too.
 const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib64", "/usr/libexec"];
+
+/// Somebody else's file.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{path} belongs to the user {owner}, and this process, which gives up the rights of root, may not use it: give \
+     --user {owner}, or change its owner or its mode"
+)]
+pub(crate) struct NotOurs {
+    path: String,
+    owner: String,
+}
+
+impl NotOurs {
+    fn of(path: &Path) -> Self {
+        let uid = fs::metadata(path).map(|about| about.uid()).unwrap_or_default();
+        let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        Self {
+            path: path.display().to_string(),
+            owner: user.map_or_else(|| uid.to_string(), |user| user.name),
+        }
+    }
+}
 
 /// How a place is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +173,25 @@ impl Places {
             self.list.push((parent(directory).to_owned(), Use::Tidy));
         }
         self.list.push((directory.to_owned(), Use::Sockets));
+    }
+
+    /// Looks whether this process, which has given its rights up, may still use the places that are there.
+    ///
+    /// # Errors
+    /// See [`NotOurs`].
+    pub(super) fn check(&self) -> Result<(), NotOurs> {
+        for (path, usage) in &self.list {
+            let access = match usage {
+                Use::Read => AccessFlags::R_OK,
+                Use::Write => AccessFlags::R_OK | AccessFlags::W_OK,
+                Use::Keep => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
+                Use::Sockets | Use::Tidy => continue,
+            };
+            if faccessat(AT_FDCWD, path, access, AtFlags::AT_EACCESS) == Err(Errno::EACCES) {
+                return Err(NotOurs::of(path));
+            }
+        }
+        Ok(())
     }
 
     /// Whoever this process becomes has what it has made.

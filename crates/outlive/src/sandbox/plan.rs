@@ -51,6 +51,9 @@ impl Plan {
         net: Option<&NetSpec>,
         arbiter: Option<&str>,
     ) -> Result<Self, PrivilegeError> {
+        if active.user.is_some() && active.sandbox == Mode::Off {
+            return Err(PrivilegeError::Off);
+        }
         let user = active.user.as_deref().map(find_user).transpose()?;
         let charter = Charter {
             card: net.map(|net| (net.tap.clone(), net.bridge.clone())),

@@ -24,6 +24,9 @@ pub(crate) enum PrivilegeError {
         "--user {0}: there is no such user; make it with `useradd --system {0}`, or leave the option out"
     )]
     NoUser(String),
+    /// A process that keeps its rights keeps its user.
+    #[error("--user makes no sense with --sandbox off: leave one of them out")]
+    Off,
     /// Only root can become somebody else.
     #[error(
         "--user {0}: only root can become another user; start this command as {0}, or leave the option out"

@@ -194,6 +194,9 @@ impl fmt::Display for Status {
         if self.link == Some(LinkKind::Plain) {
             f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
         }
+        if !self.sandbox {
+            f.write_str("; SANDBOX OFF")?;
+        }
         f.write_str(&self.progress())?;
         match &self.arbiter {
             None => f.write_str("; no arbiter")?,
@@ -281,7 +284,10 @@ mod tests {
     fn at(standing: &Standing, sight: Option<&Sight>) -> Status {
         let mut facts = standing.facts();
         facts.since = SystemTime::UNIX_EPOCH;
-        Status::new(&facts, sight, counted(), SystemTime::UNIX_EPOCH + Duration::from_secs(61))
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(61);
+        let of_a_test = Status::new(&facts, sight, counted(), now);
+        assert!(!of_a_test.sandbox);
+        Status { sandbox: true, ..of_a_test }
     }
 
     #[test]
@@ -365,7 +371,7 @@ mod tests {
         assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
-        assert_eq!(json["sandbox"], false, "a test is not confined");
+        assert_eq!(json["sandbox"], true);
         assert_eq!(json.as_object().unwrap().len(), 17);
         let mut newer = json.clone();
         newer["something"] = 1.into();

@@ -215,6 +215,35 @@ fn a_vm_of_a_user_without_rights_is_taken_over() {
     witnesses.finish(&world);
 }
 
+/// Root without capabilities may not use what others keep to themselves. That is said at the start. Needs no KVM.
+#[test]
+fn an_image_of_another_user_is_refused_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("root.img");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    fs::set_permissions(&image, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("nobody is a user");
+    if nix::unistd::chown(&image, Some(nobody.uid), Some(nobody.gid)).is_err() {
+        return println!("skipped: not root");
+    }
+    let run = |options: &[&str]| {
+        let mut command = std::process::Command::new(crate::support::PROGRAM);
+        let disk = format!("path={}", image.display());
+        let output =
+            command.args(["run", "--memory", "64M", "--disk", &disk]).args(options).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run(&[]);
+    assert!(
+        code == Some(2) && said.contains("belongs to the user nobody") && said.contains("--user nobody"),
+        "{said}"
+    );
+    let (code, said) = run(&["--user", "somebody-else"]);
+    assert!(code == Some(2) && said.contains("there is no such user"), "{said}");
+    let (code, said) = run(&["--user", "nobody", "--sandbox", "off"]);
+    assert!(code == Some(2) && said.contains("--user makes no sense with --sandbox off"), "{said}");
+}
+
 /// Gives a user a folder with everything in it.
 fn give(path: &std::path::Path, user: &nix::unistd::User) {
     nix::unistd::chown(path, Some(user.uid), Some(user.gid)).unwrap();

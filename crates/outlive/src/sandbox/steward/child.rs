@@ -46,8 +46,9 @@ fn serve() -> io::Result<()> {
     let charter = Arc::new(charter);
     while let Some((ask, descriptors)) = hear::<Ask>(&orders)? {
         let charter = charter.clone();
-        // The thread that starts a program lives until the program has ended, and so does the program's parent.
-        outlive_machine::spawn("ask", move || {
+        // The thread that starts a program lives until the program has ended, and so does the program's parent. Without a
+        // thread there is no answer, and whoever has asked hears that.
+        let started = outlive_machine::spawn("ask", move || {
             let mut descriptors = descriptors.into_iter();
             let Some(answer) = descriptors.next() else { return };
             // Whoever has asked may be gone.
@@ -56,7 +57,8 @@ fn serve() -> io::Result<()> {
                 Ask::Fence(ask) => say(&answer, &fence(&charter, ask, descriptors.next()), &[]),
                 Ask::Sentinel => say(&answer, &sentinel(descriptors.collect()), &[]),
             };
-        })?;
+        });
+        started.ok();
     }
     Ok(())
 }

@@ -417,6 +417,12 @@ impl World {
         } else if !options.contains(&"--keys") {
             process.arg("--keys").arg(self.keys(side));
         }
+        // For machines that are emulated, or have much else to do.
+        if let Some(time) =
+            std::env::var_os("OUTLIVE_DEAD_AFTER").filter(|_| !options.contains(&"--dead-after"))
+        {
+            process.arg("--dead-after").arg(time);
+        }
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }

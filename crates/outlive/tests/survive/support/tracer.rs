@@ -58,11 +58,18 @@ impl Held {
 
     /// Takes a stop, and leaves an end where it is.
     fn wait_until_stopped(&self) -> nix::Result<()> {
-        let (id, all) = (Id::Pid(self.thread), WaitPidFlag::__WALL | WaitPidFlag::WSTOPPED);
-        match waitid(id, all | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)? {
-            WaitStatus::Exited(..) | WaitStatus::Signaled(..) => Err(Errno::ESRCH),
+        let id = || Id::Pid(self.thread);
+        let all = WaitPidFlag::__WALL | WaitPidFlag::WSTOPPED;
+        match waitid(id(), all | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
+            // A signal that has no name stops it: a vCPU's thread was kicked.
+            Err(Errno::EINVAL) => match waitid(id(), all | WaitPidFlag::WNOHANG) {
+                Err(Errno::EINVAL) => Ok(()),
+                _ => Err(Errno::ESRCH),
+            },
+            Err(error) => Err(error),
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => Err(Errno::ESRCH),
             // Nothing is there any more if it has just been killed.
-            _ => match waitid(Id::Pid(self.thread), all | WaitPidFlag::WNOHANG)? {
+            Ok(_) => match waitid(id(), all | WaitPidFlag::WNOHANG)? {
                 WaitStatus::StillAlive => Err(Errno::ESRCH),
                 _ => Ok(()),
             },
@@ -121,8 +128,11 @@ impl Held {
         (call.rip, call.rax, call.orig_rax) = (at, number as u64, u64::MAX);
         (call.rdi, call.rsi, call.rdx) = (arguments[0], arguments[1], arguments[2]);
         ptrace::setregs(self.thread, call)?;
-        ptrace::step(self.thread, None)?;
-        self.wait_until_stopped()?;
+        // A signal may come before the instruction.
+        while ptrace::getregs(self.thread)?.rip == at {
+            ptrace::step(self.thread, None)?;
+            self.wait_until_stopped()?;
+        }
         let result = ptrace::getregs(self.thread)?.rax as i64;
         ptrace::setregs(self.thread, before)?;
         Ok(Some(result))
