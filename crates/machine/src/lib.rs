@@ -68,7 +68,7 @@ pub use outgoing::{Outgoing, OutgoingError};
 pub use restart::{RESET_ORDER, ResetError, ResetStep, StartLinuxError};
 pub use restore::RestoreError;
 pub use shape::{StateShape, StateTooLarge};
-pub use thread::{precise_timers, spawn, urgent};
+pub use thread::{at_thread_start, precise_timers, spawn, urgent};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
 pub use vm_state::{

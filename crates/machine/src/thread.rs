@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 use std::thread::{Builder, JoinHandle};
 
 use nix::sys::prctl;
@@ -19,10 +19,24 @@ pub fn spawn<T: Send + 'static>(
     name: impl Into<String>,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    Builder::new().name(name.into()).spawn(move || {
+    let name = name.into();
+    let known_as = name.clone();
+    Builder::new().name(name).spawn(move || {
         block_signals();
+        if let Some(confine) = AT_START.get() {
+            confine(&known_as);
+        }
         body()
     })
+}
+
+/// What every thread does first.
+static AT_START: OnceLock<fn(&str)> = OnceLock::new();
+
+/// Lets every thread that is started from now on call this first, with its name: the program confines its threads.
+/// The first call counts.
+pub fn at_thread_start(confine: fn(&str)) {
+    let _ = AT_START.set(confine);
 }
 
 /// Blocks signals, which are for the threads that expect them: a signal in the middle of

@@ -31,6 +31,7 @@ mod primary;
 mod process;
 mod pulse;
 mod report;
+pub mod sandbox;
 mod sentinel;
 mod serving;
 mod socket;

@@ -80,12 +80,13 @@ pub fn finish() {
 fn on_panic(panic: &PanicHookInfo<'_>) {
     restore_terminal();
     let name = std::thread::current().name().unwrap_or("without a name").to_owned();
-    let mut text = format!("outlive: thread {name}: {panic}");
+    let text = format!("outlive: thread {name}: {panic}");
+    say(&text);
+    // After the line: it reads files, which not every thread may.
     let backtrace = Backtrace::capture();
     if backtrace.status() == BacktraceStatus::Captured {
-        text.push_str(&format!("\n{backtrace}"));
+        say(&backtrace.to_string());
     }
-    say(&text);
     if let Some(writer) = WRITER.get() {
         writer.flush(PANIC_WORDS);
     }

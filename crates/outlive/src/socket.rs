@@ -13,6 +13,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::sandbox::was_made;
+
 /// How often, and with which pauses, a folder is asked for that another process is working in.
 const LOCK_TRIES: (u32, Duration) = (100, Duration::from_millis(10));
 
@@ -152,7 +154,7 @@ fn make_directory(path: &Path) -> Result<(Option<MadeDirectory>, Option<Flock<Fi
     let Some(directory) = path.parent() else { return Ok((None, None)) };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let made = match fs::DirBuilder::new().mode(0o700).create(directory) {
-        Err(_) if directory.is_dir() => None,
+        Err(_) if directory.is_dir() => was_made(directory).then(|| MadeDirectory(directory.to_owned())),
         Err(error) => return Err(BindError::Directory { path: directory.to_owned(), error }),
         Ok(()) => Some(MadeDirectory(directory.to_owned())),
     };

@@ -1,11 +1,22 @@
 //! The kinds of arbiters.
 
+use std::path::PathBuf;
+
 use super::{Arbiter, ArbiterSpecError, Initialized, etcd, file, manual, served};
 
 /// Opens the arbiter at a place.
 type Open = fn(&str) -> Result<Box<dyn Arbiter>, ArbiterSpecError>;
 /// Makes a place an arbiter.
 type Init = fn(&str) -> Result<(Box<dyn Arbiter>, Initialized), ArbiterSpecError>;
+
+/// What a process needs of its host for an arbiter.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// Directories in which files come and go.
+    pub(crate) kept: Vec<PathBuf>,
+    /// Files to read.
+    pub(crate) read: Vec<PathBuf>,
+}
 
 /// A kind of arbiter. To add one, implement [`Arbiter`], add a line to [`KINDS`], and let the tests in
 /// `tests/arbiter/conformance` run over it.
@@ -16,14 +27,24 @@ struct Kind {
     form: &'static str,
     open: Open,
     init: Init,
+    needs: fn(&str) -> Needs,
 }
 
 const KINDS: [Kind; 4] = [
-    Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init },
-    Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init },
-    Kind { scheme: "outlive", form: served::FORM, open: served::open, init: served::init },
-    Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init },
+    Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init, needs: file::needs },
+    Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init, needs: etcd::needs },
+    Kind { scheme: "outlive", form: served::FORM, open: served::open, init: served::init, needs: nothing },
+    Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init, needs: nothing },
 ];
+
+fn nothing(_place: &str) -> Needs {
+    Needs::default()
+}
+
+/// What a process needs of its host for the arbiter of an `--arbiter` option; nothing for what names none.
+pub(crate) fn needs(text: &str) -> Needs {
+    find(text).map(|(kind, place)| (kind.needs)(place)).unwrap_or_default()
+}
 
 /// The kind of an `--arbiter` option, and the place after the colon.
 fn find(text: &str) -> Result<(&'static Kind, &str), ArbiterSpecError> {

@@ -16,6 +16,7 @@ use crate::audit::AuditShare;
 use crate::events::EventsTo;
 use crate::link::Security;
 use crate::network::UplinkSpec;
+use crate::sandbox::Mode;
 use crate::standby::Fence;
 
 /// Options that a primary and a standby share: what the VM does once it runs here.
@@ -132,6 +133,17 @@ pub struct ActiveOptions {
     /// differs is made anew (0.01 to 100; off: never)
     #[arg(long, default_value = "0.5", value_name = "PERCENT|off", value_parser = AuditShare::from_str)]
     pub audit: AuditShare,
+
+    /// Confine this process: no rights but those of its user, no files but those that the options name, no system calls
+    /// but those that each thread needs; a thread that tries anything else ends the process, and the VM goes on at the
+    /// other host (log: such calls are made, and the kernel logs them; off: nothing is confined)
+    #[arg(long, default_value = "on", value_name = "on|log|off")]
+    pub sandbox: Mode,
+
+    /// Become this user once the tap can be made, if root starts this process. Images and their directories, keys and a
+    /// file: arbiter must be this user's, and it needs /dev/kvm [default: the user that starts it]
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
 
     /// End when standard input is closed (for programs that start Outlive and may be killed themselves)
     #[arg(long, hide = true)]

@@ -8,6 +8,7 @@ use clap::builder::RangedU64ValueParser;
 use super::active::Switch;
 use super::epochs::EpochOptions;
 use super::values::parse_size;
+use crate::sandbox::Mode;
 
 /// Kill a protected VM again and again while clients write to it, then count what was lost.
 ///
@@ -62,10 +63,14 @@ pub struct DemoOptions {
     #[arg(long)]
     pub insecure: bool,
 
+    /// Whether the hosts' processes are confined, to compare (docs/sandbox.md)
+    #[arg(long, default_value = "on", value_name = "on|log|off")]
+    pub sandbox: Mode,
+
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
     /// Needs no KVM, but root, QEMU (fetched if it is missing) and Outlive's sources; the first run takes
     /// about 5 minutes longer
-    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate", "insecure"])]
+    #[arg(long, conflicts_with_all = ["seconds", "kills", "clients", "vcpus", "memory", "policy", "latency", "interval", "frame_tail", "arbiter", "seed", "json", "rate", "insecure", "sandbox"])]
     pub nested: bool,
 
     /// Requests per second of all clients together
@@ -104,6 +109,7 @@ Examples:
   outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
   outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve
   outlive demo --insecure                       the same without TLS between the hosts, to compare
+  outlive demo --sandbox off                    the same with processes that have all of root's rights, to compare
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

@@ -16,12 +16,20 @@ use crate::events::{Event, Role};
 use crate::link::SecurityError;
 use crate::logs::LogError;
 use crate::primary::StartError;
+use crate::sandbox::{Plan, PrivilegeError, SandboxError};
 use crate::standby::{Door, DoorError, Outcome, Post, PostError};
 use crate::status::{Server, ServerError, Standing};
 use crate::vm::{self, End, Launch, Remedied, Stops};
 use crate::{
-    arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, process, sentinel, status, ui,
+    arbiter, check, console, demo, disk, exit, keys, logs, notify, primary, process, sandbox, sentinel, status,
+    ui,
 };
+
+impl From<PrivilegeError> for BeginError {
+    fn from(error: PrivilegeError) -> Self {
+        SandboxError::from(error).into()
+    }
+}
 
 impl Command {
     /// Carries the command out. Returns the exit code.
@@ -40,6 +48,7 @@ impl Command {
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
             Self::Sentinel => sentinel::command(),
+            Self::Steward => sandbox::command(),
         }
     }
 }
@@ -53,6 +62,9 @@ enum BeginError {
     /// Memory cannot be locked, as `--lock-memory` wants it.
     #[error(transparent)]
     LockMemory(#[from] Remedied<LockError>),
+    /// It cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Options do not go together.
     #[error(transparent)]
     Sense(#[from] SenseError),
@@ -92,9 +104,8 @@ enum BeginError {
 }
 
 fn run(options: &RunOptions) -> u8 {
-    sentinel::start();
     let options = options.with_keys();
-    match begin_run(&options) {
+    match confine_run(&options).and_then(|()| begin_run(&options)) {
         Ok((_server, launch, post)) => Life::begin(launch, post, options.or_standby.then_some(&options)),
         Err(why @ (BeginError::Start(StartError::Stopped) | BeginError::Part(PartError::Stopped))) => {
             tracing::warn!("{why}");
@@ -104,9 +115,17 @@ fn run(options: &RunOptions) -> u8 {
     }
 }
 
+/// Comes before the second thread: threads have what their parents have.
+fn confine_run(options: &RunOptions) -> Result<(), BeginError> {
+    sandbox::close_inherited();
+    options.make_sense()?;
+    sandbox::enter(&Plan::of_run(options)?)?;
+    sentinel::start();
+    Ok(())
+}
+
 fn begin_run(options: &RunOptions) -> Result<Ready, BeginError> {
     logs::never_wait()?;
-    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     if let Some(standby) = options.as_standby(None) {
         standby.refuse_itself()?;
@@ -250,16 +269,23 @@ fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post
 }
 
 fn standby(options: &StandbyOptions) -> u8 {
-    sentinel::start();
-    match begin_standby(&options.with_keys()) {
+    let options = options.with_keys();
+    match confine_standby(&options).and_then(|()| begin_standby(&options)) {
         Ok((_server, post)) => Life::begin(None, Some(post), None),
         Err(line) => exit::usage(line),
     }
 }
 
+fn confine_standby(options: &StandbyOptions) -> Result<(), BeginError> {
+    sandbox::close_inherited();
+    options.make_sense()?;
+    sandbox::enter(&Plan::of_standby(options)?)?;
+    sentinel::start();
+    Ok(())
+}
+
 fn begin_standby(options: &StandbyOptions) -> Result<(Option<Server>, Post), BeginError> {
     logs::never_wait()?;
-    options.make_sense()?;
     vm::lock_memory(options.active.lock_memory)?;
     check_security(&options.active, Some(&options.listen))?;
     stand_by(options, "no primary has come yet")

@@ -93,4 +93,7 @@ pub enum Command {
     /// End the links of a parent process that was killed
     #[command(hide = true)]
     Sentinel,
+    /// Do for a parent process what takes rights that it has given up
+    #[command(hide = true)]
+    Steward,
 }

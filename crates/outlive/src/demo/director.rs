@@ -95,6 +95,8 @@ pub(super) struct Director {
     takeovers: Vec<(u32, TakeoverTimes)>,
     first_packets: Vec<(u32, u64)>,
     trackers: Vec<String>,
+    /// Whether all hosts so far have said that they are.
+    confined: Option<bool>,
     base: (u64, u64),
 }
 
@@ -117,6 +119,7 @@ impl Director {
             takeovers: Vec::new(),
             first_packets: Vec::new(),
             trackers: Vec::new(),
+            confined: None,
             base: (0, 0),
         }
     }
@@ -209,6 +212,7 @@ impl Director {
             Event::Started { tracker: Some(tracker), .. } if !self.trackers.contains(tracker) => {
                 self.trackers.push(tracker.clone());
             }
+            Event::Confined { sandbox } => self.confined = Some(self.confined.unwrap_or(true) && *sandbox),
             Event::Listening { .. } => self.listening = true,
             &Event::BaseProgress { sent_pages, total_pages, .. } => self.base = (sent_pages, total_pages),
             &Event::Protected { base_ms, .. } if host == self.active => {
@@ -433,6 +437,7 @@ impl Director {
             longest_connect_us: reports.iter().map(|r| r.longest_connect_us).max().unwrap_or(0),
             clients: self.play.clients,
             link: self.cluster.link(),
+            sandbox: self.confined.unwrap_or(false),
             connections,
             totals: Totals::of(self.cluster.nodes().iter().map(|n| &n.tenure)),
             arbiter: self.cluster.arbiter(),

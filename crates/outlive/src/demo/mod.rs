@@ -210,7 +210,8 @@ fn finish(options: &DemoOptions, summary: &Summary, cluster: Cluster) -> Result<
 /// Options that both commands have.
 fn shared_options(options: &DemoOptions) -> Vec<String> {
     let tail = ["--frame-tail", options.frame_tail.name()].map(str::to_owned);
-    options.epochs.to_args().into_iter().chain(tail).collect()
+    let sandbox = ["--sandbox", options.sandbox.name()].map(str::to_owned);
+    options.epochs.to_args().into_iter().chain(tail).chain(sandbox).collect()
 }
 
 fn shape(options: &DemoOptions, seed: u64) -> io::Result<Shape> {

@@ -74,6 +74,8 @@ pub(super) struct Summary {
     pub(super) tracker: String,
     /// What protected the link between the hosts.
     pub(super) link: LinkKind,
+    /// Whether the hosts' processes were confined, all of them.
+    pub(super) sandbox: bool,
 }
 
 #[derive(Serialize)]
@@ -96,6 +98,7 @@ struct Json<'a> {
     pages: PageCounts,
     tracker: &'a str,
     link: LinkKind,
+    sandbox: bool,
     phases_us: BTreeMap<&'a str, Times>,
     threads: BTreeMap<&'a str, Scheduled>,
 }
@@ -198,6 +201,7 @@ impl Summary {
             pages: self.totals.pages,
             tracker: &self.tracker,
             link: self.link,
+            sandbox: self.sandbox,
             phases_us: self.phases().map(|(phase, times)| (phase.name(), microseconds(times))).collect(),
             threads: measured.threads.iter().map(|(name, time)| (name.as_str(), scheduled(time))).collect(),
         };
@@ -461,6 +465,7 @@ mod tests {
             arbiter: "file",
             tracker: "ring".into(),
             link: LinkKind::Tls13,
+            sandbox: true,
         }
     }
 
@@ -476,7 +481,7 @@ mod tests {
                 "checkpoints": 16000, "rate_hz": 812.3, "pause_us": {"p50": 50, "p99": 99, "max": 100},
                 "dirty_pages": {"p50": 25, "p99": 49}, "sent_bytes": 7_000_000,
                 "pages": {"raw": 1, "zero": 2, "granules": 3, "granule_bytes": 4, "unchanged": 5}, "tracker": "ring",
-                "link": "tls1.3",
+                "link": "tls1.3", "sandbox": true,
                 "phases_us": {
                     "pause": {"p50": 50.2, "p99": 99.3, "max": 100.4},
                     "rearm": {"p50": 0.4, "p99": 0.4, "max": 0.4},

@@ -53,7 +53,7 @@ pub(crate) use prepare::{PrepareError, for_run, for_standby, hold, refuse_unfini
 pub use provenance::DangerKind;
 pub(crate) use provenance::{Accepted, Provenance};
 pub(crate) use replica::{DiskEvent, Replica, ReplicaDisk, ReplicaEndError, ReplicaStartError, STUCK};
-pub(crate) use sidecar::CopyEnd;
+pub(crate) use sidecar::{CopyEnd, STATE_DIR};
 pub(crate) use sidecars::{Image, Saying, Sidecars};
 pub(crate) use start::{Start, StartError};
 pub(crate) use sync::{Changed, DiskSection, DiskSync, SourceDisk, SyncReport};

@@ -51,7 +51,7 @@ use serde::{Deserialize, Serialize};
 
 use super::provenance::{Accepted, Provenance};
 use super::stamp::Stamp;
-pub(crate) use place::beside;
+pub(crate) use place::{STATE_DIR, beside};
 pub(in crate::disk) use text::now;
 
 /// How many records of what operators accepted are kept.

@@ -50,6 +50,11 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tracker: Option<String>,
     },
+    /// What confines the process.
+    Confined {
+        /// It has given up its rights, and its threads make no system calls that they do not need.
+        sandbox: bool,
+    },
     /// With `--or-standby`: what this host does with the VM.
     Decided {
         /// It starts the VM; if not, it waits as the VM's standby.

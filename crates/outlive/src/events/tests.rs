@@ -14,6 +14,7 @@ fn every_event() -> Vec<Event> {
             tracker: Some("ring".into()),
         },
         Event::Started { role: Role::Standby, vm: None, vcpus: None, memory: None, tracker: None },
+        Event::Confined { sandbox: true },
         Event::Listening { addr: "127.0.0.1:7000".into() },
         Event::StandbyAttached { addr: "127.0.0.1:7000".into() },
         Event::PrimaryAttached { addr: "10.0.0.1:555".into() },

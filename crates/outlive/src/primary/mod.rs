@@ -36,13 +36,13 @@ use crate::cli::{ActiveOptions, RunOptions};
 use crate::console::{Console, ConsoleError, Port};
 use crate::disk::{self, Accepted, Books, PrepareError, Start};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
-use crate::notify;
 use crate::standby::{About, Stop, fence};
 use crate::status::Standing;
 use crate::vm::{
-    self, Guest, GuestError, Identity, Launch, LoadError, PlaceError, Relay, Remedied, Stops, TapPlace,
-    UplinkError, VmMemoryError,
+    self, CardError, Guest, GuestError, Identity, Launch, LoadError, Relay, Remedied, Stops, UplinkError,
+    VmMemoryError,
 };
+use crate::{notify, sandbox};
 
 pub(crate) use ask::{Answer, ask};
 pub(crate) use launch::run;
@@ -96,9 +96,9 @@ pub(crate) enum MachineError {
     /// This host cannot run any.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// It cannot be wired to the network.
+    /// It has no card here.
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    Card(#[from] CardError),
     /// It cannot be as the options say.
     #[error(transparent)]
     Create(#[from] Remedied<CreateError>),
@@ -139,6 +139,7 @@ pub(crate) fn start(
     let uplink = vm::watch_uplink(options.net.as_ref(), active)?;
     // Opening the event stream may make a file, so everything that is likely to fail comes before.
     let events = events::open(&active.events_to())?;
+    events.emit(Event::Confined { sandbox: sandbox::is_on() });
     standing.tells(&events);
     events.of_vm(&start.provenance.name, &vm.to_string());
     // Before the fencing, which may take long: `outlive status` tells of the arbiter.
@@ -256,13 +257,13 @@ fn make_machine(
     machine_events: &Relay<MachineEvent>,
 ) -> Result<Machine, MachineError> {
     let host = Arc::new(Host::open()?);
-    let place = options.net.as_ref().map(|net| TapPlace::look(net, net.wiring())).transpose()?;
+    let card = |net| vm::open_card(net, net.queues.into(), net.wiring()).map(|tap| vm::card(net, tap, mac));
     let machine_options = Options {
         vcpus: options.vcpus,
         memory: options.memory_bytes(),
         firmware_bytes: guest.firmware_bytes(),
         output: OutputMode::PassThrough,
-        net: options.net.as_ref().map(|net| vm::card(net, mac)),
+        net: options.net.as_ref().map(card).transpose()?,
         disks: options.disks.iter().map(vm::disk_options).collect(),
         rng: guest.is_linux(),
         console: guest.is_linux().then(|| console.end(Port::Hvc0)),
@@ -272,7 +273,5 @@ fn make_machine(
         max_dirty: options.active.max_dirty * 2,
         events: Arc::new(machine_events.sender()),
     };
-    let machine = Machine::new(host, &machine_options).map_err(Remedied)?;
-    place.map(TapPlace::join).transpose()?;
-    Ok(machine)
+    Ok(Machine::new(host, &machine_options).map_err(Remedied)?)
 }

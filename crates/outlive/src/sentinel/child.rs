@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, recvmsg, shutdown};
 use nix::unistd::close;
 
-use crate::exit;
+use crate::{exit, sandbox};
 
 /// The most links that it keeps; a host has a handful.
 const MOST: usize = 1024;
@@ -55,6 +55,7 @@ pub(crate) fn command() -> u8 {
         prctl::set_pdeathsig(Signal::SIGCONT)
     });
     outlive_machine::urgent();
+    sandbox::enter_sentinel();
     let (orders, first, second) = (stdin(), stdout(), stderr());
     let serve = || Links::default().serve(orders.as_fd(), [first.as_fd(), second.as_fd()]);
     match hardened.map_err(io::Error::from).and_then(|()| serve()) {

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! - There are two keepers, because one of them may be the last thread.
-//! - The *sentinel* is this program again (`child.rs`). It has duplicates of the links, and `shutdown(2)` ends a
+//! - The *sentinel* is this program again (`child.rs`), started by the steward where there is one. It has duplicates of the links, and `shutdown(2)` ends a
 //!   connection although the dying process still has it. It does nothing else with a link, and nothing at all
 //!   before a pipe ends. No thread ends a keeper, so a pipe ends only with the process.
 //! - Nobody depends on the sentinel. If it dies, another is started; without one, links end as late as the
@@ -28,7 +28,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::mpsc::channel;
@@ -41,6 +41,8 @@ use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockTy
 use nix::unistd::pipe2;
 
 pub(crate) use child::command;
+
+use crate::sandbox::{self, Ending, Pending};
 
 /// The pause before a sentinel that has ended is replaced. It grows while they end soon.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
@@ -101,18 +103,16 @@ impl Shared {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn start_child(&self, pipes: &[OwnedFd; 2]) -> io::Result<Child> {
+    fn start_child(&self, pipes: &[OwnedFd; 2]) -> io::Result<Sentinel> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-        let child = Command::new("/proc/self/exe")
-            .arg0("outlive")
-            .arg("sentinel")
-            .stdin(theirs)
-            .stdout(pipes[0].try_clone()?)
-            .stderr(pipes[1].try_clone()?)
-            // What a terminal sends to this process is not for it.
-            .process_group(0)
-            .spawn()?;
+        let child = match sandbox::steward() {
+            Some(steward) => {
+                let its = [theirs.as_fd(), pipes[0].as_fd(), pipes[1].as_fd()];
+                Sentinel::Stewards(steward.sentinel(its).map_err(io::Error::other)?)
+            }
+            None => Sentinel::Ours(spawn(theirs, pipes)?),
+        };
         self.with(|state| {
             for (number, link) in &state.links {
                 if let Some(link) = link.upgrade() {
@@ -125,15 +125,14 @@ impl Shared {
     }
 
     /// Starts another sentinel whenever one has ended.
-    fn replace(&self, first: Child, pipes: &[OwnedFd; 2]) {
+    fn replace(&self, first: Sentinel, pipes: &[OwnedFd; 2]) {
         let (shortest, longest) = PAUSE;
         let (mut child, mut pause) = (Some(first), shortest);
         loop {
             let began = Instant::now();
-            let how = child.take().map(|mut child| child.wait());
+            let how = child.take().map(Sentinel::ending);
             self.with(|state| state.channel = None);
             if let Some(how) = how {
-                let how = how.map_or_else(|error| error.to_string(), |status| status.to_string());
                 tracing::warn!(how, "the sentinel has ended, another is started");
             }
             pause = if began.elapsed() > longest { shortest } else { pause };
@@ -145,6 +144,40 @@ impl Shared {
             }
         }
     }
+}
+
+/// A sentinel that runs.
+enum Sentinel {
+    /// A child of this process.
+    Ours(Child),
+    /// This process may start none, so somebody else has.
+    Stewards(Pending),
+}
+
+impl Sentinel {
+    /// Waits for its end, and says how it ended.
+    fn ending(self) -> String {
+        match self {
+            Self::Ours(mut child) => child.wait().map_or_else(|error| error.to_string(), |it| it.to_string()),
+            Self::Stewards(pending) => match pending.ending() {
+                Ok(Ending::Exited(status)) => status.to_string(),
+                Ok(Ending::Killed) => "it was killed".into(),
+                Err(error) => error.to_string(),
+            },
+        }
+    }
+}
+
+fn spawn(orders: OwnedFd, pipes: &[OwnedFd; 2]) -> io::Result<Child> {
+    Command::new("/proc/self/exe")
+        .arg0("outlive")
+        .arg("sentinel")
+        .stdin(orders)
+        .stdout(pipes[0].try_clone()?)
+        .stderr(pipes[1].try_clone()?)
+        // What a terminal sends to this process is not for it.
+        .process_group(0)
+        .spawn()
 }
 
 /// Never waits. A message that cannot be sent costs the sentinel's help for a link, or a descriptor.

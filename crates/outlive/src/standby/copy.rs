@@ -4,10 +4,9 @@
 use std::sync::Arc;
 
 use outlive_epoch::{Checkpoint, Hello, RefuseCode, Wiring};
-use outlive_machine::devices::virtio::net::TapError;
 use outlive_machine::{
     CreateError, MacAddr, Machine, MachineEvent, NetConfig, Options, OutputMode, Ram, RestoreError,
-    StateShape, Tap,
+    StateShape,
 };
 
 use super::decisions::Equipment;
@@ -20,7 +19,7 @@ use crate::console::Port;
 use crate::disk::{DiskEvent, Provenance, Replica, ReplicaStartError};
 use crate::process;
 use crate::vm::limits::ACCEPTED_STATE_BYTES;
-use crate::vm::{self, Identity, PlaceError, Relay, TapPlace, VmMemoryError};
+use crate::vm::{self, CardError, Identity, Relay, VmMemoryError};
 
 /// The copy; see the module. The applier owns it.
 pub(super) struct VmCopy {
@@ -44,28 +43,13 @@ pub(super) struct CopyParts {
     pub(super) arbiter: Box<dyn Arbiter>,
 }
 
-/// Why the VM's card cannot be made here.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum CardError {
-    /// It has no place in the network.
-    #[error(transparent)]
-    Place(#[from] PlaceError),
-    /// There is no tap for it.
-    #[error(transparent)]
-    Tap(#[from] TapError),
-}
-
 /// Checks at the start that the card can be made, so that a wrong name is reported at once and not when the
 /// first primary comes.
 ///
 /// # Errors
 /// See [`CardError`].
 pub(super) fn try_card(net: &NetSpec) -> Result<(), CardError> {
-    let place = TapPlace::look(net, Wiring::default())?;
-    let tap = Tap::with_queues(&net.tap, net.queues.into())?;
-    place.join()?;
-    drop(tap);
-    Ok(())
+    vm::open_card(net, net.queues.into(), Wiring::default()).map(drop)
 }
 
 /// Why this host cannot have a copy of the VM.
@@ -83,9 +67,9 @@ pub(super) enum CopyError {
     /// It cannot have its devices here.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// Its card has no place in the network.
+    /// It has no card here.
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    Card(#[from] CardError),
     /// The machine cannot be made.
     #[error(transparent)]
     Machine(#[from] CreateError),
@@ -137,12 +121,11 @@ impl VmCopy {
         let mac = MacAddr(hello.mac.unwrap_or_default());
         // The guest has seen this number of queues.
         let card = plan.card.zip(options.net.as_ref());
-        let place = card.map(|(card, net)| TapPlace::look(net, card.wiring)).transpose()?;
-        let card = card.map(|(Card { pairs, wiring }, net)| NetConfig {
-            pairs,
-            mtu: wiring.mtu,
-            ..vm::card(net, mac)
-        });
+        let open = |(Card { pairs, wiring }, net)| -> Result<NetConfig, CardError> {
+            let tap = vm::open_card(net, pairs, wiring)?;
+            Ok(NetConfig { pairs, mtu: wiring.mtu, ..vm::card(net, tap, mac) })
+        };
+        let card = card.map(open).transpose()?;
         let machine_options = Options {
             vcpus: hello.vcpus as u8,
             memory: hello.memory_bytes,
@@ -162,7 +145,6 @@ impl VmCopy {
         if let Some(vcpu) = &hello.vcpu {
             machine.try_constant(vcpu.clone()).map_err(CannotResume)?;
         }
-        place.map(TapPlace::join).transpose()?;
         let provenance = Provenance::introduced(hello, arbiter.identity());
         let disks = devices::replica_disks(&machine, hello, options, &provenance, books, arbiter.as_mut())?;
         let disks = Replica::start(disks, provenance, hello.generation, tell)?;

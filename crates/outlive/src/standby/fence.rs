@@ -8,16 +8,19 @@
 mod output;
 
 use std::fmt;
-use std::io::{self, PipeWriter};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use crate::events::{Event, EventWriter};
 use crate::notify;
+use crate::sandbox::{self, Ending, Steward, StewardError};
 use crate::status::Standing;
 use output::Output;
 
@@ -42,6 +45,7 @@ pub(crate) struct Fence {
 }
 
 /// What the command is told, as variables of its environment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct About {
     pub(crate) name: String,
     pub(crate) vm: String,
@@ -57,6 +61,9 @@ enum FenceError {
     /// There is no process for it.
     #[error("the fence command cannot be run: {0}")]
     Run(#[source] io::Error),
+    /// The one who has the rights for it cannot run it.
+    #[error(transparent)]
+    Steward(#[from] StewardError),
     /// It says so.
     #[error("the fence command failed ({0}){1}")]
     Failed(ExitStatus, LastLine),
@@ -143,24 +150,66 @@ fn rest(pause: Duration, stop: &impl Fn() -> Stop) {
 
 fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), FenceError> {
     let (mut output, to) = Output::open(attempt).map_err(FenceError::Run)?;
-    let mut child = start(fence, about, attempt, to).map_err(FenceError::Run)?;
-    match ends_within(&mut child, fence.limit, &mut output) {
-        Some(status) if status.success() => {
+    let signs = || {
+        notify::alive();
+        output.drain();
+    };
+    let ending = match sandbox::steward() {
+        Some(steward) => ask(steward, about, attempt, to.into(), signs)?,
+        None => run_fence_command(fence, about, attempt, to.into(), signs).map_err(FenceError::Run)?,
+    };
+    match ending {
+        Ending::Exited(status) if status.success() => {
             output.finish();
             Ok(())
         }
-        Some(status) => Err(FenceError::Failed(status, LastLine(output.finish()))),
-        None => {
-            // Fails only if it has just ended.
-            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-            ends_within(&mut child, KILLED, &mut output);
-            Err(FenceError::Killed(fence.limit, LastLine(output.finish())))
+        Ending::Exited(status) => Err(FenceError::Failed(status, LastLine(output.finish()))),
+        Ending::Killed => Err(FenceError::Killed(fence.limit, LastLine(output.finish()))),
+    }
+}
+
+/// Has the steward run the command that the command line named. It keeps the time limit.
+fn ask(
+    steward: &Steward,
+    about: &About,
+    attempt: u32,
+    to: OwnedFd,
+    mut signs: impl FnMut(),
+) -> Result<Ending, StewardError> {
+    let pending = steward.fence(about, attempt, to.as_fd())?;
+    drop(to);
+    loop {
+        signs();
+        if let Some(ending) = pending.ended_within(LOOK)? {
+            return Ok(ending);
         }
     }
 }
 
+/// Runs the command once, with the rights of this process. Whatever it says goes into `to`; `signs` is called all
+/// the time.
+///
+/// # Errors
+/// There is no process for it.
+pub(crate) fn run_fence_command(
+    fence: &Fence,
+    about: &About,
+    attempt: u32,
+    to: OwnedFd,
+    mut signs: impl FnMut(),
+) -> io::Result<Ending> {
+    let mut child = start(fence, about, attempt, to)?;
+    if let Some(status) = ends_within(&mut child, fence.limit, &mut signs) {
+        return Ok(Ending::Exited(status));
+    }
+    // Fails only if it has just ended.
+    let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+    ends_within(&mut child, KILLED, &mut signs);
+    Ok(Ending::Killed)
+}
+
 /// Starts it. The standard library gives a child no blocked signal and the usual effect of SIGPIPE.
-fn start(fence: &Fence, about: &About, attempt: u32, to: PipeWriter) -> io::Result<Child> {
+fn start(fence: &Fence, about: &About, attempt: u32, to: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", &fence.command]).stdin(Stdio::null()).stdout(to.try_clone()?).stderr(to);
     command.env("OUTLIVE_VM", &about.name).env("OUTLIVE_VM_ID", &about.vm).env("OUTLIVE_PEER", &about.peer);
@@ -171,11 +220,10 @@ fn start(fence: &Fence, about: &About, attempt: u32, to: PipeWriter) -> io::Resu
 }
 
 /// Waits for the end of the command itself, not for that of its children, who may hold the pipe open.
-fn ends_within(child: &mut Child, limit: Duration, output: &mut Output) -> Option<ExitStatus> {
+fn ends_within(child: &mut Child, limit: Duration, signs: &mut impl FnMut()) -> Option<ExitStatus> {
     let until = Instant::now() + limit;
     loop {
-        notify::alive();
-        output.drain();
+        signs();
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
             Ok(None) if Instant::now() < until => std::thread::sleep(LOOK),

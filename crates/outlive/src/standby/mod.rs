@@ -53,11 +53,10 @@ use crate::disk::{Books, CopyEnd, PrepareError, ReplicaEndError};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
 use crate::status::Standing;
-use crate::vm::{self, Launch, Stops, UplinkError};
-use crate::{disk, notify};
-use copy::CardError;
+use crate::vm::{self, CardError, Launch, Stops, UplinkError};
+use crate::{disk, notify, sandbox};
 use decisions::{Decisions, Equipment};
-pub(crate) use fence::{About, Fence, Stop, fence};
+pub(crate) use fence::{About, Fence, Stop, fence, run_fence_command};
 pub(crate) use listen::{Door, DoorError};
 use notes::Notes;
 use ports::{MainMessage, Session};
@@ -156,6 +155,7 @@ impl Post {
         // before.
         let arbiter = arbiter::parse(&options.arbiter)?;
         let events = events::open(&options.active.events_to())?;
+        events.emit(Event::Confined { sandbox: sandbox::is_on() });
         let console = Arc::new(Console::open(options.active.console.as_ref(), stops.sender())?);
         let watch = Watch::start(arbiter.as_ref(), events.clone(), Here::Waits);
         let watch = Arc::new(watch.map_err(PostError::NoThread)?);

@@ -10,6 +10,7 @@ use crate::arbiter::Sight;
 use crate::audit::AuditProgress;
 use crate::events::Role;
 use crate::link::LinkKind;
+use crate::sandbox;
 
 /// The state of one process. Times of the day are RFC 3339 in UTC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +35,10 @@ pub struct Status {
     /// What protects the links of this process; `null` if it has none.
     #[serde(default)]
     pub link: Option<LinkKind>,
+    /// Whether this process is confined: it has no rights of root, and no thread makes a system call that it does not
+    /// need.
+    #[serde(default)]
+    pub sandbox: bool,
     /// The newest committed checkpoint.
     pub checkpoint: Option<u64>,
     /// Milliseconds since its commit.
@@ -145,6 +150,7 @@ impl Status {
             generation: facts.generation,
             peer: facts.peer.clone(),
             link: facts.link,
+            sandbox: sandbox::is_on(),
             checkpoint: (progress.checkpoint > 0).then_some(progress.checkpoint),
             committed_ms_ago: since_commit,
             in_flight: counts.then_some(progress.in_flight),
@@ -249,6 +255,9 @@ impl fmt::Display for Status {
         }
         if self.link == Some(LinkKind::Plain) {
             f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
+        }
+        if !self.sandbox {
+            f.write_str("; SANDBOX OFF")?;
         }
         f.write_str(&self.progress())?;
         if let Some(audit) = &self.audit {
@@ -368,7 +377,10 @@ mod tests {
     fn at(standing: &Standing, sight: Option<&Sight>) -> Status {
         let mut facts = standing.facts();
         facts.since = SystemTime::UNIX_EPOCH;
-        Status::new(&facts, sight, counted(), SystemTime::UNIX_EPOCH + Duration::from_secs(61))
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(61);
+        let of_a_test = Status::new(&facts, sight, counted(), now);
+        assert!(!of_a_test.sandbox);
+        Status { sandbox: true, ..of_a_test }
     }
 
     #[test]
@@ -462,7 +474,8 @@ mod tests {
         assert_eq!(json["arbiter"]["seen_ms_ago"], 61_000);
         assert_eq!(json["loss_of_this_host"]["lost_ms"], 3);
         assert_eq!(json["link"], serde_json::Value::Null);
-        assert_eq!(json.as_object().unwrap().len(), 17);
+        assert_eq!(json["sandbox"], true);
+        assert_eq!(json.as_object().unwrap().len(), 18);
         let mut newer = json.clone();
         newer["something"] = 1.into();
         assert_eq!(

@@ -10,7 +10,7 @@ const SAME_NAME: u32 = 64;
 pub(super) const ENDING: &str = "sock";
 
 /// The folders, best first: the whole host's, the user's.
-pub(super) fn folders() -> Vec<PathBuf> {
+pub(crate) fn folders() -> Vec<PathBuf> {
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|it| it.is_absolute());
     [Some("/run/outlive".into()), of_user.map(|folder| folder.join("outlive"))]
         .into_iter()

@@ -36,4 +36,4 @@ pub(crate) use launch::{End, Identity, Launch};
 pub(crate) use options::{card, disk_options, mac_of};
 pub(crate) use relay::{Relay, Stops};
 pub(crate) use remedy::Remedied;
-pub(crate) use tap::{PlaceError, TapPlace};
+pub(crate) use tap::{CardError, open_card, place_card};

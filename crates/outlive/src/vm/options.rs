@@ -1,9 +1,10 @@
 //! From the command line to the machine's options.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use outlive_epoch::VmId;
-use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits};
+use outlive_machine::{DiskOptions, MacAddr, NetConfig, OutputLimits, Tap};
 
 use crate::cli::{DiskSpec, NetSpec};
 
@@ -11,8 +12,8 @@ use crate::cli::{DiskSpec, NetSpec};
 const OUTPUT_LIMITS: OutputLimits = OutputLimits { frames: 16_384, bytes: 16 << 20 };
 
 /// A network card's options.
-pub(crate) fn card(net: &NetSpec, mac: MacAddr) -> NetConfig {
-    NetConfig { tap: net.tap.clone(), mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
+pub(crate) fn card(net: &NetSpec, tap: Arc<Tap>, mac: MacAddr) -> NetConfig {
+    NetConfig { tap, mac, pairs: net.queues.into(), mtu: net.mtu, limits: OUTPUT_LIMITS }
 }
 
 /// A disk's options.

@@ -14,11 +14,17 @@
 //! switched on if it is not. Unless it has gone meanwhile: a tap that belonged to a copy of the VM that this process
 //! is just discarding gives way to a new one of the same name.
 
+use std::sync::Arc;
+
+use outlive_epoch::Wiring;
+use outlive_machine::Tap;
+use outlive_machine::devices::virtio::net::TapError;
+
 use super::NoRandom;
 use crate::cli::NetSpec;
 use crate::network::{Link, Netlink, NetlinkError};
 use crate::process;
-use outlive_epoch::Wiring;
+use crate::sandbox::{self, StewardError};
 
 /// The MTU of Ethernet.
 const USUAL_MTU: u32 = 1500;
@@ -63,8 +69,46 @@ pub(crate) enum PlaceError {
     NoRandom(#[from] NoRandom),
 }
 
+/// Why the VM's card has no tap here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CardError {
+    /// It has no place in the network.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// There is no tap for it.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The one who has the rights says why.
+    #[error(transparent)]
+    Steward(#[from] StewardError),
+}
+
+/// Opens the tap of a card with this many queue pairs, and puts it into its place. The steward does it, if there is
+/// one.
+///
+/// # Errors
+/// See [`CardError`].
+pub(crate) fn open_card(net: &NetSpec, pairs: u16, wiring: Wiring) -> Result<Arc<Tap>, CardError> {
+    let tap = match sandbox::steward() {
+        Some(steward) => steward.card(&net.tap, pairs, wiring)?,
+        None => place_card(net, pairs, wiring)?,
+    };
+    Ok(Arc::new(tap))
+}
+
+/// The same with this process' own rights.
+///
+/// # Errors
+/// See [`CardError`].
+pub(crate) fn place_card(net: &NetSpec, pairs: u16, wiring: Wiring) -> Result<Tap, CardError> {
+    let place = TapPlace::look(net, wiring)?;
+    let tap = Tap::with_queues(&net.tap, pairs)?;
+    place.join()?;
+    Ok(tap)
+}
+
 /// A card's place, which was looked at before its tap was opened; see the module.
-pub(crate) struct TapPlace {
+struct TapPlace {
     netlink: Netlink,
     tap: String,
     wiring: Wiring,
@@ -78,7 +122,7 @@ impl TapPlace {
     ///
     /// # Errors
     /// See [`PlaceError`].
-    pub(crate) fn look(net: &NetSpec, wiring: Wiring) -> Result<Self, PlaceError> {
+    fn look(net: &NetSpec, wiring: Wiring) -> Result<Self, PlaceError> {
         let mut netlink = Netlink::open()?;
         let before = match netlink.link(&net.tap) {
             Ok(link) => Some(link),
@@ -138,7 +182,7 @@ impl TapPlace {
     ///
     /// # Errors
     /// See [`PlaceError`].
-    pub(crate) fn join(mut self) -> Result<(), PlaceError> {
+    fn join(mut self) -> Result<(), PlaceError> {
         // As it is now, and only if it is still the same: the kernel gives no number twice.
         let now = self.netlink.link(&self.tap)?;
         self.before = self.before.take().filter(|before| before.index == now.index).map(|_| now);

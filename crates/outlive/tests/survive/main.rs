@@ -24,6 +24,7 @@ mod readers;
 mod redis;
 mod refusals;
 mod rejoin;
+mod sandbox;
 mod self_check;
 mod sentinel;
 mod slow_link;

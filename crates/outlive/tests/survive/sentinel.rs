@@ -10,17 +10,23 @@ use outlive::events::Event;
 
 use crate::support::{Client, MemoryLoad, Process, Side, Witnesses, World, wait_until};
 
-/// The processes that this one has started, and that are still there.
+/// The processes that this one has started, or its steward, and that are still there.
 fn sentinels(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let children = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
-    let pids: Vec<u32> = children
-        .flat_map(|it| it.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
-        .collect();
-    let named = |pid: &u32| {
-        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it.trim() == "vm-sentinel")
+    let is = |pid: &u32, name: &str| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it.trim() == name)
     };
-    pids.into_iter().filter(named).collect()
+    let own = children(pid);
+    let stewards = own.iter().filter(|pid| is(pid, "vm-steward")).flat_map(|pid| children(*pid));
+    let all: Vec<u32> = stewards.chain(own.iter().copied()).collect();
+    all.into_iter().filter(|pid| is(pid, "vm-sentinel")).collect()
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
+    children
+        .flat_map(|it| it.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .collect()
 }
 
 fn sockets(pid: u32) -> BTreeSet<PathBuf> {

@@ -29,6 +29,7 @@ pub use self::spec::EtcdFormError;
 pub(super) use self::spec::FORM;
 use self::spec::Spec;
 use super::record::{self, Marker};
+use super::registry::Needs;
 use super::{
     Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, KEPT, Mode, Prober, VmId, Win,
     Winner, process_token, random_hex,
@@ -49,6 +50,14 @@ pub(super) struct EtcdArbiter {
 /// Opens the arbiter of an `--arbiter` option.
 pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     Ok(Box::new(EtcdArbiter::open(&Spec::parse(place).map_err(EtcdSpecError::from)?)?))
+}
+
+/// The files that it names.
+pub(super) fn needs(place: &str) -> Needs {
+    let Ok(Spec { ca, certificate, key, password_file, .. }) = Spec::parse(place) else {
+        return Needs::default();
+    };
+    Needs { read: [ca, certificate, key, password_file].into_iter().flatten().collect(), ..Needs::default() }
 }
 
 /// Makes the cluster of an `--arbiter` option an arbiter.

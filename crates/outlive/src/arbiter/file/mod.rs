@@ -45,6 +45,7 @@ use std::time::Duration;
 use self::directory::{Directory, Found, unusable};
 pub use self::fault::{DirectoryFault, FileSpecError};
 use super::record::{self, MARKER, Marker};
+use super::registry::Needs;
 use super::{
     Arbiter, ArbiterError, ArbiterSpecError, Claim, Ending, Initialized, Mode, Prober, VmId, Win, Winner,
     process_token, random_hex,
@@ -57,6 +58,11 @@ pub(super) const FORM: &str =
 /// Opens the arbiter of an `--arbiter` option.
 pub(super) fn open(place: &str) -> Result<Box<dyn Arbiter>, ArbiterSpecError> {
     Ok(Box::new(FileArbiter::open(parse(place)?)?))
+}
+
+/// The directory.
+pub(super) fn needs(place: &str) -> Needs {
+    Needs { kept: vec![place.into()], ..Needs::default() }
 }
 
 /// Makes the directory of an `--arbiter` option an arbiter.

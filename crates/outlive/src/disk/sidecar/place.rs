@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{major, minor};
 
 /// Where the sidecars and journals of block devices are kept: `/dev` does not survive a reboot.
-const STATE_DIR: &str = "/var/lib/outlive";
+pub(crate) const STATE_DIR: &str = "/var/lib/outlive";
 /// How many characters of a block device's name go into that of its sidecar.
 const LONGEST_NAME: usize = 150;
 

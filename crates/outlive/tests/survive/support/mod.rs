@@ -497,6 +497,12 @@ impl World {
         if options.iter().any(|option| option.ends_with("?insecure")) {
             process.env("OUTLIVE_INSECURE_NETWORK", "1");
         }
+        // For machines that are emulated, or have much else to do.
+        if let Some(time) =
+            std::env::var_os("OUTLIVE_DEAD_AFTER").filter(|_| !options.contains(&"--dead-after"))
+        {
+            process.arg("--dead-after").arg(time);
+        }
         for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
             process.args([option, value]);
         }

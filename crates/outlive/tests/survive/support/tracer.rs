@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::libc::{PROT_NONE, SYS_mprotect, SYS_openat};
+use nix::libc::{AT_FDCWD, PROT_NONE, SYS_mprotect, SYS_openat};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
@@ -64,11 +64,18 @@ impl Held {
 
     /// Takes a stop, and leaves an end where it is.
     fn wait_until_stopped(&self) -> nix::Result<()> {
-        let (id, all) = (Id::Pid(self.thread), WaitPidFlag::__WALL | WaitPidFlag::WSTOPPED);
-        match waitid(id, all | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)? {
-            WaitStatus::Exited(..) | WaitStatus::Signaled(..) => Err(Errno::ESRCH),
+        let id = || Id::Pid(self.thread);
+        let all = WaitPidFlag::__WALL | WaitPidFlag::WSTOPPED;
+        match waitid(id(), all | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
+            // A signal that has no name stops it: a vCPU's thread was kicked.
+            Err(Errno::EINVAL) => match waitid(id(), all | WaitPidFlag::WNOHANG) {
+                Err(Errno::EINVAL) => Ok(()),
+                _ => Err(Errno::ESRCH),
+            },
+            Err(error) => Err(error),
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => Err(Errno::ESRCH),
             // Nothing is there any more if it has just been killed.
-            _ => match waitid(Id::Pid(self.thread), all | WaitPidFlag::WNOHANG)? {
+            Ok(_) => match waitid(id(), all | WaitPidFlag::WNOHANG)? {
                 WaitStatus::StillAlive => Err(Errno::ESRCH),
                 _ => Ok(()),
             },
@@ -118,11 +125,24 @@ impl Held {
 
     /// Makes the stopped thread do a system call, if it is in one itself. A process that ends meanwhile counts
     /// as having done it.
-    fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
+    pub(crate) fn call(&self, number: i64, arguments: [u64; 3]) -> Option<i64> {
         match self.try_call(number, arguments) {
             Err(Errno::ESRCH) => Some(0),
             result => result.unwrap(),
         }
+    }
+
+    /// Makes the stopped thread open a file, if it is in a system call itself. Returns what the kernel answers.
+    pub(crate) fn open(&self, path: &str, flags: i32) -> Option<i64> {
+        // Far below what the thread uses of its stack.
+        let at = ptrace::getregs(self.thread).unwrap().rsp - 8192 & !7;
+        let mut text = path.as_bytes().to_vec();
+        text.resize((path.len() + 1).next_multiple_of(8), 0);
+        for (number, word) in text.chunks_exact(8).enumerate() {
+            let word = i64::from_ne_bytes(word.try_into().unwrap());
+            ptrace::write(self.thread, (at + 8 * number as u64) as *mut _, word).unwrap();
+        }
+        self.call(SYS_openat, [AT_FDCWD as u64, at, flags as u64])
     }
 
     fn try_call(&self, number: i64, arguments: [u64; 3]) -> nix::Result<Option<i64>> {
@@ -137,8 +157,11 @@ impl Held {
         (call.rip, call.rax, call.orig_rax) = (at, number as u64, u64::MAX);
         (call.rdi, call.rsi, call.rdx) = (arguments[0], arguments[1], arguments[2]);
         ptrace::setregs(self.thread, call)?;
-        ptrace::step(self.thread, None)?;
-        self.wait_until_stopped()?;
+        // A signal may come before the instruction.
+        while ptrace::getregs(self.thread)?.rip == at {
+            ptrace::step(self.thread, None)?;
+            self.wait_until_stopped()?;
+        }
         let result = ptrace::getregs(self.thread)?.rax as i64;
         ptrace::setregs(self.thread, before)?;
         Ok(Some(result))

@@ -19,7 +19,7 @@ use super::output::{MAX_PACKET, Output, OutputLimits, Pushed};
 use super::persist::{CardState, ImpossibleSetting};
 use super::stats::{Counters, NetStats};
 use super::tail::InputTail;
-use super::tap::{FramePort, Tap, TapError};
+use super::tap::{FramePort, Tap};
 use crate::devices::complaints::{Complaints, complain};
 use crate::devices::valve::Permit;
 use crate::devices::virtio::chain::Broken;
@@ -45,8 +45,9 @@ const ALL_TX: u32 = 0xaaaa_aaaa;
 /// What the user chooses about a network device.
 #[derive(Clone, Debug)]
 pub struct NetConfig {
-    /// Name of the tap interface.
-    pub tap: String,
+    /// The tap, with as many queues as there are pairs. Opening one takes rights that the process of a VM need not
+    /// have, so others may have opened it.
+    pub tap: Arc<Tap>,
     /// Address of the guest's interface.
     pub mac: MacAddr,
     /// How many queue pairs the guest may use: 1 to [`MAX_PAIRS`]. The same on both hosts.
@@ -62,9 +63,16 @@ pub struct NetConfig {
 /// Why a network device cannot be made.
 #[derive(Debug, Error)]
 pub enum NetError {
-    /// No tap.
-    #[error(transparent)]
-    Tap(#[from] TapError),
+    /// The tap was opened for another number of them.
+    #[error("the tap {tap} has {queues} queues, and the card has {pairs} pairs of them")]
+    Queues {
+        /// Its name.
+        tap: String,
+        /// What it has.
+        queues: usize,
+        /// What it should have.
+        pairs: u16,
+    },
     /// No queue pair, or too many.
     #[error("a network device has 1 to {MAX_PAIRS} queue pairs, not {0}")]
     Pairs(u16),
@@ -122,7 +130,7 @@ struct PortSettings {
 pub type NetDevice<M> = Slot<M, Net>;
 
 impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
-    /// Opens the tap and puts a network device in front of it, whose frames leave as `permit` says.
+    /// Puts a network device in front of the tap, whose frames leave as `permit` says.
     ///
     /// # Errors
     /// [`NetError`].
@@ -133,7 +141,10 @@ impl<M: GuestMemory + Send + Sync + 'static> NetDevice<M> {
         if config.limits.bytes < MAX_PACKET {
             return Err(NetError::Limits(config.limits.bytes));
         }
-        let tap = Arc::new(Tap::with_queues(&config.tap, config.pairs)?);
+        let (tap, pairs) = (config.tap.clone(), config.pairs);
+        if tap.pairs() != usize::from(pairs) {
+            return Err(NetError::Queues { tap: tap.name().to_owned(), queues: tap.pairs(), pairs });
+        }
         let output = Output::new(tap.clone(), config.limits, permit)?;
         Ok(Self::with(config.mac, Net::new(tap, Arc::new(output)).telling(config.mtu), host)?)
     }

@@ -31,7 +31,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::offload::HEADER;
 use super::ring::{Frame, FrameRing};
@@ -156,7 +156,7 @@ impl Output {
             writer: Mutex::new(vec![0; MAX_PACKET].into_boxed_slice()),
             sink,
             permit,
-            space: EventFd::new(EFD_NONBLOCK)?,
+            space: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             newest: AtomicU64::new(0),
         })
     }

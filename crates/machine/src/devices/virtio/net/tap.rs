@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -143,6 +143,17 @@ impl Tap {
             files.push(file);
         }
         Ok(Self { files, attached: AtomicUsize::new(queues.into()), name: name.to_owned() })
+    }
+
+    /// A tap whose queues were opened elsewhere by [`with_queues`](Self::with_queues), all in use.
+    pub fn of_queues(name: &str, queues: Vec<OwnedFd>) -> Self {
+        let attached = AtomicUsize::new(queues.len());
+        Self { files: queues.into_iter().map(File::from).collect(), attached, name: name.to_owned() }
+    }
+
+    /// Its queues, for another process.
+    pub fn queues(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.files.iter().map(File::as_fd)
     }
 
     /// Name of the interface.

@@ -128,8 +128,8 @@ pub(super) fn start(
     match kind {
         EngineKind::Threads => threads(),
         _ if shared => threads(),
-        EngineKind::Uring => Ok(Box::new(uring::Uring::start(image.clone(), depth)?)),
-        EngineKind::Auto => match uring::Uring::start(image.clone(), depth) {
+        EngineKind::Uring => Ok(Box::new(uring::Uring::start(image, depth)?)),
+        EngineKind::Auto => match uring::Uring::start(image, depth) {
             Ok(engine) => Ok(Box::new(engine)),
             Err(error) => {
                 tracing::info!(%error, "no io_uring here: threads carry the requests to the disk");

@@ -1,4 +1,7 @@
 //! The kernel itself carries out requests: io_uring.
+//!
+//! What a ring is asked for passes no filter of system calls. So a ring is restricted before its first request: to the
+//! four operations of a disk, and to the one file that was registered with it, the image.
 
 // UNSAFETY: the kernel reads and writes buffers by address until it says that it is done; the one unsafe
 // block of this file answers for their staying alive and in place until then.
@@ -6,9 +9,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use tracing::error;
 use vmm_sys_util::eventfd::EventFd;
@@ -18,6 +22,13 @@ use super::super::pool::Buffer;
 use super::{Completion, Engine, Operation, Submission, ZERO};
 use crate::devices::complaints::{Complaints, complain};
 use crate::devices::virtio::worker::event;
+
+/// The image, among the files of its ring.
+const IMAGE: types::Fixed = types::Fixed(0);
+/// A request is for a registered file (IOSQE_FIXED_FILE).
+const FIXED_FILE: u8 = 1;
+/// IORING_UNREGISTER_FILES, the only thing that may still be done to a ring.
+const UNREGISTER_FILES: u8 = 3;
 
 /// The engine: a ring, and the buffers of the operations under way.
 pub(in super::super) struct Uring {
@@ -30,14 +41,13 @@ struct Inner {
     /// By token: the buffer that the kernel works on. Moving a `Vec` keeps its bytes in place.
     under_way: Vec<Option<Buffer>>,
     count: usize,
-    image: Arc<Image>,
     complaints: Complaints,
 }
 
 impl Uring {
     /// A ring for at most `depth` operations at a time, with tokens below `depth`.
-    pub(in super::super) fn start(image: Arc<Image>, depth: u16) -> io::Result<Self> {
-        let ring = IoUring::new(u32::from(depth))?;
+    pub(in super::super) fn start(image: &Image, depth: u16) -> io::Result<Self> {
+        let ring = IoUring::builder().setup_r_disabled().build(u32::from(depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
@@ -46,9 +56,19 @@ impl Uring {
         }
         let event = event()?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
+        ring.submitter().register_files(&[image.file().as_raw_fd()])?;
+        let operations = needed.map(Restriction::sqe_op);
+        let others = [
+            Restriction::sqe_flags_allowed(FIXED_FILE),
+            Restriction::sqe_flags_required(FIXED_FILE),
+            Restriction::register_op(UNREGISTER_FILES),
+        ];
+        ring.submitter()
+            .register_restrictions(&mut operations.into_iter().chain(others).collect::<Vec<_>>())?;
+        ring.submitter().register_enable_rings()?;
         let under_way = (0..depth).map(|_| None).collect();
         Ok(Self {
-            inner: Mutex::new(Inner { ring, under_way, count: 0, image, complaints: Complaints::default() }),
+            inner: Mutex::new(Inner { ring, under_way, count: 0, complaints: Complaints::default() }),
             event,
         })
     }
@@ -89,11 +109,9 @@ impl Inner {
         assert!(slot.is_none(), "a token is used once at a time");
         let buffer = slot.insert(buffer);
         self.count += 1;
-        let fd = types::Fd(self.image.file().as_raw_fd());
-        let entry = build(fd, operation, buffer).user_data(u64::from(token));
+        let entry = build(operation, buffer).user_data(u64::from(token));
         loop {
-            // SAFETY: the entry works on the image's descriptor, which `self.image` keeps open, and on a part
-            // of `buffer` (`build` slices it, so it is inside) or of the static zeroes. The buffer is in
+            // SAFETY: the entry works on the image, which is registered with the ring, and on a part of `buffer` (`build` slices it, so it is inside) or of the static zeroes. The buffer is in
             // `under_way` until the completion of this token is reaped, and nobody touches it there; moving
             // the `Vec` does not move its bytes. Dropping waits for all completions; should that fail, the
             // buffers are leaked.
@@ -150,10 +168,15 @@ impl Drop for Inner {
                 _ => self.reap(&mut done),
             }
         }
+        // The kernel takes a ring apart some time later, and until then it would keep the image and its lock.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            error!(%error, "the disk's image may stay locked for a while");
+        }
     }
 }
 
-fn build(fd: types::Fd, operation: Operation, buffer: &mut Buffer) -> squeue::Entry {
+fn build(operation: Operation, buffer: &mut Buffer) -> squeue::Entry {
+    let fd = IMAGE;
     match operation {
         Operation::Read { offset, from, len } => {
             let to = &mut buffer[from..from + len];
@@ -173,6 +196,50 @@ fn build(fd: types::Fd, operation: Operation, buffer: &mut Buffer) -> squeue::En
     }
 }
 
-fn fallocate(fd: types::Fd, mode: i32, offset: u64, len: u64) -> squeue::Entry {
+fn fallocate(fd: types::Fixed, mode: i32, offset: u64, len: u64) -> squeue::Entry {
     opcode::Fallocate::new(fd, len).offset(offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    #[test]
+    fn a_ring_reaches_nothing_but_its_image() {
+        let (image, other) = (TempFile::new().unwrap(), TempFile::new().unwrap());
+        image.as_file().set_len(4096).unwrap();
+        other.as_file().set_len(4096).unwrap();
+        let image = Image::open(image.as_path(), false, false, None).unwrap();
+        let engine = match Uring::start(&image, 4) {
+            Ok(engine) => engine,
+            Err(error) => return println!("skipped: no io_uring: {error}"),
+        };
+        let mut byte = [0_u8; 1];
+        let to = byte.as_mut_ptr();
+        let forbidden = [
+            opcode::Read::new(types::Fd(other.as_file().as_raw_fd()), to, 1).build(),
+            opcode::Nop::new().build(),
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/etc/passwd".as_ptr()).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+        ];
+        for entry in forbidden {
+            assert_eq!(result(&engine, &entry), -libc::EACCES, "{entry:?}");
+        }
+        let allowed = opcode::Read::new(IMAGE, to, 1).build();
+        assert_eq!(result(&engine, &allowed), 1);
+        let own = File::open("/dev/null").unwrap();
+        assert!(engine.inner().ring.submitter().register_files_update(0, &[own.as_raw_fd()]).is_err());
+    }
+
+    fn result(engine: &Uring, entry: &squeue::Entry) -> i32 {
+        let mut inner = engine.inner();
+        // SAFETY: the buffer and the path of every entry live until its completion, which is waited for here.
+        unsafe { inner.ring.submission().push(entry) }.unwrap();
+        inner.ring.submit_and_wait(1).unwrap();
+        inner.ring.completion().next().unwrap().result()
+    }
 }

@@ -1,0 +1,178 @@
+//! What a process that runs a VM, or waits for one, cannot do any more once it has begun.
+//!
+//! ```text
+//! descriptors.rs  what was left open is closed
+//! steward/        a small process keeps the rights, and does what needs them later
+//! privileges.rs   no capability, no new privileges, another user
+//! places.rs       Landlock: the files that the command line names, and a few more
+//! roles.rs        seccomp: the system calls of each thread
+//! plan.rs         all of it from the command line
+//! ```
+//!
+//! Everything happens in this order, before a second thread exists and before the guest, a peer or an image is looked at. So
+//! whatever a takeover does later was possible at the start, too: a place that is out of reach is reported then.
+//! docs/sandbox.md says what it is for and what it cannot do.
+
+mod descriptors;
+mod places;
+mod plan;
+mod privileges;
+mod roles;
+mod steward;
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use clap::ValueEnum;
+use landlock::RulesetError;
+use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
+
+pub(crate) use places::was_made;
+use places::{Lack, NotOurs};
+pub(crate) use plan::Plan;
+pub(crate) use privileges::PrivilegeError;
+use roles::Role;
+pub(crate) use steward::{Ending, Pending, Steward, StewardError, command};
+
+/// Whether a process is confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// It is
+    On,
+    /// It is, but system calls that are not allowed are made and logged by the kernel
+    Log,
+    /// It is not
+    Off,
+}
+
+impl Mode {
+    /// As an argument.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Log => "log",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// Why a process cannot be confined.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SandboxError {
+    /// It keeps rights.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
+    /// Nobody would have the rights that are needed later.
+    #[error(transparent)]
+    Steward(#[from] StewardError),
+    /// A place is somebody else's.
+    #[error(transparent)]
+    NotOurs(#[from] NotOurs),
+    /// Landlock.
+    #[error("cannot confine this process to its files (Landlock): {0}; --sandbox off does without")]
+    Places(#[from] RulesetError),
+    /// A filter that is none.
+    #[error("a filter of system calls is wrong: {0}")]
+    Filter(#[from] BackendError),
+    /// Seccomp.
+    #[error("cannot filter system calls ({0}): use a kernel with CONFIG_SECCOMP_FILTER, or --sandbox off")]
+    Seccomp(#[from] seccompiler::Error),
+}
+
+static STEWARD: OnceLock<Steward> = OnceLock::new();
+static FILTERS: OnceLock<BTreeMap<Role, BpfProgram>> = OnceLock::new();
+static IS_ON: OnceLock<bool> = OnceLock::new();
+
+/// Who has the rights that this process has given up; `None` if it has them itself.
+pub(crate) fn steward() -> Option<&'static Steward> {
+    STEWARD.get()
+}
+
+/// Whether this process is confined.
+pub(crate) fn is_on() -> bool {
+    IS_ON.get().copied().unwrap_or(false)
+}
+
+/// Closes what this process was left with. Call it first.
+pub(crate) fn close_inherited() {
+    descriptors::close_inherited();
+}
+
+/// Confines this process. Call it while there is one thread.
+///
+/// # Errors
+/// See [`SandboxError`]. The process may have given up some of its rights by then.
+pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
+    let otherwise = match plan.mode {
+        Mode::Off => {
+            tracing::warn!(
+                "SANDBOX OFF (--sandbox off): a guest that breaks out of its VM has all rights of this process"
+            );
+            return Ok(());
+        }
+        Mode::Log => {
+            tracing::warn!(
+                "SANDBOX INCOMPLETE (--sandbox log): system calls that are not allowed are made, and logged by the kernel"
+            );
+            SeccompAction::Log
+        }
+        Mode::On => SeccompAction::KillProcess,
+    };
+    // The C library asks the system for the number of cores when a second thread first allocates; that would be too late.
+    let _ = std::thread::spawn(|| drop(std::hint::black_box(vec![0_u8; 64]))).join();
+    let steward = Steward::start(&plan.charter)?;
+    privileges::raise_limits();
+    privileges::drop_all(plan.user.as_ref())?;
+    plan.places.check()?;
+    match plan.places.enforce()? {
+        None => {}
+        Some(Lack::NotThere | Lack::NotEnabled) => tracing::warn!(
+            "this kernel has no Landlock, so this process can use every file of its user: use Linux 5.13 or newer with \
+             `landlock` in the list of /sys/kernel/security/lsm"
+        ),
+        Some(Lack::Newest) => tracing::debug!("this kernel's Landlock is older than it could be"),
+    }
+    filter(&otherwise)?;
+    let _ = STEWARD.set(steward);
+    let _ = IS_ON.set(plan.mode == Mode::On);
+    Ok(())
+}
+
+/// Filters the calls of this thread and of all that it starts.
+fn filter(otherwise: &SeccompAction) -> Result<(), SandboxError> {
+    let own = std::process::id();
+    let mut filters = BTreeMap::new();
+    for role in Role::ALL {
+        filters.insert(role, role.filter(own, otherwise.clone())?);
+    }
+    apply_filter(&roles::no_clone3()?)?;
+    apply_filter(&filters[&Role::Control])?;
+    let _ = FILTERS.set(filters);
+    outlive_machine::at_thread_start(confine_thread);
+    Ok(())
+}
+
+/// Gives the calling thread, which has just begun, the filter of its role.
+fn confine_thread(name: &str) {
+    let role = Role::of(name);
+    let filter = FILTERS.get().and_then(|filters| filters.get(&role)).filter(|_| role != Role::Control);
+    let Some(filter) = filter else { return };
+    // It has that of its parent in any case. The kernel refuses only when it has no memory, and then a VM that runs is
+    // worth more.
+    if let Err(error) = apply_filter(filter) {
+        tracing::error!(%error, name, "a thread has no filter of its own");
+    }
+}
+
+/// Confines a helper process to what its role needs.
+pub(crate) fn enter_sentinel() {
+    let confined = privileges::drop_own_capabilities().map_err(|error| error.to_string()).and_then(|()| {
+        let filter = Role::Sentinel.filter(std::process::id(), SeccompAction::KillProcess);
+        filter
+            .map_err(|error| error.to_string())
+            .and_then(|it| apply_filter(&it).map_err(|error| error.to_string()))
+    });
+    if let Err(error) = confined {
+        tracing::debug!(error, "a sentinel is not confined");
+    }
+}

@@ -1,0 +1,257 @@
+//! What a thread can still do once a guest or a peer has taken it over: nothing, and whatever it tries ends its process.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+
+use nix::libc::{
+    AF_PACKET, AF_VSOCK, CLONE_NEWUSER, O_RDONLY, O_WRONLY, SOCK_RAW, SYS_bpf, SYS_execve, SYS_fork,
+    SYS_kill, SYS_mount, SYS_ptrace, SYS_setuid, SYS_socket, SYS_unshare,
+};
+use nix::sys::signal::Signal;
+use outlive::events::Event;
+use outlive::status::Status;
+
+use crate::support::{Held, Process, Side, Witnesses, World, wait_until};
+
+/// A system call that no thread may make, and its arguments.
+type Forbidden = (i64, [u64; 3]);
+
+const PACKETS: Forbidden = (SYS_socket, [AF_PACKET as u64, SOCK_RAW as u64, 0]);
+const OTHER_VMS: Forbidden = (SYS_socket, [AF_VSOCK as u64, SOCK_RAW as u64, 0]);
+const PROGRAM: Forbidden = (SYS_execve, [0, 0, 0]);
+const PROCESS: Forbidden = (SYS_fork, [0, 0, 0]);
+const TRACE: Forbidden = (SYS_ptrace, [0, 0, 0]);
+const NAMESPACE: Forbidden = (SYS_unshare, [CLONE_NEWUSER as u64, 0, 0]);
+const MOUNT: Forbidden = (SYS_mount, [0, 0, 0]);
+const KERNEL: Forbidden = (SYS_bpf, [0, 0, 0]);
+const USER: Forbidden = (SYS_setuid, [0, 0, 0]);
+const SIGNAL: Forbidden = (SYS_kill, [1, 0, 0]);
+/// Allowed to the main thread.
+const NETWORK: Forbidden = (SYS_socket, [nix::libc::AF_INET as u64, 1, 0]);
+
+/// Makes the thread of this name do it, until the process is gone.
+fn escapes(process: &mut Process, thread: &str, (number, arguments): Forbidden) {
+    wait_until("the thread does what it may not", || {
+        if process.ended() {
+            return true;
+        }
+        if let Some(held) = Held::find(process, thread) {
+            match held.call(number, arguments) {
+                // Not in a system call at the moment, or its process has ended.
+                None | Some(0) => {}
+                Some(answer) => panic!("{thread} may make the call {number}: {answer}"),
+            }
+        }
+        process.ended()
+    });
+    let status = process.status().expect("it has ended");
+    assert_eq!(status.signal(), Some(Signal::SIGSYS as i32), "{thread}: {status}\n{}", process.log());
+}
+
+/// Every kind of thread of a primary, one host after the other.
+#[test]
+fn an_escape_from_any_thread_of_a_primary_ends_it_and_the_vm_is_taken_over() {
+    let Some(world) = World::new() else { return };
+    let (mut active, mut standby) = world.protected(Side::A);
+    let witnesses = Witnesses::start(&world, 2);
+    let escapees = [
+        ("vcpu0", PROGRAM),
+        ("outlive-net", PACKETS),
+        ("sender", NETWORK),
+        ("receiver", PROCESS),
+        ("outlive", TRACE),
+        ("links", OTHER_VMS),
+        ("log", NETWORK),
+        ("keeper-1", NAMESPACE),
+        ("watchdog", SIGNAL),
+    ];
+    for ((thread, forbidden), side) in escapees.into_iter().zip([Side::A, Side::B].into_iter().cycle()) {
+        witnesses.hear_all();
+        escapes(&mut active, thread, forbidden);
+        standby.wait_takeover();
+        active = standby;
+        standby = world.standby(side);
+        active.wait_protected();
+    }
+    witnesses.hear_all();
+    witnesses.finish(&world);
+}
+
+/// Every kind of thread of a standby that has the copy of a VM with a disk. The VM goes on where it is.
+#[test]
+fn an_escape_from_any_thread_of_a_standby_ends_it_and_the_vm_goes_on() {
+    let Some(world) = World::new() else { return };
+    for side in Side::BOTH {
+        fs::File::create(world.image(side)).unwrap().set_len(1 << 20).unwrap();
+    }
+    let disk = |side| format!("path={}", world.image(side).display());
+    let there = Side::B.addr().to_string();
+    let mut active = world.run_with(Side::A, &["--standby", &there, "--disk", &disk(Side::A)]);
+    let witnesses = Witnesses::start(&world, 2);
+    let escapees = [
+        ("session", PROGRAM),
+        ("applier", NETWORK),
+        ("disks", NETWORK),
+        ("outlive", MOUNT),
+        ("listen", KERNEL),
+        ("vcpu0", NETWORK),
+        ("outlive-blk", USER),
+    ];
+    for (thread, forbidden) in escapees {
+        let mut standby = world.standby_with(Side::B, &["--disk", &disk(Side::B)]);
+        active.wait_protected();
+        escapes(&mut standby, thread, forbidden);
+        active.wait_for("alone", |e| matches!(e, Event::Unprotected { .. }));
+        witnesses.hear_all();
+    }
+    witnesses.finish(&world);
+}
+
+/// What the kernel says of a thread.
+fn words(process: &Process, thread: &str) -> BTreeMap<String, String> {
+    let text =
+        fs::read_to_string(format!("/proc/{}/task/{thread}/status", process.pid())).unwrap_or_default();
+    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+    pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+}
+
+#[test]
+fn no_thread_of_either_host_has_a_right() {
+    let Some(world) = World::new() else { return };
+    let (active, standby) = world.protected(Side::A);
+    for process in [&active, &standby] {
+        let mut threads = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap() {
+            let thread = words(process, task.unwrap().file_name().to_str().unwrap());
+            let Some(name) = thread.get("Name") else { continue };
+            threads += 1;
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert_eq!(u64::from_str_radix(&thread[set], 16), Ok(0), "{set} of {name}");
+            }
+            assert_eq!((&*thread["NoNewPrivs"], &*thread["Seccomp"]), ("1", "2"), "{name}");
+            // The main thread's two, and for all but its helpers one of the role.
+            let filters: u32 = thread["Seccomp_filters"].parse().unwrap();
+            assert!(filters >= if name.starts_with("vcpu") { 3 } else { 2 }, "{name}: {filters}");
+        }
+        assert!(threads > 8, "{threads}");
+        reaches_only_its_files(process);
+    }
+}
+
+/// The files of others, root's among them, are out of reach.
+fn reaches_only_its_files(process: &Process) {
+    if process.log().contains("no Landlock") {
+        return println!("skipped: this kernel has no Landlock");
+    }
+    let open = |path: &str, flags| {
+        let mut answer = None;
+        wait_until("the thread is in a system call", || {
+            answer = Held::find(process, "outlive").and_then(|held| held.open(path, flags));
+            answer.is_some()
+        });
+        answer.unwrap()
+    };
+    let refused = -i64::from(nix::libc::EACCES);
+    assert_eq!(open("/etc/shadow", O_RDONLY), refused);
+    assert_eq!(open("/etc/passwd", O_WRONLY), refused);
+    assert_eq!(open("/proc/sys/kernel/core_pattern", O_WRONLY), refused);
+    assert_eq!(open("/root", O_RDONLY), refused);
+    // So the refusals are no mistake of this test.
+    assert!(open("/proc/self/status", O_RDONLY) >= 0);
+}
+
+#[test]
+fn a_process_says_whether_it_is_confined() {
+    let Some(world) = World::new() else { return };
+    for (mode, confined) in [("on", true), ("off", false)] {
+        let socket = world.dir().join(format!("{mode}.sock"));
+        let options = ["--sandbox", mode, "--status", socket.to_str().unwrap()];
+        let mut vm = world.run_without_arbiter(Side::A, &options);
+        vm.wait_for("running", |e| matches!(e, Event::Started { .. }));
+        assert!(vm.has(|e| matches!(e, Event::Confined { sandbox } if *sandbox == confined)));
+        assert_eq!(vm.log().contains("SANDBOX OFF"), !confined);
+        let asked = std::process::Command::new(crate::support::PROGRAM)
+            .args(["status", "--json", "--socket"])
+            .arg(&socket)
+            .output()
+            .unwrap();
+        let [status] = serde_json::from_slice::<[Status; 1]>(&asked.stdout).unwrap();
+        assert_eq!(status.sandbox, confined);
+        vm.kill();
+    }
+}
+
+/// Both hosts belong to a user who owns the VM's things and has no other right; one is killed.
+#[test]
+fn a_vm_of_a_user_without_rights_is_taken_over() {
+    let Some(world) = World::new() else { return };
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("nobody is a user");
+    let kvm = std::os::unix::fs::MetadataExt::mode(&fs::metadata("/dev/kvm").unwrap());
+    if kvm & 0o006 != 0o006 {
+        return println!("skipped: nobody may not use /dev/kvm");
+    }
+    for side in Side::BOTH {
+        fs::File::create(world.image(side)).unwrap().set_len(1 << 20).unwrap();
+    }
+    give(world.dir(), &nobody);
+    let (here, there) = (Side::B.addr().to_string(), Side::A.addr().to_string());
+    let disk = |side| format!("path={}", world.image(side).display());
+    let (a, b) = (disk(Side::A), disk(Side::B));
+    let mut standby = world.standby_with(Side::B, &["--standby", &there, "--user", "nobody", "--disk", &b]);
+    let mut active = world.run_with(Side::A, &["--standby", &here, "--user", "nobody", "--disk", &a]);
+    active.wait_protected();
+    let witnesses = Witnesses::start(&world, 2);
+    for process in [&active, &standby] {
+        let main = words(process, &process.pid().to_string());
+        assert!(main["Uid"].split_whitespace().all(|it| it == nobody.uid.to_string()), "{}", main["Uid"]);
+    }
+    witnesses.hear_all();
+    active.kill();
+    standby.wait_takeover();
+    witnesses.hear_all();
+    let _new = world.standby_with(Side::A, &["--user", "nobody", "--disk", &a]);
+    standby.wait_protected();
+    witnesses.finish(&world);
+}
+
+/// Root without capabilities may not use what others keep to themselves. That is said at the start. Needs no KVM.
+#[test]
+fn an_image_of_another_user_is_refused_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("root.img");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    fs::set_permissions(&image, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("nobody is a user");
+    if nix::unistd::chown(&image, Some(nobody.uid), Some(nobody.gid)).is_err() {
+        return println!("skipped: not root");
+    }
+    let run = |options: &[&str]| {
+        let mut command = std::process::Command::new(crate::support::PROGRAM);
+        let disk = format!("path={}", image.display());
+        let output =
+            command.args(["run", "--memory", "64M", "--disk", &disk]).args(options).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run(&[]);
+    assert!(
+        code == Some(2) && said.contains("belongs to the user nobody") && said.contains("--user nobody"),
+        "{said}"
+    );
+    let (code, said) = run(&["--user", "somebody-else"]);
+    assert!(code == Some(2) && said.contains("there is no such user"), "{said}");
+    let (code, said) = run(&["--user", "nobody", "--sandbox", "off"]);
+    assert!(code == Some(2) && said.contains("--user makes no sense with --sandbox off"), "{said}");
+}
+
+/// Gives a user a folder with everything in it.
+fn give(path: &std::path::Path, user: &nix::unistd::User) {
+    nix::unistd::chown(path, Some(user.uid), Some(user.gid)).unwrap();
+    for entry in fs::read_dir(path).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        nix::unistd::chown(&path, Some(user.uid), Some(user.gid)).unwrap();
+        if path.is_dir() {
+            give(&path, user);
+        }
+    }
+}
