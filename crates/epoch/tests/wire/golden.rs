@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use outlive_epoch::{
-    Accept, Ack, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion, RefuseCode,
-    SectionKind, SectionReader,
+    Accept, Ack, Audited, DiskWant, Encoder, LeaveReason, Message, Peer, Preface, ProtocolVersion,
+    RefuseCode, SectionKind, SectionReader,
 };
 
 /// What to do when a test of this file fails.

@@ -33,7 +33,13 @@ struct Kind {
 const KINDS: [Kind; 4] = [
     Kind { scheme: "file", form: file::FORM, open: file::open, init: file::init, needs: file::needs },
     Kind { scheme: "etcd", form: etcd::FORM, open: etcd::open, init: etcd::init, needs: etcd::needs },
-    Kind { scheme: "outlive", form: served::FORM, open: served::open, init: served::init, needs: nothing },
+    Kind {
+        scheme: "outlive",
+        form: served::FORM,
+        open: served::open,
+        init: served::init,
+        needs: served::needs,
+    },
     Kind { scheme: "manual", form: manual::FORM, open: manual::open, init: manual::init, needs: nothing },
 ];
 

@@ -30,9 +30,9 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use self::pace::Pace;
-pub(super) use self::place::FORM;
 use self::place::Way;
 pub use self::place::with_keys;
+pub(super) use self::place::{FORM, needs};
 use self::protocol::{Answer, Ask, Question, Token, VERSION, Vm};
 pub use self::server::ServeError;
 pub(super) use self::server::serve;

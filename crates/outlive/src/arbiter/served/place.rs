@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::ServedFault;
 use super::protocol::{Answer, LONGEST_ANSWER, Question, hear, say};
 use super::transport::{prepare, to_arbiter};
+use crate::arbiter::Needs;
 use crate::keys;
 use crate::link::{LinkKind, Security, lasts, may_be_open};
 
@@ -34,6 +35,16 @@ pub fn with_keys(text: &str, keys: Option<&Path>) -> String {
         }
         _ => text.to_owned(),
     }
+}
+
+/// What a process needs of its host to ask it: the keys.
+pub(in crate::arbiter) fn needs(place: &str) -> Needs {
+    let security = Way::parse(place).map(|way| way.security);
+    let keys = security.and_then(|security| match security {
+        Security::Keys(directory) => Some(directory),
+        Security::Open => None,
+    });
+    Needs { read: keys.into_iter().collect(), ..Needs::default() }
 }
 
 /// The way to a served arbiter.
