@@ -106,7 +106,8 @@ fn on_host(
     };
     let mut host = Host::start(workspace, qemu, &machine)?;
     let filter: Vec<String> = options.filter.iter().map(|text| quoted(text)).collect();
-    let command = format!("RUST_BACKTRACE=1 /tests --test-threads 1 --show-output {}", filter.join(" "));
+    // A host there is silent for seconds without being dead.
+    let command = format!("OUTLIVE_DEAD_AFTER=8s /tests --test-threads 1 --show-output {}", filter.join(" "));
     let status = host.run(&command, Duration::from_secs(options.limit * 60), |line| {
         say(line);
         summary.line(line);
