@@ -41,6 +41,9 @@ pub(crate) struct SurviveOptions {
     /// Minutes for the tests
     #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
+    /// With every host in the sandbox
+    #[arg(long)]
+    sandbox: bool,
     /// Build with optimisations
     #[arg(long)]
     release: bool,
@@ -107,7 +110,13 @@ fn on_host(
     let mut host = Host::start(workspace, qemu, &machine)?;
     let filter: Vec<String> = options.filter.iter().map(|text| quoted(text)).collect();
     // A host there is silent for seconds without being dead.
-    let command = format!("OUTLIVE_DEAD_AFTER=8s /tests --test-threads 1 --show-output {}", filter.join(" "));
+    let sandbox = u8::from(options.sandbox);
+    let tests = format!("/tests --test-threads 1 --show-output {}", filter.join(" "));
+    // The kernel tells which system call ended a process.
+    let killed = "dmesg | grep type=1326";
+    let command = format!(
+        "OUTLIVE_TEST_SANDBOX={sandbox} OUTLIVE_DEAD_AFTER=8s {tests}; status=$?; {killed}; exit $status"
+    );
     let status = host.run(&command, Duration::from_secs(options.limit * 60), |line| {
         say(line);
         summary.line(line);

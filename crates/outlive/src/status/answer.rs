@@ -256,9 +256,6 @@ impl fmt::Display for Status {
         if self.link == Some(LinkKind::Plain) {
             f.write_str("; LINK INSECURE: neither encrypted nor authenticated")?;
         }
-        if !self.sandbox {
-            f.write_str("; SANDBOX OFF")?;
-        }
         f.write_str(&self.progress())?;
         if let Some(audit) = &self.audit {
             write!(f, "; {audit}")?;

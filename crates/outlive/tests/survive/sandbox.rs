@@ -30,6 +30,16 @@ const SIGNAL: Forbidden = (SYS_kill, [1, 0, 0]);
 /// Allowed to the main thread.
 const NETWORK: Forbidden = (SYS_socket, [nix::libc::AF_INET as u64, 1, 0]);
 
+/// The sandbox is not the default yet, because it does not know all that whole hosts do. `OUTLIVE_TEST_SANDBOX=1` puts
+/// every host of every test into it.
+fn confined_world() -> Option<World> {
+    if !World::is_confined() {
+        println!("skipped: hosts in the sandbox (OUTLIVE_TEST_SANDBOX=1)");
+        return None;
+    }
+    World::new()
+}
+
 /// Makes the thread of this name do it, until the process is gone.
 fn escapes(process: &mut Process, thread: &str, (number, arguments): Forbidden) {
     wait_until("the thread does what it may not", || {
@@ -52,7 +62,7 @@ fn escapes(process: &mut Process, thread: &str, (number, arguments): Forbidden) 
 /// Every kind of thread of a primary, one host after the other.
 #[test]
 fn an_escape_from_any_thread_of_a_primary_ends_it_and_the_vm_is_taken_over() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = confined_world() else { return };
     let (mut active, mut standby) = world.protected(Side::A);
     let witnesses = Witnesses::start(&world, 2);
     let escapees = [
@@ -81,7 +91,7 @@ fn an_escape_from_any_thread_of_a_primary_ends_it_and_the_vm_is_taken_over() {
 /// Every kind of thread of a standby that has the copy of a VM with a disk. The VM goes on where it is.
 #[test]
 fn an_escape_from_any_thread_of_a_standby_ends_it_and_the_vm_goes_on() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = confined_world() else { return };
     for side in Side::BOTH {
         fs::File::create(world.image(side)).unwrap().set_len(1 << 20).unwrap();
     }
@@ -118,7 +128,7 @@ fn words(process: &Process, thread: &str) -> BTreeMap<String, String> {
 
 #[test]
 fn no_thread_of_either_host_has_a_right() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = confined_world() else { return };
     let (active, standby) = world.protected(Side::A);
     for process in [&active, &standby] {
         let mut threads = 0;
@@ -170,7 +180,6 @@ fn a_process_says_whether_it_is_confined() {
         let mut vm = world.run_without_arbiter(Side::A, &options);
         vm.wait_for("running", |e| matches!(e, Event::Started { .. }));
         assert!(vm.has(|e| matches!(e, Event::Confined { sandbox } if *sandbox == confined)));
-        assert_eq!(vm.log().contains("SANDBOX OFF"), !confined);
         let asked = std::process::Command::new(crate::support::PROGRAM)
             .args(["status", "--json", "--socket"])
             .arg(&socket)
@@ -185,7 +194,7 @@ fn a_process_says_whether_it_is_confined() {
 /// Both hosts belong to a user who owns the VM's things and has no other right; one is killed.
 #[test]
 fn a_vm_of_a_user_without_rights_is_taken_over() {
-    let Some(world) = World::new() else { return };
+    let Some(world) = confined_world() else { return };
     let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("nobody is a user");
     let kvm = std::os::unix::fs::MetadataExt::mode(&fs::metadata("/dev/kvm").unwrap());
     if kvm & 0o006 != 0o006 {
@@ -233,12 +242,12 @@ fn an_image_of_another_user_is_refused_with_the_remedy() {
             command.args(["run", "--memory", "64M", "--disk", &disk]).args(options).output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let (code, said) = run(&[]);
+    let (code, said) = run(&["--sandbox", "on"]);
     assert!(
         code == Some(2) && said.contains("belongs to the user nobody") && said.contains("--user nobody"),
         "{said}"
     );
-    let (code, said) = run(&["--user", "somebody-else"]);
+    let (code, said) = run(&["--sandbox", "on", "--user", "somebody-else"]);
     assert!(code == Some(2) && said.contains("there is no such user"), "{said}");
     let (code, said) = run(&["--user", "nobody", "--sandbox", "off"]);
     assert!(code == Some(2) && said.contains("--user makes no sense with --sandbox off"), "{said}");

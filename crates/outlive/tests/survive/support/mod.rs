@@ -224,6 +224,11 @@ impl World {
         self.asked = Some(text);
     }
 
+    /// Whether all hosts are in the sandbox.
+    pub(crate) fn is_confined() -> bool {
+        std::env::var_os("OUTLIVE_TEST_SANDBOX").is_some_and(|it| it == "1")
+    }
+
     /// The keys of a host.
     pub(crate) fn keys(&self, side: Side) -> PathBuf {
         self.dir().join(format!("keys-{}", side.letter()))
@@ -496,6 +501,9 @@ impl World {
         }
         if options.iter().any(|option| option.ends_with("?insecure")) {
             process.env("OUTLIVE_INSECURE_NETWORK", "1");
+        }
+        if World::is_confined() && !options.contains(&"--sandbox") {
+            process.args(["--sandbox", "on"]);
         }
         // For machines that are emulated, or have much else to do.
         if let Some(time) =

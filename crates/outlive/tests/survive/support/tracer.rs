@@ -135,7 +135,7 @@ impl Held {
     /// Makes the stopped thread open a file, if it is in a system call itself. Returns what the kernel answers.
     pub(crate) fn open(&self, path: &str, flags: i32) -> Option<i64> {
         // Far below what the thread uses of its stack.
-        let at = ptrace::getregs(self.thread).unwrap().rsp - 8192 & !7;
+        let at = (ptrace::getregs(self.thread).unwrap().rsp - 8192) & !7;
         let mut text = path.as_bytes().to_vec();
         text.resize((path.len() + 1).next_multiple_of(8), 0);
         for (number, word) in text.chunks_exact(8).enumerate() {
