@@ -113,8 +113,7 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
         }
         Mode::On => SeccompAction::KillProcess,
     };
-    // The C library asks the system for the number of cores when a second thread first allocates; that would be too late.
-    let _ = std::thread::spawn(|| drop(std::hint::black_box(vec![0_u8; 64]))).join();
+    learn_about_memory();
     let steward = Steward::start(&plan.charter)?;
     privileges::raise_limits();
     privileges::drop_all(plan.user.as_ref())?;
@@ -131,6 +130,17 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     let _ = STEWARD.set(steward);
     let _ = IS_ON.set(plan.mode == Mode::On);
     Ok(())
+}
+
+/// The C library opens files below `/proc` and `/sys` for what it wants to know once: how many cores there are, when a
+/// second thread first allocates, and whether memory may be overcommitted, when a thread other than the first one
+/// gives memory back (glibc, malloc/arena.c: `check_may_shrink_heap`). Later it would be too late.
+fn learn_about_memory() {
+    const BLOCKS: usize = 64;
+    /// Not so large that it gets a mapping of its own.
+    const BLOCK: usize = 64 << 10;
+    let allocate = || (0..BLOCKS).map(|_| std::hint::black_box(vec![1_u8; BLOCK])).collect::<Vec<_>>();
+    let _ = std::thread::spawn(move || drop(allocate())).join();
 }
 
 /// Filters the calls of this thread and of all that it starts.
