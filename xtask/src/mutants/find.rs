@@ -69,6 +69,15 @@ impl Finder {
 
 impl<'a> Visit<'a> for Finder {
     fn visit_expr(&mut self, expr: &'a Expr) {
+        // What a planted mistake of the simulator does instead is no decision.
+        if let Expr::If(branch) = expr
+            && asks_for_a_planted_mistake(&branch.cond)
+        {
+            if let Some((_, otherwise)) = &branch.else_branch {
+                self.visit_expr(otherwise);
+            }
+            return;
+        }
         match expr {
             Expr::Binary(binary) if !has_let(&binary.left) && !has_let(&binary.right) => {
                 if let Some(others) = others(&binary.op) {
@@ -147,6 +156,17 @@ fn has_let(expr: &Expr) -> bool {
     }
 }
 
+fn asks_for_a_planted_mistake(condition: &Expr) -> bool {
+    match condition {
+        Expr::Macro(it) => it.mac.path.is_ident("planted"),
+        Expr::Binary(binary) => {
+            asks_for_a_planted_mistake(&binary.left) || asks_for_a_planted_mistake(&binary.right)
+        }
+        Expr::Paren(inner) => asks_for_a_planted_mistake(&inner.expr),
+        _ => false,
+    }
+}
+
 fn others(operator: &BinOp) -> Option<&'static [&'static str]> {
     Some(match operator {
         BinOp::Eq(_) => &["!="],
@@ -218,6 +238,7 @@ mod tests {
             "match a { true => f, _ => g }",
             "let true = a else { return };",
             "planted(Mistake::Any);",
+            "if planted!(self.bug, Any) || planted!(self.bug, Other) && !a { b(); }",
             "assert!(a == b);",
         ] {
             assert_eq!(found(body), [], "{body}");
