@@ -16,6 +16,8 @@ Examples:
   cargo xtask nested survive takeover fence::        those of several
   cargo xtask nested survive --kernel newest kills   on Debian's newest kernel
   cargo xtask nested survive --release known         with the programs as users have them
+  cargo xtask nested survive upgrade:: --before target/upgrade/outlive-39733737c750
+                                                     with the release before on one host
 
 An emulated host is ten to thirty times as slow as this machine. Tests about time fail there, and the machine must have
 little else to do. Fetches the kernel and QEMU if they are missing.
@@ -24,6 +26,8 @@ The exit code is 1 if a test failed or the host did not come up; 2 for wrong opt
 
 const PACKAGE: &str = "outlive";
 const TESTS: &str = "survive";
+/// Where the host has the program of the release before.
+const BEFORE: &str = "/before";
 /// What the tests' hosts and networks are made of.
 const MODULES: [&str; 6] = ["kvm_amd", "tun", "bridge", "veth", "fuse", "loop"];
 
@@ -44,6 +48,9 @@ pub(crate) struct SurviveOptions {
     /// With every host in the sandbox
     #[arg(long)]
     sandbox: bool,
+    /// A program of the release before, for the tests of upgrade:: (`cargo xtask upgrade --build-only` builds it)
+    #[arg(long, value_name = "FILE")]
+    before: Option<PathBuf>,
     /// Build with optimisations
     #[arg(long)]
     release: bool,
@@ -97,13 +104,15 @@ fn on_host(
     say(&format!("starting a host with {}", kernel.release));
     // The tests look for the program where cargo has built it.
     let place = program.display().to_string();
+    let mut programs = vec![("/tests", tests), (&*place, program)];
+    programs.extend(options.before.iter().map(|before| (BEFORE, before.clone())));
     let machine = Machine {
         kernel: &kernel,
         cpus: 1,
         lacks: None,
         memory_mib: options.memory,
         modules: &MODULES,
-        programs: &[("/tests", tests), (&place, program)],
+        programs: &programs,
         devices: &[],
         network: None,
     };
@@ -111,11 +120,12 @@ fn on_host(
     let filter: Vec<String> = options.filter.iter().map(|text| quoted(text)).collect();
     // A host there is silent for seconds without being dead.
     let sandbox = u8::from(options.sandbox);
+    let before = options.before.as_ref().map_or_else(String::new, |_| format!("OUTLIVE_BEFORE={BEFORE} "));
     let tests = format!("/tests --test-threads 1 --show-output {}", filter.join(" "));
     // The kernel tells which system call ended a process.
     let killed = "dmesg | grep type=1326";
     let command = format!(
-        "OUTLIVE_TEST_SANDBOX={sandbox} OUTLIVE_DEAD_AFTER=8s {tests}; status=$?; {killed}; exit $status"
+        "{before}OUTLIVE_TEST_SANDBOX={sandbox} OUTLIVE_DEAD_AFTER=8s {tests}; status=$?; {killed}; exit $status"
     );
     let status = host.run(&command, Duration::from_secs(options.limit * 60), |line| {
         say(line);
