@@ -10,7 +10,7 @@ use outlive_dirty::Gfn;
 use outlive_epoch::AuditSpan;
 use outlive_machine::{Ram, TouchedPages, page_sum};
 
-use super::{Audit, Pace, Page, Sample, Share};
+use super::{Audit, AuditShare, Pace, Page, Sample};
 
 /// Time between two looks whether there is anything to compare.
 const IDLE: Duration = Duration::from_millis(200);
@@ -43,7 +43,7 @@ impl AuditThread {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(audit: Arc<Audit>, source: Source, share: Share) -> io::Result<Self> {
+    pub(crate) fn start(audit: Arc<Audit>, source: Source, share: AuditShare) -> io::Result<Self> {
         let stop = Arc::<AtomicBool>::default();
         let stopped = stop.clone();
         let thread = outlive_machine::spawn("audit", move || {

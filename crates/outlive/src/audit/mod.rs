@@ -26,8 +26,7 @@ use outlive_epoch::Audited;
 use outlive_machine::PAGE_SIZE;
 
 pub(crate) use auditor::{AuditThread, Source};
-pub(crate) use pace::Share as AuditShare;
-pub(crate) use pace::{Pace, Share, thread_time};
+pub(crate) use pace::{AuditShare, Pace, thread_time};
 pub(crate) use picked::Picked;
 
 /// How many pages one checkpoint is compared by at most: the standby compares before it commits the next.
@@ -99,21 +98,15 @@ impl Taking {
         Self(audit)
     }
 
-    /// The sums for the checkpoint that ends this epoch. Samples of earlier epochs are of no use any more.
-    pub(crate) fn take(&self, epoch: u64) -> Picked {
+    /// Takes the sums for the checkpoint that ends this epoch. Samples of earlier epochs are of no use any more.
+    pub(crate) fn take(&self, epoch: u64, picked: &mut Picked) {
         let mut waiting = self.0.waiting();
         let Waiting { samples, missed } = &mut *waiting;
-        let mut sums = Vec::new();
-        samples.retain(|sample| {
-            if sample.epoch == epoch {
-                sums.push((sample.gfn, sample.sum));
-            } else if sample.epoch < epoch && missed.len() < MOST {
-                missed.push(sample.gfn);
-            }
-            sample.epoch > epoch
-        });
-        drop(waiting);
-        Picked::new(sums)
+        let of_it = samples.iter().filter(|sample| sample.epoch == epoch);
+        picked.begin(of_it.map(|sample| (sample.gfn, sample.sum)));
+        let late = samples.iter().filter(|sample| sample.epoch < epoch);
+        missed.extend(late.take(MOST.saturating_sub(missed.len())).map(|sample| sample.gfn));
+        samples.retain(|sample| sample.epoch > epoch);
     }
 
     /// A base begins: whatever waits is of another copy.

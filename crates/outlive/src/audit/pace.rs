@@ -13,12 +13,12 @@ pub(crate) fn thread_time() -> Duration {
 
 /// A share of one core, or nothing at all.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Share {
+pub struct AuditShare {
     /// From 0 to 1.
     of_a_core: f64,
 }
 
-impl Share {
+impl AuditShare {
     /// Nothing at all.
     pub const OFF: Self = Self { of_a_core: 0.0 };
 
@@ -33,7 +33,7 @@ impl Share {
     }
 }
 
-impl FromStr for Share {
+impl FromStr for AuditShare {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -48,7 +48,7 @@ impl FromStr for Share {
     }
 }
 
-impl fmt::Display for Share {
+impl fmt::Display for AuditShare {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_off() { f.write_str("off") } else { write!(f, "{}", self.of_a_core * 100.0) }
     }
@@ -56,14 +56,14 @@ impl fmt::Display for Share {
 
 /// Keeps one thread to its share.
 pub(crate) struct Pace {
-    share: Share,
+    share: AuditShare,
     spent: Duration,
     since: Instant,
 }
 
 impl Pace {
     /// From now on, for the thread that calls it.
-    pub(crate) fn start(share: Share) -> Self {
+    pub(crate) fn start(share: AuditShare) -> Self {
         Self { share, spent: thread_time(), since: Instant::now() }
     }
 
@@ -87,10 +87,10 @@ mod tests {
     #[test]
     fn shares_are_read_and_written() {
         for (text, shown) in [("0.5", "0.5"), ("100", "100"), ("2%", "2"), ("off", "off"), ("0.01", "0.01")] {
-            assert_eq!(text.parse::<Share>().unwrap().to_string(), shown);
+            assert_eq!(text.parse::<AuditShare>().unwrap().to_string(), shown);
         }
         for wrong in ["", "0", "101", "-1", "nan", "much", "0.001", "%"] {
-            assert!(wrong.parse::<Share>().unwrap_err().contains("give 0.01 to 100"), "{wrong}");
+            assert!(wrong.parse::<AuditShare>().unwrap_err().contains("give 0.01 to 100"), "{wrong}");
         }
     }
 

@@ -4,24 +4,33 @@ use outlive_dirty::Gfn;
 use outlive_epoch::AuditSpan;
 use outlive_machine::{PAGE_SIZE, page_sum};
 
-/// The sums; see the module.
+use super::MOST;
+
+/// The sums; see the module. One is used for checkpoint after checkpoint, so that none of them allocates.
 pub(crate) struct Picked {
     /// By page, each once.
     sums: Vec<(u64, u64)>,
+    spans: Vec<AuditSpan>,
 }
 
 impl Picked {
-    /// Of these pages with their sums as they were read in the epoch. A page that is there twice was read twice; if
-    /// it was written between, it is in the checkpoint, which has the last word.
-    pub(super) fn new(mut sums: Vec<(u64, u64)>) -> Self {
-        sums.sort_unstable();
-        sums.dedup_by_key(|(gfn, _)| *gfn);
-        Self { sums }
+    /// Nothing, with room for all that a checkpoint may have.
+    pub(crate) fn new() -> Self {
+        Self { sums: Vec::with_capacity(MOST), spans: Vec::with_capacity(MOST) }
     }
 
-    /// Whether there is nothing to compare.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sums.is_empty()
+    /// Begins anew, with these pages and their sums as they were read in the epoch. A page that is there twice was read
+    /// twice; if it was written between, it is in the checkpoint, which has the last word.
+    pub(super) fn begin(&mut self, sums: impl Iterator<Item = (u64, u64)>) {
+        self.clear();
+        self.sums.extend(sums);
+        self.sums.sort_unstable();
+        self.sums.dedup_by_key(|(gfn, _)| *gfn);
+    }
+
+    /// There is nothing to compare.
+    pub(crate) fn clear(&mut self) {
+        self.sums.clear();
     }
 
     /// The checkpoint has these pages, with these contents, one after the other: what was read of them says nothing.
@@ -39,8 +48,8 @@ impl Picked {
         }
     }
 
-    /// The sums as the checkpoint carries them.
-    pub(crate) fn spans(&self) -> Vec<AuditSpan> {
+    /// The sums as the checkpoint carries them; none if there is nothing to compare.
+    pub(crate) fn spans(&mut self) -> &[AuditSpan] {
         let block = |gfn: u64| gfn - gfn % AuditSpan::PAGES;
         let of = |pages: &[(u64, u64)]| {
             let first = block(pages[0].0);
@@ -49,6 +58,8 @@ impl Picked {
             });
             AuditSpan { first, mask, sum }
         };
-        self.sums.chunk_by(|a, b| block(a.0) == block(b.0)).map(of).collect()
+        self.spans.clear();
+        self.spans.extend(self.sums.chunk_by(|a, b| block(a.0) == block(b.0)).map(of));
+        &self.spans
     }
 }

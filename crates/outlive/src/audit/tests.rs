@@ -9,7 +9,7 @@ use outlive_epoch::AuditSpan;
 use outlive_machine::{PAGE_SIZE, Ram, page_sum};
 
 use super::auditor::Auditor;
-use super::{Audit, Source, Taking};
+use super::{Audit, Picked, Source, Taking};
 
 /// The guest writes to the first pages only.
 const PAGES: u64 = 200;
@@ -79,14 +79,15 @@ impl World {
         let (pages, _) = contents.as_chunks_mut::<PAGE_SIZE>();
         gfns.iter().zip(pages).for_each(|(gfn, page)| assert!(self.here.read_page(*gfn, page)));
         let of = self.epoch - u64::from(self.mistake == Mistake::ComparesOneEarly);
-        let mut picked = self.taking.take(of);
+        let mut picked = Picked::new();
+        self.taking.take(of, &mut picked);
         if self.mistake != Mistake::IgnoresTheDirtyList {
             // In two parts.
             let cut = self.dice.usize(0..=gfns.len());
             picked.captured(&gfns[..cut], &contents[..cut * PAGE_SIZE]);
             picked.captured(&gfns[cut..], &contents[cut * PAGE_SIZE..]);
         }
-        let mut spans = picked.spans();
+        let mut spans = picked.spans().to_vec();
         if self.mistake == Mistake::ComparesOneLate {
             std::mem::swap(&mut spans, &mut self.late);
         }
@@ -185,6 +186,12 @@ fn every_mistake_of_the_order_is_noticed() {
     assert!(found.iter().all(|first| *first == PAGES / 64 * 64), "{found:?}");
 }
 
+fn spans_of(taking: &Taking, epoch: u64) -> Vec<AuditSpan> {
+    let mut picked = Picked::new();
+    taking.take(epoch, &mut picked);
+    picked.spans().to_vec()
+}
+
 #[test]
 fn all_pages_have_their_turn_and_what_came_too_late_has_another() {
     let audit = Arc::<Audit>::default();
@@ -196,23 +203,23 @@ fn all_pages_have_their_turn_and_what_came_too_late_has_another() {
     for _ in 0..(32 << 20) / PAGE_SIZE / 64 {
         assert_eq!(audit.progress().rounds, 0);
         assert_eq!(auditor.sample_next(), 64);
-        seen.extend(taking.take(5).spans().iter().flat_map(AuditSpan::gfns));
+        seen.extend(spans_of(&taking, 5).iter().flat_map(AuditSpan::gfns));
     }
     assert_eq!((seen.len(), audit.progress().rounds), (8192, 1));
     auditor.sample(64, 0b101);
-    assert!(taking.take(6).is_empty(), "the checkpoint has gone");
+    assert_eq!(spans_of(&taking, 6), [], "the checkpoint has gone");
     let again = [auditor.sample_next(), auditor.sample_next()];
     assert_eq!(again, [1, 1]);
-    let spans = taking.take(5).spans();
+    let spans = spans_of(&taking, 5);
     assert_eq!(spans, [AuditSpan { first: 64, mask: 0b101, sum: 0 }]);
     auditor.sample(64, 1);
     taking.forget();
-    assert!(taking.take(5).is_empty(), "a base begins");
+    assert_eq!(spans_of(&taking, 5), [], "a base begins");
 }
 
-/// The share of a core is kept whatever a page costs; this says how long a round is. See docs/audit.md.
+/// The share of a core is kept whatever a page costs; what this prints says how long a round is. See docs/audit.md.
 #[test]
-fn a_page_costs_a_few_microseconds_at_most() {
+fn every_page_is_read_once_in_a_round_and_what_it_costs_is_printed() {
     const MIB: u64 = 64;
     let audit = Arc::<Audit>::default();
     let ram = Arc::new(Ram::new(MIB << 20, 64).unwrap());
@@ -223,10 +230,9 @@ fn a_page_costs_a_few_microseconds_at_most() {
     let (began, mut pages) = (super::thread_time(), 0);
     while audit.progress().rounds == 0 {
         pages += auditor.sample_next();
-        drop(taking.take(5));
+        spans_of(&taking, 5);
     }
     let each = (super::thread_time() - began) / pages;
     println!("{pages} pages, {each:?} each");
     assert_eq!(u64::from(pages), MIB << 8);
-    assert!(each < std::time::Duration::from_micros(20), "{each:?}");
 }

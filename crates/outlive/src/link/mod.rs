@@ -14,9 +14,10 @@
 //! - `security.rs` has what links are made with: keys, or nothing.
 //! - `dial.rs` makes a connection, from either end.
 //! - `talk.rs` is a short conversation over TLS with somebody else than the other host of a pair.
-//! - `sender.rs` has what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
+//! - `jobs.rs` has what the sender is told, `sender.rs` what a primary writes, `receiver.rs` what it reads; `tail.rs` copies of the guest's frames.
 
 mod dial;
+mod jobs;
 mod receiver;
 mod security;
 mod sender;
@@ -35,10 +36,11 @@ use std::time::Duration;
 
 use crate::keys::Certificate;
 pub(crate) use dial::{Hangup, Listener, MayNot, NewConnection, dial, lasts, was_reached};
+pub(crate) use jobs::{CheckpointPart, Job, SenderReport, SentRound, Shipped};
 pub(crate) use receiver::{Heard, receive};
 pub use security::LinkKind;
 pub(crate) use security::{Security, SecurityError, may_be_open, usable};
-pub(crate) use sender::{CheckpointPart, Job, Sender, SenderReport, SentRound, Shipped};
+pub(crate) use sender::Sender;
 pub(crate) use tail::FrameTail;
 pub(crate) use talk::Talk;
 

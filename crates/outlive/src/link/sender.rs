@@ -10,15 +10,16 @@ use std::time::{Duration, Instant};
 
 use outlive_dirty::Gfn;
 use outlive_epoch::{
-    CheckpointBegin, CodecCounts, DiskSums, EncodeError, Encoder, EndReason, Hello, MAX_PAGES_PER_SECTION,
-    PageCodec, PageEntry, PageWriter, Preface, ProtocolVersion, RecordBuf, StateBuf, squeeze_zero_pages,
+    CheckpointBegin, DiskSums, EncodeError, Encoder, MAX_PAGES_PER_SECTION, PageCodec, PageEntry, PageWriter,
+    Preface, ProtocolVersion, RecordBuf, StateBuf, squeeze_zero_pages,
 };
 use outlive_machine::{Outgoing, PAGE_SIZE, Ram};
 use outlive_pair::Ticket;
 
-use super::tail::{FrameTail, Writing};
+use super::jobs::{CheckpointPart, Job, SenderReport, SentRound, Shipped};
+use super::tail::Writing;
 use super::{Closer, Writer};
-use crate::audit::{Audit, Picked, Taking};
+use crate::audit::{Picked, Taking};
 use crate::clock::Clock;
 use crate::disk::DiskSection;
 use crate::pulse::Pulse;
@@ -33,92 +34,6 @@ const _: () = assert!(BATCH_PAGES <= MAX_PAGES_PER_SECTION);
 
 /// How long the thread of a closed link may take to end.
 const LAST_STEPS: Duration = Duration::from_secs(1);
-
-/// One checkpoint, or a part of one that is larger than staging.
-pub(crate) struct CheckpointPart {
-    /// The decision about it.
-    pub(crate) ticket: Ticket,
-    /// Present on the first part: pages and state bytes of all parts together.
-    pub(crate) totals: Option<(usize, usize)>,
-    /// Whether this is the last part.
-    pub(crate) last: bool,
-    /// Pages and state.
-    pub(crate) staging: Outgoing,
-}
-
-/// Work for the thread.
-pub(crate) enum Job {
-    /// The introduction.
-    Hello(Box<Hello>),
-    /// Continue in this version of the stream, on which both sides have agreed, and with copies of these frames
-    /// and sums of these pages if that version has them.
-    Speak(ProtocolVersion, Option<FrameTail>, Option<Arc<Audit>>),
-    /// Send the copies of what the guest was given.
-    Tail,
-    /// Pages of the running guest, read when they are sent.
-    BaseRound {
-        /// The round, from 1.
-        round: u32,
-        /// Which pages.
-        gfns: Vec<Gfn>,
-        /// Where they are.
-        ram: Arc<Ram>,
-    },
-    /// A part of the base synchronisation of disks.
-    Disk(DiskSection),
-    /// A checkpoint.
-    Checkpoint(Box<CheckpointPart>),
-    /// A heartbeat with the time at which it is written.
-    Heartbeat,
-    /// The orderly end of the VM.
-    End(EndReason),
-    /// Close the link after everything before this.
-    Close,
-}
-
-/// A base round that was sent.
-pub(crate) struct SentRound {
-    /// The list, which can be used again.
-    pub(crate) gfns: Vec<Gfn>,
-    /// Bytes that were written to the link.
-    pub(crate) bytes: u64,
-    /// In this time.
-    pub(crate) took: Duration,
-}
-
-/// A report of the thread.
-pub(crate) enum SenderReport {
-    /// The buffer can be used again.
-    Free(Outgoing),
-    /// Some base pages are sent.
-    BaseProgress {
-        /// How many in this step.
-        pages: u64,
-    },
-    /// A base round is sent.
-    BaseRoundDone(SentRound),
-    /// Bytes written since the last report.
-    Sent(u64),
-    /// A checkpoint is sent to its end.
-    Shipped(Shipped),
-    /// How the pages of a checkpoint, or of a part of one, were written down.
-    Written(CodecCounts),
-    /// The link is gone. Jobs that come after this are dropped.
-    Failed(String),
-}
-
-/// How long sending a checkpoint took, all its parts together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Shipped {
-    /// Its number.
-    pub(crate) number: u64,
-    /// From the order to send until the thread began.
-    pub(crate) queue: Duration,
-    /// Putting it together.
-    pub(crate) encode: Duration,
-    /// Writing it to the link.
-    pub(crate) send: Duration,
-}
 
 /// The handle of a sender thread.
 pub(crate) struct Sender {
@@ -148,7 +63,7 @@ impl Sender {
             bell: jobs.clone(),
             tail: None,
             audit: None,
-            picked: None,
+            picked: Picked::new(),
             to,
             closer: closer.clone(),
             encoder: Encoder::speaking(introduction),
@@ -249,7 +164,7 @@ struct Work<R> {
     /// Sums of the guest's pages.
     audit: Option<Taking>,
     /// Those of the checkpoint whose parts are being sent.
-    picked: Option<Picked>,
+    picked: Picked,
     to: Writer,
     closer: Closer,
     encoder: Encoder,
@@ -310,7 +225,7 @@ impl<R: Fn(SenderReport)> Work<R> {
                 self.tail = tail
                     .filter(|_| version >= ProtocolVersion::V6)
                     .map(|frames| Writing::start(frames, ring));
-                self.audit = audit.filter(|_| version >= ProtocolVersion::V7).map(Taking::start);
+                self.audit = (version >= ProtocolVersion::V7).then(|| Taking::start(audit));
                 Ok(())
             }
             Job::Tail => self.send_tail(),
@@ -471,8 +386,10 @@ impl<R: Fn(SenderReport)> Work<R> {
             if let Some(tail) = &mut self.tail {
                 tail.put_output(number, &mut self.encoder, &mut self.heads)?;
             }
-            if let Some(picked) = self.picked.take().filter(|picked| !picked.is_empty()) {
-                self.encoder.audit(&mut self.heads, &picked.spans())?;
+            let spans = self.picked.spans();
+            if !spans.is_empty() {
+                self.encoder.audit(&mut self.heads, spans)?;
+                self.picked.clear();
             }
             let stamp = self.stamp();
             self.encoder.checkpoint_end(&mut self.heads, stamp)?;
@@ -494,11 +411,9 @@ impl<R: Fn(SenderReport)> Work<R> {
         }
         // Nobody takes over what has ended.
         if part.totals.is_some() && flags.end.is_none() {
-            self.picked = Some(audit.take(number));
+            audit.take(number, &mut self.picked);
         }
-        if let Some(picked) = &mut self.picked {
-            picked.captured(part.staging.gfns(), part.staging.page_bytes());
-        }
+        self.picked.captured(part.staging.gfns(), part.staging.page_bytes());
     }
 
     /// The state of a checkpoint: its changes, or all of it. It goes with the first part.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use outlive_epoch::DeviceKind;
+use outlive_machine::Valve;
 use outlive_pair::{ExitReason, Primary, PrimaryConfig, PrimaryEvent, Timing};
 
 use super::capture;
@@ -18,7 +19,7 @@ use super::rivals;
 use super::self_check::SelfCheck;
 use super::stats::{Totals, report};
 use crate::arbiter::{self, ClaimWorker};
-use crate::audit::{AuditThread, Source};
+use crate::audit::{AuditShare, AuditThread, Source};
 use crate::cli::ActiveOptions;
 use crate::clock::Clock;
 use crate::disk::{Image, Sidecars};
@@ -70,6 +71,18 @@ fn watch(driver: &Arc<SharedDriver>, dead_after: Duration, events: &EventWriter)
         }
     };
     pulse::watch(dead_after / 10, lasts, gone)
+}
+
+/// The VM runs without an audit where none can be had.
+fn start_audit(setup: &Setup, share: AuditShare, valve: Arc<Valve>) -> Option<AuditThread> {
+    if share.is_off() {
+        return None;
+    }
+    let epoch = Box::new(move || valve.running_epoch());
+    let source = Source { ram: setup.machine.ram().clone(), epoch };
+    AuditThread::start(setup.totals.audit().clone(), source, share)
+        .inspect_err(|error| tracing::warn!(%error, "no audit: cannot start a thread"))
+        .ok()
 }
 
 /// Why a VM that begins to run here is not protected yet.
@@ -210,15 +223,14 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         standing,
         reporter,
     };
-    // Dropped before this returns, and with it what it holds of the VM's memory.
-    let audit = (!options.audit.is_off()).then(|| {
-        let source =
-            Source { ram: setup.machine.ram().clone(), epoch: Box::new(move || valve.running_epoch()) };
-        AuditThread::start(setup.totals.audit().clone(), source, options.audit)
-    });
-    let _audit =
-        audit.transpose().inspect_err(|error| tracing::warn!(%error, "no audit: cannot start a thread"));
+    let audit = start_audit(&setup, options.audit, valve);
     let end = Coordinator::new(setup).run();
+    match &end {
+        // Like the machine (`Coordinator::run`): the end of the process waits for no thread.
+        End::Failed(_) => std::mem::forget(audit),
+        // It has a part in the VM's memory, which must be free when this returns.
+        End::Primary(_) | End::Standby(_) => drop(audit),
+    }
     if let (End::Primary(ExitReason::Ended(why)), Some(notes)) = (&end, end_notes) {
         notes.note(&why.to_string(), NOTE_PATIENCE);
     }

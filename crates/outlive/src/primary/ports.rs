@@ -146,7 +146,7 @@ impl Ports {
     pub(super) fn agreed(&mut self, link: Link, version: ProtocolVersion) {
         if let Some(connection) = self.connection.as_mut().filter(|connection| connection.link == link) {
             connection.version = Some(version);
-            connection.sender.send(Job::Speak(version, self.tail.clone(), Some(self.totals.audit().clone())));
+            connection.sender.send(Job::Speak(version, self.tail.clone(), self.totals.audit().clone()));
         }
     }
 
