@@ -47,7 +47,7 @@ impl Command {
             Self::Image(options) => disk::command(options),
             Self::Demo(options) => demo::command(options),
             Self::Check(options) => check::command(options),
-            Self::Sentinel => sentinel::command(),
+            Self::Sentinel { confined } => sentinel::command(*confined),
             Self::Steward => sandbox::command(),
         }
     }
@@ -173,11 +173,6 @@ fn start_or_wait(options: &RunOptions, place: Place) -> Result<Ready, BeginError
     }
 }
 
-/// An operator's word is refused while the other host is seen.
-fn look_for_others(standing: &Standing, options: &ActiveOptions) {
-    standing.others(&options.standbys, &options.security());
-}
-
 /// Why a VM that starts is not protected.
 const STARTS: &str = "the VM is being started";
 
@@ -192,7 +187,7 @@ struct Place {
 
 impl Place {
     fn claim(options: &RunOptions, standing: Arc<Standing>) -> Result<Self, BeginError> {
-        look_for_others(&standing, &options.active);
+        standing.others(&options.active.standbys, &options.active.security());
         let server = Server::open(options.active.status.as_deref(), &standing)?;
         // Without a name the images' own is known only later.
         let named = options.name.as_deref().filter(|_| server.is_none() && options.or_standby);
@@ -259,7 +254,7 @@ fn wait(options: &RunOptions, place: Place, why: &str, name: Option<&str>) -> Re
 fn stand_by(options: &StandbyOptions, why: &str) -> Result<(Option<Server>, Post), BeginError> {
     let standing = Standing::new(Role::Standby, options.vm.as_deref(), why);
     standing.link(options.active.security().kind());
-    look_for_others(&standing, &options.active);
+    standing.others(&options.active.standbys, &options.active.security());
     options.refuse_itself()?;
     let server = Server::open(options.active.status.as_deref(), &standing)?;
     let door = Door::reserve(&options.listen)?;

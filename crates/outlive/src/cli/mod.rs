@@ -92,7 +92,11 @@ pub enum Command {
     Check(CheckOptions),
     /// End the links of a parent process that was killed
     #[command(hide = true)]
-    Sentinel,
+    Sentinel {
+        /// Without rights, and with the system calls that it needs
+        #[arg(long)]
+        confined: bool,
+    },
     /// Do for a parent process what takes rights that it has given up
     #[command(hide = true)]
     Steward,

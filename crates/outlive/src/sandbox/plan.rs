@@ -21,12 +21,15 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Of `outlive run`. Makes directories and files that a rule needs.
+    /// Of `outlive run`. Makes directories and files that a rule needs; with the sandbox off, nothing.
     ///
     /// # Errors
     /// The user that is named.
     pub(crate) fn of_run(options: &RunOptions) -> Result<Self, PrivilegeError> {
         let mut plan = Self::of(&options.active, options.net.as_ref(), options.arbiter.as_deref())?;
+        if plan.mode == Mode::Off {
+            return Ok(plan);
+        }
         options.kernel.iter().chain(&options.initrd).for_each(|file| plan.places.read(file));
         for disk in &options.disks {
             plan.places.image(&disk.path, disk.readonly, Path::new(disk::STATE_DIR));
@@ -40,6 +43,9 @@ impl Plan {
     /// The user that is named.
     pub(crate) fn of_standby(options: &StandbyOptions) -> Result<Self, PrivilegeError> {
         let mut plan = Self::of(&options.active, options.net.as_ref(), Some(&options.arbiter))?;
+        if plan.mode == Mode::Off {
+            return Ok(plan);
+        }
         for disk in &options.disks {
             plan.places.image(&disk.path, false, Path::new(disk::STATE_DIR));
         }

@@ -13,9 +13,9 @@
 //! ```
 //!
 //! - There are two keepers, because one of them may be the last thread.
-//! - The *sentinel* is this program again (`child.rs`), started by the steward where there is one. It has duplicates of the links, and `shutdown(2)` ends a
-//!   connection although the dying process still has it. It does nothing else with a link, and nothing at all
-//!   before a pipe ends. No thread ends a keeper, so a pipe ends only with the process.
+//! - The *sentinel* is this program again (`child.rs`), started by the steward where there is one. It has duplicates of
+//!   the links, and `shutdown(2)` ends a connection although the dying process still has it. It does nothing else with
+//!   a link, and nothing at all before a pipe ends. No thread ends a keeper, so a pipe ends only with the process.
 //! - Nobody depends on the sentinel. If it dies, another is started; without one, links end as late as the
 //!   kernel ends them. Messages to it never wait. A stopped sentinel is woken when this process dies
 //!   (`PR_SET_PDEATHSIG` with SIGCONT), because its duplicates would keep the links alive.
@@ -111,7 +111,10 @@ impl Shared {
                 let its = [theirs.as_fd(), pipes[0].as_fd(), pipes[1].as_fd()];
                 Sentinel::Stewards(steward.sentinel(its).map_err(io::Error::other)?)
             }
-            None => Sentinel::Ours(spawn(theirs, pipes)?),
+            None => {
+                let its = [theirs, pipes[0].try_clone()?, pipes[1].try_clone()?];
+                Sentinel::Ours(spawn(its, false)?)
+            }
         };
         self.with(|state| {
             for (number, link) in &state.links {
@@ -168,13 +171,18 @@ impl Sentinel {
     }
 }
 
-fn spawn(orders: OwnedFd, pipes: &[OwnedFd; 2]) -> io::Result<Child> {
+/// Starts this program again as a sentinel, with its orders and the two pipes.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn spawn([orders, first, second]: [OwnedFd; 3], confined: bool) -> io::Result<Child> {
     Command::new("/proc/self/exe")
         .arg0("outlive")
         .arg("sentinel")
+        .args(confined.then_some("--confined"))
         .stdin(orders)
-        .stdout(pipes[0].try_clone()?)
-        .stderr(pipes[1].try_clone()?)
+        .stdout(first)
+        .stderr(second)
         // What a terminal sends to this process is not for it.
         .process_group(0)
         .spawn()

@@ -5,8 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 
 use nix::sys::prctl;
@@ -18,10 +17,9 @@ use outlive_machine::devices::virtio::net::MAX_PAIRS;
 use super::Ending;
 use super::message::{Ask, CardAsk, Charter, Ended, FenceAsk, hear, say};
 use crate::cli::NetSpec;
-use crate::exit;
 use crate::sandbox::privileges;
 use crate::standby::{Fence, run_fence_command};
-use crate::vm;
+use crate::{exit, sentinel, vm};
 
 /// Carries out `outlive steward`. Returns the exit code.
 pub(crate) fn command() -> u8 {
@@ -55,7 +53,7 @@ fn serve() -> io::Result<()> {
             let _ = match ask {
                 Ask::Card(ask) => carry_card(&answer, open_card(&charter, &ask)),
                 Ask::Fence(ask) => say(&answer, &fence(&charter, ask, descriptors.next()), &[]),
-                Ask::Sentinel => say(&answer, &sentinel(descriptors.collect()), &[]),
+                Ask::Sentinel => say(&answer, &run_sentinel(descriptors.collect()), &[]),
             };
         });
         started.ok();
@@ -93,19 +91,9 @@ fn fence(charter: &Charter, ask: FenceAsk, output: Option<OwnedFd>) -> Result<En
     }
 }
 
-fn sentinel(descriptors: Vec<OwnedFd>) -> Result<Ended, String> {
-    let [input, output, error] =
+fn run_sentinel(descriptors: Vec<OwnedFd>) -> Result<Ended, String> {
+    let descriptors =
         <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| "a sentinel has three descriptors")?;
-    let run = || -> io::Result<i32> {
-        let mut child = Command::new("/proc/self/exe")
-            .arg0("outlive")
-            .arg("sentinel")
-            .stdin(Stdio::from(input))
-            .stdout(Stdio::from(output))
-            .stderr(Stdio::from(error))
-            .process_group(0)
-            .spawn()?;
-        Ok(child.wait()?.into_raw())
-    };
-    run().map(Ended::By).map_err(|error| error.to_string())
+    let status = sentinel::spawn(descriptors, true).and_then(|mut child| child.wait());
+    status.map(|status| Ended::By(status.into_raw())).map_err(|error| error.to_string())
 }

@@ -25,8 +25,8 @@ use crate::devices::virtio::worker::event;
 
 /// The image, among the files of its ring.
 const IMAGE: types::Fixed = types::Fixed(0);
-/// A request is for a registered file (IOSQE_FIXED_FILE).
-const FIXED_FILE: u8 = 1;
+/// A request is for a registered file.
+const FIXED_FILE: u8 = squeue::Flags::FIXED_FILE.bits();
 /// IORING_UNREGISTER_FILES, the only thing that may still be done to a ring.
 const UNREGISTER_FILES: u8 = 3;
 
@@ -111,10 +111,10 @@ impl Inner {
         self.count += 1;
         let entry = build(operation, buffer).user_data(u64::from(token));
         loop {
-            // SAFETY: the entry works on the image, which is registered with the ring, and on a part of `buffer` (`build` slices it, so it is inside) or of the static zeroes. The buffer is in
-            // `under_way` until the completion of this token is reaped, and nobody touches it there; moving
-            // the `Vec` does not move its bytes. Dropping waits for all completions; should that fail, the
-            // buffers are leaked.
+            // SAFETY: the entry works on the image, which is registered with the ring, and on a part of `buffer`
+            // (`build` slices it, so it is inside) or of the static zeroes. The buffer is in `under_way` until the
+            // completion of this token is reaped, and nobody touches it there; moving the `Vec` does not move its
+            // bytes. Dropping waits for all completions; should that fail, the buffers are leaked.
             let pushed = unsafe { self.ring.submission().push(&entry) };
             match pushed {
                 Ok(()) => return,
