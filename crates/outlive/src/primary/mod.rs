@@ -85,7 +85,8 @@ pub(crate) enum StartError {
     NoThread(#[source] io::Error),
     /// An operator wants it so.
     #[error(
-        "told to stop before the VM was started: it has not run here, and the next start does the same again"
+        "told to stop before the VM was started: it has not run here; if it waited for its fencing, the next start goes \
+         on with that"
     )]
     Stopped,
 }

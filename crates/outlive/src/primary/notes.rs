@@ -97,10 +97,7 @@ impl Notes {
             }
             Note::ArbiterUnreachable { why, held } => {
                 let what = if held { "output stays held" } else { "no new standby is looked for" };
-                let now = match self.standing.asks_a_person() {
-                    true => format!("{what}: {why}"),
-                    false => format!("the arbiter cannot be reached, {what}: {why}"),
-                };
+                let now = self.standing.no_answer(what, &why);
                 if held {
                     self.standing.asking(&now)
                 } else {

@@ -86,10 +86,7 @@ impl Notes {
                 self.events.emit(Event::Arbitrating { generation });
             }
             Note::ArbiterUnreachable { why } => {
-                let now = match self.standing.asks_a_person() {
-                    true => format!("this standby waits: {why}"),
-                    false => format!("the arbiter cannot be reached, this standby waits: {why}"),
-                };
+                let now = self.standing.no_answer("this standby waits", &why);
                 self.standing.asking(&now);
                 tracing::error!("{now}");
                 self.events.emit(Event::ArbiterUnreachable { why });

@@ -81,7 +81,7 @@ impl Server {
     }
 }
 
-fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
+fn serve(listener: &Listener, standing: &Arc<Standing>, quit: &EventFd) {
     let wait = |with_clients: bool, timeout: PollTimeout| {
         let quits = PollFd::new(quit.as_fd(), PollFlags::POLLIN);
         let comes = PollFd::new(listener.socket.as_fd(), PollFlags::POLLIN);
@@ -111,13 +111,21 @@ fn serve(listener: &Listener, standing: &Standing, quit: &EventFd) {
     }
 }
 
-/// The answer fits into a socket's buffer; a client with less room has itself to blame.
-fn answer(mut client: UnixStream, standing: &Standing) {
-    let mut line = match word::heard(&mut client) {
-        Some(order) => word::obey(order, standing),
+fn answer(mut client: UnixStream, standing: &Arc<Standing>) {
+    let Some(order) = word::heard(&mut client) else {
         // Plain data: this cannot fail.
-        None => serde_json::to_vec(&standing.status()).expect("a status is plain data"),
+        return say(&client, serde_json::to_vec(&standing.status()).expect("a status is plain data"));
     };
+    // The other host is looked for, which may take seconds. Whoever wants the status need not wait for it.
+    let standing = standing.clone();
+    let started = outlive_machine::spawn("word", move || say(&client, word::obey(order, &standing)));
+    if let Err(error) = started {
+        tracing::warn!(%error, "an operator's word was not heard: no thread");
+    }
+}
+
+/// The answer fits into a socket's buffer; a client with less room has itself to blame.
+fn say(mut client: &UnixStream, mut line: Vec<u8>) {
     line.push(b'\n');
     if client.set_nonblocking(true).is_ok() {
         // The client may be gone.

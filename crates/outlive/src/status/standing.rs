@@ -137,10 +137,14 @@ impl Standing {
         self.change(|facts| facts.others = Some((addresses.to_vec(), security.clone())));
     }
 
-    /// Whether claims wait for a person.
-    pub(crate) fn asks_a_person(&self) -> bool {
+    /// What a claim without an answer comes to, for people. An operator who must decide is not out of reach.
+    pub(crate) fn no_answer(&self, what: &str, why: &str) -> String {
         let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-        facts.watch.as_ref().and_then(Weak::upgrade).is_some_and(|watch| watch.sight().is_a_person)
+        let watch = facts.watch.as_ref().and_then(Weak::upgrade);
+        match watch.is_some_and(|watch| watch.sight().is_a_person) {
+            true => format!("{what}: {why}"),
+            false => format!("the arbiter cannot be reached, {what}: {why}"),
+        }
     }
 
     /// What protects the links of this process.
