@@ -10,20 +10,12 @@ use std::process::{Command, Stdio};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use outlive::network::{EnterError, Namespace, Netlink, NetlinkError};
+use namespace::namespace;
+use outlive::network::{Namespace, Netlink, NetlinkError};
 use proptest::prelude::*;
 
-/// A namespace, or `None` after saying that the test cannot run.
-fn namespace() -> Option<Namespace> {
-    match Namespace::new() {
-        Ok(namespace) => Some(namespace),
-        Err(EnterError::Permission) => {
-            println!("skipped: network namespaces need root");
-            None
-        }
-        Err(other) => panic!("{other}"),
-    }
-}
+#[path = "common/namespace.rs"]
+mod namespace;
 
 /// Two endpoints on one bridge: `left` is 10.77.0.1 and `right` is 10.77.0.2. The ports of the bridge are
 /// `port-left` and `port-right`.

@@ -16,13 +16,18 @@ use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
 use outlive::arbiter::{self, Arbiter, Claim};
-use outlive::network::{EnterError, Namespace, Netlink};
+use outlive::network::{Namespace, Netlink};
 use tempfile::TempDir;
+
+use namespace::namespace;
 
 use super::etcd_cluster::has_etcd;
 use super::etcd_faults::one_winner_each;
 use crate::conformance::answer;
 use crate::support::{VM, directory, loser, why};
+
+#[path = "../../common/namespace.rs"]
+mod namespace;
 
 const MEMBERS: usize = 3;
 const HOSTS: usize = 2;
@@ -48,18 +53,6 @@ struct Lab {
     prefix: &'static str,
     processes: Vec<Child>,
     _directory: TempDir,
-}
-
-/// Needs root.
-fn namespace() -> Option<Namespace> {
-    match Namespace::new() {
-        Ok(namespace) => Some(namespace),
-        Err(EnterError::Permission) => {
-            println!("skipped: network namespaces need root");
-            None
-        }
-        Err(other) => panic!("{other}"),
-    }
 }
 
 impl Lab {
