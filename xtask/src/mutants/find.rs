@@ -81,10 +81,9 @@ impl<'a> Visit<'a> for Finder {
         match expr {
             Expr::Binary(binary) if !has_let(&binary.left) && !has_let(&binary.right) => {
                 if let Some(others) = others(&binary.op) {
-                    let range = |place: &dyn Fn() -> proc_macro2::Span| place().byte_range();
-                    let left = range(&|| binary.left.span());
-                    let operator = range(&|| binary.op.span());
-                    let right = range(&|| binary.right.span());
+                    let left = binary.left.span().byte_range();
+                    let operator = binary.op.span().byte_range();
+                    let right = binary.right.span().byte_range();
                     self.add(expr, What::Operator { left, operator, right, others });
                 }
             }

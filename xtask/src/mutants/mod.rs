@@ -236,19 +236,11 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Keeps this many (splitmix64).
+/// Keeps this many.
 fn draw(mutants: &mut Vec<Mutant>, count: usize, seed: u64) {
-    let mut state = seed;
-    let mut below = |end: usize| {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % end as u64) as usize
-    };
+    let mut dice = fastrand::Rng::with_seed(seed);
     while mutants.len() > count {
-        let which = below(mutants.len());
-        mutants.remove(which);
+        mutants.remove(dice.usize(..mutants.len()));
     }
 }
 

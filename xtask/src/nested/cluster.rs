@@ -10,11 +10,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::background::{Background, BackgroundError};
-use super::dirty::quoted;
 use super::host::{Host, HostError, Machine, Qemu, RunDirectory};
 use super::image::{GuestImage, ImageError};
 use super::kernel::{Kernel, KernelError, Series};
 use super::network::{Net, Network, NetworkError};
+use super::programs::quoted;
 use super::share::{Share, ShareError, ShareServer, TAG};
 use crate::packages;
 use crate::run::Workspace;

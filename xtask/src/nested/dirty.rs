@@ -3,12 +3,12 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::host::{Host, HostError, Machine, Qemu};
 use super::kernel::{Kernel, Series};
-use crate::run::{StepError, Workspace, describe, output};
+use super::programs::{RunError, built, executable, qemu, quoted};
+use crate::run::{StepError, Workspace};
 use crate::summary::Summary;
 
 pub(crate) const EXAMPLES: &str = "\
@@ -95,11 +95,6 @@ impl DirtyOptions {
     }
 }
 
-/// A word for the shell.
-pub(crate) fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
 /// The back end that a kernel should get.
 fn expected(series: Series) -> &'static str {
     if series == Series::Bullseye { "clear-log" } else { "ring" }
@@ -128,11 +123,7 @@ const HEAD: &str =
 
 /// Runs the tests on every kernel, prints the results, and fails if a test failed.
 pub(crate) fn run(workspace: &Workspace, options: &DirtyOptions) -> Result<(), StepError> {
-    let qemu = match Qemu::get(workspace, !options.no_fetch) {
-        Ok(qemu) => qemu,
-        Err(error @ HostError::NoQemu) => return Err(StepError::Unusable(error.to_string())),
-        Err(error) => return Err(StepError::Failed(format!("finding QEMU ({error})"))),
-    };
+    let qemu = qemu(workspace, !options.no_fetch)?;
     let package = ["--package", PACKAGE];
     let test = built(workspace.cargo(["test", "--release", "--lib", "--no-run"]).args(package))?;
     let examples = ["build", "--release", "--example", EXAMPLE, "--example", FINDINGS];
@@ -196,15 +187,6 @@ pub(crate) fn in_tests(workspace: &Workspace, fetch: bool, summary: &mut Summary
     Ok(())
 }
 
-/// Why a host has no result.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error(transparent)]
-    Kernel(#[from] super::kernel::KernelError),
-    #[error(transparent)]
-    Host(#[from] HostError),
-}
-
 fn on_host(
     workspace: &Workspace,
     qemu: &Qemu,
@@ -263,31 +245,10 @@ fn on_host(
     Ok(row)
 }
 
-/// Builds with cargo, and returns its messages.
-pub(super) fn built(cargo: &mut Command) -> Result<String, StepError> {
-    cargo.args(["--message-format", "json-render-diagnostics"]);
-    eprintln!("==> {}", describe(cargo));
-    output(cargo).ok_or_else(|| StepError::Failed(describe(cargo)))
-}
-
 /// The programs that the host runs, by their paths there.
 fn programs(messages: &str) -> Result<[(&'static str, PathBuf); 3], StepError> {
-    let find = |name: &str| {
-        executable(messages, name)
-            .ok_or_else(|| StepError::Failed(format!("finding {name} in what cargo built")))
-    };
+    let find = |name: &str| executable(messages, name);
     Ok([("/tests", find(PACKAGE)?), ("/example", find(EXAMPLE)?), ("/findings", find(FINDINGS)?)])
-}
-
-/// The program of a target in cargo's messages.
-pub(super) fn executable(messages: &str, name: &str) -> Option<PathBuf> {
-    let target = |name: &str| name.replace('-', "_");
-    messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()).find_map(
-        |message| {
-            let found = message["target"]["name"].as_str()?;
-            (target(found) == target(name)).then(|| message["executable"].as_str())?.map(PathBuf::from)
-        },
-    )
 }
 
 #[cfg(test)]
@@ -332,17 +293,6 @@ mod tests {
         ] {
             assert_eq!(parse(words).unwrap_err().exit_code(), 2, "{words:?}");
         }
-    }
-
-    #[test]
-    fn the_program_is_the_one_of_the_target() {
-        let messages = r#"
-{"reason":"compiler-artifact","target":{"name":"libc"},"executable":null}
-{"reason":"compiler-artifact","target":{"name":"outlive_dirty"},"executable":null}
-{"reason":"compiler-artifact","target":{"name":"outlive_dirty"},"executable":"/t/outlive_dirty-1"}
-{"reason":"build-finished","success":true}"#;
-        assert_eq!(executable(messages, "outlive-dirty"), Some("/t/outlive_dirty-1".into()));
-        assert_eq!(executable(messages, "readme"), None);
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod kernel;
 mod modules;
 #[allow(dead_code, reason = "the proofs on hosts use it")]
 mod network;
+mod programs;
 mod proof;
 mod share;
 mod shell;

@@ -4,9 +4,9 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::dirty::{built, executable, quoted};
-use super::host::{Host, HostError, Machine, Qemu};
-use super::kernel::{Kernel, KernelError, Series};
+use super::host::{Host, Machine, Qemu};
+use super::kernel::{Kernel, Series};
+use super::programs::{RunError, built, executable, qemu, quoted};
 use crate::run::{StepError, Workspace};
 use crate::summary::Summary;
 
@@ -59,28 +59,12 @@ pub(crate) struct SurviveOptions {
     no_fetch: bool,
 }
 
-/// Why there is no result.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    #[error(transparent)]
-    Host(#[from] HostError),
-}
-
 pub(crate) fn run(workspace: &Workspace, options: &SurviveOptions) -> Result<(), StepError> {
-    let qemu = Qemu::get(workspace, !options.no_fetch).map_err(|error| match error {
-        HostError::NoQemu => StepError::Unusable(error.to_string()),
-        error => StepError::Failed(format!("finding QEMU ({error})")),
-    })?;
+    let qemu = qemu(workspace, !options.no_fetch)?;
     let profile: &[&str] = if options.release { &["--release"] } else { &[] };
     let cargo = ["test", "--package", PACKAGE, "--test", TESTS, "--no-run"];
     let messages = built(workspace.cargo(cargo).args(profile))?;
-    let find = |name: &str| {
-        executable(&messages, name)
-            .ok_or_else(|| StepError::Failed(format!("finding {name} in what cargo built")))
-    };
-    let (tests, program) = (find(TESTS)?, find(PACKAGE)?);
+    let (tests, program) = (executable(&messages, TESTS)?, executable(&messages, PACKAGE)?);
     let mut summary = Summary::default();
     summary.start_program(options.kernel.name());
     if let Err(error) = on_host(workspace, &qemu, [tests, program], options, &mut summary) {
