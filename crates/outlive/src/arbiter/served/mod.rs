@@ -9,19 +9,19 @@
 //! protocol.rs   questions and answers
 //! transport.rs  the way between the two: TLS, and who may be the arbiter
 //! server.rs     `outlive arbiter serve`
-//! guests.rs     its connections, which are few
+//! visitors.rs   its connections, which are few
 //! place.rs      where an arbiter is, and with which keys it is asked
-//! pace.rs       how soon a host that is refused asks again
+//! backoff.rs    how soon a host that is refused asks again
 //! ```
 
+mod backoff;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
-mod guests;
-mod pace;
 mod place;
 mod protocol;
 mod server;
 mod transport;
+mod visitors;
 
 use std::fmt;
 use std::io;
@@ -29,7 +29,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use self::pace::Pace;
+use self::backoff::BackOff;
 use self::place::Way;
 pub use self::place::with_keys;
 pub(super) use self::place::{FORM, needs};
@@ -133,7 +133,7 @@ struct ServedArbiter {
     process: &'static str,
     /// What the server said when it was opened.
     identity: String,
-    pace: Pace,
+    back_off: BackOff,
 }
 
 impl fmt::Debug for ServedArbiter {
@@ -154,7 +154,7 @@ impl ServedArbiter {
             Err(fault) => return Err(ServedSpecError::Unusable { place, fault }),
         };
         let process = process_token().map_err(ServedSpecError::NoRandom)?;
-        Ok(Self { place, way, process, identity, pace: Pace::default() })
+        Ok(Self { place, way, process, identity, back_off: BackOff::default() })
     }
 
     fn ask(&self, ask: Ask) -> Result<Answer, ServedFault> {
@@ -202,7 +202,7 @@ impl Arbiter for ServedArbiter {
         else {
             return Claim::Unreachable { why: "there is no generation 0".into() };
         };
-        if let Some(why) = self.pace.rests() {
+        if let Some(why) = self.back_off.rests() {
             return Claim::Unreachable { why };
         }
         let fault = match self.ask(Ask::Claim { vm: Vm(*vm), generation, owner, process }) {
@@ -213,7 +213,7 @@ impl Arbiter for ServedArbiter {
         };
         let lasts = fault.lasts();
         let why = self.fails(fault).to_string();
-        self.pace.note(&why, lasts);
+        self.back_off.note(&why, lasts);
         Claim::Unreachable { why }
     }
 

@@ -1,6 +1,6 @@
 //! `outlive arbiter serve`: the test-and-set of a directory, for hosts that reach it over the network.
 //!
-//! Each connection has a thread for its one question, and there is room for few of them (`guests.rs`). A question must
+//! Each connection has a thread for its one question, and there is room for few of them (`visitors.rs`). A question must
 //! be whole within [`PATIENCE`]. So whoever connects and says nothing, too much or nonsense holds up nothing for long.
 //! With keys nothing that a connection sends is read as a question before its host has shown a certificate, and a
 //! question about a VM is answered only if the certificate names the VM.
@@ -17,9 +17,9 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-use super::guests::{Entrance, Guest, Guests};
 use super::protocol::{Answer, Ask, LONGEST_QUESTION, Question, VERSION, Vm, hear, say};
 use super::transport::{NoArbiter, prepare, to_host};
+use super::visitors::{Entrance, Visitor, Visitors};
 use crate::arbiter::file::FileSpecError;
 use crate::arbiter::{Arbiter, ArbiterError, Claim, FileArbiter, Mode, VmId};
 use crate::keys::Certificate;
@@ -97,8 +97,8 @@ pub(in crate::arbiter) fn serve(
         tracing::warn!("INSECURE: whoever reaches {address} can win every generation of every VM");
     }
     logs::say(&format!("arbiter {} listens on {address}", arbiter.identity()));
-    let (guests, limit) = (Arc::default(), Arc::default());
-    let server = Server { arbiter: Arc::new(arbiter), security, guests, limit };
+    let (visitors, limit) = (Arc::default(), Arc::default());
+    let server = Server { arbiter: Arc::new(arbiter), security, visitors, limit };
     let thread = ServingThread::start("arbiter-serve", move |quit| server.run(&listener, quit));
     let thread = thread.map_err(ServeError::System)?;
     notify::ready();
@@ -139,7 +139,7 @@ fn listen(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
 struct Server {
     arbiter: Arc<FileArbiter>,
     security: Security,
-    guests: Arc<Guests>,
+    visitors: Arc<Visitors>,
     /// Of the lines about strangers.
     limit: Arc<RateLimit>,
 }
@@ -151,13 +151,13 @@ impl Server {
                 PollFd::new(quit.as_fd(), PollFlags::POLLIN),
                 PollFd::new(listener.as_fd(), PollFlags::POLLIN),
             ];
-            let look = if self.guests.is_empty() { PollTimeout::NONE } else { PollTimeout::from(LOOK) };
+            let look = if self.visitors.is_empty() { PollTimeout::NONE } else { PollTimeout::from(LOOK) };
             match poll(&mut fds, look) {
                 Ok(_) if fds[0].any().unwrap_or(true) => return,
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return tracing::error!(%error, "no connection can be waited for any more"),
             }
-            self.guests.end_after(PATIENCE);
+            self.visitors.end_after(PATIENCE);
             match listener.accept() {
                 Ok((socket, from)) => self.receive(socket, from.ip()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
@@ -171,11 +171,11 @@ impl Server {
     }
 
     fn receive(&self, socket: TcpStream, from: IpAddr) {
-        let guest = match self.guests.admit(&socket, from) {
-            Ok(Entrance::Free(guest)) => guest,
-            Ok(Entrance::Instead(guest)) => {
+        let visitor = match self.visitors.admit(&socket, from) {
+            Ok(Entrance::Free(visitor)) => visitor,
+            Ok(Entrance::Instead(visitor)) => {
                 self.complain(|| "too many connections that say nothing; the oldest are dropped".into());
-                guest
+                visitor
             }
             Ok(Entrance::Full) => {
                 return self.complain(|| format!("too many connections; one of {from} is dropped"));
@@ -186,7 +186,7 @@ impl Server {
         };
         let server = self.clone();
         let started = outlive_machine::spawn("arbiter-client", move || {
-            if let Err(error) = server.answer(socket, &guest) {
+            if let Err(error) = server.answer(socket, &visitor) {
                 server.complain(|| format!("refused a connection of {from}: {error}"));
             }
         });
@@ -202,16 +202,16 @@ impl Server {
         }
     }
 
-    fn answer(&self, socket: TcpStream, guest: &Guest) -> io::Result<()> {
+    fn answer(&self, socket: TcpStream, visitor: &Visitor) -> io::Result<()> {
         socket.set_nonblocking(false)?;
         prepare(&socket, PATIENCE)?;
         let (mut stream, host) = to_host(socket, &self.security, PATIENCE)?;
         if host.is_some() {
-            guest.is_known();
+            visitor.becomes_known();
         }
         let answer = match hear::<Question>(&mut stream, LONGEST_QUESTION, Instant::now() + PATIENCE) {
             Ok(question) => {
-                guest.is_known();
+                visitor.becomes_known();
                 self.reply(question, host.as_ref())
             }
             Err(error) if error.kind() == ErrorKind::InvalidData => {

@@ -17,11 +17,11 @@ const MOST_THREADS: usize = 2 * MOST;
 
 /// The connections, the oldest first.
 #[derive(Default)]
-pub(super) struct Guests(Mutex<All>);
+pub(super) struct Visitors(Mutex<All>);
 
 #[derive(Default)]
 struct All {
-    guests: Vec<Entry>,
+    visitors: Vec<Entry>,
     last: u64,
 }
 
@@ -45,22 +45,22 @@ impl Entry {
 }
 
 /// A connection that counts, until this is dropped.
-pub(super) struct Guest {
-    guests: Arc<Guests>,
+pub(super) struct Visitor {
+    visitors: Arc<Visitors>,
     number: u64,
 }
 
 /// What became of a connection that has come.
 pub(super) enum Entrance {
     /// There is room for it.
-    Free(Guest),
+    Free(Visitor),
     /// Another one has gone for it.
-    Instead(Guest),
+    Instead(Visitor),
     /// There is none.
     Full,
 }
 
-impl Guests {
+impl Visitors {
     /// Takes a new one in.
     ///
     /// # Errors
@@ -68,13 +68,14 @@ impl Guests {
     pub(super) fn admit(self: &Arc<Self>, socket: &TcpStream, address: IpAddr) -> io::Result<Entrance> {
         let mut all = self.all();
         let here = |it: &&mut Entry| !it.gone;
-        let of_one = all.guests.iter_mut().filter(here).filter(|it| it.address == address).count();
-        let (full, full_of_one) = (all.guests.iter_mut().filter(here).count() >= MOST, of_one >= MOST_OF_ONE);
-        if all.guests.len() >= MOST_THREADS {
+        let of_one = all.visitors.iter_mut().filter(here).filter(|it| it.address == address).count();
+        let (full, full_of_one) =
+            (all.visitors.iter_mut().filter(here).count() >= MOST, of_one >= MOST_OF_ONE);
+        if all.visitors.len() >= MOST_THREADS {
             return Ok(Entrance::Full);
         }
         if full || full_of_one {
-            let mut strangers = all.guests.iter_mut().filter(here).filter(|it| !it.known);
+            let mut strangers = all.visitors.iter_mut().filter(here).filter(|it| !it.known);
             let Some(oldest) = strangers.find(|it| !full_of_one || it.address == address) else {
                 return Ok(Entrance::Full);
             };
@@ -84,19 +85,23 @@ impl Guests {
         let number = all.last;
         let socket = socket.try_clone()?;
         let since = Instant::now();
-        all.guests.push(Entry { number, address, since, socket, known: false, gone: false });
-        let guest = Guest { guests: self.clone(), number };
-        Ok(if full || full_of_one { Entrance::Instead(guest) } else { Entrance::Free(guest) })
+        all.visitors.push(Entry { number, address, since, socket, known: false, gone: false });
+        let visitor = Visitor { visitors: self.clone(), number };
+        Ok(if full || full_of_one { Entrance::Instead(visitor) } else { Entrance::Free(visitor) })
     }
 
     /// Ends those that are here for longer.
     pub(super) fn end_after(&self, time: Duration) {
-        self.all().guests.iter_mut().filter(|it| !it.gone && it.since.elapsed() >= time).for_each(Entry::end);
+        self.all()
+            .visitors
+            .iter_mut()
+            .filter(|it| !it.gone && it.since.elapsed() >= time)
+            .for_each(Entry::end);
     }
 
     /// Whether there is none.
     pub(super) fn is_empty(&self) -> bool {
-        self.all().guests.is_empty()
+        self.all().visitors.is_empty()
     }
 
     fn all(&self) -> MutexGuard<'_, All> {
@@ -104,19 +109,19 @@ impl Guests {
     }
 }
 
-impl Guest {
+impl Visitor {
     /// It has shown who it is.
-    pub(super) fn is_known(&self) {
-        let mut all = self.guests.all();
-        if let Some(entry) = all.guests.iter_mut().find(|it| it.number == self.number) {
+    pub(super) fn becomes_known(&self) {
+        let mut all = self.visitors.all();
+        if let Some(entry) = all.visitors.iter_mut().find(|it| it.number == self.number) {
             entry.known = true;
         }
     }
 }
 
-impl Drop for Guest {
+impl Drop for Visitor {
     fn drop(&mut self) {
-        self.guests.all().guests.retain(|it| it.number != self.number);
+        self.visitors.all().visitors.retain(|it| it.number != self.number);
     }
 }
 
@@ -143,64 +148,64 @@ mod tests {
         IpAddr::from([10, 0, (last / 250) as u8, (last % 250) as u8])
     }
 
-    fn guest(entrance: Entrance) -> Guest {
+    fn visitor(entrance: Entrance) -> Visitor {
         match entrance {
-            Entrance::Free(guest) | Entrance::Instead(guest) => guest,
+            Entrance::Free(visitor) | Entrance::Instead(visitor) => visitor,
             Entrance::Full => panic!("full"),
         }
     }
 
     #[test]
     fn the_oldest_stranger_goes_for_the_next_and_no_host_does() {
-        let guests = Arc::new(Guests::default());
+        let visitors = Arc::new(Visitors::default());
         let mut all = Vec::new();
         for number in 0..MOST {
             let (here, there) = connection();
-            let entrance = guests.admit(&here, address(number)).unwrap();
+            let entrance = visitors.admit(&here, address(number)).unwrap();
             assert!(matches!(entrance, Entrance::Free(_)), "{number}");
-            all.push((guest(entrance), there));
+            all.push((visitor(entrance), there));
         }
-        all[0].0.is_known();
+        all[0].0.becomes_known();
         let (here, _there) = connection();
-        let entrance = guests.admit(&here, address(1000)).unwrap();
+        let entrance = visitors.admit(&here, address(1000)).unwrap();
         assert!(matches!(entrance, Entrance::Instead(_)));
         assert!(!is_ended(&mut all[0].1), "it has shown who it is");
         assert!(is_ended(&mut all[1].1) && !is_ended(&mut all[2].1), "the oldest stranger");
         // Once all are known there is no room until one has its answer.
-        all.iter().for_each(|(guest, _)| guest.is_known());
-        let newest = guest(entrance);
-        newest.is_known();
-        assert!(matches!(guests.admit(&here, address(1001)).unwrap(), Entrance::Full));
+        all.iter().for_each(|(visitor, _)| visitor.becomes_known());
+        let newest = visitor(entrance);
+        newest.becomes_known();
+        assert!(matches!(visitors.admit(&here, address(1001)).unwrap(), Entrance::Full));
         drop(all.swap_remove(5));
-        assert!(matches!(guests.admit(&here, address(1001)).unwrap(), Entrance::Free(_)));
-        guests.end_after(Duration::ZERO);
+        assert!(matches!(visitors.admit(&here, address(1001)).unwrap(), Entrance::Free(_)));
+        visitors.end_after(Duration::ZERO);
         assert!(all.iter_mut().all(|(_, there)| is_ended(there)));
         drop((all, newest));
-        assert!(guests.is_empty());
+        assert!(visitors.is_empty());
     }
 
     #[test]
     fn strangers_of_one_address_take_the_room_of_that_address_only() {
-        let guests = Arc::new(Guests::default());
+        let visitors = Arc::new(Visitors::default());
         let mut others = Vec::new();
         for number in 0..3 {
             let (here, there) = connection();
-            others.push((guest(guests.admit(&here, address(number)).unwrap()), there));
+            others.push((visitor(visitors.admit(&here, address(number)).unwrap()), there));
         }
         let mut crowd = Vec::new();
         for number in 0..MOST {
             let (here, there) = connection();
-            let entrance = guests.admit(&here, address(9)).unwrap();
+            let entrance = visitors.admit(&here, address(9)).unwrap();
             assert_eq!(matches!(entrance, Entrance::Instead(_)), number >= MOST_OF_ONE, "{number}");
-            crowd.push((guest(entrance), there));
+            crowd.push((visitor(entrance), there));
         }
         assert!(others.iter_mut().all(|(_, there)| !is_ended(there)), "they are left alone");
         let left = crowd.iter_mut().filter_map(|(_, there)| (!is_ended(there)).then_some(())).count();
         assert_eq!(left, MOST_OF_ONE);
         // Threads that do not end are not made without end either.
         let mut more = Vec::new();
-        while let Entrance::Instead(guest) = guests.admit(&connection().0, address(9)).unwrap() {
-            more.push(guest);
+        while let Entrance::Instead(visitor) = visitors.admit(&connection().0, address(9)).unwrap() {
+            more.push(visitor);
             assert!(more.len() <= MOST_THREADS);
         }
         assert_eq!(others.len() + crowd.len() + more.len(), MOST_THREADS);

@@ -10,7 +10,7 @@ const LONGEST: Duration = Duration::from_secs(5);
 
 /// When the next question is worth while.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct BackOff {
     rest: Option<Rest>,
 }
 
@@ -21,7 +21,7 @@ struct Rest {
     why: String,
 }
 
-impl Pace {
+impl BackOff {
     /// The last answer, while it is too soon for another question.
     pub(super) fn rests(&self) -> Option<String> {
         self.rest.as_ref().filter(|rest| Instant::now() < rest.until).map(|rest| rest.why.clone())
@@ -43,19 +43,19 @@ mod tests {
 
     #[test]
     fn only_what_lasts_is_asked_more_and_more_seldom() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.rests(), None);
-        pace.note("out of reach", false);
-        assert_eq!(pace.rests(), None);
+        let mut back_off = BackOff::default();
+        assert_eq!(back_off.rests(), None);
+        back_off.note("out of reach", false);
+        assert_eq!(back_off.rests(), None);
         for _ in 0..10 {
-            pace.note("no right", true);
-            assert_eq!(pace.rests().as_deref(), Some("no right"));
+            back_off.note("no right", true);
+            assert_eq!(back_off.rests().as_deref(), Some("no right"));
         }
-        let rest = pace.rest.as_ref().unwrap();
+        let rest = back_off.rest.as_ref().unwrap();
         assert_eq!(rest.length, LONGEST);
-        pace.note("out of reach", false);
-        assert_eq!(pace.rests(), None);
-        pace.note("no right", true);
-        assert_eq!(pace.rest.unwrap().length, SHORTEST);
+        back_off.note("out of reach", false);
+        assert_eq!(back_off.rests(), None);
+        back_off.note("no right", true);
+        assert_eq!(back_off.rest.unwrap().length, SHORTEST);
     }
 }
