@@ -235,7 +235,8 @@ mod tests {
     use super::*;
     use crate::disk::provenance::{DangerKind, KnownArbiter};
 
-    fn sidecar() -> Sidecar {
+    /// With everything but dangers.
+    pub(super) fn sidecar() -> Sidecar {
         Sidecar {
             provenance: Provenance {
                 vm: VmId(*b"0123456789abcdef"),

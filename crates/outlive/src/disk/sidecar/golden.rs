@@ -1,8 +1,8 @@
 //! The sidecars that releases have written.
 
-use outlive_epoch::{Ancestor, Lineage, VmId};
+use outlive_epoch::Lineage;
 
-use super::{CopyEnd, Role, Sidecar};
+use super::{Role, Sidecar};
 use crate::disk::provenance::{Accepted, DangerKind, KnownArbiter, Provenance};
 use crate::disk::stamp::Stamp;
 use crate::golden;
@@ -10,28 +10,13 @@ use crate::golden;
 /// What a sidecar of today can say at most.
 fn full() -> (Sidecar, Stamp) {
     let sidecar = Sidecar {
-        provenance: Provenance {
-            vm: VmId(*b"0123456789abcdef"),
-            name: "server".into(),
-            arbiter: KnownArbiter::Id("9c01".repeat(8)),
-            lineage: Lineage::new([Ancestor { vm: VmId([7; 16]), through: 3 }]),
-        },
-        generation: 4,
-        role: Role::Replica,
-        whole: true,
-        end: Some(CopyEnd::Released),
-        checkpoint: 77,
-        disk: 2,
-        disks: Some(3),
-        journal: Some("/srv/with space/root.img.journal".into()),
-        process: Some("51d0".repeat(8)),
-        earlier: vec!["07be".repeat(8), "9c3f".repeat(8)],
         accepted: vec![Accepted {
             danger: DangerKind::StaleImage,
             at: "2026-01-30T12:00:00Z".into(),
             host: "hostb".into(),
             about: "generation 4 was given up".into(),
         }],
+        ..super::tests::sidecar()
     };
     let stamp = toml::from_str("bytes = 8589934592\nfile = \"2621443-1769860800000000000\"\n").unwrap();
     (sidecar, stamp)
