@@ -77,9 +77,7 @@ impl Target<'_> {
         match holds {
             None => Ok(None),
             Some(holds) if self.overwrite => {
-                let about = format!("it held {holds}");
-                tracing::warn!(image = %self.path.display(), "OVERWRITTEN as asked for: {about}");
-                Ok(Some(record(DangerKind::Overwrite, about)))
+                Ok(Some(record(DangerKind::Overwrite, format!("it held {holds}"))))
             }
             Some(holds) => Err(OverwriteError::Holds { image: self.path.to_owned(), holds }),
         }

@@ -101,6 +101,12 @@ impl Replica {
         tell: impl Fn(DiskEvent) + Send + 'static,
     ) -> Result<Self, ReplicaStartError> {
         let claimed = claims::claim(&disks)?;
+        // Not before: a standby without room asks again every few seconds, and overwrites nothing.
+        for ReplicaDisk { path, accepted, .. } in disks.iter().flatten() {
+            if let Some(Accepted { about, .. }) = accepted {
+                tracing::warn!(image = %path.display(), "OVERWRITTEN as asked for: {about}");
+            }
+        }
         let no_thread = ReplicaStartError::NoThread;
         let queue = Arc::new(Queue::default());
         let known = disks.iter().map(|disk| disk.as_ref().map(|d| (d.bytes, !d.read_only))).collect();

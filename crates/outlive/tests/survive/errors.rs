@@ -158,7 +158,6 @@ fn wrong_options() {
         ("run --arbiter file:/nowhere/at/all", &["/nowhere/at/all", "create it"]),
         ("standby --listen 127.0.0.1:0", &["--arbiter"]),
         ("standby --arbiter ARBITER", &["--listen"]),
-        ("standby --listen 127.0.0.1:0 --arbiter file:/nowhere/at/all", &["/nowhere/at/all", "create it"]),
         ("demo --kills many", &["many"]),
     ] {
         stage.refuses(line, words);
@@ -184,6 +183,10 @@ fn a_machine_that_lacks_something() {
     // A file instead of the arbiter's directory, and a directory that belongs to somebody else.
     fs::write(stage.path("file"), "").unwrap();
     stage.refuses(&format!("run --arbiter file:{}", stage.path("file")), &["not a directory"]);
+    stage.refuses(
+        "standby --listen 127.0.0.1:0 --arbiter file:/nowhere/at/all",
+        &["/nowhere/at/all", "create it"],
+    );
     stage.refuses("run --memory 4096G", &["available", "--memory"]);
     stage.refuses("demo --memory 4096G", &["4096G", "--memory"]);
     stage.refuses(&format!("run --events {}/no/where", stage.path("arbiter")), &["--events"]);
