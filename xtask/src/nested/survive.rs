@@ -45,9 +45,9 @@ pub(crate) struct SurviveOptions {
     /// Minutes for the tests
     #[arg(long, value_name = "MINUTES", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
-    /// With every host in the sandbox
+    /// With every host outside of its sandbox
     #[arg(long)]
-    sandbox: bool,
+    no_sandbox: bool,
     /// A program of the release before, for the tests of upgrade:: (`cargo xtask upgrade --build-only` builds it)
     #[arg(long, value_name = "FILE")]
     before: Option<PathBuf>,
@@ -103,7 +103,7 @@ fn on_host(
     let mut host = Host::start(workspace, qemu, &machine)?;
     let filter: Vec<String> = options.filter.iter().map(|text| quoted(text)).collect();
     // A host there is silent for seconds without being dead.
-    let sandbox = u8::from(options.sandbox);
+    let sandbox = u8::from(!options.no_sandbox);
     let before = options.before.as_ref().map_or_else(String::new, |_| format!("OUTLIVE_BEFORE={BEFORE} "));
     let tests = format!("/tests --test-threads 1 --show-output {}", filter.join(" "));
     // The kernel tells which system call ended a process.

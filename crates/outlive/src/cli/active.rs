@@ -136,9 +136,8 @@ pub struct ActiveOptions {
 
     /// Confine this process: no rights but those of its user, no files but those that the options name, no system calls
     /// but those that each thread needs; a thread that tries anything else ends the process, and the VM goes on at the
-    /// other host (log: such calls are made, and the kernel logs them; off: nothing is confined). New, and not yet the
-    /// default: docs/sandbox.md
-    #[arg(long, default_value = "off", value_name = "on|log|off")]
+    /// other host (log: such calls are made, and the kernel logs them; off: nothing is confined). See docs/sandbox.md
+    #[arg(long, default_value = "on", value_name = "on|log|off")]
     pub sandbox: Mode,
 
     /// Become this user once the tap can be made, if root starts this process. Images and their directories, keys and a

@@ -64,7 +64,7 @@ pub struct DemoOptions {
     pub insecure: bool,
 
     /// Whether the hosts' processes are confined (docs/sandbox.md)
-    #[arg(long, default_value = "off", value_name = "on|log|off")]
+    #[arg(long, default_value = "on", value_name = "on|log|off")]
     pub sandbox: Mode,
 
     /// Run a Debian guest with Redis on two hosts emulated by QEMU instead, one of which loses its power.
@@ -109,7 +109,7 @@ Examples:
   outlive demo --kills 10 --frame-tail off      what clients wait for without copies of their frames
   outlive demo --arbiter etcd                   an etcd cluster says who goes on; own: outlive arbiter serve
   outlive demo --insecure                       the same without TLS between the hosts, to compare
-  outlive demo --sandbox on                     the same with processes that have given up all of root's rights
+  outlive demo --sandbox off                    the same with processes that keep their rights, to compare
   outlive demo --seed 42                        kill at the same moments as another run with seed 42
 
 Exit code: 0 nothing was lost, duplicated or broken; 1 something was; 2 this machine cannot run it (one line

@@ -25,6 +25,7 @@ use std::sync::OnceLock;
 
 use clap::ValueEnum;
 use landlock::RulesetError;
+use rustix::thread::CapabilitySet;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 pub(crate) use places::was_made;
@@ -115,9 +116,13 @@ pub(crate) fn enter(plan: &Plan) -> Result<(), SandboxError> {
     };
     learn_about_memory();
     let steward = Steward::start(&plan.charter)?;
-    privileges::raise_limits();
-    privileges::drop_all(plan.user.as_ref())?;
-    plan.places.check()?;
+    let denied = plan.places.denied();
+    let may_lock = privileges::raise_limits();
+    // Root of a container may lack the right to raise a limit, and have the one to lock memory.
+    let locks = plan.lock_memory && !may_lock;
+    let kept = if locks { CapabilitySet::IPC_LOCK } else { CapabilitySet::empty() };
+    privileges::drop_all(plan.user.as_ref(), kept)?;
+    plan.places.check(&denied)?;
     match plan.places.enforce()? {
         None => {}
         Some(Lack::NotThere | Lack::NotEnabled) => tracing::warn!(

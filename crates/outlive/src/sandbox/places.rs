@@ -175,23 +175,29 @@ impl Places {
         self.list.push((directory.to_owned(), Use::Sockets));
     }
 
-    /// Looks whether this process, which has given its rights up, may still use the places that are there.
-    ///
-    /// # Errors
-    /// See [`NotOurs`].
-    pub(super) fn check(&self) -> Result<(), NotOurs> {
-        for (path, usage) in &self.list {
+    /// The places that are there and that this process may not use with the rights that it has now.
+    pub(super) fn denied(&self) -> HashSet<&Path> {
+        let denied = self.list.iter().filter(|(path, usage)| {
             let access = match usage {
                 Use::Read => AccessFlags::R_OK,
                 Use::Write => AccessFlags::R_OK | AccessFlags::W_OK,
                 Use::Keep => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
-                Use::Sockets | Use::Tidy => continue,
+                Use::Sockets | Use::Tidy => return false,
             };
-            if faccessat(AT_FDCWD, path, access, AtFlags::AT_EACCESS) == Err(Errno::EACCES) {
-                return Err(NotOurs::of(path));
-            }
-        }
-        Ok(())
+            faccessat(AT_FDCWD, path, access, AtFlags::AT_EACCESS) == Err(Errno::EACCES)
+        });
+        denied.map(|(path, _)| path.as_path()).collect()
+    }
+
+    /// Looks whether this process may still use the places that were not `denied` before it gave its rights up. Of
+    /// those that were, whoever needs one says why.
+    ///
+    /// # Errors
+    /// See [`NotOurs`].
+    pub(super) fn check(&self, denied: &HashSet<&Path>) -> Result<(), NotOurs> {
+        let now = self.denied();
+        let lost = self.list.iter().find(|(path, _)| now.contains(&**path) && !denied.contains(&**path));
+        lost.map_or(Ok(()), |(path, _)| Err(NotOurs::of(path)))
     }
 
     /// Whoever this process becomes has what it has made.

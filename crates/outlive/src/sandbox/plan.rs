@@ -18,6 +18,8 @@ pub(crate) struct Plan {
     pub(super) user: Option<User>,
     pub(super) places: Places,
     pub(super) charter: Charter,
+    /// Whether all of its memory is to be locked.
+    pub(super) lock_memory: bool,
 }
 
 impl Plan {
@@ -65,7 +67,8 @@ impl Plan {
             card: net.map(|net| (net.tap.clone(), net.bridge.clone())),
             fence: active.fence().map(|fence| (fence.command, fence.limit)),
         };
-        let mut plan = Self { mode: active.sandbox, places: Places::of(user.clone()), user, charter };
+        let (mode, lock_memory) = (active.sandbox, active.lock_memory);
+        let mut plan = Self { mode, places: Places::of(user.clone()), user, charter, lock_memory };
         if plan.mode != Mode::Off {
             plan.add(active, arbiter);
         }

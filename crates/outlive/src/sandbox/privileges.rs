@@ -61,8 +61,8 @@ pub(super) fn find_user(name: &str) -> Result<User, PrivilegeError> {
 
 /// Raises the limits that stand in for capabilities which this process gives up: what a thread may lock in memory
 /// (CAP_IPC_LOCK), and the lowest real-time priority, for the keepers of the links (CAP_SYS_NICE). Without the right to
-/// raise them they stay.
-pub(super) fn raise_limits() {
+/// raise them they stay, and what is returned says whether memory may be locked without a capability.
+pub(super) fn raise_limits() -> bool {
     let raise = |what: Resource, to| {
         let (now, most) = getrlimit(what)?;
         setrlimit(what, now.max(to), most.max(to))
@@ -72,17 +72,20 @@ pub(super) fn raise_limits() {
             tracing::debug!(?what, %error, "a limit stays as it is");
         }
     }
+    getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(now, _)| now == RLIM_INFINITY)
 }
 
-/// Gives up every right: becomes `user`, if one is named, drops all capabilities for ever, and lets no program that is
-/// started get new ones.
+/// Gives up every right but those that are `kept`: becomes `user`, if one is named, drops all other capabilities for
+/// ever, and lets no program that is started get new ones.
 ///
 /// # Errors
 /// See [`PrivilegeError`].
-pub(super) fn drop_all(user: Option<&User>) -> Result<(), PrivilegeError> {
+pub(super) fn drop_all(user: Option<&User>, kept: CapabilitySet) -> Result<(), PrivilegeError> {
     prctl::set_no_new_privs().map_err(refused("no_new_privs"))?;
-    if capabilities(None).map_err(refused("capabilities"))?.effective.contains(CapabilitySet::SETPCAP) {
-        shrink_bounding_set(CapabilitySet::empty()).map_err(refused("bounding set"))?;
+    let own = capabilities(None).map_err(refused("capabilities"))?;
+    let kept = kept & own.permitted;
+    if own.effective.contains(CapabilitySet::SETPCAP) {
+        shrink_bounding_set(kept).map_err(refused("bounding set"))?;
         lock_secure_bits().map_err(refused("securebits"))?;
     }
     if let Some(user) = user.filter(|user| user.uid != getuid()) {
@@ -93,7 +96,7 @@ pub(super) fn drop_all(user: Option<&User>) -> Result<(), PrivilegeError> {
         // Otherwise its own files in /proc would be root's. A core has no guest in it (MADV_DONTDUMP), and there is none.
         prctl::set_dumpable(true).map_err(refused("dumpable"))?;
     }
-    drop_capabilities(CapabilitySet::empty()).map_err(refused("capabilities"))
+    drop_capabilities(kept).map_err(refused("capabilities"))
 }
 
 /// Takes everything from the steward that its charter does not need. The fence command is the operator's and may
@@ -148,7 +151,7 @@ fn shrink_bounding_set(kept: CapabilitySet) -> rustix::io::Result<()> {
     Ok(())
 }
 
-/// Root is a user like any other from now on.
+/// Root is a user like any other from now on. A change of the user leaves the capabilities that are kept.
 fn lock_secure_bits() -> rustix::io::Result<()> {
     set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT

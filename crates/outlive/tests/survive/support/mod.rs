@@ -212,9 +212,9 @@ impl World {
         self.asked = Some(text);
     }
 
-    /// Whether all hosts are in the sandbox.
+    /// Whether all hosts are in the sandbox, as they usually are.
     pub(crate) fn is_confined() -> bool {
-        std::env::var_os("OUTLIVE_TEST_SANDBOX").is_some_and(|it| it == "1")
+        std::env::var_os("OUTLIVE_TEST_SANDBOX").is_none_or(|it| it != "0")
     }
 
     /// The keys of a host.

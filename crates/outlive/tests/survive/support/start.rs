@@ -143,8 +143,8 @@ impl World {
         if options.iter().any(|option| option.ends_with("?insecure")) {
             process.env("OUTLIVE_INSECURE_NETWORK", "1");
         }
-        if World::is_confined() && !options.contains(&"--sandbox") {
-            process.args(["--sandbox", "on"]);
+        if !World::is_confined() && !options.contains(&"--sandbox") {
+            process.args(["--sandbox", "off"]);
         }
         // For machines that are emulated, or have much else to do.
         if let Some(time) =
