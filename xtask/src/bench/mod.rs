@@ -41,6 +41,7 @@ Examples:
   cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
   cargo xtask bench wire --quick               how fast pages are written down for the standby
   cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
+  cargo xtask bench link                       what TLS costs, beside a plain link; as root, in network namespaces
   cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
 Every row is a ratio: the value beside that of a peer, both measured in turns in one run. A goal that is missed is
@@ -64,6 +65,8 @@ enum Bench {
     Wire,
     /// The pause of a checkpoint as a vCPU sees it, compared with its floor: kick, state and copy on bare KVM
     Pause,
+    /// Checkpoints and the base over TLS, compared with a plain link and with a copy over the same one
+    Link,
 }
 
 impl Bench {
@@ -74,13 +77,14 @@ impl Bench {
             Bench::Guest => "guest",
             Bench::Wire => "wire",
             Bench::Pause => "pause",
+            Bench::Link => "link",
         }
     }
 
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
-            Bench::Guest => "outlive",
+            Bench::Guest | Bench::Link => "outlive",
             Bench::Wire => "outlive-epoch",
             Bench::Pause => "outlive-machine",
         }
@@ -95,7 +99,7 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest | Bench::Wire | Bench::Pause => Vec::new(),
+            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link => Vec::new(),
         }
     }
 }
