@@ -10,15 +10,18 @@
 #[path = "../tests/survive/support/mod.rs"]
 mod support;
 
-use std::fs::File;
-use std::io::Write;
+// Likewise.
+#[allow(dead_code)]
+mod common;
+
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use outlive::events::{Event, Stats};
+use outlive::events::Stats;
 
-use support::{Client, Process, Side, Value, World};
+use common::{Extent, median, row, stats};
+use support::{Client, Side, Value, World};
 
 /// Pages, and how many of a hundred writes go to a tenth of them.
 const LOADS: [(u64, u32); 4] = [(16, 100), (300, 50), (1000, 90), (3000, 50)];
@@ -59,15 +62,6 @@ impl Sent {
     }
 }
 
-/// The newest counters.
-fn stats(primary: &mut Process) -> Stats {
-    let newest = primary.events().filter_map(|event| match event {
-        Event::Stats(stats) => Some(stats.clone()),
-        _ => None,
-    });
-    newest.last().unwrap_or_default()
-}
-
 /// Writes of the guest since the load was set.
 fn writes(client: &mut Client) -> u64 {
     let Ok(Value::Array(fields)) = client.ask("WORK STAT") else { panic!("no statistics") };
@@ -103,18 +97,6 @@ fn round(load: (u64, u32), time: Duration) -> Option<(f64, f64, Sent)> {
     std::thread::sleep(Duration::from_millis(250));
     let sent = Sent::between(&before, &stats(&mut primary));
     Some((free, kept, sent))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// A row, as every bench of the project writes it.
-fn row(bench: &str, case: &str, (value, unit): (f64, &str), (peer, peer_value): (&str, f64)) -> String {
-    format!(
-        "{{\"bench\":\"{bench}\",\"case\":{case},\"value\":{value:.3},\"unit\":\"{unit}\",\"peer\":\"{peer}\",\"peer_value\":{peer_value:.3}}}\n"
-    )
 }
 
 /// Bytes of a checkpoint beside those of its pages raw, or, of one that has hardly any, beside the fewest.
@@ -185,30 +167,15 @@ fn wire(scale: &Scale, rows: &mut String) -> Option<()> {
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let has = |option: &str| arguments.iter().any(|it| it == option);
-    if has("--list") {
-        println!("the_bench_runs: test");
-        return ExitCode::SUCCESS;
-    }
-    let scale = match (has("--bench"), has("--quick")) {
-        (false, _) => SMOKE,
-        (true, true) => QUICK,
-        (true, false) => FULL,
-    };
-    let mut rows = String::new();
-    let done = work(&scale, &mut rows).and_then(|()| wire(&scale, &mut rows));
-    if done.is_none() {
-        // Under `cargo test` that is no failure.
-        return if has("--bench") { ExitCode::from(2) } else { ExitCode::SUCCESS };
-    }
-    let json = arguments.iter().position(|it| it == "--json").and_then(|at| arguments.get(at + 1));
-    let written = json.map(|file| File::create(file).and_then(|mut file| file.write_all(rows.as_bytes())));
-    match written.transpose() {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error}");
-            ExitCode::from(2)
-        }
-    }
+    common::run(|extent| {
+        let scale = match extent {
+            Extent::Full => FULL,
+            Extent::Quick => QUICK,
+            Extent::Smoke => SMOKE,
+        };
+        let mut rows = String::new();
+        work(&scale, &mut rows)?;
+        wire(&scale, &mut rows)?;
+        Some(rows)
+    })
 }

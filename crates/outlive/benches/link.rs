@@ -11,14 +11,19 @@
 #[path = "../tests/survive/support/mod.rs"]
 mod support;
 
-use std::fs::{self, File};
+// Likewise.
+#[allow(dead_code)]
+mod common;
+
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use outlive::events::{Event, Stats};
+use outlive::events::Event;
 
+use common::{Extent, median, stats};
 use support::{Client, Process, Side, Value, World};
 
 /// A guest that writes to so many pages all the time.
@@ -53,15 +58,6 @@ struct Taken {
 
 fn world(is_plain: bool) -> Option<World> {
     if is_plain { World::plain() } else { World::new() }
-}
-
-/// The newest counters.
-fn stats(primary: &mut Process) -> Stats {
-    let newest = primary.events().filter_map(|event| match event {
-        Event::Stats(stats) => Some(stats.clone()),
-        _ => None,
-    });
-    newest.last().unwrap_or_default()
 }
 
 /// Microseconds a checkpoint.
@@ -152,19 +148,11 @@ fn measure(is_plain: bool, scale: &Scale) -> Option<Taken> {
     Some(Taken { checkpoint, base, busy: [sender, reader], mib })
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// A row, as every bench of the project writes it.
+/// A row, and what a person reads.
 fn row(bench: &str, (value, unit): (f64, &str), (peer, peer_value): (&str, f64)) -> String {
     let percent = peer_value * 100.0 / value;
     println!("{bench}: {value:.1} {unit}; {peer} {peer_value:.1} {unit}: {percent:.0} % of its speed");
-    format!(
-        "{{\"bench\":\"{bench}\",\"case\":{{\"link\":\"tls1.3\"}},\"value\":{value:.3},\"unit\":\"{unit}\",\"peer\":\"{peer}\",\"peer_value\":{peer_value:.3}}}\n"
-    )
+    common::row(bench, "{\"link\":\"tls1.3\"}", (value, unit), (peer, peer_value))
 }
 
 fn rows(scale: &Scale) -> Option<String> {
@@ -180,7 +168,7 @@ fn rows(scale: &Scale) -> Option<String> {
     text += &row("link.checkpoint", (value, "us"), ("plain", peer));
     let (value, peer) = both(|taken| taken.base);
     text += &row("link.base", (value, "us/MiB"), ("plain", peer));
-    text += &row("link.copy", (value, "us/MiB"), ("a copy over the same link", median(floor.into_iter())));
+    text += &row("link.copy", (value, "us/MiB"), ("a copy over the same link", median(floor)));
     let (value, peer) = both(|taken| taken.busy[0]);
     text += &row("link.sender", (value, "us/MiB"), ("plain", peer));
     println!("  {:.2} GB for a second of a core", MIB as f64 / value / 1e3);
@@ -191,28 +179,11 @@ fn rows(scale: &Scale) -> Option<String> {
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let has = |option: &str| arguments.iter().any(|it| it == option);
-    if has("--list") {
-        println!("the_bench_runs: test");
-        return ExitCode::SUCCESS;
-    }
-    let scale = match (has("--bench"), has("--quick")) {
-        (false, _) => SMOKE,
-        (true, true) => QUICK,
-        (true, false) => FULL,
-    };
-    let Some(rows) = rows(&scale) else {
-        // Under `cargo test` that is no failure.
-        return if has("--bench") { ExitCode::from(2) } else { ExitCode::SUCCESS };
-    };
-    let json = arguments.iter().position(|it| it == "--json").and_then(|at| arguments.get(at + 1));
-    let written = json.map(|file| File::create(file).and_then(|mut file| file.write_all(rows.as_bytes())));
-    match written.transpose() {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error}");
-            ExitCode::from(2)
-        }
-    }
+    common::run(|extent| {
+        rows(&match extent {
+            Extent::Full => FULL,
+            Extent::Quick => QUICK,
+            Extent::Smoke => SMOKE,
+        })
+    })
 }

@@ -41,6 +41,7 @@ Examples:
   cargo xtask bench migrate                    a live migration with outlive-dirty beside one with bitmaps
   cargo xtask bench wire --quick               how fast pages are written down for the standby
   cargo xtask bench guest                      what a guest that writes much notices; as root, in network namespaces
+  cargo xtask bench clients                    what clients of a protected VM wait for, also when its host is killed
   cargo xtask bench link                       what TLS costs, beside a plain link; as root, in network namespaces
   cargo xtask bench pause --quick              the pause of a checkpoint beside what KVM alone needs for it
 
@@ -67,6 +68,9 @@ enum Bench {
     Pause,
     /// Checkpoints and the base over TLS, compared with a plain link and with a copy over the same one
     Link,
+    /// The time of a request, the requests of many clients, and the longest wait around a kill, compared with the same
+    /// guest unprotected
+    Clients,
 }
 
 impl Bench {
@@ -78,13 +82,14 @@ impl Bench {
             Bench::Wire => "wire",
             Bench::Pause => "pause",
             Bench::Link => "link",
+            Bench::Clients => "clients",
         }
     }
 
     fn package(self) -> &'static str {
         match self {
             Bench::Dirty | Bench::Migrate => "outlive-dirty",
-            Bench::Guest | Bench::Link => "outlive",
+            Bench::Guest | Bench::Link | Bench::Clients => "outlive",
             Bench::Wire => "outlive-epoch",
             Bench::Pause => "outlive-machine",
         }
@@ -99,7 +104,7 @@ impl Bench {
         match self {
             Bench::Dirty => dirty::plots(rows),
             Bench::Migrate => migrate::plots(rows),
-            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link => Vec::new(),
+            Bench::Guest | Bench::Wire | Bench::Pause | Bench::Link | Bench::Clients => Vec::new(),
         }
     }
 }
