@@ -272,7 +272,11 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
         StopOther => stop(play, other, length),
         HoldThreadOfOwner => hold(play, owner, length),
         HoldThreadOfOther => hold(play, other, length),
-        TakeMemory => take_program_memory(play.process(owner), MEMORY),
+        TakeMemory => {
+            // KVM tells of it, or a thread of the host touches it first, for example to compare it.
+            play.doomed = Some(owner);
+            take_program_memory(play.process(owner), MEMORY);
+        }
         TakeMemoryOfOther => {
             play.doomed = Some(other);
             take_all_memory(play.process(other), MEMORY);
