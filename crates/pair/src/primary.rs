@@ -268,6 +268,7 @@ impl Primary {
             Event::Broken { what, again } => self.broken(what, again),
             Event::Mended { what } => self.mended(what),
             Event::StandbyReaches { link, reaches } => self.standby_reaches(link, reaches),
+            Event::HandOver => self.hand_over(out),
         }
         if !in_pause {
             self.look_at_faults(out);

@@ -39,6 +39,7 @@ impl Command {
             Self::Standby(options) => standby(options),
             Self::Status(options) => status::command(options),
             Self::Console(options) => console::command(options),
+            Self::HandOver(options) => status::hand_over(options),
             Self::TakeOver(options) => status::take_over(options),
             Self::GoOnAlone(options) => status::go_on_alone(options),
             Self::GiveUp(options) => status::give_up(options),

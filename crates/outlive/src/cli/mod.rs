@@ -34,7 +34,7 @@ pub use run::{AcceptOptions, RunOptions};
 pub use standby::StandbyOptions;
 pub use status::StatusOptions;
 pub use values::{ConsoleSpec, DiskSpec, IpSpec, NetSpec, StandbyDisk, parse_size, parse_time};
-pub use word::WordOptions;
+pub use word::{HandOverOptions, WordOptions};
 
 /// A virtual machine that outlives its host.
 ///
@@ -74,6 +74,8 @@ pub enum Command {
     Status(StatusOptions),
     /// Attach a terminal to the serial port or the console of a VM on this host
     Console(ConsoleOptions),
+    /// Move the VM that runs here to its standby, for example to empty this host
+    HandOver(HandOverOptions),
     /// Give a VM with --arbiter manual to this host, its standby, after its primary was lost
     TakeOver(WordOptions),
     /// Let a VM with --arbiter manual go on at this host, where it ran, after its standby was lost

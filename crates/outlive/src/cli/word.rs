@@ -1,4 +1,4 @@
-//! `outlive take-over`, `outlive go-on-alone` and `outlive give-up`.
+//! `outlive hand-over`, `outlive take-over`, `outlive go-on-alone` and `outlive give-up`.
 
 use std::path::PathBuf;
 
@@ -17,6 +17,27 @@ pub struct WordOptions {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 }
+
+/// Where the VM runs that is to go on at its standby.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = HAND_OVER_HELP)]
+pub struct HandOverOptions {
+    /// Speak with the process that has this --status [default: the only one that answers in the usual folders]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+const HAND_OVER_HELP: &str = "\
+The VM goes on at its standby from its last checkpoint, as after a takeover: no reboot, no lost write, no broken
+connection. It is refused, and nothing changes, while the VM is not protected, its arbiter does not answer or is manual,
+its end was asked for, or the standby's host is cut off from the clients. If the standby does not come for it, the VM
+goes on here. This process then waits as the standby (with --listen, or if it began as one), or ends with exit code 3.
+
+Examples:
+  outlive hand-over                                       the only VM that runs here
+  outlive hand-over --socket /run/outlive/web.sock        one of several; outlive status shows them
+
+Exit codes: 0 the standby has the VM; 2 refused, or nobody to speak with.";
 
 const WORD_HELP: &str = "\
 Only for VMs whose hosts have --arbiter manual. When the two hosts have lost each other, the VM waits, and both logs say

@@ -277,6 +277,12 @@ pub enum Event {
         /// a standby, too.)
         kept: Option<String>,
     },
+    /// An operator wants the VM at its standby.
+    HandOver {
+        /// Why it stays here, for a person; `null`: it is left to its standby. A second one with a reason follows if that
+        /// does not take it.
+        kept: Option<String>,
+    },
     /// It is well again.
     HostMended {
         /// Which part.

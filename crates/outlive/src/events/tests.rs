@@ -60,6 +60,8 @@ fn every_event() -> Vec<Event> {
         Event::FenceFailed { attempt: 1, why: "exit status: 1".into() },
         Event::PeerFenced { attempt: 2, took_ms: 700 },
         Event::HostMended { part: Part::Network },
+        Event::HandOver { kept: None },
+        Event::HandOver { kept: Some("why".into()) },
         Event::StandbySlow { behind_ms: 1_100, in_flight: 4 },
         Event::StandbyCaughtUp { slow_ms: 3_000 },
         Event::Takeover {

@@ -28,11 +28,13 @@ use super::broken::Faults;
 use super::capture::{Due, FullLogs};
 use super::disks;
 use super::driver::SharedDriver;
+use super::handover::UnderWay;
 use super::hold::{Held, LastEpoch};
 use super::inbox::{Inbox, Messages};
 use super::notes::Notes;
 use super::pool::Pool;
 use super::restarts::Restarts;
+use super::rivals::Rivals;
 use super::self_check::SelfCheck;
 use super::stats::Totals;
 use crate::arbiter::Watch;
@@ -63,6 +65,8 @@ pub(super) struct Setup {
     pub(super) inbox: Messages,
     /// Looks whether the arbiter is there, if there is one.
     pub(super) arbiter_watch: Option<Arc<Watch>>,
+    /// Looks whether another host has won the VM.
+    pub(super) rivals: Option<Rivals>,
     /// When the VM was taken over, if it did not start here.
     pub(super) took_over: Option<Instant>,
     /// Whether it has a standby, or had one: it is not meant to be unprotected.
@@ -128,6 +132,8 @@ pub(super) struct Coordinator {
     pub(super) blamed: bool,
     /// What is broken at this host while the VM runs.
     pub(super) faults: Faults,
+    /// An operator moves the VM to its standby.
+    pub(super) hand_over: Option<UnderWay>,
     restarts: Restarts,
     /// When the guest that was asked to shut down is stopped.
     stop_due: Option<Instant>,
@@ -149,6 +155,7 @@ impl Coordinator {
             over: None,
             blamed: false,
             faults: Faults::default(),
+            hand_over: None,
             restarts: Restarts::default(),
             stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
@@ -237,6 +244,9 @@ impl Coordinator {
             Inbox::Network(broken) => self.network(broken),
             Inbox::GiveAway(what) => self.give_away(what),
             Inbox::Endure(what, kept) => self.endure(what, kept),
+            Inbox::HandOver(asked) => self.hand_over(asked),
+            Inbox::HandsOver => self.hands_over(),
+            Inbox::Keeps(why) => self.keeps(why),
             Inbox::Stop(why) => self.stop(why),
             Inbox::Exit(reason) => return Some(self.exit(reason)),
         }
@@ -254,6 +264,7 @@ impl Coordinator {
         }
         if matches!(note, PrimaryNote::Won { .. } | PrimaryNote::HandedOver) {
             self.faults.given_away = None;
+            self.not_handed_over();
         }
         let protected = matches!(note, PrimaryNote::Protected { .. });
         self.notes.say(note, standby);
@@ -469,6 +480,7 @@ impl Coordinator {
             // Its standby has the VM. The machine may have a disk that never answers.
             return self.give_up(&why);
         }
+        let handed = self.hand_over.take().map(UnderWay::is_over);
         self.with.machine.pause();
         // Committed output leaves now; after this, nothing else does.
         self.with.driver.finish_output();
@@ -477,6 +489,9 @@ impl Coordinator {
         // Its last report comes before the end.
         self.with.reporter.take();
         self.with.sidecars.written_within(FAREWELL).ok();
+        if let (Some(handed), ExitReason::Fenced { generation, owner }) = (handed, &reason) {
+            handed.to(*generation, owner);
+        }
         End::Primary(reason)
     }
 }

@@ -222,8 +222,12 @@ impl SharedDriver {
             let driver = self.lock();
             (driver.machine().status(), driver.machine().generation())
         };
-        if own >= generation || matches!(status, PrimaryStatus::Arbitrating | PrimaryStatus::Over) {
+        if own >= generation || status == PrimaryStatus::Over {
             return;
+        }
+        // Its standby, as far as is known.
+        if status == PrimaryStatus::Arbitrating {
+            return self.handle(PrimaryEvent::Superseded { generation, owner });
         }
         tracing::error!(
             generation,

@@ -14,6 +14,7 @@ use outlive_epoch::{Audited, DiskWant, ProtocolVersion};
 use outlive_machine::MachineEvent;
 use outlive_pair::{Broken, ExitReason, Kept, Link, PrimaryNote};
 
+use super::handover::Asked;
 use super::pool::Pool;
 use super::self_check::Hashed;
 use crate::disk::SyncReport;
@@ -137,6 +138,12 @@ pub(crate) enum Inbox {
     Network(Sight),
     /// The VM stays although this is broken.
     Endure(Broken, Kept),
+    /// The operator wants the VM at its standby, and waits for the answer.
+    HandOver(Asked),
+    /// It is left to it.
+    HandsOver,
+    /// It stays.
+    Keeps(Kept),
     /// End the process.
     Exit(ExitReason),
     /// The operator wants the VM stopped.

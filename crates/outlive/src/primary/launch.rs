@@ -141,6 +141,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         unprotected_because(&options, identity.checkpoint),
         move || counted.progress(),
     );
+    standing.hands_over(&queue);
     let output = machine.net().map(|net| net.output().clone());
     let (errand, errands) = links::errands();
     let valve = machine.valve().clone();
@@ -183,10 +184,8 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         end_notes = Some(claims.end_notes());
         driver.set_claims(claims);
     }
-    if let Some(place) = place {
-        rivals::watch(place, identity.provenance.vm, &driver, events.clone())
-            .map_err(CoordinateError::NoThread)?;
-    }
+    let watch_rivals = |place| rivals::watch(place, identity.provenance.vm, &driver, events.clone());
+    let rivals = place.map(watch_rivals).transpose().map_err(CoordinateError::NoThread)?;
     watch(&driver, timing.dead_after, &events).map_err(CoordinateError::NoThread)?;
     let reporter = report(totals.clone(), output, events.clone())
         .inspect_err(|error| tracing::warn!(%error, "no statistics"))
@@ -208,6 +207,7 @@ fn coordinate(launch: Launch) -> Result<End, CoordinateError> {
         machine,
         driver,
         inbox,
+        rivals,
         arbiter_watch,
         wants_protection: !options.standbys.is_empty() || identity.checkpoint > 0,
         took_over: (identity.checkpoint > 0).then(Instant::now),

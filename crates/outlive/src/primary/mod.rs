@@ -10,6 +10,7 @@ mod converge;
 mod coordinator;
 mod disks;
 mod driver;
+mod handover;
 mod hold;
 mod inbox;
 mod launch;
@@ -45,6 +46,8 @@ use crate::vm::{
 use crate::{notify, sandbox};
 
 pub(crate) use ask::{Answer, ask};
+pub(crate) use handover::{HandOverError, Waiting, ask as ask_to_hand_over};
+pub(crate) use inbox::Queue;
 pub(crate) use launch::run;
 
 /// Why a VM cannot be started.

@@ -263,6 +263,14 @@ impl PrimaryPorts for Ports {
         self.tell(Inbox::Endure(what, why));
     }
 
+    fn hand_over(&mut self) {
+        self.tell(Inbox::HandsOver);
+    }
+
+    fn keep(&mut self, why: Kept) {
+        self.tell(Inbox::Keeps(why));
+    }
+
     fn ask_guest(&mut self) {
         self.tell(Inbox::AskGuest);
     }

@@ -1,9 +1,11 @@
 //! Looks now and then whether somebody else has won a newer generation of the VM that runs here. By the protocol
-//! nobody can while this host is heard; but an operator may have started a copy of an image elsewhere.
+//! nobody can while this host is heard; but an operator may have started a copy of an image elsewhere. When the VM was
+//! left to its standby, it looks often, so that this host knows soon that it is the standby's.
 
 use std::io;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{Thread, park_timeout};
+use std::time::{Duration, Instant};
 
 use super::driver::SharedDriver;
 use crate::arbiter::{self, Arbiter, process_token};
@@ -15,6 +17,28 @@ const EVERY: Duration = Duration::from_secs(10);
 /// Time between two questions whether the driver is still there.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// The same in a hurry.
+const EVERY_SOON: Duration = Duration::from_millis(10);
+/// How long the hurry lasts at most. Long before, this host has asked the arbiter itself.
+const HURRY: Duration = Duration::from_secs(60);
+
+/// Until when it looks often.
+type Hurry = Mutex<Option<Instant>>;
+
+/// The thread that looks.
+pub(super) struct Rivals {
+    thread: Thread,
+    hurry: Arc<Hurry>,
+}
+
+impl Rivals {
+    /// Looks often from now on.
+    pub(super) fn hurry(&self) {
+        *self.hurry.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + HURRY);
+        self.thread.unpark();
+    }
+}
+
 /// Starts the thread, which has a connection of its own to the arbiter at `place`: a look that takes long holds up
 /// no claim. It ends with its driver. An arbiter that does not answer is the watch's to report.
 ///
@@ -25,13 +49,15 @@ pub(super) fn watch(
     vm: VmId,
     driver: &Arc<SharedDriver>,
     events: EventWriter,
-) -> io::Result<()> {
+) -> io::Result<Rivals> {
     let token = process_token()?;
     let driver = Arc::downgrade(driver);
-    outlive_machine::spawn("rivals", move || {
+    let hurry = Arc::new(Hurry::default());
+    let seen = hurry.clone();
+    let started = outlive_machine::spawn("rivals", move || {
         // Opened by this thread, which may wait for it, and once: opening writes to the arbiter.
         let mut arbiter = None;
-        while rests(&driver) {
+        while rests(&driver, &seen) {
             arbiter = arbiter.or_else(|| arbiter::parse(&place).ok());
             let newest = arbiter.as_mut().and_then(|it| newest(it.as_mut(), &vm, token));
             let Some((generation, owner)) = newest else { continue };
@@ -39,15 +65,22 @@ pub(super) fn watch(
             driver.superseded(generation, owner, &events);
         }
     })?;
-    Ok(())
+    Ok(Rivals { thread: started.thread().clone(), hurry })
 }
 
 /// Rests, and returns whether the driver is still there.
-fn rests(driver: &Weak<SharedDriver>) -> bool {
-    (0..EVERY.as_secs() / LOOK.as_secs()).all(|_| {
-        std::thread::sleep(LOOK);
-        driver.strong_count() > 0
-    })
+fn rests(driver: &Weak<SharedDriver>, hurry: &Hurry) -> bool {
+    let began = Instant::now();
+    while driver.strong_count() > 0 {
+        let until = *hurry.lock().unwrap_or_else(PoisonError::into_inner);
+        let every = if until.is_some_and(|until| Instant::now() < until) { EVERY_SOON } else { EVERY };
+        let left = every.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            return true;
+        }
+        park_timeout(left.min(LOOK));
+    }
+    false
 }
 
 /// The newest generation and its winner, if that is another process.

@@ -118,7 +118,8 @@ fn answer(mut client: UnixStream, standing: &Arc<Standing>) {
     };
     // The other host is looked for, which may take seconds. Whoever wants the status need not wait for it.
     let standing = standing.clone();
-    let started = outlive_machine::spawn("word", move || say(&client, word::obey(order, &standing)));
+    let started =
+        outlive_machine::spawn("word", move || word::obey(order, &standing, |line| say(&client, line)));
     if let Err(error) = started {
         tracing::warn!(%error, "an operator's word was not heard: no thread");
     }

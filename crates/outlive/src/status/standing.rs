@@ -10,6 +10,7 @@ use crate::audit::AuditProgress;
 use crate::events::{EventWriter, Role, now_us};
 use crate::link::{LinkKind, Security};
 use crate::notify;
+use crate::primary::Queue;
 
 /// How far the checkpoints are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +47,9 @@ pub(super) struct Facts {
     pub(super) generation: Option<u64>,
     pub(super) peer: Option<String>,
     pub(super) link: Option<LinkKind>,
-    watch: Option<Weak<Watch>>,
+    pub(super) watch: Option<Weak<Watch>>,
+    /// Who can hand the VM over.
+    pub(super) coordinator: Option<Queue>,
     counter: Option<Counter>,
     /// Where an operator's decisions are told.
     pub(super) events: Option<EventWriter>,
@@ -101,6 +104,7 @@ impl Standing {
             peer: None,
             link: None,
             watch: None,
+            coordinator: None,
             counter: None,
             events: None,
             others: None,
@@ -170,6 +174,11 @@ impl Standing {
         });
     }
 
+    /// Operators who want the VM at its standby ask this coordinator from now on.
+    pub(crate) fn hands_over(&self, coordinator: &Queue) {
+        self.change(|facts| facts.coordinator = Some(coordinator.clone()));
+    }
+
     /// This host starts the VM.
     pub(crate) fn starts_here(&self, why: &str) {
         self.unprotected(why);
@@ -182,7 +191,7 @@ impl Standing {
         self.change(|facts| {
             facts.role = Role::Standby;
             facts.peer = None;
-            facts.counter = None;
+            (facts.counter, facts.coordinator) = (None, None);
         });
     }
 

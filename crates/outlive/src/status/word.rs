@@ -1,10 +1,11 @@
-//! An operator's word about a generation, for a VM whose arbiter is `manual`: from the command to the process that
-//! waits for it, through the socket of `outlive status`.
+//! An operator's word: about a generation, for a VM whose arbiter is `manual`, or that the VM shall go to its standby. It
+//! goes from the command to the process through the socket of `outlive status`.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Weak;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -12,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::standing::Facts;
 use super::{Standing, place};
 use crate::arbiter::{NotTaken, Taken, Word, desk};
-use crate::cli::WordOptions;
+use crate::cli::{HandOverOptions, WordOptions};
 use crate::events::{Event, Role};
-use crate::primary::{Answer, ask};
+use crate::primary::{Answer, HandOverError, Waiting, ask, ask_to_hand_over};
 use crate::{exit, socket};
 
 /// How long a client may take to say something. One that only wants the status says at once that it does not. Clients
@@ -24,6 +25,8 @@ const HEARS: Duration = Duration::from_millis(5);
 const TRIES: usize = 20;
 /// The longest word, in bytes.
 const LONGEST: usize = 256;
+/// How long a hand-over may take before it is said that nobody knows.
+const HANDS_OVER: Duration = Duration::from_secs(15);
 /// How long the answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -37,14 +40,17 @@ pub(super) enum Order {
     GoOnAlone { generation: u64 },
     /// The other host shall have it.
     GiveUp { generation: u64 },
+    /// The VM shall go on at its standby. No word about a generation: the arbiter is asked as always.
+    HandOver,
 }
 
 impl Order {
-    /// The word, and about which generation.
-    fn parts(self) -> (Word, u64) {
+    /// The word, and about which generation, if it is one.
+    fn parts(self) -> Option<(Word, u64)> {
         match self {
-            Self::TakeOver { generation } | Self::GoOnAlone { generation } => (Word::Here, generation),
-            Self::GiveUp { generation } => (Word::There, generation),
+            Self::TakeOver { generation } | Self::GoOnAlone { generation } => Some((Word::Here, generation)),
+            Self::GiveUp { generation } => Some((Word::There, generation)),
+            Self::HandOver => None,
         }
     }
 }
@@ -73,6 +79,34 @@ enum Refused {
     IsStandby,
     #[error(transparent)]
     NotTaken(#[from] NotTaken),
+    #[error(
+        "the VM does not run here: say `outlive hand-over` on the host where it runs, which `outlive status` shows"
+    )]
+    NotHere,
+    #[error(
+        "with --arbiter manual the VM would stand still until it has your word: stop the guest, or have it taken over by \
+         hand (docs/arbitration.md)"
+    )]
+    ByHand,
+    #[error(
+        "the arbiter does not answer, so nobody could take the VM over ({0}): say it again when it is back"
+    )]
+    NoArbiter(String),
+    #[error(transparent)]
+    HandOver(#[from] HandOverError),
+}
+
+/// What was done, in words.
+struct Done {
+    text: String,
+    /// A process that ends next waits until the words are written.
+    _process: Option<Waiting>,
+}
+
+impl From<String> for Done {
+    fn from(text: String) -> Self {
+        Self { text, _process: None }
+    }
 }
 
 /// What a client of the status socket says, if it says anything.
@@ -83,40 +117,56 @@ pub(super) fn heard(client: &mut UnixStream) -> Option<Order> {
     serde_json::from_slice(bytes.get(..length)?).ok()
 }
 
-/// Carries an order out. Returns the answer, as a line of JSON.
-pub(super) fn obey(order: Order, standing: &Standing) -> Vec<u8> {
-    let outcome = match carry_out(order, standing) {
-        Ok(done) => Outcome::Done(done),
+/// Carries an order out, and hands the answer to `write`, as a line of JSON.
+pub(super) fn obey(order: Order, standing: &Standing, write: impl FnOnce(Vec<u8>)) {
+    let done = carry_out(order, standing);
+    let outcome = match &done {
+        Ok(Done { text, .. }) => Outcome::Done(text.clone()),
         Err(why) => {
             tracing::warn!("an operator's word was refused: {why}");
             Outcome::Refused(why.to_string())
         }
     };
     // Plain data: this cannot fail.
-    serde_json::to_vec(&outcome).expect("an outcome is plain data")
+    write(serde_json::to_vec(&outcome).expect("an outcome is plain data"));
 }
 
-fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
+/// Has the VM go on at its standby.
+fn hand_over(facts: &Facts) -> Result<Done, Refused> {
+    let coordinator =
+        facts.coordinator.as_ref().filter(|_| facts.role == Role::Primary).ok_or(Refused::NotHere)?;
+    let sight = facts.watch.as_ref().and_then(Weak::upgrade).map(|watch| watch.sight());
+    if sight.as_ref().is_some_and(|sight| sight.is_a_person) {
+        return Err(Refused::ByHand);
+    }
+    if let Some(why) = sight.and_then(|sight| sight.lost) {
+        return Err(Refused::NoArbiter(why));
+    }
+    let process = ask_to_hand_over(coordinator)?;
+    let text = process.answer(HANDS_OVER)?;
+    Ok(Done { text, _process: Some(process) })
+}
+
+fn carry_out(order: Order, standing: &Standing) -> Result<Done, Refused> {
     let facts = standing.facts();
-    let (said, its) = order.parts();
+    let Some((said, its)) = order.parts() else { return hand_over(&facts) };
     // An operator who is not sure whether it was heard says it again.
     if desk().decided(its).is_some()
         && let Taken::Before(vm) = desk().decide(its, said)?
     {
-        return Ok(format!("generation {its} of VM {vm} is {said} already: nothing was changed"));
+        return Ok(format!("generation {its} of VM {vm} is {said} already: nothing was changed").into());
     }
     // Before a claim is open, the other host lives as far as this one knows.
     if !facts.asking {
         let why = if facts.protected { "the VM is protected".to_owned() } else { facts.reason() };
         return Err(Refused::Seen(why));
     }
-    let (generation, word) = match (order, facts.role) {
-        (Order::TakeOver { generation }, Role::Standby)
-        | (Order::GoOnAlone { generation }, Role::Primary) => (generation, Word::Here),
-        (Order::GiveUp { generation }, _) => (generation, Word::There),
+    match (order, facts.role) {
         (Order::TakeOver { .. }, Role::Primary) => return Err(Refused::RanHere),
         (Order::GoOnAlone { .. }, Role::Standby) => return Err(Refused::IsStandby),
-    };
+        _ => {}
+    }
+    let (generation, word) = (its, said);
     if word == Word::Here {
         unless_seen(&facts, generation)?;
     }
@@ -127,7 +177,7 @@ fn carry_out(order: Order, standing: &Standing) -> Result<String, Refused> {
     if let Some(events) = &facts.events {
         events.emit(Event::OperatorDecided { generation, here });
     }
-    Ok(format!("generation {generation} of VM {vm} is {}", whose.to_lowercase()))
+    Ok(format!("generation {generation} of VM {vm} is {}", whose.to_lowercase()).into())
 }
 
 /// Refuses while the other host can be reached and may have the VM, or a copy that it waits with. It takes some
@@ -183,22 +233,27 @@ enum WordError {
 
 /// `outlive take-over`: returns the exit code.
 pub(crate) fn take_over(options: &WordOptions) -> u8 {
-    command(options, Order::TakeOver { generation: options.generation })
+    command(options.socket.as_deref(), Order::TakeOver { generation: options.generation })
+}
+
+/// `outlive hand-over`: returns the exit code.
+pub(crate) fn hand_over_command(options: &HandOverOptions) -> u8 {
+    command(options.socket.as_deref(), Order::HandOver)
 }
 
 /// `outlive go-on-alone`: returns the exit code.
 pub(crate) fn go_on_alone(options: &WordOptions) -> u8 {
-    command(options, Order::GoOnAlone { generation: options.generation })
+    command(options.socket.as_deref(), Order::GoOnAlone { generation: options.generation })
 }
 
 /// `outlive give-up`: returns the exit code.
 pub(crate) fn give_up(options: &WordOptions) -> u8 {
-    command(options, Order::GiveUp { generation: options.generation })
+    command(options.socket.as_deref(), Order::GiveUp { generation: options.generation })
 }
 
-fn command(options: &WordOptions, order: Order) -> u8 {
-    let said =
-        options.socket.clone().map_or_else(|| only(&place::folders()), Ok).and_then(|path| say(&path, order));
+fn command(socket: Option<&Path>, order: Order) -> u8 {
+    let path = socket.map_or_else(|| only(&place::folders()), |path| Ok(path.to_owned()));
+    let said = path.and_then(|path| say(&path, order));
     let printed = said.and_then(|done| writeln!(io::stdout().lock(), "{done}").map_err(WordError::Print));
     printed.map_or_else(exit::usage, |()| exit::OK)
 }
@@ -265,6 +320,7 @@ mod tests {
         assert!(refused(Order::GoOnAlone { generation: 2 }).contains("the standby was lost"));
         standing.asking("asking the arbiter");
         assert!(refused(Order::TakeOver { generation: 2 }).contains("outlive go-on-alone"));
+        assert!(refused(Order::HandOver).contains("does not run here"));
         // Another arbiter than a person is asked.
         assert!(refused(Order::GoOnAlone { generation: 2 }).contains("nobody waits for a word"));
         assert_eq!(only(&[directory.path().to_owned()]).unwrap(), path);

@@ -14,6 +14,7 @@ mod ends;
 mod errors;
 mod fence;
 mod freeze;
+mod hand_over;
 mod host_faults;
 mod host_network;
 mod kills;

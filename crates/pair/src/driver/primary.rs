@@ -109,6 +109,13 @@ pub trait PrimaryPorts {
     /// The VM stays although this is broken: tell, and let the guest hear of its disk's failures.
     fn endure(&mut self, what: Broken, why: Kept);
 
+    /// The VM is left to its standby, because its operator wants that: tell. What follows is as after
+    /// [`give_away`](Self::give_away).
+    fn hand_over(&mut self);
+
+    /// The VM is not handed over: tell the operator.
+    fn keep(&mut self, why: Kept);
+
     /// Have the guest asked to shut itself down.
     fn ask_guest(&mut self);
 
@@ -301,6 +308,14 @@ impl<P: PrimaryPorts> Hands<Primary> for Carrying<'_, P> {
             }
             Action::Endure { what, why } => {
                 ports.endure(what, why);
+                Ok(())
+            }
+            Action::HandOver => {
+                ports.hand_over();
+                Ok(())
+            }
+            Action::Keep { why } => {
+                ports.keep(why);
                 Ok(())
             }
             Action::Exit { reason } => {

@@ -98,6 +98,8 @@ impl World {
             | Action::DropCapture
             | Action::AskGuest
             | Action::Endure { .. }
+            | Action::HandOver
+            | Action::Keep { .. }
             | Action::Note(_) => {}
         }
         None

@@ -1,5 +1,5 @@
 //! Something is broken at the host on which the VM runs, but the VM still runs: whether another host is better
-//! for it.
+//! for it. An operator may say so, too.
 
 use std::fmt;
 use std::time::Duration;
@@ -23,6 +23,8 @@ pub enum Broken {
 pub enum Kept {
     /// No standby has it.
     Unprotected,
+    /// It is not known yet whether a standby has it, or which host.
+    Undecided,
     /// It has come only just now, or the same was broken on its last host: two hosts must not hand it to each
     /// other for ever.
     JustTakenOver,
@@ -40,6 +42,7 @@ impl fmt::Display for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unprotected => "no standby has this VM",
+            Self::Undecided => "it is not known yet which hosts have this VM",
             Self::JustTakenOver => {
                 "it has come to this host only just now, or its last host had the same fault"
             }
@@ -194,6 +197,41 @@ impl Primary {
     fn give_away(&mut self, what: Broken, out: &mut Vec<Action>) {
         out.push(Action::GiveAway { what });
         out.push(Action::Note(Note::GivenAway { what }));
+        self.leave_to_standby(out);
+    }
+
+    /// The operator's wish is decided at once. Unlike a fault it may come again and again: two hosts hand the VM to
+    /// each other only as often as somebody says so.
+    pub(super) fn hand_over(&mut self, out: &mut Vec<Action>) {
+        match self.may_hand_over() {
+            Ok(()) => {
+                out.push(Action::HandOver);
+                self.leave_to_standby(out);
+            }
+            Err(why) => out.push(Action::Keep { why }),
+        }
+    }
+
+    fn may_hand_over(&self) -> Result<(), Kept> {
+        let ends = self.end.is_some() || self.guest_asked;
+        if ends && !planted!(self.bug, GivenAwayWhileEnding) {
+            return Err(Kept::Stopping);
+        }
+        match &self.state {
+            State::Over { .. } => return Err(Kept::Stopping),
+            _ if planted!(self.bug, GivenToNobody) => {}
+            State::Arbitrating { .. } => return Err(Kept::Undecided),
+            State::Guarding(_, Guard { acked, base, .. }) if acked < base => return Err(Kept::Undecided),
+            State::Guarding(..) => {}
+            _ => return Err(Kept::Unprotected),
+        }
+        if self.faults.standby_reaches == Some(false) && !planted!(self.bug, GivenToTheCutOff) {
+            return Err(Kept::StandbyCutOff);
+        }
+        Ok(())
+    }
+
+    fn leave_to_standby(&mut self, out: &mut Vec<Action>) {
         let State::Guarding(attached, _) = &self.state else { return };
         let link = attached.link;
         out.push(Action::Hangup { link });

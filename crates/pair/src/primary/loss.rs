@@ -104,11 +104,14 @@ impl Primary {
         }
     }
 
-    /// The VM runs elsewhere, by somebody's hand. A claim that is under way says the same, or that this process has
-    /// won after all.
+    /// The VM runs elsewhere: at the standby that it was left to, or by somebody's hand. A claim that is under way says
+    /// the same, or that this process has won after all.
     pub(super) fn superseded(&mut self, generation: u64, owner: String, out: &mut Vec<Action>) {
-        let waits =
-            matches!(self.state, State::Arbitrating { .. } | State::Unrivalled(_) | State::Over { .. });
+        let waits = match &self.state {
+            State::Arbitrating { claim, .. } => claim.was_asked(),
+            State::Unrivalled(_) | State::Over { .. } => true,
+            _ => false,
+        };
         if waits || generation <= self.generation {
             return;
         }

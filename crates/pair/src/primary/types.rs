@@ -164,6 +164,9 @@ pub enum PrimaryEvent {
         /// `None`: it does not know.
         reaches: Option<bool>,
     },
+    /// The operator wants the VM at its standby. The answer is [`PrimaryAction::HandOver`] or
+    /// [`PrimaryAction::Keep`], at once.
+    HandOver,
     /// The operator wants the VM stopped.
     Stop {
         /// Whether the guest can be asked to shut itself down; it is asked the first time.
@@ -286,6 +289,14 @@ pub enum PrimaryAction {
         /// What is broken.
         what: Broken,
         /// Why the VM stays.
+        why: Kept,
+    },
+    /// The VM is left to its standby, because its operator wants that: as after [`GiveAway`](Self::GiveAway) its link
+    /// closes next, and who has it is known when the arbiter has answered.
+    HandOver,
+    /// The VM is not handed over.
+    Keep {
+        /// Why it stays.
         why: Kept,
     },
     /// End the process, after everything queued before has been carried out.

@@ -95,6 +95,65 @@ impl World {
         }
     }
 
+    /// Its operator wants the VM at its standby.
+    pub(super) fn wants_it_elsewhere(&mut self) {
+        let (_, owner) = self.truth.newest();
+        if self.frozen(owner) <= self.now {
+            self.primary(owner, PrimaryEvent::HandOver);
+        }
+    }
+
+    /// The VM is handed over, whether or not its standby can take it.
+    pub(super) fn hands_over(&mut self, life: Life) {
+        self.stats.handed += 1;
+        let Some(p) = self.primary_of(life) else { return };
+        let (protected, asked, reaches) = (p.protected, p.asked, p.standby_reaches);
+        p.gave = true;
+        let delay = self.rng.range(1_000, 40_000);
+        self.after(delay, Happening::SeesWinner(life));
+        if asked {
+            self.truth.fail(format!("{life:?} hands a VM over whose operator wants it stopped"));
+        }
+        if !protected {
+            self.truth.fail(format!("{life:?} hands the VM over although nobody has it"));
+        }
+        if reaches == Some(false) {
+            self.truth.fail(format!("{life:?} hands the VM to a host that is cut off from the clients"));
+        }
+    }
+
+    /// A look at the arbiter by a process that has left its VM to the standby: it looks until it knows who has it.
+    pub(super) fn sees_winner(&mut self, life: Life) {
+        let (generation, winner) = self.truth.newest();
+        let Some(p) = self.primary_of(life) else { return };
+        if p.driver.machine().status() != PrimaryStatus::Arbitrating {
+            return;
+        }
+        if winner != life && !self.cannot_reach_arbiter(life.0) {
+            let owner = format!("{winner:?}");
+            return self.primary(life, PrimaryEvent::Superseded { generation, owner });
+        }
+        let delay = self.rng.range(1_000, 40_000);
+        self.after(delay, Happening::SeesWinner(life));
+    }
+
+    /// The operator is told why not.
+    pub(super) fn keeps(&mut self, life: Life, why: Kept) {
+        self.stats.kept += 1;
+        let Some(p) = self.primary_of(life) else { return };
+        let machine = p.driver.machine();
+        let (status, runs) = (machine.status(), machine.guest_may_run());
+        let wrong = match why {
+            Kept::Unprotected | Kept::Undecided => status == PrimaryStatus::Protected,
+            Kept::Stopping => !p.asked && runs,
+            Kept::StandbyCutOff => p.standby_reaches != Some(false),
+            Kept::JustTakenOver | Kept::NotTaken | Kept::StandbySilent => true,
+        };
+        if wrong {
+            self.truth.fail(format!("{life:?} does not hand the VM over because of {why:?}"));
+        }
+    }
+
     /// The VM stays, and the guest hears of its disk's error.
     pub(super) fn endures(&mut self, life: Life, what: Broken, why: Kept) {
         self.stats.endured += 1;
@@ -103,6 +162,7 @@ impl World {
         let same = what == Broken::Disk && std::mem::take(&mut p.same_fault);
         let wrong = match why {
             Kept::Unprotected => protected,
+            Kept::Undecided => true,
             // The time of the decision may be that of a process that was stopped.
             Kept::JustTakenOver => p.came.is_none() && !same,
             Kept::NotTaken => !p.gave,

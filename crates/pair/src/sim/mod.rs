@@ -104,6 +104,7 @@ fn the_invariants_hold_in_every_schedule() {
         assert!(stats.ended > count / 50 && stats.followed > count / 50, "{stats:?}");
         assert!(stats.protected > count && stats.released > count * 50, "{stats:?}");
         assert!(stats.given_away > count / 50 && stats.endured > count / 50, "{stats:?}");
+        assert!(stats.handed > count / 50 && stats.kept > count / 100, "{stats:?}");
         assert!(stats.vm_lost < count / 4, "{stats:?}");
         assert!(stats.given > count && stats.repeated > count / 10, "{stats:?}");
     }

@@ -84,6 +84,8 @@ pub(super) enum PrimaryEffect {
     StopGuest,
     GiveAway { what: Broken },
     Endure { what: Broken, why: Kept },
+    HandOver,
+    Keep { why: Kept },
     Exit(ExitReason),
     Note(PrimaryNote),
 }
@@ -250,6 +252,14 @@ impl PrimaryPorts for PrimarySide {
 
     fn endure(&mut self, what: Broken, why: Kept) {
         self.effects.push(PrimaryEffect::Endure { what, why });
+    }
+
+    fn hand_over(&mut self) {
+        self.effects.push(PrimaryEffect::HandOver);
+    }
+
+    fn keep(&mut self, why: Kept) {
+        self.effects.push(PrimaryEffect::Keep { why });
     }
 
     fn ask_guest(&mut self) {

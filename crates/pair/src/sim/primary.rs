@@ -209,6 +209,8 @@ impl World {
             Effect::Fence => self.stats.fenced += 1,
             Effect::GiveAway { what } => self.gives_away(life, what),
             Effect::Endure { what, why } => self.endures(life, what, why),
+            Effect::HandOver => self.hands_over(life),
+            Effect::Keep { why } => self.keeps(life, why),
             Effect::AskGuest => {
                 if let Some(p) = self.primary_of(life) {
                     p.asked = true;

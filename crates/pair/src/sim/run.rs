@@ -35,7 +35,7 @@ pub(super) enum Faults {
 }
 
 /// The kinds of faults that [`World::fault`] draws.
-pub(super) const FAULT_NAMES: [&str; 31] = [
+pub(super) const FAULT_NAMES: [&str; 32] = [
     "crash",
     "crash",
     "crash of the owner",
@@ -67,6 +67,7 @@ pub(super) const FAULT_NAMES: [&str; 31] = [
     "another arbiter's directory",
     "slow disk",
     "slow disk",
+    "hand-over",
 ];
 
 /// The faults of a schedule that strike: all except those that are left out.
@@ -229,6 +230,7 @@ impl World {
             | Happening::Drain(life)
             | Happening::VmStep(life)
             | Happening::DiskFails(life)
+            | Happening::SeesWinner(life)
             | Happening::Counted { life, .. }
             | Happening::ShipPart { life, .. }
             | Happening::Dialled { life, .. }
@@ -264,6 +266,7 @@ impl World {
             Happening::Dialled { life, link, target } => self.dialled(life, link, target),
             Happening::VmStep(life) => self.vm_step(life),
             Happening::DiskFails(life) => self.disk_fails(life),
+            Happening::SeesWinner(life) => self.sees_winner(life),
             Happening::Reconnected { host } => self.reconnected(host),
             Happening::Counted { life, link, base } => self.counted(life, link, base),
             Happening::ShipPart { life, captured_for, ticket, node, left } => {
@@ -447,6 +450,7 @@ impl World {
             27 => self.arbiter_forgot_until = until,
             28 => self.hosts[host].swapped_until = until,
             29 | 30 => self.hosts[host].slow_disk_until = until + 300_000,
+            31 => self.wants_it_elsewhere(),
             _ => {
                 let (_, owner) = self.truth.newest();
                 if let Process::Primary(p) = &self.hosts[owner.0].process {

@@ -107,6 +107,8 @@ pub(super) enum Happening {
     VmStep(Life),
     /// The host's disk fails a request of the guest.
     DiskFails(Life),
+    /// A process that has left the VM to its standby looks at the arbiter, and then knows this.
+    SeesWinner(Life),
     /// A host's way to the guest's clients is there again.
     Reconnected {
         host: usize,
@@ -321,6 +323,8 @@ pub(super) struct Stats {
     /// VMs that were left to their standby because something was broken, and that stayed nevertheless.
     pub(super) given_away: u64,
     pub(super) endured: u64,
+    pub(super) handed: u64,
+    pub(super) kept: u64,
     /// Frames of the tail: given to the guest, and sent again, at takeovers.
     pub(super) given: u64,
     pub(super) repeated: u64,
@@ -359,6 +363,8 @@ impl Stats {
         self.handed_over += other.handed_over;
         self.given_away += other.given_away;
         self.endured += other.endured;
+        self.handed += other.handed;
+        self.kept += other.kept;
         self.faults.iter_mut().zip(&other.faults).for_each(|(sum, one)| *sum += one);
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use outlive_epoch::LeaveReason;
 use outlive_pair::PrimaryAction::{
-    self, Claim, Endure, Exit, Fence, GiveAway, Hangup, ReleaseAll, StopGuest,
+    self, Claim, Endure, Exit, Fence, GiveAway, HandOver, Hangup, Keep, ReleaseAll, StopGuest,
 };
 use outlive_pair::PrimaryEvent::{Broken as Breaks, Claimed, Leave, LinkLost, Mended, StandbyReaches, Tick};
 use outlive_pair::{
@@ -142,4 +142,35 @@ fn a_vm_whose_operator_has_asked_for_its_stop_stays() {
     assert_eq!(host.acts(PrimaryEvent::Stop { ask_guest: true }), [PrimaryAction::AskGuest]);
     assert_eq!(host.acts(NETWORK), [Endure { what: Broken::Network, why: Kept::Stopping }]);
     assert_eq!(host.acts(DISK), [Endure { what: Broken::Disk, why: Kept::Stopping }]);
+}
+
+/// An operator may hand a VM over that has come only just now, and again and again.
+#[test]
+fn an_operator_hands_a_protected_vm_over_and_it_stays_where_nobody_takes_it() {
+    let mut host = Host::protected_at(1);
+    let handed = host.acts(PrimaryEvent::HandOver);
+    assert_eq!(handed, [HandOver, Hangup { link: LINK }]);
+    assert_eq!(
+        (host.machine.status(), host.machine.output()),
+        (PrimaryStatus::Arbitrating, OutputMode::Hold)
+    );
+    // The standby asks first.
+    assert_eq!(host.acts(Tick), []);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Undecided }]);
+    host.now += 10_000;
+    assert_eq!(host.acts(Tick), [Claim { generation: 5 }]);
+    assert_eq!(host.win()[0], ReleaseAll { generation: 5 });
+    assert_eq!(host.machine.output(), OutputMode::PassThrough);
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Unprotected }]);
+}
+
+#[test]
+fn a_vm_that_ends_or_whose_standby_is_cut_off_is_not_handed_over() {
+    let mut host = settled();
+    host.acts(reaches(false));
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::StandbyCutOff }]);
+    assert_eq!(host.machine.status(), PrimaryStatus::Protected);
+    host.acts(reaches(true));
+    host.acts(PrimaryEvent::Stop { ask_guest: true });
+    assert_eq!(host.acts(PrimaryEvent::HandOver), [Keep { why: Kept::Stopping }]);
 }

@@ -113,6 +113,7 @@ fn guarding_with(machine: Machine, output: Arc<Stuck>, newest: ProtocolVersion) 
     thread::spawn(move || standby(listener.accept().unwrap().0, newest));
     let setup = Setup {
         arbiter_watch: None,
+        rivals: None,
         self_check: SelfCheck::new(None, &machine, rig.queue),
         machine,
         driver: rig.driver,

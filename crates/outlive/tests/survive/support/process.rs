@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ pub(crate) struct Process {
     child: Child,
     events: PathBuf,
     log: PathBuf,
+    socket: PathBuf,
     read: Option<File>,
     /// The start of a line that is not whole yet.
     rest: Vec<u8>,
@@ -31,11 +32,12 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(child: Child, events: PathBuf, log: PathBuf, is_under_test: bool) -> Process {
+    pub(super) fn new(child: Child, [events, log, socket]: [PathBuf; 3], is_under_test: bool) -> Process {
         Process {
             child,
             events,
             log,
+            socket,
             read: None,
             rest: Vec::new(),
             records: Vec::new(),
@@ -48,6 +50,11 @@ impl Process {
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Where it answers `outlive status`, unless its options say something else.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Sends it a signal.

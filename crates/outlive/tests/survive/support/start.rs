@@ -120,6 +120,7 @@ impl World {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let file = |kind| self.dir().join(format!("{number}-{}.{kind}", side.letter()));
         let (events, log) = (readers.events.unwrap_or_else(|| file("events")), file("log"));
+        let socket = file("sock");
         let program = self.program(side);
         let (mut process, stderr) = match readers.log {
             Log::File => (Command::new(program), fs::File::create(&log).unwrap().into()),
@@ -133,7 +134,7 @@ impl World {
         process.args(command).args(options).arg("--exit-with-stdin").arg("--events").arg(&events);
         if !options.contains(&"--status") {
             // The usual place is the host's, and a killed process leaves its socket there.
-            process.arg("--status").arg(file("sock"));
+            process.arg("--status").arg(&socket);
         }
         if self.is_plain {
             process.arg("--insecure").env("OUTLIVE_INSECURE_NETWORK", "1");
@@ -160,7 +161,7 @@ impl World {
         }
         process.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr);
         let child = self.host(side).spawn(&mut process).unwrap();
-        Process::new(child, events, log, program == Path::new(PROGRAM))
+        Process::new(child, [events, log, socket], program == Path::new(PROGRAM))
     }
 
     /// The socket of a service manager that wants a sign of life every 300 ms, where a test has made one.

@@ -1,5 +1,6 @@
 //! Faults of the hosts.
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -7,7 +8,7 @@ use nix::sys::signal::Signal;
 use outlive::network::Netlink;
 
 use super::play::Play;
-use crate::support::{Held, MEMORY, Pace, Side, World, take_all_memory, take_program_memory};
+use crate::support::{Held, MEMORY, PROGRAM, Pace, Side, World, take_all_memory, take_program_memory};
 
 /// A kind of fault. `Owner` is the host that runs the VM, `Other` is its standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,13 +56,16 @@ pub(super) enum Kind {
     FullDiskAndKill,
     DeafEventsAndKill,
     LeaveOther,
+    HandOver,
+    HandOverAndKillOwner,
+    HandOverAndStopOther,
     EndOwner,
 }
 
 use Kind::*;
 
 /// All kinds, each with its weight and its name in the table.
-const KINDS: [(Kind, u64, &str); 44] = [
+const KINDS: [(Kind, u64, &str); 47] = [
     (KillOwner, 12, "SIGKILL of the primary"),
     (KillOther, 2, "SIGKILL of the standby"),
     (KillOwnerUnprotected, 1, "SIGKILL of the primary, early"),
@@ -105,6 +109,9 @@ const KINDS: [(Kind, u64, &str); 44] = [
     (FullDiskAndKill, 2, "full disks, SIGKILL of the primary"),
     (DeafEventsAndKill, 2, "events unread, SIGKILL of the primary"),
     (LeaveOther, 2, "orderly stop of the standby"),
+    (HandOver, 4, "hand-over"),
+    (HandOverAndKillOwner, 2, "hand-over, SIGKILL of the primary"),
+    (HandOverAndStopOther, 2, "hand-over, SIGSTOP of the standby"),
     (EndOwner, 1, "orderly stop of the VM"),
 ];
 
@@ -346,6 +353,9 @@ pub(super) fn strike(play: &mut Play, kind: Kind) {
             play.deafen(false);
         }
         LeaveOther => play.leave(other),
+        HandOver => hand_over(play, |_| ()),
+        HandOverAndKillOwner => hand_over(play, |play| play.kill(owner)),
+        HandOverAndStopOther => hand_over(play, |play| stop(play, other, length)),
         EndOwner => play.signal(owner, Signal::SIGTERM),
     }
 }
@@ -390,6 +400,18 @@ fn no_arbiter(play: &mut Play, length: Duration, meanwhile: impl FnOnce(&mut Pla
     meanwhile(play);
     play.wait(length);
     play.third.back(&play.world);
+}
+
+/// An operator's order, and what happens in the milliseconds that it takes.
+fn hand_over(play: &mut Play, meanwhile: impl FnOnce(&mut Play)) {
+    let mut order = Command::new(PROGRAM);
+    order.arg("hand-over").arg("--socket").arg(play.process(play.owner).socket());
+    let mut order = order.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let moment = Duration::from_micros(play.dice.below(40_000));
+    play.wait(moment);
+    meanwhile(play);
+    let status = order.wait().unwrap();
+    play.tell(format!("the hand-over ended with {status}"));
 }
 
 /// Its server is killed and started again, one moment after the other, while the hosts ask it. Of a cluster each member
