@@ -4,7 +4,6 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -124,7 +123,8 @@ fn the_command_of_the_arbiters_unit_serves() {
     assert_eq!(ended.code(), Some(0));
 }
 
-/// Whether `ExecStop=` kills the process when systemd and the process say this. The process is another one here.
+/// Whether `ExecStop=` hands the VM over when systemd and the process say this. The process is another one here, and
+/// stays.
 fn leaves(system: &str, role: &str, protected: bool, survived: bool) -> bool {
     let there = tempfile::tempdir().unwrap();
     let mut process = Command::new("sleep").arg("600").spawn().unwrap();
@@ -133,7 +133,7 @@ fn leaves(system: &str, role: &str, protected: bool, survived: bool) -> bool {
         let loss = format!(r#""loss_of_this_host": {{ "survived": {survived}, "what": "words" }}"#);
         let arbiter = r#""arbiter": { "place": "file:/x" }"#;
         format!(
-            r#"{{ "socket": "/x", "vm": "web", "pid": {pid}, "role": "{role}", "protected": {protected}, {arbiter}, {loss} }}"#
+            r#"{{ "socket": "/x/{pid}.sock", "vm": "web", "pid": {pid}, "role": "{role}", "protected": {protected}, {arbiter}, {loss} }}"#
         )
     };
     let other = |pid| answer(pid, "primary", !protected, !survived);
@@ -147,19 +147,20 @@ fn leaves(system: &str, role: &str, protected: bool, survived: bool) -> bool {
     };
     // It fails for every state but `running`.
     fake("systemctl", format!("echo {system}; test {system} = running"));
-    fake("outlive", format!("cat {}/answers; exit 1", there.path().display()));
+    let folder_of_fakes = there.path().display();
+    let orders = format!("if [ $1 = hand-over ]; then echo \"$@\" >> {folder_of_fakes}/orders; exit 2; fi");
+    fake("outlive", format!("{orders}\ncat {folder_of_fakes}/answers; exit 1"));
     let path = format!("{}:{}", there.path().display(), std::env::var("PATH").unwrap());
     let mut command = Command::new(folder().join("leave-to-standby"));
     let status = command.env("PATH", path).env("MAINPID", process.id().to_string()).status().unwrap();
     assert!(status.success());
-    let killed = process.try_wait().unwrap().is_some_and(|status| status.signal() == Some(9)) || {
-        // The signal may be on its way.
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        process.try_wait().unwrap().is_some()
-    };
+    assert!(process.try_wait().unwrap().is_none(), "systemd ends it in order");
     process.kill().unwrap();
     process.wait().unwrap();
-    killed
+    let orders = fs::read_to_string(there.path().join("orders")).unwrap_or_default();
+    let own = format!("hand-over --socket /x/{}.sock\n", process.id());
+    assert!(orders.is_empty() || orders == own, "{orders}");
+    !orders.is_empty()
 }
 
 #[test]
