@@ -1,7 +1,7 @@
 //! Makes a connection, from either end.
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use outlive_epoch::VmId;
@@ -9,6 +9,7 @@ use outlive_epoch::VmId;
 use super::tls::Tls;
 use super::{Connection, Security, Transport, tcp};
 use crate::keys::Right;
+use crate::names;
 
 /// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(1);
@@ -49,7 +50,7 @@ pub(crate) fn was_reached(error: &io::Error) -> bool {
 /// The error of the last address, of the name resolution, or of the keys.
 pub(crate) fn dial(address: &str, security: &Security, vm: Option<VmId>) -> io::Result<Connection> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    let addresses = address.to_socket_addrs();
+    let addresses = names::resolve(address);
     for address in addresses.map_err(|error| io::Error::new(io::ErrorKind::NotFound, error))? {
         match tcp::Tcp::connect(&address, CONNECT) {
             Ok(connected) => return secured(connected.begin()?, security, vm),

@@ -96,7 +96,7 @@ impl Role {
             Self::Vcpu => &[&[IOCTL_KVM], ANY, DEVICES, &[IOCTL_TAP_OFFLOAD, IOCTL_TAP_QUEUE]],
             Self::Device => &[ANY, DEVICES, &[IOCTL_KVM, IOCTL_TAP_OFFLOAD, IOCTL_TAP_QUEUE]],
             Self::Sender => &[ANY, LINKS],
-            Self::Receiver => &[ANY, DEVICES, LINKS, &[IOCTL_KVM, IOCTL_FIONBIO]],
+            Self::Receiver => &[ANY, DEVICES, LINKS, &[IOCTL_KVM]],
             Self::Reader => {
                 &[ANY, THREADS, DEVICES, LINKS, CONNECT, FILES, WATCH, MACHINE, &[IOCTL_ANY, LIBRARY]]
             }
@@ -190,11 +190,18 @@ const IOCTL_KVM: Call = Call(SYS_ioctl, &[Test::OfType(1, KVM)]);
 const IOCTL_TAP_OFFLOAD: Call = Call(SYS_ioctl, &[Test::Is(1, libc::TUNSETOFFLOAD)]);
 const IOCTL_TAP_QUEUE: Call = Call(SYS_ioctl, &[Test::Is(1, libc::TUNSETQUEUE)]);
 const IOCTL_FIONBIO: Call = Call(SYS_ioctl, &[Test::Is(1, libc::FIONBIO)]);
-/// Asks a terminal about itself.
-const IOCTL_TERMINAL: Call = Call(SYS_ioctl, &[Test::OfType(1, 0x54), Test::IsNot(1, libc::TIOCSTI)]);
-/// Anything but typing on somebody's terminal. Of devices it reaches those that this process has open, and Landlock says
-/// which it may open.
-const IOCTL_ANY: Call = Call(SYS_ioctl, &[Test::IsNot(1, libc::TIOCSTI), Test::IsNot(1, TIOCLINUX)]);
+/// Anything but typing on somebody's terminal, and but leaving a tap to others. Of devices it reaches those that this
+/// process has open, and Landlock says which it may open.
+const IOCTL_ANY: Call = Call(
+    SYS_ioctl,
+    &[
+        Test::IsNot(1, libc::TIOCSTI),
+        Test::IsNot(1, TIOCLINUX),
+        Test::IsNot(1, libc::TUNSETPERSIST),
+        Test::IsNot(1, libc::TUNSETOWNER),
+        Test::IsNot(1, libc::TUNSETGROUP),
+    ],
+);
 const TIOCLINUX: u64 = 0x541c;
 
 const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
@@ -204,6 +211,10 @@ const LIBRARY: Call = Call(
     libc::SYS_mmap,
     &[Test::Lacks(2, libc::PROT_WRITE as u64), Test::Lacks(3, libc::MAP_ANONYMOUS as u64)],
 );
+
+/// Of Linux; libc has no names for them.
+const F_SETSIG: u64 = 10;
+const F_SETOWN_EX: u64 = 15;
 
 /// Memory, time, locks, an end: what any thread does.
 const ANY: &[Call] = &[
@@ -261,11 +272,31 @@ const ANY: &[Call] = &[
     free(libc::SYS_getrusage),
     free(libc::SYS_sysinfo),
     free(libc::SYS_uname),
-    free(libc::SYS_fcntl),
+    // By a descriptor's owner and signal, a process is sent signals without `kill`.
+    Call(
+        libc::SYS_fcntl,
+        &[
+            Test::IsNot(1, libc::F_SETFL as u64),
+            Test::IsNot(1, libc::F_SETOWN as u64),
+            Test::IsNot(1, F_SETSIG),
+            Test::IsNot(1, F_SETOWN_EX),
+        ],
+    ),
+    Call(libc::SYS_fcntl, &[Test::Is(1, libc::F_SETFL as u64), Test::Lacks(2, libc::O_ASYNC as u64)]),
     free(libc::SYS_fstat),
     free(libc::SYS_dup),
-    // A thread that panics gives a person's terminal back.
-    IOCTL_TERMINAL,
+    // A thread that panics gives a person's terminal back. One by one: of the same type are others' keyboards and all that
+    // a tap can be told, and what one rule allows no other one forbids.
+    Call(SYS_ioctl, &[Test::Is(1, libc::TCGETS)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::TCSETS)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::TCSETSW)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::TCSETSF)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::TIOCGWINSZ)]),
+    // About the thread's own descriptors.
+    IOCTL_FIONBIO,
+    Call(SYS_ioctl, &[Test::Is(1, libc::FIONREAD)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::FIOCLEX)]),
+    Call(SYS_ioctl, &[Test::Is(1, libc::FIONCLEX)]),
     // The service manager is told what happens, by whoever does it. No address of a network is reached without a
     // connection, and none is made here.
     free(libc::SYS_sendto),
@@ -273,7 +304,10 @@ const ANY: &[Call] = &[
 
 /// Whoever debugs wants to see where a thread has panicked: it reads the symbols of the program.
 fn wants_backtraces() -> bool {
-    std::env::var_os("RUST_BACKTRACE").is_some_and(|it| it != "0")
+    // The second is asked first, and counts for what this program writes into its log.
+    ["RUST_BACKTRACE", "RUST_LIB_BACKTRACE"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some_and(|it| it != "0"))
 }
 
 const BACKTRACE: &[Call] = &[
@@ -500,6 +534,40 @@ mod tests {
         assert_eq!(of(&["vcpu0", "vcpu31"]), [Role::Vcpu; 2]);
         assert_eq!(of(&["outlive-net", "outlive-blk-io", "outlive-serial"]), [Role::Device; 3]);
         assert_eq!(of(&["session", "sender", "arbiter"]), [Role::Reader, Role::Sender, Role::Control]);
+    }
+
+    /// Whether a role may make this call with these arguments.
+    fn allows(role: Role, number: c_long, arguments: [u64; 3]) -> bool {
+        let holds = |test: &Test| match *test {
+            Test::Is(at, value) => arguments[usize::from(at)] == value,
+            Test::IsNot(at, value) => arguments[usize::from(at)] != value,
+            Test::Has(at, bits) => arguments[usize::from(at)] & bits == bits,
+            Test::Lacks(at, bits) => arguments[usize::from(at)] & bits == 0,
+            Test::OfType(at, kind) => arguments[usize::from(at)] & 0xff00 == kind << 8,
+            Test::Own(at) => arguments[usize::from(at)] == 1,
+        };
+        role.calls().iter().any(|Call(its, tests)| *its == number && tests.iter().all(holds))
+    }
+
+    /// Rules of one call add up: what one of them forbids another one may allow.
+    #[test]
+    fn no_role_types_for_others_leaves_a_tap_behind_or_sends_signals_by_a_descriptor() {
+        for role in Role::ALL {
+            for request in
+                [libc::TIOCSTI, TIOCLINUX, libc::TUNSETPERSIST, libc::TUNSETOWNER, libc::TUNSETGROUP]
+            {
+                assert!(!allows(role, SYS_ioctl, [3, request, 0]), "{role:?} {request:#x}");
+            }
+            for command in [libc::F_SETOWN as u64, F_SETSIG, F_SETOWN_EX] {
+                assert!(!allows(role, libc::SYS_fcntl, [3, command, 9]), "{role:?} {command}");
+            }
+            let set_flags = |flags| allows(role, libc::SYS_fcntl, [3, libc::F_SETFL as u64, flags]);
+            assert!(!set_flags(libc::O_ASYNC as u64) && set_flags(libc::O_NONBLOCK as u64), "{role:?}");
+            assert!(allows(role, SYS_ioctl, [2, libc::TCGETS, 0]), "{role:?}");
+        }
+        for role in [Role::Vcpu, Role::Device] {
+            assert!(allows(role, SYS_ioctl, [3, libc::TUNSETOFFLOAD, 0]), "{role:?}");
+        }
     }
 
     /// A thread that runs a guest's code, or reads what a guest or a stranger has written, opens and reaches nothing.

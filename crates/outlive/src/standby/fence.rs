@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(5);
 const SIGN: Duration = Duration::from_millis(50);
 /// How long a killed command may take to end before it is left alone.
 const KILLED: Duration = Duration::from_secs(1);
+/// How much longer than the command may take the steward may be silent.
+const SILENCE: Duration = Duration::from_secs(5);
 /// The pause before the second run; it doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// The longest pause.
@@ -108,7 +110,10 @@ pub(crate) fn fence(
     let mut pause = FIRST_PAUSE;
     for attempt in 1_u32.. {
         tracing::info!(attempt, "fencing the lost primary");
-        match run(fence, about, attempt) {
+        if attempt == 1 {
+            standing.asking("the generation is won; the fence command runs");
+        }
+        match run(fence, about, attempt, &stop) {
             Ok(()) => {
                 let took_ms = began.elapsed().as_millis() as u64;
                 tracing::info!(attempt, took_ms, "fenced");
@@ -148,14 +153,20 @@ fn rest(pause: Duration, stop: &impl Fn() -> Stop) {
     }
 }
 
-fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), FenceError> {
+fn run(fence: &Fence, about: &About, attempt: u32, stop: &impl Fn() -> Stop) -> Result<(), FenceError> {
     let (mut output, to) = Output::open(attempt).map_err(FenceError::Run)?;
-    let signs = || {
+    let mut signs = || {
         notify::alive();
         output.drain();
     };
     let ending = match sandbox::steward() {
-        Some(steward) => ask(steward, about, attempt, to.into(), signs)?,
+        Some(steward) => {
+            let signs = || {
+                signs();
+                stop() == Stop::Now
+            };
+            ask(steward, about, (attempt, fence.limit), to.into(), signs)?
+        }
         None => run_fence_command(fence, about, attempt, to.into(), signs).map_err(FenceError::Run)?,
     };
     match ending {
@@ -168,18 +179,22 @@ fn run(fence: &Fence, about: &About, attempt: u32) -> Result<(), FenceError> {
     }
 }
 
-/// Has the steward run the command that the command line named. It keeps the time limit.
+/// Has the steward run the command that the command line named. It keeps the time limit, and is given some time more
+/// for that: it may be stopped, or its disk may not answer. `signs` says whether nobody waits any more.
 fn ask(
     steward: &Steward,
     about: &About,
-    attempt: u32,
+    (attempt, limit): (u32, Duration),
     to: OwnedFd,
-    mut signs: impl FnMut(),
+    mut signs: impl FnMut() -> bool,
 ) -> Result<Ending, StewardError> {
     let pending = steward.fence(about, attempt, to.as_fd())?;
     drop(to);
+    let until = Instant::now() + limit + KILLED + SILENCE;
     loop {
-        signs();
+        if signs() || Instant::now() >= until {
+            return Err(StewardError::Silent);
+        }
         if let Some(ending) = pending.ended_within(LOOK)? {
             return Ok(ending);
         }
@@ -247,14 +262,14 @@ mod tests {
         let out = dir.path().join("out");
         let words = "$OUTLIVE_VM $OUTLIVE_VM_ID $OUTLIVE_GENERATION $OUTLIVE_PEER $OUTLIVE_ATTEMPT";
         let command = format!("echo {words} > {}", out.display());
-        run(&Fence { command, limit: Duration::from_secs(60) }, &about(), 3).unwrap();
+        run(&Fence { command, limit: Duration::from_secs(60) }, &about(), 3, &|| Stop::No).unwrap();
         assert_eq!(std::fs::read_to_string(out).unwrap(), "shop 0123 7 10.0.0.1:40000 3\n");
     }
 
     #[test]
     fn a_command_that_fails_hangs_or_is_missing_is_no_success() {
         let fails = |command: &str, limit| {
-            run(&Fence { command: command.into(), limit }, &about(), 1).unwrap_err().to_string()
+            run(&Fence { command: command.into(), limit }, &about(), 1, &|| Stop::No).unwrap_err().to_string()
         };
         let long = Duration::from_secs(60);
         assert!(fails("exit 3", long).contains("exit status: 3"));
@@ -270,7 +285,8 @@ mod tests {
     #[test]
     fn what_the_command_says_is_in_the_reason_and_nothing_that_it_says_stops_it() {
         let long = Duration::from_secs(60);
-        let run = |command: &str, limit| run(&Fence { command: command.into(), limit }, &about(), 1);
+        let run =
+            |command: &str, limit| run(&Fence { command: command.into(), limit }, &about(), 1, &|| Stop::No);
         let why = |command: &str, limit| run(command, limit).unwrap_err().to_string();
         let said = why("echo first; echo the controller says no >&2; exit 3", long);
         assert!(said.ends_with("(exit status: 3): the controller says no"), "{said}");

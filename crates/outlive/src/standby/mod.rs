@@ -52,6 +52,7 @@ use crate::console::{Console, ConsoleError};
 use crate::disk::{Books, CopyEnd, PrepareError, ReplicaEndError};
 use crate::events::{self, Event, EventWriter, EventsError, Role};
 use crate::report::Reporter;
+use crate::sandbox::Steward;
 use crate::status::Standing;
 use crate::vm::{self, CardError, Launch, Stops, UplinkError};
 use crate::{disk, notify, sandbox};
@@ -302,13 +303,42 @@ fn check(options: &StandbyOptions) -> Result<(), PartsError> {
     Ok(disk::for_standby(&options.disks)?)
 }
 
+/// Why a standby leaves that could not take over.
+const LAME: &str = "the process that keeps this one's rights (vm-steward) has ended, so the fence command could not be \
+                    run and no VM be taken over: start this command again";
+
+/// Looks whether this process has lost the rights that a takeover with a fence command needs.
+#[derive(Default)]
+struct Lame {
+    looked: Option<Instant>,
+    /// It has, and that was told.
+    shown: bool,
+}
+
+impl Lame {
+    /// Returns whether it is to be told now. Looks once a second.
+    fn shows(&mut self, fences: bool) -> bool {
+        if !fences || self.shown || self.looked.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+            return false;
+        }
+        self.looked = Some(Instant::now());
+        self.shown = sandbox::steward().is_some_and(Steward::is_gone);
+        self.shown
+    }
+}
+
 impl Waiting {
     fn wait(&self) -> Outcome {
         let mut asked = false;
+        let mut lame = Lame::default();
         let mut notes =
             Notes::new(self.decisions.equipment.events.clone(), self.decisions.equipment.standing.clone());
         loop {
             notify::alive();
+            if lame.shows(self.decisions.equipment.options.active.fence().is_some()) {
+                tracing::error!("{LAME}; this standby leaves, so that nobody relies on it");
+                self.decisions.handle(StandbyEvent::Stop);
+            }
             let timeout = self.decisions.wait().unwrap_or(Duration::from_secs(1));
             match self.inbox.recv_timeout(timeout) {
                 Ok(MainMessage::Wake) => {}
@@ -322,7 +352,14 @@ impl Waiting {
                 }
                 Ok(MainMessage::Refused(code, text)) => notes.refused(code, text),
                 Ok(MainMessage::TakeOver(order)) => return self.take_over(order, &notes),
-                Ok(MainMessage::Exit(reason)) => return self.leave(reason, asked),
+                Ok(MainMessage::Exit(reason)) => {
+                    let outcome = self.leave(reason, asked);
+                    return match outcome {
+                        // A supervisor starts it again, with its rights.
+                        Outcome::Ended(StandbyExit::Stopped) if lame.shown => Outcome::Failed(LAME.into()),
+                        other => other,
+                    };
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Outcome::Failed("the standby's threads have ended".into());

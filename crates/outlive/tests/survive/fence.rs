@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::pipe;
 use outlive::events::Event;
 
@@ -111,6 +111,35 @@ fn a_host_that_is_started_again_while_it_fences_goes_on_fencing() {
     let mut restarted = again();
     restarted.wait_for("the VM", |e| matches!(e, Event::Started { vm: Some(_), .. }));
     assert_eq!(fs::read_to_string(world.dir().join("told")).unwrap().lines().count(), asked);
+}
+
+/// Without the process that keeps the right to fence, a takeover would win the VM and never run it. So a standby whose
+/// steward is gone is relied on no more, and one whose steward says nothing tells so.
+#[test]
+fn a_standby_that_could_not_fence_leaves_or_says_so() {
+    if !World::is_confined() {
+        return println!("skipped: hosts in the sandbox (OUTLIVE_TEST_SANDBOX=0)");
+    }
+    let Some(world) = World::new() else { return };
+    let options = ["--fence", "true", "--fence-timeout", "100ms"];
+    let mut active = world.run(Side::A);
+    let mut standby = world.standby_with(Side::B, &options);
+    active.wait_protected();
+    kill(standby.children("vm-steward")[0], Signal::SIGKILL).unwrap();
+    active.wait_for("told that nobody protects it", |e| matches!(e, Event::Unprotected { .. }));
+    assert_eq!(standby.wait_exit(), 1, "{}", standby.log());
+    assert!(standby.log().contains("vm-steward") && standby.log().contains("start this command again"));
+    assert!(!active.has(|e| matches!(e, Event::Arbitrating { .. })), "the standby has handed its right over");
+    let mut standby = world.standby_with(Side::B, &options);
+    active.wait_protected();
+    let steward = standby.children("vm-steward")[0];
+    kill(steward, Signal::SIGSTOP).unwrap();
+    active.kill();
+    let silent = |e: &Event| matches!(e, Event::FenceFailed { why, .. } if why.contains("does not answer"));
+    standby.wait_for("told that it is silent", silent);
+    assert!(!standby.took_over());
+    kill(steward, Signal::SIGCONT).unwrap();
+    standby.wait_takeover();
 }
 
 /// A command that speaks must not wait for, or die of, a standard error that nobody reads or that is closed.

@@ -11,9 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
+use ureq::unversioned::transport::DefaultConnector;
 
 use super::api::{Authenticate, Authenticated, Refused, Txn, TxnAnswer};
 use super::fault::{EtcdFault, SecretError, is_unclear};
+use super::resolver::Names;
 use super::spec::Spec;
 
 /// How long a connection to a member may take.
@@ -98,7 +100,7 @@ impl Client {
             .tls_config(tls(spec)?)
             .build();
         Ok(Self {
-            agent: agent.into(),
+            agent: Agent::with_parts(agent, DefaultConnector::default(), Names::default()),
             members: spec.members.clone().into(),
             first: Arc::default(),
             login,

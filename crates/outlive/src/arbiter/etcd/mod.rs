@@ -17,6 +17,7 @@ mod api;
 mod client;
 mod fault;
 mod keys;
+mod resolver;
 mod spec;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

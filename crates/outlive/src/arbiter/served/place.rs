@@ -1,7 +1,7 @@
 //! Where a served arbiter is, and how it is reached: `outlive:HOST:PORT`.
 
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use super::transport::{prepare, to_arbiter};
 use crate::arbiter::Needs;
 use crate::keys;
 use crate::link::{LinkKind, Security, lasts, may_be_open};
+use crate::names;
 
 /// How to write it, for people.
 pub(in crate::arbiter) const FORM: &str =
@@ -109,7 +110,7 @@ impl Way {
     fn connect(&self) -> Result<TcpStream, ServedFault> {
         let mut why = "its name has no address".to_owned();
         let addresses =
-            self.address.to_socket_addrs().map_err(|error| ServedFault::Unanswered(error.to_string()))?;
+            names::resolve(&self.address).map_err(|error| ServedFault::Unanswered(error.to_string()))?;
         for address in addresses {
             if self.security == Security::Open && !may_be_open(&address.to_string()) {
                 return Err(ServedFault::NotPrivate(address));

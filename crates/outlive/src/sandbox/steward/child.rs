@@ -21,6 +21,9 @@ use crate::sandbox::privileges;
 use crate::standby::{Fence, run_fence_command};
 use crate::{exit, sentinel, vm};
 
+/// Most asks at a time: a sentinel that runs, one that replaces it, a card, a fence command.
+const MOST_ASKS: usize = 8;
+
 /// Carries out `outlive steward`. Returns the exit code.
 pub(crate) fn command() -> u8 {
     // It ends with its parent and never before: nobody else tells it to. SIGKILL and SIGSTOP remain.
@@ -29,6 +32,8 @@ pub(crate) fn command() -> u8 {
         // If somebody has stopped it, the end of the parent wakes it, and it hears of the end.
         prctl::set_pdeathsig(Signal::SIGCONT)
     });
+    // With it, the right to fence and to make a card would go. Needs a right that root of a container may lack.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     match hardened.map_err(io::Error::from).and_then(|()| serve()) {
         Ok(()) => exit::OK,
         Err(error) => exit::usage(format!(
@@ -42,11 +47,24 @@ fn serve() -> io::Result<()> {
     let Some((charter, _)) = hear::<Charter>(&orders)? else { return Ok(()) };
     privileges::keep_for_steward(&charter)?;
     let charter = Arc::new(charter);
-    while let Some((ask, descriptors)) = hear::<Ask>(&orders)? {
-        let charter = charter.clone();
+    let busy = Arc::new(());
+    loop {
+        let (ask, descriptors) = match hear::<Ask>(&orders) {
+            Ok(Some(heard)) => heard,
+            Ok(None) => return Ok(()),
+            // Its parent may be somebody else's by now. What it may ask for is all that it gets.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => continue,
+            Err(error) => return Err(error),
+        };
+        // Who asks for more at a time is no VM of ours. The answer's socket closes, which is an answer.
+        if Arc::strong_count(&busy) > MOST_ASKS {
+            continue;
+        }
+        let (charter, busy) = (charter.clone(), busy.clone());
         // The thread that starts a program lives until the program has ended, and so does the program's parent. Without a
         // thread there is no answer, and whoever has asked hears that.
         let started = outlive_machine::spawn("ask", move || {
+            let _busy = busy;
             let mut descriptors = descriptors.into_iter();
             let Some(answer) = descriptors.next() else { return };
             // Whoever has asked may be gone.
@@ -58,7 +76,6 @@ fn serve() -> io::Result<()> {
         });
         started.ok();
     }
-    Ok(())
 }
 
 fn carry_card(answer: &OwnedFd, card: Result<Tap, String>) -> io::Result<()> {

@@ -41,10 +41,11 @@ pub(crate) enum StewardError {
     #[error("cannot start the process that keeps this one's rights: {0}")]
     Start(#[source] io::Error),
     /// It cannot be asked.
-    #[error(
-        "the process that keeps this one's rights (outlive steward) does not answer: {0}; start this command again"
-    )]
+    #[error("the process that keeps this one's rights (vm-steward) is gone or cannot be asked: {0}")]
     Gone(#[source] io::Error),
+    /// It does not answer.
+    #[error("the process that keeps this one's rights (vm-steward) does not answer")]
+    Silent,
     /// It could not do it either.
     #[error("{0}")]
     Said(String),
@@ -105,6 +106,12 @@ impl Steward {
     /// See [`StewardError`].
     pub(crate) fn sentinel(&self, its: [BorrowedFd<'_>; 3]) -> Result<Pending, StewardError> {
         self.ask(&Ask::Sentinel, &its)
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn is_gone(&self) -> bool {
+        let mut on = [PollFd::new(self.channel.as_fd(), PollFlags::empty())];
+        poll(&mut on, PollTimeout::ZERO).is_ok_and(|count| count > 0)
     }
 
     fn ask(&self, ask: &Ask, with: &[BorrowedFd<'_>]) -> Result<Pending, StewardError> {
