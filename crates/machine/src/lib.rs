@@ -49,7 +49,8 @@ pub use check::{CheckError, DiskHash, Hashes};
 pub use devices::port::{INPUT_BYTES, NoSink, PortEnd, PortInput, PortSink};
 pub use devices::valve::{EpochError, HeldOutput, Lease, OutputMode, Permit, Valve};
 pub use devices::virtio::blk::{
-    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LogMode, SectorSize, WriteLog,
+    BlockDevice, BlockError, CHUNK, ChunkSet, DiskOptions, Image, ImageError, LockedImage, LogMode,
+    SectorSize, WriteLog,
 };
 pub use devices::virtio::net::{
     Frame, FrameRing, InputTail, MAX_PACKET, MacAddr, NetConfig, NetDevice, NetError, Output, OutputLimits,
