@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use outlive_machine::{ImageError, LockedImage};
+use outlive_pair::Differs;
 
 use super::apply::recover;
 use super::image::Store;
 use super::journal::{Identity, Journal};
 use super::sidecar::{Sidecar, SidecarError};
-use super::stamp::Differs;
 use super::start::{SidecarNotWritten, cannot_write};
 use crate::cli::StandbyDisk;
 

@@ -109,7 +109,7 @@ impl Primary {
     pub(super) fn superseded(&mut self, generation: u64, owner: String, out: &mut Vec<Action>) {
         let waits =
             matches!(self.state, State::Arbitrating { .. } | State::Unrivalled(_) | State::Over { .. });
-        if waits || generation <= self.generation {
+        if waits || generation <= self.generation || planted!(self.bug, SupersededIgnored) {
             return;
         }
         if let Some(link) = self.link() {
