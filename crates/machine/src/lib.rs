@@ -73,5 +73,6 @@ pub use thread::{at_thread_start, precise_timers, spawn, urgent};
 pub use vcpu::VcpuError;
 pub use vcpu::state::{Item as VcpuItem, RESTORE_ORDER, SAVE_ORDER, VcpuStateError};
 pub use vm_state::{
-    Item as VmItem, RESTORE_ORDER as VM_RESTORE_ORDER, SAVE_ORDER as VM_SAVE_ORDER, VmStateError,
+    Item as VmItem, RESTORE_ORDER as VM_RESTORE_ORDER, RestartCount, SAVE_ORDER as VM_SAVE_ORDER,
+    VmStateError,
 };

@@ -149,7 +149,7 @@ impl Coordinator {
             over: None,
             blamed: false,
             faults: Faults::default(),
-            restarts: Restarts::default(),
+            restarts: Restarts::of(with.machine.restarts()),
             stop_due: None,
             notes: Notes::new(with.events.clone(), with.totals.clone(), with.standing.clone()),
             with,
@@ -332,6 +332,7 @@ impl Coordinator {
     /// Restarts the guest, protected as before, if it is time.
     fn restart_if_due(&mut self) {
         let Some(way) = self.restarts.take(Instant::now()) else { return };
+        self.with.machine.set_restarts(self.restarts.done());
         if !self.with.driver.guest_may_run() {
             return;
         }
